@@ -1,0 +1,1 @@
+"""Meaning: a checked spec and a model to a program."""

@@ -1,0 +1,1 @@
+"""Data: where the examples come from."""

@@ -1,0 +1,1 @@
+"""Learning-rate policies: who moves how fast."""

@@ -1,0 +1,1 @@
+"""Masks: which entries of a parameter are trained."""

@@ -1,0 +1,1 @@
+"""Models: where the module to train comes from."""

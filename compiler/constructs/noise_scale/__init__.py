@@ -1,0 +1,1 @@
+"""Noise scales: how noisy the gradient is, measured as it arrives."""

@@ -1,0 +1,1 @@
+"""Observers: measurements that change nothing."""

@@ -1,0 +1,1 @@
+"""Runs: how long, how often to evaluate and save."""

@@ -1,0 +1,1 @@
+"""Abstract kinds: what all constructs of one kind share."""

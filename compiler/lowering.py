@@ -1,0 +1,221 @@
+"""What a construct may do to a program: the mechanisms, and the parts they collect.
+
+A construct's `lower(to)` calls methods of `Lowering`; it never touches the model, the graph or another construct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from trainc.compiler.bound import BoundClause
+from trainc.compiler.inventory import Inventory, ModuleEntry, ParameterEntry, Place
+from trainc.compiler.rewrite import NoiseSite, NormSite, Pairing, Rewrite
+from trainc.runtime.action import Action
+from trainc.runtime.optimizer import Scale
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from trainc.compiler.kinds.optimizer import Optimizer
+    from trainc.dsl.values import Duration, Expr, Selector
+    from trainc.runtime.clock import Clock, Gate, RunLength, Units
+    from trainc.runtime.masks import Compact
+
+Scheduled = Callable[["Clock"], float]
+Inputs = Mapping[str, "Tensor"]
+
+
+class Task(Protocol):
+    """The loss of a plain run: mean over the counted targets, with what exact accumulation needs."""
+
+    name: str
+    ignore_index: int
+    label_smoothing: float
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor: ...
+
+    def count(self, targets: Tensor) -> int:
+        """Return how many targets the mean runs over."""
+        ...
+
+    def weights(self, targets: Tensor) -> Tensor:
+        """Return each example's share of the mean, shape (examples,), sum 1."""
+        ...
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
+        """Return sums of what an evaluation reports beside the loss (`accuracy`: number right)."""
+        ...
+
+
+@dataclass(slots=True)
+class Penalty:
+    """A loss term over parameters: `value(parameters, inputs)`, with the tensors it needs as named graph inputs."""
+
+    value: Callable[[Inputs, Inputs], Tensor]
+    parameters: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class OptimizerPart:
+    """One optimizer clause with the parameters it claims."""
+
+    clause: BoundClause
+    construct: Optimizer
+    base: Scheduled
+    decay: dict[str, float]
+
+
+@dataclass(slots=True)
+class Parts:
+    """Everything the clauses asked for; `Program` assembles it."""
+
+    rewrite: Rewrite = field(default_factory=Rewrite)
+    task: Task | None = None
+    penalties: dict[str, Penalty] = field(default_factory=dict)
+    scalars: dict[str, Scheduled] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, list[Scale]] = field(default_factory=dict)
+    compacts: dict[str, Compact] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
+    optimizers: list[OptimizerPart] = field(default_factory=list)
+    actions: list[Action] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all clauses of one program share: the model, its inventory, and the units of time."""
+
+    model: nn.Module
+    inventory: Inventory
+    units: Units
+    length: RunLength | None
+    signals: dict[str, float]
+
+
+class Lowering:
+    """The mechanisms, as one clause sees them."""
+
+    def __init__(self, clause: BoundClause, setting: Setting, parts: Parts) -> None:
+        self.clause = clause
+        self.model = setting.model
+        self.inventory = setting.inventory
+        self._setting = setting
+        self._parts = parts
+
+    # what the clause is about
+
+    @property
+    def label(self) -> str:
+        return self.clause.label
+
+    def modules(self) -> tuple[ModuleEntry, ...]:
+        """Return the selected modules."""
+        return self.clause.modules(self.inventory)
+
+    def parameters(self) -> tuple[ParameterEntry, ...]:
+        """Return the selected parameters."""
+        return self.clause.parameters(self.inventory)
+
+    def tensor(self, name: str) -> nn.Parameter:
+        """Return the user's parameter object."""
+        return self.model.get_parameter(name)
+
+    def select(self, selector: Selector, target: Literal["modules", "parameters"]) -> tuple[str, ...]:
+        """Return what a selector in a field matches."""
+        from trainc.compiler.select import select
+
+        return select(selector, self.inventory, target)
+
+    # time
+
+    def schedule(self, expression: Expr, place: Place | None = None) -> Scheduled:
+        """Return an expression of the clock, the signals and a place's depth as a function of the clock."""
+        from trainc.dsl.values import to_json
+        from trainc.runtime.schedules import compile_schedule
+
+        evaluate = compile_schedule(to_json(expression), self._setting.units, self._setting.length)
+        signals = self._setting.signals
+        if place is None:
+            return lambda clock: evaluate(clock, signals)
+        fixed = {"depth": place.depth, "block": float(place.block), "blocks": float(place.blocks)}
+        return lambda clock: evaluate(clock, {**signals, **fixed})
+
+    def steps(self, duration: Duration) -> float:
+        """Return a duration in optimizer steps, at the declared batch size."""
+        from trainc.runtime.clock import Duration as ClockDuration
+
+        return self._setting.units.convert(
+            ClockDuration(duration.amount, duration.unit), "steps", self._setting.length
+        )
+
+    def gate(self) -> Gate | None:
+        """Return the clause's `from`, `until` and `every` as a clock gate; None when it has none."""
+        from trainc.runtime.clock import Duration as ClockDuration
+        from trainc.runtime.clock import Gate
+
+        bounds = (self.clause.start, self.clause.stop, self.clause.every)
+        if not any(bounds):
+            return None
+        durations = (None if b is None else ClockDuration.from_json(b) for b in bounds)
+        return Gate.resolve(self._setting.units, self._setting.length, *durations)
+
+    # mechanisms
+
+    def task(self, task: Task) -> None:
+        """Declare the loss."""
+        self._parts.task = task
+
+    def norm_statistics(self, site: NormSite) -> None:
+        """Have per-example squared gradient norms of a normalization layer's parameters in every step's contributions."""
+        if all(known.module != site.module for known in self._parts.rewrite.norms):
+            self._parts.rewrite.norms.append(site)
+
+    def noise(self, module: ModuleEntry, sigma: Expr, share: Literal["token", "none"] = "token") -> None:
+        """Multiply a layer's output by `1 + sigma * normal`, drawn per (view, example, channel)."""
+        site = NoiseSite(module.name, len(self._parts.rewrite.noises), share)
+        self._parts.rewrite.noises.append(site)
+        self._parts.scalars[site.scalar] = self.schedule(sigma, module.place)
+
+    def pair(self, distance: Literal["mse", "kl"], weight: Expr) -> None:
+        """Pass every example twice and add `weight` times the distance of the two outputs to the loss."""
+        self._parts.rewrite.pairing = Pairing(distance)
+        self._parts.scalars[self._parts.rewrite.pairing.weight] = self.schedule(weight)
+
+    def penalty(
+        self,
+        value: Callable[[Inputs, Inputs], Tensor],
+        parameters: Iterable[str],
+        scalars: Mapping[str, Scheduled],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Add a loss term over parameters. Scheduled numbers and constants reach it as named tensors."""
+        self._parts.penalties[self.label] = Penalty(value, tuple(parameters))
+        self._parts.scalars.update(scalars)
+        self._parts.tensors.update(tensors)
+
+    def scale(self, unit: str, parameters: Iterable[str]) -> Scale:
+        """Return a factor of this clause on the rate of `parameters`; it starts at 1."""
+        scale = Scale(self.label, unit)
+        for name in parameters:
+            self._parts.scales.setdefault(name, []).append(scale)
+        return scale
+
+    def compact(self, name: str, compact: Compact) -> None:
+        """Let the optimizer see the selected entries of a parameter in place of the whole."""
+        self._parts.compacts[name] = compact
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Leave parameters untrained."""
+        self._parts.frozen.update(names)
+
+    def optimizer(self, construct: Optimizer, base: Scheduled, decay: dict[str, float]) -> None:
+        """Claim the selected parameters for a torch optimizer."""
+        self._parts.optimizers.append(OptimizerPart(self.clause, construct, base, decay))
+
+    def action(self, action: Action) -> None:
+        """Run an action in every step, in its phase, when the clause's gate is open."""
+        if action.gate is None:
+            action.gate = self.gate()
+        self._parts.actions.append(action)

@@ -1,0 +1,204 @@
+"""The forward graph that passes rewrite: one view of the user's model and task as flat ATen nodes.
+
+Passes work here, before differentiation, because the gradient of a fused operator is then its own registered backward:
+on a whole-step graph every rewrite would have to find and replace the matching backward nodes as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+VIEW_ONE = ("task", "logits")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskForm:
+    """What the passes may know about the task: its name and the numbers a fused loss needs."""
+
+    name: str = "task"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, task: object) -> TaskForm:
+        """Read the form from the attributes a task function carries."""
+        return cls(
+            str(getattr(task, "name", "task")),
+            int(getattr(task, "ignore_index", -100)),
+            float(getattr(task, "label_smoothing", 0.0)),
+        )
+
+
+def identifier(name: str) -> str:
+    """Turn a dotted or coloned name into a Python identifier."""
+    text = re.sub(r"\W", "_", name)
+    return f"_{text}" if not text or text[0].isdigit() else text
+
+
+def plant(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool = True) -> None:
+    """Register `tensor` itself under a dotted name, making empty modules on the way."""
+    *path, leaf = name.split(".")
+    here = root
+    for part in path:
+        if part not in here._modules:
+            if hasattr(here, part):
+                raise ValueError(f"`{name}` cannot keep its name: the graph has its own `{part}`")
+            here.add_module(part, nn.Module())
+        child = here._modules[part]
+        assert child is not None
+        here = child
+    if leaf not in here._parameters and leaf not in here._buffers and hasattr(here, leaf):
+        raise ValueError(f"`{name}` cannot keep its name: the graph has its own `{leaf}`")
+    if isinstance(tensor, nn.Parameter):
+        here._parameters[leaf] = tensor
+    else:
+        here.register_buffer(leaf, tensor, persistent=persistent)
+
+
+@dataclass(slots=True)
+class ForwardGraph:
+    """The graph, the tensors its get_attr nodes name, and what stands at its ends.
+
+    `outputs` names the output node's values; `scalars` and `probes` map a name to its placeholder.
+    `examples` is the batch size, before it is repeated for `views`.
+    """
+
+    module: fx.GraphModule
+    tensors: dict[str, Tensor]
+    canonical: Mapping[str, str]
+    values: dict[str, Tensor]
+    available: Mapping[str, Tensor]
+    task: TaskForm
+    examples: int
+    views: int
+    mode: Any
+    outputs: tuple[str, ...] = VIEW_ONE
+    scalars: dict[str, fx.Node] = field(default_factory=dict)
+    probes: dict[str, fx.Node] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """Return the graph under rewriting."""
+        return self.module.graph
+
+    @property
+    def rows(self) -> int:
+        """Return the leading size of a tensor that holds every view of every example."""
+        return self.examples * self.views
+
+    @property
+    def output(self) -> fx.Node:
+        """Return the output node."""
+        return self.graph.output_node()
+
+    def result(self, name: str) -> fx.Node:
+        """Return the node behind a named output."""
+        node = self.output.args[0][self.outputs.index(name)]  # type: ignore[index]
+        assert isinstance(node, fx.Node)
+        return node
+
+    def set_results(self, results: Mapping[str, fx.Node]) -> None:
+        """Replace the outputs."""
+        self.outputs = tuple(results)
+        self.output.args = (tuple(results.values()),)
+
+    def tensor_name(self, node: object) -> str | None:
+        """Return the user's name of the parameter or buffer that a node reads."""
+        while isinstance(node, fx.Node) and node.target in _SAME_TENSOR:
+            node = node.args[0]
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return str(node.target)
+        return None
+
+    def scalar(self, name: str) -> fx.Node:
+        """Return the placeholder of a 0-d input, adding it on first use."""
+        if name not in self.scalars:
+            if name not in self.available:
+                raise KeyError(f"the graph needs the scalar `{name}`, which was not given")
+            self.scalars[name] = self._placeholder(f"scalar_{name}", self.available[name])
+        return self.scalars[name]
+
+    def probe(self, module: str, value: Tensor) -> fx.Node:
+        """Add the probe of a module, an input of zeros whose gradient carries the measurement."""
+        self.probes[module] = self._placeholder(f"probe_{module}", value)
+        return self.probes[module]
+
+    def _placeholder(self, name: str, value: Tensor) -> fx.Node:
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(identifier(name))
+        self.values[node.name] = self.mode.from_tensor(value, static_shapes=True)
+        node.meta["val"] = self.values[node.name]
+        return node
+
+    def propagate(self) -> None:
+        """Compute every node's value under fake tensors into `meta["val"]`."""
+        with torch.no_grad(), self.mode:
+            _Propagate(self).run()
+
+    def calls(self) -> Iterator[fx.Node]:
+        """Iterate over the operator calls, in order, as they are now."""
+        return iter([node for node in self.graph.nodes if node.op == "call_function"])
+
+
+class Run(fx.Interpreter):
+    """Executes a forward graph with given tensors in place of its get_attr and placeholder nodes."""
+
+    def __init__(self, forward: ForwardGraph, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        super().__init__(forward.module)
+        self.tensors = tensors
+        self.given = values
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return the value given for an input."""
+        return self.given[str(target)]
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return the tensor given for an attribute; nested graphs come from the module."""
+        found = self.tensors.get(target)
+        return super().get_attr(target, args, kwargs) if found is None else found
+
+
+class _Propagate(Run):
+    def __init__(self, forward: ForwardGraph) -> None:
+        mode = forward.mode
+        fakes = {
+            name: mode.from_tensor(tensor, static_shapes=True)
+            for name, tensor in forward.tensors.items()
+        }
+        super().__init__(forward, fakes, forward.values)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node and keep what it gave."""
+        value = super().run_node(n)
+        if n.op != "output":
+            n.meta["val"] = value
+        return value
+
+
+_SAME_TENSOR = {
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.view_as.default,
+}
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the user's module in whose forward a node was made; "" is the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry, _ in stack.values():
+        path = entry
+    return path
+
+
+def module_paths(node: fx.Node) -> tuple[str, ...]:
+    """Return every module a node is inside of, outermost first, calls marked `@1` and so on."""
+    return tuple(entry for entry, _ in (node.meta.get("nn_module_stack") or {}).values())

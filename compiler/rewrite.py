@@ -1,0 +1,70 @@
+"""What a plan asks of the model's forward pass: the contract between lowering, binding and the graph passes.
+
+Constructs add to a `Rewrite`; `bind` realises it with drop-in modules, `capture` with graph passes. Both call the same
+operators with the same site numbers, so both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class NormSite:
+    """A normalization layer whose per-example squared gradient norms are wanted.
+
+    `weight` and `bias` are the parameters' names in the user's model, or None where the layer has none.
+    """
+
+    module: str
+    form: Literal["layer", "rms"]
+    weight: str | None
+    bias: str | None
+    eps: float | None
+    casting: Literal["none", "llama"] = "none"
+
+    @property
+    def parameters(self) -> tuple[str | None, ...]:
+        """Return the parameter behind each probe column."""
+        return (self.weight, self.bias) if self.form == "layer" else (self.weight,)
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSite:
+    """A layer whose output is multiplied by `1 + sigma * normal`; `index` is its site number in the counter."""
+
+    module: str
+    index: int
+    share: Literal["token", "none"] = "token"
+
+    @property
+    def scalar(self) -> str:
+        """Return the name of the 0-d tensor that carries this site's sigma."""
+        return f"sigma:{self.module}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Two views of every example and a distance between their outputs."""
+
+    distance: Literal["mse", "kl"]
+    weight: str = "weight:consistency"
+    views: int = 2
+
+
+@dataclass(slots=True)
+class Rewrite:
+    """Everything a plan changes in the forward pass; empty means the user's model runs untouched."""
+
+    norms: list[NormSite] = field(default_factory=list)
+    noises: list[NoiseSite] = field(default_factory=list)
+    pairing: Pairing | None = None
+
+    @property
+    def views(self) -> int:
+        """Return how many copies of each example pass through the model."""
+        return self.pairing.views if self.pairing else 1
+
+    def __bool__(self) -> bool:
+        return bool(self.norms or self.noises or self.pairing)

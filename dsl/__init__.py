@@ -1,0 +1,1 @@
+"""Words: text to checked spec. Imports neither torch nor any other layer."""

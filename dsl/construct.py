@@ -1,0 +1,125 @@
+"""What every construct declares. A subclass is schema, documentation and meaning at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from trainc.dsl.fields import (
+    Fraction,
+    Schedule,
+    ScopedNumbers,
+    Selector,
+)
+from trainc.dsl.values import Duration, ImportPath, Range, to_json
+
+__all__ = [
+    "KINDS",
+    "PHASES",
+    "RESOURCES",
+    "Catalog",
+    "Construct",
+    "Duration",
+    "Effect",
+    "Fraction",
+    "ImportPath",
+    "Problem",
+    "Range",
+    "Schedule",
+    "ScopedNumbers",
+    "Selector",
+]
+
+KINDS = (
+    "model", "data", "loss", "run", "optimizer", "lr", "regularize", "perturb", "normalize",
+    "noise_scale", "mask", "adapt", "observe", "distribute",
+)  # fmt: skip
+PHASES = (
+    "batch", "rates", "perturb", "forward", "backward", "undo", "reduce", "gradients", "optimizer",
+    "deltas", "exchange", "observe",
+)  # fmt: skip
+RESOURCES = frozenset(
+    "batch clock rate params inputs views forward loss probe gradient optimizer_state delta metrics".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One action of a construct: its phase of the step, what it reads and writes, and what nobody else may write.
+
+    `excludes` names resources that must stay as the model made them for the action to mean anything.
+    """
+
+    phase: str
+    action: str
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"`{self.phase}` is not a phase; phases are {', '.join(PHASES)}")
+        for resource in (*self.reads, *self.writes, *self.excludes):
+            if resource not in RESOURCES and not resource.startswith("signal:"):
+                raise ValueError(f"`{resource}` is not a resource of the step")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A construct's own objection; the compiler places it on the clause, or on one field of it."""
+
+    rule: str
+    message: str
+    field: str | None = None
+    notes: tuple[str, ...] = ()
+    help: str | None = None
+    severity: Literal["error", "warning"] = "error"
+
+
+class Construct(BaseModel):
+    """One construct of the language; the class's own file is the whole of it."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", defer_build=True, validate_default=True, protected_namespaces=()
+    )
+
+    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    cite: ClassVar[str] = ""
+    example: ClassVar[str] = ""
+    targets: ClassVar[Literal["none", "modules", "parameters"]] = "none"
+    default_on: ClassVar[str | None] = None
+    identity: ClassVar[Mapping[str, str]] = {}
+    signals: ClassVar[Mapping[str, str]] = {}
+    effects: ClassVar[tuple[Effect, ...]] = ()
+    open_fields: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        """Return what a spec calls it: `regularize pace`."""
+        return f"{self.kind} {self.name}" if self.kind != self.name else self.kind
+
+    def is_identity(self) -> bool:
+        """Say whether a field has the value that `identity` says makes the clause do nothing."""
+        return any(self._equals(field, text) for field, text in self.identity.items())
+
+    def _equals(self, field: str, text: str) -> bool:
+        """Compare by JSON, reading `text` as this field would."""
+        from trainc.dsl.fields import read_field
+
+        value = read_field(type(self).model_fields[field], text)
+        return bool(to_json(getattr(self, field)) == to_json(value))
+
+    def validate_targets(self, bound: Any) -> Iterable[Problem]:
+        """Yield objections to what `on` selected in the bound model."""
+        return ()
+
+    def lower(self, to: Any) -> None:
+        """Add actions and graph rewrites to a `Lowering`."""
+        raise NotImplementedError(f"`{self.title}` does not say how it is lowered")
+
+
+Catalog = Mapping[tuple[str, str], type[Construct]]

@@ -1,0 +1,3 @@
+"""Every rule a diagnostic can name."""
+
+RULES: dict[str, object] = {}

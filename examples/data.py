@@ -1,0 +1,233 @@
+"""Data that is already on the machine: nothing is downloaded, everything is deterministic.
+
+Each function also answers `describe(**arguments)`, the size of its training part, without
+loading it.
+"""
+
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Part(Protocol):
+    """Examples that can be fetched by index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the inputs and the targets at `indices`, example axis first."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What trains and what is held out; the two share no example.
+
+    `sha256` names what was read, where that depends on the machine.
+    """
+
+    train: Part
+    evaluation: Part
+    tokens_per_sample: int = 1
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs and targets held in memory."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the examples at `indices`."""
+        at = torch.as_tensor(indices)
+        return self.inputs[at], self.targets[at]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Consecutive windows of a text; the target of each byte is the byte after it."""
+
+    text: Tensor
+    context: int
+
+    def __len__(self) -> int:
+        return _windows(len(self.text), self.context)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return ids (B, context) and next ids (B, context)."""
+        starts = torch.as_tensor(indices) * self.context
+        rows = self.text[starts[:, None] + torch.arange(self.context + 1)].long()
+        return rows[:, :-1], rows[:, 1:]
+
+
+def _windows(length: int, context: int) -> int:
+    return max(0, (length - 1) // context)
+
+
+@cache
+def _sources() -> tuple[Path, ...]:
+    """List the standard library's own modules, without tests and code tables.
+
+    The order is that of a hash of the path: alphabetical order would cut whole topics off the
+    end, and the held-out part would be unlike the rest.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"__pycache__", "encodings", "idle_test", "pydoc_data", "test", "tests"}
+    found = []
+    for folder, folders, files in os.walk(root):
+        if Path(folder) == root:  # site-packages and files generated for this machine lie here too
+            folders[:] = [name for name in folders if name in sys.stdlib_module_names]
+            files = [name for name in files if name.removesuffix(".py") in sys.stdlib_module_names]
+        folders[:] = [name for name in folders if name not in left_out]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    names = {path: path.relative_to(root).as_posix() for path in found}
+    return tuple(sorted(found, key=lambda path: hashlib.sha256(names[path].encode()).digest()))
+
+
+def _code(limit: int) -> bytes:
+    text = bytearray()
+    for path in _sources():
+        if len(text) >= limit:
+            break
+        text += path.read_bytes()
+    return bytes(text[:limit])
+
+
+def _prose(limit: int) -> bytes:
+    from pydoc_data.topics import topics
+
+    return "\n".join(text for _, text in sorted(topics.items())).encode()[:limit]
+
+
+def _cut(length: int, evaluation_share: float) -> int:
+    """Return where the training part ends."""
+    return length - int(length * evaluation_share)
+
+
+def stdlib(
+    context: int = 128,
+    part: Literal["code", "prose"] = "code",
+    evaluation_share: float = 0.1,
+    limit_bytes: int = 4_000_000,
+) -> Data:
+    """Read Python's own library, byte by byte: its sources (`code`) or its reference (`prose`).
+
+    The vocabulary is the 256 bytes. The text changes with the Python version: `sha256` says which.
+    """
+    text = _code(limit_bytes) if part == "code" else _prose(limit_bytes)
+    ids = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
+    middle = _cut(len(ids), evaluation_share)
+    return Data(
+        Windows(ids[:middle], context),
+        Windows(ids[middle:], context),
+        tokens_per_sample=context,
+        sha256=hashlib.sha256(text).hexdigest(),
+    )
+
+
+def _describe_stdlib(
+    context: int = 128,
+    part: Literal["code", "prose"] = "code",
+    evaluation_share: float = 0.1,
+    limit_bytes: int = 4_000_000,
+) -> dict[str, int]:
+    if part == "code":
+        length = min(limit_bytes, sum(path.stat().st_size for path in _sources()))
+    else:
+        length = len(_prose(limit_bytes))
+    samples = _windows(_cut(length, evaluation_share), context)
+    return {"samples": samples, "tokens_per_sample": context}
+
+
+stdlib.describe = _describe_stdlib  # type: ignore[attr-defined]
+
+DIGITS = 1797
+
+
+def digits(evaluation_share: float = 0.2, seed: int = 0) -> Data:
+    """Load scikit-learn's handwritten digits: images (B, 1, 8, 8), mean 0, deviation 1, 10 classes.
+
+    `seed` decides which images are held out.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
+    labels = torch.as_tensor(classes, dtype=torch.long)
+    order = torch.randperm(DIGITS, generator=torch.Generator().manual_seed(seed))
+    middle = _cut(DIGITS, evaluation_share)
+    train, held_out = order[:middle], order[middle:]
+    images = (images - images[train].mean()) / images[train].std()
+    return Data(Examples(images[train], labels[train]), Examples(images[held_out], labels[held_out]))
+
+
+def _describe_digits(evaluation_share: float = 0.2, seed: int = 0) -> dict[str, int]:
+    return {"samples": _cut(DIGITS, evaluation_share), "tokens_per_sample": 1}
+
+
+digits.describe = _describe_digits  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Teacher(Data):
+    """Regression on a linear teacher: y = x . weight + noise * e, with x and e standard normal."""
+
+    weight: Tensor = torch.empty(0)
+    noise: float = 0.0
+
+    def moments(self, weight: Tensor) -> tuple[float, float]:
+        """Return tr(Sigma) and |G|^2 of the squared error of a linear student at `weight`.
+
+        With d dimensions and distance s = |weight - teacher|, the gradient of one example's
+        (x . weight - y)^2 has mean G, |G|^2 = 4 s^2, and covariance Sigma,
+        tr(Sigma) = 4 ((d + 1) s^2 + d noise^2), over fresh draws of x and e. The simple noise
+        scale of a batch is their ratio.
+        """
+        squared = float((weight.flatten().double() - self.weight.double()).square().sum())
+        d = self.weight.numel()
+        return 4 * ((d + 1) * squared + d * self.noise**2), 4 * squared
+
+
+def teacher(
+    samples: int = 16384, dimension: int = 32, noise: float = 0.5, seed: int = 0
+) -> Teacher:
+    """Draw inputs (B, dimension) and targets (B, 1) from a linear teacher of unit length.
+
+    One example is held out for every eight that train. A student at zero sees
+    tr(Sigma) = 4 (dimension + 1 + dimension * noise^2) and |G|^2 = 4.
+    """
+    source = torch.Generator().manual_seed(seed)
+    total = samples + samples // 8
+    weight = torch.randn(dimension, generator=source)
+    weight /= weight.norm()
+    inputs = torch.randn(total, dimension, generator=source)
+    targets = inputs @ weight[:, None] + noise * torch.randn(total, 1, generator=source)
+    return Teacher(
+        Examples(inputs[:samples], targets[:samples]),
+        Examples(inputs[samples:], targets[samples:]),
+        weight=weight,
+        noise=noise,
+    )
+
+
+def _describe_teacher(
+    samples: int = 16384, dimension: int = 32, noise: float = 0.5, seed: int = 0
+) -> dict[str, int]:
+    return {"samples": samples, "tokens_per_sample": 1}
+
+
+teacher.describe = _describe_teacher  # type: ignore[attr-defined]

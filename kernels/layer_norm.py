@@ -1,0 +1,247 @@
+"""LayerNorm whose backward can also return per-example squared gradient norms.
+
+Contract. `x` is (B, ..., *normalized_shape), floating; `weight` and `bias` are normalized_shape or None;
+`probe` is None or (B, 2) zeros in float32 (float64 for float64 x). An example is dim 0 of x. The gradient
+of `probe` is, per example, the squared norm of its contribution to weight.grad (column 0) and bias.grad
+(column 1), in the units of those gradients: nothing is multiplied by B. The statistic leaves backward as
+a gradient, so it composes with whatever autograd composes with (Gray et al. 2024, arXiv 2411.00999,
+compute the same numbers with a mutated buffer).
+
+Without a probe the arithmetic is ATen's, forward and backward, bit for bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainc.kernels.support import (
+    REDUCED,
+    absent,
+    accumulation_dtype,
+    check_norm,
+    fold,
+    per_example_sums,
+    squared_norms,
+    statistic_shape,
+)
+
+COLUMNS = 2
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    probe: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """LayerNorm of x over its last dims, same shape and dtype; see the module for `probe`."""
+    y: Tensor = torch.ops.trainc.layer_norm(x, list(normalized_shape), weight, bias, probe, eps)[0]
+    return y
+
+
+def reference(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dy: Tensor,
+    eps: float,
+) -> dict[str, Tensor]:
+    """y, dx, dweight, dbias and the (B, 2) norms by definition, in the dtype of x."""
+    dims = tuple(range(x.dim() - len(normalized_shape), x.dim()))
+    centred = x - x.mean(dims, keepdim=True)
+    rstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    unit = centred * rstd
+    y = unit if weight is None else unit * weight
+    y = y if bias is None else y + bias
+    g = dy if weight is None else dy * weight
+    dx = rstd * (g - g.mean(dims, keepdim=True) - unit * (g * unit).mean(dims, keepdim=True))
+    rows = tuple(range(1, dims[0]))
+    each = [part.sum(rows) if rows else part for part in (dy * unit, dy)]
+    given = (weight is not None, bias is not None)
+    norms = [
+        part.square().flatten(1).sum(1) * present for part, present in zip(each, given, strict=True)
+    ]
+    return {
+        "y": y,
+        "dx": dx,
+        "dweight": each[0].sum(0),
+        "dbias": each[1].sum(0),
+        "norms": torch.stack(norms, 1),
+    }
+
+
+def _statistic_dtype(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None
+) -> torch.dtype:
+    """ATen's CPU kernel keeps statistics in x's dtype unless a parameter is wider; a probe asks for float32."""
+    wide = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
+    if x.device.type == "cpu" and x.dtype in REDUCED and probe is None and not wide:
+        return x.dtype
+    return accumulation_dtype(x.dtype)
+
+
+def _widened(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Affine tensors as ATen's mixed-precision CPU kernel takes them: float32 beside 16-bit x, same result."""
+    if x.dtype not in REDUCED:
+        return weight, bias
+    wide = (
+        torch.ones(list(normalized_shape), dtype=torch.float32, device=x.device)
+        if weight is None
+        else weight.float()
+    )
+    return wide, None if bias is None else bias.float()
+
+
+@torch.library.custom_op("trainc::layer_norm", mutates_args=(), device_types="cpu")
+def _forward(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_norm(x, normalized_shape, weight, bias, probe, COLUMNS)
+    if probe is not None:
+        weight, bias = _widened(x, normalized_shape, weight, bias)
+    return torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_norm(x, normalized_shape, weight, bias, probe, COLUMNS)
+    dtype = _statistic_dtype(x, weight, bias, probe)
+    mean = x.new_empty(statistic_shape(x, normalized_shape), dtype=dtype)
+    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("trainc::layer_norm_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and the (B, 2) norms; masked-out or undefined results have no elements."""
+    dy, x = dy.contiguous(), x.contiguous()
+    folded = fold(x, normalized_shape)
+    wide_weight, wide_bias = _widened(x, normalized_shape, weight, bias)
+    dx = absent(x)
+    if output_mask[0]:
+        dx = torch.ops.aten.native_layer_norm_backward(
+            dy, x, normalized_shape, mean, rstd, wide_weight, wide_bias, [True, False, False]
+        )[0]
+    gain = shift = None
+    if weight is not None:
+        gain, shift = per_example_sums(dy, x, mean, rstd, folded, bias is not None)
+    elif bias is not None:
+        shift = dy.reshape(folded.shape).sum(1, dtype=rstd.dtype)
+    norms = squared_norms((gain, shift), folded.examples, rstd)
+    return dx, _total(gain, weight, output_mask[1], x), _total(shift, bias, output_mask[2], x), norms
+
+
+def _total(each: Tensor | None, parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
+    """The batch's gradient as the sum of the examples' contributions, in the parameter's dtype and shape."""
+    if each is None or parameter is None or not wanted:
+        return absent(x)
+    return each.sum(0).to(parameter.dtype).view(parameter.shape)
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = (
+        t.new_empty(t.shape) if t is not None and wanted else absent(x)
+        for t, wanted in zip((x, weight, bias), output_mask, strict=True)
+    )
+    return dx, dweight, dbias, rstd.new_empty((x.shape[0], COLUMNS))
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, normalized_shape, weight, bias, probe, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, mean, rstd, weight, bias)
+    ctx.normalized_shape, ctx.probed = list(normalized_shape), probe is not None
+
+
+def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * 6
+    x, mean, rstd, weight, bias = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    mask = [wants[0], weight is not None and wants[2], bias is not None and wants[3]]
+    arguments = (dy, x, ctx.normalized_shape, mean, rstd, weight, bias, mask)
+    if ctx.probed:
+        dx, dweight, dbias, norms = torch.ops.trainc.layer_norm_backward(*arguments)
+    else:
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(*arguments)
+        norms = None
+    kept = [g if wanted else None for g, wanted in zip((dx, dweight, dbias), mask, strict=True)]
+    return kept[0], None, kept[1], kept[2], norms if wants[4] else None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+# torch.autocast's own rules: float32 on CUDA, left alone on CPU where ATen takes mixed precision.
+torch.library.register_autocast("trainc::layer_norm", "cuda", torch.float32)
+
+
+@_forward.register_kernel("cuda")
+def _(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_norm(x, normalized_shape, weight, bias, probe, COLUMNS)
+    if probe is None:
+        return torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    from trainc.kernels import triton_norm
+
+    return triton_norm.layer_norm_forward(x, normalized_shape, weight, bias, eps)
+
+
+@_backward.register_kernel("cuda")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from trainc.kernels import triton_norm
+
+    return triton_norm.layer_norm_backward(
+        dy, x, normalized_shape, mean, rstd, weight, bias, output_mask
+    )

@@ -1,0 +1,1 @@
+"""Time: a program, run one training step at a time."""

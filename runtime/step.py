@@ -1,0 +1,112 @@
+"""The step machine: runs the actions of one optimizer step in phase order and keeps what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainc.runtime.action import Action, Phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    from trainc.runtime.clock import Clock
+
+
+@dataclass(slots=True)
+class Contribution:
+    """What one micro-batch left behind: its examples' loss weights and per-example squared norms by parameter.
+
+    `weights` has shape (examples,) and sums to the micro-batch's share; `squares[name]` has shape (examples,).
+    """
+
+    weights: Tensor
+    squares: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class Step:
+    """One optimizer step as its actions see it."""
+
+    clock: Clock
+    parameters: Mapping[str, Parameter]
+    signals: dict[str, float]
+    batch_size: int
+    micro_size: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    contributions: list[Contribution] = field(default_factory=list)
+    series: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    loss: float = 0.0
+    stop: str | None = None
+    save: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+class StepMachine:
+    """Runs actions by phase; `begin` opens a step (phases 1 to 3), `finish` closes it (6 to 12)."""
+
+    def __init__(self, actions: Sequence[Action], clock: Clock, parameters: Mapping[str, Parameter]) -> None:
+        self.actions = tuple(sorted(actions, key=lambda action: action.phase))
+        names = [action.name for action in self.actions]
+        repeated = {name for name in names if names.count(name) > 1}
+        if repeated:
+            raise ValueError(f"two actions share a name: {', '.join(sorted(repeated))}")
+        self.clock = clock
+        self.parameters = parameters
+        self.signals: dict[str, float] = {}
+        self.batch_size = 0
+        self.micro_size = 0
+        self.current: Step | None = None
+
+    def begin(self) -> Step:
+        """Open a step if none is open and run what comes before the forward pass."""
+        if self.current is None:
+            self.current = Step(self.clock, self.parameters, self.signals, self.batch_size, self.micro_size)
+            self._run(self.current, Phase.BATCH, Phase.PERTURB)
+            self.batch_size = self.current.batch_size
+        return self.current
+
+    def finish(self) -> Step:
+        """Run what follows the backward pass, advance the clock and close the step."""
+        step = self.current
+        if step is None:
+            raise RuntimeError("nothing to update: call `program.loss(batch)` and its `backward()` first")
+        self._run(step, Phase.UNDO, Phase.OBSERVE)
+        self.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
+        self.signals["loss"] = step.loss
+        self.current = None
+        return step
+
+    def abandon(self) -> None:
+        """Close the open step without an update."""
+        self.current = None
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {action.name: action.state_dict() for action in self.actions}
+        return {
+            "clock": self.clock.state_dict(),
+            "signals": dict(self.signals),
+            "batch_size": self.batch_size,
+            "actions": {name: state for name, state in states.items() if state},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        known = {action.name for action in self.actions}
+        foreign = set(state["actions"]) - known
+        if foreign:
+            raise ValueError(f"the checkpoint has state of {', '.join(sorted(foreign))}, which this program does not run")
+        self.clock.load_state_dict(state["clock"])
+        self.signals.clear()
+        self.signals.update(state["signals"])
+        self.batch_size = int(state["batch_size"])
+        for action in self.actions:
+            action.load_state_dict(state["actions"].get(action.name, {}))
+
+    def _run(self, step: Step, first: Phase, last: Phase) -> None:
+        for action in self.actions:
+            if first <= action.phase <= last and (action.gate is None or action.gate.fires(self.clock)):
+                action.run(step)

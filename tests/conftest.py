@@ -1,0 +1,54 @@
+"""Set-up shared by all tests; it runs before anything imports torch or triton."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+
+# `python -m pytest` puts the checkout on sys.path, where our folders would shadow other
+# people's packages (Hugging Face ships a top-level `kernels`) and hide a broken installation.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+# Specs name `examples.models:gpt`, which resolves from the checkout. Tests get this one package
+# and not its neighbours.
+_examples = importlib.util.spec_from_file_location("examples", ROOT / "examples/__init__.py")
+assert _examples
+assert _examples.loader
+sys.modules["examples"] = importlib.util.module_from_spec(_examples)
+_examples.loader.exec_module(sys.modules["examples"])
+
+# Results must not depend on the number of cores, and the workers share them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+settings.register_profile("trainc", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("trainc")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite expected output")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this process cannot run.
+
+    Triton reads TRITON_INTERPRET when it is first imported, and its interpreter and its compiler
+    exclude each other, so `interpreter` and `offline` tests need two processes: `make test`
+    starts both.
+    """
+    triton = importlib.util.find_spec("triton") is not None
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    models = importlib.util.find_spec("transformers") is not None
+    reasons = {
+        "interpreter": (triton and interpreting, "needs triton and TRITON_INTERPRET=1"),
+        "offline": (triton and not interpreting, "needs triton and its compiler"),
+        "models": (models, "needs transformers"),
+    }
+    for item in items:
+        for marker, (able, reason) in reasons.items():
+            if not able and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

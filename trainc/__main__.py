@@ -1,0 +1,6 @@
+"""`python -m trainc` is the `trainc` command."""
+
+from trainc.cli.app import main
+
+if __name__ == "__main__":
+    main()

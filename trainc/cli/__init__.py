@@ -1,0 +1,1 @@
+"""The command line: one module per verb, each with `register(app)`; app.py dispatches."""

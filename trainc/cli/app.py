@@ -1,0 +1,98 @@
+"""The `trainc` command: imports the module of the verb asked for and no other.
+
+Exit codes: 0 done, 1 the spec or its surroundings are wrong, 2 the command line is wrong,
+130 interrupted.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from trainc.dsl.diagnostics import SpecError
+
+SUMMARIES = {
+    "check": "Report every mistake in a spec.",
+    "fmt": "Rewrite a spec in its canonical form.",
+    "explain": "Describe a construct or a diagnostic.",
+    "plan": "Show what a spec does to its model, without training.",
+    "compile": "Save the program a spec compiles to.",
+    "run": "Train.",
+    "verify": "Compare the compiled model with the original on real input.",
+    "report": "Summarise a finished run.",
+}
+
+
+class Verbs(TyperGroup):
+    """The verbs on disk, listed without importing them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the verbs in the order people meet them."""
+        return [v for v in SUMMARIES if Path(__file__).with_name(f"{v}.py").exists()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a stand-in that is enough for help and suggestions."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return TyperCommand(cmd_name, help=SUMMARIES[cmd_name])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Replace the stand-in by the real command of the one verb that runs."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and _load(str(name)), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb, turning what users can cause into a message and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except SpecError as error:
+            print(str(error).strip("\n"), file=sys.stderr)
+            raise typer.Exit(1) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"trainc: {error.filename}: {error.strerror}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+def _load(verb: str) -> Any:
+    scope = typer.Typer(rich_markup_mode=None)
+    import_module(f"trainc.cli.{verb}").register(scope)
+    return typer.main.get_group(scope).commands[verb]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"trainc {version('trainc')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Verbs,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(help="A compiler for training methods.")
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Take what comes before the verb."""
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    app(prog_name="trainc")
