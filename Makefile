@@ -9,6 +9,7 @@ INPUTS := pyproject.toml constraints.txt
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev
+	@echo ".venv is ready"
 
 # What running a spec needs.
 $(VENV)/.run: $(INPUTS)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.inventory import Inventory, ModuleEntry, ParameterEntry
 
 if TYPE_CHECKING:
-    from trainc.dsl.construct import Construct
+    from trainc.dsl.construct import Catalog, Construct
     from trainc.dsl.source import Span
 
 
@@ -63,3 +64,19 @@ class Targets:
     inventory: Inventory
     modules: tuple[ModuleEntry, ...]
     parameters: tuple[ParameterEntry, ...]
+
+
+def from_json(data: Mapping[str, Any], catalog: Catalog) -> BoundClause:
+    """Return the bound clause that `to_json` wrote; raises ValueError when its construct is not installed."""
+    key = (data["kind"], data["construct"])
+    if key not in catalog:
+        raise ValueError(f"this program uses `{' '.join(key)}`, which is not installed here")
+    return BoundClause(
+        construct=catalog[key].model_validate(data["fields"]),
+        label=data["label"],
+        targets=tuple(data["targets"]),
+        start=data["start"],
+        stop=data["stop"],
+        every=data["every"],
+        dropped=data["dropped"],
+    )

@@ -132,10 +132,17 @@ class Lowering:
 
     def schedule(self, expression: Expr, place: Place | None = None) -> Scheduled:
         """Return an expression of the clock, the signals and a place's depth as a function of the clock."""
+        from trainc.compiler.timing import UNBOUNDED, ends_with_the_run
         from trainc.dsl.values import to_json
         from trainc.runtime.schedules import compile_schedule
 
-        evaluate = compile_schedule(to_json(expression), self._setting.units, self._setting.length)
+        data = to_json(expression)
+        length = self._setting.length
+        if length is None:
+            if ends_with_the_run(data):
+                raise ValueError("the schedule ends with the run, and this spec has no `run` clause")
+            length = UNBOUNDED
+        evaluate = compile_schedule(data, self._setting.units, length)
         signals = self._setting.signals
         if place is None:
             return lambda clock: evaluate(clock, signals)

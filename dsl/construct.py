@@ -14,6 +14,7 @@ from trainc.dsl.fields import (
     ScopedNumbers,
     Selector,
 )
+from trainc.dsl.kinds import KINDS, PHASES, RESOURCES
 from trainc.dsl.values import Duration, ImportPath, Range, to_json
 
 __all__ = [
@@ -32,19 +33,6 @@ __all__ = [
     "ScopedNumbers",
     "Selector",
 ]
-
-KINDS = (
-    "model", "data", "loss", "run", "optimizer", "lr", "regularize", "perturb", "normalize",
-    "noise_scale", "mask", "adapt", "observe", "distribute",
-)  # fmt: skip
-PHASES = (
-    "batch", "rates", "perturb", "forward", "backward", "undo", "reduce", "gradients", "optimizer",
-    "deltas", "exchange", "observe",
-)  # fmt: skip
-RESOURCES = frozenset(
-    "batch clock rate params inputs views forward loss probe gradient optimizer_state delta metrics".split()
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Effect:
@@ -116,6 +104,10 @@ class Construct(BaseModel):
     def validate_targets(self, bound: Any) -> Iterable[Problem]:
         """Yield objections to what `on` selected in the bound model."""
         return ()
+
+    def acts(self, effect: Effect) -> bool:
+        """Say whether this clause, with these fields, performs one of its kind's effects."""
+        return True
 
     def lower(self, to: Any) -> None:
         """Add actions and graph rewrites to a `Lowering`."""

@@ -2,289 +2,82 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pydantic_core import CoreSchema
+from trainc.dsl.expressions import (
+    BINARY,
+    COMPARISONS,
+    Binary,
+    Call,
+    Expr,
+    Items,
+    Name,
+    Number,
+    Quantity,
+    Unary,
+    called,
+    walk,
+)
+from trainc.dsl.quantities import UNITS, Duration, ImportPath, Range, Value, tidy
+from trainc.dsl.selectors import (
+    ROLES,
+    All,
+    DepthRange,
+    Difference,
+    Expect,
+    Glob,
+    Intersection,
+    Ndim,
+    OfType,
+    Role,
+    Scoped,
+    Selector,
+    Trainable,
+    Union,
+    Where,
+)
 
-UNITS = ("steps", "samples", "tokens", "epochs", "seconds", "run")
-ROLES = ("norm", "bias", "embedding", "attention", "mlp", "head")
-BINARY = ("or", "and", "<", ">", "<=", ">=", "==", "is", "then", "+", "-", "*", "/")
+__all__ = [
+    "BINARY",
+    "COMPARISONS",
+    "ROLES",
+    "UNITS",
+    "All",
+    "Binary",
+    "Call",
+    "DepthRange",
+    "Difference",
+    "Duration",
+    "Expect",
+    "Expr",
+    "Glob",
+    "ImportPath",
+    "Intersection",
+    "Items",
+    "Name",
+    "Ndim",
+    "Number",
+    "OfType",
+    "Quantity",
+    "Range",
+    "Role",
+    "Scoped",
+    "Selector",
+    "Trainable",
+    "Unary",
+    "Union",
+    "Value",
+    "Where",
+    "called",
+    "expr_from_json",
+    "from_json",
+    "selector_from_json",
+    "tidy",
+    "to_json",
+    "walk",
+]
 
 Json = Any
-
-
-def tidy(value: float) -> float:
-    """Return a finite number, as an int where it is whole, so that 2 and 2.0 are one value."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"expected a number, found {value!r}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite:
-        raise ValueError("the number is too large")
-    return int(value) if value == int(value) and abs(value) < 2**53 else float(value)
-
-
-class Value:
-    """What all values share: text in the language, and a schema for pydantic fields."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        from trainc.dsl.format import format_value
-
-        return format_value(self)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
-        from trainc.dsl.fields import schema_of
-
-        return schema_of(cls)
-
-
-@dataclass(frozen=True, slots=True)
-class Duration(Value):
-    """A stretch of training; unit `run` is a fraction of the whole run, written `5%`."""
-
-    amount: float
-    unit: str
-
-    def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise ValueError(f"`{self.unit}` is not a unit; units are {', '.join(UNITS)}")
-        object.__setattr__(self, "amount", tidy(self.amount))
-
-
-
-@dataclass(frozen=True, slots=True)
-class Range(Value):
-    """The numbers from `low` to `high`, both included."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "low", tidy(self.low))
-        object.__setattr__(self, "high", tidy(self.high))
-        if self.low > self.high:
-            raise ValueError(f"the range ends at {self.high}, before it begins at {self.low}")
-
-
-@dataclass(frozen=True, slots=True)
-class ImportPath(Value):
-    """A Python object by name, written `"module:attribute"`; naming it imports nothing."""
-
-    module: str
-    attribute: str
-
-    def __post_init__(self) -> None:
-        for part in (self.module, self.attribute):
-            if not all(name.isidentifier() for name in part.split(".")):
-                raise ValueError(f"`{part}` is not a dotted Python name")
-
-
-# Expressions ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Number(Value):
-    """A plain number."""
-
-    value: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "value", tidy(self.value))
-
-
-@dataclass(frozen=True, slots=True)
-class Quantity(Value):
-    """A duration inside an expression."""
-
-    duration: Duration
-
-
-@dataclass(frozen=True, slots=True)
-class Name(Value):
-    """A name: `depth`, a signal such as `gns` or `gns.noise`."""
-
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Call(Value):
-    """A function of the language; keyword arguments are kept sorted by name."""
-
-    function: str
-    args: tuple[Expr, ...] = ()
-    kwargs: tuple[tuple[str, Expr], ...] = ()
-
-    def __post_init__(self) -> None:
-        pairs = self.kwargs.items() if isinstance(self.kwargs, Mapping) else self.kwargs
-        object.__setattr__(self, "args", tuple(self.args))
-        object.__setattr__(self, "kwargs", tuple(sorted(pairs)))
-
-
-@dataclass(frozen=True, slots=True)
-class Unary(Value):
-    """`-x` (op `neg`) or `not x` (op `not`)."""
-
-    op: str
-    x: Expr
-
-
-@dataclass(frozen=True, slots=True)
-class Binary(Value):
-    """Two operands and one of `BINARY`; `x is nan` is `Binary("is", x, Name("nan"))`."""
-
-    op: str
-    left: Expr
-    right: Expr
-
-
-Expr = Number | Quantity | Name | Call | Unary | Binary
-
-# Selectors -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Glob(Value):
-    """Names by pattern: `*` is one segment, `**` is any number of them."""
-
-    pattern: str
-
-
-@dataclass(frozen=True, slots=True)
-class OfType(Value):
-    """Modules by class name, and the parameters they own."""
-
-    names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(sorted(set(self.names))))
-
-
-@dataclass(frozen=True, slots=True)
-class Ndim(Value):
-    """Parameters with `n` axes."""
-
-    n: int
-
-
-@dataclass(frozen=True, slots=True)
-class Role(Value):
-    """What plays one of `ROLES`."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class DepthRange(Value):
-    """What lies between two depths; 0 is the input, 1 the head."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "low", tidy(self.low))
-        object.__setattr__(self, "high", tidy(self.high))
-
-
-@dataclass(frozen=True, slots=True)
-class All(Value):
-    """Everything."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trainable(Value):
-    """What requires a gradient."""
-
-
-@dataclass(frozen=True, slots=True)
-class Where(Value):
-    """Those of a selection that fulfil a condition on `numel`, `ndim`, `depth` or `block`."""
-
-    selector: Selector
-    condition: Expr
-
-
-@dataclass(frozen=True, slots=True)
-class Union(Value):
-    """`left | right`."""
-
-    left: Selector
-    right: Selector
-
-
-@dataclass(frozen=True, slots=True)
-class Intersection(Value):
-    """`left & right`."""
-
-    left: Selector
-    right: Selector
-
-
-@dataclass(frozen=True, slots=True)
-class Difference(Value):
-    """`left - right`."""
-
-    left: Selector
-    right: Selector
-
-
-@dataclass(frozen=True, slots=True)
-class Expect(Value):
-    """A selection that must have `count` members."""
-
-    selector: Selector
-    count: int
-
-
-Selector = (
-    Glob | OfType | Ndim | Role | DepthRange | All | Trainable | Where
-    | Union | Intersection | Difference | Expect
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Scoped(Value):
-    """A number for some parameters, written `0.1 on mats`; `on` None means for all of them."""
-
-    value: float
-    on: Selector | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "value", tidy(self.value))
-
-
-def called(function: str, *args: Expr, **kwargs: Expr) -> Call:
-    """Build a `Call` the short way."""
-    return Call(function, args, tuple(kwargs.items()))
-
-
-def walk(value: Expr | Selector) -> Iterable[Value]:
-    """Yield a value and everything inside it, outermost first."""
-    todo: list[Any] = [value]
-    while todo:
-        item = todo.pop()
-        yield item
-        if isinstance(item, Call):
-            todo += [*item.args, *(x for _, x in item.kwargs)]
-        elif isinstance(item, Unary):
-            todo.append(item.x)
-        elif isinstance(item, (Binary, Union, Intersection, Difference)):
-            todo += [item.left, item.right]
-        elif isinstance(item, Where):
-            todo += [item.selector, item.condition]
-        elif isinstance(item, Expect):
-            todo.append(item.selector)
-
-
-# JSON ----------------------------------------------------------------------------------------
 
 _PLAIN = {All: "all", Trainable: "trainable"}
 _PAIRS = {Union: "union", Intersection: "intersection", Difference: "difference"}
@@ -308,6 +101,8 @@ def to_json(value: Any) -> Json:
             return ["name", name]
         case Call(function, args, kwargs):
             return ["call", function, [to_json(x) for x in args], {k: to_json(x) for k, x in kwargs}]
+        case Items(items):
+            return ["list", *map(to_json, items)]
         case Unary(op, x):
             return [op, to_json(x)]
         case Binary("is", left, Name(state)):
@@ -375,6 +170,8 @@ def from_json(data: Json) -> Any:
         case ["call", str(function), list(args), dict(kwargs)]:
             named = {key: expr_from_json(x) for key, x in kwargs.items()}
             return called(function, *map(expr_from_json, args), **named)
+        case ["list", *items]:
+            return Items(tuple(map(expr_from_json, items)))
         case [("neg" | "not") as op, x]:
             return Unary(op, expr_from_json(x))
         case ["is", x, str(state)]:

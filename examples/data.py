@@ -9,7 +9,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol
@@ -172,7 +172,9 @@ def digits(evaluation_share: float = 0.2, seed: int = 0) -> Data:
     middle = _cut(DIGITS, evaluation_share)
     train, held_out = order[:middle], order[middle:]
     images = (images - images[train].mean()) / images[train].std()
-    return Data(Examples(images[train], labels[train]), Examples(images[held_out], labels[held_out]))
+    return Data(
+        Examples(images[train], labels[train]), Examples(images[held_out], labels[held_out])
+    )
 
 
 def _describe_digits(evaluation_share: float = 0.2, seed: int = 0) -> dict[str, int]:
@@ -186,8 +188,8 @@ digits.describe = _describe_digits  # type: ignore[attr-defined]
 class Teacher(Data):
     """Regression on a linear teacher: y = x . weight + noise * e, with x and e standard normal."""
 
-    weight: Tensor = torch.empty(0)
-    noise: float = 0.0
+    weight: Tensor = field(kw_only=True)
+    noise: float = field(kw_only=True)
 
     def moments(self, weight: Tensor) -> tuple[float, float]:
         """Return tr(Sigma) and |G|^2 of the squared error of a linear student at `weight`.
@@ -197,7 +199,8 @@ class Teacher(Data):
         tr(Sigma) = 4 ((d + 1) s^2 + d noise^2), over fresh draws of x and e. The simple noise
         scale of a batch is their ratio.
         """
-        squared = float((weight.flatten().double() - self.weight.double()).square().sum())
+        distance = weight.detach().flatten().double() - self.weight.double()
+        squared = float(distance.square().sum())
         d = self.weight.numel()
         return 4 * ((d + 1) * squared + d * self.noise**2), 4 * squared
 

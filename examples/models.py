@@ -61,7 +61,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Add what attention and the feedforward layers find."""
         x_BTD = x_BTD + self.attn(self.ln1(x_BTD))
-        return x_BTD + self.mlp(self.ln2(x_BTD))
+        y_BTD: Tensor = x_BTD + self.mlp(self.ln2(x_BTD))
+        return y_BTD
 
 
 def _initialise(model: nn.Module, layers: int) -> None:
@@ -149,7 +150,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Cut the images into a row of patches."""
         x_BTD: Tensor = self.patch(images_BCHW).flatten(2).transpose(1, 2)
-        return x_BTD + self.position(torch.arange(x_BTD.shape[1], device=x_BTD.device))
+        y_BTD: Tensor = x_BTD + self.position(torch.arange(x_BTD.shape[1], device=x_BTD.device))
+        return y_BTD
 
 
 class ViT(nn.Module):

@@ -1,1 +1,1 @@
-"""Operators of trainc, one file each: contract, reference, CPU path, fake, autograd and autocast rules."""
+"""Operators of trainc, one file each, on PyTorch's CPU kernels and on Triton's for CUDA."""

@@ -1,11 +1,11 @@
 """LayerNorm whose backward can also return per-example squared gradient norms.
 
-Contract. `x` is (B, ..., *normalized_shape), floating; `weight` and `bias` are normalized_shape or None;
-`probe` is None or (B, 2) zeros in float32 (float64 for float64 x). An example is dim 0 of x. The gradient
-of `probe` is, per example, the squared norm of its contribution to weight.grad (column 0) and bias.grad
-(column 1), in the units of those gradients: nothing is multiplied by B. The statistic leaves backward as
-a gradient, so it composes with whatever autograd composes with (Gray et al. 2024, arXiv 2411.00999,
-compute the same numbers with a mutated buffer).
+Contract. `x` is (B, ..., *normalized_shape), floating; `weight` and `bias` are normalized_shape or
+None; `probe` is None or (B, 2) zeros in float32 (float64 for float64 x). An example is dim 0 of x.
+The gradient of `probe` is, per example, the squared norm of its contribution to weight.grad (column
+0) and bias.grad (column 1), in the units of those gradients: nothing is multiplied by B. The
+statistic leaves backward as a gradient, so it composes with whatever autograd composes with (Gray
+et al. 2024, arXiv 2411.00999, compute the same numbers with a mutated buffer).
 
 Without a probe the arithmetic is ATen's, forward and backward, bit for bit.
 """
@@ -21,6 +21,7 @@ from trainc.kernels.support import (
     accumulation_dtype,
     check_norm,
     fold,
+    on_demand,
     per_example_sums,
     squared_norms,
     statistic_shape,
@@ -77,7 +78,7 @@ def reference(
 def _statistic_dtype(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None
 ) -> torch.dtype:
-    """ATen's CPU kernel keeps statistics in x's dtype unless a parameter is wider; a probe asks for float32."""
+    """ATen's dtype for statistics: on CPU x's own unless a parameter is wider; a probe widens."""
     wide = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
     if x.device.type == "cpu" and x.dtype in REDUCED and probe is None and not wide:
         return x.dtype
@@ -87,7 +88,7 @@ def _statistic_dtype(
 def _widened(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Affine tensors as ATen's mixed-precision CPU kernel takes them: float32 beside 16-bit x, same result."""
+    """Affine tensors in float32 beside 16-bit x: ATen then keeps float32 statistics, same y."""
     if x.dtype not in REDUCED:
         return weight, bias
     wide = (
@@ -154,11 +155,16 @@ def _backward(
     elif bias is not None:
         shift = dy.reshape(folded.shape).sum(1, dtype=rstd.dtype)
     norms = squared_norms((gain, shift), folded.examples, rstd)
-    return dx, _total(gain, weight, output_mask[1], x), _total(shift, bias, output_mask[2], x), norms
+    return (
+        dx,
+        _total(gain, weight, output_mask[1], x),
+        _total(shift, bias, output_mask[2], x),
+        norms,
+    )
 
 
 def _total(each: Tensor | None, parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
-    """The batch's gradient as the sum of the examples' contributions, in the parameter's dtype and shape."""
+    """The batch's gradient: the sum of the examples' contributions, cast and shaped."""
     if each is None or parameter is None or not wanted:
         return absent(x)
     return each.sum(0).to(parameter.dtype).view(parameter.shape)
@@ -210,38 +216,5 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_save)
 # torch.autocast's own rules: float32 on CUDA, left alone on CPU where ATen takes mixed precision.
 torch.library.register_autocast("trainc::layer_norm", "cuda", torch.float32)
-
-
-@_forward.register_kernel("cuda")
-def _(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    probe: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_norm(x, normalized_shape, weight, bias, probe, COLUMNS)
-    if probe is None:
-        return torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-    from trainc.kernels import triton_norm
-
-    return triton_norm.layer_norm_forward(x, normalized_shape, weight, bias, eps)
-
-
-@_backward.register_kernel("cuda")
-def _(
-    dy: Tensor,
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from trainc.kernels import triton_norm
-
-    return triton_norm.layer_norm_backward(
-        dy, x, normalized_shape, mean, rstd, weight, bias, output_mask
-    )
+_forward.register_kernel("cuda")(on_demand("triton_norm", "layer_norm_forward"))
+_backward.register_kernel("cuda")(on_demand("triton_norm", "layer_norm_backward"))

@@ -1,16 +1,18 @@
 """Shape, dtype and per-example arithmetic shared by the norm operators."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 REDUCED = (torch.bfloat16, torch.float16)
 
-# Rows x width of one example above which one fused ATen call per example beats four elementwise passes
-# over the whole batch; measured on one AVX2 core, see docs/kernels.md.
+# Rows x width of one example above which one fused ATen call per example beats four elementwise
+# passes over the whole batch; docs/kernels.md has the measurement.
 FUSED_EXAMPLE_ELEMENTS = 1 << 16
 
 
@@ -28,6 +30,20 @@ class Folded:
         return self.examples, self.rows, self.width
 
 
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """Raise with the message unless the condition holds; usable with symbolic shapes."""
+    torch._check(condition, message)
+
+
+def on_demand(module: str, function: str) -> Callable[..., Any]:
+    """A kernel whose module is imported by its first call: without CUDA, triton may be missing."""
+
+    def kernel(*arguments: Any) -> Any:
+        return getattr(import_module(f"trainc.kernels.{module}"), function)(*arguments)
+
+    return kernel
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are carried in: float64 for float64, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -41,34 +57,37 @@ def check_norm(
     probe: Tensor | None,
     columns: int,
 ) -> None:
-    """Reject inputs outside the contract of the norm operators with a message that names the shapes."""
+    """Reject inputs outside the contract of the norm operators, naming the shapes."""
     count = len(normalized_shape)
     lead = x.dim() - count
-    torch._check(
+    require(
         lead >= 0 and tuple(x.shape[lead:]) == tuple(normalized_shape),
-        lambda: f"input {tuple(x.shape)} does not end in normalized_shape {tuple(normalized_shape)}",
+        lambda: (
+            f"input {tuple(x.shape)} does not end in normalized_shape {tuple(normalized_shape)}"
+        ),
     )
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        torch._check(
-            parameter is None or tuple(parameter.shape) == tuple(normalized_shape),
-            lambda name=name: f"{name} does not have the shape {tuple(normalized_shape)}",
-        )
+    require(
+        all(p is None or tuple(p.shape) == tuple(normalized_shape) for p in (weight, bias)),
+        lambda: f"weight and bias must have the shape {tuple(normalized_shape)}",
+    )
     if probe is None:
         return
-    torch._check(lead >= 1, lambda: "a probe needs an example dimension before normalized_shape")
+    require(lead >= 1, lambda: "a probe needs an example dimension before normalized_shape")
     expected = accumulation_dtype(x.dtype)
-    torch._check(
+    require(
         probe.dim() == 2
         and probe.shape[0] == x.shape[0]
         and probe.shape[1] == columns
         and probe.dtype == expected,
-        lambda: f"probe must be ({x.shape[0]}, {columns}) {expected}, "
-        f"not {tuple(probe.shape)} {probe.dtype}",
+        lambda: (
+            f"probe must be ({x.shape[0]}, {columns}) {expected}, "
+            f"not {tuple(probe.shape)} {probe.dtype}"
+        ),
     )
 
 
 def fold(x: Tensor, normalized_shape: Sequence[int]) -> Folded:
-    """Read x as (examples, rows, width); the example is dim 0, everything up to the tail is rows."""
+    """Read x as (examples, rows, width): dim 0, the dims between, normalized_shape."""
     lead = x.shape[: x.dim() - len(normalized_shape)]
     return Folded(lead[0], math.prod(lead[1:]), math.prod(normalized_shape))
 
@@ -80,7 +99,7 @@ def statistic_shape(x: Tensor, normalized_shape: Sequence[int]) -> list[int]:
 
 
 def absent(like: Tensor) -> Tensor:
-    """The zero-element tensor that stands for a result nobody asked for (operators cannot return None)."""
+    """The empty tensor that stands for a result not asked for: operators cannot return None."""
     return like.new_empty((0,))
 
 
@@ -89,7 +108,7 @@ def per_example_sums(
 ) -> tuple[Tensor, Tensor | None]:
     """Each example's weight and bias contribution, (examples, width) in the dtype of rstd.
 
-    weight: sum over rows of dy * (x - mean) * rstd; bias: sum over rows of dy. `mean` None means zero.
+    Weight: sum over rows of dy * (x - mean) * rstd, `mean` None meaning zero; bias: of dy.
     """
     dtype = rstd.dtype
     grad, value = dy.reshape(folded.shape), x.reshape(folded.shape)
@@ -109,7 +128,7 @@ def _fused_sums(
 ) -> tuple[Tensor, Tensor | None]:
     """The same sums by ATen's one-pass norm backward, one call per example."""
     dtype, width = rstd.dtype, folded.width
-    # The kernel reads the affine tensors only for their dtype here: float32 statistics need float32 ones.
+    # Only the dtype of the affine tensors matters here: float32 statistics need float32 ones.
     ones = rstd.new_ones(width)
     centre = rstd.new_zeros(rstd.shape) if mean is None else mean
     weight = x.new_empty((folded.examples, width), dtype=dtype)

@@ -1,4 +1,4 @@
-"""The clock of a run: five counters, durations in any of them, and gates that say when something is due."""
+"""The clock of a run: five counters, durations in any of them, and gates on them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Duration:
 class Clock:
     """Counts optimizer steps, samples, tokens, epochs and seconds of training; all start at 0.
 
-    `before` holds the counters as they were one step ago, so that a gate needs nothing but the clock.
+    `before` holds the counters as they were one step ago, so that a gate needs nothing but the
+    clock.
     """
 
     steps: int = 0
@@ -67,7 +68,7 @@ class Clock:
         return self.samples / self.samples_per_epoch if self.samples_per_epoch else 0.0
 
     def advance(self, samples: int, tokens: int, seconds: float) -> None:
-        """Count one optimizer step over `samples` samples and `tokens` tokens that took `seconds`."""
+        """Count one optimizer step: its samples, its tokens and the seconds it took."""
         self.before = Clock(
             self.steps, self.samples, self.tokens, self.seconds, self.samples_per_epoch
         )
@@ -89,7 +90,7 @@ class Clock:
         return float(getattr(self, unit))
 
     def position(self, duration: Duration) -> tuple[float, float]:
-        """Return the counter and the amount of `duration` in one scale; epochs are counted in samples."""
+        """Return counter and amount of `duration` in one scale; epochs are counted in samples."""
         if duration.unit == "epochs" and self.samples_per_epoch:
             return self.samples, tidy(duration.amount * self.samples_per_epoch)
         return self.read(duration.unit), duration.amount
@@ -200,11 +201,11 @@ class Units:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """When something is due: from `start` on, before `stop`, once in `every`; None means no bound, every step.
+    """When something is due: from `start` on, before `stop`, once in `every`; None: no bound.
 
-    A gate looks at the clock and the clock one step ago, at nothing else, so a resumed run is due as the
-    uninterrupted one. It is due at `start`, then whenever the counter of `every` has crossed a multiple,
-    counted from `start`: with steps at start, start + n, start + 2n.
+    A gate looks at the clock and the clock one step ago, at nothing else, so a resumed run is due
+    as the uninterrupted one. It is due at `start`, then whenever the counter of `every` has
+    crossed a multiple, counted from `start`: with steps at start, start + n, start + 2n.
     """
 
     start: Duration | None = None
@@ -231,7 +232,7 @@ class Gate:
         stop: Duration | None = None,
         every: Duration | None = None,
     ) -> Gate:
-        """Return the gate with fractions of the run converted and `start` in the unit of `every`."""
+        """Return the gate with fractions of the run converted, `start` in the unit of `every`."""
 
         def plain(duration: Duration | None, unit: Unit | None = None) -> Duration | None:
             if duration is None:
@@ -259,7 +260,7 @@ class Gate:
         )
 
     def fires(self, clock: Clock) -> bool:
-        """Say whether it is due at `clock`, the clock of the step that is about to run or running."""
+        """Say whether it is due at a clock; within a step that is the clock before it."""
         if not self._open(clock) or (self.stop is not None and clock.reached(self.stop)):
             return False
         if self.every is None or clock.before is None or not self._open(clock.before):

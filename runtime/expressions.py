@@ -1,7 +1,8 @@
 """Expressions over the clock and measured signals, as nested lists, made into Python functions.
 
-A value carries a unit where it has one, so that `tokens > 3 epochs` compares like with like. A fraction
-written in percent is a plain number beside plain numbers and a part of the run beside a counter.
+A value carries a unit where it has one, so that `tokens > 3 epochs` compares like with like. A
+fraction written in percent is a plain number beside plain numbers and a part of the run beside a
+counter.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from trainc.runtime.clock import Clock, Duration, RunLength, Unit, Units, tidy
 
@@ -23,7 +24,7 @@ SIGNAL_UNITS: Mapping[str, Unit] = {"batch": "samples", "micro_batch": "samples"
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A compiled expression: its function, the position where it ends, its unit, what else is known."""
+    """A compiled expression: its function, the position where it ends, its unit."""
 
     at: Function
     end: float | None = None
@@ -105,7 +106,7 @@ def names(expression: Any) -> Iterator[str]:
 
 
 class Expressions:
-    """Compiles expressions for a run of a known length; schedule functions are added by a subclass."""
+    """Compiles expressions for a run; schedule functions are added by a subclass."""
 
     def __init__(
         self, units: Units, length: RunLength, signal_units: Mapping[str, Unit] | None = None
@@ -141,7 +142,7 @@ class Expressions:
             case ["is", inner, state]:
                 return self._state(self._number(inner, start), state)
             case ["then", left, right]:
-                return self.then(self._number(left, start), right)
+                return self.then(left, right, start)
             case ["call", name, args, options]:
                 return self.call(name, args, options, start)
             case ["call", name, args]:
@@ -175,7 +176,7 @@ class Expressions:
             MATHS[name] if len(values) > 1 or name == "abs" else lambda x: x, *values
         )
 
-    def then(self, left: Value, right: Any) -> Value:
+    def then(self, left: Any, right: Any, start: float) -> Value:
         """Compile a sequence; only schedules have one."""
         raise ValueError("`then` joins schedules")
 
@@ -196,7 +197,7 @@ class Expressions:
 
     def _name(self, name: str) -> Value:
         if name in COUNTERS:
-            unit = cast("Unit", name)
+            unit = name
             return Value(lambda clock, env: clock.read(unit), unit=unit)
         if name == "progress":
             return Value(lambda clock, env: self.length.progress(clock))
@@ -256,7 +257,8 @@ class Expressions:
 
     def _turn(self, value: Value, other: Value) -> Value:
         """Return `value` in the unit of `other`."""
-        assert value.unit is not None and other.unit is not None
+        assert value.unit is not None
+        assert other.unit is not None
         unit = other.unit
         factor = self.units.convert(Duration(1, value.unit), unit, self.length)
         if value.constant:

@@ -43,7 +43,7 @@ class Axis:
 
     @classmethod
     def of(cls, units: Units, length: RunLength) -> Axis:
-        """Return the axis of a run; epochs are counted in samples, so that ends fall on the step they should."""
+        """Return the axis of a run; epochs are counted in samples, which are whole."""
         unit: Unit = (
             "samples" if length.unit == "epochs" and units.samples_per_epoch else length.unit
         )
@@ -120,7 +120,7 @@ def linear(
 def exponential(
     axis: Axis, start: float, to: Function, over: float | None = None, begin: Function = one
 ) -> Value:
-    """Fall from `from` (1) to `to` by the same factor at each step, over `over` or the rest of the run."""
+    """Fall from `from` (1) to `to` by equal factors, over `over` or the rest of the run."""
 
     def logarithm(of: Function) -> Function:
         def at(clock: Clock, values: Values) -> float:
@@ -146,11 +146,12 @@ def inverse_sqrt(axis: Axis, start: float, over: float) -> Value:
 
 
 def step(axis: Axis, start: float, at: Sequence[float], factor: Function) -> Value:
-    """Multiply by `factor` at each of the points `at`, which are counted from the start of the run."""
+    """Multiply by `factor` at each of the points `at`, counted from the start of the run."""
     for point in at:
         if not start < point < axis.stop:
             raise ValueError(
-                f"`step` at {axis.say(point)} does nothing: it acts from {axis.say(start)} to {axis.say(axis.stop)}"
+                f"`step` at {axis.say(point)} does nothing: "
+                f"it acts from {axis.say(start)} to {axis.say(axis.stop)}"
             )
     position = axis.position
 
@@ -173,7 +174,8 @@ def wsd(
     turn = axis.stop - decay
     if start + rise > turn:
         raise ValueError(
-            f"`wsd` rises until {axis.say(start + rise)}, but its decay begins at {axis.say(max(0.0, turn))}"
+            f"`wsd` rises until {axis.say(start + rise)}, "
+            f"but its decay begins at {axis.say(max(0.0, turn))}"
         )
     up = warmup(axis, start, rise)
     down = axis.ramp(turn, decay, one, to, shape)
@@ -185,12 +187,16 @@ def wsd(
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A schedule function: its arguments by name, how many may stand without a name, which it needs."""
+    """A schedule function: its arguments, how many may stand without a name, which it needs.
+
+    `rest` names the argument that takes all that stand without a name, as a list.
+    """
 
     build: Callable[..., Value]
     arguments: Mapping[str, Kind]
     positional: int = 0
     required: tuple[str, ...] = ()
+    rest: str | None = None
 
     @property
     def about(self) -> str:
@@ -200,10 +206,11 @@ class Piece:
     def given(self, name: str, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name."""
         order = list(self.arguments)
+        if self.rest and len(args) > 1:
+            args = [["list", *args]]
         if len(args) > self.positional:
-            raise ValueError(
-                f"`{name}` takes {self.positional} argument(s) without a name, not {len(args)}"
-            )
+            takes = "no argument" if self.positional == 0 else "one argument"
+            raise ValueError(f"`{name}` takes {takes} without a name, not {len(args)}")
         given = dict(zip(order, args, strict=False))
         for key, argument in options.items():
             if key not in self.arguments:
@@ -226,7 +233,7 @@ PIECES: Mapping[str, Piece] = {
     "linear": Piece(linear, _DECAY, 1),
     "exponential": Piece(exponential, _DECAY, 1, ("to",)),
     "inverse_sqrt": Piece(inverse_sqrt, {"over": "duration"}, 1, ("over",)),
-    "step": Piece(step, {"at": "points", "factor": "number"}, 1, ("at", "factor")),
+    "step": Piece(step, {"at": "points", "factor": "number"}, 1, ("at", "factor"), "at"),
     "wsd": Piece(
         wsd,
         {"warmup": "duration", "decay": "duration", "to": "number", "shape": "shape"},

@@ -1,17 +1,19 @@
 """Schedules: pure functions of the clock, compiled from expressions.
 
-A piece is a multiplier. It begins where the piece before it ended (at the start of the run if there is none)
-and reads its durations from there; `a then b` is a until its end, then b, and nothing carries over: give
-`from` where b should not begin at 1. All durations are converted to the unit of the run's length when the
-schedule is compiled, so a schedule stays exact in that unit when the batch changes.
+A piece is a multiplier. It begins where the piece before it ended (at the start of the run if
+there is none) and reads its durations from there; `a then b` is a until its end, then b, and
+nothing carries over: give `from` where b should not begin at 1. All durations are converted to the
+unit of the run's length when the schedule is compiled, so a schedule stays exact in that unit when
+the batch changes.
 
-A ramp of d steps has the value (t + 1) / d at its step t, counted from 0, so that the first step is not lost; in
-another unit the 1 is the size of one step, and 0 in seconds. A decay has the progress t / d: it begins at its
-full value.
+A ramp of d steps has the value (t + 1) / d at its step t, counted from 0, so that the first step
+is not lost; in another unit the 1 is the size of one step, and 0 in seconds. A decay has the
+progress t / d: it begins at its full value.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -39,7 +41,7 @@ class Schedules(Expressions):
     def call(
         self, name: str, args: Sequence[Any], options: Mapping[str, Any], start: float
     ) -> Value:
-        """Compile the call of a schedule function that begins at `start`, or of a mathematical one."""
+        """Compile the call of a schedule function from `start` on, or of a mathematical one."""
         if name in MATHS:
             return super().call(name, args, options, start)
         if name not in PIECES:
@@ -54,9 +56,15 @@ class Schedules(Expressions):
         }
         return piece.build(self.axis, start, **arguments)
 
-    def then(self, left: Value, right: Any) -> Value:
+    def then(self, left: Any, right: Any, start: float) -> Value:
         """Compile `left then right`; `right` begins where `left` ends."""
-        end, stop = left.end, self.axis.stop
+        if left[0] == "*" and right[0] == "call":
+            raise ValueError(
+                "`*` binds tighter than `then`: write `3e-4 * (warmup(5%) then cosine())`, "
+                "or give what follows `then` a factor of its own"
+            )
+        first = self._number(left, start)
+        end, stop = first.end, self.axis.stop
         if end is None:
             raise ValueError(
                 "what stands before `then` has no end: use a schedule such as `warmup(5%)`"
@@ -68,11 +76,11 @@ class Schedules(Expressions):
                 "what follows is never reached"
             )
         following = self._number(right, end)
-        position, first, second = self.axis.position, left.at, following.at
+        position, before, after = self.axis.position, first.at, following.at
         return Value(
-            lambda clock, values: (first if position(clock) < end else second)(clock, values),
+            lambda clock, values: (before if position(clock) < end else after)(clock, values),
             following.end,
-            left.unit or following.unit,
+            first.unit or following.unit,
         )
 
     def _argument(self, where: str, kind: Kind, expression: Any) -> Any:
@@ -122,7 +130,8 @@ def compile_schedule(
 ) -> Schedule:
     """Compile a number-valued expression to a function of the clock and of named values.
 
-    The values give `depth`, `block`, `blocks` and signals; `signal_units` says in which unit a signal is measured.
+    The values give `depth`, `block`, `blocks` and signals; `signal_units` says in which unit a
+    signal is measured.
     """
     value = Schedules(units, length, signal_units).compile(expression)
     if value.condition:
@@ -136,7 +145,7 @@ def compile_condition(
     length: RunLength,
     signal_units: Mapping[str, Unit] | None = None,
 ) -> Condition:
-    """Compile a condition to a function of the clock and of named values; a comparison with NaN is false."""
+    """Compile a condition likewise; a comparison with NaN is false."""
     value = Schedules(units, length, signal_units).compile(expression)
     if not value.condition:
         raise ValueError("a number stands where a condition such as `loss > 2` is expected")
@@ -150,9 +159,10 @@ def table(
     values: Mapping[str, float] | None = None,
     percents: Sequence[float] = tuple(range(0, 101, 5)),
 ) -> list[dict[str, float | None]]:
-    """Sample a schedule over the run: rows of percent, the clock in all units (None: not known) and value.
+    """Sample a schedule over the run: rows of percent, the clock in all units, and value.
 
-    Where the steps of the run are known a row stands at a whole step; the row at 100 is the end of the last one.
+    Where the steps of the run are known a row stands at a whole step; the row at 100 is the end of
+    the last one.
     """
     schedule = compile_schedule(expression, units, length)
     rows: list[dict[str, float | None]] = []
@@ -167,12 +177,10 @@ def table(
 
 
 def moment(units: Units, length: RunLength, part: float) -> dict[str, float | None]:
-    """Return the five counters at a part of the run in [0, 1], None for those that cannot be known."""
+    """Return the counters at a part of the run in [0, 1], None for those not to be known."""
     at = Duration(part * length.amount, length.unit)
-    try:
+    with contextlib.suppress(ValueError):
         at = Duration(round(units.convert(at, "steps")), "steps")
-    except ValueError:
-        pass
     counters: dict[str, float | None] = {}
     for unit in COUNTERS:
         try:

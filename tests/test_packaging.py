@@ -3,15 +3,12 @@
 import ast
 import importlib.util
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import trainc
-from trainc.cli.app import SUMMARIES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -100,21 +97,3 @@ def test_the_version_is_the_one_in_the_changelog() -> None:
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest
     assert newest[1] == trainc.__version__ == PROJECT["project"]["version"]
-
-
-def test_every_verb_on_disk_is_dispatched() -> None:
-    on_disk = {path.stem for path in (ROOT / "trainc/cli").glob("*.py")}
-    assert on_disk - {"__init__", "app"} <= set(SUMMARIES)
-
-
-def test_help_lists_the_verbs_without_importing_any() -> None:
-    program = (
-        "import sys; from trainc.cli.app import app; app(['--help'], standalone_mode=False);"
-        "print(sorted(m for m in sys.modules if m.startswith('trainc.cli.')))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
-    )
-    *help_text, modules = done.stdout.splitlines()
-    assert modules == "['trainc.cli.app']"
-    assert any(line.split()[:1] == ["check"] for line in help_text)

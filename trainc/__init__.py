@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainc import functional as functional
     from trainc.compiler.catalog import catalog as catalog
-    from trainc.compiler.plan import plan as plan
+    from trainc.compiler.compile import compile as compile
+    from trainc.compiler.compile import plan as plan
     from trainc.compiler.program import Program as Program
-    from trainc.compiler.program import compile as compile
     from trainc.compiler.program import load as load
     from trainc.dsl.diagnostics import SpecError as SpecError
     from trainc.dsl.resolve import check as check
@@ -27,9 +27,9 @@ _HOME = {
     "SpecError": "trainc.dsl.diagnostics",
     "catalog": "trainc.compiler.catalog",
     "check": "trainc.dsl.resolve",
-    "compile": "trainc.compiler.program",
+    "compile": "trainc.compiler.compile",
     "load": "trainc.compiler.program",
-    "plan": "trainc.compiler.plan",
+    "plan": "trainc.compiler.compile",
 }
 
 __all__ = [*_HOME, "functional"]

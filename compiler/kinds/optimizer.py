@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from trainc.compiler.lowering import Lowering
 
 
+CLIPPING = Effect("gradients", "clip the global norm", ("gradient",), ("gradient",))
+
+
+def implementation_flags(implementation: str) -> dict[str, bool]:
+    """Return torch's keyword arguments for one of its implementations; none for `auto`."""
+    flags = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
+    return flags.get(implementation, {})
+
+
 class Optimizer(Construct):
     """What every optimizer clause declares; `make` builds the torch optimizer."""
 
@@ -22,8 +31,12 @@ class Optimizer(Construct):
     default_on: ClassVar = "trainable"
     effects: ClassVar = (
         Effect("rates", "set each group's rate", ("clock", "rate"), ("rate",)),
+        CLIPPING,
         Effect("optimizer", "step", ("gradient", "rate", "optimizer_state"), ("params", "optimizer_state", "delta")),
     )
+
+    moments: ClassVar[int] = 0
+    """How many tensors of the parameter's size the state holds."""
 
     lr: Schedule = Field(description="learning rate: a number or an expression of the clock")
     weight_decay: ScopedNumbers = Field(
@@ -33,6 +46,10 @@ class Optimizer(Construct):
         default=None, gt=0, description="global L2 norm the gradients are scaled down to, as the last gradient step"
     )
     freeze: Selector | None = Field(default=None, description="parameters to leave untrained")
+
+    def acts(self, effect: Effect) -> bool:
+        """Say whether this clause performs an effect: it clips only when asked to."""
+        return effect != CLIPPING or self.clip is not None
 
     @abstractmethod
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

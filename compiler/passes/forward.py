@@ -7,7 +7,7 @@ on a whole-step graph every rewrite would have to find and replace the matching 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,8 @@ class ForwardGraph:
     """The graph, the tensors its get_attr nodes name, and what stands at its ends.
 
     `outputs` names the output node's values; `scalars` and `probes` map a name to its placeholder.
-    `examples` is the batch size, before it is repeated for `views`.
+    `examples` is the batch size, before it is repeated for `views`. `enlarged` captures the model again with one more
+    example, which tells the example axis from another axis of the same size.
     """
 
     module: fx.GraphModule
@@ -78,6 +79,7 @@ class ForwardGraph:
     examples: int
     views: int
     mode: Any
+    enlarged: Callable[[], ForwardGraph] | None = None
     outputs: tuple[str, ...] = VIEW_ONE
     scalars: dict[str, fx.Node] = field(default_factory=dict)
     probes: dict[str, fx.Node] = field(default_factory=dict)
@@ -134,8 +136,19 @@ class ForwardGraph:
         last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(identifier(name))
+        node.target = node.name
         self.values[node.name] = self.mode.from_tensor(value, static_shapes=True)
         node.meta["val"] = self.values[node.name]
+        return node
+
+    def call(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        """Add an operator call at the insertion point; it counts as part of the module `like` is in."""
+        node = self.graph.call_function(target, args)
+        if "nn_module_stack" in like.meta:
+            node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
+        values = fx.node.map_aggregate(args, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
+        with torch.no_grad(), self.mode:
+            node.meta["val"] = target(*values)
         return node
 
     def propagate(self) -> None:
@@ -183,20 +196,17 @@ class _Propagate(Run):
         return value
 
 
+def call_site(node: fx.Node) -> str:
+    """Return the innermost module of a node as the user names it, without the mark of a repeated call."""
+    paths = module_paths(node)
+    return re.sub(r"@\d+$", "", paths[-1]) if paths else ""
+
+
 _SAME_TENSOR = {
     torch.ops.aten.alias.default,
     torch.ops.aten.detach.default,
     torch.ops.aten.view_as.default,
 }
-
-
-def module_path(node: fx.Node) -> str:
-    """Return the user's module in whose forward a node was made; "" is the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for entry, _ in stack.values():
-        path = entry
-    return path
 
 
 def module_paths(node: fx.Node) -> tuple[str, ...]:

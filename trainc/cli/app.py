@@ -26,23 +26,22 @@ SUMMARIES = {
 }
 
 
+def verbs() -> list[str]:
+    """List the verbs on disk, in the order people meet them."""
+    return [verb for verb in SUMMARIES if Path(__file__).with_name(f"{verb}.py").exists()]
+
+
 class Verbs(TyperGroup):
-    """The verbs on disk, listed without importing them."""
+    """A stand-in for each verb, enough for help and suggestions, until one of them runs."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the verbs in the order people meet them."""
-        return [v for v in SUMMARIES if Path(__file__).with_name(f"{v}.py").exists()]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a stand-in that is enough for help and suggestions."""
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        return TyperCommand(cmd_name, help=SUMMARIES[cmd_name])
+    def __init__(self, **attributes: Any) -> None:
+        attributes["commands"] = {v: TyperCommand(v, help=SUMMARIES[v]) for v in verbs()}
+        super().__init__(**attributes)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Replace the stand-in by the real command of the one verb that runs."""
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command and _load(str(name)), rest
+        """Replace the stand-in of the verb that runs by its command."""
+        name, stand_in, rest = super().resolve_command(ctx, args)
+        return name, stand_in and _load(str(name)), rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb, turning what users can cause into a message and an exit code."""

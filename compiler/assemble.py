@@ -1,0 +1,120 @@
+"""Assemble: lower every active clause of a binding and order what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainc.compiler.bound import BoundClause
+from trainc.compiler.effects import step_order
+from trainc.compiler.lowering import Lowering, Parts, Setting
+from trainc.compiler.timing import UNBOUNDED
+from trainc.dsl.construct import PHASES
+from trainc.dsl.diagnostics import CompilerBug, Diagnostic, Label, SpecError
+from trainc.runtime.action import Action
+from trainc.runtime.optimizer import Clip, OptimizerStep, Rates, Slot
+from trainc.runtime.rules import Act, Rule
+
+if TYPE_CHECKING:
+    from trainc.dsl.spec import Rule as RuleClause
+
+ASSIGNABLE = ("batch",)
+
+
+def assemble(clauses: Sequence[BoundClause], setting: Setting) -> Parts:
+    """Lower the clauses onto the model; raises SpecError for what only lowering can find."""
+    parts = Parts()
+    found: list[Diagnostic] = []
+    by_label: dict[str, list[Action]] = {}
+    active = [clause for clause in clauses if clause.dropped is None]
+    for clause in active:
+        before = len(parts.actions)
+        try:
+            clause.construct.lower(Lowering(clause, setting, parts))
+        except (ValueError, ImportError) as error:
+            labels = (Label(clause.span),) if clause.span else ()
+            found.append(Diagnostic("bad-value", f"`{clause.title}` cannot be lowered: {error}", labels))
+        by_label[clause.label] = parts.actions[before:]
+    if found:
+        raise SpecError(found)
+    for part in parts.optimizers:
+        by_label[part.clause.label] = _optimizer_actions(part, parts, setting)
+    parts.actions = _ordered(active, by_label)
+    return parts
+
+
+def _optimizer_actions(part: Any, parts: Parts, setting: Setting) -> list[Action]:
+    """Build the slots of one optimizer clause and the actions that move them."""
+    from trainc.compiler.imports import ImportProblem
+
+    names = [name for name in part.clause.targets if name not in parts.frozen]
+    slots = [
+        Slot(
+            name,
+            parts.compacts[name].values if name in parts.compacts else setting.model.get_parameter(name),
+            part.decay[name],
+            tuple(parts.scales.get(name, ())),
+        )
+        for name in names
+    ]
+    label, clip = part.clause.label, part.construct.clip
+    try:
+        optimizer = OptimizerStep(label, slots, part.construct.make)
+    except (ImportProblem, TypeError, ValueError) as error:
+        labels = (Label(part.clause.span),) if part.clause.span else ()
+        rule = getattr(error, "rule", "wrong-argument")
+        raise SpecError([Diagnostic(rule, f"the optimizer cannot be built: {error}", labels)]) from error
+    actions: list[Action] = [Rates(f"{label} rates", part.base, optimizer), optimizer]
+    if clip is not None:
+        actions.append(Clip(f"{label} clip", clip, slots))
+    return actions
+
+
+def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) -> list[Action]:
+    """Sort the actions as the declared effects say; an action in a phase its construct did not declare is our bug."""
+    rank = {(clause.label, effect.phase): i for i, (clause, effect) in reversed(list(enumerate(step_order(clauses))))}
+    placed: list[tuple[int, int, Action]] = []
+    for clause in clauses:
+        for action in by_label.get(clause.label, ()):
+            phase = PHASES[action.phase - 1]
+            if (clause.label, phase) not in rank:
+                raise CompilerBug(clause.title, f"acts in phase `{phase}`, which its effects do not declare")
+            placed.append((int(action.phase), rank[clause.label, phase], action))
+    return [action for *_, action in sorted(placed, key=lambda row: row[:2])]
+
+
+def rules(clauses: Sequence[RuleClause], setting: Setting, signal_units: dict[str, Any]) -> list[Action]:
+    """Compile the `when` rules; raises SpecError when one sets what cannot be set."""
+    from trainc.dsl.spec import Assign
+    from trainc.dsl.values import to_json
+    from trainc.runtime.clock import Duration
+    from trainc.runtime.schedules import compile_condition, compile_schedule
+
+    made: list[Action] = []
+    found: list[Diagnostic] = []
+    length = setting.length or UNBOUNDED
+    for i, clause in enumerate(clauses):
+        acts = []
+        labels = (Label(clause.span),) if clause.span else ()
+        try:
+            for action in clause.actions:
+                if not isinstance(action, Assign):
+                    acts.append(Act(action.verb, text=str(action.argument or "")))
+                elif action.target not in ASSIGNABLE:
+                    found.append(
+                        Diagnostic("bad-value", f"a rule cannot set `{action.target}`", labels, help="it can set `batch`")
+                    )
+                else:
+                    value = compile_schedule(to_json(action.value), setting.units, length, signal_units)
+                    acts.append(Act("set", value))
+            condition = compile_condition(to_json(clause.condition), setting.units, length, signal_units)
+            hold = None if clause.hold is None else Duration(clause.hold.amount, clause.hold.unit)
+            if hold is not None and hold.unit == "run":
+                hold = Duration(setting.units.convert(hold, length.unit, setting.length), length.unit)
+        except ValueError as error:
+            found.append(Diagnostic("bad-value", f"this rule cannot be compiled: {error}", labels))
+            continue
+        made.append(Rule(f"rule {i + 1}", f"when {clause.condition}", condition, hold, acts))
+    if found:
+        raise SpecError(found)
+    return made

@@ -1,0 +1,289 @@
+"""Bind: a spec against one model. Selectors become names, durations are checked, claims are proved exact.
+
+Reads no weight and no data; everything wrong is collected and raised once as SpecError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.effects import conflicts
+from trainc.compiler.inventory import Inventory
+from trainc.compiler.select import Target, empty_parts, expectations, select
+from trainc.dsl.diagnostics import Diagnostic, Label, SpecError, nearest
+from trainc.dsl.values import Duration, Glob, OfType, Selector
+from trainc.runtime.clock import Duration as ClockDuration
+from trainc.runtime.clock import RunLength, Units
+
+if TYPE_CHECKING:
+    from trainc.dsl.construct import Construct, Problem
+    from trainc.dsl.source import Span
+    from trainc.dsl.spec import Clause, Spec
+
+ORDER = (
+    "model", "data", "loss", "run", "distribute", "normalize", "adapt", "mask", "perturb", "regularize",
+    "noise_scale", "lr", "optimizer", "observe",
+)  # fmt: skip
+"""The order in which clauses are lowered, and in which equal-phase actions that rewrite one resource run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of the data without touching it; None where the callable does not describe itself."""
+
+    samples: int | None = None
+    tokens_per_sample: int | None = None
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A spec bound to a model: the clauses in lowering order, the units of time, and what to warn of."""
+
+    spec: Spec
+    inventory: Inventory
+    clauses: tuple[BoundClause, ...]
+    units: Units
+    length: RunLength | None
+    warnings: tuple[Diagnostic, ...] = ()
+
+    def one(self, kind: str) -> BoundClause | None:
+        """Return the clause of a kind that occurs at most once."""
+        return next((clause for clause in self.clauses if clause.kind == kind), None)
+
+
+def bind(spec: Spec, inventory: Inventory, facts: Facts) -> Binding:
+    """Return `spec` bound to the model behind `inventory`; raises SpecError with every mistake found."""
+    return _Binder(spec, inventory, facts).run()
+
+
+@dataclass
+class _Binder:
+    spec: Spec
+    inventory: Inventory
+    facts: Facts
+    found: list[Diagnostic] = field(default_factory=list)
+
+    def run(self) -> Binding:
+        self.units, self.length = self._time()
+        clauses = [self._clause(clause) for clause in self.spec.clauses]
+        clauses.sort(key=lambda bound: ORDER.index(bound.kind))
+        self._labels(clauses)
+        active = [clause for clause in clauses if clause.dropped is None]
+        self._claims(active)
+        self.found += conflicts(active)
+        errors = [d for d in self.found if d.severity == "error"]
+        if errors:
+            raise SpecError(self.found)
+        return Binding(self.spec, self.inventory, tuple(clauses), self.units, self.length, tuple(self.found))
+
+    # time
+
+    def _time(self) -> tuple[Units, RunLength | None]:
+        data, run = self._construct("data"), self._construct("run")
+        units = Units(
+            samples_per_step=float(data.batch.amount) if data else None,  # type: ignore[attr-defined]
+            tokens_per_sample=_number(self.facts.tokens_per_sample),
+            samples_per_epoch=_number(self.facts.samples),
+        )
+        length = RunLength(run.length.amount, run.length.unit) if run else None  # type: ignore[attr-defined]
+        return units, length
+
+    def _construct(self, kind: str) -> Construct | None:
+        return next((c.construct for c in self.spec.clauses if c.construct.kind == kind), None)
+
+    def _duration(self, duration: Duration | None, clause: Clause, what: str) -> dict[str, Any] | None:
+        if duration is None:
+            return None
+        if duration.unit == "run" and self.length is None:
+            self._say("wrong-unit", f"`{what} {duration}` is a part of the run, and this spec has no `run` clause", clause)
+        return ClockDuration(duration.amount, duration.unit).to_json()
+
+    # clauses
+
+    def _clause(self, clause: Clause) -> BoundClause:
+        construct = clause.construct
+        targets: tuple[str, ...] = ()
+        dropped: str | None = None
+        if construct.targets != "none":
+            targets = self._targets(clause, construct.targets)
+            if not targets and clause.optional:
+                dropped = "its selector matches nothing, and it is optional"
+        if dropped is None and construct.is_identity():
+            dropped = "it is written so that it does nothing"
+            self._say("no-effect", f"`{construct.title}` is written so that it does nothing", clause, severity="warning")
+        bound = BoundClause(
+            construct=construct,
+            label=clause.name,
+            targets=targets,
+            start=self._duration(clause.start, clause, "from"),
+            stop=self._duration(clause.stop, clause, "until"),
+            every=self._duration(clause.every, clause, "every"),
+            dropped=dropped,
+            span=clause.span,
+        )
+        if dropped is None and (targets or construct.targets == "none"):
+            for problem in construct.validate_targets(self._view(bound)):
+                self._problem(problem, clause)
+        return bound
+
+    def _view(self, bound: BoundClause) -> Targets:
+        modules = bound.construct.targets == "modules"
+        return Targets(
+            self.inventory,
+            bound.modules(self.inventory) if modules else (),
+            bound.parameters(self.inventory) if bound.construct.targets == "parameters" else (),
+        )
+
+    def _targets(self, clause: Clause, target: Target) -> tuple[str, ...]:
+        selector = clause.selection
+        if selector is None:
+            self._say("missing-field", f"`{clause.construct.title}` needs `on SELECTOR`", clause)
+            return ()
+        for expect, count in expectations(selector, self.inventory, target):
+            if expect.count != count:
+                self._say("selector-count", f"the selector matches {count} {target}, not {expect.count}", clause, on=True)
+        try:
+            names = select(selector, self.inventory, target)
+        except ValueError as error:
+            self._say("bad-value", str(error), clause, on=True)
+            return ()
+        if not names and not clause.optional:
+            self._matches_nothing(clause, selector, target)
+        if target == "parameters" and clause.construct.kind in ("optimizer", "lr", "mask"):
+            names = self._trainable(names, clause)
+        return names
+
+    def _trainable(self, names: Sequence[str], clause: Clause) -> tuple[str, ...]:
+        frozen = [name for name in names if not self.inventory.parameter[name].trainable]
+        if frozen and len(frozen) == len(names):
+            self._say(
+                "selector-matches-frozen", f"all {len(frozen)} selected parameters are frozen", clause, on=True,
+                help="set requires_grad on them, or select others",
+            )
+        return tuple(name for name in names if name not in set(frozen))
+
+    def _matches_nothing(self, clause: Clause, selector: Selector, target: Target) -> None:
+        entries = self.inventory.modules if target == "modules" else self.inventory.parameters
+        parts = list(empty_parts(selector, self.inventory, target))
+        help_ = next((h for part in parts if (h := self._suggestion(part, target))), None)
+        self._say(
+            "selector-matches-nothing",
+            f"nothing in `{self.inventory.model}` is selected",
+            clause, on=True, label=f"0 of {len(entries)} {target}", help=help_,
+        )
+
+    def _suggestion(self, part: Selector, target: Target) -> str | None:
+        if isinstance(part, OfType):
+            types = {t for m in self.inventory.modules for t in m.types}
+            near = [n for name in part.names if (n := nearest(name, types))]
+            return f"did you mean `type({', '.join(near)})`?" if near else None
+        if not isinstance(part, Glob):
+            return None
+        near = _nearest_glob(part.pattern, [m.name for m in self.inventory.modules if m.name])
+        if near is None:
+            return None
+        count = len(select(Glob(near), self.inventory, target))
+        return f'did you mean `"{near}"` ({count} {target})?'
+
+    # claims
+
+    def _labels(self, clauses: list[BoundClause]) -> None:
+        seen: dict[str, BoundClause] = {}
+        for clause in clauses:
+            other = seen.setdefault(clause.label, clause)
+            if other is not clause:
+                self._two(
+                    "conflicting-effects", f"two clauses are called `{clause.label}`", clause, other,
+                    help=f"name one of them: `{clause.title} as other_{clause.label}`",
+                )
+
+    def _claims(self, clauses: list[BoundClause]) -> None:
+        """Prove that every trainable parameter is updated by exactly one optimizer and one clause of each policy."""
+        optimizers = [c for c in clauses if c.kind == "optimizer"]
+        self._disjoint(optimizers)
+        for kind in ("lr", "mask"):
+            by_name: dict[str, list[BoundClause]] = {}
+            for clause in clauses:
+                if clause.kind == kind:
+                    by_name.setdefault(clause.construct.name if kind == "lr" else kind, []).append(clause)
+            for same in by_name.values():
+                self._disjoint(same)
+        if not optimizers:
+            return
+        frozen = {
+            name
+            for c in optimizers
+            if (selector := getattr(c.construct, "freeze", None)) is not None
+            for name in select(selector, self.inventory, "parameters")
+        }
+        claimed = {name for c in optimizers for name in c.targets} | frozen
+        left = [p.name for p in self.inventory.trainable if p.name not in claimed]
+        if left:
+            shown = ", ".join(f"`{n}`" for n in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            clause = optimizers[0]
+            labels = (Label(clause.span, "this optimizer leaves them out"),) if clause.span else ()
+            self.found.append(
+                Diagnostic(
+                    "unclaimed-parameters", f"no optimizer trains {shown}", labels,
+                    help="widen the selector, add an optimizer for them, or name them in `freeze`",
+                )
+            )
+
+    def _disjoint(self, clauses: Sequence[BoundClause]) -> None:
+        owner: dict[str, BoundClause] = {}
+        reported: set[tuple[int, int]] = set()
+        for clause in clauses:
+            for name in clause.targets:
+                other = owner.setdefault(name, clause)
+                if other is clause or (id(other), id(clause)) in reported:
+                    continue
+                reported.add((id(other), id(clause)))
+                self._two("claimed-twice", f"`{name}` is claimed by two clauses of one policy", clause, other)
+
+    # saying it
+
+    def _problem(self, problem: Problem, clause: Clause) -> None:
+        span = clause.part_span(problem.field) if problem.field else None
+        self._say(
+            problem.rule, problem.message, clause, on=problem.field is None, span=span,
+            notes=problem.notes, help=problem.help, severity=problem.severity,
+        )
+
+    def _say(
+        self, rule: str, message: str, clause: Clause, *, on: bool = False, span: Span | None = None, label: str = "",
+        notes: Iterable[str] = (), help: str | None = None, severity: Any = "error",
+    ) -> None:
+        at = span or clause.part_span("on" if on else "")
+        labels = (Label(at, label),) if at else ()
+        self.found.append(Diagnostic(rule, message, labels, tuple(notes), help, severity))
+
+    def _two(self, rule: str, message: str, clause: BoundClause, other: BoundClause, help: str | None = None) -> None:
+        labels = tuple(
+            Label(c.span, text) for c, text in ((clause, "again here"), (other, "first here")) if c.span is not None
+        )
+        self.found.append(Diagnostic(rule, message, labels, help=help))
+
+
+def _nearest_glob(pattern: str, names: list[str]) -> str | None:
+    """Return `pattern` with each segment that misses replaced by the nearest one that exists there."""
+    fixed = []
+    segments = [name.split(".") for name in names]
+    for i, segment in enumerate(pattern.split(".")):
+        here = {s[i] for s in segments if len(s) > i}
+        if segment in ("*", "**") or segment in here or any(c in segment for c in "*?"):
+            fixed.append(segment)
+            if segment == "**":
+                return None
+            continue
+        near = nearest(segment, here)
+        if near is None:
+            return None
+        fixed.append(near)
+    return ".".join(fixed)
+
+
+def _number(value: int | None) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,257 @@
+"""Compile: text, file or Spec to a Program, or to a Plan alone. The public functions of the package live here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainc.compiler.assemble import assemble, rules
+from trainc.compiler.bind import Binding, Facts, bind
+from trainc.compiler.catalog import catalog
+from trainc.compiler.imports import ImportProblem, call, load, searching
+from trainc.compiler.inventory import take
+from trainc.compiler.lowering import Parts, Setting
+from trainc.compiler.plan import Plan
+from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainc.compiler.program import Executor, Program
+    from trainc.dsl.construct import Construct
+    from trainc.dsl.spec import Clause, Spec
+
+SIGNAL_UNITS = {"batch": "samples"}
+
+
+def compile(
+    spec: str | Path | Spec,
+    model: nn.Module | None = None,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    without: Iterable[str] = (),
+    executor: Executor = "auto",
+) -> Program:
+    """Return the program of a spec on a model, ready to train.
+
+    `spec` is a path, a text or a Spec; `model` the module to bind, in place. Without one the spec's `model` clause
+    builds it under the run's seed. `overrides` sets `let` values, `without` turns graph passes off by name,
+    `executor` is `graph`, `module`, or `auto`: the graph wherever the forward pass is rewritten.
+
+    Raises SpecError with every mistake found, each with its place in the text.
+    """
+    import torch
+
+    from trainc.compiler.passes.pipeline import check_names
+
+    disabled = frozenset(without)
+    check_names(disabled)
+    checked, path = read(spec, overrides)
+    with ExitStack() as stack:
+        stack.enter_context(searching(path))
+        if model is None:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(_seed(checked))
+            model = build_model(checked)
+        binding = bind(checked, take(model), facts(checked))
+        return build_program(binding, model, disabled, executor)
+
+
+def plan(
+    spec: str | Path | Spec, model: nn.Module | None = None, *, overrides: Mapping[str, str] | None = None
+) -> Plan:
+    """Return the plan of a spec: on `model`, or on the meta device, without weights and without touching data.
+
+    Raises SpecError with every mistake found.
+    """
+    import torch
+
+    checked, path = read(spec, overrides)
+    with searching(path):
+        if model is None:
+            with torch.device("meta"):
+                model = build_model(checked)
+        else:
+            model = _on_meta(model)
+        binding = bind(checked, take(model), facts(checked))
+        signals: dict[str, float] = {}
+        parts, _ = _assemble(binding, model, signals)
+        return make_plan(binding, parts)
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """Return a copy without weights, so that planning leaves the user's model alone."""
+    import copy
+
+    import torch
+
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            torch.nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else empty
+        )
+    return copy.deepcopy(model, memo)
+
+
+def read(spec: str | Path | Spec, overrides: Mapping[str, str] | None = None) -> tuple[Spec, Path | None]:
+    """Return the checked Spec and the file it came from, if any; raises SpecError."""
+    from trainc.dsl.spec import Spec
+
+    if isinstance(spec, Spec):
+        return spec, None
+    from trainc.dsl.resolve import check
+
+    checked = check(spec, catalog=catalog(), overrides=overrides)
+    if checked.spec is None:
+        raise SpecError(checked.diagnostics)
+    path = Path(spec) if isinstance(spec, Path) or (len(str(spec)) < 4096 and Path(str(spec)).is_file()) else None
+    return checked.spec, path
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A clause whose construct names a callable."""
+
+    clause: Clause
+    construct: Any
+
+
+def _named(spec: Spec, kind: str) -> _Named | None:
+    found = next((c for c in spec.clauses if c.construct.kind == kind), None)
+    return None if found is None else _Named(found, found.construct)
+
+
+def build_model(spec: Spec) -> nn.Module:
+    """Return what the `model` clause builds; raises SpecError at its line."""
+    from torch import nn
+
+    named = _named(spec, "model")
+    if named is None:
+        raise SpecError(
+            [Diagnostic("missing-clause", "the spec names no model", help='write `model "module:callable"`, or pass one')]
+        )
+    model = _called(named, "model-failed")
+    if not isinstance(model, nn.Module):
+        raise SpecError([_at(named.clause, "model-failed", f"`{named.construct.path}` gives no torch.nn.Module")])
+    return model
+
+
+def build_data(spec: Spec, path: Path | None = None) -> Any:
+    """Return what the `data` clause builds; raises SpecError at its line."""
+    named = _named(spec, "data")
+    if named is None:
+        raise SpecError(
+            [Diagnostic("missing-clause", "the spec names no data", help='write `data "module:callable" { batch = 32 samples }`')]
+        )
+    with searching(path):
+        data = _called(named, "data-failed")
+    missing = [name for name in ("train", "evaluation", "tokens_per_sample") if not hasattr(data, name)]
+    if missing:
+        raise SpecError([_at(named.clause, "data-failed", f"`{named.construct.path}` gives data without `{missing[0]}`")])
+    return data
+
+
+def facts(spec: Spec) -> Facts:
+    """Return what the data callable says of itself without being called."""
+    named = _named(spec, "data")
+    if named is None:
+        return Facts()
+    try:
+        describe = getattr(load(named.construct.path), "describe", None)
+        if describe is None:
+            return Facts()
+        said = describe(**named.construct.arguments)
+    except ImportProblem as problem:
+        raise SpecError([_at(named.clause, problem.rule, str(problem), problem.help)]) from problem
+    except TypeError as error:
+        raise SpecError([_at(named.clause, "wrong-argument", f"the data cannot be described: {error}")]) from error
+    return Facts(said.get("samples"), said.get("tokens_per_sample"))
+
+
+def _called(named: _Named, rule: str) -> Any:
+    try:
+        return call(named.construct.path, dict(named.construct.arguments), rule)
+    except ImportProblem as problem:
+        raise SpecError([_at(named.clause, problem.rule, str(problem), problem.help)]) from problem
+
+
+def _at(clause: Clause, rule: str, message: str, help: str | None = None) -> Diagnostic:
+    labels = (Label(clause.span),) if clause.span else ()
+    return Diagnostic(rule, message, labels, help=help)
+
+
+def _seed(spec: Spec) -> int:
+    run = _named(spec, "run")
+    return run.construct.seed if run else 0
+
+
+def _assemble(binding: Binding, model: nn.Module, signals: dict[str, float]) -> tuple[Parts, Setting]:
+    setting = Setting(model, binding.inventory, binding.units, binding.length, signals)
+    parts = assemble(binding.clauses, setting)
+    units = dict(SIGNAL_UNITS) | {c.label: "samples" for c in binding.clauses if c.kind == "noise_scale"}
+    parts.actions += rules(binding.spec.rules, setting, units)
+    return parts, setting
+
+
+def make_plan(binding: Binding, parts: Parts) -> Plan:
+    """Return the plan of what was bound and lowered."""
+    from trainc.compiler import tables
+
+    model, data = binding.one("model"), binding.one("data")
+    road = "graph" if parts.rewrite else "the user's module"
+    return Plan(
+        spec=binding.spec.to_json(),
+        fingerprint=binding.spec.fingerprint,
+        model={
+            "type": binding.inventory.model,
+            "clause": model.construct.model_dump(mode="json") if model else None,
+            "signature": binding.inventory.signature,
+        },
+        data=data.construct.model_dump(mode="json") if data else None,
+        settings=tables.settings_row(binding),
+        clauses=tuple(clause.to_json() for clause in binding.clauses),
+        parameters=tuple(tables.parameter_rows(binding, parts)),
+        steps=tuple(tables.step_rows(binding)),
+        schedules=tuple(tables.schedule_rows(binding, parts)),
+        sites=tuple(tables.site_rows(parts, road)),
+        kernels=tuple(tables.kernel_rows(parts)),
+        memory=tuple(tables.memory_rows(binding, parts)),
+        warnings=binding.warnings,
+    )
+
+
+def build_program(
+    binding: Binding, model: nn.Module, without: frozenset[str] = frozenset(), executor: Executor = "auto"
+) -> Program:
+    """Lower a binding onto a model; raises SpecError when loss or optimizer is missing."""
+    from trainc.compiler.program import Program
+    from trainc.compiler.settings import run_settings
+
+    signals: dict[str, float] = {}
+    parts, _ = _assemble(binding, model, signals)
+    if parts.task is None:
+        raise SpecError([Diagnostic("missing-clause", "the spec has no loss", help="write `loss cross_entropy` or `loss mse`")])
+    if not parts.optimizers:
+        raise SpecError([Diagnostic("missing-clause", "the spec has no optimizer", help="write `optimizer adamw { lr = 3e-4 }`")])
+    data: Construct | Any = binding.one("data")
+    batch = int(data.construct.batch.amount) if data else 0
+    micro = data.construct.micro_size if data else 0
+    epoch = binding.units.samples_per_epoch
+    return Program(
+        make_plan(binding, parts),
+        model,
+        parts,
+        run_settings(binding),
+        binding.length,
+        batch,
+        micro,
+        int(epoch) if epoch else None,
+        executor,
+        without,
+        signals,
+    )
+

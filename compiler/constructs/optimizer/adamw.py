@@ -1,0 +1,52 @@
+"""AdamW: Adam with decoupled weight decay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from trainc.compiler.kinds.optimizer import Optimizer, implementation_flags
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class AdamW(Optimizer):
+    """Adam whose weight decay multiplies the weights by `1 - lr * decay` and stays out of the moments.
+
+    `m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w = w - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)`.
+    """
+
+    cite: ClassVar = "Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019, arXiv:1711.05101"
+    example: ClassVar = (
+        "optimizer adamw { lr = 3e-4 * (warmup(5%) then cosine(to = 10%)), weight_decay = 0.1 on ndim(2) }"
+    )
+    moments: ClassVar = 2
+
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay rates of the two moments, in [0, 1)")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    implementation: Literal["auto", "fused", "foreach", "loop"] = Field(
+        default="auto", description="which of torch's implementations runs; auto leaves the choice to torch"
+    )
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.AdamW(
+            groups, lr=1.0, betas=self.betas, eps=self.eps, **implementation_flags(self.implementation)
+        )
+
+    def reference(
+        self, w: Tensor, gradients: list[Tensor], lr: float, weight_decay: float = 0.0
+    ) -> Tensor:
+        """Return `w` after one update per gradient, by definition; all of one shape."""
+        b1, b2 = self.betas
+        m, v = w.new_zeros(w.shape), w.new_zeros(w.shape)
+        for t, g in enumerate(gradients, start=1):
+            w = w * (1 - lr * weight_decay)
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * g * g
+            w = w - lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)
+        return w

@@ -1,0 +1,58 @@
+"""SGD: stochastic gradient descent with momentum."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainc.compiler.kinds.optimizer import Optimizer, implementation_flags
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class SGD(Optimizer):
+    """Steps against the gradient, with heavy-ball or Nesterov momentum; weight decay is added to the gradient.
+
+    `g = g + decay w; b = momentum b + g; w = w - lr b`, with torch's convention that the rate is outside the buffer.
+    """
+
+    cite: ClassVar = "Sutskever et al., On the importance of initialization and momentum, ICML 2013"
+    example: ClassVar = "optimizer sgd { lr = 0.1, momentum = 0.9, weight_decay = 5e-4 }"
+    moments: ClassVar = 1
+
+    momentum: float = Field(default=0.0, ge=0, description="how much of the last buffer is kept, in [0, 1)", lt=1)
+    nesterov: bool = Field(default=False, description="look ahead along the buffer")
+    implementation: Literal["auto", "fused", "foreach", "loop"] = Field(
+        default="auto", description="which of torch's implementations runs; auto leaves the choice to torch"
+    )
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.SGD(
+            groups,
+            lr=1.0,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            **implementation_flags(self.implementation),
+        )
+
+    def reference(
+        self, w: Tensor, gradients: list[Tensor], lr: float, weight_decay: float = 0.0
+    ) -> Tensor:
+        """Return `w` after one update per gradient, by definition; all of one shape."""
+        buffer = None
+        for gradient in gradients:
+            g = gradient + weight_decay * w
+            buffer = g if buffer is None else self.momentum * buffer + g
+            w = w - lr * (g + self.momentum * buffer if self.nesterov else buffer)
+        return w

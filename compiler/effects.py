@@ -1,0 +1,78 @@
+"""Declared effects: the order of actions inside a phase, and the combinations that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from trainc.dsl.construct import PHASES
+from trainc.dsl.diagnostics import Diagnostic, Label
+
+if TYPE_CHECKING:
+    from trainc.compiler.bound import BoundClause
+    from trainc.dsl.construct import Effect
+
+SINGLE = ("views",)
+"""Resources that one clause at most may write: there is no meaning to doing it twice."""
+
+
+def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
+    """Yield a diagnostic with both lines for every pair of clauses whose effects contradict each other."""
+    for i, clause in enumerate(clauses):
+        for other in clauses[:i]:
+            resource = _excluded(clause, other) or _excluded(other, clause)
+            if resource:
+                yield _refusal(
+                    clause, other, f"`{clause.title}` and `{other.title}` cannot act in one program: "
+                    f"one needs `{resource}` as the model made it, the other changes it",
+                )
+                continue
+            doubled = [r for r in SINGLE if r in _writes(clause) and r in _writes(other)]
+            if doubled:
+                yield _refusal(clause, other, f"`{clause.title}` and `{other.title}` both decide `{doubled[0]}`")
+
+
+def _refusal(clause: BoundClause, other: BoundClause, message: str) -> Diagnostic:
+    labels = tuple(
+        Label(c.span, text)
+        for c, text in ((clause, _what(clause)), (other, _what(other)))
+        if c.span is not None
+    )
+    return Diagnostic("conflicting-effects", message, labels, help="drop one of the two, or give them separate runs")
+
+
+def _what(clause: BoundClause) -> str:
+    return "; ".join(effect.action for effect in clause.construct.effects)
+
+
+def _writes(clause: BoundClause) -> set[str]:
+    return {resource for effect in clause.construct.effects for resource in effect.writes}
+
+
+def _excluded(clause: BoundClause, other: BoundClause) -> str | None:
+    excluded = {resource for effect in clause.construct.effects for resource in effect.excludes}
+    return next(iter(sorted(excluded & _writes(other))), None)
+
+
+def step_order(clauses: Sequence[BoundClause]) -> list[tuple[BoundClause, Effect]]:
+    """Return every clause's effects in the order in which a step performs them.
+
+    By phase; inside a phase who writes a resource comes before who only reads it; what rewrites one resource keeps
+    the order of lowering, in which the optimizer's clipping is last.
+    """
+    rows = [(clause, effect) for clause in clauses for effect in clause.construct.effects]
+    ordered: list[tuple[BoundClause, Effect]] = []
+    for phase in PHASES:
+        waiting = [row for row in rows if row[1].phase == phase]
+        while waiting:
+            ready = next(
+                (row for row in waiting if not any(_feeds(b[1], row[1]) for b in waiting if b is not row)), waiting[0]
+            )
+            waiting.remove(ready)
+            ordered.append(ready)
+    return ordered
+
+
+def _feeds(first: Effect, second: Effect) -> bool:
+    """Say whether `second` reads what `first` writes without writing it itself."""
+    return any(r in second.reads and r not in second.writes for r in first.writes)

@@ -1,0 +1,93 @@
+"""Import what a spec names, from where its author would expect: beside the spec, above it, or the working directory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from trainc.dsl.values import ImportPath
+
+_SEARCHED: list[Path] = []
+
+
+class ImportProblem(Exception):
+    """A callable could not be imported or called; `rule` is the diagnostic's, the message is for the user."""
+
+    def __init__(self, rule: str, message: str, help: str | None = None) -> None:
+        super().__init__(message)
+        self.rule, self.help = rule, help
+
+
+@contextmanager
+def searching(spec: Path | None) -> Iterator[None]:
+    """Also look beside `spec`, in the folders above it and in the working directory inside this block."""
+    added = [] if spec is None else [spec.resolve().parent, *spec.resolve().parent.parents]
+    before = list(_SEARCHED)
+    _SEARCHED[:] = [*added, Path.cwd(), *before]
+    try:
+        yield
+    finally:
+        _SEARCHED[:] = before
+
+
+def load(path: ImportPath) -> Any:
+    """Return the object `path` names.
+
+    Raises ImportProblem (`import-failed`) when the module or the attribute is not there, or its import fails.
+    """
+    _make_reachable(path.module)
+    try:
+        found: Any = import_module(path.module)
+    except ModuleNotFoundError as error:
+        raise ImportProblem("import-failed", f"there is no module `{error.name}`") from error
+    except Exception as error:
+        raise ImportProblem("import-failed", f"importing `{path.module}` fails: {error}") from error
+    for name in path.attribute.split("."):
+        if not hasattr(found, name):
+            raise ImportProblem("import-failed", f"`{path.module}` has no `{path.attribute}`", _nearest(name, vars(found)))
+        found = getattr(found, name)
+    return found
+
+
+def call(path: ImportPath, arguments: dict[str, Any], rule: str) -> Any:
+    """Return what the callable gives; raises ImportProblem with `wrong-argument`, or `rule` when the call fails."""
+    import inspect
+
+    target = load(path)
+    if not callable(target):
+        raise ImportProblem("wrong-argument", f"`{path}` is not callable")
+    try:
+        inspect.signature(target).bind(**arguments)
+    except TypeError as error:
+        known = [n for n in inspect.signature(target).parameters if n not in ("args", "kwargs")]
+        raise ImportProblem(
+            "wrong-argument", f"`{path.attribute}` cannot be called like this: {error}", f"it takes {', '.join(known)}"
+        ) from error
+    except ValueError:
+        pass  # no signature to be had: the call itself will tell
+    try:
+        return target(**arguments)
+    except Exception as error:
+        raise ImportProblem(rule, f"`{path.attribute}` fails: {type(error).__name__}: {error}") from error
+
+
+def _make_reachable(module: str) -> None:
+    """Put the first searched folder that holds `module` at the end of the import path, once."""
+    top = module.partition(".")[0]
+    if top in sys.modules or PathFinder.find_spec(top) is not None:
+        return
+    for folder in _SEARCHED:
+        if PathFinder.find_spec(top, [str(folder)]) is not None:
+            sys.path.append(str(folder))
+            return
+
+
+def _nearest(name: str, options: Iterable[str]) -> str | None:
+    from trainc.dsl.diagnostics import suggest
+
+    return suggest(name, [o for o in options if not o.startswith("_")])

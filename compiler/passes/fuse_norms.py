@@ -1,0 +1,110 @@
+"""Fuse normalization layers into one operator, which can then measure what passes through it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from trainc.compiler.passes.base import Pass, SiteMissing, SiteUnfit
+from trainc.compiler.passes.forward import ForwardGraph, call_site
+from trainc.compiler.passes.spellings import CAST, NormCall, norm_calls, strip
+from trainc.compiler.rewrite import NormSite, Rewrite
+from trainc.kernels import layer_norm as _layer_norm  # noqa: F401  (registers the operator)
+from trainc.kernels.rms_norm import default_eps
+
+
+@dataclass(frozen=True)
+class FuseNorms(Pass):
+    """Replaces each selected norm, however it is spelled, by `trainc.layer_norm` or `trainc.rms_norm`."""
+
+    name: ClassVar[str] = "fuse_norms"
+    purpose: ClassVar[str] = "turn the selected normalization layers into one operator each"
+    before: ClassVar[tuple[str, ...]] = ("instrument_norms",)
+    exact: ClassVar[bool] = False
+
+    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
+        """Return the norm sites."""
+        return tuple(site.module for site in rewrite.norms)
+
+    def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
+        """Rewrite every norm site."""
+        found = locate(forward, rewrite)
+        missing = [site.module for site in rewrite.norms if site.module not in found]
+        if missing:
+            raise SiteMissing(self.name, missing)
+        for site in rewrite.norms:
+            self.fuse(forward, site, found[site.module])
+        return list(found)
+
+    def fuse(self, forward: ForwardGraph, site: NormSite, call: NormCall) -> None:
+        """Put the operator in place of one norm."""
+        casting = call.casting or site.casting
+        with forward.graph.inserting_before(call.result):
+            if site.form == "layer":
+                operation = torch.ops.trainc.layer_norm.default
+                eps = 1e-5 if call.eps is None else call.eps
+                arguments = (call.x, list(call.shape), call.weight, call.bias, None, eps)
+            else:
+                operation = torch.ops.trainc.rms_norm.default
+                eps = default_eps(call.x.meta["val"].dtype) if call.eps is None else call.eps
+                arguments = (call.x, list(call.shape), call.weight, None, eps, casting)
+            fused = forward.call(operation, arguments, call.result)
+            result = forward.call(operator.getitem, (fused, 0), call.result)
+        old, new = call.result.meta["val"], result.meta["val"]
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise SiteUnfit(
+                site.module,
+                f"its norm gives {old.dtype} {list(old.shape)} and the operator {new.dtype} {list(new.shape)}",
+            )
+        call.result.replace_all_uses_with(result)
+        forward.graph.erase_node(call.result)
+
+
+def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:
+    """Return the one call of each norm site, found by its weight, or by its module where it has none."""
+    calls = list(norm_calls(forward.graph))
+    found: dict[str, NormCall] = {}
+    for site in rewrite.norms:
+        mine = [call for call in calls if call.form == site.form and _belongs(forward, site, call)]
+        if not mine:
+            continue
+        uses = max(len(mine), _weight_uses(forward, site.weight))
+        if uses > 1:
+            raise SiteUnfit(
+                site.module,
+                f"its weight takes part {uses} times in one forward pass, and the squared norm of a sum is not "
+                "the sum of squared norms: its per-example norms would be wrong",
+            )
+        found[site.module] = mine[0]
+    return found
+
+
+def _belongs(forward: ForwardGraph, site: NormSite, call: NormCall) -> bool:
+    if site.weight is None or call.weight is None:
+        return site.weight is None and call.weight is None and call_site(call.result) == site.module
+    return forward.tensor_name(strip(call.weight)) == _canonical(forward.canonical, site.weight)
+
+
+def _weight_uses(forward: ForwardGraph, weight: str | None) -> int:
+    """Count the operators that read a parameter, seen through casts."""
+    if weight is None:
+        return 0
+    name = _canonical(forward.canonical, weight)
+    pending: list[fx.Node] = [n for n in forward.graph.nodes if n.op == "get_attr" and n.target == name]
+    uses = 0
+    while pending:
+        for user in pending.pop().users:
+            if user.target in CAST:
+                pending.append(user)
+            else:
+                uses += 1
+    return uses
+
+
+def _canonical(names: Mapping[str, str], name: str) -> str:
+    return names.get(name, name)

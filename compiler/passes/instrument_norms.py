@@ -1,0 +1,93 @@
+"""Give each fused norm a probe: an input of zeros whose gradient is the per-example squared gradient norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from trainc.compiler.passes.base import Pass, SiteUnfit
+from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.passes.fuse_norms import locate
+from trainc.compiler.passes.spellings import strip
+from trainc.compiler.rewrite import NormSite, Rewrite
+
+# Where the probe stands among each operator's arguments.
+PROBE: dict[Any, int] = {torch.ops.trainc.layer_norm.default: 4, torch.ops.trainc.rms_norm.default: 3}
+
+
+@dataclass(frozen=True)
+class InstrumentNorms(Pass):
+    """Adds a probe to every fused norm site; the loss and the parameter gradients stay as they are."""
+
+    name: ClassVar[str] = "instrument_norms"
+    purpose: ClassVar[str] = "measure per-example squared gradient norms at the fused norms"
+    after: ClassVar[tuple[str, ...]] = ("fuse_norms",)
+
+    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
+        """Return the norm sites."""
+        return tuple(site.module for site in rewrite.norms)
+
+    def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
+        """Instrument every fused norm site."""
+        served: list[str] = []
+        shapes: Mapping[str, torch.Size] | None = None
+        for site in rewrite.norms:
+            node = _fused(forward, site)
+            if node is None:
+                continue
+            x = node.args[0].meta["val"]  # type: ignore[union-attr]
+            if forward.rows in x.shape[1:]:
+                shapes = _enlarged_shapes(forward, rewrite) if shapes is None else shapes
+            self.check(forward, site, x, (shapes or {}).get(site.module))
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            zeros = torch.zeros(forward.rows, len(site.parameters), dtype=dtype, device=x.device)
+            probe = forward.probe(site.module, zeros)
+            node.update_arg(PROBE[node.target], probe)
+            served.append(site.module)
+        return served
+
+    def check(self, forward: ForwardGraph, site: NormSite, x: Tensor, enlarged: torch.Size | None) -> None:
+        """Raise unless the first axis of the norm's input is the example axis."""
+        views = forward.views
+        wrong = enlarged is not None and enlarged[0] != forward.rows + views
+        if x.dim() < 2 or x.shape[0] != forward.rows or wrong:
+            raise SiteUnfit(
+                site.module,
+                f"the first axis of its input {list(x.shape)} is not the axis of the {forward.rows} examples, "
+                "so per-example norms cannot be taken there",
+            )
+
+
+def _fused(forward: ForwardGraph, site: NormSite) -> fx.Node | None:
+    name = None if site.weight is None else forward.canonical.get(site.weight, site.weight)
+    for node in forward.calls():
+        if node.target in PROBE and node.args[PROBE[node.target]] is None:
+            weight = forward.tensor_name(strip(node.args[2]))
+            if weight == name and (name is not None or _is_inside(node, site.module)):
+                return node
+    return None
+
+
+def _is_inside(node: fx.Node, module: str) -> bool:
+    from trainc.compiler.passes.forward import call_site
+
+    return call_site(node) == module
+
+
+def _enlarged_shapes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, torch.Size]:
+    """Return the norms' input shapes with one more example in the batch; empty when that cannot be captured."""
+    if forward.enlarged is None:
+        return {}
+    try:
+        other = forward.enlarged()
+        return {name: call.x.meta["val"].shape for name, call in locate(other, rewrite).items()}
+    except Exception as error:
+        forward.notes.append(
+            "another axis is as long as the batch, and the model could not be captured with one more example "
+            f"({type(error).__name__}): the first axis is taken for the example axis"
+        )
+        return {}

@@ -1,0 +1,188 @@
+"""The plan's tables, read off a binding and the parts that lowering made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainc.compiler.bound import BoundClause
+from trainc.compiler.effects import step_order
+from trainc.dsl.construct import PHASES
+from trainc.runtime.clock import Clock
+
+if TYPE_CHECKING:
+    from trainc.compiler.bind import Binding
+    from trainc.compiler.lowering import Parts
+
+Row = dict[str, Any]
+
+
+def parameter_rows(binding: Binding, parts: Parts) -> list[Row]:
+    """Return one row per parameter: the exact cover."""
+    optimizer = {n: part for part in parts.optimizers for n in part.clause.targets}
+    touching = [c for c in binding.clauses if c.dropped is None and c.kind not in ("optimizer", "lr", "mask")]
+    rows = []
+    for p in binding.inventory.parameters:
+        part = optimizer.get(p.name)
+        trained = part is not None and p.name not in parts.frozen
+        compact = parts.compacts.get(p.name)
+        rows.append(
+            {
+                "name": p.name,
+                "shape": list(p.shape),
+                "aliases": list(p.aliases),
+                "depth": round(p.place.depth, 4),
+                "optimizer": part.clause.label if part is not None and trained else None,
+                "decay": part.decay[p.name] if part is not None and trained else None,
+                "scales": [s.policy for s in parts.scales.get(p.name, ())] if trained else [],
+                "mask": f"{compact.values.numel()} of {p.numel}" if compact else None,
+                "clauses": [c.label for c in touching if p.name in c.targets or p.module in c.targets],
+            }
+        )
+    return rows
+
+
+def step_rows(binding: Binding) -> list[Row]:
+    """Return the step as a table of phase, clause, action, reads, writes and how often."""
+    active = [c for c in binding.clauses if c.dropped is None]
+    rows = [
+        _step_row(PHASES.index(e.phase), c.label, e.action, e.reads, e.writes, _every(c))
+        for c, e in step_order(active)
+        if c.construct.acts(e)
+    ]
+    rows += [
+        _step_row(0, f"rule {i + 1}", f"when {rule.condition}", ("signals",), _rule_writes(rule), "every step")
+        for i, rule in enumerate(binding.spec.rules)
+    ]
+    rows.append(_step_row(3, "model", "forward", ("params", "inputs"), ("forward",), "every micro-batch"))
+    rows.append(_step_row(4, "model", "backward", ("loss",), ("gradient", "probe"), "every micro-batch"))
+    return sorted(rows, key=lambda row: row["phase"])
+
+
+def _step_row(phase: int, clause: str, action: str, reads: Any, writes: Any, every: str) -> Row:
+    return {
+        "phase": phase + 1, "name": PHASES[phase], "clause": clause, "action": action,
+        "reads": list(reads), "writes": list(writes), "every": every,
+    }  # fmt: skip
+
+
+def _every(clause: BoundClause) -> str:
+    from trainc.runtime.clock import Duration
+
+    said = [
+        f"{word} {Duration.from_json(bound)}"
+        for word, bound in (("from", clause.start), ("until", clause.stop), ("every", clause.every))
+        if bound is not None
+    ]
+    return " ".join(said) or "every step"
+
+
+def _rule_writes(rule: Any) -> list[str]:
+    return [getattr(action, "target", None) or action.verb for action in rule.actions]
+
+
+def schedule_rows(binding: Binding, parts: Parts) -> list[Row]:
+    """Return every scheduled number at 21 points of the run, with the clock in all units."""
+    from trainc.runtime.schedules import moment
+
+    if binding.length is None:
+        return []
+    rows = []
+    named = [(f"{part.clause.label} lr", part.base) for part in parts.optimizers]
+    named += list(parts.scalars.items())
+    for percent in range(0, 101, 5):
+        counters = moment(binding.units, binding.length, percent / 100)
+        clock = Clock(samples_per_epoch=int(binding.units.samples_per_epoch or 0) or None)
+        for unit in ("steps", "samples", "tokens", "seconds"):
+            setattr(clock, unit, counters[unit] or 0)
+        rows.append({"percent": percent, **counters, "values": {name: at(clock) for name, at in named}})
+    return rows
+
+
+def site_rows(parts: Parts, road: str) -> list[Row]:
+    """Return one row per rewritten layer: the operator it reaches and by which road."""
+    rewrite = parts.rewrite
+    rows = [
+        {"site": s.module, "operator": f"{s.form}_norm", "pass": "instrument_norms", "road": road}
+        for s in rewrite.norms
+    ]
+    rows += [
+        {"site": s.module, "operator": "multiplicative_noise", "pass": "insert_consistency", "road": road}
+        for s in rewrite.noises
+    ]
+    if rewrite.pairing is not None:
+        fused = parts.task is not None and parts.task.name == "cross_entropy"
+        operator = "task_consistency_loss" if fused else f"{parts.task.name if parts.task else ''} + distance"
+        rows.append({"site": "loss", "operator": operator, "pass": "insert_consistency", "road": road})
+    return rows
+
+
+def kernel_rows(parts: Parts) -> list[Row]:
+    """Return the operators in use, the implementation that will run and why not another."""
+    rewrite = parts.rewrite
+    names = sorted({f"{site.form}_norm" for site in rewrite.norms})
+    names += ["multiplicative_noise"] if rewrite.noises else []
+    names += ["task_consistency_loss"] if rewrite.pairing and parts.task and parts.task.name == "cross_entropy" else []
+    refused = _triton_refused()
+    return [
+        {
+            "operator": name,
+            "chosen": "ATen composition" if refused else "Triton kernel",
+            "refused": f"Triton kernel: {refused}" if refused else None,
+        }
+        for name in names
+    ]
+
+
+def _triton_refused() -> str | None:
+    from importlib.util import find_spec
+
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None if find_spec("triton") else "triton is not installed"
+
+
+def memory_rows(binding: Binding, parts: Parts) -> list[Row]:
+    """Return what the program holds beyond weights and gradients, in bytes."""
+    rows = [{"what": what, "bytes": count} for what, count in _memory(binding, parts) if count]
+    return rows
+
+
+def _memory(binding: Binding, parts: Parts) -> Iterator[tuple[str, int]]:
+    inventory = binding.inventory
+    for part in parts.optimizers:
+        total = 0
+        for name in part.clause.targets:
+            if name in parts.frozen:
+                continue
+            compact = parts.compacts.get(name)
+            size = compact.values.numel() * 4 if compact else inventory.parameter[name].bytes
+            total += part.construct.moments * size
+        yield f"{part.clause.label}: optimizer state", total
+    for action in parts.actions:
+        memory = getattr(action, "memory", None)
+        if memory is not None:
+            yield action.name, int(memory())
+    yield "constants of loss terms", sum(t.numel() * t.element_size() for t in parts.tensors.values())
+    batch = binding.units.samples_per_step
+    if parts.rewrite.norms and batch:
+        columns = sum(len(site.parameters) for site in parts.rewrite.norms)
+        yield "probes", int(batch) * parts.rewrite.views * columns * 4
+
+
+def settings_row(binding: Binding) -> Row:
+    """Return units and run settings: what the loop needs of the spec."""
+    run, data = binding.one("run"), binding.one("data")
+    fields = run.construct.model_dump(mode="json") if run else {}
+    return {
+        "length": binding.length.to_json() if binding.length else None,
+        "run": fields,
+        "units": {
+            "samples_per_step": binding.units.samples_per_step,
+            "tokens_per_sample": binding.units.tokens_per_sample,
+            "samples_per_epoch": binding.units.samples_per_epoch,
+        },
+        "micro": data.construct.micro_size if data else None,  # type: ignore[attr-defined]
+    }

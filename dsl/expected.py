@@ -1,0 +1,112 @@
+"""What could have stood where something else stands, spelled for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainc.dsl.diagnostics import Diagnostic, Label, suggest
+from trainc.dsl.kinds import KINDS
+from trainc.dsl.lexer import END, Token, printable
+from trainc.dsl.source import Source, Span
+from trainc.dsl.tables import LITERALS
+
+_STATEMENT = {"LET", "USE", "WHEN", "KIND", "TRAIN"}
+_OPERATORS = {
+    "OR", "AND", "THEN", "COMPARE", "IS", "BAR", "AMP", "PLUS", "MINUS", "STAR", "SLASH", "DOTS",
+    "WHERE", "EXPECT",
+}  # fmt: skip
+_KEYWORD_KEYS = {"AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL", "FOR", "THEN", "IS", "USE"}
+_OPENS = {"RBRACE": "LBRACE", "RPAR": "LPAR", "RSQB": "LSQB"}
+_DOUBLED = {
+    "&": "write `and` between conditions, `&` between selectors",
+    "|": "write `or` between conditions, `|` between selectors",
+    "*": "there is no power; inside a string `**` matches any number of segments",
+    "/": "comments begin with `#`",
+    "=": "a value is given with one `=`, `==` compares",
+}
+
+
+def explain(
+    token: Token, accepts: frozenset[str], before: Sequence[Token], source: Source
+) -> Diagnostic:
+    """Return the diagnostic for a token that cannot stand where it stands."""
+    last = before[-1] if before else None
+    ended = token.type == END
+    if not before and token.type == "NAME" and "KIND" in accepts:
+        return _unknown_kind(token, source)
+    message = "the file ends too early" if ended else f"unexpected `{printable(token.text)}`"
+    at = Span(source, token.start, token.end)
+    if ended and last:
+        at = Span(source, last.end - 1, last.end)
+    labels = [Label(at, f"expected {_listed(spelled(accepts))}")]
+    opened = _open_bracket(before)
+    if opened and (ended or _begins_line(token, last, source)):
+        at_bracket = Span(source, opened.start, opened.end)
+        labels.append(Label(at_bracket, f"this `{opened.text}` is still open"))
+    return Diagnostic("syntax", message, tuple(labels), (), _help(token, accepts, before))
+
+
+def spelled(accepts: frozenset[str]) -> list[str]:
+    """Return what the terminals are called, the groups among them by one name."""
+    out = []
+    rest = set(accepts)
+    if rest >= _STATEMENT:
+        rest -= _STATEMENT | {"RUN"}
+        out.append("a statement")
+    if {"NUMBER", "STRING", "LPAR", "NAME"} <= rest:
+        rest -= {"NUMBER", "STRING", "NAME", "LPAR", "LSQB", "MINUS", "NOT", "KIND", "RUN", "UNIT"}
+        out.append("a value")
+        rest -= _KEYWORD_KEYS | {"WHERE", "EXPECT", "TRAIN"}
+    elif "NAME" in rest:
+        rest -= {"NAME", "KIND", "RUN", "UNIT", "TRAIN"} | _KEYWORD_KEYS | {"WHERE", "EXPECT"}
+        out.append("a name")
+    if {"PLUS", "STAR"} <= rest:
+        rest -= _OPERATORS | {"PERCENT", "UNIT", "LPAR", "ON"}
+        if not rest:
+            out.append("an operator")
+    if "LBRACE" in rest and {"ON", "EVERY"} & rest:
+        rest -= {"AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL"}
+    words = {"NUMBER": "a number", "STRING": "a string", "UNIT": "a unit", END: "the end"}
+    if out:
+        rest.discard(END)
+    out += sorted(words.get(t) or f"`{LITERALS.get(t, t.lower())}`" for t in rest)
+    return out
+
+
+def _listed(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _open_bracket(before: Sequence[Token]) -> Token | None:
+    """Return the innermost bracket that is not closed yet."""
+    stack: list[Token] = []
+    for token in before:
+        if token.type in _OPENS.values():
+            stack.append(token)
+        elif stack and _OPENS.get(token.type) == stack[-1].type:
+            stack.pop()
+    return stack[-1] if stack else None
+
+
+def _begins_line(token: Token, last: Token | None, source: Source) -> bool:
+    return last is not None and "\n" in source.text[last.end : token.start]
+
+
+def _help(token: Token, accepts: frozenset[str], before: Sequence[Token]) -> str | None:
+    last = before[-1] if before else None
+    if last and last.text == token.text and token.text in _DOUBLED:
+        return _DOUBLED[token.text]
+    if token.text == "==" and "EQUAL" in accepts:
+        return _DOUBLED["="]
+    if "COMMA" in accepts and token.type in ("NAME", "UNIT", "KIND", "RUN"):
+        return "fields are separated by `,`"
+    return None
+
+
+def _unknown_kind(token: Token, source: Source) -> Diagnostic:
+    label = Label(Span(source, token.start, token.end))
+    kinds = f"kinds are {', '.join(f'`{kind}`' for kind in KINDS)}"
+    words = [*KINDS, "let", "use", "when", "train"]
+    name = printable(token.text)
+    help = suggest(token.text, words)
+    return Diagnostic("unknown-kind", f"there is no kind `{name}`", (label,), (kinds,), help)

@@ -1,0 +1,169 @@
+"""Text to tree, with every syntax error of the text and not only the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from trainc.dsl import ast
+from trainc.dsl.build import TreeBuilder
+from trainc.dsl.diagnostics import Diagnostic, Label
+from trainc.dsl.expected import explain
+from trainc.dsl.lexer import END, Token, tokenize
+from trainc.dsl.machine import MAX_DEPTH, Refused, run
+from trainc.dsl.source import Source, Span
+
+_BEGINS = {
+    "KIND": ("NAME", "STRING", "UNIT"),
+    "RUN": ("LBRACE", "EVERY", "FROM", "UNTIL"),
+    "LET": ("NAME", "KIND", "RUN", "UNIT"),
+    "USE": ("STRING",),
+    "TRAIN": ("NUMBER",),
+    "WHEN": ("NAME", "KIND", "NOT", "LPAR", "RUN", "UNIT"),
+}
+
+
+@dataclass(slots=True)
+class Parsed:
+    """A tree of what could be read, its comments, and what could not.
+
+    `lost` holds the names that broken statements would have defined: nobody should be told that
+    they are unknown.
+    """
+
+    tree: ast.Tree
+    comments: list[Token] = field(default_factory=list)
+    found: list[Diagnostic] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)
+
+
+def parse(source: Source) -> Parsed:
+    """Return the tree of a text; a broken statement is left out of it and reported."""
+    lexed = tokenize(source)
+    out = Parsed(ast.Tree((), source.span()), lexed.comments, lexed.found)
+    if lexed.stopped:
+        return out
+    builder = TreeBuilder(source)
+    try:
+        out.tree = run(lexed.tokens, builder)
+    except Refused:
+        builder = TreeBuilder(source)
+        _piecewise(lexed.tokens, builder, out)
+    out.found += builder.found
+    out.found.sort(key=lambda d: d.span.start if d.span else 0)
+    return out
+
+
+def parse_expression(source: Source) -> tuple[ast.Node | None, list[Diagnostic]]:
+    """Return the tree of a text that is one expression."""
+    opening = "let value ="
+    shifted = Source(source.name, f"{opening}\n{source.text}")
+    parsed = parse(shifted)
+    offset = len(opening) + 1
+    found = [_moved(d, source, offset) for d in parsed.found]
+    match parsed.tree.statements:
+        case [ast.Let(_, value)] if not found:
+            return _relocated(value, source, offset), []
+        case _ if found:
+            return None, found
+        case statements:
+            span = statements[1].span if len(statements) > 1 else shifted.span(offset)
+            label = Label(span, "expected one value")
+            extra = Diagnostic("syntax", "there is more than one value here", (label,))
+            return None, [_moved(extra, source, offset)]
+
+
+def _piecewise(tokens: list[Token], builder: TreeBuilder, out: Parsed) -> None:
+    """Read statement by statement, so that each can fail alone."""
+    statements: list[ast.Statement] = []
+    cuts = _cuts(tokens, builder.source)
+    for begin, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
+        piece = tokens[begin:end]
+        following = tokens[end] if end < len(tokens) else None
+        try:
+            statements += run(piece, builder).statements
+        except Refused as refusal:
+            index = _index(refusal.token, piece)
+            if END in refusal.accepts:  # what came before is whole: keep it
+                statements += run(piece[:index], builder).statements
+                piece = piece[index:]
+                index = 0
+            out.found.append(_diagnose(refusal, piece[:index], following, builder.source))
+            out.lost |= _defined(piece)
+    out.tree = ast.Tree(tuple(statements), builder.source.span())
+
+
+def _cuts(tokens: list[Token], source: Source) -> list[int]:
+    """Return where statements seem to begin: first on a line, or outside all brackets."""
+    cuts, depth = [0], 0
+    for n, token in enumerate(tokens):
+        if token.type in ("LBRACE", "LPAR", "LSQB"):
+            depth += 1
+        elif token.type in ("RBRACE", "RPAR", "RSQB"):
+            depth = max(0, depth - 1)
+        if n == 0 or n + 1 == len(tokens) or token.type not in _BEGINS:
+            continue
+        before, after = tokens[n - 1], tokens[n + 1]
+        if after.type not in _BEGINS[token.type]:
+            continue
+        new_line = "\n" in source.text[before.end : token.start]
+        complete = before.type in ("RBRACE", "STRING") or (
+            token.type in ("LET", "USE", "WHEN", "TRAIN") and depth == 0
+        )
+        if new_line or (depth == 0 and complete):
+            cuts.append(n)
+            depth = 0
+    return cuts
+
+
+def _defined(piece: Sequence[Token]) -> set[str]:
+    """Return the names a broken statement was about to define."""
+    words = [token.text for token in piece[:8]]
+    names = set(words[1:2])
+    if "as" in words[:-1]:
+        names.add(words[words.index("as") + 1])
+    return names
+
+
+def _diagnose(
+    refusal: Refused, before: Sequence[Token], following: Token | None, source: Source
+) -> Diagnostic:
+    token = refusal.token
+    if refusal.too_deep:
+        label = Label(Span(source, token.start, token.end or token.start))
+        return Diagnostic("too-deep", f"this is nested more than {MAX_DEPTH} deep", (label,))
+    if token.type == END and following:
+        token = following
+    return explain(token, refusal.accepts, before, source)
+
+
+def _index(token: Token, piece: Sequence[Token]) -> int:
+    """Return where a token stands; the end of the text stands after all others."""
+    return next((n for n, other in enumerate(piece) if other is token), len(piece))
+
+
+def _moved(d: Diagnostic, source: Source, offset: int) -> Diagnostic:
+    labels = tuple(Label(_shift(x.span, source, offset), x.text) for x in d.labels)
+    return Diagnostic(d.rule, d.message, labels, d.notes, d.help, d.severity)
+
+
+def _shift(span: Span, source: Source, offset: int) -> Span:
+    size = len(source.text)
+    start = min(max(0, span.start - offset), size)
+    return Span(source, start, min(max(start, span.end - offset), size))
+
+
+def _relocated(node: ast.Node, source: Source, offset: int) -> ast.Node:
+    """Return the node with spans in `source`, where it begins `offset` characters earlier."""
+    from dataclasses import fields, replace
+
+    changes = {}
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if isinstance(value, Span):
+            changes[f.name] = _shift(value, source, offset)
+        elif isinstance(value, tuple):
+            changes[f.name] = tuple(_relocated(x, source, offset) for x in value)
+        elif hasattr(value, "span"):
+            changes[f.name] = _relocated(value, source, offset)
+    return replace(node, **changes)

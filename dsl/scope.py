@@ -1,0 +1,75 @@
+"""Which names an expression may use, and what to say of one that means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from trainc.dsl import ast
+from trainc.dsl.construct import Construct
+from trainc.dsl.diagnostics import Diagnostic, Label, suggest
+from trainc.dsl.functions import PLACES, SCHEDULE_NAMES, SIGNALS
+from trainc.dsl.source import Span
+
+BUILT_IN = (*SCHEDULE_NAMES, *SIGNALS, "micro_batch")
+
+
+class Scope:
+    """The names a spec defines: labels of clauses, and the signals behind them."""
+
+    def __init__(
+        self,
+        constructs: Mapping[str, Iterable[type[Construct]]],
+        lets: Iterable[str] = (),
+        lost: Iterable[str] = (),
+    ) -> None:
+        self.constructs = {label: tuple(found) for label, found in constructs.items()}
+        self.lets = tuple(lets)
+        self.lost = frozenset(lost)
+        self.found: list[Diagnostic] = []
+        self.used: set[str] = set()
+
+    def check(self, name: ast.Ident) -> None:
+        """Note a name that means nothing."""
+        problem = self.problem(name.id, name.span)
+        if problem:
+            self.found.append(problem)
+
+    def problem(self, name: str, span: Span | None) -> Diagnostic | None:
+        """Return what is wrong with a name in an expression, or None."""
+        label, _, signal = name.partition(".")
+        labels = (Label(span),) if span else ()
+        if name in BUILT_IN or label in self.lost or "*" in self.lost:
+            return None
+        if label not in self.constructs:
+            options = [*BUILT_IN, *self.lets, *self.signals()]
+            note = f"names are {', '.join(f'`{n}`' for n in options if n not in PLACES)}"
+            return Diagnostic(
+                "unknown-name", f"there is no name `{name}`", labels, (note,), suggest(name, options)
+            )
+        self.used.add(label)
+        found = self.constructs[label]
+        if len(found) > 1:
+            message = f"`{label}` names {len(found)} clauses"
+            return Diagnostic(
+                "ambiguous-name", message, labels, (), f"tell them apart: `{found[0].title} as first ...`"
+            )
+        if not found:  # the clause itself is broken, and reported
+            return None
+        signals = found[0].signals
+        if not signals:
+            message = f"`{found[0].title}` measures nothing"
+            return Diagnostic("unknown-signal", message, labels)
+        if signal and signal not in signals:
+            known = f"it measures {', '.join(f'`{label}.{s}`' for s in signals)}"
+            message = f"`{found[0].title}` has no signal `{signal}`"
+            return Diagnostic("unknown-signal", message, labels, (known,), suggest(signal, signals))
+        return None
+
+    def signals(self) -> list[str]:
+        """Return every name of a signal, the dotted ones too."""
+        out = []
+        for label, found in self.constructs.items():
+            for construct in found:
+                if construct.signals:
+                    out += [label, *(f"{label}.{s}" for s in construct.signals)]
+        return out

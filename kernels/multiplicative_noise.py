@@ -1,0 +1,221 @@
+"""Multiplicative Gaussian noise N(1, sigma^2) on features, drawn by counter and never stored.
+
+Contract. `x` is (views * B, ..., C), floating, rows ordered view by view; the result is x * z in
+x's dtype, z = 1 + sigma * eps with eps standard normal in float32 (PACE, Ni et al. 2024, arXiv
+2409.17137, eq. 11). `share` "token" draws eps per (view, example, channel), the same for all middle
+dims; "none" draws per token too, a token being an index of the flattened middle dims. `sigma` is
+0-d; at 0 the result is x bit for bit. `key` is the 0-d int64 of `philox.pack_key(seed, step)`,
+`site` numbers the place in the model, and `first_example` (0-d int64 or None for 0) is the index of
+x's first example in the step's batch, so that micro-batches draw the noise of the whole batch.
+Backward regenerates z; sigma, key and first_example have no gradient. `noisy_add` is h0 + z * delta
+in the promoted dtype: a frozen layer plus its noisy adapter.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from trainc.kernels.philox import normal
+from trainc.kernels.support import accumulation_dtype, on_demand, require
+
+SHARES = ("token", "none")
+
+
+def multiplicative_noise(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str = "token",
+    first_example: Tensor | None = None,
+) -> Tensor:
+    """x * (1 + sigma * eps), shape and dtype of x; see the module for the arguments."""
+    y: Tensor = torch.ops.trainc.multiplicative_noise(
+        x, sigma, key, site, views, share, first_example
+    )
+    return y
+
+
+def noisy_add(
+    h0: Tensor,
+    delta: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str = "token",
+    first_example: Tensor | None = None,
+) -> Tensor:
+    """h0 + delta * (1 + sigma * eps), (views * B, ..., C) in the promoted dtype of h0 and delta."""
+    y: Tensor = torch.ops.trainc.noisy_add(h0, delta, sigma, key, site, views, share, first_example)
+    return y
+
+
+def factor(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> Tensor:
+    """z for x: (views * B, 1 or T, C), T the flattened middle dims, float32 or x's float64."""
+    examples = x.shape[0] // views
+    tokens = math.prod(x.shape[1:-1]) if share == "none" else None
+    noise = normal(
+        key, site, views, examples, x.shape[-1], tokens,
+        0 if first_example is None else first_example.to(x.device), x.device,
+    )  # fmt: skip
+    dtype = accumulation_dtype(x.dtype)
+    z = noise.to(dtype).mul_(sigma.to(dtype)).add_(1.0)
+    return z.reshape(x.shape[0], 1 if tokens is None else tokens, x.shape[-1])
+
+
+def reference(
+    x: Tensor,
+    sigma: float,
+    seed: int,
+    step: int,
+    site: int,
+    views: int,
+    share: str = "token",
+    first_example: int = 0,
+) -> Tensor:
+    """The definition, one view and example at a time, in the dtype of x."""
+    examples = x.shape[0] // views
+    rows = []
+    for row in range(x.shape[0]):
+        view, example = divmod(row, examples)
+        flat = x[row].reshape(-1, x.shape[-1])
+        tokens = flat.shape[0] if share == "none" else None
+        every = normal(
+            (seed, step), site, view + 1, 1, x.shape[-1], tokens, first_example + example
+        )
+        rows.append((flat * (1 + sigma * every[view, 0].to(x.dtype))).reshape(x[row].shape))
+    return torch.stack(rows) if rows else x.clone()
+
+
+def _check(x: Tensor, sigma: Tensor, key: Tensor, views: int, share: str) -> None:
+    require(share in SHARES, lambda: f"share is one of {SHARES}, not {share!r}")
+    require(
+        x.dim() >= 2 and x.is_floating_point(),
+        lambda: f"expected a floating (views * B, ..., C) tensor, not {tuple(x.shape)} {x.dtype}",
+    )
+    require(x.shape[0] % views == 0, lambda: f"{x.shape[0]} rows do not divide into {views} views")
+    require(
+        sigma.dim() == 0 and key.dim() == 0 and key.dtype == torch.int64,
+        lambda: "sigma and key are 0-d tensors, key of int64",
+    )
+
+
+@torch.library.custom_op("trainc::multiplicative_noise", mutates_args=(), device_types="cpu")
+def _multiply(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None = None,
+) -> Tensor:
+    _check(x, sigma, key, views, share)
+    z = factor(x, sigma, key, site, views, share, first_example)
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    y = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    # `out` lets one pass read and write 16-bit values while multiplying in float32.
+    return torch.mul(flat, z, out=y).view(x.shape)
+
+
+@_multiply.register_fake
+def _(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None = None,
+) -> Tensor:
+    _check(x, sigma, key, views, share)
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("trainc::noisy_add", mutates_args=(), device_types="cpu")
+def _add(
+    h0: Tensor,
+    delta: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None = None,
+) -> Tensor:
+    _check_pair(h0, delta, sigma, key, views, share)
+    z = factor(delta, sigma, key, site, views, share, first_example)
+    shape = (delta.shape[0], math.prod(delta.shape[1:-1]), delta.shape[-1])
+    y = h0.new_empty(shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
+    return torch.addcmul(h0.reshape(shape), delta.reshape(shape), z, out=y).view(h0.shape)
+
+
+def _check_pair(
+    h0: Tensor, delta: Tensor, sigma: Tensor, key: Tensor, views: int, share: str
+) -> None:
+    _check(delta, sigma, key, views, share)
+    require(
+        h0.shape == delta.shape,
+        lambda: f"h0 {tuple(h0.shape)} and delta {tuple(delta.shape)} differ in shape",
+    )
+
+
+@_add.register_fake
+def _(
+    h0: Tensor,
+    delta: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None = None,
+) -> Tensor:
+    _check_pair(h0, delta, sigma, key, views, share)
+    return h0.new_empty(h0.shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *values, sigma, key, site, views, share, first_example = inputs
+    ctx.save_for_backward(sigma, key, first_example)
+    ctx.place = (site, views, share)
+    ctx.dtypes = [value.dtype for value in values]
+
+
+def _through(ctx, dy: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
+    """z * dy: the operator is its own derivative, with z drawn again from the same counters."""
+    sigma, key, first_example = ctx.saved_tensors
+    gradient: Tensor = torch.ops.trainc.multiplicative_noise(
+        dy, sigma, key, *ctx.place, first_example
+    )
+    return gradient.to(dtype)
+
+
+def _differentiate_multiply(ctx, dy):  # type: ignore[no-untyped-def]
+    dx = _through(ctx, dy, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+    return dx, None, None, None, None, None, None
+
+
+def _differentiate_add(ctx, dy):  # type: ignore[no-untyped-def]
+    wants = ctx.needs_input_grad
+    dh0 = dy.to(ctx.dtypes[0]) if wants[0] else None
+    ddelta = _through(ctx, dy, ctx.dtypes[1]) if wants[1] else None
+    return dh0, ddelta, None, None, None, None, None, None
+
+
+# No autocast rule: both keep the dtypes they are given.
+_multiply.register_autograd(_differentiate_multiply, setup_context=_save)
+_add.register_autograd(_differentiate_add, setup_context=_save)
+_multiply.register_kernel("cuda")(on_demand("triton_noise", "multiplicative_noise"))
+_add.register_kernel("cuda")(on_demand("triton_noise", "noisy_add"))

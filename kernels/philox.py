@@ -1,0 +1,110 @@
+"""Philox4x32-10 in eager PyTorch, bit-equal in its integers to triton's `tl.philox` on the same
+counters.
+
+Layout. One call of the generator yields four 32-bit words from a 128-bit counter and a 64-bit key:
+
+  key      (seed, step): seed in the low word, step in the high word of one int64
+  counter  c0 = channel // 4   c1 = example   c2 = view + 256 * token   c3 = site
+
+Word pairs (0, 1) and (2, 3) each become two normals by Box-Muller, so channel c is normal c % 4 of
+group c // 4. `token` is 0 where all tokens of an example share their noise. Counters depend on
+nothing but these coordinates, so the noise is the same for any tiling of the batch, on any device,
+and when recomputed.
+
+Words become floats through their top 24 bits, which are exact in float32: u = (w >> 8) / 2^24 for
+the angle and u + 2^-24, in (0, 1], for the radius (so the largest normal is 5.77). Generator:
+Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+MAX_VIEWS = 256
+MAX_TOKENS = 1 << 24
+MAX_SITES = 1 << 32
+
+Key = Tensor | tuple[int, int]
+
+
+def pack_key(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """The 0-d int64 key of (seed, step), each in [0, 2^32)."""
+    if not (0 <= seed <= MASK and 0 <= step <= MASK):
+        raise ValueError(f"seed and step must be in [0, 2^32), not {seed} and {step}")
+    packed = (step << 32) | seed
+    return torch.tensor(packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
+
+
+def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 x 32 bit product; int64 wraps to the unsigned product's bits."""
+    product = word * multiplier
+    return (product >> 32).bitwise_and_(MASK), product.bitwise_and_(MASK)
+
+
+def philox(
+    key: Key, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words, in int64, for broadcastable int64 counters and a packed or paired key."""
+    if isinstance(key, tuple):
+        key = pack_key(*key, device=c0.device)
+    k0, k1 = key & MASK, (key >> 32) & MASK
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(c0, MULTIPLIERS[0])
+        high2, low2 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def uniform(word: Tensor) -> Tensor:
+    """A word's top 24 bits as float32 in [0, 1)."""
+    return (word >> 8).to(torch.float32).mul_(2.0**-24)
+
+
+def normal_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 standard normals from two words by Box-Muller."""
+    radius = uniform(first).add_(2.0**-24).log_().mul_(-2.0).sqrt_()
+    angle = uniform(second).mul_(2.0 * math.pi)
+    return torch.cos(angle).mul_(radius), angle.sin_().mul_(radius)
+
+
+def normal(
+    key: Key,
+    site: int,
+    views: int,
+    examples: int,
+    channels: int,
+    tokens: int | None = None,
+    first_example: Tensor | int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normals in float32, (views, examples, channels) or (.., examples, tokens, channels).
+
+    `first_example` is the index, within the step's batch, of the first example asked for.
+    """
+    if not (0 <= site < MAX_SITES and views <= MAX_VIEWS and (tokens or 0) <= MAX_TOKENS):
+        raise ValueError(f"site {site}, views {views} or tokens {tokens} do not fit the counter")
+    if device is None:
+        device = key.device if isinstance(key, Tensor) else "cpu"
+    groups = (channels + 3) // 4
+
+    def axis(extent: int, dim: int) -> Tensor:
+        shape = [1, 1, 1, 1]
+        shape[dim] = extent
+        return torch.arange(extent, dtype=torch.int64, device=device).view(shape)
+
+    words = philox(
+        key if isinstance(key, tuple) else key.to(device),
+        axis(groups, 3),
+        (axis(examples, 1) + first_example) & MASK,
+        axis(views, 0) + axis(1 if tokens is None else tokens, 2) * MAX_VIEWS,
+        torch.full((1, 1, 1, 1), site, dtype=torch.int64, device=device),
+    )
+    pairs = (*normal_pair(words[0], words[1]), *normal_pair(words[2], words[3]))
+    noise = torch.stack(pairs, -1).flatten(-2)[..., :channels]
+    return noise.squeeze(2) if tokens is None else noise

@@ -1,0 +1,136 @@
+"""Eigenvalue spectra of weights, and the Hill estimate of how heavy their tails are.
+
+The spectrum of a matrix is the squared singular values. Those of a convolution (O, I, kh, kw) are the pooled
+squared singular values of its kh*kw matrices of O x I, scaled by sqrt(0.5) as TempBalance's code does.
+
+They come from the Gram matrix of the short side, which is many times cheaper than singular values. Squaring costs
+digits at the small end only, where the Hill estimate does not look; where it would, the matrix is redone in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+CONV_SCALE = 0.5
+# Relative to the largest eigenvalue: below the first, float32 has lost too many digits; below the second an
+# eigenvalue is the rounding noise of float32 weights.
+GUARD = 1e-6
+RANK = 1e-12
+# Entries of Gram matrices decomposed at once.
+BATCH = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Hill:
+    """Which eigenvalues the estimate runs over: the largest ones, from position n / `xmin_pos` of n on.
+
+    `code` is what the released implementations do: the threshold itself counts as one of the k terms. `paper` is the
+    published formula: k terms above the threshold.
+    """
+
+    xmin_pos: float = 2.0
+    convention: Literal["code", "paper"] = "code"
+
+    def tail(self, n: int) -> tuple[int, int]:
+        """Return the threshold's index among `n` ascending eigenvalues, and the number k of terms."""
+        if self.convention == "code":
+            index = int(n / self.xmin_pos)
+            return index, n - index
+        k = int(n - n / self.xmin_pos)
+        return n - k - 1, k
+
+    def alpha(self, spectrum: Tensor) -> float:
+        """Return 1 + k / sum(ln(lambda_j / xmin)) over the k largest of an ascending spectrum, shape (n,).
+
+        NaN where it means nothing: non-finite or zero weights, a rank below the threshold, no spread at all.
+        """
+        n = len(spectrum)
+        if n < 2:
+            return math.nan
+        index, k = self.tail(n)
+        xmin, largest = float(spectrum[index]), float(spectrum[-1])
+        if k < 1 or not (math.isfinite(largest) and largest > 0 and xmin > RANK * largest):
+            return math.nan
+        total = float((spectrum[n - k :].double() / xmin).log().sum())
+        return 1 + k / total if total > 0 else math.nan
+
+
+MEDIAN = Hill()
+
+
+def count(shape: Sequence[int]) -> int:
+    """Return how many eigenvalues a weight of this shape has; 0 where no spectrum is defined."""
+    if len(shape) == 2:
+        return min(shape)
+    return min(shape[:2]) * math.prod(shape[2:]) if len(shape) == 4 else 0
+
+
+def matrices(weight: Tensor) -> Tensor:
+    """Return the weight as a batch of tall matrices, shape (m, long, short)."""
+    if not count(weight.shape):
+        raise ValueError(f"a spectrum needs a 2-D or 4-D weight, not shape {tuple(weight.shape)}")
+    if weight.dim() == 2:
+        batch = weight.unsqueeze(0)
+    else:
+        batch = weight.flatten(2).permute(2, 0, 1) * math.sqrt(CONV_SCALE)
+    return batch if batch.shape[-2] >= batch.shape[-1] else batch.mT
+
+
+def spectra(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Tensor]:
+    """Return each weight's ascending spectrum, float64 on the CPU; all NaN for a weight that is not finite.
+
+    Digits suffice for `hill`; matrices of one size are decomposed together.
+    """
+    found = _decompose([weight.detach() for weight in weights], torch.float32)
+    again = []
+    for i, spectrum in enumerate(found):
+        index, _ = hill.tail(len(spectrum))
+        if float(spectrum[index]) < GUARD * float(spectrum[-1]):
+            again.append(i)
+    redone = _decompose([weights[i].detach() for i in again], torch.float64)
+    for i, spectrum in zip(again, redone, strict=True):
+        found[i] = spectrum
+    return found
+
+
+def alphas(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[float]:
+    """Return each weight's Hill exponent, NaN where it cannot be measured."""
+    return [hill.alpha(spectrum) for spectrum in spectra(weights, hill)]
+
+
+def _decompose(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return spectra from Gram matrices in `dtype` or better; those of one size are decomposed together."""
+    found: list[Tensor] = [torch.empty(0)] * len(weights)
+    sizes: dict[tuple[torch.device, torch.dtype, int, int], list[int]] = {}
+    for i, weight in enumerate(weights):
+        wide = torch.promote_types(weight.dtype, dtype)
+        key = (weight.device, wide, min(weight.shape[:2]), count(weight.shape))
+        sizes.setdefault(key, []).append(i)
+    for (_, wide, short, eigenvalues), members in sizes.items():
+        step = max(1, BATCH // max(1, short * eigenvalues))
+        for start in range(0, len(members), step):
+            chunk = members[start : start + step]
+            for i, spectrum in zip(chunk, _batch([weights[j] for j in chunk], wide), strict=True):
+                found[i] = spectrum
+    return found
+
+
+def _batch(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the spectra of weights whose Gram matrices have one size, shape (weights, n)."""
+    grams, squares = [], []
+    for weight in weights:
+        tall = matrices(weight.to(dtype))
+        # Scaled to a largest entry of 1, so that squares neither overflow nor vanish.
+        peak = torch.linalg.vector_norm(tall, math.inf)
+        tall = torch.where(peak.isfinite() & (peak > 0), tall / peak, 0.0)
+        grams.append(tall.mT @ tall)
+        squares.append(torch.where(peak.isfinite(), peak.double().square(), math.nan))
+    values = torch.linalg.eigvalsh(torch.stack(grams)).double().clamp_min(0.0)
+    pooled: Tensor = values.flatten(1).sort(dim=1).values * torch.stack(squares).unsqueeze(1)
+    return pooled.cpu()

@@ -1,0 +1,88 @@
+"""Batches and models, as the data and model contracts state them: how inputs reach a model and logits come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+Batch = tuple[Any, "Tensor"]
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Tensor:
+    """Return the logits for a tensor, a tuple (positional) or a dict (keyword) of inputs."""
+    if isinstance(inputs, Mapping):
+        return logits(model(**inputs))
+    if isinstance(inputs, tuple | list):
+        return logits(model(*inputs))
+    return logits(model(inputs))
+
+
+def logits(output: Any) -> Tensor:
+    """Return the logits of what a model gave: a tensor, an object with `.logits`, or a tuple that begins with them."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if isinstance(found, torch.Tensor):
+        return found
+    if isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
+        return output[0]
+    raise TypeError(
+        f"the model returned {type(output).__name__}: expected logits, an object with `.logits`, or a tuple of logits first"
+    )
+
+
+def repeated(inputs: Any, views: int) -> Any:
+    """Return the inputs with every example `views` times, view after view along the first axis."""
+    import torch
+
+    if views == 1:
+        return inputs
+    if isinstance(inputs, torch.Tensor):
+        return torch.cat([inputs] * views)
+    if isinstance(inputs, Mapping):
+        return {name: repeated(value, views) for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(repeated(value, views) for value in inputs)
+    return inputs
+
+
+def check(batch: Any) -> Batch:
+    """Return a batch as (inputs, targets); raises TypeError when it is not one."""
+    import torch
+
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], torch.Tensor)):
+        raise TypeError("a batch is a pair (inputs, targets) whose targets are a tensor with the examples first")
+    return batch[0], batch[1]
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    """Cut a batch into micro-batches of `size` examples; the last may be smaller."""
+    inputs, targets = batch
+    count = targets.shape[0]
+    if size <= 0 or size >= count:
+        return [batch]
+    return [(_rows(inputs, i, i + size), targets[i : i + size]) for i in range(0, count, size)]
+
+
+def _rows(inputs: Any, start: int, stop: int) -> Any:
+    import torch
+
+    if isinstance(inputs, torch.Tensor):
+        return inputs[start:stop]
+    if isinstance(inputs, Mapping):
+        return {name: _rows(value, start, stop) for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(_rows(value, start, stop) for value in inputs)
+    return inputs
+
+
+def tokens(targets: Tensor) -> int:
+    """Return how many tokens a batch of targets counts as: every entry of integer targets, else one per example."""
+    return targets.numel() if not targets.is_floating_point() else targets.shape[0]

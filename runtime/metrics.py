@@ -1,0 +1,122 @@
+"""What a run measured, as JSON lines: one object a line, in the order of the steps.
+
+`metrics.jsonl` holds only what is a function of the run, so it is the same byte for byte after a
+resume; wall-clock figures go to `timing.jsonl`. Numbers are written so that they read back exactly;
+JSON has no NaN and no infinity, which are the strings "nan", "inf" and "-inf".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+Record = dict[str, Any]
+
+
+def encode(value: Any) -> Any:
+    """Return a value with NaN and infinities as strings, also inside dicts and lists."""
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case Mapping():
+            return {key: encode(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [encode(inner) for inner in value]
+    return value
+
+
+def decode(value: Any) -> Any:
+    """Return what `encode` was given."""
+    match value:
+        case str():
+            return _WORDS.get(value, value)
+        case dict():
+            return {key: decode(inner) for key, inner in value.items()}
+        case list():
+            return [decode(inner) for inner in value]
+    return value
+
+
+class Writer:
+    """Appends records to a file of JSON lines; what `sync` has seen survives a kill."""
+
+    def __init__(self, path: Path, last_step: int | None = None, interval: float = 1.0) -> None:
+        """Open a file, cut after `last_step` if given; lines reach it every `interval` seconds."""
+        if last_step is not None and path.exists():
+            truncate(path, last_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._interval = interval
+        self._flushed = time.monotonic()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(encode(record), allow_nan=False) + "\n")
+        now = time.monotonic()
+        if now - self._flushed >= self._interval:
+            self._file.flush()
+            self._flushed = now
+
+    def sync(self) -> None:
+        """Force all records to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Force all records to the disk and close the file."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+
+def truncate(path: Path, last_step: int) -> None:
+    """Cut a file before the first line of a step after `last_step`, or that is not whole."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            record = _parse(line)
+            if record is None or record.get("step", 0) > last_step:
+                break
+            end += len(line)
+    os.truncate(path, end)
+
+
+def read(path: Path) -> list[Record]:
+    """Return the records of a file, without a last line that is not whole."""
+    records: list[Record] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            record = _parse(line)
+            if record is not None:
+                records.append(record)
+            elif line.endswith(b"\n"):
+                raise ValueError(f"{path}, line {number} is no JSON object")
+    return records
+
+
+def series(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:
+    """Return steps and values of one quantity, from the records that have it."""
+    steps: list[int] = []
+    values: list[float] = []
+    for record in records:
+        if name in record:
+            steps.append(record["step"])
+            values.append(record[name])
+    return steps, values
+
+
+def _parse(line: bytes) -> Record | None:
+    """Return the record of a whole line, None for anything else."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = decode(json.loads(line))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,96 @@
+"""`when` rules: conditions on what was measured, held for a while, that act on the batch or on the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainc.runtime.action import Action, Phase, State, StopRun
+
+if TYPE_CHECKING:
+    from trainc.runtime.clock import Clock, Duration
+    from trainc.runtime.step import Step
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """One act of a rule: `verb` is `set` (the batch), `stop`, `save` or `warn`."""
+
+    verb: str
+    value: Callable[[Clock, Values], float] | None = None
+    text: str = ""
+
+
+class Rule(Action):
+    """Fires when its condition has held for `hold` without a break, then starts to wait again.
+
+    A comparison with a value that was not measured yet is false, so a rule never acts on nothing.
+    """
+
+    phase = Phase.BATCH
+    writes = ("batch",)
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        condition: Callable[[Clock, Values], bool],
+        hold: Duration | None,
+        acts: Sequence[Act],
+    ) -> None:
+        self.name, self.text = name, text
+        self.condition, self.hold, self.acts = condition, hold, tuple(acts)
+        self.since: float | None = None
+        self.fired: list[int] = []
+
+    def run(self, step: Step) -> None:
+        values = {**step.signals, "batch": float(step.batch_size), "step": float(step.clock.steps)}
+        if not self.condition(step.clock, values):
+            self.since = None
+            return
+        if self.hold is not None:
+            now, wanted = step.clock.position(self.hold)
+            if self.since is None:
+                self.since = now
+            if now - self.since < wanted:
+                return
+        self.since = None
+        self.fired.append(step.clock.steps)
+        for act in self.acts:
+            self._act(act, step, values)
+
+    def _act(self, act: Act, step: Step, values: Values) -> None:
+        if act.verb == "stop":
+            raise StopRun(f"the rule `{self.text}` stopped the run")
+        if act.verb == "save":
+            step.save = True
+        elif act.verb == "warn":
+            step.notes.append(act.text or self.text)
+        elif act.value is not None:
+            self._set_batch(act.value(step.clock, values), step)
+
+    def _set_batch(self, wanted: float, step: Step) -> None:
+        """Take the wanted batch in whole micro-batches, at least one; NaN changes nothing."""
+        if wanted != wanted:
+            return
+        micro = step.micro_size or 1
+        size = max(micro, int(wanted // micro) * micro)
+        if size != step.batch_size:
+            step.notes.append(f"batch {step.batch_size} -> {size} samples: {self.text}")
+            step.batch_size = size
+
+    def state_dict(self) -> State:
+        return {"since": self.since, "fired": list(self.fired)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.since = state.get("since")
+        self.fired = list(state.get("fired", []))
+
+    def summary(self) -> str | None:
+        if not self.fired:
+            return f"{self.text}: never fired"
+        shown = ", ".join(map(str, self.fired[:5])) + (", ..." if len(self.fired) > 5 else "")
+        return f"{self.text}: fired {len(self.fired)} times, at steps {shown}"

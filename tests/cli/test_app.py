@@ -1,0 +1,130 @@
+"""The command's exit codes, and what it prints when something is wrong."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+
+from trainc.cli.app import SUMMARIES, main
+from trainc.dsl.diagnostics import SpecError
+
+Verb = Callable[[Callable[[str], None]], int]
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Verb:
+    """Return a function that runs `trainc check spec.train` with another body."""
+
+    def run(body: Callable[[str], None]) -> int:
+        verb = ModuleType("trainc.cli.check")
+        verb.register = lambda scope: scope.command("check")(body)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "trainc.cli.check", verb)
+        monkeypatch.setattr("trainc.cli.app.verbs", lambda: ["check", "run"])
+        return command(monkeypatch, "check", "spec.train")
+
+    return run
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["trainc", *arguments])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert isinstance(done.value.code, int)
+    return done.value.code
+
+
+def test_a_verb_gets_its_arguments(check: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    def body(spec: str) -> None:
+        print(spec)
+
+    assert check(body) == 0
+    assert capsys.readouterr().out == "spec.train\n"
+
+
+def test_a_verb_chooses_its_exit_code(check: Verb) -> None:
+    def body(spec: str) -> None:
+        raise typer.Exit(1)
+
+    assert check(body) == 1
+
+
+def test_a_mistake_in_the_spec_is_printed_without_a_traceback(
+    check: Verb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body(spec: str) -> None:
+        raise SpecError([])
+
+    assert check(body) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named(check: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    def body(spec: str) -> None:
+        open(spec).close()  # noqa: PTH123
+
+    assert check(body) == 1
+    assert capsys.readouterr().err == "trainc: spec.train: No such file or directory\n"
+
+
+def test_an_interrupt_is_said_in_the_exit_code(check: Verb) -> None:
+    def body(spec: str) -> None:
+        raise KeyboardInterrupt
+
+    assert check(body) == 130
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, check: Verb
+) -> None:
+    def body(spec: str) -> None:
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        check(body)
+
+
+def test_an_unknown_verb_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainc.cli.app.verbs", lambda: ["check", "run"])
+    assert command(monkeypatch, "chekc") == 2
+    assert "Did you mean 'check'?" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("trainc 0.")
+
+
+def test_help_says_what_each_verb_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainc.cli.app.verbs", lambda: list(SUMMARIES))
+    assert command(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    for verb, summary in SUMMARIES.items():
+        assert any(line.split() == [verb, *summary.split()] for line in shown.splitlines()), verb
+
+
+def test_every_verb_on_disk_is_dispatched() -> None:
+    on_disk = {path.stem for path in (Path(__file__).parents[2] / "trainc/cli").glob("*.py")}
+    assert on_disk - {"__init__", "app"} <= set(SUMMARIES)
+
+
+def test_help_lists_the_verbs_without_importing_any() -> None:
+    program = (
+        "import sys; from trainc.cli.app import app; app(['--help'], standalone_mode=False);"
+        "print(sorted(m for m in sys.modules if m.startswith('trainc.cli.')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
+    )
+    *help_text, modules = done.stdout.splitlines()
+    assert modules == "['trainc.cli.app']"
+    assert any(line.split()[:1] == ["check"] for line in help_text)

@@ -1,0 +1,362 @@
+"""Schedules and conditions: closed forms, what joins them, and what is refused."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainc.runtime.clock import Clock, RunLength, Unit, Units
+from trainc.runtime.expressions import names
+from trainc.runtime.schedules import compile_condition, compile_schedule, table
+
+BATCH, TOKENS, EPOCH = 32, 128, 6400
+UNITS = Units(BATCH, TOKENS, EPOCH)
+LENGTH = RunLength(200, "steps")
+NAN = math.nan
+
+
+def number(value: float) -> list[Any]:
+    return ["num", value]
+
+
+def percent(value: float) -> list[Any]:
+    return ["dur", value / 100, "run"]
+
+
+def steps(value: float) -> list[Any]:
+    return ["dur", value, "steps"]
+
+
+def call(name: str, *args: Any, **options: Any) -> list[Any]:
+    return ["call", name, list(args), {key.rstrip("_"): value for key, value in options.items()}]
+
+
+def name(text: str) -> list[Any]:
+    return ["name", text]
+
+
+def at(step: int, batch: int = BATCH) -> Clock:
+    return Clock(step, step * batch, step * batch * TOKENS, samples_per_epoch=EPOCH)
+
+
+def values(expression: Any, length: RunLength = LENGTH, **env: float) -> list[float]:
+    schedule = compile_schedule(expression, UNITS, length)
+    return [schedule(at(step), env) for step in range(200)]
+
+
+WARM_COSINE = ["then", call("warmup", percent(5)), call("cosine", to=percent(10))]
+
+
+def test_a_number_is_the_constant_schedule() -> None:
+    assert set(values(number(3e-4))) == {3e-4}
+    assert set(values(0.5)) == {0.5}
+
+
+def test_warmup_rises_to_one_and_stays() -> None:
+    expected = [min(1.0, (t + 1) / 10) for t in range(200)]
+    assert values(call("warmup", steps(10))) == pytest.approx(expected, abs=1e-15)
+    assert values(call("warmup", steps(10)))[9] == 1.0
+
+
+def test_warmup_can_rise_from_another_value() -> None:
+    found = values(call("warmup", steps(10), from_=number(0.5)))
+    assert found[:10] == pytest.approx([0.5 + 0.5 * (t + 1) / 10 for t in range(10)])
+
+
+def test_warmup_over_nothing_is_nothing() -> None:
+    assert set(values(call("warmup", steps(0)))) == {1.0}
+
+
+def test_warmup_then_cosine_is_the_usual_recipe() -> None:
+    found = values(["*", number(3e-4), WARM_COSINE])
+    for t, value in enumerate(found):
+        if t < 10:
+            factor = (t + 1) / 10
+        else:
+            factor = 0.1 + 0.9 * (1 + math.cos(math.pi * (t - 10) / 190)) / 2
+        assert value == pytest.approx(3e-4 * factor, rel=1e-12)
+    assert found[9] == found[10] == 3e-4
+
+
+def test_linear_and_cosine_end_where_they_should_and_stay() -> None:
+    for shape in ("linear", "cosine", "exponential"):
+        found = values(call(shape, to=number(0.25), over=steps(50)))
+        assert found[0] == 1
+        assert found[50:] == pytest.approx([0.25] * 150)
+        assert all(a > b for a, b in zip(found[:50], found[1:51], strict=True))
+    assert values(call("linear", number(0)))[100] == 0.5
+    assert values(call("exponential", to=number(0.01)))[100] == pytest.approx(0.1)
+
+
+def test_a_decay_can_begin_elsewhere() -> None:
+    found = values(call("linear", to=number(0), from_=number(4)))
+    assert found[0] == 4
+    assert found[150] == pytest.approx(1)
+
+
+def test_step_multiplies_at_points_of_the_run() -> None:
+    drops = call("step", steps(30), percent(50), factor=number(0.1))
+    found = values(["then", call("warmup", steps(10)), drops])
+    assert found[29] == 1
+    assert found[30] == found[99] == 0.1
+    assert found[100] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [["list", [steps(30), steps(60)]], ["list", steps(30), steps(60)], [steps(30), steps(60)]],
+)
+def test_points_may_come_as_a_list(points: Any) -> None:
+    expected = values(call("step", steps(30), steps(60), factor=number(0.5)))
+    assert values(call("step", at=points, factor=number(0.5))) == expected
+
+
+def test_wsd_rises_stays_and_falls() -> None:
+    found = values(call("wsd", warmup=steps(10), decay=percent(20), to=number(0)))
+    assert found[:10] == pytest.approx([(t + 1) / 10 for t in range(10)])
+    assert set(found[10:161]) == {1.0}
+    assert found[180] == pytest.approx(0.5)
+    root = values(call("wsd", warmup=steps(10), decay=percent(20), shape=name("sqrt")))
+    assert root[170] == pytest.approx(1 - math.sqrt(0.25))
+
+
+def test_inverse_sqrt_is_the_transformer_rule() -> None:
+    found = values(["then", call("warmup", steps(50)), call("inverse_sqrt", steps(50))])
+    assert found[150] == pytest.approx(math.sqrt(50 / 150))
+
+
+def test_then_joins_more_than_two_either_way() -> None:
+    a = call("warmup", steps(10))
+    b = call("constant", over=steps(100))
+    c = call("linear", to=number(0))
+    left, right = values(["then", ["then", a, b], c]), values(["then", a, ["then", b, c]])
+    assert left == right
+    assert left[109] == 1
+    assert left[155] == pytest.approx(0.5)
+
+
+def test_a_scaled_piece_ends_where_the_piece_ends() -> None:
+    scaled = ["then", ["*", number(2), call("warmup", steps(10))], ["*", number(2), call("cosine")]]
+    assert values(scaled) == values(
+        ["*", number(2), ["then", call("warmup", steps(10)), call("cosine")]]
+    )
+
+
+def test_depth_and_blocks_come_from_the_mapping() -> None:
+    falling = ["*", number(1.2), ["-", number(1), name("depth")]]
+    assert values(falling, depth=0.25)[0] == pytest.approx(0.9)
+    deep = call("linear", to=name("depth"))
+    assert values(deep, depth=0.5)[100] == 0.75
+
+
+def test_a_name_without_a_value_is_named() -> None:
+    with pytest.raises(ValueError, match="`detph` has no value here; known are: depth"):
+        values(name("detph"), depth=0.0)
+
+
+def test_names_lists_what_an_expression_reads() -> None:
+    expression = [
+        "and",
+        [">", name("gns"), ["*", number(2), name("batch")]],
+        ["<", name("steps"), 3],
+    ]
+    assert set(names(expression)) == {"gns", "batch"}
+    assert set(names(call("linear", to=name("depth")))) == {"depth"}
+
+
+def test_mathematics() -> None:
+    found = values(["/", call("sqrt", number(16)), call("max", number(1), number(2))])
+    assert found[0] == 2
+    assert values(["/", number(1), number(0)])[0] == math.inf
+    assert math.isnan(values(["/", number(0), number(0)])[0])
+    assert math.isnan(values(call("min", number(1), name("x")), x=NAN)[0])
+    assert math.isnan(values(call("min", name("x"), number(1)), x=NAN)[0])
+    assert math.isnan(values(call("sqrt", number(-1)))[0])
+    assert values(call("log", number(0)))[0] == -math.inf
+    assert values(call("exp", number(1e6)))[0] == math.inf
+
+
+# Units ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        LENGTH,
+        RunLength(200 * BATCH, "samples"),
+        RunLength(200 * BATCH * TOKENS, "tokens"),
+        RunLength(1, "epochs"),
+    ],
+)
+@pytest.mark.parametrize("unit", ["run", "steps", "samples", "tokens", "epochs"])
+@pytest.mark.parametrize("shape", ["cosine", "linear", "step", "wsd", "inverse_sqrt"])
+def test_a_schedule_does_not_depend_on_its_units(length: RunLength, unit: Unit, shape: str) -> None:
+    def part(fraction: float) -> list[Any]:
+        return ["dur", UNITS.convert(LENGTH, unit, LENGTH) * fraction, unit]
+
+    pieces = {
+        "cosine": call("cosine", to=number(0.1)),
+        "linear": call("linear", to=number(0.1), over=part(0.5)),
+        "step": call("step", part(0.35), part(0.7), factor=number(0.5)),
+        "wsd": call("wsd", warmup=part(0.05), decay=part(0.3)),
+        "inverse_sqrt": call("inverse_sqrt", part(0.1)),
+    }
+    schedule = ["then", call("warmup", part(0.1)), pieces[shape]]
+    reference = {
+        "cosine": call("cosine", to=number(0.1)),
+        "linear": call("linear", to=number(0.1), over=steps(100)),
+        "step": call("step", steps(70), steps(140), factor=number(0.5)),
+        "wsd": call("wsd", warmup=steps(10), decay=steps(60)),
+        "inverse_sqrt": call("inverse_sqrt", steps(20)),
+    }
+    expected = values(["then", call("warmup", steps(20)), reference[shape]])
+    assert values(schedule, length) == pytest.approx(expected, rel=1e-12)
+
+
+@given(
+    warm=st.integers(1, 100),
+    to=st.floats(0, 1),
+    shape=st.sampled_from(["cosine", "linear"]),
+    unit=st.sampled_from(["samples", "tokens", "steps"]),
+)
+def test_a_decay_takes_over_where_the_warmup_ends(
+    warm: int, to: float, shape: str, unit: Unit
+) -> None:
+    length = RunLength(UNITS.convert(LENGTH, unit), unit)
+    schedule = compile_schedule(
+        ["then", call("warmup", steps(warm)), call(shape, to=number(to))], UNITS, length
+    )
+    found = [schedule(at(step), {}) for step in range(201)]
+    # Continuous: no step changes it by more than the steepest slope of its pieces.
+    slope = max(1 / warm, (1 - to) * math.pi / 2 / (200 - warm)) + 1e-12
+    assert all(abs(b - a) <= slope for a, b in zip(found, found[1:], strict=False))
+    assert found[warm - 1] == found[warm] == 1
+    assert found[200] == pytest.approx(to, abs=1e-12)
+
+
+def test_a_schedule_in_tokens_holds_when_the_batch_changes() -> None:
+    length = RunLength(200 * BATCH * TOKENS, "tokens")
+    schedule = compile_schedule(call("linear", to=number(0)), UNITS, length)
+    assert schedule(at(50, batch=2 * BATCH), {}) == schedule(at(100), {}) == 0.5
+
+
+def test_a_schedule_of_a_timed_run_reads_the_seconds() -> None:
+    schedule = compile_schedule(WARM_COSINE, UNITS, RunLength(100, "seconds"))
+    assert schedule(Clock(seconds=2.5), {}) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="how long a step takes"):
+        compile_schedule(call("warmup", steps(5)), UNITS, RunLength(100, "seconds"))
+
+
+def test_the_table_shows_all_units() -> None:
+    rows = table(["*", number(3e-4), WARM_COSINE], UNITS, LENGTH)
+    assert [row["percent"] for row in rows] == list(range(0, 101, 5))
+    assert rows[1] == {
+        "percent": 5,
+        "steps": 10,
+        "samples": 320,
+        "tokens": 40960,
+        "epochs": 0.05,
+        "seconds": None,
+        "value": 3e-4,
+    }
+    assert rows[-1]["value"] == pytest.approx(3e-5)
+
+
+def test_the_table_of_a_run_without_a_known_batch_has_blanks() -> None:
+    rows = table(call("linear", to=number(0)), Units(), RunLength(1000, "samples"))
+    assert rows[10]["steps"] is None
+    assert rows[10]["samples"] == 500
+    assert rows[10]["value"] == 0.5
+
+
+# Conditions ----------------------------------------------------------------------------------
+
+
+def holds(expression: Any, clock: Clock | None = None, **env: float) -> bool:
+    found = compile_condition(expression, UNITS, LENGTH)(clock or at(0), env)
+    assert isinstance(found, bool)
+    return found
+
+
+def test_conditions_compare_and_combine() -> None:
+    doubled = [">", name("gns"), ["*", number(2), name("batch")]]
+    assert holds(doubled, gns=70, batch=32)
+    assert not holds(doubled, gns=64, batch=32)
+    assert holds([">=", number(1), number(1)])
+    assert holds(["<=", number(1), number(1)])
+    assert holds(["==", number(1), number(1)])
+    assert holds(["or", ["<", number(2), number(1)], ["not", ["<", number(2), number(1)]]])
+    assert not holds(["and", ["<", number(1), number(2)], ["<", number(2), number(1)]])
+
+
+@pytest.mark.parametrize("op", ["<", "<=", ">", ">=", "==", "!="])
+def test_a_comparison_with_nan_is_false(op: str) -> None:
+    assert not holds([op, name("loss"), number(1)], loss=NAN)
+    assert not holds([op, number(1), name("loss")], loss=NAN)
+
+
+def test_is_nan_sees_nan_and_only_nan() -> None:
+    assert holds(["is", name("loss"), "nan"], loss=NAN)
+    assert not holds(["is", name("loss"), "nan"], loss=math.inf)
+
+
+def test_a_counter_is_compared_in_its_own_unit() -> None:
+    late = [">", name("steps"), percent(50)]
+    assert not holds(late, at(100))
+    assert holds(late, at(101))
+    assert holds([">=", name("tokens"), ["dur", 100 * BATCH, "samples"]], at(100))
+    assert not holds([">=", name("tokens"), ["dur", 100 * BATCH, "samples"]], at(99))
+    assert holds(["<", percent(50), name("progress")], at(101))
+    # An epoch has 200 steps; the constant is the side that is converted.
+    assert holds(["==", ["dur", 0.5, "epochs"], name("steps")], at(100))
+
+
+def test_a_batch_is_bounded_in_samples_or_in_tokens() -> None:
+    in_samples = call("min", ["*", number(2), name("batch")], ["dur", 50, "samples"])
+    assert values(in_samples, batch=32)[0] == 50
+    in_tokens = call("min", ["*", number(2), name("batch")], ["dur", 50 * TOKENS, "tokens"])
+    assert values(in_tokens, batch=32)[0] == 50
+
+
+# What is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        (call("cosien"), "there is no function `cosien`"),
+        (call("warmup"), "`warmup` needs `over`"),
+        (call("warmup", number(100)), "is a duration such as"),
+        (call("warmup", steps(1), steps(2)), "takes one argument without a name, not 2"),
+        (call("wsd", steps(1), steps(2)), "takes no argument without a name, not 2"),
+        (call("cosine", too=number(1)), "has no argument `too`: it has to, over, from"),
+        (call("cosine", number(1), to=number(1)), "is given `to` twice"),
+        (call("cosine", to=steps(10)), "is a number such as"),
+        (call("linear", over=steps(0)), "has no time left"),
+        (call("wsd", warmup=percent(60), decay=percent(50)), "its decay begins at 100 steps"),
+        (call("wsd", warmup=steps(1), decay=steps(1), shape=name("cubic")), "is one of linear"),
+        (call("step", steps(500), factor=number(0.1)), "`step` at 500 steps does nothing"),
+        (call("step", steps(60), steps(30), factor=number(0.1)), "must rise"),
+        (["then", call("constant"), call("cosine")], "give it `over`"),
+        (["then", call("cosine"), call("cosine")], "what follows is never reached"),
+        (["then", call("warmup", steps(300)), call("cosine")], "ends at 300 steps"),
+        (["then", number(1), call("cosine")], "has no end"),
+        (["then", ["*", 3e-4, call("warmup", percent(5))], call("cosine")], "binds tighter"),
+        (["<", number(1), number(2)], "a condition stands where a schedule"),
+        (["+", ["<", number(1), number(2)], number(1)], "where a number is expected"),
+        (["sometimes", 1, 2, 3], "is no expression"),
+        (["is", number(1), "odd"], "`is odd` is no condition"),
+        (call("sqrt", number(1), number(2)), "takes one number"),
+        (call("exponential", to=number(0)), "goes between positive numbers"),
+    ],
+)
+def test_it_refuses_with_a_sentence(expression: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        values(expression)
+
+
+def test_a_number_is_no_condition() -> None:
+    with pytest.raises(ValueError, match="where a condition such as"):
+        compile_condition(number(1), UNITS, LENGTH)
