@@ -6,11 +6,8 @@ backward, so no pass has to find and repair backward nodes.
 
 from __future__ import annotations
 
-import inspect
 import time
-import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,57 +17,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from trainc.compiler.differentiate import Penalty, differentiate
-from trainc.compiler.passes.base import Pass, PassReport, run_passes
+from trainc.compiler.passes.base import Pass, run_passes
 from trainc.compiler.passes.forward import ForwardGraph, TaskForm, identifier, plant
 from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order
 from trainc.compiler.rewrite import Rewrite
-from trainc.compiler.step_graph import Batch, Inputs, Interface, Port, StepGraph, flatten_inputs
-
-Task = Callable[[Tensor, Tensor], Tensor]
-Road = Callable[["Wrapped", Batch], fx.GraphModule]
-_PREFIX = "user"
+from trainc.compiler.roads import PREFIX, ROADS, Road, Task, Wrapped
+from trainc.compiler.step_graph import Batch, Interface, Port, StepGraph, flatten_inputs
 
 
 class CaptureFailed(RuntimeError):
     """The model could not be captured as one graph; the message says what stopped it."""
-
-
-class Wrapped(nn.Module):
-    """The model on every view of the inputs, and the task on the first view."""
-
-    def __init__(self, model: nn.Module, task: Task, views: int) -> None:
-        super().__init__()
-        self.user = model
-        self.task = task
-        self.views = views
-        self.training = model.training
-
-    def forward(self, inputs: Inputs, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the task's loss on view one and the logits of every view."""
-        if self.views > 1:
-            inputs = pytree.tree_map(lambda x: torch.cat([x] * self.views), inputs)
-        logits = logits_of(call(self.user, inputs))
-        first = logits if self.views == 1 else logits[: logits.shape[0] // self.views]
-        return self.task(first, targets), logits
-
-
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model as the model contract says: a tuple is positional, a dict keywords."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, Sequence):
-        return model(*inputs)
-    return model(inputs)
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits of a model's output: itself, its `.logits`, or its first entry."""
-    found = getattr(output, "logits", output)
-    if isinstance(found, Sequence):
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(f"the model gave a {type(output).__name__} without logits")
-    return found
 
 
 def signature(model: nn.Module, batch: Batch) -> Hashable:
@@ -107,8 +63,9 @@ def capture(
     started = time.perf_counter()
     check_names(without, passes)
     check_order(passes)
-    forward = forward_graph(model, task, batch, rewrite.views, scalars, road or export_road)
-    forward.enlarged = partial(_enlarged, model, task, batch, rewrite.views, scalars, road or export_road)
+    make = partial(forward_graph, model, task, views=rewrite.views, scalars=scalars)
+    forward, road = _first_road(make, batch, ROADS if road is None else {"the given road": road})
+    forward.enlarged = partial(_enlarged, make, batch, road)
     reports = run_passes(forward, rewrite, passes, without)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     parts = differentiate(forward, trained, penalties)
@@ -124,12 +81,35 @@ def capture(
     return step
 
 
+def _first_road(
+    make: Callable[..., ForwardGraph], batch: Batch, roads: Mapping[str, Road]
+) -> tuple[ForwardGraph, Road]:
+    """Return the forward graph by the first road that can capture it, with a note of those that could not."""
+    refused: list[str] = []
+    causes: list[Exception] = []
+    for name, road in roads.items():
+        try:
+            forward = make(batch=batch, road=road)
+        except Exception as error:
+            refused.append(f"{name} could not capture the model: {type(error).__name__}: {error}")
+            causes.append(error)
+        else:
+            forward.notes += [f"{text.splitlines()[0]}; captured by {name}" for text in refused]
+            return forward, road
+    raise CaptureFailed("\n".join(refused)) from causes[0]
+
+
 def forward_graph(
-    model: nn.Module, task: Task, batch: Batch, views: int, scalars: Mapping[str, Tensor], road: Road
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    views: int,
+    scalars: Mapping[str, Tensor],
+    road: Road,
 ) -> ForwardGraph:
     """Capture the forward pass and the task as flat ATen nodes over the user's parameter names."""
     wrapped = Wrapped(model, task, views)
-    module = road(wrapped, batch)
+    module = road(wrapped, _distinct(batch))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     graph, tensors = _renamed(module, model, batch)
     holder = fx.GraphModule(module, fx.Graph())
@@ -141,9 +121,20 @@ def forward_graph(
     holder.graph = graph
     names = [*input_names(batch), "targets"]
     given = [*(t for _, t in flatten_inputs(batch[0])[1]), batch[1]]
-    fakes = {n: mode.from_tensor(t.detach(), static_shapes=True) for n, t in zip(names, given, strict=True)}
+    fakes = {
+        n: mode.from_tensor(t.detach(), static_shapes=True)
+        for n, t in zip(names, given, strict=True)
+    }
     return ForwardGraph(
-        holder, tensors, canonical_names(model), fakes, scalars, TaskForm.of(task), batch[1].shape[0], views, mode
+        holder,
+        tensors,
+        canonical_names(model),
+        fakes,
+        scalars,
+        TaskForm.of(task),
+        batch[1].shape[0],
+        views,
+        mode,
     )
 
 
@@ -170,24 +161,6 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def export_road(wrapped: Wrapped, batch: Batch) -> fx.GraphModule:
-    """Capture with torch.export, non-strict: it keeps names and parameter objects on every model tried."""
-    try:
-        with _quietly():
-            program = torch.export.export(wrapped, _distinct(batch), strict=False)
-            return _unlifted(program)
-    except Exception as error:
-        raise CaptureFailed(f"torch.export could not capture the model: {type(error).__name__}: {error}") from error
-
-
-def _unlifted(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Return the module of an exported program; `check_guards` came with a later torch."""
-    known = inspect.signature(program.module).parameters
-    module = program.module(check_guards=False) if "check_guards" in known else program.module()
-    assert isinstance(module, fx.GraphModule)
-    return module
-
-
 def _distinct(batch: Batch) -> Batch:
     """Copy a tensor that occurs twice: tracers would take one input for the other."""
     seen: set[int] = set()
@@ -203,7 +176,9 @@ def _distinct(batch: Batch) -> Batch:
     return pytree.tree_map(once, inputs), once(targets)
 
 
-def _renamed(module: fx.GraphModule, model: nn.Module, batch: Batch) -> tuple[fx.Graph, dict[str, Tensor]]:
+def _renamed(
+    module: fx.GraphModule, model: nn.Module, batch: Batch
+) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Copy a captured graph with the user's names, plain inputs, and without checks of its inputs."""
     names = canonical_names(model)
     by_object = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -222,8 +197,10 @@ def _renamed(module: fx.GraphModule, model: nn.Module, batch: Batch) -> tuple[fx
         if node.op == "placeholder":
             made.target = next(ports)
             made.name = made.target
-        elif node.op == "get_attr" and isinstance(value := _attribute(module, str(node.target)), Tensor):
-            plain = str(node.target).removeprefix(f"{_PREFIX}.")
+        elif node.op == "get_attr" and isinstance(
+            value := _attribute(module, str(node.target)), Tensor
+        ):
+            plain = str(node.target).removeprefix(f"{PREFIX}.")
             made.target = by_object.get(id(value)) or names.get(plain) or f"constant_{len(tensors)}"
             tensors.setdefault(str(made.target), value)
         _plain_stack(made)
@@ -235,7 +212,7 @@ def _renamed(module: fx.GraphModule, model: nn.Module, batch: Batch) -> tuple[fx
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def _attribute(module: nn.Module, target: str) -> Any:
@@ -253,33 +230,17 @@ def _plain_stack(node: fx.Node) -> None:
     if stack:
         kept = {}
         for key, (path, kind) in stack.items():
-            if path == _PREFIX or path.startswith(f"{_PREFIX}."):
-                kept[key] = (path[len(_PREFIX) + 1 :], kind)
+            if path == PREFIX or path.startswith(f"{PREFIX}."):
+                kept[key] = (path[len(PREFIX) + 1 :], kind)
         node.meta["nn_module_stack"] = kept
     for key in ("val", "tensor_meta", "unbacked_bindings", "from_node"):
         node.meta.pop(key, None)
 
 
-def _enlarged(
-    model: nn.Module, task: Task, batch: Batch, views: int, scalars: Mapping[str, Tensor], road: Road
-) -> ForwardGraph:
+def _enlarged(make: Callable[..., ForwardGraph], batch: Batch, road: Road) -> ForwardGraph:
     """Capture with one more example in the batch."""
-    more = pytree.tree_map(lambda t: torch.cat([t, t[:1]]), (_plain_inputs(batch[0]), batch[1]))
-    forward = forward_graph(model, task, more, views, scalars, road)
+    inputs, targets = _distinct(batch)
+    more = pytree.tree_map(lambda t: torch.cat([t, t[:1]]), (inputs, targets))
+    forward = make(batch=more, road=road)
     forward.propagate()
     return forward
-
-
-def _plain_inputs(inputs: Inputs) -> Inputs:
-    return dict(inputs) if isinstance(inputs, Mapping) else inputs
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep torch's notices about its own internals from the user."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-__all__ = ["CaptureFailed", "PassReport", "StepGraph", "capture", "signature"]

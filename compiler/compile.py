@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,21 +42,25 @@ def compile(
 
     Raises SpecError with every mistake found, each with its place in the text.
     """
-    import torch
-
     from trainc.compiler.passes.pipeline import check_names
 
     disabled = frozenset(without)
     check_names(disabled)
     checked, path = read(spec, overrides)
-    with ExitStack() as stack:
-        stack.enter_context(searching(path))
-        if model is None:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            torch.manual_seed(_seed(checked))
-            model = build_model(checked)
-        binding = bind(checked, take(model), facts(checked))
-        return build_program(binding, model, disabled, executor)
+    with searching(path):
+        built = seeded_model(checked) if model is None else model
+        binding = bind(checked, take(built), facts(checked))
+        return build_program(binding, built, disabled, executor)
+
+
+def seeded_model(spec: Spec) -> nn.Module:
+    """Return the spec's model with the initial weights of its seed; the caller's random state is left alone."""
+    import torch
+
+    run = spec.one("run")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.construct.seed if run else 0)  # type: ignore[attr-defined]
+        return build_model(spec)
 
 
 def plan(
@@ -103,13 +106,17 @@ def read(spec: str | Path | Spec, overrides: Mapping[str, str] | None = None) ->
 
     if isinstance(spec, Spec):
         return spec, None
-    from trainc.dsl.resolve import check
+    from trainc.dsl.resolve import load as resolve
 
-    checked = check(spec, catalog=catalog(), overrides=overrides)
-    if checked.spec is None:
-        raise SpecError(checked.diagnostics)
-    path = Path(spec) if isinstance(spec, Path) or (len(str(spec)) < 4096 and Path(str(spec)).is_file()) else None
-    return checked.spec, path
+    path = spec if isinstance(spec, Path) else _path_of(spec)
+    given = [f"{name}={value}" for name, value in (overrides or {}).items()]
+    return resolve(path or str(spec), catalog(), given).unwrap(), path
+
+
+def _path_of(text: str) -> Path | None:
+    """Return the path a string names; any other string is a spec's text."""
+    one_line = "\n" not in text and len(text) < 1024
+    return Path(text) if one_line and (text.endswith(".train") or Path(text).is_file()) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +189,6 @@ def _called(named: _Named, rule: str) -> Any:
 def _at(clause: Clause, rule: str, message: str, help: str | None = None) -> Diagnostic:
     labels = (Label(clause.span),) if clause.span else ()
     return Diagnostic(rule, message, labels, help=help)
-
-
-def _seed(spec: Spec) -> int:
-    run = _named(spec, "run")
-    return run.construct.seed if run else 0
 
 
 def _assemble(binding: Binding, model: nn.Module, signals: dict[str, float]) -> tuple[Parts, Setting]:

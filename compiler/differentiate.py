@@ -77,7 +77,11 @@ def differentiate(
                     like.shape, dtype=like.dtype, device=like.device
                 ).requires_grad_()
             results = dict(
-                zip(forward.outputs, Run(forward, tensors, given).run(enable_io_processing=False), strict=True)
+                zip(
+                    forward.outputs,
+                    Run(forward, tensors, given).run(enable_io_processing=False),
+                    strict=True,
+                )
             )
             loss = results.get("loss", results["task"])
             values = _Values(tensors | numbers, forward.canonical)
@@ -86,7 +90,9 @@ def differentiate(
                 total = total + _scalar(name, penalty(values))
             if SHARE in numbers:
                 total = total * numbers[SHARE]
-            wanted = [tensors[name] for name in parameters] + [given[name] for name in probes.values()]
+            wanted = [tensors[name] for name in parameters] + [
+                given[name] for name in probes.values()
+            ]
             # The engine would run under the surrounding autocast, which eager training's backward does not.
             with _no_autocast(total.device.type):
                 grads = _gradients(total, wanted)
@@ -100,7 +106,9 @@ def differentiate(
 
     trainable = set(parameters)
     with mode:
-        arguments = [_leaf(mode, tensor, name in trainable) for name, tensor in forward.tensors.items()]
+        arguments = [
+            _leaf(mode, tensor, name in trainable) for name, tensor in forward.tensors.items()
+        ]
         arguments += [forward.values[name] for name in batch]
         arguments += [_leaf(mode, forward.available[name], False) for name in scalars]
     with preserve_node_meta():
@@ -115,7 +123,9 @@ def _added(forward: ForwardGraph) -> set[str]:
 
 def _scalar(name: str, value: Tensor) -> Tensor:
     if value.dim() != 0:
-        raise ValueError(f"the penalty `{name}` gave a tensor of shape {list(value.shape)}, not a 0-d one")
+        raise ValueError(
+            f"the penalty `{name}` gave a tensor of shape {list(value.shape)}, not a 0-d one"
+        )
     return value
 
 
@@ -151,7 +161,9 @@ def _flatten(
     old = list(traced.graph.nodes)
     given = [node for node in old if node.op == "placeholder"]
     attributes = dict(zip(given, tensor_names, strict=False))
-    ports = dict(zip(given[len(tensor_names) :], [*batch, *(f"scalar_{n}" for n in scalars)], strict=True))
+    ports = dict(
+        zip(given[len(tensor_names) :], [*batch, *(f"scalar_{n}" for n in scalars)], strict=True)
+    )
     new, environment = fx.Graph(), {}
     table: list[tuple[str, str]] = []
     for node, name in ports.items():
@@ -174,7 +186,9 @@ def _flatten(
         if node.op == "get_attr":
             tensor = getattr(traced, str(node.target))
             if id(tensor) in owned:
-                raise ValueError(f"a penalty reads `{owned[id(tensor)]}` directly: it must take it from its argument")
+                raise ValueError(
+                    f"a penalty reads `{owned[id(tensor)]}` directly: it must take it from its argument"
+                )
             name = f"constant_{len(constants)}"
             constants[name] = tensor
             environment[node] = _attribute(new, node, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,9 @@ def listing(graph: fx.Graph) -> str:
         if node.op == "placeholder":
             lines.append(f"input {head}")
             continue
-        arguments = [_text(a) for a in node.args] + [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+        arguments = [_text(a) for a in node.args] + [
+            f"{k}={_text(v)}" for k, v in node.kwargs.items()
+        ]
         where = _where(node)
         lines.append(f"{head} = {target_name(node.target)}({', '.join(arguments)}){where}")
     return "\n".join(lines)
@@ -101,7 +104,9 @@ def to_json(source: fx.GraphModule | fx.Graph) -> dict[str, Any]:
         elif node.op == "call_function":
             entry["target"] = _checked_target(node.target)
         elif node.op != "output":
-            raise GraphFormatError(f"`{node.name}` is a {node.op}: only flat ATen graphs can be saved")
+            raise GraphFormatError(
+                f"`{node.name}` is a {node.op}: only flat ATen graphs can be saved"
+            )
         if node.op in ("call_function", "output"):
             entry["args"] = [_encode(a) for a in node.args]
             if node.kwargs:
@@ -119,7 +124,9 @@ def from_json(data: Mapping[str, Any]) -> fx.Graph:
             node = _node(graph, entry, made)
             made[str(entry["name"])] = node
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise GraphFormatError(f"this is not a saved graph: {type(error).__name__}: {error}") from error
+        raise GraphFormatError(
+            f"this is not a saved graph: {type(error).__name__}: {error}"
+        ) from error
     graph.lint()
     return graph
 
@@ -156,7 +163,7 @@ def _operator(name: str) -> Callable[..., Any]:
     if len(parts) != 3 or parts[0] not in NAMESPACES or parts[1] in _REFUSED:
         raise GraphFormatError(f"`{name}` is not an operator a saved graph may call")
     if parts[0] == "trainc":
-        import trainc.kernels.registry  # noqa: F401
+        _register()
     try:
         found = getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])
     except AttributeError:
@@ -164,6 +171,12 @@ def _operator(name: str) -> Callable[..., Any]:
     if not isinstance(found, torch._ops.OpOverload):
         raise GraphFormatError(f"this torch ({torch.__version__}) has no operator `{name}`")
     return found
+
+
+def _register() -> None:
+    """Import the files that define our operators."""
+    for name in ("layer_norm", "rms_norm", "multiplicative_noise", "task_consistency_loss"):
+        import_module(f"trainc.kernels.{name}")
 
 
 def _encode(value: Any) -> Any:
@@ -212,7 +225,13 @@ def step_to_json(step: StepGraph) -> dict[str, Any]:
     if interface is None:
         raise RuntimeError("no graph is installed yet: there is nothing to save")
     ports = [
-        {"name": p.name, "key": p.key, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "device": p.device}
+        {
+            "name": p.name,
+            "key": p.key,
+            "shape": list(p.shape),
+            "dtype": dtype_name(p.dtype),
+            "device": p.device,
+        }
         for p in interface.ports
     ]
     return {
@@ -227,7 +246,9 @@ def step_to_json(step: StepGraph) -> dict[str, Any]:
     }
 
 
-def step_from_json(data: Mapping[str, Any], model: nn.Module, constants: Mapping[str, Tensor]) -> StepGraph:
+def step_from_json(
+    data: Mapping[str, Any], model: nn.Module, constants: Mapping[str, Tensor]
+) -> StepGraph:
     """Rebuild a step on a model; every tensor the graph names must be the model's or a given constant."""
     from trainc.compiler.step_graph import FORMAT, Interface, Port, StepGraph
 

@@ -126,23 +126,16 @@ class Program:
         """
         step = self.begin()
         inputs, targets = batches.check(batch)
-        views = self._parts.rewrite.views
         scalars = self._scalars(share, targets.device)
         if self._parts.rewrite:
             self._arm(targets, scalars)
         if self._covered or not self.module.training:
-            logits = batches.call(self.forward, batches.repeated(inputs, views))
+            total, loss, parts = self._forward((inputs, targets), share, scalars)
         else:
             with self.sites.counted() as counts:
-                logits = batches.call(self.forward, batches.repeated(inputs, views))
+                total, loss, parts = self._forward((inputs, targets), share, scalars)
             self.sites.check_coverage(counts)
             self._covered = True
-        loss, parts = self._task_loss(logits, targets, scalars)
-        total = loss if share == 1.0 else loss * scalars["share"]
-        for label, penalty in self._parts.penalties.items():
-            value = penalty.value({n: self._parameters[n] for n in penalty.parameters}, scalars)
-            parts[label] = value.detach()
-            total = total + (value if share == 1.0 else value * scalars["share"])
         self._remember(step, targets, loss, parts, share, self.sites.probes() if self._parts.rewrite.norms else {})
         return total
 
@@ -202,7 +195,7 @@ class Program:
         if self._graph is None:
             from trainc.compiler.step_graph import StepGraph
 
-            self._graph = StepGraph.empty()
+            self._graph = StepGraph(self.module)
             self._graph.on_call = self._graph_loss
         return self._graph
 
@@ -274,6 +267,40 @@ class Program:
         parameter = self._parameters[name]
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
+    # trials
+
+    @property
+    def measures(self) -> bool:
+        """Say whether the program takes per-example statistics."""
+        return bool(self._parts.rewrite.norms)
+
+    def trial(
+        self, batch: Batch, road: Literal["graph", "module"], strength: float | None = None
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return the differentiated loss and the gradients by one road, changing nothing.
+
+        With `strength` every scheduled number of the rewrite and of the loss terms has that value.
+        """
+        scalars = self._scalars(1.0, batch[1].device)
+        if strength is not None:
+            scalars |= {name: torch.full_like(scalars[name], strength) for name in self._parts.scalars}
+        if road == "graph":
+            out = self.capture(batch).run(batch, scalars)
+            return out.total, out.grads
+        self._arm(batch[1], scalars)
+        try:
+            total, _, _ = self._forward(batch, 1.0, scalars)
+            named = {n: p for n, p in self._parameters.items() if p.requires_grad}
+            grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+        finally:
+            self.sites.disarm()
+        return total.detach(), dict(zip(named, grads, strict=True))
+
+    def trial_squares(self, batch: Batch) -> dict[str, Tensor]:
+        """Return per-example squared norms by parameter for one batch, changing nothing."""
+        out = self.capture(batch).run(batch, self._scalars(1.0, batch[1].device))
+        return self._by_parameter(out.probes)
+
     # state
 
     def state_dict(self) -> dict[str, Any]:
@@ -330,6 +357,20 @@ class Program:
             word = derive(self.settings.seed, "noise", micro) & 0xFFFFFFFF
             scalars["key"] = pack_key(word, clock.steps & 0xFFFFFFFF, device=device)
         return scalars
+
+    def _forward(
+        self, batch: Batch, share: float, scalars: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what is differentiated, the loss before `share` and the loss terms by name, module by module."""
+        inputs, targets = batch
+        logits = batches.call(self.forward, batches.repeated(inputs, self._parts.rewrite.views))
+        loss, parts = self._task_loss(logits, targets, scalars)
+        total = loss if share == 1.0 else loss * scalars["share"]
+        for label, penalty in self._parts.penalties.items():
+            value = penalty.value({n: self._parameters[n] for n in penalty.parameters}, scalars)
+            parts[label] = value.detach()
+            total = total + (value if share == 1.0 else value * scalars["share"])
+        return total, loss, parts
 
     def _dtype(self) -> torch.dtype:
         wide = any(p.dtype == torch.float64 for p in self._parameters.values())

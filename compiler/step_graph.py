@@ -99,7 +99,9 @@ def flatten_inputs(inputs: Inputs) -> tuple[Kind, list[tuple[str | int | None, T
         return "dict", list(inputs.items())
     if isinstance(inputs, Sequence):
         return "tuple", list(enumerate(inputs))
-    raise TypeError(f"inputs are a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}")
+    raise TypeError(
+        f"inputs are a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}"
+    )
 
 
 class StepGraph(fx.GraphModule):
@@ -108,8 +110,13 @@ class StepGraph(fx.GraphModule):
     It may exist before its graph does: `install` fills it, and calling it goes to `on_call`, which its owner sets.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph | None = None, interface: Interface | None = None,
-                 constants: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph | None = None,
+        interface: Interface | None = None,
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> None:
         if graph is None:
             graph = fx.Graph()
             graph.output(None)
@@ -161,7 +168,9 @@ class StepGraph(fx.GraphModule):
         """Execute the step on a batch; buffers such as running means are updated in place."""
         interface = self.interface
         if interface is None:
-            raise RuntimeError("no graph is installed yet: a step graph is captured at the first batch")
+            raise RuntimeError(
+                "no graph is installed yet: a step graph is captured at the first batch"
+            )
         misfits = self._misfits(batch)
         if misfits:
             raise BatchMismatch("the graph was captured for another batch: " + "; ".join(misfits))
@@ -225,8 +234,12 @@ class StepGraph(fx.GraphModule):
         return step_to_json(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], model: nn.Module,
-                  constants: Mapping[str, Tensor] | None = None) -> StepGraph:
+    def from_json(
+        cls,
+        data: Mapping[str, Any],
+        model: nn.Module,
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> StepGraph:
         """Rebuild a step on a model with the same parameter names; no code from the data is run."""
         from trainc.compiler.graph_json import step_from_json
 
@@ -242,7 +255,12 @@ def plant_model(root: nn.Module, model: nn.Module) -> None:
                 plant(root, dot + name, parameter)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                plant(root, dot + name, buffer, persistent=name not in module._non_persistent_buffers_set)
+                plant(
+                    root,
+                    dot + name,
+                    buffer,
+                    persistent=name not in module._non_persistent_buffers_set,
+                )
 
 
 @contextlib.contextmanager

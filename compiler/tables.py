@@ -162,9 +162,7 @@ def _memory(binding: Binding, parts: Parts) -> Iterator[tuple[str, int]]:
             total += part.construct.moments * size
         yield f"{part.clause.label}: optimizer state", total
     for action in parts.actions:
-        memory = getattr(action, "memory", None)
-        if memory is not None:
-            yield action.name, int(memory())
+        yield action.name, action.memory()
     yield "constants of loss terms", sum(t.numel() * t.element_size() for t in parts.tensors.values())
     batch = binding.units.samples_per_step
     if parts.rewrite.norms and batch:

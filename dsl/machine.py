@@ -70,7 +70,9 @@ def run(tokens: Sequence[Token], builder: Builder) -> Any:
                 raise Refused(token, frozenset(), too_deep=True)
             values.append((node, start, end, depth))
             states.append(_ACTIONS[states[-1]][symbol] - 1)
-    return values[0][0]
+            if states[-1] == tables.END:
+                return node
+    raise AssertionError("the tables have no end")
 
 
 def _children(
@@ -97,4 +99,6 @@ def _shifts(states: list[int], terminal: str) -> bool:
         if length:
             del stack[-length:]
         stack.append(_ACTIONS[stack[-1]][symbol] - 1)
+        if stack[-1] == tables.END:
+            return True
     return False

@@ -1,10 +1,12 @@
 """Eigenvalue spectra of weights, and the Hill estimate of how heavy their tails are.
 
-The spectrum of a matrix is the squared singular values. Those of a convolution (O, I, kh, kw) are the pooled
-squared singular values of its kh*kw matrices of O x I, scaled by sqrt(0.5) as TempBalance's code does.
+The spectrum of a matrix is its squared singular values. That of a convolution's weight, shape
+(O, I, kh, kw), pools those of its kh*kw matrices of O x I, scaled by sqrt(0.5) as in TempBalance's
+code.
 
-They come from the Gram matrix of the short side, which is many times cheaper than singular values. Squaring costs
-digits at the small end only, where the Hill estimate does not look; where it would, the matrix is redone in float64.
+They come from the Gram matrix of the short side, which costs a fraction of singular values.
+Squaring loses digits at the small end, where the Hill estimate does not look; where it would, the
+spectrum is taken again in float64.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import torch
 from torch import Tensor
 
 CONV_SCALE = 0.5
-# Relative to the largest eigenvalue: below the first, float32 has lost too many digits; below the second an
-# eigenvalue is the rounding noise of float32 weights.
-GUARD = 1e-6
+# Relative to the largest eigenvalue: below the first, float32 has lost too many digits; below the
+# second, an eigenvalue is the rounding noise of float32 weights.
+GUARD = 1e-5
 RANK = 1e-12
 # Entries of Gram matrices decomposed at once.
 BATCH = 1 << 24
@@ -28,17 +30,17 @@ BATCH = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Hill:
-    """Which eigenvalues the estimate runs over: the largest ones, from position n / `xmin_pos` of n on.
+    """Which of n ascending eigenvalues the estimate runs over: those from n / `xmin_pos` on.
 
-    `code` is what the released implementations do: the threshold itself counts as one of the k terms. `paper` is the
-    published formula: k terms above the threshold.
+    `code` is what released implementations do: the threshold is the smallest of the k terms.
+    `paper` is the published formula: the threshold is the eigenvalue below them.
     """
 
     xmin_pos: float = 2.0
     convention: Literal["code", "paper"] = "code"
 
     def tail(self, n: int) -> tuple[int, int]:
-        """Return the threshold's index among `n` ascending eigenvalues, and the number k of terms."""
+        """Return the threshold's index, and the number k of terms."""
         if self.convention == "code":
             index = int(n / self.xmin_pos)
             return index, n - index
@@ -46,9 +48,9 @@ class Hill:
         return n - k - 1, k
 
     def alpha(self, spectrum: Tensor) -> float:
-        """Return 1 + k / sum(ln(lambda_j / xmin)) over the k largest of an ascending spectrum, shape (n,).
+        """Return 1 + k / sum(ln(lambda / xmin)) over the k largest of an ascending spectrum (n,).
 
-        NaN where it means nothing: non-finite or zero weights, a rank below the threshold, no spread at all.
+        NaN where it means nothing: weights that are zero, not finite or of low rank, no spread.
         """
         n = len(spectrum)
         if n < 2:
@@ -83,9 +85,9 @@ def matrices(weight: Tensor) -> Tensor:
 
 
 def spectra(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Tensor]:
-    """Return each weight's ascending spectrum, float64 on the CPU; all NaN for a weight that is not finite.
+    """Return each weight's ascending spectrum (n,) in float64 on the CPU, exact enough for `hill`.
 
-    Digits suffice for `hill`; matrices of one size are decomposed together.
+    All are NaN for a weight that is not finite.
     """
     found = _decompose([weight.detach() for weight in weights], torch.float32)
     again = []
@@ -105,7 +107,7 @@ def alphas(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[float]:
 
 
 def _decompose(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return spectra from Gram matrices in `dtype` or better; those of one size are decomposed together."""
+    """Return spectra from Gram matrices in `dtype` or better, those of one size together."""
     found: list[Tensor] = [torch.empty(0)] * len(weights)
     sizes: dict[tuple[torch.device, torch.dtype, int, int], list[int]] = {}
     for i, weight in enumerate(weights):

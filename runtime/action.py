@@ -54,6 +54,10 @@ class Action(ABC):
         if state:
             raise ValueError(f"{self.name} keeps no state, but the checkpoint has {sorted(state)}")
 
+    def memory(self) -> int:
+        """Return how many bytes this keeps beyond weights, gradients and optimizer state."""
+        return 0
+
     def summary(self) -> str | None:
         """Return one line on what this did over the run, as found; None when there is nothing to say."""
         return None

@@ -80,7 +80,7 @@ def latest(folder: Path) -> Found:
     damage: list[str] = []
     for step, _, path in sorted(_listed(folder), reverse=True):
         try:
-            _verify(path)
+            _verify(path, step)
         except DamagedCheckpoint as problem:
             damage.append(str(problem))
         else:
@@ -99,24 +99,28 @@ def load(path: Path) -> State:
     return state
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path, step: int | None = None) -> None:
     """Raise `DamagedCheckpoint` unless every file is as the manifest says."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        version, files = manifest["format"], manifest["files"]
-        expected = {name: files[name]["sha256"] for name in (TENSORS, STATE)}
+        version, found_step, files = manifest["format"], manifest["step"], manifest["files"]
+        expected = {
+            name: (files[name]["sha256"], files[name]["bytes"]) for name in (TENSORS, STATE)
+        }
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise DamagedCheckpoint(f"{path / MANIFEST} is missing or damaged") from problem
     if version != FORMAT:
         raise DamagedCheckpoint(
             f"{path / MANIFEST} has format {version}, this version reads {FORMAT}"
         )
-    for name, checksum in expected.items():
+    if step not in (found_step, None):
+        raise DamagedCheckpoint(f"{path / MANIFEST} is of step {found_step}, not {step}")
+    for name, checked in expected.items():
         try:
-            found = _checksum(path / name)
+            found = _checksum(path / name), (path / name).stat().st_size
         except OSError as problem:
             raise DamagedCheckpoint(f"{path / name} is missing") from problem
-        if found != checksum:
+        if found != checked:
             raise DamagedCheckpoint(f"{path / name} is damaged: its checksum is not the manifest's")
 
 

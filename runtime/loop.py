@@ -198,7 +198,7 @@ class Run:
 
     def due(self, gate: Gate | None) -> bool:
         """Say whether something is due now, after a step."""
-        return gate is not None and gate.fires(self.clock)
+        return gate is not None and self.clock.steps > 0 and gate.fires(self.clock)
 
     def record(
         self, metrics: Mapping[str, float], report: Report, batch: int, reading: float, total: float

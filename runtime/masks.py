@@ -1,23 +1,26 @@
-"""Update masks: the entries of a parameter that train, kept compactly so that everything binds to them at once.
+"""Update masks: the entries of a parameter that train, kept compactly so that everything binds to them.
 
-The optimizer sees `values`, a vector of the selected entries. Its moments, its weight decay and clipping therefore
-act on those entries only, and the dense gradient is dropped as soon as the entries are gathered.
+The optimizer sees `values`, a vector of the selected entries. Its moments, its weight decay and
+clipping therefore act on those entries only, and a dense gradient is dropped once they are gathered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
+    from torch.utils.hooks import RemovableHandle
 
 
 class Compact:
     """The selected entries of one parameter.
 
-    `index` (k,) int64 holds sorted flat positions, or is None until they are chosen; `values` (k,) is what the
-    optimizer updates, in float32 at least, so that it doubles as the master copy of low-precision weights.
+    `index` (k,) holds sorted flat positions, int32 where they fit, or is None until they are chosen;
+    until then the dense gradient stays in `parameter.grad` and nothing trains. `values` (k,) is what
+    the optimizer updates, in float32 at least: the master copy of low-precision weights.
     """
 
     def __init__(self, name: str, parameter: Parameter, count: int) -> None:
@@ -28,46 +31,111 @@ class Compact:
         self.index: Tensor | None = None
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         self.values = torch.nn.Parameter(torch.zeros(count, dtype=dtype, device=parameter.device))
-        self._handle = parameter.register_post_accumulate_grad_hook(self._gather_hook)
+        self._handle: RemovableHandle | None = None
 
-    def _gather_hook(self, parameter: Tensor) -> None:
-        if self.index is not None:
-            self.gather()
+    # gradients
+
+    def take(self, grad: Tensor) -> None:
+        """Add a dense gradient of the parameter: all of it while choosing, else its selected entries."""
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        grad = grad.detach()
+        if self.index is None:
+            held = self.parameter.grad
+            self.parameter.grad = grad if held is None else held + grad
+        elif self.index.numel():
+            picked = grad.reshape(-1).index_select(0, self.index).to(self.values.dtype)
+            self.values.grad = picked if self.values.grad is None else self.values.grad.add_(picked)
 
     def gather(self) -> None:
-        """Move the selected entries of the dense gradient to `values.grad` and free the rest."""
-        if self.parameter.grad is None or self.index is None:
-            return
-        picked = self.parameter.grad.detach().reshape(-1)[self.index].to(self.values.dtype)
-        self.values.grad = picked if self.values.grad is None else self.values.grad + picked
+        """Move the selected entries of `parameter.grad` to `values.grad` and free the rest."""
+        grad = self.parameter.grad
+        if grad is not None and self.index is not None:
+            self.parameter.grad = None
+            self.take(grad)
+
+    def discard(self) -> None:
+        """Forget the gradients of the open step."""
         self.parameter.grad = None
+        self.values.grad = None
+
+    # entries
 
     def choose(self, index: Tensor) -> None:
-        """Fix the selection: sorted flat positions, shape (k,)."""
-        self.index = index.to(self.parameter.device)
+        """Fix the selection, sorted flat positions of shape (k,), and take the weights there."""
+        import torch
+
+        narrow = torch.int32 if self.parameter.numel() <= torch.iinfo(torch.int32).max else torch.int64
+        self.index = index.to(self.parameter.device, narrow)
+        if self.values.numel() != index.numel():
+            self.values.data = self.values.data.new_zeros(index.numel())
+        if self._handle is None:
+            hook = self.parameter.register_post_accumulate_grad_hook
+            self._handle = hook(lambda _: self.gather())
         self.read()
 
+    def forget(self) -> None:
+        """Go back to choosing."""
+        self.index = None
+        self.values.data.zero_()
+        self.remove()
+
     def read(self) -> None:
-        """Take the weights' present values. Low-precision weights keep a master copy that still rounds to them."""
+        """Take the weights as they are now; a master copy that still rounds to its weight is kept."""
         import torch
 
         if self.index is None:
             return
         with torch.no_grad():
-            now = self.parameter.detach().reshape(-1)[self.index]
+            now = self.parameter.detach().reshape(-1).index_select(0, self.index)
             stale = self.values.detach().to(now.dtype) != now
             self.values.copy_(torch.where(stale, now.to(self.values.dtype), self.values))
 
-    def write(self) -> None:
-        """Put the updated entries back into the parameter."""
+    def write(self) -> int:
+        """Put the updated entries back into the parameter; return how many stored weights changed."""
         import torch
 
         if self.index is None:
-            return
+            return 0
         with torch.no_grad():
-            flat = self.parameter.detach().view(-1)
-            flat[self.index] = self.values.detach().to(flat.dtype)
+            weights = self.parameter.detach()
+            new = self.values.detach().to(weights.dtype)
+            changed = int((weights.reshape(-1).index_select(0, self.index) != new).sum())
+            if weights.is_contiguous():
+                weights.view(-1)[self.index] = new
+            else:
+                weights[torch.unravel_index(self.index.long(), weights.shape)] = new
+        return changed
+
+    def memory(self) -> int:
+        """Return the bytes held beside the weights, without the optimizer's."""
+        held = [self.values] if self.index is None else [self.values, self.index]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def remove(self) -> None:
         """Detach from the parameter."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Return each flat score's positions among the `count` largest of all, sorted, int64.
+
+    Of equal scores the earlier tensor goes first, inside a tensor the lower position; the choice is
+    therefore a function of the numbers alone. Scores are not NaN, and `count` is at most their number.
+    """
+    import torch
+
+    # Only a tensor's own `count` largest can be among those of all.
+    tops = [score.topk(min(count, score.numel()), sorted=False).values for score in scores]
+    together = torch.cat([top.to(tops[0].device) for top in tops])
+    threshold = together.topk(count).values[-1] if count else together.new_full((), torch.inf)
+    above = [(score > threshold.to(score.device)).nonzero()[:, 0] for score in scores]
+    left = count - sum(len(found) for found in above)
+    chosen = []
+    for score, found in zip(scores, above, strict=True):
+        equal = (score == threshold.to(score.device)).nonzero()[:left, 0]
+        left -= len(equal)
+        chosen.append(torch.cat([found, equal]).sort().values)
+    return chosen

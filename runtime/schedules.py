@@ -70,10 +70,10 @@ class Schedules(Expressions):
                 "what stands before `then` has no end: use a schedule such as `warmup(5%)`"
             )
         if end >= stop:
-            said = "with the run" if math.isinf(end) else f"at {self.axis.say(end)}"
+            last = "as long as the run" if math.isinf(end) else f"to {self.axis.say(end)}"
             raise ValueError(
-                f"what stands before `then` ends {said}, and the run at {self.axis.say(stop)}: "
-                "what follows is never reached"
+                f"what stands before `then` lasts {last} in a run of {self.axis.say(stop)}: "
+                "give it a shorter `over`, or what follows is never reached"
             )
         following = self._number(right, end)
         position, before, after = self.axis.position, first.at, following.at

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trainc.compiler.compile import compile as compile
     from trainc.compiler.compile import plan as plan
     from trainc.compiler.program import Program as Program
-    from trainc.compiler.program import load as load
+    from trainc.compiler.artefact import load as load
     from trainc.dsl.diagnostics import SpecError as SpecError
     from trainc.dsl.resolve import check as check
     from trainc.dsl.spec import Clause as Clause
@@ -28,7 +28,7 @@ _HOME = {
     "catalog": "trainc.compiler.catalog",
     "check": "trainc.dsl.resolve",
     "compile": "trainc.compiler.compile",
-    "load": "trainc.compiler.program",
+    "load": "trainc.compiler.artefact",
     "plan": "trainc.compiler.compile",
 }
 

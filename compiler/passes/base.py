@@ -24,7 +24,9 @@ class SiteMissing(ValueError):
     def __init__(self, pass_name: str, missing: Iterable[str]) -> None:
         self.pass_name, self.missing = pass_name, tuple(missing)
         names = ", ".join(f"`{name}`" for name in self.missing)
-        super().__init__(f"pass `{pass_name}` did not find {len(self.missing)} of its sites in the graph: {names}")
+        super().__init__(
+            f"pass `{pass_name}` did not find {len(self.missing)} of its sites in the graph: {names}"
+        )
 
 
 class SiteUnfit(ValueError):
@@ -87,7 +89,10 @@ class PassReport:
 
 
 def run_passes(
-    forward: ForwardGraph, rewrite: Rewrite, passes: Sequence[Pass], without: frozenset[str] = frozenset()
+    forward: ForwardGraph,
+    rewrite: Rewrite,
+    passes: Sequence[Pass],
+    without: frozenset[str] = frozenset(),
 ) -> tuple[PassReport, ...]:
     """Run the passes in order and check the graph after each; those in `without` leave their sites unserved."""
     reports: list[PassReport] = []
@@ -136,7 +141,12 @@ def _run(
     after = listing(forward.graph)
     diff = "\n".join(
         difflib.unified_diff(
-            before.splitlines(), after.splitlines(), f"before {step.name}", f"after {step.name}", lineterm="", n=1
+            before.splitlines(),
+            after.splitlines(),
+            f"before {step.name}",
+            f"after {step.name}",
+            lineterm="",
+            n=1,
         )
     )
     return PassReport(

@@ -146,7 +146,9 @@ class ForwardGraph:
         node = self.graph.call_function(target, args)
         if "nn_module_stack" in like.meta:
             node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
-        values = fx.node.map_aggregate(args, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
+        values = fx.node.map_aggregate(
+            args, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a
+        )
         with torch.no_grad(), self.mode:
             node.meta["val"] = target(*values)
         return node
@@ -164,7 +166,9 @@ class ForwardGraph:
 class Run(fx.Interpreter):
     """Executes a forward graph with given tensors in place of its get_attr and placeholder nodes."""
 
-    def __init__(self, forward: ForwardGraph, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, forward: ForwardGraph, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> None:
         super().__init__(forward.module)
         self.tensors = tensors
         self.given = values

@@ -95,7 +95,9 @@ def _weight_uses(forward: ForwardGraph, weight: str | None) -> int:
     if weight is None:
         return 0
     name = _canonical(forward.canonical, weight)
-    pending: list[fx.Node] = [n for n in forward.graph.nodes if n.op == "get_attr" and n.target == name]
+    pending: list[fx.Node] = [
+        n for n in forward.graph.nodes if n.op == "get_attr" and n.target == name
+    ]
     uses = 0
     while pending:
         for user in pending.pop().users:

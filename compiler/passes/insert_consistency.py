@@ -32,7 +32,9 @@ class InsertConsistency(Pass):
     """Multiplies site outputs by noise, shares dropout between the views and pairs the loss."""
 
     name: ClassVar[str] = "insert_consistency"
-    purpose: ClassVar[str] = "add noise at its sites and the distance between the two views to the loss"
+    purpose: ClassVar[str] = (
+        "add noise at its sites and the distance between the two views to the loss"
+    )
     after: ClassVar[tuple[str, ...]] = ("fuse_norms", "instrument_norms")
     exact: ClassVar[bool] = False
     widens: ClassVar[frozenset[str]] = frozenset({"task"})
@@ -83,14 +85,18 @@ class InsertConsistency(Pass):
         for node in forward.calls():
             if node.target in UNSHARED and _is_random(node):
                 where = ".".join(module_paths(node)[-1:]) or "the model"
-                forward.notes.append(f"`{where}` draws from {node.target} for each view: its masks are not shared")
+                forward.notes.append(
+                    f"`{where}` draws from {node.target} for each view: its masks are not shared"
+                )
             if node.target not in DROPOUT or not node.args[2] or node.args[1] == 0.0:
                 continue
             x, p, _ = node.args
             assert isinstance(x, fx.Node)
             rows = x.meta["val"].shape[0]
             if rows % forward.rows:
-                forward.notes.append(f"`{module_paths(node)[-1]}` drops along another axis: its masks are not shared")
+                forward.notes.append(
+                    f"`{module_paths(node)[-1]}` drops along another axis: its masks are not shared"
+                )
                 continue
             multiply = aten.mul.Tensor if node.target is aten.dropout.default else aten.mul_.Tensor
             with forward.graph.inserting_before(node):
@@ -111,11 +117,17 @@ class InsertConsistency(Pass):
                 results = _fused_loss(forward, pairing, logits, weight)
             else:
                 results = _plain_loss(forward, pairing, task, logits, weight)
-        forward.set_results(dict(zip(("loss", "task", "consistency"), results, strict=True)) | {"logits": logits})
+        forward.set_results(
+            dict(zip(("loss", "task", "consistency"), results, strict=True)) | {"logits": logits}
+        )
 
 
-def _fused_loss(forward: ForwardGraph, pairing: Pairing, logits: fx.Node, weight: fx.Node) -> list[fx.Node]:
-    targets = next(n for n in forward.graph.nodes if n.op == "placeholder" and n.target == "targets")
+def _fused_loss(
+    forward: ForwardGraph, pairing: Pairing, logits: fx.Node, weight: fx.Node
+) -> list[fx.Node]:
+    targets = next(
+        n for n in forward.graph.nodes if n.op == "placeholder" and n.target == "targets"
+    )
     form = forward.task
     fused = forward.call(
         torch.ops.trainc.task_consistency_loss.default,
@@ -170,13 +182,18 @@ def _results(forward: ForwardGraph, module: str) -> list[fx.Node]:
         inside = set(nodes)
         leaving = [n for n in nodes if any(user not in inside for user in n.users)]
         if len(leaving) != 1:
-            raise SiteUnfit(module, f"it has {len(leaving)} results in the graph, and noise needs exactly one")
+            raise SiteUnfit(
+                module, f"it has {len(leaving)} results in the graph, and noise needs exactly one"
+            )
         ends += leaving
     return ends
 
 
 def _is_random(node: fx.Node) -> bool:
     if node.target is aten.scaled_dot_product_attention.default:
-        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), node.args, strict=False)) | node.kwargs
+        given = (
+            dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), node.args, strict=False))
+            | node.kwargs
+        )
         return bool(given.get("dropout_p", 0.0))
     return True

@@ -16,7 +16,10 @@ from trainc.compiler.passes.spellings import strip
 from trainc.compiler.rewrite import NormSite, Rewrite
 
 # Where the probe stands among each operator's arguments.
-PROBE: dict[Any, int] = {torch.ops.trainc.layer_norm.default: 4, torch.ops.trainc.rms_norm.default: 3}
+PROBE: dict[Any, int] = {
+    torch.ops.trainc.layer_norm.default: 4,
+    torch.ops.trainc.rms_norm.default: 3,
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class InstrumentNorms(Pass):
             served.append(site.module)
         return served
 
-    def check(self, forward: ForwardGraph, site: NormSite, x: Tensor, enlarged: torch.Size | None) -> None:
+    def check(
+        self, forward: ForwardGraph, site: NormSite, x: Tensor, enlarged: torch.Size | None
+    ) -> None:
         """Raise unless the first axis of the norm's input is the example axis."""
         views = forward.views
         wrong = enlarged is not None and enlarged[0] != forward.rows + views

@@ -117,7 +117,11 @@ def _normalised(centred: Any, variance: Any) -> tuple[Literal["layer", "rms"], f
         return None
     origin = _minus_mean(centred)
     if variance.target in VARIANCE:
-        same = origin is not None and strip(variance.args[0]) is origin and _is_biased_variance(variance)
+        same = (
+            origin is not None
+            and strip(variance.args[0]) is origin
+            and _is_biased_variance(variance)
+        )
         return ("layer", origin) if same and origin is not None else None
     if variance.target not in MEAN or not _over_last(variance):
         return None
@@ -160,7 +164,11 @@ def _value(node: fx.Node) -> Tensor:
 
 def _is_affine(node: Any, shape: tuple[int, ...]) -> bool:
     origin = strip(node)
-    return isinstance(origin, fx.Node) and origin.op == "get_attr" and tuple(_value(origin).shape) == shape
+    return (
+        isinstance(origin, fx.Node)
+        and origin.op == "get_attr"
+        and tuple(_value(origin).shape) == shape
+    )
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -184,13 +192,23 @@ def _other(node: fx.Node | None, one: fx.Node, targets: set[Any]) -> Any:
 
 
 def _numerator(node: fx.Node, denominator: fx.Node) -> Any:
-    fits = node.target in DIV and len(node.args) == 2 and node.args[1] is denominator and not node.kwargs
+    fits = (
+        node.target in DIV
+        and len(node.args) == 2
+        and node.args[1] is denominator
+        and not node.kwargs
+    )
     return node.args[0] if fits else None
 
 
 def _plus_number(node: Any) -> tuple[Any, float | None]:
     node = strip(node)
-    if not isinstance(node, fx.Node) or node.target not in ADD or len(node.args) != 2 or node.kwargs:
+    if (
+        not isinstance(node, fx.Node)
+        or node.target not in ADD
+        or len(node.args) != 2
+        or node.kwargs
+    ):
         return None, None
     for value, number in (node.args, node.args[::-1]):
         if isinstance(number, (int, float)):
@@ -227,7 +245,9 @@ def _over_last(node: fx.Node) -> bool:
 
 
 def _is_biased_variance(node: fx.Node) -> bool:
-    names = ("input", "dim", "unbiased", "keepdim") if node.target is aten.var.dim else ("input", "dim")
+    names = (
+        ("input", "dim", "unbiased", "keepdim") if node.target is aten.var.dim else ("input", "dim")
+    )
     given = _arguments(node, names)
     biased = given.get("correction") == 0 or given.get("unbiased") is False
     rank = _value(strip(given["input"])).dim()

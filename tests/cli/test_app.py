@@ -113,8 +113,9 @@ def test_help_says_what_each_verb_does(
 
 
 def test_every_verb_on_disk_is_dispatched() -> None:
-    on_disk = {path.stem for path in (Path(__file__).parents[2] / "trainc/cli").glob("*.py")}
-    assert on_disk - {"__init__", "app"} <= set(SUMMARIES)
+    folder = Path(__file__).parents[2] / "trainc/cli"
+    on_disk = {path.stem for path in folder.glob("*.py") if "def register(" in path.read_text()}
+    assert on_disk <= set(SUMMARIES)
 
 
 def test_help_lists_the_verbs_without_importing_any() -> None:

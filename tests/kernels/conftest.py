@@ -133,7 +133,7 @@ CASES = [
             layer_norm_reference,
             4,
             "layer_norm_backward",
-        )  # fmt: skip
+        )
         for name, (middle, tail) in NORMS.items()
     ),
     *(
@@ -144,7 +144,7 @@ CASES = [
             rms_norm_reference,
             3,
             "rms_norm_backward",
-        )  # fmt: skip
+        )
         for name, (middle, tail) in NORMS.items()
         for casting in rms_norm.CASTINGS
     ),
@@ -156,7 +156,7 @@ CASES = [
             noise_reference,
             None,
             "multiplicative_noise",
-        )  # fmt: skip
+        )
         for share in multiplicative_noise.SHARES
     ),
     *(
@@ -167,7 +167,7 @@ CASES = [
             noisy_add_reference,
             None,
             "multiplicative_noise",
-        )  # fmt: skip
+        )
         for share in multiplicative_noise.SHARES
     ),
     *(
@@ -178,7 +178,7 @@ CASES = [
             consistency.reference,
             None,
             "task_consistency_loss_backward",
-        )  # fmt: skip
+        )
         for distance in consistency.DISTANCES
         for smoothing, middle in ((0.0, (3,)), (0.1, ()))
     ),

@@ -1,6 +1,7 @@
 """Schedules and conditions: closed forms, what joins them, and what is refused."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ def test_linear_and_cosine_end_where_they_should_and_stay() -> None:
         found = values(call(shape, to=number(0.25), over=steps(50)))
         assert found[0] == 1
         assert found[50:] == pytest.approx([0.25] * 150)
-        assert all(a > b for a, b in zip(found[:50], found[1:51], strict=True))
+        assert all(a > b for a, b in pairwise(found[:51]))
     assert values(call("linear", number(0)))[100] == 0.5
     assert values(call("exponential", to=number(0.01)))[100] == pytest.approx(0.1)
 
@@ -231,7 +232,7 @@ def test_a_decay_takes_over_where_the_warmup_ends(
     found = [schedule(at(step), {}) for step in range(201)]
     # Continuous: no step changes it by more than the steepest slope of its pieces.
     slope = max(1 / warm, (1 - to) * math.pi / 2 / (200 - warm)) + 1e-12
-    assert all(abs(b - a) <= slope for a, b in zip(found, found[1:], strict=False))
+    assert all(abs(b - a) <= slope for a, b in pairwise(found))
     assert found[warm - 1] == found[warm] == 1
     assert found[200] == pytest.approx(to, abs=1e-12)
 
@@ -339,9 +340,9 @@ def test_a_batch_is_bounded_in_samples_or_in_tokens() -> None:
         (call("wsd", warmup=steps(1), decay=steps(1), shape=name("cubic")), "is one of linear"),
         (call("step", steps(500), factor=number(0.1)), "`step` at 500 steps does nothing"),
         (call("step", steps(60), steps(30), factor=number(0.1)), "must rise"),
-        (["then", call("constant"), call("cosine")], "give it `over`"),
+        (["then", call("constant"), call("cosine")], "lasts as long as the run"),
         (["then", call("cosine"), call("cosine")], "what follows is never reached"),
-        (["then", call("warmup", steps(300)), call("cosine")], "ends at 300 steps"),
+        (["then", call("warmup", steps(300)), call("cosine")], "lasts to 300 steps"),
         (["then", number(1), call("cosine")], "has no end"),
         (["then", ["*", 3e-4, call("warmup", percent(5))], call("cosine")], "binds tighter"),
         (["<", number(1), number(2)], "a condition stands where a schedule"),

@@ -17,24 +17,25 @@ if TYPE_CHECKING:
 class LayerDecay(Construct):
     """Multiplies each rate by `max(decay ** (levels - level), floor)`.
 
-    Levels count embeddings as 0, blocks from 1, and the head as the last: with L blocks the head keeps its rate,
-    the last block gets `decay`, the first `decay ** L`, the embeddings `decay ** (L + 1)`.
+    Levels count embeddings as 0, blocks from 1, and the head as the last: with L blocks the head
+    keeps its rate, the last block gets `decay`, the first `decay ** L`, and the embeddings
+    `decay ** (L + 1)`. It holds for the whole run: `from`, `until` and `every` are refused.
     """
 
-    cite: ClassVar = (
-        "Bao et al., BEiT, ICLR 2022, arXiv:2106.08254; Clark et al., ELECTRA, ICLR 2020, arXiv:2003.10555"
-    )
+    cite: ClassVar = "Bao et al., BEiT: BERT Pre-Training of Image Transformers, arXiv:2106.08254"
     example: ClassVar = "lr layer_decay on trainable { decay = 0.75 }"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     identity: ClassVar = {"decay": "1"}
     effects: ClassVar = (Effect("rates", "scale rates by level", writes=("rate",)),)
 
-    decay: float = Field(gt=0, le=1, description="factor from one level to the next below it, no unit")
-    floor: float = Field(default=0.0, ge=0, le=1, description="smallest factor, no unit (timm's `min_scale`)")
+    decay: float = Field(
+        gt=0, le=1, description="factor from one level to the next one below, no unit"
+    )
+    floor: float = Field(default=0.0, ge=0, le=1, description="smallest factor, no unit")
 
     def reference(self, level: int, levels: int) -> float:
-        """Return the factor of a level, one multiplication per level below the head."""
+        """Return the factor of a level: one multiplication for each level above it."""
         factor = 1.0
         for _ in range(levels - level):
             factor *= self.decay
@@ -47,20 +48,20 @@ class LayerDecay(Construct):
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Warn when every selected parameter keeps its rate."""
         places = [parameter.place for parameter in bound.parameters]
-        if places and all(self.factor(place.level, place.levels) == 1.0 for place in places):
+        if places and all(self.factor(place.level, place.levels) == 1 for place in places):
             yield Problem(
                 "no-effect",
-                "every selected parameter is at the top level, whose factor is 1",
-                notes=(f"the model has {places[0].levels + 1} levels, the head is the last",),
-                help="select the blocks and embeddings as well",
+                "every selected parameter is at the top level, where the factor is 1",
+                help="select blocks and embeddings as well",
                 severity="warning",
             )
 
     def lower(self, to: Lowering) -> None:
-        """Give every level one factor, for the whole run."""
-        clause = to.clause
-        if clause.start or clause.stop or clause.every:
-            raise ValueError(f"`{to.label}` holds for the whole run: it takes no `from`, `until` or `every`")
+        """Give every level one factor."""
+        if to.clause.start or to.clause.stop or to.clause.every:
+            raise ValueError(
+                f"`{to.label}` holds for the whole run and takes no `from`, `until` or `every`"
+            )
         levels: dict[tuple[int, int], list[str]] = {}
         for parameter in to.parameters():
             place = parameter.place

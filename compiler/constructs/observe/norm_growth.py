@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from trainc.compiler.lowering import Lowering
     from trainc.runtime.step import Step
 
-# Laws a norm may follow, as functions of t, the number of updates; each is fitted with slope and intercept.
-FORMS = {
+# Laws a norm may follow, as functions of t, the number of updates.
+LAWS: dict[str, Callable[[float], float]] = {
     "sqrt": math.sqrt,
     "linear": float,
     "log": math.log,
@@ -31,26 +31,29 @@ POINTS = 3
 
 
 class NormGrowth(Construct):
-    """Reports the length of the selected weights, their steps, and fits of the length's growth; changes nothing.
+    """Reports the length of the selected weights, their steps and the length's growth; reads only.
 
-    With w the weights now, v those at the observation before and d = w - v, per parameter and over the selection:
-    norm ||w||, step ||d||, alignment cos(d, v), direction cos(w, v); a cosine with a zero vector is 0. The first
-    observation has only norms. The norm of the selection is fitted by least squares, as a + b f(t), to sqrt(t), t,
-    ln(t) and t^(1/4), t counting updates; from three observations on, `fit` is the best r2. Weights that step along
-    themselves grow exponentially, steps at right angles to the weights with a 1/sqrt(t) rate give sqrt(t).
+    With w the weights, v those at the observation before and d = w - v, per parameter and over the
+    selection: norm |w|, step |d|, alignment cos(d, v), direction cos(w, v); a cosine with a zero
+    vector is 0, and the first observation has only norms. The selection's norm is fitted by least
+    squares, a + b f(t), with f(t) = sqrt(t), t, ln(t) and t^(1/4), t counting updates; from three
+    observations on `fit` is the best r2. Weights that step along themselves grow exponentially;
+    steps at right angles to the weights, with rates of 1/sqrt(t), give sqrt(t).
     """
 
-    cite: ClassVar = "Merrill et al., Effects of Parameter Norm Growth, EMNLP 2021, arXiv:2010.09697"
+    cite: ClassVar = (
+        "Merrill et al., Effects of Parameter Norm Growth, EMNLP 2021, arXiv:2010.09697"
+    )
     example: ClassVar = "observe norm_growth on ndim(2) every 50 steps { from_start = true }"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     signals: ClassVar = {
-        "norm": "L2 norm of the selected weights, in the weights' unit",
-        "step": "L2 norm of their change since the observation before, in the weights' unit",
+        "norm": "L2 norm of the selected weights, in their unit",
+        "step": "L2 norm of their change since the observation before, in their unit",
         "alignment": "cosine of that change and the weights before it, -1 to 1",
-        "direction": "cosine of the weights now and before, -1 to 1",
+        "direction": "cosine of the weights and the weights before, -1 to 1",
         "fit": "largest r2 of the norm's fits, 0 to 1",
-        "distance": "L2 distance from the weights at the start, in the weights' unit, with `from_start`",
+        "distance": "with `from_start`, L2 distance from the weights at the start, in their unit",
     }
     effects: ClassVar = (
         Effect("rates", "keep the weights at the start", ("params",)),
@@ -64,11 +67,11 @@ class NormGrowth(Construct):
 
     from_start: bool = Field(
         default=False,
-        description="also report the distance from the weights as the clause first found them, at one more copy of them",
+        description="report the distance from the weights as first found, at one more copy",
     )
 
     def reference(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
-        """Return norm, step, alignment and direction of a selection by definition, in float64."""
+        """Return the four measures of a selection by definition, in float64."""
         import torch
 
         v = torch.cat([tensor.detach().double().flatten() for tensor in before])
@@ -82,7 +85,7 @@ class NormGrowth(Construct):
         }
 
     def lower(self, to: Lowering) -> None:
-        """Observe after each update that is due; with `from_start` copy the weights before the first one."""
+        """Observe after updates; with `from_start` also copy the weights before the first one."""
         parameters = to.parameters()
         start = Start(f"{to.label}.start", parameters) if self.from_start else None
         if start is not None:
@@ -92,21 +95,19 @@ class NormGrowth(Construct):
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Sums over some entries: ||w||^2, ||d||^2, w.d and ||v||^2, where d = w - v."""
+    """Sums over some entries, d = w - v: |w|^2, |d|^2, w.d and |v|^2."""
 
     ww: float
     dd: float
     wd: float
     vv: float
 
-    @property
-    def norm(self) -> dict[str, float]:
-        return {"norm": math.sqrt(self.ww)}
-
-    @property
-    def motion(self) -> dict[str, float]:
-        """Return what a change has: its length, and its and the weights' angle to the weights before."""
-        return {
+    def measures(self, moved: bool) -> dict[str, float]:
+        """Return the norm and, where there is a step, its length and the two cosines."""
+        norm = {"norm": math.sqrt(self.ww)}
+        if not moved:
+            return norm
+        return norm | {
             "step": math.sqrt(self.dd),
             "alignment": _cosine(self.wd - self.dd, self.dd, self.vv),
             "direction": _cosine(self.ww - self.wd, self.ww, self.vv),
@@ -114,7 +115,7 @@ class Sums:
 
 
 def _cosine(dot: float, left: float, right: float) -> float:
-    """Return the cosine of two vectors from their inner product and squared lengths; 0 beside a zero vector."""
+    """Return the cosine of two vectors from their inner product and squared lengths."""
     if left == 0 or right == 0:
         return 0.0
     cosine = dot / (math.sqrt(left) * math.sqrt(right))
@@ -123,7 +124,7 @@ def _cosine(dot: float, left: float, right: float) -> float:
 
 @dataclass(slots=True)
 class Fit:
-    """Least squares of y on x by running moments: means, and sums of squared and mixed deviations from them."""
+    """Least squares of y on x: running means, and sums of squares and products around them."""
 
     count: int = 0
     mean_x: float = 0.0
@@ -144,10 +145,9 @@ class Fit:
 
     @property
     def r2(self) -> float | None:
-        """Return the share of y's variance that the line explains; None where that means nothing."""
-        if self.count < POINTS or self.xx <= 0 or self.yy <= 0:
-            return None
-        return min(1.0, self.xy**2 / (self.xx * self.yy))
+        """Return the share of y's variance that the line explains; None where it means nothing."""
+        spread = self.xx * self.yy
+        return min(1.0, self.xy**2 / spread) if self.count >= POINTS and spread > 0 else None
 
 
 class Copies(Action):
@@ -171,20 +171,15 @@ class Copies(Action):
             else:
                 self.copies[name] = now.clone()
 
-    def copies_state(self) -> State:
-        """Return the copies under `previous/<parameter>`."""
+    def state_dict(self) -> State:
         return {f"previous/{name}": tensor for name, tensor in self.copies.items()}
 
-    def load_copies(self, state: Mapping[str, Any]) -> None:
-        """Restore what `copies_state` gave."""
-        self.copies = {}
-        for key, value in state.items():
-            kind, _, name = key.partition("/")
-            if kind != "previous":
-                continue
-            if name not in self.sizes:
-                raise ValueError(f"{self.name}: the checkpoint has a copy of `{name}`, which is not observed here")
-            self.copies[name] = value.clone()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        found = {key.partition("/")[2]: key for key in state if key.startswith("previous/")}
+        if found and found.keys() != self.sizes.keys():
+            names = ", ".join(sorted(found.keys() ^ self.sizes.keys()))
+            raise ValueError(f"{self.name}: the checkpoint observed other parameters: {names}")
+        self.copies = {name: state[found[name]].clone() for name in self.sizes if found}
 
 
 class Start(Copies):
@@ -197,28 +192,21 @@ class Start(Copies):
         if not self.copies:
             self.keep(step)
 
-    def state_dict(self) -> State:
-        return self.copies_state()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.load_copies(state)
-
 
 class Observe(Copies):
-    """Phase 12: one pass over weights and changes, then the weights become those before."""
+    """Phase 12: one pass over the weights and their changes, then keep the weights."""
 
     phase = Phase.OBSERVE
     reads = ("params", "clock")
     writes = ("metrics",)
 
-    def __init__(self, name: str, parameters: Sequence[ParameterEntry], start: Start | None) -> None:
+    def __init__(
+        self, name: str, parameters: Iterable[ParameterEntry], start: Start | None
+    ) -> None:
         super().__init__(name, parameters)
         self.start = start
-        self._reset()
-
-    def _reset(self) -> None:
         self.squares: dict[str, float] = {}
-        self.fits = {form: Fit() for form in FORMS}
+        self.fits = {law: Fit() for law in LAWS}
         self.first = self.last = 0.0
 
     def run(self, step: Step) -> None:
@@ -226,15 +214,16 @@ class Observe(Copies):
 
         weights = [step.parameters[name].detach() for name in self.sizes]
         moved = bool(self.copies)
-        # The copies turn into the changes in place, so that observing allocates nothing.
-        changes = self._changes(weights) if moved else None
-        sums: dict[str, Sums] = {}
-        broken = []
+        if moved:
+            # In place, so that observing allocates nothing.
+            for name, now in zip(self.sizes, weights, strict=True):
+                self.copies[name] = self.copies[name].to(now.device).neg_().add_(now)
+        changes = list(self.copies.values()) if moved else None
         rows = multi_norm(weights, changes).tolist()
+        sums, broken = {}, []
         for name, (ww, dd, wd, nonfinite) in zip(self.sizes, rows, strict=True):
             sums[name] = Sums(ww, dd, wd, self.squares.get(name, 0.0))
-            if nonfinite:
-                broken.append(name)
+            broken += [name] if nonfinite else []
         if broken:
             more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
             step.notes.append(f"{self.name}: `{broken[0]}`{more} has entries that are not finite")
@@ -245,17 +234,11 @@ class Observe(Copies):
         self.squares = {name: one.ww for name, one in sums.items()}
         self.keep(step)
 
-    def _changes(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        for name, now in zip(self.sizes, weights, strict=True):
-            self.copies[name] = self.copies[name].to(now.device).neg_().add_(now)
-        return [self.copies[name] for name in self.sizes]
-
     def _measure(self, step: Step, sums: Mapping[str, Sums], moved: bool) -> None:
-        columns = [(one.ww, one.dd, one.wd, one.vv) for one in sums.values()]
-        total = Sums(*map(sum, zip(*columns, strict=True)))
-        self._tell(step, total.norm | (total.motion if moved else {}))
+        columns = zip(*((one.ww, one.dd, one.wd, one.vv) for one in sums.values()), strict=True)
+        self._tell(step, Sums(*map(sum, columns)).measures(moved))
         for name, one in sums.items():
-            for measure, value in (one.norm | (one.motion if moved else {})).items():
+            for measure, value in one.measures(moved).items():
                 step.series.setdefault(f"{self.name}.{measure}", {})[name] = value
 
     def _distance(self, step: Step, start: Start) -> None:
@@ -269,22 +252,19 @@ class Observe(Copies):
         self._tell(step, {"distance": math.hypot(*distances.values())})
 
     def _fit(self, step: Step, norm: float) -> None:
-        if not math.isfinite(norm):
-            return
-        updates = step.clock.steps + 1
-        for form, law in FORMS.items():
-            self.fits[form].add(law(updates), norm)
-        if not self.squares:
-            self.first = norm
-        self.last = norm
-        if r2 := self.r2:
-            found = {f"fit.{form}": value for form, value in r2.items()}
-            self._tell(step, {"fit": max(r2.values()), **found})
+        if math.isfinite(norm):
+            # The clock counts the update just made only after this phase.
+            for law, f in LAWS.items():
+                self.fits[law].add(f(step.clock.steps + 1), norm)
+            self.first, self.last = (self.first if self.squares else norm), norm
+        if found := self.r2:
+            self._tell(step, {"fit": max(found.values())})
+            step.metrics.update({f"{self.name}.fit.{law}": r2 for law, r2 in found.items()})
 
     @property
     def r2(self) -> dict[str, float]:
         """Return each law's r2, empty before there are three observations."""
-        return {form: r2 for form, fit in self.fits.items() if (r2 := fit.r2) is not None}
+        return {law: r2 for law, fit in self.fits.items() if (r2 := fit.r2) is not None}
 
     def _tell(self, step: Step, found: Mapping[str, float]) -> None:
         named = {f"{self.name}.{measure}": value for measure, value in found.items()}
@@ -292,31 +272,27 @@ class Observe(Copies):
         step.signals.update(named)
 
     def state_dict(self) -> State:
-        if not self.copies:
-            return {}
-        out: State = self.copies_state() | {"first": self.first, "last": self.last}
-        out |= {f"squared/{name}": value for name, value in self.squares.items()}
-        for form, fit in self.fits.items():
-            out |= {f"fit/{form}/{moment}": value for moment, value in asdict(fit).items()}
+        out = super().state_dict()
+        if out:
+            out |= {"first": self.first, "last": self.last}
+            out |= {f"squared/{name}": value for name, value in self.squares.items()}
+            for law, fit in self.fits.items():
+                out |= {f"fit/{law}/{moment}": value for moment, value in asdict(fit).items()}
         return out
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._reset()
-        self.load_copies(state)
-        for key, value in state.items():
-            kind, _, name = key.partition("/")
-            if kind == "squared":
-                self.squares[name] = float(value)
-            elif kind == "fit":
-                form, _, moment = name.partition("/")
-                setattr(self.fits[form], moment, type(getattr(self.fits[form], moment))(value))
+        super().load_state_dict(state)
+        self.squares = {name: float(state[f"squared/{name}"]) for name in self.copies}
         self.first, self.last = float(state.get("first", 0.0)), float(state.get("last", 0.0))
+        for law in LAWS:
+            moments = {m: state[f"fit/{law}/{m}"] for m in asdict(Fit())} if state else {}
+            self.fits[law] = Fit(**moments)
 
     def summary(self) -> str | None:
         if not self.copies:
             return None
         line = f"{self.name}: norm {self.first:.4g} -> {self.last:.4g}"
-        if r2 := self.r2:
-            best = max(r2, key=lambda form: r2[form])
-            line += f", best fit {best} (r2 {r2[best]:.4f})"
+        if found := self.r2:
+            best = max(found, key=lambda law: found[law])
+            line += f", best fit {best} (r2 {found[best]:.4f})"
         return line

@@ -24,6 +24,9 @@ class Run(Construct):
 
     length: Duration = Field(description="when the run ends, in any unit of the clock")
     seed: int = Field(default=0, ge=0, description="seed of initial weights, data order and noise")
+    start: str | None = Field(
+        default=None, description="folder of another run, or .safetensors file, that gives the initial weights"
+    )
     eval: Duration | None = Field(default=None, description="distance between evaluations. Default: only at the end")
     eval_batches: int = Field(default=8, ge=1, description="micro-batches of held-out data per evaluation")
     checkpoint: Duration | None = Field(

@@ -1,0 +1,139 @@
+"""Train: what `trainc run` does, from a file to a summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainc.compiler.compile import build_data, compile, read, seeded_model
+from trainc.compiler.imports import searching
+from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
+from trainc.runtime import checkpoint
+from trainc.runtime.display import Display
+from trainc.runtime.loop import train as loop
+from trainc.runtime.summary import Summary
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainc.compiler.program import Executor, Program
+    from trainc.dsl.spec import Clause
+
+PLAN, SPEC = "plan.json", "spec.json"
+
+
+def train(
+    spec: str | Path,
+    out: Path,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    without: Iterable[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    accept: bool = False,
+    plain: bool = False,
+    quiet: bool = False,
+    executor: Executor = "auto",
+) -> Summary:
+    """Train the spec's model on its data and return how it went.
+
+    Raises SpecError for a wrong spec, and for a resume under a changed one unless `accept`.
+    """
+    checked, path = read(spec, overrides)
+    run = checked.one("run")
+    if run is None:
+        raise SpecError([Diagnostic("missing-clause", "the spec has no run", help="write `run { length = 1000 steps }`")])
+    with searching(path):
+        model = seeded_model(checked)
+        start: str | None = run.construct.start  # type: ignore[attr-defined]
+        if start is not None:
+            load_weights(model, Path(start), run)
+        program = compile(checked, model, without=without, executor=executor)
+        data = build_data(checked)
+    if resume:
+        _check_resume(program, out, accept)
+    assert program.length is not None
+    display = None if quiet else Display(program.length.amount, program.length.unit, title=str(spec), plain=plain)
+    texts = {
+        PLAN: json.dumps(program.plan.to_json(), indent=1, sort_keys=True) + "\n",
+        SPEC: json.dumps(checked.to_json(), indent=1, sort_keys=True) + "\n",
+    }
+    if path is not None:
+        texts["spec.train"] = path.read_text()
+    return loop(
+        program,
+        data,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        display=display,
+        texts=texts,
+        keep=program.settings.keep,
+    )
+
+
+def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
+    """Load weights from a run's newest checkpoint or a .safetensors file; raises SpecError when they do not fit."""
+    from safetensors.torch import load_file
+
+    try:
+        if source.is_dir():
+            found = checkpoint.latest(source / "checkpoints")
+            if found.path is None:
+                raise ValueError("it holds no intact checkpoint")
+            weights = checkpoint.load(found.path)["program"]["model"]
+        else:
+            weights = load_file(str(source))
+        model.load_state_dict(weights)
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        span = run.part_span("start")
+        labels = (Label(span),) if span else ()
+        message = f"{source} gives no weights for this model: {error}"
+        raise SpecError([Diagnostic("model-failed", message, labels)]) from error
+
+
+def _check_resume(program: Program, out: Path, accept: bool) -> None:
+    """Compare the spec with the one the run was started with."""
+    saved_at = out / PLAN
+    if not saved_at.exists():
+        return
+    saved: dict[str, Any] = json.loads(saved_at.read_text())
+    now = program.plan.to_json()
+    if saved["model"]["signature"] != now["model"]["signature"]:
+        raise SpecError(
+            [Diagnostic("resume-impossible", f"{out} was trained with a model of other parameters; its state does not fit")]
+        )
+    if saved["fingerprint"] == now["fingerprint"] or accept:
+        return
+    changes = tuple(_changes(saved["clauses"], now["clauses"])) or ("a rule differs",)
+    raise SpecError(
+        [
+            Diagnostic(
+                "resume-needs-accept", f"the spec is not the one {out} was started with", notes=changes,
+                help="resume with `--accept` to go on under the new one",
+            )
+        ]
+    )
+
+
+def _changes(before: list[Any], now: list[Any]) -> Iterable[str]:
+    old, new = ({c["label"]: c for c in clauses} for clauses in (before, now))
+    for label in old.keys() | new.keys():
+        if label not in new:
+            yield f"`{label}` is gone"
+        elif label not in old:
+            yield f"`{label}` is new"
+        else:
+            yield from _differences(label, old[label], new[label])
+
+
+def _differences(label: str, before: Any, now: Any) -> Iterable[str]:
+    for name in before["fields"].keys() | now["fields"].keys():
+        a, b = before["fields"].get(name), now["fields"].get(name)
+        if a != b:
+            yield f"`{label}.{name}` was {a} and is {b}"
+    for name in ("targets", "start", "stop", "every"):
+        if before[name] != now[name]:
+            yield f"`{label}`: `{name}` differs"

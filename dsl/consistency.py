@@ -1,0 +1,166 @@
+"""What no clause can see alone: kinds that come once, labels, names in rules, clauses without targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from trainc.dsl import values as v
+from trainc.dsl.diagnostics import Diagnostic, Label, suggest
+from trainc.dsl.functions import FUNCTIONS, TARGETS
+from trainc.dsl.scope import BUILT_IN, Scope
+from trainc.dsl.source import Span
+
+if TYPE_CHECKING:
+    from trainc.dsl.construct import Construct
+    from trainc.dsl.spec import Clause, Rule
+
+ONCE = ("model", "data", "loss", "run")
+VERBS = {"stop": False, "save": False, "warn": True}
+
+
+def inconsistencies(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
+    """Return what is wrong with clauses and rules that are each right by themselves."""
+    scope = Scope(_constructs(clauses))
+    found = structure(clauses)
+    for clause in clauses:
+        construct, head = clause.construct, clause.part_span("head")
+        found += on_problems(type(construct), clause.on is not None, head, clause.part_span("on"))
+        for name in type(clause.construct).model_fields:
+            value = getattr(clause.construct, name)
+            if isinstance(value, v.Expr):
+                found += _expression(value, scope, clause.part_span(name))
+    for rule in rules:
+        found += _expression(rule.condition, scope, rule.span)
+        for action in rule.actions:
+            found += _action(action, clauses, scope, rule.span)
+    return found
+
+
+def structure(clauses: Sequence[Clause]) -> list[Diagnostic]:
+    """Return what is wrong with how clauses stand together, whatever their fields say."""
+    found = [*_repeated(clauses), *_labels(clauses)]
+    for clause in clauses:
+        if clause.every is not None and clause.every.amount <= 0:
+            label = _at(clause.part_span("every"), "expected a distance such as `200 steps`")
+            found.append(Diagnostic("bad-value", "`every` is not a distance", label))
+    return found
+
+
+def _constructs(clauses: Iterable[Clause]) -> dict[str, list[type]]:
+    out: dict[str, list[type]] = {}
+    for clause in clauses:
+        out.setdefault(clause.name, []).append(type(clause.construct))
+    return out
+
+
+def _at(span: Span | None, text: str = "") -> tuple[Label, ...]:
+    return (Label(span, text),) if span else ()
+
+
+def _repeated(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
+    for kind in ONCE:
+        first, *others = [c for c in clauses if c.kind == kind] or [None]
+        for other in others:
+            if first and other:
+                labels = (*_head(other, "a second one"), *_head(first, "the first is here"))
+                yield Diagnostic("duplicate-clause", f"a spec has one `{kind}`", labels)
+
+
+def _head(clause: Clause, text: str) -> tuple[Label, ...]:
+    return _at(clause.part_span("head"), text)
+
+
+def _labels(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
+    seen: dict[str, Clause] = {}
+    for clause in clauses:
+        if clause.label is None:
+            continue
+        if clause.label in BUILT_IN:
+            labels = _at(clause.part_span("as"))
+            yield Diagnostic("reserved-name", f"`{clause.label}` has a meaning already", labels)
+        elif clause.label in seen:
+            first = seen[clause.label]
+            labels = (
+                *_at(clause.part_span("as"), "a second one"),
+                *_at(first.part_span("as"), "the first is here"),
+            )
+            yield Diagnostic("duplicate-label", f"two clauses are called `{clause.label}`", labels)
+        seen.setdefault(clause.label, clause)
+
+
+def on_problems(
+    cls: type[Construct], given: bool, head: Span | None, on: Span | None
+) -> Iterator[Diagnostic]:
+    """Yield what is wrong with `on`, or with its absence."""
+    title = f"{cls.kind} {cls.name}" if cls.kind != cls.name else cls.kind
+    if cls.targets == "none" and given:
+        labels = _at(on, "this selects parts of the model")
+        message = f"`{title}` acts on no part of the model"
+        yield Diagnostic("unexpected-on", message, labels, (), "leave `on` out")
+    elif cls.targets != "none" and not given and cls.default_on is None:
+        help = f"write `{title} on ...`, with `all` for every one of the {cls.targets}"
+        yield Diagnostic("missing-on", f"`{title}` does not say what it acts on", _at(head), (), help)
+
+
+def _expression(value: v.Expr, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
+    for item in v.walk(value):
+        if isinstance(item, v.Binary) and item.op == "is":
+            continue
+        if isinstance(item, v.Name) and item.id not in _WORDS:
+            problem = scope.problem(item.id, span)
+            if problem:
+                yield problem
+        elif isinstance(item, v.Call) and item.function not in FUNCTIONS:
+            help = suggest(item.function, FUNCTIONS)
+            message = f"there is no function `{item.function}`"
+            yield Diagnostic("unknown-function", message, _at(span), (), help)
+
+
+_WORDS = {"nan", "inf", "finite", "linear", "cosine", "sqrt"}  # states and shapes, names only in form
+
+
+def _action(
+    action: object, clauses: Sequence[Clause], scope: Scope, span: Span | None
+) -> Iterator[Diagnostic]:
+    from trainc.dsl.spec import Assign, Do
+
+    if isinstance(action, Do):
+        yield from verb_problems(action.verb, action.argument is not None, span)
+    elif isinstance(action, Assign):
+        yield from target_problems(action.target, _constructs(clauses), span)
+        yield from _expression(action.value, scope, span)
+
+
+def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[Diagnostic]:
+    """Yield what is wrong with an action that is no assignment."""
+    if verb not in VERBS:
+        known = "actions are `name = value`, `stop`, `save` and `warn \"text\"`"
+        message = f"there is no action `{verb}`"
+        yield Diagnostic("unknown-action", message, _at(span), (known,), suggest(verb, VERBS))
+    elif VERBS[verb] != has_argument:
+        message = f"`{verb}` {'needs a text' if VERBS[verb] else 'takes no text'}"
+        help = 'write `warn "what happened"`' if VERBS[verb] else None
+        yield Diagnostic("unknown-action", message, _at(span), (), help)
+
+
+def target_problems(
+    target: str, constructs: dict[str, list[type]], span: Span | None
+) -> Iterator[Diagnostic]:
+    """Yield what is wrong with the left side of an assignment in a rule."""
+    label, _, name = target.partition(".")
+    found = constructs.get(label)
+    if target in TARGETS or (found is not None and not found):
+        return
+    if name and found:
+        fields = found[0].model_fields  # type: ignore[attr-defined]
+        if len(found) > 1:
+            message = f"`{label}` names {len(found)} clauses"
+            yield Diagnostic("ambiguous-name", message, _at(span), (), "tell them apart with `as`")
+        elif name not in fields:
+            message = f"`{label}` has no field `{name}`"
+            yield Diagnostic("unknown-target", message, _at(span), (), suggest(name, fields))
+        return
+    note = f"rules set {', '.join(f'`{t}`' for t in TARGETS)} and fields of clauses, as in `pace.weight`"
+    help = f"write `{label}.` and a field" if found else suggest(target, TARGETS)
+    yield Diagnostic("unknown-target", f"a rule cannot set `{target}`", _at(span), (note,), help)

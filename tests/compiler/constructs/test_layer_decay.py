@@ -1,0 +1,102 @@
+"""Layer-wise decay against its definition and the convention of BEiT and timm."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import nn
+
+from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.constructs.lr.layer_decay import LayerDecay
+from trainc.compiler.inventory import Inventory, take
+from trainc.compiler.lowering import Lowering, Parts, Setting
+from trainc.runtime.clock import Units
+
+
+def model(blocks: int = 3) -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "embed": nn.Embedding(7, 4),
+            "blocks": nn.Sequential(*(nn.Linear(4, 4) for _ in range(blocks))),
+            "norm": nn.LayerNorm(4),
+            "head": nn.Linear(4, 2),
+        }
+    )
+
+
+def factors(construct: LayerDecay, net: nn.Module, *, every: bool = False) -> dict[str, float]:
+    inventory = take(net)
+    clause = BoundClause(
+        construct,
+        "decay",
+        tuple(p.name for p in inventory.parameters),
+        every={"amount": 5, "unit": "steps"} if every else None,
+    )
+    parts = Parts()
+    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, {}), parts))
+    assert not parts.actions
+    assert all(len(scales) == 1 for scales in parts.scales.values())
+    return {name: scales[0].factor for name, scales in parts.scales.items()}
+
+
+def test_the_head_keeps_its_rate_and_the_embeddings_are_slowest() -> None:
+    assert factors(LayerDecay(decay=0.5), model()) == {
+        "embed.weight": 0.5**4,
+        **{f"blocks.{i}.{leaf}": 0.5 ** (3 - i) for i in range(3) for leaf in ("weight", "bias")},
+        **{f"{name}.{leaf}": 1.0 for name in ("norm", "head") for leaf in ("weight", "bias")},
+    }
+
+
+def test_parameters_of_a_level_share_one_factor() -> None:
+    net = model()
+    inventory, parts = take(net), Parts()
+    names = tuple(p.name for p in inventory.parameters)
+    construct = LayerDecay(decay=0.5)
+    clause = BoundClause(construct, "decay", names)
+    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, {}), parts))
+    assert len({id(scales[0]) for scales in parts.scales.values()}) == 5
+    assert {(s.policy, s.unit) for scales in parts.scales.values() for s in scales} == {
+        ("decay", f"level {level}") for level in range(5)
+    }
+
+
+def test_the_floor_is_the_smallest_factor() -> None:
+    found = factors(LayerDecay(decay=0.5, floor=0.2), model())
+    assert found["embed.weight"] == found["blocks.0.weight"] == 0.2
+    assert found["blocks.1.weight"] == 0.25
+
+
+@given(st.floats(0.01, 1.0), st.floats(0.0, 1.0), st.integers(0, 60), st.integers(0, 60))
+def test_the_factor_is_the_definition(decay: float, floor: float, level: int, above: int) -> None:
+    construct = LayerDecay(decay=decay, floor=floor)
+    expected = construct.reference(level, level + above)
+    assert construct.factor(level, level + above) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_decay_of_one_leaves_every_rate_bit_for_bit() -> None:
+    assert LayerDecay(decay=1).is_identity()
+    assert not LayerDecay(decay=0.99).is_identity()
+    assert set(factors(LayerDecay(decay=1.0), model()).values()) == {1.0}
+
+
+@pytest.mark.parametrize("wrong", [{"decay": 0.0}, {"decay": 1.5}, {"decay": 0.5, "floor": -1.0}])
+def test_fields_have_bounds(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        LayerDecay(**wrong)
+
+
+def problems(inventory: Inventory, names: set[str]) -> list[str]:
+    chosen = tuple(p for p in inventory.parameters if p.name in names)
+    found = LayerDecay(decay=0.5).validate_targets(Targets(inventory, (), chosen))
+    return [problem.rule for problem in found]
+
+
+def test_a_selection_of_the_head_alone_is_told_to_do_nothing() -> None:
+    inventory = take(model())
+    assert problems(inventory, {"head.weight", "norm.bias"}) == ["no-effect"]
+    assert problems(inventory, {"head.weight", "blocks.2.weight"}) == []
+
+
+def test_a_clause_with_a_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="whole run"):
+        factors(LayerDecay(decay=0.5), model(), every=True)

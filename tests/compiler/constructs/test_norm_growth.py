@@ -1,0 +1,228 @@
+"""Norm growth against its definitions, and against weights whose growth has a closed form."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trainc.compiler.bound import BoundClause
+from trainc.compiler.constructs.observe.norm_growth import Copies, Fit, NormGrowth
+from trainc.compiler.inventory import take
+from trainc.compiler.lowering import Lowering, Parts, Setting
+from trainc.runtime.clock import Clock, Units
+from trainc.runtime.step import Step, StepMachine
+
+
+def machine(
+    net: nn.Module, construct: NormGrowth, every: int | None = None, only: str = ""
+) -> StepMachine:
+    inventory, parts = take(net), Parts()
+    clause = BoundClause(
+        construct,
+        "ng",
+        tuple(p.name for p in inventory.parameters if only in p.name),
+        every={"amount": every, "unit": "steps"} if every else None,
+    )
+    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, {}), parts))
+    return StepMachine(parts.actions, Clock(), dict(net.named_parameters()))
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+
+
+def update(m: StepMachine, change: Any) -> Step:
+    m.begin()
+    with torch.no_grad():
+        for parameter in m.parameters.values():
+            parameter.add_(change(parameter))
+    return m.finish()
+
+
+def weights(m: StepMachine) -> list[Tensor]:
+    return [p.detach().clone() for p in m.parameters.values()]
+
+
+def noise(parameter: Tensor) -> Tensor:
+    return 0.1 * torch.randn_like(parameter)
+
+
+def test_measures_are_their_definitions_per_selection_and_per_parameter() -> None:
+    construct = NormGrowth()
+    m = machine(net(), construct)
+    update(m, noise)
+    before = weights(m)
+    step = update(m, noise)
+    now = weights(m)
+    expected = construct.reference(before, now)
+    assert {name: step.metrics[f"ng.{name}"] for name in expected} == pytest.approx(expected, 1e-6)
+    assert {name: step.signals[f"ng.{name}"] for name in expected} == pytest.approx(expected, 1e-6)
+    for i, parameter in enumerate(m.parameters):
+        one = construct.reference(before[i : i + 1], now[i : i + 1])
+        found = {name: step.series[f"ng.{name}"][parameter] for name in one}
+        assert found == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_the_change_is_that_since_the_observation_before() -> None:
+    m = machine(net(), NormGrowth(), every=3)
+    first = update(m, noise)
+    before = weights(m)
+    assert set(first.series) == {"ng.norm"}
+    steps = [update(m, noise) for _ in range(3)]
+    assert [bool(step.series) for step in steps] == [False, False, True]
+    expected = NormGrowth().reference(before, weights(m))
+    assert steps[-1].metrics["ng.step"] == pytest.approx(expected["step"], rel=1e-6)
+
+
+def test_observing_changes_no_weight_and_no_random_number() -> None:
+    results = []
+    for observed in (False, True):
+        m = machine(net(), NormGrowth(from_start=True)) if observed else None
+        m = m or StepMachine([], Clock(), dict(net().named_parameters()))
+        torch.manual_seed(1)
+        for _ in range(4):
+            update(m, noise)
+        results.append(weights(m))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_weights_that_step_along_themselves_are_aligned_and_grow_exponentially() -> None:
+    torch.manual_seed(0)
+    m = machine(net().double(), NormGrowth())
+    norms = []
+    for t in range(1, 200):
+        step = update(m, lambda w, t=t: w * (math.exp(math.sqrt(t) - math.sqrt(t - 1)) - 1))
+        norms.append(step.metrics["ng.norm"])
+    assert step.metrics["ng.alignment"] == pytest.approx(1.0)
+    assert step.metrics["ng.direction"] == pytest.approx(1.0)
+    logs = [math.log(norm / norms[0]) for norm in norms]
+    assert logs == pytest.approx([math.sqrt(t) - 1 for t in range(1, 200)], abs=1e-9)
+
+
+def test_steps_at_right_angles_give_the_root_of_time() -> None:
+    """With |d|^2 = |w|^2 / t at right angles, |w_t|^2 = |w_0|^2 * (t + 1)."""
+    torch.manual_seed(0)
+    m = machine(net().double(), NormGrowth(), only="0.weight")
+    weight = m.parameters["0.weight"]
+    start = float(weight.detach().norm())
+    for t in range(1, 300):
+        direction = torch.randn_like(weight)
+        direction -= (
+            weight.detach() * (direction * weight.detach()).sum() / weight.detach().norm() ** 2
+        )
+        change = direction / direction.norm() * weight.detach().norm() / math.sqrt(t)
+        step = update(m, lambda w, c=change: c if w is weight else 0.0)
+        assert step.metrics["ng.norm"] == pytest.approx(start * math.sqrt(t + 1))
+    assert abs(step.metrics["ng.alignment"]) < 1e-9
+    # cos(w_t, w_{t-1}) = |w_{t-1}| / |w_t|
+    assert step.metrics["ng.direction"] == pytest.approx(math.sqrt(299 / 300))
+    assert step.metrics["ng.fit"] == step.metrics["ng.fit.sqrt"] > 0.9999
+    assert step.metrics["ng.fit.sqrt"] > max(step.metrics[f"ng.fit.{f}"] for f in ("linear", "log"))
+    summary = m.actions[-1].summary()
+    assert summary
+    assert "best fit sqrt" in summary
+
+
+def test_fits_begin_with_the_third_observation() -> None:
+    m = machine(net(), NormGrowth())
+    assert ["ng.fit" in update(m, noise).metrics for _ in range(4)] == [False, False, True, True]
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)), min_size=3, max_size=40, unique=True
+    )
+)
+def test_running_moments_give_the_r2_of_a_regression(points: list[tuple[float, float]]) -> None:
+    fit = Fit()
+    for x, y in points:
+        fit.add(x, y)
+    x, y = torch.tensor(points, dtype=torch.float64).T
+    xx, yy = (x - x.mean()).square().sum(), (y - y.mean()).square().sum()
+    if xx < 1e-6 or yy < 1e-6:
+        return
+    line = (x - x.mean()) * ((x - x.mean()) * (y - y.mean())).sum() / xx + y.mean()
+    expected = float(1 - (y - line).square().sum() / yy)
+    assert fit.r2 == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+def test_resuming_is_bit_equal(from_start: bool) -> None:
+    def continued(m: StepMachine) -> list[dict[str, float]]:
+        torch.manual_seed(5)
+        return [update(m, noise).metrics for _ in range(6)]
+
+    m = machine(net(), NormGrowth(from_start=from_start), every=2)
+    for _ in range(5):
+        update(m, noise)
+    saved, values = copy.deepcopy(m.state_dict()), weights(m)
+    expected = continued(m)
+    fresh = machine(net(1), NormGrowth(from_start=from_start), every=2)
+    fresh.load_state_dict(saved)
+    with torch.no_grad():
+        for parameter, value in zip(fresh.parameters.values(), values, strict=True):
+            parameter.copy_(value)
+    assert continued(fresh) == expected
+    assert fresh.actions[-1].summary() == m.actions[-1].summary()
+
+
+def test_the_distance_is_from_the_weights_before_the_first_update() -> None:
+    m = machine(net(), NormGrowth(from_start=True), every=2)
+    start = weights(m)
+    for _ in range(3):
+        step = update(m, noise)
+    moved = torch.cat([(w - v).flatten() for w, v in zip(weights(m), start, strict=True)])
+    assert step.metrics["ng.distance"] == pytest.approx(float(moved.norm()), rel=1e-5)
+
+
+def test_copies_are_counted() -> None:
+    size = sum(p.numel() * p.element_size() for p in net().parameters())
+
+    def memory(m: StepMachine) -> list[int]:
+        return [action.memory() for action in m.actions if isinstance(action, Copies)]
+
+    assert memory(machine(net(), NormGrowth())) == [size]
+    assert memory(machine(net(), NormGrowth(from_start=True))) == [size, size]
+
+
+def test_still_weights_have_no_alignment() -> None:
+    m = machine(net(), NormGrowth())
+    for _ in range(4):
+        step = update(m, lambda w: 0.0)
+    assert step.metrics["ng.alignment"] == step.metrics["ng.step"] == 0.0
+    assert step.metrics["ng.direction"] == pytest.approx(1.0)
+    assert "ng.fit" not in step.metrics
+
+
+def test_weights_that_are_not_finite_are_named_and_spoil_no_fit() -> None:
+    m = machine(net(), NormGrowth())
+    for _ in range(4):
+        update(m, noise)
+    step = update(m, lambda w: math.nan if w.dim() == 2 else 0.0)
+    assert math.isnan(step.metrics["ng.norm"])
+    assert "`0.weight` and 1 more" in step.notes[0]
+    assert math.isfinite(step.metrics["ng.fit"])
+
+
+def test_bfloat16_weights_are_observed_in_their_own_dtype() -> None:
+    construct = NormGrowth()
+    m = machine(net().bfloat16(), construct)
+    update(m, noise)
+    before = weights(m)
+    step = update(m, noise)
+    expected = construct.reference(before, weights(m))
+    found = {name: step.metrics[f"ng.{name}"] for name in expected}
+    assert found == pytest.approx(expected, rel=0.01, abs=0.01)
+
+
+def test_a_checkpoint_of_other_parameters_is_refused() -> None:
+    m = machine(net(), NormGrowth(), only="weight")
+    update(m, noise)
+    with pytest.raises(ValueError, match=r"0\.bias"):
+        machine(net(), NormGrowth()).load_state_dict(m.state_dict())

@@ -1,0 +1,314 @@
+"""A program in somebody's hands: the empty spec, accumulation, both roads, wrappers, saving, bad losses."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import trainc
+from examples.models import gpt, resnet, vit
+from trainc.compiler.artefact import LoadError
+from trainc.compiler.program import NonFiniteLoss, Program
+from trainc.compiler.sites import SiteError
+
+EMPTY = "loss cross_entropy optimizer adamw { lr = 1e-3, weight_decay = 0.1 }"
+GNS = EMPTY + " noise_scale gns on type(LayerNorm, RMSNorm) { smooth = 5 steps }"
+PACE = EMPTY + ' regularize pace on "blocks.*.mlp.**" & type(Linear) { sigma = 0.5, weight = 0.3 }'
+
+
+def small_gpt(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return gpt(layers=2, width=32, heads=2, context=16, vocabulary=61, **options)  # type: ignore[arg-type]
+
+
+def text(examples: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 61, (examples, 17), generator=g)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def by_hand(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
+    """The loop anybody writes."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    losses = []
+    for inputs, targets in batches:
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_an_empty_spec_trains_bit_equal_to_a_loop_written_by_hand() -> None:
+    batches = [text(seed=i) for i in range(5)]
+    theirs, ours = small_gpt(), small_gpt()
+    want = by_hand(theirs, batches)
+    program = trainc.compile(EMPTY, ours)
+    assert [program.step(batch)["loss"] for batch in batches] == want
+    assert_same(ours, theirs)
+
+
+def test_an_empty_spec_leaves_the_module_and_dropout_untouched() -> None:
+    model = small_gpt(dropout=0.1)
+    before = [type(m) for m in model.modules()]
+    program = trainc.compile(EMPTY, model)
+    assert [type(m) for m in program.module.modules()] == before
+    other = small_gpt(dropout=0.1)
+    batches = [text(seed=i) for i in range(3)]
+    torch.manual_seed(5)
+    want = by_hand(other, batches)
+    torch.manual_seed(5)
+    assert [program.step(batch)["loss"] for batch in batches] == want
+
+
+def test_loss_and_update_serve_an_existing_loop() -> None:
+    batches = [text(seed=i) for i in range(4)]
+    stepped, looped = small_gpt(), small_gpt()
+    whole, parts = trainc.compile(GNS, stepped), trainc.compile(GNS, looped)
+    for batch in batches:
+        want = whole.step(batch)
+        parts.loss(batch).backward()
+        got = parts.update()
+        assert got.keys() == want.keys()
+        assert all(a == b or math.isnan(a) for a, b in zip(got.values(), want.values(), strict=True))
+    assert_same(stepped, looped)
+
+
+@pytest.mark.parametrize("spec", [EMPTY, GNS, PACE])
+def test_micro_batches_give_the_gradients_of_the_whole(spec: str) -> None:
+    inputs, targets = text(6)
+    targets = targets.clone()
+    targets[:4, 3:] = -100  # unequal counts: a mean of means would be wrong
+    weightless = spec.replace("sigma = 0.5", "sigma = 1e-9")  # noise differs between cuts, by definition
+    whole, cut = small_gpt().double(), small_gpt().double()
+    one = trainc.compile(weightless, whole).step([(inputs, targets)])
+    two = trainc.compile(weightless, cut).step([(inputs[:4], targets[:4]), (inputs[4:], targets[4:])])
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-12)
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", [GNS, PACE], ids=["gns", "pace"])
+@pytest.mark.parametrize("double", [False, True], ids=["fp32", "fp64"])
+def test_graph_and_module_give_the_same_numbers(spec: str, double: bool) -> None:
+    models = [small_gpt(), small_gpt()]
+    if double:
+        models = [m.double() for m in models]
+    graph = trainc.compile(spec, models[0], executor="graph")
+    module = trainc.compile(spec, models[1], executor="module")
+    for seed in range(3):
+        a, b = graph.step(text(seed=seed)), module.step(text(seed=seed))
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-10 if double else 1e-4, nan_ok=True), name
+    tolerance = 1e-10 if double else 1e-5
+    for x, y in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+def test_the_graph_is_a_graph_module_that_fills_grad_in_any_loop() -> None:
+    model, other = small_gpt(), small_gpt()
+    program = trainc.compile(GNS, model)
+    graph = program.graph
+    assert isinstance(graph, torch.fx.GraphModule)
+    loss = graph(text())
+    assert program.graph is graph
+    want = cross_entropy(other(text()[0]).flatten(0, 1), text()[1].flatten())
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+    targets = {str(node.target) for node in graph.graph.nodes}
+    assert any("trainc.layer_norm" in t for t in targets), "fused operators are in the graph"
+    assert set(graph.state_dict()) == set(model.state_dict())
+
+
+def test_state_dict_keys_hooks_and_isinstance_stay_the_users() -> None:
+    model = small_gpt()
+    keys = list(model.state_dict())
+    called: list[str] = []
+    model.get_submodule("blocks.0.ln1").register_forward_hook(lambda *_: called.append("hook"))
+    program = trainc.compile(GNS, model, executor="module")
+    program.step(text())
+    assert list(program.module.state_dict()) == keys
+    assert called == ["hook"]
+    assert isinstance(model.get_submodule("blocks.0.ln1"), nn.LayerNorm)
+    program.unbind()
+    assert type(model.get_submodule("blocks.0.ln1")) is nn.LayerNorm
+
+
+def compiled(model: nn.Module) -> Callable[..., Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)  # type: ignore[no-any-return]
+
+
+def checkpointed(model: nn.Module) -> Callable[..., Tensor]:
+    from torch.utils.checkpoint import checkpoint
+
+    return lambda *inputs: checkpoint(model, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrap", [compiled, checkpointed], ids=["compile", "checkpoint"])
+@pytest.mark.parametrize("spec", [GNS, PACE], ids=["gns", "pace"])
+def test_statistics_and_noise_arrive_through_wrappers(spec: str, wrap: Callable[..., Callable[..., Tensor]]) -> None:
+    plain, wrapped = small_gpt(), small_gpt()
+    want = trainc.compile(spec, plain, executor="module")
+    got = trainc.compile(spec, wrapped)
+    got.forward = wrap(wrapped)
+    for seed in range(3):
+        a, b = got.step(text(seed=seed)), want.step(text(seed=seed))
+        assert a == pytest.approx(b, rel=1e-3, nan_ok=True)
+    for x, y in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_arrive_under_autocast() -> None:
+    plain, cast = small_gpt(), small_gpt()
+    want = trainc.compile(GNS, plain, executor="module")
+    got = trainc.compile(GNS, cast, executor="module")
+    for seed in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = got.loss(text(seed=seed))
+        loss.backward()
+        a, b = got.update(), want.step(text(seed=seed))
+        assert a["gns.noise"] == pytest.approx(b["gns.noise"], rel=0.05)
+
+
+def test_a_deep_copy_trains_by_itself() -> None:
+    model = small_gpt()
+    program = trainc.compile(GNS, model, executor="module")
+    twin = copy.deepcopy(model)
+    program.step(text())
+    assert not torch.equal(weights(model)[0], weights(twin)[0])
+    cross_entropy(twin(text()[0]).flatten(0, 1), text()[1].flatten()).backward()
+
+
+@pytest.mark.parametrize("build", [vit, resnet], ids=["vit", "resnet"])
+def test_image_models_train_on_both_roads(build: Callable[[], nn.Module]) -> None:
+    spec = EMPTY + " regularize l2_sp on ndim(2) { weight = 0.01 }"
+    images, labels = torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,))
+    results = []
+    for executor in ("graph", "module"):
+        torch.manual_seed(0)
+        model = build()
+        program = trainc.compile(spec, model, executor=executor)  # type: ignore[arg-type]
+        results.append([program.step((images, labels))["loss"] for _ in range(3)])
+        results.append([b.detach().double().sum().item() for b in model.buffers()])
+    assert results[0] == pytest.approx(results[2], rel=1e-5)
+    assert results[1] == pytest.approx(results[3], rel=1e-5), "BatchNorm statistics are updated once on either road"
+
+
+def test_a_saved_program_is_bound_again_without_the_spec(tmp_path: Path) -> None:
+    model = small_gpt()
+    program = trainc.compile(PACE, model)
+    program.step(text())
+    program.save(tmp_path / "saved")
+    fresh = small_gpt()
+    again = trainc.load(tmp_path / "saved", fresh)
+    assert_same(model, fresh)
+    assert again.plan.hash == program.plan.hash
+    again.load_state_dict(program.state_dict())
+    for seed in range(2):
+        assert again.step(text(seed=seed)) == program.step(text(seed=seed))
+    assert_same(model, fresh)
+
+
+def test_loading_onto_another_model_says_what_differs(tmp_path: Path) -> None:
+    trainc.compile(GNS, small_gpt()).save(tmp_path)
+    torch.manual_seed(0)
+    with pytest.raises(LoadError, match=r"embed.token.weight.*float32\[61, 32\]"):
+        trainc.load(tmp_path, gpt(layers=2, width=48, heads=2, context=16, vocabulary=61))
+    (tmp_path / "plan.json").write_text((tmp_path / "plan.json").read_text().replace('"label": "gns"', '"label": "x"'))
+    with pytest.raises(LoadError, match="hash"):
+        trainc.load(tmp_path, small_gpt())
+
+
+def resumed(spec: str, executor: str) -> tuple[Program, Program]:
+    """Return a program trained six steps, and one resumed from its third."""
+    batches = [text(seed=i) for i in range(6)]
+    straight = trainc.compile(spec, small_gpt(), executor=executor)  # type: ignore[arg-type]
+    state = None
+    for i, batch in enumerate(batches):
+        if i == 3:
+            state = copy.deepcopy(straight.state_dict())
+        straight.step(batch)
+    assert state is not None
+    torch.manual_seed(99)
+    later = trainc.compile(spec, gpt(layers=2, width=32, heads=2, context=16, vocabulary=61), executor=executor)  # type: ignore[arg-type]
+    later.load_state_dict(state)
+    for batch in batches[3:]:
+        later.step(batch)
+    return straight, later
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+@pytest.mark.parametrize("spec", [GNS, PACE], ids=["gns", "pace"])
+def test_a_resumed_program_is_bit_equal(spec: str, executor: str) -> None:
+    straight, later = resumed(spec, executor)
+    assert_same(straight.module, later.module)
+    assert straight.clock == later.clock
+    assert dict(straight.signals) == pytest.approx(dict(later.signals), rel=0, abs=0, nan_ok=True)
+
+
+def poisoned() -> tuple[Program, list[Tensor]]:
+    model = small_gpt()
+    program = trainc.compile("run { length = 10 steps } " + EMPTY, model)
+    program.step(text())
+    with torch.no_grad():
+        model.get_parameter("head.weight")[0, 0] = float("nan")
+    return program, weights(model)
+
+
+def test_a_loss_that_is_nan_stops_before_the_update() -> None:
+    program, before = poisoned()
+    with pytest.raises(NonFiniteLoss, match="step 1"):
+        program.step(text())
+    for x, y in zip(program.module.parameters(), before, strict=True):
+        assert torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))
+
+
+def test_update_without_a_loss_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match=r"program\.loss\(batch\)"):
+        trainc.compile(EMPTY, small_gpt()).update()
+
+
+def test_a_site_that_never_runs_is_an_error_not_a_silent_miss() -> None:
+    """nn.MultiheadAttention uses its projection's weight without calling the module."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    spec = 'loss mse optimizer sgd { lr = 0.1 } regularize pace on "**.out_proj" { sigma = 0.5, weight = 1 }'
+    program = trainc.compile(spec, model, executor="module")
+    x = torch.randn(3, 5, 16)
+    with pytest.raises(SiteError, match="out_proj"):
+        program.step((x, x))
+
+
+def test_a_norm_that_runs_twice_is_an_error() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.norm(x)))  # type: ignore[no-any-return]
+
+    for executor in ("module", "graph"):
+        program = trainc.compile(GNS, Twice(), executor=executor)  # type: ignore[arg-type]
+        with pytest.raises(Exception, match="norm"):
+            program.step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))

@@ -1,0 +1,32 @@
+"""`trainc compile`: save the program a spec compiles to."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainc.cli.common import Overrides, SpecFile, Without, overrides
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command("compile")
+    def compile_(
+        spec: SpecFile,
+        output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", file_okay=False)],
+        set_: Overrides = None,
+        without: Without = None,
+    ) -> None:
+        """Save the program a spec compiles to: plan and graph as JSON, weights as safetensors.
+
+        `trainc.load(FOLDER, model)` binds it to a model again, without the spec and without running any code of it.
+        """
+        from trainc.compiler.inspect import captured
+
+        program = captured(spec, overrides(set_), without or ())
+        program.save(output)
+        graph = program.graph
+        print(f"{output}: plan {program.plan.hash[:16]}, graph of {len(graph.graph.nodes)} nodes")
+        for report in graph.reports:
+            print(f"  {report}")

@@ -1,0 +1,57 @@
+"""`trainc plan`: what a spec does to its model, on the meta device."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from trainc.cli.common import Overrides, SpecFile, overrides
+
+
+class Format(StrEnum):
+    """How the plan is printed."""
+
+    text = "text"
+    json = "json"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command("plan")
+    def plan(
+        spec: SpecFile,
+        set_: Overrides = None,
+        format: Annotated[Format, typer.Option(help="For reading, or for programs.")] = Format.text,
+        diff: Annotated[
+            str | None,
+            typer.Option(metavar="PASS", help="Capture the graph and show what one pass does to it."),
+        ] = None,
+        full: Annotated[bool, typer.Option("--full", help="Print every row of long tables.")] = False,
+    ) -> None:
+        """Show what a spec does to its model, without training.
+
+        Builds the model on the meta device: no weights are allocated and no data is touched. With `--diff PASS` the
+        model is built for real and captured on one batch.
+        """
+        import json
+        import sys
+
+        from trainc.compiler import compile as compiling
+
+        if diff is not None:
+            from trainc.compiler.inspect import pass_diff
+
+            print(pass_diff(spec, diff, overrides(set_)))
+            return
+        made = compiling.plan(spec, overrides=overrides(set_))
+        if format is Format.json:
+            print(json.dumps(made.to_json(), indent=1, sort_keys=True))
+            return
+        from trainc.cli.tables import show_plan
+
+        if made.warnings:
+            from trainc.dsl.render import render_text
+
+            print(render_text(made.warnings).strip("\n"), file=sys.stderr)
+        show_plan(made, full)

@@ -1,0 +1,47 @@
+"""`trainc run`: train."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainc.cli.common import Overrides, SpecFile, Without, overrides
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command("run")
+    def run(
+        spec: SpecFile,
+        out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.", file_okay=False)],
+        set_: Overrides = None,
+        without: Without = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard a run that is there.")] = False,
+        accept: Annotated[
+            bool, typer.Option("--accept", help="Resume although the spec says something else than it did.")
+        ] = False,
+        plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live display.")] = False,
+    ) -> None:
+        """Train the spec's model on its data.
+
+        Writes metrics.jsonl, checkpoints and a summary to the folder. An interrupt saves and leaves; `--resume`
+        continues bit for bit.
+        """
+        from trainc.compiler.train import train
+
+        summary = train(
+            spec,
+            out,
+            overrides=overrides(set_),
+            without=without or (),
+            resume=resume,
+            overwrite=overwrite,
+            accept=accept,
+            plain=plain,
+        )
+        for line in summary.lines:
+            print(f"  {line}")
+        print(f"{summary.reason}: {summary.message}")
+        raise typer.Exit(summary.exit_code)

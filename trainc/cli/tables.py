@@ -1,0 +1,103 @@
+"""The plan as tables for people."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainc.compiler.plan import Plan
+
+SHORT = 24
+
+
+def show_plan(plan: Plan, full: bool = False, console: Console | None = None) -> None:
+    """Print the plan; long tables are cut in the middle unless `full`."""
+    console = console or Console(highlight=False)
+    limit = 10**9 if full else SHORT
+    total = sum(_numel(row["shape"]) for row in plan.parameters)
+    console.print(f"[bold]{plan.model['type']}[/]: {len(plan.parameters)} parameters, {total:,} numbers")
+    dropped = [c for c in plan.clauses if c["dropped"]]
+    for clause in dropped:
+        console.print(f"not in the program: {clause['kind']} {clause['construct']} ({clause['dropped']})")
+    _print(
+        console, "Parameters: who gets what", ("name", "shape", "depth", "optimizer", "decay", "rate scales", "mask", "clauses"),
+        [
+            (
+                p["name"], "x".join(map(str, p["shape"])), f"{p['depth']:.2f}", p["optimizer"] or "frozen",
+                "" if p["decay"] is None else f"{p['decay']:g}", ", ".join(p["scales"]), p["mask"] or "", ", ".join(p["clauses"]),
+            )
+            for p in plan.parameters
+        ], limit,
+    )  # fmt: skip
+    _print(
+        console, "The step", ("phase", "clause", "action", "reads", "writes", "when"),
+        [
+            (f"{r['phase']} {r['name']}", r["clause"], r["action"], " ".join(r["reads"]), " ".join(r["writes"]), r["every"])
+            for r in plan.steps
+        ], limit,
+    )  # fmt: skip
+    _schedules(console, plan, full)
+    _print(
+        console, "Rewritten layers", ("site", "operator", "pass", "road"),
+        [(s["site"], s["operator"], s["pass"], s["road"]) for s in plan.sites], limit,
+    )  # fmt: skip
+    _print(
+        console, "Kernels", ("operator", "chosen", "refused"),
+        [(k["operator"], k["chosen"], k["refused"] or "") for k in plan.kernels], limit,
+    )  # fmt: skip
+    _print(
+        console, "Memory beyond weights and gradients", ("what", "size"),
+        [(m["what"], _size(m["bytes"])) for m in plan.memory], limit,
+    )  # fmt: skip
+    console.print(f"plan {plan.hash[:16]}  spec {plan.fingerprint[:16]}")
+
+
+def _schedules(console: Console, plan: Plan, full: bool) -> None:
+    if not plan.schedules:
+        return
+    names = list(plan.schedules[0]["values"])
+    shown = names if full else names[:4]
+    units = [u for u in ("steps", "samples", "tokens", "epochs") if plan.schedules[-1][u] is not None]
+    rows = [
+        (f"{r['percent']}%", *(f"{r[u]:,.6g}" for u in units), *(f"{r['values'][n]:.4g}" for n in shown))
+        for r in plan.schedules
+        if full or r["percent"] % 10 == 0 or r["percent"] == 5
+    ]
+    _print(console, "Schedules", ("run", *units, *shown), rows, 10**9)
+    if len(names) > len(shown):
+        console.print(f"  and {len(names) - len(shown)} more scheduled numbers (--full)")
+
+
+def _print(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], limit: int) -> None:
+    kept = [tuple(row) for row in rows]
+    if not kept:
+        return
+    used = [i for i in range(len(columns)) if any(row[i] for row in kept)]
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for i in used:
+        table.add_column(columns[i], overflow="fold")
+    half = limit // 2
+    shown = kept if len(kept) <= limit else kept[:half]
+    for row in shown:
+        table.add_row(*(row[i] for i in used))
+    if len(kept) > limit:
+        table.add_row(f"... {len(kept) - 2 * half} more (--full)", *[""] * (len(used) - 1))
+        for row in kept[-half:]:
+            table.add_row(*(row[i] for i in used))
+    console.print(table)
+    console.print()
+
+
+def _numel(shape: Any) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
