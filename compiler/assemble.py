@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.bound import BoundClause
@@ -83,8 +83,11 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
     return [action for *_, action in sorted(placed, key=lambda row: row[:2])]
 
 
-def rules(clauses: Sequence[RuleClause], setting: Setting, signal_units: dict[str, Any]) -> list[Action]:
-    """Compile the `when` rules; raises SpecError when one sets what cannot be set."""
+def rules(
+    clauses: Sequence[RuleClause], setting: Setting, signal_units: dict[str, Any], clause_signals: Collection[str]
+) -> list[Action]:
+    """Compile the `when` rules over the signals of the clauses; raises SpecError when one sets what cannot be set."""
+    from trainc.runtime.expressions import names
     from trainc.dsl.spec import Assign
     from trainc.dsl.values import to_json
     from trainc.runtime.clock import Duration
@@ -114,7 +117,8 @@ def rules(clauses: Sequence[RuleClause], setting: Setting, signal_units: dict[st
         except ValueError as error:
             found.append(Diagnostic("bad-value", f"this rule cannot be compiled: {error}", labels))
             continue
-        made.append(Rule(f"rule {i + 1}", f"when {clause.condition}", condition, hold, acts))
+        needs = {name for name in names(to_json(clause.condition)) if name in clause_signals}
+        made.append(Rule(f"rule {i + 1}", f"when {clause.condition}", condition, hold, acts, sorted(needs)))
     if found:
         raise SpecError(found)
     return made

@@ -109,7 +109,8 @@ def forward_graph(
 ) -> ForwardGraph:
     """Capture the forward pass and the task as flat ATen nodes over the user's parameter names."""
     wrapped = Wrapped(model, task, views)
-    module = road(wrapped, _distinct(batch))
+    batch = _distinct(batch)
+    module = road(wrapped, batch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     graph, tensors = _renamed(module, model, batch)
     holder = fx.GraphModule(module, fx.Graph())
@@ -162,12 +163,15 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def _distinct(batch: Batch) -> Batch:
-    """Copy a tensor that occurs twice: tracers would take one input for the other."""
+    """Return the batch with contiguous tensors, as `run` passes them, and no tensor twice.
+
+    Strides decide at capture whether a reshape is a view, and tracers take equal inputs for one.
+    """
     seen: set[int] = set()
 
     def once(tensor: Tensor) -> Tensor:
-        fresh = tensor.clone() if id(tensor) in seen else tensor
-        seen.add(id(tensor))
+        fresh = tensor.clone() if id(tensor) in seen else tensor.contiguous()
+        seen.update((id(tensor), id(fresh)))
         return fresh
 
     inputs, targets = batch
@@ -201,7 +205,7 @@ def _renamed(
             value := _attribute(module, str(node.target)), Tensor
         ):
             plain = str(node.target).removeprefix(f"{PREFIX}.")
-            made.target = by_object.get(id(value)) or names.get(plain) or f"constant_{len(tensors)}"
+            made.target = by_object.get(id(value)) or names.get(plain) or f"forward_constant_{len(tensors)}"
             tensors.setdefault(str(made.target), value)
         _plain_stack(made)
     for node in list(graph.nodes):

@@ -1,53 +1,133 @@
-"""The catalog: constructs found on disk and through the entry-point group `trainc.constructs`, never listed by hand."""
+"""The catalog: every construct, found by its file's path and never listed by hand.
+
+A construct's module is imported when the construct is asked for, so checking a spec costs what it
+uses.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
-from pkgutil import walk_packages
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainc.compiler import constructs
-from trainc.dsl.construct import KINDS, Catalog, Construct
+from trainc.dsl.construct import KINDS, Construct
+from trainc.dsl.source import Source
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from trainc.dsl.resolve import Checked
 
 GROUP = "trainc.constructs"
+_HERE = "trainc.compiler.constructs"
 
 
-class CatalogError(Exception):
-    """A construct cannot be listed: its file, kind or name is wrong."""
+class Catalog(Mapping[tuple[str, str], type[Construct]]):
+    """Constructs by kind and name; each is imported on first use."""
+
+    def __init__(self, modules: Mapping[tuple[str, str], str]) -> None:
+        self._modules = dict(sorted(modules.items()))
+        self._loaded: dict[tuple[str, str], type[Construct]] = {}
+
+    def __getitem__(self, key: tuple[str, str]) -> type[Construct]:
+        if key not in self._loaded:
+            self._loaded[key] = _declared(self._modules[key], *key)
+        return self._loaded[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._modules
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
 @cache
 def catalog() -> Catalog:
-    """Return every construct by (kind, name); raises CatalogError when two claim one name."""
-    found: dict[tuple[str, str], type[Construct]] = {}
-    for module in walk_packages(constructs.__path__, constructs.__name__ + "."):
-        if module.ispkg:
-            continue
-        *_, kind, name = module.name.split(".")
-        _add(found, _only_construct(module.name), kind, name)
-    for entry in entry_points(group=GROUP):
+    """Return every construct of trainc and of installed packages."""
+    return gather(_on_disk(), _entry_points())
+
+
+def gather(own: Mapping[tuple[str, str], str], others: Iterable[EntryPoint]) -> Catalog:
+    """Join trainc's constructs and those of packages, `regularize.pace = package.module` each."""
+    modules = dict(own)
+    for entry in others:
         kind, _, name = entry.name.partition(".")
-        _add(found, entry.load(), kind, name)
+        if kind not in KINDS or not name.isidentifier():
+            raise ValueError(
+                f"`{entry.value}` registers `{entry.name}`: expected `kind.name`, one of {KINDS}"
+            )
+        key = (kind, name)
+        if key in modules:
+            raise ValueError(
+                f"two constructs are called `{kind} {name}`: `{modules[key]}` and `{entry.value}`"
+            )
+        modules[key] = entry.value
+    return Catalog(modules)
+
+
+def check(spec: Source | Path | str, overrides: Iterable[str] = ()) -> Checked:
+    """Check a spec: a path, a name that ends in `.train` or is a file, or the text itself."""
+    from trainc.dsl.resolve import load
+
+    if isinstance(spec, str) and "\n" not in spec and (spec.endswith(".train") or _is_file(spec)):
+        spec = Path(spec)
+    return load(spec, catalog(), overrides)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _on_disk() -> dict[tuple[str, str], str]:
+    found = {}
+    for path in sorted(Path(__file__).with_name("constructs").glob("*/*.py")):
+        if not path.name.startswith("_"):
+            kind, name = path.parent.name, path.stem
+            found[kind, name] = f"{_HERE}.{kind}.{name}"
     return found
 
 
-def _only_construct(module: str) -> type[Construct]:
+def _entry_points() -> Iterable[EntryPoint]:
+    """Return the entry points; reading all metadata is slow, so look first whether any is ours."""
+    if not any(_names_group(Path(place)) for place in dict.fromkeys(sys.path)):
+        return ()
+    from importlib.metadata import entry_points
+
+    return sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
+
+
+def _names_group(place: Path) -> bool:
+    try:
+        return any(
+            GROUP in listing.read_text("utf-8", "replace")
+            for pattern in ("*.dist-info", "*.egg-info")
+            for listing in place.glob(f"{pattern}/entry_points.txt")
+        )
+    except OSError:
+        return False
+
+
+def _declared(module_name: str, kind: str, name: str) -> type[Construct]:
+    """Return the one construct that a module declares, told its kind and name."""
+    module = import_module(module_name)
     declared = [
         value
-        for value in vars(import_module(module)).values()
-        if isinstance(value, type) and issubclass(value, Construct) and value.__module__ == module
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Construct)
+        and value.__module__ == module.__name__
     ]
     if len(declared) != 1:
-        raise CatalogError(f"{module} declares {len(declared)} constructs, not one")
-    return declared[0]
-
-
-def _add(found: dict[tuple[str, str], type[Construct]], construct: type[Construct], kind: str, name: str) -> None:
-    if kind not in KINDS or not name:
-        raise CatalogError(f"{construct.__module__}: `{kind}.{name}` is not KIND.NAME with a kind of the language")
-    other = found.get((kind, name))
-    if other is not None:
-        raise CatalogError(f"`{kind} {name}` is declared by {other.__module__} and by {construct.__module__}")
+        raise ValueError(f"`{module_name}` declares {len(declared)} constructs, not one")
+    construct = declared[0]
     construct.kind, construct.name = kind, name
-    found[kind, name] = construct
+    return construct

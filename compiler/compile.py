@@ -15,6 +15,7 @@ from trainc.compiler.inventory import take
 from trainc.compiler.lowering import Parts, Setting
 from trainc.compiler.plan import Plan
 from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
+from trainc.runtime.step import Signals
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,7 +81,7 @@ def plan(
         else:
             model = _on_meta(model)
         binding = bind(checked, take(model), facts(checked))
-        signals: dict[str, float] = {}
+        signals = Signals()
         parts, _ = _assemble(binding, model, signals)
         return make_plan(binding, parts)
 
@@ -191,12 +192,21 @@ def _at(clause: Clause, rule: str, message: str, help: str | None = None) -> Dia
     return Diagnostic(rule, message, labels, help=help)
 
 
-def _assemble(binding: Binding, model: nn.Module, signals: dict[str, float]) -> tuple[Parts, Setting]:
+def _assemble(binding: Binding, model: nn.Module, signals: Signals) -> tuple[Parts, Setting]:
     setting = Setting(model, binding.inventory, binding.units, binding.length, signals)
     parts = assemble(binding.clauses, setting)
     units = dict(SIGNAL_UNITS) | {c.label: "samples" for c in binding.clauses if c.kind == "noise_scale"}
-    parts.actions += rules(binding.spec.rules, setting, units)
+    parts.actions += rules(binding.spec.rules, setting, units, _signals(binding))
     return parts, setting
+
+
+def _signals(binding: Binding) -> set[str]:
+    """Return the names of everything the program measures."""
+    named = {"loss", "lr"}
+    for clause in binding.clauses:
+        if clause.construct.signals:
+            named |= {clause.label, *(f"{clause.label}.{signal}" for signal in clause.construct.signals)}
+    return named
 
 
 def make_plan(binding: Binding, parts: Parts) -> Plan:
@@ -233,7 +243,7 @@ def build_program(
     from trainc.compiler.program import Program
     from trainc.compiler.settings import run_settings
 
-    signals: dict[str, float] = {}
+    signals = Signals()
     parts, _ = _assemble(binding, model, signals)
     if parts.task is None:
         raise SpecError([Diagnostic("missing-clause", "the spec has no loss", help="write `loss cross_entropy` or `loss mse`")])

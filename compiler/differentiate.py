@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from trainc.compiler.passes.forward import ForwardGraph, Run, identifier
 
@@ -62,6 +65,7 @@ def differentiate(
     inputs = [n.name for n in forward.graph.nodes if n.op == "placeholder"]
     batch = [n for n in inputs if n not in _added(forward)]
     probes = {module: node.name for module, node in forward.probes.items()}
+    owners = {id(tensor): name for name, tensor in forward.tensors.items()}
     outputs: list[str] = []
 
     def step(*flat: Tensor) -> list[Tensor | None]:
@@ -87,7 +91,8 @@ def differentiate(
             values = _Values(tensors | numbers, forward.canonical)
             total = loss
             for name, penalty in penalties.items():
-                total = total + _scalar(name, penalty(values))
+                with _Watch(name, owners):
+                    total = total + _scalar(name, penalty(values))
             if SHARE in numbers:
                 total = total * numbers[SHARE]
             wanted = [tensors[name] for name in parameters] + [
@@ -115,6 +120,24 @@ def differentiate(
         traced = make_fx(step, tracing_mode="real", _allow_non_fake_inputs=True)(*arguments)
     torch.clear_autocast_cache()
     return _flatten(traced, forward, tensor_names, batch, scalars, tuple(outputs))
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses a penalty that reaches a trained tensor past its argument: its gradient would be lost."""
+
+    def __init__(self, penalty: str, owners: Mapping[int, str]) -> None:
+        super().__init__()
+        self.penalty, self.owners = penalty, owners
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.requires_grad and not is_fake(leaf):
+                name = self.owners.get(id(leaf), "a tensor that requires grad")
+                raise ValueError(
+                    f"the penalty `{self.penalty}` reads `{name}` directly: "
+                    "it must take it from its argument"
+                )
+        return func(*args, **(kwargs or {}))
 
 
 def _added(forward: ForwardGraph) -> set[str]:
@@ -174,7 +197,6 @@ def _flatten(
         if len(environment) > len(batch):
             table.append((scalars[len(environment) - len(batch) - 1], made.name))
     constants: dict[str, Tensor] = {}
-    owned = {id(tensor): name for name, tensor in forward.tensors.items()}
     for node, name in attributes.items():
         if node.users:
             environment[node] = _attribute(new, node, name)
@@ -185,11 +207,7 @@ def _flatten(
             continue
         if node.op == "get_attr":
             tensor = getattr(traced, str(node.target))
-            if id(tensor) in owned:
-                raise ValueError(
-                    f"a penalty reads `{owned[id(tensor)]}` directly: it must take it from its argument"
-                )
-            name = f"constant_{len(constants)}"
+            name = f"penalty_constant_{len(constants)}"
             constants[name] = tensor
             environment[node] = _attribute(new, node, name)
         elif node.op == "call_function" and node.target in _NO_OPS:
@@ -201,6 +219,8 @@ def _flatten(
             environment[node] = new.node_copy(node, lambda n: environment[n])
     remove_dead(new)
     new.lint()
+    read = {node.target for node in new.nodes if node.op == "get_attr"}
+    constants = {name: tensor for name, tensor in constants.items() if name in read}
     return StepParts(new, outputs, tuple(table), constants)
 
 

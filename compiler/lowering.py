@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainc.dsl.values import Duration, Expr, Selector
     from trainc.runtime.clock import Clock, Gate, RunLength, Units
     from trainc.runtime.masks import Compact
+    from trainc.runtime.step import Signals
 
 Scheduled = Callable[["Clock"], float]
 Inputs = Mapping[str, "Tensor"]
@@ -91,7 +92,7 @@ class Setting:
     inventory: Inventory
     units: Units
     length: RunLength | None
-    signals: dict[str, float]
+    signals: Signals
 
 
 class Lowering:
@@ -147,7 +148,7 @@ class Lowering:
         if place is None:
             return lambda clock: evaluate(clock, signals)
         fixed = {"depth": place.depth, "block": float(place.block), "blocks": float(place.blocks)}
-        return lambda clock: evaluate(clock, {**signals, **fixed})
+        return lambda clock: evaluate(clock, type(signals)(signals | fixed))
 
     def steps(self, duration: Duration) -> float:
         """Return a duration in optimizer steps, at the declared batch size."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -22,7 +22,7 @@ from trainc.runtime.batches import Batch
 from trainc.runtime.clock import Clock, RunLength
 from trainc.runtime.interface import Report
 from trainc.runtime.optimizer import OptimizerStep
-from trainc.runtime.step import Contribution, Step, StepMachine
+from trainc.runtime.step import Contribution, Signals, Step, StepMachine
 from trainc.runtime.streams import derive
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Program:
         samples_per_epoch: int | None = None,
         executor: Executor = "auto",
         without: frozenset[str] = frozenset(),
-        signals: dict[str, float] | None = None,
+        signals: Signals | None = None,
     ) -> None:
         if parts.task is None:
             raise ValueError("the spec has no `loss` clause: a program cannot be built without one")
@@ -119,14 +119,15 @@ class Program:
         """Open the step: rules choose the batch, policies set the rates. `loss` does it when nobody did."""
         return self._machine.begin()
 
-    def loss(self, batch: Batch, share: float = 1.0) -> Tensor:
+    def loss(self, batch: Batch, share: float = 1.0, part: float | None = None) -> Tensor:
         """Return the loss of one micro-batch with every term the spec adds, ready for `backward()`.
 
-        `share` is the micro-batch's part of the step's targets: 1 without accumulation; the shares of a step sum to 1.
+        `share` is the micro-batch's part of the step's counted targets, `part` of its examples (`share` unless given):
+        1 without accumulation; those of a step sum to 1.
         """
         step = self.begin()
         inputs, targets = batches.check(batch)
-        scalars = self._scalars(share, targets.device)
+        scalars = self._scalars(share, targets.device, part)
         if self._parts.rewrite:
             self._arm(targets, scalars)
         if self._covered or not self.module.training:
@@ -165,15 +166,28 @@ class Program:
         """Run one optimizer step on a batch, or on the micro-batches of one, and return its metrics."""
         self.begin()
         micros = self._micro_batches(batch)
-        counts = [1] if len(micros) == 1 else [self.task.count(targets) for _, targets in micros]
-        total = sum(counts)
-        for micro, count in zip(micros, counts, strict=True):
-            share = 1.0 if len(micros) == 1 else count / total
+        for micro, share, part in self._shares(micros):
             if self._wants_graph():
-                self._graph_loss(micro, share)
+                self._graph_loss(micro, share, part)
             else:
-                self.loss(micro, share).backward()
+                self.loss(micro, share, part).backward()
         return self.update()
+
+    def _shares(self, micros: list[Batch]) -> Iterator[tuple[Batch, float, float]]:
+        """Yield each micro-batch with its part of the step's targets and of its examples.
+
+        One in which no target counts has no mean; its examples are counted and it is passed over.
+        """
+        if len(micros) == 1:
+            yield micros[0], 1.0, 1.0
+            return
+        counts = [self.task.count(targets) for _, targets in micros]
+        examples = [targets.shape[0] for _, targets in micros]
+        for micro, count, number in zip(micros, counts, examples, strict=True):
+            if count:
+                yield micro, count / sum(counts), number / sum(examples)
+            else:
+                self._count(self.begin(), micro[1])
 
     @torch.no_grad()
     def evaluate(self, inputs: Any, targets: Tensor) -> tuple[float, int, dict[str, float]]:
@@ -236,7 +250,7 @@ class Program:
             return False
         return self.executor == "graph" or (bool(self._parts.rewrite) and self.forward is self.module)
 
-    def _graph_loss(self, batch: Batch, share: float = 1.0) -> Tensor:
+    def _graph_loss(self, batch: Batch, share: float = 1.0, part: float | None = None) -> Tensor:
         """Run forward and backward of one micro-batch as a graph and add to `.grad`."""
         step = self.begin()
         inputs, targets = batches.check(batch)
@@ -246,10 +260,10 @@ class Program:
             if self.executor == "graph":
                 raise
             self.graph_refused = f"{type(error).__name__}: {error}".splitlines()[0]
-            total = self.loss(batch, share)
+            total = self.loss(batch, share, part)
             total.backward()
             return total.detach()
-        out = graph.run((inputs, targets), self._scalars(share, targets.device))
+        out = graph.run((inputs, targets), self._scalars(share, targets.device, part))
         self._covered = True
         for name, gradient in out.grads.items():
             if gradient is not None:
@@ -342,8 +356,12 @@ class Program:
         whole = batches.check(batch)
         return batches.split(whole, self.micro_size)
 
-    def _scalars(self, share: float, device: torch.device) -> dict[str, Tensor]:
-        """Return this micro-batch's numbers as 0-d tensors, so that a changing rate never recompiles."""
+    def _scalars(self, share: float, device: torch.device, part: float | None = None) -> dict[str, Tensor]:
+        """Return this micro-batch's numbers as 0-d tensors, so that a changing rate never recompiles.
+
+        The distance of two views is a mean over examples, the task one over counted targets: where the two parts of
+        the step differ, the distance's weight makes up for it.
+        """
         clock, micro = self.clock, len(self._micros)
         dtype = self._dtype()
         scalars = {
@@ -353,7 +371,10 @@ class Program:
         scalars.update(self._parts.tensors)
         if share != 1.0 or self._parts.rewrite or self._parts.penalties or self.executor == "graph":
             scalars["share"] = torch.tensor(share, dtype=dtype, device=device)
-        if self._parts.rewrite.noises or self._parts.rewrite.pairing:
+        pairing = self._parts.rewrite.pairing
+        if pairing is not None and part is not None:
+            scalars[pairing.weight] = scalars[pairing.weight] * (part / share)
+        if self._parts.rewrite.noises or pairing:
             word = derive(self.settings.seed, "noise", micro) & 0xFFFFFFFF
             scalars["key"] = pack_key(word, clock.steps & 0xFFFFFFFF, device=device)
         return scalars
@@ -407,11 +428,14 @@ class Program:
         probes: dict[str, Tensor],
         squares: dict[str, Tensor] | None = None,
     ) -> None:
-        step.samples += targets.shape[0]
-        step.tokens += batches.tokens(targets)
+        self._count(step, targets)
         weights = self.task.weights(targets) * share if self._parts.rewrite.norms else targets.new_empty(0)
         scaled = {name: value * share for name, value in parts.items()}
         self._micros.append(_Micro(weights, loss.detach() * share, scaled, probes, squares))
+
+    def _count(self, step: Step, targets: Tensor) -> None:
+        step.samples += targets.shape[0]
+        step.tokens += batches.tokens(targets)
 
     def _collect(self, step: Step) -> None:
         """Read losses and probes of the micro-batches into the step."""

@@ -174,13 +174,13 @@ class StepGraph(fx.GraphModule):
         misfits = self._misfits(batch)
         if misfits:
             raise BatchMismatch("the graph was captured for another batch: " + "; ".join(misfits))
-        values = [tensor for _, tensor in flatten_inputs(batch[0])[1]]
+        values = [tensor for _, tensor in flatten_inputs(batch[0])[1]] + [batch[1]]
         try:
             numbers = [scalars[name] for name, _ in interface.scalars]
         except KeyError as missing:
             raise KeyError(f"the step needs the scalar {missing}") from None
         with torch.no_grad(), _without_autocast(interface.ports):
-            flat = self.forward(*values, batch[1], *numbers)
+            flat = self.forward(*(value.contiguous() for value in values), *numbers)
         return self._outputs(interface.outputs, flat)
 
     def _outputs(self, names: tuple[str, ...], flat: Sequence[Tensor | None]) -> Outputs:

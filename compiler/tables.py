@@ -56,8 +56,10 @@ def step_rows(binding: Binding) -> list[Row]:
         _step_row(0, f"rule {i + 1}", f"when {rule.condition}", ("signals",), _rule_writes(rule), "every step")
         for i, rule in enumerate(binding.spec.rules)
     ]
-    rows.append(_step_row(3, "model", "forward", ("params", "inputs"), ("forward",), "every micro-batch"))
-    rows.append(_step_row(4, "model", "backward", ("loss",), ("gradient", "probe"), "every micro-batch"))
+    rows[:0] = [
+        _step_row(3, "model", "forward", ("params", "inputs"), ("forward",), "every micro-batch"),
+        _step_row(4, "model", "backward", ("loss",), ("gradient", "probe"), "every micro-batch"),
+    ]
     return sorted(rows, key=lambda row: row["phase"])
 
 

@@ -6,93 +6,87 @@ Spans take no part in equality, so two texts that differ only in layout give equ
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from trainc.dsl.source import Source, Span
 
+PARTS = ("as", "on", "from", "until", "every", "optional")  # their order means nothing
 NOWHERE = Source("<python>", "").span()
 
 
-def _span() -> Any:
-    return field(default=NOWHERE, compare=False, repr=False)
+@dataclass(frozen=True, slots=True)
+class Spanned:
+    """What every node has: where it was read from."""
+
+    span: Span = field(default=NOWHERE, compare=False, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Num:
+class Num(Spanned):
     """A number as it was written: `3e-4`, `1_000`, `2M`."""
 
     text: str
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class Measure(Spanned):
     """A number with a unit, which is as written: `step`, `steps`, `%`."""
 
     number: Num
     unit: str
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Str:
+class Str(Spanned):
     """A string; `value` is what it stands for."""
 
     value: str
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Ident:
+class Ident(Spanned):
     """A name, perhaps dotted; `true` and `false` are names here."""
 
     id: str
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Argument:
+class Argument(Spanned):
     """One argument of a call, `name` None when it stands without one."""
 
     name: Ident | None
     value: Node
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(Spanned):
     """A call."""
 
     function: Ident
     arguments: tuple[Argument, ...]
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
+class Items(Spanned):
     """A list."""
 
     items: tuple[Node, ...]
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(Spanned):
     """`-x` or `not x`."""
 
     op: str
     operand: Node
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Infix:
+class Infix(Spanned):
     """Two operands and an operator, `where`, `expect`, `on`, `is` and `..` among them."""
 
     op: str
     left: Node
     right: Node
-    span: Span = _span()
 
 
 Node = Num | Measure | Str | Ident | Apply | Items | Prefix | Infix
@@ -101,50 +95,45 @@ Node = Num | Measure | Str | Ident | Apply | Items | Prefix | Infix
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class Version(Spanned):
     """`train 1`."""
 
     number: Num
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Let:
+class Let(Spanned):
     """`let name = value`."""
 
     name: Ident
     value: Node
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class Use(Spanned):
     """`use "other.train"`."""
 
     path: Str
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Part(Spanned):
     """One of `as on from until every optional` and what follows it."""
 
     word: str
     value: Node | None
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class Field(Spanned):
     """`name = value` inside a clause's braces."""
 
     name: Ident
     value: Node
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class ClauseTree:
+class ClauseTree(Spanned):
     """A clause; `construct` is None where only a path is written, `fields` None without braces."""
 
     kind: Ident
@@ -152,38 +141,34 @@ class ClauseTree:
     path: Str | None
     parts: tuple[Part, ...]
     fields: tuple[Field, ...] | None
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class Action:
+class Action(Spanned):
     """`target = value` (verb None) or `verb "argument"`."""
 
     target: Ident
     value: Node | None
     assigns: bool
-    span: Span = _span()
 
 
 @dataclass(frozen=True, slots=True)
-class When:
+class When(Spanned):
     """`when condition for hold { actions }`."""
 
     condition: Node
     hold: Node | None
     actions: tuple[Action, ...]
-    span: Span = _span()
 
 
 Statement = Version | Let | Use | ClauseTree | When
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
+class Tree(Spanned):
     """A file."""
 
     statements: tuple[Statement, ...]
-    span: Span = _span()
 
 
 def children(node: Node) -> tuple[Node, ...]:

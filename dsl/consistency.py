@@ -1,4 +1,4 @@
-"""What no clause can see alone: kinds that come once, labels, names in rules, clauses without targets."""
+"""What no clause can see alone: kinds that come once, labels, names in rules, absent targets."""
 
 from __future__ import annotations
 
@@ -60,11 +60,10 @@ def _at(span: Span | None, text: str = "") -> tuple[Label, ...]:
 
 def _repeated(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
     for kind in ONCE:
-        first, *others = [c for c in clauses if c.kind == kind] or [None]
-        for other in others:
-            if first and other:
-                labels = (*_head(other, "a second one"), *_head(first, "the first is here"))
-                yield Diagnostic("duplicate-clause", f"a spec has one `{kind}`", labels)
+        found = [c for c in clauses if c.kind == kind]
+        for other in found[1:]:
+            labels = (*_head(other, "a second one"), *_head(found[0], "the first is here"))
+            yield Diagnostic("duplicate-clause", f"a spec has one `{kind}`", labels)
 
 
 def _head(clause: Clause, text: str) -> tuple[Label, ...]:
@@ -100,7 +99,9 @@ def on_problems(
         yield Diagnostic("unexpected-on", message, labels, (), "leave `on` out")
     elif cls.targets != "none" and not given and cls.default_on is None:
         help = f"write `{title} on ...`, with `all` for every one of the {cls.targets}"
-        yield Diagnostic("missing-on", f"`{title}` does not say what it acts on", _at(head), (), help)
+        yield Diagnostic(
+            "missing-on", f"`{title}` does not say what it acts on", _at(head), (), help
+        )
 
 
 def _expression(value: v.Expr, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
@@ -117,7 +118,14 @@ def _expression(value: v.Expr, scope: Scope, span: Span | None) -> Iterator[Diag
             yield Diagnostic("unknown-function", message, _at(span), (), help)
 
 
-_WORDS = {"nan", "inf", "finite", "linear", "cosine", "sqrt"}  # states and shapes, names only in form
+_WORDS = {
+    "nan",
+    "inf",
+    "finite",
+    "linear",
+    "cosine",
+    "sqrt",
+}  # states and shapes, names only in form
 
 
 def _action(
@@ -135,7 +143,7 @@ def _action(
 def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[Diagnostic]:
     """Yield what is wrong with an action that is no assignment."""
     if verb not in VERBS:
-        known = "actions are `name = value`, `stop`, `save` and `warn \"text\"`"
+        known = 'actions are `name = value`, `stop`, `save` and `warn "text"`'
         message = f"there is no action `{verb}`"
         yield Diagnostic("unknown-action", message, _at(span), (known,), suggest(verb, VERBS))
     elif VERBS[verb] != has_argument:
@@ -161,6 +169,7 @@ def target_problems(
             message = f"`{label}` has no field `{name}`"
             yield Diagnostic("unknown-target", message, _at(span), (), suggest(name, fields))
         return
-    note = f"rules set {', '.join(f'`{t}`' for t in TARGETS)} and fields of clauses, as in `pace.weight`"
+    known = ", ".join(f"`{t}`" for t in TARGETS)
+    note = f"rules set {known} and fields of clauses, as in `pace.weight`"
     help = f"write `{label}.` and a field" if found else suggest(target, TARGETS)
     yield Diagnostic("unknown-target", f"a rule cannot set `{target}`", _at(span), (note,), help)

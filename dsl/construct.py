@@ -34,11 +34,12 @@ __all__ = [
     "Selector",
 ]
 
+
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """One action of a construct: its phase of the step, what it reads and writes, and what nobody else may write.
+    """One action of a construct: its phase of the step, and what it reads and writes.
 
-    `excludes` names resources that must stay as the model made them for the action to mean anything.
+    `excludes` names what must stay as the model made it for the action to mean anything.
     """
 
     phase: str
@@ -71,7 +72,11 @@ class Construct(BaseModel):
     """One construct of the language; the class's own file is the whole of it."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", defer_build=True, validate_default=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        defer_build=True,
+        validate_default=True,
+        protected_namespaces=(),
     )
 
     kind: ClassVar[str] = ""
@@ -84,6 +89,13 @@ class Construct(BaseModel):
     signals: ClassVar[Mapping[str, str]] = {}
     effects: ClassVar[tuple[Effect, ...]] = ()
     open_fields: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Take kind and name from where the class is written: `.../regularize/pace.py`."""
+        super().__init_subclass__(**options)
+        *_, folder, file = ("", *cls.__module__.split("."))
+        if folder in KINDS and "kind" not in vars(cls):
+            cls.kind, cls.name = folder, file
 
     @property
     def title(self) -> str:

@@ -1,4 +1,4 @@
-"""Types of construct fields: how each is read from a node, from text, from JSON and from a value."""
+"""Types of construct fields: how each is read from a node, text, JSON or a value."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class FieldType:
 
     def read(self, node: Node, *names: Any) -> Any:
         """Return what a node means as this type, or raise Unreadable."""
-        from trainc.dsl import read, read_selector
+        from trainc.dsl import read, read_expression, read_selector
 
         if self._read in ("schedule", "condition", "expression"):
-            return getattr(read, self._read)(node, *names)
-        home = read_selector if hasattr(read_selector, self._read) else read
+            return getattr(read_expression, self._read)(node, *names)
+        home = read_selector if self._read in ("selector", "scoped_numbers") else read
         return getattr(home, self._read)(node)
 
     def accept(self, raw: Any) -> Any:
@@ -50,7 +50,9 @@ class FieldType:
         node, found = parse_expression(Source("<text>", text))
         if node is None:
             detail = found[0].labels[0].text if found and found[0].labels else ""
-            raise ValueError(f"`{text}`: {found[0].message if found else 'empty'}; {detail}".rstrip("; "))
+            raise ValueError(
+                f"`{text}`: {found[0].message if found else 'empty'}; {detail}".rstrip("; ")
+            )
         try:
             return self.read(node)
         except Unreadable as error:
@@ -186,7 +188,7 @@ def _types(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[
 
 
 def read_field(info: FieldInfo, value: Node | str, names: Any = None) -> Any:
-    """Return what a node, or text, means as the value of a field; raise Unreadable or ValueError."""
+    """Return what a node or text means as a value of a field; raise Unreadable or ValueError."""
     if isinstance(value, str):
         from trainc.dsl.parse import parse_expression
 
@@ -194,15 +196,15 @@ def read_field(info: FieldInfo, value: Node | str, names: Any = None) -> Any:
         if node is None:
             raise ValueError(found[0].message)
         value = node
-    from trainc.dsl.read import ANYTHING
+    from trainc.dsl.read_expression import ANYTHING
 
     return _read(info.annotation, info.metadata, value, names or ANYTHING)
 
 
 def _read(annotation: Any, metadata: Any, node: Node, names: Any) -> Any:
-    from trainc.dsl.read import plain
-
-    kind = next((m for m in metadata if isinstance(m, FieldType)), _CLASSES.get(_hashable(annotation)))
+    kind = next(
+        (m for m in metadata if isinstance(m, FieldType)), _CLASSES.get(_hashable(annotation))
+    )
     if kind:
         return kind.read(node, names)
     origin, args = get_origin(annotation), get_args(annotation)
@@ -212,11 +214,32 @@ def _read(annotation: Any, metadata: Any, node: Node, names: Any) -> Any:
         if NoneType in args and isinstance(node, Ident) and node.id == "none":
             return None
         ours = [arg for arg in args if _types(arg)]
-        simple = isinstance(node, Num | Prefix | Str | Ident) and len(ours) + (NoneType in args) < len(args)
-        return plain(node) if simple or not ours else _read(ours[0], (), node, names)
+        simple = isinstance(node, Num | Prefix | Str | Ident) and len(ours) + (
+            NoneType in args
+        ) < len(args)
+        return _plain(args, node, names) if simple or not ours else _read(ours[0], (), node, names)
     if origin in (list, tuple) and isinstance(node, Items) and _types(annotation):
         return [_read(args[0], (), item, names) for item in node.items]
-    return plain(node)
+    return _plain((annotation,), node, names)
+
+
+def _plain(allowed: tuple[Any, ...], node: Node, names: Any) -> Any:
+    """Return a plain value, refusing what pydantic would turn into another type."""
+    from trainc.dsl.diagnostics import suggest
+    from trainc.dsl.read import Unreadable, describe, plain
+
+    value = plain(node)
+    kinds = set(allowed) - {NoneType}
+    wrong = (
+        (isinstance(value, str) and kinds <= {int, float, bool})
+        or (isinstance(value, bool) and kinds <= {int, float})
+        or (not isinstance(value, bool | str) and kinds == {bool})
+    )
+    if wrong:
+        wanted = "`true` or `false`" if kinds == {bool} else "a number"
+        help = suggest(node.id, getattr(names, "lets", ())) if isinstance(node, Ident) else None
+        raise Unreadable(node, f"expected {wanted}, found {describe(node)}", help=help)
+    return value
 
 
 def _hashable(annotation: Any) -> Any:

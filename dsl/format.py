@@ -19,7 +19,6 @@ _LEVELS = (
 _BINDS = {op: level for level, ops in enumerate(_LEVELS) for op in ops}
 _ATOM = len(_LEVELS)
 _CHAINS = {"or", "and", "then", "|", "&", "+", "-", "*", "/", "where", "expect"}
-_PARTS = ("as", "on", "from", "until", "every", "optional")
 
 
 def format_node(node: Node, loosest: int = 0) -> str:
@@ -86,13 +85,18 @@ def format_statement(statement: ast.Statement) -> str:
             return f"let {name.id} = {format_node(value)}"
         case ast.Use(path):
             return f"use {quote(path.value)}"
-        case ast.When(condition, hold, actions):
-            held = f" for {format_node(hold)}" if hold else ""
-            return braced(f"when {format_node(condition)}{held}", [*map(format_action, actions)])
+        case ast.When():
+            return braced(format_when(statement), [*map(format_action, statement.actions)])
         case ast.ClauseTree(fields=fields):
             head = format_head(statement)
             return head if fields is None else braced(head, [*map(format_field, fields)])
     raise AssertionError(statement)
+
+
+def format_when(rule: ast.When) -> str:
+    """Return a rule up to its braces."""
+    held = f" for {format_node(rule.hold, _BINDS['+'])}" if rule.hold else ""
+    return f"when {format_node(rule.condition, _BINDS['or'])}{held}"
 
 
 def format_head(clause: ast.ClauseTree) -> str:
@@ -103,14 +107,14 @@ def format_head(clause: ast.ClauseTree) -> str:
         words.append(clause.construct.id + path)
     elif clause.path:
         words.append(quote(clause.path.value))
-    words += map(_part, sorted(clause.parts, key=lambda part: _PARTS.index(part.word)))
+    words += map(_part, clause.parts)
     return " ".join(words)
 
 
 def _part(part: ast.Part) -> str:
     if part.value is None:
         return part.word
-    return f"{part.word} {format_node(part.value, _BINDS['where'] if part.word == 'on' else 0)}"
+    return f"{part.word} {format_node(part.value, _BINDS['where' if part.word == 'on' else '+'])}"
 
 
 def format_field(item: ast.Field) -> str:

@@ -10,7 +10,7 @@ Kind = Literal["duration", "number", "points", "shape", "numbers"]
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A signature: arguments in order, how many may stand without a name, how many must be given."""
+    """A signature: arguments in order, how many may stand without a name, how many must stand."""
 
     arguments: dict[str, Kind]
     positional: int

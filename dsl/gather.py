@@ -50,9 +50,9 @@ def read_source(path: Path, name: str | None = None) -> tuple[Source, list[Diagn
 
 
 def gather(source: Source, path: Path | None) -> Gathered:
-    """Return the statements of a source and of the files it uses; paths are relative to each file."""
+    """Return the statements of a source and of the files it uses."""
     out = Gathered()
-    chain = {path.resolve(): None} if path else {}
+    chain: dict[Path, Span | None] = {path.resolve(): None} if path else {}
     out.statements = list(_collect(source, path, (), chain, out, set(chain)))
     return out
 
@@ -74,7 +74,10 @@ def _collect(
             continue
         where = _locate(statement, path)
         if where in chain:
-            first = next((span for span in [*list(chain.values())[1:], statement.span] if span), statement.span)
+            first = next(
+                (span for span in [*list(chain.values())[1:], statement.span] if span),
+                statement.span,
+            )
             labels = [Label(statement.span, "this closes the circle")]
             if first != statement.span:
                 labels.append(Label(first, "it begins here"))
@@ -86,7 +89,9 @@ def _collect(
         seen.add(where)
         if len(chain) >= MAX_CHAIN:
             label = Label(statement.span)
-            out.found.append(Diagnostic("too-deep", f"files include each other {MAX_CHAIN} deep", (label,)))
+            out.found.append(
+                Diagnostic("too-deep", f"files include each other {MAX_CHAIN} deep", (label,))
+            )
             continue
         try:
             inner, problems = read_source(where, _shown(where))
@@ -94,7 +99,8 @@ def _collect(
             reason = getattr(error, "strerror", None) or str(error)
             label = Label(statement.path.span, reason.lower())
             message = f"cannot read `{printable(statement.path.value)}`"
-            note = f"paths are relative to the file that uses them: looked for {printable(_shown(where), 200)}"
+            place = printable(_shown(where), 200)
+            note = f"paths are relative to the file that uses them: looked for {place}"
             out.found.append(Diagnostic("use-not-found", message, (label,), (note,)))
             out.lost.add("*")
             continue

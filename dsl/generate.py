@@ -19,7 +19,7 @@ from lark.parsers.lalr_analysis import Shift
 HERE = Path(__file__).parent
 HEADER = '''"""Generated from train.lark by `python -m trainc.dsl.generate`; do not edit.
 
-ACTIONS: a line per state, pairs of a symbol and n; n > 0: go to state n - 1, n < 0: reduce rule -n - 1.
+ACTIONS: a line per state, pairs of a symbol and n: go to state n - 1, or reduce rule -n - 1.
 RULES: (rule, length, children to keep, those of them to splice, builder or "" to pass on).
 """
 
@@ -31,7 +31,7 @@ RULES: (rule, length, children to keep, those of them to splice, builder or "" t
 def tables(grammar: str) -> str:
     """Return the text of dsl/tables.py for a grammar."""
     lark = Lark(grammar, parser="lalr", lexer="basic", maybe_placeholders=False)
-    table = lark.parser.parser._parse_table  # type: ignore[union-attr]
+    table = lark.parser.parser._parse_table
     number = {state: n for n, state in enumerate(table.states)}
     rules = {rule: n for n, rule in enumerate(lark.rules)}
     actions = []

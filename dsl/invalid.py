@@ -42,7 +42,9 @@ def problem_text(detail: Any) -> tuple[str, str | None]:
         bound = context[key]
         return text.format(f"{bound:g}" if isinstance(bound, float) else bound), None
     if kind == "literal_error":
-        options = [o.strip().strip("'") for o in context["expected"].replace(" or ", ", ").split(",")]
+        options = [
+            o.strip().strip("'") for o in context["expected"].replace(" or ", ", ").split(",")
+        ]
         spelled = [f"`{o}`" for o in options]
         text = " or ".join([", ".join(spelled[:-1]), spelled[-1]] if len(spelled) > 1 else spelled)
         return f"expected {text}", suggest(str(detail["input"]), options)

@@ -9,5 +9,6 @@ PHASES = (
     "deltas", "exchange", "observe",
 )  # fmt: skip
 RESOURCES = frozenset(
-    "batch clock rate params inputs views forward loss probe gradient optimizer_state delta metrics".split()
-)
+    ("batch", "clock", "rate", "params", "inputs", "views", "forward", "loss", "probe", "gradient",
+     "optimizer_state", "delta", "metrics")
+)  # fmt: skip

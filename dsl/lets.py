@@ -35,10 +35,19 @@ class Lets:
         """Take one `let` statement."""
         name = let.name.id
         if name in _RESERVED or "." in name:
-            why = "has a meaning already" if name in _RESERVED else "is no name for a let: it has a dot"
-            self.found.append(Diagnostic("reserved-name", f"`{name}` {why}", (Label(let.name.span),)))
+            why = (
+                "has a meaning already"
+                if name in _RESERVED
+                else "is no name for a let: it has a dot"
+            )
+            self.found.append(
+                Diagnostic("reserved-name", f"`{name}` {why}", (Label(let.name.span),))
+            )
         elif name in self.names:
-            labels = (Label(let.name.span, "a second one"), Label(self.names[name].span, "the first is here"))
+            labels = (
+                Label(let.name.span, "a second one"),
+                Label(self.names[name].span, "the first is here"),
+            )
             self.found.append(Diagnostic("duplicate-let", f"`{name}` is defined twice", labels))
         else:
             self.names[name], self.values[name] = let.name, let.value
@@ -58,8 +67,14 @@ class Lets:
                     continue
                 message = f"there is no let `{name}` to set"
                 help = suggest(name, self.values)
-                known = f"lets are {', '.join(f'`{n}`' for n in self.values)}" if self.values else "there are no lets"
-                self.found.append(Diagnostic("unknown-let", message, (Label(span),), (known,), help))
+                known = (
+                    f"lets are {', '.join(f'`{n}`' for n in self.values)}"
+                    if self.values
+                    else "there are no lets"
+                )
+                self.found.append(
+                    Diagnostic("unknown-let", message, (Label(span),), (known,), help)
+                )
             else:
                 # Blanks keep offsets, so that spans point into the setting as it was given.
                 blank = " " * (len(setting) - len(text))
@@ -88,7 +103,11 @@ class Lets:
                 if node.id == name or node.id in chain:
                     self._cycle(name, node)
                     return (1, 1)
-                inner = self._settle(node.id, {**chain, name: node}) if len(chain) < MAX_DEPTH else (0, MAX_DEPTH)
+                inner = (
+                    self._settle(node.id, {**chain, name: node})
+                    if len(chain) < MAX_DEPTH
+                    else (0, MAX_DEPTH)
+                )
                 size, depth = size + inner[0], max(depth, level + inner[1])
             todo += [(child, level + 1) for child in replaceable(node)]
         if (size > MAX_SIZE or depth > MAX_DEPTH) and name not in self.broken:
@@ -101,7 +120,10 @@ class Lets:
 
     def _cycle(self, name: str, back: ast.Ident) -> None:
         if not self.broken & {name, back.id}:
-            labels = (Label(back.span, "needed here"), Label(self.names[back.id].span, "to know this"))
+            labels = (
+                Label(back.span, "needed here"),
+                Label(self.names[back.id].span, "to know this"),
+            )
             message = f"`{back.id}` is defined by itself"
             self.found.append(Diagnostic("let-cycle", message, labels))
         self.broken |= {name, back.id}
@@ -151,5 +173,3 @@ def replaceable(node: Node) -> tuple[Node, ...]:
     if isinstance(node, ast.Infix) and node.op == "is":
         return (node.left,)
     return ast.children(node)
-
-

@@ -97,10 +97,12 @@ def _complain(token: Token, source: Source) -> Diagnostic:
         return Diagnostic("syntax", "the string is never closed", (label,))
     if token.type == "WORD":
         help = "number suffixes are `k`, `M`, `G` and `T`; a unit stands apart: `200 steps`"
-        return Diagnostic("syntax", f"`{printable(token.text)}` is not a number", (Label(span),), (), help)
-    help = _INSTEAD.get(token.text)
+        return Diagnostic(
+            "syntax", f"`{printable(token.text)}` is not a number", (Label(span),), (), help
+        )
+    hint = _INSTEAD.get(token.text)
     message = f"`{printable(token.text)}` means nothing here"
-    return Diagnostic("syntax", message, (Label(span),), (), help)
+    return Diagnostic("syntax", message, (Label(span),), (), hint)
 
 
 _INSTEAD = {

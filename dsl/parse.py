@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from trainc.dsl import ast
 from trainc.dsl.build import TreeBuilder
@@ -40,7 +41,7 @@ class Parsed:
 def parse(source: Source) -> Parsed:
     """Return the tree of a text; a broken statement is left out of it and reported."""
     lexed = tokenize(source)
-    out = Parsed(ast.Tree((), source.span()), lexed.comments, lexed.found)
+    out = Parsed(ast.Tree((), span=source.span()), lexed.comments, lexed.found)
     if lexed.stopped:
         return out
     builder = TreeBuilder(source)
@@ -90,7 +91,7 @@ def _piecewise(tokens: list[Token], builder: TreeBuilder, out: Parsed) -> None:
                 index = 0
             out.found.append(_diagnose(refusal, piece[:index], following, builder.source))
             out.lost |= _defined(piece)
-    out.tree = ast.Tree(tuple(statements), builder.source.span())
+    out.tree = ast.Tree(tuple(statements), span=builder.source.span())
 
 
 def _cuts(tokens: list[Token], source: Source) -> list[int]:
@@ -153,11 +154,11 @@ def _shift(span: Span, source: Source, offset: int) -> Span:
     return Span(source, start, min(max(start, span.end - offset), size))
 
 
-def _relocated(node: ast.Node, source: Source, offset: int) -> ast.Node:
+def _relocated(node: Any, source: Source, offset: int) -> Any:
     """Return the node with spans in `source`, where it begins `offset` characters earlier."""
     from dataclasses import fields, replace
 
-    changes = {}
+    changes: dict[str, Any] = {}
     for f in fields(node):
         value = getattr(node, f.name)
         if isinstance(value, Span):

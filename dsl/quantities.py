@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
-UNITS = ("steps", "samples", "tokens", "epochs", "seconds", "run")
+Unit = Literal["steps", "samples", "tokens", "epochs", "seconds", "run"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 def tidy(value: float) -> float:
@@ -47,13 +48,12 @@ class Duration(Value):
     """A stretch of training; unit `run` is a fraction of the whole run, written `5%`."""
 
     amount: float
-    unit: str
+    unit: Unit
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ValueError(f"`{self.unit}` is not a unit; units are {', '.join(UNITS)}")
         object.__setattr__(self, "amount", tidy(self.amount))
-
 
 
 @dataclass(frozen=True, slots=True)

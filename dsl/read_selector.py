@@ -7,9 +7,14 @@ from trainc.dsl import values as v
 from trainc.dsl.ast import Node
 from trainc.dsl.diagnostics import suggest
 from trainc.dsl.functions import SELECTORS, WHERE_NAMES
-from trainc.dsl.read import Unreadable, condition, describe, interval, number
+from trainc.dsl.read import Unreadable, describe, interval, number
+from trainc.dsl.read_expression import condition
 
-_PAIRS = {"|": v.Union, "&": v.Intersection, "-": v.Difference}
+_PAIRS: dict[str, type[v.Union] | type[v.Intersection] | type[v.Difference]] = {
+    "|": v.Union,
+    "&": v.Intersection,
+    "-": v.Difference,
+}
 
 
 class _Measures:
@@ -32,7 +37,10 @@ def selector(node: Node) -> v.Selector:
         case ast.Ident("trainable"):
             return v.Trainable()
         case ast.Ident(name):
-            help = suggest(name, ["all", "trainable"]) or f'names of the model stand in quotes: "{name}"'
+            help = (
+                suggest(name, ["all", "trainable"])
+                or f'names of the model stand in quotes: "{name}"'
+            )
             raise Unreadable(node, "", "unknown-name", help, f"there is no selector `{name}`")
         case ast.Apply():
             return _function(node)
@@ -44,8 +52,12 @@ def selector(node: Node) -> v.Selector:
             return v.Expect(selector(left), _whole(count, 0))
         case ast.Infix("and" | "or" as op, _, _):
             word = "&" if op == "and" else "|"
-            raise Unreadable(node, "conditions are joined like this, selectors are not", help=f"write `{word}`")
-    raise Unreadable(node, f'expected a selector such as "blocks.*" or `type(Linear)`, found {describe(node)}')
+            raise Unreadable(
+                node, "conditions are joined like this, selectors are not", help=f"write `{word}`"
+            )
+    raise Unreadable(
+        node, f'expected a selector such as "blocks.*" or `type(Linear)`, found {describe(node)}'
+    )
 
 
 def scoped_numbers(node: Node) -> tuple[v.Scoped, ...]:
@@ -59,17 +71,24 @@ def scoped_numbers(node: Node) -> tuple[v.Scoped, ...]:
 
 def _glob(node: Node, pattern: str) -> v.Selector:
     if not pattern:
-        raise Unreadable(node, "an empty pattern matches nothing", help="write `all` for everything")
+        raise Unreadable(
+            node, "an empty pattern matches nothing", help="write `all` for everything"
+        )
     if any(c.isspace() for c in pattern):
-        raise Unreadable(node, "names have no spaces", help="join patterns with `|`: \"a.*\" | \"b.*\"")
+        raise Unreadable(node, "names have no spaces", help='join patterns with `|`: "a.*" | "b.*"')
     return v.Glob(pattern)
 
 
 def _function(node: ast.Apply) -> v.Selector:
     name = node.function.id
     if name not in SELECTORS:
-        help = suggest(name, SELECTORS) or f"selectors are {', '.join(f'`{s}(...)`' for s in SELECTORS)}"
-        raise Unreadable(node.function, "", "unknown-function", help, f"there is no selector `{name}(...)`")
+        help = (
+            suggest(name, SELECTORS)
+            or f"selectors are {', '.join(f'`{s}(...)`' for s in SELECTORS)}"
+        )
+        raise Unreadable(
+            node.function, "", "unknown-function", help, f"there is no selector `{name}(...)`"
+        )
     if any(argument.name for argument in node.arguments) or not node.arguments:
         raise Unreadable(node, f"expected {_USAGE[name]}")
     values = [argument.value for argument in node.arguments]

@@ -10,7 +10,12 @@ from trainc.dsl.diagnostics import Diagnostic, Label
 from trainc.dsl.source import Span
 
 _WINDOW = 100  # characters of a long line that are shown
-_PAINT = {"error": "\x1b[1;31m", "warning": "\x1b[1;33m", "place": "\x1b[1;34m", "help": "\x1b[1;32m"}
+_PAINT = {
+    "error": "\x1b[1;31m",
+    "warning": "\x1b[1;33m",
+    "place": "\x1b[1;34m",
+    "help": "\x1b[1;32m",
+}
 _PLAIN = "\x1b[0m"
 
 
@@ -84,7 +89,9 @@ def columns(text: str) -> int:
 
 def _place(label: Label) -> dict[str, Any]:
     source = label.span.source
-    (line, column), (end_line, end_column) = map(source.position, (label.span.start, label.span.end))
+    (line, column), (end_line, end_column) = map(
+        source.position, (label.span.start, label.span.end)
+    )
     return {
         "file": safe(source.name),
         "line": line,
@@ -126,10 +133,18 @@ def render_github(diagnostics: Iterable[Diagnostic]) -> str:
         where = {"title": d.rule}
         if d.labels:
             place = _place(d.labels[0])
-            where |= {"file": place["file"], "line": str(place["line"]), "col": str(place["column"])}
+            where |= {
+                "file": place["file"],
+                "line": str(place["line"]),
+                "col": str(place["column"]),
+            }
             where |= {"endLine": str(place["end_line"]), "endColumn": str(place["end_column"])}
         keys = ",".join(f"{key}={escape(value, ':,')}" for key, value in where.items())
-        parts = [safe(d.message), *(safe(x.text) for x in d.labels[:1] if x.text), safe(d.help or "")]
+        parts = [
+            safe(d.message),
+            *(safe(x.text) for x in d.labels[:1] if x.text),
+            safe(d.help or ""),
+        ]
         lines.append(f"::{d.severity} {keys}::{escape('; '.join(filter(None, parts)))}")
     return "".join(f"{line}\n" for line in lines)
 
@@ -140,7 +155,11 @@ def render_sarif(diagnostics: Sequence[Diagnostic]) -> str:
 
     used = sorted({d.rule for d in diagnostics})
     rules = [
-        {"id": rule, "shortDescription": {"text": RULES[rule].what}, "help": {"text": RULES[rule].fix}}
+        {
+            "id": rule,
+            "shortDescription": {"text": RULES[rule].what},
+            "help": {"text": RULES[rule].fix},
+        }
         for rule in used
     ]
     results = []

@@ -1,4 +1,4 @@
-"""Text and a catalog to a checked spec: every name known, every field read, all mistakes at once."""
+"""Text and a catalog to a checked spec: names known, fields read, all mistakes at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
 from trainc.dsl.gather import gather, read_source
 from trainc.dsl.lets import Lets
 from trainc.dsl.lexer import printable
-from trainc.dsl.read import Unreadable, condition, duration, expression
+from trainc.dsl.read import Unreadable, duration
+from trainc.dsl.read_expression import condition, expression
 from trainc.dsl.resolve_clause import ClauseResolver, construct_name, place, used_at
 from trainc.dsl.scope import Scope
 from trainc.dsl.source import Source
@@ -101,7 +102,7 @@ class Resolver:
         return Checked(Spec(tuple(clauses), tuple(rules)), diagnostics)
 
     def _labels(self) -> dict[str, list[type[Construct]]]:
-        """Return what each label names; a clause whose construct is unknown names nothing certain."""
+        """Return what each label names; a clause of an unknown construct names nothing sure."""
         out: dict[str, list[type[Construct]]] = {}
         for item in self.placed:
             if isinstance(item.statement, ast.ClauseTree):
@@ -136,7 +137,9 @@ class Resolver:
         test = self._try(condition, when.condition, "this rule has no condition")
         hold = None
         if when.hold is not None:
-            hold = self._try(duration, when.hold, "a condition holds `for` a duration", scoped=False)
+            hold = self._try(
+                duration, when.hold, "a condition holds `for` a duration", scoped=False
+            )
         actions = [action for tree in when.actions if (action := self._action(tree))]
         if not when.actions:
             label = Label(when.span)
@@ -156,7 +159,9 @@ class Resolver:
             constructs = {k: list(v) for k, v in self.scope.constructs.items()}
             self.found += target_problems(tree.target.id, constructs, tree.target.span)
         assert tree.value is not None
-        value = self._try(expression, tree.value, f"`{printable(tree.target.id)}` cannot be set to this")
+        value = self._try(
+            expression, tree.value, f"`{printable(tree.target.id)}` cannot be set to this"
+        )
         return None if value is None else Assign(tree.target.id, value)
 
     def _try(self, read, node: ast.Node, message: str, scoped: bool = True):  # type: ignore[no-untyped-def]
@@ -192,7 +197,9 @@ def _ordered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
 
     def follows(d: Diagnostic) -> bool:
         span = d.span
-        return d.rule != "syntax" and span is not None and any(b in span or span in b for b in broken)
+        return (
+            d.rule != "syntax" and span is not None and any(b in span or span in b for b in broken)
+        )
 
     def order(d: Diagnostic) -> tuple[int, int]:
         return (rank[id(d.span.source)], d.span.start) if d.span else (len(rank), 0)

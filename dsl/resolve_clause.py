@@ -33,7 +33,7 @@ _HIDDEN = {"path", "arguments"}
 
 
 def construct_name(tree: ast.ClauseTree, catalog: Catalog) -> str | None:
-    """Return the construct a clause names; `model`, `data` and `run` are constructs by themselves."""
+    """Return the construct a clause names; `model`, `data` and `run` name themselves."""
     if tree.construct is not None:
         return tree.construct.id
     kind = tree.kind.id
@@ -41,7 +41,7 @@ def construct_name(tree: ast.ClauseTree, catalog: Catalog) -> str | None:
 
 
 def place(error: Unreadable, where: Span, message: str) -> Diagnostic:
-    """Return the diagnostic for a node that cannot be read, and where it is used if that is elsewhere."""
+    """Return the diagnostic for an unreadable node, and where it is used if that is elsewhere."""
     labels = [Label(error.span, error.text)]
     if error.span not in where:
         labels.append(Label(where, "used here"))
@@ -91,7 +91,9 @@ class ClauseResolver:
             if any(k == kind and "path" in c.model_fields for (k, _), c in self._of(kind)):
                 other = next(n for (_, n), c in self._of(kind) if "path" in c.model_fields)
                 help = f'write `{kind} {other}("{printable(tree.path.value)}")`'
-            self.found.append(Diagnostic("unknown-construct", f"`{kind}` takes no path", (label,), (), help))
+            self.found.append(
+                Diagnostic("unknown-construct", f"`{kind}` takes no path", (label,), (), help)
+            )
             return None
         cls = self.catalog.get((kind, name))
         if cls is not None:
@@ -112,8 +114,13 @@ class ClauseResolver:
         first: dict[str, ast.Part] = {}
         for part in tree.parts:
             if part.word in first:
-                labels = (Label(part.span, "a second one"), Label(first[part.word].span, "the first is here"))
-                self.found.append(Diagnostic("duplicate-part", f"`{part.word}` is given twice", labels))
+                labels = (
+                    Label(part.span, "a second one"),
+                    Label(first[part.word].span, "the first is here"),
+                )
+                self.found.append(
+                    Diagnostic("duplicate-part", f"`{part.word}` is given twice", labels)
+                )
                 continue
             first[part.word] = part
             if part.word == "optional":
@@ -136,7 +143,9 @@ class ClauseResolver:
         todo = [node]
         while todo:
             item = todo.pop()
-            if isinstance(item, ast.Ident) and (item.id in self.scope.lost or "*" in self.scope.lost):
+            if isinstance(item, ast.Ident) and (
+                item.id in self.scope.lost or "*" in self.scope.lost
+            ):
                 return item.id not in self.lets.values or item.id in self.lets.broken
             todo += ast.children(item)
         return False
@@ -157,7 +166,10 @@ class ClauseResolver:
         for item in tree.fields or ():
             name = item.name.id
             if name in first:
-                labels = (Label(item.name.span, "a second one"), Label(first[name].name.span, "the first is here"))
+                labels = (
+                    Label(item.name.span, "a second one"),
+                    Label(first[name].name.span, "the first is here"),
+                )
                 self.found.append(Diagnostic("duplicate-field", f"`{name}` is given twice", labels))
                 continue
             first[name] = item
@@ -179,11 +191,19 @@ class ClauseResolver:
                     arguments[name] = plain(node)
             except Unreadable as error:
                 failed.add(name)
-                found = place(error, item.value.span, f"`{cls_title(cls)}` cannot take this `{printable(name)}`")
+                found = place(
+                    error,
+                    item.value.span,
+                    f"`{cls_title(cls)}` cannot take this `{printable(name)}`",
+                )
                 note = _note(cls, name) if declared and not error.message else ()
-                self.found.append(Diagnostic(found.rule, found.message, found.labels, note, found.help))
+                self.found.append(
+                    Diagnostic(found.rule, found.message, found.labels, note, found.help)
+                )
             if len(self.scope.found) > count:
-                self.scope.found[count:] = [used_at(d, item.value.span) for d in self.scope.found[count:]]
+                self.scope.found[count:] = [
+                    used_at(d, item.value.span) for d in self.scope.found[count:]
+                ]
                 failed.add(name)
         if cls.open_fields and arguments:
             data["arguments"] = arguments
@@ -205,18 +225,26 @@ class ClauseResolver:
             return
         if "path" not in cls.model_fields:
             label = Label(tree.path.span, "this is not needed")
-            self.found.append(Diagnostic("unexpected-path", f"`{cls_title(cls)}` imports nothing", (label,)))
+            self.found.append(
+                Diagnostic("unexpected-path", f"`{cls_title(cls)}` imports nothing", (label,))
+            )
             return
         try:
             data["path"] = import_path(tree.path)
         except Unreadable as error:
             failed.add("path")
-            self.found.append(place(error, tree.path.span, f"`{cls_title(cls)}` cannot import this"))
+            self.found.append(
+                place(error, tree.path.span, f"`{cls_title(cls)}` cannot import this")
+            )
 
     def _unknown(self, item: ast.Field, cls: type[Construct]) -> None:
         fields = [name for name in cls.model_fields if name not in _HIDDEN or not cls.open_fields]
         message = f"`{cls_title(cls)}` has no field `{printable(item.name.id)}`"
-        known = f"its fields are {', '.join(f'`{f}`' for f in fields)}" if fields else "it has no fields"
+        known = (
+            f"its fields are {', '.join(f'`{f}`' for f in fields)}"
+            if fields
+            else "it has no fields"
+        )
         label = Label(item.name.span)
         help = suggest(item.name.id, fields)
         notes = () if help else (known,)
@@ -236,16 +264,22 @@ class ClauseResolver:
         title = cls_title(cls)
         if detail["type"] == "missing":
             if name == "path":
-                help = f'write `{title}{"" if cls.kind == cls.name else "("}"module:name"' + (
-                    "`" if cls.kind == cls.name else ")`"
+                message = f"`{title}` does not say what to import"
+                written = (
+                    f'{title} "module:name"' if cls.kind == cls.name else f'{title}("module:name")'
                 )
-                return Diagnostic("missing-field", f"`{title}` does not say what to import", (Label(head),), (), help)
+                return Diagnostic(
+                    "missing-field", message, (Label(head),), (), f"write `{written}`"
+                )
             near = nearest(name, first) if cls.open_fields else None
-            help = f"is `{near}` meant to be `{name}`?" if near else None
-            return Diagnostic("missing-field", f"`{title}` needs `{name}`", (Label(head),), _note(cls, name), help)
+            meant = f"is `{near}` meant to be `{name}`?" if near else None
+            message = f"`{title}` needs `{name}`"
+            return Diagnostic("missing-field", message, (Label(head),), _note(cls, name), meant)
         text, help = problem_text(detail)
         if name not in first:
-            return Diagnostic("bad-value", f"`{title}` does not go together", (Label(head, text),), (), help)
+            return Diagnostic(
+                "bad-value", f"`{title}` does not go together", (Label(head, text),), (), help
+            )
         rule = "wrong-unit" if detail["type"] == "wrong_unit" else "bad-value"
         message = f"`{title}` cannot take this `{name}`"
         label = Label(first[name].value.span, text)

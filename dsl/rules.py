@@ -1,7 +1,7 @@
 """Every rule a diagnostic can name, with what it means, why it is a rule, and what to write.
 
-`trainc explain RULE` and docs/diagnostics.md are made from this table; a diagnostic whose rule is not in
-it is an assertion failure. Names describe the offence, never the cure.
+`trainc explain RULE` and docs/diagnostics.md are made from this table; a diagnostic whose rule is
+not in it is an assertion failure. Names describe the offence, never the cure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ RULES: dict[str, About] = {
     # Found in the text, by `trainc check`.
     "syntax": About(
         "The text does not have the shape of a spec.",
-        "Nothing can be said about a statement that cannot be read; the statements around it are still checked.",
+        "Nothing can be said about a statement that cannot be read; the statements around it "
+        "are still checked.",
         "Put at the caret what the message says is expected; fields are separated by `,`.",
     ),
     "too-large": About(
@@ -51,23 +52,27 @@ RULES: dict[str, About] = {
         "Move it to the first line.",
     ),
     "unknown-kind": About(
-        "A statement begins with a word that is neither a kind nor `let`, `use`, `when` or `train`.",
+        "A statement begins with a word that is neither a kind nor `let`, `use`, `when` or "
+        "`train`.",
         "The kinds are a closed set: they say where in a step a construct acts.",
         "Write one of the kinds in the note, as in `regularize pace`.",
     ),
     "unknown-construct": About(
         "A kind has no construct of this name.",
-        "Constructs are files of the compiler, or come with installed packages; a misspelt one would do nothing.",
+        "Constructs are files of the compiler, or come with installed packages; a misspelt "
+        "one would do nothing.",
         "Write one of the names in the note, or install the package that brings the construct.",
     ),
     "unexpected-path": About(
         "A construct that imports nothing is given an import path.",
         "The path would have no effect.",
-        'Leave the path out. Constructs that take one are written `optimizer torch("torch.optim:RMSprop")`.',
+        "Leave the path out. Constructs that take one are written `optimizer "
+        'torch("torch.optim:RMSprop")`.',
     ),
     "unknown-field": About(
         "A construct has no field of this name.",
-        "A misspelt field that is ignored in silence is the most common way to run a method that is not the one meant.",
+        "A misspelt field that is ignored in silence is the most common way to run a method "
+        "that is not the one meant.",
         "Write the name in the help line; `trainc explain CONSTRUCT` lists all fields.",
     ),
     "missing-field": About(
@@ -83,7 +88,7 @@ RULES: dict[str, About] = {
     "duplicate-part": About(
         "`as`, `on`, `from`, `until`, `every` or `optional` is given twice in one clause.",
         "One of the two would be ignored.",
-        "Keep one. Selectors are joined with `|`: `on ndim(2) | \"head.*\"`.",
+        'Keep one. Selectors are joined with `|`: `on ndim(2) | "head.*"`.',
     ),
     "bad-value": About(
         "A value is not one that can stand here.",
@@ -97,12 +102,15 @@ RULES: dict[str, About] = {
     ),
     "unknown-name": About(
         "An expression uses a name that nothing defines.",
-        "Names are `let`s, signals, labels of clauses, counters of the clock, and `depth`, `block`, `blocks`.",
-        "Write the name in the help line, or define it: `let width = 192`. Names of the model stand in quotes.",
+        "Names are `let`s, signals, labels of clauses, counters of the clock, and `depth`, "
+        "`block`, `blocks`.",
+        "Write the name in the help line, or define it: `let width = 192`. Names of the model"
+        " stand in quotes.",
     ),
     "unknown-function": About(
         "There is no function of this name.",
-        "The functions of schedules, selectors and arithmetic are a closed set: docs/language.md lists them.",
+        "The functions of schedules, selectors and arithmetic are a closed set: "
+        "docs/language.md lists them.",
         "Write the name in the help line.",
     ),
     "unknown-signal": About(
@@ -116,7 +124,8 @@ RULES: dict[str, About] = {
         "Label them: `noise_scale gns as early on ...`, and use `early`.",
     ),
     "reserved-name": About(
-        "A `let` or a label takes a name that cannot be one: it means something already, or has a dot.",
+        "A `let` or a label takes a name that cannot be one: it means something already, or "
+        "has a dot.",
         "The same word would mean two things in one expression.",
         "Choose another name.",
     ),
@@ -147,7 +156,8 @@ RULES: dict[str, About] = {
     ),
     "unused-let": About(
         "Nothing uses a `let` of this file.",
-        "It has no effect; often the place where it was to be used has a misspelt name or a plain number.",
+        "It has no effect; often the place where it was to be used has a misspelt name or a "
+        "plain number.",
         "Use it or remove it.",
     ),
     "use-not-found": About(
@@ -162,7 +172,8 @@ RULES: dict[str, About] = {
     ),
     "missing-on": About(
         "A clause does not say what it acts on.",
-        "Which parameters or modules a method touches is the heart of it; there is no safe default here.",
+        "Which parameters or modules a method touches is the heart of it; there is no safe "
+        "default here.",
         'Add `on` and a selector: `on "blocks.*.mlp.**"`, `on type(Linear)`, `on all`.',
     ),
     "unexpected-on": About(
@@ -172,7 +183,7 @@ RULES: dict[str, About] = {
     ),
     "unknown-action": About(
         "A rule contains an action that does not exist.",
-        "Rules assign (`batch = 2 * batch`), `stop`, `save`, or `warn \"text\"`.",
+        'Rules assign (`batch = 2 * batch`), `stop`, `save`, or `warn "text"`.',
         "Write one of these.",
     ),
     "unknown-target": About(
@@ -189,7 +200,8 @@ RULES: dict[str, About] = {
     "selector-matches-nothing": About(
         "A selector matches no module or parameter of the model.",
         "The clause would do nothing, and training would look as if it worked.",
-        "Correct the pattern: `*` is one segment of a name, `**` any number. Write `optional` if matching nothing is fine.",
+        "Correct the pattern: `*` is one segment of a name, `**` any number. Write `optional`"
+        " if matching nothing is fine.",
     ),
     "selector-count": About(
         "A selector with `expect` matches another number of things.",
@@ -237,7 +249,8 @@ RULES: dict[str, About] = {
         "Freeze the BatchNorm layers, or replace them by GroupNorm.",
     ),
     "unshared-randomness": About(
-        "Two passes that should differ only by a method's noise also draw other noise, such as dropout.",
+        "Two passes that should differ only by a method's noise also draw other noise, such "
+        "as dropout.",
         "The penalty then measures that noise too.",
         "Set dropout to 0 in the selected part, if this is not intended.",
     ),
@@ -249,7 +262,8 @@ RULES: dict[str, About] = {
     "import-failed": About(
         "A module or attribute named in the spec cannot be imported.",
         "Models and data come from Python; what they raise while importing is in the note.",
-        'Correct the path `"module:attribute"`, or run from the directory that contains the module.',
+        'Correct the path `"module:attribute"`, or run from the directory that contains the '
+        "module.",
     ),
     "model-failed": About(
         "The model's callable raised, or did not return an `nn.Module`.",
@@ -269,12 +283,14 @@ RULES: dict[str, About] = {
     "capture-failed": About(
         "The model could not be turned into a graph.",
         "Passes work on a graph of the whole step. The note says where capture stopped.",
-        "Move data-dependent Python out of the forward pass, or let the fallback named in the note run it.",
+        "Move data-dependent Python out of the forward pass, or let the fallback named in the"
+        " note run it.",
     ),
     "site-not-delivered": About(
         "A place in the model that should deliver a statistic did not at the first step.",
         "A number that never arrives would be read as zero.",
-        "See whether the module runs at all in the forward pass, and whether something wraps or copies it.",
+        "See whether the module runs at all in the forward pass, and whether something wraps "
+        "or copies it.",
     ),
     "example-axis-unknown": About(
         "It is not known which axis of a tensor counts the examples.",
@@ -284,7 +300,8 @@ RULES: dict[str, About] = {
     "wrong-target-kind": About(
         "A selector finds parameters where a construct acts on modules, or the other way round.",
         "The construct cannot act on what was found.",
-        "Select by `type(...)` or a module's name for modules, by `ndim(...)` or a parameter's name for parameters.",
+        "Select by `type(...)` or a module's name for modules, by `ndim(...)` or a "
+        "parameter's name for parameters.",
     ),
     "unschedulable": About(
         "A schedule cannot be laid out over this run.",

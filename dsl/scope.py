@@ -44,14 +44,22 @@ class Scope:
             options = [*BUILT_IN, *self.lets, *self.signals()]
             note = f"names are {', '.join(f'`{n}`' for n in options if n not in PLACES)}"
             return Diagnostic(
-                "unknown-name", f"there is no name `{name}`", labels, (note,), suggest(name, options)
+                "unknown-name",
+                f"there is no name `{name}`",
+                labels,
+                (note,),
+                suggest(name, options),
             )
         self.used.add(label)
         found = self.constructs[label]
         if len(found) > 1:
             message = f"`{label}` names {len(found)} clauses"
             return Diagnostic(
-                "ambiguous-name", message, labels, (), f"tell them apart: `{found[0].title} as first ...`"
+                "ambiguous-name",
+                message,
+                labels,
+                (),
+                f"tell them apart: `{found[0].title} as first ...`",
             )
         if not found:  # the clause itself is broken, and reported
             return None

@@ -69,7 +69,7 @@ class _ByJson:
 
 @dataclass(frozen=True, eq=False)
 class Clause(_ByJson):
-    """One construct applied to a selection for a time; strings are read as a spec's text would be."""
+    """One construct applied to a selection for a time; strings are read as a spec's text is."""
 
     construct: Construct
     on: Selector | None = None
@@ -83,7 +83,12 @@ class Clause(_ByJson):
     def __post_init__(self) -> None:
         from trainc.dsl.fields import DURATION, SELECTOR
 
-        for name, kind in (("on", SELECTOR), ("start", DURATION), ("stop", DURATION), ("every", DURATION)):
+        for name, kind in (
+            ("on", SELECTOR),
+            ("start", DURATION),
+            ("stop", DURATION),
+            ("every", DURATION),
+        ):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, kind.accept(value))
@@ -129,7 +134,8 @@ class Clause(_ByJson):
             return self.on
         from trainc.dsl.fields import SELECTOR
 
-        return SELECTOR.accept(self.construct.default_on)
+        selector: Selector = SELECTOR.accept(self.construct.default_on)
+        return selector
 
     def to_json(self) -> Any:
         return {
@@ -147,7 +153,7 @@ class Clause(_ByJson):
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """`target = value`; the target is a signal such as `batch`, or a field such as `pace.weight`."""
+    """`target = value`; the target is a signal such as `batch`, or a field: `pace.weight`."""
 
     target: str
     value: Expr
@@ -219,7 +225,9 @@ class Spec(_ByJson):
         object.__setattr__(self, "rules", tuple(self.rules))
         errors = [d for d in inconsistencies(self.clauses, self.rules) if d.severity == "error"]
         if self.version != VERSION:
-            errors.append(Diagnostic("unknown-version", f"there is no version {self.version} of the language"))
+            errors.append(
+                Diagnostic("unknown-version", f"there is no version {self.version} of the language")
+            )
         if errors:
             raise SpecError(errors)
 

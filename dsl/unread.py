@@ -85,9 +85,15 @@ def _number(value: float) -> Node:
 
 def _measure(amount: float, unit: str) -> Node:
     if unit == "run":
-        percent = amount * 100
-        rounded = round(percent, 10)
-        exact = rounded if rounded / 100 == amount else percent
-        return ast.Measure(ast.Num(f"{v.tidy(abs(exact))!r}"), "%")
+        return ast.Measure(ast.Num(_percent(amount)), "%")
     one = unit[:-1] if amount == 1 else unit
     return ast.Measure(ast.Num(repr(abs(amount))), one)
+
+
+def _percent(amount: float) -> str:
+    """Return a hundred times a number, exactly as its digits say."""
+    from decimal import Decimal
+
+    exact = (Decimal(repr(abs(amount))) * 100).normalize()
+    short = format(exact, "f")
+    return short if len(short) <= 20 else str(exact).lower()

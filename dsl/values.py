@@ -18,7 +18,7 @@ from trainc.dsl.expressions import (
     called,
     walk,
 )
-from trainc.dsl.quantities import UNITS, Duration, ImportPath, Range, Value, tidy
+from trainc.dsl.quantities import UNITS, Duration, ImportPath, Range, Unit, Value, tidy
 from trainc.dsl.selectors import (
     ROLES,
     All,
@@ -66,6 +66,7 @@ __all__ = [
     "Trainable",
     "Unary",
     "Union",
+    "Unit",
     "Value",
     "Where",
     "called",
@@ -100,7 +101,12 @@ def to_json(value: Any) -> Json:
         case Name(name):
             return ["name", name]
         case Call(function, args, kwargs):
-            return ["call", function, [to_json(x) for x in args], {k: to_json(x) for k, x in kwargs}]
+            return [
+                "call",
+                function,
+                [to_json(x) for x in args],
+                {k: to_json(x) for k, x in kwargs},
+            ]
         case Items(items):
             return ["list", *map(to_json, items)]
         case Unary(op, x):
@@ -154,9 +160,13 @@ def selector_from_json(data: Json) -> Selector:
 
 
 def from_json(data: Json) -> Any:
-    """Return the value that `to_json` wrote; a bare `dur` is a Duration, inside another a Quantity."""
+    """Return the value that `to_json` wrote; a bare `dur` is a Duration, not a Quantity."""
     match data:
-        case ["dur", amount, str(unit)]:
+        case [
+            "dur",
+            amount,
+            ("steps" | "samples" | "tokens" | "epochs" | "seconds" | "run") as unit,
+        ]:
             return Duration(amount, unit)
         case ["range", low, high]:
             return Range(low, high)

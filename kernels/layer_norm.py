@@ -99,8 +99,7 @@ def _widened(
     return wide, None if bias is None else bias.float()
 
 
-@torch.library.custom_op("trainc::layer_norm", mutates_args=(), device_types="cpu")
-def _forward(
+def eager_forward(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
@@ -112,6 +111,11 @@ def _forward(
     if probe is not None:
         weight, bias = _widened(x, normalized_shape, weight, bias)
     return torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+
+
+_forward = torch.library.custom_op(
+    "trainc::layer_norm", eager_forward, mutates_args=(), device_types="cpu"
+)
 
 
 @_forward.register_fake
@@ -129,8 +133,7 @@ def _(
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("trainc::layer_norm_backward", mutates_args=(), device_types="cpu")
-def _backward(
+def eager_backward(
     dy: Tensor,
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -168,6 +171,11 @@ def _total(each: Tensor | None, parameter: Tensor | None, wanted: bool, x: Tenso
     if each is None or parameter is None or not wanted:
         return absent(x)
     return each.sum(0).to(parameter.dtype).view(parameter.shape)
+
+
+_backward = torch.library.custom_op(
+    "trainc::layer_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
+)
 
 
 @_backward.register_fake
@@ -216,5 +224,5 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_save)
 # torch.autocast's own rules: float32 on CUDA, left alone on CPU where ATen takes mixed precision.
 torch.library.register_autocast("trainc::layer_norm", "cuda", torch.float32)
-_forward.register_kernel("cuda")(on_demand("triton_norm", "layer_norm_forward"))
-_backward.register_kernel("cuda")(on_demand("triton_norm", "layer_norm_backward"))
+_forward.register_kernel("cuda")(on_demand("triton_norm_launch", "layer_norm_forward"))
+_backward.register_kernel("cuda")(on_demand("triton_norm_launch", "layer_norm_backward"))

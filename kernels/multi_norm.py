@@ -23,6 +23,8 @@ BLOCK = 1 << 15
 
 def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None) -> Tensor:
     """(n, 4) float64 sums over n tensors; see the module for the columns."""
+    if not tensors:
+        return torch.zeros((0, COLUMNS), dtype=torch.float64)
     with torch.no_grad():
         sums: Tensor = torch.ops.trainc.multi_norm(
             list(tensors), [] if deltas is None else list(deltas)
@@ -60,7 +62,7 @@ def _blocks(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         parts = flat.split(BLOCK)
         blocks.extend(parts)
         owners.extend([owner] * len(parts))
-    return blocks, torch.tensor(owners, dtype=torch.int64)
+    return blocks, torch.tensor(owners, dtype=torch.int64, device=tensors[0].device)
 
 
 def _squares(blocks: list[Tensor]) -> Tensor:
@@ -68,13 +70,11 @@ def _squares(blocks: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(blocks)).double().square_()
 
 
-@torch.library.custom_op("trainc::multi_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("trainc::multi_norm", mutates_args=())
 def _sums(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     _check(tensors, deltas)
-    result = torch.zeros((len(tensors), COLUMNS), dtype=torch.float64)
-    if not tensors:
-        return result
     blocks, owners = _blocks(tensors)
+    result = torch.zeros((len(tensors), COLUMNS), dtype=torch.float64, device=owners.device)
     result[:, 0].index_add_(0, owners, _squares(blocks))
     if deltas:
         others, _ = _blocks(deltas)
@@ -84,15 +84,17 @@ def _sums(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
             for left, right in zip(blocks, others, strict=True)
         ]
         result[:, 2].index_add_(0, owners, torch.stack(products).double())
-    # A finite sum of squares has only finite terms, so the counting pass is rarely paid for.
-    for row in (~result[:, :2].isfinite().all(1)).nonzero().flatten().tolist():
+    rows = list(range(len(tensors)))
+    if result.device.type == "cpu":
+        # A finite sum of squares has only finite terms; elsewhere asking would stall the device.
+        rows = (~result[:, :2].isfinite().all(1)).nonzero().flatten().tolist()
+    for row in rows:
         both = [tensors[row], deltas[row]] if deltas else [tensors[row]]
-        result[row, 3] = sum(int((~tensor.isfinite()).sum()) for tensor in both)
+        result[row, 3] = torch.stack([(~tensor.isfinite()).sum() for tensor in both]).sum()
     return result
 
 
 @_sums.register_fake
 def _(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     _check(tensors, deltas)
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return torch.empty((len(tensors), COLUMNS), dtype=torch.float64, device=device)
+    return tensors[0].new_empty((len(tensors), COLUMNS), dtype=torch.float64)

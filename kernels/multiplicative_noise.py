@@ -111,8 +111,7 @@ def _check(x: Tensor, sigma: Tensor, key: Tensor, views: int, share: str) -> Non
     )
 
 
-@torch.library.custom_op("trainc::multiplicative_noise", mutates_args=(), device_types="cpu")
-def _multiply(
+def eager_multiply(
     x: Tensor,
     sigma: Tensor,
     key: Tensor,
@@ -129,6 +128,11 @@ def _multiply(
     return torch.mul(flat, z, out=y).view(x.shape)
 
 
+_multiply = torch.library.custom_op(
+    "trainc::multiplicative_noise", eager_multiply, mutates_args=(), device_types="cpu"
+)
+
+
 @_multiply.register_fake
 def _(
     x: Tensor,
@@ -143,8 +147,7 @@ def _(
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("trainc::noisy_add", mutates_args=(), device_types="cpu")
-def _add(
+def eager_add(
     h0: Tensor,
     delta: Tensor,
     sigma: Tensor,
@@ -169,6 +172,9 @@ def _check_pair(
         h0.shape == delta.shape,
         lambda: f"h0 {tuple(h0.shape)} and delta {tuple(delta.shape)} differ in shape",
     )
+
+
+_add = torch.library.custom_op("trainc::noisy_add", eager_add, mutates_args=(), device_types="cpu")
 
 
 @_add.register_fake

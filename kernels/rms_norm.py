@@ -69,25 +69,27 @@ def reference(
     }
 
 
-def _check(
+def check(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     probe: Tensor | None,
     casting: str,
 ) -> None:
+    """Reject arguments outside the contract."""
     check_norm(x, normalized_shape, weight, None, probe, COLUMNS)
     require(casting in CASTINGS, lambda: f"casting is one of {CASTINGS}, not {casting!r}")
 
 
-def _result_dtype(x: Tensor, weight: Tensor | None, casting: str) -> torch.dtype:
+def result_dtype(x: Tensor, weight: Tensor | None, casting: str) -> torch.dtype:
+    """The dtype of y."""
+    """The dtype of y."""
     if casting == "llama" and weight is not None:
         return torch.promote_types(x.dtype, weight.dtype)
     return x.dtype
 
 
-@torch.library.custom_op("trainc::rms_norm", mutates_args=(), device_types="cpu")
-def _forward(
+def eager_forward(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
@@ -95,7 +97,7 @@ def _forward(
     eps: float,
     casting: str,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, normalized_shape, weight, probe, casting)
+    check(x, normalized_shape, weight, probe, casting)
     value = x.to(accumulation_dtype(x.dtype)).contiguous()
     dims = list(range(x.dim() - len(normalized_shape), x.dim()))
     # Same operations in the same order as ATen's composite, so float32 results are bit-equal to it.
@@ -112,6 +114,11 @@ def _forward(
     return work.to(x.dtype), rstd
 
 
+_forward = torch.library.custom_op(
+    "trainc::rms_norm", eager_forward, mutates_args=(), device_types="cpu"
+)
+
+
 @_forward.register_fake
 def _(
     x: Tensor,
@@ -121,13 +128,12 @@ def _(
     eps: float,
     casting: str,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, normalized_shape, weight, probe, casting)
-    y = x.new_empty(x.shape, dtype=_result_dtype(x, weight, casting))
+    check(x, normalized_shape, weight, probe, casting)
+    y = x.new_empty(x.shape, dtype=result_dtype(x, weight, casting))
     return y, x.new_empty(statistic_shape(x, normalized_shape), dtype=accumulation_dtype(x.dtype))
 
 
-@torch.library.custom_op("trainc::rms_norm_backward", mutates_args=(), device_types="cpu")
-def _backward(
+def eager_backward(
     dy: Tensor,
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -177,6 +183,11 @@ def _input_gradient(
     return dx.add_(total.view(rstd.shape).mul_(rstd).div_(max(width, 1)))
 
 
+_backward = torch.library.custom_op(
+    "trainc::rms_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
+)
+
+
 @_backward.register_fake
 def _(
     dy: Tensor,
@@ -224,5 +235,5 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
 
 # No autocast rule: mixed precision is in the contract, and torch leaves rms_norm alone as well.
 _forward.register_autograd(_differentiate, setup_context=_save)
-_forward.register_kernel("cuda")(on_demand("triton_norm", "rms_norm_forward"))
-_backward.register_kernel("cuda")(on_demand("triton_norm", "rms_norm_backward"))
+_forward.register_kernel("cuda")(on_demand("triton_norm_launch", "rms_norm_forward"))
+_backward.register_kernel("cuda")(on_demand("triton_norm_launch", "rms_norm_backward"))

@@ -88,7 +88,6 @@ def _check(
 @torch.library.custom_op(
     "trainc::sparse_adamw_",
     mutates_args=("weight", "exp_avg", "exp_avg_sq"),
-    device_types="cpu",
 )
 def _step(
     weight: Tensor,

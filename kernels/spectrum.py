@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 CONV_SCALE = 0.5
-# Relative to the largest eigenvalue: below the first, float32 has lost too many digits; below the
-# second, an eigenvalue is the rounding noise of float32 weights.
+# Relative to the largest eigenvalue: below the first, float32 is off by a percent and more; below
+# the second, an eigenvalue is the rounding noise of float32 weights.
 GUARD = 1e-5
 RANK = 1e-12
 # Entries of Gram matrices decomposed at once.

@@ -74,8 +74,7 @@ def _check(logits: Tensor, targets: Tensor, weight: Tensor, distance: str) -> No
     require(weight.dim() == 0, lambda: "weight is a 0-d tensor")
 
 
-@torch.library.custom_op("trainc::task_consistency_loss", mutates_args=(), device_types="cpu")
-def _forward(
+def eager_forward(
     logits: Tensor,
     targets: Tensor,
     weight: Tensor,
@@ -100,6 +99,11 @@ def _forward(
     return torch.add(task, consistency * weight.to(dtype)), task, consistency
 
 
+_forward = torch.library.custom_op(
+    "trainc::task_consistency_loss", eager_forward, mutates_args=(), device_types="cpu"
+)
+
+
 @_forward.register_fake
 def _(
     logits: Tensor,
@@ -114,10 +118,7 @@ def _(
     return scalar, torch.empty_like(scalar), torch.empty_like(scalar)
 
 
-@torch.library.custom_op(
-    "trainc::task_consistency_loss_backward", mutates_args=(), device_types="cpu"
-)
-def _backward(
+def eager_backward(
     logits: Tensor,
     targets: Tensor,
     task_scale: Tensor,
@@ -168,6 +169,11 @@ def _kl_gradients(first: Tensor, second: Tensor, scale: Tensor) -> tuple[Tensor,
     pull = torch.sub(u, along_p).mul_(p).add_(gap).mul_(scale)
     push = torch.sub(along_q, u).mul_(q).sub_(gap).mul_(scale)
     return p, pull, push
+
+
+_backward = torch.library.custom_op(
+    "trainc::task_consistency_loss_backward", eager_backward, mutates_args=(), device_types="cpu"
+)
 
 
 @_backward.register_fake

@@ -20,7 +20,7 @@ from rich.text import Text
 Figures = Mapping[str, float]
 
 BARS = "▁▂▃▄▅▆▇█"
-SHARE = 0.008
+SHARE = 0.005
 """The part of the time that drawing may take."""
 
 
@@ -85,6 +85,7 @@ class Display:
         self._figures: dict[str, float] = {}
         self._started: tuple[float, float] | None = None
         self._live: Live | None = None
+        self._stale = False
 
     def start(self, position: float = 0.0) -> None:
         """Begin at a position of the run; time left is reckoned from here."""
@@ -96,6 +97,7 @@ class Display:
     def update(self, figures: Figures) -> None:
         """Take the figures of one step: `position`, `loss`, `lr_min`, `lr_max`, `gns`, ..."""
         self._figures.update(figures)
+        self._stale = True
         if "loss" in figures:
             self._losses.append(figures["loss"])
         if self._clock() >= self._due:
@@ -107,7 +109,7 @@ class Display:
 
     def stop(self) -> None:
         """Show the last figures and end the live view."""
-        if self._figures and (self._live is not None or self._due > self._clock()):
+        if self._stale:
             self._show()
         if self._live is not None:
             self._live.stop()
@@ -115,6 +117,7 @@ class Display:
 
     def _show(self) -> None:
         begin = self._clock()
+        self._stale = False
         if self.plain:
             self.console.print(Text(self.line()), soft_wrap=True)
         elif self._live is not None:

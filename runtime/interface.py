@@ -8,8 +8,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from trainc.runtime.action import StopRun
 from trainc.runtime.clock import Clock, Gate, RunLength
 from trainc.runtime.data import Batch
+
+
+class NonFiniteLoss(StopRun):
+    """The loss is NaN or infinite and the spec says to stop; the update was not made."""
 
 
 class Settings(Protocol):
@@ -50,8 +55,8 @@ class RunnableProgram(Protocol):
         ...
 
     @property
-    def length(self) -> RunLength:
-        """Return how long the run lasts."""
+    def length(self) -> RunLength | None:
+        """Return how long the run lasts; None: it cannot be run by the loop."""
         ...
 
     @property
@@ -59,9 +64,13 @@ class RunnableProgram(Protocol):
         """Return seed, gates and policies."""
         ...
 
+    def begin(self) -> object:
+        """Open the next step, in which rules choose its batch size; may raise `StopRun`."""
+        ...
+
     @property
     def batch_size(self) -> int:
-        """Return the number of samples of the next step."""
+        """Return the number of samples of the step that is open, or of the next."""
         ...
 
     @property

@@ -22,7 +22,7 @@ from trainc.runtime.clock import Clock, Gate
 from trainc.runtime.data import Data, Order, Reader
 from trainc.runtime.display import Display
 from trainc.runtime.folder import RunFolder
-from trainc.runtime.interface import Report, Reporting, RunnableProgram
+from trainc.runtime.interface import NonFiniteLoss, Report, Reporting, RunnableProgram
 from trainc.runtime.metrics import Writer, read
 from trainc.runtime.signals import StopSignals
 from trainc.runtime.streams import seed_step
@@ -69,7 +69,10 @@ class Run:
         stop_requested: Callable[[], str | None],
         keep: int,
     ) -> None:
+        if program.length is None:
+            raise ValueError("the program cannot be run: its run has no length")
         self.program = program
+        self.length = program.length
         self.data = data
         self.folder = folder
         self.display = display
@@ -116,7 +119,7 @@ class Run:
                 self.evaluated = record["step"]
         self.folder.event("started", steps)
         if self.display:
-            self.display.start(self.clock.read(self.program.length.unit))
+            self.display.start(self.clock.read(self.length.unit))
         return self
 
     def __exit__(
@@ -139,7 +142,7 @@ class Run:
         if self.saved == self.clock.steps and self.due(self.program.settings.evaluate_every):
             self.evaluate()
         while True:
-            if self.program.length.done(self.clock):
+            if self.length.done(self.clock):
                 return self.end("finished", "the run has reached its length")
             if signal := self.stop_requested():
                 return self.end(signal, f"{signal} by a signal")
@@ -149,28 +152,31 @@ class Run:
 
     def step(self) -> tuple[str, str] | None:
         """Run one step and what is due after it; return reason and message if the run ends."""
-        clock, program = self.clock, self.program
-        first, number = clock.samples, clock.steps
-        begin = time.perf_counter()
-        batch, micro = program.batch_size, program.micro_size
-        batches = self.reader.read(first, batch, micro)
-        read_at = time.perf_counter()
-        seed_step(program.settings.seed, number, 0)
+        clock, program, reader = self.clock, self.program, self.reader
+        first, number, seed = clock.samples, clock.steps, program.settings.seed
+        begin = read_at = time.perf_counter()
+        batch = 0
         stop: str | None = None
         try:
+            seed_step(seed, number, 0)
+            program.begin()
+            batch = program.batch_size
+            batches = reader.read(first, batch, program.micro_size)
+            read_at = time.perf_counter()
+            seed_step(seed, number, 1)
             metrics = program.step(batches)
         except StopRun as request:
             stop = str(request.args[0]) if request.args else "a rule said so"
             metrics = request.args[1] if len(request.args) > 1 else {}
             if clock.steps == number:
-                return "stopped", stop
+                return "nan" if isinstance(request, NonFiniteLoss) else "stopped", stop
         if (clock.steps, clock.samples) != (number + 1, first + batch):
             raise RuntimeError(f"a step over {batch} samples left the clock at {clock}")
         end = time.perf_counter()
         if clock.before is not None and clock.seconds == clock.before.seconds:
             clock.seconds += end - begin
-        if self.reader.prefetches:
-            self.reader.ahead(clock.samples, program.batch_size, program.micro_size)
+        if reader.prefetches:
+            reader.ahead(clock.samples, program.batch_size, program.micro_size)
         report = program.report() if isinstance(program, Reporting) else Report()
         self.record(metrics, report, batch, read_at - begin, end - begin)
         for note in report.notes:
@@ -224,7 +230,7 @@ class Run:
         if self.display:
             unit = "tokens" if self.data.tokens_per_sample > 1 else "samples"
             speed = self.rate * self.data.tokens_per_sample
-            position = clock.read(self.program.length.unit)
+            position = clock.read(self.length.unit)
             shown = {"position": position, "batch": batch, f"{unit}_per_second": speed}
             self.display.update({**plain, **shown})
 
@@ -269,24 +275,11 @@ class Run:
         """Evaluate and save where that belongs to the end, and return the summary."""
         if reason in ("finished", "stopped"):
             self.evaluate()
-        if reason != "nan":
-            self.save()
+        self.save()
         if reason == "nan" and self.path:
             message += f"; the last checkpoint before it is {self.path.name}"
-        clock = self.clock
-        summary = Summary(
-            reason,
-            message,
-            clock.steps,
-            clock.samples,
-            clock.tokens,
-            clock.epochs,
-            self.seconds,
-            self.loss,
-            self.eval_loss,
-            self.path.name if self.path else None,
-            self.program.summary(),
-        )
+        measured = (self.seconds, self.loss, self.eval_loss, self.path.name if self.path else None)
+        summary = Summary.of(self.program, reason, message, *measured)
         self.folder.write_summary(asdict(summary))
         self.tell(reason, message)
         return summary

@@ -1,13 +1,13 @@
-"""Update masks: the entries of a parameter that train, kept compactly so that everything binds to them.
+"""Update masks: the entries of a parameter that train, kept compactly so that all binds to them.
 
 The optimizer sees `values`, a vector of the selected entries. Its moments, its weight decay and
-clipping therefore act on those entries only, and a dense gradient is dropped once they are gathered.
+clipping therefore act on those entries only, and a dense gradient is dropped once it is gathered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Compact:
     """The selected entries of one parameter.
 
-    `index` (k,) holds sorted flat positions, int32 where they fit, or is None until they are chosen;
-    until then the dense gradient stays in `parameter.grad` and nothing trains. `values` (k,) is what
-    the optimizer updates, in float32 at least: the master copy of low-precision weights.
+    `index` (k,) holds sorted flat positions, int32 where they fit, or is None until they are
+    chosen; until then the dense gradient stays in `parameter.grad` and nothing trains. `values`
+    (k,) is what the optimizer updates, in float32 at least: a master copy of 16-bit weights.
     """
 
     def __init__(self, name: str, parameter: Parameter, count: int) -> None:
@@ -36,7 +36,7 @@ class Compact:
     # gradients
 
     def take(self, grad: Tensor) -> None:
-        """Add a dense gradient of the parameter: all of it while choosing, else its selected entries."""
+        """Add a dense gradient: all of it while choosing, else its selected entries."""
         if grad.is_sparse:
             grad = grad.to_dense()
         grad = grad.detach()
@@ -65,13 +65,13 @@ class Compact:
         """Fix the selection, sorted flat positions of shape (k,), and take the weights there."""
         import torch
 
-        narrow = torch.int32 if self.parameter.numel() <= torch.iinfo(torch.int32).max else torch.int64
-        self.index = index.to(self.parameter.device, narrow)
+        small = self.parameter.numel() <= torch.iinfo(torch.int32).max
+        self.index = index.to(self.parameter.device, torch.int32 if small else torch.int64)
         if self.values.numel() != index.numel():
             self.values.data = self.values.data.new_zeros(index.numel())
         if self._handle is None:
-            hook = self.parameter.register_post_accumulate_grad_hook
-            self._handle = hook(lambda _: self.gather())
+            register: Any = self.parameter.register_post_accumulate_grad_hook
+            self._handle = register(lambda _: self.gather())
         self.read()
 
     def forget(self) -> None:
@@ -81,7 +81,7 @@ class Compact:
         self.remove()
 
     def read(self) -> None:
-        """Take the weights as they are now; a master copy that still rounds to its weight is kept."""
+        """Take the weights as they are now; a master that still rounds to its weight is kept."""
         import torch
 
         if self.index is None:
@@ -91,16 +91,16 @@ class Compact:
             stale = self.values.detach().to(now.dtype) != now
             self.values.copy_(torch.where(stale, now.to(self.values.dtype), self.values))
 
-    def write(self) -> int:
-        """Put the updated entries back into the parameter; return how many stored weights changed."""
+    def write(self) -> Tensor:
+        """Put the entries into the parameter; return how many stored weights changed, 0-d."""
         import torch
 
         if self.index is None:
-            return 0
+            return torch.zeros((), dtype=torch.int64, device=self.values.device)
         with torch.no_grad():
             weights = self.parameter.detach()
             new = self.values.detach().to(weights.dtype)
-            changed = int((weights.reshape(-1).index_select(0, self.index) != new).sum())
+            changed = (weights.reshape(-1).index_select(0, self.index) != new).sum()
             if weights.is_contiguous():
                 weights.view(-1)[self.index] = new
             else:
@@ -122,8 +122,8 @@ class Compact:
 def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return each flat score's positions among the `count` largest of all, sorted, int64.
 
-    Of equal scores the earlier tensor goes first, inside a tensor the lower position; the choice is
-    therefore a function of the numbers alone. Scores are not NaN, and `count` is at most their number.
+    Of equal scores the earlier tensor goes first, inside a tensor the lower position, so the choice
+    is a function of the numbers alone. No score is NaN, and `count` is at most their number.
     """
     import torch
 

@@ -23,7 +23,7 @@ _ONE_EXAMPLE = 1e-6
 
 
 class Estimate(NamedTuple):
-    """An unbiased estimate of |G|^2 (`signal`) and tr(Sigma) (`noise`), in squared gradient units."""
+    """An estimate of |G|^2 (`signal`) and tr(Sigma) (`noise`), both in squared gradient units."""
 
     signal: float
     noise: float

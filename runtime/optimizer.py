@@ -144,6 +144,8 @@ class Rates(Action):
 
     def run(self, step: Step) -> None:
         base = self.base(step.clock)
+        if not math.isfinite(base):
+            raise ValueError(f"{self.name}: the rate is {base}; a signal it depends on was not measured yet")
         rates = []
         for ours, theirs in zip(self.optimizer.groups, self.optimizer.torch.param_groups, strict=True):
             theirs["lr"] = base * ours.slots[0].factor

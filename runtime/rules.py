@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainc.runtime.action import Action, Phase, State, StopRun
+from trainc.runtime.step import Signals
 
 if TYPE_CHECKING:
     from trainc.runtime.clock import Clock, Duration
@@ -27,7 +28,7 @@ class Act:
 class Rule(Action):
     """Fires when its condition has held for `hold` without a break, then starts to wait again.
 
-    A comparison with a value that was not measured yet is false, so a rule never acts on nothing.
+    It waits until every signal in `needs` was measured once: what was not measured is not NaN either.
     """
 
     phase = Phase.BATCH
@@ -40,15 +41,19 @@ class Rule(Action):
         condition: Callable[[Clock, Values], bool],
         hold: Duration | None,
         acts: Sequence[Act],
+        needs: Collection[str] = (),
     ) -> None:
         self.name, self.text = name, text
         self.condition, self.hold, self.acts = condition, hold, tuple(acts)
+        self.needs = tuple(needs)
         self.since: float | None = None
         self.fired: list[int] = []
 
     def run(self, step: Step) -> None:
-        values = {**step.signals, "batch": float(step.batch_size), "step": float(step.clock.steps)}
-        if not self.condition(step.clock, values):
+        own = {"batch": float(step.batch_size), "step": float(step.clock.steps)}
+        values = Signals(step.signals | own)
+        measured = all(name in values for name in self.needs)
+        if not measured or not self.condition(step.clock, values):
             self.since = None
             return
         if self.hold is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,20 @@ class Contribution:
     squares: dict[str, Tensor]
 
 
+class Signals(dict[str, float]):
+    """What was measured last, by name; NaN for what was not measured yet."""
+
+    def __missing__(self, name: str) -> float:
+        return math.nan
+
+
 @dataclass(slots=True)
 class Step:
     """One optimizer step as its actions see it."""
 
     clock: Clock
     parameters: Mapping[str, Parameter]
-    signals: dict[str, float]
+    signals: Signals
     batch_size: int
     micro_size: int
     metrics: dict[str, float] = field(default_factory=dict)
@@ -57,7 +65,7 @@ class StepMachine:
             raise ValueError(f"two actions share a name: {', '.join(sorted(repeated))}")
         self.clock = clock
         self.parameters = parameters
-        self.signals: dict[str, float] = {}
+        self.signals = Signals()
         self.batch_size = 0
         self.micro_size = 0
         self.current: Step | None = None

@@ -213,6 +213,23 @@ _SAME_TENSOR = {
 }
 
 
+def module_stack(node: fx.Node) -> dict[str, str]:
+    """Return the modules a node is inside of, outermost first: a key for the call, and the user's name."""
+    return {key: path for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items()}
+
+
+def call_site(node: fx.Node) -> str:
+    """Return the innermost module of a node; "" is the model itself."""
+    return next(reversed(module_stack(node).values()), "")
+
+
+_SAME_TENSOR = {
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.view_as.default,
+}
+
+
 def module_paths(node: fx.Node) -> tuple[str, ...]:
     """Return every module a node is inside of, outermost first, calls marked `@1` and so on."""
     return tuple(entry for entry, _ in (node.meta.get("nn_module_stack") or {}).values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ import torch
 from torch import fx
 
 from trainc.compiler.passes.base import Pass, SiteMissing, SiteUnfit
-from trainc.compiler.passes.forward import ForwardGraph, module_paths
+from trainc.compiler.passes.forward import ForwardGraph, call_site, module_stack
 from trainc.compiler.rewrite import NoiseSite, Pairing, Rewrite
 from trainc.kernels import multiplicative_noise as _noise  # noqa: F401  (registers the operator)
 from trainc.kernels import task_consistency_loss as _loss  # noqa: F401  (registers the operator)
@@ -84,7 +83,7 @@ class InsertConsistency(Pass):
         """Let all views of an example share each dropout mask, so that their distance measures the noise alone."""
         for node in forward.calls():
             if node.target in UNSHARED and _is_random(node):
-                where = ".".join(module_paths(node)[-1:]) or "the model"
+                where = call_site(node) or "the model"
                 forward.notes.append(
                     f"`{where}` draws from {node.target} for each view: its masks are not shared"
                 )
@@ -95,7 +94,7 @@ class InsertConsistency(Pass):
             rows = x.meta["val"].shape[0]
             if rows % forward.rows:
                 forward.notes.append(
-                    f"`{module_paths(node)[-1]}` drops along another axis: its masks are not shared"
+                    f"`{call_site(node)}` drops along another axis: its masks are not shared"
                 )
                 continue
             multiply = aten.mul.Tensor if node.target is aten.dropout.default else aten.mul_.Tensor
@@ -174,9 +173,9 @@ def _results(forward: ForwardGraph, module: str) -> list[fx.Node]:
     """Return the node behind each call of a module: the one inside it that is read outside."""
     calls: dict[str, list[fx.Node]] = {}
     for node in forward.calls():
-        for path in module_paths(node):
-            if re.sub(r"@\d+$", "", path) == module:
-                calls.setdefault(path, []).append(node)
+        for key, path in module_stack(node).items():
+            if path == module:
+                calls.setdefault(key, []).append(node)
     ends: list[fx.Node] = []
     for nodes in calls.values():
         inside = set(nodes)

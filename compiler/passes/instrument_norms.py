@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from trainc.compiler.passes.base import Pass, SiteUnfit
-from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.passes.forward import ForwardGraph, call_site
 from trainc.compiler.passes.fuse_norms import locate
 from trainc.compiler.passes.spellings import strip
 from trainc.compiler.rewrite import NormSite, Rewrite
@@ -72,15 +72,9 @@ def _fused(forward: ForwardGraph, site: NormSite) -> fx.Node | None:
     for node in forward.calls():
         if node.target in PROBE and node.args[PROBE[node.target]] is None:
             weight = forward.tensor_name(strip(node.args[2]))
-            if weight == name and (name is not None or _is_inside(node, site.module)):
+            if weight == name and (name is not None or call_site(node) == site.module):
                 return node
     return None
-
-
-def _is_inside(node: fx.Node, module: str) -> bool:
-    from trainc.compiler.passes.forward import call_site
-
-    return call_site(node) == module
 
 
 def _enlarged_shapes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, torch.Size]:

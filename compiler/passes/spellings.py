@@ -82,10 +82,10 @@ def _operator_call(node: fx.Node) -> NormCall | None:
     given = _arguments(node, ("input", "normalized_shape", "weight", "bias", "eps"))
     result = node
     if node.target in NATIVE_LAYER_NORM:
-        first = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
-        if len(first) != 1 or len(node.users) != 1:
+        read = [user for user in node.users if user.users]
+        if len(read) != 1 or read[0].target is not operator.getitem or read[0].args[1] != 0:
             return None
-        result = first[0]
+        result = read[0]
     return NormCall(
         "layer", given["input"], tuple(given["normalized_shape"]), given.get("weight"), given.get("bias"),
         given.get("eps", 1e-5), "none", result,

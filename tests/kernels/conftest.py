@@ -187,20 +187,19 @@ CASES = [
 ]
 
 
-def _named(cases: list[Case]) -> Any:
-    return pytest.fixture(params=cases, ids=[case.name for case in cases])
+SMOOTH = [case for case in CASES if case.reference]
 
 
-@_named(CASES)
-def case(request: pytest.FixtureRequest) -> Case:
+@pytest.fixture(params=CASES, ids=[case.name for case in CASES])
+def case(request: pytest.FixtureRequest) -> Any:
     """Every operator, in every variant."""
-    return request.param  # type: ignore[no-any-return]
+    return request.param
 
 
-@_named([case for case in CASES if case.reference])
-def smooth(request: pytest.FixtureRequest) -> Case:
+@pytest.fixture(params=SMOOTH, ids=[case.name for case in SMOOTH])
+def smooth(request: pytest.FixtureRequest) -> Any:
     """Every operator that has gradients."""
-    return request.param  # type: ignore[no-any-return]
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ def require(arguments: tuple[Any, ...]) -> list[Tensor]:
 def differentiate(results: tuple[Tensor, ...], arguments: tuple[Any, ...]) -> list[Tensor]:
     """Gradients of a fixed combination of the results, the probe's extra numbers among them."""
     torch.manual_seed(11)
-    total = sum((r * torch.randn(r.shape, dtype=r.dtype)).sum() for r in results)
-    return list(torch.autograd.grad(total, require(arguments), allow_unused=True))
+    totals = [(r * torch.randn(r.shape, dtype=r.dtype)).sum() for r in results]
+    return list(torch.autograd.grad(totals, require(arguments), allow_unused=True))
 
 
 def close(got: Any, want: Any, tolerance: float = 1e-10) -> None:
@@ -42,8 +42,9 @@ def detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("examples", [0, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "examples"), [(torch.float32, 0), (torch.float32, 3), (torch.bfloat16, 3)], ids=str
+)
 def test_opcheck(case: Any, dtype: torch.dtype, examples: int) -> None:
     if examples == 0 and case.operator == "task_consistency_loss":
         pytest.skip("a mean over nothing is nan, which opcheck does not find equal to itself")
@@ -101,7 +102,7 @@ def test_permuted_input_and_gradient(smooth: Any) -> None:
 
 def test_compiles_to_one_graph_with_the_same_results(case: Any) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(case.op, fullgraph=True, backend="aot_eager")
     mine, theirs = (detached(case.arguments()) for _ in range(2))
     got, want = flat(compiled(*mine)), flat(case.op(*theirs))
     close(got, want, 0)
@@ -113,7 +114,8 @@ def test_compiles_to_one_graph_with_the_same_results(case: Any) -> None:
 
 def test_a_new_batch_size_does_not_recompile(smooth: Any) -> None:
     torch._dynamo.reset()
-    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter: Any = torch._dynamo.testing.CompileCounterWithBackend
+    frames = counter("aot_eager")
     operator, counts = smooth.op, []
     compiled = torch.compile(lambda *a: operator(*a), fullgraph=True, dynamic=True, backend=frames)
     for examples in (11, 13, 17):  # no other extent: equal extents share a symbol

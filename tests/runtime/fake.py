@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from trainc.runtime import checkpoint
 from trainc.runtime.action import StopRun
 from trainc.runtime.clock import Clock, Duration, Gate, RunLength, Units
-from trainc.runtime.interface import Batch, Report
+from trainc.runtime.data import Batch
+from trainc.runtime.interface import Report
 from trainc.runtime.loop import train
 from trainc.runtime.schedules import compile_schedule
 
@@ -71,7 +72,9 @@ class FakeSettings:
 class FakeProgram:
     """Implements `RunnableProgram`; the batch grows with the run, and dropout draws numbers."""
 
-    def __init__(self, length: RunLength = LENGTH, nan_at: int = -1, stop_at: int = -1) -> None:
+    def __init__(
+        self, length: RunLength | None = LENGTH, nan_at: int = -1, stop_at: int = -1
+    ) -> None:
         torch.manual_seed(0)
         self.module = nn.Sequential(
             nn.Linear(WIDTH, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1)
@@ -82,12 +85,12 @@ class FakeProgram:
         self.settings = FakeSettings()
         self.micro_size = 4
         self.nan_at, self.stop_at, self.kill_at = nan_at, stop_at, -1
+        self.batch_size = 8
         recipe = ["then", ["call", "warmup", [["dur", 0.2, "run"]], {}], ["call", "cosine", [], {}]]
-        self.rate = compile_schedule(recipe, Units(8, 3, SAMPLES), length)
+        self.rate = compile_schedule(recipe, Units(8, 3, SAMPLES), length or LENGTH)
 
-    @property
-    def batch_size(self) -> int:
-        return 8 if self.clock.steps < 10 else 12
+    def begin(self) -> None:
+        self.batch_size = 8 if self.clock.steps < 10 else 12
 
     def step(self, micro_batches: list[Batch]) -> dict[str, float]:
         number = self.clock.steps

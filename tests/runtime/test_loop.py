@@ -13,10 +13,11 @@ import torch
 from tests.runtime import fake
 from tests.runtime.fake import FakeData, FakeProgram, ReportingProgram
 from trainc.runtime import checkpoint
+from trainc.runtime.action import StopRun
 from trainc.runtime.checkpoint import DamagedCheckpoint
 from trainc.runtime.clock import RunLength
 from trainc.runtime.folder import RunExists
-from trainc.runtime.interface import Reporting, RunnableProgram
+from trainc.runtime.interface import NonFiniteLoss, Reporting, RunnableProgram
 from trainc.runtime.loop import train
 from trainc.runtime.metrics import read, series
 from trainc.runtime.summary import Summary
@@ -274,6 +275,39 @@ def test_a_rule_ends_the_run_after_its_step(whole: Path, tmp_path: Path) -> None
     assert steps == list(range(1, 15))
 
 
+def test_a_refused_update_leaves_a_checkpoint_of_the_weights_before_it(tmp_path: Path) -> None:
+    class Careful(FakeProgram):
+        def step(self, micro_batches: Any) -> dict[str, float]:
+            if self.clock.steps == 8:
+                raise NonFiniteLoss("the loss is nan")
+            return super().step(micro_batches)
+
+    summary = run(tmp_path, Careful())
+    assert (summary.reason, summary.steps) == ("nan", 8)
+    assert summary.message == "the loss is nan; the last checkpoint before it is step-00000008"
+
+
+def test_a_rule_may_end_the_run_as_its_next_step_opens(whole: Path, tmp_path: Path) -> None:
+    class Ruled(FakeProgram):
+        def begin(self) -> None:
+            super().begin()
+            if self.clock.steps == 9:
+                raise StopRun("the rule stopped the run")
+
+    summary = run(tmp_path, Ruled())
+    assert (summary.reason, summary.message, summary.steps) == (
+        "stopped",
+        "the rule stopped the run",
+        9,
+    )
+    assert summary.eval_loss is not None
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b"".join((tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:-1])
+    )
+    run(tmp_path, resume=True)
+    assert_equal_runs(whole, tmp_path)
+
+
 def test_a_program_can_report_series_and_notes(tmp_path: Path) -> None:
     summary = run(tmp_path, ReportingProgram())
     assert (summary.reason, summary.message, summary.steps) == ("stopped", "reported", 15)
@@ -323,6 +357,11 @@ def test_a_run_without_held_out_samples_is_not_evaluated(tmp_path: Path) -> None
     )
     assert summary.eval_loss is None
     assert "nan" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_program_without_a_length_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no length"):
+        run(tmp_path, FakeProgram(None))
 
 
 def test_seconds_are_counted_where_the_program_does_not(tmp_path: Path) -> None:

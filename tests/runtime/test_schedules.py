@@ -1,6 +1,8 @@
 """Schedules and conditions: closed forms, what joins them, and what is refused."""
 
 import math
+import subprocess
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -11,41 +13,6 @@ from hypothesis import strategies as st
 from trainc.runtime.clock import Clock, RunLength, Unit, Units
 from trainc.runtime.expressions import names
 from trainc.runtime.schedules import compile_condition, compile_schedule, table
-
-BATCH, TOKENS, EPOCH = 32, 128, 6400
-UNITS = Units(BATCH, TOKENS, EPOCH)
-LENGTH = RunLength(200, "steps")
-NAN = math.nan
-
-
-def number(value: float) -> list[Any]:
-    return ["num", value]
-
-
-def percent(value: float) -> list[Any]:
-    return ["dur", value / 100, "run"]
-
-
-def steps(value: float) -> list[Any]:
-    return ["dur", value, "steps"]
-
-
-def call(name: str, *args: Any, **options: Any) -> list[Any]:
-    return ["call", name, list(args), {key.rstrip("_"): value for key, value in options.items()}]
-
-
-def name(text: str) -> list[Any]:
-    return ["name", text]
-
-
-def at(step: int, batch: int = BATCH) -> Clock:
-    return Clock(step, step * batch, step * batch * TOKENS, samples_per_epoch=EPOCH)
-
-
-def values(expression: Any, length: RunLength = LENGTH, **env: float) -> list[float]:
-    schedule = compile_schedule(expression, UNITS, length)
-    return [schedule(at(step), env) for step in range(200)]
-
 
 WARM_COSINE = ["then", call("warmup", percent(5)), call("cosine", to=percent(10))]
 
@@ -167,18 +134,6 @@ def test_names_lists_what_an_expression_reads() -> None:
     assert set(names(call("linear", to=name("depth")))) == {"depth"}
 
 
-def test_mathematics() -> None:
-    found = values(["/", call("sqrt", number(16)), call("max", number(1), number(2))])
-    assert found[0] == 2
-    assert values(["/", number(1), number(0)])[0] == math.inf
-    assert math.isnan(values(["/", number(0), number(0)])[0])
-    assert math.isnan(values(call("min", number(1), name("x")), x=NAN)[0])
-    assert math.isnan(values(call("min", name("x"), number(1)), x=NAN)[0])
-    assert math.isnan(values(call("sqrt", number(-1)))[0])
-    assert values(call("log", number(0)))[0] == -math.inf
-    assert values(call("exp", number(1e6)))[0] == math.inf
-
-
 # Units ---------------------------------------------------------------------------------------
 
 
@@ -272,55 +227,6 @@ def test_the_table_of_a_run_without_a_known_batch_has_blanks() -> None:
     assert rows[10]["value"] == 0.5
 
 
-# Conditions ----------------------------------------------------------------------------------
-
-
-def holds(expression: Any, clock: Clock | None = None, **env: float) -> bool:
-    found = compile_condition(expression, UNITS, LENGTH)(clock or at(0), env)
-    assert isinstance(found, bool)
-    return found
-
-
-def test_conditions_compare_and_combine() -> None:
-    doubled = [">", name("gns"), ["*", number(2), name("batch")]]
-    assert holds(doubled, gns=70, batch=32)
-    assert not holds(doubled, gns=64, batch=32)
-    assert holds([">=", number(1), number(1)])
-    assert holds(["<=", number(1), number(1)])
-    assert holds(["==", number(1), number(1)])
-    assert holds(["or", ["<", number(2), number(1)], ["not", ["<", number(2), number(1)]]])
-    assert not holds(["and", ["<", number(1), number(2)], ["<", number(2), number(1)]])
-
-
-@pytest.mark.parametrize("op", ["<", "<=", ">", ">=", "==", "!="])
-def test_a_comparison_with_nan_is_false(op: str) -> None:
-    assert not holds([op, name("loss"), number(1)], loss=NAN)
-    assert not holds([op, number(1), name("loss")], loss=NAN)
-
-
-def test_is_nan_sees_nan_and_only_nan() -> None:
-    assert holds(["is", name("loss"), "nan"], loss=NAN)
-    assert not holds(["is", name("loss"), "nan"], loss=math.inf)
-
-
-def test_a_counter_is_compared_in_its_own_unit() -> None:
-    late = [">", name("steps"), percent(50)]
-    assert not holds(late, at(100))
-    assert holds(late, at(101))
-    assert holds([">=", name("tokens"), ["dur", 100 * BATCH, "samples"]], at(100))
-    assert not holds([">=", name("tokens"), ["dur", 100 * BATCH, "samples"]], at(99))
-    assert holds(["<", percent(50), name("progress")], at(101))
-    # An epoch has 200 steps; the constant is the side that is converted.
-    assert holds(["==", ["dur", 0.5, "epochs"], name("steps")], at(100))
-
-
-def test_a_batch_is_bounded_in_samples_or_in_tokens() -> None:
-    in_samples = call("min", ["*", number(2), name("batch")], ["dur", 50, "samples"])
-    assert values(in_samples, batch=32)[0] == 50
-    in_tokens = call("min", ["*", number(2), name("batch")], ["dur", 50 * TOKENS, "tokens"])
-    assert values(in_tokens, batch=32)[0] == 50
-
-
 # What is refused -----------------------------------------------------------------------------
 
 
@@ -358,6 +264,9 @@ def test_it_refuses_with_a_sentence(expression: Any, said: str) -> None:
         values(expression)
 
 
-def test_a_number_is_no_condition() -> None:
-    with pytest.raises(ValueError, match="where a condition such as"):
-        compile_condition(number(1), UNITS, LENGTH)
+def test_time_and_schedules_load_without_torch() -> None:
+    code = (
+        "import sys, trainc.runtime.clock, trainc.runtime.schedules, trainc.runtime.display; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -8,49 +8,76 @@ from rich.table import Table
 
 from trainc.compiler.plan import Plan
 
-SHORT = 24
+SHORT = 40
+WIDE = 132
+Row = dict[str, Any]
 
 
 def show_plan(plan: Plan, full: bool = False, console: Console | None = None) -> None:
-    """Print the plan; long tables are cut in the middle unless `full`."""
+    """Print the plan. Layers treated alike share a row, and long tables are cut in the middle, unless `full`."""
     console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
     limit = 10**9 if full else SHORT
     total = sum(_numel(row["shape"]) for row in plan.parameters)
     console.print(f"[bold]{plan.model['type']}[/]: {len(plan.parameters)} parameters, {total:,} numbers")
-    dropped = [c for c in plan.clauses if c["dropped"]]
-    for clause in dropped:
-        console.print(f"not in the program: {clause['kind']} {clause['construct']} ({clause['dropped']})")
-    _print(
-        console, "Parameters: who gets what", ("name", "shape", "depth", "optimizer", "decay", "rate scales", "mask", "clauses"),
-        [
-            (
-                p["name"], "x".join(map(str, p["shape"])), f"{p['depth']:.2f}", p["optimizer"] or "frozen",
-                "" if p["decay"] is None else f"{p['decay']:g}", ", ".join(p["scales"]), p["mask"] or "", ", ".join(p["clauses"]),
-            )
-            for p in plan.parameters
-        ], limit,
-    )  # fmt: skip
-    _print(
-        console, "The step", ("phase", "clause", "action", "reads", "writes", "when"),
-        [
-            (f"{r['phase']} {r['name']}", r["clause"], r["action"], " ".join(r["reads"]), " ".join(r["writes"]), r["every"])
-            for r in plan.steps
-        ], limit,
-    )  # fmt: skip
+    for clause in plan.clauses:
+        if clause["dropped"]:
+            console.print(f"not in the program: {clause['kind']} {clause['construct']} ({clause['dropped']})")
+    console.print()
+    columns = ("name", "count", "shape", "depth", "optimizer", "decay", "rate scales", "mask", "clauses")
+    _print(console, "Parameters: who gets what", columns, _parameters(plan.parameters, full), limit)
+    step = [
+        (f"{r['phase']} {r['name']}", r["clause"], r["action"], _joined(r["reads"]), _joined(r["writes"]), r["every"])
+        for r in plan.steps
+    ]
+    _print(console, "The step", ("phase", "clause", "action", "reads", "writes", "when"), step, limit)
     _schedules(console, plan, full)
-    _print(
-        console, "Rewritten layers", ("site", "operator", "pass", "road"),
-        [(s["site"], s["operator"], s["pass"], s["road"]) for s in plan.sites], limit,
-    )  # fmt: skip
-    _print(
-        console, "Kernels", ("operator", "chosen", "refused"),
-        [(k["operator"], k["chosen"], k["refused"] or "") for k in plan.kernels], limit,
-    )  # fmt: skip
-    _print(
-        console, "Memory beyond weights and gradients", ("what", "size"),
-        [(m["what"], _size(m["bytes"])) for m in plan.memory], limit,
-    )  # fmt: skip
+    sites = _alike(plan.sites, "site", ("operator", "pass", "road"), full)
+    rows = [(name, count, r["operator"], r["pass"], r["road"]) for name, count, r, _ in sites]
+    _print(console, "Rewritten layers", ("site", "count", "operator", "pass", "road"), rows, limit)
+    kernels = [(k["operator"], k["chosen"], k["refused"] or "") for k in plan.kernels]
+    _print(console, "Kernels", ("operator", "chosen", "refused"), kernels, limit)
+    memory = [(m["what"], _size(m["bytes"])) for m in plan.memory]
+    _print(console, "Memory beyond weights and gradients", ("what", "size"), memory, limit)
     console.print(f"plan {plan.hash[:16]}  spec {plan.fingerprint[:16]}")
+
+
+def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
+    keys = ("shape", "optimizer", "decay", "scales", "mask", "clauses")
+    return [
+        (
+            name,
+            count,
+            "x".join(map(str, p["shape"])),
+            f"{p['depth']:.2f}" if p["depth"] == last["depth"] else f"{p['depth']:.2f}..{last['depth']:.2f}",
+            p["optimizer"] or "frozen",
+            "" if p["decay"] is None else f"{p['decay']:g}",
+            ", ".join(p["scales"]),
+            p["mask"] or "",
+            ", ".join(p["clauses"]),
+        )
+        for name, count, p, last in _alike(rows, "name", keys, full)
+    ]
+
+
+def _alike(rows: Sequence[Row], name: str, keys: Sequence[str], full: bool) -> list[tuple[str, str, Row, Row]]:
+    """Collect rows whose names differ in numbers only and that agree in `keys`: pattern, count, first and last."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        pattern = row[name] if full else ".".join("*" if part.isdigit() else part for part in row[name].split("."))
+        groups.setdefault((pattern, *(str(row[key]) for key in keys)), []).append(row)
+    return [
+        (pattern if len(found) > 1 else found[0][name], str(len(found)) if len(found) > 1 else "", found[0], found[-1])
+        for (pattern, *_), found in groups.items()
+    ]
+
+
+def _joined(resources: Sequence[str]) -> str:
+    """Return resources in one line; signals are many, so they are counted."""
+    plain = [r for r in resources if not r.startswith("signal:")]
+    signals = len(resources) - len(plain)
+    return " ".join([*plain, *([f"{signals} signals"] if signals else [])])
 
 
 def _schedules(console: Console, plan: Plan, full: bool) -> None:

@@ -144,7 +144,7 @@ class TempBalance(Construct):
         if unfit:
             shown = ", ".join(f"`{p.name}` {list(p.shape)}" for p in unfit[:5])
             yield Problem(
-                "unfit-target",
+                "wrong-target-kind",
                 f"no spectrum to balance by: {shown}{', ...' if len(unfit) > 5 else ''}",
                 notes=("a spectrum is that of a 2-D or 4-D weight which is no embedding",),
                 help="narrow the selection, for instance with `- type(Embedding) - role(norm)`",
@@ -279,6 +279,6 @@ class Balance(Action):
         ranked = sorted(self.scales, key=lambda name: self.scales[name].factor)
         low, high = (f"{self.scales[n].factor:.3g} ({n})" for n in (ranked[0], ranked[-1]))
         return (
-            f"{self.name}: alpha spread {self.first_spread:.3g} -> {self.spread:.3g} in "
-            f"{self.measurements} measurements, factors {low} to {high}{tail}"
+            f"{self.name}: alpha spread {self.first_spread:.3g} -> {self.spread:.3g}, "
+            f"measured {self.measurements}x, factors {low} to {high}{tail}"
         )

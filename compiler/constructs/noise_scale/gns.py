@@ -25,7 +25,7 @@ Unit = Literal["steps", "samples", "tokens"]
 
 _MIXES = "normalizes over the batch: examples have no gradients of their own"
 
-# Largest relative error, in float32, at which a layer of another make counts as a norm we know.
+# Relative error below which a layer of another make counts as a norm we know.
 _SAME = 1e-4
 
 
@@ -58,7 +58,7 @@ class Gns(Construct):
             "reduce",
             "estimate the noise scale",
             ("probe", "gradient", "clock"),
-            ("metrics", *(f"signal:{name}" for name in signals)),
+            ("metrics", "signal:signal", "signal:noise", "signal:error"),
         ),
     )
 
@@ -105,7 +105,7 @@ class Gns(Construct):
     def _half_life(self, to: Lowering) -> tuple[float, Unit]:
         """Return `smooth` in samples or tokens, in steps where the batch size is not known."""
         unit = self.smooth.unit
-        if unit == "tokens" or unit == "samples":
+        if unit in ("tokens", "samples"):
             return self.smooth.amount, "tokens" if unit == "tokens" else "samples"
         steps = to.steps(self.smooth)
         try:
@@ -134,7 +134,7 @@ class Gns(Construct):
 
 
 class Measure(Action):
-    """Phase 7: estimate over `measured` (parameters by module) and average, `half_life` in `unit`."""
+    """Phase 7: estimate from `measured` (parameters by module); `half_life` is in `unit`."""
 
     phase = Phase.REDUCE
     reads = ("probe", "gradient", "clock")
@@ -190,8 +190,10 @@ class Measure(Action):
 
         if not self.position:
             return {}
-        averages = self._averages().items()
-        sums = {name: torch.tensor(a.state(), dtype=torch.float64) for name, a in averages}
+        sums = {
+            name: torch.tensor(a.state(), dtype=torch.float64)
+            for name, a in self._averages().items()
+        }
         return {"position": self.position, **sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -214,8 +216,7 @@ class Measure(Action):
         scale, error = self.total.scale(self.errors), self.total.error()
         if math.isnan(scale):
             return f"{self.name}: undetermined, {parts}"
-        spread = "" if math.isnan(error) else f" ± {error:.2g}"
-        return f"{self.name}: noise scale {scale:.4g}{spread} samples, {parts}"
+        return f"{self.name}: noise scale {scale:.4g} ± {error:.2g} samples, {parts}"
 
 
 def _objection(module: ModuleEntry, bound: Targets) -> tuple[str, str, str | None] | None:
@@ -229,14 +230,14 @@ def _objection(module: ModuleEntry, bound: Targets) -> tuple[str, str, str | Non
         return "nothing-to-measure", "has no weight (elementwise_affine=False)", None
     if not module.trainable:
         return "selector-matches-frozen", "has only frozen weights, which get no gradient", None
-    if any(bound.inventory.parameter[name].aliases for name in module.parameters):
-        return "wrong-target-kind", "shares its weight: a sum's square is no sum of squares", None
-    return None
+    shared = any(bound.inventory.parameter[name].aliases for name in module.parameters)
+    message = "shares its weight: a sum's square is no sum of squares"
+    return ("wrong-target-kind", message, None) if shared else None
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(f"`{name}`" for name in names[:3]) + more
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"`{names[0]}`{more}"
 
 
 def norm_site(name: str, module: nn.Module) -> NormSite:
@@ -255,10 +256,8 @@ def norm_site(name: str, module: nn.Module) -> NormSite:
     elif list(own) == ["weight"] and isinstance(eps, float) and _error(module, site) < _SAME:
         llama = NormSite(name, form, site.weight, None, eps, "llama")
         return min(site, llama, key=lambda s: _error(module, s, half=True))
-    raise ValueError(
-        f"`{name}` ({type(module).__name__}) does not compute LayerNorm or RMSNorm over its last "
-        "axes with `weight` as the factor, so its statistics cannot be taken"
-    )
+    made = type(module).__name__
+    raise ValueError(f"`{name}` ({made}) is no LayerNorm or RMSNorm: it computes something else")
 
 
 def _error(module: nn.Module, site: NormSite, half: bool = False) -> float:

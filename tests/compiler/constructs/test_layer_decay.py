@@ -11,6 +11,7 @@ from trainc.compiler.constructs.lr.layer_decay import LayerDecay
 from trainc.compiler.inventory import Inventory, take
 from trainc.compiler.lowering import Lowering, Parts, Setting
 from trainc.runtime.clock import Units
+from trainc.runtime.step import Signals
 
 
 def model(blocks: int = 3) -> nn.Module:
@@ -33,7 +34,7 @@ def factors(construct: LayerDecay, net: nn.Module, *, every: bool = False) -> di
         every={"amount": 5, "unit": "steps"} if every else None,
     )
     parts = Parts()
-    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, {}), parts))
+    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, Signals()), parts))
     assert not parts.actions
     assert all(len(scales) == 1 for scales in parts.scales.values())
     return {name: scales[0].factor for name, scales in parts.scales.items()}
@@ -53,7 +54,7 @@ def test_parameters_of_a_level_share_one_factor() -> None:
     names = tuple(p.name for p in inventory.parameters)
     construct = LayerDecay(decay=0.5)
     clause = BoundClause(construct, "decay", names)
-    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, {}), parts))
+    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, Signals()), parts))
     assert len({id(scales[0]) for scales in parts.scales.values()}) == 5
     assert {(s.policy, s.unit) for scales in parts.scales.values() for s in scales} == {
         ("decay", f"level {level}") for level in range(5)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainc.compiler.bound import BoundClause
-from trainc.compiler.constructs.observe.norm_growth import Copies, Fit, NormGrowth
+from trainc.compiler.constructs.observe.norm_growth import LAWS, Copies, Fit, NormGrowth
 from trainc.compiler.inventory import take
 from trainc.compiler.lowering import Lowering, Parts, Setting
 from trainc.runtime.clock import Clock, Units
-from trainc.runtime.step import Step, StepMachine
+from trainc.runtime.step import Signals, Step, StepMachine
 
 
 def machine(
@@ -28,7 +28,7 @@ def machine(
         tuple(p.name for p in inventory.parameters if only in p.name),
         every={"amount": every, "unit": "steps"} if every else None,
     )
-    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, {}), parts))
+    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, Signals()), parts))
     return StepMachine(parts.actions, Clock(), dict(net.named_parameters()))
 
 
@@ -127,6 +127,17 @@ def test_steps_at_right_angles_give_the_root_of_time() -> None:
     summary = m.actions[-1].summary()
     assert summary
     assert "best fit sqrt" in summary
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_norm_that_follows_a_law_fits_it_exactly(law: str) -> None:
+    m = machine(nn.Linear(1, 1, bias=False).double(), NormGrowth())
+    for t in range(1, 30):
+        step = update(m, lambda w, t=t: 2 + 3 * LAWS[law](t) - w)
+    assert step.metrics["ng.norm"] == pytest.approx(2 + 3 * LAWS[law](29))
+    fits = {name: step.metrics[f"ng.fit.{name}"] for name in LAWS}
+    assert fits.pop(law) == pytest.approx(1, abs=1e-12)
+    assert max(fits.values()) < 1 - 1e-6
 
 
 def test_fits_begin_with_the_third_observation() -> None:

@@ -1,0 +1,122 @@
+"""L2-SP: decay towards the weights that training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from trainc.dsl.construct import Construct, Effect, Problem, Schedule
+from trainc.runtime.action import Action, Phase, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.compiler.bound import Targets
+    from trainc.compiler.lowering import Inputs, Lowering
+    from trainc.runtime.clock import Clock
+    from trainc.runtime.step import Step
+
+
+class L2Sp(Construct):
+    """Adds `weight / 2 * sum ||w - w0||^2` to the loss, w0 being the weights at the start.
+
+    The start is where the program was built, also after a resume; with `to = zero` w0 is 0. Unlike
+    decoupled weight decay it is part of the gradient, and so of the optimizer's moments.
+    """
+
+    cite: ClassVar = (
+        "Li, Grandvalet and Davoine, Explicit Inductive Bias for Transfer Learning with "
+        "Convolutional Networks, ICML 2018, arXiv:1802.01483"
+    )
+    example: ClassVar = "regularize l2_sp on ndim(2) { weight = 0.01 }"
+    targets: ClassVar = "parameters"
+    identity: ClassVar = {"weight": "0"}
+    effects: ClassVar = (
+        Effect("forward", "add the penalty", ("params", "clock"), ("loss",)),
+        Effect("observe", "keep the start", ("metrics",)),
+    )
+
+    weight: Schedule = Field(
+        description="coefficient of half the squared distance, a number or an expression"
+    )
+    to: Literal["start", "zero"] = Field(
+        default="start", description="where the weights are drawn to: their start, or zero"
+    )
+
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Refuse a selection in which nothing trains."""
+        if bound.parameters and not any(p.trainable for p in bound.parameters):
+            message = f"all {len(bound.parameters)} selected parameters are frozen"
+            yield Problem("selector-matches-frozen", message, help="select among `trainable`")
+
+    def lower(self, to: Lowering) -> None:
+        """Add the term over what trains, and keep the start with the program's state."""
+        names = [entry.name for entry in to.parameters() if entry.trainable]
+        starts: dict[str, Tensor] = {}
+        if self.to == "start":
+            starts = {name: to.tensor(name).detach().clone() for name in names}
+        keys = {name: f"{to.label}:start:{name}" for name in starts}
+        coefficient = f"{to.label}:weight"
+        schedule, gate = to.schedule(self.weight), to.gate()
+
+        def weight(clock: Clock) -> float:
+            return schedule(clock) if gate is None or gate.fires(clock) else 0.0
+
+        def value(parameters: Inputs, inputs: Inputs) -> Tensor:
+            anchors = {name: inputs[key] for name, key in keys.items()}
+            return self.reference(parameters, anchors, inputs[coefficient])
+
+        tensors = {keys[name]: tensor for name, tensor in starts.items()}
+        to.penalty(value, names, {coefficient: weight}, tensors)
+        to.action(Anchors(to.label, starts))
+
+    @staticmethod
+    def reference(parameters: Inputs, anchors: Inputs, weight: Tensor | float) -> Tensor:
+        """Return the penalty, 0-d, float32 at least; what has no anchor is drawn to zero."""
+        import torch
+
+        total = None
+        for name, parameter in parameters.items():
+            apart = parameter - anchors[name] if name in anchors else parameter
+            square = apart.to(torch.promote_types(apart.dtype, torch.float32)).square().sum()
+            total = square if total is None else total + square
+        assert total is not None
+        return weight / 2 * total
+
+
+class Anchors(Action):
+    """Phase 12: keeps the weights at the start in the checkpoint, and reports the last penalty."""
+
+    phase = Phase.OBSERVE
+    reads = ("metrics",)
+
+    def __init__(self, label: str, starts: Mapping[str, Tensor]) -> None:
+        self.name = label
+        self.starts = dict(starts)
+        self.penalty: float | None = None
+
+    def run(self, step: Step) -> None:
+        self.penalty = step.metrics.get(self.name, self.penalty)
+
+    def state_dict(self) -> State:
+        return dict(self.starts)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        import torch
+
+        odd = sorted(set(state) ^ set(self.starts))
+        if odd:
+            raise ValueError(f"{self.name}: the checkpoint has another selection: {', '.join(odd)}")
+        with torch.no_grad():
+            for name, start in self.starts.items():
+                # In place: the loss term reads these very tensors.
+                start.copy_(state[name])
+
+    def summary(self) -> str | None:
+        return (
+            None
+            if self.penalty is None
+            else f"{self.name}: the penalty ended at {self.penalty:.3g}"
+        )

@@ -1,0 +1,156 @@
+"""PACE: two noisy passes through the same layers should agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from trainc.dsl.construct import Construct, Effect, Problem, Schedule
+from trainc.dsl.values import Binary, Call, Expr, Name, Quantity, Unary, to_json, walk
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from trainc.compiler.bound import Targets
+    from trainc.compiler.inventory import Place
+    from trainc.compiler.lowering import Lowering
+
+_PLACES = ("depth", "block", "blocks")
+
+
+class Pace(Construct):
+    """Passes every example twice, with noise on the selected outputs, and pulls the views together.
+
+    h = z * h, z = 1 + sigma * Normal(0, 1), drawn anew per step, view, example and channel; in a
+    frozen layer plus adapter select the adapter: h = h0 + z * dh. The loss is that of view one plus
+    `weight` times the mean over rows of sum over classes (l1 - l2)^2, or of the symmetric KL. Both
+    views have gradient and share their dropout masks; evaluation has no noise. The published linear
+    schedule, silent in block 0, is `1.2 * min(block, 1) * (blocks - block) / (blocks - 1)`.
+    """
+
+    cite: ClassVar = (
+        "Ni, Zhang and Koniusz, PACE: Marrying Generalization in Parameter-Efficient Fine-Tuning "
+        "with Consistency Regularization, NeurIPS 2024, arXiv:2409.17137"
+    )
+    example: ClassVar = (
+        'regularize pace on "blocks.*.mlp.**" & type(Linear) '
+        "{ sigma = 1.2 * (1 - depth), weight = 0.5, mode = pair }"
+    )
+    targets: ClassVar = "modules"
+    identity: ClassVar = {"weight": "0", "sigma": "0"}
+    effects: ClassVar = (
+        Effect("forward", "pair noisy views", ("inputs", "clock"), ("views", "forward", "loss")),
+    )
+
+    sigma: Schedule = Field(
+        description="standard deviation of the factor on an output, no unit; may use `depth`"
+    )
+    weight: Schedule = Field(description="coefficient of the distance, added to the loss")
+    mode: Literal["pair"] = Field(
+        default="pair", description="where the second view comes from: a second pass in each step"
+    )
+    distance: Literal["mse", "kl"] = Field(
+        default="mse",
+        description="squared distance of the logits, or symmetric KL of the softmaxes",
+    )
+    share: Literal["token", "none"] = Field(
+        default="token",
+        description="whether an example's tokens share the noise, or each has its own",
+    )
+
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Refuse what is no Linear layer or never runs itself; warn of BatchNorm and of silence."""
+        linear = "select Linear layers: `& type(Linear)`"
+        wrong = [m for m in bound.modules if "Linear" not in m.types]
+        if wrong:
+            message = f"`{wrong[0].name}` is a {wrong[0].types[0]}, and noise goes on Linear layers"
+            more = (f"so are {len(wrong) - 1} more of the selected modules",) if wrong[1:] else ()
+            yield Problem("wrong-target-kind", message, notes=more, help=linear)
+        inner = [m.name for m in bound.modules if "NonDynamicallyQuantizableLinear" in m.types]
+        if inner:
+            message = f"`{inner[0]}` never runs: nn.MultiheadAttention uses its weight directly"
+            yield Problem("wrong-target-kind", message, help="leave it out of the selector")
+        norms = [m.name for m in bound.inventory.modules if "_BatchNorm" in m.types]
+        if norms:
+            message = f"`{norms[0]}` takes its statistics over both views of the batch"
+            note = f"{len(norms)} BatchNorm layers then see twice the batch size"
+            yield Problem("pair-over-batch-norm", message, notes=(note,), severity="warning")
+        if bound.modules and all(silent(self.sigma, m.place) for m in bound.modules):
+            message = "sigma is 0 in every selected layer, so both views are equal"
+            yield Problem("no-effect", message, field="sigma", severity="warning")
+
+    def lower(self, to: Lowering) -> None:
+        """Put noise on every layer that is not silent throughout, and compare the two views."""
+        noisy = [m for m in to.modules() if not silent(self.sigma, m.place)]
+        for module in noisy:
+            to.noise(module, self.sigma, self.share)
+        if noisy:
+            to.pair(self.distance, self.weight)
+
+    def reference(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        factors: Mapping[str, Tensor],
+        weight: float,
+    ) -> dict[str, Tensor]:
+        """Return `loss`, its parts `task` and `consistency`, and the `logits` of both views.
+
+        `factors[name]` is z for the output of module `name`, shape (2B, 1 or T, C) or (2B, C).
+        """
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        with ExitStack() as hooks:
+            for name, z in factors.items():
+                module = model.get_submodule(name)
+                hooks.callback(module.register_forward_hook(_multiply(z)).remove)
+            logits = model(torch.cat([inputs, inputs]))
+        one, two = logits.chunk(2)
+        task = cross_entropy(one.flatten(0, -2), targets.flatten())
+        consistency = self.apart(one, two)
+        loss = task + weight * consistency
+        return {"loss": loss, "task": task, "consistency": consistency, "logits": logits}
+
+    def apart(self, one: Tensor, two: Tensor) -> Tensor:
+        """Return the distance of two views' logits (..., C), 0-d, by definition."""
+        if self.distance == "mse":
+            return (one - two).square().sum(-1).mean()
+        p, q = one.log_softmax(-1), two.log_softmax(-1)
+        return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+
+
+def _multiply(z: Tensor) -> Any:
+    return lambda module, args, out: out * z
+
+
+def silent(sigma: Expr, place: Place) -> bool:
+    """Say whether sigma is zero in a place for the whole run, as far as its form shows."""
+    if isinstance(sigma, Binary) and sigma.op == "*":
+        return silent(sigma.left, place) or silent(sigma.right, place)
+    if isinstance(sigma, Unary):
+        return silent(sigma.x, place)
+    return _fixed(sigma) and _now(sigma, place) == 0
+
+
+def _fixed(expression: Expr) -> bool:
+    """Say whether an expression depends on the place only, not on the clock or a signal."""
+    from trainc.runtime.expressions import MATHS
+
+    parts = list(walk(expression))
+    moving = any(isinstance(part, Call) and part.function not in MATHS for part in parts)
+    named = {part.id for part in parts if isinstance(part, Name)}
+    timed = any(isinstance(part, Quantity) for part in parts)
+    return not moving and not timed and named <= set(_PLACES)
+
+
+def _now(expression: Expr, place: Place) -> float:
+    from trainc.runtime.clock import Clock, RunLength, Units
+    from trainc.runtime.schedules import compile_schedule
+
+    values = {name: float(getattr(place, name)) for name in _PLACES}
+    return compile_schedule(to_json(expression), Units(), RunLength(1, "steps"))(Clock(), values)

@@ -1,0 +1,144 @@
+"""Nodes of the tree to expressions: schedules, conditions, and what rules assign."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from trainc.dsl import ast
+from trainc.dsl import values as v
+from trainc.dsl.ast import Node
+from trainc.dsl.diagnostics import suggest
+from trainc.dsl.functions import FUNCTIONS, SHAPES, STATES
+from trainc.dsl.read import Unreadable, constant, describe, duration, number_of
+
+_LOGIC = ("and", "or")
+
+
+class Names(Protocol):
+    """Decides which names an expression may use."""
+
+    def check(self, name: ast.Ident) -> None:
+        """Note a name that means nothing."""
+
+
+class Anything:
+    """Lets every name pass; a whole spec is checked later."""
+
+    def check(self, name: ast.Ident) -> None:
+        """Accept the name."""
+
+
+ANYTHING = Anything()
+
+
+def expression(node: Node, names: Names = ANYTHING) -> v.Expr:
+    """Return an expression with a number as its value."""
+    value = _expression(node, names)
+    if is_condition(value):
+        raise Unreadable(node, "expected a number, found a condition")
+    return value
+
+
+def condition(node: Node, names: Names = ANYTHING) -> v.Expr:
+    """Return a condition."""
+    value = _expression(node, names)
+    if not is_condition(value):
+        raise Unreadable(node, "expected a condition such as `loss > 2`, found a number")
+    return value
+
+
+def schedule(node: Node, names: Names = ANYTHING) -> v.Expr:
+    """Return a schedule; a lone percentage is the number it stands for."""
+    value = expression(node, names)
+    if isinstance(value, v.Quantity) and value.duration.unit != "run":
+        raise Unreadable(
+            node, f"expected a schedule or a number, found {value.duration.unit}", "wrong-unit"
+        )
+    return v.Number(value.duration.amount) if isinstance(value, v.Quantity) else value
+
+
+def is_condition(value: v.Expr) -> bool:
+    """Say whether an expression is true or false rather than a number."""
+    if isinstance(value, v.Unary):
+        return value.op == "not"
+    return isinstance(value, v.Binary) and value.op in (*v.COMPARISONS, *_LOGIC)
+
+
+def _expression(node: Node, names: Names) -> v.Expr:
+    match node:
+        case ast.Num():
+            return v.Number(number_of(node))
+        case ast.Measure():
+            value = constant(node)
+            assert isinstance(value, v.Duration)
+            return v.Quantity(value)
+        case ast.Ident():
+            names.check(node)
+            return v.Name(node.id)
+        case ast.Apply():
+            return _call(node, names)
+        case ast.Prefix("not", operand):
+            return v.Unary("not", condition(operand, names))
+        case ast.Prefix(_, operand):
+            return v.Unary("neg", expression(operand, names))
+        case ast.Infix("and" | "or" as op, left, right):
+            return v.Binary(op, condition(left, names), condition(right, names))
+        case ast.Infix("is", left, ast.Ident(state)):
+            if state not in STATES:
+                text = f"expected {', '.join(f'`{s}`' for s in STATES[:-1])} or `{STATES[-1]}`"
+                raise Unreadable(node.right, text, help=suggest(state, STATES))
+            return v.Binary("is", expression(left, names), v.Name(state))
+        case ast.Infix(op, left, right) if op in v.BINARY:
+            return v.Binary(op, expression(left, names), expression(right, names))
+    raise Unreadable(node, f"expected a number, found {describe(node)}")
+
+
+def _call(node: ast.Apply, names: Names) -> v.Expr:
+    name = node.function.id
+    if name not in FUNCTIONS:
+        message = f"there is no function `{name}`"
+        raise Unreadable(node.function, "", "unknown-function", suggest(name, FUNCTIONS), message)
+    function = FUNCTIONS[name]
+    order = list(function.arguments)
+    many = "numbers" in function.arguments.values()
+    given: dict[str, v.Expr] = {}
+    args: list[v.Expr] = []
+    for argument in node.arguments:
+        if argument.name is None:
+            if not many and len(args) >= function.positional:
+                count = function.positional
+                text = f"`{name}` takes {count or 'no'} argument{'s' * (count != 1)} without a name"
+                raise Unreadable(
+                    argument.value, text, help=f"arguments are {', '.join(f'`{k}`' for k in order)}"
+                )
+            key = order[0] if many else order[len(args)]
+        else:
+            key = argument.name.id
+            if key not in order or not function.schedule:
+                help = suggest(key, order) or f"arguments are {', '.join(f'`{k}`' for k in order)}"
+                raise Unreadable(argument.name, f"`{name}` has no argument `{key}`", help=help)
+        if key in given and not many:
+            raise Unreadable(argument.value, f"`{key}` is given twice")
+        value = _read_argument(argument.value, function.arguments[key], names)
+        given[key] = value
+        if argument.name is None:
+            args.append(value)
+    missing = [key for key in order[: function.required] if key not in given]
+    if missing:
+        example = f"`{name}({missing[0]} = ...)`"
+        raise Unreadable(node, f"`{name}` needs `{missing[0]}`: {example}")
+    named = {a.name.id: given[a.name.id] for a in node.arguments if a.name}
+    return v.Call(name, tuple(args), tuple(named.items()))
+
+
+def _read_argument(node: Node, kind: str, names: Names) -> v.Expr:
+    if kind == "duration":
+        return v.Quantity(duration(node))
+    if kind == "points":
+        items = node.items if isinstance(node, ast.Items) else (node,)
+        return v.Items(tuple(v.Quantity(duration(item)) for item in items))
+    if kind == "shape":
+        if not (isinstance(node, ast.Ident) and node.id in SHAPES):
+            raise Unreadable(node, f"expected one of {', '.join(f'`{s}`' for s in SHAPES)}")
+        return v.Name(node.id)
+    return expression(node, names)

@@ -1,0 +1,169 @@
+"""Triton kernels for LayerNorm and RMSNorm; imported by the first CUDA call of either.
+
+Backward reads x and dy once and writes dx once, whatever is measured. Rows of one example never
+share a program with rows of another, so a program's weight sum belongs to one example and its
+square is that example's. Two regimes, both without atomics and so deterministic:
+
+  whole   at least as many examples as programs: a program walks over whole examples, squares each
+          example's sum in registers, and leaves one partial row for the batch's gradient
+  split   fewer examples: (example, chunk) programs leave partial rows that `norm_finish` adds per
+          example, squares, and adds over examples
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_forward(
+    X, W, B, Y, MEAN, RSTD, rows, width, eps,
+    RMS: tl.constexpr, LLAMA: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y and the float32 statistics of BLOCK_R rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_C)
+    in_row, in_column = row < rows, column < width
+    mask = in_row[:, None] & in_column[None, :]
+    at = row[:, None] * width + column[None, :]
+    x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    if not RMS:
+        mean = tl.sum(x, 1) / width
+        tl.store(MEAN + row, mean, mask=in_row)
+        x = tl.where(in_column[None, :], x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
+    tl.store(RSTD + row, rstd, mask=in_row)
+    y = x * rstd[:, None]
+    if LLAMA:
+        y = y.to(X.dtype.element_ty).to(tl.float32)
+    if HAS_W:
+        y = y * tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)[None, :]
+    if HAS_B:
+        y = y + tl.load(B + column, mask=in_column, other=0.0).to(tl.float32)[None, :]
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile(
+    X, DY, DX, MEAN, RSTD, w, first, row, last, column, width,
+    RMS: tl.constexpr, LLAMA: tl.constexpr, WRITE_DX: tl.constexpr,
+):  # fmt: skip
+    """Write dx for rows [row, last) of the example starting at `first`; return their dy * unit and dy."""
+    in_row, in_column = row < last, column < width
+    mask = in_row[:, None] & in_column[None, :]
+    absolute = first + row
+    at = absolute[:, None] * width + column[None, :]
+    x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.load(RSTD + absolute, mask=in_row, other=0.0).to(tl.float32)
+    if not RMS:
+        mean = tl.load(MEAN + absolute, mask=in_row, other=0.0).to(tl.float32)
+        x = tl.where(in_column[None, :], x - mean[:, None], 0.0)
+    unit = x * rstd[:, None]
+    if WRITE_DX:
+        g = dy * w[None, :]
+        along = tl.sum(g * unit, 1) / width
+        dx = g - unit * along[:, None]
+        if not RMS:
+            dx = dx - (tl.sum(g, 1) / width)[:, None]
+        tl.store(DX + at, (dx * rstd[:, None]).to(DX.dtype.element_ty), mask=mask)
+    if LLAMA:
+        unit = unit.to(X.dtype.element_ty).to(tl.float32)
+    return dy * unit, dy
+
+
+@triton.jit
+def norm_backward_whole(
+    X, W, DY, DX, MEAN, RSTD, PW, PB, NORMS, examples, rows, width, programs,
+    RMS: tl.constexpr, LLAMA: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
+    WRITE_DX: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs,): whole examples pid, pid + programs, ..; partial rows (programs, width)."""
+    pid = tl.program_id(0)
+    column = tl.arange(0, BLOCK_C)
+    in_column = column < width
+    w = tl.full((BLOCK_C,), 1.0, tl.float32)
+    if HAS_W:
+        w = tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)
+    total_w = tl.zeros((BLOCK_C,), tl.float32)
+    total_b = tl.zeros((BLOCK_C,), tl.float32)
+    for example in range(pid, examples, programs):
+        sum_w = tl.zeros((BLOCK_C,), tl.float32)
+        sum_b = tl.zeros((BLOCK_C,), tl.float32)
+        first = tl.full((), 0, tl.int64) + example * rows.to(tl.int64)
+        for start in range(0, rows, BLOCK_R):
+            row = start + tl.arange(0, BLOCK_R)
+            part_w, part_b = _tile(
+                X, DY, DX, MEAN, RSTD, w, first, row, rows, column, width, RMS, LLAMA, WRITE_DX
+            )
+            sum_w += tl.sum(part_w, 0)
+            if HAS_B:
+                sum_b += tl.sum(part_b, 0)
+        if HAS_W:
+            tl.store(NORMS + example * COLUMNS, tl.sum(sum_w * sum_w, 0))
+        if HAS_B:
+            tl.store(NORMS + example * COLUMNS + 1, tl.sum(sum_b * sum_b, 0))
+        total_w += sum_w
+        total_b += sum_b
+    out = pid.to(tl.int64) * width + column
+    if HAS_W:
+        tl.store(PW + out, total_w, mask=in_column)
+    if HAS_B:
+        tl.store(PB + out, total_b, mask=in_column)
+
+
+@triton.jit
+def norm_backward_split(
+    X, W, DY, DX, MEAN, RSTD, PW, PB, rows, width, chunks, chunk_rows,
+    RMS: tl.constexpr, LLAMA: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
+    WRITE_DX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (examples * chunks,): one chunk of one example; partial rows (examples, chunks, width)."""
+    pid = tl.program_id(0)
+    example, chunk = pid // chunks, pid % chunks
+    column = tl.arange(0, BLOCK_C)
+    in_column = column < width
+    w = tl.full((BLOCK_C,), 1.0, tl.float32)
+    if HAS_W:
+        w = tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)
+    sum_w = tl.zeros((BLOCK_C,), tl.float32)
+    sum_b = tl.zeros((BLOCK_C,), tl.float32)
+    first = example.to(tl.int64) * rows
+    low = chunk * chunk_rows
+    high = tl.minimum(low + chunk_rows, rows)
+    for start in range(low, high, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        part_w, part_b = _tile(
+            X, DY, DX, MEAN, RSTD, w, first, row, high, column, width, RMS, LLAMA, WRITE_DX
+        )
+        sum_w += tl.sum(part_w, 0)
+        if HAS_B:
+            sum_b += tl.sum(part_b, 0)
+    out = pid.to(tl.int64) * width + column
+    if HAS_W:
+        tl.store(PW + out, sum_w, mask=in_column)
+    if HAS_B:
+        tl.store(PB + out, sum_b, mask=in_column)
+
+
+@triton.jit
+def norm_finish(
+    PARTIAL, TOTAL, SQUARES, examples, chunks, width,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (column blocks,): sum partials over chunks; TOTAL (width,), SQUARES (blocks, examples)."""
+    block = tl.program_id(0)
+    column = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_column = column < width
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for example in range(0, examples):
+        each = tl.zeros((BLOCK_C,), tl.float32)
+        for start in range(0, chunks, BLOCK_S):
+            chunk = start + tl.arange(0, BLOCK_S)
+            mask = (chunk < chunks)[:, None] & in_column[None, :]
+            line = (example * chunks + chunk).to(tl.int64)
+            at = line[:, None] * width + column[None, :]
+            each += tl.sum(tl.load(PARTIAL + at, mask=mask, other=0.0).to(tl.float32), 0)
+        tl.store(SQUARES + block * examples + example, tl.sum(each * each, 0))
+        total += each
+    tl.store(TOTAL + column, total, mask=in_column)

@@ -1,0 +1,591 @@
+"""Each pass serves its sites, keeps what it promises, and is caught when it does not."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from trainc.compiler.capture import capture
+from trainc.compiler.passes.base import CompilerBug, Pass, SiteMissing, SiteUnfit
+from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.passes.fuse_norms import FuseNorms
+from trainc.compiler.passes.insert_consistency import InsertConsistency
+from trainc.compiler.passes.instrument_norms import InstrumentNorms
+from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order
+from trainc.compiler.rewrite import NoiseSite, NormSite, Pairing, Rewrite
+from trainc.compiler.step_graph import Batch, Outputs, StepGraph
+from trainc.kernels.multiplicative_noise import multiplicative_noise
+from trainc.kernels.philox import pack_key
+from trainc.kernels.rms_norm import rms_norm
+from trainc.kernels.task_consistency_loss import task_consistency_loss
+
+from examples import models
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+class CrossEntropy:
+    name = "cross_entropy"
+    ignore_index = -100
+    label_smoothing = 0.0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+class MeanSquare:
+    name = "mse"
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(logits, targets)
+
+
+TASK = CrossEntropy()
+
+
+def tokens(examples: int = 3, length: int = 8) -> Batch:
+    return torch.randint(64, (examples, length)), torch.randint(64, (examples, length))
+
+
+def vectors(examples: int = 3, length: int = 5, width: int = 6) -> Batch:
+    return torch.randn(examples, length, width).double(), torch.randint(width, (examples, length))
+
+
+def gpt(norm: Any = "layer", dropout: float = 0.0) -> nn.Module:
+    model = models.gpt(2, 16, 2, 8, 64, norm=norm, dropout=dropout).double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def norm_sites(model: nn.Module) -> list[NormSite]:
+    sites = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            sites.append(NormSite(name, "layer", f"{name}.weight", f"{name}.bias", module.eps))
+        elif isinstance(module, nn.RMSNorm):
+            sites.append(NormSite(name, "rms", f"{name}.weight", None, module.eps))
+    return sites
+
+
+def step_of(model: nn.Module, batch: Batch, rewrite: Rewrite, **changes: Any) -> StepGraph:
+    given: dict[str, Any] = {"penalties": {}, "scalars": {}} | changes
+    return capture(model, given.pop("task", TASK), batch, rewrite=rewrite, **given)
+
+
+def one_by_one(model: nn.Module, batch: Batch, sites: Sequence[NormSite]) -> dict[str, Tensor]:
+    """Squared norms of each example's part of each parameter's gradient, by a backward pass for each."""
+    inputs, targets = batch
+    assert isinstance(inputs, Tensor)
+    count = len(targets)
+    found: dict[str, list[Tensor]] = {site.module: [] for site in sites}
+    for i in range(count):
+        loss = TASK(model(inputs[i : i + 1]), targets[i : i + 1]) / count
+        model.zero_grad()
+        loss.backward()
+        for site in sites:
+            squares = []
+            for name in site.parameters:
+                grad = None if name is None else model.get_parameter(name).grad
+                squares.append(torch.zeros(()).double() if grad is None else grad.square().sum())
+            found[site.module].append(torch.stack(squares))
+    model.zero_grad(set_to_none=True)
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def check_against_eager(model: nn.Module, batch: Batch, out: Outputs) -> None:
+    loss = TASK(model(batch[0]), batch[1])
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-12, atol=0)
+    for got, expected in zip(out.grads.values(), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_probes_are_the_norms_of_separate_backward_passes(norm: str) -> None:
+    model, batch = gpt(norm), tokens()
+    sites = norm_sites(model)
+    step = step_of(model, batch, Rewrite(norms=sites))
+    out = step.run(batch, {})
+    check_against_eager(model, batch, out)
+    want = one_by_one(model, batch, sites)
+    assert list(out.probes) == [site.module for site in sites]
+    for name, expected in want.items():
+        torch.testing.assert_close(out.probes[name], expected, rtol=1e-10, atol=0)
+
+
+class LayerSpelled(nn.Module):
+    """A LayerNorm written out by hand, in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.gain = nn.Parameter(torch.rand(6) + 0.5)
+        self.shift = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        if self.how == "functional":
+            return F.layer_norm(x, (6,), self.gain, self.shift, 1e-3)
+        if self.how == "torch":
+            return torch.layer_norm(x, (6,), self.gain, self.shift, 1e-3)
+        if self.how == "native":
+            return torch.native_layer_norm(x, (6,), self.gain, self.shift, 1e-3)[0]
+        if self.how == "var":
+            scaled = (x - mean) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-3)
+            return self.shift + self.gain * scaled
+        if self.how == "squares":
+            scaled = torch.rsqrt(1e-3 + ((x - mean) ** 2).mean(-1, keepdim=True)) * (x - mean)
+            return scaled * self.gain + self.shift
+        centred = x - mean
+        return centred * (centred.square().mean(2, True) + 1e-3).pow(-0.5) * self.gain + self.shift
+
+
+class RootSpelled(nn.Module):
+    """An RMSNorm written out by hand, in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.gain = nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "functional":
+            return F.rms_norm(x, (6,), self.gain, 1e-3)
+        if self.how == "llama":
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)
+            return self.gain * wide.to(x.dtype)
+        if self.how == "cast-last":
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)
+            return (wide * self.gain).to(x.dtype)
+        if self.how == "product":
+            return self.gain * (torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-3) * x)
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-3) * self.gain
+
+
+class Around(nn.Module):
+    """A norm between two linear layers."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 6), norm, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x))))  # type: ignore[no-any-return]
+
+
+LAYER = ["functional", "torch", "native", "var", "squares", "power"]
+ROOT = ["functional", "llama", "cast-last", "product", "divide"]
+
+
+@pytest.mark.parametrize("how", LAYER)
+def test_every_spelling_of_layer_norm_is_found(how: str) -> None:
+    model, batch = Around(LayerSpelled(how)).double().train(), vectors()
+    sites = [NormSite("norm", "layer", "norm.gain", "norm.shift", 1e-3)]
+    out = step_of(model, batch, Rewrite(norms=sites)).run(batch, {})
+    check_against_eager(model, batch, out)
+    want = one_by_one(model, batch, sites)
+    torch.testing.assert_close(out.probes["norm"], want["norm"], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("how", ROOT)
+def test_every_spelling_of_rms_norm_is_found(how: str) -> None:
+    model, batch = Around(RootSpelled(how)).double().train(), vectors()
+    sites = [NormSite("norm", "rms", "norm.gain", None, 1e-3)]
+    out = step_of(model, batch, Rewrite(norms=sites)).run(batch, {})
+    check_against_eager(model, batch, out)
+    want = one_by_one(model, batch, sites)
+    torch.testing.assert_close(out.probes["norm"], want["norm"], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(("how", "casting"), [("llama", "llama"), ("cast-last", "none")])
+def test_the_place_of_the_cast_is_kept_in_bfloat16(how: str, casting: str) -> None:
+    model = Around(RootSpelled(how)).bfloat16().train()
+    inputs, targets = vectors()
+    assert isinstance(inputs, Tensor)
+    batch = (inputs.bfloat16(), targets)
+    sites = [NormSite("norm", "rms", "norm.gain", None, 1e-3, "none")]
+    step = step_of(model, batch, Rewrite(norms=sites))
+    assert casting in next(n for n in step.graph.nodes if "rms_norm" in str(n.target)).args
+    x = model.first(batch[0])
+    logits = model.last(torch.tanh(rms_norm(x, [6], model.norm.gain, None, 1e-3, casting)))
+    assert torch.equal(step.run(batch, {}).loss, TASK(logits, targets).detach())
+
+
+class Almost(nn.Module):
+    """Close to a norm, but none: the pass must keep its hands off."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.gain = nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "other-value":
+            return (x + 1) * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * self.gain
+        if self.how == "other-axis":
+            return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-3) * self.gain
+        if self.how == "unbiased":
+            centred = x - x.mean(-1, keepdim=True)
+            return centred * torch.rsqrt(x.var(-1, keepdim=True) + 1e-3) * self.gain
+        if self.how == "cube":
+            return x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 9.0) * self.gain
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True)) * self.gain
+
+
+@pytest.mark.parametrize("how", ["other-value", "other-axis", "unbiased", "cube", "no-eps"])
+def test_what_only_looks_like_a_norm_is_left_alone(how: str) -> None:
+    model = Around(Almost(how)).double().train()
+    for form in ("layer", "rms"):
+        site = NormSite("norm", form, "norm.gain", None, 1e-3)  # type: ignore[arg-type]
+        with pytest.raises(SiteMissing, match="`norm`"):
+            step_of(model, vectors(), Rewrite(norms=[site]))
+
+
+def test_norms_without_parameters_are_found_by_their_module() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 6))
+    model, batch = model.double().train(), vectors()
+    step = step_of(model, batch, Rewrite(norms=[NormSite("1", "layer", None, None, 1e-5)]))
+    out = step.run(batch, {})
+    check_against_eager(model, batch, out)
+    assert torch.equal(out.probes["1"], torch.zeros(3, 2).double())
+
+
+def test_a_norm_applied_twice_is_refused_by_name() -> None:
+    class Twice(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(torch.tanh(self.norm(self.first(x)))))  # type: ignore[no-any-return]
+
+    model = Twice(nn.LayerNorm(6)).double().train()
+    with pytest.raises(SiteUnfit, match="`norm`: its weight takes part 2 times"):
+        step_of(model, vectors(), Rewrite(norms=norm_sites(model)))
+
+
+def test_a_weight_that_does_more_than_norm_is_refused() -> None:
+    class Reused(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.norm.weight
+
+    model = Reused(nn.LayerNorm(6)).double().train()
+    with pytest.raises(SiteUnfit, match="takes part 2 times"):
+        step_of(model, vectors(), Rewrite(norms=norm_sites(model)))
+
+
+class Transposed(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x.transpose(0, 1)))
+        return self.last(torch.tanh(x)).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("length", [5, 3])
+def test_a_norm_whose_first_axis_is_not_the_examples_is_refused(length: int) -> None:
+    model, batch = Transposed(nn.LayerNorm(6)).double().train(), vectors(3, length)
+    with pytest.raises(SiteUnfit, match="`norm`: the first axis of its input"):
+        step_of(model, batch, Rewrite(norms=norm_sites(model)))
+
+
+def test_sequences_as_long_as_the_batch_are_no_obstacle() -> None:
+    model, batch = gpt(), tokens(8, 8)
+    sites = norm_sites(model)
+    step = step_of(model, batch, Rewrite(norms=sites))
+    assert step.notes == ()
+    want = one_by_one(model, batch, sites)
+    probes = step.run(batch, {}).probes
+    for name in want:
+        torch.testing.assert_close(probes[name], want[name], rtol=1e-10, atol=0)
+
+
+def test_a_site_that_is_not_there_is_named() -> None:
+    site = NormSite("blocks.7.ln1", "layer", "blocks.7.ln1.weight", None, 1e-5)
+    with pytest.raises(SiteMissing) as missing:
+        step_of(gpt(), tokens(), Rewrite(norms=[site]))
+    assert missing.value.missing == ("blocks.7.ln1",)
+    assert missing.value.pass_name == "fuse_norms"
+
+
+def paced(model: nn.Module, distance: Any = "mse") -> tuple[Rewrite, dict[str, Tensor]]:
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    noises = [NoiseSite(n, i, "none" if i % 2 else "token") for i, n in enumerate(names)]
+    scalars = {site.scalar: torch.tensor(0.1 * (i + 1)) for i, site in enumerate(noises)}
+    scalars |= {"key": pack_key(7, 3), "weight:consistency": torch.tensor(0.5)}
+    return Rewrite(noises=noises, pairing=Pairing(distance)), scalars
+
+
+def noisy(model: nn.Module, rewrite: Rewrite, scalars: dict[str, Tensor]) -> list[Any]:
+    """Add the noise with forward hooks."""
+
+    def hook(site: NoiseSite) -> Callable[..., Tensor]:
+        def add(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+            sigma, key = scalars[site.scalar], scalars["key"]
+            return multiplicative_noise(out, sigma, key, site.index, rewrite.views, site.share)
+
+        return add
+
+    return [model.get_submodule(s.module).register_forward_hook(hook(s)) for s in rewrite.noises]
+
+
+@pytest.mark.parametrize("distance", ["mse", "kl"])
+def test_noise_and_pairing_equal_the_same_operators_in_eager(distance: str) -> None:
+    model, (ids, targets) = gpt(), tokens()
+    rewrite, scalars = paced(model, distance)
+    step = step_of(model, (ids, targets), rewrite, scalars=scalars)
+    assert isinstance(ids, Tensor)
+    for weight, key in ((0.5, 3), (0.1, 4)):
+        scalars |= {"weight:consistency": torch.tensor(weight), "key": pack_key(7, key)}
+        out = step.run((ids, targets), scalars)
+        hooks = noisy(model, rewrite, scalars)
+        logits = model(torch.cat([ids, ids]))
+        for handle in hooks:
+            handle.remove()
+        loss, task, consistency = task_consistency_loss(
+            logits, targets, scalars["weight:consistency"], distance
+        )
+        assert torch.equal(out.loss, loss)
+        assert torch.equal(out.task, task)
+        assert out.consistency is not None
+        assert torch.equal(out.consistency, consistency)
+        want = torch.autograd.grad(loss, list(model.parameters()))
+        for got, expected in zip(out.grads.values(), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-16)
+
+
+def test_norms_and_pairs_together_measure_every_view() -> None:
+    model, batch = gpt(), tokens()
+    rewrite, scalars = paced(model)
+    rewrite.norms = norm_sites(model)
+    out = step_of(model, batch, rewrite, scalars=scalars).run(batch, scalars)
+    assert {tuple(p.shape) for p in out.probes.values()} == {(6, 2)}
+
+
+def test_the_first_example_of_a_micro_batch_reaches_the_noise() -> None:
+    model, (ids, targets) = gpt(), tokens(4)
+    rewrite, scalars = paced(model)
+    rewrite.pairing = None
+    scalars["first_example"] = torch.tensor(0)
+    assert isinstance(ids, Tensor)
+    whole = step_of(model, (ids, targets), rewrite, scalars=scalars)
+    half = (ids[2:], targets[2:])
+    part = step_of(model, half, rewrite, scalars=scalars)
+    first = step_of(model, (ids[:2], targets[:2]), rewrite, scalars=scalars)
+    a = first.run((ids[:2], targets[:2]), scalars).loss
+    b = part.run(half, scalars | {"first_example": torch.tensor(2)}).loss
+    torch.testing.assert_close(whole.run((ids, targets), scalars).loss, (a + b) / 2)
+
+
+@pytest.mark.parametrize("distance", ["mse", "kl"])
+def test_other_tasks_pair_with_the_distance_spelled_out(distance: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double().train()
+    batch = (torch.randn(3, 6).double(), torch.randn(3, 4).double())
+    rewrite, scalars = paced(model, distance)
+    step = step_of(model, batch, rewrite, scalars=scalars, task=MeanSquare())
+    out = step.run(batch, scalars)
+    hooks = noisy(model, rewrite, scalars)
+    logits = model(torch.cat([batch[0]] * 2))
+    for handle in hooks:
+        handle.remove()
+    # The operator's distance does not depend on its targets.
+    ignored = torch.zeros(3, dtype=torch.int64)
+    _, _, consistency = task_consistency_loss(logits, ignored, torch.tensor(0.5), distance)
+    loss = F.mse_loss(logits[:3], batch[1]) + 0.5 * consistency
+    torch.testing.assert_close(out.loss, loss.detach())
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    for got, expected in zip(out.grads.values(), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_views_share_their_dropout_masks(inplace: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5, inplace), nn.Linear(64, 6))
+    batch = vectors()
+    step = step_of(
+        model.double().train(),
+        batch,
+        Rewrite(pairing=Pairing("mse")),
+        scalars={"weight:consistency": torch.tensor(1.0)},
+    )
+    torch.manual_seed(5)
+    out = step.run(batch, {"weight:consistency": torch.tensor(1.0)})
+    assert out.consistency is not None
+    assert float(out.consistency) < 1e-28
+    torch.manual_seed(5)
+    hidden = model[0](batch[0])
+    mask = F.dropout(torch.ones_like(hidden), 0.5)
+    want = TASK(model[2](hidden * mask), batch[1]).detach()
+    torch.testing.assert_close(out.task, want, rtol=1e-12, atol=0)
+
+
+def test_attention_dropout_is_said_not_to_be_shared() -> None:
+    model = gpt(dropout=0.1)
+    rewrite, scalars = paced(model)
+    step = step_of(model, tokens(), rewrite, scalars=scalars)
+    assert len(step.notes) == 2
+    assert "`blocks.0.attn`" in step.notes[0]
+
+
+def test_noise_follows_every_call_of_a_module_and_modules_of_other_types() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(torch.relu(self.mix(x)))  # type: ignore[no-any-return]
+
+    model, batch = Model().double().train(), vectors()
+    rewrite = Rewrite(noises=[NoiseSite("mix", 0)])
+    scalars = {"sigma:mix": torch.tensor(0.3), "key": pack_key(1, 1)}
+    out = step_of(model, batch, rewrite, scalars=scalars).run(batch, scalars)
+    hooks = noisy(model, rewrite, scalars)
+    loss = TASK(model(batch[0]), batch[1])
+    hooks[0].remove()
+    assert torch.equal(out.loss, loss.detach())
+
+
+def test_a_missing_noise_site_is_named() -> None:
+    rewrite = Rewrite(noises=[NoiseSite("nowhere", 0)])
+    with pytest.raises(SiteMissing, match="`nowhere`"):
+        step_of(gpt(), tokens(), rewrite, scalars={"sigma:nowhere": torch.tensor(0.1)})
+
+
+# The runner
+
+
+@dataclass(frozen=True)
+class WrongShape(FuseNorms):
+    name: ClassVar[str] = "wrong_shape"
+
+    def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
+        with forward.graph.inserting_before(forward.output):
+            logits = forward.result("logits")
+            wide = forward.graph.call_function(torch.ops.aten.unsqueeze.default, (logits, 0))
+        forward.set_results({"task": forward.result("task"), "logits": wide})
+        return [site.module for site in rewrite.norms]
+
+
+@dataclass(frozen=True)
+class WrongOrder(FuseNorms):
+    name: ClassVar[str] = "wrong_order"
+
+    def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
+        first = next(iter(forward.calls()))
+        last = forward.result("logits")
+        with forward.graph.inserting_before(first):
+            early = forward.graph.call_function(torch.ops.aten.neg.default, (last,))
+        forward.set_results({"task": forward.result("task"), "logits": early})
+        return [site.module for site in rewrite.norms]
+
+
+@dataclass(frozen=True)
+class Forgets(FuseNorms):
+    name: ClassVar[str] = "forgets"
+
+    def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
+        return [site.module for site in rewrite.norms][1:]
+
+
+@dataclass(frozen=True)
+class Invents(FuseNorms):
+    name: ClassVar[str] = "invents"
+
+    def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
+        return [*super().run(forward, rewrite), "more"]
+
+
+@dataclass(frozen=True)
+class Raises(FuseNorms):
+    name: ClassVar[str] = "raises"
+
+    def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
+        raise AssertionError("not today")
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (WrongShape(), r"`logits` was .*3, 8, 64.* and is .*1, 3, 8, 64"),
+        (WrongOrder(), "before it has been defined|used before"),
+        (Invents(), "not asked for"),
+        (Raises(), "AssertionError: not today"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_broken_pass_is_caught_and_named_with_the_graph_before_it(broken: Pass, words: str) -> None:
+    model = gpt()
+    with pytest.raises(CompilerBug) as bug:
+        step_of(model, tokens(), Rewrite(norms=norm_sites(model)), passes=(broken,))
+    assert bug.value.pass_name == broken.name
+    assert re.search(words, str(bug.value))
+    assert "aten.layer_norm.default" in bug.value.before
+    assert bug.value.before in str(bug.value)
+
+
+def test_a_pass_that_forgets_a_site_is_caught() -> None:
+    model = gpt()
+    with pytest.raises(SiteMissing) as missing:
+        step_of(model, tokens(), Rewrite(norms=norm_sites(model)), passes=(Forgets(),))
+    assert missing.value.missing == ("blocks.0.ln1",)
+
+
+def test_passes_without_work_do_not_run() -> None:
+    step = step_of(gpt(), tokens(), Rewrite())
+    assert [(r.name, r.ran, r.diff) for r in step.reports] == [(p.name, False, "") for p in PIPELINE]
+
+
+def test_reports_tell_what_changed() -> None:
+    model = gpt()
+    fuse, instrument, consistency = step_of(model, tokens(), Rewrite(norms=norm_sites(model))).reports
+    assert len(fuse.sites) == len(instrument.sites) == 5
+    assert fuse.unserved == ()
+    assert not consistency.ran
+    assert fuse.seconds > 0
+    removed = [line for line in fuse.diff.splitlines() if line.startswith("-")]
+    assert sum("aten.layer_norm.default" in line for line in removed) == 5
+    assert "+input probe_blocks_0_ln1: f64[3, 2]" in instrument.diff
+    assert instrument.nodes_after == instrument.nodes_before + 5
+
+
+@pytest.mark.parametrize("name", ["fuse_norms", "instrument_norms"])
+def test_leaving_a_pass_out_leaves_its_sites_unserved(name: str) -> None:
+    model, batch = gpt(), tokens()
+    sites = norm_sites(model)
+    step = step_of(model, batch, Rewrite(norms=sites), without=frozenset([name]))
+    reports = {report.name: report for report in step.reports}
+    assert not reports[name].ran
+    assert set(reports[name].unserved) == {site.module for site in sites}
+    assert set(reports["instrument_norms"].unserved) == {site.module for site in sites}
+    out = step.run(batch, {})
+    assert out.probes == {}
+    check_against_eager(model, batch, out)
+
+
+def test_leaving_out_a_pass_that_does_not_exist_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(ValueError, match="did you mean `fuse_norms`"):
+        step_of(gpt(), tokens(), Rewrite(), without=frozenset(["fuse_norm"]))
+    with pytest.raises(ValueError, match="the passes are fuse_norms"):
+        check_names(frozenset(["zzz"]))
+
+
+def test_the_pipeline_is_in_an_order_its_passes_allow() -> None:
+    check_order(PIPELINE)
+    with pytest.raises(ValueError, match="must come"):
+        check_order((InstrumentNorms(), FuseNorms()))
+    with pytest.raises(ValueError, match="must come"):
+        check_order((InsertConsistency(), FuseNorms()))
+
+
+def test_every_pass_says_what_it_is_for() -> None:
+    assert len({step.name for step in PIPELINE}) == len(PIPELINE)
+    for step in PIPELINE:
+        assert step.purpose
+        assert step.__doc__

@@ -1,0 +1,76 @@
+"""`trainc check`: every mistake in a spec, without torch and without running anybody's code."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from trainc.compiler.catalog import catalog
+from trainc.dsl.diagnostics import Diagnostic
+from trainc.dsl.render import render_github, render_json, render_sarif, render_text
+from trainc.dsl.resolve import load
+from trainc.dsl.source import Source
+
+if TYPE_CHECKING:
+    import typer
+
+Form = Literal["text", "json", "sarif", "github"]
+
+
+def check_specs(names: Sequence[str], settings: Sequence[str] = (), form: Form = "text") -> int:
+    """Check specs by file name or `-`, print what was found, return the exit code."""
+    found: list[Diagnostic] = []
+    for name in names:
+        spec = Source("<stdin>", sys.stdin.read()) if name == "-" else Path(name)
+        checked = load(spec, catalog(), settings)
+        found += checked.diagnostics
+        if form == "text" and checked.spec:
+            clauses, rules = len(checked.spec.clauses), len(checked.spec.rules)
+            print(f"{name}: {_count(clauses, 'clause')}, {_count(rules, 'rule')}")
+    sys.stdout.write(_render(found, form))
+    errors = sum(d.severity == "error" for d in found)
+    if form == "text" and found:
+        warnings = len(found) - errors
+        print(", ".join(_count(n, w) for n, w in ((errors, "error"), (warnings, "warning")) if n))
+    return 1 if errors else 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _render(found: Sequence[Diagnostic], form: Form) -> str:
+    if form == "json":
+        return render_json(found) + "\n"
+    if form == "sarif":
+        return render_sarif(found) + "\n"
+    if form == "github":
+        return render_github(found)
+    return render_text(found, colour=_wants_colour())
+
+
+def _wants_colour() -> bool:
+    from os import environ
+
+    return sys.stdout.isatty() and not environ.get("NO_COLOR")
+
+
+def register(app: "typer.Typer") -> None:
+    """Add the command."""
+    import typer
+
+    @app.command("check")
+    def check(
+        specs: Annotated[
+            list[str], typer.Argument(metavar="SPEC...", help="Files; `-` reads standard input.")
+        ],
+        settings: Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="NAME=VALUE", help="Replace the value of a `let`."),
+        ] = None,
+        form: Annotated[
+            Form, typer.Option("--format", help="How to print what was found.")
+        ] = "text",
+    ) -> None:
+        """Report every mistake in a spec."""
+        raise typer.Exit(check_specs(specs, settings or (), form))
