@@ -11,13 +11,13 @@ INPUTS := pyproject.toml constraints.txt
 setup: $(VENV)/.dev
 	@echo ".venv is ready"
 
-# What running a spec needs.
+# What running and drawing the examples needs.
 $(VENV)/.run: $(INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit("trainc needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	@echo "Setting up .venv: trainc, torch and what the examples need"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade "pip>=25.1"
-	@$(PIP) -e ".[examples]"
+	@$(PIP) -e ".[examples,plots]"
 	@touch $@
 
 # What working on trainc needs, on top.

@@ -1,7 +1,7 @@
 """Capture: a model, a task and one batch become a step graph, through the forward passes.
 
-The model is exported to ATen, rewritten by the pipeline, and only then differentiated: a fused operator brings its own
-backward, so no pass has to find and repair backward nodes.
+The model is exported to ATen, rewritten by the pipeline, and only then differentiated: a fused
+operator brings its own backward, so no pass has to find and repair backward nodes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class CaptureFailed(RuntimeError):
 
 
 def signature(model: nn.Module, batch: Batch) -> Hashable:
-    """Return what a captured graph is valid for: batch shapes, dtypes, devices, autocast, mode, what is trained."""
+    """Return what a captured graph is valid for.
+
+    That is: the batch's shapes, dtypes and devices, autocast, the mode, and what is trained.
+    """
     kind, entries = flatten_inputs(batch[0])
     tensors = [*entries, ("targets", batch[1])]
     shapes = tuple((key, tuple(t.shape), t.dtype, str(t.device)) for key, t in tensors)
@@ -56,9 +59,9 @@ def capture(
 ) -> StepGraph:
     """Capture one training step for batches like `batch`.
 
-    A penalty is called with one mapping that holds the parameters and `scalars` by name; a number that changes over
-    time must come from there, since what a penalty closes over is fixed in the graph. `scalars` may hold tensors of any
-    shape; `share` multiplies loss and penalties.
+    A penalty is called with one mapping that holds the parameters and `scalars` by name; a number
+    that changes over time must come from there, since what a penalty closes over is fixed in the
+    graph. `scalars` may hold tensors of any shape; `share` multiplies loss and penalties.
     """
     started = time.perf_counter()
     check_names(without, passes)
@@ -84,7 +87,7 @@ def capture(
 def _first_road(
     make: Callable[..., ForwardGraph], batch: Batch, roads: Mapping[str, Road]
 ) -> tuple[ForwardGraph, Road]:
-    """Return the forward graph by the first road that can capture it, with a note of those that could not."""
+    """Return the forward graph by the first road that can capture it; the others are noted."""
     refused: list[str] = []
     causes: list[Exception] = []
     for name, road in roads.items():
@@ -122,7 +125,7 @@ def forward_graph(
     holder.graph = graph
     names = [*input_names(batch), "targets"]
     given = [*(t for _, t in flatten_inputs(batch[0])[1]), batch[1]]
-    fakes = {
+    fakes: dict[str, Tensor] = {
         n: mode.from_tensor(t.detach(), static_shapes=True)
         for n, t in zip(names, given, strict=True)
     }
@@ -183,11 +186,12 @@ def _distinct(batch: Batch) -> Batch:
 def _renamed(
     module: fx.GraphModule, model: nn.Module, batch: Batch
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """Copy a captured graph with the user's names, plain inputs, and without checks of its inputs."""
+    """Copy a captured graph with the user's names and plain inputs, without its checks."""
     names = canonical_names(model)
     by_object = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
     ports = iter([*input_names(batch), "targets"])
-    graph, environment = fx.Graph(), {}
+    graph = fx.Graph()
+    environment: dict[fx.Node, fx.Node] = {}
     tensors: dict[str, Tensor] = {}
     for node in module.graph.nodes:
         if _is_check(node):
@@ -205,7 +209,9 @@ def _renamed(
             value := _attribute(module, str(node.target)), Tensor
         ):
             plain = str(node.target).removeprefix(f"{PREFIX}.")
-            made.target = by_object.get(id(value)) or names.get(plain) or f"forward_constant_{len(tensors)}"
+            made.target = (
+                by_object.get(id(value)) or names.get(plain) or f"forward_constant_{len(tensors)}"
+            )
             tensors.setdefault(str(made.target), value)
         _plain_stack(made)
     for node in list(graph.nodes):

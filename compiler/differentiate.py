@@ -1,4 +1,4 @@
-"""Differentiate a forward graph: forward, loss, penalties and every gradient as one flat ATen graph."""
+"""Differentiate a forward graph: loss, penalties and every gradient as one flat ATen graph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NO_OPS = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.l
 
 @dataclass(frozen=True, slots=True)
 class StepParts:
-    """A flat graph with the names of its outputs, the scalars it takes, and its constant tensors."""
+    """A flat graph with its outputs' names, the scalars it takes, and its constant tensors."""
 
     graph: fx.Graph
     outputs: tuple[str, ...]
@@ -55,9 +55,10 @@ class _Values(Mapping[str, Tensor]):
 def differentiate(
     forward: ForwardGraph, parameters: Sequence[str], penalties: Mapping[str, Penalty]
 ) -> StepParts:
-    """Trace forward and gradients of `parameters` (canonical names that require grad) and of the probes.
+    """Trace forward and the gradients of `parameters` (canonical names) and of the probes.
 
-    The scalar `share` multiplies loss and penalties where it is available, so micro-batches add up to the step's mean.
+    The scalar `share` multiplies loss and penalties where it is available, so that micro-batches
+    add up to the step's mean.
     """
     mode = forward.mode
     scalars = list(forward.available)
@@ -98,7 +99,7 @@ def differentiate(
             wanted = [tensors[name] for name in parameters] + [
                 given[name] for name in probes.values()
             ]
-            # The engine would run under the surrounding autocast, which eager training's backward does not.
+            # The engine would run under the surrounding autocast; eager training's backward does not.
             with _no_autocast(total.device.type):
                 grads = _gradients(total, wanted)
         named: dict[str, Tensor | None] = {"total": total, "loss": loss, "task": results["task"]}
@@ -123,7 +124,7 @@ def differentiate(
 
 
 class _Watch(TorchFunctionMode):
-    """Refuses a penalty that reaches a trained tensor past its argument: its gradient would be lost."""
+    """Refuses a penalty that reaches a trained tensor past its argument, without gradient."""
 
     def __init__(self, penalty: str, owners: Mapping[int, str]) -> None:
         super().__init__()
@@ -180,7 +181,7 @@ def _flatten(
     scalars: Sequence[str],
     outputs: tuple[str, ...],
 ) -> StepParts:
-    """Rebuild the traced graph: parameters and buffers become get_attr nodes, the rest plain placeholders."""
+    """Rebuild the traced graph with get_attr nodes for tensors and placeholders for the rest."""
     old = list(traced.graph.nodes)
     given = [node for node in old if node.op == "placeholder"]
     attributes = dict(zip(given, tensor_names, strict=False))
@@ -231,7 +232,7 @@ def _attribute(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
 
 
 def _own(graph: fx.Graph, results: Sequence[Any], outputs: Sequence[str]) -> list[Any]:
-    """Give each gradient its own dense storage, as eager accumulation would: callers scale and clip in place."""
+    """Give each gradient dense storage of its own, as eager does: callers clip in place."""
     seen: set[fx.Node] = set()
     owned: list[Any] = []
     for name, node in zip(outputs, results, strict=True):

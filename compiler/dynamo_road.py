@@ -1,7 +1,8 @@
 """The second road of capture, for models that torch.export refuses: torch.compile's front end.
 
-Everything that depends on the insides of torch.compile is in this file. The graph it gives is brought to ATen and to
-the form of the export road, so that the same passes and the same differentiation follow.
+Everything that depends on the insides of torch.compile is in this file. The graph it gives is
+brought to ATen and to the form of the export road, so that the same passes and the same
+differentiation follow.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from trainc.compiler.passes.forward import plant
 
 if TYPE_CHECKING:
-    from trainc.compiler.capture import Wrapped
+    from trainc.compiler.roads import Wrapped
     from trainc.compiler.step_graph import Batch
 
 
@@ -48,9 +49,9 @@ class _Backend:
 
 
 def dynamo_road(wrapped: Wrapped, batch: Batch) -> fx.GraphModule:
-    """Capture with torch.compile(fullgraph=True); the model does not run, so its buffers stay as they are."""
+    """Capture with torch.compile(fullgraph=True); the model itself does not run."""
     backend = _Backend()
-    # A code object of its own: torch.compile counts recompilations per code object and gives up after a few.
+    # torch.compile counts recompilations per code object and gives up after a few: take a new one.
     forward = type(wrapped).forward
     fresh = FunctionType(forward.__code__.replace(), forward.__globals__, "forward")
     step = torch.compile(MethodType(fresh, wrapped), backend=backend, fullgraph=True, dynamic=False)
@@ -116,7 +117,7 @@ def _as_exported(
 
 
 def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
-    """Return the module stack with paths as torch.export writes them: `user.blocks.0` for `L['self'].user.blocks[0]`."""
+    """Return the module stack with torch.export's paths: `a.0` for `L['self'].a[0]`."""
     plain = {}
     for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
         path = re.sub(r"^L\['\w+'\]\.?", "", path).replace("._modules", "")

@@ -1,4 +1,4 @@
-"""Flat ATen graphs as text and as JSON data: a listing to read and compare, and a form that loads without running code."""
+"""Flat ATen graphs as a listing to read and compare, and as JSON that loads without running code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,11 +36,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# --- listing ---------------------------------------------------------------------------------------------------------
-
-
 def listing(graph: fx.Graph) -> str:
-    """Return a stable, readable text of a graph, one node a line, with shapes and the modules nodes come from."""
+    """Return a stable text of a graph, one node a line, with shapes and the nodes' modules."""
     lines = []
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -90,9 +88,6 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
-
-
 def to_json(source: fx.GraphModule | fx.Graph) -> dict[str, Any]:
     """Return a flat graph as JSON data: nodes with names, operator names and encoded arguments."""
     graph = source.graph if isinstance(source, fx.GraphModule) else source
@@ -116,37 +111,48 @@ def to_json(source: fx.GraphModule | fx.Graph) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> fx.Graph:
-    """Rebuild a graph; an operator outside the allowed namespaces is an error, so that loading runs no code."""
+    """Rebuild a graph; operators outside the allowed namespaces are errors: no code is run."""
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
     try:
         for entry in data["nodes"]:
             node = _node(graph, entry, made)
             made[str(entry["name"])] = node
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        graph.lint()
+    except GraphFormatError:
+        raise
+    except Exception as error:
         raise GraphFormatError(
             f"this is not a saved graph: {type(error).__name__}: {error}"
         ) from error
-    graph.lint()
     return graph
 
 
 def _node(graph: fx.Graph, entry: Mapping[str, Any], made: Mapping[str, fx.Node]) -> fx.Node:
     op, name = entry["op"], str(entry["name"])
-    if not name.isidentifier():
+    if not _is_name(name):
         raise GraphFormatError(f"`{name}` is not a node name")
     if op == "output":
-        return graph.output(_decode(entry["args"], made)[0])
+        output: fx.Node = graph.output(tuple(_decode(entry["args"], made)[0]))
+        return output
     if op in ("placeholder", "get_attr"):
         target = str(entry["target"])
-        if not all(part.isidentifier() or part.isdigit() for part in target.split(".")):
+        parts = [target] if op == "placeholder" else target.split(".")
+        if not all(_is_name(part) or (op == "get_attr" and part.isdigit()) for part in parts):
             raise GraphFormatError(f"`{target}` is not the name of an input or a tensor")
         return graph.create_node(op, target, name=name)
     if op != "call_function":
         raise GraphFormatError(f"`{name}` is a {op}, which a saved graph cannot hold")
     args = tuple(_decode(entry["args"], made))
-    kwargs = {str(k): _decode(v, made) for k, v in entry.get("kwargs", {}).items()}
+    kwargs = {k: _decode(v, made) for k, v in entry.get("kwargs", {}).items()}
+    if not all(_is_name(k) for k in kwargs):
+        raise GraphFormatError(f"`{name}` has arguments without proper names")
     return graph.create_node(op, _operator(str(entry["target"])), args, kwargs, name=name)
+
+
+def _is_name(text: str) -> bool:
+    """Say whether a text may stand as a name in the code that a graph is turned into."""
+    return text.isidentifier() and not iskeyword(text)
 
 
 def _checked_target(target: Any) -> str:
@@ -208,13 +214,10 @@ def _decode(value: Any, made: Mapping[str, fx.Node]) -> Any:
         return float(text)
     if key == "device":
         return torch.device(text)
-    found = getattr(torch, text) if key in _ENUMS else None
+    found = getattr(torch, text, None) if key in _ENUMS else None
     if found is None or not isinstance(found, _ENUMS[key]):
         raise GraphFormatError(f"`{key}` {text!r} is unknown")
     return found
-
-
-# --- whole steps -----------------------------------------------------------------------------------------------------
 
 
 def step_to_json(step: StepGraph) -> dict[str, Any]:
@@ -249,7 +252,7 @@ def step_to_json(step: StepGraph) -> dict[str, Any]:
 def step_from_json(
     data: Mapping[str, Any], model: nn.Module, constants: Mapping[str, Tensor]
 ) -> StepGraph:
-    """Rebuild a step on a model; every tensor the graph names must be the model's or a given constant."""
+    """Rebuild a step on a model; its tensors must be the model's or given constants."""
     from trainc.compiler.step_graph import FORMAT, Interface, Port, StepGraph
 
     if data.get("format") != FORMAT:

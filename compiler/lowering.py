@@ -188,7 +188,7 @@ class Lowering:
 
     def pair(self, distance: Literal["mse", "kl"], weight: Expr) -> None:
         """Pass every example twice and add `weight` times the distance of the two outputs to the loss."""
-        self._parts.rewrite.pairing = Pairing(distance)
+        self._parts.rewrite.pairing = Pairing(distance, self.label)
         self._parts.scalars[self._parts.rewrite.pairing.weight] = self.schedule(weight)
 
     def penalty(

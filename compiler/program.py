@@ -96,6 +96,8 @@ class Program:
         self._graph: StepGraph | None = None
         self._adopted: StepGraph | None = None
         self._last: Step | None = None
+        self._terms: dict[str, float] = {}
+        """The first measured value of every loss term: what the summary compares the last one with."""
         self.graph_refused: str | None = None
         """Why the step runs module by module although a graph was wanted; None while nothing refused."""
 
@@ -319,12 +321,18 @@ class Program:
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, optimizer state by parameter name, the actions' state and the clock."""
-        return {"plan": self.plan.hash, "model": dict(self.module.state_dict()), **self._machine.state_dict()}
+        return {
+            "plan": self.plan.hash,
+            "model": dict(self.module.state_dict()),
+            "terms": dict(self._terms),
+            **self._machine.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; raises ValueError naming what does not fit this program."""
         self.module.load_state_dict(state["model"])
         self._machine.load_state_dict(state)
+        self._terms = dict(state["terms"])
         for compact in self._parts.compacts.values():
             compact.read()
         self._micros.clear()
@@ -339,6 +347,11 @@ class Program:
     def summary(self) -> list[str]:
         """Return what each line of the spec did, as found."""
         lines = [line for action in self._machine.actions if (line := action.summary()) is not None]
+        pairing = self._parts.rewrite.pairing
+        if pairing is not None and "consistency" in self._terms and self._last is not None:
+            first, last = self._terms["consistency"], self._last.metrics["consistency"]
+            sites = len(self._parts.rewrite.noises)
+            lines.append(f"{pairing.label}: distance of the two views {first:.4g} -> {last:.4g}, noise at {sites} layers")
         dropped = [c for c in self.plan.clauses if c["dropped"]]
         return lines + [f"{c['kind']} {c['construct']}: not in the program, {c['dropped']}" for c in dropped]
 
@@ -443,6 +456,7 @@ class Program:
             step.loss += float(micro.loss)
             for name, value in micro.parts.items():
                 step.metrics[name] = step.metrics.get(name, 0.0) + float(value)
+                self._terms.setdefault(name, step.metrics[name])
             if self._parts.rewrite.norms:
                 squares = micro.squares if micro.squares is not None else self._squares(micro.probes)
                 step.contributions.append(Contribution(micro.weights, squares))

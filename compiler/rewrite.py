@@ -49,8 +49,13 @@ class Pairing:
     """Two views of every example and a distance between their outputs."""
 
     distance: Literal["mse", "kl"]
-    weight: str = "weight:consistency"
+    label: str = "consistency"
     views: int = 2
+
+    @property
+    def weight(self) -> str:
+        """Return the name of the 0-d tensor that carries the distance's weight."""
+        return f"weight:{self.label}"
 
 
 @dataclass(slots=True)

@@ -60,7 +60,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def export_road(wrapped: Wrapped, batch: Batch) -> fx.GraphModule:
-    """Capture with torch.export, non-strict: it keeps names and parameter objects on every model tried."""
+    """Capture with torch.export, non-strict: it keeps names and parameter objects."""
     with _quietly():
         return _unlifted(torch.export.export(wrapped, batch, strict=False))
 

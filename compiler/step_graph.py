@@ -1,4 +1,4 @@
-"""One training step as one flat graph: loss, gradients and probes out, the user's own parameters inside."""
+"""One training step as one flat graph: loss, gradients and probes over the user's parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BatchMismatch(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A batch input of the graph: its placeholder, what it must look like, and its key in the inputs."""
+    """A batch input: its placeholder, its key in the inputs, and what it must look like."""
 
     name: str
     key: str | int | None
@@ -79,8 +79,9 @@ class Interface:
 class Outputs:
     """What one step gives.
 
-    `loss` is the micro-batch's mean (task plus weighted consistency), `total` what was differentiated: the loss and
-    the penalties times the share. `grads` holds None for a trainable parameter the loss does not depend on.
+    `loss` is the micro-batch's mean (task plus weighted consistency), `total` what was
+    differentiated: the loss and the penalties times the share. `grads` holds None for a trainable
+    parameter that the loss does not depend on.
     """
 
     loss: Tensor
@@ -107,7 +108,8 @@ def flatten_inputs(inputs: Inputs) -> tuple[Kind, list[tuple[str | int | None, T
 class StepGraph(fx.GraphModule):
     """A training step as a `torch.fx.GraphModule` over the user's own parameters and buffers.
 
-    It may exist before its graph does: `install` fills it, and calling it goes to `on_call`, which its owner sets.
+    It may exist before its graph does: `install` fills it. Calling it goes to `on_call`, which its
+    owner sets.
     """
 
     def __init__(
@@ -188,7 +190,9 @@ class StepGraph(fx.GraphModule):
         grads = {n[5:]: v for n, v in found.items() if n.startswith("grad:")}
         probes = {n[6:]: v for n, v in found.items() if n.startswith("probe:") and v is not None}
         loss, total, task = found["loss"], found["total"], found["task"]
-        assert loss is not None and total is not None and task is not None
+        assert loss is not None
+        assert total is not None
+        assert task is not None
         return Outputs(loss, total, task, found.get("consistency"), grads, probes)
 
     def _misfits(self, batch: Batch) -> list[str]:
@@ -207,7 +211,7 @@ class StepGraph(fx.GraphModule):
         ]
 
     def constant_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors the graph holds that are not the user's: what a saved program stores besides the graph."""
+        """Return the graph's own tensors: what a saved program stores besides the graph."""
         return {name: self.get_buffer(name) for name in self.constants}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepGraph:

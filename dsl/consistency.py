@@ -92,7 +92,7 @@ def on_problems(
     cls: type[Construct], given: bool, head: Span | None, on: Span | None
 ) -> Iterator[Diagnostic]:
     """Yield what is wrong with `on`, or with its absence."""
-    title = f"{cls.kind} {cls.name}" if cls.kind != cls.name else cls.kind
+    title = cls.heading()
     if cls.targets == "none" and given:
         labels = _at(on, "this selects parts of the model")
         message = f"`{title}` acts on no part of the model"

@@ -97,10 +97,15 @@ class Construct(BaseModel):
         if folder in KINDS and "kind" not in vars(cls):
             cls.kind, cls.name = folder, file
 
+    @classmethod
+    def heading(cls) -> str:
+        """Return what a spec calls it: `regularize pace`, or `run`."""
+        return f"{cls.kind} {cls.name}" if cls.kind != cls.name else cls.kind
+
     @property
     def title(self) -> str:
-        """Return what a spec calls it: `regularize pace`."""
-        return f"{self.kind} {self.name}" if self.kind != self.name else self.kind
+        """Return what a spec calls it, for a construct with its fields."""
+        return self.heading()
 
     def is_identity(self) -> bool:
         """Say whether a field has the value that `identity` says makes the clause do nothing."""

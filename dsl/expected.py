@@ -34,7 +34,7 @@ def explain(
     ended = token.type == END
     if not before and token.type == "NAME" and "KIND" in accepts:
         return _unknown_kind(token, source)
-    message = "the file ends too early" if ended else f"unexpected `{printable(token.text)}`"
+    message = "the text ends too early" if ended else f"unexpected `{printable(token.text)}`"
     at = Span(source, token.start, token.end)
     if ended and last:
         at = Span(source, last.end - 1, last.end)
@@ -43,7 +43,7 @@ def explain(
     if opened and (ended or _begins_line(token, last, source)):
         at_bracket = Span(source, opened.start, opened.end)
         labels.append(Label(at_bracket, f"this `{opened.text}` is still open"))
-    return Diagnostic("syntax", message, tuple(labels), (), _help(token, accepts, before))
+    return Diagnostic("syntax", message, tuple(labels), (), _help(token, accepts, before, source))
 
 
 def spelled(accepts: frozenset[str]) -> list[str]:
@@ -92,13 +92,19 @@ def _begins_line(token: Token, last: Token | None, source: Source) -> bool:
     return last is not None and "\n" in source.text[last.end : token.start]
 
 
-def _help(token: Token, accepts: frozenset[str], before: Sequence[Token]) -> str | None:
+def _help(
+    token: Token, accepts: frozenset[str], before: Sequence[Token], source: Source
+) -> str | None:
     last = before[-1] if before else None
-    if last and last.text == token.text and token.text in _DOUBLED:
+    neighbours = (last.text if last else "", source.text[token.end : token.end + 1])
+    if token.text in _DOUBLED and token.text in neighbours:
         return _DOUBLED[token.text]
     if token.text == "==" and "EQUAL" in accepts:
         return _DOUBLED["="]
-    if "COMMA" in accepts and token.type in ("NAME", "UNIT", "KIND", "RUN"):
+    if token.text == "=" and "AND" in accepts:
+        return "`==` compares"
+    statement = token.type in _STATEMENT and _begins_line(token, last, source)
+    if "COMMA" in accepts and token.type in ("NAME", "UNIT", "KIND", "RUN") and not statement:
         return "fields are separated by `,`"
     return None
 

@@ -76,9 +76,7 @@ class Lets:
                     Diagnostic("unknown-let", message, (Label(span),), (known,), help)
                 )
             else:
-                # Blanks keep offsets, so that spans point into the setting as it was given.
-                blank = " " * (len(setting) - len(text))
-                node, problems = parse_expression(Source("--set", blank + text))
+                node, problems = parse_expression(source, len(setting) - len(text))
                 self.found += problems
                 if node is None:
                     self.broken.add(name)

@@ -29,8 +29,7 @@ _INTRODUCTION = {
 
 def construct_page(cls: type[Construct], level: int = 1) -> str:
     """Return a construct's page as Markdown."""
-    title = f"{cls.kind} {cls.name}" if cls.kind != cls.name else cls.kind
-    parts = [f"{'#' * level} {title}", _docstring(cls), f"```train\n{cls.example.strip()}\n```"]
+    parts = [f"{'#' * level} {cls.heading()}", _docstring(cls), f"```train\n{cls.example.strip()}\n```"]
     parts.append(_acts_on(cls))
     if rows := list(_fields(cls)):
         parts.append(

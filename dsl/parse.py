@@ -55,12 +55,12 @@ def parse(source: Source) -> Parsed:
     return out
 
 
-def parse_expression(source: Source) -> tuple[ast.Node | None, list[Diagnostic]]:
-    """Return the tree of a text that is one expression."""
-    opening = "let value ="
-    shifted = Source(source.name, f"{opening}\n{source.text}")
+def parse_expression(source: Source, skip: int = 0) -> tuple[ast.Node | None, list[Diagnostic]]:
+    """Return the tree of a text that is one expression, from its character `skip` on."""
+    opening = "let value =\n"
+    shifted = Source(source.name, opening + source.text[skip:])
     parsed = parse(shifted)
-    offset = len(opening) + 1
+    offset = len(opening) - skip
     found = [_moved(d, source, offset) for d in parsed.found]
     match parsed.tree.statements:
         case [ast.Let(_, value)] if not found:
@@ -77,6 +77,7 @@ def parse_expression(source: Source) -> tuple[ast.Node | None, list[Diagnostic]]
 def _piecewise(tokens: list[Token], builder: TreeBuilder, out: Parsed) -> None:
     """Read statement by statement, so that each can fail alone."""
     statements: list[ast.Statement] = []
+    garbled = [d.span.start for d in out.found if d.span]
     cuts = _cuts(tokens, builder.source)
     for begin, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
         piece = tokens[begin:end]
@@ -89,9 +90,15 @@ def _piecewise(tokens: list[Token], builder: TreeBuilder, out: Parsed) -> None:
                 statements += run(piece[:index], builder).statements
                 piece = piece[index:]
                 index = 0
-            out.found.append(_diagnose(refusal, piece[:index], following, builder.source))
+            # A character that means nothing leaves a gap, which is no second mistake.
+            if not _among(garbled, piece):
+                out.found.append(_diagnose(refusal, piece[:index], following, builder.source))
             out.lost |= _defined(piece)
     out.tree = ast.Tree(tuple(statements), span=builder.source.span())
+
+
+def _among(offsets: Sequence[int], piece: Sequence[Token]) -> bool:
+    return bool(piece) and any(piece[0].start <= at <= piece[-1].end for at in offsets)
 
 
 def _cuts(tokens: list[Token], source: Source) -> list[int]:

@@ -170,7 +170,7 @@ class Resolver:
         try:
             value = read(self.lets.expand(node), *([self.scope] if scoped else []))
         except Unreadable as error:
-            self.found.append(place(error, node.span, message))
+            self.found.append(place(error, node.span, message, self.lets))
             return None
         self.scope.found[count:] = [used_at(d, node.span) for d in self.scope.found[count:]]
         return value

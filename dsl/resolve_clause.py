@@ -40,12 +40,13 @@ def construct_name(tree: ast.ClauseTree, catalog: Catalog) -> str | None:
     return kind if kind == "run" or (kind, kind) in catalog or kind in ("model", "data") else None
 
 
-def place(error: Unreadable, where: Span, message: str) -> Diagnostic:
+def place(error: Unreadable, where: Span, message: str, lets: Lets) -> Diagnostic:
     """Return the diagnostic for an unreadable node, and where it is used if that is elsewhere."""
     labels = [Label(error.span, error.text)]
     if error.span not in where:
         labels.append(Label(where, "used here"))
-    return Diagnostic(error.rule, error.message or message, tuple(labels), (), error.help)
+    help = suggest(error.span.text, lets.values) if error.rule == "unknown-name" else None
+    return Diagnostic(error.rule, error.message or message, tuple(labels), (), help or error.help)
 
 
 def used_at(d: Diagnostic, span: Span) -> Diagnostic:
@@ -135,7 +136,7 @@ class ClauseResolver:
                 try:
                     out[part.word] = _READ[part.word](self.lets.expand(part.value))
                 except Unreadable as error:
-                    self.found.append(place(error, part.value.span, _ROLE[part.word]))
+                    self.found.append(place(error, part.value.span, _ROLE[part.word], self.lets))
         return out
 
     def _lost(self, node: ast.Node) -> bool:
@@ -194,7 +195,7 @@ class ClauseResolver:
                 found = place(
                     error,
                     item.value.span,
-                    f"`{cls_title(cls)}` cannot take this `{printable(name)}`",
+                    f"`{cls.heading()}` cannot take this `{printable(name)}`",
                 )
                 note = _note(cls, name) if declared and not error.message else ()
                 self.found.append(
@@ -226,7 +227,7 @@ class ClauseResolver:
         if "path" not in cls.model_fields:
             label = Label(tree.path.span, "this is not needed")
             self.found.append(
-                Diagnostic("unexpected-path", f"`{cls_title(cls)}` imports nothing", (label,))
+                Diagnostic("unexpected-path", f"`{cls.heading()}` imports nothing", (label,))
             )
             return
         try:
@@ -234,12 +235,12 @@ class ClauseResolver:
         except Unreadable as error:
             failed.add("path")
             self.found.append(
-                place(error, tree.path.span, f"`{cls_title(cls)}` cannot import this")
+                place(error, tree.path.span, f"`{cls.heading()}` cannot import this")
             )
 
     def _unknown(self, item: ast.Field, cls: type[Construct]) -> None:
         fields = [name for name in cls.model_fields if name not in _HIDDEN or not cls.open_fields]
-        message = f"`{cls_title(cls)}` has no field `{printable(item.name.id)}`"
+        message = f"`{cls.heading()}` has no field `{printable(item.name.id)}`"
         known = (
             f"its fields are {', '.join(f'`{f}`' for f in fields)}"
             if fields
@@ -261,7 +262,7 @@ class ClauseResolver:
         self, detail: Any, name: str, cls: type[Construct], first: dict[str, ast.Field], head: Span
     ) -> Diagnostic:
         """Put what pydantic says where the author wrote the field."""
-        title = cls_title(cls)
+        title = cls.heading()
         if detail["type"] == "missing":
             if name == "path":
                 message = f"`{title}` does not say what to import"
@@ -284,11 +285,6 @@ class ClauseResolver:
         message = f"`{title}` cannot take this `{name}`"
         label = Label(first[name].value.span, text)
         return Diagnostic(rule, message, (label,), _note(cls, name), help)
-
-
-def cls_title(cls: type[Construct]) -> str:
-    """Return what a spec calls a construct."""
-    return f"{cls.kind} {cls.name}" if cls.kind != cls.name else cls.kind
 
 
 def _note(cls: type[Construct], name: str) -> tuple[str, ...]:

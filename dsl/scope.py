@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from trainc.dsl import ast
 from trainc.dsl.construct import Construct
-from trainc.dsl.diagnostics import Diagnostic, Label, suggest
-from trainc.dsl.functions import PLACES, SCHEDULE_NAMES, SIGNALS
+from trainc.dsl.diagnostics import Diagnostic, Label, nearest, suggest
+from trainc.dsl.functions import FUNCTIONS, PLACES, SCHEDULE_NAMES, SIGNALS
 from trainc.dsl.source import Span
 
 BUILT_IN = (*SCHEDULE_NAMES, *SIGNALS, "micro_batch")
@@ -59,17 +59,17 @@ class Scope:
                 message,
                 labels,
                 (),
-                f"tell them apart: `{found[0].title} as first ...`",
+                f"tell them apart: `{found[0].heading()} as first ...`",
             )
         if not found:  # the clause itself is broken, and reported
             return None
         signals = found[0].signals
         if not signals:
-            message = f"`{found[0].title}` measures nothing"
+            message = f"`{found[0].heading()}` measures nothing"
             return Diagnostic("unknown-signal", message, labels)
         if signal and signal not in signals:
             known = f"it measures {', '.join(f'`{label}.{s}`' for s in signals)}"
-            message = f"`{found[0].title}` has no signal `{signal}`"
+            message = f"`{found[0].heading()}` has no signal `{signal}`"
             return Diagnostic("unknown-signal", message, labels, (known,), suggest(signal, signals))
         return None
 

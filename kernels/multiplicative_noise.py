@@ -98,7 +98,8 @@ def reference(
     return torch.stack(rows) if rows else x.clone()
 
 
-def _check(x: Tensor, sigma: Tensor, key: Tensor, views: int, share: str) -> None:
+def check(x: Tensor, sigma: Tensor, key: Tensor, views: int, share: str) -> None:
+    """Reject arguments outside the contract."""
     require(share in SHARES, lambda: f"share is one of {SHARES}, not {share!r}")
     require(
         x.dim() >= 2 and x.is_floating_point(),
@@ -120,7 +121,7 @@ def eager_multiply(
     share: str,
     first_example: Tensor | None = None,
 ) -> Tensor:
-    _check(x, sigma, key, views, share)
+    check(x, sigma, key, views, share)
     z = factor(x, sigma, key, site, views, share, first_example)
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     y = torch.empty_like(flat, memory_format=torch.contiguous_format)
@@ -143,7 +144,7 @@ def _(
     share: str,
     first_example: Tensor | None = None,
 ) -> Tensor:
-    _check(x, sigma, key, views, share)
+    check(x, sigma, key, views, share)
     return x.new_empty(x.shape)
 
 
@@ -157,17 +158,18 @@ def eager_add(
     share: str,
     first_example: Tensor | None = None,
 ) -> Tensor:
-    _check_pair(h0, delta, sigma, key, views, share)
+    check_pair(h0, delta, sigma, key, views, share)
     z = factor(delta, sigma, key, site, views, share, first_example)
     shape = (delta.shape[0], math.prod(delta.shape[1:-1]), delta.shape[-1])
     y = h0.new_empty(shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
     return torch.addcmul(h0.reshape(shape), delta.reshape(shape), z, out=y).view(h0.shape)
 
 
-def _check_pair(
+def check_pair(
     h0: Tensor, delta: Tensor, sigma: Tensor, key: Tensor, views: int, share: str
 ) -> None:
-    _check(delta, sigma, key, views, share)
+    """Reject arguments outside the contract."""
+    check(delta, sigma, key, views, share)
     require(
         h0.shape == delta.shape,
         lambda: f"h0 {tuple(h0.shape)} and delta {tuple(delta.shape)} differ in shape",
@@ -188,7 +190,7 @@ def _(
     share: str,
     first_example: Tensor | None = None,
 ) -> Tensor:
-    _check_pair(h0, delta, sigma, key, views, share)
+    check_pair(h0, delta, sigma, key, views, share)
     return h0.new_empty(h0.shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
 
 

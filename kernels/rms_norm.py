@@ -10,6 +10,7 @@ Contract. `x` is (B, ..., *normalized_shape), floating; `weight` is normalized_s
           transformers: a float32 weight gives a float32 result)
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -173,9 +174,7 @@ def _input_gradient(
     dx: Tensor = torch.ops.aten.native_layer_norm_backward(
         dy, x, normalized_shape, zeros, rstd, weight, None, [True, False, False]
     )[0]
-    width = 1
-    for extent in normalized_shape:
-        width *= extent
+    width = math.prod(normalized_shape)
     if weight is None:
         total = dy.reshape(rstd.numel(), width).sum(1)
     else:

@@ -62,7 +62,8 @@ def reference(
     return task + weight * consistency, task, consistency
 
 
-def _check(logits: Tensor, targets: Tensor, weight: Tensor, distance: str) -> None:
+def check(logits: Tensor, targets: Tensor, weight: Tensor, distance: str) -> None:
+    """Reject arguments outside the contract."""
     require(distance in DISTANCES, lambda: f"distance is one of {DISTANCES}, not {distance!r}")
     require(
         logits.dim() >= 2
@@ -82,7 +83,7 @@ def eager_forward(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(logits, targets, weight, distance)
+    check(logits, targets, weight, distance)
     dtype = accumulation_dtype(logits.dtype)
     rows = logits.reshape(-1, logits.shape[-1])
     first, second = rows.chunk(2) if rows.shape[0] else (rows, rows)
@@ -113,7 +114,7 @@ def _(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(logits, targets, weight, distance)
+    check(logits, targets, weight, distance)
     scalar = logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
     return scalar, torch.empty_like(scalar), torch.empty_like(scalar)
 

@@ -1,7 +1,9 @@
 """Launch the Triton norm kernels: shapes, regimes, and the cases left to ATen."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -59,9 +61,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd); mean is left unwritten for RMSNorm."""
     x = x.contiguous()
-    width = 1
-    for extent in normalized_shape:
-        width *= extent
+    width = math.prod(normalized_shape)
     rows = x.numel() // width
     shape = tile(rows, width)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -100,7 +100,12 @@ def backward(
     shape = tile(rows, width)
     programs = wanted_programs(x) if programs is None else programs
     columns = 1 if rms else 2
-    flags = {"RMS": rms, "LLAMA": llama, "HAS_W": weight is not None, "HAS_B": has_bias}
+    flags: dict[str, Any] = {
+        "RMS": rms,
+        "LLAMA": llama,
+        "HAS_W": weight is not None,
+        "HAS_B": has_bias,
+    }
     flags |= {"WRITE_DX": write_dx, "BLOCK_R": shape.rows, "BLOCK_C": shape.columns}
     dx = torch.empty_like(x) if write_dx else absent(x)
     inputs = (x, contiguous(weight, x), dy, dx, mean, rstd)
@@ -157,7 +162,7 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::layer_norm; without a probe it is ATen's, as its backward is."""
     check_norm(x, normalized_shape, weight, bias, probe, layer_norm.COLUMNS)
-    if probe is None or not supported(x, fold(x, normalized_shape).width):
+    if probe is None or not supported(x, math.prod(normalized_shape)):
         return layer_norm.eager_forward(x, normalized_shape, weight, bias, probe, eps)
     return forward(x, normalized_shape, weight, bias, eps, x.dtype, rms=False, llama=False)
 
@@ -173,7 +178,7 @@ def layer_norm_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::layer_norm_backward."""
-    if not supported(x, fold(x, normalized_shape).width):
+    if not supported(x, math.prod(normalized_shape)):
         return layer_norm.eager_backward(
             dy, x, normalized_shape, mean, rstd, weight, bias, output_mask
         )
@@ -199,7 +204,7 @@ def rms_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """The CUDA kernel of trainc::rms_norm."""
     rms_norm.check(x, normalized_shape, weight, probe, casting)
-    if not supported(x, x.shape[-1]):
+    if not supported(x, math.prod(normalized_shape)):
         return rms_norm.eager_forward(x, normalized_shape, weight, probe, eps, casting)
     dtype, llama = rms_norm.result_dtype(x, weight, casting), casting == "llama"
     y, _, rstd = forward(x, normalized_shape, weight, None, eps, dtype, rms=True, llama=llama)
@@ -217,7 +222,7 @@ def rms_norm_backward(
     with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::rms_norm_backward."""
-    if not supported(x, x.shape[-1]):
+    if not supported(x, math.prod(normalized_shape)):
         return rms_norm.eager_backward(
             dy, x, normalized_shape, rstd, weight, casting, output_mask, with_norms
         )

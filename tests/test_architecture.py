@@ -167,8 +167,8 @@ optimizer adamw { lr = 1e-3 }
 def test_checking_a_spec_never_loads_torch() -> None:
     done = run(
         "import trainc\n"
-        "assert trainc.catalog()\n"
-        f"assert trainc.check({SPEC!r})\n"
+        "assert len([*trainc.catalog().values()]) > 10\n"
+        f"assert trainc.check({SPEC!r}).spec\n"
         "assert trainc.Spec and trainc.Clause and trainc.SpecError and dir(trainc)\n"
         "import trainc.cli.app"
     )

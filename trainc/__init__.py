@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainc import functional as functional
+    from trainc.compiler.artefact import load as load
     from trainc.compiler.catalog import catalog as catalog
+    from trainc.compiler.catalog import check as check
     from trainc.compiler.compile import compile as compile
     from trainc.compiler.compile import plan as plan
     from trainc.compiler.program import Program as Program
-    from trainc.compiler.artefact import load as load
     from trainc.dsl.diagnostics import SpecError as SpecError
-    from trainc.dsl.resolve import check as check
     from trainc.dsl.spec import Clause as Clause
     from trainc.dsl.spec import Spec as Spec
 
@@ -26,7 +26,7 @@ _HOME = {
     "Spec": "trainc.dsl.spec",
     "SpecError": "trainc.dsl.diagnostics",
     "catalog": "trainc.compiler.catalog",
-    "check": "trainc.dsl.resolve",
+    "check": "trainc.compiler.catalog",
     "compile": "trainc.compiler.compile",
     "load": "trainc.compiler.artefact",
     "plan": "trainc.compiler.compile",

@@ -25,12 +25,13 @@ class SiteMissing(ValueError):
         self.pass_name, self.missing = pass_name, tuple(missing)
         names = ", ".join(f"`{name}`" for name in self.missing)
         super().__init__(
-            f"pass `{pass_name}` did not find {len(self.missing)} of its sites in the graph: {names}"
+            f"pass `{pass_name}` did not find {len(self.missing)} of its sites "
+            f"in the graph: {names}"
         )
 
 
 class SiteUnfit(ValueError):
-    """A site was found, but what it does there cannot be served; the message names the module."""
+    """A site was found but cannot be served; the message names the module."""
 
     def __init__(self, module: str, reason: str) -> None:
         self.module = module
@@ -44,7 +45,8 @@ class CompilerBug(RuntimeError):
         self.pass_name, self.before = pass_name, before
         super().__init__(
             f"pass `{pass_name}` broke the graph: {reason}\n"
-            f"This is a mistake in trainc; please report it. `--without {pass_name}` avoids the pass.\n"
+            "This is a mistake in trainc; please report it. "
+            f"`--without {pass_name}` avoids the pass.\n"
             f"The graph before it:\n{before}"
         )
 
@@ -53,8 +55,8 @@ class CompilerBug(RuntimeError):
 class Pass(ABC):
     """One rewrite of the forward graph.
 
-    `after` and `before` order it among the others; `exact` says that it keeps every number bit for bit; `widens` names
-    the outputs that may come out in a wider floating dtype.
+    `after` and `before` order it among the others; `exact` says that it keeps every number bit for
+    bit; `widens` names the outputs that may come out in a wider floating dtype.
     """
 
     name: ClassVar[str]
@@ -75,7 +77,7 @@ class Pass(ABC):
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """What a pass did: sites served and unserved, nodes before and after, seconds, and the diff of the listing."""
+    """What a pass did: sites, node counts, seconds, and the diff of the listing."""
 
     name: str
     purpose: str
@@ -94,7 +96,7 @@ def run_passes(
     passes: Sequence[Pass],
     without: frozenset[str] = frozenset(),
 ) -> tuple[PassReport, ...]:
-    """Run the passes in order and check the graph after each; those in `without` leave their sites unserved."""
+    """Run the passes in order, checking after each; those in `without` leave sites unserved."""
     reports: list[PassReport] = []
     dropped = {site for step in passes if step.name in without for site in step.wants(rewrite)}
     forward.propagate()

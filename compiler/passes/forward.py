@@ -1,7 +1,8 @@
 """The forward graph that passes rewrite: one view of the user's model and task as flat ATen nodes.
 
-Passes work here, before differentiation, because the gradient of a fused operator is then its own registered backward:
-on a whole-step graph every rewrite would have to find and replace the matching backward nodes as well.
+Passes work here, before differentiation, because the gradient of a fused operator is then its own
+registered backward: on a whole-step graph every rewrite would have to find and replace the matching
+backward nodes as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 VIEW_ONE = ("task", "logits")
+_SAME_TENSOR = {
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.view_as.default,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,8 @@ class ForwardGraph:
     """The graph, the tensors its get_attr nodes name, and what stands at its ends.
 
     `outputs` names the output node's values; `scalars` and `probes` map a name to its placeholder.
-    `examples` is the batch size, before it is repeated for `views`. `enlarged` captures the model again with one more
-    example, which tells the example axis from another axis of the same size.
+    `examples` is the batch size, before it is repeated for `views`. `enlarged` captures the model
+    again with one more example, which tells the example axis from another of the same size.
     """
 
     module: fx.GraphModule
@@ -142,7 +148,7 @@ class ForwardGraph:
         return node
 
     def call(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-        """Add an operator call at the insertion point; it counts as part of the module `like` is in."""
+        """Add an operator call at the insertion point, as part of the module `like` is in."""
         node = self.graph.call_function(target, args)
         if "nn_module_stack" in like.meta:
             node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
@@ -164,7 +170,7 @@ class ForwardGraph:
 
 
 class Run(fx.Interpreter):
-    """Executes a forward graph with given tensors in place of its get_attr and placeholder nodes."""
+    """Executes a forward graph with given tensors for its get_attr and placeholder nodes."""
 
     def __init__(
         self, forward: ForwardGraph, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
@@ -200,36 +206,11 @@ class _Propagate(Run):
         return value
 
 
-def call_site(node: fx.Node) -> str:
-    """Return the innermost module of a node as the user names it, without the mark of a repeated call."""
-    paths = module_paths(node)
-    return re.sub(r"@\d+$", "", paths[-1]) if paths else ""
-
-
-_SAME_TENSOR = {
-    torch.ops.aten.alias.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.view_as.default,
-}
-
-
 def module_stack(node: fx.Node) -> dict[str, str]:
-    """Return the modules a node is inside of, outermost first: a key for the call, and the user's name."""
+    """Return the modules around a node, outermost first: a key for the call, and the name."""
     return {key: path for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items()}
 
 
 def call_site(node: fx.Node) -> str:
     """Return the innermost module of a node; "" is the model itself."""
     return next(reversed(module_stack(node).values()), "")
-
-
-_SAME_TENSOR = {
-    torch.ops.aten.alias.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.view_as.default,
-}
-
-
-def module_paths(node: fx.Node) -> tuple[str, ...]:
-    """Return every module a node is inside of, outermost first, calls marked `@1` and so on."""
-    return tuple(entry for entry, _ in (node.meta.get("nn_module_stack") or {}).values())

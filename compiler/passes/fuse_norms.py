@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -20,7 +20,7 @@ from trainc.kernels.rms_norm import default_eps
 
 @dataclass(frozen=True)
 class FuseNorms(Pass):
-    """Replaces each selected norm, however it is spelled, by `trainc.layer_norm` or `trainc.rms_norm`."""
+    """Replaces each selected norm, however it is spelled, by one operator."""
 
     name: ClassVar[str] = "fuse_norms"
     purpose: ClassVar[str] = "turn the selected normalization layers into one operator each"
@@ -45,28 +45,31 @@ class FuseNorms(Pass):
         """Put the operator in place of one norm."""
         casting = call.casting or site.casting
         with forward.graph.inserting_before(call.result):
+            x, shape = call.x, list(call.shape)
+            arguments: tuple[Any, ...]
             if site.form == "layer":
                 operation = torch.ops.trainc.layer_norm.default
                 eps = 1e-5 if call.eps is None else call.eps
-                arguments = (call.x, list(call.shape), call.weight, call.bias, None, eps)
+                arguments = (x, shape, call.weight, call.bias, None, eps)
             else:
                 operation = torch.ops.trainc.rms_norm.default
-                eps = default_eps(call.x.meta["val"].dtype) if call.eps is None else call.eps
-                arguments = (call.x, list(call.shape), call.weight, None, eps, casting)
+                eps = default_eps(x.meta["val"].dtype) if call.eps is None else call.eps
+                arguments = (x, shape, call.weight, None, eps, casting)
             fused = forward.call(operation, arguments, call.result)
             result = forward.call(operator.getitem, (fused, 0), call.result)
         old, new = call.result.meta["val"], result.meta["val"]
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise SiteUnfit(
                 site.module,
-                f"its norm gives {old.dtype} {list(old.shape)} and the operator {new.dtype} {list(new.shape)}",
+                f"its norm gives {old.dtype} {list(old.shape)} "
+                f"and the operator {new.dtype} {list(new.shape)}",
             )
         call.result.replace_all_uses_with(result)
         forward.graph.erase_node(call.result)
 
 
 def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:
-    """Return the one call of each norm site, found by its weight, or by its module where it has none."""
+    """Return the one call of each norm site, found by its weight, else by its module."""
     calls = list(norm_calls(forward.graph))
     found: dict[str, NormCall] = {}
     for site in rewrite.norms:
@@ -77,8 +80,8 @@ def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:
         if uses > 1:
             raise SiteUnfit(
                 site.module,
-                f"its weight takes part {uses} times in one forward pass, and the squared norm of a sum is not "
-                "the sum of squared norms: its per-example norms would be wrong",
+                f"its weight takes part {uses} times in one forward pass, and the squared norm "
+                "of a sum is not the sum of squared norms: its per-example norms would be wrong",
             )
         found[site.module] = mine[0]
     return found

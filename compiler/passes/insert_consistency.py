@@ -20,9 +20,15 @@ aten = torch.ops.aten
 KEY, FIRST_EXAMPLE = "key", "first_example"
 DROPOUT = {aten.dropout.default, aten.dropout_.default}
 UNSHARED = {
-    aten.scaled_dot_product_attention.default, aten.feature_dropout.default, aten.alpha_dropout.default,
-    aten.bernoulli.default, aten.bernoulli.p, aten.bernoulli_.float, aten.rand_like.default, aten.randn_like.default,
-}  # fmt: skip
+    aten.scaled_dot_product_attention.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.bernoulli.default,
+    aten.bernoulli.p,
+    aten.bernoulli_.float,
+    aten.rand_like.default,
+    aten.randn_like.default,
+}
 LOSS = "loss"
 
 
@@ -57,14 +63,15 @@ class InsertConsistency(Pass):
         return served
 
     def add_noise(self, forward: ForwardGraph, site: NoiseSite) -> bool:
-        """Put the noise operator behind every call of a module; False when the module is not in the graph."""
+        """Put noise behind every call of a module; False when the module is not in the graph."""
         ends = _results(forward, site.module)
         for node in ends:
             value = node.meta["val"]
             if value.dim() < 2 or value.shape[0] != forward.rows:
                 raise SiteUnfit(
                     site.module,
-                    f"the first axis of its output {list(value.shape)} is not the axis of the {forward.rows} examples",
+                    f"the first axis of its output {list(value.shape)} is not the axis of "
+                    f"the {forward.rows} examples",
                 )
             readers = list(node.users)
             sigma, key = forward.scalar(site.scalar), forward.scalar(KEY)
@@ -80,7 +87,7 @@ class InsertConsistency(Pass):
         return bool(ends)
 
     def share_dropout(self, forward: ForwardGraph) -> None:
-        """Let all views of an example share each dropout mask, so that their distance measures the noise alone."""
+        """Let the views share each dropout mask, so that their distance measures the noise alone."""
         for node in forward.calls():
             if node.target in UNSHARED and _is_random(node):
                 where = call_site(node) or "the model"

@@ -1,4 +1,4 @@
-"""Give each fused norm a probe: an input of zeros whose gradient is the per-example squared gradient norms."""
+"""Give each fused norm a probe: zeros whose gradient is the per-example squared gradient norms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROBE: dict[Any, int] = {
 
 @dataclass(frozen=True)
 class InstrumentNorms(Pass):
-    """Adds a probe to every fused norm site; the loss and the parameter gradients stay as they are."""
+    """Adds a probe to every fused norm site; loss and parameter gradients stay as they are."""
 
     name: ClassVar[str] = "instrument_norms"
     purpose: ClassVar[str] = "measure per-example squared gradient norms at the fused norms"
@@ -62,8 +62,8 @@ class InstrumentNorms(Pass):
         if x.dim() < 2 or x.shape[0] != forward.rows or wrong:
             raise SiteUnfit(
                 site.module,
-                f"the first axis of its input {list(x.shape)} is not the axis of the {forward.rows} examples, "
-                "so per-example norms cannot be taken there",
+                f"the first axis of its input {list(x.shape)} is not the axis of "
+                f"the {forward.rows} examples, so per-example norms cannot be taken there",
             )
 
 
@@ -78,7 +78,7 @@ def _fused(forward: ForwardGraph, site: NormSite) -> fx.Node | None:
 
 
 def _enlarged_shapes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, torch.Size]:
-    """Return the norms' input shapes with one more example in the batch; empty when that cannot be captured."""
+    """Return the norms' input shapes with one more example; empty when that fails."""
     if forward.enlarged is None:
         return {}
     try:
@@ -86,7 +86,7 @@ def _enlarged_shapes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, torch
         return {name: call.x.meta["val"].shape for name, call in locate(other, rewrite).items()}
     except Exception as error:
         forward.notes.append(
-            "another axis is as long as the batch, and the model could not be captured with one more example "
-            f"({type(error).__name__}): the first axis is taken for the example axis"
+            "another axis is as long as the batch, and the model could not be captured with one "
+            f"more example ({type(error).__name__}): the first axis is taken for the example axis"
         )
         return {}

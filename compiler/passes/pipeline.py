@@ -1,4 +1,4 @@
-"""The order of the passes: one literal tuple, checked against what each pass says about its neighbours."""
+"""The order of the passes: one literal tuple, checked against each pass's constraints."""
 
 from __future__ import annotations
 

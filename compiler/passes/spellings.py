@@ -1,4 +1,4 @@
-"""How normalization layers are spelled in ATen graphs, and matchers anchored on one operator of each spelling."""
+"""How norms are spelled in ATen graphs, and matchers anchored on one operator of each spelling."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ NATIVE_LAYER_NORM = {torch.native_layer_norm, aten.native_layer_norm.default}
 RMS_NORM = {F.rms_norm, torch.rms_norm, aten.rms_norm.default}
 
 CAST = {
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default,
-}  # fmt: skip
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+}
 MUL = {aten.mul.Tensor, operator.mul, torch.mul}
 ADD = {aten.add.Tensor, aten.add.Scalar, operator.add, torch.add}
 SUB = {aten.sub.Tensor, operator.sub, torch.sub}
@@ -73,10 +78,8 @@ def _arguments(node: fx.Node, names: Iterable[str]) -> dict[str, Any]:
 def _operator_call(node: fx.Node) -> NormCall | None:
     if node.target in RMS_NORM:
         given = _arguments(node, ("input", "normalized_shape", "weight", "eps"))
-        return NormCall(
-            "rms", given["input"], tuple(given["normalized_shape"]), given.get("weight"), None, given.get("eps"),
-            "none", node,
-        )  # fmt: skip
+        x, shape = given["input"], tuple(given["normalized_shape"])
+        return NormCall("rms", x, shape, given.get("weight"), None, given.get("eps"), "none", node)
     if node.target not in LAYER_NORM | NATIVE_LAYER_NORM:
         return None
     given = _arguments(node, ("input", "normalized_shape", "weight", "bias", "eps"))
@@ -86,10 +89,8 @@ def _operator_call(node: fx.Node) -> NormCall | None:
         if len(read) != 1 or read[0].target is not operator.getitem or read[0].args[1] != 0:
             return None
         result = read[0]
-    return NormCall(
-        "layer", given["input"], tuple(given["normalized_shape"]), given.get("weight"), given.get("bias"),
-        given.get("eps", 1e-5), "none", result,
-    )  # fmt: skip
+    x, shape, eps = given["input"], tuple(given["normalized_shape"]), given.get("eps", 1e-5)
+    return NormCall("layer", x, shape, given.get("weight"), given.get("bias"), eps, "none", result)
 
 
 def _spelled_call(node: fx.Node) -> NormCall | None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from examples import models
 from trainc.compiler.capture import CaptureFailed, capture, signature
 from trainc.compiler.dynamo_road import dynamo_road
 from trainc.compiler.rewrite import NormSite, Rewrite
 from trainc.compiler.roads import call, export_road, logits_of
 from trainc.compiler.step_graph import Batch, Outputs, StepGraph
-
-from examples import models
 
 
 @pytest.fixture(autouse=True)
@@ -376,7 +376,9 @@ def test_hugging_face_models_train_alike(name: str, kind: str) -> None:
     assert isinstance(ids, Tensor)
     inputs: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch = (inputs if kind == "dict" else ids, targets)
-    mixed = torch.autocast("cpu", torch.bfloat16) if kind == "autocast" else contextlib.nullcontext()
+    mixed = (
+        torch.autocast("cpu", torch.bfloat16) if kind == "autocast" else contextlib.nullcontext()
+    )
     torch.manual_seed(1)
     with mixed:
         loss = TASK(logits_of(call(model, batch[0])), targets)

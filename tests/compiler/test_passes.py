@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from examples import models
 from trainc.compiler.capture import capture
 from trainc.compiler.passes.base import CompilerBug, Pass, SiteMissing, SiteUnfit
 from trainc.compiler.passes.forward import ForwardGraph
@@ -22,8 +24,6 @@ from trainc.kernels.multiplicative_noise import multiplicative_noise
 from trainc.kernels.philox import pack_key
 from trainc.kernels.rms_norm import rms_norm
 from trainc.kernels.task_consistency_loss import task_consistency_loss
-
-from examples import models
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def step_of(model: nn.Module, batch: Batch, rewrite: Rewrite, **changes: Any) ->
 
 
 def one_by_one(model: nn.Module, batch: Batch, sites: Sequence[NormSite]) -> dict[str, Tensor]:
-    """Squared norms of each example's part of each parameter's gradient, by a backward pass for each."""
+    """Squared norms of each example's part of each gradient, by a backward pass for each."""
     inputs, targets = batch
     assert isinstance(inputs, Tensor)
     count = len(targets)
@@ -254,7 +254,9 @@ def test_what_only_looks_like_a_norm_is_left_alone(how: str) -> None:
 
 
 def test_norms_without_parameters_are_found_by_their_module() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 6))
+    model = nn.Sequential(
+        nn.Linear(6, 6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 6)
+    )
     model, batch = model.double().train(), vectors()
     step = step_of(model, batch, Rewrite(norms=[NormSite("1", "layer", None, None, 1e-5)]))
     out = step.run(batch, {})
@@ -520,7 +522,9 @@ class Raises(FuseNorms):
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_broken_pass_is_caught_and_named_with_the_graph_before_it(broken: Pass, words: str) -> None:
+def test_a_broken_pass_is_caught_and_named_with_the_graph_before_it(
+    broken: Pass, words: str
+) -> None:
     model = gpt()
     with pytest.raises(CompilerBug) as bug:
         step_of(model, tokens(), Rewrite(norms=norm_sites(model)), passes=(broken,))
@@ -539,12 +543,16 @@ def test_a_pass_that_forgets_a_site_is_caught() -> None:
 
 def test_passes_without_work_do_not_run() -> None:
     step = step_of(gpt(), tokens(), Rewrite())
-    assert [(r.name, r.ran, r.diff) for r in step.reports] == [(p.name, False, "") for p in PIPELINE]
+    assert [(r.name, r.ran, r.diff) for r in step.reports] == [
+        (p.name, False, "") for p in PIPELINE
+    ]
 
 
 def test_reports_tell_what_changed() -> None:
     model = gpt()
-    fuse, instrument, consistency = step_of(model, tokens(), Rewrite(norms=norm_sites(model))).reports
+    fuse, instrument, consistency = step_of(
+        model, tokens(), Rewrite(norms=norm_sites(model))
+    ).reports
     assert len(fuse.sites) == len(instrument.sites) == 5
     assert fuse.unserved == ()
     assert not consistency.ran

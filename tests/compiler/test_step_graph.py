@@ -1,4 +1,4 @@
-"""A step graph is a GraphModule that may wait for its graph, refuses other batches and copies whole."""
+"""A step graph may wait for its graph, refuses other batches and copies whole."""
 
 import copy
 import pickle
@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from examples import models
 from trainc.compiler.capture import capture
 from trainc.compiler.rewrite import NormSite, Rewrite
 from trainc.compiler.step_graph import Batch, BatchMismatch, StepGraph
-
-from examples import models
 
 
 @pytest.fixture(autouse=True)

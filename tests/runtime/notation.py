@@ -43,8 +43,6 @@ def values(expression: Any, length: RunLength = LENGTH, **env: float) -> list[fl
     return [schedule(at(step), env) for step in range(200)]
 
 
-
-
 def holds(expression: Any, clock: Clock | None = None, **env: float) -> bool:
     found = compile_condition(expression, UNITS, LENGTH)(clock or at(0), env)
     assert isinstance(found, bool)

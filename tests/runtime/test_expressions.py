@@ -1,9 +1,26 @@
 """Arithmetic on signals and counters, and conditions."""
 
 import math
-from typing import Any
 
 import pytest
+
+from tests.runtime.notation import (
+    BATCH,
+    LENGTH,
+    NAN,
+    TOKENS,
+    UNITS,
+    at,
+    call,
+    holds,
+    name,
+    number,
+    percent,
+    values,
+)
+from trainc.runtime.expressions import names
+from trainc.runtime.schedules import compile_condition
+
 
 def test_mathematics() -> None:
     found = values(["/", call("sqrt", number(16)), call("max", number(1), number(2))])
@@ -62,3 +79,11 @@ def test_a_number_is_no_condition() -> None:
         compile_condition(number(1), UNITS, LENGTH)
 
 
+def test_names_lists_what_an_expression_reads() -> None:
+    expression = [
+        "and",
+        [">", name("gns"), ["*", number(2), name("batch")]],
+        ["<", name("steps"), 3],
+    ]
+    assert set(names(expression)) == {"gns", "batch"}
+    assert set(names(call("linear", to=name("depth")))) == {"depth"}

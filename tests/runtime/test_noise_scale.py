@@ -109,7 +109,7 @@ def test_the_noise_scale_is_a_positive_number_or_undetermined(
 
 
 def draws(weights: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return sum |c_b|^2 and |sum c_b|^2 of `count` steps; G = (1, 2, -1), Sigma = diag(1, 4, 9)."""
+    """Return both sums of squares of each step, and q; G = (1, 2, -1), Sigma = diag(1, 4, 9)."""
     generator = torch.Generator().manual_seed(3)
     shape = (count, len(weights), 3)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Schedules and conditions: closed forms, what joins them, and what is refused."""
+"""Schedules: closed forms, what joins them, and what is refused."""
 
 import math
 import subprocess
@@ -10,9 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.runtime.notation import (
+    BATCH,
+    LENGTH,
+    TOKENS,
+    UNITS,
+    at,
+    call,
+    name,
+    number,
+    percent,
+    steps,
+    values,
+)
 from trainc.runtime.clock import Clock, RunLength, Unit, Units
-from trainc.runtime.expressions import names
-from trainc.runtime.schedules import compile_condition, compile_schedule, table
+from trainc.runtime.schedules import compile_schedule, table
 
 WARM_COSINE = ["then", call("warmup", percent(5)), call("cosine", to=percent(10))]
 
@@ -122,16 +134,6 @@ def test_depth_and_blocks_come_from_the_mapping() -> None:
 def test_a_name_without_a_value_is_named() -> None:
     with pytest.raises(ValueError, match="`detph` has no value here; known are: depth"):
         values(name("detph"), depth=0.0)
-
-
-def test_names_lists_what_an_expression_reads() -> None:
-    expression = [
-        "and",
-        [">", name("gns"), ["*", number(2), name("batch")]],
-        ["<", name("steps"), 3],
-    ]
-    assert set(names(expression)) == {"gns", "batch"}
-    assert set(names(call("linear", to=name("depth")))) == {"depth"}
 
 
 # Units ---------------------------------------------------------------------------------------

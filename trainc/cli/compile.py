@@ -29,4 +29,7 @@ def register(app: typer.Typer) -> None:
         graph = program.graph
         print(f"{output}: plan {program.plan.hash[:16]}, graph of {len(graph.graph.nodes)} nodes")
         for report in graph.reports:
-            print(f"  {report}")
+            sites = f"{len(report.sites)} sites, {report.nodes_before} -> {report.nodes_after} nodes"
+            print(f"  {report.name}: {sites if report.ran else 'nothing asked for it'}")
+            for site in report.unserved:
+                print(f"    left as it was: {site}")

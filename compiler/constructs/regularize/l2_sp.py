@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -35,7 +35,7 @@ class L2Sp(Construct):
     identity: ClassVar = {"weight": "0"}
     effects: ClassVar = (
         Effect("forward", "add the penalty", ("params", "clock"), ("loss",)),
-        Effect("observe", "keep the start", ("metrics",)),
+        Effect("observe", "keep the start", ("params",)),
     )
 
     weight: Schedule = Field(
@@ -70,7 +70,8 @@ class L2Sp(Construct):
 
         tensors = {keys[name]: tensor for name, tensor in starts.items()}
         to.penalty(value, names, {coefficient: weight}, tensors)
-        to.action(Anchors(to.label, starts))
+        watched = {name: to.tensor(name) for name in names}
+        to.action(Anchors(to.label, starts, lambda: self.reference(watched, starts, 2.0)))
 
     @staticmethod
     def reference(parameters: Inputs, anchors: Inputs, weight: Tensor | float) -> Tensor:
@@ -87,18 +88,23 @@ class L2Sp(Construct):
 
 
 class Anchors(Action):
-    """Phase 12: keeps the weights at the start in the checkpoint, and reports the last penalty."""
+    """Phase 12: keeps the weights at the start in the checkpoint, and says how far they went.
+
+    `apart` gives the squared distance from there, 0-d.
+    """
 
     phase = Phase.OBSERVE
-    reads = ("metrics",)
+    reads = ("params",)
 
-    def __init__(self, label: str, starts: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, label: str, starts: Mapping[str, Tensor], apart: Callable[[], Tensor]
+    ) -> None:
         self.name = label
         self.starts = dict(starts)
-        self.penalty: float | None = None
+        self.apart = apart
 
     def run(self, step: Step) -> None:
-        self.penalty = step.metrics.get(self.name, self.penalty)
+        """Do nothing: the program measures the penalty with the loss, and state is all there is."""
 
     def state_dict(self) -> State:
         return dict(self.starts)
@@ -115,8 +121,9 @@ class Anchors(Action):
                 start.copy_(state[name])
 
     def summary(self) -> str | None:
-        return (
-            None
-            if self.penalty is None
-            else f"{self.name}: the penalty ended at {self.penalty:.3g}"
-        )
+        import torch
+
+        with torch.no_grad():
+            distance = float(self.apart()) ** 0.5
+        where = "their start" if self.starts else "zero"
+        return f"{self.name}: the weights ended {distance:.4g} from {where}"

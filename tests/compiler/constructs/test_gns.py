@@ -81,7 +81,7 @@ def run_step(
     batches: Sequence[tuple[Tensor, Tensor]],
     clock: Clock | None = None,
 ) -> Step:
-    """Run one optimizer step of token-mean cross-entropy over micro-batches and the action on it."""
+    """Run one step of token-mean cross-entropy over micro-batches, and the action on it."""
     model.zero_grad()
     total = sum(int((y >= 0).sum()) for _, y in batches)
     step = Step(clock or Clock(), dict(model.named_parameters()), {}, 8, 8)
@@ -184,8 +184,9 @@ def test_a_half_life_holds_while_the_batch_changes() -> None:
     assert (action.half_life, action.unit) == (24.0, "samples")
     clock, expected = Clock(), Averages()
     for rows in ([0, 1, 2, 3, 4, 5], [0, 1], [2, 3, 4]):
-        alone, _ = measure(fresh := Tiny(nn.LayerNorm), NORMS, rule)
-        one = run_step(alone, bind(fresh, sites.rewrite), fresh, [(x[rows], y[rows])])
+        fresh = Tiny(nn.LayerNorm)
+        alone, bound = measure(fresh, NORMS, rule)
+        one = run_step(alone, bound, fresh, [(x[rows], y[rows])])
         run_step(action, sites, model, [(x[rows], y[rows])], clock)
         clock.advance(len(rows), 6 * len(rows), 0.0)
         expected.add(alone.total.estimate, 0.5 ** (len(rows) / 24))
@@ -382,7 +383,7 @@ def test_the_form_of_a_norm_is_found(
     "module", [GemmaLikeRMSNorm(6), WrongEpsRMSNorm(6), ImageLayerNorm(6), nn.Linear(6, 6)]
 )
 def test_what_computes_something_else_is_refused(module: nn.Module) -> None:
-    with pytest.raises(ValueError, match="`x`.* it computes something else"):
+    with pytest.raises(ValueError, match=r"`x`.*it computes something else"):
         norm_site("x", module)
 
 

@@ -1,0 +1,187 @@
+"""The Triton sources on the CPU, by Triton's interpreter, against the eager kernels.
+
+The interpreter costs milliseconds per program, so shapes are small and odd.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from trainc.kernels import layer_norm, multiplicative_noise, philox, rms_norm
+from trainc.kernels import task_consistency_loss as consistency
+
+pytestmark = pytest.mark.interpreter
+
+KEY = philox.pack_key(seed=2**32 - 5, step=2**31 + 9)
+# examples, rows, width and programs: fewer examples than programs is the split regime.
+REGIMES = {"split": (2, 33, 40, 8), "one-chunk": (3, 2, 17, 4), "whole": (7, 3, 33, 3)}
+REGIMES |= {"rows-1": (5, 1, 127, 2), "width-1": (2, 3, 1, 8), "width-3": (3, 127, 3, 2)}
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def close(got: Any, want: Any, dtype: torch.dtype) -> None:
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(got, want, strict=True):
+        scale = float(theirs.abs().max()) if theirs.numel() else 1.0
+        torch.testing.assert_close(
+            mine.float(), theirs.float(), rtol=tolerance, atol=tolerance * scale
+        )
+        assert mine.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("affine", ["weight+bias", "weight", "bias"])
+def test_layer_norm(regime: str, affine: str, dtype: torch.dtype) -> None:
+    if affine != "weight+bias" and (dtype == torch.float16 or regime not in ("split", "whole")):
+        pytest.skip("covered with both")
+    from trainc.kernels import triton_norm_launch as launch
+
+    examples, rows, width, programs = REGIMES[regime]
+    torch.manual_seed(0)
+    x, dy = (torch.randn(examples, rows, width).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(width).to(dtype) for _ in range(2))
+    given = (weight if "weight" in affine else None, bias if "bias" in affine else None)
+    probe = torch.zeros(examples, 2)
+    want = layer_norm.eager_forward(x, [width], *given, probe, 1e-5)
+    got = launch.forward(x, [width], *given, 1e-5, dtype, rms=False, llama=False)
+    close(got, want, dtype)
+    mask = [True, given[0] is not None, given[1] is not None]
+    want = layer_norm.eager_backward(dy, x, [width], *want[1:], *given, mask)
+    dx, dweight, dbias, norms = launch.backward(
+        dy, x, [width], *got[1:], given[0], mask[2], True, rms=False, llama=False,
+        programs=programs,
+    )  # fmt: skip
+    totals = (launch.finished(t, p, m, x) for t, p, m in zip(
+        (dweight, dbias), given, mask[1:], strict=True))  # fmt: skip
+    close((dx, *totals), want[:3], dtype)
+    torch.testing.assert_close(norms, want[3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("casting", rms_norm.CASTINGS)
+def test_rms_norm(regime: str, casting: str, dtype: torch.dtype) -> None:
+    from trainc.kernels import triton_norm_launch as launch
+
+    examples, rows, width, programs = REGIMES[regime]
+    torch.manual_seed(0)
+    x, weight = torch.randn(examples, rows, width).to(dtype), torch.randn(width).to(dtype)
+    llama = casting == "llama"
+    want = rms_norm.eager_forward(x, [width], weight, None, 1e-5, casting)
+    y, _, rstd = launch.forward(x, [width], weight, None, 1e-5, dtype, rms=True, llama=llama)
+    close((y, rstd), want, dtype)
+    dy = torch.randn(x.shape).to(dtype)
+    want_back = rms_norm.eager_backward(
+        dy, x, [width], want[1], weight, casting, [True, True], True
+    )
+    dx, dweight, _, norms = launch.backward(
+        dy, x, [width], rstd, rstd, weight, False, True, rms=True, llama=llama, programs=programs
+    )
+    close((dx, dweight.to(dtype)), want_back[:2], dtype)
+    torch.testing.assert_close(norms, want_back[2], rtol=1e-4, atol=1e-5)
+
+
+def test_operators_launch_without_optional_parts() -> None:
+    from trainc.kernels import triton_norm_launch as launch
+
+    x, dy, weight = torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.randn(8)
+    probe = torch.zeros(3, 2)
+    forward = launch.layer_norm_forward(x, [8], weight, None, probe, 1e-5)
+    close(forward, layer_norm.eager_forward(x, [8], weight, None, probe, 1e-5), x.dtype)
+    for mask in ([True, False, False], [False, True, False]):
+        arguments = (dy, x, [8], *forward[1:], weight, None, mask)
+        close(
+            launch.layer_norm_backward(*arguments),
+            layer_norm.eager_backward(*arguments),
+            x.dtype,
+        )
+    plain = launch.rms_norm_forward(x, [4, 8], None, None, 1e-5, "none")
+    arguments = (dy, x, [4, 8], plain[1], None, "none", [True, False], False)
+    close(launch.rms_norm_backward(*arguments), rms_norm.eager_backward(*arguments), x.dtype)
+
+
+def test_philox_words_are_bit_equal_to_tritons() -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def generate(key, counters, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        lane = tl.arange(0, BLOCK)
+        c0 = tl.load(counters + lane)
+        c1 = tl.load(counters + BLOCK + lane)
+        c2 = tl.load(counters + 2 * BLOCK + lane)
+        c3 = tl.load(counters + 3 * BLOCK + lane)
+        w0, w1, w2, w3 = tl.philox(tl.load(key), c0, c1, c2, c3)
+        tl.store(out + lane, w0)
+        tl.store(out + BLOCK + lane, w1)
+        tl.store(out + 2 * BLOCK + lane, w2)
+        tl.store(out + 3 * BLOCK + lane, w3)
+
+    counters = torch.randint(-(2**31), 2**31, (4, 256), dtype=torch.int32)
+    out = torch.empty_like(counters)
+    generate[(1,)](KEY, counters, out, BLOCK=256)
+    want = torch.stack(philox.philox(KEY, *(counters.long() & philox.MASK)))
+    assert torch.equal(out.long() & philox.MASK, want)
+
+
+@pytest.mark.parametrize("share", multiplicative_noise.SHARES)
+@pytest.mark.parametrize("shape", [(4, 3, 40), (6, 1, 3), (2, 5, 127), (4, 1)], ids=str)
+def test_noise(share: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from trainc.kernels import triton_noise
+
+    x, h0 = (torch.randn(shape).to(dtype) for _ in range(2))
+    for first in (None, torch.tensor(5)):
+        arguments = (x, torch.tensor(0.7), KEY, 2**32 - 2, 2, share, first)
+        got = triton_noise.multiplicative_noise(*arguments)
+        close([got], [multiplicative_noise.eager_multiply(*arguments)], dtype)
+        got = triton_noise.noisy_add(h0, *arguments)
+        close([got], [multiplicative_noise.eager_add(h0, *arguments)], dtype)
+
+
+def test_zero_sigma_is_the_identity_bit_for_bit(dtype: torch.dtype) -> None:
+    from trainc.kernels import triton_noise
+
+    x = torch.randn(4, 3, 9).to(dtype)
+    got = triton_noise.multiplicative_noise(x, torch.tensor(0.0), KEY, 1, 2, "none")
+    assert torch.equal(got, x)
+
+
+@pytest.mark.parametrize("distance", consistency.DISTANCES)
+@pytest.mark.parametrize("classes", [1, 3, 127])
+def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
+    from trainc.kernels import triton_loss
+
+    torch.manual_seed(0)
+    logits = torch.randn(6, classes).to(dtype)
+    targets = torch.randint(0, classes, (3,))
+    targets[1] = -100
+    options = (distance, -100, 0.1)
+    arguments = (logits, targets, torch.tensor(0.4), *options)
+    got = triton_loss.task_consistency_loss(*arguments)
+    torch.testing.assert_close(got, consistency.eager_forward(*arguments), rtol=1e-5, atol=1e-5)
+    scaled = (logits, targets, torch.tensor(0.9), torch.tensor(0.3), *options)
+    got = triton_loss.task_consistency_loss_backward(*scaled)
+    close([got], [consistency.eager_backward(*scaled)], dtype)
+
+
+def test_loss_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainc.kernels import triton_loss
+
+    monkeypatch.setattr(triton_loss, "BLOCK", 32)
+    for distance in consistency.DISTANCES:
+        logits, targets = torch.randn(4, 127), torch.tensor([3, 126])
+        arguments = (logits, targets, torch.tensor(0.4), distance, -100, 0.0)
+        torch.testing.assert_close(
+            triton_loss.task_consistency_loss(*arguments), consistency.eager_forward(*arguments)
+        )
+        scaled = (logits, targets, torch.tensor(1.0), torch.tensor(0.3), distance, -100, 0.0)
+        torch.testing.assert_close(
+            triton_loss.task_consistency_loss_backward(*scaled),
+            consistency.eager_backward(*scaled),
+            rtol=1e-5,
+            atol=1e-6,
+        )

@@ -1,0 +1,46 @@
+"""Every `train` block in tests/golden/*.md is checked against the `diagnostics` block after it.
+
+A block's first line may carry settings: ```train --set width=3. `pytest --update-golden` rewrites.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from trainc.compiler.catalog import catalog
+from trainc.dsl.render import render_text
+from trainc.dsl.resolve import load
+from trainc.dsl.source import Source
+
+CASE = re.compile(
+    r"^## (?P<title>[^\n]+)$(?:(?!^## ).)*?"
+    r"^```train(?P<settings>[^\n]*)\n(?P<spec>.*?)^```\n(?:(?!^## ).)*?"
+    r"^```diagnostics\n(?P<expected>.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
+CASES = [
+    pytest.param(path, match["title"], id=f"{path.stem}: {match['title']}")
+    for path in sorted(Path(__file__).parent.glob("golden/*.md"))
+    for match in CASE.finditer(path.read_text())
+]
+
+
+@pytest.mark.parametrize(("path", "title"), CASES)
+def test_golden(path: Path, title: str, request: pytest.FixtureRequest) -> None:
+    text = path.read_text()
+    case = next(m for m in CASE.finditer(text) if m["title"] == title)
+    settings = re.findall(r"--set (\S+)", case["settings"])
+    checked = load(Source("spec.train", case["spec"]), catalog(), settings)
+    got = render_text(checked.diagnostics).rstrip("\n")
+    got = got + "\n" if got else ""
+    if request.config.getoption("--update-golden"):
+        path.write_text(text[: case.start("expected")] + got + text[case.end("expected") :])
+    else:
+        assert got == case["expected"]
+
+
+def test_titles_are_unique() -> None:
+    ids = [str(case.id) for case in CASES]
+    assert len(ids) == len(set(ids))
+    assert len(ids) >= 30
