@@ -62,8 +62,9 @@ def _optimizer_actions(part: Any, parts: Parts, setting: Setting) -> list[Action
         optimizer = OptimizerStep(label, slots, part.construct.make)
     except (ImportProblem, TypeError, ValueError) as error:
         labels = (Label(part.clause.span),) if part.clause.span else ()
-        rule = getattr(error, "rule", "wrong-argument")
-        raise SpecError([Diagnostic(rule, f"the optimizer cannot be built: {error}", labels)]) from error
+        rule, help_ = getattr(error, "rule", "wrong-argument"), getattr(error, "help", None)
+        message = f"the optimizer cannot be built: {error}"
+        raise SpecError([Diagnostic(rule, message, labels, help=help_)]) from error
     actions: list[Action] = [Rates(f"{label} rates", part.base, optimizer), optimizer]
     if clip is not None:
         actions.append(Clip(f"{label} clip", clip, slots))

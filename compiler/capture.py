@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from trainc.compiler.differentiate import Penalty, differentiate
+from trainc.compiler.differentiate import differentiate
 from trainc.compiler.passes.base import Pass, run_passes
 from trainc.compiler.passes.forward import ForwardGraph, TaskForm, identifier, plant
 from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order
+from trainc.compiler.penalties import Penalty
 from trainc.compiler.rewrite import Rewrite
 from trainc.compiler.roads import PREFIX, ROADS, Road, Task, Wrapped
 from trainc.compiler.step_graph import Batch, Interface, Port, StepGraph, flatten_inputs
@@ -71,7 +72,15 @@ def capture(
     forward.enlarged = partial(_enlarged, make, batch, road)
     reports = run_passes(forward, rewrite, passes, without)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    parts = differentiate(forward, trained, penalties)
+    try:
+        parts = differentiate(forward, trained, penalties)
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CaptureFailed(
+            f"the model could not be differentiated as a graph: {reason}"
+        ) from error
     kind, entries = flatten_inputs(batch[0])
     names = input_names(batch)
     ports = tuple(Port.of(n, key, t) for n, (key, t) in zip(names, entries, strict=True))

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from trainc.compiler.passes.forward import ForwardGraph, Run, identifier
+from trainc.compiler.penalties import Penalty, Values, evaluate
 
 aten = torch.ops.aten
-Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 SHARE = "share"
 
 # No-ops under no_grad: they only separate autograd histories, and the step graph has none.
@@ -34,22 +31,6 @@ class StepParts:
     outputs: tuple[str, ...]
     scalars: tuple[tuple[str, str], ...]
     constants: dict[str, Tensor]
-
-
-class _Values(Mapping[str, Tensor]):
-    """What a penalty sees: every parameter by each of its names, and the scalars by theirs."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], canonical: Mapping[str, str]) -> None:
-        self._tensors, self._canonical = tensors, canonical
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._canonical.get(name, name)]
-
-    def __iter__(self) -> Any:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def differentiate(
@@ -89,17 +70,16 @@ def differentiate(
                 )
             )
             loss = results.get("loss", results["task"])
-            values = _Values(tensors | numbers, forward.canonical)
+            values = Values(tensors | numbers, forward.canonical)
             total = loss
             for name, penalty in penalties.items():
-                with _Watch(name, owners):
-                    total = total + _scalar(name, penalty(values))
+                total = total + evaluate(name, penalty, values, owners)
             if SHARE in numbers:
                 total = total * numbers[SHARE]
             wanted = [tensors[name] for name in parameters] + [
                 given[name] for name in probes.values()
             ]
-            # The engine would run under the surrounding autocast; eager training's backward does not.
+            # Eager training's backward runs outside autocast; the engine would not, here.
             with _no_autocast(total.device.type):
                 grads = _gradients(total, wanted)
         named: dict[str, Tensor | None] = {"total": total, "loss": loss, "task": results["task"]}
@@ -123,34 +103,8 @@ def differentiate(
     return _flatten(traced, forward, tensor_names, batch, scalars, tuple(outputs))
 
 
-class _Watch(TorchFunctionMode):
-    """Refuses a penalty that reaches a trained tensor past its argument, without gradient."""
-
-    def __init__(self, penalty: str, owners: Mapping[int, str]) -> None:
-        super().__init__()
-        self.penalty, self.owners = penalty, owners
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.requires_grad and not is_fake(leaf):
-                name = self.owners.get(id(leaf), "a tensor that requires grad")
-                raise ValueError(
-                    f"the penalty `{self.penalty}` reads `{name}` directly: "
-                    "it must take it from its argument"
-                )
-        return func(*args, **(kwargs or {}))
-
-
 def _added(forward: ForwardGraph) -> set[str]:
     return {node.name for node in (*forward.scalars.values(), *forward.probes.values())}
-
-
-def _scalar(name: str, value: Tensor) -> Tensor:
-    if value.dim() != 0:
-        raise ValueError(
-            f"the penalty `{name}` gave a tensor of shape {list(value.shape)}, not a 0-d one"
-        )
-    return value
 
 
 def _gradients(total: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""Flat ATen graphs as a listing to read and compare, and as JSON that loads without running code."""
+"""Flat ATen graphs as a listing to read, and as JSON that loads without running code."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NAMESPACES = ("aten", "prims", "trainc")
 # ATen operators that reach outside the tensors they are given.
 _REFUSED = {"from_file", "_print", "save"}
 _SHORT = {
-    "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32",
-    "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "b8",
+    "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "bool": "b8",
+    "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8",
 }  # fmt: skip
 _ENUMS: dict[str, type[Any]] = {
     "dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout,

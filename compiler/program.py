@@ -22,6 +22,7 @@ from trainc.runtime.batches import Batch
 from trainc.runtime.clock import Clock, RunLength
 from trainc.runtime.interface import Report
 from trainc.runtime.optimizer import OptimizerStep
+from trainc.runtime.replicas import gather, world_size
 from trainc.runtime.step import Contribution, Signals, Step, StepMachine
 from trainc.runtime.streams import derive
 
@@ -460,6 +461,8 @@ class Program:
             if self._parts.rewrite.norms:
                 squares = micro.squares if micro.squares is not None else self._squares(micro.probes)
                 step.contributions.append(Contribution(micro.weights, squares))
+        if step.contributions and self.forward is not self.module and world_size() > 1:
+            step.contributions = gather(step.contributions)
         self._micros.clear()
 
     def _squares(self, probes: dict[str, Tensor]) -> dict[str, Tensor]:

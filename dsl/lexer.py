@@ -9,8 +9,8 @@ from trainc.dsl.diagnostics import Diagnostic, Label
 from trainc.dsl.source import Source, Span
 from trainc.dsl.tables import LITERALS, TERMINALS
 
-MAX_CHARACTERS = 1_000_000
-MAX_TOKENS = 40_000
+MAX_CHARACTERS = 250_000
+MAX_TOKENS = 20_000
 MAX_NESTING = 100
 END = "$END"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,7 +60,7 @@ def run(tokens: Sequence[Token], builder: Builder) -> Any:
             if name == "":
                 node = taken[keep[0]][0]
             else:
-                children = list(_children(taken, keep, splice))
+                children = _children(taken, keep, splice)
                 if name == "_":
                     node = children
                 else:
@@ -77,12 +77,18 @@ def run(tokens: Sequence[Token], builder: Builder) -> Any:
 
 def _children(
     taken: list[tuple[Any, int, int, int]], keep: tuple[int, ...], splice: tuple[int, ...]
-) -> Iterator[Any]:
+) -> list[Any]:
+    """Return what a rule keeps; a repetition that comes first grows in place."""
+    children: list[Any] = []
     for n in keep:
-        if n in splice:
-            yield from taken[n][0]
+        node = taken[n][0]
+        if n not in splice:
+            children.append(node)
+        elif children:
+            children += node
         else:
-            yield taken[n][0]
+            children = node
+    return children
 
 
 def _accepts(states: list[int]) -> frozenset[str]:

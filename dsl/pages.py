@@ -29,7 +29,11 @@ _INTRODUCTION = {
 
 def construct_page(cls: type[Construct], level: int = 1) -> str:
     """Return a construct's page as Markdown."""
-    parts = [f"{'#' * level} {cls.heading()}", _docstring(cls), f"```train\n{cls.example.strip()}\n```"]
+    parts = [
+        f"{'#' * level} {cls.heading()}",
+        _docstring(cls),
+        f"```train\n{cls.example.strip()}\n```",
+    ]
     parts.append(_acts_on(cls))
     if rows := list(_fields(cls)):
         parts.append(

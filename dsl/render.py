@@ -113,6 +113,7 @@ def render_json(diagnostics: Iterable[Diagnostic]) -> str:
                 "labels": [_place(label) for label in d.labels],
                 "notes": [safe(note) for note in d.notes],
                 "help": d.help and safe(d.help),
+                "edit": d.edit and {**_place(Label(d.edit.span)), "text": safe(d.edit.text)},
             }
             for d in diagnostics
         ],

@@ -15,7 +15,8 @@ from trainc.dsl.lets import Lets
 from trainc.dsl.lexer import printable
 from trainc.dsl.read import Unreadable, duration
 from trainc.dsl.read_expression import condition, expression
-from trainc.dsl.resolve_clause import ClauseResolver, construct_name, place, used_at
+from trainc.dsl.resolve_clause import ClauseResolver, construct_name
+from trainc.dsl.resolve_fields import place, used_at
 from trainc.dsl.scope import Scope
 from trainc.dsl.source import Source
 from trainc.dsl.spec import VERSION, Action, Assign, Clause, Do, Origin, Rule, Spec
@@ -52,9 +53,10 @@ def load(text: Source | Path | str, catalog: Catalog, overrides: Iterable[str] =
             return Checked(None, tuple(found))
     else:
         source = text if isinstance(text, Source) else Source("<text>", text)
-        bad = next((n for n, c in enumerate(source.text) if "\ud800" <= c <= "\udfff"), None)
-        if bad is not None:
-            label = Label(source.span(bad, bad + 1), "half of a character")
+        try:
+            source.text.encode()
+        except UnicodeEncodeError as error:
+            label = Label(source.span(error.start, error.start + 1), "half of a character")
             return Checked(None, (Diagnostic("not-text", "this is not Unicode text", (label,)),))
     return Resolver(source, path, catalog, tuple(overrides)).checked()
 

@@ -43,13 +43,10 @@ class Scope:
         if label not in self.constructs:
             options = [*BUILT_IN, *self.lets, *self.signals()]
             note = f"names are {', '.join(f'`{n}`' for n in options if n not in PLACES)}"
-            return Diagnostic(
-                "unknown-name",
-                f"there is no name `{name}`",
-                labels,
-                (note,),
-                suggest(name, options),
-            )
+            near = nearest(name, FUNCTIONS)
+            help = suggest(name, options) or (f"did you mean `{near}(...)`?" if near else None)
+            message = f"there is no name `{name}`"
+            return Diagnostic("unknown-name", message, labels, (note,), help)
         self.used.add(label)
         found = self.constructs[label]
         if len(found) > 1:

@@ -25,6 +25,9 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+
+# Groups drawn at once: the generator's temporaries should stay in a core's cache.
+CHUNK = 1 << 14
 MAX_VIEWS = 256
 MAX_TOKENS = 1 << 24
 MAX_SITES = 1 << 32
@@ -40,25 +43,32 @@ def pack_key(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor
     return torch.tensor(packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
 
 
-def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product; int64 wraps to the unsigned product's bits."""
-    product = word * multiplier
-    return (product >> 32).bitwise_and_(MASK), product.bitwise_and_(MASK)
-
-
 def philox(
     key: Key, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words, in int64, for broadcastable int64 counters and a packed or paired key."""
     if isinstance(key, tuple):
         key = pack_key(*key, device=c0.device)
-    k0, k1 = key & MASK, (key >> 32) & MASK
-    for _ in range(ROUNDS):
-        high0, low0 = _multiply(c0, MULTIPLIERS[0])
-        high2, low2 = _multiply(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return c0, c1, c2, c3
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
+    # Both lanes of a round at once: multiplied words (c0, c2) beside added words (c3, c1). A round
+    # leaves its new words in swapped order, so the constants swap from round to round.
+    words, added = torch.stack((c0, c2)), torch.stack((c3, c1))
+    column = [2] + [1] * c0.dim()
+    constants = torch.tensor(MULTIPLIERS, dtype=torch.int64, device=c0.device).view(column)
+    weyl = torch.tensor(WEYL, dtype=torch.int64, device=c0.device)
+    keys = torch.stack((key & MASK, (key >> 32) & MASK)).view(2)
+    for index in range(ROUNDS):
+        even = index % 2 == 0
+        # int64 wraps, so the product's 64 bits are the unsigned product's; only the words that are
+        # multiplied again need their upper halves cleared.
+        product = words * (constants if even else constants.flip(0))
+        lane = keys.flip(0) if even else keys
+        words = (product >> 32).bitwise_xor_(added).bitwise_xor_(lane.view(column))
+        words.bitwise_and_(MASK)
+        added = product.flip(0)
+        keys = (keys + weyl).bitwise_and_(MASK)
+    added.bitwise_and_(MASK)
+    return words[0], added[1], words[1], added[0]
 
 
 def uniform(word: Tensor) -> Tensor:
@@ -91,20 +101,20 @@ def normal(
         raise ValueError(f"site {site}, views {views} or tokens {tokens} do not fit the counter")
     if device is None:
         device = key.device if isinstance(key, Tensor) else "cpu"
-    groups = (channels + 3) // 4
-
-    def axis(extent: int, dim: int) -> Tensor:
-        shape = [1, 1, 1, 1]
-        shape[dim] = extent
-        return torch.arange(extent, dtype=torch.int64, device=device).view(shape)
-
-    words = philox(
-        key if isinstance(key, tuple) else key.to(device),
-        axis(groups, 3),
-        (axis(examples, 1) + first_example) & MASK,
-        axis(views, 0) + axis(1 if tokens is None else tokens, 2) * MAX_VIEWS,
-        torch.full((1, 1, 1, 1), site, dtype=torch.int64, device=device),
-    )
-    pairs = (*normal_pair(words[0], words[1]), *normal_pair(words[2], words[3]))
-    noise = torch.stack(pairs, -1).flatten(-2)[..., :channels]
-    return noise.squeeze(2) if tokens is None else noise
+    groups, lines = (channels + 3) // 4, 1 if tokens is None else tokens
+    noise = torch.empty((views * examples * lines, groups, 4), device=device)
+    group = torch.arange(groups, dtype=torch.int64, device=device)
+    place = torch.full((), site, dtype=torch.int64, device=device)
+    key = key if isinstance(key, tuple) else key.to(device)
+    step = max(1, CHUNK // max(groups, 1))
+    for start in range(0, noise.shape[0], step):
+        part = noise[start : start + step]
+        row = torch.arange(start, start + part.shape[0], dtype=torch.int64, device=device)
+        token, example, view = row % lines, row // lines % examples, row // (lines * examples)
+        example = (example + first_example).bitwise_and_(MASK)
+        where = (view + token * MAX_VIEWS).unsqueeze(1)
+        words = philox(key, group, example.unsqueeze(1), where, place)
+        for lane, normals in enumerate((normal_pair(*words[:2]), normal_pair(*words[2:]))):
+            part[:, :, 2 * lane], part[:, :, 2 * lane + 1] = normals
+    shape = (views, examples, channels) if tokens is None else (views, examples, tokens, channels)
+    return noise.flatten(1)[:, :channels].reshape(shape)

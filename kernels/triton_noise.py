@@ -40,7 +40,7 @@ def _normals(key, group, example, view_token, site):
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def noise(
     H0, X, Y, SIGMA, KEY, FIRST, site, examples, tokens, channels, program_tokens,
     HAS_H0: tl.constexpr, HAS_FIRST: tl.constexpr, SHARED: tl.constexpr, VIEWS: tl.constexpr,

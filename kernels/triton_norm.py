@@ -119,7 +119,7 @@ def norm_backward_split(
     RMS: tl.constexpr, LLAMA: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
     WRITE_DX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (examples * chunks,): one chunk of one example; partial rows (examples, chunks, width)."""
+    """Grid (examples * chunks,): a chunk of an example; partials (examples, chunks, width)."""
     pid = tl.program_id(0)
     example, chunk = pid // chunks, pid % chunks
     column = tl.arange(0, BLOCK_C)
@@ -152,7 +152,7 @@ def norm_finish(
     PARTIAL, TOTAL, SQUARES, examples, chunks, width,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks,): sum partials over chunks; TOTAL (width,), SQUARES (blocks, examples)."""
+    """Grid (column blocks,): sums over chunks; TOTAL (width,), SQUARES (blocks, examples)."""
     block = tl.program_id(0)
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_column = column < width

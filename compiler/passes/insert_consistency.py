@@ -87,7 +87,7 @@ class InsertConsistency(Pass):
         return bool(ends)
 
     def share_dropout(self, forward: ForwardGraph) -> None:
-        """Let the views share each dropout mask, so that their distance measures the noise alone."""
+        """Let the views share each dropout mask, so that their distance is the noise's alone."""
         for node in forward.calls():
             if node.target in UNSHARED and _is_random(node):
                 where = call_site(node) or "the model"

@@ -219,7 +219,8 @@ def test_the_place_of_the_cast_is_kept_in_bfloat16(how: str, casting: str) -> No
     step = step_of(model, batch, Rewrite(norms=sites))
     assert casting in next(n for n in step.graph.nodes if "rms_norm" in str(n.target)).args
     x = model.first(batch[0])
-    logits = model.last(torch.tanh(rms_norm(x, [6], model.norm.gain, None, 1e-3, casting)))
+    gain = model.get_parameter("norm.gain")
+    logits = model.last(torch.tanh(rms_norm(x, [6], gain, None, 1e-3, casting)))
     assert torch.equal(step.run(batch, {}).loss, TASK(logits, targets).detach())
 
 
@@ -248,7 +249,7 @@ class Almost(nn.Module):
 def test_what_only_looks_like_a_norm_is_left_alone(how: str) -> None:
     model = Around(Almost(how)).double().train()
     for form in ("layer", "rms"):
-        site = NormSite("norm", form, "norm.gain", None, 1e-3)  # type: ignore[arg-type]
+        site = NormSite("norm", form, "norm.gain", None, 1e-3)
         with pytest.raises(SiteMissing, match="`norm`"):
             step_of(model, vectors(), Rewrite(norms=[site]))
 
@@ -267,7 +268,8 @@ def test_norms_without_parameters_are_found_by_their_module() -> None:
 def test_a_norm_applied_twice_is_refused_by_name() -> None:
     class Twice(Around):
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.norm(torch.tanh(self.norm(self.first(x)))))  # type: ignore[no-any-return]
+            y: Tensor = self.last(self.norm(torch.tanh(self.norm(self.first(x)))))
+            return y
 
     model = Twice(nn.LayerNorm(6)).double().train()
     with pytest.raises(SiteUnfit, match="`norm`: its weight takes part 2 times"):
@@ -277,7 +279,7 @@ def test_a_norm_applied_twice_is_refused_by_name() -> None:
 def test_a_weight_that_does_more_than_norm_is_refused() -> None:
     class Reused(Around):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.norm.weight
+            return super().forward(x) + self.get_parameter("norm.weight")
 
     model = Reused(nn.LayerNorm(6)).double().train()
     with pytest.raises(SiteUnfit, match="takes part 2 times"):

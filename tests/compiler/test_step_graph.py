@@ -47,7 +47,7 @@ def test_it_is_a_graph_module_before_the_first_batch(model: nn.Module) -> None:
     assert isinstance(step, torch.fx.GraphModule)
     assert not step.installed
     assert list(step.state_dict()) == list(model.state_dict())
-    assert step.head.weight is model.head.weight
+    assert step.get_parameter("head.weight") is model.get_parameter("head.weight")
     with pytest.raises(RuntimeError, match="captured at the first batch"):
         step.run(images(), {})
     assert not step.accepts(images())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -70,8 +70,7 @@ class L2Sp(Construct):
 
         tensors = {keys[name]: tensor for name, tensor in starts.items()}
         to.penalty(value, names, {coefficient: weight}, tensors)
-        watched = {name: to.tensor(name) for name in names}
-        to.action(Anchors(to.label, starts, lambda: self.reference(watched, starts, 2.0)))
+        to.action(Anchors(to.label, {name: to.tensor(name) for name in names}, starts))
 
     @staticmethod
     def reference(parameters: Inputs, anchors: Inputs, weight: Tensor | float) -> Tensor:
@@ -88,42 +87,42 @@ class L2Sp(Construct):
 
 
 class Anchors(Action):
-    """Phase 12: keeps the weights at the start in the checkpoint, and says how far they went.
-
-    `apart` gives the squared distance from there, 0-d.
-    """
+    """Phase 12: keeps the weights at the start in the checkpoint, and says how far they went."""
 
     phase = Phase.OBSERVE
     reads = ("params",)
 
     def __init__(
-        self, label: str, starts: Mapping[str, Tensor], apart: Callable[[], Tensor]
+        self, label: str, parameters: Mapping[str, Tensor], starts: Mapping[str, Tensor]
     ) -> None:
         self.name = label
+        self.parameters = dict(parameters)
         self.starts = dict(starts)
-        self.apart = apart
 
     def run(self, step: Step) -> None:
-        """Do nothing: the program measures the penalty with the loss, and state is all there is."""
+        """Do nothing: state is all there is."""
 
     def state_dict(self) -> State:
         return dict(self.starts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the start in place, as the loss term reads these very tensors.
+
+        The checkpoint of a run without this clause has none: the start is then its weights.
+        """
         import torch
 
         odd = sorted(set(state) ^ set(self.starts))
-        if odd:
+        if state and odd:
             raise ValueError(f"{self.name}: the checkpoint has another selection: {', '.join(odd)}")
         with torch.no_grad():
             for name, start in self.starts.items():
-                # In place: the loss term reads these very tensors.
-                start.copy_(state[name])
+                start.copy_(state[name] if state else self.parameters[name])
 
     def summary(self) -> str | None:
         import torch
 
         with torch.no_grad():
-            distance = float(self.apart()) ** 0.5
+            distance = float(L2Sp.reference(self.parameters, self.starts, 2.0)) ** 0.5
         where = "their start" if self.starts else "zero"
         return f"{self.name}: the weights ended {distance:.4g} from {where}"

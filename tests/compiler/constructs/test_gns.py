@@ -19,7 +19,7 @@ from trainc.compiler.sites import bind
 from trainc.dsl.construct import Duration, Problem
 from trainc.runtime.clock import Clock, RunLength, Units
 from trainc.runtime.noise_scale import Averages
-from trainc.runtime.step import Contribution, Step, StepMachine
+from trainc.runtime.step import Contribution, Signals, Step, StepMachine
 
 CASES = json.loads((Path(__file__).parents[2] / "reference/noise_scale.json").read_text())["cases"]
 
@@ -36,7 +36,7 @@ def lcg(shape: Sequence[int], seed: int, scale: float = 1.0, plus: float = 0.0) 
 
 def measure(model: nn.Module, names: Sequence[str], rule: Gns | None = None) -> tuple[Measure, Any]:
     """Lower the clause onto `model` by hand; return its action and the bound sites."""
-    setting = Setting(model, take(model), Units(8, 4, 800), RunLength(100, "steps"), {})
+    setting = Setting(model, take(model), Units(8, 4, 800), RunLength(100, "steps"), Signals())
     parts = Parts()
     rule = rule or Gns()
     rule.lower(Lowering(BoundClause(rule, "gns", tuple(names)), setting, parts))
@@ -84,7 +84,7 @@ def run_step(
     """Run one step of token-mean cross-entropy over micro-batches, and the action on it."""
     model.zero_grad()
     total = sum(int((y >= 0).sum()) for _, y in batches)
-    step = Step(clock or Clock(), dict(model.named_parameters()), {}, 8, 8)
+    step = Step(clock or Clock(), dict(model.named_parameters()), Signals(), 8, 8)
     for x, y in batches:
         sites.arm(len(x), {}, torch.float64, torch.device("cpu"))
         counts = (y >= 0).flatten(1).sum(1)
@@ -227,7 +227,7 @@ def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     action, sites = measure(model, NORMS)
     run_step(action, sites, model, [tokens()])
     before = action.total.state()
-    step = Step(Clock(), dict(model.named_parameters()), {}, 6, 6)
+    step = Step(Clock(), dict(model.named_parameters()), Signals(), 6, 6)
     model.ln1.weight.grad = torch.full((8,), math.inf, dtype=torch.float64)
     squares = {name: torch.ones(2) for names in action.measured.values() for name in names}
     step.contributions.append(Contribution(torch.tensor([0.5, 0.5]), squares))

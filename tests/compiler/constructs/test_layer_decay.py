@@ -1,11 +1,14 @@
 """Layer-wise decay against its definition and the convention of BEiT and timm."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
+import trainc
+from examples.models import gpt
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.constructs.lr.layer_decay import LayerDecay
 from trainc.compiler.inventory import Inventory, take
@@ -101,3 +104,23 @@ def test_a_selection_of_the_head_alone_is_told_to_do_nothing() -> None:
 def test_a_clause_with_a_window_is_refused() -> None:
     with pytest.raises(ValueError, match="whole run"):
         factors(LayerDecay(decay=0.5), model(), every=True)
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return weights after one SGD step at rate 1, by the program and by definition."""
+    torch.manual_seed(0)
+    net = gpt(layers=3, width=16, heads=2, context=8, vocabulary=11).double()
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    spec = "loss cross_entropy optimizer sgd { lr = 1 } lr layer_decay on all { decay = 0.7 }"
+    program = trainc.compile(spec, net)
+    ids = torch.randint(0, 11, (4, 9))
+    program.loss((ids[:, :-1], ids[:, 1:])).backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
+    program.update()
+    places = {p.name: p.place for p in take(net).parameters}
+    construct = LayerDecay(decay=0.7)
+    reference = {
+        name: w - construct.reference(places[name].level, places[name].levels) * gradients[name]
+        for name, w in start.items()
+    }
+    return {name: p.detach() for name, p in net.named_parameters()}, reference

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import trainc
 from trainc.compiler.bound import BoundClause
 from trainc.compiler.constructs.observe.norm_growth import LAWS, Copies, Fit, NormGrowth
 from trainc.compiler.inventory import take
@@ -237,3 +238,18 @@ def test_a_checkpoint_of_other_parameters_is_refused() -> None:
     update(m, noise)
     with pytest.raises(ValueError, match=r"0\.bias"):
         machine(net(), NormGrowth()).load_state_dict(m.state_dict())
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the measures of two training steps, by the program and by definition."""
+    model = net().double()
+    spec = "loss mse optimizer sgd { lr = 0.1 } observe norm_growth on all"
+    program = trainc.compile(spec, model)
+    batch = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    program.step(batch)
+    before = [p.detach().clone() for p in model.parameters()]
+    program.step(batch)
+    want = NormGrowth().reference(before, [p.detach() for p in model.parameters()])
+    got = {name: program.signals[f"norm_growth.{name}"] for name in want}
+    as_tensors = [{n: torch.tensor(x, dtype=torch.float64) for n, x in d.items()} for d in (got, want)]
+    return as_tensors[0], as_tensors[1]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
+import trainc
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.constructs.lr.temp_balance import Balance, TempBalance
 from trainc.compiler.inventory import take
@@ -297,3 +298,23 @@ def test_fields_have_bounds_and_a_range_of_one_is_the_identity(wrong: dict[str, 
     assert not TempBalance().is_identity()
     with pytest.raises(ValidationError):
         TempBalance(**wrong)
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return weights after one SGD step at rate 1, by the program and from singular values."""
+    torch.manual_seed(0)
+    pairs = pairwise([64, 80, 60, 96, 70])
+    net = nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in pairs)).double()
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.copy_(torch.randn_like(p) * torch.rand(p.shape[1], dtype=p.dtype).pow(i + 1))
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    spec = "loss mse optimizer sgd { lr = 1 } lr temp_balance on all { range = 0.5..1.5 }"
+    program = trainc.compile(spec, net)
+    batch = torch.randn(4, 64, dtype=torch.float64), torch.randn(4, 70, dtype=torch.float64)
+    program.loss(batch).backward()
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    program.update()
+    factors = TempBalance(range=Range(0.5, 1.5)).reference(start)
+    reference = {name: w - factors[name] * gradients[name] for name, w in start.items()}
+    return {name: p.detach() for name, p in net.named_parameters()}, reference

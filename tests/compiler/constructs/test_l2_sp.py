@@ -1,0 +1,172 @@
+"""L2-SP: the published value, its gradient, and a start that survives a resume."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.constructs.regularize.l2_sp import Anchors, L2Sp
+from trainc.compiler.inventory import take
+from trainc.compiler.lowering import Lowering, Parts, Setting
+from trainc.dsl import values as v
+from trainc.dsl.construct import Duration
+from trainc.runtime.clock import Clock, RunLength, Units
+from trainc.runtime.optimizer import OptimizerStep, Slot
+from trainc.runtime.step import Signals, StepMachine
+
+REFERENCE = Path(__file__).parents[2] / "reference/regularizers.json"
+
+
+def model(dtype: torch.dtype = torch.float64) -> nn.Module:
+    made = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 4), nn.Linear(4, 3, bias=False))
+    for i, parameter in enumerate(made.parameters()):
+        parameter.data = grid(parameter.shape, 0.6, 0.7 * i)
+    return made.to(dtype)
+
+
+def grid(shape: Sequence[int], scale: float, phase: float) -> Tensor:
+    """Return the reference file's numbers: sin(1.7 i + 0.3 + phase) * scale, float32."""
+    i = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (torch.sin(1.7 * i + 0.3 + phase) * scale).float().view(*shape)
+
+
+def lower(
+    made: nn.Module, rule: L2Sp, start: Duration | None = None
+) -> tuple[Parts, Anchors, tuple[str, ...]]:
+    setting = Setting(made, take(made), Units(8), RunLength(100, "steps"), Signals())
+    parts = Parts()
+    names = ("0.weight", "1.weight", "2.weight")
+    bound = None if start is None else {"amount": start.amount, "unit": start.unit}
+    rule.lower(Lowering(BoundClause(rule, "l2_sp", names, bound), setting, parts))
+    (action,) = parts.actions
+    assert isinstance(action, Anchors)
+    return parts, action, names
+
+
+def penalty(parts: Parts, made: nn.Module, clock: Clock | None = None) -> Tensor:
+    """Return the loss term as a program computes it."""
+    term = parts.penalties["l2_sp"]
+    now, dtype = clock or Clock(), torch.float64
+    scalars = {k: torch.tensor(s(now), dtype=dtype) for k, s in parts.scalars.items()}
+    parameters = {name: made.get_parameter(name) for name in term.parameters}
+    return term.value(parameters, {**scalars, **parts.tensors})
+
+
+def test_the_value_is_the_published_one() -> None:
+    row = json.loads(REFERENCE.read_text())["relatives"]["l2sp"]
+    made = model(torch.float32)
+    parts, *_ = lower(made, L2Sp(weight=row["alpha"]))
+    assert float(penalty(parts, made).detach()) == 0.0
+    for parameter in made.parameters():
+        if parameter.dim() == 2:
+            parameter.data += grid(parameter.shape, 0.1, 2.0)
+    assert float(penalty(parts, made).detach()) == pytest.approx(row["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("to", ["start", "zero"])
+def test_the_gradient_is_the_weighted_distance(to: str) -> None:
+    made = model()
+    parts, _, names = lower(made, L2Sp(weight=0.03, to=to))
+    starts = {n: made.get_parameter(n).detach().clone() for n in names}
+    for parameter in made.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
+    penalty(parts, made).backward()
+    for name in names:
+        parameter = made.get_parameter(name)
+        apart = parameter.detach() - (starts[name] if to == "start" else 0)
+        torch.testing.assert_close(parameter.grad, 0.03 * apart, rtol=1e-12, atol=1e-15)
+    assert made.get_parameter("1.bias").grad is None
+    assert sorted(parts.tensors) == ([f"l2_sp:start:{n}" for n in names] if to == "start" else [])
+
+
+def test_the_weight_follows_the_clock_and_the_clause() -> None:
+    made = model()
+    ramp = v.Binary("*", v.Number(0.01), v.Name("steps"))
+    parts, *_ = lower(made, L2Sp(weight=ramp), start=Duration(3, "steps"))
+    (weight,) = parts.scalars.values()
+    assert [weight(Clock(steps=t)) for t in range(5)] == [0.0, 0.0, 0.0, 0.03, 0.04]
+
+
+def test_what_is_frozen_is_left_out() -> None:
+    made = model()
+    made.get_parameter("1.weight").requires_grad_(False)
+    parts, *_ = lower(made, L2Sp(weight=1.0))
+    assert parts.penalties["l2_sp"].parameters == ("0.weight", "2.weight")
+    made.requires_grad_(False)
+    inventory = take(made)
+    (problem,) = L2Sp(weight=1.0).validate_targets(Targets(inventory, (), inventory.parameters))
+    assert problem.rule == "selector-matches-frozen"
+
+
+def test_half_precision_weights_are_summed_in_float32() -> None:
+    made = model(torch.bfloat16)
+    parts, *_ = lower(made, L2Sp(weight=2.0))
+    for parameter in made.parameters():
+        parameter.data += 0.01
+    value = penalty(parts, made)
+    assert value.dtype != torch.bfloat16
+    assert float(value.detach()) > 0
+
+
+def test_the_start_survives_a_resume() -> None:
+    def machine(made: nn.Module) -> tuple[Parts, StepMachine]:
+        parts, _, _ = lower(made, L2Sp(weight=0.5))
+        slots = [Slot(name, p, 0.0) for name, p in made.named_parameters()]
+        optimizer = OptimizerStep("sgd", slots, lambda groups: torch.optim.SGD(groups, lr=0.1))
+        return parts, StepMachine(
+            [*parts.actions, optimizer], Clock(), dict(made.named_parameters())
+        )
+
+    def run(made: nn.Module, parts: Parts, steps: StepMachine, count: int) -> None:
+        for _ in range(count):
+            steps.begin()
+            x = grid((8, 6), 1.0, float(steps.clock.steps)).double()
+            (made(x).square().mean() + penalty(parts, made)).backward()
+            steps.finish()
+
+    whole = model()
+    parts, steps = machine(whole)
+    run(whole, parts, steps, 3)
+    state, weights = steps.state_dict(), {k: t.clone() for k, t in whole.state_dict().items()}
+    state["actions"]["l2_sp"] = {k: t.clone() for k, t in state["actions"]["l2_sp"].items()}
+    run(whole, parts, steps, 3)
+
+    resumed = model()
+    for parameter in resumed.parameters():
+        parameter.data.add_(1.0)
+    parts, steps = machine(resumed)
+    resumed.load_state_dict(weights)
+    steps.load_state_dict(state)
+    run(resumed, parts, steps, 3)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name))
+
+
+def test_a_clause_added_on_resume_starts_there() -> None:
+    made = model()
+    parts, action, names = lower(made, L2Sp(weight=1.0))
+    for parameter in made.parameters():
+        parameter.data += 1.0
+    assert float(penalty(parts, made).detach()) > 0
+    action.load_state_dict({})
+    assert float(penalty(parts, made).detach()) == 0.0
+    with pytest.raises(ValueError, match=r"another selection: 1.weight, 2.weight"):
+        action.load_state_dict({names[0]: torch.zeros(5, 6)})
+
+
+def test_the_summary_says_how_far_the_weights_went() -> None:
+    made = model()
+    _, action, _ = lower(made, L2Sp(weight=1.0))
+    made.get_parameter("0.weight").data[0, 0] += 3.0
+    assert action.summary() == "l2_sp: the weights ended 3 from their start"
+    assert lower(made, L2Sp(weight=1.0, to="zero"))[1].state_dict() == {}
+
+
+def test_no_weight_is_no_effect() -> None:
+    assert L2Sp(weight=0).is_identity()
+    assert not L2Sp(weight=0.1).is_identity()

@@ -1,0 +1,110 @@
+"""Parts of the front end that stand between files: tables, functions, rules, catalog, pages."""
+
+import re
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from trainc.compiler.catalog import catalog, gather
+from trainc.dsl import tables
+from trainc.dsl.construct import Construct
+from trainc.dsl.diagnostics import Diagnostic
+from trainc.dsl.functions import COUNTERS, FUNCTIONS, SHAPES, STATES
+from trainc.dsl.generate import HERE, tables as build
+from trainc.dsl.pages import construct_page, constructs_page, rules_page
+from trainc.dsl.rules import RULES
+from trainc.runtime import expressions, schedules
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tables_are_those_of_the_grammar() -> None:
+    assert (HERE / "tables.py").read_text() == build((HERE / "train.lark").read_text())
+    assert tables.ACTIONS
+
+
+def test_the_grammar_is_short_and_knows_no_construct() -> None:
+    grammar = (HERE / "train.lark").read_text()
+    assert len(grammar.splitlines()) < 120
+    words = set(re.findall(r"\w+", grammar))
+    assert not words & {name for kind, name in catalog() if name not in (kind, "torch")} - {"step"}
+
+
+def test_the_functions_are_those_of_the_runtime() -> None:
+    pieces = {name: f for name, f in FUNCTIONS.items() if f.schedule}
+    assert pieces.keys() == schedules.PIECES.keys()
+    for name, function in pieces.items():
+        piece = schedules.PIECES[name]
+        assert dict(function.arguments) == dict(piece.arguments), name
+        assert (function.positional, function.required) == (piece.positional, piece.required), name
+    assert FUNCTIONS.keys() - pieces.keys() == expressions.MATHS.keys()
+    assert set(SHAPES) == set(schedules.SHAPES)
+    assert set(STATES) == set(expressions.STATES)
+    assert COUNTERS == expressions.COUNTERS
+
+
+def test_every_rule_in_the_source_is_explained() -> None:
+    used = set()
+    for folder in ("dsl", "compiler", "trainc"):
+        for path in (ROOT / folder).rglob("*.py"):
+            used |= set(re.findall(r'(?:Diagnostic|Problem)\(\s*"([a-z-]+)"', path.read_text()))
+    assert used <= RULES.keys()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_are_named_and_told_in_sentences(rule: str) -> None:
+    assert re.fullmatch(r"[a-z]+(-[a-z]+)*", rule)
+    for text in (RULES[rule].what, RULES[rule].why, RULES[rule].fix):
+        assert text.endswith(".")
+
+
+def test_an_unknown_rule_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="no-such-rule"):
+        Diagnostic("no-such-rule", "nothing")
+
+
+@pytest.mark.parametrize("key", catalog(), ids=" ".join)
+def test_every_construct_has_a_page(key: tuple[str, str]) -> None:
+    cls = catalog()[key]
+    page = construct_page(cls)
+    assert page.startswith(f"# {cls.heading()}\n")
+    assert cls.example.strip() in page
+    assert all(
+        f"`{name}`" in page for name in cls.model_fields if name not in ("path", "arguments")
+    )
+
+
+def test_the_reference_lists_everything() -> None:
+    assert all(
+        f"\n### {cls.heading()}\n" in constructs_page(catalog()) for cls in catalog().values()
+    )
+    assert all(f"\n## {rule}\n" in rules_page() for rule in RULES)
+
+
+def entry(name: str, value: str) -> EntryPoint:
+    return EntryPoint(name, value, "trainc.constructs")
+
+
+def test_packages_bring_constructs() -> None:
+    found = gather({}, [entry("loss.squared", "trainc.compiler.constructs.loss.mse")])
+    assert list(found) == [("loss", "squared")]
+    assert ("loss", "squared") in found
+    assert ("loss", "mse") not in found
+
+
+def test_a_name_clash_names_both() -> None:
+    with pytest.raises(ValueError, match=r"`loss mse`: `ours.mse` and `theirs.mse`"):
+        gather({("loss", "mse"): "ours.mse"}, [entry("loss.mse", "theirs.mse")])
+
+
+def test_an_entry_point_needs_a_kind() -> None:
+    with pytest.raises(ValueError, match=r"kind\.name"):
+        gather({}, [entry("squared", "theirs.mse")])
+
+
+def test_a_construct_knows_its_name_from_its_file() -> None:
+    from trainc.compiler.constructs.loss.mse import MeanSquaredError
+
+    assert (MeanSquaredError.kind, MeanSquaredError.name) == ("loss", "mse")
+    assert issubclass(MeanSquaredError, Construct)

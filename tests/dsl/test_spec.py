@@ -1,0 +1,176 @@
+"""The spec: equal from text, Python and JSON, hashed by what it says and not by how."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainc.compiler.catalog import catalog, check
+from trainc.dsl import values as v
+from trainc.dsl.construct import Construct
+from trainc.dsl.diagnostics import SpecError
+from trainc.dsl.spec import Assign, Clause, Do, Rule, Spec
+
+TEXT = """
+train 1
+let mats = ndim(2) - "head.*"
+data "examples.data:stdlib" { batch = 32 samples, context = 128 }
+optimizer adamw { lr = 3e-4 * (warmup(5%) then cosine(to = 10%)), weight_decay = 0.1 on mats }
+regularize pace on "blocks.*" every 200 steps { sigma = 1.2 * (1 - depth), weight = 50% }
+noise_scale gns as noise on type(LayerNorm) from 1k steps until 50% optional { smooth = 200 steps }
+when noise > 2 * batch for 100 steps { batch = min(2 * batch, 512 samples), warn "grew" }
+"""
+
+
+def of(kind: str, name: str, **fields: Any) -> Construct:
+    return catalog()[kind, name](**fields)
+
+
+def written_in_python() -> Spec:
+    mats = 'ndim(2) - "head.*"'
+    lr = "3e-4 * (warmup(5%) then cosine(to = 10%))"
+    return Spec(
+        clauses=(
+            Clause(
+                of(
+                    "data",
+                    "data",
+                    path="examples.data:stdlib",
+                    batch="32 samples",
+                    arguments={"context": 128},
+                )
+            ),
+            Clause(of("optimizer", "adamw", lr=lr, weight_decay=f"0.1 on {mats}")),
+            Clause(
+                of("regularize", "pace", sigma="1.2 * (1 - depth)", weight=0.5),
+                on='"blocks.*"',  # type: ignore[arg-type]
+                every="200 steps",  # type: ignore[arg-type]
+            ),
+            Clause(
+                of("noise_scale", "gns", smooth=v.Duration(200, "steps")),
+                on=v.OfType(("LayerNorm",)),
+                start=v.Duration(1000, "steps"),
+                stop=v.Duration(0.5, "run"),
+                optional=True,
+                label="noise",
+            ),
+        ),
+        rules=(
+            Rule(
+                "noise > 2 * batch",  # type: ignore[arg-type]
+                (Assign("batch", "min(2 * batch, 512 samples)"), Do("warn", "grew")),  # type: ignore[arg-type]
+                hold=v.Duration(100, "steps"),
+            ),
+        ),
+    )
+
+
+def test_text_and_python_give_equal_specs() -> None:
+    text, python = check(TEXT).unwrap(), written_in_python()
+    assert text == python
+    assert hash(text) == hash(python)
+    assert text.fingerprint == python.fingerprint
+
+
+def test_json_gives_the_spec_back() -> None:
+    spec = check(TEXT).unwrap()
+    data = json.loads(json.dumps(spec.to_json()))
+    assert Spec.from_json(data, catalog()) == spec
+    assert Spec.from_json(json.dumps(data), catalog()).fingerprint == spec.fingerprint
+
+
+def test_layout_comments_and_lets_do_not_change_the_fingerprint() -> None:
+    one = check("optimizer adamw { lr = 3e-4, weight_decay = 0.1 }").unwrap()
+    two = check(
+        "let peak = 0.0003 # peak\noptimizer adamw {\n  weight_decay = 10%,\n  lr = peak,\n}"
+    ).unwrap()
+    assert one.fingerprint == two.fingerprint
+
+
+def test_a_value_changes_the_fingerprint() -> None:
+    one = check("optimizer adamw { lr = 3e-4 }").unwrap()
+    assert one != check("optimizer adamw { lr = 4e-4 }").unwrap()
+    assert one.fingerprint != check("optimizer adamw { lr = 4e-4 }").unwrap().fingerprint
+
+
+def test_python_specs_are_checked_too() -> None:
+    pace = of("regularize", "pace", sigma=0.5, weight=0.1)
+    with pytest.raises(SpecError, match="missing-on"):
+        Spec((Clause(pace),))
+    with pytest.raises(SpecError, match="duplicate-clause"):
+        Spec((Clause(of("loss", "mse")), Clause(of("loss", "cross_entropy"))))
+    with pytest.raises(SpecError, match="unknown-name"):
+        Spec(rules=(Rule("gns > 2", (Do("stop"),)),))  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="unknown-version"):
+        Spec(version=2)
+
+
+@pytest.mark.parametrize("text", ["12 parsecs", "200", "(", "", "1 steps 2", "x"])
+def test_text_that_is_no_duration_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match="duration|parsecs|value|text"):
+        of("run", "run", length=text)
+
+
+def test_loading_json_parses_nothing() -> None:
+    data = json.dumps(check(TEXT).unwrap().to_json())
+    code = (
+        "import sys\n"
+        "from trainc.compiler.catalog import catalog\n"
+        "from trainc.dsl.spec import Spec\n"
+        "Spec.from_json(sys.stdin.read(), catalog())\n"
+        "assert not {'lark', 'torch', 'trainc.dsl.parse'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], input=data, text=True, check=True)
+
+
+def test_checking_loads_neither_torch_nor_lark() -> None:
+    code = (
+        "import sys\n"
+        "from trainc.compiler.catalog import check\n"
+        "assert check(sys.stdin.read()).spec\n"
+        "assert not {'lark', 'torch', 'numpy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], input=TEXT, text=True, check=True)
+
+
+def test_every_value_knows_where_it_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "base.train").write_text("optimizer adamw { lr = 3e-4 }\n")
+    path = tmp_path / "spec.train"
+    path.write_text(
+        'use "base.train"\nlet seed = 3\nlet half = 0.5\n'
+        "run { length = 200 steps, seed = seed }\nmask sift on ndim(2) { density = half }\n"
+    )
+    spec = check(path, ["seed=4"]).unwrap()
+    adamw, run, sift = spec.clauses
+    assert adamw.provenance("eps").how == "default"
+    assert adamw.provenance("lr").how == "include"
+    assert [str(span) for span in adamw.provenance("lr").via] == [f"{path}:1:1"]
+    assert run.provenance("length").how == "line"
+    assert run.provenance("seed").how == "set"
+    assert str(run.provenance("seed")) == "--set seed=4"
+    assert str(sift.provenance("density")) == f"{path}:5:34"
+    assert run.construct.model_dump()["seed"] == 4
+
+
+def test_provenance_takes_no_part_in_equality() -> None:
+    one = check("loss mse").unwrap()
+    two = check("# a comment\n\n  loss   mse").unwrap()
+    assert one.clauses[0].span != two.clauses[0].span
+    assert one == two
+
+
+def test_numbers_mean_what_they_say() -> None:
+    text = 'model "m:f" { a = 2k, b = 1_000, c = 1.5M, d = 0.5, e = 12 / 4, f = 10%, g = [1, 2.5], h = 1..3, i = true }'
+    arguments = check(text).unwrap().clauses[0].construct.model_dump()["arguments"]
+    wanted = dict(a=2000, b=1000, c=1500000, d=0.5, e=3, f=0.1, g=[1, 2.5], h=[1, 3], i=True)
+    assert arguments == wanted
+    assert {k: type(x) for k, x in arguments.items()} == {k: type(x) for k, x in wanted.items()}
+
+
+def test_kinds_and_units_may_be_names() -> None:
+    text = 'let data = 3\nlet steps2 = data\nmodel "m:f" { model = data, steps = steps2, on = 1, from = 2, lr = 3 }'
+    arguments = check(text).unwrap().clauses[0].construct.model_dump()["arguments"]
+    assert arguments == {"model": 3, "steps": 3, "on": 1, "from": 2, "lr": 3}

@@ -1,0 +1,199 @@
+"""Compact training: what the optimizer sees, what stays in memory, and what the weights become."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trainc.runtime.masks import Compact, largest
+
+
+def by_sorting(scores: list[Tensor], count: int) -> list[list[int]]:
+    """Return what `largest` should, by one stable sort of everything."""
+    together = torch.cat(scores)
+    order = together.sort(descending=True, stable=True).indices[:count]
+    chosen, start = [], 0
+    for score in scores:
+        inside = order[(order >= start) & (order < start + len(score))] - start
+        chosen.append(sorted(inside.tolist()))
+        start += len(score)
+    return chosen
+
+
+few = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=12)
+
+
+@given(st.lists(few, min_size=1, max_size=4), st.floats(0, 1))
+def test_the_largest_are_those_of_a_stable_sort(values: list[list[float]], share: float) -> None:
+    scores = [torch.tensor(row) for row in values]
+    count = round(share * sum(map(len, scores)))
+    found = largest(scores, count)
+    assert [index.tolist() for index in found] == by_sorting(scores, count)
+
+
+def made(dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    torch.manual_seed(0)
+    return nn.Parameter(torch.randn(4, 5).to(dtype))
+
+
+def test_before_the_choice_nothing_trains() -> None:
+    parameter = made()
+    compact = Compact("w", parameter, 3)
+    before = parameter.detach().clone()
+    (parameter * 2).sum().backward()
+    assert torch.equal(parameter.grad, torch.full((4, 5), 2.0))
+    compact.take(torch.ones(4, 5))
+    assert torch.equal(parameter.grad, torch.full((4, 5), 3.0))
+    assert compact.values.grad is None
+    optimizer = torch.optim.AdamW([compact.values], lr=1.0, weight_decay=1.0)
+    optimizer.step()
+    compact.write()
+    assert torch.equal(parameter.detach(), before)
+
+
+@pytest.mark.parametrize("way", ["hook", "gather", "take"])
+def test_only_the_selected_gradient_is_kept(way: str) -> None:
+    parameter = made()
+    compact = Compact("w", parameter, 3)
+    compact.choose(torch.tensor([1, 7, 19]))
+    dense = torch.arange(20.0).view(4, 5)
+    for _ in range(2):
+        if way == "hook":
+            (parameter * dense).sum().backward()
+        elif way == "gather":
+            parameter.grad = dense.clone()
+            compact.gather()
+        else:
+            compact.take(dense)
+        assert parameter.grad is None
+    assert compact.values.grad is not None
+    assert compact.values.grad.tolist() == [2.0, 14.0, 38.0]
+    compact.discard()
+    assert compact.values.grad is None
+
+
+def test_no_dense_gradient_outlives_the_layer_above() -> None:
+    """The first layer's backward runs when the second's dense gradient is gone already."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    compacts = [Compact(name, p, 1) for name, p in model.named_parameters()]
+    for compact in compacts:
+        compact.choose(torch.tensor([4]))
+    held: list[bool] = []
+    model[0].weight.register_hook(lambda _: held.append(model[1].weight.grad is not None))
+    model(torch.randn(2, 3)).sum().backward()
+    assert held == [False]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_decay_and_moments_act_on_the_entries_alone() -> None:
+    parameter, twin = made(), made()
+    compact = Compact("w", parameter, 3)
+    index = torch.tensor([0, 6, 13])
+    compact.choose(index)
+    optimizer = torch.optim.AdamW([compact.values], lr=0.1, weight_decay=0.5)
+    reference = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.5)
+    mask = torch.zeros(20, dtype=torch.bool).scatter_(0, index, True).view(4, 5)
+    start = parameter.detach().clone()
+    for step in range(3):
+        grad = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        compact.take(grad)
+        twin.grad = grad * mask
+        optimizer.step()
+        reference.step()
+        optimizer.zero_grad()
+        assert int(compact.write()) == 3
+        twin.data = torch.where(mask, twin.data, start)
+        assert torch.equal(parameter, twin)
+    assert [s.numel() for s in optimizer.state[compact.values].values() if s.dim()] == [3, 3]
+
+
+def test_bfloat16_weights_move_by_steps_they_cannot_hold() -> None:
+    parameter = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    compact = Compact("w", parameter, 2)
+    compact.choose(torch.tensor([2, 5]))
+    assert compact.values.dtype == torch.float32
+    optimizer = torch.optim.SGD([compact.values], lr=1.0)
+    moved = []
+    for _ in range(8):
+        compact.read()
+        compact.take(torch.full((8,), 2.0**-10, dtype=torch.bfloat16))
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append(int(compact.write()))
+    assert compact.values.tolist() == [1 - 8 * 2.0**-10] * 2
+    assert parameter[2] == parameter[5] == 1 - 2.0**-7
+    assert 0 in moved
+    assert 2 in moved
+    assert (parameter == 1).sum() == 6
+
+
+def test_weights_set_from_outside_are_taken_over() -> None:
+    parameter = made()
+    compact = Compact("w", parameter, 2)
+    compact.choose(torch.tensor([0, 1]))
+    parameter.data.fill_(7.0)
+    compact.read()
+    assert compact.values.tolist() == [7.0, 7.0]
+
+
+def test_a_weight_that_is_not_contiguous_is_written_in_its_own_order() -> None:
+    parameter = nn.Parameter(torch.zeros(5, 4).t())
+    assert not parameter.is_contiguous()
+    compact = Compact("w", parameter, 2)
+    compact.choose(torch.tensor([1, 7]))
+    compact.values.data.copy_(torch.tensor([3.0, 4.0]))
+    compact.write()
+    assert parameter[0, 1] == 3.0
+    assert parameter[1, 2] == 4.0
+    assert parameter.detach().count_nonzero() == 2
+
+
+def test_sparse_gradients_of_an_embedding_are_gathered() -> None:
+    table = nn.Embedding(6, 2, sparse=True)
+    compact = Compact("weight", table.weight, 2)
+    compact.choose(torch.tensor([2, 9]))
+    table(torch.tensor([1, 1, 4])).sum().backward()
+    assert table.weight.grad is None
+    assert compact.values.grad is not None
+    assert compact.values.grad.tolist() == [2.0, 1.0]
+
+
+def test_the_number_of_entries_may_be_decided_with_the_choice() -> None:
+    parameter = made()
+    compact = Compact("w", parameter, 0)
+    identity = compact.values
+    compact.choose(torch.tensor([3, 4, 5]))
+    assert compact.values is identity
+    assert torch.equal(compact.values.detach(), parameter.detach().view(-1)[3:6])
+    none = Compact("v", made(), 0)
+    none.choose(torch.tensor([], dtype=torch.int64))
+    none.take(torch.ones(4, 5))
+    assert none.values.grad is None
+    assert int(none.write()) == 0
+
+
+def test_indices_take_four_bytes() -> None:
+    parameter = made()
+    compact = Compact("w", parameter, 3)
+    assert compact.memory() == 12
+    compact.choose(torch.tensor([1, 2, 3]))
+    assert compact.memory() == 24
+    assert compact.index is not None
+    assert compact.index.dtype == torch.int32
+
+
+def test_a_removed_mask_leaves_gradients_alone() -> None:
+    parameter = made()
+    compact = Compact("w", parameter, 1)
+    compact.choose(torch.tensor([1]))
+    compact.remove()
+    parameter.sum().backward()
+    assert parameter.grad is not None
+    assert parameter.grad.shape == (4, 5)
+    compact.forget()
+    assert compact.index is None
+    compact.choose(torch.tensor([2]))
+    parameter.grad = None
+    parameter.sum().backward()
+    assert parameter.grad is None
