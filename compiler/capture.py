@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -202,6 +203,7 @@ def _renamed(
     graph = fx.Graph()
     environment: dict[fx.Node, fx.Node] = {}
     tensors: dict[str, Tensor] = {}
+    fresh = (f"forward_constant_{i}" for i in count())
     for node in module.graph.nodes:
         if _is_check(node):
             continue
@@ -218,9 +220,7 @@ def _renamed(
             value := _attribute(module, str(node.target)), Tensor
         ):
             plain = str(node.target).removeprefix(f"{PREFIX}.")
-            made.target = (
-                by_object.get(id(value)) or names.get(plain) or f"forward_constant_{len(tensors)}"
-            )
+            made.target = by_object.get(id(value)) or names.get(plain) or next(fresh)
             tensors.setdefault(str(made.target), value)
         _plain_stack(made)
     for node in list(graph.nodes):

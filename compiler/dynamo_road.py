@@ -70,11 +70,22 @@ def dynamo_road(wrapped: Wrapped, batch: Batch) -> fx.GraphModule:
     fakes = [mode.from_tensor(argument, static_shapes=True) for argument in backend.arguments]
 
     def run(*arguments: Tensor) -> Any:
-        return fx.Interpreter(graph).run(*arguments)
+        return _Inlined(graph).run(*arguments)
 
     with preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     return _as_exported(traced, backend.arguments, wrapped, batch)
+
+
+class _Inlined(fx.Interpreter):
+    """Runs a graph with its checkpointed parts in place: passes do not look into nested graphs."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run the nested graph of an activation checkpoint as part of this one."""
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *rest = args
+            return _Inlined(body).run(*rest)
+        return super().call_function(target, args, kwargs)
 
 
 def _as_exported(

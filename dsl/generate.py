@@ -32,10 +32,11 @@ def tables(grammar: str) -> str:
     """Return the text of dsl/tables.py for a grammar."""
     lark = Lark(grammar, parser="lalr", lexer="basic", maybe_placeholders=False)
     table = lark.parser.parser._parse_table
-    number = {state: n for n, state in enumerate(table.states)}
+    number = _numbered(table)
     rules = {rule: n for n, rule in enumerate(lark.rules)}
     actions = []
-    for row in table.states.values():
+    for state in number:
+        row = table.states[state]
         steps = [
             f"{symbol} {number[argument] + 1 if action is Shift else -rules[argument] - 1}"
             for symbol, (action, argument) in sorted(row.items())
@@ -62,6 +63,18 @@ def tables(grammar: str) -> str:
     }
     body = "".join(f"{name} = {pformat(v, width=99, compact=True)}\n" for name, v in parts.items())
     return f'{HEADER}{body}ACTIONS = """\\\n{chr(10).join(actions)}"""\n'
+
+
+def _numbered(table: Any) -> dict[Any, int]:
+    """Number the states in the order a walk from the start meets them, which is always the same."""
+    number: dict[Any, int] = {}
+    todo = [table.start_states["start"]]
+    for state in todo:
+        if state not in number:
+            number[state] = len(number)
+            row = sorted(table.states[state].items())
+            todo += [argument for _, (action, argument) in row if action is Shift]
+    return number
 
 
 def _lexing_order(terminal: Any) -> tuple[int, int, int, str]:

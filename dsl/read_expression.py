@@ -88,6 +88,9 @@ def _expression(node: Node, names: Names) -> v.Expr:
                 text = f"expected {', '.join(f'`{s}`' for s in STATES[:-1])} or `{STATES[-1]}`"
                 raise Unreadable(node.right, text, help=suggest(state, STATES))
             return v.Binary("is", expression(left, names), v.Name(state))
+        case ast.Infix("then", ast.Infix("*", _, _), ast.Apply()):
+            help = "write `3e-4 * (warmup(5%) then cosine())`, or give each piece a factor"
+            raise Unreadable(node, "`*` binds tighter than `then`", help=help)
         case ast.Infix(op, left, right) if op in v.BINARY:
             return v.Binary(op, expression(left, names), expression(right, names))
     raise Unreadable(node, f"expected a number, found {describe(node)}")

@@ -170,6 +170,11 @@ RULES: dict[str, About] = {
         "There would be no end to it.",
         "Move what both files need into a third.",
     ),
+    "missing-clause": About(
+        "A spec lacks a clause that this command needs.",
+        "For somebody's own loop `model`, `data` and `run` may be left out; training needs them.",
+        "Add the clause in the help line.",
+    ),
     "missing-on": About(
         "A clause does not say what it acts on.",
         "Which parameters or modules a method touches is the heart of it; there is no safe "
@@ -296,6 +301,11 @@ RULES: dict[str, About] = {
         "It is not known which axis of a tensor counts the examples.",
         "Per-example statistics need it, and guessing gives numbers that are wrong in silence.",
         "Put examples on the first axis of the inputs.",
+    ),
+    "nothing-to-measure": About(
+        "A clause selects something that has nothing for it to measure.",
+        "A statistic of it would be missing from every report, or be read as zero.",
+        "Leave it out of the selection, or give it what the label says it lacks.",
     ),
     "wrong-target-kind": About(
         "A selector finds parameters where a construct acts on modules, or the other way round.",

@@ -27,7 +27,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 # Groups drawn at once: the generator's temporaries should stay in a core's cache.
-CHUNK = 1 << 14
+CHUNK = 1 << 16
 MAX_VIEWS = 256
 MAX_TOKENS = 1 << 24
 MAX_SITES = 1 << 32
@@ -47,28 +47,37 @@ def philox(
     key: Key, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words, in int64, for broadcastable int64 counters and a packed or paired key."""
+    even, odd = _rounds(key, c0, c1, c2, c3)
+    return even[0], odd[0], even[1], odd[1]
+
+
+def _rounds(key: Key, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor]:
+    """The words (w0, w2) and (w1, w3), each pair stacked on a new first dim.
+
+    Both halves of a round are computed at once: multiplied words beside added words. A round leaves
+    its words in swapped order, so constants and keys swap from round to round.
+    """
     if isinstance(key, tuple):
         key = pack_key(*key, device=c0.device)
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
-    # Both lanes of a round at once: multiplied words (c0, c2) beside added words (c3, c1). A round
-    # leaves its new words in swapped order, so the constants swap from round to round.
     words, added = torch.stack((c0, c2)), torch.stack((c3, c1))
     column = [2] + [1] * c0.dim()
-    constants = torch.tensor(MULTIPLIERS, dtype=torch.int64, device=c0.device).view(column)
-    weyl = torch.tensor(WEYL, dtype=torch.int64, device=c0.device)
-    keys = torch.stack((key & MASK, (key >> 32) & MASK)).view(2)
-    for index in range(ROUNDS):
-        even = index % 2 == 0
-        # int64 wraps, so the product's 64 bits are the unsigned product's; only the words that are
-        # multiplied again need their upper halves cleared.
-        product = words * (constants if even else constants.flip(0))
-        lane = keys.flip(0) if even else keys
-        words = (product >> 32).bitwise_xor_(added).bitwise_xor_(lane.view(column))
-        words.bitwise_and_(MASK)
+
+    def table(rows: list[tuple[int, int]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=words.device)
+
+    swapped = [(0, 32)[:: 1 if index % 2 else -1] for index in range(ROUNDS)]
+    bumps = [(index * WEYL[0], index * WEYL[1]) for index in range(ROUNDS)]
+    bumps = [bump[:: 1 if index % 2 else -1] for index, bump in enumerate(bumps)]
+    keys = ((key >> table(swapped)) + table(bumps)).bitwise_and_(MASK).view([ROUNDS, *column])
+    constants = table([MULTIPLIERS, MULTIPLIERS[::-1]]).view([2, *column]).unbind()
+    for index, lane in enumerate(keys.unbind()):
+        # int64 wraps, so the product's 64 bits are the unsigned product's; only words that will be
+        # multiplied need their upper halves cleared.
+        product = words * constants[index % 2]
+        words = (product >> 32).bitwise_xor_(added).bitwise_xor_(lane).bitwise_and_(MASK)
         added = product.flip(0)
-        keys = (keys + weyl).bitwise_and_(MASK)
-    added.bitwise_and_(MASK)
-    return words[0], added[1], words[1], added[0]
+    return words, product.bitwise_and_(MASK)
 
 
 def uniform(word: Tensor) -> Tensor:
@@ -102,7 +111,7 @@ def normal(
     if device is None:
         device = key.device if isinstance(key, Tensor) else "cpu"
     groups, lines = (channels + 3) // 4, 1 if tokens is None else tokens
-    noise = torch.empty((views * examples * lines, groups, 4), device=device)
+    noise = torch.empty((views * examples * lines, groups, 2, 2), device=device)
     group = torch.arange(groups, dtype=torch.int64, device=device)
     place = torch.full((), site, dtype=torch.int64, device=device)
     key = key if isinstance(key, tuple) else key.to(device)
@@ -113,8 +122,8 @@ def normal(
         token, example, view = row % lines, row // lines % examples, row // (lines * examples)
         example = (example + first_example).bitwise_and_(MASK)
         where = (view + token * MAX_VIEWS).unsqueeze(1)
-        words = philox(key, group, example.unsqueeze(1), where, place)
-        for lane, normals in enumerate((normal_pair(*words[:2]), normal_pair(*words[2:]))):
-            part[:, :, 2 * lane], part[:, :, 2 * lane + 1] = normals
+        pairs = _rounds(key, group, example.unsqueeze(1), where, place)
+        for lane, normals in enumerate(normal_pair(*pairs)):
+            part[..., lane] = normals.movedim(0, -1)
     shape = (views, examples, channels) if tokens is None else (views, examples, tokens, channels)
     return noise.flatten(1)[:, :channels].reshape(shape)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from examples import models
 from trainc.compiler.capture import CaptureFailed, capture, signature
@@ -322,6 +323,38 @@ def test_the_second_road_serves_norm_sites_by_name() -> None:
     )
     assert list(first) == list(second) == names
     assert all(torch.equal(first[n], second[n]) for n in names)
+
+
+class Checkpointed(nn.Module):
+    """Blocks under activation checkpointing, a constant, and statistics taken without gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Dropout(0.2), nn.Tanh())
+        self.register_buffer("scale", torch.rand(6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            centre = x.mean()
+        x = (x - centre) * self.get_buffer("scale") + torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+        y: Tensor = checkpoint(self.first, x, use_reentrant=False)
+        return y
+
+
+@pytest.mark.parametrize("road", [export_road, dynamo_road])
+def test_checkpointing_constants_and_no_grad_blocks_are_captured(road: Any) -> None:
+    model, batch = Checkpointed().train(), (torch.randn(3, 6), torch.randint(6, (3,)))
+    torch.manual_seed(1)
+    loss, grads = eager(model, batch)
+    sites = [NormSite("first.0", "layer", "first.0.weight", "first.0.bias", 1e-5)]
+    step = empty(model, batch, road=road, rewrite=Rewrite(norms=sites))
+    assert list(step.state_dict()) == list(model.state_dict())
+    assert step.constants == ("forward_constant_0",)
+    torch.manual_seed(1)
+    out = step.run(batch, {})
+    torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.grads, grads, rtol=1e-5, atol=1e-7)
+    assert list(out.probes) == ["first.0"]
 
 
 def test_the_second_road_does_not_run_out_of_recompilations() -> None:

@@ -76,6 +76,14 @@ def test_hostile_text_is_answered(name: str) -> None:
         assert rule in {d.rule for d in checked.errors}
 
 
+def test_what_is_just_not_too_deep_is_read() -> None:
+    inner = "-" * 90 + "1"
+    text = f"let a = {inner}\noptimizer adamw {{ lr = a, weight_decay = {inner} }}"
+    assert check(text).spec
+    names = " | ".join(f'"blocks.{n}.*"' for n in range(90))
+    assert check(f"mask sift on {names} {{ density = 1% }}").spec
+
+
 def test_a_file_that_is_not_utf8_is_located(tmp_path: Path) -> None:
     path = tmp_path / "spec.train"
     path.write_bytes(b"train 1\nlet a = \xff\n")
@@ -102,10 +110,12 @@ def test_any_text_is_answered(text: str) -> None:
 
 
 WORDS = st.sampled_from(
-    "train 1 let use when for on as from until every optional where expect is nan or and not then model "
-    'data loss run optimizer adamw lr mask sift gns { } ( ) [ ] , = == < + - * / | & .. % "a:b" "x" 3e-4 '
-    "200 steps 5k tokens depth warmup cosine type ndim all stop batch".split(" ")
-)
+    ["train", "let", "use", "when", "for", "on", "as", "from", "until", "every", "optional",
+     "where", "expect", "is", "nan", "or", "and", "not", "then", "model", "data", "loss", "run",
+     "optimizer", "adamw", "lr", "mask", "sift", "gns", "{", "}", "(", ")", "[", "]", ",", "=",
+     "==", "<", "+", "-", "*", "/", "|", "&", "..", "%", '"a:b"', '"x"', "3e-4", "1", "200",
+     "steps", "5k", "tokens", "depth", "warmup", "cosine", "type", "ndim", "all", "stop", "batch"]
+)  # fmt: skip
 
 
 @settings(max_examples=400)

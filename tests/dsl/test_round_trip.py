@@ -108,7 +108,10 @@ _ATOMS = st.one_of(
 
 def _grow_number(inner: st.SearchStrategy[v.Expr]) -> st.SearchStrategy[v.Expr]:
     return st.one_of(
-        st.builds(v.Binary, st.sampled_from(["+", "-", "*", "/", "then"]), inner, inner),
+        st.builds(v.Binary, st.sampled_from(["+", "-", "*", "/"]), inner, inner),
+        st.builds(
+            lambda d, x: v.Binary("then", v.called("warmup", v.Quantity(d)), x), DURATIONS, inner
+        ),
         st.builds(v.Unary, st.just("neg"), inner),
         st.builds(lambda d, x: v.called("cosine", to=x, over=v.Quantity(d)), DURATIONS, inner),
         st.lists(inner, min_size=1, max_size=3).map(lambda xs: v.called("min", *xs)),

@@ -110,7 +110,7 @@ def test_python_specs_are_checked_too() -> None:
 
 @pytest.mark.parametrize("text", ["12 parsecs", "200", "(", "", "1 steps 2", "x"])
 def test_text_that_is_no_duration_is_a_value_error(text: str) -> None:
-    with pytest.raises(ValueError, match="duration|parsecs|value|text"):
+    with pytest.raises(ValueError, match=r"duration|parsecs|value|text"):
         of("run", "run", length=text)
 
 
@@ -163,14 +163,19 @@ def test_provenance_takes_no_part_in_equality() -> None:
 
 
 def test_numbers_mean_what_they_say() -> None:
-    text = 'model "m:f" { a = 2k, b = 1_000, c = 1.5M, d = 0.5, e = 12 / 4, f = 10%, g = [1, 2.5], h = 1..3, i = true }'
+    text = 'model "m:f" { a = 2k, b = 1_000, c = 1.5M, d = 0.5, e = 12 / 4, f = 10%, '
+    text += "g = [1, 2.5], h = 1..3, i = true }"
     arguments = check(text).unwrap().clauses[0].construct.model_dump()["arguments"]
-    wanted = dict(a=2000, b=1000, c=1500000, d=0.5, e=3, f=0.1, g=[1, 2.5], h=[1, 3], i=True)
+    wanted = {
+        "a": 2000, "b": 1000, "c": 1500000, "d": 0.5, "e": 3, "f": 0.1, "g": [1, 2.5], "h": [1, 3],
+        "i": True,
+    }  # fmt: skip
     assert arguments == wanted
     assert {k: type(x) for k, x in arguments.items()} == {k: type(x) for k, x in wanted.items()}
 
 
 def test_kinds_and_units_may_be_names() -> None:
-    text = 'let data = 3\nlet steps2 = data\nmodel "m:f" { model = data, steps = steps2, on = 1, from = 2, lr = 3 }'
+    text = "let data = 3\nlet steps2 = data\n"
+    text += 'model "m:f" { model = data, steps = steps2, on = 1, from = 2, lr = 3 }'
     arguments = check(text).unwrap().clauses[0].construct.model_dump()["arguments"]
     assert arguments == {"model": 3, "steps": 3, "on": 1, "from": 2, "lr": 3}

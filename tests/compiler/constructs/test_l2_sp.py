@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ def grid(shape: Sequence[int], scale: float, phase: float) -> Tensor:
     return (torch.sin(1.7 * i + 0.3 + phase) * scale).float().view(*shape)
 
 
+def l2_sp(weight: Any, **fields: Any) -> L2Sp:
+    """Return the clause; a number stands for a constant schedule."""
+    return L2Sp(weight=weight, **fields)
+
+
 def lower(
     made: nn.Module, rule: L2Sp, start: Duration | None = None
 ) -> tuple[Parts, Anchors, tuple[str, ...]]:
@@ -60,7 +66,7 @@ def penalty(parts: Parts, made: nn.Module, clock: Clock | None = None) -> Tensor
 def test_the_value_is_the_published_one() -> None:
     row = json.loads(REFERENCE.read_text())["relatives"]["l2sp"]
     made = model(torch.float32)
-    parts, *_ = lower(made, L2Sp(weight=row["alpha"]))
+    parts, *_ = lower(made, l2_sp(weight=row["alpha"]))
     assert float(penalty(parts, made).detach()) == 0.0
     for parameter in made.parameters():
         if parameter.dim() == 2:
@@ -71,7 +77,7 @@ def test_the_value_is_the_published_one() -> None:
 @pytest.mark.parametrize("to", ["start", "zero"])
 def test_the_gradient_is_the_weighted_distance(to: str) -> None:
     made = model()
-    parts, _, names = lower(made, L2Sp(weight=0.03, to=to))
+    parts, _, names = lower(made, l2_sp(weight=0.03, to=to))
     starts = {n: made.get_parameter(n).detach().clone() for n in names}
     for parameter in made.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
@@ -87,7 +93,7 @@ def test_the_gradient_is_the_weighted_distance(to: str) -> None:
 def test_the_weight_follows_the_clock_and_the_clause() -> None:
     made = model()
     ramp = v.Binary("*", v.Number(0.01), v.Name("steps"))
-    parts, *_ = lower(made, L2Sp(weight=ramp), start=Duration(3, "steps"))
+    parts, *_ = lower(made, l2_sp(weight=ramp), start=Duration(3, "steps"))
     (weight,) = parts.scalars.values()
     assert [weight(Clock(steps=t)) for t in range(5)] == [0.0, 0.0, 0.0, 0.03, 0.04]
 
@@ -95,17 +101,17 @@ def test_the_weight_follows_the_clock_and_the_clause() -> None:
 def test_what_is_frozen_is_left_out() -> None:
     made = model()
     made.get_parameter("1.weight").requires_grad_(False)
-    parts, *_ = lower(made, L2Sp(weight=1.0))
+    parts, *_ = lower(made, l2_sp(weight=1.0))
     assert parts.penalties["l2_sp"].parameters == ("0.weight", "2.weight")
     made.requires_grad_(False)
     inventory = take(made)
-    (problem,) = L2Sp(weight=1.0).validate_targets(Targets(inventory, (), inventory.parameters))
+    (problem,) = l2_sp(weight=1.0).validate_targets(Targets(inventory, (), inventory.parameters))
     assert problem.rule == "selector-matches-frozen"
 
 
 def test_half_precision_weights_are_summed_in_float32() -> None:
     made = model(torch.bfloat16)
-    parts, *_ = lower(made, L2Sp(weight=2.0))
+    parts, *_ = lower(made, l2_sp(weight=2.0))
     for parameter in made.parameters():
         parameter.data += 0.01
     value = penalty(parts, made)
@@ -115,7 +121,7 @@ def test_half_precision_weights_are_summed_in_float32() -> None:
 
 def test_the_start_survives_a_resume() -> None:
     def machine(made: nn.Module) -> tuple[Parts, StepMachine]:
-        parts, _, _ = lower(made, L2Sp(weight=0.5))
+        parts, _, _ = lower(made, l2_sp(weight=0.5))
         slots = [Slot(name, p, 0.0) for name, p in made.named_parameters()]
         optimizer = OptimizerStep("sgd", slots, lambda groups: torch.optim.SGD(groups, lr=0.1))
         return parts, StepMachine(
@@ -149,7 +155,7 @@ def test_the_start_survives_a_resume() -> None:
 
 def test_a_clause_added_on_resume_starts_there() -> None:
     made = model()
-    parts, action, names = lower(made, L2Sp(weight=1.0))
+    parts, action, names = lower(made, l2_sp(weight=1.0))
     for parameter in made.parameters():
         parameter.data += 1.0
     assert float(penalty(parts, made).detach()) > 0
@@ -161,12 +167,12 @@ def test_a_clause_added_on_resume_starts_there() -> None:
 
 def test_the_summary_says_how_far_the_weights_went() -> None:
     made = model()
-    _, action, _ = lower(made, L2Sp(weight=1.0))
+    _, action, _ = lower(made, l2_sp(weight=1.0))
     made.get_parameter("0.weight").data[0, 0] += 3.0
     assert action.summary() == "l2_sp: the weights ended 3 from their start"
-    assert lower(made, L2Sp(weight=1.0, to="zero"))[1].state_dict() == {}
+    assert lower(made, l2_sp(weight=1.0, to="zero"))[1].state_dict() == {}
 
 
 def test_no_weight_is_no_effect() -> None:
-    assert L2Sp(weight=0).is_identity()
-    assert not L2Sp(weight=0.1).is_identity()
+    assert l2_sp(weight=0).is_identity()
+    assert not l2_sp(weight=0.1).is_identity()

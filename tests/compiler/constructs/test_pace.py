@@ -44,6 +44,11 @@ PUBLISHED = v.Binary(
 )
 
 
+def pace(sigma: Any, weight: Any, **fields: Any) -> Pace:
+    """Return the clause; numbers stand for constant schedules."""
+    return Pace(sigma=sigma, weight=weight, **fields)
+
+
 def lower(rule: Pace, model: nn.Module, names: tuple[str, ...], **bounds: Any) -> Parts:
     setting = Setting(model, take(model), Units(8), RunLength(100, "steps"), Signals())
     parts = Parts()
@@ -55,7 +60,7 @@ def lower(rule: Pace, model: nn.Module, names: tuple[str, ...], **bounds: Any) -
 def test_the_distance_and_its_gradients_are_the_published_ones(case: str) -> None:
     row = PACE[case]
     one, two = (tensor(row[name]).requires_grad_() for name in ("l1", "l2"))
-    loss = Pace(sigma=1, weight=1).apart(one, two)
+    loss = pace(sigma=1, weight=1).apart(one, two)
     assert float(loss.detach()) == pytest.approx(row["loss"], rel=1e-6)
     loss.backward()
     if "grad_l1" in row:
@@ -66,7 +71,7 @@ def test_the_distance_and_its_gradients_are_the_published_ones(case: str) -> Non
 def test_the_kl_distance_is_that_of_r_drop() -> None:
     row = REFERENCE["relatives"]["rdrop_official_readme"]
     one, two = (tensor(row[name]) for name in "pq")
-    loss = Pace(sigma=1, weight=1, distance="kl").apart(one, two)
+    loss = pace(sigma=1, weight=1, distance="kl").apart(one, two)
     assert float(loss.detach()) == pytest.approx(row["loss_batchmean"], rel=1e-5)
 
 
@@ -133,7 +138,7 @@ def test_a_whole_step_with_adapters_is_the_published_one() -> None:
         name: 1 + sigma * draw
         for name, sigma, draw in zip(names, row["sigma_per_block"], draws, strict=True)
     }
-    x, y, rule = tensor(row["X"]), tensor(row["Y"]), Pace(sigma=1.2, weight=row["lambda"])
+    x, y, rule = tensor(row["X"]), tensor(row["Y"]), pace(sigma=1.2, weight=row["lambda"])
     out = rule.reference(model, x, y, factors, row["lambda"])
     assert float(out["task"].detach()) == pytest.approx(row["cls_loss"], rel=1e-6)
     assert float(out["consistency"].detach()) == pytest.approx(row["pace_loss"], rel=1e-5)
@@ -163,7 +168,7 @@ def test_the_published_schedule_is_an_expression_of_the_block() -> None:
     row = PACE["sigma_schedule_vit_b"]
     model = Stack(row["num_ids"] - 1)
     names = (*(f"blocks.{i}.0" for i in range(row["num_ids"] - 1)), "head")
-    parts = lower(Pace(sigma=PUBLISHED, weight=1), model, names)
+    parts = lower(pace(sigma=PUBLISHED, weight=1), model, names)
     sigmas = {f"sigma:{name}": sigma for name, sigma in zip(names, row["sigmas"], strict=True)}
     assert sigmas.pop("sigma:blocks.0.0") == 0.0
     found = {name: parts.scalars[name](Clock()) for name in sigmas}
@@ -209,7 +214,7 @@ def armed_step(model: nn.Module, rule: Pace, names: tuple[str, ...]) -> tuple[Pa
 def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     torch.manual_seed(0)
     model, names = Stack(2, 4).double(), ("blocks.0.0", "blocks.1.0", "head")
-    rule = Pace(sigma=FALLING, weight=0.5)
+    rule = pace(sigma=FALLING, weight=0.5)
     x, y = torch.randn(5, 3, 4).double(), torch.randint(0, 4, (5, 3))
     parts, sites = armed_step(model, rule, names)
     assert [site.module for site in parts.rewrite.noises] == list(names[:2])
@@ -253,7 +258,7 @@ def test_two_views_of_one_layer_are_as_far_apart_as_theory_says() -> None:
     """E |f1 - f2|^2 = 2 sigma^2 |h|^2 for one Linear layer."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 6))
-    _, sites = armed_step(model, Pace(sigma=0.7, weight=1), ("0",))
+    _, sites = armed_step(model, pace(sigma=0.7, weight=1), ("0",))
     x = torch.randn(1, 5).expand(4000, 5)
     expected = 2 * 0.7**2 * float(model(x[:1]).detach().square().sum())
     scalars = {"sigma:0": torch.tensor(0.7), "key": pack_key(11, 0)}
@@ -272,11 +277,13 @@ def test_two_views_of_one_layer_are_as_far_apart_as_theory_says() -> None:
 
 def test_evaluation_has_no_noise() -> None:
     model = nn.Sequential(nn.Linear(5, 6))
-    _, sites = armed_step(model, Pace(sigma=0.7, weight=1), ("0",))
+    _, sites = armed_step(model, pace(sigma=0.7, weight=1), ("0",))
     x = torch.randn(4, 5)
     sites.arm(2, {"sigma:0": torch.tensor(0.7), "key": pack_key(1, 0)}, torch.float32, x.device)
-    assert torch.equal(model.eval()(x), F.linear(x, model[0].weight, model[0].bias))
-    assert not torch.equal(model.train()(x), F.linear(x, model[0].weight, model[0].bias))
+    with sites.plain():
+        plain = model(x)
+    assert torch.equal(model.eval()(x), plain)
+    assert not torch.equal(model.train()(x), plain)
 
 
 class Mixed(nn.Module):
@@ -299,7 +306,7 @@ class Mixed(nn.Module):
 def test_what_cannot_be_noisy_is_an_error(names: tuple[str, ...], found: list[str]) -> None:
     inventory = take(Mixed())
     targets = Targets(inventory, tuple(inventory.module[n] for n in names), ())
-    problems = list(Pace(sigma=0.1, weight=1).validate_targets(targets))
+    problems = list(pace(sigma=0.1, weight=1).validate_targets(targets))
     assert [p.rule for p in problems] == found
     severity = {"wrong-target-kind": "error", "pair-over-batch-norm": "warning"}
     assert all(p.severity == severity[p.rule] for p in problems)
@@ -309,18 +316,18 @@ def test_silence_everywhere_is_a_warning_and_no_pair() -> None:
     model = Stack(2)
     inventory = take(model)
     targets = Targets(inventory, (inventory.module["head"],), ())
-    (problem,) = Pace(sigma=FALLING, weight=1).validate_targets(targets)
+    (problem,) = pace(sigma=FALLING, weight=1).validate_targets(targets)
     assert (problem.rule, problem.field, problem.severity) == ("no-effect", "sigma", "warning")
-    assert not lower(Pace(sigma=FALLING, weight=1), model, ("head",)).rewrite
+    assert not lower(pace(sigma=FALLING, weight=1), model, ("head",)).rewrite
 
 
 def test_a_gated_pair_is_refused() -> None:
     start = {"amount": 3, "unit": "steps"}
     with pytest.raises(ValueError, match="takes no `from`"):
-        lower(Pace(sigma=0.1, weight=1), Stack(2), ("head",), start=start)
+        lower(pace(sigma=0.1, weight=1), Stack(2), ("head",), start=start)
 
 
 def test_either_zero_is_no_effect() -> None:
-    assert Pace(sigma=0.1, weight=0).is_identity()
-    assert Pace(sigma=0, weight=1).is_identity()
-    assert not Pace(sigma=0.1, weight=1).is_identity()
+    assert pace(sigma=0.1, weight=0).is_identity()
+    assert pace(sigma=0, weight=1).is_identity()
+    assert not pace(sigma=0.1, weight=1).is_identity()

@@ -329,7 +329,7 @@ def test_the_choice_waits_for_its_start() -> None:
 
 
 @pytest.mark.parametrize("rest", ["train", "freeze"])
-def test_the_rest_trains_or_not(rest: str) -> None:
+def test_the_rest_trains_or_not(rest: Any) -> None:
     run = Run(Sift(density=RATE, rest=rest), names=NAMES[1:])
     for batch in batches():
         run.step(batch)
@@ -340,7 +340,7 @@ def test_the_rest_trains_or_not(rest: str) -> None:
 
 @pytest.mark.parametrize(("granularity", "units"), [("row", (1, 4)), ("column", (1, 5))])
 def test_whole_rows_or_columns_are_chosen_by_their_norm(
-    granularity: str, units: tuple[int, int]
+    granularity: Any, units: tuple[int, int]
 ) -> None:
     run = Run(Sift(density=0.1, granularity=granularity), names=["fc2.weight"])
     batch = batches()[0]

@@ -1,0 +1,65 @@
+"""The documentation is true: generated pages are fresh, links lead somewhere, what a page shows works."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import trainc
+from trainc.dsl.spec import Clause, Spec
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def imported(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"from_docs_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, text in imported(ROOT / "docs/generate.py", monkeypatch).pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_specs_shown_as_whole_files_check(page: Path) -> None:
+    for text in re.findall(r"^```train\n(train 1\n.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+        checked = trainc.check(text)
+        assert checked.spec is not None, trainc.SpecError(checked.diagnostics)
+
+
+def test_the_construct_of_the_guide_works_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs/adding-a-construct.md").read_text(encoding="utf-8")
+    (code, *_) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    (tmp_path / "l1.py").write_text(code, encoding="utf-8")
+    module = imported(tmp_path / "l1.py", monkeypatch)
+    module.L1.kind, module.L1.name = "regularize", "l1"
+    clause = Clause(module.L1(weight=0.5), on="ndim(2)")
+    base = trainc.check("loss mse optimizer sgd { lr = 0.1 }").spec
+    assert base is not None
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    program = trainc.compile(Spec((*base.clauses, clause)), model)
+    x = torch.zeros(4, 3)
+    program.step((x, model(x).detach()))
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * 0.5 * before.sign())
