@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from trainc.dsl.construct import Construct
     from trainc.dsl.spec import Clause, Spec
 
-SIGNAL_UNITS = {"batch": "samples"}
+SIGNAL_UNITS = {"batch": "samples", "micro_batch": "samples", "step": "steps"}
 
 
 def compile(
@@ -81,9 +82,7 @@ def plan(
         else:
             model = _on_meta(model)
         binding = bind(checked, take(model), facts(checked))
-        signals = Signals()
-        parts, _ = _assemble(binding, model, signals)
-        return make_plan(binding, parts)
+        return make_plan(binding, _assemble(binding, model, _first_signals(binding)))
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -192,12 +191,18 @@ def _at(clause: Clause, rule: str, message: str, help: str | None = None) -> Dia
     return Diagnostic(rule, message, labels, help=help)
 
 
-def _assemble(binding: Binding, model: nn.Module, signals: Signals) -> tuple[Parts, Setting]:
+def _first_signals(binding: Binding) -> Signals:
+    """Return what is known before anything is measured."""
+    data: Any = binding.one("data")
+    return Signals(batch=float(data.construct.batch.amount) if data else math.nan, step=0.0)
+
+
+def _assemble(binding: Binding, model: nn.Module, signals: Signals) -> Parts:
     setting = Setting(model, binding.inventory, binding.units, binding.length, signals)
     parts = assemble(binding.clauses, setting)
     units = dict(SIGNAL_UNITS) | {c.label: "samples" for c in binding.clauses if c.kind == "noise_scale"}
     parts.actions += rules(binding.spec.rules, setting, units, _signals(binding))
-    return parts, setting
+    return parts
 
 
 def _signals(binding: Binding) -> set[str]:
@@ -243,8 +248,8 @@ def build_program(
     from trainc.compiler.program import Program
     from trainc.compiler.settings import run_settings
 
-    signals = Signals()
-    parts, _ = _assemble(binding, model, signals)
+    signals = _first_signals(binding)
+    parts = _assemble(binding, model, signals)
     if parts.task is None:
         raise SpecError([Diagnostic("missing-clause", "the spec has no loss", help="write `loss cross_entropy` or `loss mse`")])
     if not parts.optimizers:

@@ -263,6 +263,7 @@ class Program:
             if self.executor == "graph":
                 raise
             self.graph_refused = f"{type(error).__name__}: {error}".splitlines()[0]
+            step.notes.append(f"no graph, the bound modules run instead: {self.graph_refused}")
             total = self.loss(batch, share, part)
             total.backward()
             return total.detach()
@@ -353,6 +354,8 @@ class Program:
             first, last = self._terms["consistency"], self._last.metrics["consistency"]
             sites = len(self._parts.rewrite.noises)
             lines.append(f"{pairing.label}: distance of the two views {first:.4g} -> {last:.4g}, noise at {sites} layers")
+        if self.graph_refused is not None:
+            lines.append(f"no graph, the bound modules ran instead: {self.graph_refused}")
         dropped = [c for c in self.plan.clauses if c["dropped"]]
         return lines + [f"{c['kind']} {c['construct']}: not in the program, {c['dropped']}" for c in dropped]
 

@@ -5,29 +5,25 @@ Spans take no part in equality, so two texts that differ only in layout give equ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+from trainc.dsl.record import Record, aside
 from trainc.dsl.source import Source, Span
 
 PARTS = ("as", "on", "from", "until", "every", "optional")  # their order means nothing
 NOWHERE = Source("<python>", "").span()
 
 
-@dataclass(frozen=True, slots=True)
-class Spanned:
+class Spanned(Record):
     """What every node has: where it was read from."""
 
-    span: Span = field(default=NOWHERE, compare=False, repr=False, kw_only=True)
+    span: Span = aside(default=NOWHERE, kw_only=True)
 
 
-@dataclass(frozen=True, slots=True)
 class Num(Spanned):
     """A number as it was written: `3e-4`, `1_000`, `2M`."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
 class Measure(Spanned):
     """A number with a unit, which is as written: `step`, `steps`, `%`."""
 
@@ -35,21 +31,18 @@ class Measure(Spanned):
     unit: str
 
 
-@dataclass(frozen=True, slots=True)
 class Str(Spanned):
     """A string; `value` is what it stands for."""
 
     value: str
 
 
-@dataclass(frozen=True, slots=True)
 class Ident(Spanned):
     """A name, perhaps dotted; `true` and `false` are names here."""
 
     id: str
 
 
-@dataclass(frozen=True, slots=True)
 class Argument(Spanned):
     """One argument of a call, `name` None when it stands without one."""
 
@@ -57,7 +50,6 @@ class Argument(Spanned):
     value: Node
 
 
-@dataclass(frozen=True, slots=True)
 class Apply(Spanned):
     """A call."""
 
@@ -65,14 +57,12 @@ class Apply(Spanned):
     arguments: tuple[Argument, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class Items(Spanned):
     """A list."""
 
     items: tuple[Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class Prefix(Spanned):
     """`-x` or `not x`."""
 
@@ -80,7 +70,6 @@ class Prefix(Spanned):
     operand: Node
 
 
-@dataclass(frozen=True, slots=True)
 class Infix(Spanned):
     """Two operands and an operator, `where`, `expect`, `on`, `is` and `..` among them."""
 
@@ -94,14 +83,12 @@ Node = Num | Measure | Str | Ident | Apply | Items | Prefix | Infix
 # Statements ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
 class Version(Spanned):
     """`train 1`."""
 
     number: Num
 
 
-@dataclass(frozen=True, slots=True)
 class Let(Spanned):
     """`let name = value`."""
 
@@ -109,14 +96,12 @@ class Let(Spanned):
     value: Node
 
 
-@dataclass(frozen=True, slots=True)
 class Use(Spanned):
     """`use "other.train"`."""
 
     path: Str
 
 
-@dataclass(frozen=True, slots=True)
 class Part(Spanned):
     """One of `as on from until every optional` and what follows it."""
 
@@ -124,7 +109,6 @@ class Part(Spanned):
     value: Node | None
 
 
-@dataclass(frozen=True, slots=True)
 class Field(Spanned):
     """`name = value` inside a clause's braces."""
 
@@ -132,7 +116,6 @@ class Field(Spanned):
     value: Node
 
 
-@dataclass(frozen=True, slots=True)
 class ClauseTree(Spanned):
     """A clause; `construct` is None where only a path is written, `fields` None without braces."""
 
@@ -143,7 +126,6 @@ class ClauseTree(Spanned):
     fields: tuple[Field, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
 class Action(Spanned):
     """`target = value` (verb None) or `verb "argument"`."""
 
@@ -152,7 +134,6 @@ class Action(Spanned):
     assigns: bool
 
 
-@dataclass(frozen=True, slots=True)
 class When(Spanned):
     """`when condition for hold { actions }`."""
 
@@ -164,7 +145,6 @@ class When(Spanned):
 Statement = Version | Let | Use | ClauseTree | When
 
 
-@dataclass(frozen=True, slots=True)
 class Tree(Spanned):
     """A file."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from trainc.dsl import ast
 from trainc.dsl.format import (
@@ -22,12 +21,12 @@ _INDENT = "    "
 Item = ast.Field | ast.Action
 
 
-@dataclass(slots=True)
 class _Around:
-    """The comments of a statement or field: on lines before it, and at the end of its line."""
+    """The comments of a field: on lines before it, and at the end of its line."""
 
-    before: list[str] = field(default_factory=list)
-    beside: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.before: list[str] = []
+        self.beside: list[str] = []
 
 
 def format_source(source: Source) -> str:

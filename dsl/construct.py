@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +14,7 @@ from trainc.dsl.fields import (
     Selector,
 )
 from trainc.dsl.kinds import KINDS, PHASES, RESOURCES
+from trainc.dsl.record import Record
 from trainc.dsl.values import Duration, ImportPath, Range, to_json
 
 __all__ = [
@@ -35,8 +35,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Effect:
+class Effect(Record):
     """One action of a construct: its phase of the step, and what it reads and writes.
 
     `excludes` names what must stay as the model made it for the action to mean anything.
@@ -56,8 +55,7 @@ class Effect:
                 raise ValueError(f"`{resource}` is not a resource of the step")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Record):
     """A construct's own objection; the compiler places it on the clause, or on one field of it."""
 
     rule: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from trainc.dsl.quantities import Duration, Value, tidy
 
@@ -11,31 +10,27 @@ BINARY = ("or", "and", "<", ">", "<=", ">=", "==", "!=", "is", "then", "+", "-",
 COMPARISONS = ("<", ">", "<=", ">=", "==", "!=", "is")
 
 
-@dataclass(frozen=True, slots=True)
 class Number(Value):
     """A plain number."""
 
     value: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", tidy(self.value))
+        self._put("value", tidy(self.value))
 
 
-@dataclass(frozen=True, slots=True)
 class Quantity(Value):
     """A duration inside an expression."""
 
     duration: Duration
 
 
-@dataclass(frozen=True, slots=True)
 class Name(Value):
     """A name: `depth`, a signal such as `gns` or `gns.noise`."""
 
     id: str
 
 
-@dataclass(frozen=True, slots=True)
 class Call(Value):
     """A function of the language; keyword arguments are kept sorted by name."""
 
@@ -45,11 +40,10 @@ class Call(Value):
 
     def __post_init__(self) -> None:
         pairs = self.kwargs.items() if isinstance(self.kwargs, Mapping) else self.kwargs
-        object.__setattr__(self, "args", tuple(self.args))
-        object.__setattr__(self, "kwargs", tuple(sorted(pairs)))
+        self._put("args", tuple(self.args))
+        self._put("kwargs", tuple(sorted(pairs)))
 
 
-@dataclass(frozen=True, slots=True)
 class Unary(Value):
     """`-x` (op `neg`) or `not x` (op `not`)."""
 
@@ -57,7 +51,6 @@ class Unary(Value):
     x: Expr
 
 
-@dataclass(frozen=True, slots=True)
 class Binary(Value):
     """Two operands and one of `BINARY`; `x is nan` is `Binary("is", x, Name("nan"))`."""
 
@@ -66,14 +59,13 @@ class Binary(Value):
     right: Expr
 
 
-@dataclass(frozen=True, slots=True)
 class Items(Value):
     """A list, as in `step(at = [50%, 75%], factor = 0.1)`."""
 
     items: tuple[Expr, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "items", tuple(self.items))
+        self._put("items", tuple(self.items))
 
 
 Expr = Number | Quantity | Name | Call | Unary | Binary | Items

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from trainc.dsl.record import Record
 
 Kind = Literal["duration", "number", "points", "shape", "numbers"]
 
 
-@dataclass(frozen=True, slots=True)
-class Function:
+class Function(Record):
     """A signature: arguments in order, how many may stand without a name, how many must stand."""
 
     arguments: dict[str, Kind]

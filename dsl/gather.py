@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainc.dsl import ast
 from trainc.dsl.diagnostics import Diagnostic, Label
 from trainc.dsl.lexer import MAX_CHARACTERS, printable
 from trainc.dsl.parse import parse
+from trainc.dsl.record import Record
 from trainc.dsl.source import Source, Span
 
 MAX_CHAIN = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(Record):
     """A statement and the `use` lines that led to it, outermost first."""
 
     statement: ast.Statement
     via: tuple[Span, ...] = ()
 
 
-@dataclass(slots=True)
 class Gathered:
     """All statements of a spec; `lost` are names that would be defined if all could be read."""
 
-    statements: list[Placed] = field(default_factory=list)
-    found: list[Diagnostic] = field(default_factory=list)
-    lost: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.statements: list[Placed] = []
+        self.found: list[Diagnostic] = []
+        self.lost: set[str] = set()
 
 
 def read_source(path: Path, name: str | None = None) -> tuple[Source, list[Diagnostic]]:

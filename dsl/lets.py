@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from trainc.dsl import ast
 from trainc.dsl.ast import Node
@@ -139,16 +138,16 @@ class Lets:
             return node
         match node:
             case ast.Apply(_, arguments):
-                new = tuple(replace(a, value=self.expand(a.value)) for a in arguments)
-                return replace(node, arguments=new)
+                new = tuple(a.replace(value=self.expand(a.value)) for a in arguments)
+                return node.replace(arguments=new)
             case ast.Items(items):
-                return replace(node, items=tuple(map(self.expand, items)))
+                return node.replace(items=tuple(map(self.expand, items)))
             case ast.Prefix(_, operand):
-                return replace(node, operand=self.expand(operand))
+                return node.replace(operand=self.expand(operand))
             case ast.Infix("is", left, _):
-                return replace(node, left=self.expand(left))
+                return node.replace(left=self.expand(left))
             case ast.Infix(_, left, right):
-                return replace(node, left=self.expand(left), right=self.expand(right))
+                return node.replace(left=self.expand(left), right=self.expand(right))
         return node
 
     def names_in(self, node: Node) -> set[str]:

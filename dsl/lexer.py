@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from trainc.dsl.diagnostics import Diagnostic, Label
 from trainc.dsl.source import Source, Span
@@ -20,8 +20,7 @@ _WORDS = {text: name for name, text in LITERALS.items() if text.isalpha()}
 _CLOSES = {"}": "{", "]": "[", ")": "("}
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A terminal of the grammar and the characters it was read from."""
 
     type: str
@@ -30,14 +29,14 @@ class Token:
     end: int
 
 
-@dataclass(slots=True)
 class Tokens:
     """What a text consists of; `stopped` says that the rest was not looked at."""
 
-    tokens: list[Token] = field(default_factory=list)
-    comments: list[Token] = field(default_factory=list)
-    found: list[Diagnostic] = field(default_factory=list)
-    stopped: bool = False
+    def __init__(self) -> None:
+        self.tokens: list[Token] = []
+        self.comments: list[Token] = []
+        self.found: list[Diagnostic] = []
+        self.stopped = False
 
 
 def tokenize(source: Source) -> Tokens:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trainc.dsl import tables
@@ -28,13 +27,12 @@ class Builder(Protocol):
         """Return the node."""
 
 
-@dataclass(slots=True)
 class Refused(Exception):
     """The token that cannot stand where it stands, and what could."""
 
-    token: Token
-    accepts: frozenset[str]
-    too_deep: bool = False
+    def __init__(self, token: Token, accepts: frozenset[str], too_deep: bool = False) -> None:
+        super().__init__(token)
+        self.token, self.accepts, self.too_deep = token, accepts, too_deep
 
 
 def run(tokens: Sequence[Token], builder: Builder) -> Any:

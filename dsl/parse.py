@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from trainc.dsl import ast
@@ -24,7 +23,6 @@ _BEGINS = {
 }
 
 
-@dataclass(slots=True)
 class Parsed:
     """A tree of what could be read, its comments, and what could not.
 
@@ -32,10 +30,11 @@ class Parsed:
     they are unknown.
     """
 
-    tree: ast.Tree
-    comments: list[Token] = field(default_factory=list)
-    found: list[Diagnostic] = field(default_factory=list)
-    lost: set[str] = field(default_factory=set)
+    def __init__(self, tree: ast.Tree, comments: list[Token], found: list[Diagnostic]) -> None:
+        self.tree = tree
+        self.comments = comments
+        self.found = found
+        self.lost: set[str] = set()
 
 
 def parse(source: Source) -> Parsed:
@@ -163,15 +162,13 @@ def _shift(span: Span, source: Source, offset: int) -> Span:
 
 def _relocated(node: Any, source: Source, offset: int) -> Any:
     """Return the node with spans in `source`, where it begins `offset` characters earlier."""
-    from dataclasses import fields, replace
-
     changes: dict[str, Any] = {}
-    for f in fields(node):
-        value = getattr(node, f.name)
+    for name in (*node.__match_args__, "span"):
+        value = getattr(node, name)
         if isinstance(value, Span):
-            changes[f.name] = _shift(value, source, offset)
+            changes[name] = _shift(value, source, offset)
         elif isinstance(value, tuple):
-            changes[f.name] = tuple(_relocated(x, source, offset) for x in value)
+            changes[name] = tuple(_relocated(x, source, offset) for x in value)
         elif hasattr(value, "span"):
-            changes[f.name] = _relocated(value, source, offset)
-    return replace(node, **changes)
+            changes[name] = _relocated(value, source, offset)
+    return node.replace(**changes)

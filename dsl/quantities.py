@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from trainc.dsl.record import Record
 
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
@@ -26,10 +27,8 @@ def tidy(value: float) -> float:
     return int(value) if value == int(value) and abs(value) < 2**53 else float(value)
 
 
-class Value:
+class Value(Record):
     """What all values share: text in the language, and a schema for pydantic fields."""
-
-    __slots__ = ()
 
     def __str__(self) -> str:
         from trainc.dsl.format import format_value
@@ -43,7 +42,6 @@ class Value:
         return schema_of(cls)
 
 
-@dataclass(frozen=True, slots=True)
 class Duration(Value):
     """A stretch of training; unit `run` is a fraction of the whole run, written `5%`."""
 
@@ -53,10 +51,9 @@ class Duration(Value):
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ValueError(f"`{self.unit}` is not a unit; units are {', '.join(UNITS)}")
-        object.__setattr__(self, "amount", tidy(self.amount))
+        self._put("amount", tidy(self.amount))
 
 
-@dataclass(frozen=True, slots=True)
 class Range(Value):
     """The numbers from `low` to `high`, both included."""
 
@@ -64,13 +61,12 @@ class Range(Value):
     high: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "low", tidy(self.low))
-        object.__setattr__(self, "high", tidy(self.high))
+        self._put("low", tidy(self.low))
+        self._put("high", tidy(self.high))
         if self.low > self.high:
             raise ValueError(f"the range ends at {self.high}, before it begins at {self.low}")
 
 
-@dataclass(frozen=True, slots=True)
 class ImportPath(Value):
     """A Python object by name, written `"module:attribute"`; naming it imports nothing."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from trainc.dsl import ast
@@ -15,6 +14,7 @@ from trainc.dsl.lets import Lets
 from trainc.dsl.lexer import printable
 from trainc.dsl.read import Unreadable, duration
 from trainc.dsl.read_expression import condition, expression
+from trainc.dsl.record import Record
 from trainc.dsl.resolve_clause import ClauseResolver, construct_name
 from trainc.dsl.resolve_fields import place, used_at
 from trainc.dsl.scope import Scope
@@ -24,8 +24,7 @@ from trainc.dsl.spec import VERSION, Action, Assign, Clause, Do, Origin, Rule, S
 MAX_DIAGNOSTICS = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(Record):
     """What checking a text came to: a spec, or None, and everything there is to say about it."""
 
     spec: Spec | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -36,7 +35,7 @@ def used_at(d: Diagnostic, span: Span) -> Diagnostic:
     """Add where a value is used to a diagnostic that points into a `let`."""
     if d.span is None or d.span in span or any(label.span == span for label in d.labels):
         return d
-    return replace(d, labels=(*d.labels, Label(span, "used here")))
+    return d.replace(labels=(*d.labels, Label(span, "used here")))
 
 
 def is_lost(node: ast.Node, lets: Lets, scope: Scope) -> bool:
@@ -145,7 +144,7 @@ class FieldResolver:
             message = f"`{self.cls.heading()}` cannot take this `{printable(name)}`"
             d = place(error, item.value.span, message, self.lets)
             notes = () if error.message else self._about(name)
-            self.found.append(replace(d, notes=notes))
+            self.found.append(d.replace(notes=notes))
         new = self.scope.found[count:]
         if new:
             self.scope.found[count:] = [used_at(d, item.value.span) for d in new]

@@ -6,11 +6,10 @@ not in it is an assertion failure. Names describe the offence, never the cure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from trainc.dsl.record import Record
 
 
-@dataclass(frozen=True, slots=True)
-class About:
+class About(Record):
     """A rule: what happened, why it matters, and how it is mended."""
 
     what: str

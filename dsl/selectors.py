@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from trainc.dsl.expressions import Expr
 from trainc.dsl.quantities import Value, tidy
 
 ROLES = ("norm", "bias", "embedding", "attention", "mlp", "head")
 
 
-@dataclass(frozen=True, slots=True)
 class Glob(Value):
     """Names by pattern: `*` is one segment, `**` is any number of them."""
 
     pattern: str
 
 
-@dataclass(frozen=True, slots=True)
 class OfType(Value):
     """Modules by class name, and the parameters they own."""
 
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(sorted(set(self.names))))
+        self._put("names", tuple(sorted(set(self.names))))
 
 
-@dataclass(frozen=True, slots=True)
 class Ndim(Value):
     """Parameters with `n` axes."""
 
     n: int
 
 
-@dataclass(frozen=True, slots=True)
 class Role(Value):
     """What plays one of `ROLES`."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
 class DepthRange(Value):
     """What lies between two depths; 0 is the input, 1 the head."""
 
@@ -49,21 +42,18 @@ class DepthRange(Value):
     high: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "low", tidy(self.low))
-        object.__setattr__(self, "high", tidy(self.high))
+        self._put("low", tidy(self.low))
+        self._put("high", tidy(self.high))
 
 
-@dataclass(frozen=True, slots=True)
 class All(Value):
     """Everything."""
 
 
-@dataclass(frozen=True, slots=True)
 class Trainable(Value):
     """What requires a gradient."""
 
 
-@dataclass(frozen=True, slots=True)
 class Where(Value):
     """Those of a selection that fulfil a condition on `numel`, `ndim`, `depth` or `block`."""
 
@@ -71,7 +61,6 @@ class Where(Value):
     condition: Expr
 
 
-@dataclass(frozen=True, slots=True)
 class Union(Value):
     """`left | right`."""
 
@@ -79,7 +68,6 @@ class Union(Value):
     right: Selector
 
 
-@dataclass(frozen=True, slots=True)
 class Intersection(Value):
     """`left & right`."""
 
@@ -87,7 +75,6 @@ class Intersection(Value):
     right: Selector
 
 
-@dataclass(frozen=True, slots=True)
 class Difference(Value):
     """`left - right`."""
 
@@ -95,7 +82,6 @@ class Difference(Value):
     right: Selector
 
 
-@dataclass(frozen=True, slots=True)
 class Expect(Value):
     """A selection that must have `count` members."""
 
@@ -109,7 +95,6 @@ Selector = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
 class Scoped(Value):
     """A number for some parameters, written `0.1 on mats`; `on` None means for all of them."""
 
@@ -117,4 +102,4 @@ class Scoped(Value):
     on: Selector | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", tidy(self.value))
+        self._put("value", tidy(self.value))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from trainc.dsl.record import Record
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(Record):
     """A named text; the name is what messages print."""
 
     name: str
-    text: str = field(repr=False)
+    text: str
 
     def position(self, offset: int) -> tuple[int, int]:
         """Return the 1-based line and column of `offset`."""
@@ -28,8 +27,7 @@ class Source:
         return Span(self, start, len(self.text) if end is None else end)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(Record):
     """Characters `start` up to `end` of a source."""
 
     source: Source

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from trainc.dsl.construct import Catalog, Construct
 from trainc.dsl.diagnostics import Diagnostic, SpecError, suggest
+from trainc.dsl.record import Record, aside
 from trainc.dsl.source import Span
 from trainc.dsl.values import (
     Duration,
@@ -24,8 +24,7 @@ from trainc.dsl.values import (
 VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
+class Provenance(Record):
     """Where a value comes from: a default, a line, a line of an included file, or `--set`."""
 
     how: Literal["default", "line", "include", "set", "python"]
@@ -39,16 +38,15 @@ class Provenance:
         return f"--set {self.span.text}" if self.how == "set" else f"{self.span}{chain}"
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(Record):
     """Where a clause or rule was written, and each of its parts and fields."""
 
     span: Span
-    fields: Mapping[str, Provenance] = field(default_factory=dict)
-    parts: Mapping[str, Span] = field(default_factory=dict)
+    fields: Mapping[str, Provenance] = {}
+    parts: Mapping[str, Span] = {}
 
 
-class _ByJson:
+class _ByJson(Record):
     """Equal where the JSON is, and hashed alike."""
 
     def to_json(self) -> Any:
@@ -67,7 +65,6 @@ class _ByJson:
         return hash(self._text)
 
 
-@dataclass(frozen=True, eq=False)
 class Clause(_ByJson):
     """One construct applied to a selection for a time; strings are read as a spec's text is."""
 
@@ -78,7 +75,7 @@ class Clause(_ByJson):
     every: Duration | None = None
     optional: bool = False
     label: str | None = None
-    origin: Origin | None = field(default=None, repr=False)
+    origin: Origin | None = aside(default=None)
 
     def __post_init__(self) -> None:
         from trainc.dsl.fields import DURATION, SELECTOR
@@ -91,7 +88,7 @@ class Clause(_ByJson):
         ):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, kind.accept(value))
+                self._put(name, kind.accept(value))
 
     @property
     def kind(self) -> str:
@@ -151,8 +148,7 @@ class Clause(_ByJson):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Assign:
+class Assign(Record):
     """`target = value`; the target is a signal such as `batch`, or a field: `pace.weight`."""
 
     target: str
@@ -161,11 +157,10 @@ class Assign:
     def __post_init__(self) -> None:
         from trainc.dsl.fields import EXPRESSION
 
-        object.__setattr__(self, "value", EXPRESSION.accept(self.value))
+        self._put("value", EXPRESSION.accept(self.value))
 
 
-@dataclass(frozen=True, slots=True)
-class Do:
+class Do(Record):
     """`stop`, `save`, or `warn "text"`."""
 
     verb: str
@@ -175,22 +170,21 @@ class Do:
 Action = Assign | Do
 
 
-@dataclass(frozen=True, eq=False)
 class Rule(_ByJson):
     """`when condition for hold { actions }`."""
 
     condition: Expr
     actions: tuple[Action, ...]
     hold: Duration | None = None
-    origin: Origin | None = field(default=None, repr=False)
+    origin: Origin | None = aside(default=None)
 
     def __post_init__(self) -> None:
         from trainc.dsl.fields import CONDITION, DURATION
 
-        object.__setattr__(self, "condition", CONDITION.accept(self.condition))
-        object.__setattr__(self, "actions", tuple(self.actions))
+        self._put("condition", CONDITION.accept(self.condition))
+        self._put("actions", tuple(self.actions))
         if self.hold is not None:
-            object.__setattr__(self, "hold", DURATION.accept(self.hold))
+            self._put("hold", DURATION.accept(self.hold))
 
     @property
     def span(self) -> Span | None:
@@ -210,7 +204,6 @@ class Rule(_ByJson):
         }
 
 
-@dataclass(frozen=True, eq=False)
 class Spec(_ByJson):
     """A training method; making one checks what no clause can see alone."""
 
@@ -221,8 +214,8 @@ class Spec(_ByJson):
     def __post_init__(self) -> None:
         from trainc.dsl.consistency import inconsistencies
 
-        object.__setattr__(self, "clauses", tuple(self.clauses))
-        object.__setattr__(self, "rules", tuple(self.rules))
+        self._put("clauses", tuple(self.clauses))
+        self._put("rules", tuple(self.rules))
         errors = [d for d in inconsistencies(self.clauses, self.rules) if d.severity == "error"]
         if self.version != VERSION:
             errors.append(

@@ -63,12 +63,11 @@ def _rounds(key: Key, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[T
     words, added = torch.stack((c0, c2)), torch.stack((c3, c1))
     column = [2] + [1] * c0.dim()
 
-    def table(rows: list[tuple[int, int]]) -> Tensor:
+    def table(rows: list[tuple[int, ...]]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=words.device)
 
     swapped = [(0, 32)[:: 1 if index % 2 else -1] for index in range(ROUNDS)]
-    bumps = [(index * WEYL[0], index * WEYL[1]) for index in range(ROUNDS)]
-    bumps = [bump[:: 1 if index % 2 else -1] for index, bump in enumerate(bumps)]
+    bumps = [tuple(index * w for w in WEYL)[:: 1 if index % 2 else -1] for index in range(ROUNDS)]
     keys = ((key >> table(swapped)) + table(bumps)).bitwise_and_(MASK).view([ROUNDS, *column])
     constants = table([MULTIPLIERS, MULTIPLIERS[::-1]]).view([2, *column]).unbind()
     for index, lane in enumerate(keys.unbind()):

@@ -50,8 +50,7 @@ class Rule(Action):
         self.fired: list[int] = []
 
     def run(self, step: Step) -> None:
-        own = {"batch": float(step.batch_size), "step": float(step.clock.steps)}
-        values = Signals(step.signals | own)
+        values = Signals(step.signals | {"batch": float(step.batch_size)})
         measured = all(name in values for name in self.needs)
         if not measured or not self.condition(step.clock, values):
             self.since = None

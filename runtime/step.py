@@ -74,9 +74,17 @@ class StepMachine:
         """Open a step if none is open and run what comes before the forward pass."""
         if self.current is None:
             self.current = Step(self.clock, self.parameters, self.signals, self.batch_size, self.micro_size)
-            self._run(self.current, Phase.BATCH, Phase.PERTURB)
+            self._tell_sizes(self.batch_size)
+            self._run(self.current, Phase.BATCH, Phase.BATCH)
             self.batch_size = self.current.batch_size
+            self._tell_sizes(self.batch_size)
+            self._run(self.current, Phase.RATES, Phase.PERTURB)
         return self.current
+
+    def _tell_sizes(self, batch: int) -> None:
+        """Let expressions read the step's number and sizes beside what was measured."""
+        sizes = {"batch": batch, "micro_batch": self.micro_size, "step": self.clock.steps}
+        self.signals.update({name: float(value) for name, value in sizes.items()})
 
     def finish(self) -> Step:
         """Run what follows the backward pass, advance the clock and close the step."""

@@ -43,7 +43,8 @@ class InstrumentNorms(Pass):
             if node is None:
                 continue
             x = node.args[0].meta["val"]  # type: ignore[union-attr]
-            if forward.rows in x.shape[1:]:
+            normalised = len(node.args[1])  # type: ignore[arg-type]
+            if forward.rows in x.shape[1 : x.dim() - normalised]:
                 shapes = _enlarged_shapes(forward, rewrite) if shapes is None else shapes
             self.check(forward, site, x, (shapes or {}).get(site.module))
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -310,6 +310,19 @@ def test_sequences_as_long_as_the_batch_are_no_obstacle() -> None:
         torch.testing.assert_close(probes[name], want[name], rtol=1e-10, atol=0)
 
 
+def test_an_axis_that_could_not_be_proved_is_noted() -> None:
+    class Fixed(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] != 3:
+                raise RuntimeError("three, please")
+            return super().forward(x)
+
+    model = Fixed(nn.LayerNorm(6)).double().train()
+    step = step_of(model, vectors(3, 3), Rewrite(norms=norm_sites(model)))
+    assert "the first axis is taken for the example axis" in step.notes[0]
+    assert list(step.run(vectors(3, 3), {}).probes) == ["norm"]
+
+
 def test_a_site_that_is_not_there_is_named() -> None:
     site = NormSite("blocks.7.ln1", "layer", "blocks.7.ln1.weight", None, 1e-5)
     with pytest.raises(SiteMissing) as missing:

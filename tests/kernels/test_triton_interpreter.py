@@ -47,7 +47,7 @@ def test_layer_norm(regime: str, affine: str, dtype: torch.dtype) -> None:
     weight, bias = (torch.randn(width).to(dtype) for _ in range(2))
     given = (weight if "weight" in affine else None, bias if "bias" in affine else None)
     probe = torch.zeros(examples, 2)
-    want = layer_norm.eager_forward(x, [width], *given, probe, 1e-5)
+    want: Any = layer_norm.eager_forward(x, [width], *given, probe, 1e-5)
     got = launch.forward(x, [width], *given, 1e-5, dtype, rms=False, llama=False)
     close(got, want, dtype)
     mask = [True, given[0] is not None, given[1] is not None]
@@ -94,6 +94,7 @@ def test_operators_launch_without_optional_parts() -> None:
     probe = torch.zeros(3, 2)
     forward = launch.layer_norm_forward(x, [8], weight, None, probe, 1e-5)
     close(forward, layer_norm.eager_forward(x, [8], weight, None, probe, 1e-5), x.dtype)
+    arguments: Any
     for mask in ([True, False, False], [False, True, False]):
         arguments = (dy, x, [8], *forward[1:], weight, None, mask)
         close(
@@ -163,7 +164,7 @@ def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
     targets[1] = -100
     options = (distance, -100, 0.1)
     arguments = (logits, targets, torch.tensor(0.4), *options)
-    got = triton_loss.task_consistency_loss(*arguments)
+    got: Any = triton_loss.task_consistency_loss(*arguments)
     torch.testing.assert_close(got, consistency.eager_forward(*arguments), rtol=1e-5, atol=1e-5)
     scaled = (logits, targets, torch.tensor(0.9), torch.tensor(0.3), *options)
     got = triton_loss.task_consistency_loss_backward(*scaled)

@@ -80,12 +80,15 @@ def test_a_signal_saves_and_leaves(
 ) -> None:
     command = [sys.executable, "-P", str(fake.__file__), str(tmp_path), "--slow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        while not (tmp_path / "checkpoints").exists():
-            assert process.poll() is None
-        process.send_signal(number)
-        assert process.wait(60) == status
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            while not (tmp_path / "checkpoints").exists():
+                assert process.poll() is None
+            process.send_signal(number)
+            assert process.wait(60) == status
+        finally:
+            process.kill()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["reason"] == reason
     assert checkpoint.latest(tmp_path / "checkpoints").step == summary["steps"] > 0

@@ -1,5 +1,6 @@
 """`trainc run`: train."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,18 +30,25 @@ def register(app: typer.Typer) -> None:
         Writes metrics.jsonl, checkpoints and a summary to the folder. An interrupt saves and leaves; `--resume`
         continues bit for bit.
         """
+        from trainc.compiler.sites import SiteError
         from trainc.compiler.train import train
+        from trainc.runtime.checkpoint import DamagedCheckpoint
+        from trainc.runtime.folder import RunExists
 
-        summary = train(
-            spec,
-            out,
-            overrides=overrides(set_),
-            without=without or (),
-            resume=resume,
-            overwrite=overwrite,
-            accept=accept,
-            plain=plain,
-        )
+        try:
+            summary = train(
+                spec,
+                out,
+                overrides=overrides(set_),
+                without=without or (),
+                resume=resume,
+                overwrite=overwrite,
+                accept=accept,
+                plain=plain,
+            )
+        except (RunExists, DamagedCheckpoint, SiteError) as error:
+            print(f"trainc: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
         for line in summary.lines:
             print(f"  {line}")
         print(f"{summary.reason}: {summary.message}")

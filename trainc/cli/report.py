@@ -1,0 +1,221 @@
+"""`trainc report`: what finished runs did, side by side."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trainc.runtime.metrics import Record, read
+
+WIDE = 132
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One run, read from its folder; a run that goes on or broke off has no summary yet."""
+
+    folder: Path
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """Return what was measured, in the order of the steps."""
+        return read(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def steps(self) -> list[Record]:
+        """Return the records of training steps."""
+        return [record for record in self.records if "loss" in record]
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Return what the run wrote at its end, or nothing."""
+        return self._json("summary.json")
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """Return the plan it was started with, or nothing."""
+        return self._json("plan.json")
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of all its steps, also of those before it was resumed."""
+        timing = self.folder / "timing.jsonl"
+        return sum(r["seconds"] for r in read(timing)) if timing.exists() else 0.0
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Return the steps at which it was evaluated, and the losses."""
+        return [(r["step"], r["eval_loss"]) for r in self.records if "eval_loss" in r]
+
+    @property
+    def reason(self) -> str:
+        """Return how it ended."""
+        reason: str = self.summary.get("reason", "not ended")
+        return reason
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _recent(run: Finished) -> str:
+    """Return the mean training loss over the last tenth of the samples."""
+    begin = 0.9 * run.steps[-1]["samples"]
+    late = [record for record in run.steps if record["samples"] > begin]
+    total = sum(record["batch"] for record in late)
+    return f"{sum(record['loss'] * record['batch'] for record in late) / total:.4f}"
+
+
+def _evaluation(run: Finished) -> str:
+    return f"{run.evaluations[-1][1]:.4f}" if run.evaluations else "none"
+
+
+def _lowest(run: Finished) -> str:
+    if not run.evaluations:
+        return "none"
+    step, loss = min(run.evaluations, key=lambda one: one[1])
+    return f"{loss:.4f} at step {step}"
+
+
+def _batches(run: Finished) -> str:
+    first, last = run.steps[0]["batch"], run.steps[-1]["batch"]
+    return f"{first}" if first == last else f"{first} -> {last}"
+
+
+FIGURES: dict[str, Callable[[Finished], str]] = {
+    "ended": lambda run: run.reason,
+    "steps": lambda run: f"{run.steps[-1]['step']:,}",
+    "samples": lambda run: f"{run.steps[-1]['samples']:,}",
+    "tokens": lambda run: f"{run.steps[-1]['tokens']:,}",
+    "epochs": lambda run: f"{run.steps[-1]['epochs']:.3g}",
+    "seconds": lambda run: f"{run.seconds:.1f}",
+    "batch, samples": _batches,
+    "loss, first step": lambda run: f"{run.steps[0]['loss']:.4f}",
+    "loss, last 10%": _recent,
+    "evaluation loss": _evaluation,
+    "its lowest value": _lowest,
+}
+
+
+def figures(runs: Sequence[Finished], names: Sequence[str]) -> Table:
+    """Return a table with a column for each run."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for label, figure in FIGURES.items():
+        table.add_row(label, *(figure(run) for run in runs))
+    return table
+
+
+def clauses(run: Finished) -> dict[str, str]:
+    """Return the clauses of a run as text, by label."""
+    return {clause["label"]: _clause(clause) for clause in run.plan.get("clauses", [])}
+
+
+def _clause(clause: dict[str, Any]) -> str:
+    fields = {name: value for name, value in clause["fields"].items() if value is not None}
+    return json.dumps([clause["kind"], clause["construct"], clause["targets"], fields])
+
+
+def differences(runs: Sequence[Finished]) -> list[tuple[str, list[str]]]:
+    """Return the clauses in which runs differ, and for each run `-`, or which version it has."""
+    written = [clauses(run) for run in runs]
+    found = []
+    for label in dict.fromkeys(label for one in written for label in one):
+        versions = list(dict.fromkeys(one[label] for one in written if label in one))
+        if len(versions) > 1 or any(label not in one for one in written):
+            marks = [_mark(one.get(label), versions) for one in written]
+            found.append((label, marks))
+    return found
+
+
+def _mark(text: str | None, versions: Sequence[str]) -> str:
+    if text is None:
+        return "-"
+    return "yes" if len(versions) == 1 else f"version {versions.index(text) + 1}"
+
+
+def show(runs: Sequence[Finished], console: Console) -> None:
+    """Print runs: the figures side by side, what differs, and what each clause did."""
+    names = _names([run.folder for run in runs])
+    console.print(figures(runs, names))
+    apart = differences(runs) if len(runs) > 1 else []
+    if apart:
+        console.print()
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("clauses that differ")
+        for name in names:
+            table.add_column(name, justify="right", overflow="fold")
+        for label, marks in apart:
+            table.add_row(label, *marks)
+        console.print(table)
+    for run, name in zip(runs, names, strict=True):
+        console.print()
+        console.print(
+            Text(f"What each clause did, {name}" if len(runs) > 1 else "What each clause did"),
+            style="bold",
+        )
+        for line in run.summary.get("lines", ["the run has not ended, so it has no summary"]):
+            console.print(Text(f"  {line}"), soft_wrap=True)
+        if message := run.summary.get("message"):
+            console.print(Text(f"{run.reason}: {message}"), soft_wrap=True)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return the parts of the paths in which the folders differ."""
+    parts = [folder.resolve().parts for folder in folders]
+    shared = 0
+    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return ["/".join(p[shared:]) for p in parts]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command("report")
+    def report(
+        runs: Annotated[
+            list[Path],
+            typer.Argument(metavar="RUN...", help="Folders of runs.", exists=True, file_okay=False),
+        ],
+        plot: Annotated[
+            Path | None,
+            typer.Option(
+                "--plot", metavar="FILE", dir_okay=False, help="Also draw the runs over each other."
+            ),
+        ] = None,
+    ) -> None:
+        """Summarise finished runs, side by side.
+
+        Tells how each ended, its losses, and what each clause of its spec did; for several runs also which
+        clauses differ. `--plot` draws losses, rates, noise scale and figures per layer into a PNG file.
+        """
+        found = [Finished(folder) for folder in runs]
+        for run in found:
+            metrics = run.folder / "metrics.jsonl"
+            if not metrics.exists() or not run.steps:
+                why = (
+                    "no step was measured yet" if metrics.exists() else "there is no metrics.jsonl"
+                )
+                raise typer.BadParameter(f"{run.folder} holds no run: {why}", param_hint="RUN")
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = max(console.width, WIDE)
+        show(found, console)
+        if plot is not None:
+            from trainc.runtime.plots import draw
+
+            try:
+                drawn = draw(runs, plot)
+            except ValueError as problem:
+                raise typer.BadParameter(str(problem), param_hint="--plot") from problem
+            console.print(Text(f"drew {drawn}"), soft_wrap=True)
