@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
     from trainc.compiler.program import Executor, Program
 
-PLAN, GRAPH, WEIGHTS, CONSTANTS = "plan.json", "graph.json", "weights.safetensors", "constants.safetensors"
+PLAN, GRAPH, WEIGHTS, CONSTANTS = (
+    "plan.json",
+    "graph.json",
+    "weights.safetensors",
+    "constants.safetensors",
+)
 
 
 class LoadError(ValueError):
@@ -41,7 +46,9 @@ def save(program: Program, folder: Path) -> Path:
     return folder
 
 
-def load(folder: str | Path, model: nn.Module, *, weights: bool = True, executor: Executor = "auto") -> Program:
+def load(
+    folder: str | Path, model: nn.Module, *, weights: bool = True, executor: Executor = "auto"
+) -> Program:
     """Bind the program saved in `folder` to `model` and, unless told otherwise, load its weights.
 
     Raises LoadError when a file is missing or damaged, or the model's parameters are not those it was compiled for.
@@ -83,12 +90,18 @@ def _check_signature(plan: Plan, inventory: Inventory) -> None:
     here = {p.name: (p.shape, p.dtype) for p in inventory.parameters}
     for name in saved:
         if name not in here:
-            raise LoadError(f"the program was compiled for a model with `{name}`; `{inventory.model}` has no such parameter")
+            raise LoadError(
+                f"the program was compiled for a model with `{name}`; `{inventory.model}` has no such parameter"
+            )
         if saved[name] != here[name]:
-            raise LoadError(f"`{name}` was {_say(saved[name])} when the program was compiled, and is {_say(here[name])} here")
+            raise LoadError(
+                f"`{name}` was {_say(saved[name])} when the program was compiled, and is {_say(here[name])} here"
+            )
     new = [name for name in here if name not in saved]
     if new:
-        raise LoadError(f"`{inventory.model}` has `{new[0]}`, which the program was not compiled for")
+        raise LoadError(
+            f"`{inventory.model}` has `{new[0]}`, which the program was not compiled for"
+        )
 
 
 def _say(entry: tuple[tuple[int, ...], str]) -> str:

@@ -33,7 +33,9 @@ def assemble(clauses: Sequence[BoundClause], setting: Setting) -> Parts:
             clause.construct.lower(Lowering(clause, setting, parts))
         except (ValueError, ImportError) as error:
             labels = (Label(clause.span),) if clause.span else ()
-            found.append(Diagnostic("bad-value", f"`{clause.title}` cannot be lowered: {error}", labels))
+            found.append(
+                Diagnostic("bad-value", f"`{clause.title}` cannot be lowered: {error}", labels)
+            )
         by_label[clause.label] = parts.actions[before:]
     if found:
         raise SpecError(found)
@@ -51,7 +53,9 @@ def _optimizer_actions(part: Any, parts: Parts, setting: Setting) -> list[Action
     slots = [
         Slot(
             name,
-            parts.compacts[name].values if name in parts.compacts else setting.model.get_parameter(name),
+            parts.compacts[name].values
+            if name in parts.compacts
+            else setting.model.get_parameter(name),
             part.decay[name],
             tuple(parts.scales.get(name, ())),
         )
@@ -73,25 +77,33 @@ def _optimizer_actions(part: Any, parts: Parts, setting: Setting) -> list[Action
 
 def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) -> list[Action]:
     """Sort the actions as the declared effects say; an action in a phase its construct did not declare is our bug."""
-    rank = {(clause.label, effect.phase): i for i, (clause, effect) in reversed(list(enumerate(step_order(clauses))))}
+    rank = {
+        (clause.label, effect.phase): i
+        for i, (clause, effect) in reversed(list(enumerate(step_order(clauses))))
+    }
     placed: list[tuple[int, int, Action]] = []
     for clause in clauses:
         for action in by_label.get(clause.label, ()):
             phase = PHASES[action.phase - 1]
             if (clause.label, phase) not in rank:
-                raise CompilerBug(clause.title, f"acts in phase `{phase}`, which its effects do not declare")
+                raise CompilerBug(
+                    clause.title, f"acts in phase `{phase}`, which its effects do not declare"
+                )
             placed.append((int(action.phase), rank[clause.label, phase], action))
     return [action for *_, action in sorted(placed, key=lambda row: row[:2])]
 
 
 def rules(
-    clauses: Sequence[RuleClause], setting: Setting, signal_units: dict[str, Any], clause_signals: Collection[str]
+    clauses: Sequence[RuleClause],
+    setting: Setting,
+    signal_units: dict[str, Any],
+    clause_signals: Collection[str],
 ) -> list[Action]:
     """Compile the `when` rules over the signals of the clauses; raises SpecError when one sets what cannot be set."""
-    from trainc.runtime.expressions import names
     from trainc.dsl.spec import Assign
     from trainc.dsl.values import to_json
     from trainc.runtime.clock import Duration
+    from trainc.runtime.expressions import names
     from trainc.runtime.schedules import compile_condition, compile_schedule
 
     made: list[Action] = []
@@ -106,20 +118,33 @@ def rules(
                     acts.append(Act(action.verb, text=str(action.argument or "")))
                 elif action.target not in ASSIGNABLE:
                     found.append(
-                        Diagnostic("bad-value", f"a rule cannot set `{action.target}`", labels, help="it can set `batch`")
+                        Diagnostic(
+                            "bad-value",
+                            f"a rule cannot set `{action.target}`",
+                            labels,
+                            help="it can set `batch`",
+                        )
                     )
                 else:
-                    value = compile_schedule(to_json(action.value), setting.units, length, signal_units)
+                    value = compile_schedule(
+                        to_json(action.value), setting.units, length, signal_units
+                    )
                     acts.append(Act("set", value))
-            condition = compile_condition(to_json(clause.condition), setting.units, length, signal_units)
+            condition = compile_condition(
+                to_json(clause.condition), setting.units, length, signal_units
+            )
             hold = None if clause.hold is None else Duration(clause.hold.amount, clause.hold.unit)
             if hold is not None and hold.unit == "run":
-                hold = Duration(setting.units.convert(hold, length.unit, setting.length), length.unit)
+                hold = Duration(
+                    setting.units.convert(hold, length.unit, setting.length), length.unit
+                )
         except ValueError as error:
             found.append(Diagnostic("bad-value", f"this rule cannot be compiled: {error}", labels))
             continue
         needs = {name for name in names(to_json(clause.condition)) if name in clause_signals}
-        made.append(Rule(f"rule {i + 1}", f"when {clause.condition}", condition, hold, acts, sorted(needs)))
+        made.append(
+            Rule(f"rule {i + 1}", f"when {clause.condition}", condition, hold, acts, sorted(needs))
+        )
     if found:
         raise SpecError(found)
     return made

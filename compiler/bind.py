@@ -77,7 +77,9 @@ class _Binder:
         errors = [d for d in self.found if d.severity == "error"]
         if errors:
             raise SpecError(self.found)
-        return Binding(self.spec, self.inventory, tuple(clauses), self.units, self.length, tuple(self.found))
+        return Binding(
+            self.spec, self.inventory, tuple(clauses), self.units, self.length, tuple(self.found)
+        )
 
     # time
 
@@ -94,11 +96,17 @@ class _Binder:
     def _construct(self, kind: str) -> Construct | None:
         return next((c.construct for c in self.spec.clauses if c.construct.kind == kind), None)
 
-    def _duration(self, duration: Duration | None, clause: Clause, what: str) -> dict[str, Any] | None:
+    def _duration(
+        self, duration: Duration | None, clause: Clause, what: str
+    ) -> dict[str, Any] | None:
         if duration is None:
             return None
         if duration.unit == "run" and self.length is None:
-            self._say("wrong-unit", f"`{what} {duration}` is a part of the run, and this spec has no `run` clause", clause)
+            self._say(
+                "wrong-unit",
+                f"`{what} {duration}` is a part of the run, and this spec has no `run` clause",
+                clause,
+            )
         return ClockDuration(duration.amount, duration.unit).to_json()
 
     # clauses
@@ -113,7 +121,12 @@ class _Binder:
                 dropped = "its selector matches nothing, and it is optional"
         if dropped is None and construct.is_identity():
             dropped = "it is written so that it does nothing"
-            self._say("no-effect", f"`{construct.title}` is written so that it does nothing", clause, severity="warning")
+            self._say(
+                "no-effect",
+                f"`{construct.title}` is written so that it does nothing",
+                clause,
+                severity="warning",
+            )
         bound = BoundClause(
             construct=construct,
             label=clause.name,
@@ -144,7 +157,12 @@ class _Binder:
             return ()
         for expect, count in expectations(selector, self.inventory, target):
             if expect.count != count:
-                self._say("selector-count", f"the selector matches {count} {target}, not {expect.count}", clause, on=True)
+                self._say(
+                    "selector-count",
+                    f"the selector matches {count} {target}, not {expect.count}",
+                    clause,
+                    on=True,
+                )
         try:
             names = select(selector, self.inventory, target)
         except ValueError as error:
@@ -160,7 +178,10 @@ class _Binder:
         frozen = [name for name in names if not self.inventory.parameter[name].trainable]
         if frozen and len(frozen) == len(names):
             self._say(
-                "selector-matches-frozen", f"all {len(frozen)} selected parameters are frozen", clause, on=True,
+                "selector-matches-frozen",
+                f"all {len(frozen)} selected parameters are frozen",
+                clause,
+                on=True,
                 help="set requires_grad on them, or select others",
             )
         return tuple(name for name in names if name not in set(frozen))
@@ -172,14 +193,17 @@ class _Binder:
         self._say(
             "selector-matches-nothing",
             f"nothing in `{self.inventory.model}` is selected",
-            clause, on=True, label=f"0 of {len(entries)} {target}", help=help_,
+            clause,
+            on=True,
+            label=f"0 of {len(entries)} {target}",
+            help=help_,
         )
 
     def _suggestion(self, part: Selector, target: Target) -> str | None:
         if isinstance(part, OfType):
             types = {t for m in self.inventory.modules for t in m.types}
-            near = [n for name in part.names if (n := nearest(name, types))]
-            return f"did you mean `type({', '.join(near)})`?" if near else None
+            found = [n for name in part.names if (n := nearest(name, types))]
+            return f"did you mean `type({', '.join(found)})`?" if found else None
         if not isinstance(part, Glob):
             return None
         near = _nearest_glob(part.pattern, [m.name for m in self.inventory.modules if m.name])
@@ -196,7 +220,10 @@ class _Binder:
             other = seen.setdefault(clause.label, clause)
             if other is not clause:
                 self._two(
-                    "conflicting-effects", f"two clauses are called `{clause.label}`", clause, other,
+                    "conflicting-effects",
+                    f"two clauses are called `{clause.label}`",
+                    clause,
+                    other,
                     help=f"name one of them: `{clause.title} as other_{clause.label}`",
                 )
 
@@ -208,7 +235,9 @@ class _Binder:
             by_name: dict[str, list[BoundClause]] = {}
             for clause in clauses:
                 if clause.kind == kind:
-                    by_name.setdefault(clause.construct.name if kind == "lr" else kind, []).append(clause)
+                    by_name.setdefault(clause.construct.name if kind == "lr" else kind, []).append(
+                        clause
+                    )
             for same in by_name.values():
                 self._disjoint(same)
         if not optimizers:
@@ -222,12 +251,16 @@ class _Binder:
         claimed = {name for c in optimizers for name in c.targets} | frozen
         left = [p.name for p in self.inventory.trainable if p.name not in claimed]
         if left:
-            shown = ", ".join(f"`{n}`" for n in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            shown = ", ".join(f"`{n}`" for n in left[:3]) + (
+                f" and {len(left) - 3} more" if len(left) > 3 else ""
+            )
             clause = optimizers[0]
             labels = (Label(clause.span, "this optimizer leaves them out"),) if clause.span else ()
             self.found.append(
                 Diagnostic(
-                    "unclaimed-parameters", f"no optimizer trains {shown}", labels,
+                    "unclaimed-parameters",
+                    f"no optimizer trains {shown}",
+                    labels,
                     help="widen the selector, add an optimizer for them, or name them in `freeze`",
                 )
             )
@@ -241,28 +274,57 @@ class _Binder:
                 if other is clause or (id(other), id(clause)) in reported:
                     continue
                 reported.add((id(other), id(clause)))
-                self._two("claimed-twice", f"`{name}` is claimed by two clauses of one policy", clause, other)
+                self._two(
+                    "claimed-twice",
+                    f"`{name}` is claimed by two clauses of one policy",
+                    clause,
+                    other,
+                )
 
     # saying it
 
     def _problem(self, problem: Problem, clause: Clause) -> None:
         span = clause.part_span(problem.field) if problem.field else None
         self._say(
-            problem.rule, problem.message, clause, on=problem.field is None, span=span,
-            notes=problem.notes, help=problem.help, severity=problem.severity,
+            problem.rule,
+            problem.message,
+            clause,
+            on=problem.field is None,
+            span=span,
+            notes=problem.notes,
+            help=problem.help,
+            severity=problem.severity,
         )
 
     def _say(
-        self, rule: str, message: str, clause: Clause, *, on: bool = False, span: Span | None = None, label: str = "",
-        notes: Iterable[str] = (), help: str | None = None, severity: Any = "error",
+        self,
+        rule: str,
+        message: str,
+        clause: Clause,
+        *,
+        on: bool = False,
+        span: Span | None = None,
+        label: str = "",
+        notes: Iterable[str] = (),
+        help: str | None = None,
+        severity: Any = "error",
     ) -> None:
         at = span or clause.part_span("on" if on else "")
         labels = (Label(at, label),) if at else ()
         self.found.append(Diagnostic(rule, message, labels, tuple(notes), help, severity))
 
-    def _two(self, rule: str, message: str, clause: BoundClause, other: BoundClause, help: str | None = None) -> None:
+    def _two(
+        self,
+        rule: str,
+        message: str,
+        clause: BoundClause,
+        other: BoundClause,
+        help: str | None = None,
+    ) -> None:
         labels = tuple(
-            Label(c.span, text) for c, text in ((clause, "again here"), (other, "first here")) if c.span is not None
+            Label(c.span, text)
+            for c, text in ((clause, "again here"), (other, "first here"))
+            if c.span is not None
         )
         self.found.append(Diagnostic(rule, message, labels, help=help))
 

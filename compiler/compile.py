@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trainc.compiler.program import Executor, Program
-    from trainc.dsl.construct import Construct
     from trainc.dsl.spec import Clause, Spec
 
 SIGNAL_UNITS = {"batch": "samples", "micro_batch": "samples", "step": "steps"}
@@ -66,7 +65,10 @@ def seeded_model(spec: Spec) -> nn.Module:
 
 
 def plan(
-    spec: str | Path | Spec, model: nn.Module | None = None, *, overrides: Mapping[str, str] | None = None
+    spec: str | Path | Spec,
+    model: nn.Module | None = None,
+    *,
+    overrides: Mapping[str, str] | None = None,
 ) -> Plan:
     """Return the plan of a spec: on `model`, or on the meta device, without weights and without touching data.
 
@@ -95,12 +97,16 @@ def _on_meta(model: nn.Module) -> nn.Module:
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = (
-            torch.nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else empty
+            torch.nn.Parameter(empty, tensor.requires_grad)
+            if isinstance(tensor, torch.nn.Parameter)
+            else empty
         )
     return copy.deepcopy(model, memo)
 
 
-def read(spec: str | Path | Spec, overrides: Mapping[str, str] | None = None) -> tuple[Spec, Path | None]:
+def read(
+    spec: str | Path | Spec, overrides: Mapping[str, str] | None = None
+) -> tuple[Spec, Path | None]:
     """Return the checked Spec and the file it came from, if any; raises SpecError."""
     from trainc.dsl.spec import Spec
 
@@ -139,11 +145,25 @@ def build_model(spec: Spec) -> nn.Module:
     named = _named(spec, "model")
     if named is None:
         raise SpecError(
-            [Diagnostic("missing-clause", "the spec names no model", help='write `model "module:callable"`, or pass one')]
+            [
+                Diagnostic(
+                    "missing-clause",
+                    "the spec names no model",
+                    help='write `model "module:callable"`, or pass one',
+                )
+            ]
         )
     model = _called(named, "model-failed")
     if not isinstance(model, nn.Module):
-        raise SpecError([_at(named.clause, "model-failed", f"`{named.construct.path}` gives no torch.nn.Module")])
+        raise SpecError(
+            [
+                _at(
+                    named.clause,
+                    "model-failed",
+                    f"`{named.construct.path}` gives no torch.nn.Module",
+                )
+            ]
+        )
     return model
 
 
@@ -152,13 +172,29 @@ def build_data(spec: Spec, path: Path | None = None) -> Any:
     named = _named(spec, "data")
     if named is None:
         raise SpecError(
-            [Diagnostic("missing-clause", "the spec names no data", help='write `data "module:callable" { batch = 32 samples }`')]
+            [
+                Diagnostic(
+                    "missing-clause",
+                    "the spec names no data",
+                    help='write `data "module:callable" { batch = 32 samples }`',
+                )
+            ]
         )
     with searching(path):
         data = _called(named, "data-failed")
-    missing = [name for name in ("train", "evaluation", "tokens_per_sample") if not hasattr(data, name)]
+    missing = [
+        name for name in ("train", "evaluation", "tokens_per_sample") if not hasattr(data, name)
+    ]
     if missing:
-        raise SpecError([_at(named.clause, "data-failed", f"`{named.construct.path}` gives data without `{missing[0]}`")])
+        raise SpecError(
+            [
+                _at(
+                    named.clause,
+                    "data-failed",
+                    f"`{named.construct.path}` gives data without `{missing[0]}`",
+                )
+            ]
+        )
     return data
 
 
@@ -175,7 +211,9 @@ def facts(spec: Spec) -> Facts:
     except ImportProblem as problem:
         raise SpecError([_at(named.clause, problem.rule, str(problem), problem.help)]) from problem
     except TypeError as error:
-        raise SpecError([_at(named.clause, "wrong-argument", f"the data cannot be described: {error}")]) from error
+        raise SpecError(
+            [_at(named.clause, "wrong-argument", f"the data cannot be described: {error}")]
+        ) from error
     return Facts(said.get("samples"), said.get("tokens_per_sample"))
 
 
@@ -200,7 +238,9 @@ def _first_signals(binding: Binding) -> Signals:
 def _assemble(binding: Binding, model: nn.Module, signals: Signals) -> Parts:
     setting = Setting(model, binding.inventory, binding.units, binding.length, signals)
     parts = assemble(binding.clauses, setting)
-    units = dict(SIGNAL_UNITS) | {c.label: "samples" for c in binding.clauses if c.kind == "noise_scale"}
+    units = dict(SIGNAL_UNITS) | {
+        c.label: "samples" for c in binding.clauses if c.kind == "noise_scale"
+    }
     parts.actions += rules(binding.spec.rules, setting, units, _signals(binding))
     return parts
 
@@ -210,7 +250,10 @@ def _signals(binding: Binding) -> set[str]:
     named = {"loss", "lr"}
     for clause in binding.clauses:
         if clause.construct.signals:
-            named |= {clause.label, *(f"{clause.label}.{signal}" for signal in clause.construct.signals)}
+            named |= {
+                clause.label,
+                *(f"{clause.label}.{signal}" for signal in clause.construct.signals),
+            }
     return named
 
 
@@ -242,7 +285,10 @@ def make_plan(binding: Binding, parts: Parts) -> Plan:
 
 
 def build_program(
-    binding: Binding, model: nn.Module, without: frozenset[str] = frozenset(), executor: Executor = "auto"
+    binding: Binding,
+    model: nn.Module,
+    without: frozenset[str] = frozenset(),
+    executor: Executor = "auto",
 ) -> Program:
     """Lower a binding onto a model; raises SpecError when loss or optimizer is missing."""
     from trainc.compiler.program import Program
@@ -251,10 +297,26 @@ def build_program(
     signals = _first_signals(binding)
     parts = _assemble(binding, model, signals)
     if parts.task is None:
-        raise SpecError([Diagnostic("missing-clause", "the spec has no loss", help="write `loss cross_entropy` or `loss mse`")])
+        raise SpecError(
+            [
+                Diagnostic(
+                    "missing-clause",
+                    "the spec has no loss",
+                    help="write `loss cross_entropy` or `loss mse`",
+                )
+            ]
+        )
     if not parts.optimizers:
-        raise SpecError([Diagnostic("missing-clause", "the spec has no optimizer", help="write `optimizer adamw { lr = 3e-4 }`")])
-    data: Construct | Any = binding.one("data")
+        raise SpecError(
+            [
+                Diagnostic(
+                    "missing-clause",
+                    "the spec has no optimizer",
+                    help="write `optimizer adamw { lr = 3e-4 }`",
+                )
+            ]
+        )
+    data: Any = binding.one("data")
     batch = int(data.construct.batch.amount) if data else 0
     micro = data.construct.micro_size if data else 0
     epoch = binding.units.samples_per_epoch
@@ -271,4 +333,3 @@ def build_program(
         without,
         signals,
     )
-

@@ -23,13 +23,19 @@ def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
             resource = _excluded(clause, other) or _excluded(other, clause)
             if resource:
                 yield _refusal(
-                    clause, other, f"`{clause.title}` and `{other.title}` cannot act in one program: "
+                    clause,
+                    other,
+                    f"`{clause.title}` and `{other.title}` cannot act in one program: "
                     f"one needs `{resource}` as the model made it, the other changes it",
                 )
                 continue
             doubled = [r for r in SINGLE if r in _writes(clause) and r in _writes(other)]
             if doubled:
-                yield _refusal(clause, other, f"`{clause.title}` and `{other.title}` both decide `{doubled[0]}`")
+                yield _refusal(
+                    clause,
+                    other,
+                    f"`{clause.title}` and `{other.title}` both decide `{doubled[0]}`",
+                )
 
 
 def _refusal(clause: BoundClause, other: BoundClause, message: str) -> Diagnostic:
@@ -38,7 +44,12 @@ def _refusal(clause: BoundClause, other: BoundClause, message: str) -> Diagnosti
         for c, text in ((clause, _what(clause)), (other, _what(other)))
         if c.span is not None
     )
-    return Diagnostic("conflicting-effects", message, labels, help="drop one of the two, or give them separate runs")
+    return Diagnostic(
+        "conflicting-effects",
+        message,
+        labels,
+        help="drop one of the two, or give them separate runs",
+    )
 
 
 def _what(clause: BoundClause) -> str:
@@ -66,7 +77,12 @@ def step_order(clauses: Sequence[BoundClause]) -> list[tuple[BoundClause, Effect
         waiting = [row for row in rows if row[1].phase == phase]
         while waiting:
             ready = next(
-                (row for row in waiting if not any(_feeds(b[1], row[1]) for b in waiting if b is not row)), waiting[0]
+                (
+                    row
+                    for row in waiting
+                    if not any(_feeds(b[1], row[1]) for b in waiting if b is not row)
+                ),
+                waiting[0],
             )
             waiting.remove(ready)
             ordered.append(ready)

@@ -49,7 +49,11 @@ def load(path: ImportPath) -> Any:
         raise ImportProblem("import-failed", f"importing `{path.module}` fails: {error}") from error
     for name in path.attribute.split("."):
         if not hasattr(found, name):
-            raise ImportProblem("import-failed", f"`{path.module}` has no `{path.attribute}`", _nearest(name, vars(found)))
+            raise ImportProblem(
+                "import-failed",
+                f"`{path.module}` has no `{path.attribute}`",
+                _nearest(name, vars(found)),
+            )
         found = getattr(found, name)
     return found
 
@@ -66,14 +70,18 @@ def call(path: ImportPath, arguments: dict[str, Any], rule: str) -> Any:
     except TypeError as error:
         known = [n for n in inspect.signature(target).parameters if n not in ("args", "kwargs")]
         raise ImportProblem(
-            "wrong-argument", f"`{path.attribute}` cannot be called like this: {error}", f"it takes {', '.join(known)}"
+            "wrong-argument",
+            f"`{path.attribute}` cannot be called like this: {error}",
+            f"it takes {', '.join(known)}",
         ) from error
     except ValueError:
         pass  # no signature to be had: the call itself will tell
     try:
         return target(**arguments)
     except Exception as error:
-        raise ImportProblem(rule, f"`{path.attribute}` fails: {type(error).__name__}: {error}") from error
+        raise ImportProblem(
+            rule, f"`{path.attribute}` fails: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _make_reachable(module: str) -> None:

@@ -22,7 +22,9 @@ def first_batch(spec: str | Path, overrides: Mapping[str, str] | None, size: int
     return inputs, targets
 
 
-def captured(spec: str | Path, overrides: Mapping[str, str] | None, without: Iterable[str]) -> Program:
+def captured(
+    spec: str | Path, overrides: Mapping[str, str] | None, without: Iterable[str]
+) -> Program:
     """Return a program whose graph was captured on a micro-batch of its data; raises SpecError when that fails."""
     from trainc.compiler.capture import CaptureFailed
 

@@ -13,12 +13,36 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD = "norm", "bias", "embedding", "attention", "mlp", "head"
+NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD = (
+    "norm",
+    "bias",
+    "embedding",
+    "attention",
+    "mlp",
+    "head",
+)
 ROLES = (NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD)
 
 _ATTENTION_SEGMENTS = {"attn", "attention", "self_attn", "self_attention", "cross_attn", "mha"}
-_MLP_SEGMENTS = {"mlp", "ffn", "ff", "feed_forward", "feedforward", "linear1", "linear2", "intermediate"}
-_EMBEDDING_SEGMENTS = {"embed", "embeddings", "embedding", "wte", "wpe", "embed_tokens", "pos_embed"}
+_MLP_SEGMENTS = {
+    "mlp",
+    "ffn",
+    "ff",
+    "feed_forward",
+    "feedforward",
+    "linear1",
+    "linear2",
+    "intermediate",
+}
+_EMBEDDING_SEGMENTS = {
+    "embed",
+    "embeddings",
+    "embedding",
+    "wte",
+    "wpe",
+    "embed_tokens",
+    "pos_embed",
+}
 _HEAD_SEGMENTS = {"head", "lm_head", "classifier", "score", "fc_out", "output_head"}
 
 
@@ -114,14 +138,20 @@ def take(model: nn.Module) -> Inventory:
     last = _last_linear(model)
     if last is not None and not any(HEAD in found for found in roles.values()):
         roles[last] |= {HEAD}
-    modules = tuple(_module_entry(n, m, places[n], frozenset(roles[n])) for n, m in model.named_modules())
+    modules = tuple(
+        _module_entry(n, m, places[n], frozenset(roles[n])) for n, m in model.named_modules()
+    )
     by_name = {m.name: m for m in modules}
     return Inventory(type(model).__name__, modules, tuple(_parameters(model, by_name)))
 
 
 def type_names(module: object) -> tuple[str, ...]:
     """Return the class names of `module`, from its own class up to but without nn.Module."""
-    return tuple(dict.fromkeys(c.__name__ for c in type(module).__mro__ if c.__name__ not in ("Module", "object")))
+    return tuple(
+        dict.fromkeys(
+            c.__name__ for c in type(module).__mro__ if c.__name__ not in ("Module", "object")
+        )
+    )
 
 
 def _module_entry(name: str, module: nn.Module, place: Place, roles: frozenset[str]) -> ModuleEntry:
@@ -207,7 +237,11 @@ def _places(model: nn.Module) -> dict[str, Place]:
     numbered = list(dict.fromkeys(b for name in names if (b := _block_name(name)) is not None))
     if len(numbered) >= 2:
         return _places_by_blocks(names, numbered)
-    leaves = [n for n, m in model.named_modules() if next(iter(m.parameters(recurse=False)), None) is not None]
+    leaves = [
+        n
+        for n, m in model.named_modules()
+        if next(iter(m.parameters(recurse=False)), None) is not None
+    ]
     count = max(len(leaves), 1)
     places, current = {}, 0
     for name in names:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from trainc.compiler.bound import BoundClause
 from trainc.compiler.inventory import Inventory, ModuleEntry, ParameterEntry, Place
@@ -123,7 +123,9 @@ class Lowering:
         """Return the user's parameter object."""
         return self.model.get_parameter(name)
 
-    def select(self, selector: Selector, target: Literal["modules", "parameters"]) -> tuple[str, ...]:
+    def select(
+        self, selector: Selector, target: Literal["modules", "parameters"]
+    ) -> tuple[str, ...]:
         """Return what a selector in a field matches."""
         from trainc.compiler.select import select
 
@@ -141,7 +143,9 @@ class Lowering:
         length = self._setting.length
         if length is None:
             if ends_with_the_run(data):
-                raise ValueError("the schedule ends with the run, and this spec has no `run` clause")
+                raise ValueError(
+                    "the schedule ends with the run, and this spec has no `run` clause"
+                )
             length = UNBOUNDED
         evaluate = compile_schedule(data, self._setting.units, length)
         signals = self._setting.signals
@@ -169,6 +173,11 @@ class Lowering:
         durations = (None if b is None else ClockDuration.from_json(b) for b in bounds)
         return Gate.resolve(self._setting.units, self._setting.length, *durations)
 
+    def _while_open(self, schedule: Scheduled) -> Scheduled:
+        """Return a schedule that is zero outside the clause's time."""
+        gate = self.gate()
+        return schedule if gate is None else lambda clock: schedule(clock) if gate.fires(clock) else 0.0
+
     # mechanisms
 
     def task(self, task: Task) -> None:
@@ -176,20 +185,24 @@ class Lowering:
         self._parts.task = task
 
     def norm_statistics(self, site: NormSite) -> None:
-        """Have per-example squared gradient norms of a normalization layer's parameters in every step's contributions."""
+        """Measure per-example squared gradient norms of a normalization layer, for every step's contributions."""
         if all(known.module != site.module for known in self._parts.rewrite.norms):
             self._parts.rewrite.norms.append(site)
 
-    def noise(self, module: ModuleEntry, sigma: Expr, share: Literal["token", "none"] = "token") -> None:
+    def noise(
+        self, module: ModuleEntry, sigma: Expr, share: Literal["token", "none"] = "token"
+    ) -> None:
         """Multiply a layer's output by `1 + sigma * normal`, drawn per (view, example, channel)."""
         site = NoiseSite(module.name, len(self._parts.rewrite.noises), share)
         self._parts.rewrite.noises.append(site)
-        self._parts.scalars[site.scalar] = self.schedule(sigma, module.place)
+        self._parts.scalars[site.scalar] = self._while_open(self.schedule(sigma, module.place))
 
     def pair(self, distance: Literal["mse", "kl"], weight: Expr) -> None:
         """Pass every example twice and add `weight` times the distance of the two outputs to the loss."""
         self._parts.rewrite.pairing = Pairing(distance, self.label)
-        self._parts.scalars[self._parts.rewrite.pairing.weight] = self.schedule(weight)
+        self._parts.scalars[self._parts.rewrite.pairing.weight] = self._while_open(
+            self.schedule(weight)
+        )
 
     def penalty(
         self,

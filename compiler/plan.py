@@ -49,9 +49,11 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Read what `to_json` wrote; raises ValueError when it is of another format or was changed."""
         if data.get("format") != FORMAT:
-            raise ValueError(f"the plan has format {data.get('format')}, this version reads {FORMAT}")
+            raise ValueError(
+                f"the plan has format {data.get('format')}, this version reads {FORMAT}"
+            )
         names = {f.name for f in fields(cls)} - {"warnings"}
-        content = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n in names}
+        content: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n in names}
         missing = names - set(content)
         if missing:
             raise ValueError(f"the plan lacks {', '.join(sorted(missing))}")

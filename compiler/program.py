@@ -140,7 +140,14 @@ class Program:
                 total, loss, parts = self._forward((inputs, targets), share, scalars)
             self.sites.check_coverage(counts)
             self._covered = True
-        self._remember(step, targets, loss, parts, share, self.sites.probes() if self._parts.rewrite.norms else {})
+        self._remember(
+            step,
+            targets,
+            loss,
+            parts,
+            share,
+            self.sites.probes() if self._parts.rewrite.norms else {},
+        )
         return total
 
     def update(self) -> dict[str, float]:
@@ -150,7 +157,9 @@ class Program:
         """
         step = self._machine.current
         if step is None or not self._micros:
-            raise RuntimeError("nothing to update: call `program.loss(batch)` and `backward()` first")
+            raise RuntimeError(
+                "nothing to update: call `program.loss(batch)` and `backward()` first"
+            )
         self._collect(step)
         if not math.isfinite(step.loss) and self.settings.on_nan != "continue":
             return self._refuse_update(step)
@@ -234,7 +243,9 @@ class Program:
                         self.task,
                         (inputs, targets),
                         rewrite=self._parts.rewrite,
-                        penalties={label: _one_mapping(p) for label, p in self._parts.penalties.items()},
+                        penalties={
+                            label: _one_mapping(p) for label, p in self._parts.penalties.items()
+                        },
                         scalars=self._scalars(1.0, targets.device),
                         without=self.without,
                     )
@@ -251,7 +262,9 @@ class Program:
     def _wants_graph(self) -> bool:
         if self.executor == "module" or self.graph_refused is not None or not self.module.training:
             return False
-        return self.executor == "graph" or (bool(self._parts.rewrite) and self.forward is self.module)
+        return self.executor == "graph" or (
+            bool(self._parts.rewrite) and self.forward is self.module
+        )
 
     def _graph_loss(self, batch: Batch, share: float = 1.0, part: float | None = None) -> Tensor:
         """Run forward and backward of one micro-batch as a graph and add to `.grad`."""
@@ -272,7 +285,9 @@ class Program:
         for name, gradient in out.grads.items():
             if gradient is not None:
                 self._take(name, gradient)
-        parts = {} if out.consistency is None else {"task": out.task, "consistency": out.consistency}
+        parts = (
+            {} if out.consistency is None else {"task": out.task, "consistency": out.consistency}
+        )
         squares = self._by_parameter(out.probes)
         self._remember(step, targets, out.loss, parts, share, {}, squares)
         return out.total
@@ -301,7 +316,9 @@ class Program:
         """
         scalars = self._scalars(1.0, batch[1].device)
         if strength is not None:
-            scalars |= {name: torch.full_like(scalars[name], strength) for name in self._parts.scalars}
+            scalars |= {
+                name: torch.full_like(scalars[name], strength) for name in self._parts.scalars
+            }
         if road == "graph":
             out = self.capture(batch).run(batch, scalars)
             return out.total, out.grads
@@ -353,11 +370,15 @@ class Program:
         if pairing is not None and "consistency" in self._terms and self._last is not None:
             first, last = self._terms["consistency"], self._last.metrics["consistency"]
             sites = len(self._parts.rewrite.noises)
-            lines.append(f"{pairing.label}: distance of the two views {first:.4g} -> {last:.4g}, noise at {sites} layers")
+            lines.append(
+                f"{pairing.label}: distance of the two views {first:.4g} -> {last:.4g}, noise at {sites} layers"
+            )
         if self.graph_refused is not None:
             lines.append(f"no graph, the bound modules ran instead: {self.graph_refused}")
         dropped = [c for c in self.plan.clauses if c["dropped"]]
-        return lines + [f"{c['kind']} {c['construct']}: not in the program, {c['dropped']}" for c in dropped]
+        return lines + [
+            f"{c['kind']} {c['construct']}: not in the program, {c['dropped']}" for c in dropped
+        ]
 
     def unbind(self) -> None:
         """Give the user's layers their own classes back; the program cannot train afterwards."""
@@ -373,13 +394,15 @@ class Program:
         whole = batches.check(batch)
         return batches.split(whole, self.micro_size)
 
-    def _scalars(self, share: float, device: torch.device, part: float | None = None) -> dict[str, Tensor]:
+    def _scalars(
+        self, share: float, device: torch.device, part: float | None = None
+    ) -> dict[str, Tensor]:
         """Return this micro-batch's numbers as 0-d tensors, so that a changing rate never recompiles.
 
         The distance of two views is a mean over examples, the task one over counted targets: where the two parts of
         the step differ, the distance's weight makes up for it.
         """
-        clock, micro = self.clock, len(self._micros)
+        clock = self.clock
         dtype = self._dtype()
         scalars = {
             name: torch.tensor(schedule(clock), dtype=dtype, device=device)
@@ -392,8 +415,11 @@ class Program:
         if pairing is not None and part is not None:
             scalars[pairing.weight] = scalars[pairing.weight] * (part / share)
         if self._parts.rewrite.noises or pairing:
-            word = derive(self.settings.seed, "noise", micro) & 0xFFFFFFFF
+            word = derive(self.settings.seed, "noise") & 0xFFFFFFFF
             scalars["key"] = pack_key(word, clock.steps & 0xFFFFFFFF, device=device)
+            step = self._machine.current
+            first = 0 if step is None else step.samples
+            scalars["first_example"] = torch.tensor(first, dtype=torch.int64, device=device)
         return scalars
 
     def _forward(
@@ -426,7 +452,12 @@ class Program:
         weight = scalars[pairing.weight]
         if self.task.name == "cross_entropy":
             loss, task, distance = task_consistency_loss(
-                logits, targets, weight, pairing.distance, self.task.ignore_index, self.task.label_smoothing
+                logits,
+                targets,
+                weight,
+                pairing.distance,
+                self.task.ignore_index,
+                self.task.label_smoothing,
             )
         else:
             one, two = logits.chunk(2)
@@ -446,7 +477,11 @@ class Program:
         squares: dict[str, Tensor] | None = None,
     ) -> None:
         self._count(step, targets)
-        weights = self.task.weights(targets) * share if self._parts.rewrite.norms else targets.new_empty(0)
+        weights = (
+            self.task.weights(targets) * share
+            if self._parts.rewrite.norms
+            else targets.new_empty(0)
+        )
         scaled = {name: value * share for name, value in parts.items()}
         self._micros.append(_Micro(weights, loss.detach() * share, scaled, probes, squares))
 
@@ -462,7 +497,9 @@ class Program:
                 step.metrics[name] = step.metrics.get(name, 0.0) + float(value)
                 self._terms.setdefault(name, step.metrics[name])
             if self._parts.rewrite.norms:
-                squares = micro.squares if micro.squares is not None else self._squares(micro.probes)
+                squares = (
+                    micro.squares if micro.squares is not None else self._squares(micro.probes)
+                )
                 step.contributions.append(Contribution(micro.weights, squares))
         if step.contributions and self.forward is not self.module and world_size() > 1:
             step.contributions = gather(step.contributions)
@@ -474,8 +511,12 @@ class Program:
             from trainc.compiler.sites import SiteError
 
             names = ", ".join(f"`{n}`" for n in silent) or "no site"
-            raise SiteError(f"{names} delivered no statistics: did `backward()` reach it through `program.forward`?")
-        return self._by_parameter({name: cast(Tensor, probe.grad) for name, probe in probes.items()})
+            raise SiteError(
+                f"{names} delivered no statistics: did `backward()` reach it through `program.forward`?"
+            )
+        return self._by_parameter(
+            {name: cast(Tensor, probe.grad) for name, probe in probes.items()}
+        )
 
     def _by_parameter(self, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn a site's columns into one row of squared norms per parameter."""
@@ -491,10 +532,14 @@ class Program:
     def _refuse_update(self, step: Step) -> dict[str, float]:
         for optimizer in self._optimizers:
             optimizer.zero_grad()
+        for compact in self._parts.compacts.values():
+            compact.discard()
         self.sites.disarm()
         if self.settings.on_nan == "stop":
             self._machine.abandon()
-            raise NonFiniteLoss(f"the loss is {step.loss} at step {self.clock.steps}; the weights are those before it")
+            raise NonFiniteLoss(
+                f"the loss is {step.loss} at step {self.clock.steps}; the weights are those before it"
+            )
         self._machine.abandon()
         self.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
         step.metrics["skipped"] = 1.0

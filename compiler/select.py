@@ -21,7 +21,9 @@ def select(selector: v.Selector, inventory: Inventory, target: Target) -> tuple[
     return tuple(e.name for e in entries if e.name in chosen)
 
 
-def expectations(selector: v.Selector, inventory: Inventory, target: Target) -> Iterable[tuple[v.Expect, int]]:
+def expectations(
+    selector: v.Selector, inventory: Inventory, target: Target
+) -> Iterable[tuple[v.Expect, int]]:
     """Yield every `expect` in `selector` with the number of names its inner selector really matches."""
     match selector:
         case v.Expect(selector=inner):
@@ -29,7 +31,11 @@ def expectations(selector: v.Selector, inventory: Inventory, target: Target) -> 
             yield from expectations(inner, inventory, target)
         case v.Where(selector=inner):
             yield from expectations(inner, inventory, target)
-        case v.Union(left=a, right=b) | v.Intersection(left=a, right=b) | v.Difference(left=a, right=b):
+        case (
+            v.Union(left=a, right=b)
+            | v.Intersection(left=a, right=b)
+            | v.Difference(left=a, right=b)
+        ):
             yield from expectations(a, inventory, target)
             yield from expectations(b, inventory, target)
 
@@ -39,7 +45,11 @@ def empty_parts(selector: v.Selector, inventory: Inventory, target: Target) -> I
     match selector:
         case v.Expect(selector=inner) | v.Where(selector=inner):
             yield from empty_parts(inner, inventory, target)
-        case v.Union(left=a, right=b) | v.Intersection(left=a, right=b) | v.Difference(left=a, right=b):
+        case (
+            v.Union(left=a, right=b)
+            | v.Intersection(left=a, right=b)
+            | v.Difference(left=a, right=b)
+        ):
             yield from empty_parts(a, inventory, target)
             yield from empty_parts(b, inventory, target)
         case _:

@@ -38,6 +38,7 @@ class Armed:
         self.probe: Tensor | None = None
         self.sigma: Tensor | None = None
         self.key: Tensor | None = None
+        self.first_example: Tensor | None = None
 
 
 class _Bound:
@@ -75,8 +76,11 @@ class _BoundNoise(_Bound):
         if not self.reaches_operator():
             return out
         armed, site = self.trainc, cast(NoiseSite, self.trainc.site)
-        assert armed.sigma is not None and armed.key is not None
-        return multiplicative_noise(out, armed.sigma, armed.key, site.index, armed.views, site.share)
+        assert armed.sigma is not None
+        assert armed.key is not None
+        return multiplicative_noise(
+            out, armed.sigma, armed.key, site.index, armed.views, site.share, armed.first_example
+        )
 
 
 class _BoundDropout(_Bound):
@@ -97,8 +101,9 @@ def checked_probe(armed: Armed, x: Tensor) -> Tensor:
     assert probe is not None
     if x.shape[0] != probe.shape[0]:
         raise SiteError(
-            f"`{armed.site.module}` sees a tensor of shape {tuple(x.shape)}, but the batch has {probe.shape[0]} examples: "
-            "its first axis is not the example axis, so per-example norms cannot be taken there"
+            f"`{armed.site.module}` sees a tensor of shape {tuple(x.shape)}, but the batch has"
+            f" {probe.shape[0]} examples: its first axis is not the example axis, so per-example norms"
+            " cannot be taken there"
         )
     return probe
 
@@ -107,13 +112,19 @@ _NORM_CLASSES = {"layer": _BoundLayerNorm, "rms": _BoundRMSNorm}
 
 
 @cache
-def _bound_class(behaviour: type, original: type[nn.Module]) -> type[nn.Module]:
-    return type(original.__name__, (behaviour, original), {"unbound": original, "__module__": original.__module__})
+def _bound_class(behaviour: Any, original: Any) -> Any:
+    return type(
+        original.__name__,
+        (behaviour, original),
+        {"unbound": original, "__module__": original.__module__},
+    )
 
 
 def bind(model: nn.Module, rewrite: Rewrite) -> Sites:
     """Replace the classes of the selected layers; an empty rewrite touches nothing."""
-    behaviours: list[tuple[NormSite | NoiseSite, type]] = [(n, _NORM_CLASSES[n.form]) for n in rewrite.norms]
+    behaviours: list[tuple[NormSite | NoiseSite, type]] = [
+        (n, _NORM_CLASSES[n.form]) for n in rewrite.norms
+    ]
     behaviours += [(n, _BoundNoise) for n in rewrite.noises]
     if rewrite.pairing is not None:
         for i, (name, module) in enumerate(model.named_modules()):
@@ -123,7 +134,7 @@ def bind(model: nn.Module, rewrite: Rewrite) -> Sites:
         module = model.get_submodule(site.module)
         if isinstance(module, _Bound):
             raise SiteError(f"`{site.module}` is already bound to a program: unbind that one first")
-        module.__class__ = _bound_class(behaviour, type(module))
+        module.__class__ = _bound_class(behaviour, cast("Any", type(module)))
         module.trainc = Armed(site, rewrite.views)  # type: ignore[assignment]
     return Sites(model, rewrite)
 
@@ -141,7 +152,9 @@ class Sites:
             if isinstance(module, _Bound):
                 yield module
 
-    def arm(self, examples: int, scalars: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    def arm(
+        self, examples: int, scalars: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Give every site fresh probes and this step's scalars; call before each forward pass."""
         for module in self.bound():
             armed = module.trainc
@@ -153,6 +166,7 @@ class Sites:
                 )
             elif armed.site.index >= 0:
                 armed.sigma, armed.key = scalars[armed.site.scalar], scalars["key"]
+                armed.first_example = scalars["first_example"]
 
     def disarm(self) -> None:
         """Let every site run as the user's own layer."""

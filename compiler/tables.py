@@ -22,7 +22,11 @@ Row = dict[str, Any]
 def parameter_rows(binding: Binding, parts: Parts) -> list[Row]:
     """Return one row per parameter: the exact cover."""
     optimizer = {n: part for part in parts.optimizers for n in part.clause.targets}
-    touching = [c for c in binding.clauses if c.dropped is None and c.kind not in ("optimizer", "lr", "mask")]
+    touching = [
+        c
+        for c in binding.clauses
+        if c.dropped is None and c.kind not in ("optimizer", "lr", "mask")
+    ]
     rows = []
     for p in binding.inventory.parameters:
         part = optimizer.get(p.name)
@@ -38,7 +42,9 @@ def parameter_rows(binding: Binding, parts: Parts) -> list[Row]:
                 "decay": part.decay[p.name] if part is not None and trained else None,
                 "scales": [s.policy for s in parts.scales.get(p.name, ())] if trained else [],
                 "mask": f"{compact.values.numel()} of {p.numel}" if compact else None,
-                "clauses": [c.label for c in touching if p.name in c.targets or p.module in c.targets],
+                "clauses": [
+                    c.label for c in touching if p.name in c.targets or p.module in c.targets
+                ],
             }
         )
     return rows
@@ -53,7 +59,14 @@ def step_rows(binding: Binding) -> list[Row]:
         if c.construct.acts(e)
     ]
     rows += [
-        _step_row(0, f"rule {i + 1}", f"when {rule.condition}", ("signals",), _rule_writes(rule), "every step")
+        _step_row(
+            0,
+            f"rule {i + 1}",
+            f"when {rule.condition}",
+            ("signals",),
+            _rule_writes(rule),
+            "every step",
+        )
         for i, rule in enumerate(binding.spec.rules)
     ]
     rows[:0] = [
@@ -99,7 +112,9 @@ def schedule_rows(binding: Binding, parts: Parts) -> list[Row]:
         clock = Clock(samples_per_epoch=int(binding.units.samples_per_epoch or 0) or None)
         for unit in ("steps", "samples", "tokens", "seconds"):
             setattr(clock, unit, counters[unit] or 0)
-        rows.append({"percent": percent, **counters, "values": {name: at(clock) for name, at in named}})
+        rows.append(
+            {"percent": percent, **counters, "values": {name: at(clock) for name, at in named}}
+        )
     return rows
 
 
@@ -111,13 +126,24 @@ def site_rows(parts: Parts, road: str) -> list[Row]:
         for s in rewrite.norms
     ]
     rows += [
-        {"site": s.module, "operator": "multiplicative_noise", "pass": "insert_consistency", "road": road}
+        {
+            "site": s.module,
+            "operator": "multiplicative_noise",
+            "pass": "insert_consistency",
+            "road": road,
+        }
         for s in rewrite.noises
     ]
     if rewrite.pairing is not None:
         fused = parts.task is not None and parts.task.name == "cross_entropy"
-        operator = "task_consistency_loss" if fused else f"{parts.task.name if parts.task else ''} + distance"
-        rows.append({"site": "loss", "operator": operator, "pass": "insert_consistency", "road": road})
+        operator = (
+            "task_consistency_loss"
+            if fused
+            else f"{parts.task.name if parts.task else ''} + distance"
+        )
+        rows.append(
+            {"site": "loss", "operator": operator, "pass": "insert_consistency", "road": road}
+        )
     return rows
 
 
@@ -126,7 +152,11 @@ def kernel_rows(parts: Parts) -> list[Row]:
     rewrite = parts.rewrite
     names = sorted({f"{site.form}_norm" for site in rewrite.norms})
     names += ["multiplicative_noise"] if rewrite.noises else []
-    names += ["task_consistency_loss"] if rewrite.pairing and parts.task and parts.task.name == "cross_entropy" else []
+    names += (
+        ["task_consistency_loss"]
+        if rewrite.pairing and parts.task and parts.task.name == "cross_entropy"
+        else []
+    )
     refused = _triton_refused()
     return [
         {
@@ -165,7 +195,10 @@ def _memory(binding: Binding, parts: Parts) -> Iterator[tuple[str, int]]:
         yield f"{part.clause.label}: optimizer state", total
     for action in parts.actions:
         yield action.name, action.memory()
-    yield "constants of loss terms", sum(t.numel() * t.element_size() for t in parts.tensors.values())
+    yield (
+        "constants of loss terms",
+        sum(t.numel() * t.element_size() for t in parts.tensors.values()),
+    )
     batch = binding.units.samples_per_step
     if parts.rewrite.norms and batch:
         columns = sum(len(site.parameters) for site in parts.rewrite.norms)

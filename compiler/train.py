@@ -44,7 +44,15 @@ def train(
     checked, path = read(spec, overrides)
     run = checked.one("run")
     if run is None:
-        raise SpecError([Diagnostic("missing-clause", "the spec has no run", help="write `run { length = 1000 steps }`")])
+        raise SpecError(
+            [
+                Diagnostic(
+                    "missing-clause",
+                    "the spec has no run",
+                    help="write `run { length = 1000 steps }`",
+                )
+            ]
+        )
     with searching(path):
         model = seeded_model(checked)
         start: str | None = run.construct.start  # type: ignore[attr-defined]
@@ -55,7 +63,11 @@ def train(
     if resume:
         _check_resume(program, out, accept)
     assert program.length is not None
-    display = None if quiet else Display(program.length.amount, program.length.unit, title=str(spec), plain=plain)
+    display = (
+        None
+        if quiet
+        else Display(program.length.amount, program.length.unit, title=str(spec), plain=plain)
+    )
     texts = {
         PLAN: json.dumps(program.plan.to_json(), indent=1, sort_keys=True) + "\n",
         SPEC: json.dumps(checked.to_json(), indent=1, sort_keys=True) + "\n",
@@ -103,7 +115,12 @@ def _check_resume(program: Program, out: Path, accept: bool) -> None:
     now = program.plan.to_json()
     if saved["model"]["signature"] != now["model"]["signature"]:
         raise SpecError(
-            [Diagnostic("resume-impossible", f"{out} was trained with a model of other parameters; its state does not fit")]
+            [
+                Diagnostic(
+                    "resume-impossible",
+                    f"{out} was trained with a model of other parameters; its state does not fit",
+                )
+            ]
         )
     if saved["fingerprint"] == now["fingerprint"] or accept:
         return
@@ -111,7 +128,9 @@ def _check_resume(program: Program, out: Path, accept: bool) -> None:
     raise SpecError(
         [
             Diagnostic(
-                "resume-needs-accept", f"the spec is not the one {out} was started with", notes=changes,
+                "resume-needs-accept",
+                f"the spec is not the one {out} was started with",
+                notes=changes,
                 help="resume with `--accept` to go on under the new one",
             )
         ]

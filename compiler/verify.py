@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,11 @@ class Comparison:
 
 
 def verify(
-    spec: str | Path, overrides: Mapping[str, str] | None = None, without: Iterable[str] = (), *, double: bool = False
+    spec: str | Path,
+    overrides: Mapping[str, str] | None = None,
+    without: Iterable[str] = (),
+    *,
+    double: bool = False,
 ) -> list[Comparison]:
     """Compare the program of a spec with its model on the first micro-batch of its data.
 
@@ -89,8 +93,7 @@ def _against_examples(program: Program, batch: Batch, allowed: float) -> Iterato
     if not program.measures:
         return
     squares = program.trial_squares(batch)
-    inputs, targets = batch
-    weights = program.task.weights(targets)
+    weights = program.task.weights(batch[1])
     names = list(squares)
     parameters = [program.module.get_parameter(name) for name in names]
     want = {name: torch.zeros_like(value) for name, value in squares.items()}
@@ -99,7 +102,12 @@ def _against_examples(program: Program, batch: Batch, allowed: float) -> Iterato
             loss = program.task(batches.call(program.module, one_input), one_target) * weights[i]
             for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
                 want[name][i] = gradient.square().sum()
-    yield Comparison("per-example norms, one pass per example", f"{len(names)} parameters", _worst(squares, want), allowed)
+    yield Comparison(
+        "per-example norms, one pass per example",
+        f"{len(names)} parameters",
+        _worst(squares, want),
+        allowed,
+    )
 
 
 def _gradients(program: Program, loss: Tensor) -> dict[str, Tensor | None]:
@@ -146,7 +154,7 @@ def _worst(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None]) 
     return worst
 
 
-def _doubled(value: object) -> object:
+def _doubled(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Mapping):

@@ -11,7 +11,10 @@ HERE = Path(__file__).parent
 
 def pages() -> dict[Path, str]:
     """Return every generated page's text by its path."""
-    return {HERE / "constructs.md": constructs_page(catalog()), HERE / "diagnostics.md": rules_page()}
+    return {
+        HERE / "constructs.md": constructs_page(catalog()),
+        HERE / "diagnostics.md": rules_page(),
+    }
 
 
 if __name__ == "__main__":

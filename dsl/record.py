@@ -1,7 +1,7 @@
 """Frozen values with named fields.
 
-What a frozen dataclass is, without generating code: the front end has some fifty such classes, and a
-dataclass each would take longer to make than a spec takes to check.
+What a frozen dataclass is, without generating code: the front end has some fifty such classes, and
+as dataclasses they would take longer to make than a spec takes to check.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Record:
     _fields: ClassVar[tuple[str, ...]] = ()
     _asides: ClassVar[dict[str, Any]] = {}
     _defaults: ClassVar[dict[str, Any]] = {}
-    __match_args__: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         fields, asides, defaults = list(cls._fields), dict(cls._asides), dict(cls._defaults)
@@ -46,7 +45,7 @@ class Record:
             if default is not _REQUIRED:
                 defaults[name] = default
         cls._fields, cls._asides, cls._defaults = tuple(fields), asides, defaults
-        cls.__match_args__ = cls._fields
+        type.__setattr__(cls, "__match_args__", cls._fields)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = {**self._defaults, **self._asides, **dict(zip(self._fields, args, strict=False))}

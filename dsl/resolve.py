@@ -148,7 +148,7 @@ class Resolver:
             self.found.append(Diagnostic("no-action", "this rule does nothing", (label,), (), help))
         if test is None or len(self.found) + len(self.scope.found) > before:
             return None
-        return Rule(test, tuple(actions), hold, Origin(when.span))
+        return Rule(test, tuple(actions), hold, origin=Origin(when.span))
 
     def _action(self, tree: ast.Action) -> Action | None:
         if not tree.assigns:

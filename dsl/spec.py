@@ -75,7 +75,7 @@ class Clause(_ByJson):
     every: Duration | None = None
     optional: bool = False
     label: str | None = None
-    origin: Origin | None = aside(default=None)
+    origin: Origin | None = aside(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         from trainc.dsl.fields import DURATION, SELECTOR
@@ -176,7 +176,7 @@ class Rule(_ByJson):
     condition: Expr
     actions: tuple[Action, ...]
     hold: Duration | None = None
-    origin: Origin | None = aside(default=None)
+    origin: Origin | None = aside(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         from trainc.dsl.fields import CONDITION, DURATION

@@ -4,6 +4,8 @@ Runs, tables' numbers and pictures are kept in demo-out/; `trainc report` reads 
 """
 
 import argparse
+import json
+import math
 import shutil
 import sys
 import time
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from trainc.compiler.compile import build_data, compile, read, seeded_model
 from trainc.compiler.imports import searching
-from trainc.compiler.train import load_weights
+from trainc.compiler.train import PLAN, SPEC, load_weights
 from trainc.dsl.spec import Assign, Rule, Spec
 from trainc.dsl.values import Name, walk
 from trainc.runtime.display import Display
@@ -54,7 +56,7 @@ class Trained:
 
 
 def without_methods(spec: Spec) -> Spec:
-    """Return the plain run: the same model, data, loss, optimizer and run, and rules on no method."""
+    """Return the plain run: the spec without methods, and without the rules that name one."""
     kept = [clause for clause in spec.clauses if clause.kind not in METHODS]
     gone = {clause.name for clause in spec.clauses if clause.kind in METHODS}
     rules = [rule for rule in spec.rules if not gone & mentioned(rule)]
@@ -84,14 +86,15 @@ def train_spec(spec: Spec, folder: Path, title: str, console: Console) -> Traine
     assert length is not None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     display = Display(length.amount, length.unit, title=title, console=console)
-    summary = train(program, data, out=folder, display=display)
+    texts = {PLAN: json.dumps(program.plan.to_json()), SPEC: json.dumps(spec.to_json())}
+    summary = train(program, data, out=folder, display=display, texts=texts)
     return Trained(folder, summary, distance(model, before))
 
 
 def distance(model: nn.Module, before: Mapping[str, Tensor]) -> float:
     """Return the L2 norm of the parameters' change since `before`."""
-    squares = [(p.detach() - before[name]).square().sum() for name, p in model.named_parameters()]
-    return float(sum(squares)) ** 0.5
+    apart = [p.detach() - before[name] for name, p in model.named_parameters()]
+    return math.hypot(*(float(tensor.norm()) for tensor in apart))
 
 
 def pair(
@@ -129,7 +132,7 @@ def last_losses(records: Sequence[Record], share: float = 0.1) -> float:
     begin = (1 - share) * steps[-1]["samples"]
     kept = [record for record in steps if record["samples"] > begin]
     total = sum(record["batch"] for record in kept)
-    return sum((task_loss(record) or 0.0) * record["batch"] for record in kept) / total
+    return float(sum((task_loss(r) or 0.0) * r["batch"] for r in kept) / total)
 
 
 def table(name: str, found: Mapping[str, Trained]) -> Table:

@@ -145,14 +145,15 @@ def eager_backward(
         first, second = rows[here].to(dtype), rows[there].to(dtype)
         if distance == "mse":
             pull = torch.sub(first, second).mul_(2 * on_distance)
-            probability, push = first.softmax(1), pull.neg()
+            torch.mul(pull, -1.0, out=result[there])
+            probability = first.softmax(1)
         else:
-            probability, pull, push = _kl_gradients(first, second, on_distance / 2)
-        probability.sub_(label_smoothing / classes)
+            probability, pull, result[there] = _kl_gradients(first, second, on_distance / 2)
+        if label_smoothing:
+            probability.sub_(label_smoothing / classes)
         reward = probability.new_full((1, 1), label_smoothing - 1.0).expand(safe[here].shape)
         probability.scatter_add_(1, safe[here], reward)
-        result[here] = pull.addcmul_(probability, on_task[here])
-        result[there] = push
+        torch.addcmul(pull, probability, on_task[here], out=result[here])
     return result.view(logits.shape)
 
 

@@ -34,7 +34,8 @@ def logits(output: Any) -> Tensor:
     if isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
         return output[0]
     raise TypeError(
-        f"the model returned {type(output).__name__}: expected logits, an object with `.logits`, or a tuple of logits first"
+        f"the model returned {type(output).__name__}:"
+        " expected logits, an object with `.logits`, or a tuple of logits first"
     )
 
 
@@ -57,8 +58,12 @@ def check(batch: Any) -> Batch:
     """Return a batch as (inputs, targets); raises TypeError when it is not one."""
     import torch
 
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], torch.Tensor)):
-        raise TypeError("a batch is a pair (inputs, targets) whose targets are a tensor with the examples first")
+    if not (
+        isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], torch.Tensor)
+    ):
+        raise TypeError(
+            "a batch is a pair (inputs, targets) whose targets are a tensor with the examples first"
+        )
     return batch[0], batch[1]
 
 

@@ -281,7 +281,7 @@ class Run:
         measured = (self.seconds, self.loss, self.eval_loss, self.path.name if self.path else None)
         summary = Summary.of(self.program, reason, message, *measured)
         self.folder.write_summary(asdict(summary))
-        self.tell(reason, message)
+        self.folder.event(reason, self.clock.steps, message=message)
         return summary
 
     def tell(self, kind: str, text: str) -> None:

@@ -33,7 +33,7 @@ class Scale:
 
 @dataclass(slots=True)
 class Slot:
-    """A parameter as the optimizer sees it: the tensor it updates (the whole, or the selected entries), and its knobs."""
+    """A parameter as the optimizer sees it: what it updates (the whole, or selected entries), and its knobs."""
 
     name: str
     tensor: Parameter
@@ -86,7 +86,10 @@ class OptimizerStep(Action):
         self.slots = tuple(slots)
         self.groups = group(slots)
         self.torch = make(
-            [{"params": [s.tensor for s in g.slots], "weight_decay": g.weight_decay} for g in self.groups]
+            [
+                {"params": [s.tensor for s in g.slots], "weight_decay": g.weight_decay}
+                for g in self.groups
+            ]
         )
 
     def run(self, step: Step) -> None:
@@ -109,7 +112,9 @@ class OptimizerStep(Action):
         for path, value in state.items():
             name, _, key = path.rpartition("/")
             if name not in slots:
-                raise ValueError(f"{self.name}: the checkpoint has optimizer state of `{name}`, which is not optimized here")
+                raise ValueError(
+                    f"{self.name}: the checkpoint has optimizer state of `{name}`, which is not optimized here"
+                )
             found.setdefault(name, {})[key] = _fitted(value, slots[name])
         self.torch.state.clear()
         for name, entries in found.items():
@@ -125,7 +130,9 @@ def _fitted(value: Any, slot: Slot) -> Any:
     if value.dim() == 0:
         return value.clone()
     if value.shape != slot.tensor.shape:
-        raise ValueError(f"`{slot.name}` has shape {tuple(slot.tensor.shape)}, its saved state {tuple(value.shape)}")
+        raise ValueError(
+            f"`{slot.name}` has shape {tuple(slot.tensor.shape)}, its saved state {tuple(value.shape)}"
+        )
     return value.to(slot.tensor.device, copy=True)
 
 
@@ -145,9 +152,13 @@ class Rates(Action):
     def run(self, step: Step) -> None:
         base = self.base(step.clock)
         if not math.isfinite(base):
-            raise ValueError(f"{self.name}: the rate is {base}; a signal it depends on was not measured yet")
+            raise ValueError(
+                f"{self.name}: the rate is {base}; a signal it depends on was not measured yet"
+            )
         rates = []
-        for ours, theirs in zip(self.optimizer.groups, self.optimizer.torch.param_groups, strict=True):
+        for ours, theirs in zip(
+            self.optimizer.groups, self.optimizer.torch.param_groups, strict=True
+        ):
             theirs["lr"] = base * ours.slots[0].factor
             rates.append(theirs["lr"])
         low, high = min(rates), max(rates)
@@ -159,7 +170,8 @@ class Rates(Action):
     def summary(self) -> str | None:
         if self.lowest > self.highest:
             return None
-        return f"{self.name}: rates from {self.lowest:.3g} to {self.highest:.3g} over {len(self.optimizer.groups)} groups"
+        groups = len(self.optimizer.groups)
+        return f"{self.name}: rates from {self.lowest:.3g} to {self.highest:.3g} over {groups} groups"
 
 
 class Clip(Action):

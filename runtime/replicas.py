@@ -28,7 +28,9 @@ def gather(contributions: Sequence[Contribution]) -> list[Contribution]:
 
     replicas = world_size()
     gathered: list[Any] = [None] * replicas
-    own = [(c.weights.cpu(), {name: s.cpu() for name, s in c.squares.items()}) for c in contributions]
+    own = [
+        (c.weights.cpu(), {name: s.cpu() for name, s in c.squares.items()}) for c in contributions
+    ]
     dist.all_gather_object(gathered, own)
     return [
         Contribution(weights / replicas, {name: s / replicas**2 for name, s in squares.items()})

@@ -57,7 +57,9 @@ class Step:
 class StepMachine:
     """Runs actions by phase; `begin` opens a step (phases 1 to 3), `finish` closes it (6 to 12)."""
 
-    def __init__(self, actions: Sequence[Action], clock: Clock, parameters: Mapping[str, Parameter]) -> None:
+    def __init__(
+        self, actions: Sequence[Action], clock: Clock, parameters: Mapping[str, Parameter]
+    ) -> None:
         self.actions = tuple(sorted(actions, key=lambda action: action.phase))
         names = [action.name for action in self.actions]
         repeated = {name for name in names if names.count(name) > 1}
@@ -73,7 +75,9 @@ class StepMachine:
     def begin(self) -> Step:
         """Open a step if none is open and run what comes before the forward pass."""
         if self.current is None:
-            self.current = Step(self.clock, self.parameters, self.signals, self.batch_size, self.micro_size)
+            self.current = Step(
+                self.clock, self.parameters, self.signals, self.batch_size, self.micro_size
+            )
             self._tell_sizes(self.batch_size)
             self._run(self.current, Phase.BATCH, Phase.BATCH)
             self.batch_size = self.current.batch_size
@@ -90,7 +94,9 @@ class StepMachine:
         """Run what follows the backward pass, advance the clock and close the step."""
         step = self.current
         if step is None:
-            raise RuntimeError("nothing to update: call `program.loss(batch)` and its `backward()` first")
+            raise RuntimeError(
+                "nothing to update: call `program.loss(batch)` and its `backward()` first"
+            )
         self._run(step, Phase.UNDO, Phase.OBSERVE)
         self.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
         self.signals["loss"] = step.loss
@@ -114,7 +120,9 @@ class StepMachine:
         known = {action.name for action in self.actions}
         foreign = set(state["actions"]) - known
         if foreign:
-            raise ValueError(f"the checkpoint has state of {', '.join(sorted(foreign))}, which this program does not run")
+            raise ValueError(
+                f"the checkpoint has state of {', '.join(sorted(foreign))}, which this program does not run"
+            )
         self.clock.load_state_dict(state["clock"])
         self.signals.clear()
         self.signals.update(state["signals"])
@@ -124,5 +132,7 @@ class StepMachine:
 
     def _run(self, step: Step, first: Phase, last: Phase) -> None:
         for action in self.actions:
-            if first <= action.phase <= last and (action.gate is None or action.gate.fires(self.clock)):
+            if first <= action.phase <= last and (
+                action.gate is None or action.gate.fires(self.clock)
+            ):
                 action.run(step)

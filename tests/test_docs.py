@@ -12,6 +12,7 @@ from torch import nn
 
 import trainc
 from trainc.dsl.spec import Clause, Spec
+from trainc.dsl.values import Ndim
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,7 +42,9 @@ def test_links_lead_to_files(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_specs_shown_as_whole_files_check(page: Path) -> None:
-    for text in re.findall(r"^```train\n(train 1\n.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+    for text in re.findall(
+        r"^```train\n(train 1\n.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S
+    ):
         checked = trainc.check(text)
         assert checked.spec is not None, trainc.SpecError(checked.diagnostics)
 
@@ -54,7 +57,7 @@ def test_the_construct_of_the_guide_works_as_it_stands(
     (tmp_path / "l1.py").write_text(code, encoding="utf-8")
     module = imported(tmp_path / "l1.py", monkeypatch)
     module.L1.kind, module.L1.name = "regularize", "l1"
-    clause = Clause(module.L1(weight=0.5), on="ndim(2)")
+    clause = Clause(module.L1(weight=0.5), on=Ndim(2))
     base = trainc.check("loss mse optimizer sgd { lr = 0.1 }").spec
     assert base is not None
     model = nn.Linear(3, 2)

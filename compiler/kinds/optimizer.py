@@ -20,7 +20,11 @@ CLIPPING = Effect("gradients", "clip the global norm", ("gradient",), ("gradient
 
 def implementation_flags(implementation: str) -> dict[str, bool]:
     """Return torch's keyword arguments for one of its implementations; none for `auto`."""
-    flags = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
+    flags = {
+        "fused": {"fused": True},
+        "foreach": {"foreach": True},
+        "loop": {"foreach": False, "fused": False},
+    }
     return flags.get(implementation, {})
 
 
@@ -32,7 +36,12 @@ class Optimizer(Construct):
     effects: ClassVar = (
         Effect("rates", "set each group's rate", ("clock", "rate"), ("rate",)),
         CLIPPING,
-        Effect("optimizer", "step", ("gradient", "rate", "optimizer_state"), ("params", "optimizer_state", "delta")),
+        Effect(
+            "optimizer",
+            "step",
+            ("gradient", "rate", "optimizer_state"),
+            ("params", "optimizer_state", "delta"),
+        ),
     )
 
     moments: ClassVar[int] = 0
@@ -40,10 +49,13 @@ class Optimizer(Construct):
 
     lr: Schedule = Field(description="learning rate: a number or an expression of the clock")
     weight_decay: ScopedNumbers = Field(
-        default=(), description="decay coefficient, for all parameters or per selector (`0.1 on ndim(2)`)"
+        default=(),
+        description="decay coefficient, for all parameters or per selector (`0.1 on ndim(2)`)",
     )
     clip: float | None = Field(
-        default=None, gt=0, description="global L2 norm the gradients are scaled down to, as the last gradient step"
+        default=None,
+        gt=0,
+        description="global L2 norm the gradients are scaled down to, as the last gradient step",
     )
     freeze: Selector | None = Field(default=None, description="parameters to leave untrained")
 

@@ -32,7 +32,18 @@ when step > 12 { batch = 6 samples }
 
 def command(spec: Path, out: Path, *options: str) -> list[str]:
     program = "import sys; from trainc.cli.app import main; main()"
-    return [sys.executable, "-P", "-c", program, "run", str(spec), "--out", str(out), "--plain", *options]
+    return [
+        sys.executable,
+        "-P",
+        "-c",
+        program,
+        "run",
+        str(spec),
+        "--out",
+        str(out),
+        "--plain",
+        *options,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -41,7 +52,12 @@ def environment() -> dict[str, str]:
 
 def run(spec: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(spec, out, *options), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        command(spec, out, *options),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -53,7 +69,11 @@ def lines(out: Path) -> int:
 def stopped_by(number: signal.Signals, spec: Path, out: Path, at: int, *options: str) -> int:
     """Start a run, send it a signal once it has written `at` lines, and return its exit status."""
     with subprocess.Popen(
-        command(spec, out, *options), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(spec, out, *options),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         deadline = time.monotonic() + 120
         while lines(out) < at and process.poll() is None:
@@ -80,13 +100,19 @@ def straight(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_run(out: Path, straight: Path) -> None:
     assert (out / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
-    states = [checkpoint.load(found) for run in (out, straight) if (found := checkpoint.latest(run / "checkpoints").path)]
+    states = [
+        checkpoint.load(found)
+        for run in (out, straight)
+        if (found := checkpoint.latest(run / "checkpoints").path)
+    ]
     ours, theirs = (state["program"]["model"] for state in states)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_run_killed_at_several_points_ends_bit_equal(spec: Path, straight: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_several_points_ends_bit_equal(
+    spec: Path, straight: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     for i, at in enumerate((3, 15, 31)):
         stopped_by(signal.SIGKILL, spec, out, at, *(["--resume"] if i else []))
@@ -124,7 +150,9 @@ def test_a_run_that_is_there_is_not_overwritten(spec: Path, straight: Path) -> N
     assert "Traceback" not in again.stderr
 
 
-def test_resuming_under_a_changed_spec_asks_first(spec: Path, straight: Path, tmp_path: Path) -> None:
+def test_resuming_under_a_changed_spec_asks_first(
+    spec: Path, straight: Path, tmp_path: Path
+) -> None:
     changed = tmp_path / "small.train"
     changed.write_text(SPEC.replace("clip = 1.0", "clip = 0.5"))
     refused = run(changed, straight, "--resume")

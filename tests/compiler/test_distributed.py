@@ -22,19 +22,30 @@ STEPS = 4
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    sizes = [nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)]
+    sizes = [
+        nn.Linear(6, 16),
+        nn.LayerNorm(16),
+        nn.GELU(),
+        nn.Linear(16, 16),
+        nn.LayerNorm(16),
+        nn.Linear(16, 4),
+    ]
     return nn.Sequential(*sizes).double()
 
 
 def data(step: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(step)
-    return torch.randn(8, 6, generator=g, dtype=torch.float64), torch.randint(0, 4, (8,), generator=g)
+    return torch.randn(8, 6, generator=g, dtype=torch.float64), torch.randint(
+        0, 4, (8,), generator=g
+    )
 
 
 def replica(rank: int, folder: str) -> None:
     """Train on one half of every batch; run as a process of its own."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     own = model()
     program = trainc.compile(SPEC, own)
     program.forward = DistributedDataParallel(own)
@@ -49,7 +60,9 @@ def replica(rank: int, folder: str) -> None:
 
 def test_weights_and_noise_scale_are_those_of_one_process(tmp_path: Path) -> None:
     started = [
-        subprocess.Popen([sys.executable, "-P", __file__, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-P", __file__, str(rank), str(tmp_path)], stderr=subprocess.PIPE
+        )
         for rank in range(2)
     ]
     for process in started:
@@ -62,7 +75,9 @@ def test_weights_and_noise_scale_are_those_of_one_process(tmp_path: Path) -> Non
         want = program.step(data(step))
         for one in replicas:
             for name in ("gns", "gns.signal", "gns.noise"):
-                assert one["metrics"][step][name] == pytest.approx(want[name], rel=1e-9, nan_ok=True), name
+                assert one["metrics"][step][name] == pytest.approx(
+                    want[name], rel=1e-9, nan_ok=True
+                ), name
     for name, value in alone.state_dict().items():
         for one in replicas:
             torch.testing.assert_close(one["weights"][name], value, rtol=1e-10, atol=1e-12)

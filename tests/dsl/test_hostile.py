@@ -61,7 +61,7 @@ def check(text: str) -> Checked:
     checked = load(Source("hostile", text), catalog())
     assert time.perf_counter() - started < 5.0  # a second here; the rest is for busy machines
     for render in (render_text, render_json, render_sarif, render_github):
-        assert render(checked.diagnostics).encode()
+        render(checked.diagnostics).encode()
     assert len(render_text(checked.diagnostics)) < 100_000
     return checked
 

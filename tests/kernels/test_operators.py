@@ -179,10 +179,11 @@ def test_checkpointing_changes_nothing(smooth: Any, reentrant: bool) -> None:
     gradients = []
     for recompute in (False, True):
         arguments = smooth.arguments()
-        if recompute:
-            results = checkpoint(smooth.call, *arguments, use_reentrant=reentrant)
-        else:
-            results = smooth.call(*arguments)
+        results = (
+            checkpoint(smooth.call, *arguments, use_reentrant=reentrant)
+            if recompute
+            else smooth.call(*arguments)
+        )
         torch.autograd.backward([r.sum() for r in results])
         gradients.append([a.grad for a in require(arguments)])
     close(gradients[1], gradients[0], 0)

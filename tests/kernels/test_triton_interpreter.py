@@ -51,7 +51,7 @@ def test_layer_norm(regime: str, affine: str, dtype: torch.dtype) -> None:
     got = launch.forward(x, [width], *given, 1e-5, dtype, rms=False, llama=False)
     close(got, want, dtype)
     mask = [True, given[0] is not None, given[1] is not None]
-    want = layer_norm.eager_backward(dy, x, [width], *want[1:], *given, mask)
+    want = layer_norm.eager_backward(dy, x, [width], want[1], want[2], *given, mask)
     dx, dweight, dbias, norms = launch.backward(
         dy, x, [width], *got[1:], given[0], mask[2], True, rms=False, llama=False,
         programs=programs,

@@ -7,10 +7,12 @@ import typer
 
 SpecFile = Annotated[Path, typer.Argument(help="The .train file.", exists=True, dir_okay=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a `let` of the spec; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Set a `let` of the spec; may be repeated."),
 ]
 Without = Annotated[
-    list[str] | None, typer.Option("--without", metavar="PASS", help="Leave out a graph pass; may be repeated.")
+    list[str] | None,
+    typer.Option("--without", metavar="PASS", help="Leave out a graph pass; may be repeated."),
 ]
 
 

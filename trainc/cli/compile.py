@@ -14,7 +14,9 @@ def register(app: typer.Typer) -> None:
     @app.command("compile")
     def compile_(
         spec: SpecFile,
-        output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", file_okay=False)],
+        output: Annotated[
+            Path, typer.Option("--output", "-o", help="Folder to write.", file_okay=False)
+        ],
         set_: Overrides = None,
         without: Without = None,
     ) -> None:
@@ -29,7 +31,9 @@ def register(app: typer.Typer) -> None:
         graph = program.graph
         print(f"{output}: plan {program.plan.hash[:16]}, graph of {len(graph.graph.nodes)} nodes")
         for report in graph.reports:
-            sites = f"{len(report.sites)} sites, {report.nodes_before} -> {report.nodes_after} nodes"
+            sites = (
+                f"{len(report.sites)} sites, {report.nodes_before} -> {report.nodes_after} nodes"
+            )
             print(f"  {report.name}: {sites if report.ran else 'nothing asked for it'}")
             for site in report.unserved:
                 print(f"    left as it was: {site}")

@@ -25,9 +25,13 @@ def register(app: typer.Typer) -> None:
         format: Annotated[Format, typer.Option(help="For reading, or for programs.")] = Format.text,
         diff: Annotated[
             str | None,
-            typer.Option(metavar="PASS", help="Capture the graph and show what one pass does to it."),
+            typer.Option(
+                metavar="PASS", help="Capture the graph and show what one pass does to it."
+            ),
         ] = None,
-        full: Annotated[bool, typer.Option("--full", help="Print every row of long tables.")] = False,
+        full: Annotated[
+            bool, typer.Option("--full", help="Print every row of long tables.")
+        ] = False,
     ) -> None:
         """Show what a spec does to its model, without training.
 

@@ -1,9 +1,11 @@
 """`trainc report`: what finished runs did, side by side."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -196,8 +198,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Summarise finished runs, side by side.
 
-        Tells how each ended, its losses, and what each clause of its spec did; for several runs also which
-        clauses differ. `--plot` draws losses, rates, noise scale and figures per layer into a PNG file.
+        Tells how each ended, its losses, and what each clause of its spec did; for several runs
+        also which clauses differ. `--plot` draws losses, rates, noise scale and figures per layer
+        into a PNG file.
         """
         found = [Finished(folder) for folder in runs]
         for run in found:
@@ -214,8 +217,8 @@ def register(app: typer.Typer) -> None:
         if plot is not None:
             from trainc.runtime.plots import draw
 
-            try:
-                drawn = draw(runs, plot)
-            except ValueError as problem:
-                raise typer.BadParameter(str(problem), param_hint="--plot") from problem
+            if find_spec("matplotlib") is None:
+                print("trainc: --plot needs matplotlib: install trainc[plots]", file=sys.stderr)
+                raise typer.Exit(1)
+            drawn = draw(runs, plot)
             console.print(Text(f"drew {drawn}"), soft_wrap=True)

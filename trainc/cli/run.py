@@ -15,15 +15,26 @@ def register(app: typer.Typer) -> None:
     @app.command("run")
     def run(
         spec: SpecFile,
-        out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.", file_okay=False)],
+        out: Annotated[
+            Path, typer.Option("--out", "-o", help="Folder of the run.", file_okay=False)
+        ],
         set_: Overrides = None,
         without: Without = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")] = False,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard a run that is there.")] = False,
-        accept: Annotated[
-            bool, typer.Option("--accept", help="Resume although the spec says something else than it did.")
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")
         ] = False,
-        plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live display.")] = False,
+        overwrite: Annotated[
+            bool, typer.Option("--overwrite", help="Discard a run that is there.")
+        ] = False,
+        accept: Annotated[
+            bool,
+            typer.Option(
+                "--accept", help="Resume although the spec says something else than it did."
+            ),
+        ] = False,
+        plain: Annotated[
+            bool, typer.Option("--plain", help="Lines instead of a live display.")
+        ] = False,
     ) -> None:
         """Train the spec's model on its data.
 

@@ -20,18 +20,41 @@ def show_plan(plan: Plan, full: bool = False, console: Console | None = None) ->
         console.width = max(console.width, WIDE)
     limit = 10**9 if full else SHORT
     total = sum(_numel(row["shape"]) for row in plan.parameters)
-    console.print(f"[bold]{plan.model['type']}[/]: {len(plan.parameters)} parameters, {total:,} numbers")
+    console.print(
+        f"[bold]{plan.model['type']}[/]: {len(plan.parameters)} parameters, {total:,} numbers"
+    )
     for clause in plan.clauses:
         if clause["dropped"]:
-            console.print(f"not in the program: {clause['kind']} {clause['construct']} ({clause['dropped']})")
+            console.print(
+                f"not in the program: {clause['kind']} {clause['construct']} ({clause['dropped']})"
+            )
     console.print()
-    columns = ("name", "count", "shape", "depth", "optimizer", "decay", "rate scales", "mask", "clauses")
+    columns = (
+        "name",
+        "count",
+        "shape",
+        "depth",
+        "optimizer",
+        "decay",
+        "rate scales",
+        "mask",
+        "clauses",
+    )
     _print(console, "Parameters: who gets what", columns, _parameters(plan.parameters, full), limit)
     step = [
-        (f"{r['phase']} {r['name']}", r["clause"], r["action"], _joined(r["reads"]), _joined(r["writes"]), r["every"])
+        (
+            f"{r['phase']} {r['name']}",
+            r["clause"],
+            r["action"],
+            _joined(r["reads"]),
+            _joined(r["writes"]),
+            r["every"],
+        )
         for r in plan.steps
     ]
-    _print(console, "The step", ("phase", "clause", "action", "reads", "writes", "when"), step, limit)
+    _print(
+        console, "The step", ("phase", "clause", "action", "reads", "writes", "when"), step, limit
+    )
     _schedules(console, plan, full)
     sites = _alike(plan.sites, "site", ("operator", "pass", "road"), full)
     rows = [(name, count, r["operator"], r["pass"], r["road"]) for name, count, r, _ in sites]
@@ -50,7 +73,9 @@ def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
             name,
             count,
             "x".join(map(str, p["shape"])),
-            f"{p['depth']:.2f}" if p["depth"] == last["depth"] else f"{p['depth']:.2f}..{last['depth']:.2f}",
+            f"{p['depth']:.2f}"
+            if p["depth"] == last["depth"]
+            else f"{p['depth']:.2f}..{last['depth']:.2f}",
             p["optimizer"] or "frozen",
             "" if p["decay"] is None else f"{p['decay']:g}",
             ", ".join(p["scales"]),
@@ -61,14 +86,25 @@ def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
     ]
 
 
-def _alike(rows: Sequence[Row], name: str, keys: Sequence[str], full: bool) -> list[tuple[str, str, Row, Row]]:
+def _alike(
+    rows: Sequence[Row], name: str, keys: Sequence[str], full: bool
+) -> list[tuple[str, str, Row, Row]]:
     """Collect rows whose names differ in numbers only and that agree in `keys`: pattern, count, first and last."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        pattern = row[name] if full else ".".join("*" if part.isdigit() else part for part in row[name].split("."))
+        pattern = (
+            row[name]
+            if full
+            else ".".join("*" if part.isdigit() else part for part in row[name].split("."))
+        )
         groups.setdefault((pattern, *(str(row[key]) for key in keys)), []).append(row)
     return [
-        (pattern if len(found) > 1 else found[0][name], str(len(found)) if len(found) > 1 else "", found[0], found[-1])
+        (
+            pattern if len(found) > 1 else found[0][name],
+            str(len(found)) if len(found) > 1 else "",
+            found[0],
+            found[-1],
+        )
         for (pattern, *_), found in groups.items()
     ]
 
@@ -85,9 +121,15 @@ def _schedules(console: Console, plan: Plan, full: bool) -> None:
         return
     names = list(plan.schedules[0]["values"])
     shown = names if full else names[:4]
-    units = [u for u in ("steps", "samples", "tokens", "epochs") if plan.schedules[-1][u] is not None]
+    units = [
+        u for u in ("steps", "samples", "tokens", "epochs") if plan.schedules[-1][u] is not None
+    ]
     rows = [
-        (f"{r['percent']}%", *(f"{r[u]:,.6g}" for u in units), *(f"{r['values'][n]:.4g}" for n in shown))
+        (
+            f"{r['percent']}%",
+            *(f"{r[u]:,.6g}" for u in units),
+            *(f"{r['values'][n]:.4g}" for n in shown),
+        )
         for r in plan.schedules
         if full or r["percent"] % 10 == 0 or r["percent"] == 5
     ]
@@ -96,7 +138,9 @@ def _schedules(console: Console, plan: Plan, full: bool) -> None:
         console.print(f"  and {len(names) - len(shown)} more scheduled numbers (--full)")
 
 
-def _print(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], limit: int) -> None:
+def _print(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], limit: int
+) -> None:
     kept = [tuple(row) for row in rows]
     if not kept:
         return

@@ -32,7 +32,13 @@ def register(app: typer.Typer) -> None:
         for column in ("compared", "what", "largest error", "allowed", ""):
             table.add_column(column)
         for row in rows:
-            table.add_row(row.title, row.what, f"{row.error:.2e}", f"{row.allowed:.0e}", "ok" if row.ok else "DIFFERS")
+            table.add_row(
+                row.title,
+                row.what,
+                f"{row.error:.2e}",
+                f"{row.allowed:.0e}",
+                "ok" if row.ok else "DIFFERS",
+            )
         Console(highlight=False).print(table)
         if not all(row.ok for row in rows):
             raise typer.Exit(1)

@@ -29,12 +29,16 @@ class Data(Construct):
         default=None,
         description="samples of one forward and backward pass; a step's batch is made of whole ones. Default: batch",
     )
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the callable")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the callable"
+    )
 
     @field_validator("batch", "micro")
     @classmethod
     def _whole_samples(cls, value: Duration | None) -> Duration | None:
-        if value is not None and (value.unit != "samples" or value.amount != int(value.amount) or value.amount < 1):
+        if value is not None and (
+            value.unit != "samples" or value.amount != int(value.amount) or value.amount < 1
+        ):
             raise ValueError("expected a whole number of `samples`, such as `32 samples`")
         return value
 

@@ -44,7 +44,9 @@ class CrossEntropyTask:
         """Return each example's part of the counted targets, shape (examples,), float64."""
         import torch
 
-        counted = (targets != self.ignore_index).reshape(targets.shape[0], -1).sum(1).to(torch.float64)
+        counted = (
+            (targets != self.ignore_index).reshape(targets.shape[0], -1).sum(1).to(torch.float64)
+        )
         return counted / counted.sum()
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
@@ -64,7 +66,10 @@ class CrossEntropy(Loss):
 
     ignore_index: int = Field(default=-100, description="target value that is not counted")
     label_smoothing: float = Field(
-        default=0.0, ge=0, le=1, description="weight of the uniform distribution mixed into the target, in [0, 1]"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="weight of the uniform distribution mixed into the target, in [0, 1]",
     )
 
     def make_task(self) -> Task:

@@ -26,7 +26,9 @@ class MeanSquaredErrorTask:
         from torch.nn.functional import mse_loss
 
         if logits.shape != targets.shape:
-            raise ValueError(f"the model's output has shape {tuple(logits.shape)}, the targets {tuple(targets.shape)}")
+            raise ValueError(
+                f"the model's output has shape {tuple(logits.shape)}, the targets {tuple(targets.shape)}"
+            )
         return mse_loss(logits, targets)
 
     def count(self, targets: Tensor) -> int:

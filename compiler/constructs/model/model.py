@@ -24,7 +24,9 @@ class Model(Construct):
     open_fields: ClassVar = True
 
     path: ImportPath = Field(description="what to import, as `module:callable`")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the callable")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the callable"
+    )
 
     def lower(self, to: Lowering) -> None:
         """Do nothing: the model is there when lowering begins."""

@@ -19,23 +19,33 @@ class AdamW(Optimizer):
     `m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w = w - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)`.
     """
 
-    cite: ClassVar = "Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019, arXiv:1711.05101"
+    cite: ClassVar = (
+        "Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019, arXiv:1711.05101"
+    )
     example: ClassVar = (
-        "optimizer adamw { lr = 3e-4 * (warmup(5%) then cosine(to = 10%)), weight_decay = 0.1 on ndim(2) }"
+        "optimizer adamw {"
+        " lr = 3e-4 * (warmup(5%) then cosine(to = 10%)), weight_decay = 0.1 on ndim(2) }"
     )
     moments: ClassVar = 2
 
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay rates of the two moments, in [0, 1)")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="decay rates of the two moments, in [0, 1)"
+    )
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     implementation: Literal["auto", "fused", "foreach", "loop"] = Field(
-        default="auto", description="which of torch's implementations runs; auto leaves the choice to torch"
+        default="auto",
+        description="which of torch's implementations runs; auto leaves the choice to torch",
     )
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch
 
         return torch.optim.AdamW(
-            groups, lr=1.0, betas=self.betas, eps=self.eps, **implementation_flags(self.implementation)
+            groups,
+            lr=1.0,
+            betas=self.betas,
+            eps=self.eps,
+            **implementation_flags(self.implementation),
         )
 
     def reference(

@@ -23,10 +23,13 @@ class SGD(Optimizer):
     example: ClassVar = "optimizer sgd { lr = 0.1, momentum = 0.9, weight_decay = 5e-4 }"
     moments: ClassVar = 1
 
-    momentum: float = Field(default=0.0, ge=0, description="how much of the last buffer is kept, in [0, 1)", lt=1)
+    momentum: float = Field(
+        default=0.0, ge=0, description="how much of the last buffer is kept, in [0, 1)", lt=1
+    )
     nesterov: bool = Field(default=False, description="look ahead along the buffer")
     implementation: Literal["auto", "fused", "foreach", "loop"] = Field(
-        default="auto", description="which of torch's implementations runs; auto leaves the choice to torch"
+        default="auto",
+        description="which of torch's implementations runs; auto leaves the choice to torch",
     )
 
     @model_validator(mode="after")

@@ -25,7 +25,9 @@ class Torch(Optimizer):
     moments: ClassVar = 2
 
     path: ImportPath = Field(description="what to import, as `module:class`")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the class"
+    )
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch
@@ -34,12 +36,16 @@ class Torch(Optimizer):
 
         built = load(self.path)
         if not (isinstance(built, type) and issubclass(built, torch.optim.Optimizer)):
-            raise ImportProblem("wrong-argument", f"`{self.path}` is not a torch.optim.Optimizer class")
+            raise ImportProblem(
+                "wrong-argument", f"`{self.path}` is not a torch.optim.Optimizer class"
+            )
         plain = [{k: v for k, v in g.items() if k != "weight_decay" or v} for g in groups]
         try:
             return built(plain, lr=1.0, **self.arguments)  # type: ignore[call-arg]
         except TypeError as error:
-            raise ImportProblem("wrong-argument", f"`{self.path}` does not take these arguments: {error}") from error
+            raise ImportProblem(
+                "wrong-argument", f"`{self.path}` does not take these arguments: {error}"
+            ) from error
 
     def reference(self) -> None:
         """Return nothing: the class named is its own definition."""

@@ -84,10 +84,6 @@ class Pace(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Put noise on every layer that is not silent throughout, and compare the two views."""
-        clause = to.clause
-        if clause.start or clause.stop or clause.every:
-            help_ = "write the time into `sigma` and `weight`"
-            raise ValueError(f"`{to.label}` takes no `from`, `until` or `every`: {help_}")
         noisy = [m for m in to.modules() if not silent(self.sigma, m.place)]
         for module in noisy:
             to.noise(module, self.sigma, self.share)

@@ -20,15 +20,22 @@ class Run(Construct):
     """
 
     cite: ClassVar = "trainc"
-    example: ClassVar = "run { length = 2000 steps, seed = 7, eval = 200 steps, checkpoint = 500 steps }"
+    example: ClassVar = (
+        "run { length = 2000 steps, seed = 7, eval = 200 steps, checkpoint = 500 steps }"
+    )
 
     length: Duration = Field(description="when the run ends, in any unit of the clock")
     seed: int = Field(default=0, ge=0, description="seed of initial weights, data order and noise")
     start: str | None = Field(
-        default=None, description="folder of another run, or .safetensors file, that gives the initial weights"
+        default=None,
+        description="folder of another run, or .safetensors file, that gives the initial weights",
     )
-    eval: Duration | None = Field(default=None, description="distance between evaluations. Default: only at the end")
-    eval_batches: int = Field(default=8, ge=1, description="micro-batches of held-out data per evaluation")
+    eval: Duration | None = Field(
+        default=None, description="distance between evaluations. Default: only at the end"
+    )
+    eval_batches: int = Field(
+        default=8, ge=1, description="micro-batches of held-out data per evaluation"
+    )
     checkpoint: Duration | None = Field(
         default=None, description="distance between checkpoints. Default: only at the end"
     )

@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.constructs.optimizer.adamw import AdamW
+from trainc.dsl.values import Number
 
 DATA = [
-    (torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)) for _ in range(6)
+    (torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64))
+    for _ in range(6)
 ]
 
 
@@ -29,7 +31,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert model.weight.grad is not None
         gradients.append(model.weight.grad.clone())
         program.update()
-    reference = AdamW(lr=0.1, betas=(0.8, 0.9)).reference(start, gradients, 0.1, 0.2)
+    reference = AdamW(lr=Number(0.1), betas=(0.8, 0.9)).reference(start, gradients, 0.1, 0.2)
     return {"weight": model.weight.detach()}, {"weight": reference}
 
 
@@ -69,7 +71,10 @@ def test_two_optimizers_share_a_model_without_overlap() -> None:
     optimizer adamw on "weight" { lr = 0.1 }
     optimizer sgd on "bias" { lr = 0.5 }"""
     program = trainc.compile(spec, model)
-    assert {r["name"]: r["optimizer"] for r in program.plan.parameters} == {"weight": "adamw", "bias": "sgd"}
+    assert {r["name"]: r["optimizer"] for r in program.plan.parameters} == {
+        "weight": "adamw",
+        "bias": "sgd",
+    }
     program.step(DATA[0])
 
 

@@ -13,7 +13,8 @@ TARGETS[0, 2:] = -100
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return loss and gradient, by the task and by definition."""
-    compiled, reference = {}, {}
+    compiled: dict[str, Tensor] = {}
+    reference: dict[str, Tensor] = {}
     for smoothing in (0.0, 0.1):
         loss = CrossEntropy(label_smoothing=smoothing)
         for out, function in ((compiled, loss.make_task()), (reference, loss.reference)):
@@ -35,7 +36,9 @@ def test_weights_are_each_examples_part_of_the_mean() -> None:
     parts = [task(LOGITS[i : i + 1], TARGETS[i : i + 1]) for i in range(5)]
     weights = task.weights(TARGETS)
     assert float(weights.sum()) == pytest.approx(1.0)
-    assert float((weights * torch.stack(parts)).sum()) == pytest.approx(float(task(LOGITS, TARGETS)), rel=1e-12)
+    assert float((weights * torch.stack(parts)).sum()) == pytest.approx(
+        float(task(LOGITS, TARGETS)), rel=1e-12
+    )
     assert task.count(TARGETS) == 30
 
 

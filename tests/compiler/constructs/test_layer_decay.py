@@ -115,7 +115,9 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     program = trainc.compile(spec, net)
     ids = torch.randint(0, 11, (4, 9))
     program.loss((ids[:, :-1], ids[:, 1:])).backward()
-    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
+    gradients = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()
+    }
     program.update()
     places = {p.name: p.place for p in take(net).parameters}
     construct = LayerDecay(decay=0.7)

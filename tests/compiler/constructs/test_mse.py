@@ -10,7 +10,10 @@ from trainc.compiler.constructs.loss.mse import MeanSquaredError
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return loss and gradient, by the task and by definition."""
     g = torch.Generator().manual_seed(0)
-    output, target = torch.randn(4, 3, dtype=torch.float64, generator=g), torch.randn(4, 3, dtype=torch.float64, generator=g)
+    output, target = (
+        torch.randn(4, 3, dtype=torch.float64, generator=g),
+        torch.randn(4, 3, dtype=torch.float64, generator=g),
+    )
     results = []
     for function in (MeanSquaredError().make_task(), MeanSquaredError().reference):
         x = output.clone().requires_grad_()

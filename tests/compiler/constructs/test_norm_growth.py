@@ -251,5 +251,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     program.step(batch)
     want = NormGrowth().reference(before, [p.detach() for p in model.parameters()])
     got = {name: program.signals[f"norm_growth.{name}"] for name in want}
-    as_tensors = [{n: torch.tensor(x, dtype=torch.float64) for n, x in d.items()} for d in (got, want)]
+    as_tensors = [
+        {n: torch.tensor(x, dtype=torch.float64) for n, x in d.items()} for d in (got, want)
+    ]
     return as_tensors[0], as_tensors[1]

@@ -321,10 +321,13 @@ def test_silence_everywhere_is_a_warning_and_no_pair() -> None:
     assert not lower(pace(sigma=FALLING, weight=1), model, ("head",)).rewrite
 
 
-def test_a_gated_pair_is_refused() -> None:
+def test_outside_its_time_there_is_neither_noise_nor_distance() -> None:
     start = {"amount": 3, "unit": "steps"}
-    with pytest.raises(ValueError, match="takes no `from`"):
-        lower(pace(sigma=0.1, weight=1), Stack(2), ("head",), start=start)
+    parts = lower(pace(sigma=0.1, weight=2), Stack(2), ("head",), start=start)
+    before = [schedule(Clock(steps=2)) for schedule in parts.scalars.values()]
+    after = [schedule(Clock(steps=3)) for schedule in parts.scalars.values()]
+    assert before == [0, 0]
+    assert sorted(after) == [0.1, 2]
 
 
 def test_either_zero_is_no_effect() -> None:

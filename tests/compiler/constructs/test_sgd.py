@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.constructs.optimizer.sgd import SGD
+from trainc.dsl.values import Number
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -23,7 +24,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             assert model.weight.grad is not None
             gradients.append(model.weight.grad.clone())
             program.update()
-        sgd = SGD(lr=0.05, momentum=momentum, nesterov=nesterov)
+        sgd = SGD(lr=Number(0.05), momentum=momentum, nesterov=nesterov)
         key = f"momentum {momentum}, nesterov {nesterov}"
         compiled[key] = model.weight.detach()
         reference[key] = sgd.reference(start, gradients, 0.05, 0.1)

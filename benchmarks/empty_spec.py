@@ -1,0 +1,97 @@
+"""A spec without methods against the loop anybody writes: how much does `program.step` add?"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+import trainc
+from benchmarks.measure import Json, Times, compared, in_turn, seconds, timed
+from examples.models import gpt
+
+EXPECTED = "median ratio of step times at most 1.01"
+GOAL = 1.01
+SPEC = """train 1
+data "examples.data:stdlib" { batch = %d samples, context = %d }
+run { length = 100k steps }
+loss cross_entropy
+optimizer adamw { lr = 1e-4, weight_decay = 0.01 }
+"""
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A model and a batch."""
+
+    layers: int
+    width: int
+    context: int
+    samples: int
+    rounds: int
+
+
+SIZES = {
+    "about 5 ms": Size(layers=2, width=64, context=32, samples=4, rounds=400),
+    "about 50 ms": Size(layers=4, width=192, context=64, samples=8, rounds=80),
+}
+
+
+class ByHand:
+    """The loop anybody writes; it reads its loss, as a loop that logs does."""
+
+    def __init__(self, size: Size) -> None:
+        self.model = small_gpt(size)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
+
+    def step(self, batch: Batch) -> float:
+        """Train on one batch."""
+        inputs, targets = batch
+        self.optimizer.zero_grad()
+        loss = cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def small_gpt(size: Size) -> torch.nn.Module:
+    """Build the same model each time."""
+    torch.manual_seed(0)
+    return gpt(size.layers, size.width, heads=4, context=size.context)
+
+
+def random_text(size: Size) -> Batch:
+    """Return a batch of random bytes."""
+    source = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 256, (size.samples, size.context + 1), generator=source)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def measure() -> Json:
+    """Measure all sizes on one thread."""
+    torch.set_num_threads(1)
+    found = {name: _measure(size) for name, size in SIZES.items()}
+    worst = max(one["ratio"]["cpu"]["median"] for one in found.values())
+    return {"expected": EXPECTED, "met": worst <= GOAL, "measured": found}
+
+
+def _measure(size: Size) -> Json:
+    batch = random_text(size)
+    hand, twin = ByHand(size), ByHand(size)
+    program = trainc.compile(SPEC % (size.samples, size.context), small_gpt(size))
+
+    def once(step: object) -> Times:
+        return timed(lambda: step(batch))  # type: ignore[operator]
+
+    versions = {
+        "by hand": lambda: once(hand.step),
+        "program": lambda: once(program.step),
+        "by hand again": lambda: once(twin.step),
+    }
+    times = in_turn(versions, size.rounds, warm_up=20)
+    return {
+        "size": asdict(size),
+        "seconds": {name: seconds(found) for name, found in times.items()},
+        "ratio": compared(times["program"], times["by hand"]),
+        "ratio of two equal loops": compared(times["by hand again"], times["by hand"]),
+    }
