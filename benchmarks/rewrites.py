@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 import trainc
-from benchmarks.empty_spec import SIZES, SPEC, Size, random_text, small_gpt
+from benchmarks.empty_spec import SPEC, Size, random_text, small_gpt
 from benchmarks.measure import Json, Times, compared, in_turn, seconds, timed
 
 EXPECTED = (

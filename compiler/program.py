@@ -17,10 +17,9 @@ from trainc.compiler.sites import Sites, bind
 from trainc.kernels.philox import pack_key
 from trainc.kernels.task_consistency_loss import task_consistency_loss
 from trainc.runtime import batches
-from trainc.runtime.action import StopRun
 from trainc.runtime.batches import Batch
 from trainc.runtime.clock import Clock, RunLength
-from trainc.runtime.interface import Report
+from trainc.runtime.interface import NonFiniteLoss, Report
 from trainc.runtime.optimizer import OptimizerStep
 from trainc.runtime.replicas import gather, world_size
 from trainc.runtime.step import Contribution, Signals, Step, StepMachine
@@ -42,10 +41,6 @@ class _Micro:
     parts: dict[str, Tensor]
     probes: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] | None = None
-
-
-class NonFiniteLoss(StopRun):
-    """The loss is NaN or infinite and the spec says to stop; the update was not made."""
 
 
 class Program:
@@ -543,6 +538,7 @@ class Program:
         self._machine.abandon()
         self.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
         step.metrics["skipped"] = 1.0
+        self._last = step
         return self._metrics(step)
 
     def _metrics(self, step: Step) -> dict[str, float]:

@@ -137,20 +137,25 @@ def _silence_dropout(model: torch.nn.Module) -> None:
             module.p = 0.0
 
 
-def _error(got: Tensor, want: Tensor) -> float:
-    scale = float(want.abs().max()) or 1.0
+def _error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
+    scale = max(float(want.abs().max()), floor) or 1.0
     return float((got.double() - want.double()).abs().max()) / scale
+
+
+FLOOR = 1e-6
+"""A tensor that is smaller than this part of the largest one is rounding, and compared on the scale of that part."""
 
 
 def _worst(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None]) -> float:
     worst = 0.0
+    largest = max((float(w.abs().max()) for w in want.values() if w is not None), default=0.0)
     for name, value in want.items():
         other = got.get(name)
         if value is None or other is None:
             missing = other if value is None else value
             worst = max(worst, 0.0 if missing is None or not missing.any() else float("inf"))
             continue
-        worst = max(worst, _error(other, value))
+        worst = max(worst, _error(other, value, FLOOR * largest))
     return worst
 
 

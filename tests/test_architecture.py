@@ -13,8 +13,15 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "dsl": {"lark", "pydantic"},
     "kernels": {"torch", "triton"},
-    "runtime": {"trainc.kernels", "torch", "safetensors", "rich"},
-    "compiler": {"trainc.dsl", "trainc.runtime", "trainc.kernels", "torch", "pydantic"},
+    "runtime": {"trainc.kernels", "torch", "numpy", "safetensors", "rich", "matplotlib"},
+    "compiler": {
+        "trainc.dsl",
+        "trainc.runtime",
+        "trainc.kernels",
+        "torch",
+        "pydantic",
+        "safetensors",
+    },
 }
 # Loaded by `trainc check`, which starts in a blink: torch only inside functions.
 TORCH_FREE = (

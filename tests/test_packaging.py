@@ -81,15 +81,16 @@ def test_type_checkers_and_python_see_the_same_front_door() -> None:
         for node in ast.parse((ROOT / "trainc/__init__.py").read_text()).body
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     )
-    typed = {
-        alias.asname: node.module if alias.name == alias.asname else None
+    aliases = [
+        (alias, node.module if isinstance(node, ast.ImportFrom) else None)
         for node in block.body
-        if isinstance(node, ast.ImportFrom)
+        if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
-    }
-    assert None not in typed.values()
-    assert set(typed) == set(trainc.__all__)
-    assert {name: home for name, home in typed.items() if home != "trainc"} == trainc._HOME
+    ]
+    assert all(alias.asname == alias.name.rpartition(".")[2] for alias, _ in aliases)
+    assert {alias.asname for alias, _ in aliases} == set(trainc.__all__)
+    homes = {alias.asname: module for alias, module in aliases if module not in {None, "trainc"}}
+    assert homes == trainc._HOME
     assert set(trainc.__all__) <= set(dir(trainc))
 
 

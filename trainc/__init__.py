@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import trainc.functional as functional
+    from trainc import functional as functional
     from trainc.compiler.artefact import load as load
     from trainc.compiler.catalog import catalog as catalog
     from trainc.compiler.catalog import check as check

@@ -37,15 +37,17 @@ class FuseNorms(Pass):
         missing = [site.module for site in rewrite.norms if site.module not in found]
         if missing:
             raise SiteMissing(self.name, missing)
+        fused: dict[fx.Node, fx.Node] = {}
         for site in rewrite.norms:
-            self.fuse(forward, site, found[site.module])
+            call = found[site.module]
+            fused[call.result] = self.fuse(forward, site, call, fused.get(call.x, call.x))
         return list(found)
 
-    def fuse(self, forward: ForwardGraph, site: NormSite, call: NormCall) -> None:
-        """Put the operator in place of one norm."""
+    def fuse(self, forward: ForwardGraph, site: NormSite, call: NormCall, x: fx.Node) -> fx.Node:
+        """Put the operator in place of one norm of `x`, which may be a norm fused before."""
         casting = call.casting or site.casting
         with forward.graph.inserting_before(call.result):
-            x, shape = call.x, list(call.shape)
+            shape = list(call.shape)
             arguments: tuple[Any, ...]
             if site.form == "layer":
                 operation = torch.ops.trainc.layer_norm.default
@@ -66,6 +68,7 @@ class FuseNorms(Pass):
             )
         call.result.replace_all_uses_with(result)
         forward.graph.erase_node(call.result)
+        return result
 
 
 def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 import trainc
 from examples.models import gpt, resnet, vit
 from trainc.compiler.artefact import LoadError
-from trainc.compiler.program import NonFiniteLoss, Program
+from trainc.compiler.program import Program
 from trainc.compiler.sites import SiteError
+from trainc.runtime.interface import NonFiniteLoss
 
 EMPTY = "loss cross_entropy optimizer adamw { lr = 1e-3, weight_decay = 0.1 }"
 GNS = EMPTY + " noise_scale gns on type(LayerNorm, RMSNorm) { smooth = 5 steps }"

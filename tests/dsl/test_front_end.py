@@ -15,7 +15,7 @@ from trainc.dsl.generate import HERE
 from trainc.dsl.generate import tables as build
 from trainc.dsl.pages import construct_page, constructs_page, rules_page
 from trainc.dsl.rules import RULES
-from trainc.runtime import expressions, schedules
+from trainc.runtime import expressions, pieces
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,15 +33,15 @@ def test_the_grammar_is_short_and_knows_no_construct() -> None:
 
 
 def test_the_functions_are_those_of_the_runtime() -> None:
-    pieces = {name: f for name, f in FUNCTIONS.items() if f.schedule}
-    assert pieces.keys() == schedules.PIECES.keys()
-    for name, function in pieces.items():
-        piece = schedules.PIECES[name]
+    schedules = {name: f for name, f in FUNCTIONS.items() if f.schedule}
+    assert schedules.keys() == pieces.PIECES.keys()
+    for name, function in schedules.items():
+        piece = pieces.PIECES[name]
         assert dict(function.arguments) == dict(piece.arguments), name
         assert function.positional == piece.positional, name
         assert list(function.arguments)[: function.required] == list(piece.required), name
-    assert FUNCTIONS.keys() - pieces.keys() == expressions.MATHS.keys()
-    assert set(SHAPES) == set(schedules.SHAPES)
+    assert FUNCTIONS.keys() - schedules.keys() == expressions.MATHS.keys()
+    assert set(SHAPES) == set(pieces.SHAPES)
     assert set(STATES) == set(expressions.STATES)
     assert COUNTERS == expressions.COUNTERS
 

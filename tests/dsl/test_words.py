@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from trainc.cli.app import app
-from trainc.cli.check import check_specs
+from trainc.cli.check import check_specs, quick
 from trainc.cli.fmt import format_files
 
 RIGHT = "optimizer adamw { lr = 3e-4 }\n"
@@ -62,6 +62,12 @@ class TestCheck:
         monkeypatch.setattr("sys.stdin", io.StringIO(WRONG))
         assert check_specs(["-"]) == 1
         assert "--> <stdin>:1:30" in capsys.readouterr().out
+
+    def test_file_names_alone_need_no_command_line_parser(self) -> None:
+        assert quick(["right.train"]) == 0
+        assert quick(["right.train", "wrong.train"]) == 1
+        assert quick([]) is None
+        assert quick(["right.train", "--help"]) is None
 
     def test_settings_reach_the_lets(self) -> None:
         Path("let.train").write_text("let peak = 3e-4\noptimizer adamw { lr = peak }\n")

@@ -52,10 +52,8 @@ def test_warmup_over_nothing_is_nothing() -> None:
 def test_warmup_then_cosine_is_the_usual_recipe() -> None:
     found = values(["*", number(3e-4), WARM_COSINE])
     for t, value in enumerate(found):
-        if t < 10:
-            factor = (t + 1) / 10
-        else:
-            factor = 0.1 + 0.9 * (1 + math.cos(math.pi * (t - 10) / 190)) / 2
+        fall = 0.1 + 0.9 * (1 + math.cos(math.pi * (t - 10) / 190)) / 2
+        factor = (t + 1) / 10 if t < 10 else fall
         assert value == pytest.approx(3e-4 * factor, rel=1e-12)
     assert found[9] == found[10] == 3e-4
 
