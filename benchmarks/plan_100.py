@@ -45,4 +45,4 @@ def measure() -> Json:
 
 def _beyond(times: dict[str, list[Times]], clock: str) -> float:
     pairs = zip(times["trainc plan"], times["import torch"], strict=True)
-    return round(median(getattr(a, clock) - getattr(b, clock) for a, b in pairs), 3)
+    return float(round(median(getattr(a, clock) - getattr(b, clock) for a, b in pairs), 3))

@@ -16,7 +16,8 @@ from trainc.runtime.clock import RunLength, Units
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainc.compiler.program import Executor, Program
+    from trainc.compiler.execution import Executor
+    from trainc.compiler.program import Program
 
 PLAN, GRAPH, WEIGHTS, CONSTANTS = (
     "plan.json",
@@ -81,7 +82,7 @@ def load(
     program = build_program(binding, model, frozenset(), executor)
     if (folder / GRAPH).exists():
         constants = load_file(str(folder / CONSTANTS)) if (folder / CONSTANTS).exists() else {}
-        program.adopt(StepGraph.from_json(_read(folder / GRAPH), model, constants))
+        program.execution.adopt(StepGraph.from_json(_read(folder / GRAPH), model, constants))
     return program
 
 

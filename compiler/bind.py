@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.claims import disputes, two
 from trainc.compiler.effects import conflicts
 from trainc.compiler.inventory import Inventory
-from trainc.compiler.select import Target, empty_parts, expectations, select
-from trainc.dsl.diagnostics import Diagnostic, Label, SpecError, nearest
-from trainc.dsl.values import Duration, Glob, OfType, Selector
+from trainc.compiler.select import Target, expectations, select
+from trainc.compiler.suggestions import suggestion
+from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
+from trainc.dsl.values import Duration, Selector
 from trainc.runtime.clock import Duration as ClockDuration
 from trainc.runtime.clock import RunLength, Units
 
@@ -72,8 +74,7 @@ class _Binder:
         clauses.sort(key=lambda bound: ORDER.index(bound.kind))
         self._labels(clauses)
         active = [clause for clause in clauses if clause.dropped is None]
-        self._claims(active)
-        self.found += conflicts(active)
+        self.found += [*disputes(active, self.inventory), *conflicts(active)]
         errors = [d for d in self.found if d.severity == "error"]
         if errors:
             raise SpecError(self.found)
@@ -188,8 +189,7 @@ class _Binder:
 
     def _matches_nothing(self, clause: Clause, selector: Selector, target: Target) -> None:
         entries = self.inventory.modules if target == "modules" else self.inventory.parameters
-        parts = list(empty_parts(selector, self.inventory, target))
-        help_ = next((h for part in parts if (h := self._suggestion(part, target))), None)
+        help_ = suggestion(selector, self.inventory, target)
         self._say(
             "selector-matches-nothing",
             f"nothing in `{self.inventory.model}` is selected",
@@ -199,86 +199,19 @@ class _Binder:
             help=help_,
         )
 
-    def _suggestion(self, part: Selector, target: Target) -> str | None:
-        if isinstance(part, OfType):
-            types = {t for m in self.inventory.modules for t in m.types}
-            found = [n for name in part.names if (n := nearest(name, types))]
-            return f"did you mean `type({', '.join(found)})`?" if found else None
-        if not isinstance(part, Glob):
-            return None
-        near = _nearest_glob(part.pattern, [m.name for m in self.inventory.modules if m.name])
-        if near is None:
-            return None
-        count = len(select(Glob(near), self.inventory, target))
-        return f'did you mean `"{near}"` ({count} {target})?'
-
-    # claims
-
     def _labels(self, clauses: list[BoundClause]) -> None:
         seen: dict[str, BoundClause] = {}
         for clause in clauses:
             other = seen.setdefault(clause.label, clause)
             if other is not clause:
-                self._two(
-                    "conflicting-effects",
-                    f"two clauses are called `{clause.label}`",
-                    clause,
-                    other,
-                    help=f"name one of them: `{clause.title} as other_{clause.label}`",
-                )
-
-    def _claims(self, clauses: list[BoundClause]) -> None:
-        """Prove that every trainable parameter is updated by exactly one optimizer and one clause of each policy."""
-        optimizers = [c for c in clauses if c.kind == "optimizer"]
-        self._disjoint(optimizers)
-        for kind in ("lr", "mask"):
-            by_name: dict[str, list[BoundClause]] = {}
-            for clause in clauses:
-                if clause.kind == kind:
-                    by_name.setdefault(clause.construct.name if kind == "lr" else kind, []).append(
-                        clause
+                self.found.append(
+                    two(
+                        "conflicting-effects",
+                        f"two clauses are called `{clause.label}`",
+                        clause,
+                        other,
+                        help=f"name one of them: `{clause.title} as other_{clause.label}`",
                     )
-            for same in by_name.values():
-                self._disjoint(same)
-        if not optimizers:
-            return
-        frozen = {
-            name
-            for c in optimizers
-            if (selector := getattr(c.construct, "freeze", None)) is not None
-            for name in select(selector, self.inventory, "parameters")
-        }
-        claimed = {name for c in optimizers for name in c.targets} | frozen
-        left = [p.name for p in self.inventory.trainable if p.name not in claimed]
-        if left:
-            shown = ", ".join(f"`{n}`" for n in left[:3]) + (
-                f" and {len(left) - 3} more" if len(left) > 3 else ""
-            )
-            clause = optimizers[0]
-            labels = (Label(clause.span, "this optimizer leaves them out"),) if clause.span else ()
-            self.found.append(
-                Diagnostic(
-                    "unclaimed-parameters",
-                    f"no optimizer trains {shown}",
-                    labels,
-                    help="widen the selector, add an optimizer for them, or name them in `freeze`",
-                )
-            )
-
-    def _disjoint(self, clauses: Sequence[BoundClause]) -> None:
-        owner: dict[str, BoundClause] = {}
-        reported: set[tuple[int, int]] = set()
-        for clause in clauses:
-            for name in clause.targets:
-                other = owner.setdefault(name, clause)
-                if other is clause or (id(other), id(clause)) in reported:
-                    continue
-                reported.add((id(other), id(clause)))
-                self._two(
-                    "claimed-twice",
-                    f"`{name}` is claimed by two clauses of one policy",
-                    clause,
-                    other,
                 )
 
     # saying it
@@ -312,39 +245,6 @@ class _Binder:
         at = span or clause.part_span("on" if on else "")
         labels = (Label(at, label),) if at else ()
         self.found.append(Diagnostic(rule, message, labels, tuple(notes), help, severity))
-
-    def _two(
-        self,
-        rule: str,
-        message: str,
-        clause: BoundClause,
-        other: BoundClause,
-        help: str | None = None,
-    ) -> None:
-        labels = tuple(
-            Label(c.span, text)
-            for c, text in ((clause, "again here"), (other, "first here"))
-            if c.span is not None
-        )
-        self.found.append(Diagnostic(rule, message, labels, help=help))
-
-
-def _nearest_glob(pattern: str, names: list[str]) -> str | None:
-    """Return `pattern` with each segment that misses replaced by the nearest one that exists there."""
-    fixed = []
-    segments = [name.split(".") for name in names]
-    for i, segment in enumerate(pattern.split(".")):
-        here = {s[i] for s in segments if len(s) > i}
-        if segment in ("*", "**") or segment in here or any(c in segment for c in "*?"):
-            fixed.append(segment)
-            if segment == "**":
-                return None
-            continue
-        near = nearest(segment, here)
-        if near is None:
-            return None
-        fixed.append(near)
-    return ".".join(fixed)
 
 
 def _number(value: int | None) -> float | None:

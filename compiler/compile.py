@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.assemble import assemble, rules
-from trainc.compiler.bind import Binding, Facts, bind
+from trainc.compiler.bind import Binding, bind
 from trainc.compiler.catalog import catalog
-from trainc.compiler.imports import ImportProblem, call, load, searching
+from trainc.compiler.imports import searching
 from trainc.compiler.inventory import take
 from trainc.compiler.lowering import Parts, Setting
 from trainc.compiler.plan import Plan
-from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
+from trainc.compiler.user_code import build_model, facts, seeded_model
+from trainc.dsl.diagnostics import Diagnostic, SpecError
 from trainc.runtime.step import Signals
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainc.compiler.program import Executor, Program
-    from trainc.dsl.spec import Clause, Spec
+    from trainc.compiler.execution import Executor
+    from trainc.compiler.program import Program
+    from trainc.dsl.spec import Spec
 
 SIGNAL_UNITS = {"batch": "samples", "micro_batch": "samples", "step": "steps"}
 
@@ -52,16 +53,6 @@ def compile(
         built = seeded_model(checked) if model is None else model
         binding = bind(checked, take(built), facts(checked))
         return build_program(binding, built, disabled, executor)
-
-
-def seeded_model(spec: Spec) -> nn.Module:
-    """Return the spec's model with the initial weights of its seed; the caller's random state is left alone."""
-    import torch
-
-    run = spec.one("run")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.construct.seed if run else 0)  # type: ignore[attr-defined]
-        return build_model(spec)
 
 
 def plan(
@@ -123,110 +114,6 @@ def _path_of(text: str) -> Path | None:
     """Return the path a string names; any other string is a spec's text."""
     one_line = "\n" not in text and len(text) < 1024
     return Path(text) if one_line and (text.endswith(".train") or Path(text).is_file()) else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """A clause whose construct names a callable."""
-
-    clause: Clause
-    construct: Any
-
-
-def _named(spec: Spec, kind: str) -> _Named | None:
-    found = next((c for c in spec.clauses if c.construct.kind == kind), None)
-    return None if found is None else _Named(found, found.construct)
-
-
-def build_model(spec: Spec) -> nn.Module:
-    """Return what the `model` clause builds; raises SpecError at its line."""
-    from torch import nn
-
-    named = _named(spec, "model")
-    if named is None:
-        raise SpecError(
-            [
-                Diagnostic(
-                    "missing-clause",
-                    "the spec names no model",
-                    help='write `model "module:callable"`, or pass one',
-                )
-            ]
-        )
-    model = _called(named, "model-failed")
-    if not isinstance(model, nn.Module):
-        raise SpecError(
-            [
-                _at(
-                    named.clause,
-                    "model-failed",
-                    f"`{named.construct.path}` gives no torch.nn.Module",
-                )
-            ]
-        )
-    return model
-
-
-def build_data(spec: Spec, path: Path | None = None) -> Any:
-    """Return what the `data` clause builds; raises SpecError at its line."""
-    named = _named(spec, "data")
-    if named is None:
-        raise SpecError(
-            [
-                Diagnostic(
-                    "missing-clause",
-                    "the spec names no data",
-                    help='write `data "module:callable" { batch = 32 samples }`',
-                )
-            ]
-        )
-    with searching(path):
-        data = _called(named, "data-failed")
-    missing = [
-        name for name in ("train", "evaluation", "tokens_per_sample") if not hasattr(data, name)
-    ]
-    if missing:
-        raise SpecError(
-            [
-                _at(
-                    named.clause,
-                    "data-failed",
-                    f"`{named.construct.path}` gives data without `{missing[0]}`",
-                )
-            ]
-        )
-    return data
-
-
-def facts(spec: Spec) -> Facts:
-    """Return what the data callable says of itself without being called."""
-    named = _named(spec, "data")
-    if named is None:
-        return Facts()
-    try:
-        describe = getattr(load(named.construct.path), "describe", None)
-        if describe is None:
-            return Facts()
-        said = describe(**named.construct.arguments)
-    except ImportProblem as problem:
-        raise SpecError([_at(named.clause, problem.rule, str(problem), problem.help)]) from problem
-    except TypeError as error:
-        raise SpecError(
-            [_at(named.clause, "wrong-argument", f"the data cannot be described: {error}")]
-        ) from error
-    return Facts(said.get("samples"), said.get("tokens_per_sample"))
-
-
-def _called(named: _Named, rule: str) -> Any:
-    try:
-        return call(named.construct.path, dict(named.construct.arguments), rule)
-    except ImportProblem as problem:
-        raise SpecError([_at(named.clause, problem.rule, str(problem), problem.help)]) from problem
-
-
-def _at(clause: Clause, rule: str, message: str, help: str | None = None) -> Diagnostic:
-    labels = (Label(clause.span),) if clause.span else ()
-    return Diagnostic(rule, message, labels, help=help)
 
 
 def _first_signals(binding: Binding) -> Signals:
@@ -326,10 +213,10 @@ def build_program(
         parts,
         run_settings(binding),
         binding.length,
-        batch,
-        micro,
-        int(epoch) if epoch else None,
-        executor,
-        without,
         signals,
+        batch_size=batch,
+        micro_size=micro,
+        samples_per_epoch=int(epoch) if epoch else None,
+        executor=executor,
+        without=without,
     )

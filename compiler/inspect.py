@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainc.compiler.compile import build_data, compile, read
+from trainc.compiler.compile import compile, read
+from trainc.compiler.imports import searching
+from trainc.compiler.user_code import build_data
 from trainc.dsl.diagnostics import Diagnostic, SpecError
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 def first_batch(spec: str | Path, overrides: Mapping[str, str] | None, size: int) -> Batch:
     """Return the first `size` training samples as a batch."""
     checked, path = read(spec, overrides)
-    data = build_data(checked, path)
+    with searching(path):
+        data = build_data(checked)
     inputs, targets = data.train.batch(list(range(min(size, len(data.train)))))
     return inputs, targets
 
@@ -34,7 +37,7 @@ def captured(
         raise SpecError([Diagnostic("wrong-argument", str(error))]) from error
     batch = first_batch(spec, overrides, program.micro_size)
     try:
-        program.capture(batch)
+        program.execution.capture(batch)
     except CaptureFailed as error:
         raise SpecError([Diagnostic("capture-failed", str(error))]) from error
     return program

@@ -176,7 +176,11 @@ class Lowering:
     def _while_open(self, schedule: Scheduled) -> Scheduled:
         """Return a schedule that is zero outside the clause's time."""
         gate = self.gate()
-        return schedule if gate is None else lambda clock: schedule(clock) if gate.fires(clock) else 0.0
+        return (
+            schedule
+            if gate is None
+            else lambda clock: schedule(clock) if gate.fires(clock) else 0.0
+        )
 
     # mechanisms
 

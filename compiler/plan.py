@@ -53,7 +53,9 @@ class Plan:
                 f"the plan has format {data.get('format')}, this version reads {FORMAT}"
             )
         names = {f.name for f in fields(cls)} - {"warnings"}
-        content: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n in names}
+        content: dict[str, Any] = {
+            n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n in names
+        }
         missing = names - set(content)
         if missing:
             raise ValueError(f"the plan lacks {', '.join(sorted(missing))}")

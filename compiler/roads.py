@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from trainc.compiler.dynamo_road import dynamo_road
 from trainc.compiler.step_graph import Batch, Inputs
+from trainc.runtime.batches import call, repeated
 
 Task = Callable[[Tensor, Tensor], Tensor]
 Road = Callable[["Wrapped", Batch], fx.GraphModule]
@@ -33,30 +32,9 @@ class Wrapped(nn.Module):
 
     def forward(self, inputs: Inputs, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the task's loss on view one and the logits of every view."""
-        if self.views > 1:
-            inputs = pytree.tree_map(lambda x: torch.cat([x] * self.views), inputs)
-        logits = logits_of(call(self.user, inputs))
+        logits = call(self.user, repeated(inputs, self.views))
         first = logits if self.views == 1 else logits[: logits.shape[0] // self.views]
         return self.task(first, targets), logits
-
-
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model as the model contract says: a tuple is positional, a dict keywords."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, Sequence):
-        return model(*inputs)
-    return model(inputs)
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits of a model's output: itself, its `.logits`, or its first entry."""
-    found = getattr(output, "logits", output)
-    if isinstance(found, Sequence):
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(f"the model gave a {type(output).__name__} without logits")
-    return found
 
 
 def export_road(wrapped: Wrapped, batch: Batch) -> fx.GraphModule:

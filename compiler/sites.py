@@ -166,7 +166,7 @@ class Sites:
                 )
             elif armed.site.index >= 0:
                 armed.sigma, armed.key = scalars[armed.site.scalar], scalars["key"]
-                armed.first_example = scalars["first_example"]
+                armed.first_example = scalars.get("first_example")
 
     def disarm(self) -> None:
         """Let every site run as the user's own layer."""

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainc.compiler.compile import build_data, compile, read, seeded_model
+from trainc.compiler.compile import compile, read
 from trainc.compiler.imports import searching
+from trainc.compiler.user_code import build_data, seeded_model
 from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
 from trainc.runtime import checkpoint
 from trainc.runtime.display import Display
@@ -18,7 +19,8 @@ from trainc.runtime.summary import Summary
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainc.compiler.program import Executor, Program
+    from trainc.compiler.execution import Executor
+    from trainc.compiler.program import Program
     from trainc.dsl.spec import Clause
 
 PLAN, SPEC = "plan.json", "spec.json"

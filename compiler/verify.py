@@ -73,7 +73,7 @@ def _against_original(program: Program, batch: Batch, allowed: float) -> Iterato
         loss = program.task(batches.call(program.module, inputs), targets)
         want = _gradients(program, loss)
     with _buffers_kept(program):
-        got_loss, got = program.trial(batch, "graph", strength=0.0)
+        got_loss, got, _ = program.execution.trial(batch, "graph", strength=0.0)
     title = "graph at strength zero, original"
     yield Comparison(title, "loss", _error(got_loss, loss.detach()), allowed)
     yield Comparison(title, "gradients", _worst(got, want), allowed)
@@ -81,18 +81,18 @@ def _against_original(program: Program, batch: Batch, allowed: float) -> Iterato
 
 def _against_modules(program: Program, batch: Batch, allowed: float) -> Iterator[Comparison]:
     with _buffers_kept(program):
-        want_loss, want = program.trial(batch, "module")
+        want_loss, want, _ = program.execution.trial(batch, "module")
     with _buffers_kept(program):
-        got_loss, got = program.trial(batch, "graph")
+        got_loss, got, _ = program.execution.trial(batch, "graph")
     yield Comparison("graph, bound modules", "loss", _error(got_loss, want_loss), allowed)
     yield Comparison("graph, bound modules", "gradients", _worst(got, want), allowed)
 
 
 def _against_examples(program: Program, batch: Batch, allowed: float) -> Iterator[Comparison]:
     """The measured squared norms are those of one backward pass per example."""
-    if not program.measures:
+    _, _, squares = program.execution.trial(batch, "graph")
+    if not squares:
         return
-    squares = program.trial_squares(batch)
     weights = program.task.weights(batch[1])
     names = list(squares)
     parameters = [program.module.get_parameter(name) for name in names]

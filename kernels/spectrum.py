@@ -77,10 +77,8 @@ def matrices(weight: Tensor) -> Tensor:
     """Return the weight as a batch of tall matrices, shape (m, long, short)."""
     if not count(weight.shape):
         raise ValueError(f"a spectrum needs a 2-D or 4-D weight, not shape {tuple(weight.shape)}")
-    if weight.dim() == 2:
-        batch = weight.unsqueeze(0)
-    else:
-        batch = weight.flatten(2).permute(2, 0, 1) * math.sqrt(CONV_SCALE)
+    linear = weight.dim() == 2
+    batch = weight[None] if linear else weight.flatten(2).permute(2, 0, 1) * math.sqrt(CONV_SCALE)
     return batch if batch.shape[-2] >= batch.shape[-1] else batch.mT
 
 

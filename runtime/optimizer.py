@@ -171,7 +171,9 @@ class Rates(Action):
         if self.lowest > self.highest:
             return None
         groups = len(self.optimizer.groups)
-        return f"{self.name}: rates from {self.lowest:.3g} to {self.highest:.3g} over {groups} groups"
+        return (
+            f"{self.name}: rates from {self.lowest:.3g} to {self.highest:.3g} over {groups} groups"
+        )
 
 
 class Clip(Action):

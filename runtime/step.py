@@ -58,7 +58,11 @@ class StepMachine:
     """Runs actions by phase; `begin` opens a step (phases 1 to 3), `finish` closes it (6 to 12)."""
 
     def __init__(
-        self, actions: Sequence[Action], clock: Clock, parameters: Mapping[str, Parameter]
+        self,
+        actions: Sequence[Action],
+        clock: Clock,
+        parameters: Mapping[str, Parameter],
+        signals: Signals | None = None,
     ) -> None:
         self.actions = tuple(sorted(actions, key=lambda action: action.phase))
         names = [action.name for action in self.actions]
@@ -67,7 +71,7 @@ class StepMachine:
             raise ValueError(f"two actions share a name: {', '.join(sorted(repeated))}")
         self.clock = clock
         self.parameters = parameters
-        self.signals = Signals()
+        self.signals = Signals() if signals is None else signals
         self.batch_size = 0
         self.micro_size = 0
         self.current: Step | None = None

@@ -27,9 +27,7 @@ WORDS_ONLY = {"model", "data", "run"}
 COMPUTING = [
     pytest.param(c, id=f"{k} {n}") for (k, n), c in sorted(CATALOG.items()) if k not in WORDS_ONLY
 ]
-CAN_BE_OFF = [
-    pytest.param(c, id=f"{k} {n}") for (k, n), c in sorted(CATALOG.items()) if c.identity
-]
+CAN_BE_OFF = [pytest.param(c, id=f"{k} {n}") for (k, n), c in sorted(CATALOG.items()) if c.identity]
 
 
 def example(construct: type[Construct]) -> Clause:

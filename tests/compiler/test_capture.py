@@ -14,8 +14,9 @@ from examples import models
 from trainc.compiler.capture import CaptureFailed, capture, signature
 from trainc.compiler.dynamo_road import dynamo_road
 from trainc.compiler.rewrite import NormSite, Rewrite
-from trainc.compiler.roads import call, export_road, logits_of
+from trainc.compiler.roads import export_road
 from trainc.compiler.step_graph import Batch, Outputs, StepGraph
+from trainc.runtime.batches import call
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
 
 
 def eager(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor | None]]:
-    loss = TASK(logits_of(call(model, batch[0])), batch[1])
+    loss = TASK(call(model, batch[0]), batch[1])
     names = dict(model.named_parameters())
     grads = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
     return loss.detach(), dict(zip(names, grads, strict=True))
@@ -416,7 +417,7 @@ def test_hugging_face_models_train_alike(name: str, kind: str) -> None:
     )
     torch.manual_seed(1)
     with mixed:
-        loss = TASK(logits_of(call(model, batch[0])), targets)
+        loss = TASK(call(model, batch[0]), targets)
     want = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     with mixed:
         step = empty(model, batch)

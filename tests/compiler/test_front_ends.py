@@ -37,22 +37,43 @@ def gpt2() -> Built:
 
 
 def llama() -> Built:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     rest = {"num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0}
     return hugging_face("LlamaForCausalLM", {"config": "LlamaConfig", **sizes, **rest})
 
 
 def bert() -> Built:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return hugging_face("BertForMaskedLM", {"config": "BertConfig", **sizes, **dropout})
 
 
 def timm_vit() -> Built:
     timm = pytest.importorskip("timm", exc_type=ImportError)
-    sizes = {"depth": 2, "img_size": 16, "patch_size": 8, "num_classes": 5, "embed_dim": 24, "num_heads": 2}
+    sizes = {
+        "depth": 2,
+        "img_size": 16,
+        "patch_size": 8,
+        "num_classes": 5,
+        "embed_dim": 24,
+        "num_heads": 2,
+    }
     model = timm.create_model("vit_tiny_patch16_224", **sizes)
-    return model, (torch.randn(3, 3, 16, 16).double(), torch.tensor([0, 3, 4])), "loss cross_entropy"
+    return (
+        model,
+        (torch.randn(3, 3, 16, 16).double(), torch.tensor([0, 3, 4])),
+        "loss cross_entropy",
+    )
 
 
 FOREIGN = [
@@ -70,7 +91,9 @@ def test_graph_modules_and_single_examples_agree(build: Callable[[], Built]) -> 
     # Llama's norm computes in float32 whatever it is given: there is no double precision to compare.
     model.train() if build is llama else model.double().train()
     keys = list(model.state_dict())
-    spec = f"{loss} optimizer adamw {{ lr = 1e-3 }} noise_scale gns on {NORMS} {{ smooth = 5 steps }}"
+    spec = (
+        f"{loss} optimizer adamw {{ lr = 1e-3 }} noise_scale gns on {NORMS} {{ smooth = 5 steps }}"
+    )
     program = trainc.compile(spec, model, executor="graph")
     rows = compare(program, batch)
     assert {row.title for row in rows} > {"per-example norms, one pass per example"}

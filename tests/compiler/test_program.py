@@ -100,9 +100,7 @@ def test_micro_batches_give_the_gradients_of_the_whole(spec: str) -> None:
     targets[:4, 3:] = -100  # unequal counts: a mean of means would be wrong
     whole, cut = small_gpt().double(), small_gpt().double()
     one = trainc.compile(spec, whole).step([(inputs, targets)])
-    two = trainc.compile(spec, cut).step(
-        [(inputs[:4], targets[:4]), (inputs[4:], targets[4:])]
-    )
+    two = trainc.compile(spec, cut).step([(inputs[:4], targets[:4]), (inputs[4:], targets[4:])])
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-12)
     for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import trainc
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.constructs.noise_scale.gns import Gns, Measure, norm_site
 from trainc.compiler.inventory import take
@@ -448,3 +449,27 @@ def test_smoothing_is_a_positive_stretch_of_training(smooth: Duration) -> None:
 
 def test_pairs_are_refused() -> None:
     assert any("views" in effect.excludes for effect in Gns.effects)
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the estimate of one step, by the graph and by one backward pass per example."""
+    model = Tiny(nn.LayerNorm)
+    x, y = tokens()
+    parameters = [model.get_parameter(f"{m}.{p}") for m in NORMS for p in ("weight", "bias")]
+
+    def loss(b: int) -> Tensor:
+        return F.cross_entropy(model(x[b : b + 1]).flatten(0, 1), y[b])
+
+    (signal, noise), _ = Gns.reference(loss, [1 / len(x)] * len(x), parameters)
+    spec = "loss cross_entropy optimizer sgd { lr = 0 } noise_scale gns on type(LayerNorm)"
+    program = trainc.compile(spec, model, executor="graph")
+    program.step((x, y))
+    got = (program.signals["gns.signal"], program.signals["gns.noise"])
+    pairs = [
+        (torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
+        for a, b in zip(got, (signal, noise), strict=True)
+    ]
+    return (
+        {"signal": pairs[0][0], "noise": pairs[1][0]},
+        {"signal": pairs[0][1], "noise": pairs[1][1]},
+    )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import trainc
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.constructs.regularize.l2_sp import Anchors, L2Sp
 from trainc.compiler.inventory import take
@@ -176,3 +177,23 @@ def test_the_summary_says_how_far_the_weights_went() -> None:
 def test_no_weight_is_no_effect() -> None:
     assert l2_sp(weight=0).is_identity()
     assert not l2_sp(weight=0.1).is_identity()
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the penalty and its gradient two steps from the start, by the program and by definition."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    spec = "loss mse optimizer sgd { lr = 0.3 } regularize l2_sp on all { weight = 0.7 }"
+    program = trainc.compile(spec, model, executor="module")
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    for _ in range(2):
+        program.step((x, y))
+    named = dict(model.named_parameters())
+    penalty = program.loss((x, y)) - torch.nn.functional.mse_loss(model(x), y)
+    wanted = L2Sp.reference(named, start, 0.7)
+    results = []
+    for value in (penalty, wanted):
+        found = torch.autograd.grad(value, list(named.values()))
+        results.append({"penalty": value.detach(), **dict(zip(named, found, strict=True))})
+    return results[0], results[1]

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import trainc
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.constructs.regularize.pace import Pace, silent
 from trainc.compiler.inventory import Place, take
 from trainc.compiler.lowering import Lowering, Parts, Setting
 from trainc.compiler.sites import bind
 from trainc.dsl import values as v
+from trainc.kernels.multiplicative_noise import factor
 from trainc.kernels.philox import pack_key
 from trainc.kernels.task_consistency_loss import task_consistency_loss
 from trainc.runtime.clock import Clock, RunLength, Units
 from trainc.runtime.step import Signals
+from trainc.runtime.streams import derive
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "reference/regularizers.json").read_text())
 PACE: dict[str, Any] = REFERENCE["pace"]
@@ -334,3 +337,31 @@ def test_either_zero_is_no_effect() -> None:
     assert pace(sigma=0.1, weight=0).is_identity()
     assert pace(sigma=0, weight=1).is_identity()
     assert not pace(sigma=0.1, weight=1).is_identity()
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return loss and gradients of one step, by the graph and by definition with the same noise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)
+    ).double()
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(0, 3, (6,))
+    spec = """loss cross_entropy optimizer sgd { lr = 0 } run { length = 5 steps, seed = 9 }
+    regularize pace on "0" | "2" { sigma = 0.6, weight = 0.4 }"""
+    program = trainc.compile(spec, model, executor="graph")
+    loss = program.graph((x, y))
+    named = dict(model.named_parameters())
+    compiled = {"loss": loss} | {n: p.grad for n, p in named.items() if p.grad is not None}
+    key, sigma = (
+        pack_key(derive(9, "noise") & 0xFFFFFFFF, 0),
+        torch.tensor(0.6, dtype=torch.float64),
+    )
+    sizes = {"0": 8, "2": 7}
+    factors = {
+        name: factor(x.new_ones(12, size), sigma, key, site, 2, "token", None)[:, 0]
+        for site, (name, size) in enumerate(sizes.items())
+    }
+    with program.sites.plain():
+        wanted = pace(sigma=0.6, weight=0.4).reference(model, x, y, factors, 0.4)["loss"]
+        found = torch.autograd.grad(wanted, list(named.values()))
+    return compiled, {"loss": wanted.detach()} | dict(zip(named, found, strict=True))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import trainc
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.constructs.mask.sift import Choose, Sift
 from trainc.compiler.inventory import take
@@ -423,3 +424,27 @@ def test_a_choice_is_for_good() -> None:
     clause = BoundClause(rule, "sift", NAMES, stop={"amount": 2, "unit": "steps"})
     with pytest.raises(ValueError, match="for good"):
         rule.lower(Lowering(clause, setting, Parts()))
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return weights after six AdamW steps, by the program and by dense masks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+    names = [name for name, p in model.named_parameters() if p.dim() == 2]
+    first = {name: model.get_parameter(name).detach().clone() for name in names}
+    spec = """loss cross_entropy mask sift on ndim(2) { density = 20%, batches = 2, rest = freeze }
+    optimizer adamw { lr = 0.05, weight_decay = 0.3 }"""
+    program = trainc.compile(spec, model)
+    gradients = []
+    for _ in range(6):
+        x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 4, (8,))
+        loss = F.cross_entropy(model(x), y)
+        found = torch.autograd.grad(loss, [model.get_parameter(name) for name in names])
+        gradients.append(dict(zip(names, found, strict=True)))
+        program.step((x, y))
+
+    def make(tensors: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(tensors, lr=0.05, weight_decay=0.3)
+
+    reference = Sift(density=0.2, batches=2).reference(first, gradients, make)
+    return {name: model.get_parameter(name).detach() for name in names}, reference

@@ -16,7 +16,10 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     theirs.load_state_dict(ours.state_dict())
     spec = 'loss mse optimizer torch("torch.optim:RMSprop") { lr = 1e-2, alpha = 0.95, weight_decay = 0.1 on ndim(2) }'
     program = trainc.compile(spec, ours)
-    groups: list[dict[str, Any]] = [{"params": [theirs.weight], "weight_decay": 0.1}, {"params": [theirs.bias]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [theirs.weight], "weight_decay": 0.1},
+        {"params": [theirs.bias]},
+    ]
     optimizer = torch.optim.RMSprop(groups, lr=1e-2, alpha=0.95)
     for _ in range(6):
         x, y = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)

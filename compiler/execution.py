@@ -1,0 +1,309 @@
+"""Execution: how one micro-batch runs, by the bound modules or as one graph, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from trainc.compiler.lowering import Parts, Penalty, Task
+from trainc.compiler.sites import SiteError, Sites, bind
+from trainc.kernels.philox import pack_key
+from trainc.kernels.task_consistency_loss import task_consistency_loss
+from trainc.runtime import batches
+from trainc.runtime.batches import Batch
+from trainc.runtime.streams import derive
+
+if TYPE_CHECKING:
+    from trainc.compiler.step_graph import StepGraph
+    from trainc.runtime.clock import Clock
+
+Executor = Literal["auto", "graph", "module"]
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """A micro-batch's place in its step: its part of the counted targets, of the examples, and where it begins."""
+
+    share: float = 1.0
+    part: float = 1.0
+    first: int = 0
+
+
+@dataclass(slots=True)
+class Micro:
+    """What a micro-batch leaves for the update: weights (examples,), loss and its terms, statistics.
+
+    `probes` hold the statistics once `backward()` has run, `squares` where a graph has computed them already.
+    """
+
+    weights: Tensor
+    loss: Tensor
+    terms: dict[str, Tensor]
+    probes: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] | None = None
+
+
+class Execution:
+    """Runs micro-batches of one program over one model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Parts,
+        seed: int,
+        clock: Clock,
+        executor: Executor,
+        without: frozenset[str],
+    ) -> None:
+        self.module = model
+        self.forward: Any = model
+        self.parts = parts
+        self.task = cast(Task, parts.task)
+        self.seed, self.clock = seed, clock
+        self.executor, self.without = executor, without
+        self.parameters = dict(model.named_parameters())
+        self.sites: Sites = bind(model, parts.rewrite)
+        self.refused: str | None = None
+        self._covered = not parts.rewrite
+        self._graphs: dict[Any, StepGraph] = {}
+        self._graph: StepGraph | None = None
+        self._adopted: StepGraph | None = None
+
+    # module by module
+
+    def run_modules(self, batch: Batch, portion: Portion) -> tuple[Tensor, Micro]:
+        """Return what is to be differentiated, and what the micro-batch leaves once it was."""
+        scalars = self._scalars(portion, batch[1].device)
+        if self.parts.rewrite:
+            self._arm(batch[1], scalars)
+        if self._covered or not self.module.training:
+            total, loss, terms = self._forward(batch, portion.share, scalars)
+        else:
+            with self.sites.counted() as counts:
+                total, loss, terms = self._forward(batch, portion.share, scalars)
+            self.sites.check_coverage(counts)
+            self._covered = True
+        micro = self._micro(batch[1], portion.share, loss, terms)
+        if self.parts.rewrite.norms:
+            micro.probes = self.sites.probes()
+        return total, micro
+
+    def _forward(
+        self, batch: Batch, share: float, scalars: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what is differentiated, the loss before `share`, and the loss terms by name."""
+        inputs, targets = batch
+        logits = batches.call(self.forward, batches.repeated(inputs, self.parts.rewrite.views))
+        loss, terms = self._task_loss(logits, targets, scalars)
+        total = loss if share == 1.0 else loss * scalars["share"]
+        for label, penalty in self.parts.penalties.items():
+            value = penalty.value({n: self.parameters[n] for n in penalty.parameters}, scalars)
+            terms[label] = value.detach()
+            total = total + (value if share == 1.0 else value * scalars["share"])
+        return total, loss, terms
+
+    def _task_loss(
+        self, logits: Tensor, targets: Tensor, scalars: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pairing, task = self.parts.rewrite.pairing, self.task
+        if pairing is None:
+            return task(logits, targets), {}
+        weight = scalars[pairing.weight]
+        if task.name == "cross_entropy":
+            loss, first, distance = task_consistency_loss(
+                logits, targets, weight, pairing.distance, task.ignore_index, task.label_smoothing
+            )
+        else:
+            one, two = logits.chunk(2)
+            first, distance = task(one, targets), (one - two).square().sum(-1).mean()
+            loss = first + weight * distance
+        return loss, {"task": first.detach(), "consistency": distance.detach()}
+
+    # as a graph
+
+    @property
+    def wants_graph(self) -> bool:
+        """Say whether the next micro-batch runs as a graph."""
+        if self.executor == "module" or self.refused is not None or not self.module.training:
+            return False
+        return self.executor == "graph" or (
+            bool(self.parts.rewrite) and self.forward is self.module
+        )
+
+    @property
+    def graph(self) -> StepGraph:
+        """The graph people hold: it exists before the first batch, and shows the newest capture."""
+        if self._graph is None:
+            from trainc.compiler.step_graph import StepGraph
+
+            self._graph = StepGraph(self.module)
+        return self._graph
+
+    def adopt(self, graph: StepGraph) -> None:
+        """Use a graph that was captured before, for batches it accepts."""
+        self._adopted = graph
+        self.graph.install(graph)
+
+    def capture(self, batch: Batch) -> StepGraph:
+        """Return the graph for batches shaped like `batch`, captured on first use."""
+        from trainc.compiler.capture import capture, signature
+
+        if self._adopted is not None and self._adopted.accepts(batch):
+            return self._adopted
+        key = signature(self.module, batch)
+        if key not in self._graphs:
+            training = self.module.training
+            self.module.train()
+            try:
+                with self.sites.plain():
+                    self._graphs[key] = capture(
+                        self.module,
+                        self.task,
+                        batch,
+                        rewrite=self.parts.rewrite,
+                        penalties={n: _one_mapping(p) for n, p in self.parts.penalties.items()},
+                        scalars=self._scalars(Portion(), batch[1].device),
+                        without=self.without,
+                    )
+            finally:
+                self.module.train(training)
+            self.graph.install(self._graphs[key])
+        return self._graphs[key]
+
+    def run_graph(self, batch: Batch, portion: Portion) -> tuple[Tensor, Micro]:
+        """Run forward and backward as a graph, add to `.grad`, and return the loss with what is left.
+
+        Where no graph can hold the model the bound modules run instead, and `refused` says why.
+        """
+        try:
+            graph = self.capture(batch)
+        except Exception as error:
+            if self.executor == "graph":
+                raise
+            self.refused = f"{type(error).__name__}: {error}".splitlines()[0]
+            total, micro = self.run_modules(batch, portion)
+            total.backward()
+            return total.detach(), micro
+        out = graph.run(batch, self._scalars(portion, batch[1].device))
+        self._covered = True
+        for name, gradient in out.grads.items():
+            if gradient is not None:
+                self._take(name, gradient)
+        terms = (
+            {} if out.consistency is None else {"task": out.task, "consistency": out.consistency}
+        )
+        if self.parts.penalties:
+            terms[" + ".join(self.parts.penalties)] = out.total / portion.share - out.loss
+        micro = self._micro(batch[1], portion.share, out.loss, terms)
+        micro.squares = self._by_parameter(out.probes)
+        return out.total, micro
+
+    def _take(self, name: str, gradient: Tensor) -> None:
+        compact = self.parts.compacts.get(name)
+        if compact is not None:
+            compact.take(gradient)
+            return
+        parameter = self.parameters[name]
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    # statistics
+
+    def squares(self, micro: Micro) -> dict[str, Tensor]:
+        """Return a micro-batch's per-example squared norms by parameter; raises SiteError when some did not arrive."""
+        if micro.squares is not None:
+            return micro.squares
+        silent = [name for name, probe in micro.probes.items() if probe.grad is None]
+        if silent or not micro.probes:
+            names = ", ".join(f"`{n}`" for n in silent) or "no site"
+            raise SiteError(
+                f"{names} delivered no statistics: did `backward()` reach it through `program.forward`?"
+            )
+        return self._by_parameter({n: cast(Tensor, p.grad) for n, p in micro.probes.items()})
+
+    def _by_parameter(self, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn a site's columns into one row of squared norms per parameter."""
+        return {
+            name: probes[site.module][:, column]
+            for site in self.parts.rewrite.norms
+            if site.module in probes
+            for column, name in enumerate(site.parameters)
+            if name is not None
+        }
+
+    # trials: what `verify` compares
+
+    def trial(
+        self, batch: Batch, road: Literal["graph", "module"], strength: float | None = None
+    ) -> tuple[Tensor, dict[str, Tensor | None], dict[str, Tensor]]:
+        """Return the differentiated loss, the gradients and per-example squares by one road, changing nothing.
+
+        With `strength` every scheduled number of the rewrite and of the loss terms has that value.
+        """
+        scalars = self._scalars(Portion(), batch[1].device)
+        if strength is not None:
+            scalars |= {n: torch.full_like(scalars[n], strength) for n in self.parts.scalars}
+        if road == "graph":
+            out = self.capture(batch).run(batch, scalars)
+            return out.total, out.grads, self._by_parameter(out.probes)
+        self._arm(batch[1], scalars)
+        try:
+            total, _, _ = self._forward(batch, 1.0, scalars)
+            named = {n: p for n, p in self.parameters.items() if p.requires_grad}
+            probes = self.sites.probes()
+            wanted = [*named.values(), *probes.values()]
+            found = torch.autograd.grad(total, wanted, allow_unused=True)
+        finally:
+            self.sites.disarm()
+        squares = dict(zip(probes, found[len(named) :], strict=True))
+        return total.detach(), dict(zip(named, found, strict=False)), self._by_parameter(squares)
+
+    # inside
+
+    def _micro(
+        self, targets: Tensor, share: float, loss: Tensor, terms: dict[str, Tensor]
+    ) -> Micro:
+        measured = bool(self.parts.rewrite.norms)
+        weights = self.task.weights(targets) * share if measured else targets.new_empty(0)
+        return Micro(weights, loss.detach() * share, {n: t * share for n, t in terms.items()})
+
+    def _scalars(self, portion: Portion, device: torch.device) -> dict[str, Tensor]:
+        """Return this micro-batch's numbers as 0-d tensors, so that a changing rate never recompiles.
+
+        The distance of two views is a mean over examples, the task one over counted targets: where the two parts of
+        the step differ, the distance's weight makes up for it.
+        """
+        parts, dtype = self.parts, self._dtype()
+        if not (
+            parts.rewrite or parts.penalties or portion.share != 1.0 or self.executor == "graph"
+        ):
+            return {}
+        scalars = {
+            n: torch.tensor(at(self.clock), dtype=dtype, device=device)
+            for n, at in parts.scalars.items()
+        }
+        scalars |= parts.tensors
+        scalars["share"] = torch.tensor(portion.share, dtype=dtype, device=device)
+        pairing = parts.rewrite.pairing
+        if pairing is not None:
+            scalars[pairing.weight] = scalars[pairing.weight] * (portion.part / portion.share)
+        if pairing is not None or parts.rewrite.noises:
+            word = derive(self.seed, "noise") & 0xFFFFFFFF
+            scalars["key"] = pack_key(word, self.clock.steps & 0xFFFFFFFF, device=device)
+            scalars["first_example"] = torch.tensor(portion.first, dtype=torch.int64, device=device)
+        return scalars
+
+    def _dtype(self) -> torch.dtype:
+        wide = any(p.dtype == torch.float64 for p in self.parameters.values())
+        return torch.float64 if wide else torch.float32
+
+    def _arm(self, targets: Tensor, scalars: Mapping[str, Tensor]) -> None:
+        self.sites.arm(targets.shape[0], scalars, self._dtype(), targets.device)
+
+
+def _one_mapping(penalty: Penalty) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """Return a loss term that finds parameters and inputs in one mapping, as the graph hands them over."""
+    return lambda values: penalty.value({name: values[name] for name in penalty.parameters}, values)

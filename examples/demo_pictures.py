@@ -1,0 +1,173 @@
+"""The demo's pictures: runs with and without methods in one frame, over tokens."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import linear_regression
+from typing import TYPE_CHECKING, Protocol
+
+from trainc.compiler.constructs.observe.norm_growth import LAWS
+from trainc.runtime.metrics import Record
+from trainc.runtime.plots import COLORS, STYLE, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WITH, WITHOUT = "with", "without"
+
+
+class Drawable(Protocol):
+    """What is drawn of a run: its records and how far its weights went in all."""
+
+    @property
+    def records(self) -> list[Record]:
+        """Return what was measured, step by step."""
+
+    @property
+    def distance(self) -> float:
+        """Return the L2 norm of the weights' change over the run."""
+
+
+Pair = Mapping[str, Drawable]
+
+
+def draw(pairs: Mapping[str, Pair], out: Path) -> list[Path]:
+    """Draw one picture per pair and return their files; needs matplotlib."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    files = []
+    for name, found in pairs.items():
+        panels = [panel for panel in PANELS if has(found[WITH].records, panel.needs)]
+        with rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
+            size = (5.6 * min(2, len(panels)), 3.4 * -(-len(panels) // 2))
+            figure = Figure(figsize=size, layout="constrained", dpi=150)
+            FigureCanvasAgg(figure)
+            for index, panel in enumerate(panels):
+                axes = figure.add_subplot(-(-len(panels) // 2), 2, index + 1)
+                panel.fill(axes, found)
+                axes.set_title(panel.title)
+                axes.set_xlabel("thousand tokens")
+                axes.margins(x=0.01)
+                axes.legend()
+            files.append(out / f"{name}.png")
+            figure.savefig(files[-1], format="png", facecolor="white")
+    return files
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A part of a picture; drawn where the run with methods measured `needs`."""
+
+    title: str
+    needs: str
+    fill: Callable[["Axes", Pair], None]
+
+
+def over_tokens(records: Sequence[Record], name: str) -> tuple[list[float], list[float]]:
+    """Return thousands of tokens and the values of one quantity."""
+    at = {record["step"]: record["tokens"] / 1000 for record in records if "tokens" in record}
+    found = [(at[record["step"]], record[name]) for record in records if name in record]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def draw_losses(axes: "Axes", found: Pair) -> None:
+    """Draw training losses, smoothed, and evaluation losses of both runs."""
+    for (what, one), color in zip(found.items(), COLORS, strict=False):
+        records = one.records
+        x, y = over_tokens(records, "task" if has(records, "task") else "loss")
+        axes.plot(x, smooth(y, len(y) // 25), color=color, alpha=0.5, linewidth=1)
+        x, y = over_tokens(records, "eval_loss")
+        label = f"{what} methods"
+        axes.plot(x, y, "o-", color=color, markersize=4, linewidth=1.6, label=label)
+    axes.plot([], [], color="#999999", linewidth=1, label="training, running mean")
+    axes.plot([], [], "o-", color="#555555", markersize=4, label="evaluation")
+    # The fall of the first steps would flatten all that follows.
+    late = [value for one in found.values() for value in over_tokens(one.records, "eval_loss")[1]]
+    axes.set_ylim(top=max(axes.get_ylim()[0] + 1e-3, max(late) + 0.75 * (max(late) - min(late))))
+    axes.set_ylabel("cross entropy, nats per byte")
+
+
+def draw_scale(axes: "Axes", found: Pair) -> None:
+    """Draw the noise scale with its standard error, the batch, and where the rule waits."""
+    records = [record for record in found[WITH].records if "gns" in record]
+    x, scale = over_tokens(records, "gns")
+    errors = [record["gns.error"] for record in records]
+    batch = [record["batch"] for record in records]
+    low = [max(s - e, 0.1) for s, e in zip(scale, errors, strict=True)]
+    high = [s + e for s, e in zip(scale, errors, strict=True)]
+    axes.fill_between(x, low, high, color=COLORS[0], alpha=0.15, linewidth=0)
+    axes.plot(x, scale, color=COLORS[0], linewidth=1.4, label="noise scale ± standard error")
+    axes.step(x, [2 * b for b in batch], "--", where="post", color="#777777", label="2 * batch")
+    axes.step(x, batch, where="post", color=COLORS[1], linewidth=1.8, label="batch")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=max(0.1, min(scale) / 2))
+    axes.set_ylabel("samples")
+
+
+def draw_factors(axes: "Axes", found: Pair) -> None:
+    """Draw each layer's factor of the learning rate: a colour per kind, darker towards the head."""
+    records = [r for r in found[WITH].records if "temp_balance.scale" in r.get("series", {})]
+    layers: list[str] = list(records[0]["series"]["temp_balance.scale"])
+    kinds = list(dict.fromkeys(layer.split(".", 2)[2] for layer in layers))
+    x = [record["tokens"] / 1000 for record in records]
+    end = max(r["tokens"] for r in found[WITH].records if "tokens" in r) / 1000
+    for index, layer in enumerate(layers):
+        kind = kinds.index(layer.split(".", 2)[2])
+        y = [record["series"]["temp_balance.scale"][layer] for record in records]
+        label = kinds[kind] if index >= len(layers) - len(kinds) else None
+        strength = 0.35 + 0.65 * (index + 1) / len(layers)
+        color = COLORS[kind % len(COLORS)]
+        axes.step([*x, end], [*y, y[-1]], where="post", color=color, alpha=strength, label=label)
+    axes.set_ylabel("factor")
+
+
+def draw_norm(axes: "Axes", found: Pair) -> None:
+    """Draw the norm of the selected weights and the curve that fits it best, a + b f(steps)."""
+    records = [record for record in found[WITH].records if "norm_growth.norm" in record]
+    x, y = over_tokens(found[WITH].records, "norm_growth.norm")
+    axes.plot(x, y, color=COLORS[0], linewidth=1.8, label="L2 norm, with methods")
+    fits = {law: records[-1].get(f"norm_growth.fit.{law}", 0.0) for law in LAWS}
+    best = max(fits, key=lambda law: fits[law])
+    if fits[best] > 0:
+        slope, shift = linear_regression([LAWS[best](r["step"]) for r in records], y)
+        fitted = [shift + slope * LAWS[best](r["step"]) for r in records]
+        label = f"best fit: {best}, r² {fits[best]:.3f}"
+        axes.plot(x, fitted, "--", color="#777777", linewidth=1, label=label)
+    axes.set_ylabel("L2 norm")
+
+
+def draw_consistency(axes: "Axes", found: Pair) -> None:
+    """Draw how far the two noisy views are apart."""
+    x, y = over_tokens(found[WITH].records, "consistency")
+    axes.plot(x, y, color=COLORS[0], alpha=0.25, linewidth=0.7)
+    axes.plot(x, smooth(y, len(y) // 15), color=COLORS[0], linewidth=1.6, label="running mean")
+    axes.set_ylabel("squared distance of the logits")
+    axes.set_ylim(bottom=0)
+
+
+def draw_distance(axes: "Axes", found: Pair) -> None:
+    """Draw how far the selected weights went from where they began."""
+    x, y = over_tokens(found[WITH].records, "norm_growth.distance")
+    axes.plot(x, y, color=COLORS[0], linewidth=1.6, label="with methods")
+    plain = found[WITHOUT]
+    end = [over_tokens(plain.records, "loss")[0][-1]]
+    axes.plot(end, [plain.distance], "o", color=COLORS[1], label="without, at the end")
+    axes.set_ylabel("L2 distance of all weights")
+    axes.set_ylim(bottom=0)
+
+
+def has(records: Sequence[Record], name: str) -> bool:
+    """Say whether any step measured a quantity."""
+    return any(name in record for record in records)
+
+
+PANELS = (
+    Panel("Loss", "loss", draw_losses),
+    Panel("Noise scale and batch", "gns", draw_scale),
+    Panel("Factor of the learning rate, by layer", "temp_balance.spread", draw_factors),
+    Panel("Norm of the observed weights", "norm_growth.fit", draw_norm),
+    Panel("Distance of the two noisy views", "consistency", draw_consistency),
+    Panel("Distance from the pretrained weights", "norm_growth.distance", draw_distance),
+)

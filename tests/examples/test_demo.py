@@ -1,0 +1,127 @@
+"""The demo's own functions, on runs of a few steps."""
+
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from examples import demo
+from examples.demo import EXAMPLES, WITH, WITHOUT, Trained
+from trainc.compiler.compile import read as read_spec
+from trainc.dsl.spec import Spec
+from trainc.runtime.metrics import Record, read
+from trainc.runtime.summary import Summary
+
+SHORT = {"pretrain": {"length": "12 steps"}, "finetune": {"length": "6 steps"}}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def spec_of(name: str) -> Spec:
+    spec, _ = read_spec(EXAMPLES / f"{name}.train")
+    return spec
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return the demo's folder and what it printed; it pretrained twice, over its own runs."""
+    out, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    console = Console(file=printed, width=100, highlight=False)
+    (out / "mine.txt").write_text("kept")
+    specs = tmp_path_factory.mktemp("specs")
+    for name in SHORT:
+        text = (EXAMPLES / f"{name}.train").read_text()
+        (specs / f"{name}.train").write_text(
+            re.sub("eval_batches = [0-9]+", "eval_batches = 1", text)
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "EXAMPLES", specs)
+        demo.pair("pretrain", {"length": "2 steps"}, out, console)
+        demo.demo(out, SHORT, console)
+    return out, printed.getvalue()
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_the_plain_run_is_the_spec_without_its_methods(name: str) -> None:
+    spec = spec_of(name)
+    plain = demo.without_methods(spec)
+    kinds = [clause.kind for clause in plain.clauses]
+    assert kinds == ["model", "data", "loss", "run", "optimizer"]
+    assert set(plain.clauses) < set(spec.clauses)
+    assert demo.without_methods(plain) == plain
+
+
+def test_rules_on_a_method_go_with_it() -> None:
+    spec = spec_of("pretrain")
+    assert len(spec.rules) == 2
+    assert [demo.mentioned(rule) for rule in spec.rules] == [{"gns", "batch"}, {"loss", "nan"}]
+    assert demo.without_methods(spec).rules == spec.rules[1:]
+
+
+def test_both_runs_of_a_pair_see_the_same_tokens(shown: tuple[Path, str]) -> None:
+    for name in SHORT:
+        with_methods, without = (records(shown[0] / name / what) for what in (WITH, WITHOUT))
+        assert with_methods[-1]["tokens"] == without[-1]["tokens"]
+        assert ("lr_max" in with_methods[0]) == ("lr_max" in without[0])
+
+
+def test_the_pretraining_runs_begin_with_the_same_weights(shown: tuple[Path, str]) -> None:
+    first = [records(shown[0] / "pretrain" / what)[0]["loss"] for what in (WITH, WITHOUT)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+def test_it_tells_what_each_run_did(shown: tuple[Path, str]) -> None:
+    text = shown[1]
+    for words in (
+        "evaluation loss",
+        "when gns > 2 * batch: never fired",
+        "temp_balance: alpha spread",
+        "sift: ",
+        "l2_sp: the weights ended",
+        "pace: distance of the two views",
+        "One seed each",
+    ):
+        assert words in text
+
+
+def test_it_overwrites_its_own_runs_and_nothing_else(shown: tuple[Path, str]) -> None:
+    out, _ = shown
+    assert (out / "mine.txt").read_text() == "kept"
+    assert [r["step"] for r in records(out / "pretrain" / WITH)] == list(range(1, 13))
+    assert not list(out.rglob("previous-*"))
+
+
+def test_it_draws_a_picture_of_each_pair(shown: tuple[Path, str]) -> None:
+    pytest.importorskip("matplotlib")
+    for name in SHORT:
+        assert (shown[0] / f"{name}.png").read_bytes().startswith(PNG)
+
+
+def test_the_mean_of_the_last_losses_counts_samples() -> None:
+    steps = [
+        {"step": 1, "samples": 8, "batch": 8, "loss": 9.0},
+        {"step": 2, "samples": 16, "batch": 8, "loss": 4.0, "task": 2.0},
+        {"step": 2, "eval_loss": 7.0},
+        {"step": 3, "samples": 40, "batch": 24, "loss": 1.0},
+    ]
+    assert demo.last_losses(steps, share=1.0) == pytest.approx((8 * 9 + 8 * 2 + 24 * 1) / 40)
+    assert demo.last_losses(steps, share=0.5) == 1.0
+
+
+def test_the_verdict_is_what_was_found(shown: tuple[Path, str]) -> None:
+    found: Mapping[str, Trained]
+    trained = Trained(shown[0], summary(2.5), 0.0), Trained(shown[0], summary(2.25), 0.0)
+    found = dict(zip((WITH, WITHOUT), trained, strict=True))
+    assert "0.2500 higher than without, in 1.00 times the time" in demo.verdict(found)
+    found = dict(zip((WITHOUT, WITH), trained, strict=True))
+    assert "0.2500 lower than without" in demo.verdict(found)
+
+
+def summary(eval_loss: float) -> Summary:
+    return Summary("finished", "", 1, 8, 512, 0.1, 3.0, 2.0, eval_loss, None)
+
+
+def records(folder: Path) -> list[Record]:
+    return [record for record in read(folder / "metrics.jsonl") if "loss" in record]
