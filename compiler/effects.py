@@ -20,15 +20,6 @@ def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
     """Yield a diagnostic with both lines for every pair of clauses whose effects contradict each other."""
     for i, clause in enumerate(clauses):
         for other in clauses[:i]:
-            resource = _excluded(clause, other) or _excluded(other, clause)
-            if resource:
-                yield _refusal(
-                    clause,
-                    other,
-                    f"`{clause.title}` and `{other.title}` cannot act in one program: "
-                    f"one needs `{resource}` as the model made it, the other changes it",
-                )
-                continue
             doubled = [r for r in SINGLE if r in _writes(clause) and r in _writes(other)]
             if doubled:
                 yield _refusal(
@@ -58,11 +49,6 @@ def _what(clause: BoundClause) -> str:
 
 def _writes(clause: BoundClause) -> set[str]:
     return {resource for effect in clause.construct.effects for resource in effect.writes}
-
-
-def _excluded(clause: BoundClause, other: BoundClause) -> str | None:
-    excluded = {resource for effect in clause.construct.effects for resource in effect.excludes}
-    return next(iter(sorted(excluded & _writes(other))), None)
 
 
 def step_order(clauses: Sequence[BoundClause]) -> list[tuple[BoundClause, Effect]]:

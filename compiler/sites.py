@@ -56,8 +56,11 @@ class _BoundLayerNorm(_Bound):
         if not self.reaches_operator():
             return cast(Tensor, super().forward(x))  # type: ignore[misc]
         own = cast(nn.LayerNorm, self)
-        probe = checked_probe(self.trainc, x)
-        return layer_norm(x, list(own.normalized_shape), own.weight, own.bias, probe, own.eps)
+        joined = joined_views(self.trainc, x)
+        probe = checked_probe(self.trainc, joined)
+        shape = list(own.normalized_shape)
+        y = layer_norm(joined, shape, own.weight, own.bias, probe, own.eps)
+        return parted_views(self.trainc, y, x)
 
 
 class _BoundRMSNorm(_Bound):
@@ -67,7 +70,10 @@ class _BoundRMSNorm(_Bound):
         site = cast(NormSite, self.trainc.site)
         weight = cast("Tensor | None", getattr(self, "weight", None))
         shape = list(weight.shape) if weight is not None else [x.shape[-1]]
-        return rms_norm(x, shape, weight, checked_probe(self.trainc, x), site.eps, site.casting)
+        joined = joined_views(self.trainc, x)
+        probe = checked_probe(self.trainc, joined)
+        y = rms_norm(joined, shape, weight, probe, site.eps, site.casting)
+        return parted_views(self.trainc, y, x)
 
 
 class _BoundNoise(_Bound):
@@ -93,6 +99,16 @@ class _BoundDropout(_Bound):
         half = x.shape[0] // self.trainc.views
         mask = nn.functional.dropout(torch.ones_like(x[:half]), own.p, training=True)
         return x * torch.cat([mask] * self.trainc.views)
+
+
+def joined_views(armed: Armed, x: Tensor) -> Tensor:
+    """Return x (views * B, ...) as (B, views, ...): an example's views together contribute to the gradient."""
+    return x if armed.views == 1 else x.unflatten(0, (armed.views, -1)).transpose(0, 1)
+
+
+def parted_views(armed: Armed, y: Tensor, like: Tensor) -> Tensor:
+    """Undo `joined_views`."""
+    return y if armed.views == 1 else y.transpose(0, 1).reshape(like.shape)
 
 
 def checked_probe(armed: Armed, x: Tensor) -> Tensor:
@@ -162,7 +178,7 @@ class Sites:
             if isinstance(armed.site, NormSite):
                 columns = len(armed.site.parameters)
                 armed.probe = torch.zeros(
-                    examples * armed.views, columns, dtype=dtype, device=device, requires_grad=True
+                    examples, columns, dtype=dtype, device=device, requires_grad=True
                 )
             elif armed.site.index >= 0:
                 armed.sigma, armed.key = scalars[armed.site.scalar], scalars["key"]

@@ -202,7 +202,7 @@ def _memory(binding: Binding, parts: Parts) -> Iterator[tuple[str, int]]:
     batch = binding.units.samples_per_step
     if parts.rewrite.norms and batch:
         columns = sum(len(site.parameters) for site in parts.rewrite.norms)
-        yield "probes", int(batch) * parts.rewrite.views * columns * 4
+        yield "probes", int(batch) * columns * 4
 
 
 def settings_row(binding: Binding) -> Row:

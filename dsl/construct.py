@@ -36,21 +36,17 @@ __all__ = [
 
 
 class Effect(Record):
-    """One action of a construct: its phase of the step, and what it reads and writes.
-
-    `excludes` names what must stay as the model made it for the action to mean anything.
-    """
+    """One action of a construct: its phase of the step, and what it reads and writes."""
 
     phase: str
     action: str
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    excludes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
             raise ValueError(f"`{self.phase}` is not a phase; phases are {', '.join(PHASES)}")
-        for resource in (*self.reads, *self.writes, *self.excludes):
+        for resource in (*self.reads, *self.writes):
             if resource not in RESOURCES and not resource.startswith("signal:"):
                 raise ValueError(f"`{resource}` is not a resource of the step")
 

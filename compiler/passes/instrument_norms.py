@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from trainc.compiler.passes.fuse_norms import locate
 from trainc.compiler.passes.spellings import strip
 from trainc.compiler.rewrite import NormSite, Rewrite
 
+aten = torch.ops.aten
 # Where the probe stands among each operator's arguments.
 PROBE: dict[Any, int] = {
     torch.ops.trainc.layer_norm.default: 4,
@@ -48,11 +50,29 @@ class InstrumentNorms(Pass):
                 shapes = _enlarged_shapes(forward, rewrite) if shapes is None else shapes
             self.check(forward, site, x, (shapes or {}).get(site.module))
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            zeros = torch.zeros(forward.rows, len(site.parameters), dtype=dtype, device=x.device)
-            probe = forward.probe(site.module, zeros)
-            node.update_arg(PROBE[node.target], probe)
+            columns = len(site.parameters)
+            zeros = torch.zeros(forward.examples, columns, dtype=dtype, device=x.device)
+            if forward.views > 1:
+                self.join_views(forward, node, x)
+            node.update_arg(PROBE[node.target], forward.probe(site.module, zeros))
             served.append(site.module)
         return served
+
+    def join_views(self, forward: ForwardGraph, node: fx.Node, x: Tensor) -> None:
+        """Let the norm see an example's views as parts of it: their contributions add up before they are squared."""
+        (result,) = [n for n in node.users if n.target is operator.getitem and n.args[1] == 0]
+        split = [forward.views, forward.examples, *x.shape[1:]]
+        with forward.graph.inserting_before(node):
+            apart = forward.call(aten.reshape.default, (node.args[0], split), node)
+            joined = forward.call(aten.transpose.int, (apart, 0, 1), node)
+        node.update_arg(0, joined)
+        with torch.no_grad(), forward.mode:
+            result.meta["val"] = result.meta["val"].reshape(split).transpose(0, 1)
+        with forward.graph.inserting_after(result):
+            apart = forward.call(aten.transpose.int, (result, 0, 1), result)
+        with forward.graph.inserting_after(apart):
+            whole = forward.call(aten.reshape.default, (apart, list(x.shape)), result)
+        result.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not apart)
 
     def check(
         self, forward: ForwardGraph, site: NormSite, x: Tensor, enlarged: torch.Size | None

@@ -53,7 +53,7 @@ class Gns(Construct):
         "error": "standard error of the noise scale, in samples",
     }
     effects: ClassVar = (
-        Effect("backward", "measure per-example gradients", ("loss",), ("probe",), ("views",)),
+        Effect("backward", "measure per-example gradients", ("loss",), ("probe",)),
         Effect(
             "reduce",
             "estimate the noise scale",

@@ -19,7 +19,7 @@ from trainc.compiler.lowering import Lowering, Parts, Setting
 from trainc.compiler.sites import bind
 from trainc.dsl.construct import Duration, Problem
 from trainc.runtime.clock import Clock, RunLength, Units
-from trainc.runtime.noise_scale import Averages
+from trainc.runtime.noise_scale import Averages, noise_scale_from_contributions
 from trainc.runtime.step import Contribution, Signals, Step, StepMachine
 
 CASES = json.loads((Path(__file__).parents[2] / "reference/noise_scale.json").read_text())["cases"]
@@ -447,8 +447,33 @@ def test_smoothing_is_a_positive_stretch_of_training(smooth: Duration) -> None:
         Gns(smooth=smooth)
 
 
-def test_pairs_are_refused() -> None:
-    assert any("views" in effect.excludes for effect in Gns.effects)
+PAIRED = """loss cross_entropy optimizer sgd { lr = 0 } run { length = 9 steps, seed = 4 }
+noise_scale gns on type(LayerNorm)
+regularize pace on type(Linear) { sigma = 0.4, weight = 0.7 }"""
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_the_two_views_of_an_example_are_one_contribution(executor: Any) -> None:
+    x, y = tokens()
+    whole = trainc.compile(PAIRED, Tiny(nn.LayerNorm), executor=executor)
+    whole.step((x, y))
+    single = trainc.compile(PAIRED, Tiny(nn.LayerNorm), executor=executor)
+    single.step([(x[b : b + 1], y[b : b + 1]) for b in range(len(x))])
+    for name in ("gns.signal", "gns.noise"):
+        assert whole.signals[name] == pytest.approx(single.signals[name], rel=1e-9)
+    model = Tiny(nn.LayerNorm)
+    program = trainc.compile(PAIRED, model, executor="module")
+    parameters = [model.get_parameter(f"{m}.{p}") for m in NORMS for p in ("weight", "bias")]
+    shares = []
+    for b in range(len(x)):
+        loss = program.loss((x[b : b + 1], y[b : b + 1]), 1 / len(x))
+        gradients = torch.autograd.grad(loss, parameters)
+        shares.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    s1 = math.fsum(float(share.square().sum()) for share in shares)
+    s_big = float(torch.stack(shares).sum(0).square().sum())
+    signal, noise = noise_scale_from_contributions(s1, s_big, 1 / len(x))
+    assert whole.signals["gns.signal"] == pytest.approx(signal, rel=1e-8)
+    assert whole.signals["gns.noise"] == pytest.approx(noise, rel=1e-8)
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
