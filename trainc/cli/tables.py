@@ -9,6 +9,7 @@ from rich.table import Table
 from trainc.compiler.plan import Plan
 
 SHORT = 40
+MOVING = 4
 WIDE = 132
 Row = dict[str, Any]
 
@@ -119,8 +120,10 @@ def _joined(resources: Sequence[str]) -> str:
 def _schedules(console: Console, plan: Plan, full: bool) -> None:
     if not plan.schedules:
         return
-    names = list(plan.schedules[0]["values"])
-    shown = names if full else names[:4]
+    every = list(plan.schedules[0]["values"])
+    moving = [n for n in every if len({row["values"][n] for row in plan.schedules}) > 1]
+    names = every if full else moving
+    shown = names if full else names[:MOVING]
     units = [
         u for u in ("steps", "samples", "tokens", "epochs") if plan.schedules[-1][u] is not None
     ]

@@ -70,6 +70,10 @@ class NormGrowth(Construct):
         description="report the distance from the weights as first found, at one more copy",
     )
 
+    def acts(self, effect: Effect) -> bool:
+        """Say whether this clause performs an effect: it keeps the start only when asked to."""
+        return effect.phase != "rates" or self.from_start
+
     def reference(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
         """Return the four measures of a selection by definition, in float64."""
         import torch
