@@ -18,9 +18,11 @@ _SEARCHED: list[Path] = []
 class ImportProblem(Exception):
     """A callable could not be imported or called; `rule` is the diagnostic's, the message is for the user."""
 
-    def __init__(self, rule: str, message: str, help: str | None = None) -> None:
+    def __init__(
+        self, rule: str, message: str, help: str | None = None, field: str = "path"
+    ) -> None:
         super().__init__(message)
-        self.rule, self.help = rule, help
+        self.rule, self.help, self.field = rule, help, field
 
 
 @contextmanager
@@ -60,28 +62,42 @@ def load(path: ImportPath) -> Any:
 
 def call(path: ImportPath, arguments: dict[str, Any], rule: str) -> Any:
     """Return what the callable gives; raises ImportProblem with `wrong-argument`, or `rule` when the call fails."""
-    import inspect
-
     target = load(path)
     if not callable(target):
         raise ImportProblem("wrong-argument", f"`{path}` is not callable")
-    try:
-        inspect.signature(target).bind(**arguments)
-    except TypeError as error:
-        known = [n for n in inspect.signature(target).parameters if n not in ("args", "kwargs")]
-        raise ImportProblem(
-            "wrong-argument",
-            f"`{path.attribute}` cannot be called like this: {error}",
-            f"it takes {', '.join(known)}",
-        ) from error
-    except ValueError:
-        pass  # no signature to be had: the call itself will tell
+    _check_arguments(path, target, arguments)
     try:
         return target(**arguments)
     except Exception as error:
         raise ImportProblem(
             rule, f"`{path.attribute}` fails: {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_arguments(path: ImportPath, target: Any, arguments: dict[str, Any]) -> None:
+    """Raise ImportProblem, at the field, for arguments that the callable's signature does not take."""
+    import inspect
+
+    try:
+        signature = inspect.signature(target)
+    except ValueError:
+        return  # no signature to be had: the call itself will tell
+    named = [
+        n
+        for n, p in signature.parameters.items()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    takes = f"it takes {', '.join(named)}" if named else "it takes no arguments"
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        for name in arguments:
+            if name not in named:
+                message = f"`{path.attribute}` takes no argument `{name}`"
+                raise ImportProblem("wrong-argument", message, _nearest(name, named) or takes, name)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        message = f"`{path.attribute}` cannot be called like this: {error}"
+        raise ImportProblem("wrong-argument", message, takes) from error
 
 
 def _make_reachable(module: str) -> None:

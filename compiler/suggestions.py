@@ -27,19 +27,21 @@ def _for_part(part: Selector, inventory: Inventory, target: Target) -> str | Non
     if near is None:
         return None
     count = len(select(Glob(near), inventory, target))
-    return f'did you mean `"{near}"` ({count} {target})?'
+    what = target if count != 1 else target.removesuffix("s")
+    return f'did you mean `"{near}"` ({count} {what})?'
 
 
 def _nearest_glob(pattern: str, names: Sequence[Sequence[str]]) -> str | None:
-    """Return `pattern` with each segment that misses replaced by the nearest one at its place; None after a `**`."""
-    fixed = []
-    for i, segment in enumerate(pattern.split(".")):
+    """Return `pattern` with each segment before a `**` that misses replaced by the nearest one at its place."""
+    segments, fixed = pattern.split("."), []
+    for i, segment in enumerate(segments):
         if segment == "**":
-            return None
+            fixed += segments[i:]
+            break
         here = {name[i] for name in names if len(name) > i}
         known = segment in here or any(c in segment for c in "*?")
         near = segment if known else nearest(segment, here)
         if near is None:
             return None
         fixed.append(near)
-    return ".".join(fixed)
+    return ".".join(fixed) if fixed != segments else None

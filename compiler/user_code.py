@@ -108,7 +108,9 @@ def facts(spec: Spec) -> Facts:
             return Facts()
         said = describe(**named.construct.arguments)
     except ImportProblem as problem:
-        raise SpecError([_at(named.clause, problem.rule, str(problem), problem.help)]) from problem
+        raise SpecError(
+            [_at(named.clause, problem.rule, str(problem), problem.help, problem.field)]
+        ) from problem
     except TypeError as error:
         raise SpecError(
             [_at(named.clause, "wrong-argument", f"the data cannot be described: {error}")]
@@ -120,9 +122,14 @@ def _called(named: _Named, rule: str) -> Any:
     try:
         return call(named.construct.path, dict(named.construct.arguments), rule)
     except ImportProblem as problem:
-        raise SpecError([_at(named.clause, problem.rule, str(problem), problem.help)]) from problem
+        raise SpecError(
+            [_at(named.clause, problem.rule, str(problem), problem.help, problem.field)]
+        ) from problem
 
 
-def _at(clause: Clause, rule: str, message: str, help: str | None = None) -> Diagnostic:
-    labels = (Label(clause.span),) if clause.span else ()
+def _at(
+    clause: Clause, rule: str, message: str, help: str | None = None, field: str = "path"
+) -> Diagnostic:
+    span = clause.part_span(field)
+    labels = (Label(span),) if span else ()
     return Diagnostic(rule, message, labels, help=help)

@@ -60,9 +60,8 @@ class ClauseResolver:
             return None
         names = {"from": "start", "until": "stop"}
         given = {names.get(word, word): value for word, value in parts.items()}
-        return Clause(
-            construct, **given, origin=Origin(tree.span, fields.origin, {**spans, "head": head})
-        )
+        spans |= {"head": head} if tree.path is None else {"head": head, "path": tree.path.span}
+        return Clause(construct, **given, origin=Origin(tree.span, fields.origin, spans))
 
     def _construct(self, tree: ast.ClauseTree) -> type[Construct] | None:
         kind, name = tree.kind.id, construct_name(tree, self.catalog)

@@ -27,10 +27,18 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 # Groups drawn at once: the generator's temporaries should stay in a core's cache.
-CHUNK = 1 << 16
+CHUNK = 1 << 14
 MAX_VIEWS = 256
 MAX_TOKENS = 1 << 24
 MAX_SITES = 1 << 32
+
+# A round leaves its words in swapped order, so its constants and keys swap from round to round.
+_ORDER = [(slice(None), slice(None, None, -1))[number % 2] for number in range(ROUNDS)]
+_CONSTANTS = torch.tensor([MULTIPLIERS[order] for order in _ORDER])
+_SHIFTS = torch.tensor([(32, 0)[order] for order in _ORDER])
+_BUMPS = torch.tensor([[n * w for w in WEYL[::-1][order]] for n, order in enumerate(_ORDER)])
+# As tensors, which save an operation the wrapping of a number: a draw is mostly overhead.
+_HALF, _LOW, _TOP = (torch.tensor(value) for value in (32, MASK, MASK ^ 0xFF))
 
 Key = Tensor | tuple[int, int]
 
@@ -48,47 +56,50 @@ def philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words, in int64, for broadcastable int64 counters and a packed or paired key."""
     even, odd = _rounds(key, c0, c1, c2, c3)
+    odd = odd.bitwise_and_(MASK)
     return even[0], odd[0], even[1], odd[1]
 
 
 def _rounds(key: Key, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor]:
     """The words (w0, w2) and (w1, w3), each pair stacked on a new first dim.
 
-    Both halves of a round are computed at once: multiplied words beside added words. A round leaves
-    its words in swapped order, so constants and keys swap from round to round.
+    The second pair's upper halves are whatever the last product left there. Both halves of a round
+    are computed at once: multiplied words beside added words.
     """
-    if isinstance(key, tuple):
-        key = pack_key(*key, device=c0.device)
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
-    words, added = torch.stack((c0, c2)), torch.stack((c3, c1))
-    column = [2] + [1] * c0.dim()
-
-    def table(rows: list[tuple[int, ...]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=words.device)
-
-    swapped = [(0, 32)[:: 1 if index % 2 else -1] for index in range(ROUNDS)]
-    bumps = [tuple(index * w for w in WEYL)[:: 1 if index % 2 else -1] for index in range(ROUNDS)]
-    keys = ((key >> table(swapped)) + table(bumps)).bitwise_and_(MASK).view([ROUNDS, *column])
-    constants = table([MULTIPLIERS, MULTIPLIERS[::-1]]).view([2, *column]).unbind()
-    for index, lane in enumerate(keys.unbind()):
+    device = c0.device
+    key = pack_key(*key, device=device) if isinstance(key, tuple) else key
+    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    column = [1] * len(shape)
+    keys = (key >> _SHIFTS.to(device)).add_(_BUMPS.to(device)).view(ROUNDS, 2, *column).unbind()
+    constants = _CONSTANTS.to(device).view(ROUNDS, 2, *column).unbind()
+    words, *products = torch.empty((3, 2, *shape), dtype=torch.int64, device=device).unbind()
+    upper, lower = words.unbind()
+    upper.copy_(c0)
+    lower.copy_(c2)
+    halves = [product.unbind() for product in products]
+    added: tuple[Tensor, ...] = (c1, c3)
+    for number in range(ROUNDS):
+        product = products[number % 2]
         # int64 wraps, so the product's 64 bits are the unsigned product's; only words that will be
         # multiplied need their upper halves cleared.
-        product = words * constants[index % 2]
-        words = (product >> 32).bitwise_xor_(added).bitwise_xor_(lane).bitwise_and_(MASK)
-        added = product.flip(0)
-    return words, product.bitwise_and_(MASK)
+        torch.mul(words, constants[number], out=product)
+        torch.bitwise_right_shift(product, _HALF, out=words)
+        upper.bitwise_xor_(added[1])
+        lower.bitwise_xor_(added[0])
+        words.bitwise_xor_(keys[number]).bitwise_and_(_LOW)
+        added = halves[number % 2]
+    return words, product
 
 
-def uniform(word: Tensor) -> Tensor:
-    """A word's top 24 bits as float32 in [0, 1)."""
-    return (word >> 8).to(torch.float32).mul_(2.0**-24)
-
-
-def normal_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 standard normals from two words by Box-Muller."""
-    radius = uniform(first).add_(2.0**-24).log_().mul_(-2.0).sqrt_()
-    angle = uniform(second).mul_(2.0 * math.pi)
-    return torch.cos(angle).mul_(radius), angle.sin_().mul_(radius)
+def normal_pair(
+    first: Tensor, second: Tensor, cosine: Tensor | None = None, sine: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Two float32 standard normals from the low halves of two words, by Box-Muller."""
+    # u = (w >> 8) / 2^24 without the shift: a power of two scales floats exactly.
+    radius = first.bitwise_and(_TOP).to(torch.float32).mul_(2.0**-32).add_(2.0**-24)
+    radius.log_().mul_(-2.0).sqrt_()
+    angle = second.bitwise_and(_TOP).to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
+    return torch.mul(angle.cos(), radius, out=cosine), torch.mul(angle.sin_(), radius, out=sine)
 
 
 def normal(
@@ -110,19 +121,22 @@ def normal(
     if device is None:
         device = key.device if isinstance(key, Tensor) else "cpu"
     groups, lines = (channels + 3) // 4, 1 if tokens is None else tokens
-    noise = torch.empty((views * examples * lines, groups, 2, 2), device=device)
-    group = torch.arange(groups, dtype=torch.int64, device=device)
-    place = torch.full((), site, dtype=torch.int64, device=device)
+
+    def count(extent: int) -> Tensor:
+        return torch.arange(extent, device=device)
+
+    rows = (views, examples, lines)
+    example = (count(examples) + first_example).view(1, -1, 1).expand(rows).reshape(-1, 1)
+    token = count(lines) * MAX_VIEWS
+    where = (count(views).view(-1, 1, 1) + token).expand(rows).reshape(-1, 1)
+    group, place = count(groups), torch.full((), site, dtype=torch.int64, device=device)
+    noise = torch.empty((example.shape[0], groups, 2, 2), device=device)
+    lanes = noise.permute(3, 2, 0, 1)
     key = key if isinstance(key, tuple) else key.to(device)
     step = max(1, CHUNK // max(groups, 1))
     for start in range(0, noise.shape[0], step):
-        part = noise[start : start + step]
-        row = torch.arange(start, start + part.shape[0], dtype=torch.int64, device=device)
-        token, example, view = row % lines, row // lines % examples, row // (lines * examples)
-        example = (example + first_example).bitwise_and_(MASK)
-        where = (view + token * MAX_VIEWS).unsqueeze(1)
-        pairs = _rounds(key, group, example.unsqueeze(1), where, place)
-        for lane, normals in enumerate(normal_pair(*pairs)):
-            part[..., lane] = normals.movedim(0, -1)
+        part = slice(start, start + step)
+        pairs = _rounds(key, group, example[part], where[part], place)
+        normal_pair(*pairs, *lanes[:, :, part])
     shape = (views, examples, channels) if tokens is None else (views, examples, tokens, channels)
     return noise.flatten(1)[:, :channels].reshape(shape)

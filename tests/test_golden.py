@@ -1,6 +1,7 @@
-"""Every `train` block in tests/golden/*.md is checked against the `diagnostics` block after it.
+"""Every `train` block in tests/golden/**/*.md is checked against the `diagnostics` block after it.
 
-A block's first line may carry settings: ```train --set width=3. `pytest --update-golden` rewrites.
+Those in golden/bound are also planned on the model they name. A block's first line may carry
+settings: ```train --set width=3. `pytest --update-golden` rewrites.
 """
 
 import re
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import trainc
 from trainc.compiler.catalog import catalog
+from trainc.dsl.diagnostics import Diagnostic
 from trainc.dsl.render import render_text
 from trainc.dsl.resolve import load
 from trainc.dsl.source import Source
+from trainc.dsl.spec import Spec
 
 CASE = re.compile(
     r"^## (?P<title>[^\n]+)$(?:(?!^## ).)*?"
@@ -21,9 +25,17 @@ CASE = re.compile(
 )
 CASES = [
     pytest.param(path, match["title"], id=f"{path.stem}: {match['title']}")
-    for path in sorted(Path(__file__).parent.glob("golden/*.md"))
+    for path in sorted(Path(__file__).parent.glob("golden/**/*.md"))
     for match in CASE.finditer(path.read_text())
 ]
+
+
+def planned(spec: Spec) -> tuple[Diagnostic, ...]:
+    """Return what planning has to say: its errors, or else the plan's warnings."""
+    try:
+        return trainc.plan(spec).warnings
+    except trainc.SpecError as error:
+        return error.diagnostics
 
 
 @pytest.mark.parametrize(("path", "title"), CASES)
@@ -32,7 +44,10 @@ def test_golden(path: Path, title: str, request: pytest.FixtureRequest) -> None:
     case = next(m for m in CASE.finditer(text) if m["title"] == title)
     settings = re.findall(r"--set (\S+)", case["settings"])
     checked = load(Source("spec.train", case["spec"]), catalog(), settings)
-    got = render_text(checked.diagnostics).rstrip("\n")
+    found = checked.diagnostics
+    if path.parent.name == "bound" and checked.spec is not None:
+        found = planned(checked.spec)
+    got = render_text(found).rstrip("\n")
     got = got + "\n" if got else ""
     if request.config.getoption("--update-golden"):
         path.write_text(text[: case.start("expected")] + got + text[case.end("expected") :])

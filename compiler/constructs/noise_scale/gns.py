@@ -86,10 +86,11 @@ class Gns(Construct):
             if (objection := _objection(module, bound)) is not None:
                 refusals.setdefault(objection, []).append(module.name)
         for (rule, message, help_), names in refusals.items():
-            yield Problem(rule, f"{_listed(names)} {message}", help=help_)
+            more = (f"so with {len(names) - 1} more of the selected modules",) if names[1:] else ()
+            yield Problem(rule, f"`{names[0]}` {message}", notes=more, help=help_)
         mixing = [m.name for m in bound.inventory.modules if "_BatchNorm" in m.types]
         if mixing and not refusals:
-            message = f"{_listed(mixing)} {_MIXES}, so what is measured elsewhere is biased"
+            message = f"`{mixing[0]}` {_MIXES}, so what is measured elsewhere is biased"
             yield Problem("norm-mixes-examples", message, severity="warning")
 
     def lower(self, to: Lowering) -> None:
@@ -233,11 +234,6 @@ def _objection(module: ModuleEntry, bound: Targets) -> tuple[str, str, str | Non
     shared = any(bound.inventory.parameter[name].aliases for name in module.parameters)
     message = "shares its weight: a sum's square is no sum of squares"
     return ("wrong-target-kind", message, None) if shared else None
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"`{names[0]}`{more}"
 
 
 def norm_site(name: str, module: nn.Module) -> NormSite:
