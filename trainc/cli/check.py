@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,6 +44,8 @@ def quick(arguments: Sequence[str]) -> int | None:
     """
     if not arguments or any(a.startswith("-") and a != "-" for a in arguments):
         return None
+    # pydantic would read the metadata of every installed package to find plugins for its schemas.
+    environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     return check_specs(arguments)
 
 
@@ -61,8 +64,6 @@ def _render(found: Sequence[Diagnostic], form: Form) -> str:
 
 
 def _wants_colour() -> bool:
-    from os import environ
-
     return sys.stdout.isatty() and not environ.get("NO_COLOR")
 
 
