@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Executor = Literal["auto", "graph", "module"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Portion:
     """A micro-batch's place in its step: its part of the counted targets, of the examples, and where it begins."""
 
@@ -35,12 +35,12 @@ class Portion:
 
 @dataclass(slots=True)
 class Micro:
-    """What a micro-batch leaves for the update: weights (examples,), loss and its terms, statistics.
+    """What a micro-batch leaves for the update: weights (examples,) where it is measured, loss and its terms.
 
     `probes` hold the statistics once `backward()` has run, `squares` where a graph has computed them already.
     """
 
-    weights: Tensor
+    weights: Tensor | None
     loss: Tensor
     terms: dict[str, Tensor]
     probes: dict[str, Tensor] = field(default_factory=dict)
@@ -67,6 +67,7 @@ class Execution:
         self.executor, self.without = executor, without
         self.parameters = dict(model.named_parameters())
         self.sites: Sites = bind(model, parts.rewrite)
+        self._plain = not (parts.rewrite or parts.penalties or executor == "graph")
         self.refused: str | None = None
         self._covered = not parts.rewrite
         self._graphs: dict[Any, StepGraph] = {}
@@ -266,8 +267,9 @@ class Execution:
     def _micro(
         self, targets: Tensor, share: float, loss: Tensor, terms: dict[str, Tensor]
     ) -> Micro:
-        measured = bool(self.parts.rewrite.norms)
-        weights = self.task.weights(targets) * share if measured else targets.new_empty(0)
+        weights = self.task.weights(targets) * share if self.parts.rewrite.norms else None
+        if share == 1.0:
+            return Micro(weights, loss.detach(), terms)
         return Micro(weights, loss.detach() * share, {n: t * share for n, t in terms.items()})
 
     def _scalars(self, portion: Portion, device: torch.device) -> dict[str, Tensor]:
@@ -276,11 +278,10 @@ class Execution:
         The distance of two views is a mean over examples, the task one over counted targets: where the two parts of
         the step differ, the distance's weight makes up for it.
         """
-        parts, dtype = self.parts, self._dtype()
-        if not (
-            parts.rewrite or parts.penalties or portion.share != 1.0 or self.executor == "graph"
-        ):
+        parts = self.parts
+        if self._plain and portion.share == 1.0:
             return {}
+        dtype = self._dtype()
         scalars = {
             n: torch.tensor(at(self.clock), dtype=dtype, device=device)
             for n, at in parts.scalars.items()
@@ -297,6 +298,7 @@ class Execution:
         return scalars
 
     def _dtype(self) -> torch.dtype:
+        """Return the dtype of scheduled numbers and statistics: that of float64 models, else float32."""
         wide = any(p.dtype == torch.float64 for p in self.parameters.values())
         return torch.float64 if wide else torch.float32
 

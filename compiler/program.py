@@ -226,7 +226,7 @@ class Program:
             step.loss += float(micro.loss)
             for name, value in micro.terms.items():
                 step.metrics[name] = step.metrics.get(name, 0.0) + float(value)
-            if self._parts.rewrite.norms:
+            if micro.weights is not None:
                 step.contributions.append(
                     Contribution(micro.weights, self.execution.squares(micro))
                 )

@@ -159,14 +159,12 @@ class Sites:
     """The bound sites of one model: armed before a forward pass, read after the backward pass."""
 
     def __init__(self, model: nn.Module, rewrite: Rewrite) -> None:
-        self.model = model
         self.rewrite = rewrite
+        self._bound: list[_Bound] = [m for m in model.modules() if isinstance(m, _Bound)]
 
-    def bound(self) -> Iterator[_Bound]:
-        """Yield the bound layers of the model as it is now, wrapped or copied."""
-        for module in self.model.modules():
-            if isinstance(module, _Bound):
-                yield module
+    def bound(self) -> list[_Bound]:
+        """Return the bound layers; wrappers of the model hold the same objects."""
+        return self._bound
 
     def arm(
         self, examples: int, scalars: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
@@ -210,9 +208,10 @@ class Sites:
 
     def unbind(self) -> None:
         """Give every layer its own class back."""
-        for module in list(self.bound()):
+        for module in self._bound:
             module.__class__ = module.unbound  # type: ignore[assignment]
             del module.trainc
+        self._bound = []
 
     @contextmanager
     def counted(self) -> Iterator[dict[str, int]]:

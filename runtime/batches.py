@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
-
-Batch = tuple[Any, "Tensor"]
+Batch = tuple[Any, Tensor]
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Tensor:
@@ -24,8 +25,6 @@ def call(model: Callable[..., Any], inputs: Any) -> Tensor:
 
 def logits(output: Any) -> Tensor:
     """Return the logits of what a model gave: a tensor, an object with `.logits`, or a tuple that begins with them."""
-    import torch
-
     if isinstance(output, torch.Tensor):
         return output
     found = getattr(output, "logits", None)
@@ -41,8 +40,6 @@ def logits(output: Any) -> Tensor:
 
 def repeated(inputs: Any, views: int) -> Any:
     """Return the inputs with every example `views` times, view after view along the first axis."""
-    import torch
-
     if views == 1:
         return inputs
     if isinstance(inputs, torch.Tensor):
@@ -56,8 +53,6 @@ def repeated(inputs: Any, views: int) -> Any:
 
 def check(batch: Any) -> Batch:
     """Return a batch as (inputs, targets); raises TypeError when it is not one."""
-    import torch
-
     if not (
         isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], torch.Tensor)
     ):
@@ -77,8 +72,6 @@ def split(batch: Batch, size: int) -> list[Batch]:
 
 
 def _rows(inputs: Any, start: int, stop: int) -> Any:
-    import torch
-
     if isinstance(inputs, torch.Tensor):
         return inputs[start:stop]
     if isinstance(inputs, Mapping):

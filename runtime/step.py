@@ -69,6 +69,10 @@ class StepMachine:
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise ValueError(f"two actions share a name: {', '.join(sorted(repeated))}")
+        # Chosen once: a step of a small model is short, and this is on its way.
+        self._rules = [a for a in self.actions if a.phase == Phase.BATCH]
+        self._before = [a for a in self.actions if Phase.BATCH < a.phase < Phase.FORWARD]
+        self._after = [a for a in self.actions if a.phase > Phase.BACKWARD]
         self.clock = clock
         self.parameters = parameters
         self.signals = Signals() if signals is None else signals
@@ -83,16 +87,18 @@ class StepMachine:
                 self.clock, self.parameters, self.signals, self.batch_size, self.micro_size
             )
             self._tell_sizes(self.batch_size)
-            self._run(self.current, Phase.BATCH, Phase.BATCH)
-            self.batch_size = self.current.batch_size
-            self._tell_sizes(self.batch_size)
-            self._run(self.current, Phase.RATES, Phase.PERTURB)
+            self._run(self.current, self._rules)
+            if self.current.batch_size != self.batch_size:
+                self.batch_size = self.current.batch_size
+                self._tell_sizes(self.batch_size)
+            self._run(self.current, self._before)
         return self.current
 
     def _tell_sizes(self, batch: int) -> None:
         """Let expressions read the step's number and sizes beside what was measured."""
-        sizes = {"batch": batch, "micro_batch": self.micro_size, "step": self.clock.steps}
-        self.signals.update({name: float(value) for name, value in sizes.items()})
+        signals = self.signals
+        signals["batch"], signals["micro_batch"] = float(batch), float(self.micro_size)
+        signals["step"] = float(self.clock.steps)
 
     def finish(self) -> Step:
         """Run what follows the backward pass, advance the clock and close the step."""
@@ -101,7 +107,7 @@ class StepMachine:
             raise RuntimeError(
                 "nothing to update: call `program.loss(batch)` and its `backward()` first"
             )
-        self._run(step, Phase.UNDO, Phase.OBSERVE)
+        self._run(step, self._after)
         self.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
         self.signals["loss"] = step.loss
         self.current = None
@@ -134,9 +140,7 @@ class StepMachine:
         for action in self.actions:
             action.load_state_dict(state["actions"].get(action.name, {}))
 
-    def _run(self, step: Step, first: Phase, last: Phase) -> None:
-        for action in self.actions:
-            if first <= action.phase <= last and (
-                action.gate is None or action.gate.fires(self.clock)
-            ):
+    def _run(self, step: Step, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if action.gate is None or action.gate.fires(self.clock):
                 action.run(step)

@@ -29,9 +29,11 @@ class CrossEntropyTask:
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         from torch.nn.functional import cross_entropy
 
+        if logits.dim() != 2:
+            logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         return cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
-            targets.reshape(-1),
+            logits,
+            targets,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
         )
