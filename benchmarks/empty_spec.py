@@ -47,10 +47,11 @@ class ByHand:
     def step(self, batch: Batch) -> float:
         """Train on one batch."""
         inputs, targets = batch
-        self.optimizer.zero_grad()
         loss = cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
         self.optimizer.step()
+        # Last, as the program does: gradients that stay would crowd the other's turn.
+        self.optimizer.zero_grad()
         return loss.item()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.bound import BoundClause
 from trainc.compiler.effects import step_order
-from trainc.compiler.lowering import Lowering, Parts, Setting
+from trainc.compiler.lowering import Lowering, OptimizerPart, Parts, Setting
 from trainc.compiler.timing import UNBOUNDED
 from trainc.dsl.construct import PHASES
 from trainc.dsl.diagnostics import CompilerBug, Diagnostic, Label, SpecError
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 ASSIGNABLE = ("batch",)
 
 
-def assemble(clauses: Sequence[BoundClause], setting: Setting) -> Parts:
-    """Lower the clauses onto the model; raises SpecError for what only lowering can find."""
+def assemble(clauses: Sequence[BoundClause], setting: Setting, *, to_run: bool = True) -> Parts:
+    """Lower the clauses onto the model; raises SpecError for what only lowering can find.
+
+    Not `to_run`, the parts are for reading: optimizers are examined but not built.
+    """
     parts = Parts()
     found: list[Diagnostic] = []
     by_label: dict[str, list[Action]] = {}
@@ -40,12 +43,14 @@ def assemble(clauses: Sequence[BoundClause], setting: Setting) -> Parts:
     if found:
         raise SpecError(found)
     for part in parts.optimizers:
-        by_label[part.clause.label] = _optimizer_actions(part, parts, setting)
+        by_label[part.clause.label] = _optimizer_actions(part, parts, setting, to_run)
     parts.actions = _ordered(active, by_label)
     return parts
 
 
-def _optimizer_actions(part: Any, parts: Parts, setting: Setting) -> list[Action]:
+def _optimizer_actions(
+    part: OptimizerPart, parts: Parts, setting: Setting, to_run: bool
+) -> list[Action]:
     """Build the slots of one optimizer clause and the actions that move them."""
     from trainc.compiler.imports import ImportProblem
 
@@ -62,8 +67,11 @@ def _optimizer_actions(part: Any, parts: Parts, setting: Setting) -> list[Action
         for name in names
     ]
     label, clip = part.clause.label, part.construct.clip
+    optimizer = OptimizerStep(label, slots, part.construct.make)
     try:
-        optimizer = OptimizerStep(label, slots, part.construct.make)
+        part.construct.examine()
+        if to_run:
+            _ = optimizer.torch
     except (ImportProblem, TypeError, ValueError) as error:
         labels = (Label(part.clause.span),) if part.clause.span else ()
         rule, help_ = getattr(error, "rule", "wrong-argument"), getattr(error, "help", None)

@@ -67,15 +67,17 @@ def plan(
     """
     import torch
 
+    from trainc.compiler.weightless import Weightless
+
     checked, path = read(spec, overrides)
     with searching(path):
         if model is None:
-            with torch.device("meta"):
+            with torch.device("meta"), Weightless():
                 model = build_model(checked)
         else:
             model = _on_meta(model)
         binding = bind(checked, take(model), facts(checked))
-        return make_plan(binding, _assemble(binding, model, _first_signals(binding)))
+        return make_plan(binding, _assemble(binding, model, _first_signals(binding), to_run=False))
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -122,9 +124,11 @@ def _first_signals(binding: Binding) -> Signals:
     return Signals(batch=float(data.construct.batch.amount) if data else math.nan, step=0.0)
 
 
-def _assemble(binding: Binding, model: nn.Module, signals: Signals) -> Parts:
+def _assemble(
+    binding: Binding, model: nn.Module, signals: Signals, *, to_run: bool = True
+) -> Parts:
     setting = Setting(model, binding.inventory, binding.units, binding.length, signals)
-    parts = assemble(binding.clauses, setting)
+    parts = assemble(binding.clauses, setting, to_run=to_run)
     units = dict(SIGNAL_UNITS) | {
         c.label: "samples" for c in binding.clauses if c.kind == "noise_scale"
     }

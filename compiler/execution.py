@@ -67,6 +67,7 @@ class Execution:
         self.executor, self.without = executor, without
         self.parameters = dict(model.named_parameters())
         self.sites: Sites = bind(model, parts.rewrite)
+        self._rewrites, self._views = bool(parts.rewrite), parts.rewrite.views
         self._plain = not (parts.rewrite or parts.penalties or executor == "graph")
         self.refused: str | None = None
         self._covered = not parts.rewrite
@@ -79,7 +80,7 @@ class Execution:
     def run_modules(self, batch: Batch, portion: Portion) -> tuple[Tensor, Micro]:
         """Return what is to be differentiated, and what the micro-batch leaves once it was."""
         scalars = self._scalars(portion, batch[1].device)
-        if self.parts.rewrite:
+        if self._rewrites:
             self._arm(batch[1], scalars)
         if self._covered or not self.module.training:
             total, loss, terms = self._forward(batch, portion.share, scalars)
@@ -98,7 +99,7 @@ class Execution:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return what is differentiated, the loss before `share`, and the loss terms by name."""
         inputs, targets = batch
-        logits = batches.call(self.forward, batches.repeated(inputs, self.parts.rewrite.views))
+        logits = batches.call(self.forward, batches.repeated(inputs, self._views))
         loss, terms = self._task_loss(logits, targets, scalars)
         total = loss if share == 1.0 else loss * scalars["share"]
         for label, penalty in self.parts.penalties.items():
@@ -131,9 +132,7 @@ class Execution:
         """Say whether the next micro-batch runs as a graph."""
         if self.executor == "module" or self.refused is not None or not self.module.training:
             return False
-        return self.executor == "graph" or (
-            bool(self.parts.rewrite) and self.forward is self.module
-        )
+        return self.executor == "graph" or (self._rewrites and self.forward is self.module)
 
     @property
     def graph(self) -> StepGraph:
@@ -261,6 +260,27 @@ class Execution:
             self.sites.disarm()
         squares = dict(zip(probes, found[len(named) :], strict=True))
         return total.detach(), dict(zip(named, found, strict=False)), self._by_parameter(squares)
+
+    def contributions(self, batch: Batch) -> dict[str, Tensor]:
+        """Return per-example squared norms by brute force: one backward pass per example, module by module.
+
+        Each example has the noise it has in the whole batch; loss terms over parameters contribute to no example.
+        """
+        names = [name for site in self.parts.rewrite.norms for name in site.parameters if name]
+        weights = self.task.weights(batch[1])
+        found = {name: weights.new_zeros(len(weights)) for name in names}
+        for i, one in enumerate(batches.split(batch, 1)):
+            scalars = self._scalars(Portion(first=i), batch[1].device)
+            self._arm(one[1], scalars)
+            try:
+                inputs = batches.repeated(one[0], self._views)
+                loss, _ = self._task_loss(batches.call(self.forward, inputs), one[1], scalars)
+                gradients = torch.autograd.grad(loss, [self.parameters[name] for name in names])
+            finally:
+                self.sites.disarm()
+            for name, gradient in zip(names, gradients, strict=True):
+                found[name][i] = (gradient * weights[i]).square().sum()
+        return found
 
     # inside
 

@@ -126,10 +126,8 @@ class Program:
         1 without accumulation; those of a step sum to 1.
         """
         step = self.begin()
-        batch = batches.check(batch)
-        total, micro = self.execution.run_modules(batch, self._portion(step, share, part))
-        self._remember(step, batch, micro)
-        return total
+        portion = Portion(share, share if part is None else part, step.samples)
+        return self._run_modules(step, batches.check(batch), portion)
 
     def update(self) -> dict[str, float]:
         """Apply what `backward()` left: gradient steps, optimizer, observers. Return the step's metrics.
@@ -152,16 +150,16 @@ class Program:
 
     def step(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:
         """Run one optimizer step on a batch, or on a list of micro-batches of one, and return its metrics."""
-        self.begin()
+        step = self.begin()
         if isinstance(batch, list):
             micros = [batches.check(one) for one in batch]
         else:
             micros = batches.split(batches.check(batch), self.micro_size)
-        for micro, share, part in self._shares(micros):
+        for micro, portion in self._portions(step, micros):
             if self.execution.wants_graph:
-                self._graph_loss(micro, share, part)
+                self._run_graph(step, micro, portion)
             else:
-                self.loss(micro, share, part).backward()
+                self._run_modules(step, micro, portion).backward()
         return self.update()
 
     @torch.no_grad()
@@ -183,38 +181,41 @@ class Program:
         return Report(self._last.series, tuple(self._last.notes), self._last.save, self._last.stop)
 
     def _graph_loss(self, batch: Batch, share: float = 1.0, part: float | None = None) -> Tensor:
-        """Run forward and backward of one micro-batch as a graph and return the loss."""
+        """Run forward and backward of one micro-batch as a graph and return the loss: calling `graph`."""
         step = self.begin()
-        batch = batches.check(batch)
-        refused = self.graph_refused
-        total, micro = self.execution.run_graph(batch, self._portion(step, share, part))
-        if self.graph_refused != refused:
-            step.notes.append(f"no graph, the bound modules run instead: {self.graph_refused}")
-        self._remember(step, batch, micro)
+        portion = Portion(share, share if part is None else part, step.samples)
+        return self._run_graph(step, batches.check(batch), portion)
+
+    def _run_modules(self, step: Step, batch: Batch, portion: Portion) -> Tensor:
+        total, micro = self.execution.run_modules(batch, portion)
+        self._count(step, batch[1])
+        self._micros.append(micro)
         return total
 
-    def _shares(self, micros: list[Batch]) -> Iterator[tuple[Batch, float, float]]:
+    def _run_graph(self, step: Step, batch: Batch, portion: Portion) -> Tensor:
+        refused = self.graph_refused
+        total, micro = self.execution.run_graph(batch, portion)
+        if self.graph_refused != refused:
+            step.notes.append(f"no graph, the bound modules run instead: {self.graph_refused}")
+        self._count(step, batch[1])
+        self._micros.append(micro)
+        return total
+
+    def _portions(self, step: Step, micros: list[Batch]) -> Iterator[tuple[Batch, Portion]]:
         """Yield each micro-batch with its part of the step's targets and of its examples.
 
         One in which no target counts has no mean; its examples are counted and it is passed over.
         """
         if len(micros) == 1:
-            yield micros[0], 1.0, 1.0
+            yield micros[0], Portion()
             return
         counts = [self.task.count(targets) for _, targets in micros]
         examples = [targets.shape[0] for _, targets in micros]
         for micro, count, number in zip(micros, counts, examples, strict=True):
             if count:
-                yield micro, count / sum(counts), number / sum(examples)
+                yield micro, Portion(count / sum(counts), number / sum(examples), step.samples)
             else:
-                self._count(self.begin(), micro[1])
-
-    def _portion(self, step: Step, share: float, part: float | None) -> Portion:
-        return Portion(share, share if part is None else part, step.samples)
-
-    def _remember(self, step: Step, batch: Batch, micro: Micro) -> None:
-        self._count(step, batch[1])
-        self._micros.append(micro)
+                self._count(step, micro[1])
 
     def _count(self, step: Step, targets: Tensor) -> None:
         step.samples += targets.shape[0]

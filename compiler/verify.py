@@ -93,18 +93,11 @@ def _against_examples(program: Program, batch: Batch, allowed: float) -> Iterato
     _, _, squares = program.execution.trial(batch, "graph")
     if not squares:
         return
-    weights = program.task.weights(batch[1])
-    names = list(squares)
-    parameters = [program.module.get_parameter(name) for name in names]
-    want = {name: torch.zeros_like(value) for name, value in squares.items()}
-    with program.sites.plain():
-        for i, (one_input, one_target) in enumerate(batches.split(batch, 1)):
-            loss = program.task(batches.call(program.module, one_input), one_target) * weights[i]
-            for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
-                want[name][i] = gradient.square().sum()
+    with _buffers_kept(program):
+        want = program.execution.contributions(batch)
     yield Comparison(
         "per-example norms, one pass per example",
-        f"{len(names)} parameters",
+        f"{len(squares)} parameters",
         _worst(squares, want),
         allowed,
     )

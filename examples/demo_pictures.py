@@ -50,7 +50,8 @@ def draw(pairs: Mapping[str, Pair], out: Path) -> list[Path]:
                 axes.set_title(panel.title)
                 axes.set_xlabel("thousand tokens")
                 axes.margins(x=0.01)
-                axes.legend()
+                if axes.get_legend() is None:
+                    axes.legend()
             files.append(out / f"{name}.png")
             figure.savefig(files[-1], format="png", facecolor="white")
     return files
@@ -120,7 +121,10 @@ def draw_factors(axes: "Axes", found: Pair) -> None:
         strength = 0.35 + 0.65 * (index + 1) / len(layers)
         color = COLORS[kind % len(COLORS)]
         axes.step([*x, end], [*y, y[-1]], where="post", color=color, alpha=strength, label=label)
-    axes.set_ylabel("factor")
+    # Room for the legend above the lines.
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.12)
+    axes.legend(loc="upper center", ncols=len(kinds))
+    axes.set_ylabel("factor (pale: near the input)")
 
 
 def draw_norm(axes: "Axes", found: Pair) -> None:
@@ -155,7 +159,8 @@ def draw_distance(axes: "Axes", found: Pair) -> None:
     end = [over_tokens(plain.records, "loss")[0][-1]]
     axes.plot(end, [plain.distance], "o", color=COLORS[1], label="without, at the end")
     axes.set_ylabel("L2 distance of all weights")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(*y, plain.distance))
+    axes.legend(loc="lower right")
 
 
 def has(records: Sequence[Record], name: str) -> bool:

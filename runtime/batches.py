@@ -16,6 +16,8 @@ Batch = tuple[Any, Tensor]
 
 def call(model: Callable[..., Any], inputs: Any) -> Tensor:
     """Return the logits for a tensor, a tuple (positional) or a dict (keyword) of inputs."""
+    if isinstance(inputs, torch.Tensor):
+        return logits(model(inputs))
     if isinstance(inputs, Mapping):
         return logits(model(**inputs))
     if isinstance(inputs, tuple | list):

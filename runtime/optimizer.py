@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from trainc.runtime.action import Action, Phase, State
@@ -69,7 +70,8 @@ def group(slots: Iterable[Slot]) -> list[Group]:
 class OptimizerStep(Action):
     """Phase 9: `step()` of a torch optimizer over the slots, then free the gradients.
 
-    `make(groups, lr)` builds the torch optimizer from parameter-group dicts.
+    `make(groups)` builds the torch optimizer from parameter-group dicts, on first use: a plan needs none, and
+    building one loads much of torch.
     """
 
     phase = Phase.OPTIMIZER
@@ -85,7 +87,12 @@ class OptimizerStep(Action):
         self.name = name
         self.slots = tuple(slots)
         self.groups = group(slots)
-        self.torch = make(
+        self._make = make
+
+    @cached_property
+    def torch(self) -> torch.optim.Optimizer:
+        """The torch optimizer; its groups are in the order of `groups`."""
+        return self._make(
             [
                 {"params": [s.tensor for s in g.slots], "weight_decay": g.weight_decay}
                 for g in self.groups

@@ -128,7 +128,7 @@ def list_panels(runs: list[RunRecords]) -> list[Panel]:
 
 
 def _is_scale(name: str) -> bool:
-    return name == "gns" or name.startswith("gns.") or name.endswith(".gns")
+    return name == "gns" or name.endswith("_gns")
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
@@ -205,9 +205,8 @@ def _scales(axes: Axes, runs: list[RunRecords], scales: list[str]) -> None:
             if steps:
                 above = [value if value > 0 else math.nan for value in values]
                 line: Any = lines[index % len(lines)]
-                axes.plot(
-                    steps, above, line, color=run.color, linewidth=1.3, label=f"{prefix}{name}"
-                )
+                label = f"{prefix}{name}"
+                axes.plot(steps, above, linestyle=line, color=run.color, linewidth=1.3, label=label)
         steps, batches = run.series("batch")
         axes.step(
             steps,

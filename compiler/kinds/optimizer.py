@@ -63,6 +63,9 @@ class Optimizer(Construct):
         """Say whether this clause performs an effect: it clips only when asked to."""
         return effect != CLIPPING or self.clip is not None
 
+    def examine(self) -> None:
+        """Raise ImportProblem when the torch optimizer cannot be built; called before it is."""
+
     @abstractmethod
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Build the torch optimizer over parameter-group dicts that carry `params` and `weight_decay`."""

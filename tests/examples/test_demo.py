@@ -1,8 +1,8 @@
 """The demo's own functions, on runs of a few steps."""
 
 import io
+import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -110,17 +110,20 @@ def test_the_mean_of_the_last_losses_counts_samples() -> None:
     assert demo.last_losses(steps, share=0.5) == 1.0
 
 
-def test_the_verdict_is_what_was_found(shown: tuple[Path, str]) -> None:
-    found: Mapping[str, Trained]
-    trained = Trained(shown[0], summary(2.5), 0.0), Trained(shown[0], summary(2.25), 0.0)
-    found = dict(zip((WITH, WITHOUT), trained, strict=True))
-    assert "0.2500 higher than without, in 1.00 times the time" in demo.verdict(found)
-    found = dict(zip((WITHOUT, WITH), trained, strict=True))
-    assert "0.2500 lower than without" in demo.verdict(found)
+def test_the_verdict_is_what_was_found(tmp_path: Path) -> None:
+    ours = ended(tmp_path / WITH, [2.75, 2.5], seconds=3.0)
+    plain = ended(tmp_path / WITHOUT, [2.25, 2.625], seconds=2.0)
+    told = demo.verdict({WITH: ours, WITHOUT: plain})
+    assert "0.1250 lower than without at the end and 0.2500 higher at its lowest" in told
+    assert "1.50 times the time" in told
 
 
-def summary(eval_loss: float) -> Summary:
-    return Summary("finished", "", 1, 8, 512, 0.1, 3.0, 2.0, eval_loss, None)
+def ended(folder: Path, eval_losses: list[float], seconds: float) -> Trained:
+    folder.mkdir()
+    lines = [json.dumps({"step": i, "eval_loss": loss}) for i, loss in enumerate(eval_losses)]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    summary = Summary("finished", "", 1, 8, 512, 0.1, seconds, 2.0, eval_losses[-1], None)
+    return Trained(folder, summary, 0.0)
 
 
 def records(folder: Path) -> list[Record]:

@@ -29,23 +29,30 @@ class Torch(Optimizer):
         default_factory=dict, description="keyword arguments of the class"
     )
 
-    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def examine(self) -> None:
+        """Raise ImportProblem when there is no such optimizer class, or it does not take these arguments."""
+        import inspect
+
         import torch
 
         from trainc.compiler.imports import ImportProblem, load
 
-        built = load(self.path)
-        if not (isinstance(built, type) and issubclass(built, torch.optim.Optimizer)):
-            raise ImportProblem(
-                "wrong-argument", f"`{self.path}` is not a torch.optim.Optimizer class"
-            )
-        plain = [{k: v for k, v in g.items() if k != "weight_decay" or v} for g in groups]
+        found = load(self.path)
+        if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+            message = f"`{self.path}` is not a torch.optim.Optimizer class"
+            raise ImportProblem("wrong-argument", message)
         try:
-            return built(plain, lr=1.0, **self.arguments)  # type: ignore[call-arg]
+            inspect.signature(found).bind([], lr=1.0, **self.arguments)
         except TypeError as error:
-            raise ImportProblem(
-                "wrong-argument", f"`{self.path}` does not take these arguments: {error}"
-            ) from error
+            message = f"`{self.path}` does not take these arguments: {error}"
+            raise ImportProblem("wrong-argument", message) from error
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        from trainc.compiler.imports import load
+
+        plain = [{k: v for k, v in g.items() if k != "weight_decay" or v} for g in groups]
+        built: torch.optim.Optimizer = load(self.path)(plain, lr=1.0, **self.arguments)
+        return built
 
     def reference(self) -> None:
         """Return nothing: the class named is its own definition."""

@@ -1,0 +1,145 @@
+"""The verbs that look at a program: plan, compile, verify and report, as a person types them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainc.cli.app import main
+
+SPEC = """
+train 1
+let length = 6 steps
+model "examples.models:gpt" { layers = 2, width = 32, heads = 2, context = 16 }
+data "examples.data:stdlib" { batch = 4 samples, context = 16, limit_bytes = 30_000 }
+loss cross_entropy
+run { length = length, seed = 5, eval = 3 steps, eval_batches = 2 }
+optimizer adamw { lr = 3e-3 * (warmup(10%) then cosine()) }
+noise_scale gns on type(LayerNorm) { smooth = 5 steps }
+regularize pace on "blocks.*.mlp.**" & type(Linear) { sigma = 0.2, weight = 0.1 }
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "small.train"
+    path.write_text(SPEC)
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run the command line in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["trainc", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return int(left.value.code or 0)
+
+
+def test_plan_prints_tables(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", spec) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "blocks.*.ln1.weight",
+        "instrument_norms",
+        "no CUDA device",
+        "adamw lr",
+        "probes",
+    ):
+        assert words in out
+
+
+def test_plan_as_json_has_the_hash_of_its_content(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainc.compiler.plan import Plan
+
+    assert call(monkeypatch, "plan", spec, "--format", "json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert Plan.from_json(data).hash == data["hash"]
+    data["settings"]["micro"] = 99
+    with pytest.raises(ValueError, match="changed by hand"):
+        Plan.from_json(data)
+
+
+def test_plan_shows_what_a_pass_did(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", spec, "--diff", "insert_consistency") == 0
+    out = capsys.readouterr().out
+    assert (
+        "+multiplicative_noise" in out.replace(" ", "")[: len(out)]
+        or "trainc.multiplicative_noise" in out
+    )
+    assert "trainc.task_consistency_loss" in out
+    assert call(monkeypatch, "plan", spec, "--diff", "insert_consistancy") == 1
+    assert "did you mean `insert_consistency`" in capsys.readouterr().err
+
+
+def test_compile_writes_a_program_that_loads(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import trainc
+    from examples.models import gpt
+
+    assert call(monkeypatch, "compile", spec, "-o", tmp_path / "saved") == 0
+    assert "instrument_norms: 5 sites" in capsys.readouterr().out
+    program = trainc.load(tmp_path / "saved", gpt(layers=2, width=32, heads=2, context=16))
+    assert program.graph.installed
+
+
+def test_compile_without_a_pass_says_what_it_left(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("compile", spec, "-o", tmp_path / "saved", "--without", "instrument_norms")
+    assert call(monkeypatch, *words) == 0
+    assert "left as it was: blocks.0.ln1" in capsys.readouterr().out
+    assert call(monkeypatch, *words[:-1], "nonsense") == 1
+    assert "there is no pass `nonsense`" in capsys.readouterr().err
+
+
+def test_verify_compares_three_ways(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "verify", spec, "--double") == 0
+    out = capsys.readouterr().out
+    assert "strength zero" in out
+    assert "DIFFERS" not in out
+
+
+def test_report_tells_and_draws(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run, length in zip(runs, ("6 steps", "4 steps"), strict=True):
+        assert (
+            call(monkeypatch, "run", spec, "-o", run, "--plain", "--set", f"length={length}") == 0
+        )
+    capsys.readouterr()
+    picture = tmp_path / "picture.png"
+    assert call(monkeypatch, "report", *runs, "--plot", picture) == 0
+    out = capsys.readouterr().out
+    assert "gns" in out
+    assert "finished" in out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_spec_with_a_typo_is_a_message_not_a_traceback(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec.write_text(SPEC.replace("sigma", "sgima"))
+    for words in (
+        ("plan",),
+        ("verify",),
+        ("run", "-o", tmp_path / "run"),
+        ("compile", "-o", tmp_path / "c"),
+    ):
+        verb, *rest = words
+        assert call(monkeypatch, verb, spec, *rest) == 1
+        error = capsys.readouterr().err
+        assert "did you mean `sigma`" in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
