@@ -153,7 +153,7 @@ def make_plan(binding: Binding, parts: Parts) -> Plan:
     from trainc.compiler import tables
 
     model, data = binding.one("model"), binding.one("data")
-    road = "graph" if parts.rewrite else "the user's module"
+    road = "graph; bound module where no graph can hold the model"
     return Plan(
         spec=binding.spec.to_json(),
         fingerprint=binding.spec.fingerprint,

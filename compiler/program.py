@@ -231,6 +231,7 @@ class Program:
                 step.contributions.append(
                     Contribution(micro.weights, self.execution.squares(micro))
                 )
+        self._terms.setdefault("loss", step.loss)
         for name in self._micros[0].terms:
             self._terms.setdefault(name, step.metrics[name])
         if step.contributions and self.forward is not self.module and world_size() > 1:
@@ -283,18 +284,36 @@ class Program:
     def summary(self) -> list[str]:
         """Return what each line of the spec did, as found."""
         lines = [line for action in self._machine.actions if (line := action.summary()) is not None]
-        pairing = self._parts.rewrite.pairing
-        if pairing is not None and "consistency" in self._terms and self._last is not None:
-            first, last = self._terms["consistency"], self._last.metrics["consistency"]
-            sites = len(self._parts.rewrite.noises)
-            distance = f"distance of the two views {first:.4g} -> {last:.4g}"
-            lines.append(f"{pairing.label}: {distance}, noise at {sites} layers")
+        lines[:0] = [*self._loss_lines(), *self._factor_lines()]
         if self.graph_refused is not None:
             lines.append(f"no graph, the bound modules ran instead: {self.graph_refused}")
         dropped = [clause for clause in self.plan.clauses if clause["dropped"]]
         return lines + [
             f"{c['kind']} {c['construct']}: not in the program, {c['dropped']}" for c in dropped
         ]
+
+    def _loss_lines(self) -> Iterator[str]:
+        """Yield what the loss and its terms were at first and at last."""
+        last, first = self._last, self._terms
+        if last is None or "loss" not in first:
+            return
+        yield f"loss: {first['loss']:.4g} -> {last.loss:.4g} in {self.clock.steps} steps"
+        pairing = self._parts.rewrite.pairing
+        if pairing is not None:
+            sites = len(self._parts.rewrite.noises)
+            apart = f"{first['consistency']:.4g} -> {last.metrics['consistency']:.4g}"
+            yield f"{pairing.label}: distance of the two views {apart}, noise at {sites} layers"
+
+    def _factor_lines(self) -> Iterator[str]:
+        """Yield the factors of rate policies that never change and so have no action to tell of them."""
+        told = {action.name for action in self._parts.actions}
+        factors: dict[str, list[float]] = {}
+        for scales in self._parts.scales.values():
+            for scale in scales:
+                if scale.policy not in told:
+                    factors.setdefault(scale.policy, []).append(scale.factor)
+        for policy, found in factors.items():
+            yield f"{policy}: factors {min(found):.3g} to {max(found):.3g} on {len(found)} parameters"
 
     def unbind(self) -> None:
         """Give the user's layers their own classes back; the program cannot train afterwards."""
