@@ -3,8 +3,10 @@
 from trainc.kernels.add_norm import add_layer_norm
 from trainc.kernels.add_rms_norm import add_rms_norm
 from trainc.kernels.embedding import embedding
+from trainc.kernels.ghost_batch_norm import ghost_batch_norm
 from trainc.kernels.layer_norm import layer_norm
 from trainc.kernels.linear import linear
+from trainc.kernels.masked_update import masked_update_
 from trainc.kernels.multi_norm import multi_norm
 from trainc.kernels.multiplicative_noise import multiplicative_noise, noisy_add
 from trainc.kernels.rms_norm import rms_norm
@@ -16,8 +18,10 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "embedding",
+    "ghost_batch_norm",
     "layer_norm",
     "linear",
+    "masked_update_",
     "multi_norm",
     "multiplicative_noise",
     "noise_scale",

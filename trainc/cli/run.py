@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")
         ] = False,
         overwrite: Annotated[
-            bool, typer.Option("--overwrite", help="Discard a run that is there.")
+            bool, typer.Option("--overwrite", help="Move a run that is there aside.")
         ] = False,
         accept: Annotated[
             bool,
