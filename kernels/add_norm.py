@@ -1,20 +1,19 @@
-"""Residual add and norm in one operator each: the sum, and the sum normalised.
+"""Residual add and LayerNorm in one operator: the sum, and the sum normalised.
 
 Contract. `x` and `residual` are floating tensors of one shape (B, ..., *normalized_shape); their
 sum has the promoted dtype and is rounded to it before it is normalised, so results are those of
-`layer_norm(x + residual, ..)` and `rms_norm(x + residual, ..)`, on CPU bit for bit, with the same
-`probe` (see those modules). Both results are differentiable and x and residual receive the same
-gradient: what reached the sum plus what came through the norm.
+`layer_norm(x + residual, ..)`, on CPU bit for bit, with the same `probe` (see that module). Both
+results are differentiable, and x and residual receive the same gradient: what reached the sum plus
+what came through the norm. Under CUDA's autocast both keep the sum's dtype.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainc.kernels import layer_norm, rms_norm
-from trainc.kernels.support import absent, accumulation_dtype, on_demand, require, statistic_shape
+from trainc.kernels import layer_norm
+from trainc.kernels.support import absent, check_norm, on_demand, require, statistic_shape
 
 
 def add_layer_norm(
@@ -27,26 +26,12 @@ def add_layer_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """(x + residual, LayerNorm of that), each in the shape of x."""
+    if probe is None and x.device.type == "cpu":  # nothing to gain from an operator there
+        check_pair(x, residual)
+        summed = x + residual
+        return summed, layer_norm.layer_norm(summed, normalized_shape, weight, bias, None, eps)
     total, y, _, _ = torch.ops.trainc.add_layer_norm(
         x, residual, list(normalized_shape), weight, bias, probe, eps
-    )
-    return total, y
-
-
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    probe: Tensor | None = None,
-    eps: float | None = None,
-    casting: str = "none",
-) -> tuple[Tensor, Tensor]:
-    """(x + residual, RMSNorm of that), each in the shape of x; eps and casting as rms_norm."""
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    eps = rms_norm.default_eps(dtype) if eps is None else eps
-    total, y, _ = torch.ops.trainc.add_rms_norm(
-        x, residual, list(normalized_shape), weight, probe, eps, casting
     )
     return total, y
 
@@ -71,7 +56,7 @@ def imagined_total(x: Tensor, residual: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-def eager_layer_forward(
+def eager_forward(
     x: Tensor,
     residual: Tensor,
     normalized_shape: Sequence[int],
@@ -81,16 +66,16 @@ def eager_layer_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_pair(x, residual)
-    total = torch.add(x, residual).contiguous()
+    total = (x + residual).contiguous()
     return total, *layer_norm.eager_forward(total, normalized_shape, weight, bias, probe, eps)
 
 
-_layer = torch.library.custom_op(
-    "trainc::add_layer_norm", eager_layer_forward, mutates_args=(), device_types="cpu"
+_forward = torch.library.custom_op(
+    "trainc::add_layer_norm", eager_forward, mutates_args=(), device_types="cpu"
 )
 
 
-@_layer.register_fake
+@_forward.register_fake
 def _(
     x: Tensor,
     residual: Tensor,
@@ -101,13 +86,13 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = imagined_total(x, residual)
-    layer_norm.check_norm(total, normalized_shape, weight, bias, probe, layer_norm.COLUMNS)
+    check_norm(total, normalized_shape, weight, bias, probe, layer_norm.COLUMNS)
     dtype = layer_norm.statistic_dtype(total, weight, bias, probe)
     mean = x.new_empty(statistic_shape(x, normalized_shape), dtype=dtype)
     return total, torch.empty_like(total), mean, torch.empty_like(mean)
 
 
-def eager_layer_backward(
+def eager_backward(
     dtotal: Tensor | None,
     dy: Tensor,
     total: Tensor,
@@ -132,8 +117,8 @@ def eager_layer_backward(
     return dx, dweight, dbias, norms
 
 
-_layer_backward = torch.library.custom_op(
-    "trainc::add_layer_norm_backward", eager_layer_backward, mutates_args=(), device_types="cpu"
+_backward = torch.library.custom_op(
+    "trainc::add_layer_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
 )
 
 
@@ -147,7 +132,7 @@ def imagined_gradients(
     ]
 
 
-@_layer_backward.register_fake
+@_backward.register_fake
 def _(
     dtotal: Tensor | None,
     dy: Tensor,
@@ -166,86 +151,41 @@ def _(
     return dx, dweight, dbias, norms
 
 
-def eager_rms_forward(
-    x: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    probe: Tensor | None,
-    eps: float,
-    casting: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_pair(x, residual)
-    total = torch.add(x, residual).contiguous()
-    return total, *rms_norm.eager_forward(total, normalized_shape, weight, probe, eps, casting)
-
-
-_rms = torch.library.custom_op(
-    "trainc::add_rms_norm", eager_rms_forward, mutates_args=(), device_types="cpu"
-)
-
-
-@_rms.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    probe: Tensor | None,
-    eps: float,
-    casting: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = imagined_total(x, residual)
-    rms_norm.check(total, normalized_shape, weight, probe, casting)
-    y = total.new_empty(total.shape, dtype=rms_norm.result_dtype(total, weight, casting))
-    dtype = accumulation_dtype(total.dtype)
-    return total, y, x.new_empty(statistic_shape(x, normalized_shape), dtype=dtype)
-
-
-def eager_rms_backward(
-    dtotal: Tensor | None,
-    dy: Tensor,
-    total: Tensor,
-    normalized_shape: Sequence[int],
-    rstd: Tensor,
-    weight: Tensor | None,
-    casting: str,
-    output_mask: Sequence[bool],
-    with_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum's gradient, dweight and norms; results not asked for have no elements."""
-    dx, dweight, norms = rms_norm.eager_backward(
-        dy, total, normalized_shape, rstd, weight, casting, output_mask, with_norms
-    )
-    if output_mask[0] and dtotal is not None:
-        dx = dx.add_(dtotal)
-    return dx, dweight, norms
-
-
-_rms_backward = torch.library.custom_op(
-    "trainc::add_rms_norm_backward", eager_rms_backward, mutates_args=(), device_types="cpu"
-)
-
-
-@_rms_backward.register_fake
-def _(
-    dtotal: Tensor | None,
-    dy: Tensor,
-    total: Tensor,
-    normalized_shape: Sequence[int],
-    rstd: Tensor,
-    weight: Tensor | None,
-    casting: str,
-    output_mask: Sequence[bool],
-    with_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight = imagined_gradients((total, weight), output_mask, total)
-    columns = rms_norm.COLUMNS
-    norms = rstd.new_empty((total.shape[0], columns)) if with_norms else absent(rstd)
-    return dx, dweight, norms
-
-
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, residual, normalized_shape, *affine, probe, _ = inputs[:7]
-    total, _, *statistics = output
-    del x, residual, normalized_shape, affine, probe, total, statistics
+    x, residual, normalized_shape, weight, bias, probe, _ = inputs
+    total, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, mean, rstd, weight, bias)
+    ctx.normalized_shape, ctx.probed = list(normalized_shape), probe is not None
+    ctx.dtypes = (x.dtype, residual.dtype)
+
+
+def to_summands(
+    gradient: Tensor | None, wanted: Sequence[bool], dtypes: Sequence[torch.dtype]
+) -> list[Tensor | None]:
+    """The sum's gradient for x and for residual, where wanted."""
+    return [
+        gradient.to(dtype) if wants and gradient is not None else None
+        for wants, dtype in zip(wanted[:2], dtypes, strict=True)
+    ]
+
+
+def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
+    wants = ctx.needs_input_grad
+    if dy is None:
+        return *to_summands(dtotal, wants, ctx.dtypes), *(None,) * 5
+    total, mean, rstd, weight, bias = ctx.saved_tensors
+    mask = [any(wants[:2]), weight is not None and wants[3], bias is not None and wants[4]]
+    dx, dweight, dbias, norms = torch.ops.trainc.add_layer_norm_backward(
+        dtotal, dy, total, ctx.normalized_shape, mean, rstd, weight, bias, mask, ctx.probed
+    )
+    return (
+        *to_summands(dx, wants, ctx.dtypes), None, dweight if mask[1] else None,
+        dbias if mask[2] else None, norms if wants[5] else None, None,
+    )  # fmt: skip
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_kernel("cuda")(on_demand("triton_add_norm_launch", "layer_forward"))
+_backward.register_kernel("cuda")(on_demand("triton_add_norm_launch", "layer_backward"))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trainc.kernels.support import (
     REDUCED,
@@ -39,6 +40,12 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """LayerNorm of x over its last dims, same shape and dtype; see the module for `probe`."""
+    if probe is None:  # ATen's arithmetic, without an operator's dispatch
+        try:
+            return functional.layer_norm(x, list(normalized_shape), weight, bias, eps)
+        except RuntimeError:
+            check_norm(x, normalized_shape, weight, bias, None, COLUMNS)  # says it by name
+            raise
     y: Tensor = torch.ops.trainc.layer_norm(x, list(normalized_shape), weight, bias, probe, eps)[0]
     return y
 
@@ -75,7 +82,7 @@ def reference(
     }
 
 
-def _statistic_dtype(
+def statistic_dtype(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None
 ) -> torch.dtype:
     """ATen's dtype for statistics: on CPU x's own unless a parameter is wider; a probe widens."""
@@ -128,7 +135,7 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_norm(x, normalized_shape, weight, bias, probe, COLUMNS)
-    dtype = _statistic_dtype(x, weight, bias, probe)
+    dtype = statistic_dtype(x, weight, bias, probe)
     mean = x.new_empty(statistic_shape(x, normalized_shape), dtype=dtype)
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainc.kernels.support import accumulation_dtype, require
+from trainc.kernels.support import accumulation_dtype, on_demand, require
 
 COLUMNS = 4
 BLOCK = 1 << 15
@@ -43,7 +43,8 @@ def reference(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None)
     return torch.stack(rows) if rows else torch.zeros(0, COLUMNS, dtype=torch.float64)
 
 
-def _check(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+def check(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+    """Reject deltas that do not match the tensors."""
     require(
         not deltas
         or (
@@ -70,9 +71,8 @@ def _squares(blocks: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(blocks)).double().square_()
 
 
-@torch.library.custom_op("trainc::multi_norm", mutates_args=())
-def _sums(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-    _check(tensors, deltas)
+def eager(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+    check(tensors, deltas)
     blocks, owners = _blocks(tensors)
     result = torch.zeros((len(tensors), COLUMNS), dtype=torch.float64, device=owners.device)
     result[:, 0].index_add_(0, owners, _squares(blocks))
@@ -94,7 +94,15 @@ def _sums(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     return result
 
 
-@_sums.register_fake
+_operator = torch.library.custom_op(
+    "trainc::multi_norm", eager, mutates_args=(), device_types="cpu"
+)
+
+
+@_operator.register_fake
 def _(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-    _check(tensors, deltas)
+    check(tensors, deltas)
     return tensors[0].new_empty((len(tensors), COLUMNS), dtype=torch.float64)
+
+
+_operator.register_kernel("cuda")(on_demand("triton_multi_norm", "multi_norm"))

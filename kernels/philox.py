@@ -27,17 +27,18 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 # Groups drawn at once: the generator's temporaries should stay in a core's cache.
-CHUNK = 1 << 14
+CHUNK = 1 << 16
 MAX_VIEWS = 256
 MAX_TOKENS = 1 << 24
 MAX_SITES = 1 << 32
 
 # A round leaves its words in swapped order, so its constants and keys swap from round to round.
-_ORDER = [(slice(None), slice(None, None, -1))[number % 2] for number in range(ROUNDS)]
-_CONSTANTS = torch.tensor([MULTIPLIERS[order] for order in _ORDER])
-_SHIFTS = torch.tensor([(32, 0)[order] for order in _ORDER])
-_BUMPS = torch.tensor([[n * w for w in WEYL[::-1][order]] for n, order in enumerate(_ORDER)])
-# As tensors, which save an operation the wrapping of a number: a draw is mostly overhead.
+# All are tensors, which saves an operation the wrapping of a number: a small draw is overhead.
+_STEPS = [-1 if number % 2 else 1 for number in range(ROUNDS)]
+_CONSTANTS = torch.tensor([MULTIPLIERS[::step] for step in _STEPS]).unsqueeze(2)
+_SHIFTS = torch.tensor([(32, 0)[::step] for step in _STEPS]).unsqueeze(2)
+_BUMPS = torch.tensor([[n * w for w in WEYL[::-step]] for n, step in enumerate(_STEPS)])
+_BUMPS = _BUMPS.unsqueeze(2)
 _HALF, _LOW, _TOP = (torch.tensor(value) for value in (32, MASK, MASK ^ 0xFF))
 
 Key = Tensor | tuple[int, int]
@@ -68,27 +69,28 @@ def _rounds(key: Key, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[T
     """
     device = c0.device
     key = pack_key(*key, device=device) if isinstance(key, tuple) else key
-    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
-    column = [1] * len(shape)
-    keys = (key >> _SHIFTS.to(device)).add_(_BUMPS.to(device)).view(ROUNDS, 2, *column).unbind()
-    constants = _CONSTANTS.to(device).view(ROUNDS, 2, *column).unbind()
-    words, *products = torch.empty((3, 2, *shape), dtype=torch.int64, device=device).unbind()
-    upper, lower = words.unbind()
+    shape = torch.broadcast_tensors(c0, c1, c2, c3)[0].shape
+    keys = (key >> _SHIFTS.to(device)).add_(_BUMPS.to(device)).unbind()
+    constants = _CONSTANTS.to(device)[:2].unbind()
+    words, *products = (
+        torch.empty((2, math.prod(shape)), dtype=torch.int64, device=device) for _ in range(3)
+    )
+    upper, lower = words.view(2, *shape).unbind()
     upper.copy_(c0)
     lower.copy_(c2)
-    halves = [product.unbind() for product in products]
+    halves = [product.view(2, *shape).unbind() for product in products]
     added: tuple[Tensor, ...] = (c1, c3)
-    for number in range(ROUNDS):
+    for number, lane in enumerate(keys):
         product = products[number % 2]
         # int64 wraps, so the product's 64 bits are the unsigned product's; only words that will be
         # multiplied need their upper halves cleared.
-        torch.mul(words, constants[number], out=product)
+        torch.mul(words, constants[number % 2], out=product)
         torch.bitwise_right_shift(product, _HALF, out=words)
         upper.bitwise_xor_(added[1])
         lower.bitwise_xor_(added[0])
-        words.bitwise_xor_(keys[number]).bitwise_and_(_LOW)
+        words.bitwise_xor_(lane).bitwise_and_(_LOW)
         added = halves[number % 2]
-    return words, product
+    return words.view(2, *shape), product.view(2, *shape)
 
 
 def normal_pair(
@@ -122,14 +124,14 @@ def normal(
         device = key.device if isinstance(key, Tensor) else "cpu"
     groups, lines = (channels + 3) // 4, 1 if tokens is None else tokens
 
-    def count(extent: int) -> Tensor:
-        return torch.arange(extent, device=device)
-
-    rows = (views, examples, lines)
-    example = (count(examples) + first_example).view(1, -1, 1).expand(rows).reshape(-1, 1)
-    token = count(lines) * MAX_VIEWS
-    where = (count(views).view(-1, 1, 1) + token).expand(rows).reshape(-1, 1)
-    group, place = count(groups), torch.full((), site, dtype=torch.int64, device=device)
+    counts = torch.arange(max(views, examples, lines, groups), device=device)
+    example, where = torch.empty((2, views, examples, lines), dtype=torch.int64, device=device)
+    example.copy_((counts[:examples] + first_example).unsqueeze(1))
+    where.copy_(counts[:views].view(-1, 1, 1))
+    if lines > 1:
+        where.add_(counts[:lines], alpha=MAX_VIEWS)
+    example, where = example.view(-1, 1), where.view(-1, 1)
+    group, place = counts[:groups], torch.full((), site, dtype=torch.int64, device=device)
     noise = torch.empty((example.shape[0], groups, 2, 2), device=device)
     lanes = noise.permute(3, 2, 0, 1)
     key = key if isinstance(key, tuple) else key.to(device)

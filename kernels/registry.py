@@ -1,7 +1,13 @@
 """Importing this module registers every operator of the `trainc` namespace."""
 
 from trainc.kernels import (
+    add_norm,
+    add_rms_norm,
+    embedding,
+    ghost_batch_norm,
     layer_norm,
+    linear,
+    masked_update,
     multi_norm,
     multiplicative_noise,
     rms_norm,
@@ -10,7 +16,13 @@ from trainc.kernels import (
 )
 
 MODULES = (
+    add_norm,
+    add_rms_norm,
+    embedding,
+    ghost_batch_norm,
     layer_norm,
+    linear,
+    masked_update,
     multi_norm,
     multiplicative_noise,
     rms_norm,

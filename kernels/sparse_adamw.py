@@ -1,12 +1,17 @@
 """AdamW in place on k entries of a tensor, with state for those entries only.
 
-Contract. `weight` is any floating tensor; `index` is (k,) int32 or int64, distinct positions in the
-flat weight; `exp_avg` and `exp_avg_sq` are (k,). `grad` has the shape of the weight, or with
-`gathered` is the (k,) gradient of those entries. `lr`, `weight_decay` and `step` (counted from 1)
-are numbers or 0-d tensors. The k entries and the state end up as torch.optim.AdamW would leave
+Contract. `weight` is any floating tensor; `index` is (k / block,) int32 or int64: index[j] is a
+position in the flat weight counted in blocks, distinct, and stands for `block` neighbouring entries
+from index[j] * block. `exp_avg` and `exp_avg_sq` are (k,). `grad` has the shape of the weight, or
+with `gathered` is the (k,) gradient of those entries. `lr`, `weight_decay` and `step` (counted from
+1) are numbers or 0-d tensors. The k entries and the state end up as torch.optim.AdamW would leave
 them; other entries are not touched. Arithmetic is in the state's dtype, so 16-bit weights with
-float32 state round once, when stored. Used by sparse fine-tuning (SIFT, Song et al. 2024, arXiv
-2312.11875).
+float32 state round once, when stored. `master` is None or the (k,) entries in the state's dtype:
+then these are what is updated, and the weight gets them rounded. Used by sparse fine-tuning (SIFT,
+Song et al. 2024, arXiv 2312.11875).
+
+Memory moves in sectors of 32 bytes, so single entries cost up to 16 times their bytes and blocks of
+16 16-bit entries cost their own.
 """
 
 import math
@@ -14,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainc.kernels.support import require
+from trainc.kernels.support import on_demand, require
 
 
 def sparse_adamw_(
@@ -31,15 +36,28 @@ def sparse_adamw_(
     weight_decay: Tensor | float,
     step: Tensor | int,
     gathered: bool = False,
+    block: int = 1,
+    master: Tensor | None = None,
 ) -> None:
-    """One AdamW step on weight.view(-1)[index], in place; see the module for the arguments."""
+    """One AdamW step on k entries of weight, in place; see the module for the arguments."""
     scalars = [
         value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         for value in (lr, weight_decay, step)
     ]
     with torch.no_grad():
         torch.ops.trainc.sparse_adamw_(
-            weight, grad, exp_avg, exp_avg_sq, index, *scalars, beta1, beta2, eps, gathered
+            weight,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            index,
+            *scalars,
+            beta1,
+            beta2,
+            eps,
+            gathered,
+            block,
+            master,
         )
 
 
@@ -63,33 +81,38 @@ def reference(
     return values * (1 - lr * weight_decay) - lr * mean / (root + eps), exp_avg, exp_avg_sq
 
 
-def _check(
+def check(
     weight: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     index: Tensor,
     gathered: bool,
+    block: int,
+    master: Tensor | None,
 ) -> None:
+    """Reject arguments outside the contract."""
     require(
         index.dim() == 1 and index.dtype in (torch.int32, torch.int64),
-        lambda: f"index is (k,) int32 or int64, not {tuple(index.shape)} {index.dtype}",
+        lambda: f"index is (k / block,) int32 or int64, not {tuple(index.shape)} {index.dtype}",
     )
     require(
-        exp_avg.shape == index.shape and exp_avg_sq.shape == index.shape,
-        lambda: f"the state holds {exp_avg.numel()} entries for {index.numel()} indices",
+        exp_avg.dim() == 1
+        and exp_avg.shape[0] == index.shape[0] * block
+        and exp_avg_sq.shape == exp_avg.shape,
+        lambda: f"the state holds {exp_avg.numel()} entries for {index.numel()} indices of {block}",
     )
     require(
-        grad.shape == (index.shape if gathered else weight.shape),
+        master is None or (master.shape == exp_avg.shape and master.dtype == exp_avg.dtype),
+        lambda: f"the master copy must be like the state, {tuple(exp_avg.shape)} {exp_avg.dtype}",
+    )
+    require(
+        grad.shape == (exp_avg.shape if gathered else weight.shape),
         lambda: f"a gradient of shape {tuple(grad.shape)} fits neither the weight nor the index",
     )
 
 
-@torch.library.custom_op(
-    "trainc::sparse_adamw_",
-    mutates_args=("weight", "exp_avg", "exp_avg_sq"),
-)
-def _step(
+def eager(
     weight: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -102,13 +125,19 @@ def _step(
     beta2: float,
     eps: float,
     gathered: bool,
+    block: int = 1,
+    master: Tensor | None = None,
 ) -> None:
-    _check(weight, grad, exp_avg, exp_avg_sq, index, gathered)
+    check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
     rate, decay, count = lr.item(), weight_decay.item(), step.item()
     where = index.long()
+    if block > 1:
+        within = torch.arange(block, device=index.device)
+        where = (where.unsqueeze(1) * block + within).view(-1)
     g = (grad if gathered else grad.take(where)).to(exp_avg.dtype)
     # The operations of torch.optim.AdamW's single-tensor path, so float32 results are bit-equal.
-    values = weight.take(where).to(exp_avg.dtype).mul_(1 - rate * decay)
+    values = weight.take(where).to(exp_avg.dtype) if master is None else master
+    values.mul_(1 - rate * decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     root = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**count)).add_(eps)
@@ -116,7 +145,15 @@ def _step(
     weight.put_(where, values.to(weight.dtype))
 
 
-@_step.register_fake
+_operator = torch.library.custom_op(
+    "trainc::sparse_adamw_",
+    eager,
+    mutates_args=("weight", "exp_avg", "exp_avg_sq", "master"),
+    device_types="cpu",
+)
+
+
+@_operator.register_fake
 def _(
     weight: Tensor,
     grad: Tensor,
@@ -130,5 +167,10 @@ def _(
     beta2: float,
     eps: float,
     gathered: bool,
+    block: int = 1,
+    master: Tensor | None = None,
 ) -> None:
-    _check(weight, grad, exp_avg, exp_avg_sq, index, gathered)
+    check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
+
+
+_operator.register_kernel("cuda")(on_demand("triton_sparse_adamw", "sparse_adamw_"))

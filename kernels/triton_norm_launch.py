@@ -2,51 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from trainc.kernels import layer_norm, rms_norm
+from trainc.kernels import launch, layer_norm, rms_norm
 from trainc.kernels import triton_norm as kernels
-from trainc.kernels.support import REDUCED, absent, check_norm, fold, statistic_shape
+from trainc.kernels import triton_norm_wide as wide
+from trainc.kernels.launch import Tile
+from trainc.kernels.support import REDUCED, Folded, absent, check_norm, fold, statistic_shape
 
-# A row must fit one program's registers; wider rows, float64 and empty inputs go through ATen.
-MAX_WIDTH = 16384
-FINISH_COLUMNS = 128
-PROGRAMS_PER_PROCESSOR = 4
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns a program holds at once, and its warps."""
-
-    rows: int
-    columns: int
-    warps: int
-
-
-def tile(rows: int, width: int) -> Tile:
-    """About 4096 elements a program, one row where rows are wider."""
-    columns = triton.next_power_of_2(width)
-    most = max(1, min(16, 4096 // columns))
-    warps = 4 if columns <= 2048 else 8 if columns <= 8192 else 16
-    return Tile(min(most, triton.next_power_of_2(max(rows, 1))), columns, warps)
+# Sums over chunks are read by many small programs: one per 32 columns, 64 chunks at a time.
+FINISH_COLUMNS = 32
+FINISH_CHUNKS = 64
 
 
 def supported(x: Tensor, width: int) -> bool:
-    """Whether the kernels take x, or ATen does."""
-    return x.dtype in (torch.float32, *REDUCED) and x.numel() > 0 and width <= MAX_WIDTH
-
-
-def wanted_programs(x: Tensor) -> int:
-    """How many programs fill the device."""
-    if not x.is_cuda:
-        return PROGRAMS_PER_PROCESSOR
-    properties = torch.cuda.get_device_properties(x.device)
-    return PROGRAMS_PER_PROCESSOR * int(properties.multi_processor_count)
+    """Whether the kernels take x, or ATen does: wide rows, float64 and empty inputs."""
+    return x.dtype in (torch.float32, *REDUCED) and x.numel() > 0 and width <= launch.MAX_WIDTH
 
 
 def forward(
@@ -58,18 +33,23 @@ def forward(
     dtype: torch.dtype,
     rms: bool,
     llama: bool,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd); mean is left unwritten for RMSNorm."""
+    """(y, mean, rstd) of x, or of x + residual which fills total; RMSNorm leaves mean unwritten."""
     x = x.contiguous()
     width = math.prod(normalized_shape)
     rows = x.numel() // width
-    shape = tile(rows, width)
+    shape = tile or launch.chosen("forward", rms, x.dtype, rows, width, x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean = x.new_empty(statistic_shape(x, normalized_shape), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     kernels.norm_forward[(triton.cdiv(rows, shape.rows),)](
-        x, contiguous(weight, x), contiguous(bias, x), y, mean, rstd, rows, width, eps,
-        RMS=rms, LLAMA=llama, HAS_W=weight is not None, HAS_B=bias is not None,
+        x, contiguous(residual, x), x if total is None else total,
+        contiguous(weight, x), contiguous(bias, x), y, mean, rstd, rows, width, eps,
+        ADD=residual is not None, RMS=rms, LLAMA=llama,
+        HAS_W=weight is not None, HAS_B=bias is not None,
         BLOCK_R=shape.rows, BLOCK_C=shape.columns, num_warps=shape.warps,
     )  # fmt: skip
     return y, mean, rstd
@@ -92,57 +72,76 @@ def backward(
     rms: bool,
     llama: bool,
     programs: int | None = None,
+    dtotal: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, float32 weight and bias gradients (width,), and norms (examples, columns)."""
+    """dx (+ dtotal), float32 gradients of weight and bias (width,), norms (examples, columns)."""
     x, dy = x.contiguous(), dy.contiguous()
     folded = fold(x if x.dim() > len(normalized_shape) else x.unsqueeze(0), normalized_shape)
     examples, rows, width = folded.shape
-    shape = tile(rows, width)
-    programs = wanted_programs(x) if programs is None else programs
     columns = 1 if rms else 2
     flags: dict[str, Any] = {
+        "ADD": dtotal is not None,
         "RMS": rms,
-        "LLAMA": llama,
         "HAS_W": weight is not None,
         "HAS_B": has_bias,
+        "WRITE_DX": write_dx,
     }
-    flags |= {"WRITE_DX": write_dx, "BLOCK_R": shape.rows, "BLOCK_C": shape.columns}
     dx = torch.empty_like(x) if write_dx else absent(x)
-    inputs = (x, contiguous(weight, x), dy, dx, mean, rstd)
-
-    def floats(*extents: int) -> Tensor:
-        return torch.empty(extents, dtype=torch.float32, device=x.device)
-
-    if examples >= programs:
-        partials = [floats(programs, width) for _ in range(2)]
-        norms = torch.zeros((examples, columns), dtype=torch.float32, device=x.device)
-        kernels.norm_backward_whole[(programs,)](
-            *inputs, *partials, norms, examples, rows, width, programs,
-            COLUMNS=columns, num_warps=shape.warps, **flags,
+    inputs = (x, contiguous(weight, x), dy, contiguous(dtotal, dy), dx, mean, rstd)
+    if width > launch.HELD and tile is None:
+        partials, chunks = wide.backward(inputs, folded, columns, flags, llama, programs)
+        return dx, *finish(partials, folded, chunks, flags)
+    lines = examples if rows == 1 else rows
+    shape = tile or launch.chosen("backward", rms, x.dtype, lines, width, x.device)
+    slots = launch.programs(x.device, shape.resident) if programs is None else programs
+    # Two more sums of the widest rows would not fit the registers.
+    few = launch.FEW_ROWS if shape.columns < launch.HELD else 0
+    plan = launch.plan(examples, rows, shape.rows, slots, few)
+    flags |= {"LLAMA": llama, "COLUMNS": columns, "STAGES": shape.stages}
+    flags |= {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns, "num_warps": shape.warps}
+    partials = x.new_empty((columns, plan.programs, width), dtype=torch.float32)
+    sums = (partials[0], partials[-1])
+    if plan.regime == "split":
+        # Without ROW_NORMS nothing is stored through NORMS.
+        kernels.norm_backward_split[(plan.programs,)](
+            *inputs, *sums, rstd, rows, width, plan.chunks, triton.cdiv(rows, plan.chunks),
+            ROW_NORMS=False, **flags,
         )  # fmt: skip
-        return dx, partials[0].sum(0), partials[1].sum(0), norms
+        return dx, *finish(partials, folded, plan.chunks, flags)
+    norms = x.new_zeros((examples, columns), dtype=torch.float32)
+    if plan.regime == "rows":
+        kernels.norm_backward_split[(plan.programs,)](
+            *inputs, *sums, norms, examples, width, plan.programs,
+            triton.cdiv(examples, plan.programs), ROW_NORMS=True, **flags,
+        )  # fmt: skip
+    else:
+        kernels.norm_backward_whole[(plan.programs,)](
+            *inputs, *sums, norms, examples, rows, width, plan.programs, **flags
+        )
+    totals = partials.sum(1)
+    return dx, totals[0], totals[-1], norms
 
-    chunks = min(triton.cdiv(rows, shape.rows), max(1, programs // examples))
-    chunk_rows = triton.cdiv(rows, chunks)
-    chunks = triton.cdiv(rows, chunk_rows)
-    partials = [floats(examples, chunks, width) for _ in range(2)]
-    kernels.norm_backward_split[(examples * chunks,)](
-        *inputs, *partials, rows, width, chunks, chunk_rows, num_warps=shape.warps, **flags
-    )
-    totals, squares = [], []
-    for partial, present in zip(partials, (weight is not None, has_bias), strict=True):
-        blocks = triton.cdiv(width, FINISH_COLUMNS)
-        total, square = floats(width), floats(blocks, examples)
-        if present:
-            kernels.norm_finish[(blocks,)](
-                partial, total, square, examples, chunks, width,
-                BLOCK_S=min(8, triton.next_power_of_2(chunks)), BLOCK_C=FINISH_COLUMNS,
-            )  # fmt: skip
-        else:
-            square.zero_()
-        totals.append(total)
-        squares.append(square.sum(0))
-    return dx, totals[0], totals[1], torch.stack(squares[:columns], 1)
+
+def finish(
+    partials: Tensor, folded: Folded, chunks: int, flags: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and bias gradients (width,) and norms (examples, columns) of partial rows.
+
+    `partials` is (columns, examples * chunks, width) in float32.
+    """
+    columns, examples, width = partials.shape[0], folded.examples, folded.width
+    blocks = triton.cdiv(width, FINISH_COLUMNS)
+    kinds = [kind for kind, present in enumerate((flags["HAS_W"], flags["HAS_B"])) if present]
+    each = partials.new_empty((columns, examples, width))
+    squares = partials.new_zeros((examples, columns, blocks))
+    if kinds:
+        kernels.norm_finish[(examples, blocks, len(kinds))](
+            partials, each, squares, examples, chunks, width, kinds[0], COLUMNS=columns,
+            BLOCK_S=min(FINISH_CHUNKS, triton.next_power_of_2(chunks)), BLOCK_C=FINISH_COLUMNS,
+        )  # fmt: skip
+    totals = each[:, 0] if examples == 1 else each.sum(1)
+    return totals[0], totals[-1], squares.sum(2)
 
 
 def finished(total: Tensor, parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:

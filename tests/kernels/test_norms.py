@@ -15,20 +15,6 @@ from trainc.kernels import support
 Sizes = tuple[int, ...]
 
 
-def lcg(description: dict[str, Any]) -> Tensor:
-    """The stored cases' inputs: the generator is described in the file's `meta`."""
-    count = 1
-    for extent in description["shape"]:
-        count *= extent
-    state, values = description["seed"] & 0x7FFFFFFF, []
-    for _ in range(count + 8):
-        state = (1103515245 * state + 12345) & 0x7FFFFFFF
-        values.append(description["scale"] * (2 * (state >> 8) / 2**23 - 1))
-    flat = torch.tensor(values[8:], dtype=torch.float64) + description.get("plus", 0.0)
-    shaped: Tensor = flat.view(description["shape"])
-    return shaped
-
-
 def inputs(x_shape: Sizes, tail: Sizes, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     """x, weight, bias and dy, the first three requiring grad."""
     torch.manual_seed(seed)
@@ -279,13 +265,13 @@ def test_unknown_casting_is_refused() -> None:
         rms.rms_norm(torch.zeros(2, 3), (3,), casting="gemma")
 
 
-def test_stored_layer_norm(stored: Callable[[str], Any]) -> None:
+def test_stored_layer_norm(stored: Callable[[str], Any], lcg: Callable[..., Tensor]) -> None:
     case = stored("noise_scale")["cases"]["layernorm_3d"]
     parts = [lcg(case["inputs"][name]) for name in ("x", "weight", "bias", "dy")]
     compare(run("layer_norm", True, parts), case["outputs"], ("weight", "bias"))
 
 
-def test_stored_rms_norm(stored: Callable[[str], Any]) -> None:
+def test_stored_rms_norm(stored: Callable[[str], Any], lcg: Callable[..., Tensor]) -> None:
     case = stored("noise_scale")["cases"]["rmsnorm_2d"]
     x, weight, dy = (lcg(case["inputs"][name]) for name in ("x", "weight", "dy"))
     compare(run("rms_norm", True, [x, weight, weight, dy]), case["outputs"], ("weight",))

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from trainc.kernels import launch
 
 pytestmark = pytest.mark.offline
 
@@ -25,11 +28,13 @@ def spec(module: str, function: str, arguments: str, **options: Any) -> Any:
 
 
 NORM = f"MEAN:{FULL} RSTD:{FULL} "
-FORWARD = f"X:{HALF} W:{HALF} B:{HALF} Y:{HALF} {NORM} rows:i32 width:i32 eps:fp32"
-BACKWARD = f"X:{HALF} W:{HALF} DY:{HALF} DX:{HALF} {NORM} PW:{FULL} PB:{FULL}"
+FORWARD = f"X:{HALF} RESIDUAL:{HALF} TOTAL:{HALF} W:{HALF} B:{HALF} Y:{HALF} {NORM} rows:i32 width:i32 eps:fp32"
+BACKWARD = f"X:{HALF} W:{HALF} DY:{HALF} DTOTAL:{HALF} DX:{HALF} {NORM} PW:{FULL} PB:{FULL}"
 WHOLE = f"{BACKWARD} NORMS:{FULL} examples:i32 rows:i32 width:i32 programs:i32"
-SPLIT = f"{BACKWARD} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
-FINISH = f"PARTIAL:{FULL} TOTAL:{FULL} SQUARES:{FULL} examples:i32 chunks:i32 width:i32"
+SPLIT = f"{BACKWARD} NORMS:{FULL} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
+FINISH = f"PARTIAL:{FULL} EACH:{FULL} SQUARES:{FULL} examples:i32 chunks:i32 width:i32 first:i32"
+WIDE_ROWS = f"X:{HALF} W:{HALF} DY:{HALF} {NORM} ALONG:{FULL} LEVEL:{FULL} width:i32"
+WIDE_COLUMNS = f"{BACKWARD} ALONG:{FULL} LEVEL:{FULL} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
 NOISE = f"H0:{HALF} X:{HALF} Y:{HALF} SIGMA:{FULL} KEY:{INDEX} FIRST:{INDEX} site:i32 "
 NOISE += "examples:i32 tokens:i32 channels:i32 program_tokens:i32"
 LOSS = f"L:{HALF} TARGETS:{INDEX} TASK:{FULL} DISTANCE:{FULL} "
@@ -37,30 +42,57 @@ LOSS_BACK = f"L:{HALF} TARGETS:{INDEX} D:{HALF} ON_TASK:{FULL} ON_DISTANCE:{FULL
 TAIL = "rows:i32 classes:i32 ignore_index:i32 smoothing:fp32"
 
 KINDS: list[dict[str, Any]] = [
-    {"RMS": False, "LLAMA": False, "HAS_W": True, "HAS_B": True},
-    {"RMS": True, "LLAMA": False, "HAS_W": True, "HAS_B": False},
-    {"RMS": True, "LLAMA": True, "HAS_W": True, "HAS_B": False},
+    {"ADD": False, "RMS": False, "LLAMA": False, "HAS_W": True, "HAS_B": True},
+    {"ADD": True, "RMS": False, "LLAMA": False, "HAS_W": True, "HAS_B": True},
+    {"ADD": False, "RMS": True, "LLAMA": False, "HAS_W": True, "HAS_B": False},
+    {"ADD": True, "RMS": True, "LLAMA": True, "HAS_W": True, "HAS_B": False},
 ]
-TILES: list[dict[str, Any]] = [
-    {"BLOCK_R": 4, "BLOCK_C": 1024, "warps": 4},
-    {"BLOCK_R": 1, "BLOCK_C": 4096, "warps": 8},
-]
+
+
+def tile(kind: launch.Kind, columns: int) -> dict[str, Any]:
+    """A tile of the launch table as options."""
+    found = launch.default(kind, torch.bfloat16, columns)
+    options: dict[str, Any] = {"BLOCK_R": found.rows, "BLOCK_C": columns, "warps": found.warps}
+    return options if kind == "forward" else {**options, "STAGES": found.stages}
+
+
+def backward(name: str, arguments: str, norm: dict[str, Any], columns: int, **more: Any) -> Any:
+    """One compilation of a norm's backward."""
+    sums = 1 if norm["RMS"] else 2
+    return spec(
+        "triton_norm", name, arguments, **norm, WRITE_DX=True, COLUMNS=sums, **more,
+        **tile("backward", columns),
+    )  # fmt: skip
+
+
 SPECS = [
-    *(spec("triton_norm", "norm_forward", FORWARD, **k, **t) for k in KINDS for t in TILES),
     *(
-        spec("triton_norm", "norm_backward_split", SPLIT, **k, WRITE_DX=True, **t)
+        spec("triton_norm", "norm_forward", FORWARD, **k, **tile("forward", c))
         for k in KINDS
-        for t in TILES
+        for c in (1024, 4096)
+    ),
+    *(spec("triton_norm", "norm_forward", FORWARD, **KINDS[0], **tile("forward", c))
+        for c in (2048, 8192, 16384)),
+    *(backward("norm_backward_split", SPLIT, k, c, ROW_NORMS=False)
+        for k in KINDS for c in (1024, 4096)),
+    *(backward("norm_backward_split", SPLIT, KINDS[0], c, ROW_NORMS=False) for c in (2048, 8192)),
+    *(backward("norm_backward_split", SPLIT, KINDS[0], c, ROW_NORMS=True) for c in (1024, 8192)),
+    *(backward("norm_backward_whole", WHOLE, k, c) for k in KINDS for c in (1024, 4096)),
+    spec("triton_norm", "norm_finish", FINISH, COLUMNS=2, BLOCK_S=64, BLOCK_C=32),
+    *(
+        spec(
+            "triton_norm_wide", "wide_rows", WIDE_ROWS, RMS=k["RMS"], HAS_W=True, BLOCK_C=4096,
+            warps=8,
+        )
+        for k in KINDS[1:3]
     ),
     *(
         spec(
-            "triton_norm", "norm_backward_whole", WHOLE, **k, WRITE_DX=True,
-            COLUMNS=1 if k["RMS"] else 2, **t,
+            "triton_norm_wide", "wide_columns", WIDE_COLUMNS, **k, WRITE_DX=True, STAGES=2,
+            BLOCK_R=4, BLOCK_C=1024,
         )
-        for k in KINDS
-        for t in TILES
+        for k in KINDS[1:3]
     ),
-    spec("triton_norm", "norm_finish", FINISH, BLOCK_S=8, BLOCK_C=128),
     *(
         spec(
             "triton_noise", "noise", NOISE, HAS_H0=h0, HAS_FIRST=True, SHARED=shared, VIEWS=256,
@@ -77,9 +109,16 @@ SPECS = [
 ]  # fmt: skip
 
 
-def compiled(function: Any, arguments: str, options: dict[str, Any], warps: int) -> Any:
+def compiled(
+    function: Any,
+    arguments: str,
+    options: dict[str, Any],
+    warps: int,
+    architecture: int = ARCHITECTURE,
+) -> Any:
     """Compile as a launch would: pointers and sizes divisible by 16, which allows vector loads."""
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -89,33 +128,39 @@ def compiled(function: Any, arguments: str, options: dict[str, Any], warps: int)
     assert set(names) == set(signature)
     divisible = [
         name for name, kind in signature.items()
-        if kind.startswith("*") or name in ("width", "channels", "classes")
+        if kind.startswith("*") or name in ("width", "channels", "classes", "count")
     ]  # fmt: skip
     source = ASTSource(
         fn=function,
         signature={name: signature[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in options.items()},
+        constexprs={
+            (names.index(name),): getattr(tl, value) if isinstance(value, str) else value
+            for name, value in options.items()
+        },
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    target = GPUTarget("cuda", ARCHITECTURE, 32)
+    target = GPUTarget("cuda", architecture, 32)
     return triton.compile(source, target=target, options={"num_warps": warps})
 
 
-def spilled(ptx: str) -> int:
-    """Bytes of registers the assembler spills."""
+def assembled(ptx: str, architecture: int = ARCHITECTURE) -> tuple[int, int]:
+    """Bytes of registers the assembler spills, and registers a thread takes."""
     from triton.backends.nvidia.compiler import get_ptxas
 
+    target = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         report = subprocess.run(
-            [get_ptxas(ARCHITECTURE).path, "-v", f"--gpu-name=sm_{ARCHITECTURE}a", source,
+            [get_ptxas(architecture).path, "-v", f"--gpu-name={target}", source,
              "-o", Path(folder) / "kernel.cubin"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     found = re.findall(r"(\d+) bytes spill (?:stores|loads)", report.stderr)
+    used = re.search(r"Used (\d+) registers", report.stderr)
     assert found
-    return sum(map(int, found))
+    assert used
+    return sum(map(int, found)), int(used[1])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -127,5 +172,10 @@ def test_compiles_without_spills_and_with_vector_access(
 
     function = getattr(importlib.import_module(f"trainc.kernels.{module}"), name)
     ptx = compiled(function, arguments, options, warps).asm["ptx"]
-    assert spilled(ptx) == 0
-    assert re.search(r"ld\.global\.\S*v4", ptx), "no 128-bit load"
+    spilled, registers = assembled(ptx)
+    assert spilled == 0
+    assert re.search(r"ld\.global\.\S*v4|cp\.async\.cg.*, 0x10", ptx), "no 128-bit load"
+    if name == "norm_backward_split":
+        # What the launch table says fits a processor does: registers come in eights a thread.
+        resident = launch.default("backward", torch.bfloat16, options["BLOCK_C"]).resident
+        assert resident * -(-registers // 8) * 8 * warps * 32 <= 65536

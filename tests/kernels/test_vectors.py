@@ -21,7 +21,8 @@ def test_sums_agree_with_the_definition(dtype: torch.dtype, with_deltas: bool) -
     arguments = (tensors, deltas) if with_deltas else (tensors,)
     got, want = multi_norm(*arguments), norm_reference(*arguments)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-3 * tolerance**0.5)
+    # sum w d cancels: its error is that of its terms, thousands of them here.
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=100 * tolerance)
     assert got.dtype == torch.float64
 
 
@@ -104,4 +105,38 @@ def test_state_of_another_length_is_refused() -> None:
         sparse_adamw_(
             torch.zeros(5), torch.zeros(5), torch.zeros(2), torch.zeros(2), torch.arange(3),
             lr=1e-2, weight_decay=0.0, step=1, **OPTIONS,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("with_master", [False, True])
+def test_blocks_are_their_entries(with_master: bool) -> None:
+    weight, grad = torch.randn(16, 8), torch.randn(16, 8)
+    blocks = torch.tensor([5, 0, 7])
+    entries = (blocks.unsqueeze(1) * 16 + torch.arange(16)).view(-1)
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "step": 2, **OPTIONS}
+    results = []
+    for index, block in ((blocks, 16), (entries, 1)):
+        state, mine = (torch.ones(48), torch.ones(48)), weight.clone()
+        master = weight.take(entries) if with_master else None
+        sparse_adamw_(mine, grad, *state, index, block=block, master=master, **options)
+        results.append([mine, *state])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_a_master_copy_keeps_what_rounding_would_lose() -> None:
+    weight, index = torch.ones(8).bfloat16(), torch.tensor([1, 6])
+    master = torch.ones(2)
+    state = torch.zeros(2), torch.zeros(2)
+    for step in range(1, 101):
+        sparse_adamw_(
+            weight, torch.ones(8), *state, index, lr=1e-4, weight_decay=0.0, step=step,
+            master=master, **OPTIONS,
+        )  # fmt: skip
+    assert master.tolist() == pytest.approx([0.99, 0.99], abs=1e-5)
+    assert weight[index].tolist() == master.bfloat16().tolist()
+    assert weight[0] == 1
+    with pytest.raises(RuntimeError, match="master copy"):
+        sparse_adamw_(
+            weight, torch.ones(8), *state, index, lr=1e-4, weight_decay=0.0, step=1,
+            master=torch.ones(3), **OPTIONS,
         )  # fmt: skip

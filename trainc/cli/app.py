@@ -23,6 +23,7 @@ SUMMARIES = {
     "run": "Train.",
     "verify": "Compare the compiled model with the original on real input.",
     "report": "Summarise a finished run.",
+    "tune": "Measure launch choices of the kernels on this GPU.",
 }
 
 

@@ -1,0 +1,142 @@
+"""Residual add and RMSNorm in one operator: the sum, and the sum normalised.
+
+Contract. As `add_norm`, with `rms_norm` for the norm: x and residual (B, ..., *normalized_shape),
+the sum rounded to the promoted dtype and then normalised, `probe` (B, 1) or None, `eps` and
+`casting` as in that module.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainc.kernels import rms_norm
+from trainc.kernels.add_norm import check_pair, imagined_gradients, imagined_total, to_summands
+from trainc.kernels.support import absent, accumulation_dtype, on_demand, statistic_shape
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    probe: Tensor | None = None,
+    eps: float | None = None,
+    casting: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """(x + residual, RMSNorm of that), each in the shape of x; eps and casting as rms_norm."""
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    eps = rms_norm.default_eps(dtype) if eps is None else eps
+    total, y, _ = torch.ops.trainc.add_rms_norm(
+        x, residual, list(normalized_shape), weight, probe, eps, casting
+    )
+    return total, y
+
+
+def eager_forward(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+    casting: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_pair(x, residual)
+    total = (x + residual).contiguous()
+    return total, *rms_norm.eager_forward(total, normalized_shape, weight, probe, eps, casting)
+
+
+_forward = torch.library.custom_op(
+    "trainc::add_rms_norm", eager_forward, mutates_args=(), device_types="cpu"
+)
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+    casting: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = imagined_total(x, residual)
+    rms_norm.check(total, normalized_shape, weight, probe, casting)
+    y = total.new_empty(total.shape, dtype=rms_norm.result_dtype(total, weight, casting))
+    dtype = accumulation_dtype(total.dtype)
+    return total, y, x.new_empty(statistic_shape(x, normalized_shape), dtype=dtype)
+
+
+def eager_backward(
+    dtotal: Tensor | None,
+    dy: Tensor,
+    total: Tensor,
+    normalized_shape: Sequence[int],
+    rstd: Tensor,
+    weight: Tensor | None,
+    casting: str,
+    output_mask: Sequence[bool],
+    with_norms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum's gradient, dweight and norms; results not asked for have no elements."""
+    dx, dweight, norms = rms_norm.eager_backward(
+        dy, total, normalized_shape, rstd, weight, casting, output_mask, with_norms
+    )
+    if output_mask[0] and dtotal is not None:
+        dx = dx.add_(dtotal)
+    return dx, dweight, norms
+
+
+_backward = torch.library.custom_op(
+    "trainc::add_rms_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
+)
+
+
+@_backward.register_fake
+def _(
+    dtotal: Tensor | None,
+    dy: Tensor,
+    total: Tensor,
+    normalized_shape: Sequence[int],
+    rstd: Tensor,
+    weight: Tensor | None,
+    casting: str,
+    output_mask: Sequence[bool],
+    with_norms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight = imagined_gradients((total, weight), output_mask, total)
+    columns = rms_norm.COLUMNS
+    norms = rstd.new_empty((total.shape[0], columns)) if with_norms else absent(rstd)
+    return dx, dweight, norms
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, residual, normalized_shape, weight, _, _, casting = inputs
+    total, _, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, rstd, weight)
+    ctx.normalized_shape, ctx.casting = list(normalized_shape), casting
+    ctx.dtypes = (x.dtype, residual.dtype)
+
+
+def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
+    wants = ctx.needs_input_grad
+    if dy is None:
+        return *to_summands(dtotal, wants, ctx.dtypes), *(None,) * 5
+    total, rstd, weight = ctx.saved_tensors
+    mask = [any(wants[:2]), weight is not None and wants[3]]
+    dx, dweight, norms = torch.ops.trainc.add_rms_norm_backward(
+        dtotal, dy, total, ctx.normalized_shape, rstd, weight, ctx.casting, mask, wants[4]
+    )
+    return (
+        *to_summands(dx, wants, ctx.dtypes), None, dweight if mask[1] else None,
+        norms if wants[4] else None, None, None,
+    )  # fmt: skip
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_kernel("cuda")(on_demand("triton_add_norm_launch", "rms_forward"))
+_backward.register_kernel("cuda")(on_demand("triton_add_norm_launch", "rms_backward"))

@@ -1,0 +1,137 @@
+"""How the Triton norm kernels are launched: tables, regimes, wide rows, the cache of tuned tiles."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainc.kernels import launch, layer_norm, rms_norm
+from trainc.kernels.launch import Tile
+
+CPU = torch.device("cpu")
+SIZES = st.integers(1, 5000)
+
+
+@given(examples=SIZES, rows=SIZES, block=st.sampled_from([1, 2, 4, 16]), slots=st.integers(1, 600))
+def test_chunks_cover_every_row_once(examples: int, rows: int, block: int, slots: int) -> None:
+    plan = launch.plan(examples, rows, block, slots)
+    if plan.regime == "rows":
+        assert rows == 1
+        assert plan.programs <= slots
+    elif plan.regime == "whole":
+        assert 1 < rows < launch.FEW_ROWS
+        assert plan.programs <= examples
+    else:
+        length = launch.cdiv(rows, plan.chunks)
+        assert plan.programs == examples * plan.chunks
+        assert (plan.chunks - 1) * length < rows <= plan.chunks * length
+
+
+@pytest.mark.parametrize("slots", [132, 264, 396])
+@pytest.mark.parametrize(
+    ("examples", "rows"), [(1, 4096), (3, 5000), (8, 2048), (64, 1024), (100, 577), (500, 197)]
+)
+def test_work_is_even_over_the_programs_that_run_at_once(
+    examples: int, rows: int, slots: int
+) -> None:
+    plan = launch.plan(examples, rows, 1, slots)
+    waves = launch.cdiv(plan.programs, slots)
+    longest = waves * launch.cdiv(rows, plan.chunks)
+    assert examples * rows / slots / longest > 0.8
+
+
+def test_regimes() -> None:
+    assert launch.plan(8, 2048, 4, 396).regime == "split"
+    assert launch.plan(4096, 1, 4, 396) == launch.Plan("rows", 396, 1)
+    assert launch.plan(4096, 8, 4, 396).regime == "whole"
+    assert launch.plan(4096, 8, 4, 396, few=0).regime == "split"
+    assert launch.plan(64, 8, 4, 396).regime == "split"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_width_has_a_tile(dtype: torch.dtype) -> None:
+    for kind, widest in (("forward", launch.MAX_WIDTH), ("backward", launch.HELD)):
+        for width in (1, 3, 127, 768, 1024, 2048, 4000, 8192, widest):
+            tile = launch.chosen(kind, False, dtype, 1000, width, CPU)  # type: ignore[arg-type]
+            assert tile.columns == launch.power_of_2(width)
+            assert tile.rows * tile.columns // (tile.warps * 32) <= 32
+    assert launch.chosen("forward", True, dtype, 2, 64, CPU).rows == 2
+
+
+def test_tuned_tiles_replace_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINC_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
+    tile = Tile(rows=2, columns=1024, warps=8, stages=3, resident=1)
+    name = launch.key("backward", True, torch.bfloat16, 1024)
+    path = launch.store("a device", {name: tile})
+    launch.store("another", {})
+    assert path == tmp_path / "launch.json"
+    device = torch.device("cuda")
+    assert launch.chosen("backward", True, torch.bfloat16, 99, 1000, device) == tile
+    table = launch.default("backward", torch.bfloat16, 1024)
+    assert launch.chosen("backward", False, torch.bfloat16, 99, 1000, device) == table
+    assert launch.chosen("backward", True, torch.bfloat16, 99, 1000, CPU) == table
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a device": {"x": {"rows": 1}}}'])
+def test_a_damaged_cache_warns_and_counts_for_nothing(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINC_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
+    launch.cache_file().write_text(text)
+    launch._tuned.cache_clear()
+    with pytest.warns(UserWarning, match="launch.json is ignored"):
+        assert launch.tuned(torch.device("cuda")) == {}
+    launch._tuned.cache_clear()
+
+
+def both(shape: tuple[int, ...], rms: bool, **options: Any) -> tuple[Any, Any]:
+    """Results of the Triton backward and of the eager one: dx, dweight, (dbias,) norms."""
+    from trainc.kernels import triton_norm_launch as launcher
+
+    torch.manual_seed(0)
+    width = shape[-1]
+    x, dy, weight, bias = (torch.randn(s) for s in (shape, shape, width, width))
+    if rms:
+        _, rstd = rms_norm.eager_forward(x, [width], weight, None, 1e-5, "none")
+        got = launcher.backward(
+            dy, x, [width], rstd, rstd, weight, False, True, True, False, **options
+        )
+        want = rms_norm.eager_backward(dy, x, [width], rstd, weight, "none", [True, True], True)
+        return (got[0], got[1], got[3]), want
+    _, mean, rstd = torch.native_layer_norm(x, [width], weight, bias, 1e-5)
+    got = launcher.backward(dy, x, [width], mean, rstd, weight, True, True, False, False, **options)
+    return got, layer_norm.eager_backward(dy, x, [width], mean, rstd, weight, bias, [True] * 3)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize(
+    ("shape", "programs"),
+    [((9, 40), 2), ((7, 1, 127), 3), ((5, 3, 40), 2), ((2, 33, 40), 8), ((1, 9, 3), 4)],
+    ids=["rows", "rows-odd", "whole", "split", "one-example"],
+)
+def test_regimes_agree_with_the_eager_kernel(
+    shape: tuple[int, ...], programs: int, rms: bool
+) -> None:
+    got, want = both(shape, rms, programs=programs)
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("shape", [(2, 5, 70), (3, 70), (1, 9, 33)], ids=str)
+def test_wide_rows_agree_with_the_eager_kernel(
+    shape: tuple[int, ...], rms: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainc.kernels import triton_norm_wide as wide
+
+    monkeypatch.setattr(launch, "HELD", 32)
+    monkeypatch.setattr(wide, "TILE", Tile(rows=2, columns=32, warps=4, stages=2, resident=4))
+    monkeypatch.setattr(wide, "ROW_COLUMNS", 32)
+    got, want = both(shape, rms, programs=8)
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-4, atol=2e-5)

@@ -1,0 +1,124 @@
+"""The Triton sources compiled for other GPUs than the one they were tuned for, with none at hand.
+
+Registers and spilled bytes are recorded: `pytest --junitxml` shows them as properties of a test.
+"""
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from tests.kernels.test_triton_offline import (
+    ARCHITECTURE,
+    FULL,
+    HALF,
+    INDEX,
+    SPECS,
+    assembled,
+    compiled,
+    spec,
+)
+
+pytestmark = [pytest.mark.offline, pytest.mark.filterwarnings("ignore")]
+
+OTHERS = (80, 100)
+REGISTER_FILE = 65536
+SPILLS = 0  # bytes a thread may spill
+# The widths between the narrowest and the widest are compiled for the GPU tuned for alone.
+EXTREMES = [
+    one
+    for one in SPECS
+    if one.values[0] != "triton_norm" or one.values[3]["BLOCK_C"] not in (2048, 4096)
+]
+
+SUMS = f"LEFT:{INDEX} RIGHT:{INDEX} SIZES:{INDEX} TENSORS:{INDEX} STARTS:{INDEX} OUT:*fp64"
+ADAMW = f"WEIGHT:{HALF} GRAD:{HALF} MEAN:{FULL} SQUARE:{FULL} MASTER:{FULL} INDEX:*i32 "
+ADAMW += f"SCALARS:{FULL} count:i32 beta1:fp32 beta2:fp32 eps:fp32"
+ALIGNED: dict[str, Any] = {"W": "bfloat16", "D": "float32", "CHUNK": 1 << 15, "BLOCK": 2048}
+VECTORS = [
+    *(
+        spec("triton_multi_norm", "partial_sums", SUMS, PAIRED=paired, ALIGNED=True, **ALIGNED)
+        for paired in (False, True)
+    ),
+    *(
+        spec(
+            "triton_sparse_adamw", "adamw", ADAMW, GATHERED=False, HAS_MASTER=master,
+            WIDTH=width, BLOCK=1024,
+        )
+        for master in (False, True)
+        for width in (1, 16)
+    ),
+    *(
+        spec(
+            "triton_masked_update", "zero_outside", f"TENSOR:{HALF} MASK:*u8 count:i32",
+            PACKED=packed, BLOCK=2048,
+        )
+        for packed in (False, True)
+    ),
+]  # fmt: skip
+# Addresses that are only known to be those of their type, and float64 partial sums.
+SCALAR = [
+    spec("triton_multi_norm", "partial_sums", SUMS, PAIRED=True, **ALIGNED | {"ALIGNED": False}),
+    spec(
+        "triton_multi_norm", "add_partials", f"PARTIAL:*fp64 ENDS:{INDEX} OUT:*fp64", BLOCK=64
+    ),
+]  # fmt: skip
+
+
+def resources(
+    record: Callable[[str, object], None],
+    architecture: int,
+    module: str,
+    name: str,
+    arguments: str,
+    options: dict[str, Any],
+    warps: int,
+) -> str:
+    """Compile, check and record what a program takes, and return its PTX."""
+    function = getattr(import_module(f"trainc.kernels.{module}"), name)
+    ptx: str = compiled(function, arguments, options, warps, architecture).asm["ptx"]
+    spilled, registers = assembled(ptx, architecture)
+    record("registers", registers)
+    record("spilled", spilled)
+    assert spilled <= SPILLS
+    assert registers * 32 * warps <= REGISTER_FILE
+    return ptx
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+@pytest.mark.parametrize(("module", "name", "arguments", "options", "warps"), EXTREMES)
+def test_tuned_kernels_fit_other_architectures(
+    record_property: Callable[[str, object], None],
+    module: str,
+    name: str,
+    arguments: str,
+    options: dict[str, Any],
+    warps: int,
+    architecture: int,
+) -> None:
+    resources(record_property, architecture, module, name, arguments, options, warps)
+
+
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, *OTHERS])
+@pytest.mark.parametrize(
+    ("vector", "module", "name", "arguments", "options", "warps"),
+    [
+        pytest.param(vector, *one.values, id=one.id)
+        for vector, specs in ((True, VECTORS), (False, SCALAR))
+        for one in specs
+    ],
+)
+def test_operators_over_parameters_fit_and_load_vectors(
+    record_property: Callable[[str, object], None],
+    vector: bool,
+    module: str,
+    name: str,
+    arguments: str,
+    options: dict[str, Any],
+    warps: int,
+    architecture: int,
+) -> None:
+    ptx = resources(record_property, architecture, module, name, arguments, options, warps)
+    assert bool(re.search(r"ld\.global\.\S*v4", ptx)) or not vector, "no 128-bit load"

@@ -1,0 +1,105 @@
+"""The Triton sources of operators over whole parameters, by the interpreter, against the CPU kernels."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from trainc.kernels import masked_update, multi_norm, sparse_adamw
+
+pytestmark = pytest.mark.interpreter
+
+SHAPES = [(), (3,), (127,), (5, 7), (0,), (40, 9), (64,)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks and chunks even for small tensors."""
+    from trainc.kernels import triton_masked_update, triton_multi_norm, triton_sparse_adamw
+
+    monkeypatch.setattr(triton_multi_norm, "BLOCK", 64)
+    monkeypatch.setattr(triton_multi_norm, "CHUNK", 128)
+    monkeypatch.setattr(triton_sparse_adamw, "BLOCK", 64)
+    monkeypatch.setattr(triton_masked_update, "BLOCK", 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("paired", [True, False])
+def test_multi_norm(dtype: torch.dtype, paired: bool) -> None:
+    from trainc.kernels import triton_multi_norm
+
+    torch.manual_seed(0)
+    tensors, deltas = ([torch.randn(shape).to(dtype) for shape in SHAPES] for _ in range(2))
+    arguments = (tensors, deltas if paired else [])
+    got, want = triton_multi_norm.multi_norm(*arguments), multi_norm.eager(*arguments)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got.dtype == want.dtype
+
+
+def test_multi_norm_of_mixed_dtypes_odd_addresses_and_broken_entries() -> None:
+    from trainc.kernels import triton_multi_norm
+
+    wide = torch.randn(200)
+    tensors = [wide[1:150], torch.randn(9).bfloat16(), torch.randn(5).double(), torch.randn(7, 6).T]
+    deltas = [torch.randn(149), torch.randn(9), torch.randn(5), torch.randn(6, 7)]
+    tensors[0][3], deltas[0][140], deltas[1][0] = torch.nan, torch.inf, -torch.inf
+    got = triton_multi_norm.multi_norm(tensors, deltas)
+    want = multi_norm.eager(tensors, deltas)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert got[:, 3].tolist() == [2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("with_master", [False, True])
+def test_sparse_adamw(dtype: torch.dtype, block: int, gathered: bool, with_master: bool) -> None:
+    from trainc.kernels import triton_sparse_adamw
+
+    torch.manual_seed(0)
+    weight = torch.randn(16, 24).to(dtype)
+    index = torch.randperm(weight.numel() // block)[: 80 // block].int()
+    count = index.numel() * block
+    grad = torch.randn(count if gathered else weight.shape).to(dtype)
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (1e-2, 0.1, 3)]
+    results: list[Any] = []
+    kernels: list[Any] = [sparse_adamw.eager, triton_sparse_adamw.sparse_adamw_]
+    for kernel in kernels:
+        torch.manual_seed(1)
+        state = torch.randn(count), torch.rand(count)
+        master = torch.randn(count) if with_master else None
+        mine = weight.clone()
+        arguments: list[Any] = [mine, grad, *state, index, *scalars, 0.9, 0.95, 1e-8, gathered]
+        kernel(*arguments, block, master)
+        results.append([mine.float(), *state, *([] if master is None else [master])])
+    for place, (want, got) in enumerate(zip(*results, strict=True)):
+        # The interpreter truncates where a device rounds; only the weight is stored in 16 bits.
+        loose = 1e-2 if place == 0 and dtype != torch.float32 else 1e-5
+        torch.testing.assert_close(got, want, rtol=loose, atol=1e-6)
+
+
+def test_sparse_adamw_leaves_what_it_does_not_take_to_pytorch() -> None:
+    from trainc.kernels import triton_sparse_adamw
+
+    scalars = [torch.tensor(value) for value in (1e-2, 0.1, 3)]
+    for weight in (torch.randn(8, 6).double(), torch.randn(6, 8).T):
+        index, grad = torch.tensor([1, 5]), torch.randn(8, 6).to(weight.dtype)
+        state = [torch.zeros(2, dtype=weight.dtype) for _ in range(2)]
+        before = weight.clone()
+        arguments: list[Any] = [weight, grad, *state, index, *scalars, 0.9, 0.95, 1e-8, False]
+        triton_sparse_adamw.sparse_adamw_(*arguments)
+        assert (weight != before).sum() == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_update(packed: bool, dtype: torch.dtype) -> None:
+    from trainc.kernels import triton_masked_update
+
+    for shape in ((40, 9), (3,), (0,)):
+        mask = torch.rand(shape) < 0.5
+        tensors = [torch.randn(shape).to(dtype), torch.randn(shape[::-1]).permute(
+            *reversed(range(len(shape))))]  # fmt: skip
+        want = [t.where(mask, 0) for t in tensors]
+        triton_masked_update.masked_update_(tensors, masked_update.pack(mask) if packed else mask)
+        assert all(torch.equal(*pair) for pair in zip(tensors, want, strict=True))

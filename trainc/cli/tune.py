@@ -1,0 +1,45 @@
+"""`trainc tune`: launch choices measured on the GPU at hand."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command("tune")
+    def tune(
+        width: Annotated[
+            list[int] | None,
+            typer.Option("--width", help="A width of the model's norms; may be repeated.", min=1),
+        ] = None,
+        dry: Annotated[bool, typer.Option("--dry", help="Measure and keep nothing.")] = False,
+    ) -> None:
+        """Measure how the norm kernels run best on this GPU and keep what beats the built-in table.
+
+        Takes some minutes. Later runs on this kind of GPU use what was found; deleting the file it names undoes that.
+        """
+        import torch
+
+        from trainc.kernels import launch
+
+        if not torch.cuda.is_available():
+            print("trainc: there is no CUDA device here, so nothing to tune", file=sys.stderr)
+            raise typer.Exit(1)
+        from trainc.kernels.tune import WIDTHS, seconds
+        from trainc.kernels.tune import tune as measured
+
+        name = torch.cuda.get_device_name()
+        columns = sorted({launch.power_of_2(one) for one in width}) if width else WIDTHS
+        if columns[-1] > launch.HELD:
+            raise typer.BadParameter(f"at most {launch.HELD}", param_hint="--width")
+        found = {}
+        for one in measured(seconds, columns):
+            gain = 1 - one.seconds / one.before
+            print(f"{one.key:32} {one.seconds * 1e6:9.1f} us  {gain:6.1%} {one.tile}", flush=True)
+            if gain > 0:
+                found[one.key] = one.tile
+        if found and not dry:
+            print(f"kept in {launch.store(name, found)}")
