@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.claims import disputes, two
-from trainc.compiler.effects import conflicts
+from trainc.compiler.effects import conflicts, penalised_measurements
 from trainc.compiler.inventory import Inventory
 from trainc.compiler.select import Target, expectations, select
 from trainc.compiler.suggestions import suggestion
@@ -74,7 +74,11 @@ class _Binder:
         clauses.sort(key=lambda bound: ORDER.index(bound.kind))
         self._labels(clauses)
         active = [clause for clause in clauses if clause.dropped is None]
-        self.found += [*disputes(active, self.inventory), *conflicts(active)]
+        self.found += [
+            *disputes(active, self.inventory),
+            *conflicts(active),
+            *penalised_measurements(active, self.inventory),
+        ]
         errors = [d for d in self.found if d.severity == "error"]
         if errors:
             raise SpecError(self.found)

@@ -10,6 +10,7 @@ from trainc.dsl.diagnostics import Diagnostic, Label
 
 if TYPE_CHECKING:
     from trainc.compiler.bound import BoundClause
+    from trainc.compiler.inventory import Inventory
     from trainc.dsl.construct import Effect
 
 SINGLE = ("views",)
@@ -26,6 +27,28 @@ def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
                     clause,
                     other,
                     f"`{clause.title}` and `{other.title}` both decide `{doubled[0]}`",
+                )
+
+
+def penalised_measurements(
+    clauses: Sequence[BoundClause], inventory: Inventory
+) -> Iterator[Diagnostic]:
+    """Yield a warning for every noise scale measured on parameters whose gradient holds a penalty too."""
+    penalties = [c for c in clauses if c.construct.targets == "parameters" and "loss" in _writes(c)]
+    for clause in clauses:
+        if clause.kind != "noise_scale":
+            continue
+        measured = {name for module in clause.modules(inventory) for name in module.parameters}
+        for penalty in penalties:
+            shared = [name for name in penalty.targets if name in measured]
+            if shared:
+                labels = ((clause, "measured here"), (penalty, "the penalty"))
+                yield Diagnostic(
+                    "noise-scale-sees-penalty",
+                    f"the gradient of `{shared[0]}` holds `{penalty.title}`, which no example contributes",
+                    tuple(Label(c.span, text) for c, text in labels if c.span is not None),
+                    help="leave what is measured out of the penalty's selector",
+                    severity="warning",
                 )
 
 

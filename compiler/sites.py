@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
 
 class SiteError(Exception):
-    """A site cannot do what the plan expects of it; the message names the module."""
+    """A site cannot do what the plan expects of it; the message names the module, `rule` the diagnostic."""
+
+    rule = "site-not-delivered"
+
+
+class ExampleAxisUnknown(SiteError):
+    """A site sees a tensor whose first axis is not the example axis."""
+
+    rule = "example-axis-unknown"
 
 
 class Armed:
@@ -116,7 +124,7 @@ def checked_probe(armed: Armed, x: Tensor) -> Tensor:
     probe = armed.probe
     assert probe is not None
     if x.shape[0] != probe.shape[0]:
-        raise SiteError(
+        raise ExampleAxisUnknown(
             f"`{armed.site.module}` sees a tensor of shape {tuple(x.shape)}, but the batch has"
             f" {probe.shape[0]} examples: its first axis is not the example axis, so per-example norms"
             " cannot be taken there"

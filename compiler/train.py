@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from trainc.compiler.compile import compile, read
 from trainc.compiler.imports import searching
 from trainc.compiler.user_code import build_data, seeded_model
 from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
+from trainc.dsl.render import render_text
 from trainc.runtime import checkpoint
 from trainc.runtime.display import Display
 from trainc.runtime.loop import train as loop
@@ -64,6 +66,8 @@ def train(
         data = build_data(checked)
     if resume:
         _check_resume(program, out, accept)
+    if program.plan.warnings and not quiet:
+        print(render_text(program.plan.warnings).strip("\n"), file=sys.stderr)
     assert program.length is not None
     display = (
         None

@@ -232,11 +232,6 @@ RULES: dict[str, About] = {
         "One undoes or overwrites what the other relies on, and no order of the two mends it.",
         "Remove one of them, or separate them in time with `from` and `until`.",
     ),
-    "unordered-constructs": About(
-        "Two constructs write the same thing in the same phase, and neither says which goes first.",
-        "The result would depend on the order of lines.",
-        "Separate them in time, or remove one.",
-    ),
     "no-effect": About(
         "A clause has a value that makes it do nothing, such as a weight of 0.",
         "It is left out of the program, so that it costs nothing; perhaps it was meant to act.",
@@ -251,12 +246,6 @@ RULES: dict[str, About] = {
         "Two passes are compared through a layer whose statistics depend on the batch.",
         "The passes also differ by the batch statistics, and running averages are updated twice.",
         "Freeze the BatchNorm layers, or replace them by GroupNorm.",
-    ),
-    "unshared-randomness": About(
-        "Two passes that should differ only by a method's noise also draw other noise, such "
-        "as dropout.",
-        "The penalty then measures that noise too.",
-        "Set dropout to 0 in the selected part, if this is not intended.",
     ),
     "noise-scale-sees-penalty": About(
         "A gradient noise scale is measured while a loss term other than the loss is active.",
@@ -312,11 +301,6 @@ RULES: dict[str, About] = {
         "Select by `type(...)` or a module's name for modules, by `ndim(...)` or a "
         "parameter's name for parameters.",
     ),
-    "unschedulable": About(
-        "A schedule cannot be laid out over this run.",
-        "For example, what follows `then` is never reached, or a decay to the end has no end.",
-        "See the label; give a piece `over`, or change its length.",
-    ),
     "resume-impossible": About(
         "A checkpoint cannot be continued under this spec.",
         "The change alters what the saved state means.",
@@ -326,10 +310,5 @@ RULES: dict[str, About] = {
         "Continuing a checkpoint under this spec changes the method.",
         "It is possible and may be meant, but the result is no longer that of either spec.",
         "Repeat the command with `--accept RULE` for the difference in the note.",
-    ),
-    "kernel-unavailable": About(
-        "A kernel that the spec requires cannot run here.",
-        "The reference path would give the same numbers, but the spec says that speed matters.",
-        "Run on a machine with the device in the note, or drop the requirement.",
     ),
 }

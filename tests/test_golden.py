@@ -14,6 +14,7 @@ from trainc.compiler.catalog import catalog
 from trainc.dsl.diagnostics import Diagnostic
 from trainc.dsl.render import render_text
 from trainc.dsl.resolve import load
+from trainc.dsl.rules import RULES
 from trainc.dsl.source import Source
 from trainc.dsl.spec import Spec
 
@@ -59,3 +60,10 @@ def test_titles_are_unique() -> None:
     ids = [str(case.id) for case in CASES]
     assert len(ids) == len(set(ids))
     assert len(ids) >= 30
+
+
+def test_every_rule_is_one_that_something_raises() -> None:
+    folders = ("dsl", "compiler", "trainc", "runtime")
+    files = [p for f in folders for p in (Path(__file__).parents[1] / f).rglob("*.py")]
+    text = "".join(p.read_text() for p in files if p.name != "rules.py")
+    assert [rule for rule in RULES if f'"{rule}"' not in text] == []

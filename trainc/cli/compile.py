@@ -1,5 +1,6 @@
 """`trainc compile`: save the program a spec compiles to."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,11 @@ def register(app: typer.Typer) -> None:
         `trainc.load(FOLDER, model)` binds it to a model again, without the spec and without running any code of it.
         """
         from trainc.compiler.inspect import captured
+        from trainc.dsl.render import render_text
 
         program = captured(spec, overrides(set_), without or ())
+        if program.plan.warnings:
+            print(render_text(program.plan.warnings).strip("\n"), file=sys.stderr)
         program.save(output)
         graph = program.graph
         print(f"{output}: plan {program.plan.hash[:16]}, graph of {len(graph.graph.nodes)} nodes")

@@ -57,7 +57,10 @@ def register(app: typer.Typer) -> None:
                 accept=accept,
                 plain=plain,
             )
-        except (RunExists, DamagedCheckpoint, SiteError) as error:
+        except SiteError as error:
+            print(f"error[{error.rule}]: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except (RunExists, DamagedCheckpoint) as error:
             print(f"trainc: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
         for line in summary.lines:
