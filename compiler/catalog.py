@@ -75,9 +75,15 @@ def check(spec: Source | Path | str, overrides: Iterable[str] = ()) -> Checked:
     """Check a spec: a path, a name that ends in `.train` or is a file, or the text itself."""
     from trainc.dsl.resolve import load
 
-    if isinstance(spec, str) and "\n" not in spec and (spec.endswith(".train") or _is_file(spec)):
-        spec = Path(spec)
+    if isinstance(spec, str):
+        spec = path_of(spec) or spec
     return load(spec, catalog(), overrides)
+
+
+def path_of(text: str) -> Path | None:
+    """Return the path a string names; any other string is the text of a spec."""
+    named = "\n" not in text and (text.endswith(".train") or _is_file(text))
+    return Path(text) if named else None
 
 
 def _is_file(text: str) -> bool:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.assemble import assemble, rules
 from trainc.compiler.bind import Binding, bind
-from trainc.compiler.catalog import catalog
+from trainc.compiler.catalog import catalog, path_of
 from trainc.compiler.imports import searching
 from trainc.compiler.inventory import take
 from trainc.compiler.lowering import Parts, Setting
 from trainc.compiler.plan import Plan
-from trainc.compiler.user_code import build_model, facts, seeded_model
-from trainc.dsl.diagnostics import Diagnostic, SpecError
+from trainc.compiler.user_code import build_model, facts, missing_clause, seeded_model
 from trainc.runtime.step import Signals
 
 if TYPE_CHECKING:
@@ -107,15 +106,9 @@ def read(
         return spec, None
     from trainc.dsl.resolve import load as resolve
 
-    path = spec if isinstance(spec, Path) else _path_of(spec)
+    path = spec if isinstance(spec, Path) else path_of(spec)
     given = [f"{name}={value}" for name, value in (overrides or {}).items()]
     return resolve(path or str(spec), catalog(), given).unwrap(), path
-
-
-def _path_of(text: str) -> Path | None:
-    """Return the path a string names; any other string is a spec's text."""
-    one_line = "\n" not in text and len(text) < 1024
-    return Path(text) if one_line and (text.endswith(".train") or Path(text).is_file()) else None
 
 
 def _first_signals(binding: Binding) -> Signals:
@@ -188,25 +181,9 @@ def build_program(
     signals = _first_signals(binding)
     parts = _assemble(binding, model, signals)
     if parts.task is None:
-        raise SpecError(
-            [
-                Diagnostic(
-                    "missing-clause",
-                    "the spec has no loss",
-                    help="write `loss cross_entropy` or `loss mse`",
-                )
-            ]
-        )
+        raise missing_clause("the spec has no loss", "write `loss cross_entropy` or `loss mse`")
     if not parts.optimizers:
-        raise SpecError(
-            [
-                Diagnostic(
-                    "missing-clause",
-                    "the spec has no optimizer",
-                    help="write `optimizer adamw { lr = 3e-4 }`",
-                )
-            ]
-        )
+        raise missing_clause("the spec has no optimizer", "write `optimizer adamw { lr = 3e-4 }`")
     data: Any = binding.one("data")
     batch = int(data.construct.batch.amount) if data else 0
     micro = data.construct.micro_size if data else 0

@@ -178,7 +178,7 @@ class Program:
         """Return what the last step has to say beside its metrics: per-layer series, notes, a wish to save."""
         if self._last is None:
             return Report()
-        return Report(self._last.series, tuple(self._last.notes), self._last.save, self._last.stop)
+        return Report(self._last.series, tuple(self._last.notes), self._last.save)
 
     def _graph_loss(self, batch: Batch, share: float = 1.0, part: float | None = None) -> Tensor:
         """Run forward and backward of one micro-batch as a graph and return the loss: calling `graph`."""

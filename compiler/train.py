@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.compile import compile, read
 from trainc.compiler.imports import searching
-from trainc.compiler.user_code import build_data, seeded_model
+from trainc.compiler.user_code import build_data, missing_clause, seeded_model
 from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
 from trainc.dsl.render import render_text
 from trainc.runtime import checkpoint
@@ -48,15 +48,7 @@ def train(
     checked, path = read(spec, overrides)
     run = checked.one("run")
     if run is None:
-        raise SpecError(
-            [
-                Diagnostic(
-                    "missing-clause",
-                    "the spec has no run",
-                    help="write `run { length = 1000 steps }`",
-                )
-            ]
-        )
+        raise missing_clause("the spec has no run", "write `run { length = 1000 steps }`")
     with searching(path):
         model = seeded_model(checked)
         start: str | None = run.construct.start  # type: ignore[attr-defined]

@@ -44,15 +44,8 @@ def build_model(spec: Spec) -> nn.Module:
 
     named = _named(spec, "model")
     if named is None:
-        raise SpecError(
-            [
-                Diagnostic(
-                    "missing-clause",
-                    "the spec names no model",
-                    help='write `model "module:callable"`, or pass one',
-                )
-            ]
-        )
+        help_ = 'write `model "module:callable"`, or pass one'
+        raise missing_clause("the spec names no model", help_)
     model = _called(named, "model-failed")
     if not isinstance(model, nn.Module):
         raise SpecError(
@@ -71,15 +64,8 @@ def build_data(spec: Spec) -> Any:
     """Return what the `data` clause builds; raises SpecError at its line."""
     named = _named(spec, "data")
     if named is None:
-        raise SpecError(
-            [
-                Diagnostic(
-                    "missing-clause",
-                    "the spec names no data",
-                    help='write `data "module:callable" { batch = 32 samples }`',
-                )
-            ]
-        )
+        help_ = 'write `data "module:callable" { batch = 32 samples }`'
+        raise missing_clause("the spec names no data", help_)
     data = _called(named, "data-failed")
     missing = [
         name for name in ("train", "evaluation", "tokens_per_sample") if not hasattr(data, name)
@@ -116,6 +102,11 @@ def facts(spec: Spec) -> Facts:
             [_at(named.clause, "wrong-argument", f"the data cannot be described: {error}")]
         ) from error
     return Facts(said.get("samples"), said.get("tokens_per_sample"))
+
+
+def missing_clause(message: str, help: str) -> SpecError:
+    """Return the error for a clause that a spec needs here and does not have."""
+    return SpecError([Diagnostic("missing-clause", message, help=help)])
 
 
 def _called(named: _Named, rule: str) -> Any:

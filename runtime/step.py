@@ -49,7 +49,6 @@ class Step:
     samples: int = 0
     tokens: int = 0
     loss: float = 0.0
-    stop: str | None = None
     save: bool = False
     notes: list[str] = field(default_factory=list)
 
