@@ -13,16 +13,18 @@ Both views get gradient: nothing is detached. One backward pass writes the gradi
 F.cross_entropy, no target to average over makes task (and loss) nan, and its gradient zero.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from trainc.kernels.support import accumulation_dtype, on_demand, require
 
 DISTANCES = ("mse", "kl")
 
-# Elements of a row block of backward: its float32 temporaries should stay in a core's cache.
-BLOCK_ELEMENTS = 1 << 16
+# Elements of a block's buffers, 1 MB in float32. The twenty calls of ATen that a block takes cost as
+# much as 20000 elements, so smaller is slower; more leaves the cache and is fresh memory every call.
+BLOCK_ELEMENTS = 1 << 18
 
 
 def task_consistency_loss(
@@ -62,17 +64,78 @@ def reference(
     return task + weight * consistency, task, consistency
 
 
-def check(logits: Tensor, targets: Tensor, weight: Tensor, distance: str) -> None:
-    """Reject arguments outside the contract."""
+def check(shape: Sequence[int], targets: Tensor, weight: Tensor, distance: str) -> None:
+    """Reject arguments outside the contract, given the shape of two views of rows."""
     require(distance in DISTANCES, lambda: f"distance is one of {DISTANCES}, not {distance!r}")
     require(
-        logits.dim() >= 2
-        and logits.dim() == targets.dim() + 1
-        and logits.shape[0] == 2 * targets.shape[0]
-        and tuple(logits.shape[1:-1]) == tuple(targets.shape[1:]),
-        lambda: f"logits {tuple(logits.shape)} are not two views of targets {tuple(targets.shape)}",
+        len(shape) >= 2
+        and len(shape) == targets.dim() + 1
+        and shape[0] == 2 * targets.shape[0]
+        and tuple(shape[1:-1]) == tuple(targets.shape[1:]),
+        lambda: f"{tuple(shape)} are not two views of targets {tuple(targets.shape)}",
     )
     require(weight.dim() == 0, lambda: "weight is a 0-d tensor")
+
+
+def blocks(
+    rows: Tensor, count: int, buffers: int
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, Sequence[Tensor]]]:
+    """A cache's worth of rows at a time: where they are in the two views, both in the accumulation
+    dtype, and buffers of their shape.
+
+    Buffers are the same for every block, since fresh memory costs more than what is written to it.
+    """
+    dtype, classes = accumulation_dtype(rows.dtype), rows.shape[1]
+    size = min(count, max(1, BLOCK_ELEMENTS // max(buffers * classes, 1)))
+    scratch = rows.new_empty((buffers, size, classes), dtype=dtype)
+    for start in range(0, count, max(size, 1)):
+        stop = min(start + size, count)
+        here, there = slice(start, stop), slice(count + start, count + stop)
+        held = scratch[:, : stop - start].unbind(0)
+        yield here, there, rows[here].to(dtype), rows[there].to(dtype), held
+
+
+def row_losses(
+    rows: Tensor, labels: Tensor, distance: str, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies, 0 where ignored, and distances, (n,) each, of logits (2n, C).
+
+    log p = x - top - log sum exp(x - top), and the last term is -log of the largest probability: one
+    softmax serves both losses. The divergence is <p - q, x1 - x2> up to a constant per row that
+    p - q, which adds up to nothing, does not see; taking <p, x1 - x2> off first keeps it precise.
+    """
+    dtype = accumulation_dtype(rows.dtype)
+    count = labels.shape[0]
+    kept = labels != ignore_index
+    safe = labels.where(kept, 0).unsqueeze(1)
+    tasks = rows.new_empty((count,), dtype=dtype)
+    distances = torch.empty_like(tasks)
+    for here, _, first, second, held in blocks(rows, count, 2 if distance == "mse" else 3):
+        p, gap = torch.softmax(first, 1, out=held[0]), torch.sub(first, second, out=held[1])
+        if distance == "mse":
+            torch.linalg.vecdot(gap, gap, out=distances[here])
+        else:
+            q = torch.softmax(second, 1, out=held[2])
+            gap.sub_(torch.linalg.vecdot(p, gap).unsqueeze_(1))
+            torch.linalg.vecdot(q.sub_(p), gap, out=distances[here])
+        top = first.amax(1)
+        each = (top - first.gather(1, safe[here]).squeeze(1)).mul_(1 - label_smoothing)
+        if label_smoothing:
+            below = torch.sub(top.unsqueeze(1), first, out=held[1])
+            each.add_(below.mean(1), alpha=label_smoothing)
+        torch.sub(each, p.amax(1).log_(), out=tasks[here])
+    if distance == "kl":
+        distances.mul_(-0.5)
+    return tasks.mul_(kept), distances
+
+
+def total(
+    tasks: Tensor, distances: Tensor, labels: Tensor, weight: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, task, consistency) from what each row adds."""
+    task = tasks.sum() / (labels != ignore_index).sum()
+    consistency = distances.sum() / labels.shape[0]
+    return torch.add(task, consistency * weight.to(tasks.dtype)), task, consistency
 
 
 def eager_forward(
@@ -83,21 +146,10 @@ def eager_forward(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(logits, targets, weight, distance)
-    dtype = accumulation_dtype(logits.dtype)
-    rows = logits.reshape(-1, logits.shape[-1])
-    first, second = rows.chunk(2) if rows.shape[0] else (rows, rows)
-    wide = first.to(dtype)
-    task = functional.cross_entropy(
-        wide, targets.reshape(-1), ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
-    if distance == "mse":
-        total = functional.mse_loss(wide, second.to(dtype), reduction="sum")
-    else:
-        log_p, log_q = wide.log_softmax(1), second.log_softmax(1, dtype=dtype)
-        total = torch.dot((log_p - log_q).view(-1), log_p.exp_().sub_(log_q.exp_()).view(-1)) / 2
-    consistency = total / first.shape[0]
-    return torch.add(task, consistency * weight.to(dtype)), task, consistency
+    check(logits.shape, targets, weight, distance)
+    rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    found = row_losses(rows, labels, distance, ignore_index, label_smoothing)
+    return total(*found, labels, weight, ignore_index)
 
 
 _forward = torch.library.custom_op(
@@ -114,9 +166,44 @@ def _(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(logits, targets, weight, distance)
+    check(logits.shape, targets, weight, distance)
     scalar = logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
     return scalar, torch.empty_like(scalar), torch.empty_like(scalar)
+
+
+def write_gradients(
+    rows: Tensor,
+    labels: Tensor,
+    on_task: Tensor,
+    on_distance: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+    out: Tensor,
+) -> None:
+    """Write the gradient of on_task * tasks.sum() + on_distance * distances.sum() for (2n, C) rows.
+
+    `out` may be `rows` itself: a block is read before it is written.
+    """
+    dtype, count, classes = accumulation_dtype(rows.dtype), labels.shape[0], rows.shape[1]
+    kept = labels != ignore_index
+    scale = on_distance.to(dtype)
+    each = kept.to(dtype).mul_(on_task).unsqueeze_(1)
+    safe = labels.where(kept, 0).unsqueeze(1)
+    for here, there, first, second, held in blocks(rows, count, 2 if distance == "mse" else 4):
+        p, pull = torch.softmax(first, 1, out=held[0]), torch.sub(first, second, out=held[1])
+        if distance == "mse":
+            pull.mul_(2 * scale)
+            torch.mul(pull, -1.0, out=out[there])
+        else:
+            push = _kl_gradients(second, p, pull, *held[2:])
+            pull.mul_(0.5 * scale)
+            torch.mul(push, -0.5 * scale, out=out[there])
+        if label_smoothing:
+            p.sub_(label_smoothing / classes)
+        reward = p.new_full((1, 1), label_smoothing - 1.0).expand(safe[here].shape)
+        p.scatter_add_(1, safe[here], reward)
+        torch.addcmul(pull, p, each[here], out=out[here])
 
 
 def eager_backward(
@@ -129,48 +216,39 @@ def eager_backward(
     label_smoothing: float,
 ) -> Tensor:
     """task_scale * dtask + consistency_scale * dconsistency for the logits, like the logits."""
-    dtype = accumulation_dtype(logits.dtype)
-    classes = logits.shape[-1]
-    rows, labels = logits.reshape(-1, classes), targets.reshape(-1)
-    count = labels.shape[0]
+    rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     result = rows.new_empty(rows.shape)
-    kept = labels != ignore_index
-    on_task = kept.to(dtype).mul_(task_scale / kept.sum().clamp_(min=1)).unsqueeze_(1)
-    on_distance = consistency_scale.to(dtype) / max(count, 1)
-    safe = labels.where(kept, 0).unsqueeze(1)
-    block = max(1, BLOCK_ELEMENTS // max(classes, 1))
-    for start in range(0, count, block):
-        here = slice(start, min(start + block, count))
-        there = slice(start + count, here.stop + count)
-        first, second = rows[here].to(dtype), rows[there].to(dtype)
-        if distance == "mse":
-            pull = torch.sub(first, second).mul_(2 * on_distance)
-            torch.mul(pull, -1.0, out=result[there])
-            probability = first.softmax(1)
-        else:
-            probability, pull, result[there] = _kl_gradients(first, second, on_distance / 2)
-        if label_smoothing:
-            probability.sub_(label_smoothing / classes)
-        reward = probability.new_full((1, 1), label_smoothing - 1.0).expand(safe[here].shape)
-        probability.scatter_add_(1, safe[here], reward)
-        torch.addcmul(pull, probability, on_task[here], out=result[here])
+    on_task, on_distance = shares(task_scale, consistency_scale, labels, ignore_index)
+    write_gradients(
+        rows, labels, on_task, on_distance, distance, ignore_index, label_smoothing, out=result
+    )
     return result.view(logits.shape)
 
 
-def _kl_gradients(first: Tensor, second: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(first), and the gradients of scale * (KL(p || q) + KL(q || p)) for both logits.
+def shares(
+    task_scale: Tensor, consistency_scale: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """What one kept row adds to the task and what one row adds to the consistency, scaled."""
+    kept = (labels != ignore_index).sum().clamp_(min=1)
+    return task_scale / kept, consistency_scale / max(labels.shape[0], 1)
 
-    With u = log p - log q: d/dl1 = p (u - <p, u>) + p - q and d/dl2 = -q (u - <q, u>) + q - p.
+
+def _kl_gradients(second: Tensor, p: Tensor, gap: Tensor, q: Tensor, spare: Tensor) -> Tensor:
+    """Turn `gap`, the difference of the logits, into the gradient of KL(p || q) + KL(q || p) for the
+    first, and return minus that for the second.
+
+    With u = log p - log q they are p (u - <p, u>) + p - q and q (u - <q, u>) + p - q. Only u less a
+    mean of it appears, so that the difference of the logits serves as u.
     """
-    log_p, log_q = first.log_softmax(1), second.log_softmax(1)
-    u = log_p - log_q
-    p, q = log_p.exp_(), log_q.exp_()
-    gap = p - q
-    along_p = torch.linalg.vecdot(p, u).unsqueeze_(1)
-    along_q = torch.linalg.vecdot(q, u).unsqueeze_(1)
-    pull = torch.sub(u, along_p).mul_(p).add_(gap).mul_(scale)
-    push = torch.sub(along_q, u).mul_(q).sub_(gap).mul_(scale)
-    return p, pull, push
+    torch.softmax(second, 1, out=q)
+    # Counted from the likeliest class, <p, u> loses nothing where p is all but certain.
+    gap.sub_(gap.gather(1, p.argmax(1, keepdim=True)))
+    along_p = torch.linalg.vecdot(p, gap).unsqueeze_(1)
+    along_q = torch.linalg.vecdot(q, gap).unsqueeze_(1)
+    # One is not folded into the means: beside a large one it would be lost, and p and q with it.
+    push = torch.sub(gap, along_q, out=spare).mul_(q).add_(p).sub_(q)
+    gap.sub_(along_p).mul_(p).add_(p).sub_(q)
+    return push
 
 
 _backward = torch.library.custom_op(

@@ -20,34 +20,38 @@ BLOCK = 4096
 
 @triton.jit
 def _normaliser(L, base, classes, BLOCK_V: tl.constexpr):
-    """log sum exp and plain sum of one row."""
+    """The largest entry of one row, the log of sum exp(x - largest), and the mean of x - largest.
+
+    Kept apart: their sum would be rounded at the size of the logits, and every probability with it.
+    """
+    anchor = tl.load(L + base).to(tl.float32)
     top = tl.full((), float("-inf"), tl.float32)
     scaled = tl.full((), 0.0, tl.float32)
-    plain = tl.full((), 0.0, tl.float32)
+    above = tl.full((), 0.0, tl.float32)
     for start in range(0, classes, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         mask = column < classes
         x = tl.load(L + base + column, mask=mask, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(x, 0))
         scaled = scaled * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
-        plain += tl.sum(tl.where(mask, x, 0.0), 0)
+        above += tl.sum(tl.where(mask, x - anchor, 0.0), 0)
         top = higher
-    return top + tl.log(scaled), plain
+    return top, tl.log(scaled), (anchor - top) + above / classes
 
 
 @triton.jit
-def _divergences(L, one, two, lse_one, lse_two, classes, BLOCK_V: tl.constexpr):
-    """<p, u> and <q, u> with u = log p - log q."""
+def _divergences(L, one, two, top, log_sum, other_top, other_log_sum, classes, BLOCK_V: tl.constexpr):
+    """<p, u> and <q, u> with u = x - y, which is log p - log q up to a constant of the row."""
     along_p = tl.full((), 0.0, tl.float32)
     along_q = tl.full((), 0.0, tl.float32)
     for start in range(0, classes, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         mask = column < classes
-        log_p = tl.load(L + one + column, mask=mask, other=0.0).to(tl.float32) - lse_one
-        log_q = tl.load(L + two + column, mask=mask, other=0.0).to(tl.float32) - lse_two
-        u = tl.where(mask, log_p - log_q, 0.0)
-        along_p += tl.sum(tl.exp(log_p) * u, 0)
-        along_q += tl.sum(tl.exp(log_q) * u, 0)
+        x = tl.load(L + one + column, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(L + two + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.where(mask, (x - top) - (y - other_top), 0.0)
+        along_p += tl.sum(tl.exp((x - top) - log_sum) * u, 0)
+        along_q += tl.sum(tl.exp((y - other_top) - other_log_sum) * u, 0)
     return along_p, along_q
 
 
@@ -61,13 +65,15 @@ def loss_forward(
     one, two = row * classes, (row + rows) * classes
     target = tl.load(TARGETS + row)
     kept = target != ignore_index
-    lse, plain = _normaliser(L, one, classes, BLOCK_V)
+    top, log_sum, mean = _normaliser(L, one, classes, BLOCK_V)
     chosen = tl.load(L + one + target, mask=kept, other=0.0).to(tl.float32)
-    task = lse - (1.0 - smoothing) * chosen - smoothing * plain / classes
+    task = log_sum + (1.0 - smoothing) * (top - chosen) - smoothing * mean
     tl.store(TASK + row, tl.where(kept, task, 0.0))
     if KL:
-        other, _ = _normaliser(L, two, classes, BLOCK_V)
-        along_p, along_q = _divergences(L, one, two, lse, other, classes, BLOCK_V)
+        other_top, other_log_sum, _ = _normaliser(L, two, classes, BLOCK_V)
+        along_p, along_q = _divergences(
+            L, one, two, top, log_sum, other_top, other_log_sum, classes, BLOCK_V
+        )
         distance = 0.5 * (along_p - along_q)
     else:
         distance = tl.full((), 0.0, tl.float32)
@@ -92,19 +98,21 @@ def loss_backward(
     kept = target != ignore_index
     on_task = tl.where(kept, tl.load(ON_TASK).to(tl.float32), 0.0)
     on_distance = tl.load(ON_DISTANCE).to(tl.float32)
-    lse, _ = _normaliser(L, one, classes, BLOCK_V)
+    top, log_sum, _ = _normaliser(L, one, classes, BLOCK_V)
     if KL:
-        other, _ = _normaliser(L, two, classes, BLOCK_V)
-        along_p, along_q = _divergences(L, one, two, lse, other, classes, BLOCK_V)
+        other_top, other_log_sum, _ = _normaliser(L, two, classes, BLOCK_V)
+        along_p, along_q = _divergences(
+            L, one, two, top, log_sum, other_top, other_log_sum, classes, BLOCK_V
+        )
     for start in range(0, classes, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         mask = column < classes
         x = tl.load(L + one + column, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(L + two + column, mask=mask, other=0.0).to(tl.float32)
-        p = tl.exp(x - lse)
+        p = tl.exp((x - top) - log_sum)
         if KL:
-            q = tl.exp(y - other)
-            u = (x - lse) - (y - other)
+            q = tl.exp((y - other_top) - other_log_sum)
+            u = (x - top) - (y - other_top)
             pull = 0.5 * on_distance * (p * (u - along_p) + p - q)
             push = 0.5 * on_distance * (q * (along_q - u) + q - p)
         else:
@@ -126,6 +134,42 @@ def supported(logits: Tensor) -> bool:
     return logits.dtype in (torch.float32, *REDUCED) and logits.numel() > 0
 
 
+def row_losses(
+    rows: Tensor, labels: Tensor, distance: str, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies, 0 where ignored, and distances, (n,) each, of contiguous logits (2n, C)."""
+    count, classes = labels.shape[0], rows.shape[1]
+    tasks = torch.empty(count, dtype=torch.float32, device=rows.device)
+    distances = torch.empty_like(tasks)
+    loss_forward[(count,)](
+        rows, labels, tasks, distances, count, classes, ignore_index, label_smoothing,
+        KL=distance == "kl", BLOCK_V=block(classes), num_warps=8,
+    )  # fmt: skip
+    return tasks, distances
+
+
+def write_gradients(
+    rows: Tensor,
+    labels: Tensor,
+    on_task: Tensor,
+    on_distance: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+    out: Tensor,
+) -> None:
+    """Write the gradient of on_task * tasks.sum() + on_distance * distances.sum() for (2n, C) rows.
+
+    `out` may be `rows` itself: a program is alone with its rows, its sums over them are complete
+    before it writes, and what it writes to a column is from that column.
+    """
+    count, classes = labels.shape[0], rows.shape[1]
+    loss_backward[(count,)](
+        rows, labels, out, on_task, on_distance, count, classes, ignore_index, label_smoothing,
+        KL=distance == "kl", BLOCK_V=block(classes), num_warps=8,
+    )  # fmt: skip
+
+
 def task_consistency_loss(
     logits: Tensor,
     targets: Tensor,
@@ -139,18 +183,10 @@ def task_consistency_loss(
         return operators.eager_forward(
             logits, targets, weight, distance, ignore_index, label_smoothing
         )
-    operators.check(logits, targets, weight, distance)
-    logits, labels = logits.contiguous(), targets.contiguous()
-    rows, classes = labels.numel(), logits.shape[-1]
-    tasks = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    distances = torch.empty_like(tasks)
-    loss_forward[(rows,)](
-        logits, labels, tasks, distances, rows, classes, ignore_index, label_smoothing,
-        KL=distance == "kl", BLOCK_V=block(classes), num_warps=8,
-    )  # fmt: skip
-    task = tasks.sum() / (labels != ignore_index).sum()
-    consistency = distances.sum() / rows
-    return task + weight.float() * consistency, task, consistency
+    operators.check(logits.shape, targets, weight, distance)
+    rows, labels = logits.contiguous().view(-1, logits.shape[-1]), targets.contiguous().view(-1)
+    found = row_losses(rows, labels, distance, ignore_index, label_smoothing)
+    return operators.total(*found, labels, weight, ignore_index)
 
 
 def task_consistency_loss_backward(
@@ -167,13 +203,10 @@ def task_consistency_loss_backward(
         return operators.eager_backward(
             logits, targets, task_scale, consistency_scale, distance, ignore_index, label_smoothing
         )
-    logits, labels = logits.contiguous(), targets.contiguous()
-    rows, classes = labels.numel(), logits.shape[-1]
-    on_task = task_scale.float() / (labels != ignore_index).sum().clamp(min=1)
-    gradient = torch.empty_like(logits)
-    loss_backward[(rows,)](
-        logits, labels, gradient, on_task, consistency_scale.float() / rows,
-        rows, classes, ignore_index, label_smoothing,
-        KL=distance == "kl", BLOCK_V=block(classes), num_warps=8,
-    )  # fmt: skip
-    return gradient
+    rows, labels = logits.contiguous().view(-1, logits.shape[-1]), targets.contiguous().view(-1)
+    gradient = torch.empty_like(rows)
+    on_task, on_distance = operators.shares(task_scale, consistency_scale, labels, ignore_index)
+    write_gradients(
+        rows, labels, on_task, on_distance, distance, ignore_index, label_smoothing, out=gradient
+    )
+    return gradient.view(logits.shape)

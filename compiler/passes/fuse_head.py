@@ -1,0 +1,125 @@
+"""Take the loss of two views through the head, so that a large vocabulary's logits are never held."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from trainc.compiler.passes.base import Pass
+from trainc.compiler.passes.forward import ForwardGraph, call_site
+from trainc.compiler.passes.insert_consistency import LOSS
+from trainc.compiler.rewrite import Rewrite
+from trainc.kernels.head_consistency_loss import chunk_rows
+
+aten = torch.ops.aten
+SWAPS = {aten.transpose.int, aten.permute.default}
+
+# Backward makes the logits again: 4 products of the head's size for 3. That buys memory, so it is
+# done where logits are what fills it: a vocabulary, several times wider than what it is read from,
+# and so many rows that all logits and their gradient would take 8 times a chunk or more.
+CLASSES = 8192
+TIMES_WIDTH = 4
+CHUNKS = 4
+
+
+def large(classes: int, width: int) -> bool:
+    """Say whether a head of this shape is one whose logits are better not held."""
+    return classes >= CLASSES and classes >= TIMES_WIDTH * width
+
+
+@dataclass(frozen=True)
+class FuseHead(Pass):
+    """Replaces a linear head and the loss of its logits by one operator; `always` at any size."""
+
+    always: bool = False
+
+    name: ClassVar[str] = "fuse_head"
+    purpose: ClassVar[str] = "compute the loss of a large vocabulary without holding its logits"
+    after: ClassVar[tuple[str, ...]] = ("insert_consistency",)
+    exact: ClassVar[bool] = False
+
+    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
+        """Return the loss where the views are paired: it is looked at, and fused if that pays."""
+        return (LOSS,) if rewrite.pairing else ()
+
+    def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
+        """Rewrite the loss over a head that nothing else reads."""
+        for loss in forward.calls():
+            if loss.target is torch.ops.trainc.task_consistency_loss.default:
+                self.fuse(forward, loss)
+        return [LOSS]
+
+    def fuse(self, forward: ForwardGraph, loss: fx.Node) -> None:
+        """Put the operator in place of one loss, unless its logits must or may as well be made.
+
+        The result `logits` stays for the passes; no step reads it, and what nothing reads is
+        removed when the graph is differentiated.
+        """
+        logits, *rest = loss.args
+        assert isinstance(logits, fx.Node)
+        readers = set(logits.users) - {loss, forward.output}
+        product = _product(logits)
+        if product is None or readers:
+            return
+        x, weight, bias = product
+        with forward.graph.inserting_before(loss):
+            head = weight
+            if logits.target is not aten.linear.default:  # (K, C): undo or take the transpose
+                head = _untransposed(weight) or forward.call(aten.t.default, (weight,), logits)
+            if not self._pays(x.meta["val"], head.meta["val"], bias):
+                return
+            target = torch.ops.trainc.head_consistency_loss.default
+            fused = forward.call(target, (x, head, bias, *rest), logits)
+            results = [forward.call(operator.getitem, (fused, i), logits) for i in range(3)]
+        for user in list(loss.users):
+            user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
+        forward.notes.append(
+            f"`{call_site(logits) or 'the model'}` and the loss are one operator: logits not held"
+        )
+
+    def _pays(self, x: Tensor, head: Tensor, bias: fx.Node | None) -> bool:
+        classes, width = head.shape
+        fits = x.dtype == head.dtype and (bias is None or bias.meta["val"].dim() == 1)
+        rows = x.numel() // max(width, 1) // 2
+        many = rows >= CHUNKS * chunk_rows(width, classes, x.device.type)
+        return fits and (self.always or (large(classes, width) and many))
+
+
+def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """Return the input, the weight and the bias of a linear layer, however it is spelled."""
+    if node.kwargs or len(node.args) < 2:
+        return None
+    if node.target is aten.linear.default:
+        x, weight, bias = (*node.args, None)[:3]
+    elif node.target is aten.mm.default:
+        (x, weight), bias = node.args, None
+    elif node.target is aten.addmm.default and len(node.args) == 3:
+        bias, x, weight = node.args
+    else:
+        return None
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
+    assert bias is None or isinstance(bias, fx.Node)
+    return x, weight, bias
+
+
+def _untransposed(weight: fx.Node) -> fx.Node | None:
+    """Return the matrix whose transpose this is."""
+    source = weight.args[0] if weight.args else None
+    plain = weight.target is aten.t.default or (
+        weight.target in SWAPS and weight.meta["val"].dim() == 2 and not _keeps(weight)
+    )
+    return source if plain and isinstance(source, fx.Node) else None
+
+
+def _keeps(weight: fx.Node) -> bool:
+    """Say whether a transpose or permutation leaves the axes of a matrix as they are."""
+    _, *axes = weight.args
+    found = axes[0] if isinstance(axes[0], (list, tuple)) else axes
+    first, second = (int(axis) % 2 for axis in found)  # type: ignore[arg-type]
+    permuted = weight.target is aten.permute.default
+    return (first, second) == (0, 1) if permuted else first == second
