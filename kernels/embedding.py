@@ -6,15 +6,22 @@ weights). An example is dim 0 of ids. The gradient of `probe` is, per example, t
 its contribution to weight.grad, in the units of that gradient: rows of an id the example repeats
 are added before they are squared, and padding adds nothing. Without a probe this is F.embedding.
 
-weight.grad is dense and ATen's own. The norms sort B * T keys (example, id) and add runs of equal
-ones, so memory is that of dy whatever V is; on CUDA nothing waits for the device.
+weight.grad is dense and ATen's own. The norms sort the ids of each example and add the rows of equal
+ones, so memory is at most that of dy whatever V is. Every sum has a fixed order, on CUDA as well,
+where nothing waits for the device except in float64.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.support import absent, accumulation_dtype, require
+from trainc.kernels.registration import register
+from trainc.kernels.support import absent, accumulation_dtype, on_demand, require
+
+# From dy, ids and padding_idx: the (B, 1) norms.
+Norms = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def embedding(
@@ -68,56 +75,74 @@ def _check(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor |
     )
 
 
-@torch.library.custom_op("trainc::embedding", mutates_args=())
 def _forward(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None) -> Tensor:
     _check(weight, ids, padding_idx, probe)
     return functional.embedding(ids, weight)
 
 
-@_forward.register_fake
-def _(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None) -> Tensor:
+def _imagined(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None) -> Tensor:
     _check(weight, ids, padding_idx, probe)
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
-@torch.library.custom_op("trainc::embedding_backward", mutates_args=())
-def _backward(
-    dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: list[bool]
+def backward(
+    dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool], norms_of: Norms
 ) -> tuple[Tensor, Tensor]:
     """dweight (rows, D) and the (B, 1) norms; results not asked for have no elements."""
-    dweight = norms = absent(dy)
-    if mask[0]:
-        dweight = torch.ops.aten.embedding_dense_backward(dy, ids, rows, padding_idx, False)
-    if mask[1]:
-        norms = _norms(dy, ids, rows, padding_idx)
-    return dweight, norms
+    norms = norms_of(dy, ids, padding_idx) if mask[1] else absent(dy)
+    if not mask[0]:
+        return absent(dy), norms
+    return torch.ops.aten.embedding_dense_backward(dy, ids, rows, padding_idx, False), norms
 
 
-def _norms(dy: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
-    """The (B, 1) squared norms: keys (example, id) sorted, runs added, squared, added."""
+def eager_backward(
+    dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """The kernel built from ATen's."""
+    return backward(dy, ids, rows, padding_idx, mask, eager_norms)
+
+
+def eager_norms(dy: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
+    """The (B, 1) squared norms: rows of ids that an example repeats are added, then squared."""
     dtype, examples, width = accumulation_dtype(dy.dtype), ids.shape[0], dy.shape[-1]
-    norms = dy.new_zeros((examples, 1), dtype=dtype)
     if ids.numel() == 0:
-        return norms
-    count = ids.numel()
-    example = torch.arange(examples, device=ids.device).view(-1, 1)
-    keys = (ids.long().view(examples, -1) + rows * example).view(-1)
-    keys, order = keys.sort()
-    run = torch.zeros_like(keys)
-    torch.cumsum(keys[1:] != keys[:-1], 0, out=run[1:])
-    sums = dy.new_zeros((count, width), dtype=dtype)
-    sums.index_add_(0, run, dy.reshape(count, width).index_select(0, order).to(dtype))
-    # A run's square counts once, at its first key.
-    first = torch.ones_like(keys, dtype=torch.bool)
-    torch.ne(keys[1:], keys[:-1], out=first[1:])
-    squares = torch.linalg.vecdot(sums, sums).index_select(0, run)
-    counted = first & (keys % rows != padding_idx)
-    return norms.view(-1).index_add_(0, keys // rows, squares.where(counted, 0)).view(-1, 1)
+        return dy.new_zeros((examples, 1), dtype=dtype)
+    rows = dy.reshape(-1, width)
+    squares: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
+    # Most rows stand alone; only those of ids that their example repeats are gathered.
+    chosen, begins = _repeated(ids.reshape(examples, -1))
+    if chosen.numel():
+        runs = torch.linalg.vector_norm(_run_sums(rows, chosen, begins), dim=1).square_()
+        squares.index_fill_(0, chosen, 0).index_copy_(0, chosen[begins], runs)
+    if padding_idx >= 0:
+        squares.masked_fill_(ids.reshape(-1) == padding_idx, 0)
+    return squares.view(examples, -1).sum(1, keepdim=True)
 
 
-@_backward.register_fake
-def _(
-    dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: list[bool]
+def _repeated(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat places of ids (B, T) that their example repeats, equal ones together, and where each run begins."""
+    examples, count = ids.shape
+    keys, order = ids.sort(dim=1, stable=True)
+    same = torch.zeros((examples, count + 1), dtype=torch.bool, device=ids.device)
+    torch.eq(keys[:, 1:], keys[:, :-1], out=same[:, 1:-1])  # as the one before
+    places = torch.bitwise_or(same[:, 1:], same[:, :-1]).view(-1).nonzero().view(-1)
+    begins = same[:, :-1].reshape(-1)[places].logical_not_().nonzero().view(-1)
+    return order.view(-1)[places].add_(places - places % count), begins
+
+
+def _run_sums(rows: Tensor, chosen: Tensor, begins: Tensor) -> Tensor:
+    """Sums of runs of the chosen rows, each from one of `begins` to the next, not in 16 bits."""
+    dtype = accumulation_dtype(rows.dtype)
+    if rows.dtype != dtype:
+        rows, chosen = rows.index_select(0, chosen).to(dtype), torch.arange(
+            chosen.numel(), device=rows.device
+        )  # fmt: skip
+    sums: Tensor = functional.embedding_bag(chosen, rows, begins, mode="sum")
+    return sums
+
+
+def _imagined_backward(
+    dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     dweight = dy.new_empty((rows, dy.shape[-1])) if mask[0] else absent(dy)
     shape = (ids.shape[0], 1)
@@ -140,4 +165,17 @@ def _differentiate(ctx, dy):  # type: ignore[no-untyped-def]
     return dweight if mask[0] else None, None, None, norms if mask[1] else None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register(
+    "embedding",
+    cpu=_forward,
+    cuda=_forward,
+    fake=_imagined,
+    save=_save,
+    differentiate=_differentiate,
+)
+register(
+    "embedding_backward",
+    cpu=eager_backward,
+    cuda=on_demand("triton_embedding", "embedding_backward"),
+    fake=_imagined_backward,
+)

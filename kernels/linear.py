@@ -15,14 +15,19 @@ By operations alone gram wins below T = sqrt(K L / (K + L)), and by memory below
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.support import REDUCED, absent, accumulation_dtype, require
+from trainc.kernels.registration import register
+from trainc.kernels.support import REDUCED, absent, accumulation_dtype, on_demand, require
 
 FORMS = ("auto", "simultaneous", "gram")
+
+# From x (B, T, K), dy (B, T, L), a form and the weight's dtype: its gradient or None, and norms.
+Norms = Callable[[Tensor, Tensor, str, torch.dtype], tuple[Tensor | None, Tensor]]
 
 # A number of an example's gradient is written and read twice, which costs as much as 16 or so
 # multiplications: gram pays up to sqrt(16) times the rows that counting operations would allow.
@@ -96,7 +101,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None,
     )
 
 
-@torch.library.custom_op("trainc::linear", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, form: str
 ) -> Tensor:
@@ -104,8 +108,9 @@ def _forward(
     return functional.linear(x, weight, bias).contiguous()
 
 
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, form: str) -> Tensor:
+def _imagined(
+    x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, form: str
+) -> Tensor:
     _check(x, weight, bias, probe, form)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -135,64 +140,84 @@ def _simultaneous(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     for start in starts:
         here = slice(start, start + starts.step)
         each = _product(dy[here].transpose(1, 2), x[here])
-        flat = each.view(each.shape[0], -1)
-        torch.linalg.vecdot(flat, flat, out=norms[here])
+        # A norm reads its numbers once, where a dot product writes their squares before it adds
+        # them; row by row, as one long float32 sum would lose digits.
+        torch.sum(torch.linalg.vector_norm(each, dim=2).square_(), 1, out=norms[here])
         total += each[0] if each.shape[0] == 1 else each.sum(0)
     return total, norms
 
 
-def _gram(x: Tensor, dy: Tensor) -> Tensor:
+def gram(x: Tensor, dy: Tensor) -> Tensor:
     """(B,) norms from x (B, T, K) and dy (B, T, L)."""
     if x.shape[1] == 1:
         dtype = accumulation_dtype(x.dtype)
         a, b = x[:, 0].to(dtype), dy[:, 0].to(dtype)
         single: Tensor = torch.linalg.vecdot(a, a) * torch.linalg.vecdot(b, b)
         return single
-    norms = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
-    starts = _chunks(x.shape[0], 2 * x.shape[1] ** 2, x)
-    for start in starts:
-        here = slice(start, start + starts.step)
-        inner, outer = (_product(t, t.transpose(1, 2)).flatten(1) for t in (x[here], dy[here]))
-        # Rounding may leave a hair below zero where an example's contribution cancels.
-        norms[here] = torch.linalg.vecdot(inner, outer).clamp_(min=0)
-    return norms
+    step = _chunks(x.shape[0], 2 * x.shape[1] ** 2, x).step
+    pairs = [(x, dy)] if step >= x.shape[0] else zip(x.split(step), dy.split(step), strict=True)
+    # Rounding may leave a hair below zero where an example's contribution cancels.
+    parts = [_inner(a, b).clamp_(min=0) for a, b in pairs]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-@torch.library.custom_op("trainc::linear_backward", mutates_args=())
-def _backward(
+def _inner(x: Tensor, dy: Tensor) -> Tensor:
+    """<X X', dY dY'> of each example."""
+    inner, outer = (_product(t, t.transpose(1, 2)) for t in (x, dy))
+    return inner.mul_(outer).sum((1, 2))
+
+
+def eager_norms(
+    x: Tensor, dy: Tensor, form: str, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """The weight's gradient in dtype, where the form makes it, and the (B,) norms."""
+    _, rows, inputs = x.shape
+    if form == "auto":
+        form = "gram" if rows == 1 else choose(rows, inputs, dy.shape[2])
+    if form == "gram" and x.shape[0]:
+        return None, gram(x, dy)
+    total, norms = _simultaneous(x, dy)
+    return total.to(dtype), norms
+
+
+def backward(
     dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, form: str,
-    mask: list[bool], with_norms: bool,
+    mask: Sequence[bool], with_norms: bool, norms_of: Norms = eager_norms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dweight, dbias and the norms; results not asked for have no elements."""
-    examples, rows = x.shape[0], math.prod(x.shape[1:-1])
-    one, grad = x.reshape(examples, rows, x.shape[-1]), dy.reshape(examples, rows, dy.shape[-1])
-    dx, dweight, dbias, norms = (absent(x) for _ in range(4))
+    rows = math.prod(x.shape[1:-1])
+    one, grad = (t.reshape(t.shape[0], rows, t.shape[-1]) for t in (x, dy))
+    dx, dbias = absent(x), absent(x)
+    flat = grad.flatten(0, 1)
     if mask[0]:
-        dx = torch.mm(grad.flatten(0, 1), weight).view(x.shape)
+        dx = torch.mm(flat, weight).view(x.shape)
     columns: list[Tensor] = []
-    if form == "auto":
-        form = "gram" if rows == 1 else choose(rows, weight.shape[1], weight.shape[0])
-    if with_norms and form == "simultaneous":
-        dweight, norms = _simultaneous(one, grad)
+    dweight: Tensor | None = None
+    if with_norms:
+        dweight, norms = norms_of(one, grad, form, weight.dtype)
         columns.append(norms)
-        dweight = dweight.to(weight.dtype) if mask[1] else absent(x)
-    else:
-        if mask[1]:
-            dweight = torch.mm(grad.flatten(0, 1).t(), one.flatten(0, 1))
-        if with_norms:
-            columns.append(_gram(one, grad))
+    if not mask[1]:
+        dweight = absent(x)
+    elif dweight is None:
+        dweight = torch.mm(flat.t(), one.flatten(0, 1))
     if has_bias and (with_norms or mask[2]):
         each = grad.sum(1, dtype=accumulation_dtype(x.dtype))
         columns.append(torch.linalg.vecdot(each, each))
-        dbias = each.sum(0).to(weight.dtype) if mask[2] else absent(x)
-    norms = torch.stack(columns, 1) if with_norms else norms
-    return dx, dweight, dbias, norms
+        dbias = each.sum(0).to(weight.dtype) if mask[2] else dbias
+    return dx, dweight, dbias, torch.stack(columns, 1) if with_norms else absent(x)
 
 
-@_backward.register_fake
-def _(
+def eager_backward(
     dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, form: str,
-    mask: list[bool], with_norms: bool,
+    mask: Sequence[bool], with_norms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The kernel built from ATen's."""
+    return backward(dy, x, weight, has_bias, form, mask, with_norms)
+
+
+def _imagined_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, form: str,
+    mask: Sequence[bool], with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = x.new_empty(x.shape) if mask[0] else absent(x)
     dweight = weight.new_empty(weight.shape) if mask[1] else absent(x)
@@ -218,4 +243,17 @@ def _differentiate(ctx, dy):  # type: ignore[no-untyped-def]
     return *(g if wanted else None for g, wanted in zip(found, wants, strict=False)), None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register(
+    "linear",
+    cpu=_forward,
+    cuda=_forward,
+    fake=_imagined,
+    save=_save,
+    differentiate=_differentiate,
+)
+register(
+    "linear_backward",
+    cpu=eager_backward,
+    cuda=on_demand("triton_linear_launch", "linear_backward"),
+    fake=_imagined_backward,
+)
