@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.support import REDUCED, absent, accumulation_dtype, require
+from trainc.kernels.support import REDUCED, absent, accumulation_dtype, on_demand, require
 
 REMAINDERS = ("error", "merge_last")
 
@@ -40,19 +40,29 @@ def ghost_batch_norm(
         )
     y, mean, _, var = torch.ops.trainc.ghost_batch_norm(x, weight, bias, ghost_size, eps, remainder)
     with torch.no_grad():
-        for running, statistics in ((running_mean, mean), (running_var, var)):
-            if running is not None:
-                running.copy_(advance(running, statistics, momentum))
+        advance_(running_mean, running_var, mean, var, momentum)
     result: Tensor = y
     return result
 
 
-def advance(running: Tensor, statistics: Tensor, momentum: float) -> Tensor:
-    """Running statistics (C,) after exponential updates by the rows of (S, C), in order."""
-    ghosts = statistics.shape[0]
-    age = torch.arange(ghosts - 1, -1, -1, device=statistics.device, dtype=statistics.dtype)
-    decay = torch.pow(1.0 - momentum, age).mul_(momentum)
-    return running * (1.0 - momentum) ** ghosts + torch.mv(statistics.t(), decay)
+def advance_(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+) -> None:
+    """Update running statistics (C,) exponentially by the rows of (S, C), in order."""
+    count = mean.shape[0]
+    age = torch.arange(count - 1, -1, -1, device=mean.device, dtype=mean.dtype)
+    decay, kept = torch.pow(1.0 - momentum, age).mul_(momentum), (1.0 - momentum) ** count
+    for running, statistics in ((running_mean, mean), (running_var, var)):
+        if running is None:
+            continue
+        if running.dtype == statistics.dtype:
+            running.addmv_(statistics.t(), decay, beta=kept)
+        else:
+            running.copy_(running * kept + torch.mv(statistics.t(), decay))
 
 
 def reference(
@@ -85,14 +95,16 @@ def ghosts(x: Tensor, ghost_size: int) -> int:
     return examples // ghost_size if examples >= ghost_size else min(examples, 1)
 
 
-def _slices(x: Tensor, ghost_size: int) -> list[slice]:
-    """The examples of each ghost batch; the last takes the remainder."""
-    count = ghosts(x, ghost_size)
-    ends = [*((i + 1) * ghost_size for i in range(count - 1)), x.shape[0]]
-    return [slice(i * ghost_size, ends[i]) for i in range(count)]
+def _parts(ghost_size: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views of each ghost batch's examples, tensor beside tensor; the last takes the remainder."""
+    count, examples = ghosts(x, ghost_size), x.shape[0]
+    if count < 2:
+        return [(x, *others)] * count
+    sizes = [ghost_size] * (count - 1) + [examples - ghost_size * (count - 1)]
+    return list(zip(*(tensor.split(sizes) for tensor in (x, *others)), strict=True))
 
 
-def _check(
+def check(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_size: int, remainder: str
 ) -> None:
     require(remainder in REMAINDERS, lambda: f"remainder is one of {REMAINDERS}, not {remainder!r}")
@@ -117,7 +129,7 @@ def _check(
     )
 
 
-def _laid_out(x: Tensor) -> Tensor:
+def laid_out(x: Tensor) -> Tensor:
     """x, or a dense copy: channels-last stays as it is, every other layout becomes contiguous."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if last else x.contiguous()
@@ -130,26 +142,34 @@ def _affine(x: Tensor, weight: Tensor | None) -> Tensor | None:
     return x.new_ones(x.shape[1], dtype=torch.float32) if weight is None else weight.float()
 
 
-@torch.library.custom_op("trainc::ghost_batch_norm", mutates_args=())
-def _forward(
+def eager_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None,
     ghost_size: int, eps: float, remainder: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y and, per ghost batch, mean, 1 / sqrt(biased variance + eps) and unbiased variance."""
-    _check(x, weight, bias, ghost_size, remainder)
-    x = _laid_out(x)
+    check(x, weight, bias, ghost_size, remainder)
+    x = laid_out(x)
     y = torch.empty_like(x)
     shape = (ghosts(x, ghost_size), x.shape[1])
+    # Results may not share memory.
     mean, rstd, var = (x.new_zeros(shape, dtype=accumulation_dtype(x.dtype)) for _ in range(3))
     weight = _affine(x, weight)
     bias = bias.float() if bias is not None and x.dtype in REDUCED else bias
-    for ghost, here in enumerate(_slices(x, ghost_size)):
+    unused = torch.zeros_like(mean[0]) if shape[0] else None
+    statistics = zip(mean.unbind(), rstd.unbind(), var.unbind(), strict=True)
+    for (here, to), (own_mean, own_rstd, own_var) in zip(
+        _parts(ghost_size, x, y), statistics, strict=True
+    ):
         # With momentum 1 ATen's running statistics are this batch's, the variance unbiased.
         torch.native_batch_norm(
-            x[here], weight, bias, mean[ghost], var[ghost], True, 1.0, eps,
-            out=(y[here], torch.empty_like(mean[ghost]), rstd[ghost]),
-        )  # fmt: skip
+            here, weight, bias, unused, own_var, True, 1.0, eps, out=(to, own_mean, own_rstd)
+        )
     return y, mean, rstd, var
+
+
+_forward = torch.library.custom_op(
+    "trainc::ghost_batch_norm", eager_forward, mutates_args=(), device_types="cpu"
+)
 
 
 @_forward.register_fake
@@ -157,31 +177,45 @@ def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None,
     ghost_size: int, eps: float, remainder: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check(x, weight, bias, ghost_size, remainder)
+    check(x, weight, bias, ghost_size, remainder)
     shape = (ghosts(x, ghost_size), x.shape[1])
     mean, rstd, var = (x.new_empty(shape, dtype=accumulation_dtype(x.dtype)) for _ in range(3))
-    return torch.empty_like(_laid_out(x)), mean, rstd, var
+    return torch.empty_like(laid_out(x)), mean, rstd, var
 
 
-@torch.library.custom_op("trainc::ghost_batch_norm_backward", mutates_args=())
-def _backward(
+def eager_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
     ghost_size: int, eps: float, mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, and dweight and dbias in the statistics' dtype; unwanted results have no elements."""
-    x = _laid_out(x)
-    dx = torch.empty_like(x) if mask[0] else absent(x)
-    dweight, dbias = (rstd.new_zeros(x.shape[1]) if wanted else absent(rstd) for wanted in mask[1:])
+    x = laid_out(x)
+    if not rstd.numel():
+        gain, shift = (rstd.new_zeros(x.shape[1] if wanted else 0) for wanted in mask[1:])
+        return torch.empty_like(x) if mask[0] else absent(x), gain, shift
     weight = _affine(x, weight)
-    for ghost, here in enumerate(_slices(x, ghost_size)):
-        one, gain, shift = torch.ops.aten.native_batch_norm_backward(
-            dy[here].contiguous(), x[here], weight, None, None, mean[ghost], rstd[ghost],
-            True, eps, mask,
-        )  # fmt: skip
-        for total, part in ((dx[here] if mask[0] else None, one), (dweight, gain), (dbias, shift)):
-            if total is not None and part is not None and part.numel():
-                total.copy_(part) if part is one else total.add_(part)
+    dx = torch.empty_like(x) if mask[0] else absent(x)
+    gains, shifts = [], []
+    for (here, along, to), own_mean, own_rstd in zip(
+        _parts(ghost_size, x, dy.contiguous(), dx if mask[0] else x),
+        mean.unbind(), rstd.unbind(), strict=True,
+    ):  # fmt: skip
+        part, gain, shift = torch.ops.aten.native_batch_norm_backward(
+            along, here, weight, None, None, own_mean, own_rstd, True, eps, mask
+        )
+        if mask[0]:
+            to.copy_(part)  # while it is in cache
+        gains.append(gain)
+        shifts.append(shift)
+    dweight, dbias = (
+        torch.stack(parts).sum(0) if wanted else absent(rstd)
+        for parts, wanted in zip((gains, shifts), mask[1:], strict=True)
+    )
     return dx, dweight, dbias
+
+
+_backward = torch.library.custom_op(
+    "trainc::ghost_batch_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
+)
 
 
 @_backward.register_fake
@@ -189,7 +223,7 @@ def _(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
     ghost_size: int, eps: float, mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty_like(_laid_out(x)) if mask[0] else absent(x)
+    dx = torch.empty_like(laid_out(x)) if mask[0] else absent(x)
     dweight, dbias = (rstd.new_empty(x.shape[1]) if wanted else absent(rstd) for wanted in mask[1:])
     return dx, dweight, dbias
 
@@ -221,3 +255,5 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
 
 # No autocast rule: mixed precision is in the contract, and torch leaves batch_norm alone as well.
 _forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_kernel("cuda")(on_demand("triton_ghost_batch_norm", "ghost_batch_norm"))
+_backward.register_kernel("cuda")(on_demand("triton_ghost_batch_norm", "ghost_batch_norm_backward"))

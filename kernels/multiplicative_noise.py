@@ -7,11 +7,15 @@ dims; "none" draws per token too, a token being an index of the flattened middle
 0-d; at 0 the result is x bit for bit. `key` is the 0-d int64 of `philox.pack_key(seed, step)`,
 `site` numbers the place in the model, and `first_example` (0-d int64 or None for 0) is the index of
 x's first example in the step's batch, so that micro-batches draw the noise of the whole batch.
-Backward regenerates z; sigma, key and first_example have no gradient. `noisy_add` is h0 + z * delta
-in the promoted dtype: a frozen layer plus its noisy adapter.
+Backward is the operator again, on dy: on CUDA z is drawn a second time, on the CPU what forward drew
+waits for it, within KEPT_BYTES. sigma, key and first_example have no gradient. `noisy_add` is
+h0 + z * delta in the promoted dtype: a frozen layer plus its noisy adapter.
 """
 
 import math
+from collections import OrderedDict
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +24,8 @@ from trainc.kernels.philox import normal
 from trainc.kernels.support import accumulation_dtype, on_demand, require
 
 SHARES = ("token", "none")
+# Factors that wait for their backward pass take this much memory at most, all sites together.
+KEPT_BYTES = 32 << 20
 
 
 def multiplicative_noise(
@@ -74,6 +80,61 @@ def factor(
     return z.reshape(x.shape[0], 1 if tokens is None else tokens, x.shape[-1])
 
 
+class Kept:
+    """Factors by what they were drawn for, given out once; the oldest make room."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._factors: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def take(self, place: tuple[Any, ...]) -> Tensor | None:
+        """The factor kept for a place, which is forgotten; None where there is none."""
+        with self._lock:
+            found = self._factors.pop(place, None)
+            self.held -= 0 if found is None else found.nbytes
+        return found
+
+    def keep(self, place: tuple[Any, ...], z: Tensor) -> None:
+        """Hold a factor that the limit allows."""
+        if z.nbytes > self.limit:
+            return
+        with self._lock:
+            known = self._factors.pop(place, None)
+            self.held += z.nbytes - (0 if known is None else known.nbytes)
+            self._factors[place] = z
+            while self.held > self.limit:
+                self.held -= self._factors.popitem(last=False)[1].nbytes
+
+
+_kept = Kept(KEPT_BYTES)
+
+
+def _factor_once(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> Tensor:
+    """`factor`, drawn for forward and given to backward: z depends on nothing but its arguments.
+
+    Forward and backward call one operator, in eager mode and in captured graphs, so the second call
+    at a place takes what the first one left. Off the CPU the values of sigma and key would stall.
+    """
+    if x.device.type != "cpu":
+        return factor(x, sigma, key, site, views, share, first_example)
+    numbers = (t if t is None else t.item() for t in (sigma, key, first_example))
+    place = (*numbers, site, views, share, x.shape, accumulation_dtype(x.dtype))
+    z = _kept.take(place)
+    if z is None:
+        z = factor(x, sigma, key, site, views, share, first_example)
+        _kept.keep(place, z)
+    return z
+
+
 def reference(
     x: Tensor,
     sigma: float,
@@ -122,8 +183,10 @@ def eager_multiply(
     first_example: Tensor | None = None,
 ) -> Tensor:
     check(x, sigma, key, views, share)
-    z = factor(x, sigma, key, site, views, share, first_example)
+    z = _factor_once(x, sigma, key, site, views, share, first_example)
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    if flat.dtype == z.dtype and flat.is_contiguous():
+        return torch.mul(flat, z).view(x.shape)
     y = torch.empty_like(flat, memory_format=torch.contiguous_format)
     # `out` lets one pass read and write 16-bit values while multiplying in float32.
     return torch.mul(flat, z, out=y).view(x.shape)
@@ -159,7 +222,7 @@ def eager_add(
     first_example: Tensor | None = None,
 ) -> Tensor:
     check_pair(h0, delta, sigma, key, views, share)
-    z = factor(delta, sigma, key, site, views, share, first_example)
+    z = _factor_once(delta, sigma, key, site, views, share, first_example)
     shape = (delta.shape[0], math.prod(delta.shape[1:-1]), delta.shape[-1])
     y = h0.new_empty(shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
     return torch.addcmul(h0.reshape(shape), delta.reshape(shape), z, out=y).view(h0.shape)

@@ -25,21 +25,17 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+TOP = MASK ^ 0xFF
 
-# Groups drawn at once: the generator's temporaries should stay in a core's cache.
+# Groups drawn at once: ten or so temporaries of 512 KB.
 CHUNK = 1 << 16
 MAX_VIEWS = 256
 MAX_TOKENS = 1 << 24
 MAX_SITES = 1 << 32
 
-# A round leaves its words in swapped order, so its constants and keys swap from round to round.
-# All are tensors, which saves an operation the wrapping of a number: a small draw is overhead.
-_STEPS = [-1 if number % 2 else 1 for number in range(ROUNDS)]
-_CONSTANTS = torch.tensor([MULTIPLIERS[::step] for step in _STEPS]).unsqueeze(2)
-_SHIFTS = torch.tensor([(32, 0)[::step] for step in _STEPS]).unsqueeze(2)
-_BUMPS = torch.tensor([[n * w for w in WEYL[::-step]] for n, step in enumerate(_STEPS)])
-_BUMPS = _BUMPS.unsqueeze(2)
-_HALF, _LOW, _TOP = (torch.tensor(value) for value in (32, MASK, MASK ^ 0xFF))
+_SHIFTS = torch.tensor((0, 32))
+_BUMPS = torch.tensor([[n * word for word in WEYL] for n in range(ROUNDS)])
+_TOP = torch.tensor(TOP)
 
 Key = Tensor | tuple[int, int]
 
@@ -56,41 +52,14 @@ def philox(
     key: Key, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words, in int64, for broadcastable int64 counters and a packed or paired key."""
-    even, odd = _rounds(key, c0, c1, c2, c3)
-    odd = odd.bitwise_and_(MASK)
-    return even[0], odd[0], even[1], odd[1]
-
-
-def _rounds(key: Key, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor]:
-    """The words (w0, w2) and (w1, w3), each pair stacked on a new first dim.
-
-    The second pair's upper halves are whatever the last product left there. Both halves of a round
-    are computed at once: multiplied words beside added words.
-    """
-    device = c0.device
-    key = pack_key(*key, device=device) if isinstance(key, tuple) else key
-    shape = torch.broadcast_tensors(c0, c1, c2, c3)[0].shape
-    keys = (key >> _SHIFTS.to(device)).add_(_BUMPS.to(device)).unbind()
-    constants = _CONSTANTS.to(device)[:2].unbind()
-    words, *products = (
-        torch.empty((2, math.prod(shape)), dtype=torch.int64, device=device) for _ in range(3)
-    )
-    upper, lower = words.view(2, *shape).unbind()
-    upper.copy_(c0)
-    lower.copy_(c2)
-    halves = [product.view(2, *shape).unbind() for product in products]
-    added: tuple[Tensor, ...] = (c1, c3)
-    for number, lane in enumerate(keys):
-        product = products[number % 2]
-        # int64 wraps, so the product's 64 bits are the unsigned product's; only words that will be
-        # multiplied need their upper halves cleared.
-        torch.mul(words, constants[number % 2], out=product)
-        torch.bitwise_right_shift(product, _HALF, out=words)
-        upper.bitwise_xor_(added[1])
-        lower.bitwise_xor_(added[0])
-        words.bitwise_xor_(lane).bitwise_and_(_LOW)
-        added = halves[number % 2]
-    return words.view(2, *shape), product.view(2, *shape)
+    key = pack_key(*key, device=c0.device) if isinstance(key, tuple) else key
+    lanes = (key >> _SHIFTS.to(c0.device)).add(_BUMPS.to(c0.device)).bitwise_and_(MASK)
+    for k0, k1 in lanes.unbind():
+        # int64 wraps, so the product's 64 bits are the unsigned product's.
+        p0, p2 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c2 = (p2 >> 32 & MASK) ^ k0 ^ c1, (p0 >> 32 & MASK) ^ k1 ^ c3
+        c1, c3 = p2 & MASK, p0 & MASK
+    return c0, c1, c2, c3
 
 
 def normal_pair(
@@ -118,27 +87,42 @@ def normal(
 
     `first_example` is the index, within the step's batch, of the first example asked for.
     """
+    from trainc.kernels import philox_numpy
+
     if not (0 <= site < MAX_SITES and views <= MAX_VIEWS and (tokens or 0) <= MAX_TOKENS):
         raise ValueError(f"site {site}, views {views} or tokens {tokens} do not fit the counter")
     if device is None:
         device = key.device if isinstance(key, Tensor) else "cpu"
-    groups, lines = (channels + 3) // 4, 1 if tokens is None else tokens
-
-    counts = torch.arange(max(views, examples, lines, groups), device=device)
-    example, where = torch.empty((2, views, examples, lines), dtype=torch.int64, device=device)
-    example.copy_((counts[:examples] + first_example).unsqueeze(1))
-    where.copy_(counts[:views].view(-1, 1, 1))
-    if lines > 1:
-        where.add_(counts[:lines], alpha=MAX_VIEWS)
-    example, where = example.view(-1, 1), where.view(-1, 1)
-    group, place = counts[:groups], torch.full((), site, dtype=torch.int64, device=device)
-    noise = torch.empty((example.shape[0], groups, 2, 2), device=device)
-    lanes = noise.permute(3, 2, 0, 1)
-    key = key if isinstance(key, tuple) else key.to(device)
-    step = max(1, CHUNK // max(groups, 1))
-    for start in range(0, noise.shape[0], step):
-        part = slice(start, start + step)
-        pairs = _rounds(key, group, example[part], where[part], place)
-        normal_pair(*pairs, *lanes[:, :, part])
+    key = pack_key(*key) if isinstance(key, tuple) else key
+    extents = (views, examples, 1 if tokens is None else tokens, (channels + 3) // 4)
+    if torch.device(device).type == "cpu" and philox_numpy.available():
+        noise = philox_numpy.normal(int(key), site, *extents, int(first_example))
+    else:
+        noise = _normal(key.to(device), site, *extents, first_example)
     shape = (views, examples, channels) if tokens is None else (views, examples, tokens, channels)
-    return noise.flatten(1)[:, :channels].reshape(shape)
+    return noise[:, :channels].reshape(shape)
+
+
+def _normal(
+    key: Tensor,
+    site: int,
+    views: int,
+    examples: int,
+    tokens: int,
+    groups: int,
+    first: Tensor | int,
+) -> Tensor:
+    """(views * examples * tokens, 4 * groups) normals of any device, `first` added to examples."""
+    device, shape = key.device, (views, examples, tokens)
+    view, example, token, group = (torch.arange(n, device=device) for n in (*shape, groups))
+    rows = (example + first).view(1, -1, 1).expand(shape).reshape(-1, 1)
+    where = (view.view(-1, 1, 1) + MAX_VIEWS * token).expand(shape).reshape(-1, 1)
+    place = torch.full((), site, dtype=torch.int64, device=device)
+    noise = torch.empty((rows.shape[0], groups, 2, 2), device=device)
+    lanes = noise.permute(3, 2, 0, 1)
+    step = max(1, CHUNK // max(groups, 1))
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        w0, w1, w2, w3 = philox(key, group.unsqueeze(0), rows[part], where[part], place)
+        normal_pair(torch.stack((w0, w2)), torch.stack((w1, w3)), *lanes[:, :, part])
+    return noise.flatten(1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainc.kernels import multiplicative_noise as noise
-from trainc.kernels import philox
+from trainc.kernels import philox, philox_numpy
 
 KEY = philox.pack_key(seed=123456789, step=42)
 SIGMA = torch.tensor(0.8)
@@ -41,6 +41,56 @@ def test_layout_is_the_documented_one() -> None:
         assert torch.equal(got[view, example, token, channel], want[0])
     shared = philox.normal((5, 9), site=3, views=2, examples=4, channels=10)
     assert torch.equal(shared, got[:, :, 0])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 0, 4), (2, 33, 770)], ids=str)
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_drawing_without_numpy_gives_the_same_bits(
+    shape: tuple[int, int, int], tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert philox_numpy.available()
+    draws = []
+    for block in (64, 1 << 15):
+        monkeypatch.setattr(philox_numpy, "BLOCK", block)
+        draws.append(philox.normal(KEY, 2**32 - 1, *shape, tokens, torch.tensor(2**31 + 3)))
+    monkeypatch.setattr(philox_numpy, "available", lambda: False)
+    for chunk in (64, 1 << 16):
+        monkeypatch.setattr(philox, "CHUNK", chunk)
+        draws.append(philox.normal(KEY, 2**32 - 1, *shape, tokens, torch.tensor(2**31 + 3)))
+    assert all(torch.equal(draws[0], other) for other in draws[1:])
+
+
+def test_backward_takes_what_forward_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[Any] = []
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        draws.append(arguments)
+        return philox.normal(*arguments, **options)
+
+    monkeypatch.setattr(noise, "normal", counted)
+    gradients: list[Tensor] = []
+    for limit in (1 << 20, 0):
+        monkeypatch.setattr(noise, "_kept", noise.Kept(limit))
+        x = torch.randn(4, 3, 5, requires_grad=True)
+        y = noise.multiplicative_noise(x, SIGMA, KEY, 3, 2)
+        gradients += torch.autograd.grad(y, x, torch.ones_like(y))
+        assert noise._kept.held == 0
+    assert len(draws) == 1 + 2
+    assert torch.equal(*gradients)
+
+
+def test_factors_are_kept_within_a_limit_and_given_out_once() -> None:
+    kept, z = noise.Kept(limit=100), torch.ones(10)
+    for site in range(3):
+        kept.keep((site,), z)
+        kept.keep((site,), z)
+    assert kept.held == 80
+    assert kept.take((0,)) is None
+    assert kept.take((2,)) is z
+    assert kept.take((2,)) is None
+    kept.keep((3,), torch.ones(26))
+    assert kept.take((3,)) is None
+    assert kept.held == 40
 
 
 def test_keys_pack_both_halves_and_wrap_to_int64() -> None:
