@@ -3,8 +3,11 @@
 from trainc.kernels import (
     add_norm,
     add_rms_norm,
+    convolution,
     embedding,
     ghost_batch_norm,
+    group_norm,
+    head_consistency_loss,
     layer_norm,
     linear,
     masked_update,
@@ -13,13 +16,17 @@ from trainc.kernels import (
     rms_norm,
     sparse_adamw,
     task_consistency_loss,
+    tied,
 )
 
 MODULES = (
     add_norm,
     add_rms_norm,
+    convolution,
     embedding,
     ghost_batch_norm,
+    group_norm,
+    head_consistency_loss,
     layer_norm,
     linear,
     masked_update,
@@ -28,4 +35,5 @@ MODULES = (
     rms_norm,
     sparse_adamw,
     task_consistency_loss,
+    tied,
 )

@@ -1,54 +1,24 @@
 """One description per operator; the tests in test_operators.py run over all of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainc.kernels import add_norm, ghost_batch_norm, multiplicative_noise, philox, rms_norm
+from tests.kernels.case import Case, probe, randn
+from tests.kernels.layer_cases import LAYERS
+from trainc.kernels import (
+    add_norm,
+    ghost_batch_norm,
+    head_consistency_loss,
+    multiplicative_noise,
+    philox,
+    rms_norm,
+)
 from trainc.kernels import task_consistency_loss as consistency
 
 KEY = philox.pack_key(seed=7, step=3)
-
-
-@dataclass(frozen=True)
-class Case:
-    """How to call one operator: `build(dtype, examples)` makes arguments, some requiring grad."""
-
-    name: str
-    operator: str
-    build: Callable[[torch.dtype, int], tuple[Any, ...]]
-    # The operator's differentiable results by definition, or None for operators without gradients.
-    reference: Callable[..., tuple[Tensor, ...]] | None
-    probe: int | None = None
-    backward: str | None = None
-
-    @property
-    def op(self) -> Any:
-        """The operator overload."""
-        return getattr(torch.ops.trainc, self.operator).default
-
-    def call(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """The operator's differentiable results."""
-        results = self.op(*arguments)
-        results = results if isinstance(results, tuple) else (results,)
-        return tuple(r for r in results if r.requires_grad) or results
-
-    def arguments(self, dtype: torch.dtype = torch.float32, examples: int = 3) -> tuple[Any, ...]:
-        """Fresh arguments, the same for the same dtype and number of examples."""
-        torch.manual_seed(examples)
-        return self.build(dtype, examples)
-
-
-def randn(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-    return torch.randn(shape).to(dtype).requires_grad_(grad)
-
-
-def probe(examples: int, columns: int, dtype: torch.dtype) -> Tensor:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return torch.zeros(examples, columns, dtype=wide, requires_grad=True)
 
 
 def norm_arguments(
@@ -121,6 +91,20 @@ def loss_arguments(
         targets.view(-1)[1:2] = 4  # the ignored class
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return logits, targets, torch.tensor(0.6, dtype=wide), distance, 4, smoothing
+
+    return build
+
+
+def head_arguments(
+    distance: str, smoothing: float, middle: tuple[int, ...], with_bias: bool
+) -> Callable[[torch.dtype, int], tuple[Any, ...]]:
+    plain = loss_arguments(distance, smoothing, middle)
+
+    def build(dtype: torch.dtype, examples: int) -> tuple[Any, ...]:
+        logits, *rest = plain(dtype, examples)
+        hidden = randn(*logits.shape[:-1], 7, dtype=dtype)
+        bias = randn(5, dtype=dtype) if with_bias else None
+        return hidden, randn(5, 7, dtype=dtype), bias, *rest
 
     return build
 
@@ -261,6 +245,20 @@ CASES = [
     ),
     *(
         Case(
+            f"head_consistency_loss-{distance}-{smoothing}",
+            "head_consistency_loss",
+            head_arguments(distance, smoothing, middle, with_bias),
+            head_consistency_loss.reference,
+            None,
+            "head_consistency_loss_backward",
+        )
+        for distance, smoothing, middle, with_bias in (
+            ("mse", 0.1, (3,), True),
+            ("kl", 0.0, (), False),
+        )
+    ),
+    *(
+        Case(
             f"linear-{form}-{len(middle) + 2}d",
             "linear",
             linear_arguments(form, middle, with_bias),
@@ -277,6 +275,7 @@ CASES = [
     Case(
         "embedding", "embedding", embedding_arguments, embedding_reference, 3, "embedding_backward"
     ),
+    *LAYERS,
     Case(
         "ghost_batch_norm",
         "ghost_batch_norm",
