@@ -76,9 +76,10 @@ def partial_sums(
         sums, broken = _add(w, d, sums, broken, PAIRED)
     ww, dd, wd = sums
     out = OUT + pid * 4
-    tl.store(out, tl.sum(ww, 0).to(tl.float64))
-    tl.store(out + 1, tl.sum(dd, 0).to(tl.float64))
-    tl.store(out + 2, tl.sum(wd, 0).to(tl.float64))
+    # A lane holds few terms, whose float32 sum is good; across lanes it would add their errors.
+    tl.store(out, tl.sum(ww.to(tl.float64), 0))
+    tl.store(out + 1, tl.sum(dd.to(tl.float64), 0))
+    tl.store(out + 2, tl.sum(wd.to(tl.float64), 0))
     tl.store(out + 3, tl.sum(broken, 0).to(tl.float64))
 
 

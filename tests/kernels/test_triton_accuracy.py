@@ -1,0 +1,97 @@
+"""The Triton sources, by the interpreter, against float64 on inputs that make arithmetic fail."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.adversarial import LOGITS
+from trainc.kernels import layer_norm, rms_norm
+from trainc.kernels import task_consistency_loss as consistency
+
+pytestmark = pytest.mark.interpreter
+
+EPS = 1e-5
+UNIT = torch.finfo(torch.float32).eps
+NORM_FAMILIES = ("normal", "large mean", "tiny variance", "denormal", "huge entry", "wide range")
+# Units by which the loss's results may be off, and the multiple of the composition's error: views
+# that are equal but for rounding differ by their last bits alone.
+KNOWN = {"tiny variance": (4.0, 16.0)}
+LOSS_FAMILIES = ("normal", "large mean", "tiny variance", "confident")
+
+
+def made(family: str, *shape: int) -> Tensor:
+    torch.manual_seed(0)
+    return LOGITS[family](torch.randn(shape, dtype=torch.float64), torch.float32).float()
+
+
+def errors(got: Tensor, exact: Tensor) -> Tensor:
+    """Each example's largest error in units in the last place of its largest entry."""
+    apart, size = ((one.double().flatten(1).abs().amax(1)) for one in (got - exact, exact))
+    return apart / (size * UNIT).clamp(min=torch.finfo(torch.float32).tiny * UNIT)
+
+
+def no_worse(got: Any, theirs: Any, exact: Any, units: float = 4.0, factor: float = 2.0) -> None:
+    """Off by so many units at most, or by a multiple of what the other results are off."""
+    for place, three in enumerate(zip(got, theirs, exact, strict=True)):
+        rows = [one.reshape(one.shape[0] if one.dim() > 1 else 1, -1) for one in three]
+        mine, other = (float(errors(one, rows[2]).max()) for one in rows[:2])
+        assert rows[0].isfinite().all(), place
+        assert mine <= max(units, factor * other), (place, mine, other)
+
+
+@pytest.mark.parametrize("family", NORM_FAMILIES)
+def test_layer_norm(family: str) -> None:
+    from trainc.kernels import triton_norm_launch as launch
+
+    x, dy = made(family, 3, 2, 40), torch.randn(3, 2, 40)
+    weight, bias = torch.randn(40), torch.randn(40)
+    y, mean, rstd = launch.layer_norm_forward(x, [40], weight, bias, torch.zeros(3, 2), EPS)
+    mask = [True, True, True]
+    got = launch.layer_norm_backward(dy, x, [40], mean, rstd, weight, bias, mask)
+    plain = layer_norm.eager_forward(x, [40], weight, bias, torch.zeros(3, 2), EPS)
+    theirs = layer_norm.eager_backward(dy, x, [40], *plain[1:], weight, bias, mask)
+    wide, gain, shift, grad = (one.double() for one in (x, weight, bias, dy))
+    exact = layer_norm.reference(wide, [40], gain, shift, grad, EPS)
+    order = ("y", "dx", "dweight", "dbias", "norms")
+    no_worse((y, *got), (plain[0], *theirs), [exact[name] for name in order])
+
+
+@pytest.mark.parametrize("family", [*NORM_FAMILIES, "large"])
+def test_rms_norm(family: str) -> None:
+    from trainc.kernels import triton_norm_launch as launch
+
+    x, dy, weight = made(family, 3, 2, 40), torch.randn(3, 2, 40), torch.randn(40)
+    y, rstd = launch.rms_norm_forward(x, [40], weight, torch.zeros(3, 1), EPS, "none")
+    got = launch.rms_norm_backward(dy, x, [40], rstd, weight, "none", [True, True], True)
+    plain = rms_norm.eager_forward(x, [40], weight, torch.zeros(3, 1), EPS, "none")
+    theirs = rms_norm.eager_backward(dy, x, [40], plain[1], weight, "none", [True, True], True)
+    wide, gain, grad = (one.double() for one in (x, weight, dy))
+    exact = rms_norm.reference(wide, [40], gain, grad, EPS)
+    no_worse((y, *got), (plain[0], *theirs), [exact[n] for n in ("y", "dx", "dweight", "norms")])
+
+
+def composed(logits: Tensor, distance: str, smoothing: float) -> tuple[Tensor, ...]:
+    """Loss, task, consistency and the gradient of the logits by the definition."""
+    leaf = logits.detach().clone().requires_grad_()
+    weight = torch.tensor(0.5, dtype=logits.dtype)
+    found = consistency.reference(leaf, torch.tensor([1, 4, 20]), weight, distance, -100, smoothing)
+    return *(one.detach() for one in found), *torch.autograd.grad(found[0], leaf)
+
+
+@pytest.mark.parametrize("distance", consistency.DISTANCES)
+@pytest.mark.parametrize("family", LOSS_FAMILIES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss(family: str, distance: str, smoothing: float) -> None:
+    from trainc.kernels import triton_loss
+
+    logits, targets = made(family, 6, 33), torch.tensor([1, 4, 20])
+    options = (distance, -100, smoothing)
+    results = triton_loss.task_consistency_loss(logits, targets, torch.tensor(0.5), *options)
+    gradient = triton_loss.task_consistency_loss_backward(
+        logits, targets, torch.tensor(1.0), torch.tensor(0.5), *options
+    )
+    theirs = composed(logits, distance, smoothing)
+    exact = composed(logits.double(), distance, smoothing)
+    no_worse((*results, gradient), theirs, exact, *KNOWN.get(family, (4.0, 2.0)))
