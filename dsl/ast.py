@@ -135,11 +135,12 @@ class Action(Spanned):
 
 
 class When(Spanned):
-    """`when condition for hold { actions }`."""
+    """`when condition for hold cooldown rest { actions }`."""
 
     condition: Node
     hold: Node | None
     actions: tuple[Action, ...]
+    cooldown: Node | None = None
 
 
 Statement = Version | Let | Use | ClauseTree | When

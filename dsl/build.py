@@ -112,8 +112,15 @@ class TreeBuilder:
         return ast.Field(children[0], children[1], span=span)
 
     def _rule(self, children: list[Any], span: Span) -> ast.When:
-        condition, *hold, actions = children
-        return ast.When(condition, hold[0] if hold else None, actions, span=span)
+        condition, *waits, actions = children
+        given = {part.word: part.value for part in waits}
+        return ast.When(condition, given.get("for"), actions, given.get("cooldown"), span=span)
+
+    def _hold(self, children: list[Any], span: Span) -> ast.Part:
+        return ast.Part("for", children[0], span=span)
+
+    def _cooldown(self, children: list[Any], span: Span) -> ast.Part:
+        return ast.Part("cooldown", children[0], span=span)
 
     def _actions(self, children: list[Any], span: Span) -> tuple[ast.Action, ...]:
         return tuple(children)

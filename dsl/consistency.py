@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from trainc.dsl import values as v
 from trainc.dsl.diagnostics import Diagnostic, Label, suggest
-from trainc.dsl.functions import FUNCTIONS, TARGETS
+from trainc.dsl.functions import FUNCTIONS, POLICIES, TARGETS
 from trainc.dsl.scope import BUILT_IN, Scope
 from trainc.dsl.source import Span
 
@@ -34,6 +34,7 @@ def inconsistencies(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Di
         found += _expression(rule.condition, scope, rule.span)
         for action in rule.actions:
             found += _action(action, clauses, scope, rule.span)
+            found += _two_batches(action, clauses, rule.span)
     return found
 
 
@@ -106,6 +107,8 @@ def on_problems(
 
 def _expression(value: v.Expr, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
     for item in v.walk(value):
+        if item is value and isinstance(item, v.Call) and item.function in POLICIES:
+            continue
         if isinstance(item, v.Binary) and item.op == "is":
             continue
         if isinstance(item, v.Name) and item.id not in _WORDS:
@@ -125,7 +128,9 @@ _WORDS = {
     "linear",
     "cosine",
     "sqrt",
-}  # states and shapes, names only in form
+    "true",
+    "false",
+}  # states, shapes and switches, names only in form
 
 
 def _action(
@@ -138,6 +143,22 @@ def _action(
     elif isinstance(action, Assign):
         yield from target_problems(action.target, _constructs(clauses), span)
         yield from _expression(action.value, scope, span)
+
+
+def _two_batches(
+    action: object, clauses: Sequence[Clause], span: Span | None
+) -> Iterator[Diagnostic]:
+    """Yield what is wrong with a rule that sets the batch beside a policy of the data."""
+    for clause in clauses:
+        policy = getattr(clause.construct, "batch", None) if clause.kind == "data" else None
+        if isinstance(policy, v.Call) and getattr(action, "target", None) == "batch":
+            labels = (
+                *_at(span, "this rule sets it"),
+                *_at(clause.part_span("batch"), "this policy sets it before every step"),
+            )
+            help = "leave the rule out, or give `data` an amount: `batch = 16 samples`"
+            message = f"a rule and `{policy.function}` both set the batch"
+            yield Diagnostic("conflicting-effects", message, labels, (), help)
 
 
 def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[Diagnostic]:

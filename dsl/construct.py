@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from trainc.dsl.fields import (
+    Batch,
     Fraction,
     Schedule,
     ScopedNumbers,
@@ -21,6 +22,7 @@ __all__ = [
     "KINDS",
     "PHASES",
     "RESOURCES",
+    "Batch",
     "Catalog",
     "Construct",
     "Duration",
@@ -115,6 +117,10 @@ class Construct(BaseModel):
     def validate_targets(self, bound: Any) -> Iterable[Problem]:
         """Yield objections to what `on` selected in the bound model."""
         return ()
+
+    def told(self, effect: Effect) -> str:
+        """Return what the plan's table of the step calls an effect of this clause."""
+        return effect.action
 
     def acts(self, effect: Effect) -> bool:
         """Say whether this clause, with these fields, performs one of its kind's effects."""

@@ -15,7 +15,9 @@ _OPERATORS = {
     "OR", "AND", "THEN", "COMPARE", "IS", "BAR", "AMP", "PLUS", "MINUS", "STAR", "SLASH", "DOTS",
     "WHERE", "EXPECT",
 }  # fmt: skip
-_KEYWORD_KEYS = {"AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL", "FOR", "THEN", "IS", "USE"}
+_KEYWORD_KEYS = {
+    "AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL", "FOR", "THEN", "IS", "USE", "COOLDOWN",
+}  # fmt: skip
 _OPENS = {"RBRACE": "LBRACE", "RPAR": "LPAR", "RSQB": "LSQB"}
 _DOUBLED = {
     "&": "write `and` between conditions, `&` between selectors",

@@ -28,7 +28,7 @@ class FieldType:
         """Return what a node means as this type, or raise Unreadable."""
         from trainc.dsl import read, read_expression, read_selector
 
-        if self._read in ("schedule", "condition", "expression"):
+        if self._read in ("schedule", "condition", "expression", "batch"):
             return getattr(read_expression, self._read)(node, *names)
         home = read_selector if self._read in ("selector", "scoped_numbers") else read
         return getattr(home, self._read)(node)
@@ -130,6 +130,16 @@ def _schedule(raw: Any) -> v.Expr:
     return value
 
 
+def _batch(raw: Any) -> v.Duration | v.Call:
+    from trainc.dsl.functions import POLICIES
+
+    if isinstance(raw, v.Call):
+        if raw.function not in POLICIES:
+            raise ValueError(f"there is no batch policy `{raw.function}`")
+        return raw
+    return _duration(raw)
+
+
 def _selector(raw: Any) -> v.Selector:
     if isinstance(raw, v.Selector):
         return raw
@@ -148,11 +158,13 @@ FRACTION = FieldType("fraction", "number", _fraction)
 EXPRESSION = FieldType("expression", "expression", _expression)
 CONDITION = FieldType("condition", "condition", _expression)
 SCHEDULE = FieldType("schedule", "schedule", _schedule)
+BATCH = FieldType("samples, or a batch policy", "batch", _batch)
 SELECTOR = FieldType("selector", "selector", _selector)
 SCOPED_NUMBERS = FieldType("number, or number `on` selector", "scoped_numbers", _scoped_numbers)
 
 Fraction = Annotated[float, FRACTION]
 Schedule = Annotated[v.Expr, SCHEDULE]
+Batch = Annotated[v.Duration | v.Call, BATCH]
 Selector = Annotated[v.Selector, SELECTOR]
 ScopedNumbers = Annotated[tuple[v.Scoped, ...], SCOPED_NUMBERS]
 

@@ -95,8 +95,9 @@ def format_statement(statement: ast.Statement) -> str:
 
 def format_when(rule: ast.When) -> str:
     """Return a rule up to its braces."""
-    held = f" for {format_node(rule.hold, _BINDS['+'])}" if rule.hold else ""
-    return f"when {format_node(rule.condition, _BINDS['or'])}{held}"
+    waits = (("for", rule.hold), ("cooldown", rule.cooldown))
+    said = (f" {word} {format_node(wait, _BINDS['+'])}" for word, wait in waits if wait)
+    return f"when {format_node(rule.condition, _BINDS['or'])}{''.join(said)}"
 
 
 def format_head(clause: ast.ClauseTree) -> str:

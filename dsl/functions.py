@@ -6,7 +6,9 @@ from typing import Literal
 
 from trainc.dsl.record import Record
 
-Kind = Literal["duration", "number", "points", "shape", "numbers"]
+Kind = Literal[
+    "duration", "number", "points", "shape", "numbers", "amount", "plain", "samples", "switch"
+]
 
 
 class Function(Record):
@@ -49,6 +51,44 @@ FUNCTIONS: dict[str, Function] = {
     "log": Function({"x": "number"}, 1, 1, "the natural logarithm", schedule=False),
     "exp": Function({"x": "number"}, 1, 1, "e to the power of x", schedule=False),
     "abs": Function({"x": "number"}, 1, 1, "the absolute value", schedule=False),
+}
+
+# What `batch` of the data may be instead of an amount; the compiler gives them their meaning.
+POLICIES: dict[str, Function] = {
+    "ramp": Function(
+        {"begin": "samples", "to": "samples", "over": "duration", "from": "duration"},
+        1,
+        3,
+        "go from `begin` to `to` samples on a line over `over`, begun at `from` (the start)",
+    ),
+    "follow": Function(
+        {
+            "signal": "amount",
+            "max": "samples",
+            "min": "samples",
+            "factor": "plain",
+            "step": "samples",
+            "every": "duration",
+            "from": "duration",
+            "grow_only": "switch",
+        },
+        1,
+        2,
+        "be `factor` (1) times a measured number of samples, between `min` and `max`",
+    ),
+    "signal_noise": Function(
+        {
+            "signal": "amount",
+            "max": "samples",
+            "min": "samples",
+            "theta": "plain",
+            "every": "duration",
+            "from": "duration",
+        },
+        1,
+        2,
+        "grow to the noise scale / `theta`^2 (0.6), looked at `every` 100 steps from 15% on",
+    ),
 }
 
 SHAPES = ("linear", "cosine", "sqrt")

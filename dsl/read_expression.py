@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from trainc.dsl import ast
 from trainc.dsl import values as v
 from trainc.dsl.ast import Node
 from trainc.dsl.diagnostics import suggest
-from trainc.dsl.functions import FUNCTIONS, SHAPES, STATES
-from trainc.dsl.read import Unreadable, constant, describe, duration, number_of
+from trainc.dsl.functions import FUNCTIONS, POLICIES, SHAPES, STATES, Function
+from trainc.dsl.read import Unreadable, constant, describe, duration, number, number_of
 
 _LOGIC = ("and", "or")
+SWITCH = ("false", "true")
 
 
 class Names(Protocol):
@@ -57,6 +59,21 @@ def schedule(node: Node, names: Names = ANYTHING) -> v.Expr:
     return v.Number(value.duration.amount) if isinstance(value, v.Quantity) else value
 
 
+def batch(node: Node, names: Names = ANYTHING) -> v.Duration | v.Expr:
+    """Return an amount of samples, or the call of a policy that sets the batch."""
+    if not isinstance(node, ast.Apply):
+        return duration(node)
+    name = node.function.id
+    if name in POLICIES:
+        return _call(node, names, POLICIES)
+    if name in FUNCTIONS:
+        known = ", ".join(f"`{policy}(...)`" for policy in POLICIES)
+        help = f"a batch that changes is one of {known}, or set by a `when` rule"
+        raise Unreadable(node, "expected an amount such as `32 samples`, or a policy", help=help)
+    message = f"there is no batch policy `{name}`"
+    raise Unreadable(node.function, "", "unknown-function", suggest(name, POLICIES), message)
+
+
 def is_condition(value: v.Expr) -> bool:
     """Say whether an expression is true or false rather than a number."""
     if isinstance(value, v.Unary):
@@ -96,12 +113,15 @@ def _expression(node: Node, names: Names) -> v.Expr:
     raise Unreadable(node, f"expected a number, found {describe(node)}")
 
 
-def _call(node: ast.Apply, names: Names) -> v.Expr:
+def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] = FUNCTIONS) -> v.Expr:
     name = node.function.id
-    if name not in FUNCTIONS:
+    if name not in functions:
         message = f"there is no function `{name}`"
-        raise Unreadable(node.function, "", "unknown-function", suggest(name, FUNCTIONS), message)
-    function = FUNCTIONS[name]
+        help = suggest(name, functions)
+        if name in POLICIES:
+            help = f"`{name}` sets the batch, alone: `data ... {{ batch = {name}(...) }}`"
+        raise Unreadable(node.function, "", "unknown-function", help, message)
+    function = functions[name]
     order = list(function.arguments)
     many = "numbers" in function.arguments.values()
     given: dict[str, v.Expr] = {}
@@ -140,6 +160,18 @@ def _read_argument(node: Node, kind: str, names: Names) -> v.Expr:
     if kind == "points":
         items = node.items if isinstance(node, ast.Items) else (node,)
         return v.Items(tuple(v.Quantity(duration(item)) for item in items))
+    if kind == "samples":
+        size = duration(node)
+        if size.unit != "samples" or size.amount < 1 or size.amount != int(size.amount):
+            text = f"expected a whole number of samples such as `16 samples`, found {size}"
+            raise Unreadable(node, text, "wrong-unit" if size.unit != "samples" else "bad-value")
+        return v.Quantity(size)
+    if kind == "plain":
+        return v.Number(number(node))
+    if kind == "switch":
+        if not (isinstance(node, ast.Ident) and node.id in SWITCH):
+            raise Unreadable(node, f"expected `true` or `false`, found {describe(node)}")
+        return v.Name(node.id)
     if kind == "shape":
         if not (isinstance(node, ast.Ident) and node.id in SHAPES):
             raise Unreadable(node, f"expected one of {', '.join(f'`{s}`' for s in SHAPES)}")

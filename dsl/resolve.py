@@ -12,6 +12,7 @@ from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
 from trainc.dsl.gather import gather, read_source
 from trainc.dsl.lets import Lets
 from trainc.dsl.lexer import printable
+from trainc.dsl.quantities import Duration
 from trainc.dsl.read import Unreadable, duration
 from trainc.dsl.read_expression import condition, expression
 from trainc.dsl.record import Record
@@ -136,11 +137,8 @@ class Resolver:
         """Return a rule, or None where a part of it cannot be read."""
         before = len(self.found) + len(self.scope.found)
         test = self._try(condition, when.condition, "this rule has no condition")
-        hold = None
-        if when.hold is not None:
-            hold = self._try(
-                duration, when.hold, "a condition holds `for` a duration", scoped=False
-            )
+        hold = self._wait(when.hold, "a condition holds `for` a duration")
+        cooldown = self._wait(when.cooldown, "`cooldown` takes a duration")
         actions = [action for tree in when.actions if (action := self._action(tree))]
         if not when.actions:
             label = Label(when.span)
@@ -148,7 +146,14 @@ class Resolver:
             self.found.append(Diagnostic("no-action", "this rule does nothing", (label,), (), help))
         if test is None or len(self.found) + len(self.scope.found) > before:
             return None
-        return Rule(test, tuple(actions), hold, origin=Origin(when.span))
+        return Rule(test, tuple(actions), hold, cooldown, origin=Origin(when.span))
+
+    def _wait(self, node: ast.Node | None, message: str) -> Duration | None:
+        """Return a rule's `for` or `cooldown`; None where it has none, or it cannot be read."""
+        if node is None:
+            return None
+        value: Duration | None = self._try(duration, node, message, scoped=False)
+        return value
 
     def _action(self, tree: ast.Action) -> Action | None:
         if not tree.assigns:

@@ -171,11 +171,12 @@ Action = Assign | Do
 
 
 class Rule(_ByJson):
-    """`when condition for hold { actions }`."""
+    """`when condition for hold cooldown rest { actions }`."""
 
     condition: Expr
     actions: tuple[Action, ...]
     hold: Duration | None = None
+    cooldown: Duration | None = None
     origin: Origin | None = aside(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -183,8 +184,10 @@ class Rule(_ByJson):
 
         self._put("condition", CONDITION.accept(self.condition))
         self._put("actions", tuple(self.actions))
-        if self.hold is not None:
-            self._put("hold", DURATION.accept(self.hold))
+        for name in ("hold", "cooldown"):
+            value = getattr(self, name)
+            if value is not None:
+                self._put(name, DURATION.accept(value))
 
     @property
     def span(self) -> Span | None:
@@ -195,6 +198,7 @@ class Rule(_ByJson):
         return {
             "condition": to_json(self.condition),
             "for": self.hold and to_json(self.hold),
+            "cooldown": self.cooldown and to_json(self.cooldown),
             "actions": [
                 ["assign", a.target, to_json(a.value)]
                 if isinstance(a, Assign)
@@ -277,7 +281,8 @@ def _rule_from_json(data: Any) -> Rule:
         Assign(target, expr_from_json(value)) if tag == "assign" else Do(target, value)
         for tag, target, value in data["actions"]
     )
-    return Rule(expr_from_json(data["condition"]), tuple(actions), data["for"])
+    condition = expr_from_json(data["condition"])
+    return Rule(condition, tuple(actions), data["for"], data.get("cooldown"))
 
 
 def unknown_construct(kind: str, name: str, catalog: Catalog) -> Diagnostic:

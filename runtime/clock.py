@@ -150,15 +150,27 @@ class RunLength(Duration):
 class Units:
     """What converts one unit to another; None where a number is not known.
 
-    `samples_per_step` is the batch the run starts with: conversions hold for that batch.
+    `samples_per_step` is the batch the run starts with: conversions hold for that batch. Where the
+    batch is `changing`, those between steps and anything else are estimates and kept as such.
     """
 
     samples_per_step: float | None = None
     tokens_per_sample: float | None = None
     samples_per_epoch: float | None = None
+    changing: bool = False
+    estimates: dict[tuple[str, Unit], float] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def convert(self, duration: Duration, unit: Unit, length: RunLength | None = None) -> float:
         """Return `duration` in `unit`; a fraction of the run is one of `length`."""
+        value = self._convert(duration, unit, length)
+        own = length.unit if duration.unit == "run" and length else duration.unit
+        if self.changing and (own == "steps") != (unit == "steps") and "run" not in (own, unit):
+            self.estimates[str(duration), unit] = value
+        return value
+
+    def _convert(self, duration: Duration, unit: Unit, length: RunLength | None = None) -> float:
         if duration.unit == "run":
             if length is None:
                 raise ValueError(
@@ -170,7 +182,7 @@ class Units:
         if unit == "run":
             if length is None:
                 raise ValueError(f"{duration} is no fraction of a run without a length")
-            return self.convert(duration, length.unit) / length.amount
+            return self._convert(duration, length.unit) / length.amount
         samples = duration.amount * self._samples_in(duration.unit, duration, unit)
         return tidy(samples / self._samples_in(unit, duration, unit))
 
@@ -178,7 +190,7 @@ class Units:
         """Return the size of one step in `unit`, 0 where it is not known before the run."""
         if unit == "seconds" or (unit != "steps" and self.samples_per_step is None):
             return 0.0
-        return self.convert(Duration(1, "steps"), unit)
+        return self._convert(Duration(1, "steps"), unit)
 
     def _samples_in(self, unit: Unit, duration: Duration, wanted: Unit) -> float:
         """Return how many samples one `unit` is."""

@@ -28,7 +28,8 @@ class Act:
 class Rule(Action):
     """Fires when its condition has held for `hold` without a break, then starts to wait again.
 
-    It waits until every signal in `needs` was measured once: what was not measured is not NaN either.
+    After it fired it does not look at its condition again before `cooldown` has passed. It waits
+    until every signal in `needs` was measured once: what was not measured is not NaN either.
     """
 
     phase = Phase.BATCH
@@ -42,14 +43,18 @@ class Rule(Action):
         hold: Duration | None,
         acts: Sequence[Act],
         needs: Collection[str] = (),
+        cooldown: Duration | None = None,
     ) -> None:
         self.name, self.text = name, text
         self.condition, self.hold, self.acts = condition, hold, tuple(acts)
-        self.needs = tuple(needs)
+        self.needs, self.cooldown = tuple(needs), cooldown
         self.since: float | None = None
+        self.rests_since: float | None = None
         self.fired: list[int] = []
 
     def run(self, step: Step) -> None:
+        if self._rests(step.clock):
+            return
         values = Signals(step.signals | {"batch": float(step.batch_size)})
         measured = all(name in values for name in self.needs)
         if not measured or not self.condition(step.clock, values):
@@ -63,8 +68,17 @@ class Rule(Action):
                 return
         self.since = None
         self.fired.append(step.clock.steps)
+        if self.cooldown is not None:
+            self.rests_since = step.clock.position(self.cooldown)[0]
         for act in self.acts:
             self._act(act, step, values)
+
+    def _rests(self, clock: Clock) -> bool:
+        """Say whether it fired less than `cooldown` ago."""
+        if self.cooldown is None or self.rests_since is None:
+            return False
+        now, rest = clock.position(self.cooldown)
+        return now - self.rests_since < rest
 
     def _act(self, act: Act, step: Step, values: Values) -> None:
         if act.verb == "stop":
@@ -87,10 +101,15 @@ class Rule(Action):
             step.batch_size = size
 
     def state_dict(self) -> State:
-        return {"since": self.since, "fired": list(self.fired)}
+        return {
+            "since": self.since,
+            "rests_since": self.rests_since,
+            "fired": list(self.fired),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.since = state.get("since")
+        self.rests_since = state.get("rests_since")
         self.fired = list(state.get("fired", []))
 
     def summary(self) -> str | None:

@@ -10,7 +10,7 @@ from trainc.compiler.catalog import catalog, gather
 from trainc.dsl import tables
 from trainc.dsl.construct import Construct
 from trainc.dsl.diagnostics import Diagnostic
-from trainc.dsl.functions import COUNTERS, FUNCTIONS, SHAPES, STATES
+from trainc.dsl.functions import COUNTERS, FUNCTIONS, POLICIES, SHAPES, STATES
 from trainc.dsl.generate import HERE
 from trainc.dsl.generate import tables as build
 from trainc.dsl.pages import construct_page, constructs_page, rules_page
@@ -44,6 +44,26 @@ def test_the_functions_are_those_of_the_runtime() -> None:
     assert set(SHAPES) == set(pieces.SHAPES)
     assert set(STATES) == set(expressions.STATES)
     assert COUNTERS == expressions.COUNTERS
+
+
+def test_every_policy_of_the_batch_is_one_that_the_compiler_reads() -> None:
+    from trainc.compiler.batch import read
+    from trainc.dsl import values as v
+
+    for name, function in POLICIES.items():
+        given: dict[str, v.Expr] = {
+            "samples": v.Quantity(v.Duration(8, "samples")),
+            "duration": v.Quantity(v.Duration(100, "tokens")),
+            "amount": v.Name("gns"),
+            "plain": v.Number(0.5),
+            "switch": v.Name("true"),
+        }
+        kwargs = {key: given[kind] for key, kind in function.arguments.items()}
+        if name == "ramp":
+            kwargs["to"] = v.Quantity(v.Duration(16, "samples"))
+        assert read(v.called(name, **kwargs), None).name == name
+        assert not set(function.arguments) - set(kwargs)
+    assert not FUNCTIONS.keys() & POLICIES.keys()
 
 
 def test_every_rule_in_the_source_is_explained() -> None:

@@ -88,7 +88,11 @@ STATEMENTS = st.one_of(
     st.builds(ast.Use, STRINGS),
     _clauses(),
     st.builds(
-        ast.When, NODES, st.one_of(st.none(), NODES), st.lists(ACTIONS, max_size=3).map(tuple)
+        ast.When,
+        NODES,
+        st.one_of(st.none(), NODES),
+        st.lists(ACTIONS, max_size=3).map(tuple),
+        st.one_of(st.none(), NODES),
     ),
 )
 TREES = st.lists(STATEMENTS, max_size=5).map(lambda s: ast.Tree(tuple(s)))

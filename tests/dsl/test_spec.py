@@ -21,7 +21,7 @@ data "examples.data:stdlib" { batch = 32 samples, context = 128 }
 optimizer adamw { lr = 3e-4 * (warmup(5%) then cosine(to = 10%)), weight_decay = 0.1 on mats }
 regularize pace on "blocks.*" every 200 steps { sigma = 1.2 * (1 - depth), weight = 50% }
 noise_scale gns as noise on type(LayerNorm) from 1k steps until 50% optional { smooth = 200 steps }
-when noise > 2 * batch for 100 steps { batch = min(2 * batch, 512 samples), warn "grew" }
+when noise > 2 * batch for 100 steps cooldown 1k steps { batch = min(2 * batch, 512 samples), warn "grew" }
 """
 
 
@@ -63,6 +63,7 @@ def written_in_python() -> Spec:
                 "noise > 2 * batch",  # type: ignore[arg-type]
                 (Assign("batch", "min(2 * batch, 512 samples)"), Do("warn", "grew")),  # type: ignore[arg-type]
                 hold=v.Duration(100, "steps"),
+                cooldown="1000 steps",  # type: ignore[arg-type]
             ),
         ),
     )

@@ -1,12 +1,14 @@
-"""The data a spec trains on, named by import path."""
+"""The data a spec trains on, named by import path, and the batch size."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from trainc.dsl.construct import Construct, Duration, ImportPath
+from trainc.compiler.batch import Policy, action, read
+from trainc.dsl.construct import Batch, Construct, Duration, Effect, ImportPath
+from trainc.dsl.values import Call
 
 if TYPE_CHECKING:
     from trainc.compiler.lowering import Lowering
@@ -17,35 +19,97 @@ class Data(Construct):
 
     The object has `train` and `evaluation`, each with `len()` and `batch(indices) -> (inputs, targets)`, and
     `tokens_per_sample`. Imported only by compile, run and verify; `trainc plan` asks the callable's `describe`.
+
+    `batch` is an amount, or a policy that sets it before every step, in whole micro-batches:
+
+    - `ramp(16 samples, to = 120 samples, over = 2.2G tokens)`: on a line, rounded up to micro-batches; begun at
+      `from`. A function of the clock alone. (Gray et al. 2024, in tokens.)
+    - `follow(gns, max = 512 samples, min = 16 samples, factor = 0.5)`: `factor` (1) times what was measured, between
+      `min` (a micro-batch) and `max`, in multiples of `step` (a micro-batch). It begins at `min`, changes only when
+      the wanted size is a `step` or more away, at most once in `every`, not before `from`, and never down with
+      `grow_only = true`.
+    - `signal_noise(gns, max = 512 samples, theta = 0.6)`: grows to the noise scale divided by `theta` squared and
+      never shrinks; begins at `min`, looks `every` 100 steps, `from` 15% of the run on.
+
+    While what is followed is undetermined the batch stays. The rates do not follow the batch by themselves: see
+    `lr batch_scaling`.
     """
 
-    cite: ClassVar = "trainc"
+    cite: ClassVar = (
+        "trainc; ramp: Gray et al., Normalization Layer Per-Example Gradients, NeurIPS 2024, "
+        "arXiv:2411.00999"
+    )
     example: ClassVar = 'data "examples.data:stdlib" { batch = 32 samples, context = 128 }'
     open_fields: ClassVar = True
+    effects: ClassVar = (
+        Effect("batch", "set the batch by its policy", ("clock", "batch"), ("batch",)),
+    )
 
     path: ImportPath = Field(description="what to import, as `module:callable`")
-    batch: Duration = Field(description="samples of one optimizer step, at the start of the run")
     micro: Duration | None = Field(
         default=None,
-        description="samples of one forward and backward pass; a step's batch is made of whole ones. Default: batch",
+        description="samples of one forward and backward pass; a step's batch is made of whole ones. "
+        "Default: batch, the smallest one of a policy",
+    )
+    batch: Batch = Field(
+        description="samples of one optimizer step: an amount, which rules may change, or a policy"
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the callable"
     )
 
-    @field_validator("batch", "micro")
+    @field_validator("micro")
     @classmethod
-    def _whole_samples(cls, value: Duration | None) -> Duration | None:
-        if value is not None and (
-            value.unit != "samples" or value.amount != int(value.amount) or value.amount < 1
-        ):
-            raise ValueError("expected a whole number of `samples`, such as `32 samples`")
+    def _micro_is_whole(cls, value: Duration | None) -> Duration | None:
+        return None if value is None else _whole(value)
+
+    @field_validator("batch")
+    @classmethod
+    def _batch_is_whole(cls, value: Duration | Call, info: ValidationInfo) -> Duration | Call:
+        if not isinstance(value, Call):
+            return _whole(value)
+        if "micro" in info.data:
+            read(value, info.data["micro"])
         return value
+
+    @property
+    def policy(self) -> Policy | None:
+        """Return what sets the batch, None where it is an amount."""
+        return read(self.batch, self.micro) if isinstance(self.batch, Call) else None
+
+    @property
+    def start_size(self) -> int:
+        """Return the samples of the first step."""
+        if (policy := self.policy) is not None:
+            return -(-policy.start // policy.micro) * policy.micro
+        assert isinstance(self.batch, Duration)
+        return int(self.batch.amount)
 
     @property
     def micro_size(self) -> int:
         """Return the samples of one micro-batch."""
-        return int((self.micro or self.batch).amount)
+        if (policy := self.policy) is not None:
+            return policy.micro
+        return int(self.micro.amount) if self.micro is not None else self.start_size
+
+    def acts(self, effect: Effect) -> bool:
+        """Only a policy acts: an amount is where the loop begins."""
+        return self.policy is not None
+
+    def told(self, effect: Effect) -> str:
+        """Return the policy."""
+        return f"batch = {self.batch}"
 
     def lower(self, to: Lowering) -> None:
-        """Do nothing: the loop reads the batch sizes."""
+        """Set the batch before every step where it is not an amount; the loop reads the sizes."""
+        if (policy := self.policy) is None:
+            return
+        if to.clause.start or to.clause.stop or to.clause.every:
+            raise ValueError("`from` and `every` of a batch policy are arguments of its own")
+        to.action(action(policy, to))
+
+
+def _whole(value: Duration) -> Duration:
+    if value.unit != "samples" or value.amount != int(value.amount) or value.amount < 1:
+        raise ValueError("expected a whole number of `samples`, such as `32 samples`")
+    return value

@@ -1,0 +1,122 @@
+"""Rates that grow with the batch: by its square root, or in proportion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from trainc.dsl.construct import Construct, Duration, Effect
+from trainc.runtime.action import Action, Phase, State
+
+if TYPE_CHECKING:
+    from trainc.compiler.lowering import Lowering
+    from trainc.runtime.optimizer import Scale
+    from trainc.runtime.step import Step
+
+
+class BatchScaling(Construct):
+    """Multiplies each rate by `(batch / reference) ** 0.5` (`sqrt`) or by `batch / reference` (`linear`).
+
+    Set before every step from the batch of that step, whatever chose it. Use `sqrt` for Adam and
+    its kin: Malladi et al. derive it from a stochastic differential equation that training
+    approximates, as one part of a rule that adjusts Adam's other hyperparameters too; those stay as
+    they are written here. `linear` is the rule of Goyal et al. for SGD with momentum, which they
+    use after a warm-up and see fail beyond a certain batch; nothing supports it for Adam. Neither
+    is a law: compare with a run without it.
+
+    Without `reference` it is the batch the run starts with. In a spec without `data` the batch is
+    what each step is given, and `reference` is needed.
+    """
+
+    cite: ClassVar = (
+        "sqrt: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, NeurIPS 2022, "
+        "arXiv:2205.10287; linear: Goyal et al., Accurate, Large Minibatch SGD, 2017, arXiv:1706.02677"
+    )
+    example: ClassVar = "lr batch_scaling { rule = sqrt, reference = 32 samples }"
+    targets: ClassVar = "parameters"
+    default_on: ClassVar = "trainable"
+    effects: ClassVar = (
+        Effect("rates", "scale rates with the batch", reads=("batch",), writes=("rate", "metrics")),
+    )
+
+    rule: Literal["sqrt", "linear"] = Field(
+        default="sqrt",
+        description="how the factor grows with the batch: its square root, or itself",
+    )
+    reference: Duration | None = Field(
+        default=None,
+        description="batch whose factor is 1, in samples. Default: the batch the run starts with",
+    )
+
+    @field_validator("reference")
+    @classmethod
+    def _is_an_amount(cls, value: Duration | None) -> Duration | None:
+        if value is not None and (value.unit != "samples" or value.amount <= 0):
+            raise ValueError("expected an amount of samples such as `32 samples`")
+        return value
+
+    def by_definition(self, batch: int, reference: float) -> float:
+        """Return the factor of a batch as a power of the ratio; `reference` is a field's name."""
+        exponent: float = {"sqrt": 0.5, "linear": 1.0}[self.rule]
+        return math.pow(batch / reference, exponent)
+
+    def factor(self, batch: int, reference: float) -> float:
+        """Return the factor of a batch, in samples as `reference` is."""
+        ratio = batch / reference
+        return math.sqrt(ratio) if self.rule == "sqrt" else ratio
+
+    def lower(self, to: Lowering) -> None:
+        """Give the selected parameters one factor, set in phase 2."""
+        if to.clause.start or to.clause.stop or to.clause.every:
+            raise ValueError(
+                f"`{to.label}` holds for the whole run and takes no `from`, `until` or `every`"
+            )
+        start = to.starting_batch
+        if self.reference is None and start is None:
+            raise ValueError(
+                f"`{to.label}` needs `reference = 32 samples`: the spec names no data, which says the batch"
+            )
+        reference = self.reference.amount if self.reference else float(start or 0)
+        scale = to.scale("batch", [parameter.name for parameter in to.parameters()])
+        to.action(ScaleWithBatch(to.label, self, scale, reference))
+
+
+class ScaleWithBatch(Action):
+    """Phase 2: sets the factor from the batch of the step; `reference` in samples."""
+
+    phase = Phase.RATES
+    reads = ("batch",)
+    writes = ("rate", "metrics")
+
+    def __init__(self, name: str, construct: BatchScaling, scale: Scale, reference: float) -> None:
+        self.name = name
+        self.construct = construct
+        self.scale = scale
+        self.reference = reference
+        self.seen: list[int] = []
+
+    def run(self, step: Step) -> None:
+        size = step.batch_size
+        if size < 1:
+            raise ValueError(
+                f"`{self.name}` does not know the batch of this step: call `program.step(batch)` or "
+                "`program.loss(batch)` without `program.begin()` before it, or name the data in the spec"
+            )
+        self.scale.factor = step.metrics[self.name] = self.construct.factor(size, self.reference)
+        self.seen = [min([size, *self.seen]), max([size, *self.seen])]
+
+    def state_dict(self) -> State:
+        return {"seen": list(self.seen)} if self.seen else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen = [int(size) for size in state.get("seen", [])]
+
+    def summary(self) -> str | None:
+        if not self.seen:
+            return None
+        low, high = (self.construct.factor(size, self.reference) for size in self.seen)
+        sizes = f"batches from {self.seen[0]} to {self.seen[1]} samples"
+        return f"{self.name}: factors {low:.3g} to {high:.3g}, {sizes}"

@@ -1,0 +1,229 @@
+"""A changing batch from the spec to the run: plans, accumulation, resumed runs, rules with a cooldown."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+
+import trainc
+from trainc.compiler.train import train
+from trainc.runtime.clock import Clock, Duration
+from trainc.runtime.metrics import read
+from trainc.runtime.rules import Act, Rule
+from trainc.runtime.step import Signals, Step, StepMachine
+
+STEPS = 24
+SPEC = """
+model "examples.models:gpt" {{ layers = 2, width = 32, heads = 2, context = 16 }}
+data "examples.data:stdlib" {{ batch = {batch}, context = 16, limit_bytes = 30_000 }}
+loss cross_entropy
+run {{ length = {length}, seed = 5, eval_batches = 2 }}
+optimizer adamw {{ lr = 3e-3 * (warmup({rise}) then cosine()), clip = 1.0 }}
+lr batch_scaling
+noise_scale gns on type(LayerNorm) {{ smooth = 5 steps }}
+"""
+POLICIES = {
+    "ramp": "ramp(4 samples, to = 16 samples, over = 2k tokens, from = 200 tokens), micro = 2 samples",
+    "follow": "follow(gns, factor = 4, min = 2 samples, max = 12 samples, every = 3 steps)",
+    "signal_noise": "signal_noise(gns, max = 16 samples, min = 2 samples, every = 4 steps, from = 20%)",
+}
+
+
+def spec(batch: str, length: str = f"{STEPS} steps", rise: str = "10%", rule: str = "") -> str:
+    return SPEC.format(batch=batch, length=length, rise=rise) + rule
+
+
+class AfterSteps:
+    """Asks a run to leave after some steps, as a signal does."""
+
+    steps = 0
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the process's signals as they are."""
+
+    def requested(self) -> str | None:
+        self.asked += 1
+        return "interrupted" if self.asked > self.steps else None
+
+
+def run(text: str, out: Path, **options: Any) -> list[dict[str, Any]]:
+    """Train in `out`, and return the lines that tell of steps."""
+    source = out.with_suffix(".train")
+    source.write_text(text)
+    train(source, out, quiet=True, executor="module", **options)
+    return [line for line in read(out / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_run_left_in_the_midst_goes_on_bit_for_bit(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = spec(POLICIES[policy])
+    lines = run(text, tmp_path / "whole")
+    sizes = [line["batch"] for line in lines]
+    assert len(set(sizes)) > 1
+    change = next(i for i, size in enumerate(sizes) if size != sizes[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("trainc.runtime.loop.StopSignals", AfterSteps)
+        patch.setattr(AfterSteps, "steps", change + 1)
+        run(text, tmp_path / "parts")
+        run(text, tmp_path / "parts", resume=True)
+    run(text, tmp_path / "parts", resume=True)
+    files = [tmp_path / name / "metrics.jsonl" for name in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    told = [(tmp_path / n / "summary.json").read_text() for n in ("whole", "parts")]
+    assert all("data: batch changed" in text for text in told)
+
+
+def test_the_batch_is_whole_micro_batches_and_drops_no_sample(tmp_path: Path) -> None:
+    lines = run(spec(POLICIES["ramp"]), tmp_path / "run")
+    assert {line["batch"] % 2 for line in lines} == {0}
+    assert lines[0]["batch"] == 4
+    assert lines[-1]["batch"] == 16
+    assert lines[-1]["samples"] == sum(line["batch"] for line in lines)
+    assert lines[-1]["tokens"] == 16 * lines[-1]["samples"]
+
+
+def test_the_table_of_a_ramp_is_what_the_run_does(tmp_path: Path) -> None:
+    text = spec(POLICIES["ramp"], length="5k tokens", rise="10%")
+    rows = {row["steps"]: row for row in trainc.plan(text).schedules}
+    lines = {line["step"]: line for line in run(text, tmp_path / "run")}
+    assert max(rows) == max(lines)
+    for step, row in rows.items():
+        if step:
+            assert (row["samples"], row["tokens"]) == (
+                lines[step]["samples"],
+                lines[step]["tokens"],
+            )
+        if step + 1 in lines:
+            assert row["values"]["batch"] == lines[step + 1]["batch"]
+            scaled = row["values"]["adamw lr"] * (row["values"]["batch"] / 4) ** 0.5
+            assert lines[step + 1]["lr_max"] == pytest.approx(scaled, rel=1e-12)
+
+
+def test_a_schedule_in_tokens_is_exact_whatever_the_batch_does(tmp_path: Path) -> None:
+    lines = run(spec(POLICIES["follow"], length="6k tokens", rise="1500 tokens"), tmp_path / "run")
+    lead, before = 2 * 16, 0
+    for line in lines:
+        rate = 3e-3 * (line["batch"] / 2) ** 0.5 * min(1.0, (before + lead) / 1500)
+        if before < 1500:
+            assert line["lr_max"] == pytest.approx(rate, rel=1e-12)
+        before = line["tokens"]
+
+
+def test_the_plan_says_what_sets_the_batch_and_what_is_an_estimate() -> None:
+    measured = "noise_scale gns on type(LayerNorm) { smooth = 5 steps }\n"
+    text = spec(POLICIES["ramp"], length="5k tokens", rise="10 steps").replace(measured, "")
+    plan = trainc.plan(text)
+    told = plan.settings["batch"]
+    assert (told["starts"], told["to"], told["micro"]) == (4, 16, 2)
+    assert told["notes"] == ["10 steps counts as 640 tokens, as it does at the starting batch"]
+    (row,) = [row for row in plan.steps if row["clause"] == "data"]
+    assert (row["phase"], row["writes"]) == (1, ["batch"])
+    assert row["action"].startswith("batch = ramp(4 samples")
+    exact = trainc.plan(text.replace("10 steps", "10%"))
+    assert exact.settings["batch"]["notes"] == []
+    followed = trainc.plan(spec(POLICIES["follow"])).settings["batch"]
+    assert "depends on what is measured" in followed["notes"][-1]
+    rule = "when gns > 2 * batch cooldown 5 steps { batch = batch + 2 samples }"
+    by_rule = trainc.plan(spec("4 samples, micro = 2 samples", rule=rule))
+    assert by_rule.settings["batch"]["by"] == "when rules"
+    assert by_rule.steps[0]["every"] == "cooldown 5 steps"
+    assert "batch" not in trainc.plan(spec("4 samples").replace("lr batch_scaling", "")).settings
+
+
+def test_a_saved_program_sets_its_batch_too(tmp_path: Path) -> None:
+    from examples.models import gpt
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return gpt(layers=2, width=32, heads=2, context=16)
+
+    program = trainc.compile(spec(POLICIES["ramp"]), model())
+    loaded = trainc.load(program.save(tmp_path / "saved"), model())
+    ids = torch.randint(0, 256, (16, 17), generator=torch.Generator().manual_seed(0))
+    for made in (program, loaded):
+        for _ in range(12):
+            made.begin()
+            made.step((ids[: made.batch_size, :-1], ids[: made.batch_size, 1:]))
+    assert program.batch_size == loaded.batch_size > 4
+    assert program.plan.settings["batch"] == loaded.plan.settings["batch"]
+
+
+def test_the_python_form_is_the_same_spec() -> None:
+    from trainc.compiler.constructs.data.data import Data
+    from trainc.dsl.spec import Clause, Spec
+
+    policy = "follow(gns, max = 64 samples, min = 16 samples, factor = 50%, grow_only = true)"
+    gns = "noise_scale gns on type(LayerNorm)"
+    text = trainc.check(f'data "m:f" {{ batch = {policy} }}\n{gns}').spec
+    assert text is not None
+    python = Spec((Clause(Data(path="m:f", batch=policy)), text.clauses[1]))  # type: ignore[arg-type]
+    assert python == text
+    assert Spec.from_json(text.to_json(), trainc.catalog()) == text
+    with pytest.raises(trainc.SpecError, match="unknown-name"):
+        Spec((Clause(Data(path="m:f", batch=policy)),))  # type: ignore[arg-type]
+
+
+# Rules that rest
+
+
+def fired(rule: Rule, steps: int, machine: StepMachine | None = None) -> list[int]:
+    made = machine or machine_of(rule)
+    for _ in range(steps):
+        step: Step = made.begin()
+        step.samples, step.tokens = step.batch_size, 8 * step.batch_size
+        made.finish()
+    return list(rule.fired)
+
+
+def machine_of(rule: Rule) -> StepMachine:
+    made = StepMachine([rule], Clock(), {}, Signals())
+    made.batch_size = made.micro_size = 4
+    return made
+
+
+def rule_of(hold: Duration | None, cooldown: Duration | None, true_at: range = range(1000)) -> Rule:
+    def condition(clock: Clock, values: object) -> bool:
+        return clock.steps in true_at
+
+    return Rule("rule 1", "when x", condition, hold, [Act("save")], (), cooldown)
+
+
+def steps(amount: int) -> Duration:
+    return Duration(amount, "steps")
+
+
+def test_a_rule_rests_for_its_cooldown_after_it_fired() -> None:
+    assert fired(rule_of(None, None), 5) == [0, 1, 2, 3, 4]
+    assert fired(rule_of(None, steps(3)), 10) == [0, 3, 6, 9]
+    assert fired(rule_of(None, Duration(64, "tokens")), 6) == [0, 2, 4]
+
+
+def test_a_resting_rule_does_not_look_so_a_hold_begins_after_it() -> None:
+    assert fired(rule_of(steps(2), steps(5)), 20) == [2, 9, 16]
+    assert fired(rule_of(steps(2), None), 12) == [2, 5, 8, 11]
+    assert fired(rule_of(None, steps(5), range(2, 5)), 12) == [2]
+
+
+@pytest.mark.parametrize("left", [1, 3, 4, 9])
+def test_a_rule_rests_on_after_a_resume(left: int) -> None:
+    made = [rule_of(steps(2), steps(5)) for _ in range(3)]
+    first = machine_of(made[1])
+    fired(made[1], left, first)
+    second = machine_of(made[2])
+    second.load_state_dict(first.state_dict())
+    assert fired(made[2], 20 - left, second) == fired(made[0], 20)
+
+
+def test_a_cooldown_in_percent_is_a_part_of_the_run(tmp_path: Path) -> None:
+    rule = "when step >= 0 cooldown 25% { batch = batch + 2 samples }"
+    lines = run(spec("2 samples", rule=rule), tmp_path / "run")
+    assert [line["batch"] for line in lines] == [4] * 6 + [6] * 6 + [8] * 6 + [10] * 6
