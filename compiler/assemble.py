@@ -12,11 +12,14 @@ from trainc.compiler.timing import UNBOUNDED
 from trainc.dsl.construct import PHASES
 from trainc.dsl.diagnostics import CompilerBug, Diagnostic, Label, SpecError
 from trainc.runtime.action import Action
+from trainc.runtime.clock import Duration as ClockDuration
 from trainc.runtime.optimizer import Clip, OptimizerStep, Rates, Slot
 from trainc.runtime.rules import Act, Rule
 
 if TYPE_CHECKING:
     from trainc.dsl.spec import Rule as RuleClause
+    from trainc.dsl.values import Duration
+    from trainc.runtime.clock import RunLength
 
 ASSIGNABLE = ("batch",)
 
@@ -101,6 +104,16 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
     return [action for *_, action in sorted(placed, key=lambda row: row[:2])]
 
 
+def _wait(given: Duration | None, setting: Setting, length: RunLength) -> ClockDuration | None:
+    """Return a rule's `for` or `cooldown` as the clock counts it."""
+    if given is None:
+        return None
+    wait = ClockDuration(given.amount, given.unit)
+    if wait.unit != "run":
+        return wait
+    return ClockDuration(setting.units.convert(wait, length.unit, setting.length), length.unit)
+
+
 def rules(
     clauses: Sequence[RuleClause],
     setting: Setting,
@@ -110,7 +123,6 @@ def rules(
     """Compile the `when` rules over the signals of the clauses; raises SpecError when one sets what cannot be set."""
     from trainc.dsl.spec import Assign
     from trainc.dsl.values import to_json
-    from trainc.runtime.clock import Duration
     from trainc.runtime.expressions import names
     from trainc.runtime.schedules import compile_condition, compile_schedule
 
@@ -141,18 +153,15 @@ def rules(
             condition = compile_condition(
                 to_json(clause.condition), setting.units, length, signal_units
             )
-            hold = None if clause.hold is None else Duration(clause.hold.amount, clause.hold.unit)
-            if hold is not None and hold.unit == "run":
-                hold = Duration(
-                    setting.units.convert(hold, length.unit, setting.length), length.unit
-                )
+            hold, cooldown = (
+                _wait(wait, setting, length) for wait in (clause.hold, clause.cooldown)
+            )
         except ValueError as error:
             found.append(Diagnostic("bad-value", f"this rule cannot be compiled: {error}", labels))
             continue
         needs = {name for name in names(to_json(clause.condition)) if name in clause_signals}
-        made.append(
-            Rule(f"rule {i + 1}", f"when {clause.condition}", condition, hold, acts, sorted(needs))
-        )
+        name, text = f"rule {i + 1}", f"when {clause.condition}"
+        made.append(Rule(name, text, condition, hold, acts, sorted(needs), cooldown))
     if found:
         raise SpecError(found)
     return made

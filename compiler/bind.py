@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trainc.compiler.batch import changes, inconsistencies
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.claims import disputes, two
 from trainc.compiler.effects import conflicts, penalised_measurements
@@ -78,6 +79,7 @@ class _Binder:
             *disputes(active, self.inventory),
             *conflicts(active),
             *penalised_measurements(active, self.inventory),
+            *inconsistencies(self.spec),
         ]
         errors = [d for d in self.found if d.severity == "error"]
         if errors:
@@ -91,9 +93,10 @@ class _Binder:
     def _time(self) -> tuple[Units, RunLength | None]:
         data, run = self._construct("data"), self._construct("run")
         units = Units(
-            samples_per_step=float(data.batch.amount) if data else None,  # type: ignore[attr-defined]
+            samples_per_step=float(data.start_size) if data else None,  # type: ignore[attr-defined]
             tokens_per_sample=_number(self.facts.tokens_per_sample),
             samples_per_epoch=_number(self.facts.samples),
+            changing=changes(self.spec),
         )
         length = RunLength(run.length.amount, run.length.unit) if run else None  # type: ignore[attr-defined]
         return units, length

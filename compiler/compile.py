@@ -114,7 +114,7 @@ def read(
 def _first_signals(binding: Binding) -> Signals:
     """Return what is known before anything is measured."""
     data: Any = binding.one("data")
-    return Signals(batch=float(data.construct.batch.amount) if data else math.nan, step=0.0)
+    return Signals(batch=float(data.construct.start_size) if data else math.nan, step=0.0)
 
 
 def _assemble(
@@ -185,7 +185,7 @@ def build_program(
     if not parts.optimizers:
         raise missing_clause("the spec has no optimizer", "write `optimizer adamw { lr = 3e-4 }`")
     data: Any = binding.one("data")
-    batch = int(data.construct.batch.amount) if data else 0
+    batch = data.construct.start_size if data else 0
     micro = data.construct.micro_size if data else 0
     epoch = binding.units.samples_per_epoch
     return Program(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from trainc.compiler.lowering import Parts, Penalty, Task
-from trainc.compiler.sites import SiteError, Sites, bind
+from trainc.compiler.division import Division
+from trainc.compiler.examine import examine, undisturbed
+from trainc.compiler.layers.armed import SiteError
+from trainc.compiler.sites import Sites, bind
+from trainc.compiler.units import Groups
 from trainc.kernels.philox import pack_key
 from trainc.kernels.task_consistency_loss import task_consistency_loss
 from trainc.runtime import batches
 from trainc.runtime.batches import Batch
+from trainc.runtime.step import Calibrated, Contribution
 from trainc.runtime.streams import derive
 
 if TYPE_CHECKING:
@@ -35,16 +41,20 @@ class Portion:
 
 @dataclass(slots=True)
 class Micro:
-    """What a micro-batch leaves for the update: weights (examples,) where it is measured, loss and its terms.
+    """What a micro-batch leaves for the update: weights (units,) where it is measured, loss and its terms.
 
-    `probes` hold the statistics once `backward()` has run, `squares` where a graph has computed them already.
+    `probes` hold the statistics by module once `backward()` has run, `whole` the squared norms of the micro-batch's
+    gradient by parameter, `scale` what the loss was multiplied by before `backward()`.
     """
 
     weights: Tensor | None
     loss: Tensor
     terms: dict[str, Tensor]
     probes: dict[str, Tensor] = field(default_factory=dict)
-    squares: dict[str, Tensor] | None = None
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    scale: Tensor | None = None
+    synchronised: bool = False
+    examples: Tensor | None = None
 
 
 class Execution:
@@ -71,6 +81,11 @@ class Execution:
         self._plain = not (parts.rewrite or parts.penalties or executor == "graph")
         self.refused: str | None = None
         self._covered = not parts.rewrite
+        self._examined = not parts.rewrite.measured
+        self._measures = bool(parts.rewrite.measured or parts.whole)
+        self._open: Micro | None = None
+        for name, running in parts.whole.items():
+            self.parameters[name].register_hook(partial(self._note_whole, name, running))
         self._graphs: dict[Any, StepGraph] = {}
         self._graph: StepGraph | None = None
         self._adopted: StepGraph | None = None
@@ -79,9 +94,10 @@ class Execution:
 
     def run_modules(self, batch: Batch, portion: Portion) -> tuple[Tensor, Micro]:
         """Return what is to be differentiated, and what the micro-batch leaves once it was."""
+        self._examine(batch)
         scalars = self._scalars(portion, batch[1].device)
         if self._rewrites:
-            self._arm(batch[1], scalars)
+            self._arm(batch, scalars)
         if self._covered or not self.module.training:
             total, loss, terms = self._forward(batch, portion.share, scalars)
         else:
@@ -89,10 +105,36 @@ class Execution:
                 total, loss, terms = self._forward(batch, portion.share, scalars)
             self.sites.check_coverage(counts)
             self._covered = True
-        micro = self._micro(batch[1], portion.share, loss, terms)
-        if self.parts.rewrite.norms:
-            micro.probes = self.sites.probes()
+        micro = self._micro(batch, portion.share, loss, terms)
+        if self._measures:
+            self._watch(micro, total)
         return total, micro
+
+    def _watch(self, micro: Micro, total: Tensor) -> None:
+        """Have the backward pass leave what is measured in `micro`."""
+        micro.probes = self.sites.probes()
+        micro.synchronised = bool(getattr(self.forward, "require_backward_grad_sync", False))
+        self._open = micro
+
+        def note(gradient: Tensor) -> None:
+            micro.scale = gradient
+
+        if total.requires_grad:
+            total.register_hook(note)
+
+    def _note_whole(self, name: str, running: bool, gradient: Tensor) -> None:
+        """Keep the squared norm of a micro-batch's gradient, or of all the step's so far (`running`)."""
+        if self._open is None:
+            return
+        before = self.parameters[name].grad if running else None
+        total = gradient if before is None else before + gradient
+        self._open.whole[name] = _squared_norm(total)
+
+    def _examine(self, batch: Batch) -> None:
+        """Check, once, that per-example statistics of this model and loss mean what they say."""
+        if not self._examined and self.module.training:
+            examine(self.module, self.sites, batch, self.task)
+            self._examined = True
 
     def _forward(
         self, batch: Batch, share: float, scalars: Mapping[str, Tensor]
@@ -131,6 +173,9 @@ class Execution:
     def wants_graph(self) -> bool:
         """Say whether the next micro-batch runs as a graph."""
         if self.executor == "module" or self.refused is not None or not self.module.training:
+            return False
+        if (reason := self.parts.rewrite.modules_only) is not None:
+            self.refused = reason
             return False
         return self.executor == "graph" or (self._rewrites and self.forward is self.module)
 
@@ -188,6 +233,7 @@ class Execution:
             total, micro = self.run_modules(batch, portion)
             total.backward()
             return total.detach(), micro
+        self._examine(batch)
         out = graph.run(batch, self._scalars(portion, batch[1].device))
         self._covered = True
         for name, gradient in out.grads.items():
@@ -198,8 +244,12 @@ class Execution:
         )
         if self.parts.penalties:
             terms[" + ".join(self.parts.penalties)] = out.total / portion.share - out.loss
-        micro = self._micro(batch[1], portion.share, out.loss, terms)
-        micro.squares = self._by_parameter(out.probes)
+        micro = self._micro(batch, portion.share, out.loss, terms)
+        micro.probes = {n: _delivered(probe) for n, probe in out.probes.items()}
+        for name, running in self.parts.whole.items():
+            found = self.parameters[name].grad if running else out.grads[name]
+            if found is not None:
+                micro.whole[name] = _squared_norm(found)
         return out.total, micro
 
     def _take(self, name: str, gradient: Tensor) -> None:
@@ -212,27 +262,50 @@ class Execution:
 
     # statistics
 
-    def squares(self, micro: Micro) -> dict[str, Tensor]:
-        """Return a micro-batch's per-example squared norms by parameter; raises SiteError when some did not arrive."""
-        if micro.squares is not None:
-            return micro.squares
+    def measured_parameters(self) -> list[str]:
+        """Return the parameters behind the probes, each once."""
+        sites = self.parts.rewrite.measured
+        return list(dict.fromkeys(name for site in sites for name in site.parameters if name))
+
+    def contribution(self, micro: Micro) -> Contribution:
+        """Return what a micro-batch contributes to the step's gradient; raises SiteError when some did not arrive."""
         silent = [name for name, probe in micro.probes.items() if probe.grad is None]
-        if silent or not micro.probes:
-            names = ", ".join(f"`{n}`" for n in silent) or "no site"
+        silent += [name for name in self.parts.whole if name not in micro.whole]
+        if silent:
+            names = ", ".join(f"`{n}`" for n in silent)
             raise SiteError(
-                f"{names} delivered no statistics: did `backward()` reach it through `program.forward`?"
+                f"{names} delivered no statistics: did `backward()` reach it through `program.forward`,"
+                " once after each `loss`? A parameter that FSDP shards has no gradient of a replica's own"
             )
-        return self._by_parameter({n: cast(Tensor, p.grad) for n, p in micro.probes.items()})
+        found = {n: cast(Tensor, p.grad) for n, p in micro.probes.items()}
+        if micro.scale is not None and (scale := float(micro.scale)) != 1.0:
+            found = {n: self._unscaled(n, g, scale) for n, g in found.items()}
+            micro.whole = {n: square / scale**2 for n, square in micro.whole.items()}
+        wide = {s.module for s in self.parts.rewrite.measured if s.wide}
+        gradients = self._by_parameter({n: g for n, g in found.items() if n in wide})
+        squares = self._by_parameter({n: g for n, g in found.items() if n not in wide})
+        squares |= {n: g.square().sum(1) for n, g in gradients.items()}
+        assert micro.weights is not None
+        return Contribution(micro.weights, squares, gradients, micro.whole, micro.examples)
+
+    def close(self) -> None:
+        """Let gradients that belong to no micro-batch pass unmeasured."""
+        self._open = None
+
+    def _unscaled(self, module: str, statistic: Tensor, scale: float) -> Tensor:
+        """Undo what the loss was multiplied by, once in a gradient and twice in a squared norm."""
+        return statistic / (scale if statistic.dim() == 3 else scale**2)
 
     def _by_parameter(self, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn a site's columns into one row of squared norms per parameter."""
-        return {
-            name: probes[site.module][:, column]
-            for site in self.parts.rewrite.norms
-            if site.module in probes
-            for column, name in enumerate(site.parameters)
-            if name is not None
-        }
+        """Turn the sites' columns into one row of squared norms per parameter; layers that share one add up to it."""
+        found: dict[str, Tensor] = {}
+        for site in self.parts.rewrite.measured:
+            if site.module not in probes:
+                continue
+            for name, column in zip(site.parameters, probes[site.module].unbind(1), strict=True):
+                if name is not None:
+                    found[name] = found[name] + column if name in found else column
+        return found
 
     # trials: what `verify` compares
 
@@ -249,7 +322,8 @@ class Execution:
         if road == "graph":
             out = self.capture(batch).run(batch, scalars)
             return out.total, out.grads, self._by_parameter(out.probes)
-        self._arm(batch[1], scalars)
+        self._examine(batch)
+        self._arm(batch, scalars)
         try:
             total, _, _ = self._forward(batch, 1.0, scalars)
             named = {n: p for n, p in self.parameters.items() if p.requires_grad}
@@ -266,31 +340,52 @@ class Execution:
 
         Each example has the noise it has in the whole batch; loss terms over parameters contribute to no example.
         """
-        names = [name for site in self.parts.rewrite.norms for name in site.parameters if name]
+        return self.one_by_one(batch, self.measured_parameters()).squares
+
+    def one_by_one(self, batch: Batch, names: Sequence[str]) -> Calibrated:
+        """Measure parameters whatever their layers are: one forward and one backward pass per example."""
         weights = self.task.weights(batch[1])
-        found = {name: weights.new_zeros(len(weights)) for name in names}
+        wide = torch.float64
+        squares = {name: weights.new_zeros(len(weights), dtype=wide) for name in names}
+        sums: dict[str, Tensor] = {}
         for i, one in enumerate(batches.split(batch, 1)):
+            if not weights[i]:
+                continue
             scalars = self._scalars(Portion(first=i), batch[1].device)
-            self._arm(one[1], scalars)
+            self._arm(one, scalars)
             try:
                 inputs = batches.repeated(one[0], self._views)
-                loss, _ = self._task_loss(batches.call(self.forward, inputs), one[1], scalars)
-                gradients = torch.autograd.grad(loss, [self.parameters[name] for name in names])
+                loss, _ = self._task_loss(batches.call(self.module, inputs), one[1], scalars)
+                wanted = [self.parameters[name] for name in names]
+                gradients = torch.autograd.grad(loss * float(weights[i]), wanted, allow_unused=True)
             finally:
                 self.sites.disarm()
             for name, gradient in zip(names, gradients, strict=True):
-                found[name][i] = (gradient * weights[i]).square().sum()
-        return found
+                if gradient is not None:
+                    squares[name][i] = _squared_norm(gradient)
+                    sums[name] = gradient if name not in sums else sums[name].add_(gradient)
+        return Calibrated(weights, squares, {n: _squared_norm(total) for n, total in sums.items()})
+
+    def calibrate(self, batch: Batch, examples: int) -> Calibrated:
+        """Measure every trainable parameter on the first `examples` of a micro-batch; nothing else changes."""
+        few = batches.split(batch, examples)[0]
+        names = [name for name, p in self.parameters.items() if p.requires_grad]
+        with undisturbed(self.module):
+            return self.one_by_one(few, names)
 
     # inside
 
     def _micro(
-        self, targets: Tensor, share: float, loss: Tensor, terms: dict[str, Tensor]
+        self, batch: Batch, share: float, loss: Tensor, terms: dict[str, Tensor]
     ) -> Micro:
-        weights = self.task.weights(targets) * share if self.parts.rewrite.norms else None
-        if share == 1.0:
-            return Micro(weights, loss.detach(), terms)
-        return Micro(weights, loss.detach() * share, {n: t * share for n, t in terms.items()})
+        if share != 1.0:
+            loss, terms = loss * share, {n: t * share for n, t in terms.items()}
+        micro = Micro(None, loss.detach(), terms)
+        if self._measures:
+            micro.weights = self._weights(batch) * share
+            if isinstance(self.parts.rewrite.units, Groups):
+                micro.examples = self.task.weights(batch[1]) * share
+        return micro
 
     def _scalars(self, portion: Portion, device: torch.device) -> dict[str, Tensor]:
         """Return this micro-batch's numbers as 0-d tensors, so that a changing rate never recompiles.
@@ -322,10 +417,32 @@ class Execution:
         wide = any(p.dtype == torch.float64 for p in self.parameters.values())
         return torch.float64 if wide else torch.float32
 
-    def _arm(self, targets: Tensor, scalars: Mapping[str, Tensor]) -> None:
-        self.sites.arm(targets.shape[0], scalars, self._dtype(), targets.device)
+    def _weights(self, batch: Batch) -> Tensor:
+        """Return the weights of a micro-batch's units in its loss, shape (units,), sum 1."""
+        units = self.parts.rewrite.units
+        return self.task.weights(batch[1]) if units is None else units.weights(self.task, batch)
+
+    def _arm(self, batch: Batch, scalars: Mapping[str, Tensor]) -> None:
+        units, targets = self.parts.rewrite.units, batch[1]
+        self.sites.arm(
+            Division(targets.shape[0]) if units is None else units.divide(batch),
+            scalars, self._dtype(), targets.device,
+        )  # fmt: skip
 
 
 def _one_mapping(penalty: Penalty) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """Return a loss term that finds parameters and inputs in one mapping, as the graph hands them over."""
     return lambda values: penalty.value({name: values[name] for name in penalty.parameters}, values)
+
+
+def _delivered(statistic: Tensor) -> Tensor:
+    """Return a probe that has the given gradient, as a backward pass would have left it."""
+    probe = torch.zeros_like(statistic)
+    probe.grad = statistic
+    return probe
+
+
+def _squared_norm(gradient: Tensor) -> Tensor:
+    """Return |gradient|^2, 0-d, in float64."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return torch.linalg.vector_norm(gradient, dtype=wide).double().square()

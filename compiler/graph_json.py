@@ -181,8 +181,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
 def _register() -> None:
     """Import the files that define our operators."""
-    for name in ("layer_norm", "rms_norm", "multiplicative_noise", "task_consistency_loss"):
-        import_module(f"trainc.kernels.{name}")
+    import_module("trainc.kernels.registry")
 
 
 def _encode(value: Any) -> Any:

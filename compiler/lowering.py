@@ -6,12 +6,19 @@ A construct's `lower(to)` calls methods of `Lowering`; it never touches the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from trainc.compiler.bound import BoundClause
 from trainc.compiler.inventory import Inventory, ModuleEntry, ParameterEntry, Place
-from trainc.compiler.rewrite import NoiseSite, NormSite, Pairing, Rewrite
+from trainc.compiler.rewrite import (
+    LayerSite,
+    MeasuredSite,
+    NoiseSite,
+    NormSite,
+    Pairing,
+    Rewrite,
+)
 from trainc.runtime.action import Action
 from trainc.runtime.optimizer import Scale
 
@@ -19,8 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainc.compiler.kinds.optimizer import Optimizer
+    from trainc.compiler.units import Units
     from trainc.dsl.values import Duration, Expr, Selector
-    from trainc.runtime.clock import Clock, Gate, RunLength, Units
+    from trainc.runtime.clock import Clock, Gate, RunLength, Unit
+    from trainc.runtime.clock import Units as ClockUnits
     from trainc.runtime.masks import Compact
     from trainc.runtime.step import Signals
 
@@ -69,6 +78,15 @@ class OptimizerPart:
 
 
 @dataclass(slots=True)
+class CalibrationPart:
+    """When a clause wants every parameter measured, and on how many examples."""
+
+    label: str
+    gate: Gate
+    examples: int
+
+
+@dataclass(slots=True)
 class Parts:
     """Everything the clauses asked for; `Program` assembles it."""
 
@@ -82,6 +100,9 @@ class Parts:
     frozen: set[str] = field(default_factory=set)
     optimizers: list[OptimizerPart] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
+    whole: dict[str, bool] = field(default_factory=dict)
+    """Parameters whose micro-batch gradients are measured as a whole; True where they add up over the step."""
+    calibrations: list[CalibrationPart] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +111,7 @@ class Setting:
 
     model: nn.Module
     inventory: Inventory
-    units: Units
+    units: ClockUnits
     length: RunLength | None
     signals: Signals
 
@@ -162,6 +183,38 @@ class Lowering:
             ClockDuration(duration.amount, duration.unit), "steps", self._setting.length
         )
 
+    def amount(self, expression: Expr, unit: Unit) -> Scheduled:
+        """Return an expression of signals as a function of the clock; raises ValueError for another unit."""
+        from trainc.compiler.timing import UNBOUNDED
+        from trainc.dsl.values import to_json
+        from trainc.runtime.schedules import Schedules
+
+        length, signals = self._setting.length or UNBOUNDED, self._setting.signals
+        value = Schedules(self._setting.units, length).compile(to_json(expression))
+        if value.unit not in (None, unit):
+            raise ValueError(f"`{expression}` counts {value.unit}, where {unit} are wanted")
+        return lambda clock: value.at(clock, signals)
+
+    @property
+    def starting_batch(self) -> int | None:
+        """Return the samples of the first step; None in a spec that names no data."""
+        size = self._setting.units.samples_per_step
+        return None if size is None else int(size)
+
+    def window(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
+        """Return durations as a clock gate, those of the run in its unit and `start` in that of `every`."""
+        from trainc.runtime.clock import Duration as ClockDuration
+        from trainc.runtime.clock import Gate
+
+        given = (start, stop, every)
+        bounds = (None if d is None else ClockDuration(d.amount, d.unit) for d in given)
+        gate = Gate.resolve(self._setting.units, self._setting.length, *bounds)
+        for bound in (gate.start, gate.stop, gate.every):
+            if bound and bound.unit == "epochs" and not self._setting.units.samples_per_epoch:
+                missing = "the data does not say how many samples it has"
+                raise ValueError(f"{bound} cannot be counted: {missing}")
+        return gate
+
     def gate(self) -> Gate | None:
         """Return the clause's `from`, `until` and `every` as a clock gate; None when it has none."""
         from trainc.runtime.clock import Duration as ClockDuration
@@ -188,10 +241,46 @@ class Lowering:
         """Declare the loss."""
         self._parts.task = task
 
-    def norm_statistics(self, site: NormSite) -> None:
-        """Measure per-example squared gradient norms of a normalization layer, for every step's contributions."""
-        if all(known.module != site.module for known in self._parts.rewrite.norms):
-            self._parts.rewrite.norms.append(site)
+    def measure(self, site: MeasuredSite) -> None:
+        """Measure per-example squared gradient norms of a layer, for every step's contributions."""
+        rewrite = self._parts.rewrite
+        known = next((one for one in rewrite.measured if one.module == site.module), None)
+        if isinstance(site, LayerSite):
+            if known is None:
+                rewrite.layers.append(site)
+            return
+        if isinstance(known, NormSite):
+            rewrite.norms.remove(known)
+            site = replace(site, wide=site.wide or known.wide)
+        rewrite.norms.append(site)
+
+    def units(self, units: Units | None) -> None:
+        """Say what one example is; raises ValueError when another clause says otherwise."""
+        rewrite = self._parts.rewrite
+        if rewrite.measured and rewrite.units != units:
+            raise ValueError(
+                "another clause measures examples of another sort: one program has one sort of example"
+            )
+        rewrite.units = units
+
+    def ghosts(self, names: Iterable[str]) -> None:
+        """Let layers that normalize over the batch do so over each group of examples."""
+        self._parts.rewrite.ghosts = list(names)
+
+    def whole_gradients(self, names: Iterable[str], running: bool) -> None:
+        """Have the squared norm of each micro-batch's gradient taken, or of a replica's so far (`running`)."""
+        for name in names:
+            if self._parts.whole.setdefault(name, running) != running:
+                raise ValueError(f"`{name}` is measured by micro-batch and by replica: choose one")
+
+    def calibrate(self, every: Duration, examples: int) -> None:
+        """Now and then, measure every parameter on a few examples, one by one."""
+        from trainc.runtime.clock import Duration as ClockDuration
+        from trainc.runtime.clock import Gate
+
+        period = ClockDuration(every.amount, every.unit)
+        gate = Gate.resolve(self._setting.units, self._setting.length, every=period)
+        self._parts.calibrations.append(CalibrationPart(self.label, gate, examples))
 
     def noise(
         self, module: ModuleEntry, sigma: Expr, share: Literal["token", "none"] = "token"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,16 @@ from trainc.runtime.clock import Clock, RunLength
 from trainc.runtime.interface import NonFiniteLoss, Report
 from trainc.runtime.optimizer import OptimizerStep
 from trainc.runtime.replicas import gather, world_size
-from trainc.runtime.step import Contribution, Signals, Step, StepMachine
+from trainc.runtime.step import Signals, Step, StepMachine
 
 if TYPE_CHECKING:
     from trainc.compiler.plan import Plan
     from trainc.compiler.sites import Sites
     from trainc.compiler.step_graph import StepGraph
+
+
+_SHARES = 1e-3
+"""How far from 1 the shares of a step may sum: they may come in 16 bits."""
 
 
 class Program:
@@ -125,9 +130,9 @@ class Program:
         `share` is the micro-batch's part of the step's counted targets, `part` of its examples (`share` unless given):
         1 without accumulation; those of a step sum to 1.
         """
-        step = self.begin()
-        portion = Portion(share, share if part is None else part, step.samples)
-        return self._run_modules(step, batches.check(batch), portion)
+        checked, part = batches.check(batch), share if part is None else part
+        step = self._open([checked], part)
+        return self._run_modules(step, checked, Portion(share, part, step.samples))
 
     def update(self) -> dict[str, float]:
         """Apply what `backward()` left: gradient steps, optimizer, observers. Return the step's metrics.
@@ -150,17 +155,24 @@ class Program:
 
     def step(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:
         """Run one optimizer step on a batch, or on a list of micro-batches of one, and return its metrics."""
-        step = self.begin()
         if isinstance(batch, list):
             micros = [batches.check(one) for one in batch]
         else:
             micros = batches.split(batches.check(batch), self.micro_size)
-        for micro, portion in self._portions(step, micros):
+        step = self._open(micros)
+        portions = self._portions(step, micros)
+        for i, (micro, portion) in enumerate(portions):
             if self.execution.wants_graph:
                 self._run_graph(step, micro, portion)
-            else:
+                continue
+            with self._apart(last=i == len(portions) - 1):
                 self._run_modules(step, micro, portion).backward()
         return self.update()
+
+    def _apart(self, last: bool) -> AbstractContextManager[Any]:
+        """Let replicas exchange gradients once a step, in its last backward pass."""
+        no_sync = getattr(self.forward, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
 
     @torch.no_grad()
     def evaluate(self, inputs: Any, targets: Tensor) -> tuple[float, int, dict[str, float]]:
@@ -182,17 +194,33 @@ class Program:
 
     def _graph_loss(self, batch: Batch, share: float = 1.0, part: float | None = None) -> Tensor:
         """Run forward and backward of one micro-batch as a graph and return the loss: calling `graph`."""
-        step = self.begin()
-        portion = Portion(share, share if part is None else part, step.samples)
-        return self._run_graph(step, batches.check(batch), portion)
+        checked, part = batches.check(batch), share if part is None else part
+        step = self._open([checked], part)
+        return self._run_graph(step, checked, Portion(share, part, step.samples))
+
+    def _open(self, micros: Sequence[Batch], part: float = 1.0) -> Step:
+        """Open the step with what it is given, `part` of its examples: the batch where the spec names no data."""
+        if self._machine.current is None and not self.micro_size and part > 0:
+            self._machine.batch_size = round(sum(len(t) for _, t in micros) / part)
+        return self.begin()
+
+    def _calibrate(self, step: Step, batch: Batch) -> None:
+        """Measure all layers on the step's first micro-batch when a clause wants it now."""
+        if self._micros or not self.module.training:
+            return
+        for part in self._parts.calibrations:
+            if part.gate.fires(self.clock):
+                step.calibrations[part.label] = self.execution.calibrate(batch, part.examples)
 
     def _run_modules(self, step: Step, batch: Batch, portion: Portion) -> Tensor:
+        self._calibrate(step, batch)
         total, micro = self.execution.run_modules(batch, portion)
         self._count(step, batch[1])
         self._micros.append(micro)
         return total
 
     def _run_graph(self, step: Step, batch: Batch, portion: Portion) -> Tensor:
+        self._calibrate(step, batch)
         refused = self.graph_refused
         total, micro = self.execution.run_graph(batch, portion)
         if self.graph_refused != refused:
@@ -201,21 +229,24 @@ class Program:
         self._micros.append(micro)
         return total
 
-    def _portions(self, step: Step, micros: list[Batch]) -> Iterator[tuple[Batch, Portion]]:
-        """Yield each micro-batch with its part of the step's targets and of its examples.
+    def _portions(self, step: Step, micros: list[Batch]) -> list[tuple[Batch, Portion]]:
+        """Return each micro-batch with its part of the step's targets and of its examples.
 
         One in which no target counts has no mean; its examples are counted and it is passed over.
         """
         if len(micros) == 1:
-            yield micros[0], Portion()
-            return
+            return [(micros[0], Portion())]
         counts = [self.task.count(targets) for _, targets in micros]
         examples = [targets.shape[0] for _, targets in micros]
+        found, first = [], step.samples
         for micro, count, number in zip(micros, counts, examples, strict=True):
             if count:
-                yield micro, Portion(count / sum(counts), number / sum(examples), step.samples)
+                portion = Portion(count / sum(counts), number / sum(examples), first)
+                found.append((micro, portion))
             else:
                 self._count(step, micro[1])
+            first += number
+        return found
 
     def _count(self, step: Step, targets: Tensor) -> None:
         step.samples += targets.shape[0]
@@ -228,15 +259,31 @@ class Program:
             for name, value in micro.terms.items():
                 step.metrics[name] = step.metrics.get(name, 0.0) + float(value)
             if micro.weights is not None:
-                step.contributions.append(
-                    Contribution(micro.weights, self.execution.squares(micro))
-                )
+                step.contributions.append(self.execution.contribution(micro))
         self._terms.setdefault("loss", step.loss)
         for name in self._micros[0].terms:
             self._terms.setdefault(name, step.metrics[name])
-        if step.contributions and self.forward is not self.module and world_size() > 1:
-            step.contributions = gather(step.contributions)
+        if step.contributions:
+            self._check_shares(step)
+            if world_size() > 1 and self._replicated:
+                step.contributions = gather(step.contributions)
         self._micros.clear()
+        self.execution.close()
+
+    def _check_shares(self, step: Step) -> None:
+        """Refuse micro-batches that are not parts of one mean: statistics of them would mean nothing."""
+        total = float(torch.stack([part.weights.sum() for part in step.contributions]).sum())
+        if not abs(total - 1) < _SHARES:
+            raise ValueError(
+                f"the shares of the step's micro-batches sum to {total:.4g}, not 1: give each its part of the"
+                " step's targets, `program.loss(batch, share=...)`, and leave the loss as it is"
+            )
+
+    @property
+    def _replicated(self) -> bool:
+        """Whether gradients are averaged over processes: by a wrapper such as DDP, or by sharded parameters."""
+        wrapped = self.forward is not self.module
+        return wrapped or any(hasattr(p, "device_mesh") for p in self.execution.parameters.values())
 
     def _refuse_update(self, step: Step) -> None:
         """Drop a step with a non-finite loss: stop the run, or count it and go on."""

@@ -7,7 +7,10 @@ operators with the same site numbers, so both give the same numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from trainc.compiler.units import Units
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,42 @@ class NormSite:
     bias: str | None
     eps: float | None
     casting: Literal["none", "llama"] = "none"
+    wide: bool = False
+    """Whether the examples' gradients themselves are wanted, not their squared norms alone."""
 
     @property
     def parameters(self) -> tuple[str | None, ...]:
         """Return the parameter behind each probe column."""
         return (self.weight, self.bias) if self.form == "layer" else (self.weight,)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSite:
+    """Another layer whose per-example squared gradient norms are wanted; `form` names its kind in `compiler/layers`.
+
+    `transposed` says that the weight is kept as (inputs, outputs). `tied` is the module of the word embedding whose
+    weight this linear layer shares, or of the head that shares this embedding's.
+    """
+
+    module: str
+    form: str
+    weight: str
+    bias: str | None = None
+    transposed: bool = False
+    tied: str | None = None
+
+    @property
+    def wide(self) -> bool:
+        """Whether the probe takes the contributions themselves."""
+        return self.form == "batch_norm"
+
+    @property
+    def parameters(self) -> tuple[str | None, ...]:
+        """Return the parameter behind each probe column."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+MeasuredSite = NormSite | LayerSite
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +97,27 @@ class Rewrite:
     """Everything a plan changes in the forward pass; empty means the user's model runs untouched."""
 
     norms: list[NormSite] = field(default_factory=list)
+    layers: list[LayerSite] = field(default_factory=list)
     noises: list[NoiseSite] = field(default_factory=list)
     pairing: Pairing | None = None
+    ghosts: list[str] = field(default_factory=list)
+    """Layers that normalize over the batch and are to do so over each group of examples."""
+    units: Units | None = None
+    """What one example is where it is not a row of the batch."""
+
+    @property
+    def modules_only(self) -> str | None:
+        """Say why no graph can carry this; None where one can."""
+        if self.units is not None:
+            return "examples that are not rows of the batch are measured module by module"
+        if any(site.wide for site in self.norms):
+            return "per-example gradients, not their norms alone, are taken module by module"
+        return None
+
+    @property
+    def measured(self) -> tuple[MeasuredSite, ...]:
+        """Return every site with a probe."""
+        return (*self.norms, *self.layers)
 
     @property
     def views(self) -> int:
@@ -72,4 +125,4 @@ class Rewrite:
         return self.pairing.views if self.pairing else 1
 
     def __bool__(self) -> bool:
-        return bool(self.norms or self.noises or self.pairing)
+        return bool(self.measured or self.noises or self.pairing)

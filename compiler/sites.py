@@ -15,81 +15,23 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.rewrite import NoiseSite, NormSite, Rewrite
-from trainc.kernels.layer_norm import layer_norm
+from trainc.compiler.division import Division
+from trainc.compiler.layers.armed import Armed, Bound, SiteError
+from trainc.compiler.layers.batch_norm import BoundGhostBatchNorm
+from trainc.compiler.layers.kinds import behaviour
+from trainc.compiler.rewrite import MeasuredSite, NoiseSite, Rewrite
 from trainc.kernels.multiplicative_noise import multiplicative_noise
-from trainc.kernels.rms_norm import rms_norm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class SiteError(Exception):
-    """A site cannot do what the plan expects of it; the message names the module, `rule` the diagnostic."""
-
-    rule = "site-not-delivered"
-
-
-class ExampleAxisUnknown(SiteError):
-    """A site sees a tensor whose first axis is not the example axis."""
-
-    rule = "example-axis-unknown"
-
-
-class Armed:
-    """What a site carries: its description and, while armed, the tensors of the running micro-batch."""
-
-    def __init__(self, site: NormSite | NoiseSite, views: int) -> None:
-        self.site = site
-        self.views = views
-        self.active = False
-        self.probe: Tensor | None = None
-        self.sigma: Tensor | None = None
-        self.key: Tensor | None = None
-        self.first_example: Tensor | None = None
-
-
-class _Bound:
-    """Marks a class made by `bind`; `unbound` is the user's own class."""
-
-    unbound: type[nn.Module]
-    trainc: Armed
-
-    def reaches_operator(self) -> bool:
-        return self.trainc.active and self.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
-
-
-class _BoundLayerNorm(_Bound):
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.reaches_operator():
-            return cast(Tensor, super().forward(x))  # type: ignore[misc]
-        own = cast(nn.LayerNorm, self)
-        joined = joined_views(self.trainc, x)
-        probe = checked_probe(self.trainc, joined)
-        shape = list(own.normalized_shape)
-        y = layer_norm(joined, shape, own.weight, own.bias, probe, own.eps)
-        return parted_views(self.trainc, y, x)
-
-
-class _BoundRMSNorm(_Bound):
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.reaches_operator():
-            return cast(Tensor, super().forward(x))  # type: ignore[misc]
-        site = cast(NormSite, self.trainc.site)
-        weight = cast("Tensor | None", getattr(self, "weight", None))
-        shape = list(weight.shape) if weight is not None else [x.shape[-1]]
-        joined = joined_views(self.trainc, x)
-        probe = checked_probe(self.trainc, joined)
-        y = rms_norm(joined, shape, weight, probe, site.eps, site.casting)
-        return parted_views(self.trainc, y, x)
-
-
-class _BoundNoise(_Bound):
+class _BoundNoise(Bound):
     def forward(self, x: Tensor) -> Tensor:
         out = cast(Tensor, super().forward(x))  # type: ignore[misc]
         if not self.reaches_operator():
             return out
-        armed, site = self.trainc, cast(NoiseSite, self.trainc.site)
+        armed, site = self.trainc, cast(NoiseSite, self.trainc.noise)
         assert armed.sigma is not None
         assert armed.key is not None
         return multiplicative_noise(
@@ -97,7 +39,7 @@ class _BoundNoise(_Bound):
         )
 
 
-class _BoundDropout(_Bound):
+class _BoundDropout(Bound):
     """Both views of an example share the dropout mask, so that their distance measures the noise alone."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,57 +51,47 @@ class _BoundDropout(_Bound):
         return x * torch.cat([mask] * self.trainc.views)
 
 
-def joined_views(armed: Armed, x: Tensor) -> Tensor:
-    """Return x (views * B, ...) as (B, views, ...): an example's views together contribute to the gradient."""
-    return x if armed.views == 1 else x.unflatten(0, (armed.views, -1)).transpose(0, 1)
-
-
-def parted_views(armed: Armed, y: Tensor, like: Tensor) -> Tensor:
-    """Undo `joined_views`."""
-    return y if armed.views == 1 else y.transpose(0, 1).reshape(like.shape)
-
-
-def checked_probe(armed: Armed, x: Tensor) -> Tensor:
-    """Return the site's probe if the leading axis of `x` is the example axis."""
-    probe = armed.probe
-    assert probe is not None
-    if x.shape[0] != probe.shape[0]:
-        raise ExampleAxisUnknown(
-            f"`{armed.site.module}` sees a tensor of shape {tuple(x.shape)}, but the batch has"
-            f" {probe.shape[0]} examples: its first axis is not the example axis, so per-example norms"
-            " cannot be taken there"
-        )
-    return probe
-
-
-_NORM_CLASSES = {"layer": _BoundLayerNorm, "rms": _BoundRMSNorm}
-
-
 @cache
-def _bound_class(behaviour: Any, original: Any) -> Any:
+def _bound_class(behaviours: tuple[Any, ...], original: Any) -> Any:
     return type(
         original.__name__,
-        (behaviour, original),
+        (*behaviours, original),
         {"unbound": original, "__module__": original.__module__},
     )
 
 
 def bind(model: nn.Module, rewrite: Rewrite) -> Sites:
     """Replace the classes of the selected layers; an empty rewrite touches nothing."""
-    behaviours: list[tuple[NormSite | NoiseSite, type]] = [
-        (n, _NORM_CLASSES[n.form]) for n in rewrite.norms
-    ]
-    behaviours += [(n, _BoundNoise) for n in rewrite.noises]
+    wanted: dict[str, tuple[list[type], Armed]] = {}
+
+    def want(name: str, kind: type) -> Armed:
+        behaviours, armed = wanted.setdefault(name, ([], Armed(rewrite.views)))
+        behaviours.append(kind)
+        return armed
+
+    # Noise goes outside of what measures: it multiplies the layer's result.
+    for noise in rewrite.noises:
+        want(noise.module, _BoundNoise).noise = noise
     if rewrite.pairing is not None:
         for i, (name, module) in enumerate(model.named_modules()):
             if isinstance(module, nn.Dropout):
-                behaviours.append((NoiseSite(name, -1 - i), _BoundDropout))
-    for site, behaviour in behaviours:
-        module = model.get_submodule(site.module)
-        if isinstance(module, _Bound):
-            raise SiteError(f"`{site.module}` is already bound to a program: unbind that one first")
-        module.__class__ = _bound_class(behaviour, cast("Any", type(module)))
-        module.trainc = Armed(site, rewrite.views)  # type: ignore[assignment]
+                want(name, _BoundDropout).noise = NoiseSite(name, -1 - i)
+    for name in rewrite.ghosts:
+        want(name, BoundGhostBatchNorm)
+    for site in rewrite.measured:
+        if site.form == "batch_norm":
+            wanted[site.module][1].measured = site
+        else:
+            want(site.module, behaviour(site)).measured = site
+    for site in rewrite.layers:
+        if site.tied is not None:
+            wanted[site.module][1].partner = wanted[site.tied][1]
+    for name, (behaviours, armed) in wanted.items():
+        module = model.get_submodule(name)
+        if isinstance(module, Bound):
+            raise SiteError(f"`{name}` is already bound to a program: unbind that one first")
+        module.__class__ = _bound_class(tuple(behaviours), cast("Any", type(module)))
+        module.trainc = armed  # type: ignore[assignment]
     return Sites(model, rewrite)
 
 
@@ -168,39 +100,51 @@ class Sites:
 
     def __init__(self, model: nn.Module, rewrite: Rewrite) -> None:
         self.rewrite = rewrite
-        self._bound: list[_Bound] = [m for m in model.modules() if isinstance(m, _Bound)]
+        self._bound: list[Bound] = [m for m in model.modules() if isinstance(m, Bound)]
+        self._numel = {
+            site.module: model.get_parameter(cast(str, site.weight)).numel()
+            for site in rewrite.measured
+            if site.wide
+        }
 
-    def bound(self) -> list[_Bound]:
+    def bound(self) -> list[Bound]:
         """Return the bound layers; wrappers of the model hold the same objects."""
         return self._bound
 
     def arm(
-        self, examples: int, scalars: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        division: Division,
+        scalars: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Give every site fresh probes and this step's scalars; call before each forward pass."""
         for module in self.bound():
             armed = module.trainc
             armed.active = True
-            if isinstance(armed.site, NormSite):
-                columns = len(armed.site.parameters)
-                armed.probe = torch.zeros(
-                    examples, columns, dtype=dtype, device=device, requires_grad=True
-                )
-            elif armed.site.index >= 0:
-                armed.sigma, armed.key = scalars[armed.site.scalar], scalars["key"]
+            armed.division = division
+            if armed.measured is not None:
+                shape = self._probe_shape(armed.measured, division.count)
+                armed.probe = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+            if armed.noise is not None and armed.noise.index >= 0:
+                armed.sigma, armed.key = scalars[armed.noise.scalar], scalars["key"]
                 armed.first_example = scalars.get("first_example")
+
+    def _probe_shape(self, site: MeasuredSite, units: int) -> tuple[int, ...]:
+        columns = len(site.parameters)
+        if not site.wide:
+            return units, columns
+        return units, columns, self._numel[site.module]
 
     def disarm(self) -> None:
         """Let every site run as the user's own layer."""
         for module in self.bound():
-            module.trainc.active = False
-            module.trainc.probe = None
+            module.trainc.rest()
 
     def probes(self) -> dict[str, Tensor]:
         """Return the armed probes by module name."""
-        return {
-            m.trainc.site.module: m.trainc.probe for m in self.bound() if m.trainc.probe is not None
-        }
+        armed = [module.trainc for module in self.bound()]
+        return {a.measured.module: a.probe for a in armed if a.measured and a.probe is not None}
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -224,7 +168,8 @@ class Sites:
     @contextmanager
     def counted(self) -> Iterator[dict[str, int]]:
         """Count how often each measuring or noisy site runs forward inside this block."""
-        counts = {m.trainc.site.module: 0 for m in self.bound() if _delivers(m.trainc)}
+        watched = {m.trainc.name: m for m in self.bound() if m.trainc.delivers}
+        counts = dict.fromkeys(watched, 0)
 
         def hook(name: str) -> Callable[..., None]:
             def count(*_: Any) -> None:
@@ -233,9 +178,7 @@ class Sites:
             return count
 
         handles = [
-            cast(nn.Module, m).register_forward_hook(hook(m.trainc.site.module))
-            for m in self.bound()
-            if _delivers(m.trainc)
+            cast(nn.Module, m).register_forward_hook(hook(name)) for name, m in watched.items()
         ]
         try:
             yield counts
@@ -251,17 +194,13 @@ class Sites:
                 f"{_listed(silent)} took no part in the forward pass: the plan expects a result from there. "
                 "A module whose weight is used directly by its parent (as in nn.MultiheadAttention) never runs itself"
             )
-        measured = {site.module for site in self.rewrite.norms}
+        measured = {site.module for site in self.rewrite.measured}
         repeated = [name for name, count in counts.items() if count > 1 and name in measured]
         if repeated:
             raise SiteError(
                 f"{_listed(repeated)} ran more than once in one forward pass: "
                 "the squared norm of a sum is not the sum of squared norms, so its statistics would be wrong"
             )
-
-
-def _delivers(armed: Armed) -> bool:
-    return isinstance(armed.site, NormSite) or armed.site.index >= 0
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainc.compiler.batch import row as batch_row
 from trainc.compiler.bound import BoundClause
 from trainc.compiler.effects import step_order
 from trainc.dsl.construct import PHASES
@@ -54,7 +55,7 @@ def step_rows(binding: Binding) -> list[Row]:
     """Return the step as a table of phase, clause, action, reads, writes and how often."""
     active = [c for c in binding.clauses if c.dropped is None]
     rows = [
-        _step_row(PHASES.index(e.phase), c.label, e.action, e.reads, e.writes, _every(c))
+        _step_row(PHASES.index(e.phase), c.label, c.construct.told(e), e.reads, e.writes, _every(c))
         for c, e in step_order(active)
         if c.construct.acts(e)
     ]
@@ -65,7 +66,7 @@ def step_rows(binding: Binding) -> list[Row]:
             f"when {rule.condition}",
             ("signals",),
             _rule_writes(rule),
-            "every step",
+            _waits(rule),
         )
         for i, rule in enumerate(binding.spec.rules)
     ]
@@ -94,26 +95,35 @@ def _every(clause: BoundClause) -> str:
     return " ".join(said) or "every step"
 
 
+def _waits(rule: Any) -> str:
+    waits = ((f"held for {rule.hold}", rule.hold), (f"cooldown {rule.cooldown}", rule.cooldown))
+    return ", ".join(text for text, wait in waits if wait is not None) or "every step"
+
+
 def _rule_writes(rule: Any) -> list[str]:
     return [getattr(action, "target", None) or action.verb for action in rule.actions]
 
 
 def schedule_rows(binding: Binding, parts: Parts) -> list[Row]:
     """Return every scheduled number at 21 points of the run, with the clock in all units."""
-    from trainc.runtime.schedules import moment
+    from trainc.compiler.batch import counters, ramp
 
     if binding.length is None:
         return []
     rows = []
+    batch = ramp(parts.actions)
     named = [(f"{part.clause.label} lr", part.base) for part in parts.optimizers]
     named += list(parts.scalars.items())
-    for percent in range(0, 101, 5):
-        counters = moment(binding.units, binding.length, percent / 100)
+    if batch is not None:
+        named.append(("batch", batch.at))
+    percents = range(0, 101, 5)
+    moments = counters(batch, binding.units, binding.length, [p / 100 for p in percents])
+    for percent, found in zip(percents, moments, strict=True):
         clock = Clock(samples_per_epoch=int(binding.units.samples_per_epoch or 0) or None)
         for unit in ("steps", "samples", "tokens", "seconds"):
-            setattr(clock, unit, counters[unit] or 0)
+            setattr(clock, unit, found[unit] or 0)
         rows.append(
-            {"percent": percent, **counters, "values": {name: at(clock) for name, at in named}}
+            {"percent": percent, **found, "values": {name: at(clock) for name, at in named}}
         )
     return rows
 
@@ -144,7 +154,17 @@ def site_rows(parts: Parts, road: str) -> list[Row]:
         rows.append(
             {"site": "loss", "operator": operator, "pass": "insert_consistency", "road": road}
         )
+        if fused and road.startswith("graph"):  # which of the two, the captured logits decide
+            rows.append(
+                {"site": "loss", "operator": _through_head(), "pass": "fuse_head", "road": road}
+            )
     return rows
+
+
+def _through_head() -> str:
+    from trainc.compiler.passes.fuse_head import CLASSES
+
+    return f"head_consistency_loss, where a head of {CLASSES} classes or more gives the logits"
 
 
 def kernel_rows(parts: Parts) -> list[Row]:
@@ -216,6 +236,8 @@ def settings_row(binding: Binding) -> Row:
             "samples_per_step": binding.units.samples_per_step,
             "tokens_per_sample": binding.units.tokens_per_sample,
             "samples_per_epoch": binding.units.samples_per_epoch,
+            **({"changing": True} if binding.units.changing else {}),
         },
+        **({"batch": batch_row(binding)} if binding.units.changing else {}),
         "micro": data.construct.micro_size if data else None,  # type: ignore[attr-defined]
     }

@@ -16,13 +16,16 @@ Batch = tuple[Any, Tensor]
 
 def call(model: Callable[..., Any], inputs: Any) -> Tensor:
     """Return the logits for a tensor, a tuple (positional) or a dict (keyword) of inputs."""
-    if isinstance(inputs, torch.Tensor):
-        return logits(model(inputs))
+    return logits(forward(model, inputs))
+
+
+def forward(model: Callable[..., Any], inputs: Any) -> Any:
+    """Return what the model gives for a tensor, a tuple (positional) or a dict (keyword) of inputs."""
     if isinstance(inputs, Mapping):
-        return logits(model(**inputs))
+        return model(**inputs)
     if isinstance(inputs, tuple | list):
-        return logits(model(*inputs))
-    return logits(model(inputs))
+        return model(*inputs)
+    return model(inputs)
 
 
 def logits(output: Any) -> Tensor:

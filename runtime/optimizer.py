@@ -106,6 +106,19 @@ class OptimizerStep(Action):
     def zero_grad(self) -> None:
         self.torch.zero_grad(set_to_none=True)
 
+    def preconditioner(self, name: str) -> Tensor | None:
+        """Return 1 / (sqrt(v_hat) + eps) of Adam's second moments so far; None without them."""
+        slot = next((slot for slot in self.slots if slot.name == name), None)
+        state = {} if slot is None else self.torch.state.get(slot.tensor, {})
+        if slot is None or "exp_avg_sq" not in state or "step" not in state:
+            return None
+        options = next(g for g in self.torch.param_groups if any(p is slot.tensor for p in g["params"]))
+        beta, steps = options["betas"][1], float(state["step"])
+        if not steps:
+            return None
+        second: Tensor = state["exp_avg_sq"] / (1 - beta**steps)
+        return 1 / (second.sqrt() + options["eps"])
+
     def state_dict(self) -> State:
         out: State = {}
         for slot in self.slots:

@@ -7,6 +7,7 @@ backward nodes as well.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -158,6 +159,10 @@ class ForwardGraph:
         with torch.no_grad(), self.mode:
             node.meta["val"] = target(*values)
         return node
+
+    def first(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        """Add a call of an operator with several results at the insertion point, and return its first."""
+        return self.call(operator.getitem, (self.call(target, args, like), 0), like)
 
     def propagate(self) -> None:
         """Compute every node's value under fake tensors into `meta["val"]`."""

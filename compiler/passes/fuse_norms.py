@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +14,27 @@ from trainc.compiler.passes.base import Pass, SiteMissing, SiteUnfit
 from trainc.compiler.passes.forward import ForwardGraph, call_site
 from trainc.compiler.passes.spellings import CAST, NormCall, norm_calls, strip
 from trainc.compiler.rewrite import NormSite, Rewrite
+from trainc.kernels import add_norm as _add_norm  # noqa: F401  (registers the operator)
+from trainc.kernels import add_rms_norm as _add_rms_norm  # noqa: F401  (registers the operator)
 from trainc.kernels import layer_norm as _layer_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.rms_norm import default_eps
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a norm operator's arguments stand; the input comes first, a residual second."""
+
+    shape: int
+    weight: int
+    probe: int
+
+
+PLACES: dict[Any, Places] = {
+    torch.ops.trainc.layer_norm.default: Places(1, 2, 4),
+    torch.ops.trainc.rms_norm.default: Places(1, 2, 3),
+    torch.ops.trainc.add_layer_norm.default: Places(2, 3, 5),
+    torch.ops.trainc.add_rms_norm.default: Places(2, 3, 4),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,19 @@ class FuseNorms(Pass):
         call.result.replace_all_uses_with(result)
         forward.graph.erase_node(call.result)
         return result
+
+
+def fused_norm(forward: ForwardGraph, site: NormSite, targets: Iterable[Any]) -> fx.Node | None:
+    """Return the call of one of our operators that serves a site and has no probe yet."""
+    name = None if site.weight is None else _canonical(forward.canonical, site.weight)
+    for node in forward.calls():
+        place = PLACES.get(node.target) if node.target in targets else None
+        if place is None or node.args[place.probe] is not None:
+            continue
+        weight = forward.tensor_name(strip(node.args[place.weight]))
+        if weight == name and (name is not None or call_site(node) == site.module):
+            return node
+    return None
 
 
 def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:

@@ -5,23 +5,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from trainc.compiler.passes.base import Pass, SiteUnfit
-from trainc.compiler.passes.forward import ForwardGraph, call_site
-from trainc.compiler.passes.fuse_norms import locate
-from trainc.compiler.passes.spellings import strip
+from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.passes.fuse_norms import PLACES, fused_norm, locate
 from trainc.compiler.rewrite import NormSite, Rewrite
 
 aten = torch.ops.aten
-# Where the probe stands among each operator's arguments.
-PROBE: dict[Any, int] = {
-    torch.ops.trainc.layer_norm.default: 4,
-    torch.ops.trainc.rms_norm.default: 3,
-}
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class InstrumentNorms(Pass):
 
     name: ClassVar[str] = "instrument_norms"
     purpose: ClassVar[str] = "measure per-example squared gradient norms at the fused norms"
-    after: ClassVar[tuple[str, ...]] = ("fuse_norms",)
+    after: ClassVar[tuple[str, ...]] = ("fuse_norms", "fuse_residual_adds")
 
     def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
         """Return the norm sites."""
@@ -41,20 +35,23 @@ class InstrumentNorms(Pass):
         served: list[str] = []
         shapes: Mapping[str, torch.Size] | None = None
         for site in rewrite.norms:
-            node = _fused(forward, site)
+            node = fused_norm(forward, site, PLACES)
             if node is None:
                 continue
+            place = PLACES[node.target]
             x = node.args[0].meta["val"]  # type: ignore[union-attr]
-            normalised = len(node.args[1])  # type: ignore[arg-type]
+            normalised = len(node.args[place.shape])  # type: ignore[arg-type]
             if forward.rows in x.shape[1 : x.dim() - normalised]:
                 shapes = _enlarged_shapes(forward, rewrite) if shapes is None else shapes
             self.check(forward, site, x, (shapes or {}).get(site.module))
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            # A sum is promoted; the first result of either kind of operator has its dtype.
+            wide = node.meta["val"][0].dtype == torch.float64
+            dtype = torch.float64 if wide else torch.float32
             columns = len(site.parameters)
             zeros = torch.zeros(forward.examples, columns, dtype=dtype, device=x.device)
             if forward.views > 1:
                 self.join_views(forward, node, x)
-            node.update_arg(PROBE[node.target], forward.probe(site.module, zeros))
+            node.update_arg(place.probe, forward.probe(site.module, zeros))
             served.append(site.module)
         return served
 
@@ -86,16 +83,6 @@ class InstrumentNorms(Pass):
                 f"the first axis of its input {list(x.shape)} is not the axis of "
                 f"the {forward.rows} examples, so per-example norms cannot be taken there",
             )
-
-
-def _fused(forward: ForwardGraph, site: NormSite) -> fx.Node | None:
-    name = None if site.weight is None else forward.canonical.get(site.weight, site.weight)
-    for node in forward.calls():
-        if node.target in PROBE and node.args[PROBE[node.target]] is None:
-            weight = forward.tensor_name(strip(node.args[2]))
-            if weight == name and (name is not None or call_site(node) == site.module):
-                return node
-    return None
 
 
 def _enlarged_shapes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, torch.Size]:

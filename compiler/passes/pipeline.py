@@ -6,11 +6,21 @@ import difflib
 from collections.abc import Sequence
 
 from trainc.compiler.passes.base import Pass
+from trainc.compiler.passes.fuse_head import FuseHead
 from trainc.compiler.passes.fuse_norms import FuseNorms
+from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
 from trainc.compiler.passes.insert_consistency import InsertConsistency
+from trainc.compiler.passes.instrument_layers import InstrumentLayers
 from trainc.compiler.passes.instrument_norms import InstrumentNorms
 
-PIPELINE: tuple[Pass, ...] = (FuseNorms(), InstrumentNorms(), InsertConsistency())
+PIPELINE: tuple[Pass, ...] = (
+    FuseNorms(),
+    FuseResidualAdds(),
+    InstrumentNorms(),
+    InstrumentLayers(),
+    InsertConsistency(),
+    FuseHead(),
+)
 
 
 def check_order(passes: Sequence[Pass]) -> None:

@@ -37,11 +37,15 @@ SQRT = {aten.sqrt.default, torch.sqrt}
 VARIANCE = {aten.var.correction, aten.var.dim, torch.var}
 
 
+Casting = Literal["none", "llama", "gemma"]
+
+
 @dataclass(frozen=True, slots=True)
 class NormCall:
     """One application of a norm: its input, affine tensors, and the node that holds its result.
 
-    `casting` is None where the spelling rounds nothing, so that any casting gives the same numbers.
+    `casting` is None where the spelling rounds nothing, so that either casting of the plain weight gives the same
+    numbers; one that multiplies by `1 + weight` is "gemma" whatever it rounds.
     """
 
     form: Literal["layer", "rms"]
@@ -50,7 +54,7 @@ class NormCall:
     weight: fx.Node | None
     bias: fx.Node | None
     eps: float | None
-    casting: Literal["none", "llama"] | None
+    casting: Casting | None
     result: fx.Node
 
 
@@ -143,8 +147,12 @@ def _around(form: Literal["layer", "rms"], x: fx.Node, eps: float, product: fx.N
     weight = bias = None
     user = _only_user(result)
     factor = _other(user, result, MUL) if user is not None else None
-    casting: Literal["none", "llama"] | None = None
-    if user is not None and _is_affine(factor, shape):
+    casting: Casting | None = None
+    offset = None if rounded or form == "layer" else _offset(factor)
+    if user is not None and _is_affine(offset, shape):
+        weight, casting = offset, "gemma"
+        result, _ = _through_casts(user)
+    elif user is not None and _is_affine(factor, shape):
         weight, casting, result = factor, "llama" if rounded else "none", user
         user = _only_user(result)
         shift = _other(user, result, ADD) if user is not None and form == "layer" else None
@@ -152,7 +160,7 @@ def _around(form: Literal["layer", "rms"], x: fx.Node, eps: float, product: fx.N
             bias, result = shift, user
         if casting == "none":
             result, _ = _through_casts(result)
-    if _value(x).dtype in (torch.float32, torch.float64):
+    if casting != "gemma" and _value(x).dtype in (torch.float32, torch.float64):
         casting = None
     return NormCall(form, x, shape, weight, bias, eps, casting, result)
 
@@ -215,6 +223,12 @@ def _plus_number(node: Any) -> tuple[Any, float | None]:
         if isinstance(number, (int, float)):
             return value, float(number)
     return None, None
+
+
+def _offset(node: Any) -> Any:
+    """Return the weight of `1 + weight`, from before any cast."""
+    value, number = _plus_number(node)
+    return strip(value) if number == 1 else None
 
 
 def _squared(node: Any) -> Any:

@@ -14,7 +14,9 @@ from examples import models
 from trainc.compiler.capture import capture
 from trainc.compiler.passes.base import CompilerBug, Pass, SiteMissing, SiteUnfit
 from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.passes.fuse_head import FuseHead
 from trainc.compiler.passes.fuse_norms import FuseNorms
+from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
 from trainc.compiler.passes.insert_consistency import InsertConsistency
 from trainc.compiler.passes.instrument_norms import InstrumentNorms
 from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order
@@ -169,6 +171,10 @@ class RootSpelled(nn.Module):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)
             return (wide * self.gain).to(x.dtype)
+        if self.how == "gemma":
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)
+            return (wide * (1.0 + self.gain.to(wide.dtype))).type_as(x)
         if self.how == "product":
             return self.gain * (torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-3) * x)
         return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-3) * self.gain
@@ -186,7 +192,7 @@ class Around(nn.Module):
 
 
 LAYER = ["functional", "torch", "native", "var", "squares", "power"]
-ROOT = ["functional", "llama", "cast-last", "product", "divide"]
+ROOT = ["functional", "llama", "cast-last", "gemma", "product", "divide"]
 
 
 @pytest.mark.parametrize("how", LAYER)
@@ -209,7 +215,9 @@ def test_every_spelling_of_rms_norm_is_found(how: str) -> None:
     torch.testing.assert_close(out.probes["norm"], want["norm"], rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize(("how", "casting"), [("llama", "llama"), ("cast-last", "none")])
+@pytest.mark.parametrize(
+    ("how", "casting"), [("llama", "llama"), ("cast-last", "none"), ("gemma", "gemma")]
+)
 def test_the_place_of_the_cast_is_kept_in_bfloat16(how: str, casting: str) -> None:
     model = Around(RootSpelled(how)).bfloat16().train()
     inputs, targets = vectors()
@@ -222,6 +230,79 @@ def test_the_place_of_the_cast_is_kept_in_bfloat16(how: str, casting: str) -> No
     gain = model.get_parameter("norm.gain")
     logits = model.last(torch.tanh(rms_norm(x, [6], gain, None, 1e-3, casting)))
     assert torch.equal(step.run(batch, {}).loss, TASK(logits, targets).detach())
+
+
+def summed(step: StepGraph) -> list[str]:
+    """The fused operators of a sum and a norm in a graph, without their backward."""
+    names = [str(node.target) for node in step.graph.nodes]
+    return [n for n in names if "trainc.add_" in n and "backward" not in n]
+
+
+@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_residual_sums_fuse_with_their_norms_bit_for_bit(
+    norm: str, probed: bool, dtype: torch.dtype
+) -> None:
+    model, batch = gpt(norm).to(dtype), tokens()
+    rewrite = Rewrite(norms=norm_sites(model))
+    rest = (InstrumentNorms(),) if probed else ()
+    plain = step_of(model, batch, rewrite, passes=(FuseNorms(), *rest))
+    passes = (FuseNorms(), FuseResidualAdds(always=True), *rest)
+    fused = step_of(model, batch, rewrite, passes=passes)
+    # The first norm reads the sum of two embeddings, one of them broadcast.
+    assert (len(summed(plain)), len(summed(fused))) == (0, 4)
+    assert "4 residual sums" in fused.notes[0]
+    got, want = (step.run(batch, {}) for step in (fused, plain))
+    assert torch.equal(got.loss, want.loss)
+    torch.testing.assert_close(got.grads, want.grads, rtol=0, atol=0)
+    assert list(got.probes) == ([site.module for site in rewrite.norms] if probed else [])
+    assert all(torch.equal(got.probes[name], want.probes[name]) for name in want.probes)
+
+
+class Summed(nn.Module):
+    """A norm whose input is one of several sums."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.norm, self.last = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, early = self.first(x), 0.0
+        if self.how == "broadcast":
+            total = y + self.first.bias
+        elif self.how == "scaled":
+            total = torch.add(y, x, alpha=2)
+        elif self.how == "number":
+            total = y + 2.0
+        else:
+            total = y + x
+            early = total * 0.5 if self.how == "read-before" else 0.0
+        out: Tensor = self.last(self.norm(total)) + early
+        return out + total if self.how == "read-after" else out
+
+
+@pytest.mark.parametrize(
+    ("how", "count"),
+    [
+        ("plain", 1),
+        ("read-after", 1),
+        ("read-before", 0),
+        ("broadcast", 0),
+        ("scaled", 0),
+        ("number", 0),
+    ],
+)
+def test_only_plain_sums_that_the_norm_reads_first_are_fused(how: str, count: int) -> None:
+    model, batch = Summed(how).double().train(), vectors()
+    passes = (FuseNorms(), FuseResidualAdds(always=True), InstrumentNorms())
+    step = step_of(model, batch, Rewrite(norms=norm_sites(model)), passes=passes)
+    assert len(summed(step)) == count
+    out = step.run(batch, {})
+    check_against_eager(model, batch, out)
+    want = one_by_one(model, batch, norm_sites(model))
+    torch.testing.assert_close(out.probes["norm"], want["norm"], rtol=1e-10, atol=0)
 
 
 class Almost(nn.Module):
@@ -565,12 +646,16 @@ def test_passes_without_work_do_not_run() -> None:
 
 def test_reports_tell_what_changed() -> None:
     model = gpt()
-    fuse, instrument, consistency = step_of(
-        model, tokens(), Rewrite(norms=norm_sites(model))
-    ).reports
+    step = step_of(model, tokens(), Rewrite(norms=norm_sites(model)))
+    reports = {report.name: report for report in step.reports}
+    fuse, sums = reports["fuse_norms"], reports["fuse_residual_adds"]
+    instrument, consistency = reports["instrument_norms"], reports["insert_consistency"]
+    head = reports["fuse_head"]
     assert len(fuse.sites) == len(instrument.sites) == 5
     assert fuse.unserved == ()
     assert not consistency.ran
+    assert not head.ran
+    assert (len(sums.sites), sums.diff) == (5, "")  # a CPU gains nothing
     assert fuse.seconds > 0
     removed = [line for line in fuse.diff.splitlines() if line.startswith("-")]
     assert sum("aten.layer_norm.default" in line for line in removed) == 5
@@ -612,3 +697,96 @@ def test_every_pass_says_what_it_is_for() -> None:
     for step in PIPELINE:
         assert step.purpose
         assert step.__doc__
+
+
+class Headed(nn.Module):
+    """A layer and a head, whose product is spelled in one of several ways."""
+
+    def __init__(self, how: str, classes: int = 11) -> None:
+        super().__init__()
+        self.how = how
+        self.body = nn.Linear(6, 5)
+        self.head = nn.Linear(5, classes, bias=how != "unbiased")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, weight = torch.tanh(self.body(x)), self.head.weight
+        if self.how in ("mm", "swapped", "gram"):
+            h = h.flatten(0, -2)
+        if self.how == "mm":
+            return torch.mm(h, weight.t())
+        if self.how == "swapped":
+            return torch.addmm(self.head.bias, h, weight.transpose(0, -1))
+        if self.how == "gram":
+            return torch.mm(h, weight[:5].t().contiguous())
+        logits: Tensor = self.head(h)
+        return logits * 2 if self.how == "scaled" else logits
+
+
+def head_calls(step: StepGraph) -> list[str]:
+    names = ("head_consistency_loss", "task_consistency_loss")
+    return [
+        n for n in names if any(f"trainc.{n}.default" in str(c.target) for c in step.graph.nodes)
+    ]
+
+
+@pytest.mark.parametrize("distance", ["mse", "kl"])
+@pytest.mark.parametrize("how", ["linear", "unbiased", "mm", "swapped", "gram"])
+def test_the_loss_through_the_head_is_the_loss_of_its_logits(how: str, distance: str) -> None:
+    model = Headed(how).double().train()
+    x, targets = torch.randn(4, 6).double(), torch.tensor([3, -100, 1, 4])
+    rewrite, scalars = paced(model, distance)
+    rewrite.noises = rewrite.noises[:1]  # noise on the logits would have to be added to them
+    passes = (InsertConsistency(), FuseHead(always=True))
+    step = step_of(model, (x, targets), rewrite, scalars=scalars, passes=passes)
+    assert head_calls(step) == ["head_consistency_loss"]
+    assert any("one operator" in note for note in step.notes)
+    kept = step_of(model, (x, targets), rewrite, scalars=scalars)
+    assert head_calls(kept) == ["task_consistency_loss"]
+    got, want = (one.run((x, targets), scalars) for one in (step, kept))
+    hooks = noisy(model, rewrite, scalars)
+    loss, *_ = task_consistency_loss(
+        model(torch.cat([x, x])), targets, scalars["weight:consistency"], distance
+    )
+    for handle in hooks:
+        handle.remove()
+    exact = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(got.loss, loss.detach(), rtol=1e-10, atol=0)
+    for one in ("task", "consistency"):
+        torch.testing.assert_close(getattr(got, one), getattr(want, one), rtol=1e-10, atol=0)
+    for grad, expected in zip(got.grads.values(), exact, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["noisy", "scaled"])
+def test_a_head_whose_logits_are_read_is_left_alone(how: str) -> None:
+    model = Headed(how).double().train()
+    batch = (torch.randn(4, 6).double(), torch.tensor([3, -100, 1, 4]))
+    rewrite, scalars = paced(model)
+    passes = (InsertConsistency(), FuseHead(always=True))
+    step = step_of(model, batch, rewrite, scalars=scalars, passes=passes)
+    assert head_calls(step) == ["task_consistency_loss"]
+
+
+def test_only_large_heads_and_batches_are_fused_and_no_logits_are_made() -> None:
+    model = Headed("linear", 8192).double().train()
+    rewrite, scalars = paced(model)
+    rewrite.noises = []
+    for examples, want in ((8, "task_consistency_loss"), (260, "head_consistency_loss")):
+        batch = (torch.randn(examples, 6).double(), torch.randint(8192, (examples,)))
+        step = step_of(model, batch, rewrite, scalars=scalars)
+        assert head_calls(step) == [want]
+        found = [n.meta.get("val") for n in step.graph.nodes]
+        held = [
+            v for v in found if isinstance(v, Tensor) and v.shape[-1:] == (8192,) and v.dim() > 1
+        ]
+        assert bool(held) == (want == "task_consistency_loss")
+    out = step.run(batch, scalars)
+    assert isinstance(batch[0], Tensor)
+    logits = model(torch.cat([batch[0], batch[0]]))
+    loss, *_ = task_consistency_loss(logits, batch[1], scalars["weight:consistency"])
+    exact = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-10, atol=0)
+    for grad, expected in zip(out.grads.values(), exact, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
+    off = step_of(model, batch, rewrite, scalars=scalars, without=frozenset(["fuse_head"]))
+    assert head_calls(off) == ["task_consistency_loss"]

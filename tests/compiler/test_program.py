@@ -15,7 +15,7 @@ import trainc
 from examples.models import gpt, resnet, vit
 from trainc.compiler.artefact import LoadError
 from trainc.compiler.program import Program
-from trainc.compiler.sites import SiteError
+from trainc.compiler.layers.armed import SiteError
 from trainc.runtime.interface import NonFiniteLoss
 
 EMPTY = "loss cross_entropy optimizer adamw { lr = 1e-3, weight_decay = 0.1 }"

@@ -1,32 +1,34 @@
-"""The gradient noise scale, measured in the backward pass of the normalization layers."""
+"""The gradient noise scale, measured in the backward pass of the layers it is about."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from trainc.compiler.rewrite import NormSite
 from trainc.dsl.construct import Construct, Duration, Effect, Problem
-from trainc.runtime.action import Action, Phase, State
-from trainc.runtime.noise_scale import Averages, Estimate, Squares, noise_scale_from_contributions
+from trainc.runtime.estimates import Estimate
+from trainc.runtime.noise_measure import Measure, Settings, Unit
+from trainc.runtime.noise_scale import noise_scale_from_contributions
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from trainc.compiler.bound import Targets
     from trainc.compiler.inventory import ModuleEntry
     from trainc.compiler.lowering import Lowering
-    from trainc.runtime.step import Step
-
-Unit = Literal["steps", "samples", "tokens"]
+    from trainc.compiler.rewrite import MeasuredSite
+    from trainc.compiler.units import Units
 
 _MIXES = "normalizes over the batch: examples have no gradients of their own"
-
-# Relative error below which a layer of another make counts as a norm we know.
-_SAME = 1e-4
+_NORMS = ("LayerNorm", "RMSNorm")
+_LAYERS = (
+    *_NORMS, "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "Linear", "Embedding",
+    "Conv1d", "Conv2d", "Conv3d", "Conv1D",
+)  # fmt: skip
 
 
 class Gns(Construct):
@@ -35,9 +37,10 @@ class Gns(Construct):
     From each example's share c_b = w_b g_b of the step's gradient, with q = sum w_b^2:
     |G|^2 = (|sum c_b|^2 - sum |c_b|^2) / (1 - q),
     tr(Sigma) = (sum |c_b|^2 / q - |sum c_b|^2) / (1 - q).
-    Both are averaged first and divided then; while the average |G|^2 is not above zero the noise
-    scale is undetermined, NaN. Gradients are those before clipping. A loss term on the measured
-    weights themselves (weight penalties) counts as signal.
+    Both are averaged first and divided then; while one of the averages is not above zero the noise
+    scale is undetermined, NaN, and the summary says why. Gradients are those before clipping. A
+    loss term on the measured weights themselves (weight penalties) counts as signal. It only
+    reports: a rule or a `batch` policy acts on it.
     """
 
     cite: ClassVar = (
@@ -51,6 +54,12 @@ class Gns(Construct):
         "signal": "average |G|^2 over the measured weights, in squared units of the gradient",
         "noise": "average tr(Sigma) over the measured weights, in squared units of the gradient",
         "error": "standard error of the noise scale, in samples",
+        "low": "lower end of the noise scale's interval, in samples",
+        "high": "upper end of the noise scale's interval, in samples; infinite where nothing bounds it",
+        "total": "noise scale of the whole model by calibration, in samples; NaN without `calibrate`",
+        "total_low": "lower end of the interval of `total`, in samples",
+        "total_high": "upper end of the interval of `total`, in samples",
+        "slope": "what calibration found `total` to be in multiples of the noise scale",
     }
     effects: ClassVar = (
         Effect("backward", "measure per-example gradients", ("loss",), ("probe",)),
@@ -58,7 +67,7 @@ class Gns(Construct):
             "reduce",
             "estimate the noise scale",
             ("probe", "gradient", "clock"),
-            ("metrics", "signal:signal", "signal:noise", "signal:error"),
+            ("metrics", *(f"signal:{name}" for name in signals)),
         ),
     )
 
@@ -71,6 +80,45 @@ class Gns(Construct):
         ge=0,
         description="how many standard errors |G|^2 must be above zero for the ratio to be given",
     )
+    level: float = Field(
+        default=0.9, gt=0, lt=1, description="probability of the intervals, as in `90%`"
+    )
+    method: Literal["per_example", "micro_batch", "replica", "ghost"] = Field(
+        default="per_example",
+        description="what is compared with the step's gradient: every example's, every micro-batch's, every "
+        "replica's, or those of groups of `group` samples that BatchNorm normalizes together",
+    )
+    group: int = Field(
+        default=0, ge=0, description="samples of one group, for `method = ghost` alone"
+    )
+    unit: Literal["row", "document"] = Field(
+        default="row",
+        description="what an example is: a row of the batch, or a document that ends with `separator`",
+    )
+    separator: int | None = Field(
+        default=None, ge=0, description="token that ends a document, for `unit = document` alone"
+    )
+    interval: Literal["steps", "jackknife"] = Field(
+        default="steps",
+        description="where intervals come from: the scatter of the steps, or leaving out each example of "
+        "every step, which needs the examples' gradients (norms alone)",
+    )
+    geometry: Literal["euclidean", "adam", "sign"] = Field(
+        default="euclidean",
+        description="norm that noise and signal are measured in: plain, divided by Adam's root second "
+        "moments, or the L1 norm of sign descent; the last two need the examples' gradients (norms alone)",
+    )
+    calibrate: Duration | None = Field(
+        default=None,
+        description="how often all layers are measured, one example after another, to learn what the measured "
+        "ones tell of the whole model",
+    )
+    calibrate_examples: int = Field(
+        default=16, ge=2, description="examples of one calibration, from the step's first micro-batch"
+    )
+    calibrate_smooth: float = Field(
+        default=10.0, gt=0, description="half-life of the calibration's averages, in calibrations"
+    )
 
     @field_validator("smooth")
     @classmethod
@@ -79,29 +127,137 @@ class Gns(Construct):
             raise ValueError("expected a duration such as `200 steps` or `20M tokens`")
         return value
 
+    @field_validator("calibrate")
+    @classmethod
+    def _a_period(cls, value: Duration | None) -> Duration | None:
+        if value is not None and value.amount <= 0:
+            raise ValueError("expected a duration such as `500 steps`")
+        return value
+
+    @model_validator(mode="after")
+    def _fields_that_belong_together(self) -> Gns:
+        if (self.method == "ghost") != (self.group > 1):
+            raise ValueError("`method = ghost` needs `group = 8` or so, and `group` is for it alone")
+        if (self.unit == "document") != (self.separator is not None):
+            raise ValueError("`unit = document` needs `separator = 0` or so, and `separator` is for it alone")
+        if self.method != "per_example" and (self.wide or self.unit == "document"):
+            raise ValueError(
+                f"`method = {self.method}` takes whole gradients: `interval = jackknife`, `unit = document` and"
+                " another `geometry` need `method = per_example`"
+            )
+        if self.geometry == "sign" and self.interval == "jackknife":
+            raise ValueError("the L1 norm of `geometry = sign` has no jackknife: leave `interval` out")
+        return self
+
+    @property
+    def wide(self) -> bool:
+        """Whether the examples' gradients themselves are needed."""
+        return self.interval == "jackknife" or self.geometry != "euclidean"
+
+    def acts(self, effect: Effect) -> bool:
+        return effect.phase != "backward" or self.method in ("per_example", "ghost")
+
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Refuse what is no norm, mixes examples or has no weight of its own to measure."""
+        """Refuse layers whose examples' gradients are not to be had, and models that mix examples."""
+        if self.method in ("micro_batch", "replica"):
+            return
         refusals: dict[tuple[str, str, str | None], list[str]] = {}
         for module in bound.modules:
-            if (objection := _objection(module, bound)) is not None:
+            if (objection := self._objection(module, bound)) is not None:
                 refusals.setdefault(objection, []).append(module.name)
         for (rule, message, help_), names in refusals.items():
             more = (f"so with {len(names) - 1} more of the selected modules",) if names[1:] else ()
             yield Problem(rule, f"`{names[0]}` {message}", notes=more, help=help_)
+        if not refusals and not any(module.parameters for module in bound.modules):
+            yield Problem("nothing-to-measure", "no selected module has parameters of its own")
         mixing = [m.name for m in bound.inventory.modules if "_BatchNorm" in m.types]
-        if mixing and not refusals:
+        if mixing and not refusals and self.method == "per_example":
             message = f"`{mixing[0]}` {_MIXES}, so what is measured elsewhere is biased"
-            yield Problem("norm-mixes-examples", message, severity="warning")
+            help_ = "`method = ghost { group = 8 }` or `method = micro_batch` compare what it does not mix"
+            yield Problem("norm-mixes-examples", message, help=help_, severity="warning")
+
+    def _objection(self, module: ModuleEntry, bound: Targets) -> tuple[str, str, str | None] | None:
+        """Return rule, message and help where names and types tell that a module is not measurable."""
+        norms = "select LayerNorm and RMSNorm layers: `on type(LayerNorm, RMSNorm)`"
+        is_norm = any(name.endswith(_NORMS) for name in module.types)
+        if "_BatchNorm" in module.types:
+            if self.method == "ghost":
+                return None
+            help_ = f"{norms}, or compare micro-batches: `method = micro_batch`"
+            return "norm-mixes-examples", _MIXES, help_
+        if not module.parameters:
+            missing = "has no weight (elementwise_affine=False)"
+            return ("nothing-to-measure", missing, None) if is_norm else None
+        if not is_norm and (self.wide or self.unit == "document"):
+            return "wrong-target-kind", "is no norm, and this clause needs the examples' gradients", norms
+        if not is_norm and not any(name in _LAYERS for name in module.types):
+            message = "has parameters of its own that no layer we can measure holds"
+            return "wrong-target-kind", message, f"the layers are {', '.join(_LAYERS)}"
+        if not module.trainable:
+            return "selector-matches-frozen", "has only frozen weights, which get no gradient", None
+        return _shared(module, bound)
 
     def lower(self, to: Lowering) -> None:
-        """Have per-example norms taken at every site, and read them before gradients change."""
-        measured = {}
-        for entry in to.modules():
-            site = norm_site(entry.name, to.model.get_submodule(entry.name))
-            to.norm_statistics(site)
-            names = tuple(name for name in site.parameters if name is not None)
-            measured[site.module] = tuple(n for n in names if to.tensor(n).requires_grad)
-        to.action(Measure(to.label, measured, *self._half_life(to), self.errors))
+        """Have what the method compares measured in every backward pass, and read before gradients change."""
+        trainable = {p.name for p in to.inventory.parameters if to.tensor(p.name).requires_grad}
+        measured: dict[str, tuple[str, ...]] = {}
+        if self.method in ("micro_batch", "replica"):
+            for entry in to.modules():
+                names = tuple(n for n in entry.parameters if n in trainable)
+                measured |= {entry.name: names} if names else {}
+            names = dict.fromkeys(name for owned in measured.values() for name in owned)
+            to.whole_gradients(names, running=self.method == "replica")
+        else:
+            to.units(self._units())
+            for site in self._sites(to):
+                to.measure(site)
+                known = (to.inventory.parameter[n].name for n in site.parameters if n is not None)
+                measured[site.module] = tuple(name for name in known if name in trainable)
+        if self.calibrate is not None:
+            to.calibrate(self.calibrate, self.calibrate_examples)
+        to.action(Measure(to.label, measured, self._settings(to)))
+
+    def _sites(self, to: Lowering) -> list[MeasuredSite]:
+        from trainc.compiler.layers.batch_norm import batch_norms, ghost_site
+        from trainc.compiler.layers.kinds import site_of
+        from trainc.compiler.layers.ties import tied
+        from trainc.compiler.rewrite import NormSite
+
+        entries = [entry for entry in to.modules() if entry.parameters]
+        grouped = batch_norms(to.model) if self.method == "ghost" else []
+        to.ghosts(grouped)
+        sites = [
+            (ghost_site if entry.name in grouped else site_of)(
+                entry.name, to.model.get_submodule(entry.name)
+            )
+            for entry in entries
+        ]
+        wide = self.wide or self.unit == "document"
+        return [
+            replace(site, wide=wide) if isinstance(site, NormSite) else site
+            for site in tied(sites, to.inventory)
+        ]
+
+    def _units(self) -> Units | None:
+        from trainc.compiler.units import Documents, Groups
+
+        if self.separator is not None:
+            return Documents(self.separator)
+        return Groups(self.group) if self.method == "ghost" else None
+
+    def _settings(self, to: Lowering) -> Settings:
+        half_life, unit = self._half_life(to)
+        return Settings(
+            half_life,
+            unit,
+            self.errors,
+            self.level,
+            self.method,
+            self.geometry,
+            self.interval == "jackknife",
+            None if self.calibrate is None else self.calibrate_smooth,
+            "documents" if self.unit == "document" else "samples",
+        )
 
     def _half_life(self, to: Lowering) -> tuple[float, Unit]:
         """Return `smooth` in samples or tokens, in steps where the batch size is not known."""
@@ -134,163 +290,19 @@ class Gns(Construct):
         return noise_scale_from_contributions(math.fsum(squares), whole, q), squares
 
 
-class Measure(Action):
-    """Phase 7: estimate from `measured` (parameters by module); `half_life` is in `unit`."""
-
-    phase = Phase.REDUCE
-    reads = ("probe", "gradient", "clock")
-    writes = ("metrics",)
-
-    def __init__(
-        self,
-        name: str,
-        measured: Mapping[str, tuple[str, ...]],
-        half_life: float,
-        unit: Unit,
-        errors: float = 0.0,
-    ) -> None:
-        self.name = name
-        self.measured = dict(measured)
-        self.half_life, self.unit = half_life, unit
-        self.errors = errors
-        self.total = Averages()
-        self.layers = {module: Averages() for module in measured}
-        self.position = 0.0
-
-    def run(self, step: Step) -> None:
-        names = [name for owned in self.measured.values() for name in owned]
-        found = {n: g for n in names if (g := step.parameters[n].grad) is not None}
-        squares = Squares.of(step.contributions, found)
-        # What is not finite would stay in the averages for good.
-        if all(map(math.isfinite, squares.estimate())):
-            decay = 0.5 ** (self._elapsed(step) / self.half_life)
-            self.total.add(squares.estimate(), decay)
-            for module, owned in self.measured.items():
-                if any(name in found for name in owned):
-                    self.layers[module].add(squares.estimate(owned), decay)
-        self._tell(step)
-
-    def _elapsed(self, step: Step) -> float:
-        """Return what passed since the last estimate, this step included."""
-        examples = sum(len(part.weights) for part in step.contributions)
-        now = {"steps": 1, "samples": examples, "tokens": step.tokens}[self.unit]
-        before, self.position = self.position, getattr(step.clock, self.unit) + now
-        return max(self.position - before, float(now))
-
-    def _tell(self, step: Step) -> None:
-        signal, noise = self.total.estimate
-        measures = {"signal": signal, "noise": noise, "error": self.total.error()}
-        found = {f"{self.name}.{measure}": value for measure, value in measures.items()}
-        found[self.name] = self.total.scale(self.errors)
-        step.signals.update(found)
-        step.metrics.update(found)
-        step.series[self.name] = {name: a.scale(self.errors) for name, a in self.layers.items()}
-
-    def state_dict(self) -> State:
-        import torch
-
-        if not self.position:
-            return {}
-        sums = {
-            name: torch.tensor(a.state(), dtype=torch.float64)
-            for name, a in self._averages().items()
-        }
-        return {"position": self.position, **sums}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        averages = self._averages()
-        odd = sorted(set(state) ^ {"position", *averages})
-        if state and odd:
-            raise ValueError(f"{self.name}: the checkpoint measured other layers: {', '.join(odd)}")
-        self.position = float(state.get("position", 0.0))
-        for name, sums in averages.items():
-            sums.load(state[name].tolist() if state else [0.0] * Averages.SIZE)
-
-    def _averages(self) -> dict[str, Averages]:
-        return {"total": self.total, **{f"layer/{name}": a for name, a in self.layers.items()}}
-
-    def summary(self) -> str | None:
-        signal, noise = self.total.estimate
-        if math.isnan(signal):
-            return f"{self.name}: undetermined, no step had two examples to compare"
-        parts = f"|G|^2 {signal:.3g}, tr(Sigma) {noise:.3g} over {len(self.layers)} norms"
-        scale, error = self.total.scale(self.errors), self.total.error()
-        if math.isnan(scale):
-            return f"{self.name}: undetermined, {parts}"
-        return f"{self.name}: noise scale {scale:.4g} ± {error:.2g} samples, {parts}"
-
-
-def _objection(module: ModuleEntry, bound: Targets) -> tuple[str, str, str | None] | None:
-    """Return rule, message and help where names and types tell that a module is not measurable."""
-    norms = "select LayerNorm and RMSNorm layers: `on type(LayerNorm, RMSNorm)`"
-    if "_BatchNorm" in module.types:
-        return "norm-mixes-examples", _MIXES, norms
-    if not any(name.endswith(("LayerNorm", "RMSNorm")) for name in module.types):
-        return "wrong-target-kind", "is neither a LayerNorm nor an RMSNorm", norms
-    if not module.parameters:
-        return "nothing-to-measure", "has no weight (elementwise_affine=False)", None
-    if not module.trainable:
-        return "selector-matches-frozen", "has only frozen weights, which get no gradient", None
-    shared = any(bound.inventory.parameter[name].aliases for name in module.parameters)
-    message = "shares its weight: a sum's square is no sum of squares"
-    return ("wrong-target-kind", message, None) if shared else None
-
-
-def norm_site(name: str, module: nn.Module) -> NormSite:
-    """Return how a layer is measured: by its type, other people's classes by what they compute."""
-    from torch import nn
-
-    path = f"{name}." if name else ""
-    own = {n: f"{path}{n}" for n, _ in module.named_parameters()}
-    eps: float | None = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    form: Literal["layer", "rms"] = "layer" if isinstance(module, nn.LayerNorm) else "rms"
-    site = NormSite(name, form, own.get("weight"), own.get("bias"), eps)
-    known = nn.LayerNorm if form == "layer" else nn.RMSNorm
-    if isinstance(module, known):
-        if type(module).forward is known.forward or _error(module, site) < _SAME:
-            return site
-    elif list(own) == ["weight"] and isinstance(eps, float) and _error(module, site) < _SAME:
-        llama = NormSite(name, form, site.weight, None, eps, "llama")
-        return min(site, llama, key=lambda s: _error(module, s, half=True))
-    made = type(module).__name__
-    raise ValueError(f"`{name}` ({made}) is no LayerNorm or RMSNorm: it computes something else")
-
-
-def _error(module: nn.Module, site: NormSite, half: bool = False) -> float:
-    """Return the mean error of our operator against the layer, relative to the layer's output.
-
-    Weights and inputs are made up (`half`: in bfloat16), so a layer on the meta device will do.
-    """
-    import copy
-
-    import torch
-
-    from trainc.kernels.layer_norm import layer_norm
-    from trainc.kernels.rms_norm import rms_norm
-
-    dtype = torch.bfloat16 if half else torch.float32
-    made: dict[str, torch.nn.Parameter | None] = dict(module._parameters)
-    for name, given in module.named_parameters():
-        values = 1 + 0.5 * torch.arange(given.numel()).sin()
-        made[name] = torch.nn.Parameter(values.to(dtype).view(given.shape))
-    weight = made["weight"]
-    if weight is None:
-        return math.inf
-    x = (3 * (1.3 * torch.arange(6 * weight.numel()) + 0.5).sin()).view(2, 3, *weight.shape)
-    # Some rows are so small that eps decides about them.
-    x = (x * torch.tensor([1.0, 0.1, 1e-3]).view(3, *[1] * weight.dim())).to(dtype)
-    twin = copy.copy(module)
-    twin._parameters = made
-    shape = list(weight.shape)
-    with torch.no_grad():
-        try:
-            theirs: Tensor = twin.forward(x)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return math.inf
-        if site.form == "layer":
-            ours = layer_norm(x, shape, weight, made.get("bias"), None, site.eps or 0.0)
-        else:
-            ours = rms_norm(x, shape, weight, None, site.eps, site.casting)
-    if theirs.shape != ours.shape:
-        return math.inf
-    return float((theirs.double() - ours.double()).abs().mean() / theirs.double().abs().mean())
+def _shared(module: ModuleEntry, bound: Targets) -> tuple[str, str, str | None] | None:
+    """Object to a shared weight, unless it is that of an embedding and a head which are both selected."""
+    parameters = [bound.inventory.parameter[name] for name in module.parameters]
+    names = [name for p in parameters for name in (p.name, *p.aliases) if p.aliases]
+    if not names:
+        return None
+    owners = {name.rpartition(".")[0] for name in names}
+    kinds = sorted(t for m in owners for t in ("Embedding", "Linear") if t in bound.inventory.module[m].types)
+    if kinds != ["Embedding", "Linear"]:
+        return "wrong-target-kind", "shares its weight: a sum's square is no sum of squares", None
+    selected = {m.name for m in bound.modules}
+    missing = [f"`{name}`" for name in sorted(owners - selected)]
+    if not missing:
+        return None
+    message = f"shares its weight with {', '.join(missing)}: a sum's square is no sum of squares"
+    return "wrong-target-kind", message, "select both, the embedding and the head"

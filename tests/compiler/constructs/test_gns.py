@@ -13,12 +13,15 @@ from torch.nn import functional as F
 
 import trainc
 from trainc.compiler.bound import BoundClause, Targets
-from trainc.compiler.constructs.noise_scale.gns import Gns, Measure, norm_site
+from trainc.compiler.constructs.noise_scale.gns import Gns, Measure
+from trainc.compiler.layers.norm import norm_site
+from trainc.compiler.division import Division
 from trainc.compiler.inventory import take
 from trainc.compiler.lowering import Lowering, Parts, Setting
 from trainc.compiler.sites import bind
 from trainc.dsl.construct import Duration, Problem
 from trainc.runtime.clock import Clock, RunLength, Units
+from trainc.runtime.noise_measure import Settings
 from trainc.runtime.noise_scale import Averages, noise_scale_from_contributions
 from trainc.runtime.step import Contribution, Signals, Step, StepMachine
 
@@ -87,7 +90,7 @@ def run_step(
     total = sum(int((y >= 0).sum()) for _, y in batches)
     step = Step(clock or Clock(), dict(model.named_parameters()), Signals(), 8, 8)
     for x, y in batches:
-        sites.arm(len(x), {}, torch.float64, torch.device("cpu"))
+        sites.arm(Division(len(x)), {}, torch.float64, torch.device("cpu"))
         counts = (y >= 0).flatten(1).sum(1)
         logits = model(x)
         task = F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=-100)
@@ -123,7 +126,7 @@ def test_a_sites_norms_are_the_published_ones(case: str) -> None:
     for name, parameter in model[0].named_parameters():
         parameter.data = lcg(**given[name])
     action, sites = measure(model, ["0"])
-    sites.arm(given["x"]["shape"][0], {}, torch.float64, torch.device("cpu"))
+    sites.arm(Division(given["x"]["shape"][0]), {}, torch.float64, torch.device("cpu"))
     model(lcg(**given["x"])).backward(lcg(**given["dy"]))
     probe = sites.probes()["0"].grad
     for column, name in enumerate(n for n, _ in model[0].named_parameters()):
@@ -182,7 +185,7 @@ def test_a_half_life_holds_while_the_batch_changes() -> None:
     x, y = tokens()
     rule = Gns(smooth=Duration(3, "steps"))
     action, sites = measure(model, NORMS, rule)
-    assert (action.half_life, action.unit) == (24.0, "samples")
+    assert (action.settings.half_life, action.settings.unit) == (24.0, "samples")
     clock, expected = Clock(), Averages()
     for rows in ([0, 1, 2, 3, 4, 5], [0, 1], [2, 3, 4]):
         fresh = Tiny(nn.LayerNorm)
@@ -206,7 +209,7 @@ def test_a_half_life_holds_while_the_batch_changes() -> None:
 )
 def test_smoothing_is_kept_in_samples_or_tokens(smooth: Duration, expected: object) -> None:
     action, _ = measure(nn.Sequential(nn.LayerNorm(4)), ["0"], Gns(smooth=smooth))
-    assert (action.half_life, action.unit) == expected
+    assert (action.settings.half_life, action.settings.unit) == expected
 
 
 def test_one_example_is_undetermined_and_leaves_no_trace() -> None:
@@ -216,8 +219,9 @@ def test_one_example_is_undetermined_and_leaves_no_trace() -> None:
     step = run_step(action, sites, model, [(x[:1], y[:1])])
     assert math.isnan(step.signals["gns"])
     assert math.isnan(step.signals["gns.signal"])
-    assert action.state_dict() == {}
-    assert action.summary() == "gns: undetermined, no step had two examples to compare"
+    assert action.summary() == (
+        "gns: undetermined, one example a step: nothing to compare; give a step two samples or more"
+    )
     before = run_step(action, sites, model, [(x, y)]).signals["gns"]
     after = run_step(action, sites, model, [(x[:1], y[:1])]).signals["gns"]
     assert before == after > 0
@@ -227,13 +231,14 @@ def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     model = Tiny(nn.LayerNorm)
     action, sites = measure(model, NORMS)
     run_step(action, sites, model, [tokens()])
-    before = action.total.state()
+    before = action.total.estimate
     step = Step(Clock(), dict(model.named_parameters()), Signals(), 6, 6)
     model.ln1.weight.grad = torch.full((8,), math.inf, dtype=torch.float64)
     squares = {name: torch.ones(2) for names in action.measured.values() for name in names}
     step.contributions.append(Contribution(torch.tensor([0.5, 0.5]), squares))
     action.run(step)
-    assert action.total.state() == before
+    assert action.total.estimate == before
+    assert action.total.steps == 2
 
 
 def test_a_frozen_weight_is_left_out_of_both_sums() -> None:
@@ -261,8 +266,9 @@ def test_it_is_measured_before_clipping() -> None:
         [Clip("clip", 1e-3, slots), action], Clock(), dict(model.named_parameters())
     )
     step = machine.begin()
-    filled = run_step(Measure("other", action.measured, 1, "steps"), sites, model, [tokens()])
+    filled = run_step(Measure("other", action.measured, Settings(1, "steps")), sites, model, [tokens()])
     step.contributions.extend(filled.contributions)
+    step.samples = filled.samples
     machine.finish()
     expected = CASES["tiny_transformer_ln"]["outputs"]["norm_only"]["gns"]
     assert step.signals["gns"] == pytest.approx(expected, rel=1e-9)
@@ -299,10 +305,12 @@ def test_the_summary_says_what_was_found() -> None:
         run_step(action, sites, model, [tokens()])
     line = action.summary()
     assert line is not None
-    assert line.startswith("gns: noise scale 7.692 ± ")
-    action.total.load([1.0, 1.0, -0.5, 2.0, 0.25, 4.0, -1.0])
+    assert line.startswith("gns: noise scale 7.692 samples (90% ")
+    action.total.load([1.0, 1.0, -0.5, 2.0, 0.25, 4.0, -1.0, *[0.0] * 5, 1.0, 0.0, 0.0])
     line = action.summary()
-    assert line == "gns: undetermined, |G|^2 -0.5, tr(Sigma) 2 over 3 norms"
+    assert line is not None
+    assert line.startswith("gns: undetermined, |G|^2 is not above zero after 1 step: ")
+    assert line.endswith("|G|^2 -0.5, tr(Sigma) 2 over 3 layers")
 
 
 class LlamaLike(nn.Module):
@@ -398,9 +406,16 @@ def test_the_norms_of_llama_are_taken_and_those_of_gemma_refused() -> None:
         norm_site("n", GemmaRMSNorm(16))
 
 
+class Raw(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(3))
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.raw = Raw()
         self.fc = nn.Linear(4, 4)
         self.ln = nn.LayerNorm(4)
         self.bare = nn.LayerNorm(4, elementwise_affine=False)
@@ -421,8 +436,7 @@ def problems(*names: str) -> list[Problem]:
 @pytest.mark.parametrize(
     ("name", "rule", "words"),
     [
-        ("fc", "wrong-target-kind", "neither a LayerNorm nor an RMSNorm"),
-        ("gn", "wrong-target-kind", "neither a LayerNorm nor an RMSNorm"),
+        ("raw", "wrong-target-kind", "no layer we can measure"),
         ("bn", "norm-mixes-examples", "over the batch"),
         ("bare", "nothing-to-measure", "elementwise_affine=False"),
         ("frozen", "selector-matches-frozen", "only frozen"),

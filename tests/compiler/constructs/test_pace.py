@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
+from trainc.compiler.division import Division
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.constructs.regularize.pace import Pace, silent
 from trainc.compiler.inventory import Place, take
@@ -223,7 +224,7 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     assert [site.module for site in parts.rewrite.noises] == list(names[:2])
     scalars = {n: torch.tensor(s(Clock()), dtype=torch.float64) for n, s in parts.scalars.items()}
     scalars["key"] = pack_key(7, 3)
-    sites.arm(5, scalars, torch.float64, torch.device("cpu"))
+    sites.arm(Division(5), scalars, torch.float64, torch.device("cpu"))
 
     factors: dict[str, Tensor] = {}
 
@@ -267,7 +268,7 @@ def test_two_views_of_one_layer_are_as_far_apart_as_theory_says() -> None:
     scalars = {"sigma:0": torch.tensor(0.7), "key": pack_key(11, 0)}
     found = []
     for step in range(5):
-        sites.arm(4000, scalars | {"key": pack_key(11, step)}, torch.float32, torch.device("cpu"))
+        sites.arm(Division(4000), scalars | {"key": pack_key(11, step)}, torch.float32, torch.device("cpu"))
         one, two = model(torch.cat([x, x])).detach().chunk(2)
         found.append((one - two).square().sum(1))
     distances = torch.cat(found)
@@ -282,7 +283,7 @@ def test_evaluation_has_no_noise() -> None:
     model = nn.Sequential(nn.Linear(5, 6))
     _, sites = armed_step(model, pace(sigma=0.7, weight=1), ("0",))
     x = torch.randn(4, 5)
-    sites.arm(2, {"sigma:0": torch.tensor(0.7), "key": pack_key(1, 0)}, torch.float32, x.device)
+    sites.arm(Division(2), {"sigma:0": torch.tensor(0.7), "key": pack_key(1, 0)}, torch.float32, x.device)
     with sites.plain():
         plain = model(x)
     assert torch.equal(model.eval()(x), plain)

@@ -1,0 +1,134 @@
+"""Convolutions over one, two or three spatial dimensions, in groups or not."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from trainc.compiler.layers.armed import (
+    Bound,
+    SiteError,
+    checked_probe,
+    joined_views,
+    one_view,
+    parted_views,
+)
+from trainc.compiler.layers.kinds import Found, Kind, own_names
+from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.rewrite import LayerSite
+from trainc.kernels.convolution import convolution
+
+aten = torch.ops.aten
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class BoundConvolution(Bound):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.reaches_operator():
+            return cast(Tensor, super().forward(x))  # type: ignore[misc]
+        own, armed = cast(nn.Conv2d, self), self.trainc
+        one_view(armed)
+        if armed.division.rows > 1:
+            return self.over_groups(x)
+        probe = checked_probe(armed, x)
+        padding: Any = own.padding
+        if own.padding_mode != "zeros":
+            x = functional.pad(x, own._reversed_padding_repeated_twice, own.padding_mode)
+            padding = [0] * len(own.kernel_size)
+        elif isinstance(padding, str):
+            sides = own._reversed_padding_repeated_twice
+            if padding == "same":
+                x = functional.pad(x, sides)
+            padding = [0] * len(own.kernel_size)
+        return convolution(
+            x, own.weight, own.bias, probe, own.stride, padding, own.dilation, own.groups
+        )
+
+
+    def over_groups(self, x: Tensor) -> Tensor:
+        """Convolve with a group's examples along one more dimension, in which the kernel has length 1."""
+        own, armed = cast(nn.Conv2d, self), self.trainc
+        if len(own.kernel_size) == 3 or own.padding_mode != "zeros" or isinstance(own.padding, str):
+            raise SiteError(
+                f"`{armed.name}` cannot be measured over groups: only one and two spatial dimensions and zero padding"
+                " in numbers; leave it out of `on`"
+            )
+        grouped = joined_views(armed, x).transpose(1, 2)
+        y = convolution(
+            grouped,
+            own.weight.unsqueeze(2),
+            own.bias,
+            checked_probe(armed, grouped),
+            (1, *own.stride),
+            (0, *own.padding),
+            (1, *own.dilation),
+            own.groups,
+        )
+        return parted_views(armed, y.transpose(1, 2))
+
+
+def recognise(name: str, module: nn.Module) -> LayerSite | None:
+    """Return the site of a plain Conv1d, Conv2d or Conv3d."""
+    if not isinstance(module, _LAYERS):
+        return None
+    if not any(type(module).forward is layer.forward for layer in _LAYERS):
+        return None
+    own = own_names(name, module)
+    return LayerSite(name, "convolution", own["weight"], own.get("bias"))
+
+
+def _numbers(value: Any, dims: int) -> list[int]:
+    given = [value] if isinstance(value, int) else list(value)
+    return given * dims if len(given) == 1 else given
+
+
+def _same(kernel: list[int], dilation: list[int]) -> list[int]:
+    """Return the zeros before and behind each dimension, last dimension first, that keep its length."""
+    sides = []
+    for size, step in zip(reversed(kernel), reversed(dilation), strict=True):
+        total = step * (size - 1)
+        sides += [total // 2, total - total // 2]
+    return sides
+
+
+def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
+    """Read `conv2d(x, weight, bias, stride, padding, dilation, groups)` and its siblings."""
+    given = dict(
+        zip(("x", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False)
+    ) | dict(node.kwargs)
+    kernel = list(cast(fx.Node, given["weight"]).meta["val"].shape[2:])
+    stride, dilation = (_numbers(given.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+    sides: list[int] = []
+    if given.get("padding") == "same":
+        sides = _same(kernel, dilation)
+    by_name = isinstance(given.get("padding"), str)
+    padding = _numbers(0 if by_name else given.get("padding", 0), len(kernel))
+
+    def insert(x: fx.Node, probe: fx.Node) -> fx.Node:
+        if sides:
+            x = forward.call(aten.constant_pad_nd.default, (x, sides, 0.0), node)
+        arguments = (
+            x, given["weight"], given.get("bias"), probe, stride, padding, dilation, given.get("groups", 1),
+        )  # fmt: skip
+        return forward.call(torch.ops.trainc.convolution.default, arguments, node)
+
+    return Found(cast(fx.Node, given["x"]), insert)
+
+
+CONVOLUTION = Kind(
+    "convolution",
+    "nn.Conv1d, nn.Conv2d and nn.Conv3d",
+    recognise,
+    BoundConvolution,
+    dict.fromkeys(
+        (
+            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+            aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+        ),  # fmt: skip
+        1,
+    ),
+    find,
+)

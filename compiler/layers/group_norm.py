@@ -1,0 +1,67 @@
+"""GroupNorm, and InstanceNorm, which is GroupNorm with a group per channel."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from trainc.compiler.layers.armed import Bound, SiteError, checked_probe, one_view
+from trainc.compiler.layers.kinds import Found, Kind, own_names
+from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.rewrite import LayerSite
+from trainc.kernels.group_norm import group_norm
+
+aten = torch.ops.aten
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+class BoundGroupNorm(Bound):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.reaches_operator():
+            return cast(Tensor, super().forward(x))  # type: ignore[misc]
+        own = cast(nn.GroupNorm, self)
+        one_view(self.trainc)
+        if self.trainc.division.rows > 1:
+            raise SiteError(f"`{self.trainc.name}` cannot be measured over groups: leave it out of `on`")
+        probe = checked_probe(self.trainc, x)
+        groups = getattr(own, "num_groups", x.shape[1])
+        return group_norm(x, groups, own.weight, own.bias, probe, own.eps)
+
+
+def recognise(name: str, module: nn.Module) -> LayerSite | None:
+    """Return the site of an affine GroupNorm, or of an InstanceNorm that keeps no running statistics."""
+    own = own_names(name, module)
+    if isinstance(module, _INSTANCE_NORMS):
+        known = not module.track_running_stats and type(module).__module__.startswith("torch.")
+    else:
+        known = isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
+    return LayerSite(name, "group_norm", own["weight"], own["bias"]) if known and own else None
+
+
+def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
+    """Read `group_norm(x, groups, weight, bias, eps)` or `instance_norm(x, weight, bias, ...)`."""
+    x = cast(fx.Node, node.args[0])
+    if node.target is aten.group_norm.default:
+        names = ("x", "groups", "weight", "bias", "eps")
+    else:
+        names = ("x", "weight", "bias", "mean", "var", "use_input_stats", "momentum", "eps", "_")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    groups = given.get("groups", x.meta["val"].shape[1])
+
+    def insert(x: fx.Node, probe: fx.Node) -> fx.Node:
+        arguments = (x, groups, given["weight"], given["bias"], probe, given.get("eps", 1e-5))
+        return forward.first(torch.ops.trainc.group_norm.default, arguments, node)
+
+    return Found(x, insert)
+
+
+GROUP_NORM = Kind(
+    "group_norm",
+    "nn.GroupNorm and nn.InstanceNorm without running statistics",
+    recognise,
+    BoundGroupNorm,
+    {aten.group_norm.default: 2, aten.instance_norm.default: 1},
+    find,
+)

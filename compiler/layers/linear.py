@@ -1,0 +1,110 @@
+"""Linear layers, the output head of a tied embedding included, and transformers' Conv1D, which is one."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from trainc.compiler.layers.armed import Bound, checked_probe, joined_views, parted_views
+from trainc.compiler.layers.kinds import Found, Kind, own_names
+from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.passes.spellings import strip
+from trainc.compiler.rewrite import LayerSite
+from trainc.kernels.linear import linear
+from trainc.kernels.tied import tied_linear
+
+aten = torch.ops.aten
+_FLATTENINGS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+
+
+class BoundLinear(Bound):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.reaches_operator():
+            return cast(Tensor, super().forward(x))  # type: ignore[misc]
+        own, armed = cast(nn.Linear, self), self.trainc
+        site = cast(LayerSite, armed.measured)
+        weight = own.weight.t() if site.transposed else own.weight
+        joined = joined_views(armed, x)
+        probe = checked_probe(armed, joined)
+        if site.tied is not None:
+            rows, ids = armed.partner_left()
+            y = tied_linear(joined, weight, own.bias, probe, rows, ids)
+        else:
+            y = linear(joined, weight, own.bias, probe)
+        return parted_views(armed, y)
+
+
+def recognise(name: str, module: nn.Module) -> LayerSite | None:
+    """Return the site of a plain nn.Linear or of a transformers Conv1D, which keeps its weight transposed."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    transposed = type(module).__name__ == "Conv1D" and _is_transposed(module)
+    own = own_names(name, module)
+    if not (plain or transposed) or not set(own) <= {"weight", "bias"}:
+        return None
+    return LayerSite(name, "linear", own["weight"], own.get("bias"), transposed)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Say whether a module computes `x @ weight + bias`."""
+    import copy
+
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or weight.dim() != 2:
+        return False
+    inputs, outputs = weight.shape
+    twin = copy.copy(module)
+    made = {
+        "weight": nn.Parameter(torch.arange(inputs * outputs).sin().view(inputs, outputs)),
+        "bias": nn.Parameter(torch.arange(outputs).cos()),
+    }
+    twin._parameters = cast("Any", made)
+    x = torch.arange(6 * inputs).cos().view(2, 3, inputs)
+    with torch.no_grad():
+        try:
+            y = twin.forward(x)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+    expected = x @ made["weight"] + made["bias"]
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, 1e-4, 1e-4)
+
+
+def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
+    """Read `linear(x, weight, bias)`, or `addmm(bias, view(x), weight)` of a transposed weight."""
+    if node.target is aten.addmm.default:
+        return _find_addmm(forward, node) if site.transposed else None
+    bias = node.args[2] if len(node.args) > 2 else None
+
+    def insert(x: fx.Node, probe: fx.Node) -> fx.Node:
+        arguments = (x, node.args[1], bias, probe, "auto")
+        return forward.call(torch.ops.trainc.linear.default, arguments, node)
+
+    return None if site.transposed else Found(cast(fx.Node, node.args[0]), insert)
+
+
+def _find_addmm(forward: ForwardGraph, node: fx.Node) -> Found | None:
+    bias, flat, weight = node.args[:3]
+    source = strip(flat)
+    if not isinstance(source, fx.Node) or source.target not in _FLATTENINGS:
+        return None
+    x = cast(fx.Node, source.args[0])
+    if x.meta["val"].shape[-1] != source.meta["val"].shape[-1]:
+        return None
+
+    def insert(whole: fx.Node, probe: fx.Node) -> fx.Node:
+        turned = forward.call(aten.t.default, (weight,), node)
+        arguments = (whole, turned, bias, probe, "auto")
+        return forward.call(torch.ops.trainc.linear.default, arguments, node)
+
+    return Found(x, insert)
+
+
+LINEAR = Kind(
+    "linear",
+    "nn.Linear and transformers' Conv1D",
+    recognise,
+    BoundLinear,
+    {aten.linear.default: 1, aten.addmm.default: 2},
+    find,
+)

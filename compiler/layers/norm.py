@@ -1,0 +1,94 @@
+"""Normalization layers whose per-example gradient norms are measured: LayerNorm, RMSNorm and what computes the same."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from trainc.compiler.layers.armed import Bound, checked_probe, joined_views, parted_views
+from trainc.compiler.rewrite import NormSite
+from trainc.kernels.layer_norm import layer_norm
+from trainc.kernels.rms_norm import rms_norm
+
+# Relative error below which a layer of another make counts as a norm we know.
+_SAME = 1e-4
+
+
+class BoundLayerNorm(Bound):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.reaches_operator():
+            return cast(Tensor, super().forward(x))  # type: ignore[misc]
+        own = cast(nn.LayerNorm, self)
+        joined = joined_views(self.trainc, x)
+        probe = checked_probe(self.trainc, joined)
+        shape = list(own.normalized_shape)
+        y = layer_norm(joined, shape, own.weight, own.bias, probe, own.eps)
+        return parted_views(self.trainc, y)
+
+
+class BoundRMSNorm(Bound):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.reaches_operator():
+            return cast(Tensor, super().forward(x))  # type: ignore[misc]
+        site = cast(NormSite, self.trainc.measured)
+        weight = cast("Tensor | None", getattr(self, "weight", None))
+        shape = list(weight.shape) if weight is not None else [x.shape[-1]]
+        joined = joined_views(self.trainc, x)
+        probe = checked_probe(self.trainc, joined)
+        y = rms_norm(joined, shape, weight, probe, site.eps, site.casting)
+        return parted_views(self.trainc, y)
+
+
+def norm_site(name: str, module: nn.Module) -> NormSite:
+    """Return how a layer is measured: by its type, other people's classes by what they compute."""
+    path = f"{name}." if name else ""
+    own = {n: f"{path}{n}" for n, _ in module.named_parameters()}
+    eps: float | None = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    form: Literal["layer", "rms"] = "layer" if isinstance(module, nn.LayerNorm) else "rms"
+    site = NormSite(name, form, own.get("weight"), own.get("bias"), eps)
+    known = nn.LayerNorm if form == "layer" else nn.RMSNorm
+    if isinstance(module, known):
+        if type(module).forward is known.forward or _error(module, site) < _SAME:
+            return site
+    elif list(own) == ["weight"] and isinstance(eps, float) and _error(module, site) < _SAME:
+        llama = NormSite(name, form, site.weight, None, eps, "llama")
+        return min(site, llama, key=lambda s: _error(module, s, half=True))
+    made = type(module).__name__
+    raise ValueError(f"`{name}` ({made}) is no LayerNorm or RMSNorm: it computes something else")
+
+
+def _error(module: nn.Module, site: NormSite, half: bool = False) -> float:
+    """Return the mean error of our operator against the layer, relative to the layer's output.
+
+    Weights and inputs are made up (`half`: in bfloat16), so a layer on the meta device will do.
+    """
+    dtype = torch.bfloat16 if half else torch.float32
+    made: dict[str, torch.nn.Parameter | None] = dict(module._parameters)
+    for name, given in module.named_parameters():
+        values = 1 + 0.5 * torch.arange(given.numel()).sin()
+        made[name] = torch.nn.Parameter(values.to(dtype).view(given.shape))
+    weight = made["weight"]
+    if weight is None:
+        return math.inf
+    x = (3 * (1.3 * torch.arange(6 * weight.numel()) + 0.5).sin()).view(2, 3, *weight.shape)
+    # Some rows are so small that eps decides about them.
+    x = (x * torch.tensor([1.0, 0.1, 1e-3]).view(3, *[1] * weight.dim())).to(dtype)
+    twin = copy.copy(module)
+    twin._parameters = made
+    shape = list(weight.shape)
+    with torch.no_grad():
+        try:
+            theirs: Tensor = twin.forward(x)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return math.inf
+        if site.form == "layer":
+            ours = layer_norm(x, shape, weight, made.get("bias"), None, site.eps or 0.0)
+        else:
+            ours = rms_norm(x, shape, weight, None, site.eps, site.casting)
+    if theirs.shape != ours.shape:
+        return math.inf
+    return float((theirs.double() - ours.double()).abs().mean() / theirs.double().abs().mean())

@@ -1,0 +1,139 @@
+"""Per-example squared gradient norms of any model, in one forward and one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from trainc.compiler.division import Division
+from trainc.compiler.examine import examine
+from trainc.compiler.inventory import Inventory, take
+from trainc.compiler.layers.armed import SiteError
+from trainc.compiler.layers.kinds import site_of
+from trainc.compiler.layers.ties import tied
+from trainc.compiler.rewrite import LayerSite, NormSite, Rewrite
+from trainc.compiler.select import select
+from trainc.compiler.sites import Sites, bind
+from trainc.runtime.batches import forward
+
+On = str | Iterable[str] | None
+
+
+def measured_parameters(model: nn.Module, on: On = None) -> tuple[str, ...]:
+    """Return the names of the parameters that are the columns of `per_example_sq_norms`, in their order.
+
+    `on` is a selector of modules in the words of a spec (`"type(LayerNorm, RMSNorm)"`, `"role(norm)"`), a list of
+    names of modules or parameters, or None for every parameter that requires a gradient.
+
+    Raises ValueError when nothing is selected, or a name is neither a module nor a parameter.
+    """
+    return _columns(take(model), on)
+
+
+def per_example_sq_norms(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: Any, on: On = None
+) -> Tensor:
+    """Return the squared norms of the examples' contributions to the gradient: (examples, parameters), float32 or 64.
+
+    `loss_fn(model(inputs))` is the loss, 0-d; `inputs` is a tensor, a tuple (positional) or a dict (keyword) of
+    tensors with the examples on their first axis. An example's contribution is its part of `p.grad` in the units that
+    has: under a mean over B examples it carries 1 / B. Rows are examples, columns `measured_parameters(model, on)`.
+    The model's mode is kept, nothing is added to `.grad`, and the model is its own again afterwards.
+
+    Raises ValueError for layers that cannot be measured (a BatchNorm in training mode mixes examples) and SiteError
+    where an example axis is missing or a layer takes no part.
+
+    Source: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015, arXiv:1510.01799.
+    """
+    inventory = take(model)
+    columns = _columns(inventory, on)
+    _refuse_mixing(model)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in columns)
+    # A tied weight is measured where it serves first and where it serves again.
+    owners |= dict.fromkeys(
+        a.rpartition(".")[0] for name in columns for a in inventory.parameter[name].aliases
+    )
+    found = tied([site_of(name, model.get_submodule(name)) for name in owners], inventory)
+    rewrite = Rewrite(
+        norms=[site for site in found if isinstance(site, NormSite)],
+        layers=[site for site in found if isinstance(site, LayerSite)],
+    )
+    first = next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
+    with _bound(model, rewrite) as sites:
+        examine(model, sites, (inputs, first))
+        squares = _measure(model, sites, loss_fn, inputs, first.shape[0])
+    by_name: dict[str, Tensor] = {}
+    for site in rewrite.measured:
+        for name, column in zip(site.parameters, squares[site.module].unbind(1), strict=True):
+            if name is not None:
+                own = inventory.parameter[name].name
+                by_name[own] = by_name[own] + column if own in by_name else column
+    return torch.stack([by_name[name] for name in columns], 1)
+
+
+def _measure(
+    model: nn.Module, sites: Sites, loss_fn: Callable[[Any], Tensor], inputs: Any, examples: int
+) -> dict[str, Tensor]:
+    """Return the probes' gradients by module."""
+    some = next(model.parameters())
+    wide = any(p.dtype == torch.float64 for p in model.parameters())
+    dtype = torch.float64 if wide else torch.float32
+    sites.arm(Division(examples), {}, dtype, some.device)
+    with torch.enable_grad():
+        loss = loss_fn(forward(model, inputs))
+    if not isinstance(loss, Tensor) or loss.dim():
+        raise ValueError("loss_fn returns one number, a 0-d tensor: the mean or sum over the batch")
+    probes = sites.probes()
+    found = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
+    silent = [name for name, gradient in zip(probes, found, strict=True) if gradient is None]
+    if silent:
+        raise SiteError(f"`{silent[0]}` takes no part in the loss: leave it out of `on`")
+    return {n: g for n, g in zip(probes, found, strict=True) if g is not None}
+
+
+def _columns(inventory: Inventory, on: On) -> tuple[str, ...]:
+    if on is None:
+        chosen = {p.name for p in inventory.trainable}
+    elif isinstance(on, str):
+        from trainc.dsl.fields import SELECTOR
+
+        modules = select(SELECTOR.accept(on), inventory, "modules")
+        chosen = {inventory.parameter[n].name for m in modules for n in inventory.module[m].parameters}
+    else:
+        chosen = set()
+        for name in on:
+            if name in inventory.parameter:
+                chosen.add(inventory.parameter[name].name)
+            elif name in inventory.module:
+                chosen |= {inventory.parameter[n].name for n in inventory.module[name].parameters}
+            else:
+                raise ValueError(f"`{name}` is neither a module nor a parameter of this model")
+    names = tuple(p.name for p in inventory.parameters if p.name in chosen)
+    if not names:
+        raise ValueError(f"nothing to measure: {on!r} selects no parameter of this model")
+    return names
+
+
+def _refuse_mixing(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"`{name}` normalizes over the batch: examples have no gradients of their own. Call model.eval(), or"
+                " replace it by a norm that treats examples one by one"
+            )
+
+
+@contextmanager
+def _bound(model: nn.Module, rewrite: Rewrite) -> Iterator[Sites]:
+    sites = bind(model, rewrite)
+    for module in sites.bound():
+        module.trainc.any_mode = True
+    try:
+        yield sites
+    finally:
+        sites.unbind()
