@@ -143,10 +143,9 @@ def _signals(binding: Binding) -> set[str]:
 
 def make_plan(binding: Binding, parts: Parts) -> Plan:
     """Return the plan of what was bound and lowered."""
-    from trainc.compiler import tables
+    from trainc.compiler import site_tables, tables
 
     model, data = binding.one("model"), binding.one("data")
-    road = "graph; bound module where no graph can hold the model"
     return Plan(
         spec=binding.spec.to_json(),
         fingerprint=binding.spec.fingerprint,
@@ -161,8 +160,8 @@ def make_plan(binding: Binding, parts: Parts) -> Plan:
         parameters=tuple(tables.parameter_rows(binding, parts)),
         steps=tuple(tables.step_rows(binding)),
         schedules=tuple(tables.schedule_rows(binding, parts)),
-        sites=tuple(tables.site_rows(parts, road)),
-        kernels=tuple(tables.kernel_rows(parts)),
+        sites=tuple(site_tables.site_rows(binding, parts)),
+        kernels=tuple(site_tables.kernel_rows(parts)),
         memory=tuple(tables.memory_rows(binding, parts)),
         warnings=binding.warnings,
     )

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.lowering import Parts, Penalty, Task
 from trainc.compiler.division import Division
 from trainc.compiler.examine import examine, undisturbed
 from trainc.compiler.layers.armed import SiteError
+from trainc.compiler.lowering import Parts, Penalty, Task
+from trainc.compiler.replication import refuse_shards, replicas_of
 from trainc.compiler.sites import Sites, bind
 from trainc.compiler.units import Groups
 from trainc.kernels.philox import pack_key
 from trainc.kernels.task_consistency_loss import task_consistency_loss
 from trainc.runtime import batches
 from trainc.runtime.batches import Batch
+from trainc.runtime.replicas import Replicas
+from trainc.runtime.sharded import is_sharded
 from trainc.runtime.step import Calibrated, Contribution
 from trainc.runtime.streams import derive
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from trainc.runtime.clock import Clock
 
 Executor = Literal["auto", "graph", "module"]
+
+_PER_EXAMPLE = "take `method = per_example`, which needs no such gradient"
 
 
 @dataclass(slots=True)
@@ -90,10 +95,18 @@ class Execution:
         self._graph: StepGraph | None = None
         self._adopted: StepGraph | None = None
 
+    @property
+    def replicas(self) -> Replicas | None:
+        """The processes that average gradients with this one; None where it trains alone."""
+        return replicas_of(self.forward, self.module, self.parameters)
+
     # module by module
 
     def run_modules(self, batch: Batch, portion: Portion) -> tuple[Tensor, Micro]:
         """Return what is to be differentiated, and what the micro-batch leaves once it was."""
+        refuse_shards(
+            "a micro-batch's or replica's own", self.parts.whole, self.parameters, _PER_EXAMPLE
+        )
         self._examine(batch)
         scalars = self._scalars(portion, batch[1].device)
         if self._rewrites:
@@ -174,10 +187,16 @@ class Execution:
         """Say whether the next micro-batch runs as a graph."""
         if self.executor == "module" or self.refused is not None or not self.module.training:
             return False
-        if (reason := self.parts.rewrite.modules_only) is not None:
+        if (reason := self._modules_only()) is not None:
             self.refused = reason
             return False
         return self.executor == "graph" or (self._rewrites and self.forward is self.module)
+
+    def _modules_only(self) -> str | None:
+        """Say why no graph can carry this program; None where one can."""
+        if any(map(is_sharded, self.parameters.values())):
+            return "sharded parameters (FSDP2) are put together module by module"
+        return self.parts.rewrite.modules_only
 
     @property
     def graph(self) -> StepGraph:
@@ -275,7 +294,7 @@ class Execution:
             names = ", ".join(f"`{n}`" for n in silent)
             raise SiteError(
                 f"{names} delivered no statistics: did `backward()` reach it through `program.forward`,"
-                " once after each `loss`? A parameter that FSDP shards has no gradient of a replica's own"
+                " once after each `loss`?"
             )
         found = {n: cast(Tensor, p.grad) for n, p in micro.probes.items()}
         if micro.scale is not None and (scale := float(micro.scale)) != 1.0:
@@ -342,8 +361,13 @@ class Execution:
         """
         return self.one_by_one(batch, self.measured_parameters()).squares
 
-    def one_by_one(self, batch: Batch, names: Sequence[str]) -> Calibrated:
-        """Measure parameters whatever their layers are: one forward and one backward pass per example."""
+    def one_by_one(
+        self, batch: Batch, names: Sequence[str], replicas: Replicas | None = None
+    ) -> Calibrated:
+        """Measure parameters whatever their layers are: one forward and one backward pass per example.
+
+        Examples of all `replicas` are one set: their gradients' sum, one copy of the gradient in memory, is exchanged.
+        """
         weights = self.task.weights(batch[1])
         wide = torch.float64
         squares = {name: weights.new_zeros(len(weights), dtype=wide) for name in names}
@@ -364,20 +388,26 @@ class Execution:
                 if gradient is not None:
                     squares[name][i] = _squared_norm(gradient)
                     sums[name] = gradient if name not in sums else sums[name].add_(gradient)
-        return Calibrated(weights, squares, {n: _squared_norm(total) for n, total in sums.items()})
+        if replicas is not None:
+            # A parameter that only another replica's examples reach is in the sum, too.
+            sums = {n: sums.get(n, torch.zeros_like(self.parameters[n])) for n in names}
+            replicas.add_up(list(sums.values()))
+        whole = {n: _squared_norm(total) for n, total in sums.items()}
+        own = Calibrated(weights, squares, whole)
+        return own if replicas is None else replicas.calibrated(own)
 
     def calibrate(self, batch: Batch, examples: int) -> Calibrated:
-        """Measure every trainable parameter on the first `examples` of a micro-batch; nothing else changes."""
+        """Measure every trainable parameter on the first `examples` of every replica's micro-batch; no state changes."""
         few = batches.split(batch, examples)[0]
         names = [name for name, p in self.parameters.items() if p.requires_grad]
+        instead = "leave `calibrate` out, or measure `on all` in every step"
+        refuse_shards("an example's own", names, self.parameters, instead)
         with undisturbed(self.module):
-            return self.one_by_one(few, names)
+            return self.one_by_one(few, names, self.replicas)
 
     # inside
 
-    def _micro(
-        self, batch: Batch, share: float, loss: Tensor, terms: dict[str, Tensor]
-    ) -> Micro:
+    def _micro(self, batch: Batch, share: float, loss: Tensor, terms: dict[str, Tensor]) -> Micro:
         if share != 1.0:
             loss, terms = loss * share, {n: t * share for n, t in terms.items()}
         micro = Micro(None, loss.detach(), terms)
@@ -445,4 +475,5 @@ def _delivered(statistic: Tensor) -> Tensor:
 def _squared_norm(gradient: Tensor) -> Tensor:
     """Return |gradient|^2, 0-d, in float64."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient, dtype=wide).double().square()
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
+    return norm.double().square()

@@ -103,7 +103,9 @@ def _columns(inventory: Inventory, on: On) -> tuple[str, ...]:
         from trainc.dsl.fields import SELECTOR
 
         modules = select(SELECTOR.accept(on), inventory, "modules")
-        chosen = {inventory.parameter[n].name for m in modules for n in inventory.module[m].parameters}
+        chosen = {
+            inventory.parameter[n].name for m in modules for n in inventory.module[m].parameters
+        }
     else:
         chosen = set()
         for name in on:

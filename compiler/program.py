@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 from trainc.compiler.execution import Execution, Executor, Micro, Portion
 from trainc.compiler.lowering import Parts, Task
+from trainc.compiler.replication import check_apart, follow
 from trainc.compiler.settings import RunSettings
 from trainc.runtime import batches
 from trainc.runtime.batches import Batch
 from trainc.runtime.clock import Clock, RunLength
 from trainc.runtime.interface import NonFiniteLoss, Report
 from trainc.runtime.optimizer import OptimizerStep
-from trainc.runtime.replicas import gather, world_size
 from trainc.runtime.step import Signals, Step, StepMachine
 
 if TYPE_CHECKING:
     from trainc.compiler.plan import Plan
     from trainc.compiler.sites import Sites
     from trainc.compiler.step_graph import StepGraph
+    from trainc.runtime.replicas import Replicas
 
 
 _SHARES = 1e-3
@@ -200,8 +201,12 @@ class Program:
 
     def _open(self, micros: Sequence[Batch], part: float = 1.0) -> Step:
         """Open the step with what it is given, `part` of its examples: the batch where the spec names no data."""
-        if self._machine.current is None and not self.micro_size and part > 0:
-            self._machine.batch_size = round(sum(len(t) for _, t in micros) / part)
+        if self._machine.current is None:
+            if self._last is None:
+                follow(self.module, self.execution.parameters, self._machine.actions)
+            if not self.micro_size and part > 0:
+                own, replicas = sum(len(t) for _, t in micros) / part, self.execution.replicas
+                self._machine.batch_size = round(own if replicas is None else replicas.total(own))
         return self.begin()
 
     def _calibrate(self, step: Step, batch: Batch) -> None:
@@ -254,19 +259,22 @@ class Program:
 
     def _collect(self, step: Step) -> None:
         """Read losses and statistics of the micro-batches into the step."""
+        replicas = self.execution.replicas
+        if replicas is not None and any(self._parts.whole.values()):
+            check_apart(self._micros, list(self._parts.whole))
         for micro in self._micros:
             step.loss += float(micro.loss)
             for name, value in micro.terms.items():
                 step.metrics[name] = step.metrics.get(name, 0.0) + float(value)
             if micro.weights is not None:
                 step.contributions.append(self.execution.contribution(micro))
+        if replicas is not None:
+            self._share(step, replicas, list(self._micros[0].terms))
         self._terms.setdefault("loss", step.loss)
         for name in self._micros[0].terms:
             self._terms.setdefault(name, step.metrics[name])
         if step.contributions:
             self._check_shares(step)
-            if world_size() > 1 and self._replicated:
-                step.contributions = gather(step.contributions)
         self._micros.clear()
         self.execution.close()
 
@@ -279,11 +287,19 @@ class Program:
                 " step's targets, `program.loss(batch, share=...)`, and leave the loss as it is"
             )
 
-    @property
-    def _replicated(self) -> bool:
-        """Whether gradients are averaged over processes: by a wrapper such as DDP, or by sharded parameters."""
-        wrapped = self.forward is not self.module
-        return wrapped or any(hasattr(p, "device_mesh") for p in self.execution.parameters.values())
+    def _share(self, step: Step, replicas: Replicas, terms: Sequence[str]) -> None:
+        """Make the step that of all replicas, with the same numbers on each, so that each decides the same.
+
+        Losses are means, as gradients are; samples and tokens are everybody's.
+        """
+        own = {"loss": step.loss, "samples": float(step.samples), "tokens": float(step.tokens)}
+        own |= {f"term {name}": step.metrics[name] for name in terms}
+        step.contributions, means = replicas.gather(step.contributions, own)
+        step.loss = means["loss"]
+        step.samples, step.tokens = (
+            round(means[name] * replicas.size) for name in ("samples", "tokens")
+        )
+        step.metrics.update({name: means[f"term {name}"] for name in terms})
 
     def _refuse_update(self, step: Step) -> None:
         """Drop a step with a non-finite loss: stop the run, or count it and go on."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from trainc.compiler.batch import row as batch_row
 from trainc.compiler.bound import BoundClause
 from trainc.compiler.effects import step_order
@@ -15,7 +13,9 @@ from trainc.runtime.clock import Clock
 
 if TYPE_CHECKING:
     from trainc.compiler.bind import Binding
+    from trainc.compiler.inventory import Inventory
     from trainc.compiler.lowering import Parts
+    from trainc.compiler.rewrite import MeasuredSite
 
 Row = dict[str, Any]
 
@@ -128,74 +128,6 @@ def schedule_rows(binding: Binding, parts: Parts) -> list[Row]:
     return rows
 
 
-def site_rows(parts: Parts, road: str) -> list[Row]:
-    """Return one row per rewritten layer: the operator it reaches and by which road."""
-    rewrite = parts.rewrite
-    rows = [
-        {"site": s.module, "operator": f"{s.form}_norm", "pass": "instrument_norms", "road": road}
-        for s in rewrite.norms
-    ]
-    rows += [
-        {
-            "site": s.module,
-            "operator": "multiplicative_noise",
-            "pass": "insert_consistency",
-            "road": road,
-        }
-        for s in rewrite.noises
-    ]
-    if rewrite.pairing is not None:
-        fused = parts.task is not None and parts.task.name == "cross_entropy"
-        operator = (
-            "task_consistency_loss"
-            if fused
-            else f"{parts.task.name if parts.task else ''} + distance"
-        )
-        rows.append(
-            {"site": "loss", "operator": operator, "pass": "insert_consistency", "road": road}
-        )
-        if fused and road.startswith("graph"):  # which of the two, the captured logits decide
-            rows.append(
-                {"site": "loss", "operator": _through_head(), "pass": "fuse_head", "road": road}
-            )
-    return rows
-
-
-def _through_head() -> str:
-    from trainc.compiler.passes.fuse_head import CLASSES
-
-    return f"head_consistency_loss, where a head of {CLASSES} classes or more gives the logits"
-
-
-def kernel_rows(parts: Parts) -> list[Row]:
-    """Return the operators in use, the implementation that will run and why not another."""
-    rewrite = parts.rewrite
-    names = sorted({f"{site.form}_norm" for site in rewrite.norms})
-    names += ["multiplicative_noise"] if rewrite.noises else []
-    names += (
-        ["task_consistency_loss"]
-        if rewrite.pairing and parts.task and parts.task.name == "cross_entropy"
-        else []
-    )
-    refused = _triton_refused()
-    return [
-        {
-            "operator": name,
-            "chosen": "ATen composition" if refused else "Triton kernel",
-            "refused": f"Triton kernel: {refused}" if refused else None,
-        }
-        for name in names
-    ]
-
-
-def _triton_refused() -> str | None:
-    from importlib.util import find_spec
-
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    return None if find_spec("triton") else "triton is not installed"
-
-
 def memory_rows(binding: Binding, parts: Parts) -> list[Row]:
     """Return what the program holds beyond weights and gradients, in bytes."""
     rows = [{"what": what, "bytes": count} for what, count in _memory(binding, parts) if count]
@@ -220,9 +152,16 @@ def _memory(binding: Binding, parts: Parts) -> Iterator[tuple[str, int]]:
         sum(t.numel() * t.element_size() for t in parts.tensors.values()),
     )
     batch = binding.units.samples_per_step
-    if parts.rewrite.norms and batch:
-        columns = sum(len(site.parameters) for site in parts.rewrite.norms)
-        yield "probes", int(batch) * columns * 4
+    if parts.rewrite.measured and batch:
+        numbers = sum(
+            (_numel(site, inventory) if site.wide else 1) * len(site.parameters)
+            for site in parts.rewrite.measured
+        )
+        yield "probes", int(batch) * numbers * 4
+
+
+def _numel(site: MeasuredSite, inventory: Inventory) -> int:
+    return 0 if site.weight is None else inventory.parameter[site.weight].numel
 
 
 def settings_row(binding: Binding) -> Row:

@@ -67,11 +67,12 @@ class Documents:
     def _tokens(self, batch: Batch) -> Tensor:
         inputs = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]
         for tensor in pytree.tree_leaves(inputs):
-            if isinstance(tensor, Tensor) and tensor.dtype in (torch.int64, torch.int32):
-                if tensor.shape == batch[1].shape and tensor.dim() == 2:
-                    return tensor
+            counted = isinstance(tensor, Tensor) and tensor.dtype in (torch.int64, torch.int32)
+            if counted and tensor.dim() == 2 and tensor.shape == batch[1].shape:
+                found: Tensor = tensor
+                return found
         raise SiteError(
-            f"`example = document` needs token ids of the targets' shape {tuple(batch[1].shape)} among the inputs,"
+            f"`unit = document` needs token ids of the targets' shape {tuple(batch[1].shape)} among the inputs,"
             " (rows, tokens) integers"
         )
 

@@ -290,6 +290,11 @@ RULES: dict[str, About] = {
         "Per-example statistics need it, and guessing gives numbers that are wrong in silence.",
         "Put examples on the first axis of the inputs.",
     ),
+    "loss-not-a-mean": About(
+        "The loss of several examples is not the weighted mean of their own losses.",
+        "Noise scales compare examples' shares of a mean; under a sum or a contrastive loss the shares are others.",
+        "Divide a summed loss by the number of examples or targets, or leave the noise scale out.",
+    ),
     "nothing-to-measure": About(
         "A clause selects something that has nothing for it to measure.",
         "A statistic of it would be missing from every report, or be read as zero.",

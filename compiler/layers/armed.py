@@ -90,7 +90,8 @@ def joined_views(armed: Armed, x: Tensor) -> Tensor:
     """
     if armed.division.rows > 1:
         one_view(armed)
-        return x.unflatten(0, (-1, armed.division.rows))
+        grouped: Tensor = x.unflatten(0, (-1, armed.division.rows))
+        return grouped
     return x if armed.views == 1 else x.unflatten(0, (armed.views, -1)).transpose(0, 1)
 
 

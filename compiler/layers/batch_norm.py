@@ -26,9 +26,9 @@ class BoundGhostBatchNorm(Bound):
                 f"`{armed.name}` averages its statistics over all batches (momentum=None), which groups cannot"
                 " reproduce: give it a momentum"
             )
-        affine = (own.weight, own.bias) if armed.measured is None else (None, None)
-        running = (own.running_mean, own.running_var)
-        y = ghost_batch_norm(x, *running, *affine, size, True, own.momentum, own.eps)
+        weight, bias = (own.weight, own.bias) if armed.measured is None else (None, None)
+        mean, var = own.running_mean, own.running_var
+        y = ghost_batch_norm(x, mean, var, weight, bias, size, True, own.momentum, own.eps)
         if own.num_batches_tracked is not None:
             own.num_batches_tracked.add_(x.shape[0] // size)
         if armed.measured is None:

@@ -23,6 +23,11 @@ from trainc.kernels.convolution import convolution
 
 aten = torch.ops.aten
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CALLS = [
+    getattr(getattr(aten, name), overload)
+    for name in ("conv1d", "conv2d", "conv3d")
+    for overload in ("default", "padding")
+]
 
 
 class BoundConvolution(Bound):
@@ -46,7 +51,6 @@ class BoundConvolution(Bound):
         return convolution(
             x, own.weight, own.bias, probe, own.stride, padding, own.dilation, own.groups
         )
-
 
     def over_groups(self, x: Tensor) -> Tensor:
         """Convolve with a group's examples along one more dimension, in which the kernel has length 1."""
@@ -97,10 +101,16 @@ def _same(kernel: list[int], dilation: list[int]) -> list[int]:
 def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
     """Read `conv2d(x, weight, bias, stride, padding, dilation, groups)` and its siblings."""
     given = dict(
-        zip(("x", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False)
+        zip(
+            ("x", "weight", "bias", "stride", "padding", "dilation", "groups"),
+            node.args,
+            strict=False,
+        )
     ) | dict(node.kwargs)
     kernel = list(cast(fx.Node, given["weight"]).meta["val"].shape[2:])
-    stride, dilation = (_numbers(given.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+    stride, dilation = (
+        _numbers(given.get(name, 1), len(kernel)) for name in ("stride", "dilation")
+    )
     sides: list[int] = []
     if given.get("padding") == "same":
         sides = _same(kernel, dilation)
@@ -123,12 +133,6 @@ CONVOLUTION = Kind(
     "nn.Conv1d, nn.Conv2d and nn.Conv3d",
     recognise,
     BoundConvolution,
-    dict.fromkeys(
-        (
-            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-            aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-        ),  # fmt: skip
-        1,
-    ),
+    dict.fromkeys(_CALLS, 1),
     find,
 )

@@ -24,7 +24,9 @@ class BoundGroupNorm(Bound):
         own = cast(nn.GroupNorm, self)
         one_view(self.trainc)
         if self.trainc.division.rows > 1:
-            raise SiteError(f"`{self.trainc.name}` cannot be measured over groups: leave it out of `on`")
+            raise SiteError(
+                f"`{self.trainc.name}` cannot be measured over groups: leave it out of `on`"
+            )
         probe = checked_probe(self.trainc, x)
         groups = getattr(own, "num_groups", x.shape[1])
         return group_norm(x, groups, own.weight, own.bias, probe, own.eps)
@@ -43,6 +45,7 @@ def recognise(name: str, module: nn.Module) -> LayerSite | None:
 def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
     """Read `group_norm(x, groups, weight, bias, eps)` or `instance_norm(x, weight, bias, ...)`."""
     x = cast(fx.Node, node.args[0])
+    names: tuple[str, ...]
     if node.target is aten.group_norm.default:
         names = ("x", "groups", "weight", "bias", "eps")
     else:

@@ -67,7 +67,11 @@ def _is_transposed(module: nn.Module) -> bool:
         except (RuntimeError, TypeError, ValueError):
             return False
     expected = x @ made["weight"] + made["bias"]
-    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, 1e-4, 1e-4)
+    return (
+        isinstance(y, Tensor)
+        and y.shape == expected.shape
+        and torch.allclose(y, expected, 1e-4, 1e-4)
+    )
 
 
 def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:

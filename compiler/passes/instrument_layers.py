@@ -44,7 +44,8 @@ class InstrumentLayers(Pass):
                 continue
             if site.tied is not None:
                 raise SiteUnfit(
-                    site.module, "weights that embedding and head share are measured module by module"
+                    site.module,
+                    "weights that embedding and head share are measured module by module",
                 )
             found = kinds()[site.form].find(forward, site, node)
             if found is None:
@@ -63,7 +64,9 @@ class InstrumentLayers(Pass):
         """Put the operator in place of one call."""
         value = found.x.meta["val"]
         shared = _is_shared(site, value.dim(), value.shape[0], enlarged, forward)
-        if not shared and (value.shape[0] != forward.rows or enlarged not in (None, forward.rows + forward.views)):
+        if not shared and (
+            value.shape[0] != forward.rows or enlarged not in (None, forward.rows + forward.views)
+        ):
             raise SiteUnfit(
                 site.module,
                 f"the first axis of its input {list(value.shape)} is not the axis of "
@@ -82,7 +85,9 @@ class InstrumentLayers(Pass):
                 x = _joined(forward, x, node)
             result = found.insert(x, probe)
             if forward.views > 1:
-                result = _parted(forward, result, whole[:-1] if site.form == "linear" else whole, node)
+                result = _parted(
+                    forward, result, whole[:-1] if site.form == "linear" else whole, node
+                )
             shape = list(node.meta["val"].shape)
             if not shared and list(result.meta["val"].shape) != shape:
                 result = forward.call(aten.reshape.default, (result, shape), node)
@@ -95,8 +100,11 @@ def _is_shared(
 ) -> bool:
     """Say whether an embedding looks up ids that do not belong to single examples, such as positions."""
     grows = enlarged is not None and enlarged != size
-    return site.form == "embedding" and not grows and (dims == 1 or size == 1) and not (
-        enlarged is None and size == forward.rows
+    return (
+        site.form == "embedding"
+        and not grows
+        and (dims == 1 or size == 1)
+        and not (enlarged is None and size == forward.rows)
     )
 
 

@@ -121,7 +121,7 @@ def test_every_layers_norms_are_those_of_single_examples(name: str, executor: An
     model, x, y = made(name)
     expected = brute(model, x, y)
     program = trainc.compile(ALL, model, executor=executor)
-    total, gradients, found = program.execution.trial((x, y), executor)
+    _, gradients, found = program.execution.trial((x, y), executor)
     assert set(found) == set(expected)
     for parameter, squares in expected.items():
         torch.testing.assert_close(found[parameter], squares, rtol=1e-9, atol=1e-14)

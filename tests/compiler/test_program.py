@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 import trainc
 from examples.models import gpt, resnet, vit
 from trainc.compiler.artefact import LoadError
-from trainc.compiler.program import Program
 from trainc.compiler.layers.armed import SiteError
+from trainc.compiler.program import Program
 from trainc.runtime.interface import NonFiniteLoss
 
 EMPTY = "loss cross_entropy optimizer adamw { lr = 1e-3, weight_decay = 0.1 }"

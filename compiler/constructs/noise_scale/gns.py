@@ -114,7 +114,9 @@ class Gns(Construct):
         "ones tell of the whole model",
     )
     calibrate_examples: int = Field(
-        default=16, ge=2, description="examples of one calibration, from the step's first micro-batch"
+        default=16,
+        ge=2,
+        description="examples of one calibration, from the step's first micro-batch",
     )
     calibrate_smooth: float = Field(
         default=10.0, gt=0, description="half-life of the calibration's averages, in calibrations"
@@ -137,16 +139,22 @@ class Gns(Construct):
     @model_validator(mode="after")
     def _fields_that_belong_together(self) -> Gns:
         if (self.method == "ghost") != (self.group > 1):
-            raise ValueError("`method = ghost` needs `group = 8` or so, and `group` is for it alone")
+            raise ValueError(
+                "`method = ghost` needs `group = 8` or so, and `group` is for it alone"
+            )
         if (self.unit == "document") != (self.separator is not None):
-            raise ValueError("`unit = document` needs `separator = 0` or so, and `separator` is for it alone")
+            raise ValueError(
+                "`unit = document` needs `separator = 0` or so, and `separator` is for it alone"
+            )
         if self.method != "per_example" and (self.wide or self.unit == "document"):
             raise ValueError(
                 f"`method = {self.method}` takes whole gradients: `interval = jackknife`, `unit = document` and"
                 " another `geometry` need `method = per_example`"
             )
         if self.geometry == "sign" and self.interval == "jackknife":
-            raise ValueError("the L1 norm of `geometry = sign` has no jackknife: leave `interval` out")
+            raise ValueError(
+                "the L1 norm of `geometry = sign` has no jackknife: leave `interval` out"
+            )
         return self
 
     @property
@@ -189,7 +197,11 @@ class Gns(Construct):
             missing = "has no weight (elementwise_affine=False)"
             return ("nothing-to-measure", missing, None) if is_norm else None
         if not is_norm and (self.wide or self.unit == "document"):
-            return "wrong-target-kind", "is no norm, and this clause needs the examples' gradients", norms
+            return (
+                "wrong-target-kind",
+                "is no norm, and this clause needs the examples' gradients",
+                norms,
+            )
         if not is_norm and not any(name in _LAYERS for name in module.types):
             message = "has parameters of its own that no layer we can measure holds"
             return "wrong-target-kind", message, f"the layers are {', '.join(_LAYERS)}"
@@ -205,8 +217,8 @@ class Gns(Construct):
             for entry in to.modules():
                 names = tuple(n for n in entry.parameters if n in trainable)
                 measured |= {entry.name: names} if names else {}
-            names = dict.fromkeys(name for owned in measured.values() for name in owned)
-            to.whole_gradients(names, running=self.method == "replica")
+            every = dict.fromkeys(name for owned in measured.values() for name in owned)
+            to.whole_gradients(every, running=self.method == "replica")
         else:
             to.units(self._units())
             for site in self._sites(to):
@@ -297,7 +309,9 @@ def _shared(module: ModuleEntry, bound: Targets) -> tuple[str, str, str | None] 
     if not names:
         return None
     owners = {name.rpartition(".")[0] for name in names}
-    kinds = sorted(t for m in owners for t in ("Embedding", "Linear") if t in bound.inventory.module[m].types)
+    kinds = sorted(
+        t for m in owners for t in ("Embedding", "Linear") if t in bound.inventory.module[m].types
+    )
     if kinds != ["Embedding", "Linear"]:
         return "wrong-target-kind", "shares its weight: a sum's square is no sum of squares", None
     selected = {m.name for m in bound.modules}

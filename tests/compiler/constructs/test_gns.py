@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 import trainc
 from trainc.compiler.bound import BoundClause, Targets
-from trainc.compiler.constructs.noise_scale.gns import Gns, Measure
-from trainc.compiler.layers.norm import norm_site
+from trainc.compiler.constructs.noise_scale.gns import Gns
 from trainc.compiler.division import Division
 from trainc.compiler.inventory import take
+from trainc.compiler.layers.norm import norm_site
 from trainc.compiler.lowering import Lowering, Parts, Setting
 from trainc.compiler.sites import bind
 from trainc.dsl.construct import Duration, Problem
 from trainc.runtime.clock import Clock, RunLength, Units
-from trainc.runtime.noise_measure import Settings
+from trainc.runtime.noise_measure import Measure, Settings
 from trainc.runtime.noise_scale import Averages, noise_scale_from_contributions
 from trainc.runtime.step import Contribution, Signals, Step, StepMachine
 
@@ -266,7 +266,9 @@ def test_it_is_measured_before_clipping() -> None:
         [Clip("clip", 1e-3, slots), action], Clock(), dict(model.named_parameters())
     )
     step = machine.begin()
-    filled = run_step(Measure("other", action.measured, Settings(1, "steps")), sites, model, [tokens()])
+    filled = run_step(
+        Measure("other", action.measured, Settings(1, "steps")), sites, model, [tokens()]
+    )
     step.contributions.extend(filled.contributions)
     step.samples = filled.samples
     machine.finish()

@@ -67,10 +67,13 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, weight: float) -> Tensor:
 @pytest.mark.parametrize("kind", [Small, Conv])
 def test_micro_batches_are_compared(method: str, kind: type[nn.Module]) -> None:
     model, x, y = made(kind)
-    on = "all - \"words\" - \"conv\""
+    on = 'all - "words" - "conv"'
     program = compiled(model, f"noise_scale gns on {on} {{ method = {method} }}")
     sizes = (1, 2, 3) if kind is Small else (2, 4)
-    parts = [gradients(model, a, b, len(a) / 6) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
+    parts = [
+        gradients(model, a, b, len(a) / 6)
+        for a, b in zip(x.split(sizes), y.split(sizes), strict=True)
+    ]
     model, x, y = made(kind)
     program = compiled(model, f"noise_scale gns on {on} {{ method = {method} }}")
     program.step(list(zip(x.split(sizes), y.split(sizes), strict=True)))
@@ -148,13 +151,17 @@ def test_documents_inside_rows_are_examples() -> None:
 
 
 def test_documents_need_token_ids() -> None:
-    program = compiled(nn.Sequential(nn.LayerNorm(4)), "noise_scale gns { unit = document, separator = 0 }")
+    program = compiled(
+        nn.Sequential(nn.LayerNorm(4)), "noise_scale gns { unit = document, separator = 0 }"
+    )
     with pytest.raises(SiteError, match="needs token ids"):
         program.step((torch.randn(3, 4), torch.randint(4, (3,))))
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
-def test_a_jackknife_changes_no_estimate_and_gives_an_interval_at_once(norm: type[nn.Module]) -> None:
+def test_a_jackknife_changes_no_estimate_and_gives_an_interval_at_once(
+    norm: type[nn.Module],
+) -> None:
     found = {}
     for interval in ("steps", "jackknife"):
         torch.manual_seed(5)
@@ -171,7 +178,9 @@ def test_a_jackknife_changes_no_estimate_and_gives_an_interval_at_once(norm: typ
 
 def test_adams_geometry_weighs_by_the_moments_before_the_update() -> None:
     model, x, y = made()
-    program = compiled(model, 'noise_scale gns on "norm" { geometry = adam, smooth = 1 steps }', "adamw", 0.01)
+    program = compiled(
+        model, 'noise_scale gns on "norm" { geometry = adam, smooth = 1 steps }', "adamw", 0.01
+    )
     program.step((x, y))
     assert math.isnan(program.signals["gns"])
     (optimizer,) = [a for a in program._machine.actions if hasattr(a, "preconditioner")]
@@ -243,7 +252,9 @@ def test_what_a_calibration_finds_is_brute_force() -> None:
     shares = []
     for b in range(4):
         loss = F.cross_entropy(model(x[b : b + 1]).flatten(0, 1), y[b]) / 4
-        shares.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        shares.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        )
     expected = noise_scale_from_contributions(
         sum(float(c.square().sum()) for c in shares),
         float(torch.stack(shares).sum(0).square().sum()),
@@ -260,13 +271,14 @@ def test_a_resumed_calibration_is_the_uninterrupted_one() -> None:
     program = compiled(model, clause, "adamw", 0.01)
     for _ in range(3):
         program.step((x, y))
-    state = {k: v for k, v in program.state_dict().items()}
-    state = json.loads(json.dumps({})) or torch.load(_saved(state))
+    state = torch.load(_saved(program.state_dict()))
     other = compiled(made()[0], clause, "adamw", 0.01)
     other.load_state_dict(state)
     for _ in range(3):
         first, second = program.step((x, y)), other.step((x, y))
-        assert {k: v for k, v in first.items() if v == v} == {k: v for k, v in second.items() if v == v}
+        assert {k: v for k, v in first.items() if v == v} == {
+            k: v for k, v in second.items() if v == v
+        }
 
 
 def _saved(state: dict[str, Any]) -> Any:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from trainc.compiler.division import Division
 from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.constructs.regularize.pace import Pace, silent
+from trainc.compiler.division import Division
 from trainc.compiler.inventory import Place, take
 from trainc.compiler.lowering import Lowering, Parts, Setting
 from trainc.compiler.sites import bind
@@ -268,7 +268,12 @@ def test_two_views_of_one_layer_are_as_far_apart_as_theory_says() -> None:
     scalars = {"sigma:0": torch.tensor(0.7), "key": pack_key(11, 0)}
     found = []
     for step in range(5):
-        sites.arm(Division(4000), scalars | {"key": pack_key(11, step)}, torch.float32, torch.device("cpu"))
+        sites.arm(
+            Division(4000),
+            scalars | {"key": pack_key(11, step)},
+            torch.float32,
+            torch.device("cpu"),
+        )
         one, two = model(torch.cat([x, x])).detach().chunk(2)
         found.append((one - two).square().sum(1))
     distances = torch.cat(found)
@@ -283,7 +288,9 @@ def test_evaluation_has_no_noise() -> None:
     model = nn.Sequential(nn.Linear(5, 6))
     _, sites = armed_step(model, pace(sigma=0.7, weight=1), ("0",))
     x = torch.randn(4, 5)
-    sites.arm(Division(2), {"sigma:0": torch.tensor(0.7), "key": pack_key(1, 0)}, torch.float32, x.device)
+    sites.arm(
+        Division(2), {"sigma:0": torch.tensor(0.7), "key": pack_key(1, 0)}, torch.float32, x.device
+    )
     with sites.plain():
         plain = model(x)
     assert torch.equal(model.eval()(x), plain)
