@@ -4,7 +4,8 @@ Contract. `x` and `residual` are floating tensors of one shape (B, ..., *normali
 sum has the promoted dtype and is rounded to it before it is normalised, so results are those of
 `layer_norm(x + residual, ..)`, on CPU bit for bit, with the same `probe` (see that module). Both
 results are differentiable, and x and residual receive the same gradient: what reached the sum plus
-what came through the norm. Under CUDA's autocast both keep the sum's dtype.
+what came through the norm. Under CUDA's autocast the sum keeps its dtype and the norm of it is
+float32, as torch's composition has it; on a CPU autocast leaves both alone, as it leaves torch's.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from trainc.kernels import layer_norm
-from trainc.kernels.support import absent, check_norm, on_demand, require, statistic_shape
+from trainc.kernels.registration import in_float32, register, register_autocast
+from trainc.kernels.support import REDUCED, absent, check_norm, on_demand, require, statistic_shape
 
 
 def add_layer_norm(
@@ -30,9 +32,7 @@ def add_layer_norm(
         check_pair(x, residual)
         summed = x + residual
         return summed, layer_norm.layer_norm(summed, normalized_shape, weight, bias, None, eps)
-    total, y, _, _ = torch.ops.trainc.add_layer_norm(
-        x, residual, list(normalized_shape), weight, bias, probe, eps
-    )
+    total, y, _, _ = _forward(x, residual, list(normalized_shape), weight, bias, probe, eps)
     return total, y
 
 
@@ -70,13 +70,7 @@ def eager_forward(
     return total, *layer_norm.eager_forward(total, normalized_shape, weight, bias, probe, eps)
 
 
-_forward = torch.library.custom_op(
-    "trainc::add_layer_norm", eager_forward, mutates_args=(), device_types="cpu"
-)
-
-
-@_forward.register_fake
-def _(
+def imagined_forward(
     x: Tensor,
     residual: Tensor,
     normalized_shape: Sequence[int],
@@ -117,11 +111,6 @@ def eager_backward(
     return dx, dweight, dbias, norms
 
 
-_backward = torch.library.custom_op(
-    "trainc::add_layer_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
-)
-
-
 def imagined_gradients(
     likes: Sequence[Tensor | None], output_mask: Sequence[bool], total: Tensor
 ) -> list[Tensor]:
@@ -132,8 +121,7 @@ def imagined_gradients(
     ]
 
 
-@_backward.register_fake
-def _(
+def imagined_backward(
     dtotal: Tensor | None,
     dy: Tensor,
     total: Tensor,
@@ -177,7 +165,7 @@ def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
         return *to_summands(dtotal, wants, ctx.dtypes), *(None,) * 5
     total, mean, rstd, weight, bias = ctx.saved_tensors
     mask = [any(wants[:2]), weight is not None and wants[3], bias is not None and wants[4]]
-    dx, dweight, dbias, norms = torch.ops.trainc.add_layer_norm_backward(
+    dx, dweight, dbias, norms = _backward(
         dtotal, dy, total, ctx.normalized_shape, mean, rstd, weight, bias, mask, ctx.probed
     )
     return (
@@ -186,6 +174,46 @@ def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-_forward.register_kernel("cuda")(on_demand("triton_add_norm_launch", "layer_forward"))
-_backward.register_kernel("cuda")(on_demand("triton_add_norm_launch", "layer_backward"))
+_forward = register(
+    "add_layer_norm",
+    cpu=eager_forward,
+    cuda=on_demand("triton_add_norm_launch", "layer_forward"),
+    fake=imagined_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+_backward = register(
+    "add_layer_norm_backward",
+    cpu=eager_backward,
+    cuda=on_demand("triton_add_norm_launch", "layer_backward"),
+    fake=imagined_backward,
+)
+
+
+def autocast(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What autocast makes of the composition: a sum in the promoted dtype, a norm in float32.
+
+    Where the sum has 16 bits that is two operators, for the fused one gives both one dtype. A
+    residual stream in float32, the usual one, stays fused.
+    """
+    found: tuple[Tensor, Tensor, Tensor, Tensor]
+    if torch.promote_types(x.dtype, residual.dtype) not in REDUCED:
+        found = _forward(x, residual, normalized_shape, weight, bias, probe, eps)
+        return found
+    total = x + residual
+    affine = (None if part is None else in_float32(part) for part in (weight, bias))
+    wide = torch.ops.trainc.layer_norm.default(
+        in_float32(total), normalized_shape, *affine, probe, eps
+    )
+    return total, *wide
+
+
+register_autocast(_forward, autocast)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trainc.kernels import rms_norm
 from trainc.kernels.add_norm import check_pair, imagined_gradients, imagined_total, to_summands
-from trainc.kernels.support import absent, accumulation_dtype, on_demand, statistic_shape
+from trainc.kernels.registration import register, register_autocast
+from trainc.kernels.support import REDUCED, absent, accumulation_dtype, on_demand, statistic_shape
 
 
 def add_rms_norm(
@@ -25,11 +26,13 @@ def add_rms_norm(
     casting: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """(x + residual, RMSNorm of that), each in the shape of x; eps and casting as rms_norm."""
+    if probe is None and x.device.type == "cpu":  # nothing to gain from an operator there
+        check_pair(x, residual)
+        summed = x + residual
+        return summed, rms_norm.rms_norm(summed, normalized_shape, weight, None, eps, casting)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     eps = rms_norm.default_eps(dtype) if eps is None else eps
-    total, y, _ = torch.ops.trainc.add_rms_norm(
-        x, residual, list(normalized_shape), weight, probe, eps, casting
-    )
+    total, y, _ = _forward(x, residual, list(normalized_shape), weight, probe, eps, casting)
     return total, y
 
 
@@ -47,13 +50,7 @@ def eager_forward(
     return total, *rms_norm.eager_forward(total, normalized_shape, weight, probe, eps, casting)
 
 
-_forward = torch.library.custom_op(
-    "trainc::add_rms_norm", eager_forward, mutates_args=(), device_types="cpu"
-)
-
-
-@_forward.register_fake
-def _(
+def imagined_forward(
     x: Tensor,
     residual: Tensor,
     normalized_shape: Sequence[int],
@@ -89,13 +86,7 @@ def eager_backward(
     return dx, dweight, norms
 
 
-_backward = torch.library.custom_op(
-    "trainc::add_rms_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
-)
-
-
-@_backward.register_fake
-def _(
+def imagined_backward(
     dtotal: Tensor | None,
     dy: Tensor,
     total: Tensor,
@@ -128,7 +119,7 @@ def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
         return *to_summands(dtotal, wants, ctx.dtypes), *(None,) * 5
     total, rstd, weight = ctx.saved_tensors
     mask = [any(wants[:2]), weight is not None and wants[3]]
-    dx, dweight, norms = torch.ops.trainc.add_rms_norm_backward(
+    dx, dweight, norms = _backward(
         dtotal, dy, total, ctx.normalized_shape, rstd, weight, ctx.casting, mask, wants[4]
     )
     return (
@@ -137,6 +128,39 @@ def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-_forward.register_kernel("cuda")(on_demand("triton_add_norm_launch", "rms_forward"))
-_backward.register_kernel("cuda")(on_demand("triton_add_norm_launch", "rms_backward"))
+_forward = register(
+    "add_rms_norm",
+    cpu=eager_forward,
+    cuda=on_demand("triton_add_norm_launch", "rms_forward"),
+    fake=imagined_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+_backward = register(
+    "add_rms_norm_backward",
+    cpu=eager_backward,
+    cuda=on_demand("triton_add_norm_launch", "rms_backward"),
+    fake=imagined_backward,
+)
+
+
+def autocast(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+    casting: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As add_norm's rule, with the norm's own where it has one."""
+    reduced = torch.promote_types(x.dtype, residual.dtype) in REDUCED
+    found: tuple[Tensor, Tensor, Tensor]
+    if casting != "none" or not reduced:
+        found = _forward(x, residual, normalized_shape, weight, probe, eps, casting)
+        return found
+    total = x + residual
+    return total, *rms_norm.autocast(total, normalized_shape, weight, probe, eps, casting)
+
+
+register_autocast(_forward, autocast)

@@ -18,8 +18,8 @@ import torch
 Kind = Literal["forward", "backward"]
 Regime = Literal["rows", "whole", "split"]
 
-# Wider rows go to ATen. Backward holds two float32 sums and both inputs of a row in registers up to
-# HELD columns (16 warps, 119 registers) and spills beyond, where it reads the inputs twice instead.
+# Forward walks along wider rows twice. Backward holds two float32 sums and both inputs of a row in
+# registers up to HELD columns (16 warps, 119 registers); beyond it spills, so reads inputs twice.
 MAX_WIDTH = 16384
 HELD = 8192
 # A partial row is written and read in float32 for weight and bias: this many 16-bit rows' traffic.

@@ -16,19 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainc.kernels.registration import register
 from trainc.kernels.support import (
     REDUCED,
     absent,
     accumulation_dtype,
+    batch_sum,
     check_norm,
     fold,
     on_demand,
     per_example_sums,
-    squared_norms,
     statistic_shape,
 )
 
 COLUMNS = 2
+_native_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def layer_norm(
@@ -46,7 +48,7 @@ def layer_norm(
         except RuntimeError:
             check_norm(x, normalized_shape, weight, bias, None, COLUMNS)  # says it by name
             raise
-    y: Tensor = torch.ops.trainc.layer_norm(x, list(normalized_shape), weight, bias, probe, eps)[0]
+    y: Tensor = _forward(x, list(normalized_shape), weight, bias, probe, eps)[0]
     return y
 
 
@@ -120,13 +122,7 @@ def eager_forward(
     return torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
 
 
-_forward = torch.library.custom_op(
-    "trainc::layer_norm", eager_forward, mutates_args=(), device_types="cpu"
-)
-
-
-@_forward.register_fake
-def _(
+def imagined_forward(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
@@ -152,41 +148,24 @@ def eager_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and the (B, 2) norms; masked-out or undefined results have no elements."""
     dy, x = dy.contiguous(), x.contiguous()
-    folded = fold(x, normalized_shape)
     wide_weight, wide_bias = _widened(x, normalized_shape, weight, bias)
     dx = absent(x)
     if output_mask[0]:
-        dx = torch.ops.aten.native_layer_norm_backward(
+        dx = _native_backward(
             dy, x, normalized_shape, mean, rstd, wide_weight, wide_bias, [True, False, False]
         )[0]
-    gain = shift = None
-    if weight is not None:
-        gain, shift = per_example_sums(dy, x, mean, rstd, folded, bias is not None)
-    elif bias is not None:
-        shift = dy.reshape(folded.shape).sum(1, dtype=rstd.dtype)
-    norms = squared_norms((gain, shift), folded.examples, rstd)
+    given = (weight is not None, bias is not None)
+    each = per_example_sums(dy, x, mean, rstd, fold(x, normalized_shape), given)
+    norms = torch.linalg.vecdot(each, each)
     return (
         dx,
-        _total(gain, weight, output_mask[1], x),
-        _total(shift, bias, output_mask[2], x),
+        batch_sum(each, 0, weight, output_mask[1], x),
+        batch_sum(each, 1, bias, output_mask[2], x),
         norms,
     )
 
 
-def _total(each: Tensor | None, parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
-    """The batch's gradient: the sum of the examples' contributions, cast and shaped."""
-    if each is None or parameter is None or not wanted:
-        return absent(x)
-    return each.sum(0).to(parameter.dtype).view(parameter.shape)
-
-
-_backward = torch.library.custom_op(
-    "trainc::layer_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
-)
-
-
-@_backward.register_fake
-def _(
+def imagined_backward(
     dy: Tensor,
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -220,7 +199,7 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
     mask = [wants[0], weight is not None and wants[2], bias is not None and wants[3]]
     arguments = (dy, x, ctx.normalized_shape, mean, rstd, weight, bias, mask)
     if ctx.probed:
-        dx, dweight, dbias, norms = torch.ops.trainc.layer_norm_backward(*arguments)
+        dx, dweight, dbias, norms = _backward(*arguments)
     else:
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(*arguments)
         norms = None
@@ -228,8 +207,19 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
     return kept[0], None, kept[1], kept[2], norms if wants[4] else None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward = register(
+    "layer_norm",
+    cpu=eager_forward,
+    cuda=on_demand("triton_norm_launch", "layer_norm_forward"),
+    fake=imagined_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+_backward = register(
+    "layer_norm_backward",
+    cpu=eager_backward,
+    cuda=on_demand("triton_norm_launch", "layer_norm_backward"),
+    fake=imagined_backward,
+)
 # torch.autocast's own rules: float32 on CUDA, left alone on CPU where ATen takes mixed precision.
 torch.library.register_autocast("trainc::layer_norm", "cuda", torch.float32)
-_forward.register_kernel("cuda")(on_demand("triton_norm_launch", "layer_norm_forward"))
-_backward.register_kernel("cuda")(on_demand("triton_norm_launch", "layer_norm_backward"))

@@ -8,29 +8,38 @@ Contract. `x` is (B, ..., *normalized_shape), floating; `weight` is normalized_s
   none    x * rstd * weight in float32, rounded once to x's dtype (nn.RMSNorm, on CPU bit-equal)
   llama   (x * rstd) rounded to x's dtype, then times weight in the promoted dtype (LlamaRMSNorm in
           transformers: a float32 weight gives a float32 result)
+  gemma   x * rstd * (1 + weight) in float32, rounded once (GemmaRMSNorm in transformers: its weight
+          is what the factor has over one, and gets the gradient of the factor)
+
+Without a probe, small inputs on a CPU are torch's own composition, gradients included.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import functional
 
+from trainc.kernels.registration import in_float32, register, register_autocast
 from trainc.kernels.support import (
     REDUCED,
+    Folded,
     absent,
     accumulation_dtype,
+    batch_sum,
     check_norm,
     fold,
     on_demand,
     per_example_sums,
-    require,
-    squared_norms,
     statistic_shape,
 )
 
 COLUMNS = 1
 CASTINGS = ("none", "llama")
+OFFSET = "gemma"  # no matter of rounding: the factor is another one
+# Elements up to which dx is made by definition; docs/kernels.md has the measurement.
+SMALL = 1 << 16
 
 
 def default_eps(dtype: torch.dtype) -> float:
@@ -47,9 +56,21 @@ def rms_norm(
     casting: str = "none",
 ) -> Tensor:
     """RMSNorm of x over its last dims, same shape; see the module for `probe` and `casting`."""
+    if probe is None and casting == "none" and as_composed(x, weight):
+        try:
+            return functional.rms_norm(x, list(normalized_shape), weight, eps)
+        except RuntimeError:
+            check_norm(x, normalized_shape, weight, None, None, COLUMNS)  # says it by name
+            raise
     eps = default_eps(x.dtype) if eps is None else eps
-    y: Tensor = torch.ops.trainc.rms_norm(x, list(normalized_shape), weight, probe, eps, casting)[0]
+    y: Tensor = _forward(x, list(normalized_shape), weight, probe, eps, casting)[0]
     return y
+
+
+def as_composed(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether torch's composition costs less than an operator; compiled code keeps the operator."""
+    alike = weight is None or weight.dtype == x.dtype  # torch warns of others
+    return alike and x.device.type == "cpu" and not is_compiling() and x.numel() <= SMALL
 
 
 def reference(
@@ -79,15 +100,26 @@ def check(
 ) -> None:
     """Reject arguments outside the contract."""
     check_norm(x, normalized_shape, weight, None, probe, COLUMNS)
-    require(casting in CASTINGS, lambda: f"casting is one of {CASTINGS}, not {casting!r}")
+    if casting != OFFSET and casting not in CASTINGS:
+        raise RuntimeError(f"casting is one of {(*CASTINGS, OFFSET)}, not {casting!r}")
 
 
 def result_dtype(x: Tensor, weight: Tensor | None, casting: str) -> torch.dtype:
     """The dtype of y."""
-    """The dtype of y."""
     if casting == "llama" and weight is not None:
         return torch.promote_types(x.dtype, weight.dtype)
     return x.dtype
+
+
+def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype of arithmetic, contiguous; itself where it is."""
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
+
+
+def factor(weight: Tensor, dtype: torch.dtype, casting: str) -> Tensor:
+    """What the normalised value is multiplied by, in the dtype of arithmetic."""
+    wide = weight if weight.dtype == dtype else weight.to(dtype)
+    return 1 + wide if casting == OFFSET else wide
 
 
 def eager_forward(
@@ -99,8 +131,8 @@ def eager_forward(
     casting: str,
 ) -> tuple[Tensor, Tensor]:
     check(x, normalized_shape, weight, probe, casting)
-    value = x.to(accumulation_dtype(x.dtype)).contiguous()
-    dims = list(range(x.dim() - len(normalized_shape), x.dim()))
+    value = widened(x, accumulation_dtype(x.dtype))
+    dims = list(range(-len(normalized_shape), 0))
     # Same operations in the same order as ATen's composite, so float32 results are bit-equal to it.
     work = value.square()
     rstd = work.mean(dims, keepdim=True).add_(eps).rsqrt_()
@@ -111,17 +143,11 @@ def eager_forward(
             return unit, rstd
         return (unit.mul_(weight) if unit.dtype == weight.dtype else unit * weight), rstd
     if weight is not None:
-        work.mul_(weight)
-    return work.to(x.dtype), rstd
+        work.mul_(factor(weight, work.dtype, casting))
+    return (work if work.dtype == x.dtype else work.to(x.dtype)), rstd
 
 
-_forward = torch.library.custom_op(
-    "trainc::rms_norm", eager_forward, mutates_args=(), device_types="cpu"
-)
-
-
-@_forward.register_fake
-def _(
+def imagined_forward(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
@@ -145,50 +171,53 @@ def eager_backward(
     with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and the (B, 1) norms; results not asked for have no elements."""
-    dtype = rstd.dtype
-    grad, value = dy.to(dtype).contiguous(), x.to(dtype).contiguous()
-    dx, dweight, norms = absent(x), absent(x), absent(rstd)
+    dtype, folded = rstd.dtype, fold(x, normalized_shape)
+    grad, value = widened(dy, dtype), widened(x, dtype)
+    gain = None if weight is None else factor(weight, dtype, casting)
+    dx = absent(x)
     if output_mask[0]:
-        wide = None if weight is None else weight.to(dtype)
-        dx = _input_gradient(grad, value, normalized_shape, rstd, wide).to(x.dtype)
-    if output_mask[1] or with_norms:
-        each = None
-        folded = fold(x if x.dim() > len(normalized_shape) else x.unsqueeze(0), normalized_shape)
-        if weight is not None and casting == "llama" and x.dtype in REDUCED:
-            unit = torch.mul(value, rstd).to(x.dtype)
-            each = torch.mul(grad, unit).view(folded.shape).sum(1)
-        elif weight is not None:
-            each, _ = per_example_sums(grad, value, None, rstd, folded, want_bias=False)
-        if with_norms:
-            norms = squared_norms((each,), folded.examples, rstd)
-        if output_mask[1] and each is not None and weight is not None:
-            dweight = each.sum(0).to(weight.dtype).view(weight.shape)
-    return dx, dweight, norms
+        method = _small_gradient if value.numel() <= SMALL else _large_gradient
+        dx = method(grad, value, rstd, gain, folded)
+        dx = dx if dx.dtype == x.dtype else dx.to(x.dtype)
+        dx = dx if dx.dim() == x.dim() else dx.view(x.shape)
+    if not output_mask[1] and not with_norms:
+        return dx, absent(x), absent(rstd)
+    if casting == "llama" and x.dtype in REDUCED:
+        # The weight met the rounded value.
+        value, rstd = torch.mul(value, rstd).to(x.dtype), torch.ones_like(rstd)
+    each = per_example_sums(grad, value, None, rstd, folded, (weight is not None,))
+    norms = torch.linalg.vecdot(each, each) if with_norms else absent(rstd)
+    return dx, batch_sum(each, 0, weight, output_mask[1], x), norms
 
 
-def _input_gradient(
-    dy: Tensor, x: Tensor, normalized_shape: Sequence[int], rstd: Tensor, weight: Tensor | None
+def _small_gradient(
+    dy: Tensor, x: Tensor, rstd: Tensor, gain: Tensor | None, folded: Folded
 ) -> Tensor:
-    """ATen's LayerNorm backward at mean zero, with the row mean of dy * weight put back."""
+    """dx by definition: few calls, each a pass over the tensor."""
+    rows = (folded.examples * folded.rows, folded.width)
+    dy, x, rstd = dy.view(rows), x.view(rows), rstd.view(rows[0], 1)
+    g = dy if gain is None else torch.mul(dy, gain.view(rows[1]))
+    unit = torch.mul(x, rstd)
+    along = torch.linalg.vecdot(g, unit).unsqueeze(1)
+    return torch.addcmul(g, unit, along, value=-1 / max(rows[1], 1)).mul_(rstd)
+
+
+def _large_gradient(
+    dy: Tensor, x: Tensor, rstd: Tensor, gain: Tensor | None, folded: Folded
+) -> Tensor:
+    """dx by ATen's LayerNorm backward at mean zero, with the row mean of dy * gain put back."""
+    rows = (folded.examples * folded.rows, folded.width)
+    dy, x, rstd = dy.view(rows), x.view(rows), rstd.view(rows[0], 1)
+    gain = None if gain is None else gain.view(rows[1])
     zeros = torch.zeros_like(rstd)
-    dx: Tensor = torch.ops.aten.native_layer_norm_backward(
-        dy, x, normalized_shape, zeros, rstd, weight, None, [True, False, False]
+    dx: Tensor = torch.ops.aten.native_layer_norm_backward.default(
+        dy, x, rows[1:], zeros, rstd, gain, None, [True, False, False]
     )[0]
-    width = math.prod(normalized_shape)
-    if weight is None:
-        total = dy.reshape(rstd.numel(), width).sum(1)
-    else:
-        total = torch.mv(dy.reshape(rstd.numel(), width), weight.reshape(width))
-    return dx.add_(total.view(rstd.shape).mul_(rstd).div_(max(width, 1)))
+    level = dy.sum(1) if gain is None else torch.mv(dy, gain)
+    return dx.add_(level.view(rstd.shape).mul_(rstd).div_(rows[1]))
 
 
-_backward = torch.library.custom_op(
-    "trainc::rms_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
-)
-
-
-@_backward.register_fake
-def _(
+def imagined_backward(
     dy: Tensor,
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -223,7 +252,7 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
     wants = ctx.needs_input_grad
     mask = [wants[0], weight is not None and wants[2]]
     with_norms = ctx.probed and wants[3]
-    dx, dweight, norms = torch.ops.trainc.rms_norm_backward(
+    dx, dweight, norms = _backward(
         dy, x, ctx.normalized_shape, rstd, weight, ctx.casting, mask, with_norms
     )
     return (
@@ -232,7 +261,34 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-# No autocast rule: mixed precision is in the contract, and torch leaves rms_norm alone as well.
-_forward.register_autograd(_differentiate, setup_context=_save)
-_forward.register_kernel("cuda")(on_demand("triton_norm_launch", "rms_norm_forward"))
-_backward.register_kernel("cuda")(on_demand("triton_norm_launch", "rms_norm_backward"))
+def autocast(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+    casting: str,
+) -> tuple[Tensor, Tensor]:
+    """torch's rule for rms_norm on CUDA, float32; the other castings are of spelled-out modules,
+    whose operations autocast leaves alone. On a CPU it has no rule, nor have we."""
+    if casting == "none":
+        x, weight = in_float32(x), None if weight is None else in_float32(weight)
+    found: tuple[Tensor, Tensor] = _forward(x, normalized_shape, weight, probe, eps, casting)
+    return found
+
+
+_forward = register(
+    "rms_norm",
+    cpu=eager_forward,
+    cuda=on_demand("triton_norm_launch", "rms_norm_forward"),
+    fake=imagined_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+_backward = register(
+    "rms_norm_backward",
+    cpu=eager_backward,
+    cuda=on_demand("triton_norm_launch", "rms_norm_backward"),
+    fake=imagined_backward,
+)
+register_autocast(_forward, autocast)

@@ -58,38 +58,30 @@ def check_norm(
     columns: int,
 ) -> None:
     """Reject inputs outside the contract of the norm operators, naming the shapes."""
-    count = len(normalized_shape)
-    lead = x.dim() - count
-    require(
-        lead >= 0 and tuple(x.shape[lead:]) == tuple(normalized_shape),
-        lambda: (
-            f"input {tuple(x.shape)} does not end in normalized_shape {tuple(normalized_shape)}"
-        ),
-    )
-    require(
-        all(p is None or tuple(p.shape) == tuple(normalized_shape) for p in (weight, bias)),
-        lambda: f"weight and bias must have the shape {tuple(normalized_shape)}",
-    )
+    # Conditions first and words only for what fails: this runs at every call.
+    shape, extents = tuple(normalized_shape), tuple(x.shape)
+    lead = len(extents) - len(shape)
+    if lead < 0 or extents[lead:] != shape:
+        raise RuntimeError(f"input {extents} does not end in normalized_shape {shape}")
+    for parameter in (weight, bias):
+        if parameter is not None and tuple(parameter.shape) != shape:
+            raise RuntimeError(f"weight and bias must have the shape {shape}")
     if probe is None:
         return
-    require(lead >= 1, lambda: "a probe needs an example dimension before normalized_shape")
+    if lead < 1:
+        raise RuntimeError("a probe needs an example dimension before normalized_shape")
     expected = accumulation_dtype(x.dtype)
-    require(
-        probe.dim() == 2
-        and probe.shape[0] == x.shape[0]
-        and probe.shape[1] == columns
-        and probe.dtype == expected,
-        lambda: (
-            f"probe must be ({x.shape[0]}, {columns}) {expected}, "
+    if probe.dtype != expected or tuple(probe.shape) != (extents[0], columns):
+        raise RuntimeError(
+            f"probe must be ({extents[0]}, {columns}) {expected}, "
             f"not {tuple(probe.shape)} {probe.dtype}"
-        ),
-    )
+        )
 
 
 def fold(x: Tensor, normalized_shape: Sequence[int]) -> Folded:
     """Read x as (examples, rows, width): dim 0, the dims between, normalized_shape."""
-    lead = x.shape[: x.dim() - len(normalized_shape)]
-    return Folded(lead[0], math.prod(lead[1:]), math.prod(normalized_shape))
+    examples, *between = x.shape[: x.dim() - len(normalized_shape)] or (1,)
+    return Folded(examples, math.prod(between), math.prod(normalized_shape))
 
 
 def statistic_shape(x: Tensor, normalized_shape: Sequence[int]) -> list[int]:
@@ -104,35 +96,46 @@ def absent(like: Tensor) -> Tensor:
 
 
 def per_example_sums(
-    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, folded: Folded, want_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Each example's weight and bias contribution, (examples, width) in the dtype of rstd.
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    folded: Folded,
+    wanted: tuple[bool, ...],
+) -> Tensor:
+    """Each example's part of the weight's gradient and of the bias's, (examples, kinds, width).
 
-    Weight: sum over rows of dy * (x - mean) * rstd, `mean` None meaning zero; bias: of dy.
+    Weight: sum over rows of dy * (x - mean) * rstd, `mean` None meaning zero; bias: of dy. `wanted`
+    has an entry per kind; a kind that is not wanted is zero. dy and x are contiguous, and sums have
+    the dtype of rstd.
     """
-    dtype = rstd.dtype
-    grad, value = dy.reshape(folded.shape), x.reshape(folded.shape)
-    scale = rstd.reshape(folded.examples, folded.rows, 1)
-    centre = None if mean is None else mean.reshape(folded.examples, folded.rows, 1)
-    if folded.rows * folded.width >= FUSED_EXAMPLE_ELEMENTS:
-        return _fused_sums(grad, value, centre, scale, folded, want_bias)
-    work = value.to(dtype) if centre is None else torch.sub(value, centre)
-    work = work.mul(scale) if centre is None else work.mul_(scale)
-    work.mul_(grad)
-    bias = grad.sum(1, dtype=dtype) if want_bias else None
-    return work.sum(1), bias
+    shape, dtype = folded.shape, rstd.dtype
+    make = rstd.new_empty if all(wanted) else rstd.new_zeros
+    each = make((folded.examples, len(wanted), folded.width))
+    statistics = (folded.examples, folded.rows, 1)
+    if x.shape != shape:
+        dy, x = dy.view(shape), x.view(shape)
+    if rstd.shape != statistics:
+        rstd, mean = rstd.view(statistics), None if mean is None else mean.view(statistics)
+    if wanted[0] and folded.rows * folded.width >= FUSED_EXAMPLE_ELEMENTS:
+        _fused_sums(dy, x, mean, rstd, each, wanted[1:] == (True,))
+        return each
+    if wanted[0]:
+        work = torch.mul(x, rstd) if mean is None else torch.sub(x, mean).mul_(rstd)
+        torch.sum(work.mul_(dy), 1, out=each.select(1, 0))
+    if wanted[1:] == (True,):
+        torch.sum(dy, 1, dtype=dtype, out=each.select(1, 1))
+    return each
 
 
 def _fused_sums(
-    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, folded: Folded, want_bias: bool
-) -> tuple[Tensor, Tensor | None]:
+    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, each: Tensor, biased: bool
+) -> None:
     """The same sums by ATen's one-pass norm backward, one call per example."""
-    dtype, width = rstd.dtype, folded.width
+    dtype, width = rstd.dtype, each.shape[2]
     ones = rstd.new_ones(width)  # ATen wants an affine tensor and does not read it for these sums
     centre = rstd.new_zeros(rstd.shape) if mean is None else mean
-    weight = x.new_empty((folded.examples, width), dtype=dtype)
-    bias = torch.empty_like(weight) if want_bias else None
-    for example in range(folded.examples):
+    for example in range(each.shape[0]):
         # ATen sums 16-bit rows in 16 bits: half a percent off over 300 rows, so they are widened.
         _, gain, shift = torch.ops.aten.native_layer_norm_backward(
             dy[example].to(dtype),
@@ -142,12 +145,21 @@ def _fused_sums(
             rstd[example],
             ones,
             ones,
-            [False, True, want_bias],
+            [False, True, biased],
         )
-        weight[example] = gain
-        if bias is not None:
-            bias[example] = shift
-    return weight, bias
+        each[example, 0] = gain
+        if biased:
+            each[example, 1] = shift
+
+
+def batch_sum(each: Tensor, kind: int, parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
+    """The batch's gradient of a kind: its examples' parts added up, cast and shaped."""
+    if parameter is None or not wanted:
+        return absent(x)
+    found = each.select(1, kind).sum(0)
+    if found.dtype != parameter.dtype:
+        found = found.to(parameter.dtype)
+    return found if parameter.dim() == 1 else found.view(parameter.shape)
 
 
 def squared_norms(contributions: Sequence[Tensor | None], examples: int, like: Tensor) -> Tensor:

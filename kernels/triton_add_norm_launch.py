@@ -1,13 +1,12 @@
 """Launch the Triton norm kernels on a residual sum; imported by the first CUDA call."""
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from trainc.kernels import add_norm, add_rms_norm, layer_norm, rms_norm
 from trainc.kernels.support import absent, check_norm
-from trainc.kernels.triton_norm_launch import backward, finished, forward, supported
+from trainc.kernels.triton_norm_launch import backward, finished, forward, roundings, supported
 
 
 def layer_forward(
@@ -22,10 +21,10 @@ def layer_forward(
     """The CUDA kernel of trainc::add_layer_norm."""
     total = add_norm.imagined_total(x, residual)
     check_norm(total, normalized_shape, weight, bias, probe, layer_norm.COLUMNS)
-    if not supported(total, math.prod(normalized_shape)):
+    if not supported(total):
         return add_norm.eager_forward(x, residual, normalized_shape, weight, bias, probe, eps)
     y, mean, rstd = forward(
-        x, normalized_shape, weight, bias, eps, total.dtype, rms=False, llama=False,
+        x, normalized_shape, weight, bias, eps, total.dtype, rms=False,
         residual=residual, total=total,
     )  # fmt: skip
     return total, y, mean, rstd
@@ -44,13 +43,13 @@ def layer_backward(
     with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::add_layer_norm_backward."""
-    if not supported(total, math.prod(normalized_shape)):
+    if not supported(total):
         return add_norm.eager_backward(
             dtotal, dy, total, normalized_shape, mean, rstd, weight, bias, output_mask, with_norms
         )
     dx, dweight, dbias, norms = backward(
         dy, total, normalized_shape, mean, rstd, weight, bias is not None, output_mask[0],
-        rms=False, llama=False, dtotal=dtotal,
+        rms=False, dtotal=dtotal,
     )  # fmt: skip
     return (
         dx,
@@ -72,13 +71,13 @@ def rms_forward(
     """The CUDA kernel of trainc::add_rms_norm."""
     total = add_norm.imagined_total(x, residual)
     rms_norm.check(total, normalized_shape, weight, probe, casting)
-    if not supported(total, math.prod(normalized_shape)):
+    if not supported(total):
         return add_rms_norm.eager_forward(
             x, residual, normalized_shape, weight, probe, eps, casting
         )
     dtype = rms_norm.result_dtype(total, weight, casting)
     y, _, rstd = forward(
-        x, normalized_shape, weight, None, eps, dtype, rms=True, llama=casting == "llama",
+        x, normalized_shape, weight, None, eps, dtype, rms=True, **roundings(casting),
         residual=residual, total=total,
     )  # fmt: skip
     return total, y, rstd
@@ -96,13 +95,13 @@ def rms_backward(
     with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::add_rms_norm_backward."""
-    if not supported(total, math.prod(normalized_shape)):
+    if not supported(total):
         return add_rms_norm.eager_backward(
             dtotal, dy, total, normalized_shape, rstd, weight, casting, output_mask, with_norms
         )
     dx, dweight, _, norms = backward(
         dy, total, normalized_shape, rstd, rstd, weight, False, output_mask[0],
-        rms=True, llama=casting == "llama", dtotal=dtotal,
+        rms=True, **roundings(casting), dtotal=dtotal,
     )  # fmt: skip
     kept = norms if with_norms else absent(rstd)
     return dx, finished(dweight, weight, output_mask[1], total), kept

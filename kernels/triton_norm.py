@@ -1,7 +1,7 @@
 """Triton kernels for LayerNorm and RMSNorm; imported by the first CUDA call of either.
 
 With ADD the input is a residual sum: forward adds and stores it, and backward adds to dx the
-gradient that reached the sum (DTOTAL) before writing it.
+gradient that reached the sum (DTOTAL) before writing it. OFFSET adds one to the weight.
 
 Backward reads x and dy once and writes dx once, whatever is measured. Rows of one example never
 share a program with rows of another, so a program's weight sum belongs to one example and its
@@ -24,7 +24,7 @@ import triton.language as tl
 @triton.jit
 def norm_forward(
     X, RESIDUAL, TOTAL, W, B, Y, MEAN, RSTD, rows, width, eps,
-    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr,
+    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
     HAS_W: tl.constexpr, HAS_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y and the float32 statistics of BLOCK_R rows of x, or with ADD of x + residual, stored."""
@@ -49,7 +49,10 @@ def norm_forward(
     if LLAMA:
         y = y.to(TOTAL.dtype.element_ty).to(tl.float32)
     if HAS_W:
-        y = y * tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)[None, :]
+        w = tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)
+        if OFFSET:
+            w += 1.0
+        y = y * w[None, :]
     if HAS_B:
         y = y + tl.load(B + column, mask=in_column, other=0.0).to(tl.float32)[None, :]
     tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
@@ -90,7 +93,7 @@ def _tile(
 @triton.jit
 def norm_backward_whole(
     X, W, DY, DTOTAL, DX, MEAN, RSTD, PW, PB, NORMS, examples, rows, width, programs,
-    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr,
+    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
     HAS_W: tl.constexpr, HAS_B: tl.constexpr, WRITE_DX: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -101,6 +104,8 @@ def norm_backward_whole(
     w = tl.full((BLOCK_C,), 1.0, tl.float32)
     if HAS_W:
         w = tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)
+        if OFFSET:
+            w += 1.0
     total_w = tl.zeros((BLOCK_C,), tl.float32)
     total_b = tl.zeros((BLOCK_C,), tl.float32)
     for example in range(pid, examples, programs):
@@ -132,7 +137,7 @@ def norm_backward_whole(
 @triton.jit
 def norm_backward_split(
     X, W, DY, DTOTAL, DX, MEAN, RSTD, PW, PB, NORMS, rows, width, chunks, chunk_rows,
-    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr,
+    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
     HAS_W: tl.constexpr, HAS_B: tl.constexpr, WRITE_DX: tl.constexpr, ROW_NORMS: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -147,6 +152,8 @@ def norm_backward_split(
     w = tl.full((BLOCK_C,), 1.0, tl.float32)
     if HAS_W:
         w = tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)
+        if OFFSET:
+            w += 1.0
     sum_w = tl.zeros((BLOCK_C,), tl.float32)
     sum_b = tl.zeros((BLOCK_C,), tl.float32)
     first = example.to(tl.int64) * rows

@@ -19,9 +19,9 @@ FINISH_COLUMNS = 32
 FINISH_CHUNKS = 64
 
 
-def supported(x: Tensor, width: int) -> bool:
-    """Whether the kernels take x, or ATen does: wide rows, float64 and empty inputs."""
-    return x.dtype in (torch.float32, *REDUCED) and x.numel() > 0 and width <= launch.MAX_WIDTH
+def supported(x: Tensor) -> bool:
+    """Whether the kernels take x, or ATen does: float64 and empty inputs."""
+    return x.dtype in (torch.float32, *REDUCED) and x.numel() > 0
 
 
 def forward(
@@ -32,7 +32,8 @@ def forward(
     eps: float,
     dtype: torch.dtype,
     rms: bool,
-    llama: bool,
+    llama: bool = False,
+    offset: bool = False,
     residual: Tensor | None = None,
     total: Tensor | None = None,
     tile: Tile | None = None,
@@ -41,18 +42,29 @@ def forward(
     x = x.contiguous()
     width = math.prod(normalized_shape)
     rows = x.numel() // width
-    shape = tile or launch.chosen("forward", rms, x.dtype, rows, width, x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean = x.new_empty(statistic_shape(x, normalized_shape), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    kernels.norm_forward[(triton.cdiv(rows, shape.rows),)](
+    pointers = (
         x, contiguous(residual, x), x if total is None else total,
-        contiguous(weight, x), contiguous(bias, x), y, mean, rstd, rows, width, eps,
-        ADD=residual is not None, RMS=rms, LLAMA=llama,
-        HAS_W=weight is not None, HAS_B=bias is not None,
-        BLOCK_R=shape.rows, BLOCK_C=shape.columns, num_warps=shape.warps,
+        contiguous(weight, x), contiguous(bias, x), y, mean, rstd,
+    )  # fmt: skip
+    flags = {"ADD": residual is not None, "RMS": rms, "LLAMA": llama, "OFFSET": offset}
+    flags |= {"HAS_W": weight is not None, "HAS_B": bias is not None}
+    if width > launch.MAX_WIDTH and tile is None:
+        wide.forward(pointers, width, eps, flags)
+        return y, mean, rstd
+    shape = tile or launch.chosen("forward", rms, x.dtype, rows, width, x.device)
+    kernels.norm_forward[(triton.cdiv(rows, shape.rows),)](
+        *pointers, rows, width, eps, BLOCK_R=shape.rows, BLOCK_C=shape.columns,
+        num_warps=shape.warps, **flags,
     )  # fmt: skip
     return y, mean, rstd
+
+
+def roundings(casting: str) -> dict[str, Any]:
+    """A casting of RMSNorm as the options of forward and backward."""
+    return {"llama": casting == "llama", "offset": casting == rms_norm.OFFSET}
 
 
 def contiguous(parameter: Tensor | None, stand_in: Tensor) -> Tensor:
@@ -70,19 +82,22 @@ def backward(
     has_bias: bool,
     write_dx: bool,
     rms: bool,
-    llama: bool,
+    llama: bool = False,
+    offset: bool = False,
     programs: int | None = None,
     dtotal: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (+ dtotal), float32 gradients of weight and bias (width,), norms (examples, columns)."""
     x, dy = x.contiguous(), dy.contiguous()
-    folded = fold(x if x.dim() > len(normalized_shape) else x.unsqueeze(0), normalized_shape)
+    folded = fold(x, normalized_shape)
     examples, rows, width = folded.shape
     columns = 1 if rms else 2
     flags: dict[str, Any] = {
         "ADD": dtotal is not None,
         "RMS": rms,
+        "LLAMA": llama,
+        "OFFSET": offset,
         "HAS_W": weight is not None,
         "HAS_B": has_bias,
         "WRITE_DX": write_dx,
@@ -90,7 +105,7 @@ def backward(
     dx = torch.empty_like(x) if write_dx else absent(x)
     inputs = (x, contiguous(weight, x), dy, contiguous(dtotal, dy), dx, mean, rstd)
     if width > launch.HELD and tile is None:
-        partials, chunks = wide.backward(inputs, folded, columns, flags, llama, programs)
+        partials, chunks = wide.backward(inputs, folded, columns, flags, programs)
         return dx, *finish(partials, folded, chunks, flags)
     lines = examples if rows == 1 else rows
     shape = tile or launch.chosen("backward", rms, x.dtype, lines, width, x.device)
@@ -98,7 +113,7 @@ def backward(
     # Two more sums of the widest rows would not fit the registers.
     few = launch.FEW_ROWS if shape.columns < launch.HELD else 0
     plan = launch.plan(examples, rows, shape.rows, slots, few)
-    flags |= {"LLAMA": llama, "COLUMNS": columns, "STAGES": shape.stages}
+    flags |= {"COLUMNS": columns, "STAGES": shape.stages}
     flags |= {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns, "num_warps": shape.warps}
     partials = x.new_empty((columns, plan.programs, width), dtype=torch.float32)
     sums = (partials[0], partials[-1])
@@ -161,9 +176,9 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::layer_norm; without a probe it is ATen's, as its backward is."""
     check_norm(x, normalized_shape, weight, bias, probe, layer_norm.COLUMNS)
-    if probe is None or not supported(x, math.prod(normalized_shape)):
+    if probe is None or not supported(x):
         return layer_norm.eager_forward(x, normalized_shape, weight, bias, probe, eps)
-    return forward(x, normalized_shape, weight, bias, eps, x.dtype, rms=False, llama=False)
+    return forward(x, normalized_shape, weight, bias, eps, x.dtype, rms=False)
 
 
 def layer_norm_backward(
@@ -177,13 +192,13 @@ def layer_norm_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::layer_norm_backward."""
-    if not supported(x, math.prod(normalized_shape)):
+    if not supported(x):
         return layer_norm.eager_backward(
             dy, x, normalized_shape, mean, rstd, weight, bias, output_mask
         )
     dx, dweight, dbias, norms = backward(
         dy, x, normalized_shape, mean, rstd, weight, bias is not None, output_mask[0],
-        rms=False, llama=False,
+        rms=False,
     )  # fmt: skip
     return (
         dx,
@@ -203,10 +218,12 @@ def rms_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """The CUDA kernel of trainc::rms_norm."""
     rms_norm.check(x, normalized_shape, weight, probe, casting)
-    if not supported(x, math.prod(normalized_shape)):
+    if not supported(x):
         return rms_norm.eager_forward(x, normalized_shape, weight, probe, eps, casting)
-    dtype, llama = rms_norm.result_dtype(x, weight, casting), casting == "llama"
-    y, _, rstd = forward(x, normalized_shape, weight, None, eps, dtype, rms=True, llama=llama)
+    dtype = rms_norm.result_dtype(x, weight, casting)
+    y, _, rstd = forward(
+        x, normalized_shape, weight, None, eps, dtype, rms=True, **roundings(casting)
+    )
     return y, rstd
 
 
@@ -221,13 +238,13 @@ def rms_norm_backward(
     with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::rms_norm_backward."""
-    if not supported(x, math.prod(normalized_shape)):
+    if not supported(x):
         return rms_norm.eager_backward(
             dy, x, normalized_shape, rstd, weight, casting, output_mask, with_norms
         )
     dx, dweight, _, norms = backward(
         dy, x, normalized_shape, rstd, rstd, weight, False, output_mask[0],
-        rms=True, llama=casting == "llama",
+        rms=True, **roundings(casting),
     )  # fmt: skip
     kept = norms if with_norms else absent(rstd)
     return dx, finished(dweight, weight, output_mask[1], x), kept

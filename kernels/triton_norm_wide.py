@@ -1,8 +1,10 @@
-"""The Triton norm backward for rows too wide for a program's registers.
+"""The Triton norm kernels for rows too wide for a program's registers.
 
-Two kernels instead of one: the first reduces each row to the two means its dx needs, the second
-walks down a block of columns, writing dx and adding up the weight's and the bias's sums. The inputs
-are read twice, as ATen reads them at every width: 10 bytes an element in 16 bits instead of 6.
+Forward walks over a row twice: once for its statistics, once to write y; the second reading finds
+most of the row in cache. Backward is two kernels instead of one: the first reduces each row to the
+two means its dx needs, the second walks down a block of columns, writing dx and adding up the
+weight's and the bias's sums. The inputs are read twice, as ATen reads them at every width: 10 bytes
+an element in 16 bits instead of 6.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -22,9 +24,71 @@ TILE = launch.Tile(rows=4, columns=1024, warps=4, stages=2, resident=4)
 
 
 @triton.jit
+def _block(
+    X, RESIDUAL, TOTAL, at, mask, ADD: tl.constexpr,
+):  # fmt: skip
+    """A block of the input in float32: of x, or of the sum as rounded to its dtype."""
+    x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(RESIDUAL + at, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(TOTAL.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def wide_forward(
+    X, RESIDUAL, TOTAL, W, B, Y, MEAN, RSTD, width, eps,
+    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
+    HAS_W: tl.constexpr, HAS_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows,): y and the float32 statistics of a row of x, or with ADD of x + residual."""
+    row = tl.program_id(0).to(tl.int64)
+    mean = tl.full((), 0.0, tl.float32)
+    spread = tl.full((), 0.0, tl.float32)
+    for start in range(0, width, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        mask = column < width
+        at = row * width + column
+        x = _block(X, RESIDUAL, TOTAL, at, mask, ADD)
+        if ADD:
+            tl.store(TOTAL + at, x.to(TOTAL.dtype.element_ty), mask=mask)
+        if RMS:
+            spread += tl.sum(x * x, 0)
+        else:
+            # Blocks' means and squares about them, merged: a plain sum of squares would cancel.
+            count = tl.minimum(width - start, BLOCK_C) * 1.0
+            level = tl.sum(x, 0) / count
+            x = tl.where(mask, x - level, 0.0)
+            step = level - mean
+            share = count / (start + count)
+            spread += tl.sum(x * x, 0) + step * step * share * start
+            mean += step * share
+    rstd = tl.rsqrt(spread / width + eps)
+    tl.store(RSTD + row, rstd)
+    if not RMS:
+        tl.store(MEAN + row, mean)
+    for start in range(0, width, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        mask = column < width
+        at = row * width + column
+        # The sum is made again: what this program stored, its other threads may not see yet.
+        y = (_block(X, RESIDUAL, TOTAL, at, mask, ADD) - mean) * rstd
+        if LLAMA:
+            y = y.to(TOTAL.dtype.element_ty).to(tl.float32)
+        if HAS_W:
+            w = tl.load(W + column, mask=mask, other=0.0).to(tl.float32)
+            if OFFSET:
+                w += 1.0
+            y = y * w
+        if HAS_B:
+            y = y + tl.load(B + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def wide_rows(
     X, W, DY, MEAN, RSTD, ALONG, LEVEL, width,
-    RMS: tl.constexpr, HAS_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    RMS: tl.constexpr, OFFSET: tl.constexpr, HAS_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows,): means over the row of dy * weight * unit and of dy * weight."""
     row = tl.program_id(0).to(tl.int64)
@@ -40,7 +104,10 @@ def wide_rows(
         x = tl.load(X + row * width + column, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(DY + row * width + column, mask=mask, other=0.0).to(tl.float32)
         if HAS_W:
-            g = g * tl.load(W + column, mask=mask, other=0.0).to(tl.float32)
+            w = tl.load(W + column, mask=mask, other=0.0).to(tl.float32)
+            if OFFSET:
+                w += 1.0
+            g = g * w
         along += g * ((x - mean) * rstd)
         level += g
     tl.store(ALONG + row, tl.sum(along, 0) / width)
@@ -51,7 +118,7 @@ def wide_rows(
 @triton.jit
 def wide_columns(
     X, W, DY, DTOTAL, DX, MEAN, RSTD, ALONG, LEVEL, PW, PB, rows, width, chunks, chunk_rows,
-    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr,
+    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
     HAS_W: tl.constexpr, HAS_B: tl.constexpr, WRITE_DX: tl.constexpr,
     STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -63,6 +130,8 @@ def wide_columns(
     w = tl.full((BLOCK_C,), 1.0, tl.float32)
     if HAS_W:
         w = tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)
+        if OFFSET:
+            w += 1.0
     sum_w = tl.zeros((BLOCK_C,), tl.float32)
     sum_b = tl.zeros((BLOCK_C,), tl.float32)
     low = chunk * chunk_rows
@@ -99,12 +168,17 @@ def wide_columns(
         tl.store(PB + out, sum_b, mask=in_column)
 
 
+def forward(pointers: tuple[Tensor, ...], width: int, eps: float, flags: dict[str, Any]) -> None:
+    """Fill y and the statistics, and with ADD the total, of rows of any width."""
+    rows = pointers[-1].numel()
+    wide_forward[(rows,)](*pointers, width, eps, BLOCK_C=ROW_COLUMNS, num_warps=ROW_WARPS, **flags)
+
+
 def backward(
     inputs: tuple[Tensor, ...],
     folded: Folded,
     columns: int,
     flags: dict[str, Any],
-    llama: bool,
     programs: int | None,
 ) -> tuple[Tensor, int]:
     """Write dx; return partial rows (columns, examples * chunks, width) and chunks an example."""
@@ -114,7 +188,8 @@ def backward(
     if flags["WRITE_DX"]:
         wide_rows[(examples * rows,)](
             x, weight, dy, mean, rstd, along, level, width,
-            RMS=flags["RMS"], HAS_W=flags["HAS_W"], BLOCK_C=ROW_COLUMNS, num_warps=ROW_WARPS,
+            RMS=flags["RMS"], OFFSET=flags["OFFSET"], HAS_W=flags["HAS_W"],
+            BLOCK_C=ROW_COLUMNS, num_warps=ROW_WARPS,
         )  # fmt: skip
     blocks = triton.cdiv(width, TILE.columns)
     slots = launch.programs(x.device, TILE.resident) if programs is None else programs
@@ -125,7 +200,7 @@ def backward(
     partials = x.new_empty((columns, examples * chunks, width), dtype=torch.float32)
     wide_columns[(examples * chunks, blocks)](
         *inputs, along, level, partials[0], partials[-1], rows, width, chunks, chunk_rows,
-        LLAMA=llama, STAGES=TILE.stages, BLOCK_R=block, BLOCK_C=TILE.columns,
+        STAGES=TILE.stages, BLOCK_R=block, BLOCK_C=TILE.columns,
         num_warps=TILE.warps, **flags,
     )  # fmt: skip
     return partials, chunks

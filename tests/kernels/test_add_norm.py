@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainc.kernels import add_norm, add_rms_norm, layer_norm, rms_norm
+from trainc.kernels.support import accumulation_dtype
 
 Norms = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], int]
 NORMS: dict[str, Norms] = {
@@ -110,6 +111,49 @@ def test_summands_of_other_shapes_are_refused(norms: Norms) -> None:
         norms[0](x, x[:1], weight, bias, None)
 
 
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float64),
+]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("probed", [False, True])
+def test_autocast_on_a_cpu_does_what_it_does_to_the_composition(
+    norms: Norms, dtypes: tuple[torch.dtype, torch.dtype], probed: bool
+) -> None:
+    fused, _, theirs, columns = norms
+    x, residual = (part.to(d) for part, d in zip(inputs(torch.float32), dtypes, strict=False))
+    dtype = torch.promote_types(*dtypes)
+    weight, bias = (part.to(dtype) for part in inputs(torch.float32)[2:])
+    probe = torch.zeros(3, columns, dtype=accumulation_dtype(dtype)) if probed else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fused(x, residual, weight, bias, probe)
+        total = x + residual
+        same(list(got), [total, theirs(total, weight, bias)])
+    assert [one.dtype for one in got] == [dtype, dtype]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_the_rule_for_cudas_autocast_is_that_of_the_composition(
+    norms: Norms, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Torch adds in the promoted dtype there and normalises in float32; our rule runs anywhere."""
+    x, residual = (part.to(d) for part, d in zip(inputs(torch.float32), dtypes, strict=False))
+    total = x + residual
+    wide = total if total.dtype == torch.float64 else total.float()
+    weight, bias = (part.to(wide.dtype) for part in inputs(torch.float32)[2:])
+    rest: tuple[Any, ...] = (weight, bias, None, 1e-5)
+    rule: Any = add_norm.autocast
+    if norms is NORMS["rms"]:
+        rest = (weight, None, torch.finfo(wide.dtype).eps, "none")
+        rule = add_rms_norm.autocast
+    got = rule(x, residual, [16], *rest)
+    same(list(got[:2]), [total, norms[2](wide, weight, bias)])
+
+
 def close(got: Any, want: Any, dtype: torch.dtype) -> None:
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     for mine, theirs in zip(got, want, strict=True):
@@ -139,7 +183,7 @@ def test_triton_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("casting", rms_norm.CASTINGS)
+@pytest.mark.parametrize("casting", [*rms_norm.CASTINGS, rms_norm.OFFSET])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_triton_rms_norm(casting: str, dtype: torch.dtype) -> None:
     from trainc.kernels import triton_add_norm_launch as launch

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.kernels import launch, layer_norm, rms_norm
+from trainc.kernels import add_norm, add_rms_norm, launch, layer_norm, rms_norm
 from trainc.kernels.launch import Tile
 
 CPU = torch.device("cpu")
@@ -135,3 +135,42 @@ def test_wide_rows_agree_with_the_eager_kernel(
     monkeypatch.setattr(wide, "ROW_COLUMNS", 32)
     got, want = both(shape, rms, programs=8)
     torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 70), (3, 32), (1, 2, 33)], ids=str)
+@pytest.mark.parametrize("casting", [None, "none", "llama", "gemma"])
+def test_rows_too_wide_for_forward_are_walked_along(
+    shape: tuple[int, ...], casting: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both pairs of operators, the norm alone and of a sum, about a mean far from zero."""
+    from trainc.kernels import triton_add_norm_launch as added
+    from trainc.kernels import triton_norm_launch as alone
+    from trainc.kernels import triton_norm_wide as wide
+
+    monkeypatch.setattr(launch, "MAX_WIDTH", 16)
+    monkeypatch.setattr(wide, "ROW_COLUMNS", 32)
+    torch.manual_seed(0)
+    # The interpreter truncates to bfloat16, which far from zero would be all that one sees.
+    far = 40 if dtype == torch.float32 else 0
+    x, residual = ((torch.randn(shape) + far).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(shape[-1]).to(dtype) for _ in range(2))
+    tail, probe = shape[-1:], torch.zeros(shape[0], 2)
+    pairs: list[tuple[Any, Any]]
+    if casting is None:
+        rest: tuple[Any, ...] = (tail, weight, bias, probe, 1e-5)
+        pairs = [
+            (alone.layer_norm_forward(x, *rest), layer_norm.eager_forward(x, *rest)),
+            (added.layer_forward(x, residual, *rest), add_norm.eager_forward(x, residual, *rest)),
+        ]
+    else:
+        rest = (tail, weight, None, 1e-5, casting)
+        pairs = [
+            (alone.rms_norm_forward(x, *rest), rms_norm.eager_forward(x, *rest)),
+            (added.rms_forward(x, residual, *rest), add_rms_norm.eager_forward(x, residual, *rest)),
+        ]
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    for got, want in pairs:
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)

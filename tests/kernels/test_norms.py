@@ -11,6 +11,7 @@ from torch.nn import functional
 from trainc.kernels import layer_norm as ln
 from trainc.kernels import rms_norm as rms
 from trainc.kernels import support
+from trainc.kernels.add_rms_norm import add_rms_norm
 
 Sizes = tuple[int, ...]
 
@@ -89,10 +90,38 @@ def test_statistics_have_the_dtype_the_fake_kernel_promises(weight: torch.dtype 
         torch.library.opcheck(torch.ops.trainc.layer_norm.default, arguments)
 
 
-def test_measuring_does_not_change_the_input_gradient(kind: str) -> None:
+def test_measuring_does_not_change_the_input_gradient(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Small inputs without a probe are torch's composition, another formula than the operator's.
+    monkeypatch.setattr(rms, "as_composed", lambda *_: False)
     for shape in SHAPES:
         parts = inputs(*shape, torch.float32)
         assert torch.equal(run(kind, True, parts)["dx"], run(kind, False, parts)["dx"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_small_rms_norms_without_probe_are_torch_bit_for_bit(dtype: torch.dtype) -> None:
+    parts = inputs((4, 5, 16), (16,), dtype)
+    got, want = run("rms_norm", False, parts), torch_run("rms_norm", parts)
+    assert all(torch.equal(got[name], want[name]) for name in want if name != "dbias")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_ways_to_the_input_gradient_agree(
+    shape: tuple[Sizes, Sizes], weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, _, dy = (p.detach() for p in inputs(*shape, torch.float64))
+    tail, given = weight.shape, weight if weighted else None
+    _, rstd = rms.eager_forward(x, tail, given, None, 1e-5, "none")
+    want = rms.reference(x, tail, given, dy, 1e-5)["dx"]
+    for small in (0, x.numel()):
+        monkeypatch.setattr(rms, "SMALL", small)
+        dx, *_ = rms.eager_backward(
+            dy, x, tail, rstd, given, "none", [True, False], with_norms=False
+        )
+        torch.testing.assert_close(dx, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -244,6 +273,23 @@ def test_autocast_does_what_it_does_to_torch(kind: str, x_dtype: torch.dtype) ->
     assert pair[0].dtype == pair[1].dtype
 
 
+@pytest.mark.parametrize("x_dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_rule_for_cudas_autocast_is_torchs(x_dtype: torch.dtype) -> None:
+    """Torch's rule there is float32; ours runs on any device."""
+    x, weight, *_ = (p.detach() for p in inputs((3, 5, 8), (8,), x_dtype))
+    wide = x if x_dtype == torch.float64 else x.float()
+    got = rms.autocast(x, (8,), weight, None, 1e-5, "none")[0]
+    assert torch.equal(got, functional.rms_norm(wide, (8,), weight.to(wide.dtype), 1e-5))
+    for casting in ("llama", rms.OFFSET):  # spelled out by modules, whose casts autocast keeps
+        y = rms.autocast(x, (8,), weight, None, 1e-5, casting)[0]
+        assert torch.equal(y, rms.rms_norm(x, (8,), weight, None, 1e-5, casting))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_cudas_autocast_reaches_our_rule(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"trainc::{name}", "AutocastCUDA")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -262,7 +308,76 @@ def test_wrong_shapes_are_named(arguments: tuple[Any, ...], message: str) -> Non
 
 def test_unknown_casting_is_refused() -> None:
     with pytest.raises(RuntimeError, match="casting"):
-        rms.rms_norm(torch.zeros(2, 3), (3,), casting="gemma")
+        rms.rms_norm(torch.zeros(2, 3), (3,), casting="rounded")
+
+
+def gemma(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """The formula of transformers' GemmaRMSNorm; float64 stays float64."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * (1.0 + weight.to(wide.dtype))).type_as(x)
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gemma_casting_is_the_transformers_formula(
+    dtype: torch.dtype, weight_dtype: torch.dtype | None, added: bool
+) -> None:
+    x, weight, _, dy = inputs((4, 6, 32), (32,), dtype)
+    weight = weight.detach().to(weight_dtype or dtype).requires_grad_()
+    wide = support.accumulation_dtype(dtype)
+    probe = torch.zeros(4, 1, dtype=wide, requires_grad=True)
+    other = x.detach().flip(0)
+    if added:
+        _, got = add_rms_norm(x, other, (32,), weight, probe, 1e-5, rms.OFFSET)
+    else:
+        got = rms.rms_norm(x, (32,), weight, probe, 1e-5, rms.OFFSET)
+    source = x + other if added else x
+    want = gemma(source, weight)
+    assert torch.equal(got, want)
+    assert got.dtype == want.dtype == dtype
+    low = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2}[dtype]
+    ours = torch.autograd.grad(got, (x, weight, probe), dy)
+    theirs = torch.autograd.grad(want, (x, weight), dy)
+    for left, right in zip(ours, theirs, strict=False):
+        torch.testing.assert_close(left, right, rtol=low, atol=low)
+    # Norms by definition, in float64: the factor is one more than the weight.
+    exact = rms.reference(
+        source.detach().double(), (32,), 1 + weight.detach().double(), dy.double(), 1e-5
+    )
+    torch.testing.assert_close(ours[2].double(), exact["norms"], rtol=1e-4, atol=0)
+    if dtype != torch.bfloat16:
+        torch.testing.assert_close(got.double(), exact["y"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[0].double(), exact["dx"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.models
+def test_gemma_casting_is_the_transformers_module() -> None:
+    modeling = pytest.importorskip("transformers.models.gemma.modeling_gemma")
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, *_ = (p.detach() for p in inputs((4, 6, 32), (32,), dtype))
+        module = modeling.GemmaRMSNorm(32, eps=1e-5).to(dtype)
+        module.weight.data.copy_(weight)
+        assert torch.equal(rms.rms_norm(x, (32,), weight, None, 1e-5, rms.OFFSET), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("examples", [0, 3])
+def test_gemma_casting_in_the_operators(examples: int, dtype: torch.dtype) -> None:
+    x, weight, *_ = inputs((examples, 2, 8), (8,), dtype)
+    probe = torch.zeros(examples, 1, requires_grad=True)
+    rest = ([8], weight, probe, 1e-5, rms.OFFSET)
+    residual = x.detach().clone().requires_grad_()
+    for operator, given in (("rms_norm", (x,)), ("add_rms_norm", (x, residual))):
+        overload = getattr(torch.ops.trainc, operator).default
+        torch.library.opcheck(overload, (*given, *rest), rtol=2e-2, atol=2e-2)
+
+
+def test_without_a_weight_gemma_scales_nothing() -> None:
+    x = torch.randn(3, 4, 8)
+    want = functional.rms_norm(x, (8,), None, 1e-5)
+    assert torch.equal(rms.rms_norm(x, (8,), None, None, 1e-5, rms.OFFSET), want)
 
 
 def test_stored_layer_norm(stored: Callable[[str], Any], lcg: Callable[..., Tensor]) -> None:

@@ -46,7 +46,7 @@ def detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     ("dtype", "examples"), [(torch.float32, 0), (torch.float32, 3), (torch.bfloat16, 3)], ids=str
 )
 def test_opcheck(case: Any, dtype: torch.dtype, examples: int) -> None:
-    if examples == 0 and case.operator == "task_consistency_loss":
+    if examples == 0 and case.operator.endswith("consistency_loss"):
         pytest.skip("a mean over nothing is nan, which opcheck does not find equal to itself")
     torch.library.opcheck(case.op, case.arguments(dtype, examples), rtol=2e-2, atol=2e-2)
 

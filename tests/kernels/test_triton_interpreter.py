@@ -63,27 +63,27 @@ def test_layer_norm(regime: str, affine: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("casting", rms_norm.CASTINGS)
+@pytest.mark.parametrize("casting", [*rms_norm.CASTINGS, rms_norm.OFFSET])
 def test_rms_norm(regime: str, casting: str, dtype: torch.dtype) -> None:
     from trainc.kernels import triton_norm_launch as launch
 
     examples, rows, width, programs = REGIMES[regime]
     torch.manual_seed(0)
     x, weight = torch.randn(examples, rows, width).to(dtype), torch.randn(width).to(dtype)
-    llama = casting == "llama"
+    options = launch.roundings(casting)
     want = rms_norm.eager_forward(x, [width], weight, None, 1e-5, casting)
-    y, _, rstd = launch.forward(x, [width], weight, None, 1e-5, dtype, rms=True, llama=llama)
+    y, _, rstd = launch.forward(x, [width], weight, None, 1e-5, dtype, rms=True, **options)
     close((y, rstd), want, dtype)
     dy = torch.randn(x.shape).to(dtype)
     want_back = rms_norm.eager_backward(
         dy, x, [width], want[1], weight, casting, [True, True], True
     )
     dx, dweight, _, norms = launch.backward(
-        dy, x, [width], rstd, rstd, weight, False, True, rms=True, llama=llama, programs=programs
+        dy, x, [width], rstd, rstd, weight, False, True, rms=True, programs=programs, **options
     )
     close((dx, dweight.to(dtype)), want_back[:2], dtype)
     # The interpreter truncates to bfloat16 where a device rounds, which llama's inner cast shows.
-    loose = 2e-2 if llama and dtype == torch.bfloat16 else 1e-4
+    loose = 2e-2 if casting == "llama" and dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(norms, want_back[2], rtol=loose, atol=1e-5)
 
 

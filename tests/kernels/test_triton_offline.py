@@ -33,6 +33,7 @@ BACKWARD = f"X:{HALF} W:{HALF} DY:{HALF} DTOTAL:{HALF} DX:{HALF} {NORM} PW:{FULL
 WHOLE = f"{BACKWARD} NORMS:{FULL} examples:i32 rows:i32 width:i32 programs:i32"
 SPLIT = f"{BACKWARD} NORMS:{FULL} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
 FINISH = f"PARTIAL:{FULL} EACH:{FULL} SQUARES:{FULL} examples:i32 chunks:i32 width:i32 first:i32"
+WIDE_FORWARD = FORWARD.replace("rows:i32 ", "")
 WIDE_ROWS = f"X:{HALF} W:{HALF} DY:{HALF} {NORM} ALONG:{FULL} LEVEL:{FULL} width:i32"
 WIDE_COLUMNS = f"{BACKWARD} ALONG:{FULL} LEVEL:{FULL} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
 NOISE = f"H0:{HALF} X:{HALF} Y:{HALF} SIGMA:{FULL} KEY:{INDEX} FIRST:{INDEX} site:i32 "
@@ -42,10 +43,10 @@ LOSS_BACK = f"L:{HALF} TARGETS:{INDEX} D:{HALF} ON_TASK:{FULL} ON_DISTANCE:{FULL
 TAIL = "rows:i32 classes:i32 ignore_index:i32 smoothing:fp32"
 
 KINDS: list[dict[str, Any]] = [
-    {"ADD": False, "RMS": False, "LLAMA": False, "HAS_W": True, "HAS_B": True},
-    {"ADD": True, "RMS": False, "LLAMA": False, "HAS_W": True, "HAS_B": True},
-    {"ADD": False, "RMS": True, "LLAMA": False, "HAS_W": True, "HAS_B": False},
-    {"ADD": True, "RMS": True, "LLAMA": True, "HAS_W": True, "HAS_B": False},
+    {"ADD": False, "RMS": False, "LLAMA": False, "OFFSET": False, "HAS_W": True, "HAS_B": True},
+    {"ADD": True, "RMS": False, "LLAMA": False, "OFFSET": False, "HAS_W": True, "HAS_B": True},
+    {"ADD": False, "RMS": True, "LLAMA": False, "OFFSET": True, "HAS_W": True, "HAS_B": False},
+    {"ADD": True, "RMS": True, "LLAMA": True, "OFFSET": False, "HAS_W": True, "HAS_B": False},
 ]
 
 
@@ -81,10 +82,14 @@ SPECS = [
     spec("triton_norm", "norm_finish", FINISH, COLUMNS=2, BLOCK_S=64, BLOCK_C=32),
     *(
         spec(
-            "triton_norm_wide", "wide_rows", WIDE_ROWS, RMS=k["RMS"], HAS_W=True, BLOCK_C=4096,
-            warps=8,
+            "triton_norm_wide", "wide_rows", WIDE_ROWS, RMS=k["RMS"], OFFSET=k["OFFSET"], HAS_W=True,
+            BLOCK_C=4096, warps=8,
         )
         for k in KINDS[1:3]
+    ),
+    *(
+        spec("triton_norm_wide", "wide_forward", WIDE_FORWARD, **k, BLOCK_C=4096, warps=8)
+        for k in KINDS
     ),
     *(
         spec(
