@@ -25,7 +25,7 @@ class NormSite:
     weight: str | None
     bias: str | None
     eps: float | None
-    casting: Literal["none", "llama"] = "none"
+    casting: Literal["none", "llama", "gemma"] = "none"
     wide: bool = False
     """Whether the examples' gradients themselves are wanted, not their squared norms alone."""
 

@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[1]
 # people's packages (Hugging Face ships a top-level `kernels`) and hide a broken installation.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
-# Specs name `examples.models:gpt`, which resolves from the checkout. Tests get this one package
-# and not its neighbours.
-_examples = importlib.util.spec_from_file_location("examples", ROOT / "examples/__init__.py")
-assert _examples
-assert _examples.loader
-sys.modules["examples"] = importlib.util.module_from_spec(_examples)
-_examples.loader.exec_module(sys.modules["examples"])
+# Specs name `examples.models:gpt`, which resolves from the checkout, and tables of the benchmarks are
+# held by tests. Tests get these two packages and not their neighbours.
+for _name in ("examples", "benchmarks"):
+    _spec = importlib.util.spec_from_file_location(_name, ROOT / _name / "__init__.py")
+    assert _spec
+    assert _spec.loader
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_name])
 
 # Results must not depend on the number of cores, and the workers share them.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -78,7 +78,13 @@ def site_of(name: str, module: nn.Module) -> MeasuredSite:
         site = kind.recognise(name, module)
         if site is not None:
             return site
-    return norm_site(name, module)
+    if "norm" in type(module).__name__.lower():
+        return norm_site(name, module)
+    known = ", ".join(kind.says for kind in kinds().values())
+    raise NotMeasurable(
+        f"`{name}` ({type(module).__name__}) computes something else than the layers that can be measured: norms,"
+        f" {known}; leave it out of the selection"
+    )
 
 
 def own_names(name: str, module: nn.Module) -> dict[str, str]:

@@ -54,9 +54,13 @@ def norm_site(name: str, module: nn.Module) -> NormSite:
     if isinstance(module, known):
         if type(module).forward is known.forward or _error(module, site) < _SAME:
             return site
-    elif list(own) == ["weight"] and isinstance(eps, float) and _error(module, site) < _SAME:
-        llama = NormSite(name, form, site.weight, None, eps, "llama")
-        return min(site, llama, key=lambda s: _error(module, s, half=True))
+    elif list(own) == ["weight"] and isinstance(eps, float):
+        if _error(module, site) < _SAME:
+            llama = NormSite(name, form, site.weight, None, eps, "llama")
+            return min(site, llama, key=lambda s: _error(module, s, half=True))
+        gemma = NormSite(name, form, site.weight, None, eps, "gemma")
+        if _error(module, gemma) < _SAME:
+            return gemma
     made = type(module).__name__
     raise ValueError(f"`{name}` ({made}) is no LayerNorm or RMSNorm: it computes something else")
 

@@ -26,7 +26,7 @@ noise_scale gns on type(LayerNorm) { smooth = 5 steps }
 mask sift on "blocks.*.mlp.**" & ndim(2) { density = 20% }
 regularize l2_sp on "head" { weight = 0.01 }
 observe norm_growth on ndim(2) every 3 steps
-when step > 12 { batch = 6 samples }
+when step > 12 cooldown 9 steps { batch = 6 samples }
 """
 
 

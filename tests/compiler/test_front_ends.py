@@ -47,6 +47,17 @@ def llama() -> Built:
     return hugging_face("LlamaForCausalLM", {"config": "LlamaConfig", **sizes, **rest})
 
 
+def gemma() -> Built:
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    rest = {"num_key_value_heads": 2, "head_dim": 8, "use_cache": False, "pad_token_id": 0}
+    return hugging_face("GemmaForCausalLM", {"config": "GemmaConfig", **sizes, **rest})
+
+
 def bert() -> Built:
     sizes = {
         "hidden_size": 16,
@@ -78,18 +89,18 @@ def timm_vit() -> Built:
 
 FOREIGN = [
     pytest.param(build, id=build.__name__, marks=pytest.mark.models)
-    for build in (gpt2, llama, bert, timm_vit)
+    for build in (gpt2, llama, gemma, bert, timm_vit)
 ]
 ALL = [pytest.param(encoder, id="encoder"), *FOREIGN]
-NORMS = "type(LayerNorm, RMSNorm, LlamaRMSNorm)"
+NORMS = "type(LayerNorm, RMSNorm, LlamaRMSNorm, GemmaRMSNorm)"
 
 
 @pytest.mark.parametrize("build", ALL)
 def test_graph_modules_and_single_examples_agree(build: Callable[[], Built]) -> None:
     torch.manual_seed(0)
     model, batch, loss = build()
-    # Llama's norm computes in float32 whatever it is given: there is no double precision to compare.
-    model.train() if build is llama else model.double().train()
+    # These norms compute in float32 whatever they are given: there is no double precision to compare.
+    model.train() if build in (llama, gemma) else model.double().train()
     keys = list(model.state_dict())
     spec = (
         f"{loss} optimizer adamw {{ lr = 1e-3 }} noise_scale gns on {NORMS} {{ smooth = 5 steps }}"
@@ -122,6 +133,23 @@ def test_a_step_trains_them(build: Callable[[], Built]) -> None:
     losses = [program.step(batch)["loss"] for _ in range(4)]
     assert program.graph_refused is None
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_all_layers_are_measured_tied_heads_too(build: Callable[[], Built]) -> None:
+    torch.manual_seed(0)
+    model, batch, loss = build()
+    model.train()
+    spec = f"{loss} optimizer sgd {{ lr = 0 }} noise_scale gns on all"
+    program = trainc.compile(spec, model)
+    expected = program.execution.contributions(batch)
+    assert set(expected) == {name for name, _ in model.named_parameters()}
+    found = program.execution.trial(batch, "module")[2]
+    for name, squares in expected.items():
+        torch.testing.assert_close(
+            found[name], squares.to(found[name].dtype), rtol=1e-4, atol=1e-9, msg=name
+        )
 
 
 class Unexportable(nn.Module):

@@ -149,7 +149,9 @@ def own_loop(wrapper: str, clause: str, no_sync: bool) -> Callable[[World], Any]
     return run
 
 
-def trains(wrapper: str, clause: str, optimizer: str = "sgd", lr: str = "0.1") -> Callable[[World], Any]:
+def trains(
+    wrapper: str, clause: str, optimizer: str = "sgd", lr: str = "0.1"
+) -> Callable[[World], Any]:
     def run(world: World) -> Any:
         program = world.program(wrapper, clause, optimizer=optimizer, lr=lr)
         found = []

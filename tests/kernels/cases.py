@@ -38,8 +38,9 @@ def layer_norm_reference(x: Tensor, shape: list[int], *rest: Any) -> tuple[Tenso
 
 
 def rms_norm_reference(x: Tensor, shape: list[int], *rest: Any) -> tuple[Tensor, ...]:
-    weight, _, eps, _ = rest
-    return (torch.nn.functional.rms_norm(x, shape, weight, eps),)
+    weight, _, eps, casting = rest
+    factor = 1 + weight if casting == rms_norm.OFFSET else weight
+    return (torch.nn.functional.rms_norm(x, shape, factor, eps),)
 
 
 def add_norm_arguments(
@@ -188,7 +189,7 @@ CASES = [
             "rms_norm_backward",
         )
         for name, (middle, tail) in NORMS.items()
-        for casting in rms_norm.CASTINGS
+        for casting in (*rms_norm.CASTINGS, rms_norm.OFFSET)
     ),
     Case(
         "add_layer_norm",
@@ -207,7 +208,7 @@ CASES = [
             4,
             "add_rms_norm_backward",
         )
-        for casting in rms_norm.CASTINGS
+        for casting in (*rms_norm.CASTINGS, rms_norm.OFFSET)
     ),
     *(
         Case(

@@ -18,6 +18,10 @@ FIGURES = {
     "lr_min": 1e-4,
     "lr_max": 3e-4,
     "gns": 4123.0,
+    "gns.signal": 0.1,
+    "gns.noise": 412.3,
+    "gns.low": 3012.5,
+    "gns.high": math.inf,
     "batch": 32,
     "tokens_per_second": 123456.0,
 }
@@ -61,9 +65,23 @@ def test_what_is_no_terminal_gets_plain_lines_now_and_then() -> None:
     # At once, every 10 seconds, and the last state: each one line, however narrow the terminal.
     assert [line.split("/")[0] for line in found] == ["1", "11", "21", "31", "40"]
     assert found[-1] == (
-        "40/200 steps  20%  loss 2.3457  lr 0.0001..0.0003  noise scale 4123  batch 32  "
+        "40/200 steps  20%  loss 2.3457  lr 0.0001..0.0003  gns 4123 [3012, inf]  batch 32  "
         "tokens/s 123k  left 0:02:40"
     )
+
+
+def test_noise_scales_are_found_by_what_comes_with_them() -> None:
+    display, _, _ = plain()
+    parts = {"signal": 1.0, "noise": 12.0, "low": 8.6, "high": 25.2}
+    early = {"early": 12.0, **{f"early.{name}": value for name, value in parts.items()}}
+    total = {"late.total": 17.5, "late.total_low": 13.1, "late.total_high": 30.0, "late.slope": 1.4}
+    late = {"late": math.nan, **{f"late.{name}": math.nan for name in parts}, **total}
+    display.update({**early, **late, "batch": 8, "gns": 1.0})
+    shown = display.parts()
+    assert list(shown) == ["early", "late", "late of the model", "batch", "left"]
+    assert shown["early"] == "12 [8.6, 25.2]"
+    assert shown["late"] == "? no estimate"
+    assert shown["late of the model"] == "17.5 [13.1, 30]"
 
 
 def test_notes_are_printed_at_once() -> None:

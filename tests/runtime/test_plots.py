@@ -26,7 +26,8 @@ def record_run(folder: Path, steps: int = 300, seed: int = 0, layers: int = 3) -
             "loss": math.nan if step == 250 else 4 * step**-0.3 + 0.2 * noise.gauss(0, 1),
             "lr_min": 0.5 * rate,
             "lr_max": 1.5 * rate,
-            "gns": step - 10.0,
+            "gns": step - 10.0 if step > 10 else math.nan,
+            **{f"gns.{part}": 1.0 for part in ("signal", "noise", "low", "high")},
             "batch": 32 if step < 100 else 64,
         }
         if step % 10 == 0:
@@ -42,8 +43,8 @@ def record_run(folder: Path, steps: int = 300, seed: int = 0, layers: int = 3) -
 
 def test_one_run_has_a_panel_for_all_it_measured(tmp_path: Path) -> None:
     run = record_run(tmp_path / "a")
-    titles = [title for title, _ in list_panels(load([run]))]
-    assert titles == ["Loss", "Learning rate", "Noise scale and batch", "norm by layer"]
+    titles = [panel.title for panel in list_panels(load([run]))]
+    assert titles == ["Loss", "Learning rate", "Noise scale gns and batch size", "norm by layer"]
     output = draw([run], tmp_path / "pictures/run.png")
     assert output.read_bytes().startswith(PNG)
 
@@ -53,7 +54,7 @@ def test_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     loaded = load(runs)
     assert [run.name for run in loaded] == ["a/seed-1", "b/seed-1"]
     assert len({run.color for run in loaded}) == 2
-    assert [title for title, _ in list_panels(loaded)][3:] == [
+    assert [panel.title for panel in list_panels(loaded)][3:] == [
         "norm by layer, a/seed-1",
         "norm by layer, b/seed-1",
     ]
@@ -64,7 +65,7 @@ def test_a_run_that_measured_little_is_drawn_too(tmp_path: Path) -> None:
     folder = tmp_path / "short"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    assert [title for title, _ in list_panels(load([folder]))] == ["Loss"]
+    assert [panel.title for panel in list_panels(load([folder]))] == ["Loss"]
     assert draw([folder], tmp_path / "short.png").exists()
 
 

@@ -376,6 +376,7 @@ class NamedLayerNorm(nn.LayerNorm):
         (nn.RMSNorm(6), "rms", "none"),
         (LlamaLike(6), "rms", "llama"),
         (LateRMSNorm(6), "rms", "none"),
+        (GemmaLikeRMSNorm(6), "rms", "gemma"),
     ],
 )
 def test_the_form_of_a_norm_is_found(
@@ -390,22 +391,19 @@ def test_the_form_of_a_norm_is_found(
         assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
-@pytest.mark.parametrize(
-    "module", [GemmaLikeRMSNorm(6), WrongEpsRMSNorm(6), ImageLayerNorm(6), nn.Linear(6, 6)]
-)
+@pytest.mark.parametrize("module", [WrongEpsRMSNorm(6), ImageLayerNorm(6), nn.Linear(6, 6)])
 def test_what_computes_something_else_is_refused(module: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"`x`.*it computes something else"):
         norm_site("x", module)
 
 
 @pytest.mark.models
-def test_the_norms_of_llama_are_taken_and_those_of_gemma_refused() -> None:
+def test_the_norms_of_llama_and_gemma_are_taken() -> None:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     assert norm_site("n", LlamaRMSNorm(16)).casting == "llama"
-    with pytest.raises(ValueError, match="something else"):
-        norm_site("n", GemmaRMSNorm(16))
+    assert norm_site("n", GemmaRMSNorm(16)).casting == "gemma"
 
 
 class Raw(nn.Module):

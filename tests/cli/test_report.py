@@ -1,0 +1,152 @@
+"""`trainc report` on noise scales: the figures side by side, layers at the end, and without matplotlib."""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.noise_runs import NAN, figures, plan, six_steps, step, write_run
+from trainc.cli.app import main
+
+PLAN = plan(("noise_scale", "gns", {"unit": "row", "level": 0.9}))
+
+
+def report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> tuple[int, str, str]:
+    """Run the command and return exit status, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["trainc", "report", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr()
+    return int(left.value.code or 0), said.out, said.err
+
+
+def row(out: str, name: str) -> list[str]:
+    """Return the cells of the first row with a name."""
+    (found, *_) = [line for line in out.splitlines() if line.startswith(name)]
+    return re.split(r"\s{2,}", found[len(name) :].strip())
+
+
+def test_a_run_tells_its_noise_scale_and_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "a", six_steps(), PLAN)
+    status, out, _ = report(monkeypatch, capsys, run)
+    assert status == 0
+    assert row(out, "gns, samples") == ["? |G|^2 unsure, > 3"]
+    assert row(out, "gns undetermined") == ["3 of 6 steps"]
+    assert row(out, "gns over the run") == ["▁!!▅█!"]
+    heads = ["samples", "|G|^2", "tr(Sigma)", "share of tr(Sigma)", "undetermined"]
+    assert row(out, "gns by layer") == heads
+    layers = out[out.index("gns by layer") :]
+    assert row(layers, "a ") == ["?", "1", "3", "30.0%", "50% of steps"]
+    assert row(layers, "b ") == ["12", "2", "5", "50.0%", "0% of steps"]
+    assert row(layers, "c ") == ["?", "-1", "2", "20.0%", "100% of steps"]
+    assert "of the whole model" not in out
+
+
+def test_calibrated_and_plain_runs_stand_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    total = {"gns.total": 15.0, "gns.total_low": 9.0, "gns.total_high": 21.0, "gns.slope": 1.5}
+    runs = [
+        write_run(tmp_path / "a", [step(1, figures("gns", 10.0, 8.0, 14.0), total)], PLAN),
+        write_run(tmp_path / "b", [step(1, figures("gns", 20.0))], PLAN),
+        write_run(tmp_path / "c", [step(1)], plan()),
+    ]
+    status, out, _ = report(monkeypatch, capsys, *runs)
+    assert status == 0
+    assert row(out, "gns, samples") == ["10 [8, 14]", "20 [?]", "-"]
+    assert row(out, "gns of the whole model") == ["15 [9, 21]", "-", "-"]
+
+
+def test_runs_that_measure_otherwise_share_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = plan(("noise_scale", "gns", {"unit": "document", "level": 0.5}))
+    runs = [
+        write_run(tmp_path / name, [step(1, figures("gns", scale))], written)
+        for name, scale, written in (("a", 10.0, PLAN), ("b", 20.0, other))
+    ]
+    status, out, _ = report(monkeypatch, capsys, *runs)
+    assert status == 0
+    assert row(out, "gns, samples or documents") == ["10 [?]", "20 [?]"]
+
+
+def test_two_clauses_have_rows_and_tables_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = plan(
+        ("noise_scale", "early", {"unit": "row", "level": 0.9}),
+        ("noise_scale", "late", {"unit": "document", "level": 0.9}),
+    )
+    series = {"early": {"x": 4.0}, "late": {"y": 5.0}}
+    record = step(
+        1, figures("early", 4.0, 3.0, 5.0), figures("late", NAN, signal=NAN), series=series
+    )
+    status, out, _ = report(monkeypatch, capsys, write_run(tmp_path / "a", [record], written))
+    assert status == 0
+    assert row(out, "early, samples") == ["4 [3, 5]"]
+    assert row(out, "late, documents") == ["? no estimate"]
+    assert row(out, "early by layer")[0] == "samples"
+    assert row(out, "late by layer")[0] == "documents"
+    # Parts that an older run did not record by layer are unknown, not zero.
+    assert row(out[out.index("early by layer") :], "x ") == ["4", "?", "?", "?", "0% of steps"]
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "a", six_steps(), PLAN)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    picture = tmp_path / "picture.png"
+    status, out, err = report(monkeypatch, capsys, run, "--plot", picture)
+    assert status == 1
+    assert "install trainc[plots]" in err
+    assert "gns by layer" in out
+    assert not picture.exists()
+
+
+def test_a_real_run_records_what_the_report_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainc.runtime import noise_figures
+    from trainc.runtime.metrics import read
+
+    spec = tmp_path / "small.train"
+    spec.write_text(
+        """
+        train 1
+        model "examples.models:gpt" { layers = 2, width = 32, heads = 2, context = 16 }
+        data "examples.data:stdlib" { batch = 4 samples, context = 16, limit_bytes = 30_000 }
+        loss cross_entropy
+        run { length = 6 steps, seed = 5 }
+        optimizer adamw { lr = 3e-3 }
+        noise_scale gns as scale on type(LayerNorm) { smooth = 5 steps, calibrate = 2 steps }
+        """
+    )
+    run = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["trainc", "run", str(spec), "-o", str(run), "--plain"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    assert "scale of the model" in capsys.readouterr().out
+    records = [record for record in read(run / "metrics.jsonl") if "loss" in record]
+    layers = noise_figures.layers(records, "scale")
+    assert len(layers) == 5
+    for layer in layers:
+        if layer.signal > 0 and layer.noise > 0:
+            assert layer.scale == pytest.approx(layer.noise / layer.signal)
+    # All layers are averaged alike, so their parts add up to those of the clause.
+    assert math.fsum(layer.noise for layer in layers) == pytest.approx(records[-1]["scale.noise"])
+    assert math.fsum(layer.signal for layer in layers) == pytest.approx(records[-1]["scale.signal"])
+    calibrated = [record["step"] for record in records if "scale.point" in record]
+    assert len(calibrated) == 3
+    assert all("scale.slope_high" in records[number - 1] for number in calibrated)
+    status, out, _ = report(monkeypatch, capsys, run)
+    assert status == 0
+    assert "scale of the whole model" in out
+    assert "scale by layer" in out
