@@ -17,6 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from trainc.runtime.noise_figures import labels, told, told_total
+
 Figures = Mapping[str, float]
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -95,7 +97,7 @@ class Display:
             self._live.start()
 
     def update(self, figures: Figures) -> None:
-        """Take the figures of one step: `position`, `loss`, `lr_min`, `lr_max`, `gns`, ..."""
+        """Take the figures of one step: `position`, `loss`, `lr_min`, `lr_max`, noise scales, ..."""
         self._figures.update(figures)
         self._stale = True
         if "loss" in figures:
@@ -147,8 +149,10 @@ class Display:
         if "lr_min" in known and "lr_max" in known:
             low, high = known["lr_min"], known["lr_max"]
             shown["lr"] = f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
-        if "gns" in known:
-            shown["noise scale"] = quantity(known["gns"])
+        for label in labels(known):
+            shown[label] = told(known, label)
+            if (whole := told_total(known, label)) is not None:
+                shown[f"{label} of the model"] = whole
         if "batch" in known:
             shown["batch"] = quantity(known["batch"])
         for name in ("tokens", "samples"):

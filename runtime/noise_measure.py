@@ -157,7 +157,10 @@ class Measure(Action):
             whole = self.whole()
             line = self.calibration.through_origin(s.level)
             found[f"{self.name}.total"] = whole.scale
-            found[f"{self.name}.total_low"], found[f"{self.name}.total_high"] = whole.low, whole.high
+            found[f"{self.name}.total_low"], found[f"{self.name}.total_high"] = (
+                whole.low,
+                whole.high,
+            )
             found[f"{self.name}.slope"] = line.slope
         step.signals.update(found)
         step.metrics.update(found)

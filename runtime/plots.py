@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trainc.runtime.metrics import Record, read, series
+from trainc.runtime.noise_plots import noise_panels
+from trainc.runtime.records import Panel, RunRecords
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,37 +35,6 @@ STYLE = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RunRecords:
-    """The metrics of one run, with a name to tell it by."""
-
-    name: str
-    records: list[Record]
-    color: str
-
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Return steps and values of one quantity."""
-        return series(self.records, name)
-
-    def has(self, name: str) -> bool:
-        """Say whether any step measured a quantity."""
-        return any(name in record for record in self.records)
-
-    def layers(self) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-        """Return what was measured per layer: quantity -> layer -> steps and values."""
-        found: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
-        for record in self.records:
-            for quantity, values in record.get("series", {}).items():
-                for layer, value in values.items():
-                    steps, kept = found.setdefault(quantity, {}).setdefault(layer, ([], []))
-                    steps.append(record["step"])
-                    kept.append(value)
-        return found
-
-
-Panel = tuple[str, Callable[["Axes"], None]]
-
-
 def draw(run_folders: Sequence[Path], output: Path) -> Path:
     """Draw runs over each other into a PNG file and return its path; needs matplotlib."""
     try:
@@ -75,27 +44,41 @@ def draw(run_folders: Sequence[Path], output: Path) -> Path:
     except ImportError as problem:
         raise ValueError("drawing needs matplotlib: install trainc[plots]") from problem
     runs = load(run_folders)
-    panels = list_panels(runs)
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    rows = _arrange(list_panels(runs))
+    columns = max(len(row) for row in rows)
+    heights = [max(panel.height for panel in row) for row in rows]
     with rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
-        figure = Figure(figsize=(5.6 * columns, 3.3 * rows), layout="constrained", dpi=150)
+        size = (5.6 * columns, sum(heights))
+        figure = Figure(figsize=size, layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
-        for index, (title, fill) in enumerate(panels):
-            axes = figure.add_subplot(rows, columns, index + 1)
-            fill(axes)
-            axes.set_title(title)
-            axes.set_xlabel("step")
-            axes.margins(x=0.01)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend()
+        grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+        for index, row in enumerate(rows):
+            for column, panel in enumerate(row):
+                place = slice(None) if panel.wide else column
+                _fill(figure.add_subplot(grid[index, place]), panel)
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, format="png", facecolor="white")
     return output
 
 
+def _arrange(panels: Sequence[Panel]) -> list[list[Panel]]:
+    """Return panels in rows: two beside each other, wide ones alone and last."""
+    narrow = [panel for panel in panels if not panel.wide]
+    pairs = [narrow[at : at + 2] for at in range(0, len(narrow), 2)]
+    return pairs + [[panel] for panel in panels if panel.wide]
+
+
+def _fill(axes: Axes, panel: Panel) -> None:
+    axes.set_xlabel("step")
+    axes.margins(x=0.01)
+    panel.fill(axes)
+    axes.set_title(panel.title)
+    if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
 def load(run_folders: Sequence[Path]) -> list[RunRecords]:
-    """Read the metrics of runs, named by the parts of their paths in which they differ."""
+    """Read what runs measured, named by the parts of their paths in which they differ."""
     if not run_folders:
         raise ValueError("there is no run to draw")
     folders = [folder.resolve() for folder in run_folders]
@@ -106,7 +89,7 @@ def load(run_folders: Sequence[Path]) -> list[RunRecords]:
         if not path.exists():
             raise ValueError(f"{run_folders[index]} holds no run: there is no metrics.jsonl in it")
         name = folder.relative_to(shared).as_posix()
-        runs.append(RunRecords(name, read(path), COLORS[index % len(COLORS)]))
+        runs.append(RunRecords.of(folder, name, COLORS[index % len(COLORS)]))
     if not any(run.records for run in runs):
         raise ValueError("no step was measured yet")
     return runs
@@ -114,21 +97,17 @@ def load(run_folders: Sequence[Path]) -> list[RunRecords]:
 
 def list_panels(runs: list[RunRecords]) -> list[Panel]:
     """Return the panels that have something to show: title and what fills the axes."""
-    panels: list[Panel] = [("Loss", lambda axes: _losses(axes, runs))]
+    panels = [Panel("Loss", lambda axes: _losses(axes, runs))]
     if any(run.has("lr_max") for run in runs):
-        panels.append(("Learning rate", lambda axes: _rates(axes, runs)))
-    scales = sorted({n for run in runs for record in run.records for n in record if _is_scale(n)})
-    if scales:
-        panels.append(("Noise scale and batch", lambda axes: _scales(axes, runs, scales)))
+        panels.append(Panel("Learning rate", lambda axes: _rates(axes, runs)))
+    panels += noise_panels(runs)
     for run in runs:
+        drawn = {f"{c.label}{part}" for c in run.scales for part in ("", ".signal", ".noise")}
         for quantity, layers in run.layers().items():
-            title = f"{quantity} by layer" + (f", {run.name}" if len(runs) > 1 else "")
-            panels.append((title, lambda axes, layers=layers: _layers(axes, layers)))  # type: ignore[misc]
+            if quantity not in drawn:
+                title = f"{quantity} by layer" + (f", {run.name}" if len(runs) > 1 else "")
+                panels.append(Panel(title, lambda axes, layers=layers: _layers(axes, layers)))  # type: ignore[misc]
     return panels
-
-
-def _is_scale(name: str) -> bool:
-    return name == "gns" or name.endswith("_gns")
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
@@ -194,32 +173,6 @@ def _rates(axes: Axes, runs: list[RunRecords]) -> None:
                 label="over all parameters" if len(runs) == 1 else None,
             )
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-
-
-def _scales(axes: Axes, runs: list[RunRecords], scales: list[str]) -> None:
-    lines = ("-", "-.", ":", (0, (1, 3)))
-    for run in runs:
-        prefix = "" if len(runs) == 1 else f"{run.name} "
-        for index, name in enumerate(scales):
-            steps, values = run.series(name)
-            if steps:
-                above = [value if value > 0 else math.nan for value in values]
-                line: Any = lines[index % len(lines)]
-                label = f"{prefix}{name}"
-                axes.plot(steps, above, linestyle=line, color=run.color, linewidth=1.3, label=label)
-        steps, batches = run.series("batch")
-        axes.step(
-            steps,
-            batches,
-            where="post",
-            color="#555555" if len(runs) == 1 else run.color,
-            alpha=0.7,
-            linewidth=1,
-            linestyle="--",
-            label=f"{prefix}batch",
-        )
-    axes.set_yscale("log")
-    axes.set_ylabel("samples")
 
 
 def _layers(axes: Axes, layers: dict[str, tuple[list[int], list[float]]]) -> None:

@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trainc.cli import noise_tables
 from trainc.runtime.metrics import Record, read
+from trainc.runtime.noise_figures import clauses as clauses_of_noise
 
 WIDE = 132
 
@@ -114,6 +116,8 @@ def figures(runs: Sequence[Finished], names: Sequence[str]) -> Table:
         table.add_column(name, justify="right", overflow="fold")
     for label, figure in FIGURES.items():
         table.add_row(label, *(figure(run) for run in runs))
+    for label, texts in noise_tables.figures([(run.plan, run.steps) for run in runs]).items():
+        table.add_row(label, *map(Text, texts))
     return table
 
 
@@ -169,6 +173,10 @@ def show(runs: Sequence[Finished], console: Console) -> None:
             console.print(Text(f"  {line}"), soft_wrap=True)
         if message := run.summary.get("message"):
             console.print(Text(f"{run.reason}: {message}"), soft_wrap=True)
+        for clause in clauses_of_noise(run.plan, run.steps):
+            if (layers := noise_tables.layers(clause, run.steps)) is not None:
+                console.print()
+                console.print(layers)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -198,9 +206,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Summarise finished runs, side by side.
 
-        Tells how each ended, its losses, and what each clause of its spec did; for several runs
-        also which clauses differ. `--plot` draws losses, rates, noise scale and figures per layer
-        into a PNG file.
+        Tells how each ended, its losses, its noise scales, also by layer, and what each clause of
+        its spec did; for several runs also which clauses differ. `--plot` draws losses, rates,
+        noise scales with the batch size, and figures per layer into a PNG file.
         """
         found = [Finished(folder) for folder in runs]
         for run in found:

@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
         Writes metrics.jsonl, checkpoints and a summary to the folder. An interrupt saves and leaves; `--resume`
         continues bit for bit.
         """
-        from trainc.compiler.sites import SiteError
+        from trainc.compiler.layers.armed import SiteError
         from trainc.compiler.train import train
         from trainc.runtime.checkpoint import DamagedCheckpoint
         from trainc.runtime.folder import RunExists

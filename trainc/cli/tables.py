@@ -56,6 +56,7 @@ def show_plan(plan: Plan, full: bool = False, console: Console | None = None) ->
     _print(
         console, "The step", ("phase", "clause", "action", "reads", "writes", "when"), step, limit
     )
+    _batch(console, plan.settings.get("batch"))
     _schedules(console, plan, full)
     sites = _alike(plan.sites, "site", ("operator", "pass", "road"), full)
     rows = [(name, count, r["operator"], r["pass"], r["road"]) for name, count, r, _ in sites]
@@ -115,6 +116,18 @@ def _joined(resources: Sequence[str]) -> str:
     plain = [r for r in resources if not r.startswith("signal:")]
     signals = len(resources) - len(plain)
     return " ".join([*plain, *([f"{signals} signals"] if signals else [])])
+
+
+def _batch(console: Console, row: Row | None) -> None:
+    """Print what sets a batch that changes, and which conversions hold only where it begins."""
+    if row is None:
+        return
+    sizes = f"from {row['starts']}" if row["starts"] else "from what the loop gives"
+    sizes += f" to {row['to']} samples in micro-batches of {row['micro']}" if "to" in row else ""
+    console.print(f"Batch: {row['by']}, {sizes}")
+    for note in row["notes"]:
+        console.print(f"  note: {note}")
+    console.print()
 
 
 def _schedules(console: Console, plan: Plan, full: bool) -> None:
