@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import updates
+from benchmarks import layers, updates
 from benchmarks.measure import ROOT, Json, Times, compared, in_turn, load, machine, seconds, timed
 from benchmarks.operators import (
     KEY,
@@ -25,6 +25,7 @@ from benchmarks.operators import (
     Size,
     batch_norm,
     embedding,
+    head,
     linear,
     loss,
     noisy,
@@ -57,12 +58,15 @@ CASES: dict[str, tuple[Build, tuple[Size, ...]]] = {
     "noisy_add, none": (noisy(add=True, share="none"), (Size(16, 128, 192),)),
     "task_consistency_loss, mse": (loss("mse"), (Size(1, 256, 1000), Size(1, 1024, 5000))),
     "task_consistency_loss, kl": (loss("kl"), (Size(1, 256, 1000), Size(1, 1024, 5000))),
+    "head_consistency_loss, mse": (head("mse", 256), (Size(1, 512, 8192), Size(1, 512, 32000))),
+    "head_consistency_loss, kl": (head("kl", 256), (Size(1, 512, 8192), Size(1, 512, 32000))),
     "linear, probe": (linear, (MIDDLE, Size(8, 16, 256))),
     "embedding, probe": (embedding, (MIDDLE,)),
     "ghost_batch_norm": (batch_norm, IMAGES),
     "multi_norm": (updates.multi_norm, (Size(120, 32, 256), Size(12, 1024, 768))),
     "sparse_adamw_": (updates.sparse_adamw, (Size(1, 1024, 1024), Size(1, 4096, 4096))),
     "masked_update_": (updates.masked_update, (Size(1, 1024, 1024),)),
+    **layers.CASES,
 }
 
 

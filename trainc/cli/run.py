@@ -41,7 +41,6 @@ def register(app: typer.Typer) -> None:
         Writes metrics.jsonl, checkpoints and a summary to the folder. An interrupt saves and leaves; `--resume`
         continues bit for bit.
         """
-        from trainc.compiler.layers.armed import SiteError
         from trainc.compiler.train import train
         from trainc.runtime.checkpoint import DamagedCheckpoint
         from trainc.runtime.folder import RunExists
@@ -57,9 +56,6 @@ def register(app: typer.Typer) -> None:
                 accept=accept,
                 plain=plain,
             )
-        except SiteError as error:
-            print(f"error[{error.rule}]: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
         except (RunExists, DamagedCheckpoint) as error:
             print(f"trainc: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
