@@ -14,7 +14,12 @@ from trainc.compiler.division import Division
 from trainc.compiler.examine import examine, undisturbed
 from trainc.compiler.layers.armed import SiteError
 from trainc.compiler.lowering import Parts, Penalty, Task
-from trainc.compiler.replication import refuse_shards, replicas_of
+from trainc.compiler.replication import (
+    exchanges_now,
+    first_shard,
+    refuse_shards,
+    replicas_of,
+)
 from trainc.compiler.sites import Sites, bind
 from trainc.compiler.units import Groups
 from trainc.kernels.philox import pack_key
@@ -22,7 +27,7 @@ from trainc.kernels.task_consistency_loss import task_consistency_loss
 from trainc.runtime import batches
 from trainc.runtime.batches import Batch
 from trainc.runtime.replicas import Replicas
-from trainc.runtime.sharded import is_sharded
+from trainc.runtime.sharded import squared_norms
 from trainc.runtime.step import Calibrated, Contribution
 from trainc.runtime.streams import derive
 
@@ -126,7 +131,7 @@ class Execution:
     def _watch(self, micro: Micro, total: Tensor) -> None:
         """Have the backward pass leave what is measured in `micro`."""
         micro.probes = self.sites.probes()
-        micro.synchronised = bool(getattr(self.forward, "require_backward_grad_sync", False))
+        micro.synchronised = exchanges_now(self.forward, self.module)
         self._open = micro
 
         def note(gradient: Tensor) -> None:
@@ -187,14 +192,14 @@ class Execution:
         """Say whether the next micro-batch runs as a graph."""
         if self.executor == "module" or self.refused is not None or not self.module.training:
             return False
-        if (reason := self._modules_only()) is not None:
-            self.refused = reason
+        if self.executor != "graph" and not (self._rewrites and self.forward is self.module):
             return False
-        return self.executor == "graph" or (self._rewrites and self.forward is self.module)
+        self.refused = self._modules_only()
+        return self.refused is None
 
     def _modules_only(self) -> str | None:
         """Say why no graph can carry this program; None where one can."""
-        if any(map(is_sharded, self.parameters.values())):
+        if first_shard(self.parameters) is not None:
             return "sharded parameters (FSDP2) are put together module by module"
         return self.parts.rewrite.modules_only
 
@@ -397,7 +402,7 @@ class Execution:
         return own if replicas is None else replicas.calibrated(own)
 
     def calibrate(self, batch: Batch, examples: int) -> Calibrated:
-        """Measure every trainable parameter on the first `examples` of every replica's micro-batch; no state changes."""
+        """Measure every trainable parameter on the first `examples` of each replica's micro-batch; no state changes."""
         few = batches.split(batch, examples)[0]
         names = [name for name, p in self.parameters.items() if p.requires_grad]
         instead = "leave `calibrate` out, or measure `on all` in every step"
@@ -474,6 +479,4 @@ def _delivered(statistic: Tensor) -> Tensor:
 
 def _squared_norm(gradient: Tensor) -> Tensor:
     """Return |gradient|^2, 0-d, in float64."""
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
-    return norm.double().square()
+    return squared_norms([gradient])[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,15 +31,40 @@ def replicas_of(
     """
     if world_size() == 1:
         return None
-    shard = next((name for name, p in parameters.items() if is_sharded(p)), None)
-    if shard is not None:
+    if (shard := first_shard(parameters)) is not None:
         return Replicas(_group_of_mesh(shard, parameters[shard]))
-    bare = getattr(forward, "_orig_mod", forward)
-    if bare is module:
+    if _uncompiled(forward) is module:
         return None
-    inside = bare.modules() if isinstance(bare, nn.Module) else ()
-    wrapper = next((m for m in inside if isinstance(m, DistributedDataParallel)), None)
+    wrapper = _data_parallel(forward)
     return Replicas(None if wrapper is None else wrapper.process_group)
+
+
+def first_shard(parameters: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a parameter that FSDP2 shards; None without any."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return next((name for name, p in parameters.items() if is_sharded(p)), None)
+
+
+def exchanges_now(forward: Any, module: nn.Module) -> bool:
+    """Say whether the backward pass of a forward pass begun now averages gradients at once, not under `no_sync()`."""
+    if world_size() == 1 or _uncompiled(forward) is module:
+        return False
+    wrapper = _data_parallel(forward)
+    return wrapper is None or wrapper.require_backward_grad_sync
+
+
+def _uncompiled(forward: Any) -> Any:
+    return getattr(forward, "_orig_mod", forward)
+
+
+def _data_parallel(forward: Any) -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel in a wrapper of the module; None where there is none to be seen."""
+    bare = _uncompiled(forward)
+    if isinstance(bare, DistributedDataParallel):
+        return bare
+    inside = bare.modules() if isinstance(bare, nn.Module) else ()
+    return next((m for m in inside if isinstance(m, DistributedDataParallel)), None)
 
 
 def _group_of_mesh(name: str, parameter: Any) -> Any:

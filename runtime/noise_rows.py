@@ -37,12 +37,14 @@ class Rows:
         """Read the step's contributions; under `adam` with the preconditioner its update will start from."""
         import torch
 
+        from trainc.runtime.sharded import full
+
         rows = {n: torch.cat([p.gradients[n] for p in step.contributions]) for n in gradients}
-        whole = {n: g.reshape(-1) for n, g in gradients.items()}
+        whole = {n: full(g).reshape(-1) for n, g in gradients.items()}
         weights = torch.cat([part.weights for part in step.contributions])
         scales = {}
         if geometry == "adam":
-            scales = {n: s for n in gradients if (s := step.preconditioner(n)) is not None}
+            scales = {n: full(s) for n in gradients if (s := step.preconditioner(n)) is not None}
             if step.clock.steps and not scales:
                 raise ValueError(
                     "`geometry = adam` needs an optimizer with second moments, such as adamw: after"

@@ -101,18 +101,19 @@ class Squares:
         """
         import torch
 
+        from trainc.runtime.sharded import squared_norms
+
         if not parts or not gradients:
             return cls({}, {}, math.nan)
-        wide = {n: torch.promote_types(g.dtype, torch.float32) for n, g in gradients.items()}
         weights = [[part.weights for part in parts], *([] if examples is None else [examples])]
-        numbers = [
-            *(torch.linalg.vector_norm(g, dtype=wide[n]) for n, g in gradients.items()),
-            *(torch.stack([part.squares[n].sum() for part in parts]).sum() for n in gradients),
-            *(torch.stack([w.square().sum() for w in some]).sum() for some in weights),
+        sums = [
+            *(torch.cat([part.squares[n] for part in parts]).sum() for n in gradients),
+            *(torch.cat(list(some)).square().sum() for some in weights),
         ]
-        found = torch.stack([number.double() for number in numbers]).tolist()
+        numbers = [squared_norms(list(gradients.values())), torch.stack([s.double() for s in sums])]
+        found = torch.cat(numbers).tolist()
         count = len(gradients)
-        whole = {n: norm * norm for n, norm in zip(gradients, found[:count], strict=True)}
+        whole = dict(zip(gradients, found[:count], strict=True))
         shares = dict(zip(gradients, found[count : 2 * count], strict=True))
         return cls(shares, whole, *found[2 * count :])
 

@@ -112,12 +112,15 @@ class OptimizerStep(Action):
         state = {} if slot is None else self.torch.state.get(slot.tensor, {})
         if slot is None or "exp_avg_sq" not in state or "step" not in state:
             return None
-        options = next(g for g in self.torch.param_groups if any(p is slot.tensor for p in g["params"]))
+        options = next(
+            g for g in self.torch.param_groups if any(p is slot.tensor for p in g["params"])
+        )
         beta, steps = options["betas"][1], float(state["step"])
         if not steps:
             return None
         second: Tensor = state["exp_avg_sq"] / (1 - beta**steps)
-        return 1 / (second.sqrt() + options["eps"])
+        scale: Tensor = 1 / (second.sqrt() + options["eps"])
+        return scale
 
     def state_dict(self) -> State:
         out: State = {}

@@ -1,295 +1,241 @@
 """The noise scale under DistributedDataParallel and FSDP2 against one backward pass per example, without replicas.
 
-Four processes run everything once, in pairs or all together; each test reads its part.
+Four processes run everything once, in pairs or all together (`replica_processes.py`); each test reads its part.
 """
 
-import contextlib
-import datetime
+import functools
 import math
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import trainc
-from trainc.compiler.layers.armed import SiteError
-from trainc.runtime.noise_measure import Measure
+from tests.compiler import replica_processes
+from tests.compiler.replica_processes import (
+    ADAM,
+    FOURS,
+    GHOST,
+    JACKKNIFE,
+    LIMIT,
+    NORMS,
+    PAIRS,
+    PROCESSES,
+    RULE,
+    SPEC,
+    Batch,
+    batch,
+    net,
+    signals,
+    unequal,
+)
 
-Batch = tuple[Tensor, Tensor]
-PROCESSES = 4
-SPEC = "loss cross_entropy optimizer {optimizer} {{ lr = {lr} }} run {{ length = 9 steps, seed = 4{run} }}\n"
-NORMS = "noise_scale gns on type(LayerNorm) { smooth = 1 steps }"
-ALL = "noise_scale gns on all { smooth = 1 steps }"
+pytestmark = pytest.mark.slow
 FIGURES = ("gns.signal", "gns.noise")
+TRAINED = {
+    "ddp trains": RULE,
+    "fsdp trains": RULE,
+    "fsdp late trains": RULE,
+    "ddp jackknife": JACKKNIFE,
+    "fsdp jackknife": JACKKNIFE,
+    "ddp ghost": GHOST,
+    "fsdp adam": ADAM,
+}
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(5)  # five entries: shards of different lengths
-        self.fc = nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.fc(self.norm(x)))
-
-
-class Net(nn.Module):
-    """Tokens in, tokens out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(7, 5)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(5, 7)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.words(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)  # type: ignore[no-any-return]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what each of four processes found, by case."""
+    folder = tmp_path_factory.mktemp("replicas")
+    command = [sys.executable, "-P", str(replica_processes.__file__)]
+    started = [
+        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE)
+        for rank in range(PROCESSES)
+    ]
+    said = [process.communicate(timeout=LIMIT + 60)[1].decode() for process in started]
+    assert not any(process.returncode for process in started), "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
-def net(dtype: torch.dtype = torch.float64) -> Net:
-    torch.manual_seed(0)
-    return Net().to(dtype)
+def of_pair(found: list[dict[str, Any]], name: str) -> list[Any]:
+    """Return what the processes say that ran a case."""
+    said = [one[name] for one in found if name in one]
+    assert len(said) == (PROCESSES if name.startswith("four") else 2)
+    return said
 
 
-def batch(rank: int, rows: int = 3, equal: bool = True, step: int = 0) -> Batch:
-    """Return a replica's batch; without `equal` its counted targets differ from row to row and rank to rank."""
-    generator = torch.Generator().manual_seed(10 * step + rank)
-    x = torch.randint(7, (rows, 4), generator=generator)
-    y = torch.randint(7, (rows, 4), generator=generator)
-    if not equal:
-        y[torch.rand(rows, 4, generator=generator) < 0.2 * (rank + 1)] = -100
-        y[:, 0] = 1
-    return x, y
+class Share(NamedTuple):
+    """What an example or a group has in the averaged gradient: weights of its examples, and its part by parameter."""
+
+    weights: list[float]
+    gradients: dict[str, Tensor]
 
 
-def parts(given: Batch, sizes: Sequence[int]) -> list[Batch]:
-    return list(zip(given[0].split(list(sizes)), given[1].split(list(sizes)), strict=True))
+def joined(one: Share, other: Share) -> Share:
+    both = {name: gradient + other.gradients[name] for name, gradient in one.gradients.items()}
+    return Share(one.weights + other.weights, both)
 
 
-def unequal(rank: int, wrapper: str) -> list[Batch]:
-    """Return a replica's micro-batches: FSDP2 takes as many on every rank, DDP does not mind."""
-    first = (1, 1, 1) if wrapper == "ddp" else (1, 2)
-    return parts(batch(rank, 3, equal=False), (2, 1) if rank else first)
+def examples(micros: list[Batch], replicas: int) -> list[list[Share]]:
+    """Return one replica's examples by micro-batch; its loss is a mean over its own targets."""
+    model = net()
+    total = sum(int((y >= 0).sum()) for _, y in micros) * replicas
+    made = []
+    for x, y in micros:
+        shares = []
+        for b in range(len(y)):
+            loss = F.cross_entropy(model(x[b]), y[b], reduction="sum") / total
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            named = dict(zip(dict(model.named_parameters()), gradients, strict=True))
+            shares.append(Share([float((y[b] >= 0).sum()) / total], named))
+        made.append(shares)
+    return made
 
 
-# What one process of a pair, or of all four, does.
+def estimate(
+    shares: list[Share], names: Callable[[str], bool] = lambda _: True
+) -> dict[str, float]:
+    """Solve E s1 = q |G|^2 + q_examples tr(Sigma) and E s_big = |G|^2 + q_examples tr(Sigma)."""
+    rows = torch.stack(
+        [torch.cat([g.flatten() for n, g in s.gradients.items() if names(n)]) for s in shares]
+    )
+    s1, s_big = float(rows.square().sum()), float(rows.sum(0).square().sum())
+    q = sum(sum(share.weights) ** 2 for share in shares)
+    singles = sum(weight**2 for share in shares for weight in share.weights)
+    signal = (s_big - s1) / (1 - q)
+    return {"gns.signal": signal, "gns.noise": (s1 - q * signal) / singles}
 
 
-class World:
-    """One process: its rank among `ranks`, and how it wraps a model."""
-
-    def __init__(self, mesh: Any) -> None:
-        self.mesh = mesh
-        self.group = mesh.get_group() if mesh.ndim == 1 else None
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-
-    def shard(self, model: nn.Module) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        for block in model.blocks:  # type: ignore[union-attr]
-            fully_shard(block, mesh=self.mesh)
-        fully_shard(model, mesh=self.mesh)
-
-    def program(
-        self, wrapper: str, clause: str, *, dtype: torch.dtype = torch.float64, **spec: str
-    ) -> Any:
-        """Return a program on a fresh model under `ddp`, `fsdp`, or `fsdp late`: sharded after compiling."""
-        model = net(dtype)
-        if wrapper == "fsdp":
-            self.shard(model)
-        text = SPEC.format_map({"optimizer": "sgd", "lr": "0", "run": "", **spec}) + clause
-        program = trainc.compile(text, model)
-        if wrapper == "ddp":
-            program.forward = DistributedDataParallel(model, process_group=self.group)
-        if wrapper == "fsdp late":
-            self.shard(model)
-        return program
+def by_definition(method: str, apart: bool, replicas: int) -> dict[str, float]:
+    """Return the figures of `unequal` batches, one backward pass per example."""
+    each = [examples(unequal(rank, apart), replicas) for rank in range(replicas)]
+    micros = [micro for own in each for micro in own]
+    groups = {
+        "all": [[share] for micro in micros for share in micro],
+        "micro": micros,
+        "replica": [[share for micro in own for share in micro] for own in each],
+    }[method]
+    return estimate([functools.reduce(joined, group) for group in groups])
 
 
-def signals(program: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in program.signals.items()}
+MEASURED = [
+    name
+    for name in (*PAIRS, *(f"four {name}" for name in FOURS), "four square all")
+    if name.endswith((" all", " micro", " replica")) and "refused" not in name
+]
 
 
-def accumulates(wrapper: str, clause: str) -> Callable[[World], Any]:
-    def run(world: World) -> Any:
-        program = world.program(wrapper, clause)
-        metrics = program.step(unequal(world.rank, wrapper))
-        return signals(program) | {"samples": metrics["batch"], "loss": metrics["loss"]}
-
-    return run
-
-
-def own_loop(wrapper: str, clause: str, no_sync: bool) -> Callable[[World], Any]:
-    """The user's loop: accumulation in two, the loss scaled as a GradScaler does."""
-
-    def run(world: World) -> Any:
-        program = world.program(wrapper, clause)
-        micros = unequal(world.rank, wrapper)
-        counts = [int((y >= 0).sum()) for _, y in micros]
-        for i, (micro, count) in enumerate(zip(micros, counts, strict=True)):
-            apart = no_sync and i < len(micros) - 1
-            with program.forward.no_sync() if apart else contextlib.nullcontext():
-                (program.loss(micro, share=count / sum(counts)) * 1024).backward()
-        for p in program.module.parameters():
-            p.grad.div_(1024)
-        program.update()
-        return signals(program)
-
-    return run
+@pytest.mark.parametrize("name", MEASURED)
+def test_figures_are_those_of_single_examples(found: list[dict[str, Any]], name: str) -> None:
+    said = of_pair(found, name)
+    wrapper, *_, method = name.removeprefix("four ").split()
+    apart = wrapper == "ddp" and "synchronised" not in name
+    expected = by_definition(method, apart, len(said))
+    for one in said:
+        for figure in FIGURES:
+            assert one[figure] == pytest.approx(expected[figure], rel=1e-9)
+        assert repr(one) == repr(said[0])  # the same bits, NaN included
+        assert one["batch"] == 3.5 * len(said)
 
 
-def trains(
-    wrapper: str, clause: str, optimizer: str = "sgd", lr: str = "0.1"
-) -> Callable[[World], Any]:
-    def run(world: World) -> Any:
-        program = world.program(wrapper, clause, optimizer=optimizer, lr=lr)
-        found = []
-        for step in range(3):
-            program.step(batch(world.rank, step=step))
-            found.append(signals(program))
-        state = program.module.state_dict()
-        weights = {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in state.items()}
-        return found, {n: w.detach().clone() for n, w in weights.items()}
-
-    return run
+@pytest.mark.parametrize("name", ["ddp all", "fsdp all", "four ddp all"])
+def test_losses_are_means_and_samples_are_everybodys(
+    found: list[dict[str, Any]], name: str
+) -> None:
+    said = of_pair(found, name)
+    losses = []
+    for rank in range(len(said)):
+        x, y = batch(rank, 3 + rank % 2, equal=False)
+        losses.append(F.cross_entropy(net()(x).flatten(0, 1), y.flatten()).item())
+    for one in said:
+        assert one["loss"] == pytest.approx(sum(losses) / len(said), rel=1e-12)
+        assert one["samples"] == 3.5 * len(said)
 
 
-def autocast(world: World) -> Any:
-    program = world.program("ddp", NORMS, dtype=torch.float32)
+def of_both(rows: int, step: int = 0) -> Batch:
+    """Return the batches of two replicas as one."""
+    both = [batch(rank, rows, step=step) for rank in range(2)]
+    return torch.cat([x for x, _ in both]), torch.cat([y for _, y in both])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_is_that_of_one_process_on_the_joined_batch(
+    found: list[dict[str, Any]], name: str
+) -> None:
+    optimizer, lr = ("adamw", "0.01") if name.endswith("adam") else ("sgd", "0.1")
+    model = net()
+    text = SPEC.format(optimizer=optimizer, lr=lr, run="") + TRAINED[name]
+    program = trainc.compile(text, model, executor="module")
+    (figures_0, weights_0), (figures_1, weights_1) = of_pair(found, name)
+    assert repr(figures_0) == repr(figures_1)
+    for step in range(3):
+        program.step(of_both(4, step))
+        expected = signals(program)
+        assert figures_0[step] == pytest.approx(expected, rel=1e-8, abs=1e-13, nan_ok=True)
+    for weight, value in model.state_dict().items():
+        torch.testing.assert_close(weights_0[weight], value, rtol=1e-9, atol=1e-12)
+        assert torch.equal(weights_0[weight], weights_1[weight])
+
+
+def test_autocast_with_a_scaled_loss(found: list[dict[str, Any]]) -> None:
+    program = trainc.compile(SPEC.format(optimizer="sgd", lr=0, run="") + NORMS, net(torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = program.loss(batch(world.rank))
-    (loss * 1024).backward()
-    for p in program.module.parameters():
-        p.grad.div_(1024)
+        loss = program.loss(of_both(3))
+    loss.backward()
     program.update()
-    return signals(program)
+    expected = program.signals
+    for one in of_pair(found, "autocast"):
+        for figure in FIGURES:  # sixteen bits in some of what both compute in different batches
+            assert one[figure] == pytest.approx(expected[figure], abs=1e-2 * expected["gns.noise"])
 
 
-def calibrates(world: World) -> Any:
-    clause = "noise_scale gns on type(LayerNorm) { calibrate = 5 steps, calibrate_examples = 2 }"
-    program = world.program("ddp", clause)
-    program.step(batch(world.rank, equal=False))
-    (measure,) = [a for a in program._machine.actions if isinstance(a, Measure)]
-    assert measure.calibration is not None
-    return measure.calibration.total.estimate, measure.calibration.norms.estimate
+def test_a_calibration_takes_everybodys_examples_as_one_set(found: list[dict[str, Any]]) -> None:
+    shares = []
+    for rank in range(2):
+        x, y = batch(rank, equal=False)
+        shares += examples([(x[:2], y[:2])], 2)[0]
+    total, norms = estimate(shares), estimate(shares, lambda name: ".norm." in name)
+    said = of_pair(found, "calibrates")
+    assert repr(said[0]) == repr(said[1])
+    assert said[0][0] == pytest.approx(tuple(total.values()), rel=1e-9)
+    assert said[0][1] == pytest.approx(tuple(norms.values()), rel=1e-9)
 
 
-def a_loss_that_is_nan(wrapper: str) -> Callable[[World], Any]:
-    def run(world: World) -> Any:
-        program = world.program(wrapper, NORMS, lr="0.1", run=", on_nan = skip")
-        before = {n: _local(p).clone() for n, p in program.module.named_parameters()}
-        if world.rank == 1:
-            program.module.head.register_forward_hook(lambda m, i, out: out * math.nan)
-        metrics = program.step(batch(world.rank))
-        same = [torch.equal(_local(p), before[n]) for n, p in program.module.named_parameters()]
-        return metrics["skipped"], all(same)
-
-    return run
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_loss_that_is_nan_on_one_rank_is_skipped_on_all(
+    found: list[dict[str, Any]], wrapper: str
+) -> None:
+    assert of_pair(found, f"{wrapper} nan") == [(1.0, True)] * 2
 
 
-def a_gradient_that_is_infinite(wrapper: str) -> Callable[[World], Any]:
-    def run(world: World) -> Any:
-        program = world.program(wrapper, NORMS)
-        loss = program.loss(batch(world.rank))
-        (loss * math.inf if world.rank == 1 else loss).backward()
-        program.update()
-        return signals(program), program.summary()
-
-    return run
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_an_infinite_gradient_on_one_rank_is_no_estimate_on_all(
+    found: list[dict[str, Any]], wrapper: str
+) -> None:
+    for figures, summary in of_pair(found, f"{wrapper} infinite"):
+        assert all(math.isnan(figures[figure]) for figure in FIGURES)
+        assert any("gns: undetermined" in line and "not finite" in line for line in summary)
 
 
-def _local(p: Any) -> Tensor:
-    return (p.to_local() if hasattr(p, "to_local") else p).detach()  # type: ignore[no-any-return]
-
-
-def other_clause(world: World) -> Any:
-    program = world.program("ddp", ALL if world.rank else NORMS)
-    program.step(batch(world.rank))
-
-
-JACKKNIFE = "noise_scale gns on type(LayerNorm) { interval = jackknife, smooth = 1 steps }"
-ADAM = "noise_scale gns on type(LayerNorm) { geometry = adam, smooth = 1 steps }"
-MICRO = "noise_scale gns on all { method = micro_batch, smooth = 1 steps }"
-REPLICA = "noise_scale gns on all { method = replica, smooth = 1 steps }"
-CALIBRATE = "noise_scale gns on type(LayerNorm) { calibrate = 2 steps }"
-RULE = NORMS + "\nwhen gns.noise > 0 { batch = 2 * batch }"
-PAIRS: dict[str, Callable[[World], Any]] = {
-    "ddp all": accumulates("ddp", ALL),
-    "fsdp all": accumulates("fsdp", ALL),
-    "fsdp late all": accumulates("fsdp late", ALL),
-    "ddp micro": accumulates("ddp", MICRO),
-    "ddp replica": accumulates("ddp", REPLICA),
-    "ddp loop all": own_loop("ddp", ALL, no_sync=True),
-    "ddp loop synchronised all": own_loop("ddp", ALL, no_sync=False),
-    "fsdp loop all": own_loop("fsdp", ALL, no_sync=False),
-    "ddp loop micro": own_loop("ddp", MICRO, no_sync=True),
-    "ddp loop synchronised micro": own_loop("ddp", MICRO, no_sync=False),
-    "ddp loop replica": own_loop("ddp", REPLICA, no_sync=True),
-    "refused replica": own_loop("ddp", REPLICA, no_sync=False),
-    "ddp trains": trains("ddp", RULE),
-    "fsdp trains": trains("fsdp", RULE),
-    "fsdp late trains": trains("fsdp late", RULE),
-    "ddp jackknife": trains("ddp", JACKKNIFE),
-    "fsdp jackknife": trains("fsdp", JACKKNIFE),
-    "fsdp adam": trains("fsdp", ADAM, "adamw", "0.01"),
-    "autocast": autocast,
-    "calibrates": calibrates,
-    "ddp nan": a_loss_that_is_nan("ddp"),
-    "fsdp nan": a_loss_that_is_nan("fsdp"),
-    "ddp infinite": a_gradient_that_is_infinite("ddp"),
-    "fsdp infinite": a_gradient_that_is_infinite("fsdp"),
-    "refused other": other_clause,
-    "refused fsdp micro": accumulates("fsdp", MICRO),
-    "refused fsdp replica": accumulates("fsdp", REPLICA),
-    "refused fsdp calibrate": accumulates("fsdp", CALIBRATE),
-}
-FOURS: dict[str, Callable[[World], Any]] = {
-    "ddp all": accumulates("ddp", ALL),
-    "fsdp all": accumulates("fsdp", ALL),
-    "ddp replica": accumulates("ddp", REPLICA),
-}
-
-
-def process(rank: int, folder: str) -> None:
-    """Run every case; a pair shares them with the other pair."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "within"))
-    pair, found = World(grid["within"]), {}
-    for i, (name, case) in enumerate(PAIRS.items()):
-        if i % 2 == rank // 2:
-            found[name] = outcome(case, pair)
-    flat, square = World(init_device_mesh("cpu", (PROCESSES,))), World(grid)
-    for name, case in FOURS.items():
-        found[f"four {name}"] = outcome(case, flat)
-    found["four square all"] = outcome(FOURS["fsdp all"], square)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def outcome(case: Callable[[World], Any], world: World) -> Any:
-    """Return what a case found, or what it was refused with."""
-    try:
-        return case(world)
-    except (ValueError, SiteError) as error:
-        return f"{type(error).__name__}: {error}"
-
-
-if __name__ == "__main__":
-    process(int(sys.argv[1]), sys.argv[2])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("replica", r"micro-batch 1 of 2 was averaged at once.*no_sync"),
+        ("other", r"do not measure the same: .* rank 1 sends"),
+        ("fsdp micro", r"`words.weight` is sharded .*per_example"),
+        ("fsdp replica", r"`words.weight` is sharded .*per_example"),
+        ("fsdp calibrate", r"`words.weight` is sharded .*leave `calibrate` out"),
+    ],
+)
+def test_what_cannot_be_measured_is_an_error_on_every_rank(
+    found: list[dict[str, Any]], name: str, words: str
+) -> None:
+    for said in of_pair(found, f"refused {name}"):
+        assert isinstance(said, str)
+        assert re.search(words, said)

@@ -61,6 +61,16 @@ SITES: dict[str, tuple[Apply, int]] = {
         lambda s, h: h * operators.embedding(s.ids[: h.shape[0]], s.matrix, 1, s.probe),
         1,
     ),
+    "convolution": (
+        lambda s, h: operators.convolution(
+            h.transpose(1, 2), s.matrix.unsqueeze(2), s.bias, s.probe
+        ),
+        2,
+    ),
+    "group_norm": (
+        lambda s, h: operators.group_norm(h.transpose(1, 2), 2, s.weight, s.bias, s.probe),
+        2,
+    ),
     "multiplicative_noise": (
         lambda s, h: operators.multiplicative_noise(
             h, torch.tensor(0.5), KEY, 1, 1, "token", torch.tensor(s.first)
