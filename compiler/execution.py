@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -12,8 +10,9 @@ from torch import Tensor, nn
 
 from trainc.compiler.division import Division
 from trainc.compiler.examine import examine, undisturbed
-from trainc.compiler.layers.armed import SiteError
 from trainc.compiler.lowering import Parts, Penalty, Task
+from trainc.compiler.micro import Micro, Portion
+from trainc.compiler.one_by_one import one_by_one
 from trainc.compiler.replication import (
     exchanges_now,
     first_shard,
@@ -21,14 +20,13 @@ from trainc.compiler.replication import (
     replicas_of,
 )
 from trainc.compiler.sites import Sites, bind
-from trainc.compiler.units import Groups
+from trainc.compiler.statistics import Statistics
 from trainc.kernels.philox import pack_key
 from trainc.kernels.task_consistency_loss import task_consistency_loss
 from trainc.runtime import batches
 from trainc.runtime.batches import Batch
 from trainc.runtime.replicas import Replicas
-from trainc.runtime.sharded import squared_norms
-from trainc.runtime.step import Calibrated, Contribution
+from trainc.runtime.step import Calibrated
 from trainc.runtime.streams import derive
 
 if TYPE_CHECKING:
@@ -38,33 +36,6 @@ if TYPE_CHECKING:
 Executor = Literal["auto", "graph", "module"]
 
 _PER_EXAMPLE = "take `method = per_example`, which needs no such gradient"
-
-
-@dataclass(slots=True)
-class Portion:
-    """A micro-batch's place in its step: its part of the counted targets, of the examples, and where it begins."""
-
-    share: float = 1.0
-    part: float = 1.0
-    first: int = 0
-
-
-@dataclass(slots=True)
-class Micro:
-    """What a micro-batch leaves for the update: weights (units,) where it is measured, loss and its terms.
-
-    `probes` hold the statistics by module once `backward()` has run, `whole` the squared norms of the micro-batch's
-    gradient by parameter, `scale` what the loss was multiplied by before `backward()`.
-    """
-
-    weights: Tensor | None
-    loss: Tensor
-    terms: dict[str, Tensor]
-    probes: dict[str, Tensor] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
-    scale: Tensor | None = None
-    synchronised: bool = False
-    examples: Tensor | None = None
 
 
 class Execution:
@@ -92,10 +63,7 @@ class Execution:
         self.refused: str | None = None
         self._covered = not parts.rewrite
         self._examined = not parts.rewrite.measured
-        self._measures = bool(parts.rewrite.measured or parts.whole)
-        self._open: Micro | None = None
-        for name, running in parts.whole.items():
-            self.parameters[name].register_hook(partial(self._note_whole, name, running))
+        self.statistics = Statistics(parts, self.parameters)
         self._graphs: dict[Any, StepGraph] = {}
         self._graph: StepGraph | None = None
         self._adopted: StepGraph | None = None
@@ -124,29 +92,11 @@ class Execution:
             self.sites.check_coverage(counts)
             self._covered = True
         micro = self._micro(batch, portion.share, loss, terms)
-        if self._measures:
-            self._watch(micro, total)
+        if self.statistics.wanted:
+            micro.probes = self.sites.probes()
+            micro.synchronised = exchanges_now(self.forward, self.module)
+            self.statistics.watch(micro, total)
         return total, micro
-
-    def _watch(self, micro: Micro, total: Tensor) -> None:
-        """Have the backward pass leave what is measured in `micro`."""
-        micro.probes = self.sites.probes()
-        micro.synchronised = exchanges_now(self.forward, self.module)
-        self._open = micro
-
-        def note(gradient: Tensor) -> None:
-            micro.scale = gradient
-
-        if total.requires_grad:
-            total.register_hook(note)
-
-    def _note_whole(self, name: str, running: bool, gradient: Tensor) -> None:
-        """Keep the squared norm of a micro-batch's gradient, or of all the step's so far (`running`)."""
-        if self._open is None:
-            return
-        before = self.parameters[name].grad if running else None
-        total = gradient if before is None else before + gradient
-        self._open.whole[name] = _squared_norm(total)
 
     def _examine(self, batch: Batch) -> None:
         """Check, once, that per-example statistics of this model and loss mean what they say."""
@@ -269,11 +219,7 @@ class Execution:
         if self.parts.penalties:
             terms[" + ".join(self.parts.penalties)] = out.total / portion.share - out.loss
         micro = self._micro(batch, portion.share, out.loss, terms)
-        micro.probes = {n: _delivered(probe) for n, probe in out.probes.items()}
-        for name, running in self.parts.whole.items():
-            found = self.parameters[name].grad if running else out.grads[name]
-            if found is not None:
-                micro.whole[name] = _squared_norm(found)
+        self.statistics.take(micro, out.probes, out.grads)
         return out.total, micro
 
     def _take(self, name: str, gradient: Tensor) -> None:
@@ -283,53 +229,6 @@ class Execution:
             return
         parameter = self.parameters[name]
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-
-    # statistics
-
-    def measured_parameters(self) -> list[str]:
-        """Return the parameters behind the probes, each once."""
-        sites = self.parts.rewrite.measured
-        return list(dict.fromkeys(name for site in sites for name in site.parameters if name))
-
-    def contribution(self, micro: Micro) -> Contribution:
-        """Return what a micro-batch contributes to the step's gradient; raises SiteError when some did not arrive."""
-        silent = [name for name, probe in micro.probes.items() if probe.grad is None]
-        silent += [name for name in self.parts.whole if name not in micro.whole]
-        if silent:
-            names = ", ".join(f"`{n}`" for n in silent)
-            raise SiteError(
-                f"{names} delivered no statistics: did `backward()` reach it through `program.forward`,"
-                " once after each `loss`?"
-            )
-        found = {n: cast(Tensor, p.grad) for n, p in micro.probes.items()}
-        if micro.scale is not None and (scale := float(micro.scale)) != 1.0:
-            found = {n: self._unscaled(n, g, scale) for n, g in found.items()}
-            micro.whole = {n: square / scale**2 for n, square in micro.whole.items()}
-        wide = {s.module for s in self.parts.rewrite.measured if s.wide}
-        gradients = self._by_parameter({n: g for n, g in found.items() if n in wide})
-        squares = self._by_parameter({n: g for n, g in found.items() if n not in wide})
-        squares |= {n: g.square().sum(1) for n, g in gradients.items()}
-        assert micro.weights is not None
-        return Contribution(micro.weights, squares, gradients, micro.whole, micro.examples)
-
-    def close(self) -> None:
-        """Let gradients that belong to no micro-batch pass unmeasured."""
-        self._open = None
-
-    def _unscaled(self, module: str, statistic: Tensor, scale: float) -> Tensor:
-        """Undo what the loss was multiplied by, once in a gradient and twice in a squared norm."""
-        return statistic / (scale if statistic.dim() == 3 else scale**2)
-
-    def _by_parameter(self, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn the sites' columns into one row of squared norms per parameter; layers that share one add up to it."""
-        found: dict[str, Tensor] = {}
-        for site in self.parts.rewrite.measured:
-            if site.module not in probes:
-                continue
-            for name, column in zip(site.parameters, probes[site.module].unbind(1), strict=True):
-                if name is not None:
-                    found[name] = found[name] + column if name in found else column
-        return found
 
     # trials: what `verify` compares
 
@@ -345,7 +244,7 @@ class Execution:
             scalars |= {n: torch.full_like(scalars[n], strength) for n in self.parts.scalars}
         if road == "graph":
             out = self.capture(batch).run(batch, scalars)
-            return out.total, out.grads, self._by_parameter(out.probes)
+            return out.total, out.grads, self.statistics.squares(out.probes)
         self._examine(batch)
         self._arm(batch, scalars)
         try:
@@ -357,49 +256,15 @@ class Execution:
         finally:
             self.sites.disarm()
         squares = dict(zip(probes, found[len(named) :], strict=True))
-        return total.detach(), dict(zip(named, found, strict=False)), self._by_parameter(squares)
+        gradients: dict[str, Tensor | None] = dict(zip(named, found, strict=False))
+        return total.detach(), gradients, self.statistics.squares(squares)
 
     def contributions(self, batch: Batch) -> dict[str, Tensor]:
         """Return per-example squared norms by brute force: one backward pass per example, module by module.
 
         Each example has the noise it has in the whole batch; loss terms over parameters contribute to no example.
         """
-        return self.one_by_one(batch, self.measured_parameters()).squares
-
-    def one_by_one(
-        self, batch: Batch, names: Sequence[str], replicas: Replicas | None = None
-    ) -> Calibrated:
-        """Measure parameters whatever their layers are: one forward and one backward pass per example.
-
-        Examples of all `replicas` are one set: their gradients' sum, one copy of the gradient in memory, is exchanged.
-        """
-        weights = self.task.weights(batch[1])
-        wide = torch.float64
-        squares = {name: weights.new_zeros(len(weights), dtype=wide) for name in names}
-        sums: dict[str, Tensor] = {}
-        for i, one in enumerate(batches.split(batch, 1)):
-            if not weights[i]:
-                continue
-            scalars = self._scalars(Portion(first=i), batch[1].device)
-            self._arm(one, scalars)
-            try:
-                inputs = batches.repeated(one[0], self._views)
-                loss, _ = self._task_loss(batches.call(self.module, inputs), one[1], scalars)
-                wanted = [self.parameters[name] for name in names]
-                gradients = torch.autograd.grad(loss * float(weights[i]), wanted, allow_unused=True)
-            finally:
-                self.sites.disarm()
-            for name, gradient in zip(names, gradients, strict=True):
-                if gradient is not None:
-                    squares[name][i] = _squared_norm(gradient)
-                    sums[name] = gradient if name not in sums else sums[name].add_(gradient)
-        if replicas is not None:
-            # A parameter that only another replica's examples reach is in the sum, too.
-            sums = {n: sums.get(n, torch.zeros_like(self.parameters[n])) for n in names}
-            replicas.add_up(list(sums.values()))
-        whole = {n: _squared_norm(total) for n, total in sums.items()}
-        own = Calibrated(weights, squares, whole)
-        return own if replicas is None else replicas.calibrated(own)
+        return self._one_by_one(batch, self.statistics.parameters).squares
 
     def calibrate(self, batch: Batch, examples: int) -> Calibrated:
         """Measure every trainable parameter on the first `examples` of each replica's micro-batch; no state changes."""
@@ -408,7 +273,22 @@ class Execution:
         instead = "leave `calibrate` out, or measure `on all` in every step"
         refuse_shards("an example's own", names, self.parameters, instead)
         with undisturbed(self.module):
-            return self.one_by_one(few, names, self.replicas)
+            return self._one_by_one(few, names, self.replicas)
+
+    def _one_by_one(
+        self, batch: Batch, names: Sequence[str], replicas: Replicas | None = None
+    ) -> Calibrated:
+        def loss_of(example: int, one: Batch) -> Tensor:
+            scalars = self._scalars(Portion(first=example), batch[1].device)
+            self._arm(one, scalars)
+            inputs = batches.repeated(one[0], self._views)
+            return self._task_loss(batches.call(self.module, inputs), one[1], scalars)[0]
+
+        try:
+            parameters = {name: self.parameters[name] for name in names}
+            return one_by_one(batch, self.task.weights(batch[1]), loss_of, parameters, replicas)
+        finally:
+            self.sites.disarm()
 
     # inside
 
@@ -416,10 +296,8 @@ class Execution:
         if share != 1.0:
             loss, terms = loss * share, {n: t * share for n, t in terms.items()}
         micro = Micro(None, loss.detach(), terms)
-        if self._measures:
-            micro.weights = self._weights(batch) * share
-            if isinstance(self.parts.rewrite.units, Groups):
-                micro.examples = self.task.weights(batch[1]) * share
+        if self.statistics.wanted:
+            self.statistics.weigh(micro, self.task, batch, share)
         return micro
 
     def _scalars(self, portion: Portion, device: torch.device) -> dict[str, Tensor]:
@@ -442,7 +320,7 @@ class Execution:
         if pairing is not None:
             scalars[pairing.weight] = scalars[pairing.weight] * (portion.part / portion.share)
         if pairing is not None or parts.rewrite.noises:
-            word = derive(self.seed, "noise") & 0xFFFFFFFF
+            word = derive(self.seed, _noise_stream(self.replicas)) & 0xFFFFFFFF
             scalars["key"] = pack_key(word, self.clock.steps & 0xFFFFFFFF, device=device)
             scalars["first_example"] = torch.tensor(portion.first, dtype=torch.int64, device=device)
         return scalars
@@ -451,11 +329,6 @@ class Execution:
         """Return the dtype of scheduled numbers and statistics: that of float64 models, else float32."""
         wide = any(p.dtype == torch.float64 for p in self.parameters.values())
         return torch.float64 if wide else torch.float32
-
-    def _weights(self, batch: Batch) -> Tensor:
-        """Return the weights of a micro-batch's units in its loss, shape (units,), sum 1."""
-        units = self.parts.rewrite.units
-        return self.task.weights(batch[1]) if units is None else units.weights(self.task, batch)
 
     def _arm(self, batch: Batch, scalars: Mapping[str, Tensor]) -> None:
         units, targets = self.parts.rewrite.units, batch[1]
@@ -470,13 +343,7 @@ def _one_mapping(penalty: Penalty) -> Callable[[Mapping[str, Tensor]], Tensor]:
     return lambda values: penalty.value({name: values[name] for name in penalty.parameters}, values)
 
 
-def _delivered(statistic: Tensor) -> Tensor:
-    """Return a probe that has the given gradient, as a backward pass would have left it."""
-    probe = torch.zeros_like(statistic)
-    probe.grad = statistic
-    return probe
-
-
-def _squared_norm(gradient: Tensor) -> Tensor:
-    """Return |gradient|^2, 0-d, in float64."""
-    return squared_norms([gradient])[0]
+def _noise_stream(replicas: Replicas | None) -> str:
+    """Return the name of this process's stream of noise: replicas count their examples from 0, each by itself."""
+    rank = 0 if replicas is None else replicas.rank
+    return f"noise of replica {rank}" if rank else "noise"

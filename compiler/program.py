@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.execution import Execution, Executor, Micro, Portion
+from trainc.compiler.execution import Execution, Executor
 from trainc.compiler.lowering import Parts, Task
+from trainc.compiler.micro import Micro, Portion
 from trainc.compiler.replication import check_apart, follow
 from trainc.compiler.settings import RunSettings
 from trainc.runtime import batches
@@ -267,7 +268,7 @@ class Program:
             for name, value in micro.terms.items():
                 step.metrics[name] = step.metrics.get(name, 0.0) + float(value)
             if micro.weights is not None:
-                step.contributions.append(self.execution.contribution(micro))
+                step.contributions.append(self.execution.statistics.contribution(micro))
         if replicas is not None:
             self._share(step, replicas, list(self._micros[0].terms))
         self._terms.setdefault("loss", step.loss)
@@ -276,7 +277,7 @@ class Program:
         if step.contributions:
             self._check_shares(step)
         self._micros.clear()
-        self.execution.close()
+        self.execution.statistics.close()
 
     def _check_shares(self, step: Step) -> None:
         """Refuse micro-batches that are not parts of one mean: statistics of them would mean nothing."""

@@ -17,7 +17,7 @@ from trainc.runtime.sharded import is_sharded
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.execution import Micro
+    from trainc.compiler.micro import Micro
     from trainc.runtime.action import Action
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainc.compiler.program import Program
     from trainc.runtime.batches import Batch
 
+Road = Literal["graph", "module"]
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
@@ -60,21 +61,31 @@ def compare(program: Program, batch: Batch) -> list[Comparison]:
     _silence_dropout(program.module)
     dtype = next(p.dtype for p in program.module.parameters())
     allowed = ALLOWED.get(dtype, 3e-2)
-    rows = list(_against_original(program, batch, allowed))
-    rows += _against_modules(program, batch, allowed)
-    rows += _against_examples(program, batch, allowed)
+    rewrite = program.execution.parts.rewrite
+    road: Road = "graph"
+    if rewrite.modules_only is not None or any(site.tied is not None for site in rewrite.layers):
+        road = "module"
+    rows: list[Comparison] = []
+    if not rewrite.ghosts:  # BatchNorm over groups is another model
+        rows += _against_original(program, batch, allowed, road)
+    if road == "graph":
+        rows += _against_modules(program, batch, allowed)
+    if rewrite.units is None:  # documents and groups have no backward pass of their own
+        rows += _against_examples(program, batch, allowed, road)
     return rows
 
 
-def _against_original(program: Program, batch: Batch, allowed: float) -> Iterator[Comparison]:
+def _against_original(
+    program: Program, batch: Batch, allowed: float, road: Road
+) -> Iterator[Comparison]:
     """Everything at strength zero is the model as it was."""
     inputs, targets = batch
     with program.sites.plain(), _buffers_kept(program):
         loss = program.task(batches.call(program.module, inputs), targets)
         want = _gradients(program, loss)
     with _buffers_kept(program):
-        got_loss, got, _ = program.execution.trial(batch, "graph", strength=0.0)
-    title = "graph at strength zero, original"
+        got_loss, got, _ = program.execution.trial(batch, road, strength=0.0)
+    title = f"{road} at strength zero, original"
     yield Comparison(title, "loss", _error(got_loss, loss.detach()), allowed)
     yield Comparison(title, "gradients", _worst(got, want), allowed)
 
@@ -88,9 +99,11 @@ def _against_modules(program: Program, batch: Batch, allowed: float) -> Iterator
     yield Comparison("graph, bound modules", "gradients", _worst(got, want), allowed)
 
 
-def _against_examples(program: Program, batch: Batch, allowed: float) -> Iterator[Comparison]:
+def _against_examples(
+    program: Program, batch: Batch, allowed: float, road: Road
+) -> Iterator[Comparison]:
     """The measured squared norms are those of one backward pass per example."""
-    _, _, squares = program.execution.trial(batch, "graph")
+    _, _, squares = program.execution.trial(batch, road)
     if not squares:
         return
     with _buffers_kept(program):

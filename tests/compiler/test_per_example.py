@@ -142,7 +142,7 @@ def test_what_cannot_be_measured_says_why() -> None:
         per_example_sq_norms(odd, lambda out: out.sum(), torch.randn(4, 5, 3))
     with pytest.raises(ValueError, match="something else"):
         per_example_sq_norms(nn.PReLU(3), lambda out: out.sum(), x)
-    apart = Idle()
+    apart: nn.Module = Idle()
     with pytest.raises(SiteError, match="`idle` takes no part"):
         per_example_sq_norms(apart, lambda out: out.sum(), x)
     assert not any("trainc" in vars(module) for module in apart.modules())

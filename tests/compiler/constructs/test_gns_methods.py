@@ -327,3 +327,23 @@ def test_shares_that_are_no_parts_of_one_mean_are_an_error() -> None:
 def test_fields_that_do_not_go_together_are_an_error(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Gns(**fields)
+
+
+@pytest.mark.parametrize("kind", ["tied", "jackknife", "documents"])
+def test_verify_takes_the_modules_where_no_graph_can_be(kind: str) -> None:
+    from trainc.compiler.verify import compare
+
+    model, x, y = made()
+    clause = {
+        "tied": "noise_scale gns on all",
+        "jackknife": 'noise_scale gns on "norm" { interval = jackknife }',
+        "documents": 'noise_scale gns on "norm" { unit = document, separator = 0 }',
+    }[kind]
+    if kind == "tied":
+        model.head = nn.Linear(6, 7, bias=False).double()
+        model.head.weight = model.words.weight
+    rows = compare(compiled(model, clause), (x, y))
+    titles = [row.title for row in rows]
+    assert all(row.ok for row in rows), rows
+    assert titles[0] == "module at strength zero, original"
+    assert ("per-example norms, one pass per example" in titles) == (kind != "documents")
