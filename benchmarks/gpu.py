@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import updates
+from benchmarks import accuracy, updates
 from benchmarks.device import Cuda, DryRun, Work, check, copy_rate, spread
 from benchmarks.measure import Json
 from benchmarks.operators import (
@@ -30,6 +30,7 @@ from benchmarks.operators import (
     Size,
     batch_norm,
     embedding,
+    head,
     linear,
     loss,
     noisy,
@@ -50,6 +51,11 @@ NORMS: tuple[tuple[Size, torch.dtype], ...] = (
     (Size(8, 2048, 16384), BF16),
 )  # fmt: skip
 FEW = ((Size(64, 1024, 4096), BF16), (Size(8, 2048, 4096), BF16))
+# By the launch rule: products of rows, twice; the fused gradient; ATen's examples, in float32.
+LINEAR = (
+    (Size(8, 1024, 4096), BF16), (Size(64, 128, 4096), BF16), (Size(64, 512, 768), BF16),
+    (Size(8, 2048, 1024), FP32),
+)  # fmt: skip
 FULL = tuple(
     (Size(examples, tokens // examples, width), dtype)
     for width, tokens, examples, dtype in product(
@@ -64,15 +70,18 @@ CASES: tuple[tuple[str, Build, tuple[tuple[Size, torch.dtype], ...], bool], ...]
     ("multiplicative_noise, token", noisy(add=False, share="token"), FEW, False),
     ("loss, mse", loss("mse"), ((Size(1, 4096, 32768), BF16),), False),
     ("loss, kl", loss("kl"), ((Size(1, 4096, 32768), BF16),), False),
+    ("head_loss, mse", head("mse", 4096), ((Size(1, 4096, 32768), BF16),), False),
+    ("head_loss, kl", head("kl", 4096), ((Size(1, 4096, 32768), BF16),), False),
     ("sparse_adamw_", updates.sparse_adamw, ((Size(1, 65536, 8192), BF16),), False),
     ("multi_norm", updates.multi_norm, ((Size(150, 4096, 1024), BF16),), False),
     ("masked_update_", updates.masked_update, ((Size(1, 32768, 4096), BF16),), False),
     ("add_layer_norm, probe", norm(rms=False, add=True, probed=True), FEW, True),
     ("add_rms_norm, probe", norm(rms=True, add=True, probed=True), FEW, True),
     ("rms_norm", norm(rms=True, add=False, probed=False), FEW, True),
-    ("linear, probe", linear, ((Size(8, 1024, 4096), BF16), (Size(64, 128, 4096), BF16)), False),
-    ("embedding, probe", embedding, ((Size(8, 2048, 4096), BF16),), False),
-    ("ghost_batch_norm", batch_norm, ((Size(256, 3136, 64), FP32),), False),
+    ("linear, probe", linear, LINEAR, False),
+    ("embedding, probe", embedding, ((Size(8, 2048, 4096), BF16), (Size(64, 512, 768), FP32)), False),
+    ("ghost_batch_norm", batch_norm,
+     ((Size(256, 3136, 64), FP32), (Size(256, 3136, 64), BF16), (Size(256, 49, 512), BF16)), False),
 )  # fmt: skip
 VERSIONS = ("ours", "aten", "inductor", "liger", "by hand")
 TINY = ((Size(2, 3, 24), FP32), (Size(8, 1, 40), BF16))
@@ -224,6 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--full", action="store_true", help="norms at every size")
     parser.add_argument("--seconds", type=float, default=420.0, help="start no case after this")
+    parser.add_argument("--accuracy", action="store_true", help="errors on hard inputs as well")
     parser.add_argument("--dry-run", action="store_true", help="try the script on a CPU")
     options: Any = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
@@ -237,6 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{found['device']}: copy {found['copy TB/s']} TB/s; times in us; fractions of the copy rate"
     )
+    if options.accuracy:  # after what is timed: it compiles every kernel for other shapes
+        found["accuracy"] = accuracy.run(options.only, draws=1, device=device.kind)
+        for name, families in accuracy.worst(found["accuracy"]).items():
+            print(f"{name:28} " + "  ".join(f"{k} {v:.2g}" for k, v in families.items()))
     if found["left out"]:
         print(f"left out for want of time: {len(found['left out'])}")
     if options.out is not None:

@@ -180,6 +180,17 @@ def noisy(add: bool, share: str) -> Callable[[Size, torch.dtype, str], Problem]:
     return build
 
 
+def _composed(logits: Tensor, targets: Tensor, weight: Tensor, distance: str) -> Tensor:
+    """The loss of two views as a composition."""
+    first, second = logits.chunk(2)
+    task = functional.cross_entropy(first, targets)
+    if distance == "mse":
+        return task + weight * (first - second).square().sum(1).mean()
+    log_p, log_q = first.log_softmax(1), second.log_softmax(1)
+    gap = (log_p.exp() - log_q.exp()) * (log_p - log_q)
+    return task + weight * gap.sum(1).mean() / 2
+
+
 def loss(distance: str) -> Callable[[Size, torch.dtype, str], Problem]:
     """Cross-entropy and consistency of two views; the width is the number of classes."""
 
@@ -189,19 +200,33 @@ def loss(distance: str) -> Callable[[Size, torch.dtype, str], Problem]:
         logits, targets = make.normal(2 * rows, size.width), make.whole(size.width, rows)
         weight = torch.tensor(0.5, device=device)
 
-        def aten(logits: Tensor) -> Tensor:
-            first, second = logits.chunk(2)
-            task = functional.cross_entropy(first, targets)
-            if distance == "mse":
-                return task + weight * (first - second).square().sum(1).mean()
-            log_p, log_q = first.log_softmax(1), second.log_softmax(1)
-            gap = (log_p.exp() - log_q.exp()) * (log_p - log_q)
-            return task + weight * gap.sum(1).mean() / 2
-
         return Problem(
             [logits],
             lambda logits: ours.task_consistency_loss(logits, targets, weight, distance)[0],
-            aten, _traffic(make, logits.numel(), 1, 2),
+            lambda logits: _composed(logits, targets, weight, distance), _traffic(make, logits.numel(), 1, 2),
+        )  # fmt: skip
+
+    return build
+
+
+def head(distance: str, width: int) -> Callable[[Size, torch.dtype, str], Problem]:
+    """The same loss from hidden states so wide, through a head without bias."""
+
+    def build(size: Size, dtype: torch.dtype, device: str) -> Problem:
+        make = Make(dtype, device)
+        rows = size.examples * size.rows
+        hidden, weights = make.normal(2 * rows, width), make.normal(size.width, width, grad=False)
+        weights = (weights / width**0.5).requires_grad_()
+        targets, weight = make.whole(size.width, rows), torch.tensor(0.5, device=device)
+
+        def fused(hidden: Tensor, weights: Tensor) -> Tensor:
+            found = ours.head_consistency_loss(hidden, weights, None, targets, weight, distance)
+            return found[0]
+
+        return Problem(
+            [hidden, weights], fused,
+            lambda x, head: _composed(functional.linear(x, head), targets, weight, distance),
+            _traffic(make, hidden.numel() + weights.numel(), 1, 2),
         )  # fmt: skip
 
     return build
@@ -228,14 +253,15 @@ def linear(size: Size, dtype: torch.dtype, device: str) -> Problem:
     )  # fmt: skip
 
 
-def embedding(size: Size, dtype: torch.dtype, device: str) -> Problem:
-    """Rows of a table of 4096 with a probe."""
-    make, words = Make(dtype, device), 4096
+def embedding(size: Size, dtype: torch.dtype, device: str, words: int = 4096) -> Problem:
+    """Rows of a table of so many words with a probe."""
+    make = Make(dtype, device)
     ids, weight = make.whole(words, size.examples, size.rows), make.normal(words, size.width)
 
-    def statistics(_: list[Any], cotangents: list[Tensor]) -> Tensor:
-        dtype = accumulation_dtype(weight.dtype)
-        return embeddings.reference(ids, weight.to(dtype), cotangents[0].to(dtype))["norms"]
+    def statistics(arguments: list[Any], cotangents: list[Tensor]) -> Tensor:
+        table = arguments[0].detach()
+        dtype = accumulation_dtype(table.dtype)
+        return embeddings.reference(ids, table.to(dtype), cotangents[0].to(dtype))["norms"]
 
     moved = 2 * ids.numel() * size.width
     return Problem(
@@ -258,8 +284,8 @@ def batch_norm(size: Size, dtype: torch.dtype, device: str) -> Problem:
         return ours.ghost_batch_norm(x, mean, var, weight, bias, ghost, training=True)
 
     def aten(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # Float64, which only checks use, wants its own statistics.
-        state = (mean.double(), var.double()) if x.dtype == torch.float64 else (mean, var)
+        # Float64 and 16 bits, which only checks use, want their own statistics.
+        state = mean.to(x.dtype), var.to(x.dtype)
 
         def ghosts(part: Tensor) -> Tensor:
             return functional.batch_norm(part, state[0], state[1], weight, bias, True)

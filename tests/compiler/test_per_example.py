@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,7 @@ def lcg(shape: list[int], seed: int, scale: float = 1.0, plus: float = 0.0) -> T
 def layer_of(case: str) -> nn.Module:
     """Return the reference file's layer with its weights."""
     given = CASES[case]["inputs"]
-    kinds = {
+    kinds: dict[str, Callable[[], nn.Module]] = {
         "linear_3d": lambda: nn.Linear(5, 6),
         "layernorm_3d": lambda: nn.LayerNorm(8, eps=given["eps"]),
         "rmsnorm_2d": lambda: nn.RMSNorm(9, eps=given["eps"]),

@@ -1,0 +1,122 @@
+"""The scripts behind the claims, at their smallest settings: what they write is whole and sane."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HOOKED = """
+import torch
+from benchmarks.noise_scale import SMALL, disagreement, model, random_text
+from benchmarks.noise_scale_hooks import Hooks, one_by_one
+
+size = SMALL["small"]
+batch, truth = random_text(size), one_by_one(model(size), random_text(size))
+right = Hooks(model(size), (torch.nn.Linear,))
+wrong = Hooks(model(size), (torch.nn.Linear,))
+measured = wrong.squares
+wrong.squares = lambda: {name: one * 1.01 for name, one in measured().items()}
+print(disagreement(right, batch, truth) < 1e-5, disagreement(wrong, batch, truth) > 5e-3)
+"""
+FIGURES = """
+import math
+from benchmarks.claims.figures import correlation, first_crossing, over_seeds, slope_through_origin, trailing_mean
+
+print(first_crossing([1, 2, 3], [4.0, 2.0, 1.0], 1.5), first_crossing([1, 2], [4.0, 2.0], 1.0))
+print(first_crossing([10, 20], [1.0, 0.5], 1.0), trailing_mean([1.0, 2.0, 3.0, 7.0], 3))
+print(round(correlation([1, 2, 3], [2, 4, 6.0]), 12), correlation([1, 1], [2, 3]))
+print(slope_through_origin([1, 2], [3, 6]), over_seeds([1.0, 2.0, 3.0])["interval"], over_seeds([1.0])["interval"])
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the checkout, where the benchmarks are a package."""
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def result(out: Path, *arguments: str) -> Any:
+    """Run a script at its smallest setting and return what it wrote."""
+    done = run("-m", *arguments, "--small", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_noise_scale_is_taken_beside_plain_steps(tmp_path: Path) -> None:
+    found = result(tmp_path / "noise_scale.json", "benchmarks.noise_scale", "--rounds", "3")
+    rows = found["measured"]["small"]["versions"]
+    assert {"plain", "trainc, norms, graph", "trainc, all layers, modules", "hooks, norms"} <= set(
+        rows
+    )
+    for name, row in rows.items():
+        if "not measured" in row:
+            assert "pip install" in row["not measured"]
+            continue
+        assert row["to plain"]["cpu"]["median"] > 0
+        assert row["peak of a step, MiB"] > 0
+        off = row["off the norms by definition"]
+        assert (off is None) == (name in ("plain", "plain again", "trainc, no measurement"))
+        assert off is None or off < 1e-4
+    assert set(found["met"]["small"]) == {
+        "norms <= 1.02",
+        "all layers <= 1.1",
+        "Opacus / trainc >= 2.0",
+    }
+
+
+def test_norms_that_are_wrong_are_noticed() -> None:
+    done = run("-c", HOOKED)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+@pytest.mark.slow
+def test_norms_and_total_are_related_over_steps(tmp_path: Path) -> None:
+    out = tmp_path / "norms.json"
+    found = result(out, "benchmarks.claims.norms_predict_total", "--seeds", "2")
+    assert set(found["measured"]) == {"LayerNorm", "RMSNorm"}
+    for alphas in found["measured"].values():
+        assert list(alphas) == ["0.9", "0.95", "0.99"]
+        for one in alphas.values():
+            assert all(0 < points <= 27 for points in one["points"])
+            assert -1 <= one["correlation"]["mean"] <= 1
+            assert all(slope > 0 for slope in one["slope"]["by seed"])
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_schedules_of_the_batch_are_compared_and_runs_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "batch.json"
+    options = ("benchmarks.claims.batch_schedule", "--seeds", "1", "--optimizers", "sgd")
+    found = result(out, *options)
+    lines = out.with_suffix(".jsonl").read_text()
+    runs = [json.loads(line) for line in lines.splitlines()]
+    assert len(runs) == 5 + 6  # the rates on seed 0, then every policy
+    for one in runs:
+        setting, curve = one["run"]["setting"], one["curve"]
+        assert curve["tokens"][-1] >= setting["tokens"]
+        assert all(math.isfinite(loss) for loss in curve["loss"])
+        assert all(setting["least"] <= size <= setting["fixed"] for size in curve["batch"])
+    told = found["measured"]["sgd"]
+    assert told["rate"] in (0.05, 0.1, 0.2, 0.4, 0.8)
+    for policy in ("fixed, half", "ramp", "follow", "ramp, coupled", "follow, coupled"):
+        assert told[policy]["tokens saved"]["mean"] < 1
+        assert len(told[policy]["tokens saved"]["by seed"]) == 1
+    # Nothing is run twice: the second time only reads.
+    assert result(out, *options)["measured"] == found["measured"]
+    assert out.with_suffix(".jsonl").read_text() == lines
+
+
+def test_figures_of_known_curves() -> None:
+    done = run("-c", FIGURES)
+    assert done.stdout.splitlines() == [
+        "2.5 inf",
+        "10.0 [1.0, 1.5, 2.0, 4.0]",
+        "1.0 nan",
+        "3.0 [0.3141, 3.6859] None",
+    ], done.stdout + done.stderr
