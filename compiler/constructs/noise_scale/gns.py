@@ -119,7 +119,10 @@ class Gns(Construct):
         description="examples of one calibration, from the step's first micro-batch",
     )
     calibrate_smooth: float = Field(
-        default=10.0, gt=0, description="half-life of the calibration's averages, in calibrations"
+        default=4.0,
+        gt=0,
+        description="half-life of the calibration's averages, in calibrations: longer is smoother, and later to give "
+        "an interval",
     )
 
     @field_validator("smooth")
