@@ -72,7 +72,7 @@ class Documents:
                 found: Tensor = tensor
                 return found
         raise SiteError(
-            f"`unit = document` needs token ids of the targets' shape {tuple(batch[1].shape)} among the inputs,"
+            f"`example = document` needs token ids of the targets' shape {tuple(batch[1].shape)} among the inputs,"
             " (rows, tokens) integers"
         )
 

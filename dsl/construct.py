@@ -78,7 +78,7 @@ class Construct(BaseModel):
     kind: ClassVar[str] = ""
     name: ClassVar[str] = ""
     cite: ClassVar[str] = ""
-    example: ClassVar[str] = ""
+    usage: ClassVar[str] = ""
     targets: ClassVar[Literal["none", "modules", "parameters"]] = "none"
     default_on: ClassVar[str | None] = None
     identity: ClassVar[Mapping[str, str]] = {}

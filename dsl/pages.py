@@ -32,7 +32,7 @@ def construct_page(cls: type[Construct], level: int = 1) -> str:
     parts = [
         f"{'#' * level} {cls.heading()}",
         _docstring(cls),
-        f"```train\n{cls.example.strip()}\n```",
+        f"```train\n{cls.usage.strip()}\n```",
     ]
     parts.append(_acts_on(cls))
     if rows := list(_fields(cls)):

@@ -32,7 +32,7 @@ CAN_BE_OFF = [pytest.param(c, id=f"{k} {n}") for (k, n), c in sorted(CATALOG.ite
 
 def example(construct: type[Construct]) -> Clause:
     """Return the clause of the construct's own example."""
-    checked = trainc.check(construct.example)
+    checked = trainc.check(construct.usage)
     assert checked.spec is not None, checked.diagnostics
     (clause,) = [c for c in checked.spec.clauses if type(c.construct) is construct]
     return clause

@@ -91,7 +91,7 @@ def test_every_construct_has_a_page(key: tuple[str, str]) -> None:
     cls = catalog()[key]
     page = construct_page(cls)
     assert page.startswith(f"# {cls.heading()}\n")
-    assert cls.example.strip() in page
+    assert cls.usage.strip() in page
     assert all(
         f"`{name}`" in page for name in cls.model_fields if name not in ("path", "arguments")
     )

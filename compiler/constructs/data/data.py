@@ -39,7 +39,7 @@ class Data(Construct):
         "trainc; ramp: Gray et al., Normalization Layer Per-Example Gradients, NeurIPS 2024, "
         "arXiv:2411.00999"
     )
-    example: ClassVar = 'data "examples.data:stdlib" { batch = 32 samples, context = 128 }'
+    usage: ClassVar = 'data "examples.data:stdlib" { batch = 32 samples, context = 128 }'
     open_fields: ClassVar = True
     effects: ClassVar = (
         Effect("batch", "set the batch by its policy", ("clock", "batch"), ("batch",)),

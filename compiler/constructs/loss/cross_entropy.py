@@ -64,7 +64,7 @@ class CrossEntropy(Loss):
     """
 
     cite: ClassVar = "Good, J. R. Stat. Soc. B 14 (1952) 107: the logarithmic score"
-    example: ClassVar = "loss cross_entropy { label_smoothing = 0.1 }"
+    usage: ClassVar = "loss cross_entropy { label_smoothing = 0.1 }"
 
     ignore_index: int = Field(default=-100, description="target value that is not counted")
     label_smoothing: float = Field(

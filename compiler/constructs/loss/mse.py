@@ -49,7 +49,7 @@ class MeanSquaredError(Loss):
     """Trains on the mean of `(output - target)^2` over all entries of the output."""
 
     cite: ClassVar = "Legendre, Nouvelles methodes (1805), appendix: least squares"
-    example: ClassVar = "loss mse"
+    usage: ClassVar = "loss mse"
 
     def make_task(self) -> Task:
         return MeanSquaredErrorTask()

@@ -35,7 +35,7 @@ class BatchScaling(Construct):
         "sqrt: Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, NeurIPS 2022, "
         "arXiv:2205.10287; linear: Goyal et al., Accurate, Large Minibatch SGD, 2017, arXiv:1706.02677"
     )
-    example: ClassVar = "lr batch_scaling { rule = sqrt, reference = 32 samples }"
+    usage: ClassVar = "lr batch_scaling { rule = sqrt, reference = 32 samples }"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     effects: ClassVar = (

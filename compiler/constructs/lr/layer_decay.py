@@ -23,7 +23,7 @@ class LayerDecay(Construct):
     """
 
     cite: ClassVar = "Bao et al., BEiT: BERT Pre-Training of Image Transformers, arXiv:2106.08254"
-    example: ClassVar = "lr layer_decay on trainable { decay = 0.75 }"
+    usage: ClassVar = "lr layer_decay on trainable { decay = 0.75 }"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     identity: ClassVar = {"decay": "1"}

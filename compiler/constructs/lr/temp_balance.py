@@ -56,7 +56,7 @@ class TempBalance(Construct):
     """
 
     cite: ClassVar = "Zhou et al., Temperature Balancing, NeurIPS 2023, arXiv:2312.00359"
-    example: ClassVar = (
+    usage: ClassVar = (
         "lr temp_balance on ndim(2) - type(Embedding) every 200 steps { range = 0.5..1.5 }"
     )
     targets: ClassVar = "parameters"

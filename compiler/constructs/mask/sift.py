@@ -38,7 +38,7 @@ class Sift(Construct):
         "Song et al., Sparse is Enough in Fine-tuning Pre-trained Large Language Models, "
         "ICML 2024, arXiv:2312.11875"
     )
-    example: ClassVar = "mask sift on ndim(2) - type(Embedding) { density = 1% }"
+    usage: ClassVar = "mask sift on ndim(2) - type(Embedding) { density = 1% }"
     targets: ClassVar = "parameters"
     identity: ClassVar = {"density": "100%"}
     effects: ClassVar = (

@@ -20,7 +20,7 @@ class Model(Construct):
     """
 
     cite: ClassVar = "trainc"
-    example: ClassVar = 'model "examples.models:gpt" { layers = 4, width = 128 }'
+    usage: ClassVar = 'model "examples.models:gpt" { layers = 4, width = 128 }'
     open_fields: ClassVar = True
 
     path: ImportPath = Field(description="what to import, as `module:callable`")

@@ -47,7 +47,7 @@ class Gns(Construct):
         "Gray et al., Normalization Layer Per-Example Gradients, NeurIPS 2024, arXiv:2411.00999; "
         "McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv:1812.06162"
     )
-    example: ClassVar = "noise_scale gns on type(LayerNorm, RMSNorm) { smooth = 200 steps }"
+    usage: ClassVar = "noise_scale gns on type(LayerNorm, RMSNorm) { smooth = 200 steps }"
     targets: ClassVar = "modules"
     default_on: ClassVar = "role(norm)"
     signals: ClassVar = {
@@ -91,12 +91,12 @@ class Gns(Construct):
     group: int = Field(
         default=0, ge=0, description="samples of one group, for `method = ghost` alone"
     )
-    unit: Literal["row", "document"] = Field(
+    example: Literal["row", "document"] = Field(
         default="row",
         description="what an example is: a row of the batch, or a document that ends with `separator`",
     )
     separator: int | None = Field(
-        default=None, ge=0, description="token that ends a document, for `unit = document` alone"
+        default=None, ge=0, description="token that ends a document, for `example = document` alone"
     )
     interval: Literal["steps", "jackknife"] = Field(
         default="steps",
@@ -145,13 +145,13 @@ class Gns(Construct):
             raise ValueError(
                 "`method = ghost` needs `group = 8` or so, and `group` is for it alone"
             )
-        if (self.unit == "document") != (self.separator is not None):
+        if (self.example == "document") != (self.separator is not None):
             raise ValueError(
-                "`unit = document` needs `separator = 0` or so, and `separator` is for it alone"
+                "`example = document` needs `separator = 0` or so, and `separator` is for it alone"
             )
-        if self.method != "per_example" and (self.wide or self.unit == "document"):
+        if self.method != "per_example" and (self.wide or self.example == "document"):
             raise ValueError(
-                f"`method = {self.method}` takes whole gradients: `interval = jackknife`, `unit = document` and"
+                f"`method = {self.method}` takes whole gradients: `interval = jackknife`, `example = document` and"
                 " another `geometry` need `method = per_example`"
             )
         if self.geometry == "sign" and self.interval == "jackknife":
@@ -199,7 +199,7 @@ class Gns(Construct):
         if not module.parameters:
             missing = "has no weight (elementwise_affine=False)"
             return ("nothing-to-measure", missing, None) if is_norm else None
-        if not is_norm and (self.wide or self.unit == "document"):
+        if not is_norm and (self.wide or self.example == "document"):
             return (
                 "wrong-target-kind",
                 "is no norm, and this clause needs the examples' gradients",
@@ -247,7 +247,7 @@ class Gns(Construct):
             )
             for entry in entries
         ]
-        wide = self.wide or self.unit == "document"
+        wide = self.wide or self.example == "document"
         return [
             replace(site, wide=wide) if isinstance(site, NormSite) else site
             for site in tied(sites, to.inventory)
@@ -271,7 +271,7 @@ class Gns(Construct):
             self.geometry,
             self.interval == "jackknife",
             None if self.calibrate is None else self.calibrate_smooth,
-            "documents" if self.unit == "document" else "samples",
+            "documents" if self.example == "document" else "samples",
         )
 
     def _half_life(self, to: Lowering) -> tuple[float, Unit]:

@@ -44,7 +44,7 @@ class NormGrowth(Construct):
     cite: ClassVar = (
         "Merrill et al., Effects of Parameter Norm Growth, EMNLP 2021, arXiv:2010.09697"
     )
-    example: ClassVar = "observe norm_growth on ndim(2) every 50 steps { from_start = true }"
+    usage: ClassVar = "observe norm_growth on ndim(2) every 50 steps { from_start = true }"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     signals: ClassVar = {

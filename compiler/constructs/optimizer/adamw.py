@@ -22,7 +22,7 @@ class AdamW(Optimizer):
     cite: ClassVar = (
         "Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019, arXiv:1711.05101"
     )
-    example: ClassVar = (
+    usage: ClassVar = (
         "optimizer adamw {"
         " lr = 3e-4 * (warmup(5%) then cosine(to = 10%)), weight_decay = 0.1 on ndim(2) }"
     )

@@ -20,7 +20,7 @@ class SGD(Optimizer):
     """
 
     cite: ClassVar = "Sutskever et al., On the importance of initialization and momentum, ICML 2013"
-    example: ClassVar = "optimizer sgd { lr = 0.1, momentum = 0.9, weight_decay = 5e-4 }"
+    usage: ClassVar = "optimizer sgd { lr = 0.1, momentum = 0.9, weight_decay = 5e-4 }"
     moments: ClassVar = 1
 
     momentum: float = Field(

@@ -20,7 +20,7 @@ class Torch(Optimizer):
     """
 
     cite: ClassVar = "trainc"
-    example: ClassVar = 'optimizer torch("torch.optim:RMSprop") { lr = 1e-3, alpha = 0.95 }'
+    usage: ClassVar = 'optimizer torch("torch.optim:RMSprop") { lr = 1e-3, alpha = 0.95 }'
     open_fields: ClassVar = True
     moments: ClassVar = 2
 

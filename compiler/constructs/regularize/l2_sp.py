@@ -30,7 +30,7 @@ class L2Sp(Construct):
         "Li, Grandvalet and Davoine, Explicit Inductive Bias for Transfer Learning with "
         "Convolutional Networks, ICML 2018, arXiv:1802.01483"
     )
-    example: ClassVar = "regularize l2_sp on ndim(2) { weight = 0.01 }"
+    usage: ClassVar = "regularize l2_sp on ndim(2) { weight = 0.01 }"
     targets: ClassVar = "parameters"
     identity: ClassVar = {"weight": "0"}
     effects: ClassVar = (

@@ -35,7 +35,7 @@ class Pace(Construct):
         "Ni, Zhang and Koniusz, PACE: Marrying Generalization in Parameter-Efficient Fine-Tuning "
         "with Consistency Regularization, NeurIPS 2024, arXiv:2409.17137"
     )
-    example: ClassVar = (
+    usage: ClassVar = (
         'regularize pace on "blocks.*.mlp.**" & type(Linear) '
         "{ sigma = 1.2 * (1 - depth), weight = 0.5, mode = pair }"
     )

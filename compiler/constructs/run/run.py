@@ -20,7 +20,7 @@ class Run(Construct):
     """
 
     cite: ClassVar = "trainc"
-    example: ClassVar = (
+    usage: ClassVar = (
         "run { length = 2000 steps, seed = 7, eval = 200 steps, checkpoint = 500 steps }"
     )
 

@@ -142,7 +142,7 @@ def test_documents_inside_rows_are_examples() -> None:
         float(torch.stack(shares).sum(0).square().sum()),
         sum(w * w for w in weights),
     )
-    clause = 'noise_scale gns on "norm" { unit = document, separator = 0 }'
+    clause = 'noise_scale gns on "norm" { example = document, separator = 0 }'
     program = compiled(model, clause)
     program.step([(x[:2], y[:2]), (x[2:], y[2:])])
     assert program.signals["gns.signal"] == pytest.approx(expected.signal, rel=1e-6)
@@ -152,7 +152,7 @@ def test_documents_inside_rows_are_examples() -> None:
 
 def test_documents_need_token_ids() -> None:
     program = compiled(
-        nn.Sequential(nn.LayerNorm(4)), "noise_scale gns { unit = document, separator = 0 }"
+        nn.Sequential(nn.LayerNorm(4)), "noise_scale gns { example = document, separator = 0 }"
     )
     with pytest.raises(SiteError, match="needs token ids"):
         program.step((torch.randn(3, 4), torch.randint(4, (3,))))
@@ -319,7 +319,7 @@ def test_shares_that_are_no_parts_of_one_mean_are_an_error() -> None:
     [
         ({"method": "ghost"}, "needs `group = 8`"),
         ({"group": 8}, "for it alone"),
-        ({"unit": "document"}, "needs `separator = 0`"),
+        ({"example": "document"}, "needs `separator = 0`"),
         ({"method": "replica", "interval": "jackknife"}, "takes whole gradients"),
         ({"geometry": "sign", "interval": "jackknife"}, "has no jackknife"),
     ],
@@ -337,7 +337,7 @@ def test_verify_takes_the_modules_where_no_graph_can_be(kind: str) -> None:
     clause = {
         "tied": "noise_scale gns on all",
         "jackknife": 'noise_scale gns on "norm" { interval = jackknife }',
-        "documents": 'noise_scale gns on "norm" { unit = document, separator = 0 }',
+        "documents": 'noise_scale gns on "norm" { example = document, separator = 0 }',
     }[kind]
     if kind == "tied":
         model.head = nn.Linear(6, 7, bias=False).double()
