@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-NAMES = ("check_cold", "plan_100", "empty_spec", "rewrites")
+NAMES = ("check_cold", "plan_100", "empty_spec", "rewrites", "noise_scale")
 
 # `python -P` leaves the script's folder out, and this is the folder above it.
 sys.path.append(str(ROOT))

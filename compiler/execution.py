@@ -284,6 +284,7 @@ class Execution:
             inputs = batches.repeated(one[0], self._views)
             return self._task_loss(batches.call(self.module, inputs), one[1], scalars)[0]
 
+        self._examine(batch)
         try:
             parameters = {name: self.parameters[name] for name in names}
             return one_by_one(batch, self.task.weights(batch[1]), loss_of, parameters, replicas)

@@ -160,6 +160,16 @@ def test_a_tied_weight_is_captured_by_neither_road_but_trains() -> None:
     assert program.signals["gns.noise"] > 0
 
 
+def test_brute_force_and_calibration_know_shared_positions_from_the_start() -> None:
+    model, x, y = made("words, flat positions")
+    expected = brute(model, x, y)
+    program = trainc.compile(f"{ALL} {{ calibrate = 1 steps, calibrate_examples = 3 }}", model)
+    found = program.execution.contributions((x, y))
+    torch.testing.assert_close(found["positions.weight"], expected["positions.weight"])
+    program.step((x, y))
+    assert program.signals["gns.noise"] > 0
+
+
 def test_positions_as_many_as_examples_are_still_told_apart() -> None:
     model, x, y = made("words, flat positions")
     x, y = x.repeat(2, 1)[:6], y.repeat(2, 1)[:6]  # six examples of six tokens
