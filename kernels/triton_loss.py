@@ -40,7 +40,9 @@ def _normaliser(L, base, classes, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _divergences(L, one, two, top, log_sum, other_top, other_log_sum, classes, BLOCK_V: tl.constexpr):
+def _divergences(
+    L, one, two, top, log_sum, other_top, other_log_sum, classes, BLOCK_V: tl.constexpr
+):
     """<p, u> and <q, u> with u = x - y, which is log p - log q up to a constant of the row."""
     along_p = tl.full((), 0.0, tl.float32)
     along_q = tl.full((), 0.0, tl.float32)
