@@ -42,10 +42,12 @@ class Errors:
 
     largest: float = 0.0
     squares: list[float] = field(default_factory=list)
+    entries: int = 0
 
     def add(self, units: Tensor) -> None:
         """Take in another draw's errors."""
         if units.numel():
+            self.entries += units.numel()
             self.largest = max(self.largest, float(units.max()))
             self.squares.append(float(units.square().mean()))
 
@@ -134,6 +136,7 @@ def row(case: Case, result: str, dtype: torch.dtype, family: str, pair: Pair) ->
         "ours": {"max": rounded(pair.ours.largest), "rms": rounded(pair.ours.rms)},
         "aten": {"max": rounded(pair.aten.largest), "rms": rounded(pair.aten.rms)},
         "ratio": {"max": rounded(largest), "rms": rounded(rms)},
+        "entries": pair.ours.entries,
         "lost": pair.lost,
         "gained": pair.gained,
     }

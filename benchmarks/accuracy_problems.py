@@ -95,12 +95,7 @@ def loss(distance: str, smoothing: float) -> Build:
             return tuple(one.to(weight.dtype) for one in found)
 
         def exact(logits: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            _, task, distance_ = consistency.reference(
-                logits, targets, weight, distance, -100, smoothing
-            )
-            if distance == "kl":
-                distance_ = divergence(*logits.chunk(2))
-            return task + weight * distance_, task, distance_
+            return exactly(logits, targets, weight, distance, smoothing)
 
         arguments = [make.normal(2 * rows, size.width), weight.requires_grad_()]
         return Problem(arguments, fused, aten, (0, 0), exact=exact)
@@ -124,17 +119,38 @@ def head(distance: str, smoothing: float) -> Build:
             found = heads.reference(hidden, head, bias, targets, weight, *options)
             return tuple(one.to(weight.dtype) for one in found)
 
+        def exact(hidden: Tensor, head: Tensor, bias: Tensor, weight: Tensor) -> Any:
+            logits = functional.linear(hidden, head, bias).flatten(0, -2)
+            return exactly(logits, targets.flatten(), weight, distance, smoothing)
+
         hidden, bias = make.normal(2 * examples, rows, width), make.normal(classes)
         matrix = (make.normal(classes, width, grad=False) / width**0.5).requires_grad_()
-        return Problem([hidden, matrix, bias, weight.requires_grad_()], fused, aten, (0, 0))
+        arguments = [hidden, matrix, bias, weight.requires_grad_()]
+        return Problem(arguments, fused, aten, (0, 0), exact=exact)
 
     return build
 
 
+def exactly(
+    logits: Tensor, targets: Tensor, weight: Tensor, distance: str, smoothing: float
+) -> tuple[Tensor, ...]:
+    """Loss, task and consistency of (2n, C) logits, for float64 on any input."""
+    _, task, apart = consistency.reference(logits, targets, weight, distance, -100, smoothing)
+    if distance == "kl":
+        apart = divergence(*logits.chunk(2))
+    return task + weight * apart, task, apart
+
+
 def divergence(first: Tensor, second: Tensor) -> Tensor:
-    """The symmetric divergence by <p - q, x1 - x2>: of log p - log q, float64 loses p - q at 1e18."""
-    apart = (first.softmax(1) - second.softmax(1)) * (first - second)
-    return apart.sum(1).mean() / 2
+    """The symmetric divergence <p - q, log p - log q> / 2 with gradients that keep p - q.
+
+    Each view counts log p - log q from its own likeliest class: beside 1e18, float64 loses p - q.
+    """
+    apart, parts = first.log_softmax(1) - second.log_softmax(1), []
+    for view in (first, second):
+        level = apart.gather(1, view.argmax(1, keepdim=True)).detach()
+        parts.append((view.softmax(1) * (apart - level)).sum(1) + level.squeeze(1))
+    return (parts[0] - parts[1]).mean() / 2
 
 
 def running(size: Size, dtype: torch.dtype, device: str) -> Problem:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainc.kernels.registration import register
 from trainc.kernels.support import REDUCED, absent, accumulation_dtype, on_demand, require
 
 REMAINDERS = ("error", "merge_last")
@@ -38,7 +39,7 @@ def ghost_batch_norm(
         return functional.batch_norm(
             x, running_mean, running_var, weight, bias, running_mean is None, 0.0, eps
         )
-    y, mean, _, var = torch.ops.trainc.ghost_batch_norm(x, weight, bias, ghost_size, eps, remainder)
+    y, mean, _, var = _forward(x, weight, bias, ghost_size, eps, remainder)
     with torch.no_grad():
         advance_(running_mean, running_var, mean, var, momentum)
     result: Tensor = y
@@ -52,17 +53,17 @@ def advance_(
     var: Tensor,
     momentum: float,
 ) -> None:
-    """Update running statistics (C,) exponentially by the rows of (S, C), in order."""
+    """Update running statistics (C,) exponentially by the rows of (S, C), in order.
+
+    A sum over ghosts may cancel, so it is taken in float64: it has S C terms, next to nothing.
+    """
     count = mean.shape[0]
-    age = torch.arange(count - 1, -1, -1, device=mean.device, dtype=mean.dtype)
+    age = torch.arange(count - 1, -1, -1, device=mean.device, dtype=torch.float64)
     decay, kept = torch.pow(1.0 - momentum, age).mul_(momentum), (1.0 - momentum) ** count
     for running, statistics in ((running_mean, mean), (running_var, var)):
-        if running is None:
-            continue
-        if running.dtype == statistics.dtype:
-            running.addmv_(statistics.t(), decay, beta=kept)
-        else:
-            running.copy_(running * kept + torch.mv(statistics.t(), decay))
+        if running is not None:
+            moved = torch.mv(statistics.t().double(), decay)
+            running.copy_(moved.add_(running, alpha=kept))
 
 
 def reference(
@@ -167,13 +168,7 @@ def eager_forward(
     return y, mean, rstd, var
 
 
-_forward = torch.library.custom_op(
-    "trainc::ghost_batch_norm", eager_forward, mutates_args=(), device_types="cpu"
-)
-
-
-@_forward.register_fake
-def _(
+def imagined_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None,
     ghost_size: int, eps: float, remainder: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -213,13 +208,7 @@ def eager_backward(
     return dx, dweight, dbias
 
 
-_backward = torch.library.custom_op(
-    "trainc::ghost_batch_norm_backward", eager_backward, mutates_args=(), device_types="cpu"
-)
-
-
-@_backward.register_fake
-def _(
+def imagined_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
     ghost_size: int, eps: float, mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -242,9 +231,7 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
         return (None,) * 6
     x, weight, mean, rstd = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:3])
-    dx, dweight, dbias = torch.ops.trainc.ghost_batch_norm_backward(
-        dy, x, weight, mean, rstd, *ctx.options, mask
-    )
+    dx, dweight, dbias = _backward(dy, x, weight, mean, rstd, *ctx.options, mask)
     return (
         dx if mask[0] else None,
         dweight.to(weight.dtype) if mask[1] else None,
@@ -254,6 +241,17 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
 
 
 # No autocast rule: mixed precision is in the contract, and torch leaves batch_norm alone as well.
-_forward.register_autograd(_differentiate, setup_context=_save)
-_forward.register_kernel("cuda")(on_demand("triton_ghost_batch_norm", "ghost_batch_norm"))
-_backward.register_kernel("cuda")(on_demand("triton_ghost_batch_norm", "ghost_batch_norm_backward"))
+_forward = register(
+    "ghost_batch_norm",
+    cpu=eager_forward,
+    cuda=on_demand("triton_ghost_batch_norm", "ghost_batch_norm"),
+    fake=imagined_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+_backward = register(
+    "ghost_batch_norm_backward",
+    cpu=eager_backward,
+    cuda=on_demand("triton_ghost_batch_norm", "ghost_batch_norm_backward"),
+    fake=imagined_backward,
+)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainc.kernels import task_consistency_loss as plain
+from trainc.kernels.registration import register
 from trainc.kernels.support import REDUCED, absent, accumulation_dtype, require
 
 # Logits of a chunk. A chunk's rows are at least the width of the head: each chunk reads the head
@@ -47,7 +48,7 @@ def head_consistency_loss(
         dtype = torch.get_autocast_dtype(device)
         hidden, head = hidden.to(dtype), head.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    loss, task, consistency = torch.ops.trainc.head_consistency_loss(
+    loss, task, consistency = _forward(
         hidden, head, bias, targets, weight, distance, ignore_index, label_smoothing
     )
     return loss, task, consistency
@@ -125,8 +126,7 @@ def _rowwise(like: Tensor) -> Any:
     return plain
 
 
-@torch.library.custom_op("trainc::head_consistency_loss", mutates_args=())
-def _forward(
+def eager_forward(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
@@ -147,8 +147,7 @@ def _forward(
     return plain.total(tasks, distances, labels, weight, ignore_index)
 
 
-@_forward.register_fake
-def _(
+def imagined_forward(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
@@ -173,8 +172,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.t().float(), right.float())
 
 
-@torch.library.custom_op("trainc::head_consistency_loss_backward", mutates_args=())
-def _backward(
+def eager_backward(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
@@ -209,8 +207,7 @@ def _backward(
     return shaped, dhead.to(head.dtype), dbias.to(head.dtype)
 
 
-@_backward.register_fake
-def _(
+def imagined_backward(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
@@ -240,12 +237,24 @@ def _differentiate(ctx, dloss, dtask, dconsistency):  # type: ignore[no-untyped-
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(wants[:3]):
         scales = (dloss + dtask, dloss * weight + dconsistency)
-        found = torch.ops.trainc.head_consistency_loss_backward(
-            *inputs, *scales, *ctx.options, list(wants[:3])
-        )
+        found = _backward(*inputs, *scales, *ctx.options, list(wants[:3]))
         grads = tuple(g if wanted else None for g, wanted in zip(found, wants[:3], strict=True))
     dweight = (dloss * consistency).to(weight.dtype) if wants[4] else None
     return *grads, None, dweight, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+# CUDA takes cuBLAS and, row by row, the Triton kernels of the loss: see `_rowwise`.
+_forward = register(
+    "head_consistency_loss",
+    cpu=eager_forward,
+    cuda=eager_forward,
+    fake=imagined_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+_backward = register(
+    "head_consistency_loss_backward",
+    cpu=eager_backward,
+    cuda=eager_backward,
+    fake=imagined_backward,
+)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trainc.kernels.philox import normal
+from trainc.kernels.registration import register
 from trainc.kernels.support import accumulation_dtype, on_demand, require
 
 SHARES = ("token", "none")
@@ -38,9 +39,7 @@ def multiplicative_noise(
     first_example: Tensor | None = None,
 ) -> Tensor:
     """x * (1 + sigma * eps), shape and dtype of x; see the module for the arguments."""
-    y: Tensor = torch.ops.trainc.multiplicative_noise(
-        x, sigma, key, site, views, share, first_example
-    )
+    y: Tensor = _multiply(x, sigma, key, site, views, share, first_example)
     return y
 
 
@@ -55,7 +54,7 @@ def noisy_add(
     first_example: Tensor | None = None,
 ) -> Tensor:
     """h0 + delta * (1 + sigma * eps), (views * B, ..., C) in the promoted dtype of h0 and delta."""
-    y: Tensor = torch.ops.trainc.noisy_add(h0, delta, sigma, key, site, views, share, first_example)
+    y: Tensor = _add(h0, delta, sigma, key, site, views, share, first_example)
     return y
 
 
@@ -180,7 +179,7 @@ def eager_multiply(
     site: int,
     views: int,
     share: str,
-    first_example: Tensor | None = None,
+    first_example: Tensor | None,
 ) -> Tensor:
     check(x, sigma, key, views, share)
     z = _factor_once(x, sigma, key, site, views, share, first_example)
@@ -192,20 +191,14 @@ def eager_multiply(
     return torch.mul(flat, z, out=y).view(x.shape)
 
 
-_multiply = torch.library.custom_op(
-    "trainc::multiplicative_noise", eager_multiply, mutates_args=(), device_types="cpu"
-)
-
-
-@_multiply.register_fake
-def _(
+def imagined_multiply(
     x: Tensor,
     sigma: Tensor,
     key: Tensor,
     site: int,
     views: int,
     share: str,
-    first_example: Tensor | None = None,
+    first_example: Tensor | None,
 ) -> Tensor:
     check(x, sigma, key, views, share)
     return x.new_empty(x.shape)
@@ -219,7 +212,7 @@ def eager_add(
     site: int,
     views: int,
     share: str,
-    first_example: Tensor | None = None,
+    first_example: Tensor | None,
 ) -> Tensor:
     check_pair(h0, delta, sigma, key, views, share)
     z = _factor_once(delta, sigma, key, site, views, share, first_example)
@@ -239,11 +232,7 @@ def check_pair(
     )
 
 
-_add = torch.library.custom_op("trainc::noisy_add", eager_add, mutates_args=(), device_types="cpu")
-
-
-@_add.register_fake
-def _(
+def imagined_add(
     h0: Tensor,
     delta: Tensor,
     sigma: Tensor,
@@ -251,7 +240,7 @@ def _(
     site: int,
     views: int,
     share: str,
-    first_example: Tensor | None = None,
+    first_example: Tensor | None,
 ) -> Tensor:
     check_pair(h0, delta, sigma, key, views, share)
     return h0.new_empty(h0.shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
@@ -267,9 +256,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _through(ctx, dy: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
     """z * dy: the operator is its own derivative, with z drawn again from the same counters."""
     sigma, key, first_example = ctx.saved_tensors
-    gradient: Tensor = torch.ops.trainc.multiplicative_noise(
-        dy, sigma, key, *ctx.place, first_example
-    )
+    gradient: Tensor = _multiply(dy, sigma, key, *ctx.place, first_example)
     return gradient.to(dtype)
 
 
@@ -286,7 +273,19 @@ def _differentiate_add(ctx, dy):  # type: ignore[no-untyped-def]
 
 
 # No autocast rule: both keep the dtypes they are given.
-_multiply.register_autograd(_differentiate_multiply, setup_context=_save)
-_add.register_autograd(_differentiate_add, setup_context=_save)
-_multiply.register_kernel("cuda")(on_demand("triton_noise", "multiplicative_noise"))
-_add.register_kernel("cuda")(on_demand("triton_noise", "noisy_add"))
+_multiply = register(
+    "multiplicative_noise",
+    cpu=eager_multiply,
+    cuda=on_demand("triton_noise", "multiplicative_noise"),
+    fake=imagined_multiply,
+    save=_save,
+    differentiate=_differentiate_multiply,
+)
+_add = register(
+    "noisy_add",
+    cpu=eager_add,
+    cuda=on_demand("triton_noise", "noisy_add"),
+    fake=imagined_add,
+    save=_save,
+    differentiate=_differentiate_add,
+)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from trainc.kernels.registration import register
 from trainc.kernels.support import accumulation_dtype, on_demand, require
 
 DISTANCES = ("mse", "kl")
@@ -36,7 +37,7 @@ def task_consistency_loss(
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, task, consistency), 0-d each; see the module for the arguments."""
-    loss, task, consistency = torch.ops.trainc.task_consistency_loss(
+    loss, task, consistency = _forward(
         logits, targets, weight, distance, ignore_index, label_smoothing
     )
     return loss, task, consistency
@@ -98,12 +99,7 @@ def blocks(
 def row_losses(
     rows: Tensor, labels: Tensor, distance: str, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies, 0 where ignored, and distances, (n,) each, of logits (2n, C).
-
-    log p = x - top - log sum exp(x - top), and the last term is -log of the largest probability: one
-    softmax serves both losses. The divergence is <p - q, x1 - x2> up to a constant per row that
-    p - q, which adds up to nothing, does not see; taking <p, x1 - x2> off first keeps it precise.
-    """
+    """Cross-entropies, 0 where ignored, and distances, (n,) each, of logits (2n, C)."""
     dtype = accumulation_dtype(rows.dtype)
     count = labels.shape[0]
     kept = labels != ignore_index
@@ -111,21 +107,19 @@ def row_losses(
     tasks = rows.new_empty((count,), dtype=dtype)
     distances = torch.empty_like(tasks)
     for here, _, first, second, held in blocks(rows, count, 2 if distance == "mse" else 3):
-        p, gap = torch.softmax(first, 1, out=held[0]), torch.sub(first, second, out=held[1])
+        log_p = torch.log_softmax(first, 1, out=held[0])
+        torch.mul(log_p.gather(1, safe[here]).squeeze(1), label_smoothing - 1, out=tasks[here])
+        if label_smoothing:
+            tasks[here].sub_(log_p.mean(1), alpha=label_smoothing)
         if distance == "mse":
+            gap = torch.sub(first, second, out=held[1])
             torch.linalg.vecdot(gap, gap, out=distances[here])
         else:
-            q = torch.softmax(second, 1, out=held[2])
-            gap.sub_(torch.linalg.vecdot(p, gap).unsqueeze_(1))
-            torch.linalg.vecdot(q.sub_(p), gap, out=distances[here])
-        top = first.amax(1)
-        each = (top - first.gather(1, safe[here]).squeeze(1)).mul_(1 - label_smoothing)
-        if label_smoothing:
-            below = torch.sub(top.unsqueeze(1), first, out=held[1])
-            each.add_(below.mean(1), alpha=label_smoothing)
-        torch.sub(each, p.amax(1).log_(), out=tasks[here])
+            log_q = torch.log_softmax(second, 1, out=held[1])
+            gap = torch.sub(log_p, log_q, out=held[2])
+            torch.linalg.vecdot(log_p.exp_().sub_(log_q.exp_()), gap, out=distances[here])
     if distance == "kl":
-        distances.mul_(-0.5)
+        distances.mul_(0.5)
     return tasks.mul_(kept), distances
 
 
@@ -152,13 +146,7 @@ def eager_forward(
     return total(*found, labels, weight, ignore_index)
 
 
-_forward = torch.library.custom_op(
-    "trainc::task_consistency_loss", eager_forward, mutates_args=(), device_types="cpu"
-)
-
-
-@_forward.register_fake
-def _(
+def imagined_forward(
     logits: Tensor,
     targets: Tensor,
     weight: Tensor,
@@ -190,15 +178,17 @@ def write_gradients(
     scale = on_distance.to(dtype)
     each = kept.to(dtype).mul_(on_task).unsqueeze_(1)
     safe = labels.where(kept, 0).unsqueeze(1)
-    for here, there, first, second, held in blocks(rows, count, 2 if distance == "mse" else 4):
-        p, pull = torch.softmax(first, 1, out=held[0]), torch.sub(first, second, out=held[1])
+    for here, there, first, second, held in blocks(rows, count, 2 if distance == "mse" else 5):
         if distance == "mse":
-            pull.mul_(2 * scale)
-            torch.mul(pull, -1.0, out=out[there])
+            p, pull = torch.softmax(first, 1, out=held[0]), torch.sub(first, second, out=held[1])
+            torch.mul(pull.mul_(2 * scale), -1.0, out=out[there])
+            if out.dtype != dtype:
+                # Opposites once rounded, too: a bias before the logits gets their difference, nothing.
+                pull.copy_(out[there]).neg_()
         else:
-            push = _kl_gradients(second, p, pull, *held[2:])
+            p, pull, push = _divergence_gradients(first, second, *held)
             pull.mul_(0.5 * scale)
-            torch.mul(push, -0.5 * scale, out=out[there])
+            torch.mul(push, 0.5 * scale, out=out[there])
         if label_smoothing:
             p.sub_(label_smoothing / classes)
         reward = p.new_full((1, 1), label_smoothing - 1.0).expand(safe[here].shape)
@@ -233,31 +223,34 @@ def shares(
     return task_scale / kept, consistency_scale / max(labels.shape[0], 1)
 
 
-def _kl_gradients(second: Tensor, p: Tensor, gap: Tensor, q: Tensor, spare: Tensor) -> Tensor:
-    """Turn `gap`, the difference of the logits, into the gradient of KL(p || q) + KL(q || p) for the
-    first, and return minus that for the second.
+def _divergence_gradients(
+    first: Tensor, second: Tensor, p: Tensor, q: Tensor, gap: Tensor, spare: Tensor, apart: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p, and the gradients of KL(p || q) + KL(q || p) for both logits, in the five buffers.
 
-    With u = log p - log q they are p (u - <p, u>) + p - q and q (u - <q, u>) + p - q. Only u less a
-    mean of it appears, so that the difference of the logits serves as u.
+    With u = log p - log q they are p (u - <p, u>) + p - q and q (<q, u> - u) + q - p.
     """
-    torch.softmax(second, 1, out=q)
-    # Counted from the likeliest class, <p, u> loses nothing where p is all but certain.
-    gap.sub_(gap.gather(1, p.argmax(1, keepdim=True)))
-    along_p = torch.linalg.vecdot(p, gap).unsqueeze_(1)
-    along_q = torch.linalg.vecdot(q, gap).unsqueeze_(1)
-    # One is not folded into the means: beside a large one it would be lost, and p and q with it.
-    push = torch.sub(gap, along_q, out=spare).mul_(q).add_(p).sub_(q)
-    gap.sub_(along_p).mul_(p).add_(p).sub_(q)
-    return push
+    torch.log_softmax(first, 1, out=p)
+    torch.log_softmax(second, 1, out=q)
+    torch.sub(p, q, out=gap)
+    torch.neg(gap, out=spare)
+    torch.sub(p.exp_(), q.exp_(), out=apart)
+    pull = _through_softmax(gap, p, apart)
+    return p, pull, _through_softmax(spare, q, apart.neg_())
 
 
-_backward = torch.library.custom_op(
-    "trainc::task_consistency_loss_backward", eager_backward, mutates_args=(), device_types="cpu"
-)
+def _through_softmax(values: Tensor, weights: Tensor, apart: Tensor) -> Tensor:
+    """weights * (values - <weights, values>) + apart, which adds up to nothing, in `values`.
+
+    A mean far from zero is taken off before `apart`, which would not survive beside it. What rounding
+    leaves of the sum is taken off last: where one weight is nearly all it may be all there is.
+    """
+    values.sub_(torch.linalg.vecdot(weights, values).unsqueeze_(1))
+    torch.addcmul(apart, values, weights, out=values)
+    return values.addcmul_(weights, values.sum(1, keepdim=True), value=-1)
 
 
-@_backward.register_fake
-def _(
+def imagined_backward(
     logits: Tensor,
     targets: Tensor,
     task_scale: Tensor,
@@ -280,7 +273,7 @@ def _differentiate(ctx, dloss, dtask, dconsistency):  # type: ignore[no-untyped-
     wants = ctx.needs_input_grad
     dlogits = None
     if wants[0]:
-        dlogits = torch.ops.trainc.task_consistency_loss_backward(
+        dlogits = _backward(
             logits, targets, dloss + dtask, dloss * weight + dconsistency, *ctx.options
         )
     dweight = (dloss * consistency).to(weight.dtype) if wants[2] else None
@@ -288,6 +281,17 @@ def _differentiate(ctx, dloss, dtask, dconsistency):  # type: ignore[no-untyped-
 
 
 # No autocast rule: 16-bit logits are read as they are, and every sum is float32 already.
-_forward.register_autograd(_differentiate, setup_context=_save)
-_forward.register_kernel("cuda")(on_demand("triton_loss", "task_consistency_loss"))
-_backward.register_kernel("cuda")(on_demand("triton_loss", "task_consistency_loss_backward"))
+_forward = register(
+    "task_consistency_loss",
+    cpu=eager_forward,
+    cuda=on_demand("triton_loss", "task_consistency_loss"),
+    fake=imagined_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+_backward = register(
+    "task_consistency_loss_backward",
+    cpu=eager_backward,
+    cuda=on_demand("triton_loss", "task_consistency_loss_backward"),
+    fake=imagined_backward,
+)

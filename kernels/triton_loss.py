@@ -20,30 +20,45 @@ BLOCK = 4096
 
 @triton.jit
 def _normaliser(L, base, classes, BLOCK_V: tl.constexpr):
-    """The largest entry of one row, the log of sum exp(x - largest), and the mean of x - largest.
+    """One row's largest entry and its place, the log of sum exp(x - largest), and the mean of x - largest.
 
     Kept apart: their sum would be rounded at the size of the logits, and every probability with it.
     """
     anchor = tl.load(L + base).to(tl.float32)
     top = tl.full((), float("-inf"), tl.float32)
+    place = tl.full((), 0, tl.int32)
     scaled = tl.full((), 0.0, tl.float32)
     above = tl.full((), 0.0, tl.float32)
     for start in range(0, classes, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         mask = column < classes
         x = tl.load(L + base + column, mask=mask, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
+        highest, where = tl.max(x, 0, return_indices=True)
+        place = tl.where(highest > top, start + where, place)
+        higher = tl.maximum(top, highest)
         scaled = scaled * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
         above += tl.sum(tl.where(mask, x - anchor, 0.0), 0)
         top = higher
-    return top, tl.log(scaled), (anchor - top) + above / classes
+    return top, place, tl.log(scaled), (anchor - top) + above / classes
 
 
 @triton.jit
-def _divergences(
-    L, one, two, top, log_sum, other_top, other_log_sum, classes, BLOCK_V: tl.constexpr
-):
-    """<p, u> and <q, u> with u = x - y, which is log p - log q up to a constant of the row."""
+def _levels(L, one, two, top, place, other_top, other_place):
+    """u = (x - top) - (y - other_top) at the likeliest class of each view.
+
+    u is log p - log q up to a constant of the row. Counted from these, <p, u> and <q, u> are small
+    where p or q is all but certain; far from zero they would be rounded, and p - q beside them lost.
+    """
+    beside = tl.load(L + two + place).to(tl.float32)
+    other_beside = tl.load(L + one + other_place).to(tl.float32)
+    return other_top - beside, other_beside - top
+
+
+@triton.jit
+def _means(
+    L, one, two, top, log_sum, level, other_top, other_log_sum, other_level, classes, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """<p, u - level> and <q, u - other_level>."""
     along_p = tl.full((), 0.0, tl.float32)
     along_q = tl.full((), 0.0, tl.float32)
     for start in range(0, classes, BLOCK_V):
@@ -51,9 +66,10 @@ def _divergences(
         mask = column < classes
         x = tl.load(L + one + column, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(L + two + column, mask=mask, other=0.0).to(tl.float32)
-        u = tl.where(mask, (x - top) - (y - other_top), 0.0)
-        along_p += tl.sum(tl.exp((x - top) - log_sum) * u, 0)
-        along_q += tl.sum(tl.exp((y - other_top) - other_log_sum) * u, 0)
+        u = (x - top) - (y - other_top)
+        p, q = tl.exp((x - top) - log_sum), tl.exp((y - other_top) - other_log_sum)
+        along_p += tl.sum(tl.where(mask, p * (u - level), 0.0), 0)
+        along_q += tl.sum(tl.where(mask, q * (u - other_level), 0.0), 0)
     return along_p, along_q
 
 
@@ -67,16 +83,27 @@ def loss_forward(
     one, two = row * classes, (row + rows) * classes
     target = tl.load(TARGETS + row)
     kept = target != ignore_index
-    top, log_sum, mean = _normaliser(L, one, classes, BLOCK_V)
+    top, place, log_sum, mean = _normaliser(L, one, classes, BLOCK_V)
     chosen = tl.load(L + one + target, mask=kept, other=0.0).to(tl.float32)
     task = log_sum + (1.0 - smoothing) * (top - chosen) - smoothing * mean
     tl.store(TASK + row, tl.where(kept, task, 0.0))
     if KL:
-        other_top, other_log_sum, _ = _normaliser(L, two, classes, BLOCK_V)
-        along_p, along_q = _divergences(
-            L, one, two, top, log_sum, other_top, other_log_sum, classes, BLOCK_V
+        other_top, other_place, other_log_sum, _ = _normaliser(L, two, classes, BLOCK_V)
+        level, other_level = _levels(L, one, two, top, place, other_top, other_place)
+        along_p, along_q = _means(
+            L,
+            one,
+            two,
+            top,
+            log_sum,
+            level,
+            other_top,
+            other_log_sum,
+            other_level,
+            classes,
+            BLOCK_V,
         )
-        distance = 0.5 * (along_p - along_q)
+        distance = 0.5 * ((level - other_level) + (along_p - along_q))
     else:
         distance = tl.full((), 0.0, tl.float32)
         for start in range(0, classes, BLOCK_V):
@@ -100,11 +127,22 @@ def loss_backward(
     kept = target != ignore_index
     on_task = tl.where(kept, tl.load(ON_TASK).to(tl.float32), 0.0)
     on_distance = tl.load(ON_DISTANCE).to(tl.float32)
-    top, log_sum, _ = _normaliser(L, one, classes, BLOCK_V)
+    top, place, log_sum, _ = _normaliser(L, one, classes, BLOCK_V)
     if KL:
-        other_top, other_log_sum, _ = _normaliser(L, two, classes, BLOCK_V)
-        along_p, along_q = _divergences(
-            L, one, two, top, log_sum, other_top, other_log_sum, classes, BLOCK_V
+        other_top, other_place, other_log_sum, _ = _normaliser(L, two, classes, BLOCK_V)
+        level, other_level = _levels(L, one, two, top, place, other_top, other_place)
+        along_p, along_q = _means(
+            L,
+            one,
+            two,
+            top,
+            log_sum,
+            level,
+            other_top,
+            other_log_sum,
+            other_level,
+            classes,
+            BLOCK_V,
         )
     for start in range(0, classes, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
@@ -115,10 +153,11 @@ def loss_backward(
         if KL:
             q = tl.exp((y - other_top) - other_log_sum)
             u = (x - top) - (y - other_top)
-            pull = 0.5 * on_distance * (p * (u - along_p) + p - q)
-            push = 0.5 * on_distance * (q * (along_q - u) + q - p)
+            pull = 0.5 * on_distance * (p * ((u - level) - along_p) + (p - q))
+            push = 0.5 * on_distance * (q * (along_q - (u - other_level)) - (p - q))
         else:
-            pull = 2.0 * on_distance * (x - y)
+            # Opposites once rounded, too: a bias before the logits gets their difference, nothing.
+            pull = (2.0 * on_distance * (x - y)).to(D.dtype.element_ty).to(tl.float32)
             push = -pull
         hit = tl.where(column == target, 1.0 - smoothing, 0.0)
         pull += on_task * (p - hit - smoothing / classes)

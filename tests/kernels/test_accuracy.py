@@ -18,18 +18,20 @@ from benchmarks.adversarial import FAMILIES, LOGITS
 # Sums in another order differ by chance: twice the largest error is no loss, a tenth more of root
 # mean square is. A unit is what a result takes that is rounded twice, whoever computes it.
 LARGEST, RMS, UNIT = 2.0, 1.1, 1.0
-# Root mean squares of these are over the draws alone.
-SCALARS = {"loss", "task", "consistency", "dlambda"}
+# The logarithm of a ratio of two root mean squares of n errors scatters by 1 / sqrt(n) or so. Five
+# times that, so that neither other seeds nor a processor that adds in another order decide.
+CHANCE = 5.0
 # Where ATen has lost six bits, one or two roundings decide, magnified by the problem.
-LOST, OF_LOST = 64.0, 4.0
+LOST, OF_LOST = 64.0, 32.0
 
 # What is worse than that, by (operator, result, family): the bounds that hold, and why.
 Known = dict[tuple[str, str, str], tuple[float, float, str]]
 ONE_PASS = "in 16 bits: the mean is y's, ATen's of one pass; the composition takes its own by two"
 ROWS = "examples of many rows are summed row by row, not pairwise"
 DENORMAL = "squares of gradients, 1e-40, are denormal before they meet those of x"
-NOT_EXACT = "float64 itself loses p and q beside a divergence of 1e18, where they are right here"
-RAW_GAP = "log p - log q is taken from the logits' difference: one rounding, of the larger number"
+ONE_VALUE = (
+    "rows of one value: exactly nothing is left of them, but for the last bit of a one-pass mean"
+)
 NOISE = "views are equal but for rounding: the last bits of their logits decide"
 KNOWN: Known = {
     ("layer_norm", "norms", "large mean"): (200.0, 120.0, ONE_PASS),
@@ -37,35 +39,27 @@ KNOWN: Known = {
     ("rms_norm", "dweight", "*"): (8.0, 2.0, ROWS),
     ("rms_norm", "norms", "*"): (4.0, 2.0, ROWS),
     ("linear", "norms", "small gradients"): (4.0, 3.5, DENORMAL),
-    ("ghost_batch_norm", "mean", "large"): (2.0, 1.5, "a dozen sums that cancel"),
+    ("layer_norm", "dweight", "tiny variance"): (math.inf, math.inf, ONE_VALUE),
 }
-for _operator, _results in (
-    ("task_consistency_loss", ("dlogits",)),
-    ("head_consistency_loss", ("dx", "dweight", "dbias")),
-):
-    for _result in _results:
-        KNOWN[_operator, _result, "tiny variance"] = (32.0, 4.0, NOISE)
-        KNOWN[_operator, _result, "large"] = (math.inf, math.inf, NOT_EXACT)
-        KNOWN[_operator, _result, "wide range"] = (6.0, 6.0, RAW_GAP)
-for _result in ("consistency", "dlambda"):
+for _result in ("dx", "dweight", "dbias", "consistency", "dlambda"):
     KNOWN["head_consistency_loss", _result, "tiny variance"] = (math.inf, math.inf, NOISE)
 
 
 def bounds(found: dict[str, Any]) -> tuple[float, float]:
     """How much larger than ATen's the largest error and the root mean square may be."""
-    place = found["operator"], found["result"]
+    place, lost = (found["operator"], found["result"]), found["aten"]["max"] > LOST
+    least = (OF_LOST, OF_LOST) if lost else (LARGEST, RMS)
     for family in (found["family"], "*"):
         if (known := KNOWN.get((*place, family))) is not None:
-            return known[0], known[1]
-    if found["aten"]["max"] > LOST:
-        return OF_LOST, OF_LOST
-    return LARGEST, LARGEST if found["result"] in SCALARS else RMS
+            return max(known[0], least[0]), max(known[1], least[1])
+    return least
 
 
 def acceptable(found: dict[str, Any]) -> bool:
     """Whether a row of the table holds its bounds and is finite where ATen's result is."""
+    chance = math.exp(CHANCE / math.sqrt(max(found["entries"], 1)))
     return not found["lost"] and all(
-        found["ours"][which] <= bound * max(found["aten"][which], UNIT)
+        found["ours"][which] <= chance * bound * max(found["aten"][which], UNIT)
         for which, bound in zip(("max", "rms"), bounds(found), strict=True)
     )
 
