@@ -12,6 +12,7 @@ from benchmarks.accuracy_problems import (
     Build,
     chosen_adamw,
     convolution,
+    ghost_operator,
     group_norm,
     head,
     llama,
@@ -24,7 +25,6 @@ from benchmarks.accuracy_problems import (
 from benchmarks.adversarial import FAMILIES, LOGITS
 from benchmarks.operators import (
     Size,
-    batch_norm,
     embedding,
     norm,
 )
@@ -90,7 +90,7 @@ CASES: tuple[Case, ...] = (
          ("y", "dweight", "norms"), (), each=("norms",)),
     Case("group_norm", "probe", group_norm, Size(5, 20, 12), (*LAYER, "norms")),
     Case("convolution", "probe", convolution, Size(4, 7, 3), (*LAYER, "norms"), each=("norms",)),
-    Case("ghost_batch_norm", "", batch_norm, Size(16, 40, 6), LAYER),
+    Case("ghost_batch_norm", "", ghost_operator, Size(16, 40, 6), LAYER),
     Case("ghost_batch_norm", "running", running, Size(16, 40, 6), ("mean", "var"),
          each=("mean", "var")),
     *(Case("multiplicative_noise", share, same_noise(False, share), Size(3, 5, 48), ("y", "dx"))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainc.kernels.registration import register_update
 from trainc.kernels.support import on_demand, require
 
 # Entries handled at a time, a multiple of 8: fewer calls against masks in words that fit a cache.
@@ -23,7 +24,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def masked_update_(tensors: Sequence[Tensor], mask: Tensor) -> None:
     """Zero, in place and in every tensor, the entries the mask leaves out; see the module."""
     with torch.no_grad():
-        torch.ops.trainc.masked_update_(list(tensors), mask)
+        _operator(list(tensors), mask)
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -73,17 +74,6 @@ def check(tensors: Sequence[Tensor], mask: Tensor) -> None:
     )
 
 
-def _clear(tensors: Sequence[Tensor], kept: Tensor) -> None:
-    """Zero in place what the bool mask leaves out, by the bits."""
-    masks: dict[torch.dtype, Tensor] = {}
-    for tensor in tensors:
-        bits = BITS[tensor.itemsize]
-        if bits not in masks:
-            masks[bits] = kept.to(bits).neg_()  # all ones or none
-        # One vectorised pass, where masked_fill_ takes entries one by one: 20 times the time.
-        tensor.view(bits).bitwise_and_(masks[bits])
-
-
 def eager(tensors: Sequence[Tensor], mask: Tensor) -> None:
     check(tensors, mask)
     dense = [tensor.view(-1) for tensor in tensors if tensor.is_contiguous()]
@@ -107,18 +97,14 @@ def eager(tensors: Sequence[Tensor], mask: Tensor) -> None:
             tensor[start:stop].view(bits).bitwise_and_(words[bits])
 
 
-_operator = torch.library.custom_op(
-    "trainc::masked_update_",
-    eager,
-    mutates_args=("tensors",),
-    device_types="cpu",
-    schema="(Tensor(a0!)[] tensors, Tensor mask) -> ()",
-)
-
-
-@_operator.register_fake
-def _(tensors: Sequence[Tensor], mask: Tensor) -> None:
+def imagined(tensors: Sequence[Tensor], mask: Tensor) -> None:
     check(tensors, mask)
 
 
-_operator.register_kernel("cuda")(on_demand("triton_masked_update", "masked_update_"))
+_operator = register_update(
+    "masked_update_",
+    cpu=eager,
+    cuda=on_demand("triton_masked_update", "masked_update_"),
+    fake=imagined,
+    mutates=("tensors",),
+)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainc.kernels.registration import register_update
 from trainc.kernels.support import on_demand, require
 
 COLUMNS = 4
@@ -28,9 +29,7 @@ def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None
     if not tensors:
         return torch.zeros((0, COLUMNS), dtype=torch.float64)
     with torch.no_grad():
-        sums: Tensor = torch.ops.trainc.multi_norm(
-            list(tensors), [] if deltas is None else list(deltas)
-        )
+        sums: Tensor = _operator(list(tensors), [] if deltas is None else list(deltas))
     return sums
 
 
@@ -91,15 +90,11 @@ def eager(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-_operator = torch.library.custom_op(
-    "trainc::multi_norm", eager, mutates_args=(), device_types="cpu"
-)
-
-
-@_operator.register_fake
-def _(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+def imagined(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     check(tensors, deltas)
     return tensors[0].new_empty((len(tensors), COLUMNS), dtype=torch.float64)
 
 
-_operator.register_kernel("cuda")(on_demand("triton_multi_norm", "multi_norm"))
+_operator = register_update(
+    "multi_norm", cpu=eager, cuda=on_demand("triton_multi_norm", "multi_norm"), fake=imagined
+)

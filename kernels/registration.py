@@ -11,9 +11,13 @@ takes them. `inputs` are all arguments in order, so the schema may have no defau
 arguments or lists of tensors. Results must be fresh tensors; opcheck proves it where a custom
 operator would at every call. Without `differentiate`, gradients through the operator are refused
 with an error: they would otherwise be taken from the kernel's own arithmetic.
+
+An operator that writes to its arguments, or takes lists of tensors to measure them, is registered by
+`register_update`: it has no gradient, and autograd learns of every tensor written to.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +46,51 @@ def register(
     function = _function(name, below, save, differentiate)
     LIBRARY.impl(name, _autograd(below, function), "Autograd", with_keyset=True)
     return operator
+
+
+def register_update(
+    name: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    mutates: Sequence[str] = (),
+) -> Any:
+    """Define trainc::name, without gradients, writing to the arguments `mutates`; return its overload.
+
+    Call it under `torch.no_grad()`: where a gradient would be wanted of it, it raises RuntimeError.
+    """
+    schema = torch.library.infer_schema(cpu, mutates_args=mutates)
+    LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"trainc::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.trainc, name).default
+    below = _below_autograd(operator, cpu, cuda)
+    names = list(inspect.signature(cpu).parameters)
+    places = [names.index(argument) for argument in mutates]
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        written = [arguments[place] for place in places if arguments[place] is not None]
+        if _C.is_grad_enabled() and _C._any_requires_grad(*_tensors(arguments)):
+            raise RuntimeError(f"trainc::{name} has no gradient: call it under torch.no_grad()")
+        found = below(keyset, arguments)
+        torch.autograd.graph.increment_version(_tensors(written))
+        return found
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    return operator
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    """The tensors among arguments, those in lists too."""
+    found: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found.extend(one for one in argument if isinstance(one, Tensor))
+    return found
 
 
 def register_autocast(operator: Any, kernel: Callable[..., Any]) -> None:

@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from trainc.kernels.registration import register_update
 from trainc.kernels.support import on_demand, require
 
 
@@ -45,7 +46,7 @@ def sparse_adamw_(
         for value in (lr, weight_decay, step)
     ]
     with torch.no_grad():
-        torch.ops.trainc.sparse_adamw_(
+        _operator(
             weight,
             grad,
             exp_avg,
@@ -125,8 +126,8 @@ def eager(
     beta2: float,
     eps: float,
     gathered: bool,
-    block: int = 1,
-    master: Tensor | None = None,
+    block: int,
+    master: Tensor | None,
 ) -> None:
     check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
     rate, decay, count = lr.item(), weight_decay.item(), step.item()
@@ -134,27 +135,29 @@ def eager(
     if block > 1:
         within = torch.arange(block, device=index.device)
         where = (where.unsqueeze(1) * block + within).view(-1)
-    g = (grad if gathered else grad.take(where)).to(exp_avg.dtype)
+    g = (grad if gathered else _chosen(grad, where)).to(exp_avg.dtype)
     # The operations of torch.optim.AdamW's single-tensor path, so float32 results are bit-equal.
-    values = weight.take(where).to(exp_avg.dtype) if master is None else master
+    values = _chosen(weight, where).to(exp_avg.dtype) if master is None else master
     values.mul_(1 - rate * decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     root = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**count)).add_(eps)
     values.addcdiv_(exp_avg, root, value=-rate / (1 - beta1**count))
-    weight.put_(where, values.to(weight.dtype))
+    values = values.to(weight.dtype)
+    if weight.is_contiguous():
+        weight.view(-1).scatter_(0, where, values)
+    else:
+        weight.put_(where, values)
 
 
-_operator = torch.library.custom_op(
-    "trainc::sparse_adamw_",
-    eager,
-    mutates_args=("weight", "exp_avg", "exp_avg_sq", "master"),
-    device_types="cpu",
-)
+def _chosen(tensor: Tensor, where: Tensor) -> Tensor:
+    """Entries by flat index, in half the time of `take` where the memory is flat."""
+    if tensor.is_contiguous():
+        return tensor.view(-1).index_select(0, where)
+    return tensor.take(where)
 
 
-@_operator.register_fake
-def _(
+def imagined(
     weight: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -167,10 +170,16 @@ def _(
     beta2: float,
     eps: float,
     gathered: bool,
-    block: int = 1,
-    master: Tensor | None = None,
+    block: int,
+    master: Tensor | None,
 ) -> None:
     check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
 
 
-_operator.register_kernel("cuda")(on_demand("triton_sparse_adamw", "sparse_adamw_"))
+_operator = register_update(
+    "sparse_adamw_",
+    cpu=eager,
+    cuda=on_demand("triton_sparse_adamw", "sparse_adamw_"),
+    fake=imagined,
+    mutates=("weight", "exp_avg", "exp_avg_sq", "master"),
+)

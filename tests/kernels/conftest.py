@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import CASES, SMOOTH
+from tests.kernels.cases import CASES, SMOOTH, UPDATES
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 
@@ -24,6 +24,12 @@ def case(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(params=SMOOTH, ids=[case.name for case in SMOOTH])
 def smooth(request: pytest.FixtureRequest) -> Any:
     """Every operator that has gradients."""
+    return request.param
+
+
+@pytest.fixture(params=UPDATES, ids=[case.name for case in UPDATES])
+def update(request: pytest.FixtureRequest) -> Any:
+    """Every operator that has none."""
     return request.param
 
 

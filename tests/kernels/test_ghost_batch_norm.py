@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainc.kernels import ghost_batch_norm as operators
 from trainc.kernels.ghost_batch_norm import ghost_batch_norm
 
 SEQUENTIAL = "sequential_torch_BN_ghost4 (bigBatch main_gbn.py / pytorch_tabnet.GBN semantics)"
+
+
+@pytest.fixture(autouse=True, params=["operator", "composition"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small inputs are torch's own calls on a CPU, and large ones the operator: both must hold."""
+    if request.param == "operator":
+        monkeypatch.setattr(operators, "SMALL", -1)
 
 
 def sequential(

@@ -202,3 +202,16 @@ def test_second_derivatives_are_refused_not_wrong(smooth: Any) -> None:
         )
         with pytest.raises(RuntimeError, match="no autograd formula"):
             torch.autograd.grad(first[0].sum(), arguments[0])
+
+
+def test_what_has_no_gradient_is_refused_where_one_would_be_wanted(update: Any) -> None:
+    arguments = update.arguments()
+    written, *_ = tensors = flat(arguments)
+    for tensor in tensors:
+        tensor.requires_grad_(tensor.is_floating_point())
+    with pytest.raises(RuntimeError, match=r"no gradient: call it under torch\.no_grad"):
+        update.op(*arguments)
+    version = written._version
+    with torch.no_grad():
+        update.op(*arguments)
+    assert (written._version > version) == update.operator.endswith("_")
