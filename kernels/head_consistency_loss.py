@@ -48,7 +48,7 @@ def head_consistency_loss(
         dtype = torch.get_autocast_dtype(device)
         hidden, head = hidden.to(dtype), head.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    loss, task, consistency = _forward(
+    loss, task, consistency, _ = _forward(
         hidden, head, bias, targets, weight, distance, ignore_index, label_smoothing
     )
     return loss, task, consistency
@@ -135,16 +135,17 @@ def eager_forward(
     distance: str,
     ignore_index: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(hidden, head, bias, targets, weight, distance)
     labels, kernels = targets.reshape(-1), _rowwise(hidden)
     tasks = hidden.new_empty(labels.shape, dtype=accumulation_dtype(hidden.dtype))
     distances = torch.empty_like(tasks)
+    statistics = tasks.new_zeros((labels.shape[0], plain.STATISTICS[distance]))
     for part, _, logits in _chunks(hidden, head, bias, labels.shape[0]):
         tasks[part], distances[part] = kernels.row_losses(
-            logits, labels[part], distance, ignore_index, label_smoothing
+            logits, labels[part], distance, ignore_index, label_smoothing, statistics[part]
         )
-    return plain.total(tasks, distances, labels, weight, ignore_index)
+    return *plain.total(tasks, distances, labels, weight, ignore_index), statistics
 
 
 def imagined_forward(
@@ -156,10 +157,11 @@ def imagined_forward(
     distance: str,
     ignore_index: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(hidden, head, bias, targets, weight, distance)
-    scalar = hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype))
-    return scalar, torch.empty_like(scalar), torch.empty_like(scalar)
+    dtype = accumulation_dtype(hidden.dtype)
+    scalars = (hidden.new_empty((), dtype=dtype) for _ in range(3))
+    return *scalars, hidden.new_empty((targets.numel(), plain.STATISTICS[distance]), dtype=dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -177,6 +179,7 @@ def eager_backward(
     head: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    statistics: Tensor,
     task_scale: Tensor,
     consistency_scale: Tensor,
     distance: str,
@@ -196,7 +199,9 @@ def eager_backward(
     scales = plain.shares(task_scale, consistency_scale, labels, ignore_index)
     options = (distance, ignore_index, label_smoothing)
     for part, x, logits in _chunks(hidden, head, bias, count):
-        kernels.write_gradients(logits, labels[part], *scales, *options, out=logits)
+        kernels.write_gradients(
+            logits, labels[part], *scales, *options, statistics[part], out=logits
+        )
         if mask[0]:
             dhidden[:, part] = torch.mm(logits, head).view(2, -1, width)
         if mask[1]:
@@ -212,6 +217,7 @@ def imagined_backward(
     head: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    statistics: Tensor,
     task_scale: Tensor,
     consistency_scale: Tensor,
     distance: str,
@@ -227,11 +233,12 @@ def imagined_backward(
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     hidden, head, bias, targets, weight, *options = inputs
-    ctx.save_for_backward(hidden, head, bias, targets, weight, output[2])
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(hidden, head, bias, targets, output[3], weight, output[2])
     ctx.options = tuple(options)
 
 
-def _differentiate(ctx, dloss, dtask, dconsistency):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-def]
     *inputs, weight, consistency = ctx.saved_tensors
     wants = ctx.needs_input_grad
     grads: tuple[Tensor | None, ...] = (None, None, None)

@@ -22,6 +22,9 @@ from trainc.kernels.registration import register
 from trainc.kernels.support import accumulation_dtype, on_demand, require
 
 DISTANCES = ("mse", "kl")
+# What CUDA's backward keeps of a row: largest logit and log sum exp of the rest, for "kl" of both
+# views, each with the other view's logit there and the mean of the log ratio counted from there.
+STATISTICS = {"mse": 2, "kl": 8}
 
 # Elements of a block's buffers, 1 MB in float32. The twenty calls of ATen that a block takes cost as
 # much as 20000 elements, so smaller is slower; more leaves the cache and is fresh memory every call.
@@ -37,7 +40,7 @@ def task_consistency_loss(
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, task, consistency), 0-d each; see the module for the arguments."""
-    loss, task, consistency = _forward(
+    loss, task, consistency, _ = _forward(
         logits, targets, weight, distance, ignore_index, label_smoothing
     )
     return loss, task, consistency
@@ -96,10 +99,24 @@ def blocks(
         yield here, there, rows[here].to(dtype), rows[there].to(dtype), held
 
 
+def no_statistics(rows: Tensor, distance: str) -> Tensor:
+    """Zeros (n, STATISTICS) for logits (2n, C): a CPU's backward makes all it needs of the logits."""
+    shape = (rows.shape[0] // 2, STATISTICS[distance])
+    return rows.new_zeros(shape, dtype=accumulation_dtype(rows.dtype))
+
+
 def row_losses(
-    rows: Tensor, labels: Tensor, distance: str, ignore_index: int, label_smoothing: float
+    rows: Tensor,
+    labels: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies, 0 where ignored, and distances, (n,) each, of logits (2n, C)."""
+    """Cross-entropies, 0 where ignored, and distances, (n,) each, of logits (2n, C).
+
+    `statistics` stay as they are.
+    """
     dtype = accumulation_dtype(rows.dtype)
     count = labels.shape[0]
     kept = labels != ignore_index
@@ -139,11 +156,12 @@ def eager_forward(
     distance: str,
     ignore_index: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, task and consistency, and what CUDA's backward keeps of the rows."""
     check(logits.shape, targets, weight, distance)
     rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     found = row_losses(rows, labels, distance, ignore_index, label_smoothing)
-    return total(*found, labels, weight, ignore_index)
+    return *total(*found, labels, weight, ignore_index), no_statistics(rows, distance)
 
 
 def imagined_forward(
@@ -153,10 +171,11 @@ def imagined_forward(
     distance: str,
     ignore_index: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(logits.shape, targets, weight, distance)
-    scalar = logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
-    return scalar, torch.empty_like(scalar), torch.empty_like(scalar)
+    dtype = accumulation_dtype(logits.dtype)
+    scalars = (logits.new_empty((), dtype=dtype) for _ in range(3))
+    return *scalars, logits.new_empty((targets.numel(), STATISTICS[distance]), dtype=dtype)
 
 
 def write_gradients(
@@ -167,6 +186,8 @@ def write_gradients(
     distance: str,
     ignore_index: int,
     label_smoothing: float,
+    statistics: Tensor | None = None,
+    *,
     out: Tensor,
 ) -> None:
     """Write the gradient of on_task * tasks.sum() + on_distance * distances.sum() for (2n, C) rows.
@@ -199,6 +220,7 @@ def write_gradients(
 def eager_backward(
     logits: Tensor,
     targets: Tensor,
+    statistics: Tensor,
     task_scale: Tensor,
     consistency_scale: Tensor,
     distance: str,
@@ -253,6 +275,7 @@ def _through_softmax(values: Tensor, weights: Tensor, apart: Tensor) -> Tensor:
 def imagined_backward(
     logits: Tensor,
     targets: Tensor,
+    statistics: Tensor,
     task_scale: Tensor,
     consistency_scale: Tensor,
     distance: str,
@@ -264,17 +287,18 @@ def imagined_backward(
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     logits, targets, weight, distance, ignore_index, label_smoothing = inputs
-    ctx.save_for_backward(logits, targets, weight, output[2])
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(logits, targets, weight, output[2], output[3])
     ctx.options = (distance, ignore_index, label_smoothing)
 
 
-def _differentiate(ctx, dloss, dtask, dconsistency):  # type: ignore[no-untyped-def]
-    logits, targets, weight, consistency = ctx.saved_tensors
+def _differentiate(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-def]
+    logits, targets, weight, consistency, statistics = ctx.saved_tensors
     wants = ctx.needs_input_grad
     dlogits = None
     if wants[0]:
         dlogits = _backward(
-            logits, targets, dloss + dtask, dloss * weight + dconsistency, *ctx.options
+            logits, targets, statistics, dloss + dtask, dloss * weight + dconsistency, *ctx.options
         )
     dweight = (dloss * consistency).to(weight.dtype) if wants[2] else None
     return dlogits, None, dweight, None, None, None

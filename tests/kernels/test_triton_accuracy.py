@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy_problems import divergence
 from benchmarks.adversarial import LOGITS
 from trainc.kernels import layer_norm, rms_norm
 from trainc.kernels import task_consistency_loss as consistency
@@ -88,10 +89,34 @@ def test_loss(family: str, distance: str, smoothing: float) -> None:
 
     logits, targets = made(family, 6, 33), torch.tensor([1, 4, 20])
     options = (distance, -100, smoothing)
-    results = triton_loss.task_consistency_loss(logits, targets, torch.tensor(0.5), *options)
+    *results, kept = triton_loss.task_consistency_loss(logits, targets, torch.tensor(0.5), *options)
     gradient = triton_loss.task_consistency_loss_backward(
-        logits, targets, torch.tensor(1.0), torch.tensor(0.5), *options
+        logits, targets, kept, torch.tensor(1.0), torch.tensor(0.5), *options
     )
     theirs = composed(logits, distance, smoothing)
     exact = composed(logits.double(), distance, smoothing)
     no_worse((*results, gradient), theirs, exact, *KNOWN.get(family, (4.0, 2.0)))
+
+
+@pytest.mark.parametrize("ahead", [5.0, 15.0, 30.0])
+def test_the_divergence_of_two_sure_views_keeps_its_gradient(
+    ahead: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainc.kernels import triton_loss
+
+    monkeypatch.setattr(triton_loss, "BLOCK", 16)  # the largest logit is in the second block
+    torch.manual_seed(0)
+    first = torch.randn(3, 37)
+    first[:, 20] += ahead
+    logits, targets = torch.cat([first, first + 0.01 * torch.randn(3, 37)]), torch.zeros(3).long()
+    options, scales = ("kl", -100, 0.0), (torch.tensor(0.0), torch.tensor(1.0))
+    *_, kept = triton_loss.task_consistency_loss(logits, targets, torch.tensor(1.0), *options)
+    *_, nothing = consistency.eager_forward(logits, targets, torch.tensor(1.0), *options)
+    leaf = logits.double().requires_grad_()
+    (exact,) = torch.autograd.grad(divergence(*leaf.chunk(2)), leaf)
+    for module, statistics in ((triton_loss, kept), (consistency, nothing)):
+        backward = getattr(module, "task_consistency_loss_backward", consistency.eager_backward)
+        got = backward(logits, targets, statistics, *scales, *options)
+        unit = exact.abs().amax(1, keepdim=True)
+        # One class in 3e12 has the gradient; the logits' own rounding moves it by some 1e-5.
+        assert ((got - exact) / unit).abs().max() < 2e-4

@@ -164,11 +164,13 @@ def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
     targets[1] = -100
     options = (distance, -100, 0.1)
     arguments = (logits, targets, torch.tensor(0.4), *options)
-    got: Any = triton_loss.task_consistency_loss(*arguments)
-    torch.testing.assert_close(got, consistency.eager_forward(*arguments), rtol=1e-5, atol=1e-5)
-    scaled = (logits, targets, torch.tensor(0.9), torch.tensor(0.3), *options)
-    got = triton_loss.task_consistency_loss_backward(*scaled)
-    close([got], [consistency.eager_backward(*scaled)], dtype)
+    *got, kept = triton_loss.task_consistency_loss(*arguments)
+    *want, nothing = consistency.eager_forward(*arguments)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    scales = (torch.tensor(0.9), torch.tensor(0.3))
+    gradient = triton_loss.task_consistency_loss_backward(logits, targets, kept, *scales, *options)
+    other = consistency.eager_backward(logits, targets, nothing, *scales, *options)
+    close([gradient], [other], dtype)
 
 
 def test_loss_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,14 +179,15 @@ def test_loss_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_loss, "BLOCK", 32)
     for distance in consistency.DISTANCES:
         logits, targets = torch.randn(4, 127), torch.tensor([3, 126])
-        arguments = (logits, targets, torch.tensor(0.4), distance, -100, 0.0)
+        options = (distance, -100, 0.0)
+        arguments = (logits, targets, torch.tensor(0.4), *options)
+        *got, kept = triton_loss.task_consistency_loss(*arguments)
+        *want, nothing = consistency.eager_forward(*arguments)
+        torch.testing.assert_close(got, want)
+        scales = (torch.tensor(1.0), torch.tensor(0.3))
         torch.testing.assert_close(
-            triton_loss.task_consistency_loss(*arguments), consistency.eager_forward(*arguments)
-        )
-        scaled = (logits, targets, torch.tensor(1.0), torch.tensor(0.3), distance, -100, 0.0)
-        torch.testing.assert_close(
-            triton_loss.task_consistency_loss_backward(*scaled),
-            consistency.eager_backward(*scaled),
+            triton_loss.task_consistency_loss_backward(logits, targets, kept, *scales, *options),
+            consistency.eager_backward(logits, targets, nothing, *scales, *options),
             rtol=1e-5,
             atol=1e-6,
         )

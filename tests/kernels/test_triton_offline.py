@@ -38,8 +38,8 @@ WIDE_ROWS = f"X:{HALF} W:{HALF} DY:{HALF} {NORM} ALONG:{FULL} LEVEL:{FULL} width
 WIDE_COLUMNS = f"{BACKWARD} ALONG:{FULL} LEVEL:{FULL} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
 NOISE = f"H0:{HALF} X:{HALF} Y:{HALF} SIGMA:{FULL} KEY:{INDEX} FIRST:{INDEX} site:i32 "
 NOISE += "examples:i32 tokens:i32 channels:i32 program_tokens:i32"
-LOSS = f"L:{HALF} TARGETS:{INDEX} TASK:{FULL} DISTANCE:{FULL} "
-LOSS_BACK = f"L:{HALF} TARGETS:{INDEX} D:{HALF} ON_TASK:{FULL} ON_DISTANCE:{FULL} "
+LOSS = f"L:{HALF} TARGETS:{INDEX} TASK:{FULL} DISTANCE:{FULL} KEPT:{FULL} "
+LOSS_BACK = f"L:{HALF} TARGETS:{INDEX} D:{HALF} KEPT:{FULL} ON_TASK:{FULL} ON_DISTANCE:{FULL} "
 TAIL = "rows:i32 classes:i32 ignore_index:i32 smoothing:fp32"
 
 KINDS: list[dict[str, Any]] = [
