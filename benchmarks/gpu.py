@@ -182,6 +182,7 @@ def line(found: Json, rate: float) -> str:
     size = "x".join(map(str, found["size"]))
     parts = [f"{found['operator']:28}{size:>16} {found['dtype']:9}"]
     parts += [f"{total(found['times'].get(version, {})):9.1f}" for version in VERSIONS]
+    parts.append(f"{sum(found['bytes'].values()) / 1e6:9.1f}")
     ours = found["times"]["ours"]
     for phase in ("forward", "backward"):
         spent = ours.get(phase, {}).get("median", 0) / 1e6
@@ -242,7 +243,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = DryRun() if options.dry_run else Cuda()
     backend = "aot_eager" if options.dry_run else "inductor"
     head = " ".join(f"{name:>9}" for name in VERSIONS)
-    print(f"{'operator':28}{'size':>16} {'dtype':9} {head} {'fwd':>6} {'bwd':>6}     error")
+    print(
+        f"{'operator':28}{'size':>16} {'dtype':9} {head} {'MB':>9} {'fwd':>6} {'bwd':>6}     error"
+    )
     found = run(device, options.only, options.full, options.seconds, backend)
     print(
         f"{found['device']}: copy {found['copy TB/s']} TB/s; times in us; fractions of the copy rate"

@@ -20,7 +20,6 @@ import torch
 from benchmarks import layers, updates
 from benchmarks.measure import ROOT, Json, Times, compared, in_turn, load, machine, seconds, timed
 from benchmarks.operators import (
-    KEY,
     Problem,
     Size,
     batch_norm,
@@ -32,7 +31,8 @@ from benchmarks.operators import (
     norm,
     step,
 )
-from trainc.kernels import layer_norm, multiplicative_noise, rms_norm, task_consistency_loss
+from trainc.kernels import layer_norm, multi_norm, rms_norm, task_consistency_loss
+from trainc.kernels import linear as linear_operator
 
 RESULTS = ROOT / "benchmarks/results/kernels_cpu.json"
 EXPECTED = "our CPU paths cost at most what the ATen composition costs: ratio at most 1"
@@ -145,7 +145,7 @@ def _in_turn(versions: Mapping[str, Callable[[], object]], spent: float) -> dict
 
 def dispatch(spent: float) -> list[Json]:
     """Time what an operator costs beyond the function it runs, on tensors of next to no size."""
-    x, weight, sigma = torch.randn(2, 2, 8), torch.ones(8), torch.tensor(0.5)
+    x, weight, half = torch.randn(2, 2, 8), torch.ones(8), torch.tensor(0.5)
     pairs: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
         "layer_norm": (
             torch.ops.trainc.layer_norm, layer_norm.eager_forward,
@@ -154,13 +154,14 @@ def dispatch(spent: float) -> list[Json]:
         "rms_norm": (
             torch.ops.trainc.rms_norm, rms_norm.eager_forward, (x, [8], weight, None, 1e-5, "none"),
         ),
-        "multiplicative_noise": (
-            torch.ops.trainc.multiplicative_noise, multiplicative_noise.eager_multiply,
-            (x, sigma, KEY, 1, 2, "token", None),
+        "linear": (
+            torch.ops.trainc.linear, linear_operator.eager_forward,
+            (x, torch.ones(4, 8), None, torch.zeros(2, 1), "auto"),
         ),
+        "multi_norm": (torch.ops.trainc.multi_norm, multi_norm.eager, ([x, x], [])),
         "task_consistency_loss": (
             torch.ops.trainc.task_consistency_loss, task_consistency_loss.eager_forward,
-            (x.flatten(1), torch.zeros(1, dtype=torch.long), sigma, "mse", -100, 0.0),
+            (x.flatten(1), torch.zeros(1, dtype=torch.long), half, "mse", -100, 0.0),
         ),
     }  # fmt: skip
     found = []

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from runpy import run_path
 
 from trainc.compiler.catalog import catalog
 from trainc.dsl.pages import constructs_page, rules_page
@@ -14,6 +15,7 @@ def pages() -> dict[Path, str]:
     return {
         HERE / "constructs.md": constructs_page(catalog()),
         HERE / "diagnostics.md": rules_page(),
+        HERE / "measured.md": run_path(str(HERE / "measured.py"))["measured_page"](),
     }
 
 

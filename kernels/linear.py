@@ -101,7 +101,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None,
     )
 
 
-def _forward(
+def eager_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, form: str
 ) -> Tensor:
     _check(x, weight, bias, probe, form)
@@ -245,8 +245,8 @@ def _differentiate(ctx, dy):  # type: ignore[no-untyped-def]
 
 register(
     "linear",
-    cpu=_forward,
-    cuda=_forward,
+    cpu=eager_forward,
+    cuda=eager_forward,
     fake=_imagined,
     save=_save,
     differentiate=_differentiate,

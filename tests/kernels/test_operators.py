@@ -47,7 +47,9 @@ def detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 )
 def test_opcheck(case: Any, dtype: torch.dtype, examples: int) -> None:
     if examples == 0 and case.operator.endswith("consistency_loss"):
-        pytest.skip("a mean over nothing is nan, which opcheck does not find equal to itself")
+        # A mean over nothing is nan, which opcheck does not find equal to itself.
+        assert all(one.isnan() for one in case.call(*case.arguments(dtype, examples)))
+        return
     torch.library.opcheck(case.op, case.arguments(dtype, examples), rtol=2e-2, atol=2e-2)
 
 
@@ -192,7 +194,9 @@ def test_checkpointing_changes_nothing(smooth: Any, reentrant: bool) -> None:
 
 def test_second_derivatives_are_refused_not_wrong(smooth: Any) -> None:
     if smooth.backward == smooth.operator or smooth.operator == "noisy_add":
-        pytest.skip("linear in its input: its backward differentiates as it should")
+        # Linear in its input: its backward differentiates as it should.
+        assert torch.autograd.gradgradcheck(smooth.call, smooth.arguments(torch.float64, 2))
+        return
     arguments = smooth.arguments()
     results = smooth.call(*arguments)
     with warnings.catch_warnings():

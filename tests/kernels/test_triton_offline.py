@@ -107,7 +107,7 @@ SPECS = [
         for shared in (False, True)
     ),
     *(
-        spec("triton_loss", name, arguments + TAIL, KL=kl, BLOCK_V=4096, warps=8)
+        spec("triton_loss", name, arguments + TAIL, KL=kl, BLOCK_V=2048, warps=4)
         for name, arguments in (("loss_forward", LOSS), ("loss_backward", LOSS_BACK))
         for kl in (False, True)
     ),

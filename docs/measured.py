@@ -1,0 +1,126 @@
+"""The page of measured figures, made from benchmarks/results so that no table is typed by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+Json = dict[str, Any]
+
+
+def measured_page() -> str:
+    """Return docs/measured.md."""
+    return "\n".join(
+        [
+            "# Measured figures",
+            "",
+            "Written by `make docs` from `benchmarks/results/`; what the figures mean is in [kernels.md](kernels.md).",
+            "",
+            *_gpu(RESULTS / "gpu.json"),
+            *_cpu(_read("kernels_cpu.json")),
+            *_accuracy(_read("accuracy_cpu.json")),
+        ]
+    )
+
+
+def _read(name: str) -> Json:
+    found: Json = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _gpu(path: Path) -> list[str]:
+    title = ["## Operators on a GPU", ""]
+    if not path.exists():
+        return [
+            *title,
+            "Not measured: no GPU was at hand. `python -m benchmarks.gpu --out` writes the figures.",
+            "",
+        ]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    versions = ("ours", "aten", "inductor", "liger", "by hand")
+    rows = []
+    for one in found["rows"]:
+        times = [one["times"].get(version, {}) for version in versions]
+        phases = [time.get("both") or time.get("forward") or {} for time in times]
+        rows.append(
+            [one["operator"], "x".join(map(str, one["size"])), one["dtype"]]
+            + [str(phase.get("median", "")) for phase in phases]
+            + [f"{sum(one['bytes'].values()) / 1e6:.0f}", "yes" if one["passed"] else "NO"]
+        )
+    what = (
+        f"{found['device']}, {found['versions']}, copy {found['copy TB/s']} TB/s, {found['taken']}."
+    )
+    head = ["operator", "size", "dtype", *(f"{v}, us" for v in versions), "MB", "right"]
+    return [*title, what, "", *_table(head, rows), ""]
+
+
+def _where(found: Json) -> str:
+    machine = found["machine"]
+    return f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {found['taken']}"
+
+
+def _cpu(found: Json) -> list[str]:
+    rows = []
+    for one in found["measured"]["cases"]:
+        ratio = one["ratio"]
+        low, high = ratio["aten"]["quartiles"]
+        rows.append(
+            [
+                one["operator"],
+                one["size"],
+                f"{one['seconds']['ours']['median'] * 1e3:.2f}",
+                f"{ratio['aten']['median']:.2f} ({low:.2f} to {high:.2f})",
+                *(f"{ratio[o]['median']:.2f}" if o in ratio else "" for o in ("plain", "inductor")),
+                f"{one['bytes'] / 1e6:.1f}",
+            ]
+        )
+    dispatch = ", ".join(
+        f"{one['operator']} {one['microseconds']:.0f}" for one in found["measured"]["dispatch"]
+    )
+    load = found["load average"]
+    return [
+        "## Operators on a CPU",
+        "",
+        f"`python -m benchmarks.kernels`: {_where(found)}, one thread, load average {load['before'][0]} before and",
+        f"{load['after'][0]} after. Versions take turns in one process; processor time, float32, forward and backward.",
+        "Ratios are ours to theirs, so below 1 is faster: the median and, for ATen, quartiles. With a probe, the ATen",
+        "composition works out the same per-example norms by hand; `plain` is the same layer without them. Sizes are",
+        "(examples, rows, width): for the loss (1, targets, classes), for noise two views of them, for batch norm (examples,",
+        "pixels, channels), for multi_norm pairs of (rows, width) tensors.",
+        "",
+        *_table(["operator", "size", "ours, ms", "to ATen", "to plain", "to inductor", "MB"], rows),
+        "",
+        f"Above 1.02 by the 95% interval of the median: {'; '.join(found['measured']['missed']) or 'none'}.",
+        "",
+        f"What a call costs beyond the function it runs, in microseconds, without gradients: {dispatch}.",
+        "",
+    ]
+
+
+def _accuracy(found: Json) -> list[str]:
+    worst = found["worst"]["max"]
+    families = list(dict.fromkeys(family for line in worst.values() for family in line))
+    rows = [
+        [name, *(f"{line[f]:.2g}" if f in line else "" for f in families)]
+        for name, line in worst.items()
+    ]
+    column = found["columns"].index("ratio max")
+    ratios = [one[column] for one in found["rows"]]
+    share = {most: sum(r <= most for r in ratios) / len(ratios) for most in (1.0, 2.0)}
+    lost = sum(one[found["columns"].index("lost")] for one in found["rows"])
+    return [
+        "## Accuracy on a CPU",
+        "",
+        f"`python -m benchmarks.accuracy`: {_where(found)}, {found['draws']} draws. The largest error of any result and",
+        "dtype (float32, bfloat16, float16) against float64, as a ratio to the ATen composition's in the same dtype, which",
+        f"counts as half a unit in the last place where it is less. Of {len(ratios)} results {share[1.0]:.0%} are at most 1 and",
+        f"{share[2.0]:.0%} at most 2; entries that only ATen kept finite: {lost}.",
+        "",
+        *_table(["operator", *families], rows),
+        "",
+    ]
