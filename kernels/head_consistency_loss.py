@@ -160,8 +160,9 @@ def imagined_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(hidden, head, bias, targets, weight, distance)
     dtype = accumulation_dtype(hidden.dtype)
-    scalars = (hidden.new_empty((), dtype=dtype) for _ in range(3))
-    return *scalars, hidden.new_empty((targets.numel(), plain.STATISTICS[distance]), dtype=dtype)
+    loss, task, consistency = (hidden.new_empty((), dtype=dtype) for _ in range(3))
+    kept = hidden.new_empty((targets.numel(), plain.STATISTICS[distance]), dtype=dtype)
+    return loss, task, consistency, kept
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -174,8 +174,9 @@ def imagined_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(logits.shape, targets, weight, distance)
     dtype = accumulation_dtype(logits.dtype)
-    scalars = (logits.new_empty((), dtype=dtype) for _ in range(3))
-    return *scalars, logits.new_empty((targets.numel(), STATISTICS[distance]), dtype=dtype)
+    loss, task, consistency = (logits.new_empty((), dtype=dtype) for _ in range(3))
+    kept = logits.new_empty((targets.numel(), STATISTICS[distance]), dtype=dtype)
+    return loss, task, consistency, kept
 
 
 def write_gradients(

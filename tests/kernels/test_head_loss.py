@@ -160,9 +160,11 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) ->
     made, targets, _ = problem((400,), 10, 500, torch.float32)
     leaves = [leaf.detach() for leaf in made]
     with Largest() as mode:  # type: ignore[no-untyped-call]
-        loss, *_, kept = operators.eager_forward(*leaves, targets, WEIGHT, "kl", -100, 0.0)
-        arguments = (*leaves, targets, kept, WEIGHT, WEIGHT, "kl", -100, 0.0, [True, True, True])
-        operators.eager_backward(*arguments)
+        given, options = (*leaves, targets), ("kl", -100, 0.0)
+        loss, *_, kept = torch.ops.trainc.head_consistency_loss(*given, WEIGHT, *options)
+        torch.ops.trainc.head_consistency_loss_backward(
+            *given, kept, WEIGHT, WEIGHT, *options, [True, True, True]
+        )
     assert loss.isfinite()
     # Hidden states, the head, a chunk of 8 rows and the buffers of a block, for 400,000 logits.
     assert mode.elements <= 4 * 4000 < 2 * 400 * 500 // 20

@@ -109,7 +109,8 @@ def test_the_divergence_of_two_sure_views_keeps_its_gradient(
     first = torch.randn(3, 37)
     first[:, 20] += ahead
     logits, targets = torch.cat([first, first + 0.01 * torch.randn(3, 37)]), torch.zeros(3).long()
-    options, scales = ("kl", -100, 0.0), (torch.tensor(0.0), torch.tensor(1.0))
+    options: Any = ("kl", -100, 0.0)
+    scales = (torch.tensor(0.0), torch.tensor(1.0))
     *_, kept = triton_loss.task_consistency_loss(logits, targets, torch.tensor(1.0), *options)
     *_, nothing = consistency.eager_forward(logits, targets, torch.tensor(1.0), *options)
     leaf = logits.double().requires_grad_()

@@ -162,7 +162,7 @@ def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
     logits = torch.randn(6, classes).to(dtype)
     targets = torch.randint(0, classes, (3,))
     targets[1] = -100
-    options = (distance, -100, 0.1)
+    options: Any = (distance, -100, 0.1)
     arguments = (logits, targets, torch.tensor(0.4), *options)
     *got, kept = triton_loss.task_consistency_loss(*arguments)
     *want, nothing = consistency.eager_forward(*arguments)
@@ -179,7 +179,7 @@ def test_loss_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_loss, "BLOCK", 32)
     for distance in consistency.DISTANCES:
         logits, targets = torch.randn(4, 127), torch.tensor([3, 126])
-        options = (distance, -100, 0.0)
+        options: Any = (distance, -100, 0.0)
         arguments = (logits, targets, torch.tensor(0.4), *options)
         *got, kept = triton_loss.task_consistency_loss(*arguments)
         *want, nothing = consistency.eager_forward(*arguments)
