@@ -36,6 +36,8 @@ ENTRY_COST = 16
 # Numbers of per-example gradients held at once: within a core's cache, or what keeps a device busy.
 HELD_CPU = 1 << 17
 HELD_DEVICE = 1 << 26
+# Numbers that one float32 sum of squares may take in.
+LONGEST_SUM = 1 << 14
 
 
 def linear(
@@ -115,14 +117,13 @@ def _imagined(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Batched left @ right in the accumulation dtype."""
-    if left.dtype not in REDUCED:
-        return torch.bmm(left, right)
-    if left.is_cuda:
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Batched left @ right in the accumulation dtype, on a CPU in the memory of `out`."""
+    if left.is_cuda and left.dtype in REDUCED:
         wide: Tensor = torch.bmm(left, right, out_dtype=torch.float32)
         return wide
-    return torch.bmm(left.float(), right.float())
+    dtype = accumulation_dtype(left.dtype)
+    return torch.bmm(left.to(dtype), right.to(dtype), out=out)
 
 
 def _chunks(examples: int, each: int, like: Tensor) -> range:
@@ -134,17 +135,25 @@ def _chunks(examples: int, each: int, like: Tensor) -> range:
 def _simultaneous(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """(L, K) gradient and (B,) norms from x (B, T, K) and dy (B, T, L)."""
     examples, inputs, outputs = x.shape[0], x.shape[2], dy.shape[2]
-    dtype = accumulation_dtype(x.dtype)
-    total, norms = x.new_zeros((outputs, inputs), dtype=dtype), x.new_empty(examples, dtype=dtype)
-    starts = _chunks(examples, inputs * outputs, x)
+    dtype, starts = accumulation_dtype(x.dtype), _chunks(examples, inputs * outputs, x)
+    total = x.new_zeros((outputs, inputs), dtype=dtype)
+    # Some thousands of squares to a sum: a long one would lose digits in float32, short ones time.
+    width = inputs * math.gcd(outputs, max(1, LONGEST_SUM // max(inputs, 1)))
+    parts = x.new_empty((examples, outputs * inputs // max(width, 1)), dtype=dtype)
+    # Fresh memory for every chunk would cost more than reading it does.
+    shape = (min(starts.step, examples), outputs, inputs)
+    held = None if x.is_cuda else x.new_empty(shape, dtype=dtype)
+    ones = x.new_ones(shape[0], dtype=dtype)
     for start in starts:
-        here = slice(start, start + starts.step)
-        each = _product(dy[here].transpose(1, 2), x[here])
-        # A norm reads its numbers once, where a dot product writes their squares before it adds
-        # them; row by row, as one long float32 sum would lose digits.
-        torch.sum(torch.linalg.vector_norm(each, dim=2).square_(), 1, out=norms[here])
-        total += each[0] if each.shape[0] == 1 else each.sum(0)
-    return total, norms
+        here = slice(start, min(start + starts.step, examples))
+        memory = None if held is None else held[: here.stop - start]
+        each = _product(dy[here].transpose(1, 2), x[here], memory)
+        # A norm reads its numbers once, where a dot product writes their squares before it adds them.
+        rows = each.view(-1, parts.shape[1], width)
+        torch.linalg.vector_norm(rows, dim=2, out=parts[here])
+        # One pass, where a sum and an addition take two.
+        total.view(-1).addmv_(each.flatten(1).t(), ones[: each.shape[0]])
+    return total, torch.linalg.vecdot(parts, parts)
 
 
 def gram(x: Tensor, dy: Tensor) -> Tensor:
