@@ -20,7 +20,7 @@ from torch.nn import functional
 from trainc.kernels.convolution_norms import Geometry, aten_gradients, norms_and_gradient
 from trainc.kernels.layout import layout
 from trainc.kernels.registration import register
-from trainc.kernels.support import absent, accumulation_dtype, require
+from trainc.kernels.support import absent, accumulation_dtype, autocast, require
 
 PLAIN: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.conv2d, functional.conv3d)
 
@@ -45,12 +45,8 @@ def convolution(
     numbers = tuple(_numbers(value, spatial) for value in (stride, padding, dilation))
     if probe is None:
         return PLAIN[spatial - 1](x, weight, bias, *numbers, groups)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # as F.conv2d: everything in autocast's dtype
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    y: Tensor = torch.ops.trainc.convolution(x, weight, bias, probe, *numbers, groups)
+    cast = autocast(x, weight, bias)
+    y: Tensor = torch.ops.trainc.convolution(*cast, probe, *numbers, groups)
     return y
 
 

@@ -127,7 +127,7 @@ def _repeated(ids: Tensor) -> tuple[Tensor, Tensor]:
     torch.eq(keys[:, 1:], keys[:, :-1], out=same[:, 1:-1])  # as the one before
     places = torch.bitwise_or(same[:, 1:], same[:, :-1]).view(-1).nonzero().view(-1)
     begins = same[:, :-1].reshape(-1)[places].logical_not_().nonzero().view(-1)
-    return order.view(-1)[places].add_(places - places % count), begins
+    return order.reshape(-1)[places].add_(places - places % count), begins
 
 
 def _run_sums(rows: Tensor, chosen: Tensor, begins: Tensor) -> Tensor:

@@ -38,10 +38,17 @@ def ghost_batch_norm(
     remainder: str = "error",
 ) -> Tensor:
     """x normalised, (B, C, ...); in training the running statistics are updated in place."""
+    # ATen's backward of (B, C) reads a strided weight as if it were dense.
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
     if not training:
         return functional.batch_norm(
             x, running_mean, running_var, weight, bias, running_mean is None, 0.0, eps
         )
+    for running in (running_mean, running_var):
+        if running is not None and running.shape != x.shape[1:2]:
+            raise RuntimeError(
+                f"running statistics must have the shape {tuple(x.shape[1:2])}, not {tuple(running.shape)}"
+            )
     if as_composed(x, running_mean, running_var, weight, bias):
         check(x, weight, bias, ghost_size, remainder)
         each = [
@@ -131,7 +138,10 @@ def check(
     require(x.dim() >= 2, lambda: f"expected a (B, C, ..) tensor, not {tuple(x.shape)}")
     require(
         all(p is None or tuple(p.shape) == tuple(x.shape[1:2]) for p in (weight, bias)),
-        lambda: f"weight and bias must have the shape {tuple(x.shape[1:2])}",
+        lambda: (
+            f"weight and bias must have the shape {tuple(x.shape[1:2])}, "
+            f"not {[tuple(p.shape) for p in (weight, bias) if p is not None]}"
+        ),
     )
     require(ghost_size > 0, lambda: f"ghost_size is positive, not {ghost_size}")
     if remainder == "error":
@@ -156,10 +166,14 @@ def laid_out(x: Tensor) -> Tensor:
 
 
 def _affine(x: Tensor, weight: Tensor | None) -> Tensor | None:
-    """A weight that makes ATen keep float32 statistics beside 16-bit x."""
+    """A dense weight that makes ATen keep float32 statistics beside 16-bit x."""
     if x.dtype not in REDUCED:
-        return weight
-    return x.new_ones(x.shape[1], dtype=torch.float32) if weight is None else weight.float()
+        return weight if weight is None else weight.contiguous()
+    return (
+        x.new_ones(x.shape[1], dtype=torch.float32)
+        if weight is None
+        else weight.float().contiguous()
+    )
 
 
 def eager_forward(

@@ -72,13 +72,17 @@ def reference(
 def _check(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None
 ) -> None:
+    require(x.is_floating_point(), lambda: f"x is a floating tensor, not {x.dtype}")
     require(
         x.dim() >= 2 and groups >= 1 and x.shape[1] % groups == 0,
         lambda: f"x {tuple(x.shape)} is not (B, C, *spatial) with C a multiple of {groups} groups",
     )
     require(
         all(p is None or tuple(p.shape) == (x.shape[1],) for p in (weight, bias)),
-        lambda: f"weight and bias must have the shape ({x.shape[1]},)",
+        lambda: (
+            f"weight and bias must have the shape ({x.shape[1]},), "
+            f"not {[tuple(p.shape) for p in (weight, bias) if p is not None]}"
+        ),
     )
     if probe is None:
         return
@@ -158,7 +162,11 @@ def _backward(
     )
     if weight is None:
         scale = None
-        shift = None if bias is None else dy.reshape(*x.shape[:2], -1).sum(2, dtype=mean.dtype)
+        shift = (
+            None
+            if bias is None
+            else dy.reshape(*x.shape[:2], math.prod(x.shape[2:])).sum(2, dtype=mean.dtype)
+        )
     each = [scale, None if bias is None else shift]
     squares = [
         mean.new_zeros(x.shape[0]) if part is None else torch.linalg.vecdot(part, part)

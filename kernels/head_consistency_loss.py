@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from trainc.kernels import task_consistency_loss as plain
 from trainc.kernels.registration import register
-from trainc.kernels.support import REDUCED, absent, accumulation_dtype, require
+from trainc.kernels.support import REDUCED, absent, accumulation_dtype, autocast, require
 
 # Logits of a chunk. A chunk's rows are at least the width of the head: each chunk reads the head
 # twice and adds once to its gradient, C K numbers, which should not outweigh its own logits.
@@ -43,13 +43,9 @@ def head_consistency_loss(
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, task, consistency), 0-d each; see the module for the arguments."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # as F.linear; the weight of the distance stays as it is
-        dtype = torch.get_autocast_dtype(device)
-        hidden, head = hidden.to(dtype), head.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    cast = autocast(hidden, head, bias)  # as F.linear; the weight of the distance stays as it is
     loss, task, consistency, _ = _forward(
-        hidden, head, bias, targets, weight, distance, ignore_index, label_smoothing
+        *cast, targets, weight, distance, ignore_index, label_smoothing
     )
     return loss, task, consistency
 
@@ -82,8 +78,9 @@ def _check(
     targets: Tensor,
     weight: Tensor,
     distance: str,
+    label_smoothing: float,
 ) -> None:
-    plain.check(hidden.shape, targets, weight, distance)
+    plain.check((*hidden.shape[:-1], head.shape[0]), targets, weight, distance, label_smoothing)
     require(
         head.dim() == 2 and head.shape[1] == hidden.shape[-1],
         lambda: f"head {tuple(head.shape)} is not (C, K) for hidden {tuple(hidden.shape)}",
@@ -94,7 +91,10 @@ def _check(
     )
     require(
         head.dtype == hidden.dtype and (bias is None or bias.dtype == hidden.dtype),
-        lambda: f"hidden is {hidden.dtype}, and head and bias must be too, not {head.dtype}",
+        lambda: (
+            f"hidden is {hidden.dtype}, and head and bias must be too, "
+            f"not {[t.dtype for t in (head, bias) if t is not None]}"
+        ),
     )
 
 
@@ -136,7 +136,7 @@ def eager_forward(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(hidden, head, bias, targets, weight, distance)
+    _check(hidden, head, bias, targets, weight, distance, label_smoothing)
     labels, kernels = targets.reshape(-1), _rowwise(hidden)
     tasks = hidden.new_empty(labels.shape, dtype=accumulation_dtype(hidden.dtype))
     distances = torch.empty_like(tasks)
@@ -158,7 +158,7 @@ def imagined_forward(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(hidden, head, bias, targets, weight, distance)
+    _check(hidden, head, bias, targets, weight, distance, label_smoothing)
     dtype = accumulation_dtype(hidden.dtype)
     loss, task, consistency = (hidden.new_empty((), dtype=dtype) for _ in range(3))
     kept = hidden.new_empty((targets.numel(), plain.STATISTICS[distance]), dtype=dtype)

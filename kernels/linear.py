@@ -22,7 +22,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainc.kernels.registration import register
-from trainc.kernels.support import REDUCED, absent, accumulation_dtype, on_demand, require
+from trainc.kernels.support import (
+    REDUCED,
+    absent,
+    accumulation_dtype,
+    autocast,
+    on_demand,
+    require,
+)
 
 FORMS = ("auto", "simultaneous", "gram")
 
@@ -48,14 +55,11 @@ def linear(
     form: str = "auto",
 ) -> Tensor:
     """x @ weight.T + bias, (B, ..., L); see the module for `probe` and `form`."""
+    check_form(form)
     if probe is None:
         return functional.linear(x, weight, bias)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # as F.linear: everything in autocast's dtype
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    y: Tensor = torch.ops.trainc.linear(x, weight, bias, probe, form)
+    cast = autocast(x, weight, bias)
+    y: Tensor = torch.ops.trainc.linear(*cast, probe, form)
     return y
 
 
@@ -78,15 +82,32 @@ def choose(rows: int, inputs: int, outputs: int) -> str:
     return "gram" if cheap and 2 * rows * rows <= inputs * outputs else "simultaneous"
 
 
+def check_form(form: str) -> None:
+    """Reject a form of another name."""
+    if form not in FORMS:
+        raise RuntimeError(f"form is one of {FORMS}, not {form!r}")
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, form: str) -> None:
-    require(form in FORMS, lambda: f"form is one of {FORMS}, not {form!r}")
+    check_form(form)
     require(
         x.dim() >= 2 and weight.dim() == 2 and x.shape[-1] == weight.shape[1],
         lambda: f"x {tuple(x.shape)} is not (B, ..., K) for a weight {tuple(weight.shape)}",
     )
     require(
         bias is None or tuple(bias.shape) == tuple(weight.shape[:1]),
-        lambda: f"bias must have the shape {tuple(weight.shape[:1])}",
+        lambda: f"bias must have the shape {tuple(weight.shape[:1])}, not {_shape(bias)}",
+    )
+    require(
+        x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype),
+        lambda: (
+            f"x is {x.dtype}, and weight and bias must be too, "
+            f"not {[t.dtype for t in (weight, bias) if t is not None]}"
+        ),
     )
     if probe is None:
         return

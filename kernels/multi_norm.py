@@ -26,10 +26,13 @@ BLOCK = 1 << 17
 
 def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None) -> Tensor:
     """(n, 4) float64 sums over n tensors; see the module for the columns."""
+    tensors, deltas = list(tensors), None if deltas is None else list(deltas)
+    if deltas is not None and len(deltas) != len(tensors):
+        raise RuntimeError(f"{len(deltas)} deltas do not match {len(tensors)} tensors")
     if not tensors:
         return torch.zeros((0, COLUMNS), dtype=torch.float64)
     with torch.no_grad():
-        sums: Tensor = _operator(list(tensors), [] if deltas is None else list(deltas))
+        sums: Tensor = _operator(tensors, [] if deltas is None else deltas)
     return sums
 
 
@@ -45,7 +48,11 @@ def reference(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None)
 
 
 def check(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
-    """Reject deltas that do not match the tensors."""
+    """Reject deltas that do not match the tensors, and numbers that have no square to add."""
+    require(
+        not any(t.is_complex() for t in (*tensors, *deltas)),
+        lambda: "complex tensors are not taken",
+    )
     require(
         not deltas
         or (

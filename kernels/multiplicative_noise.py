@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainc.kernels.philox import normal
+from trainc.kernels.philox import MAX_SITES, MAX_TOKENS, MAX_VIEWS, normal
 from trainc.kernels.registration import register
 from trainc.kernels.support import accumulation_dtype, on_demand, require
 
@@ -158,14 +158,31 @@ def reference(
     return torch.stack(rows) if rows else x.clone()
 
 
-def check(x: Tensor, sigma: Tensor, key: Tensor, views: int, share: str) -> None:
-    """Reject arguments outside the contract."""
+def check(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> None:
+    """Reject arguments outside the contract, coordinates that do not fit the counter among them."""
     require(share in SHARES, lambda: f"share is one of {SHARES}, not {share!r}")
     require(
         x.dim() >= 2 and x.is_floating_point(),
         lambda: f"expected a floating (views * B, ..., C) tensor, not {tuple(x.shape)} {x.dtype}",
     )
+    require(1 <= views <= MAX_VIEWS, lambda: f"views are 1 to {MAX_VIEWS}, not {views}")
     require(x.shape[0] % views == 0, lambda: f"{x.shape[0]} rows do not divide into {views} views")
+    require(0 <= site < MAX_SITES, lambda: f"site is in [0, 2^32), not {site}")
+    tokens = math.prod(x.shape[1:-1]) if share == "none" else 1
+    require(tokens <= MAX_TOKENS, lambda: f"tokens of an example are at most 2^24, not {tokens}")
+    require(
+        first_example is None
+        or (first_example.dim() == 0 and not first_example.is_floating_point()),
+        lambda: "first_example is a 0-d tensor of a whole number",
+    )
     require(
         sigma.dim() == 0 and key.dim() == 0 and key.dtype == torch.int64,
         lambda: "sigma and key are 0-d tensors, key of int64",
@@ -181,7 +198,7 @@ def eager_multiply(
     share: str,
     first_example: Tensor | None,
 ) -> Tensor:
-    check(x, sigma, key, views, share)
+    check(x, sigma, key, site, views, share, first_example)
     z = _factor_once(x, sigma, key, site, views, share, first_example)
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     if flat.dtype == z.dtype and flat.is_contiguous():
@@ -200,7 +217,7 @@ def imagined_multiply(
     share: str,
     first_example: Tensor | None,
 ) -> Tensor:
-    check(x, sigma, key, views, share)
+    check(x, sigma, key, site, views, share, first_example)
     return x.new_empty(x.shape)
 
 
@@ -214,18 +231,16 @@ def eager_add(
     share: str,
     first_example: Tensor | None,
 ) -> Tensor:
-    check_pair(h0, delta, sigma, key, views, share)
+    check_pair(h0, delta, sigma, key, site, views, share, first_example)
     z = _factor_once(delta, sigma, key, site, views, share, first_example)
     shape = (delta.shape[0], math.prod(delta.shape[1:-1]), delta.shape[-1])
     y = h0.new_empty(shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
     return torch.addcmul(h0.reshape(shape), delta.reshape(shape), z, out=y).view(h0.shape)
 
 
-def check_pair(
-    h0: Tensor, delta: Tensor, sigma: Tensor, key: Tensor, views: int, share: str
-) -> None:
-    """Reject arguments outside the contract."""
-    check(delta, sigma, key, views, share)
+def check_pair(h0: Tensor, delta: Tensor, *rest: Any) -> None:
+    """Reject arguments outside the contract; `rest` as `check` takes them."""
+    check(delta, *rest)
     require(
         h0.shape == delta.shape,
         lambda: f"h0 {tuple(h0.shape)} and delta {tuple(delta.shape)} differ in shape",
@@ -242,7 +257,7 @@ def imagined_add(
     share: str,
     first_example: Tensor | None,
 ) -> Tensor:
-    check_pair(h0, delta, sigma, key, views, share)
+    check_pair(h0, delta, sigma, key, site, views, share, first_example)
     return h0.new_empty(h0.shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
 
 

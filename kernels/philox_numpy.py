@@ -118,6 +118,8 @@ def normal(
     key: int, site: int, views: int, examples: int, tokens: int, groups: int, first: int
 ) -> Tensor:
     """(views * examples * tokens, 4 * groups) normals, `first` added to examples."""
+    if not groups:
+        return torch.empty((views * examples * tokens, 0))
     example, by_row, by_group = _counters(views, examples, tokens, groups)
     if first:
         example = example + (first & MASK)

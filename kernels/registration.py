@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("trainc", "FRAGMENT")
 
@@ -44,7 +46,7 @@ def register(
     operator = getattr(torch.ops.trainc, name).default
     below = _below_autograd(operator, cpu, cuda)
     function = _function(name, below, save, differentiate)
-    LIBRARY.impl(name, _autograd(below, function), "Autograd", with_keyset=True)
+    LIBRARY.impl(name, _autograd(name, below, function), "Autograd", with_keyset=True)
     return operator
 
 
@@ -130,7 +132,7 @@ def _below_autograd(
     return below
 
 
-def _autograd(below: Callable[..., Any], function: Any) -> Callable[..., Any]:
+def _autograd(name: str, below: Callable[..., Any], function: Any) -> Callable[..., Any]:
     """The kernel of the autograd key: record the function where a gradient is wanted."""
     enabled, wanted = _C.is_grad_enabled, _C._any_requires_grad
     transformed = _C._are_functorch_transforms_active
@@ -138,11 +140,25 @@ def _autograd(below: Callable[..., Any], function: Any) -> Callable[..., Any]:
     plain = super(torch.autograd.Function, function).apply
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, arguments)
         if not (enabled() and wanted(*arguments)):
             return below(keyset, arguments)
-        return (function.apply if transformed() else plain)(*arguments, keyset)
+        if not transformed():
+            return plain(*arguments, keyset)
+        # torch.func has come down to this level by now, as it does for torch's own operators.
+        with enable_single_level_autograd_function():
+            return plain(*arguments, keyset)
 
     return kernel
+
+
+def _refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
+    """Forward mode would find no derivative here and take it for zero."""
+    if any(forward_ad.unpack_dual(one).tangent is not None for one in _tensors(arguments)):
+        raise NotImplementedError(
+            f"trainc::{name} has no forward-mode derivative: use backward, or torch.func.grad"
+        )
 
 
 def _function(

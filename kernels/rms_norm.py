@@ -196,7 +196,7 @@ def _small_gradient(
     """dx by definition: few calls, each a pass over the tensor."""
     rows = (folded.examples * folded.rows, folded.width)
     dy, x, rstd = dy.view(rows), x.view(rows), rstd.view(rows[0], 1)
-    g = dy if gain is None else torch.mul(dy, gain.view(rows[1]))
+    g = dy if gain is None else torch.mul(dy, gain.reshape(rows[1]))
     unit = torch.mul(x, rstd)
     along = torch.linalg.vecdot(g, unit).unsqueeze(1)
     return torch.addcmul(g, unit, along, value=-1 / max(rows[1], 1)).mul_(rstd)
@@ -208,7 +208,7 @@ def _large_gradient(
     """dx by ATen's LayerNorm backward at mean zero, with the row mean of dy * gain put back."""
     rows = (folded.examples * folded.rows, folded.width)
     dy, x, rstd = dy.view(rows), x.view(rows), rstd.view(rows[0], 1)
-    gain = None if gain is None else gain.view(rows[1])
+    gain = None if gain is None else gain.reshape(rows[1])
     zeros = torch.zeros_like(rstd)
     dx: Tensor = torch.ops.aten.native_layer_norm_backward.default(
         dy, x, rows[1:], zeros, rstd, gain, None, [True, False, False]

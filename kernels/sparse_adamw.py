@@ -104,6 +104,14 @@ def check(
         lambda: f"the state holds {exp_avg.numel()} entries for {index.numel()} indices of {block}",
     )
     require(
+        exp_avg_sq.dtype == exp_avg.dtype and exp_avg.is_floating_point(),
+        lambda: f"the state has one floating dtype, not {exp_avg.dtype} and {exp_avg_sq.dtype}",
+    )
+    require(
+        weight.is_floating_point() and grad.is_floating_point(),
+        lambda: f"weight and gradient are floating tensors, not {weight.dtype} and {grad.dtype}",
+    )
+    require(
         master is None or (master.shape == exp_avg.shape and master.dtype == exp_avg.dtype),
         lambda: f"the master copy must be like the state, {tuple(exp_avg.shape)} {exp_avg.dtype}",
     )
@@ -131,6 +139,13 @@ def eager(
 ) -> None:
     check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
     rate, decay, count = lr.item(), weight_decay.item(), step.item()
+    require(count >= 1, lambda: f"step counts from 1, not {count}")
+    if index.numel():  # before anything is written
+        low, high, blocks = int(index.min()), int(index.max()), weight.numel() // block
+        require(
+            low >= 0 and high < blocks,
+            lambda: f"index {low if low < 0 else high} is outside [0, {blocks})",
+        )
     where = index.long()
     if block > 1:
         within = torch.arange(block, device=index.device)

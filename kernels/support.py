@@ -44,6 +44,16 @@ def on_demand(module: str, function: str) -> Callable[..., Any]:
     return kernel
 
 
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast hands to an operation of its 16-bit list; float64 and others stay as they are."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    cast = (torch.float32, *REDUCED)
+    return [t.to(dtype) if t is not None and t.dtype in cast else t for t in tensors]
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are carried in: float64 for float64, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -59,13 +69,19 @@ def check_norm(
 ) -> None:
     """Reject inputs outside the contract of the norm operators, naming the shapes."""
     # Conditions first and words only for what fails: this runs at every call.
+    if not x.is_floating_point():
+        raise RuntimeError(f"x is a floating tensor, not {x.dtype}")
     shape, extents = tuple(normalized_shape), tuple(x.shape)
+    if not shape:
+        raise RuntimeError("normalized_shape has one dim at least")
     lead = len(extents) - len(shape)
     if lead < 0 or extents[lead:] != shape:
         raise RuntimeError(f"input {extents} does not end in normalized_shape {shape}")
     for parameter in (weight, bias):
         if parameter is not None and tuple(parameter.shape) != shape:
-            raise RuntimeError(f"weight and bias must have the shape {shape}")
+            raise RuntimeError(
+                f"weight and bias must have the shape {shape}, not {tuple(parameter.shape)}"
+            )
     if probe is None:
         return
     if lead < 1:

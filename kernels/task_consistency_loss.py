@@ -68,8 +68,18 @@ def reference(
     return task + weight * consistency, task, consistency
 
 
-def check(shape: Sequence[int], targets: Tensor, weight: Tensor, distance: str) -> None:
+def check(
+    shape: Sequence[int],
+    targets: Tensor,
+    weight: Tensor,
+    distance: str,
+    label_smoothing: float,
+) -> None:
     """Reject arguments outside the contract, given the shape of two views of rows."""
+    require(
+        0.0 <= label_smoothing <= 1.0,
+        lambda: f"label_smoothing is in [0, 1], not {label_smoothing}",
+    )
     require(distance in DISTANCES, lambda: f"distance is one of {DISTANCES}, not {distance!r}")
     require(
         len(shape) >= 2
@@ -78,6 +88,7 @@ def check(shape: Sequence[int], targets: Tensor, weight: Tensor, distance: str) 
         and tuple(shape[1:-1]) == tuple(targets.shape[1:]),
         lambda: f"{tuple(shape)} are not two views of targets {tuple(targets.shape)}",
     )
+    require(shape[-1] > 0, lambda: f"{tuple(shape)} has no class")
     require(weight.dim() == 0, lambda: "weight is a 0-d tensor")
 
 
@@ -137,7 +148,7 @@ def row_losses(
             torch.linalg.vecdot(log_p.exp_().sub_(log_q.exp_()), gap, out=distances[here])
     if distance == "kl":
         distances.mul_(0.5)
-    return tasks.mul_(kept), distances
+    return tasks.masked_fill_(~kept, 0), distances
 
 
 def total(
@@ -158,7 +169,7 @@ def eager_forward(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, task and consistency, and what CUDA's backward keeps of the rows."""
-    check(logits.shape, targets, weight, distance)
+    check(logits.shape, targets, weight, distance, label_smoothing)
     rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     found = row_losses(rows, labels, distance, ignore_index, label_smoothing)
     return *total(*found, labels, weight, ignore_index), no_statistics(rows, distance)
@@ -172,7 +183,7 @@ def imagined_forward(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check(logits.shape, targets, weight, distance)
+    check(logits.shape, targets, weight, distance, label_smoothing)
     dtype = accumulation_dtype(logits.dtype)
     loss, task, consistency = (logits.new_empty((), dtype=dtype) for _ in range(3))
     kept = logits.new_empty((targets.numel(), STATISTICS[distance]), dtype=dtype)
@@ -200,8 +211,13 @@ def write_gradients(
     scale = on_distance.to(dtype)
     each = kept.to(dtype).mul_(on_task).unsqueeze_(1)
     safe = labels.where(kept, 0).unsqueeze(1)
+    apart = bool(scale != 0)  # else the difference of two -inf, which mask classes, would count
+    ignored = not bool(kept.all())
     for here, there, first, second, held in blocks(rows, count, 2 if distance == "mse" else 5):
-        if distance == "mse":
+        if not apart:
+            p, pull = torch.softmax(first, 1, out=held[0]), held[1].zero_()
+            out[there] = 0
+        elif distance == "mse":
             p, pull = torch.softmax(first, 1, out=held[0]), torch.sub(first, second, out=held[1])
             torch.mul(pull.mul_(2 * scale), -1.0, out=out[there])
             if out.dtype != dtype:
@@ -211,6 +227,8 @@ def write_gradients(
             p, pull, push = _divergence_gradients(first, second, *held)
             pull.mul_(0.5 * scale)
             torch.mul(push, 0.5 * scale, out=out[there])
+        if ignored:  # whatever such rows hold
+            p[~kept[here]] = 0
         if label_smoothing:
             p.sub_(label_smoothing / classes)
         reward = p.new_full((1, 1), label_smoothing - 1.0).expand(safe[here].shape)

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainc.kernels import tied_head  # noqa: F401  registers trainc::tied_linear
+from trainc.kernels.support import autocast
 from trainc.kernels.tied_rows import zeros
 
 
@@ -67,12 +68,8 @@ def tied_linear(
                 "and head share: give tied_embedding and tied_linear a probe each, or neither"
             )
         return functional.linear(x, weight, bias)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # as F.linear: everything in autocast's dtype
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    y: Tensor = torch.ops.trainc.tied_linear(x, weight, bias, probe, rows, ids)
+    cast = autocast(x, weight, bias)
+    y: Tensor = torch.ops.trainc.tied_linear(*cast, probe, rows, ids)
     return y
 
 

@@ -96,9 +96,12 @@ def loss_forward(
             distance += tl.sum((x - y) * (x - y), 0)
         own = tl.full((), 1.0, tl.float32)
     log_sum = _log1p(rest)
-    chosen = tl.load(L + one + target, mask=kept, other=0.0).to(tl.float32)
+    # No class of this number: nan, for a device cannot raise, and another row's logit would pass.
+    known = (target >= 0) & (target < classes)
+    chosen = tl.load(L + one + target, mask=kept & known, other=float("nan")).to(tl.float32)
     mean = (anchor - top) + above / classes
-    task = log_sum + (1.0 - smoothing) * (top - chosen) - smoothing * mean
+    spread = tl.where(smoothing != 0.0, smoothing * mean, 0.0)  # -inf masks classes
+    task = log_sum + (1.0 - smoothing) * (top - chosen) - spread
     tl.store(TASK + row, tl.where(kept, task, 0.0))
     if KL:
         along, other_along = along / (1.0 + rest), other_along / (1.0 + other_rest)
@@ -153,8 +156,10 @@ def loss_backward(
         # Opposites once rounded, too: a bias before the logits gets their difference, nothing.
         pull = (2.0 * on_distance * (x - y)).to(D.dtype.element_ty).to(tl.float32)
         push = -pull
+    # Without a distance the difference of two -inf, which mask classes, does not count.
+    pull, push = tl.where(on_distance != 0.0, pull, 0.0), tl.where(on_distance != 0.0, push, 0.0)
     hit = tl.where(column == target, 1.0 - smoothing, 0.0)
-    pull += on_task * (p - hit - smoothing / classes)
+    pull += tl.where(kept, on_task * (p - hit - smoothing / classes), 0.0)
     tl.store(D + one + column, pull.to(D.dtype.element_ty), mask=mask)
     tl.store(D + two + column, push.to(D.dtype.element_ty), mask=mask)
 
@@ -228,7 +233,7 @@ def task_consistency_loss(
         return operators.eager_forward(
             logits, targets, weight, distance, ignore_index, label_smoothing
         )
-    operators.check(logits.shape, targets, weight, distance)
+    operators.check(logits.shape, targets, weight, distance, label_smoothing)
     rows, labels = logits.contiguous().view(-1, logits.shape[-1]), targets.contiguous().view(-1)
     statistics = operators.no_statistics(rows, distance)
     found = row_losses(rows, labels, distance, ignore_index, label_smoothing, statistics)

@@ -131,7 +131,7 @@ def multiplicative_noise(
     """The CUDA kernel of trainc::multiplicative_noise."""
     if not supported(x):
         return operators.eager_multiply(x, sigma, key, site, views, share, first_example)
-    operators.check(x, sigma, key, views, share)
+    operators.check(x, sigma, key, site, views, share, first_example)
     return launch(None, x, sigma, key, site, views, share, first_example)
 
 
@@ -148,5 +148,5 @@ def noisy_add(
     """The CUDA kernel of trainc::noisy_add."""
     if not supported(h0, delta):
         return operators.eager_add(h0, delta, sigma, key, site, views, share, first_example)
-    operators.check_pair(h0, delta, sigma, key, views, share)
+    operators.check_pair(h0, delta, sigma, key, site, views, share, first_example)
     return launch(h0, delta, sigma, key, site, views, share, first_example)

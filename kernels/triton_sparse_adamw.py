@@ -18,7 +18,7 @@ BLOCK = 1024
 
 @triton.jit
 def adamw(
-    WEIGHT, GRAD, MEAN, SQUARE, MASTER, INDEX, SCALARS, count, beta1, beta2, eps,
+    WEIGHT, GRAD, MEAN, SQUARE, MASTER, INDEX, SCALARS, count, blocks, beta1, beta2, eps,
     GATHERED: tl.constexpr, HAS_MASTER: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of the count entries,); SCALARS holds decay, rate and root of the step."""
@@ -30,7 +30,11 @@ def adamw(
     entry = line[:, None] * WIDTH + within[None, :]
     where = block[:, None] * WIDTH + within[None, :]
     mask = (line * WIDTH < count)[:, None] & (within < WIDTH)[None, :]
-    g = tl.load(GRAD + (entry if GATHERED else where), mask=mask, other=0.0).to(tl.float32)
+    # No entry of this number: a device cannot raise, so its state becomes nan and nothing else is touched.
+    inside = mask & ((block >= 0) & (block < blocks))[:, None]
+    g = tl.load(GRAD + (entry if GATHERED else where), mask=inside, other=float("nan")).to(
+        tl.float32
+    )
     mean = tl.load(MEAN + entry, mask=mask, other=0.0)
     square = tl.load(SQUARE + entry, mask=mask, other=0.0)
     mean += (g - mean) * (1.0 - beta1)
@@ -40,11 +44,11 @@ def adamw(
     if HAS_MASTER:
         w = tl.load(MASTER + entry, mask=mask, other=0.0)
     else:
-        w = tl.load(WEIGHT + where, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(WEIGHT + where, mask=inside, other=0.0).to(tl.float32)
     w = w * decay - rate * mean / (tl.sqrt(square) / root + eps)
     if HAS_MASTER:
         tl.store(MASTER + entry, w, mask=mask)
-    tl.store(WEIGHT + where, w.to(WEIGHT.dtype.element_ty), mask=mask)
+    tl.store(WEIGHT + where, w.to(WEIGHT.dtype.element_ty), mask=inside)
 
 
 def coefficients(lr: Tensor, weight_decay: Tensor, step: Tensor, beta1: float, beta2: float,
@@ -80,8 +84,8 @@ def sparse_adamw_(
     beta2: float,
     eps: float,
     gathered: bool,
-    block: int = 1,
-    master: Tensor | None = None,
+    block: int,
+    master: Tensor | None,
 ) -> None:
     """The CUDA kernel of trainc::sparse_adamw_."""
     state = [exp_avg, exp_avg_sq, *([] if master is None else [master])]
@@ -97,6 +101,6 @@ def sparse_adamw_(
     scalars = coefficients(lr, weight_decay, step, beta1, beta2, weight.device)
     adamw[(triton.cdiv(exp_avg.numel(), BLOCK),)](
         weight, grad.contiguous(), exp_avg, exp_avg_sq, exp_avg if master is None else master,
-        index.contiguous(), scalars, exp_avg.numel(), beta1, beta2, eps,
+        index.contiguous(), scalars, exp_avg.numel(), weight.numel() // block, beta1, beta2, eps,
         GATHERED=gathered, HAS_MASTER=master is not None, WIDTH=block, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

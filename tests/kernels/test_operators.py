@@ -8,6 +8,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -206,6 +207,30 @@ def test_second_derivatives_are_refused_not_wrong(smooth: Any) -> None:
         )
         with pytest.raises(RuntimeError, match="no autograd formula"):
             torch.autograd.grad(first[0].sum(), arguments[0])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_functional_transforms_find_the_same_gradients(smooth: Any) -> None:
+    first, *rest = smooth.arguments(torch.float64)
+    plain = [a.detach() if isinstance(a, Tensor) else a for a in rest]
+
+    def total(x: Tensor) -> Tensor:
+        return torch.stack([r.square().sum() for r in smooth.call(x, *plain)]).sum()
+
+    (want,) = torch.autograd.grad(total(first), first)
+    close(torch.func.grad(total)(first.detach()), want)
+    both = torch.stack([first.detach(), first.detach()])
+    close(torch.func.vmap(torch.func.grad(total))(both), torch.stack([want, want]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_is_refused_not_zero(smooth: Any) -> None:
+    first, *rest = smooth.arguments()
+    plain = [a.detach() if isinstance(a, Tensor) else a for a in rest]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(first.detach(), first.detach())
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            smooth.call(dual, *plain)
 
 
 def test_what_has_no_gradient_is_refused_where_one_would_be_wanted(update: Any) -> None:

@@ -35,7 +35,7 @@ EXTREMES = [
 
 SUMS = f"LEFT:{INDEX} RIGHT:{INDEX} SIZES:{INDEX} TENSORS:{INDEX} STARTS:{INDEX} OUT:*fp64"
 ADAMW = f"WEIGHT:{HALF} GRAD:{HALF} MEAN:{FULL} SQUARE:{FULL} MASTER:{FULL} INDEX:*i32 "
-ADAMW += f"SCALARS:{FULL} count:i32 beta1:fp32 beta2:fp32 eps:fp32"
+ADAMW += f"SCALARS:{FULL} count:i32 blocks:i32 beta1:fp32 beta2:fp32 eps:fp32"
 ALIGNED: dict[str, Any] = {"W": "bfloat16", "D": "float32", "CHUNK": 1 << 15, "BLOCK": 2048}
 VECTORS = [
     *(

@@ -86,7 +86,19 @@ def test_sparse_adamw_leaves_what_it_does_not_take_to_pytorch() -> None:
         index, grad = torch.tensor([1, 5]), torch.randn(8, 6).to(weight.dtype)
         state = [torch.zeros(2, dtype=weight.dtype) for _ in range(2)]
         before = weight.clone()
-        arguments: list[Any] = [weight, grad, *state, index, *scalars, 0.9, 0.95, 1e-8, False]
+        arguments: list[Any] = [
+            weight,
+            grad,
+            *state,
+            index,
+            *scalars,
+            0.9,
+            0.95,
+            1e-8,
+            False,
+            1,
+            None,
+        ]
         triton_sparse_adamw.sparse_adamw_(*arguments)
         assert (weight != before).sum() == 2
 
