@@ -25,7 +25,7 @@ class BoundEmbedding(Bound):
         site = cast(LayerSite, armed.measured)
         assert armed.probe is not None
         if armed.shared:
-            ids = spread(ids, armed.probe.shape[0] * armed.views)
+            ids = spread(ids, armed.probe.shape[0] * armed.division.rows * armed.views)
         joined = joined_views(armed, ids)
         probe = checked_probe(armed, joined)
         if site.tied is None:

@@ -116,6 +116,37 @@ def test_groups_that_batch_norm_mixes_are_compared(on: str) -> None:
         torch.testing.assert_close(found, wanted)
 
 
+class Placed(Small):
+    """Positions that all examples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(5, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        return self.head(torch.tanh(self.norm(x)))  # type: ignore[no-any-return]
+
+
+def test_groups_share_positions() -> None:
+    torch.manual_seed(5)
+    model, x, y = Placed().double(), torch.randint(7, (8, 5)), torch.randint(7, (8, 5))
+    shares = []
+    for rows in torch.arange(8).split(2):
+        loss = F.cross_entropy(model(x[rows]).flatten(0, 1), y[rows].flatten()) / 4
+        shares.append(torch.autograd.grad(loss, model.places.weight)[0].flatten())
+    expected = noise_scale_from_contributions(
+        sum(float(c.square().sum()) for c in shares),
+        float(torch.stack(shares).sum(0).square().sum()),
+        1 / 4,
+        1 / 8,
+    )
+    program = compiled(model, 'noise_scale gns on "places" { method = ghost, group = 2 }')
+    program.step([(x[:4], y[:4]), (x[4:], y[4:])])
+    assert program.signals["gns.signal"] == pytest.approx(expected.signal, rel=1e-9)
+    assert program.signals["gns.noise"] == pytest.approx(expected.noise, rel=1e-9)
+
+
 def test_groups_are_whole() -> None:
     model, x, y = made(Conv, rows=8)
     program = compiled(model, "noise_scale gns on all { method = ghost, group = 3 }")
