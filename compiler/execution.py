@@ -94,6 +94,7 @@ class Execution:
         micro = self._micro(batch, portion.share, loss, terms)
         if self.statistics.wanted:
             micro.probes = self.sites.probes()
+            micro.training = self.module.training
             micro.synchronised = exchanges_now(self.forward, self.module)
             self.statistics.watch(micro, total)
         return total, micro
@@ -101,8 +102,7 @@ class Execution:
     def _examine(self, batch: Batch) -> None:
         """Check, once, that per-example statistics of this model and loss mean what they say."""
         if not self._examined and self.module.training:
-            examine(self.module, self.sites, batch, self.task)
-            self._examined = True
+            self._examined = examine(self.module, self.sites, batch, self.task)
 
     def _forward(
         self, batch: Batch, share: float, scalars: Mapping[str, Tensor]
@@ -198,6 +198,7 @@ class Execution:
 
         Where no graph can hold the model the bound modules run instead, and `refused` says why.
         """
+        self._examine(batch)
         try:
             graph = self.capture(batch)
         except Exception as error:
@@ -207,7 +208,6 @@ class Execution:
             total, micro = self.run_modules(batch, portion)
             total.backward()
             return total.detach(), micro
-        self._examine(batch)
         out = graph.run(batch, self._scalars(portion, batch[1].device))
         self._covered = True
         for name, gradient in out.grads.items():
@@ -242,10 +242,10 @@ class Execution:
         scalars = self._scalars(Portion(), batch[1].device)
         if strength is not None:
             scalars |= {n: torch.full_like(scalars[n], strength) for n in self.parts.scalars}
+        self._examine(batch)
         if road == "graph":
             out = self.capture(batch).run(batch, scalars)
             return out.total, out.grads, self.statistics.squares(out.probes)
-        self._examine(batch)
         self._arm(batch, scalars)
         try:
             total, _, _ = self._forward(batch, 1.0, scalars)

@@ -30,6 +30,7 @@ def captured(
 ) -> Program:
     """Return a program whose graph was captured on a micro-batch of its data; raises SpecError when that fails."""
     from trainc.compiler.capture import CaptureFailed
+    from trainc.compiler.passes.base import SiteMissing, SiteUnfit
 
     try:
         program = compile(spec, overrides=overrides, without=without, executor="graph")
@@ -38,7 +39,7 @@ def captured(
     batch = first_batch(spec, overrides, program.micro_size)
     try:
         program.execution.capture(batch)
-    except CaptureFailed as error:
+    except (CaptureFailed, SiteMissing, SiteUnfit) as error:
         raise SpecError([Diagnostic("capture-failed", str(error))]) from error
     return program
 

@@ -33,4 +33,6 @@ class Micro:
     whole: dict[str, Tensor] = field(default_factory=dict)
     scale: Tensor | None = None
     synchronised: bool = False
+    training: bool = True
+    """Whether the model was in train mode."""
     examples: Tensor | None = None

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from trainc.compiler.division import Division
-from trainc.compiler.examine import examine
+from trainc.compiler.examine import examine_inputs
 from trainc.compiler.inventory import Inventory, take
 from trainc.compiler.layers.armed import SiteError
-from trainc.compiler.layers.kinds import site_of
-from trainc.compiler.layers.ties import tied
+from trainc.compiler.layers.ties import sites_of
 from trainc.compiler.rewrite import LayerSite, NormSite, Rewrite
-from trainc.compiler.select import select
+from trainc.compiler.select import expectations, select
 from trainc.compiler.sites import Sites, bind
+from trainc.compiler.uses import owners_alone
 from trainc.runtime.batches import forward
 
 On = str | Iterable[str] | None
@@ -28,9 +27,11 @@ def measured_parameters(model: nn.Module, on: On = None) -> tuple[str, ...]:
     """Return the names of the parameters that are the columns of `per_example_sq_norms`, in their order.
 
     `on` is a selector of modules in the words of a spec (`"type(LayerNorm, RMSNorm)"`, `"role(norm)"`), a list of
-    names of modules or parameters, or None for every parameter that requires a gradient.
+    names of modules or parameters, or None for all. Frozen parameters have no gradient: those of selected modules are
+    left out.
 
-    Raises ValueError when nothing is selected, or a name is neither a module nor a parameter.
+    Raises ValueError when nothing is selected, or other than `expect` says, when a name is neither a module nor a
+    parameter, and when it is that of a frozen parameter.
     """
     return _columns(take(model), on)
 
@@ -46,33 +47,29 @@ def per_example_sq_norms(
     The model's mode is kept, nothing is added to `.grad`, and the model is its own again afterwards.
 
     Raises ValueError for layers that cannot be measured (a BatchNorm in training mode mixes examples) and SiteError
-    where an example axis is missing or a layer takes no part.
+    where an example axis is missing, examples mix, or a layer takes no part, runs twice or lends its weight.
 
     Source: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015, arXiv:1510.01799.
     """
     inventory = take(model)
     columns = _columns(inventory, on)
     _refuse_mixing(model)
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in columns)
     # A tied weight is measured where it serves first and where it serves again.
-    owners |= dict.fromkeys(
-        a.rpartition(".")[0] for name in columns for a in inventory.parameter[name].aliases
-    )
-    found = tied([site_of(name, model.get_submodule(name)) for name in owners], inventory)
+    names = [n for c in columns for n in (c, *inventory.parameter[c].aliases)]
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    found = sites_of(owners, columns, model, inventory)
     rewrite = Rewrite(
         norms=[site for site in found if isinstance(site, NormSite)],
         layers=[site for site in found if isinstance(site, LayerSite)],
     )
-    first = next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
     with _bound(model, rewrite) as sites:
-        examine(model, sites, (inputs, first))
-        squares = _measure(model, sites, loss_fn, inputs, first.shape[0])
+        examples = examine_inputs(model, sites, inputs)
+        squares = _measure(model, sites, loss_fn, inputs, examples)
     by_name: dict[str, Tensor] = {}
     for site in rewrite.measured:
         for name, column in zip(site.parameters, squares[site.module].unbind(1), strict=True):
             if name is not None:
-                own = inventory.parameter[name].name
-                by_name[own] = by_name[own] + column if own in by_name else column
+                by_name[name] = by_name[name] + column if name in by_name else column
     return torch.stack([by_name[name] for name in columns], 1)
 
 
@@ -83,11 +80,19 @@ def _measure(
     some = next(model.parameters())
     wide = any(p.dtype == torch.float64 for p in model.parameters())
     dtype = torch.float64 if wide else torch.float32
-    sites.arm(Division(examples), {}, dtype, some.device)
-    with torch.enable_grad():
+
+    def loss_of() -> Tensor:
+        sites.arm(Division(examples), {}, dtype, some.device)
         loss = loss_fn(forward(model, inputs))
-    if not isinstance(loss, Tensor) or loss.dim():
-        raise ValueError("loss_fn returns one number, a 0-d tensor: the mean or sum over the batch")
+        if not isinstance(loss, Tensor) or loss.dim():
+            raise ValueError(
+                "loss_fn returns one number, a 0-d tensor: the mean or sum over the batch"
+            )
+        return loss
+
+    measured = {m.trainc.name: cast(nn.Module, m) for m in sites.bound()}
+    with torch.enable_grad():
+        loss = owners_alone(loss_of, measured)
     probes = sites.probes()
     found = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
     silent = [name for name, gradient in zip(probes, found, strict=True) if gradient is None]
@@ -100,25 +105,41 @@ def _columns(inventory: Inventory, on: On) -> tuple[str, ...]:
     if on is None:
         chosen = {p.name for p in inventory.trainable}
     elif isinstance(on, str):
-        from trainc.dsl.fields import SELECTOR
-
-        modules = select(SELECTOR.accept(on), inventory, "modules")
-        chosen = {
-            inventory.parameter[n].name for m in modules for n in inventory.module[m].parameters
-        }
+        chosen = _of_modules(inventory, _selected(inventory, on))
     else:
         chosen = set()
         for name in on:
             if name in inventory.parameter:
+                if not inventory.parameter[name].trainable:
+                    raise ValueError(f"`{name}` is frozen: it gets no gradient to measure")
                 chosen.add(inventory.parameter[name].name)
             elif name in inventory.module:
-                chosen |= {inventory.parameter[n].name for n in inventory.module[name].parameters}
+                chosen |= _of_modules(inventory, [name])
             else:
                 raise ValueError(f"`{name}` is neither a module nor a parameter of this model")
     names = tuple(p.name for p in inventory.parameters if p.name in chosen)
     if not names:
-        raise ValueError(f"nothing to measure: {on!r} selects no parameter of this model")
+        raise ValueError(
+            f"nothing to measure: {on!r} selects no parameter of this model that requires a gradient"
+        )
     return names
+
+
+def _selected(inventory: Inventory, on: str) -> tuple[str, ...]:
+    """Return the modules that a selector matches; raises ValueError when they are not as many as it expects."""
+    from trainc.dsl.fields import SELECTOR
+
+    selector = SELECTOR.accept(on)
+    for expect, count in expectations(selector, inventory, "modules"):
+        if expect.count != count:
+            raise ValueError(f"`{on}`: the selector matches {count} modules, not {expect.count}")
+    return select(selector, inventory, "modules")
+
+
+def _of_modules(inventory: Inventory, modules: Iterable[str]) -> set[str]:
+    """Return the modules' own parameters that require a gradient, by their first names."""
+    held = (inventory.parameter[n] for m in modules for n in inventory.module[m].parameters)
+    return {p.name for p in held if p.trainable}
 
 
 def _refuse_mixing(model: nn.Module) -> None:

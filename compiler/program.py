@@ -280,7 +280,12 @@ class Program:
         self.execution.statistics.close()
 
     def _check_shares(self, step: Step) -> None:
-        """Refuse micro-batches that are not parts of one mean: statistics of them would mean nothing."""
+        """Refuse micro-batches that are not parts of one mean: statistics of them would mean nothing.
+
+        A batch without a target that counts has no mean and no shares; `on_nan` says what is done about its loss.
+        """
+        if not math.isfinite(step.loss):
+            return
         total = float(torch.stack([part.weights.sum() for part in step.contributions]).sum())
         if not abs(total - 1) < _SHARES:
             raise ValueError(

@@ -7,7 +7,7 @@ by name, and survive torch.compile, checkpointing, wrapping and deepcopy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.division import Division
-from trainc.compiler.layers.armed import Armed, Bound, SiteError
+from trainc.compiler.layers.armed import Armed, Bound, SiteError, listed, repeated
 from trainc.compiler.layers.batch_norm import BoundGhostBatchNorm
 from trainc.compiler.layers.kinds import behaviour
 from trainc.compiler.rewrite import MeasuredSite, NoiseSite, Rewrite
@@ -191,17 +191,10 @@ class Sites:
         silent = [name for name, count in counts.items() if count == 0]
         if silent:
             raise SiteError(
-                f"{_listed(silent)} took no part in the forward pass: the plan expects a result from there. "
+                f"{listed(silent)} took no part in the forward pass: the plan expects a result from there. "
                 "A module whose weight is used directly by its parent (as in nn.MultiheadAttention) never runs itself"
             )
         measured = {site.module for site in self.rewrite.measured}
-        repeated = [name for name, count in counts.items() if count > 1 and name in measured]
-        if repeated:
-            raise SiteError(
-                f"{_listed(repeated)} ran more than once in one forward pass: "
-                "the squared norm of a sum is not the sum of squared norms, so its statistics would be wrong"
-            )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+        again = [name for name, count in counts.items() if count > 1 and name in measured]
+        if again:
+            raise repeated(again)

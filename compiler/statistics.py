@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.layers.armed import SiteError
+from trainc.compiler.layers.armed import SiteError, listed
 from trainc.compiler.units import Groups
 from trainc.runtime.sharded import squared_norms
 from trainc.runtime.step import Contribution
@@ -91,7 +91,13 @@ class Statistics:
         silent = [name for name, probe in micro.probes.items() if probe.grad is None]
         silent += [name for name in self.whole if name not in micro.whole]
         if silent:
-            names = ", ".join(f"`{n}`" for n in silent)
+            names = listed(silent)
+            if not micro.training:
+                raise SiteError(
+                    f"{names} delivered no statistics: the model was in eval mode when `loss` was called, and nothing"
+                    " is measured there. Call `model.train()` first; to train a part in eval mode, put that part alone"
+                    " into it"
+                )
             raise SiteError(
                 f"{names} delivered no statistics: did `backward()` reach it through `program.forward`,"
                 " once after each `loss`?"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trainc.compiler.compile import compile, read
 from trainc.compiler.imports import searching
 from trainc.compiler.layers.armed import SiteError
+from trainc.compiler.refusals import of_site
 from trainc.compiler.user_code import build_data, missing_clause, seeded_model
 from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
 from trainc.dsl.render import render_text
@@ -24,11 +25,9 @@ if TYPE_CHECKING:
 
     from trainc.compiler.execution import Executor
     from trainc.compiler.program import Program
-    from trainc.dsl.spec import Clause, Spec
+    from trainc.dsl.spec import Clause
 
 PLAN, SPEC = "plan.json", "spec.json"
-_ASKING = ("noise_scale", "regularize")
-"""The kinds whose clauses want something of layers, which of them first."""
 
 
 def train(
@@ -87,14 +86,7 @@ def train(
             keep=program.settings.keep,
         )
     except SiteError as error:
-        raise SpecError([_located(error, checked)]) from error
-
-
-def _located(error: SiteError, spec: Spec) -> Diagnostic:
-    """Return what a layer could not do as a diagnostic on the clauses that ask it of one."""
-    asking = [c for kind in _ASKING for c in spec.clauses if c.kind == kind and c.span is not None]
-    labels = tuple(Label(c.span) for c in asking[:1] if c.span is not None)
-    return Diagnostic(error.rule, str(error), labels)
+        raise SpecError([of_site(error, checked)]) from error
 
 
 def load_weights(model: nn.Module, source: Path, run: Clause) -> None:

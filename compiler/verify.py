@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from trainc.compiler.compile import compile
+from trainc.compiler.capture import CaptureFailed
+from trainc.compiler.compile import compile, read
+from trainc.compiler.imports import searching
 from trainc.compiler.inspect import first_batch
+from trainc.compiler.layers.armed import SiteError
+from trainc.compiler.passes.base import SiteMissing, SiteUnfit
+from trainc.compiler.refusals import of_site
+from trainc.dsl.diagnostics import Diagnostic, SpecError
 from trainc.runtime import batches
 
 if TYPE_CHECKING:
@@ -47,13 +53,20 @@ def verify(
 
     The model is put in train mode with dropout off, since two runs of a random model differ by themselves.
     """
-    program = compile(spec, overrides=overrides, without=without, executor="graph")
+    checked, path = read(spec, overrides)
+    with searching(path):
+        program = compile(checked, without=without, executor="graph")
     if double:
         program.module.double()
     batch = first_batch(spec, overrides, program.micro_size)
     if double:
         batch = (_doubled(batch[0]), _doubled(batch[1]))
-    return compare(program, batch)
+    try:
+        return compare(program, batch)
+    except SiteError as error:
+        raise SpecError([of_site(error, checked)]) from error
+    except (CaptureFailed, SiteMissing, SiteUnfit) as error:
+        raise SpecError([Diagnostic("capture-failed", str(error))]) from error
 
 
 def compare(program: Program, batch: Batch) -> list[Comparison]:

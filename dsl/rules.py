@@ -290,6 +290,17 @@ RULES: dict[str, About] = {
         "Per-example statistics need it, and guessing gives numbers that are wrong in silence.",
         "Put examples on the first axis of the inputs.",
     ),
+    "weight-serves-elsewhere": About(
+        "A measured weight takes part in the forward pass outside the layer that holds it.",
+        "What it does there adds to its gradient, and the squared norm of a sum is not the sum of squared norms.",
+        "Leave the layer out of the selection. A head tied to an embedding is measured where it is an nn.Linear whose"
+        " `weight` is the embedding's, and both are selected.",
+    ),
+    "examples-mix": About(
+        "What the model gives for an example depends on the other examples in the batch.",
+        "Such an example has no gradient of its own, and what is taken for one is wrong in silence.",
+        "Take out what looks across the first axis, or measure by `method = micro_batch`.",
+    ),
     "loss-not-a-mean": About(
         "The loss of several examples is not the weighted mean of their own losses.",
         "Noise scales compare examples' shares of a mean; under a sum or a contrastive loss the shares are others.",

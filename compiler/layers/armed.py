@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,19 @@ class ExampleAxisUnknown(SiteError):
     """A site sees a tensor whose first axis is not the example axis."""
 
     rule = "example-axis-unknown"
+
+
+def repeated(names: Iterable[str]) -> SiteError:
+    """Return the error about layers that run more than once in one forward pass."""
+    return SiteError(
+        f"{listed(names)} ran more than once in one forward pass: the squared norm of a sum is not the sum of squared"
+        " norms, so its statistics would be wrong. Leave it out of the selection"
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as they stand in messages."""
+    return ", ".join(f"`{name}`" for name in names)
 
 
 class Armed:

@@ -74,6 +74,7 @@ def site_of(name: str, module: nn.Module) -> MeasuredSite:
     """Return how a module is measured; raises NotMeasurable for one we do not know."""
     from trainc.compiler.layers.norm import norm_site
 
+    _refuse_computed(name, module)
     for kind in kinds().values():
         site = kind.recognise(name, module)
         if site is not None:
@@ -85,6 +86,32 @@ def site_of(name: str, module: nn.Module) -> MeasuredSite:
         f"`{name}` ({type(module).__name__}) computes something else than the layers that can be measured: norms,"
         f" {known}; leave it out of the selection"
     )
+
+
+def _refuse_computed(name: str, module: nn.Module) -> None:
+    """Refuse a layer whose weight or bias is no Parameter but computed from others in every forward pass."""
+    from torch import Tensor
+    from torch.nn.utils import parametrize
+
+    parts = [n for n, _ in module.named_parameters(recurse=False)]
+    if parametrize.is_parametrized(module):
+        made = list(module.parametrizations)  # type: ignore[arg-type]
+    else:
+        held = {**module._parameters, **module._buffers}
+        made = [
+            own
+            for own in ("weight", "bias")
+            if own not in held
+            and any(part.startswith(f"{own}_") for part in parts)
+            and isinstance(getattr(module, own, None), Tensor)
+        ]
+    if made or isinstance(module, parametrize.ParametrizationList):
+        what = f"`{name}.{made[0]}` is" if made else f"`{name}` holds what a weight is"
+        raise NotMeasurable(
+            f"{what} computed from other parameters (a parametrization, as of weight_norm or spectral_norm): the"
+            " examples' gradients of those are not to be had; leave the layer out of the selection, or take the"
+            " parametrization off it"
+        )
 
 
 def own_names(name: str, module: nn.Module) -> dict[str, str]:

@@ -6,9 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from trainc.compiler.layers.armed import Bound, checked_probe, joined_views, parted_views
-from trainc.compiler.layers.kinds import Found, Kind, own_names
+from trainc.compiler.layers.kinds import Found, Kind, NotMeasurable, own_names
 from trainc.compiler.passes.forward import ForwardGraph
 from trainc.compiler.passes.spellings import strip
 from trainc.compiler.rewrite import LayerSite
@@ -38,6 +39,11 @@ class BoundLinear(Bound):
 
 def recognise(name: str, module: nn.Module) -> LayerSite | None:
     """Return the site of a plain nn.Linear or of a transformers Conv1D, which keeps its weight transposed."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise NotMeasurable(
+            f"`{name}` is the output projection of an nn.MultiheadAttention, which hands its weight to a function and"
+            " never runs it: leave it out of the selection, `- type(NonDynamicallyQuantizableLinear)`"
+        )
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     transposed = type(module).__name__ == "Conv1D" and _is_transposed(module)
     own = own_names(name, module)

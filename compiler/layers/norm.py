@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.layers.armed import Bound, checked_probe, joined_views, parted_views
+from trainc.compiler.layers.kinds import NotMeasurable
 from trainc.compiler.rewrite import NormSite
 from trainc.kernels.layer_norm import layer_norm
 from trainc.kernels.rms_norm import rms_norm
@@ -62,7 +63,7 @@ def norm_site(name: str, module: nn.Module) -> NormSite:
         if _error(module, gemma) < _SAME:
             return gemma
     made = type(module).__name__
-    raise ValueError(f"`{name}` ({made}) is no LayerNorm or RMSNorm: it computes something else")
+    raise NotMeasurable(f"`{name}` ({made}) is no LayerNorm or RMSNorm: it computes something else")
 
 
 def _error(module: nn.Module, site: NormSite, half: bool = False) -> float:

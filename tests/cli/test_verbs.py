@@ -143,3 +143,76 @@ def test_a_spec_with_a_typo_is_a_message_not_a_traceback(
         assert "did you mean `sigma`" in error
         assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+MODELS = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Model(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.words, self.norm = nn.Embedding(256, 8), nn.LayerNorm(8)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True) if kind == "attends" else None
+        linear = nn.Linear(8, 256)
+        self.head = nn.utils.parametrizations.weight_norm(linear) if kind == "computed" else linear
+        self.kind = kind
+
+    def forward(self, ids):
+        x = self.words(ids)
+        if self.attend is not None:
+            x = x + self.attend(x, x, x)[0]
+        if self.kind == "functional":
+            return F.linear(self.norm(x), self.words.weight)
+        return self.head(self.norm(x))
+
+
+def model(kind):
+    return Model(kind)
+"""
+
+
+def spec_of(kind: str, on: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    name = f"models_of_{kind}_{on[5:9].lower()}"
+    (folder / f"{name}.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(str(folder))
+    lines = [line for line in SPEC.splitlines() if not line.startswith(("model", "regul", "noise"))]
+    lines += [f'model "{name}:model" {{ kind = {kind} }}', f"noise_scale gns on {on}"]
+    (folder / "own.train").write_text("\n".join(lines))
+    return folder / "own.train"
+
+
+@pytest.mark.parametrize("verb", ["run", "verify"])
+def test_a_weight_that_serves_elsewhere_is_told_at_its_clause(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = spec_of("functional", "type(Embedding)", tmp_path, monkeypatch)
+    assert (
+        call(monkeypatch, verb, spec, *(["--out", tmp_path / "run"] if verb == "run" else [])) == 1
+    )
+    said = capsys.readouterr().err
+    assert "error[weight-serves-elsewhere]: `words.weight` serves outside `words`" in said
+    assert "| noise_scale gns on type(Embedding)" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("computed", "`head` has a weight that is computed from other parameters"),
+        ("attends", "`attend.out_proj` is the output projection of an nn.MultiheadAttention"),
+    ],
+)
+def test_plan_says_what_cannot_be_measured(
+    kind: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spec = spec_of(kind, "type(Linear)", tmp_path, monkeypatch)
+    assert call(monkeypatch, "plan", spec) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert "| noise_scale gns on type(Linear)" in said

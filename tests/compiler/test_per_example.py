@@ -149,6 +149,112 @@ def test_what_cannot_be_measured_says_why() -> None:
     assert not any("trainc" in vars(module) for module in apart.modules())
 
 
+class SharedNorms(nn.Module):
+    """Two norms of one weight, or of one bias."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.LayerNorm(3), nn.LayerNorm(3)
+        setattr(self.b, what, getattr(self.a, what))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_norms_that_share_a_parameter_are_refused(what: str) -> None:
+    with pytest.raises(ValueError, match=rf"`a`, `b` share `a.{what}`: a sum's square"):
+        per_example_sq_norms(SharedNorms(what), lambda out: out.sum(), torch.randn(4, 3))
+
+
+def test_frozen_parameters_are_no_columns() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double(), torch.randn(4, 3).double()
+    every = per_example_sq_norms(model, lambda out: out.square().mean(), x)
+    model[0].weight.requires_grad_(False)
+    names = ("0.bias", "1.weight", "1.bias")
+    for on in (None, "type(Linear)", ["0", "1"]):
+        assert measured_parameters(model, on) == names
+    found = per_example_sq_norms(model, lambda out: out.square().mean(), x, on="type(Linear)")
+    torch.testing.assert_close(found, every[:, 1:])
+    with pytest.raises(ValueError, match=r"`0.weight` is frozen"):
+        measured_parameters(model, ["0.weight"])
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing to measure.*requires a gradient"):
+        measured_parameters(model, '"0"')
+
+
+def test_a_selectors_expectation_is_checked() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    assert len(measured_parameters(model, "type(Linear) expect 2")) == 4
+    with pytest.raises(ValueError, match="matches 2 modules, not 5"):
+        measured_parameters(model, "type(Linear) expect 5")
+
+
+def test_inputs_without_examples_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no tensor with the examples"):
+        per_example_sq_norms(nn.Linear(3, 3), lambda out: out.sum(), {"input": 3.0})
+
+
+COMPUTED: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
+    "linear": (lambda: nn.Linear(3, 3), [4, 3]),
+    "linear without bias": (lambda: nn.Linear(3, 3, bias=False), [4, 3]),
+    "conv": (lambda: nn.Conv1d(3, 2, 1), [4, 3, 5]),
+    "norm": (lambda: nn.LayerNorm(3), [4, 3]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("layer", COMPUTED)
+def test_weights_computed_from_others_are_said_to_be(layer: str, hooked: bool) -> None:
+    make, shape = COMPUTED[layer]
+    by = nn.utils.weight_norm if hooked else nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(by(make(), dim=0))
+    with pytest.raises(ValueError, match=r"`0\..*computed from other parameters"):
+        per_example_sq_norms(model, lambda out: out.sum(), torch.randn(shape))
+
+
+def test_a_heads_bias_that_its_parent_names_too_is_measured() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(3))
+            self.decoder = nn.Linear(3, 3)
+            self.decoder.bias = self.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decoder(x)  # type: ignore[no-any-return]
+
+    model = nn.Sequential(nn.LayerNorm(3), Head())
+    assert measured_parameters(model)[2:] == ("1.bias", "1.decoder.weight")
+    agrees(model, torch.randn(4, 5, 3, dtype=torch.float64))
+    found = per_example_sq_norms(
+        model, lambda out: out.square().mean(), torch.randn(4, 3).double(), on="type(Linear)"
+    )
+    assert found.shape == (4, 2)
+
+
+def test_a_weight_that_an_unknown_layer_holds_as_well_is_refused_by_both_names() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * 3
+
+    model = nn.Sequential(Scaled(7, 3), nn.Linear(3, 7, bias=False))
+    model[1].weight = model[0].weight
+    ids = torch.randint(7, (4, 5))
+    with pytest.raises(ValueError, match=r"belongs to `1` and to `0`.*leave `1`, `0` out"):
+        per_example_sq_norms(model, lambda out: out.sum(), ids, on="type(Linear) - type(Embedding)")
+
+
+def test_a_projection_that_attention_never_runs_is_refused_by_its_name() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    x = torch.randn(3, 5, 8).double()
+    with pytest.raises(ValueError, match=r"`self_attn.out_proj` is the output projection"):
+        per_example_sq_norms(layer, lambda out: out.square().mean(), x, on="type(Linear)")
+    on = "type(Linear) - type(NonDynamicallyQuantizableLinear)"
+    assert per_example_sq_norms(layer, lambda out: out.square().mean(), x, on=on).shape == (3, 4)
+
+
 def lcg(shape: list[int], seed: int, scale: float = 1.0, plus: float = 0.0) -> Tensor:
     x, values = seed & 0x7FFFFFFF, []
     for i in range(math.prod(shape) + 8):

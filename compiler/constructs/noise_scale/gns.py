@@ -15,10 +15,10 @@ from trainc.runtime.noise_measure import Measure, Settings, Unit
 from trainc.runtime.noise_scale import noise_scale_from_contributions
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from trainc.compiler.bound import Targets
-    from trainc.compiler.inventory import ModuleEntry
+    from trainc.compiler.inventory import ModuleEntry, ParameterEntry
     from trainc.compiler.lowering import Lowering
     from trainc.compiler.rewrite import MeasuredSite
     from trainc.compiler.units import Units
@@ -190,12 +190,15 @@ class Gns(Construct):
     def _objection(self, module: ModuleEntry, bound: Targets) -> tuple[str, str, str | None] | None:
         """Return rule, message and help where names and types tell that a module is not measurable."""
         norms = "select LayerNorm and RMSNorm layers: `on type(LayerNorm, RMSNorm)`"
-        is_norm = any(name.endswith(_NORMS) for name in module.types)
+        is_norm = _is_norm(module)
         if "_BatchNorm" in module.types:
             if self.method == "ghost":
                 return None
             help_ = f"{norms}, or compare micro-batches: `method = micro_batch`"
             return "norm-mixes-examples", _MIXES, help_
+        if f"{module.name}.parametrizations".lstrip(".") in bound.inventory.module:
+            message = "has a weight that is computed from other parameters (a parametrization)"
+            return "wrong-target-kind", message, "leave it out, or take the parametrization off it"
         if not module.parameters:
             missing = "has no weight (elementwise_affine=False)"
             return ("nothing-to-measure", missing, None) if is_norm else None
@@ -205,7 +208,9 @@ class Gns(Construct):
                 "is no norm, and this clause needs the examples' gradients",
                 norms,
             )
-        if not is_norm and not any(name in _LAYERS for name in module.types):
+        if not _is_layer(module):
+            if _only_names(module, bound):
+                return None
             message = "has parameters of its own that no layer we can measure holds"
             return "wrong-target-kind", message, f"the layers are {', '.join(_LAYERS)}"
         if not module.trainable:
@@ -218,7 +223,8 @@ class Gns(Construct):
         measured: dict[str, tuple[str, ...]] = {}
         if self.method in ("micro_batch", "replica"):
             for entry in to.modules():
-                names = tuple(n for n in entry.parameters if n in trainable)
+                held = (to.inventory.parameter[name].name for name in entry.parameters)
+                names = tuple(name for name in held if name in trainable)
                 measured |= {entry.name: names} if names else {}
             every = dict.fromkeys(name for owned in measured.values() for name in owned)
             to.whole_gradients(every, running=self.method == "replica")
@@ -235,22 +241,22 @@ class Gns(Construct):
     def _sites(self, to: Lowering) -> list[MeasuredSite]:
         from trainc.compiler.layers.batch_norm import batch_norms, ghost_site
         from trainc.compiler.layers.kinds import site_of
-        from trainc.compiler.layers.ties import tied
+        from trainc.compiler.layers.ties import sites_of
         from trainc.compiler.rewrite import NormSite
 
         entries = [entry for entry in to.modules() if entry.parameters]
         grouped = batch_norms(to.model) if self.method == "ghost" else []
         to.ghosts(grouped)
-        sites = [
-            (ghost_site if entry.name in grouped else site_of)(
-                entry.name, to.model.get_submodule(entry.name)
-            )
-            for entry in entries
-        ]
+
+        def recognise(name: str, module: nn.Module) -> MeasuredSite:
+            return (ghost_site if name in grouped else site_of)(name, module)
+
+        wanted = {to.inventory.parameter[n].name for entry in entries for n in entry.parameters}
+        names = [entry.name for entry in entries]
         wide = self.wide or self.example == "document"
         return [
             replace(site, wide=wide) if isinstance(site, NormSite) else site
-            for site in tied(sites, to.inventory)
+            for site in sites_of(names, wanted, to.model, to.inventory, recognise)
         ]
 
     def _units(self) -> Units | None:
@@ -305,21 +311,44 @@ class Gns(Construct):
         return noise_scale_from_contributions(math.fsum(squares), whole, q), squares
 
 
+def _layer_owners(parameter: ParameterEntry, bound: Targets) -> dict[str, ModuleEntry]:
+    """Return the layers that hold a parameter, by name; others may hold it under names of their own."""
+    owners = (name.rpartition(".")[0] for name in (parameter.name, *parameter.aliases))
+    known = bound.inventory.module  # a module with two names is there under its first
+    return {name: known[name] for name in owners if name in known and _is_layer(known[name])}
+
+
+def _is_layer(module: ModuleEntry) -> bool:
+    return _is_norm(module) or any(name in _LAYERS for name in module.types)
+
+
+def _is_norm(module: ModuleEntry) -> bool:
+    return any(name.endswith(_NORMS) for name in module.types)
+
+
+def _only_names(module: ModuleEntry, bound: Targets) -> bool:
+    """Say whether all that a module holds are other names of what selected layers inside it hold."""
+    inside = {m.name for m in bound.modules if m.name.startswith(f"{module.name}.".lstrip("."))}
+    held = (bound.inventory.parameter[name] for name in module.parameters)
+    return all(not inside.isdisjoint(_layer_owners(p, bound)) for p in held)
+
+
 def _shared(module: ModuleEntry, bound: Targets) -> tuple[str, str, str | None] | None:
     """Object to a shared weight, unless it is that of an embedding and a head which are both selected."""
-    parameters = [bound.inventory.parameter[name] for name in module.parameters]
-    names = [name for p in parameters for name in (p.name, *p.aliases) if p.aliases]
-    if not names:
+    owners: dict[str, ModuleEntry] = {}
+    for name in module.parameters:
+        holding = _layer_owners(bound.inventory.parameter[name], bound)
+        owners |= holding if len(holding) > 1 else {}
+    if not owners:
         return None
-    owners = {name.rpartition(".")[0] for name in names}
-    kinds = sorted(
-        t for m in owners for t in ("Embedding", "Linear") if t in bound.inventory.module[m].types
-    )
+    kinds = sorted(t for m in owners.values() for t in ("Embedding", "Linear") if t in m.types)
+    missing = sorted(owners.keys() - {m.name for m in bound.modules})
     if kinds != ["Embedding", "Linear"]:
-        return "wrong-target-kind", "shares its weight: a sum's square is no sum of squares", None
-    selected = {m.name for m in bound.modules}
-    missing = [f"`{name}`" for name in sorted(owners - selected)]
+        others = ", ".join(f"`{name}`" for name in sorted(owners.keys() - {module.name}))
+        message = f"shares its weight with {others}: a sum's square is no sum of squares"
+        return "wrong-target-kind", message, "leave them out of the selection"
     if not missing:
         return None
-    message = f"shares its weight with {', '.join(missing)}: a sum's square is no sum of squares"
-    return "wrong-target-kind", message, "select both, the embedding and the head"
+    others = ", ".join(f"`{name}`" for name in missing)
+    message = f"shares its weight with {others}: a sum's square is no sum of squares"
+    return "wrong-target-kind", message, "select both, the embedding and the head, or neither"

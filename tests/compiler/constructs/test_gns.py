@@ -16,6 +16,7 @@ from trainc.compiler.bound import BoundClause, Targets
 from trainc.compiler.constructs.noise_scale.gns import Gns
 from trainc.compiler.division import Division
 from trainc.compiler.inventory import take
+from trainc.compiler.layers.armed import SiteError
 from trainc.compiler.layers.norm import norm_site
 from trainc.compiler.lowering import Lowering, Parts, Setting
 from trainc.compiler.sites import bind
@@ -313,6 +314,69 @@ def test_the_summary_says_what_was_found() -> None:
     assert line is not None
     assert line.startswith("gns: undetermined, |G|^2 is not above zero after 1 step: ")
     assert line.endswith("|G|^2 -0.5, tr(Sigma) 2 over 3 layers")
+
+
+class Decoder(nn.Module):
+    """BERT's head: its bias is the decoder's, whose weight is the embedding's."""
+
+    def __init__(self, words: nn.Embedding, reads: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(11, dtype=torch.float64))
+        self.decoder = nn.Linear(8, 11).double()
+        self.decoder.weight, self.decoder.bias = words.weight, self.bias
+        self.reads = reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x) + self.bias if self.reads else self.decoder(x)  # type: ignore[no-any-return]
+
+
+class Bert(Tiny):
+    def __init__(self, reads: bool = False) -> None:
+        super().__init__(nn.LayerNorm)
+        self.head = Decoder(self.wte, reads)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("on", ["all", "type(Linear, Embedding)"])
+def test_a_bias_that_a_head_names_too_is_measured_once(on: str) -> None:
+    model, (x, y) = Bert(), tokens()
+    names = [n for n, _ in model.named_parameters() if on == "all" or not n.startswith("ln")]
+    expected, _ = Gns.reference(
+        lambda b: F.cross_entropy(model(x[b : b + 1]).flatten(0, 1), y[b]),
+        [1 / 6] * 6,
+        [model.get_parameter(name) for name in names],
+    )
+    run = "loss cross_entropy optimizer sgd { lr = 0 } run { length = 9 steps }"
+    program = trainc.compile(f"{run} noise_scale gns on {on}", model)
+    program.step((x, y))
+    assert program.signals["gns.signal"] == pytest.approx(expected.signal, rel=1e-6)
+    assert program.signals["gns.noise"] == pytest.approx(expected.noise, rel=1e-6)
+
+
+def test_a_tied_head_alone_is_measured_by_micro_batches() -> None:
+    model, (x, y) = Bert(), tokens()
+    weights = [model.wte.weight, model.head.bias]
+    shares = []
+    for rows in torch.arange(6).split(2):
+        loss = F.cross_entropy(model(x[rows]).flatten(0, 1), y[rows].flatten()) / 3
+        shares.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
+    expected = noise_scale_from_contributions(
+        sum(float(c.square().sum()) for c in shares),
+        float(torch.stack(shares).sum(0).square().sum()),
+        1 / 3,
+        1 / 6,
+    )
+    run = "loss cross_entropy optimizer sgd { lr = 0 } run { length = 9 steps }"
+    clause = 'noise_scale gns on "head.decoder" { method = micro_batch }'
+    program = trainc.compile(f"{run} {clause}", model)
+    program.step(list(zip(x.split(2), y.split(2), strict=True)))
+    assert program.signals["gns.noise"] == pytest.approx(expected.noise, rel=1e-6)
+
+
+def test_a_head_that_reads_the_bias_it_names_is_found_out() -> None:
+    run = "loss cross_entropy optimizer sgd { lr = 0 } run { length = 9 steps }"
+    program = trainc.compile(f"{run} noise_scale gns on all", Bert(reads=True))
+    with pytest.raises(SiteError, match=r"`head.decoder.bias` serves outside `head.decoder`"):
+        program.step(tokens())
 
 
 class LlamaLike(nn.Module):
