@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("trainc", "FRAGMENT")
