@@ -21,6 +21,7 @@ from benchmarks.noise_scale_hooks import (
     ByHand,
     Hooks,
     Opacus,
+    OpacusTwice,
     Squares,
     Version,
     attempt,
@@ -111,6 +112,7 @@ def versions(size: Size) -> dict[str, Version | str]:
     for what, kinds in KINDS.items():
         found[f"hooks, {what}"] = Hooks(model(size), kinds)
     found["Opacus ghost norms, Linear"] = attempt(Opacus, model(size))
+    found["Opacus, both its passes, Linear"] = attempt(OpacusTwice, model(size))
     found["BackPACK BatchL2Grad, Linear"] = attempt(BackPack, model(size))
     return found
 

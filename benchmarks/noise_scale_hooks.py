@@ -150,6 +150,24 @@ class Opacus(ByHand):
         return found
 
 
+class OpacusTwice(Opacus):
+    """Opacus' ghost norms as its own step takes them: a second backward pass, of the reweighted losses."""
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Leave the gradients of the second pass, every example with the weight it had."""
+        inputs, targets = batch
+        logits = self.model(inputs)
+        each = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses = each.view(len(targets), -1).mean(1)
+        losses.mean().backward(retain_graph=True)
+        self.optimizer.zero_grad()
+        self.hooked.disable_hooks()
+        whole = (losses / len(losses)).sum()
+        whole.backward()
+        self.hooked.enable_hooks()
+        return whole
+
+
 class BackPack(ByHand):
     """BackPACK's BatchL2Grad of every Linear layer."""
 

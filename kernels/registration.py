@@ -38,13 +38,7 @@ def register(
     differentiate: Callable[..., Any] | None = None,
 ) -> Any:
     """Define trainc::name with the schema of `cpu`; return its overload."""
-    schema = torch.library.infer_schema(cpu, mutates_args=())
-    LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"trainc::{name}", fake, lib=LIBRARY)
-    operator = getattr(torch.ops.trainc, name).default
-    below = _below_autograd(operator, cpu, cuda)
+    operator, below = _defined(name, cpu, cuda, fake)
     function = _function(name, below, save, differentiate)
     LIBRARY.impl(name, _autograd(name, below, function), "Autograd", with_keyset=True)
     return operator
@@ -62,13 +56,7 @@ def register_update(
 
     Call it under `torch.no_grad()`: where a gradient would be wanted of it, it raises RuntimeError.
     """
-    schema = torch.library.infer_schema(cpu, mutates_args=mutates)
-    LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"trainc::{name}", fake, lib=LIBRARY)
-    operator = getattr(torch.ops.trainc, name).default
-    below = _below_autograd(operator, cpu, cuda)
+    operator, below = _defined(name, cpu, cuda, fake, mutates)
     names = list(inspect.signature(cpu).parameters)
     places = [names.index(argument) for argument in mutates]
 
@@ -82,6 +70,23 @@ def register_update(
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     return operator
+
+
+def _defined(
+    name: str,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    mutates: Sequence[str] = (),
+) -> tuple[Any, Callable[..., Any]]:
+    """Define the operator below autograd; return its overload and what autograd's kernel is to call."""
+    schema = torch.library.infer_schema(cpu, mutates_args=mutates)
+    LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"trainc::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.trainc, name).default
+    return operator, _below_autograd(operator, cpu, cuda)
 
 
 def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
