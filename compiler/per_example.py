@@ -26,12 +26,12 @@ On = str | Iterable[str] | None
 def measured_parameters(model: nn.Module, on: On = None) -> tuple[str, ...]:
     """Return the names of the parameters that are the columns of `per_example_sq_norms`, in their order.
 
-    `on` is a selector of modules in the words of a spec (`"type(LayerNorm, RMSNorm)"`, `"role(norm)"`), a list of
-    names of modules or parameters, or None for all. Frozen parameters have no gradient: those of selected modules are
-    left out.
+    `model` is any module; it is not run. `on` is a selector of modules in the words of a spec
+    (`"type(LayerNorm, RMSNorm)"`, `"role(norm)"`), a list of names of modules or parameters, or None for all. Frozen
+    parameters have no gradient: those of selected modules are left out.
 
-    Raises ValueError when nothing is selected, or other than `expect` says, when a name is neither a module nor a
-    parameter, and when it is that of a frozen parameter.
+    Raises ValueError when nothing is selected, or other than `expect` says, when a selector cannot be read, when a name
+    is neither a module nor a parameter, and when it is that of a frozen parameter.
     """
     return _columns(take(model), on)
 
@@ -39,15 +39,20 @@ def measured_parameters(model: nn.Module, on: On = None) -> tuple[str, ...]:
 def per_example_sq_norms(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: Any, on: On = None
 ) -> Tensor:
-    """Return the squared norms of the examples' contributions to the gradient: (examples, parameters), float32 or 64.
+    """Return the squared norms of the examples' contributions to the gradient of `model`, in one backward pass.
 
-    `loss_fn(model(inputs))` is the loss, 0-d; `inputs` is a tensor, a tuple (positional) or a dict (keyword) of
-    tensors with the examples on their first axis. An example's contribution is its part of `p.grad` in the units that
-    has: under a mean over B examples it carries 1 / B. Rows are examples, columns `measured_parameters(model, on)`.
-    The model's mode is kept, nothing is added to `.grad`, and the model is its own again afterwards.
+    `inputs` is a tensor, a tuple (positional) or a dict (keyword) of tensors with the examples on their first axis;
+    `loss_fn` takes what the model gives for them and returns the loss, 0-d. `on` selects parameters as for
+    `measured_parameters`; None is all. An example's contribution is its part of `p.grad` in the units that has: under a
+    mean over B examples it carries 1 / B.
 
-    Raises ValueError for layers that cannot be measured (a BatchNorm in training mode mixes examples) and SiteError
-    where an example axis is missing, examples mix, or a layer takes no part, runs twice or lends its weight.
+    Returns (examples, parameters), columns being `measured_parameters(model, on)`, in float64 for a float64 model, else
+    float32. First the model runs on two and three of the examples, without a trace, to check what can be checked. Its
+    mode is kept, nothing is added to `.grad`, and it is its own again afterwards.
+
+    Raises ValueError for a selection that measured_parameters refuses, layers that cannot be measured (a BatchNorm in
+    training mode mixes examples), inputs without examples and a loss that is not 0-d; SiteError where an example axis
+    is missing, examples mix, or a layer takes no part, runs twice or lends its weight.
 
     Source: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015, arXiv:1510.01799.
     """

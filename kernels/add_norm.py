@@ -1,11 +1,8 @@
 """Residual add and LayerNorm in one operator: the sum, and the sum normalised.
 
-Contract. `x` and `residual` are floating tensors of one shape (B, ..., *normalized_shape); their
-sum has the promoted dtype and is rounded to it before it is normalised, so results are those of
-`layer_norm(x + residual, ..)`, on CPU bit for bit, with the same `probe` (see that module). Both
-results are differentiable, and x and residual receive the same gradient: what reached the sum plus
-what came through the norm. Under CUDA's autocast the sum keeps its dtype and the norm of it is
-float32, as torch's composition has it; on a CPU autocast leaves both alone, as it leaves torch's.
+Results are those of `layer_norm(x + residual, ..)`, on CPU bit for bit. Under CUDA's autocast the sum keeps
+its dtype and the norm of it is float32, as torch's composition has it; on a CPU autocast leaves both
+alone, as it leaves torch's.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +24,25 @@ def add_layer_norm(
     probe: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """(x + residual, LayerNorm of that), each in the shape of x."""
+    """Add `residual` to `x` and normalize the sum over its last dims, as `layer_norm` does.
+
+    `x` and `residual` are floating tensors of one shape (B, ..., *normalized_shape), in one or two dtypes; nothing is
+    broadcast. The sum is rounded to their promoted dtype and normalized then. `normalized_shape` has one dim at least;
+    `weight` and `bias` have that shape, or are None, in the sum's dtype, or both float32 beside a 16-bit sum; `eps` is
+    added to the biased variance.
+
+    `probe` is None, or zeros (B, 2) in float32 (float64 for a float64 sum) that require grad. It is not read: its
+    gradient is, per example (dim 0), the squared norm of its contribution to weight.grad (column 0) and bias.grad
+    (column 1), in the units of those gradients, and zero for a parameter that is None. Take a new one for each backward
+    pass.
+
+    Returns (x + residual, its LayerNorm), both of x's shape and the promoted dtype (the norm float32 under CUDA's
+    autocast). Both are differentiable; x and residual receive the same gradient, that of the sum and that through the
+    norm. Raises RuntimeError for other shapes and dtypes. Second derivatives raise RuntimeError and forward-mode ones
+    NotImplementedError, except on a CPU without a probe.
+
+    Source: Ba et al. 2016, arXiv:1607.06450; the norms: Gray et al. 2024, arXiv:2411.00999.
+    """
     if probe is None and x.device.type == "cpu":  # nothing to gain from an operator there
         check_pair(x, residual)
         summed = x + residual

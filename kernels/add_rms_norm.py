@@ -1,9 +1,4 @@
-"""Residual add and RMSNorm in one operator: the sum, and the sum normalised.
-
-Contract. As `add_norm`, with `rms_norm` for the norm: x and residual (B, ..., *normalized_shape),
-the sum rounded to the promoted dtype and then normalised, `probe` (B, 1) or None, `eps` and
-`casting` as in that module.
-"""
+"""Residual add and RMSNorm in one operator: `add_norm` with `rms_norm` for the norm."""
 
 from collections.abc import Sequence
 
@@ -25,7 +20,26 @@ def add_rms_norm(
     eps: float | None = None,
     casting: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    """(x + residual, RMSNorm of that), each in the shape of x; eps and casting as rms_norm."""
+    """Add `residual` to `x` and normalize the sum over its last dims, as `rms_norm` does.
+
+    `x` and `residual` are floating tensors of one shape (B, ..., *normalized_shape), in one or two dtypes; nothing is
+    broadcast. The sum is rounded to their promoted dtype and normalized then. `normalized_shape` has one dim at least;
+    `weight` has that shape and any floating dtype, or is None. `eps` None is the machine epsilon of the sum's dtype, of
+    float32 for a 16-bit sum. `casting` is "none" (rounded once), "llama" (rounded before the weight) or "gemma"
+    (the factor is 1 + weight), as `rms_norm` says.
+
+    `probe` is None, or zeros (B, 1) in float32 (float64 for a float64 sum) that require grad. It is not read: its
+    gradient is, per example (dim 0), the squared norm of its contribution to weight.grad in the units of that gradient,
+    zero without a weight. Take a new one for each backward pass.
+
+    Returns (x + residual, its RMSNorm), both of x's shape; the norm has the promoted dtype, with "llama" promoted with
+    weight's, with "none" float32 under CUDA's autocast. Both are differentiable; x and residual receive the same
+    gradient, that of the sum and that through the norm. Raises RuntimeError for other shapes, dtypes and castings.
+    Second derivatives raise RuntimeError and forward-mode ones NotImplementedError, except for up to 65536 elements of
+    one dtype on a CPU, uncompiled, with no probe or casting.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; the norms: Gray et al. 2024, arXiv:2411.00999.
+    """
     if probe is None and x.device.type == "cpu":  # nothing to gain from an operator there
         check_pair(x, residual)
         summed = x + residual

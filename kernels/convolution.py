@@ -1,13 +1,5 @@
 """Convolution whose backward also returns per-example squared gradient norms.
 
-Contract. `x` is (B, C, *spatial) with one, two or three spatial dims, `weight` (L, C / groups,
-*kernel), `bias` (L,) or None, of one floating dtype; stride, padding (zeros, as many on both sides)
-and dilation have one number for each spatial dim. `probe` is (B, 2), or (B, 1) without bias, zeros
-in float32 (float64 for float64 x). The gradient of `probe` is, per example, the squared norm of its
-contribution to weight.grad and to bias.grad, in the units of those gradients. Without a probe this
-is torch's own convolution. Other paddings (reflected, "same" by an odd number) are F.pad before a
-convolution that pads nothing.
-
 How the norms are made depends on the shapes alone: see `convolution_norms`.
 """
 
@@ -35,7 +27,24 @@ def convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """The convolution of x, (B, L, *output); one number serves all dims. See the module."""
+    """Convolve `x` with `weight` over one, two or three spatial dims and add `bias`.
+
+    `x` is (B, C, *spatial), `weight` (L, C / groups, *kernel) and `bias` (L,) or None, of one floating dtype; an
+    example is dim 0. `stride`, `padding` (zeros, as many on both sides) and `dilation` are one number for all spatial
+    dims or one for each; `groups` divides C and L. Other paddings (reflected, "same" by an odd number) are F.pad before
+    a convolution that pads nothing.
+
+    `probe` is None, or zeros (B, 2), (B, 1) without bias, in float32 (float64 for float64 x) that require grad. It is
+    not read: its gradient is, per example, the squared norm of its contribution to weight.grad (column 0) and bias.grad
+    (column 1), in the units of those gradients. Like any gradient it accumulates: take a new probe for each backward
+    pass. Without one this is torch's own convolution.
+
+    Returns (B, L, *output) in x's dtype, under autocast in its 16-bit one (float64 stays). Raises RuntimeError for
+    other shapes, dtypes and numbers, and TypeError for a padding in words. With a probe, second derivatives raise
+    RuntimeError and forward-mode ones NotImplementedError.
+
+    Source of the norms: Gray et al. 2024, arXiv:2411.00999, as in `linear` with an output position for a row.
+    """
     spatial = weight.dim() - 2
     if not 1 <= spatial <= len(PLAIN):
         raise RuntimeError(

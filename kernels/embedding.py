@@ -1,11 +1,5 @@
 """Embedding whose backward also returns per-example squared gradient norms.
 
-Contract. `ids` is (B, ...) int32 or int64, `weight` (V, D) floating; `padding_idx` is a row (negative
-counts from the end) that gets no gradient; `probe` is (B, 1) zeros in float32 (float64 for float64
-weights). An example is dim 0 of ids. The gradient of `probe` is, per example, the squared norm of
-its contribution to weight.grad, in the units of that gradient: rows of an id the example repeats
-are added before they are squared, and padding adds nothing. Without a probe this is F.embedding.
-
 weight.grad is dense and ATen's own. The norms sort the ids of each example and add the rows of equal
 ones, so memory is at most that of dy whatever V is. Every sum has a fixed order, on CUDA as well,
 where nothing waits for the device except in float64.
@@ -27,7 +21,22 @@ Norms = Callable[[Tensor, Tensor, int], Tensor]
 def embedding(
     ids: Tensor, weight: Tensor, padding_idx: int | None = None, probe: Tensor | None = None
 ) -> Tensor:
-    """Rows of weight for ids, (B, ..., D); see the module for `probe`."""
+    """Look up the rows of `weight` for `ids`.
+
+    `ids` is (B, ...) int32 or int64 in [0, V), an example being dim 0; `weight` is (V, D), floating. `padding_idx` is a
+    row (negative counts from the end) that gets no gradient, or None. `probe` is None, or zeros (B, 1) in float32
+    (float64 for float64 weights) that require grad. It is not read: its gradient is, per example, the squared norm of
+    its contribution to weight.grad, in the units of that gradient: rows of an id that the example repeats are added
+    before they are squared, and padding adds nothing. Like any gradient it accumulates: take a new probe for each
+    backward pass.
+
+    Returns (B, ..., D) in weight's dtype. Without a probe this is F.embedding. Raises RuntimeError for other shapes and
+    dtypes and for a `padding_idx` that is no row (AssertionError, F.embedding's, without a probe), and IndexError for
+    ids outside of weight; CUDA fails with a device assertion on those. With a probe, second derivatives raise
+    RuntimeError and forward-mode ones NotImplementedError.
+
+    Source of the norms: Gray et al. 2024, arXiv:2411.00999.
+    """
     if probe is None:
         return functional.embedding(ids, weight, padding_idx)
     y: Tensor = torch.ops.trainc.embedding(weight, ids, padding_idx, probe)

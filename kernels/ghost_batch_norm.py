@@ -1,14 +1,4 @@
-"""Batch normalisation with statistics over ghost batches of n examples (Hoffer et al. 2017).
-
-Contract. `x` is (B, C, ...), floating; `weight` and `bias` are (C,) or None. In training, examples
-[i n, (i + 1) n) are normalised by their own mean and biased variance, exactly as one F.batch_norm
-call per ghost batch would, and the running statistics (C,) end as those calls, in order, would leave
-them (variance with its n / (n - 1)): r <- (1 - m)^S r + sum_i m (1 - m)^(S-1-i) s_i for S ghosts. In
-evaluation the running statistics normalise and the ghost size means nothing. `remainder` says what
-B % n != 0 does: "error", or "merge_last", where the last ghost also takes the examples left over.
-
-Ghost batches are slices of x, so nothing is transposed or copied (arXiv 1705.08741).
-"""
+"""Batch normalisation by statistics of ghost batches: slices of x, so nothing is transposed or copied."""
 
 import math
 
@@ -37,7 +27,26 @@ def ghost_batch_norm(
     eps: float = 1e-5,
     remainder: str = "error",
 ) -> Tensor:
-    """x normalised, (B, C, ...); in training the running statistics are updated in place."""
+    """Normalize `x` by the statistics of ghost batches of n = `ghost_size` examples; in evaluation, by running ones.
+
+    `x` is (B, C, ...), floating; `weight` and `bias` are (C,), or None for a factor of one and nothing added, and
+    `running_mean` and `running_var` (C,), or both None; all in x's dtype, or in float32 beside 16-bit x. With
+    `training`, examples [i n, (i + 1) n) are normalized by their own mean and biased variance (`eps` is added to it),
+    exactly as one F.batch_norm call per ghost batch would, and the running statistics are updated in place to what
+    those calls, in order, would leave (the variance unbiased), for S ghosts and a = `momentum`
+
+      r <- (1 - a)^S r + sum_i a (1 - a)^(S-1-i) s_i
+
+    `remainder` says what B % n != 0 does: "error", or "merge_last", where the last ghost also takes the examples left
+    over. Without `training` this is F.batch_norm by the running statistics, by the whole batch's where they are None.
+
+    Returns a tensor of x's shape and dtype. Raises RuntimeError for other shapes, dtypes and remainders and for a ghost
+    batch of one value per channel; torch's own calls, in evaluation and below, also ValueError. In training, second
+    derivatives raise RuntimeError and forward-mode ones NotImplementedError, except where F.batch_norm itself serves:
+    up to 262144 elements on a CPU, uncompiled, all tensors float32 or all float64.
+
+    Source: Hoffer et al. 2017, arXiv:1705.08741.
+    """
     # ATen's backward of (B, C) reads a strided weight as if it were dense.
     weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
     if not training:

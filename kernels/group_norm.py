@@ -1,11 +1,5 @@
 """GroupNorm whose backward can also return per-example squared gradient norms.
 
-Contract. `x` is (B, C, *spatial), floating; `weight` and `bias` are (C,) or None; `groups` divides
-C (groups = C is InstanceNorm, groups = 1 a LayerNorm over all of an example). `probe` is None or
-(B, 2) zeros in float32 (float64 for float64 x). The gradient of `probe` is, per example, the squared
-norm of its contribution to weight.grad (column 0) and bias.grad (column 1), in the units of those
-gradients, and zero for a parameter that is None. Without a probe this is F.group_norm itself.
-
 Groups never mix examples, so B examples of C channels are one example of B * C channels in
 B * groups groups. ATen's backward of that returns each channel's sums, which are what each example
 adds to the gradients, together with dx: statistics cost no pass over x or dy. 16-bit x is widened,
@@ -34,7 +28,23 @@ def group_norm(
     probe: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """GroupNorm of x, same shape and dtype; see the module for `probe`."""
+    """Normalize each example of `x` over groups of channels and all positions, then scale and shift channels.
+
+    `x` is (B, C, *spatial), floating; an example is dim 0. `groups` divides C: C of them are InstanceNorm, one a
+    LayerNorm over all of an example. `weight` and `bias` are (C,), or None for a factor of one and nothing added; they
+    have x's dtype, or both float32 beside 16-bit x. `eps` keeps the root of the biased variance from zero.
+
+    `probe` is None, or zeros (B, 2) in float32 (float64 for float64 x) that require grad. It is not read: its gradient
+    is, per example, the squared norm of its contribution to weight.grad (column 0) and bias.grad (column 1), in the
+    units of those gradients, and zero for a parameter that is None. Like any gradient it accumulates: take a new probe
+    for each backward pass. Without one this is F.group_norm.
+
+    Returns a tensor of x's shape and dtype (float32 under CUDA's autocast). Raises RuntimeError for other shapes and
+    dtypes; without a probe the errors are F.group_norm's, among them ValueError for one example of one value a group.
+    With a probe, second derivatives raise RuntimeError and forward-mode ones NotImplementedError.
+
+    Source: Wu and He 2018, arXiv:1803.08494.
+    """
     if probe is None:
         return functional.group_norm(x, groups, weight, bias, eps)
     y: Tensor = torch.ops.trainc.group_norm(x, groups, weight, bias, probe, eps)[0]

@@ -1,10 +1,5 @@
 """Cross-entropy and consistency of two views through the head: the logits are never held at once.
 
-Contract. `hidden` is (2B, ..., K) with view one in the first half, `head` (C, K), `bias` (C,) or
-None, of one floating dtype; `targets` is (B, ...) int64 and `weight` 0-d. The results are those of
-`task_consistency_loss` on hidden @ head.T + bias, in that dtype, and so are the gradients of hidden,
-head, bias and weight.
-
 Rows of both views are taken in chunks: logits, losses, and the next chunk in the same memory.
 Backward makes a chunk's logits again and turns them into their gradient in place. That is 4 products
 of the head's size, where keeping all logits takes 3. Making the gradients in forward would take 3 as
@@ -42,7 +37,26 @@ def head_consistency_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, task, consistency), 0-d each; see the module for the arguments."""
+    """Compute `task_consistency_loss` of hidden @ head.T + bias without ever holding all logits.
+
+    `hidden` is (2B, ..., K) with view one in the first half, `head` (C, K) and `bias` (C,) or None, of one floating
+    dtype, which the logits have too (under autocast its 16-bit one); `targets` is (B, ...), int64 class indices in
+    [0, C) or `ignore_index`, which does not count; `weight` is 0-d and multiplies the consistency. `distance` is "mse",
+    squared differences of logits summed over classes, or "kl", the mean of both divergences of the softmaxes;
+    `label_smoothing`, in [0, 1], is F.cross_entropy's.
+
+    Returns (loss, task, consistency), 0-d in float32 (float64 for float64 hidden): task + weight * consistency, view
+    one's mean cross-entropy over targets that count, and the mean distance over all positions. Each can be
+    differentiated; hidden, head, bias and weight get the gradients that they would through all logits. Without a target
+    that counts task (and loss) is nan.
+
+    Raises RuntimeError for arguments outside of this, for a target outside of [0, C) on a CPU (on CUDA task becomes
+    nan, or in float64 a device assertion fails) and for second derivatives, and NotImplementedError for forward-mode
+    ones.
+
+    Source of the distances: PACE, Ni et al. 2024, arXiv:2409.17137, eq. 12; R-Drop, Liang et al. 2021,
+    arXiv:2106.14448.
+    """
     cast = autocast(hidden, head, bias)  # as F.linear; the weight of the distance stays as it is
     loss, task, consistency, _ = _forward(
         *cast, targets, weight, distance, ignore_index, label_smoothing

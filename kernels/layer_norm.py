@@ -1,13 +1,8 @@
 """LayerNorm whose backward can also return per-example squared gradient norms.
 
-Contract. `x` is (B, ..., *normalized_shape), floating; `weight` and `bias` are normalized_shape or
-None; `probe` is None or (B, 2) zeros in float32 (float64 for float64 x). An example is dim 0 of x.
-The gradient of `probe` is, per example, the squared norm of its contribution to weight.grad (column
-0) and bias.grad (column 1), in the units of those gradients: nothing is multiplied by B. The
-statistic leaves backward as a gradient, so it composes with whatever autograd composes with (Gray
-et al. 2024, arXiv 2411.00999, compute the same numbers with a mutated buffer).
-
-Without a probe the arithmetic is ATen's, forward and backward, bit for bit.
+The statistic leaves backward as a gradient, so it composes with whatever autograd composes with (Gray
+et al. 2024, arXiv 2411.00999, compute the same numbers with a mutated buffer). Without a probe the
+operator's arithmetic is ATen's, forward and backward, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -41,7 +36,22 @@ def layer_norm(
     probe: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """LayerNorm of x over its last dims, same shape and dtype; see the module for `probe`."""
+    """Normalize `x` over its last dims: (x - mean) / sqrt(variance + eps) * weight + bias.
+
+    `x` is (B, ..., *normalized_shape), floating; an example is dim 0. `normalized_shape` has one dim at least. `weight`
+    and `bias` have that shape, or are None for a factor of one and nothing added; they have x's dtype, or both float32
+    beside 16-bit x. `eps` keeps the root of the biased variance from zero.
+
+    `probe` is None, or zeros (B, 2) in float32 (float64 for float64 x) that require grad. It is not read: its gradient
+    is, per example, the squared norm of its contribution to weight.grad (column 0) and bias.grad (column 1), in the
+    units of those gradients, nothing being multiplied by B, and zero for a parameter that is None. Like any gradient it
+    accumulates: take a new probe for each backward pass. Without one this is F.layer_norm.
+
+    Returns a tensor of x's shape and dtype (float32 under CUDA's autocast). Raises RuntimeError for other shapes and
+    dtypes. With a probe, second derivatives raise RuntimeError and forward-mode ones NotImplementedError.
+
+    Source: Ba et al. 2016, arXiv:1607.06450; the norms: Gray et al. 2024, arXiv:2411.00999.
+    """
     if probe is None:  # ATen's arithmetic, without an operator's dispatch
         try:
             return functional.layer_norm(x, list(normalized_shape), weight, bias, eps)

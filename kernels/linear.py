@@ -1,10 +1,5 @@
 """Linear layer whose backward also returns per-example squared gradient norms.
 
-Contract. `x` is (B, ..., K), `weight` (L, K), `bias` (L,) or None, of one floating dtype; `probe` is
-(B, 2), or (B, 1) without bias, zeros in float32 (float64 for float64 x). An example is dim 0 of x.
-The gradient of `probe` is, per example, the squared norm of its contribution to weight.grad and to
-bias.grad, in the units of those gradients. Without a probe this is F.linear itself.
-
 With T rows per example (all middle dims), two forms give the same numbers (arXiv 2411.00999):
 
   simultaneous  every example's (L, K) gradient by a batched product; squared, and added up to the
@@ -54,7 +49,21 @@ def linear(
     probe: Tensor | None = None,
     form: str = "auto",
 ) -> Tensor:
-    """x @ weight.T + bias, (B, ..., L); see the module for `probe` and `form`."""
+    """Compute x @ weight.T + bias.
+
+    `x` is (B, ..., K), `weight` (L, K) and `bias` (L,) or None, of one floating dtype; an example is dim 0 of x.
+    `probe` is None, or zeros (B, 2), (B, 1) without bias, in float32 (float64 for float64 x) that require grad. It is
+    not read: its gradient is, per example, the squared norm of its contribution to weight.grad (column 0) and bias.grad
+    (column 1), in the units of those gradients. Like any gradient it accumulates: take a new probe for each backward
+    pass. `form` says how the weight's norms are made, by every example's gradient ("simultaneous"), by products of rows
+    with rows ("gram") or by what is cheaper for the shapes ("auto"); the numbers are the same.
+
+    Returns (B, ..., L) in x's dtype, under autocast in its 16-bit one (float64 stays). Without a probe this is
+    F.linear. Raises RuntimeError for other shapes, dtypes and forms. With a probe, second derivatives raise
+    RuntimeError and forward-mode ones NotImplementedError.
+
+    Source of the norms: Goodfellow 2015, arXiv:1510.01799 (one row an example); Gray et al. 2024, arXiv:2411.00999.
+    """
     check_form(form)
     if probe is None:
         return functional.linear(x, weight, bias)

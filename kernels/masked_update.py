@@ -1,11 +1,4 @@
-"""Zero entries of a weight and of its optimizer state in place: what keeps a pruned weight pruned.
-
-Contract. `tensors` have one shape, any strides and floating dtypes. `mask` is bool in that shape,
-True where entries stay, or packed: uint8 (ceil(numel / 8),) with entry i of the flat tensor in bit
-i % 8, low bits first, of byte i // 8 (`pack` makes one). Entries outside the mask become zero,
-whatever they held: nan does not survive as 0 * nan would. Entries inside keep their bits. Not
-differentiable.
-"""
+"""Zero entries of a weight and of its optimizer state in place: what keeps a pruned weight pruned."""
 
 import functools
 from collections.abc import Sequence
@@ -22,7 +15,16 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def masked_update_(tensors: Sequence[Tensor], mask: Tensor) -> None:
-    """Zero, in place and in every tensor, the entries the mask leaves out; see the module."""
+    """Zero, in place and in every one of `tensors`, the entries that `mask` leaves out.
+
+    `tensors` have one shape, any strides and floating dtypes: a weight and its optimizer state. `mask` is bool in that
+    shape, True where entries stay, or packed: uint8 (ceil(numel / 8),) with entry i of the flat tensor in bit i % 8,
+    low bits first, of byte i // 8 (`trainc.kernels.masked_update.pack` makes one). Entries outside the mask become
+    zero, whatever they held: nan does not survive as 0 * nan would. Entries inside keep their bits. Returns None; there
+    is no gradient, and no tensors are nothing to do.
+
+    Raises RuntimeError for tensors of several shapes and for a mask of another shape or dtype.
+    """
     with torch.no_grad():
         _operator(list(tensors), mask)
 

@@ -1,13 +1,8 @@
 """Squared norms, inner products and non-finite counts of many tensors in one call.
 
-Contract. `tensors` are n floating tensors of any shapes; `deltas` is None or n tensors of the same
-shapes. Row i of the (n, 4) float64 result is: sum w^2, sum d^2, sum w*d, and the number of
-non-finite entries of w and d together. Without deltas columns 1 and 2 are zero. A tensor with
-non-finite entries has non-finite sums. Not differentiable.
-
-Accumulation. Entries are widened to float64 before they are squared on a CPU, so errors are near
-1e-15 for any size and nothing that is finite in 16 or 32 bits overflows (one float32 norm of 16
-million entries was off by 1e-3). On CUDA, see `triton_multi_norm`.
+Entries are widened to float64 before they are squared on a CPU, so errors are near 1e-15 for any size
+and nothing that is finite in 16 or 32 bits overflows (one float32 norm of 16 million entries was off by
+1e-3). On CUDA, see `triton_multi_norm`.
 """
 
 import math
@@ -25,7 +20,15 @@ BLOCK = 1 << 17
 
 
 def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None) -> Tensor:
-    """(n, 4) float64 sums over n tensors; see the module for the columns."""
+    """Sum squares and products of many tensors in one call, and count what is not finite.
+
+    `tensors` are n floating tensors w of any shapes and dtypes on one device; `deltas` is None or n tensors d of the
+    same shapes, such as their changes in a step. Returns (n, 4) in float64 on that device, without gradient. Row i is
+    sum w^2, sum d^2, sum w * d, and the number of non-finite entries of w and d together. Without deltas columns 1 and
+    2 are zero. A non-finite entry makes the sums that it enters non-finite. No tensors give (0, 4) on the CPU.
+
+    Raises RuntimeError for deltas that do not match the tensors in number and shapes, and for complex tensors.
+    """
     tensors, deltas = list(tensors), None if deltas is None else list(deltas)
     if deltas is not None and len(deltas) != len(tensors):
         raise RuntimeError(f"{len(deltas)} deltas do not match {len(tensors)} tensors")

@@ -1,16 +1,4 @@
-"""Multiplicative Gaussian noise N(1, sigma^2) on features, drawn by counter and never stored.
-
-Contract. `x` is (views * B, ..., C), floating, rows ordered view by view; the result is x * z in
-x's dtype, z = 1 + sigma * eps with eps standard normal in float32 (PACE, Ni et al. 2024, arXiv
-2409.17137, eq. 11). `share` "token" draws eps per (view, example, channel), the same for all middle
-dims; "none" draws per token too, a token being an index of the flattened middle dims. `sigma` is
-0-d; at 0 the result is x bit for bit. `key` is the 0-d int64 of `philox.pack_key(seed, step)`,
-`site` numbers the place in the model, and `first_example` (0-d int64 or None for 0) is the index of
-x's first example in the step's batch, so that micro-batches draw the noise of the whole batch.
-Backward is the operator again, on dy: on CUDA z is drawn a second time, on the CPU what forward drew
-waits for it, within KEPT_BYTES. sigma, key and first_example have no gradient. `noisy_add` is
-h0 + z * delta in the promoted dtype: a frozen layer plus its noisy adapter.
-"""
+"""Multiplicative Gaussian noise N(1, sigma^2) on features; backward is the operator again, on dy."""
 
 import math
 from collections import OrderedDict
@@ -38,7 +26,20 @@ def multiplicative_noise(
     share: str = "token",
     first_example: Tensor | None = None,
 ) -> Tensor:
-    """x * (1 + sigma * eps), shape and dtype of x; see the module for the arguments."""
+    """Multiply `x` by z = 1 + sigma * eps, eps standard normal in float32 and the same for the same arguments.
+
+    `x` is (views * B, ..., C), floating, rows ordered view by view; `views` is 1 to 256 and divides the rows. `sigma`
+    is 0-d, the noise's standard deviation; at 0 the result is x bit for bit. `key` is the 0-d int64 of
+    `philox.pack_key(seed, step)`, and `site`, in [0, 2^32), numbers the place in the model. `share` "token" draws eps
+    per (view, example, channel), the same for all middle dims; "none" draws per token too, a token being an index of
+    the flattened middle dims, of which there are 2^24 at most. `first_example` (0-d int64, or None for 0) is the index
+    of x's first example in the step's batch, so that micro-batches draw the noise of the whole batch.
+
+    Returns a tensor of x's shape and dtype. Of the tensors x alone gets a gradient, z * dy, which can be differentiated
+    again. Raises RuntimeError for arguments outside of this, and NotImplementedError for forward-mode derivatives.
+
+    Source: PACE, Ni et al. 2024, arXiv:2409.17137, eq. 11.
+    """
     y: Tensor = _multiply(x, sigma, key, site, views, share, first_example)
     return y
 
@@ -53,7 +54,19 @@ def noisy_add(
     share: str = "token",
     first_example: Tensor | None = None,
 ) -> Tensor:
-    """h0 + delta * (1 + sigma * eps), (views * B, ..., C) in the promoted dtype of h0 and delta."""
+    """Compute h0 + z * delta with the z of `multiplicative_noise`: a frozen layer plus its noisy adapter.
+
+    `h0` and `delta` are floating tensors of one shape (views * B, ..., C), in one or two dtypes, rows ordered view by
+    view. z = 1 + `sigma` * eps, with `sigma`, `key`, `site`, `views`, `share` and `first_example` as there: the
+    standard deviation (0-d), seed and step (0-d int64), the place, views 1 to 256 that divide the rows, eps shared by
+    all tokens of an example ("token") or not ("none"), and where delta's first example is in the step's batch
+    (0-d int64, or None for 0).
+
+    Returns their shape in the promoted dtype. h0 gets dy for its gradient and delta z * dy, which can be differentiated
+    again. Raises RuntimeError for arguments outside of this, and NotImplementedError for forward-mode derivatives.
+
+    Source: PACE, Ni et al. 2024, arXiv:2409.17137, eq. 11.
+    """
     y: Tensor = _add(h0, delta, sigma, key, site, views, share, first_example)
     return y
 

@@ -1,18 +1,4 @@
-"""RMSNorm whose backward can also return per-example squared gradient norms.
-
-Contract. `x` is (B, ..., *normalized_shape), floating; `weight` is normalized_shape or None;
-`probe` is None or (B, 1) zeros in float32 (float64 for float64 x) whose gradient is, per example
-(dim 0 of x), the squared norm of its contribution to weight.grad, in the units of that gradient.
-`eps` None is what nn.RMSNorm uses. `casting` says where a 16-bit input is rounded:
-
-  none    x * rstd * weight in float32, rounded once to x's dtype (nn.RMSNorm, on CPU bit-equal)
-  llama   (x * rstd) rounded to x's dtype, then times weight in the promoted dtype (LlamaRMSNorm in
-          transformers: a float32 weight gives a float32 result)
-  gemma   x * rstd * (1 + weight) in float32, rounded once (GemmaRMSNorm in transformers: its weight
-          is what the factor has over one, and gets the gradient of the factor)
-
-Without a probe, small inputs on a CPU are torch's own composition, gradients included.
-"""
+"""RMSNorm whose backward can also return per-example squared gradient norms."""
 
 from collections.abc import Sequence
 
@@ -55,7 +41,26 @@ def rms_norm(
     eps: float | None = None,
     casting: str = "none",
 ) -> Tensor:
-    """RMSNorm of x over its last dims, same shape; see the module for `probe` and `casting`."""
+    """Normalize `x` over its last dims: x / sqrt(mean(x^2) + eps) * weight.
+
+    `x` is (B, ..., *normalized_shape), floating; an example is dim 0. `normalized_shape` has one dim at least; `weight`
+    has that shape and any floating dtype, or is None for a factor of one. `eps` None is what nn.RMSNorm uses, the
+    machine epsilon of x's dtype, of float32 for 16-bit x. `casting` says where 16-bit x is rounded (rstd is 1 / root):
+
+      "none"   x * rstd * weight in float32, rounded once to x's dtype (nn.RMSNorm, on CPU bit-equal)
+      "llama"  (x * rstd) rounded to x's dtype, then times weight in the promoted dtype (transformers' LlamaRMSNorm)
+      "gemma"  x * rstd * (1 + weight) in float32, rounded once (transformers' GemmaRMSNorm)
+
+    `probe` is None, or zeros (B, 1) in float32 (float64 for float64 x) that require grad. It is not read: its gradient
+    is, per example, the squared norm of its contribution to weight.grad in the units of that gradient, zero without a
+    weight. Like any gradient it accumulates: take a new probe for each backward pass.
+
+    Returns a tensor of x's shape, in x's dtype but for "llama" ("none" under CUDA's autocast: float32). Raises
+    RuntimeError for other shapes, dtypes and castings. Second derivatives raise RuntimeError and forward-mode ones
+    NotImplementedError, except for up to 65536 elements of one dtype on a CPU, uncompiled, with no probe or casting.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; the norms: Gray et al. 2024, arXiv:2411.00999.
+    """
     if probe is None and casting == "none" and as_composed(x, weight):
         try:
             return functional.rms_norm(x, list(normalized_shape), weight, eps)

@@ -1,15 +1,5 @@
 """AdamW in place on k entries of a tensor, with state for those entries only.
 
-Contract. `weight` is any floating tensor; `index` is (k / block,) int32 or int64: index[j] is a
-position in the flat weight counted in blocks, distinct, and stands for `block` neighbouring entries
-from index[j] * block. `exp_avg` and `exp_avg_sq` are (k,). `grad` has the shape of the weight, or
-with `gathered` is the (k,) gradient of those entries. `lr`, `weight_decay` and `step` (counted from
-1) are numbers or 0-d tensors. The k entries and the state end up as torch.optim.AdamW would leave
-them; other entries are not touched. Arithmetic is in the state's dtype, so 16-bit weights with
-float32 state round once, when stored. `master` is None or the (k,) entries in the state's dtype:
-then these are what is updated, and the weight gets them rounded. Used by sparse fine-tuning (SIFT,
-Song et al. 2024, arXiv 2312.11875).
-
 Memory moves in sectors of 32 bytes, so single entries cost up to 16 times their bytes and blocks of
 16 16-bit entries cost their own.
 """
@@ -40,7 +30,25 @@ def sparse_adamw_(
     block: int = 1,
     master: Tensor | None = None,
 ) -> None:
-    """One AdamW step on k entries of weight, in place; see the module for the arguments."""
+    """Take one AdamW step on k entries of `weight`, in place, and leave the other entries untouched.
+
+    `weight` is any floating tensor. `index` is (k / block,) int32 or int64: index[j] is a position in the flat weight
+    counted in blocks, distinct (not checked), and stands for `block` neighbouring entries from index[j] * block.
+    `exp_avg` and `exp_avg_sq` are (k,), of one floating dtype, in which the arithmetic is done, and are updated: 16-bit
+    weights with float32 state round once, when stored. `grad` has the shape of the weight, or with `gathered` is the
+    (k,) gradient of those entries. `master` is None or the (k,) entries in the state's dtype: then these are what is
+    updated, and the weight gets them rounded.
+
+    `lr`, `weight_decay` (decoupled: entries are multiplied by 1 - lr * weight_decay) and `step` (counted from 1) are
+    numbers or 0-d tensors, `beta1`, `beta2` and `eps` numbers. Entries and state end up as torch.optim.AdamW would
+    leave them. Returns None; there is no gradient.
+
+    Raises RuntimeError for other shapes and dtypes, and on a CPU, before anything is written, for a `step` below 1 and
+    an index outside of the weight. CUDA's kernel does not wait to look: such an index makes its state nan and touches
+    no weight.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101; on chosen entries: SIFT, Song et al. 2024, arXiv:2312.11875.
+    """
     scalars = [
         value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         for value in (lr, weight_decay, step)

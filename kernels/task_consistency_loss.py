@@ -1,17 +1,4 @@
-"""Cross-entropy on one view plus a consistency term between two views of the same batch.
-
-Contract. `logits` is (2B, ..., C) with view one in the first half; `targets` is (B, ...) int64
-class indices; `weight` is 0-d. Returns 0-d tensors in float32 (float64 for float64 logits):
-
-  task          mean cross-entropy of view one over targets that are not `ignore_index`
-  consistency   mean over a view's leading dims, ignored targets included, of the distance:
-                "mse"  sum over classes of (l1 - l2)^2, raw logits (PACE, arXiv 2409.17137, eq. 12)
-                "kl"   (KL(p || q) + KL(q || p)) / 2 of the softmaxes (R-Drop, arXiv 2106.14448)
-  loss          task + weight * consistency
-
-Both views get gradient: nothing is detached. One backward pass writes the gradient of both. As with
-F.cross_entropy, no target to average over makes task (and loss) nan, and its gradient zero.
-"""
+"""Cross-entropy and consistency of two views of a batch; one backward pass writes the gradient of both."""
 
 from collections.abc import Iterator, Sequence
 
@@ -39,7 +26,26 @@ def task_consistency_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, task, consistency), 0-d each; see the module for the arguments."""
+    """Compute cross-entropy on one view plus a weighted distance between two views of the same batch.
+
+    `logits` is (2B, ..., C), floating, with view one in the first half; `targets` is (B, ...), int64 class indices in
+    [0, C) or `ignore_index`; `weight` is 0-d. `distance` is "mse" or "kl"; `label_smoothing`, in [0, 1], is
+    F.cross_entropy's. Returns (loss, task, consistency), 0-d in float32 (float64 for float64 logits):
+
+      task          mean cross-entropy of view one over targets that are not `ignore_index`
+      consistency   mean over a view's leading dims, ignored targets included, of the distance:
+                    "mse"  sum over classes of (l1 - l2)^2, raw logits (PACE, Ni et al. 2024, arXiv:2409.17137, eq. 12)
+                    "kl"   (KL(p || q) + KL(q || p)) / 2 of the softmaxes (R-Drop, Liang et al. 2021, arXiv:2106.14448)
+      loss          task + weight * consistency
+
+    Each of the three can be differentiated; both views get gradient (nothing is detached), and so does weight. As with
+    F.cross_entropy, no target to average over makes task (and loss) nan, and its gradient zero. Classes masked by -inf
+    in both views leave task as F.cross_entropy has it and make consistency (and loss) nan.
+
+    Raises RuntimeError for arguments outside of this, for a target outside of [0, C) on a CPU (on CUDA task becomes
+    nan, or in float64 a device assertion fails) and for second derivatives, and NotImplementedError for forward-mode
+    ones.
+    """
     loss, task, consistency, _ = _forward(
         logits, targets, weight, distance, ignore_index, label_smoothing
     )

@@ -6,25 +6,15 @@ An example contributes c = c_emb + c_head to the shared weight.grad, and
 
 whose last term neither layer knows alone (two probes that leave it out are wrong by it). c_emb has
 rows only for the ids the example holds, so the head owes the embedding nothing but its rows for
-them. They reach it as a gradient: `tied_embedding` returns beside y a tensor `rows` of zeros that
-`tied_linear` takes and does not read, and whose gradient is
+them. They reach it as a gradient, that of the zeros `rows`, one zero seen as (B, ..., D):
 
   drows[b, t] = c_head_b[ids[b, t]] = sum over t' of dlogits[b, t', ids[b, t]] * x[b, t']
 
 The embedding's backward receives dy and drows and adds 2 sum over t of <dy[b, t], drows[b, t]>.
 
-Contract. `ids` is (B, ...) int32 or int64 with T ids an example, `weight` (V, D), `x` (B, ..., D)
-with T' positions, `bias` (V,) or None; an example is dim 0. The embedding's probe is (B, 1), the
-head's (B, 2), or (B, 1) without bias, zeros in float32 (float64 for float64 weights). Column 0 of
-both *added* is the squared norm of the example's contribution to the shared weight.grad; column 0
-of the head alone is its own ||c_head||^2, the embedding's alone is the rest, and may be negative.
-padding_idx gets no gradient from the embedding, and one from the head as any other row. One
-embedding and one head in a backward pass: a head that takes its rows from two embeddings, or the
-other way round, has cross terms between the two that nobody adds.
-
-Beyond the two layers' own this costs 2 T T' D multiplications and additions an example, and holds
-(T', T) numbers of as many examples as fit a cache, at least one: B T T' numbers at most, never
-V D an example. `rows` is one zero seen as (B, ..., D).
+With T ids and T' positions an example, this costs 2 T T' D multiplications and additions an example
+beyond the two layers' own, and holds (T', T) numbers of as many examples as fit a cache, at least
+one: B T T' numbers at most, never V D an example.
 """
 
 import torch
@@ -39,9 +29,21 @@ from trainc.kernels.tied_rows import zeros
 def tied_embedding(
     weight: Tensor, ids: Tensor, padding_idx: int | None = None, probe: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of weight for ids, (B, ..., D), and the zeros to give to `tied_linear`.
+    """Look up the rows of `weight` for `ids`, where `tied_linear` uses the same weight for the output head.
 
-    Without a probe this is F.embedding, and the zeros want no gradient.
+    `weight` is (V, D), floating; `ids` is (B, ...) int32 or int64 in [0, V), an example being dim 0. `padding_idx` is a
+    row (negative counts from the end) that gets no gradient from the embedding, and one from the head as any other row,
+    or None. `probe` is None, or zeros (B, 1) in float32 (float64 for float64 weights) that require grad. It is not
+    read: its gradient *added to column 0 of the head's probe's* is, per example, the squared norm of its contribution
+    to the shared weight.grad, in the units of that gradient. Alone it is what the embedding's part adds to the head's,
+    and may be negative. Take a new probe for each backward pass, in which one embedding and one head take part: a head
+    that takes its rows from two embeddings, or the other way round, has cross terms between the two that nobody adds.
+
+    Returns (y, rows): y (B, ..., D) in weight's dtype, and zeros (B, ..., D) to give to `tied_linear`. Without a probe
+    y is F.embedding's, and the zeros want no gradient. Raises RuntimeError for other shapes and dtypes and for a
+    `padding_idx` that is no row (AssertionError, F.embedding's, without a probe), and IndexError for ids outside of
+    weight; CUDA fails with a device assertion on those. With a probe, second derivatives raise RuntimeError and
+    forward-mode ones NotImplementedError.
     """
     if probe is None:
         return functional.embedding(ids, weight, padding_idx), zeros(weight, ids)
@@ -57,9 +59,19 @@ def tied_linear(
     rows: Tensor,
     ids: Tensor,
 ) -> Tensor:
-    """x @ weight.T + bias, (B, ..., V); `rows` and `ids` are the embedding's.
+    """Compute x @ weight.T + bias with the weight of `tied_embedding`.
 
-    Without a probe this is F.linear; a ValueError if the embedding's probe then lacks its part.
+    `x` is (B, ..., D), `weight` (V, D) and `bias` (V,) or None, of one floating dtype; an example is dim 0, as in the
+    embedding. `rows`, (*ids.shape, D), and `ids` are what tied_embedding returned and what it looked up. `probe` is
+    None, or zeros (B, 2), (B, 1) without bias, in float32 (float64 for float64 x) that require grad. It is not read:
+    column 0 of its gradient is, per example, the squared norm of what the head alone contributes to the shared
+    weight.grad, to which the embedding's probe has the rest; column 1 that of its contribution to bias.grad; in the
+    units of those gradients. Take a new probe for each backward pass.
+
+    Returns (B, ..., V) in x's dtype, under autocast in its 16-bit one (float64 stays). Without a probe this is
+    F.linear. Raises ValueError without a probe where the embedding had one, whose norms would lack what the two share,
+    and RuntimeError for other shapes and dtypes. With a probe, second derivatives raise RuntimeError and forward-mode
+    ones NotImplementedError.
     """
     if probe is None:
         if rows.requires_grad:

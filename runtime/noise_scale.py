@@ -34,10 +34,18 @@ __all__ = [
 
 
 def noise_scale(s_small: float, s_big: float, b_small: float, b_big: float) -> Estimate:
-    """Estimate from mean squared gradient norms at two batch sizes (McCandlish et al., app. A.1).
+    """Estimate |G|^2 and tr(Sigma) from squared gradient norms at two batch sizes.
 
-    signal = (b_big s_big - b_small s_small) / (b_big - b_small)
-    noise  = (s_small - s_big) / (1 / b_small - 1 / b_big)
+    `s_small` and `s_big` are means of |g|^2 over gradients g that are means over `b_small` and `b_big` examples each:
+
+        signal = (b_big s_big - b_small s_small) / (b_big - b_small)
+        noise  = (s_small - s_big) / (1 / b_small - 1 / b_big)
+
+    Returns Estimate(signal, noise), unbiased, in squared units of the gradient. Its `scale` is noise / signal in
+    examples, NaN unless both are above zero; over many steps average signal and noise, never scales. UNDETERMINED, both
+    NaN, unless b_big is above b_small. Raises ZeroDivisionError where b_small is 0.
+
+    Source: McCandlish et al. 2018, arXiv:1812.06162, appendix A.1.
     """
     if b_big <= b_small:
         return UNDETERMINED
@@ -48,18 +56,24 @@ def noise_scale(s_small: float, s_big: float, b_small: float, b_big: float) -> E
 def noise_scale_from_contributions(
     s1: float, s_big: float, q: float, q_examples: float | None = None
 ) -> Estimate:
-    """Estimate from the shares c_g = sum over b in g of w_b g_b that groups have in the gradient.
+    """Estimate |G|^2 and tr(Sigma) from the shares c_g = sum over b in g of w_b g_b that groups have in the gradient.
 
-    With s1 = sum |c_g|^2, s_big = |sum c_g|^2, w_g the weight of a group, all weights summing to 1,
-    q = sum w_g^2 over groups and q_examples = sum w_b^2 over examples:
-    E s1 = q |G|^2 + q_examples tr(Sigma), as a group's examples are independent of each other, and
-    E s_big = |G|^2 + q_examples tr(Sigma), as everybody's are. Solved for the two unknowns,
-    signal = (s_big - s1) / (1 - q) and noise = (s1 - q signal) / q_examples.
+    `s1` is sum |c_g|^2 and `s_big` |sum c_g|^2. With w_g the weight of a group, all weights summing to 1, `q` is sum
+    w_g^2 over groups and `q_examples` sum w_b^2 over examples, None where groups are single examples. As examples are
+    independent, inside groups and between them,
 
-    Groups are micro-batches, replicas, ghost batches, or, without `q_examples`, single examples:
-    noise = (s1 / q - s_big) / (1 - q), for equal weights `noise_scale` at b_small = 1. Unequal
-    weights serve examples of unequal length under a token mean. The variance of an example's
-    gradient is taken not to depend on its weight. One group tells nothing: UNDETERMINED.
+        E s1    = q |G|^2 + q_examples tr(Sigma)        signal = (s_big - s1) / (1 - q)
+        E s_big =   |G|^2 + q_examples tr(Sigma)        noise  = (s1 - q signal) / q_examples
+
+    Groups are micro-batches, replicas, ghost batches, or single examples: noise = (s1 / q - s_big) / (1 - q), for equal
+    weights `noise_scale` at b_small = 1. Unequal weights serve examples of unequal length under a token mean. The
+    variance of an example's gradient is taken not to depend on its weight.
+
+    Returns Estimate(signal, noise), in squared units of the gradient, as `noise_scale` does; UNDETERMINED, both NaN,
+    where q is not inside (0, 1), as one group tells nothing, or q_examples is NaN. Raises ValueError for a q_examples
+    that is not above zero, or above q.
+
+    Source: McCandlish et al. 2018, arXiv:1812.06162, with weights for batch sizes.
     """
     if not ROUNDING < 1 - q < 1:
         return UNDETERMINED

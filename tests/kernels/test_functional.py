@@ -1,5 +1,7 @@
-"""The public functions, wrappers included, through torch.compile in one graph, by both back ends."""
+"""The public functions: what `help()` tells of them, and torch.compile in one graph by both back ends."""
 
+import inspect
+import re
 from typing import Any
 
 import pytest
@@ -89,3 +91,14 @@ def test_functions_that_write_in_place_compile(backend: str) -> None:
         results.append([function(*given), *given])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", operators.__all__)
+def test_help_tells_the_contract(name: str) -> None:
+    function = getattr(operators, name)
+    text = inspect.getdoc(function) or ""
+    silent = [p for p in inspect.signature(function).parameters if f"`{p}`" not in text]
+    assert not silent, f"help({name}) says nothing of {silent}"
+    assert len(re.findall(r"(?<!al)\.(?=\s|$)", text)) > 1, "one sentence is no contract"
+    assert re.search(r"\bReturns?\b", text), "what comes out"
+    assert re.search(r"\bRaises?\b", text), "what is refused, and how"
