@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainc.kernels import loss_rows
 from trainc.kernels import task_consistency_loss as plain
 from trainc.kernels.registration import register
 from trainc.kernels.support import REDUCED, absent, accumulation_dtype, autocast, require
@@ -137,7 +138,7 @@ def _rowwise(like: Tensor) -> Any:
     """The module whose `row_losses` and `write_gradients` serve these logits."""
     if like.is_cuda and like.dtype != torch.float64:
         return import_module("trainc.kernels.triton_loss")
-    return plain
+    return loss_rows
 
 
 def eager_forward(

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainc.kernels import head_consistency_loss as operators
-from trainc.kernels import task_consistency_loss as plain
+from trainc.kernels import loss_rows
 from trainc.kernels.task_consistency_loss import DISTANCES, task_consistency_loss
 
 WEIGHT = torch.tensor(0.4)
@@ -205,7 +205,7 @@ def test_chunks_by_triton_in_place(
     monkeypatch.setattr(triton_loss, "BLOCK", 16)
     leaves, targets, _ = problem((3,), 5, 37, dtype)
     results, grads = [], []
-    for rowwise in (triton_loss, plain):
+    for rowwise in (triton_loss, loss_rows):
         monkeypatch.setattr(operators, "_rowwise", lambda _, found=rowwise: found)
         found = head_consistency_loss(*leaves, targets, WEIGHT, distance, label_smoothing=0.1)
         results.append(found)
