@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainc.runtime.noise_plots import noise_panels
-from trainc.runtime.records import Panel, RunRecords
+from trainc.runtime.plot_axes import BROKEN, along_run, curve, mark, numbers
+from trainc.runtime.records import Panel, RunRecords, common_counter, without_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +71,6 @@ def _arrange(panels: Sequence[Panel]) -> list[list[Panel]]:
 
 
 def _fill(axes: Axes, panel: Panel) -> None:
-    axes.set_xlabel("step")
-    axes.margins(x=0.01)
     panel.fill(axes)
     axes.set_title(panel.title)
     if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
@@ -92,7 +92,8 @@ def load(run_folders: Sequence[Path]) -> list[RunRecords]:
         runs.append(RunRecords.of(folder, name, COLORS[index % len(COLORS)]))
     if not any(run.records for run in runs):
         raise ValueError("no step was measured yet")
-    return runs
+    counter = common_counter([run.records for run in runs if run.records])
+    return [replace(run, counter=counter) for run in runs]
 
 
 def list_panels(runs: list[RunRecords]) -> list[Panel]:
@@ -106,7 +107,7 @@ def list_panels(runs: list[RunRecords]) -> list[Panel]:
         for quantity, layers in run.layers().items():
             if quantity not in drawn:
                 title = f"{quantity} by layer" + (f", {run.name}" if len(runs) > 1 else "")
-                panels.append(Panel(title, lambda axes, layers=layers: _layers(axes, layers)))  # type: ignore[misc]
+                panels.append(Panel(title, lambda axes, layers=layers: _layers(axes, layers, runs)))  # type: ignore[misc]
     return panels
 
 
@@ -129,19 +130,19 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
 
 def _losses(axes: Axes, runs: list[RunRecords]) -> None:
     for run in runs:
-        steps, losses = run.series("loss")
+        at, losses = run.series("loss")
         span = max(1, len(losses) // 50)
         label = "training" if len(runs) == 1 else run.name
         if span > 1:
-            axes.plot(steps, losses, color=run.color, alpha=0.2, linewidth=0.6)
-        axes.plot(steps, smooth(losses, span), color=run.color, linewidth=1.5, label=label)
-        broken = [step for step, loss in zip(steps, losses, strict=True) if not math.isfinite(loss)]
-        for step in broken[:1]:
-            axes.axvline(step, color=run.color, linestyle=":", label=f"first non-finite, {step}")
-        steps, losses = run.series("eval_loss")
-        if steps:
+            axes.plot(at, losses, color=run.color, alpha=0.2, linewidth=0.6)
+        curve(axes, at, smooth(losses, span), color=run.color, linewidth=1.5, label=label)
+        first = next((r["step"] for r in run.records if without_loss(r)), None)
+        color = BROKEN if len(runs) == 1 else run.color
+        mark(axes, run.stretches(without_loss), color, f"not finite, first at step {first}")
+        at, losses = run.series("eval_loss")
+        if at:
             axes.plot(
-                steps,
+                at,
                 losses,
                 color=run.color,
                 linestyle="--",
@@ -153,18 +154,19 @@ def _losses(axes: Axes, runs: list[RunRecords]) -> None:
             )
     if len(runs) > 1 and any(run.has("eval_loss") for run in runs):
         axes.plot([], [], "--o", color="#555555", markersize=3, linewidth=1, label="evaluation")
+    along_run(axes, runs)
 
 
 def _rates(axes: Axes, runs: list[RunRecords]) -> None:
     for run in runs:
-        steps, high = run.series("lr_max")
+        at, high = run.series("lr_max")
         _, low = run.series("lr_min")
         label = None if len(runs) == 1 else run.name
-        axes.plot(steps, high, color=run.color, linewidth=1.3, label=label)
+        curve(axes, at, high, color=run.color, linewidth=1.3, label=label)
         if len(low) == len(high) and low != high:
-            axes.plot(steps, low, color=run.color, linewidth=0.8)
+            axes.plot(at, low, color=run.color, linewidth=0.8)
             axes.fill_between(
-                steps,
+                at,
                 low,
                 high,
                 color=run.color,
@@ -172,16 +174,20 @@ def _rates(axes: Axes, runs: list[RunRecords]) -> None:
                 linewidth=0,
                 label="over all parameters" if len(runs) == 1 else None,
             )
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    numbers(axes.yaxis)
+    along_run(axes, runs)
 
 
-def _layers(axes: Axes, layers: dict[str, tuple[list[int], list[float]]]) -> None:
+def _layers(
+    axes: Axes, layers: dict[str, tuple[list[float], list[float]]], runs: list[RunRecords]
+) -> None:
     from matplotlib import colormaps
 
     colors = colormaps["viridis"]
     last = max(1, len(layers) - 1)
     few = len(layers) <= 8
-    for index, (name, (steps, values)) in enumerate(layers.items()):
+    for index, (name, (at, values)) in enumerate(layers.items()):
         # The brightest end of the map is lost on white; of many layers only the ends are named.
         label = name if few or index in (0, len(layers) - 1) else None
-        axes.plot(steps, values, color=colors(0.9 * index / last), linewidth=1, label=label)
+        curve(axes, at, values, color=colors(0.9 * index / last), linewidth=1, label=label)
+    along_run(axes, runs)

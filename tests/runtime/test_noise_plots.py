@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from tests.runtime.noise_runs import NAN, SCALES, figures, plan, six_steps, step, write_run
-from trainc.runtime.noise_plots import COLUMNS, MISSING, NAMED, heat, noise_panels
-from trainc.runtime.plots import draw, list_panels, load
+from trainc.runtime.noise_map import COLUMNS, MISSING, NAMED, heat
+from trainc.runtime.noise_plots import BEYOND, TOTAL, noise_panels
+from trainc.runtime.plots import COLORS, draw, list_panels, load
 
 pytest.importorskip("matplotlib")
 
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -40,42 +43,144 @@ def line(axes: Axes, label: str) -> tuple[list[float], list[float]]:
     return np.asarray(found.get_xdata()).tolist(), np.asarray(found.get_ydata()).tolist()
 
 
-def stretches(axes: Axes) -> list[tuple[float, float]]:
+def stretches(axes: Axes, label: str) -> list[tuple[float, float]]:
+    """Return the marked stretches of a kind."""
     boxes = [p for p in axes.patches if isinstance(p, Rectangle)]
-    return [(box.get_x(), box.get_x() + box.get_width()) for box in boxes]
+    return [
+        (box.get_x(), box.get_x() + box.get_width())
+        for box in boxes
+        if str(box.get_label()).lstrip("_") == label
+    ]
+
+
+def corners(axes: Axes) -> set[tuple[float, ...]]:
+    """Return the corners of all bands."""
+    paths = [path for band in axes.collections for path in band.get_paths()]
+    return {tuple(corner) for path in paths for corner in np.asarray(path.vertices).tolist()}
 
 
 def test_the_course_of_a_run(tmp_path: Path) -> None:
     axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", six_steps(), PLAN))
     at = [800, 1600, 2400, 3200, 4000, 4800]
-    assert line(axes, "batch size") == (at, [8] * 6)
+    assert line(axes, "batch size") == ([0, *at], [8] * 7)
     found = line(axes, "gns")
     assert found[0] == at
     assert found[1] == pytest.approx(SCALES, nan_ok=True)
-    assert stretches(axes) == [(800, 2400), (4000, 4800)]
+    assert stretches(axes, "undetermined") == [(800, 2400), (4000, 4800)]
+    assert not stretches(axes, "loss or gradient not finite")
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens", "samples")
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "log")
-    assert names(axes) == ["batch size", "gns", "undetermined", "90% interval"]
-    # The interval goes on through stretches without a noise scale, open to the end of the picture.
-    low, high = axes.get_ylim()
-    assert low < 2
-    assert high > 20
-    corners = np.concatenate([p.vertices for band in axes.collections for p in band.get_paths()])
-    assert {(800.0, 2.0), (800.0, 8.0), (1600.0, 3.0), (4000.0, 40.0)} <= set(map(tuple, corners))
-    assert (1600.0, pytest.approx(high)) in [tuple(corner) for corner in corners]
+    known = ["batch size", "undetermined", "gns", "90% interval", "interval without a bound"]
+    assert names(axes) == known
+    assert {(800, 2), (800, 8), (3200, 5), (3200, 20), (4000, 10), (4000, 40)} <= corners(axes)
+
+
+def test_an_end_that_nothing_bounds_is_an_arrow_and_fills_nothing(tmp_path: Path) -> None:
+    ends = [(0.0, math.inf), (0.0, 12.0), (5.0, math.inf), (4.0, 16.0)]
+    records = [step(n, figures("gns", 8.0, *end)) for n, end in enumerate(ends, 1)]
+    axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
+    assert line(axes, "_gns up") == ([800, 2400], [8, 8])
+    assert line(axes, "_gns down") == ([800, 1600], [8, 8])
+    assert line(axes, "_gns low")[1] == pytest.approx([NAN, NAN, 5, 4], nan_ok=True)
+    assert line(axes, "_gns high")[1] == pytest.approx([NAN, 12, NAN, 16], nan_ok=True)
+    # The band ends at the curve where it has no end of its own.
+    assert {(1600, 8), (1600, 12), (2400, 5), (2400, 8), (3200, 4), (3200, 16)} <= corners(axes)
+    assert max(y for _, y in corners(axes)) == 16
+
+
+def test_a_bound_without_a_scale_is_drawn(tmp_path: Path) -> None:
+    records = [step(n, figures("gns", NAN, 310.0, math.inf, signal=-1.0)) for n in (1, 2)]
+    axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
+    assert line(axes, "_gns low")[1] == [310, 310]
+    assert line(axes, "_gns up") == ([800, 1600], [310, 310])
+    assert axes.get_ylim()[1] > 310
+
+
+def test_intervals_widen_the_panel_so_far_and_no_farther(tmp_path: Path) -> None:
+    def limits(folder: str, low: float, high: float) -> tuple[float, float]:
+        records = [step(n, figures("gns", 8.0, low, high)) for n in (1, 2, 3)]
+        title = "Noise scale gns and batch size"
+        return drawn(title, write_run(tmp_path / folder, records, PLAN)).get_ylim()
+
+    assert limits("near", 4.0, 20.0) == pytest.approx((4 / 1.5, 20 * 1.5))
+    far = limits("far", 1e-6, 1e6)
+    assert far == pytest.approx((8 / BEYOND / 1.5, 8 * BEYOND * 1.5))
+    assert limits("open", 0.0, math.inf) == pytest.approx((8 / 1.5, 8 * 1.5))
+
+
+def whole(low: float, high: float, total: float = 3.0) -> dict[str, float]:
+    ends = {"gns.total_low": low, "gns.total_high": high}
+    return {"gns.total": total, "gns.slope": 1.5, **ends}
 
 
 def test_the_whole_model_is_drawn_with_its_own_interval(tmp_path: Path) -> None:
     records = [
-        step(n, figures("gns", 2.0 * n, n, 4.0 * n), {"gns.total": 3.0 * n, "gns.total_low": low})
-        | {"gns.total_high": math.inf, "gns.slope": 1.5}
+        step(n, figures("gns", 2.0 * n, n, 4.0 * n), whole(low, math.inf, 3.0 * n))
         for n, low in ((1, 0.0), (2, 0.0), (3, 5.0))
     ]
     axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
     assert line(axes, "whole model, by calibration")[1] == [3, 6, 9]
-    unknown = [{**record, "gns.total_low": 0.0} for record in records]
-    axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "b", unknown, PLAN))
-    assert "whole model, by calibration, no interval" in names(axes)
+    assert line(axes, "_whole model, by calibration down") == ([800, 1600], [3, 6])
+    assert line(axes, "_whole model, by calibration up") == ([800, 1600, 2400], [3, 6, 9])
+    assert line(axes, "_whole model, by calibration low")[1] == pytest.approx(
+        [NAN, NAN, 5], nan_ok=True
+    )
+
+
+def test_what_was_measured_of_the_whole_model_stands_beside_what_is_predicted(
+    tmp_path: Path,
+) -> None:
+    point = {"gns.point": 1.0, "gns.point_total": 40.0}
+    records = [
+        step(1, figures("gns", 2.0), whole(1.0, 9.0)),
+        step(2, figures("gns", 2.0), whole(1.0, 9.0), point),
+    ]
+    axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
+    assert line(axes, "whole model, measured") == ([1600], [40])
+    assert axes.get_ylim()[1] > 40
+
+
+def test_the_legend_of_intervals_has_the_colours_of_the_bands(tmp_path: Path) -> None:
+    records = [step(n, figures("gns", 2.0, 1.0, 4.0), whole(2.0, 5.0)) for n in (1, 2)]
+    axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
+    legend = axes.get_legend()
+    assert legend is not None
+    swatches = [to_rgb(patch.get_facecolor()) for patch in legend.findobj(Rectangle)]
+    assert swatches == [to_rgb(COLORS[0]), to_rgb(TOTAL)]
+    assert {to_rgb(band.get_facecolor()[0]) for band in axes.collections} == set(swatches)
+    assert "interval without a bound" not in names(axes)
+
+
+def test_steps_whose_loss_or_gradient_was_not_finite_are_marked_and_leave_a_gap(
+    tmp_path: Path,
+) -> None:
+    series = {"gns": {"a": 2.0, "b": 3.0}}
+    records = [step(n, figures("gns", 2.0, 1.0, 4.0), series=series) for n in range(1, 8)]
+    # A skipped step records nothing of a noise scale; one that was not may record the norm.
+    records[1] = step(2) | {"loss": NAN, "skipped": 1.0}
+    records[2] = step(3) | {"loss": NAN, "skipped": 1.0}
+    records[4] |= {"gradient_norm": math.inf}
+    records[5] |= figures("gns", NAN, signal=NAN, noise=NAN)
+    run = write_run(tmp_path / "a", records, PLAN)
+    axes = drawn("Noise scale gns and batch size", run)
+    assert stretches(axes, "loss or gradient not finite") == [(800, 2400), (3200, 4800)]
+    assert stretches(axes, "undetermined") == [(800, 2400), (4000, 4800)]
+    known = [2, NAN, NAN, 2, 2, NAN, 2]
+    assert line(axes, "gns")[1] == pytest.approx(known, nan_ok=True)
+    # What stands alone between gaps would not be seen without a dot.
+    (scale,) = [one for one in axes.lines if one.get_label() == "gns"]
+    assert (scale.get_marker(), scale.get_markevery()) == (".", [0, 6])
+    (mesh, *_) = drawn("Noise scale gns by layer", run).collections
+    values: Any = mesh.get_array()
+    assert values.mask[0].tolist() == [False, True, True, False, False, False, False]
+
+
+def test_a_noise_scale_not_known_yet_is_no_gradient_that_is_not_finite(tmp_path: Path) -> None:
+    early = figures("gns", NAN, signal=NAN, noise=NAN)
+    records = [step(1, early), step(2, early), step(3, figures("gns", 2.0))]
+    axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
+    assert stretches(axes, "undetermined") == [(0, 1600)]
+    assert not stretches(axes, "loss or gradient not finite")
 
 
 def test_two_clauses_have_panels_of_their_own(tmp_path: Path) -> None:
@@ -111,7 +216,7 @@ def test_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     axes = drawn("Noise scale gns and batch size", *runs)
     assert line(axes, "a gns")[1] == [1, 2]
     assert line(axes, "b gns")[1] == [3, 6]
-    assert names(axes) == ["a batch size", "a gns", "b batch size", "b gns"]
+    assert names(axes) == ["a batch size", "b batch size", "a gns", "b gns"]
 
 
 def test_a_scale_that_is_never_determined_is_drawn(tmp_path: Path) -> None:
@@ -119,8 +224,8 @@ def test_a_scale_that_is_never_determined_is_drawn(tmp_path: Path) -> None:
     records = [step(n, figures("gns", NAN, signal=NAN), series=layers) for n in (1, 2, 3)]
     run = write_run(tmp_path / "a", records, PLAN)
     axes = drawn("Noise scale gns and batch size", run)
-    assert stretches(axes) == [(0, 2400)]
-    assert names(axes) == ["batch size", "gns", "undetermined"]
+    assert stretches(axes, "undetermined") == [(0, 2400)]
+    assert names(axes) == ["batch size", "undetermined", "gns"]
     assert draw([run], tmp_path / "picture.png").exists()
 
 
@@ -141,7 +246,22 @@ def test_layers_are_a_map_in_the_order_of_the_model(tmp_path: Path) -> None:
     )
     assert names(axes) == ["undetermined"]
     (bar,) = [other for other in axes.figure.axes if other is not axes]
-    assert bar.get_ylabel() == "noise scale, samples"
+    assert bar.get_ylabel() == "samples"
+
+
+def test_numbers_beside_the_colours_have_room(tmp_path: Path) -> None:
+    for count in (2, 5, 30):
+        layers = {str(i): 10.0 ** (6 * i / (count - 1) - 3) for i in range(count)}
+        run = write_run(
+            tmp_path / str(count), [step(1, figures("gns", 1.0), series={"gns": layers})]
+        )
+        axes = drawn("Noise scale gns by layer", run)
+        (bar,) = [other for other in axes.figure.axes if other is not axes]
+        ticks = bar.get_yticks()
+        (panel,) = [p for p in noise_panels(load([run])) if p.wide]
+        apart = np.diff(np.log10(ticks)) / np.ptp(np.log10(bar.get_ylim())) * (panel.height - 1)
+        assert len(ticks) >= 2
+        assert min(apart) > 0.15
 
 
 def test_a_hundred_layers_are_named_and_more_now_and_then(tmp_path: Path) -> None:
@@ -179,26 +299,81 @@ def test_one_layer_has_no_map(tmp_path: Path) -> None:
     assert titles == ["Noise scale gns and batch size"]
 
 
-def test_calibration_is_drawn_with_the_line_and_its_interval(tmp_path: Path) -> None:
-    line_of = {"gns.slope": 1.5, "gns.slope_low": 1.2, "gns.slope_high": 1.8}
+SLOPE = {"gns.slope": 1.5, "gns.slope_low": 1.2, "gns.slope_high": 1.8}
+POINTS = [(2.0, 3.5), (NAN, 1.0), (10.0, 14.0)]
+
+
+def calibrated(
+    folder: Path,
+    points: list[tuple[float, float]],
+    slope: dict[str, float],
+    total: dict[str, float] | None = None,
+) -> Axes:
+    """Return the panel of a run whose every step has a calibration."""
     records = [
-        step(n, figures("gns", 1.0), line_of, {"gns.point": x, "gns.point_total": y})
-        for n, (x, y) in enumerate([(2.0, 3.5), (NAN, 1.0), (10.0, 14.0)], 1)
+        step(n, figures("gns", 4.0), total or {}, slope, {"gns.point": x, "gns.point_total": y})
+        for n, (x, y) in enumerate(points, 1)
     ]
-    axes = drawn("Whole model against gns", write_run(tmp_path / "a", records, PLAN))
-    (dots,) = [c for c in axes.collections if c.get_label() == "calibrations"]
+    return drawn("Whole model against gns", write_run(folder, records, PLAN))
+
+
+def test_calibration_is_drawn_with_the_line_and_its_interval(tmp_path: Path) -> None:
+    axes = calibrated(tmp_path / "a", POINTS, SLOPE)
+    (dots,) = [c for c in axes.collections if c.get_label() == "measured"]
     assert np.asarray(dots.get_offsets()).tolist() == [[2, 3.5], [10, 14]]
+    # The colour is the age, over the whole run.
     assert np.asarray(dots.get_array()).tolist() == [800, 2400]
+    assert dots.get_clim() == (0, 2400)
     x, y = line(axes, "1.5 times")
     assert y == pytest.approx([1.5 * value for value in x])
-    assert "90% interval, 1.2 to 1.8" in names(axes)
+    assert names(axes) == ["measured", "1.5 times", "90% interval, 1.2 to 1.8"]
     assert "all layers" in axes.get_ylabel()
     assert "measured layers, samples" in axes.get_xlabel()
+    assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
+    assert axes.get_ylim() == pytest.approx((0, 1.1 * 14))
+
+
+def test_calibrations_that_span_decades_are_drawn_on_logarithms(tmp_path: Path) -> None:
+    points = [(0.1, 0.5), (1.0, 2.0), (30.0, 50.0)]
+    axes = calibrated(tmp_path / "a", points, SLOPE)
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_xlim() == pytest.approx((0.1 / 1.5, 30 * 1.5))
+    assert axes.get_ylim() == pytest.approx((0.5 / 1.5, 50 * 1.5))
+    assert [text.get_text() for text in axes.get_xticklabels()][:3] == ["0.1", "0.2", "0.5"]
+    x, _ = line(axes, "1.5 times")
+    assert x == pytest.approx([0.1 / 1.5, 30 * 1.5])
+
+
+def test_the_prediction_at_the_end_stands_among_what_was_measured(tmp_path: Path) -> None:
+    total = whole(4.0, math.inf, 6.0)
+    axes = calibrated(tmp_path / "a", POINTS, SLOPE, total)
+    assert line(axes, "predicted at the end") == ([4], [6])
+    assert line(axes, "_predicted up") == ([4], [6])
+    (bar,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    assert bar.get_segments()[0].tolist() == [[4, 4], [4, 6]]
+
+
+def test_a_slope_that_nothing_bounds_has_arrows(tmp_path: Path) -> None:
+    from_below = {"gns.slope": 1.5, "gns.slope_low": 1.2, "gns.slope_high": math.inf}
+    axes = calibrated(tmp_path / "a", POINTS, from_below)
+    assert names(axes)[-1] == "90% interval, above 1.2"
+    x, y = line(axes, "_slope up")
+    assert y == pytest.approx([1.5 * value for value in x])
+    # Where only a lower end is known there is no line to start from.
+    axes = calibrated(tmp_path / "b", POINTS, {**from_below, "gns.slope": NAN})
+    x, y = line(axes, "_slope up")
+    assert y == pytest.approx([1.2 * value for value in x])
+    # Zero is on a linear axis, and not on a logarithmic one.
+    to_zero = {"gns.slope": 1.5, "gns.slope_low": -3.0, "gns.slope_high": 6.0}
+    axes = calibrated(tmp_path / "c", POINTS, to_zero)
+    assert names(axes)[-1] == "90% interval, 0 to 6"
+    assert not [one for one in axes.lines if str(one.get_label()).startswith("_slope")]
+    axes = calibrated(tmp_path / "d", [(0.1, 0.5), (30.0, 50.0)], to_zero)
+    x, y = line(axes, "_slope down")
+    assert y == pytest.approx([1.5 * value for value in x])
 
 
 def test_an_early_calibration_has_dots_and_no_line(tmp_path: Path) -> None:
-    slope = {"gns.slope": NAN, "gns.slope_low": NAN, "gns.slope_high": NAN}
-    record = step(1, figures("gns", 1.0), slope, {"gns.point": 2.0, "gns.point_total": 3.0})
-    axes = drawn("Whole model against gns", write_run(tmp_path / "a", [record], PLAN))
-    assert names(axes) == ["calibrations"]
-    assert not axes.lines
+    axes = calibrated(tmp_path / "a", [(2.0, 3.0)], dict.fromkeys(SLOPE, NAN))
+    assert names(axes) == ["measured"]
+    assert [one.get_label() for one in axes.lines] == ["_course"]

@@ -5,12 +5,19 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.runtime import noise_runs
+from tests.runtime.noise_runs import figures, plan, write_run
 from trainc.runtime.metrics import encode
+from trainc.runtime.plot_axes import round_numbers
 from trainc.runtime.plots import draw, list_panels, load, smooth
 
 pytest.importorskip("matplotlib")
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -39,6 +46,96 @@ def record_run(folder: Path, steps: int = 300, seed: int = 0, layers: int = 3) -
     text = "".join(json.dumps(encode(line)) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
     return folder
+
+
+def fill(*folders: Path) -> dict[str, Axes]:
+    """Return the axes of all panels, filled, by title."""
+    filled = {}
+    for panel in list_panels(load(folders)):
+        filled[panel.title] = Figure().subplots()
+        panel.fill(filled[panel.title])
+    return filled
+
+
+def growing(folder: Path, first: int = 8, tokens: int = 100) -> Path:
+    """Write a run whose batch doubles after every second step, with one evaluation after the fourth."""
+    records = []
+    samples = 0
+    for n in range(1, 7):
+        batch = first * 2 ** ((n - 1) // 2)
+        samples += batch
+        layers = {"gns": {"a": 1.0, "b": 2.0}, "norm": {"a": 1.0}}
+        one = noise_runs.step(
+            n, figures("gns", 2.0), {"lr_min": 1e-3, "lr_max": 1e-3}, series=layers
+        )
+        records.append(one | {"batch": batch, "samples": samples, "tokens": tokens * samples})
+        if n == 4:
+            records.append({"step": 4, "eval_loss": 0.5})
+    return write_run(folder, records, plan(("noise_scale", "gns", {"level": 0.9})))
+
+
+def positions(axes: Axes, label: str) -> list[float]:
+    (found,) = [line for line in axes.lines if line.get_label() == label]
+    return [float(at) for at in np.asarray(found.get_xdata())]
+
+
+def test_all_panels_along_a_run_have_the_same_axis(tmp_path: Path) -> None:
+    axes = fill(growing(tmp_path / "a"))
+    at = [800, 1600, 3200, 4800, 8000, 11200]
+    assert positions(axes["Loss"], "training") == at
+    assert positions(axes["Loss"], "evaluation") == [4800]
+    assert positions(axes["Noise scale gns and batch size"], "gns") == at
+    assert positions(axes["norm by layer"], "a") == at
+    assert {one.get_xlabel() for one in axes.values()} == {"tokens"}
+    narrow = [one for title, one in axes.items() if title != "Noise scale gns by layer"]
+    assert {one.get_xlim() for one in narrow} == {(-112, 11312)}
+    assert axes["Noise scale gns by layer"].get_xlim() == (0, 11200)
+
+
+def test_runs_share_what_they_count_in(tmp_path: Path) -> None:
+    text, images = growing(tmp_path / "text"), growing(tmp_path / "images", tokens=1)
+    assert {one.get_xlabel() for one in fill(images).values()} == {"samples"}
+    both = fill(text, images)
+    assert {one.get_xlabel() for one in both.values()} == {"samples"}
+    assert positions(both["Loss"], "text") == positions(both["Loss"], "images")
+    # A run that counts no tokens has only its steps in common with others.
+    steps = record_run(tmp_path / "steps")
+    assert {one.get_xlabel() for one in fill(text, steps).values()} == {"step"}
+    assert fill(text, steps)["Loss"].get_xlim()[1] == pytest.approx(303)
+
+
+def test_counts_are_marked_at_whole_numbers(tmp_path: Path) -> None:
+    for steps in (1, 2, 3, 5, 30, 3000):
+        axes = fill(record_run(tmp_path / str(steps), steps=steps))["Loss"]
+        ticks = axes.get_xticks()
+        assert [float(tick).is_integer() for tick in ticks] == [True] * len(ticks)
+        assert len(ticks) > 1
+
+
+def test_stretches_of_a_loss_that_is_not_finite_are_marked(tmp_path: Path) -> None:
+    records = [
+        noise_runs.step(n) | {"loss": math.nan if n in (2, 3, 5) else 1.0} for n in range(1, 7)
+    ]
+    axes = fill(write_run(tmp_path / "a", records))["Loss"]
+    boxes = [(box.get_x(), box.get_x() + box.get_width()) for box in axes.patches]  # type: ignore[attr-defined]
+    assert boxes == [(800, 2400), (3200, 4000)]
+    _, labels = axes.get_legend_handles_labels()
+    assert labels == ["training", "not finite, first at step 2"]
+
+
+def test_rates_are_written_in_full(tmp_path: Path) -> None:
+    axes = fill(growing(tmp_path / "a"))["Learning rate"]
+    axes.set_yticks([0.00025, 0.001])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0.00025", "0.001"]
+
+
+def test_round_numbers_are_few() -> None:
+    assert round_numbers(0.9, 60, 12) == pytest.approx([1, 2, 5, 10, 20, 50])
+    assert round_numbers(0.9, 60, 4) == pytest.approx([1, 3, 10, 30])
+    assert round_numbers(0.9, 60, 3) == pytest.approx([1, 10])
+    assert round_numbers(1e-6, 1e6, 5) == pytest.approx([1e-6, 1e-3, 1, 1e3, 1e6])
+    assert round_numbers(1.13, 1.44, 5) == pytest.approx([1.2, 1.4])
+    assert len(round_numbers(1, 1.01, 5)) > 1
 
 
 def test_one_run_has_a_panel_for_all_it_measured(tmp_path: Path) -> None:
