@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DECADES = 20.0
 """How many times the least value the largest is where axes are logarithmic."""
+INSIDE = (0.2, 0.4, 0.6, 0.8)
+"""Where in the panel arrows stand on a line."""
 Ends = tuple[float, float]
 
 
@@ -77,10 +79,7 @@ def _line(
     axes: Axes, run: RunRecords, clause: Clause, color: str, level: str, ends: Ends, log: bool
 ) -> None:
     """Draw the slope over the panel, with its interval as far as it is bounded."""
-    slope, low, high = (
-        noise_figures.last(run.records, f"{clause.label}.{name}")
-        for name in ("slope", "slope_low", "slope_high")
-    )
+    slope, low, high = _slope(run, clause)
     if math.isfinite(slope):
         ys = [slope * x for x in ends]
         axes.plot(ends, ys, color=color, linewidth=1.3, zorder=2, label=f"{slope:.3g} times")
@@ -89,29 +88,41 @@ def _line(
     floor = max(low, 0.0)
     text = f"{floor:.3g} to {high:.3g}" if high < math.inf else f"above {floor:.3g}"
     # A logarithmic axis has no zero: there the band begins at the line.
-    bottom = slope if log and not low > 0 else floor
-    top = high if high < math.inf else slope
-    below, above = [bottom * x for x in ends], [top * x for x in ends]
+    below = slope if log and not low > 0 else floor
+    above = high if high < math.inf else slope
+    # Where there is no line either, the end that is known is all there is to draw.
+    below, above = (above if math.isnan(below) else below), (below if math.isnan(above) else above)
+    for end in (below, above):
+        axes.plot(
+            ends, [end * x for x in ends], color=color, alpha=0.4, linewidth=0.6, label="_end"
+        )
     axes.fill_between(
-        ends, below, above, color=color, alpha=0.15, linewidth=0, label=f"{level}, {text}"
+        ends,
+        [below * x for x in ends],
+        [above * x for x in ends],
+        color=color,
+        alpha=0.15,
+        linewidth=0,
+        label=f"{level}, {text}",
     )
-    inner = [ends[0] + part * (ends[1] - ends[0]) for part in (0.2, 0.4, 0.6, 0.8)]
+    inside = [ends[0] + part * (ends[1] - ends[0]) for part in INSIDE]
     if log:
-        inner = [ends[0] * (ends[1] / ends[0]) ** part for part in (0.2, 0.4, 0.6, 0.8)]
-    starts = (low if math.isnan(slope) else slope, high if math.isnan(slope) else slope)
-    for up, unbounded, start in (
-        (True, high == math.inf, starts[0]),
-        (False, log and not low > 0, starts[1]),
-    ):
-        if unbounded:
-            arrows(
-                axes,
-                inner,
-                [start * x for x in inner],
-                up,
-                color,
-                f"slope {'up' if up else 'down'}",
-            )
+        inside = [ends[0] * (ends[1] / ends[0]) ** part for part in INSIDE]
+    if high == math.inf:
+        arrows(axes, inside, [above * x for x in inside], True, color, "slope up")
+    if log and not low > 0:
+        arrows(axes, inside, [below * x for x in inside], False, color, "slope down")
+
+
+def _slope(run: RunRecords, clause: Clause) -> tuple[float, float, float]:
+    """Return slope, low and high of the last calibration; of a step that measured nothing there is no slope."""
+    names = [f"{clause.label}.{name}" for name in ("slope", "slope_low", "slope_high")]
+    for record in reversed(run.records):
+        measured = math.isfinite(record.get(f"{clause.label}.signal", math.nan))
+        if measured and all(name in record for name in names):
+            slope, low, high = (float(record[name]) for name in names)
+            return slope, low, high
+    return math.nan, math.nan, math.nan
 
 
 def _ends(values: Sequence[float], log: bool) -> Ends:

@@ -353,6 +353,23 @@ def test_the_prediction_at_the_end_stands_among_what_was_measured(tmp_path: Path
     assert bar.get_segments()[0].tolist() == [[4, 4], [4, 6]]
 
 
+def ends_of(axes: Axes) -> tuple[list[float], list[float]]:
+    """Return the one end that a slope's interval has."""
+    found = [line for line in axes.lines if line.get_label() == "_end"]
+    data = [np.asarray(one.get_xydata()).tolist() for one in found]
+    assert all(one == data[0] for one in data)
+    return [x for x, _ in data[0]], [y for _, y in data[0]]
+
+
+def test_the_line_is_that_of_the_last_calibration_that_measured_something(tmp_path: Path) -> None:
+    records = [
+        step(1, figures("gns", 4.0), SLOPE, {"gns.point": 2.0, "gns.point_total": 3.0}),
+        step(2, figures("gns", NAN, signal=NAN), SLOPE | {"gns.slope": NAN, "gns.slope_low": 9.0}),
+    ]
+    axes = drawn("Whole model against gns", write_run(tmp_path / "a", records, PLAN))
+    assert names(axes) == ["measured", "1.5 times", "90% interval, 1.2 to 1.8"]
+
+
 def test_a_slope_that_nothing_bounds_has_arrows(tmp_path: Path) -> None:
     from_below = {"gns.slope": 1.5, "gns.slope_low": 1.2, "gns.slope_high": math.inf}
     axes = calibrated(tmp_path / "a", POINTS, from_below)
@@ -363,6 +380,8 @@ def test_a_slope_that_nothing_bounds_has_arrows(tmp_path: Path) -> None:
     axes = calibrated(tmp_path / "b", POINTS, {**from_below, "gns.slope": NAN})
     x, y = line(axes, "_slope up")
     assert y == pytest.approx([1.2 * value for value in x])
+    _, y = ends_of(axes)
+    assert y == pytest.approx([1.2 * value for value in axes.get_xlim()])
     # Zero is on a linear axis, and not on a logarithmic one.
     to_zero = {"gns.slope": 1.5, "gns.slope_low": -3.0, "gns.slope_high": 6.0}
     axes = calibrated(tmp_path / "c", POINTS, to_zero)
