@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-PLAN = plan(("noise_scale", "gns", {"unit": "row", "level": 0.9}))
+PLAN = plan(("noise_scale", "gns", {"example": "row", "level": 0.9}))
 
 
 def drawn(title: str, *folders: Path) -> Axes:
@@ -80,8 +80,8 @@ def test_the_whole_model_is_drawn_with_its_own_interval(tmp_path: Path) -> None:
 
 def test_two_clauses_have_panels_of_their_own(tmp_path: Path) -> None:
     written = plan(
-        ("noise_scale", "early", {"unit": "row", "level": 0.9}),
-        ("noise_scale", "late", {"unit": "document", "level": 0.9}),
+        ("noise_scale", "early", {"example": "row", "level": 0.9}),
+        ("noise_scale", "late", {"example": "document", "level": 0.9}),
     )
     layers = {"a": 1.0, "b": 2.0}
     series = {f"{label}{part}": layers for label in ("early", "late") for part in ("", ".signal")}
