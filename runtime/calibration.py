@@ -37,6 +37,7 @@ class Calibration:
 
     def __init__(self) -> None:
         self.norms, self.total = Averages(), Averages()
+        self._cross: list[float] = []
         self.load([0.0] * self.SIZE)
 
     def add(self, norms: Estimate, total: Estimate, decay: float) -> None:

@@ -26,7 +26,7 @@ def calibrated(rows: Sequence[Row], decay: float = 0.9) -> Calibration:
 
 def some_rows(count: int, seed: int = 0) -> list[Row]:
     made = np.random.default_rng(seed).normal([1.0, 20.0, 4.0, 130.0], [0.3, 2, 0.9, 6], (count, 4))
-    return [tuple(row) for row in made.tolist()]  # type: ignore[misc]
+    return [tuple(row) for row in made.tolist()]
 
 
 def test_the_slope_is_the_quotient_of_weighted_least_squares_slopes_of_either_part() -> None:
