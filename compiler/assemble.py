@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainc.compiler.bound import BoundClause
 from trainc.compiler.effects import step_order
@@ -114,10 +114,15 @@ def _wait(given: Duration | None, setting: Setting, length: RunLength) -> ClockD
     return ClockDuration(setting.units.convert(wait, length.unit, setting.length), length.unit)
 
 
+def _told(clause: RuleClause) -> str:
+    """Return a rule's text up to what it does."""
+    waits = (("for", clause.hold), ("cooldown", clause.cooldown))
+    return f"when {clause.condition}" + "".join(f" {w} {d}" for w, d in waits if d is not None)
+
+
 def rules(
     clauses: Sequence[RuleClause],
     setting: Setting,
-    signal_units: dict[str, Any],
     clause_signals: Collection[str],
 ) -> list[Action]:
     """Compile the `when` rules over the signals of the clauses; raises SpecError when one sets what cannot be set."""
@@ -147,11 +152,11 @@ def rules(
                     )
                 else:
                     value = compile_schedule(
-                        to_json(action.value), setting.units, length, signal_units
+                        to_json(action.value), setting.units, length, setting.signal_units
                     )
                     acts.append(Act("set", value))
             condition = compile_condition(
-                to_json(clause.condition), setting.units, length, signal_units
+                to_json(clause.condition), setting.units, length, setting.signal_units
             )
             hold, cooldown = (
                 _wait(wait, setting, length) for wait in (clause.hold, clause.cooldown)
@@ -160,7 +165,7 @@ def rules(
             found.append(Diagnostic("bad-value", f"this rule cannot be compiled: {error}", labels))
             continue
         needs = {name for name in names(to_json(clause.condition)) if name in clause_signals}
-        name, text = f"rule {i + 1}", f"when {clause.condition}"
+        name, text = f"rule {i + 1}", _told(clause)
         made.append(Rule(name, text, condition, hold, acts, sorted(needs), cooldown))
     if found:
         raise SpecError(found)

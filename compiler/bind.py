@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.batch import changes, inconsistencies
-from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.bound import BoundClause, Sizes, Targets
 from trainc.compiler.claims import disputes, two
 from trainc.compiler.effects import conflicts, penalised_measurements
 from trainc.compiler.inventory import Inventory
+from trainc.compiler.measured import misread
 from trainc.compiler.select import Target, expectations, select
 from trainc.compiler.suggestions import suggestion
 from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
@@ -80,6 +81,7 @@ class _Binder:
             *conflicts(active),
             *penalised_measurements(active, self.inventory),
             *inconsistencies(self.spec),
+            *misread(self.spec, clauses),
         ]
         errors = [d for d in self.found if d.severity == "error"]
         if errors:
@@ -156,7 +158,14 @@ class _Binder:
             self.inventory,
             bound.modules(self.inventory) if modules else (),
             bound.parameters(self.inventory) if bound.construct.targets == "parameters" else (),
+            self._sizes(),
         )
+
+    def _sizes(self) -> Sizes | None:
+        data: Any = self._construct("data")
+        if data is None:
+            return None
+        return Sizes(data.micro_size, data.start_size, changes(self.spec))
 
     def _targets(self, clause: Clause, target: Target) -> tuple[str, ...]:
         selector = clause.selection

@@ -58,12 +58,25 @@ class BoundClause:
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """Samples of a micro-batch and of the first step, and whether the batch may change."""
+
+    micro: int
+    start: int
+    changing: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Targets:
-    """What a construct sees when it is asked for its objections: the selected entries and the whole model."""
+    """What a construct sees when it is asked for its objections: the selected entries and the whole model.
+
+    `sizes` is None in a spec that names no data.
+    """
 
     inventory: Inventory
     modules: tuple[ModuleEntry, ...]
     parameters: tuple[ParameterEntry, ...]
+    sizes: Sizes | None = None
 
 
 def from_json(data: Mapping[str, Any], catalog: Catalog) -> BoundClause:

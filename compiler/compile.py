@@ -13,6 +13,7 @@ from trainc.compiler.catalog import catalog, path_of
 from trainc.compiler.imports import searching
 from trainc.compiler.inventory import take
 from trainc.compiler.lowering import Parts, Setting
+from trainc.compiler.measured import signal_units
 from trainc.compiler.plan import Plan
 from trainc.compiler.user_code import build_model, facts, missing_clause, seeded_model
 from trainc.runtime.step import Signals
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from trainc.compiler.execution import Executor
     from trainc.compiler.program import Program
     from trainc.dsl.spec import Spec
+    from trainc.runtime.clock import Unit
 
-SIGNAL_UNITS = {"batch": "samples", "micro_batch": "samples", "step": "steps"}
+SIGNAL_UNITS: Mapping[str, Unit] = {"batch": "samples", "micro_batch": "samples", "step": "steps"}
 
 
 def compile(
@@ -120,12 +122,10 @@ def _first_signals(binding: Binding) -> Signals:
 def _assemble(
     binding: Binding, model: nn.Module, signals: Signals, *, to_run: bool = True
 ) -> Parts:
-    setting = Setting(model, binding.inventory, binding.units, binding.length, signals)
+    units = {**SIGNAL_UNITS, **signal_units(binding.clauses)}
+    setting = Setting(model, binding.inventory, binding.units, binding.length, signals, units)
     parts = assemble(binding.clauses, setting, to_run=to_run)
-    units = dict(SIGNAL_UNITS) | {
-        c.label: "samples" for c in binding.clauses if c.kind == "noise_scale"
-    }
-    parts.actions += rules(binding.spec.rules, setting, units, _signals(binding))
+    parts.actions += rules(binding.spec.rules, setting, _signals(binding))
     return parts
 
 

@@ -114,6 +114,8 @@ class Setting:
     units: ClockUnits
     length: RunLength | None
     signals: Signals
+    signal_units: Mapping[str, Unit] = field(default_factory=dict)
+    """What signals count; the others are plain numbers."""
 
 
 class Lowering:
@@ -168,7 +170,7 @@ class Lowering:
                     "the schedule ends with the run, and this spec has no `run` clause"
                 )
             length = UNBOUNDED
-        evaluate = compile_schedule(data, self._setting.units, length)
+        evaluate = compile_schedule(data, self._setting.units, length, self._setting.signal_units)
         signals = self._setting.signals
         if place is None:
             return lambda clock: evaluate(clock, signals)
@@ -190,9 +192,20 @@ class Lowering:
         from trainc.runtime.schedules import Schedules
 
         length, signals = self._setting.length or UNBOUNDED, self._setting.signals
-        value = Schedules(self._setting.units, length).compile(to_json(expression))
-        if value.unit not in (None, unit):
-            raise ValueError(f"`{expression}` counts {value.unit}, where {unit} are wanted")
+        units = self._setting.signal_units
+        value = Schedules(self._setting.units, length, units).compile(to_json(expression))
+        if value.unit != unit:
+            counts = f"counts {value.unit}" if value.unit else f"does not count {unit}"
+            fit = [
+                name
+                for name in units
+                if units[name] == unit and name not in ("batch", "micro_batch")
+            ]
+            known = f"; {', '.join(f'`{name}`' for name in fit)} do" if fit else ""
+            raise ValueError(
+                f"`{expression}` {counts}, and a batch is a number of {unit}{known}; a plain number becomes one by"
+                f" `* 1 {unit}`"
+            )
         return lambda clock: value.at(clock, signals)
 
     @property

@@ -261,8 +261,8 @@ class Program:
     def _collect(self, step: Step) -> None:
         """Read losses and statistics of the micro-batches into the step."""
         replicas = self.execution.replicas
-        if replicas is not None and any(self._parts.whole.values()):
-            check_apart(self._micros, list(self._parts.whole))
+        if any(self._parts.whole.values()):
+            check_apart(replicas, self._micros, list(self._parts.whole))
         for micro in self._micros:
             step.loss += float(micro.loss)
             for name, value in micro.terms.items():
@@ -338,6 +338,16 @@ class Program:
         """Restore what `state_dict` gave; raises ValueError naming what does not fit this program."""
         self.module.load_state_dict(state["model"])
         self._machine.load_state_dict(state)
+        self._restore(state)
+
+    def adopt(self, state: Mapping[str, Any]) -> list[str]:
+        """Restore what fits of another spec's state on the same model; return what does not go on, in lines."""
+        self.module.load_state_dict(state["model"])
+        told = self._machine.adopt(state)
+        self._restore(state)
+        return told
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self._terms = dict(state["terms"])
         for compact in self._parts.compacts.values():
             compact.read()

@@ -91,8 +91,16 @@ def refuse_shards(
         )
 
 
-def check_apart(micros: Sequence[Micro], names: Sequence[str]) -> None:
-    """Raise SiteError where micro-batches were averaged one by one, and a replica has no gradient of its own."""
+def check_apart(replicas: Replicas | None, micros: Sequence[Micro], names: Sequence[str]) -> None:
+    """Raise SiteError where there are no replicas, or where micro-batches were averaged one by one.
+
+    A replica then has no gradient of its own.
+    """
+    if replicas is None:
+        raise SiteError(
+            "`method = replica` compares replicas, and this process trains alone: wrap the model in"
+            " DistributedDataParallel, `program.forward = ...`, in several processes, or take `method = micro_batch`"
+        )
     early = [i for i, micro in enumerate(micros[:-1]) if micro.synchronised]
     if early:
         raise SiteError(

@@ -15,8 +15,10 @@ from trainc.compiler.refusals import of_site
 from trainc.compiler.user_code import build_data, missing_clause, seeded_model
 from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
 from trainc.dsl.render import render_text
+from trainc.dsl.values import from_json
 from trainc.runtime import checkpoint
 from trainc.runtime.display import Display
+from trainc.runtime.interface import CannotAdopt
 from trainc.runtime.loop import train as loop
 from trainc.runtime.summary import Summary
 
@@ -84,9 +86,17 @@ def train(
             display=display,
             texts=texts,
             keep=program.settings.keep,
+            adopt=accept,
         )
     except SiteError as error:
         raise SpecError([of_site(error, checked)]) from error
+    except CannotAdopt as error:
+        message = f"{out} cannot go on under this spec: {error}"
+        help_ = (
+            f"undo that change, or begin anew in another folder, from these weights alone if you like: "
+            f'`run {{ start = "{out}" }}`'
+        )
+        raise SpecError([Diagnostic("resume-impossible", message, help=help_)]) from error
 
 
 def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
@@ -142,7 +152,7 @@ def _check_resume(program: Program, out: Path, accept: bool) -> None:
 
 def _changes(before: list[Any], now: list[Any]) -> Iterable[str]:
     old, new = ({c["label"]: c for c in clauses} for clauses in (before, now))
-    for label in old.keys() | new.keys():
+    for label in sorted(old.keys() | new.keys()):
         if label not in new:
             yield f"`{label}` is gone"
         elif label not in old:
@@ -152,10 +162,22 @@ def _changes(before: list[Any], now: list[Any]) -> Iterable[str]:
 
 
 def _differences(label: str, before: Any, now: Any) -> Iterable[str]:
-    for name in before["fields"].keys() | now["fields"].keys():
+    for name in sorted(before["fields"].keys() | now["fields"].keys()):
         a, b = before["fields"].get(name), now["fields"].get(name)
         if a != b:
-            yield f"`{label}.{name}` was {a} and is {b}"
+            yield f"`{label}.{name}` was {_written(a)} and is {_written(b)}"
     for name in ("targets", "start", "stop", "every"):
         if before[name] != now[name]:
             yield f"`{label}`: `{name}` differs"
+
+
+def _written(field: Any) -> str:
+    """Return a field of a plan as a spec has it."""
+    if isinstance(field, list):
+        try:
+            return str(from_json(field))
+        except ValueError:
+            return "[" + ", ".join(map(_written, field)) + "]"
+    if field is None:
+        return "not given"
+    return str(field).lower() if isinstance(field, bool) else str(field)

@@ -126,6 +126,17 @@ class Construct(BaseModel):
         """Say whether this clause, with these fields, performs one of its kind's effects."""
         return True
 
+    def unit_of(self, signal: str) -> str | None:
+        """Return what one of its signals counts, such as `samples`; None for a plain number.
+
+        The signal of the clause itself has the empty name.
+        """
+        return None
+
+    def lacks(self, signal: str) -> tuple[str, str] | None:
+        """Say why this clause, with these fields, never measures a signal, and what to write; None if it does."""
+        return None
+
     def lower(self, to: Any) -> None:
         """Add actions and graph rewrites to a `Lowering`."""
         raise NotImplementedError(f"`{self.title}` does not say how it is lowered")

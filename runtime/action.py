@@ -54,6 +54,15 @@ class Action(ABC):
         if state:
             raise ValueError(f"{self.name} keeps no state, but the checkpoint has {sorted(state)}")
 
+    def adopt(self, state: Mapping[str, Any]) -> str | None:
+        """Take over what fits of the state of a clause that said something else.
+
+        Return what does not go on, in a line; None where all of it does. Raises ValueError where
+        nothing can be made of it.
+        """
+        self.load_state_dict(state)
+        return None
+
     def memory(self) -> int:
         """Return how many bytes this keeps beyond weights, gradients and optimizer state."""
         return 0

@@ -20,6 +20,8 @@ Cause = Literal["alone", "not finite"]
 # Nearer to one, a single estimate carries the whole average.
 _ONE_ESTIMATE = 1e-9
 
+_LONE = "one example a step: nothing to compare; give a step two samples or more"
+
 # How much of the squared weight may lack a spread of its own before the scatter is taken instead.
 _COVERED = 1e-6
 
@@ -85,6 +87,26 @@ class Averages:
         return int(sum(self._counts))
 
     @property
+    def estimates(self) -> int:
+        """Return how many steps gave an estimate."""
+        return int(self._counts[0])
+
+    @property
+    def broken(self) -> int:
+        """Return how many steps had gradients that were not finite."""
+        return int(self._counts[2])
+
+    @property
+    def weight(self) -> float:
+        """Return the sum of the estimates' weights, 1 in the end."""
+        return self._moments[0]
+
+    @property
+    def independent(self) -> float:
+        """Return how many estimates of equal weight would be as sure as these."""
+        return self._moments[0] ** 2 / self._moments[1] if self._moments[1] else 0.0
+
+    @property
     def estimate(self) -> Estimate:
         """Return the averages, unbiased from the first estimate on; NaN before it."""
         weight, _, signal, noise, *_ = self._moments
@@ -121,27 +143,29 @@ class Averages:
         """Return low and high of the noise scale: see `ratio_interval`; NaN where nothing tells."""
         return ratio_interval(self.estimate, self.spread, level)
 
-    def reading(self, level: float = 0.9, errors: float = 0.0, unit: str = "samples") -> Reading:
+    def reading(
+        self, level: float = 0.9, errors: float = 0.0, unit: str = "samples", lone: str = _LONE
+    ) -> Reading:
         """Return the noise scale with its interval, or why there is none and what would help.
 
         `errors` is how many standard errors the signal must be above zero; `unit` names what an
-        example is.
+        example is, `lone` says why a step had nothing to compare.
         """
         if not self._moments[0]:
-            return Reading(math.nan, reason=self._nothing(unit))
+            return Reading(math.nan, reason=self._nothing(lone))
         low, high = self.interval(level)
         scale = self.scale(errors)
         if not math.isnan(scale):
             return Reading(scale, low, high)
         return Reading(math.nan, low, high, self._why(low, high, errors, unit))
 
-    def _nothing(self, unit: str) -> str:
+    def _nothing(self, lone: str) -> str:
         """Return why no step gave an estimate."""
         _, alone, broken = (int(count) for count in self._counts)
         if broken:
             return f"gradients were not finite in {broken} of {self.steps} steps"
         if alone:
-            return f"one example a step: nothing to compare; give a step two {unit} or more"
+            return lone
         return "no step yet"
 
     def _why(self, low: float, high: float, errors: float, unit: str) -> str:

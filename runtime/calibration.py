@@ -1,185 +1,156 @@
 """What the noise scale of the norm layers says about that of the whole model, measured.
 
 The two are nearly proportional (Gray et al. 2024, arXiv 2411.00999), by a factor that differs
-between models, so it is measured during the run: now and then all layers are measured along with
-the norm layers, on the same examples, and the relation is kept with its error.
+between models and drifts in a run, so it is measured during the run: now and then all layers are
+measured along with the norm layers, on the same examples, and the relation is kept with its error.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from trainc.runtime.averages import Averages
-from trainc.runtime.estimates import Estimate, Reading, student
-
-
-class Line(NamedTuple):
-    """total = intercept + slope * norms; `error`, `low` and `high` are of the slope.
-
-    All are NaN before two pairs, the last three before enough of them.
-    """
-
-    slope: float
-    intercept: float
-    error: float
-    low: float
-    high: float
+from trainc.runtime.estimates import Estimate, Reading, Spread, ratio_interval
 
 
 class Calibration:
-    """Averages pairs of estimates (norm layers, all layers) and keeps a regression of their ratios.
+    """Regression of the whole model's noise scale on that of the norm layers, over a fading past.
 
-    A single pair's ratio is mostly noise, so a point of the regression is the pair of running
-    ratios after each measurement, where both are determined. Points d apart then share decay^d of
-    what they are made of; errors and degrees of freedom count them as the number of independent
-    points that would be as sure, n^2 / sum_kl decay^|k - l|.
+    It is one for either part, |G|^2 and tr(Sigma): the line through the origin whose slope is the
+    ratio of the averages, which is least squares with weights 1 / x. The noise scale's slope is the
+    quotient of the two slopes, so it, too, is one of averages: never an average of ratios, and no
+    single measurement need be determined. What a measurement weighs, and how fast it fades, is what
+    the noise scale that the slope is applied to does with its own estimates (`add`): both then lag
+    behind by the same. An intercept would change nothing: any weighted line runs through the means
+    of its points, and those means are where it is read.
 
-    The regression takes x for exact. Noise in it flattens the slope, by Var(noise) / mean x^2 for
-    the line through the origin, which is one more reason to average before.
-
-    The regression's sums are those of the run, all points alike: number, means of norms x and total
-    y, sums of their squared deviations and product, and the two sums of shared weights.
+    Measurements are independent, so their scatter about the two lines gives the slope's error, to
+    first order in the parts: common noise and a common trend of both noise scales cancel. Noise
+    falls mostly on the denominator, the whole model's |G|^2, so 1 / slope is taken for Gaussian:
+    where that is not significantly above zero, nothing bounds the slope.
     """
 
-    SIZE = 2 * Averages.SIZE + 9
+    CROSS = 4
+    """Sums of weighted products: norms' |G|^2, then tr(Sigma), by the total's |G|^2 and tr(Sigma)."""
+    SIZE = 2 * Averages.SIZE + CROSS
 
     def __init__(self) -> None:
         self.norms, self.total = Averages(), Averages()
+        self._cross: list[float] = []
         self.load([0.0] * self.SIZE)
 
     def add(self, norms: Estimate, total: Estimate, decay: float) -> None:
         """Fold in what one measurement found for the norm layers and, on the same examples, for all.
 
-        What was there keeps `decay` of its weight in the averages, in [0, 1): 0 takes the estimates
-        for averages already, independent of each other. Where one is not finite the pair is counted
-        and changes nothing.
+        What was there keeps `decay` of its weight, in [0, 1). Where one estimate is not finite the
+        pair is counted and changes nothing.
         """
-        self._measured += 1
         if not all(map(math.isfinite, (*norms, *total))):
             self.norms.skip("not finite")
             self.total.skip("not finite")
             return
         self.norms.add(norms, decay)
         self.total.add(total, decay)
-        # A measurement ages the points before it, also when it makes none.
-        self._shared *= decay
-        x, y = self.norms.scale(), self.total.scale()
-        if not (math.isnan(x) or math.isnan(y)):
-            self._add_point(x, y)
-
-    def _add_point(self, x: float, y: float) -> None:
-        self._overlap += 1 + 2 * self._shared
-        self._shared += 1
-        self._count += 1
-        from_x, from_y = x - self._x, y - self._y
-        self._x += from_x / self._count
-        self._y += from_y / self._count
-        self._xx += from_x * (x - self._x)
-        self._yy += from_y * (y - self._y)
-        self._xy += from_x * (y - self._y)
+        new = [x * y for x in norms for y in total]
+        self._cross = [
+            decay * old + (1 - decay) * one for old, one in zip(self._cross, new, strict=True)
+        ]
 
     @property
     def points(self) -> int:
-        """Return of how many measurements both averaged ratios were determined."""
-        return int(self._count)
+        """Return how many measurements were folded in."""
+        return self.norms.estimates
 
     @property
     def independent(self) -> float:
-        """Return how many independent points are as sure as these."""
-        return self._count**2 / self._overlap if self._count else 0.0
+        """Return how many measurements of equal weight would be as sure as these."""
+        return self.norms.independent
+
+    def slope(self, level: float = 0.9) -> Reading:
+        """Return what the total noise scale is in multiples of that of the norm layers.
+
+        Undetermined while nothing bounds it from above; `low` may say something even then.
+        """
+        return self._read(1.0, 0.0, level)
+
+    def predict(self, norms: float, level: float = 0.9, error: float = 0.0) -> Reading:
+        """Return the total noise scale that goes with `norms`, that of the norm layers.
+
+        The interval holds the slope's error and `error`, the standard error of `norms`. Undetermined
+        while nothing bounds it from above.
+        """
+        if not (norms > 0 and math.isfinite(norms)):
+            return Reading(math.nan, reason="the noise scale of the norm layers is undetermined")
+        return self._read(norms, error, level)
 
     @property
     def correlation(self) -> float:
-        """Return the correlation of the two noise scales over the run; NaN before two points."""
-        spread = self._xx * self._yy
-        return max(-1.0, min(1.0, self._xy / math.sqrt(spread))) if spread > 0 else math.nan
+        """Return how measurements of the two noise scales go together, first order; NaN before two.
 
-    def through_origin(self, level: float = 0.9) -> Line:
-        """Return the least-squares line total = slope * norms."""
-        if self.points < 2:
-            return _NO_LINE
-        xx, xy, yy = self._about_zero()
-        slope = xy / xx
-        error = math.sqrt(self._variance(yy - slope * xy, 1) / xx)
-        return _line(slope, 0.0, error, student(level, self.independent - 1))
-
-    def with_intercept(self, level: float = 0.9) -> Line:
-        """Return the least-squares line total = intercept + slope * norms; none where norms stood."""
-        if self.points < 2 or not self._xx > 0:
-            return _NO_LINE
-        slope = self._xy / self._xx
-        error = math.sqrt(self._variance(self._yy - slope * self._xy, 2) / self._xx)
-        return _line(slope, self._y - slope * self._x, error, student(level, self.independent - 2))
-
-    def predict(
-        self, norms: float, level: float = 0.9, error: float = 0.0, intercept: bool = False
-    ) -> Reading:
-        """Return the total noise scale that goes with `norms`, that of the norm layers.
-
-        The interval is that of one more point: scatter about the line, error of the line, and
-        `error`, the standard error of `norms`. It runs to infinity while too few independent points
-        tell about the scatter.
+        That is the correlation of x's and y's deviations, tr(Sigma) / mean - |G|^2 / mean each.
         """
-        line = self.with_intercept(level) if intercept else self.through_origin(level)
-        if math.isnan(line.slope):
-            return Reading(math.nan, reason=self._why())
-        if not (norms > 0 and math.isfinite(norms)):
-            return Reading(math.nan, reason="the noise scale of the norm layers is undetermined")
-        scale = line.intercept + line.slope * norms
-        if not scale > 0:
-            return Reading(math.nan, reason=f"the line gives {scale:.3g} at {norms:.3g}")
-        freedom = self.independent - (2 if intercept else 1)
-        margin = student(level, freedom) * self._doubt(norms, error, line, intercept)
-        if not math.isfinite(margin):
-            return Reading(scale, 0.0, math.inf)
-        return Reading(scale, max(scale - margin, 0.0), scale + margin)
-
-    def _doubt(self, norms: float, error: float, line: Line, intercept: bool) -> float:
-        """Return the standard error of one more point at `norms`; NaN where nothing tells."""
-        xx, xy, yy = self._about_zero()
-        if intercept:
-            scatter = self._variance(self._yy - line.slope * self._xy, 2)
-            leverage = 1 / self._count + (norms - self._x) ** 2 / self._xx
-        else:
-            scatter = self._variance(yy - line.slope * xy, 1)
-            leverage = norms * norms / xx
-        # `_variance` is that of the mean of points alike; one point's is smaller by their overlap.
-        one = scatter * self.independent / self._count
-        return math.sqrt(one + scatter * leverage + (line.slope * error) ** 2)
-
-    def _about_zero(self) -> tuple[float, float, float]:
-        """Return the sums of x^2, x y and y^2."""
-        n, x, y = self._count, self._x, self._y
-        return self._xx + n * x * x, self._xy + n * x * y, self._yy + n * y * y
-
-    def _variance(self, residual: float, coefficients: int) -> float:
-        """Return a point's scatter about a line, times n / independent; NaN without freedom.
-
-        Of the residual squares' mean a share of coefficients / independent went into the line.
-        """
-        independent = self.independent
-        if not independent > coefficients:
+        parts = self._variances()
+        if parts is None or not (parts[0] > 0 and parts[1] > 0):
             return math.nan
-        return max(residual, 0.0) / (independent - coefficients)
+        return max(-1.0, min(1.0, parts[2] / math.sqrt(parts[0] * parts[1])))
+
+    def _read(self, norms: float, error: float, level: float) -> Reading:
+        """Return slope times `norms`."""
+        parts, (x, y) = self._variances(), (self.norms.scale(), self.total.scale())
+        if parts is None or math.isnan(x) or math.isnan(y):
+            return Reading(math.nan, reason=self._why())
+        variance = max(parts[0] + parts[1] - 2 * parts[2], 0.0) + (error / norms) ** 2
+        inverse = Spread(variance, 0.0, 0.0, self.independent - 1)
+        low, high = ratio_interval(Estimate(1.0, 1.0), inverse, level)
+        scale = norms * y / x
+        if not math.isfinite(high):
+            return Reading(math.nan, scale * low, math.inf, self._why())
+        return Reading(scale, scale * low, scale * high)
+
+    def _variances(self) -> tuple[float, float, float] | None:
+        """Return variances of log norms and log total, first order, and their covariance.
+
+        Those are of the averages' ratios; None before two measurements, or where an average is zero.
+        """
+        cross = self._covariances()
+        means = [*self.norms.estimate, *self.total.estimate]
+        if cross is None or not all(means):
+            return None
+        # tr(Sigma) counts with its sign, |G|^2 against it.
+        ss, sn, ns, nn = (c / x / y for c, (x, y) in zip(cross, _pairs(means), strict=True))
+        x, y = (_variance(averages) for averages in (self.norms, self.total))
+        return x, y, ss + nn - sn - ns
+
+    def _covariances(self) -> list[float] | None:
+        """Return the covariances of the averages, norms' parts by the total's; None before two."""
+        share = 1 / self.independent if self.points else 1.0
+        if self.points < 2 or not share < 1:
+            return None
+        weight, means = self.norms.weight, [*self.norms.estimate, *self.total.estimate]
+        return [
+            (product / weight - x * y) * share / (1 - share)
+            for product, (x, y) in zip(self._cross, _pairs(means), strict=True)
+        ]
 
     def _why(self) -> str:
-        """Return why there is no line."""
-        if not self._measured:
+        """Return why there is no slope, and what would help."""
+        points, of = self.points, self.norms.steps
+        if not of:
             return "no calibration yet"
-        both = f"in {self.points} of {int(self._measured)} calibrations both noise scales were determined"
-        if self.points < 2:
-            return f"{both}, a slope needs two"
-        return (
-            f"{both}, but that of the norm layers never changed: take the line through the origin"
-        )
+        if points < 2:
+            return (
+                f"{points} of {of} calibrations had finite gradients to compare, a slope needs two"
+            )
+        for averages, what in ((self.norms, "measured layers"), (self.total, "whole model")):
+            for part, name in zip(averages.estimate, ("|G|^2", "tr(Sigma)"), strict=True):
+                if not part > 0:
+                    return f"{name} of the {what} is not above zero over {points} calibrations"
+        return f"{points} calibrations, too few or too noisy to bound it from above"
 
     def state(self) -> list[float]:
         """Return what `load` restores, `SIZE` numbers."""
-        sums = [self._count, self._x, self._y, self._xx, self._yy, self._xy]
-        more = [self._shared, self._overlap, self._measured]
-        return [*self.norms.state(), *self.total.state(), *sums, *more]
+        return [*self.norms.state(), *self.total.state(), *self._cross]
 
     def load(self, state: Sequence[float]) -> None:
         """Restore what `state` gave."""
@@ -191,17 +162,19 @@ class Calibration:
         size = Averages.SIZE
         self.norms.load(state[:size])
         self.total.load(state[size : 2 * size])
-        sums = [float(value) for value in state[2 * size :]]
-        self._count, self._x, self._y, self._xx, self._yy, self._xy = sums[:6]
-        self._shared, self._overlap, self._measured = sums[6:]
+        self._cross = [float(value) for value in state[2 * size :]]
 
 
-_NO_LINE = Line(math.nan, math.nan, math.nan, math.nan, math.nan)
+def _variance(averages: Averages) -> float:
+    """Return the variance of the logarithm of a ratio of averages, first order."""
+    (signal, noise), spread = averages.estimate, averages.spread
+    return (
+        spread.noise / noise / noise
+        - 2 * spread.covariance / noise / signal
+        + spread.signal / signal / signal
+    )
 
 
-def _line(slope: float, intercept: float, error: float, t: float) -> Line:
-    """Return the line with its slope's interval, all real numbers where nothing bounds it."""
-    margin = t * error
-    if not math.isfinite(margin):
-        return Line(slope, intercept, error, -math.inf, math.inf)
-    return Line(slope, intercept, error, slope - margin, slope + margin)
+def _pairs(means: Sequence[float]) -> list[tuple[float, float]]:
+    """Return the norms' |G|^2, then tr(Sigma), with the total's |G|^2 and tr(Sigma)."""
+    return [(x, y) for x in means[:2] for y in means[2:]]

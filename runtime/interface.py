@@ -17,6 +17,10 @@ class NonFiniteLoss(StopRun):
     """The loss is NaN or infinite and the spec says to stop; the update was not made."""
 
 
+class CannotAdopt(ValueError):
+    """A clause that was changed can make nothing of the checkpoint's state."""
+
+
 class Settings(Protocol):
     """What the loop reads from the spec's `run` clause."""
 
@@ -123,4 +127,13 @@ class Reporting(Protocol):
 
     def report(self) -> Report:
         """Return what the last step has to say."""
+        ...
+
+
+@runtime_checkable
+class Adopting(Protocol):
+    """A program that can go on from the state of another spec's."""
+
+    def adopt(self, state: Mapping[str, Any]) -> list[str]:
+        """Restore what fits; return what does not go on, in lines."""
         ...

@@ -22,7 +22,7 @@ from trainc.runtime.clock import Clock, Gate
 from trainc.runtime.data import Data, Order, Reader
 from trainc.runtime.display import Display
 from trainc.runtime.folder import RunFolder
-from trainc.runtime.interface import NonFiniteLoss, Report, Reporting, RunnableProgram
+from trainc.runtime.interface import Adopting, NonFiniteLoss, Report, Reporting, RunnableProgram
 from trainc.runtime.metrics import Writer, read
 from trainc.runtime.signals import StopSignals
 from trainc.runtime.streams import seed_step
@@ -40,18 +40,20 @@ def train(
     stop_requested: Callable[[], str | None] | None = None,
     texts: Mapping[str, str] | None = None,
     keep: int = 2,
+    adopt: bool = False,
 ) -> Summary:
     """Train to the program's length and return how it went; `out` is the folder of the run.
 
     `stop_requested` returns `interrupted` or `terminated` when the run is to save and leave;
     without one, SIGINT and SIGTERM ask for it. `texts` are kept beside the run, by file name.
+    `adopt`: the checkpoint is another spec's, take over what fits of it and say what does not.
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(out, resume=resume, overwrite=overwrite))
         if stop_requested is None:
             stop_requested = stack.enter_context(StopSignals()).requested
         run = Run(program, data, folder, display, stop_requested, keep)
-        run.restore()
+        run.restore(adopt)
         folder.keep_texts(texts or {}, program.clock.steps)
         with run:
             return run.train()
@@ -92,8 +94,8 @@ class Run:
         """Return the program's clock."""
         return self.program.clock
 
-    def restore(self) -> None:
-        """Load the newest intact checkpoint, if there is one."""
+    def restore(self, adopt: bool = False) -> None:
+        """Load the newest intact checkpoint, if there is one; with `adopt` what fits of it."""
         if not self.folder.resume:
             return
         found = checkpoint.latest(self.folder.checkpoints)
@@ -104,11 +106,17 @@ class Run:
                 raise checkpoint.DamagedCheckpoint(f"no checkpoint is intact: {found.damage[0]}")
             return
         state = checkpoint.load(found.path)
-        self.program.load_state_dict(state["program"])
+        told: list[str] = []
+        if adopt and isinstance(self.program, Adopting):
+            told = self.program.adopt(state["program"])
+        else:
+            self.program.load_state_dict(state["program"])
         self.clock.load_state_dict(state["clock"])
         self.loss, self.eval_loss = state["loss"], state["eval_loss"]
         self.saved, self.path = found.step, found.path
         self.tell("resumed", f"resumed from step {found.step}")
+        for line in told:
+            self.tell("note", line)
 
     def __enter__(self) -> Run:
         steps = self.clock.steps

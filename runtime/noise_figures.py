@@ -83,7 +83,7 @@ def clauses(plan: Mapping[str, Any], records: Sequence[Record]) -> list[Clause]:
 
 def _clause(row: Mapping[str, Any]) -> Clause:
     fields = row["fields"]
-    unit = "documents" if fields.get("unit") == "document" else "samples"
+    unit = "documents" if fields.get("example") == "document" else "samples"
     return Clause(row["label"], unit, fields.get("level"))
 
 
@@ -180,8 +180,12 @@ def told_total(figures: Mapping[str, Any], label: str) -> str | None:
     if math.isfinite(scale):
         low, high = (figures.get(f"{name}_{end}", math.nan) for end in ("low", "high"))
         return _with_interval(scale, low, high)
-    uncalibrated = math.isnan(figures.get(f"{label}.slope", math.nan))
-    return "? no calibration" if uncalibrated else "?"
+    if not math.isnan(figures.get(f"{label}.slope", math.nan)):
+        return "?"
+    low = figures.get(f"{name}_low", math.nan)
+    if math.isnan(low):
+        return "? no calibration"
+    return "? calibration unsure" + (f", > {short(low)}" if low > 0 else "")
 
 
 def _with_interval(scale: float, low: float, high: float) -> str:

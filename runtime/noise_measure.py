@@ -11,6 +11,7 @@ from trainc.runtime.action import Action, Phase, State
 from trainc.runtime.averages import Averages
 from trainc.runtime.calibration import Calibration
 from trainc.runtime.estimates import UNDETERMINED, Estimate, Reading, Spread
+from trainc.runtime.noise_resume import fitting
 from trainc.runtime.noise_scale import Squares
 
 if TYPE_CHECKING:
@@ -26,14 +27,22 @@ Found = tuple[Estimate, Spread | None]
 TOTAL = ""
 """The key of all measured layers together beside those of single ones."""
 
+LONE: Mapping[Method, str] = {
+    "per_example": "one example a step: nothing to compare; give a step two {counts} or more",
+    "micro_batch": "one micro-batch a step: nothing to compare; let `batch` be two of `micro` or more",
+    "replica": "one replica: nothing to compare; train on two or more, or take `method = micro_batch`",
+    "ghost": "one group a step: nothing to compare; let `batch` be two of `group` or more",
+}
+"""Why a step told nothing, by what is compared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a noise scale is taken.
 
-    `half_life` of the averages is in `unit`, `calibrations` that of the calibration's in calibrations (None: there is
-    none). `errors` is how many standard errors the signal must be above zero, `level` the probability of intervals,
-    `counts` the word for what an example is.
+    `half_life` of the averages is in `unit`; a calibration's is no shorter, and at least `calibrations` of its kind
+    (None: there is none). `errors` is how many standard errors the signal must be above zero, `level` the probability
+    of intervals, `counts` the word for what an example is.
     """
 
     half_life: float
@@ -45,6 +54,11 @@ class Settings:
     jackknife: bool = False
     calibrations: float | None = None
     counts: str = "samples"
+
+    @property
+    def what(self) -> str:
+        """Return what the figures are of: averages of anything else are other numbers."""
+        return f"{self.counts} in {self.geometry} geometry"
 
 
 class Measure(Action):
@@ -63,19 +77,20 @@ class Measure(Action):
         self.total = Averages()
         self.layers = {module: Averages() for module in measured}
         self.calibration = None if settings.calibrations is None else Calibration()
-        self.position = 0.0
+        self.position = self.calibrated = 0.0
+        self.finite = True
+        """Whether the last step's gradients were."""
 
     def run(self, step: Step) -> None:
         names = list(dict.fromkeys(name for owned in self.measured.values() for name in owned))
         gradients = {n: g for n in names if (g := step.parameters[n].grad) is not None}
         groups = {module: [n for n in o if n in gradients] for module, o in self.measured.items()}
         groups = {TOTAL: list(gradients), **{m: owned for m, owned in groups.items() if owned}}
+        self.finite = True
         if step.contributions and gradients:
             self._fold(self._estimates(step, gradients, groups), step)
         if (found := step.calibrations.get(self.name)) is not None and self.calibration is not None:
-            assert self.settings.calibrations is not None
-            decay = 0.5 ** (1 / self.settings.calibrations)
-            self.calibration.add(*_calibrated(found, names), decay)
+            self._calibrate(self.calibration, _calibrated(found, names), step)
         self._tell(step)
 
     # one step
@@ -113,6 +128,7 @@ class Measure(Action):
         estimate, spread = found[TOTAL]
         if not all(map(math.isfinite, estimate)):
             self.total.skip("not finite")
+            self.finite = False
             return
         decay = 0.5 ** (self._elapsed(step) / self.settings.half_life)
         self.total.add(estimate, decay, spread)
@@ -122,16 +138,39 @@ class Measure(Action):
 
     def _elapsed(self, step: Step) -> float:
         """Return what passed since the last estimate, this step included."""
+        before, (self.position, now) = self.position, self._reached(step)
+        return max(self.position - before, now) if self.total.estimates else now
+
+    def _reached(self, step: Step) -> tuple[float, float]:
+        """Return where the clock will stand after a step, and the step's part of it."""
         now = {"steps": 1, "samples": step.samples, "tokens": step.tokens}[self.settings.unit]
-        before, self.position = self.position, getattr(step.clock, self.settings.unit) + now
-        return max(self.position - before, float(now))
+        return float(getattr(step.clock, self.settings.unit) + now), float(now)
+
+    def _calibrate(
+        self, calibration: Calibration, found: tuple[Estimate, Estimate], step: Step
+    ) -> None:
+        """Fold in a calibration with the weight that the noise scale gives to what passed since the last one.
+
+        Where calibrations are far apart for `smooth`, they fade with their own half-life. The first stands for its
+        step alone, as in the noise scale: it is far from all that follows.
+        """
+        before, (reached, now) = self.calibrated, self._reached(step)
+        assert self.settings.calibrations is not None
+        decay = 0.5 ** (now / self.settings.half_life)
+        if calibration.points:
+            decay = 0.5 ** (max(reached - before, now) / self.settings.half_life)
+            decay = max(decay, 0.5 ** (1 / self.settings.calibrations))
+        calibration.add(*found, decay)
+        if all(map(math.isfinite, (*found[0], *found[1]))):
+            self.calibrated = reached
 
     # what is told
 
     def reading(self) -> Reading:
         """Return the noise scale of all measured layers, or why there is none."""
         s = self.settings
-        return self.total.reading(s.level, s.errors, s.counts)
+        lone = LONE[s.method].format(counts=s.counts)
+        return self.total.reading(s.level, s.errors, s.counts, lone)
 
     def whole(self) -> Reading:
         """Return the noise scale of the whole model as the calibration predicts it."""
@@ -143,6 +182,7 @@ class Measure(Action):
         )
 
     def _tell(self, step: Step) -> None:
+        """Write down what is known; nothing is of a step whose gradients were not finite."""
         s = self.settings
         reading, (signal, noise) = self.reading(), self.total.estimate
         found = {
@@ -155,30 +195,31 @@ class Measure(Action):
         }
         if self.calibration is not None:
             whole = self.whole()
-            line = self.calibration.through_origin(s.level)
             found[f"{self.name}.total"] = whole.scale
-            found[f"{self.name}.total_low"], found[f"{self.name}.total_high"] = (
-                whole.low,
-                whole.high,
-            )
-            found[f"{self.name}.slope"] = line.slope
+            found[f"{self.name}.total_low"] = whole.low
+            found[f"{self.name}.total_high"] = whole.high
+            found[f"{self.name}.slope"] = self.calibration.slope(s.level).scale
+            if self.name in step.calibrations:
+                step.metrics.update(self._tell_calibration(self.calibration))
+        scales = {name: a.scale(s.errors) for name, a in self.layers.items()}
+        parts = {name: a.estimate for name, a in self.layers.items()}
+        if not self.finite:
+            found = dict.fromkeys(found, math.nan)
+            scales, parts = dict.fromkeys(scales, math.nan), dict.fromkeys(parts, UNDETERMINED)
         step.signals.update(found)
         step.metrics.update(found)
-        if self.calibration is not None and self.name in step.calibrations:
-            step.metrics.update(self._tell_calibration(self.calibration))
-        step.series[self.name] = {name: a.scale(s.errors) for name, a in self.layers.items()}
-        parts = {name: a.estimate for name, a in self.layers.items()}
+        step.series[self.name] = scales
         step.series[f"{self.name}.signal"] = {name: part.signal for name, part in parts.items()}
         step.series[f"{self.name}.noise"] = {name: part.noise for name, part in parts.items()}
 
     def _tell_calibration(self, calibration: Calibration) -> dict[str, float]:
         """Return what one calibration adds: its point of the regression, and the slope's interval."""
-        line = calibration.through_origin(self.settings.level)
+        slope = calibration.slope(self.settings.level)
         return {
             f"{self.name}.point": calibration.norms.scale(),
             f"{self.name}.point_total": calibration.total.scale(),
-            f"{self.name}.slope_low": line.low,
-            f"{self.name}.slope_high": line.high,
+            f"{self.name}.slope_low": slope.low,
+            f"{self.name}.slope_high": slope.high,
         }
 
     def summary(self) -> str | None:
@@ -191,20 +232,27 @@ class Measure(Action):
         if not math.isnan(signal):
             layers = len(self.layers)
             said += f", |G|^2 {signal:.3g}, tr(Sigma) {noise:.3g} over {layers} layer{'s' * (layers != 1)}"
+            said += self._broken_summary()
         return said + self._calibration_summary()
+
+    def _broken_summary(self) -> str:
+        """Return how many steps told nothing because their gradients were not finite."""
+        broken, steps = self.total.broken, self.total.steps
+        if not broken:
+            return ""
+        last = "" if self.finite else ", the last one included: that is from before"
+        return f"; gradients were not finite in {broken} of {steps} steps{last}"
 
     def _calibration_summary(self) -> str:
         if self.calibration is None:
             return ""
-        line = self.calibration.through_origin(self.settings.level)
-        if math.isnan(line.slope):
-            return f"; whole model: {self.whole().reason}"
-        bounds = f"{line.low:.3g} to {line.high:.3g}"
-        if not math.isfinite(line.high):
-            bounds = "no interval: too few independent calibrations"
+        slope, of = self.calibration.slope(self.settings.level), self.calibration
+        if math.isnan(slope.scale):
+            least = f", at least {slope.low:.3g} times that" if slope.low > 0 else ""
+            return f"; whole model: undetermined, {slope.reason}{least}"
         return (
-            f"; whole model: {line.slope:.3g} times that ({bounds}), correlation"
-            f" {self.calibration.correlation:.2f} over {self.calibration.points} calibrations"
+            f"; whole model: {slope.scale:.3g} times that ({slope.low:.3g} to {slope.high:.3g}),"
+            f" correlation {of.correlation:.2f} over {of.points} calibrations"
         )
 
     # state
@@ -214,19 +262,39 @@ class Measure(Action):
 
         if not (self.position or self.total.steps):
             return {}
-        state: State = {"position": self.position}
+        state: State = {name: getattr(self, name) for name in ("position", "calibrated", "finite")}
+        state |= {"unit": self.settings.unit, "what": self.settings.what}
         for name, sums in self._sums().items():
             state[name] = torch.tensor(sums.state(), dtype=torch.float64)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        sums = self._sums()
-        odd = sorted(set(state) ^ {"position", *sums})
+        known, odd = self._fitting(state)
         if state and odd:
-            raise ValueError(f"{self.name}: the checkpoint measured other layers: {', '.join(odd)}")
-        self.position = float(state.get("position", 0.0))
-        for name, one in sums.items():
-            one.load(state[name].tolist() if state else [0.0] * one.SIZE)
+            raise ValueError(f"{self.name}: the checkpoint measured something else: {odd}")
+        self._load(state, known)
+
+    def adopt(self, state: Mapping[str, Any]) -> str | None:
+        known, odd = self._fitting(state)
+        self._load(state, known)
+        return f"{self.name}: {odd}" if state and odd else None
+
+    def _fitting(self, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        sizes = {name: one.SIZE for name, one in self._sums().items()}
+        return fitting(state, sizes, self.settings.what)
+
+    def _load(self, state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+        """Restore the sums that are known, and where on the clock they stand."""
+        self.position, self.calibrated = (
+            # Of another unit: before any position there is, so that only the step itself has passed.
+            float(state.get(name, 0.0))
+            if state.get("unit") in (None, self.settings.unit)
+            else math.inf
+            for name in ("position", "calibrated")
+        )
+        self.finite = bool(state.get("finite", True))
+        for name, one in self._sums().items():
+            one.load(known[name].tolist() if name in known else [0.0] * one.SIZE)
 
     def _sums(self) -> dict[str, Averages | Calibration]:
         sums: dict[str, Averages | Calibration] = {"total": self.total}

@@ -43,11 +43,16 @@ def noise_scale(s_small: float, s_big: float, b_small: float, b_big: float) -> E
 
     Returns Estimate(signal, noise), unbiased, in squared units of the gradient. Its `scale` is noise / signal in
     examples, NaN unless both are above zero; over many steps average signal and noise, never scales. UNDETERMINED, both
-    NaN, unless b_big is above b_small. Raises ZeroDivisionError where b_small is 0.
+    NaN, where b_big = b_small. Raises ValueError unless sizes are finite, above zero, and b_small no larger than b_big.
 
     Source: McCandlish et al. 2018, arXiv:1812.06162, appendix A.1.
     """
-    if b_big <= b_small:
+    if not 0 < b_small <= b_big < math.inf:
+        raise ValueError(
+            f"b_small = {b_small:g}, b_big = {b_big:g}: batch sizes are finite and above zero, the "
+            "small one no larger than the big one"
+        )
+    if b_big == b_small:
         return UNDETERMINED
     signal = (b_big * s_big - b_small * s_small) / (b_big - b_small)
     return Estimate(signal, (s_small - s_big) / (1 / b_small - 1 / b_big))
@@ -70,11 +75,16 @@ def noise_scale_from_contributions(
     variance of an example's gradient is taken not to depend on its weight.
 
     Returns Estimate(signal, noise), in squared units of the gradient, as `noise_scale` does; UNDETERMINED, both NaN,
-    where q is not inside (0, 1), as one group tells nothing, or q_examples is NaN. Raises ValueError for a q_examples
-    that is not above zero, or above q.
+    where q is 1, as one group tells nothing, 0 or NaN, or q_examples is NaN. Raises ValueError for a q outside [0, 1], and
+    for a q_examples that is not above zero, or above q.
 
     Source: McCandlish et al. 2018, arXiv:1812.06162, with weights for batch sizes.
     """
+    if q < 0 or q > 1 + ROUNDING:
+        raise ValueError(
+            f"q = {q:g}: weights that sum to 1 have a sum of squares from 0 to 1, of a single "
+            "group; give sum w_g^2 of weights divided by their sum"
+        )
     if not ROUNDING < 1 - q < 1:
         return UNDETERMINED
     examples = q if q_examples is None else q_examples

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from trainc.runtime.action import Action, Phase
+from trainc.runtime.interface import CannotAdopt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,18 +162,37 @@ class StepMachine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        known = {action.name for action in self.actions}
-        foreign = set(state["actions"]) - known
+        foreign = self._foreign(state)
         if foreign:
             raise ValueError(
-                f"the checkpoint has state of {', '.join(sorted(foreign))}, which this program does not run"
+                f"the checkpoint has state of {', '.join(foreign)}, which this program does not run"
             )
+        self._load(state)
+        for action in self.actions:
+            action.load_state_dict(state["actions"].get(action.name, {}))
+
+    def adopt(self, state: Mapping[str, Any]) -> list[str]:
+        """Restore what fits of the state of a program with other actions; return what does not go on."""
+        self._load(state)
+        foreign = self._foreign(state)
+        told = [f"{name}: not in the program any more" for name in foreign]
+        for action in self.actions:
+            try:
+                told.append(action.adopt(state["actions"].get(action.name, {})) or "")
+            except ValueError as error:
+                raise CannotAdopt(str(error)) from error
+        return list(filter(None, told))
+
+    def _foreign(self, state: Mapping[str, Any]) -> list[str]:
+        """Return the names of actions that the state is of and this does not run."""
+        return sorted(set(state["actions"]) - {action.name for action in self.actions})
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Restore what is no action's own."""
         self.clock.load_state_dict(state["clock"])
         self.signals.clear()
         self.signals.update(state["signals"])
         self.batch_size = int(state["batch_size"])
-        for action in self.actions:
-            action.load_state_dict(state["actions"].get(action.name, {}))
 
     def _run(self, step: Step, actions: Sequence[Action]) -> None:
         for action in actions:

@@ -1,172 +1,181 @@
-"""What norm layers say about the whole model: the lines, their errors, and when there are none."""
+"""What norm layers say about the whole model: slopes, their errors against known runs, and when there are none."""
 
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.runtime.calibrated_runs import NORMS, REST, Outcome, Squares, simulate
 from trainc.runtime.calibration import Calibration
 from trainc.runtime.estimates import UNDETERMINED, Estimate, student
 
-X = [10.0, 12.0, 9.0, 15.0, 20.0, 18.0]
-Y = [17.0, 18.5, 15.0, 22.0, 33.0, 27.5]
+Row = tuple[float, float, float, float]
 
 
-def calibrated(xs: list[float], ys: list[float], decay: float = 0.0) -> Calibration:
-    """Return a calibration that saw these noise scales, at signals of 1 and 2."""
+def calibrated(rows: Sequence[Row], decay: float = 0.9) -> Calibration:
+    """Return a calibration that saw |G|^2 and tr(Sigma) of the norms and of all layers."""
     calibration = Calibration()
-    for x, y in zip(xs, ys, strict=True):
-        calibration.add(Estimate(1.0, x), Estimate(2.0, 2 * y), decay)
+    for row in rows:
+        calibration.add(Estimate(*row[:2]), Estimate(*row[2:]), decay)
     return calibration
 
 
-def test_the_lines_are_least_squares() -> None:
-    calibration = calibrated(X, Y)
-    x, y, n = np.array(X), np.array(Y), len(X)
-    assert (calibration.points, calibration.independent) == (n, n)
-    assert calibration.correlation == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-12)
+def some_rows(count: int, seed: int = 0) -> list[Row]:
+    made = np.random.default_rng(seed).normal([1.0, 20.0, 4.0, 130.0], [0.3, 2, 0.9, 6], (count, 4))
+    return [tuple(row) for row in made.tolist()]
 
-    origin = calibration.through_origin(0.95)
-    (slope,), (residual,), *_ = np.linalg.lstsq(x[:, None], y, rcond=None)
-    error = math.sqrt(residual / (n - 1) / (x @ x))
-    assert origin[:3] == pytest.approx((slope, 0.0, error), rel=1e-12)
-    assert origin.high - origin.slope == pytest.approx(student(0.95, n - 1) * error, rel=1e-12)
-    assert origin.slope - origin.low == pytest.approx(student(0.95, n - 1) * error, rel=1e-12)
 
-    line = calibration.with_intercept(0.95)
-    design = np.stack([x, np.ones(n)], 1)
-    (slope, intercept), (residual,), *_ = np.linalg.lstsq(design, y, rcond=None)
-    covariance = residual / (n - 2) * np.linalg.inv(design.T @ design)
-    assert line[:3] == pytest.approx((slope, intercept, covariance[0, 0] ** 0.5), rel=1e-10)
-    assert line.high - line.low == pytest.approx(2 * student(0.95, n - 2) * line.error, rel=1e-10)
+def test_the_slope_is_the_quotient_of_weighted_least_squares_slopes_of_either_part() -> None:
+    rows = np.array(some_rows(9))
+    weights = 0.8 ** np.arange(9)[::-1]
+    found = calibrated(some_rows(9), 0.8)
+    # Through the origin with weights a / x: sum a y / sum a x.
+    signal, noise = (
+        np.linalg.lstsq(
+            (np.sqrt(weights / rows[:, i]) * rows[:, i])[:, None],
+            np.sqrt(weights / rows[:, i]) * rows[:, i + 2],
+            rcond=None,
+        )[0][0]
+        for i in (0, 1)
+    )
+    assert found.slope().scale == pytest.approx(noise / signal, rel=1e-12)
+    assert found.predict(7.0).scale == pytest.approx(7 * noise / signal, rel=1e-12)
+    scales = found.total.scale() / found.norms.scale()
+    assert found.slope().scale == pytest.approx(scales, rel=1e-12)
+    assert found.points == 9
+    assert found.independent == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-12)
 
-    at = np.array([14.0, 1.0])
-    reading = calibration.predict(14.0, level=0.95, intercept=True)
-    doubt = math.sqrt(residual / (n - 2) + at @ covariance @ at)
-    assert reading.scale == pytest.approx(slope * 14 + intercept, rel=1e-12)
-    assert reading.high - reading.scale == pytest.approx(student(0.95, n - 2) * doubt, rel=1e-10)
+
+def test_its_error_is_the_scatter_about_both_lines() -> None:
+    rows = np.array(some_rows(12))
+    weights = 0.9 ** np.arange(12)[::-1]
+    weights /= weights.sum()
+    found = calibrated(some_rows(12))
+    relative = rows / (weights @ rows)
+    deviation = relative @ np.array([1, -1, -1, 1])
+    assert weights @ deviation == pytest.approx(0, abs=1e-12)
+    share = float((weights**2).sum())
+    variance = float(weights @ deviation**2) * share / (1 - share)
+    t = student(0.95, 1 / share - 1)
+    slope = found.slope(0.95)
+    for end, sign in ((slope.low, 1), (slope.high, -1)):
+        assert slope.scale / end == pytest.approx(1 + sign * t * math.sqrt(variance), rel=1e-9)
+    norms, total = (relative[:, i + 1] - relative[:, i] for i in (0, 2))
+    products = [weights @ (a * b) for a, b in ((norms, total), (norms, norms), (total, total))]
+    expected = products[0] / math.sqrt(products[1] * products[2])
+    assert found.correlation == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_an_uncertain_norm_noise_scale_widens_the_prediction() -> None:
-    calibration = calibrated(X, Y)
-    slope, _, error, *_ = calibration.through_origin()
-    x, y = np.array(X), np.array(Y)
-    scatter = float(((y - slope * x) ** 2).sum()) / (len(X) - 1)
-    for given_error in (0.0, 2.0):
-        reading = calibration.predict(14.0, error=given_error)
-        doubt = math.sqrt(scatter + (14 * error) ** 2 + (slope * given_error) ** 2)
-        assert reading.scale == pytest.approx(14 * slope, rel=1e-12)
-        width = reading.high - reading.low
-        assert width == pytest.approx(2 * student(0.9, len(X) - 1) * doubt, rel=1e-10)
-    assert calibration.predict(14.0, error=1e6).low == 0
+    found = calibrated(some_rows(20))
+    sure, unsure = found.predict(14.0), found.predict(14.0, error=2.0)
+    assert sure.scale == unsure.scale
+    t = student(0.9, found.independent - 1)
+    margins = [(one.scale / one.low - 1) / t for one in (sure, unsure)]
+    assert margins[1] ** 2 - margins[0] ** 2 == pytest.approx((2 / 14) ** 2, rel=1e-9)
 
 
-def test_averages_make_the_points() -> None:
-    calibration, decay = calibrated(X, Y, 0.5), 0.5
-    assert calibration.norms.estimate == pytest.approx((1.0, calibration.norms.scale()))
-    xs, ys = [], []
-    for n in range(1, len(X) + 1):
-        weights = decay ** np.arange(n)[::-1]
-        weights /= weights.sum()
-        xs.append(weights @ X[:n])
-        ys.append(weights @ Y[:n])
-    assert calibration.through_origin().slope == pytest.approx(
-        np.dot(xs, ys) / np.dot(xs, xs), rel=1e-12
-    )
-    assert calibration.norms.scale() == pytest.approx(xs[-1], rel=1e-12)
-    assert calibration.total.scale() == pytest.approx(ys[-1], rel=1e-12)
+def test_noise_and_trends_that_both_share_do_not_count() -> None:
+    """Ratios that never change are sure whatever |G|^2 and tr(Sigma) do."""
+    rows = [(s, n, 3 * s, 5 * n) for s, n, *_ in some_rows(8)]
+    rows = [(0.5**i * s, n, 0.5**i * t, m) for i, (s, n, t, m) in enumerate(rows)]
+    slope = calibrated(rows).slope()
+    assert (slope.low, slope.scale, slope.high) == pytest.approx((5 / 3,) * 3, rel=1e-6)
 
 
-@given(st.lists(st.tuples(st.floats(0, 0.95), st.floats(-2, 3)), min_size=1, max_size=12))
-def test_points_that_overlap_count_for_less(steps: list[tuple[float, float]]) -> None:
-    """Two points have in common the product of the decays between them."""
-    calibration, made = Calibration(), []
-    for i, (decay, signal) in enumerate(steps):
-        before = calibration.points
-        calibration.add(Estimate(signal, 5.0), Estimate(1.0, 8.0), decay)
-        made += [i] * (calibration.points - before)
-    common = [
-        math.prod(decay for decay, _ in steps[min(k, m) + 1 : max(k, m) + 1])
-        for k in made
-        for m in made
-    ]
-    expected = len(made) ** 2 / sum(common) if made else 0.0
-    assert calibration.independent == pytest.approx(expected, rel=1e-12)
+CONSTANT: Squares = lambda part: (1.0, 3.0)  # noqa: E731
+TRUTHS: dict[str, Squares] = {
+    "constant": CONSTANT,
+    "the ratio drifts from 1.2 to 4": lambda part: (1.0, 6 * 0.15**part),
+    "both |G|^2 fall tenfold": lambda part: (3 * 0.1**part, 9 * 0.1**part),
+}
 
 
-@pytest.mark.parametrize(("decay", "count"), [(0.0, 12), (0.6, 30)])
-def test_intervals_hold_the_true_slope_and_the_next_point(decay: float, count: int) -> None:
-    """The truth is total = 1.6 norms; of all layers' estimates a Gaussian part is noise."""
-    runs, level = 1500, 0.9
-    generator = torch.Generator().manual_seed(4)
-    noise = torch.randn((runs, count + 1), generator=generator, dtype=torch.float64)
-    xs = [10.0 + i % 5 for i in range(count)]
-    slopes = lines = points = 0
-    for row in noise.tolist():
-        *ys, last = (1.6 * x + e for x, e in zip([*xs, 12.0], row, strict=True))
-        calibration = calibrated(xs, ys, decay)
-        for line in (calibration.through_origin(level), calibration.with_intercept(level)):
-            assert line.low <= line.slope <= line.high
-        slopes += calibration.through_origin(level).low <= 1.6 <= calibration.through_origin().high
-        lines += calibration.with_intercept(level).low <= 1.6 <= calibration.with_intercept().high
-        reading = calibration.predict(12.0, level)
-        points += reading.low <= last <= reading.high
-    margin = 4 * math.sqrt(level * (1 - level) / runs)
-    if decay:  # the smoothed points scatter less than a single one and are dependent
-        assert slopes / runs > level - margin
-    else:
-        for held in (slopes, lines, points):
-            assert abs(held / runs - level) < margin
+@pytest.mark.parametrize("name", TRUTHS)
+def test_the_interval_holds_the_truth_of_the_window(name: str) -> None:
+    """A drift counts as noise, so that the intervals may hold it more often; none may do so less often."""
+    runs = [simulate(TRUTHS[name], seed) for seed in range(200)]
+    held = sum(run.held for run in runs) / len(runs)
+    margin = 4 * math.sqrt(0.9 * 0.1 / len(runs))
+    assert held > 0.9 - margin
+    if name == "constant":
+        assert held < 0.9 + margin
+    errors = [math.log(run.total.scale / run.true_total) for run in runs]
+    assert abs(float(np.median(errors))) < 0.03
+    assert float(np.sqrt(np.mean(np.square(errors)))) < 0.16
+    assert float(np.median([run.total.high / run.total.low for run in runs])) < 2
 
 
-def test_before_two_points_it_is_undetermined_and_says_why() -> None:
+def test_a_first_step_unlike_the_others_is_forgotten() -> None:
+    """Its |G|^2 is 100 times larger, and weighs as much: at first nothing is known, later nothing is left of it."""
+
+    def squares(part: float) -> tuple[float, float]:
+        return (100.0, 20.0) if part == 0 else (1.0, 3.0)
+
+    early = [simulate(squares, seed, steps=80) for seed in range(40)]
+    assert all(run.held or math.isnan(run.total.scale) for run in early)
+    assert all(math.isnan(run.total.scale) or run.slope.high < math.inf for run in early)
+    late = [simulate(squares, seed, steps=500) for seed in range(40)]
+    errors = [math.log(run.total.scale / run.true_total) for run in late]
+    assert abs(float(np.median(errors))) < 0.05
+    assert max(map(abs, errors)) < 0.4
+    assert sum(run.held for run in late) >= 0.8 * len(late)
+    assert late[0].true_total == pytest.approx((NORMS + REST) / 4, rel=0.01)
+
+
+def test_too_few_or_too_noisy_calibrations_give_no_number() -> None:
+    """With |G|^2 a tenth of its error nothing bounds the slope: undetermined, not a number with [0, inf]."""
+    runs: list[Outcome] = [simulate(lambda part: (0.05, 0.1), seed) for seed in range(60)]
+    unknown = [run for run in runs if math.isnan(run.total.scale)]
+    assert len(unknown) > 50
+    for run in unknown:
+        assert not run.total.determined
+        assert not math.isfinite(run.total.high)
+    few = calibrated(some_rows(1)).slope()
+    assert math.isnan(few.scale)
+    assert few.reason == "1 of 1 calibrations had finite gradients to compare, a slope needs two"
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(-3, 5)] * 4), max_size=8),
+    st.floats(0, 0.99),
+    st.floats(0.01, 100),
+    st.floats(0, 10),
+)
+def test_an_interval_is_above_zero_and_holds_its_number(
+    rows: list[Row], decay: float, norms: float, error: float
+) -> None:
+    found = calibrated(rows, decay)
+    for reading in (found.slope(), found.predict(norms, error=error)):
+        if reading.determined:
+            assert 0 < reading.low <= reading.scale <= reading.high < math.inf
+        else:
+            assert math.isnan(reading.scale)
+            assert math.isnan(reading.low) or (reading.low >= 0 and reading.high == math.inf)
+
+
+def test_what_is_undetermined_says_why() -> None:
     calibration = Calibration()
-    assert calibration.predict(5.0).reason == "no calibration yet"
-    calibration.add(Estimate(-0.5, 3.0), Estimate(1.0, 8.0), 0.9)
+    assert calibration.slope().reason == "no calibration yet"
+    assert math.isnan(calibration.correlation)
     calibration.add(UNDETERMINED, Estimate(1.0, 8.0), 0.9)
     calibration.add(Estimate(1.0, math.inf), Estimate(1.0, 8.0), 0.9)
-    said = "in 0 of 3 calibrations both noise scales were determined, a slope needs two"
+    said = "0 of 2 calibrations had finite gradients to compare, a slope needs two"
     assert calibration.predict(5.0).reason == said
-    assert math.isnan(calibration.correlation)
-    calibration.add(Estimate(30.0, 3.0), Estimate(1.0, 8.0), 0.9)
-    assert calibration.points == 1
-    assert all(map(math.isnan, calibration.through_origin()))
-    assert all(map(math.isnan, calibration.with_intercept()))
-    calibration.add(Estimate(2.0, 4.0), Estimate(1.0, 8.0), 0.9)
-    found = calibration.predict(5.0)
-    assert found.determined
-    assert math.isfinite(found.scale)
-    # Two points of averages over ten are hardly one independent point: nothing bounds the slope.
-    assert (found.low, found.high) == (0.0, math.inf)
-    line = calibration.through_origin()
-    assert (line.low, line.high) == (-math.inf, math.inf)
-
-
-def test_what_the_line_cannot_say() -> None:
-    stood = calibrated([10.0, 10.0, 10.0], [16.0, 17.0, 15.0])
-    assert stood.through_origin().slope == pytest.approx(1.6)
-    assert math.isnan(stood.correlation)
-    assert "never changed" in stood.predict(10.0, intercept=True).reason
     for norms in (math.nan, -1.0, 0.0, math.inf):
         reason = "the noise scale of the norm layers is undetermined"
-        assert stood.predict(norms).reason == reason
-    steep = calibrated([10.0, 11.0, 12.0], [1.0, 5.0, 9.0])
-    assert steep.predict(5.0, intercept=True).reason == "the line gives -19 at 5"
-
-
-def test_two_points_on_a_line_have_no_error_to_speak_of() -> None:
-    calibration = calibrated([10.0, 20.0], [15.0, 30.0])
-    assert calibration.correlation == pytest.approx(1.0)
-    assert calibration.through_origin()[:3] == pytest.approx((1.5, 0.0, 0.0), abs=1e-9)
-    # A line with an intercept passes through any two points: they tell nothing about its error.
-    line = calibration.with_intercept()
-    assert line[:2] == pytest.approx((1.5, 0.0), abs=1e-9)
-    assert math.isnan(line.error)
-    assert (line.low, line.high) == (-math.inf, math.inf)
+        assert calibrated(some_rows(9)).predict(norms).reason == reason
+    negative = calibrated([(1.0, 5.0, -1.0, 9.0)] * 3)
+    assert negative.slope().reason == (
+        "|G|^2 of the whole model is not above zero over 3 calibrations"
+    )
+    apart = calibrated([(1.0, 5.0, 0.1, 9.0), (1.0, 5.0, 3.0, 9.0)])
+    assert apart.slope().reason == "2 calibrations, too few or too noisy to bound it from above"
+    assert apart.slope().high == math.inf
 
 
 @given(st.lists(st.tuples(st.floats(-1, 5), st.floats(0.1, 9)), max_size=6), st.floats(0, 0.99))

@@ -35,6 +35,8 @@ def test_the_whole_model_is_told_where_it_is_calibrated() -> None:
     found |= {"g.total": NAN, "g.total_low": NAN, "g.total_high": NAN, "g.slope": NAN}
     assert told_total(found, "g") == "? no calibration"
     assert told_total({**found, "g.slope": 1.5}, "g") == "?"
+    assert told_total({**found, "g.total_low": 0.0}, "g") == "? calibration unsure"
+    assert told_total({**found, "g.total_low": 4.25}, "g") == "? calibration unsure, > 4.25"
     sure = {"g.slope": 1.5, "g.total": 7.5, "g.total_low": 6.0, "g.total_high": 9.0}
     assert told_total({**found, **sure}, "g") == "7.5 [6, 9]"
 
@@ -43,8 +45,8 @@ def test_clauses_are_those_of_the_plan_whatever_their_label() -> None:
     records = [step(1, figures("early", 1.0), figures("late", 2.0), {"norm": 3.0})]
     written = plan(
         ("observe", "norm", {}),
-        ("noise_scale", "late", {"unit": "document", "level": 0.95}),
-        ("noise_scale", "early", {"unit": "row", "level": 0.9}),
+        ("noise_scale", "late", {"example": "document", "level": 0.95}),
+        ("noise_scale", "early", {"example": "row", "level": 0.9}),
         ("noise_scale", "dropped", {}),
     )
     late, early = Clause("late", "documents", 0.95), Clause("early", "samples", 0.9)

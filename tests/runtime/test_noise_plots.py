@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-PLAN = plan(("noise_scale", "gns", {"unit": "row", "level": 0.9}))
+PLAN = plan(("noise_scale", "gns", {"example": "row", "level": 0.9}))
 
 
 def drawn(title: str, *folders: Path) -> Axes:
@@ -185,8 +185,8 @@ def test_a_noise_scale_not_known_yet_is_no_gradient_that_is_not_finite(tmp_path:
 
 def test_two_clauses_have_panels_of_their_own(tmp_path: Path) -> None:
     written = plan(
-        ("noise_scale", "early", {"unit": "row", "level": 0.9}),
-        ("noise_scale", "late", {"unit": "document", "level": 0.9}),
+        ("noise_scale", "early", {"example": "row", "level": 0.9}),
+        ("noise_scale", "late", {"example": "document", "level": 0.9}),
     )
     layers = {"a": 1.0, "b": 2.0}
     series = {f"{label}{part}": layers for label in ("early", "late") for part in ("", ".signal")}

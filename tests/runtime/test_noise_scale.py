@@ -189,3 +189,22 @@ def test_micro_batches_as_groups_against_brute_force(sizes: list[int], seed: int
     signal = (s_big - s1) / (1 - q)
     assert (squares.q, squares.q_examples) == pytest.approx((q, 1 / count), rel=1e-12)
     assert squares.estimate() == pytest.approx((signal, count * (s1 - q * signal)), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("small", "big"), [(0, 8), (-1, 8), (8, 4), (4, math.inf), (math.nan, 8), (4, math.nan)]
+)
+def test_sizes_that_are_none_are_an_error(small: float, big: float) -> None:
+    with pytest.raises(ValueError, match="batch sizes are finite and above zero, the small one no"):
+        noise_scale(3.0, 1.0, small, big)
+
+
+@pytest.mark.parametrize("q", [1.5, -0.25, math.inf])
+def test_a_sum_of_squared_weights_that_no_weights_have_is_an_error(q: float) -> None:
+    with pytest.raises(ValueError, match=f"q = {q:g}: weights that sum to 1 have a sum of squares"):
+        noise_scale_from_contributions(3.0, 1.0, q)
+
+
+@pytest.mark.parametrize("q", [0.0, 1.0, 1 + 1e-8, math.nan])
+def test_one_group_or_none_tells_nothing(q: float) -> None:
+    assert all(map(math.isnan, noise_scale_from_contributions(3.0, 1.0, q)))

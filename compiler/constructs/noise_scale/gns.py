@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from trainc.compiler.measurable import single_micro_batch, uncalibrated
 from trainc.dsl.construct import Construct, Duration, Effect, Problem
 from trainc.runtime.estimates import Estimate
 from trainc.runtime.noise_measure import Measure, Settings, Unit
@@ -116,13 +117,13 @@ class Gns(Construct):
     calibrate_examples: int = Field(
         default=16,
         ge=2,
-        description="examples of one calibration, from the step's first micro-batch",
+        description="examples of one calibration, from the step's first micro-batch; all of that where it has fewer",
     )
     calibrate_smooth: float = Field(
         default=4.0,
         gt=0,
-        description="half-life of the calibration's averages, in calibrations: longer is smoother, and later to give "
-        "an interval",
+        description="half-life of the regression, in calibrations, where that is longer than `smooth`: longer is "
+        "surer, and follows a drift later",
     )
 
     @field_validator("smooth")
@@ -137,6 +138,29 @@ class Gns(Construct):
     def _a_period(cls, value: Duration | None) -> Duration | None:
         if value is not None and value.amount <= 0:
             raise ValueError("expected a duration such as `500 steps`")
+        return value
+
+    @field_validator("calibrate")
+    @classmethod
+    def _what_is_calibrated(cls, value: Duration | None, info: ValidationInfo) -> Duration | None:
+        """Refuse to calibrate what is measured in other units than a calibration's, or not at all of one example."""
+        given = info.data
+        if value is None:
+            return None
+        if given.get("example") == "document":
+            raise ValueError(
+                "a calibration measures rows, and `example = document` counts documents: leave `calibrate` out, or "
+                "calibrate another clause, without `example`"
+            )
+        if given.get("geometry") in ("adam", "sign"):
+            raise ValueError(
+                f"a calibration measures plain norms, and a factor between those is none in `geometry = "
+                f"{given['geometry']}`: leave `calibrate` out, or calibrate another clause, without `geometry`"
+            )
+        if given.get("method") == "ghost":
+            raise ValueError(
+                "a calibration passes single examples, and `method = ghost` groups of them: leave `calibrate` out"
+            )
         return value
 
     @model_validator(mode="after")
@@ -165,11 +189,30 @@ class Gns(Construct):
         """Whether the examples' gradients themselves are needed."""
         return self.interval == "jackknife" or self.geometry != "euclidean"
 
+    def unit_of(self, signal: str) -> str | None:
+        """Return what a signal counts: examples, but for parts, errors and factors."""
+        if signal not in ("", "low", "high", "total", "total_low", "total_high"):
+            return None
+        return "documents" if self.example == "document" else "samples"
+
+    def lacks(self, signal: str) -> tuple[str, str] | None:
+        """Say that nothing is known of the whole model without `calibrate`."""
+        if self.calibrate is None and signal in ("total", "total_low", "total_high", "slope"):
+            return "it comes from calibrations, and the clause has no `calibrate`", (
+                "give the clause `calibrate = 500 steps` or so"
+            )
+        return None
+
     def acts(self, effect: Effect) -> bool:
         return effect.phase != "backward" or self.method in ("per_example", "ghost")
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Refuse layers whose examples' gradients are not to be had, and models that mix examples."""
+        if self.method == "micro_batch":
+            yield from single_micro_batch(bound)
+        if self.calibrate is not None:
+            asked = "calibrate_examples" in self.model_fields_set
+            yield from uncalibrated(bound, self.calibrate_examples if asked else None)
         if self.method in ("micro_batch", "replica"):
             return
         refusals: dict[tuple[str, str, str | None], list[str]] = {}

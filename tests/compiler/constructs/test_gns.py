@@ -240,6 +240,22 @@ def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     action.run(step)
     assert action.total.estimate == before
     assert action.total.steps == 2
+    # Nothing is known of that step, whatever was known before it.
+    told = {name: value for name, value in step.signals.items() if name.startswith("gns")}
+    assert "gns.high" in told
+    assert all(map(math.isnan, told.values()))
+    assert all(math.isnan(v) for figures in step.series.values() for v in figures.values())
+    line = action.summary()
+    assert line is not None
+    assert (
+        "gradients were not finite in 1 of 2 steps, the last one included: that is from before"
+        in line
+    )
+    again = run_step(action, sites, model, [tokens()])
+    assert again.signals["gns"] > 0
+    line = action.summary()
+    assert line is not None
+    assert line.endswith("; gradients were not finite in 1 of 3 steps")
 
 
 def test_a_frozen_weight_is_left_out_of_both_sums() -> None:
@@ -297,7 +313,9 @@ def test_a_resumed_measurement_is_the_uninterrupted_one() -> None:
         assert run_step(resumed, sites, model, [batch], clock).signals == signals[i]
         clock.advance(len(batch[0]), 6, 0.0)
     other, _ = measure(nn.Sequential(nn.LayerNorm(4)), ["0"])
-    with pytest.raises(ValueError, match="measured other layers: layer/0, layer/ln1"):
+    with pytest.raises(
+        ValueError, match="measured something else: the sum over layers, 1 layer start anew"
+    ):
         other.load_state_dict(state["action"])
 
 

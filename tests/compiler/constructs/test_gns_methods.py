@@ -63,25 +63,18 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, weight: float) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, chosen)])
 
 
-@pytest.mark.parametrize("method", ["micro_batch", "replica"])
 @pytest.mark.parametrize("kind", [Small, Conv])
-def test_micro_batches_are_compared(method: str, kind: type[nn.Module]) -> None:
+def test_micro_batches_are_compared(kind: type[nn.Module]) -> None:
     model, x, y = made(kind)
     on = 'all - "words" - "conv"'
-    program = compiled(model, f"noise_scale gns on {on} {{ method = {method} }}")
     sizes = (1, 2, 3) if kind is Small else (2, 4)
     parts = [
         gradients(model, a, b, len(a) / 6)
         for a, b in zip(x.split(sizes), y.split(sizes), strict=True)
     ]
     model, x, y = made(kind)
-    program = compiled(model, f"noise_scale gns on {on} {{ method = {method} }}")
+    program = compiled(model, f"noise_scale gns on {on} {{ method = micro_batch }}")
     program.step(list(zip(x.split(sizes), y.split(sizes), strict=True)))
-    if method == "replica":
-        assert math.isnan(program.signals["gns"])
-        (measure,) = [a for a in program._machine.actions if isinstance(a, Measure)]
-        assert "nothing to compare" in measure.reading().reason
-        return
     expected = noise_scale_from_contributions(
         sum(float(c.square().sum()) for c in parts),
         float(torch.stack(parts).sum(0).square().sum()),
@@ -90,6 +83,13 @@ def test_micro_batches_are_compared(method: str, kind: type[nn.Module]) -> None:
     )
     assert program.signals["gns.signal"] == pytest.approx(expected.signal, rel=1e-9)
     assert program.signals["gns.noise"] == pytest.approx(expected.noise, rel=1e-9)
+
+
+def test_replicas_of_one_process_are_refused() -> None:
+    model, x, y = made()
+    program = compiled(model, "noise_scale gns on all { method = replica }")
+    with pytest.raises(SiteError, match="compares replicas, and this process trains alone: wrap"):
+        program.step([(x[:3], y[:3]), (x[3:], y[3:])])
 
 
 @pytest.mark.parametrize("on", ["all", "type(BatchNorm2d)"])
@@ -294,6 +294,51 @@ def test_what_a_calibration_finds_is_brute_force() -> None:
     (measure,) = [a for a in program._machine.actions if isinstance(a, Measure)]
     assert measure.calibration is not None
     assert measure.calibration.total.estimate == pytest.approx(expected, rel=1e-9)
+
+
+def test_calibrations_weigh_what_the_noise_scale_lets_them() -> None:
+    """As long as calibrations are close together; further apart they fade by their own half-life."""
+    from trainc.runtime.averages import Averages
+    from trainc.runtime.clock import Clock
+    from trainc.runtime.estimates import Estimate
+    from trainc.runtime.noise_measure import Settings
+    from trainc.runtime.step import Signals, Step
+
+    measure = Measure("gns", {"a": ("a.w",)}, Settings(100.0, "samples", calibrations=2.0))
+    assert measure.calibration is not None
+    expected, before = Averages(), 0
+    for at, weight in ((0, 8), (40, 40), (60, 20), (1060, None)):
+        step = Step(Clock(samples=at), {}, Signals(), 8, 8, samples=8)
+        found = Estimate(1.0 + at, 20.0)
+        measure._calibrate(measure.calibration, (found, found), step)
+        expected.add(found, 0.5**0.5 if weight is None else 0.5 ** (weight / 100))
+        assert measure.calibration.norms.state() == pytest.approx(expected.state(), rel=1e-12)
+        assert measure.calibrated == at + 8
+        before = at
+    assert before == 1060
+
+
+def test_calibrations_average_over_the_window_of_the_noise_scale() -> None:
+    """With all examples of all steps they find what the clause finds, and what one of all layers would."""
+    model, x, y = made(rows=8)
+    window = "smooth = 6 steps"
+    program = compiled(
+        model,
+        f"noise_scale gns {{ {window}, calibrate = 1 steps, calibrate_examples = 8, calibrate_smooth = 1 }}"
+        f" noise_scale gns as whole on all {{ {window} }}",
+        "adamw",
+        0.05,
+    )
+    measure, whole = (a for a in program._machine.actions if isinstance(a, Measure))
+    assert measure.calibration is not None
+    for step in range(9):
+        shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(step))
+        program.step((x[shuffled], y[shuffled].roll(step % 3, 1)))
+        for found, same in (
+            (measure.calibration.norms, measure.total),
+            (measure.calibration.total, whole.total),
+        ):
+            assert found.estimate == pytest.approx(same.estimate, rel=1e-9)
 
 
 def test_a_resumed_calibration_is_the_uninterrupted_one() -> None:

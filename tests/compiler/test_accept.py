@@ -1,0 +1,149 @@
+"""Resuming under another spec: what fits goes on, the rest starts anew, and a note says so."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trainc
+from trainc.compiler.train import train
+from trainc.runtime.metrics import read
+from trainc.runtime.noise_measure import Measure, Settings
+from trainc.runtime.noise_resume import fitting
+
+MEASURE = "noise_scale gns on type(LayerNorm) { smooth = 4 steps, calibrate = 2 steps }"
+RULE = 'when gns > 1e9 { warn "large" }'
+HEAD = """
+model "examples.models:gpt" { layers = 1, width = 16, heads = 2, context = 16 }
+data "examples.data:stdlib" { batch = ramp(4 samples, to = 8 samples, over = 60%), context = 16, limit_bytes = 30_000 }
+loss cross_entropy
+run { length = 12 steps, seed = 3, eval_batches = 1, checkpoint = 6 steps }
+optimizer adamw { lr = 2e-3 }
+"""
+
+
+def carry_out(text: str, folder: Path, name: str = "spec", **options: Any) -> dict[str, list[str]]:
+    """Train, and return what was noted by kind of event."""
+    source = folder / f"{name}.train"
+    source.write_text(text)
+    train(source, folder / "run", quiet=True, executor="module", **options)
+    lines = (folder / "run/events.jsonl").read_text().splitlines()
+    noted: dict[str, list[str]] = {}
+    for event in map(json.loads, lines):
+        noted.setdefault(event.get("event", event.get("kind")), []).append(event.get("message", ""))
+    return noted
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """Return the folder of a run that has twelve steps behind it and may go on to twenty."""
+    carry_out(HEAD + MEASURE + "\n" + RULE, tmp_path)
+    return tmp_path
+
+
+LONGER = HEAD.replace("12 steps", "20 steps")
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return [line for line in read(folder / "run/metrics.jsonl") if "loss" in line][-1]
+
+
+@pytest.mark.parametrize(
+    ("measure", "said"),
+    [
+        (
+            MEASURE.replace("LayerNorm", "Linear"),
+            "the sum over layers, the calibration, 5 layers start anew; not measured any more:",
+        ),
+        (MEASURE.replace(", calibrate = 2 steps", ""), "not measured any more: the calibration"),
+        (MEASURE.replace("smooth", "geometry = sign, smooth").replace(", calibrate = 2 steps", ""),
+         "measured samples in sign geometry instead of samples in euclidean geometry: all of it starts anew"),
+        ("", "gns: not in the program any more"),
+    ],
+)  # fmt: skip
+def test_a_changed_measurement_goes_on_with_what_fits(
+    measure: str, said: str, stopped: Path
+) -> None:
+    text = LONGER + measure + "\n" + (RULE if measure else "")
+    with pytest.raises(trainc.SpecError, match="resume-needs-accept"):
+        carry_out(text, stopped, "other", resume=True)
+    noted = carry_out(text, stopped, "other", resume=True, accept=True)
+    assert [line for line in noted["note"] if said in line]
+    found = last(stopped)
+    assert found["step"] == 20
+    assert ("gns" in found) == bool(measure)
+    assert ("gns.total" in found) == ("calibrate" in measure)
+
+
+def test_an_unchanged_measurement_goes_on_whole(stopped: Path) -> None:
+    noted = carry_out(LONGER + MEASURE + "\n" + RULE, stopped, "other", resume=True, accept=True)
+    assert "note" not in noted or not any(line.startswith("gns:") for line in noted["note"])
+    (stopped / "straight").mkdir()
+    carry_out(LONGER + MEASURE + "\n" + RULE, stopped / "straight")
+    both = [last(folder)["gns.signal"] for folder in (stopped, stopped / "straight")]
+    assert both[0] == pytest.approx(both[1], rel=1e-3)
+
+
+def test_what_cannot_be_taken_over_is_an_error_that_says_so(stopped: Path) -> None:
+    text = LONGER.replace("adamw { lr = 2e-3 }", "adamw on type(Linear) { lr = 2e-3 }")
+    text += "optimizer sgd as rest on all - type(Linear) { lr = 1e-3 }\n" + MEASURE
+    with pytest.raises(trainc.SpecError) as caught:
+        carry_out(text, stopped, "other", resume=True, accept=True)
+    (found,) = caught.value.diagnostics
+    assert found.rule == "resume-impossible"
+    assert "is not optimized here" in found.message
+    assert "run { start = " in (found.help or "")
+
+
+def test_the_refusal_writes_fields_as_a_spec_does(stopped: Path) -> None:
+    text = (LONGER + MEASURE + "\n" + RULE).replace("over = 60%", "over = 30%")
+    with pytest.raises(trainc.SpecError) as caught:
+        carry_out(text, stopped, "other", resume=True)
+    (found,) = caught.value.diagnostics
+    assert (
+        "`data.batch` was ramp(4 samples, over = 60%, to = 8 samples) and is"
+        " ramp(4 samples, over = 30%, to = 8 samples)"
+    ) in found.notes
+    assert "`run.length` was 12 steps and is 20 steps" in found.notes
+
+
+def test_layers_that_stay_keep_their_averages() -> None:
+    settings = Settings(8.0, "samples")
+    before = Measure("gns", {"a": ("a.w",), "b": ("b.w",)}, settings)
+    for name, sums in before._sums().items():
+        sums.load([1.0 + len(name)] * sums.SIZE)
+    after = Measure("gns", {"b": ("b.w",), "c": ("c.w",)}, settings)
+    said = after.adopt(before.state_dict())
+    assert said == ("gns: the sum over layers, 1 layer start anew; not measured any more: `a`")
+    assert after.layers["b"].state() == before.layers["b"].state()
+    assert not any(after.layers["c"].state())
+    assert not any(after.total.state())
+    with pytest.raises(ValueError, match="gns: the checkpoint measured something else"):
+        after.load_state_dict(before.state_dict())
+
+
+def test_figures_of_another_kind_do_not_go_on() -> None:
+    state = {"what": "documents in euclidean geometry", "total": torch.zeros(3)}
+    assert fitting(state, {"total": 3}, "samples in euclidean geometry") == (
+        {},
+        "measured samples in euclidean geometry instead of documents in euclidean geometry: all of it starts anew",
+    )
+    assert (
+        fitting({"total": torch.zeros(3)}, {"total": 4}, "x")[1]
+        == "the sum over layers starts anew"
+    )
+
+
+def test_a_sum_that_starts_anew_begins_as_one_of_a_fresh_run_does() -> None:
+    """Its first estimate stands for one step, however much of the run has passed."""
+    from trainc.runtime.clock import Clock
+    from trainc.runtime.step import Signals, Step
+
+    late = Measure("gns", {"a": ("a.w",)}, Settings(100.0, "samples"))
+    step = Step(Clock(steps=500, samples=4000), {}, Signals(), 8, 8, samples=8)
+    assert late._elapsed(step) == 8
+    assert late.position == 4008
+    assert math.isnan(late.total.scale())
