@@ -69,9 +69,10 @@ def _prediction(axes: Axes, run: RunRecords, clause: Clause, color: str) -> tupl
     axes.plot([x], [y], "D", color=color, markersize=5, zorder=4, label="predicted at the end")
     reach = [[y - low if low > 0 else 0.0], [high - y if high < math.inf else 0.0]]
     axes.errorbar([x], [y], yerr=reach, color=color, linewidth=1.2, zorder=4)
-    for up, unbounded in ((True, high == math.inf), (False, low == 0)):
-        if unbounded:
-            arrows(axes, [x], [y], up, color, f"predicted {'up' if up else 'down'}")
+    if high == math.inf:
+        arrows(axes, [x], [y], "up", color, "predicted")
+    if low == 0:
+        arrows(axes, [x], [y], "down", color, "predicted")
     return x, y
 
 
@@ -109,9 +110,9 @@ def _line(
     if log:
         inside = [ends[0] * (ends[1] / ends[0]) ** part for part in INSIDE]
     if high == math.inf:
-        arrows(axes, inside, [above * x for x in inside], True, color, "slope up")
+        arrows(axes, inside, [above * x for x in inside], "up", color, "slope")
     if log and not low > 0:
-        arrows(axes, inside, [below * x for x in inside], False, color, "slope down")
+        arrows(axes, inside, [below * x for x in inside], "down", color, "slope")
 
 
 def _slope(run: RunRecords, clause: Clause) -> tuple[float, float, float]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trainc.runtime.noise_figures import Clause
-from trainc.runtime.plot_axes import along_run, decades
+from trainc.runtime.plot_axes import along_run, arrows, decades
 from trainc.runtime.records import RunRecords, without_loss
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def draw_layers(axes: Axes, run: RunRecords, clause: Clause, runs: Sequence[RunR
     )
     axes.invert_yaxis()
     axes.grid(False)
-    every = math.ceil(len(names) / NAMED)
-    axes.set_yticks(range(0, len(names), every), names[::every])
-    axes.tick_params(axis="y", length=2, labelsize=8 if len(names) <= 24 else 6)
+    _name_rows(axes, names)
     along_run(axes, runs, margin=0.0)
     assert axes.figure is not None
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01, aspect=30, extend="both", extendfrac=0.02)
@@ -62,6 +60,12 @@ def draw_layers(axes: Axes, run: RunRecords, clause: Clause, runs: Sequence[RunR
     if any(math.isnan(value) for row in values for value in row):
         missing = [Patch(facecolor=MISSING, label="undetermined")]
         axes.legend(handles=missing, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    every = math.ceil(len(names) / NAMED)
+    axes.set_yticks(range(0, len(names), every), names[::every])
+    axes.tick_params(axis="y", length=2, labelsize=8 if len(names) <= 24 else 6)
 
 
 def heat(run: RunRecords, label: str) -> tuple[list[str], list[float], list[list[float]]]:
@@ -90,3 +94,52 @@ def _common(values: Sequence[Sequence[float]]) -> tuple[float, float]:
     if not finite:
         return 0.5, 2.0
     return finite[len(finite) // 100], finite[-1 - len(finite) // 100]
+
+
+def has_intervals(run: RunRecords, label: str) -> bool:
+    """Say whether a run ever knew an end of the interval of a single layer."""
+    return _last(run, label) is not None
+
+
+def _last(run: RunRecords, label: str) -> Mapping[str, Mapping[str, float]] | None:
+    """Return the last figures by layer with an end of an interval among them; None where there are none."""
+    for record in reversed(run.records):
+        series: Mapping[str, Mapping[str, float]] = record.get("series", {})
+        ends = [series.get(f"{label}.{end}", {}).values() for end in ("low", "high")]
+        if any(0 < value < math.inf for values in ends for value in values):
+            return series
+    return None
+
+
+def draw_end(axes: Axes, run: RunRecords, clause: Clause) -> None:
+    """Draw the last noise scale of every layer with its interval, in the rows of the heat map."""
+    series = _last(run, clause.label)
+    assert series is not None
+    names = list(series[clause.label])
+    rows = range(len(names))
+    scale, low, high = (
+        [series[f"{clause.label}{part}"].get(name, math.nan) for name in names]
+        for part in ("", ".low", ".high")
+    )
+    axes.plot(scale, rows, "o", color=run.color, markersize=4, label="_scale")
+    ends = [(v, i) for part in (low, high) for i, v in enumerate(part) if 0 < v < math.inf]
+    at, of = [v for v, _ in ends], [i for _, i in ends]
+    axes.plot(at, of, "|", color=run.color, markersize=7, label="_known ends")
+    for row in rows:
+        known = [v for v in (low[row], scale[row], high[row]) if 0 < v < math.inf]
+        if not known:
+            continue
+        axes.plot(
+            [min(known), max(known)], [row, row], color=run.color, linewidth=1.2, label="_interval"
+        )
+        if low[row] == 0:
+            arrows(axes, [min(known)], [row], "left", run.color, names[row])
+        if high[row] == math.inf:
+            arrows(axes, [max(known)], [row], "right", run.color, names[row])
+    axes.set_xscale("log")
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    _name_rows(axes, names)
+    axes.set_xlabel(
+        clause.unit if clause.level is None else f"{clause.unit}, {clause.level:.0%} interval"
+    )
+    decades(axes.xaxis, *axes.get_xlim())

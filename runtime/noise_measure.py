@@ -211,6 +211,9 @@ class Measure(Action):
         step.series[self.name] = scales
         step.series[f"{self.name}.signal"] = {name: part.signal for name, part in parts.items()}
         step.series[f"{self.name}.noise"] = {name: part.noise for name, part in parts.items()}
+        ends = {name: a.interval(s.level) for name, a in self.layers.items()}
+        step.series[f"{self.name}.low"] = {name: low for name, (low, _) in ends.items()}
+        step.series[f"{self.name}.high"] = {name: high for name, (_, high) in ends.items()}
 
     def _tell_calibration(self, calibration: Calibration) -> dict[str, float]:
         """Return what one calibration adds: its point of the regression, and the slope's interval."""

@@ -11,7 +11,7 @@ from trainc.runtime import noise_figures
 from trainc.runtime.calibration_plot import draw_calibration
 from trainc.runtime.metrics import Record
 from trainc.runtime.noise_figures import Clause, Course
-from trainc.runtime.noise_map import draw_layers, layer_rows, map_height
+from trainc.runtime.noise_map import draw_end, draw_layers, has_intervals, layer_rows, map_height
 from trainc.runtime.plot_axes import (
     BROKEN,
     SPACING,
@@ -54,10 +54,11 @@ def _panels_of_run(run: RunRecords, clause: Clause, runs: Sequence[RunRecords]) 
         title = f"Whole model against {clause.label}{of}"
         panels.append(Panel(title, _with(draw_calibration, run, clause, TOTAL)))
     if (rows := layer_rows(run, clause.label)) > 1:
-        title = f"Noise scale {clause.label} by layer{of}"
-        panels.append(
-            Panel(title, _with(draw_layers, run, clause, runs), map_height(rows), wide=True)
-        )
+        name, height = f"Noise scale {clause.label} by layer", map_height(rows)
+        panels.append(Panel(name + of, _with(draw_layers, run, clause, runs), height, wide=True))
+        if has_intervals(run, clause.label):
+            title = f"{name} at the end{of}"
+            panels.append(Panel(title, _with(draw_end, run, clause), height, wide=True))
     return panels
 
 
@@ -195,7 +196,7 @@ def _intervals(axes: Axes, drawn: Sequence[_Drawn], levels: set[float]) -> None:
         more.append((swatches, text))
     if open_ones:
         marks = tuple(
-            Line2D([], [], linestyle="none", marker=arrow(True), markeredgewidth=0, color=one.color)
+            Line2D([], [], linestyle="none", marker=arrow("up"), markeredgewidth=0, color=one.color)
             for one in open_ones
         )
         more.append((marks, "interval without a bound"))
@@ -238,6 +239,6 @@ def _open_ends(axes: Axes, one: _Drawn) -> bool:
         shown = list(spaced(course.at, unbounded, SPACING * (right - left)))
         if shown:
             at, values = [course.at[i] for i in shown], [base[i] for i in shown]
-            arrows(axes, at, values, up, one.color, f"{one.label} {'up' if up else 'down'}")
+            arrows(axes, at, values, "up" if up else "down", one.color, one.label)
             found = True
     return found

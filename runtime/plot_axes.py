@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.lines import Line2D
 
+Towards = Literal["up", "down", "left", "right"]
+_ARROWS: dict[Towards, tuple[int, int]] = {
+    "up": (0, 1),
+    "down": (0, -1),
+    "left": (-1, 0),
+    "right": (1, 0),
+}
 BROKEN = "#B2182B"
 """The colour of steps that went wrong, where one run is drawn."""
 SPACING = 1 / 14
@@ -120,29 +127,30 @@ def hatch(axes: Axes, stretches: Iterable[tuple[float, float]], color: str, labe
 
 
 def arrows(
-    axes: Axes, at: Sequence[float], values: Sequence[float], up: bool, color: str, label: str
+    axes: Axes, x: Sequence[float], y: Sequence[float], towards: Towards, color: str, label: str
 ) -> None:
     """Draw arrows that start at points and say that something goes on that way without a bound."""
     from matplotlib.transforms import ScaledTranslation
 
     assert axes.figure is not None
-    shift = ScaledTranslation(0, (5 if up else -5) / 72, axes.figure.dpi_scale_trans)  # type: ignore[union-attr, unused-ignore]
+    right, up = _ARROWS[towards]
+    shift = ScaledTranslation(5 * right / 72, 5 * up / 72, axes.figure.dpi_scale_trans)  # type: ignore[union-attr, unused-ignore]
     axes.plot(
-        at,
-        values,
+        x,
+        y,
         linestyle="none",
-        marker=arrow(up),
+        marker=arrow(towards),
         markersize=7,
         markeredgewidth=0,
         color=color,
         transform=axes.transData + shift,
-        label=f"_{label}",
+        label=f"_{label} {towards}",
     )
 
 
-def arrow(up: bool) -> str:
+def arrow(towards: Towards) -> str:
     """Return the marker of an arrow."""
-    return r"$\uparrow$" if up else r"$\downarrow$"
+    return rf"$\{towards}arrow$"
 
 
 def spaced(at: Sequence[float], holds: Sequence[bool], apart: float) -> Iterator[int]:

@@ -103,7 +103,8 @@ def list_panels(runs: list[RunRecords]) -> list[Panel]:
         panels.append(Panel("Learning rate", lambda axes: _rates(axes, runs)))
     panels += noise_panels(runs)
     for run in runs:
-        drawn = {f"{c.label}{part}" for c in run.scales for part in ("", ".signal", ".noise")}
+        parts = ("", ".signal", ".noise", ".low", ".high")
+        drawn = {f"{c.label}{part}" for c in run.scales for part in parts}
         for quantity, layers in run.layers().items():
             if quantity not in drawn:
                 title = f"{quantity} by layer" + (f", {run.name}" if len(runs) > 1 else "")

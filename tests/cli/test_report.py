@@ -143,6 +143,12 @@ def test_a_real_run_records_what_the_report_shows(
     # All layers are averaged alike, so their parts add up to those of the clause.
     assert math.fsum(layer.noise for layer in layers) == pytest.approx(records[-1]["scale.noise"])
     assert math.fsum(layer.signal for layer in layers) == pytest.approx(records[-1]["scale.signal"])
+    # A layer is as sure as the steps it was averaged over, and not as all layers together.
+    series = records[-1]["series"]
+    for layer in layers:
+        low, high = (series[f"scale.{end}"][layer.name] for end in ("low", "high"))
+        assert 0 <= low < high
+        assert math.isnan(layer.scale) or low <= layer.scale <= high
     calibrated = [record["step"] for record in records if "scale.point" in record]
     assert len(calibrated) == 3
     assert all("scale.slope_high" in records[number - 1] for number in calibrated)

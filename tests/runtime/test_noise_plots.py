@@ -249,6 +249,46 @@ def test_layers_are_a_map_in_the_order_of_the_model(tmp_path: Path) -> None:
     assert bar.get_ylabel() == "samples"
 
 
+def test_layers_at_the_end_have_intervals_and_arrows_where_nothing_bounds_them(
+    tmp_path: Path,
+) -> None:
+    known = {
+        "gns": {"a": 4.0, "b": 5.0, "c": NAN, "d": NAN},
+        "gns.low": {"a": 2.0, "b": 0.0, "c": 7.0, "d": NAN},
+        "gns.high": {"a": 9.0, "b": math.inf, "c": math.inf, "d": NAN},
+    }
+    lost = {name: dict.fromkeys("abcd", NAN) for name in known}
+    records = [step(n, figures("gns", 1.0), series=s) for n, s in ((1, known), (2, lost))]
+    run = write_run(tmp_path / "a", records, PLAN)
+    axes = drawn("Noise scale gns by layer at the end", run)
+    at, rows = line(axes, "_scale")
+    assert at == pytest.approx([4, 5, NAN, NAN], nan_ok=True)
+    assert rows == [0, 1, 2, 3]
+    assert line(axes, "_known ends") == ([2, 7, 9], [0, 2, 0])
+    bars = [
+        np.asarray(one.get_xydata()).tolist()
+        for one in axes.lines
+        if one.get_label() == "_interval"
+    ]
+    assert bars == [[[2, 0], [9, 0]], [[5, 1], [5, 1]], [[7, 2], [7, 2]]]
+    assert line(axes, "_b left") == line(axes, "_b right") == ([5], [1])
+    assert line(axes, "_c right") == ([7], [2])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c", "d"]
+    assert axes.yaxis_inverted()
+    assert axes.get_xlabel() == "samples, 90% interval"
+    # What is drawn here is not drawn again as a figure by layer.
+    assert not [p.title for p in list_panels(load([run])) if "gns.low" in p.title]
+
+
+def test_layers_that_nothing_bounds_have_no_picture_at_the_end(tmp_path: Path) -> None:
+    for low, high in ((0.0, math.inf), (NAN, NAN)):
+        series = {"gns": NAN, "gns.low": low, "gns.high": high}
+        layers = {name: dict.fromkeys("ab", value) for name, value in series.items()}
+        run = write_run(tmp_path / str(low), [step(1, figures("gns", 1.0), series=layers)], PLAN)
+        titles = [panel.title for panel in noise_panels(load([run])) if panel.wide]
+        assert titles == ["Noise scale gns by layer"]
+
+
 def test_numbers_beside_the_colours_have_room(tmp_path: Path) -> None:
     for count in (2, 5, 30):
         layers = {str(i): 10.0 ** (6 * i / (count - 1) - 3) for i in range(count)}
