@@ -75,8 +75,8 @@ def noise_scale_from_contributions(
     variance of an example's gradient is taken not to depend on its weight.
 
     Returns Estimate(signal, noise), in squared units of the gradient, as `noise_scale` does; UNDETERMINED, both NaN,
-    where q is 1, as one group tells nothing, 0 or NaN, or q_examples is NaN. Raises ValueError for a q outside [0, 1], and
-    for a q_examples that is not above zero, or above q.
+    where q is 1, as one group tells nothing, 0 or NaN, or q_examples is NaN. Raises ValueError for a q outside [0, 1],
+    and for a q_examples that is not above zero, or above q.
 
     Source: McCandlish et al. 2018, arXiv:1812.06162, with weights for batch sizes.
     """
