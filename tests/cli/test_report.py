@@ -10,7 +10,7 @@ import pytest
 from tests.runtime.noise_runs import NAN, figures, plan, six_steps, step, write_run
 from trainc.cli.app import main
 
-PLAN = plan(("noise_scale", "gns", {"unit": "row", "level": 0.9}))
+PLAN = plan(("noise_scale", "gns", {"example": "row", "level": 0.9}))
 
 
 def report(
@@ -66,7 +66,7 @@ def test_calibrated_and_plain_runs_stand_side_by_side(
 def test_runs_that_measure_otherwise_share_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = plan(("noise_scale", "gns", {"unit": "document", "level": 0.5}))
+    other = plan(("noise_scale", "gns", {"example": "document", "level": 0.5}))
     runs = [
         write_run(tmp_path / name, [step(1, figures("gns", scale))], written)
         for name, scale, written in (("a", 10.0, PLAN), ("b", 20.0, other))
@@ -80,8 +80,8 @@ def test_two_clauses_have_rows_and_tables_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = plan(
-        ("noise_scale", "early", {"unit": "row", "level": 0.9}),
-        ("noise_scale", "late", {"unit": "document", "level": 0.9}),
+        ("noise_scale", "early", {"example": "row", "level": 0.9}),
+        ("noise_scale", "late", {"example": "document", "level": 0.9}),
     )
     series = {"early": {"x": 4.0}, "late": {"y": 5.0}}
     record = step(

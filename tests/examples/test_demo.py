@@ -76,7 +76,7 @@ def test_it_tells_what_each_run_did(shown: tuple[Path, str]) -> None:
     text = shown[1]
     for words in (
         "evaluation loss",
-        "when gns > 2 * batch: never fired",
+        "when gns > 2 * batch for 10 steps: never fired",
         "temp_balance: alpha spread",
         "sift: ",
         "l2_sp: the weights ended",
