@@ -112,6 +112,25 @@ def _near(size: int, unit: int) -> int:
     return max(unit, size // unit * unit)
 
 
+def whole_micros(batch: v.Duration, micro: v.Duration) -> None:
+    """Raise ValueError, with the sizes that work, for an amount that is no whole number of micro-batches."""
+    size, unit = int(batch.amount), int(micro.amount)
+    if not size % unit:
+        return
+    if size < unit:
+        raise ValueError(
+            f"less than a micro-batch, {unit} samples: write `batch = {unit} samples` or `micro = {size} samples`"
+        )
+    near = " or ".join(
+        f"`batch = {n} samples`" for n in (size - size % unit, size - size % unit + unit)
+    )
+    divisor = next(n for n in range(unit, 0, -1) if size % n == 0)
+    raise ValueError(
+        f"no multiple of the micro-batch, {unit} samples: write {near}, or a `micro` that divides {size}, such as"
+        f" `micro = {divisor} samples`"
+    )
+
+
 def _named(call: v.Call) -> dict[str, v.Expr]:
     """Return the arguments of a call by name."""
     function = POLICIES[call.function]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from trainc.dsl.fields import (
     Batch,
     Fraction,
+    Samples,
     Schedule,
     ScopedNumbers,
     Selector,
@@ -31,6 +32,7 @@ __all__ = [
     "ImportPath",
     "Problem",
     "Range",
+    "Samples",
     "Schedule",
     "ScopedNumbers",
     "Selector",

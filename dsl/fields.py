@@ -152,6 +152,7 @@ def _scoped_numbers(raw: Any) -> tuple[v.Scoped, ...]:
 
 
 DURATION = FieldType("duration", "duration", _duration)
+SAMPLES = FieldType("duration", "samples", _duration)
 RANGE = FieldType("range", "interval", _range)
 IMPORT_PATH = FieldType("import path", "import_path", _import_path)
 FRACTION = FieldType("fraction", "number", _fraction)
@@ -164,6 +165,7 @@ SCOPED_NUMBERS = FieldType("number, or number `on` selector", "scoped_numbers", 
 
 Fraction = Annotated[float, FRACTION]
 Schedule = Annotated[v.Expr, SCHEDULE]
+Samples = Annotated[v.Duration, SAMPLES]
 Batch = Annotated[v.Duration | v.Call, BATCH]
 Selector = Annotated[v.Selector, SELECTOR]
 ScopedNumbers = Annotated[tuple[v.Scoped, ...], SCOPED_NUMBERS]

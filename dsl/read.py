@@ -101,19 +101,25 @@ def number(node: Node) -> float:
     raise Unreadable(node, f"expected a plain number, found {value.unit}", "wrong-unit")
 
 
-def duration(node: Node) -> v.Duration:
-    """Return a duration that is not negative."""
+def duration(node: Node, unit: v.Unit = "steps") -> v.Duration:
+    """Return a duration that is not negative; `unit` is what to propose for a bare number."""
     value = (
         constant(node) if isinstance(node, ast.Num | ast.Measure | ast.Prefix | ast.Infix) else None
     )
     if value is None:
         raise Unreadable(node, f"expected a duration such as `200 steps`, found {describe(node)}")
     if not isinstance(value, v.Duration):
-        help = f"write a unit: `{value:g} steps`" if value == value else None
-        raise Unreadable(node, "expected a duration, found a bare number", "wrong-unit", help)
+        help = f"write a unit: `{value:.12g} {unit}`" if value == value else None
+        what = "an amount of samples" if unit == "samples" else "a duration"
+        raise Unreadable(node, f"expected {what}, found a bare number", "wrong-unit", help)
     if value.amount < 0:
         raise Unreadable(node, "a duration is not negative")
     return value
+
+
+def samples(node: Node) -> v.Duration:
+    """Return an amount that a bare number is told to be of samples; other units are whoever asked's to judge."""
+    return duration(node, "samples")
 
 
 def interval(node: Node) -> v.Range:

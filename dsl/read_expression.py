@@ -10,7 +10,15 @@ from trainc.dsl import values as v
 from trainc.dsl.ast import Node
 from trainc.dsl.diagnostics import suggest
 from trainc.dsl.functions import FUNCTIONS, POLICIES, SHAPES, STATES, Function
-from trainc.dsl.read import Unreadable, constant, describe, duration, number, number_of
+from trainc.dsl.read import (
+    Unreadable,
+    constant,
+    describe,
+    duration,
+    number,
+    number_of,
+    samples,
+)
 
 _LOGIC = ("and", "or")
 SWITCH = ("false", "true")
@@ -62,7 +70,7 @@ def schedule(node: Node, names: Names = ANYTHING) -> v.Expr:
 def batch(node: Node, names: Names = ANYTHING) -> v.Duration | v.Expr:
     """Return an amount of samples, or the call of a policy that sets the batch."""
     if not isinstance(node, ast.Apply):
-        return duration(node)
+        return samples(node)
     name = node.function.id
     if name in POLICIES:
         return _call(node, names, POLICIES)
@@ -161,7 +169,7 @@ def _read_argument(node: Node, kind: str, names: Names) -> v.Expr:
         items = node.items if isinstance(node, ast.Items) else (node,)
         return v.Items(tuple(v.Quantity(duration(item)) for item in items))
     if kind == "samples":
-        size = duration(node)
+        size = samples(node)
         if size.unit != "samples" or size.amount < 1 or size.amount != int(size.amount):
             text = f"expected a whole number of samples such as `16 samples`, found {size}"
             raise Unreadable(node, text, "wrong-unit" if size.unit != "samples" else "bad-value")

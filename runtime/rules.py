@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, float]
 
+# What a wanted batch may miss a whole number of micro-batches by and still be that number.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True, slots=True)
 class Act:
@@ -23,6 +27,13 @@ class Act:
     verb: str
     value: Callable[[Clock, Values], float] | None = None
     text: str = ""
+
+
+def whole_micros(wanted: float, present: int, micro: int) -> int:
+    """Return the whole number of micro-batches, at least one, between `present` and `wanted` that is nearest to it."""
+    if wanted >= present:
+        return max(present, math.floor(wanted / micro + _ROUNDING) * micro)
+    return min(present, max(1, math.ceil(wanted / micro - _ROUNDING)) * micro)
 
 
 class Rule(Action):
@@ -51,6 +62,8 @@ class Rule(Action):
         self.since: float | None = None
         self.rests_since: float | None = None
         self.fired: list[int] = []
+        self.stuck = False
+        """Whether it was told that a batch asked for is less than a micro-batch away."""
 
     def run(self, step: Step) -> None:
         if self._rests(step.clock):
@@ -91,26 +104,37 @@ class Rule(Action):
             self._set_batch(act.value(step.clock, values), step)
 
     def _set_batch(self, wanted: float, step: Step) -> None:
-        """Take the wanted batch in whole micro-batches, at least one; NaN changes nothing."""
-        if wanted != wanted:
+        """Take the wanted batch in whole micro-batches; what is not finite changes nothing.
+
+        What is no whole number of them is rounded towards the present batch: never past what was asked for, and never
+        the other way. A batch that stays for that alone is told, once.
+        """
+        if not math.isfinite(wanted):
             return
-        micro = step.micro_size or 1
-        size = max(micro, int(wanted // micro) * micro)
+        size = whole_micros(wanted, step.batch_size, step.micro_size or 1)
         if size != step.batch_size:
             step.notes.append(f"batch {step.batch_size} -> {size} samples: {self.text}")
             step.batch_size = size
+        elif wanted != size and not self.stuck:
+            self.stuck = True
+            step.notes.append(
+                f"batch stays at {size} samples, whole micro-batches of {step.micro_size}, where {wanted:.6g} was asked"
+                f" for: {self.text}"
+            )
 
     def state_dict(self) -> State:
         return {
             "since": self.since,
             "rests_since": self.rests_since,
             "fired": list(self.fired),
+            "stuck": self.stuck,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.since = state.get("since")
         self.rests_since = state.get("rests_since")
         self.fired = list(state.get("fired", []))
+        self.stuck = bool(state.get("stuck", False))
 
     def summary(self) -> str | None:
         if not self.fired:

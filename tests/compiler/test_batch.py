@@ -1,5 +1,7 @@
 """A changing batch from the spec to the run: plans, accumulation, resumed runs, rules with a cooldown."""
 
+import math
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,7 +12,7 @@ import trainc
 from trainc.compiler.train import train
 from trainc.runtime.clock import Clock, Duration
 from trainc.runtime.metrics import read
-from trainc.runtime.rules import Act, Rule
+from trainc.runtime.rules import Act, Rule, whole_micros
 from trainc.runtime.step import Signals, Step, StepMachine
 
 STEPS = 24
@@ -227,3 +229,91 @@ def test_a_cooldown_in_percent_is_a_part_of_the_run(tmp_path: Path) -> None:
     rule = "when step >= 0 cooldown 25% { batch = batch + 2 samples }"
     lines = run(spec("2 samples", rule=rule), tmp_path / "run")
     assert [line["batch"] for line in lines] == [4] * 6 + [6] * 6 + [8] * 6 + [10] * 6
+
+
+# Rules and whole micro-batches
+
+
+@pytest.mark.parametrize("micro", [1, 4, 7])
+def test_a_rules_batch_lies_between_the_present_one_and_what_it_asks_for(micro: int) -> None:
+    for present in range(micro, 12 * micro, micro):
+        for wanted in (-3.0, 0.0, 0.5, 1.0, 3.9, 8.0, 9.0, 10.5, 27.99, 28.0, 1e6):
+            size = whole_micros(wanted, present, micro)
+            assert size % micro == 0
+            assert size >= micro
+            if wanted >= micro:
+                assert min(present, wanted) <= size <= max(present, wanted)
+                # and no whole number of micro-batches is nearer
+                assert abs(wanted - size) < micro
+            else:
+                assert size == micro
+
+
+def asked(value: float, start: int = 8) -> tuple[Rule, StepMachine]:
+    acts = [Act("set", lambda clock, values: value)]
+    rule = Rule("rule 1", "when x", lambda clock, values: True, None, acts)
+    made = machine_of(rule)
+    made.batch_size = start
+    return rule, made
+
+
+def notes(machine: StepMachine, steps: int) -> list[str]:
+    found = []
+    for _ in range(steps):
+        step = machine.begin()
+        step.samples = step.batch_size
+        found += step.notes
+        machine.finish()
+    return found
+
+
+def test_a_rule_that_asks_for_less_than_a_micro_batch_more_moves_nothing_and_says_so_once() -> None:
+    rule, made = asked(9)
+    assert notes(made, 3) == [
+        "batch stays at 8 samples, whole micro-batches of 4, where 9 was asked for: when x"
+    ]
+    assert made.batch_size == 8
+    again, resumed = asked(9)
+    resumed.load_state_dict(made.state_dict())
+    assert notes(resumed, 2) == []
+    assert again.fired == [*rule.fired, 3, 4]
+
+
+def test_a_rule_that_asks_for_what_there_is_says_nothing() -> None:
+    assert notes(asked(8)[1], 2) == []
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_batch_that_is_no_number_changes_nothing(value: float) -> None:
+    _, made = asked(value)
+    assert notes(made, 2) == []
+    assert made.batch_size == 8
+
+
+def test_a_rule_grows_the_batch_up_to_its_bound_and_no_further(tmp_path: Path) -> None:
+    rule = "when step >= 0 cooldown 4 steps { batch = min(2 * batch, 11 samples) }"
+    lines = run(spec("2 samples, micro = 2 samples", rule=rule), tmp_path / "run")
+    assert [line["batch"] for line in lines] == [4] * 4 + [8] * 4 + [10] * (STEPS - 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ways"),
+    [
+        ((10, 4), {"batch = 8 samples", "batch = 12 samples", "micro = 2 samples"}),
+        ((4, 8), {"batch = 8 samples", "micro = 4 samples"}),
+        ((7, 4), {"batch = 4 samples", "batch = 8 samples", "micro = 1 samples"}),
+    ],
+)
+def test_each_way_out_of_a_batch_that_is_no_whole_number_of_micro_batches_is_one(
+    sizes: tuple[int, int], ways: set[str]
+) -> None:
+    text = 'data "m:f" {{ batch = {} samples, micro = {} samples }}'
+    checked = trainc.check(text.format(*sizes))
+    (wrong,) = checked.diagnostics
+    assert wrong.span is not None
+    assert wrong.span.text == f"{sizes[0]} samples"
+    assert set(re.findall(r"`(\w+ = \d+ samples)`", wrong.labels[0].text)) == ways
+    for way in ways:
+        name, size = way.removesuffix(" samples").split(" = ")
+        mended = dict(zip(("batch", "micro"), sizes, strict=True)) | {name: int(size)}
+        assert not trainc.check(text.format(mended["batch"], mended["micro"])).diagnostics

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from trainc.compiler.batch import Policy, action, read
-from trainc.dsl.construct import Batch, Construct, Duration, Effect, ImportPath
+from trainc.compiler.batch import Policy, action, read, whole_micros
+from trainc.dsl.construct import Batch, Construct, Duration, Effect, ImportPath, Samples
 from trainc.dsl.values import Call
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Data(Construct):
     )
 
     path: ImportPath = Field(description="what to import, as `module:callable`")
-    micro: Duration | None = Field(
+    micro: Samples | None = Field(
         default=None,
         description="samples of one forward and backward pass; a step's batch is made of whole ones. "
         "Default: batch, the smallest one of a policy",
@@ -66,10 +66,12 @@ class Data(Construct):
     @field_validator("batch")
     @classmethod
     def _batch_is_whole(cls, value: Duration | Call, info: ValidationInfo) -> Duration | Call:
-        if not isinstance(value, Call):
-            return _whole(value)
-        if "micro" in info.data:
-            read(value, info.data["micro"])
+        micro = info.data.get("micro")
+        if isinstance(value, Call):
+            if "micro" in info.data:
+                read(value, micro)
+        elif _whole(value) and micro is not None:
+            whole_micros(value, micro)
         return value
 
     @property

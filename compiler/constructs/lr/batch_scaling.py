@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainc.dsl.construct import Construct, Duration, Effect
+from trainc.dsl.construct import Construct, Duration, Effect, Samples
 from trainc.runtime.action import Action, Phase, State
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class BatchScaling(Construct):
         default="sqrt",
         description="how the factor grows with the batch: its square root, or itself",
     )
-    reference: Duration | None = Field(
+    reference: Samples | None = Field(
         default=None,
         description="batch whose factor is 1, in samples. Default: the batch the run starts with",
     )
