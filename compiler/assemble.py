@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from trainc.dsl.values import Duration
     from trainc.runtime.clock import RunLength
 
-ASSIGNABLE = ("batch",)
-
 
 def assemble(clauses: Sequence[BoundClause], setting: Setting, *, to_run: bool = True) -> Parts:
     """Lower the clauses onto the model; raises SpecError for what only lowering can find.
@@ -136,15 +134,6 @@ def rules(
             for action in clause.actions:
                 if not isinstance(action, Assign):
                     acts.append(Act(action.verb, text=str(action.argument or "")))
-                elif action.target not in ASSIGNABLE:
-                    found.append(
-                        Diagnostic(
-                            "bad-value",
-                            f"a rule cannot set `{action.target}`",
-                            labels,
-                            help="it can set `batch`",
-                        )
-                    )
                 else:
                     value = compile_schedule(
                         to_json(action.value), setting.units, length, signal_units

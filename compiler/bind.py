@@ -5,19 +5,21 @@ Reads no weight and no data; everything wrong is collected and raised once as Sp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.batch import changes, inconsistencies
 from trainc.compiler.bound import BoundClause, Targets
-from trainc.compiler.claims import disputes, two
+from trainc.compiler.claims import disputes
 from trainc.compiler.effects import conflicts, penalised_measurements
 from trainc.compiler.inventory import Inventory
+from trainc.compiler.refusals import spoken
 from trainc.compiler.select import Target, expectations, select
-from trainc.compiler.suggestions import suggestion
+from trainc.compiler.suggestions import suggestion, unknown_classes
 from trainc.dsl.diagnostics import Diagnostic, Label, SpecError
-from trainc.dsl.values import Duration, Selector
+from trainc.dsl.values import Duration, Scoped, Selector
 from trainc.runtime.clock import Duration as ClockDuration
 from trainc.runtime.clock import RunLength, Units
 
@@ -73,7 +75,6 @@ class _Binder:
         self.units, self.length = self._time()
         clauses = [self._clause(clause) for clause in self.spec.clauses]
         clauses.sort(key=lambda bound: ORDER.index(bound.kind))
-        self._labels(clauses)
         active = [clause for clause in clauses if clause.dropped is None]
         self.found += [
             *disputes(active, self.inventory),
@@ -123,6 +124,9 @@ class _Binder:
         construct = clause.construct
         targets: tuple[str, ...] = ()
         dropped: str | None = None
+        for name, selector in _selectors(construct):
+            if not clause.optional:
+                self._unknown_classes(clause, name, selector)
         if construct.targets != "none":
             targets = self._targets(clause, construct.targets)
             if not targets and clause.optional:
@@ -178,9 +182,25 @@ class _Binder:
             return ()
         if not names and not clause.optional:
             self._matches_nothing(clause, selector, target)
+        elif not clause.optional:
+            self._unknown_classes(clause, "on", selector)
         if target == "parameters" and clause.construct.kind in ("optimizer", "lr", "mask"):
             names = self._trainable(names, clause)
         return names
+
+    def _unknown_classes(self, clause: Clause, part: str, selector: Selector) -> None:
+        """Say which classes in a selector there are not, each at its name where it is written there."""
+        for name, help_ in unknown_classes(selector, self.inventory).items():
+            whole = clause.part_span(part)
+            word = re.search(rf"\b{re.escape(name)}\b", whole.text) if whole else None
+            self._say(
+                "unknown-class",
+                f"there is no class `{name}` in `{self.inventory.model}`, nor in torch.nn",
+                clause,
+                span=whole.part(*word.span()) if whole and word else whole,
+                help=help_
+                or "leave it out, or mark the clause `optional` where another model has it",
+            )
 
     def _trainable(self, names: Sequence[str], clause: Clause) -> tuple[str, ...]:
         frozen = [name for name in names if not self.inventory.parameter[name].trainable]
@@ -206,28 +226,13 @@ class _Binder:
             help=help_,
         )
 
-    def _labels(self, clauses: list[BoundClause]) -> None:
-        seen: dict[str, BoundClause] = {}
-        for clause in clauses:
-            other = seen.setdefault(clause.label, clause)
-            if other is not clause:
-                self.found.append(
-                    two(
-                        "conflicting-effects",
-                        f"two clauses are called `{clause.label}`",
-                        clause,
-                        other,
-                        help=f"name one of them: `{clause.title} as other_{clause.label}`",
-                    )
-                )
-
     # saying it
 
     def _problem(self, problem: Problem, clause: Clause) -> None:
         span = clause.part_span(problem.field) if problem.field else None
         self._say(
             problem.rule,
-            problem.message,
+            spoken(problem.message),
             clause,
             on=problem.field is None,
             span=span,
@@ -252,6 +257,16 @@ class _Binder:
         at = span or clause.part_span("on" if on else "")
         labels = (Label(at, label),) if at else ()
         self.found.append(Diagnostic(rule, message, labels, tuple(notes), help, severity))
+
+
+def _selectors(construct: Construct) -> Iterator[tuple[str, Selector]]:
+    """Yield the selectors in a construct's fields, with the field's name."""
+    for name in type(construct).model_fields:
+        value = getattr(construct, name)
+        for item in value if isinstance(value, tuple | list) else (value,):
+            part = item.on if isinstance(item, Scoped) else item
+            if isinstance(part, Selector):
+                yield name, part
 
 
 def _number(value: int | None) -> float | None:

@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from trainc.compiler.layers.armed import SiteError
     from trainc.dsl.spec import Spec
 
+
+def spoken(message: str) -> str:
+    """Return a message that calls the model by words: as a module its name is empty, in backticks nothing to read."""
+    return message.replace("``", "the model itself")
+
+
 _ASKING = ("noise_scale", "regularize")
 """The kinds whose clauses want something of layers, which of them first."""
 

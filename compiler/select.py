@@ -40,21 +40,25 @@ def expectations(
             yield from expectations(b, inventory, target)
 
 
-def empty_parts(selector: v.Selector, inventory: Inventory, target: Target) -> Iterable[v.Selector]:
-    """Yield the leaves of `selector` that match nothing by themselves: the likely misspellings."""
+def leaves(selector: v.Selector) -> Iterable[v.Selector]:
+    """Yield the parts of `selector` that are made of no others."""
     match selector:
         case v.Expect(selector=inner) | v.Where(selector=inner):
-            yield from empty_parts(inner, inventory, target)
+            yield from leaves(inner)
         case (
             v.Union(left=a, right=b)
             | v.Intersection(left=a, right=b)
             | v.Difference(left=a, right=b)
         ):
-            yield from empty_parts(a, inventory, target)
-            yield from empty_parts(b, inventory, target)
+            yield from leaves(a)
+            yield from leaves(b)
         case _:
-            if not select(selector, inventory, target):
-                yield selector
+            yield selector
+
+
+def empty_parts(selector: v.Selector, inventory: Inventory, target: Target) -> Iterable[v.Selector]:
+    """Yield the leaves of `selector` that match nothing by themselves: the likely misspellings."""
+    return (part for part in leaves(selector) if not select(part, inventory, target))
 
 
 def _names(selector: v.Selector, entries: tuple[Entry, ...]) -> set[str]:

@@ -1,12 +1,13 @@
-"""Suggestions: what a selector that matches nothing was probably meant to say."""
+"""Suggestions: what a selector that matches nothing, or a class that nobody has, was probably meant to say."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from trainc.compiler.inventory import Inventory
-from trainc.compiler.select import Target, empty_parts, select
-from trainc.dsl.diagnostics import nearest
+from trainc.compiler.select import Target, empty_parts, leaves, select
+from trainc.dsl.diagnostics import nearest, suggest
 from trainc.dsl.values import Glob, OfType, Selector
 
 
@@ -14,6 +15,33 @@ def suggestion(selector: Selector, inventory: Inventory, target: Target) -> str 
     """Return a help line for the first part of `selector` that misses and has something like it in the model."""
     parts = empty_parts(selector, inventory, target)
     return next((h for part in parts if (h := _for_part(part, inventory, target))), None)
+
+
+def unknown_classes(selector: Selector, inventory: Inventory) -> dict[str, str | None]:
+    """Return the names in `type(...)` that are classes neither of the model nor of torch.nn, and a help line for each.
+
+    A spec may serve several models, so a class that this one has no module of is none by itself.
+    """
+    own = {name for module in inventory.modules for name in module.types}
+    found: dict[str, str | None] = {}
+    for part in leaves(selector):
+        for name in part.names if isinstance(part, OfType) else ():
+            if name not in own and name not in _torch_classes():
+                found[name] = suggest(name, own) or suggest(name, _torch_classes())
+    return found
+
+
+@cache
+def _torch_classes() -> frozenset[str]:
+    """Return the names of the modules that torch.nn defines."""
+    from torch import nn
+
+    found, todo = {"Module"}, [nn.Module]
+    while todo:
+        below = todo.pop().__subclasses__()
+        todo += below
+        found |= {c.__name__ for c in below if c.__module__.startswith("torch.nn.modules.")}
+    return frozenset(found)
 
 
 def _for_part(part: Selector, inventory: Inventory, target: Target) -> str | None:

@@ -33,7 +33,7 @@ def inconsistencies(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Di
     for rule in rules:
         found += _expression(rule.condition, scope, rule.span)
         for action in rule.actions:
-            found += _action(action, clauses, scope, rule.span)
+            found += _action(action, scope, rule.span)
             found += _two_batches(action, clauses, rule.span)
     return found
 
@@ -74,19 +74,21 @@ def _head(clause: Clause, text: str) -> tuple[Label, ...]:
 def _labels(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
     seen: dict[str, Clause] = {}
     for clause in clauses:
-        if clause.label is None:
-            continue
         if clause.label in BUILT_IN:
             labels = _at(clause.part_span("as"))
             yield Diagnostic("reserved-name", f"`{clause.label}` has a meaning already", labels)
-        elif clause.label in seen:
-            first = seen[clause.label]
-            labels = (
-                *_at(clause.part_span("as"), "a second one"),
-                *_at(first.part_span("as"), "the first is here"),
-            )
-            yield Diagnostic("duplicate-label", f"two clauses are called `{clause.label}`", labels)
-        seen.setdefault(clause.label, clause)
+        first = seen.setdefault(clause.name, clause)
+        once = clause.kind in ONCE and clause.kind == first.kind  # a second one is wrong already
+        if first is not clause and not once:
+            labels = (*_named(clause, "a second one"), *_named(first, "the first is here"))
+            help = f"name one of them: `{clause.construct.title} as other_{clause.name} ...`"
+            message = f"two clauses are called `{clause.name}`"
+            yield Diagnostic("duplicate-label", message, labels, (), help)
+
+
+def _named(clause: Clause, text: str) -> tuple[Label, ...]:
+    """Return a label where a clause gets its name: at its `as`, or else at its construct."""
+    return _at(clause.part_span("as" if clause.label else "head"), text)
 
 
 def on_problems(
@@ -133,15 +135,13 @@ _WORDS = {
 }  # states, shapes and switches, names only in form
 
 
-def _action(
-    action: object, clauses: Sequence[Clause], scope: Scope, span: Span | None
-) -> Iterator[Diagnostic]:
+def _action(action: object, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
     from trainc.dsl.spec import Assign, Do
 
     if isinstance(action, Do):
         yield from verb_problems(action.verb, action.argument is not None, span)
     elif isinstance(action, Assign):
-        yield from target_problems(action.target, _constructs(clauses), span)
+        yield from target_problems(action.target, span)
         yield from _expression(action.value, scope, span)
 
 
@@ -173,24 +173,14 @@ def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[
         yield Diagnostic("unknown-action", message, _at(span), (), help)
 
 
-def target_problems(
-    target: str, constructs: dict[str, list[type]], span: Span | None
-) -> Iterator[Diagnostic]:
+def target_problems(target: str, span: Span | None) -> Iterator[Diagnostic]:
     """Yield what is wrong with the left side of an assignment in a rule."""
-    label, _, name = target.partition(".")
-    found = constructs.get(label)
-    if target in TARGETS or (found is not None and not found):
+    if target in TARGETS:
         return
-    if name and found:
-        fields = found[0].model_fields  # type: ignore[attr-defined]
-        if len(found) > 1:
-            message = f"`{label}` names {len(found)} clauses"
-            yield Diagnostic("ambiguous-name", message, _at(span), (), "tell them apart with `as`")
-        elif name not in fields:
-            message = f"`{label}` has no field `{name}`"
-            yield Diagnostic("unknown-target", message, _at(span), (), suggest(name, fields))
-        return
-    known = ", ".join(f"`{t}`" for t in TARGETS)
-    note = f"rules set {known} and fields of clauses, as in `pace.weight`"
-    help = f"write `{label}.` and a field" if found else suggest(target, TARGETS)
+    note = f"rules set {', '.join(f'`{t}`' for t in TARGETS)}"
+    help = suggest(target, TARGETS)
+    if target == "lr":
+        help = "a rate follows a schedule, `lr = 1e-3 * (warmup(5%) then cosine())`, or the batch: `lr batch_scaling`"
+    elif "." in target:
+        help = "let the field follow a schedule, or the clause act `from` and `until` a time"
     yield Diagnostic("unknown-target", f"a rule cannot set `{target}`", _at(span), (note,), help)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from trainc.dsl.diagnostics import Diagnostic, Label, suggest
@@ -29,13 +30,20 @@ _DOUBLED = {
 
 
 def explain(
-    token: Token, accepts: frozenset[str], before: Sequence[Token], source: Source
+    token: Token,
+    accepts: frozenset[str],
+    before: Sequence[Token],
+    source: Source,
+    whole: Sequence[Token] = (),
 ) -> Diagnostic:
-    """Return the diagnostic for a token that cannot stand where it stands."""
+    """Return the diagnostic for a token that cannot stand where it stands.
+
+    `whole` is the statement that ends in front of the token, where it is the token that begins the next.
+    """
     last = before[-1] if before else None
     ended = token.type == END
     if not before and token.type == "NAME" and "KIND" in accepts:
-        return _unknown_kind(token, source)
+        return _unknown_kind(token, source, whole)
     message = "the text ends too early" if ended else f"unexpected `{printable(token.text)}`"
     at = Span(source, token.start, token.end)
     if ended and last:
@@ -105,16 +113,33 @@ def _help(
         return _DOUBLED["="]
     if token.text == "=" and "AND" in accepts:
         return "`==` compares"
+    if accepts == {"EQUAL"} and last:
+        return f"write {_as_field(last, source)}"
     statement = token.type in _STATEMENT and _begins_line(token, last, source)
     if "COMMA" in accepts and token.type in ("NAME", "UNIT", "KIND", "RUN") and not statement:
         return "fields are separated by `,`"
     return None
 
 
-def _unknown_kind(token: Token, source: Source) -> Diagnostic:
+def _unknown_kind(token: Token, source: Source, whole: Sequence[Token]) -> Diagnostic:
     label = Label(Span(source, token.start, token.end))
     kinds = f"kinds are {', '.join(f'`{kind}`' for kind in KINDS)}"
     words = [*KINDS, "let", "use", "when", "train"]
     name = printable(token.text)
     help = suggest(token.text, words)
+    clause = bool(whole) and whole[0].type in ("KIND", "RUN")
+    if help is None and clause and not _begins_line(token, whole[-1], source):
+        field = _as_field(token, source, braces=True)
+        help = f"the fields of a clause stand in braces: write {field}"
     return Diagnostic("unknown-kind", f"there is no kind `{name}`", (label,), (kinds,), help)
+
+
+_VALUE = re.compile(r"\s*(?:(?:as|every|for|from|on|until)\b|=)?\s*([^,{}#\n]*)")
+
+
+def _as_field(name: Token, source: Source, *, braces: bool = False) -> str:
+    """Return a name and what follows it on its line as a field, in backticks."""
+    found = _VALUE.match(source.text, name.end)
+    value = printable(found[1].strip(), 40) if found else ""
+    field = f"{printable(name.text)} = {value or '...'}"
+    return f"`{{ {field} }}`" if braces else f"`{field}`"

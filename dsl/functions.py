@@ -53,6 +53,13 @@ FUNCTIONS: dict[str, Function] = {
     "abs": Function({"x": "number"}, 1, 1, "the absolute value", schedule=False),
 }
 
+
+def example(name: str) -> str:
+    """Return a call of a function with the arguments it must have: `cosine()`, `warmup(over = ...)`."""
+    needed = list(FUNCTIONS[name].arguments)[: FUNCTIONS[name].required]
+    return f"{name}({', '.join(f'{argument} = ...' for argument in needed)})"
+
+
 # What `batch` of the data may be instead of an amount; the compiler gives them their meaning.
 POLICIES: dict[str, Function] = {
     "ramp": Function(
@@ -98,5 +105,5 @@ PLACES = ("depth", "block", "blocks")  # where a value is used, in the order of 
 SCHEDULE_NAMES = (*PLACES, "progress", *COUNTERS)
 SIGNALS = ("loss", "batch", "lr", "step")  # what every run measures
 WHERE_NAMES = ("numel", "ndim", "depth", "block")
-TARGETS = ("batch", "lr")  # what every rule may set
+TARGETS = ("batch",)  # what rules may set
 SELECTORS = ("type", "ndim", "role", "depth")

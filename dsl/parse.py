@@ -85,13 +85,16 @@ def _piecewise(tokens: list[Token], builder: TreeBuilder, out: Parsed) -> None:
             statements += run(piece, builder).statements
         except Refused as refusal:
             index = _index(refusal.token, piece)
+            whole: list[Token] = []
             if END in refusal.accepts:  # what came before is whole: keep it
-                statements += run(piece[:index], builder).statements
+                whole = piece[:index]
+                statements += run(whole, builder).statements
                 piece = piece[index:]
                 index = 0
             # A character that means nothing leaves a gap, which is no second mistake.
             if not _among(garbled, piece):
-                out.found.append(_diagnose(refusal, piece[:index], following, builder.source))
+                source = builder.source
+                out.found.append(_diagnose(refusal, piece[:index], following, source, whole))
             out.lost |= _defined(piece)
     out.tree = ast.Tree(tuple(statements), span=builder.source.span())
 
@@ -133,7 +136,11 @@ def _defined(piece: Sequence[Token]) -> set[str]:
 
 
 def _diagnose(
-    refusal: Refused, before: Sequence[Token], following: Token | None, source: Source
+    refusal: Refused,
+    before: Sequence[Token],
+    following: Token | None,
+    source: Source,
+    whole: Sequence[Token],
 ) -> Diagnostic:
     token = refusal.token
     if refusal.too_deep:
@@ -141,7 +148,7 @@ def _diagnose(
         return Diagnostic("too-deep", f"this is nested more than {MAX_DEPTH} deep", (label,))
     if token.type == END and following:
         token = following
-    return explain(token, refusal.accepts, before, source)
+    return explain(token, refusal.accepts, before, source, whole)
 
 
 def _index(token: Token, piece: Sequence[Token]) -> int:

@@ -78,7 +78,9 @@ class Resolver:
                 self.lets.define(item.statement)
         self.lets.override(overrides, gathered.lost)
         self.lets.settle()
-        self.scope = Scope(self._labels(), self.lets.values, gathered.lost | self.lets.broken)
+        measuring = {cls.name: cls.usage for cls in catalog.values() if cls.signals}
+        lost = gathered.lost | self.lets.broken
+        self.scope = Scope(self._labels(), self.lets.values, lost, measuring)
 
     def checked(self) -> Checked:
         """Return the spec and what is wrong with it."""
@@ -162,8 +164,7 @@ class Resolver:
             return Do(tree.target.id, text)
         label = tree.target.id.partition(".")[0]
         if label not in self.scope.lost and "*" not in self.scope.lost:
-            constructs = {k: list(v) for k, v in self.scope.constructs.items()}
-            self.found += target_problems(tree.target.id, constructs, tree.target.span)
+            self.found += target_problems(tree.target.id, tree.target.span)
         assert tree.value is not None
         value = self._try(
             expression, tree.value, f"`{printable(tree.target.id)}` cannot be set to this"

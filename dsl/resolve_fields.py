@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -180,12 +181,24 @@ class FieldResolver:
             return
         text, help = problem_text(detail)
         if name not in self.first:
-            self._note("bad-value", f"`{title}` does not go together", (Label(self.head, text),))
+            labels = self._blamed(text) or (Label(self.head, text),)
+            self._note("bad-value", f"`{title}` does not go together", labels)
             return
         rule = "wrong-unit" if detail["type"] == "wrong_unit" else "bad-value"
         label = Label(self.first[name].value.span, text)
         message = f"`{title}` cannot take this `{name}`"
         self._note(rule, message, (label,), self._about(name), help)
+
+    def _blamed(self, text: str) -> tuple[Label, ...]:
+        """Return labels at the fields that stand in the clause and that a message names, the last one first.
+
+        A construct's own check of its fields names them in backticks: `group`, or `group = 8`.
+        """
+        told = re.findall(r"`(\w+)[^`]*`", text)
+        given = [item for name, item in self.first.items() if name in told]
+        spans = sorted((item.name.span | item.value.span for item in given), key=lambda s: s.start)
+        labels = [Label(span, "with this") for span in reversed(spans)]
+        return (labels[0].replace(text=text), *labels[1:]) if labels else ()
 
     def _missing(self, name: str) -> None:
         title = self.cls.heading()

@@ -117,11 +117,6 @@ RULES: dict[str, About] = {
         "A condition on something never measured would never come true.",
         "Use one of the signals in the note; `trainc explain CONSTRUCT` lists them.",
     ),
-    "ambiguous-name": About(
-        "A name could mean several clauses.",
-        "Two clauses with the same construct measure two different things.",
-        "Label them: `noise_scale gns as early on ...`, and use `early`.",
-    ),
     "reserved-name": About(
         "A `let` or a label takes a name that cannot be one: it means something already, or "
         "has a dot.",
@@ -134,9 +129,9 @@ RULES: dict[str, About] = {
         "Remove one. To vary a value from outside use `--set name=value`.",
     ),
     "duplicate-label": About(
-        "Two clauses have the same `as` name.",
+        "Two clauses have the same name: the same `as`, or the same construct without one.",
         "The name is what conditions, logs and checkpoints call the clause.",
-        "Rename one.",
+        "Name one of them: `noise_scale gns as early on ...`, and use `early`.",
     ),
     "duplicate-clause": About(
         "A kind that may come once is there twice.",
@@ -192,8 +187,8 @@ RULES: dict[str, About] = {
     ),
     "unknown-target": About(
         "A rule assigns to something that cannot be set.",
-        "Rules set `batch`, `lr`, and fields of clauses by label: `pace.weight`.",
-        "Write one of these on the left of `=`.",
+        "Rules set `batch`; rates and fields of clauses follow schedules.",
+        "Write `batch` on the left of `=`, or a schedule where the field is.",
     ),
     "no-action": About(
         "A `when` rule has no actions.",
@@ -211,6 +206,11 @@ RULES: dict[str, About] = {
         "A selector with `expect` matches another number of things.",
         "`expect` is there to notice that a model has changed.",
         "Look at the list in the note; correct the selector or the number.",
+    ),
+    "unknown-class": About(
+        "A name in `type(...)` is a class neither of the model nor of torch.nn.",
+        "Beside classes that do match, a misspelt one would leave its layers out in silence.",
+        "Write the name in the help line. A clause that also serves models with that class is `optional`.",
     ),
     "selector-matches-frozen": About(
         "A selector matches parameters that are not trained.",

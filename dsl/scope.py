@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from trainc.dsl import ast
 from trainc.dsl.construct import Construct
 from trainc.dsl.diagnostics import Diagnostic, Label, nearest, suggest
-from trainc.dsl.functions import FUNCTIONS, PLACES, SCHEDULE_NAMES, SIGNALS
+from trainc.dsl.functions import FUNCTIONS, PLACES, SCHEDULE_NAMES, SIGNALS, example
 from trainc.dsl.source import Span
 
 BUILT_IN = (*SCHEDULE_NAMES, *SIGNALS, "micro_batch")
@@ -21,10 +21,13 @@ class Scope:
         constructs: Mapping[str, Iterable[type[Construct]]],
         lets: Iterable[str] = (),
         lost: Iterable[str] = (),
+        measuring: Mapping[str, str] | None = None,
     ) -> None:
         self.constructs = {label: tuple(found) for label, found in constructs.items()}
         self.lets = tuple(lets)
         self.lost = frozenset(lost)
+        self.measuring = measuring or {}
+        """Clauses that would define a name, by the name: those of constructs that measure something."""
         self.found: list[Diagnostic] = []
         self.used: set[str] = set()
 
@@ -43,22 +46,14 @@ class Scope:
         if label not in self.constructs:
             options = [*BUILT_IN, *self.lets, *self.signals()]
             note = f"names are {', '.join(f'`{n}`' for n in options if n not in PLACES)}"
-            near = nearest(name, FUNCTIONS)
-            help = suggest(name, options) or (f"did you mean `{near}(...)`?" if near else None)
+            help = self._meant(name, options)
             message = f"there is no name `{name}`"
             return Diagnostic("unknown-name", message, labels, (note,), help)
         self.used.add(label)
         found = self.constructs[label]
-        if len(found) > 1:
-            message = f"`{label}` names {len(found)} clauses"
-            return Diagnostic(
-                "ambiguous-name",
-                message,
-                labels,
-                (),
-                f"tell them apart: `{found[0].heading()} as first ...`",
-            )
-        if not found:  # the clause itself is broken, and reported
+        if (
+            len(found) != 1
+        ):  # the clauses are at fault, by a mistake in one or by their name, and reported
             return None
         signals = found[0].signals
         if not signals:
@@ -69,6 +64,15 @@ class Scope:
             message = f"`{found[0].heading()}` has no signal `{signal}`"
             return Diagnostic("unknown-signal", message, labels, (known,), suggest(signal, signals))
         return None
+
+    def _meant(self, name: str, options: Iterable[str]) -> str | None:
+        """Return what was perhaps meant by a name that nothing defines."""
+        if name in FUNCTIONS:
+            return f"write it as a call: `{example(name)}`"
+        if (clause := self.measuring.get(name.partition(".")[0])) is not None:
+            return f"nothing measures it yet: add `{clause}`"
+        near = nearest(name, FUNCTIONS)
+        return suggest(name, options) or (f"did you mean `{example(near)}`?" if near else None)
 
     def signals(self) -> list[str]:
         """Return every name of a signal, the dotted ones too."""

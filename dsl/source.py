@@ -39,6 +39,10 @@ class Span(Record):
         """Return the characters it covers."""
         return self.source.text[self.start : self.end]
 
+    def part(self, start: int, end: int) -> Span:
+        """Return the span of some of its characters, counted from its own first."""
+        return Span(self.source, self.start + start, self.start + end)
+
     def __str__(self) -> str:
         line, column = self.source.position(self.start)
         return f"{self.source.name}:{line}:{column}"

@@ -149,7 +149,7 @@ class Clause(_ByJson):
 
 
 class Assign(Record):
-    """`target = value`; the target is a signal such as `batch`, or a field: `pace.weight`."""
+    """`target = value`; the target is `batch`."""
 
     target: str
     value: Expr

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainc.compiler.division import Division
+from trainc.compiler.refusals import spoken
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,6 +20,9 @@ class SiteError(Exception):
     """A site cannot do what the plan expects of it; the message names the module, `rule` the diagnostic."""
 
     rule = "site-not-delivered"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(spoken(message))
 
 
 class ExampleAxisUnknown(SiteError):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from trainc.compiler.layers.armed import Bound, SiteError, checked_probe, one_view
-from trainc.compiler.layers.kinds import Found, Kind, own_names
+from trainc.compiler.layers.kinds import Found, Kind, NotMeasurable, own_names
 from trainc.compiler.passes.forward import ForwardGraph
 from trainc.compiler.rewrite import LayerSite
 from trainc.kernels.group_norm import group_norm
@@ -33,9 +33,14 @@ class BoundGroupNorm(Bound):
 
 
 def recognise(name: str, module: nn.Module) -> LayerSite | None:
-    """Return the site of an affine GroupNorm, or of an InstanceNorm that keeps no running statistics."""
+    """Return the site of an affine GroupNorm or InstanceNorm; raises NotMeasurable where that keeps statistics."""
     own = own_names(name, module)
     if isinstance(module, _INSTANCE_NORMS):
+        if module.track_running_stats:
+            raise NotMeasurable(
+                f"`{name}` ({type(module).__name__}) keeps running statistics, averages over the examples that our"
+                " operator does not update: make it with track_running_stats=False, or leave it out of the selection"
+            )
         known = not module.track_running_stats and type(module).__module__.startswith("torch.")
     else:
         known = isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from trainc.compiler.refusals import spoken
 from trainc.compiler.rewrite import LayerSite, MeasuredSite, NormSite
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Kind:
 
 class NotMeasurable(ValueError):
     """A module computes nothing whose per-example gradient norms we know how to take."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(spoken(message))
 
 
 @cache
