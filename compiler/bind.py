@@ -34,6 +34,8 @@ ORDER = (
 )  # fmt: skip
 """The order in which clauses are lowered, and in which equal-phase actions that rewrite one resource run."""
 
+_SEVERAL = "a spec for several models selects by roles, as `role(norm)` does, or makes the clause `optional`"
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:

@@ -16,6 +16,7 @@ from trainc.compiler.lowering import Parts, Task
 from trainc.compiler.micro import Micro, Portion
 from trainc.compiler.replication import check_apart, follow
 from trainc.compiler.settings import RunSettings
+from trainc.compiler.unscale import unscale
 from trainc.runtime import batches
 from trainc.runtime.batches import Batch
 from trainc.runtime.clock import Clock, RunLength
@@ -136,20 +137,25 @@ class Program:
         step = self._open([checked], part)
         return self._run_modules(step, checked, Portion(share, part, step.samples))
 
-    def update(self) -> dict[str, float]:
+    def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
         """Apply what `backward()` left: gradient steps, optimizer, observers. Return the step's metrics.
 
-        Raises StopRun when a rule or a non-finite loss ends the run; then no update was made.
+        With the GradScaler that scaled the losses gradients are unscaled first, and a step in which they overflowed is
+        passed over; `scaler.update()` is the caller's. Raises ValueError where other hands scaled gradients that
+        something measured is compared with, StopRun when a rule or a non-finite loss ends the run; then no update was made.
         """
         step = self._machine.current
         if step is None or not self._micros:
             raise RuntimeError(
                 "nothing to update: call `program.loss(batch)` and `backward()` first"
             )
+        named = self.execution.parameters
+        overflowed = scaler is not None and unscale(scaler, self._parts, named)
         self._collect(step)
         self._last = step
-        if not math.isfinite(step.loss) and self.settings.on_nan != "continue":
-            self._refuse_update(step)
+        refused = not math.isfinite(step.loss) and self.settings.on_nan != "continue"
+        if refused or overflowed:
+            self._pass_over(step)
         else:
             self._machine.finish()
         self.sites.disarm()
@@ -276,6 +282,8 @@ class Program:
             self._terms.setdefault(name, step.metrics[name])
         if step.contributions:
             self._check_shares(step)
+            if replicas is None:
+                self.execution.statistics.witness.check()
         self._micros.clear()
         self.execution.statistics.close()
 
@@ -307,15 +315,15 @@ class Program:
         )
         step.metrics.update({name: means[f"term {name}"] for name in terms})
 
-    def _refuse_update(self, step: Step) -> None:
-        """Drop a step with a non-finite loss: stop the run, or count it and go on."""
+    def _pass_over(self, step: Step) -> None:
+        """Drop a step that nothing can be updated by: stop the run for its loss, or count it and go on."""
         for action in self._parts.actions:
             if isinstance(action, OptimizerStep):
                 action.zero_grad()
         for compact in self._parts.compacts.values():
             compact.discard()
         self._machine.abandon()
-        if self.settings.on_nan == "stop":
+        if not math.isfinite(step.loss) and self.settings.on_nan == "stop":
             steps = self.clock.steps
             raise NonFiniteLoss(
                 f"the loss is {step.loss} at step {steps}; the weights are those before it"
@@ -342,6 +350,7 @@ class Program:
         for compact in self._parts.compacts.values():
             compact.read()
         self._micros.clear()
+        self.execution.statistics.close()
         self._machine.abandon()
 
     def save(self, folder: str | Path) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainc.compiler.layers.armed import SiteError, listed
 from trainc.compiler.units import Groups
+from trainc.compiler.witness import Witness
 from trainc.runtime.sharded import squared_norms
 from trainc.runtime.step import Contribution
 
@@ -27,6 +28,8 @@ class Statistics:
         self.rewrite, self.whole = parts.rewrite, parts.whole
         self._parameters = parameters
         self._open: Micro | None = None
+        plain = [n for n in (*self.parameters, *self.whole) if n not in parts.compacts]
+        self.witness = Witness(plain, parameters)
         for name, running in self.whole.items():
             parameters[name].register_hook(partial(self._note_whole, name, running))
 
@@ -52,7 +55,7 @@ class Statistics:
 
     def watch(self, micro: Micro, total: Tensor) -> None:
         """Have the backward pass of `total` leave what is measured in `micro`."""
-        self._open = micro
+        self._open = self.witness.micro = micro
 
         def note(gradient: Tensor) -> None:
             micro.scale = gradient
@@ -72,6 +75,9 @@ class Statistics:
             found = self._parameters[name].grad if running else gradients[name]
             if found is not None:
                 micro.whole[name] = squared_norm(found)
+        own = gradients.get(self.witness.name or "")
+        if own is not None:
+            self.witness.add(own)
 
     def _note_whole(self, name: str, running: bool, gradient: Tensor) -> None:
         """Keep the squared norm of a micro-batch's gradient, or of all the step's so far (`running`)."""
@@ -82,7 +88,8 @@ class Statistics:
 
     def close(self) -> None:
         """Let gradients that belong to no micro-batch pass unmeasured."""
-        self._open = None
+        self._open = self.witness.micro = None
+        self.witness.close()
 
     # what it left
 

@@ -210,7 +210,8 @@ RULES: dict[str, About] = {
     "unknown-class": About(
         "A name in `type(...)` is a class neither of the model nor of torch.nn.",
         "Beside classes that do match, a misspelt one would leave its layers out in silence.",
-        "Write the name in the help line. A clause that also serves models with that class is `optional`.",
+        "Write the name in the help line. A spec for several models selects by `role(norm)` and the like, or has the"
+        " clause `optional`.",
     ),
     "selector-matches-frozen": About(
         "A selector matches parameters that are not trained.",

@@ -92,7 +92,7 @@ FOREIGN = [
     for build in (gpt2, llama, gemma, bert, timm_vit)
 ]
 ALL = [pytest.param(encoder, id="encoder"), *FOREIGN]
-NORMS = "type(LayerNorm, RMSNorm, LlamaRMSNorm, GemmaRMSNorm)"
+NORMS = "role(norm)"
 
 
 @pytest.mark.parametrize("build", ALL)
