@@ -142,7 +142,7 @@ class Program:
 
         With the GradScaler that scaled the losses gradients are unscaled first, and a step in which they overflowed is
         passed over; `scaler.update()` is the caller's. Raises ValueError where other hands scaled gradients that
-        something measured is compared with, StopRun when a rule or a non-finite loss ends the run; then no update was made.
+        something measured is compared with, StopRun when a rule or a non-finite loss ends the run; then nothing moved.
         """
         step = self._machine.current
         if step is None or not self._micros:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainc.compiler.replication import first_shard
 from trainc.runtime.optimizer import OptimizerStep
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ def unscale(
         raise ValueError(
             f"a mask keeps the gradients of {names} where no GradScaler finds them: train in bfloat16, which needs no"
             " scaler, or leave the mask out"
+        )
+    if first_shard(parameters) is not None:
+        raise ValueError(
+            "replicas of sharded parameters (FSDP2) do not agree on what overflowed: train in bfloat16, which needs no"
+            " scaler"
         )
     for action in parts.actions:
         if isinstance(action, OptimizerStep):

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from examples.models import gpt
 from torch import nn
 
 import trainc
+from examples.models import gpt
 from trainc.compiler.program import Program
 
 SPEC = """
@@ -138,4 +138,14 @@ def test_a_mask_and_a_scaler_exclude_each_other() -> None:
     made, scaler = trainc.compile(spec, model), torch.amp.GradScaler("cpu")
     scaler.scale(made.loss(batch())).backward()
     with pytest.raises(ValueError, match="a mask keeps the gradients of"):
+        made.update(scaler)
+
+
+def test_sharded_parameters_and_a_scaler_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, scaler = program(), torch.amp.GradScaler("cpu")
+    halves(made, scaler)
+    monkeypatch.setattr("trainc.compiler.unscale.first_shard", lambda parameters: "head.weight")
+    with pytest.raises(ValueError, match="do not agree on what overflowed"):
         made.update(scaler)
