@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from trainc.dsl import ast
@@ -17,7 +18,12 @@ from trainc.dsl.resolve_fields import FieldResolver, is_lost, place
 from trainc.dsl.scope import Scope
 from trainc.dsl.spec import Clause, Origin, unknown_construct
 
-_READ = {"on": selector, "from": duration, "until": duration, "every": duration}
+_READ: dict[str, Callable[[ast.Node], Any]] = {
+    "on": selector,
+    "from": duration,
+    "until": duration,
+    "every": duration,
+}
 _ROLE = {
     "on": "`on` takes a selector",
     "from": "`from` takes a duration",
