@@ -203,15 +203,16 @@ class Measure(Action):
                 step.metrics.update(self._tell_calibration(self.calibration))
         scales = {name: a.scale(s.errors) for name, a in self.layers.items()}
         parts = {name: a.estimate for name, a in self.layers.items()}
+        ends = {name: a.interval(s.level) for name, a in self.layers.items()}
         if not self.finite:
             found = dict.fromkeys(found, math.nan)
             scales, parts = dict.fromkeys(scales, math.nan), dict.fromkeys(parts, UNDETERMINED)
+            ends = dict.fromkeys(ends, (math.nan, math.nan))
         step.signals.update(found)
         step.metrics.update(found)
         step.series[self.name] = scales
         step.series[f"{self.name}.signal"] = {name: part.signal for name, part in parts.items()}
         step.series[f"{self.name}.noise"] = {name: part.noise for name, part in parts.items()}
-        ends = {name: a.interval(s.level) for name, a in self.layers.items()}
         step.series[f"{self.name}.low"] = {name: low for name, (low, _) in ends.items()}
         step.series[f"{self.name}.high"] = {name: high for name, (_, high) in ends.items()}
 
