@@ -20,6 +20,7 @@ from trainc.compiler.layers.armed import Armed, Bound, SiteError, listed, repeat
 from trainc.compiler.layers.batch_norm import BoundGhostBatchNorm
 from trainc.compiler.layers.kinds import behaviour
 from trainc.compiler.rewrite import MeasuredSite, NoiseSite, Rewrite
+from trainc.compiler.uses import uncompiled
 from trainc.kernels.multiplicative_noise import multiplicative_noise
 
 if TYPE_CHECKING:
@@ -167,7 +168,10 @@ class Sites:
 
     @contextmanager
     def counted(self) -> Iterator[dict[str, int]]:
-        """Count how often each measuring or noisy site runs forward inside this block."""
+        """Count how often each measuring or noisy site runs forward inside this block.
+
+        Compiled parts run as they are written: code that another program of this model had compiled knows no hook.
+        """
         watched = {m.trainc.name: m for m in self.bound() if m.trainc.delivers}
         counts = dict.fromkeys(watched, 0)
 
@@ -181,7 +185,8 @@ class Sites:
             cast(nn.Module, m).register_forward_hook(hook(name)) for name, m in watched.items()
         ]
         try:
-            yield counts
+            with uncompiled():
+                yield counts
         finally:
             for handle in handles:
                 handle.remove()

@@ -103,17 +103,22 @@ def _standing_in(name: str, module: nn.Module, owned: Owned) -> Iterator[None]:
 @contextmanager
 def as_written() -> Iterator[None]:
     """Let compiled functions and reentrant checkpoints run their Python: both hide what reads a weight."""
-    # What was compiled has imported dynamo; to import it for nothing takes a second.
-    compiled = "torch._dynamo" in sys.modules
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     module: Any = checkpoint
     kept = module.CheckpointFunction
     module.CheckpointFunction = _Unfolded
     try:
-        with cast("AbstractContextManager[None]", eager):
+        with uncompiled():
             yield
     finally:
         module.CheckpointFunction = kept
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Let compiled functions run their Python."""
+    # What was compiled has imported dynamo; to import it for nothing takes a second.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return cast("AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
 
 
 class _Unfolded:
