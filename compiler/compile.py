@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from trainc.compiler.execution import Executor
     from trainc.compiler.program import Program
     from trainc.dsl.spec import Spec
-    from trainc.runtime.clock import Unit
-
-SIGNAL_UNITS: Mapping[str, Unit] = {"batch": "samples", "micro_batch": "samples", "step": "steps"}
 
 
 def compile(
@@ -122,7 +119,7 @@ def _first_signals(binding: Binding) -> Signals:
 def _assemble(
     binding: Binding, model: nn.Module, signals: Signals, *, to_run: bool = True
 ) -> Parts:
-    units = {**SIGNAL_UNITS, **signal_units(binding.clauses)}
+    units = signal_units(binding.clauses)
     setting = Setting(model, binding.inventory, binding.units, binding.length, signals, units)
     parts = assemble(binding.clauses, setting, to_run=to_run)
     parts.actions += rules(binding.spec.rules, setting, _signals(binding))

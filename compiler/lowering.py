@@ -115,7 +115,7 @@ class Setting:
     length: RunLength | None
     signals: Signals
     signal_units: Mapping[str, Unit] = field(default_factory=dict)
-    """What signals count; the others are plain numbers."""
+    """What the signals of clauses count, beside those that every run has; the others are plain numbers."""
 
 
 class Lowering:
@@ -196,11 +196,7 @@ class Lowering:
         value = Schedules(self._setting.units, length, units).compile(to_json(expression))
         if value.unit != unit:
             counts = f"counts {value.unit}" if value.unit else f"does not count {unit}"
-            fit = [
-                name
-                for name in units
-                if units[name] == unit and name not in ("batch", "micro_batch")
-            ]
+            fit = [name for name, counted in units.items() if counted == unit]
             known = f"; {', '.join(f'`{name}`' for name in fit)} do" if fit else ""
             raise ValueError(
                 f"`{expression}` {counts}, and a batch is a number of {unit}{known}; a plain number becomes one by"

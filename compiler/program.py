@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainc.compiler.execution import Execution, Executor
 from trainc.compiler.lowering import Parts, Task
 from trainc.compiler.micro import Micro, Portion
+from trainc.compiler.outcome import factor_lines, loss_lines
 from trainc.compiler.replication import check_apart, follow
 from trainc.compiler.settings import RunSettings
 from trainc.compiler.unscale import unscale
@@ -372,36 +373,16 @@ class Program:
     def summary(self) -> list[str]:
         """Return what each line of the spec did, as found."""
         lines = [line for action in self._machine.actions if (line := action.summary()) is not None]
-        lines[:0] = [*self._loss_lines(), *self._factor_lines()]
+        lines[:0] = [
+            *loss_lines(self._parts, self._terms, self._last, self.clock.steps),
+            *factor_lines(self._parts),
+        ]
         if self.graph_refused is not None:
             lines.append(f"no graph, the bound modules ran instead: {self.graph_refused}")
         dropped = [clause for clause in self.plan.clauses if clause["dropped"]]
         return lines + [
             f"{c['kind']} {c['construct']}: not in the program, {c['dropped']}" for c in dropped
         ]
-
-    def _loss_lines(self) -> Iterator[str]:
-        """Yield what the loss and its terms were at first and at last."""
-        last, first = self._last, self._terms
-        if last is None or "loss" not in first:
-            return
-        yield f"loss: {first['loss']:.4g} -> {last.loss:.4g} in {self.clock.steps} steps"
-        pairing = self._parts.rewrite.pairing
-        if pairing is not None:
-            sites = len(self._parts.rewrite.noises)
-            apart = f"{first['consistency']:.4g} -> {last.metrics['consistency']:.4g}"
-            yield f"{pairing.label}: distance of the two views {apart}, noise at {sites} layers"
-
-    def _factor_lines(self) -> Iterator[str]:
-        """Yield the factors of rate policies that never change and so have no action to tell of them."""
-        told = {action.name for action in self._parts.actions}
-        factors: dict[str, list[float]] = {}
-        for scales in self._parts.scales.values():
-            for scale in scales:
-                if scale.policy not in told:
-                    factors.setdefault(scale.policy, []).append(scale.factor)
-        for policy, found in factors.items():
-            yield f"{policy}: factors {min(found):.3g} to {max(found):.3g} on {len(found)} parameters"
 
     def unbind(self) -> None:
         """Give the user's layers their own classes back; the program cannot train afterwards."""

@@ -4,11 +4,17 @@ import math
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn import functional
 
 from trainc.kernels.registration import register
-from trainc.kernels.support import REDUCED, absent, accumulation_dtype, on_demand, require
+from trainc.kernels.support import (
+    REDUCED,
+    absent,
+    accumulation_dtype,
+    as_composed,
+    on_demand,
+    require,
+)
 
 REMAINDERS = ("error", "merge_last")
 # Elements up to which torch's calls, ghost by ghost, cost less on a CPU than an operator around them.
@@ -58,7 +64,8 @@ def ghost_batch_norm(
             raise RuntimeError(
                 f"running statistics must have the shape {tuple(x.shape[1:2])}, not {tuple(running.shape)}"
             )
-    if as_composed(x, running_mean, running_var, weight, bias):
+    # In 16 bits torch would keep the statistics in 16 bits.
+    if x.dtype not in REDUCED and as_composed(SMALL, x, running_mean, running_var, weight, bias):
         check(x, weight, bias, ghost_size, remainder)
         each = [
             functional.batch_norm(
@@ -72,13 +79,6 @@ def ghost_batch_norm(
         advance_(running_mean, running_var, mean, var, momentum)
     result: Tensor = y
     return result
-
-
-def as_composed(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether torch's own calls cost less than an operator; compiled code keeps the operator."""
-    # In 16 bits torch would keep the statistics in 16 bits, and it takes no mixture of dtypes.
-    alike = x.dtype not in REDUCED and all(t is None or t.dtype == x.dtype for t in others)
-    return alike and x.device.type == "cpu" and x.numel() <= SMALL and not is_compiling()
 
 
 def advance_(

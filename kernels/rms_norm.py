@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn import functional
 
 from trainc.kernels.registration import in_float32, register, register_autocast
@@ -13,6 +12,7 @@ from trainc.kernels.support import (
     Folded,
     absent,
     accumulation_dtype,
+    as_composed,
     batch_sum,
     check_norm,
     fold,
@@ -61,7 +61,7 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the norms: Gray et al. 2024, arXiv:2411.00999.
     """
-    if probe is None and casting == "none" and as_composed(x, weight):
+    if probe is None and casting == "none" and as_composed(SMALL, x, weight):
         try:
             return functional.rms_norm(x, list(normalized_shape), weight, eps)
         except RuntimeError:
@@ -70,12 +70,6 @@ def rms_norm(
     eps = default_eps(x.dtype) if eps is None else eps
     y: Tensor = _forward(x, list(normalized_shape), weight, probe, eps, casting)[0]
     return y
-
-
-def as_composed(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether torch's composition costs less than an operator; compiled code keeps the operator."""
-    alike = weight is None or weight.dtype == x.dtype  # torch warns of others
-    return alike and x.device.type == "cpu" and not is_compiling() and x.numel() <= SMALL
 
 
 def reference(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 REDUCED = (torch.bfloat16, torch.float16)
 
@@ -52,6 +53,15 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     dtype = torch.get_autocast_dtype(device)
     cast = (torch.float32, *REDUCED)
     return [t.to(dtype) if t is not None and t.dtype in cast else t for t in tensors]
+
+
+def as_composed(limit: int, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether torch's own calls cost less than an operator: for up to `limit` elements of x on a CPU.
+
+    Compiled code keeps the operator, and so do tensors in several dtypes, which torch warns of or refuses.
+    """
+    alike = all(t is None or t.dtype == x.dtype for t in others)
+    return alike and x.device.type == "cpu" and not is_compiling() and x.numel() <= limit
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,7 +19,7 @@ Values = Mapping[str, float]
 Function = Callable[[Clock, Values], float]
 
 COUNTERS: tuple[Unit, ...] = ("steps", "samples", "tokens", "epochs", "seconds")
-SIGNAL_UNITS: Mapping[str, Unit] = {"batch": "samples", "micro_batch": "samples"}
+SIGNAL_UNITS: Mapping[str, Unit] = {"batch": "samples", "micro_batch": "samples", "step": "steps"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def recognise(name: str, module: nn.Module) -> LayerSite | None:
                 f"`{name}` ({type(module).__name__}) keeps running statistics, averages over the examples that our"
                 " operator does not update: make it with track_running_stats=False, or leave it out of the selection"
             )
-        known = not module.track_running_stats and type(module).__module__.startswith("torch.")
+        known = type(module).__module__.startswith("torch.")
     else:
         known = isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
     return LayerSite(name, "group_norm", own["weight"], own["bias"]) if known and own else None
