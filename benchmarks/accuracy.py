@@ -23,7 +23,7 @@ from benchmarks.adversarial import fill
 from benchmarks.device import clones, poison
 from benchmarks.measure import ROOT, Json, machine
 from benchmarks.operators import Problem, step
-from trainc.kernels.support import accumulation_dtype
+from trainc.kernels.library.contracts import accumulation_dtype
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy_cpu.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

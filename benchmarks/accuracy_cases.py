@@ -28,8 +28,8 @@ from benchmarks.operators import (
     embedding,
     norm,
 )
-from trainc.kernels import multiplicative_noise as noise
-from trainc.kernels import task_consistency_loss as consistency
+from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.noise import multiplicative_noise as noise
 
 
 @dataclass(frozen=True)

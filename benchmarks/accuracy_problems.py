@@ -23,13 +23,13 @@ from benchmarks.operators import (
     noisy,
     norm,
 )
-from trainc.kernels import ghost_batch_norm as ghosts
-from trainc.kernels import group_norm as groups_of
-from trainc.kernels import head_consistency_loss as heads
-from trainc.kernels import multiplicative_noise as noise
-from trainc.kernels import sparse_adamw as adamw
-from trainc.kernels import task_consistency_loss as consistency
-from trainc.kernels.support import accumulation_dtype
+from trainc.kernels.library.contracts import accumulation_dtype
+from trainc.kernels.loss import head_consistency_loss as heads
+from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.noise import multiplicative_noise as noise
+from trainc.kernels.norm import ghost_batch_norm as ghosts
+from trainc.kernels.norm import group_norm as groups_of
+from trainc.kernels.parameter import sparse_adamw as adamw
 
 Build = Callable[[Size, torch.dtype, str], Problem]
 

@@ -31,8 +31,10 @@ from benchmarks.operators import (
     norm,
     step,
 )
-from trainc.kernels import layer_norm, multi_norm, rms_norm, task_consistency_loss
-from trainc.kernels import linear as linear_operator
+from trainc.kernels.layer import linear as linear_operator
+from trainc.kernels.loss import task_consistency_loss
+from trainc.kernels.norm import layer_norm, rms_norm
+from trainc.kernels.parameter import multi_norm
 
 RESULTS = ROOT / "benchmarks/results/kernels_cpu.json"
 EXPECTED = "our CPU paths cost at most what the ATen composition costs: ratio at most 1"

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import trainc.functional as ours
-from trainc.kernels import embedding as embeddings
-from trainc.kernels import multiplicative_noise as noise
-from trainc.kernels import philox
-from trainc.kernels.support import accumulation_dtype
+from trainc.kernels.layer import embedding as embeddings
+from trainc.kernels.library.contracts import accumulation_dtype
+from trainc.kernels.noise import multiplicative_noise as noise
+from trainc.kernels.noise import philox
 
 Forward = Callable[..., Any]
 KEY, SITE, VIEWS = philox.pack_key(seed=1, step=2), 3, 2

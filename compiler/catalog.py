@@ -13,13 +13,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainc.dsl.construct import KINDS, Construct
-from trainc.dsl.source import Source
+from trainc.dsl.reading.construct import KINDS, Construct
+from trainc.dsl.text.source import Source
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from trainc.dsl.resolve import Checked
+    from trainc.dsl.resolve.resolver import Checked
 
 GROUP = "trainc.constructs"
 _HERE = "trainc.compiler.constructs"
@@ -73,7 +73,7 @@ def gather(own: Mapping[tuple[str, str], str], others: Iterable[EntryPoint]) -> 
 
 def check(spec: Source | Path | str, overrides: Iterable[str] = ()) -> Checked:
     """Check a spec: a path, a name that ends in `.train` or is a file, or the text itself."""
-    from trainc.dsl.resolve import load
+    from trainc.dsl.resolve.resolver import load
 
     if isinstance(spec, str):
         spec = path_of(spec) or spec

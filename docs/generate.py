@@ -5,7 +5,7 @@ from pathlib import Path
 from runpy import run_path
 
 from trainc.compiler.catalog import catalog
-from trainc.dsl.pages import constructs_page, rules_page
+from trainc.dsl.printing.reference_pages import constructs_page, rules_page
 
 HERE = Path(__file__).parent
 

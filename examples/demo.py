@@ -21,17 +21,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from trainc.compiler.compile import compile, read
-from trainc.compiler.imports import searching
-from trainc.compiler.train import PLAN, SPEC, load_weights
-from trainc.compiler.user_code import build_data, seeded_model
-from trainc.dsl.spec import Assign, Rule, Spec
-from trainc.dsl.values import Name, walk
-from trainc.runtime.display import Display
-from trainc.runtime.loop import train
-from trainc.runtime.metrics import Record
-from trainc.runtime.metrics import read as read_records
-from trainc.runtime.summary import Summary
+from trainc.compiler.driver.compile import compile, read
+from trainc.compiler.driver.train import PLAN, SPEC, load_weights
+from trainc.compiler.model.factories import build_data, seeded_model
+from trainc.compiler.model.import_path import searching
+from trainc.dsl.resolve.spec import Assign, Rule, Spec
+from trainc.dsl.values.value_json import Name, walk
+from trainc.runtime.run.live_display import Display
+from trainc.runtime.run.loop import train
+from trainc.runtime.run.summary import Summary
+from trainc.runtime.storage.jsonl import Record
+from trainc.runtime.storage.jsonl import read as read_records
 
 EXAMPLES = Path(__file__).resolve().parent
 OUT = EXAMPLES.parent / "demo-out"

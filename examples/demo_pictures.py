@@ -7,8 +7,8 @@ from statistics import linear_regression
 from typing import TYPE_CHECKING, Protocol
 
 from trainc.compiler.constructs.observe.norm_growth import LAWS
-from trainc.runtime.metrics import Record
-from trainc.runtime.plots import COLORS, STYLE, smooth
+from trainc.runtime.report.plots import COLORS, STYLE, smooth
+from trainc.runtime.storage.jsonl import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

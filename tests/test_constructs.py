@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import trainc
 from examples.models import gpt
-from trainc.compiler.compile import read
-from trainc.compiler.program import Program
-from trainc.dsl.construct import PHASES, Construct
-from trainc.dsl.fields import read_field
-from trainc.dsl.spec import Clause, Spec
+from trainc.compiler.driver.compile import read
+from trainc.compiler.program.program import Program
+from trainc.dsl.reading.construct import PHASES, Construct
+from trainc.dsl.reading.field_types import read_field
+from trainc.dsl.resolve.spec import Clause, Spec
 
 CATALOG = trainc.catalog()
 ALL = [pytest.param(c, id=f"{k} {n}") for (k, n), c in sorted(CATALOG.items())]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import trainc
-from trainc.dsl.spec import Clause, Spec
-from trainc.dsl.values import Ndim
+from trainc.dsl.resolve.spec import Clause, Spec
+from trainc.dsl.values.value_json import Ndim
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,12 +11,12 @@ import pytest
 
 import trainc
 from trainc.compiler.catalog import catalog
-from trainc.dsl.diagnostics import Diagnostic
-from trainc.dsl.render import render_text
-from trainc.dsl.resolve import load
-from trainc.dsl.rules import RULES
-from trainc.dsl.source import Source
-from trainc.dsl.spec import Spec
+from trainc.dsl.resolve.resolver import load
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.render import render_text
+from trainc.dsl.text.rules import RULES
+from trainc.dsl.text.source import Source
 
 CASE = re.compile(
     r"^## (?P<title>[^\n]+)$(?:(?!^## ).)*?"

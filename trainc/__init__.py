@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainc import functional as functional
-    from trainc.compiler.artefact import load as load
     from trainc.compiler.catalog import catalog as catalog
     from trainc.compiler.catalog import check as check
-    from trainc.compiler.compile import compile as compile
-    from trainc.compiler.compile import plan as plan
-    from trainc.compiler.program import Program as Program
-    from trainc.dsl.diagnostics import SpecError as SpecError
-    from trainc.dsl.spec import Clause as Clause
-    from trainc.dsl.spec import Spec as Spec
+    from trainc.compiler.driver.compile import compile as compile
+    from trainc.compiler.driver.compile import plan as plan
+    from trainc.compiler.driver.saved_program import load as load
+    from trainc.compiler.program.program import Program as Program
+    from trainc.dsl.resolve.spec import Clause as Clause
+    from trainc.dsl.resolve.spec import Spec as Spec
+    from trainc.dsl.text.diagnostic import SpecError as SpecError
 
     __version__: str
 
 _HOME = {
-    "Clause": "trainc.dsl.spec",
-    "Program": "trainc.compiler.program",
-    "Spec": "trainc.dsl.spec",
-    "SpecError": "trainc.dsl.diagnostics",
+    "Clause": "trainc.dsl.resolve.spec",
+    "Program": "trainc.compiler.program.program",
+    "Spec": "trainc.dsl.resolve.spec",
+    "SpecError": "trainc.dsl.text.diagnostic",
     "catalog": "trainc.compiler.catalog",
     "check": "trainc.compiler.catalog",
-    "compile": "trainc.compiler.compile",
-    "load": "trainc.compiler.artefact",
-    "plan": "trainc.compiler.compile",
+    "compile": "trainc.compiler.driver.compile",
+    "load": "trainc.compiler.driver.saved_program",
+    "plan": "trainc.compiler.driver.compile",
 }
 
 __all__ = [*_HOME, "functional"]

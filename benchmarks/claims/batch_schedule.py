@@ -39,7 +39,7 @@ from benchmarks.claims.training import (
 )
 from benchmarks.measure import Json
 from examples.data import Data
-from trainc.compiler.program import Program
+from trainc.compiler.program.program import Program
 
 GOAL = 0.18
 EXPECTED = "at least 18 % of the tokens saved on average, by the ramp or by the closed loop"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from benchmarks.measure import Json
-from trainc.runtime.estimates import student
+from trainc.runtime.noise_scale.estimate import student
 
 LEVEL = 0.9
 """The probability of every interval."""

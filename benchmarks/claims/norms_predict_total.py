@@ -29,7 +29,7 @@ from benchmarks.claims.training import RESULTS, Model, Records, key_of, seeds, t
 from benchmarks.measure import Json
 from examples.data import Data
 from examples.models import Norm
-from trainc.compiler.program import Program
+from trainc.compiler.program.program import Program
 
 NAME = "norms_predict_total"
 GOAL = 0.95

@@ -13,9 +13,9 @@ import trainc
 from benchmarks.measure import ROOT, Json, load, machine
 from examples.data import Data, stdlib
 from examples.models import Norm, gpt
-from trainc.compiler.program import Program
-from trainc.runtime.data import Order, Reader
-from trainc.runtime.streams import seed_step
+from trainc.compiler.program.program import Program
+from trainc.runtime.data.reader import Order, Reader
+from trainc.runtime.storage.random_streams import seed_step
 
 RESULTS = ROOT / "benchmarks/results"
 Look = Callable[[Program, dict[str, float]], None]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from trainc.compiler.layers.armed import (
+from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.layers.registry import Found, Kind, own_names
+from trainc.compiler.layers.site_state import (
     Bound,
     SiteError,
     checked_probe,
@@ -16,10 +18,8 @@ from trainc.compiler.layers.armed import (
     one_view,
     parted_views,
 )
-from trainc.compiler.layers.kinds import Found, Kind, own_names
-from trainc.compiler.passes.forward import ForwardGraph
-from trainc.compiler.rewrite import LayerSite
-from trainc.kernels.convolution import convolution
+from trainc.compiler.method.sites import LayerSite
+from trainc.kernels.layer.convolution import convolution
 
 aten = torch.ops.aten
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -7,12 +7,12 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from trainc.compiler.layers.armed import Bound, checked_probe, joined_views, parted_views
-from trainc.compiler.layers.kinds import Found, Kind, own_names
-from trainc.compiler.passes.forward import ForwardGraph
-from trainc.compiler.rewrite import LayerSite
-from trainc.kernels.embedding import embedding
-from trainc.kernels.tied import tied_embedding
+from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.layers.registry import Found, Kind, own_names
+from trainc.compiler.layers.site_state import Bound, checked_probe, joined_views, parted_views
+from trainc.compiler.method.sites import LayerSite
+from trainc.kernels.layer.embedding import embedding
+from trainc.kernels.layer.tied_weights import tied_embedding
 
 aten = torch.ops.aten
 

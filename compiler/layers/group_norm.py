@@ -7,11 +7,11 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from trainc.compiler.layers.armed import Bound, SiteError, checked_probe, one_view
-from trainc.compiler.layers.kinds import Found, Kind, NotMeasurable, own_names
-from trainc.compiler.passes.forward import ForwardGraph
-from trainc.compiler.rewrite import LayerSite
-from trainc.kernels.group_norm import group_norm
+from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.layers.registry import Found, Kind, NotMeasurable, own_names
+from trainc.compiler.layers.site_state import Bound, SiteError, checked_probe, one_view
+from trainc.compiler.method.sites import LayerSite
+from trainc.kernels.norm.group_norm import group_norm
 
 aten = torch.ops.aten
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from trainc.compiler.layers.armed import Bound, checked_probe, joined_views, parted_views
-from trainc.compiler.layers.kinds import Found, Kind, NotMeasurable, own_names
-from trainc.compiler.passes.forward import ForwardGraph
-from trainc.compiler.passes.spellings import strip
-from trainc.compiler.rewrite import LayerSite
-from trainc.kernels.linear import linear
-from trainc.kernels.tied import tied_linear
+from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.layers.registry import Found, Kind, NotMeasurable, own_names
+from trainc.compiler.layers.site_state import Bound, checked_probe, joined_views, parted_views
+from trainc.compiler.method.sites import LayerSite
+from trainc.compiler.passes.norm_patterns import strip
+from trainc.kernels.layer.linear import linear
+from trainc.kernels.layer.tied_weights import tied_linear
 
 aten = torch.ops.aten
 _FLATTENINGS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}

@@ -9,11 +9,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.layers.armed import Bound, checked_probe, joined_views, parted_views
-from trainc.compiler.layers.kinds import NotMeasurable
-from trainc.compiler.rewrite import NormSite
-from trainc.kernels.layer_norm import layer_norm
-from trainc.kernels.rms_norm import rms_norm
+from trainc.compiler.layers.registry import NotMeasurable
+from trainc.compiler.layers.site_state import Bound, checked_probe, joined_views, parted_views
+from trainc.compiler.method.sites import NormSite
+from trainc.kernels.norm.layer_norm import layer_norm
+from trainc.kernels.norm.rms_norm import rms_norm
 
 # Relative error below which a layer of another make counts as a norm we know.
 _SAME = 1e-4

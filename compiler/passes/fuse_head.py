@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from trainc.compiler.passes.base import Pass
-from trainc.compiler.passes.forward import ForwardGraph, call_site
+from trainc.compiler.graph.forward_graph import ForwardGraph, call_site
+from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.insert_consistency import LOSS
-from trainc.compiler.rewrite import Rewrite
-from trainc.kernels.head_consistency_loss import chunk_rows
+from trainc.compiler.passes.pass_base import Pass
+from trainc.kernels.loss.head_consistency_loss import chunk_rows
 
 aten = torch.ops.aten
 SWAPS = {aten.transpose.int, aten.permute.default}

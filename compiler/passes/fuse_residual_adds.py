@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from trainc.compiler.passes.base import Pass
-from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.fuse_norms import fused_norm
-from trainc.compiler.rewrite import Rewrite
-from trainc.kernels import add_norm as _add_norm  # noqa: F401  (registers the operator)
-from trainc.kernels import add_rms_norm as _add_rms_norm  # noqa: F401  (registers the operator)
+from trainc.compiler.passes.pass_base import Pass
+from trainc.kernels.norm import add_layer_norm as _add_norm  # noqa: F401  (registers the operator)
+from trainc.kernels.norm import add_rms_norm as _add_rms_norm  # noqa: F401  (registers the operator)
 
 SUMS = {torch.ops.aten.add.Tensor, operator.add, torch.add}
 WITH_SUM: dict[Any, Any] = {

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from trainc.compiler.passes.base import Pass, SiteMissing, SiteUnfit
-from trainc.compiler.passes.forward import ForwardGraph, call_site, module_stack
-from trainc.compiler.rewrite import NoiseSite, Pairing, Rewrite
-from trainc.kernels import multiplicative_noise as _noise  # noqa: F401  (registers the operator)
-from trainc.kernels import task_consistency_loss as _loss  # noqa: F401  (registers the operator)
+from trainc.compiler.graph.forward_graph import ForwardGraph, call_site, module_stack
+from trainc.compiler.method.sites import NoiseSite, Pairing, Rewrite
+from trainc.compiler.passes.pass_base import Pass, SiteMissing, SiteUnfit
+from trainc.kernels.loss import task_consistency_loss as _loss  # noqa: F401  (registers the operator)
+from trainc.kernels.noise import multiplicative_noise as _noise  # noqa: F401  (registers the operator)
 
 aten = torch.ops.aten
 KEY, FIRST_EXAMPLE = "key", "first_example"

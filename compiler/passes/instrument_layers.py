@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.layers.embedding import spread
-from trainc.compiler.layers.kinds import Found, Kind, kinds
-from trainc.compiler.passes.base import Pass, SiteUnfit
-from trainc.compiler.passes.forward import ForwardGraph
-from trainc.compiler.passes.spellings import CAST, strip
-from trainc.compiler.rewrite import LayerSite, Rewrite
+from trainc.compiler.layers.registry import Found, Kind, kinds
+from trainc.compiler.method.sites import LayerSite, Rewrite
+from trainc.compiler.passes.norm_patterns import CAST, strip
+from trainc.compiler.passes.pass_base import Pass, SiteUnfit
 
 aten = torch.ops.aten
 _JOINED = ("linear", "embedding")

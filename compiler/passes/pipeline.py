@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from trainc.compiler.passes.base import Pass
 from trainc.compiler.passes.fuse_head import FuseHead
 from trainc.compiler.passes.fuse_norms import FuseNorms
 from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
 from trainc.compiler.passes.insert_consistency import InsertConsistency
 from trainc.compiler.passes.instrument_layers import InstrumentLayers
 from trainc.compiler.passes.instrument_norms import InstrumentNorms
+from trainc.compiler.passes.pass_base import Pass
 
 PIPELINE: tuple[Pass, ...] = (
     FuseNorms(),

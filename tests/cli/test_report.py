@@ -113,8 +113,8 @@ def test_a_picture_without_matplotlib_says_what_to_install(
 def test_a_real_run_records_what_the_report_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainc.runtime import noise_figures
-    from trainc.runtime.metrics import read
+    from trainc.runtime.noise_scale import figures as noise_figures
+    from trainc.runtime.storage.jsonl import read
 
     spec = tmp_path / "small.train"
     spec.write_text(

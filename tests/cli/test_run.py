@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainc.runtime import checkpoint
+from trainc.runtime.storage import checkpoint
 
 ROOT = Path(__file__).parents[2]
 SPEC = """

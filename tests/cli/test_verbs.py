@@ -54,7 +54,7 @@ def test_plan_prints_tables(
 def test_plan_as_json_has_the_hash_of_its_content(
     spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainc.compiler.plan import Plan
+    from trainc.compiler.plan.plan import Plan
 
     assert call(monkeypatch, "plan", spec, "--format", "json") == 0
     data = json.loads(capsys.readouterr().out)

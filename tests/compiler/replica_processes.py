@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import trainc
-from trainc.compiler.layers.armed import SiteError
-from trainc.runtime.noise_measure import Measure
+from trainc.compiler.layers.site_state import SiteError
+from trainc.runtime.noise_scale.action import Measure
 
 Batch = tuple[Tensor, Tensor]
 PROCESSES = 4

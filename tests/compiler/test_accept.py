@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import trainc
-from trainc.compiler.train import train
-from trainc.runtime.metrics import read
-from trainc.runtime.noise_measure import Measure, Settings
-from trainc.runtime.noise_resume import fitting
+from trainc.compiler.driver.train import train
+from trainc.runtime.noise_scale.action import Measure, Settings
+from trainc.runtime.noise_scale.resume import fitting
+from trainc.runtime.storage.jsonl import read
 
 MEASURE = "noise_scale gns on type(LayerNorm) { smooth = 4 steps, calibrate = 2 steps }"
 RULE = 'when gns > 1e9 { warn "large" }'
@@ -139,8 +139,8 @@ def test_figures_of_another_kind_do_not_go_on() -> None:
 
 def test_a_sum_that_starts_anew_begins_as_one_of_a_fresh_run_does() -> None:
     """Its first estimate stands for one step, however much of the run has passed."""
-    from trainc.runtime.clock import Clock
-    from trainc.runtime.step import Signals, Step
+    from trainc.runtime.schedule.clock import Clock
+    from trainc.runtime.step.machine import Signals, Step
 
     late = Measure("gns", {"a": ("a.w",)}, Settings(100.0, "samples"))
     step = Step(Clock(steps=500, samples=4000), {}, Signals(), 8, 8, samples=8)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import trainc
-from trainc.compiler.train import train
-from trainc.runtime.clock import Clock, Duration
-from trainc.runtime.metrics import read
-from trainc.runtime.rules import Act, Rule, whole_micros
-from trainc.runtime.step import Signals, Step, StepMachine
+from trainc.compiler.driver.train import train
+from trainc.runtime.schedule.clock import Clock, Duration
+from trainc.runtime.step.machine import Signals, Step, StepMachine
+from trainc.runtime.step.when_rules import Act, Rule, whole_micros
+from trainc.runtime.storage.jsonl import read
 
 STEPS = 24
 SPEC = """
@@ -73,7 +73,7 @@ def test_a_run_left_in_the_midst_goes_on_bit_for_bit(
     assert len(set(sizes)) > 1
     change = next(i for i, size in enumerate(sizes) if size != sizes[0])
     with monkeypatch.context() as patch:
-        patch.setattr("trainc.runtime.loop.StopSignals", AfterSteps)
+        patch.setattr("trainc.runtime.run.loop.StopSignals", AfterSteps)
         patch.setattr(AfterSteps, "steps", change + 1)
         run(text, tmp_path / "parts")
         run(text, tmp_path / "parts", resume=True)
@@ -161,7 +161,7 @@ def test_a_saved_program_sets_its_batch_too(tmp_path: Path) -> None:
 
 def test_the_python_form_is_the_same_spec() -> None:
     from trainc.compiler.constructs.data.data import Data
-    from trainc.dsl.spec import Clause, Spec
+    from trainc.dsl.resolve.spec import Clause, Spec
 
     policy = "follow(gns, max = 64 samples, min = 16 samples, factor = 50%, grow_only = true)"
     gns = "noise_scale gns on type(LayerNorm)"

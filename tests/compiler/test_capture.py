@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from examples import models
-from trainc.compiler.capture import CaptureFailed, capture, signature
-from trainc.compiler.dynamo_road import dynamo_road
-from trainc.compiler.rewrite import NormSite, Rewrite
-from trainc.compiler.roads import export_road
-from trainc.compiler.step_graph import Batch, Outputs, StepGraph
-from trainc.runtime.batches import call
+from trainc.compiler.graph.dynamo_capture import dynamo_road
+from trainc.compiler.graph.export_capture import export_road
+from trainc.compiler.graph.step_graph import Batch, Outputs, StepGraph
+from trainc.compiler.method.sites import NormSite, Rewrite
+from trainc.compiler.program.capture import CaptureFailed, capture, signature
+from trainc.runtime.data.batch import call
 
 
 @pytest.fixture(autouse=True)

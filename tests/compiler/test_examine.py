@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import trainc
-from trainc.compiler.examine import ExamplesMix
-from trainc.compiler.few import Cut, cuts, lengths
-from trainc.compiler.layers.armed import ExampleAxisUnknown, SiteError
-from trainc.compiler.uses import WeightServesElsewhere
+from trainc.compiler.layers.site_state import ExampleAxisUnknown, SiteError
+from trainc.compiler.per_example.batch_slices import Cut, cuts, lengths
+from trainc.compiler.per_example.preconditions import ExamplesMix
+from trainc.compiler.per_example.weight_uses import WeightServesElsewhere
 from trainc.functional import measured_parameters, per_example_sq_norms
-from trainc.runtime.interface import NonFiniteLoss
+from trainc.runtime.run.interface import NonFiniteLoss
 
 RUN = "loss cross_entropy optimizer sgd { lr = 0 } run { length = 9 steps, seed = 4 }\n"
 Build = Callable[["Uses", Tensor], Tensor]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import trainc
-from trainc.compiler.verify import compare
-from trainc.runtime.batches import Batch
+from trainc.compiler.driver.verify import compare
+from trainc.runtime.data.batch import Batch
 
 Built = tuple[nn.Module, Batch, str]
 

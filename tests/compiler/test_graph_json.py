@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from examples import models
-from trainc.compiler.capture import capture
-from trainc.compiler.graph_json import GraphFormatError, from_json, listing, to_json
-from trainc.compiler.rewrite import NoiseSite, NormSite, Pairing, Rewrite
-from trainc.compiler.step_graph import Batch, StepGraph
-from trainc.kernels.philox import pack_key
+from trainc.compiler.graph.serialize import GraphFormatError, from_json, listing, to_json
+from trainc.compiler.graph.step_graph import Batch, StepGraph
+from trainc.compiler.method.sites import NoiseSite, NormSite, Pairing, Rewrite
+from trainc.compiler.program.capture import capture
+from trainc.kernels.noise.philox import pack_key
 
 aten = torch.ops.aten
 

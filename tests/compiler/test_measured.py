@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 import trainc
-from trainc.compiler.train import train
-from trainc.dsl.diagnostics import Diagnostic
+from trainc.compiler.driver.train import train
+from trainc.dsl.text.diagnostic import Diagnostic
 
 HEAD = """
 model "examples.models:gpt" { layers = 1, width = 16, heads = 2, context = 16 }

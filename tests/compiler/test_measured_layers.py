@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from trainc.compiler.layers.armed import ExampleAxisUnknown, SiteError
-from trainc.compiler.lowering import Task
+from trainc.compiler.layers.site_state import ExampleAxisUnknown, SiteError
+from trainc.compiler.lower.lowering import Task
 
 ALL = """loss cross_entropy optimizer sgd { lr = 0 } run { length = 9 steps, seed = 4 }
 noise_scale gns on all"""

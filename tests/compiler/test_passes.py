@@ -11,21 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import models
-from trainc.compiler.capture import capture
-from trainc.compiler.passes.base import CompilerBug, Pass, SiteMissing, SiteUnfit
-from trainc.compiler.passes.forward import ForwardGraph
+from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.step_graph import Batch, Outputs, StepGraph
+from trainc.compiler.method.sites import NoiseSite, NormSite, Pairing, Rewrite
 from trainc.compiler.passes.fuse_head import FuseHead
 from trainc.compiler.passes.fuse_norms import FuseNorms
 from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
 from trainc.compiler.passes.insert_consistency import InsertConsistency
 from trainc.compiler.passes.instrument_norms import InstrumentNorms
+from trainc.compiler.passes.pass_base import CompilerBug, Pass, SiteMissing, SiteUnfit
 from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order
-from trainc.compiler.rewrite import NoiseSite, NormSite, Pairing, Rewrite
-from trainc.compiler.step_graph import Batch, Outputs, StepGraph
-from trainc.kernels.multiplicative_noise import multiplicative_noise
-from trainc.kernels.philox import pack_key
-from trainc.kernels.rms_norm import rms_norm
-from trainc.kernels.task_consistency_loss import task_consistency_loss
+from trainc.compiler.program.capture import capture
+from trainc.kernels.loss.task_consistency_loss import task_consistency_loss
+from trainc.kernels.noise.multiplicative_noise import multiplicative_noise
+from trainc.kernels.noise.philox import pack_key
+from trainc.kernels.norm.rms_norm import rms_norm
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 
 import trainc
 from examples.models import gpt, resnet, vit
-from trainc.compiler.artefact import LoadError
-from trainc.compiler.layers.armed import SiteError
-from trainc.compiler.program import Program
-from trainc.runtime.interface import NonFiniteLoss
+from trainc.compiler.driver.saved_program import LoadError
+from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.program.program import Program
+from trainc.runtime.run.interface import NonFiniteLoss
 
 EMPTY = "loss cross_entropy optimizer adamw { lr = 1e-3, weight_decay = 0.1 }"
 GNS = EMPTY + " noise_scale gns on type(LayerNorm, RMSNorm) { smooth = 5 steps }"

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import models
-from trainc.compiler.capture import capture
-from trainc.compiler.rewrite import NormSite, Rewrite
-from trainc.compiler.step_graph import Batch, BatchMismatch, StepGraph
+from trainc.compiler.graph.step_graph import Batch, BatchMismatch, StepGraph
+from trainc.compiler.method.sites import NormSite, Rewrite
+from trainc.compiler.program.capture import capture
 
 
 @pytest.fixture(autouse=True)

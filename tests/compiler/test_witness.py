@@ -8,7 +8,7 @@ from torch import nn
 
 import trainc
 from examples.models import gpt
-from trainc.compiler.program import Program
+from trainc.compiler.program.program import Program
 
 SPEC = """
 loss cross_entropy
@@ -146,6 +146,8 @@ def test_sharded_parameters_and_a_scaler_exclude_each_other(
 ) -> None:
     made, scaler = program(), torch.amp.GradScaler("cpu")
     halves(made, scaler)
-    monkeypatch.setattr("trainc.compiler.unscale.first_shard", lambda parameters: "head.weight")
+    monkeypatch.setattr(
+        "trainc.compiler.program.grad_scaler.first_shard", lambda parameters: "head.weight"
+    )
     with pytest.raises(ValueError, match="do not agree on what overflowed"):
         made.update(scaler)

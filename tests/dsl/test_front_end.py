@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from trainc.compiler.catalog import catalog, gather
-from trainc.dsl import tables
-from trainc.dsl.construct import Construct
-from trainc.dsl.diagnostics import Diagnostic
-from trainc.dsl.functions import COUNTERS, FUNCTIONS, POLICIES, SHAPES, STATES
-from trainc.dsl.generate import HERE
-from trainc.dsl.generate import tables as build
-from trainc.dsl.pages import construct_page, constructs_page, rules_page
-from trainc.dsl.rules import RULES
-from trainc.runtime import expressions, pieces
+from trainc.dsl.printing.reference_pages import construct_page, constructs_page, rules_page
+from trainc.dsl.reading.construct import Construct
+from trainc.dsl.syntax import tables
+from trainc.dsl.syntax.generate import HERE
+from trainc.dsl.syntax.generate import tables as build
+from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.rules import RULES
+from trainc.dsl.values.functions import COUNTERS, FUNCTIONS, POLICIES, SHAPES, STATES
+from trainc.runtime.schedule import expressions, functions
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,21 +34,21 @@ def test_the_grammar_is_short_and_knows_no_construct() -> None:
 
 def test_the_functions_are_those_of_the_runtime() -> None:
     schedules = {name: f for name, f in FUNCTIONS.items() if f.schedule}
-    assert schedules.keys() == pieces.PIECES.keys()
+    assert schedules.keys() == functions.PIECES.keys()
     for name, function in schedules.items():
-        piece = pieces.PIECES[name]
+        piece = functions.PIECES[name]
         assert dict(function.arguments) == dict(piece.arguments), name
         assert function.positional == piece.positional, name
         assert list(function.arguments)[: function.required] == list(piece.required), name
     assert FUNCTIONS.keys() - schedules.keys() == expressions.MATHS.keys()
-    assert set(SHAPES) == set(pieces.SHAPES)
+    assert set(SHAPES) == set(functions.SHAPES)
     assert set(STATES) == set(expressions.STATES)
     assert COUNTERS == expressions.COUNTERS
 
 
 def test_every_policy_of_the_batch_is_one_that_the_compiler_reads() -> None:
-    from trainc.compiler.batch import read
-    from trainc.dsl import values as v
+    from trainc.compiler.constructs.data._batch_policy import read
+    from trainc.dsl.values import value_json as v
 
     for name, function in POLICIES.items():
         given: dict[str, v.Expr] = {

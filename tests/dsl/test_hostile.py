@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainc.compiler.catalog import catalog
-from trainc.dsl.render import render_github, render_json, render_sarif, render_text
-from trainc.dsl.resolve import Checked, load
-from trainc.dsl.source import Source
+from trainc.dsl.resolve.resolver import Checked, load
+from trainc.dsl.text.render import render_github, render_json, render_sarif, render_text
+from trainc.dsl.text.source import Source
 
 DEEP = 100_000
 HOSTILE = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainc.compiler.catalog import check
-from trainc.dsl.render import render_text
+from trainc.dsl.text.render import render_text
 
 
 def write(folder: Path, **files: str) -> Path:

@@ -3,13 +3,13 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainc.dsl import ast
-from trainc.dsl import values as v
-from trainc.dsl.comments import format_source
-from trainc.dsl.fields import CONDITION, DURATION, EXPRESSION, RANGE, SELECTOR
-from trainc.dsl.format import format_tree
-from trainc.dsl.parse import parse
-from trainc.dsl.source import Source
+from trainc.dsl.printing.canonical import format_tree
+from trainc.dsl.printing.formatter import format_source
+from trainc.dsl.reading.field_types import CONDITION, DURATION, EXPRESSION, RANGE, SELECTOR
+from trainc.dsl.syntax import ast
+from trainc.dsl.syntax.parser import parse
+from trainc.dsl.text.source import Source
+from trainc.dsl.values import value_json as v
 
 NAMES = st.sampled_from(
     ["a", "gns", "depth", "lr", "steps", "pace.loss", "run", "b2", "token", "data"]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from trainc.compiler.catalog import catalog, check
-from trainc.dsl import values as v
-from trainc.dsl.construct import Construct
-from trainc.dsl.diagnostics import SpecError
-from trainc.dsl.spec import Assign, Clause, Do, Rule, Spec
+from trainc.dsl.reading.construct import Construct
+from trainc.dsl.resolve.spec import Assign, Clause, Do, Rule, Spec
+from trainc.dsl.text.diagnostic import SpecError
+from trainc.dsl.values import value_json as v
 
 TEXT = """
 train 1
@@ -120,9 +120,9 @@ def test_loading_json_parses_nothing() -> None:
     code = (
         "import sys\n"
         "from trainc.compiler.catalog import catalog\n"
-        "from trainc.dsl.spec import Spec\n"
+        "from trainc.dsl.resolve.spec import Spec\n"
         "Spec.from_json(sys.stdin.read(), catalog())\n"
-        "assert not {'lark', 'torch', 'trainc.dsl.parse'} & set(sys.modules)\n"
+        "assert not {'lark', 'torch', 'trainc.dsl.syntax.parser'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], input=data, text=True, check=True)
 

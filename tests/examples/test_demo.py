@@ -10,10 +10,10 @@ from rich.console import Console
 
 from examples import demo
 from examples.demo import EXAMPLES, WITH, WITHOUT, Trained
-from trainc.compiler.compile import read as read_spec
-from trainc.dsl.spec import Spec
-from trainc.runtime.metrics import Record, read
-from trainc.runtime.summary import Summary
+from trainc.compiler.driver.compile import read as read_spec
+from trainc.dsl.resolve.spec import Spec
+from trainc.runtime.run.summary import Summary
+from trainc.runtime.storage.jsonl import Record, read
 
 SHORT = {"pretrain": {"length": "12 steps"}, "finetune": {"length": "6 steps"}}
 PNG = b"\x89PNG\r\n\x1a\n"

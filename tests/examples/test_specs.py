@@ -10,8 +10,8 @@ import pytest
 
 import trainc
 from trainc.cli.fmt import format_files
-from trainc.compiler.train import train
-from trainc.runtime.metrics import read
+from trainc.compiler.driver.train import train
+from trainc.runtime.storage.jsonl import read
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECS = sorted(EXAMPLES.glob("*.train"))
@@ -70,7 +70,7 @@ def test_it_trains_and_resumes_bit_for_bit(
     assert math.isfinite(done.eval_loss)
     assert all(math.isfinite(record["loss"]) for record in losses(whole))
     with monkeypatch.context() as patch:
-        patch.setattr("trainc.runtime.loop.StopSignals", HalfWay)
+        patch.setattr("trainc.runtime.run.loop.StopSignals", HalfWay)
         left = train(short, parts, overrides=overrides, quiet=True)
     assert (left.reason, left.steps) == ("interrupted", STEPS // 2)
     resumed = train(short, parts, overrides=overrides, resume=True, quiet=True)

@@ -8,15 +8,10 @@ from torch import Tensor
 
 from tests.kernels.case import Case, probe, randn
 from tests.kernels.layer_cases import LAYERS
-from trainc.kernels import (
-    add_norm,
-    ghost_batch_norm,
-    head_consistency_loss,
-    multiplicative_noise,
-    philox,
-    rms_norm,
-)
-from trainc.kernels import task_consistency_loss as consistency
+from trainc.kernels.loss import head_consistency_loss
+from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.noise import multiplicative_noise, philox
+from trainc.kernels.norm import add_layer_norm, ghost_batch_norm, rms_norm
 
 KEY = philox.pack_key(seed=7, step=3)
 
@@ -56,11 +51,13 @@ def add_norm_arguments(
 
 
 def add_layer_norm_reference(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return add_norm.reference(x, residual, lambda total: layer_norm_reference(total, *rest)[0])
+    return add_layer_norm.reference(
+        x, residual, lambda total: layer_norm_reference(total, *rest)[0]
+    )
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return add_norm.reference(x, residual, lambda total: rms_norm_reference(total, *rest)[0])
+    return add_layer_norm.reference(x, residual, lambda total: rms_norm_reference(total, *rest)[0])
 
 
 def noise_arguments(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels import add_norm, add_rms_norm, layer_norm, rms_norm
-from trainc.kernels.support import accumulation_dtype
+from trainc.kernels.library.contracts import accumulation_dtype
+from trainc.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 Norms = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], int]
 NORMS: dict[str, Norms] = {
     "layer": (
-        lambda x, r, w, b, probe: add_norm.add_layer_norm(x, r, w.shape, w, b, probe),
+        lambda x, r, w, b, probe: add_layer_norm.add_layer_norm(x, r, w.shape, w, b, probe),
         lambda x, w, b, probe: layer_norm.layer_norm(x, w.shape, w, b, probe),
         lambda x, w, b: functional.layer_norm(x, w.shape, w, b),
         2,
@@ -146,7 +146,7 @@ def test_the_rule_for_cudas_autocast_is_that_of_the_composition(
     wide = total if total.dtype == torch.float64 else total.float()
     weight, bias = (part.to(wide.dtype) for part in inputs(torch.float32)[2:])
     rest: tuple[Any, ...] = (weight, bias, None, 1e-5)
-    rule: Any = add_norm.autocast
+    rule: Any = add_layer_norm.autocast
     if norms is NORMS["rms"]:
         rest = (weight, None, torch.finfo(wide.dtype).eps, "none")
         rule = add_rms_norm.autocast
@@ -168,25 +168,25 @@ def close(got: Any, want: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(2, 9, 40), (7, 1, 127), (9, 3, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_triton_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    from trainc.kernels import triton_add_norm_launch as launch
+    from trainc.kernels.norm import triton_add_norm_launch as launch
 
     torch.manual_seed(0)
     x, residual, dy, dtotal = (torch.randn(shape).to(dtype) for _ in range(4))
     weight, bias = (torch.randn(shape[-1]).to(dtype) for _ in range(2))
     arguments = (x, residual, shape[-1:], weight, bias, torch.zeros(shape[0], 2), 1e-5)
-    want = add_norm.eager_forward(*arguments)
+    want = add_layer_norm.eager_forward(*arguments)
     close(launch.layer_forward(*arguments), want, dtype)
     total, _, mean, rstd = want
     for reached in (dtotal, None):
         back = (reached, dy, total, shape[-1:], mean, rstd, weight, bias, [True] * 3, True)
-        close(launch.layer_backward(*back), add_norm.eager_backward(*back), dtype)
+        close(launch.layer_backward(*back), add_layer_norm.eager_backward(*back), dtype)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("casting", [*rms_norm.CASTINGS, rms_norm.OFFSET])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_triton_rms_norm(casting: str, dtype: torch.dtype) -> None:
-    from trainc.kernels import triton_add_norm_launch as launch
+    from trainc.kernels.norm import triton_add_norm_launch as launch
 
     torch.manual_seed(0)
     x, residual, dy, dtotal = (torch.randn(3, 5, 33).to(dtype) for _ in range(4))

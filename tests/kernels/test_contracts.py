@@ -143,7 +143,7 @@ def test_masked_classes_and_broken_ignored_rows_leave_the_task_alone(distance: s
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter is NumPy
 @pytest.mark.parametrize("distance", ["mse", "kl"])
 def test_by_triton_as_well(distance: str) -> None:
-    from trainc.kernels import triton_loss
+    from trainc.kernels.loss import triton_loss
 
     torch.manual_seed(0)
     logits, targets = randn(6, 5), torch.tensor([0, 1, -100])
@@ -164,7 +164,7 @@ def test_by_triton_as_well(distance: str) -> None:
 
 @pytest.mark.interpreter
 def test_an_index_outside_the_weight_breaks_its_state_alone() -> None:
-    from trainc.kernels import triton_sparse_adamw
+    from trainc.kernels.parameter import triton_sparse_adamw
 
     weight, grad, mean, square = zeros(4, 4), torch.ones(4, 4), zeros(3), zeros(3)
     scalars = [torch.tensor(value) for value in (0.1, 0.0, 1)]

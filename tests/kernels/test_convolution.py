@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels import convolution as conv
-from trainc.kernels import convolution_norms as forms
-from trainc.kernels.convolution_norms import Geometry
-from trainc.kernels.support import accumulation_dtype
+from trainc.kernels.layer import convolution as conv
+from trainc.kernels.layer import convolution_norms as forms
+from trainc.kernels.layer.convolution_norms import Geometry
+from trainc.kernels.library.contracts import accumulation_dtype
 
 Shape = tuple[tuple[int, ...], tuple[int, ...], Geometry]
 PLAIN: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.conv2d, functional.conv3d)

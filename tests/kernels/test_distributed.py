@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainc import functional as operators
-from trainc.kernels.masked_update import pack
-from trainc.kernels.philox import pack_key
+from trainc.kernels.noise.philox import pack_key
+from trainc.kernels.parameter.masked_update import pack
 
 BATCH, WIDTH = 8, 6
 HALF = BATCH // 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainc import functional as operators
-from trainc.kernels.philox import pack_key
+from trainc.kernels.noise.philox import pack_key
 
 KEY = pack_key(seed=1, step=2)
 WIDTH = 6

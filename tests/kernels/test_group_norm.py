@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels import group_norm as gn
-from trainc.kernels.support import accumulation_dtype
+from trainc.kernels.library.contracts import accumulation_dtype
+from trainc.kernels.norm import group_norm as gn
 
 Shape = tuple[tuple[int, ...], int]
 # x and groups.

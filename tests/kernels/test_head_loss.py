@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainc.kernels import head_consistency_loss as operators
-from trainc.kernels import loss_rows
-from trainc.kernels.task_consistency_loss import DISTANCES, task_consistency_loss
+from trainc.kernels.loss import head_consistency_loss as operators
+from trainc.kernels.loss import loss_rows
+from trainc.kernels.loss.task_consistency_loss import DISTANCES, task_consistency_loss
 
 WEIGHT = torch.tensor(0.4)
 # Called with lists of tensors, which have no types of their own.
@@ -200,7 +200,7 @@ def test_chunks_by_triton_in_place(
     distance: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operators, "chunk_rows", lambda *_: 2)
-    from trainc.kernels import triton_loss
+    from trainc.kernels.loss import triton_loss
 
     monkeypatch.setattr(triton_loss, "BLOCK", 16)
     leaves, targets, _ = problem((3,), 5, 37, dtype)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.kernels import add_norm, add_rms_norm, launch, layer_norm, rms_norm
-from trainc.kernels.launch import Tile
+from trainc.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, tiles
+from trainc.kernels.norm.tiles import Tile
 
 CPU = torch.device("cpu")
 SIZES = st.integers(1, 5000)
@@ -17,15 +17,15 @@ SIZES = st.integers(1, 5000)
 
 @given(examples=SIZES, rows=SIZES, block=st.sampled_from([1, 2, 4, 16]), slots=st.integers(1, 600))
 def test_chunks_cover_every_row_once(examples: int, rows: int, block: int, slots: int) -> None:
-    plan = launch.plan(examples, rows, block, slots)
+    plan = tiles.plan(examples, rows, block, slots)
     if plan.regime == "rows":
         assert rows == 1
         assert plan.programs <= slots
     elif plan.regime == "whole":
-        assert 1 < rows < launch.FEW_ROWS
+        assert 1 < rows < tiles.FEW_ROWS
         assert plan.programs <= examples
     else:
-        length = launch.cdiv(rows, plan.chunks)
+        length = tiles.cdiv(rows, plan.chunks)
         assert plan.programs == examples * plan.chunks
         assert (plan.chunks - 1) * length < rows <= plan.chunks * length
 
@@ -37,43 +37,43 @@ def test_chunks_cover_every_row_once(examples: int, rows: int, block: int, slots
 def test_work_is_even_over_the_programs_that_run_at_once(
     examples: int, rows: int, slots: int
 ) -> None:
-    plan = launch.plan(examples, rows, 1, slots)
-    waves = launch.cdiv(plan.programs, slots)
-    longest = waves * launch.cdiv(rows, plan.chunks)
+    plan = tiles.plan(examples, rows, 1, slots)
+    waves = tiles.cdiv(plan.programs, slots)
+    longest = waves * tiles.cdiv(rows, plan.chunks)
     assert examples * rows / slots / longest > 0.8
 
 
 def test_regimes() -> None:
-    assert launch.plan(8, 2048, 4, 396).regime == "split"
-    assert launch.plan(4096, 1, 4, 396) == launch.Plan("rows", 396, 1)
-    assert launch.plan(4096, 8, 4, 396).regime == "whole"
-    assert launch.plan(4096, 8, 4, 396, few=0).regime == "split"
-    assert launch.plan(64, 8, 4, 396).regime == "split"
+    assert tiles.plan(8, 2048, 4, 396).regime == "split"
+    assert tiles.plan(4096, 1, 4, 396) == tiles.Plan("rows", 396, 1)
+    assert tiles.plan(4096, 8, 4, 396).regime == "whole"
+    assert tiles.plan(4096, 8, 4, 396, few=0).regime == "split"
+    assert tiles.plan(64, 8, 4, 396).regime == "split"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_width_has_a_tile(dtype: torch.dtype) -> None:
-    for kind, widest in (("forward", launch.MAX_WIDTH), ("backward", launch.HELD)):
+    for kind, widest in (("forward", tiles.MAX_WIDTH), ("backward", tiles.HELD)):
         for width in (1, 3, 127, 768, 1024, 2048, 4000, 8192, widest):
-            tile = launch.chosen(kind, False, dtype, 1000, width, CPU)  # type: ignore[arg-type]
-            assert tile.columns == launch.power_of_2(width)
+            tile = tiles.chosen(kind, False, dtype, 1000, width, CPU)  # type: ignore[arg-type]
+            assert tile.columns == tiles.power_of_2(width)
             assert tile.rows * tile.columns // (tile.warps * 32) <= 32
-    assert launch.chosen("forward", True, dtype, 2, 64, CPU).rows == 2
+    assert tiles.chosen("forward", True, dtype, 2, 64, CPU).rows == 2
 
 
 def test_tuned_tiles_replace_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINC_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
     tile = Tile(rows=2, columns=1024, warps=8, stages=3, resident=1)
-    name = launch.key("backward", True, torch.bfloat16, 1024)
-    path = launch.store("a device", {name: tile})
-    launch.store("another", {})
+    name = tiles.key("backward", True, torch.bfloat16, 1024)
+    path = tiles.store("a device", {name: tile})
+    tiles.store("another", {})
     assert path == tmp_path / "launch.json"
     device = torch.device("cuda")
-    assert launch.chosen("backward", True, torch.bfloat16, 99, 1000, device) == tile
-    table = launch.default("backward", torch.bfloat16, 1024)
-    assert launch.chosen("backward", False, torch.bfloat16, 99, 1000, device) == table
-    assert launch.chosen("backward", True, torch.bfloat16, 99, 1000, CPU) == table
+    assert tiles.chosen("backward", True, torch.bfloat16, 99, 1000, device) == tile
+    table = tiles.default("backward", torch.bfloat16, 1024)
+    assert tiles.chosen("backward", False, torch.bfloat16, 99, 1000, device) == table
+    assert tiles.chosen("backward", True, torch.bfloat16, 99, 1000, CPU) == table
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a device": {"x": {"rows": 1}}}'])
@@ -82,16 +82,16 @@ def test_a_damaged_cache_warns_and_counts_for_nothing(
 ) -> None:
     monkeypatch.setenv("TRAINC_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
-    launch.cache_file().write_text(text)
-    launch._tuned.cache_clear()
+    tiles.cache_file().write_text(text)
+    tiles._tuned.cache_clear()
     with pytest.warns(UserWarning, match="launch.json is ignored"):
-        assert launch.tuned(torch.device("cuda")) == {}
-    launch._tuned.cache_clear()
+        assert tiles.tuned(torch.device("cuda")) == {}
+    tiles._tuned.cache_clear()
 
 
 def both(shape: tuple[int, ...], rms: bool, **options: Any) -> tuple[Any, Any]:
     """Results of the Triton backward and of the eager one: dx, dweight, (dbias,) norms."""
-    from trainc.kernels import triton_norm_launch as launcher
+    from trainc.kernels.norm import triton_norm_launch as launcher
 
     torch.manual_seed(0)
     width = shape[-1]
@@ -128,9 +128,9 @@ def test_regimes_agree_with_the_eager_kernel(
 def test_wide_rows_agree_with_the_eager_kernel(
     shape: tuple[int, ...], rms: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainc.kernels import triton_norm_wide as wide
+    from trainc.kernels.norm import triton_wide_norm as wide
 
-    monkeypatch.setattr(launch, "HELD", 32)
+    monkeypatch.setattr(tiles, "HELD", 32)
     monkeypatch.setattr(wide, "TILE", Tile(rows=2, columns=32, warps=4, stages=2, resident=4))
     monkeypatch.setattr(wide, "ROW_COLUMNS", 32)
     got, want = both(shape, rms, programs=8)
@@ -145,11 +145,11 @@ def test_rows_too_wide_for_forward_are_walked_along(
     shape: tuple[int, ...], casting: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By both pairs of operators, the norm alone and of a sum, about a mean far from zero."""
-    from trainc.kernels import triton_add_norm_launch as added
-    from trainc.kernels import triton_norm_launch as alone
-    from trainc.kernels import triton_norm_wide as wide
+    from trainc.kernels.norm import triton_add_norm_launch as added
+    from trainc.kernels.norm import triton_norm_launch as alone
+    from trainc.kernels.norm import triton_wide_norm as wide
 
-    monkeypatch.setattr(launch, "MAX_WIDTH", 16)
+    monkeypatch.setattr(tiles, "MAX_WIDTH", 16)
     monkeypatch.setattr(wide, "ROW_COLUMNS", 32)
     torch.manual_seed(0)
     # The interpreter truncates to bfloat16, which far from zero would be all that one sees.
@@ -162,7 +162,10 @@ def test_rows_too_wide_for_forward_are_walked_along(
         rest: tuple[Any, ...] = (tail, weight, bias, probe, 1e-5)
         pairs = [
             (alone.layer_norm_forward(x, *rest), layer_norm.eager_forward(x, *rest)),
-            (added.layer_forward(x, residual, *rest), add_norm.eager_forward(x, residual, *rest)),
+            (
+                added.layer_forward(x, residual, *rest),
+                add_layer_norm.eager_forward(x, residual, *rest),
+            ),
         ]
     else:
         rest = (tail, weight, None, 1e-5, casting)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels import embedding as embed
-from trainc.kernels import linear as lin
+from trainc.kernels.layer import embedding as embed
+from trainc.kernels.layer import linear as lin
 
 FORMS = ["auto", "simultaneous", "gram"]
 

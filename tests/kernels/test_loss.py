@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.task_consistency_loss import DISTANCES, reference, task_consistency_loss
+from trainc.kernels.loss.task_consistency_loss import DISTANCES, reference, task_consistency_loss
 
 WEIGHT = torch.tensor(0.5)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trainc.kernels import masked_update
-from trainc.kernels.masked_update import masked_update_, pack, unpack
+from trainc.kernels.parameter import masked_update
+from trainc.kernels.parameter.masked_update import masked_update_, pack, unpack
 
 SHAPES = [(), (1,), (3,), (8,), (127,), (5, 7), (2, 3, 4), (0,), (33000, 9)]
 

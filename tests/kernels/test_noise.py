@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainc.kernels import multiplicative_noise as noise
-from trainc.kernels import philox, philox_numpy
+from trainc.kernels.noise import multiplicative_noise as noise
+from trainc.kernels.noise import philox, philox_numpy
 
 KEY = philox.pack_key(seed=123456789, step=42)
 SIGMA = torch.tensor(0.8)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels import layer_norm as ln
-from trainc.kernels import rms_norm as rms
-from trainc.kernels import support
-from trainc.kernels.add_rms_norm import add_rms_norm
+from trainc.kernels.library import contracts
+from trainc.kernels.norm import layer_norm as ln
+from trainc.kernels.norm import rms_norm as rms
+from trainc.kernels.norm.add_rms_norm import add_rms_norm
 
 Sizes = tuple[int, ...]
 
@@ -27,7 +27,7 @@ def inputs(x_shape: Sizes, tail: Sizes, dtype: torch.dtype, seed: int = 0) -> li
 def run(kind: str, probed: bool, parts: list[Tensor], casting: str = "none") -> dict[str, Tensor]:
     """One forward and backward of our norm: y, dx, dweight, dbias, norms."""
     x, weight, bias = (p.detach().requires_grad_() for p in parts[:3])
-    wide = support.accumulation_dtype(x.dtype)
+    wide = contracts.accumulation_dtype(x.dtype)
     columns = 2 if kind == "layer_norm" else 1
     probe = torch.zeros(x.shape[0], columns, dtype=wide, requires_grad=True) if probed else None
     if kind == "layer_norm":
@@ -155,7 +155,7 @@ def test_odd_sizes(kind: str, rows: int, width: int) -> None:
 def test_both_regimes_give_the_same_sums(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = inputs((3, 17, 33), (33,), torch.float64)
     several = run(kind, True, parts)
-    monkeypatch.setattr(support, "FUSED_EXAMPLE_ELEMENTS", 0)
+    monkeypatch.setattr(contracts, "FUSED_EXAMPLE_ELEMENTS", 0)
     for name, value in run(kind, True, parts).items():
         torch.testing.assert_close(value, several[name])
 
@@ -326,7 +326,7 @@ def test_gemma_casting_is_the_transformers_formula(
 ) -> None:
     x, weight, _, dy = inputs((4, 6, 32), (32,), dtype)
     weight = weight.detach().to(weight_dtype or dtype).requires_grad_()
-    wide = support.accumulation_dtype(dtype)
+    wide = contracts.accumulation_dtype(dtype)
     probe = torch.zeros(4, 1, dtype=wide, requires_grad=True)
     other = x.detach().flip(0)
     if added:

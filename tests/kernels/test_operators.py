@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-import trainc.kernels.registry  # noqa: F401
+import trainc.kernels.operators  # noqa: F401
 
 
 def flat(value: Any) -> list[Tensor]:

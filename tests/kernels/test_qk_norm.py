@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.layer_norm import layer_norm
-from trainc.kernels.rms_norm import rms_norm
+from trainc.kernels.norm.layer_norm import layer_norm
+from trainc.kernels.norm.rms_norm import rms_norm
 
 SHAPES = [(3, 5, 2, 4), (2, 1, 3, 7), (1, 6, 1, 8), (4, 3, 5, 1)]
 

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainc.kernels.spectrum import MEDIAN, Hill, alphas, count, spectra
+from trainc.kernels.parameter.spectrum import MEDIAN, Hill, alphas, count, spectra
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference/layer_rates.json").read_text())
 # (rows of the table) x (positions of xmin): the fits that take the median and its like.

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from benchmarks.accuracy_problems import divergence
 from benchmarks.adversarial import LOGITS
-from trainc.kernels import layer_norm, rms_norm
-from trainc.kernels import task_consistency_loss as consistency
+from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.norm import layer_norm, rms_norm
 
 pytestmark = pytest.mark.interpreter
 
@@ -44,7 +44,7 @@ def no_worse(got: Any, theirs: Any, exact: Any, units: float = 4.0, factor: floa
 
 @pytest.mark.parametrize("family", NORM_FAMILIES)
 def test_layer_norm(family: str) -> None:
-    from trainc.kernels import triton_norm_launch as launch
+    from trainc.kernels.norm import triton_norm_launch as launch
 
     x, dy = made(family, 3, 2, 40), torch.randn(3, 2, 40)
     weight, bias = torch.randn(40), torch.randn(40)
@@ -61,7 +61,7 @@ def test_layer_norm(family: str) -> None:
 
 @pytest.mark.parametrize("family", [*NORM_FAMILIES, "large"])
 def test_rms_norm(family: str) -> None:
-    from trainc.kernels import triton_norm_launch as launch
+    from trainc.kernels.norm import triton_norm_launch as launch
 
     x, dy, weight = made(family, 3, 2, 40), torch.randn(3, 2, 40), torch.randn(40)
     y, rstd = launch.rms_norm_forward(x, [40], weight, torch.zeros(3, 1), EPS, "none")
@@ -85,7 +85,7 @@ def composed(logits: Tensor, distance: str, smoothing: float) -> tuple[Tensor, .
 @pytest.mark.parametrize("family", LOSS_FAMILIES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss(family: str, distance: str, smoothing: float) -> None:
-    from trainc.kernels import triton_loss
+    from trainc.kernels.loss import triton_loss
 
     logits, targets = made(family, 6, 33), torch.tensor([1, 4, 20])
     options = (distance, -100, smoothing)
@@ -102,7 +102,7 @@ def test_loss(family: str, distance: str, smoothing: float) -> None:
 def test_the_divergence_of_two_sure_views_keeps_its_gradient(
     ahead: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainc.kernels import triton_loss
+    from trainc.kernels.loss import triton_loss
 
     monkeypatch.setattr(triton_loss, "BLOCK", 16)  # the largest logit is in the second block
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ SPILLS = 0  # bytes a thread may spill
 EXTREMES = [
     one
     for one in SPECS
-    if one.values[0] != "triton_norm" or one.values[3]["BLOCK_C"] not in (2048, 4096)
+    if one.values[0] != "norm.triton_norm" or one.values[3]["BLOCK_C"] not in (2048, 4096)
 ]
 
 SUMS = f"LEFT:{INDEX} RIGHT:{INDEX} SIZES:{INDEX} TENSORS:{INDEX} STARTS:{INDEX} OUT:*fp64"
@@ -39,12 +39,12 @@ ADAMW += f"SCALARS:{FULL} count:i32 blocks:i32 beta1:fp32 beta2:fp32 eps:fp32"
 ALIGNED: dict[str, Any] = {"W": "bfloat16", "D": "float32", "CHUNK": 1 << 15, "BLOCK": 2048}
 VECTORS = [
     *(
-        spec("triton_multi_norm", "partial_sums", SUMS, PAIRED=paired, ALIGNED=True, **ALIGNED)
+        spec("parameter.triton_multi_norm", "partial_sums", SUMS, PAIRED=paired, ALIGNED=True, **ALIGNED)
         for paired in (False, True)
     ),
     *(
         spec(
-            "triton_sparse_adamw", "adamw", ADAMW, GATHERED=False, HAS_MASTER=master,
+            "parameter.triton_sparse_adamw", "adamw", ADAMW, GATHERED=False, HAS_MASTER=master,
             WIDTH=width, BLOCK=1024,
         )
         for master in (False, True)
@@ -52,7 +52,7 @@ VECTORS = [
     ),
     *(
         spec(
-            "triton_masked_update", "zero_outside", f"TENSOR:{HALF} MASK:*u8 count:i32",
+            "parameter.triton_masked_update", "zero_outside", f"TENSOR:{HALF} MASK:*u8 count:i32",
             PACKED=packed, BLOCK=2048,
         )
         for packed in (False, True)
@@ -60,9 +60,9 @@ VECTORS = [
 ]  # fmt: skip
 # Addresses that are only known to be those of their type, and float64 partial sums.
 SCALAR = [
-    spec("triton_multi_norm", "partial_sums", SUMS, PAIRED=True, **ALIGNED | {"ALIGNED": False}),
+    spec("parameter.triton_multi_norm", "partial_sums", SUMS, PAIRED=True, **ALIGNED | {"ALIGNED": False}),
     spec(
-        "triton_multi_norm", "add_partials", f"PARTIAL:*fp64 ENDS:{INDEX} OUT:*fp64", BLOCK=64
+        "parameter.triton_multi_norm", "add_partials", f"PARTIAL:*fp64 ENDS:{INDEX} OUT:*fp64", BLOCK=64
     ),
 ]  # fmt: skip
 

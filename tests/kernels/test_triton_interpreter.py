@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainc.kernels import layer_norm, multiplicative_noise, philox, rms_norm
-from trainc.kernels import task_consistency_loss as consistency
+from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.noise import multiplicative_noise, philox
+from trainc.kernels.norm import layer_norm, rms_norm
 
 pytestmark = pytest.mark.interpreter
 
@@ -39,7 +40,7 @@ def close(got: Any, want: Any, dtype: torch.dtype) -> None:
 def test_layer_norm(regime: str, affine: str, dtype: torch.dtype) -> None:
     if affine != "weight+bias" and (dtype == torch.float16 or regime not in ("split", "whole")):
         pytest.skip("covered with both")
-    from trainc.kernels import triton_norm_launch as launch
+    from trainc.kernels.norm import triton_norm_launch as launch
 
     examples, rows, width, programs = REGIMES[regime]
     torch.manual_seed(0)
@@ -65,7 +66,7 @@ def test_layer_norm(regime: str, affine: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("casting", [*rms_norm.CASTINGS, rms_norm.OFFSET])
 def test_rms_norm(regime: str, casting: str, dtype: torch.dtype) -> None:
-    from trainc.kernels import triton_norm_launch as launch
+    from trainc.kernels.norm import triton_norm_launch as launch
 
     examples, rows, width, programs = REGIMES[regime]
     torch.manual_seed(0)
@@ -88,7 +89,7 @@ def test_rms_norm(regime: str, casting: str, dtype: torch.dtype) -> None:
 
 
 def test_operators_launch_without_optional_parts() -> None:
-    from trainc.kernels import triton_norm_launch as launch
+    from trainc.kernels.norm import triton_norm_launch as launch
 
     x, dy, weight = torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.randn(8)
     probe = torch.zeros(3, 2)
@@ -134,7 +135,7 @@ def test_philox_words_are_bit_equal_to_tritons() -> None:
 @pytest.mark.parametrize("share", multiplicative_noise.SHARES)
 @pytest.mark.parametrize("shape", [(4, 3, 40), (6, 1, 3), (2, 5, 127), (4, 1)], ids=str)
 def test_noise(share: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    from trainc.kernels import triton_noise
+    from trainc.kernels.noise import triton_noise
 
     x, h0 = (torch.randn(shape).to(dtype) for _ in range(2))
     for first in (None, torch.tensor(5)):
@@ -146,7 +147,7 @@ def test_noise(share: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_zero_sigma_is_the_identity_bit_for_bit(dtype: torch.dtype) -> None:
-    from trainc.kernels import triton_noise
+    from trainc.kernels.noise import triton_noise
 
     x = torch.randn(4, 3, 9).to(dtype)
     got = triton_noise.multiplicative_noise(x, torch.tensor(0.0), KEY, 1, 2, "none")
@@ -156,7 +157,7 @@ def test_zero_sigma_is_the_identity_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("distance", consistency.DISTANCES)
 @pytest.mark.parametrize("classes", [1, 3, 127])
 def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
-    from trainc.kernels import triton_loss
+    from trainc.kernels.loss import triton_loss
 
     torch.manual_seed(0)
     logits = torch.randn(6, classes).to(dtype)
@@ -174,7 +175,7 @@ def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
 
 
 def test_loss_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainc.kernels import triton_loss
+    from trainc.kernels.loss import triton_loss
 
     monkeypatch.setattr(triton_loss, "BLOCK", 32)
     for distance in consistency.DISTANCES:

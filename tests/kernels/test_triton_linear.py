@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.kernels.test_triton_architectures import OTHERS, REGISTER_FILE, SPILLS
 from tests.kernels.test_triton_offline import ARCHITECTURE, FULL, INDEX, assembled, spec
-from trainc.kernels import embedding, linear
+from trainc.kernels.layer import embedding, linear
 
 NAMES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,7 +27,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The launch module with float32 operands: the interpreter has no 16-bit arithmetic."""
     import triton.language as tl
 
-    from trainc.kernels import triton_linear_launch
+    from trainc.kernels.layer import triton_linear_launch
 
     torch.manual_seed(0)
     monkeypatch.setattr(triton_linear_launch, "OPERANDS", dict.fromkeys(DTYPES, tl.float32))
@@ -165,7 +165,7 @@ def test_embedding(
     shape: tuple[int, ...], width: int, padding: int, kind: torch.dtype, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from trainc.kernels import triton_embedding
+    from trainc.kernels.layer import triton_embedding
 
     monkeypatch.setattr(triton_embedding, "ROWS", 2)  # runs of several steps
     monkeypatch.setattr(triton_embedding, "COLUMNS", 128)
@@ -185,7 +185,7 @@ def test_embedding(
 
 @interpreter
 def test_a_run_in_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainc.kernels import triton_embedding
+    from trainc.kernels.layer import triton_embedding
 
     monkeypatch.setattr(triton_embedding, "COLUMNS", 16)
     ids, dy = torch.tensor([[1, 1, 1]]), torch.randn(1, 3, 33)
@@ -201,7 +201,7 @@ def weight_gradient(name: str, rows: int, outputs: int, inputs: int, warps: int)
     )
     given = f"X:{NAMES[name]} DY:{NAMES[name]} TOTAL:{FULL} SQUARES:{FULL} {sizes}"
     return spec(
-        "triton_linear", "weight_gradient", given, OPERAND=name, PRECISION="ieee", STAGES=3,
+        "layer.triton_linear", "weight_gradient", given, OPERAND=name, PRECISION="ieee", STAGES=3,
         GROUP=8, BLOCK_T=rows, BLOCK_L=outputs, BLOCK_K=inputs, warps=warps,
     )  # fmt: skip
 
@@ -210,7 +210,7 @@ def gram(name: str, rows: int, columns: int, warps: int) -> Any:
     """One compilation of products of rows."""
     given = f"X:{NAMES[name]} DY:{NAMES[name]} PARTIAL:{FULL} "
     return spec(
-        "triton_linear", "gram", given + "rows:i32 inputs:i32 outputs:i32 tiles:i32",
+        "layer.triton_linear", "gram", given + "rows:i32 inputs:i32 outputs:i32 tiles:i32",
         OPERAND=name, PRECISION="ieee", STAGES=3, BLOCK_T=rows, BLOCK_C=columns, warps=warps,
     )  # fmt: skip
 
@@ -229,7 +229,7 @@ PRODUCTS = [
     gram("float32", 16, 32, 4),
 ]
 RUNS = spec(
-    "triton_embedding", "run_squares",
+    "layer.triton_embedding", "run_squares",
     f"DY:*bf16 SORTED:{INDEX} ORDER:{INDEX} SQUARES:{FULL} rows:i32 width:i32 padding:i32",
     BLOCK_R=8, BLOCK_C=512,
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainc.kernels import launch
+from trainc.kernels.norm import tiles
 
 pytestmark = pytest.mark.offline
 
@@ -50,9 +50,9 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def tile(kind: launch.Kind, columns: int) -> dict[str, Any]:
+def tile(kind: tiles.Kind, columns: int) -> dict[str, Any]:
     """A tile of the launch table as options."""
-    found = launch.default(kind, torch.bfloat16, columns)
+    found = tiles.default(kind, torch.bfloat16, columns)
     options: dict[str, Any] = {"BLOCK_R": found.rows, "BLOCK_C": columns, "warps": found.warps}
     return options if kind == "forward" else {**options, "STAGES": found.stages}
 
@@ -61,53 +61,53 @@ def backward(name: str, arguments: str, norm: dict[str, Any], columns: int, **mo
     """One compilation of a norm's backward."""
     sums = 1 if norm["RMS"] else 2
     return spec(
-        "triton_norm", name, arguments, **norm, WRITE_DX=True, COLUMNS=sums, **more,
+        "norm.triton_norm", name, arguments, **norm, WRITE_DX=True, COLUMNS=sums, **more,
         **tile("backward", columns),
     )  # fmt: skip
 
 
 SPECS = [
     *(
-        spec("triton_norm", "norm_forward", FORWARD, **k, **tile("forward", c))
+        spec("norm.triton_norm", "norm_forward", FORWARD, **k, **tile("forward", c))
         for k in KINDS
         for c in (1024, 4096)
     ),
-    *(spec("triton_norm", "norm_forward", FORWARD, **KINDS[0], **tile("forward", c))
+    *(spec("norm.triton_norm", "norm_forward", FORWARD, **KINDS[0], **tile("forward", c))
         for c in (2048, 8192, 16384)),
     *(backward("norm_backward_split", SPLIT, k, c, ROW_NORMS=False)
         for k in KINDS for c in (1024, 4096)),
     *(backward("norm_backward_split", SPLIT, KINDS[0], c, ROW_NORMS=False) for c in (2048, 8192)),
     *(backward("norm_backward_split", SPLIT, KINDS[0], c, ROW_NORMS=True) for c in (1024, 8192)),
     *(backward("norm_backward_whole", WHOLE, k, c) for k in KINDS for c in (1024, 4096)),
-    spec("triton_norm", "norm_finish", FINISH, COLUMNS=2, BLOCK_S=64, BLOCK_C=32),
+    spec("norm.triton_norm", "norm_finish", FINISH, COLUMNS=2, BLOCK_S=64, BLOCK_C=32),
     *(
         spec(
-            "triton_norm_wide", "wide_rows", WIDE_ROWS, RMS=k["RMS"], OFFSET=k["OFFSET"], HAS_W=True,
+            "norm.triton_wide_norm", "wide_rows", WIDE_ROWS, RMS=k["RMS"], OFFSET=k["OFFSET"], HAS_W=True,
             BLOCK_C=4096, warps=8,
         )
         for k in KINDS[1:3]
     ),
     *(
-        spec("triton_norm_wide", "wide_forward", WIDE_FORWARD, **k, BLOCK_C=4096, warps=8)
+        spec("norm.triton_wide_norm", "wide_forward", WIDE_FORWARD, **k, BLOCK_C=4096, warps=8)
         for k in KINDS
     ),
     *(
         spec(
-            "triton_norm_wide", "wide_columns", WIDE_COLUMNS, **k, WRITE_DX=True, STAGES=2,
+            "norm.triton_wide_norm", "wide_columns", WIDE_COLUMNS, **k, WRITE_DX=True, STAGES=2,
             BLOCK_R=4, BLOCK_C=1024,
         )
         for k in KINDS[1:3]
     ),
     *(
         spec(
-            "triton_noise", "noise", NOISE, HAS_H0=h0, HAS_FIRST=True, SHARED=shared, VIEWS=256,
+            "noise.triton_noise", "noise", NOISE, HAS_H0=h0, HAS_FIRST=True, SHARED=shared, VIEWS=256,
             BLOCK_T=8, BLOCK_G=64,
         )
         for h0 in (False, True)
         for shared in (False, True)
     ),
     *(
-        spec("triton_loss", name, arguments + TAIL, KL=kl, BLOCK_V=2048, warps=4)
+        spec("loss.triton_loss", name, arguments + TAIL, KL=kl, BLOCK_V=2048, warps=4)
         for name, arguments in (("loss_forward", LOSS), ("loss_backward", LOSS_BACK))
         for kl in (False, True)
     ),
@@ -182,5 +182,5 @@ def test_compiles_without_spills_and_with_vector_access(
     assert re.search(r"ld\.global\.\S*v4|cp\.async\.cg.*, 0x10", ptx), "no 128-bit load"
     if name == "norm_backward_split":
         # What the launch table says fits a processor does: registers come in eights a thread.
-        resident = launch.default("backward", torch.bfloat16, options["BLOCK_C"]).resident
+        resident = tiles.default("backward", torch.bfloat16, options["BLOCK_C"]).resident
         assert resident * -(-registers // 8) * 8 * warps * 32 <= 65536

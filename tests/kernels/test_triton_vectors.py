@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainc.kernels import masked_update, multi_norm, sparse_adamw
+from trainc.kernels.parameter import masked_update, multi_norm, sparse_adamw
 
 pytestmark = pytest.mark.interpreter
 
@@ -15,7 +15,11 @@ SHAPES = [(), (3,), (127,), (5, 7), (0,), (40, 9), (64,)]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and chunks even for small tensors."""
-    from trainc.kernels import triton_masked_update, triton_multi_norm, triton_sparse_adamw
+    from trainc.kernels.parameter import (
+        triton_masked_update,
+        triton_multi_norm,
+        triton_sparse_adamw,
+    )
 
     monkeypatch.setattr(triton_multi_norm, "BLOCK", 64)
     monkeypatch.setattr(triton_multi_norm, "CHUNK", 128)
@@ -26,7 +30,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("paired", [True, False])
 def test_multi_norm(dtype: torch.dtype, paired: bool) -> None:
-    from trainc.kernels import triton_multi_norm
+    from trainc.kernels.parameter import triton_multi_norm
 
     torch.manual_seed(0)
     tensors, deltas = ([torch.randn(shape).to(dtype) for shape in SHAPES] for _ in range(2))
@@ -37,7 +41,7 @@ def test_multi_norm(dtype: torch.dtype, paired: bool) -> None:
 
 
 def test_multi_norm_of_mixed_dtypes_odd_addresses_and_broken_entries() -> None:
-    from trainc.kernels import triton_multi_norm
+    from trainc.kernels.parameter import triton_multi_norm
 
     wide = torch.randn(200)
     tensors = [wide[1:150], torch.randn(9).bfloat16(), torch.randn(5).double(), torch.randn(7, 6).T]
@@ -54,7 +58,7 @@ def test_multi_norm_of_mixed_dtypes_odd_addresses_and_broken_entries() -> None:
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("with_master", [False, True])
 def test_sparse_adamw(dtype: torch.dtype, block: int, gathered: bool, with_master: bool) -> None:
-    from trainc.kernels import triton_sparse_adamw
+    from trainc.kernels.parameter import triton_sparse_adamw
 
     torch.manual_seed(0)
     weight = torch.randn(16, 24).to(dtype)
@@ -79,7 +83,7 @@ def test_sparse_adamw(dtype: torch.dtype, block: int, gathered: bool, with_maste
 
 
 def test_sparse_adamw_leaves_what_it_does_not_take_to_pytorch() -> None:
-    from trainc.kernels import triton_sparse_adamw
+    from trainc.kernels.parameter import triton_sparse_adamw
 
     scalars = [torch.tensor(value) for value in (1e-2, 0.1, 3)]
     for weight in (torch.randn(8, 6).double(), torch.randn(6, 8).T):
@@ -106,7 +110,7 @@ def test_sparse_adamw_leaves_what_it_does_not_take_to_pytorch() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_masked_update(packed: bool, dtype: torch.dtype) -> None:
-    from trainc.kernels import triton_masked_update
+    from trainc.kernels.parameter import triton_masked_update
 
     for shape in ((40, 9), (3,), (0,)):
         mask = torch.rand(shape) < 0.5

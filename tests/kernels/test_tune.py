@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainc.kernels import launch, tune
-from trainc.kernels.launch import Kind, Tile
+from trainc.kernels.norm import tiles as launch
+from trainc.kernels.norm import tune
+from trainc.kernels.norm.tiles import Kind, Tile
 
 RESULT = (torch.ones(2),)
 

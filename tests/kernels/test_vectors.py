@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainc.kernels.multi_norm import multi_norm
-from trainc.kernels.multi_norm import reference as norm_reference
-from trainc.kernels.sparse_adamw import reference as adamw_reference
-from trainc.kernels.sparse_adamw import sparse_adamw_
+from trainc.kernels.parameter.multi_norm import multi_norm
+from trainc.kernels.parameter.multi_norm import reference as norm_reference
+from trainc.kernels.parameter.sparse_adamw import reference as adamw_reference
+from trainc.kernels.parameter.sparse_adamw import sparse_adamw_
 
 SHAPES = [(), (1,), (3,), (127,), (5, 7), (2, 3, 4), (0,), (33000, 2)]
 OPTIONS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}

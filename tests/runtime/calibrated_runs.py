@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainc.runtime.averages import Averages
-from trainc.runtime.calibration import Calibration
-from trainc.runtime.estimates import Estimate, Reading
+from trainc.runtime.noise_scale.averages import Averages
+from trainc.runtime.noise_scale.calibration import Calibration
+from trainc.runtime.noise_scale.estimate import Estimate, Reading
 
 NORMS, REST = 20, 100
 """Weights of the norm layers, and all others, each with noise of variance 1."""

@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trainc.runtime import checkpoint
-from trainc.runtime.action import StopRun
-from trainc.runtime.clock import Clock, Duration, Gate, RunLength, Units
-from trainc.runtime.data import Batch
-from trainc.runtime.interface import Report
-from trainc.runtime.loop import train
-from trainc.runtime.schedules import compile_schedule
+from trainc.runtime.data.reader import Batch
+from trainc.runtime.run.interface import Report
+from trainc.runtime.run.loop import train
+from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Units
+from trainc.runtime.schedule.schedules import compile_schedule
+from trainc.runtime.step.action import StopRun
+from trainc.runtime.storage import checkpoint
 
 SAMPLES, WIDTH = 50, 6
 LENGTH = RunLength(20, "steps")

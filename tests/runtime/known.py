@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainc.runtime.estimates import Spread
+from trainc.runtime.noise_scale.estimate import Spread
 
 # G and the diagonal of Sigma^(1/2); |G|^2 = 6 and tr(Sigma) = 14.
 MEAN = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainc.runtime.metrics import encode
+from trainc.runtime.storage.jsonl import encode
 
 NAN = math.nan
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trainc.runtime.clock import Clock, RunLength, Units
-from trainc.runtime.schedules import compile_condition, compile_schedule
+from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.schedule.schedules import compile_condition, compile_schedule
 
 BATCH, TOKENS, EPOCH = 32, 128, 6400
 UNITS = Units(BATCH, TOKENS, EPOCH)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from tests.runtime.fake import FakeData, FakeProgram
-from trainc.runtime import checkpoint
-from trainc.runtime.loop import train
-from trainc.runtime.metrics import read
-from trainc.runtime.summary import Summary
+from trainc.runtime.run.loop import train
+from trainc.runtime.run.summary import Summary
+from trainc.runtime.storage import checkpoint
+from trainc.runtime.storage.jsonl import read
 
 
 def run(

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime import known
-from trainc.runtime.averages import Averages
-from trainc.runtime.estimates import UNDETERMINED, Estimate, Spread
-from trainc.runtime.jackknife import jackknives
-from trainc.runtime.noise_scale import noise_scale, noise_scale_from_contributions
+from trainc.runtime.noise_scale.averages import Averages
+from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate, Spread
+from trainc.runtime.noise_scale.estimators import noise_scale, noise_scale_from_contributions
+from trainc.runtime.noise_scale.jackknife import jackknives
 
 CASES = json.loads((Path(__file__).parents[1] / "reference/noise_scale.json").read_text())["cases"]
 

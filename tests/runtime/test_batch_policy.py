@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.batch_policy import BatchPolicy, Bounds, Follow, Ramp, SignalNoise
-from trainc.runtime.clock import Clock, Duration, Gate, RunLength, Units
-from trainc.runtime.step import Signals, Step, StepMachine
-from trainc.runtime.timeline import moments
+from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Units
+from trainc.runtime.schedule.timeline import moments
+from trainc.runtime.step.batch_policy import BatchPolicy, Bounds, Follow, Ramp, SignalNoise
+from trainc.runtime.step.machine import Signals, Step, StepMachine
 
 TOKENS = 8
 Observed = Callable[[Clock], float]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime.calibrated_runs import NORMS, REST, Outcome, Squares, simulate
-from trainc.runtime.calibration import Calibration
-from trainc.runtime.estimates import UNDETERMINED, Estimate, student
+from trainc.runtime.noise_scale.calibration import Calibration
+from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate, student
 
 Row = tuple[float, float, float, float]
 

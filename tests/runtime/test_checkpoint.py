@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainc.runtime import checkpoint
-from trainc.runtime.checkpoint import DamagedCheckpoint
+from trainc.runtime.storage import checkpoint
+from trainc.runtime.storage.checkpoint import DamagedCheckpoint
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.clock import Clock, Duration, Gate, RunLength, Unit, Units
+from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Unit, Units
 
 UNITS = Units(samples_per_step=32, tokens_per_sample=128, samples_per_epoch=3200)
 LENGTH = RunLength(2000, "steps")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime import data as module
-from trainc.runtime.data import Order, Reader, cut, target_count
+from trainc.runtime.data import reader as module
+from trainc.runtime.data.reader import Order, Reader, cut, target_count
 
 
 @given(samples=st.integers(1, 60), batches=st.lists(st.integers(1, 80), max_size=12))

@@ -11,7 +11,7 @@ import threading
 
 from rich.console import Console
 
-from trainc.runtime.display import Display, duration, quantity, sparkline
+from trainc.runtime.run.live_display import Display, duration, quantity, sparkline
 
 FIGURES = {
     "loss": 2.34567,
@@ -27,7 +27,7 @@ FIGURES = {
 }
 
 CHILD = """
-from trainc.runtime.display import Display
+from trainc.runtime.run.live_display import Display
 display = Display(100, "steps", title="demo", interval=0)
 display.start()
 for step in range(1, 101):

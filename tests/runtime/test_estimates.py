@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime import known
-from trainc.runtime.estimates import UNDETERMINED, Estimate, Spread, ratio_interval, student
+from trainc.runtime.noise_scale.estimate import (
+    UNDETERMINED,
+    Estimate,
+    Spread,
+    ratio_interval,
+    student,
+)
 
 
 @pytest.mark.parametrize(

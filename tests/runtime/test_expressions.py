@@ -18,8 +18,8 @@ from tests.runtime.notation import (
     percent,
     values,
 )
-from trainc.runtime.expressions import names
-from trainc.runtime.schedules import compile_condition
+from trainc.runtime.schedule.expressions import names
+from trainc.runtime.schedule.schedules import compile_condition
 
 
 def test_mathematics() -> None:

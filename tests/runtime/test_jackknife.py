@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.runtime import known
-from trainc.runtime.estimates import Estimate, Spread, ratio_interval
-from trainc.runtime.jackknife import Jackknife, jackknife, jackknives
-from trainc.runtime.matched import l1_squares
-from trainc.runtime.noise_scale import UNDETERMINED, noise_scale_from_contributions
+from trainc.runtime.noise_scale.estimate import Estimate, Spread, ratio_interval
+from trainc.runtime.noise_scale.estimators import UNDETERMINED, noise_scale_from_contributions
+from trainc.runtime.noise_scale.geometry import l1_squares
+from trainc.runtime.noise_scale.jackknife import Jackknife, jackknife, jackknives
 
 CASES = json.loads((Path(__file__).parents[1] / "reference/noise_scale.json").read_text())["cases"]
 TINY = CASES["tiny_transformer_ln"]

@@ -8,13 +8,13 @@ import pytest
 
 from tests.runtime.fake import FakeData, FakeProgram, ReportingProgram
 from tests.runtime.runs import assert_equal_runs, events, run
-from trainc.runtime import checkpoint
-from trainc.runtime.action import StopRun
-from trainc.runtime.clock import RunLength
-from trainc.runtime.folder import RunExists
-from trainc.runtime.interface import NonFiniteLoss, Reporting, RunnableProgram
-from trainc.runtime.loop import train
-from trainc.runtime.metrics import read, series
+from trainc.runtime.run.interface import NonFiniteLoss, Reporting, RunnableProgram
+from trainc.runtime.run.loop import train
+from trainc.runtime.schedule.clock import RunLength
+from trainc.runtime.step.action import StopRun
+from trainc.runtime.storage import checkpoint
+from trainc.runtime.storage.jsonl import read, series
+from trainc.runtime.storage.run_folder import RunExists
 
 
 def test_the_fake_program_is_a_program() -> None:

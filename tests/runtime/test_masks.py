@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainc.runtime.masks import Compact, largest
+from trainc.runtime.step.update_mask import Compact, largest
 
 
 def by_sorting(scores: list[Tensor], count: int) -> list[list[int]]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.runtime import known
-from trainc.runtime.jackknife import jackknife
-from trainc.runtime.matched import l1_squares, matched_squares
-from trainc.runtime.noise_scale import UNDETERMINED, noise_scale_from_contributions
+from trainc.runtime.noise_scale.estimators import UNDETERMINED, noise_scale_from_contributions
+from trainc.runtime.noise_scale.geometry import l1_squares, matched_squares
+from trainc.runtime.noise_scale.jackknife import jackknife
 
 
 def equal(count: int) -> torch.Tensor:

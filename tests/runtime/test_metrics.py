@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.metrics import Writer, decode, encode, read, series, truncate
+from trainc.runtime.storage.jsonl import Writer, decode, encode, read, series, truncate
 
 
 def lines(path: Path, *steps: int) -> None:

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from tests.runtime.noise_runs import NAN, figures, plan, six_steps, step
-from trainc.runtime import noise_figures
-from trainc.runtime.noise_figures import Clause, course, told, told_total
+from trainc.runtime.noise_scale import figures as noise_figures
+from trainc.runtime.noise_scale.figures import Clause, course, told, told_total
 
 
 @pytest.mark.parametrize(

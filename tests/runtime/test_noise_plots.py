@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.runtime.noise_runs import NAN, SCALES, figures, plan, six_steps, step, write_run
-from trainc.runtime.noise_map import COLUMNS, MISSING, NAMED, heat
-from trainc.runtime.noise_plots import BEYOND, TOTAL, noise_panels
-from trainc.runtime.plots import COLORS, draw, list_panels, load
+from trainc.runtime.report.layer_map import COLUMNS, MISSING, NAMED, heat
+from trainc.runtime.report.noise_scale_course import BEYOND, TOTAL, noise_panels
+from trainc.runtime.report.plots import COLORS, draw, list_panels, load
 
 pytest.importorskip("matplotlib")
 

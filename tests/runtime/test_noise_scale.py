@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime import known
-from trainc.runtime.estimates import Estimate
-from trainc.runtime.noise_scale import (
+from trainc.runtime.noise_scale.estimate import Estimate
+from trainc.runtime.noise_scale.estimators import (
     UNDETERMINED,
     Squares,
     noise_scale,
     noise_scale_from_contributions,
 )
-from trainc.runtime.step import Contribution
+from trainc.runtime.step.machine import Contribution
 
 CASES = json.loads((Path(__file__).parents[1] / "reference/noise_scale.json").read_text())["cases"]
 

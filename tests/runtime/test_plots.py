@@ -10,9 +10,9 @@ import pytest
 
 from tests.runtime import noise_runs
 from tests.runtime.noise_runs import figures, plan, write_run
-from trainc.runtime.metrics import encode
-from trainc.runtime.plot_axes import round_numbers
-from trainc.runtime.plots import draw, list_panels, load, smooth
+from trainc.runtime.report.axes import round_numbers
+from trainc.runtime.report.plots import draw, list_panels, load, smooth
+from trainc.runtime.storage.jsonl import encode
 
 pytest.importorskip("matplotlib")
 

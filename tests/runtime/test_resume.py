@@ -11,9 +11,9 @@ import pytest
 from tests.runtime import fake
 from tests.runtime.fake import FakeProgram
 from tests.runtime.runs import assert_equal_runs, outcome, run
-from trainc.runtime import checkpoint
-from trainc.runtime.checkpoint import DamagedCheckpoint
-from trainc.runtime.metrics import read
+from trainc.runtime.storage import checkpoint
+from trainc.runtime.storage.checkpoint import DamagedCheckpoint
+from trainc.runtime.storage.jsonl import read
 
 
 def test_two_runs_are_equal(whole: Path, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from tests.runtime.notation import (
     steps,
     values,
 )
-from trainc.runtime.clock import Clock, RunLength, Unit, Units
-from trainc.runtime.schedules import compile_schedule, table
+from trainc.runtime.schedule.clock import Clock, RunLength, Unit, Units
+from trainc.runtime.schedule.schedules import compile_schedule, table
 
 WARM_COSINE = ["then", call("warmup", percent(5)), call("cosine", to=percent(10))]
 
@@ -266,7 +266,8 @@ def test_it_refuses_with_a_sentence(expression: Any, said: str) -> None:
 
 def test_time_and_schedules_load_without_torch() -> None:
     code = (
-        "import sys, trainc.runtime.clock, trainc.runtime.schedules, trainc.runtime.display; "
+        "import sys, trainc.runtime.schedule.clock, trainc.runtime.schedule.schedules; "
+        "import trainc.runtime.run.live_display; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

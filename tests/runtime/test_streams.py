@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.streams import derive, permutation, seed_data, seed_step
+from trainc.runtime.storage.random_streams import derive, permutation, seed_data, seed_step
 
 
 def test_derive_gives_these_numbers_for_ever() -> None:

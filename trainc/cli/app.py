@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from trainc.dsl.diagnostics import SpecError
+from trainc.dsl.text.diagnostic import SpecError
 
 SUMMARIES = {
     "check": "Report every mistake in a spec.",

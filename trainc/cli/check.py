@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from trainc.compiler.catalog import catalog
-from trainc.dsl.diagnostics import Diagnostic
-from trainc.dsl.render import render_github, render_json, render_sarif, render_text
-from trainc.dsl.resolve import load
-from trainc.dsl.source import Source
+from trainc.dsl.resolve.resolver import load
+from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.render import render_github, render_json, render_sarif, render_text
+from trainc.dsl.text.source import Source
 
 if TYPE_CHECKING:
     import typer

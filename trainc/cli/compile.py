@@ -25,8 +25,8 @@ def register(app: typer.Typer) -> None:
 
         `trainc.load(FOLDER, model)` binds it to a model again, without the spec and without running any code of it.
         """
-        from trainc.compiler.inspect import captured
-        from trainc.dsl.render import render_text
+        from trainc.compiler.driver.inspect import captured
+        from trainc.dsl.text.render import render_text
 
         program = captured(spec, overrides(set_), without or ())
         if program.plan.warnings:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from trainc.compiler.catalog import catalog
-from trainc.dsl.construct import KINDS
-from trainc.dsl.diagnostics import suggest
-from trainc.dsl.pages import construct_page, rule_page
-from trainc.dsl.rules import RULES
+from trainc.dsl.printing.reference_pages import construct_page, rule_page
+from trainc.dsl.reading.construct import KINDS
+from trainc.dsl.text.diagnostic import suggest
+from trainc.dsl.text.rules import RULES
 
 if TYPE_CHECKING:
     import typer

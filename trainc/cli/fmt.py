@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from trainc.dsl.comments import format_source
-from trainc.dsl.diagnostics import SpecError
-from trainc.dsl.gather import read_source
-from trainc.dsl.source import Source
+from trainc.dsl.printing.formatter import format_source
+from trainc.dsl.resolve.includes import read_source
+from trainc.dsl.text.diagnostic import SpecError
+from trainc.dsl.text.source import Source
 
 if TYPE_CHECKING:
     import typer

@@ -6,10 +6,10 @@ from typing import Any
 
 from rich.table import Table
 
-from trainc.runtime import noise_figures
-from trainc.runtime.display import sparkline
-from trainc.runtime.metrics import Record
-from trainc.runtime.noise_figures import Clause
+from trainc.runtime.noise_scale import figures as noise_figures
+from trainc.runtime.noise_scale.figures import Clause
+from trainc.runtime.run.live_display import sparkline
+from trainc.runtime.storage.jsonl import Record
 
 
 def figures(runs: Sequence[tuple[Mapping[str, Any], Sequence[Record]]]) -> dict[str, list[str]]:

@@ -41,10 +41,10 @@ def register(app: typer.Typer) -> None:
         import json
         import sys
 
-        from trainc.compiler import compile as compiling
+        from trainc.compiler.driver import compile as compiling
 
         if diff is not None:
-            from trainc.compiler.inspect import pass_diff
+            from trainc.compiler.driver.inspect import pass_diff
 
             print(pass_diff(spec, diff, overrides(set_)))
             return
@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
         from trainc.cli.tables import show_plan
 
         if made.warnings:
-            from trainc.dsl.render import render_text
+            from trainc.dsl.text.render import render_text
 
             print(render_text(made.warnings).strip("\n"), file=sys.stderr)
         show_plan(made, full)

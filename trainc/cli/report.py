@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trainc.cli import noise_tables
-from trainc.runtime.metrics import Record, read
-from trainc.runtime.noise_figures import clauses as clauses_of_noise
+from trainc.runtime.noise_scale.figures import clauses as clauses_of_noise
+from trainc.runtime.storage.jsonl import Record, read
 
 WIDE = 132
 
@@ -223,7 +223,7 @@ def register(app: typer.Typer) -> None:
             console.width = max(console.width, WIDE)
         show(found, console)
         if plot is not None:
-            from trainc.runtime.plots import draw
+            from trainc.runtime.report.plots import draw
 
             if find_spec("matplotlib") is None:
                 print("trainc: --plot needs matplotlib: install trainc[plots]", file=sys.stderr)

@@ -41,9 +41,9 @@ def register(app: typer.Typer) -> None:
         Writes metrics.jsonl, checkpoints and a summary to the folder. An interrupt saves and leaves; `--resume`
         continues bit for bit.
         """
-        from trainc.compiler.train import train
-        from trainc.runtime.checkpoint import DamagedCheckpoint
-        from trainc.runtime.folder import RunExists
+        from trainc.compiler.driver.train import train
+        from trainc.runtime.storage.checkpoint import DamagedCheckpoint
+        from trainc.runtime.storage.run_folder import RunExists
 
         try:
             summary = train(

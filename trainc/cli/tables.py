@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainc.compiler.plan import Plan
+from trainc.compiler.plan.plan import Plan
 
 SHORT = 40
 MOVING = 4

@@ -23,18 +23,18 @@ def register(app: typer.Typer) -> None:
         """
         import torch
 
-        from trainc.kernels import launch
+        from trainc.kernels.norm import tiles
 
         if not torch.cuda.is_available():
             print("trainc: there is no CUDA device here, so nothing to tune", file=sys.stderr)
             raise typer.Exit(1)
-        from trainc.kernels.tune import WIDTHS, seconds
-        from trainc.kernels.tune import tune as measured
+        from trainc.kernels.norm.tune import WIDTHS, seconds
+        from trainc.kernels.norm.tune import tune as measured
 
         name = torch.cuda.get_device_name()
-        columns = sorted({launch.power_of_2(one) for one in width}) if width else WIDTHS
-        if columns[-1] > launch.HELD:
-            raise typer.BadParameter(f"at most {launch.HELD}", param_hint="--width")
+        columns = sorted({tiles.power_of_2(one) for one in width}) if width else WIDTHS
+        if columns[-1] > tiles.HELD:
+            raise typer.BadParameter(f"at most {tiles.HELD}", param_hint="--width")
         found = {}
         for one in measured(seconds, columns):
             gain = 1 - one.seconds / one.before
@@ -42,4 +42,4 @@ def register(app: typer.Typer) -> None:
             if gain > 0:
                 found[one.key] = one.tile
         if found and not dry:
-            print(f"kept in {launch.store(name, found)}")
+            print(f"kept in {tiles.store(name, found)}")

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        from trainc.compiler.verify import verify as compare
+        from trainc.compiler.driver.verify import verify as compare
 
         rows = compare(spec, overrides(set_), without or (), double=double)
         table = Table(box=None, pad_edge=False, header_style="bold")

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from trainc.compiler.batch import Policy, action, read, whole_micros
-from trainc.dsl.construct import Batch, Construct, Duration, Effect, ImportPath, Samples
-from trainc.dsl.values import Call
+from trainc.compiler.constructs.data._batch_policy import Policy, action, read, whole_micros
+from trainc.dsl.reading.construct import Batch, Construct, Duration, Effect, ImportPath, Samples
+from trainc.dsl.values.value_json import Call
 
 if TYPE_CHECKING:
-    from trainc.compiler.lowering import Lowering
+    from trainc.compiler.lower.lowering import Lowering
 
 
 class Data(Construct):

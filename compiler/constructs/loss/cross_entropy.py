@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.kinds.loss import Loss
+from trainc.compiler.constructs.loss._base import Loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.lowering import Task
+    from trainc.compiler.lower.lowering import Task
 
 
 class CrossEntropyTask:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from trainc.compiler.kinds.loss import Loss
+from trainc.compiler.constructs.loss._base import Loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.lowering import Task
+    from trainc.compiler.lower.lowering import Task
 
 
 class MeanSquaredErrorTask:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainc.dsl.construct import Construct, Duration, Effect, Samples
-from trainc.runtime.action import Action, Phase, State
+from trainc.dsl.reading.construct import Construct, Duration, Effect, Samples
+from trainc.runtime.step.action import Action, Phase, State
 
 if TYPE_CHECKING:
-    from trainc.compiler.lowering import Lowering
-    from trainc.runtime.optimizer import Scale
-    from trainc.runtime.step import Step
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.optimizer import Scale
 
 
 class BatchScaling(Construct):

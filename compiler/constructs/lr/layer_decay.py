@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainc.dsl.construct import Construct, Effect, Problem
+from trainc.dsl.reading.construct import Construct, Effect, Problem
 
 if TYPE_CHECKING:
-    from trainc.compiler.bound import Targets
-    from trainc.compiler.lowering import Lowering
+    from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.lower.lowering import Lowering
 
 
 class LayerDecay(Construct):

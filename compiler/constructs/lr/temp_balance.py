@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainc.dsl.construct import Construct, Effect, Problem, Range
-from trainc.runtime.action import Action, Phase, State
+from trainc.dsl.reading.construct import Construct, Effect, Problem, Range
+from trainc.runtime.step.action import Action, Phase, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.bound import Targets
-    from trainc.compiler.inventory import ParameterEntry
-    from trainc.compiler.lowering import Lowering
-    from trainc.runtime.clock import Gate
-    from trainc.runtime.optimizer import Scale
-    from trainc.runtime.step import Step
+    from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.model.inventory import ParameterEntry
+    from trainc.runtime.schedule.clock import Gate
+    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.optimizer import Scale
 
 # How often to measure where the clause does not say.
 EVERY_STEPS = 100
@@ -161,7 +161,7 @@ class TempBalance(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Give every unit a factor, and measure before the optimizer's rates are set."""
-        from trainc.runtime.clock import Duration, Gate
+        from trainc.runtime.schedule.clock import Duration, Gate
 
         units, few = self.units(to.parameters())
         scales = [to.scale(unit.name, unit.parameters) for unit in units]
@@ -171,7 +171,7 @@ class TempBalance(Construct):
 
 def _units(parameters: Iterable[ParameterEntry]) -> tuple[list[Unit], list[ParameterEntry]]:
     """Return a selection's units in registration order, and the parameters that are in none."""
-    from trainc.kernels.spectrum import count
+    from trainc.kernels.parameter.spectrum import count
 
     modules: dict[str, list[ParameterEntry]] = {}
     for parameter in parameters:
@@ -217,7 +217,7 @@ class Balance(Action):
         self.first_spread = 0.0
 
     def run(self, step: Step) -> None:
-        from trainc.kernels.spectrum import Hill, alphas
+        from trainc.kernels.parameter.spectrum import Hill, alphas
 
         if self.measurements and self.pace is not None and not self.pace.fires(step.clock):
             return

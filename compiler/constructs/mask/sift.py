@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from trainc.dsl.construct import Construct, Effect, Fraction, Problem
-from trainc.runtime.action import Action, Phase, State
-from trainc.runtime.clock import Gate
-from trainc.runtime.masks import Compact, largest
+from trainc.dsl.reading.construct import Construct, Effect, Fraction, Problem
+from trainc.runtime.schedule.clock import Gate
+from trainc.runtime.step.action import Action, Phase, State
+from trainc.runtime.step.update_mask import Compact, largest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from trainc.compiler.bound import Targets
-    from trainc.compiler.lowering import Lowering
-    from trainc.runtime.step import Step
+    from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.step.machine import Step
 
 Granularity = Literal["element", "row", "column"]
 

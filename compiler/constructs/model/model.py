@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainc.dsl.construct import Construct, ImportPath
+from trainc.dsl.reading.construct import Construct, ImportPath
 
 if TYPE_CHECKING:
-    from trainc.compiler.lowering import Lowering
+    from trainc.compiler.lower.lowering import Lowering
 
 
 class Model(Construct):

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from trainc.compiler.measurable import single_micro_batch, uncalibrated
-from trainc.dsl.construct import Construct, Duration, Effect, Problem
-from trainc.runtime.estimates import Estimate
-from trainc.runtime.noise_measure import Measure, Settings, Unit
-from trainc.runtime.noise_scale import noise_scale_from_contributions
+from trainc.compiler.constructs.noise_scale._requirements import single_micro_batch, uncalibrated
+from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem
+from trainc.runtime.noise_scale.action import Measure, Settings, Unit
+from trainc.runtime.noise_scale.estimate import Estimate
+from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trainc.compiler.bound import Targets
-    from trainc.compiler.inventory import ModuleEntry, ParameterEntry
-    from trainc.compiler.lowering import Lowering
-    from trainc.compiler.rewrite import MeasuredSite
-    from trainc.compiler.units import Units
+    from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.method.example_units import Units
+    from trainc.compiler.method.sites import MeasuredSite
+    from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
 
 _MIXES = "normalizes over the batch: examples have no gradients of their own"
 _NORMS = ("LayerNorm", "RMSNorm")
@@ -282,10 +282,10 @@ class Gns(Construct):
         to.action(Measure(to.label, measured, self._settings(to)))
 
     def _sites(self, to: Lowering) -> list[MeasuredSite]:
-        from trainc.compiler.layers.batch_norm import batch_norms, ghost_site
-        from trainc.compiler.layers.kinds import site_of
-        from trainc.compiler.layers.ties import sites_of
-        from trainc.compiler.rewrite import NormSite
+        from trainc.compiler.layers.ghost_batch_norm import batch_norms, ghost_site
+        from trainc.compiler.layers.registry import site_of
+        from trainc.compiler.layers.tied_weights import sites_of
+        from trainc.compiler.method.sites import NormSite
 
         entries = [entry for entry in to.modules() if entry.parameters]
         grouped = batch_norms(to.model) if self.method == "ghost" else []
@@ -303,7 +303,7 @@ class Gns(Construct):
         ]
 
     def _units(self) -> Units | None:
-        from trainc.compiler.units import Documents, Groups
+        from trainc.compiler.method.example_units import Documents, Groups
 
         if self.separator is not None:
             return Documents(self.separator)

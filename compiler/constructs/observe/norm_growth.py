@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainc.dsl.construct import Construct, Effect
-from trainc.runtime.action import Action, Phase, State
+from trainc.dsl.reading.construct import Construct, Effect
+from trainc.runtime.step.action import Action, Phase, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.inventory import ParameterEntry
-    from trainc.compiler.lowering import Lowering
-    from trainc.runtime.step import Step
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.model.inventory import ParameterEntry
+    from trainc.runtime.step.machine import Step
 
 # Laws a norm may follow, as functions of t, the number of updates.
 LAWS: dict[str, Callable[[float], float]] = {
@@ -214,7 +214,7 @@ class Observe(Copies):
         self.first = self.last = 0.0
 
     def run(self, step: Step) -> None:
-        from trainc.kernels.multi_norm import multi_norm
+        from trainc.kernels.parameter.multi_norm import multi_norm
 
         weights = [step.parameters[name].detach() for name in self.sizes]
         moved = bool(self.copies)
@@ -246,7 +246,7 @@ class Observe(Copies):
                 step.series.setdefault(f"{self.name}.{measure}", {})[name] = value
 
     def _distance(self, step: Step, start: Start) -> None:
-        from trainc.kernels.multi_norm import multi_norm
+        from trainc.kernels.parameter.multi_norm import multi_norm
 
         distances = {}
         for name, first in start.copies.items():

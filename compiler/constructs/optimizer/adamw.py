@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainc.compiler.kinds.optimizer import Optimizer, implementation_flags
+from trainc.compiler.constructs.optimizer._base import Optimizer, implementation_flags
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainc.compiler.kinds.optimizer import Optimizer, implementation_flags
+from trainc.compiler.constructs.optimizer._base import Optimizer, implementation_flags
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.kinds.optimizer import Optimizer
-from trainc.dsl.construct import ImportPath
+from trainc.compiler.constructs.optimizer._base import Optimizer
+from trainc.dsl.reading.construct import ImportPath
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class Torch(Optimizer):
 
         import torch
 
-        from trainc.compiler.imports import ImportProblem, load
+        from trainc.compiler.model.import_path import ImportProblem, load
 
         found = load(self.path)
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
@@ -48,7 +48,7 @@ class Torch(Optimizer):
             raise ImportProblem("wrong-argument", message) from error
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from trainc.compiler.imports import load
+        from trainc.compiler.model.import_path import load
 
         plain = [{k: v for k, v in g.items() if k != "weight_decay" or v} for g in groups]
         built: torch.optim.Optimizer = load(self.path)(plain, lr=1.0, **self.arguments)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainc.dsl.construct import Construct, Effect, Problem, Schedule
-from trainc.runtime.action import Action, Phase, State
+from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
+from trainc.runtime.step.action import Action, Phase, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.bound import Targets
-    from trainc.compiler.lowering import Inputs, Lowering
-    from trainc.runtime.clock import Clock
-    from trainc.runtime.step import Step
+    from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.lower.lowering import Inputs, Lowering
+    from trainc.runtime.schedule.clock import Clock
+    from trainc.runtime.step.machine import Step
 
 
 class L2Sp(Construct):

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainc.dsl.construct import Construct, Effect, Problem, Schedule
-from trainc.dsl.values import Binary, Call, Expr, Name, Quantity, Unary, to_json, walk
+from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
+from trainc.dsl.values.value_json import Binary, Call, Expr, Name, Quantity, Unary, to_json, walk
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trainc.compiler.bound import Targets
-    from trainc.compiler.inventory import Place
-    from trainc.compiler.lowering import Lowering
+    from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.model.inventory import Place
 
 _PLACES = ("depth", "block", "blocks")
 
@@ -139,7 +139,7 @@ def silent(sigma: Expr, place: Place) -> bool:
 
 def _fixed(expression: Expr) -> bool:
     """Say whether an expression depends on the place only, not on the clock or a signal."""
-    from trainc.runtime.expressions import MATHS
+    from trainc.runtime.schedule.expressions import MATHS
 
     parts = list(walk(expression))
     moving = any(isinstance(part, Call) and part.function not in MATHS for part in parts)
@@ -149,8 +149,8 @@ def _fixed(expression: Expr) -> bool:
 
 
 def _now(expression: Expr, place: Place) -> float:
-    from trainc.runtime.clock import Clock, RunLength, Units
-    from trainc.runtime.schedules import compile_schedule
+    from trainc.runtime.schedule.clock import Clock, RunLength, Units
+    from trainc.runtime.schedule.schedules import compile_schedule
 
     values = {name: float(getattr(place, name)) for name in _PLACES}
     return compile_schedule(to_json(expression), Units(), RunLength(1, "steps"))(Clock(), values)

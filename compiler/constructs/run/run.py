@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainc.dsl.construct import Construct, Duration
+from trainc.dsl.reading.construct import Construct, Duration
 
 if TYPE_CHECKING:
-    from trainc.compiler.lowering import Lowering
+    from trainc.compiler.lower.lowering import Lowering
 
 
 class Run(Construct):

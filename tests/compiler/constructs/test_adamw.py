@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.constructs.optimizer.adamw import AdamW
-from trainc.dsl.values import Number
+from trainc.dsl.values.value_json import Number
 
 DATA = [
     (torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64))

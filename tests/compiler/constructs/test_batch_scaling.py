@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import trainc
 from examples.models import gpt
 from trainc.compiler.constructs.lr.batch_scaling import BatchScaling
-from trainc.compiler.program import Program
-from trainc.runtime.optimizer import OptimizerStep
+from trainc.compiler.program.program import Program
+from trainc.runtime.step.optimizer import OptimizerStep
 
 DATA = 'data "examples.data:stdlib" {{ batch = {batch}, micro = 2 samples, context = 8 }}\n'
 BASE = "loss cross_entropy\noptimizer {optimizer} {{ lr = 1e-2 }}\nrun {{ length = 400 samples }}\n"

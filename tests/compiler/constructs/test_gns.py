@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.noise_scale.gns import Gns
-from trainc.compiler.division import Division
-from trainc.compiler.inventory import take
-from trainc.compiler.layers.armed import SiteError
+from trainc.compiler.layers.bound_modules import bind
 from trainc.compiler.layers.norm import norm_site
-from trainc.compiler.lowering import Lowering, Parts, Setting
-from trainc.compiler.sites import bind
-from trainc.dsl.construct import Duration, Problem
-from trainc.runtime.clock import Clock, RunLength, Units
-from trainc.runtime.noise_measure import Measure, Settings
-from trainc.runtime.noise_scale import Averages, noise_scale_from_contributions
-from trainc.runtime.step import Contribution, Signals, Step, StepMachine
+from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.method.example_index import Division
+from trainc.compiler.model.inventory import take
+from trainc.dsl.reading.construct import Duration, Problem
+from trainc.runtime.noise_scale.action import Measure, Settings
+from trainc.runtime.noise_scale.estimators import Averages, noise_scale_from_contributions
+from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.step.machine import Contribution, Signals, Step, StepMachine
 
 CASES = json.loads((Path(__file__).parents[2] / "reference/noise_scale.json").read_text())["cases"]
 
@@ -274,7 +274,7 @@ def test_a_frozen_weight_is_left_out_of_both_sums() -> None:
 
 
 def test_it_is_measured_before_clipping() -> None:
-    from trainc.runtime.optimizer import Clip, Slot
+    from trainc.runtime.step.optimizer import Clip, Slot
 
     model = Tiny(nn.LayerNorm)
     action, sites = measure(model, NORMS)

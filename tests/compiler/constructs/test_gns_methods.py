@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import trainc
 from trainc.compiler.constructs.noise_scale.gns import Gns
-from trainc.compiler.layers.armed import SiteError
-from trainc.runtime.noise_measure import Measure
-from trainc.runtime.noise_scale import noise_scale_from_contributions
+from trainc.compiler.layers.site_state import SiteError
+from trainc.runtime.noise_scale.action import Measure
+from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
 
 CASES = json.loads((Path(__file__).parents[2] / "reference/noise_scale.json").read_text())["cases"]
 RUN = "loss cross_entropy optimizer {optimizer} {{ lr = {lr} }} run {{ length = 9 steps, seed = 4 }}\n"
@@ -298,11 +298,11 @@ def test_what_a_calibration_finds_is_brute_force() -> None:
 
 def test_calibrations_weigh_what_the_noise_scale_lets_them() -> None:
     """As long as calibrations are close together; further apart they fade by their own half-life."""
-    from trainc.runtime.averages import Averages
-    from trainc.runtime.clock import Clock
-    from trainc.runtime.estimates import Estimate
-    from trainc.runtime.noise_measure import Settings
-    from trainc.runtime.step import Signals, Step
+    from trainc.runtime.noise_scale.action import Settings
+    from trainc.runtime.noise_scale.averages import Averages
+    from trainc.runtime.noise_scale.estimate import Estimate
+    from trainc.runtime.schedule.clock import Clock
+    from trainc.runtime.step.machine import Signals, Step
 
     measure = Measure("gns", {"a": ("a.w",)}, Settings(100.0, "samples", calibrations=2.0))
     assert measure.calibration is not None
@@ -407,7 +407,7 @@ def test_fields_that_do_not_go_together_are_an_error(fields: dict[str, Any], wor
 
 @pytest.mark.parametrize("kind", ["tied", "jackknife", "documents"])
 def test_verify_takes_the_modules_where_no_graph_can_be(kind: str) -> None:
-    from trainc.compiler.verify import compare
+    from trainc.compiler.driver.verify import compare
 
     model, x, y = made()
     clause = {

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import trainc
-from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.regularize.l2_sp import Anchors, L2Sp
-from trainc.compiler.inventory import take
-from trainc.compiler.lowering import Lowering, Parts, Setting
-from trainc.dsl import values as v
-from trainc.dsl.construct import Duration
-from trainc.runtime.clock import Clock, RunLength, Units
-from trainc.runtime.optimizer import OptimizerStep, Slot
-from trainc.runtime.step import Signals, StepMachine
+from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.model.inventory import take
+from trainc.dsl.reading.construct import Duration
+from trainc.dsl.values import value_json as v
+from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.step.machine import Signals, StepMachine
+from trainc.runtime.step.optimizer import OptimizerStep, Slot
 
 REFERENCE = Path(__file__).parents[2] / "reference/regularizers.json"
 

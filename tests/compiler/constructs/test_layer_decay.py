@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 import trainc
 from examples.models import gpt
-from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.lr.layer_decay import LayerDecay
-from trainc.compiler.inventory import Inventory, take
-from trainc.compiler.lowering import Lowering, Parts, Setting
-from trainc.runtime.clock import Units
-from trainc.runtime.step import Signals
+from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.model.inventory import Inventory, take
+from trainc.runtime.schedule.clock import Units
+from trainc.runtime.step.machine import Signals
 
 
 def model(blocks: int = 3) -> nn.Module:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import trainc
-from trainc.compiler.bound import BoundClause
+from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.constructs.observe.norm_growth import LAWS, Copies, Fit, NormGrowth
-from trainc.compiler.inventory import take
-from trainc.compiler.lowering import Lowering, Parts, Setting
-from trainc.runtime.clock import Clock, Units
-from trainc.runtime.step import Signals, Step, StepMachine
+from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.model.inventory import take
+from trainc.runtime.schedule.clock import Clock, Units
+from trainc.runtime.step.machine import Signals, Step, StepMachine
 
 
 def machine(

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.regularize.pace import Pace, silent
-from trainc.compiler.division import Division
-from trainc.compiler.inventory import Place, take
-from trainc.compiler.lowering import Lowering, Parts, Setting
-from trainc.compiler.sites import bind
-from trainc.dsl import values as v
-from trainc.kernels.multiplicative_noise import factor
-from trainc.kernels.philox import pack_key
-from trainc.kernels.task_consistency_loss import task_consistency_loss
-from trainc.runtime.clock import Clock, RunLength, Units
-from trainc.runtime.step import Signals
-from trainc.runtime.streams import derive
+from trainc.compiler.layers.bound_modules import bind
+from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.method.example_index import Division
+from trainc.compiler.model.inventory import Place, take
+from trainc.dsl.values import value_json as v
+from trainc.kernels.loss.task_consistency_loss import task_consistency_loss
+from trainc.kernels.noise.multiplicative_noise import factor
+from trainc.kernels.noise.philox import pack_key
+from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.step.machine import Signals
+from trainc.runtime.storage.random_streams import derive
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "reference/regularizers.json").read_text())
 PACE: dict[str, Any] = REFERENCE["pace"]

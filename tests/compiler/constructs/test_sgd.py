@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.constructs.optimizer.sgd import SGD
-from trainc.dsl.values import Number
+from trainc.dsl.values.value_json import Number
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.mask.sift import Choose, Sift
-from trainc.compiler.inventory import take
-from trainc.compiler.lowering import Lowering, Parts, Setting
-from trainc.runtime.clock import Clock, RunLength, Units
-from trainc.runtime.optimizer import Clip, OptimizerStep, Slot
-from trainc.runtime.step import Signals, Step, StepMachine
+from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.model.inventory import take
+from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.step.machine import Signals, Step, StepMachine
+from trainc.runtime.step.optimizer import Clip, OptimizerStep, Slot
 
 CASE = json.loads((Path(__file__).parents[2] / "reference/masks.json").read_text())["sift"]
 NAMES = ("fc1.weight", "fc2.weight", "fc3.weight")

@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import trainc
-from trainc.compiler.bound import BoundClause, Targets
+from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.lr.temp_balance import Balance, TempBalance
-from trainc.compiler.inventory import take
-from trainc.compiler.lowering import Lowering, Parts, Setting
-from trainc.dsl.values import Range
-from trainc.kernels.spectrum import alphas
-from trainc.runtime.clock import Clock, Units
-from trainc.runtime.step import Signals, Step, StepMachine
+from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.model.inventory import take
+from trainc.dsl.values.value_json import Range
+from trainc.kernels.parameter.spectrum import alphas
+from trainc.runtime.schedule.clock import Clock, Units
+from trainc.runtime.step.machine import Signals, Step, StepMachine
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "reference/layer_rates.json").read_text())
 

@@ -1,0 +1,1 @@
+"""Spec + inventory -> Binding: targets, claims, effects, signals, units."""

@@ -1,0 +1,123 @@
+"""What expressions read of clauses that measure: units, and what is never measured or counts something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.values import value_json as v
+
+if TYPE_CHECKING:
+    from trainc.compiler.bind.bound_clause import BoundClause
+    from trainc.dsl.resolve.spec import Spec
+    from trainc.dsl.text.source import Span
+
+_SIZES = ("batch", "micro_batch", "samples")
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One expression of a spec: where it stands, and whether it is to be a size of the batch."""
+
+    expression: v.Expr
+    span: Span | None
+    sets_batch: bool = False
+
+    def names(self) -> list[str]:
+        """Return every name in it, each once."""
+        found = (x.id for x in v.walk(self.expression) if isinstance(x, v.Name))
+        return list(dict.fromkeys(found))
+
+
+def signal_units(clauses: Sequence[BoundClause]) -> dict[str, Literal["samples"]]:
+    """Return the signals that count samples; the others are plain numbers."""
+    return {
+        name: "samples"
+        for clause in clauses
+        for name, signal in _signals(clause)
+        if clause.construct.unit_of(signal) == "samples" and _never(clause, signal) is None
+    }
+
+
+def misread(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
+    """Yield every reading of a signal that is never measured, and every comparison of unlike counts."""
+    known = {name: (clause, signal) for clause in clauses for name, signal in _signals(clause)}
+    for read in _expressions(spec):
+        counts: dict[str, str] = {}
+        for name in read.names():
+            if name in known:
+                clause, signal = known[name]
+                if (why := _never(clause, signal)) is not None:
+                    yield _unmeasured(name, why, read.span)
+                elif (unit := clause.construct.unit_of(signal)) is not None:
+                    counts[name] = unit
+        yield from _unlike(read, counts)
+
+
+def _signals(clause: BoundClause) -> Iterator[tuple[str, str]]:
+    """Yield the name and the signal of everything a clause measures; that of the clause itself is empty."""
+    if clause.construct.signals:
+        yield clause.label, ""
+        for signal in clause.construct.signals:
+            yield f"{clause.label}.{signal}", signal
+
+
+def _expressions(spec: Spec) -> Iterator[Read]:
+    for clause in spec.clauses:
+        for name in type(clause.construct).model_fields:
+            value: Any = getattr(clause.construct, name)
+            if isinstance(value, v.Expr):
+                sets = clause.kind == "data" and name == "batch"
+                yield Read(value, clause.part_span(name), sets)
+    for rule in spec.rules:
+        yield Read(rule.condition, rule.span)
+        for action in rule.actions:
+            value = getattr(action, "value", None)
+            if isinstance(value, v.Expr):
+                yield Read(value, rule.span, getattr(action, "target", None) == "batch")
+
+
+def _never(clause: BoundClause, signal: str) -> tuple[str, str] | None:
+    """Return why a signal is never measured, and what would help; None where it is."""
+    if clause.dropped is not None:
+        help = (
+            "leave out what reads it, or let the selector match: without `optional` that is checked"
+        )
+        return f"`{clause.title}` is not in the program: {clause.dropped}", help
+    return clause.construct.lacks(signal)
+
+
+def _unmeasured(name: str, why: tuple[str, str], span: Span | None) -> Diagnostic:
+    message = f"`{name}` is never measured, so what reads it never acts"
+    return Diagnostic("unknown-signal", message, _at(span), (why[0],), why[1])
+
+
+def _unlike(read: Read, counts: dict[str, str]) -> Iterator[Diagnostic]:
+    """Yield an error where something that counts no samples meets a number of samples."""
+    odd = next((name for name, unit in counts.items() if unit != "samples"), None)
+    if odd is None:
+        return
+    sized = [x for x in read.names() if x in _SIZES or counts.get(x) == "samples"]
+    sized += [str(x) for x in v.walk(read.expression) if _is_samples(x)]
+    if not sized and not read.sets_batch:
+        return
+    what = "the batch" if read.sets_batch else f"`{sized[0]}`"
+    yield Diagnostic(
+        "bad-value",
+        f"`{odd}` counts {counts[odd]}, and {what} counts samples",
+        _at(read.span),
+        (f"a sample holds several {counts[odd]}, how many differs from one to the next",),
+        "follow a noise scale of samples: another clause without `example`, under a name of its own"
+        if read.sets_batch
+        else "compare it with a plain number, or measure samples: a clause without `example`",
+    )
+
+
+def _is_samples(item: v.Expr) -> bool:
+    return isinstance(item, v.Quantity) and item.duration.unit == "samples"
+
+
+def _at(span: Span | None) -> tuple[Label, ...]:
+    return (Label(span),) if span else ()

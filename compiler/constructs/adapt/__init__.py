@@ -1,0 +1,1 @@
+"""Adapters: parameters added to a model, and merged back."""

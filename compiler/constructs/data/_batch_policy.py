@@ -1,0 +1,262 @@
+"""The batch of a spec: an amount, or the policy that sets it before every step.
+
+Read here from the call that a spec holds, checked, and turned into the action that runs. Importing
+this loads neither torch nor the runtime, since `trainc check` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.values import value_json as v
+from trainc.dsl.values.functions import COUNTERS, PLACES, POLICIES
+
+if TYPE_CHECKING:
+    from trainc.compiler.bind.binding import Binding
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.dsl.resolve.spec import Spec
+    from trainc.runtime.schedule.clock import RunLength, Units
+    from trainc.runtime.step.action import Action
+    from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
+
+THETA = 0.6
+"""The ratio of noise to signal, and how often and from when on it is looked at, as published."""
+LOOK, BEGIN = v.Duration(100, "steps"), v.Duration(0.15, "run")
+
+# What an expression can be made of without anything being measured.
+_NOT_MEASURED = {*COUNTERS, *PLACES, "progress", "batch", "micro_batch", "step"}
+Arguments = Mapping[str, v.Expr]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy with its arguments read; all sizes in samples.
+
+    It begins at `start` and ends at, or goes at most to, `end`; `signal` is None for a ramp, `pace`
+    its length; for the others `pace` is `every`. `strength` is `factor` or `theta`.
+    """
+
+    call: v.Call
+    micro: int
+    start: int
+    end: int
+    grain: int
+    strength: float
+    signal: v.Expr | None
+    begun: v.Duration | None
+    pace: v.Duration | None
+    grow_only: bool
+
+    @property
+    def name(self) -> str:
+        return self.call.function
+
+
+def read(call: v.Call, micro: v.Duration | None) -> Policy:
+    """Return what a policy's call says; raises ValueError naming the argument that cannot be."""
+    given = _named(call)
+    if call.function == "ramp":
+        return _ramp(call, given, micro)
+    follows = call.function == "follow"
+    low, high = _samples(given, "min"), _samples(given, "max")
+    assert high is not None
+    if low is None and micro is None:
+        raise ValueError(f"`{call.function}` needs `min`, the size it begins at, or `micro`")
+    unit = int(micro.amount) if micro else low or 0
+    start = low or unit
+    grain = _samples(given, "step") or unit
+    if high < start:
+        raise ValueError(f"`max = {high} samples` is below the {start} samples it begins at")
+    for name, size in (("min", start), ("max", high), ("step", grain)):
+        if size % unit:
+            near = f"write `{name} = {_near(size, unit)} samples`"
+            raise ValueError(
+                f"`{name} = {size} samples` is no multiple of the micro-batch, {unit} samples: "
+                f"{near}, or a `micro` that divides it"
+            )
+    signal, word = given["signal"], "factor" if follows else "theta"
+    if not any(isinstance(x, v.Name) and x.id not in _NOT_MEASURED for x in v.walk(signal)):
+        raise ValueError(f"`{call.function}` follows something measured, such as `gns`")
+    if used := [x.id for x in v.walk(signal) if isinstance(x, v.Name) and x.id in PLACES]:
+        raise ValueError(f"a batch has no `{used[0]}`: it is the whole model's")
+    begun, pace = _duration(given, "from"), _duration(given, "every")
+    if not follows:
+        begun, pace = begun or BEGIN, pace or LOOK
+    if pace is not None and pace.amount <= 0:
+        raise ValueError("`every` is a distance such as `100 steps`")
+    strength = _number(given, word, 1.0 if follows else THETA)
+    grow_only = not follows or given.get("grow_only", v.Name("false")) == v.Name("true")
+    return Policy(call, unit, start, high, grain, strength, signal, begun, pace, grow_only)
+
+
+def _ramp(call: v.Call, given: Arguments, micro: v.Duration | None) -> Policy:
+    """Return a ramp; the ends need not be whole micro-batches, sizes are rounded up to them."""
+    start, end = _samples(given, "begin"), _samples(given, "to")
+    over, begun = _duration(given, "over"), _duration(given, "from")
+    assert start is not None
+    assert end is not None
+    assert over is not None
+    if start == end:
+        raise ValueError(f"this ramp stays at {start} samples: write `batch = {start} samples`")
+    if over.amount <= 0:
+        raise ValueError("`over` of `ramp` is longer than 0: write `over = 50%`")
+    unit = int(micro.amount) if micro else min(start, end)
+    return Policy(call, unit, start, end, unit, 1.0, None, begun, over, False)
+
+
+def _near(size: int, unit: int) -> int:
+    return max(unit, size // unit * unit)
+
+
+def whole_micros(batch: v.Duration, micro: v.Duration) -> None:
+    """Raise ValueError, with the sizes that work, for an amount that is no whole number of micro-batches."""
+    size, unit = int(batch.amount), int(micro.amount)
+    if not size % unit:
+        return
+    if size < unit:
+        raise ValueError(
+            f"less than a micro-batch, {unit} samples: write `batch = {unit} samples` or `micro = {size} samples`"
+        )
+    near = " or ".join(
+        f"`batch = {n} samples`" for n in (size - size % unit, size - size % unit + unit)
+    )
+    divisor = next(n for n in range(unit, 0, -1) if size % n == 0)
+    raise ValueError(
+        f"no multiple of the micro-batch, {unit} samples: write {near}, or a `micro` that divides {size}, such as"
+        f" `micro = {divisor} samples`"
+    )
+
+
+def _named(call: v.Call) -> dict[str, v.Expr]:
+    """Return the arguments of a call by name."""
+    function = POLICIES[call.function]
+    given = dict(zip(function.arguments, call.args, strict=False)) | dict(call.kwargs)
+    order = list(function.arguments)
+    unknown = [name for name in given if name not in order]
+    missing = [name for name in order[: function.required] if name not in given]
+    if unknown or len(call.args) > function.positional:
+        wrong = f"no argument `{unknown[0]}`" if unknown else "one argument without a name"
+        raise ValueError(f"`{call.function}` has {wrong}: it has {', '.join(order)}")
+    if missing:
+        raise ValueError(f"`{call.function}` needs `{missing[0]}`")
+    return given
+
+
+def _samples(given: Arguments, name: str) -> int | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    size = value.duration if isinstance(value, v.Quantity) else None
+    if size is None or size.unit != "samples" or size.amount < 1 or size.amount % 1:
+        raise ValueError(f"`{name}` is a whole number of samples such as `16 samples`")
+    return int(size.amount)
+
+
+def _duration(given: Arguments, name: str) -> v.Duration | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, v.Quantity):
+        raise ValueError(f"`{name}` is a duration such as `1M tokens`")
+    if value.duration.unit == "seconds":
+        raise ValueError(f"`{name}` is not in seconds: no run would repeat another's batches")
+    return value.duration
+
+
+def _number(given: Arguments, name: str, default: float) -> float:
+    value = given.get(name, v.Number(default))
+    if not isinstance(value, v.Number) or value.value <= 0:
+        raise ValueError(f"`{name}` is a number above 0")
+    return float(value.value)
+
+
+def changes(spec: Spec) -> bool:
+    """Say whether the batch of a spec may change during the run."""
+    data: Any = spec.one("data")
+    if data is not None and isinstance(data.construct.batch, v.Call):
+        return True
+    return any(getattr(act, "target", None) == "batch" for r in spec.rules for act in r.actions)
+
+
+def inconsistencies(spec: Spec) -> Iterator[Diagnostic]:
+    """Yield what is wrong with everything in a spec that sets, or follows, its batch."""
+    data: Any = spec.one("data")
+    for clause in spec.of_kind("lr"):
+        scaling: Any = clause.construct
+        if clause.construct.name != "batch_scaling" or data is None or changes(spec):
+            continue
+        if scaling.reference in (None, v.Duration(data.construct.start_size, "samples")):
+            yield Diagnostic(
+                "no-effect",
+                "the batch never changes, so the factor is 1 throughout",
+                (Label(clause.span),) if clause.span else (),
+                help="give `data` a policy such as `batch = follow(gns, ...)`, or a `reference`",
+                severity="warning",
+            )
+
+
+def row(binding: Binding) -> dict[str, Any]:
+    """Return the plan's account of a changing batch; sizes in samples."""
+    units, data = binding.units, binding.one("data")
+    construct: Any = data.construct if data else None
+    policy: Policy | None = construct.policy if construct else None
+    notes = [
+        f"{given} counts as {value:,.12g} {unit}, as it does at the starting batch"
+        for (given, unit), value in sorted(units.estimates.items())
+    ]
+    if policy is None or policy.signal is not None:
+        notes.append(
+            "the batch depends on what is measured: where the schedules' table turns steps into "
+            "samples, or back, it does so at the starting batch"
+        )
+    found = {"starts": construct.start_size if construct else None, "notes": notes}
+    if policy is None:
+        return {"by": "when rules", **found}
+    end = -(-policy.end // policy.micro) * policy.micro
+    return {"by": str(policy.call), **found, "to": end, "micro": policy.micro}
+
+
+def ramp(actions: Sequence[Action]) -> Ramp | None:
+    """Return the ramp among the actions of a program, if there is one."""
+    from trainc.runtime.step.batch_policy import Ramp
+
+    return next((action for action in actions if isinstance(action, Ramp)), None)
+
+
+def counters(
+    ramp: Ramp | None, units: Units, length: RunLength, parts: Sequence[float]
+) -> list[dict[str, float | None]]:
+    """Return the clock's counters at parts of the run: exact under a ramp, else at the first batch."""
+    from trainc.runtime.schedule.schedules import moment
+    from trainc.runtime.schedule.timeline import moments
+
+    if ramp is not None:
+        with contextlib.suppress(ValueError):
+            return moments(ramp.at, units, length, parts)
+    return [moment(units, length, part) for part in parts]
+
+
+def action(policy: Policy, to: Lowering) -> BatchPolicy:
+    """Return the action of a policy; raises ValueError where the units of time do not allow it."""
+    from trainc.runtime.step.batch_policy import Bounds, Follow, Ramp, SignalNoise
+
+    text = str(policy.call)
+    window = to.window(policy.begun, None, policy.pace)
+    if policy.signal is None:
+        assert window.every is not None
+        ends = (policy.start, policy.end)
+        return Ramp(to.label, text, ends, policy.micro, window.every, window.start)
+    signal = to.amount(policy.signal, "samples")
+    bounds = Bounds(policy.start, policy.end, policy.micro)
+    if policy.name == "signal_noise":
+        return SignalNoise(to.label, text, signal, bounds, policy.strength, window)
+    made = Follow(
+        to.label, text, signal, bounds, policy.grain, policy.strength, window.every,
+        grow_only=policy.grow_only,
+    )  # fmt: skip
+    made.gate = to.window(policy.begun, None, None) if policy.begun else None
+    return made

@@ -1,0 +1,1 @@
+"""Distribution: what several replicas exchange, and when."""

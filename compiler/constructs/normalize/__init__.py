@@ -1,0 +1,1 @@
+"""Normalizations: how a norm layer takes its statistics."""

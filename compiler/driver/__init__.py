@@ -1,0 +1,1 @@
+"""The verbs: compile, plan, train, verify, inspect, load."""

@@ -1,0 +1,199 @@
+"""Compile: text, file or Spec to a Program, or to a Plan alone. The public functions of the package live here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainc.compiler.bind.binding import Binding, bind
+from trainc.compiler.bind.signals import signal_units
+from trainc.compiler.catalog import catalog, path_of
+from trainc.compiler.lower.assemble import assemble, rules
+from trainc.compiler.lower.lowering import Parts, Setting
+from trainc.compiler.model.factories import build_model, facts, missing_clause, seeded_model
+from trainc.compiler.model.import_path import searching
+from trainc.compiler.model.inventory import take
+from trainc.compiler.plan.plan import Plan
+from trainc.runtime.step.machine import Signals
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainc.compiler.program.execution import Executor
+    from trainc.compiler.program.program import Program
+    from trainc.dsl.resolve.spec import Spec
+
+
+def compile(
+    spec: str | Path | Spec,
+    model: nn.Module | None = None,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    without: Iterable[str] = (),
+    executor: Executor = "auto",
+) -> Program:
+    """Return the program of a spec on a model, ready to train.
+
+    `spec` is a path, a text or a Spec; `model` the module to bind, in place. Without one the spec's `model` clause
+    builds it under the run's seed. `overrides` sets `let` values, `without` turns graph passes off by name,
+    `executor` is `graph`, `module`, or `auto`: the graph wherever the forward pass is rewritten.
+
+    Raises SpecError with every mistake found, each with its place in the text.
+    """
+    from trainc.compiler.passes.pipeline import check_names
+
+    disabled = frozenset(without)
+    check_names(disabled)
+    checked, path = read(spec, overrides)
+    with searching(path):
+        built = seeded_model(checked) if model is None else model
+        binding = bind(checked, take(built), facts(checked))
+        return build_program(binding, built, disabled, executor)
+
+
+def plan(
+    spec: str | Path | Spec,
+    model: nn.Module | None = None,
+    *,
+    overrides: Mapping[str, str] | None = None,
+) -> Plan:
+    """Return the plan of a spec: on `model`, or on the meta device, without weights and without touching data.
+
+    Raises SpecError with every mistake found.
+    """
+    import torch
+
+    from trainc.compiler.model.meta_device import Weightless
+
+    checked, path = read(spec, overrides)
+    with searching(path):
+        if model is None:
+            with torch.device("meta"), Weightless():
+                model = build_model(checked)
+        else:
+            model = _on_meta(model)
+        binding = bind(checked, take(model), facts(checked))
+        return make_plan(binding, _assemble(binding, model, _first_signals(binding), to_run=False))
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """Return a copy without weights, so that planning leaves the user's model alone."""
+    import copy
+
+    import torch
+
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            torch.nn.Parameter(empty, tensor.requires_grad)
+            if isinstance(tensor, torch.nn.Parameter)
+            else empty
+        )
+    return copy.deepcopy(model, memo)
+
+
+def read(
+    spec: str | Path | Spec, overrides: Mapping[str, str] | None = None
+) -> tuple[Spec, Path | None]:
+    """Return the checked Spec and the file it came from, if any; raises SpecError."""
+    from trainc.dsl.resolve.spec import Spec
+
+    if isinstance(spec, Spec):
+        return spec, None
+    from trainc.dsl.resolve.resolver import load as resolve
+
+    path = spec if isinstance(spec, Path) else path_of(spec)
+    given = [f"{name}={value}" for name, value in (overrides or {}).items()]
+    return resolve(path or str(spec), catalog(), given).unwrap(), path
+
+
+def _first_signals(binding: Binding) -> Signals:
+    """Return what is known before anything is measured."""
+    data: Any = binding.one("data")
+    return Signals(batch=float(data.construct.start_size) if data else math.nan, step=0.0)
+
+
+def _assemble(
+    binding: Binding, model: nn.Module, signals: Signals, *, to_run: bool = True
+) -> Parts:
+    units = signal_units(binding.clauses)
+    setting = Setting(model, binding.inventory, binding.units, binding.length, signals, units)
+    parts = assemble(binding.clauses, setting, to_run=to_run)
+    parts.actions += rules(binding.spec.rules, setting, _signals(binding))
+    return parts
+
+
+def _signals(binding: Binding) -> set[str]:
+    """Return the names of everything the program measures."""
+    named = {"loss", "lr"}
+    for clause in binding.clauses:
+        if clause.construct.signals:
+            named |= {
+                clause.label,
+                *(f"{clause.label}.{signal}" for signal in clause.construct.signals),
+            }
+    return named
+
+
+def make_plan(binding: Binding, parts: Parts) -> Plan:
+    """Return the plan of what was bound and lowered."""
+    from trainc.compiler.plan import plan_tables, site_tables
+
+    model, data = binding.one("model"), binding.one("data")
+    return Plan(
+        spec=binding.spec.to_json(),
+        fingerprint=binding.spec.fingerprint,
+        model={
+            "type": binding.inventory.model,
+            "clause": model.construct.model_dump(mode="json") if model else None,
+            "signature": binding.inventory.signature,
+        },
+        data=data.construct.model_dump(mode="json") if data else None,
+        settings=plan_tables.settings_row(binding),
+        clauses=tuple(clause.to_json() for clause in binding.clauses),
+        parameters=tuple(plan_tables.parameter_rows(binding, parts)),
+        steps=tuple(plan_tables.step_rows(binding)),
+        schedules=tuple(plan_tables.schedule_rows(binding, parts)),
+        sites=tuple(site_tables.site_rows(binding, parts)),
+        kernels=tuple(site_tables.kernel_rows(parts)),
+        memory=tuple(plan_tables.memory_rows(binding, parts)),
+        warnings=binding.warnings,
+    )
+
+
+def build_program(
+    binding: Binding,
+    model: nn.Module,
+    without: frozenset[str] = frozenset(),
+    executor: Executor = "auto",
+) -> Program:
+    """Lower a binding onto a model; raises SpecError when loss or optimizer is missing."""
+    from trainc.compiler.bind.run_settings import run_settings
+    from trainc.compiler.program.program import Program
+
+    signals = _first_signals(binding)
+    parts = _assemble(binding, model, signals)
+    if parts.task is None:
+        raise missing_clause("the spec has no loss", "write `loss cross_entropy` or `loss mse`")
+    if not parts.optimizers:
+        raise missing_clause("the spec has no optimizer", "write `optimizer adamw { lr = 3e-4 }`")
+    data: Any = binding.one("data")
+    batch = data.construct.start_size if data else 0
+    micro = data.construct.micro_size if data else 0
+    epoch = binding.units.samples_per_epoch
+    return Program(
+        make_plan(binding, parts),
+        model,
+        parts,
+        run_settings(binding),
+        binding.length,
+        signals,
+        batch_size=batch,
+        micro_size=micro,
+        samples_per_epoch=int(epoch) if epoch else None,
+        executor=executor,
+        without=without,
+    )

@@ -1,0 +1,57 @@
+"""Look inside: a program captured on one real batch, and what a single pass did to its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainc.compiler.driver.compile import compile, read
+from trainc.compiler.model.factories import build_data
+from trainc.compiler.model.import_path import searching
+from trainc.dsl.text.diagnostic import Diagnostic, SpecError
+
+if TYPE_CHECKING:
+    from trainc.compiler.program.program import Program
+    from trainc.runtime.data.batch import Batch
+
+
+def first_batch(spec: str | Path, overrides: Mapping[str, str] | None, size: int) -> Batch:
+    """Return the first `size` training samples as a batch."""
+    checked, path = read(spec, overrides)
+    with searching(path):
+        data = build_data(checked)
+    inputs, targets = data.train.batch(list(range(min(size, len(data.train)))))
+    return inputs, targets
+
+
+def captured(
+    spec: str | Path, overrides: Mapping[str, str] | None, without: Iterable[str]
+) -> Program:
+    """Return a program whose graph was captured on a micro-batch of its data; raises SpecError when that fails."""
+    from trainc.compiler.passes.pass_base import SiteMissing, SiteUnfit
+    from trainc.compiler.program.capture import CaptureFailed
+
+    try:
+        program = compile(spec, overrides=overrides, without=without, executor="graph")
+    except ValueError as error:
+        raise SpecError([Diagnostic("wrong-argument", str(error))]) from error
+    batch = first_batch(spec, overrides, program.micro_size)
+    try:
+        program.execution.capture(batch)
+    except (CaptureFailed, SiteMissing, SiteUnfit) as error:
+        raise SpecError([Diagnostic("capture-failed", str(error))]) from error
+    return program
+
+
+def pass_diff(spec: str | Path, name: str, overrides: Mapping[str, str] | None) -> str:
+    """Return what the pass `name` changed in the graph, as a unified diff."""
+    from trainc.compiler.passes.pipeline import check_names
+
+    try:
+        check_names(frozenset([name]))
+    except ValueError as error:
+        raise SpecError([Diagnostic("wrong-argument", str(error))]) from error
+    program = captured(spec, overrides, ())
+    report = next(report for report in program.graph.reports if report.name == name)
+    return report.diff or f"{name} changes nothing here: no clause asked for it"

@@ -1,0 +1,1 @@
+"""Graphs: forward graph, capture front ends, differentiation, step graph, listing, serialisation."""

@@ -1,0 +1,136 @@
+"""The second road of capture, for models that torch.export refuses: torch.compile's front end.
+
+Everything that depends on the insides of torch.compile is in this file. The graph it gives is
+brought to ATen and to the form of the export road, so that the same passes and the same
+differentiation follow.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
+
+from trainc.compiler.graph.forward_graph import plant
+
+if TYPE_CHECKING:
+    from trainc.compiler.graph.export_capture import Wrapped
+    from trainc.compiler.graph.step_graph import Batch
+
+
+class _Caught(Exception):
+    """Carries the arguments of the compiled graph out before it runs."""
+
+
+class _Backend:
+    """A torch.compile backend that keeps the one graph it is given and never runs it."""
+
+    def __init__(self) -> None:
+        self.graphs: list[fx.GraphModule] = []
+        self.arguments: tuple[Any, ...] = ()
+
+    def __call__(self, module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        self.graphs.append(module)
+
+        def catch(*arguments: Any) -> Any:
+            self.arguments = arguments
+            raise _Caught
+
+        return catch
+
+
+def dynamo_road(wrapped: Wrapped, batch: Batch) -> fx.GraphModule:
+    """Capture with torch.compile(fullgraph=True); the model itself does not run."""
+    backend = _Backend()
+    # torch.compile counts recompilations per code object and gives up after a few: take a new one.
+    forward = type(wrapped).forward
+    fresh = FunctionType(forward.__code__.replace(), forward.__globals__, "forward")
+    step = torch.compile(MethodType(fresh, wrapped), backend=backend, fullgraph=True, dynamic=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            step(*batch)
+        except _Caught:
+            pass
+        else:
+            raise RuntimeError("torch.compile ran the model without giving a graph")
+    graph = backend.graphs[-1]
+    if not all(isinstance(argument, Tensor) for argument in backend.arguments):
+        raise RuntimeError("the graph takes arguments that are not tensors")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(argument, static_shapes=True) for argument in backend.arguments]
+
+    def run(*arguments: Tensor) -> Any:
+        return _Inlined(graph).run(*arguments)
+
+    with preserve_node_meta():
+        traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    return _as_exported(traced, backend.arguments, wrapped, batch)
+
+
+class _Inlined(fx.Interpreter):
+    """Runs a graph with its checkpointed parts in place: passes do not look into nested graphs."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run the nested graph of an activation checkpoint as part of this one."""
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *rest = args
+            return _Inlined(body).run(*rest)
+        return super().call_function(target, args, kwargs)
+
+
+def _as_exported(
+    traced: fx.GraphModule, arguments: tuple[Any, ...], wrapped: nn.Module, batch: Batch
+) -> fx.GraphModule:
+    """Turn lifted parameters back into attributes, and order the inputs as the batch does."""
+    named = [*wrapped.named_parameters(), *wrapped.named_buffers()]
+    names = {id(tensor): name for name, tensor in named}
+    inputs, targets = batch
+    leaves = [*pytree.tree_leaves(inputs), targets]
+    holder = fx.GraphModule(nn.Module(), fx.Graph())
+    graph = fx.Graph()
+    ports = {id(leaf): graph.placeholder(f"port_{i}") for i, leaf in enumerate(leaves)}
+    environment: dict[fx.Node, Any] = {}
+    pending = iter(arguments)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            tensor = next(pending)
+            if id(tensor) in ports:
+                environment[node] = ports[id(tensor)]
+                continue
+            name = names.get(id(tensor), f"lifted_{len(environment)}")
+            plant(holder, name, tensor)
+            environment[node] = graph.get_attr(name)
+        elif node.op == "get_attr":
+            value = getattr(traced, str(node.target))
+            if isinstance(value, Tensor):
+                plant(holder, str(node.target), value)
+            else:
+                holder.add_module(str(node.target), value)
+            environment[node] = graph.get_attr(str(node.target))
+        elif node.op == "output":
+            graph.output(tuple(environment[n] for n in pytree.tree_leaves(node.args)))
+        else:
+            made = graph.node_copy(node, lambda n: environment[n])
+            made.meta["nn_module_stack"] = _stack(node)
+            environment[node] = made
+    holder.graph = graph
+    return holder
+
+
+def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
+    """Return the module stack with torch.export's paths: `a.0` for `L['self'].a[0]`."""
+    plain = {}
+    for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+        path = re.sub(r"^L\['\w+'\]\.?", "", path).replace("._modules", "")
+        plain[key] = (re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path), kind)
+    return plain

@@ -1,1 +1,0 @@
-"""Abstract kinds: what all constructs of one kind share."""

@@ -1,0 +1,95 @@
+"""Layers that are measured together: those that share a weight, and names of weights that hold nothing to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from trainc.compiler.layers.registry import NotMeasurable, site_of
+from trainc.compiler.layers.site_state import listed
+from trainc.compiler.method.sites import LayerSite, MeasuredSite, NormSite
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainc.compiler.model.inventory import Inventory
+
+Recognise = Callable[[str, "nn.Module"], MeasuredSite]
+
+
+def sites_of(
+    modules: Iterable[str],
+    wanted: Collection[str],
+    model: nn.Module,
+    inventory: Inventory,
+    recognise: Recognise = site_of,
+) -> list[MeasuredSite]:
+    """Return the sites that measure the parameters `wanted` (first names), all of which `modules` hold.
+
+    A parent that keeps a Parameter of a measured child under a name of its own, as BERT's head does its decoder's bias,
+    is passed over: should it use that itself, `examine` finds it. Raises NotMeasurable where nothing else will do.
+    """
+    sites: list[MeasuredSite] = []
+    refused: dict[str, NotMeasurable] = {}
+    for name in modules:
+        if name not in inventory.module:  # another name of a module that has one already
+            continue
+        try:
+            sites.append(recognise(name, model.get_submodule(name)))
+        except NotMeasurable as error:
+            refused[name] = error
+    sites = tied(sites, inventory)
+    for name, reason in refused.items():
+        own = {inventory.parameter[n].name for n in inventory.module[name].parameters}
+        for parameter in sorted(own & set(wanted)):
+            owners = [site.module for site in sites if parameter in site.parameters]
+            if not owners:
+                raise reason
+            if not all(is_inside(owner, name) for owner in owners):
+                raise NotMeasurable(
+                    f"`{parameter}` belongs to {listed(owners)} and to `{name}`, and a sum's square is no sum of"
+                    f" squares: leave {listed([*owners, name])} out of the selection. {reason}"
+                )
+    return sites
+
+
+def is_inside(module: str, parent: str) -> bool:
+    """Say whether a module is inside another, by their names."""
+    return parent == "" or module.startswith(f"{parent}.")
+
+
+def tied(sites: Sequence[MeasuredSite], inventory: Inventory) -> list[MeasuredSite]:
+    """Return the sites under their parameters' first names, embedding and head of one weight knowing of each other.
+
+    Raises ValueError for layers that share a parameter otherwise: the square of a sum is no sum of squares.
+    """
+    named = [_first_names(site, inventory) for site in sites]
+    owners: dict[str, list[MeasuredSite]] = {}
+    for site in named:
+        for name in site.parameters:
+            if name is not None:
+                owners.setdefault(name, []).append(site)
+    partner: dict[str, str] = {}
+    for name, sharing in owners.items():
+        if len(sharing) == 1:
+            continue
+        forms = sorted(site.form for site in sharing)
+        if forms != ["embedding", "linear"] or any(site.weight != name for site in sharing):
+            raise ValueError(
+                f"{listed(site.module for site in sharing)} share `{name}`: a sum's square is no sum of squares, so"
+                " none of them can be measured; leave them out of the selection"
+            )
+        first, second = (site.module for site in sharing)
+        partner |= {first: second, second: first}
+    return [
+        replace(site, tied=partner.get(site.module)) if isinstance(site, LayerSite) else site
+        for site in named
+    ]
+
+
+def _first_names(site: MeasuredSite, inventory: Inventory) -> NormSite | LayerSite:
+    weight, bias = (n and inventory.parameter[n].name for n in (site.weight, site.bias))
+    if isinstance(site, NormSite):
+        return replace(site, weight=weight, bias=bias)
+    return replace(site, weight=inventory.parameter[site.weight].name, bias=bias)

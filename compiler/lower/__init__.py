@@ -1,0 +1,1 @@
+"""The mechanisms a construct may call, and the assembly of what they collect."""

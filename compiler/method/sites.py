@@ -1,0 +1,128 @@
+"""What a plan asks of the model's forward pass: the contract between lowering, binding and the graph passes.
+
+Constructs add to a `Rewrite`; `bind` realises it with drop-in modules, `capture` with graph passes. Both call the same
+operators with the same site numbers, so both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from trainc.compiler.method.example_units import Units
+
+
+@dataclass(frozen=True, slots=True)
+class NormSite:
+    """A normalization layer whose per-example squared gradient norms are wanted.
+
+    `weight` and `bias` are the parameters' names in the user's model, or None where the layer has none.
+    """
+
+    module: str
+    form: Literal["layer", "rms"]
+    weight: str | None
+    bias: str | None
+    eps: float | None
+    casting: Literal["none", "llama", "gemma"] = "none"
+    wide: bool = False
+    """Whether the examples' gradients themselves are wanted, not their squared norms alone."""
+
+    @property
+    def parameters(self) -> tuple[str | None, ...]:
+        """Return the parameter behind each probe column."""
+        return (self.weight, self.bias) if self.form == "layer" else (self.weight,)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSite:
+    """Another layer whose per-example squared gradient norms are wanted; `form` names its kind in `compiler/layers`.
+
+    `transposed` says that the weight is kept as (inputs, outputs). `tied` is the module of the word embedding whose
+    weight this linear layer shares, or of the head that shares this embedding's.
+    """
+
+    module: str
+    form: str
+    weight: str
+    bias: str | None = None
+    transposed: bool = False
+    tied: str | None = None
+
+    @property
+    def wide(self) -> bool:
+        """Whether the probe takes the contributions themselves."""
+        return self.form == "batch_norm"
+
+    @property
+    def parameters(self) -> tuple[str | None, ...]:
+        """Return the parameter behind each probe column."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+MeasuredSite = NormSite | LayerSite
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSite:
+    """A layer whose output is multiplied by `1 + sigma * normal`; `index` is its site number in the counter."""
+
+    module: str
+    index: int
+    share: Literal["token", "none"] = "token"
+
+    @property
+    def scalar(self) -> str:
+        """Return the name of the 0-d tensor that carries this site's sigma."""
+        return f"sigma:{self.module}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Two views of every example and a distance between their outputs."""
+
+    distance: Literal["mse", "kl"]
+    label: str = "consistency"
+    views: int = 2
+
+    @property
+    def weight(self) -> str:
+        """Return the name of the 0-d tensor that carries the distance's weight."""
+        return f"weight:{self.label}"
+
+
+@dataclass(slots=True)
+class Rewrite:
+    """Everything a plan changes in the forward pass; empty means the user's model runs untouched."""
+
+    norms: list[NormSite] = field(default_factory=list)
+    layers: list[LayerSite] = field(default_factory=list)
+    noises: list[NoiseSite] = field(default_factory=list)
+    pairing: Pairing | None = None
+    ghosts: list[str] = field(default_factory=list)
+    """Layers that normalize over the batch and are to do so over each group of examples."""
+    units: Units | None = None
+    """What one example is where it is not a row of the batch."""
+
+    @property
+    def modules_only(self) -> str | None:
+        """Say why no graph can carry this; None where one can."""
+        if self.units is not None:
+            return "examples that are not rows of the batch are measured module by module"
+        if any(site.wide for site in self.norms):
+            return "per-example gradients, not their norms alone, are taken module by module"
+        return None
+
+    @property
+    def measured(self) -> tuple[MeasuredSite, ...]:
+        """Return every site with a probe."""
+        return (*self.norms, *self.layers)
+
+    @property
+    def views(self) -> int:
+        """Return how many copies of each example pass through the model."""
+        return self.pairing.views if self.pairing else 1
+
+    def __bool__(self) -> bool:
+        return bool(self.measured or self.noises or self.pairing)

@@ -1,0 +1,75 @@
+"""Suggestions: what a selector that matches nothing, or a class that nobody has, was probably meant to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from trainc.compiler.model.inventory import Inventory
+from trainc.compiler.model.select import Target, empty_parts, leaves, select
+from trainc.dsl.text.diagnostic import nearest, suggest
+from trainc.dsl.values.value_json import Glob, OfType, Selector
+
+
+def suggestion(selector: Selector, inventory: Inventory, target: Target) -> str | None:
+    """Return a help line for the first part of `selector` that misses and has something like it in the model."""
+    parts = empty_parts(selector, inventory, target)
+    return next((h for part in parts if (h := _for_part(part, inventory, target))), None)
+
+
+def unknown_classes(selector: Selector, inventory: Inventory) -> dict[str, str | None]:
+    """Return the names in `type(...)` that are classes neither of the model nor of torch.nn, and a help line for each.
+
+    A spec may serve several models, so a class that this one has no module of is none by itself.
+    """
+    own = {name for module in inventory.modules for name in module.types}
+    found: dict[str, str | None] = {}
+    for part in leaves(selector):
+        for name in part.names if isinstance(part, OfType) else ():
+            if name not in own and name not in _torch_classes():
+                found[name] = suggest(name, own) or suggest(name, _torch_classes())
+    return found
+
+
+@cache
+def _torch_classes() -> frozenset[str]:
+    """Return the names of the modules that torch.nn defines."""
+    from torch import nn
+
+    found, todo = {"Module"}, [nn.Module]
+    while todo:
+        below = todo.pop().__subclasses__()
+        todo += below
+        found |= {c.__name__ for c in below if c.__module__.startswith("torch.nn.modules.")}
+    return frozenset(found)
+
+
+def _for_part(part: Selector, inventory: Inventory, target: Target) -> str | None:
+    if isinstance(part, OfType):
+        types = {name for module in inventory.modules for name in module.types}
+        found = [near for name in part.names if (near := nearest(name, types))]
+        return f"did you mean `type({', '.join(found)})`?" if found else None
+    if not isinstance(part, Glob):
+        return None
+    near = _nearest_glob(part.pattern, [m.name.split(".") for m in inventory.modules if m.name])
+    if near is None:
+        return None
+    count = len(select(Glob(near), inventory, target))
+    what = target if count != 1 else target.removesuffix("s")
+    return f'did you mean `"{near}"` ({count} {what})?'
+
+
+def _nearest_glob(pattern: str, names: Sequence[Sequence[str]]) -> str | None:
+    """Return `pattern` with each segment before a `**` that misses replaced by the nearest one at its place."""
+    segments, fixed = pattern.split("."), []
+    for i, segment in enumerate(segments):
+        if segment == "**":
+            fixed += segments[i:]
+            break
+        here = {name[i] for name in names if len(name) > i}
+        known = segment in here or any(c in segment for c in "*?")
+        near = segment if known else nearest(segment, here)
+        if near is None:
+            return None
+        fixed.append(near)
+    return ".".join(fixed) if fixed != segments else None

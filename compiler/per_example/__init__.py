@@ -1,0 +1,1 @@
+"""Per-example statistics: preconditions, collection, brute force, the public function."""

@@ -1,0 +1,47 @@
+"""Per-example gradient norms by brute force: one forward and one backward pass per example, whatever the layers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trainc.compiler.per_example.statistics import squared_norm
+from trainc.runtime.data import batch as batches
+from trainc.runtime.step.machine import Calibrated
+
+if TYPE_CHECKING:
+    from trainc.runtime.data.batch import Batch
+    from trainc.runtime.step.replicas import Replicas
+
+
+def one_by_one(
+    batch: Batch,
+    weights: Tensor,
+    loss_of: Callable[[int, Batch], Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    replicas: Replicas | None = None,
+) -> Calibrated:
+    """Measure every example of a batch, with `weights` (examples,); `loss_of(i, example)` is the loss of one alone.
+
+    Examples of all `replicas` are one set: their gradients' sum, one copy of the gradient in memory, is exchanged.
+    """
+    squares = {n: weights.new_zeros(len(weights), dtype=torch.float64) for n in parameters}
+    sums: dict[str, Tensor] = {}
+    for i, one in enumerate(batches.split(batch, 1)):
+        if not weights[i]:
+            continue
+        loss = loss_of(i, one) * float(weights[i])
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                squares[name][i] = squared_norm(gradient)
+                sums[name] = gradient if name not in sums else sums[name].add_(gradient)
+    if replicas is not None:
+        # A parameter that only another replica's examples reach is in the sum, too.
+        sums = {n: sums.get(n, torch.zeros_like(p)) for n, p in parameters.items()}
+        replicas.add_up(list(sums.values()))
+    own = Calibrated(weights, squares, {n: squared_norm(total) for n, total in sums.items()})
+    return own if replicas is None else replicas.calibrated(own)

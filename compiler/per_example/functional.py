@@ -1,0 +1,167 @@
+"""Per-example squared gradient norms of any model, in one forward and one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trainc.compiler.layers.bound_modules import Sites, bind
+from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.layers.tied_weights import sites_of
+from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.sites import LayerSite, NormSite, Rewrite
+from trainc.compiler.model.inventory import Inventory, take
+from trainc.compiler.model.select import expectations, select
+from trainc.compiler.per_example.preconditions import examine_inputs
+from trainc.compiler.per_example.weight_uses import owners_alone
+from trainc.runtime.data.batch import forward
+
+On = str | Iterable[str] | None
+
+
+def measured_parameters(model: nn.Module, on: On = None) -> tuple[str, ...]:
+    """Return the names of the parameters that are the columns of `per_example_sq_norms`, in their order.
+
+    `model` is any module; it is not run. `on` is a selector of modules in the words of a spec
+    (`"type(LayerNorm, RMSNorm)"`, `"role(norm)"`), a list of names of modules or parameters, or None for all. Frozen
+    parameters have no gradient: those of selected modules are left out.
+
+    Raises ValueError when nothing is selected, or other than `expect` says, when a selector cannot be read, when a name
+    is neither a module nor a parameter, and when it is that of a frozen parameter.
+    """
+    return _columns(take(model), on)
+
+
+def per_example_sq_norms(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: Any, on: On = None
+) -> Tensor:
+    """Return the squared norms of the examples' contributions to the gradient of `model`, in one backward pass.
+
+    `inputs` is a tensor, a tuple (positional) or a dict (keyword) of tensors with the examples on their first axis;
+    `loss_fn` takes what the model gives for them and returns the loss, 0-d. `on` selects parameters as for
+    `measured_parameters`; None is all. An example's contribution is its part of `p.grad` in the units that has: under a
+    mean over B examples it carries 1 / B.
+
+    Returns (examples, parameters), columns being `measured_parameters(model, on)`, in float64 for a float64 model, else
+    float32. First the model runs on two and three of the examples, without a trace, to check what can be checked. Its
+    mode is kept, nothing is added to `.grad`, and it is its own again afterwards.
+
+    Raises ValueError for a selection that measured_parameters refuses, layers that cannot be measured (a BatchNorm in
+    training mode mixes examples), inputs without examples and a loss that is not 0-d; SiteError where an example axis
+    is missing, examples mix, or a layer takes no part, runs twice or lends its weight.
+
+    Source: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015, arXiv:1510.01799.
+    """
+    inventory = take(model)
+    columns = _columns(inventory, on)
+    _refuse_mixing(model)
+    # A tied weight is measured where it serves first and where it serves again.
+    names = [n for c in columns for n in (c, *inventory.parameter[c].aliases)]
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    found = sites_of(owners, columns, model, inventory)
+    rewrite = Rewrite(
+        norms=[site for site in found if isinstance(site, NormSite)],
+        layers=[site for site in found if isinstance(site, LayerSite)],
+    )
+    with _bound(model, rewrite) as sites:
+        examples = examine_inputs(model, sites, inputs)
+        squares = _measure(model, sites, loss_fn, inputs, examples)
+    by_name: dict[str, Tensor] = {}
+    for site in rewrite.measured:
+        for name, column in zip(site.parameters, squares[site.module].unbind(1), strict=True):
+            if name is not None:
+                by_name[name] = by_name[name] + column if name in by_name else column
+    return torch.stack([by_name[name] for name in columns], 1)
+
+
+def _measure(
+    model: nn.Module, sites: Sites, loss_fn: Callable[[Any], Tensor], inputs: Any, examples: int
+) -> dict[str, Tensor]:
+    """Return the probes' gradients by module."""
+    some = next(model.parameters())
+    wide = any(p.dtype == torch.float64 for p in model.parameters())
+    dtype = torch.float64 if wide else torch.float32
+
+    def loss_of() -> Tensor:
+        sites.arm(Division(examples), {}, dtype, some.device)
+        loss = loss_fn(forward(model, inputs))
+        if not isinstance(loss, Tensor) or loss.dim():
+            raise ValueError(
+                "loss_fn returns one number, a 0-d tensor: the mean or sum over the batch"
+            )
+        return loss
+
+    measured = {m.trainc.name: cast(nn.Module, m) for m in sites.bound()}
+    with torch.enable_grad():
+        loss = owners_alone(loss_of, measured)
+    probes = sites.probes()
+    found = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
+    silent = [name for name, gradient in zip(probes, found, strict=True) if gradient is None]
+    if silent:
+        raise SiteError(f"`{silent[0]}` takes no part in the loss: leave it out of `on`")
+    return {n: g for n, g in zip(probes, found, strict=True) if g is not None}
+
+
+def _columns(inventory: Inventory, on: On) -> tuple[str, ...]:
+    if on is None:
+        chosen = {p.name for p in inventory.trainable}
+    elif isinstance(on, str):
+        chosen = _of_modules(inventory, _selected(inventory, on))
+    else:
+        chosen = set()
+        for name in on:
+            if name in inventory.parameter:
+                if not inventory.parameter[name].trainable:
+                    raise ValueError(f"`{name}` is frozen: it gets no gradient to measure")
+                chosen.add(inventory.parameter[name].name)
+            elif name in inventory.module:
+                chosen |= _of_modules(inventory, [name])
+            else:
+                raise ValueError(f"`{name}` is neither a module nor a parameter of this model")
+    names = tuple(p.name for p in inventory.parameters if p.name in chosen)
+    if not names:
+        raise ValueError(
+            f"nothing to measure: {on!r} selects no parameter of this model that requires a gradient"
+        )
+    return names
+
+
+def _selected(inventory: Inventory, on: str) -> tuple[str, ...]:
+    """Return the modules that a selector matches; raises ValueError when they are not as many as it expects."""
+    from trainc.dsl.reading.field_types import SELECTOR
+
+    selector = SELECTOR.accept(on)
+    for expect, count in expectations(selector, inventory, "modules"):
+        if expect.count != count:
+            raise ValueError(f"`{on}`: the selector matches {count} modules, not {expect.count}")
+    return select(selector, inventory, "modules")
+
+
+def _of_modules(inventory: Inventory, modules: Iterable[str]) -> set[str]:
+    """Return the modules' own parameters that require a gradient, by their first names."""
+    held = (inventory.parameter[n] for m in modules for n in inventory.module[m].parameters)
+    return {p.name for p in held if p.trainable}
+
+
+def _refuse_mixing(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"`{name}` normalizes over the batch: examples have no gradients of their own. Call model.eval(), or"
+                " replace it by a norm that treats examples one by one"
+            )
+
+
+@contextmanager
+def _bound(model: nn.Module, rewrite: Rewrite) -> Iterator[Sites]:
+    sites = bind(model, rewrite)
+    for module in sites.bound():
+        module.trainc.any_mode = True
+    try:
+        yield sites
+    finally:
+        sites.unbind()

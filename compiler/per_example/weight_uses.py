@@ -1,0 +1,173 @@
+"""Uses of measured weights outside the layers that hold them, which per-example norms of the layers would miss.
+
+While a layer runs, other Parameters stand in for its own, so whatever of its own the result depends on came from
+elsewhere: a weight handed to a function, or read by another module.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils import checkpoint
+
+from trainc.compiler.layers.site_state import SiteError
+
+
+class _Held(NamedTuple):
+    """A Parameter, its name in the model, and the layer that holds it."""
+
+    parameter: nn.Parameter
+    name: str
+    module: str
+    layer: nn.Module
+
+
+Owned = dict[int, _Held]
+"""Parameters by identity."""
+
+_FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in .*\n\s*(?P<text>.*)')
+_NOT_THE_USERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
+
+
+class WeightServesElsewhere(SiteError):
+    """A measured weight takes part in the forward pass outside its layer."""
+
+    rule = "weight-serves-elsewhere"
+
+
+def owners_alone(run: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> Tensor:
+    """Return `run()`, the logits or the loss; raises WeightServesElsewhere where it depends on a weight of `modules`
+    by another way than their own forward passes.
+
+    Gradients are to be enabled. Compiled and checkpointed parts run as they are written, so that nothing is hidden.
+    """
+    with _apart(modules) as owned:
+        result = run()
+    if not _elsewhere(result, owned):
+        return result
+    # Again, with every operation noting the line that it comes from.
+    with torch.autograd.set_detect_anomaly(True, check_nan=False), _apart(modules) as owned:
+        raise _told(_elsewhere(run(), owned))
+
+
+@contextmanager
+def _apart(modules: Mapping[str, nn.Module]) -> Iterator[Owned]:
+    """Let other Parameters stand in for those of `modules` while these run; yields the Parameters."""
+    owned: Owned = {}
+    with ExitStack() as stack:
+        stack.enter_context(as_written())
+        for name, module in modules.items():
+            stack.enter_context(_standing_in(name, module, owned))
+        yield owned
+
+
+@contextmanager
+def _standing_in(name: str, module: nn.Module, owned: Owned) -> Iterator[None]:
+    before, run = vars(module).get("forward"), module.forward
+    path = f"{name}." if name else ""
+
+    def own() -> dict[str, nn.Parameter]:
+        found = {leaf: p for leaf, p in module._parameters.items() if p is not None}
+        # Sharded layers hold others while they run, so this is asked then, too.
+        owned.update({id(p): _Held(p, path + leaf, name, module) for leaf, p in found.items()})
+        return found
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        mine = own()
+        module._parameters.update(
+            {leaf: nn.Parameter(p.detach(), p.requires_grad) for leaf, p in mine.items()}
+        )
+        try:
+            return run(*inputs, **named)
+        finally:
+            module._parameters.update(mine)
+
+    own()
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Let compiled functions and reentrant checkpoints run their Python: both hide what reads a weight."""
+    module: Any = checkpoint
+    kept = module.CheckpointFunction
+    module.CheckpointFunction = _Unfolded
+    try:
+        with uncompiled():
+            yield
+    finally:
+        module.CheckpointFunction = kept
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Let compiled functions run their Python."""
+    # What was compiled has imported dynamo; to import it for nothing takes a second.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return cast("AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
+
+
+class _Unfolded:
+    """Stands in for torch's reentrant checkpoint and keeps what that would forget."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _: bool, *inputs: Any) -> Any:
+        """Run the function as it is."""
+        return function(*inputs)
+
+
+def _elsewhere(result: Tensor, owned: Owned) -> list[tuple[_Held, Node]]:
+    """Return the owned Parameters that a result depends on, each with the operation that reads it."""
+    found: list[tuple[_Held, Node]] = []
+    pending = [result.grad_fn] if result.grad_fn is not None else []
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        for source, _ in node.next_functions:
+            if source is None:
+                continue
+            variable = getattr(source, "variable", None)
+            if id(variable) in owned:
+                found.append((owned[id(variable)], node))
+            elif source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return found
+
+
+def _told(found: list[tuple[_Held, Node]]) -> WeightServesElsewhere:
+    held, node = found[0]
+    others = {other.name for other, _ in found} - {held.name}
+    more = f", and so with {len(others)} more of the measured weights" if others else ""
+    message = (
+        f"`{held.name}` serves outside `{held.module}` as well, {_place(node)}{more}: the squared norm of a sum is not"
+        f" the sum of squared norms, so `{held.module}` cannot be measured. Leave it out of the selection"
+    )
+    if isinstance(held.layer, nn.Embedding):
+        head = "an nn.Linear whose `weight` is this Parameter"
+        message += f"; if the use is the output head, make that {head}, and select both"
+    return WeightServesElsewhere(message)
+
+
+def _place(node: Node) -> str:
+    """Return the user's line that made an operation, the innermost outside torch."""
+    noted: Any = node.metadata
+    for text in reversed(noted.get("traceback_", [])):
+        frame = _FRAME.search(text)
+        if frame and not any(Path(frame["file"]).is_relative_to(p) for p in _NOT_THE_USERS):
+            return f"in `{frame['text'].strip()}` ({frame['file']}, line {frame['line']})"
+    return f"in {node.name()}"

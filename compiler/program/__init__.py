@@ -1,0 +1,1 @@
+"""The program: capture, execution, state, distribution."""

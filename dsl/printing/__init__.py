@@ -1,0 +1,1 @@
+"""Value and tree -> canonical text; reference pages."""

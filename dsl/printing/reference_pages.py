@@ -1,0 +1,147 @@
+"""Reference pages, made from classes and rules: `trainc explain` and docs/ show the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from trainc.dsl.printing.canonical import format_value
+from trainc.dsl.reading.construct import KINDS, Catalog, Construct
+from trainc.dsl.reading.field_types import field_type
+from trainc.dsl.text.rules import RULES
+
+_PLAIN = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "name or string",
+    NoneType: "none",
+}
+_BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
+_INTRODUCTION = {
+    "constructs": "# Constructs\n\nGenerated from compiler/constructs; do not edit.\n",
+    "rules": "# Diagnostics\n\nGenerated from dsl/text/rules.py; do not edit.\n",
+}
+
+
+def construct_page(cls: type[Construct], level: int = 1) -> str:
+    """Return a construct's page as Markdown."""
+    parts = [
+        f"{'#' * level} {cls.heading()}",
+        _docstring(cls),
+        f"```train\n{cls.usage.strip()}\n```",
+    ]
+    parts.append(_acts_on(cls))
+    if rows := list(_fields(cls)):
+        parts.append(
+            "\n".join(["| field | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
+        )
+    if cls.open_fields:
+        parts.append("Any other field is passed on by name.")
+    if cls.signals:
+        lines = (f"- `{name}`: {text}" for name, text in cls.signals.items())
+        parts.append("Measures:\n\n" + "\n".join(lines))
+    if cls.effects:
+        parts.append("In each step:\n\n" + "\n".join(map(_effect, cls.effects)))
+    if cls.identity:
+        values = " or ".join(f"`{field} = {text}`" for field, text in cls.identity.items())
+        parts.append(f"Does nothing, and costs nothing, with {values}.")
+    if cls.cite:
+        parts.append(f"Source: {cls.cite}.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def constructs_page(catalog: Catalog) -> str:
+    """Return the reference of all constructs, by kind."""
+    parts = [_INTRODUCTION["constructs"]]
+    for kind in KINDS:
+        found = [catalog[key] for key in catalog if key[0] == kind]
+        if found:
+            parts.append(f"## {kind}\n")
+            parts += [construct_page(cls, level=3) for cls in found]
+    return "\n".join(parts)
+
+
+def rule_page(rule: str, level: int = 1) -> str:
+    """Return a rule's entry as Markdown."""
+    about = RULES[rule]
+    return f"{'#' * level} {rule}\n\n{about.what} {about.why}\n\n{about.fix}\n"
+
+
+def rules_page() -> str:
+    """Return the reference of all rules."""
+    return "\n".join(
+        [_INTRODUCTION["rules"], *(rule_page(rule, level=2) for rule in sorted(RULES))]
+    )
+
+
+def _docstring(cls: type[Construct]) -> str:
+    from inspect import cleandoc
+
+    return cleandoc(cls.__doc__ or "")
+
+
+def _acts_on(cls: type[Construct]) -> str:
+    if cls.targets == "none":
+        return ""
+    default = f"; `on {cls.default_on}` unless it is given" if cls.default_on else ""
+    return f"Acts on {cls.targets}{default}."
+
+
+def _fields(cls: type[Construct]) -> Iterable[str]:
+    for name, info in cls.model_fields.items():
+        if name == "arguments" and cls.open_fields:
+            continue
+        shown = "the string" if name == "path" and cls.open_fields else f"`{name}`"
+        cells = (shown, _type(info), _default(info), info.description or "")
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type(info: FieldInfo) -> str:
+    ours = field_type(info)
+    text = ours.title if ours else _spelled(info.annotation)
+    bounds = [
+        shape.format(f"{value:g}")
+        for m in info.metadata
+        for key, shape in _BOUNDS.items()
+        if isinstance(value := getattr(m, key, None), int | float)
+    ]
+    if ours and NoneType in get_args(info.annotation):
+        text += " or none"
+    return " ".join([text, ", ".join(bounds)]).strip()
+
+
+def _spelled(annotation: Any) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{arg}`" for arg in args)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_spelled, args))
+    if origin is Annotated:
+        return _spelled(args[0])
+    if origin in (list, tuple, dict, set):
+        inner = " and ".join(dict.fromkeys(_spelled(arg) for arg in args if arg is not Ellipsis))
+        return f"list of {inner}" if inner else "list"
+    return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True, validated_data={})
+    if value is None or value == ():
+        return "none"
+    text = value if isinstance(value, str) else format_value(value)
+    return f"`{text}`"
+
+
+def _effect(effect: Any) -> str:
+    words = [f"- {effect.phase}: {effect.action}"]
+    if effect.reads:
+        words.append(f"reads {', '.join(effect.reads)}")
+    if effect.writes:
+        words.append(f"writes {', '.join(effect.writes)}")
+    return "; ".join(words)

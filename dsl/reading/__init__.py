@@ -1,0 +1,1 @@
+"""Tree -> value, by the type of the field; the Construct base."""

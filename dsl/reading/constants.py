@@ -1,0 +1,200 @@
+"""Nodes of the tree to plain values: numbers, durations, ranges, paths, and JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainc.dsl.syntax import ast
+from trainc.dsl.syntax.ast import Node
+from trainc.dsl.text.source import Span
+from trainc.dsl.values import value_json as v
+
+_UNITS: dict[str, v.Unit] = {"%": "run", **{u: u for u in v.UNITS}, **{u[:-1]: u for u in v.UNITS}}
+_SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class Unreadable(Exception):
+    """A node does not mean what is wanted where it stands; `text` says what was expected."""
+
+    def __init__(
+        self,
+        node: Node | Span,
+        text: str,
+        rule: str = "bad-value",
+        help: str | None = None,
+        message: str = "",
+    ) -> None:
+        super().__init__(text)
+        self.span = node if isinstance(node, Span) else node.span
+        self.text, self.rule, self.help, self.message = text, rule, help, message
+
+
+def number_of(node: ast.Num) -> float:
+    """Return what a number's text means: an int where it is written as one."""
+    text = node.text.replace("_", "")
+    factor = _SUFFIXES.get(text[-1], 1)
+    digits = text[:-1] if factor > 1 else text
+    if len(digits) > 400:
+        raise Unreadable(node, "the number is too long")
+    value = int(digits) if digits.isdigit() else float(digits)
+    product = value * factor
+    if abs(product) > 1e300:
+        raise Unreadable(node, "the number is too large")
+    whole = factor > 1 and product == int(product)
+    return int(product) if whole else product
+
+
+def constant(node: Node) -> float | v.Duration:
+    """Return the number or duration that an expression without names amounts to."""
+    match node:
+        case ast.Num():
+            return number_of(node)
+        case ast.Measure(number, "%"):
+            return v.Duration(_hundredth(number), "run")
+        case ast.Measure(number, unit):
+            return v.Duration(number_of(number), _UNITS[unit])
+        case ast.Prefix("-", operand):
+            return _arithmetic(node, "*", -1, constant(operand))
+        case ast.Infix("+" | "-" | "*" | "/" as op, left, right):
+            return _arithmetic(node, op, constant(left), constant(right))
+    raise Unreadable(node, f"expected a number, found {describe(node)}")
+
+
+def _hundredth(node: ast.Num) -> float:
+    """Return a hundredth of a number, rounded once: `7%` is the float nearest to 0.07."""
+    value = number_of(node)
+    mantissa, _, exponent = node.text.replace("_", "").lower().partition("e")
+    plain = mantissa[-1].isdigit() and (exponent or "0")[-1].isdigit()
+    return float(f"{mantissa}e{int(exponent or 0) - 2}") if plain else value / 100
+
+
+def _arithmetic(
+    node: Node, op: str, left: float | v.Duration, right: float | v.Duration
+) -> float | v.Duration:
+    a = left.amount if isinstance(left, v.Duration) else left
+    b = right.amount if isinstance(right, v.Duration) else right
+    units = [x.unit for x in (left, right) if isinstance(x, v.Duration)]
+    if (op in "+-" and len(units) == 1) or len(set(units)) > 1:
+        raise Unreadable(node, "the two sides have different units", "wrong-unit")
+    if op == "*" and len(units) == 2:
+        raise Unreadable(node, "a duration times a duration is not a duration", "wrong-unit")
+    if op == "/" and (b == 0 or (units and not isinstance(left, v.Duration))):
+        raise Unreadable(node, "this cannot be divided", "bad-value" if b == 0 else "wrong-unit")
+    whole = isinstance(a, int) and isinstance(b, int)
+    if op == "/":
+        value = a // b if whole and a % b == 0 else a / b
+    else:
+        value = a + b if op == "+" else a - b if op == "-" else a * b
+    if abs(value) > 1e300:
+        raise Unreadable(node, "the number is too large")
+    pure = not units or (op == "/" and len(units) == 2)
+    return value if pure else v.Duration(value, units[0])
+
+
+def number(node: Node) -> float:
+    """Return a plain number; a percentage is one too."""
+    value = constant(node)
+    if not isinstance(value, v.Duration):
+        return value
+    if value.unit == "run":
+        return value.amount
+    raise Unreadable(node, f"expected a plain number, found {value.unit}", "wrong-unit")
+
+
+def duration(node: Node, unit: v.Unit = "steps") -> v.Duration:
+    """Return a duration that is not negative; `unit` is what to propose for a bare number."""
+    value = (
+        constant(node) if isinstance(node, ast.Num | ast.Measure | ast.Prefix | ast.Infix) else None
+    )
+    if value is None:
+        raise Unreadable(node, f"expected a duration such as `200 steps`, found {describe(node)}")
+    if not isinstance(value, v.Duration):
+        help = f"write a unit: `{value:.12g} {unit}`" if value == value else None
+        what = "an amount of samples" if unit == "samples" else "a duration"
+        raise Unreadable(node, f"expected {what}, found a bare number", "wrong-unit", help)
+    if value.amount < 0:
+        raise Unreadable(node, "a duration is not negative")
+    return value
+
+
+def samples(node: Node) -> v.Duration:
+    """Return an amount that a bare number is told to be of samples; other units are whoever asked's to judge."""
+    return duration(node, "samples")
+
+
+def interval(node: Node) -> v.Range:
+    """Return a range."""
+    if not (isinstance(node, ast.Infix) and node.op == ".."):
+        raise Unreadable(node, f"expected a range such as `0.5..1.5`, found {describe(node)}")
+    low, high = number(node.left), number(node.right)
+    if low > high:
+        raise Unreadable(
+            node, "this range ends before it begins", help=f"write `{high:g}..{low:g}`"
+        )
+    return v.Range(low, high)
+
+
+def import_path(node: Node) -> v.ImportPath:
+    """Return an import path."""
+    if not isinstance(node, ast.Str):
+        raise Unreadable(node, f'expected a string such as "module:name", found {describe(node)}')
+    module, colon, attribute = node.value.partition(":")
+    if not colon:
+        module, _, attribute = node.value.rpartition(".")
+        help = f'write "{module}:{attribute}"' if module and attribute else None
+        raise Unreadable(node, 'expected "module:name", with a colon', help=help)
+    try:
+        return v.ImportPath(module, attribute)
+    except ValueError as error:
+        raise Unreadable(node, str(error)) from None
+
+
+def plain(node: Node) -> Any:
+    """Return a JSON value: a number, string, boolean, list; a name is a string, a range a pair."""
+    match node:
+        case ast.Str(value):
+            return value
+        case ast.Ident("true" | "false" as word):
+            return word == "true"
+        case ast.Ident(name):
+            return name
+        case ast.Items(items):
+            return [plain(item) for item in items]
+        case ast.Infix("..", _, _):
+            pair = interval(node)
+            return [pair.low, pair.high]
+        case (
+            ast.Num() | ast.Measure() | ast.Prefix("-", _) | ast.Infix("+" | "-" | "*" | "/", _, _)
+        ):
+            return number(node)
+    raise Unreadable(node, f"expected a plain value, found {describe(node)}")
+
+
+def describe(node: Node) -> str:
+    """Return what a node is called in messages."""
+    match node:
+        case ast.Num():
+            return "a number"
+        case ast.Measure(_, unit):
+            return "a percentage" if unit == "%" else f"a duration in {_UNITS[unit]}"
+        case ast.Str():
+            return "a string"
+        case ast.Ident("true" | "false"):
+            return "a boolean"
+        case ast.Ident(name):
+            return f"the name `{name}`"
+        case ast.Apply(function, _):
+            return f"`{function.id}(...)`"
+        case ast.Items():
+            return "a list"
+        case ast.Infix("..", _, _):
+            return "a range"
+        case ast.Infix("on", _, _):
+            return "a value for a part of the parameters"
+        case ast.Infix("|" | "&" | "where" | "expect", _, _):
+            return "a selector"
+        case ast.Prefix("not", _):
+            return "a condition"
+        case ast.Infix(op, _, _) if op in ("and", "or", *v.COMPARISONS):
+            return "a condition"
+    return "an expression"

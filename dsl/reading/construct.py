@@ -1,0 +1,147 @@
+"""What every construct declares. A subclass is schema, documentation and meaning at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from trainc.dsl.reading.field_types import (
+    Batch,
+    Fraction,
+    Samples,
+    Schedule,
+    ScopedNumbers,
+    Selector,
+)
+from trainc.dsl.text.record import Record
+from trainc.dsl.text.vocabulary import KINDS, PHASES, RESOURCES
+from trainc.dsl.values.value_json import Duration, ImportPath, Range, to_json
+
+__all__ = [
+    "KINDS",
+    "PHASES",
+    "RESOURCES",
+    "Batch",
+    "Catalog",
+    "Construct",
+    "Duration",
+    "Effect",
+    "Fraction",
+    "ImportPath",
+    "Problem",
+    "Range",
+    "Samples",
+    "Schedule",
+    "ScopedNumbers",
+    "Selector",
+]
+
+
+class Effect(Record):
+    """One action of a construct: its phase of the step, and what it reads and writes."""
+
+    phase: str
+    action: str
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"`{self.phase}` is not a phase; phases are {', '.join(PHASES)}")
+        for resource in (*self.reads, *self.writes):
+            if resource not in RESOURCES and not resource.startswith("signal:"):
+                raise ValueError(f"`{resource}` is not a resource of the step")
+
+
+class Problem(Record):
+    """A construct's own objection; the compiler places it on the clause, or on one field of it."""
+
+    rule: str
+    message: str
+    field: str | None = None
+    notes: tuple[str, ...] = ()
+    help: str | None = None
+    severity: Literal["error", "warning"] = "error"
+
+
+class Construct(BaseModel):
+    """One construct of the language; the class's own file is the whole of it."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        defer_build=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    cite: ClassVar[str] = ""
+    usage: ClassVar[str] = ""
+    targets: ClassVar[Literal["none", "modules", "parameters"]] = "none"
+    default_on: ClassVar[str | None] = None
+    identity: ClassVar[Mapping[str, str]] = {}
+    signals: ClassVar[Mapping[str, str]] = {}
+    effects: ClassVar[tuple[Effect, ...]] = ()
+    open_fields: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Take kind and name from where the class is written: `.../regularize/pace.py`."""
+        super().__init_subclass__(**options)
+        *_, folder, file = ("", *cls.__module__.split("."))
+        if folder in KINDS and "kind" not in vars(cls):
+            cls.kind, cls.name = folder, file
+
+    @classmethod
+    def heading(cls) -> str:
+        """Return what a spec calls it: `regularize pace`, or `run`."""
+        return f"{cls.kind} {cls.name}" if cls.kind != cls.name else cls.kind
+
+    @property
+    def title(self) -> str:
+        """Return what a spec calls it, for a construct with its fields."""
+        return self.heading()
+
+    def is_identity(self) -> bool:
+        """Say whether a field has the value that `identity` says makes the clause do nothing."""
+        return any(self._equals(field, text) for field, text in self.identity.items())
+
+    def _equals(self, field: str, text: str) -> bool:
+        """Compare by JSON, reading `text` as this field would."""
+        from trainc.dsl.reading.field_types import read_field
+
+        value = read_field(type(self).model_fields[field], text)
+        return bool(to_json(getattr(self, field)) == to_json(value))
+
+    def validate_targets(self, bound: Any) -> Iterable[Problem]:
+        """Yield objections to what `on` selected in the bound model."""
+        return ()
+
+    def told(self, effect: Effect) -> str:
+        """Return what the plan's table of the step calls an effect of this clause."""
+        return effect.action
+
+    def acts(self, effect: Effect) -> bool:
+        """Say whether this clause, with these fields, performs one of its kind's effects."""
+        return True
+
+    def unit_of(self, signal: str) -> str | None:
+        """Return what one of its signals counts, such as `samples`; None for a plain number.
+
+        The signal of the clause itself has the empty name.
+        """
+        return None
+
+    def lacks(self, signal: str) -> tuple[str, str] | None:
+        """Say why this clause, with these fields, never measures a signal, and what to write; None if it does."""
+        return None
+
+    def lower(self, to: Any) -> None:
+        """Add actions and graph rewrites to a `Lowering`."""
+        raise NotImplementedError(f"`{self.title}` does not say how it is lowered")
+
+
+Catalog = Mapping[tuple[str, str], type[Construct]]

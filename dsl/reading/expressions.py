@@ -1,0 +1,187 @@
+"""Nodes of the tree to expressions: schedules, conditions, and what rules assign."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from trainc.dsl.reading.constants import (
+    Unreadable,
+    constant,
+    describe,
+    duration,
+    number,
+    number_of,
+    samples,
+)
+from trainc.dsl.syntax import ast
+from trainc.dsl.syntax.ast import Node
+from trainc.dsl.text.diagnostic import suggest
+from trainc.dsl.values import value_json as v
+from trainc.dsl.values.functions import FUNCTIONS, POLICIES, SHAPES, STATES, Function
+
+_LOGIC = ("and", "or")
+SWITCH = ("false", "true")
+
+
+class Names(Protocol):
+    """Decides which names an expression may use."""
+
+    def check(self, name: ast.Ident) -> None:
+        """Note a name that means nothing."""
+
+
+class Anything:
+    """Lets every name pass; a whole spec is checked later."""
+
+    def check(self, name: ast.Ident) -> None:
+        """Accept the name."""
+
+
+ANYTHING = Anything()
+
+
+def expression(node: Node, names: Names = ANYTHING) -> v.Expr:
+    """Return an expression with a number as its value."""
+    value = _expression(node, names)
+    if is_condition(value):
+        raise Unreadable(node, "expected a number, found a condition")
+    return value
+
+
+def condition(node: Node, names: Names = ANYTHING) -> v.Expr:
+    """Return a condition."""
+    value = _expression(node, names)
+    if not is_condition(value):
+        raise Unreadable(node, "expected a condition such as `loss > 2`, found a number")
+    return value
+
+
+def schedule(node: Node, names: Names = ANYTHING) -> v.Expr:
+    """Return a schedule; a lone percentage is the number it stands for."""
+    value = expression(node, names)
+    if isinstance(value, v.Quantity) and value.duration.unit != "run":
+        raise Unreadable(
+            node, f"expected a schedule or a number, found {value.duration.unit}", "wrong-unit"
+        )
+    return v.Number(value.duration.amount) if isinstance(value, v.Quantity) else value
+
+
+def batch(node: Node, names: Names = ANYTHING) -> v.Duration | v.Expr:
+    """Return an amount of samples, or the call of a policy that sets the batch."""
+    if not isinstance(node, ast.Apply):
+        return samples(node)
+    name = node.function.id
+    if name in POLICIES:
+        return _call(node, names, POLICIES)
+    if name in FUNCTIONS:
+        known = ", ".join(f"`{policy}(...)`" for policy in POLICIES)
+        help = f"a batch that changes is one of {known}, or set by a `when` rule"
+        raise Unreadable(node, "expected an amount such as `32 samples`, or a policy", help=help)
+    message = f"there is no batch policy `{name}`"
+    raise Unreadable(node.function, "", "unknown-function", suggest(name, POLICIES), message)
+
+
+def is_condition(value: v.Expr) -> bool:
+    """Say whether an expression is true or false rather than a number."""
+    if isinstance(value, v.Unary):
+        return value.op == "not"
+    return isinstance(value, v.Binary) and value.op in (*v.COMPARISONS, *_LOGIC)
+
+
+def _expression(node: Node, names: Names) -> v.Expr:
+    match node:
+        case ast.Num():
+            return v.Number(number_of(node))
+        case ast.Measure():
+            value = constant(node)
+            assert isinstance(value, v.Duration)
+            return v.Quantity(value)
+        case ast.Ident():
+            names.check(node)
+            return v.Name(node.id)
+        case ast.Apply():
+            return _call(node, names)
+        case ast.Prefix("not", operand):
+            return v.Unary("not", condition(operand, names))
+        case ast.Prefix(_, operand):
+            return v.Unary("neg", expression(operand, names))
+        case ast.Infix("and" | "or" as op, left, right):
+            return v.Binary(op, condition(left, names), condition(right, names))
+        case ast.Infix("is", left, ast.Ident(state)):
+            if state not in STATES:
+                text = f"expected {', '.join(f'`{s}`' for s in STATES[:-1])} or `{STATES[-1]}`"
+                raise Unreadable(node.right, text, help=suggest(state, STATES))
+            return v.Binary("is", expression(left, names), v.Name(state))
+        case ast.Infix("then", ast.Infix("*", _, _), ast.Apply()):
+            help = "write `3e-4 * (warmup(5%) then cosine())`, or give each piece a factor"
+            raise Unreadable(node, "`*` binds tighter than `then`", help=help)
+        case ast.Infix(op, left, right) if op in v.BINARY:
+            return v.Binary(op, expression(left, names), expression(right, names))
+    raise Unreadable(node, f"expected a number, found {describe(node)}")
+
+
+def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] = FUNCTIONS) -> v.Expr:
+    name = node.function.id
+    if name not in functions:
+        message = f"there is no function `{name}`"
+        help = suggest(name, functions)
+        if name in POLICIES:
+            help = f"`{name}` sets the batch, alone: `data ... {{ batch = {name}(...) }}`"
+        raise Unreadable(node.function, "", "unknown-function", help, message)
+    function = functions[name]
+    order = list(function.arguments)
+    many = "numbers" in function.arguments.values()
+    given: dict[str, v.Expr] = {}
+    args: list[v.Expr] = []
+    for argument in node.arguments:
+        if argument.name is None:
+            if not many and len(args) >= function.positional:
+                count = function.positional
+                text = f"`{name}` takes {count or 'no'} argument{'s' * (count != 1)} without a name"
+                raise Unreadable(
+                    argument.value, text, help=f"arguments are {', '.join(f'`{k}`' for k in order)}"
+                )
+            key = order[0] if many else order[len(args)]
+        else:
+            key = argument.name.id
+            if key not in order or not function.schedule:
+                help = suggest(key, order) or f"arguments are {', '.join(f'`{k}`' for k in order)}"
+                raise Unreadable(argument.name, f"`{name}` has no argument `{key}`", help=help)
+        if key in given and not many:
+            raise Unreadable(argument.value, f"`{key}` is given twice")
+        value = _read_argument(argument.value, function.arguments[key], names)
+        given[key] = value
+        if argument.name is None:
+            args.append(value)
+    missing = [key for key in order[: function.required] if key not in given]
+    if missing:
+        example = f"`{name}({missing[0]} = ...)`"
+        raise Unreadable(node, f"`{name}` needs `{missing[0]}`: {example}")
+    named = {a.name.id: given[a.name.id] for a in node.arguments if a.name}
+    return v.Call(name, tuple(args), tuple(named.items()))
+
+
+def _read_argument(node: Node, kind: str, names: Names) -> v.Expr:
+    if kind == "duration":
+        return v.Quantity(duration(node))
+    if kind == "points":
+        items = node.items if isinstance(node, ast.Items) else (node,)
+        return v.Items(tuple(v.Quantity(duration(item)) for item in items))
+    if kind == "samples":
+        size = samples(node)
+        if size.unit != "samples" or size.amount < 1 or size.amount != int(size.amount):
+            text = f"expected a whole number of samples such as `16 samples`, found {size}"
+            raise Unreadable(node, text, "wrong-unit" if size.unit != "samples" else "bad-value")
+        return v.Quantity(size)
+    if kind == "plain":
+        return v.Number(number(node))
+    if kind == "switch":
+        if not (isinstance(node, ast.Ident) and node.id in SWITCH):
+            raise Unreadable(node, f"expected `true` or `false`, found {describe(node)}")
+        return v.Name(node.id)
+    if kind == "shape":
+        if not (isinstance(node, ast.Ident) and node.id in SHAPES):
+            raise Unreadable(node, f"expected one of {', '.join(f'`{s}`' for s in SHAPES)}")
+        return v.Name(node.id)
+    return expression(node, names)

@@ -1,0 +1,84 @@
+"""Which names an expression may use, and what to say of one that means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from trainc.dsl.reading.construct import Construct
+from trainc.dsl.syntax import ast
+from trainc.dsl.text.diagnostic import Diagnostic, Label, nearest, suggest
+from trainc.dsl.text.source import Span
+from trainc.dsl.values.functions import FUNCTIONS, PLACES, SCHEDULE_NAMES, SIGNALS, example
+
+BUILT_IN = (*SCHEDULE_NAMES, *SIGNALS, "micro_batch")
+
+
+class Scope:
+    """The names a spec defines: labels of clauses, and the signals behind them."""
+
+    def __init__(
+        self,
+        constructs: Mapping[str, Iterable[type[Construct]]],
+        lets: Iterable[str] = (),
+        lost: Iterable[str] = (),
+        measuring: Mapping[str, str] | None = None,
+    ) -> None:
+        self.constructs = {label: tuple(found) for label, found in constructs.items()}
+        self.lets = tuple(lets)
+        self.lost = frozenset(lost)
+        self.measuring = measuring or {}
+        """Clauses that would define a name, by the name: those of constructs that measure something."""
+        self.found: list[Diagnostic] = []
+        self.used: set[str] = set()
+
+    def check(self, name: ast.Ident) -> None:
+        """Note a name that means nothing."""
+        problem = self.problem(name.id, name.span)
+        if problem:
+            self.found.append(problem)
+
+    def problem(self, name: str, span: Span | None) -> Diagnostic | None:
+        """Return what is wrong with a name in an expression, or None."""
+        label, _, signal = name.partition(".")
+        labels = (Label(span),) if span else ()
+        if name in BUILT_IN or label in self.lost or "*" in self.lost:
+            return None
+        if label not in self.constructs:
+            options = [*BUILT_IN, *self.lets, *self.signals()]
+            note = f"names are {', '.join(f'`{n}`' for n in options if n not in PLACES)}"
+            help = self._meant(name, options)
+            message = f"there is no name `{name}`"
+            return Diagnostic("unknown-name", message, labels, (note,), help)
+        self.used.add(label)
+        found = self.constructs[label]
+        if (
+            len(found) != 1
+        ):  # the clauses are at fault, by a mistake in one or by their name, and reported
+            return None
+        signals = found[0].signals
+        if not signals:
+            message = f"`{found[0].heading()}` measures nothing"
+            return Diagnostic("unknown-signal", message, labels)
+        if signal and signal not in signals:
+            known = f"it measures {', '.join(f'`{label}.{s}`' for s in signals)}"
+            message = f"`{found[0].heading()}` has no signal `{signal}`"
+            return Diagnostic("unknown-signal", message, labels, (known,), suggest(signal, signals))
+        return None
+
+    def _meant(self, name: str, options: Iterable[str]) -> str | None:
+        """Return what was perhaps meant by a name that nothing defines."""
+        if name in FUNCTIONS:
+            return f"write it as a call: `{example(name)}`"
+        if (clause := self.measuring.get(name.partition(".")[0])) is not None:
+            return f"nothing measures it yet: add `{clause}`"
+        near = nearest(name, FUNCTIONS)
+        return suggest(name, options) or (f"did you mean `{example(near)}`?" if near else None)
+
+    def signals(self) -> list[str]:
+        """Return every name of a signal, the dotted ones too."""
+        out = []
+        for label, found in self.constructs.items():
+            for construct in found:
+                if construct.signals:
+                    out += [label, *(f"{label}.{s}" for s in construct.signals)]
+        return out

@@ -1,0 +1,139 @@
+"""Nodes of the tree to selectors and to numbers for a part of the parameters."""
+
+from __future__ import annotations
+
+from trainc.dsl.reading.constants import Unreadable, describe, interval, number
+from trainc.dsl.reading.expressions import condition
+from trainc.dsl.syntax import ast
+from trainc.dsl.syntax.ast import Node
+from trainc.dsl.text.diagnostic import suggest
+from trainc.dsl.values import value_json as v
+from trainc.dsl.values.functions import SELECTORS, WHERE_NAMES
+
+_PAIRS: dict[str, type[v.Union] | type[v.Intersection] | type[v.Difference]] = {
+    "|": v.Union,
+    "&": v.Intersection,
+    "-": v.Difference,
+}
+
+
+class _Measures:
+    """The names of a `where` condition."""
+
+    def check(self, name: ast.Ident) -> None:
+        if name.id not in WHERE_NAMES:
+            known = f"a selection knows {', '.join(f'`{n}`' for n in WHERE_NAMES)}"
+            help = suggest(name.id, WHERE_NAMES) or known
+            raise Unreadable(name, "", "unknown-name", help, f"there is no name `{name.id}` here")
+
+
+def selector(node: Node) -> v.Selector:
+    """Return a selector."""
+    match node:
+        case ast.Str(pattern):
+            return _glob(node, pattern)
+        case ast.Ident("all"):
+            return v.All()
+        case ast.Ident("trainable"):
+            return v.Trainable()
+        case ast.Ident(name):
+            help = (
+                suggest(name, ["all", "trainable"])
+                or f'names of the model stand in quotes: "{name}"'
+            )
+            raise Unreadable(node, "", "unknown-name", help, f"there is no selector `{name}`")
+        case ast.Apply():
+            return _function(node)
+        case ast.Infix("|" | "&" | "-" as op, left, right):
+            return _PAIRS[op](selector(left), selector(right))
+        case ast.Infix("where", left, right):
+            return v.Where(selector(left), condition(right, _Measures()))
+        case ast.Infix("expect", left, ast.Num() as count):
+            return v.Expect(selector(left), _whole(count, 0))
+        case ast.Infix("and" | "or" as op, _, _):
+            word = "&" if op == "and" else "|"
+            raise Unreadable(
+                node, "conditions are joined like this, selectors are not", help=f"write `{word}`"
+            )
+    raise Unreadable(
+        node, f'expected a selector such as "blocks.*" or `type(Linear)`, found {describe(node)}'
+    )
+
+
+def scoped_numbers(node: Node) -> tuple[v.Scoped, ...]:
+    """Return numbers with the selections they are for: `0.1 on mats`, or a list of such."""
+    if isinstance(node, ast.Items):
+        return tuple(scoped for item in node.items for scoped in scoped_numbers(item))
+    if isinstance(node, ast.Infix) and node.op == "on":
+        return (v.Scoped(number(node.left), selector(node.right)),)
+    return (v.Scoped(number(node)),)
+
+
+def _glob(node: Node, pattern: str) -> v.Selector:
+    if not pattern:
+        raise Unreadable(
+            node, "an empty pattern matches nothing", help="write `all` for everything"
+        )
+    if any(c.isspace() for c in pattern):
+        raise Unreadable(node, "names have no spaces", help='join patterns with `|`: "a.*" | "b.*"')
+    return v.Glob(pattern)
+
+
+def _function(node: ast.Apply) -> v.Selector:
+    name = node.function.id
+    if name not in SELECTORS:
+        help = (
+            suggest(name, SELECTORS)
+            or f"selectors are {', '.join(f'`{s}(...)`' for s in SELECTORS)}"
+        )
+        raise Unreadable(
+            node.function, "", "unknown-function", help, f"there is no selector `{name}(...)`"
+        )
+    if any(argument.name for argument in node.arguments) or not node.arguments:
+        raise Unreadable(node, f"expected {_USAGE[name]}")
+    values = [argument.value for argument in node.arguments]
+    if name == "type":
+        return v.OfType(tuple(_type_name(value) for value in values))
+    if len(values) > 1:
+        raise Unreadable(values[1], f"expected one argument, as in {_USAGE[name]}")
+    if name == "ndim":
+        return v.Ndim(_whole(values[0], 0))
+    if name == "depth":
+        return _depth(values[0])
+    return _role(values[0])
+
+
+_USAGE = {
+    "type": "`type(Linear, Conv2d)`",
+    "ndim": "`ndim(2)`",
+    "role": f"`role(...)` with one of {', '.join(v.ROLES)}",
+    "depth": "`depth(0..0.5)`",
+}
+
+
+def _type_name(node: Node) -> str:
+    if isinstance(node, ast.Ident | ast.Str):
+        return node.id if isinstance(node, ast.Ident) else node.value
+    raise Unreadable(node, f"expected the name of a class, found {describe(node)}")
+
+
+def _depth(node: Node) -> v.Selector:
+    span = interval(node)
+    if not 0 <= span.low <= span.high <= 1:
+        raise Unreadable(node, "depth goes from 0 at the input to 1 at the head")
+    return v.DepthRange(span.low, span.high)
+
+
+def _role(node: Node) -> v.Selector:
+    if not (isinstance(node, ast.Ident) and node.id in v.ROLES):
+        roles = f"roles are {', '.join(f'`{r}`' for r in v.ROLES)}"
+        help = suggest(node.id, v.ROLES) if isinstance(node, ast.Ident) else None
+        raise Unreadable(node, roles, help=help)
+    return v.Role(node.id)
+
+
+def _whole(node: Node, least: int) -> int:
+    value = number(node)
+    if value != int(value) or value < least:
+        raise Unreadable(node, f"expected a whole number, {least} or more")
+    return int(value)

@@ -1,0 +1,1 @@
+"""Trees + catalog -> Spec: includes, lets, clauses, checks."""

@@ -1,0 +1,186 @@
+"""What no clause can see alone: kinds that come once, labels, names in rules, absent targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from trainc.dsl.reading.names import BUILT_IN, Scope
+from trainc.dsl.text.diagnostic import Diagnostic, Label, suggest
+from trainc.dsl.text.source import Span
+from trainc.dsl.values import value_json as v
+from trainc.dsl.values.functions import FUNCTIONS, POLICIES, TARGETS
+
+if TYPE_CHECKING:
+    from trainc.dsl.reading.construct import Construct
+    from trainc.dsl.resolve.spec import Clause, Rule
+
+ONCE = ("model", "data", "loss", "run")
+VERBS = {"stop": False, "save": False, "warn": True}
+
+
+def inconsistencies(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
+    """Return what is wrong with clauses and rules that are each right by themselves."""
+    scope = Scope(_constructs(clauses))
+    found = structure(clauses)
+    for clause in clauses:
+        construct, head = clause.construct, clause.part_span("head")
+        found += on_problems(type(construct), clause.on is not None, head, clause.part_span("on"))
+        for name in type(clause.construct).model_fields:
+            value = getattr(clause.construct, name)
+            if isinstance(value, v.Expr):
+                found += _expression(value, scope, clause.part_span(name))
+    for rule in rules:
+        found += _expression(rule.condition, scope, rule.span)
+        for action in rule.actions:
+            found += _action(action, scope, rule.span)
+            found += _two_batches(action, clauses, rule.span)
+    return found
+
+
+def structure(clauses: Sequence[Clause]) -> list[Diagnostic]:
+    """Return what is wrong with how clauses stand together, whatever their fields say."""
+    found = [*_repeated(clauses), *_labels(clauses)]
+    for clause in clauses:
+        if clause.every is not None and clause.every.amount <= 0:
+            label = _at(clause.part_span("every"), "expected a distance such as `200 steps`")
+            found.append(Diagnostic("bad-value", "`every` is not a distance", label))
+    return found
+
+
+def _constructs(clauses: Iterable[Clause]) -> dict[str, list[type]]:
+    out: dict[str, list[type]] = {}
+    for clause in clauses:
+        out.setdefault(clause.name, []).append(type(clause.construct))
+    return out
+
+
+def _at(span: Span | None, text: str = "") -> tuple[Label, ...]:
+    return (Label(span, text),) if span else ()
+
+
+def _repeated(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
+    for kind in ONCE:
+        found = [c for c in clauses if c.kind == kind]
+        for other in found[1:]:
+            labels = (*_head(other, "a second one"), *_head(found[0], "the first is here"))
+            yield Diagnostic("duplicate-clause", f"a spec has one `{kind}`", labels)
+
+
+def _head(clause: Clause, text: str) -> tuple[Label, ...]:
+    return _at(clause.part_span("head"), text)
+
+
+def _labels(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
+    seen: dict[str, Clause] = {}
+    for clause in clauses:
+        if clause.label in BUILT_IN:
+            labels = _at(clause.part_span("as"))
+            yield Diagnostic("reserved-name", f"`{clause.label}` has a meaning already", labels)
+        first = seen.setdefault(clause.name, clause)
+        once = clause.kind in ONCE and clause.kind == first.kind  # a second one is wrong already
+        if first is not clause and not once:
+            labels = (*_named(clause, "a second one"), *_named(first, "the first is here"))
+            help = f"name one of them: `{clause.construct.title} as other_{clause.name} ...`"
+            message = f"two clauses are called `{clause.name}`"
+            yield Diagnostic("duplicate-label", message, labels, (), help)
+
+
+def _named(clause: Clause, text: str) -> tuple[Label, ...]:
+    """Return a label where a clause gets its name: at its `as`, or else at its construct."""
+    return _at(clause.part_span("as" if clause.label else "head"), text)
+
+
+def on_problems(
+    cls: type[Construct], given: bool, head: Span | None, on: Span | None
+) -> Iterator[Diagnostic]:
+    """Yield what is wrong with `on`, or with its absence."""
+    title = cls.heading()
+    if cls.targets == "none" and given:
+        labels = _at(on, "this selects parts of the model")
+        message = f"`{title}` acts on no part of the model"
+        yield Diagnostic("unexpected-on", message, labels, (), "leave `on` out")
+    elif cls.targets != "none" and not given and cls.default_on is None:
+        help = f"write `{title} on ...`, with `all` for every one of the {cls.targets}"
+        yield Diagnostic(
+            "missing-on", f"`{title}` does not say what it acts on", _at(head), (), help
+        )
+
+
+def _expression(value: v.Expr, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
+    for item in v.walk(value):
+        if item is value and isinstance(item, v.Call) and item.function in POLICIES:
+            continue
+        if isinstance(item, v.Binary) and item.op == "is":
+            continue
+        if isinstance(item, v.Name) and item.id not in _WORDS:
+            problem = scope.problem(item.id, span)
+            if problem:
+                yield problem
+        elif isinstance(item, v.Call) and item.function not in FUNCTIONS:
+            help = suggest(item.function, FUNCTIONS)
+            message = f"there is no function `{item.function}`"
+            yield Diagnostic("unknown-function", message, _at(span), (), help)
+
+
+_WORDS = {
+    "nan",
+    "inf",
+    "finite",
+    "linear",
+    "cosine",
+    "sqrt",
+    "true",
+    "false",
+}  # states, shapes and switches, names only in form
+
+
+def _action(action: object, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
+    from trainc.dsl.resolve.spec import Assign, Do
+
+    if isinstance(action, Do):
+        yield from verb_problems(action.verb, action.argument is not None, span)
+    elif isinstance(action, Assign):
+        yield from target_problems(action.target, span)
+        yield from _expression(action.value, scope, span)
+
+
+def _two_batches(
+    action: object, clauses: Sequence[Clause], span: Span | None
+) -> Iterator[Diagnostic]:
+    """Yield what is wrong with a rule that sets the batch beside a policy of the data."""
+    for clause in clauses:
+        policy = getattr(clause.construct, "batch", None) if clause.kind == "data" else None
+        if isinstance(policy, v.Call) and getattr(action, "target", None) == "batch":
+            labels = (
+                *_at(span, "this rule sets it"),
+                *_at(clause.part_span("batch"), "this policy sets it before every step"),
+            )
+            help = "leave the rule out, or give `data` an amount: `batch = 16 samples`"
+            message = f"a rule and `{policy.function}` both set the batch"
+            yield Diagnostic("conflicting-effects", message, labels, (), help)
+
+
+def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[Diagnostic]:
+    """Yield what is wrong with an action that is no assignment."""
+    if verb not in VERBS:
+        known = 'actions are `name = value`, `stop`, `save` and `warn "text"`'
+        message = f"there is no action `{verb}`"
+        yield Diagnostic("unknown-action", message, _at(span), (known,), suggest(verb, VERBS))
+    elif VERBS[verb] != has_argument:
+        message = f"`{verb}` {'needs a text' if VERBS[verb] else 'takes no text'}"
+        help = 'write `warn "what happened"`' if VERBS[verb] else None
+        yield Diagnostic("unknown-action", message, _at(span), (), help)
+
+
+def target_problems(target: str, span: Span | None) -> Iterator[Diagnostic]:
+    """Yield what is wrong with the left side of an assignment in a rule."""
+    if target in TARGETS:
+        return
+    note = f"rules set {', '.join(f'`{t}`' for t in TARGETS)}"
+    help = suggest(target, TARGETS)
+    if target == "lr":
+        help = "a rate follows a schedule, `lr = 1e-3 * (warmup(5%) then cosine())`, or the batch: `lr batch_scaling`"
+    elif "." in target:
+        help = "let the field follow a schedule, or the clause act `from` and `until` a time"
+    yield Diagnostic("unknown-target", f"a rule cannot set `{target}`", _at(span), (note,), help)

@@ -1,0 +1,127 @@
+"""One clause: its construct and its parts; dsl/resolve/clause_fields.py reads its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trainc.dsl.reading.constants import Unreadable, duration
+from trainc.dsl.reading.construct import Catalog, Construct
+from trainc.dsl.reading.names import Scope
+from trainc.dsl.reading.selectors import selector
+from trainc.dsl.resolve.checks import on_problems
+from trainc.dsl.resolve.clause_fields import FieldResolver, is_lost, place
+from trainc.dsl.resolve.includes import Placed
+from trainc.dsl.resolve.lets import Lets
+from trainc.dsl.resolve.spec import Clause, Origin, unknown_construct
+from trainc.dsl.syntax import ast
+from trainc.dsl.syntax.lexer import printable
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+
+_READ: dict[str, Callable[[ast.Node], Any]] = {
+    "on": selector,
+    "from": duration,
+    "until": duration,
+    "every": duration,
+}
+_ROLE = {
+    "on": "`on` takes a selector",
+    "from": "`from` takes a duration",
+    "until": "`until` takes a duration",
+    "every": "`every` takes a duration",
+}
+
+
+def construct_name(tree: ast.ClauseTree, catalog: Catalog) -> str | None:
+    """Return the construct a clause names; `model`, `data` and `run` name themselves."""
+    if tree.construct is not None:
+        return tree.construct.id
+    kind = tree.kind.id
+    return kind if kind == "run" or (kind, kind) in catalog or kind in ("model", "data") else None
+
+
+class ClauseResolver:
+    """Resolves clauses one by one against a catalog."""
+
+    def __init__(self, catalog: Catalog, lets: Lets, scope: Scope) -> None:
+        self.catalog = catalog
+        self.lets = lets
+        self.scope = scope
+        self.found: list[Diagnostic] = []
+
+    def resolve(self, tree: ast.ClauseTree, placed: Placed) -> Clause | None:
+        """Return the clause, or None where something about it is wrong."""
+        before = len(self.found) + len(self.scope.found)
+        head = tree.kind.span | (tree.construct or tree.path or tree.kind).span
+        parts = self._parts(tree)
+        cls = self._construct(tree)
+        if cls is None:
+            return None
+        spans = {part.word: (part.value.span if part.value else part.span) for part in tree.parts}
+        self.found += on_problems(cls, "on" in spans, head, spans.get("on"))
+        fields = FieldResolver(cls, head, self.lets, self.scope)
+        construct = fields.resolve(tree, placed)
+        self.found += fields.found
+        if construct is None or len(self.found) + len(self.scope.found) > before:
+            return None
+        names = {"from": "start", "until": "stop"}
+        given = {names.get(word, word): value for word, value in parts.items()}
+        spans |= {"head": head} if tree.path is None else {"head": head, "path": tree.path.span}
+        return Clause(construct, **given, origin=Origin(tree.span, fields.origin, spans))
+
+    def _construct(self, tree: ast.ClauseTree) -> type[Construct] | None:
+        kind, name = tree.kind.id, construct_name(tree, self.catalog)
+        if name is None:
+            assert tree.path is not None
+            label = Label(tree.path.span, "expected the name of a construct")
+            help = None
+            if any(k == kind and "path" in c.model_fields for (k, _), c in self._of(kind)):
+                other = next(n for (_, n), c in self._of(kind) if "path" in c.model_fields)
+                help = f'write `{kind} {other}("{printable(tree.path.value)}")`'
+            self.found.append(
+                Diagnostic("unknown-construct", f"`{kind}` takes no path", (label,), (), help)
+            )
+            return None
+        cls = self.catalog.get((kind, name))
+        if cls is not None:
+            return cls
+        d = unknown_construct(kind, printable(name), self.catalog)
+        span = (tree.construct or tree.kind).span
+        help = d.help
+        if kind in ("model", "data") and tree.construct and not tree.path:
+            help = f'a {kind} is named by where to import it from: `{kind} "module:{name}"`'
+        notes = () if (kind, kind) in self.catalog else d.notes
+        self.found.append(Diagnostic(d.rule, d.message, (Label(span),), notes, help))
+        return None
+
+    def _of(self, kind: str) -> list[tuple[tuple[str, str], type[Construct]]]:
+        return [(key, self.catalog[key]) for key in self.catalog if key[0] == kind]
+
+    def _parts(self, tree: ast.ClauseTree) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        first: dict[str, ast.Part] = {}
+        for part in tree.parts:
+            if part.word in first:
+                labels = (
+                    Label(part.span, "a second one"),
+                    Label(first[part.word].span, "the first is here"),
+                )
+                self.found.append(
+                    Diagnostic("duplicate-part", f"`{part.word}` is given twice", labels)
+                )
+                continue
+            first[part.word] = part
+            if part.word == "optional":
+                out["optional"] = True
+            elif part.word == "as":
+                assert isinstance(part.value, ast.Ident)
+                if "." in part.value.id:
+                    label = Label(part.value.span, "expected a name without a dot")
+                    self.found.append(Diagnostic("reserved-name", "a label has no dot", (label,)))
+                out["label"] = part.value.id
+            elif part.value is not None and not is_lost(part.value, self.lets, self.scope):
+                try:
+                    out[part.word] = _READ[part.word](self.lets.expand(part.value))
+                except Unreadable as error:
+                    self.found.append(place(error, part.value.span, _ROLE[part.word], self.lets))
+        return out

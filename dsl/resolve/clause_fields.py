@@ -1,0 +1,224 @@
+"""The fields of one clause: each read as its type says, then all of them validated together."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainc.dsl.reading.constants import Unreadable, import_path, plain
+from trainc.dsl.reading.construct import Construct
+from trainc.dsl.reading.field_errors import problem_text
+from trainc.dsl.reading.field_types import read_field
+from trainc.dsl.reading.names import Scope
+from trainc.dsl.resolve.includes import Placed
+from trainc.dsl.resolve.lets import Lets
+from trainc.dsl.resolve.spec import Provenance
+from trainc.dsl.syntax import ast
+from trainc.dsl.syntax.lexer import printable
+from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label, nearest, suggest
+from trainc.dsl.text.source import Span
+
+_HIDDEN = {"path", "arguments"}  # how open constructs keep what they are given
+
+
+def place(error: Unreadable, where: Span, message: str, lets: Lets) -> Diagnostic:
+    """Return the diagnostic for an unreadable node, and where it is used if that is elsewhere."""
+    labels = [Label(error.span, error.text)]
+    if error.span not in where:
+        labels.append(Label(where, "used here"))
+    help = suggest(error.span.text, lets.values) if error.rule == "unknown-name" else None
+    return Diagnostic(error.rule, error.message or message, tuple(labels), (), help or error.help)
+
+
+def used_at(d: Diagnostic, span: Span) -> Diagnostic:
+    """Add where a value is used to a diagnostic that points into a `let`."""
+    if d.span is None or d.span in span or any(label.span == span for label in d.labels):
+        return d
+    return d.replace(labels=(*d.labels, Label(span, "used here")))
+
+
+def is_lost(node: ast.Node, lets: Lets, scope: Scope) -> bool:
+    """Say whether a node stands on a name whose definition is broken, and reported."""
+    todo = [node]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, ast.Ident) and (item.id in scope.lost or "*" in scope.lost):
+            return item.id not in lets.values or item.id in lets.broken
+        todo += ast.children(item)
+    return False
+
+
+class FieldResolver:
+    """Resolves the fields of one clause."""
+
+    def __init__(self, cls: type[Construct], head: Span, lets: Lets, scope: Scope) -> None:
+        self.cls = cls
+        self.head = head
+        self.lets = lets
+        self.scope = scope
+        self.found: list[Diagnostic] = []
+        self.origin: dict[str, Provenance] = {}
+        self.first: dict[str, ast.Field] = {}
+        self.failed: set[str] = set()
+        self.data: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
+        self.declared = [n for n in cls.model_fields if not (cls.open_fields and n in _HIDDEN)]
+
+    def resolve(self, tree: ast.ClauseTree, placed: Placed) -> Construct | None:
+        """Return the construct, or None where a field is wrong or missing."""
+        self._path(tree)
+        for item in tree.fields or ():
+            name = item.name.id
+            if name in self.first:
+                labels = (
+                    Label(item.name.span, "a second one"),
+                    Label(self.first[name].name.span, "the first is here"),
+                )
+                self._note("duplicate-field", f"`{name}` is given twice", labels)
+                continue
+            self.first[name] = item
+            self.origin[name] = self._provenance(item, placed)
+            if name not in self.declared and not self.cls.open_fields:
+                self._unknown(item)
+            elif is_lost(item.value, self.lets, self.scope):
+                self.failed.add(name)
+            else:
+                self._read(item)
+        if self.arguments:
+            self.data["arguments"] = self.arguments
+        try:
+            return self.cls.model_validate(self.data)
+        except ValidationError as error:
+            blamed = {near for n in self.failed if (near := nearest(n, self.cls.model_fields))}
+            for detail in error.errors(include_url=False):
+                name = str(detail["loc"][0]) if detail["loc"] else ""
+                # A misspelling is one mistake: it is reported where it was written.
+                known = name in self.failed or (detail["type"] == "missing" and name in blamed)
+                if not known:
+                    self._invalid(detail, name)
+            return None
+
+    def _note(
+        self,
+        rule: str,
+        message: str,
+        labels: tuple[Label, ...],
+        notes: tuple[str, ...] = (),
+        help: str | None = None,
+        edit: Edit | None = None,
+    ) -> None:
+        self.found.append(Diagnostic(rule, message, labels, notes, help, edit=edit))
+
+    def _path(self, tree: ast.ClauseTree) -> None:
+        if tree.path is None:
+            return
+        title = self.cls.heading()
+        if "path" not in self.cls.model_fields:
+            label = Label(tree.path.span, "this is not needed")
+            self._note("unexpected-path", f"`{title}` imports nothing", (label,))
+            return
+        try:
+            self.data["path"] = import_path(tree.path)
+        except Unreadable as error:
+            self.failed.add("path")
+            self.found.append(
+                place(error, tree.path.span, f"`{title}` cannot import this", self.lets)
+            )
+
+    def _read(self, item: ast.Field) -> None:
+        """Read one field; names that an expression may not use are noted by the scope."""
+        name, count = item.name.id, len(self.scope.found)
+        declared = name in self.declared
+        try:
+            node = self.lets.expand(item.value)
+            if declared:
+                self.data[name] = read_field(self.cls.model_fields[name], node, self.scope)
+            else:
+                self.arguments[name] = plain(node)
+        except Unreadable as error:
+            self.failed.add(name)
+            if not declared and nearest(name, self.declared):
+                self._unknown(item)
+                return
+            message = f"`{self.cls.heading()}` cannot take this `{printable(name)}`"
+            d = place(error, item.value.span, message, self.lets)
+            notes = () if error.message else self._about(name)
+            self.found.append(d.replace(notes=notes))
+        new = self.scope.found[count:]
+        if new:
+            self.scope.found[count:] = [used_at(d, item.value.span) for d in new]
+            self.failed.add(name)
+
+    def _unknown(self, item: ast.Field) -> None:
+        self.failed.add(item.name.id)
+        message = f"`{self.cls.heading()}` has no field `{printable(item.name.id)}`"
+        near = nearest(item.name.id, self.declared)
+        fields = ", ".join(f"`{name}`" for name in self.declared)
+        notes = (f"its fields are {fields}" if fields else "it has no fields",)
+        self._note(
+            "unknown-field",
+            message,
+            (Label(item.name.span),),
+            () if near else notes,
+            suggest(item.name.id, self.declared),
+            Edit(item.name.span, near) if near else None,
+        )
+
+    def _provenance(self, item: ast.Field, placed: Placed) -> Provenance:
+        """Return where a value comes from; one that depends on a setting comes from that."""
+        for name in sorted(self.lets.names_in(item.value)):
+            if name in self.lets.overridden:
+                return Provenance("set", self.lets.overridden[name].span.source.span())
+        return Provenance("include" if placed.via else "line", item.value.span, placed.via)
+
+    def _invalid(self, detail: Any, name: str) -> None:
+        """Put what pydantic says where the author wrote the field."""
+        title = self.cls.heading()
+        if detail["type"] == "missing":
+            self._missing(name)
+            return
+        text, help = problem_text(detail)
+        if name not in self.first:
+            labels = self._blamed(text) or (Label(self.head, text),)
+            self._note("bad-value", f"`{title}` does not go together", labels)
+            return
+        rule = "wrong-unit" if detail["type"] == "wrong_unit" else "bad-value"
+        label = Label(self.first[name].value.span, text)
+        message = f"`{title}` cannot take this `{name}`"
+        self._note(rule, message, (label,), self._about(name), help)
+
+    def _blamed(self, text: str) -> tuple[Label, ...]:
+        """Return labels at the fields that stand in the clause and that a message names, the last one first.
+
+        A construct's own check of its fields names them in backticks: `group`, or `group = 8`.
+        """
+        told = re.findall(r"`(\w+)[^`]*`", text)
+        given = [item for name, item in self.first.items() if name in told]
+        spans = sorted((item.name.span | item.value.span for item in given), key=lambda s: s.start)
+        labels = [Label(span, "with this") for span in reversed(spans)]
+        return (labels[0].replace(text=text), *labels[1:]) if labels else ()
+
+    def _missing(self, name: str) -> None:
+        title = self.cls.heading()
+        label = Label(self.head)
+        if name == "path":
+            form = '{} "module:name"' if self.cls.kind == self.cls.name else '{}("module:name")'
+            help = f"write `{form.format(title)}`"
+            self._note(
+                "missing-field", f"`{title}` does not say what to import", (label,), (), help
+            )
+            return
+        near = nearest(name, self.arguments)
+        meant = f"is `{near}` meant to be `{name}`?" if near else None
+        self._note("missing-field", f"`{title}` needs `{name}`", (label,), self._about(name), meant)
+
+    def _about(self, name: str) -> tuple[str, ...]:
+        """Return a field's description as a note."""
+        if name in self.declared:
+            description = self.cls.model_fields[name].description
+            return (f"{name}: {description}",) if description else ()
+        return (
+            f"`{self.cls.heading()}` passes fields it does not declare on by name, as plain values",
+        )

@@ -1,0 +1,128 @@
+"""A file and everything it includes, as one list of statements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainc.dsl.syntax import ast
+from trainc.dsl.syntax.lexer import MAX_CHARACTERS, printable
+from trainc.dsl.syntax.parser import parse
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.record import Record
+from trainc.dsl.text.source import Source, Span
+
+MAX_CHAIN = 32
+
+
+class Placed(Record):
+    """A statement and the `use` lines that led to it, outermost first."""
+
+    statement: ast.Statement
+    via: tuple[Span, ...] = ()
+
+
+class Gathered:
+    """All statements of a spec; `lost` are names that would be defined if all could be read."""
+
+    def __init__(self) -> None:
+        self.statements: list[Placed] = []
+        self.found: list[Diagnostic] = []
+        self.lost: set[str] = set()
+
+
+def read_source(path: Path, name: str | None = None) -> tuple[Source, list[Diagnostic]]:
+    """Return the text of a file; bytes that are no UTF-8 are reported where they stand."""
+    with path.open("rb") as file:
+        data = file.read(4 * MAX_CHARACTERS + 1)
+    text = data.decode("utf-8", "replace")
+    source = Source(name or str(path), text.removeprefix("\ufeff").replace("\r\n", "\n"))
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if len(text) > MAX_CHARACTERS:
+            return source, []
+        at = min(source.text.find("\ufffd") if "\ufffd" in source.text else 0, len(source.text))
+        label = Label(source.span(at, at + 1), f"byte 0x{data[error.start]:02x}")
+        return source, [Diagnostic("not-text", "this file is not UTF-8 text", (label,))]
+    return source, []
+
+
+def gather(source: Source, path: Path | None) -> Gathered:
+    """Return the statements of a source and of the files it uses."""
+    out = Gathered()
+    chain: dict[Path, Span | None] = {path.resolve(): None} if path else {}
+    out.statements = list(_collect(source, path, (), chain, out, set(chain)))
+    return out
+
+
+def _collect(
+    source: Source,
+    path: Path | None,
+    via: tuple[Span, ...],
+    chain: dict[Path, Span | None],
+    out: Gathered,
+    seen: set[Path],
+) -> Iterator[Placed]:
+    parsed = parse(source)
+    out.found += parsed.found
+    out.lost |= parsed.lost
+    for statement in parsed.tree.statements:
+        if not isinstance(statement, ast.Use):
+            yield Placed(statement, via)
+            continue
+        where = _locate(statement, path)
+        if where in chain:
+            first = next(
+                (span for span in [*list(chain.values())[1:], statement.span] if span),
+                statement.span,
+            )
+            labels = [Label(statement.span, "this closes the circle")]
+            if first != statement.span:
+                labels.append(Label(first, "it begins here"))
+            text = f"`{printable(statement.path.value)}` includes itself"
+            out.found.append(Diagnostic("include-cycle", text, tuple(labels)))
+            continue
+        if where in seen:
+            continue
+        seen.add(where)
+        if len(chain) >= MAX_CHAIN:
+            label = Label(statement.span)
+            out.found.append(
+                Diagnostic("too-deep", f"files include each other {MAX_CHAIN} deep", (label,))
+            )
+            continue
+        try:
+            inner, problems = read_source(where, _shown(where))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            label = Label(statement.path.span, reason.lower())
+            message = f"cannot read `{printable(statement.path.value)}`"
+            place = printable(_shown(where), 200)
+            note = f"paths are relative to the file that uses them: looked for {place}"
+            out.found.append(Diagnostic("use-not-found", message, (label,), (note,)))
+            out.lost.add("*")
+            continue
+        if problems:
+            out.found += problems
+            out.lost.add("*")
+            continue
+        yield from _collect(
+            inner, where, (*via, statement.span), {**chain, where: statement.span}, out, seen
+        )
+
+
+def _locate(statement: ast.Use, path: Path | None) -> Path:
+    base = path.parent if path else Path()
+    try:
+        return (base / statement.path.value).resolve()
+    except (OSError, ValueError):
+        return base / statement.path.value
+
+
+def _shown(path: Path) -> str:
+    """Return a path relative to the working directory where it lies inside."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

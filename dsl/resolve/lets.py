@@ -1,0 +1,172 @@
+"""`let`: values with names, put in place of their names before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trainc.dsl.reading.names import BUILT_IN
+from trainc.dsl.syntax import ast
+from trainc.dsl.syntax.ast import Node
+from trainc.dsl.syntax.parser import parse_expression
+from trainc.dsl.text.diagnostic import Diagnostic, Label, suggest
+from trainc.dsl.text.source import Source
+from trainc.dsl.values.functions import FUNCTIONS, SELECTORS
+
+MAX_SIZE = 5_000
+MAX_DEPTH = 100
+_RESERVED = {*BUILT_IN, *FUNCTIONS, *SELECTORS, "all", "trainable", "true", "false", "none"}
+
+
+class Lets:
+    """The lets of a spec, `--set` having the last word."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Node] = {}
+        self.names: dict[str, ast.Ident] = {}
+        self.overridden: dict[str, Node] = {}
+        self.used: set[str] = set()
+        self.broken: set[str] = set()
+        self.found: list[Diagnostic] = []
+        self._expanded: dict[str, Node] = {}
+        self._size: dict[str, tuple[int, int]] = {}
+
+    def define(self, let: ast.Let) -> None:
+        """Take one `let` statement."""
+        name = let.name.id
+        if name in _RESERVED or "." in name:
+            why = (
+                "has a meaning already"
+                if name in _RESERVED
+                else "is no name for a let: it has a dot"
+            )
+            self.found.append(
+                Diagnostic("reserved-name", f"`{name}` {why}", (Label(let.name.span),))
+            )
+        elif name in self.names:
+            labels = (
+                Label(let.name.span, "a second one"),
+                Label(self.names[name].span, "the first is here"),
+            )
+            self.found.append(Diagnostic("duplicate-let", f"`{name}` is defined twice", labels))
+        else:
+            self.names[name], self.values[name] = let.name, let.value
+
+    def override(self, settings: Iterable[str], lost: Iterable[str] = ()) -> None:
+        """Take `name=value` texts of the command line."""
+        for setting in settings:
+            source = Source("--set", setting)
+            name, equals, text = setting.partition("=")
+            name = name.strip()
+            span = source.span(0, max(1, len(setting.partition("=")[0].rstrip())))
+            if not equals:
+                label = Label(span, "expected `name=value`")
+                self.found.append(Diagnostic("syntax", "this sets nothing", (label,)))
+            elif name not in self.values:
+                if name in lost or "*" in lost:
+                    continue
+                message = f"there is no let `{name}` to set"
+                help = suggest(name, self.values)
+                known = (
+                    f"lets are {', '.join(f'`{n}`' for n in self.values)}"
+                    if self.values
+                    else "there are no lets"
+                )
+                self.found.append(
+                    Diagnostic("unknown-let", message, (Label(span),), (known,), help)
+                )
+            else:
+                node, problems = parse_expression(source, len(setting) - len(text))
+                self.found += problems
+                if node is None:
+                    self.broken.add(name)
+                else:
+                    self.values[name] = self.overridden[name] = node
+
+    def settle(self) -> None:
+        """Find the lets that are defined by themselves, or grow beyond all bounds."""
+        for name in self.values:
+            self._settle(name, {})
+
+    def _settle(self, name: str, chain: dict[str, ast.Ident]) -> tuple[int, int]:
+        """Return the size and depth of a let once its names are replaced."""
+        if name in self._size or name in self.broken:
+            return self._size.get(name, (1, 1))
+        size, depth = 0, 0
+        todo: list[tuple[Node, int]] = [(self.values[name], 1)]
+        while todo:
+            node, level = todo.pop()
+            size, depth = size + 1, max(depth, level)
+            if isinstance(node, ast.Ident) and node.id in self.values:
+                if node.id == name or node.id in chain:
+                    self._cycle(name, node)
+                    return (1, 1)
+                inner = (
+                    self._settle(node.id, {**chain, name: node})
+                    if len(chain) < MAX_DEPTH
+                    else (0, MAX_DEPTH)
+                )
+                size, depth = size + inner[0], max(depth, level + inner[1])
+            todo += [(child, level + 1) for child in replaceable(node)]
+        if (size > MAX_SIZE or depth > MAX_DEPTH) and name not in self.broken:
+            self.broken.add(name)
+            label = Label(self.names[name].span)
+            self.found.append(Diagnostic("too-large", f"`{name}` grows too large", (label,)))
+            return (1, 1)
+        self._size[name] = (size, depth)
+        return size, depth
+
+    def _cycle(self, name: str, back: ast.Ident) -> None:
+        if not self.broken & {name, back.id}:
+            labels = (
+                Label(back.span, "needed here"),
+                Label(self.names[back.id].span, "to know this"),
+            )
+            message = f"`{back.id}` is defined by itself"
+            self.found.append(Diagnostic("let-cycle", message, labels))
+        self.broken |= {name, back.id}
+
+    def expand(self, node: Node) -> Node:
+        """Return a node with every let's name replaced by its value."""
+        if isinstance(node, ast.Ident):
+            if node.id not in self.values or node.id in self.broken:
+                return node
+            self.used.add(node.id)
+            if node.id not in self._expanded:
+                self._expanded[node.id] = self.expand(self.values[node.id])
+            return self._expanded[node.id]
+        if not replaceable(node):
+            return node
+        match node:
+            case ast.Apply(_, arguments):
+                new = tuple(a.replace(value=self.expand(a.value)) for a in arguments)
+                return node.replace(arguments=new)
+            case ast.Items(items):
+                return node.replace(items=tuple(map(self.expand, items)))
+            case ast.Prefix(_, operand):
+                return node.replace(operand=self.expand(operand))
+            case ast.Infix("is", left, _):
+                return node.replace(left=self.expand(left))
+            case ast.Infix(_, left, right):
+                return node.replace(left=self.expand(left), right=self.expand(right))
+        return node
+
+    def names_in(self, node: Node) -> set[str]:
+        """Return the lets a node depends on, directly or through others."""
+        names: set[str] = set()
+        todo = [node]
+        while todo:
+            item = todo.pop()
+            if isinstance(item, ast.Ident) and item.id in self.values and item.id not in names:
+                names.add(item.id)
+                todo.append(self.values[item.id])
+            todo += replaceable(item)
+        return names
+
+
+def replaceable(node: Node) -> tuple[Node, ...]:
+    """Return the children in which names of lets may stand."""
+    if isinstance(node, ast.Apply) and node.function.id in ("type", "role"):
+        return ()
+    if isinstance(node, ast.Infix) and node.op == "is":
+        return (node.left,)
+    return ast.children(node)

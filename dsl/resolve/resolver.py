@@ -1,0 +1,214 @@
+"""Text and a catalog to a checked spec: names known, fields read, all mistakes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from trainc.dsl.reading.constants import Unreadable, duration
+from trainc.dsl.reading.construct import Catalog, Construct
+from trainc.dsl.reading.expressions import condition, expression
+from trainc.dsl.reading.names import Scope
+from trainc.dsl.resolve.checks import inconsistencies, structure, target_problems, verb_problems
+from trainc.dsl.resolve.clause import ClauseResolver, construct_name
+from trainc.dsl.resolve.clause_fields import place, used_at
+from trainc.dsl.resolve.includes import gather, read_source
+from trainc.dsl.resolve.lets import Lets
+from trainc.dsl.resolve.spec import VERSION, Action, Assign, Clause, Do, Origin, Rule, Spec
+from trainc.dsl.syntax import ast
+from trainc.dsl.syntax.lexer import printable
+from trainc.dsl.text.diagnostic import Diagnostic, Label, SpecError
+from trainc.dsl.text.record import Record
+from trainc.dsl.text.source import Source
+from trainc.dsl.values.durations import Duration
+
+MAX_DIAGNOSTICS = 100
+
+
+class Checked(Record):
+    """What checking a text came to: a spec, or None, and everything there is to say about it."""
+
+    spec: Spec | None
+    diagnostics: tuple[Diagnostic, ...]
+
+    @property
+    def errors(self) -> tuple[Diagnostic, ...]:
+        """Return the diagnostics that keep the text from being a spec."""
+        return tuple(d for d in self.diagnostics if d.severity == "error")
+
+    def unwrap(self) -> Spec:
+        """Return the spec, or raise SpecError with all that is wrong."""
+        if self.spec is None:
+            raise SpecError(self.errors)
+        return self.spec
+
+
+def load(text: Source | Path | str, catalog: Catalog, overrides: Iterable[str] = ()) -> Checked:
+    """Check a source, a file or a text; `overrides` are `name=value` for its lets."""
+    path = text if isinstance(text, Path) else None
+    found: list[Diagnostic] = []
+    if isinstance(text, Path):
+        source, found = read_source(text)
+        if found:
+            return Checked(None, tuple(found))
+    else:
+        source = text if isinstance(text, Source) else Source("<text>", text)
+        try:
+            source.text.encode()
+        except UnicodeEncodeError as error:
+            label = Label(source.span(error.start, error.start + 1), "half of a character")
+            return Checked(None, (Diagnostic("not-text", "this is not Unicode text", (label,)),))
+    return Resolver(source, path, catalog, tuple(overrides)).checked()
+
+
+class Resolver:
+    """Resolves one spec; each part notes its diagnostics and carries on."""
+
+    def __init__(
+        self, source: Source, path: Path | None, catalog: Catalog, overrides: Sequence[str]
+    ) -> None:
+        self.source = source
+        self.catalog = catalog
+        gathered = gather(source, path)
+        self.placed = gathered.statements
+        self.found = gathered.found
+        self.lets = Lets()
+        for item in self.placed:
+            if isinstance(item.statement, ast.Let):
+                self.lets.define(item.statement)
+        self.lets.override(overrides, gathered.lost)
+        self.lets.settle()
+        measuring = {cls.name: cls.usage for cls in catalog.values() if cls.signals}
+        lost = gathered.lost | self.lets.broken
+        self.scope = Scope(self._labels(), self.lets.values, lost, measuring)
+
+    def checked(self) -> Checked:
+        """Return the spec and what is wrong with it."""
+        self._versions()
+        resolver = ClauseResolver(self.catalog, self.lets, self.scope)
+        clauses: list[Clause] = []
+        rules: list[Rule] = []
+        for item in self.placed:
+            if isinstance(item.statement, ast.ClauseTree):
+                clause = resolver.resolve(item.statement, item)
+                clauses += [clause] if clause else []
+            elif isinstance(item.statement, ast.When):
+                rule = self._rule(item.statement)
+                rules += [rule] if rule else []
+        self._unused()
+        found = [*self.found, *self.lets.found, *resolver.found, *self.scope.found]
+        found += structure(clauses)
+        if not any(d.severity == "error" for d in found):
+            found += [d for d in inconsistencies(clauses, rules) if d not in found]
+        diagnostics = _ordered(found)[:MAX_DIAGNOSTICS]
+        if any(d.severity == "error" for d in diagnostics):
+            return Checked(None, diagnostics)
+        return Checked(Spec(tuple(clauses), tuple(rules)), diagnostics)
+
+    def _labels(self) -> dict[str, list[type[Construct]]]:
+        """Return what each label names; a clause of an unknown construct names nothing sure."""
+        out: dict[str, list[type[Construct]]] = {}
+        for item in self.placed:
+            if isinstance(item.statement, ast.ClauseTree):
+                name = construct_name(item.statement, self.catalog)
+                given = [p.value for p in item.statement.parts if p.word == "as"]
+                label = given[0].id if given and isinstance(given[0], ast.Ident) else name
+                construct = self.catalog.get((item.statement.kind.id, name or ""))
+                if label:
+                    out.setdefault(label, []).extend([construct] if construct else [])
+        return out
+
+    def _versions(self) -> None:
+        files: dict[int, int] = {}
+        for item in self.placed:
+            statement = item.statement
+            rank = files[id(statement.span.source)] = files.get(id(statement.span.source), 0) + 1
+            if not isinstance(statement, ast.Version):
+                continue
+            if rank > 1:
+                label = Label(statement.span)
+                message = "the version stands before everything else"
+                self.found.append(Diagnostic("misplaced-version", message, (label,)))
+            if statement.number.text != str(VERSION):
+                label = Label(statement.number.span)
+                message = f"there is no version {printable(statement.number.text)} of the language"
+                help = f"this trainc reads version {VERSION}"
+                self.found.append(Diagnostic("unknown-version", message, (label,), (), help))
+
+    def _rule(self, when: ast.When) -> Rule | None:
+        """Return a rule, or None where a part of it cannot be read."""
+        before = len(self.found) + len(self.scope.found)
+        test = self._try(condition, when.condition, "this rule has no condition")
+        hold = self._wait(when.hold, "a condition holds `for` a duration")
+        cooldown = self._wait(when.cooldown, "`cooldown` takes a duration")
+        actions = [action for tree in when.actions if (action := self._action(tree))]
+        if not when.actions:
+            label = Label(when.span)
+            help = "write what shall happen: `{ stop }`"
+            self.found.append(Diagnostic("no-action", "this rule does nothing", (label,), (), help))
+        if test is None or len(self.found) + len(self.scope.found) > before:
+            return None
+        return Rule(test, tuple(actions), hold, cooldown, origin=Origin(when.span))
+
+    def _wait(self, node: ast.Node | None, message: str) -> Duration | None:
+        """Return a rule's `for` or `cooldown`; None where it has none, or it cannot be read."""
+        if node is None:
+            return None
+        value: Duration | None = self._try(duration, node, message, scoped=False)
+        return value
+
+    def _action(self, tree: ast.Action) -> Action | None:
+        if not tree.assigns:
+            text = tree.value.value if isinstance(tree.value, ast.Str) else None
+            self.found += verb_problems(tree.target.id, text is not None, tree.span)
+            return Do(tree.target.id, text)
+        label = tree.target.id.partition(".")[0]
+        if label not in self.scope.lost and "*" not in self.scope.lost:
+            self.found += target_problems(tree.target.id, tree.target.span)
+        assert tree.value is not None
+        value = self._try(
+            expression, tree.value, f"`{printable(tree.target.id)}` cannot be set to this"
+        )
+        return None if value is None else Assign(tree.target.id, value)
+
+    def _try(self, read, node: ast.Node, message: str, scoped: bool = True):  # type: ignore[no-untyped-def]
+        """Read a node; note the diagnostic and return None where it cannot be read."""
+        count = len(self.scope.found)
+        try:
+            value = read(self.lets.expand(node), *([self.scope] if scoped else []))
+        except Unreadable as error:
+            self.found.append(place(error, node.span, message, self.lets))
+            return None
+        self.scope.found[count:] = [used_at(d, node.span) for d in self.scope.found[count:]]
+        return value
+
+    def _unused(self) -> None:
+        for item in self.placed:
+            if not isinstance(item.statement, ast.Let) or item.via:
+                continue
+            name = item.statement.name
+            first = self.lets.names.get(name.id) is name
+            if first and name.id not in self.lets.used | self.lets.broken:
+                label = Label(name.span)
+                message = f"nothing uses `{name.id}`"
+                self.found.append(Diagnostic("unused-let", message, (label,), severity="warning"))
+
+
+def _ordered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
+    """Return diagnostics by file and place, without what merely follows from a syntax error."""
+    rank: dict[int, int] = {}
+    for d in found:
+        if d.span:
+            rank.setdefault(id(d.span.source), len(rank))
+    broken = [d.span for d in found if d.rule == "syntax" and d.span]
+
+    def follows(d: Diagnostic) -> bool:
+        span = d.span
+        return (
+            d.rule != "syntax" and span is not None and any(b in span or span in b for b in broken)
+        )
+
+    def order(d: Diagnostic) -> tuple[int, int]:
+        return (rank[id(d.span.source)], d.span.start) if d.span else (len(rank), 0)
+
+    return tuple(sorted((d for d in found if not follows(d)), key=order))

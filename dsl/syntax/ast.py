@@ -1,0 +1,167 @@
+"""The syntax tree. Every node knows the span it was read from; none carries meaning.
+
+Spans take no part in equality, so two texts that differ only in layout give equal trees.
+"""
+
+from __future__ import annotations
+
+from trainc.dsl.text.record import Record, aside
+from trainc.dsl.text.source import Source, Span
+
+PARTS = ("as", "on", "from", "until", "every", "optional")  # their order means nothing
+NOWHERE = Source("<python>", "").span()
+
+
+class Spanned(Record):
+    """What every node has: where it was read from."""
+
+    span: Span = aside(default=NOWHERE, kw_only=True)
+
+
+class Num(Spanned):
+    """A number as it was written: `3e-4`, `1_000`, `2M`."""
+
+    text: str
+
+
+class Measure(Spanned):
+    """A number with a unit, which is as written: `step`, `steps`, `%`."""
+
+    number: Num
+    unit: str
+
+
+class Str(Spanned):
+    """A string; `value` is what it stands for."""
+
+    value: str
+
+
+class Ident(Spanned):
+    """A name, perhaps dotted; `true` and `false` are names here."""
+
+    id: str
+
+
+class Argument(Spanned):
+    """One argument of a call, `name` None when it stands without one."""
+
+    name: Ident | None
+    value: Node
+
+
+class Apply(Spanned):
+    """A call."""
+
+    function: Ident
+    arguments: tuple[Argument, ...]
+
+
+class Items(Spanned):
+    """A list."""
+
+    items: tuple[Node, ...]
+
+
+class Prefix(Spanned):
+    """`-x` or `not x`."""
+
+    op: str
+    operand: Node
+
+
+class Infix(Spanned):
+    """Two operands and an operator, `where`, `expect`, `on`, `is` and `..` among them."""
+
+    op: str
+    left: Node
+    right: Node
+
+
+Node = Num | Measure | Str | Ident | Apply | Items | Prefix | Infix
+
+# Statements ----------------------------------------------------------------------------------
+
+
+class Version(Spanned):
+    """`train 1`."""
+
+    number: Num
+
+
+class Let(Spanned):
+    """`let name = value`."""
+
+    name: Ident
+    value: Node
+
+
+class Use(Spanned):
+    """`use "other.train"`."""
+
+    path: Str
+
+
+class Part(Spanned):
+    """One of `as on from until every optional` and what follows it."""
+
+    word: str
+    value: Node | None
+
+
+class Field(Spanned):
+    """`name = value` inside a clause's braces."""
+
+    name: Ident
+    value: Node
+
+
+class ClauseTree(Spanned):
+    """A clause; `construct` is None where only a path is written, `fields` None without braces."""
+
+    kind: Ident
+    construct: Ident | None
+    path: Str | None
+    parts: tuple[Part, ...]
+    fields: tuple[Field, ...] | None
+
+
+class Action(Spanned):
+    """`target = value` (verb None) or `verb "argument"`."""
+
+    target: Ident
+    value: Node | None
+    assigns: bool
+
+
+class When(Spanned):
+    """`when condition for hold cooldown rest { actions }`."""
+
+    condition: Node
+    hold: Node | None
+    actions: tuple[Action, ...]
+    cooldown: Node | None = None
+
+
+Statement = Version | Let | Use | ClauseTree | When
+
+
+class Tree(Spanned):
+    """A file."""
+
+    statements: tuple[Statement, ...]
+
+
+def children(node: Node) -> tuple[Node, ...]:
+    """Return the nodes directly inside a node."""
+    match node:
+        case Apply(_, arguments):
+            return tuple(argument.value for argument in arguments)
+        case Items(items):
+            return items
+        case Prefix(_, operand):
+            return (operand,)
+        case Infix(_, left, right):
+            return (left, right)
+        case _:
+            return ()

@@ -1,0 +1,145 @@
+"""What could have stood where something else stands, spelled for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from trainc.dsl.syntax.lexer import END, Token, printable
+from trainc.dsl.syntax.tables import LITERALS
+from trainc.dsl.text.diagnostic import Diagnostic, Label, suggest
+from trainc.dsl.text.source import Source, Span
+from trainc.dsl.text.vocabulary import KINDS
+
+_STATEMENT = {"LET", "USE", "WHEN", "KIND", "TRAIN"}
+_OPERATORS = {
+    "OR", "AND", "THEN", "COMPARE", "IS", "BAR", "AMP", "PLUS", "MINUS", "STAR", "SLASH", "DOTS",
+    "WHERE", "EXPECT",
+}  # fmt: skip
+_KEYWORD_KEYS = {
+    "AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL", "FOR", "THEN", "IS", "USE", "COOLDOWN",
+}  # fmt: skip
+_OPENS = {"RBRACE": "LBRACE", "RPAR": "LPAR", "RSQB": "LSQB"}
+_DOUBLED = {
+    "&": "write `and` between conditions, `&` between selectors",
+    "|": "write `or` between conditions, `|` between selectors",
+    "*": "there is no power; inside a string `**` matches any number of segments",
+    "/": "comments begin with `#`",
+    "=": "a value is given with one `=`, `==` compares",
+}
+
+
+def explain(
+    token: Token,
+    accepts: frozenset[str],
+    before: Sequence[Token],
+    source: Source,
+    whole: Sequence[Token] = (),
+) -> Diagnostic:
+    """Return the diagnostic for a token that cannot stand where it stands.
+
+    `whole` is the statement that ends in front of the token, where it is the token that begins the next.
+    """
+    last = before[-1] if before else None
+    ended = token.type == END
+    if not before and token.type == "NAME" and "KIND" in accepts:
+        return _unknown_kind(token, source, whole)
+    message = "the text ends too early" if ended else f"unexpected `{printable(token.text)}`"
+    at = Span(source, token.start, token.end)
+    if ended and last:
+        at = Span(source, last.end - 1, last.end)
+    labels = [Label(at, f"expected {_listed(spelled(accepts))}")]
+    opened = _open_bracket(before)
+    if opened and (ended or _begins_line(token, last, source)):
+        at_bracket = Span(source, opened.start, opened.end)
+        labels.append(Label(at_bracket, f"this `{opened.text}` is still open"))
+    return Diagnostic("syntax", message, tuple(labels), (), _help(token, accepts, before, source))
+
+
+def spelled(accepts: frozenset[str]) -> list[str]:
+    """Return what the terminals are called, the groups among them by one name."""
+    out = []
+    rest = set(accepts)
+    if rest >= _STATEMENT:
+        rest -= _STATEMENT | {"RUN"}
+        out.append("a statement")
+    if {"NUMBER", "STRING", "LPAR", "NAME"} <= rest:
+        rest -= {"NUMBER", "STRING", "NAME", "LPAR", "LSQB", "MINUS", "NOT", "KIND", "RUN", "UNIT"}
+        out.append("a value")
+        rest -= _KEYWORD_KEYS | {"WHERE", "EXPECT", "TRAIN"}
+    elif "NAME" in rest:
+        rest -= {"NAME", "KIND", "RUN", "UNIT", "TRAIN"} | _KEYWORD_KEYS | {"WHERE", "EXPECT"}
+        out.append("a name")
+    if {"PLUS", "STAR"} <= rest:
+        rest -= _OPERATORS | {"PERCENT", "UNIT", "LPAR", "ON"}
+        if not rest:
+            out.append("an operator")
+    if "LBRACE" in rest and {"ON", "EVERY"} & rest:
+        rest -= {"AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL"}
+    words = {"NUMBER": "a number", "STRING": "a string", "UNIT": "a unit", END: "the end"}
+    if out:
+        rest.discard(END)
+    out += sorted(words.get(t) or f"`{LITERALS.get(t, t.lower())}`" for t in rest)
+    return out
+
+
+def _listed(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _open_bracket(before: Sequence[Token]) -> Token | None:
+    """Return the innermost bracket that is not closed yet."""
+    stack: list[Token] = []
+    for token in before:
+        if token.type in _OPENS.values():
+            stack.append(token)
+        elif stack and _OPENS.get(token.type) == stack[-1].type:
+            stack.pop()
+    return stack[-1] if stack else None
+
+
+def _begins_line(token: Token, last: Token | None, source: Source) -> bool:
+    return last is not None and "\n" in source.text[last.end : token.start]
+
+
+def _help(
+    token: Token, accepts: frozenset[str], before: Sequence[Token], source: Source
+) -> str | None:
+    last = before[-1] if before else None
+    neighbours = (last.text if last else "", source.text[token.end : token.end + 1])
+    if token.text in _DOUBLED and token.text in neighbours:
+        return _DOUBLED[token.text]
+    if token.text == "==" and "EQUAL" in accepts:
+        return _DOUBLED["="]
+    if token.text == "=" and "AND" in accepts:
+        return "`==` compares"
+    if accepts == {"EQUAL"} and last:
+        return f"write {_as_field(last, source)}"
+    statement = token.type in _STATEMENT and _begins_line(token, last, source)
+    if "COMMA" in accepts and token.type in ("NAME", "UNIT", "KIND", "RUN") and not statement:
+        return "fields are separated by `,`"
+    return None
+
+
+def _unknown_kind(token: Token, source: Source, whole: Sequence[Token]) -> Diagnostic:
+    label = Label(Span(source, token.start, token.end))
+    kinds = f"kinds are {', '.join(f'`{kind}`' for kind in KINDS)}"
+    words = [*KINDS, "let", "use", "when", "train"]
+    name = printable(token.text)
+    help = suggest(token.text, words)
+    clause = bool(whole) and whole[0].type in ("KIND", "RUN")
+    if help is None and clause and not _begins_line(token, whole[-1], source):
+        field = _as_field(token, source, braces=True)
+        help = f"the fields of a clause stand in braces: write {field}"
+    return Diagnostic("unknown-kind", f"there is no kind `{name}`", (label,), (kinds,), help)
+
+
+_VALUE = re.compile(r"\s*(?:(?:as|every|for|from|on|until)\b|=)?\s*([^,{}#\n]*)")
+
+
+def _as_field(name: Token, source: Source, *, braces: bool = False) -> str:
+    """Return a name and what follows it on its line as a field, in backticks."""
+    found = _VALUE.match(source.text, name.end)
+    value = printable(found[1].strip(), 40) if found else ""
+    field = f"{printable(name.text)} = {value or '...'}"
+    return f"`{{ {field} }}`" if braces else f"`{field}`"

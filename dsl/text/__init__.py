@@ -1,0 +1,1 @@
+"""Words and messages: source, spans, frozen records, closed vocabularies, diagnostics and how they are shown."""

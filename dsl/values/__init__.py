@@ -1,0 +1,1 @@
+"""What a spec can hold: durations, expressions, selectors; pure data."""

@@ -1,0 +1,93 @@
+"""Expressions: schedules, signals and the conditions on them, as trees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from trainc.dsl.values.durations import Duration, Value, tidy
+
+BINARY = ("or", "and", "<", ">", "<=", ">=", "==", "!=", "is", "then", "+", "-", "*", "/")
+COMPARISONS = ("<", ">", "<=", ">=", "==", "!=", "is")
+
+
+class Number(Value):
+    """A plain number."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        self._put("value", tidy(self.value))
+
+
+class Quantity(Value):
+    """A duration inside an expression."""
+
+    duration: Duration
+
+
+class Name(Value):
+    """A name: `depth`, a signal such as `gns` or `gns.noise`."""
+
+    id: str
+
+
+class Call(Value):
+    """A function of the language; keyword arguments are kept sorted by name."""
+
+    function: str
+    args: tuple[Expr, ...] = ()
+    kwargs: tuple[tuple[str, Expr], ...] = ()
+
+    def __post_init__(self) -> None:
+        pairs = self.kwargs.items() if isinstance(self.kwargs, Mapping) else self.kwargs
+        self._put("args", tuple(self.args))
+        self._put("kwargs", tuple(sorted(pairs)))
+
+
+class Unary(Value):
+    """`-x` (op `neg`) or `not x` (op `not`)."""
+
+    op: str
+    x: Expr
+
+
+class Binary(Value):
+    """Two operands and one of `BINARY`; `x is nan` is `Binary("is", x, Name("nan"))`."""
+
+    op: str
+    left: Expr
+    right: Expr
+
+
+class Items(Value):
+    """A list, as in `step(at = [50%, 75%], factor = 0.1)`."""
+
+    items: tuple[Expr, ...]
+
+    def __post_init__(self) -> None:
+        self._put("items", tuple(self.items))
+
+
+Expr = Number | Quantity | Name | Call | Unary | Binary | Items
+
+
+def called(function: str, *args: Expr, **kwargs: Expr) -> Call:
+    """Build a `Call` the short way."""
+    return Call(function, args, tuple(kwargs.items()))
+
+
+def walk(expression: Expr) -> Iterator[Expr]:
+    """Yield an expression and everything inside it, outermost first."""
+    todo: list[Expr] = [expression]
+    while todo:
+        item = todo.pop()
+        yield item
+        match item:
+            case Call(_, args, kwargs):
+                todo += [*args, *(x for _, x in kwargs)]
+            case Items(items):
+                todo += items
+            case Unary(_, x):
+                todo.append(x)
+            case Binary(_, left, right):
+                todo += [left, right]

@@ -1,0 +1,1 @@
+"""Layers with weights: linear, convolution, embedding, tied."""

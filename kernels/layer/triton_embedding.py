@@ -1,0 +1,78 @@
+"""Triton kernel for per-example norms of an embedding's gradient; imported by the first CUDA call.
+
+Ids are sorted within their examples, in an order that equal ids keep, and a program adds the rows
+of one run of equal ids in that order and squares the sum. Runs are each stored at their first id's
+place and added up in a fixed order: results are deterministic.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainc.kernels.layer import embedding as operator
+from trainc.kernels.library.contracts import REDUCED
+
+# Most runs are of one row: a few at a time cost the others nothing, as masked rows are not read.
+ROWS = 8
+COLUMNS = 512
+
+
+@triton.jit(do_not_specialize=["rows", "padding"])
+def run_squares(
+    DY, SORTED, ORDER, SQUARES, rows, width, padding,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * T, blocks): SQUARES (B * T, blocks), zero where no run of counted ids begins."""
+    pid, block = tl.program_id(0), tl.program_id(1)
+    start = pid % rows
+    first = pid.to(tl.int64) - start  # the example's first row
+    own = tl.load(SORTED + pid)
+    before = tl.load(SORTED + pid - 1, mask=start > 0, other=-1)
+    column = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_column = column < width
+    found = tl.zeros((BLOCK_C,), tl.float32)
+    # Equal ids are neighbours: the run ends in the first step that is not full of them.
+    left = tl.where((own != before) & (own != padding), BLOCK_R, 0)
+    while left == BLOCK_R:
+        place = start + tl.arange(0, BLOCK_R)
+        same = tl.load(SORTED + first + place, mask=place < rows, other=-1) == own
+        row = first + tl.load(ORDER + first + place, mask=same, other=0)
+        found += tl.sum(
+            tl.load(
+                DY + row[:, None] * width + column[None, :],
+                mask=same[:, None] & in_column[None, :], other=0.0,
+            ).to(tl.float32),
+            0,
+        )  # fmt: skip
+        start += BLOCK_R
+        left = tl.sum(same.to(tl.int32), 0)
+    tl.store(SQUARES + pid.to(tl.int64) * tl.num_programs(1) + block, tl.sum(found * found, 0))
+
+
+def norms(dy: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
+    """The (B, 1) squared norms."""
+    if dy.dtype not in (torch.float32, *REDUCED) or dy.numel() == 0:
+        return operator.eager_norms(dy, ids, padding_idx)
+    examples, width = ids.shape[0], dy.shape[-1]
+    rows = ids.numel() // examples
+    keys, order = ids.reshape(examples, rows).sort(dim=1, stable=True)
+    block = min(COLUMNS, triton.next_power_of_2(width))
+    squares = torch.empty(
+        (examples * rows, triton.cdiv(width, block)), dtype=torch.float32, device=dy.device
+    )
+    run_squares[squares.shape](
+        dy.contiguous(), keys.contiguous(), order.contiguous(), squares, rows, width, padding_idx,
+        BLOCK_R=ROWS, BLOCK_C=block, num_warps=4,
+    )  # fmt: skip
+    return squares.view(examples, -1).sum(1, keepdim=True)
+
+
+def embedding_backward(
+    dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """The CUDA kernel of trainc::embedding_backward."""
+    return operator.backward(dy, ids, rows, padding_idx, mask, norms)

@@ -1,0 +1,1 @@
+"""How an operator is registered and what contracts operators share."""

@@ -1,0 +1,217 @@
+"""Cross-entropy and consistency of two views of a batch; one backward pass writes the gradient of both."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainc.kernels.library.contracts import accumulation_dtype, on_demand, require
+from trainc.kernels.library.register import register
+from trainc.kernels.loss import loss_rows
+
+DISTANCES = ("mse", "kl")
+# What CUDA's backward keeps of a row: largest logit and log sum exp of the rest, for "kl" of both
+# views, each with the other view's logit there and the mean of the log ratio counted from there.
+STATISTICS = {"mse": 2, "kl": 8}
+
+
+def task_consistency_loss(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    distance: str = "mse",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute cross-entropy on one view plus a weighted distance between two views of the same batch.
+
+    `logits` is (2B, ..., C), floating, with view one in the first half; `targets` is (B, ...), int64 class indices in
+    [0, C) or `ignore_index`; `weight` is 0-d. `distance` is "mse" or "kl"; `label_smoothing`, in [0, 1], is
+    F.cross_entropy's. Returns (loss, task, consistency), 0-d in float32 (float64 for float64 logits):
+
+      task          mean cross-entropy of view one over targets that are not `ignore_index`
+      consistency   mean over a view's leading dims, ignored targets included, of the distance:
+                    "mse"  sum over classes of (l1 - l2)^2, raw logits (PACE, Ni et al. 2024, arXiv:2409.17137, eq. 12)
+                    "kl"   (KL(p || q) + KL(q || p)) / 2 of the softmaxes (R-Drop, Liang et al. 2021, arXiv:2106.14448)
+      loss          task + weight * consistency
+
+    Each of the three can be differentiated; both views get gradient (nothing is detached), and so does weight. As with
+    F.cross_entropy, no target to average over makes task (and loss) nan, and its gradient zero. Classes masked by -inf
+    in both views leave task as F.cross_entropy has it and make consistency (and loss) nan.
+
+    Raises RuntimeError for arguments outside of this, for a target outside of [0, C) on a CPU (on CUDA task becomes
+    nan, or in float64 a device assertion fails) and for second derivatives, and NotImplementedError for forward-mode
+    ones.
+    """
+    loss, task, consistency, _ = _forward(
+        logits, targets, weight, distance, ignore_index, label_smoothing
+    )
+    return loss, task, consistency
+
+
+def reference(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    distance: str = "mse",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition in differentiable PyTorch, in the dtype of the logits."""
+    first, second = (half.flatten(0, -2) for half in logits.chunk(2))
+    kept = targets.flatten() != ignore_index
+    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+    chosen = log_p.gather(1, targets.flatten().where(kept, 0).unsqueeze(1)).squeeze(1)
+    each = -(1 - label_smoothing) * chosen - label_smoothing * log_p.mean(1)
+    task = each.where(kept, 0).sum() / kept.sum()
+    if distance == "mse":
+        consistency = (first - second).square().sum(1).mean()
+    else:
+        consistency = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1).mean() / 2
+    return task + weight * consistency, task, consistency
+
+
+def check(
+    shape: Sequence[int],
+    targets: Tensor,
+    weight: Tensor,
+    distance: str,
+    label_smoothing: float,
+) -> None:
+    """Reject arguments outside the contract, given the shape of two views of rows."""
+    require(
+        0.0 <= label_smoothing <= 1.0,
+        lambda: f"label_smoothing is in [0, 1], not {label_smoothing}",
+    )
+    require(distance in DISTANCES, lambda: f"distance is one of {DISTANCES}, not {distance!r}")
+    require(
+        len(shape) >= 2
+        and len(shape) == targets.dim() + 1
+        and shape[0] == 2 * targets.shape[0]
+        and tuple(shape[1:-1]) == tuple(targets.shape[1:]),
+        lambda: f"{tuple(shape)} are not two views of targets {tuple(targets.shape)}",
+    )
+    require(shape[-1] > 0, lambda: f"{tuple(shape)} has no class")
+    require(weight.dim() == 0, lambda: "weight is a 0-d tensor")
+
+
+def no_statistics(rows: Tensor, distance: str) -> Tensor:
+    """Zeros (n, STATISTICS) for logits (2n, C): a CPU's backward makes all it needs of the logits."""
+    shape = (rows.shape[0] // 2, STATISTICS[distance])
+    return rows.new_zeros(shape, dtype=accumulation_dtype(rows.dtype))
+
+
+def total(
+    tasks: Tensor, distances: Tensor, labels: Tensor, weight: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, task, consistency) from what each row adds."""
+    task = tasks.sum() / (labels != ignore_index).sum()
+    consistency = distances.sum() / labels.shape[0]
+    return torch.add(task, consistency * weight.to(tasks.dtype)), task, consistency
+
+
+def eager_forward(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, task and consistency, and what CUDA's backward keeps of the rows."""
+    check(logits.shape, targets, weight, distance, label_smoothing)
+    rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    found = loss_rows.row_losses(rows, labels, distance, ignore_index, label_smoothing)
+    return *total(*found, labels, weight, ignore_index), no_statistics(rows, distance)
+
+
+def imagined_forward(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check(logits.shape, targets, weight, distance, label_smoothing)
+    dtype = accumulation_dtype(logits.dtype)
+    loss, task, consistency = (logits.new_empty((), dtype=dtype) for _ in range(3))
+    kept = logits.new_empty((targets.numel(), STATISTICS[distance]), dtype=dtype)
+    return loss, task, consistency, kept
+
+
+def eager_backward(
+    logits: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    task_scale: Tensor,
+    consistency_scale: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """task_scale * dtask + consistency_scale * dconsistency for the logits, like the logits."""
+    rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    result = rows.new_empty(rows.shape)
+    on_task, on_distance = shares(task_scale, consistency_scale, labels, ignore_index)
+    loss_rows.write_gradients(
+        rows, labels, on_task, on_distance, distance, ignore_index, label_smoothing, out=result
+    )
+    return result.view(logits.shape)
+
+
+def shares(
+    task_scale: Tensor, consistency_scale: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """What one kept row adds to the task and what one row adds to the consistency, scaled."""
+    kept = (labels != ignore_index).sum().clamp_(min=1)
+    return task_scale / kept, consistency_scale / max(labels.shape[0], 1)
+
+
+def imagined_backward(
+    logits: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    task_scale: Tensor,
+    consistency_scale: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    logits, targets, weight, distance, ignore_index, label_smoothing = inputs
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(logits, targets, weight, output[2], output[3])
+    ctx.options = (distance, ignore_index, label_smoothing)
+
+
+def _differentiate(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-def]
+    logits, targets, weight, consistency, statistics = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    dlogits = None
+    if wants[0]:
+        dlogits = _backward(
+            logits, targets, statistics, dloss + dtask, dloss * weight + dconsistency, *ctx.options
+        )
+    dweight = (dloss * consistency).to(weight.dtype) if wants[2] else None
+    return dlogits, None, dweight, None, None, None
+
+
+# No autocast rule: 16-bit logits are read as they are, and every sum is float32 already.
+_forward = register(
+    "task_consistency_loss",
+    cpu=eager_forward,
+    cuda=on_demand("loss.triton_loss", "task_consistency_loss"),
+    fake=imagined_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+_backward = register(
+    "task_consistency_loss_backward",
+    cpu=eager_backward,
+    cuda=on_demand("loss.triton_loss", "task_consistency_loss_backward"),
+    fake=imagined_backward,
+)

@@ -1,0 +1,266 @@
+"""Triton kernels for the task and consistency loss, with launchers; imported by first use.
+
+Forward: one program owns one row of both views and reads each logit once. A softmax's sum, and for
+"kl" the means of log p - log q under both softmaxes, are carried along while the largest entry is
+still being found. What backward needs of a row it keeps: 2 or 8 numbers. Backward is then elementwise,
+reads both views once and writes both gradients. Per-row sums are added by PyTorch: deterministic.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainc.kernels.library.contracts import REDUCED
+from trainc.kernels.loss import task_consistency_loss as operators
+
+# Four warps: their reductions are short, and 4 to 8 programs a processor have 32 to 64 KB in flight.
+BLOCK, WARPS = 2048, 4
+
+
+@triton.jit
+def _carried(
+    L, across, x, y, column, mask, start, top, beside, place, own, rest, along, KL: tl.constexpr
+):
+    """Take a block of one view into its sums; `across` is the other view's row.
+
+    top is the largest entry, at `place`, where the other view has `beside`. With weights exp(x - top),
+    rest is the sum of all but that entry's own, and along the sum of weights times v, where
+    v = (x - top) - (y - beside) is log p - log q counted from that entry. Counted from there, and with
+    the entry's 1 apart, neither loses anything where one class is all but certain.
+    """
+    highest, where = tl.max(tl.where(mask, x, float("-inf")), 0, return_indices=True)
+    higher = highest > top
+    place = tl.where(higher, start + where, place)
+    new_top = tl.where(higher, highest, top)
+    shrunk = tl.exp(top - new_top)
+    weight = tl.where(mask & (column != place), tl.exp(x - new_top), 0.0)
+    if KL:
+        new_beside = tl.load(L + across + place).to(tl.float32)
+        moved = (top - new_top) - (beside - new_beside)
+        along = tl.where(higher, shrunk * (along + (rest + own) * moved), along)
+        along += tl.sum(weight * ((x - new_top) - (y - new_beside)), 0)
+        beside = new_beside
+    rest = tl.where(higher, shrunk * (rest + own), rest) + tl.sum(weight, 0)
+    return new_top, beside, place, rest, along
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x), also where 1 + x is 1."""
+    above = 1.0 + x
+    rounded = tl.where(above == 1.0, 1.0, above - 1.0)
+    return tl.where(above == 1.0, x, tl.log(above) * (x / rounded))
+
+
+@triton.jit
+def _difference(p, q, w):
+    """p - q for q = p exp(w), by a series where they are close."""
+    close = w * (1.0 + w / 2 * (1.0 + w / 3 * (1.0 + w / 4 * (1.0 + w / 5 * (1.0 + w / 6)))))
+    return tl.where(tl.abs(w) < 0.25, -p * close, p - q)
+
+
+@triton.jit
+def loss_forward(
+    L, TARGETS, TASK, DISTANCE, KEPT, rows, classes, ignore_index, smoothing,
+    KL: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows,): the row's cross-entropy (0 when ignored), its distance and what backward needs."""
+    row = tl.program_id(0).to(tl.int64)
+    one, two = row * classes, (row + rows) * classes
+    target = tl.load(TARGETS + row)
+    kept = target != ignore_index
+    anchor = tl.load(L + one).to(tl.float32)
+    top, other_beside = anchor, anchor
+    beside = tl.load(L + two).to(tl.float32)
+    other_top = beside
+    place, other_place = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    own = tl.full((), 0.0, tl.float32)  # an entry's own weight counts once it has been met
+    rest, along, other_rest, other_along, above, distance = own, own, own, own, own, own
+    for start in range(0, classes, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        mask = column < classes
+        x = tl.load(L + one + column, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(L + two + column, mask=mask, other=0.0).to(tl.float32)
+        top, beside, place, rest, along = _carried(
+            L, two, x, y, column, mask, start, top, beside, place, own, rest, along, KL
+        )
+        above += tl.sum(tl.where(mask, x - anchor, 0.0), 0)
+        if KL:
+            other_top, other_beside, other_place, other_rest, other_along = _carried(
+                L, one, y, x, column, mask, start,
+                other_top, other_beside, other_place, own, other_rest, other_along, KL,
+            )  # fmt: skip
+        else:
+            distance += tl.sum((x - y) * (x - y), 0)
+        own = tl.full((), 1.0, tl.float32)
+    log_sum = _log1p(rest)
+    # No class of this number: nan, for a device cannot raise, and another row's logit would pass.
+    known = (target >= 0) & (target < classes)
+    chosen = tl.load(L + one + target, mask=kept & known, other=float("nan")).to(tl.float32)
+    mean = (anchor - top) + above / classes
+    spread = tl.where(smoothing != 0.0, smoothing * mean, 0.0)  # -inf masks classes
+    task = log_sum + (1.0 - smoothing) * (top - chosen) - spread
+    tl.store(TASK + row, tl.where(kept, task, 0.0))
+    if KL:
+        along, other_along = along / (1.0 + rest), other_along / (1.0 + other_rest)
+        apart = (other_top - beside) + (top - other_beside)
+        distance = 0.5 * (apart + (along + other_along))
+        tl.store(KEPT + row * 8, top)
+        tl.store(KEPT + row * 8 + 1, log_sum)
+        tl.store(KEPT + row * 8 + 2, beside)
+        tl.store(KEPT + row * 8 + 3, along)
+        tl.store(KEPT + row * 8 + 4, other_top)
+        tl.store(KEPT + row * 8 + 5, _log1p(other_rest))
+        tl.store(KEPT + row * 8 + 6, other_beside)
+        tl.store(KEPT + row * 8 + 7, other_along)
+    else:
+        tl.store(KEPT + row * 2, top)
+        tl.store(KEPT + row * 2 + 1, log_sum)
+    tl.store(DISTANCE + row, distance)
+
+
+@triton.jit
+def loss_backward(
+    L, TARGETS, D, KEPT, ON_TASK, ON_DISTANCE, rows, classes, ignore_index, smoothing,
+    KL: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, blocks of classes): the gradient of both views' rows."""
+    row = tl.program_id(0).to(tl.int64)
+    one, two = row * classes, (row + rows) * classes
+    target = tl.load(TARGETS + row)
+    kept = target != ignore_index
+    on_task = tl.where(kept, tl.load(ON_TASK).to(tl.float32), 0.0)
+    on_distance = tl.load(ON_DISTANCE).to(tl.float32)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = column < classes
+    x = tl.load(L + one + column, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(L + two + column, mask=mask, other=0.0).to(tl.float32)
+    width: tl.constexpr = 8 if KL else 2
+    top = tl.load(KEPT + row * width)
+    log_p = (x - top) - tl.load(KEPT + row * width + 1)
+    p = tl.exp(log_p)
+    if KL:
+        beside, along = tl.load(KEPT + row * 8 + 2), tl.load(KEPT + row * 8 + 3)
+        other_top, other_log_sum = tl.load(KEPT + row * 8 + 4), tl.load(KEPT + row * 8 + 5)
+        other_beside, other_along = tl.load(KEPT + row * 8 + 6), tl.load(KEPT + row * 8 + 7)
+        log_q = (y - other_top) - other_log_sum
+        q = tl.exp(log_q)
+        apart = _difference(p, q, log_q - log_p)
+        pull = 0.5 * on_distance * (p * (((x - top) - (y - beside)) - along) + apart)
+        push = (
+            0.5 * on_distance * (q * (((y - other_top) - (x - other_beside)) - other_along) - apart)
+        )
+    else:
+        # Opposites once rounded, too: a bias before the logits gets their difference, nothing.
+        pull = (2.0 * on_distance * (x - y)).to(D.dtype.element_ty).to(tl.float32)
+        push = -pull
+    # Without a distance the difference of two -inf, which mask classes, does not count.
+    pull, push = tl.where(on_distance != 0.0, pull, 0.0), tl.where(on_distance != 0.0, push, 0.0)
+    hit = tl.where(column == target, 1.0 - smoothing, 0.0)
+    pull += tl.where(kept, on_task * (p - hit - smoothing / classes), 0.0)
+    tl.store(D + one + column, pull.to(D.dtype.element_ty), mask=mask)
+    tl.store(D + two + column, push.to(D.dtype.element_ty), mask=mask)
+
+
+def block(classes: int) -> int:
+    """Classes a program holds at once."""
+    return min(BLOCK, int(triton.next_power_of_2(classes)))
+
+
+def supported(logits: Tensor) -> bool:
+    """Whether the kernels take these logits, or PyTorch does."""
+    return logits.dtype in (torch.float32, *REDUCED) and logits.numel() > 0
+
+
+def row_losses(
+    rows: Tensor,
+    labels: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+    statistics: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies, 0 where ignored, and distances, (n,) each, of contiguous logits (2n, C).
+
+    What backward needs of the rows goes to `statistics`, contiguous.
+    """
+    count, classes = labels.shape[0], rows.shape[1]
+    tasks = torch.empty(count, dtype=torch.float32, device=rows.device)
+    distances = torch.empty_like(tasks)
+    loss_forward[(count,)](
+        rows, labels, tasks, distances, statistics,
+        count, classes, ignore_index, label_smoothing,
+        KL=distance == "kl", BLOCK_V=block(classes), num_warps=WARPS,
+    )  # fmt: skip
+    return tasks, distances
+
+
+def write_gradients(
+    rows: Tensor,
+    labels: Tensor,
+    on_task: Tensor,
+    on_distance: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+    statistics: Tensor,
+    out: Tensor,
+) -> None:
+    """Write the gradient of on_task * tasks.sum() + on_distance * distances.sum() for (2n, C) rows.
+
+    `statistics` are `row_losses`'s. `out` may be `rows` itself: an entry is read before it is written.
+    """
+    count, classes = labels.shape[0], rows.shape[1]
+    loss_backward[(count, triton.cdiv(classes, block(classes)))](
+        rows, labels, out, statistics, on_task, on_distance,
+        count, classes, ignore_index, label_smoothing,
+        KL=distance == "kl", BLOCK_V=block(classes), num_warps=WARPS,
+    )  # fmt: skip
+
+
+def task_consistency_loss(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The CUDA kernel of trainc::task_consistency_loss."""
+    if not supported(logits):
+        return operators.eager_forward(
+            logits, targets, weight, distance, ignore_index, label_smoothing
+        )
+    operators.check(logits.shape, targets, weight, distance, label_smoothing)
+    rows, labels = logits.contiguous().view(-1, logits.shape[-1]), targets.contiguous().view(-1)
+    statistics = operators.no_statistics(rows, distance)
+    found = row_losses(rows, labels, distance, ignore_index, label_smoothing, statistics)
+    return *operators.total(*found, labels, weight, ignore_index), statistics
+
+
+def task_consistency_loss_backward(
+    logits: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    task_scale: Tensor,
+    consistency_scale: Tensor,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """The CUDA kernel of trainc::task_consistency_loss_backward."""
+    if not supported(logits):
+        return operators.eager_backward(
+            logits, targets, statistics, task_scale, consistency_scale,
+            distance, ignore_index, label_smoothing,
+        )  # fmt: skip
+    rows, labels = logits.contiguous().view(-1, logits.shape[-1]), targets.contiguous().view(-1)
+    gradient = torch.empty_like(rows)
+    on_task, on_distance = operators.shares(task_scale, consistency_scale, labels, ignore_index)
+    write_gradients(
+        rows, labels, on_task, on_distance,
+        distance, ignore_index, label_smoothing, statistics, out=gradient,
+    )  # fmt: skip
+    return gradient.view(logits.shape)

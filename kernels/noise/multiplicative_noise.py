@@ -1,0 +1,319 @@
+"""Multiplicative Gaussian noise N(1, sigma^2) on features; backward is the operator again, on dy."""
+
+import math
+from collections import OrderedDict
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainc.kernels.library.contracts import accumulation_dtype, on_demand, require
+from trainc.kernels.library.register import register
+from trainc.kernels.noise.philox import MAX_SITES, MAX_TOKENS, MAX_VIEWS, normal
+
+SHARES = ("token", "none")
+# Factors that wait for their backward pass take this much memory at most, all sites together.
+KEPT_BYTES = 32 << 20
+
+
+def multiplicative_noise(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str = "token",
+    first_example: Tensor | None = None,
+) -> Tensor:
+    """Multiply `x` by z = 1 + sigma * eps, eps standard normal in float32 and the same for the same arguments.
+
+    `x` is (views * B, ..., C), floating, rows ordered view by view; `views` is 1 to 256 and divides the rows. `sigma`
+    is 0-d, the noise's standard deviation; at 0 the result is x bit for bit. `key` is the 0-d int64 of
+    `philox.pack_key(seed, step)`, and `site`, in [0, 2^32), numbers the place in the model. `share` "token" draws eps
+    per (view, example, channel), the same for all middle dims; "none" draws per token too, a token being an index of
+    the flattened middle dims, of which there are 2^24 at most. `first_example` (0-d int64, or None for 0) is the index
+    of x's first example in the step's batch, so that micro-batches draw the noise of the whole batch.
+
+    Returns a tensor of x's shape and dtype. Of the tensors x alone gets a gradient, z * dy, which can be differentiated
+    again. Raises RuntimeError for arguments outside of this, and NotImplementedError for forward-mode derivatives.
+
+    Source: PACE, Ni et al. 2024, arXiv:2409.17137, eq. 11.
+    """
+    y: Tensor = _multiply(x, sigma, key, site, views, share, first_example)
+    return y
+
+
+def noisy_add(
+    h0: Tensor,
+    delta: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str = "token",
+    first_example: Tensor | None = None,
+) -> Tensor:
+    """Compute h0 + z * delta with the z of `multiplicative_noise`: a frozen layer plus its noisy adapter.
+
+    `h0` and `delta` are floating tensors of one shape (views * B, ..., C), in one or two dtypes, rows ordered view by
+    view. z = 1 + `sigma` * eps, with `sigma`, `key`, `site`, `views`, `share` and `first_example` as there: the
+    standard deviation (0-d), seed and step (0-d int64), the place, views 1 to 256 that divide the rows, eps shared by
+    all tokens of an example ("token") or not ("none"), and where delta's first example is in the step's batch
+    (0-d int64, or None for 0).
+
+    Returns their shape in the promoted dtype. h0 gets dy for its gradient and delta z * dy, which can be differentiated
+    again. Raises RuntimeError for arguments outside of this, and NotImplementedError for forward-mode derivatives.
+
+    Source: PACE, Ni et al. 2024, arXiv:2409.17137, eq. 11.
+    """
+    y: Tensor = _add(h0, delta, sigma, key, site, views, share, first_example)
+    return y
+
+
+def factor(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> Tensor:
+    """z for x: (views * B, 1 or T, C), T the flattened middle dims, float32 or x's float64."""
+    examples = x.shape[0] // views
+    tokens = math.prod(x.shape[1:-1]) if share == "none" else None
+    noise = normal(
+        key, site, views, examples, x.shape[-1], tokens,
+        0 if first_example is None else first_example.to(x.device), x.device,
+    )  # fmt: skip
+    dtype = accumulation_dtype(x.dtype)
+    z = noise.to(dtype).mul_(sigma.to(dtype)).add_(1.0)
+    return z.reshape(x.shape[0], 1 if tokens is None else tokens, x.shape[-1])
+
+
+class Kept:
+    """Factors by what they were drawn for, given out once; the oldest make room."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._factors: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def take(self, place: tuple[Any, ...]) -> Tensor | None:
+        """The factor kept for a place, which is forgotten; None where there is none."""
+        with self._lock:
+            found = self._factors.pop(place, None)
+            self.held -= 0 if found is None else found.nbytes
+        return found
+
+    def keep(self, place: tuple[Any, ...], z: Tensor) -> None:
+        """Hold a factor that the limit allows."""
+        if z.nbytes > self.limit:
+            return
+        with self._lock:
+            known = self._factors.pop(place, None)
+            self.held += z.nbytes - (0 if known is None else known.nbytes)
+            self._factors[place] = z
+            while self.held > self.limit:
+                self.held -= self._factors.popitem(last=False)[1].nbytes
+
+
+_kept = Kept(KEPT_BYTES)
+
+
+def _factor_once(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> Tensor:
+    """`factor`, drawn for forward and given to backward: z depends on nothing but its arguments.
+
+    Forward and backward call one operator, in eager mode and in captured graphs, so the second call
+    at a place takes what the first one left. Off the CPU the values of sigma and key would stall.
+    """
+    if x.device.type != "cpu":
+        return factor(x, sigma, key, site, views, share, first_example)
+    numbers = (t if t is None else t.item() for t in (sigma, key, first_example))
+    place = (*numbers, site, views, share, x.shape, accumulation_dtype(x.dtype))
+    z = _kept.take(place)
+    if z is None:
+        z = factor(x, sigma, key, site, views, share, first_example)
+        _kept.keep(place, z)
+    return z
+
+
+def reference(
+    x: Tensor,
+    sigma: float,
+    seed: int,
+    step: int,
+    site: int,
+    views: int,
+    share: str = "token",
+    first_example: int = 0,
+) -> Tensor:
+    """The definition, one view and example at a time, in the dtype of x."""
+    examples = x.shape[0] // views
+    rows = []
+    for row in range(x.shape[0]):
+        view, example = divmod(row, examples)
+        flat = x[row].reshape(-1, x.shape[-1])
+        tokens = flat.shape[0] if share == "none" else None
+        every = normal(
+            (seed, step), site, view + 1, 1, x.shape[-1], tokens, first_example + example
+        )
+        rows.append((flat * (1 + sigma * every[view, 0].to(x.dtype))).reshape(x[row].shape))
+    return torch.stack(rows) if rows else x.clone()
+
+
+def check(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> None:
+    """Reject arguments outside the contract, coordinates that do not fit the counter among them."""
+    require(share in SHARES, lambda: f"share is one of {SHARES}, not {share!r}")
+    require(
+        x.dim() >= 2 and x.is_floating_point(),
+        lambda: f"expected a floating (views * B, ..., C) tensor, not {tuple(x.shape)} {x.dtype}",
+    )
+    require(1 <= views <= MAX_VIEWS, lambda: f"views are 1 to {MAX_VIEWS}, not {views}")
+    require(x.shape[0] % views == 0, lambda: f"{x.shape[0]} rows do not divide into {views} views")
+    require(0 <= site < MAX_SITES, lambda: f"site is in [0, 2^32), not {site}")
+    tokens = math.prod(x.shape[1:-1]) if share == "none" else 1
+    require(tokens <= MAX_TOKENS, lambda: f"tokens of an example are at most 2^24, not {tokens}")
+    require(
+        first_example is None
+        or (first_example.dim() == 0 and not first_example.is_floating_point()),
+        lambda: "first_example is a 0-d tensor of a whole number",
+    )
+    require(
+        sigma.dim() == 0 and key.dim() == 0 and key.dtype == torch.int64,
+        lambda: "sigma and key are 0-d tensors, key of int64",
+    )
+
+
+def eager_multiply(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> Tensor:
+    check(x, sigma, key, site, views, share, first_example)
+    z = _factor_once(x, sigma, key, site, views, share, first_example)
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    if flat.dtype == z.dtype and flat.is_contiguous():
+        return torch.mul(flat, z).view(x.shape)
+    y = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    # `out` lets one pass read and write 16-bit values while multiplying in float32.
+    return torch.mul(flat, z, out=y).view(x.shape)
+
+
+def imagined_multiply(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> Tensor:
+    check(x, sigma, key, site, views, share, first_example)
+    return x.new_empty(x.shape)
+
+
+def eager_add(
+    h0: Tensor,
+    delta: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> Tensor:
+    check_pair(h0, delta, sigma, key, site, views, share, first_example)
+    z = _factor_once(delta, sigma, key, site, views, share, first_example)
+    shape = (delta.shape[0], math.prod(delta.shape[1:-1]), delta.shape[-1])
+    y = h0.new_empty(shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
+    return torch.addcmul(h0.reshape(shape), delta.reshape(shape), z, out=y).view(h0.shape)
+
+
+def check_pair(h0: Tensor, delta: Tensor, *rest: Any) -> None:
+    """Reject arguments outside the contract; `rest` as `check` takes them."""
+    check(delta, *rest)
+    require(
+        h0.shape == delta.shape,
+        lambda: f"h0 {tuple(h0.shape)} and delta {tuple(delta.shape)} differ in shape",
+    )
+
+
+def imagined_add(
+    h0: Tensor,
+    delta: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> Tensor:
+    check_pair(h0, delta, sigma, key, site, views, share, first_example)
+    return h0.new_empty(h0.shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *values, sigma, key, site, views, share, first_example = inputs
+    ctx.save_for_backward(sigma, key, first_example)
+    ctx.place = (site, views, share)
+    ctx.dtypes = [value.dtype for value in values]
+
+
+def _through(ctx, dy: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
+    """z * dy: the operator is its own derivative, with z drawn again from the same counters."""
+    sigma, key, first_example = ctx.saved_tensors
+    gradient: Tensor = _multiply(dy, sigma, key, *ctx.place, first_example)
+    return gradient.to(dtype)
+
+
+def _differentiate_multiply(ctx, dy):  # type: ignore[no-untyped-def]
+    dx = _through(ctx, dy, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+    return dx, None, None, None, None, None, None
+
+
+def _differentiate_add(ctx, dy):  # type: ignore[no-untyped-def]
+    wants = ctx.needs_input_grad
+    dh0 = dy.to(ctx.dtypes[0]) if wants[0] else None
+    ddelta = _through(ctx, dy, ctx.dtypes[1]) if wants[1] else None
+    return dh0, ddelta, None, None, None, None, None, None
+
+
+# No autocast rule: both keep the dtypes they are given.
+_multiply = register(
+    "multiplicative_noise",
+    cpu=eager_multiply,
+    cuda=on_demand("noise.triton_noise", "multiplicative_noise"),
+    fake=imagined_multiply,
+    save=_save,
+    differentiate=_differentiate_multiply,
+)
+_add = register(
+    "noisy_add",
+    cpu=eager_add,
+    cuda=on_demand("noise.triton_noise", "noisy_add"),
+    fake=imagined_add,
+    save=_save,
+    differentiate=_differentiate_add,
+)

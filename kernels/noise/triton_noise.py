@@ -1,0 +1,152 @@
+"""Triton kernel for multiplicative noise, with its launchers; imported by the first CUDA call.
+
+The noise is drawn in registers from the counters of `philox.py` and never stored: forward reads x
+(and h0) and writes y, backward is the same kernel on dy. With shared tokens a program draws its
+channels' noise once and walks over tokens.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainc.kernels.library.contracts import REDUCED
+from trainc.kernels.noise import multiplicative_noise as operators
+
+BLOCK_GROUPS = 64
+BLOCK_TOKENS = 8
+PROGRAM_TOKENS = 64
+
+
+@triton.jit
+def _normal_pair(first, second):
+    """Box-Muller on the top 24 bits of two words, as philox.normal_pair."""
+    unit: tl.constexpr = 5.9604644775390625e-08
+    tau: tl.constexpr = 6.283185307179586
+    radius = tl.sqrt(-2.0 * tl.log((first >> 8).to(tl.float32) * unit + unit))
+    angle = (second >> 8).to(tl.float32) * unit * tau
+    return tl.cos(angle) * radius, tl.sin(angle) * radius
+
+
+@triton.jit
+def _normals(key, group, example, view_token, site):
+    """Normals of four neighbouring channels per group; the last axis becomes channels."""
+    w0, w1, w2, w3 = tl.philox(key, group, example, view_token, site)
+    z0, z1 = _normal_pair(w0, w1)
+    z2, z3 = _normal_pair(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit(do_not_specialize=["site"])
+def noise(
+    H0, X, Y, SIGMA, KEY, FIRST, site, examples, tokens, channels, program_tokens,
+    HAS_H0: tl.constexpr, HAS_FIRST: tl.constexpr, SHARED: tl.constexpr, VIEWS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Grid (view * example, token chunks, channel blocks)."""
+    line = tl.program_id(0)
+    view, example = line // examples, line % examples
+    if HAS_FIRST:
+        example += tl.load(FIRST).to(tl.int32)
+    sigma = tl.load(SIGMA).to(tl.float32)
+    key = tl.load(KEY)
+    block = tl.program_id(2)
+    group = block * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
+    column = block * BLOCK_G * 4 + tl.arange(0, BLOCK_G * 4)
+    zero = group * 0
+    base = line.to(tl.int64) * tokens
+    low = tl.program_id(1) * program_tokens
+    high = tl.minimum(low + program_tokens, tokens)
+    if SHARED:
+        shared = 1.0 + sigma * _normals(key, group, zero + example, zero + view, zero + site)
+    for start in range(low, high, BLOCK_T):
+        token = start + tl.arange(0, BLOCK_T)
+        mask = (token < high)[:, None] & (column < channels)[None, :]
+        at = (base + token)[:, None] * channels + column[None, :]
+        x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+        if SHARED:
+            y = x * shared
+        else:
+            where = view + token[:, None] * VIEWS
+            full = zero + where * 0
+            y = x * (
+                1.0 + sigma * _normals(key, full + group, full + example, full + where, full + site)
+            )
+        if HAS_H0:
+            y += tl.load(H0 + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
+
+
+def launch(
+    h0: Tensor | None,
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None,
+) -> Tensor:
+    """x * z, or h0 + x * z, for tensors the kernel takes."""
+    from trainc.kernels.noise.philox import MAX_VIEWS
+
+    tokens, channels = math.prod(x.shape[1:-1]), x.shape[-1]
+    dtype = x.dtype if h0 is None else torch.promote_types(h0.dtype, x.dtype)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    x, h0 = x.contiguous(), None if h0 is None else h0.contiguous()
+    groups = min(BLOCK_GROUPS, triton.next_power_of_2(triton.cdiv(channels, 4)))
+    grid = (
+        x.shape[0],
+        triton.cdiv(tokens, PROGRAM_TOKENS),
+        triton.cdiv(channels, 4 * groups),
+    )
+    noise[grid](
+        x if h0 is None else h0, x, y,
+        sigma.to(x.device), key.to(x.device),
+        key if first_example is None else first_example.to(x.device),
+        site - (site >> 31 << 32), x.shape[0] // views, tokens, channels, PROGRAM_TOKENS,
+        HAS_H0=h0 is not None, HAS_FIRST=first_example is not None, SHARED=share == "token",
+        VIEWS=MAX_VIEWS, BLOCK_T=min(BLOCK_TOKENS, triton.next_power_of_2(tokens)), BLOCK_G=groups,
+    )  # fmt: skip
+    return y
+
+
+def supported(*tensors: Tensor) -> bool:
+    """Whether the kernel takes these, or PyTorch does."""
+    return all(t.dtype in (torch.float32, *REDUCED) and t.numel() > 0 for t in tensors)
+
+
+def multiplicative_noise(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None = None,
+) -> Tensor:
+    """The CUDA kernel of trainc::multiplicative_noise."""
+    if not supported(x):
+        return operators.eager_multiply(x, sigma, key, site, views, share, first_example)
+    operators.check(x, sigma, key, site, views, share, first_example)
+    return launch(None, x, sigma, key, site, views, share, first_example)
+
+
+def noisy_add(
+    h0: Tensor,
+    delta: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str,
+    first_example: Tensor | None = None,
+) -> Tensor:
+    """The CUDA kernel of trainc::noisy_add."""
+    if not supported(h0, delta):
+        return operators.eager_add(h0, delta, sigma, key, site, views, share, first_example)
+    operators.check_pair(h0, delta, sigma, key, site, views, share, first_example)
+    return launch(h0, delta, sigma, key, site, views, share, first_example)

@@ -1,0 +1,1 @@
+"""LayerNorm, RMSNorm, GroupNorm, ghost batch norm and their fused residual forms."""

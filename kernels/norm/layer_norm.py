@@ -1,0 +1,235 @@
+"""LayerNorm whose backward can also return per-example squared gradient norms.
+
+The statistic leaves backward as a gradient, so it composes with whatever autograd composes with (Gray
+et al. 2024, arXiv 2411.00999, compute the same numbers with a mutated buffer). Without a probe the
+operator's arithmetic is ATen's, forward and backward, bit for bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trainc.kernels.library.contracts import (
+    REDUCED,
+    absent,
+    accumulation_dtype,
+    batch_sum,
+    check_norm,
+    fold,
+    on_demand,
+    per_example_sums,
+    statistic_shape,
+)
+from trainc.kernels.library.register import register
+
+COLUMNS = 2
+_native_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    probe: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize `x` over its last dims: (x - mean) / sqrt(variance + eps) * weight + bias.
+
+    `x` is (B, ..., *normalized_shape), floating; an example is dim 0. `normalized_shape` has one dim at least. `weight`
+    and `bias` have that shape, or are None for a factor of one and nothing added; they have x's dtype, or both float32
+    beside 16-bit x. `eps` keeps the root of the biased variance from zero.
+
+    `probe` is None, or zeros (B, 2) in float32 (float64 for float64 x) that require grad. It is not read: its gradient
+    is, per example, the squared norm of its contribution to weight.grad (column 0) and bias.grad (column 1), in the
+    units of those gradients, nothing being multiplied by B, and zero for a parameter that is None. Like any gradient it
+    accumulates: take a new probe for each backward pass. Without one this is F.layer_norm.
+
+    Returns a tensor of x's shape and dtype (float32 under CUDA's autocast). Raises RuntimeError for other shapes and
+    dtypes. With a probe, second derivatives raise RuntimeError and forward-mode ones NotImplementedError.
+
+    Source: Ba et al. 2016, arXiv:1607.06450; the norms: Gray et al. 2024, arXiv:2411.00999.
+    """
+    if probe is None:  # ATen's arithmetic, without an operator's dispatch
+        try:
+            return functional.layer_norm(x, list(normalized_shape), weight, bias, eps)
+        except RuntimeError:
+            check_norm(x, normalized_shape, weight, bias, None, COLUMNS)  # says it by name
+            raise
+    y: Tensor = _forward(x, list(normalized_shape), weight, bias, probe, eps)[0]
+    return y
+
+
+def reference(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dy: Tensor,
+    eps: float,
+) -> dict[str, Tensor]:
+    """y, dx, dweight, dbias and the (B, 2) norms by definition, in the dtype of x."""
+    dims = tuple(range(x.dim() - len(normalized_shape), x.dim()))
+    centred = x - x.mean(dims, keepdim=True)
+    rstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    unit = centred * rstd
+    y = unit if weight is None else unit * weight
+    y = y if bias is None else y + bias
+    g = dy if weight is None else dy * weight
+    dx = rstd * (g - g.mean(dims, keepdim=True) - unit * (g * unit).mean(dims, keepdim=True))
+    rows = tuple(range(1, dims[0]))
+    each = [part.sum(rows) if rows else part for part in (dy * unit, dy)]
+    given = (weight is not None, bias is not None)
+    norms = [
+        part.square().flatten(1).sum(1) * present for part, present in zip(each, given, strict=True)
+    ]
+    return {
+        "y": y,
+        "dx": dx,
+        "dweight": each[0].sum(0),
+        "dbias": each[1].sum(0),
+        "norms": torch.stack(norms, 1),
+    }
+
+
+def statistic_dtype(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None
+) -> torch.dtype:
+    """ATen's dtype for statistics: on CPU x's own unless a parameter is wider; a probe widens."""
+    wide = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
+    if x.device.type == "cpu" and x.dtype in REDUCED and probe is None and not wide:
+        return x.dtype
+    return accumulation_dtype(x.dtype)
+
+
+def _widened(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Affine tensors in float32 beside 16-bit x: ATen then keeps float32 statistics, same y."""
+    if x.dtype not in REDUCED:
+        return weight, bias
+    wide = (
+        torch.ones(list(normalized_shape), dtype=torch.float32, device=x.device)
+        if weight is None
+        else weight.float()
+    )
+    return wide, None if bias is None else bias.float()
+
+
+def eager_forward(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_norm(x, normalized_shape, weight, bias, probe, COLUMNS)
+    if probe is not None:
+        weight, bias = _widened(x, normalized_shape, weight, bias)
+    return torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+
+
+def imagined_forward(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_norm(x, normalized_shape, weight, bias, probe, COLUMNS)
+    dtype = statistic_dtype(x, weight, bias, probe)
+    mean = x.new_empty(statistic_shape(x, normalized_shape), dtype=dtype)
+    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+
+
+def eager_backward(
+    dy: Tensor,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and the (B, 2) norms; masked-out or undefined results have no elements."""
+    dy, x = dy.contiguous(), x.contiguous()
+    wide_weight, wide_bias = _widened(x, normalized_shape, weight, bias)
+    dx = absent(x)
+    if output_mask[0]:
+        dx = _native_backward(
+            dy, x, normalized_shape, mean, rstd, wide_weight, wide_bias, [True, False, False]
+        )[0]
+    given = (weight is not None, bias is not None)
+    each = per_example_sums(dy, x, mean, rstd, fold(x, normalized_shape), given)
+    norms = torch.linalg.vecdot(each, each)
+    return (
+        dx,
+        batch_sum(each, 0, weight, output_mask[1], x),
+        batch_sum(each, 1, bias, output_mask[2], x),
+        norms,
+    )
+
+
+def imagined_backward(
+    dy: Tensor,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = (
+        t.new_empty(t.shape) if t is not None and wanted else absent(x)
+        for t, wanted in zip((x, weight, bias), output_mask, strict=True)
+    )
+    return dx, dweight, dbias, rstd.new_empty((x.shape[0], COLUMNS))
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, normalized_shape, weight, bias, probe, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, mean, rstd, weight, bias)
+    ctx.normalized_shape, ctx.probed = list(normalized_shape), probe is not None
+
+
+def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * 6
+    x, mean, rstd, weight, bias = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    mask = [wants[0], weight is not None and wants[2], bias is not None and wants[3]]
+    arguments = (dy, x, ctx.normalized_shape, mean, rstd, weight, bias, mask)
+    if ctx.probed:
+        dx, dweight, dbias, norms = _backward(*arguments)
+    else:
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(*arguments)
+        norms = None
+    kept = [g if wanted else None for g, wanted in zip((dx, dweight, dbias), mask, strict=True)]
+    return kept[0], None, kept[1], kept[2], norms if wants[4] else None, None
+
+
+_forward = register(
+    "layer_norm",
+    cpu=eager_forward,
+    cuda=on_demand("norm.triton_norm_launch", "layer_norm_forward"),
+    fake=imagined_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+_backward = register(
+    "layer_norm_backward",
+    cpu=eager_backward,
+    cuda=on_demand("norm.triton_norm_launch", "layer_norm_backward"),
+    fake=imagined_backward,
+)
+# torch.autocast's own rules: float32 on CUDA, left alone on CPU where ATen takes mixed precision.
+torch.library.register_autocast("trainc::layer_norm", "cuda", torch.float32)

@@ -1,0 +1,1 @@
+"""Operators over whole parameters: norms, masked and sparse updates, spectra."""

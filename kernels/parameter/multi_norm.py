@@ -1,0 +1,113 @@
+"""Squared norms, inner products and non-finite counts of many tensors in one call.
+
+Entries are widened to float64 before they are squared on a CPU, so errors are near 1e-15 for any size
+and nothing that is finite in 16 or 32 bits overflows (one float32 norm of 16 million entries was off by
+1e-3). On CUDA, see `triton_multi_norm`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainc.kernels.library.contracts import on_demand, require
+from trainc.kernels.library.register import register_update
+
+COLUMNS = 4
+# Entries widened at a time: two blocks of float64 are 2 MB, still in cache; smaller ones took longer.
+BLOCK = 1 << 17
+
+
+def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None) -> Tensor:
+    """Sum squares and products of many tensors in one call, and count what is not finite.
+
+    `tensors` are n floating tensors w of any shapes and dtypes on one device; `deltas` is None or n tensors d of the
+    same shapes, such as their changes in a step. Returns (n, 4) in float64 on that device, without gradient. Row i is
+    sum w^2, sum d^2, sum w * d, and the number of non-finite entries of w and d together. Without deltas columns 1 and
+    2 are zero. A non-finite entry makes the sums that it enters non-finite. No tensors give (0, 4) on the CPU.
+
+    Raises RuntimeError for deltas that do not match the tensors in number and shapes, and for complex tensors.
+    """
+    tensors, deltas = list(tensors), None if deltas is None else list(deltas)
+    if deltas is not None and len(deltas) != len(tensors):
+        raise RuntimeError(f"{len(deltas)} deltas do not match {len(tensors)} tensors")
+    if not tensors:
+        return torch.zeros((0, COLUMNS), dtype=torch.float64)
+    with torch.no_grad():
+        sums: Tensor = _operator(tensors, [] if deltas is None else deltas)
+    return sums
+
+
+def reference(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None) -> Tensor:
+    """The definition, tensor by tensor in float64."""
+    rows = []
+    for index, tensor in enumerate(tensors):
+        w = tensor.double()
+        d = torch.zeros_like(w) if deltas is None else deltas[index].double()
+        broken = (~w.isfinite()).sum() + (~d.isfinite()).sum()
+        rows.append(torch.stack([w.square().sum(), d.square().sum(), (w * d).sum(), broken]))
+    return torch.stack(rows) if rows else torch.zeros(0, COLUMNS, dtype=torch.float64)
+
+
+def check(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+    """Reject deltas that do not match the tensors, and numbers that have no square to add."""
+    require(
+        not any(t.is_complex() for t in (*tensors, *deltas)),
+        lambda: "complex tensors are not taken",
+    )
+    require(
+        not deltas
+        or (
+            len(deltas) == len(tensors)
+            and all(w.shape == d.shape for w, d in zip(tensors, deltas, strict=True))
+        ),
+        lambda: "deltas must match tensors one to one in shape",
+    )
+
+
+def _widened(flat: Tensor, blocks: Tensor, start: int) -> Tensor:
+    """The entries of a flat tensor from `start` on, in float64, in the memory of `blocks`."""
+    block = flat[start : start + blocks.shape[0]]
+    return blocks[: block.shape[0]].copy_(block)
+
+
+def _sums(w: Tensor, d: Tensor | None, memory: Tensor) -> list[float]:
+    """The four sums of one tensor; `memory` is float64 (2, BLOCK)."""
+    left, right = w.reshape(-1), None if d is None else d.reshape(-1)
+    ww = dd = wd = 0.0
+    for start in range(0, left.numel(), memory.shape[1]):
+        one = _widened(left, memory[0], start)
+        ww += torch.dot(one, one).item()
+        if right is not None:
+            two = _widened(right, memory[1], start)
+            dd += torch.dot(two, two).item()
+            wd += torch.dot(one, two).item()
+    broken = 0
+    # A finite sum of squares has only finite terms.
+    if not math.isfinite(ww + dd):
+        both = [w] if d is None else [w, d]
+        broken = sum(int((~tensor.isfinite()).sum()) for tensor in both)
+    return [ww, dd, wd, broken]
+
+
+def eager(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+    check(tensors, deltas)
+    if tensors[0].device.type != "cpu":  # what follows would wait for a device at every block
+        return reference(tensors, deltas or None)
+    memory = tensors[0].new_empty((2, BLOCK), dtype=torch.float64)
+    rows = [_sums(w, deltas[i] if deltas else None, memory) for i, w in enumerate(tensors)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def imagined(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+    check(tensors, deltas)
+    return tensors[0].new_empty((len(tensors), COLUMNS), dtype=torch.float64)
+
+
+_operator = register_update(
+    "multi_norm",
+    cpu=eager,
+    cuda=on_demand("parameter.triton_multi_norm", "multi_norm"),
+    fake=imagined,
+)

@@ -1,0 +1,162 @@
+"""What the panels of a picture share: an axis along the run, ticks, legends, and marks on curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainc.runtime.report.run_records import RunRecords
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.lines import Line2D
+
+Towards = Literal["up", "down", "left", "right"]
+_ARROWS: dict[Towards, tuple[int, int]] = {
+    "up": (0, 1),
+    "down": (0, -1),
+    "left": (-1, 0),
+    "right": (1, 0),
+}
+BROKEN = "#B2182B"
+"""The colour of steps that went wrong, where one run is drawn."""
+SPACING = 1 / 14
+"""How far apart arrows on a curve are, in widths of the panel."""
+
+
+def along_run(axes: Axes, runs: Sequence[RunRecords], margin: float = 0.01) -> None:
+    """Make the horizontal axis that of the runs, from nothing to the last end: the same one in every panel."""
+    end = max((at for run in runs for at in run.positions), default=0.0) or 1.0
+    axes.set_xlim(-margin * end, (1 + margin) * end)
+    axes.set_xlabel(runs[0].counter)
+    whole_numbers(axes.xaxis)
+
+
+def whole_numbers(axis: Axis, most: int | Literal["auto"] = "auto") -> None:
+    """Mark an axis of counts, at most `most` times: whole numbers, with SI prefixes."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=True))
+    axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def numbers(axis: Axis) -> None:
+    """Write numbers out in full: an exponent beside the axis is overlooked, and moves the title."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+
+
+def decades(axis: Axis, low: float, high: float, most: int = 12) -> None:
+    """Mark a logarithmic axis with at most `most` plain numbers."""
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+    numbers(axis)
+    axis.set_major_locator(FixedLocator(round_numbers(low, high, most)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def round_numbers(low: float, high: float, most: int) -> list[float]:
+    """Return 1, 2, 5 of each decade between two ends, fewer of them to be at most `most`, others if it is only one."""
+    from matplotlib.ticker import MaxNLocator
+
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = [(1, (1, 2, 5)), (1, (1, 3)), *((every, (1,)) for every in range(1, last - first + 2))]
+    for every, parts in steps:
+        exponents = range(-(-first // every) * every, last + 1, every)
+        found = [part * 10.0**n for n in exponents for part in parts]
+        found = [value for value in found if low <= value <= high]
+        if len(found) <= most:
+            break
+    if len(found) < 2:  # less than a decade
+        found = [
+            v
+            for v in map(float, MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(low, high))
+            if low <= v <= high
+        ]
+    return found
+
+
+def legend_below(axes: Axes, *more: tuple[Any, str]) -> None:
+    """Put the legend under the axes, a course may be anywhere inside; `more` are handles and their texts.
+
+    A handle that is a tuple is shown as its parts beside each other.
+    """
+    from matplotlib.legend_handler import HandlerTuple
+
+    handles, texts = axes.get_legend_handles_labels()
+    axes.legend(
+        [*handles, *(handle for handle, _ in more)],
+        [*texts, *(text for _, text in more)],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.2)},
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=3 if len(handles) + len(more) <= 3 else 2,
+        borderaxespad=0,
+    )
+
+
+def curve(axes: Axes, at: Sequence[float], values: Sequence[float], **style: Any) -> Line2D:
+    """Draw a line with gaps where values are not finite, and dots where a value stands alone between them."""
+    gap = [False, *map(math.isfinite, values), False]
+    alone = [i for i in range(len(values)) if gap[i : i + 3] == [False, True, False]]
+    if alone:
+        style |= {"marker": ".", "markevery": alone}
+    return axes.plot(at, values, **style)[0]
+
+
+def mark(axes: Axes, stretches: Iterable[tuple[float, float]], color: str, label: str) -> None:
+    """Shade stretches of a run; the narrowest is a line still."""
+    for index, (begin, end) in enumerate(stretches):
+        named = "_" * bool(index) + label  # a leading underscore keeps it out of the legend
+        axes.axvspan(
+            begin, end, facecolor=(color, 0.15), edgecolor=(color, 0.5), linewidth=0.6, label=named
+        )
+
+
+def hatch(axes: Axes, stretches: Iterable[tuple[float, float]], color: str, label: str) -> None:
+    """Hatch stretches of a run."""
+    for index, (begin, end) in enumerate(stretches):
+        named = "_" * bool(index) + label
+        axes.axvspan(
+            begin, end, facecolor="none", edgecolor=color, hatch="////", linewidth=0, label=named
+        )
+
+
+def arrows(
+    axes: Axes, x: Sequence[float], y: Sequence[float], towards: Towards, color: str, label: str
+) -> None:
+    """Draw arrows that start at points and say that something goes on that way without a bound."""
+    from matplotlib.transforms import ScaledTranslation
+
+    assert axes.figure is not None
+    right, up = _ARROWS[towards]
+    shift = ScaledTranslation(5 * right / 72, 5 * up / 72, axes.figure.dpi_scale_trans)  # type: ignore[union-attr, unused-ignore]
+    axes.plot(
+        x,
+        y,
+        linestyle="none",
+        marker=arrow(towards),
+        markersize=7,
+        markeredgewidth=0,
+        color=color,
+        transform=axes.transData + shift,
+        label=f"_{label} {towards}",
+    )
+
+
+def arrow(towards: Towards) -> str:
+    """Return the marker of an arrow."""
+    return rf"$\{towards}arrow$"
+
+
+def spaced(at: Sequence[float], holds: Sequence[bool], apart: float) -> Iterator[int]:
+    """Return indices at which something holds: the first, and on from there as far apart as given."""
+    last = -math.inf
+    for index, (position, one) in enumerate(zip(at, holds, strict=True)):
+        if one and position >= last + apart:
+            last = position
+            yield index

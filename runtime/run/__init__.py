@@ -1,0 +1,1 @@
+"""A run: loop, signals of the process, live display, summary."""

@@ -1,0 +1,190 @@
+"""The live view of a run on a terminal, and plain lines where there is none.
+
+It is fed with a dict of figures per step and draws at a limited rate: drawing takes less than one
+hundredth of the time between two drawings, whatever the terminal costs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from trainc.runtime.noise_scale.figures import labels, told, told_total
+
+Figures = Mapping[str, float]
+
+BARS = "▁▂▃▄▅▆▇█"
+SHARE = 0.005
+"""The part of the time that drawing may take."""
+
+
+def quantity(value: float) -> str:
+    """Return a count in at most four digits and an SI suffix."""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if suffix == 'k' else size):.3g}{suffix}"
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as h:mm:ss."""
+    if not math.isfinite(seconds):
+        return "-:--:--"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def sparkline(values: list[float], width: int = 24) -> str:
+    """Return values as a row of at most `width` bars; `!` where none is finite."""
+    if not values:
+        return ""
+    size = max(1, math.ceil(len(values) / width))
+    means: list[float] = []
+    for at in range(0, len(values), size):
+        finite = [value for value in values[at : at + size] if math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    known = [mean for mean in means if math.isfinite(mean)]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    span = high - low or 1.0
+    return "".join(
+        BARS[round((mean - low) / span * (len(BARS) - 1))] if math.isfinite(mean) else "!"
+        for mean in means
+    )
+
+
+class Display:
+    """Shows a run of `total` units: a live view on a terminal, else a line now and then."""
+
+    def __init__(
+        self,
+        total: float,
+        unit: str,
+        *,
+        title: str = "",
+        plain: bool = False,
+        console: Console | None = None,
+        interval: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Show `interval` seconds apart at the least: 0.2 live, 10 plain unless given."""
+        self.console = console or Console()
+        self.plain = plain or not self.console.is_terminal
+        self.total = total
+        self.unit = unit
+        self.title = title
+        self._interval = interval if interval is not None else (10.0 if self.plain else 0.2)
+        self._clock = clock
+        self._due = -math.inf
+        self._losses: deque[float] = deque(maxlen=240)
+        self._figures: dict[str, float] = {}
+        self._started: tuple[float, float] | None = None
+        self._live: Live | None = None
+        self._stale = False
+
+    def start(self, position: float = 0.0) -> None:
+        """Begin at a position of the run; time left is reckoned from here."""
+        self._started = (self._clock(), position)
+        if not self.plain:
+            self._live = Live(console=self.console, auto_refresh=False, transient=False)
+            self._live.start()
+
+    def update(self, figures: Figures) -> None:
+        """Take the figures of one step: `position`, `loss`, `lr_min`, `lr_max`, noise scales, ..."""
+        self._figures.update(figures)
+        self._stale = True
+        if "loss" in figures:
+            self._losses.append(figures["loss"])
+        if self._clock() >= self._due:
+            self._show()
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(Text(text))
+
+    def stop(self) -> None:
+        """Show the last figures and end the live view."""
+        if self._stale:
+            self._show()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show(self) -> None:
+        begin = self._clock()
+        self._stale = False
+        if self.plain:
+            self.console.print(Text(self.line()), soft_wrap=True)
+        elif self._live is not None:
+            self._live.update(self._view(), refresh=True)
+        end = self._clock()
+        self._due = end + max(self._interval, (end - begin) / SHARE)
+
+    def remaining(self) -> float:
+        """Return the seconds left at the pace since `start`; infinite before there is one."""
+        if self._started is None:
+            return math.inf
+        began, origin = self._started
+        covered = self._figures.get("position", 0.0) - origin
+        if covered <= 0:
+            return math.inf
+        left = max(0.0, self.total - self._figures.get("position", 0.0))
+        return (self._clock() - began) * left / covered
+
+    def parts(self) -> dict[str, str]:
+        """Return what is shown, as text by name."""
+        known = self._figures
+        shown: dict[str, str] = {}
+        if "loss" in known:
+            shown["loss"] = f"{known['loss']:.4f}"
+        if "eval_loss" in known:
+            shown["eval"] = f"{known['eval_loss']:.4f}"
+        if "lr_min" in known and "lr_max" in known:
+            low, high = known["lr_min"], known["lr_max"]
+            shown["lr"] = f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
+        for label in labels(known):
+            shown[label] = told(known, label)
+            if (whole := told_total(known, label)) is not None:
+                shown[f"{label} of the model"] = whole
+        if "batch" in known:
+            shown["batch"] = quantity(known["batch"])
+        for name in ("tokens", "samples"):
+            if f"{name}_per_second" in known:
+                shown[f"{name}/s"] = quantity(known[f"{name}_per_second"])
+                break
+        shown["left"] = duration(self.remaining())
+        return shown
+
+    def line(self) -> str:
+        """Return the state of the run as one plain line."""
+        position = self._figures.get("position", 0.0)
+        percent = 100 * min(1.0, position / self.total)
+        head = f"{quantity(position)}/{quantity(self.total)} {self.unit} {percent:3.0f}%"
+        return "  ".join([head, *(f"{name} {text}" for name, text in self.parts().items())])
+
+    def _view(self) -> Group:
+        position = self._figures.get("position", 0.0)
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(justify="right", no_wrap=True)
+        percent = 100 * min(1.0, position / self.total)
+        bar.add_row(
+            Text(self.title or "training", style="bold"),
+            ProgressBar(self.total, min(position, self.total)),
+            f"{quantity(position)}/{quantity(self.total)} {self.unit} {percent:3.0f}%",
+        )
+        row = Text()
+        for name, text in self.parts().items():
+            row.append(f"{name} ", style="dim").append(text)
+            if name == "loss" and len(self._losses) > 1:
+                row.append(f" {sparkline(list(self._losses))}", style="cyan")
+            row.append("   ")
+        return Group(bar, row)

@@ -1,0 +1,1 @@
+"""Clock, expressions of it, schedule functions."""

@@ -1,0 +1,243 @@
+"""The schedule functions: what each takes and which multiplier it gives at each moment of a run."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Unit, Units
+from trainc.runtime.schedule.expressions import Function, Value, Values
+
+Kind = Literal["duration", "number", "points", "shape"]
+Shape = Callable[[float], float]
+
+SHAPES: Mapping[str, Shape] = {
+    "linear": lambda part: part,
+    "cosine": lambda part: (1 - math.cos(math.pi * part)) / 2,
+    "sqrt": math.sqrt,
+}
+
+
+def one(clock: Clock, values: Values) -> float:
+    """Return 1."""
+    return 1.0
+
+
+def zero(clock: Clock, values: Values) -> float:
+    """Return 0."""
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The counter a schedule reads: its unit, the end of the run and the size of one step in it."""
+
+    units: Units
+    length: RunLength
+    unit: Unit
+    stop: float
+    step: float
+
+    @classmethod
+    def of(cls, units: Units, length: RunLength) -> Axis:
+        """Return the axis of a run; epochs are counted in samples, which are whole."""
+        unit: Unit = (
+            "samples" if length.unit == "epochs" and units.samples_per_epoch else length.unit
+        )
+        return cls(units, length, unit, units.convert(length, unit), units.step(unit))
+
+    def position(self, clock: Clock) -> float:
+        """Return where the clock stands."""
+        return float(getattr(clock, self.unit))
+
+    def say(self, position: float) -> str:
+        """Return a position for people, in the unit of the run's length."""
+        if self.unit != self.length.unit:
+            position = self.units.convert(Duration(position, self.unit), self.length.unit)
+        return f"{position:.6g} {self.length.unit}"
+
+    def ramp(
+        self,
+        start: float,
+        over: float | None,
+        begin: Function,
+        to: Function,
+        shape: Shape,
+        lead: float = 0.0,
+    ) -> Value:
+        """Return what goes from `begin` to `to` over a duration or the rest of the run, then stays.
+
+        `lead` is how far ahead of the clock it reads.
+        """
+        end = self.stop if over is None else start + over
+        if end <= start:
+            raise ValueError(
+                f"what begins at {self.say(start)} has no time left: give it a longer `over`"
+            )
+        position, offset, span = self.position, start - lead, end - start
+
+        def at(clock: Clock, values: Values) -> float:
+            part = (position(clock) - offset) / span
+            if part <= 0:
+                return begin(clock, values)
+            if part >= 1:
+                return to(clock, values)
+            first = begin(clock, values)
+            return first + (to(clock, values) - first) * shape(part)
+
+        return Value(at, end)
+
+
+def warmup(axis: Axis, start: float, over: float, begin: Function = zero) -> Value:
+    """Rise linearly from `from` (0) to 1 over `over`, then stay."""
+    if over == 0:
+        return Value(one, start)
+    return axis.ramp(start, over, begin, one, SHAPES["linear"], lead=axis.step)
+
+
+def constant(axis: Axis, start: float, value: Function = one, over: float | None = None) -> Value:
+    """Stay at `value` (1), to the end of the run or for `over`."""
+    return Value(value, math.inf if over is None else start + over)
+
+
+def cosine(
+    axis: Axis, start: float, to: Function = zero, over: float | None = None, begin: Function = one
+) -> Value:
+    """Fall from `from` (1) to `to` (0) on half a cosine, over `over` or the rest of the run."""
+    return axis.ramp(start, over, begin, to, SHAPES["cosine"])
+
+
+def linear(
+    axis: Axis, start: float, to: Function = zero, over: float | None = None, begin: Function = one
+) -> Value:
+    """Go from `from` (1) to `to` (0) on a line, over `over` or the rest of the run."""
+    return axis.ramp(start, over, begin, to, SHAPES["linear"])
+
+
+def exponential(
+    axis: Axis, start: float, to: Function, over: float | None = None, begin: Function = one
+) -> Value:
+    """Fall from `from` (1) to `to` by equal factors, over `over` or the rest of the run."""
+
+    def logarithm(of: Function) -> Function:
+        def at(clock: Clock, values: Values) -> float:
+            value = of(clock, values)
+            if not value > 0:
+                raise ValueError(f"`exponential` goes between positive numbers, not {value:g}")
+            return math.log(value)
+
+        return at
+
+    ramp = axis.ramp(start, over, logarithm(begin), logarithm(to), SHAPES["linear"])
+    return Value(lambda clock, values: math.exp(ramp.at(clock, values)), ramp.end)
+
+
+def inverse_sqrt(axis: Axis, start: float, over: float) -> Value:
+    """Fall as sqrt(d / (d + t)), t the time since it began and d = `over`."""
+    if over <= 0:
+        raise ValueError("`over` of `inverse_sqrt` must be longer than 0")
+    position = axis.position
+    return Value(
+        lambda clock, values: math.sqrt(over / (over + max(0.0, position(clock) - start))), math.inf
+    )
+
+
+def step(axis: Axis, start: float, at: Sequence[float], factor: Function) -> Value:
+    """Multiply by `factor` at each of the points `at`, counted from the start of the run."""
+    for point in at:
+        if not start < point < axis.stop:
+            raise ValueError(
+                f"`step` at {axis.say(point)} does nothing: "
+                f"it acts from {axis.say(start)} to {axis.say(axis.stop)}"
+            )
+    position = axis.position
+
+    def value(clock: Clock, values: Values) -> float:
+        passed = bisect_right(at, position(clock))
+        return factor(clock, values) ** passed if passed else 1.0
+
+    return Value(value, math.inf)
+
+
+def wsd(
+    axis: Axis,
+    start: float,
+    rise: float,
+    decay: float,
+    to: Function = zero,
+    shape: Shape = SHAPES["linear"],
+) -> Value:
+    """Rise over `warmup`, stay at 1, and fall to `to` (0) over the last `decay` of the run."""
+    turn = axis.stop - decay
+    if start + rise > turn:
+        raise ValueError(
+            f"`wsd` rises until {axis.say(start + rise)}, "
+            f"but its decay begins at {axis.say(max(0.0, turn))}"
+        )
+    up = warmup(axis, start, rise)
+    down = axis.ramp(turn, decay, one, to, shape)
+    position = axis.position
+    return Value(
+        lambda clock, values: (up if position(clock) < turn else down).at(clock, values), axis.stop
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A schedule function: its arguments, how many may stand without a name, which it needs.
+
+    `rest` names the argument that takes all that stand without a name, as a list.
+    """
+
+    build: Callable[..., Value]
+    arguments: Mapping[str, Kind]
+    positional: int = 0
+    required: tuple[str, ...] = ()
+    rest: str | None = None
+
+    @property
+    def about(self) -> str:
+        """Return what it does, in one sentence."""
+        return (self.build.__doc__ or "").strip()
+
+    def given(self, name: str, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name."""
+        order = list(self.arguments)
+        if self.rest and len(args) > 1:
+            args = [["list", *args]]
+        if len(args) > self.positional:
+            takes = "no argument" if self.positional == 0 else "one argument"
+            raise ValueError(f"`{name}` takes {takes} without a name, not {len(args)}")
+        given = dict(zip(order, args, strict=False))
+        for key, argument in options.items():
+            if key not in self.arguments:
+                raise ValueError(f"`{name}` has no argument `{key}`: it has {', '.join(order)}")
+            if key in given:
+                raise ValueError(f"`{name}` is given `{key}` twice")
+            given[key] = argument
+        for key in self.required:
+            if key not in given:
+                raise ValueError(f"`{name}` needs `{key}`")
+        return given
+
+
+_DECAY: Mapping[str, Kind] = {"to": "number", "over": "duration", "from": "number"}
+
+PIECES: Mapping[str, Piece] = {
+    "warmup": Piece(warmup, {"over": "duration", "from": "number"}, 1, ("over",)),
+    "constant": Piece(constant, {"value": "number", "over": "duration"}, 1),
+    "cosine": Piece(cosine, _DECAY, 1),
+    "linear": Piece(linear, _DECAY, 1),
+    "exponential": Piece(exponential, _DECAY, 1, ("to",)),
+    "inverse_sqrt": Piece(inverse_sqrt, {"over": "duration"}, 1, ("over",)),
+    "step": Piece(step, {"at": "points", "factor": "number"}, 1, ("at", "factor"), "at"),
+    "wsd": Piece(
+        wsd,
+        {"warmup": "duration", "decay": "duration", "to": "number", "shape": "shape"},
+        0,
+        ("warmup", "decay"),
+    ),
+}

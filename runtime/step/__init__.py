@@ -1,0 +1,1 @@
+"""One optimizer step: actions, phases, rules, optimizer, update masks, replicas."""

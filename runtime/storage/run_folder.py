@@ -1,0 +1,130 @@
+"""The folder of a run: what lies where, one run at a time in it, and nothing in it ever lost."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from trainc.runtime.storage.jsonl import Writer, encode
+
+FILES = ("metrics.jsonl", "timing.jsonl", "events.jsonl", "summary.json", "checkpoints")
+
+
+class RunExists(ValueError):
+    """A folder holds a run already, or another process is writing to it."""
+
+
+class RunFolder:
+    """A run's folder, locked while entered.
+
+    `metrics.jsonl`, `timing.jsonl`, `events.jsonl`: one JSON object a line; `checkpoints/`;
+    `summary.json` once the run has ended; and the texts it was started with, such as the spec.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Take a folder; `resume` goes on with the run in it, `overwrite` moves that run aside."""
+        self.path = path
+        self.resume = resume
+        self.overwrite = overwrite
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.timing = path / "timing.jsonl"
+        self._lock: IO[str] | None = None
+        self._events: Writer | None = None
+
+    def __enter__(self) -> Self:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.holds_run and not self.resume:
+                if not self.overwrite:
+                    raise RunExists(
+                        f"{self.path} holds a run: resume it, overwrite it, or go elsewhere"
+                    )
+                self._move_aside()
+        except BlockingIOError as problem:
+            self._lock.close()
+            raise RunExists(f"{self.path} is in use by another run") from problem
+        except BaseException:
+            self._lock.close()
+            raise
+        self._events = Writer(self.path / "events.jsonl", interval=0.0)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._events is not None:
+            self._events.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def holds_run(self) -> bool:
+        """Say whether there is a run in the folder."""
+        return any((self.path / name).exists() for name in FILES)
+
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """Append what happened to `events.jsonl`, with the time of day."""
+        assert self._events is not None, "a folder is written to while it is entered"
+        self._events.write({"time": round(time.time(), 3), "step": step, "event": kind, **details})
+
+    def keep_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Write the texts a run is started with; one that differs stays as NAME.until-STEP."""
+        for name, text in texts.items():
+            path = self.path / name
+            if path.parent != self.path or name in FILES:
+                raise ValueError(f"`{name}` cannot be the name of a text in a run's folder")
+            if path.exists():
+                if path.read_text(encoding="utf-8") == text:
+                    continue
+                path.rename(_free(self.path / f"{name}.until-{step}"))
+            write(path, text)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`."""
+        write(self.path / "summary.json", json.dumps(encode(summary), indent=1) + "\n")
+
+    def _move_aside(self) -> None:
+        """Move all there is into `previous-N/`."""
+        number = 1
+        while (self.path / f"previous-{number}").exists():
+            number += 1
+        aside = self.path / f"previous-{number}"
+        entries = [
+            entry
+            for entry in self.path.iterdir()
+            if entry.name != ".lock" and not entry.name.startswith("previous-")
+        ]
+        aside.mkdir()
+        for entry in entries:
+            entry.rename(aside / entry.name)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text so that the file is never seen half written."""
+    beside = path.with_name(f".{path.name}.writing")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def _free(path: Path) -> Path:
+    """Return the path, or with a number behind it if that is taken."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
