@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.bind.bound_clause import BoundClause, Sizes, Targets
-from trainc.compiler.bind.claims import disputes
+from trainc.compiler.bind.claims import overlapping_claims
 from trainc.compiler.bind.effects import conflicts, penalised_measurements
-from trainc.compiler.bind.signals import misread
+from trainc.compiler.bind.signals import signal_problems
 from trainc.compiler.constructs.data._batch_policy import changes, inconsistencies
-from trainc.compiler.driver.site_diagnostics import spoken
+from trainc.compiler.driver.site_diagnostics import name_root_module
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.model.select import Target, expectations, select
 from trainc.compiler.model.suggestions import suggestion, unknown_classes
@@ -80,11 +80,11 @@ class _Binder:
         clauses.sort(key=lambda bound: ORDER.index(bound.kind))
         active = [clause for clause in clauses if clause.dropped is None]
         self.found += [
-            *disputes(active, self.inventory),
+            *overlapping_claims(active, self.inventory),
             *conflicts(active),
             *penalised_measurements(active, self.inventory),
             *inconsistencies(self.spec),
-            *misread(self.spec, clauses),
+            *signal_problems(self.spec, clauses),
         ]
         errors = [d for d in self.found if d.severity == "error"]
         if errors:
@@ -243,7 +243,7 @@ class _Binder:
         span = clause.part_span(problem.field) if problem.field else None
         self._say(
             problem.rule,
-            spoken(problem.message),
+            name_root_module(problem.message),
             clause,
             on=problem.field is None,
             span=span,

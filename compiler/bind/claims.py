@@ -12,7 +12,9 @@ from trainc.dsl.text.diagnostic import Diagnostic, Label
 SHOWN = 3
 
 
-def disputes(clauses: Sequence[BoundClause], inventory: Inventory) -> Iterator[Diagnostic]:
+def overlapping_claims(
+    clauses: Sequence[BoundClause], inventory: Inventory
+) -> Iterator[Diagnostic]:
     """Yield a diagnostic for every parameter claimed twice by one kind of policy, or by no optimizer.
 
     Rate policies of different constructs multiply, so only those of one construct dispute a parameter; masks always do.

@@ -41,7 +41,7 @@ def signal_units(clauses: Sequence[BoundClause]) -> dict[str, Literal["samples"]
     }
 
 
-def misread(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
+def signal_problems(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
     """Yield every reading of a signal that is never measured, and every comparison of unlike counts."""
     known = {name: (clause, signal) for clause in clauses for name, signal in _signals(clause)}
     for read in _expressions(spec):
@@ -86,7 +86,7 @@ def _never(clause: BoundClause, signal: str) -> tuple[str, str] | None:
             "leave out what reads it, or let the selector match: without `optional` that is checked"
         )
         return f"`{clause.title}` is not in the program: {clause.dropped}", help
-    return clause.construct.lacks(signal)
+    return clause.construct.unmeasured_reason(signal)
 
 
 def _unmeasured(name: str, why: tuple[str, str], span: Span | None) -> Diagnostic:

@@ -11,7 +11,7 @@ from trainc.compiler.bind.binding import Binding, bind
 from trainc.compiler.bind.signals import signal_units
 from trainc.compiler.catalog import catalog, path_of
 from trainc.compiler.lower.assemble import assemble, rules
-from trainc.compiler.lower.lowering import Parts, Setting
+from trainc.compiler.lower.lowering import LoweredMethod, LoweringContext
 from trainc.compiler.model.factories import build_model, facts, missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.model.inventory import take
@@ -118,9 +118,11 @@ def _first_signals(binding: Binding) -> Signals:
 
 def _assemble(
     binding: Binding, model: nn.Module, signals: Signals, *, to_run: bool = True
-) -> Parts:
+) -> LoweredMethod:
     units = signal_units(binding.clauses)
-    setting = Setting(model, binding.inventory, binding.units, binding.length, signals, units)
+    setting = LoweringContext(
+        model, binding.inventory, binding.units, binding.length, signals, units
+    )
     parts = assemble(binding.clauses, setting, to_run=to_run)
     parts.actions += rules(binding.spec.rules, setting, _signals(binding))
     return parts
@@ -138,7 +140,7 @@ def _signals(binding: Binding) -> set[str]:
     return named
 
 
-def make_plan(binding: Binding, parts: Parts) -> Plan:
+def make_plan(binding: Binding, parts: LoweredMethod) -> Plan:
     """Return the plan of what was bound and lowered."""
     from trainc.compiler.plan import plan_tables, site_tables
 

@@ -82,7 +82,7 @@ def load(
     program = build_program(binding, model, frozenset(), executor)
     if (folder / GRAPH).exists():
         constants = load_file(str(folder / CONSTANTS)) if (folder / CONSTANTS).exists() else {}
-        program.execution.adopt(StepGraph.from_json(_read(folder / GRAPH), model, constants))
+        program.execution.use_graph(StepGraph.from_json(_read(folder / GRAPH), model, constants))
     return program
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trainc.dsl.resolve.spec import Spec
 
 
-def spoken(message: str) -> str:
+def name_root_module(message: str) -> str:
     """Return a message that calls the model by words: as a module its name is empty, in backticks nothing to read."""
     return message.replace("``", "the model itself")
 

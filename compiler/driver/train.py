@@ -86,7 +86,7 @@ def train(
             display=display,
             texts=texts,
             keep=program.settings.keep,
-            adopt=accept,
+            load_compatible=accept,
         )
     except SiteError as error:
         raise SpecError([of_site(error, checked)]) from error

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from trainc.compiler.graph.forward_graph import plant
+from trainc.compiler.graph.forward_graph import register_tensor
 
 if TYPE_CHECKING:
     from trainc.compiler.graph.export_capture import Wrapped
@@ -108,12 +108,12 @@ def _as_exported(
                 environment[node] = ports[id(tensor)]
                 continue
             name = names.get(id(tensor), f"lifted_{len(environment)}")
-            plant(holder, name, tensor)
+            register_tensor(holder, name, tensor)
             environment[node] = graph.get_attr(name)
         elif node.op == "get_attr":
             value = getattr(traced, str(node.target))
             if isinstance(value, Tensor):
-                plant(holder, str(node.target), value)
+                register_tensor(holder, str(node.target), value)
             else:
                 holder.add_module(str(node.target), value)
             environment[node] = graph.get_attr(str(node.target))

@@ -25,7 +25,7 @@ _SAME_TENSOR = {
 
 
 @dataclass(frozen=True, slots=True)
-class TaskForm:
+class LossSpec:
     """What the passes may know about the task: its name and the numbers a fused loss needs."""
 
     name: str = "task"
@@ -33,7 +33,7 @@ class TaskForm:
     label_smoothing: float = 0.0
 
     @classmethod
-    def of(cls, task: object) -> TaskForm:
+    def of(cls, task: object) -> LossSpec:
         """Read the form from the attributes a task function carries."""
         return cls(
             str(getattr(task, "name", "task")),
@@ -48,7 +48,7 @@ def identifier(name: str) -> str:
     return f"_{text}" if not text or text[0].isdigit() else text
 
 
-def plant(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool = True) -> None:
+def register_tensor(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool = True) -> None:
     """Register `tensor` itself under a dotted name, making empty modules on the way."""
     *path, leaf = name.split(".")
     here = root
@@ -82,11 +82,11 @@ class ForwardGraph:
     canonical: Mapping[str, str]
     values: dict[str, Tensor]
     available: Mapping[str, Tensor]
-    task: TaskForm
+    task: LossSpec
     examples: int
     views: int
     mode: Any
-    enlarged: Callable[[], ForwardGraph] | None = None
+    recapture_with_one_more_example: Callable[[], ForwardGraph] | None = None
     outputs: tuple[str, ...] = VIEW_ONE
     scalars: dict[str, fx.Node] = field(default_factory=dict)
     probes: dict[str, fx.Node] = field(default_factory=dict)

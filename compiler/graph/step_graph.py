@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from trainc.compiler.graph.forward_graph import plant
+from trainc.compiler.graph.forward_graph import register_tensor
 from trainc.compiler.graph.serialize import dtype_name
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class StepGraph(fx.GraphModule):
         for name in self.constants:
             del self._buffers[name]
         for name, tensor in constants.items():
-            plant(self, name, tensor, persistent=False)
+            register_tensor(self, name, tensor, persistent=False)
         self.constants = tuple(constants)
         self.graph = graph
 
@@ -256,10 +256,10 @@ def plant_model(root: nn.Module, model: nn.Module) -> None:
         dot = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                plant(root, dot + name, parameter)
+                register_tensor(root, dot + name, parameter)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                plant(
+                register_tensor(
                     root,
                     dot + name,
                     buffer,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainc.compiler.layers.ghost_batch_norm import BoundGhostBatchNorm
 from trainc.compiler.layers.registry import behaviour
-from trainc.compiler.layers.site_state import Armed, Bound, SiteError, listed, repeated
+from trainc.compiler.layers.site_state import Bound, SiteError, SiteState, listed, repeated
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.sites import MeasuredSite, NoiseSite, Rewrite
 from trainc.compiler.per_example.weight_uses import uncompiled
@@ -63,10 +63,10 @@ def _bound_class(behaviours: tuple[Any, ...], original: Any) -> Any:
 
 def bind(model: nn.Module, rewrite: Rewrite) -> Sites:
     """Replace the classes of the selected layers; an empty rewrite touches nothing."""
-    wanted: dict[str, tuple[list[type], Armed]] = {}
+    wanted: dict[str, tuple[list[type], SiteState]] = {}
 
-    def want(name: str, kind: type) -> Armed:
-        behaviours, armed = wanted.setdefault(name, ([], Armed(rewrite.views)))
+    def want(name: str, kind: type) -> SiteState:
+        behaviours, armed = wanted.setdefault(name, ([], SiteState(rewrite.views)))
         behaviours.append(kind)
         return armed
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainc.compiler.layers.site_state import Armed, Bound, SiteError, checked_probe
+from trainc.compiler.layers.site_state import Bound, SiteError, SiteState, checked_probe
 from trainc.compiler.method.sites import NormSite
 
 
@@ -38,7 +38,7 @@ class BoundWideNorm(Bound):
         return y.to(normal.dtype)
 
 
-def _of_example(armed: Armed, column: int, x: Tensor, shape: list[int]) -> Tensor:
+def _of_example(armed: SiteState, column: int, x: Tensor, shape: list[int]) -> Tensor:
     """Return one parameter's probe spread over x: every position gets the entries of the example it belongs to."""
     assert armed.probe is not None
     between = x.dim() - len(shape) - 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainc.compiler.driver.site_diagnostics import spoken
+from trainc.compiler.driver.site_diagnostics import name_root_module
 from trainc.compiler.method.example_index import Division
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class SiteError(Exception):
     rule = "site-not-delivered"
 
     def __init__(self, message: str) -> None:
-        super().__init__(spoken(message))
+        super().__init__(name_root_module(message))
 
 
 class ExampleAxisUnknown(SiteError):
@@ -44,14 +44,14 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-class Armed:
+class SiteState:
     """What a site carries: its description and, while armed, the tensors of the running micro-batch."""
 
     def __init__(self, views: int) -> None:
         self.views = views
         self.measured: MeasuredSite | None = None
         self.noise: NoiseSite | None = None
-        self.partner: Armed | None = None
+        self.partner: SiteState | None = None
         """The layer this one shares its weight with."""
         self.division = Division(0)
         self.active = self.any_mode = False
@@ -94,14 +94,14 @@ class Bound:
     """Marks a class made by `bind`; `unbound` is the user's own class."""
 
     unbound: type[nn.Module]
-    trainc: Armed
+    trainc: SiteState
 
     def reaches_operator(self) -> bool:
         armed, training = self.trainc, self.training  # type: ignore[attr-defined]
         return armed.active and (training or armed.any_mode) and torch.is_grad_enabled()
 
 
-def joined_views(armed: Armed, x: Tensor) -> Tensor:
+def joined_views(armed: SiteState, x: Tensor) -> Tensor:
     """Return x (views * B, ...) as (B, views, ...): an example's views together contribute to the gradient.
 
     A group's rows do so too: (groups * n, ...) becomes (groups, n, ...).
@@ -113,14 +113,14 @@ def joined_views(armed: Armed, x: Tensor) -> Tensor:
     return x if armed.views == 1 else x.unflatten(0, (armed.views, -1)).transpose(0, 1)
 
 
-def parted_views(armed: Armed, y: Tensor) -> Tensor:
+def parted_views(armed: SiteState, y: Tensor) -> Tensor:
     """Undo `joined_views` on a layer's result."""
     if armed.division.rows > 1:
         return y.flatten(0, 1)
     return y if armed.views == 1 else y.transpose(0, 1).flatten(0, 1)
 
 
-def checked_probe(armed: Armed, x: Tensor) -> Tensor:
+def checked_probe(armed: SiteState, x: Tensor) -> Tensor:
     """Return the site's probe if the leading axis of `x` is the example axis."""
     probe = armed.probe
     assert armed.measured is not None
@@ -134,7 +134,7 @@ def checked_probe(armed: Armed, x: Tensor) -> Tensor:
     return probe
 
 
-def one_view(armed: Armed) -> None:
+def one_view(armed: SiteState) -> None:
     """Refuse a layer that cannot see an example's two views as one."""
     if armed.views > 1:
         raise SiteError(

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
-from trainc.compiler.lower.lowering import Lowering, OptimizerPart, Parts, Setting
+from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext, OptimizerPart
 from trainc.compiler.lower.open_ended import UNBOUNDED
 from trainc.dsl.reading.construct import PHASES
 from trainc.dsl.text.diagnostic import CompilerBug, Diagnostic, Label, SpecError
 from trainc.runtime.schedule.clock import Duration as ClockDuration
 from trainc.runtime.step.action import Action
-from trainc.runtime.step.optimizer import Clip, OptimizerStep, Rates, Slot
+from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot, Rates
 from trainc.runtime.step.when_rules import Act, Rule
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from trainc.runtime.schedule.clock import RunLength
 
 
-def assemble(clauses: Sequence[BoundClause], setting: Setting, *, to_run: bool = True) -> Parts:
+def assemble(
+    clauses: Sequence[BoundClause], setting: LoweringContext, *, to_run: bool = True
+) -> LoweredMethod:
     """Lower the clauses onto the model; raises SpecError for what only lowering can find.
 
     Not `to_run`, the parts are for reading: optimizers are examined but not built.
     """
-    parts = Parts()
+    parts = LoweredMethod()
     found: list[Diagnostic] = []
     by_label: dict[str, list[Action]] = {}
     active = [clause for clause in clauses if clause.dropped is None]
@@ -50,14 +52,14 @@ def assemble(clauses: Sequence[BoundClause], setting: Setting, *, to_run: bool =
 
 
 def _optimizer_actions(
-    part: OptimizerPart, parts: Parts, setting: Setting, to_run: bool
+    part: OptimizerPart, parts: LoweredMethod, setting: LoweringContext, to_run: bool
 ) -> list[Action]:
     """Build the slots of one optimizer clause and the actions that move them."""
     from trainc.compiler.model.import_path import ImportProblem
 
     names = [name for name in part.clause.targets if name not in parts.frozen]
     slots = [
-        Slot(
+        ParamSlot(
             name,
             parts.compacts[name].values
             if name in parts.compacts
@@ -102,7 +104,9 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
     return [action for *_, action in sorted(placed, key=lambda row: row[:2])]
 
 
-def _wait(given: Duration | None, setting: Setting, length: RunLength) -> ClockDuration | None:
+def _wait(
+    given: Duration | None, setting: LoweringContext, length: RunLength
+) -> ClockDuration | None:
     """Return a rule's `for` or `cooldown` as the clock counts it."""
     if given is None:
         return None
@@ -120,7 +124,7 @@ def _told(clause: RuleClause) -> str:
 
 def rules(
     clauses: Sequence[RuleClause],
-    setting: Setting,
+    setting: LoweringContext,
     clause_signals: Collection[str],
 ) -> list[Action]:
     """Compile the `when` rules over the signals of the clauses; raises SpecError when one sets what cannot be set."""

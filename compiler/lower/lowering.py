@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trainc.runtime.schedule.clock import Clock, Gate, RunLength, Unit
     from trainc.runtime.schedule.clock import Units as ClockUnits
     from trainc.runtime.step.machine import Signals
-    from trainc.runtime.step.update_mask import Compact
+    from trainc.runtime.step.update_mask import SelectedEntries
 
 Scheduled = Callable[["Clock"], float]
 Inputs = Mapping[str, "Tensor"]
@@ -87,7 +87,7 @@ class CalibrationPart:
 
 
 @dataclass(slots=True)
-class Parts:
+class LoweredMethod:
     """Everything the clauses asked for; `Program` assembles it."""
 
     rewrite: Rewrite = field(default_factory=Rewrite)
@@ -96,7 +96,7 @@ class Parts:
     scalars: dict[str, Scheduled] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, list[Scale]] = field(default_factory=dict)
-    compacts: dict[str, Compact] = field(default_factory=dict)
+    compacts: dict[str, SelectedEntries] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     optimizers: list[OptimizerPart] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class LoweringContext:
     """What all clauses of one program share: the model, its inventory, and the units of time."""
 
     model: nn.Module
@@ -121,7 +121,7 @@ class Setting:
 class Lowering:
     """The mechanisms, as one clause sees them."""
 
-    def __init__(self, clause: BoundClause, setting: Setting, parts: Parts) -> None:
+    def __init__(self, clause: BoundClause, setting: LoweringContext, parts: LoweredMethod) -> None:
         self.clause = clause
         self.model = setting.model
         self.inventory = setting.inventory
@@ -325,7 +325,7 @@ class Lowering:
             self._parts.scales.setdefault(name, []).append(scale)
         return scale
 
-    def compact(self, name: str, compact: Compact) -> None:
+    def compact(self, name: str, compact: SelectedEntries) -> None:
         """Let the optimizer see the selected entries of a parameter in place of the whole."""
         self._parts.compacts[name] = compact
 

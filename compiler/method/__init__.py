@@ -1,1 +1,1 @@
-"""The lowered method as data (the IR): sites, example units, loss and penalty protocols, Parts."""
+"""The lowered method as data (the IR): sites, example units, loss and penalty protocols, LoweredMethod."""

@@ -37,7 +37,7 @@ class InstrumentLayers(Pass):
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Serve every layer site that is in the graph."""
         calls = {site.module: _call(forward, site) for site in rewrite.layers}
-        enlarged = _enlarged_sizes(forward, rewrite)
+        size_with_one_more = _enlarged_sizes(forward, rewrite)
         for site in rewrite.layers:
             node = calls[site.module]
             if node is None:
@@ -50,7 +50,7 @@ class InstrumentLayers(Pass):
             found = kinds()[site.form].find(forward, site, node)
             if found is None:
                 raise SiteUnfit(site.module, f"`{node.target}` is called in a way we do not know")
-            self.serve(forward, site, node, found, enlarged.get(site.module))
+            self.serve(forward, site, node, found, size_with_one_more.get(site.module))
         return [name for name, node in calls.items() if node is not None]
 
     def serve(
@@ -59,13 +59,14 @@ class InstrumentLayers(Pass):
         site: LayerSite,
         node: fx.Node,
         found: Found,
-        enlarged: int | None,
+        size_with_one_more: int | None,
     ) -> None:
         """Put the operator in place of one call."""
         value = found.x.meta["val"]
-        shared = _is_shared(site, value.dim(), value.shape[0], enlarged, forward)
+        shared = _is_shared(site, value.dim(), value.shape[0], size_with_one_more, forward)
         if not shared and (
-            value.shape[0] != forward.rows or enlarged not in (None, forward.rows + forward.views)
+            value.shape[0] != forward.rows
+            or size_with_one_more not in (None, forward.rows + forward.views)
         ):
             raise SiteUnfit(
                 site.module,
@@ -96,15 +97,19 @@ class InstrumentLayers(Pass):
 
 
 def _is_shared(
-    site: LayerSite, dims: int, size: int, enlarged: int | None, forward: ForwardGraph
+    site: LayerSite,
+    dims: int,
+    size: int,
+    size_with_one_more: int | None,
+    forward: ForwardGraph,
 ) -> bool:
     """Say whether an embedding looks up ids that do not belong to single examples, such as positions."""
-    grows = enlarged is not None and enlarged != size
+    grows = size_with_one_more is not None and size_with_one_more != size
     return (
         site.form == "embedding"
         and not grows
         and (dims == 1 or size == 1)
-        and not (enlarged is None and size == forward.rows)
+        and not (size_with_one_more is None and size == forward.rows)
     )
 
 
@@ -161,10 +166,10 @@ def _uses(forward: ForwardGraph, name: str) -> int:
 
 def _enlarged_sizes(forward: ForwardGraph, rewrite: Rewrite) -> Mapping[str, int]:
     """Return the leading sizes of the layers' inputs with one more example; empty when that fails."""
-    if forward.enlarged is None:
+    if forward.recapture_with_one_more_example is None:
         return {}
     try:
-        other = forward.enlarged()
+        other = forward.recapture_with_one_more_example()
         found = {}
         for site in rewrite.layers:
             node = _call(other, site)

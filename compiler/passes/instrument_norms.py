@@ -72,11 +72,15 @@ class InstrumentNorms(Pass):
         result.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not apart)
 
     def check(
-        self, forward: ForwardGraph, site: NormSite, x: Tensor, enlarged: torch.Size | None
+        self,
+        forward: ForwardGraph,
+        site: NormSite,
+        x: Tensor,
+        size_with_one_more: torch.Size | None,
     ) -> None:
         """Raise unless the first axis of the norm's input is the example axis."""
         views = forward.views
-        wrong = enlarged is not None and enlarged[0] != forward.rows + views
+        wrong = size_with_one_more is not None and size_with_one_more[0] != forward.rows + views
         if x.dim() < 2 or x.shape[0] != forward.rows or wrong:
             raise SiteUnfit(
                 site.module,
@@ -87,10 +91,10 @@ class InstrumentNorms(Pass):
 
 def _enlarged_shapes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, torch.Size]:
     """Return the norms' input shapes with one more example; empty when that fails."""
-    if forward.enlarged is None:
+    if forward.recapture_with_one_more_example is None:
         return {}
     try:
-        other = forward.enlarged()
+        other = forward.recapture_with_one_more_example()
         return {name: call.x.meta["val"].shape for name, call in locate(other, rewrite).items()}
     except Exception as error:
         forward.notes.append(

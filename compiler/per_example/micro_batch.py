@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Portion:
+class MicroBatchSlice:
     """A micro-batch's place in its step: its part of the counted targets, of the examples, and where it begins."""
 
     share: float = 1.0

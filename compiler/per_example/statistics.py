@@ -16,7 +16,7 @@ from trainc.runtime.step.machine import Contribution
 from trainc.runtime.step.sharded import squared_norms
 
 if TYPE_CHECKING:
-    from trainc.compiler.lower.lowering import Parts, Task
+    from trainc.compiler.lower.lowering import LoweredMethod, Task
     from trainc.compiler.per_example.micro_batch import Micro
     from trainc.runtime.data.batch import Batch
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Statistics:
     """What a program measures of its micro-batches' gradients."""
 
-    def __init__(self, parts: Parts, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parts: LoweredMethod, parameters: Mapping[str, nn.Parameter]) -> None:
         self.rewrite, self.whole = parts.rewrite, parts.whole
         self._parameters = parameters
         self._open: Micro | None = None

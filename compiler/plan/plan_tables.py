@@ -13,14 +13,14 @@ from trainc.runtime.schedule.clock import Clock
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
-    from trainc.compiler.lower.lowering import Parts
+    from trainc.compiler.lower.lowering import LoweredMethod
     from trainc.compiler.method.sites import MeasuredSite
     from trainc.compiler.model.inventory import Inventory
 
 Row = dict[str, Any]
 
 
-def parameter_rows(binding: Binding, parts: Parts) -> list[Row]:
+def parameter_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
     """Return one row per parameter: the exact cover."""
     optimizer = {n: part for part in parts.optimizers for n in part.clause.targets}
     touching = [
@@ -57,7 +57,7 @@ def step_rows(binding: Binding) -> list[Row]:
     rows = [
         _step_row(PHASES.index(e.phase), c.label, c.construct.told(e), e.reads, e.writes, _every(c))
         for c, e in step_order(active)
-        if c.construct.acts(e)
+        if c.construct.performs(e)
     ]
     rows += [
         _step_row(
@@ -104,7 +104,7 @@ def _rule_writes(rule: Any) -> list[str]:
     return [getattr(action, "target", None) or action.verb for action in rule.actions]
 
 
-def schedule_rows(binding: Binding, parts: Parts) -> list[Row]:
+def schedule_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
     """Return every scheduled number at 21 points of the run, with the clock in all units."""
     from trainc.compiler.constructs.data._batch_policy import counters, ramp
 
@@ -128,13 +128,13 @@ def schedule_rows(binding: Binding, parts: Parts) -> list[Row]:
     return rows
 
 
-def memory_rows(binding: Binding, parts: Parts) -> list[Row]:
+def memory_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
     """Return what the program holds beyond weights and gradients, in bytes."""
     rows = [{"what": what, "bytes": count} for what, count in _memory(binding, parts) if count]
     return rows
 
 
-def _memory(binding: Binding, parts: Parts) -> Iterator[tuple[str, int]]:
+def _memory(binding: Binding, parts: LoweredMethod) -> Iterator[tuple[str, int]]:
     inventory = binding.inventory
     for part in parts.optimizers:
         total = 0

@@ -8,7 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
-    from trainc.compiler.lower.lowering import Parts
+    from trainc.compiler.lower.lowering import LoweredMethod
     from trainc.compiler.method.sites import LayerSite
 
 Row = dict[str, Any]
@@ -20,7 +20,7 @@ _TRITON = {
 """The operators with a Triton kernel; of the others ATen's compositions run on every device."""
 
 
-def site_rows(binding: Binding, parts: Parts) -> list[Row]:
+def site_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
     """Return one row per rewritten layer: the operator it reaches and by which road."""
     rewrite = parts.rewrite
     refused = rewrite.modules_only
@@ -99,7 +99,7 @@ def _through_head() -> str:
     return f"head_consistency_loss, where a head of {CLASSES} classes or more gives the logits"
 
 
-def kernel_rows(parts: Parts) -> list[Row]:
+def kernel_rows(parts: LoweredMethod) -> list[Row]:
     """Return the operators in use, the implementation that will run and why not another."""
     rewrite = parts.rewrite
     names = sorted({f"{site.form}_norm" for site in rewrite.norms})

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from trainc.compiler.graph.differentiate import differentiate
 from trainc.compiler.graph.export_capture import PREFIX, ROADS, Road, Task, Wrapped
-from trainc.compiler.graph.forward_graph import ForwardGraph, TaskForm, identifier, plant
+from trainc.compiler.graph.forward_graph import ForwardGraph, LossSpec, identifier, register_tensor
 from trainc.compiler.graph.step_graph import Batch, Interface, Port, StepGraph, flatten_inputs
 from trainc.compiler.method.penalty import Penalty
 from trainc.compiler.method.sites import Rewrite
@@ -70,7 +70,7 @@ def capture(
     check_order(passes)
     make = partial(forward_graph, model, task, views=rewrite.views, scalars=scalars)
     forward, road = _first_road(make, batch, ROADS if road is None else {"the given road": road})
-    forward.enlarged = partial(_enlarged, make, batch, road)
+    forward.recapture_with_one_more_example = partial(_enlarged, make, batch, road)
     reports = run_passes(forward, rewrite, passes, without)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     try:
@@ -131,7 +131,7 @@ def forward_graph(
         if isinstance(child, fx.GraphModule):
             holder.add_module(name, child)
     for name, tensor in tensors.items():
-        plant(holder, name, tensor)
+        register_tensor(holder, name, tensor)
     holder.graph = graph
     names = [*input_names(batch), "targets"]
     given = [*(t for _, t in flatten_inputs(batch[0])[1]), batch[1]]
@@ -145,7 +145,7 @@ def forward_graph(
         canonical_names(model),
         fakes,
         scalars,
-        TaskForm.of(task),
+        LossSpec.of(task),
         batch[1].shape[0],
         views,
         mode,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.layers.bound_modules import Sites, bind
-from trainc.compiler.lower.lowering import Parts, Penalty, Task
+from trainc.compiler.lower.lowering import LoweredMethod, Penalty, Task
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.per_example.brute_force import one_by_one
-from trainc.compiler.per_example.micro_batch import Micro, Portion
+from trainc.compiler.per_example.micro_batch import Micro, MicroBatchSlice
 from trainc.compiler.per_example.preconditions import examine, undisturbed
 from trainc.compiler.per_example.statistics import Statistics
 from trainc.compiler.program.distributed import (
@@ -44,7 +44,7 @@ class Execution:
     def __init__(
         self,
         model: nn.Module,
-        parts: Parts,
+        parts: LoweredMethod,
         seed: int,
         clock: Clock,
         executor: Executor,
@@ -75,7 +75,7 @@ class Execution:
 
     # module by module
 
-    def run_modules(self, batch: Batch, portion: Portion) -> tuple[Tensor, Micro]:
+    def run_modules(self, batch: Batch, portion: MicroBatchSlice) -> tuple[Tensor, Micro]:
         """Return what is to be differentiated, and what the micro-batch leaves once it was."""
         refuse_shards(
             "a micro-batch's or replica's own", self.parts.whole, self.parameters, _PER_EXAMPLE
@@ -162,7 +162,7 @@ class Execution:
             self._graph = StepGraph(self.module)
         return self._graph
 
-    def adopt(self, graph: StepGraph) -> None:
+    def use_graph(self, graph: StepGraph) -> None:
         """Use a graph that was captured before, for batches it accepts."""
         self._adopted = graph
         self.graph.install(graph)
@@ -185,7 +185,7 @@ class Execution:
                         batch,
                         rewrite=self.parts.rewrite,
                         penalties={n: _one_mapping(p) for n, p in self.parts.penalties.items()},
-                        scalars=self._scalars(Portion(), batch[1].device),
+                        scalars=self._scalars(MicroBatchSlice(), batch[1].device),
                         without=self.without,
                     )
             finally:
@@ -193,7 +193,7 @@ class Execution:
             self.graph.install(self._graphs[key])
         return self._graphs[key]
 
-    def run_graph(self, batch: Batch, portion: Portion) -> tuple[Tensor, Micro]:
+    def run_graph(self, batch: Batch, portion: MicroBatchSlice) -> tuple[Tensor, Micro]:
         """Run forward and backward as a graph, add to `.grad`, and return the loss with what is left.
 
         Where no graph can hold the model the bound modules run instead, and `refused` says why.
@@ -239,7 +239,7 @@ class Execution:
 
         With `strength` every scheduled number of the rewrite and of the loss terms has that value.
         """
-        scalars = self._scalars(Portion(), batch[1].device)
+        scalars = self._scalars(MicroBatchSlice(), batch[1].device)
         if strength is not None:
             scalars |= {n: torch.full_like(scalars[n], strength) for n in self.parts.scalars}
         self._examine(batch)
@@ -279,7 +279,7 @@ class Execution:
         self, batch: Batch, names: Sequence[str], replicas: Replicas | None = None
     ) -> Calibrated:
         def loss_of(example: int, one: Batch) -> Tensor:
-            scalars = self._scalars(Portion(first=example), batch[1].device)
+            scalars = self._scalars(MicroBatchSlice(first=example), batch[1].device)
             self._arm(one, scalars)
             inputs = batches.repeated(one[0], self._views)
             return self._task_loss(batches.call(self.module, inputs), one[1], scalars)[0]
@@ -301,7 +301,7 @@ class Execution:
             self.statistics.weigh(micro, self.task, batch, share)
         return micro
 
-    def _scalars(self, portion: Portion, device: torch.device) -> dict[str, Tensor]:
+    def _scalars(self, portion: MicroBatchSlice, device: torch.device) -> dict[str, Tensor]:
         """Return this micro-batch's numbers as 0-d tensors, so that a changing rate never recompiles.
 
         The distance of two views is a mean over examples, the task one over counted targets: where the two parts of

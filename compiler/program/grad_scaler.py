@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from trainc.compiler.lower.lowering import Parts
+    from trainc.compiler.lower.lowering import LoweredMethod
 
 
 def unscale(
-    scaler: torch.amp.GradScaler, parts: Parts, parameters: Mapping[str, nn.Parameter]
+    scaler: torch.amp.GradScaler, parts: LoweredMethod, parameters: Mapping[str, nn.Parameter]
 ) -> bool:
     """Divide gradients by what the losses were multiplied by, and return whether one of them overflowed."""
     if parts.compacts:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.bind.run_settings import RunSettings
-from trainc.compiler.lower.lowering import Parts, Task
-from trainc.compiler.per_example.micro_batch import Micro, Portion
+from trainc.compiler.lower.lowering import LoweredMethod, Task
+from trainc.compiler.per_example.micro_batch import Micro, MicroBatchSlice
 from trainc.compiler.program.distributed import check_apart, follow
 from trainc.compiler.program.execution import Execution, Executor
 from trainc.compiler.program.grad_scaler import unscale
@@ -47,7 +47,7 @@ class Program:
         self,
         plan: Plan,
         model: nn.Module,
-        parts: Parts,
+        parts: LoweredMethod,
         settings: RunSettings,
         length: RunLength | None,
         signals: Signals,
@@ -136,7 +136,7 @@ class Program:
         """
         checked, part = batches.check(batch), share if part is None else part
         step = self._open([checked], part)
-        return self._run_modules(step, checked, Portion(share, part, step.samples))
+        return self._run_modules(step, checked, MicroBatchSlice(share, part, step.samples))
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
         """Apply what `backward()` left: gradient steps, optimizer, observers. Return the step's metrics.
@@ -156,7 +156,7 @@ class Program:
         self._last = step
         refused = not math.isfinite(step.loss) and self.settings.on_nan != "continue"
         if refused or overflowed:
-            self._pass_over(step)
+            self._skip_step(step)
         else:
             self._machine.finish()
         self.sites.disarm()
@@ -205,7 +205,7 @@ class Program:
         """Run forward and backward of one micro-batch as a graph and return the loss: calling `graph`."""
         checked, part = batches.check(batch), share if part is None else part
         step = self._open([checked], part)
-        return self._run_graph(step, checked, Portion(share, part, step.samples))
+        return self._run_graph(step, checked, MicroBatchSlice(share, part, step.samples))
 
     def _open(self, micros: Sequence[Batch], part: float = 1.0) -> Step:
         """Open the step with what it is given, `part` of its examples: the batch where the spec names no data."""
@@ -225,14 +225,14 @@ class Program:
             if part.gate.fires(self.clock):
                 step.calibrations[part.label] = self.execution.calibrate(batch, part.examples)
 
-    def _run_modules(self, step: Step, batch: Batch, portion: Portion) -> Tensor:
+    def _run_modules(self, step: Step, batch: Batch, portion: MicroBatchSlice) -> Tensor:
         self._calibrate(step, batch)
         total, micro = self.execution.run_modules(batch, portion)
         self._count(step, batch[1])
         self._micros.append(micro)
         return total
 
-    def _run_graph(self, step: Step, batch: Batch, portion: Portion) -> Tensor:
+    def _run_graph(self, step: Step, batch: Batch, portion: MicroBatchSlice) -> Tensor:
         self._calibrate(step, batch)
         refused = self.graph_refused
         total, micro = self.execution.run_graph(batch, portion)
@@ -242,19 +242,19 @@ class Program:
         self._micros.append(micro)
         return total
 
-    def _portions(self, step: Step, micros: list[Batch]) -> list[tuple[Batch, Portion]]:
+    def _portions(self, step: Step, micros: list[Batch]) -> list[tuple[Batch, MicroBatchSlice]]:
         """Return each micro-batch with its part of the step's targets and of its examples.
 
         One in which no target counts has no mean; its examples are counted and it is passed over.
         """
         if len(micros) == 1:
-            return [(micros[0], Portion())]
+            return [(micros[0], MicroBatchSlice())]
         counts = [self.task.count(targets) for _, targets in micros]
         examples = [targets.shape[0] for _, targets in micros]
         found, first = [], step.samples
         for micro, count, number in zip(micros, counts, examples, strict=True):
             if count:
-                portion = Portion(count / sum(counts), number / sum(examples), first)
+                portion = MicroBatchSlice(count / sum(counts), number / sum(examples), first)
                 found.append((micro, portion))
             else:
                 self._count(step, micro[1])
@@ -316,14 +316,14 @@ class Program:
         )
         step.metrics.update({name: means[f"term {name}"] for name in terms})
 
-    def _pass_over(self, step: Step) -> None:
+    def _skip_step(self, step: Step) -> None:
         """Drop a step that nothing can be updated by: stop the run for its loss, or count it and go on."""
         for action in self._parts.actions:
             if isinstance(action, OptimizerStep):
                 action.zero_grad()
         for compact in self._parts.compacts.values():
             compact.discard()
-        self._machine.abandon()
+        self._machine.discard_step()
         if not math.isfinite(step.loss) and self.settings.on_nan == "stop":
             steps = self.clock.steps
             raise NonFiniteLoss(
@@ -349,10 +349,10 @@ class Program:
         self._machine.load_state_dict(state)
         self._restore(state)
 
-    def adopt(self, state: Mapping[str, Any]) -> list[str]:
+    def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
         """Restore what fits of another spec's state on the same model; return what does not go on, in lines."""
         self.module.load_state_dict(state["model"])
-        told = self._machine.adopt(state)
+        told = self._machine.load_compatible(state)
         self._restore(state)
         return told
 
@@ -362,7 +362,7 @@ class Program:
             compact.read()
         self._micros.clear()
         self.execution.statistics.close()
-        self._machine.abandon()
+        self._machine.discard_step()
 
     def save(self, folder: str | Path) -> Path:
         """Write plan, graph and weights to `folder`; `trainc.load` binds them to a model again."""

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainc.compiler.lower.lowering import Parts
+    from trainc.compiler.lower.lowering import LoweredMethod
     from trainc.runtime.step.machine import Step
 
 
 def loss_lines(
-    parts: Parts, first: Mapping[str, float], last: Step | None, steps: int
+    parts: LoweredMethod, first: Mapping[str, float], last: Step | None, steps: int
 ) -> Iterator[str]:
     """Yield what the loss and its terms were at first and at last."""
     if last is None or "loss" not in first:
@@ -24,7 +24,7 @@ def loss_lines(
         yield f"{pairing.label}: distance of the two views {apart}, noise at {sites} layers"
 
 
-def factor_lines(parts: Parts) -> Iterator[str]:
+def factor_lines(parts: LoweredMethod) -> Iterator[str]:
     """Yield the factors of rate policies that never change and so have no action to tell of them."""
     told = {action.name for action in parts.actions}
     factors: dict[str, list[float]] = {}

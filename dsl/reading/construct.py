@@ -124,7 +124,7 @@ class Construct(BaseModel):
         """Return what the plan's table of the step calls an effect of this clause."""
         return effect.action
 
-    def acts(self, effect: Effect) -> bool:
+    def performs(self, effect: Effect) -> bool:
         """Say whether this clause, with these fields, performs one of its kind's effects."""
         return True
 
@@ -135,7 +135,7 @@ class Construct(BaseModel):
         """
         return None
 
-    def lacks(self, signal: str) -> tuple[str, str] | None:
+    def unmeasured_reason(self, signal: str) -> tuple[str, str] | None:
         """Say why this clause, with these fields, never measures a signal, and what to write; None if it does."""
         return None
 

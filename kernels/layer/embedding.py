@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.library.contracts import absent, accumulation_dtype, on_demand, require
+from trainc.kernels.library.contracts import absent, accumulation_dtype, lazy, require
 from trainc.kernels.library.register import register
 
 # From dy, ids and padding_idx: the (B, 1) norms.
@@ -185,6 +185,6 @@ register(
 register(
     "embedding_backward",
     cpu=eager_backward,
-    cuda=on_demand("layer.triton_embedding", "embedding_backward"),
+    cuda=lazy("layer.triton_embedding", "embedding_backward"),
     fake=_imagined_backward,
 )

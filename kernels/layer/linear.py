@@ -21,7 +21,7 @@ from trainc.kernels.library.contracts import (
     absent,
     accumulation_dtype,
     autocast,
-    on_demand,
+    lazy,
     require,
 )
 from trainc.kernels.library.register import register
@@ -293,6 +293,6 @@ register(
 register(
     "linear_backward",
     cpu=eager_backward,
-    cuda=on_demand("layer.triton_linear_launch", "linear_backward"),
+    cuda=lazy("layer.triton_linear_launch", "linear_backward"),
     fake=_imagined_backward,
 )

@@ -36,7 +36,7 @@ def require(condition: bool, message: Callable[[], str]) -> None:
     torch._check(condition, message)
 
 
-def on_demand(module: str, function: str) -> Callable[..., Any]:
+def lazy(module: str, function: str) -> Callable[..., Any]:
     """A kernel whose module is imported by its first call: without CUDA, triton may be missing."""
 
     def kernel(*arguments: Any) -> Any:

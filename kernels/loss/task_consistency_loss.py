@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainc.kernels.library.contracts import accumulation_dtype, on_demand, require
+from trainc.kernels.library.contracts import accumulation_dtype, lazy, require
 from trainc.kernels.library.register import register
 from trainc.kernels.loss import loss_rows
 
@@ -204,7 +204,7 @@ def _differentiate(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyp
 _forward = register(
     "task_consistency_loss",
     cpu=eager_forward,
-    cuda=on_demand("loss.triton_loss", "task_consistency_loss"),
+    cuda=lazy("loss.triton_loss", "task_consistency_loss"),
     fake=imagined_forward,
     save=_save,
     differentiate=_differentiate,
@@ -212,6 +212,6 @@ _forward = register(
 _backward = register(
     "task_consistency_loss_backward",
     cpu=eager_backward,
-    cuda=on_demand("loss.triton_loss", "task_consistency_loss_backward"),
+    cuda=lazy("loss.triton_loss", "task_consistency_loss_backward"),
     fake=imagined_backward,
 )

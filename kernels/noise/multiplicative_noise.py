@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainc.kernels.library.contracts import accumulation_dtype, on_demand, require
+from trainc.kernels.library.contracts import accumulation_dtype, lazy, require
 from trainc.kernels.library.register import register
 from trainc.kernels.noise.philox import MAX_SITES, MAX_TOKENS, MAX_VIEWS, normal
 
@@ -304,7 +304,7 @@ def _differentiate_add(ctx, dy):  # type: ignore[no-untyped-def]
 _multiply = register(
     "multiplicative_noise",
     cpu=eager_multiply,
-    cuda=on_demand("noise.triton_noise", "multiplicative_noise"),
+    cuda=lazy("noise.triton_noise", "multiplicative_noise"),
     fake=imagined_multiply,
     save=_save,
     differentiate=_differentiate_multiply,
@@ -312,7 +312,7 @@ _multiply = register(
 _add = register(
     "noisy_add",
     cpu=eager_add,
-    cuda=on_demand("noise.triton_noise", "noisy_add"),
+    cuda=lazy("noise.triton_noise", "noisy_add"),
     fake=imagined_add,
     save=_save,
     differentiate=_differentiate_add,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trainc.kernels.library.contracts import REDUCED, absent, check_norm, on_demand, statistic_shape
+from trainc.kernels.library.contracts import REDUCED, absent, check_norm, lazy, statistic_shape
 from trainc.kernels.library.register import in_float32, register, register_autocast
 from trainc.kernels.norm import layer_norm
 
@@ -192,7 +192,7 @@ def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
 _forward = register(
     "add_layer_norm",
     cpu=eager_forward,
-    cuda=on_demand("norm.triton_add_norm_launch", "layer_forward"),
+    cuda=lazy("norm.triton_add_norm_launch", "layer_forward"),
     fake=imagined_forward,
     save=_save,
     differentiate=_differentiate,
@@ -200,7 +200,7 @@ _forward = register(
 _backward = register(
     "add_layer_norm_backward",
     cpu=eager_backward,
-    cuda=on_demand("norm.triton_add_norm_launch", "layer_backward"),
+    cuda=lazy("norm.triton_add_norm_launch", "layer_backward"),
     fake=imagined_backward,
 )
 

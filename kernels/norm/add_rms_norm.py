@@ -9,7 +9,7 @@ from trainc.kernels.library.contracts import (
     REDUCED,
     absent,
     accumulation_dtype,
-    on_demand,
+    lazy,
     statistic_shape,
 )
 from trainc.kernels.library.register import register, register_autocast
@@ -156,7 +156,7 @@ def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
 _forward = register(
     "add_rms_norm",
     cpu=eager_forward,
-    cuda=on_demand("norm.triton_add_norm_launch", "rms_forward"),
+    cuda=lazy("norm.triton_add_norm_launch", "rms_forward"),
     fake=imagined_forward,
     save=_save,
     differentiate=_differentiate,
@@ -164,7 +164,7 @@ _forward = register(
 _backward = register(
     "add_rms_norm_backward",
     cpu=eager_backward,
-    cuda=on_demand("norm.triton_add_norm_launch", "rms_backward"),
+    cuda=lazy("norm.triton_add_norm_launch", "rms_backward"),
     fake=imagined_backward,
 )
 

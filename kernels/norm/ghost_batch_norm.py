@@ -11,7 +11,7 @@ from trainc.kernels.library.contracts import (
     absent,
     accumulation_dtype,
     as_composed,
-    on_demand,
+    lazy,
     require,
 )
 from trainc.kernels.library.register import register
@@ -286,7 +286,7 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
 _forward = register(
     "ghost_batch_norm",
     cpu=eager_forward,
-    cuda=on_demand("norm.triton_ghost_batch_norm", "ghost_batch_norm"),
+    cuda=lazy("norm.triton_ghost_batch_norm", "ghost_batch_norm"),
     fake=imagined_forward,
     save=_save,
     differentiate=_differentiate,
@@ -294,6 +294,6 @@ _forward = register(
 _backward = register(
     "ghost_batch_norm_backward",
     cpu=eager_backward,
-    cuda=on_demand("norm.triton_ghost_batch_norm", "ghost_batch_norm_backward"),
+    cuda=lazy("norm.triton_ghost_batch_norm", "ghost_batch_norm_backward"),
     fake=imagined_backward,
 )

@@ -18,7 +18,7 @@ from trainc.kernels.library.contracts import (
     batch_sum,
     check_norm,
     fold,
-    on_demand,
+    lazy,
     per_example_sums,
     statistic_shape,
 )
@@ -220,7 +220,7 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
 _forward = register(
     "layer_norm",
     cpu=eager_forward,
-    cuda=on_demand("norm.triton_norm_launch", "layer_norm_forward"),
+    cuda=lazy("norm.triton_norm_launch", "layer_norm_forward"),
     fake=imagined_forward,
     save=_save,
     differentiate=_differentiate,
@@ -228,7 +228,7 @@ _forward = register(
 _backward = register(
     "layer_norm_backward",
     cpu=eager_backward,
-    cuda=on_demand("norm.triton_norm_launch", "layer_norm_backward"),
+    cuda=lazy("norm.triton_norm_launch", "layer_norm_backward"),
     fake=imagined_backward,
 )
 # torch.autocast's own rules: float32 on CUDA, left alone on CPU where ATen takes mixed precision.

@@ -15,7 +15,7 @@ from trainc.kernels.library.contracts import (
     batch_sum,
     check_norm,
     fold,
-    on_demand,
+    lazy,
     per_example_sums,
     statistic_shape,
 )
@@ -279,7 +279,7 @@ def autocast(
 _forward = register(
     "rms_norm",
     cpu=eager_forward,
-    cuda=on_demand("norm.triton_norm_launch", "rms_norm_forward"),
+    cuda=lazy("norm.triton_norm_launch", "rms_norm_forward"),
     fake=imagined_forward,
     save=_save,
     differentiate=_differentiate,
@@ -287,7 +287,7 @@ _forward = register(
 _backward = register(
     "rms_norm_backward",
     cpu=eager_backward,
-    cuda=on_demand("norm.triton_norm_launch", "rms_norm_backward"),
+    cuda=lazy("norm.triton_norm_launch", "rms_norm_backward"),
     fake=imagined_backward,
 )
 register_autocast(_forward, autocast)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainc.kernels.library.contracts import on_demand, require
+from trainc.kernels.library.contracts import lazy, require
 from trainc.kernels.library.register import register_update
 
 # Entries handled at a time, a multiple of 8: fewer calls against masks in words that fit a cache.
@@ -20,8 +20,8 @@ def masked_update_(tensors: Sequence[Tensor], mask: Tensor) -> None:
     `tensors` have one shape, any strides and floating dtypes: a weight and its optimizer state. `mask` is bool in that
     shape, True where entries stay, or packed: uint8 (ceil(numel / 8),) with entry i of the flat tensor in bit i % 8,
     low bits first, of byte i // 8 (`trainc.kernels.parameter.masked_update.pack` makes one). Entries outside the mask
-    become zero, whatever they held: nan does not survive as 0 * nan would. Entries inside keep their bits. Returns None; there
-    is no gradient, and no tensors are nothing to do.
+    become zero, whatever they held: nan does not survive as 0 * nan would. Entries inside keep their bits. Returns None;
+    there is no gradient, and no tensors are nothing to do.
 
     Raises RuntimeError for tensors of several shapes and for a mask of another shape or dtype.
     """
@@ -106,7 +106,7 @@ def imagined(tensors: Sequence[Tensor], mask: Tensor) -> None:
 _operator = register_update(
     "masked_update_",
     cpu=eager,
-    cuda=on_demand("parameter.triton_masked_update", "masked_update_"),
+    cuda=lazy("parameter.triton_masked_update", "masked_update_"),
     fake=imagined,
     mutates=("tensors",),
 )

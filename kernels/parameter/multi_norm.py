@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainc.kernels.library.contracts import on_demand, require
+from trainc.kernels.library.contracts import lazy, require
 from trainc.kernels.library.register import register_update
 
 COLUMNS = 4
@@ -108,6 +108,6 @@ def imagined(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
 _operator = register_update(
     "multi_norm",
     cpu=eager,
-    cuda=on_demand("parameter.triton_multi_norm", "multi_norm"),
+    cuda=lazy("parameter.triton_multi_norm", "multi_norm"),
     fake=imagined,
 )

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainc.kernels.library.contracts import on_demand, require
+from trainc.kernels.library.contracts import lazy, require
 from trainc.kernels.library.register import register_update
 
 
@@ -202,7 +202,7 @@ def imagined(
 _operator = register_update(
     "sparse_adamw_",
     cpu=eager,
-    cuda=on_demand("parameter.triton_sparse_adamw", "sparse_adamw_"),
+    cuda=lazy("parameter.triton_sparse_adamw", "sparse_adamw_"),
     fake=imagined,
     mutates=("weight", "exp_avg", "exp_avg_sq", "master"),
 )

@@ -278,7 +278,7 @@ class Measure(Action):
             raise ValueError(f"{self.name}: the checkpoint measured something else: {odd}")
         self._load(state, known)
 
-    def adopt(self, state: Mapping[str, Any]) -> str | None:
+    def load_compatible(self, state: Mapping[str, Any]) -> str | None:
         known, odd = self._fitting(state)
         self._load(state, known)
         return f"{self.name}: {odd}" if state and odd else None

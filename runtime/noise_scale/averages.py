@@ -71,8 +71,8 @@ class Averages:
 
     def _add_spread(self, spread: Spread | None, decay: float) -> None:
         new = (0.0,) * self.SPREADS
-        if spread is not None and all(map(math.isfinite, spread[:3])) and spread.freedom > 0:
-            new = (1.0, spread.signal, spread.noise, spread.covariance, 1 / spread.freedom)
+        if spread is not None and all(map(math.isfinite, spread[:3])) and spread.dof > 0:
+            new = (1.0, spread.signal, spread.noise, spread.covariance, 1 / spread.dof)
         for i, value in enumerate(new):
             power = 4 if i == self.SPREADS - 1 else 2
             self._spreads[i] = decay**power * self._spreads[i] + (1 - decay) ** power * value
@@ -185,9 +185,9 @@ class Averages:
         """Return the error from the estimates' own spreads, with freedom by Satterthwaite's rule."""
         weight, covered = self._moments[0], self._spreads[0]
         _, signal, noise, covariance, fourth = self._spreads
-        freedom = covered * covered / fourth if fourth else math.inf
+        dof = covered * covered / fourth if fourth else math.inf
         square = weight * weight
-        return Spread(signal / square, noise / square, covariance / square, freedom)
+        return Spread(signal / square, noise / square, covariance / square, dof)
 
     def _scatter(self) -> Spread:
         """Return the error from the scatter of the estimates; NaN before two."""

@@ -41,7 +41,7 @@ class Spread(NamedTuple):
     signal: float
     noise: float
     covariance: float
-    freedom: float = math.inf
+    dof: float = math.inf
 
 
 UNKNOWN = Spread(math.nan, math.nan, math.nan, 0.0)
@@ -75,7 +75,7 @@ def ratio_interval(estimate: Estimate, spread: Spread, level: float = 0.9) -> tu
     """
     if any(map(math.isnan, (*estimate, *spread))):
         return math.nan, math.nan
-    bound = student(level, spread.freedom) ** 2
+    bound = student(level, spread.dof) ** 2
     if math.isinf(bound):
         return 0.0, math.inf
     signal, noise = max(estimate.signal, 0.0), max(estimate.noise, 0.0)
@@ -88,7 +88,7 @@ def ratio_interval(estimate: Estimate, spread: Spread, level: float = 0.9) -> tu
     return low, larger / a if a > 0 else math.inf
 
 
-def student(level: float, freedom: float) -> float:
+def student(level: float, dof: float) -> float:
     """Return the t that Student's variable stays within, up to sign, with probability `level`.
 
     `freedom` is rounded down to whole numbers, which errs to the wide side; below one there is no
@@ -96,32 +96,32 @@ def student(level: float, freedom: float) -> float:
     """
     if not 0 < level < 1:
         raise ValueError(f"level = {level}: an interval's probability is between 0 and 1")
-    if not freedom >= 1:
+    if not dof >= 1:
         return math.inf
-    return _few(level, int(freedom)) if freedom < _MANY else _many(level, freedom)
+    return _few(level, int(dof)) if dof < _MANY else _many(level, dof)
 
 
-def _many(level: float, freedom: float) -> float:
+def _many(level: float, dof: float) -> float:
     """Return Student's quantile by its expansion in 1 / freedom (Abramowitz & Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+    return z + first / dof + second / dof**2 + third / dof**3
 
 
 @lru_cache(maxsize=4096)
-def _few(level: float, freedom: int) -> float:
+def _few(level: float, dof: int) -> float:
     """Return Student's quantile by halving: with t = sqrt(freedom) tan(x), x has density cos^(freedom - 1)."""
     low, high = 0.0, math.pi / 2
-    wanted = level * _cosine_power(freedom - 1, high)
+    wanted = level * _cosine_power(dof - 1, high)
     for _ in range(60):
         middle = (low + high) / 2
-        if _cosine_power(freedom - 1, middle) < wanted:
+        if _cosine_power(dof - 1, middle) < wanted:
             low = middle
         else:
             high = middle
-    return math.sqrt(freedom) * math.tan(low)
+    return math.sqrt(dof) * math.tan(low)
 
 
 def _cosine_power(power: int, x: float) -> float:

@@ -86,9 +86,9 @@ def jackknives(
         for s1, s in zip(squares.sum(0).tolist(), whole.tolist(), strict=True)
     ]
     variances = _variances(squares, dots, whole, w, each).T.tolist()
-    freedom = float((w > 0).sum()) - 1
+    dof = float((w > 0).sum()) - 1
     return [
-        Jackknife(estimate, *_finite(numbers, freedom))
+        Jackknife(estimate, *_finite(numbers, dof))
         for estimate, numbers in zip(estimates, variances, strict=True)
     ]
 
@@ -114,11 +114,11 @@ def _variances(squares: Tensor, dots: Tensor, whole: Tensor, w: Tensor, each: Te
     return sums * ((count - 1) / count if count else math.nan)
 
 
-def _finite(numbers: list[float], freedom: float) -> tuple[Spread, float]:
+def _finite(numbers: list[float], dof: float) -> tuple[Spread, float]:
     """Return spread and error of the ratio, both unknown where they are no numbers."""
     signal, noise, covariance, ratio = numbers
     known = all(map(math.isfinite, (signal, noise, covariance)))
-    spread = Spread(signal, noise, covariance, freedom) if known else UNKNOWN
+    spread = Spread(signal, noise, covariance, dof) if known else UNKNOWN
     return spread, math.sqrt(ratio) if math.isfinite(ratio) else math.nan
 
 

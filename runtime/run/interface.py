@@ -131,9 +131,9 @@ class Reporting(Protocol):
 
 
 @runtime_checkable
-class Adopting(Protocol):
+class LoadsCompatible(Protocol):
     """A program that can go on from the state of another spec's."""
 
-    def adopt(self, state: Mapping[str, Any]) -> list[str]:
+    def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
         """Restore what fits; return what does not go on, in lines."""
         ...

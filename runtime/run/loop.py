@@ -17,7 +17,13 @@ from types import TracebackType
 from typing import Any
 
 from trainc.runtime.data.reader import Data, Order, Reader
-from trainc.runtime.run.interface import Adopting, NonFiniteLoss, Report, Reporting, RunnableProgram
+from trainc.runtime.run.interface import (
+    LoadsCompatible,
+    NonFiniteLoss,
+    Report,
+    Reporting,
+    RunnableProgram,
+)
 from trainc.runtime.run.live_display import Display
 from trainc.runtime.run.stop_signals import StopSignals
 from trainc.runtime.run.summary import Summary, evaluate
@@ -40,7 +46,7 @@ def train(
     stop_requested: Callable[[], str | None] | None = None,
     texts: Mapping[str, str] | None = None,
     keep: int = 2,
-    adopt: bool = False,
+    load_compatible: bool = False,
 ) -> Summary:
     """Train to the program's length and return how it went; `out` is the folder of the run.
 
@@ -53,7 +59,7 @@ def train(
         if stop_requested is None:
             stop_requested = stack.enter_context(StopSignals()).requested
         run = Run(program, data, folder, display, stop_requested, keep)
-        run.restore(adopt)
+        run.restore(load_compatible)
         folder.keep_texts(texts or {}, program.clock.steps)
         with run:
             return run.train()
@@ -94,7 +100,7 @@ class Run:
         """Return the program's clock."""
         return self.program.clock
 
-    def restore(self, adopt: bool = False) -> None:
+    def restore(self, load_compatible: bool = False) -> None:
         """Load the newest intact checkpoint, if there is one; with `adopt` what fits of it."""
         if not self.folder.resume:
             return
@@ -107,8 +113,8 @@ class Run:
             return
         state = checkpoint.load(found.path)
         told: list[str] = []
-        if adopt and isinstance(self.program, Adopting):
-            told = self.program.adopt(state["program"])
+        if load_compatible and isinstance(self.program, LoadsCompatible):
+            told = self.program.load_compatible(state["program"])
         else:
             self.program.load_state_dict(state["program"])
         self.clock.load_state_dict(state["clock"])

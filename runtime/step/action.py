@@ -54,7 +54,7 @@ class Action(ABC):
         if state:
             raise ValueError(f"{self.name} keeps no state, but the checkpoint has {sorted(state)}")
 
-    def adopt(self, state: Mapping[str, Any]) -> str | None:
+    def load_compatible(self, state: Mapping[str, Any]) -> str | None:
         """Take over what fits of the state of a clause that said something else.
 
         Return what does not go on, in a line; None where all of it does. Raises ValueError where

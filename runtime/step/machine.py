@@ -148,7 +148,7 @@ class StepMachine:
         self.current = None
         return step
 
-    def abandon(self) -> None:
+    def discard_step(self) -> None:
         """Close the open step without an update."""
         self.current = None
 
@@ -171,14 +171,14 @@ class StepMachine:
         for action in self.actions:
             action.load_state_dict(state["actions"].get(action.name, {}))
 
-    def adopt(self, state: Mapping[str, Any]) -> list[str]:
+    def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
         """Restore what fits of the state of a program with other actions; return what does not go on."""
         self._load(state)
         foreign = self._foreign(state)
         told = [f"{name}: not in the program any more" for name in foreign]
         for action in self.actions:
             try:
-                told.append(action.adopt(state["actions"].get(action.name, {})) or "")
+                told.append(action.load_compatible(state["actions"].get(action.name, {})) or "")
             except ValueError as error:
                 raise CannotAdopt(str(error)) from error
         return list(filter(None, told))

@@ -33,7 +33,7 @@ class Scale:
 
 
 @dataclass(slots=True)
-class Slot:
+class ParamSlot:
     """A parameter as the optimizer sees it: what it updates (the whole, or selected entries), and its knobs."""
 
     name: str
@@ -55,10 +55,10 @@ class Group:
 
     weight_decay: float
     scales: tuple[Scale, ...]
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[ParamSlot] = field(default_factory=list)
 
 
-def group(slots: Iterable[Slot]) -> list[Group]:
+def group(slots: Iterable[ParamSlot]) -> list[Group]:
     """Collect slots with the same decay and the same factors, in order of first appearance."""
     groups: dict[tuple[float, tuple[int, ...]], Group] = {}
     for slot in slots:
@@ -81,7 +81,7 @@ class OptimizerStep(Action):
     def __init__(
         self,
         name: str,
-        slots: Sequence[Slot],
+        slots: Sequence[ParamSlot],
         make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
     ) -> None:
         self.name = name
@@ -144,7 +144,7 @@ class OptimizerStep(Action):
             self.torch.state[slots[name].tensor] = entries
 
 
-def _fitted(value: Any, slot: Slot) -> Any:
+def _fitted(value: Any, slot: ParamSlot) -> Any:
     """Return saved state on the parameter's device; counters stay where torch keeps them, on the CPU."""
     import torch
 
@@ -206,7 +206,7 @@ class Clip(Action):
     reads = ("gradient",)
     writes = ("gradient",)
 
-    def __init__(self, name: str, limit: float, slots: Sequence[Slot]) -> None:
+    def __init__(self, name: str, limit: float, slots: Sequence[ParamSlot]) -> None:
         self.name = name
         self.limit = limit
         self.slots = tuple(slots)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
-class Compact:
+class SelectedEntries:
     """The selected entries of one parameter.
 
     `index` (k,) holds sorted flat positions, int32 where they fit, or is None until they are

@@ -52,12 +52,12 @@ class Rule(Action):
         text: str,
         condition: Callable[[Clock, Values], bool],
         hold: Duration | None,
-        acts: Sequence[Act],
+        performs: Sequence[Act],
         needs: Collection[str] = (),
         cooldown: Duration | None = None,
     ) -> None:
         self.name, self.text = name, text
-        self.condition, self.hold, self.acts = condition, hold, tuple(acts)
+        self.condition, self.hold, self.performs = condition, hold, tuple(performs)
         self.needs, self.cooldown = tuple(needs), cooldown
         self.since: float | None = None
         self.rests_since: float | None = None
@@ -83,7 +83,7 @@ class Rule(Action):
         self.fired.append(step.clock.steps)
         if self.cooldown is not None:
             self.rests_since = step.clock.position(self.cooldown)[0]
-        for act in self.acts:
+        for act in self.performs:
             self._act(act, step, values)
 
     def _rests(self, clock: Clock) -> bool:

@@ -93,7 +93,7 @@ def test_two_clauses_have_rows_and_tables_of_their_own(
     assert row(out, "late, documents") == ["? no estimate"]
     assert row(out, "early by layer")[0] == "samples"
     assert row(out, "late by layer")[0] == "documents"
-    # Parts that an older run did not record by layer are unknown, not zero.
+    # LoweredMethod that an older run did not record by layer are unknown, not zero.
     assert row(out[out.index("early by layer") :], "x ") == ["4", "?", "?", "?", "0% of steps"]
 
 

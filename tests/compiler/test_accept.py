@@ -116,7 +116,7 @@ def test_layers_that_stay_keep_their_averages() -> None:
     for name, sums in before._sums().items():
         sums.load([1.0 + len(name)] * sums.SIZE)
     after = Measure("gns", {"b": ("b.w",), "c": ("c.w",)}, settings)
-    said = after.adopt(before.state_dict())
+    said = after.load_compatible(before.state_dict())
     assert said == ("gns: the sum over layers, 1 layer start anew; not measured any more: `a`")
     assert after.layers["b"].state() == before.layers["b"].state()
     assert not any(after.layers["c"].state())

@@ -250,8 +250,8 @@ def test_a_rules_batch_lies_between_the_present_one_and_what_it_asks_for(micro: 
 
 
 def asked(value: float, start: int = 8) -> tuple[Rule, StepMachine]:
-    acts = [Act("set", lambda clock, values: value)]
-    rule = Rule("rule 1", "when x", lambda clock, values: True, None, acts)
+    performs = [Act("set", lambda clock, values: value)]
+    rule = Rule("rule 1", "when x", lambda clock, values: True, None, performs)
     made = machine_of(rule)
     made.batch_size = start
     return rule, made

@@ -1,4 +1,4 @@
-"""Parts of the front end that stand between files: tables, functions, rules, catalog, pages."""
+"""LoweredMethod of the front end that stand between files: tables, functions, rules, catalog, pages."""
 
 import re
 from importlib.metadata import EntryPoint

@@ -153,9 +153,9 @@ def test_own_spreads_are_folded_with_squared_weights() -> None:
     parts = torch.tensor([spread[:3] for spread in given_], dtype=torch.float64)
     expected = (weights.square()[:, None] * parts).sum(0).tolist()
     assert list(averages.spread[:3]) == pytest.approx(expected, rel=1e-12)
-    fourth = sum(w**4 / s.freedom for w, s in zip(weights.tolist(), given_, strict=True))
-    freedom = float(weights.square().sum()) ** 2 / fourth
-    assert averages.spread.freedom == pytest.approx(freedom, rel=1e-12)
+    fourth = sum(w**4 / s.dof for w, s in zip(weights.tolist(), given_, strict=True))
+    dof = float(weights.square().sum()) ** 2 / fourth
+    assert averages.spread.dof == pytest.approx(dof, rel=1e-12)
 
 
 def test_an_interval_exists_from_the_first_step() -> None:

@@ -31,8 +31,8 @@ from trainc.runtime.noise_scale.estimate import (
         (0.9, math.inf, 1.645),
     ],
 )
-def test_students_quantiles(level: float, freedom: float, expected: float) -> None:
-    assert student(level, freedom) == pytest.approx(expected, abs=5e-4)
+def test_students_quantiles(level: float, dof: float, expected: float) -> None:
+    assert student(level, dof) == pytest.approx(expected, abs=5e-4)
 
 
 def test_students_quantile_where_one_form_takes_over_and_where_there_is_none() -> None:
@@ -54,7 +54,7 @@ def test_the_interval_holds_the_ratios_that_fieller_does_not_reject(
     low, high = ratio_interval(Estimate(signal, noise), spread)
     assert 0 <= low <= high
     assert low < math.inf
-    bound = student(0.9, spread.freedom)
+    bound = student(0.9, spread.dof)
     s, n = max(signal, 0.0), max(noise, 0.0)
 
     def rejected(ratio: float) -> float:

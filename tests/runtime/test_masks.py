@@ -1,4 +1,4 @@
-"""Compact training: what the optimizer sees, what stays in memory, and what the weights become."""
+"""SelectedEntries training: what the optimizer sees, what stays in memory, and what the weights become."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainc.runtime.step.update_mask import Compact, largest
+from trainc.runtime.step.update_mask import SelectedEntries, largest
 
 
 def by_sorting(scores: list[Tensor], count: int) -> list[list[int]]:
@@ -41,7 +41,7 @@ def made(dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 def test_before_the_choice_nothing_trains() -> None:
     parameter = made()
-    compact = Compact("w", parameter, 3)
+    compact = SelectedEntries("w", parameter, 3)
     before = parameter.detach().clone()
     (parameter * 2).sum().backward()
     assert parameter.grad is not None
@@ -58,7 +58,7 @@ def test_before_the_choice_nothing_trains() -> None:
 @pytest.mark.parametrize("way", ["hook", "gather", "take"])
 def test_only_the_selected_gradient_is_kept(way: str) -> None:
     parameter = made()
-    compact = Compact("w", parameter, 3)
+    compact = SelectedEntries("w", parameter, 3)
     compact.choose(torch.tensor([1, 7, 19]))
     dense = torch.arange(20.0).view(4, 5)
     for _ in range(2):
@@ -80,7 +80,7 @@ def test_no_dense_gradient_outlives_the_layer_above() -> None:
     """The first layer's backward runs when the second's dense gradient is gone already."""
     one, two = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
     model = nn.Sequential(one, two)
-    compacts = [Compact(name, p, 1) for name, p in model.named_parameters()]
+    compacts = [SelectedEntries(name, p, 1) for name, p in model.named_parameters()]
     for compact in compacts:
         compact.choose(torch.tensor([4]))
     held: list[bool] = []
@@ -93,7 +93,7 @@ def test_no_dense_gradient_outlives_the_layer_above() -> None:
 
 def test_decay_and_moments_act_on_the_entries_alone() -> None:
     parameter, twin = made(), made()
-    compact = Compact("w", parameter, 3)
+    compact = SelectedEntries("w", parameter, 3)
     index = torch.tensor([0, 6, 13])
     compact.choose(index)
     optimizer = torch.optim.AdamW([compact.values], lr=0.1, weight_decay=0.5)
@@ -115,7 +115,7 @@ def test_decay_and_moments_act_on_the_entries_alone() -> None:
 
 def test_bfloat16_weights_move_by_steps_they_cannot_hold() -> None:
     parameter = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
-    compact = Compact("w", parameter, 2)
+    compact = SelectedEntries("w", parameter, 2)
     compact.choose(torch.tensor([2, 5]))
     assert compact.values.dtype == torch.float32
     optimizer = torch.optim.SGD([compact.values], lr=1.0)
@@ -135,7 +135,7 @@ def test_bfloat16_weights_move_by_steps_they_cannot_hold() -> None:
 
 def test_weights_set_from_outside_are_taken_over() -> None:
     parameter = made()
-    compact = Compact("w", parameter, 2)
+    compact = SelectedEntries("w", parameter, 2)
     compact.choose(torch.tensor([0, 1]))
     parameter.data.fill_(7.0)
     compact.read()
@@ -145,7 +145,7 @@ def test_weights_set_from_outside_are_taken_over() -> None:
 def test_a_weight_that_is_not_contiguous_is_written_in_its_own_order() -> None:
     parameter = nn.Parameter(torch.zeros(5, 4).t())
     assert not parameter.is_contiguous()
-    compact = Compact("w", parameter, 2)
+    compact = SelectedEntries("w", parameter, 2)
     compact.choose(torch.tensor([1, 7]))
     compact.values.data.copy_(torch.tensor([3.0, 4.0]))
     compact.write()
@@ -156,7 +156,7 @@ def test_a_weight_that_is_not_contiguous_is_written_in_its_own_order() -> None:
 
 def test_sparse_gradients_of_an_embedding_are_gathered() -> None:
     table = nn.Embedding(6, 2, sparse=True)
-    compact = Compact("weight", table.get_parameter("weight"), 2)
+    compact = SelectedEntries("weight", table.get_parameter("weight"), 2)
     compact.choose(torch.tensor([2, 9]))
     table(torch.tensor([1, 1, 4])).sum().backward()
     assert table.weight.grad is None
@@ -166,12 +166,12 @@ def test_sparse_gradients_of_an_embedding_are_gathered() -> None:
 
 def test_the_number_of_entries_may_be_decided_with_the_choice() -> None:
     parameter = made()
-    compact = Compact("w", parameter, 0)
+    compact = SelectedEntries("w", parameter, 0)
     identity = compact.values
     compact.choose(torch.tensor([3, 4, 5]))
     assert compact.values is identity
     assert torch.equal(compact.values.detach(), parameter.detach().view(-1)[3:6])
-    none = Compact("v", made(), 0)
+    none = SelectedEntries("v", made(), 0)
     none.choose(torch.tensor([], dtype=torch.int64))
     none.take(torch.ones(4, 5))
     assert none.values.grad is None
@@ -180,7 +180,7 @@ def test_the_number_of_entries_may_be_decided_with_the_choice() -> None:
 
 def test_indices_take_four_bytes() -> None:
     parameter = made()
-    compact = Compact("w", parameter, 3)
+    compact = SelectedEntries("w", parameter, 3)
     assert compact.memory() == 12
     compact.choose(torch.tensor([1, 2, 3]))
     assert compact.memory() == 24
@@ -190,7 +190,7 @@ def test_indices_take_four_bytes() -> None:
 
 def test_a_removed_mask_leaves_gradients_alone() -> None:
     parameter = made()
-    compact = Compact("w", parameter, 1)
+    compact = SelectedEntries("w", parameter, 1)
     compact.choose(torch.tensor([1]))
     compact.remove()
     parameter.sum().backward()

@@ -94,7 +94,7 @@ class Data(Construct):
             return policy.micro
         return int(self.micro.amount) if self.micro is not None else self.start_size
 
-    def acts(self, effect: Effect) -> bool:
+    def performs(self, effect: Effect) -> bool:
         """Only a policy acts: an amount is where the loop begins."""
         return self.policy is not None
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from trainc.dsl.reading.construct import Construct, Effect, Fraction, Problem
 from trainc.runtime.schedule.clock import Gate
 from trainc.runtime.step.action import Action, Phase, State
-from trainc.runtime.step.update_mask import Compact, largest
+from trainc.runtime.step.update_mask import SelectedEntries, largest
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ class Sift(Construct):
         for entry in to.parameters():
             units = _Units(self.granularity, entry.shape)
             size = self.count(units.count) * units.size if self.scope == "tensor" else 0
-            compacts.append(Compact(entry.name, to.tensor(entry.name), size))
+            compacts.append(SelectedEntries(entry.name, to.tensor(entry.name), size))
             to.compact(entry.name, compacts[-1])
         if self.rest == "freeze":
             kept = {entry.name for entry in to.parameters()}
@@ -182,7 +182,7 @@ class Choose(Action):
     writes = ("gradient",)
 
     def __init__(
-        self, label: str, compacts: Sequence[Compact], rule: Sift, start: Gate | None
+        self, label: str, compacts: Sequence[SelectedEntries], rule: Sift, start: Gate | None
     ) -> None:
         self.label, self.name = label, f"{label} choice"
         self.compacts = {compact.name: compact for compact in compacts}
@@ -223,7 +223,7 @@ class Choose(Action):
         for name in self.compacts if self.rule.scope == "global" else found:
             self.seen[name] += 1
 
-    def _choose(self, group: Sequence[Compact]) -> None:
+    def _choose(self, group: Sequence[SelectedEntries]) -> None:
         import torch
 
         units = [_Units(self.rule.granularity, tuple(c.parameter.shape)) for c in group]
@@ -284,7 +284,7 @@ class WriteBack(Action):
     reads = ("delta",)
     writes = ("params", "metrics")
 
-    def __init__(self, label: str, compacts: Sequence[Compact]) -> None:
+    def __init__(self, label: str, compacts: Sequence[SelectedEntries]) -> None:
         self.name = f"{label} write"
         self.metric = f"{label}.moved"
         self.compacts = tuple(compacts)

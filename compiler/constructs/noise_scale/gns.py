@@ -195,7 +195,7 @@ class Gns(Construct):
             return None
         return "documents" if self.example == "document" else "samples"
 
-    def lacks(self, signal: str) -> tuple[str, str] | None:
+    def unmeasured_reason(self, signal: str) -> tuple[str, str] | None:
         """Say that nothing is known of the whole model without `calibrate`."""
         if self.calibrate is None and signal in ("total", "total_low", "total_high", "slope"):
             return "it comes from calibrations, and the clause has no `calibrate`", (
@@ -203,7 +203,7 @@ class Gns(Construct):
             )
         return None
 
-    def acts(self, effect: Effect) -> bool:
+    def performs(self, effect: Effect) -> bool:
         return effect.phase != "backward" or self.method in ("per_example", "ghost")
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:

@@ -70,7 +70,7 @@ class NormGrowth(Construct):
         description="report the distance from the weights as first found, at one more copy",
     )
 
-    def acts(self, effect: Effect) -> bool:
+    def performs(self, effect: Effect) -> bool:
         """Say whether this clause performs an effect: it keeps the start only when asked to."""
         return effect.phase != "rates" or self.from_start
 

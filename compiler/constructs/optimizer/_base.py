@@ -59,7 +59,7 @@ class Optimizer(Construct):
     )
     freeze: Selector | None = Field(default=None, description="parameters to leave untrained")
 
-    def acts(self, effect: Effect) -> bool:
+    def performs(self, effect: Effect) -> bool:
         """Say whether this clause performs an effect: it clips only when asked to."""
         return effect != CLIPPING or self.clip is not None
 

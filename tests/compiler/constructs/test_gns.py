@@ -17,7 +17,7 @@ from trainc.compiler.constructs.noise_scale.gns import Gns
 from trainc.compiler.layers.bound_modules import bind
 from trainc.compiler.layers.norm import norm_site
 from trainc.compiler.layers.site_state import SiteError
-from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.model.inventory import take
 from trainc.dsl.reading.construct import Duration, Problem
@@ -41,8 +41,10 @@ def lcg(shape: Sequence[int], seed: int, scale: float = 1.0, plus: float = 0.0) 
 
 def measure(model: nn.Module, names: Sequence[str], rule: Gns | None = None) -> tuple[Measure, Any]:
     """Lower the clause onto `model` by hand; return its action and the bound sites."""
-    setting = Setting(model, take(model), Units(8, 4, 800), RunLength(100, "steps"), Signals())
-    parts = Parts()
+    setting = LoweringContext(
+        model, take(model), Units(8, 4, 800), RunLength(100, "steps"), Signals()
+    )
+    parts = LoweredMethod()
     rule = rule or Gns()
     rule.lower(Lowering(BoundClause(rule, "gns", tuple(names)), setting, parts))
     (action,) = parts.actions
@@ -274,11 +276,11 @@ def test_a_frozen_weight_is_left_out_of_both_sums() -> None:
 
 
 def test_it_is_measured_before_clipping() -> None:
-    from trainc.runtime.step.optimizer import Clip, Slot
+    from trainc.runtime.step.optimizer import Clip, ParamSlot
 
     model = Tiny(nn.LayerNorm)
     action, sites = measure(model, NORMS)
-    slots = [Slot(name, p, 0.0) for name, p in model.named_parameters()]
+    slots = [ParamSlot(name, p, 0.0) for name, p in model.named_parameters()]
     machine = StepMachine(
         [Clip("clip", 1e-3, slots), action], Clock(), dict(model.named_parameters())
     )

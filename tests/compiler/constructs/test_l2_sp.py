@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.regularize.l2_sp import Anchors, L2Sp
-from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.dsl.reading.construct import Duration
 from trainc.dsl.values import value_json as v
 from trainc.runtime.schedule.clock import Clock, RunLength, Units
 from trainc.runtime.step.machine import Signals, StepMachine
-from trainc.runtime.step.optimizer import OptimizerStep, Slot
+from trainc.runtime.step.optimizer import OptimizerStep, ParamSlot
 
 REFERENCE = Path(__file__).parents[2] / "reference/regularizers.json"
 
@@ -44,9 +44,9 @@ def l2_sp(weight: Any, **fields: Any) -> L2Sp:
 
 def lower(
     made: nn.Module, rule: L2Sp, start: Duration | None = None
-) -> tuple[Parts, Anchors, tuple[str, ...]]:
-    setting = Setting(made, take(made), Units(8), RunLength(100, "steps"), Signals())
-    parts = Parts()
+) -> tuple[LoweredMethod, Anchors, tuple[str, ...]]:
+    setting = LoweringContext(made, take(made), Units(8), RunLength(100, "steps"), Signals())
+    parts = LoweredMethod()
     names = ("0.weight", "1.weight", "2.weight")
     bound = None if start is None else {"amount": start.amount, "unit": start.unit}
     rule.lower(Lowering(BoundClause(rule, "l2_sp", names, bound), setting, parts))
@@ -55,7 +55,7 @@ def lower(
     return parts, action, names
 
 
-def penalty(parts: Parts, made: nn.Module, clock: Clock | None = None) -> Tensor:
+def penalty(parts: LoweredMethod, made: nn.Module, clock: Clock | None = None) -> Tensor:
     """Return the loss term as a program computes it."""
     term = parts.penalties["l2_sp"]
     now, dtype = clock or Clock(), torch.float64
@@ -121,15 +121,15 @@ def test_half_precision_weights_are_summed_in_float32() -> None:
 
 
 def test_the_start_survives_a_resume() -> None:
-    def machine(made: nn.Module) -> tuple[Parts, StepMachine]:
+    def machine(made: nn.Module) -> tuple[LoweredMethod, StepMachine]:
         parts, _, _ = lower(made, l2_sp(weight=0.5))
-        slots = [Slot(name, p, 0.0) for name, p in made.named_parameters()]
+        slots = [ParamSlot(name, p, 0.0) for name, p in made.named_parameters()]
         optimizer = OptimizerStep("sgd", slots, lambda groups: torch.optim.SGD(groups, lr=0.1))
         return parts, StepMachine(
             [*parts.actions, optimizer], Clock(), dict(made.named_parameters())
         )
 
-    def run(made: nn.Module, parts: Parts, steps: StepMachine, count: int) -> None:
+    def run(made: nn.Module, parts: LoweredMethod, steps: StepMachine, count: int) -> None:
         for _ in range(count):
             steps.begin()
             x = grid((8, 6), 1.0, float(steps.clock.steps)).double()

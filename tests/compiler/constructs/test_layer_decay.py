@@ -11,7 +11,7 @@ import trainc
 from examples.models import gpt
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.lr.layer_decay import LayerDecay
-from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import Inventory, take
 from trainc.runtime.schedule.clock import Units
 from trainc.runtime.step.machine import Signals
@@ -36,8 +36,10 @@ def factors(construct: LayerDecay, net: nn.Module, *, every: bool = False) -> di
         tuple(p.name for p in inventory.parameters),
         every={"amount": 5, "unit": "steps"} if every else None,
     )
-    parts = Parts()
-    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, Signals()), parts))
+    parts = LoweredMethod()
+    construct.lower(
+        Lowering(clause, LoweringContext(net, inventory, Units(), None, Signals()), parts)
+    )
     assert not parts.actions
     assert all(len(scales) == 1 for scales in parts.scales.values())
     return {name: scales[0].factor for name, scales in parts.scales.items()}
@@ -53,11 +55,13 @@ def test_the_head_keeps_its_rate_and_the_embeddings_are_slowest() -> None:
 
 def test_parameters_of_a_level_share_one_factor() -> None:
     net = model()
-    inventory, parts = take(net), Parts()
+    inventory, parts = take(net), LoweredMethod()
     names = tuple(p.name for p in inventory.parameters)
     construct = LayerDecay(decay=0.5)
     clause = BoundClause(construct, "decay", names)
-    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, Signals()), parts))
+    construct.lower(
+        Lowering(clause, LoweringContext(net, inventory, Units(), None, Signals()), parts)
+    )
     assert len({id(scales[0]) for scales in parts.scales.values()}) == 5
     assert {(s.policy, s.unit) for scales in parts.scales.values() for s in scales} == {
         ("decay", f"level {level}") for level in range(5)

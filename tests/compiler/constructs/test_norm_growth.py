@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.constructs.observe.norm_growth import LAWS, Copies, Fit, NormGrowth
-from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.runtime.schedule.clock import Clock, Units
 from trainc.runtime.step.machine import Signals, Step, StepMachine
@@ -22,14 +22,16 @@ from trainc.runtime.step.machine import Signals, Step, StepMachine
 def machine(
     net: nn.Module, construct: NormGrowth, every: int | None = None, only: str = ""
 ) -> StepMachine:
-    inventory, parts = take(net), Parts()
+    inventory, parts = take(net), LoweredMethod()
     clause = BoundClause(
         construct,
         "ng",
         tuple(p.name for p in inventory.parameters if only in p.name),
         every={"amount": every, "unit": "steps"} if every else None,
     )
-    construct.lower(Lowering(clause, Setting(net, inventory, Units(), None, Signals()), parts))
+    construct.lower(
+        Lowering(clause, LoweringContext(net, inventory, Units(), None, Signals()), parts)
+    )
     return StepMachine(parts.actions, Clock(), dict(net.named_parameters()))
 
 

@@ -15,7 +15,7 @@ import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.regularize.pace import Pace, silent
 from trainc.compiler.layers.bound_modules import bind
-from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.model.inventory import Place, take
 from trainc.dsl.values import value_json as v
@@ -53,9 +53,9 @@ def pace(sigma: Any, weight: Any, **fields: Any) -> Pace:
     return Pace(sigma=sigma, weight=weight, **fields)
 
 
-def lower(rule: Pace, model: nn.Module, names: tuple[str, ...], **bounds: Any) -> Parts:
-    setting = Setting(model, take(model), Units(8), RunLength(100, "steps"), Signals())
-    parts = Parts()
+def lower(rule: Pace, model: nn.Module, names: tuple[str, ...], **bounds: Any) -> LoweredMethod:
+    setting = LoweringContext(model, take(model), Units(8), RunLength(100, "steps"), Signals())
+    parts = LoweredMethod()
     rule.lower(Lowering(BoundClause(rule, "pace", names, **bounds), setting, parts))
     return parts
 
@@ -210,7 +210,7 @@ def test_a_layer_is_silent_only_if_it_always_is(
     assert silent(sigma, place) is expected
 
 
-def armed_step(model: nn.Module, rule: Pace, names: tuple[str, ...]) -> tuple[Parts, Any]:
+def armed_step(model: nn.Module, rule: Pace, names: tuple[str, ...]) -> tuple[LoweredMethod, Any]:
     parts = lower(rule, model, names)
     return parts, bind(model, parts.rewrite)
 

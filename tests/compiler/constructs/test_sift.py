@@ -14,11 +14,11 @@ from torch.nn import functional as F
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.mask.sift import Choose, Sift
-from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.runtime.schedule.clock import Clock, RunLength, Units
 from trainc.runtime.step.machine import Signals, Step, StepMachine
-from trainc.runtime.step.optimizer import Clip, OptimizerStep, Slot
+from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot
 
 CASE = json.loads((Path(__file__).parents[2] / "reference/masks.json").read_text())["sift"]
 NAMES = ("fc1.weight", "fc2.weight", "fc3.weight")
@@ -74,13 +74,15 @@ class Run:
         start: dict[str, Any] | None = None,
     ) -> None:
         self.model = model or Net()
-        self.parts = Parts()
-        setting = Setting(self.model, take(self.model), Units(8), RunLength(9, "steps"), Signals())
+        self.parts = LoweredMethod()
+        setting = LoweringContext(
+            self.model, take(self.model), Units(8), RunLength(9, "steps"), Signals()
+        )
         clause = BoundClause(rule, "sift", tuple(names), start)
         rule.lower(Lowering(clause, setting, self.parts))
         self.compacts = self.parts.compacts
         slots = [
-            Slot(name, self.compacts[name].values if name in self.compacts else p, decay)
+            ParamSlot(name, self.compacts[name].values if name in self.compacts else p, decay)
             for name, p in self.model.named_parameters()
             if name not in self.parts.frozen
         ]
@@ -419,11 +421,11 @@ def test_fields_that_mean_nothing_are_refused(fields: dict[str, Any], words: str
 
 def test_a_choice_is_for_good() -> None:
     model = Net()
-    setting = Setting(model, take(model), Units(8), RunLength(9, "steps"), Signals())
+    setting = LoweringContext(model, take(model), Units(8), RunLength(9, "steps"), Signals())
     rule = Sift(density=0.1)
     clause = BoundClause(rule, "sift", NAMES, stop={"amount": 2, "unit": "steps"})
     with pytest.raises(ValueError, match="for good"):
-        rule.lower(Lowering(clause, setting, Parts()))
+        rule.lower(Lowering(clause, setting, LoweredMethod()))
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

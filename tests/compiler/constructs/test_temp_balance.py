@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.lr.temp_balance import Balance, TempBalance
-from trainc.compiler.lower.lowering import Lowering, Parts, Setting
+from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.dsl.values.value_json import Range
 from trainc.kernels.parameter.spectrum import alphas
@@ -66,7 +66,7 @@ class Bench:
     def __init__(
         self, net: nn.Module, construct: TempBalance, only: str = "", **timing: Any
     ) -> None:
-        inventory, self.parts = take(net), Parts()
+        inventory, self.parts = take(net), LoweredMethod()
         self.net = net
         names = tuple(
             p.name
@@ -75,7 +75,7 @@ class Bench:
         )
         clause = BoundClause(construct, "tb", names, **timing)
         construct.lower(
-            Lowering(clause, Setting(net, inventory, Units(), None, Signals()), self.parts)
+            Lowering(clause, LoweringContext(net, inventory, Units(), None, Signals()), self.parts)
         )
         self.machine = StepMachine(self.parts.actions, Clock(), dict(net.named_parameters()))
         (action,) = self.machine.actions
