@@ -20,8 +20,8 @@ def masked_update_(tensors: Sequence[Tensor], mask: Tensor) -> None:
     `tensors` have one shape, any strides and floating dtypes: a weight and its optimizer state. `mask` is bool in that
     shape, True where entries stay, or packed: uint8 (ceil(numel / 8),) with entry i of the flat tensor in bit i % 8,
     low bits first, of byte i // 8 (`trainc.kernels.parameter.masked_update.pack` makes one). Entries outside the mask
-    become zero, whatever they held: nan does not survive as 0 * nan would. Entries inside keep their bits. Returns None;
-    there is no gradient, and no tensors are nothing to do.
+    become zero, whatever they held: nan does not survive as 0 * nan would. Entries inside keep their bits. Returns
+    None; there is no gradient, and no tensors are nothing to do.
 
     Raises RuntimeError for tensors of several shapes and for a mask of another shape or dtype.
     """
