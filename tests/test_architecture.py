@@ -116,7 +116,7 @@ def test_the_table_is_the_one_in_the_documentation() -> None:
     ("layer", "source", "wrong"),
     [
         ("dsl", "import torch", "torch"),
-        ("dsl", "def f():\n    from trainc.runtime import clock", "trainc.runtime.schedule.clock"),
+        ("dsl", "def f():\n    from trainc.runtime import clock", "trainc.runtime.clock"),
         ("dsl", "import trainc", "trainc"),
         ("kernels", "from trainc import dsl", "trainc.dsl"),
         ("kernels", "from torchvision.ops import nms", "torchvision.ops.nms"),

@@ -33,7 +33,12 @@ def unshipped_files(root: Path, folders: dict[str, str], data: dict[str, list[st
         for file in (root / folder).rglob("*")
         if file.is_file()
         and file.suffix not in {".py", ".pyc"}
-        and not any(file.match(pattern) for pattern in data.get(package, []))
+        and not any(
+            file.match(pattern)
+            for pattern in data.get(
+                ".".join((package, *file.parent.relative_to(root / folder).parts)), []
+            )
+        )
     ]
 
 

@@ -6,7 +6,7 @@ RULES: (rule, length, children to keep, those of them to splice, builder or "" t
 
 # ruff: noqa
 # fmt: off
-GRAMMAR = '32254be986154c68899299c72dda5493cd84335aad40e485434ee060183dbe1e'
+GRAMMAR = '1b8939db728fd43a213fdc4f8c98e48b344ca4835388a7aca8b94b238f626e4c'
 START = 0
 END = 8
 TERMINALS = ['(?P<KIND>(model|data|loss|optimizer|lr|regularize|perturb|normalize|noise_scale|mask|adapt|observe|distribute)(?![\\w]|\\.\\w))',

@@ -108,7 +108,7 @@ FLAGS = {"ghost_forward": {"HAS_W": True, "HAS_B": True}}
 FLAGS["ghost_backward"] = {"HAS_W": True, "WRITE_DX": True}
 SPECS = [
     spec(
-        "triton_ghost_batch_norm", name, FORWARD if name == "ghost_forward" else BACKWARD,
+        "norm.triton_ghost_batch_norm", name, FORWARD if name == "ghost_forward" else BACKWARD,
         **FLAGS[name], BLOCK_N=n, BLOCK_C=c, BLOCK_S=s, ONCE=once, warps=warps,
     )
     for name, tiles in TILES.items()
