@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import ROOT
 from benchmarks.accuracy_cases import CASES, Case
 from benchmarks.adversarial import fill
 from benchmarks.device import clones, poison
-from benchmarks.measure import ROOT, Json, machine
+from benchmarks.measure import Json, machine
 from benchmarks.operators import Problem, step
 from trainc.kernels.library.contracts import accumulation_dtype
 

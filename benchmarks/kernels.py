@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import layers, updates
-from benchmarks.measure import ROOT, Json, Times, compared, in_turn, load, machine, seconds, timed
+from benchmarks import ROOT, layers, updates
+from benchmarks.measure import Json, Times, compared, in_turn, load, machine, seconds, timed
 from benchmarks.operators import (
     Problem,
     Size,

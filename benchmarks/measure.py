@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +16,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import ROOT
+
 Work = Callable[[], object]
 Json = dict[str, Any]
 
@@ -108,7 +110,7 @@ def machine() -> Json:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": version("torch"),
-        "trainc": version("trainc"),
+        "trainc": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
     }
 
 

@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from benchmarks.measure import ROOT, Json, Times, in_turn, seconds, timed_process
+from benchmarks import ROOT
+from benchmarks.measure import Json, Times, in_turn, seconds, timed_process
 
 EXPECTED = "at most 2 seconds beyond `import torch`, every method of pretrain.train included"
 GOAL = 2.0

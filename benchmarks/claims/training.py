@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 import trainc
-from benchmarks.measure import ROOT, Json, load, machine
+from benchmarks import ROOT
+from benchmarks.measure import Json, load, machine
 from examples.data import Data, stdlib
 from examples.models import Norm, gpt
 from trainc.compiler.program.program import Program

@@ -1,6 +1,8 @@
 """The GPU benchmark, tried on a CPU: all of it but graphs and events runs, and it notices mistakes."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,23 @@ for one in (problem, unsteady, wrong, unwritten):
     found = check(one, torch.float32)
     print(found["passed"], found["repeatable"])
 """
+
+# A machine that has torch, triton and numpy alone, made of this one: neither trainc nor what it depends on is found,
+# and without `site` no editable install speaks up.
+BARE = """
+import runpy, sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"lark", "pydantic", "rich", "safetensors", "typer", "matplotlib"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+sys.path[:] = [one for one in sys.path if one]
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+CHECKOUT = ("benchmarks", "compiler", "dsl", "kernels", "runtime", "trainc", "pyproject.toml")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -71,3 +90,39 @@ def test_the_check_notices_wrong_unwritten_and_unsteady_results() -> None:
     assert done.stdout.splitlines() == ["True True", "True False", "False True", "False False"], (
         done.stderr
     )
+
+
+@pytest.mark.slow
+def test_it_starts_from_a_bare_checkout_where_nothing_of_ours_is_installed(tmp_path: Path) -> None:
+    checkout, out = tmp_path / "checkout", tmp_path / "gpu.json"
+    checkout.mkdir()
+    for name in CHECKOUT:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, checkout / name)
+        else:
+            shutil.copy(ROOT / name, checkout)
+    installed = [path for path in sys.path if "site-packages" in path]
+    command = [sys.executable, "-S", "-W", "ignore", "-c", BARE, "benchmarks/gpu.py"]
+    done = subprocess.run(
+        [*command, "--dry-run", "--only", "rms_norm", "loss", "--out", str(out)],
+        cwd=checkout,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(installed), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("dry run; torch ")
+    found = json.loads(out.read_text())
+    assert {row["operator"] for row in found["rows"]} >= {"rms_norm, probe", "loss, kl"}
+    assert found["failed"] == []
+
+
+def test_every_operator_is_measured_once_before_any_is_measured_again(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    options = ("--dry-run", "--seconds", "0", "--out", str(out))
+    assert run("-m", "benchmarks.gpu", *options).returncode == 0
+    names = [name for name, *_ in json.loads(out.read_text())["left out"]]
+    first = names[: len(set(names))]
+    assert len(first) == len(set(first))
+    assert len(names) > len(first)
