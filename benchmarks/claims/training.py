@@ -15,7 +15,8 @@ from benchmarks.measure import Json, load, machine
 from examples.data import Data, stdlib
 from examples.models import Norm, gpt
 from trainc.compiler.program.program import Program
-from trainc.runtime.data.reader import Order, Reader
+from trainc.runtime.data.order import Order
+from trainc.runtime.data.reader import Reader
 from trainc.runtime.storage.random_streams import seed_step
 
 RESULTS = ROOT / "benchmarks/results"

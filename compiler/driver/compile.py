@@ -16,7 +16,7 @@ from trainc.compiler.model.factories import build_model, facts, missing_clause, 
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.model.inventory import take
 from trainc.compiler.plan.plan import Plan
-from trainc.runtime.step.machine import Signals
+from trainc.runtime.step.record import Signals
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,10 +16,10 @@ from trainc.compiler.model.import_path import searching
 from trainc.dsl.text.diagnostic import Diagnostic, Label, SpecError
 from trainc.dsl.text.render import render_text
 from trainc.dsl.values.value_json import from_json
-from trainc.runtime.run.interface import CannotAdopt
 from trainc.runtime.run.live_display import Display
 from trainc.runtime.run.loop import train as loop
 from trainc.runtime.run.summary import Summary
+from trainc.runtime.step.action import IncompatibleState
 from trainc.runtime.storage import checkpoint
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def train(
         )
     except SiteError as error:
         raise SpecError([of_site(error, checked)]) from error
-    except CannotAdopt as error:
+    except IncompatibleState as error:
         message = f"{out} cannot go on under this spec: {error}"
         help_ = (
             f"undo that change, or begin anew in another folder, from these weights alone if you like: "

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trainc.dsl.values.value_json import Duration, Expr, Selector
     from trainc.runtime.schedule.clock import Clock, Gate, RunLength, Unit
     from trainc.runtime.schedule.clock import Units as ClockUnits
-    from trainc.runtime.step.machine import Signals
+    from trainc.runtime.step.record import Signals
     from trainc.runtime.step.update_mask import SelectedEntries
 
 Scheduled = Callable[["Clock"], float]

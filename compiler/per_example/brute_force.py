@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainc.compiler.per_example.statistics import squared_norm
 from trainc.runtime.data import batch as batches
-from trainc.runtime.step.machine import Calibrated
+from trainc.runtime.step.record import Calibrated
 
 if TYPE_CHECKING:
     from trainc.runtime.data.batch import Batch

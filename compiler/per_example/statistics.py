@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainc.compiler.layers.site_state import SiteError, listed
 from trainc.compiler.method.example_units import Groups
 from trainc.compiler.per_example.gradient_scaling import Witness
-from trainc.runtime.step.machine import Contribution
+from trainc.runtime.step.record import Contribution
 from trainc.runtime.step.sharded import squared_norms
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from trainc.kernels.loss.task_consistency_loss import task_consistency_loss
 from trainc.kernels.noise.philox import pack_key
 from trainc.runtime.data import batch as batches
 from trainc.runtime.data.batch import Batch
-from trainc.runtime.step.machine import Calibrated
+from trainc.runtime.step.record import Calibrated
 from trainc.runtime.step.replicas import Replicas
 from trainc.runtime.storage.random_streams import derive
 

@@ -22,8 +22,9 @@ from trainc.runtime.data import batch as batches
 from trainc.runtime.data.batch import Batch
 from trainc.runtime.run.interface import NonFiniteLoss, Report
 from trainc.runtime.schedule.clock import Clock, RunLength
-from trainc.runtime.step.machine import Signals, Step, StepMachine
+from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OptimizerStep
+from trainc.runtime.step.record import Signals, Step
 
 if TYPE_CHECKING:
     from trainc.compiler.graph.step_graph import StepGraph

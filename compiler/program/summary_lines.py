@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import LoweredMethod
-    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.record import Step
 
 
 def loss_lines(

@@ -17,7 +17,7 @@ from trainc.runtime.step.action import Action, Phase, State
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.runtime.step.machine import Calibrated, Contribution, Step
+    from trainc.runtime.step.record import Calibrated, Contribution, Step
 
 Unit = Literal["steps", "samples", "tokens"]
 Method = Literal["per_example", "micro_batch", "replica", "ghost"]
@@ -310,7 +310,7 @@ def _one_each(parts: Sequence[Contribution]) -> list[Contribution]:
     """Return one contribution a replica: `whole` grows over its micro-batches, so the last one has it all."""
     import torch
 
-    from trainc.runtime.step.machine import Contribution
+    from trainc.runtime.step.record import Contribution
 
     by_replica: dict[int, list[Contribution]] = {}
     for part in parts:

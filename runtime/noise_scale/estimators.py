@@ -19,7 +19,7 @@ from trainc.runtime.noise_scale.estimate import ROUNDING, UNDETERMINED, Estimate
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.runtime.step.machine import Contribution
+    from trainc.runtime.step.record import Contribution
 
 __all__ = [
     "UNDETERMINED",
@@ -144,7 +144,7 @@ class Squares:
     @classmethod
     def of_groups(cls, parts: Sequence[Contribution], gradients: Mapping[str, Tensor]) -> Squares:
         """Read each micro-batch as one contribution, from the squared norms in its `whole`."""
-        from trainc.runtime.step.machine import Contribution
+        from trainc.runtime.step.record import Contribution
 
         groups = [
             Contribution(

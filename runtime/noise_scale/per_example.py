@@ -14,7 +14,7 @@ from trainc.runtime.noise_scale.jackknife import jackknives
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.record import Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ from trainc.runtime.report.layer_map import (
     layer_rows,
     map_height,
 )
-from trainc.runtime.report.run_records import Panel, RunRecords, without_loss
+from trainc.runtime.report.panel import Panel
+from trainc.runtime.report.run_records import RunRecords, without_loss
 from trainc.runtime.storage.jsonl import Record
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from trainc.runtime.report.axes import BROKEN, along_run, curve, mark, numbers
 from trainc.runtime.report.noise_scale_course import noise_panels
-from trainc.runtime.report.run_records import Panel, RunRecords, common_counter, without_loss
+from trainc.runtime.report.panel import Panel
+from trainc.runtime.report.run_records import RunRecords, common_counter, without_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

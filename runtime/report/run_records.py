@@ -1,4 +1,4 @@
-"""What pictures are made from: the records of one run, and one panel of a picture."""
+"""What pictures are made from: the records of one run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainc.runtime.noise_scale import figures
 from trainc.runtime.storage.jsonl import Record, read
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -96,13 +93,3 @@ def common_counter(runs: Sequence[Sequence[Record]]) -> str:
     if len(counters) == 1:
         return counters.pop()
     return "step" if "step" in counters else "samples"
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One set of axes: its title and what fills it; `height` in inches, `wide` over all columns."""
-
-    title: str
-    fill: Callable[[Axes], None]
-    height: float = 3.3
-    wide: bool = False

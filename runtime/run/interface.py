@@ -8,17 +8,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from trainc.runtime.data.reader import Batch
+from trainc.runtime.data.batch import Batch
 from trainc.runtime.schedule.clock import Clock, Gate, RunLength
 from trainc.runtime.step.action import StopRun
 
 
 class NonFiniteLoss(StopRun):
     """The loss is NaN or infinite and the spec says to stop; the update was not made."""
-
-
-class CannotAdopt(ValueError):
-    """A clause that was changed can make nothing of the checkpoint's state."""
 
 
 class Settings(Protocol):

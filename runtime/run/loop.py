@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainc.runtime.data.reader import Data, Order, Reader
+from trainc.runtime.data.order import Data, Order
+from trainc.runtime.data.reader import Reader
 from trainc.runtime.run.interface import (
     LoadsCompatible,
     NonFiniteLoss,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from trainc.runtime.data.reader import Split
+from trainc.runtime.data.order import Split
 from trainc.runtime.run.interface import RunnableProgram
 
 EXIT_CODES = {"finished": 0, "stopped": 0, "nan": 3, "interrupted": 130, "terminated": 143}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainc.runtime.schedule.clock import Gate
-    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.record import Step
 
 
 class Phase(IntEnum):
@@ -74,3 +74,7 @@ class Action(ABC):
 
 class StopRun(Exception):
     """Raised by an action to end the run after this step; the reason is the message."""
+
+
+class IncompatibleState(ValueError):
+    """The checkpoint's state of a changed clause cannot be loaded, not even in part."""

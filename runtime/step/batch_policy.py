@@ -17,7 +17,7 @@ from trainc.runtime.step.action import Action, Phase, State
 
 if TYPE_CHECKING:
     from trainc.runtime.schedule.clock import Clock, Duration, Gate
-    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.record import Step
 
 Signal = Callable[["Clock"], float]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.record import Step
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from trainc.runtime.step.machine import Calibrated, Contribution
+    from trainc.runtime.step.record import Calibrated, Contribution
 
 
 def world_size() -> int:
@@ -64,7 +64,7 @@ class Layout:
         self, pieces: Iterator[Tensor], units: int, examples: int, replica: int, replicas: int
     ) -> Contribution:
         """Return a replica's contribution to the average of all."""
-        from trainc.runtime.step.machine import Contribution
+        from trainc.runtime.step.record import Contribution
 
         weights, singles = next(pieces) / replicas, next(pieces) / replicas
         squares = next(pieces).view(len(self.squares), units) / replicas**2
@@ -142,7 +142,7 @@ class Replicas:
         """Return everybody's examples as one set; `own.whole` is of the gradients that were added up already."""
         import torch
 
-        from trainc.runtime.step.machine import Calibrated, Contribution
+        from trainc.runtime.step.record import Calibrated, Contribution
 
         parts, _ = self.gather([Contribution(own.weights, own.squares)], {})
         return Calibrated(

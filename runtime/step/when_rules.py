@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainc.runtime.step.action import Action, Phase, State, StopRun
-from trainc.runtime.step.machine import Signals
+from trainc.runtime.step.record import Signals
 
 if TYPE_CHECKING:
     from trainc.runtime.schedule.clock import Clock, Duration
-    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.record import Step
 
 Values = Mapping[str, float]
 

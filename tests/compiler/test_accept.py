@@ -140,7 +140,7 @@ def test_figures_of_another_kind_do_not_go_on() -> None:
 def test_a_sum_that_starts_anew_begins_as_one_of_a_fresh_run_does() -> None:
     """Its first estimate stands for one step, however much of the run has passed."""
     from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.step.machine import Signals, Step
+    from trainc.runtime.step.record import Signals, Step
 
     late = Measure("gns", {"a": ("a.w",)}, Settings(100.0, "samples"))
     step = Step(Clock(steps=500, samples=4000), {}, Signals(), 8, 8, samples=8)

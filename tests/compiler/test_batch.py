@@ -11,7 +11,8 @@ import torch
 import trainc
 from trainc.compiler.driver.train import train
 from trainc.runtime.schedule.clock import Clock, Duration
-from trainc.runtime.step.machine import Signals, Step, StepMachine
+from trainc.runtime.step.machine import StepMachine
+from trainc.runtime.step.record import Signals, Step
 from trainc.runtime.step.when_rules import Act, Rule, whole_micros
 from trainc.runtime.storage.jsonl import read
 

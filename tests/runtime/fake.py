@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trainc.runtime.data.reader import Batch
+from trainc.runtime.data.batch import Batch
 from trainc.runtime.run.interface import Report
 from trainc.runtime.run.loop import train
 from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Units

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Units
 from trainc.runtime.schedule.timeline import moments
 from trainc.runtime.step.batch_policy import BatchPolicy, Bounds, Follow, Ramp, SignalNoise
-from trainc.runtime.step.machine import Signals, Step, StepMachine
+from trainc.runtime.step.machine import StepMachine
+from trainc.runtime.step.record import Signals, Step
 
 TOKENS = 8
 Observed = Callable[[Clock], float]

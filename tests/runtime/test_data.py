@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.data import reader as module
-from trainc.runtime.data.reader import Order, Reader, cut, target_count
+from trainc.runtime.data import order as module
+from trainc.runtime.data.order import Order, cut
+from trainc.runtime.data.reader import Reader
 
 
 @given(samples=st.integers(1, 60), batches=st.lists(st.integers(1, 80), max_size=12))
@@ -48,12 +49,6 @@ def test_a_step_is_cut_into_micro_batches() -> None:
     assert cut([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
     with pytest.raises(ValueError, match="at least one sample"):
         cut([1], 0)
-
-
-def test_targets_that_are_ignored_do_not_count() -> None:
-    assert target_count(torch.tensor([[1, -100], [-100, 0]])) == 2
-    assert target_count(torch.tensor([1, 0]), ignore_index=0) == 1
-    assert target_count(torch.full((2, 3), -100.0)) == 6
 
 
 class Noisy:

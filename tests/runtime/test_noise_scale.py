@@ -18,7 +18,7 @@ from trainc.runtime.noise_scale.estimators import (
     noise_scale,
     noise_scale_from_contributions,
 )
-from trainc.runtime.step.machine import Contribution
+from trainc.runtime.step.record import Contribution
 
 CASES = json.loads((Path(__file__).parents[1] / "reference/noise_scale.json").read_text())["cases"]
 

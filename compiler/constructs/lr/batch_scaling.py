@@ -13,8 +13,8 @@ from trainc.runtime.step.action import Action, Phase, State
 
 if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.step.machine import Step
     from trainc.runtime.step.optimizer import Scale
+    from trainc.runtime.step.record import Step
 
 
 class BatchScaling(Construct):

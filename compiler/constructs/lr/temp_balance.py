@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import ParameterEntry
     from trainc.runtime.schedule.clock import Gate
-    from trainc.runtime.step.machine import Step
     from trainc.runtime.step.optimizer import Scale
+    from trainc.runtime.step.record import Step
 
 # How often to measure where the clause does not say.
 EVERY_STEPS = 100

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.record import Step
 
 Granularity = Literal["element", "row", "column"]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import ParameterEntry
-    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.record import Step
 
 # Laws a norm may follow, as functions of t, the number of updates.
 LAWS: dict[str, Callable[[float], float]] = {

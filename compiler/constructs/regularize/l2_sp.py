@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Inputs, Lowering
     from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.step.machine import Step
+    from trainc.runtime.step.record import Step
 
 
 class L2Sp(Construct):

@@ -24,7 +24,8 @@ from trainc.dsl.reading.construct import Duration, Problem
 from trainc.runtime.noise_scale.action import Measure, Settings
 from trainc.runtime.noise_scale.estimators import Averages, noise_scale_from_contributions
 from trainc.runtime.schedule.clock import Clock, RunLength, Units
-from trainc.runtime.step.machine import Contribution, Signals, Step, StepMachine
+from trainc.runtime.step.machine import StepMachine
+from trainc.runtime.step.record import Contribution, Signals, Step
 
 CASES = json.loads((Path(__file__).parents[2] / "reference/noise_scale.json").read_text())["cases"]
 

@@ -302,7 +302,7 @@ def test_calibrations_weigh_what_the_noise_scale_lets_them() -> None:
     from trainc.runtime.noise_scale.averages import Averages
     from trainc.runtime.noise_scale.estimate import Estimate
     from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.step.machine import Signals, Step
+    from trainc.runtime.step.record import Signals, Step
 
     measure = Measure("gns", {"a": ("a.w",)}, Settings(100.0, "samples", calibrations=2.0))
     assert measure.calibration is not None

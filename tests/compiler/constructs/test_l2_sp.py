@@ -18,8 +18,9 @@ from trainc.compiler.model.inventory import take
 from trainc.dsl.reading.construct import Duration
 from trainc.dsl.values import value_json as v
 from trainc.runtime.schedule.clock import Clock, RunLength, Units
-from trainc.runtime.step.machine import Signals, StepMachine
+from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OptimizerStep, ParamSlot
+from trainc.runtime.step.record import Signals
 
 REFERENCE = Path(__file__).parents[2] / "reference/regularizers.json"
 

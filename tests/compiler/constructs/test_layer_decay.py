@@ -14,7 +14,7 @@ from trainc.compiler.constructs.lr.layer_decay import LayerDecay
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import Inventory, take
 from trainc.runtime.schedule.clock import Units
-from trainc.runtime.step.machine import Signals
+from trainc.runtime.step.record import Signals
 
 
 def model(blocks: int = 3) -> nn.Module:

@@ -16,7 +16,8 @@ from trainc.compiler.constructs.observe.norm_growth import LAWS, Copies, Fit, No
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.runtime.schedule.clock import Clock, Units
-from trainc.runtime.step.machine import Signals, Step, StepMachine
+from trainc.runtime.step.machine import StepMachine
+from trainc.runtime.step.record import Signals, Step
 
 
 def machine(

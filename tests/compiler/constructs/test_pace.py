@@ -23,7 +23,7 @@ from trainc.kernels.loss.task_consistency_loss import task_consistency_loss
 from trainc.kernels.noise.multiplicative_noise import factor
 from trainc.kernels.noise.philox import pack_key
 from trainc.runtime.schedule.clock import Clock, RunLength, Units
-from trainc.runtime.step.machine import Signals
+from trainc.runtime.step.record import Signals
 from trainc.runtime.storage.random_streams import derive
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "reference/regularizers.json").read_text())

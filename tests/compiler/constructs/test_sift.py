@@ -17,8 +17,9 @@ from trainc.compiler.constructs.mask.sift import Choose, Sift
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.runtime.schedule.clock import Clock, RunLength, Units
-from trainc.runtime.step.machine import Signals, Step, StepMachine
+from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot
+from trainc.runtime.step.record import Signals, Step
 
 CASE = json.loads((Path(__file__).parents[2] / "reference/masks.json").read_text())["sift"]
 NAMES = ("fc1.weight", "fc2.weight", "fc3.weight")

@@ -21,7 +21,8 @@ from trainc.compiler.model.inventory import take
 from trainc.dsl.values.value_json import Range
 from trainc.kernels.parameter.spectrum import alphas
 from trainc.runtime.schedule.clock import Clock, Units
-from trainc.runtime.step.machine import Signals, Step, StepMachine
+from trainc.runtime.step.machine import StepMachine
+from trainc.runtime.step.record import Signals, Step
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "reference/layer_rates.json").read_text())
 
