@@ -1,9 +1,14 @@
-"""pyproject.toml, the disk, typings/ and the front door agree about what the package is."""
+"""What is built, the disk, typings/ and the front door agree about what the package is."""
 
 import ast
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ SETUP = PROJECT["tool"]["setuptools"]
 FOLDERS = {"trainc": "trainc"} | {
     f"trainc.{folder}": folder for folder in ("compiler", "dsl", "kernels", "runtime")
 }
+SOURCES = ("LICENSE", "README.md", "pyproject.toml", "setup.py")
 
 
 def packages_on_disk(root: Path, folders: dict[str, str]) -> set[str]:
@@ -40,6 +46,114 @@ def unshipped_files(root: Path, folders: dict[str, str], data: dict[str, list[st
             )
         )
     ]
+
+
+USE = """
+import sys, trainc
+from pathlib import Path
+from trainc.compiler.catalog import catalog
+from trainc.kernels import operators
+
+assert Path(trainc.__file__).is_relative_to(sys.prefix), trainc.__file__
+assert trainc.check(Path("spec.train").read_text()).spec
+assert all([cls.__doc__ for cls in catalog().values()])
+"""
+SPEC = """train 1
+model "tiny:model"
+data  "tiny:data" { batch = 4 samples }
+loss  cross_entropy
+run   { length = 2 steps }
+optimizer sgd { lr = 1e-2 }
+"""
+TINY = """
+import torch
+
+def model():
+    return torch.nn.Linear(3, 2)
+
+class Split:
+    def __len__(self):
+        return 8
+
+    def batch(self, indices):
+        return torch.ones(len(indices), 3), torch.zeros(len(indices), dtype=torch.long)
+
+class data:
+    train = evaluation = Split()
+    tokens_per_sample = 1
+"""
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+"""
+
+
+def python(*command: str | Path, cwd: Path) -> str:
+    """Return what a Python process prints; it must succeed."""
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def built(kind: str, out: Path) -> Path:
+    """Build a wheel or an sdist from a copy of the sources, and return the archive."""
+    sources = out / "sources"
+    for name in (*FOLDERS.values(), *SOURCES):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, sources / name)
+        else:
+            shutil.copy(ROOT / name, sources)
+    lines = python(sys.executable, "-P", "-c", BUILD, f"build_{kind}", out, cwd=sources)
+    return out / lines.splitlines()[-1]
+
+
+def contents(archive: Path) -> set[str]:
+    """Return the files of an archive; an sdist's without the folder that holds them all."""
+    if archive.suffix == ".whl":
+        return set(zipfile.ZipFile(archive).namelist())
+    return {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+
+
+def clean_environment(folder: Path) -> Path:
+    """Make an environment that has what trainc depends on, but not this checkout; return its Python."""
+    python(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    found = folder / "bin/python"
+    home = python(found, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder)
+    # Folders named in a .pth file are searched, but the .pth files in them, an editable install's, are not run.
+    others = "\n".join(path for path in sys.path if path.endswith("site-packages"))
+    (Path(home.strip()) / "dependencies.pth").write_text(others)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_what_is_built_has_every_file_and_works_elsewhere(kind: str, tmp_path: Path) -> None:
+    archive = built(kind, tmp_path)
+    prefixes = {folder: package.replace(".", "/") for package, folder in FOLDERS.items()}
+    sources = {
+        str(Path(prefixes[folder] if kind == "wheel" else folder, *file.relative_to(ROOT / folder).parts))
+        for folder in FOLDERS.values()
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and file.suffix != ".pyc"
+    }  # fmt: skip
+    assert sources - contents(archive) == set()
+
+    found = clean_environment(tmp_path / "environment")
+    pip = (sys.executable, "-m", "pip", "--python", found, "-q", "--disable-pip-version-check")
+    install = ("install", "--no-deps", "--no-index", "--no-build-isolation", archive)
+    python(*pip, *install, cwd=tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "spec.train").write_text(SPEC)
+    (elsewhere / "tiny.py").write_text(TINY)
+    python(found, "-c", USE, cwd=elsewhere)
+    trainc_command = found.with_name("trainc")
+    assert "5 clauses" in python(trainc_command, "check", "spec.train", cwd=elsewhere)
+    python(trainc_command, "run", "spec.train", "--out", "run", cwd=elsewhere)
+    assert (elsewhere / "run").is_dir()
 
 
 def test_every_folder_with_sources_is_a_package() -> None:
