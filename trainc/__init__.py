@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainc.compiler.program.program import Program as Program
     from trainc.dsl.resolve.spec import Clause as Clause
     from trainc.dsl.resolve.spec import Spec as Spec
-    from trainc.dsl.text.diagnostic import SpecError as SpecError
+    from trainc.dsl.text.errors import SpecError as SpecError
 
     __version__: str
 
@@ -24,7 +24,7 @@ _HOME = {
     "Clause": "trainc.dsl.resolve.spec",
     "Program": "trainc.compiler.program.program",
     "Spec": "trainc.dsl.resolve.spec",
-    "SpecError": "trainc.dsl.text.diagnostic",
+    "SpecError": "trainc.dsl.text.errors",
     "catalog": "trainc.compiler.catalog",
     "check": "trainc.compiler.catalog",
     "compile": "trainc.compiler.driver.compile",

@@ -19,7 +19,8 @@ from trainc.compiler.driver.site_diagnostics import name_root_module
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.model.select import Target, expectations, select
 from trainc.compiler.model.suggestions import suggestion, unknown_classes
-from trainc.dsl.text.diagnostic import Diagnostic, Label, SpecError
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values.value_json import Duration, Scoped, Selector
 from trainc.runtime.schedule.clock import Duration as ClockDuration
 from trainc.runtime.schedule.clock import RunLength, Units

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from trainc.compiler.driver.compile import compile, read
 from trainc.compiler.model.factories import build_data
 from trainc.compiler.model.import_path import searching
-from trainc.dsl.text.diagnostic import Diagnostic, SpecError
+from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.errors import SpecError
 
 if TYPE_CHECKING:
     from trainc.compiler.program.program import Program

@@ -13,7 +13,8 @@ from trainc.compiler.driver.site_diagnostics import of_site
 from trainc.compiler.layers.site_state import SiteError
 from trainc.compiler.model.factories import build_data, missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
-from trainc.dsl.text.diagnostic import Diagnostic, Label, SpecError
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.render import render_text
 from trainc.dsl.values.value_json import from_json
 from trainc.runtime.run.live_display import Display

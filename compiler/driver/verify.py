@@ -17,7 +17,8 @@ from trainc.compiler.layers.site_state import SiteError
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.passes.pass_base import SiteMissing, SiteUnfit
 from trainc.compiler.program.capture import CaptureFailed
-from trainc.dsl.text.diagnostic import Diagnostic, SpecError
+from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.errors import SpecError
 from trainc.runtime.data import batch as batches
 
 if TYPE_CHECKING:

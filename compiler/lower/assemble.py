@@ -10,7 +10,8 @@ from trainc.compiler.bind.effects import step_order
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext, OptimizerPart
 from trainc.compiler.lower.open_ended import UNBOUNDED
 from trainc.dsl.reading.construct import PHASES
-from trainc.dsl.text.diagnostic import CompilerBug, Diagnostic, Label, SpecError
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.errors import CompilerBug, SpecError
 from trainc.runtime.schedule.clock import Duration as ClockDuration
 from trainc.runtime.step.action import Action
 from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot, Rates

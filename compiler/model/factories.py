@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.bind.binding import Facts
 from trainc.compiler.model.import_path import ImportProblem, call, load
-from trainc.dsl.text.diagnostic import Diagnostic, Label, SpecError
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.errors import SpecError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -112,6 +112,6 @@ def _make_reachable(module: str) -> None:
 
 
 def _nearest(name: str, options: Iterable[str]) -> str | None:
-    from trainc.dsl.text.diagnostic import suggest
+    from trainc.dsl.text.nearest import suggest
 
     return suggest(name, [o for o in options if not o.startswith("_")])

@@ -7,7 +7,7 @@ from functools import cache
 
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.model.select import Target, empty_parts, leaves, select
-from trainc.dsl.text.diagnostic import nearest, suggest
+from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.values.value_json import Glob, OfType, Selector
 
 

@@ -15,6 +15,7 @@ from trainc.dsl.printing.canonical import (
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.lexer import Token
 from trainc.dsl.syntax.parser import parse
+from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.source import Source
 
 _INDENT = "    "
@@ -33,8 +34,6 @@ def format_source(source: Source) -> str:
     """Return the canonical text of a spec, or raise SpecError where it cannot be parsed."""
     parsed = parse(source)
     if parsed.found:
-        from trainc.dsl.text.diagnostic import SpecError
-
         raise SpecError(parsed.found)
     return _Writer(source, parsed.tree, parsed.comments).text()
 

@@ -16,7 +16,7 @@ from trainc.dsl.reading.constants import (
 )
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
-from trainc.dsl.text.diagnostic import suggest
+from trainc.dsl.text.nearest import suggest
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import FUNCTIONS, POLICIES, SHAPES, STATES, Function
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainc.dsl.syntax.lexer import printable
-from trainc.dsl.text.diagnostic import suggest
+from trainc.dsl.text.nearest import suggest
 
 _PLAIN = {
     "float_type": "expected a number",

@@ -241,7 +241,7 @@ def _read(annotation: Any, metadata: Any, node: Node, names: Any) -> Any:
 def _plain(allowed: tuple[Any, ...], node: Node, names: Any) -> Any:
     """Return a plain value, refusing what pydantic would turn into another type."""
     from trainc.dsl.reading.constants import Unreadable, describe, plain
-    from trainc.dsl.text.diagnostic import suggest
+    from trainc.dsl.text.nearest import suggest
 
     value = plain(node)
     kinds = set(allowed) - {NoneType}

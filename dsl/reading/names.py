@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.syntax import ast
-from trainc.dsl.text.diagnostic import Diagnostic, Label, nearest, suggest
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.text.source import Span
 from trainc.dsl.values.functions import FUNCTIONS, PLACES, SCHEDULE_NAMES, SIGNALS, example
 

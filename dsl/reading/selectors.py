@@ -6,7 +6,7 @@ from trainc.dsl.reading.constants import Unreadable, describe, interval, number
 from trainc.dsl.reading.expressions import condition
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
-from trainc.dsl.text.diagnostic import suggest
+from trainc.dsl.text.nearest import suggest
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import SELECTORS, WHERE_NAMES
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from trainc.dsl.reading.names import BUILT_IN, Scope
-from trainc.dsl.text.diagnostic import Diagnostic, Label, suggest
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import FUNCTIONS, POLICIES, TARGETS

@@ -17,7 +17,8 @@ from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.spec import Provenance
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.lexer import printable
-from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label, nearest, suggest
+from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label
+from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.text.source import Span
 
 _HIDDEN = {"path", "arguments"}  # how open constructs keep what they are given

@@ -8,7 +8,8 @@ from trainc.dsl.reading.names import BUILT_IN
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.syntax.parser import parse_expression
-from trainc.dsl.text.diagnostic import Diagnostic, Label, suggest
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Source
 from trainc.dsl.values.functions import FUNCTIONS, SELECTORS
 

@@ -9,7 +9,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from trainc.dsl.reading.construct import Catalog, Construct
-from trainc.dsl.text.diagnostic import Diagnostic, SpecError, suggest
+from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.errors import SpecError
+from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.record import Record, aside
 from trainc.dsl.text.source import Span
 from trainc.dsl.values.value_json import (

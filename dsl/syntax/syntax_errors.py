@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from trainc.dsl.syntax.lexer import END, Token, printable
 from trainc.dsl.syntax.tables import LITERALS
-from trainc.dsl.text.diagnostic import Diagnostic, Label, suggest
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Source, Span
 from trainc.dsl.text.vocabulary import KINDS
 

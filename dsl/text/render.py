@@ -1,12 +1,10 @@
-"""Diagnostics as text with carets, JSON, SARIF and GitHub annotations."""
+"""Diagnostics as people read them: messages, lines of the spec, and carets under the place."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.source import Span
 
 _WINDOW = 100  # characters of a long line that are shown
@@ -85,118 +83,3 @@ def columns(text: str) -> int:
     from unicodedata import combining, east_asian_width
 
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _place(label: Label) -> dict[str, Any]:
-    source = label.span.source
-    (line, column), (end_line, end_column) = map(
-        source.position, (label.span.start, label.span.end)
-    )
-    return {
-        "file": safe(source.name),
-        "line": line,
-        "column": column,
-        "end_line": end_line,
-        "end_column": end_column,
-        "text": safe(label.text),
-    }
-
-
-def render_json(diagnostics: Iterable[Diagnostic]) -> str:
-    """Return a JSON list, one object per diagnostic, for editors and scripts."""
-    return json.dumps(
-        [
-            {
-                "rule": d.rule,
-                "severity": d.severity,
-                "message": safe(d.message),
-                "labels": [_place(label) for label in d.labels],
-                "notes": [safe(note) for note in d.notes],
-                "help": d.help and safe(d.help),
-                "edit": d.edit and {**_place(Label(d.edit.span)), "text": safe(d.edit.text)},
-            }
-            for d in diagnostics
-        ],
-        indent=2,
-    )
-
-
-def render_github(diagnostics: Iterable[Diagnostic]) -> str:
-    """Return workflow commands that GitHub shows beside the lines."""
-
-    def escape(text: str, more: str = "") -> str:
-        for c in "%\r\n" + more:
-            text = text.replace(c, f"%{ord(c):02X}")
-        return text
-
-    lines = []
-    for d in diagnostics:
-        where = {"title": d.rule}
-        if d.labels:
-            place = _place(d.labels[0])
-            where |= {
-                "file": place["file"],
-                "line": str(place["line"]),
-                "col": str(place["column"]),
-            }
-            where |= {"endLine": str(place["end_line"]), "endColumn": str(place["end_column"])}
-        keys = ",".join(f"{key}={escape(value, ':,')}" for key, value in where.items())
-        parts = [
-            safe(d.message),
-            *(safe(x.text) for x in d.labels[:1] if x.text),
-            safe(d.help or ""),
-        ]
-        lines.append(f"::{d.severity} {keys}::{escape('; '.join(filter(None, parts)))}")
-    return "".join(f"{line}\n" for line in lines)
-
-
-def render_sarif(diagnostics: Sequence[Diagnostic]) -> str:
-    """Return a SARIF 2.1.0 log, for code-scanning services."""
-    from trainc.dsl.text.rules import RULES
-
-    used = sorted({d.rule for d in diagnostics})
-    rules = [
-        {
-            "id": rule,
-            "shortDescription": {"text": RULES[rule].what},
-            "help": {"text": RULES[rule].fix},
-        }
-        for rule in used
-    ]
-    results = []
-    for d in diagnostics:
-        places = [_sarif_place(label) for label in d.labels]
-        text = d.message if not d.help else f"{d.message} ({d.help})"
-        result: dict[str, Any] = {
-            "ruleId": d.rule,
-            "ruleIndex": used.index(d.rule),
-            "level": d.severity,
-            "message": {"text": safe(text)},
-            "locations": places[:1],
-        }
-        if places[1:]:
-            result["relatedLocations"] = places[1:]
-        results.append(result)
-    driver = {"name": "trainc", "rules": rules}
-    log = {
-        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
-        "version": "2.1.0",
-        "runs": [{"tool": {"driver": driver}, "results": results}],
-    }
-    return json.dumps(log, indent=2)
-
-
-def _sarif_place(label: Label) -> dict[str, Any]:
-    place = _place(label)
-    region = {
-        "startLine": place["line"],
-        "startColumn": place["column"],
-        "endLine": place["end_line"],
-        "endColumn": place["end_column"],
-    }
-    out: dict[str, Any] = {
-        "physicalLocation": {"artifactLocation": {"uri": place["file"]}, "region": region}
-    }
-    if label.text:
-        out["message"] = {"text": place["text"]}
-    return out

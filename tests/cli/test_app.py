@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from trainc.cli.app import SUMMARIES, main
-from trainc.dsl.text.diagnostic import SpecError
+from trainc.dsl.text.errors import SpecError
 
 Verb = Callable[[Callable[[str], None]], int]
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from trainc.compiler.catalog import catalog
 from trainc.dsl.resolve.resolver import Checked, load
-from trainc.dsl.text.render import render_github, render_json, render_sarif, render_text
+from trainc.dsl.text.machine_formats import render_github, render_json, render_sarif
+from trainc.dsl.text.render import render_text
 from trainc.dsl.text.source import Source
 
 DEEP = 100_000

@@ -11,7 +11,7 @@ import pytest
 from trainc.compiler.catalog import catalog, check
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.resolve.spec import Assign, Clause, Do, Rule, Spec
-from trainc.dsl.text.diagnostic import SpecError
+from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values import value_json as v
 
 TEXT = """
@@ -180,3 +180,31 @@ def test_kinds_and_units_may_be_names() -> None:
     text += 'model "m:f" { model = data, steps = steps2, on = 1, from = 2, lr = 3 }'
     arguments = check(text).unwrap().clauses[0].construct.model_dump()["arguments"]
     assert arguments == {"model": 3, "steps": 3, "on": 1, "from": 2, "lr": 3}
+
+
+def test_an_uncaught_error_shows_what_where_why_and_what_to_write() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "import trainc; trainc.check('optimizer adamw { l_r = 3e-4 }').unwrap()",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert (
+        done.stderr.partition("SpecError: \n")[2]
+        == """\
+error[unknown-field]: `optimizer adamw` has no field `l_r`
+ --> <text>:1:19
+  |
+1 | optimizer adamw { l_r = 3e-4 }
+  |                   ^^^
+  = help: did you mean `lr`?
+
+
+"""
+    )

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from trainc.dsl.text.diagnostic import SpecError
+from trainc.dsl.text.errors import SpecError
 
 SUMMARIES = {
     "check": "Report every mistake in a spec.",

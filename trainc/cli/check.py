@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from trainc.compiler.catalog import catalog
 from trainc.dsl.resolve.resolver import load
 from trainc.dsl.text.diagnostic import Diagnostic
-from trainc.dsl.text.render import render_github, render_json, render_sarif, render_text
+from trainc.dsl.text.render import render_text
 from trainc.dsl.text.source import Source
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ def _count(number: int, noun: str) -> str:
 
 
 def _render(found: Sequence[Diagnostic], form: Form) -> str:
-    if form == "json":
-        return render_json(found) + "\n"
-    if form == "sarif":
-        return render_sarif(found) + "\n"
+    if form == "text":
+        return render_text(found, colour=_wants_colour())
+    from trainc.dsl.text.machine_formats import render_github, render_json, render_sarif
+
     if form == "github":
         return render_github(found)
-    return render_text(found, colour=_wants_colour())
+    return (render_json if form == "json" else render_sarif)(found) + "\n"
 
 
 def _wants_colour() -> bool:

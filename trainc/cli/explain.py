@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from trainc.compiler.catalog import catalog
 from trainc.dsl.printing.reference_pages import construct_page, rule_page
 from trainc.dsl.reading.construct import KINDS
-from trainc.dsl.text.diagnostic import suggest
+from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.rules import RULES
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from trainc.dsl.printing.formatter import format_source
 from trainc.dsl.resolve.includes import read_source
-from trainc.dsl.text.diagnostic import SpecError
+from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.source import Source
 
 if TYPE_CHECKING:
