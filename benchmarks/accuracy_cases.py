@@ -28,7 +28,7 @@ from benchmarks.operators import (
     embedding,
     norm,
 )
-from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.loss import cross_entropy_consistency as consistency
 from trainc.kernels.noise import multiplicative_noise as noise
 
 
@@ -97,10 +97,10 @@ CASES: tuple[Case, ...] = (
       for share in noise.SHARES),
     *(Case("noisy_add", share, same_noise(True, share), Size(3, 5, 48), ("y", "dh0", "ddelta"),
            (0, 1)) for share in noise.SHARES),
-    *(Case("task_consistency_loss", f"{distance}, smoothed" if smoothing else distance,
+    *(Case("cross_entropy_consistency", f"{distance}, smoothed" if smoothing else distance,
            loss(distance, smoothing), Size(12, 1, 50), LOSSES, families=tuple(LOGITS))
       for distance in consistency.DISTANCES for smoothing in (0.0, 0.1)),
-    *(Case("head_consistency_loss", distance, head(distance, smoothing), Size(4, 3, 32),
+    *(Case("linear_cross_entropy_consistency", distance, head(distance, smoothing), Size(4, 3, 32),
            (*LOSSES[:3], "dx", "dweight", "dbias", "dlambda"))
       for distance, smoothing in (("mse", 0.1), ("kl", 0.0))),
     Case("multi_norm", "", split_columns, Size(3, 90, 500), ("squares", "products", "broken"), ALL,

@@ -24,8 +24,8 @@ from benchmarks.operators import (
     norm,
 )
 from trainc.kernels.library.contracts import accumulation_dtype
-from trainc.kernels.loss import head_consistency_loss as heads
-from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.loss import cross_entropy_consistency as consistency
+from trainc.kernels.loss import linear_cross_entropy_consistency as heads
 from trainc.kernels.noise import multiplicative_noise as noise
 from trainc.kernels.norm import ghost_batch_norm as ghosts
 from trainc.kernels.norm import group_norm as groups_of
@@ -90,7 +90,9 @@ def loss(distance: str, smoothing: float) -> Build:
         weight = torch.tensor(0.5, dtype=accumulation_dtype(dtype), device=device)
 
         def fused(logits: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            return ours.task_consistency_loss(logits, targets, weight, distance, -100, smoothing)
+            return ours.cross_entropy_consistency(
+                logits, targets, weight, distance, -100, smoothing
+            )
 
         def aten(logits: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             found = consistency.reference(logits, targets, weight, distance, -100, smoothing)
@@ -115,7 +117,9 @@ def head(distance: str, smoothing: float) -> Build:
         options = distance, -100, smoothing
 
         def fused(hidden: Tensor, head: Tensor, bias: Tensor, weight: Tensor) -> Any:
-            return ours.head_consistency_loss(hidden, head, bias, targets, weight, *options)
+            return ours.linear_cross_entropy_consistency(
+                hidden, head, bias, targets, weight, *options
+            )
 
         def aten(hidden: Tensor, head: Tensor, bias: Tensor, weight: Tensor) -> Any:
             found = heads.reference(hidden, head, bias, targets, weight, *options)

@@ -32,7 +32,7 @@ from benchmarks.operators import (
     step,
 )
 from trainc.kernels.layer import linear as linear_operator
-from trainc.kernels.loss import task_consistency_loss
+from trainc.kernels.loss import cross_entropy_consistency
 from trainc.kernels.norm import layer_norm, rms_norm
 from trainc.kernels.parameter import multi_norm
 
@@ -58,10 +58,16 @@ CASES: dict[str, tuple[Build, tuple[Size, ...]]] = {
     "multiplicative_noise, none": (noisy(add=False, share="none"), (Size(16, 128, 192),)),
     "noisy_add, token": (noisy(add=True, share="token"), (Size(16, 128, 192), LARGE)),
     "noisy_add, none": (noisy(add=True, share="none"), (Size(16, 128, 192),)),
-    "task_consistency_loss, mse": (loss("mse"), (Size(1, 256, 1000), Size(1, 1024, 5000))),
-    "task_consistency_loss, kl": (loss("kl"), (Size(1, 256, 1000), Size(1, 1024, 5000))),
-    "head_consistency_loss, mse": (head("mse", 256), (Size(1, 512, 8192), Size(1, 512, 32000))),
-    "head_consistency_loss, kl": (head("kl", 256), (Size(1, 512, 8192), Size(1, 512, 32000))),
+    "cross_entropy_consistency, mse": (loss("mse"), (Size(1, 256, 1000), Size(1, 1024, 5000))),
+    "cross_entropy_consistency, kl": (loss("kl"), (Size(1, 256, 1000), Size(1, 1024, 5000))),
+    "linear_cross_entropy_consistency, mse": (
+        head("mse", 256),
+        (Size(1, 512, 8192), Size(1, 512, 32000)),
+    ),
+    "linear_cross_entropy_consistency, kl": (
+        head("kl", 256),
+        (Size(1, 512, 8192), Size(1, 512, 32000)),
+    ),
     "linear, probe": (linear, (MIDDLE, Size(8, 16, 256))),
     "embedding, probe": (embedding, (MIDDLE,)),
     "ghost_batch_norm": (batch_norm, IMAGES),
@@ -161,8 +167,8 @@ def dispatch(spent: float) -> list[Json]:
             (x, torch.ones(4, 8), None, torch.zeros(2, 1), "auto"),
         ),
         "multi_norm": (torch.ops.trainc.multi_norm, multi_norm.eager, ([x, x], [])),
-        "task_consistency_loss": (
-            torch.ops.trainc.task_consistency_loss, task_consistency_loss.eager_forward,
+        "cross_entropy_consistency": (
+            torch.ops.trainc.cross_entropy_consistency, cross_entropy_consistency.eager_forward,
             (x.flatten(1), torch.zeros(1, dtype=torch.long), half, "mse", -100, 0.0),
         ),
     }  # fmt: skip

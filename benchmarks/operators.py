@@ -202,7 +202,7 @@ def loss(distance: str) -> Callable[[Size, torch.dtype, str], Problem]:
 
         return Problem(
             [logits],
-            lambda logits: ours.task_consistency_loss(logits, targets, weight, distance)[0],
+            lambda logits: ours.cross_entropy_consistency(logits, targets, weight, distance)[0],
             lambda logits: _composed(logits, targets, weight, distance), _traffic(make, logits.numel(), 1, 2),
         )  # fmt: skip
 
@@ -220,7 +220,9 @@ def head(distance: str, width: int) -> Callable[[Size, torch.dtype, str], Proble
         targets, weight = make.whole(size.width, rows), torch.tensor(0.5, device=device)
 
         def fused(hidden: Tensor, weights: Tensor) -> Tensor:
-            found = ours.head_consistency_loss(hidden, weights, None, targets, weight, distance)
+            found = ours.linear_cross_entropy_consistency(
+                hidden, weights, None, targets, weight, distance
+            )
             return found[0]
 
         return Problem(

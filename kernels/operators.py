@@ -1,7 +1,7 @@
 """Importing this module registers every operator of the `trainc` namespace."""
 
 from trainc.kernels.layer import convolution, embedding, linear, tied_weights
-from trainc.kernels.loss import head_consistency_loss, task_consistency_loss
+from trainc.kernels.loss import cross_entropy_consistency, linear_cross_entropy_consistency
 from trainc.kernels.noise import multiplicative_noise
 from trainc.kernels.norm import (
     add_layer_norm,
@@ -20,7 +20,7 @@ MODULES = (
     embedding,
     ghost_batch_norm,
     group_norm,
-    head_consistency_loss,
+    linear_cross_entropy_consistency,
     layer_norm,
     linear,
     masked_update,
@@ -28,6 +28,6 @@ MODULES = (
     multiplicative_noise,
     rms_norm,
     sparse_adamw,
-    task_consistency_loss,
+    cross_entropy_consistency,
     tied_weights,
 )

@@ -5,8 +5,8 @@ from trainc.kernels.layer.convolution import convolution
 from trainc.kernels.layer.embedding import embedding
 from trainc.kernels.layer.linear import linear
 from trainc.kernels.layer.tied_weights import tied_embedding, tied_linear
-from trainc.kernels.loss.head_consistency_loss import head_consistency_loss
-from trainc.kernels.loss.task_consistency_loss import task_consistency_loss
+from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
+from trainc.kernels.loss.linear_cross_entropy_consistency import linear_cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import multiplicative_noise, noisy_add
 from trainc.kernels.norm.add_layer_norm import add_layer_norm
 from trainc.kernels.norm.add_rms_norm import add_rms_norm
@@ -23,12 +23,13 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "convolution",
+    "cross_entropy_consistency",
     "embedding",
     "ghost_batch_norm",
     "group_norm",
-    "head_consistency_loss",
     "layer_norm",
     "linear",
+    "linear_cross_entropy_consistency",
     "masked_update_",
     "measured_parameters",
     "multi_norm",
@@ -39,7 +40,6 @@ __all__ = [
     "per_example_sq_norms",
     "rms_norm",
     "sparse_adamw_",
-    "task_consistency_loss",
     "tied_embedding",
     "tied_linear",
 ]

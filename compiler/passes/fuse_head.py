@@ -13,7 +13,7 @@ from trainc.compiler.graph.forward_graph import ForwardGraph, call_site
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.insert_consistency import LOSS
 from trainc.compiler.passes.pass_base import Pass
-from trainc.kernels.loss.head_consistency_loss import chunk_rows
+from trainc.kernels.loss.linear_cross_entropy_consistency import chunk_rows
 
 aten = torch.ops.aten
 SWAPS = {aten.transpose.int, aten.permute.default}
@@ -49,7 +49,7 @@ class FuseHead(Pass):
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite the loss over a head that nothing else reads."""
         for loss in forward.calls():
-            if loss.target is torch.ops.trainc.task_consistency_loss.default:
+            if loss.target is torch.ops.trainc.cross_entropy_consistency.default:
                 self.fuse(forward, loss)
         return [LOSS]
 
@@ -72,7 +72,7 @@ class FuseHead(Pass):
                 head = _untransposed(weight) or forward.call(aten.t.default, (weight,), logits)
             if not self._pays(x.meta["val"], head.meta["val"], bias):
                 return
-            target = torch.ops.trainc.head_consistency_loss.default
+            target = torch.ops.trainc.linear_cross_entropy_consistency.default
             fused = forward.call(target, (x, head, bias, *rest), logits)
             results = [forward.call(operator.getitem, (fused, i), logits) for i in range(3)]
         for user in list(loss.users):

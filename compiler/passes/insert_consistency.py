@@ -13,7 +13,7 @@ from torch import fx
 from trainc.compiler.graph.forward_graph import ForwardGraph, call_site, module_stack
 from trainc.compiler.method.sites import NoiseSite, Pairing, Rewrite
 from trainc.compiler.passes.pass_base import Pass, SiteMissing, SiteUnfit
-from trainc.kernels.loss import task_consistency_loss as _loss  # noqa: F401  (registers the operator)
+from trainc.kernels.loss import cross_entropy_consistency as _loss  # noqa: F401  (registers the operator)
 from trainc.kernels.noise import multiplicative_noise as _noise  # noqa: F401  (registers the operator)
 
 aten = torch.ops.aten
@@ -136,7 +136,7 @@ def _fused_loss(
     )
     form = forward.task
     fused = forward.call(
-        torch.ops.trainc.task_consistency_loss.default,
+        torch.ops.trainc.cross_entropy_consistency.default,
         (logits, targets, weight, pairing.distance, form.ignore_index, form.label_smoothing),
         logits,
     )

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 _TRITON = {
     "layer_norm", "rms_norm", "linear", "embedding", "ghost_batch_norm", "multiplicative_noise",
-    "task_consistency_loss",
+    "cross_entropy_consistency",
 }  # fmt: skip
 """The operators with a Triton kernel; of the others ATen's compositions run on every device."""
 
@@ -64,7 +64,7 @@ def site_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
     if rewrite.pairing is not None:
         fused = parts.task is not None and parts.task.name == "cross_entropy"
         operator = (
-            "task_consistency_loss"
+            "cross_entropy_consistency"
             if fused
             else f"{parts.task.name if parts.task else ''} + distance"
         )
@@ -96,7 +96,7 @@ def _layer_operator(site: LayerSite, binding: Binding) -> str:
 def _through_head() -> str:
     from trainc.compiler.passes.fuse_head import CLASSES
 
-    return f"head_consistency_loss, where a head of {CLASSES} classes or more gives the logits"
+    return f"linear_cross_entropy_consistency, where a head of {CLASSES} classes or more gives the logits"
 
 
 def kernel_rows(parts: LoweredMethod) -> list[Row]:
@@ -107,7 +107,7 @@ def kernel_rows(parts: LoweredMethod) -> list[Row]:
     names += ["ghost_batch_norm"] if rewrite.ghosts and "ghost_batch_norm" not in names else []
     names += ["multiplicative_noise"] if rewrite.noises else []
     names += (
-        ["task_consistency_loss"]
+        ["cross_entropy_consistency"]
         if rewrite.pairing and parts.task and parts.task.name == "cross_entropy"
         else []
     )

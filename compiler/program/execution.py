@@ -21,7 +21,7 @@ from trainc.compiler.program.distributed import (
     refuse_shards,
     replicas_of,
 )
-from trainc.kernels.loss.task_consistency_loss import task_consistency_loss
+from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.noise.philox import pack_key
 from trainc.runtime.data import batch as batches
 from trainc.runtime.data.batch import Batch
@@ -126,7 +126,7 @@ class Execution:
             return task(logits, targets), {}
         weight = scalars[pairing.weight]
         if task.name == "cross_entropy":
-            loss, first, distance = task_consistency_loss(
+            loss, first, distance = cross_entropy_consistency(
                 logits, targets, weight, pairing.distance, task.ignore_index, task.label_smoothing
             )
         else:

@@ -73,7 +73,7 @@ def test_plan_shows_what_a_pass_did(
         "+multiplicative_noise" in out.replace(" ", "")[: len(out)]
         or "trainc.multiplicative_noise" in out
     )
-    assert "trainc.task_consistency_loss" in out
+    assert "trainc.cross_entropy_consistency" in out
     assert call(monkeypatch, "plan", spec, "--diff", "insert_consistancy") == 1
     assert "did you mean `insert_consistency`" in capsys.readouterr().err
 

@@ -22,7 +22,7 @@ from trainc.compiler.passes.instrument_norms import InstrumentNorms
 from trainc.compiler.passes.pass_base import CompilerBug, Pass, SiteMissing, SiteUnfit
 from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order
 from trainc.compiler.program.capture import capture
-from trainc.kernels.loss.task_consistency_loss import task_consistency_loss
+from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import multiplicative_noise
 from trainc.kernels.noise.philox import pack_key
 from trainc.kernels.norm.rms_norm import rms_norm
@@ -446,7 +446,7 @@ def test_noise_and_pairing_equal_the_same_operators_in_eager(distance: str) -> N
         logits = model(torch.cat([ids, ids]))
         for handle in hooks:
             handle.remove()
-        loss, task, consistency = task_consistency_loss(
+        loss, task, consistency = cross_entropy_consistency(
             logits, targets, scalars["weight:consistency"], distance
         )
         assert torch.equal(out.loss, loss)
@@ -494,7 +494,7 @@ def test_other_tasks_pair_with_the_distance_spelled_out(distance: str) -> None:
         handle.remove()
     # The operator's distance does not depend on its targets.
     ignored = torch.zeros(3, dtype=torch.int64)
-    _, _, consistency = task_consistency_loss(logits, ignored, torch.tensor(0.5), distance)
+    _, _, consistency = cross_entropy_consistency(logits, ignored, torch.tensor(0.5), distance)
     loss = F.mse_loss(logits[:3], batch[1]) + 0.5 * consistency
     torch.testing.assert_close(out.loss, loss.detach())
     want = torch.autograd.grad(loss, list(model.parameters()))
@@ -723,7 +723,7 @@ class Headed(nn.Module):
 
 
 def head_calls(step: StepGraph) -> list[str]:
-    names = ("head_consistency_loss", "task_consistency_loss")
+    names = ("linear_cross_entropy_consistency", "cross_entropy_consistency")
     return [
         n for n in names if any(f"trainc.{n}.default" in str(c.target) for c in step.graph.nodes)
     ]
@@ -738,13 +738,13 @@ def test_the_loss_through_the_head_is_the_loss_of_its_logits(how: str, distance:
     rewrite.noises = rewrite.noises[:1]  # noise on the logits would have to be added to them
     passes = (InsertConsistency(), FuseHead(always=True))
     step = step_of(model, (x, targets), rewrite, scalars=scalars, passes=passes)
-    assert head_calls(step) == ["head_consistency_loss"]
+    assert head_calls(step) == ["linear_cross_entropy_consistency"]
     assert any("one operator" in note for note in step.notes)
     kept = step_of(model, (x, targets), rewrite, scalars=scalars)
-    assert head_calls(kept) == ["task_consistency_loss"]
+    assert head_calls(kept) == ["cross_entropy_consistency"]
     got, want = (one.run((x, targets), scalars) for one in (step, kept))
     hooks = noisy(model, rewrite, scalars)
-    loss, *_ = task_consistency_loss(
+    loss, *_ = cross_entropy_consistency(
         model(torch.cat([x, x])), targets, scalars["weight:consistency"], distance
     )
     for handle in hooks:
@@ -764,14 +764,17 @@ def test_a_head_whose_logits_are_read_is_left_alone(how: str) -> None:
     rewrite, scalars = paced(model)
     passes = (InsertConsistency(), FuseHead(always=True))
     step = step_of(model, batch, rewrite, scalars=scalars, passes=passes)
-    assert head_calls(step) == ["task_consistency_loss"]
+    assert head_calls(step) == ["cross_entropy_consistency"]
 
 
 def test_only_large_heads_and_batches_are_fused_and_no_logits_are_made() -> None:
     model = Headed("linear", 8192).double().train()
     rewrite, scalars = paced(model)
     rewrite.noises = []
-    for examples, want in ((8, "task_consistency_loss"), (260, "head_consistency_loss")):
+    for examples, want in (
+        (8, "cross_entropy_consistency"),
+        (260, "linear_cross_entropy_consistency"),
+    ):
         batch = (torch.randn(examples, 6).double(), torch.randint(8192, (examples,)))
         step = step_of(model, batch, rewrite, scalars=scalars)
         assert head_calls(step) == [want]
@@ -779,14 +782,14 @@ def test_only_large_heads_and_batches_are_fused_and_no_logits_are_made() -> None
         held = [
             v for v in found if isinstance(v, Tensor) and v.shape[-1:] == (8192,) and v.dim() > 1
         ]
-        assert bool(held) == (want == "task_consistency_loss")
+        assert bool(held) == (want == "cross_entropy_consistency")
     out = step.run(batch, scalars)
     assert isinstance(batch[0], Tensor)
     logits = model(torch.cat([batch[0], batch[0]]))
-    loss, *_ = task_consistency_loss(logits, batch[1], scalars["weight:consistency"])
+    loss, *_ = cross_entropy_consistency(logits, batch[1], scalars["weight:consistency"])
     exact = torch.autograd.grad(loss, list(model.parameters()))
     torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-10, atol=0)
     for grad, expected in zip(out.grads.values(), exact, strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
     off = step_of(model, batch, rewrite, scalars=scalars, without=frozenset(["fuse_head"]))
-    assert head_calls(off) == ["task_consistency_loss"]
+    assert head_calls(off) == ["cross_entropy_consistency"]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.kernels.case import Case, probe, randn
 from tests.kernels.layer_cases import LAYERS
-from trainc.kernels.loss import head_consistency_loss
-from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.loss import cross_entropy_consistency as consistency
+from trainc.kernels.loss import linear_cross_entropy_consistency
 from trainc.kernels.noise import multiplicative_noise, philox
 from trainc.kernels.norm import add_layer_norm, ghost_batch_norm, rms_norm
 
@@ -231,24 +231,24 @@ CASES = [
     ),
     *(
         Case(
-            f"task_consistency_loss-{distance}-{smoothing}",
-            "task_consistency_loss",
+            f"cross_entropy_consistency-{distance}-{smoothing}",
+            "cross_entropy_consistency",
             loss_arguments(distance, smoothing, middle),
             consistency.reference,
             None,
-            "task_consistency_loss_backward",
+            "cross_entropy_consistency_backward",
         )
         for distance in consistency.DISTANCES
         for smoothing, middle in ((0.0, (3,)), (0.1, ()))
     ),
     *(
         Case(
-            f"head_consistency_loss-{distance}-{smoothing}",
-            "head_consistency_loss",
+            f"linear_cross_entropy_consistency-{distance}-{smoothing}",
+            "linear_cross_entropy_consistency",
             head_arguments(distance, smoothing, middle, with_bias),
-            head_consistency_loss.reference,
+            linear_cross_entropy_consistency.reference,
             None,
-            "head_consistency_loss_backward",
+            "linear_cross_entropy_consistency_backward",
         )
         for distance, smoothing, middle, with_bias in (
             ("mse", 0.1, (3,), True),

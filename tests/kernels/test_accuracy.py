@@ -42,7 +42,11 @@ KNOWN: Known = {
     ("layer_norm", "dweight", "tiny variance"): (math.inf, math.inf, ONE_VALUE),
 }
 for _result in ("dx", "dweight", "dbias", "consistency", "dlambda"):
-    KNOWN["head_consistency_loss", _result, "tiny variance"] = (math.inf, math.inf, NOISE)
+    KNOWN["linear_cross_entropy_consistency", _result, "tiny variance"] = (
+        math.inf,
+        math.inf,
+        NOISE,
+    )
 
 
 def bounds(found: dict[str, Any]) -> tuple[float, float]:

@@ -93,8 +93,8 @@ LAYERS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Any, ...]]]] = {
         operators.tied_linear,
         lambda make: (make(4, 5), make(6, 5), None, zeros(4, 1), zeros(4, 5), torch.ones(4).long()),
     ),
-    "head_consistency_loss": (
-        operators.head_consistency_loss,
+    "linear_cross_entropy_consistency": (
+        operators.linear_cross_entropy_consistency,
         lambda make: (make(4, 5), make(6, 5), None, torch.tensor([0, 1]), HALF),
     ),
 }
@@ -131,7 +131,7 @@ def test_masked_classes_and_broken_ignored_rows_leave_the_task_alone(distance: s
     with torch.no_grad():
         logits[:, 4] = -math.inf
         logits[2] = math.nan
-    task = operators.task_consistency_loss(logits, targets, HALF.double(), distance)[1]
+    task = operators.cross_entropy_consistency(logits, targets, HALF.double(), distance)[1]
     plain = functional.cross_entropy(logits[:3], targets)
     torch.testing.assert_close(task, plain)
     got, want = (torch.autograd.grad(one, logits)[0] for one in (task, plain))
@@ -143,22 +143,26 @@ def test_masked_classes_and_broken_ignored_rows_leave_the_task_alone(distance: s
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter is NumPy
 @pytest.mark.parametrize("distance", ["mse", "kl"])
 def test_by_triton_as_well(distance: str) -> None:
-    from trainc.kernels.loss import triton_loss
+    from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
     torch.manual_seed(0)
     logits, targets = randn(6, 5), torch.tensor([0, 1, -100])
     logits[:, 4], logits[2] = -math.inf, math.nan
     options: Any = (distance, -100, 0.0)
-    *_, kept = found = triton_loss.task_consistency_loss(logits, targets, HALF, *options)
+    *_, kept = found = triton_loss.cross_entropy_consistency(logits, targets, HALF, *options)
     scales = (torch.tensor(1.0), torch.tensor(0.0))
-    gradient = triton_loss.task_consistency_loss_backward(logits, targets, kept, *scales, *options)
+    gradient = triton_loss.cross_entropy_consistency_backward(
+        logits, targets, kept, *scales, *options
+    )
     plain = logits.clone().requires_grad_()
     task = functional.cross_entropy(plain[:3], targets)
     torch.testing.assert_close(found[1], task.detach())
     want = torch.autograd.grad(task, plain)[0]
     want[2] = 0
     torch.testing.assert_close(gradient, want)
-    beyond = triton_loss.task_consistency_loss(randn(4, 5), torch.tensor([0, 7]), HALF, *options)
+    beyond = triton_loss.cross_entropy_consistency(
+        randn(4, 5), torch.tensor([0, 7]), HALF, *options
+    )
     assert beyond[1].isnan()
 
 
@@ -208,17 +212,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a form": (lambda: operators.linear(randn(2, 3), randn(4, 3), form="foo"), "not 'foo'"),
     "a bias of another dtype": (
-        lambda: operators.head_consistency_loss(
+        lambda: operators.linear_cross_entropy_consistency(
             LOGITS, randn(6, 5), randn(6).double(), TARGETS, HALF
         ),
         "torch.float64",
     ),
     "smoothing": (
-        lambda: operators.task_consistency_loss(LOGITS, TARGETS, HALF, label_smoothing=2.0),
+        lambda: operators.cross_entropy_consistency(LOGITS, TARGETS, HALF, label_smoothing=2.0),
         r"in \[0, 1\], not 2.0",
     ),
     "no class": (
-        lambda: operators.task_consistency_loss(randn(4, 0), TARGETS, HALF),
+        lambda: operators.cross_entropy_consistency(randn(4, 0), TARGETS, HALF),
         "has no class",
     ),
     "many views": (

@@ -31,12 +31,12 @@ def both(pair: tuple[Tensor, Tensor]) -> Tensor:
 def consistency(site: "Site", h: Tensor) -> Tensor:
     targets = torch.arange(h.shape[0]) % WIDTH
     logits = torch.cat([h[:, 0], h[:, 1]])
-    return operators.task_consistency_loss(logits, targets, torch.tensor(0.5))[0]
+    return operators.cross_entropy_consistency(logits, targets, torch.tensor(0.5))[0]
 
 
 def through_head(site: "Site", h: Tensor) -> Tensor:
     targets, hidden = torch.arange(h.shape[0]) % WIDTH, torch.cat([h[:, 0], h[:, 1]])
-    return operators.head_consistency_loss(
+    return operators.linear_cross_entropy_consistency(
         hidden, site.matrix, site.bias, targets, torch.tensor(0.5)
     )[0]
 
@@ -83,8 +83,8 @@ SITES: dict[str, tuple[Apply, int]] = {
         ),
         0,
     ),
-    "task_consistency_loss": (consistency, 0),
-    "head_consistency_loss": (through_head, 0),
+    "cross_entropy_consistency": (consistency, 0),
+    "linear_cross_entropy_consistency": (through_head, 0),
     "ghost_batch_norm": (
         lambda s, h: operators.ghost_batch_norm(
             h.transpose(1, 2), None, None, s.weight, s.bias, 2, True
@@ -219,7 +219,7 @@ def test_two_processes_find_what_one_finds(
 ) -> None:
     site = Site(name).double()
     gradients, norms = differentiate(site, site, slice(0, BATCH), torch.float64)
-    if name.endswith("consistency_loss"):  # targets count from the half's first example
+    if name.endswith("entropy_consistency"):  # targets count from the half's first example
         halves = []
         for rank in range(2):
             one = Site(name).double()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.accuracy_problems import divergence
 from benchmarks.adversarial import LOGITS
-from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.loss import cross_entropy_consistency as consistency
 from trainc.kernels.norm import layer_norm, rms_norm
 
 pytestmark = pytest.mark.interpreter
@@ -85,12 +85,14 @@ def composed(logits: Tensor, distance: str, smoothing: float) -> tuple[Tensor, .
 @pytest.mark.parametrize("family", LOSS_FAMILIES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss(family: str, distance: str, smoothing: float) -> None:
-    from trainc.kernels.loss import triton_loss
+    from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
     logits, targets = made(family, 6, 33), torch.tensor([1, 4, 20])
     options = (distance, -100, smoothing)
-    *results, kept = triton_loss.task_consistency_loss(logits, targets, torch.tensor(0.5), *options)
-    gradient = triton_loss.task_consistency_loss_backward(
+    *results, kept = triton_loss.cross_entropy_consistency(
+        logits, targets, torch.tensor(0.5), *options
+    )
+    gradient = triton_loss.cross_entropy_consistency_backward(
         logits, targets, kept, torch.tensor(1.0), torch.tensor(0.5), *options
     )
     theirs = composed(logits, distance, smoothing)
@@ -102,7 +104,7 @@ def test_loss(family: str, distance: str, smoothing: float) -> None:
 def test_the_divergence_of_two_sure_views_keeps_its_gradient(
     ahead: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainc.kernels.loss import triton_loss
+    from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
     monkeypatch.setattr(triton_loss, "BLOCK", 16)  # the largest logit is in the second block
     torch.manual_seed(0)
@@ -111,12 +113,12 @@ def test_the_divergence_of_two_sure_views_keeps_its_gradient(
     logits, targets = torch.cat([first, first + 0.01 * torch.randn(3, 37)]), torch.zeros(3).long()
     options: Any = ("kl", -100, 0.0)
     scales = (torch.tensor(0.0), torch.tensor(1.0))
-    *_, kept = triton_loss.task_consistency_loss(logits, targets, torch.tensor(1.0), *options)
+    *_, kept = triton_loss.cross_entropy_consistency(logits, targets, torch.tensor(1.0), *options)
     *_, nothing = consistency.eager_forward(logits, targets, torch.tensor(1.0), *options)
     leaf = logits.double().requires_grad_()
     (exact,) = torch.autograd.grad(divergence(*leaf.chunk(2)), leaf)
     for module, statistics in ((triton_loss, kept), (consistency, nothing)):
-        backward = getattr(module, "task_consistency_loss_backward", consistency.eager_backward)
+        backward = getattr(module, "cross_entropy_consistency_backward", consistency.eager_backward)
         got = backward(logits, targets, statistics, *scales, *options)
         unit = exact.abs().amax(1, keepdim=True)
         # One class in 3e12 has the gradient; the logits' own rounding moves it by some 1e-5.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainc.kernels.loss import task_consistency_loss as consistency
+from trainc.kernels.loss import cross_entropy_consistency as consistency
 from trainc.kernels.noise import multiplicative_noise, philox
 from trainc.kernels.norm import layer_norm, rms_norm
 
@@ -157,7 +157,7 @@ def test_zero_sigma_is_the_identity_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("distance", consistency.DISTANCES)
 @pytest.mark.parametrize("classes", [1, 3, 127])
 def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
-    from trainc.kernels.loss import triton_loss
+    from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
     torch.manual_seed(0)
     logits = torch.randn(6, classes).to(dtype)
@@ -165,29 +165,33 @@ def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
     targets[1] = -100
     options: Any = (distance, -100, 0.1)
     arguments = (logits, targets, torch.tensor(0.4), *options)
-    *got, kept = triton_loss.task_consistency_loss(*arguments)
+    *got, kept = triton_loss.cross_entropy_consistency(*arguments)
     *want, nothing = consistency.eager_forward(*arguments)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     scales = (torch.tensor(0.9), torch.tensor(0.3))
-    gradient = triton_loss.task_consistency_loss_backward(logits, targets, kept, *scales, *options)
+    gradient = triton_loss.cross_entropy_consistency_backward(
+        logits, targets, kept, *scales, *options
+    )
     other = consistency.eager_backward(logits, targets, nothing, *scales, *options)
     close([gradient], [other], dtype)
 
 
 def test_loss_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainc.kernels.loss import triton_loss
+    from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
     monkeypatch.setattr(triton_loss, "BLOCK", 32)
     for distance in consistency.DISTANCES:
         logits, targets = torch.randn(4, 127), torch.tensor([3, 126])
         options: Any = (distance, -100, 0.0)
         arguments = (logits, targets, torch.tensor(0.4), *options)
-        *got, kept = triton_loss.task_consistency_loss(*arguments)
+        *got, kept = triton_loss.cross_entropy_consistency(*arguments)
         *want, nothing = consistency.eager_forward(*arguments)
         torch.testing.assert_close(got, want)
         scales = (torch.tensor(1.0), torch.tensor(0.3))
         torch.testing.assert_close(
-            triton_loss.task_consistency_loss_backward(logits, targets, kept, *scales, *options),
+            triton_loss.cross_entropy_consistency_backward(
+                logits, targets, kept, *scales, *options
+            ),
             consistency.eager_backward(logits, targets, nothing, *scales, *options),
             rtol=1e-5,
             atol=1e-6,

@@ -107,7 +107,7 @@ SPECS = [
         for shared in (False, True)
     ),
     *(
-        spec("loss.triton_loss", name, arguments + TAIL, KL=kl, BLOCK_V=2048, warps=4)
+        spec("loss.triton_cross_entropy_consistency", name, arguments + TAIL, KL=kl, BLOCK_V=2048, warps=4)
         for name, arguments in (("loss_forward", LOSS), ("loss_backward", LOSS_BACK))
         for kl in (False, True)
     ),

@@ -19,7 +19,7 @@ from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringCont
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.model.inventory import Place, take
 from trainc.dsl.values import value_json as v
-from trainc.kernels.loss.task_consistency_loss import task_consistency_loss
+from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import factor
 from trainc.kernels.noise.philox import pack_key
 from trainc.runtime.schedule.clock import Clock, RunLength, Units
@@ -251,7 +251,7 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     logits = model(torch.cat([x, x]))
     assert parts.rewrite.pairing is not None
     weight = scalars[parts.rewrite.pairing.weight]
-    found = task_consistency_loss(logits, y, weight, "mse")
+    found = cross_entropy_consistency(logits, y, weight, "mse")
     with sites.plain():
         expected = rule.reference(model, x, y, factors, 0.5)
     for ours, part in zip(found, ("loss", "task", "consistency"), strict=True):

@@ -1,4 +1,4 @@
-"""Triton kernels for the task and consistency loss, with launchers; imported by first use.
+"""Triton kernels for cross-entropy with a consistency term, and their launchers; imported by first use.
 
 Forward: one program owns one row of both views and reads each logit once. A softmax's sum, and for
 "kl" the means of log p - log q under both softmaxes, are carried along while the largest entry is
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainc.kernels.library.contracts import REDUCED
-from trainc.kernels.loss import task_consistency_loss as operators
+from trainc.kernels.loss import cross_entropy_consistency as operators
 
 # Four warps: their reductions are short, and 4 to 8 programs a processor have 32 to 64 KB in flight.
 BLOCK, WARPS = 2048, 4
@@ -220,7 +220,7 @@ def write_gradients(
     )  # fmt: skip
 
 
-def task_consistency_loss(
+def cross_entropy_consistency(
     logits: Tensor,
     targets: Tensor,
     weight: Tensor,
@@ -228,7 +228,7 @@ def task_consistency_loss(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The CUDA kernel of trainc::task_consistency_loss."""
+    """The CUDA kernel of trainc::cross_entropy_consistency."""
     if not supported(logits):
         return operators.eager_forward(
             logits, targets, weight, distance, ignore_index, label_smoothing
@@ -240,7 +240,7 @@ def task_consistency_loss(
     return *operators.total(*found, labels, weight, ignore_index), statistics
 
 
-def task_consistency_loss_backward(
+def cross_entropy_consistency_backward(
     logits: Tensor,
     targets: Tensor,
     statistics: Tensor,
@@ -250,7 +250,7 @@ def task_consistency_loss_backward(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    """The CUDA kernel of trainc::task_consistency_loss_backward."""
+    """The CUDA kernel of trainc::cross_entropy_consistency_backward."""
     if not supported(logits):
         return operators.eager_backward(
             logits, targets, statistics, task_scale, consistency_scale,

@@ -1,4 +1,4 @@
-"""The task and consistency loss: stored numbers, torch's cross-entropy, degenerate targets."""
+"""Cross-entropy with a consistency term: stored numbers, torch's cross-entropy, degenerate targets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.loss.task_consistency_loss import DISTANCES, reference, task_consistency_loss
+from trainc.kernels.loss.cross_entropy_consistency import (
+    DISTANCES,
+    cross_entropy_consistency,
+    reference,
+)
 
 WEIGHT = torch.tensor(0.5)
 
@@ -22,7 +26,7 @@ def test_stored_mean_squared_error(stored: Callable[[str], Any], name: str) -> N
     case = stored("regularizers")["pace"][name]
     views = torch.cat([unpack(case["l1"]), unpack(case["l2"])]).requires_grad_()
     targets = torch.zeros(views.shape[0] // 2, *views.shape[1:-1], dtype=torch.long)
-    _, _, consistency = task_consistency_loss(views, targets, WEIGHT.double())
+    _, _, consistency = cross_entropy_consistency(views, targets, WEIGHT.double())
     # The stored numbers were computed in float32.
     assert consistency.item() == pytest.approx(case["loss"], rel=1e-6)
     if "grad_l1" in case:
@@ -35,7 +39,7 @@ def test_stored_symmetric_divergence(stored: Callable[[str], Any]) -> None:
     case = stored("regularizers")["relatives"]["rdrop_official_readme"]
     views = torch.cat([unpack(case["p"]), unpack(case["q"])]).requires_grad_()
     targets = torch.zeros(views.shape[0] // 2, dtype=torch.long)
-    _, _, consistency = task_consistency_loss(views, targets, WEIGHT.double(), "kl")
+    _, _, consistency = cross_entropy_consistency(views, targets, WEIGHT.double(), "kl")
     assert consistency.item() == pytest.approx(case["loss_batchmean"], rel=1e-6)
     (grad,) = torch.autograd.grad(consistency, views)
     want = torch.cat([unpack(case["grad_p_sum"]), unpack(case["grad_q_sum"])]) / targets.numel()
@@ -46,7 +50,9 @@ def test_stored_label_smoothing(stored: Callable[[str], Any]) -> None:
     case = stored("regularizers")["relatives"]["label_smoothing_torch"]
     logits = unpack(case["logits"])
     views = torch.cat([logits, logits])
-    got = task_consistency_loss(views, torch.tensor(case["y"]), WEIGHT, label_smoothing=case["eps"])
+    got = cross_entropy_consistency(
+        views, torch.tensor(case["y"]), WEIGHT, label_smoothing=case["eps"]
+    )
     assert float(got[1]) == pytest.approx(case["loss"], rel=1e-6)
     assert float(got[2]) == 0.0
 
@@ -57,7 +63,9 @@ def test_task_is_cross_entropy(smoothing: float, distance: str) -> None:
     # Far from zero, and certain of a class: neither may cost digits.
     logits = torch.randn(8, 11).mul_(3).add_(100)
     logits[0, 3], targets = 130.0, torch.tensor([3, -100, 0, 10])
-    _, task, _ = task_consistency_loss(logits, targets, WEIGHT, distance, label_smoothing=smoothing)
+    _, task, _ = cross_entropy_consistency(
+        logits, targets, WEIGHT, distance, label_smoothing=smoothing
+    )
     want = functional.cross_entropy(logits[:4].double(), targets, label_smoothing=smoothing)
     torch.testing.assert_close(task.double(), want, rtol=2e-6, atol=0)
 
@@ -68,7 +76,7 @@ def test_divergence_of_views_a_constant_apart() -> None:
     second = first + 1e-2 * torch.randn(6, 50) + 10
     logits = torch.cat([first, second]).requires_grad_()
     targets = torch.zeros(6, dtype=torch.long)
-    got = task_consistency_loss(logits, targets, WEIGHT, "kl")[2]
+    got = cross_entropy_consistency(logits, targets, WEIGHT, "kl")[2]
     exact = logits.detach().double().requires_grad_()
     want = reference(exact, targets, WEIGHT.double(), "kl")[2]
     assert got.item() == pytest.approx(want.item(), rel=1e-3)
@@ -85,7 +93,7 @@ def test_odd_sizes(distance: str, classes: int) -> None:
         logits.requires_grad_()
         targets = torch.randint(0, classes, shape)
         weight = torch.tensor(0.3, dtype=torch.float64)
-        got = task_consistency_loss(logits, targets, weight, distance, label_smoothing=0.1)
+        got = cross_entropy_consistency(logits, targets, weight, distance, label_smoothing=0.1)
         want = reference(logits, targets, weight, distance, label_smoothing=0.1)
         torch.testing.assert_close(got, want)
         pair = (torch.autograd.grad(results[0], logits) for results in (got, want))
@@ -97,7 +105,7 @@ def test_rows_in_several_blocks(distance: str) -> None:
     logits = torch.randn(90, 6000, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 6000, (45,))
     results = [f(logits, targets, WEIGHT.double(), distance)
-               for f in (task_consistency_loss, reference)]  # fmt: skip
+               for f in (cross_entropy_consistency, reference)]  # fmt: skip
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(r[0], logits) for r in results))
 
@@ -106,7 +114,7 @@ def test_rows_in_several_blocks(distance: str) -> None:
 def test_all_targets_ignored(distance: str) -> None:
     logits = torch.randn(4, 5, requires_grad=True)
     targets = torch.full((2,), -100)
-    loss, task, consistency = task_consistency_loss(logits, targets, WEIGHT, distance)
+    loss, task, consistency = cross_entropy_consistency(logits, targets, WEIGHT, distance)
     plain = functional.cross_entropy(logits[:2], targets)
     assert torch.isnan(torch.stack([loss, task, plain])).all()
     assert torch.isfinite(consistency)
@@ -116,7 +124,7 @@ def test_all_targets_ignored(distance: str) -> None:
 
 def test_both_views_receive_opposite_consistency_gradients() -> None:
     logits = torch.randn(6, 5, requires_grad=True)
-    _, _, consistency = task_consistency_loss(logits, torch.zeros(3, dtype=torch.long), WEIGHT)
+    _, _, consistency = cross_entropy_consistency(logits, torch.zeros(3, dtype=torch.long), WEIGHT)
     (grad,) = torch.autograd.grad(consistency, logits)
     assert torch.equal(grad[:3], -grad[3:])
     assert grad.any()
@@ -128,7 +136,7 @@ def test_low_precision_is_no_worse_than_torch(dtype: torch.dtype, distance: str)
     torch.manual_seed(0)
     logits = torch.randn(12, 127).to(dtype).requires_grad_()
     targets = torch.randint(0, 127, (6,))
-    ours = task_consistency_loss(logits, targets, WEIGHT, distance)
+    ours = cross_entropy_consistency(logits, targets, WEIGHT, distance)
     low = reference(logits, targets, WEIGHT.to(dtype), distance)
     exact = reference(logits.double(), targets, WEIGHT.double(), distance)
     assert ours[0].dtype == torch.float32
@@ -140,6 +148,6 @@ def test_low_precision_is_no_worse_than_torch(dtype: torch.dtype, distance: str)
 
 def test_views_that_do_not_match_are_named() -> None:
     with pytest.raises(RuntimeError, match="not two views"):
-        task_consistency_loss(torch.zeros(4, 3), torch.zeros(3, dtype=torch.long), WEIGHT)
+        cross_entropy_consistency(torch.zeros(4, 3), torch.zeros(3, dtype=torch.long), WEIGHT)
     with pytest.raises(RuntimeError, match="distance is one of"):
-        task_consistency_loss(torch.zeros(4, 3), torch.zeros(2, dtype=torch.long), WEIGHT, "l1")
+        cross_entropy_consistency(torch.zeros(4, 3), torch.zeros(2, dtype=torch.long), WEIGHT, "l1")

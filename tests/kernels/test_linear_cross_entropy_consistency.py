@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainc.kernels.loss import head_consistency_loss as operators
-from trainc.kernels.loss import loss_rows
-from trainc.kernels.loss.task_consistency_loss import DISTANCES, task_consistency_loss
+from trainc.kernels.loss import linear_cross_entropy_consistency as operators
+from trainc.kernels.loss import row_losses
+from trainc.kernels.loss.cross_entropy_consistency import DISTANCES, cross_entropy_consistency
 
 WEIGHT = torch.tensor(0.4)
 # Called with lists of tensors, which have no types of their own.
-head_consistency_loss: Any = operators.head_consistency_loss
+linear_cross_entropy_consistency: Any = operators.linear_cross_entropy_consistency
 reference: Any = operators.reference
 
 
@@ -51,7 +51,7 @@ def test_every_chunking_gives_the_definition(
 ) -> None:
     leaves, targets, weight = problem(shape, 5, 9)
     options = (distance, -100, smoothing)
-    got = head_consistency_loss(*leaves, targets, weight, *options)
+    got = linear_cross_entropy_consistency(*leaves, targets, weight, *options)
     want = reference(*leaves, targets, weight, *options)
     if (targets != -100).any():
         torch.testing.assert_close(got, want)
@@ -65,7 +65,7 @@ def test_only_what_needs_a_gradient_gets_one(rows: int) -> None:
     want = torch.autograd.grad(reference(*leaves, targets, WEIGHT)[0], leaves)
     for kept in range(3):
         given = [t if i == kept else t.detach() for i, t in enumerate(leaves)]
-        loss, *_ = head_consistency_loss(*given, targets, WEIGHT)
+        loss, *_ = linear_cross_entropy_consistency(*given, targets, WEIGHT)
         (grad,) = torch.autograd.grad(loss, leaves[kept])
         torch.testing.assert_close(grad, want[kept])
 
@@ -74,14 +74,14 @@ def test_only_what_needs_a_gradient_gets_one(rows: int) -> None:
 def test_all_targets_ignored_and_none_given(distance: str, rows: int) -> None:
     leaves, targets, weight = problem((3,), 4, 6)
     ignored = torch.full_like(targets, -100)
-    loss, task, consistency = head_consistency_loss(*leaves, ignored, weight, distance)
+    loss, task, consistency = linear_cross_entropy_consistency(*leaves, ignored, weight, distance)
     assert torch.isnan(torch.stack([loss, task])).all()
     assert torch.isfinite(consistency)
     assert not any(g.any() for g in torch.autograd.grad(task, leaves, retain_graph=True))
     want = torch.autograd.grad(reference(*leaves, targets, weight, distance)[2], leaves)
     torch.testing.assert_close(torch.autograd.grad(consistency, leaves), want)
     empty = leaves[0].detach()[:0].requires_grad_()
-    nothing = head_consistency_loss(empty, *leaves[1:], targets[:0], weight, distance)
+    nothing = linear_cross_entropy_consistency(empty, *leaves[1:], targets[:0], weight, distance)
     assert torch.isnan(torch.stack(nothing)).all()
     grads = torch.autograd.grad(nothing[0], [empty, *leaves[1:]])
     assert [tuple(g.shape) for g in grads] == [(0, 4), (6, 4), (6,)]
@@ -93,7 +93,7 @@ def test_all_targets_ignored_and_none_given(distance: str, rows: int) -> None:
 def test_precision_is_no_worse_than_torch(dtype: torch.dtype, distance: str, rows: int) -> None:
     leaves, targets, _ = problem((10,), 33, 127, dtype)
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    ours = head_consistency_loss(*leaves, targets, WEIGHT, distance)
+    ours = linear_cross_entropy_consistency(*leaves, targets, WEIGHT, distance)
     low = reference(*leaves, targets, WEIGHT.to(dtype), distance)
     true = reference(*exact, targets, WEIGHT.double(), distance)
     assert {r.dtype for r in ours} == {torch.float32}
@@ -110,7 +110,7 @@ def test_a_loss_scale_lifts_float16_gradients_off_zero(rows: int) -> None:
     with torch.no_grad():
         for leaf in leaves:
             leaf.mul_(1e-3)
-    loss, *_ = head_consistency_loss(*leaves, targets, WEIGHT * 0)
+    loss, *_ = linear_cross_entropy_consistency(*leaves, targets, WEIGHT * 0)
     scaled = torch.autograd.grad(loss * 2.0**14, leaves[2])[0].double() / 2**14
     exact = [t.detach().double().requires_grad_() for t in leaves]
     want = torch.autograd.grad(reference(*exact, targets, WEIGHT.double() * 0)[0], exact[2])[0]
@@ -122,8 +122,8 @@ def test_strided_inputs_change_nothing(rows: int) -> None:
     hidden = leaves[0].detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
     head = leaves[1].detach().t().contiguous().t().requires_grad_()
     turned = targets.t().contiguous().t()
-    got = head_consistency_loss(hidden, head, leaves[2], turned, weight)[0]
-    want = head_consistency_loss(*leaves, targets, weight)[0]
+    got = linear_cross_entropy_consistency(hidden, head, leaves[2], turned, weight)[0]
+    want = linear_cross_entropy_consistency(*leaves, targets, weight)[0]
     torch.testing.assert_close(got, want)
     grads = torch.autograd.grad(got, [hidden, head]), torch.autograd.grad(want, leaves[:2])
     torch.testing.assert_close(*grads)
@@ -132,10 +132,10 @@ def test_strided_inputs_change_nothing(rows: int) -> None:
 def test_autocast_casts_as_a_linear_layer_does() -> None:
     leaves, targets, _ = problem((5,), 8, 9, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = head_consistency_loss(*leaves, targets, WEIGHT, "kl")
+        got = linear_cross_entropy_consistency(*leaves, targets, WEIGHT, "kl")
         logits = functional.linear(*leaves)
     assert logits.dtype == torch.bfloat16
-    want = task_consistency_loss(logits, targets, WEIGHT, "kl")
+    want = cross_entropy_consistency(logits, targets, WEIGHT, "kl")
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     grads = torch.autograd.grad(got[0], leaves)
     assert {g.dtype for g in grads} == {torch.float32}
@@ -161,8 +161,8 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) ->
     leaves = [leaf.detach() for leaf in made]
     with Largest() as mode:  # type: ignore[no-untyped-call]
         given, options = (*leaves, targets), ("kl", -100, 0.0)
-        loss, *_, kept = torch.ops.trainc.head_consistency_loss(*given, WEIGHT, *options)
-        torch.ops.trainc.head_consistency_loss_backward(
+        loss, *_, kept = torch.ops.trainc.linear_cross_entropy_consistency(*given, WEIGHT, *options)
+        torch.ops.trainc.linear_cross_entropy_consistency_backward(
             *given, kept, WEIGHT, WEIGHT, *options, [True, True, True]
         )
     assert loss.isfinite()
@@ -182,15 +182,15 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     leaves, targets, _ = problem((4,), 3, 5, torch.float32)
     hidden, head, bias = leaves
     with pytest.raises(RuntimeError, match="not two views"):
-        head_consistency_loss(hidden, head, bias, targets[:3], WEIGHT)
+        linear_cross_entropy_consistency(hidden, head, bias, targets[:3], WEIGHT)
     with pytest.raises(RuntimeError, match=r"is not \(C, K\) for hidden"):
-        head_consistency_loss(hidden, head.t(), bias, targets, WEIGHT)
+        linear_cross_entropy_consistency(hidden, head.t(), bias, targets, WEIGHT)
     with pytest.raises(RuntimeError, match="bias must have the shape"):
-        head_consistency_loss(hidden, head, bias[:2], targets, WEIGHT)
+        linear_cross_entropy_consistency(hidden, head, bias[:2], targets, WEIGHT)
     with pytest.raises(RuntimeError, match="head and bias must be too"):
-        head_consistency_loss(hidden.double(), head, bias, targets, WEIGHT)
+        linear_cross_entropy_consistency(hidden.double(), head, bias, targets, WEIGHT)
     with pytest.raises(RuntimeError, match="distance is one of"):
-        head_consistency_loss(hidden, head, bias, targets, WEIGHT, "l1")
+        linear_cross_entropy_consistency(hidden, head, bias, targets, WEIGHT, "l1")
 
 
 @pytest.mark.interpreter
@@ -200,14 +200,16 @@ def test_chunks_by_triton_in_place(
     distance: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operators, "chunk_rows", lambda *_: 2)
-    from trainc.kernels.loss import triton_loss
+    from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
     monkeypatch.setattr(triton_loss, "BLOCK", 16)
     leaves, targets, _ = problem((3,), 5, 37, dtype)
     results, grads = [], []
-    for rowwise in (triton_loss, loss_rows):
+    for rowwise in (triton_loss, row_losses):
         monkeypatch.setattr(operators, "_rowwise", lambda _, found=rowwise: found)
-        found = head_consistency_loss(*leaves, targets, WEIGHT, distance, label_smoothing=0.1)
+        found = linear_cross_entropy_consistency(
+            *leaves, targets, WEIGHT, distance, label_smoothing=0.1
+        )
         results.append(found)
         grads.append(torch.autograd.grad(combined(found), leaves))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

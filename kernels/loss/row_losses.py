@@ -1,4 +1,4 @@
-"""The task and consistency loss of rows of logits on the CPU; `triton_loss` has the same two functions for CUDA."""
+"""Losses and gradients of rows of logits on the CPU; `triton_cross_entropy_consistency` has both for CUDA."""
 
 from collections.abc import Iterator, Sequence
 

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from trainc.kernels.library.contracts import REDUCED, absent, accumulation_dtype, autocast, require
 from trainc.kernels.library.register import register
-from trainc.kernels.loss import loss_rows
-from trainc.kernels.loss import task_consistency_loss as plain
+from trainc.kernels.loss import cross_entropy_consistency as plain
+from trainc.kernels.loss import row_losses
 
 # Logits of a chunk. A chunk's rows are at least the width of the head: each chunk reads the head
 # twice and adds once to its gradient, C K numbers, which should not outweigh its own logits.
@@ -28,7 +28,7 @@ CHUNK_CPU = 1 << 20
 CHUNK_DEVICE = 1 << 27
 
 
-def head_consistency_loss(
+def linear_cross_entropy_consistency(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
@@ -38,7 +38,7 @@ def head_consistency_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `task_consistency_loss` of hidden @ head.T + bias without ever holding all logits.
+    """Compute `cross_entropy_consistency` of hidden @ head.T + bias without ever holding all logits.
 
     `hidden` is (2B, ..., K) with view one in the first half, `head` (C, K) and `bias` (C,) or None, of one floating
     dtype, which the logits have too (under autocast its 16-bit one); `targets` is (B, ...), int64 class indices in
@@ -137,8 +137,8 @@ def _chunks(
 def _rowwise(like: Tensor) -> Any:
     """The module whose `row_losses` and `write_gradients` serve these logits."""
     if like.is_cuda and like.dtype != torch.float64:
-        return import_module("trainc.kernels.loss.triton_loss")
-    return loss_rows
+        return import_module("trainc.kernels.loss.triton_cross_entropy_consistency")
+    return row_losses
 
 
 def eager_forward(
@@ -268,7 +268,7 @@ def _differentiate(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyp
 
 # CUDA takes cuBLAS and, row by row, the Triton kernels of the loss: see `_rowwise`.
 _forward = register(
-    "head_consistency_loss",
+    "linear_cross_entropy_consistency",
     cpu=eager_forward,
     cuda=eager_forward,
     fake=imagined_forward,
@@ -276,7 +276,7 @@ _forward = register(
     differentiate=_differentiate,
 )
 _backward = register(
-    "head_consistency_loss_backward",
+    "linear_cross_entropy_consistency_backward",
     cpu=eager_backward,
     cuda=eager_backward,
     fake=imagined_backward,

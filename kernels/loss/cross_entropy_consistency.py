@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainc.kernels.library.contracts import accumulation_dtype, lazy, require
 from trainc.kernels.library.register import register
-from trainc.kernels.loss import loss_rows
+from trainc.kernels.loss import row_losses
 
 DISTANCES = ("mse", "kl")
 # What CUDA's backward keeps of a row: largest logit and log sum exp of the rest, for "kl" of both
@@ -15,7 +15,7 @@ DISTANCES = ("mse", "kl")
 STATISTICS = {"mse": 2, "kl": 8}
 
 
-def task_consistency_loss(
+def cross_entropy_consistency(
     logits: Tensor,
     targets: Tensor,
     weight: Tensor,
@@ -121,7 +121,7 @@ def eager_forward(
     """loss, task and consistency, and what CUDA's backward keeps of the rows."""
     check(logits.shape, targets, weight, distance, label_smoothing)
     rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    found = loss_rows.row_losses(rows, labels, distance, ignore_index, label_smoothing)
+    found = row_losses.row_losses(rows, labels, distance, ignore_index, label_smoothing)
     return *total(*found, labels, weight, ignore_index), no_statistics(rows, distance)
 
 
@@ -154,7 +154,7 @@ def eager_backward(
     rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     result = rows.new_empty(rows.shape)
     on_task, on_distance = shares(task_scale, consistency_scale, labels, ignore_index)
-    loss_rows.write_gradients(
+    row_losses.write_gradients(
         rows, labels, on_task, on_distance, distance, ignore_index, label_smoothing, out=result
     )
     return result.view(logits.shape)
@@ -202,16 +202,16 @@ def _differentiate(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyp
 
 # No autocast rule: 16-bit logits are read as they are, and every sum is float32 already.
 _forward = register(
-    "task_consistency_loss",
+    "cross_entropy_consistency",
     cpu=eager_forward,
-    cuda=lazy("loss.triton_loss", "task_consistency_loss"),
+    cuda=lazy("loss.triton_cross_entropy_consistency", "cross_entropy_consistency"),
     fake=imagined_forward,
     save=_save,
     differentiate=_differentiate,
 )
 _backward = register(
-    "task_consistency_loss_backward",
+    "cross_entropy_consistency_backward",
     cpu=eager_backward,
-    cuda=lazy("loss.triton_loss", "task_consistency_loss_backward"),
+    cuda=lazy("loss.triton_cross_entropy_consistency", "cross_entropy_consistency_backward"),
     fake=imagined_backward,
 )
