@@ -14,8 +14,7 @@ from torch import Tensor
 from trainc.kernels.layer import linear
 from trainc.kernels.layer import triton_linear as kernels
 from trainc.kernels.library.contracts import REDUCED
-from trainc.kernels.norm import tiles as launch
-from trainc.kernels.norm.tiles import cdiv, power_of_2
+from trainc.kernels.library.grid import cdiv, power_of_2, resident_programs
 
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Tiles in one column of the order programs run in: what they load is shared by some GROUP * GROUP.
@@ -165,7 +164,7 @@ def norms(
     (examples, rows, inputs), outputs = x.shape, dy.shape[2]
     if rows == 1 or x.dtype not in OPERANDS or x.numel() == 0 or dy.numel() == 0:
         return linear.eager_norms(x, dy, form, dtype)
-    slots = slots or launch.programs(x.device, 1)
+    slots = slots or resident_programs(x.device, 1)
     if form != "gram":
         form = choose(form, examples, rows, inputs, outputs, x.dtype == torch.float32, slots)
     if form == "fused":

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from trainc.kernels.library.contracts import accumulation_dtype, lazy, require
 from trainc.kernels.library.register import register
-from trainc.kernels.noise.philox import MAX_SITES, MAX_TOKENS, MAX_VIEWS, normal
+from trainc.kernels.noise.normals import normal
+from trainc.kernels.noise.philox import MAX_SITES, MAX_TOKENS, MAX_VIEWS
 
 SHARES = ("token", "none")
 # Factors that wait for their backward pass take this much memory at most, all sites together.

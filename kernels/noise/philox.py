@@ -27,8 +27,6 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 TOP = MASK ^ 0xFF
 
-# Groups drawn at once: ten or so temporaries of 512 KB.
-CHUNK = 1 << 16
 MAX_VIEWS = 256
 MAX_TOKENS = 1 << 24
 MAX_SITES = 1 << 32
@@ -71,58 +69,3 @@ def normal_pair(
     radius.log_().mul_(-2.0).sqrt_()
     angle = second.bitwise_and(_TOP).to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
     return torch.mul(angle.cos(), radius, out=cosine), torch.mul(angle.sin_(), radius, out=sine)
-
-
-def normal(
-    key: Key,
-    site: int,
-    views: int,
-    examples: int,
-    channels: int,
-    tokens: int | None = None,
-    first_example: Tensor | int = 0,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Standard normals in float32, (views, examples, channels) or (.., examples, tokens, channels).
-
-    `first_example` is the index, within the step's batch, of the first example asked for.
-    """
-    from trainc.kernels.noise import philox_numpy
-
-    if not (0 <= site < MAX_SITES and views <= MAX_VIEWS and (tokens or 0) <= MAX_TOKENS):
-        raise ValueError(f"site {site}, views {views} or tokens {tokens} do not fit the counter")
-    if device is None:
-        device = key.device if isinstance(key, Tensor) else "cpu"
-    key = pack_key(*key) if isinstance(key, tuple) else key
-    extents = (views, examples, 1 if tokens is None else tokens, (channels + 3) // 4)
-    if torch.device(device).type == "cpu" and philox_numpy.available():
-        noise = philox_numpy.normal(int(key), site, *extents, int(first_example))
-    else:
-        noise = _normal(key.to(device), site, *extents, first_example)
-    shape = (views, examples, channels) if tokens is None else (views, examples, tokens, channels)
-    return noise[:, :channels].reshape(shape)
-
-
-def _normal(
-    key: Tensor,
-    site: int,
-    views: int,
-    examples: int,
-    tokens: int,
-    groups: int,
-    first: Tensor | int,
-) -> Tensor:
-    """(views * examples * tokens, 4 * groups) normals of any device, `first` added to examples."""
-    device, shape = key.device, (views, examples, tokens)
-    view, example, token, group = (torch.arange(n, device=device) for n in (*shape, groups))
-    rows = (example + first).view(1, -1, 1).expand(shape).reshape(-1, 1)
-    where = (view.view(-1, 1, 1) + MAX_VIEWS * token).expand(shape).reshape(-1, 1)
-    place = torch.full((), site, dtype=torch.int64, device=device)
-    noise = torch.empty((rows.shape[0], groups, 2, 2), device=device)
-    lanes = noise.permute(3, 2, 0, 1)
-    step = max(1, CHUNK // max(groups, 1))
-    for start in range(0, rows.shape[0], step):
-        part = slice(start, start + step)
-        w0, w1, w2, w3 = philox(key, group.unsqueeze(0), rows[part], where[part], place)
-        normal_pair(torch.stack((w0, w2)), torch.stack((w1, w3)), *lanes[:, :, part])
-    return noise.flatten(1)

@@ -1,9 +1,9 @@
-"""The normals of `philox.py` on the CPU, bit for bit, through NumPy's view of torch's memory.
+"""The draws of `normals.py` on the CPU, bit for bit, through NumPy's view of torch's memory.
 
 A draw for shared tokens is small: its cost is the number of calls, and a call of NumPy costs half of
 torch's. A draw for every token is bound by arithmetic: words stay in 32 bits, and a product's halves
 are read in place. Nothing is imported: where torch has no NumPy, `available()` is False and
-`philox.py` draws by itself.
+`normals.py` draws by torch.
 """
 
 import math

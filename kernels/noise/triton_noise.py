@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainc.kernels.library.contracts import REDUCED
 from trainc.kernels.noise import multiplicative_noise as operators
+from trainc.kernels.noise.philox import MAX_VIEWS
 
 BLOCK_GROUPS = 64
 BLOCK_TOKENS = 8
@@ -91,8 +92,6 @@ def launch(
     first_example: Tensor | None,
 ) -> Tensor:
     """x * z, or h0 + x * z, for tensors the kernel takes."""
-    from trainc.kernels.noise.philox import MAX_VIEWS
-
     tokens, channels = math.prod(x.shape[1:-1]), x.shape[-1]
     dtype = x.dtype if h0 is None else torch.promote_types(h0.dtype, x.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -16,7 +16,8 @@ from trainc.kernels.library.contracts import (
     fold,
     statistic_shape,
 )
-from trainc.kernels.norm import layer_norm, rms_norm, tiles
+from trainc.kernels.library.grid import resident_programs
+from trainc.kernels.norm import layer_norm, rms_norm, tiles, tuned_tiles
 from trainc.kernels.norm import triton_norm as kernels
 from trainc.kernels.norm import triton_wide_norm as wide
 from trainc.kernels.norm.tiles import Tile
@@ -61,7 +62,7 @@ def forward(
     if width > tiles.MAX_WIDTH and tile is None:
         wide.forward(pointers, width, eps, flags)
         return y, mean, rstd
-    shape = tile or tiles.chosen("forward", rms, x.dtype, rows, width, x.device)
+    shape = tile or tuned_tiles.choose("forward", rms, x.dtype, rows, width, x.device)
     kernels.norm_forward[(triton.cdiv(rows, shape.rows),)](
         *pointers, rows, width, eps, BLOCK_R=shape.rows, BLOCK_C=shape.columns,
         num_warps=shape.warps, **flags,
@@ -115,31 +116,31 @@ def backward(
         partials, chunks = wide.backward(inputs, folded, columns, flags, programs)
         return dx, *finish(partials, folded, chunks, flags)
     lines = examples if rows == 1 else rows
-    shape = tile or tiles.chosen("backward", rms, x.dtype, lines, width, x.device)
-    slots = tiles.programs(x.device, shape.resident) if programs is None else programs
+    shape = tile or tuned_tiles.choose("backward", rms, x.dtype, lines, width, x.device)
+    slots = resident_programs(x.device, shape.resident) if programs is None else programs
     # Two more sums of the widest rows would not fit the registers.
     few = tiles.FEW_ROWS if shape.columns < tiles.HELD else 0
-    plan = tiles.plan(examples, rows, shape.rows, slots, few)
+    config = tiles.launch_config(examples, rows, shape.rows, slots, few)
     flags |= {"COLUMNS": columns, "STAGES": shape.stages}
     flags |= {"BLOCK_R": shape.rows, "BLOCK_C": shape.columns, "num_warps": shape.warps}
-    partials = x.new_empty((columns, plan.programs, width), dtype=torch.float32)
+    partials = x.new_empty((columns, config.programs, width), dtype=torch.float32)
     sums = (partials[0], partials[-1])
-    if plan.regime == "split":
+    if config.regime == "split":
         # Without ROW_NORMS nothing is stored through NORMS.
-        kernels.norm_backward_split[(plan.programs,)](
-            *inputs, *sums, rstd, rows, width, plan.chunks, triton.cdiv(rows, plan.chunks),
+        kernels.norm_backward_split[(config.programs,)](
+            *inputs, *sums, rstd, rows, width, config.chunks, triton.cdiv(rows, config.chunks),
             ROW_NORMS=False, **flags,
         )  # fmt: skip
-        return dx, *finish(partials, folded, plan.chunks, flags)
+        return dx, *finish(partials, folded, config.chunks, flags)
     norms = x.new_zeros((examples, columns), dtype=torch.float32)
-    if plan.regime == "rows":
-        kernels.norm_backward_split[(plan.programs,)](
-            *inputs, *sums, norms, examples, width, plan.programs,
-            triton.cdiv(examples, plan.programs), ROW_NORMS=True, **flags,
+    if config.regime == "rows":
+        kernels.norm_backward_split[(config.programs,)](
+            *inputs, *sums, norms, examples, width, config.programs,
+            triton.cdiv(examples, config.programs), ROW_NORMS=True, **flags,
         )  # fmt: skip
     else:
-        kernels.norm_backward_whole[(plan.programs,)](
-            *inputs, *sums, norms, examples, rows, width, plan.programs, **flags
+        kernels.norm_backward_whole[(config.programs,)](
+            *inputs, *sums, norms, examples, rows, width, config.programs, **flags
         )
     totals = partials.sum(1)
     return dx, totals[0], totals[-1], norms

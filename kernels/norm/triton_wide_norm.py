@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainc.kernels.library.contracts import Folded
+from trainc.kernels.library.grid import power_of_2, resident_programs
 from trainc.kernels.norm import tiles
 
 ROW_COLUMNS, ROW_WARPS = 4096, 8
@@ -192,8 +193,8 @@ def backward(
             BLOCK_C=ROW_COLUMNS, num_warps=ROW_WARPS,
         )  # fmt: skip
     blocks = triton.cdiv(width, TILE.columns)
-    slots = tiles.programs(x.device, TILE.resident) if programs is None else programs
-    block = min(TILE.rows, tiles.power_of_2(rows))
+    slots = resident_programs(x.device, TILE.resident) if programs is None else programs
+    block = min(TILE.rows, power_of_2(rows))
     chunks = min(triton.cdiv(rows, block), max(1, slots // (examples * blocks)))
     chunk_rows = triton.cdiv(rows, chunks)
     chunks = triton.cdiv(rows, chunk_rows)

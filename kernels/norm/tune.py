@@ -11,8 +11,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from trainc.kernels.norm import tiles as launch
-from trainc.kernels.norm.tiles import Kind, Tile
+from trainc.kernels.norm import tiles as table
+from trainc.kernels.norm import tuned_tiles
+from trainc.kernels.norm.tiles import Direction, Tile
 
 DTYPES = (torch.bfloat16, torch.float32)
 WIDTHS = (1024, 2048, 4096, 8192)
@@ -25,12 +26,12 @@ STAGES = (1, 2, 3)
 # Warps that fit a processor at a thread's elements, for two float32 sums beside two inputs.
 HELD_WARPS = {8: 24, 16: 16, 32: 12}
 
-Measure = Callable[[Callable[[], object]], float]
+Timer = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """The best tile found under a key, with its seconds and the table's."""
+class Measured:
+    """The best tile found under a key, with its seconds and those of the table's tile."""
 
     key: str
     tile: Tile
@@ -38,16 +39,16 @@ class Outcome:
     before: float
 
 
-def candidates(kind: Kind, dtype: torch.dtype, columns: int) -> list[Tile]:
+def candidates(direction: Direction, dtype: torch.dtype, columns: int) -> list[Tile]:
     """The table's tile, then those to compare with it."""
-    first = launch.default(kind, dtype, columns)
+    first = table.default(direction, dtype, columns)
     found = [first]
     for each in THREAD_ELEMENTS:
         for warps in (4, 8, 16):
             rows = each * warps * 32 // columns
-            if not 1 <= rows <= launch.MOST_ROWS:
+            if not 1 <= rows <= table.MOST_ROWS:
                 continue
-            if kind == "forward":
+            if direction == "forward":
                 found.append(Tile(rows, columns, warps))
                 continue
             held = max(1, HELD_WARPS[each] // warps)
@@ -57,7 +58,7 @@ def candidates(kind: Kind, dtype: torch.dtype, columns: int) -> list[Tile]:
 
 
 def runner(
-    kind: Kind, rms: bool, dtype: torch.dtype, columns: int, device: str, elements: int
+    direction: Direction, rms: bool, dtype: torch.dtype, columns: int, device: str, elements: int
 ) -> Callable[[Tile], tuple[Tensor, ...]]:
     """A function that runs the kernel with a tile on random data."""
     from trainc.kernels.norm import triton_norm_launch as kernels
@@ -67,7 +68,7 @@ def runner(
     weight, bias = (torch.randn(columns, device=device).to(dtype) for _ in range(2))
     tail, shift = [columns], None if rms else bias
     options: dict[str, Any] = {"rms": rms, "llama": False}
-    if kind == "forward":
+    if direction == "forward":
         return lambda tile: kernels.forward(
             x, tail, weight, shift, 1e-5, dtype, tile=tile, **options
         )[:: 2 if rms else 1]
@@ -78,33 +79,33 @@ def runner(
 
 
 def tune(
-    measure: Measure,
+    timer: Timer,
     widths: Sequence[int] = WIDTHS,
     dtypes: Sequence[torch.dtype] = DTYPES,
     device: str = "cuda",
     elements: int = ELEMENTS,
-) -> Iterator[Outcome]:
-    """Yield the best tile of every kernel, norm, dtype and width; `measure` takes a call's seconds."""
+) -> Iterator[Measured]:
+    """Yield the best tile of every kernel, norm, dtype and width; `timer` returns the seconds of a call."""
     for columns in widths:
         for dtype in dtypes:
-            for kind in get_args(Kind):
+            for direction in get_args(Direction):
                 for rms in (False, True):
-                    run = runner(kind, rms, dtype, columns, device, elements)
-                    key = launch.key(kind, rms, dtype, columns)
-                    yield _best(key, run, candidates(kind, dtype, columns), measure)
+                    run = runner(direction, rms, dtype, columns, device, elements)
+                    key = tuned_tiles.key(direction, rms, dtype, columns)
+                    yield _best(key, run, candidates(direction, dtype, columns), timer)
 
 
 def _best(
-    key: str, run: Callable[[Tile], tuple[Tensor, ...]], tiles: list[Tile], measure: Measure
-) -> Outcome:
+    key: str, run: Callable[[Tile], tuple[Tensor, ...]], tiles: list[Tile], timer: Timer
+) -> Measured:
     first, *others = tiles
     want = run(first)
-    before = measure(lambda: run(first))
+    before = timer(lambda: run(first))
     best, least = first, before
     for tile in others:
         try:
             same = all(_close(a, b) for a, b in zip(run(tile), want, strict=True))
-            spent = measure(lambda tile=tile: run(tile)) if same else before  # type: ignore[misc]
+            spent = timer(lambda tile=tile: run(tile)) if same else before  # type: ignore[misc]
         except Exception as error:
             # Triton's own class, which an import here would need: a tile too large for the device.
             if type(error).__name__ != "OutOfResources":
@@ -114,10 +115,10 @@ def _best(
             best, least = tile, spent
     if best is not first:
         # The winner of many noisy runs looks better than it is: both are taken again.
-        before, least = measure(lambda: run(first)), measure(lambda: run(best))
+        before, least = timer(lambda: run(first)), timer(lambda: run(best))
         if least > (1 - GAIN) * before:
             best, least = first, before
-    return Outcome(key, best, least, before)
+    return Measured(key, best, least, before)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

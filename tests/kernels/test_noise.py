@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainc.kernels.noise import multiplicative_noise as noise
-from trainc.kernels.noise import philox, philox_numpy
+from trainc.kernels.noise import normals, philox, philox_numpy
 
 KEY = philox.pack_key(seed=123456789, step=42)
 SIGMA = torch.tensor(0.8)
@@ -32,14 +32,14 @@ def test_known_answers(counter: Any, key: Any, words: Any) -> None:
 
 
 def test_layout_is_the_documented_one() -> None:
-    got = philox.normal((5, 9), site=3, views=2, examples=4, channels=10, tokens=3)
+    got = normals.normal((5, 9), site=3, views=2, examples=4, channels=10, tokens=3)
     for view, example, token, channel in ((1, 2, 2, 9), (0, 3, 0, 4), (1, 0, 1, 3)):
         counter = (channel // 4, example, view + 256 * token, 3)
         words = philox.philox((5, 9), *(torch.tensor([c]) for c in counter))
         pair = channel % 4 // 2 * 2
         want = philox.normal_pair(words[pair], words[pair + 1])[channel % 2]
         assert torch.equal(got[view, example, token, channel], want[0])
-    shared = philox.normal((5, 9), site=3, views=2, examples=4, channels=10)
+    shared = normals.normal((5, 9), site=3, views=2, examples=4, channels=10)
     assert torch.equal(shared, got[:, :, 0])
 
 
@@ -52,11 +52,11 @@ def test_drawing_without_numpy_gives_the_same_bits(
     draws = []
     for block in (64, 1 << 15):
         monkeypatch.setattr(philox_numpy, "BLOCK", block)
-        draws.append(philox.normal(KEY, 2**32 - 1, *shape, tokens, torch.tensor(2**31 + 3)))
+        draws.append(normals.normal(KEY, 2**32 - 1, *shape, tokens, torch.tensor(2**31 + 3)))
     monkeypatch.setattr(philox_numpy, "available", lambda: False)
     for chunk in (64, 1 << 16):
-        monkeypatch.setattr(philox, "CHUNK", chunk)
-        draws.append(philox.normal(KEY, 2**32 - 1, *shape, tokens, torch.tensor(2**31 + 3)))
+        monkeypatch.setattr(normals, "CHUNK", chunk)
+        draws.append(normals.normal(KEY, 2**32 - 1, *shape, tokens, torch.tensor(2**31 + 3)))
     assert all(torch.equal(draws[0], other) for other in draws[1:])
 
 
@@ -65,7 +65,7 @@ def test_backward_takes_what_forward_drew(monkeypatch: pytest.MonkeyPatch) -> No
 
     def counted(*arguments: Any, **options: Any) -> Tensor:
         draws.append(arguments)
-        return philox.normal(*arguments, **options)
+        return normals.normal(*arguments, **options)
 
     monkeypatch.setattr(noise, "normal", counted)
     gradients: list[Tensor] = []
@@ -97,7 +97,7 @@ def test_keys_pack_both_halves_and_wrap_to_int64() -> None:
     for seed, step in ((0, 0), (2**32 - 1, 2**32 - 1), (7, 2**31)):
         key = philox.pack_key(seed, step)
         assert (int(key) & philox.MASK, (int(key) >> 32) & philox.MASK) == (seed, step)
-        pair = (philox.normal(k, 1, 1, 2, 5) for k in (key, (seed, step)))
+        pair = (normals.normal(k, 1, 1, 2, 5) for k in (key, (seed, step)))
         assert torch.equal(*pair)
     with pytest.raises(ValueError, match="seed and step"):
         philox.pack_key(2**32, 0)
@@ -106,12 +106,12 @@ def test_keys_pack_both_halves_and_wrap_to_int64() -> None:
 def test_counters_that_do_not_fit_are_refused() -> None:
     for site, views in ((2**32, 1), (0, 257), (-1, 1)):
         with pytest.raises(ValueError, match="do not fit"):
-            philox.normal((0, 0), site, views, 1, 4)
+            normals.normal((0, 0), site, views, 1, 4)
 
 
 def test_moments_and_independence() -> None:
     # Within four standard errors of the mean, variance and fourth moment.
-    draws = philox.normal((1, 2), site=0, views=2, examples=500, channels=500)
+    draws = normals.normal((1, 2), site=0, views=2, examples=500, channels=500)
     count = draws.numel()
     assert abs(float(draws.mean())) < 4 / count**0.5
     assert abs(float(draws.var()) - 1) < 4 * (2 / count) ** 0.5
@@ -121,9 +121,9 @@ def test_moments_and_independence() -> None:
         (flat[0], flat[1]),
         (draws[:, 1:], draws[:, :-1]),
         (draws[..., 1:], draws[..., :-1]),
-        (draws, philox.normal((1, 2), 1, 2, 500, 500)),
-        (draws, philox.normal((1, 3), 0, 2, 500, 500)),
-        (draws, philox.normal((2, 2), 0, 2, 500, 500)),
+        (draws, normals.normal((1, 2), 1, 2, 500, 500)),
+        (draws, normals.normal((1, 3), 0, 2, 500, 500)),
+        (draws, normals.normal((2, 2), 0, 2, 500, 500)),
     ):
         assert abs(float((left * right).mean())) < 4 / left.numel() ** 0.5
 

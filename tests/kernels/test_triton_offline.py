@@ -50,11 +50,11 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def tile(kind: tiles.Kind, columns: int) -> dict[str, Any]:
+def tile(direction: tiles.Direction, columns: int) -> dict[str, Any]:
     """A tile of the launch table as options."""
-    found = tiles.default(kind, torch.bfloat16, columns)
+    found = tiles.default(direction, torch.bfloat16, columns)
     options: dict[str, Any] = {"BLOCK_R": found.rows, "BLOCK_C": columns, "warps": found.warps}
-    return options if kind == "forward" else {**options, "STAGES": found.stages}
+    return options if direction == "forward" else {**options, "STAGES": found.stages}
 
 
 def backward(name: str, arguments: str, norm: dict[str, Any], columns: int, **more: Any) -> Any:

@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainc.kernels.norm import tiles as launch
+from trainc.kernels.norm import tiles as table
 from trainc.kernels.norm import tune
-from trainc.kernels.norm.tiles import Kind, Tile
+from trainc.kernels.norm.tiles import Direction, Tile
 
 RESULT = (torch.ones(2),)
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("columns", tune.WIDTHS)
-def test_the_tables_tile_comes_first_and_nothing_twice(kind: Kind, columns: int) -> None:
-    tiles = tune.candidates(kind, torch.bfloat16, columns)
-    assert tiles[0] == launch.default(kind, torch.bfloat16, columns)
+def test_the_tables_tile_comes_first_and_nothing_twice(direction: Direction, columns: int) -> None:
+    tiles = tune.candidates(direction, torch.bfloat16, columns)
+    assert tiles[0] == table.default(direction, torch.bfloat16, columns)
     assert len(tiles) == len(set(tiles)) > 2
     assert all(tile.columns == columns and tile.rows >= 1 for tile in tiles)
 
 
-def search(cost: Callable[[Tile], float], wrong: tuple[Tile, ...] = ()) -> tune.Outcome:
+def search(cost: Callable[[Tile], float], wrong: tuple[Tile, ...] = ()) -> tune.Measured:
     """Search made-up tiles whose cost is known."""
     tiles = [Tile(1, 1024, 4, resident=number) for number in range(1, 5)]
     ran: list[Tile] = []
@@ -32,11 +32,11 @@ def search(cost: Callable[[Tile], float], wrong: tuple[Tile, ...] = ()) -> tune.
         ran.append(tile)
         return (torch.zeros(2),) if tile in wrong else RESULT
 
-    def measure(work: Callable[[], object]) -> float:
+    def timer(work: Callable[[], object]) -> float:
         work()
         return cost(ran[-1])
 
-    return tune._best("a key", run, tiles, measure)
+    return tune._best("a key", run, tiles, timer)
 
 
 def test_the_fastest_is_kept() -> None:

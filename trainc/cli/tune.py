@@ -23,7 +23,8 @@ def register(app: typer.Typer) -> None:
         """
         import torch
 
-        from trainc.kernels.norm import tiles
+        from trainc.kernels.library.grid import power_of_2
+        from trainc.kernels.norm import tiles, tuned_tiles
 
         if not torch.cuda.is_available():
             print("trainc: there is no CUDA device here, so nothing to tune", file=sys.stderr)
@@ -32,7 +33,7 @@ def register(app: typer.Typer) -> None:
         from trainc.kernels.norm.tune import tune as measured
 
         name = torch.cuda.get_device_name()
-        columns = sorted({tiles.power_of_2(one) for one in width}) if width else WIDTHS
+        columns = sorted({power_of_2(one) for one in width}) if width else WIDTHS
         if columns[-1] > tiles.HELD:
             raise typer.BadParameter(f"at most {tiles.HELD}", param_hint="--width")
         found = {}
@@ -42,4 +43,4 @@ def register(app: typer.Typer) -> None:
             if gain > 0:
                 found[one.key] = one.tile
         if found and not dry:
-            print(f"kept in {tiles.store(name, found)}")
+            print(f"kept in {tuned_tiles.store(name, found)}")

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, tiles
+from trainc.kernels.library.grid import cdiv, power_of_2
+from trainc.kernels.norm import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    rms_norm,
+    tiles,
+    tuned_tiles,
+)
 from trainc.kernels.norm.tiles import Tile
 
 CPU = torch.device("cpu")
@@ -17,17 +25,17 @@ SIZES = st.integers(1, 5000)
 
 @given(examples=SIZES, rows=SIZES, block=st.sampled_from([1, 2, 4, 16]), slots=st.integers(1, 600))
 def test_chunks_cover_every_row_once(examples: int, rows: int, block: int, slots: int) -> None:
-    plan = tiles.plan(examples, rows, block, slots)
-    if plan.regime == "rows":
+    config = tiles.launch_config(examples, rows, block, slots)
+    if config.regime == "rows":
         assert rows == 1
-        assert plan.programs <= slots
-    elif plan.regime == "whole":
+        assert config.programs <= slots
+    elif config.regime == "whole":
         assert 1 < rows < tiles.FEW_ROWS
-        assert plan.programs <= examples
+        assert config.programs <= examples
     else:
-        length = tiles.cdiv(rows, plan.chunks)
-        assert plan.programs == examples * plan.chunks
-        assert (plan.chunks - 1) * length < rows <= plan.chunks * length
+        length = cdiv(rows, config.chunks)
+        assert config.programs == examples * config.chunks
+        assert (config.chunks - 1) * length < rows <= config.chunks * length
 
 
 @pytest.mark.parametrize("slots", [132, 264, 396])
@@ -37,43 +45,43 @@ def test_chunks_cover_every_row_once(examples: int, rows: int, block: int, slots
 def test_work_is_even_over_the_programs_that_run_at_once(
     examples: int, rows: int, slots: int
 ) -> None:
-    plan = tiles.plan(examples, rows, 1, slots)
-    waves = tiles.cdiv(plan.programs, slots)
-    longest = waves * tiles.cdiv(rows, plan.chunks)
+    config = tiles.launch_config(examples, rows, 1, slots)
+    waves = cdiv(config.programs, slots)
+    longest = waves * cdiv(rows, config.chunks)
     assert examples * rows / slots / longest > 0.8
 
 
 def test_regimes() -> None:
-    assert tiles.plan(8, 2048, 4, 396).regime == "split"
-    assert tiles.plan(4096, 1, 4, 396) == tiles.Plan("rows", 396, 1)
-    assert tiles.plan(4096, 8, 4, 396).regime == "whole"
-    assert tiles.plan(4096, 8, 4, 396, few=0).regime == "split"
-    assert tiles.plan(64, 8, 4, 396).regime == "split"
+    assert tiles.launch_config(8, 2048, 4, 396).regime == "split"
+    assert tiles.launch_config(4096, 1, 4, 396) == tiles.LaunchConfig("rows", 396, 1)
+    assert tiles.launch_config(4096, 8, 4, 396).regime == "whole"
+    assert tiles.launch_config(4096, 8, 4, 396, few=0).regime == "split"
+    assert tiles.launch_config(64, 8, 4, 396).regime == "split"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_width_has_a_tile(dtype: torch.dtype) -> None:
-    for kind, widest in (("forward", tiles.MAX_WIDTH), ("backward", tiles.HELD)):
+    for direction, widest in (("forward", tiles.MAX_WIDTH), ("backward", tiles.HELD)):
         for width in (1, 3, 127, 768, 1024, 2048, 4000, 8192, widest):
-            tile = tiles.chosen(kind, False, dtype, 1000, width, CPU)  # type: ignore[arg-type]
-            assert tile.columns == tiles.power_of_2(width)
+            tile = tuned_tiles.choose(direction, False, dtype, 1000, width, CPU)  # type: ignore[arg-type]
+            assert tile.columns == power_of_2(width)
             assert tile.rows * tile.columns // (tile.warps * 32) <= 32
-    assert tiles.chosen("forward", True, dtype, 2, 64, CPU).rows == 2
+    assert tuned_tiles.choose("forward", True, dtype, 2, 64, CPU).rows == 2
 
 
 def test_tuned_tiles_replace_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINC_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
     tile = Tile(rows=2, columns=1024, warps=8, stages=3, resident=1)
-    name = tiles.key("backward", True, torch.bfloat16, 1024)
-    path = tiles.store("a device", {name: tile})
-    tiles.store("another", {})
+    name = tuned_tiles.key("backward", True, torch.bfloat16, 1024)
+    path = tuned_tiles.store("a device", {name: tile})
+    tuned_tiles.store("another", {})
     assert path == tmp_path / "launch.json"
     device = torch.device("cuda")
-    assert tiles.chosen("backward", True, torch.bfloat16, 99, 1000, device) == tile
+    assert tuned_tiles.choose("backward", True, torch.bfloat16, 99, 1000, device) == tile
     table = tiles.default("backward", torch.bfloat16, 1024)
-    assert tiles.chosen("backward", False, torch.bfloat16, 99, 1000, device) == table
-    assert tiles.chosen("backward", True, torch.bfloat16, 99, 1000, CPU) == table
+    assert tuned_tiles.choose("backward", False, torch.bfloat16, 99, 1000, device) == table
+    assert tuned_tiles.choose("backward", True, torch.bfloat16, 99, 1000, CPU) == table
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a device": {"x": {"rows": 1}}}'])
@@ -82,11 +90,11 @@ def test_a_damaged_cache_warns_and_counts_for_nothing(
 ) -> None:
     monkeypatch.setenv("TRAINC_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
-    tiles.cache_file().write_text(text)
-    tiles._tuned.cache_clear()
-    with pytest.warns(UserWarning, match="launch.json is ignored"):
-        assert tiles.tuned(torch.device("cuda")) == {}
-    tiles._tuned.cache_clear()
+    tuned_tiles.cache_file().write_text(text)
+    tuned_tiles._tuned.cache_clear()
+    with pytest.warns(UserWarning, match="launch.json is damaged and is ignored"):
+        assert tuned_tiles.tuned(torch.device("cuda")) == {}
+    tuned_tiles._tuned.cache_clear()
 
 
 def both(shape: tuple[int, ...], rms: bool, **options: Any) -> tuple[Any, Any]:

@@ -1,0 +1,20 @@
+"""How many programs a launch needs, and how many a device runs at once."""
+
+import torch
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def resident_programs(device: torch.device, resident: int) -> int:
+    """How many programs run at once on a device whose processors hold `resident` each."""
+    if device.type != "cuda":
+        return resident
+    return resident * int(torch.cuda.get_device_properties(device).multi_processor_count)
