@@ -11,7 +11,7 @@ from trainc.compiler.bind.bound_clause import from_json
 from trainc.compiler.catalog import catalog
 from trainc.compiler.model.inventory import Inventory, take
 from trainc.compiler.plan.plan import Plan
-from trainc.runtime.schedule.clock import RunLength, Units
+from trainc.runtime.schedule.clock import RunLength, UnitConversion
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +76,7 @@ def load(
         spec,
         inventory,
         clauses,
-        Units(**plan.settings["units"]),
+        UnitConversion(**plan.settings["units"]),
         RunLength(float(length["amount"]), length["unit"]) if length else None,
     )
     program = build_program(binding, model, frozenset(), executor)

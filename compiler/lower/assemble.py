@@ -66,7 +66,7 @@ def _optimizer_actions(
             if name in parts.compacts
             else setting.model.get_parameter(name),
             part.decay[name],
-            tuple(parts.scales.get(name, ())),
+            tuple(parts.lr_factors.get(name, ())),
         )
         for name in names
     ]

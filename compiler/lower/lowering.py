@@ -20,7 +20,7 @@ from trainc.compiler.method.sites import (
 )
 from trainc.compiler.model.inventory import Inventory, ModuleEntry, ParameterEntry, Place
 from trainc.runtime.step.action import Action
-from trainc.runtime.step.optimizer import Scale
+from trainc.runtime.step.optimizer import LrFactor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from trainc.compiler.constructs.optimizer._base import Optimizer
     from trainc.compiler.method.example_units import Units
     from trainc.dsl.values.value_json import Duration, Expr, Selector
-    from trainc.runtime.schedule.clock import Clock, Gate, RunLength, Unit
-    from trainc.runtime.schedule.clock import Units as ClockUnits
+    from trainc.runtime.schedule.clock import Clock, Gate, RunLength, Unit, UnitConversion
     from trainc.runtime.step.record import Signals
     from trainc.runtime.step.update_mask import SelectedEntries
 
@@ -95,7 +94,7 @@ class LoweredMethod:
     penalties: dict[str, Penalty] = field(default_factory=dict)
     scalars: dict[str, Scheduled] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    scales: dict[str, list[Scale]] = field(default_factory=dict)
+    lr_factors: dict[str, list[LrFactor]] = field(default_factory=dict)
     compacts: dict[str, SelectedEntries] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     optimizers: list[OptimizerPart] = field(default_factory=list)
@@ -111,7 +110,7 @@ class LoweringContext:
 
     model: nn.Module
     inventory: Inventory
-    units: ClockUnits
+    units: UnitConversion
     length: RunLength | None
     signals: Signals
     signal_units: Mapping[str, Unit] = field(default_factory=dict)
@@ -318,12 +317,12 @@ class Lowering:
         self._parts.scalars.update(scalars)
         self._parts.tensors.update(tensors)
 
-    def scale(self, unit: str, parameters: Iterable[str]) -> Scale:
+    def lr_factor(self, unit: str, parameters: Iterable[str]) -> LrFactor:
         """Return a factor of this clause on the rate of `parameters`; it starts at 1."""
-        scale = Scale(self.label, unit)
+        lr_factor = LrFactor(self.label, unit)
         for name in parameters:
-            self._parts.scales.setdefault(name, []).append(scale)
-        return scale
+            self._parts.lr_factors.setdefault(name, []).append(lr_factor)
+        return lr_factor
 
     def compact(self, name: str, compact: SelectedEntries) -> None:
         """Let the optimizer see the selected entries of a parameter in place of the whole."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainc.dsl.text.diagnostic import Diagnostic
 
-FORMAT = 1
+FORMAT = 2
 Row = dict[str, Any]
 
 
@@ -50,7 +50,8 @@ class Plan:
         """Read what `to_json` wrote; raises ValueError when it is of another format or was changed."""
         if data.get("format") != FORMAT:
             raise ValueError(
-                f"the plan has format {data.get('format')}, this version reads {FORMAT}"
+                f"this plan was saved by another version of trainc (format {data.get('format')}, this"
+                f" version reads {FORMAT}): make it again with `trainc plan`"
             )
         names = {f.name for f in fields(cls)} - {"warnings"}
         content: dict[str, Any] = {

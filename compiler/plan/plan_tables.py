@@ -41,7 +41,9 @@ def parameter_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
                 "depth": round(p.place.depth, 4),
                 "optimizer": part.clause.label if part is not None and trained else None,
                 "decay": part.decay[p.name] if part is not None and trained else None,
-                "scales": [s.policy for s in parts.scales.get(p.name, ())] if trained else [],
+                "lr_factors": [s.policy for s in parts.lr_factors.get(p.name, ())]
+                if trained
+                else [],
                 "mask": f"{compact.values.numel()} of {p.numel}" if compact else None,
                 "clauses": [
                     c.label for c in touching if p.name in c.targets or p.module in c.targets

@@ -28,9 +28,9 @@ def factor_lines(parts: LoweredMethod) -> Iterator[str]:
     """Yield the factors of rate policies that never change and so have no action to tell of them."""
     told = {action.name for action in parts.actions}
     factors: dict[str, list[float]] = {}
-    for scales in parts.scales.values():
-        for scale in scales:
-            if scale.policy not in told:
-                factors.setdefault(scale.policy, []).append(scale.factor)
+    for lr_factors in parts.lr_factors.values():
+        for lr_factor in lr_factors:
+            if lr_factor.policy not in told:
+                factors.setdefault(lr_factor.policy, []).append(lr_factor.factor)
     for policy, found in factors.items():
         yield f"{policy}: factors {min(found):.3g} to {max(found):.3g} on {len(found)} parameters"

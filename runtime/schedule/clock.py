@@ -147,7 +147,7 @@ class RunLength(Duration):
 
 
 @dataclass(frozen=True, slots=True)
-class Units:
+class UnitConversion:
     """What converts one unit to another; None where a number is not known.
 
     `samples_per_step` is the batch the run starts with: conversions hold for that batch. Where the
@@ -238,7 +238,7 @@ class Gate:
     @classmethod
     def resolve(
         cls,
-        units: Units,
+        units: UnitConversion,
         length: RunLength | None = None,
         start: Duration | None = None,
         stop: Duration | None = None,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Unit, Units, tidy
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Unit, UnitConversion, tidy
 
 Values = Mapping[str, float]
 Function = Callable[[Clock, Values], float]
@@ -109,7 +109,10 @@ class Expressions:
     """Compiles expressions for a run; schedule functions are added by a subclass."""
 
     def __init__(
-        self, units: Units, length: RunLength, signal_units: Mapping[str, Unit] | None = None
+        self,
+        units: UnitConversion,
+        length: RunLength,
+        signal_units: Mapping[str, Unit] | None = None,
     ) -> None:
         self.units = units
         self.length = length

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Unit, Units
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Unit, UnitConversion
 from trainc.runtime.schedule.expressions import Function, Value, Values
 
 Kind = Literal["duration", "number", "points", "shape"]
@@ -35,14 +35,14 @@ def zero(clock: Clock, values: Values) -> float:
 class Axis:
     """The counter a schedule reads: its unit, the end of the run and the size of one step in it."""
 
-    units: Units
+    units: UnitConversion
     length: RunLength
     unit: Unit
     stop: float
     step: float
 
     @classmethod
-    def of(cls, units: Units, length: RunLength) -> Axis:
+    def of(cls, units: UnitConversion, length: RunLength) -> Axis:
         """Return the axis of a run; epochs are counted in samples, which are whole."""
         unit: Unit = (
             "samples" if length.unit == "epochs" and units.samples_per_epoch else length.unit

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Unit, Units
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Unit, UnitConversion
 from trainc.runtime.schedule.expressions import COUNTERS, MATHS, Expressions, Value
 from trainc.runtime.schedule.functions import PIECES, SHAPES, Axis, Kind
 
@@ -33,7 +33,10 @@ class Schedules(Expressions):
     """Compiles expressions that may hold schedule functions and `then`."""
 
     def __init__(
-        self, units: Units, length: RunLength, signal_units: Mapping[str, Unit] | None = None
+        self,
+        units: UnitConversion,
+        length: RunLength,
+        signal_units: Mapping[str, Unit] | None = None,
     ) -> None:
         super().__init__(units, length, signal_units)
         self.axis = Axis.of(units, length)
@@ -124,7 +127,7 @@ def _items(expression: Any) -> list[Any]:
 
 def compile_schedule(
     expression: Any,
-    units: Units,
+    units: UnitConversion,
     length: RunLength,
     signal_units: Mapping[str, Unit] | None = None,
 ) -> Schedule:
@@ -141,7 +144,7 @@ def compile_schedule(
 
 def compile_condition(
     expression: Any,
-    units: Units,
+    units: UnitConversion,
     length: RunLength,
     signal_units: Mapping[str, Unit] | None = None,
 ) -> Condition:
@@ -154,7 +157,7 @@ def compile_condition(
 
 def table(
     expression: Any,
-    units: Units,
+    units: UnitConversion,
     length: RunLength,
     values: Mapping[str, float] | None = None,
     percents: Sequence[float] = tuple(range(0, 101, 5)),
@@ -176,7 +179,7 @@ def table(
     return rows
 
 
-def moment(units: Units, length: RunLength, part: float) -> dict[str, float | None]:
+def moment(units: UnitConversion, length: RunLength, part: float) -> dict[str, float | None]:
     """Return the counters at a part of the run in [0, 1], None for those not to be known."""
     at = Duration(part * length.amount, length.unit)
     with contextlib.suppress(ValueError):

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Units, tidy
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion, tidy
 
 Size = Callable[[Clock], int]
 
 
 def moments(
-    size: Size, units: Units, length: RunLength, parts: Sequence[float]
+    size: Size, units: UnitConversion, length: RunLength, parts: Sequence[float]
 ) -> list[dict[str, float | None]]:
     """Return the counters at rising parts of the run in [0, 1], stepping with the batch `size` gives.
 
@@ -32,7 +32,7 @@ def moments(
     return rows
 
 
-def _advance(clock: Clock, size: Size, units: Units, to: Duration) -> None:
+def _advance(clock: Clock, size: Size, units: UnitConversion, to: Duration) -> None:
     """Move the clock by whole steps until it has reached `to`; all steps of one size at once."""
     while not clock.reached(to):
         batch = size(clock)
@@ -50,13 +50,13 @@ def _advance(clock: Clock, size: Size, units: Units, to: Duration) -> None:
         clock.steps, clock.samples, clock.tokens = after.steps, after.samples, after.tokens
 
 
-def _later(clock: Clock, batch: int, units: Units, steps: int) -> Clock:
+def _later(clock: Clock, batch: int, units: UnitConversion, steps: int) -> Clock:
     samples = clock.samples + steps * batch
     tokens = int(samples * (units.tokens_per_sample or 0))
     return replace(clock, steps=clock.steps + steps, samples=samples, tokens=tokens)
 
 
-def _per_step(batch: int, units: Units, clock: Clock, to: Duration) -> float:
+def _per_step(batch: int, units: UnitConversion, clock: Clock, to: Duration) -> float:
     """Return by how much a step of `batch` samples moves the counter that `to` is read on."""
     now, _ = clock.position(to)
     move = _later(clock, batch, units, 1).position(to)[0] - now

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Scale:
+class LrFactor:
     """A named multiplicative factor on the rate of one or more parameters, owned by one policy."""
 
     policy: str
@@ -39,13 +39,13 @@ class ParamSlot:
     name: str
     tensor: Parameter
     weight_decay: float
-    scales: tuple[Scale, ...] = ()
+    lr_factors: tuple[LrFactor, ...] = ()
 
     @property
     def factor(self) -> float:
         product = 1.0
-        for scale in self.scales:
-            product *= scale.factor
+        for lr_factor in self.lr_factors:
+            product *= lr_factor.factor
         return product
 
 
@@ -54,7 +54,7 @@ class Group:
     """Slots that always share rate and decay: one torch parameter group."""
 
     weight_decay: float
-    scales: tuple[Scale, ...]
+    lr_factors: tuple[LrFactor, ...]
     slots: list[ParamSlot] = field(default_factory=list)
 
 
@@ -62,8 +62,8 @@ def group(slots: Iterable[ParamSlot]) -> list[Group]:
     """Collect slots with the same decay and the same factors, in order of first appearance."""
     groups: dict[tuple[float, tuple[int, ...]], Group] = {}
     for slot in slots:
-        key = (slot.weight_decay, tuple(id(scale) for scale in slot.scales))
-        groups.setdefault(key, Group(slot.weight_decay, slot.scales)).slots.append(slot)
+        key = (slot.weight_decay, tuple(id(lr_factor) for lr_factor in slot.lr_factors))
+        groups.setdefault(key, Group(slot.weight_decay, slot.lr_factors)).slots.append(slot)
     return list(groups.values())
 
 

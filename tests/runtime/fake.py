@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trainc.runtime.data.batch import Batch
 from trainc.runtime.run.interface import Report
 from trainc.runtime.run.loop import train
-from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Units
+from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, UnitConversion
 from trainc.runtime.schedule.schedules import compile_schedule
 from trainc.runtime.step.action import StopRun
 from trainc.runtime.storage import checkpoint
@@ -87,7 +87,7 @@ class FakeProgram:
         self.nan_at, self.stop_at, self.kill_at = nan_at, stop_at, -1
         self.batch_size = 8
         recipe = ["then", ["call", "warmup", [["dur", 0.2, "run"]], {}], ["call", "cosine", [], {}]]
-        self.rate = compile_schedule(recipe, Units(8, 3, SAMPLES), length or LENGTH)
+        self.rate = compile_schedule(recipe, UnitConversion(8, 3, SAMPLES), length or LENGTH)
 
     def begin(self) -> None:
         self.batch_size = 8 if self.clock.steps < 10 else 12

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
 from trainc.runtime.schedule.schedules import compile_condition, compile_schedule
 
 BATCH, TOKENS, EPOCH = 32, 128, 6400
-UNITS = Units(BATCH, TOKENS, EPOCH)
+UNITS = UnitConversion(BATCH, TOKENS, EPOCH)
 LENGTH = RunLength(200, "steps")
 NAN = math.nan
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Units
+from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, UnitConversion
 from trainc.runtime.schedule.timeline import moments
 from trainc.runtime.step.batch_policy import BatchPolicy, Bounds, Follow, Ramp, SignalNoise
 from trainc.runtime.step.machine import StepMachine
@@ -89,7 +89,7 @@ def test_a_ramp_may_fall() -> None:
 
 def test_where_a_run_is_under_a_ramp_is_counted_step_by_step() -> None:
     made, length = ramp(over=60_000), RunLength(100_000, "tokens")
-    units = Units(16, TOKENS, 500)
+    units = UnitConversion(16, TOKENS, 500)
     rows = moments(made.at, units, length, [i / 20 for i in range(21)])
     clock, expected, parts = Clock(samples_per_epoch=500), [], [i / 20 for i in range(21)]
     while parts:
@@ -104,14 +104,14 @@ def test_where_a_run_is_under_a_ramp_is_counted_step_by_step() -> None:
 
 def test_a_run_in_steps_has_its_tokens_told_too() -> None:
     made = ramp(over=60_000)
-    (row,) = moments(made.at, Units(16, TOKENS), RunLength(150, "steps"), [1.0])
+    (row,) = moments(made.at, UnitConversion(16, TOKENS), RunLength(150, "steps"), [1.0])
     assert row["samples"] == sum(sizes(made, 150))
     assert row["epochs"] is None
 
 
 def test_a_run_in_seconds_has_no_steps_to_tell() -> None:
     with pytest.raises(ValueError, match="not known how many steps"):
-        moments(ramp().at, Units(16, TOKENS), RunLength(60, "seconds"), [1.0])
+        moments(ramp().at, UnitConversion(16, TOKENS), RunLength(60, "seconds"), [1.0])
 
 
 # Following

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Unit, Units
+from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Unit, UnitConversion
 
-UNITS = Units(samples_per_step=32, tokens_per_sample=128, samples_per_epoch=3200)
+UNITS = UnitConversion(samples_per_step=32, tokens_per_sample=128, samples_per_epoch=3200)
 LENGTH = RunLength(2000, "steps")
 
 
@@ -80,15 +80,15 @@ def test_a_fraction_of_the_run_is_a_whole_number_of_steps_where_it_should_be() -
 @pytest.mark.parametrize(
     ("units", "unit", "wanted", "missing"),
     [
-        (Units(), "steps", "samples", "the batch size is not known"),
-        (Units(samples_per_step=2), "steps", "tokens", "tokens per sample"),
-        (Units(samples_per_step=2), "epochs", "steps", "samples per epoch"),
+        (UnitConversion(), "steps", "samples", "the batch size is not known"),
+        (UnitConversion(samples_per_step=2), "steps", "tokens", "tokens per sample"),
+        (UnitConversion(samples_per_step=2), "epochs", "steps", "samples per epoch"),
         (UNITS, "seconds", "steps", "how long a step takes"),
         (UNITS, "run", "steps", "the run has no length"),
     ],
 )
 def test_what_cannot_be_converted_says_what_is_missing(
-    units: Units, unit: Unit, wanted: Unit, missing: str
+    units: UnitConversion, unit: Unit, wanted: Unit, missing: str
 ) -> None:
     with pytest.raises(ValueError, match=missing):
         units.convert(Duration(1, unit), wanted)
@@ -136,7 +136,7 @@ def test_a_gate_in_parts_of_an_epoch_is_due_on_the_step_of_the_multiple() -> Non
 
 
 def test_a_gate_with_a_start_in_another_unit_is_due_at_the_start() -> None:
-    units = Units(samples_per_step=10, samples_per_epoch=100)
+    units = UnitConversion(samples_per_step=10, samples_per_epoch=100)
     gate = Gate.resolve(units, None, Duration(0.5, "epochs"), None, Duration(2, "steps"))
     assert fired(gate, [10] * 9) == [5, 7, 9]
 

@@ -23,7 +23,7 @@ from tests.runtime.notation import (
     steps,
     values,
 )
-from trainc.runtime.schedule.clock import Clock, RunLength, Unit, Units
+from trainc.runtime.schedule.clock import Clock, RunLength, Unit, UnitConversion
 from trainc.runtime.schedule.schedules import compile_schedule, table
 
 WARM_COSINE = ["then", call("warmup", percent(5)), call("cosine", to=percent(10))]
@@ -221,7 +221,7 @@ def test_the_table_shows_all_units() -> None:
 
 
 def test_the_table_of_a_run_without_a_known_batch_has_blanks() -> None:
-    rows = table(call("linear", to=number(0)), Units(), RunLength(1000, "samples"))
+    rows = table(call("linear", to=number(0)), UnitConversion(), RunLength(1000, "samples"))
     assert rows[10]["steps"] is None
     assert rows[10]["samples"] == 500
     assert rows[10]["value"] == 0.5

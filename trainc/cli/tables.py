@@ -37,7 +37,7 @@ def show_plan(plan: Plan, full: bool = False, console: Console | None = None) ->
         "depth",
         "optimizer",
         "decay",
-        "rate scales",
+        "learning rate factors",
         "mask",
         "clauses",
     )
@@ -69,7 +69,7 @@ def show_plan(plan: Plan, full: bool = False, console: Console | None = None) ->
 
 
 def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
-    keys = ("shape", "optimizer", "decay", "scales", "mask", "clauses")
+    keys = ("shape", "optimizer", "decay", "lr_factors", "mask", "clauses")
     return [
         (
             name,
@@ -80,7 +80,7 @@ def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
             else f"{p['depth']:.2f}..{last['depth']:.2f}",
             p["optimizer"] or "frozen",
             "" if p["decay"] is None else f"{p['decay']:g}",
-            ", ".join(p["scales"]),
+            ", ".join(p["lr_factors"]),
             p["mask"] or "",
             ", ".join(p["clauses"]),
         )

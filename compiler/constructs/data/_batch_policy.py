@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
     from trainc.compiler.lower.lowering import Lowering
     from trainc.dsl.resolve.spec import Spec
-    from trainc.runtime.schedule.clock import RunLength, Units
+    from trainc.runtime.schedule.clock import RunLength, UnitConversion
     from trainc.runtime.step.action import Action
     from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
 
@@ -228,7 +228,7 @@ def ramp(actions: Sequence[Action]) -> Ramp | None:
 
 
 def counters(
-    ramp: Ramp | None, units: Units, length: RunLength, parts: Sequence[float]
+    ramp: Ramp | None, units: UnitConversion, length: RunLength, parts: Sequence[float]
 ) -> list[dict[str, float | None]]:
     """Return the clock's counters at parts of the run: exact under a ramp, else at the first batch."""
     from trainc.runtime.schedule.schedules import moment

@@ -13,7 +13,7 @@ from trainc.runtime.step.action import Action, Phase, State
 
 if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.step.optimizer import Scale
+    from trainc.runtime.step.optimizer import LrFactor
     from trainc.runtime.step.record import Step
 
 
@@ -80,8 +80,8 @@ class BatchScaling(Construct):
                 f"`{to.label}` needs `reference = 32 samples`: the spec names no data, which says the batch"
             )
         reference = self.reference.amount if self.reference else float(start or 0)
-        scale = to.scale("batch", [parameter.name for parameter in to.parameters()])
-        to.action(ScaleWithBatch(to.label, self, scale, reference))
+        lr_factor = to.lr_factor("batch", [parameter.name for parameter in to.parameters()])
+        to.action(ScaleWithBatch(to.label, self, lr_factor, reference))
 
 
 class ScaleWithBatch(Action):
@@ -91,10 +91,12 @@ class ScaleWithBatch(Action):
     reads = ("batch",)
     writes = ("rate", "metrics")
 
-    def __init__(self, name: str, construct: BatchScaling, scale: Scale, reference: float) -> None:
+    def __init__(
+        self, name: str, construct: BatchScaling, lr_factor: LrFactor, reference: float
+    ) -> None:
         self.name = name
         self.construct = construct
-        self.scale = scale
+        self.lr_factor = lr_factor
         self.reference = reference
         self.seen: list[int] = []
 
@@ -105,7 +107,9 @@ class ScaleWithBatch(Action):
                 f"`{self.name}` does not know the batch of this step: call `program.step(batch)` or "
                 "`program.loss(batch)` without `program.begin()` before it, or name the data in the spec"
             )
-        self.scale.factor = step.metrics[self.name] = self.construct.factor(size, self.reference)
+        self.lr_factor.factor = step.metrics[self.name] = self.construct.factor(
+            size, self.reference
+        )
         self.seen = [min([size, *self.seen]), max([size, *self.seen])]
 
     def state_dict(self) -> State:

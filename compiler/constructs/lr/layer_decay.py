@@ -67,4 +67,4 @@ class LayerDecay(Construct):
             place = parameter.place
             levels.setdefault((place.level, place.levels), []).append(parameter.name)
         for (level, count), names in levels.items():
-            to.scale(f"level {level}", names).factor = self.factor(level, count)
+            to.lr_factor(f"level {level}", names).factor = self.factor(level, count)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import ParameterEntry
     from trainc.runtime.schedule.clock import Gate
-    from trainc.runtime.step.optimizer import Scale
+    from trainc.runtime.step.optimizer import LrFactor
     from trainc.runtime.step.record import Step
 
 # How often to measure where the clause does not say.
@@ -164,9 +164,9 @@ class TempBalance(Construct):
         from trainc.runtime.schedule.clock import Duration, Gate
 
         units, few = self.units(to.parameters())
-        scales = [to.scale(unit.name, unit.parameters) for unit in units]
+        lr_factors = [to.lr_factor(unit.name, unit.parameters) for unit in units]
         pace = None if to.clause.every else Gate(every=Duration(EVERY_STEPS, "steps"))
-        to.action(Balance(to.label, self, units, scales, few, pace))
+        to.action(Balance(to.label, self, units, lr_factors, few, pace))
 
 
 def _units(parameters: Iterable[ParameterEntry]) -> tuple[list[Unit], list[ParameterEntry]]:
@@ -202,14 +202,16 @@ class Balance(Action):
         name: str,
         construct: TempBalance,
         units: Sequence[Unit],
-        scales: Sequence[Scale],
+        lr_factors: Sequence[LrFactor],
         few: Sequence[Unit],
         pace: Gate | None,
     ) -> None:
         self.name = name
         self.construct = construct
         self.units = tuple(units)
-        self.scales = {unit.name: scale for unit, scale in zip(units, scales, strict=True)}
+        self.lr_factors = {
+            unit.name: factor for unit, factor in zip(units, lr_factors, strict=True)
+        }
         self.few = tuple(few)
         self.pace = pace
         self.alphas: dict[str, float] = {}
@@ -232,8 +234,8 @@ class Balance(Action):
                 reason = "is zero, not finite or of low rank, its factor is 1"
                 step.notes.append(f"{self.name}: `{unit.weight}` {reason}")
         factors = self.construct.balance(self.alphas)
-        for name, scale in self.scales.items():
-            scale.factor = factors.get(name, 1.0)
+        for name, lr_factor in self.lr_factors.items():
+            lr_factor.factor = factors.get(name, 1.0)
         self.first_spread = self.first_spread if self.measurements else self.spread
         self.measurements += 1
         self._tell(step)
@@ -244,7 +246,7 @@ class Balance(Action):
         return pstdev(self.alphas.values()) if self.alphas else 0.0
 
     def _tell(self, step: Step) -> None:
-        factors = {name: scale.factor for name, scale in self.scales.items()}
+        factors = {name: lr_factor.factor for name, lr_factor in self.lr_factors.items()}
         step.series[f"{self.name}.alpha"] = dict(self.alphas)
         step.series[f"{self.name}.scale"] = factors
         if self.alphas:
@@ -257,27 +259,27 @@ class Balance(Action):
         if not self.measurements:
             return {}
         out: State = {"measurements": self.measurements, "first_spread": self.first_spread}
-        out |= {f"factor/{name}": scale.factor for name, scale in self.scales.items()}
+        out |= {f"factor/{name}": lr_factor.factor for name, lr_factor in self.lr_factors.items()}
         return out | {f"alpha/{name}": alpha for name, alpha in self.alphas.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         named = {key: key.partition("/")[2] for key in state if "/" in key}
         for name in named.values():
-            if name not in self.scales:
+            if name not in self.lr_factors:
                 raise ValueError(f"{self.name}: the checkpoint also balances `{name}`")
         self.alphas = {n: float(state[k]) for k, n in named.items() if k.startswith("alpha/")}
-        for name, scale in self.scales.items():
-            scale.factor = float(state.get(f"factor/{name}", 1.0))
+        for name, lr_factor in self.lr_factors.items():
+            lr_factor.factor = float(state.get(f"factor/{name}", 1.0))
         self.measurements = int(state.get("measurements", 0))
         self.first_spread = float(state.get("first_spread", 0.0))
 
     def summary(self) -> str | None:
         left = ", ".join(f"{unit.name} ({unit.eigenvalues} eigenvalues)" for unit in self.few)
         tail = f"; left at 1: {left}" if left else ""
-        if not (self.measurements and self.scales):
+        if not (self.measurements and self.lr_factors):
             return f"{self.name}: nothing measured{tail}"
-        ranked = sorted(self.scales, key=lambda name: self.scales[name].factor)
-        low, high = (f"{self.scales[n].factor:.3g} ({n})" for n in (ranked[0], ranked[-1]))
+        ranked = sorted(self.lr_factors, key=lambda name: self.lr_factors[name].factor)
+        low, high = (f"{self.lr_factors[n].factor:.3g} ({n})" for n in (ranked[0], ranked[-1]))
         return (
             f"{self.name}: alpha spread {self.first_spread:.3g} -> {self.spread:.3g}, "
             f"measured {self.measurements}x, factors {low} to {high}{tail}"

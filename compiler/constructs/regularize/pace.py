@@ -149,8 +149,10 @@ def _fixed(expression: Expr) -> bool:
 
 
 def _now(expression: Expr, place: Place) -> float:
-    from trainc.runtime.schedule.clock import Clock, RunLength, Units
+    from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
     from trainc.runtime.schedule.schedules import compile_schedule
 
     values = {name: float(getattr(place, name)) for name in _PLACES}
-    return compile_schedule(to_json(expression), Units(), RunLength(1, "steps"))(Clock(), values)
+    return compile_schedule(to_json(expression), UnitConversion(), RunLength(1, "steps"))(
+        Clock(), values
+    )

@@ -23,7 +23,7 @@ from trainc.compiler.model.inventory import take
 from trainc.dsl.reading.construct import Duration, Problem
 from trainc.runtime.noise_scale.action import Measure, Settings
 from trainc.runtime.noise_scale.estimators import Averages, noise_scale_from_contributions
-from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Contribution, Signals, Step
 
@@ -43,7 +43,7 @@ def lcg(shape: Sequence[int], seed: int, scale: float = 1.0, plus: float = 0.0) 
 def measure(model: nn.Module, names: Sequence[str], rule: Gns | None = None) -> tuple[Measure, Any]:
     """Lower the clause onto `model` by hand; return its action and the bound sites."""
     setting = LoweringContext(
-        model, take(model), Units(8, 4, 800), RunLength(100, "steps"), Signals()
+        model, take(model), UnitConversion(8, 4, 800), RunLength(100, "steps"), Signals()
     )
     parts = LoweredMethod()
     rule = rule or Gns()

@@ -17,7 +17,7 @@ from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringCont
 from trainc.compiler.model.inventory import take
 from trainc.dsl.reading.construct import Duration
 from trainc.dsl.values import value_json as v
-from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OptimizerStep, ParamSlot
 from trainc.runtime.step.record import Signals
@@ -46,7 +46,9 @@ def l2_sp(weight: Any, **fields: Any) -> L2Sp:
 def lower(
     made: nn.Module, rule: L2Sp, start: Duration | None = None
 ) -> tuple[LoweredMethod, Anchors, tuple[str, ...]]:
-    setting = LoweringContext(made, take(made), Units(8), RunLength(100, "steps"), Signals())
+    setting = LoweringContext(
+        made, take(made), UnitConversion(8), RunLength(100, "steps"), Signals()
+    )
     parts = LoweredMethod()
     names = ("0.weight", "1.weight", "2.weight")
     bound = None if start is None else {"amount": start.amount, "unit": start.unit}

@@ -13,7 +13,7 @@ from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.lr.layer_decay import LayerDecay
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import Inventory, take
-from trainc.runtime.schedule.clock import Units
+from trainc.runtime.schedule.clock import UnitConversion
 from trainc.runtime.step.record import Signals
 
 
@@ -38,11 +38,11 @@ def factors(construct: LayerDecay, net: nn.Module, *, every: bool = False) -> di
     )
     parts = LoweredMethod()
     construct.lower(
-        Lowering(clause, LoweringContext(net, inventory, Units(), None, Signals()), parts)
+        Lowering(clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), parts)
     )
     assert not parts.actions
-    assert all(len(scales) == 1 for scales in parts.scales.values())
-    return {name: scales[0].factor for name, scales in parts.scales.items()}
+    assert all(len(lr_factors) == 1 for lr_factors in parts.lr_factors.values())
+    return {name: lr_factors[0].factor for name, lr_factors in parts.lr_factors.items()}
 
 
 def test_the_head_keeps_its_rate_and_the_embeddings_are_slowest() -> None:
@@ -60,10 +60,10 @@ def test_parameters_of_a_level_share_one_factor() -> None:
     construct = LayerDecay(decay=0.5)
     clause = BoundClause(construct, "decay", names)
     construct.lower(
-        Lowering(clause, LoweringContext(net, inventory, Units(), None, Signals()), parts)
+        Lowering(clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), parts)
     )
-    assert len({id(scales[0]) for scales in parts.scales.values()}) == 5
-    assert {(s.policy, s.unit) for scales in parts.scales.values() for s in scales} == {
+    assert len({id(lr_factors[0]) for lr_factors in parts.lr_factors.values()}) == 5
+    assert {(s.policy, s.unit) for lr_factors in parts.lr_factors.values() for s in lr_factors} == {
         ("decay", f"level {level}") for level in range(5)
     }
 

@@ -15,7 +15,7 @@ from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.constructs.observe.norm_growth import LAWS, Copies, Fit, NormGrowth
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
-from trainc.runtime.schedule.clock import Clock, Units
+from trainc.runtime.schedule.clock import Clock, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
 
@@ -31,7 +31,7 @@ def machine(
         every={"amount": every, "unit": "steps"} if every else None,
     )
     construct.lower(
-        Lowering(clause, LoweringContext(net, inventory, Units(), None, Signals()), parts)
+        Lowering(clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), parts)
     )
     return StepMachine(parts.actions, Clock(), dict(net.named_parameters()))
 

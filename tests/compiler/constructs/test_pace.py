@@ -22,7 +22,7 @@ from trainc.dsl.values import value_json as v
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import factor
 from trainc.kernels.noise.philox import pack_key
-from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
 from trainc.runtime.step.record import Signals
 from trainc.runtime.storage.random_streams import derive
 
@@ -54,7 +54,9 @@ def pace(sigma: Any, weight: Any, **fields: Any) -> Pace:
 
 
 def lower(rule: Pace, model: nn.Module, names: tuple[str, ...], **bounds: Any) -> LoweredMethod:
-    setting = LoweringContext(model, take(model), Units(8), RunLength(100, "steps"), Signals())
+    setting = LoweringContext(
+        model, take(model), UnitConversion(8), RunLength(100, "steps"), Signals()
+    )
     parts = LoweredMethod()
     rule.lower(Lowering(BoundClause(rule, "pace", names, **bounds), setting, parts))
     return parts

@@ -16,7 +16,7 @@ from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.mask.sift import Choose, Sift
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
-from trainc.runtime.schedule.clock import Clock, RunLength, Units
+from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot
 from trainc.runtime.step.record import Signals, Step
@@ -77,7 +77,7 @@ class Run:
         self.model = model or Net()
         self.parts = LoweredMethod()
         setting = LoweringContext(
-            self.model, take(self.model), Units(8), RunLength(9, "steps"), Signals()
+            self.model, take(self.model), UnitConversion(8), RunLength(9, "steps"), Signals()
         )
         clause = BoundClause(rule, "sift", tuple(names), start)
         rule.lower(Lowering(clause, setting, self.parts))
@@ -422,7 +422,9 @@ def test_fields_that_mean_nothing_are_refused(fields: dict[str, Any], words: str
 
 def test_a_choice_is_for_good() -> None:
     model = Net()
-    setting = LoweringContext(model, take(model), Units(8), RunLength(9, "steps"), Signals())
+    setting = LoweringContext(
+        model, take(model), UnitConversion(8), RunLength(9, "steps"), Signals()
+    )
     rule = Sift(density=0.1)
     clause = BoundClause(rule, "sift", NAMES, stop={"amount": 2, "unit": "steps"})
     with pytest.raises(ValueError, match="for good"):

@@ -20,7 +20,7 @@ from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringCont
 from trainc.compiler.model.inventory import take
 from trainc.dsl.values.value_json import Range
 from trainc.kernels.parameter.spectrum import alphas
-from trainc.runtime.schedule.clock import Clock, Units
+from trainc.runtime.schedule.clock import Clock, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
 
@@ -76,7 +76,11 @@ class Bench:
         )
         clause = BoundClause(construct, "tb", names, **timing)
         construct.lower(
-            Lowering(clause, LoweringContext(net, inventory, Units(), None, Signals()), self.parts)
+            Lowering(
+                clause,
+                LoweringContext(net, inventory, UnitConversion(), None, Signals()),
+                self.parts,
+            )
         )
         self.machine = StepMachine(self.parts.actions, Clock(), dict(net.named_parameters()))
         (action,) = self.machine.actions
@@ -88,9 +92,9 @@ class Bench:
         return self.machine.finish()
 
     def factors(self) -> dict[str, float]:
-        scales = self.parts.scales
+        lr_factors = self.parts.lr_factors
         return {
-            name: math.prod(scale.factor for scale in scales.get(name, []))
+            name: math.prod(lr_factor.factor for lr_factor in lr_factors.get(name, []))
             for name, _ in self.net.named_parameters()
         }
 
