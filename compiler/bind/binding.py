@@ -23,7 +23,7 @@ from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values.value_json import Duration, Scoped, Selector
 from trainc.runtime.schedule.clock import Duration as ClockDuration
-from trainc.runtime.schedule.clock import RunLength, Units
+from trainc.runtime.schedule.clock import RunLength, UnitConversion
 
 if TYPE_CHECKING:
     from trainc.dsl.reading.construct import Construct, Problem
@@ -54,7 +54,7 @@ class Binding:
     spec: Spec
     inventory: Inventory
     clauses: tuple[BoundClause, ...]
-    units: Units
+    units: UnitConversion
     length: RunLength | None
     warnings: tuple[Diagnostic, ...] = ()
 
@@ -96,9 +96,9 @@ class _Binder:
 
     # time
 
-    def _time(self) -> tuple[Units, RunLength | None]:
+    def _time(self) -> tuple[UnitConversion, RunLength | None]:
         data, run = self._construct("data"), self._construct("run")
-        units = Units(
+        units = UnitConversion(
             samples_per_step=float(data.start_size) if data else None,  # type: ignore[attr-defined]
             tokens_per_sample=_number(self.facts.tokens_per_sample),
             samples_per_epoch=_number(self.facts.samples),
