@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from trainc.dsl.reading.construct import Construct
+from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import nearest, suggest
@@ -22,13 +22,12 @@ class Scope:
         constructs: Mapping[str, Iterable[type[Construct]]],
         lets: Iterable[str] = (),
         lost: Iterable[str] = (),
-        measuring: Mapping[str, str] | None = None,
+        catalog: Catalog | None = None,
     ) -> None:
         self.constructs = {label: tuple(found) for label, found in constructs.items()}
         self.lets = tuple(lets)
         self.lost = frozenset(lost)
-        self.measuring = measuring or {}
-        """Clauses that would define a name, by the name: those of constructs that measure something."""
+        self.catalog = catalog or {}
         self.found: list[Diagnostic] = []
         self.used: set[str] = set()
 
@@ -70,8 +69,10 @@ class Scope:
         """Return what was perhaps meant by a name that nothing defines."""
         if name in FUNCTIONS:
             return f"write it as a call: `{example(name)}`"
-        if (clause := self.measuring.get(name.partition(".")[0])) is not None:
-            return f"nothing measures it yet: add `{clause}`"
+        label = name.partition(".")[0]
+        for key in self.catalog:
+            if key[1] == label and (construct := self.catalog[key]).signals:
+                return f"nothing measures it yet: add `{construct.usage}`"
         near = nearest(name, FUNCTIONS)
         return suggest(name, options) or (f"did you mean `{example(near)}`?" if near else None)
 

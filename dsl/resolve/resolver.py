@@ -79,9 +79,8 @@ class Resolver:
                 self.lets.define(item.statement)
         self.lets.override(overrides, gathered.lost)
         self.lets.settle()
-        measuring = {cls.name: cls.usage for cls in catalog.values() if cls.signals}
         lost = gathered.lost | self.lets.broken
-        self.scope = Scope(self._labels(), self.lets.values, lost, measuring)
+        self.scope = Scope(self._labels(), self.lets.values, lost, catalog)
 
     def checked(self) -> Checked:
         """Return the spec and what is wrong with it."""

@@ -11,9 +11,6 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainc.compiler.constructs.noise_scale._requirements import single_micro_batch, uncalibrated
 from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem
-from trainc.runtime.noise_scale.action import Measure, Settings, Unit
-from trainc.runtime.noise_scale.estimate import Estimate
-from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +20,8 @@ if TYPE_CHECKING:
     from trainc.compiler.method.example_units import Units
     from trainc.compiler.method.sites import MeasuredSite
     from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
+    from trainc.runtime.noise_scale.action import Settings, Unit
+    from trainc.runtime.noise_scale.estimate import Estimate
 
 _MIXES = "normalizes over the batch: examples have no gradients of their own"
 _NORMS = ("LayerNorm", "RMSNorm")
@@ -262,6 +261,8 @@ class Gns(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Have what the method compares measured in every backward pass, and read before gradients change."""
+        from trainc.runtime.noise_scale.action import Measure
+
         trainable = {p.name for p in to.inventory.parameters if to.tensor(p.name).requires_grad}
         measured: dict[str, tuple[str, ...]] = {}
         if self.method in ("micro_batch", "replica"):
@@ -310,6 +311,8 @@ class Gns(Construct):
         return Groups(self.group) if self.method == "ghost" else None
 
     def _settings(self, to: Lowering) -> Settings:
+        from trainc.runtime.noise_scale.action import Settings
+
         half_life, unit = self._half_life(to)
         return Settings(
             half_life,
@@ -343,6 +346,8 @@ class Gns(Construct):
         `loss(b)` is the loss of example b alone and `weights[b]` its share of the step's loss.
         """
         import torch
+
+        from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
 
         shares = []
         for b, weight in enumerate(weights):

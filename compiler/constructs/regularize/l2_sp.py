@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
-from trainc.runtime.step.action import Action, Phase, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Inputs, Lowering
     from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.step.record import Step
 
 
 class L2Sp(Construct):
@@ -53,6 +51,8 @@ class L2Sp(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Add the term over what trains, and keep the start with the program's state."""
+        from trainc.compiler.constructs.regularize._l2_sp import Anchors
+
         names = [entry.name for entry in to.parameters() if entry.trainable]
         starts: dict[str, Tensor] = {}
         if self.to == "start":
@@ -84,45 +84,3 @@ class L2Sp(Construct):
             total = square if total is None else total + square
         assert total is not None
         return weight / 2 * total
-
-
-class Anchors(Action):
-    """Phase 12: keeps the weights at the start in the checkpoint, and says how far they went."""
-
-    phase = Phase.OBSERVE
-    reads = ("params",)
-
-    def __init__(
-        self, label: str, parameters: Mapping[str, Tensor], starts: Mapping[str, Tensor]
-    ) -> None:
-        self.name = label
-        self.parameters = dict(parameters)
-        self.starts = dict(starts)
-
-    def run(self, step: Step) -> None:
-        """Do nothing: state is all there is."""
-
-    def state_dict(self) -> State:
-        return dict(self.starts)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the start in place, as the loss term reads these very tensors.
-
-        The checkpoint of a run without this clause has none: the start is then its weights.
-        """
-        import torch
-
-        odd = sorted(set(state) ^ set(self.starts))
-        if state and odd:
-            raise ValueError(f"{self.name}: the checkpoint has another selection: {', '.join(odd)}")
-        with torch.no_grad():
-            for name, start in self.starts.items():
-                start.copy_(state[name] if state else self.parameters[name])
-
-    def summary(self) -> str | None:
-        import torch
-
-        with torch.no_grad():
-            distance = float(L2Sp.reference(self.parameters, self.starts, 2.0)) ** 0.5
-        where = "their start" if self.starts else "zero"
-        return f"{self.name}: the weights ended {distance:.4g} from {where}"

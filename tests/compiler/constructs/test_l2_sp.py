@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.regularize.l2_sp import Anchors, L2Sp
+from trainc.compiler.constructs.regularize._l2_sp import Anchors
+from trainc.compiler.constructs.regularize.l2_sp import L2Sp
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.dsl.reading.construct import Duration

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.constructs.observe.norm_growth import LAWS, Copies, Fit, NormGrowth
+from trainc.compiler.constructs.observe._norm_growth import Copies, Fit
+from trainc.compiler.constructs.observe.norm_growth import LAWS, NormGrowth
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.runtime.schedule.clock import Clock, UnitConversion

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.mask.sift import Choose, Sift
+from trainc.compiler.constructs.mask._sift import Choose
+from trainc.compiler.constructs.mask.sift import Sift
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.lr.temp_balance import Balance, TempBalance
+from trainc.compiler.constructs.lr._temp_balance import Balance
+from trainc.compiler.constructs.lr.temp_balance import TempBalance
 from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
 from trainc.compiler.model.inventory import take
 from trainc.dsl.values.value_json import Range

@@ -1,0 +1,178 @@
+"""The actions of `mask sift`: choose the entries, and write what the optimizer made of them back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainc.runtime.schedule.clock import Gate
+from trainc.runtime.step.action import Action, Phase, State
+from trainc.runtime.step.update_mask import SelectedEntries, largest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.compiler.constructs.mask.sift import Granularity, Sift
+    from trainc.runtime.step.record import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What is chosen in a tensor of `shape`: `count` units of `size` entries."""
+
+    granularity: Granularity
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape) // self.size
+
+    @property
+    def size(self) -> int:
+        axis = {"row": 0, "column": 1}.get(self.granularity)
+        return 1 if axis is None else math.prod(self.shape) // self.shape[axis]
+
+    def score(self, gradient: Tensor) -> Tensor:
+        """Return the magnitude of each unit's gradient, shape (count,)."""
+        if self.granularity == "element":
+            return gradient.flatten().abs()
+        across = gradient if self.granularity == "row" else gradient.transpose(0, 1)
+        return across.flatten(1).square().sum(1).sqrt()
+
+    def entries(self, units: Tensor) -> Tensor:
+        """Return the sorted flat positions of the entries of some units."""
+        import torch
+
+        if self.granularity == "element":
+            return units
+        positions = torch.arange(math.prod(self.shape), device=units.device).view(self.shape)
+        axis = int(self.granularity == "column")
+        return positions.index_select(axis, units).flatten().sort().values
+
+
+class Choose(Action):
+    """Phase 8, before clipping: sum gradients until the entries are chosen, then keep to those."""
+
+    phase = Phase.GRADIENTS
+    reads = ("gradient", "params")
+    writes = ("gradient",)
+
+    def __init__(
+        self, label: str, compacts: Sequence[SelectedEntries], rule: Sift, start: Gate | None
+    ) -> None:
+        self.label, self.name = label, f"{label} choice"
+        self.compacts = {compact.name: compact for compact in compacts}
+        self.rule = rule
+        self.start = start
+        # The weights wait for `from` as well, so the action itself always runs.
+        self.gate = Gate()
+        self.sums: dict[str, Tensor] = {}
+        self.seen = dict.fromkeys(self.compacts, 0)
+
+    def run(self, step: Step) -> None:
+        import torch
+
+        for compact in self.compacts.values():
+            compact.read()
+        waiting = [c for c in self.compacts.values() if c.index is None]
+        found = {c.name: g for c in waiting if (g := c.parameter.grad) is not None}
+        for compact in waiting:
+            compact.discard()
+        if not found or (self.start is not None and not self.start.fires(step.clock)):
+            return
+        dense = {n: g.to_dense() if g.is_sparse else g for n, g in found.items()}
+        if not torch.stack([g.isfinite().all() for g in dense.values()]).all():
+            step.notes.append(f"{self.name}: a gradient is not finite, the step does not count")
+            return
+        self._add(dense)
+        groups = [waiting] if self.rule.scope == "global" else [[c] for c in waiting]
+        for group in groups:
+            if all(self.seen[compact.name] >= self.rule.batches for compact in group):
+                self._choose(group)
+
+    def _add(self, found: Mapping[str, Tensor]) -> None:
+        import torch
+
+        for name, gradient in found.items():
+            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            self.sums[name] = self.sums[name] + wide if name in self.sums else wide
+        for name in self.compacts if self.rule.scope == "global" else found:
+            self.seen[name] += 1
+
+    def _choose(self, group: Sequence[SelectedEntries]) -> None:
+        import torch
+
+        units = [Units(self.rule.granularity, tuple(c.parameter.shape)) for c in group]
+        sums = [self.sums.pop(c.name, None) for c in group]
+        scores = [
+            torch.zeros(u.count, device=c.parameter.device) if s is None else u.score(s)
+            for c, u, s in zip(group, units, sums, strict=True)
+        ]
+        count = self.rule.count(sum(len(score) for score in scores))
+        for compact, unit, chosen in zip(group, units, largest(scores, count), strict=True):
+            compact.choose(unit.entries(chosen))
+
+    def memory(self) -> int:
+        """Return the bytes held beside the weights."""
+        sums = sum(tensor.numel() * tensor.element_size() for tensor in self.sums.values())
+        return sums + sum(compact.memory() for compact in self.compacts.values())
+
+    def state_dict(self) -> State:
+        state: State = {f"sum/{name}": tensor for name, tensor in self.sums.items()}
+        state |= {f"seen/{name}": seen for name, seen in self.seen.items() if seen}
+        for name, compact in self.compacts.items():
+            if compact.index is not None:
+                state |= {f"index/{name}": compact.index, f"values/{name}": compact.values.detach()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        import torch
+
+        foreign = {key.partition("/")[2] for key in state} - set(self.compacts)
+        if foreign:
+            raise ValueError(f"{self.name}: `{min(foreign)}` of the checkpoint is not masked here")
+        self.seen = {name: int(state.get(f"seen/{name}", 0)) for name in self.compacts}
+        self.sums = {}
+        for name, compact in self.compacts.items():
+            device = compact.parameter.device
+            if f"sum/{name}" in state:
+                self.sums[name] = state[f"sum/{name}"].to(device, copy=True)
+            if f"index/{name}" not in state:
+                compact.forget()
+                continue
+            compact.choose(state[f"index/{name}"])
+            with torch.no_grad():
+                compact.values.copy_(state[f"values/{name}"])
+
+    def summary(self) -> str | None:
+        numel = sum(compact.parameter.numel() for compact in self.compacts.values())
+        chosen = [c for c in self.compacts.values() if c.index is not None]
+        trained = sum(compact.values.numel() for compact in chosen)
+        waiting = len(self.compacts) - len(chosen)
+        tail = f", {waiting} got no gradient to choose from and did not train" if waiting else ""
+        return f"{self.label}: {trained} of {numel} entries in {len(chosen)} tensors train{tail}"
+
+
+class WriteBack(Action):
+    """Phase 10: put the updated entries into the weights."""
+
+    phase = Phase.DELTAS
+    reads = ("delta",)
+    writes = ("params", "metrics")
+
+    def __init__(self, label: str, compacts: Sequence[SelectedEntries]) -> None:
+        self.name = f"{label} write"
+        self.metric = f"{label}.moved"
+        self.compacts = tuple(compacts)
+        self.gate = Gate()
+
+    def run(self, step: Step) -> None:
+        import torch
+
+        chosen = [compact for compact in self.compacts if compact.index is not None]
+        changed = [compact.write() for compact in chosen]
+        total = sum(compact.values.numel() for compact in chosen)
+        # Entries of 16-bit weights may stay where they are although their master copy moves.
+        step.metrics[self.metric] = float(torch.stack(changed).sum()) / total if total else 0.0
