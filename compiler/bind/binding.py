@@ -15,7 +15,8 @@ from trainc.compiler.bind.claims import overlapping_claims
 from trainc.compiler.bind.effects import conflicts, penalised_measurements
 from trainc.compiler.bind.signals import signal_problems
 from trainc.compiler.constructs.data._batch_policy import changes, inconsistencies
-from trainc.compiler.driver.site_diagnostics import name_root_module
+from trainc.compiler.errors import name_root_module
+from trainc.compiler.model.facts import Facts
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.model.select import Target, expectations, select
 from trainc.compiler.model.suggestions import suggestion, unknown_classes
@@ -37,14 +38,6 @@ ORDER = (
 """The order in which clauses are lowered, and in which equal-phase actions that rewrite one resource run."""
 
 _SEVERAL = "a spec for several models selects by roles, as `role(norm)` does, or makes the clause `optional`"
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known of the data without touching it; None where the callable does not describe itself."""
-
-    samples: int | None = None
-    tokens_per_sample: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from trainc.compiler.bind.binding import Binding, bind
 from trainc.compiler.bind.signals import signal_units
 from trainc.compiler.catalog import catalog, path_of
-from trainc.compiler.lower.assemble import assemble, rules
-from trainc.compiler.lower.lowering import LoweredMethod, LoweringContext
+from trainc.compiler.lower.assemble import assemble
+from trainc.compiler.lower.lowering_context import LoweringContext
+from trainc.compiler.lower.when_rules import when_rules
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.factories import build_model, facts, missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.model.inventory import take
+from trainc.compiler.plan.make_plan import make_plan
 from trainc.compiler.plan.plan import Plan
 from trainc.runtime.step.record import Signals
 
@@ -65,7 +68,7 @@ def plan(
     """
     import torch
 
-    from trainc.compiler.model.meta_device import Weightless
+    from trainc.compiler.model.meta_device import Weightless, on_meta
 
     checked, path = read(spec, overrides)
     with searching(path):
@@ -73,26 +76,9 @@ def plan(
             with torch.device("meta"), Weightless():
                 model = build_model(checked)
         else:
-            model = _on_meta(model)
+            model = on_meta(model)
         binding = bind(checked, take(model), facts(checked))
         return make_plan(binding, _assemble(binding, model, _first_signals(binding), to_run=False))
-
-
-def _on_meta(model: nn.Module) -> nn.Module:
-    """Return a copy without weights, so that planning leaves the user's model alone."""
-    import copy
-
-    import torch
-
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = (
-            torch.nn.Parameter(empty, tensor.requires_grad)
-            if isinstance(tensor, torch.nn.Parameter)
-            else empty
-        )
-    return copy.deepcopy(model, memo)
 
 
 def read(
@@ -124,7 +110,7 @@ def _assemble(
         model, binding.inventory, binding.units, binding.length, signals, units
     )
     parts = assemble(binding.clauses, setting, to_run=to_run)
-    parts.actions += rules(binding.spec.rules, setting, _signals(binding))
+    parts.actions += when_rules(binding.spec.rules, setting, _signals(binding))
     return parts
 
 
@@ -140,32 +126,6 @@ def _signals(binding: Binding) -> set[str]:
     return named
 
 
-def make_plan(binding: Binding, parts: LoweredMethod) -> Plan:
-    """Return the plan of what was bound and lowered."""
-    from trainc.compiler.plan import plan_tables, site_tables
-
-    model, data = binding.one("model"), binding.one("data")
-    return Plan(
-        spec=binding.spec.to_json(),
-        fingerprint=binding.spec.fingerprint,
-        model={
-            "type": binding.inventory.model,
-            "clause": model.construct.model_dump(mode="json") if model else None,
-            "signature": binding.inventory.signature,
-        },
-        data=data.construct.model_dump(mode="json") if data else None,
-        settings=plan_tables.settings_row(binding),
-        clauses=tuple(clause.to_json() for clause in binding.clauses),
-        parameters=tuple(plan_tables.parameter_rows(binding, parts)),
-        steps=tuple(plan_tables.step_rows(binding)),
-        schedules=tuple(plan_tables.schedule_rows(binding, parts)),
-        sites=tuple(site_tables.site_rows(binding, parts)),
-        kernels=tuple(site_tables.kernel_rows(parts)),
-        memory=tuple(plan_tables.memory_rows(binding, parts)),
-        warnings=binding.warnings,
-    )
-
-
 def build_program(
     binding: Binding,
     model: nn.Module,
@@ -178,7 +138,7 @@ def build_program(
 
     signals = _first_signals(binding)
     parts = _assemble(binding, model, signals)
-    if parts.task is None:
+    if parts.loss is None:
         raise missing_clause("the spec has no loss", "write `loss cross_entropy` or `loss mse`")
     if not parts.optimizers:
         raise missing_clause("the spec has no optimizer", "write `optimizer adamw { lr = 3e-4 }`")

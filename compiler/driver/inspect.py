@@ -30,7 +30,7 @@ def captured(
     spec: str | Path, overrides: Mapping[str, str] | None, without: Iterable[str]
 ) -> Program:
     """Return a program whose graph was captured on a micro-batch of its data; raises SpecError when that fails."""
-    from trainc.compiler.passes.pass_base import SiteMissing, SiteUnfit
+    from trainc.compiler.errors import SiteMissing, SiteUnfit
     from trainc.compiler.program.capture import CaptureFailed
 
     try:

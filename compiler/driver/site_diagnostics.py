@@ -7,13 +7,8 @@ from typing import TYPE_CHECKING
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 
 if TYPE_CHECKING:
-    from trainc.compiler.layers.site_state import SiteError
+    from trainc.compiler.errors import SiteError
     from trainc.dsl.resolve.spec import Spec
-
-
-def name_root_module(message: str) -> str:
-    """Return a message that calls the model by words: as a module its name is empty, in backticks nothing to read."""
-    return message.replace("``", "the model itself")
 
 
 _ASKING = ("noise_scale", "regularize")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.driver.compile import compile, read
 from trainc.compiler.driver.site_diagnostics import of_site
-from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.errors import SiteError
 from trainc.compiler.model.factories import build_data, missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.dsl.text.diagnostic import Diagnostic, Label

@@ -13,9 +13,8 @@ from torch import Tensor
 from trainc.compiler.driver.compile import compile, read
 from trainc.compiler.driver.inspect import first_batch
 from trainc.compiler.driver.site_diagnostics import of_site
-from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.errors import SiteError, SiteMissing, SiteUnfit
 from trainc.compiler.model.import_path import searching
-from trainc.compiler.passes.pass_base import SiteMissing, SiteUnfit
 from trainc.compiler.program.capture import CaptureFailed
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError

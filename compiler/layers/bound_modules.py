@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from trainc.compiler.errors import SiteError, listed, repeated
 from trainc.compiler.layers.ghost_batch_norm import BoundGhostBatchNorm
 from trainc.compiler.layers.registry import behaviour
-from trainc.compiler.layers.site_state import Bound, SiteError, SiteState, listed, repeated
+from trainc.compiler.layers.site_state import Bound, SiteState
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.sites import MeasuredSite, NoiseSite, Rewrite
-from trainc.compiler.per_example.weight_uses import uncompiled
+from trainc.compiler.model.eager import uncompiled
 from trainc.kernels.noise.multiplicative_noise import multiplicative_noise
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from trainc.compiler.errors import SiteError
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.layers.registry import Found, Kind, own_names
 from trainc.compiler.layers.site_state import (
     Bound,
-    SiteError,
     checked_probe,
     joined_views,
     one_view,

@@ -7,8 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.layers.registry import NotMeasurable, own_names
-from trainc.compiler.layers.site_state import Bound, SiteError
+from trainc.compiler.errors import NotMeasurable, SiteError
+from trainc.compiler.layers.registry import own_names
+from trainc.compiler.layers.site_state import Bound
 from trainc.compiler.method.sites import LayerSite
 from trainc.kernels.norm.ghost_batch_norm import ghost_batch_norm
 

@@ -7,9 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from trainc.compiler.errors import NotMeasurable, SiteError
 from trainc.compiler.graph.forward_graph import ForwardGraph
-from trainc.compiler.layers.registry import Found, Kind, NotMeasurable, own_names
-from trainc.compiler.layers.site_state import Bound, SiteError, checked_probe, one_view
+from trainc.compiler.layers.registry import Found, Kind, own_names
+from trainc.compiler.layers.site_state import Bound, checked_probe, one_view
 from trainc.compiler.method.sites import LayerSite
 from trainc.kernels.norm.group_norm import group_norm
 

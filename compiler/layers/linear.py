@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from trainc.compiler.errors import NotMeasurable
 from trainc.compiler.graph.forward_graph import ForwardGraph
-from trainc.compiler.layers.registry import Found, Kind, NotMeasurable, own_names
+from trainc.compiler.layers.registry import Found, Kind, own_names
 from trainc.compiler.layers.site_state import Bound, checked_probe, joined_views, parted_views
 from trainc.compiler.method.sites import LayerSite
 from trainc.compiler.passes.norm_patterns import strip

@@ -9,7 +9,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.layers.registry import NotMeasurable
+from trainc.compiler.errors import NotMeasurable
 from trainc.compiler.layers.site_state import Bound, checked_probe, joined_views, parted_views
 from trainc.compiler.method.sites import NormSite
 from trainc.kernels.norm.layer_norm import layer_norm

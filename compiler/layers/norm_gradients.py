@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainc.compiler.layers.site_state import Bound, SiteError, SiteState, checked_probe
+from trainc.compiler.errors import SiteError
+from trainc.compiler.layers.site_state import Bound, SiteState, checked_probe
 from trainc.compiler.method.sites import NormSite
 
 

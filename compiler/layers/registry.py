@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from trainc.compiler.driver.site_diagnostics import name_root_module
+from trainc.compiler.errors import NotMeasurable
 from trainc.compiler.method.sites import LayerSite, MeasuredSite, NormSite
 
 if TYPE_CHECKING:
@@ -42,13 +42,6 @@ class Kind:
     behaviour: type[Bound]
     weight_at: Mapping[Any, int]
     find: Callable[[ForwardGraph, LayerSite, fx.Node], Found | None]
-
-
-class NotMeasurable(ValueError):
-    """A module computes nothing whose per-example gradient norms we know how to take."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(name_root_module(message))
 
 
 @cache

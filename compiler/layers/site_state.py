@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
-from trainc.compiler.driver.site_diagnostics import name_root_module
+from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 from trainc.compiler.method.example_index import Division
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainc.compiler.method.sites import MeasuredSite, NoiseSite
-
-
-class SiteError(Exception):
-    """A site cannot do what the plan expects of it; the message names the module, `rule` the diagnostic."""
-
-    rule = "site-not-delivered"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(name_root_module(message))
-
-
-class ExampleAxisUnknown(SiteError):
-    """A site sees a tensor whose first axis is not the example axis."""
-
-    rule = "example-axis-unknown"
-
-
-def repeated(names: Iterable[str]) -> SiteError:
-    """Return the error about layers that run more than once in one forward pass."""
-    return SiteError(
-        f"{listed(names)} ran more than once in one forward pass: the squared norm of a sum is not the sum of squared"
-        " norms, so its statistics would be wrong. Leave it out of the selection"
-    )
-
-
-def listed(names: Iterable[str]) -> str:
-    """Return names as they stand in messages."""
-    return ", ".join(f"`{name}`" for name in names)
 
 
 class SiteState:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trainc.compiler.layers.registry import NotMeasurable, site_of
-from trainc.compiler.layers.site_state import listed
+from trainc.compiler.errors import NotMeasurable, listed
+from trainc.compiler.layers.registry import site_of
 from trainc.compiler.method.sites import LayerSite, MeasuredSite, NormSite
 
 if TYPE_CHECKING:

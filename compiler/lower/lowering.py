@@ -6,115 +6,40 @@ A construct's `lower(to)` calls methods of `Lowering`; it never touches the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.compiler.method.lowered_method import (
+    CalibrationPart,
+    Inputs,
+    LoweredMethod,
+    OptimizerConstruct,
+    OptimizerPart,
+    PenaltyTerm,
+    Scheduled,
+)
 from trainc.compiler.method.sites import (
     LayerSite,
     MeasuredSite,
     NoiseSite,
     NormSite,
     Pairing,
-    Rewrite,
 )
-from trainc.compiler.model.inventory import Inventory, ModuleEntry, ParameterEntry, Place
+from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
+from trainc.compiler.model.roles import Place
 from trainc.runtime.step.action import Action
 from trainc.runtime.step.optimizer import LrFactor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trainc.compiler.constructs.optimizer._base import Optimizer
+    from trainc.compiler.lower.lowering_context import LoweringContext
     from trainc.compiler.method.example_units import Units
+    from trainc.compiler.method.loss import Loss
     from trainc.dsl.values.value_json import Duration, Expr, Selector
-    from trainc.runtime.schedule.clock import Clock, Gate, RunLength, Unit, UnitConversion
-    from trainc.runtime.step.record import Signals
+    from trainc.runtime.schedule.clock import Gate, Unit
     from trainc.runtime.step.update_mask import SelectedEntries
-
-Scheduled = Callable[["Clock"], float]
-Inputs = Mapping[str, "Tensor"]
-
-
-class Task(Protocol):
-    """The loss of a plain run: mean over the counted targets, with what exact accumulation needs."""
-
-    name: str
-    ignore_index: int
-    label_smoothing: float
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor: ...
-
-    def count(self, targets: Tensor) -> int:
-        """Return how many targets the mean runs over."""
-        ...
-
-    def weights(self, targets: Tensor) -> Tensor:
-        """Return each example's share of the mean, shape (examples,), sum 1."""
-        ...
-
-    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        """Return sums of what an evaluation reports beside the loss (`accuracy`: number right)."""
-        ...
-
-
-@dataclass(slots=True)
-class Penalty:
-    """A loss term over parameters: `value(parameters, inputs)`, with the tensors it needs as named graph inputs."""
-
-    value: Callable[[Inputs, Inputs], Tensor]
-    parameters: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class OptimizerPart:
-    """One optimizer clause with the parameters it claims."""
-
-    clause: BoundClause
-    construct: Optimizer
-    base: Scheduled
-    decay: dict[str, float]
-
-
-@dataclass(slots=True)
-class CalibrationPart:
-    """When a clause wants every parameter measured, and on how many examples."""
-
-    label: str
-    gate: Gate
-    examples: int
-
-
-@dataclass(slots=True)
-class LoweredMethod:
-    """Everything the clauses asked for; `Program` assembles it."""
-
-    rewrite: Rewrite = field(default_factory=Rewrite)
-    task: Task | None = None
-    penalties: dict[str, Penalty] = field(default_factory=dict)
-    scalars: dict[str, Scheduled] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    lr_factors: dict[str, list[LrFactor]] = field(default_factory=dict)
-    compacts: dict[str, SelectedEntries] = field(default_factory=dict)
-    frozen: set[str] = field(default_factory=set)
-    optimizers: list[OptimizerPart] = field(default_factory=list)
-    actions: list[Action] = field(default_factory=list)
-    whole: dict[str, bool] = field(default_factory=dict)
-    """Parameters whose micro-batch gradients are measured as a whole; True where they add up over the step."""
-    calibrations: list[CalibrationPart] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class LoweringContext:
-    """What all clauses of one program share: the model, its inventory, and the units of time."""
-
-    model: nn.Module
-    inventory: Inventory
-    units: UnitConversion
-    length: RunLength | None
-    signals: Signals
-    signal_units: Mapping[str, Unit] = field(default_factory=dict)
-    """What the signals of clauses count, beside those that every run has; the others are plain numbers."""
 
 
 class Lowering:
@@ -245,9 +170,9 @@ class Lowering:
 
     # mechanisms
 
-    def task(self, task: Task) -> None:
+    def loss(self, loss: Loss) -> None:
         """Declare the loss."""
-        self._parts.task = task
+        self._parts.loss = loss
 
     def measure(self, site: MeasuredSite) -> None:
         """Measure per-example squared gradient norms of a layer, for every step's contributions."""
@@ -313,7 +238,7 @@ class Lowering:
         tensors: Mapping[str, Tensor],
     ) -> None:
         """Add a loss term over parameters. Scheduled numbers and constants reach it as named tensors."""
-        self._parts.penalties[self.label] = Penalty(value, tuple(parameters))
+        self._parts.penalties[self.label] = PenaltyTerm(value, tuple(parameters))
         self._parts.scalars.update(scalars)
         self._parts.tensors.update(tensors)
 
@@ -332,9 +257,14 @@ class Lowering:
         """Leave parameters untrained."""
         self._parts.frozen.update(names)
 
-    def optimizer(self, construct: Optimizer, base: Scheduled, decay: dict[str, float]) -> None:
+    def optimizer(
+        self, construct: OptimizerConstruct, base: Scheduled, decay: dict[str, float]
+    ) -> None:
         """Claim the selected parameters for a torch optimizer."""
-        self._parts.optimizers.append(OptimizerPart(self.clause, construct, base, decay))
+        clause = self.clause
+        self._parts.optimizers.append(
+            OptimizerPart(clause.label, clause.targets, clause.span, construct, base, decay)
+        )
 
     def action(self, action: Action) -> None:
         """Run an action in every step, in its phase, when the clause's gate is open."""

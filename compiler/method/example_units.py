@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.errors import SiteError
 from trainc.compiler.method.example_index import Division
 
 if TYPE_CHECKING:
-    from trainc.compiler.lower.lowering import Task
+    from trainc.compiler.method.loss import Loss
     from trainc.runtime.data.batch import Batch
 
 
@@ -34,7 +34,7 @@ class Groups:
             )
         return Division(rows // self.size, self.size)
 
-    def weights(self, task: Task, batch: Batch) -> Tensor:
+    def weights(self, task: Loss, batch: Batch) -> Tensor:
         """Return each group's share of the loss, (groups,)."""
         self.divide(batch)
         return task.weights(batch[1]).view(-1, self.size).sum(1)
@@ -55,7 +55,7 @@ class Documents:
         first = per_row.cumsum(0) - per_row
         return Division(int(per_row.sum()), index=within + first[:, None])
 
-    def weights(self, task: Task, batch: Batch) -> Tensor:
+    def weights(self, task: Loss, batch: Batch) -> Tensor:
         """Return each document's share of the counted targets, (documents,)."""
         division = self.divide(batch)
         assert division.index is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainc.compiler.bind.binding import Facts
+from trainc.compiler.model.facts import Facts
 from trainc.compiler.model.import_path import ImportProblem, call, load
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError

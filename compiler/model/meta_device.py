@@ -1,11 +1,13 @@
-"""Weightless: build a model on the meta device without the arithmetic of initialising what is not there."""
+"""Models on the meta device: building one without initialising its weights, and copying one without them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -34,3 +36,14 @@ _FILLING = {
     "normal_", "uniform_", "trunc_normal_", "constant_", "ones_", "zeros_", "zero_", "fill_", "eye_", "orthogonal_",
     "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_", "exponential_", "bernoulli_",
 }  # fmt: skip
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Return a copy without weights, so that planning leaves the user's model alone."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        )
+    return copy.deepcopy(model, memo)

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from trainc.compiler.errors import SiteMissing, SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph, call_site
 from trainc.compiler.method.sites import NormSite, Rewrite
 from trainc.compiler.passes.norm_patterns import CAST, NormCall, norm_calls, strip
-from trainc.compiler.passes.pass_base import Pass, SiteMissing, SiteUnfit
+from trainc.compiler.passes.pass_base import Pass
 from trainc.kernels.norm import add_layer_norm as _add_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm import add_rms_norm as _add_rms_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm import layer_norm as _layer_norm  # noqa: F401  (registers the operator)

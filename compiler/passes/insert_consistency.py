@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from trainc.compiler.errors import SiteMissing, SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph, call_site, module_stack
 from trainc.compiler.method.sites import NoiseSite, Pairing, Rewrite
-from trainc.compiler.passes.pass_base import Pass, SiteMissing, SiteUnfit
+from trainc.compiler.passes.pass_base import Pass
 from trainc.kernels.loss import cross_entropy_consistency as _loss  # noqa: F401  (registers the operator)
 from trainc.kernels.noise import multiplicative_noise as _noise  # noqa: F401  (registers the operator)
 

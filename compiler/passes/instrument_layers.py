@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from trainc.compiler.errors import SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.layers.embedding import spread
 from trainc.compiler.layers.registry import Found, Kind, kinds
 from trainc.compiler.method.sites import LayerSite, Rewrite
 from trainc.compiler.passes.norm_patterns import CAST, strip
-from trainc.compiler.passes.pass_base import Pass, SiteUnfit
+from trainc.compiler.passes.pass_base import Pass
 
 aten = torch.ops.aten
 _JOINED = ("linear", "embedding")

@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from trainc.compiler.errors import SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.method.sites import NormSite, Rewrite
 from trainc.compiler.passes.fuse_norms import PLACES, fused_norm, locate
-from trainc.compiler.passes.pass_base import Pass, SiteUnfit
+from trainc.compiler.passes.pass_base import Pass
 
 aten = torch.ops.aten
 

@@ -5,50 +5,18 @@ from __future__ import annotations
 import difflib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from trainc.compiler.errors import PassBug, SiteMissing, SiteUnfit
 from trainc.compiler.graph.differentiate import remove_dead
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.graph.serialize import listing
 from trainc.compiler.method.sites import Rewrite
-
-
-class SiteMissing(ValueError):
-    """Sites the plan names were not found in the captured graph."""
-
-    def __init__(self, pass_name: str, missing: Iterable[str]) -> None:
-        self.pass_name, self.missing = pass_name, tuple(missing)
-        names = ", ".join(f"`{name}`" for name in self.missing)
-        super().__init__(
-            f"pass `{pass_name}` did not find {len(self.missing)} of its sites "
-            f"in the graph: {names}"
-        )
-
-
-class SiteUnfit(ValueError):
-    """A site was found but cannot be served; the message names the module."""
-
-    def __init__(self, module: str, reason: str) -> None:
-        self.module = module
-        super().__init__(f"`{module}`: {reason}")
-
-
-class CompilerBug(RuntimeError):
-    """A pass broke the graph; `before` is the listing of the graph it was given."""
-
-    def __init__(self, pass_name: str, reason: str, before: str) -> None:
-        self.pass_name, self.before = pass_name, before
-        super().__init__(
-            f"pass `{pass_name}` broke the graph: {reason}\n"
-            "This is a mistake in trainc; please report it. "
-            f"`--without {pass_name}` avoids the pass.\n"
-            f"The graph before it:\n{before}"
-        )
 
 
 @dataclass(frozen=True)
@@ -120,26 +88,26 @@ def _run(
     except (SiteMissing, SiteUnfit):
         raise
     except Exception as error:
-        raise CompilerBug(step.name, f"{type(error).__name__}: {error}", before) from error
+        raise PassBug(step.name, f"{type(error).__name__}: {error}", before) from error
     missing = [name for name in wanted if name not in served]
     if set(missing) - excused:
         raise SiteMissing(step.name, missing)
     extra = set(served) - set(wanted)
     if extra or len(set(served)) != len(served):
-        raise CompilerBug(step.name, f"it served {sorted(served)}, which was not asked for", before)
+        raise PassBug(step.name, f"it served {sorted(served)}, which was not asked for", before)
     try:
         forward.graph.lint()
         remove_dead(forward.graph)
         forward.module.recompile()
         forward.propagate()
     except Exception as error:
-        raise CompilerBug(step.name, f"{type(error).__name__}: {error}", before) from error
+        raise PassBug(step.name, f"{type(error).__name__}: {error}", before) from error
     for name, shape in _shapes(forward).items():
         if _differ(shapes.get(name, shape), shape, name in step.widens):
-            raise CompilerBug(step.name, f"`{name}` was {shapes[name]} and is {shape}", before)
+            raise PassBug(step.name, f"`{name}` was {shapes[name]} and is {shape}", before)
     lost = set(shapes) - set(forward.outputs)
     if lost:
-        raise CompilerBug(step.name, f"the outputs {sorted(lost)} are gone", before)
+        raise PassBug(step.name, f"the outputs {sorted(lost)} are gone", before)
     after = listing(forward.graph)
     diff = "\n".join(
         difflib.unified_diff(

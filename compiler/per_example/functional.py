@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from trainc.compiler.errors import SiteError
 from trainc.compiler.layers.bound_modules import Sites, bind
-from trainc.compiler.layers.site_state import SiteError
 from trainc.compiler.layers.tied_weights import sites_of
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.sites import LayerSite, NormSite, Rewrite

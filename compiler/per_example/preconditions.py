@@ -7,7 +7,6 @@ of three examples is the weighted mean of their own losses.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -16,15 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from trainc.compiler.layers.site_state import ExampleAxisUnknown, SiteError, repeated
+from trainc.compiler.errors import ExampleAxisUnknown, SiteError, repeated
 from trainc.compiler.method.sites import LayerSite, MeasuredSite
+from trainc.compiler.model.eager import as_written
+from trainc.compiler.model.undisturbed import undisturbed
 from trainc.compiler.per_example.batch_slices import Cut, cuts, lengths
-from trainc.compiler.per_example.weight_uses import as_written, owners_alone
+from trainc.compiler.per_example.weight_uses import owners_alone
 from trainc.runtime.data import batch as batches
 
 if TYPE_CHECKING:
     from trainc.compiler.layers.bound_modules import Sites
-    from trainc.compiler.lower.lowering import Task
+    from trainc.compiler.method.loss import Loss
     from trainc.runtime.data.batch import Batch
 
 _SIZES = (2, 3)
@@ -48,7 +49,7 @@ class ExamplesMix(SiteError):
     rule = "examples-mix"
 
 
-def examine(model: nn.Module, sites: Sites, batch: Batch, task: Task) -> bool:
+def examine(model: nn.Module, sites: Sites, batch: Batch, task: Loss) -> bool:
     """Learn which embeddings look up ids that all examples share; raises SiteError for what cannot be measured.
 
     Returns False where no target of the batch counts, so that nothing can be said yet.
@@ -206,7 +207,7 @@ def _is_shared(site: MeasuredSite, shapes: list[tuple[int, ...]]) -> bool:
     )
 
 
-def _check_loss(task: Task, logits: Tensor, targets: Tensor) -> None:
+def _check_loss(task: Loss, logits: Tensor, targets: Tensor) -> None:
     weights = task.weights(targets)
     whole = float(task(logits, targets))
     parts = [
@@ -252,37 +253,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Give buffers and random number generators back as they were, and let no hook of the user's run.
-
-    Sharded models keep their hooks: it is these that bring the weights.
-    """
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
-    hooks = [] if sharded else [_take_hooks(module) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for put_back in hooks:
-            put_back()
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
-
-
-def _take_hooks(module: nn.Module) -> Callable[[], None]:
-    """Take a module's forward hooks away and return what puts them back."""
-    taken = {name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
-    for name in taken:
-        setattr(module, name, OrderedDict())
-
-    def put_back() -> None:
-        for name, hooks in taken.items():
-            setattr(module, name, hooks)
-
-    return put_back

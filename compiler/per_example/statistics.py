@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.layers.site_state import SiteError, listed
+from trainc.compiler.errors import SiteError, listed
 from trainc.compiler.method.example_units import Groups
 from trainc.compiler.per_example.gradient_scaling import Witness
 from trainc.runtime.step.record import Contribution
 from trainc.runtime.step.sharded import squared_norms
 
 if TYPE_CHECKING:
-    from trainc.compiler.lower.lowering import LoweredMethod, Task
+    from trainc.compiler.method.loss import Loss
+    from trainc.compiler.method.lowered_method import LoweredMethod
     from trainc.compiler.per_example.micro_batch import Micro
     from trainc.runtime.data.batch import Batch
 
@@ -46,7 +47,7 @@ class Statistics:
 
     # what a micro-batch is given
 
-    def weigh(self, micro: Micro, task: Task, batch: Batch, share: float) -> None:
+    def weigh(self, micro: Micro, task: Loss, batch: Batch, share: float) -> None:
         """Note the weights of a micro-batch's units in the step's loss, and of its examples where those are others."""
         units, own = self.rewrite.units, task.weights(batch[1])
         micro.weights = (own if units is None else units.weights(task, batch)) * share

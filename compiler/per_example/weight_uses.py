@@ -7,18 +7,17 @@ elsewhere: a weight handed to a function, or read by another module.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils import checkpoint
 
-from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.errors import SiteError
+from trainc.compiler.model.eager import as_written
 
 
 class _Held(NamedTuple):
@@ -98,36 +97,6 @@ def _standing_in(name: str, module: nn.Module, owned: Owned) -> Iterator[None]:
         del vars(module)["forward"]
         if before is not None:
             vars(module)["forward"] = before
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Let compiled functions and reentrant checkpoints run their Python: both hide what reads a weight."""
-    module: Any = checkpoint
-    kept = module.CheckpointFunction
-    module.CheckpointFunction = _Unfolded
-    try:
-        with uncompiled():
-            yield
-    finally:
-        module.CheckpointFunction = kept
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Let compiled functions run their Python."""
-    # What was compiled has imported dynamo; to import it for nothing takes a second.
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return cast("AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
-
-
-class _Unfolded:
-    """Stands in for torch's reentrant checkpoint and keeps what that would forget."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], _: bool, *inputs: Any) -> Any:
-        """Run the function as it is."""
-        return function(*inputs)
 
 
 def _elsewhere(result: Tensor, owned: Owned) -> list[tuple[_Held, Node]]:

@@ -13,7 +13,7 @@ from trainc.runtime.schedule.clock import Clock
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
-    from trainc.compiler.lower.lowering import LoweredMethod
+    from trainc.compiler.method.lowered_method import LoweredMethod
     from trainc.compiler.method.sites import MeasuredSite
     from trainc.compiler.model.inventory import Inventory
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 def parameter_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
     """Return one row per parameter: the exact cover."""
-    optimizer = {n: part for part in parts.optimizers for n in part.clause.targets}
+    optimizer = {n: part for part in parts.optimizers for n in part.targets}
     touching = [
         c
         for c in binding.clauses
@@ -39,7 +39,7 @@ def parameter_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
                 "shape": list(p.shape),
                 "aliases": list(p.aliases),
                 "depth": round(p.place.depth, 4),
-                "optimizer": part.clause.label if part is not None and trained else None,
+                "optimizer": part.label if part is not None and trained else None,
                 "decay": part.decay[p.name] if part is not None and trained else None,
                 "lr_factors": [s.policy for s in parts.lr_factors.get(p.name, ())]
                 if trained
@@ -114,7 +114,7 @@ def schedule_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
         return []
     rows = []
     batch = ramp(parts.actions)
-    named = [(f"{part.clause.label} lr", part.base) for part in parts.optimizers]
+    named = [(f"{part.label} lr", part.base) for part in parts.optimizers]
     named += list(parts.scalars.items())
     if batch is not None:
         named.append(("batch", batch.at))
@@ -140,13 +140,13 @@ def _memory(binding: Binding, parts: LoweredMethod) -> Iterator[tuple[str, int]]
     inventory = binding.inventory
     for part in parts.optimizers:
         total = 0
-        for name in part.clause.targets:
+        for name in part.targets:
             if name in parts.frozen:
                 continue
             compact = parts.compacts.get(name)
             size = compact.values.numel() * 4 if compact else inventory.parameter[name].bytes
             total += part.construct.moments * size
-        yield f"{part.clause.label}: optimizer state", total
+        yield f"{part.label}: optimizer state", total
     for action in parts.actions:
         yield action.name, action.memory()
     yield (

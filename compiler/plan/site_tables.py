@@ -8,7 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
-    from trainc.compiler.lower.lowering import LoweredMethod
+    from trainc.compiler.method.lowered_method import LoweredMethod
     from trainc.compiler.method.sites import LayerSite
 
 Row = dict[str, Any]
@@ -62,11 +62,11 @@ def site_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
         for s in rewrite.noises
     ]
     if rewrite.pairing is not None:
-        fused = parts.task is not None and parts.task.name == "cross_entropy"
+        fused = parts.loss is not None and parts.loss.name == "cross_entropy"
         operator = (
             "cross_entropy_consistency"
             if fused
-            else f"{parts.task.name if parts.task else ''} + distance"
+            else f"{parts.loss.name if parts.loss else ''} + distance"
         )
         rows.append(
             {"site": "loss", "operator": operator, "pass": "insert_consistency", "road": road}
@@ -108,7 +108,7 @@ def kernel_rows(parts: LoweredMethod) -> list[Row]:
     names += ["multiplicative_noise"] if rewrite.noises else []
     names += (
         ["cross_entropy_consistency"]
-        if rewrite.pairing and parts.task and parts.task.name == "cross_entropy"
+        if rewrite.pairing and parts.loss and parts.loss.name == "cross_entropy"
         else []
     )
     return [_kernel_row(name) for name in dict.fromkeys(names)]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.errors import SiteError
 from trainc.runtime.step.optimizer import OptimizerStep
 from trainc.runtime.step.replicas import Replicas, world_size
 from trainc.runtime.step.sharded import is_sharded

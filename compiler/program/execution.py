@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.layers.bound_modules import Sites, bind
-from trainc.compiler.lower.lowering import LoweredMethod, Penalty, Task
 from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.lowered_method import LoweredMethod, PenaltyTerm
+from trainc.compiler.model.undisturbed import undisturbed
 from trainc.compiler.per_example.brute_force import one_by_one
 from trainc.compiler.per_example.micro_batch import Micro, MicroBatchSlice
-from trainc.compiler.per_example.preconditions import examine, undisturbed
+from trainc.compiler.per_example.preconditions import examine
 from trainc.compiler.per_example.statistics import Statistics
 from trainc.compiler.program.distributed import (
     exchanges_now,
@@ -53,7 +55,7 @@ class Execution:
         self.module = model
         self.forward: Any = model
         self.parts = parts
-        self.task = cast(Task, parts.task)
+        self.task = cast(Loss, parts.loss)
         self.seed, self.clock = seed, clock
         self.executor, self.without = executor, without
         self.parameters = dict(model.named_parameters())
@@ -339,7 +341,7 @@ class Execution:
         )  # fmt: skip
 
 
-def _one_mapping(penalty: Penalty) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def _one_mapping(penalty: PenaltyTerm) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """Return a loss term that finds parameters and inputs in one mapping, as the graph hands them over."""
     return lambda values: penalty.value({name: values[name] for name in penalty.parameters}, values)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from trainc.compiler.lower.lowering import LoweredMethod
+    from trainc.compiler.method.lowered_method import LoweredMethod
 
 
 def unscale(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.bind.run_settings import RunSettings
-from trainc.compiler.lower.lowering import LoweredMethod, Task
+from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.per_example.micro_batch import Micro, MicroBatchSlice
 from trainc.compiler.program.distributed import check_apart, follow
 from trainc.compiler.program.execution import Execution, Executor
@@ -78,7 +79,7 @@ class Program:
     # what it is
 
     @property
-    def task(self) -> Task:
+    def task(self) -> Loss:
         """The loss of a plain run."""
         return self.execution.task
 

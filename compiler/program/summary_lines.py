@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainc.compiler.lower.lowering import LoweredMethod
+    from trainc.compiler.method.lowered_method import LoweredMethod
     from trainc.runtime.step.record import Step
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import trainc
-from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.errors import SiteError
 from trainc.runtime.noise_scale.action import Measure
 
 Batch = tuple[Tensor, Tensor]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import trainc
-from trainc.compiler.layers.site_state import ExampleAxisUnknown, SiteError
+from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 from trainc.compiler.per_example.batch_slices import Cut, cuts, lengths
 from trainc.compiler.per_example.preconditions import ExamplesMix
 from trainc.compiler.per_example.weight_uses import WeightServesElsewhere

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from trainc.compiler.layers.site_state import ExampleAxisUnknown, SiteError
-from trainc.compiler.lower.lowering import Task
+from trainc.compiler.errors import ExampleAxisUnknown, SiteError
+from trainc.compiler.method.loss import Loss
 
 ALL = """loss cross_entropy optimizer sgd { lr = 0 } run { length = 9 steps, seed = 4 }
 noise_scale gns on all"""
@@ -218,7 +218,7 @@ class Sum:
 
 def test_a_summed_loss_is_an_error() -> None:
     program = trainc.compile(ALL, nn.Sequential(nn.Linear(4, 3)))
-    task: Task = Sum()
+    task: Loss = Sum()
     program.execution.task = task
     with pytest.raises(SiteError, match="is it a sum"):
         program.step((torch.randn(5, 4), torch.randint(3, (5,))))

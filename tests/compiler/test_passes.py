@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import models
+from trainc.compiler.errors import PassBug, SiteMissing, SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.graph.step_graph import Batch, Outputs, StepGraph
 from trainc.compiler.method.sites import NoiseSite, NormSite, Pairing, Rewrite
@@ -19,7 +20,7 @@ from trainc.compiler.passes.fuse_norms import FuseNorms
 from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
 from trainc.compiler.passes.insert_consistency import InsertConsistency
 from trainc.compiler.passes.instrument_norms import InstrumentNorms
-from trainc.compiler.passes.pass_base import CompilerBug, Pass, SiteMissing, SiteUnfit
+from trainc.compiler.passes.pass_base import Pass
 from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order
 from trainc.compiler.program.capture import capture
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
@@ -622,7 +623,7 @@ def test_a_broken_pass_is_caught_and_named_with_the_graph_before_it(
     broken: Pass, words: str
 ) -> None:
     model = gpt()
-    with pytest.raises(CompilerBug) as bug:
+    with pytest.raises(PassBug) as bug:
         step_of(model, tokens(), Rewrite(norms=norm_sites(model)), passes=(broken,))
     assert bug.value.pass_name == broken.name
     assert re.search(words, str(bug.value))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from trainc.compiler.layers.site_state import ExampleAxisUnknown, SiteError
+from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 from trainc.functional import measured_parameters, per_example_sq_norms
 
 CASES = json.loads((Path(__file__).parents[1] / "reference/noise_scale.json").read_text())["cases"]

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import trainc
 from examples.models import gpt, resnet, vit
 from trainc.compiler.driver.saved_program import LoadError
-from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.errors import SiteError
 from trainc.compiler.program.program import Program
 from trainc.runtime.run.interface import NonFiniteLoss
 

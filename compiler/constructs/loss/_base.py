@@ -10,21 +10,22 @@ from trainc.dsl.reading.construct import Construct, Effect
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.lower.lowering import Lowering, Task
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.method.loss import Loss
 
 
-class Loss(Construct):
-    """What every loss clause declares; `make_task` builds the function that is differentiated."""
+class LossConstruct(Construct):
+    """What every loss clause declares; `make_loss` builds the function that is differentiated."""
 
-    effects: ClassVar = (Effect("forward", "task loss", ("forward",), ("loss",)),)
+    effects: ClassVar = (Effect("forward", "compute the loss", ("forward",), ("loss",)),)
 
     @abstractmethod
-    def make_task(self) -> Task:
-        """Return the task."""
+    def make_loss(self) -> Loss:
+        """Return the loss."""
 
     @abstractmethod
     def reference(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss by definition."""
 
     def lower(self, to: Lowering) -> None:
-        to.task(self.make_task())
+        to.loss(self.make_loss())

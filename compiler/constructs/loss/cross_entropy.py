@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.constructs.loss._base import Loss
+from trainc.compiler.constructs.loss._base import LossConstruct
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.lower.lowering import Task
+    from trainc.compiler.method.loss import Loss
 
 
-class CrossEntropyTask:
+class CrossEntropyLoss:
     """Mean of -log softmax(logits)[target] over the targets that are not `ignore_index`.
 
     logits (..., classes), targets (...) int64. Equal to torch.nn.functional.cross_entropy bit for bit.
@@ -57,7 +57,7 @@ class CrossEntropyTask:
         return {"accuracy": float(((logits.argmax(-1) == targets) & counted).sum())}
 
 
-class CrossEntropy(Loss):
+class CrossEntropy(LossConstruct):
     """Trains on the mean of `-log softmax(logits)[target]` over all targets that are not ignored.
 
     Under accumulation the mean runs over the targets of the whole step, however they fall on micro-batches.
@@ -74,8 +74,8 @@ class CrossEntropy(Loss):
         description="weight of the uniform distribution mixed into the target, in [0, 1]",
     )
 
-    def make_task(self) -> Task:
-        return CrossEntropyTask(self.ignore_index, self.label_smoothing)
+    def make_loss(self) -> Loss:
+        return CrossEntropyLoss(self.ignore_index, self.label_smoothing)
 
     def reference(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss by definition; logits (..., classes), targets (...)."""

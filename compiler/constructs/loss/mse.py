@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from trainc.compiler.constructs.loss._base import Loss
+from trainc.compiler.constructs.loss._base import LossConstruct
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.lower.lowering import Task
+    from trainc.compiler.method.loss import Loss
 
 
-class MeanSquaredErrorTask:
+class MeanSquaredErrorLoss:
     """Mean of (output - target)^2 over all entries; output and target have one shape.
 
     Equal to torch.nn.functional.mse_loss bit for bit.
@@ -45,14 +45,14 @@ class MeanSquaredErrorTask:
         return {}
 
 
-class MeanSquaredError(Loss):
+class MeanSquaredError(LossConstruct):
     """Trains on the mean of `(output - target)^2` over all entries of the output."""
 
     cite: ClassVar = "Legendre, Nouvelles methodes (1805), appendix: least squares"
     usage: ClassVar = "loss mse"
 
-    def make_task(self) -> Task:
-        return MeanSquaredErrorTask()
+    def make_loss(self) -> Loss:
+        return MeanSquaredErrorLoss()
 
     def reference(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss by definition; both of one shape."""

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.bind.bound_clause import Targets
-    from trainc.compiler.lower.lowering import Inputs, Lowering
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.method.lowered_method import Inputs
     from trainc.runtime.schedule.clock import Clock
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.compiler.model.inventory import Place
+    from trainc.compiler.model.roles import Place
 
 _PLACES = ("depth", "block", "blocks")
 

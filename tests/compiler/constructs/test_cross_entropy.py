@@ -17,7 +17,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     reference: dict[str, Tensor] = {}
     for smoothing in (0.0, 0.1):
         loss = CrossEntropy(label_smoothing=smoothing)
-        for out, function in ((compiled, loss.make_task()), (reference, loss.reference)):
+        for out, function in ((compiled, loss.make_loss()), (reference, loss.reference)):
             logits = LOGITS.clone().requires_grad_()
             value = function(logits, TARGETS)
             value.backward()
@@ -28,11 +28,11 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def test_it_is_torchs_bit_for_bit() -> None:
     want = torch.nn.functional.cross_entropy(LOGITS.flatten(0, 1), TARGETS.flatten())
-    assert torch.equal(CrossEntropy().make_task()(LOGITS, TARGETS), want)
+    assert torch.equal(CrossEntropy().make_loss()(LOGITS, TARGETS), want)
 
 
 def test_weights_are_each_examples_part_of_the_mean() -> None:
-    task = CrossEntropy().make_task()
+    task = CrossEntropy().make_loss()
     parts = [task(LOGITS[i : i + 1], TARGETS[i : i + 1]) for i in range(5)]
     weights = task.weights(TARGETS)
     assert float(weights.sum()) == pytest.approx(1.0)
@@ -45,4 +45,4 @@ def test_weights_are_each_examples_part_of_the_mean() -> None:
 def test_accuracy_counts_only_what_counts() -> None:
     targets = LOGITS.argmax(-1)
     targets[1] = -100
-    assert CrossEntropy().make_task().metrics(LOGITS, targets) == {"accuracy": 28.0}
+    assert CrossEntropy().make_loss().metrics(LOGITS, targets) == {"accuracy": 28.0}

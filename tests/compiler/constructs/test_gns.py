@@ -14,11 +14,13 @@ from torch.nn import functional as F
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.noise_scale.gns import Gns
+from trainc.compiler.errors import SiteError
 from trainc.compiler.layers.bound_modules import bind
 from trainc.compiler.layers.norm import norm_site
-from trainc.compiler.layers.site_state import SiteError
-from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
+from trainc.compiler.lower.lowering import Lowering
+from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import take
 from trainc.dsl.reading.construct import Duration, Problem
 from trainc.runtime.noise_scale.action import Measure, Settings

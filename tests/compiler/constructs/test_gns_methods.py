@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import trainc
 from trainc.compiler.constructs.noise_scale.gns import Gns
-from trainc.compiler.layers.site_state import SiteError
+from trainc.compiler.errors import SiteError
 from trainc.runtime.noise_scale.action import Measure
 from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
 

@@ -14,7 +14,9 @@ import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.regularize._l2_sp import Anchors
 from trainc.compiler.constructs.regularize.l2_sp import L2Sp
-from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
+from trainc.compiler.lower.lowering import Lowering
+from trainc.compiler.lower.lowering_context import LoweringContext
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import take
 from trainc.dsl.reading.construct import Duration
 from trainc.dsl.values import value_json as v

@@ -11,7 +11,9 @@ import trainc
 from examples.models import gpt
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.lr.layer_decay import LayerDecay
-from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
+from trainc.compiler.lower.lowering import Lowering
+from trainc.compiler.lower.lowering_context import LoweringContext
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import Inventory, take
 from trainc.runtime.schedule.clock import UnitConversion
 from trainc.runtime.step.record import Signals

@@ -15,7 +15,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         torch.randn(4, 3, dtype=torch.float64, generator=g),
     )
     results = []
-    for function in (MeanSquaredError().make_task(), MeanSquaredError().reference):
+    for function in (MeanSquaredError().make_loss(), MeanSquaredError().reference):
         x = output.clone().requires_grad_()
         value = function(x, target)
         value.backward()
@@ -26,8 +26,8 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def test_shapes_that_would_broadcast_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 1\)"):
-        MeanSquaredError().make_task()(torch.zeros(4, 1), torch.zeros(4))
+        MeanSquaredError().make_loss()(torch.zeros(4, 1), torch.zeros(4))
 
 
 def test_weights_are_equal() -> None:
-    assert MeanSquaredError().make_task().weights(torch.zeros(4, 2)).tolist() == [0.25] * 4
+    assert MeanSquaredError().make_loss().weights(torch.zeros(4, 2)).tolist() == [0.25] * 4

@@ -14,7 +14,9 @@ import trainc
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.constructs.observe._norm_growth import Copies, Fit
 from trainc.compiler.constructs.observe.norm_growth import LAWS, NormGrowth
-from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
+from trainc.compiler.lower.lowering import Lowering
+from trainc.compiler.lower.lowering_context import LoweringContext
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import take
 from trainc.runtime.schedule.clock import Clock, UnitConversion
 from trainc.runtime.step.machine import StepMachine

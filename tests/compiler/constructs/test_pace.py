@@ -15,9 +15,12 @@ import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.regularize.pace import Pace, silent
 from trainc.compiler.layers.bound_modules import bind
-from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
+from trainc.compiler.lower.lowering import Lowering
+from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.example_index import Division
-from trainc.compiler.model.inventory import Place, take
+from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.model.inventory import take
+from trainc.compiler.model.roles import Place
 from trainc.dsl.values import value_json as v
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import factor

@@ -15,7 +15,9 @@ import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.mask._sift import Choose
 from trainc.compiler.constructs.mask.sift import Sift
-from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
+from trainc.compiler.lower.lowering import Lowering
+from trainc.compiler.lower.lowering_context import LoweringContext
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import take
 from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine

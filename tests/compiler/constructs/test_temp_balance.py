@@ -17,7 +17,9 @@ import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.lr._temp_balance import Balance
 from trainc.compiler.constructs.lr.temp_balance import TempBalance
-from trainc.compiler.lower.lowering import LoweredMethod, Lowering, LoweringContext
+from trainc.compiler.lower.lowering import Lowering
+from trainc.compiler.lower.lowering_context import LoweringContext
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import take
 from trainc.dsl.values.value_json import Range
 from trainc.kernels.parameter.spectrum import alphas

@@ -1,0 +1,30 @@
+"""The loss of a step, as the compiler uses it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Loss(Protocol):
+    """The loss of a plain run: mean over the counted targets, with what exact accumulation needs."""
+
+    name: str
+    ignore_index: int
+    label_smoothing: float
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor: ...
+
+    def count(self, targets: Tensor) -> int:
+        """Return how many targets the mean runs over."""
+        ...
+
+    def weights(self, targets: Tensor) -> Tensor:
+        """Return each example's share of the mean, shape (examples,), sum 1."""
+        ...
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
+        """Return sums of what an evaluation reports beside the loss (`accuracy`: number right)."""
+        ...

@@ -1,0 +1,41 @@
+"""Run a model as its Python is written: without compiled functions, and without reentrant checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch.utils import checkpoint
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Let compiled functions and reentrant checkpoints run their Python: both hide what reads a weight."""
+    module: Any = checkpoint
+    kept = module.CheckpointFunction
+    module.CheckpointFunction = _Unfolded
+    try:
+        with uncompiled():
+            yield
+    finally:
+        module.CheckpointFunction = kept
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Let compiled functions run their Python."""
+    # What was compiled has imported dynamo; to import it for nothing takes a second.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return cast("AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
+
+
+class _Unfolded:
+    """Stands in for torch's reentrant checkpoint and keeps what that would forget."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _: bool, *inputs: Any) -> Any:
+        """Run the function as it is."""
+        return function(*inputs)

@@ -1,0 +1,36 @@
+"""Make the plan: print the binding and the lowered method as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trainc.compiler.plan import plan_tables, site_tables
+from trainc.compiler.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from trainc.compiler.bind.binding import Binding
+    from trainc.compiler.method.lowered_method import LoweredMethod
+
+
+def make_plan(binding: Binding, parts: LoweredMethod) -> Plan:
+    """Return the plan of what was bound and lowered."""
+    model, data = binding.one("model"), binding.one("data")
+    return Plan(
+        spec=binding.spec.to_json(),
+        fingerprint=binding.spec.fingerprint,
+        model={
+            "type": binding.inventory.model,
+            "clause": model.construct.model_dump(mode="json") if model else None,
+            "signature": binding.inventory.signature,
+        },
+        data=data.construct.model_dump(mode="json") if data else None,
+        settings=plan_tables.settings_row(binding),
+        clauses=tuple(clause.to_json() for clause in binding.clauses),
+        parameters=tuple(plan_tables.parameter_rows(binding, parts)),
+        steps=tuple(plan_tables.step_rows(binding)),
+        schedules=tuple(plan_tables.schedule_rows(binding, parts)),
+        sites=tuple(site_tables.site_rows(binding, parts)),
+        kernels=tuple(site_tables.kernel_rows(parts)),
+        memory=tuple(plan_tables.memory_rows(binding, parts)),
+        warnings=binding.warnings,
+    )
