@@ -43,21 +43,21 @@ ROOMS = {
         "runtime/report": "runtime/storage runtime/noise_scale",
         "compiler": "dsl/text dsl/reading dsl/resolve",
         "compiler/model": "dsl/text dsl/values dsl/resolve",
-        "compiler/bind": "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule compiler/model",
-        "compiler/method": "runtime/data",
+        "compiler/bind": "compiler dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule compiler/model",
+        "compiler/method": "dsl/text runtime/schedule runtime/step compiler runtime/data",
         "compiler/graph": "runtime/data compiler/method",
         "compiler/lower": (
             "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/step "
             "compiler/model compiler/bind compiler/method"
         ),
         "compiler/layers": (
-            "kernels/norm kernels/layer kernels/noise compiler/model compiler/method compiler/graph"
+            "compiler kernels/norm kernels/layer kernels/noise compiler/model compiler/method compiler/graph"
         ),
         "compiler/passes": (
-            "kernels/norm kernels/loss kernels/noise compiler/method compiler/graph compiler/layers"
+            "compiler kernels/norm kernels/loss kernels/noise compiler/method compiler/graph compiler/layers"
         ),
         "compiler/per_example": (
-            "dsl/reading runtime/data runtime/step compiler/model compiler/method compiler/lower "
+            "compiler dsl/reading runtime/data runtime/step compiler/model compiler/method "
             "compiler/layers"
         ),
         "compiler/constructs": (
@@ -67,17 +67,17 @@ ROOMS = {
         ),
         "compiler/plan": (
             "dsl/text dsl/reading kernels/layer runtime/schedule compiler/model compiler/bind "
-            "compiler/method compiler/lower compiler/passes"
+            "compiler/method compiler/passes"
         ),
         "compiler/program": (
-            "kernels/loss kernels/noise runtime/schedule runtime/storage runtime/data "
-            "runtime/step runtime/run compiler/bind compiler/method compiler/graph compiler/lower "
+            "compiler/model compiler kernels/loss kernels/noise runtime/schedule runtime/storage runtime/data "
+            "runtime/step runtime/run compiler/bind compiler/method compiler/graph "
             "compiler/layers compiler/passes compiler/per_example compiler/plan"
         ),
         "compiler/driver": (
-            "dsl/text dsl/values dsl/resolve runtime/schedule runtime/storage runtime/data "
+            "compiler/method dsl/text dsl/values dsl/resolve runtime/schedule runtime/storage runtime/data "
             "runtime/step runtime/run compiler compiler/model compiler/bind compiler/graph "
-            "compiler/lower compiler/layers compiler/passes compiler/plan compiler/program"
+            "compiler/lower compiler/passes compiler/plan compiler/program"
         ),
     }.items()
 }
