@@ -17,7 +17,7 @@ from examples.models import gpt
 from trainc.compiler.driver.compile import read
 from trainc.compiler.program.program import Program
 from trainc.dsl.reading.construct import PHASES, Construct
-from trainc.dsl.reading.field_types import read_field
+from trainc.dsl.reading.fields import read_field
 from trainc.dsl.resolve.spec import Clause, Spec
 
 CATALOG = trainc.catalog()

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from trainc.dsl.printing.canonical import format_value
 from trainc.dsl.reading.construct import KINDS, Catalog, Construct
-from trainc.dsl.reading.field_types import field_type
+from trainc.dsl.reading.fields import field_type
 from trainc.dsl.text.rules import RULES
 
 _PLAIN = {

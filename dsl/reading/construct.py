@@ -8,22 +8,24 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from trainc.dsl.reading.field_types import (
-    Batch,
+    Duration,
     Fraction,
+    ImportPath,
+    Range,
     Samples,
     Schedule,
     ScopedNumbers,
     Selector,
 )
+from trainc.dsl.reading.fields import read_field, untyped_value
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.vocabulary import KINDS, PHASES, RESOURCES
-from trainc.dsl.values.value_json import Duration, ImportPath, Range, to_json
+from trainc.dsl.values.value_json import to_json
 
 __all__ = [
     "KINDS",
     "PHASES",
     "RESOURCES",
-    "Batch",
     "Catalog",
     "Construct",
     "Duration",
@@ -96,6 +98,17 @@ class Construct(BaseModel):
             cls.kind, cls.name = folder, file
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Refuse a field that pydantic would read by rules of its own."""
+        super().__pydantic_init_subclass__(**options)
+        for name, info in cls.model_fields.items():
+            if value := untyped_value(info.annotation, info.metadata):
+                raise TypeError(
+                    f"field `{name}` of `{cls.__name__}` has the type of a value, `{value.__name__}`: "
+                    "import its type from trainc.dsl.reading.construct"
+                )
+
+    @classmethod
     def heading(cls) -> str:
         """Return what a spec calls it: `regularize pace`, or `run`."""
         return f"{cls.kind} {cls.name}" if cls.kind != cls.name else cls.kind
@@ -111,8 +124,6 @@ class Construct(BaseModel):
 
     def _equals(self, field: str, text: str) -> bool:
         """Compare by JSON, reading `text` as this field would."""
-        from trainc.dsl.reading.field_types import read_field
-
         value = read_field(type(self).model_fields[field], text)
         return bool(to_json(getattr(self, field)) == to_json(value))
 

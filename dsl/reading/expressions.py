@@ -18,7 +18,7 @@ from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import FUNCTIONS, POLICIES, SHAPES, STATES, Function
+from trainc.dsl.values.functions import FUNCTIONS, SHAPES, STATES, Function
 
 _LOGIC = ("and", "or")
 SWITCH = ("false", "true")
@@ -30,12 +30,19 @@ class Names(Protocol):
     def check(self, name: ast.Ident) -> None:
         """Note a name that means nothing."""
 
+    def home_of(self, function: str) -> str | None:
+        """Return where a function may be called that is one field's own, None for any other."""
+
 
 class Anything:
     """Lets every name pass; a whole spec is checked later."""
 
     def check(self, name: ast.Ident) -> None:
         """Accept the name."""
+
+    def home_of(self, function: str) -> str | None:
+        """Return None: no construct is known."""
+        return None
 
 
 ANYTHING = Anything()
@@ -67,19 +74,22 @@ def schedule(node: Node, names: Names = ANYTHING) -> v.Expr:
     return v.Number(value.duration.amount) if isinstance(value, v.Quantity) else value
 
 
-def batch(node: Node, names: Names = ANYTHING) -> v.Duration | v.Expr:
-    """Return an amount of samples, or the call of a policy that sets the batch."""
+def samples_or_call(
+    node: Node, names: Names, noun: str, functions: Mapping[str, Function], hint: str
+) -> v.Duration | v.Expr:
+    """Return an amount of samples, or the call of one of a field's own `functions`; each is called a `noun`.
+
+    `hint` is the help for the call of any other function.
+    """
     if not isinstance(node, ast.Apply):
         return samples(node)
     name = node.function.id
-    if name in POLICIES:
-        return _call(node, names, POLICIES)
+    if name in functions:
+        return _call(node, names, functions)
     if name in FUNCTIONS:
-        known = ", ".join(f"`{policy}(...)`" for policy in POLICIES)
-        help = f"a batch that changes is one of {known}, or set by a `when` rule"
-        raise Unreadable(node, "expected an amount such as `32 samples`, or a policy", help=help)
-    message = f"there is no batch policy `{name}`"
-    raise Unreadable(node.function, "", "unknown-function", suggest(name, POLICIES), message)
+        raise Unreadable(node, f"expected an amount such as `32 samples`, or a {noun}", help=hint)
+    message = f"there is no {noun} `{name}`"
+    raise Unreadable(node.function, "", "unknown-function", suggest(name, functions), message)
 
 
 def is_condition(value: v.Expr) -> bool:
@@ -125,9 +135,7 @@ def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] = FUN
     name = node.function.id
     if name not in functions:
         message = f"there is no function `{name}`"
-        help = suggest(name, functions)
-        if name in POLICIES:
-            help = f"`{name}` sets the batch, alone: `data ... {{ batch = {name}(...) }}`"
+        help = names.home_of(name) or suggest(name, functions)
         raise Unreadable(node.function, "", "unknown-function", help, message)
     function = functions[name]
     order = list(function.arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from trainc.dsl.reading.construct import Catalog, Construct
+from trainc.dsl.reading.fields import field_type
 from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import nearest, suggest
@@ -63,6 +64,16 @@ class Scope:
             known = f"it measures {', '.join(f'`{label}.{s}`' for s in signals)}"
             message = f"`{found[0].heading()}` has no signal `{signal}`"
             return Diagnostic("unknown-signal", message, labels, (known,), suggest(signal, signals))
+        return None
+
+    def home_of(self, function: str) -> str | None:
+        """Return where a function may be called that is one field's own, None for any other."""
+        for cls in self.catalog.values():
+            for field, info in cls.model_fields.items():
+                own = field_type(info)
+                if own and function in own.functions:
+                    place = f"{cls.heading()} ... {{ {field} = {function}(...) }}"
+                    return f"`{function}` is for `{field}` of `{cls.heading()}` only: `{place}`"
         return None
 
     def _meant(self, name: str, options: Iterable[str]) -> str | None:

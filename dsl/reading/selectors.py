@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainc.dsl.reading.constants import Unreadable, describe, interval, number
-from trainc.dsl.reading.expressions import condition
+from trainc.dsl.reading.expressions import Anything, condition
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
@@ -17,7 +17,7 @@ _PAIRS: dict[str, type[v.Union] | type[v.Intersection] | type[v.Difference]] = {
 }
 
 
-class _Measures:
+class _WhereNames(Anything):
     """The names of a `where` condition."""
 
     def check(self, name: ast.Ident) -> None:
@@ -47,7 +47,7 @@ def selector(node: Node) -> v.Selector:
         case ast.Infix("|" | "&" | "-" as op, left, right):
             return _PAIRS[op](selector(left), selector(right))
         case ast.Infix("where", left, right):
-            return v.Where(selector(left), condition(right, _Measures()))
+            return v.Where(selector(left), condition(right, _WhereNames()))
         case ast.Infix("expect", left, ast.Num() as count):
             return v.Expect(selector(left), _whole(count, 0))
         case ast.Infix("and" | "or" as op, _, _):

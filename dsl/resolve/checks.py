@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from trainc.dsl.reading.fields import field_type
 from trainc.dsl.reading.names import BUILT_IN, Scope
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import FUNCTIONS, POLICIES, TARGETS
+from trainc.dsl.values.functions import FUNCTIONS, TARGETS
 
 if TYPE_CHECKING:
     from trainc.dsl.reading.construct import Construct
@@ -27,10 +28,12 @@ def inconsistencies(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Di
     for clause in clauses:
         construct, head = clause.construct, clause.part_span("head")
         found += on_problems(type(construct), clause.on is not None, head, clause.part_span("on"))
-        for name in type(clause.construct).model_fields:
-            value = getattr(clause.construct, name)
+        for name, info in type(construct).model_fields.items():
+            value = getattr(construct, name)
             if isinstance(value, v.Expr):
-                found += _expression(value, scope, clause.part_span(name))
+                own = field_type(info)
+                functions = own.functions if own else ()
+                found += _expression(value, scope, clause.part_span(name), functions)
     for rule in rules:
         found += _expression(rule.condition, scope, rule.span)
         for action in rule.actions:
@@ -108,9 +111,12 @@ def on_problems(
         )
 
 
-def _expression(value: v.Expr, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
+def _expression(
+    value: v.Expr, scope: Scope, span: Span | None, own: Container[str] = ()
+) -> Iterator[Diagnostic]:
+    """Yield what an expression calls or names that nothing defines; the whole of it may be a call of `own`."""
     for item in v.walk(value):
-        if item is value and isinstance(item, v.Call) and item.function in POLICIES:
+        if item is value and isinstance(item, v.Call) and item.function in own:
             continue
         if isinstance(item, v.Binary) and item.op == "is":
             continue

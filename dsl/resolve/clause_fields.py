@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from trainc.dsl.reading.constants import Unreadable, import_path, plain
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.reading.field_errors import problem_text
-from trainc.dsl.reading.field_types import read_field
+from trainc.dsl.reading.fields import read_field
 from trainc.dsl.reading.names import Scope
 from trainc.dsl.resolve.includes import Placed
 from trainc.dsl.resolve.lets import Lets

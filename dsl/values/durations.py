@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Literal, get_args
 
 from trainc.dsl.text.record import Record
-
-if TYPE_CHECKING:
-    from pydantic_core import CoreSchema
 
 Unit = Literal["steps", "samples", "tokens", "epochs", "seconds", "run"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -28,18 +25,12 @@ def tidy(value: float) -> float:
 
 
 class Value(Record):
-    """What all values share: text in the language, and a schema for pydantic fields."""
+    """What all values share: `str` gives their text in the language."""
 
     def __str__(self) -> str:
         from trainc.dsl.printing.canonical import format_value
 
         return format_value(self)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
-        from trainc.dsl.reading.field_types import schema_of
-
-        return schema_of(cls)
 
 
 class Duration(Value):

@@ -60,44 +60,6 @@ def example(name: str) -> str:
     return f"{name}({', '.join(f'{argument} = ...' for argument in needed)})"
 
 
-# What `batch` of the data may be instead of an amount; the compiler gives them their meaning.
-POLICIES: dict[str, Function] = {
-    "ramp": Function(
-        {"begin": "samples", "to": "samples", "over": "duration", "from": "duration"},
-        1,
-        3,
-        "go from `begin` to `to` samples on a line over `over`, begun at `from` (the start)",
-    ),
-    "follow": Function(
-        {
-            "signal": "amount",
-            "max": "samples",
-            "min": "samples",
-            "factor": "plain",
-            "step": "samples",
-            "every": "duration",
-            "from": "duration",
-            "grow_only": "switch",
-        },
-        1,
-        2,
-        "be `factor` (1) times a measured number of samples, between `min` and `max`",
-    ),
-    "signal_noise": Function(
-        {
-            "signal": "amount",
-            "max": "samples",
-            "min": "samples",
-            "theta": "plain",
-            "every": "duration",
-            "from": "duration",
-        },
-        1,
-        2,
-        "grow to the noise scale / `theta`^2 (0.6), looked at `every` 100 steps from 15% on",
-    ),
-}
-
 SHAPES = ("linear", "cosine", "sqrt")
 STATES = ("nan", "inf", "finite")
 COUNTERS = ("steps", "samples", "tokens", "epochs", "seconds")

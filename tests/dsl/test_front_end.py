@@ -1,4 +1,4 @@
-"""LoweredMethod of the front end that stand between files: tables, functions, rules, catalog, pages."""
+"""What lies between files of the front end: tables, functions, rules, catalog, pages."""
 
 import re
 from importlib.metadata import EntryPoint
@@ -14,7 +14,8 @@ from trainc.dsl.syntax.generate import HERE
 from trainc.dsl.syntax.generate import tables as build
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.rules import RULES
-from trainc.dsl.values.functions import COUNTERS, FUNCTIONS, POLICIES, SHAPES, STATES
+from trainc.dsl.values import value_json as v
+from trainc.dsl.values.functions import COUNTERS, FUNCTIONS, SHAPES, STATES
 from trainc.runtime.schedule import expressions, functions
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +48,7 @@ def test_the_functions_are_those_of_the_runtime() -> None:
 
 
 def test_every_policy_of_the_batch_is_one_that_the_compiler_reads() -> None:
-    from trainc.compiler.constructs.data._batch_policy import read
-    from trainc.dsl.values import value_json as v
+    from trainc.compiler.constructs.data._batch_policy import POLICIES, read
 
     for name, function in POLICIES.items():
         given: dict[str, v.Expr] = {
@@ -130,3 +130,12 @@ def test_a_construct_knows_its_name_from_its_file() -> None:
 
     assert (MeanSquaredError.kind, MeanSquaredError.name) == ("loss", "mse")
     assert issubclass(MeanSquaredError, Construct)
+
+
+def test_a_field_that_pydantic_would_read_by_its_own_rules_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"`over` .* has the type of a value, `Duration`"):
+        type(
+            "Wrong",
+            (Construct,),
+            {"__module__": __name__, "__annotations__": {"over": v.Duration | None}},
+        )

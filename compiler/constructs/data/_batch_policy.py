@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from trainc.dsl.reading.field_types import samples_or_call
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import COUNTERS, PLACES, POLICIES
+from trainc.dsl.values.functions import COUNTERS, PLACES, Function
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
@@ -22,6 +23,47 @@ if TYPE_CHECKING:
     from trainc.runtime.schedule.clock import RunLength, UnitConversion
     from trainc.runtime.step.action import Action
     from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
+
+POLICIES: dict[str, Function] = {
+    "ramp": Function(
+        {"begin": "samples", "to": "samples", "over": "duration", "from": "duration"},
+        1,
+        3,
+        "go from `begin` to `to` samples on a line over `over`, begun at `from` (the start)",
+    ),
+    "follow": Function(
+        {
+            "signal": "amount",
+            "max": "samples",
+            "min": "samples",
+            "factor": "plain",
+            "step": "samples",
+            "every": "duration",
+            "from": "duration",
+            "grow_only": "switch",
+        },
+        1,
+        2,
+        "be `factor` (1) times a measured number of samples, between `min` and `max`",
+    ),
+    "signal_noise": Function(
+        {
+            "signal": "amount",
+            "max": "samples",
+            "min": "samples",
+            "theta": "plain",
+            "every": "duration",
+            "from": "duration",
+        },
+        1,
+        2,
+        "grow to the noise scale / `theta`^2 (0.6), looked at `every` 100 steps from 15% on",
+    ),
+}
+"""What `batch` of `data` may be instead of an amount."""
+
+_HINT = f"a batch that changes is one of {', '.join(f'`{p}(...)`' for p in POLICIES)}, or set by a `when` rule"
+BatchSize = Annotated[v.Duration | v.Call, samples_or_call("batch policy", POLICIES, _HINT)]
 
 THETA = 0.6
 """The ratio of noise to signal, and how often and from when on it is looked at, as published."""

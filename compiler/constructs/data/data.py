@@ -6,9 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from trainc.compiler.constructs.data._batch_policy import Policy, action, read, whole_micros
-from trainc.dsl.reading.construct import Batch, Construct, Duration, Effect, ImportPath, Samples
-from trainc.dsl.values.value_json import Call
+from trainc.compiler.constructs.data._batch_policy import (
+    BatchSize,
+    Policy,
+    action,
+    read,
+    whole_micros,
+)
+from trainc.dsl.reading.construct import Construct, Effect, ImportPath, Samples
+from trainc.dsl.values.value_json import Call, Duration
 
 if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
@@ -51,7 +57,7 @@ class Data(Construct):
         description="samples of one forward and backward pass; a step's batch is made of whole ones. "
         "Default: batch, the smallest one of a policy",
     )
-    batch: Batch = Field(
+    batch: BatchSize = Field(
         description="samples of one optimizer step: an amount, which rules may change, or a policy"
     )
     arguments: dict[str, Any] = Field(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Range
+from trainc.dsl.values import value_json as v
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ class TempBalance(Construct):
     )
 
     range: Range = Field(
-        default=Range(0.5, 1.5), description="factors of the smallest and largest alpha, no unit"
+        default=v.Range(0.5, 1.5), description="factors of the smallest and largest alpha, no unit"
     )
     xmin_pos: float = Field(
         default=2.0,

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainc.compiler.constructs.noise_scale._requirements import single_micro_batch, uncalibrated
 from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem
+from trainc.dsl.values import value_json as v
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,7 +73,7 @@ class Gns(Construct):
     )
 
     smooth: Duration = Field(
-        default=Duration(200, "steps"),
+        default=v.Duration(200, "steps"),
         description="half-life of the averages, in any unit but seconds; follows a changing batch",
     )
     errors: float = Field(
@@ -333,7 +334,7 @@ class Gns(Construct):
             return self.smooth.amount, "tokens" if unit == "tokens" else "samples"
         steps = to.steps(self.smooth)
         try:
-            return steps / to.steps(Duration(1, "samples")), "samples"
+            return steps / to.steps(v.Duration(1, "samples")), "samples"
         except ValueError:
             return steps, "steps"
 

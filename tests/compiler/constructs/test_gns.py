@@ -22,7 +22,8 @@ from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import take
-from trainc.dsl.reading.construct import Duration, Problem
+from trainc.dsl.reading.construct import Problem
+from trainc.dsl.values.value_json import Duration
 from trainc.runtime.noise_scale.action import Measure, Settings
 from trainc.runtime.noise_scale.estimators import Averages, noise_scale_from_contributions
 from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion

@@ -18,7 +18,6 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import take
-from trainc.dsl.reading.construct import Duration
 from trainc.dsl.values import value_json as v
 from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine
@@ -47,7 +46,7 @@ def l2_sp(weight: Any, **fields: Any) -> L2Sp:
 
 
 def lower(
-    made: nn.Module, rule: L2Sp, start: Duration | None = None
+    made: nn.Module, rule: L2Sp, start: v.Duration | None = None
 ) -> tuple[LoweredMethod, Anchors, tuple[str, ...]]:
     setting = LoweringContext(
         made, take(made), UnitConversion(8), RunLength(100, "steps"), Signals()
@@ -100,7 +99,7 @@ def test_the_gradient_is_the_weighted_distance(to: str) -> None:
 def test_the_weight_follows_the_clock_and_the_clause() -> None:
     made = model()
     ramp = v.Binary("*", v.Number(0.01), v.Name("steps"))
-    parts, *_ = lower(made, l2_sp(weight=ramp), start=Duration(3, "steps"))
+    parts, *_ = lower(made, l2_sp(weight=ramp), start=v.Duration(3, "steps"))
     (weight,) = parts.scalars.values()
     assert [weight(Clock(steps=t)) for t in range(5)] == [0.0, 0.0, 0.0, 0.03, 0.04]
 
