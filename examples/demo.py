@@ -21,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from trainc.compiler.driver.compile import compile, read
-from trainc.compiler.driver.train import PLAN, SPEC, load_weights
+from trainc.compiler.driver.compile import compile, resolve_spec
+from trainc.compiler.driver.train import SPEC, load_weights
 from trainc.compiler.model.factories import build_data, seeded_model
 from trainc.compiler.model.import_path import searching
+from trainc.compiler.program.save import PLAN
 from trainc.dsl.resolve.spec import Assign, Rule, Spec
 from trainc.dsl.values.value_json import Name, walk
 from trainc.runtime.run.live_display import Display
@@ -101,7 +102,7 @@ def pair(
     name: str, overrides: Mapping[str, str], out: Path, console: Console
 ) -> dict[str, Trained]:
     """Train a spec of this folder with its methods and without them, and tell how both did."""
-    spec, _ = read(EXAMPLES / f"{name}.train", overrides)
+    spec, _ = resolve_spec(EXAMPLES / f"{name}.train", overrides)
     found: dict[str, Trained] = {}
     for what, version in ((WITH, spec), (WITHOUT, without_methods(spec))):
         title = f"{name}, {what} methods"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import trainc
 from examples.models import gpt
-from trainc.compiler.driver.compile import read
+from trainc.compiler.driver.compile import resolve_spec
 from trainc.compiler.program.program import Program
 from trainc.dsl.reading.construct import PHASES, Construct
 from trainc.dsl.reading.fields import read_field
@@ -40,7 +40,7 @@ def example(construct: type[Construct]) -> Clause:
 
 def spec_around(clause: Clause | None) -> Spec:
     """Return a spec with this clause, and what any program needs of the other kinds."""
-    base, _ = read(
+    base, _ = resolve_spec(
         "loss cross_entropy optimizer adamw { lr = 1e-2, weight_decay = 0.1 } run { length = 40 steps, seed = 3 }"
     )
     given = [] if clause is None or clause.kind in ("model", "data") else [clause]

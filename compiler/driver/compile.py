@@ -49,7 +49,7 @@ def compile(
 
     disabled = frozenset(without)
     check_names(disabled)
-    checked, path = read(spec, overrides)
+    checked, path = resolve_spec(spec, overrides)
     with searching(path):
         built = seeded_model(checked) if model is None else model
         binding = bind(checked, take(built), facts(checked))
@@ -70,7 +70,7 @@ def plan(
 
     from trainc.compiler.model.meta_device import Weightless, on_meta
 
-    checked, path = read(spec, overrides)
+    checked, path = resolve_spec(spec, overrides)
     with searching(path):
         if model is None:
             with torch.device("meta"), Weightless():
@@ -81,7 +81,7 @@ def plan(
         return make_plan(binding, _assemble(binding, model, _first_signals(binding), to_run=False))
 
 
-def read(
+def resolve_spec(
     spec: str | Path | Spec, overrides: Mapping[str, str] | None = None
 ) -> tuple[Spec, Path | None]:
     """Return the checked Spec and the file it came from, if any; raises SpecError."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainc.compiler.driver.compile import compile, read
+from trainc.compiler.driver.compile import compile, resolve_spec
 from trainc.compiler.model.factories import build_data
 from trainc.compiler.model.import_path import searching
 from trainc.dsl.text.diagnostic import Diagnostic
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def first_batch(spec: str | Path, overrides: Mapping[str, str] | None, size: int) -> Batch:
     """Return the first `size` training samples as a batch."""
-    checked, path = read(spec, overrides)
+    checked, path = resolve_spec(spec, overrides)
     with searching(path):
         data = build_data(checked)
     inputs, targets = data.train.batch(list(range(min(size, len(data.train)))))

@@ -1,4 +1,4 @@
-"""Saved programs: plan and graph as JSON, weights as safetensors. Loading parses nothing and runs no code of theirs."""
+"""Load a saved program onto a model. No spec is parsed, and no code from the saved files is run."""
 
 from __future__ import annotations
 
@@ -10,61 +10,42 @@ from trainc.compiler.bind.binding import Binding
 from trainc.compiler.bind.bound_clause import from_json
 from trainc.compiler.catalog import catalog
 from trainc.compiler.model.inventory import Inventory, take
-from trainc.compiler.plan.plan import Plan
+from trainc.compiler.plan.plan import FORMAT, Plan
+from trainc.compiler.program.save import CONSTANTS, GRAPH, PLAN, WEIGHTS
 from trainc.runtime.schedule.clock import RunLength, UnitConversion
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from trainc.compiler.graph.step_graph import StepGraph
     from trainc.compiler.program.execution import Executor
     from trainc.compiler.program.program import Program
 
-PLAN, GRAPH, WEIGHTS, CONSTANTS = (
-    "plan.json",
-    "graph.json",
-    "weights.safetensors",
-    "constants.safetensors",
-)
-
 
 class LoadError(ValueError):
-    """A saved program cannot be bound: the message says what differs."""
-
-
-def save(program: Program, folder: Path) -> Path:
-    """Write a program's plan, its graph if one was captured, and the model's weights; return the folder."""
-    from safetensors.torch import save_file, save_model
-
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / PLAN, program.plan.to_json())
-    save_model(program.module, str(folder / WEIGHTS))
-    graph = program.graph
-    if graph.installed:
-        _write(folder / GRAPH, graph.to_json())
-        constants = {n: t.contiguous() for n, t in graph.constant_tensors().items()}
-        if constants:
-            save_file(constants, str(folder / CONSTANTS))
-    return folder
+    """A saved program cannot be loaded onto this model; the message says why."""
 
 
 def load(
     folder: str | Path, model: nn.Module, *, weights: bool = True, executor: Executor = "auto"
 ) -> Program:
-    """Bind the program saved in `folder` to `model` and, unless told otherwise, load its weights.
+    """Bind the program saved in `folder` to `model`, in place, and load its weights unless `weights` is false.
 
-    Raises LoadError when a file is missing or damaged, or the model's parameters are not those it was compiled for.
+    Raises LoadError when a file is missing, damaged or of another format, or when the model's parameters are not
+    those that the program was compiled for.
     """
-    from safetensors.torch import load_file, load_model
+    from safetensors.torch import load_model
 
     from trainc.compiler.driver.compile import build_program
-    from trainc.compiler.graph.step_graph import StepGraph
     from trainc.dsl.resolve.spec import Spec
 
     folder = Path(folder)
     try:
-        plan = Plan.from_json(_read(folder / PLAN))
+        plan = Plan.from_json(_read(folder / PLAN, FORMAT))
         clauses = tuple(from_json(data, catalog()) for data in plan.clauses)
         spec = Spec.from_json(plan.spec, catalog())
+    except LoadError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{folder / PLAN}: {error}") from error
     inventory = take(model)
@@ -81,42 +62,60 @@ def load(
     )
     program = build_program(binding, model, frozenset(), executor)
     if (folder / GRAPH).exists():
-        constants = load_file(str(folder / CONSTANTS)) if (folder / CONSTANTS).exists() else {}
-        program.execution.use_graph(StepGraph.from_json(_read(folder / GRAPH), model, constants))
+        program.execution.use_graph(_graph(folder, model))
     return program
+
+
+def _graph(folder: Path, model: nn.Module) -> StepGraph:
+    """Return the saved graph over the parameters of `model`."""
+    from safetensors.torch import load_file
+
+    from trainc.compiler.graph.serialize import GraphFormatError, step_from_json
+    from trainc.compiler.graph.step_graph import FORMAT as GRAPH_FORMAT
+
+    constants = load_file(str(folder / CONSTANTS)) if (folder / CONSTANTS).exists() else {}
+    try:
+        return step_from_json(_read(folder / GRAPH, GRAPH_FORMAT), model, constants)
+    except GraphFormatError as error:
+        raise LoadError(f"{folder / GRAPH}: {error}") from error
 
 
 def _check_signature(plan: Plan, inventory: Inventory) -> None:
     saved = {name: (tuple(shape), dtype) for name, shape, dtype in plan.model["signature"]}
     here = {p.name: (p.shape, p.dtype) for p in inventory.parameters}
-    for name in saved:
+    for name, (shape, dtype) in saved.items():
         if name not in here:
             raise LoadError(
-                f"the program was compiled for a model with `{name}`; `{inventory.model}` has no such parameter"
+                f"the program was compiled for a model with a parameter `{name}`; this {inventory.model} has none of"
+                " that name"
             )
-        if saved[name] != here[name]:
+        if here[name] != (shape, dtype):
+            own_shape, own_dtype = here[name]
             raise LoadError(
-                f"`{name}` was {_say(saved[name])} when the program was compiled, and is {_say(here[name])} here"
+                f"`{name}` was {dtype}{list(shape)} when the program was compiled; in this {inventory.model} it is"
+                f" {own_dtype}{list(own_shape)}"
             )
-    new = [name for name in here if name not in saved]
-    if new:
+    if new := [name for name in here if name not in saved]:
         raise LoadError(
-            f"`{inventory.model}` has `{new[0]}`, which the program was not compiled for"
+            f"this {inventory.model} has a parameter `{new[0]}`; the model that the program was compiled for had none"
+            " of that name"
         )
 
 
-def _say(entry: tuple[tuple[int, ...], str]) -> str:
-    return f"{entry[1]}{list(entry[0])}"
-
-
-def _write(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-
-
-def _read(path: Path) -> Any:
+def _read(path: Path, version: int) -> Any:
+    """Return the JSON data of a file; raises LoadError unless it is intact and of format `version`."""
     try:
-        return json.loads(path.read_text())
+        data = json.loads(path.read_text())
+        found = data["format"]
     except FileNotFoundError:
-        raise LoadError(f"{path} is not there: is this the folder of a saved program?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LoadError(
+            f"there is no {path}: `trainc.load` takes a folder written by `trainc compile` or `program.save`"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path} is damaged: {error}") from None
+    if found != version:
+        raise LoadError(
+            f"{path} has format {found}, and this version of trainc reads format {version}: compile the spec again with"
+            " `trainc compile`"
+        )
+    return data

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from trainc.compiler.driver.compile import compile, read
+from trainc.compiler.driver.compile import compile, resolve_spec
 from trainc.compiler.driver.inspect import first_batch
 from trainc.compiler.driver.site_diagnostics import of_site
 from trainc.compiler.errors import SiteError, SiteMissing, SiteUnfit
@@ -53,7 +53,7 @@ def verify(
 
     The model is put in train mode with dropout off, since two runs of a random model differ by themselves.
     """
-    checked, path = read(spec, overrides)
+    checked, path = resolve_spec(spec, overrides)
     with searching(path):
         program = compile(checked, without=without, executor="graph")
     if double:

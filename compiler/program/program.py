@@ -18,6 +18,7 @@ from trainc.compiler.per_example.micro_batch import Micro, MicroBatchSlice
 from trainc.compiler.program.distributed import check_apart, follow
 from trainc.compiler.program.execution import Execution, Executor
 from trainc.compiler.program.grad_scaler import unscale
+from trainc.compiler.program.save import save
 from trainc.compiler.program.summary_lines import factor_lines, loss_lines
 from trainc.runtime.data import batch as batches
 from trainc.runtime.data.batch import Batch
@@ -368,9 +369,7 @@ class Program:
 
     def save(self, folder: str | Path) -> Path:
         """Write plan, graph and weights to `folder`; `trainc.load` binds them to a model again."""
-        from trainc.compiler.driver.saved_program import save
-
-        return save(self, Path(folder))
+        return save(Path(folder), self.plan, self.module, self.graph)
 
     def summary(self) -> list[str]:
         """Return what each line of the spec did, as found."""

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from examples import demo
 from examples.demo import EXAMPLES, WITH, WITHOUT, Trained
-from trainc.compiler.driver.compile import read as read_spec
+from trainc.compiler.driver.compile import resolve_spec
 from trainc.dsl.resolve.spec import Spec
 from trainc.runtime.run.summary import Summary
 from trainc.runtime.storage.jsonl import Record, read
@@ -20,7 +20,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def spec_of(name: str) -> Spec:
-    spec, _ = read_spec(EXAMPLES / f"{name}.train")
+    spec, _ = resolve_spec(EXAMPLES / f"{name}.train")
     return spec
 
 

@@ -98,6 +98,17 @@ def test_what_cannot_be_taken_over_is_an_error_that_says_so(stopped: Path) -> No
     assert "run { start = " in (found.help or "")
 
 
+def test_a_run_of_an_old_plan_format_is_refused(stopped: Path) -> None:
+    plan = stopped / "run/plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"format": 0}))
+    with pytest.raises(trainc.SpecError) as caught:
+        carry_out(LONGER + MEASURE + "\n" + RULE, stopped, "other", resume=True, accept=True)
+    (found,) = caught.value.diagnostics
+    assert found.rule == "resume-impossible"
+    assert "plan.json has format 0, and this version of trainc reads format" in found.message
+    assert "start a new run in another folder" in (found.help or "")
+
+
 def test_the_refusal_writes_fields_as_a_spec_does(stopped: Path) -> None:
     text = (LONGER + MEASURE + "\n" + RULE).replace("over = 60%", "over = 30%")
     with pytest.raises(trainc.SpecError) as caught:
