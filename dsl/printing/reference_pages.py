@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from trainc.dsl.printing.canonical import format_value
 from trainc.dsl.reading.construct import KINDS, Catalog, Construct
 from trainc.dsl.reading.fields import field_type
 from trainc.dsl.text.rules import RULES
+from trainc.dsl.values.value import value_text
 
 _PLAIN = {
     int: "whole number",
@@ -134,7 +134,7 @@ def _default(info: FieldInfo) -> str:
     value = info.get_default(call_default_factory=True, validated_data={})
     if value is None or value == ():
         return "none"
-    text = value if isinstance(value, str) else format_value(value)
+    text = value if isinstance(value, str) else value_text(value)
     return f"`{text}`"
 
 

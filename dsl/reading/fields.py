@@ -13,7 +13,7 @@ from trainc.dsl.reading.expressions import ANYTHING, Names
 from trainc.dsl.reading.field_types import FieldType, node_of
 from trainc.dsl.syntax.ast import Ident, Items, Node, Num, Prefix, Str
 from trainc.dsl.text.nearest import suggest
-from trainc.dsl.values.durations import Value
+from trainc.dsl.values.value import Value
 
 
 def field_type(info: FieldInfo) -> FieldType | None:

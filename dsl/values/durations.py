@@ -1,36 +1,14 @@
-"""Plain values: durations, ranges, import paths; and what every value of the language shares."""
+"""Plain values: durations, ranges and import paths."""
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
-from trainc.dsl.text.record import Record
+from trainc.dsl.values.notation import ATOM, Written, infix, number, quoted
+from trainc.dsl.values.value import Value, tidy
 
 Unit = Literal["steps", "samples", "tokens", "epochs", "seconds", "run"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-
-
-def tidy(value: float) -> float:
-    """Return a finite number, as an int where it is whole, so that 2 and 2.0 are one value."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"expected a number, found {value!r}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite:
-        raise ValueError("the number is too large")
-    return int(value) if value == int(value) and abs(value) < 2**53 else float(value)
-
-
-class Value(Record):
-    """What all values share: `str` gives their text in the language."""
-
-    def __str__(self) -> str:
-        from trainc.dsl.printing.canonical import format_value
-
-        return format_value(self)
 
 
 class Duration(Value):
@@ -43,6 +21,12 @@ class Duration(Value):
         if self.unit not in UNITS:
             raise ValueError(f"`{self.unit}` is not a unit; units are {', '.join(UNITS)}")
         self._put("amount", tidy(self.amount))
+
+    def written(self) -> Written:
+        if self.unit == "run":
+            return f"{_percent(self.amount)}%", ATOM
+        unit = self.unit[:-1] if self.amount == 1 else self.unit
+        return f"{abs(self.amount)!r} {unit}", ATOM
 
 
 class Range(Value):
@@ -57,6 +41,9 @@ class Range(Value):
         if self.low > self.high:
             raise ValueError(f"the range ends at {self.high}, before it begins at {self.low}")
 
+    def written(self) -> Written:
+        return infix("..", number(self.low), number(self.high))
+
 
 class ImportPath(Value):
     """A Python object by name, written `"module:attribute"`; naming it imports nothing."""
@@ -68,3 +55,15 @@ class ImportPath(Value):
         for part in (self.module, self.attribute):
             if not all(name.isidentifier() for name in part.split(".")):
                 raise ValueError(f"`{part}` is not a dotted Python name")
+
+    def written(self) -> Written:
+        return quoted(f"{self.module}:{self.attribute}")
+
+
+def _percent(amount: float) -> str:
+    """Return a hundred times a number, exactly as its digits say."""
+    from decimal import Decimal
+
+    exact = (Decimal(repr(abs(amount))) * 100).normalize()
+    short = format(exact, "f")
+    return short if len(short) <= 20 else str(exact).lower()

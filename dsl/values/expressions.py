@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from trainc.dsl.values.durations import Duration, Value, tidy
+from trainc.dsl.values.durations import Duration
+from trainc.dsl.values.notation import ATOM, Written, call, infix, listed, number, prefix
+from trainc.dsl.values.value import Value, tidy
 
 BINARY = ("or", "and", "<", ">", "<=", ">=", "==", "!=", "is", "then", "+", "-", "*", "/")
 COMPARISONS = ("<", ">", "<=", ">=", "==", "!=", "is")
@@ -18,17 +20,26 @@ class Number(Value):
     def __post_init__(self) -> None:
         self._put("value", tidy(self.value))
 
+    def written(self) -> Written:
+        return number(self.value)
+
 
 class Quantity(Value):
     """A duration inside an expression."""
 
     duration: Duration
 
+    def written(self) -> Written:
+        return self.duration.written()
+
 
 class Name(Value):
     """A name: `depth`, a signal such as `gns` or `gns.noise`."""
 
     id: str
+
+    def written(self) -> Written:
+        return self.id, ATOM
 
 
 class Call(Value):
@@ -43,12 +54,19 @@ class Call(Value):
         self._put("args", tuple(self.args))
         self._put("kwargs", tuple(sorted(pairs)))
 
+    def written(self) -> Written:
+        plain = ((None, x.written()) for x in self.args)
+        return call(self.function, [*plain, *((name, x.written()) for name, x in self.kwargs)])
+
 
 class Unary(Value):
     """`-x` (op `neg`) or `not x` (op `not`)."""
 
     op: str
     x: Expr
+
+    def written(self) -> Written:
+        return prefix("-" if self.op == "neg" else self.op, self.x.written())
 
 
 class Binary(Value):
@@ -58,6 +76,9 @@ class Binary(Value):
     left: Expr
     right: Expr
 
+    def written(self) -> Written:
+        return infix(self.op, self.left.written(), self.right.written())
+
 
 class Items(Value):
     """A list, as in `step(at = [50%, 75%], factor = 0.1)`."""
@@ -66,6 +87,9 @@ class Items(Value):
 
     def __post_init__(self) -> None:
         self._put("items", tuple(self.items))
+
+    def written(self) -> Written:
+        return listed(x.written() for x in self.items)
 
 
 Expr = Number | Quantity | Name | Call | Unary | Binary | Items

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from trainc.dsl.values.durations import Value, tidy
 from trainc.dsl.values.expressions import Expr
+from trainc.dsl.values.notation import ATOM, Written, call, infix, number, quoted
+from trainc.dsl.values.value import Value, tidy
 
 ROLES = ("norm", "bias", "embedding", "attention", "mlp", "head")
 
@@ -12,6 +13,9 @@ class Glob(Value):
     """Names by pattern: `*` is one segment, `**` is any number of them."""
 
     pattern: str
+
+    def written(self) -> Written:
+        return quoted(self.pattern)
 
 
 class OfType(Value):
@@ -22,17 +26,26 @@ class OfType(Value):
     def __post_init__(self) -> None:
         self._put("names", tuple(sorted(set(self.names))))
 
+    def written(self) -> Written:
+        return call("type", ((None, (name, ATOM)) for name in self.names))
+
 
 class Ndim(Value):
     """Parameters with `n` axes."""
 
     n: int
 
+    def written(self) -> Written:
+        return call("ndim", [(None, number(self.n))])
+
 
 class Role(Value):
     """What plays one of `ROLES`."""
 
     name: str
+
+    def written(self) -> Written:
+        return call("role", [(None, (self.name, ATOM))])
 
 
 class DepthRange(Value):
@@ -45,13 +58,22 @@ class DepthRange(Value):
         self._put("low", tidy(self.low))
         self._put("high", tidy(self.high))
 
+    def written(self) -> Written:
+        return call("depth", [(None, infix("..", number(self.low), number(self.high)))])
+
 
 class All(Value):
     """Everything."""
 
+    def written(self) -> Written:
+        return "all", ATOM
+
 
 class Trainable(Value):
     """What requires a gradient."""
+
+    def written(self) -> Written:
+        return "trainable", ATOM
 
 
 class Where(Value):
@@ -60,12 +82,18 @@ class Where(Value):
     selector: Selector
     condition: Expr
 
+    def written(self) -> Written:
+        return infix("where", self.selector.written(), self.condition.written())
+
 
 class Union(Value):
     """`left | right`."""
 
     left: Selector
     right: Selector
+
+    def written(self) -> Written:
+        return infix("|", self.left.written(), self.right.written())
 
 
 class Intersection(Value):
@@ -74,6 +102,9 @@ class Intersection(Value):
     left: Selector
     right: Selector
 
+    def written(self) -> Written:
+        return infix("&", self.left.written(), self.right.written())
+
 
 class Difference(Value):
     """`left - right`."""
@@ -81,12 +112,18 @@ class Difference(Value):
     left: Selector
     right: Selector
 
+    def written(self) -> Written:
+        return infix("-", self.left.written(), self.right.written())
+
 
 class Expect(Value):
     """A selection that must have `count` members."""
 
     selector: Selector
     count: int
+
+    def written(self) -> Written:
+        return infix("expect", self.selector.written(), number(self.count))
 
 
 Selector = (
@@ -103,3 +140,7 @@ class Scoped(Value):
 
     def __post_init__(self) -> None:
         self._put("value", tidy(self.value))
+
+    def written(self) -> Written:
+        value = number(self.value)
+        return value if self.on is None else infix("on", value, self.on.written())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainc.dsl.values.durations import UNITS, Duration, ImportPath, Range, Unit, Value, tidy
+from trainc.dsl.values.durations import UNITS, Duration, ImportPath, Range, Unit
 from trainc.dsl.values.expressions import (
     BINARY,
     COMPARISONS,
@@ -36,6 +36,7 @@ from trainc.dsl.values.selectors import (
     Union,
     Where,
 )
+from trainc.dsl.values.value import Value, tidy
 
 __all__ = [
     "BINARY",
