@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainc.dsl.syntax.lexer import printable
 from trainc.dsl.text.nearest import suggest
+from trainc.dsl.text.source import printable
 
 _PLAIN = {
     "float_type": "expected a number",

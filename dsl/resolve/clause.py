@@ -15,8 +15,8 @@ from trainc.dsl.resolve.includes import Placed
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.spec import Clause, Origin, unknown_construct
 from trainc.dsl.syntax import ast
-from trainc.dsl.syntax.lexer import printable
 from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.source import printable
 
 _READ: dict[str, Callable[[ast.Node], Any]] = {
     "on": selector,

@@ -16,10 +16,9 @@ from trainc.dsl.resolve.includes import Placed
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.spec import Provenance
 from trainc.dsl.syntax import ast
-from trainc.dsl.syntax.lexer import printable
 from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label
 from trainc.dsl.text.nearest import nearest, suggest
-from trainc.dsl.text.source import Span
+from trainc.dsl.text.source import Span, printable
 
 _HIDDEN = {"path", "arguments"}  # how open constructs keep what they are given
 

@@ -16,11 +16,10 @@ from trainc.dsl.resolve.includes import gather, read_source
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.spec import VERSION, Action, Assign, Clause, Do, Origin, Rule, Spec
 from trainc.dsl.syntax import ast
-from trainc.dsl.syntax.lexer import printable
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.record import Record
-from trainc.dsl.text.source import Source
+from trainc.dsl.text.source import Source, printable
 from trainc.dsl.values.durations import Duration
 
 MAX_DIAGNOSTICS = 100

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from trainc.dsl.syntax.tables import LITERALS, TERMINALS
 from trainc.dsl.text.diagnostic import Diagnostic, Label
-from trainc.dsl.text.source import Source, Span
+from trainc.dsl.text.source import Source, Span, printable
 
 MAX_CHARACTERS = 250_000
 MAX_TOKENS = 20_000
@@ -111,9 +111,3 @@ _INSTEAD = {
     "!": "write `not`",
     "$": "a `let` name stands for itself: write `width`, not `$width`",
 }
-
-
-def printable(text: str, limit: int = 40) -> str:
-    """Return text that is safe to print, shortened where it is long."""
-    short = text if len(text) <= limit else text[: limit - 3] + "..."
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in short)

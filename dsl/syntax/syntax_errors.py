@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from trainc.dsl.syntax.lexer import END, Token, printable
+from trainc.dsl.syntax.lexer import END, Token
 from trainc.dsl.syntax.tables import LITERALS
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
-from trainc.dsl.text.source import Source, Span
+from trainc.dsl.text.source import Source, Span, printable
 from trainc.dsl.text.vocabulary import KINDS
 
 _STATEMENT = {"LET", "USE", "WHEN", "KIND", "TRAIN"}

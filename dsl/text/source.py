@@ -54,3 +54,9 @@ class Span(Record):
     def __contains__(self, other: Span) -> bool:
         same = self.source is other.source
         return same and self.start <= other.start and other.end <= self.end
+
+
+def printable(text: str, limit: int = 40) -> str:
+    """Return text of a source as a message may quote it: nothing unprintable, at most `limit` characters."""
+    short = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in short)
