@@ -73,11 +73,11 @@ def gather(own: Mapping[tuple[str, str], str], others: Iterable[EntryPoint]) -> 
 
 def check(spec: Source | Path | str, overrides: Iterable[str] = ()) -> Checked:
     """Check a spec: a path, a name that ends in `.train` or is a file, or the text itself."""
-    from trainc.dsl.resolve.resolver import load
+    from trainc.dsl.resolve.resolver import load_spec
 
     if isinstance(spec, str):
         spec = path_of(spec) or spec
-    return load(spec, catalog(), overrides)
+    return load_spec(spec, catalog(), overrides)
 
 
 def path_of(text: str) -> Path | None:

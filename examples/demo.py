@@ -26,7 +26,8 @@ from trainc.compiler.driver.train import SPEC, load_weights
 from trainc.compiler.model.factories import build_data, seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.program.save import PLAN
-from trainc.dsl.resolve.spec import Assign, Rule, Spec
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Assign, Rule
 from trainc.dsl.values.value_json import Name, walk
 from trainc.runtime.run.live_display import Display
 from trainc.runtime.run.loop import train

@@ -18,7 +18,8 @@ from trainc.compiler.driver.compile import resolve_spec
 from trainc.compiler.program.program import Program
 from trainc.dsl.reading.construct import PHASES, Construct
 from trainc.dsl.reading.fields import read_field
-from trainc.dsl.resolve.spec import Clause, Spec
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
 
 CATALOG = trainc.catalog()
 ALL = [pytest.param(c, id=f"{k} {n}") for (k, n), c in sorted(CATALOG.items())]

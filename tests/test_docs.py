@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import trainc
-from trainc.dsl.resolve.spec import Clause, Spec
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.values.value_json import Ndim
 
 ROOT = Path(__file__).parents[1]

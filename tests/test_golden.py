@@ -11,7 +11,7 @@ import pytest
 
 import trainc
 from trainc.compiler.catalog import catalog
-from trainc.dsl.resolve.resolver import load
+from trainc.dsl.resolve.resolver import load_spec
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.render import render_text
@@ -44,7 +44,7 @@ def test_golden(path: Path, title: str, request: pytest.FixtureRequest) -> None:
     text = path.read_text()
     case = next(m for m in CASE.finditer(text) if m["title"] == title)
     settings = re.findall(r"--set (\S+)", case["settings"])
-    checked = load(Source("spec.train", case["spec"]), catalog(), settings)
+    checked = load_spec(Source("spec.train", case["spec"]), catalog(), settings)
     found = checked.diagnostics
     if path.parent.name == "bound" and checked.spec is not None:
         found = planned(checked.spec)

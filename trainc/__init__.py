@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from trainc.compiler.driver.compile import plan as plan
     from trainc.compiler.driver.saved_program import load as load
     from trainc.compiler.program.program import Program as Program
-    from trainc.dsl.resolve.spec import Clause as Clause
     from trainc.dsl.resolve.spec import Spec as Spec
+    from trainc.dsl.resolve.statements import Clause as Clause
     from trainc.dsl.text.errors import SpecError as SpecError
 
     __version__: str
 
 _HOME = {
-    "Clause": "trainc.dsl.resolve.spec",
+    "Clause": "trainc.dsl.resolve.statements",
     "Program": "trainc.compiler.program.program",
     "Spec": "trainc.dsl.resolve.spec",
     "SpecError": "trainc.dsl.text.errors",

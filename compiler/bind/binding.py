@@ -28,7 +28,8 @@ from trainc.runtime.schedule.clock import RunLength, UnitConversion
 
 if TYPE_CHECKING:
     from trainc.dsl.reading.construct import Construct, Problem
-    from trainc.dsl.resolve.spec import Clause, Spec
+    from trainc.dsl.resolve.spec import Spec
+    from trainc.dsl.resolve.statements import Clause
     from trainc.dsl.text.source import Span
 
 ORDER = (

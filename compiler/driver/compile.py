@@ -89,11 +89,11 @@ def resolve_spec(
 
     if isinstance(spec, Spec):
         return spec, None
-    from trainc.dsl.resolve.resolver import load as resolve
+    from trainc.dsl.resolve.resolver import load_spec
 
     path = spec if isinstance(spec, Path) else path_of(spec)
     given = [f"{name}={value}" for name, value in (overrides or {}).items()]
-    return resolve(path or str(spec), catalog(), given).unwrap(), path
+    return load_spec(path or str(spec), catalog(), given).unwrap(), path
 
 
 def _first_signals(binding: Binding) -> Signals:

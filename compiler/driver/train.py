@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from trainc.compiler.program.execution import Executor
     from trainc.compiler.program.program import Program
-    from trainc.dsl.resolve.spec import Clause, Spec
+    from trainc.dsl.resolve.spec import Spec
+    from trainc.dsl.resolve.statements import Clause
 
 SPEC, SPEC_TEXT = "spec.json", "spec.train"
 

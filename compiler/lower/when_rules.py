@@ -14,7 +14,7 @@ from trainc.runtime.step.when_rules import Act, Rule
 
 if TYPE_CHECKING:
     from trainc.compiler.lower.lowering_context import LoweringContext
-    from trainc.dsl.resolve.spec import Rule as RuleClause
+    from trainc.dsl.resolve.statements import Rule as RuleClause
     from trainc.dsl.values.value_json import Duration
     from trainc.runtime.schedule.clock import RunLength
 
@@ -43,7 +43,7 @@ def when_rules(
     clause_signals: Collection[str],
 ) -> list[Action]:
     """Compile the `when` rules over the signals of the clauses; raises SpecError when one sets what cannot be set."""
-    from trainc.dsl.resolve.spec import Assign
+    from trainc.dsl.resolve.statements import Assign
     from trainc.dsl.values.value_json import to_json
     from trainc.runtime.schedule.expressions import names
     from trainc.runtime.schedule.schedules import compile_condition, compile_schedule

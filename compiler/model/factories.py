@@ -13,7 +13,8 @@ from trainc.dsl.text.errors import SpecError
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainc.dsl.resolve.spec import Clause, Spec
+    from trainc.dsl.resolve.spec import Spec
+    from trainc.dsl.resolve.statements import Clause
 
 
 def seeded_model(spec: Spec) -> nn.Module:

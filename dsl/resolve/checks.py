@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from trainc.dsl.reading.construct import Catalog, Construct
+from trainc.dsl.reading.expressions import SWITCH
 from trainc.dsl.reading.fields import field_type
 from trainc.dsl.reading.names import BUILT_IN, Scope
+from trainc.dsl.resolve.statements import Assign, Clause, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import FUNCTIONS, TARGETS
-
-if TYPE_CHECKING:
-    from trainc.dsl.reading.construct import Construct
-    from trainc.dsl.resolve.spec import Clause, Rule
+from trainc.dsl.values.functions import FUNCTIONS, SHAPES, STATES, TARGETS
 
 ONCE = ("model", "data", "loss", "run")
 VERBS = {"stop": False, "save": False, "warn": True}
@@ -130,21 +128,10 @@ def _expression(
             yield Diagnostic("unknown-function", message, _at(span), (), help)
 
 
-_WORDS = {
-    "nan",
-    "inf",
-    "finite",
-    "linear",
-    "cosine",
-    "sqrt",
-    "true",
-    "false",
-}  # states, shapes and switches, names only in form
+_WORDS = {*STATES, *SHAPES, *SWITCH}  # names only in form
 
 
 def _action(action: object, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
-    from trainc.dsl.resolve.spec import Assign, Do
-
     if isinstance(action, Do):
         yield from verb_problems(action.verb, action.argument is not None, span)
     elif isinstance(action, Assign):
@@ -191,3 +178,11 @@ def target_problems(target: str, span: Span | None) -> Iterator[Diagnostic]:
     elif "." in target:
         help = "let the field follow a schedule, or the clause act `from` and `until` a time"
     yield Diagnostic("unknown-target", f"a rule cannot set `{target}`", _at(span), (note,), help)
+
+
+def unknown_construct(kind: str, name: str, catalog: Catalog) -> Diagnostic:
+    """Return the diagnostic for a construct that is not in the catalog."""
+    names = sorted(n for k, n in catalog if k == kind)
+    known = f"`{kind}` has {', '.join(f'`{n}`' for n in names)}" if names else f"`{kind}` has none"
+    message = f"`{kind}` has no construct `{name}`"
+    return Diagnostic("unknown-construct", message, (), (known,), suggest(name, names))

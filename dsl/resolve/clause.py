@@ -9,11 +9,12 @@ from trainc.dsl.reading.constants import Unreadable, duration
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.names import Scope
 from trainc.dsl.reading.selectors import selector
-from trainc.dsl.resolve.checks import on_problems
+from trainc.dsl.resolve.checks import on_problems, unknown_construct
 from trainc.dsl.resolve.clause_fields import FieldResolver, is_lost, place
 from trainc.dsl.resolve.includes import Placed
 from trainc.dsl.resolve.lets import Lets
-from trainc.dsl.resolve.spec import Clause, Origin, unknown_construct
+from trainc.dsl.resolve.origin import Origin
+from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.source import printable

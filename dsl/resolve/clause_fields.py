@@ -14,7 +14,7 @@ from trainc.dsl.reading.fields import read_field
 from trainc.dsl.reading.names import Scope
 from trainc.dsl.resolve.includes import Placed
 from trainc.dsl.resolve.lets import Lets
-from trainc.dsl.resolve.spec import Provenance
+from trainc.dsl.resolve.origin import Provenance
 from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label
 from trainc.dsl.text.nearest import nearest, suggest

@@ -9,12 +9,14 @@ from trainc.dsl.reading.constants import Unreadable, duration
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.expressions import condition, expression
 from trainc.dsl.reading.names import Scope
-from trainc.dsl.resolve.checks import inconsistencies, structure, target_problems, verb_problems
+from trainc.dsl.resolve.checks import structure, target_problems, verb_problems
 from trainc.dsl.resolve.clause import ClauseResolver, construct_name
 from trainc.dsl.resolve.clause_fields import place, used_at
 from trainc.dsl.resolve.includes import gather, read_source
 from trainc.dsl.resolve.lets import Lets
-from trainc.dsl.resolve.spec import VERSION, Action, Assign, Clause, Do, Origin, Rule, Spec
+from trainc.dsl.resolve.origin import Origin
+from trainc.dsl.resolve.spec import VERSION, Spec
+from trainc.dsl.resolve.statements import Action, Assign, Clause, Do, Rule
 from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
@@ -43,7 +45,9 @@ class Checked(Record):
         return self.spec
 
 
-def load(text: Source | Path | str, catalog: Catalog, overrides: Iterable[str] = ()) -> Checked:
+def load_spec(
+    text: Source | Path | str, catalog: Catalog, overrides: Iterable[str] = ()
+) -> Checked:
     """Check a source, a file or a text; `overrides` are `name=value` for its lets."""
     path = text if isinstance(text, Path) else None
     found: list[Diagnostic] = []
@@ -96,13 +100,15 @@ class Resolver:
                 rules += [rule] if rule else []
         self._unused()
         found = [*self.found, *self.lets.found, *resolver.found, *self.scope.found]
-        found += structure(clauses)
-        if not any(d.severity == "error" for d in found):
-            found += [d for d in inconsistencies(clauses, rules) if d not in found]
-        diagnostics = _ordered(found)[:MAX_DIAGNOSTICS]
-        if any(d.severity == "error" for d in diagnostics):
-            return Checked(None, diagnostics)
-        return Checked(Spec(tuple(clauses), tuple(rules)), diagnostics)
+        spec: Spec | None = None
+        if any(d.severity == "error" for d in found):
+            found += structure(clauses)
+        else:
+            try:
+                spec = Spec(tuple(clauses), tuple(rules))
+            except SpecError as error:
+                found += error.diagnostics
+        return Checked(spec, _ordered(found)[:MAX_DIAGNOSTICS])
 
     def _labels(self) -> dict[str, list[type[Construct]]]:
         """Return what each label names; a clause of an unknown construct names nothing sure."""

@@ -162,7 +162,8 @@ def test_a_saved_program_sets_its_batch_too(tmp_path: Path) -> None:
 
 def test_the_python_form_is_the_same_spec() -> None:
     from trainc.compiler.constructs.data.data import Data
-    from trainc.dsl.resolve.spec import Clause, Spec
+    from trainc.dsl.resolve.spec import Spec
+    from trainc.dsl.resolve.statements import Clause
 
     policy = "follow(gns, max = 64 samples, min = 16 samples, factor = 50%, grow_only = true)"
     gns = "noise_scale gns on type(LayerNorm)"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainc.compiler.catalog import catalog
-from trainc.dsl.resolve.resolver import Checked, load
+from trainc.dsl.resolve.resolver import Checked, load_spec
 from trainc.dsl.text.machine_formats import render_github, render_json, render_sarif
 from trainc.dsl.text.render import render_text
 from trainc.dsl.text.source import Source
@@ -59,7 +59,7 @@ HOSTILE = {
 
 def check(text: str) -> Checked:
     started = time.perf_counter()
-    checked = load(Source("hostile", text), catalog())
+    checked = load_spec(Source("hostile", text), catalog())
     assert time.perf_counter() - started < 5.0  # a second here; the rest is for busy machines
     for render in (render_text, render_json, render_sarif, render_github):
         render(checked.diagnostics).encode()
@@ -88,7 +88,7 @@ def test_what_is_just_not_too_deep_is_read() -> None:
 def test_a_file_that_is_not_utf8_is_located(tmp_path: Path) -> None:
     path = tmp_path / "spec.train"
     path.write_bytes(b"train 1\nlet a = \xff\n")
-    (error,) = load(path, catalog()).errors
+    (error,) = load_spec(path, catalog()).errors
     assert error.rule == "not-text"
     assert str(error.span).endswith("spec.train:2:9")
 
@@ -96,18 +96,18 @@ def test_a_file_that_is_not_utf8_is_located(tmp_path: Path) -> None:
 def test_a_file_with_a_byte_order_mark_and_crlf_is_read(tmp_path: Path) -> None:
     path = tmp_path / "spec.train"
     path.write_bytes(b"\xef\xbb\xbftrain 1\r\noptimizer adamw { lr = 3e-4 }\r\n")
-    assert load(path, catalog()).unwrap().version == 1
+    assert load_spec(path, catalog()).unwrap().version == 1
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "train 1"])
 def test_an_empty_text_is_an_empty_spec(text: str) -> None:
-    assert load(text, catalog()).unwrap().clauses == ()
+    assert load_spec(text, catalog()).unwrap().clauses == ()
 
 
 @settings(max_examples=200)
 @given(st.text(max_size=80))
 def test_any_text_is_answered(text: str) -> None:
-    load(Source("random", text), catalog())
+    load_spec(Source("random", text), catalog())
 
 
 WORDS = st.sampled_from(
@@ -122,6 +122,6 @@ WORDS = st.sampled_from(
 @settings(max_examples=400)
 @given(st.lists(WORDS, max_size=25).map(" ".join))
 def test_any_words_are_answered(text: str) -> None:
-    checked = load(Source("random", text), catalog())
+    checked = load_spec(Source("random", text), catalog())
     assert checked.spec is not None or checked.errors
     render_text(checked.diagnostics)

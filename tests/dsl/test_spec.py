@@ -10,7 +10,9 @@ import pytest
 
 from trainc.compiler.catalog import catalog, check
 from trainc.dsl.reading.construct import Construct
-from trainc.dsl.resolve.spec import Assign, Clause, Do, Rule, Spec
+from trainc.dsl.resolve import checks
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Assign, Clause, Do, Rule
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values import value_json as v
 
@@ -208,3 +210,15 @@ error[unknown-field]: `optimizer adamw` has no field `l_r`
 
 """
     )
+
+
+def test_what_no_clause_can_see_alone_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all, calls = checks.inconsistencies, []
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return check_all(*given)
+
+    monkeypatch.setattr("trainc.dsl.resolve.spec.inconsistencies", counted)
+    assert check(TEXT).spec is not None
+    assert len(calls) == 1

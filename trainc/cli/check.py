@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from trainc.compiler.catalog import catalog
-from trainc.dsl.resolve.resolver import load
+from trainc.dsl.resolve.resolver import load_spec
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.render import render_text
 from trainc.dsl.text.source import Source
@@ -23,7 +23,7 @@ def check_specs(names: Sequence[str], settings: Sequence[str] = (), form: Form =
     found: list[Diagnostic] = []
     for name in names:
         spec = Source("<stdin>", sys.stdin.read()) if name == "-" else Path(name)
-        checked = load(spec, catalog(), settings)
+        checked = load_spec(spec, catalog(), settings)
         found += checked.diagnostics
         if form == "text" and checked.spec:
             clauses, rules = len(checked.spec.clauses), len(checked.spec.rules)

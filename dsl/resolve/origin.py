@@ -1,0 +1,31 @@
+"""Where the parts of a spec were written; they take no part in equality, JSON or hash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from trainc.dsl.text.record import Record
+from trainc.dsl.text.source import Span
+
+
+class Provenance(Record):
+    """Where a value comes from: a default, a line, a line of an included file, or `--set`."""
+
+    how: Literal["default", "line", "include", "set", "python"]
+    span: Span | None = None
+    via: tuple[Span, ...] = ()
+
+    def __str__(self) -> str:
+        if self.how in ("default", "python") or self.span is None:
+            return self.how
+        chain = "".join(f", included at {use}" for use in reversed(self.via))
+        return f"--set {self.span.text}" if self.how == "set" else f"{self.span}{chain}"
+
+
+class Origin(Record):
+    """Where a clause or rule was written, and each of its parts and fields."""
+
+    span: Span
+    fields: Mapping[str, Provenance] = {}
+    parts: Mapping[str, Span] = {}

@@ -1,0 +1,168 @@
+"""What a checked spec is made of: clauses, and rules with their actions."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any
+
+from trainc.dsl.reading.construct import Construct
+from trainc.dsl.reading.field_types import CONDITION, DURATION, EXPRESSION, SELECTOR
+from trainc.dsl.resolve.origin import Origin, Provenance
+from trainc.dsl.text.record import Record, aside
+from trainc.dsl.text.source import Span
+from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
+
+
+class ByJson(Record):
+    """Equal where the JSON is, and hashed alike."""
+
+    def to_json(self) -> Any:
+        raise NotImplementedError
+
+    @cached_property
+    def _text(self) -> str:
+        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+class Clause(ByJson):
+    """One construct applied to a selection for a time; strings are read as a spec's text is."""
+
+    construct: Construct
+    on: Selector | None = None
+    start: Duration | None = None
+    stop: Duration | None = None
+    every: Duration | None = None
+    optional: bool = False
+    label: str | None = None
+    origin: Origin | None = aside(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("on", SELECTOR),
+            ("start", DURATION),
+            ("stop", DURATION),
+            ("every", DURATION),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                self._put(name, kind.accept(value))
+
+    @property
+    def kind(self) -> str:
+        return self.construct.kind
+
+    @property
+    def name(self) -> str:
+        """Return the name that conditions use: the label, or else the construct's."""
+        return self.label or self.construct.name
+
+    @property
+    def title(self) -> str:
+        """Return what messages call it."""
+        return f"{self.construct.title} as {self.label}" if self.label else self.construct.title
+
+    @property
+    def span(self) -> Span | None:
+        """Return where it was written, or None for a spec made in Python."""
+        return self.origin.span if self.origin else None
+
+    def part_span(self, part: str) -> Span | None:
+        """Return where `on`, `every` ... or a field was written, or else the clause."""
+        if self.origin is None:
+            return None
+        provenance = self.origin.fields.get(part)
+        found = provenance.span if provenance else self.origin.parts.get(part)
+        return found or self.origin.span
+
+    def provenance(self, name: str) -> Provenance:
+        """Return where a field's value comes from."""
+        if self.origin is None:
+            given = name in self.construct.model_fields_set
+            return Provenance("python" if given else "default")
+        return self.origin.fields.get(name, Provenance("default"))
+
+    @property
+    def selection(self) -> Selector | None:
+        """Return `on`, or else the construct's default."""
+        if self.on is not None or self.construct.default_on is None:
+            return self.on
+        selector: Selector = SELECTOR.accept(self.construct.default_on)
+        return selector
+
+    def to_json(self) -> Any:
+        return {
+            "kind": self.construct.kind,
+            "name": self.construct.name,
+            "fields": self.construct.model_dump(mode="json"),
+            "on": None if self.on is None else to_json(self.on),
+            "from": self.start and to_json(self.start),
+            "until": self.stop and to_json(self.stop),
+            "every": self.every and to_json(self.every),
+            "optional": self.optional,
+            "label": self.label,
+        }
+
+
+class Assign(Record):
+    """`target = value`; the target is `batch`."""
+
+    target: str
+    value: Expr
+
+    def __post_init__(self) -> None:
+        self._put("value", EXPRESSION.accept(self.value))
+
+
+class Do(Record):
+    """`stop`, `save`, or `warn "text"`."""
+
+    verb: str
+    argument: str | None = None
+
+
+Action = Assign | Do
+
+
+class Rule(ByJson):
+    """`when condition for hold cooldown rest { actions }`."""
+
+    condition: Expr
+    actions: tuple[Action, ...]
+    hold: Duration | None = None
+    cooldown: Duration | None = None
+    origin: Origin | None = aside(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._put("condition", CONDITION.accept(self.condition))
+        self._put("actions", tuple(self.actions))
+        for name in ("hold", "cooldown"):
+            value = getattr(self, name)
+            if value is not None:
+                self._put(name, DURATION.accept(value))
+
+    @property
+    def span(self) -> Span | None:
+        """Return where it was written, or None for a spec made in Python."""
+        return self.origin.span if self.origin else None
+
+    def to_json(self) -> Any:
+        return {
+            "condition": to_json(self.condition),
+            "for": self.hold and to_json(self.hold),
+            "cooldown": self.cooldown and to_json(self.cooldown),
+            "actions": [
+                ["assign", a.target, to_json(a.value)]
+                if isinstance(a, Assign)
+                else ["do", a.verb, a.argument]
+                for a in self.actions
+            ],
+        }
