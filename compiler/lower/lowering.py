@@ -150,14 +150,12 @@ class Lowering:
 
     def gate(self) -> Gate | None:
         """Return the clause's `from`, `until` and `every` as a clock gate; None when it has none."""
-        from trainc.runtime.schedule.clock import Duration as ClockDuration
         from trainc.runtime.schedule.clock import Gate
 
         bounds = (self.clause.start, self.clause.stop, self.clause.every)
         if not any(bounds):
             return None
-        durations = (None if b is None else ClockDuration.from_json(b) for b in bounds)
-        return Gate.resolve(self._setting.units, self._setting.length, *durations)
+        return Gate.resolve(self._setting.units, self._setting.length, *bounds)
 
     def _while_open(self, schedule: Scheduled) -> Scheduled:
         """Return a schedule that is zero outside the clause's time."""

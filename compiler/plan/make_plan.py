@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainc.compiler.plan import plan_tables, site_tables
+from trainc.compiler.plan import plan_tables, schedule_tables, site_tables
 from trainc.compiler.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ def make_plan(binding: Binding, parts: LoweredMethod) -> Plan:
             "signature": binding.inventory.signature,
         },
         data=data.construct.model_dump(mode="json") if data else None,
-        settings=plan_tables.settings_row(binding),
+        settings=plan_tables.settings_row(binding, parts),
         clauses=tuple(clause.to_json() for clause in binding.clauses),
         parameters=tuple(plan_tables.parameter_rows(binding, parts)),
         steps=tuple(plan_tables.step_rows(binding)),
-        schedules=tuple(plan_tables.schedule_rows(binding, parts)),
+        schedules=tuple(schedule_tables.schedule_rows(binding, parts)),
         sites=tuple(site_tables.site_rows(binding, parts)),
         kernels=tuple(site_tables.kernel_rows(parts)),
         memory=tuple(plan_tables.memory_rows(binding, parts)),

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
-from trainc.compiler.constructs.data._batch_policy import row as batch_row
+from trainc.compiler.plan.schedule_tables import batch_row
 from trainc.dsl.reading.construct import PHASES
-from trainc.runtime.schedule.clock import Clock
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
@@ -57,7 +56,9 @@ def step_rows(binding: Binding) -> list[Row]:
     """Return the step as a table of phase, clause, action, reads, writes and how often."""
     active = [c for c in binding.clauses if c.dropped is None]
     rows = [
-        _step_row(PHASES.index(e.phase), c.label, c.construct.told(e), e.reads, e.writes, _every(c))
+        _step_row(
+            PHASES.index(e.phase), c.label, c.construct.describe(e), e.reads, e.writes, _every(c)
+        )
         for c, e in step_order(active)
         if c.construct.performs(e)
     ]
@@ -87,14 +88,12 @@ def _step_row(phase: int, clause: str, action: str, reads: Any, writes: Any, eve
 
 
 def _every(clause: BoundClause) -> str:
-    from trainc.runtime.schedule.clock import Duration
-
-    said = [
-        f"{word} {Duration.from_json(bound)}"
+    bounds = [
+        f"{word} {bound}"
         for word, bound in (("from", clause.start), ("until", clause.stop), ("every", clause.every))
         if bound is not None
     ]
-    return " ".join(said) or "every step"
+    return " ".join(bounds) or "every step"
 
 
 def _waits(rule: Any) -> str:
@@ -104,30 +103,6 @@ def _waits(rule: Any) -> str:
 
 def _rule_writes(rule: Any) -> list[str]:
     return [getattr(action, "target", None) or action.verb for action in rule.actions]
-
-
-def schedule_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
-    """Return every scheduled number at 21 points of the run, with the clock in all units."""
-    from trainc.compiler.constructs.data._batch_policy import counters, ramp
-
-    if binding.length is None:
-        return []
-    rows = []
-    batch = ramp(parts.actions)
-    named = [(f"{part.label} lr", part.base) for part in parts.optimizers]
-    named += list(parts.scalars.items())
-    if batch is not None:
-        named.append(("batch", batch.at))
-    percents = range(0, 101, 5)
-    moments = counters(batch, binding.units, binding.length, [p / 100 for p in percents])
-    for percent, found in zip(percents, moments, strict=True):
-        clock = Clock(samples_per_epoch=int(binding.units.samples_per_epoch or 0) or None)
-        for unit in ("steps", "samples", "tokens", "seconds"):
-            setattr(clock, unit, found[unit] or 0)
-        rows.append(
-            {"percent": percent, **found, "values": {name: at(clock) for name, at in named}}
-        )
-    return rows
 
 
 def memory_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
@@ -166,8 +141,8 @@ def _numel(site: MeasuredSite, inventory: Inventory) -> int:
     return 0 if site.weight is None else inventory.parameter[site.weight].numel
 
 
-def settings_row(binding: Binding) -> Row:
-    """Return units and run settings: what the loop needs of the spec."""
+def settings_row(binding: Binding, parts: LoweredMethod) -> Row:
+    """Return the length, units and settings of the run, and what sets the batch where it changes."""
     run, data = binding.one("run"), binding.one("data")
     fields = run.construct.model_dump(mode="json") if run else {}
     return {
@@ -179,6 +154,6 @@ def settings_row(binding: Binding) -> Row:
             "samples_per_epoch": binding.units.samples_per_epoch,
             **({"changing": True} if binding.units.changing else {}),
         },
-        **({"batch": batch_row(binding)} if binding.units.changing else {}),
+        **({"batch": batch_row(binding, parts)} if binding.units.changing else {}),
         "micro": data.construct.micro_size if data else None,  # type: ignore[attr-defined]
     }

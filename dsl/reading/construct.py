@@ -58,7 +58,10 @@ class Effect(Record):
 
 
 class Problem(Record):
-    """A construct's own objection; the compiler places it on the clause, or on one field of it."""
+    """A construct's own objection, placed on one field of the clause.
+
+    `field` None means what `on` selects, the empty string the whole clause.
+    """
 
     rule: str
     message: str
@@ -118,9 +121,12 @@ class Construct(BaseModel):
         """Return what a spec calls it, for a construct with its fields."""
         return self.heading()
 
-    def is_identity(self) -> bool:
-        """Say whether a field has the value that `identity` says makes the clause do nothing."""
-        return any(self._equals(field, text) for field, text in self.identity.items())
+    def identity_setting(self) -> str | None:
+        """Return the field setting by which the clause does nothing, such as `weight = 0`; None where it acts."""
+        found = (
+            f"{name} = {text}" for name, text in self.identity.items() if self._equals(name, text)
+        )
+        return next(found, None)
 
     def _equals(self, field: str, text: str) -> bool:
         """Compare by JSON, reading `text` as this field would."""
@@ -131,7 +137,7 @@ class Construct(BaseModel):
         """Yield objections to what `on` selected in the bound model."""
         return ()
 
-    def told(self, effect: Effect) -> str:
+    def describe(self, effect: Effect) -> str:
         """Return what the plan's table of the step calls an effect of this clause."""
         return effect.action
 

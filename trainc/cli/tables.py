@@ -122,9 +122,11 @@ def _batch(console: Console, row: Row | None) -> None:
     """Print what sets a batch that changes, and which conversions hold only where it begins."""
     if row is None:
         return
-    sizes = f"from {row['starts']}" if row["starts"] else "from what the loop gives"
-    sizes += f" to {row['to']} samples in micro-batches of {row['micro']}" if "to" in row else ""
-    console.print(f"Batch: {row['by']}, {sizes}")
+    sizes = f"from {row['start']}" if row["start"] else "from the size that the loop starts with"
+    sizes += (
+        f" to {row['end']} samples in micro-batches of {row['micro_batch']}" if "end" in row else ""
+    )
+    console.print(f"Batch: {row['set_by']}, {sizes}")
     for note in row["notes"]:
         console.print(f"  note: {note}")
     console.print()

@@ -104,8 +104,8 @@ class Data(Construct):
         """Only a policy acts: an amount is where the loop begins."""
         return self.policy is not None
 
-    def told(self, effect: Effect) -> str:
-        """Return the policy."""
+    def describe(self, effect: Effect) -> str:
+        """Return the policy as the spec writes it."""
         return f"batch = {self.batch}"
 
     def lower(self, to: Lowering) -> None:

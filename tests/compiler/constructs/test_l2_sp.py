@@ -19,7 +19,7 @@ from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import take
 from trainc.dsl.values import value_json as v
-from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OptimizerStep, ParamSlot
 from trainc.runtime.step.record import Signals
@@ -53,7 +53,7 @@ def lower(
     )
     parts = LoweredMethod()
     names = ("0.weight", "1.weight", "2.weight")
-    bound = None if start is None else {"amount": start.amount, "unit": start.unit}
+    bound = None if start is None else Duration(start.amount, start.unit)
     rule.lower(Lowering(BoundClause(rule, "l2_sp", names, bound), setting, parts))
     (action,) = parts.actions
     assert isinstance(action, Anchors)
@@ -180,8 +180,8 @@ def test_the_summary_says_how_far_the_weights_went() -> None:
 
 
 def test_no_weight_is_no_effect() -> None:
-    assert l2_sp(weight=0).is_identity()
-    assert not l2_sp(weight=0.1).is_identity()
+    assert l2_sp(weight=0).identity_setting()
+    assert not l2_sp(weight=0.1).identity_setting()
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import Inventory, take
-from trainc.runtime.schedule.clock import UnitConversion
+from trainc.runtime.schedule.clock import Duration, UnitConversion
 from trainc.runtime.step.record import Signals
 
 
@@ -36,7 +36,7 @@ def factors(construct: LayerDecay, net: nn.Module, *, every: bool = False) -> di
         construct,
         "decay",
         tuple(p.name for p in inventory.parameters),
-        every={"amount": 5, "unit": "steps"} if every else None,
+        every=Duration(5, "steps") if every else None,
     )
     parts = LoweredMethod()
     construct.lower(
@@ -84,8 +84,8 @@ def test_the_factor_is_the_definition(decay: float, floor: float, level: int, ab
 
 
 def test_a_decay_of_one_leaves_every_rate_bit_for_bit() -> None:
-    assert LayerDecay(decay=1).is_identity()
-    assert not LayerDecay(decay=0.99).is_identity()
+    assert LayerDecay(decay=1).identity_setting()
+    assert not LayerDecay(decay=0.99).identity_setting()
     assert set(factors(LayerDecay(decay=1.0), model()).values()) == {1.0}
 
 

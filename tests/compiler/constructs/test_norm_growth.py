@@ -18,7 +18,7 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import take
-from trainc.runtime.schedule.clock import Clock, UnitConversion
+from trainc.runtime.schedule.clock import Clock, Duration, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
 
@@ -31,7 +31,7 @@ def machine(
         construct,
         "ng",
         tuple(p.name for p in inventory.parameters if only in p.name),
-        every={"amount": every, "unit": "steps"} if every else None,
+        every=Duration(every, "steps") if every else None,
     )
     construct.lower(
         Lowering(clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), parts)

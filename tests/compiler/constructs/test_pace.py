@@ -25,7 +25,7 @@ from trainc.dsl.values import value_json as v
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import factor
 from trainc.kernels.noise.philox import pack_key
-from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
 from trainc.runtime.step.record import Signals
 from trainc.runtime.storage.random_streams import derive
 
@@ -338,7 +338,7 @@ def test_silence_everywhere_is_a_warning_and_no_pair() -> None:
 
 
 def test_outside_its_time_there_is_neither_noise_nor_distance() -> None:
-    start = {"amount": 3, "unit": "steps"}
+    start = Duration(3, "steps")
     parts = lower(pace(sigma=0.1, weight=2), Stack(2), ("head",), start=start)
     before = [schedule(Clock(steps=2)) for schedule in parts.scalars.values()]
     after = [schedule(Clock(steps=3)) for schedule in parts.scalars.values()]
@@ -347,9 +347,9 @@ def test_outside_its_time_there_is_neither_noise_nor_distance() -> None:
 
 
 def test_either_zero_is_no_effect() -> None:
-    assert pace(sigma=0.1, weight=0).is_identity()
-    assert pace(sigma=0, weight=1).is_identity()
-    assert not pace(sigma=0.1, weight=1).is_identity()
+    assert pace(sigma=0.1, weight=0).identity_setting()
+    assert pace(sigma=0, weight=1).identity_setting()
+    assert not pace(sigma=0.1, weight=1).identity_setting()
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
