@@ -17,11 +17,11 @@ from trainc.dsl.reading.constants import (
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
+from trainc.dsl.text.vocabulary import BOOLEANS, SHAPES, STATES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import FUNCTIONS, SHAPES, STATES, Function
+from trainc.dsl.values.functions import FUNCTIONS, Function
 
 _LOGIC = ("and", "or")
-SWITCH = ("false", "true")
 
 
 class Names(Protocol):
@@ -185,7 +185,7 @@ def _read_argument(node: Node, kind: str, names: Names) -> v.Expr:
     if kind == "plain":
         return v.Number(number(node))
     if kind == "switch":
-        if not (isinstance(node, ast.Ident) and node.id in SWITCH):
+        if not (isinstance(node, ast.Ident) and node.id in BOOLEANS):
             raise Unreadable(node, f"expected `true` or `false`, found {describe(node)}")
         return v.Name(node.id)
     if kind == "shape":

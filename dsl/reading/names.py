@@ -10,9 +10,8 @@ from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.text.source import Span
-from trainc.dsl.values.functions import FUNCTIONS, PLACES, SCHEDULE_NAMES, SIGNALS, example
-
-BUILT_IN = (*SCHEDULE_NAMES, *SIGNALS, "micro_batch")
+from trainc.dsl.text.vocabulary import BUILT_IN, PLACES
+from trainc.dsl.values.functions import FUNCTIONS, example
 
 
 class Scope:

@@ -7,8 +7,8 @@ from trainc.dsl.reading.expressions import Anything, condition
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
+from trainc.dsl.text.vocabulary import ROLES, SELECTOR_FUNCTIONS, WHERE_NAMES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import SELECTORS, WHERE_NAMES
 
 _PAIRS: dict[str, type[v.Union] | type[v.Intersection] | type[v.Difference]] = {
     "|": v.Union,
@@ -81,10 +81,10 @@ def _glob(node: Node, pattern: str) -> v.Selector:
 
 def _function(node: ast.Apply) -> v.Selector:
     name = node.function.id
-    if name not in SELECTORS:
+    if name not in SELECTOR_FUNCTIONS:
         help = (
-            suggest(name, SELECTORS)
-            or f"selectors are {', '.join(f'`{s}(...)`' for s in SELECTORS)}"
+            suggest(name, SELECTOR_FUNCTIONS)
+            or f"selectors are {', '.join(f'`{s}(...)`' for s in SELECTOR_FUNCTIONS)}"
         )
         raise Unreadable(
             node.function, "", "unknown-function", help, f"there is no selector `{name}(...)`"
@@ -106,7 +106,7 @@ def _function(node: ast.Apply) -> v.Selector:
 _USAGE = {
     "type": "`type(Linear, Conv2d)`",
     "ndim": "`ndim(2)`",
-    "role": f"`role(...)` with one of {', '.join(v.ROLES)}",
+    "role": f"`role(...)` with one of {', '.join(ROLES)}",
     "depth": "`depth(0..0.5)`",
 }
 
@@ -125,9 +125,9 @@ def _depth(node: Node) -> v.Selector:
 
 
 def _role(node: Node) -> v.Selector:
-    if not (isinstance(node, ast.Ident) and node.id in v.ROLES):
-        roles = f"roles are {', '.join(f'`{r}`' for r in v.ROLES)}"
-        help = suggest(node.id, v.ROLES) if isinstance(node, ast.Ident) else None
+    if not (isinstance(node, ast.Ident) and node.id in ROLES):
+        roles = f"roles are {', '.join(f'`{r}`' for r in ROLES)}"
+        help = suggest(node.id, ROLES) if isinstance(node, ast.Ident) else None
         raise Unreadable(node, roles, help=help)
     return v.Role(node.id)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainc.dsl.reading.names import BUILT_IN
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.syntax.parser import parse_expression
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Source
-from trainc.dsl.values.functions import FUNCTIONS, SELECTORS
+from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, SELECTOR_FUNCTIONS
+from trainc.dsl.values.functions import FUNCTIONS
 
 MAX_SIZE = 5_000
 MAX_DEPTH = 100
-_RESERVED = {*BUILT_IN, *FUNCTIONS, *SELECTORS, "all", "trainable", "true", "false", "none"}
+_RESERVED = {*BUILT_IN, *FUNCTIONS, *SELECTOR_FUNCTIONS, *BOOLEANS, "all", "trainable", "none"}
 
 
 class Lets:

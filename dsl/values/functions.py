@@ -1,4 +1,4 @@
-"""The functions of expressions. tests/dsl/test_functions.py holds them to what the runtime has."""
+"""The signatures of the functions of expressions; tests/dsl/test_vocabulary.py holds the runtime to them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from trainc.dsl.text.record import Record
 
-Kind = Literal[
+ArgumentKind = Literal[
     "duration", "number", "points", "shape", "numbers", "amount", "plain", "samples", "switch"
 ]
 
@@ -14,14 +14,14 @@ Kind = Literal[
 class Function(Record):
     """A signature: arguments in order, how many may stand without a name, how many must stand."""
 
-    arguments: dict[str, Kind]
+    arguments: dict[str, ArgumentKind]
     positional: int
     required: int
     about: str
     schedule: bool = True
 
 
-_DECAY: dict[str, Kind] = {"to": "number", "over": "duration", "from": "number"}
+_DECAY: dict[str, ArgumentKind] = {"to": "number", "over": "duration", "from": "number"}
 
 FUNCTIONS: dict[str, Function] = {
     "warmup": Function(
@@ -58,14 +58,3 @@ def example(name: str) -> str:
     """Return a call of a function with the arguments it must have: `cosine()`, `warmup(over = ...)`."""
     needed = list(FUNCTIONS[name].arguments)[: FUNCTIONS[name].required]
     return f"{name}({', '.join(f'{argument} = ...' for argument in needed)})"
-
-
-SHAPES = ("linear", "cosine", "sqrt")
-STATES = ("nan", "inf", "finite")
-COUNTERS = ("steps", "samples", "tokens", "epochs", "seconds")
-PLACES = ("depth", "block", "blocks")  # where a value is used, in the order of the model
-SCHEDULE_NAMES = (*PLACES, "progress", *COUNTERS)
-SIGNALS = ("loss", "batch", "lr", "step")  # what every run measures
-WHERE_NAMES = ("numel", "ndim", "depth", "block")
-TARGETS = ("batch",)  # what rules may set
-SELECTORS = ("type", "ndim", "role", "depth")

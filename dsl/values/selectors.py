@@ -6,8 +6,6 @@ from trainc.dsl.values.expressions import Expr
 from trainc.dsl.values.notation import ATOM, Written, call, infix, number, quoted
 from trainc.dsl.values.value import Value, tidy
 
-ROLES = ("norm", "bias", "embedding", "attention", "mlp", "head")
-
 
 class Glob(Value):
     """Names by pattern: `*` is one segment, `**` is any number of them."""
@@ -40,7 +38,7 @@ class Ndim(Value):
 
 
 class Role(Value):
-    """What plays one of `ROLES`."""
+    """What plays a role: `norm`, `head` ..."""
 
     name: str
 

@@ -20,7 +20,6 @@ from trainc.dsl.values.expressions import (
     walk,
 )
 from trainc.dsl.values.selectors import (
-    ROLES,
     All,
     DepthRange,
     Difference,
@@ -41,7 +40,6 @@ from trainc.dsl.values.value import Value, tidy
 __all__ = [
     "BINARY",
     "COMPARISONS",
-    "ROLES",
     "UNITS",
     "All",
     "Binary",

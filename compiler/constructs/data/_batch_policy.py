@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from trainc.dsl.reading.field_types import samples_or_call
+from trainc.dsl.text.vocabulary import COUNTERS, PLACES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import COUNTERS, PLACES, Function
+from trainc.dsl.values.functions import Function
 
 if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
