@@ -55,8 +55,8 @@ def _optimizer_actions(
     slots = [
         ParamSlot(
             name,
-            parts.compacts[name].values
-            if name in parts.compacts
+            parts.selected_entries[name].values
+            if name in parts.selected_entries
             else setting.model.get_parameter(name),
             part.decay[name],
             tuple(parts.lr_factors.get(name, ())),

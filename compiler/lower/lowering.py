@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainc.compiler.lower.lowering_context import LoweringContext
-    from trainc.compiler.method.example_units import Units
+    from trainc.compiler.method.example_units import ExampleUnits
     from trainc.compiler.method.loss import Loss
     from trainc.dsl.values.value_json import Duration, Expr, Selector
     from trainc.runtime.schedule.clock import Gate, Unit
@@ -182,26 +182,29 @@ class Lowering:
             return
         if isinstance(known, NormSite):
             rewrite.norms.remove(known)
-            site = replace(site, wide=site.wide or known.wide)
+            site = replace(
+                site,
+                per_example_gradients=site.per_example_gradients or known.per_example_gradients,
+            )
         rewrite.norms.append(site)
 
-    def units(self, units: Units | None) -> None:
+    def example_units(self, units: ExampleUnits | None) -> None:
         """Say what one example is; raises ValueError when another clause says otherwise."""
         rewrite = self._parts.rewrite
-        if rewrite.measured and rewrite.units != units:
+        if rewrite.measured and rewrite.example_units != units:
             raise ValueError(
                 "another clause measures examples of another sort: one program has one sort of example"
             )
-        rewrite.units = units
+        rewrite.example_units = units
 
     def ghosts(self, names: Iterable[str]) -> None:
         """Let layers that normalize over the batch do so over each group of examples."""
         self._parts.rewrite.ghosts = list(names)
 
-    def whole_gradients(self, names: Iterable[str], running: bool) -> None:
+    def measure_batch_gradients(self, names: Iterable[str], running: bool) -> None:
         """Have the squared norm of each micro-batch's gradient taken, or of a replica's so far (`running`)."""
         for name in names:
-            if self._parts.whole.setdefault(name, running) != running:
+            if self._parts.batch_gradients.setdefault(name, running) != running:
                 raise ValueError(f"`{name}` is measured by micro-batch and by replica: choose one")
 
     def calibrate(self, every: Duration, examples: int) -> None:
@@ -247,9 +250,9 @@ class Lowering:
             self._parts.lr_factors.setdefault(name, []).append(lr_factor)
         return lr_factor
 
-    def compact(self, name: str, compact: SelectedEntries) -> None:
+    def select_entries(self, name: str, entries: SelectedEntries) -> None:
         """Let the optimizer see the selected entries of a parameter in place of the whole."""
-        self._parts.compacts[name] = compact
+        self._parts.selected_entries[name] = entries
 
     def freeze(self, names: Iterable[str]) -> None:
         """Leave parameters untrained."""

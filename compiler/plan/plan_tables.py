@@ -31,7 +31,7 @@ def parameter_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
     for p in binding.inventory.parameters:
         part = optimizer.get(p.name)
         trained = part is not None and p.name not in parts.frozen
-        compact = parts.compacts.get(p.name)
+        compact = parts.selected_entries.get(p.name)
         rows.append(
             {
                 "name": p.name,
@@ -118,7 +118,7 @@ def _memory(binding: Binding, parts: LoweredMethod) -> Iterator[tuple[str, int]]
         for name in part.targets:
             if name in parts.frozen:
                 continue
-            compact = parts.compacts.get(name)
+            compact = parts.selected_entries.get(name)
             size = compact.values.numel() * 4 if compact else inventory.parameter[name].bytes
             total += part.construct.moments * size
         yield f"{part.label}: optimizer state", total
@@ -131,7 +131,7 @@ def _memory(binding: Binding, parts: LoweredMethod) -> Iterator[tuple[str, int]]
     batch = binding.units.samples_per_step
     if parts.rewrite.measured and batch:
         numbers = sum(
-            (_numel(site, inventory) if site.wide else 1) * len(site.parameters)
+            (_numel(site, inventory) if site.per_example_gradients else 1) * len(site.parameters)
             for site in parts.rewrite.measured
         )
         yield "probes", int(batch) * numbers * 4

@@ -32,7 +32,8 @@ def site_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
     rows = [
         {
             "site": s.module,
-            "operator": f"{s.form}_norm" + (", affine part by composition" if s.wide else ""),
+            "operator": f"{s.form}_norm"
+            + (", affine part by composition" if s.per_example_gradients else ""),
             "pass": "instrument_norms",
             "road": road,
         }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainc.compiler.bind import binding
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.select import select
 from trainc.dsl.reading.construct import Construct, Effect
 from trainc.dsl.reading.selectors import selector
@@ -109,7 +109,7 @@ class _Gpt(nn.Module):
 def test_selections_know_every_name_role_and_function(text: str) -> None:
     node, _ = parse_expression(Source("<text>", text))
     assert node is not None
-    assert select(selector(node), take(_Gpt()), "parameters")
+    assert select(selector(node), build_inventory(_Gpt()), "parameters")
 
 
 def test_every_selector_function_is_tried() -> None:

@@ -97,7 +97,7 @@ class Sift(Construct):
             units = Units(self.granularity, entry.shape)
             size = self.count(units.count) * units.size if self.scope == "tensor" else 0
             compacts.append(SelectedEntries(entry.name, to.tensor(entry.name), size))
-            to.compact(entry.name, compacts[-1])
+            to.select_entries(entry.name, compacts[-1])
         if self.rest == "freeze":
             kept = {entry.name for entry in to.parameters()}
             to.freeze(p.name for p in to.inventory.trainable if p.name not in kept)

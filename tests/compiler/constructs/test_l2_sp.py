@@ -17,7 +17,7 @@ from trainc.compiler.constructs.regularize.l2_sp import L2Sp
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.values import value_json as v
 from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine
@@ -49,7 +49,7 @@ def lower(
     made: nn.Module, rule: L2Sp, start: v.Duration | None = None
 ) -> tuple[LoweredMethod, Anchors, tuple[str, ...]]:
     setting = LoweringContext(
-        made, take(made), UnitConversion(8), RunLength(100, "steps"), Signals()
+        made, build_inventory(made), UnitConversion(8), RunLength(100, "steps"), Signals()
     )
     parts = LoweredMethod()
     names = ("0.weight", "1.weight", "2.weight")
@@ -110,7 +110,7 @@ def test_what_is_frozen_is_left_out() -> None:
     parts, *_ = lower(made, l2_sp(weight=1.0))
     assert parts.penalties["l2_sp"].parameters == ("0.weight", "2.weight")
     made.requires_grad_(False)
-    inventory = take(made)
+    inventory = build_inventory(made)
     (problem,) = l2_sp(weight=1.0).validate_targets(Targets(inventory, (), inventory.parameters))
     assert problem.rule == "selector-matches-frozen"
 

@@ -17,7 +17,7 @@ from trainc.compiler.constructs.observe.norm_growth import LAWS, NormGrowth
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.runtime.schedule.clock import Clock, Duration, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
@@ -26,7 +26,7 @@ from trainc.runtime.step.record import Signals, Step
 def machine(
     net: nn.Module, construct: NormGrowth, every: int | None = None, only: str = ""
 ) -> StepMachine:
-    inventory, parts = take(net), LoweredMethod()
+    inventory, parts = build_inventory(net), LoweredMethod()
     clause = BoundClause(
         construct,
         "ng",

@@ -19,7 +19,7 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.roles import Place
 from trainc.dsl.values import value_json as v
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
@@ -58,7 +58,7 @@ def pace(sigma: Any, weight: Any, **fields: Any) -> Pace:
 
 def lower(rule: Pace, model: nn.Module, names: tuple[str, ...], **bounds: Any) -> LoweredMethod:
     setting = LoweringContext(
-        model, take(model), UnitConversion(8), RunLength(100, "steps"), Signals()
+        model, build_inventory(model), UnitConversion(8), RunLength(100, "steps"), Signals()
     )
     parts = LoweredMethod()
     rule.lower(Lowering(BoundClause(rule, "pace", names, **bounds), setting, parts))
@@ -320,7 +320,7 @@ class Mixed(nn.Module):
     ],
 )
 def test_what_cannot_be_noisy_is_an_error(names: tuple[str, ...], found: list[str]) -> None:
-    inventory = take(Mixed())
+    inventory = build_inventory(Mixed())
     targets = Targets(inventory, tuple(inventory.module[n] for n in names), ())
     problems = list(pace(sigma=0.1, weight=1).validate_targets(targets))
     assert [p.rule for p in problems] == found
@@ -330,7 +330,7 @@ def test_what_cannot_be_noisy_is_an_error(names: tuple[str, ...], found: list[st
 
 def test_silence_everywhere_is_a_warning_and_no_pair() -> None:
     model = Stack(2)
-    inventory = take(model)
+    inventory = build_inventory(model)
     targets = Targets(inventory, (inventory.module["head"],), ())
     (problem,) = pace(sigma=FALLING, weight=1).validate_targets(targets)
     assert (problem.rule, problem.field, problem.severity) == ("no-effect", "sigma", "warning")

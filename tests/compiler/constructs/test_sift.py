@@ -18,7 +18,7 @@ from trainc.compiler.constructs.mask.sift import Sift
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot
@@ -80,11 +80,15 @@ class Run:
         self.model = model or Net()
         self.parts = LoweredMethod()
         setting = LoweringContext(
-            self.model, take(self.model), UnitConversion(8), RunLength(9, "steps"), Signals()
+            self.model,
+            build_inventory(self.model),
+            UnitConversion(8),
+            RunLength(9, "steps"),
+            Signals(),
         )
         clause = BoundClause(rule, "sift", tuple(names), start)
         rule.lower(Lowering(clause, setting, self.parts))
-        self.compacts = self.parts.compacts
+        self.compacts = self.parts.selected_entries
         slots = [
             ParamSlot(name, self.compacts[name].values if name in self.compacts else p, decay)
             for name, p in self.model.named_parameters()
@@ -398,7 +402,7 @@ def test_memory_is_that_of_entries_and_sums() -> None:
 def test_what_cannot_train_is_an_error() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3))
     model[1].weight.requires_grad_(False)
-    inventory = take(model)
+    inventory = build_inventory(model)
     problems = list(
         Sift(density=0.1).validate_targets(Targets(inventory, (), inventory.parameters))
     )
@@ -426,7 +430,7 @@ def test_fields_that_mean_nothing_are_refused(fields: dict[str, Any], words: str
 def test_a_choice_is_for_good() -> None:
     model = Net()
     setting = LoweringContext(
-        model, take(model), UnitConversion(8), RunLength(9, "steps"), Signals()
+        model, build_inventory(model), UnitConversion(8), RunLength(9, "steps"), Signals()
     )
     rule = Sift(density=0.1)
     clause = BoundClause(rule, "sift", NAMES, stop=Duration(2, "steps"))

@@ -20,7 +20,7 @@ from trainc.compiler.constructs.lr.temp_balance import TempBalance
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.values.value_json import Range
 from trainc.kernels.parameter.spectrum import alphas
 from trainc.runtime.schedule.clock import Clock, Duration, UnitConversion
@@ -70,7 +70,7 @@ class Bench:
     def __init__(
         self, net: nn.Module, construct: TempBalance, only: str = "", **timing: Any
     ) -> None:
-        inventory, self.parts = take(net), LoweredMethod()
+        inventory, self.parts = build_inventory(net), LoweredMethod()
         self.net = net
         names = tuple(
             p.name
@@ -267,7 +267,7 @@ def test_few_eigenvalues_leave_a_module_at_its_rate_and_the_summary_says_so() ->
 
 
 def problems(net: nn.Module, *names: str, **fields: Any) -> list[tuple[str, str]]:
-    inventory = take(net)
+    inventory = build_inventory(net)
     chosen = tuple(p for p in inventory.parameters if not names or p.name in names)
     found = TempBalance(**fields).validate_targets(Targets(inventory, (), chosen))
     return [(problem.rule, problem.severity) for problem in found]
