@@ -30,25 +30,25 @@ class Names(Protocol):
     def check(self, name: ast.Ident) -> None:
         """Note a name that means nothing."""
 
-    def home_of(self, function: str) -> str | None:
+    def help_for_function(self, function: str) -> str | None:
         """Return where a function may be called that is one field's own, None for any other."""
 
 
-class Anything:
+class AnyName:
     """Lets every name pass; a whole spec is checked later."""
 
     def check(self, name: ast.Ident) -> None:
         """Accept the name."""
 
-    def home_of(self, function: str) -> str | None:
+    def help_for_function(self, function: str) -> str | None:
         """Return None: no construct is known."""
         return None
 
 
-ANYTHING = Anything()
+ANY_NAME = AnyName()
 
 
-def expression(node: Node, names: Names = ANYTHING) -> v.Expr:
+def expression(node: Node, names: Names = ANY_NAME) -> v.Expr:
     """Return an expression with a number as its value."""
     value = _expression(node, names)
     if is_condition(value):
@@ -56,7 +56,7 @@ def expression(node: Node, names: Names = ANYTHING) -> v.Expr:
     return value
 
 
-def condition(node: Node, names: Names = ANYTHING) -> v.Expr:
+def condition(node: Node, names: Names = ANY_NAME) -> v.Expr:
     """Return a condition."""
     value = _expression(node, names)
     if not is_condition(value):
@@ -64,7 +64,7 @@ def condition(node: Node, names: Names = ANYTHING) -> v.Expr:
     return value
 
 
-def schedule(node: Node, names: Names = ANYTHING) -> v.Expr:
+def schedule(node: Node, names: Names = ANY_NAME) -> v.Expr:
     """Return a schedule; a lone percentage is the number it stands for."""
     value = expression(node, names)
     if isinstance(value, v.Quantity) and value.duration.unit != "run":
@@ -135,7 +135,7 @@ def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] = FUN
     name = node.function.id
     if name not in functions:
         message = f"there is no function `{name}`"
-        help = names.home_of(name) or suggest(name, functions)
+        help = names.help_for_function(name) or suggest(name, functions)
         raise Unreadable(node.function, "", "unknown-function", help, message)
     function = functions[name]
     order = list(function.arguments)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trainc.dsl.reading.constants import Unreadable, describe, interval, number
-from trainc.dsl.reading.expressions import Anything, condition
+from trainc.dsl.reading.constants import Unreadable, describe, number, number_range
+from trainc.dsl.reading.expressions import AnyName, condition
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
@@ -17,7 +17,7 @@ _PAIRS: dict[str, type[v.Union] | type[v.Intersection] | type[v.Difference]] = {
 }
 
 
-class _WhereNames(Anything):
+class _WhereNames(AnyName):
     """The names of a `where` condition."""
 
     def check(self, name: ast.Ident) -> None:
@@ -118,7 +118,7 @@ def _type_name(node: Node) -> str:
 
 
 def _depth(node: Node) -> v.Selector:
-    span = interval(node)
+    span = number_range(node)
     if not 0 <= span.low <= span.high <= 1:
         raise Unreadable(node, "depth goes from 0 at the input to 1 at the head")
     return v.DepthRange(span.low, span.high)

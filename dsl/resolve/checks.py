@@ -19,10 +19,10 @@ ONCE = ("model", "data", "loss", "run")
 VERBS = {"stop": False, "save": False, "warn": True}
 
 
-def inconsistencies(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
+def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
     """Return what is wrong with clauses and rules that are each right by themselves."""
     scope = Scope(_constructs(clauses))
-    found = structure(clauses)
+    found = structure_problems(clauses)
     for clause in clauses:
         construct, head = clause.construct, clause.part_span("head")
         found += on_problems(type(construct), clause.on is not None, head, clause.part_span("on"))
@@ -40,7 +40,7 @@ def inconsistencies(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Di
     return found
 
 
-def structure(clauses: Sequence[Clause]) -> list[Diagnostic]:
+def structure_problems(clauses: Sequence[Clause]) -> list[Diagnostic]:
     """Return what is wrong with how clauses stand together, whatever their fields say."""
     found = [*_repeated(clauses), *_labels(clauses)]
     for clause in clauses:

@@ -35,7 +35,7 @@ from trainc.dsl.values.selectors import (
     Union,
     Where,
 )
-from trainc.dsl.values.value import Value, tidy
+from trainc.dsl.values.value import Value, plain_number
 
 __all__ = [
     "BINARY",
@@ -71,8 +71,8 @@ __all__ = [
     "called",
     "expr_from_json",
     "from_json",
+    "plain_number",
     "selector_from_json",
-    "tidy",
     "to_json",
     "walk",
 ]

@@ -24,7 +24,6 @@ POLICIES: dict[str, Function] = {
         {"begin": "samples", "to": "samples", "over": "duration", "from": "duration"},
         1,
         3,
-        "go from `begin` to `to` samples on a line over `over`, begun at `from` (the start)",
     ),
     "follow": Function(
         {
@@ -39,7 +38,6 @@ POLICIES: dict[str, Function] = {
         },
         1,
         2,
-        "be `factor` (1) times a measured number of samples, between `min` and `max`",
     ),
     "signal_noise": Function(
         {
@@ -52,7 +50,6 @@ POLICIES: dict[str, Function] = {
         },
         1,
         2,
-        "grow to the noise scale / `theta`^2 (0.6), looked at `every` 100 steps from 15% on",
     ),
 }
 """What `batch` of `data` may be instead of an amount."""
