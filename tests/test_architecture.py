@@ -61,7 +61,7 @@ ROOMS = {
             "compiler/layers"
         ),
         "compiler/constructs": (
-            "dsl/values dsl/reading kernels/parameter runtime/schedule "
+            "dsl/text dsl/values dsl/reading kernels/parameter runtime/schedule "
             "runtime/step runtime/noise_scale compiler/model compiler/bind compiler/method "
             "compiler/lower compiler/layers"
         ),

@@ -45,6 +45,11 @@ class Binding:
     length: RunLength | None
     warnings: tuple[Diagnostic, ...] = ()
 
+    @property
+    def active(self) -> list[BoundClause]:
+        """Return the clauses that are in the program, without those that were dropped."""
+        return [clause for clause in self.clauses if clause.dropped is None]
+
     def one(self, kind: str) -> BoundClause | None:
         """Return the clause of a kind that occurs at most once."""
         return next((clause for clause in self.clauses if clause.kind == kind), None)

@@ -33,8 +33,8 @@ class BoundClause:
 
     @property
     def title(self) -> str:
-        """Return kind and name: `regularize pace`, `run run`."""
-        return f"{self.construct.kind} {self.construct.name}"
+        """Return what a spec calls its construct: `regularize pace`, or `run`."""
+        return self.construct.title
 
     def modules(self, inventory: Inventory) -> tuple[ModuleEntry, ...]:
         return tuple(inventory.module[name] for name in self.targets)

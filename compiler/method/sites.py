@@ -107,11 +107,11 @@ class Rewrite:
 
     @property
     def modules_only(self) -> str | None:
-        """Say why no graph can carry this; None where one can."""
+        """Say why this must run module by module, not as a captured graph; None where a graph can run it."""
         if self.example_units is not None:
-            return "examples that are not rows of the batch are measured module by module"
+            return "examples that are not rows of the batch need bound modules"
         if any(site.per_example_gradients for site in self.norms):
-            return "per-example gradients, not their norms alone, are taken module by module"
+            return "per-example gradients, beyond their norms, need bound modules"
         return None
 
     @property

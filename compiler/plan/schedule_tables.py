@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def schedule_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
+def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     """Return every scheduled number at 21 points of the run, with the clock in all units."""
     if binding.length is None:
         return []
     rows = []
-    ramp = next((action for action in parts.actions if isinstance(action, Ramp)), None)
-    named = [(f"{part.label} lr", part.base) for part in parts.optimizers]
-    named += list(parts.scalars.items())
+    ramp = next((action for action in method.actions if isinstance(action, Ramp)), None)
+    named = [(f"{part.label} lr", part.base) for part in method.optimizers]
+    named += list(method.scalars.items())
     if ramp is not None:
         named.append(("batch", ramp.at))
     percents = range(0, 101, 5)
@@ -51,10 +51,10 @@ def _counters(
     return [moment(units, length, fraction) for fraction in fractions]
 
 
-def batch_row(binding: Binding, parts: LoweredMethod) -> Row:
+def batch_row(binding: Binding, method: LoweredMethod) -> Row:
     """Return what sets a batch that changes, its sizes in samples, and which conversions are approximate."""
     units = binding.units
-    policy = next((action for action in parts.actions if isinstance(action, BatchPolicy)), None)
+    policy = next((action for action in method.actions if isinstance(action, BatchPolicy)), None)
     notes = [
         f"{given} is taken as {value:,.12g} {unit}, computed for the starting batch"
         for (given, unit), value in sorted(units.estimates.items())

@@ -71,7 +71,7 @@ def test_a_policy_follows_what_counts_samples(signal: str, policy: str) -> None:
     batch = f"{policy}({signal}, min = 4 samples, max = 8 samples)"
     found = refused(spec("", batch))
     assert f"`{signal}` does not count samples, and a batch is a number of samples" in found.message
-    assert "`gns`, `gns.low`, `gns.high` do" in found.message
+    assert "use `gns`, `gns.low`, `gns.high`, or" in found.message
     trainc.plan(spec("", batch.replace(signal, f"{signal} * 1 samples")))
 
 

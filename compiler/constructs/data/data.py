@@ -112,8 +112,8 @@ class Data(Construct):
         """Set the batch before every step where it is not an amount; the loop reads the sizes."""
         if (policy := self.policy) is None:
             return
-        if to.clause.start or to.clause.stop or to.clause.every:
-            raise ValueError("`from` and `every` of a batch policy are arguments of its own")
+        reason = f"a `data` clause takes no times; `{policy.name}` has its own as arguments"
+        to.refuse_times(reason, "from", "until", "every")
         to.action(action(policy, to))
 
 

@@ -84,10 +84,7 @@ class BatchScaling(Construct):
         """Give the selected parameters one factor, set in phase 2."""
         from trainc.compiler.constructs.lr._batch_scaling import ScaleWithBatch
 
-        if to.clause.start or to.clause.stop or to.clause.every:
-            raise ValueError(
-                f"`{to.label}` holds for the whole run and takes no `from`, `until` or `every`"
-            )
+        to.refuse_times(f"`{to.label}` holds for the whole run", "from", "until", "every")
         start = to.starting_batch
         if self.reference is None and start is None:
             raise ValueError(

@@ -90,8 +90,7 @@ class Sift(Construct):
         from trainc.compiler.constructs.mask._sift import Choose, Units, WriteBack
         from trainc.runtime.step.update_mask import SelectedEntries
 
-        if to.clause.stop or to.clause.every:
-            raise ValueError(f"`{to.label}` is chosen for good: it takes no `until` or `every`")
+        to.refuse_times(f"`{to.label}` chooses once, for the rest of the run", "until", "every")
         compacts = []
         for entry in to.parameters():
             units = Units(self.granularity, entry.shape)

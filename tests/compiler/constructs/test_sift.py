@@ -434,7 +434,7 @@ def test_a_choice_is_for_good() -> None:
     )
     rule = Sift(density=0.1)
     clause = BoundClause(rule, "sift", NAMES, stop=Duration(2, "steps"))
-    with pytest.raises(ValueError, match="for good"):
+    with pytest.raises(ValueError, match=r"chooses once.*remove `until 2 steps`"):
         rule.lower(Lowering(clause, setting, LoweredMethod()))
 
 
