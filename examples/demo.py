@@ -124,7 +124,7 @@ def pair(
 
 def task_loss(record: Record) -> float | None:
     """Return the loss on the targets alone, without what methods add to it."""
-    found: float | None = record.get("task", record.get("loss"))
+    found: float | None = record.get("data_loss", record.get("loss"))
     return found
 
 

@@ -77,7 +77,7 @@ def draw_losses(axes: "Axes", found: Pair) -> None:
     """Draw training losses, smoothed, and evaluation losses of both runs."""
     for (what, one), color in zip(found.items(), COLORS, strict=False):
         records = one.records
-        x, y = over_tokens(records, "task" if has(records, "task") else "loss")
+        x, y = over_tokens(records, "data_loss" if has(records, "data_loss") else "loss")
         axes.plot(x, smooth(y, len(y) // 25), color=color, alpha=0.5, linewidth=1)
         x, y = over_tokens(records, "eval_loss")
         label = f"{what} methods"

@@ -1,4 +1,4 @@
-"""The settings that the training loop takes from the `run` clause."""
+"""What the loop reads of a spec's `run` clause."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.bind.bound_clause import from_json
 from trainc.compiler.catalog import catalog
-from trainc.compiler.model.inventory import Inventory, build_inventory
+from trainc.compiler.model.inventory import Inventory, take
 from trainc.compiler.plan.plan import FORMAT, Plan
 from trainc.compiler.program.save import CONSTANTS, GRAPH, PLAN, WEIGHTS
 from trainc.runtime.schedule.clock import RunLength, UnitConversion
@@ -48,7 +48,7 @@ def load(
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{folder / PLAN}: {error}") from error
-    inventory = build_inventory(model)
+    inventory = take(model)
     _check_signature(plan, inventory)
     if weights:
         load_model(model, str(folder / WEIGHTS))
@@ -70,8 +70,8 @@ def _graph(folder: Path, model: nn.Module) -> StepGraph:
     """Return the saved graph over the parameters of `model`."""
     from safetensors.torch import load_file
 
+    from trainc.compiler.graph.serialize import FORMAT as GRAPH_FORMAT
     from trainc.compiler.graph.serialize import GraphFormatError, step_from_json
-    from trainc.compiler.graph.step_graph import FORMAT as GRAPH_FORMAT
 
     constants = load_file(str(folder / CONSTANTS)) if (folder / CONSTANTS).exists() else {}
     try:

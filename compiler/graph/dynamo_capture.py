@@ -1,8 +1,8 @@
-"""The second road of capture, for models that torch.export refuses: torch.compile's front end.
+"""The second capture front end, for models that torch.export refuses: torch.compile's own.
 
-Everything that depends on the insides of torch.compile is in this file. The graph it gives is
-brought to ATen and to the form of the export road, so that the same passes and the same
-differentiation follow.
+Everything that depends on the internals of torch.compile is in this file. Its graph is brought to
+ATen and to the form that torch.export gives, so that the same passes and the same differentiation
+follow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,15 +20,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from trainc.compiler.graph.forward_graph import register_tensor
-
-if TYPE_CHECKING:
-    from trainc.compiler.graph.export_capture import Wrapped
-    from trainc.compiler.graph.step_graph import Batch
+from trainc.compiler.graph.named_tensors import register_tensor
+from trainc.compiler.graph.wrapped_model import WrappedModel
+from trainc.runtime.data.batch import Batch
 
 
 class _Caught(Exception):
-    """Carries the arguments of the compiled graph out before it runs."""
+    """Stops torch.compile once its graph and the graph's arguments are known."""
 
 
 class _Backend:
@@ -48,7 +46,7 @@ class _Backend:
         return catch
 
 
-def dynamo_road(wrapped: Wrapped, batch: Batch) -> fx.GraphModule:
+def dynamo_capture(wrapped: WrappedModel, batch: Batch) -> fx.GraphModule:
     """Capture with torch.compile(fullgraph=True); the model itself does not run."""
     backend = _Backend()
     # torch.compile counts recompilations per code object and gives up after a few: take a new one.
@@ -62,10 +60,10 @@ def dynamo_road(wrapped: Wrapped, batch: Batch) -> fx.GraphModule:
         except _Caught:
             pass
         else:
-            raise RuntimeError("torch.compile ran the model without giving a graph")
+            raise RuntimeError("torch.compile ran the model and made no graph of it")
     graph = backend.graphs[-1]
     if not all(isinstance(argument, Tensor) for argument in backend.arguments):
-        raise RuntimeError("the graph takes arguments that are not tensors")
+        raise RuntimeError("torch.compile made a graph with inputs that are not tensors")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(argument, static_shapes=True) for argument in backend.arguments]
 
@@ -78,7 +76,7 @@ def dynamo_road(wrapped: Wrapped, batch: Batch) -> fx.GraphModule:
 
 
 class _Inlined(fx.Interpreter):
-    """Runs a graph with its checkpointed parts in place: passes do not look into nested graphs."""
+    """Runs a graph with its activation checkpoints inlined: passes do not look into nested graphs."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run the nested graph of an activation checkpoint as part of this one."""

@@ -1,4 +1,4 @@
-"""The forward graph that passes rewrite: one view of the user's model and task as flat ATen nodes.
+"""The forward graph that passes rewrite: the user's model and loss as flat ATen nodes.
 
 Passes work here, before differentiation, because the gradient of a fused operator is then its own
 registered backward: on a whole-step graph every rewrite would have to find and replace the matching
@@ -8,73 +8,67 @@ backward nodes as well.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-VIEW_ONE = ("task", "logits")
-_SAME_TENSOR = {
-    torch.ops.aten.alias.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.view_as.default,
+from trainc.compiler.graph.named_tensors import identifier
+
+aten = torch.ops.aten
+
+OUTPUTS = ("data_loss", "logits")
+"""What a captured forward pass returns; `data_loss` is the loss without consistency and penalties."""
+
+CAST = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
 }
+_SAME_TENSOR = {aten.alias.default, aten.detach.default, aten.view_as.default}
+
+
+def strip_casts(node: Any) -> Any:
+    """Follow casts back to the value that was cast."""
+    while isinstance(node, fx.Node) and node.target in CAST:
+        node = node.args[0]
+    return node
 
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """What the passes may know about the task: its name and the numbers a fused loss needs."""
+    """What the passes may know about the loss: its name and the numbers that a fused loss needs."""
 
-    name: str = "task"
+    name: str = "loss"
     ignore_index: int = -100
     label_smoothing: float = 0.0
 
     @classmethod
-    def of(cls, task: object) -> LossSpec:
-        """Read the form from the attributes a task function carries."""
+    def of(cls, loss: object) -> LossSpec:
+        """Read the attributes that a loss function carries."""
+        plain = cls()
         return cls(
-            str(getattr(task, "name", "task")),
-            int(getattr(task, "ignore_index", -100)),
-            float(getattr(task, "label_smoothing", 0.0)),
+            str(getattr(loss, "name", plain.name)),
+            int(getattr(loss, "ignore_index", plain.ignore_index)),
+            float(getattr(loss, "label_smoothing", plain.label_smoothing)),
         )
-
-
-def identifier(name: str) -> str:
-    """Turn a dotted or coloned name into a Python identifier."""
-    text = re.sub(r"\W", "_", name)
-    return f"_{text}" if not text or text[0].isdigit() else text
-
-
-def register_tensor(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool = True) -> None:
-    """Register `tensor` itself under a dotted name, making empty modules on the way."""
-    *path, leaf = name.split(".")
-    here = root
-    for part in path:
-        if part not in here._modules:
-            if hasattr(here, part):
-                raise ValueError(f"`{name}` cannot keep its name: the graph has its own `{part}`")
-            here.add_module(part, nn.Module())
-        child = here._modules[part]
-        assert child is not None
-        here = child
-    if leaf not in here._parameters and leaf not in here._buffers and hasattr(here, leaf):
-        raise ValueError(f"`{name}` cannot keep its name: the graph has its own `{leaf}`")
-    if isinstance(tensor, nn.Parameter):
-        here._parameters[leaf] = tensor
-    else:
-        here.register_buffer(leaf, tensor, persistent=persistent)
 
 
 @dataclass(slots=True)
 class ForwardGraph:
     """The graph, the tensors its get_attr nodes name, and what stands at its ends.
 
-    `outputs` names the output node's values; `scalars` and `probes` map a name to its placeholder.
-    `examples` is the batch size, before it is repeated for `views`. `enlarged` captures the model
-    again with one more example, which tells the example axis from another of the same size.
+    `canonical` maps every name of a tensor to its first name. `values` holds the fake values of the
+    placeholders, `available` the 0-d inputs that `scalar` may add. `outputs` names the output
+    node's values; `scalars` and `probes` map a name to its placeholder. `examples` is the batch
+    size, before it is repeated for `views`. `mode` is the FakeTensorMode of all values.
+    `recapture_with_one_more_example` captures the model again with one example more: that tells
+    the example axis from another axis of the same size.
     """
 
     module: fx.GraphModule
@@ -82,12 +76,12 @@ class ForwardGraph:
     canonical: Mapping[str, str]
     values: dict[str, Tensor]
     available: Mapping[str, Tensor]
-    task: LossSpec
+    loss: LossSpec
     examples: int
     views: int
     mode: Any
     recapture_with_one_more_example: Callable[[], ForwardGraph] | None = None
-    outputs: tuple[str, ...] = VIEW_ONE
+    outputs: tuple[str, ...] = OUTPUTS
     scalars: dict[str, fx.Node] = field(default_factory=dict)
     probes: dict[str, fx.Node] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -126,16 +120,33 @@ class ForwardGraph:
             return str(node.target)
         return None
 
+    def canonical_name(self, name: str) -> str:
+        """Return the first name of a parameter or buffer, by any of its names."""
+        return self.canonical.get(name, name)
+
+    def weight_uses(self, name: str) -> int:
+        """Count the operators that read a parameter, casts left out."""
+        first = self.canonical_name(name)
+        pending = [n for n in self.graph.nodes if n.op == "get_attr" and n.target == first]
+        uses = 0
+        while pending:
+            for user in pending.pop().users:
+                if user.target in CAST:
+                    pending.append(user)
+                else:
+                    uses += 1
+        return uses
+
     def scalar(self, name: str) -> fx.Node:
         """Return the placeholder of a 0-d input, adding it on first use."""
         if name not in self.scalars:
             if name not in self.available:
-                raise KeyError(f"the graph needs the scalar `{name}`, which was not given")
+                raise KeyError(f"the forward graph needs the scalar `{name}`, which was not given")
             self.scalars[name] = self._placeholder(f"scalar_{name}", self.available[name])
         return self.scalars[name]
 
     def probe(self, module: str, value: Tensor) -> fx.Node:
-        """Add the probe of a module, an input of zeros whose gradient carries the measurement."""
+        """Add the probe of a module: an input of zeros whose gradient is the measurement."""
         self.probes[module] = self._placeholder(f"probe_{module}", value)
         return self.probes[module]
 
@@ -170,11 +181,11 @@ class ForwardGraph:
             _Propagate(self).run()
 
     def calls(self) -> Iterator[fx.Node]:
-        """Iterate over the operator calls, in order, as they are now."""
+        """Iterate over a copy of the list of operator calls, so that a pass may add and erase some."""
         return iter([node for node in self.graph.nodes if node.op == "call_function"])
 
 
-class Run(fx.Interpreter):
+class ForwardInterpreter(fx.Interpreter):
     """Executes a forward graph with given tensors for its get_attr and placeholder nodes."""
 
     def __init__(
@@ -194,7 +205,7 @@ class Run(fx.Interpreter):
         return super().get_attr(target, args, kwargs) if found is None else found
 
 
-class _Propagate(Run):
+class _Propagate(ForwardInterpreter):
     def __init__(self, forward: ForwardGraph) -> None:
         mode = forward.mode
         fakes = {

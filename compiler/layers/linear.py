@@ -9,11 +9,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from trainc.compiler.errors import NotMeasurable
-from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.forward_graph import ForwardGraph, strip_casts
 from trainc.compiler.layers.registry import Found, Kind, own_names
 from trainc.compiler.layers.site_state import Bound, checked_probe, joined_views, parted_views
 from trainc.compiler.method.sites import LayerSite
-from trainc.compiler.passes.norm_patterns import strip
 from trainc.kernels.layer.linear import linear
 from trainc.kernels.layer.tied_weights import tied_linear
 
@@ -96,7 +95,7 @@ def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
 
 def _find_addmm(forward: ForwardGraph, node: fx.Node) -> Found | None:
     bias, flat, weight = node.args[:3]
-    source = strip(flat)
+    source = strip_casts(flat)
     if not isinstance(source, fx.Node) or source.target not in _FLATTENINGS:
         return None
     x = cast(fx.Node, source.args[0])

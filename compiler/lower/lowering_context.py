@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trainc.compiler.lower.unbounded_run import UNBOUNDED
-
 if TYPE_CHECKING:
     from torch import nn
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoweringContext:
-    """The model, its inventory, the units of time, and the measured signals; `length` None is a spec without a run."""
+    """What all clauses of one program share: the model, its inventory, and the units of time."""
 
     model: nn.Module
     inventory: Inventory
@@ -26,9 +24,4 @@ class LoweringContext:
     length: RunLength | None
     signals: Signals
     signal_units: Mapping[str, Unit] = field(default_factory=dict)
-    """What the signals of clauses count; those that are not here are plain numbers."""
-
-    @property
-    def schedule_length(self) -> RunLength:
-        """Return the length that schedules are compiled for: without a run, one that is never reached."""
-        return self.length or UNBOUNDED
+    """What the signals of clauses count, beside those that every run has; the others are plain numbers."""

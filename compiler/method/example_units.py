@@ -77,4 +77,4 @@ class Documents:
         )
 
 
-ExampleUnits = Groups | Documents
+Units = Groups | Documents

@@ -11,8 +11,7 @@ from torch import Tensor, fx
 
 from trainc.compiler.graph.forward_graph import ForwardGraph, call_site
 from trainc.compiler.method.sites import Rewrite
-from trainc.compiler.passes.insert_consistency import LOSS
-from trainc.compiler.passes.pass_base import Pass
+from trainc.compiler.passes.pass_base import LOSS, Pass
 from trainc.kernels.loss.linear_cross_entropy_consistency import chunk_rows
 
 aten = torch.ops.aten
@@ -39,7 +38,7 @@ class FuseHead(Pass):
 
     name: ClassVar[str] = "fuse_head"
     purpose: ClassVar[str] = "compute the loss of a large vocabulary without holding its logits"
-    after: ClassVar[tuple[str, ...]] = ("insert_consistency",)
+    after: ClassVar[tuple[str, ...]] = ("pair_views",)
     exact: ClassVar[bool] = False
 
     def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
@@ -90,7 +89,7 @@ class FuseHead(Pass):
 
 
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """Return the input, the weight and the bias of a linear layer, however it is spelled."""
+    """Return the input, the weight and the bias of a linear layer, in whatever operators it is written."""
     if node.kwargs or len(node.args) < 2:
         return None
     if node.target is aten.linear.default:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +11,11 @@ import torch
 from torch import fx
 
 from trainc.compiler.errors import SiteMissing, SiteUnfit
-from trainc.compiler.graph.forward_graph import ForwardGraph, call_site
+from trainc.compiler.graph.forward_graph import ForwardGraph, call_site, strip_casts
 from trainc.compiler.method.sites import NormSite, Rewrite
-from trainc.compiler.passes.norm_patterns import CAST, NormCall, norm_calls, strip
+from trainc.compiler.passes.norm_patterns import NormCall, norm_calls
 from trainc.compiler.passes.pass_base import Pass
+from trainc.compiler.passes.site_checks import check_weight_uses
 from trainc.kernels.norm import add_layer_norm as _add_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm import add_rms_norm as _add_rms_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm import layer_norm as _layer_norm  # noqa: F401  (registers the operator)
@@ -40,7 +41,7 @@ PLACES: dict[Any, Places] = {
 
 @dataclass(frozen=True)
 class FuseNorms(Pass):
-    """Replaces each selected norm, however it is spelled, by one operator."""
+    """Replaces each selected norm, in whatever operators it is written, by one operator."""
 
     name: ClassVar[str] = "fuse_norms"
     purpose: ClassVar[str] = "turn the selected normalization layers into one operator each"
@@ -83,8 +84,8 @@ class FuseNorms(Pass):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise SiteUnfit(
                 site.module,
-                f"its norm gives {old.dtype} {list(old.shape)} "
-                f"and the operator {new.dtype} {list(new.shape)}",
+                f"it gives {old.dtype} {list(old.shape)}, and the operator that would replace it "
+                f"gives {new.dtype} {list(new.shape)}",
             )
         call.result.replace_all_uses_with(result)
         forward.graph.erase_node(call.result)
@@ -93,12 +94,12 @@ class FuseNorms(Pass):
 
 def fused_norm(forward: ForwardGraph, site: NormSite, targets: Iterable[Any]) -> fx.Node | None:
     """Return the call of one of our operators that serves a site and has no probe yet."""
-    name = None if site.weight is None else _canonical(forward.canonical, site.weight)
+    name = None if site.weight is None else forward.canonical_name(site.weight)
     for node in forward.calls():
         place = PLACES.get(node.target) if node.target in targets else None
         if place is None or node.args[place.probe] is not None:
             continue
-        weight = forward.tensor_name(strip(node.args[place.weight]))
+        weight = forward.tensor_name(strip_casts(node.args[place.weight]))
         if weight == name and (name is not None or call_site(node) == site.module):
             return node
     return None
@@ -112,13 +113,7 @@ def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:
         mine = [call for call in calls if call.form == site.form and _belongs(forward, site, call)]
         if not mine:
             continue
-        uses = max(len(mine), _weight_uses(forward, site.weight))
-        if uses > 1:
-            raise SiteUnfit(
-                site.module,
-                f"its weight takes part {uses} times in one forward pass, and the squared norm "
-                "of a sum is not the sum of squared norms: its per-example norms would be wrong",
-            )
+        check_weight_uses(forward, site.module, site.weight, len(mine))
         found[site.module] = mine[0]
     return found
 
@@ -126,26 +121,4 @@ def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:
 def _belongs(forward: ForwardGraph, site: NormSite, call: NormCall) -> bool:
     if site.weight is None or call.weight is None:
         return site.weight is None and call.weight is None and call_site(call.result) == site.module
-    return forward.tensor_name(strip(call.weight)) == _canonical(forward.canonical, site.weight)
-
-
-def _weight_uses(forward: ForwardGraph, weight: str | None) -> int:
-    """Count the operators that read a parameter, seen through casts."""
-    if weight is None:
-        return 0
-    name = _canonical(forward.canonical, weight)
-    pending: list[fx.Node] = [
-        n for n in forward.graph.nodes if n.op == "get_attr" and n.target == name
-    ]
-    uses = 0
-    while pending:
-        for user in pending.pop().users:
-            if user.target in CAST:
-                pending.append(user)
-            else:
-                uses += 1
-    return uses
-
-
-def _canonical(names: Mapping[str, str], name: str) -> str:
-    return names.get(name, name)
+    return forward.tensor_name(strip_casts(call.weight)) == forward.canonical_name(site.weight)

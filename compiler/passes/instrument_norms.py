@@ -10,13 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from trainc.compiler.errors import SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.method.sites import NormSite, Rewrite
 from trainc.compiler.passes.fuse_norms import PLACES, fused_norm, locate
+from trainc.compiler.passes.joined_views import join_views, separate_views
 from trainc.compiler.passes.pass_base import Pass
-
-aten = torch.ops.aten
+from trainc.compiler.passes.site_checks import (
+    not_example_axis,
+    sizes_with_one_more,
+    starts_with_examples,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class InstrumentNorms(Pass):
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Instrument every fused norm site."""
         served: list[str] = []
-        shapes: Mapping[str, torch.Size] | None = None
+        sizes: Mapping[str, int] | None = None
         for site in rewrite.norms:
             node = fused_norm(forward, site, PLACES)
             if node is None:
@@ -42,64 +45,46 @@ class InstrumentNorms(Pass):
             place = PLACES[node.target]
             x = node.args[0].meta["val"]  # type: ignore[union-attr]
             normalised = len(node.args[place.shape])  # type: ignore[arg-type]
-            if forward.rows in x.shape[1 : x.dim() - normalised]:
-                shapes = _enlarged_shapes(forward, rewrite) if shapes is None else shapes
-            self.check(forward, site, x, (shapes or {}).get(site.module))
-            # A sum is promoted; the first result of either kind of operator has its dtype.
-            wide = node.meta["val"][0].dtype == torch.float64
-            dtype = torch.float64 if wide else torch.float32
-            columns = len(site.parameters)
-            zeros = torch.zeros(forward.examples, columns, dtype=dtype, device=x.device)
-            if forward.views > 1:
-                self.join_views(forward, node, x)
-            node.update_arg(place.probe, forward.probe(site.module, zeros))
+            if sizes is None and forward.rows in x.shape[1 : x.dim() - normalised]:
+                sizes = sizes_with_one_more(forward, lambda other: _input_sizes(other, rewrite))
+            size_with_one_more = (sizes or {}).get(site.module)
+            if x.dim() < 2 or not starts_with_examples(forward, x.shape[0], size_with_one_more):
+                raise not_example_axis(forward, site.module, f"input {list(x.shape)}")
+            self.add_probe(forward, site, node, x)
             served.append(site.module)
         return served
 
+    def add_probe(self, forward: ForwardGraph, site: NormSite, node: fx.Node, x: Tensor) -> None:
+        """Give one fused norm its probe."""
+        # A sum is promoted; the first result of either kind of operator has its dtype.
+        double = node.meta["val"][0].dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        shape = forward.examples, len(site.parameters)
+        zeros = torch.zeros(shape, dtype=dtype, device=x.device)
+        if forward.views > 1:
+            self.join_views(forward, node, x)
+        node.update_arg(PLACES[node.target].probe, forward.probe(site.module, zeros))
+
     def join_views(self, forward: ForwardGraph, node: fx.Node, x: Tensor) -> None:
-        """Let the norm see an example's views as parts of it: their contributions add up before they are squared."""
+        """Let the norm see the views of an example as parts of it."""
         (result,) = [n for n in node.users if n.target is operator.getitem and n.args[1] == 0]
-        split = [forward.views, forward.examples, *x.shape[1:]]
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
         with forward.graph.inserting_before(node):
-            apart = forward.call(aten.reshape.default, (node.args[0], split), node)
-            joined = forward.call(aten.transpose.int, (apart, 0, 1), node)
+            joined = join_views(forward, source, node)
         node.update_arg(0, joined)
         with torch.no_grad(), forward.mode:
-            result.meta["val"] = result.meta["val"].reshape(split).transpose(0, 1)
-        with forward.graph.inserting_after(result):
-            apart = forward.call(aten.transpose.int, (result, 0, 1), result)
-        with forward.graph.inserting_after(apart):
-            whole = forward.call(aten.reshape.default, (apart, list(x.shape)), result)
-        result.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not apart)
-
-    def check(
-        self,
-        forward: ForwardGraph,
-        site: NormSite,
-        x: Tensor,
-        size_with_one_more: torch.Size | None,
-    ) -> None:
-        """Raise unless the first axis of the norm's input is the example axis."""
-        views = forward.views
-        wrong = size_with_one_more is not None and size_with_one_more[0] != forward.rows + views
-        if x.dim() < 2 or x.shape[0] != forward.rows or wrong:
-            raise SiteUnfit(
-                site.module,
-                f"the first axis of its input {list(x.shape)} is not the axis of "
-                f"the {forward.rows} examples, so per-example norms cannot be taken there",
+            result.meta["val"] = (
+                result.meta["val"]
+                .reshape([forward.views, forward.examples, *x.shape[1:]])
+                .transpose(0, 1)
             )
+        with forward.graph.inserting_before(result.next):
+            separated = separate_views(forward, result, x.shape[:-1], result)
+        own = separated.args[0]
+        result.replace_all_uses_with(separated, delete_user_cb=lambda user: user is not own)
 
 
-def _enlarged_shapes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, torch.Size]:
-    """Return the norms' input shapes with one more example; empty when that fails."""
-    if forward.recapture_with_one_more_example is None:
-        return {}
-    try:
-        other = forward.recapture_with_one_more_example()
-        return {name: call.x.meta["val"].shape for name, call in locate(other, rewrite).items()}
-    except Exception as error:
-        forward.notes.append(
-            "another axis is as long as the batch, and the model could not be captured with one "
-            f"more example ({type(error).__name__}): the first axis is taken for the example axis"
-        )
-        return {}
+def _input_sizes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, int]:
+    calls = locate(forward, rewrite)
+    return {name: int(call.x.meta["val"].shape[0]) for name, call in calls.items()}

@@ -5,20 +5,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from trainc.compiler.passes.add_noise import AddNoise
 from trainc.compiler.passes.fuse_head import FuseHead
 from trainc.compiler.passes.fuse_norms import FuseNorms
 from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
-from trainc.compiler.passes.insert_consistency import InsertConsistency
 from trainc.compiler.passes.instrument_layers import InstrumentLayers
 from trainc.compiler.passes.instrument_norms import InstrumentNorms
+from trainc.compiler.passes.pair_views import PairViews
 from trainc.compiler.passes.pass_base import Pass
+from trainc.compiler.passes.share_dropout import ShareDropout
 
 PIPELINE: tuple[Pass, ...] = (
     FuseNorms(),
     FuseResidualAdds(),
     InstrumentNorms(),
     InstrumentLayers(),
-    InsertConsistency(),
+    ShareDropout(),
+    AddNoise(),
+    PairViews(),
     FuseHead(),
 )
 

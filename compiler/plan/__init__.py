@@ -1,1 +1,1 @@
-"""The plan: the printed form of the lowered method."""
+"""The plan and its tables."""

@@ -80,10 +80,7 @@ class Execution:
     def run_modules(self, batch: Batch, portion: MicroBatchSlice) -> tuple[Tensor, Micro]:
         """Return what is to be differentiated, and what the micro-batch leaves once it was."""
         refuse_shards(
-            "a micro-batch's or replica's own",
-            self.parts.batch_gradients,
-            self.parameters,
-            _PER_EXAMPLE,
+            "a micro-batch's or replica's own", self.parts.whole, self.parameters, _PER_EXAMPLE
         )
         self._examine(batch)
         scalars = self._scalars(portion, batch[1].device)
@@ -116,11 +113,11 @@ class Execution:
         inputs, targets = batch
         logits = batches.call(self.forward, batches.repeated(inputs, self._views))
         loss, terms = self._task_loss(logits, targets, scalars)
-        total = loss if share == 1.0 else loss * scalars["share"]
+        total = loss if share == 1.0 else loss * scalars["loss_weight"]
         for label, penalty in self.parts.penalties.items():
             value = penalty.value({n: self.parameters[n] for n in penalty.parameters}, scalars)
             terms[label] = value.detach()
-            total = total + (value if share == 1.0 else value * scalars["share"])
+            total = total + (value if share == 1.0 else value * scalars["loss_weight"])
         return total, loss, terms
 
     def _task_loss(
@@ -138,7 +135,7 @@ class Execution:
             one, two = logits.chunk(2)
             first, distance = task(one, targets), (one - two).square().sum(-1).mean()
             loss = first + weight * distance
-        return loss, {"task": first.detach(), "consistency": distance.detach()}
+        return loss, {"data_loss": first.detach(), "consistency": distance.detach()}
 
     # as a graph
 
@@ -219,7 +216,9 @@ class Execution:
             if gradient is not None:
                 self._take(name, gradient)
         terms = (
-            {} if out.consistency is None else {"task": out.task, "consistency": out.consistency}
+            {}
+            if out.consistency is None
+            else {"data_loss": out.data_loss, "consistency": out.consistency}
         )
         if self.parts.penalties:
             terms[" + ".join(self.parts.penalties)] = out.total / portion.share - out.loss
@@ -228,7 +227,7 @@ class Execution:
         return out.total, micro
 
     def _take(self, name: str, gradient: Tensor) -> None:
-        compact = self.parts.selected_entries.get(name)
+        compact = self.parts.compacts.get(name)
         if compact is not None:
             compact.take(gradient)
             return
@@ -321,7 +320,7 @@ class Execution:
             for n, at in parts.scalars.items()
         }
         scalars |= parts.tensors
-        scalars["share"] = torch.tensor(portion.share, dtype=dtype, device=device)
+        scalars["loss_weight"] = torch.tensor(portion.share, dtype=dtype, device=device)
         pairing = parts.rewrite.pairing
         if pairing is not None:
             scalars[pairing.weight] = scalars[pairing.weight] * (portion.part / portion.share)
@@ -337,7 +336,7 @@ class Execution:
         return torch.float64 if wide else torch.float32
 
     def _arm(self, batch: Batch, scalars: Mapping[str, Tensor]) -> None:
-        units, targets = self.parts.rewrite.example_units, batch[1]
+        units, targets = self.parts.rewrite.units, batch[1]
         self.sites.arm(
             Division(targets.shape[0]) if units is None else units.divide(batch),
             scalars, self._dtype(), targets.device,

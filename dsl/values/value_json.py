@@ -20,6 +20,7 @@ from trainc.dsl.values.expressions import (
     walk,
 )
 from trainc.dsl.values.selectors import (
+    ROLES,
     All,
     DepthRange,
     Difference,
@@ -35,11 +36,12 @@ from trainc.dsl.values.selectors import (
     Union,
     Where,
 )
-from trainc.dsl.values.value import Value, plain_number
+from trainc.dsl.values.value import Value, tidy
 
 __all__ = [
     "BINARY",
     "COMPARISONS",
+    "ROLES",
     "UNITS",
     "All",
     "Binary",
@@ -71,8 +73,8 @@ __all__ = [
     "called",
     "expr_from_json",
     "from_json",
-    "plain_number",
     "selector_from_json",
+    "tidy",
     "to_json",
     "walk",
 ]

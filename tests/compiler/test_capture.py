@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from examples import models
-from trainc.compiler.graph.dynamo_capture import dynamo_road
-from trainc.compiler.graph.export_capture import export_road
-from trainc.compiler.graph.step_graph import Batch, Outputs, StepGraph
+from trainc.compiler.graph.dynamo_capture import dynamo_capture
+from trainc.compiler.graph.export_capture import export_capture
+from trainc.compiler.graph.interface import Outputs
+from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.method.sites import NormSite, Rewrite
 from trainc.compiler.program.capture import CaptureFailed, capture, signature
-from trainc.runtime.data.batch import call
+from trainc.runtime.data.batch import Batch, call
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def one_thread() -> None:
     torch.manual_seed(0)
 
 
-class Task:
+class CrossEntropy:
     """Cross-entropy as the loss construct writes it."""
 
     name = "cross_entropy"
@@ -36,7 +37,7 @@ class Task:
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
 
 
-TASK = Task()
+LOSS = CrossEntropy()
 
 
 class Encoder(nn.Module):
@@ -83,7 +84,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
 
 
 def eager(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor | None]]:
-    loss = TASK(call(model, batch[0]), batch[1])
+    loss = LOSS(call(model, batch[0]), batch[1])
     names = dict(model.named_parameters())
     grads = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
     return loss.detach(), dict(zip(names, grads, strict=True))
@@ -95,7 +96,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def empty(model: nn.Module, batch: Batch, **changes: Any) -> StepGraph:
     given: dict[str, Any] = {"rewrite": Rewrite(), "penalties": {}, "scalars": {}} | changes
-    return capture(model, TASK, batch, **given)
+    return capture(model, LOSS, batch, **given)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,11 +109,11 @@ def test_an_empty_rewrite_is_eager_training_bit_for_bit(name: str) -> None:
     after = {n: b.clone() for n, b in model.named_buffers()}
     for n, b in model.named_buffers():
         b.copy_(buffers[n])
-    share = {"share": torch.tensor(1.0)}
-    step = empty(model, batch, scalars=share)
+    loss_weight = {"loss_weight": torch.tensor(1.0)}
+    step = empty(model, batch, scalars=loss_weight)
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
     torch.manual_seed(1)
-    out = step.run(batch, share)
+    out = step.run(batch, loss_weight)
     assert torch.equal(out.loss, loss)
     assert out.grads.keys() == grads.keys()
     assert all(same(out.grads[n], grads[n]) for n in grads)
@@ -154,10 +155,13 @@ def test_a_gradient_step_shows_in_the_next_run() -> None:
     assert all(same(out.grads[n], grads[n]) for n in grads)
 
 
-def test_share_and_penalties_multiply_as_in_a_step_of_micro_batches() -> None:
+def test_the_loss_weight_multiplies_loss_and_penalties() -> None:
     model, batch = models.vit(layers=1, width=32).double().train(), images()
-    batch = (batch[0].double(), batch[1])  # type: ignore[union-attr]
-    scalars = {"share": torch.tensor(0.25, dtype=torch.float64), "strength": torch.tensor(0.1)}
+    batch = (batch[0].double(), batch[1])
+    scalars = {
+        "loss_weight": torch.tensor(0.25, dtype=torch.float64),
+        "strength": torch.tensor(0.1),
+    }
     anchor = {"anchor": torch.randn_like(model.head.weight)}
 
     def pull(values: Any) -> Tensor:
@@ -169,11 +173,11 @@ def test_share_and_penalties_multiply_as_in_a_step_of_micro_batches() -> None:
     for strength in (0.1, 0.3):
         scalars["strength"] = torch.tensor(strength)
         out = step.run(batch, scalars | anchor)
-        task = TASK(model(batch[0]), batch[1])
-        total = (task + pull(dict(model.named_parameters()) | scalars | anchor)) * 0.25
+        loss = LOSS(model(batch[0]), batch[1])
+        total = (loss + pull(dict(model.named_parameters()) | scalars | anchor)) * 0.25
         want = torch.autograd.grad(total, list(model.parameters()))
         torch.testing.assert_close(out.total, total.detach(), rtol=1e-12, atol=0)
-        torch.testing.assert_close(out.loss, task.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-12, atol=0)
         for got, expected in zip(out.grads.values(), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
 
@@ -269,7 +273,7 @@ def test_one_tensor_as_inputs_and_targets_stays_two_ports() -> None:
 def test_autocast_at_capture_is_part_of_the_graph() -> None:
     model, batch = models.gpt(1, 32, 4, 16, 64).train(), tokens()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = TASK(model(batch[0]), batch[1])
+        loss = LOSS(model(batch[0]), batch[1])
         step = empty(model, batch)
         inside = step.run(batch, {})
     want = torch.autograd.grad(loss, list(model.parameters()))
@@ -298,15 +302,15 @@ def test_capture_leaves_the_random_stream_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-rms-tied-dropout", "resnet"])
-def test_both_roads_lead_to_the_same_step(name: str) -> None:
+def test_both_front_ends_give_the_same_step(name: str) -> None:
     make, data = CASES[name]
     model, batch = make().train(), data()
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     outs: list[Outputs] = []
-    for road in (export_road, dynamo_road):
+    for front_end in (export_capture, dynamo_capture):
         for n, b in model.named_buffers():
             b.copy_(buffers[n])
-        step = empty(model, batch, road=road)
+        step = empty(model, batch, front_end=front_end)
         assert list(step.state_dict()) == list(model.state_dict())
         torch.manual_seed(1)
         outs.append(step.run(batch, {}))
@@ -314,13 +318,13 @@ def test_both_roads_lead_to_the_same_step(name: str) -> None:
     torch.testing.assert_close(outs[0].grads, outs[1].grads, rtol=1e-5, atol=1e-7)
 
 
-def test_the_second_road_serves_norm_sites_by_name() -> None:
+def test_the_second_front_end_serves_norm_sites_by_name() -> None:
     model, batch = models.gpt(2, 32, 4, 16, 64).train(), tokens()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
     sites = [NormSite(n, "layer", f"{n}.weight", f"{n}.bias", 1e-5) for n in names]
     first, second = (
-        empty(model, batch, rewrite=Rewrite(norms=sites), road=road).run(batch, {}).probes
-        for road in (export_road, dynamo_road)
+        empty(model, batch, rewrite=Rewrite(norms=sites), front_end=front_end).run(batch, {}).probes
+        for front_end in (export_capture, dynamo_capture)
     )
     assert list(first) == list(second) == names
     assert all(torch.equal(first[n], second[n]) for n in names)
@@ -342,13 +346,13 @@ class Checkpointed(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("road", [export_road, dynamo_road])
-def test_checkpointing_constants_and_no_grad_blocks_are_captured(road: Any) -> None:
+@pytest.mark.parametrize("front_end", [export_capture, dynamo_capture])
+def test_checkpointing_constants_and_no_grad_blocks_are_captured(front_end: Any) -> None:
     model, batch = Checkpointed().train(), (torch.randn(3, 6), torch.randint(6, (3,)))
     torch.manual_seed(1)
     loss, grads = eager(model, batch)
     sites = [NormSite("first.0", "layer", "first.0.weight", "first.0.bias", 1e-5)]
-    step = empty(model, batch, road=road, rewrite=Rewrite(norms=sites))
+    step = empty(model, batch, front_end=front_end, rewrite=Rewrite(norms=sites))
     assert list(step.state_dict()) == list(model.state_dict())
     assert step.constants == ("forward_constant_0",)
     torch.manual_seed(1)
@@ -358,13 +362,13 @@ def test_checkpointing_constants_and_no_grad_blocks_are_captured(road: Any) -> N
     assert list(out.probes) == ["first.0"]
 
 
-def test_the_second_road_does_not_run_out_of_recompilations() -> None:
+def test_the_second_front_end_does_not_run_out_of_recompilations() -> None:
     batch = (torch.randn(2, 4), torch.randint(3, (2,)))
     for _ in range(10):
-        empty(nn.Linear(4, 3), batch, road=dynamo_road)
+        empty(nn.Linear(4, 3), batch, front_end=dynamo_capture)
 
 
-def test_a_model_export_refuses_takes_the_second_road_with_a_note() -> None:
+def test_a_model_that_export_refuses_takes_the_second_front_end_with_a_note() -> None:
     class Picky(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             if torch.compiler.is_exporting():
@@ -378,7 +382,7 @@ def test_a_model_export_refuses_takes_the_second_road_with_a_note() -> None:
     assert torch.equal(step.run(batch, {}).loss, eager(model, batch)[0])
 
 
-def test_a_model_no_road_can_take_is_refused_with_both_reasons() -> None:
+def test_a_model_that_no_front_end_can_take_is_refused_with_both_reasons() -> None:
     class Peeks(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if float(x.sum()) > 0 else super().forward(-x)
@@ -417,7 +421,7 @@ def test_hugging_face_models_train_alike(name: str, kind: str) -> None:
     )
     torch.manual_seed(1)
     with mixed:
-        loss = TASK(call(model, batch[0]), targets)
+        loss = LOSS(call(model, batch[0]), targets)
     want = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     with mixed:
         step = empty(model, batch)

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from examples import models
 from trainc.compiler.errors import PassBug, SiteMissing, SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph
-from trainc.compiler.graph.step_graph import Batch, Outputs, StepGraph
+from trainc.compiler.graph.interface import Outputs
+from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.method.sites import NoiseSite, NormSite, Pairing, Rewrite
+from trainc.compiler.passes.add_noise import AddNoise
 from trainc.compiler.passes.fuse_head import FuseHead
 from trainc.compiler.passes.fuse_norms import FuseNorms
 from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
-from trainc.compiler.passes.insert_consistency import InsertConsistency
 from trainc.compiler.passes.instrument_norms import InstrumentNorms
+from trainc.compiler.passes.pair_views import PairViews
 from trainc.compiler.passes.pass_base import Pass
 from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order
 from trainc.compiler.program.capture import capture
@@ -27,6 +29,7 @@ from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consiste
 from trainc.kernels.noise.multiplicative_noise import multiplicative_noise
 from trainc.kernels.noise.philox import pack_key
 from trainc.kernels.norm.rms_norm import rms_norm
+from trainc.runtime.data.batch import Batch
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,7 @@ class MeanSquare:
         return F.mse_loss(logits, targets)
 
 
-TASK = CrossEntropy()
+LOSS = CrossEntropy()
 
 
 def tokens(examples: int = 3, length: int = 8) -> Batch:
@@ -82,7 +85,7 @@ def norm_sites(model: nn.Module) -> list[NormSite]:
 
 def step_of(model: nn.Module, batch: Batch, rewrite: Rewrite, **changes: Any) -> StepGraph:
     given: dict[str, Any] = {"penalties": {}, "scalars": {}} | changes
-    return capture(model, given.pop("task", TASK), batch, rewrite=rewrite, **given)
+    return capture(model, given.pop("loss", LOSS), batch, rewrite=rewrite, **given)
 
 
 def one_by_one(model: nn.Module, batch: Batch, sites: Sequence[NormSite]) -> dict[str, Tensor]:
@@ -92,7 +95,7 @@ def one_by_one(model: nn.Module, batch: Batch, sites: Sequence[NormSite]) -> dic
     count = len(targets)
     found: dict[str, list[Tensor]] = {site.module: [] for site in sites}
     for i in range(count):
-        loss = TASK(model(inputs[i : i + 1]), targets[i : i + 1]) / count
+        loss = LOSS(model(inputs[i : i + 1]), targets[i : i + 1]) / count
         model.zero_grad()
         loss.backward()
         for site in sites:
@@ -106,7 +109,7 @@ def one_by_one(model: nn.Module, batch: Batch, sites: Sequence[NormSite]) -> dic
 
 
 def check_against_eager(model: nn.Module, batch: Batch, out: Outputs) -> None:
-    loss = TASK(model(batch[0]), batch[1])
+    loss = LOSS(model(batch[0]), batch[1])
     want = torch.autograd.grad(loss, list(model.parameters()))
     torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-12, atol=0)
     for got, expected in zip(out.grads.values(), want, strict=True):
@@ -126,7 +129,7 @@ def test_probes_are_the_norms_of_separate_backward_passes(norm: str) -> None:
         torch.testing.assert_close(out.probes[name], expected, rtol=1e-10, atol=0)
 
 
-class LayerSpelled(nn.Module):
+class LayerNormWritten(nn.Module):
     """A LayerNorm written out by hand, in one of several ways."""
 
     def __init__(self, how: str) -> None:
@@ -153,7 +156,7 @@ class LayerSpelled(nn.Module):
         return centred * (centred.square().mean(2, True) + 1e-3).pow(-0.5) * self.gain + self.shift
 
 
-class RootSpelled(nn.Module):
+class RMSNormWritten(nn.Module):
     """An RMSNorm written out by hand, in one of several ways."""
 
     def __init__(self, how: str) -> None:
@@ -197,8 +200,8 @@ ROOT = ["functional", "llama", "cast-last", "gemma", "product", "divide"]
 
 
 @pytest.mark.parametrize("how", LAYER)
-def test_every_spelling_of_layer_norm_is_found(how: str) -> None:
-    model, batch = Around(LayerSpelled(how)).double().train(), vectors()
+def test_every_way_to_write_a_layer_norm_is_found(how: str) -> None:
+    model, batch = Around(LayerNormWritten(how)).double().train(), vectors()
     sites = [NormSite("norm", "layer", "norm.gain", "norm.shift", 1e-3)]
     out = step_of(model, batch, Rewrite(norms=sites)).run(batch, {})
     check_against_eager(model, batch, out)
@@ -207,8 +210,8 @@ def test_every_spelling_of_layer_norm_is_found(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ROOT)
-def test_every_spelling_of_rms_norm_is_found(how: str) -> None:
-    model, batch = Around(RootSpelled(how)).double().train(), vectors()
+def test_every_way_to_write_an_rms_norm_is_found(how: str) -> None:
+    model, batch = Around(RMSNormWritten(how)).double().train(), vectors()
     sites = [NormSite("norm", "rms", "norm.gain", None, 1e-3)]
     out = step_of(model, batch, Rewrite(norms=sites)).run(batch, {})
     check_against_eager(model, batch, out)
@@ -220,7 +223,7 @@ def test_every_spelling_of_rms_norm_is_found(how: str) -> None:
     ("how", "casting"), [("llama", "llama"), ("cast-last", "none"), ("gemma", "gemma")]
 )
 def test_the_place_of_the_cast_is_kept_in_bfloat16(how: str, casting: str) -> None:
-    model = Around(RootSpelled(how)).bfloat16().train()
+    model = Around(RMSNormWritten(how)).bfloat16().train()
     inputs, targets = vectors()
     assert isinstance(inputs, Tensor)
     batch = (inputs.bfloat16(), targets)
@@ -230,7 +233,7 @@ def test_the_place_of_the_cast_is_kept_in_bfloat16(how: str, casting: str) -> No
     x = model.first(batch[0])
     gain = model.get_parameter("norm.gain")
     logits = model.last(torch.tanh(rms_norm(x, [6], gain, None, 1e-3, casting)))
-    assert torch.equal(step.run(batch, {}).loss, TASK(logits, targets).detach())
+    assert torch.equal(step.run(batch, {}).loss, LOSS(logits, targets).detach())
 
 
 def summed(step: StepGraph) -> list[str]:
@@ -354,7 +357,7 @@ def test_a_norm_applied_twice_is_refused_by_name() -> None:
             return y
 
     model = Twice(nn.LayerNorm(6)).double().train()
-    with pytest.raises(SiteUnfit, match="`norm`: its weight takes part 2 times"):
+    with pytest.raises(SiteUnfit, match="`norm`: its weight is used 2 times"):
         step_of(model, vectors(), Rewrite(norms=norm_sites(model)))
 
 
@@ -364,7 +367,7 @@ def test_a_weight_that_does_more_than_norm_is_refused() -> None:
             return super().forward(x) + self.get_parameter("norm.weight")
 
     model = Reused(nn.LayerNorm(6)).double().train()
-    with pytest.raises(SiteUnfit, match="takes part 2 times"):
+    with pytest.raises(SiteUnfit, match="is used 2 times"):
         step_of(model, vectors(), Rewrite(norms=norm_sites(model)))
 
 
@@ -401,7 +404,7 @@ def test_an_axis_that_could_not_be_proved_is_noted() -> None:
 
     model = Fixed(nn.LayerNorm(6)).double().train()
     step = step_of(model, vectors(3, 3), Rewrite(norms=norm_sites(model)))
-    assert "the first axis is taken for the example axis" in step.notes[0]
+    assert "is taken for the example axis" in step.notes[0]
     assert list(step.run(vectors(3, 3), {}).probes) == ["norm"]
 
 
@@ -447,11 +450,11 @@ def test_noise_and_pairing_equal_the_same_operators_in_eager(distance: str) -> N
         logits = model(torch.cat([ids, ids]))
         for handle in hooks:
             handle.remove()
-        loss, task, consistency = cross_entropy_consistency(
+        loss, data_loss, consistency = cross_entropy_consistency(
             logits, targets, scalars["weight:consistency"], distance
         )
         assert torch.equal(out.loss, loss)
-        assert torch.equal(out.task, task)
+        assert torch.equal(out.data_loss, data_loss)
         assert out.consistency is not None
         assert torch.equal(out.consistency, consistency)
         want = torch.autograd.grad(loss, list(model.parameters()))
@@ -483,11 +486,11 @@ def test_the_first_example_of_a_micro_batch_reaches_the_noise() -> None:
 
 
 @pytest.mark.parametrize("distance", ["mse", "kl"])
-def test_other_tasks_pair_with_the_distance_spelled_out(distance: str) -> None:
+def test_other_losses_pair_with_a_composed_distance(distance: str) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double().train()
     batch = (torch.randn(3, 6).double(), torch.randn(3, 4).double())
     rewrite, scalars = paced(model, distance)
-    step = step_of(model, batch, rewrite, scalars=scalars, task=MeanSquare())
+    step = step_of(model, batch, rewrite, scalars=scalars, loss=MeanSquare())
     out = step.run(batch, scalars)
     hooks = noisy(model, rewrite, scalars)
     logits = model(torch.cat([batch[0]] * 2))
@@ -520,8 +523,8 @@ def test_views_share_their_dropout_masks(inplace: bool) -> None:
     torch.manual_seed(5)
     hidden = model[0](batch[0])
     mask = F.dropout(torch.ones_like(hidden), 0.5)
-    want = TASK(model[2](hidden * mask), batch[1]).detach()
-    torch.testing.assert_close(out.task, want, rtol=1e-12, atol=0)
+    want = LOSS(model[2](hidden * mask), batch[1]).detach()
+    torch.testing.assert_close(out.data_loss, want, rtol=1e-12, atol=0)
 
 
 def test_attention_dropout_is_said_not_to_be_shared() -> None:
@@ -546,7 +549,7 @@ def test_noise_follows_every_call_of_a_module_and_modules_of_other_types() -> No
     scalars = {"sigma:mix": torch.tensor(0.3), "key": pack_key(1, 1)}
     out = step_of(model, batch, rewrite, scalars=scalars).run(batch, scalars)
     hooks = noisy(model, rewrite, scalars)
-    loss = TASK(model(batch[0]), batch[1])
+    loss = LOSS(model(batch[0]), batch[1])
     hooks[0].remove()
     assert torch.equal(out.loss, loss.detach())
 
@@ -568,7 +571,7 @@ class WrongShape(FuseNorms):
         with forward.graph.inserting_before(forward.output):
             logits = forward.result("logits")
             wide = forward.graph.call_function(torch.ops.aten.unsqueeze.default, (logits, 0))
-        forward.set_results({"task": forward.result("task"), "logits": wide})
+        forward.set_results({"data_loss": forward.result("data_loss"), "logits": wide})
         return [site.module for site in rewrite.norms]
 
 
@@ -581,7 +584,7 @@ class WrongOrder(FuseNorms):
         last = forward.result("logits")
         with forward.graph.inserting_before(first):
             early = forward.graph.call_function(torch.ops.aten.neg.default, (last,))
-        forward.set_results({"task": forward.result("task"), "logits": early})
+        forward.set_results({"data_loss": forward.result("data_loss"), "logits": early})
         return [site.module for site in rewrite.norms]
 
 
@@ -614,7 +617,7 @@ class Raises(FuseNorms):
     [
         (WrongShape(), r"`logits` was .*3, 8, 64.* and is .*1, 3, 8, 64"),
         (WrongOrder(), "before it has been defined|used before"),
-        (Invents(), "not asked for"),
+        (Invents(), "was asked for"),
         (Raises(), "AssertionError: not today"),
     ],
     ids=lambda value: getattr(value, "name", ""),
@@ -650,11 +653,11 @@ def test_reports_tell_what_changed() -> None:
     step = step_of(model, tokens(), Rewrite(norms=norm_sites(model)))
     reports = {report.name: report for report in step.reports}
     fuse, sums = reports["fuse_norms"], reports["fuse_residual_adds"]
-    instrument, consistency = reports["instrument_norms"], reports["insert_consistency"]
+    instrument, pairing = reports["instrument_norms"], reports["pair_views"]
     head = reports["fuse_head"]
     assert len(fuse.sites) == len(instrument.sites) == 5
     assert fuse.unserved == ()
-    assert not consistency.ran
+    assert not pairing.ran
     assert not head.ran
     assert (len(sums.sites), sums.diff) == (5, "")  # a CPU gains nothing
     assert fuse.seconds > 0
@@ -690,7 +693,7 @@ def test_the_pipeline_is_in_an_order_its_passes_allow() -> None:
     with pytest.raises(ValueError, match="must come"):
         check_order((InstrumentNorms(), FuseNorms()))
     with pytest.raises(ValueError, match="must come"):
-        check_order((InsertConsistency(), FuseNorms()))
+        check_order((AddNoise(), FuseNorms()))
 
 
 def test_every_pass_says_what_it_is_for() -> None:
@@ -737,7 +740,7 @@ def test_the_loss_through_the_head_is_the_loss_of_its_logits(how: str, distance:
     x, targets = torch.randn(4, 6).double(), torch.tensor([3, -100, 1, 4])
     rewrite, scalars = paced(model, distance)
     rewrite.noises = rewrite.noises[:1]  # noise on the logits would have to be added to them
-    passes = (InsertConsistency(), FuseHead(always=True))
+    passes = (AddNoise(), PairViews(), FuseHead(always=True))
     step = step_of(model, (x, targets), rewrite, scalars=scalars, passes=passes)
     assert head_calls(step) == ["linear_cross_entropy_consistency"]
     assert any("one operator" in note for note in step.notes)
@@ -752,7 +755,7 @@ def test_the_loss_through_the_head_is_the_loss_of_its_logits(how: str, distance:
         handle.remove()
     exact = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     torch.testing.assert_close(got.loss, loss.detach(), rtol=1e-10, atol=0)
-    for one in ("task", "consistency"):
+    for one in ("data_loss", "consistency"):
         torch.testing.assert_close(getattr(got, one), getattr(want, one), rtol=1e-10, atol=0)
     for grad, expected in zip(got.grads.values(), exact, strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
@@ -763,7 +766,7 @@ def test_a_head_whose_logits_are_read_is_left_alone(how: str) -> None:
     model = Headed(how).double().train()
     batch = (torch.randn(4, 6).double(), torch.tensor([3, -100, 1, 4]))
     rewrite, scalars = paced(model)
-    passes = (InsertConsistency(), FuseHead(always=True))
+    passes = (AddNoise(), PairViews(), FuseHead(always=True))
     step = step_of(model, batch, rewrite, scalars=scalars, passes=passes)
     assert head_calls(step) == ["cross_entropy_consistency"]
 

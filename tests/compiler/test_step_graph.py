@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import models
-from trainc.compiler.graph.step_graph import Batch, BatchMismatch, StepGraph
+from trainc.compiler.graph.interface import BatchMismatch
+from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.method.sites import NormSite, Rewrite
 from trainc.compiler.program.capture import capture
+from trainc.runtime.data.batch import Batch
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +57,13 @@ def test_it_is_a_graph_module_before_the_first_batch(model: nn.Module) -> None:
 
 def test_installing_gives_it_the_graph_of_another(model: nn.Module) -> None:
     step, batch = StepGraph(model), images()
-    other = captured(model, batch, share=torch.tensor(1.0))
+    other = captured(model, batch, loss_weight=torch.tensor(1.0))
     step.install(other)
     assert step.installed
     assert step.code == other.code
     assert step.reports == other.reports
     one = torch.tensor(1.0)
-    a, b = step.run(batch, {"share": one}), other.run(batch, {"share": one})
+    a, b = step.run(batch, {"loss_weight": one}), other.run(batch, {"loss_weight": one})
     assert equal(a.grads, b.grads)
     assert equal(a.probes, b.probes)
     step.graph.lint()
@@ -95,9 +97,9 @@ def test_a_batch_it_was_not_captured_for_is_refused(model: nn.Module) -> None:
     with pytest.raises(BatchMismatch, match=r"expected inputs float32\[4, 1, 8, 8\] on cpu, got"):
         step.run(images(2), {})
     with pytest.raises(BatchMismatch, match="float64"):
-        step.run((batch[0].double(), batch[1]), {})  # type: ignore[union-attr]
+        step.run((batch[0].double(), batch[1]), {})
     with pytest.raises(BatchMismatch, match="expected a tensor of 1 inputs"):
-        step.run(({"x": batch[0]}, batch[1]), {})  # type: ignore[dict-item]
+        step.run(({"x": batch[0]}, batch[1]), {})
     assert step.accepts(images())
 
 
@@ -112,8 +114,8 @@ def test_a_batch_of_other_strides_is_taken(model: nn.Module) -> None:
 
 
 def test_a_scalar_that_was_not_given_is_named(model: nn.Module) -> None:
-    step = captured(model, images(), share=torch.tensor(1.0))
-    with pytest.raises(KeyError, match="share"):
+    step = captured(model, images(), loss_weight=torch.tensor(1.0))
+    with pytest.raises(KeyError, match="loss_weight"):
         step.run(images(), {})
 
 
@@ -145,10 +147,10 @@ def test_copied_together_the_model_and_its_step_stay_together() -> None:
     model = models.gpt(1, 16, 2, 8, 32, tied=True).train()
     batch = (torch.randint(32, (2, 8)), torch.randint(32, (2, 8)))
 
-    def task(logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    step = capture(model, task, batch, rewrite=Rewrite(), penalties={}, scalars={})
+    step = capture(model, loss, batch, rewrite=Rewrite(), penalties={}, scalars={})
     twin, twin_step = copy.deepcopy((model, step))
     for name, parameter in twin.named_parameters(remove_duplicate=False):
         assert twin_step.get_parameter(name) is parameter
@@ -157,7 +159,7 @@ def test_copied_together_the_model_and_its_step_stay_together() -> None:
 
 
 def test_it_is_not_pickled(model: nn.Module) -> None:
-    with pytest.raises(TypeError, match="never pickled"):
+    with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(StepGraph(model))
 
 
@@ -167,5 +169,5 @@ def test_a_name_the_graph_module_needs_is_refused() -> None:
             super().__init__()
             self.graph = nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match=r"`graph\.weight` cannot keep its name"):
+    with pytest.raises(ValueError, match=r"`graph\.weight` cannot be captured under this name"):
         StepGraph(Clash())

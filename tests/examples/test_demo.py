@@ -102,7 +102,7 @@ def test_it_draws_a_picture_of_each_pair(shown: tuple[Path, str]) -> None:
 def test_the_mean_of_the_last_losses_counts_samples() -> None:
     steps = [
         {"step": 1, "samples": 8, "batch": 8, "loss": 9.0},
-        {"step": 2, "samples": 16, "batch": 8, "loss": 4.0, "task": 2.0},
+        {"step": 2, "samples": 16, "batch": 8, "loss": 4.0, "data_loss": 2.0},
         {"step": 2, "eval_loss": 7.0},
         {"step": 3, "samples": 40, "batch": 24, "loss": 1.0},
     ]

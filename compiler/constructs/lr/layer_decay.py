@@ -58,7 +58,10 @@ class LayerDecay(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Give every level one factor."""
-        to.refuse_times(f"`{to.label}` holds for the whole run", "from", "until", "every")
+        if to.clause.start or to.clause.stop or to.clause.every:
+            raise ValueError(
+                f"`{to.label}` holds for the whole run and takes no `from`, `until` or `every`"
+            )
         levels: dict[tuple[int, int], list[str]] = {}
         for parameter in to.parameters():
             place = parameter.place

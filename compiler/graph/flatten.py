@@ -1,0 +1,110 @@
+"""Turn a traced step into a flat graph over the user's tensors: attributes for them, placeholders for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from trainc.compiler.graph.dead_code import remove_dead
+from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.gradient_storage import own_storage
+from trainc.compiler.graph.named_tensors import identifier
+
+aten = torch.ops.aten
+
+T = TypeVar("T")
+
+# No-ops under no_grad: they only separate autograd histories, and the step graph has none.
+_NO_OPS = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default}
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The names of a traced step's inputs, in order: the model's tensors, the batch, the scalars."""
+
+    tensors: tuple[str, ...]
+    batch: tuple[str, ...]
+    scalars: tuple[str, ...]
+
+    @classmethod
+    def of(cls, forward: ForwardGraph) -> StepInputs:
+        """Return the inputs that a step over a forward graph takes."""
+        added = {node.name for node in (*forward.scalars.values(), *forward.probes.values())}
+        given = [n.name for n in forward.graph.nodes if n.op == "placeholder"]
+        batch = tuple(name for name in given if name not in added)
+        return cls(tuple(forward.tensors), batch, tuple(forward.available))
+
+    def split(self, flat: Sequence[T]) -> tuple[dict[str, T], dict[str, T], dict[str, T]]:
+        """Return what is given for the tensors, the batch and the scalars, each by name."""
+        first, second = len(self.tensors), len(self.tensors) + len(self.batch)
+        return (
+            dict(zip(self.tensors, flat[:first], strict=True)),
+            dict(zip(self.batch, flat[first:second], strict=True)),
+            dict(zip(self.scalars, flat[second:], strict=True)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FlatStep:
+    """A flat graph, the names of its outputs, its scalars with their placeholders, and its constant tensors."""
+
+    graph: fx.Graph
+    outputs: tuple[str, ...]
+    scalars: tuple[tuple[str, str], ...]
+    constants: dict[str, Tensor]
+
+
+def flatten(
+    traced: fx.GraphModule, forward: ForwardGraph, inputs: StepInputs, outputs: tuple[str, ...]
+) -> FlatStep:
+    """Rebuild a traced step with get_attr nodes for tensors and placeholders for the other inputs."""
+    nodes = list(traced.graph.nodes)
+    tensors, batch, scalars = inputs.split([node for node in nodes if node.op == "placeholder"])
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for name, node in batch.items():
+        made[node] = _placeholder(graph, node, name)
+    for name, node in scalars.items():
+        made[node] = _placeholder(graph, node, f"scalar_{name}")
+    constants: dict[str, Tensor] = {}
+    for name, node in tensors.items():
+        if node.users:
+            made[node] = _attribute(graph, node, name)
+            if name not in forward.canonical:
+                constants[name] = forward.tensors[name]
+    for node in nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr":
+            name = f"penalty_constant_{len(constants)}"
+            constants[name] = getattr(traced, str(node.target))
+            made[node] = _attribute(graph, node, name)
+        elif node.op == "call_function" and node.target in _NO_OPS:
+            made[node] = made[node.args[0]]
+        elif node.op == "output":
+            results = fx.node.map_arg(node.args[0], made.__getitem__)
+            graph.output(tuple(own_storage(graph, results, outputs)))
+        else:
+            made[node] = graph.node_copy(node, made.__getitem__)
+    remove_dead(graph)
+    graph.lint()
+    read = {node.target for node in graph.nodes if node.op == "get_attr"}
+    table = tuple((name, made[node].name) for name, node in scalars.items())
+    return FlatStep(graph, outputs, table, {n: t for n, t in constants.items() if n in read})
+
+
+def _placeholder(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
+    made = graph.placeholder(identifier(name))
+    made.target = made.name
+    made.meta = dict(node.meta)
+    return made
+
+
+def _attribute(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
+    made = graph.create_node("get_attr", name, name=identifier(name))
+    made.meta = {"val": node.meta.get("val")}
+    return made

@@ -1,0 +1,159 @@
+"""Capture the forward pass of a model and its loss by a front end, as a forward graph over the user's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from trainc.compiler.graph.forward_graph import ForwardGraph, LossSpec
+from trainc.compiler.graph.interface import flatten_inputs
+from trainc.compiler.graph.named_tensors import canonical_names, identifier, register_tensor
+from trainc.compiler.graph.wrapped_model import (
+    PREFIX,
+    CaptureFrontEnd,
+    LossFunction,
+    WrappedModel,
+)
+from trainc.runtime.data.batch import Batch
+
+
+def capture_forward(
+    model: nn.Module,
+    loss: LossFunction,
+    batch: Batch,
+    views: int,
+    scalars: Mapping[str, Tensor],
+    front_end: CaptureFrontEnd,
+) -> ForwardGraph:
+    """Capture the forward pass and the loss as flat ATen nodes over the user's parameter names."""
+    batch = _distinct(batch)
+    module = front_end(WrappedModel(model, loss, views), batch)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    graph, tensors = _renamed(module, model, batch)
+    holder = fx.GraphModule(module, fx.Graph())
+    for name, child in module.named_children():
+        if isinstance(child, fx.GraphModule):
+            holder.add_module(name, child)
+    for name, tensor in tensors.items():
+        register_tensor(holder, name, tensor)
+    holder.graph = graph
+    names = [*input_names(batch), "targets"]
+    given = [*(t for _, t in flatten_inputs(batch[0])[1]), batch[1]]
+    fakes: dict[str, Tensor] = {
+        n: mode.from_tensor(t.detach(), static_shapes=True)
+        for n, t in zip(names, given, strict=True)
+    }
+    return ForwardGraph(
+        holder,
+        tensors,
+        canonical_names(model),
+        fakes,
+        scalars,
+        LossSpec.of(loss),
+        batch[1].shape[0],
+        views,
+        mode,
+    )
+
+
+def one_more_example(batch: Batch) -> Batch:
+    """Return a batch with its first example once more at the end."""
+    inputs, targets = _distinct(batch)
+    return pytree.tree_map(lambda t: torch.cat([t, t[:1]]), (inputs, targets))  # type: ignore[no-any-return]
+
+
+def input_names(batch: Batch) -> list[str]:
+    """Return the placeholder names of the inputs."""
+    taken = {"targets"}
+    names = []
+    for key, _ in flatten_inputs(batch[0])[1]:
+        name = "inputs" if key is None else identifier(f"inputs_{key}")
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _distinct(batch: Batch) -> Batch:
+    """Return the batch with contiguous tensors, as `run` passes them, and no tensor twice.
+
+    Strides decide at capture whether a reshape is a view, and tracers take equal inputs for one.
+    """
+    seen: set[int] = set()
+
+    def once(tensor: Tensor) -> Tensor:
+        fresh = tensor.clone() if id(tensor) in seen else tensor.contiguous()
+        seen.update((id(tensor), id(fresh)))
+        return fresh
+
+    inputs, targets = batch
+    if isinstance(inputs, Mapping):
+        inputs = dict(inputs)
+    return pytree.tree_map(once, inputs), once(targets)
+
+
+def _renamed(
+    module: fx.GraphModule, model: nn.Module, batch: Batch
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Copy a captured graph with the user's names and plain inputs, without its checks."""
+    names = canonical_names(model)
+    own = dict([*model.named_parameters(), *model.named_buffers()])
+    by_object = {id(tensor): name for name, tensor in own.items()}
+    ports = iter([*input_names(batch), "targets"])
+    graph = fx.Graph()
+    environment: dict[fx.Node, fx.Node] = {}
+    tensors: dict[str, Tensor] = {}
+    fresh = (f"forward_constant_{i}" for i in count())
+    for node in module.graph.nodes:
+        if _is_check(node):
+            continue
+        if node.op == "output":
+            results = pytree.tree_leaves(node.args)
+            graph.output(tuple(environment[n] for n in results))
+            continue
+        made = graph.node_copy(node, lambda n: environment[n])
+        environment[node] = made
+        if node.op == "placeholder":
+            made.target = next(ports)
+            made.name = made.target
+        elif node.op == "get_attr" and isinstance(
+            value := _attribute(module, str(node.target)), Tensor
+        ):
+            plain = str(node.target).removeprefix(f"{PREFIX}.")
+            made.target = by_object.get(id(value)) or names.get(plain) or next(fresh)
+            tensors.setdefault(str(made.target), value)
+        _plain_stack(made)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    return graph, own | {n: t for n, t in tensors.items() if n not in names}
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    return fx.graph_module._get_attr(module, target)
+
+
+def _is_check(node: fx.Node) -> bool:
+    checks = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg)
+    return node.op == "call_module" or (node.op == "call_function" and node.target in checks)
+
+
+def _plain_stack(node: fx.Node) -> None:
+    """Drop the wrapper from the module stack, so that paths are the user's."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        kept = {}
+        for key, (path, kind) in stack.items():
+            if path == PREFIX or path.startswith(f"{PREFIX}."):
+                kept[key] = (path[len(PREFIX) + 1 :], kind)
+        node.meta["nn_module_stack"] = kept
+    for key in ("val", "tensor_meta", "unbacked_bindings", "from_node"):
+        node.meta.pop(key, None)

@@ -1,0 +1,86 @@
+"""Let the two views of an example share their dropout masks, so that their distance measures the noise alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from trainc.compiler.graph.forward_graph import ForwardGraph, call_site
+from trainc.compiler.method.sites import Rewrite
+from trainc.compiler.passes.pass_base import LOSS, Pass
+
+aten = torch.ops.aten
+_DROPOUT: dict[Any, Any] = {
+    aten.dropout.default: aten.mul.Tensor,
+    aten.dropout_.default: aten.mul_.Tensor,
+}
+# Random operators whose masks are drawn inside, so that the views cannot share them.
+_UNSHARED = {
+    aten.scaled_dot_product_attention.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.bernoulli.default,
+    aten.bernoulli.p,
+    aten.bernoulli_.float,
+    aten.rand_like.default,
+    aten.randn_like.default,
+}
+
+
+@dataclass(frozen=True)
+class ShareDropout(Pass):
+    """Draws one dropout mask for both views of an example, where the views are compared."""
+
+    name: ClassVar[str] = "share_dropout"
+    purpose: ClassVar[str] = "draw one dropout mask for both views of an example"
+    before: ClassVar[tuple[str, ...]] = ("pair_views",)
+    exact: ClassVar[bool] = False
+
+    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
+        """Return the loss where the views are paired: its distance is what the masks are shared for."""
+        return (LOSS,) if rewrite.pairing else ()
+
+    def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
+        """Rewrite every dropout, and note what else draws random numbers for each view."""
+        for node in forward.calls():
+            if node.target in _UNSHARED and _is_random(node):
+                where = call_site(node) or "the model"
+                forward.notes.append(
+                    f"`{where}` draws from {node.target} for each view: its masks are not shared"
+                )
+            if node.target in _DROPOUT and node.args[2] and node.args[1] != 0.0:
+                _share_mask(forward, node)
+        return [LOSS]
+
+
+def _share_mask(forward: ForwardGraph, node: fx.Node) -> None:
+    """Draw the mask of one dropout for the first view, and repeat it for the others."""
+    x, p, _ = node.args
+    assert isinstance(x, fx.Node)
+    rows = x.meta["val"].shape[0]
+    if rows % forward.rows:
+        forward.notes.append(
+            f"`{call_site(node)}` drops along another axis: its masks are not shared"
+        )
+        return
+    with forward.graph.inserting_before(node):
+        view = forward.call(aten.slice.Tensor, (x, 0, 0, rows // forward.views), node)
+        ones = forward.call(aten.ones_like.default, (view,), node)
+        mask = forward.call(aten.dropout.default, (ones, p, True), node)
+        masks = forward.call(aten.cat.default, ([mask] * forward.views,), node)
+        result = forward.call(_DROPOUT[node.target], (x, masks), node)
+    node.replace_all_uses_with(result)
+    forward.graph.erase_node(node)
+
+
+def _is_random(node: fx.Node) -> bool:
+    if node.target is aten.scaled_dot_product_attention.default:
+        given = (
+            dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), node.args, strict=False))
+            | node.kwargs
+        )
+        return bool(given.get("dropout_p", 0.0))
+    return True
