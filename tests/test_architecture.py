@@ -45,7 +45,7 @@ ROOMS = {
         "compiler/model": "dsl/text dsl/values dsl/resolve",
         "compiler/bind": "compiler dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule compiler/model",
         "compiler/method": "dsl/text runtime/schedule runtime/step compiler runtime/data",
-        "compiler/graph": "runtime/data compiler/method",
+        "compiler/graph": "compiler runtime/data compiler/method",
         "compiler/lower": (
             "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/step "
             "compiler/model compiler/bind compiler/method"

@@ -1,17 +1,20 @@
-"""Turn a traced step into a flat graph over the user's tensors: attributes for them, placeholders for the rest."""
+"""Turn a traced step into a flat graph: attributes for the user's tensors, placeholders for the other inputs.
+
+Each gradient gets dense memory of its own, as in eager training.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from trainc.compiler.graph.dead_code import remove_dead
 from trainc.compiler.graph.forward_graph import ForwardGraph
-from trainc.compiler.graph.gradient_storage import own_storage
 from trainc.compiler.graph.named_tensors import identifier
 
 aten = torch.ops.aten
@@ -87,7 +90,7 @@ def flatten(
             made[node] = made[node.args[0]]
         elif node.op == "output":
             results = fx.node.map_arg(node.args[0], made.__getitem__)
-            graph.output(tuple(own_storage(graph, results, outputs)))
+            graph.output(tuple(_own_storage(graph, results, outputs)))
         else:
             made[node] = graph.node_copy(node, made.__getitem__)
     remove_dead(graph)
@@ -108,3 +111,52 @@ def _attribute(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
     made = graph.create_node("get_attr", name, name=identifier(name))
     made.meta = {"val": node.meta.get("val")}
     return made
+
+
+def _own_storage(graph: fx.Graph, results: Sequence[Any], outputs: Sequence[str]) -> list[Any]:
+    """Return the results with a copy of each gradient that shares memory or is not dense: callers clip in place."""
+    seen: set[fx.Node] = set()
+    owned: list[Any] = []
+    for name, node in zip(outputs, results, strict=True):
+        if isinstance(node, fx.Node) and name.startswith(("grad:", "probe:")):
+            root = _root(node)
+            value = node.meta.get("val")
+            dense = value is None or _is_dense(value)
+            if root in seen or root.op != "call_function" or not dense:
+                copied = graph.call_function(
+                    aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                )
+                copied.meta = dict(node.meta)
+                node = copied
+            seen.add(root)
+        owned.append(node)
+    return owned
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Say whether a tensor fills its memory without gaps or overlaps, in any order of its dims."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """Follow views back to the node that owns the memory."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        target = node.target
+        if target is operator.getitem and _is_view(node.args[0].target):
+            node = node.args[0]
+        elif not _is_view(target):
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_view(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(
+        r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
+    )

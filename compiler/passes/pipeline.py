@@ -1,10 +1,20 @@
-"""The order of the passes: one literal tuple, checked against each pass's constraints."""
+"""The passes in their order, and the runner that checks the graph after each."""
 
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from trainc.compiler.errors import PassBug, SiteMissing, SiteUnfit
+from trainc.compiler.graph.dead_code import remove_dead
+from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.listing import listing
+from trainc.compiler.graph.pass_report import PassReport
+from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.add_noise import AddNoise
 from trainc.compiler.passes.fuse_head import FuseHead
 from trainc.compiler.passes.fuse_norms import FuseNorms
@@ -26,6 +36,9 @@ PIPELINE: tuple[Pass, ...] = (
     FuseHead(),
 )
 
+# Shape, dtype and device of an output.
+Signature = tuple[tuple[int, ...], torch.dtype, str]
+
 
 def check_order(passes: Sequence[Pass]) -> None:
     """Raise when the order breaks a pass's `after` or `before`."""
@@ -46,3 +59,97 @@ def check_names(without: frozenset[str], passes: Sequence[Pass] = PIPELINE) -> N
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f"did you mean `{close[0]}`?" if close else "the passes are " + ", ".join(names)
         raise ValueError(f"there is no pass `{name}`: {hint}")
+
+
+def run_passes(
+    forward: ForwardGraph,
+    rewrite: Rewrite,
+    passes: Sequence[Pass],
+    without: frozenset[str] = frozenset(),
+) -> tuple[PassReport, ...]:
+    """Run the passes in order and check after each; those named in `without` leave their sites unserved.
+
+    Raises SiteMissing and SiteUnfit for sites that cannot be served, PassBug for a pass that breaks the graph.
+    """
+    reports: list[PassReport] = []
+    excused = {site for step in passes if step.name in without for site in step.wants(rewrite)}
+    forward.propagate()
+    for step in passes:
+        wanted = step.wants(rewrite)
+        if step.name in without or not wanted:
+            reports.append(PassReport(step.name, step.purpose, False, unserved=wanted))
+        else:
+            reports.append(_run(forward, rewrite, step, wanted, excused))
+    return tuple(reports)
+
+
+def _run(
+    forward: ForwardGraph, rewrite: Rewrite, step: Pass, wanted: tuple[str, ...], excused: set[str]
+) -> PassReport:
+    started = time.perf_counter()
+    before, count = listing(forward.graph), len(forward.graph.nodes)
+    outputs = _signatures(forward)
+    try:
+        served = tuple(step.run(forward, rewrite))
+    except (SiteMissing, SiteUnfit):
+        raise
+    except Exception as error:
+        raise PassBug(step.name, f"{type(error).__name__}: {error}", before) from error
+    unserved = tuple(name for name in wanted if name not in served)
+    if set(unserved) - excused:
+        raise SiteMissing(step.name, unserved)
+    if set(served) - set(wanted) or len(set(served)) != len(served):
+        reason = f"it reports the sites {sorted(served)}, and was asked for {sorted(wanted)}"
+        raise PassBug(step.name, reason, before)
+    try:
+        forward.graph.lint()
+        remove_dead(forward.graph)
+        forward.module.recompile()
+        forward.propagate()
+    except Exception as error:
+        raise PassBug(step.name, f"{type(error).__name__}: {error}", before) from error
+    broken = _broken_output(outputs, _signatures(forward), step.widens)
+    if broken is not None:
+        raise PassBug(step.name, broken, before)
+    return PassReport(
+        step.name,
+        step.purpose,
+        True,
+        served,
+        unserved,
+        count,
+        len(forward.graph.nodes),
+        time.perf_counter() - started,
+        _diff(step.name, before, listing(forward.graph)),
+    )
+
+
+def _diff(name: str, before: str, after: str) -> str:
+    old, new = before.splitlines(), after.splitlines()
+    titles = f"before {name}", f"after {name}"
+    return "\n".join(difflib.unified_diff(old, new, *titles, lineterm="", n=1))
+
+
+def _signatures(forward: ForwardGraph) -> dict[str, Signature]:
+    found: dict[str, Signature] = {}
+    for name in forward.outputs:
+        value = forward.result(name).meta["val"]
+        if isinstance(value, Tensor):
+            found[name] = (tuple(value.shape), value.dtype, str(value.device))
+    return found
+
+
+def _broken_output(
+    before: dict[str, Signature], after: dict[str, Signature], widens: frozenset[str]
+) -> str | None:
+    """Say which output changed its shape, dtype or device, or is gone; None where all are as they were."""
+    for name, new in after.items():
+        if _differ(before.get(name, new), new, name in widens):
+            return f"`{name}` was {before[name]} and is {new}"
+    lost = sorted(set(before) - set(after))
+    return f"the outputs {lost} are gone" if lost else None
+
+
+def _differ(old: Signature, new: Signature, may_widen: bool) -> bool:
+    wider = may_widen and torch.promote_types(old[1], new[1]) == new[1]
+    return (old[0], old[2]) != (new[0], new[2]) or (old[1] != new[1] and not wider)

@@ -24,8 +24,7 @@ from trainc.compiler.graph.wrapped_model import CaptureFrontEnd, LossFunction
 from trainc.compiler.method.penalty import Penalty
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.pass_base import Pass
-from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order
-from trainc.compiler.passes.run_passes import run_passes
+from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order, run_passes
 from trainc.runtime.data.batch import Batch
 
 FRONT_ENDS: Mapping[str, CaptureFrontEnd] = {
