@@ -61,13 +61,13 @@ ROOMS = {
             "compiler/layers"
         ),
         "compiler/constructs": (
-            "dsl/text dsl/values dsl/reading dsl/resolve kernels/parameter runtime/schedule "
+            "dsl/text dsl/values dsl/reading kernels/parameter runtime/schedule "
             "runtime/step runtime/noise_scale compiler/model compiler/bind compiler/method "
             "compiler/lower compiler/layers"
         ),
         "compiler/plan": (
             "dsl/text dsl/reading kernels/layer runtime/schedule compiler/model compiler/bind "
-            "compiler/method compiler/passes"
+            "compiler/method compiler/passes runtime/step"
         ),
         "compiler/program": (
             "compiler/model compiler kernels/loss kernels/noise runtime/schedule runtime/storage runtime/data "

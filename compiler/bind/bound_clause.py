@@ -1,4 +1,4 @@
-"""A clause bound to a model: what plan decides about it and what lowering reads."""
+"""A clause bound to a model: the names it selects, its durations, and why it is left out, if it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.model.inventory import Inventory, ModuleEntry, ParameterEntry
+from trainc.runtime.schedule.clock import Duration
 
 if TYPE_CHECKING:
     from trainc.dsl.reading.construct import Catalog, Construct
@@ -15,17 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BoundClause:
-    """One clause with its targets named and its durations resolved.
-
-    `start`, `stop` and `every` are `{"amount", "unit"}` or None; `dropped` says why the clause is not in the program.
-    """
+    """One clause with its targets named; `dropped` says why it is not in the program, None where it is."""
 
     construct: Construct
     label: str
     targets: tuple[str, ...]
-    start: dict[str, Any] | None = None
-    stop: dict[str, Any] | None = None
-    every: dict[str, Any] | None = None
+    start: Duration | None = None
+    stop: Duration | None = None
+    every: Duration | None = None
     dropped: str | None = None
     span: Span | None = field(default=None, compare=False)
 
@@ -35,7 +33,8 @@ class BoundClause:
 
     @property
     def title(self) -> str:
-        return f"{self.construct.kind} {self.construct.name}"
+        """Return what a spec calls its construct: `regularize pace`, or `run`."""
+        return self.construct.title
 
     def modules(self, inventory: Inventory) -> tuple[ModuleEntry, ...]:
         return tuple(inventory.module[name] for name in self.targets)
@@ -49,9 +48,9 @@ class BoundClause:
             "construct": self.construct.name,
             "label": self.label,
             "targets": list(self.targets),
-            "start": self.start,
-            "stop": self.stop,
-            "every": self.every,
+            "start": self.start and self.start.to_json(),
+            "stop": self.stop and self.stop.to_json(),
+            "every": self.every and self.every.to_json(),
             "dropped": self.dropped,
             "fields": self.construct.model_dump(mode="json"),
         }
@@ -68,7 +67,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What a construct sees when it is asked for its objections: the selected entries and the whole model.
+    """What `Construct.validate_targets` is given: the selected entries and the whole model.
 
     `sizes` is None in a spec that names no data.
     """
@@ -83,13 +82,20 @@ def from_json(data: Mapping[str, Any], catalog: Catalog) -> BoundClause:
     """Return the bound clause that `to_json` wrote; raises ValueError when its construct is not installed."""
     key = (data["kind"], data["construct"])
     if key not in catalog:
-        raise ValueError(f"this program uses `{' '.join(key)}`, which is not installed here")
+        raise ValueError(
+            f"the program uses the construct `{' '.join(key)}`, which is not installed here: install the package"
+            " that provides it"
+        )
     return BoundClause(
         construct=catalog[key].model_validate(data["fields"]),
         label=data["label"],
         targets=tuple(data["targets"]),
-        start=data["start"],
-        stop=data["stop"],
-        every=data["every"],
+        start=_duration(data["start"]),
+        stop=_duration(data["stop"]),
+        every=_duration(data["every"]),
         dropped=data["dropped"],
     )
+
+
+def _duration(data: Any) -> Duration | None:
+    return None if data is None else Duration.from_json(data)

@@ -1,4 +1,4 @@
-"""Claims: a proof that every trainable parameter is updated by exactly one optimizer, and scaled or masked once."""
+"""Check that every trainable parameter has exactly one optimizer, and at most one mask and one clause of each `lr`."""
 
 from __future__ import annotations
 
@@ -15,35 +15,24 @@ SHOWN = 3
 def overlapping_claims(
     clauses: Sequence[BoundClause], inventory: Inventory
 ) -> Iterator[Diagnostic]:
-    """Yield a diagnostic for every parameter claimed twice by one kind of policy, or by no optimizer.
+    """Yield a diagnostic for every two clauses that may not share a parameter and do, and for unclaimed parameters.
 
-    Rate policies of different constructs multiply, so only those of one construct dispute a parameter; masks always do.
+    Optimizers may not share one, nor masks. Factors of different `lr` constructs multiply; two clauses of one
+    construct may not share a parameter.
     """
-    policies: dict[str, list[BoundClause]] = {}
+    exclusive: dict[str, list[BoundClause]] = {}
     for clause in clauses:
         if clause.kind in ("optimizer", "mask"):
-            policies.setdefault(clause.kind, []).append(clause)
+            exclusive.setdefault(clause.kind, []).append(clause)
         elif clause.kind == "lr":
-            policies.setdefault(clause.title, []).append(clause)
-    for same in policies.values():
-        yield from _overlaps(same)
-    if "optimizer" in policies:
-        yield from _unclaimed(policies["optimizer"], inventory)
+            exclusive.setdefault(clause.title, []).append(clause)
+    for what, same in exclusive.items():
+        yield from _overlaps(what, same)
+    if "optimizer" in exclusive:
+        yield from _unclaimed(exclusive["optimizer"], inventory)
 
 
-def two(
-    rule: str, message: str, clause: BoundClause, other: BoundClause, help: str | None = None
-) -> Diagnostic:
-    """Return a diagnostic that points at both clauses."""
-    labels = tuple(
-        Label(c.span, text)
-        for c, text in ((clause, "again here"), (other, "first here"))
-        if c.span is not None
-    )
-    return Diagnostic(rule, message, labels, help=help)
-
-
-def _overlaps(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
+def _overlaps(what: str, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
     owner: dict[str, BoundClause] = {}
     reported: set[tuple[int, int]] = set()
     for clause in clauses:
@@ -51,11 +40,12 @@ def _overlaps(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
             other = owner.setdefault(name, clause)
             if other is not clause and (id(other), id(clause)) not in reported:
                 reported.add((id(other), id(clause)))
-                yield two(
+                labels = ((clause, "selected again here"), (other, "first selected here"))
+                yield Diagnostic(
                     "claimed-twice",
-                    f"`{name}` is claimed by two clauses of one policy",
-                    clause,
-                    other,
+                    f"two `{what}` clauses select `{name}`",
+                    tuple(Label(c.span, text) for c, text in labels if c.span is not None),
+                    help="let only one of the two selectors match it",
                 )
 
 

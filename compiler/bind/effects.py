@@ -1,4 +1,4 @@
-"""Declared effects: the order of actions inside a phase, and the combinations that are refused."""
+"""What the declared effects of clauses imply: the order of actions, and the combinations that are errors."""
 
 from __future__ import annotations
 
@@ -11,30 +11,44 @@ from trainc.dsl.text.diagnostic import Diagnostic, Label
 if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import BoundClause
     from trainc.compiler.model.inventory import Inventory
-    from trainc.dsl.reading.construct import Effect
+    from trainc.dsl.reading.construct import Construct, Effect
+    from trainc.dsl.resolve.spec import Spec
 
 SINGLE = ("views",)
-"""Resources that one clause at most may write: there is no meaning to doing it twice."""
+"""Resources that at most one clause may write."""
+
+
+def changes_batch(spec: Spec) -> bool:
+    """Say whether the batch may change during the run: a clause or a rule sets it."""
+    actions = (action for rule in spec.rules for action in rule.actions)
+    return any("batch" in _writes(clause.construct) for clause in spec.clauses) or any(
+        getattr(action, "target", None) == "batch" for action in actions
+    )
 
 
 def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
-    """Yield a diagnostic with both lines for every pair of clauses whose effects contradict each other."""
+    """Yield a diagnostic with both lines for every two clauses that write a resource which only one may write."""
     for i, clause in enumerate(clauses):
         for other in clauses[:i]:
-            doubled = [r for r in SINGLE if r in _writes(clause) and r in _writes(other)]
-            if doubled:
-                yield _refusal(
-                    clause,
-                    other,
-                    f"`{clause.title}` and `{other.title}` both decide `{doubled[0]}`",
+            both = _writes(clause.construct) & _writes(other.construct)
+            for resource in both.intersection(SINGLE):
+                yield Diagnostic(
+                    "conflicting-effects",
+                    f"`{clause.title}` and `{other.title}` both set `{resource}`, and only one clause may",
+                    tuple(
+                        Label(c.span, _actions(c)) for c in (clause, other) if c.span is not None
+                    ),
+                    help="remove one of the two",
                 )
 
 
 def penalised_measurements(
     clauses: Sequence[BoundClause], inventory: Inventory
 ) -> Iterator[Diagnostic]:
-    """Yield a warning for every noise scale measured on parameters whose gradient holds a penalty too."""
-    penalties = [c for c in clauses if c.construct.targets == "parameters" and "loss" in _writes(c)]
+    """Yield a warning for every noise scale measured on parameters that a penalty acts on."""
+    penalties = [
+        c for c in clauses if c.construct.targets == "parameters" and "loss" in _writes(c.construct)
+    ]
     for clause in clauses:
         if clause.kind != "noise_scale":
             continue
@@ -45,40 +59,27 @@ def penalised_measurements(
                 labels = ((clause, "measured here"), (penalty, "the penalty"))
                 yield Diagnostic(
                     "noise-scale-sees-penalty",
-                    f"the gradient of `{shared[0]}` holds `{penalty.title}`, which no example contributes",
+                    f"the gradient of `{shared[0]}` includes `{penalty.title}`, which is in no example's gradient",
                     tuple(Label(c.span, text) for c, text in labels if c.span is not None),
-                    help="leave what is measured out of the penalty's selector",
+                    help="exclude the measured parameters from the selector of the penalty",
                     severity="warning",
                 )
 
 
-def _refusal(clause: BoundClause, other: BoundClause, message: str) -> Diagnostic:
-    labels = tuple(
-        Label(c.span, text)
-        for c, text in ((clause, _what(clause)), (other, _what(other)))
-        if c.span is not None
-    )
-    return Diagnostic(
-        "conflicting-effects",
-        message,
-        labels,
-        help="drop one of the two, or give them separate runs",
-    )
-
-
-def _what(clause: BoundClause) -> str:
+def _actions(clause: BoundClause) -> str:
     return "; ".join(effect.action for effect in clause.construct.effects)
 
 
-def _writes(clause: BoundClause) -> set[str]:
-    return {resource for effect in clause.construct.effects for resource in effect.writes}
+def _writes(construct: Construct) -> set[str]:
+    """Return the resources that a construct, with its fields, writes."""
+    return {r for e in construct.effects if construct.performs(e) for r in e.writes}
 
 
 def step_order(clauses: Sequence[BoundClause]) -> list[tuple[BoundClause, Effect]]:
-    """Return every clause's effects in the order in which a step performs them.
+    """Return the effects of all clauses in the order in which a step performs them.
 
-    By phase; inside a phase who writes a resource comes before who only reads it; what rewrites one resource keeps
-    the order of lowering, in which the optimizer's clipping is last.
+    Ordered by phase. In one phase, a writer of a resource comes before those that only read it; those that both
+    read and write it keep the order of lowering, in which the optimizer's clipping is last.
     """
     rows = [(clause, effect) for clause in clauses for effect in clause.construct.effects]
     ordered: list[tuple[BoundClause, Effect]] = []

@@ -1,4 +1,4 @@
-"""What the loop reads of a spec's `run` clause."""
+"""The settings that the training loop takes from the `run` clause."""
 
 from __future__ import annotations
 

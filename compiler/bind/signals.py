@@ -1,4 +1,4 @@
-"""What expressions read of clauses that measure: units, and what is never measured or counts something else."""
+"""Check the signals that expressions use: whether they are measured, and that compared numbers count the same thing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _SIZES = ("batch", "micro_batch", "samples")
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """One expression of a spec: where it stands, and whether it is to be a size of the batch."""
+class _Use:
+    """One expression of a spec: where it stands, and whether its value is a size of the batch."""
 
     expression: v.Expr
     span: Span | None
@@ -37,81 +37,80 @@ def signal_units(clauses: Sequence[BoundClause]) -> dict[str, Literal["samples"]
         name: "samples"
         for clause in clauses
         for name, signal in _signals(clause)
-        if clause.construct.unit_of(signal) == "samples" and _never(clause, signal) is None
+        if clause.construct.unit_of(signal) == "samples"
+        and _unmeasured_reason(clause, signal) is None
     }
 
 
 def signal_problems(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
-    """Yield every reading of a signal that is never measured, and every comparison of unlike counts."""
+    """Yield an error for every use of a signal that is never measured, and for samples mixed with other counts."""
     known = {name: (clause, signal) for clause in clauses for name, signal in _signals(clause)}
-    for read in _expressions(spec):
+    for use in _expressions(spec):
         counts: dict[str, str] = {}
-        for name in read.names():
+        for name in use.names():
             if name in known:
                 clause, signal = known[name]
-                if (why := _never(clause, signal)) is not None:
-                    yield _unmeasured(name, why, read.span)
+                if (why := _unmeasured_reason(clause, signal)) is not None:
+                    yield _unmeasured(name, why, use.span)
                 elif (unit := clause.construct.unit_of(signal)) is not None:
                     counts[name] = unit
-        yield from _unlike(read, counts)
+        yield from _unlike(use, counts)
 
 
 def _signals(clause: BoundClause) -> Iterator[tuple[str, str]]:
-    """Yield the name and the signal of everything a clause measures; that of the clause itself is empty."""
+    """Yield name and signal of everything a clause measures; the signal of the clause itself is the empty string."""
     if clause.construct.signals:
         yield clause.label, ""
         for signal in clause.construct.signals:
             yield f"{clause.label}.{signal}", signal
 
 
-def _expressions(spec: Spec) -> Iterator[Read]:
+def _expressions(spec: Spec) -> Iterator[_Use]:
     for clause in spec.clauses:
         for name in type(clause.construct).model_fields:
             value: Any = getattr(clause.construct, name)
             if isinstance(value, v.Expr):
                 sets = clause.kind == "data" and name == "batch"
-                yield Read(value, clause.part_span(name), sets)
+                yield _Use(value, clause.part_span(name), sets)
     for rule in spec.rules:
-        yield Read(rule.condition, rule.span)
+        yield _Use(rule.condition, rule.span)
         for action in rule.actions:
             value = getattr(action, "value", None)
             if isinstance(value, v.Expr):
-                yield Read(value, rule.span, getattr(action, "target", None) == "batch")
+                yield _Use(value, rule.span, getattr(action, "target", None) == "batch")
 
 
-def _never(clause: BoundClause, signal: str) -> tuple[str, str] | None:
+def _unmeasured_reason(clause: BoundClause, signal: str) -> tuple[str, str] | None:
     """Return why a signal is never measured, and what would help; None where it is."""
     if clause.dropped is not None:
-        help = (
-            "leave out what reads it, or let the selector match: without `optional` that is checked"
-        )
+        help = "remove the expression, or correct the selector of the clause"
         return f"`{clause.title}` is not in the program: {clause.dropped}", help
     return clause.construct.unmeasured_reason(signal)
 
 
 def _unmeasured(name: str, why: tuple[str, str], span: Span | None) -> Diagnostic:
-    message = f"`{name}` is never measured, so what reads it never acts"
+    message = f"`{name}` is never measured, so this expression has no effect"
     return Diagnostic("unknown-signal", message, _at(span), (why[0],), why[1])
 
 
-def _unlike(read: Read, counts: dict[str, str]) -> Iterator[Diagnostic]:
-    """Yield an error where something that counts no samples meets a number of samples."""
+def _unlike(use: _Use, counts: dict[str, str]) -> Iterator[Diagnostic]:
+    """Yield an error where a signal that counts other things than samples meets a number of samples."""
     odd = next((name for name, unit in counts.items() if unit != "samples"), None)
     if odd is None:
         return
-    sized = [x for x in read.names() if x in _SIZES or counts.get(x) == "samples"]
-    sized += [str(x) for x in v.walk(read.expression) if _is_samples(x)]
-    if not sized and not read.sets_batch:
+    sized = [x for x in use.names() if x in _SIZES or counts.get(x) == "samples"]
+    sized += [str(x) for x in v.walk(use.expression) if _is_samples(x)]
+    if not sized and not use.sets_batch:
         return
-    what = "the batch" if read.sets_batch else f"`{sized[0]}`"
+    what = "the batch" if use.sets_batch else f"`{sized[0]}`"
     yield Diagnostic(
         "bad-value",
         f"`{odd}` counts {counts[odd]}, and {what} counts samples",
-        _at(read.span),
-        (f"a sample holds several {counts[odd]}, how many differs from one to the next",),
-        "follow a noise scale of samples: another clause without `example`, under a name of its own"
-        if read.sets_batch
-        else "compare it with a plain number, or measure samples: a clause without `example`",
+        _at(use.span),
+        (f"a sample holds several {counts[odd]}, and not always the same number",),
+        "add a second `noise_scale` clause, `as` another name and without `example`, and use that signal"
+        if use.sets_batch
+        else "compare it with a plain number, or measure samples by a clause without `example`",
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.bind.bound_clause import from_json
 from trainc.compiler.catalog import catalog
-from trainc.compiler.model.inventory import Inventory, take
+from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.plan.plan import FORMAT, Plan
 from trainc.compiler.program.save import CONSTANTS, GRAPH, PLAN, WEIGHTS
 from trainc.runtime.schedule.clock import RunLength, UnitConversion
@@ -48,7 +48,7 @@ def load(
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{folder / PLAN}: {error}") from error
-    inventory = take(model)
+    inventory = build_inventory(model)
     _check_signature(plan, inventory)
     if weights:
         load_model(model, str(folder / WEIGHTS))

@@ -83,7 +83,7 @@ def compare(program: Program, batch: Batch) -> list[Comparison]:
         rows += _against_original(program, batch, allowed, road)
     if road == "graph":
         rows += _against_modules(program, batch, allowed)
-    if rewrite.units is None:  # documents and groups have no backward pass of their own
+    if rewrite.example_units is None:  # documents and groups have no backward pass of their own
         rows += _against_examples(program, batch, allowed, road)
     return rows
 

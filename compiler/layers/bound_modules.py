@@ -106,7 +106,7 @@ class Sites:
         self._numel = {
             site.module: model.get_parameter(cast(str, site.weight)).numel()
             for site in rewrite.measured
-            if site.wide
+            if site.per_example_gradients
         }
 
     def bound(self) -> list[Bound]:
@@ -134,7 +134,7 @@ class Sites:
 
     def _probe_shape(self, site: MeasuredSite, units: int) -> tuple[int, ...]:
         columns = len(site.parameters)
-        if not site.wide:
+        if not site.per_example_gradients:
             return units, columns
         return units, columns, self._numel[site.module]
 

@@ -61,7 +61,7 @@ def behaviour(site: MeasuredSite) -> type[Bound]:
     from trainc.compiler.layers.norm_gradients import BoundWideNorm
 
     if isinstance(site, NormSite):
-        if site.wide:
+        if site.per_example_gradients:
             return BoundWideNorm
         return BoundLayerNorm if site.form == "layer" else BoundRMSNorm
     return kinds()[site.form].behaviour

@@ -1,4 +1,4 @@
-"""Assemble: lower every active clause of a binding and order what comes out of it."""
+"""Assemble the lowered method: lower every active clause, build the optimizers, order the actions."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot, Rates
 
 
 def assemble(
-    clauses: Sequence[BoundClause], setting: LoweringContext, *, to_run: bool = True
+    clauses: Sequence[BoundClause], context: LoweringContext, *, to_run: bool = True
 ) -> LoweredMethod:
     """Lower the clauses onto the model; raises SpecError for what only lowering can find.
 
-    Not `to_run`, the parts are for reading: optimizers are examined but not built.
+    Without `to_run` the method is only read: optimizers are checked but not built.
     """
-    parts = LoweredMethod()
+    method = LoweredMethod()
     found: list[Diagnostic] = []
     by_label: dict[str, list[Action]] = {}
     active = [clause for clause in clauses if clause.dropped is None]
     for clause in active:
-        before = len(parts.actions)
+        before = len(method.actions)
         try:
-            clause.construct.lower(Lowering(clause, setting, parts))
+            clause.construct.lower(Lowering(clause, context, method))
         except (ValueError, ImportError) as error:
             labels = (Label(clause.span),) if clause.span else ()
             found.append(
-                Diagnostic("bad-value", f"`{clause.title}` cannot be lowered: {error}", labels)
+                Diagnostic("bad-value", f"`{clause.title}` cannot be compiled: {error}", labels)
             )
-        by_label[clause.label] = parts.actions[before:]
+        by_label[clause.label] = method.actions[before:]
     if found:
         raise SpecError(found)
-    for part in parts.optimizers:
-        by_label[part.label] = _optimizer_actions(part, parts, setting, to_run)
-    parts.actions = _ordered(active, by_label)
-    return parts
+    for part in method.optimizers:
+        by_label[part.label] = _optimizer_actions(part, method, context, to_run)
+    method.actions = _ordered(active, by_label)
+    return method
 
 
 def _optimizer_actions(
-    part: OptimizerPart, parts: LoweredMethod, setting: LoweringContext, to_run: bool
+    part: OptimizerPart, method: LoweredMethod, context: LoweringContext, to_run: bool
 ) -> list[Action]:
-    """Build the slots of one optimizer clause and the actions that move them."""
+    """Return the actions of one optimizer clause: set the rates, clip, step."""
     from trainc.compiler.model.import_path import ImportProblem
 
-    names = [name for name in part.targets if name not in parts.frozen]
+    names = [name for name in part.targets if name not in method.frozen]
     slots = [
         ParamSlot(
             name,
-            parts.compacts[name].values
-            if name in parts.compacts
-            else setting.model.get_parameter(name),
+            method.selected_entries[name].values
+            if name in method.selected_entries
+            else context.model.get_parameter(name),
             part.decay[name],
-            tuple(parts.lr_factors.get(name, ())),
+            tuple(method.lr_factors.get(name, ())),
         )
         for name in names
     ]
@@ -81,7 +81,7 @@ def _optimizer_actions(
 
 
 def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) -> list[Action]:
-    """Sort the actions as the declared effects say; an action in a phase its construct did not declare is our bug."""
+    """Sort the actions as the declared effects say; raises CompilerBug for an action in an undeclared phase."""
     rank = {
         (clause.label, effect.phase): i
         for i, (clause, effect) in reversed(list(enumerate(step_order(clauses))))
@@ -92,7 +92,8 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
             phase = PHASES[action.phase - 1]
             if (clause.label, phase) not in rank:
                 raise CompilerBug(
-                    clause.title, f"acts in phase `{phase}`, which its effects do not declare"
+                    clause.title,
+                    f"runs an action in phase `{phase}`, which its effects do not declare",
                 )
             placed.append((int(action.phase), rank[clause.label, phase], action))
     return [action for *_, action in sorted(placed, key=lambda row: row[:2])]

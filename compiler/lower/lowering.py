@@ -1,4 +1,4 @@
-"""What a construct may do to a program: the mechanisms, and the parts they collect.
+"""The mechanisms: what a construct may ask of the program, collected in the lowered method.
 
 A construct's `lower(to)` calls methods of `Lowering`; it never touches the model, the graph or another construct.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.compiler.lower.unbounded_run import depends_on_run_length
 from trainc.compiler.method.lowered_method import (
     CalibrationPart,
     Inputs,
@@ -19,43 +19,44 @@ from trainc.compiler.method.lowered_method import (
     PenaltyTerm,
     Scheduled,
 )
-from trainc.compiler.method.sites import (
-    LayerSite,
-    MeasuredSite,
-    NoiseSite,
-    NormSite,
-    Pairing,
-)
-from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
-from trainc.compiler.model.roles import Place
-from trainc.runtime.step.action import Action
+from trainc.compiler.method.sites import LayerSite, MeasuredSite, NoiseSite, NormSite, Pairing
+from trainc.compiler.model.select import select
+from trainc.dsl.values.value_json import to_json
+from trainc.runtime.schedule.clock import Duration as ClockDuration
+from trainc.runtime.schedule.clock import Gate
+from trainc.runtime.schedule.schedules import Schedules, compile_schedule
 from trainc.runtime.step.optimizer import LrFactor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from trainc.compiler.bind.bound_clause import BoundClause
     from trainc.compiler.lower.lowering_context import LoweringContext
-    from trainc.compiler.method.example_units import Units
+    from trainc.compiler.method.example_units import ExampleUnits
     from trainc.compiler.method.loss import Loss
+    from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
+    from trainc.compiler.model.roles import Place
     from trainc.dsl.values.value_json import Duration, Expr, Selector
-    from trainc.runtime.schedule.clock import Gate, Unit
+    from trainc.runtime.schedule.clock import Unit
+    from trainc.runtime.step.action import Action
     from trainc.runtime.step.update_mask import SelectedEntries
 
 
 class Lowering:
-    """The mechanisms, as one clause sees them."""
+    """The mechanisms, as one clause sees them: what it selects, its times, and what it may ask for."""
 
-    def __init__(self, clause: BoundClause, setting: LoweringContext, parts: LoweredMethod) -> None:
+    def __init__(
+        self, clause: BoundClause, context: LoweringContext, method: LoweredMethod
+    ) -> None:
         self.clause = clause
-        self.model = setting.model
-        self.inventory = setting.inventory
-        self._setting = setting
-        self._parts = parts
-
-    # what the clause is about
+        self.model = context.model
+        self.inventory = context.inventory
+        self._context = context
+        self._method = method
 
     @property
     def label(self) -> str:
+        """Return the clause's name: what `as` gives it, or else its construct's."""
         return self.clause.label
 
     def modules(self) -> tuple[ModuleEntry, ...]:
@@ -73,94 +74,58 @@ class Lowering:
     def select(
         self, selector: Selector, target: Literal["modules", "parameters"]
     ) -> tuple[str, ...]:
-        """Return what a selector in a field matches."""
-        from trainc.compiler.model.select import select
-
+        """Return the names that the selector in a field matches."""
         return select(selector, self.inventory, target)
 
-    # time
+    # Time: durations in steps, schedules as functions of the clock, gates.
+
+    @property
+    def starting_batch(self) -> int | None:
+        """Return the samples of the first step; None in a spec that names no data."""
+        size = self._context.units.samples_per_step
+        return None if size is None else int(size)
+
+    def steps(self, duration: Duration) -> float:
+        """Return a duration in optimizer steps, at the declared batch size."""
+        return self._context.units.convert(_clock(duration), "steps", self._context.length)
 
     def schedule(self, expression: Expr, place: Place | None = None) -> Scheduled:
-        """Return an expression of the clock, the signals and a place's depth as a function of the clock."""
-        from trainc.compiler.lower.open_ended import UNBOUNDED, ends_with_the_run
-        from trainc.dsl.values.value_json import to_json
-        from trainc.runtime.schedule.schedules import compile_schedule
-
-        data = to_json(expression)
-        length = self._setting.length
-        if length is None:
-            if ends_with_the_run(data):
-                raise ValueError(
-                    "the schedule ends with the run, and this spec has no `run` clause"
-                )
-            length = UNBOUNDED
-        evaluate = compile_schedule(data, self._setting.units, length, self._setting.signal_units)
-        signals = self._setting.signals
+        """Return an expression of the clock, the signals and a place in the model as a function of the clock."""
+        context, data = self._context, to_json(expression)
+        if context.length is None and depends_on_run_length(data):
+            raise ValueError("the schedule ends with the run, and this spec has no `run` clause")
+        evaluate = compile_schedule(
+            data, context.units, context.schedule_length, context.signal_units
+        )
+        signals = context.signals
         if place is None:
             return lambda clock: evaluate(clock, signals)
         fixed = {"depth": place.depth, "block": float(place.block), "blocks": float(place.blocks)}
         return lambda clock: evaluate(clock, type(signals)(signals | fixed))
 
-    def steps(self, duration: Duration) -> float:
-        """Return a duration in optimizer steps, at the declared batch size."""
-        from trainc.runtime.schedule.clock import Duration as ClockDuration
-
-        return self._setting.units.convert(
-            ClockDuration(duration.amount, duration.unit), "steps", self._setting.length
-        )
-
     def amount(self, expression: Expr, unit: Unit) -> Scheduled:
-        """Return an expression of signals as a function of the clock; raises ValueError for another unit."""
-        from trainc.compiler.lower.open_ended import UNBOUNDED
-        from trainc.dsl.values.value_json import to_json
-        from trainc.runtime.schedule.schedules import Schedules
-
-        length, signals = self._setting.length or UNBOUNDED, self._setting.signals
-        units = self._setting.signal_units
-        value = Schedules(self._setting.units, length, units).compile(to_json(expression))
+        """Return an expression of signals as a function of the clock; raises ValueError if it does not count `unit`."""
+        context, signals, known = self._context, self._context.signals, self._context.signal_units
+        value = Schedules(context.units, context.schedule_length, known).compile(
+            to_json(expression)
+        )
         if value.unit != unit:
             counts = f"counts {value.unit}" if value.unit else f"does not count {unit}"
-            fit = [name for name, counted in units.items() if counted == unit]
-            known = f"; {', '.join(f'`{name}`' for name in fit)} do" if fit else ""
+            fit = [f"`{name}`" for name, counted in known.items() if counted == unit]
+            use = f"use {', '.join(fit)}, or " if fit else ""
             raise ValueError(
-                f"`{expression}` {counts}, and a batch is a number of {unit}{known}; a plain number becomes one by"
-                f" `* 1 {unit}`"
+                f"`{expression}` {counts}, and a batch is a number of {unit}: {use}multiply a plain number by"
+                f" `1 {unit}`"
             )
         return lambda clock: value.at(clock, signals)
 
-    @property
-    def starting_batch(self) -> int | None:
-        """Return the samples of the first step; None in a spec that names no data."""
-        size = self._setting.units.samples_per_step
-        return None if size is None else int(size)
-
-    def window(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
-        """Return durations as a clock gate, those of the run in its unit and `start` in that of `every`."""
-        from trainc.runtime.schedule.clock import Duration as ClockDuration
-        from trainc.runtime.schedule.clock import Gate
-
-        given = (start, stop, every)
-        bounds = (None if d is None else ClockDuration(d.amount, d.unit) for d in given)
-        gate = Gate.resolve(self._setting.units, self._setting.length, *bounds)
-        for bound in (gate.start, gate.stop, gate.every):
-            if bound and bound.unit == "epochs" and not self._setting.units.samples_per_epoch:
-                missing = "the data does not say how many samples it has"
-                raise ValueError(f"{bound} cannot be counted: {missing}")
-        return gate
-
     def gate(self) -> Gate | None:
         """Return the clause's `from`, `until` and `every` as a clock gate; None when it has none."""
-        from trainc.runtime.schedule.clock import Duration as ClockDuration
-        from trainc.runtime.schedule.clock import Gate
-
         bounds = (self.clause.start, self.clause.stop, self.clause.every)
-        if not any(bounds):
-            return None
-        durations = (None if b is None else ClockDuration.from_json(b) for b in bounds)
-        return Gate.resolve(self._setting.units, self._setting.length, *durations)
+        return self._gate(*bounds) if any(bounds) else None
 
-    def _while_open(self, schedule: Scheduled) -> Scheduled:
-        """Return a schedule that is zero outside the clause's time."""
+    def while_open(self, schedule: Scheduled) -> Scheduled:
+        """Return a schedule that is zero outside the clause's `from` and `until`."""
         gate = self.gate()
         return (
             schedule
@@ -168,15 +133,41 @@ class Lowering:
             else lambda clock: schedule(clock) if gate.fires(clock) else 0.0
         )
 
-    # mechanisms
+    def window(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
+        """Return durations given in fields as a clock gate; raises ValueError where epochs cannot be counted."""
+        gate = self._gate(*(None if d is None else _clock(d) for d in (start, stop, every)))
+        for bound in (gate.start, gate.stop, gate.every):
+            if bound and bound.unit == "epochs" and not self._context.units.samples_per_epoch:
+                raise ValueError(
+                    f"`{bound}` cannot be counted, because the data does not say how many samples an epoch has:"
+                    " write it in steps or samples"
+                )
+        return gate
+
+    def refuse_times(self, reason: str, *words: Literal["from", "until", "every"]) -> None:
+        """Raise ValueError for the first of these times that the clause has, although its construct takes none."""
+        bounds = {"from": self.clause.start, "until": self.clause.stop, "every": self.clause.every}
+        for word in words:
+            if (bound := bounds[word]) is not None:
+                raise ValueError(f"{reason}: remove `{word} {bound}`")
+
+    def _gate(
+        self,
+        start: ClockDuration | None = None,
+        stop: ClockDuration | None = None,
+        every: ClockDuration | None = None,
+    ) -> Gate:
+        return Gate.resolve(self._context.units, self._context.length, start, stop, every)
+
+    # Mechanisms.
 
     def loss(self, loss: Loss) -> None:
         """Declare the loss."""
-        self._parts.loss = loss
+        self._method.loss = loss
 
     def measure(self, site: MeasuredSite) -> None:
-        """Measure per-example squared gradient norms of a layer, for every step's contributions."""
-        rewrite = self._parts.rewrite
+        """Measure per-example squared gradient norms of a layer in every step."""
+        rewrite = self._method.rewrite
         known = next((one for one in rewrite.measured if one.module == site.module), None)
         if isinstance(site, LayerSite):
             if known is None:
@@ -184,51 +175,51 @@ class Lowering:
             return
         if isinstance(known, NormSite):
             rewrite.norms.remove(known)
-            site = replace(site, wide=site.wide or known.wide)
+            gradients = site.per_example_gradients or known.per_example_gradients
+            site = replace(site, per_example_gradients=gradients)
         rewrite.norms.append(site)
 
-    def units(self, units: Units | None) -> None:
+    def example_units(self, units: ExampleUnits | None) -> None:
         """Say what one example is; raises ValueError when another clause says otherwise."""
-        rewrite = self._parts.rewrite
-        if rewrite.measured and rewrite.units != units:
+        rewrite = self._method.rewrite
+        if rewrite.measured and rewrite.example_units != units:
             raise ValueError(
-                "another clause measures examples of another sort: one program has one sort of example"
+                "two clauses define `example` differently, and a program supports one definition: give both the same"
+                " `example`, `separator`, `method` and `group`"
             )
-        rewrite.units = units
+        rewrite.example_units = units
 
     def ghosts(self, names: Iterable[str]) -> None:
         """Let layers that normalize over the batch do so over each group of examples."""
-        self._parts.rewrite.ghosts = list(names)
+        self._method.rewrite.ghosts = list(names)
 
-    def whole_gradients(self, names: Iterable[str], running: bool) -> None:
-        """Have the squared norm of each micro-batch's gradient taken, or of a replica's so far (`running`)."""
+    def measure_batch_gradients(self, names: Iterable[str], running: bool) -> None:
+        """Take the squared norm of each micro-batch's gradient, or, `running`, of a replica's sum so far."""
         for name in names:
-            if self._parts.whole.setdefault(name, running) != running:
-                raise ValueError(f"`{name}` is measured by micro-batch and by replica: choose one")
+            if self._method.batch_gradients.setdefault(name, running) != running:
+                raise ValueError(
+                    f"another clause measures `{name}` by another method: give both `method = micro_batch` or both"
+                    " `method = replica`"
+                )
 
     def calibrate(self, every: Duration, examples: int) -> None:
         """Now and then, measure every parameter on a few examples, one by one."""
-        from trainc.runtime.schedule.clock import Duration as ClockDuration
-        from trainc.runtime.schedule.clock import Gate
-
-        period = ClockDuration(every.amount, every.unit)
-        gate = Gate.resolve(self._setting.units, self._setting.length, every=period)
-        self._parts.calibrations.append(CalibrationPart(self.label, gate, examples))
+        gate = self._gate(every=_clock(every))
+        self._method.calibrations.append(CalibrationPart(self.label, gate, examples))
 
     def noise(
         self, module: ModuleEntry, sigma: Expr, share: Literal["token", "none"] = "token"
     ) -> None:
         """Multiply a layer's output by `1 + sigma * normal`, drawn per (view, example, channel)."""
-        site = NoiseSite(module.name, len(self._parts.rewrite.noises), share)
-        self._parts.rewrite.noises.append(site)
-        self._parts.scalars[site.scalar] = self._while_open(self.schedule(sigma, module.place))
+        site = NoiseSite(module.name, len(self._method.rewrite.noises), share)
+        self._method.rewrite.noises.append(site)
+        self._method.scalars[site.scalar] = self.while_open(self.schedule(sigma, module.place))
 
     def pair(self, distance: Literal["mse", "kl"], weight: Expr) -> None:
         """Pass every example twice and add `weight` times the distance of the two outputs to the loss."""
-        self._parts.rewrite.pairing = Pairing(distance, self.label)
-        self._parts.scalars[self._parts.rewrite.pairing.weight] = self._while_open(
-            self.schedule(weight)
-        )
+        pairing = Pairing(distance, self.label)
+        self._method.rewrite.pairing = pairing
+        self._method.scalars[pairing.weight] = self.while_open(self.schedule(weight))
 
     def penalty(
         self,
@@ -238,31 +229,31 @@ class Lowering:
         tensors: Mapping[str, Tensor],
     ) -> None:
         """Add a loss term over parameters. Scheduled numbers and constants reach it as named tensors."""
-        self._parts.penalties[self.label] = PenaltyTerm(value, tuple(parameters))
-        self._parts.scalars.update(scalars)
-        self._parts.tensors.update(tensors)
+        self._method.penalties[self.label] = PenaltyTerm(value, tuple(parameters))
+        self._method.scalars.update(scalars)
+        self._method.tensors.update(tensors)
 
     def lr_factor(self, unit: str, parameters: Iterable[str]) -> LrFactor:
-        """Return a factor of this clause on the rate of `parameters`; it starts at 1."""
+        """Return a factor of this clause on the learning rate of `parameters`; it starts at 1."""
         lr_factor = LrFactor(self.label, unit)
         for name in parameters:
-            self._parts.lr_factors.setdefault(name, []).append(lr_factor)
+            self._method.lr_factors.setdefault(name, []).append(lr_factor)
         return lr_factor
 
-    def compact(self, name: str, compact: SelectedEntries) -> None:
-        """Let the optimizer see the selected entries of a parameter in place of the whole."""
-        self._parts.compacts[name] = compact
+    def select_entries(self, name: str, entries: SelectedEntries) -> None:
+        """Let the optimizer train selected entries of a parameter in place of the whole."""
+        self._method.selected_entries[name] = entries
 
     def freeze(self, names: Iterable[str]) -> None:
         """Leave parameters untrained."""
-        self._parts.frozen.update(names)
+        self._method.frozen.update(names)
 
     def optimizer(
         self, construct: OptimizerConstruct, base: Scheduled, decay: dict[str, float]
     ) -> None:
-        """Claim the selected parameters for a torch optimizer."""
+        """Claim the selected parameters for a torch optimizer, at the rate `base` and these decays by name."""
         clause = self.clause
-        self._parts.optimizers.append(
+        self._method.optimizers.append(
             OptimizerPart(clause.label, clause.targets, clause.span, construct, base, decay)
         )
 
@@ -270,4 +261,9 @@ class Lowering:
         """Run an action in every step, in its phase, when the clause's gate is open."""
         if action.gate is None:
             action.gate = self.gate()
-        self._parts.actions.append(action)
+        self._method.actions.append(action)
+
+
+def _clock(duration: Duration) -> ClockDuration:
+    """Return a duration of the spec as the clock counts it."""
+    return ClockDuration(duration.amount, duration.unit)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trainc.compiler.lower.unbounded_run import UNBOUNDED
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoweringContext:
-    """What all clauses of one program share: the model, its inventory, and the units of time."""
+    """The model, its inventory, the units of time, and the measured signals; `length` None is a spec without a run."""
 
     model: nn.Module
     inventory: Inventory
@@ -24,4 +26,9 @@ class LoweringContext:
     length: RunLength | None
     signals: Signals
     signal_units: Mapping[str, Unit] = field(default_factory=dict)
-    """What the signals of clauses count, beside those that every run has; the others are plain numbers."""
+    """What the signals of clauses count; those that are not here are plain numbers."""
+
+    @property
+    def schedule_length(self) -> RunLength:
+        """Return the length that schedules are compiled for: without a run, one that is never reached."""
+        return self.length or UNBOUNDED

@@ -77,4 +77,4 @@ class Documents:
         )
 
 
-Units = Groups | Documents
+ExampleUnits = Groups | Documents

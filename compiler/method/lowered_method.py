@@ -80,10 +80,11 @@ class LoweredMethod:
     scalars: dict[str, Scheduled] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     lr_factors: dict[str, list[LrFactor]] = field(default_factory=dict)
-    compacts: dict[str, SelectedEntries] = field(default_factory=dict)
+    selected_entries: dict[str, SelectedEntries] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     optimizers: list[OptimizerPart] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
-    whole: dict[str, bool] = field(default_factory=dict)
-    """Parameters whose micro-batch gradients are measured as a whole; True where they add up over the step."""
+    batch_gradients: dict[str, bool] = field(default_factory=dict)
+    """Parameters of which the squared norm of each micro-batch's gradient is taken, or, where True, of the gradient
+    that a replica has summed so far."""
     calibrations: list[CalibrationPart] = field(default_factory=list)

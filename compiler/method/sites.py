@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from trainc.compiler.method.example_units import Units
+    from trainc.compiler.method.example_units import ExampleUnits
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class NormSite:
     bias: str | None
     eps: float | None
     casting: Literal["none", "llama", "gemma"] = "none"
-    wide: bool = False
+    per_example_gradients: bool = False
     """Whether the examples' gradients themselves are wanted, not their squared norms alone."""
 
     @property
@@ -51,7 +51,7 @@ class LayerSite:
     tied: str | None = None
 
     @property
-    def wide(self) -> bool:
+    def per_example_gradients(self) -> bool:
         """Whether the probe takes the contributions themselves."""
         return self.form == "batch_norm"
 
@@ -102,16 +102,16 @@ class Rewrite:
     pairing: Pairing | None = None
     ghosts: list[str] = field(default_factory=list)
     """Layers that normalize over the batch and are to do so over each group of examples."""
-    units: Units | None = None
+    example_units: ExampleUnits | None = None
     """What one example is where it is not a row of the batch."""
 
     @property
     def modules_only(self) -> str | None:
-        """Say why no graph can carry this; None where one can."""
-        if self.units is not None:
-            return "examples that are not rows of the batch are measured module by module"
-        if any(site.wide for site in self.norms):
-            return "per-example gradients, not their norms alone, are taken module by module"
+        """Say why this must run module by module, not as a captured graph; None where a graph can run it."""
+        if self.example_units is not None:
+            return "examples that are not rows of the batch need bound modules"
+        if any(site.per_example_gradients for site in self.norms):
+            return "per-example gradients, beyond their norms, need bound modules"
         return None
 
     @property

@@ -93,7 +93,7 @@ class Inventory:
         return [[p.name, list(p.shape), p.dtype] for p in self.parameters]
 
 
-def take(model: nn.Module) -> Inventory:
+def build_inventory(model: nn.Module) -> Inventory:
     """Return the inventory of `model`; no weight is read."""
     where = places(model)
     roles = {name: module_roles(name, module) for name, module in model.named_modules()}

@@ -5,19 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainc.dsl.text.vocabulary import ROLES
+
 if TYPE_CHECKING:
     from torch import nn
 
-NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD = (
-    "norm",
-    "bias",
-    "embedding",
-    "attention",
-    "mlp",
-    "head",
-)
-
-ROLES = (NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD)
+NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD = ROLES
 
 _ATTENTION_SEGMENTS = {"attn", "attention", "self_attn", "self_attention", "cross_attn", "mha"}
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Literal, TypeAlias
 
 from trainc.compiler.model.inventory import Inventory, ModuleEntry, ParameterEntry
+from trainc.dsl.text.vocabulary import WHERE_NAMES
 from trainc.dsl.values import value_json as v
 
 Entry: TypeAlias = ModuleEntry | ParameterEntry
@@ -143,10 +144,7 @@ def _holds(condition: v.Expr, entry: Entry) -> bool:
             return not _holds(a, entry)
         case v.Binary(op=op, left=a, right=b) if op in _COMPARE:
             return _COMPARE[op](_measure(a, entry), _measure(b, entry))
-    raise ValueError(f"`where` takes comparisons of {', '.join(MEASURES)}")
-
-
-MEASURES = ("numel", "ndim", "depth", "block")
+    raise ValueError(f"`where` takes comparisons of {', '.join(WHERE_NAMES)}")
 
 
 def _measure(expression: v.Expr, entry: Entry) -> float:
@@ -167,4 +165,4 @@ def _measure(expression: v.Expr, entry: Entry) -> float:
             return _measure(a, entry) * _measure(b, entry)
         case v.Binary(op="+", left=a, right=b):
             return _measure(a, entry) + _measure(b, entry)
-    raise ValueError(f"`where` knows {', '.join(MEASURES)} and numbers")
+    raise ValueError(f"`where` knows {', '.join(WHERE_NAMES)} and numbers")

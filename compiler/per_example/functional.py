@@ -14,7 +14,7 @@ from trainc.compiler.layers.bound_modules import Sites, bind
 from trainc.compiler.layers.tied_weights import sites_of
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.sites import LayerSite, NormSite, Rewrite
-from trainc.compiler.model.inventory import Inventory, take
+from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.model.select import expectations, select
 from trainc.compiler.per_example.preconditions import examine_inputs
 from trainc.compiler.per_example.weight_uses import owners_alone
@@ -33,7 +33,7 @@ def measured_parameters(model: nn.Module, on: On = None) -> tuple[str, ...]:
     Raises ValueError when nothing is selected, or other than `expect` says, when a selector cannot be read, when a name
     is neither a module nor a parameter, and when it is that of a frozen parameter.
     """
-    return _columns(take(model), on)
+    return _columns(build_inventory(model), on)
 
 
 def per_example_sq_norms(
@@ -56,7 +56,7 @@ def per_example_sq_norms(
 
     Source: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015, arXiv:1510.01799.
     """
-    inventory = take(model)
+    inventory = build_inventory(model)
     columns = _columns(inventory, on)
     _refuse_mixing(model)
     # A tied weight is measured where it serves first and where it serves again.

@@ -26,10 +26,10 @@ class Statistics:
     """What a program measures of its micro-batches' gradients."""
 
     def __init__(self, parts: LoweredMethod, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.rewrite, self.whole = parts.rewrite, parts.whole
+        self.rewrite, self.whole = parts.rewrite, parts.batch_gradients
         self._parameters = parameters
         self._open: Micro | None = None
-        plain = [n for n in (*self.parameters, *self.whole) if n not in parts.compacts]
+        plain = [n for n in (*self.parameters, *self.whole) if n not in parts.selected_entries]
         self.witness = Witness(plain, parameters)
         for name, running in self.whole.items():
             parameters[name].register_hook(partial(self._note_whole, name, running))
@@ -49,7 +49,7 @@ class Statistics:
 
     def weigh(self, micro: Micro, task: Loss, batch: Batch, share: float) -> None:
         """Note the weights of a micro-batch's units in the step's loss, and of its examples where those are others."""
-        units, own = self.rewrite.units, task.weights(batch[1])
+        units, own = self.rewrite.example_units, task.weights(batch[1])
         micro.weights = (own if units is None else units.weights(task, batch)) * share
         if isinstance(units, Groups):
             micro.examples = own * share

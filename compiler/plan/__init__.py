@@ -1,1 +1,1 @@
-"""The plan and its tables."""
+"""The plan: the printed form of the lowered method."""

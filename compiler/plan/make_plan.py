@@ -1,10 +1,10 @@
-"""Make the plan: print the binding and the lowered method as tables."""
+"""Make the plan of a binding and its lowered method: the plan is the method's printed form, as tables."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainc.compiler.plan import plan_tables, site_tables
+from trainc.compiler.plan import plan_tables, schedule_tables, site_tables
 from trainc.compiler.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trainc.compiler.method.lowered_method import LoweredMethod
 
 
-def make_plan(binding: Binding, parts: LoweredMethod) -> Plan:
+def make_plan(binding: Binding, method: LoweredMethod) -> Plan:
     """Return the plan of what was bound and lowered."""
     model, data = binding.one("model"), binding.one("data")
     return Plan(
@@ -24,13 +24,13 @@ def make_plan(binding: Binding, parts: LoweredMethod) -> Plan:
             "signature": binding.inventory.signature,
         },
         data=data.construct.model_dump(mode="json") if data else None,
-        settings=plan_tables.settings_row(binding),
+        settings=plan_tables.settings_row(binding, method),
         clauses=tuple(clause.to_json() for clause in binding.clauses),
-        parameters=tuple(plan_tables.parameter_rows(binding, parts)),
+        parameters=tuple(plan_tables.parameter_rows(binding, method)),
         steps=tuple(plan_tables.step_rows(binding)),
-        schedules=tuple(plan_tables.schedule_rows(binding, parts)),
-        sites=tuple(site_tables.site_rows(binding, parts)),
-        kernels=tuple(site_tables.kernel_rows(parts)),
-        memory=tuple(plan_tables.memory_rows(binding, parts)),
+        schedules=tuple(schedule_tables.schedule_rows(binding, method)),
+        sites=tuple(site_tables.site_rows(binding, method)),
+        kernels=tuple(site_tables.kernel_rows(method)),
+        memory=tuple(plan_tables.memory_rows(binding, method)),
         warnings=binding.warnings,
     )

@@ -1,4 +1,4 @@
-"""The plan: what a spec does to one model, in words and numbers, before anything runs. JSON both ways."""
+"""The plan: the lowered method of a spec on one model, printed as tables of names and numbers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """A spec bound to a model, resolved to names and numbers.
+    """The printed form of the lowered method: what a spec does to one model, before anything runs.
 
-    `spec` and `clauses` rebuild the program without any text; the tables are for reading:
-    `parameters` says who gets which rate, decay, mask and regularizer, `steps` what happens in which phase,
-    `schedules` every scheduled number over the run, `sites` how each rewritten layer is reached,
-    `kernels` what runs and why, `memory` what it costs beyond the plain run, in bytes.
+    `spec` and `clauses` rebuild the program without any text; the tables are for reading: `parameters` with the
+    optimizer, decay, mask and clauses of each, `steps` what happens in which phase, `schedules` every scheduled number
+    over the run, `sites` the rewritten layers, `kernels` what implements their operators, `memory` the bytes beyond
+    weights and gradients.
     """
 
     spec: Row
@@ -59,10 +59,15 @@ class Plan:
         }
         missing = names - set(content)
         if missing:
-            raise ValueError(f"the plan lacks {', '.join(sorted(missing))}")
+            raise ValueError(
+                f"the plan has no {', '.join(sorted(missing))}: make it again with `trainc plan`"
+            )
         plan = cls(**content)
         if plan.hash != data.get("hash"):
-            raise ValueError("the plan does not match its hash: it was changed by hand or damaged")
+            raise ValueError(
+                "the plan does not match its hash, so it was changed by hand or damaged: make it again with"
+                " `trainc plan`"
+            )
         return plan
 
     @cached_property

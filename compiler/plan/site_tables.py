@@ -1,4 +1,4 @@
-"""The plan's tables of rewritten layers and of the operators that serve them."""
+"""The plan's tables of rewritten layers and of the operators that compute them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
     from trainc.compiler.method.lowered_method import LoweredMethod
-    from trainc.compiler.method.sites import LayerSite
+    from trainc.compiler.method.sites import LayerSite, NormSite
 
 Row = dict[str, Any]
 
@@ -17,108 +17,88 @@ _TRITON = {
     "layer_norm", "rms_norm", "linear", "embedding", "ghost_batch_norm", "multiplicative_noise",
     "cross_entropy_consistency",
 }  # fmt: skip
-"""The operators with a Triton kernel; of the others ATen's compositions run on every device."""
+"""The operators with a Triton kernel; the others are compositions of ATen operators on every device."""
 
 
-def site_rows(binding: Binding, parts: LoweredMethod) -> list[Row]:
-    """Return one row per rewritten layer: the operator it reaches and by which road."""
-    rewrite = parts.rewrite
-    refused = rewrite.modules_only
-    road = (
-        "graph; bound module where no graph can hold the model"
-        if refused is None
-        else f"bound module: {refused}"
-    )
-    rows = [
-        {
-            "site": s.module,
-            "operator": f"{s.form}_norm" + (", affine part by composition" if s.wide else ""),
-            "pass": "instrument_norms",
-            "road": road,
-        }
-        for s in rewrite.norms
-    ]
-    rows += [
-        {
-            "site": s.module,
-            "operator": _layer_operator(s, binding),
-            "pass": "instrument_layers",
-            "road": road if s.tied is None else "bound module: its weight is shared",
-        }
-        for s in rewrite.layers
-    ]
-    rows += [
-        {"site": name, "operator": "ghost_batch_norm", "pass": "-", "road": road}
-        for name in rewrite.ghosts
-        if all(name != s.module for s in rewrite.layers)
-    ]
-    rows += [
-        {
-            "site": s.module,
-            "operator": "multiplicative_noise",
-            "pass": "add_noise",
-            "road": road,
-        }
-        for s in rewrite.noises
-    ]
+def site_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
+    """Return one row per rewritten layer: its operator, the pass that inserts it, and what executes it."""
+    rewrite = method.rewrite
+    modules_only = rewrite.modules_only
+    executor = "graph, or module where the model cannot be captured"
+    if modules_only is not None:
+        executor = f"module: {modules_only}"
+
+    def row(site: str, operator: str, inserted_by: str, executor: str = executor) -> Row:
+        return {"site": site, "operator": operator, "pass": inserted_by, "executor": executor}
+
+    rows = [row(s.module, _norm_operator(s), "instrument_norms") for s in rewrite.norms]
+    for s in rewrite.layers:
+        how = executor if s.tied is None else "module: its weight is shared"
+        rows.append(row(s.module, _layer_operator(s, binding), "instrument_layers", how))
+    measured = {s.module for s in rewrite.layers}
+    rows += [row(name, "ghost_batch_norm", "-") for name in rewrite.ghosts if name not in measured]
+    rows += [row(s.module, "multiplicative_noise", "add_noise") for s in rewrite.noises]
     if rewrite.pairing is not None:
-        fused = parts.loss is not None and parts.loss.name == "cross_entropy"
-        operator = (
-            "cross_entropy_consistency"
-            if fused
-            else f"{parts.loss.name if parts.loss else ''} + distance"
-        )
-        rows.append({"site": "loss", "operator": operator, "pass": "pair_views", "road": road})
-        if fused and road.startswith("graph"):  # which of the two, the captured logits decide
-            rows.append(
-                {"site": "loss", "operator": _through_head(), "pass": "fuse_head", "road": road}
-            )
+        if not _fuses_loss(method):
+            loss = method.loss.name if method.loss else ""
+            return [*rows, row("loss", f"{loss} + distance", "pair_views")]
+        rows.append(row("loss", "cross_entropy_consistency", "pair_views"))
+        if modules_only is None:  # which of the two, the captured logits decide
+            rows.append(row("loss", _head_operator(), "fuse_head"))
     return rows
 
 
-def _layer_operator(site: LayerSite, binding: Binding) -> str:
-    """Return the operator of a measured layer, with the form that it will choose where that is known."""
-    if site.form == "batch_norm":
-        return "ghost_batch_norm, affine part by composition"
-    if site.tied is not None:
-        return f"tied_{site.form}"
-    tokens = binding.units.tokens_per_sample
-    if site.form != "linear" or not tokens:
-        return site.form
-    from trainc.kernels.layer.linear import choose
-
-    outputs, inputs = binding.inventory.parameter[site.weight].shape
-    return f"linear, {choose(int(tokens), inputs, outputs)} form at {tokens:g} rows an example"
-
-
-def _through_head() -> str:
-    from trainc.compiler.passes.fuse_head import CLASSES
-
-    return f"linear_cross_entropy_consistency, where a head of {CLASSES} classes or more gives the logits"
-
-
-def kernel_rows(parts: LoweredMethod) -> list[Row]:
-    """Return the operators in use, the implementation that will run and why not another."""
-    rewrite = parts.rewrite
+def kernel_rows(method: LoweredMethod) -> list[Row]:
+    """Return the operators in use, what implements each on this machine, and why it is not a Triton kernel."""
+    rewrite = method.rewrite
     names = sorted({f"{site.form}_norm" for site in rewrite.norms})
     names += sorted({_operator(site) for site in rewrite.layers})
-    names += ["ghost_batch_norm"] if rewrite.ghosts and "ghost_batch_norm" not in names else []
+    names += ["ghost_batch_norm"] if rewrite.ghosts else []
     names += ["multiplicative_noise"] if rewrite.noises else []
-    names += (
-        ["cross_entropy_consistency"]
-        if rewrite.pairing and parts.loss and parts.loss.name == "cross_entropy"
-        else []
-    )
+    names += ["cross_entropy_consistency"] if rewrite.pairing and _fuses_loss(method) else []
     return [_kernel_row(name) for name in dict.fromkeys(names)]
 
 
 def _kernel_row(name: str) -> Row:
-    refused = _triton_refused() if name in _TRITON else "there is none of it"
+    reason = _why_no_triton() if name in _TRITON else "no Triton kernel for this operator"
     return {
         "operator": name,
-        "chosen": "ATen composition" if refused else "Triton kernel",
-        "refused": f"Triton kernel: {refused}" if refused else None,
+        "implementation": "ATen composition" if reason else "Triton kernel",
+        "reason": reason,
     }
+
+
+def _norm_operator(site: NormSite) -> str:
+    return _with_affine(f"{site.form}_norm") if site.per_example_gradients else f"{site.form}_norm"
+
+
+def _layer_operator(site: LayerSite, binding: Binding) -> str:
+    """Return the operator of a measured layer, with the algorithm that it will choose where that is known."""
+    operator, tokens = _operator(site), binding.units.tokens_per_sample
+    if operator == "ghost_batch_norm":
+        return _with_affine(operator)
+    if operator != "linear" or not tokens:
+        return operator
+    from trainc.kernels.layer.linear import choose
+
+    outputs, inputs = binding.inventory.parameter[site.weight].shape
+    return (
+        f"linear, {choose(int(tokens), inputs, outputs)} algorithm at {tokens:g} rows per example"
+    )
+
+
+def _with_affine(operator: str) -> str:
+    return f"{operator}, weight and bias applied by ATen operators"
+
+
+def _head_operator() -> str:
+    from trainc.compiler.passes.fuse_head import CLASSES
+
+    return f"linear_cross_entropy_consistency, where the logits come from a head of {CLASSES} classes or more"
+
+
+def _fuses_loss(method: LoweredMethod) -> bool:
+    return method.loss is not None and method.loss.name == "cross_entropy"
 
 
 def _operator(site: LayerSite) -> str:
@@ -127,7 +107,7 @@ def _operator(site: LayerSite) -> str:
     return site.form if site.tied is None else f"tied_{site.form}"
 
 
-def _triton_refused() -> str | None:
+def _why_no_triton() -> str | None:
     from importlib.util import find_spec
 
     if not torch.cuda.is_available():

@@ -80,7 +80,10 @@ class Execution:
     def run_modules(self, batch: Batch, portion: MicroBatchSlice) -> tuple[Tensor, Micro]:
         """Return what is to be differentiated, and what the micro-batch leaves once it was."""
         refuse_shards(
-            "a micro-batch's or replica's own", self.parts.whole, self.parameters, _PER_EXAMPLE
+            "a micro-batch's or replica's own",
+            self.parts.batch_gradients,
+            self.parameters,
+            _PER_EXAMPLE,
         )
         self._examine(batch)
         scalars = self._scalars(portion, batch[1].device)
@@ -227,7 +230,7 @@ class Execution:
         return out.total, micro
 
     def _take(self, name: str, gradient: Tensor) -> None:
-        compact = self.parts.compacts.get(name)
+        compact = self.parts.selected_entries.get(name)
         if compact is not None:
             compact.take(gradient)
             return
@@ -336,7 +339,7 @@ class Execution:
         return torch.float64 if wide else torch.float32
 
     def _arm(self, batch: Batch, scalars: Mapping[str, Tensor]) -> None:
-        units, targets = self.parts.rewrite.units, batch[1]
+        units, targets = self.parts.rewrite.example_units, batch[1]
         self.sites.arm(
             Division(targets.shape[0]) if units is None else units.divide(batch),
             scalars, self._dtype(), targets.device,

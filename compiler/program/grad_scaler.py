@@ -21,8 +21,8 @@ def unscale(
     scaler: torch.amp.GradScaler, parts: LoweredMethod, parameters: Mapping[str, nn.Parameter]
 ) -> bool:
     """Divide gradients by what the losses were multiplied by, and return whether one of them overflowed."""
-    if parts.compacts:
-        names = ", ".join(f"`{name}`" for name in parts.compacts)
+    if parts.selected_entries:
+        names = ", ".join(f"`{name}`" for name in parts.selected_entries)
         raise ValueError(
             f"a mask keeps the gradients of {names} where no GradScaler finds them: train in bfloat16, which needs no"
             " scaler, or leave the mask out"

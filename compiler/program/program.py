@@ -271,8 +271,8 @@ class Program:
     def _collect(self, step: Step) -> None:
         """Read losses and statistics of the micro-batches into the step."""
         replicas = self.execution.replicas
-        if any(self._parts.whole.values()):
-            check_apart(replicas, self._micros, list(self._parts.whole))
+        if any(self._parts.batch_gradients.values()):
+            check_apart(replicas, self._micros, list(self._parts.batch_gradients))
         for micro in self._micros:
             step.loss += float(micro.loss)
             for name, value in micro.terms.items():
@@ -324,7 +324,7 @@ class Program:
         for action in self._parts.actions:
             if isinstance(action, OptimizerStep):
                 action.zero_grad()
-        for compact in self._parts.compacts.values():
+        for compact in self._parts.selected_entries.values():
             compact.discard()
         self._machine.discard_step()
         if not math.isfinite(step.loss) and self.settings.on_nan == "stop":
@@ -361,7 +361,7 @@ class Program:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._terms = dict(state["terms"])
-        for compact in self._parts.compacts.values():
+        for compact in self._parts.selected_entries.values():
             compact.read()
         self._micros.clear()
         self.execution.statistics.close()
@@ -388,5 +388,5 @@ class Program:
     def unbind(self) -> None:
         """Give the user's layers their own classes back; the program cannot train afterwards."""
         self.sites.unbind()
-        for compact in self._parts.compacts.values():
+        for compact in self._parts.selected_entries.values():
             compact.remove()

@@ -64,8 +64,8 @@ def _hundredth(node: ast.Num) -> float:
     """Return a hundredth of a number, rounded once: `7%` is the float nearest to 0.07."""
     value = number_of(node)
     mantissa, _, exponent = node.text.replace("_", "").lower().partition("e")
-    plain = mantissa[-1].isdigit() and (exponent or "0")[-1].isdigit()
-    return float(f"{mantissa}e{int(exponent or 0) - 2}") if plain else value / 100
+    exact = mantissa[-1].isdigit() and (exponent or "0")[-1].isdigit()
+    return float(f"{mantissa}e{int(exponent or 0) - 2}") if exact else value / 100
 
 
 def _arithmetic(
@@ -122,7 +122,7 @@ def samples(node: Node) -> v.Duration:
     return duration(node, "samples")
 
 
-def interval(node: Node) -> v.Range:
+def number_range(node: Node) -> v.Range:
     """Return a range."""
     if not (isinstance(node, ast.Infix) and node.op == ".."):
         raise Unreadable(node, f"expected a range such as `0.5..1.5`, found {describe(node)}")
@@ -149,7 +149,7 @@ def import_path(node: Node) -> v.ImportPath:
         raise Unreadable(node, str(error)) from None
 
 
-def plain(node: Node) -> Any:
+def plain_value(node: Node) -> Any:
     """Return a JSON value: a number, string, boolean, list; a name is a string, a range a pair."""
     match node:
         case ast.Str(value):
@@ -159,9 +159,9 @@ def plain(node: Node) -> Any:
         case ast.Ident(name):
             return name
         case ast.Items(items):
-            return [plain(item) for item in items]
+            return [plain_value(item) for item in items]
         case ast.Infix("..", _, _):
-            pair = interval(node)
+            pair = number_range(node)
             return [pair.low, pair.high]
         case (
             ast.Num() | ast.Measure() | ast.Prefix("-", _) | ast.Infix("+" | "-" | "*" | "/", _, _)

@@ -19,7 +19,7 @@ from trainc.dsl.reading.field_types import (
 )
 from trainc.dsl.reading.fields import read_field, untyped_value
 from trainc.dsl.text.record import Record
-from trainc.dsl.text.vocabulary import KINDS, PHASES, RESOURCES
+from trainc.dsl.text.vocabulary import KINDS, PHASES, RESOURCES, SELECTED
 from trainc.dsl.values.value_json import to_json
 
 __all__ = [
@@ -41,6 +41,9 @@ __all__ = [
 ]
 
 
+_SIGNAL = "signal:"
+
+
 class Effect(Record):
     """One action of a construct: its phase of the step, and what it reads and writes."""
 
@@ -51,14 +54,22 @@ class Effect(Record):
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
-            raise ValueError(f"`{self.phase}` is not a phase; phases are {', '.join(PHASES)}")
+            raise ValueError(
+                f"`{self.phase}` is not a phase of a step: write one of {', '.join(PHASES)}"
+            )
         for resource in (*self.reads, *self.writes):
-            if resource not in RESOURCES and not resource.startswith("signal:"):
-                raise ValueError(f"`{resource}` is not a resource of the step")
+            if resource not in RESOURCES and not resource.startswith(_SIGNAL):
+                known = ", ".join(sorted(RESOURCES))
+                raise ValueError(
+                    f"`{resource}` is not a resource of a step: write one of {known}, or `{_SIGNAL}<name>`"
+                )
 
 
 class Problem(Record):
-    """A construct's own objection; the compiler places it on the clause, or on one field of it."""
+    """A construct's own objection, placed on one field of the clause.
+
+    `field` None means what `on` selects, the empty string the whole clause.
+    """
 
     rule: str
     message: str
@@ -96,6 +107,15 @@ class Construct(BaseModel):
         *_, folder, file = ("", *cls.__module__.split("."))
         if folder in KINDS and "kind" not in vars(cls):
             cls.kind, cls.name = folder, file
+        if cls.targets not in SELECTED:
+            raise ValueError(
+                f"`targets` of `{cls.__name__}` is `{cls.targets}`: write one of {', '.join(SELECTED)}"
+            )
+        for written in (resource for effect in cls.effects for resource in effect.writes):
+            if written.startswith(_SIGNAL) and written.removeprefix(_SIGNAL) not in cls.signals:
+                raise ValueError(
+                    f"an effect of `{cls.__name__}` writes `{written}`: declare it in `signals`"
+                )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -118,9 +138,12 @@ class Construct(BaseModel):
         """Return what a spec calls it, for a construct with its fields."""
         return self.heading()
 
-    def is_identity(self) -> bool:
-        """Say whether a field has the value that `identity` says makes the clause do nothing."""
-        return any(self._equals(field, text) for field, text in self.identity.items())
+    def identity_setting(self) -> str | None:
+        """Return the field setting by which the clause does nothing, such as `weight = 0`; None where it acts."""
+        found = (
+            f"{name} = {text}" for name, text in self.identity.items() if self._equals(name, text)
+        )
+        return next(found, None)
 
     def _equals(self, field: str, text: str) -> bool:
         """Compare by JSON, reading `text` as this field would."""
@@ -131,7 +154,7 @@ class Construct(BaseModel):
         """Yield objections to what `on` selected in the bound model."""
         return ()
 
-    def told(self, effect: Effect) -> str:
+    def describe(self, effect: Effect) -> str:
         """Return what the plan's table of the step calls an effect of this clause."""
         return effect.action
 

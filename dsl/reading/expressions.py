@@ -17,11 +17,11 @@ from trainc.dsl.reading.constants import (
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
+from trainc.dsl.text.vocabulary import BOOLEANS, SHAPES, STATES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import FUNCTIONS, SHAPES, STATES, Function
+from trainc.dsl.values.functions import FUNCTIONS, Function
 
 _LOGIC = ("and", "or")
-SWITCH = ("false", "true")
 
 
 class Names(Protocol):
@@ -30,25 +30,25 @@ class Names(Protocol):
     def check(self, name: ast.Ident) -> None:
         """Note a name that means nothing."""
 
-    def home_of(self, function: str) -> str | None:
+    def help_for_function(self, function: str) -> str | None:
         """Return where a function may be called that is one field's own, None for any other."""
 
 
-class Anything:
+class AnyName:
     """Lets every name pass; a whole spec is checked later."""
 
     def check(self, name: ast.Ident) -> None:
         """Accept the name."""
 
-    def home_of(self, function: str) -> str | None:
+    def help_for_function(self, function: str) -> str | None:
         """Return None: no construct is known."""
         return None
 
 
-ANYTHING = Anything()
+ANY_NAME = AnyName()
 
 
-def expression(node: Node, names: Names = ANYTHING) -> v.Expr:
+def expression(node: Node, names: Names = ANY_NAME) -> v.Expr:
     """Return an expression with a number as its value."""
     value = _expression(node, names)
     if is_condition(value):
@@ -56,7 +56,7 @@ def expression(node: Node, names: Names = ANYTHING) -> v.Expr:
     return value
 
 
-def condition(node: Node, names: Names = ANYTHING) -> v.Expr:
+def condition(node: Node, names: Names = ANY_NAME) -> v.Expr:
     """Return a condition."""
     value = _expression(node, names)
     if not is_condition(value):
@@ -64,7 +64,7 @@ def condition(node: Node, names: Names = ANYTHING) -> v.Expr:
     return value
 
 
-def schedule(node: Node, names: Names = ANYTHING) -> v.Expr:
+def schedule(node: Node, names: Names = ANY_NAME) -> v.Expr:
     """Return a schedule; a lone percentage is the number it stands for."""
     value = expression(node, names)
     if isinstance(value, v.Quantity) and value.duration.unit != "run":
@@ -135,7 +135,7 @@ def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] = FUN
     name = node.function.id
     if name not in functions:
         message = f"there is no function `{name}`"
-        help = names.home_of(name) or suggest(name, functions)
+        help = names.help_for_function(name) or suggest(name, functions)
         raise Unreadable(node.function, "", "unknown-function", help, message)
     function = functions[name]
     order = list(function.arguments)
@@ -185,7 +185,7 @@ def _read_argument(node: Node, kind: str, names: Names) -> v.Expr:
     if kind == "plain":
         return v.Number(number(node))
     if kind == "switch":
-        if not (isinstance(node, ast.Ident) and node.id in SWITCH):
+        if not (isinstance(node, ast.Ident) and node.id in BOOLEANS):
             raise Unreadable(node, f"expected `true` or `false`, found {describe(node)}")
         return v.Name(node.id)
     if kind == "shape":

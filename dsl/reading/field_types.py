@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from trainc.dsl.reading import constants, expressions, selectors
-from trainc.dsl.reading.expressions import ANYTHING, Names
+from trainc.dsl.reading.expressions import ANY_NAME, Names
 from trainc.dsl.syntax.ast import Node, Str
 from trainc.dsl.text.source import Source
 from trainc.dsl.values import value_json as v
@@ -48,7 +48,7 @@ class FieldType:
         if self is IMPORT_PATH and '"' not in text:
             return constants.import_path(Str(text))
         try:
-            return self.read(node_of(text), ANYTHING)
+            return self.read(node_of(text), ANY_NAME)
         except constants.Unreadable as error:
             raise ValueError(f"`{text}`: {error.message or error.text}") from None
 
@@ -110,7 +110,7 @@ def _number(raw: Any) -> float:
         return raw.amount
     if isinstance(raw, bool) or not isinstance(raw, int | float):
         raise ValueError("expected a number")
-    return v.tidy(raw)
+    return v.plain_number(raw)
 
 
 def _fraction(raw: Any) -> float:
@@ -155,7 +155,7 @@ def _plainly(read: Callable[[Node], Any]) -> Reader:
 
 DURATION = FieldType("duration", _plainly(constants.duration), _duration)
 SAMPLES = FieldType("duration", _plainly(constants.samples), _duration)
-RANGE = FieldType("range", _plainly(constants.interval), _range)
+RANGE = FieldType("range", _plainly(constants.number_range), _range)
 IMPORT_PATH = FieldType("import path", _plainly(constants.import_path), _import_path)
 FRACTION = FieldType("fraction", _plainly(constants.number), _fraction)
 EXPRESSION = FieldType("expression", expressions.expression, _expression)

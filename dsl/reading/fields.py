@@ -8,8 +8,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from trainc.dsl.reading.constants import Unreadable, describe, plain
-from trainc.dsl.reading.expressions import ANYTHING, Names
+from trainc.dsl.reading.constants import Unreadable, describe, plain_value
+from trainc.dsl.reading.expressions import ANY_NAME, Names
 from trainc.dsl.reading.field_types import FieldType, node_of
 from trainc.dsl.syntax.ast import Ident, Items, Node, Num, Prefix, Str
 from trainc.dsl.text.nearest import suggest
@@ -42,7 +42,7 @@ def _types(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[
     return [found for part in get_args(annotation) for found in _types(part)]
 
 
-def read_field(info: FieldInfo, value: Node | str, names: Names = ANYTHING) -> Any:
+def read_field(info: FieldInfo, value: Node | str, names: Names = ANY_NAME) -> Any:
     """Return what a node or text means as a value of a field; raise Unreadable or ValueError."""
     node = node_of(value) if isinstance(value, str) else value
     return _read(info.annotation, info.metadata, node, names)
@@ -72,7 +72,7 @@ def _read(annotation: Any, metadata: Any, node: Node, names: Names) -> Any:
 
 def _plain(allowed: tuple[Any, ...], node: Node, names: Names) -> Any:
     """Return a plain value, refusing what pydantic would turn into another type."""
-    value = plain(node)
+    value = plain_value(node)
     kinds = set(allowed) - {NoneType}
     wrong = (
         (isinstance(value, str) and kinds <= {int, float, bool})

@@ -10,9 +10,8 @@ from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.text.source import Span
-from trainc.dsl.values.functions import FUNCTIONS, PLACES, SCHEDULE_NAMES, SIGNALS, example
-
-BUILT_IN = (*SCHEDULE_NAMES, *SIGNALS, "micro_batch")
+from trainc.dsl.text.vocabulary import BUILT_IN, PLACES
+from trainc.dsl.values.functions import FUNCTIONS, example_call
 
 
 class Scope:
@@ -66,7 +65,7 @@ class Scope:
             return Diagnostic("unknown-signal", message, labels, (known,), suggest(signal, signals))
         return None
 
-    def home_of(self, function: str) -> str | None:
+    def help_for_function(self, function: str) -> str | None:
         """Return where a function may be called that is one field's own, None for any other."""
         for cls in self.catalog.values():
             for field, info in cls.model_fields.items():
@@ -79,13 +78,13 @@ class Scope:
     def _meant(self, name: str, options: Iterable[str]) -> str | None:
         """Return what was perhaps meant by a name that nothing defines."""
         if name in FUNCTIONS:
-            return f"write it as a call: `{example(name)}`"
+            return f"write it as a call: `{example_call(name)}`"
         label = name.partition(".")[0]
         for key in self.catalog:
             if key[1] == label and (construct := self.catalog[key]).signals:
                 return f"nothing measures it yet: add `{construct.usage}`"
         near = nearest(name, FUNCTIONS)
-        return suggest(name, options) or (f"did you mean `{example(near)}`?" if near else None)
+        return suggest(name, options) or (f"did you mean `{example_call(near)}`?" if near else None)
 
     def signals(self) -> list[str]:
         """Return every name of a signal, the dotted ones too."""

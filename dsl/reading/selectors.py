@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from trainc.dsl.reading.constants import Unreadable, describe, interval, number
-from trainc.dsl.reading.expressions import Anything, condition
+from trainc.dsl.reading.constants import Unreadable, describe, number, number_range
+from trainc.dsl.reading.expressions import AnyName, condition
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
+from trainc.dsl.text.vocabulary import ROLES, SELECTOR_FUNCTIONS, WHERE_NAMES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import SELECTORS, WHERE_NAMES
 
 _PAIRS: dict[str, type[v.Union] | type[v.Intersection] | type[v.Difference]] = {
     "|": v.Union,
@@ -17,7 +17,7 @@ _PAIRS: dict[str, type[v.Union] | type[v.Intersection] | type[v.Difference]] = {
 }
 
 
-class _WhereNames(Anything):
+class _WhereNames(AnyName):
     """The names of a `where` condition."""
 
     def check(self, name: ast.Ident) -> None:
@@ -81,10 +81,10 @@ def _glob(node: Node, pattern: str) -> v.Selector:
 
 def _function(node: ast.Apply) -> v.Selector:
     name = node.function.id
-    if name not in SELECTORS:
+    if name not in SELECTOR_FUNCTIONS:
         help = (
-            suggest(name, SELECTORS)
-            or f"selectors are {', '.join(f'`{s}(...)`' for s in SELECTORS)}"
+            suggest(name, SELECTOR_FUNCTIONS)
+            or f"selectors are {', '.join(f'`{s}(...)`' for s in SELECTOR_FUNCTIONS)}"
         )
         raise Unreadable(
             node.function, "", "unknown-function", help, f"there is no selector `{name}(...)`"
@@ -106,7 +106,7 @@ def _function(node: ast.Apply) -> v.Selector:
 _USAGE = {
     "type": "`type(Linear, Conv2d)`",
     "ndim": "`ndim(2)`",
-    "role": f"`role(...)` with one of {', '.join(v.ROLES)}",
+    "role": f"`role(...)` with one of {', '.join(ROLES)}",
     "depth": "`depth(0..0.5)`",
 }
 
@@ -118,16 +118,16 @@ def _type_name(node: Node) -> str:
 
 
 def _depth(node: Node) -> v.Selector:
-    span = interval(node)
+    span = number_range(node)
     if not 0 <= span.low <= span.high <= 1:
         raise Unreadable(node, "depth goes from 0 at the input to 1 at the head")
     return v.DepthRange(span.low, span.high)
 
 
 def _role(node: Node) -> v.Selector:
-    if not (isinstance(node, ast.Ident) and node.id in v.ROLES):
-        roles = f"roles are {', '.join(f'`{r}`' for r in v.ROLES)}"
-        help = suggest(node.id, v.ROLES) if isinstance(node, ast.Ident) else None
+    if not (isinstance(node, ast.Ident) and node.id in ROLES):
+        roles = f"roles are {', '.join(f'`{r}`' for r in ROLES)}"
+        help = suggest(node.id, ROLES) if isinstance(node, ast.Ident) else None
         raise Unreadable(node, roles, help=help)
     return v.Role(node.id)
 

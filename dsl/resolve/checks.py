@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 from trainc.dsl.reading.construct import Catalog, Construct
-from trainc.dsl.reading.expressions import SWITCH
 from trainc.dsl.reading.fields import field_type
-from trainc.dsl.reading.names import BUILT_IN, Scope
+from trainc.dsl.reading.names import Scope
 from trainc.dsl.resolve.statements import Assign, Clause, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
+from trainc.dsl.text.vocabulary import ASSIGNABLE, BOOLEANS, BUILT_IN, SHAPES, STATES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import FUNCTIONS, SHAPES, STATES, TARGETS
+from trainc.dsl.values.functions import FUNCTIONS
 
 ONCE = ("model", "data", "loss", "run")
 VERBS = {"stop": False, "save": False, "warn": True}
 
 
-def inconsistencies(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
+def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
     """Return what is wrong with clauses and rules that are each right by themselves."""
     scope = Scope(_constructs(clauses))
-    found = structure(clauses)
+    found = structure_problems(clauses)
     for clause in clauses:
         construct, head = clause.construct, clause.part_span("head")
         found += on_problems(type(construct), clause.on is not None, head, clause.part_span("on"))
@@ -40,7 +40,7 @@ def inconsistencies(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Di
     return found
 
 
-def structure(clauses: Sequence[Clause]) -> list[Diagnostic]:
+def structure_problems(clauses: Sequence[Clause]) -> list[Diagnostic]:
     """Return what is wrong with how clauses stand together, whatever their fields say."""
     found = [*_repeated(clauses), *_labels(clauses)]
     for clause in clauses:
@@ -128,7 +128,7 @@ def _expression(
             yield Diagnostic("unknown-function", message, _at(span), (), help)
 
 
-_WORDS = {*STATES, *SHAPES, *SWITCH}  # names only in form
+_WORDS = {*STATES, *SHAPES, *BOOLEANS}  # names only in form
 
 
 def _action(action: object, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
@@ -169,10 +169,10 @@ def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[
 
 def target_problems(target: str, span: Span | None) -> Iterator[Diagnostic]:
     """Yield what is wrong with the left side of an assignment in a rule."""
-    if target in TARGETS:
+    if target in ASSIGNABLE:
         return
-    note = f"rules set {', '.join(f'`{t}`' for t in TARGETS)}"
-    help = suggest(target, TARGETS)
+    note = f"rules set {', '.join(f'`{t}`' for t in ASSIGNABLE)}"
+    help = suggest(target, ASSIGNABLE)
     if target == "lr":
         help = "a rate follows a schedule, `lr = 1e-3 * (warmup(5%) then cosine())`, or the batch: `lr batch_scaling`"
     elif "." in target:

@@ -10,8 +10,8 @@ from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.names import Scope
 from trainc.dsl.reading.selectors import selector
 from trainc.dsl.resolve.checks import on_problems, unknown_construct
-from trainc.dsl.resolve.clause_fields import FieldResolver, is_lost, place
-from trainc.dsl.resolve.includes import Placed
+from trainc.dsl.resolve.clause_fields import FieldResolver, is_lost, unreadable_problem
+from trainc.dsl.resolve.includes import PlacedStatement
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.origin import Origin
 from trainc.dsl.resolve.statements import Clause
@@ -50,7 +50,7 @@ class ClauseResolver:
         self.scope = scope
         self.found: list[Diagnostic] = []
 
-    def resolve(self, tree: ast.ClauseTree, placed: Placed) -> Clause | None:
+    def resolve(self, tree: ast.ClauseTree, placed: PlacedStatement) -> Clause | None:
         """Return the clause, or None where something about it is wrong."""
         before = len(self.found) + len(self.scope.found)
         head = tree.kind.span | (tree.construct or tree.path or tree.kind).span
@@ -124,5 +124,7 @@ class ClauseResolver:
                 try:
                     out[part.word] = _READ[part.word](self.lets.expand(part.value))
                 except Unreadable as error:
-                    self.found.append(place(error, part.value.span, _ROLE[part.word], self.lets))
+                    self.found.append(
+                        unreadable_problem(error, part.value.span, _ROLE[part.word], self.lets)
+                    )
         return out

@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainc.dsl.reading.constants import Unreadable, import_path, plain
+from trainc.dsl.reading.constants import Unreadable, import_path, plain_value
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.reading.field_errors import problem_text
 from trainc.dsl.reading.fields import read_field
 from trainc.dsl.reading.names import Scope
-from trainc.dsl.resolve.includes import Placed
+from trainc.dsl.resolve.includes import PlacedStatement
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.origin import Provenance
 from trainc.dsl.syntax import ast
@@ -23,7 +23,7 @@ from trainc.dsl.text.source import Span, printable
 _HIDDEN = {"path", "arguments"}  # how open constructs keep what they are given
 
 
-def place(error: Unreadable, where: Span, message: str, lets: Lets) -> Diagnostic:
+def unreadable_problem(error: Unreadable, where: Span, message: str, lets: Lets) -> Diagnostic:
     """Return the diagnostic for an unreadable node, and where it is used if that is elsewhere."""
     labels = [Label(error.span, error.text)]
     if error.span not in where:
@@ -32,7 +32,7 @@ def place(error: Unreadable, where: Span, message: str, lets: Lets) -> Diagnosti
     return Diagnostic(error.rule, error.message or message, tuple(labels), (), help or error.help)
 
 
-def used_at(d: Diagnostic, span: Span) -> Diagnostic:
+def with_use(d: Diagnostic, span: Span) -> Diagnostic:
     """Add where a value is used to a diagnostic that points into a `let`."""
     if d.span is None or d.span in span or any(label.span == span for label in d.labels):
         return d
@@ -66,7 +66,7 @@ class FieldResolver:
         self.arguments: dict[str, Any] = {}
         self.declared = [n for n in cls.model_fields if not (cls.open_fields and n in _HIDDEN)]
 
-    def resolve(self, tree: ast.ClauseTree, placed: Placed) -> Construct | None:
+    def resolve(self, tree: ast.ClauseTree, placed: PlacedStatement) -> Construct | None:
         """Return the construct, or None where a field is wrong or missing."""
         self._path(tree)
         for item in tree.fields or ():
@@ -76,7 +76,7 @@ class FieldResolver:
                     Label(item.name.span, "a second one"),
                     Label(self.first[name].name.span, "the first is here"),
                 )
-                self._note("duplicate-field", f"`{name}` is given twice", labels)
+                self._report("duplicate-field", f"`{name}` is given twice", labels)
                 continue
             self.first[name] = item
             self.origin[name] = self._provenance(item, placed)
@@ -100,7 +100,7 @@ class FieldResolver:
                     self._invalid(detail, name)
             return None
 
-    def _note(
+    def _report(
         self,
         rule: str,
         message: str,
@@ -117,14 +117,16 @@ class FieldResolver:
         title = self.cls.heading()
         if "path" not in self.cls.model_fields:
             label = Label(tree.path.span, "this is not needed")
-            self._note("unexpected-path", f"`{title}` imports nothing", (label,))
+            self._report("unexpected-path", f"`{title}` imports nothing", (label,))
             return
         try:
             self.data["path"] = import_path(tree.path)
         except Unreadable as error:
             self.failed.add("path")
             self.found.append(
-                place(error, tree.path.span, f"`{title}` cannot import this", self.lets)
+                unreadable_problem(
+                    error, tree.path.span, f"`{title}` cannot import this", self.lets
+                )
             )
 
     def _read(self, item: ast.Field) -> None:
@@ -136,19 +138,19 @@ class FieldResolver:
             if declared:
                 self.data[name] = read_field(self.cls.model_fields[name], node, self.scope)
             else:
-                self.arguments[name] = plain(node)
+                self.arguments[name] = plain_value(node)
         except Unreadable as error:
             self.failed.add(name)
             if not declared and nearest(name, self.declared):
                 self._unknown(item)
                 return
             message = f"`{self.cls.heading()}` cannot take this `{printable(name)}`"
-            d = place(error, item.value.span, message, self.lets)
-            notes = () if error.message else self._about(name)
+            d = unreadable_problem(error, item.value.span, message, self.lets)
+            notes = () if error.message else self._field_note(name)
             self.found.append(d.replace(notes=notes))
         new = self.scope.found[count:]
         if new:
-            self.scope.found[count:] = [used_at(d, item.value.span) for d in new]
+            self.scope.found[count:] = [with_use(d, item.value.span) for d in new]
             self.failed.add(name)
 
     def _unknown(self, item: ast.Field) -> None:
@@ -157,7 +159,7 @@ class FieldResolver:
         near = nearest(item.name.id, self.declared)
         fields = ", ".join(f"`{name}`" for name in self.declared)
         notes = (f"its fields are {fields}" if fields else "it has no fields",)
-        self._note(
+        self._report(
             "unknown-field",
             message,
             (Label(item.name.span),),
@@ -166,7 +168,7 @@ class FieldResolver:
             Edit(item.name.span, near) if near else None,
         )
 
-    def _provenance(self, item: ast.Field, placed: Placed) -> Provenance:
+    def _provenance(self, item: ast.Field, placed: PlacedStatement) -> Provenance:
         """Return where a value comes from; one that depends on a setting comes from that."""
         for name in sorted(self.lets.names_in(item.value)):
             if name in self.lets.overridden:
@@ -181,21 +183,21 @@ class FieldResolver:
             return
         text, help = problem_text(detail)
         if name not in self.first:
-            labels = self._blamed(text) or (Label(self.head, text),)
-            self._note("bad-value", f"`{title}` does not go together", labels)
+            labels = self._fields_named_in(text) or (Label(self.head, text),)
+            self._report("bad-value", f"`{title}` does not go together", labels)
             return
         rule = "wrong-unit" if detail["type"] == "wrong_unit" else "bad-value"
         label = Label(self.first[name].value.span, text)
         message = f"`{title}` cannot take this `{name}`"
-        self._note(rule, message, (label,), self._about(name), help)
+        self._report(rule, message, (label,), self._field_note(name), help)
 
-    def _blamed(self, text: str) -> tuple[Label, ...]:
+    def _fields_named_in(self, text: str) -> tuple[Label, ...]:
         """Return labels at the fields that stand in the clause and that a message names, the last one first.
 
         A construct's own check of its fields names them in backticks: `group`, or `group = 8`.
         """
-        told = re.findall(r"`(\w+)[^`]*`", text)
-        given = [item for name, item in self.first.items() if name in told]
+        named = re.findall(r"`(\w+)[^`]*`", text)
+        given = [item for name, item in self.first.items() if name in named]
         spans = sorted((item.name.span | item.value.span for item in given), key=lambda s: s.start)
         labels = [Label(span, "with this") for span in reversed(spans)]
         return (labels[0].replace(text=text), *labels[1:]) if labels else ()
@@ -206,15 +208,17 @@ class FieldResolver:
         if name == "path":
             form = '{} "module:name"' if self.cls.kind == self.cls.name else '{}("module:name")'
             help = f"write `{form.format(title)}`"
-            self._note(
+            self._report(
                 "missing-field", f"`{title}` does not say what to import", (label,), (), help
             )
             return
         near = nearest(name, self.arguments)
         meant = f"is `{near}` meant to be `{name}`?" if near else None
-        self._note("missing-field", f"`{title}` needs `{name}`", (label,), self._about(name), meant)
+        self._report(
+            "missing-field", f"`{title}` needs `{name}`", (label,), self._field_note(name), meant
+        )
 
-    def _about(self, name: str) -> tuple[str, ...]:
+    def _field_note(self, name: str) -> tuple[str, ...]:
         """Return a field's description as a note."""
         if name in self.declared:
             description = self.cls.model_fields[name].description

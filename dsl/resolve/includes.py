@@ -15,18 +15,18 @@ from trainc.dsl.text.source import Source, Span, printable
 MAX_CHAIN = 32
 
 
-class Placed(Record):
+class PlacedStatement(Record):
     """A statement and the `use` lines that led to it, outermost first."""
 
     statement: ast.Statement
     via: tuple[Span, ...] = ()
 
 
-class Gathered:
+class CollectedStatements:
     """All statements of a spec; `lost` are names that would be defined if all could be read."""
 
     def __init__(self) -> None:
-        self.statements: list[Placed] = []
+        self.statements: list[PlacedStatement] = []
         self.found: list[Diagnostic] = []
         self.lost: set[str] = set()
 
@@ -48,9 +48,9 @@ def read_source(path: Path, name: str | None = None) -> tuple[Source, list[Diagn
     return source, []
 
 
-def gather(source: Source, path: Path | None) -> Gathered:
+def collect_statements(source: Source, path: Path | None) -> CollectedStatements:
     """Return the statements of a source and of the files it uses."""
-    out = Gathered()
+    out = CollectedStatements()
     chain: dict[Path, Span | None] = {path.resolve(): None} if path else {}
     out.statements = list(_collect(source, path, (), chain, out, set(chain)))
     return out
@@ -61,15 +61,15 @@ def _collect(
     path: Path | None,
     via: tuple[Span, ...],
     chain: dict[Path, Span | None],
-    out: Gathered,
+    out: CollectedStatements,
     seen: set[Path],
-) -> Iterator[Placed]:
+) -> Iterator[PlacedStatement]:
     parsed = parse(source)
     out.found += parsed.found
     out.lost |= parsed.lost
     for statement in parsed.tree.statements:
         if not isinstance(statement, ast.Use):
-            yield Placed(statement, via)
+            yield PlacedStatement(statement, via)
             continue
         where = _locate(statement, path)
         if where in chain:
@@ -98,8 +98,8 @@ def _collect(
             reason = getattr(error, "strerror", None) or str(error)
             label = Label(statement.path.span, reason.lower())
             message = f"cannot read `{printable(statement.path.value)}`"
-            place = printable(_shown(where), 200)
-            note = f"paths are relative to the file that uses them: looked for {place}"
+            looked = printable(_shown(where), 200)
+            note = f"paths are relative to the file that uses them: looked for {looked}"
             out.found.append(Diagnostic("use-not-found", message, (label,), (note,)))
             out.lost.add("*")
             continue

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainc.dsl.reading.names import BUILT_IN
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.syntax.parser import parse_expression
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Source
-from trainc.dsl.values.functions import FUNCTIONS, SELECTORS
+from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, SELECTOR_FUNCTIONS
+from trainc.dsl.values.functions import FUNCTIONS
 
 MAX_SIZE = 5_000
 MAX_DEPTH = 100
-_RESERVED = {*BUILT_IN, *FUNCTIONS, *SELECTORS, "all", "trainable", "true", "false", "none"}
+_RESERVED = {*BUILT_IN, *FUNCTIONS, *SELECTOR_FUNCTIONS, *BOOLEANS, "all", "trainable", "none"}
 
 
 class Lets:
@@ -83,12 +83,12 @@ class Lets:
                 else:
                     self.values[name] = self.overridden[name] = node
 
-    def settle(self) -> None:
+    def check_definitions(self) -> None:
         """Find the lets that are defined by themselves, or grow beyond all bounds."""
         for name in self.values:
-            self._settle(name, {})
+            self._measure(name, {})
 
-    def _settle(self, name: str, chain: dict[str, ast.Ident]) -> tuple[int, int]:
+    def _measure(self, name: str, chain: dict[str, ast.Ident]) -> tuple[int, int]:
         """Return the size and depth of a let once its names are replaced."""
         if name in self._size or name in self.broken:
             return self._size.get(name, (1, 1))
@@ -102,12 +102,12 @@ class Lets:
                     self._cycle(name, node)
                     return (1, 1)
                 inner = (
-                    self._settle(node.id, {**chain, name: node})
+                    self._measure(node.id, {**chain, name: node})
                     if len(chain) < MAX_DEPTH
                     else (0, MAX_DEPTH)
                 )
                 size, depth = size + inner[0], max(depth, level + inner[1])
-            todo += [(child, level + 1) for child in replaceable(node)]
+            todo += [(child, level + 1) for child in expandable(node)]
         if (size > MAX_SIZE or depth > MAX_DEPTH) and name not in self.broken:
             self.broken.add(name)
             label = Label(self.names[name].span)
@@ -135,7 +135,7 @@ class Lets:
             if node.id not in self._expanded:
                 self._expanded[node.id] = self.expand(self.values[node.id])
             return self._expanded[node.id]
-        if not replaceable(node):
+        if not expandable(node):
             return node
         match node:
             case ast.Apply(_, arguments):
@@ -160,11 +160,11 @@ class Lets:
             if isinstance(item, ast.Ident) and item.id in self.values and item.id not in names:
                 names.add(item.id)
                 todo.append(self.values[item.id])
-            todo += replaceable(item)
+            todo += expandable(item)
         return names
 
 
-def replaceable(node: Node) -> tuple[Node, ...]:
+def expandable(node: Node) -> tuple[Node, ...]:
     """Return the children in which names of lets may stand."""
     if isinstance(node, ast.Apply) and node.function.id in ("type", "role"):
         return ()

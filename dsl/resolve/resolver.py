@@ -9,10 +9,10 @@ from trainc.dsl.reading.constants import Unreadable, duration
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.expressions import condition, expression
 from trainc.dsl.reading.names import Scope
-from trainc.dsl.resolve.checks import structure, target_problems, verb_problems
+from trainc.dsl.resolve.checks import structure_problems, target_problems, verb_problems
 from trainc.dsl.resolve.clause import ClauseResolver, construct_name
-from trainc.dsl.resolve.clause_fields import place, used_at
-from trainc.dsl.resolve.includes import gather, read_source
+from trainc.dsl.resolve.clause_fields import unreadable_problem, with_use
+from trainc.dsl.resolve.includes import collect_statements, read_source
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.origin import Origin
 from trainc.dsl.resolve.spec import VERSION, Spec
@@ -73,7 +73,7 @@ class Resolver:
     ) -> None:
         self.source = source
         self.catalog = catalog
-        gathered = gather(source, path)
+        gathered = collect_statements(source, path)
         self.placed = gathered.statements
         self.found = gathered.found
         self.lets = Lets()
@@ -81,7 +81,7 @@ class Resolver:
             if isinstance(item.statement, ast.Let):
                 self.lets.define(item.statement)
         self.lets.override(overrides, gathered.lost)
-        self.lets.settle()
+        self.lets.check_definitions()
         lost = gathered.lost | self.lets.broken
         self.scope = Scope(self._labels(), self.lets.values, lost, catalog)
 
@@ -102,7 +102,7 @@ class Resolver:
         found = [*self.found, *self.lets.found, *resolver.found, *self.scope.found]
         spec: Spec | None = None
         if any(d.severity == "error" for d in found):
-            found += structure(clauses)
+            found += structure_problems(clauses)
         else:
             try:
                 spec = Spec(tuple(clauses), tuple(rules))
@@ -182,9 +182,9 @@ class Resolver:
         try:
             value = read(self.lets.expand(node), *([self.scope] if scoped else []))
         except Unreadable as error:
-            self.found.append(place(error, node.span, message, self.lets))
+            self.found.append(unreadable_problem(error, node.span, message, self.lets))
             return None
-        self.scope.found[count:] = [used_at(d, node.span) for d in self.scope.found[count:]]
+        self.scope.found[count:] = [with_use(d, node.span) for d in self.scope.found[count:]]
         return value
 
     def _unused(self) -> None:

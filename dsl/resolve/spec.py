@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from trainc.dsl.reading.construct import Catalog
-from trainc.dsl.resolve.checks import inconsistencies, unknown_construct
+from trainc.dsl.resolve.checks import spec_problems, unknown_construct
 from trainc.dsl.resolve.statements import Action, Assign, ByJson, Clause, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
@@ -28,7 +28,7 @@ class Spec(ByJson):
     def __post_init__(self) -> None:
         self._put("clauses", tuple(self.clauses))
         self._put("rules", tuple(self.rules))
-        errors = [d for d in inconsistencies(self.clauses, self.rules) if d.severity == "error"]
+        errors = [d for d in spec_problems(self.clauses, self.rules) if d.severity == "error"]
         if self.version != VERSION:
             errors.append(
                 Diagnostic("unknown-version", f"there is no version {self.version} of the language")

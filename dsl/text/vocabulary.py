@@ -1,14 +1,42 @@
-"""The closed sets of the language: kinds, phases of a step, resources of a step."""
+"""The closed sets of words of the language.
+
+What the grammar, the runtime and the compiler make of each is held to these lists by
+tests/dsl/test_vocabulary.py.
+"""
 
 KINDS = (
     "model", "data", "loss", "run", "optimizer", "lr", "regularize", "perturb", "normalize",
     "noise_scale", "mask", "adapt", "observe", "distribute",
 )  # fmt: skip
+SELECTED = ("none", "modules", "parameters")
+"""What `on` of a construct can select."""
 PHASES = (
     "batch", "rates", "perturb", "forward", "backward", "undo", "reduce", "gradients", "optimizer",
     "deltas", "exchange", "observe",
 )  # fmt: skip
+"""The phases of a step, in order."""
 RESOURCES = frozenset(
     ("batch", "clock", "rate", "params", "inputs", "views", "forward", "loss", "probe", "gradient",
      "optimizer_state", "delta", "metrics")
 )  # fmt: skip
+"""What the actions of a step read and write, beside `signal:<name>`."""
+
+COUNTERS = ("steps", "samples", "tokens", "epochs", "seconds")
+"""What the clock counts; durations are in these units or in percent of the run."""
+PLACES = ("depth", "block", "blocks")
+"""Where in the model a value is used."""
+SIGNALS = ("loss", "batch", "lr", "step", "micro_batch")
+"""What every run measures."""
+BUILT_IN = (*PLACES, "progress", *COUNTERS, *SIGNALS)
+"""The names every expression may use."""
+ASSIGNABLE = ("batch",)
+"""What a rule may set."""
+
+SHAPES = ("linear", "cosine", "sqrt")
+STATES = ("nan", "inf", "finite")
+BOOLEANS = ("false", "true")
+
+SELECTOR_FUNCTIONS = ("type", "ndim", "role", "depth")
+ROLES = ("norm", "bias", "embedding", "attention", "mlp", "head")
+WHERE_NAMES = ("numel", "ndim", "depth", "block")
+"""What a `where` condition may compare."""

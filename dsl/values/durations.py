@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from trainc.dsl.values.notation import ATOM, Written, infix, number, quoted
-from trainc.dsl.values.value import Value, tidy
+from trainc.dsl.values.value import Value, plain_number
 
 Unit = Literal["steps", "samples", "tokens", "epochs", "seconds", "run"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -20,7 +20,7 @@ class Duration(Value):
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ValueError(f"`{self.unit}` is not a unit; units are {', '.join(UNITS)}")
-        self._put("amount", tidy(self.amount))
+        self._put("amount", plain_number(self.amount))
 
     def written(self) -> Written:
         if self.unit == "run":
@@ -36,8 +36,8 @@ class Range(Value):
     high: float
 
     def __post_init__(self) -> None:
-        self._put("low", tidy(self.low))
-        self._put("high", tidy(self.high))
+        self._put("low", plain_number(self.low))
+        self._put("high", plain_number(self.high))
         if self.low > self.high:
             raise ValueError(f"the range ends at {self.high}, before it begins at {self.low}")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from trainc.dsl.values.durations import Duration
 from trainc.dsl.values.notation import ATOM, Written, call, infix, listed, number, prefix
-from trainc.dsl.values.value import Value, tidy
+from trainc.dsl.values.value import Value, plain_number
 
 BINARY = ("or", "and", "<", ">", "<=", ">=", "==", "!=", "is", "then", "+", "-", "*", "/")
 COMPARISONS = ("<", ">", "<=", ">=", "==", "!=", "is")
@@ -18,7 +18,7 @@ class Number(Value):
     value: float
 
     def __post_init__(self) -> None:
-        self._put("value", tidy(self.value))
+        self._put("value", plain_number(self.value))
 
     def written(self) -> Written:
         return number(self.value)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from trainc.dsl.values.expressions import Expr
 from trainc.dsl.values.notation import ATOM, Written, call, infix, number, quoted
-from trainc.dsl.values.value import Value, tidy
-
-ROLES = ("norm", "bias", "embedding", "attention", "mlp", "head")
+from trainc.dsl.values.value import Value, plain_number
 
 
 class Glob(Value):
@@ -40,7 +38,7 @@ class Ndim(Value):
 
 
 class Role(Value):
-    """What plays one of `ROLES`."""
+    """What plays a role: `norm`, `head` ..."""
 
     name: str
 
@@ -55,8 +53,8 @@ class DepthRange(Value):
     high: float
 
     def __post_init__(self) -> None:
-        self._put("low", tidy(self.low))
-        self._put("high", tidy(self.high))
+        self._put("low", plain_number(self.low))
+        self._put("high", plain_number(self.high))
 
     def written(self) -> Written:
         return call("depth", [(None, infix("..", number(self.low), number(self.high)))])
@@ -139,7 +137,7 @@ class Scoped(Value):
     on: Selector | None = None
 
     def __post_init__(self) -> None:
-        self._put("value", tidy(self.value))
+        self._put("value", plain_number(self.value))
 
     def written(self) -> Written:
         value = number(self.value)

@@ -40,7 +40,7 @@ def _written(value: Any) -> Written:
     raise TypeError(f"{value!r} is not a value of the language")
 
 
-def tidy(value: float) -> float:
+def plain_number(value: float) -> float:
     """Return a finite number, as an int where it is whole, so that 2 and 2.0 are one value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"expected a number, found {value!r}")

@@ -20,7 +20,6 @@ from trainc.dsl.values.expressions import (
     walk,
 )
 from trainc.dsl.values.selectors import (
-    ROLES,
     All,
     DepthRange,
     Difference,
@@ -36,12 +35,11 @@ from trainc.dsl.values.selectors import (
     Union,
     Where,
 )
-from trainc.dsl.values.value import Value, tidy
+from trainc.dsl.values.value import Value, plain_number
 
 __all__ = [
     "BINARY",
     "COMPARISONS",
-    "ROLES",
     "UNITS",
     "All",
     "Binary",
@@ -73,8 +71,8 @@ __all__ = [
     "called",
     "expr_from_json",
     "from_json",
+    "plain_number",
     "selector_from_json",
-    "tidy",
     "to_json",
     "walk",
 ]

@@ -39,15 +39,19 @@ class Bounds:
 
 
 class BatchPolicy(Action):
-    """Phase 1: takes the size that `choose` gives; `text` is what the spec says."""
+    """Phase 1: takes the size that `choose` gives; `text` is what the spec says.
+
+    The batch begins at `start` and ends at, or is at most, `end` samples, in micro-batches of `micro`.
+    """
 
     phase = Phase.BATCH
     reads: tuple[str, ...] = ("signal", "clock", "batch")
     writes = ("batch",)
 
-    def __init__(self, name: str, text: str, start: int) -> None:
+    def __init__(self, name: str, text: str, start: int, end: int, micro: int) -> None:
         self.name, self.text = name, text
         self.start = self.last = start
+        self.end, self.micro = end, micro
         self.changes = 0
 
     @abstractmethod
@@ -88,8 +92,8 @@ class Ramp(BatchPolicy):
         self, name: str, text: str, ends: tuple[int, int], micro: int, over: Duration,
         begun: Duration | None = None,
     ) -> None:  # fmt: skip
-        self.ends, self.micro, self.over, self.begun = ends, micro, over, begun
-        super().__init__(name, text, self._whole(ends[0]))
+        self.ends, self.over, self.begun = ends, over, begun
+        super().__init__(name, text, _whole(ends[0], micro), _whole(ends[1], micro), micro)
 
     def choose(self, clock: Clock, present: int) -> int:
         return self.at(clock)
@@ -100,10 +104,12 @@ class Ramp(BatchPolicy):
         begun = clock.position(self.begun)[1] if self.begun else 0.0
         part = min(max((now - begun) / span, 0.0), 1.0)
         first, last = self.ends
-        return self._whole(first + (last - first) * part)
+        return _whole(first + (last - first) * part, self.micro)
 
-    def _whole(self, size: float) -> int:
-        return max(1, math.ceil(size / self.micro - _ROUNDING)) * self.micro
+
+def _whole(size: float, micro: int) -> int:
+    """Return `size` rounded up to a whole number of micro-batches."""
+    return max(1, math.ceil(size / micro - _ROUNDING)) * micro
 
 
 class Follow(BatchPolicy):
@@ -118,7 +124,7 @@ class Follow(BatchPolicy):
         self, name: str, text: str, signal: Signal, bounds: Bounds, grain: int,
         factor: float = 1.0, every: Duration | None = None, *, grow_only: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(name, text, bounds.low)
+        super().__init__(name, text, bounds.low, bounds.high, bounds.micro)
         self.signal, self.bounds, self.grain = signal, bounds, grain
         self.factor, self.every, self.grow_only = factor, every, grow_only
         self.changed: float | None = None
@@ -155,7 +161,7 @@ class SignalNoise(BatchPolicy):
     def __init__(
         self, name: str, text: str, signal: Signal, bounds: Bounds, theta: float, gate: Gate
     ) -> None:
-        super().__init__(name, text, bounds.low)
+        super().__init__(name, text, bounds.low, bounds.high, bounds.micro)
         self.signal, self.bounds, self.theta, self.gate = signal, bounds, theta, gate
 
     def choose(self, clock: Clock, present: int) -> int:

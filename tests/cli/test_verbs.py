@@ -59,7 +59,7 @@ def test_plan_as_json_has_the_hash_of_its_content(
     assert call(monkeypatch, "plan", spec, "--format", "json") == 0
     data = json.loads(capsys.readouterr().out)
     assert Plan.from_json(data).hash == data["hash"]
-    data["settings"]["micro"] = 99
+    data["settings"]["micro_batch"] = 99
     with pytest.raises(ValueError, match="changed by hand"):
         Plan.from_json(data)
 

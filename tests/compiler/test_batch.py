@@ -125,19 +125,19 @@ def test_the_plan_says_what_sets_the_batch_and_what_is_an_estimate() -> None:
     measured = "noise_scale gns on type(LayerNorm) { smooth = 5 steps }\n"
     text = spec(POLICIES["ramp"], length="5k tokens", rise="10 steps").replace(measured, "")
     plan = trainc.plan(text)
-    told = plan.settings["batch"]
-    assert (told["starts"], told["to"], told["micro"]) == (4, 16, 2)
-    assert told["notes"] == ["10 steps counts as 640 tokens, as it does at the starting batch"]
+    batch = plan.settings["batch"]
+    assert (batch["start"], batch["end"], batch["micro_batch"]) == (4, 16, 2)
+    assert batch["notes"] == ["10 steps is taken as 640 tokens, computed for the starting batch"]
     (row,) = [row for row in plan.steps if row["clause"] == "data"]
     assert (row["phase"], row["writes"]) == (1, ["batch"])
     assert row["action"].startswith("batch = ramp(4 samples")
     exact = trainc.plan(text.replace("10 steps", "10%"))
     assert exact.settings["batch"]["notes"] == []
     followed = trainc.plan(spec(POLICIES["follow"])).settings["batch"]
-    assert "depends on what is measured" in followed["notes"][-1]
+    assert "depends on measured signals" in followed["notes"][-1]
     rule = "when gns > 2 * batch cooldown 5 steps { batch = batch + 2 samples }"
     by_rule = trainc.plan(spec("4 samples, micro = 2 samples", rule=rule))
-    assert by_rule.settings["batch"]["by"] == "when rules"
+    assert by_rule.settings["batch"]["set_by"] == "when rules"
     assert by_rule.steps[0]["every"] == "cooldown 5 steps"
     assert "batch" not in trainc.plan(spec("4 samples").replace("lr batch_scaling", "")).settings
 

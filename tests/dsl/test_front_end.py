@@ -15,8 +15,7 @@ from trainc.dsl.syntax.generate import tables as build
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.rules import RULES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import COUNTERS, FUNCTIONS, SHAPES, STATES
-from trainc.runtime.schedule import expressions, functions
+from trainc.dsl.values.functions import FUNCTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,20 +30,6 @@ def test_the_grammar_is_short_and_knows_no_construct() -> None:
     assert len(grammar.splitlines()) < 120
     words = set(re.findall(r"\w+", grammar))
     assert not words & {name for kind, name in catalog() if name not in (kind, "torch")} - {"step"}
-
-
-def test_the_functions_are_those_of_the_runtime() -> None:
-    schedules = {name: f for name, f in FUNCTIONS.items() if f.schedule}
-    assert schedules.keys() == functions.PIECES.keys()
-    for name, function in schedules.items():
-        piece = functions.PIECES[name]
-        assert dict(function.arguments) == dict(piece.arguments), name
-        assert function.positional == piece.positional, name
-        assert list(function.arguments)[: function.required] == list(piece.required), name
-    assert FUNCTIONS.keys() - schedules.keys() == expressions.MATHS.keys()
-    assert set(SHAPES) == set(functions.SHAPES)
-    assert set(STATES) == set(expressions.STATES)
-    assert COUNTERS == expressions.COUNTERS
 
 
 def test_every_policy_of_the_batch_is_one_that_the_compiler_reads() -> None:

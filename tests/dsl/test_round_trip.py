@@ -9,6 +9,7 @@ from trainc.dsl.reading.field_types import CONDITION, DURATION, EXPRESSION, RANG
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.parser import parse
 from trainc.dsl.text.source import Source
+from trainc.dsl.text.vocabulary import ROLES
 from trainc.dsl.values import value_json as v
 
 NAMES = st.sampled_from(
@@ -143,7 +144,7 @@ _SETS = st.one_of(
         lambda n: v.OfType(tuple(n))
     ),
     st.integers(0, 5).map(v.Ndim),
-    st.sampled_from(v.ROLES).map(v.Role),
+    st.sampled_from(ROLES).map(v.Role),
     st.just(v.DepthRange(0.25, 1)),
     st.just(v.All()),
     st.just(v.Trainable()),

@@ -213,12 +213,12 @@ error[unknown-field]: `optimizer adamw` has no field `l_r`
 
 
 def test_what_no_clause_can_see_alone_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_all, calls = checks.inconsistencies, []
+    check_all, calls = checks.spec_problems, []
 
     def counted(*given: Any) -> Any:
         calls.append(given)
         return check_all(*given)
 
-    monkeypatch.setattr("trainc.dsl.resolve.spec.inconsistencies", counted)
+    monkeypatch.setattr("trainc.dsl.resolve.spec.spec_problems", counted)
     assert check(TEXT).spec is not None
     assert len(calls) == 1

@@ -58,11 +58,13 @@ def show_plan(plan: Plan, full: bool = False, console: Console | None = None) ->
     )
     _batch(console, plan.settings.get("batch"))
     _schedules(console, plan, full)
-    sites = _alike(plan.sites, "site", ("operator", "pass", "road"), full)
-    rows = [(name, count, r["operator"], r["pass"], r["road"]) for name, count, r, _ in sites]
-    _print(console, "Rewritten layers", ("site", "count", "operator", "pass", "road"), rows, limit)
-    kernels = [(k["operator"], k["chosen"], k["refused"] or "") for k in plan.kernels]
-    _print(console, "Kernels", ("operator", "chosen", "refused"), kernels, limit)
+    sites = _alike(plan.sites, "site", ("operator", "pass", "executor"), full)
+    rows = [(name, count, r["operator"], r["pass"], r["executor"]) for name, count, r, _ in sites]
+    _print(
+        console, "Rewritten layers", ("site", "count", "operator", "pass", "executor"), rows, limit
+    )
+    kernels = [(k["operator"], k["implementation"], k["reason"] or "") for k in plan.kernels]
+    _print(console, "Kernels", ("operator", "implementation", "why not Triton"), kernels, limit)
     memory = [(m["what"], _size(m["bytes"])) for m in plan.memory]
     _print(console, "Memory beyond weights and gradients", ("what", "size"), memory, limit)
     console.print(f"plan {plan.hash[:16]}  spec {plan.fingerprint[:16]}")
@@ -122,9 +124,11 @@ def _batch(console: Console, row: Row | None) -> None:
     """Print what sets a batch that changes, and which conversions hold only where it begins."""
     if row is None:
         return
-    sizes = f"from {row['starts']}" if row["starts"] else "from what the loop gives"
-    sizes += f" to {row['to']} samples in micro-batches of {row['micro']}" if "to" in row else ""
-    console.print(f"Batch: {row['by']}, {sizes}")
+    sizes = f"from {row['start']}" if row["start"] else "from the size that the loop starts with"
+    sizes += (
+        f" to {row['end']} samples in micro-batches of {row['micro_batch']}" if "end" in row else ""
+    )
+    console.print(f"Batch: {row['set_by']}, {sizes}")
     for note in row["notes"]:
         console.print(f"  note: {note}")
     console.print()

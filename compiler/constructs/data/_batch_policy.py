@@ -6,30 +6,24 @@ this loads neither torch nor the runtime, since `trainc check` does.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from trainc.dsl.reading.field_types import samples_or_call
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.vocabulary import COUNTERS, PLACES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import COUNTERS, PLACES, Function
+from trainc.dsl.values.functions import Function
 
 if TYPE_CHECKING:
-    from trainc.compiler.bind.binding import Binding
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.dsl.resolve.spec import Spec
-    from trainc.runtime.schedule.clock import RunLength, UnitConversion
-    from trainc.runtime.step.action import Action
-    from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
+    from trainc.runtime.step.batch_policy import BatchPolicy
 
 POLICIES: dict[str, Function] = {
     "ramp": Function(
         {"begin": "samples", "to": "samples", "over": "duration", "from": "duration"},
         1,
         3,
-        "go from `begin` to `to` samples on a line over `over`, begun at `from` (the start)",
     ),
     "follow": Function(
         {
@@ -44,7 +38,6 @@ POLICIES: dict[str, Function] = {
         },
         1,
         2,
-        "be `factor` (1) times a measured number of samples, between `min` and `max`",
     ),
     "signal_noise": Function(
         {
@@ -57,7 +50,6 @@ POLICIES: dict[str, Function] = {
         },
         1,
         2,
-        "grow to the noise scale / `theta`^2 (0.6), looked at `every` 100 steps from 15% on",
     ),
 }
 """What `batch` of `data` may be instead of an amount."""
@@ -214,72 +206,6 @@ def _number(given: Arguments, name: str, default: float) -> float:
     if not isinstance(value, v.Number) or value.value <= 0:
         raise ValueError(f"`{name}` is a number above 0")
     return float(value.value)
-
-
-def changes(spec: Spec) -> bool:
-    """Say whether the batch of a spec may change during the run."""
-    data: Any = spec.one("data")
-    if data is not None and isinstance(data.construct.batch, v.Call):
-        return True
-    return any(getattr(act, "target", None) == "batch" for r in spec.rules for act in r.actions)
-
-
-def inconsistencies(spec: Spec) -> Iterator[Diagnostic]:
-    """Yield what is wrong with everything in a spec that sets, or follows, its batch."""
-    data: Any = spec.one("data")
-    for clause in spec.of_kind("lr"):
-        scaling: Any = clause.construct
-        if clause.construct.name != "batch_scaling" or data is None or changes(spec):
-            continue
-        if scaling.reference in (None, v.Duration(data.construct.start_size, "samples")):
-            yield Diagnostic(
-                "no-effect",
-                "the batch never changes, so the factor is 1 throughout",
-                (Label(clause.span),) if clause.span else (),
-                help="give `data` a policy such as `batch = follow(gns, ...)`, or a `reference`",
-                severity="warning",
-            )
-
-
-def row(binding: Binding) -> dict[str, Any]:
-    """Return the plan's account of a changing batch; sizes in samples."""
-    units, data = binding.units, binding.one("data")
-    construct: Any = data.construct if data else None
-    policy: Policy | None = construct.policy if construct else None
-    notes = [
-        f"{given} counts as {value:,.12g} {unit}, as it does at the starting batch"
-        for (given, unit), value in sorted(units.estimates.items())
-    ]
-    if policy is None or policy.signal is not None:
-        notes.append(
-            "the batch depends on what is measured: where the schedules' table turns steps into "
-            "samples, or back, it does so at the starting batch"
-        )
-    found = {"starts": construct.start_size if construct else None, "notes": notes}
-    if policy is None:
-        return {"by": "when rules", **found}
-    end = -(-policy.end // policy.micro) * policy.micro
-    return {"by": str(policy.call), **found, "to": end, "micro": policy.micro}
-
-
-def ramp(actions: Sequence[Action]) -> Ramp | None:
-    """Return the ramp among the actions of a program, if there is one."""
-    from trainc.runtime.step.batch_policy import Ramp
-
-    return next((action for action in actions if isinstance(action, Ramp)), None)
-
-
-def counters(
-    ramp: Ramp | None, units: UnitConversion, length: RunLength, parts: Sequence[float]
-) -> list[dict[str, float | None]]:
-    """Return the clock's counters at parts of the run: exact under a ramp, else at the first batch."""
-    from trainc.runtime.schedule.schedules import moment
-    from trainc.runtime.schedule.timeline import moments
-
-    if ramp is not None:
-        with contextlib.suppress(ValueError):
-            return moments(ramp.at, units, length, parts)
-    return [moment(units, length, part) for part in parts]
 
 
 def action(policy: Policy, to: Lowering) -> BatchPolicy:

@@ -104,16 +104,16 @@ class Data(Construct):
         """Only a policy acts: an amount is where the loop begins."""
         return self.policy is not None
 
-    def told(self, effect: Effect) -> str:
-        """Return the policy."""
+    def describe(self, effect: Effect) -> str:
+        """Return the policy as the spec writes it."""
         return f"batch = {self.batch}"
 
     def lower(self, to: Lowering) -> None:
         """Set the batch before every step where it is not an amount; the loop reads the sizes."""
         if (policy := self.policy) is None:
             return
-        if to.clause.start or to.clause.stop or to.clause.every:
-            raise ValueError("`from` and `every` of a batch policy are arguments of its own")
+        reason = f"a `data` clause takes no times; `{policy.name}` has its own as arguments"
+        to.refuse_times(reason, "from", "until", "every")
         to.action(action(policy, to))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainc.dsl.reading.construct import Construct, Duration, Effect, Samples
+from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem, Samples
 
 if TYPE_CHECKING:
+    from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
 
 
@@ -54,6 +56,20 @@ class BatchScaling(Construct):
             raise ValueError("expected an amount of samples such as `32 samples`")
         return value
 
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Warn when the batch never changes, so that the factor is 1 throughout."""
+        sizes = bound.sizes
+        if sizes is None or sizes.changing:
+            return
+        if self.reference in (None, Duration(sizes.start, "samples")):
+            yield Problem(
+                "no-effect",
+                "the batch never changes, so the factor is 1 throughout",
+                field="",
+                help="let the batch change, as by `batch = follow(gns, ...)` in `data`, or give a `reference`",
+                severity="warning",
+            )
+
     def by_definition(self, batch: int, reference: float) -> float:
         """Return the factor of a batch as a power of the ratio; `reference` is a field's name."""
         exponent: float = {"sqrt": 0.5, "linear": 1.0}[self.rule]
@@ -68,10 +84,7 @@ class BatchScaling(Construct):
         """Give the selected parameters one factor, set in phase 2."""
         from trainc.compiler.constructs.lr._batch_scaling import ScaleWithBatch
 
-        if to.clause.start or to.clause.stop or to.clause.every:
-            raise ValueError(
-                f"`{to.label}` holds for the whole run and takes no `from`, `until` or `every`"
-            )
+        to.refuse_times(f"`{to.label}` holds for the whole run", "from", "until", "every")
         start = to.starting_batch
         if self.reference is None and start is None:
             raise ValueError(

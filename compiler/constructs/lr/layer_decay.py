@@ -58,10 +58,7 @@ class LayerDecay(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Give every level one factor."""
-        if to.clause.start or to.clause.stop or to.clause.every:
-            raise ValueError(
-                f"`{to.label}` holds for the whole run and takes no `from`, `until` or `every`"
-            )
+        to.refuse_times(f"`{to.label}` holds for the whole run", "from", "until", "every")
         levels: dict[tuple[int, int], list[str]] = {}
         for parameter in to.parameters():
             place = parameter.place

@@ -90,14 +90,13 @@ class Sift(Construct):
         from trainc.compiler.constructs.mask._sift import Choose, Units, WriteBack
         from trainc.runtime.step.update_mask import SelectedEntries
 
-        if to.clause.stop or to.clause.every:
-            raise ValueError(f"`{to.label}` is chosen for good: it takes no `until` or `every`")
+        to.refuse_times(f"`{to.label}` chooses once, for the rest of the run", "until", "every")
         compacts = []
         for entry in to.parameters():
             units = Units(self.granularity, entry.shape)
             size = self.count(units.count) * units.size if self.scope == "tensor" else 0
             compacts.append(SelectedEntries(entry.name, to.tensor(entry.name), size))
-            to.compact(entry.name, compacts[-1])
+            to.select_entries(entry.name, compacts[-1])
         if self.rest == "freeze":
             kept = {entry.name for entry in to.parameters()}
             to.freeze(p.name for p in to.inventory.trainable if p.name not in kept)

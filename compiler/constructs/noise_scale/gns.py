@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.compiler.method.example_units import Units
+    from trainc.compiler.method.example_units import ExampleUnits
     from trainc.compiler.method.sites import MeasuredSite
     from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
     from trainc.runtime.noise_scale.action import Settings, Unit
@@ -173,7 +173,9 @@ class Gns(Construct):
             raise ValueError(
                 "`example = document` needs `separator = 0` or so, and `separator` is for it alone"
             )
-        if self.method != "per_example" and (self.wide or self.example == "document"):
+        if self.method != "per_example" and (
+            self.per_example_gradients or self.example == "document"
+        ):
             raise ValueError(
                 f"`method = {self.method}` takes whole gradients: `interval = jackknife`, `example = document` and"
                 " another `geometry` need `method = per_example`"
@@ -185,7 +187,7 @@ class Gns(Construct):
         return self
 
     @property
-    def wide(self) -> bool:
+    def per_example_gradients(self) -> bool:
         """Whether the examples' gradients themselves are needed."""
         return self.interval == "jackknife" or self.geometry != "euclidean"
 
@@ -245,7 +247,7 @@ class Gns(Construct):
         if not module.parameters:
             missing = "has no weight (elementwise_affine=False)"
             return ("nothing-to-measure", missing, None) if is_norm else None
-        if not is_norm and (self.wide or self.example == "document"):
+        if not is_norm and (self.per_example_gradients or self.example == "document"):
             return (
                 "wrong-target-kind",
                 "is no norm, and this clause needs the examples' gradients",
@@ -272,9 +274,9 @@ class Gns(Construct):
                 names = tuple(name for name in held if name in trainable)
                 measured |= {entry.name: names} if names else {}
             every = dict.fromkeys(name for owned in measured.values() for name in owned)
-            to.whole_gradients(every, running=self.method == "replica")
+            to.measure_batch_gradients(every, running=self.method == "replica")
         else:
-            to.units(self._units())
+            to.example_units(self._units())
             for site in self._sites(to):
                 to.measure(site)
                 known = (to.inventory.parameter[n].name for n in site.parameters if n is not None)
@@ -298,13 +300,13 @@ class Gns(Construct):
 
         wanted = {to.inventory.parameter[n].name for entry in entries for n in entry.parameters}
         names = [entry.name for entry in entries]
-        wide = self.wide or self.example == "document"
+        wide = self.per_example_gradients or self.example == "document"
         return [
-            replace(site, wide=wide) if isinstance(site, NormSite) else site
+            replace(site, per_example_gradients=wide) if isinstance(site, NormSite) else site
             for site in sites_of(names, wanted, to.model, to.inventory, recognise)
         ]
 
-    def _units(self) -> Units | None:
+    def _units(self) -> ExampleUnits | None:
         from trainc.compiler.method.example_units import Documents, Groups
 
         if self.separator is not None:

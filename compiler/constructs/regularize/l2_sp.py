@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.method.lowered_method import Inputs
-    from trainc.runtime.schedule.clock import Clock
 
 
 class L2Sp(Construct):
@@ -60,10 +59,7 @@ class L2Sp(Construct):
             starts = {name: to.tensor(name).detach().clone() for name in names}
         keys = {name: f"{to.label}:start:{name}" for name in starts}
         coefficient = f"{to.label}:weight"
-        schedule, gate = to.schedule(self.weight), to.gate()
-
-        def weight(clock: Clock) -> float:
-            return schedule(clock) if gate is None or gate.fires(clock) else 0.0
+        weight = to.while_open(to.schedule(self.weight))
 
         def value(parameters: Inputs, inputs: Inputs) -> Tensor:
             anchors = {name: inputs[key] for name, key in keys.items()}

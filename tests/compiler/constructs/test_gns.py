@@ -21,7 +21,7 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.reading.construct import Problem
 from trainc.dsl.values.value_json import Duration
 from trainc.runtime.noise_scale.action import Measure, Settings
@@ -46,7 +46,7 @@ def lcg(shape: Sequence[int], seed: int, scale: float = 1.0, plus: float = 0.0) 
 def measure(model: nn.Module, names: Sequence[str], rule: Gns | None = None) -> tuple[Measure, Any]:
     """Lower the clause onto `model` by hand; return its action and the bound sites."""
     setting = LoweringContext(
-        model, take(model), UnitConversion(8, 4, 800), RunLength(100, "steps"), Signals()
+        model, build_inventory(model), UnitConversion(8, 4, 800), RunLength(100, "steps"), Signals()
     )
     parts = LoweredMethod()
     rule = rule or Gns()
@@ -516,7 +516,7 @@ class Mixed(nn.Module):
 
 
 def problems(*names: str) -> list[Problem]:
-    inventory = take(Mixed())
+    inventory = build_inventory(Mixed())
     modules = tuple(inventory.module[name] for name in names)
     return list(Gns().validate_targets(Targets(inventory, modules, ())))
 

@@ -17,9 +17,9 @@ from trainc.compiler.constructs.regularize.l2_sp import L2Sp
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.values import value_json as v
-from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OptimizerStep, ParamSlot
 from trainc.runtime.step.record import Signals
@@ -49,11 +49,11 @@ def lower(
     made: nn.Module, rule: L2Sp, start: v.Duration | None = None
 ) -> tuple[LoweredMethod, Anchors, tuple[str, ...]]:
     setting = LoweringContext(
-        made, take(made), UnitConversion(8), RunLength(100, "steps"), Signals()
+        made, build_inventory(made), UnitConversion(8), RunLength(100, "steps"), Signals()
     )
     parts = LoweredMethod()
     names = ("0.weight", "1.weight", "2.weight")
-    bound = None if start is None else {"amount": start.amount, "unit": start.unit}
+    bound = None if start is None else Duration(start.amount, start.unit)
     rule.lower(Lowering(BoundClause(rule, "l2_sp", names, bound), setting, parts))
     (action,) = parts.actions
     assert isinstance(action, Anchors)
@@ -110,7 +110,7 @@ def test_what_is_frozen_is_left_out() -> None:
     parts, *_ = lower(made, l2_sp(weight=1.0))
     assert parts.penalties["l2_sp"].parameters == ("0.weight", "2.weight")
     made.requires_grad_(False)
-    inventory = take(made)
+    inventory = build_inventory(made)
     (problem,) = l2_sp(weight=1.0).validate_targets(Targets(inventory, (), inventory.parameters))
     assert problem.rule == "selector-matches-frozen"
 
@@ -180,8 +180,8 @@ def test_the_summary_says_how_far_the_weights_went() -> None:
 
 
 def test_no_weight_is_no_effect() -> None:
-    assert l2_sp(weight=0).is_identity()
-    assert not l2_sp(weight=0.1).is_identity()
+    assert l2_sp(weight=0).identity_setting()
+    assert not l2_sp(weight=0.1).identity_setting()
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -14,8 +14,8 @@ from trainc.compiler.constructs.lr.layer_decay import LayerDecay
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import Inventory, take
-from trainc.runtime.schedule.clock import UnitConversion
+from trainc.compiler.model.inventory import Inventory, build_inventory
+from trainc.runtime.schedule.clock import Duration, UnitConversion
 from trainc.runtime.step.record import Signals
 
 
@@ -31,12 +31,12 @@ def model(blocks: int = 3) -> nn.Module:
 
 
 def factors(construct: LayerDecay, net: nn.Module, *, every: bool = False) -> dict[str, float]:
-    inventory = take(net)
+    inventory = build_inventory(net)
     clause = BoundClause(
         construct,
         "decay",
         tuple(p.name for p in inventory.parameters),
-        every={"amount": 5, "unit": "steps"} if every else None,
+        every=Duration(5, "steps") if every else None,
     )
     parts = LoweredMethod()
     construct.lower(
@@ -57,7 +57,7 @@ def test_the_head_keeps_its_rate_and_the_embeddings_are_slowest() -> None:
 
 def test_parameters_of_a_level_share_one_factor() -> None:
     net = model()
-    inventory, parts = take(net), LoweredMethod()
+    inventory, parts = build_inventory(net), LoweredMethod()
     names = tuple(p.name for p in inventory.parameters)
     construct = LayerDecay(decay=0.5)
     clause = BoundClause(construct, "decay", names)
@@ -84,8 +84,8 @@ def test_the_factor_is_the_definition(decay: float, floor: float, level: int, ab
 
 
 def test_a_decay_of_one_leaves_every_rate_bit_for_bit() -> None:
-    assert LayerDecay(decay=1).is_identity()
-    assert not LayerDecay(decay=0.99).is_identity()
+    assert LayerDecay(decay=1).identity_setting()
+    assert not LayerDecay(decay=0.99).identity_setting()
     assert set(factors(LayerDecay(decay=1.0), model()).values()) == {1.0}
 
 
@@ -102,7 +102,7 @@ def problems(inventory: Inventory, names: set[str]) -> list[str]:
 
 
 def test_a_selection_of_the_head_alone_is_told_to_do_nothing() -> None:
-    inventory = take(model())
+    inventory = build_inventory(model())
     assert problems(inventory, {"head.weight", "norm.bias"}) == ["no-effect"]
     assert problems(inventory, {"head.weight", "blocks.2.weight"}) == []
 
@@ -125,7 +125,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()
     }
     program.update()
-    places = {p.name: p.place for p in take(net).parameters}
+    places = {p.name: p.place for p in build_inventory(net).parameters}
     construct = LayerDecay(decay=0.7)
     reference = {
         name: w - construct.reference(places[name].level, places[name].levels) * gradients[name]

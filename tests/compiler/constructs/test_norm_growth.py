@@ -17,8 +17,8 @@ from trainc.compiler.constructs.observe.norm_growth import LAWS, NormGrowth
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
-from trainc.runtime.schedule.clock import Clock, UnitConversion
+from trainc.compiler.model.inventory import build_inventory
+from trainc.runtime.schedule.clock import Clock, Duration, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
 
@@ -26,12 +26,12 @@ from trainc.runtime.step.record import Signals, Step
 def machine(
     net: nn.Module, construct: NormGrowth, every: int | None = None, only: str = ""
 ) -> StepMachine:
-    inventory, parts = take(net), LoweredMethod()
+    inventory, parts = build_inventory(net), LoweredMethod()
     clause = BoundClause(
         construct,
         "ng",
         tuple(p.name for p in inventory.parameters if only in p.name),
-        every={"amount": every, "unit": "steps"} if every else None,
+        every=Duration(every, "steps") if every else None,
     )
     construct.lower(
         Lowering(clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), parts)

@@ -19,13 +19,13 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.roles import Place
 from trainc.dsl.values import value_json as v
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import factor
 from trainc.kernels.noise.philox import pack_key
-from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
 from trainc.runtime.step.record import Signals
 from trainc.runtime.storage.random_streams import derive
 
@@ -58,7 +58,7 @@ def pace(sigma: Any, weight: Any, **fields: Any) -> Pace:
 
 def lower(rule: Pace, model: nn.Module, names: tuple[str, ...], **bounds: Any) -> LoweredMethod:
     setting = LoweringContext(
-        model, take(model), UnitConversion(8), RunLength(100, "steps"), Signals()
+        model, build_inventory(model), UnitConversion(8), RunLength(100, "steps"), Signals()
     )
     parts = LoweredMethod()
     rule.lower(Lowering(BoundClause(rule, "pace", names, **bounds), setting, parts))
@@ -320,7 +320,7 @@ class Mixed(nn.Module):
     ],
 )
 def test_what_cannot_be_noisy_is_an_error(names: tuple[str, ...], found: list[str]) -> None:
-    inventory = take(Mixed())
+    inventory = build_inventory(Mixed())
     targets = Targets(inventory, tuple(inventory.module[n] for n in names), ())
     problems = list(pace(sigma=0.1, weight=1).validate_targets(targets))
     assert [p.rule for p in problems] == found
@@ -330,7 +330,7 @@ def test_what_cannot_be_noisy_is_an_error(names: tuple[str, ...], found: list[st
 
 def test_silence_everywhere_is_a_warning_and_no_pair() -> None:
     model = Stack(2)
-    inventory = take(model)
+    inventory = build_inventory(model)
     targets = Targets(inventory, (inventory.module["head"],), ())
     (problem,) = pace(sigma=FALLING, weight=1).validate_targets(targets)
     assert (problem.rule, problem.field, problem.severity) == ("no-effect", "sigma", "warning")
@@ -338,7 +338,7 @@ def test_silence_everywhere_is_a_warning_and_no_pair() -> None:
 
 
 def test_outside_its_time_there_is_neither_noise_nor_distance() -> None:
-    start = {"amount": 3, "unit": "steps"}
+    start = Duration(3, "steps")
     parts = lower(pace(sigma=0.1, weight=2), Stack(2), ("head",), start=start)
     before = [schedule(Clock(steps=2)) for schedule in parts.scalars.values()]
     after = [schedule(Clock(steps=3)) for schedule in parts.scalars.values()]
@@ -347,9 +347,9 @@ def test_outside_its_time_there_is_neither_noise_nor_distance() -> None:
 
 
 def test_either_zero_is_no_effect() -> None:
-    assert pace(sigma=0.1, weight=0).is_identity()
-    assert pace(sigma=0, weight=1).is_identity()
-    assert not pace(sigma=0.1, weight=1).is_identity()
+    assert pace(sigma=0.1, weight=0).identity_setting()
+    assert pace(sigma=0, weight=1).identity_setting()
+    assert not pace(sigma=0.1, weight=1).identity_setting()
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

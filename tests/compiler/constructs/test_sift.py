@@ -18,8 +18,8 @@ from trainc.compiler.constructs.mask.sift import Sift
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
-from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
+from trainc.compiler.model.inventory import build_inventory
+from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot
 from trainc.runtime.step.record import Signals, Step
@@ -75,16 +75,20 @@ class Run:
         make: Callable[[Any], torch.optim.Optimizer] = adamw,
         decay: float = 0.0,
         clip: float | None = None,
-        start: dict[str, Any] | None = None,
+        start: Duration | None = None,
     ) -> None:
         self.model = model or Net()
         self.parts = LoweredMethod()
         setting = LoweringContext(
-            self.model, take(self.model), UnitConversion(8), RunLength(9, "steps"), Signals()
+            self.model,
+            build_inventory(self.model),
+            UnitConversion(8),
+            RunLength(9, "steps"),
+            Signals(),
         )
         clause = BoundClause(rule, "sift", tuple(names), start)
         rule.lower(Lowering(clause, setting, self.parts))
-        self.compacts = self.parts.compacts
+        self.compacts = self.parts.selected_entries
         slots = [
             ParamSlot(name, self.compacts[name].values if name in self.compacts else p, decay)
             for name, p in self.model.named_parameters()
@@ -326,7 +330,7 @@ def test_a_gradient_that_is_not_finite_chooses_nothing() -> None:
 
 
 def test_the_choice_waits_for_its_start() -> None:
-    run = Run(Sift(density=RATE), start={"amount": 2, "unit": "steps"})
+    run = Run(Sift(density=RATE), start=Duration(2, "steps"))
     for i, batch in enumerate(batches()):
         run.step(batch)
         assert (run.choice.compacts["fc1.weight"].index is not None) == (i >= 2)
@@ -364,8 +368,8 @@ def test_whole_rows_or_columns_are_chosen_by_their_norm(
 
 def test_everything_is_no_mask_bit_for_bit() -> None:
     """A clause at 100% is dropped; from the step after the choice even a full mask is no mask."""
-    assert Sift(density=1).is_identity()
-    assert not Sift(density=0.99).is_identity()
+    assert Sift(density=1).identity_setting()
+    assert not Sift(density=0.99).identity_setting()
     run, plain = Run(Sift(density=1)), Net()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
     first, *later = batches()
@@ -398,7 +402,7 @@ def test_memory_is_that_of_entries_and_sums() -> None:
 def test_what_cannot_train_is_an_error() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3))
     model[1].weight.requires_grad_(False)
-    inventory = take(model)
+    inventory = build_inventory(model)
     problems = list(
         Sift(density=0.1).validate_targets(Targets(inventory, (), inventory.parameters))
     )
@@ -426,11 +430,11 @@ def test_fields_that_mean_nothing_are_refused(fields: dict[str, Any], words: str
 def test_a_choice_is_for_good() -> None:
     model = Net()
     setting = LoweringContext(
-        model, take(model), UnitConversion(8), RunLength(9, "steps"), Signals()
+        model, build_inventory(model), UnitConversion(8), RunLength(9, "steps"), Signals()
     )
     rule = Sift(density=0.1)
-    clause = BoundClause(rule, "sift", NAMES, stop={"amount": 2, "unit": "steps"})
-    with pytest.raises(ValueError, match="for good"):
+    clause = BoundClause(rule, "sift", NAMES, stop=Duration(2, "steps"))
+    with pytest.raises(ValueError, match=r"chooses once.*remove `until 2 steps`"):
         rule.lower(Lowering(clause, setting, LoweredMethod()))
 
 

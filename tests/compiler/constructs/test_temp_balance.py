@@ -20,10 +20,10 @@ from trainc.compiler.constructs.lr.temp_balance import TempBalance
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import take
+from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.values.value_json import Range
 from trainc.kernels.parameter.spectrum import alphas
-from trainc.runtime.schedule.clock import Clock, UnitConversion
+from trainc.runtime.schedule.clock import Clock, Duration, UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
 
@@ -70,7 +70,7 @@ class Bench:
     def __init__(
         self, net: nn.Module, construct: TempBalance, only: str = "", **timing: Any
     ) -> None:
-        inventory, self.parts = take(net), LoweredMethod()
+        inventory, self.parts = build_inventory(net), LoweredMethod()
         self.net = net
         names = tuple(
             p.name
@@ -171,15 +171,15 @@ def test_signals_tell_mean_and_spread_and_an_unselected_bias_keeps_its_rate() ->
 
 
 def test_measured_as_often_as_the_clause_says_else_every_100_steps() -> None:
-    every = {"amount": 3, "unit": "steps"}
+    every = Duration(3, "steps")
     assert measured(Bench(same_size(), TempBalance(), every=every), 8) == [0, 3, 6]
     assert measured(Bench(same_size(), TempBalance()), 205) == [0, 100, 200]
-    start = {"amount": 7, "unit": "steps"}
+    start = Duration(7, "steps")
     assert measured(Bench(same_size(), TempBalance(), start=start), 120) == [7, 100]
 
 
 def test_after_the_window_the_last_factors_hold() -> None:
-    stop, every = {"amount": 4, "unit": "steps"}, {"amount": 2, "unit": "steps"}
+    stop, every = Duration(4, "steps"), Duration(2, "steps")
     bench = Bench(same_size(), TempBalance(), stop=stop, every=every)
     assert measured(bench, 4) == [0, 2]
     before = bench.factors()
@@ -189,7 +189,7 @@ def test_after_the_window_the_last_factors_hold() -> None:
 
 
 def test_resuming_is_bit_equal_between_measurements() -> None:
-    every = {"amount": 4, "unit": "steps"}
+    every = Duration(4, "steps")
     bench = Bench(same_size(), TempBalance(smooth=0.5), every=every)
     for _ in range(6):
         bench.step()
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_other_modules_is_refused() -> None:
 
 
 def test_smoothing_keeps_a_share_of_the_exponent_before() -> None:
-    every = {"amount": 1, "unit": "steps"}
+    every = Duration(1, "steps")
     bench = Bench(same_size(), TempBalance(smooth=0.25), every=every)
     first = bench.step().series["tb.alpha"]
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_smoothing_keeps_a_share_of_the_exponent_before() -> None:
 
 
 def test_a_weight_that_cannot_be_measured_keeps_its_rate_and_is_named_once() -> None:
-    every = {"amount": 1, "unit": "steps"}
+    every = Duration(1, "steps")
     bench = Bench(same_size(), TempBalance(), every=every)
     with torch.no_grad():
         bench.net.get_parameter("1.weight").zero_()
@@ -267,7 +267,7 @@ def test_few_eigenvalues_leave_a_module_at_its_rate_and_the_summary_says_so() ->
 
 
 def problems(net: nn.Module, *names: str, **fields: Any) -> list[tuple[str, str]]:
-    inventory = take(net)
+    inventory = build_inventory(net)
     chosen = tuple(p for p in inventory.parameters if not names or p.name in names)
     found = TempBalance(**fields).validate_targets(Targets(inventory, (), chosen))
     return [(problem.rule, problem.severity) for problem in found]
@@ -302,8 +302,8 @@ def test_matrices_of_one_module_are_measured_each_for_itself() -> None:
 
 @pytest.mark.parametrize("wrong", [{"range": Range(-1, 1)}, {"xmin_pos": 1}, {"smooth": 1}])
 def test_fields_have_bounds_and_a_range_of_one_is_the_identity(wrong: dict[str, Any]) -> None:
-    assert TempBalance(range=Range(1, 1)).is_identity()
-    assert not TempBalance().is_identity()
+    assert TempBalance(range=Range(1, 1)).identity_setting()
+    assert not TempBalance().identity_setting()
     with pytest.raises(ValidationError):
         TempBalance(**wrong)
 

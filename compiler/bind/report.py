@@ -1,0 +1,51 @@
+"""The mistakes found while binding, each placed on its clause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from trainc.compiler.errors import name_root_module
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+
+if TYPE_CHECKING:
+    from trainc.dsl.reading.construct import Problem
+    from trainc.dsl.resolve.statements import Clause
+    from trainc.dsl.text.source import Span
+
+
+class Report:
+    """Collects diagnostics, so that all mistakes of a spec are reported together."""
+
+    def __init__(self) -> None:
+        self.diagnostics: list[Diagnostic] = []
+
+    def add(
+        self,
+        rule: str,
+        message: str,
+        clause: Clause,
+        *,
+        part: str = "",
+        span: Span | None = None,
+        label: str = "",
+        notes: Iterable[str] = (),
+        help: str | None = None,
+        severity: Literal["error", "warning"] = "error",
+    ) -> None:
+        """Add a diagnostic at `span`, or else at a part of the clause: `on`, a field, or all of it."""
+        at = span or clause.part_span(part)
+        labels = (Label(at, label),) if at else ()
+        self.diagnostics.append(Diagnostic(rule, message, labels, tuple(notes), help, severity))
+
+    def add_problem(self, problem: Problem, clause: Clause) -> None:
+        """Add what a construct objects to; without a field it is about what `on` selects."""
+        self.add(
+            problem.rule,
+            name_root_module(problem.message),
+            clause,
+            part="on" if problem.field is None else problem.field,
+            notes=problem.notes,
+            help=problem.help,
+            severity=problem.severity,
+        )

@@ -1,0 +1,71 @@
+"""The plan's table of scheduled numbers over the run, and its account of a batch that changes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.schedules import moment
+from trainc.runtime.schedule.timeline import moments
+from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
+
+if TYPE_CHECKING:
+    from trainc.compiler.bind.binding import Binding
+    from trainc.compiler.method.lowered_method import LoweredMethod
+    from trainc.runtime.schedule.clock import RunLength, UnitConversion
+
+Row = dict[str, Any]
+
+
+def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
+    """Return every scheduled number at 21 points of the run, with the clock in all units."""
+    if binding.length is None:
+        return []
+    rows = []
+    ramp = next((action for action in method.actions if isinstance(action, Ramp)), None)
+    named = [(f"{part.label} lr", part.base) for part in method.optimizers]
+    named += list(method.scalars.items())
+    if ramp is not None:
+        named.append(("batch", ramp.at))
+    percents = range(0, 101, 5)
+    moments = _counters(ramp, binding.units, binding.length, [p / 100 for p in percents])
+    for percent, found in zip(percents, moments, strict=True):
+        clock = Clock(samples_per_epoch=int(binding.units.samples_per_epoch or 0) or None)
+        for unit in ("steps", "samples", "tokens", "seconds"):
+            setattr(clock, unit, found[unit] or 0)
+        rows.append(
+            {"percent": percent, **found, "values": {name: at(clock) for name, at in named}}
+        )
+    return rows
+
+
+def _counters(
+    ramp: Ramp | None, units: UnitConversion, length: RunLength, fractions: Sequence[float]
+) -> list[dict[str, float | None]]:
+    """Return the clock's counters at fractions of the run: exact under a ramp, else at the starting batch."""
+    if ramp is not None:
+        with contextlib.suppress(ValueError):
+            return moments(ramp.at, units, length, fractions)
+    return [moment(units, length, fraction) for fraction in fractions]
+
+
+def batch_row(binding: Binding, method: LoweredMethod) -> Row:
+    """Return what sets a batch that changes, its sizes in samples, and which conversions are approximate."""
+    units = binding.units
+    policy = next((action for action in method.actions if isinstance(action, BatchPolicy)), None)
+    notes = [
+        f"{given} is taken as {value:,.12g} {unit}, computed for the starting batch"
+        for (given, unit), value in sorted(units.estimates.items())
+    ]
+    if not isinstance(policy, Ramp):
+        notes.append(
+            "the batch depends on measured signals, so the table of schedules converts between steps and samples"
+            " at the starting batch"
+        )
+    start = None if units.samples_per_step is None else int(units.samples_per_step)
+    if policy is None:
+        return {"set_by": "when rules", "start": start, "notes": notes}
+    sizes = {"start": start, "end": policy.end, "micro_batch": policy.micro}
+    return {"set_by": policy.text, **sizes, "notes": notes}

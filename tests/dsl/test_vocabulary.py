@@ -1,0 +1,145 @@
+"""Every closed set of words is one list; whoever makes something of the words is held to it."""
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from trainc.compiler.bind import binding
+from trainc.compiler.model.inventory import build_inventory
+from trainc.compiler.model.select import select
+from trainc.dsl.reading.construct import Construct, Effect
+from trainc.dsl.reading.selectors import selector
+from trainc.dsl.syntax.parser import parse_expression
+from trainc.dsl.text.source import Source
+from trainc.dsl.text.vocabulary import (
+    ASSIGNABLE,
+    BUILT_IN,
+    COUNTERS,
+    KINDS,
+    PHASES,
+    ROLES,
+    SELECTED,
+    SELECTOR_FUNCTIONS,
+    SHAPES,
+    SIGNALS,
+    STATES,
+    WHERE_NAMES,
+)
+from trainc.dsl.values.durations import UNITS
+from trainc.dsl.values.functions import FUNCTIONS
+from trainc.runtime.schedule import clock, expressions, functions
+from trainc.runtime.step.action import Phase
+
+ROOT = Path(__file__).parents[2]
+
+
+def words_of(terminal: str) -> list[str]:
+    """Return the words a terminal of the grammar stands for: `/(model|data|...)(?!...)/`."""
+    grammar = (ROOT / "dsl/syntax/train.lark").read_text()
+    (pattern,) = re.findall(rf"^{terminal}(?:\.\d+)?: /\(?([\w|]+)\)?", grammar, re.M)
+    return str(pattern).split("|")
+
+
+def test_the_grammar_knows_the_kinds_and_the_units() -> None:
+    assert sorted(words_of("KIND") + words_of("RUN")) == sorted(KINDS)
+    assert [f"{word}s" for word in words_of("UNIT")] == list(COUNTERS)
+
+
+def test_every_kind_has_a_folder_and_a_place_in_the_order_of_lowering() -> None:
+    folders = [p.name for p in (ROOT / "compiler/constructs").iterdir() if p.name[0] not in "_."]
+    assert sorted(folders) == sorted(KINDS)
+    assert sorted(binding.ORDER) == sorted(KINDS)
+
+
+def test_the_phases_are_those_of_the_step() -> None:
+    assert [phase.name.lower() for phase in sorted(Phase)] == list(PHASES)
+
+
+def test_the_clock_counts_what_durations_are_in() -> None:
+    assert expressions.COUNTERS == COUNTERS
+    assert clock.UNITS == UNITS == (*COUNTERS, "run")
+    assert clock.Clock().counters().keys() == set(COUNTERS)
+
+
+def test_the_functions_are_those_of_the_runtime() -> None:
+    schedules = {name: f for name, f in FUNCTIONS.items() if f.schedule}
+    assert schedules.keys() == functions.PIECES.keys()
+    for name, function in schedules.items():
+        piece = functions.PIECES[name]
+        assert dict(function.arguments) == dict(piece.arguments), name
+        assert function.positional == piece.positional, name
+        assert list(function.arguments)[: function.required] == list(piece.required), name
+    assert FUNCTIONS.keys() - schedules.keys() == expressions.MATHS.keys()
+
+
+def test_shapes_states_and_signals_are_those_of_the_runtime() -> None:
+    assert set(SHAPES) == set(functions.SHAPES)
+    assert set(STATES) == set(expressions.STATES)
+    assert set(expressions.SIGNAL_UNITS) <= set(SIGNALS)
+    assert set(ASSIGNABLE) <= set(SIGNALS)
+
+
+class _Gpt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.attention = nn.Linear(4, 4)
+        self.mlp = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.mlp(self.attention(self.embedding(x)))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"all where {name} >= 0" for name in WHERE_NAMES),
+        *(f"role({role})" for role in ROLES),
+        "type(Linear)",
+        "ndim(2)",
+        "depth(0..1)",
+    ],
+)
+def test_selections_know_every_name_role_and_function(text: str) -> None:
+    node, _ = parse_expression(Source("<text>", text))
+    assert node is not None
+    assert select(selector(node), build_inventory(_Gpt()), "parameters")
+
+
+def test_every_selector_function_is_tried() -> None:
+    assert set(SELECTOR_FUNCTIONS) == {"type", "ndim", "role", "depth"}
+    assert len(BUILT_IN) == len(set(BUILT_IN))
+
+
+@pytest.mark.parametrize(
+    ("effect", "message"),
+    [
+        (("warm", "act"), r"`warm` is not a phase of a step: write one of batch, rates"),
+        (("rates", "act", ("clocks",)), r"`clocks` is not a resource of a step"),
+        (("rates", "act", (), ("rates",)), r"`rates` is not a resource of a step"),
+    ],
+)
+def test_an_effect_outside_the_vocabulary_is_an_error(
+    effect: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Effect(*effect)
+
+
+def test_a_signal_that_is_written_is_declared() -> None:
+    with pytest.raises(ValueError, match=r"`Wrong` writes `signal:alpha`: declare it in `signals`"):
+
+        class Wrong(Construct):
+            effects: ClassVar = (Effect("observe", "measure", (), ("signal:alpha",)),)
+
+
+def test_what_a_construct_selects_is_one_of_three() -> None:
+    assert SELECTED == ("none", "modules", "parameters")
+    with pytest.raises(ValueError, match="`targets` of `Wrong` is `layers`: write one of none"):
+        type("Wrong", (Construct,), {"__module__": __name__, "targets": "layers"})
