@@ -13,10 +13,10 @@ from trainc.dsl.printing.canonical import (
     format_when,
 )
 from trainc.dsl.syntax import ast
-from trainc.dsl.syntax.lexer import Token
 from trainc.dsl.syntax.parser import parse
+from trainc.dsl.syntax.tokens import comments_of
 from trainc.dsl.text.errors import SpecError
-from trainc.dsl.text.source import Source
+from trainc.dsl.text.source import Source, Span
 
 _INDENT = "    "
 Item = ast.Field | ast.Action
@@ -35,11 +35,11 @@ def format_source(source: Source) -> str:
     parsed = parse(source)
     if parsed.found:
         raise SpecError(parsed.found)
-    return _Writer(source, parsed.tree, parsed.comments).text()
+    return _Writer(source, parsed.tree, comments_of(source)).text()
 
 
 class _Writer:
-    def __init__(self, source: Source, tree: ast.Tree, comments: list[Token]) -> None:
+    def __init__(self, source: Source, tree: ast.Tree, comments: list[Span]) -> None:
         self.source = source
         self.tree = tree
         self.comments = comments
@@ -68,14 +68,14 @@ class _Writer:
             end = comment.end
         return "".join(f"{line}\n" for line in lines)
 
-    def _until(self, offset: int) -> list[Token]:
+    def _until(self, offset: int) -> list[Span]:
         """Take the comments that begin before an offset."""
         begin = self.taken
         while self.taken < len(self.comments) and self.comments[self.taken].start < offset:
             self.taken += 1
         return self.comments[begin : self.taken]
 
-    def _beside(self, offset: int) -> list[Token]:
+    def _beside(self, offset: int) -> list[Span]:
         """Take the comment on the rest of the line, where nothing else stands on it."""
         following = self.comments[self.taken : self.taken + 1]
         if following and not self.source.text[offset : following[0].start].strip(" \t,"):
@@ -87,7 +87,7 @@ class _Writer:
         return self.source.text.count("\n", begin, end) > 1
 
     def _statement(
-        self, statement: ast.Statement, inside: list[Token], beside: list[Token]
+        self, statement: ast.Statement, inside: list[Span], beside: list[Span]
     ) -> Iterator[str]:
         tail = "".join(f"  {comment.text.rstrip()}" for comment in beside)
         items: tuple[Item, ...] = ()
@@ -119,7 +119,7 @@ class _Writer:
         return rest.lstrip(" \t\r\n").startswith(",")
 
     def _attach(
-        self, items: tuple[Item, ...], inside: list[Token]
+        self, items: tuple[Item, ...], inside: list[Span]
     ) -> tuple[list[_Around], list[str], list[str]]:
         """Give each comment to the field it stands above or beside, to the head, or to the end."""
         around = [_Around() for _ in items]

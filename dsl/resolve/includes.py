@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainc.dsl.syntax import ast
-from trainc.dsl.syntax.lexer import MAX_CHARACTERS
 from trainc.dsl.syntax.parser import parse
+from trainc.dsl.syntax.tokens import MAX_CHARACTERS
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.source import Source, Span, printable

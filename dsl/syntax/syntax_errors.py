@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
-from trainc.dsl.syntax.lexer import END, Token
-from trainc.dsl.syntax.tables import LITERALS
+from lark import Token
+from lark.parsers.lalr_interactive_parser import InteractiveParser
+
+from trainc.dsl.syntax.grammar import MAX_DEPTH, parser
+from trainc.dsl.syntax.tokens import END, OPENS, span_of
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Source, Span, printable
@@ -20,7 +24,6 @@ _OPERATORS = {
 _KEYWORD_KEYS = {
     "AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL", "FOR", "THEN", "IS", "USE", "COOLDOWN",
 }  # fmt: skip
-_OPENS = {"RBRACE": "LBRACE", "RPAR": "LPAR", "RSQB": "LSQB"}
 _DOUBLED = {
     "&": "write `and` between conditions, `&` between selectors",
     "|": "write `or` between conditions, `|` between selectors",
@@ -30,30 +33,41 @@ _DOUBLED = {
 }
 
 
+class Refusal:
+    """A token that cannot stand where a parser met it; `too_deep` says that it is one level too many."""
+
+    def __init__(self, token: Token, parser: InteractiveParser, too_deep: bool = False) -> None:
+        self.token, self.parser, self.too_deep = token, parser, too_deep
+
+    @cached_property
+    def accepts(self) -> frozenset[str]:
+        """Return the terminals that can stand there."""
+        return frozenset() if self.too_deep else frozenset(self.parser.accepts())
+
+
 def explain(
-    token: Token,
-    accepts: frozenset[str],
-    before: Sequence[Token],
-    source: Source,
-    whole: Sequence[Token] = (),
+    refusal: Refusal, before: Sequence[Token], source: Source, whole: Sequence[Token] = ()
 ) -> Diagnostic:
-    """Return the diagnostic for a token that cannot stand where it stands.
+    """Return the diagnostic for a token that cannot stand behind the tokens `before` it.
 
     `whole` is the statement that ends in front of the token, where it is the token that begins the next.
     """
+    token, accepts = refusal.token, refusal.accepts
+    if refusal.too_deep:
+        label = Label(span_of(token, source))
+        return Diagnostic("too-deep", f"this is nested more than {MAX_DEPTH} deep", (label,))
     last = before[-1] if before else None
     ended = token.type == END
     if not before and token.type == "NAME" and "KIND" in accepts:
         return _unknown_kind(token, source, whole)
-    message = "the text ends too early" if ended else f"unexpected `{printable(token.text)}`"
-    at = Span(source, token.start, token.end)
-    if ended and last:
-        at = Span(source, last.end - 1, last.end)
+    message = "the text ends too early" if ended else f"unexpected `{printable(token)}`"
+    at = span_of(token, source)
+    if ended:
+        at = Span(source, max(0, at.start - 1), at.start)
     labels = [Label(at, f"expected {_listed(spelled(accepts))}")]
     opened = _open_bracket(before)
     if opened and (ended or _begins_line(token, last, source)):
-        at_bracket = Span(source, opened.start, opened.end)
-        labels.append(Label(at_bracket, f"this `{opened.text}` is still open"))
+        labels.append(Label(span_of(opened, source), f"this `{opened}` is still open"))
     return Diagnostic("syntax", message, tuple(labels), (), _help(token, accepts, before, source))
 
 
@@ -77,11 +91,18 @@ def spelled(accepts: frozenset[str]) -> list[str]:
             out.append("an operator")
     if "LBRACE" in rest and {"ON", "EVERY"} & rest:
         rest -= {"AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL"}
-    words = {"NUMBER": "a number", "STRING": "a string", "UNIT": "a unit", END: "the end"}
     if out:
         rest.discard(END)
-    out += sorted(words.get(t) or f"`{LITERALS.get(t, t.lower())}`" for t in rest)
-    return out
+    return out + sorted(map(_called, rest))
+
+
+def _called(terminal: str) -> str:
+    """Return what a terminal is called: a literal by itself."""
+    words = {"NUMBER": "a number", "STRING": "a string", "UNIT": "a unit", END: "the end"}
+    if terminal in words:
+        return words[terminal]
+    pattern = parser().get_terminal(terminal).pattern
+    return f"`{pattern.value if pattern.type == 'str' else terminal.lower()}`"
 
 
 def _listed(words: list[str]) -> str:
@@ -92,27 +113,28 @@ def _open_bracket(before: Sequence[Token]) -> Token | None:
     """Return the innermost bracket that is not closed yet."""
     stack: list[Token] = []
     for token in before:
-        if token.type in _OPENS.values():
+        if token.type in OPENS.values():
             stack.append(token)
-        elif stack and _OPENS.get(token.type) == stack[-1].type:
+        elif stack and OPENS.get(token.type) == stack[-1].type:
             stack.pop()
     return stack[-1] if stack else None
 
 
 def _begins_line(token: Token, last: Token | None, source: Source) -> bool:
-    return last is not None and "\n" in source.text[last.end : token.start]
+    return last is not None and "\n" in source.text[last.end_pos : token.start_pos]
 
 
 def _help(
     token: Token, accepts: frozenset[str], before: Sequence[Token], source: Source
 ) -> str | None:
     last = before[-1] if before else None
-    neighbours = (last.text if last else "", source.text[token.end : token.end + 1])
-    if token.text in _DOUBLED and token.text in neighbours:
-        return _DOUBLED[token.text]
-    if token.text == "==" and "EQUAL" in accepts:
+    span, text = span_of(token, source), token.value
+    neighbours = (source.text[: span.start].rstrip()[-1:], source.text[span.end : span.end + 1])
+    if text in _DOUBLED and text in neighbours:
+        return _DOUBLED[text]
+    if text == "==" and "EQUAL" in accepts:
         return _DOUBLED["="]
-    if token.text == "=" and "AND" in accepts:
+    if text == "=" and "AND" in accepts:
         return "`==` compares"
     if accepts == {"EQUAL"} and last:
         return f"write {_as_field(last, source)}"
@@ -123,11 +145,11 @@ def _help(
 
 
 def _unknown_kind(token: Token, source: Source, whole: Sequence[Token]) -> Diagnostic:
-    label = Label(Span(source, token.start, token.end))
+    label = Label(span_of(token, source))
     kinds = f"kinds are {', '.join(f'`{kind}`' for kind in KINDS)}"
     words = [*KINDS, "let", "use", "when", "train"]
-    name = printable(token.text)
-    help = suggest(token.text, words)
+    name = printable(token)
+    help = suggest(token, words)
     clause = bool(whole) and whole[0].type in ("KIND", "RUN")
     if help is None and clause and not _begins_line(token, whole[-1], source):
         field = _as_field(token, source, braces=True)
@@ -140,7 +162,7 @@ _VALUE = re.compile(r"\s*(?:(?:as|every|for|from|on|until)\b|=)?\s*([^,{}#\n]*)"
 
 def _as_field(name: Token, source: Source, *, braces: bool = False) -> str:
     """Return a name and what follows it on its line as a field, in backticks."""
-    found = _VALUE.match(source.text, name.end)
+    found = _VALUE.match(source.text, span_of(name, source).end)
     value = printable(found[1].strip(), 40) if found else ""
-    field = f"{printable(name.text)} = {value or '...'}"
+    field = f"{printable(name)} = {value or '...'}"
     return f"`{{ {field} }}`" if braces else f"`{field}`"

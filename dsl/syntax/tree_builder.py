@@ -1,12 +1,16 @@
-"""Rules of the grammar to nodes of the tree: one method per rule."""
+"""Lark's tree to the syntax tree: one method per rule of the grammar, called with what the rule covers."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+from lark import Token
+from lark.tree import Meta
+from lark.visitors import Transformer_NonRecursive, v_args
+
 from trainc.dsl.syntax import ast
-from trainc.dsl.syntax.lexer import Token
+from trainc.dsl.syntax.tokens import span_of
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.source import Source, Span
 
@@ -14,184 +18,180 @@ _ESCAPE = re.compile(r"\\(.)")
 _ESCAPES = {'"': '"', "\\": "\\", "n": "\n", "t": "\t"}
 
 
-class TreeBuilder:
+Target = tuple[ast.Ident | None, ast.Str | None]
+Arguments = tuple[ast.Argument, ...]
+
+
+@v_args(inline=True, meta=True)
+class TreeBuilder(Transformer_NonRecursive[Token, Any]):
     """Builds nodes for one source, and notes what the grammar cannot see."""
 
     def __init__(self, source: Source) -> None:
+        super().__init__(visit_tokens=False)
         self.source = source
         self.found: list[Diagnostic] = []
 
-    def build(self, rule: str, children: list[Any], start: int, end: int) -> Any:
-        """Return the node of one rule."""
-        return getattr(self, f"_{rule}")(children, Span(self.source, start, end))
-
-    def _at(self, token: Token) -> Span:
-        return Span(self.source, token.start, token.end)
+    def _at(self, meta: Meta) -> Span:
+        return Span(self.source, meta.start_pos, meta.end_pos)
 
     def _ident(self, token: Token) -> ast.Ident:
-        return ast.Ident(token.text, span=self._at(token))
+        return ast.Ident(token.value, span=span_of(token, self.source))
 
-    def _str(self, token: Token) -> ast.Str:
+    def string_of(self, token: Token) -> ast.Str:
+        """Return what a string stands for, and note escapes that mean nothing."""
+        span = span_of(token, self.source)
+
         def unescape(match: re.Match[str]) -> str:
             if match[1] not in _ESCAPES:
-                at = token.start + 1 + match.start()
-                label = Label(
-                    Span(self.source, at, at + 2), 'escapes are `\\"`, `\\\\`, `\\n`, `\\t`'
-                )
+                at = 1 + match.start()
+                label = Label(span.part(at, at + 2), 'escapes are `\\"`, `\\\\`, `\\n`, `\\t`')
                 self.found.append(Diagnostic("syntax", f"`{match[0]}` is no escape", (label,)))
             return _ESCAPES.get(match[1], "")
 
-        text = token.text[1:-1]
-        return ast.Str(_ESCAPE.sub(unescape, text) if "\\" in text else text, span=self._at(token))
+        return ast.Str(_ESCAPE.sub(unescape, token.value[1:-1]), span=span)
 
     def _num(self, token: Token) -> ast.Num:
-        return ast.Num(token.text, span=self._at(token))
+        return ast.Num(token.value, span=span_of(token, self.source))
 
     # Statements
 
-    def _start(self, children: list[Any], span: Span) -> ast.Tree:
-        return ast.Tree(tuple(children), span=self.source.span())
+    def start(self, meta: Meta, *statements: ast.Statement) -> ast.Tree:
+        return ast.Tree(statements, span=self.source.span())
 
-    def _version(self, children: list[Any], span: Span) -> ast.Version:
-        return ast.Version(self._num(children[0]), span=span)
+    def version(self, meta: Meta, number: Token) -> ast.Version:
+        return ast.Version(self._num(number), span=self._at(meta))
 
-    def _let(self, children: list[Any], span: Span) -> ast.Let:
-        return ast.Let(children[0], children[1], span=span)
+    def let(self, meta: Meta, name: ast.Ident, value: ast.Node) -> ast.Let:
+        return ast.Let(name, value, span=self._at(meta))
 
-    def _use(self, children: list[Any], span: Span) -> ast.Use:
-        return ast.Use(self._str(children[0]), span=span)
+    def use(self, meta: Meta, path: Token) -> ast.Use:
+        return ast.Use(self.string_of(path), span=self._at(meta))
 
-    def _clause(self, children: list[Any], span: Span) -> ast.ClauseTree:
-        kind, (construct, path), *rest = children
-        return self._finish(self._ident(kind), construct, path, rest, span)
+    def clause(self, meta: Meta, kind: Token, target: Target, *rest: Any) -> ast.ClauseTree:
+        fields = rest[-1] if rest and isinstance(rest[-1], tuple) else None
+        parts = rest if fields is None else rest[:-1]
+        ordered = sorted(parts, key=lambda part: ast.PARTS.index(part.word))
+        return ast.ClauseTree(
+            self._ident(kind), *target, tuple(ordered), fields, span=self._at(meta)
+        )
 
-    def _run(self, children: list[Any], span: Span) -> ast.ClauseTree:
-        return self._finish(self._ident(children[0]), None, None, children[1:], span)
+    def run(self, meta: Meta, kind: Token, *rest: Any) -> ast.ClauseTree:
+        return self.clause(meta, kind, (None, None), *rest)
 
-    def _finish(
-        self,
-        kind: ast.Ident,
-        construct: ast.Ident | None,
-        path: ast.Str | None,
-        rest: list[Any],
-        span: Span,
-    ) -> ast.ClauseTree:
-        fields = rest.pop() if rest and isinstance(rest[-1], tuple) else None
-        parts = sorted(rest, key=lambda part: ast.PARTS.index(part.word))
-        return ast.ClauseTree(kind, construct, path, tuple(parts), fields, span=span)
+    def target(self, meta: Meta, name: Token, path: Token | None = None) -> Target:
+        return self._ident(name), self.string_of(path) if path else None
 
-    def _target(self, children: list[Any], span: Span) -> tuple[ast.Ident, ast.Str | None]:
-        name, *path = children
-        return self._ident(name), self._str(path[0]) if path else None
+    def path_target(self, meta: Meta, path: Token) -> Target:
+        return None, self.string_of(path)
 
-    def _path_target(self, children: list[Any], span: Span) -> tuple[None, ast.Str]:
-        return None, self._str(children[0])
+    def label(self, meta: Meta, name: ast.Ident) -> ast.Part:
+        return ast.Part("as", name, span=self._at(meta))
 
-    def _label(self, children: list[Any], span: Span) -> ast.Part:
-        return ast.Part("as", children[0], span=span)
+    def on(self, meta: Meta, value: ast.Node) -> ast.Part:
+        return ast.Part("on", value, span=self._at(meta))
 
-    def _on(self, children: list[Any], span: Span) -> ast.Part:
-        return ast.Part("on", children[0], span=span)
+    def start_at(self, meta: Meta, value: ast.Node) -> ast.Part:
+        return ast.Part("from", value, span=self._at(meta))
 
-    def _start_at(self, children: list[Any], span: Span) -> ast.Part:
-        return ast.Part("from", children[0], span=span)
+    def stop_at(self, meta: Meta, value: ast.Node) -> ast.Part:
+        return ast.Part("until", value, span=self._at(meta))
 
-    def _stop_at(self, children: list[Any], span: Span) -> ast.Part:
-        return ast.Part("until", children[0], span=span)
+    def every(self, meta: Meta, value: ast.Node) -> ast.Part:
+        return ast.Part("every", value, span=self._at(meta))
 
-    def _every(self, children: list[Any], span: Span) -> ast.Part:
-        return ast.Part("every", children[0], span=span)
+    def optional(self, meta: Meta) -> ast.Part:
+        return ast.Part("optional", None, span=self._at(meta))
 
-    def _optional(self, children: list[Any], span: Span) -> ast.Part:
-        return ast.Part("optional", None, span=span)
+    def fields(self, meta: Meta, *fields: ast.Field) -> tuple[ast.Field, ...]:
+        return fields
 
-    def _fields(self, children: list[Any], span: Span) -> tuple[ast.Field, ...]:
-        return tuple(children)
+    def field(self, meta: Meta, name: ast.Ident, value: ast.Node) -> ast.Field:
+        return ast.Field(name, value, span=self._at(meta))
 
-    def _field(self, children: list[Any], span: Span) -> ast.Field:
-        return ast.Field(children[0], children[1], span=span)
-
-    def _rule(self, children: list[Any], span: Span) -> ast.When:
-        condition, *waits, actions = children
+    def rule(self, meta: Meta, condition: ast.Node, *rest: Any) -> ast.When:
+        *waits, actions = rest
         given = {part.word: part.value for part in waits}
+        span = self._at(meta)
         return ast.When(condition, given.get("for"), actions, given.get("cooldown"), span=span)
 
-    def _hold(self, children: list[Any], span: Span) -> ast.Part:
-        return ast.Part("for", children[0], span=span)
+    def hold(self, meta: Meta, value: ast.Node) -> ast.Part:
+        return ast.Part("for", value, span=self._at(meta))
 
-    def _cooldown(self, children: list[Any], span: Span) -> ast.Part:
-        return ast.Part("cooldown", children[0], span=span)
+    def cooldown(self, meta: Meta, value: ast.Node) -> ast.Part:
+        return ast.Part("cooldown", value, span=self._at(meta))
 
-    def _actions(self, children: list[Any], span: Span) -> tuple[ast.Action, ...]:
-        return tuple(children)
+    def actions(self, meta: Meta, *actions: ast.Action) -> tuple[ast.Action, ...]:
+        return actions
 
-    def _assign(self, children: list[Any], span: Span) -> ast.Action:
-        return ast.Action(children[0], children[1], True, span=span)
+    def assign(self, meta: Meta, name: ast.Ident, value: ast.Node) -> ast.Action:
+        return ast.Action(name, value, True, span=self._at(meta))
 
-    def _do(self, children: list[Any], span: Span) -> ast.Action:
-        verb, *argument = children
-        return ast.Action(verb, self._str(argument[0]) if argument else None, False, span=span)
+    def do(self, meta: Meta, verb: ast.Ident, argument: Token | None = None) -> ast.Action:
+        value = self.string_of(argument) if argument else None
+        return ast.Action(verb, value, False, span=self._at(meta))
 
     # Expressions
 
-    def _name(self, children: list[Any], span: Span) -> ast.Ident:
-        return self._ident(children[0])
+    def expression(self, meta: Meta, value: ast.Node) -> ast.Node:
+        return value
 
-    def _key(self, children: list[Any], span: Span) -> ast.Ident:
-        first = children[0]
-        return self._ident(first) if isinstance(first, Token) else first
+    def name(self, meta: Meta, word: Token) -> ast.Ident:
+        return self._ident(word)
 
-    def _number(self, children: list[Any], span: Span) -> ast.Num:
-        return self._num(children[0])
+    def key(self, meta: Meta, word: Token | ast.Ident) -> ast.Ident:
+        return self._ident(word) if isinstance(word, Token) else word
 
-    def _quantity(self, children: list[Any], span: Span) -> ast.Measure:
-        return ast.Measure(self._num(children[0]), children[1].text, span=span)
+    def number(self, meta: Meta, number: Token) -> ast.Num:
+        return self._num(number)
 
-    def _percent(self, children: list[Any], span: Span) -> ast.Measure:
-        return ast.Measure(self._num(children[0]), "%", span=span)
+    def quantity(self, meta: Meta, number: Token, unit: Token) -> ast.Measure:
+        return ast.Measure(self._num(number), unit.value, span=self._at(meta))
 
-    def _string(self, children: list[Any], span: Span) -> ast.Str:
-        return self._str(children[0])
+    def percent(self, meta: Meta, number: Token) -> ast.Measure:
+        return ast.Measure(self._num(number), "%", span=self._at(meta))
 
-    def _call(self, children: list[Any], span: Span) -> ast.Apply:
-        return ast.Apply(children[0], children[1], span=span)
+    def string(self, meta: Meta, text: Token) -> ast.Str:
+        return self.string_of(text)
 
-    def _items(self, children: list[Any], span: Span) -> ast.Items:
-        for argument in children[0]:
+    def call(self, meta: Meta, name: ast.Ident, arguments: Arguments) -> ast.Apply:
+        return ast.Apply(name, arguments, span=self._at(meta))
+
+    def items(self, meta: Meta, arguments: Arguments) -> ast.Items:
+        for argument in arguments:
             if argument.name:
                 label = Label(argument.span, "lists hold values")
                 self.found.append(Diagnostic("syntax", "a list has no named entries", (label,)))
-        return ast.Items(tuple(argument.value for argument in children[0]), span=span)
+        return ast.Items(tuple(argument.value for argument in arguments), span=self._at(meta))
 
-    def _arguments(self, children: list[Any], span: Span) -> tuple[ast.Argument, ...]:
-        return tuple(children)
+    def arguments(self, meta: Meta, *arguments: ast.Argument) -> Arguments:
+        return arguments
 
-    def _plain(self, children: list[Any], span: Span) -> ast.Argument:
-        return ast.Argument(None, children[0], span=span)
+    def plain(self, meta: Meta, value: ast.Node) -> ast.Argument:
+        return ast.Argument(None, value, span=self._at(meta))
 
-    def _named(self, children: list[Any], span: Span) -> ast.Argument:
-        return ast.Argument(children[0], children[1], span=span)
+    def named(self, meta: Meta, name: ast.Ident, value: ast.Node) -> ast.Argument:
+        return ast.Argument(name, value, span=self._at(meta))
 
-    def _group(self, children: list[Any], span: Span) -> Any:
-        return children[0]
+    def group(self, meta: Meta, value: ast.Node) -> ast.Node:
+        return value
 
-    def _unary(self, children: list[Any], span: Span) -> ast.Prefix:
-        return ast.Prefix(children[0].text, children[1], span=span)
+    def unary(self, meta: Meta, op: Token, operand: ast.Node) -> ast.Prefix:
+        return ast.Prefix(op.value, operand, span=self._at(meta))
 
-    def _binary(self, children: list[Any], span: Span) -> ast.Infix:
-        return ast.Infix(children[1].text, children[0], children[2], span=span)
+    def binary(self, meta: Meta, left: ast.Node, op: Token, right: ast.Node) -> ast.Infix:
+        return ast.Infix(op.value, left, right, span=self._at(meta))
 
-    def _is_state(self, children: list[Any], span: Span) -> ast.Infix:
-        return ast.Infix("is", children[0], children[1], span=span)
+    def interval(self, meta: Meta, left: ast.Node, op: Token, right: ast.Node) -> ast.Infix:
+        return ast.Infix(op.value, left, right, span=self._at(meta))
 
-    def _on_scope(self, children: list[Any], span: Span) -> ast.Infix:
-        return ast.Infix("on", children[0], children[1], span=span)
+    def is_state(self, meta: Meta, left: ast.Node, right: ast.Node) -> ast.Infix:
+        return ast.Infix("is", left, right, span=self._at(meta))
 
-    def _where(self, children: list[Any], span: Span) -> ast.Infix:
-        return ast.Infix("where", children[0], children[1], span=span)
+    def on_scope(self, meta: Meta, left: ast.Node, right: ast.Node) -> ast.Infix:
+        return ast.Infix("on", left, right, span=self._at(meta))
 
-    def _expect(self, children: list[Any], span: Span) -> ast.Infix:
-        return ast.Infix("expect", children[0], self._num(children[1]), span=span)
+    def where(self, meta: Meta, left: ast.Node, right: ast.Node) -> ast.Infix:
+        return ast.Infix("where", left, right, span=self._at(meta))
 
-    def _interval(self, children: list[Any], span: Span) -> ast.Infix:
-        return ast.Infix("..", children[0], children[2], span=span)
+    def expect(self, meta: Meta, left: ast.Node, number: Token) -> ast.Infix:
+        return ast.Infix("expect", left, self._num(number), span=self._at(meta))

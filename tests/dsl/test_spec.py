@@ -129,16 +129,6 @@ def test_loading_json_parses_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], input=data, text=True, check=True)
 
 
-def test_checking_loads_neither_torch_nor_lark() -> None:
-    code = (
-        "import sys\n"
-        "from trainc.compiler.catalog import check\n"
-        "assert check(sys.stdin.read()).spec\n"
-        "assert not {'lark', 'torch', 'numpy'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], input=TEXT, text=True, check=True)
-
-
 def test_every_value_knows_where_it_comes_from(tmp_path: Path) -> None:
     (tmp_path / "base.train").write_text("optimizer adamw { lr = 3e-4 }\n")
     path = tmp_path / "spec.train"

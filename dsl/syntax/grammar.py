@@ -1,0 +1,118 @@
+"""Lark's parser of the language, from tables that are made once: `python -m trainc.dsl.syntax.grammar`.
+
+Working out the tables takes Lark longer than checking a spec does. So its own serializer writes them to
+tables.json, beside the grammar, and a parse loads them. Another version of Lark may write them otherwise: it
+works them out anew from the grammar.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lark
+from lark.grammar import Rule
+from lark.lexer import TerminalDef
+
+GRAMMAR = Path(__file__).with_name("train.lark")
+TABLES = Path(__file__).with_name("tables.json")
+START, EXPRESSION = "start", "expression"
+MAX_DEPTH = 100
+"""Levels of a tree: what reads it calls itself for each."""
+
+
+class TooDeep(Exception):
+    """A tree of more than MAX_DEPTH levels."""
+
+
+class Branch(lark.Tree[Any]):
+    """A rule of the grammar and what it was read from; raises TooDeep where it has too many levels."""
+
+    def __init__(self, data: str, children: list[Any], meta: Any = None) -> None:
+        super().__init__(data, children, meta)
+        self.height = 0
+        if data.startswith(
+            "_"
+        ):  # a repetition that is still growing: its rule takes the children over
+            return
+        heights = [child.height for child in children if isinstance(child, Branch)]
+        self.height = 1 + max(heights, default=0)
+        if self.height > MAX_DEPTH:
+            raise TooDeep
+
+
+@cache
+def parser() -> lark.Lark:
+    """Return the parser of the language; its trees are Branches with the positions of what they cover."""
+    saved = json.loads(TABLES.read_text(encoding="utf-8"))
+    if saved["lark"] != _minor(lark.__version__):
+        return _build()
+    # JSON's keys are strings, Lark's are numbers.
+    memo = {int(key): value for key, value in saved["memo"].items()}
+    table = saved["data"]["parser"]["parser"]
+    table["states"] = {int(state): row for state, row in table["states"].items()}
+    loaded: lark.Lark = lark.Lark._load_from_dict(saved["data"], memo, tree_class=Branch)
+    return loaded
+
+
+def tables() -> str:
+    """Return the text of tables.json: the grammar's tables as Lark serializes them, numbered anew."""
+    data, memo = _build().memo_serialize([TerminalDef, Rule])
+    data["options"] |= {"tree_class": None}
+    data["parser"]["parser"] = _numbered(data["parser"]["parser"])
+    saved = {"lark": _minor(lark.__version__), "memo": memo, "data": data}
+    return json.dumps(saved, separators=(",", ":")) + "\n"
+
+
+def _build() -> lark.Lark:
+    # Every word means the same wherever it stands, so the basic lexer serves: the contextual one would compile
+    # a pattern for each set of words that some state of the parser accepts, and split `fromage` after `from`.
+    return lark.Lark(
+        GRAMMAR.read_text(encoding="utf-8"),
+        parser="lalr",
+        lexer="basic",
+        start=[START, EXPRESSION],
+        maybe_placeholders=False,
+        propagate_positions=True,
+        g_regex_flags=re.ASCII | re.DOTALL,
+        tree_class=Branch,
+    )
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _numbered(table: dict[str, Any]) -> dict[str, Any]:
+    """Number symbols by name and states in the order a walk meets them; Lark numbers them by chance."""
+    symbols = sorted(table["tokens"].values())
+    rows = {
+        state: sorted((symbols.index(table["tokens"][token]), *step) for token, step in row.items())
+        for state, row in table["states"].items()
+    }
+    ends = {key: dict(sorted(table[key].items())) for key in ("start_states", "end_states")}
+    number: dict[int, int] = {}
+    todo = list(ends["start_states"].values())
+    for state in todo:
+        if state not in number:
+            number[state] = len(number)
+            todo += [to for _, reduces, to in rows[state] if not reduces]
+    return {
+        "tokens": dict(enumerate(symbols)),
+        "states": {
+            number[state]: {
+                symbol: (by, to if by else number[to]) for symbol, by, to in rows[state]
+            }
+            for state in number
+        },
+        **{
+            key: {start: number[state] for start, state in end.items()} for key, end in ends.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    TABLES.write_text(tables(), encoding="utf-8")

@@ -1,0 +1,122 @@
+"""Text to tokens by Lark's lexer, within bounds; characters that no token begins with are reported and skipped."""
+
+from __future__ import annotations
+
+import re
+
+from lark import Token
+from lark.exceptions import UnexpectedCharacters
+
+from trainc.dsl.syntax.grammar import parser
+from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.source import Source, Span, printable
+
+MAX_CHARACTERS = 250_000
+MAX_TOKENS = 20_000
+MAX_NESTING = 100
+MAX_COMPLAINTS = 20
+END = "$END"
+
+OPENS = {"RBRACE": "LBRACE", "RPAR": "LPAR", "RSQB": "LSQB"}
+"""What each closing bracket closes."""
+
+# Where Lark's lexer stops: an open string and a bad number, which stand for a good one each, or anything else.
+_BAD = re.compile(r'(?P<STRING>"[^\n]*)|(?P<NUMBER>\d[\w.]*)|[^\x00-\x7f]+|.', re.ASCII | re.DOTALL)
+
+
+class Tokens:
+    """What a text consists of; `stopped` says that the rest was not looked at."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Token] = []
+        self.found: list[Diagnostic] = []
+        self.stopped = False
+
+    def stop(self, rule: str, message: str, span: Span, text: str = "") -> None:
+        """Give up: keep the one diagnostic that says why."""
+        self.tokens, self.stopped = [], True
+        self.found = [Diagnostic(rule, message, (Label(span, text),))]
+
+
+def tokenize(source: Source, begin: int = 0) -> Tokens:
+    """Return the tokens of a text from `begin` on, or nothing but a diagnostic where it is beyond all bounds."""
+    out = Tokens()
+    if len(source.text) > MAX_CHARACTERS:
+        size = f"{len(source.text):,} characters; a spec has at most {MAX_CHARACTERS:,}"
+        out.stop("too-large", "this text is too large to be a spec", source.span(0, 1), size)
+        return out
+    thread = parser().parse_interactive(source.text, start="start").lexer_thread
+    assert thread.state is not None
+    thread.state.line_ctr.feed(source.text[:begin])
+    depth = 0
+    while not out.stopped:
+        try:
+            for token in thread.lex(None):
+                depth = _add(token, depth, out, source)
+                if out.stopped:
+                    break
+            return out
+        except UnexpectedCharacters as error:
+            bad = _BAD.match(source.text, error.pos_in_stream or 0)
+            assert bad is not None
+            thread.state.line_ctr.feed(bad[0])
+            out.found.append(_complain(bad, source))
+            if bad.lastgroup:  # the parser may go on as if it were right
+                token = Token(bad.lastgroup, "0", bad.start(), end_pos=bad.end())
+                depth = _add(token, depth, out, source)
+            out.stopped = out.stopped or len(out.found) >= MAX_COMPLAINTS
+    return out
+
+
+def comments_of(source: Source) -> list[Span]:
+    """Return the comments of a text that has no bad characters."""
+    tokens = parser().lex(source.text, dont_ignore=True)
+    return [span_of(token, source) for token in tokens if token.type == "COMMENT"]
+
+
+def span_of(token: Token, source: Source) -> Span:
+    """Return where a token was read."""
+    assert token.start_pos is not None
+    assert token.end_pos is not None
+    return Span(source, token.start_pos, token.end_pos)
+
+
+def _add(token: Token, depth: int, out: Tokens, source: Source) -> int:
+    """Take in a token and return how many brackets are open behind it."""
+    out.tokens.append(token)
+    if token.type in OPENS.values():
+        depth += 1
+    elif token.type in OPENS:
+        depth = max(0, depth - 1)
+    if depth > MAX_NESTING:
+        message = f"brackets are nested more than {MAX_NESTING} deep"
+        out.stop("too-deep", message, span_of(token, source))
+    elif len(out.tokens) > MAX_TOKENS:
+        size = f"this is word {MAX_TOKENS + 1:,}"
+        message = "this text is too large to be a spec"
+        out.stop("too-large", message, span_of(token, source), size)
+    return depth
+
+
+def _complain(bad: re.Match[str], source: Source) -> Diagnostic:
+    """Explain a run of characters that is no token."""
+    text = bad[0]
+    span = Span(source, bad.start(), min(bad.end(), bad.start() + 80))
+    if bad.lastgroup == "STRING":
+        label = Label(span, 'expected a closing `"` on this line')
+        return Diagnostic("syntax", "the string is never closed", (label,))
+    if bad.lastgroup == "NUMBER":
+        help = "number suffixes are `k`, `M`, `G` and `T`; a unit stands apart: `200 steps`"
+        message = f"`{printable(text)}` is not a number"
+        return Diagnostic("syntax", message, (Label(span),), (), help)
+    message = f"`{printable(text)}` means nothing here"
+    return Diagnostic("syntax", message, (Label(span),), (), _INSTEAD.get(text))
+
+
+_INSTEAD = {
+    ";": "statements and fields need no `;`: fields are separated by `,`",
+    ":": "a value is given with `=`",
+    "'": 'strings are written with `"`',
+    "!": "write `not`",
+    "$": "a `let` name stands for itself: write `width`, not `$width`",
+}
