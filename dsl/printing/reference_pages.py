@@ -23,7 +23,7 @@ _PLAIN = {
 _BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
 _INTRODUCTION = {
     "constructs": "# Constructs\n\nGenerated from compiler/constructs; do not edit.\n",
-    "rules": "# Diagnostics\n\nGenerated from dsl/text/rules.py; do not edit.\n",
+    "rules": "# Diagnostics\n\nGenerated from the rules in dsl/text; do not edit.\n",
 }
 
 

@@ -14,7 +14,7 @@ _SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class Unreadable(Exception):
-    """A node does not mean what is wanted where it stands; `text` says what was expected."""
+    """A node does not have the meaning that its place needs; `text` says what was expected."""
 
     def __init__(
         self,
@@ -30,22 +30,22 @@ class Unreadable(Exception):
 
 
 def number_of(node: ast.Num) -> float:
-    """Return what a number's text means: an int where it is written as one."""
+    """Return the value of a number; an int where it is written as one."""
     text = node.text.replace("_", "")
     factor = _SUFFIXES.get(text[-1], 1)
     digits = text[:-1] if factor > 1 else text
     if len(digits) > 400:
-        raise Unreadable(node, "the number is too long")
+        raise Unreadable(node, "this number has too many digits")
     value = int(digits) if digits.isdigit() else float(digits)
     product = value * factor
     if abs(product) > 1e300:
-        raise Unreadable(node, "the number is too large")
+        raise Unreadable(node, "this number is too large")
     whole = factor > 1 and product == int(product)
     return int(product) if whole else product
 
 
 def constant(node: Node) -> float | v.Duration:
-    """Return the number or duration that an expression without names amounts to."""
+    """Return the number or duration that an expression without names is equal to."""
     match node:
         case ast.Num():
             return number_of(node)
@@ -75,34 +75,42 @@ def _arithmetic(
     b = right.amount if isinstance(right, v.Duration) else right
     units = [x.unit for x in (left, right) if isinstance(x, v.Duration)]
     if (op in "+-" and len(units) == 1) or len(set(units)) > 1:
-        raise Unreadable(node, "the two sides have different units", "wrong-unit")
+        raise Unreadable(
+            node, "the two sides have different units", "wrong-unit", "give both the same unit"
+        )
     if op == "*" and len(units) == 2:
-        raise Unreadable(node, "a duration times a duration is not a duration", "wrong-unit")
+        raise Unreadable(node, "two durations cannot be multiplied", "wrong-unit")
     if op == "/" and (b == 0 or (units and not isinstance(left, v.Duration))):
-        raise Unreadable(node, "this cannot be divided", "bad-value" if b == 0 else "wrong-unit")
+        by_zero = "division by zero", "bad-value"
+        raise Unreadable(
+            node,
+            *(by_zero if b == 0 else ("a number cannot be divided by a duration", "wrong-unit")),
+        )
     whole = isinstance(a, int) and isinstance(b, int)
     if op == "/":
         value = a // b if whole and a % b == 0 else a / b
     else:
         value = a + b if op == "+" else a - b if op == "-" else a * b
     if abs(value) > 1e300:
-        raise Unreadable(node, "the number is too large")
+        raise Unreadable(node, "this number is too large")
     pure = not units or (op == "/" and len(units) == 2)
     return value if pure else v.Duration(value, units[0])
 
 
 def number(node: Node) -> float:
-    """Return a plain number; a percentage is one too."""
+    """Return a number without a unit; a percentage is one."""
     value = constant(node)
     if not isinstance(value, v.Duration):
         return value
     if value.unit == "run":
         return value.amount
-    raise Unreadable(node, f"expected a plain number, found {value.unit}", "wrong-unit")
+    raise Unreadable(
+        node, f"expected a number without a unit, found an amount of {value.unit}", "wrong-unit"
+    )
 
 
 def duration(node: Node, unit: v.Unit = "steps") -> v.Duration:
-    """Return a duration that is not negative; `unit` is what to propose for a bare number."""
+    """Return a duration, 0 or longer; `unit` is the one to propose for a number without a unit."""
     value = (
         constant(node) if isinstance(node, ast.Num | ast.Measure | ast.Prefix | ast.Infix) else None
     )
@@ -111,14 +119,16 @@ def duration(node: Node, unit: v.Unit = "steps") -> v.Duration:
     if not isinstance(value, v.Duration):
         help = f"write a unit: `{value:.12g} {unit}`" if value == value else None
         what = "an amount of samples" if unit == "samples" else "a duration"
-        raise Unreadable(node, f"expected {what}, found a bare number", "wrong-unit", help)
+        raise Unreadable(
+            node, f"expected {what}, found a number without a unit", "wrong-unit", help
+        )
     if value.amount < 0:
-        raise Unreadable(node, "a duration is not negative")
+        raise Unreadable(node, "a duration cannot be negative")
     return value
 
 
 def samples(node: Node) -> v.Duration:
-    """Return an amount that a bare number is told to be of samples; other units are whoever asked's to judge."""
+    """Return a duration, for a field that counts samples; which units it may have is for the caller to check."""
     return duration(node, "samples")
 
 
@@ -129,7 +139,9 @@ def number_range(node: Node) -> v.Range:
     low, high = number(node.left), number(node.right)
     if low > high:
         raise Unreadable(
-            node, "this range ends before it begins", help=f"write `{high:g}..{low:g}`"
+            node,
+            "the first number of a range cannot be above the second",
+            help=f"write `{high:g}..{low:g}`",
         )
     return v.Range(low, high)
 
@@ -150,7 +162,7 @@ def import_path(node: Node) -> v.ImportPath:
 
 
 def plain_value(node: Node) -> Any:
-    """Return a JSON value: a number, string, boolean, list; a name is a string, a range a pair."""
+    """Return a JSON value: a number, string, boolean or list; a name becomes a string, a range a list of two."""
     match node:
         case ast.Str(value):
             return value
@@ -167,11 +179,13 @@ def plain_value(node: Node) -> Any:
             ast.Num() | ast.Measure() | ast.Prefix("-", _) | ast.Infix("+" | "-" | "*" | "/", _, _)
         ):
             return number(node)
-    raise Unreadable(node, f"expected a plain value, found {describe(node)}")
+    raise Unreadable(
+        node, f"expected a number, a string, a name, a boolean or a list, found {describe(node)}"
+    )
 
 
 def describe(node: Node) -> str:
-    """Return what a node is called in messages."""
+    """Return the words for a node in a message: `a number`, `a list` ..."""
     match node:
         case ast.Num():
             return "a number"
@@ -190,7 +204,7 @@ def describe(node: Node) -> str:
         case ast.Infix("..", _, _):
             return "a range"
         case ast.Infix("on", _, _):
-            return "a value for a part of the parameters"
+            return "a value with `on`"
         case ast.Infix("|" | "&" | "where" | "expect", _, _):
             return "a selector"
         case ast.Prefix("not", _):

@@ -1,4 +1,4 @@
-"""What every construct declares. A subclass is schema, documentation and meaning at once."""
+"""The base class of constructs: a subclass is the schema, the documentation and the meaning of one."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Problem(Record):
 
 
 class Construct(BaseModel):
-    """One construct of the language; the class's own file is the whole of it."""
+    """One construct of the language, declared in a file of its own."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -102,7 +102,7 @@ class Construct(BaseModel):
     open_fields: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Take kind and name from where the class is written: `.../regularize/pace.py`."""
+        """Take kind and name from the file, `.../regularize/pace.py`; raise ValueError for unknown words."""
         super().__init_subclass__(**options)
         *_, folder, file = ("", *cls.__module__.split("."))
         if folder in KINDS and "kind" not in vars(cls):
@@ -119,13 +119,13 @@ class Construct(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        """Refuse a field that pydantic would read by rules of its own."""
+        """Raise TypeError for a field that pydantic would read by its own rules."""
         super().__pydantic_init_subclass__(**options)
         for name, info in cls.model_fields.items():
             if value := untyped_value(info.annotation, info.metadata):
                 raise TypeError(
-                    f"field `{name}` of `{cls.__name__}` has the type of a value, `{value.__name__}`: "
-                    "import its type from trainc.dsl.reading.construct"
+                    f"field `{name}` of `{cls.__name__}` is annotated with the class `{value.__name__}`, which pydantic"
+                    " would read by its own rules: annotate it with a field type of trainc.dsl.reading.construct"
                 )
 
     @classmethod
@@ -146,7 +146,7 @@ class Construct(BaseModel):
         return next(found, None)
 
     def _equals(self, field: str, text: str) -> bool:
-        """Compare by JSON, reading `text` as this field would."""
+        """Say whether a field has the value that `text` gives it; compare by JSON."""
         value = read_field(type(self).model_fields[field], text)
         return bool(to_json(getattr(self, field)) == to_json(value))
 

@@ -25,17 +25,17 @@ _LOGIC = ("and", "or")
 
 
 class Names(Protocol):
-    """Decides which names an expression may use."""
+    """What decides which names an expression may use."""
 
     def check(self, name: ast.Ident) -> None:
-        """Note a name that means nothing."""
+        """Report a name that is not defined."""
 
     def help_for_function(self, function: str) -> str | None:
-        """Return where a function may be called that is one field's own, None for any other."""
+        """Return where a function that only one field allows may be called; None for any other function."""
 
 
 class AnyName:
-    """Lets every name pass; a whole spec is checked later."""
+    """Allows every name; a whole spec is checked later."""
 
     def check(self, name: ast.Ident) -> None:
         """Accept the name."""
@@ -49,7 +49,7 @@ ANY_NAME = AnyName()
 
 
 def expression(node: Node, names: Names = ANY_NAME) -> v.Expr:
-    """Return an expression with a number as its value."""
+    """Return an expression whose value is a number."""
     value = _expression(node, names)
     if is_condition(value):
         raise Unreadable(node, "expected a number, found a condition")
@@ -65,11 +65,13 @@ def condition(node: Node, names: Names = ANY_NAME) -> v.Expr:
 
 
 def schedule(node: Node, names: Names = ANY_NAME) -> v.Expr:
-    """Return a schedule; a lone percentage is the number it stands for."""
+    """Return a schedule; a percentage alone is a constant number."""
     value = expression(node, names)
     if isinstance(value, v.Quantity) and value.duration.unit != "run":
         raise Unreadable(
-            node, f"expected a schedule or a number, found {value.duration.unit}", "wrong-unit"
+            node,
+            f"expected a number or a schedule, found an amount of {value.duration.unit}",
+            "wrong-unit",
         )
     return v.Number(value.duration.amount) if isinstance(value, v.Quantity) else value
 
@@ -93,7 +95,7 @@ def samples_or_call(
 
 
 def is_condition(value: v.Expr) -> bool:
-    """Say whether an expression is true or false rather than a number."""
+    """Say whether an expression is a condition, not a number."""
     if isinstance(value, v.Unary):
         return value.op == "not"
     return isinstance(value, v.Binary) and value.op in (*v.COMPARISONS, *_LOGIC)
@@ -124,8 +126,12 @@ def _expression(node: Node, names: Names) -> v.Expr:
                 raise Unreadable(node.right, text, help=suggest(state, STATES))
             return v.Binary("is", expression(left, names), v.Name(state))
         case ast.Infix("then", ast.Infix("*", _, _), ast.Apply()):
-            help = "write `3e-4 * (warmup(5%) then cosine())`, or give each piece a factor"
-            raise Unreadable(node, "`*` binds tighter than `then`", help=help)
+            help = "put the schedule in brackets, `3e-4 * (warmup(5%) then cosine())`, or give each piece a factor"
+            raise Unreadable(
+                node,
+                "this factor applies to the first piece only, because `*` binds tighter than `then`",
+                help=help,
+            )
         case ast.Infix(op, left, right) if op in v.BINARY:
             return v.Binary(op, expression(left, names), expression(right, names))
     raise Unreadable(node, f"expected a number, found {describe(node)}")
@@ -146,15 +152,20 @@ def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] = FUN
         if argument.name is None:
             if not many and len(args) >= function.positional:
                 count = function.positional
-                text = f"`{name}` takes {count or 'no'} argument{'s' * (count != 1)} without a name"
+                only = f"only {count}" if count else "no"
+                text = f"`{name}` takes {only} argument{'s' * (count != 1)} without a name"
                 raise Unreadable(
-                    argument.value, text, help=f"arguments are {', '.join(f'`{k}`' for k in order)}"
+                    argument.value,
+                    text,
+                    help=f"name it: the arguments are {', '.join(f'`{k}`' for k in order)}",
                 )
             key = order[0] if many else order[len(args)]
         else:
             key = argument.name.id
             if key not in order or not function.schedule:
-                help = suggest(key, order) or f"arguments are {', '.join(f'`{k}`' for k in order)}"
+                help = (
+                    suggest(key, order) or f"the arguments are {', '.join(f'`{k}`' for k in order)}"
+                )
                 raise Unreadable(argument.name, f"`{name}` has no argument `{key}`", help=help)
         if key in given and not many:
             raise Unreadable(argument.value, f"`{key}` is given twice")

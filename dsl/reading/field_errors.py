@@ -1,4 +1,4 @@
-"""What pydantic says about a value, in the words of the language."""
+"""Errors of pydantic in the words of the language."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN = {
     "list_type": "expected a list",
     "tuple_type": "expected a list",
     "dict_type": "expected named values",
-    "finite_number": "the number is too large",
+    "finite_number": "this number is too large",
 }
 _BOUNDS = {
     "greater_than": ("gt", "expected more than {}"),
@@ -33,7 +33,7 @@ _BOUNDS = {
 
 
 def problem_text(detail: Any) -> tuple[str, str | None]:
-    """Return what was expected of a value, and what was perhaps meant."""
+    """Return what was expected of a value, and a suggestion or None."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in _PLAIN:
         return _PLAIN[kind], None

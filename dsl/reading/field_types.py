@@ -84,10 +84,10 @@ def _duration(raw: Any) -> v.Duration:
         raw = raw.duration
     if isinstance(raw, v.Duration):
         if raw.amount < 0:
-            raise ValueError("a duration is not negative")
+            raise ValueError("a duration cannot be negative")
         return raw
     if isinstance(raw, int | float):
-        raise _wrong_unit("expected a duration such as `200 steps`, found a bare number")
+        raise _wrong_unit("expected a duration such as `200 steps`, found a number without a unit")
     raise ValueError("expected a duration such as `200 steps`")
 
 
@@ -149,7 +149,7 @@ def _scoped_numbers(raw: Any) -> tuple[v.Scoped, ...]:
 
 
 def _plainly(read: Callable[[Node], Any]) -> Reader:
-    """Return a reader of what holds no names."""
+    """Return a reader of values that contain no names."""
     return lambda node, names: read(node)
 
 
@@ -168,7 +168,10 @@ SCOPED_NUMBERS = FieldType(
 
 
 def samples_or_call(noun: str, functions: Mapping[str, Function], hint: str) -> FieldType:
-    """Return the type of an amount of samples, or of the call of one of `functions`, each called a `noun`."""
+    """Return the type of an amount of samples, or a call of one of `functions`.
+
+    Messages call each of the functions a `noun`, and give `hint` for the call of any other.
+    """
 
     def read(node: Node, names: Names) -> v.Duration | v.Expr:
         return expressions.samples_or_call(node, names, noun, functions, hint)

@@ -22,7 +22,7 @@ def field_type(info: FieldInfo) -> FieldType | None:
 
 
 def untyped_value(annotation: Any, metadata: Iterable[Any] = ()) -> type[Value] | None:
-    """Return a class of values that stands in an annotation without the type that reads it, or None."""
+    """Return a class of values that an annotation uses without a FieldType to read it, or None."""
     if any(isinstance(m, FieldType) for m in metadata):
         return None
     if isinstance(annotation, type) and issubclass(annotation, Value):
@@ -43,7 +43,7 @@ def _types(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[
 
 
 def read_field(info: FieldInfo, value: Node | str, names: Names = ANY_NAME) -> Any:
-    """Return what a node or text means as a value of a field; raise Unreadable or ValueError."""
+    """Return the value of a node or a text for a field; raise Unreadable or ValueError."""
     node = node_of(value) if isinstance(value, str) else value
     return _read(info.annotation, info.metadata, node, names)
 
@@ -71,7 +71,7 @@ def _read(annotation: Any, metadata: Any, node: Node, names: Names) -> Any:
 
 
 def _plain(allowed: tuple[Any, ...], node: Node, names: Names) -> Any:
-    """Return a plain value, refusing what pydantic would turn into another type."""
+    """Return a plain value; raise Unreadable where pydantic would silently convert it to another type."""
     value = plain_value(node)
     kinds = set(allowed) - {NoneType}
     wrong = (

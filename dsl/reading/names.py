@@ -1,4 +1,4 @@
-"""Which names an expression may use, and what to say of one that means nothing."""
+"""Which names an expression may use, and the message for any other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Scope:
         self.used: set[str] = set()
 
     def check(self, name: ast.Ident) -> None:
-        """Note a name that means nothing."""
+        """Report a name that is not defined."""
         problem = self.problem(name.id, name.span)
         if problem:
             self.found.append(problem)
@@ -45,49 +45,47 @@ class Scope:
             return None
         if label not in self.constructs:
             options = [*BUILT_IN, *self.lets, *self.signals()]
-            note = f"names are {', '.join(f'`{n}`' for n in options if n not in PLACES)}"
+            note = f"known names: {', '.join(f'`{n}`' for n in options if n not in PLACES)}"
             help = self._meant(name, options)
-            message = f"there is no name `{name}`"
+            message = f"the name `{name}` is not defined"
             return Diagnostic("unknown-name", message, labels, (note,), help)
         self.used.add(label)
         found = self.constructs[label]
-        if (
-            len(found) != 1
-        ):  # the clauses are at fault, by a mistake in one or by their name, and reported
+        if len(found) != 1:  # a clause is wrong, or two have this name: that is reported already
             return None
         signals = found[0].signals
         if not signals:
-            message = f"`{found[0].heading()}` measures nothing"
+            message = f"`{found[0].heading()}` measures nothing, so `{label}` has no value"
             return Diagnostic("unknown-signal", message, labels)
         if signal and signal not in signals:
-            known = f"it measures {', '.join(f'`{label}.{s}`' for s in signals)}"
+            known = f"its signals are {', '.join(f'`{label}.{s}`' for s in signals)}"
             message = f"`{found[0].heading()}` has no signal `{signal}`"
             return Diagnostic("unknown-signal", message, labels, (known,), suggest(signal, signals))
         return None
 
     def help_for_function(self, function: str) -> str | None:
-        """Return where a function may be called that is one field's own, None for any other."""
+        """Return where a function that only one field allows may be called; None for any other function."""
         for cls in self.catalog.values():
             for field, info in cls.model_fields.items():
                 own = field_type(info)
                 if own and function in own.functions:
                     place = f"{cls.heading()} ... {{ {field} = {function}(...) }}"
-                    return f"`{function}` is for `{field}` of `{cls.heading()}` only: `{place}`"
+                    return f"only `{field}` of `{cls.heading()}` takes `{function}`: `{place}`"
         return None
 
     def _meant(self, name: str, options: Iterable[str]) -> str | None:
-        """Return what was perhaps meant by a name that nothing defines."""
+        """Return a suggestion for a name that is not defined, or None."""
         if name in FUNCTIONS:
             return f"write it as a call: `{example_call(name)}`"
         label = name.partition(".")[0]
         for key in self.catalog:
             if key[1] == label and (construct := self.catalog[key]).signals:
-                return f"nothing measures it yet: add `{construct.usage}`"
+                return f"no clause measures it: add `{construct.usage}`"
         near = nearest(name, FUNCTIONS)
         return suggest(name, options) or (f"did you mean `{example_call(near)}`?" if near else None)
 
     def signals(self) -> list[str]:
-        """Return every name of a signal, the dotted ones too."""
+        """Return the names of all signals, such as `gns` and `gns.noise`."""
         out = []
         for label, found in self.constructs.items():
             for construct in found:

@@ -1,4 +1,4 @@
-"""Nodes of the tree to selectors and to numbers for a part of the parameters."""
+"""Nodes of the tree to selectors, and to numbers for a selection of parameters."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ class _WhereNames(AnyName):
 
     def check(self, name: ast.Ident) -> None:
         if name.id not in WHERE_NAMES:
-            known = f"a selection knows {', '.join(f'`{n}`' for n in WHERE_NAMES)}"
+            known = f"a condition after `where` may use {', '.join(f'`{n}`' for n in WHERE_NAMES)}"
             help = suggest(name.id, WHERE_NAMES) or known
-            raise Unreadable(name, "", "unknown-name", help, f"there is no name `{name.id}` here")
+            raise Unreadable(
+                name, "", "unknown-name", help, f"`{name.id}` cannot be used after `where`"
+            )
 
 
 def selector(node: Node) -> v.Selector:
@@ -39,7 +41,7 @@ def selector(node: Node) -> v.Selector:
         case ast.Ident(name):
             help = (
                 suggest(name, ["all", "trainable"])
-                or f'names of the model stand in quotes: "{name}"'
+                or f'write names of modules and parameters in quotes: "{name}"'
             )
             raise Unreadable(node, "", "unknown-name", help, f"there is no selector `{name}`")
         case ast.Apply():
@@ -53,7 +55,7 @@ def selector(node: Node) -> v.Selector:
         case ast.Infix("and" | "or" as op, _, _):
             word = "&" if op == "and" else "|"
             raise Unreadable(
-                node, "conditions are joined like this, selectors are not", help=f"write `{word}`"
+                node, f"`{op}` joins conditions, not selectors", help=f"write `{word}`"
             )
     raise Unreadable(
         node, f'expected a selector such as "blocks.*" or `type(Linear)`, found {describe(node)}'
@@ -61,7 +63,7 @@ def selector(node: Node) -> v.Selector:
 
 
 def scoped_numbers(node: Node) -> tuple[v.Scoped, ...]:
-    """Return numbers with the selections they are for: `0.1 on mats`, or a list of such."""
+    """Return numbers with the selection each is for: `0.1 on mats`, or a list of such."""
     if isinstance(node, ast.Items):
         return tuple(scoped for item in node.items for scoped in scoped_numbers(item))
     if isinstance(node, ast.Infix) and node.op == "on":
@@ -75,7 +77,9 @@ def _glob(node: Node, pattern: str) -> v.Selector:
             node, "an empty pattern matches nothing", help="write `all` for everything"
         )
     if any(c.isspace() for c in pattern):
-        raise Unreadable(node, "names have no spaces", help='join patterns with `|`: "a.*" | "b.*"')
+        raise Unreadable(
+            node, "a pattern cannot contain spaces", help='join patterns with `|`: "a.*" | "b.*"'
+        )
     return v.Glob(pattern)
 
 
@@ -90,7 +94,7 @@ def _function(node: ast.Apply) -> v.Selector:
             node.function, "", "unknown-function", help, f"there is no selector `{name}(...)`"
         )
     if any(argument.name for argument in node.arguments) or not node.arguments:
-        raise Unreadable(node, f"expected {_USAGE[name]}")
+        raise Unreadable(node, f"expected arguments as in {_USAGE[name]}")
     values = [argument.value for argument in node.arguments]
     if name == "type":
         return v.OfType(tuple(_type_name(value) for value in values))
@@ -120,13 +124,15 @@ def _type_name(node: Node) -> str:
 def _depth(node: Node) -> v.Selector:
     span = number_range(node)
     if not 0 <= span.low <= span.high <= 1:
-        raise Unreadable(node, "depth goes from 0 at the input to 1 at the head")
+        raise Unreadable(
+            node, "expected a range between 0 and 1: depth is 0 at the input and 1 at the head"
+        )
     return v.DepthRange(span.low, span.high)
 
 
 def _role(node: Node) -> v.Selector:
     if not (isinstance(node, ast.Ident) and node.id in ROLES):
-        roles = f"roles are {', '.join(f'`{r}`' for r in ROLES)}"
+        roles = f"expected a role: {', '.join(f'`{r}`' for r in ROLES)}"
         help = suggest(node.id, ROLES) if isinstance(node, ast.Ident) else None
         raise Unreadable(node, roles, help=help)
     return v.Role(node.id)

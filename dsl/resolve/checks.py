@@ -1,4 +1,4 @@
-"""What no clause can see alone: kinds that come once, labels, names in rules, absent targets."""
+"""Checks that need the whole spec: kinds used once, labels, names in rules, missing targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERBS = {"stop": False, "save": False, "warn": True}
 
 
 def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
-    """Return what is wrong with clauses and rules that are each right by themselves."""
+    """Return the mistakes that only clauses and rules together show."""
     scope = Scope(_constructs(clauses))
     found = structure_problems(clauses)
     for clause in clauses:
@@ -41,12 +41,12 @@ def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diag
 
 
 def structure_problems(clauses: Sequence[Clause]) -> list[Diagnostic]:
-    """Return what is wrong with how clauses stand together, whatever their fields say."""
+    """Return the mistakes in the clauses of a spec that do not depend on their fields."""
     found = [*_repeated(clauses), *_labels(clauses)]
     for clause in clauses:
         if clause.every is not None and clause.every.amount <= 0:
-            label = _at(clause.part_span("every"), "expected a distance such as `200 steps`")
-            found.append(Diagnostic("bad-value", "`every` is not a distance", label))
+            label = _at(clause.part_span("every"), "expected a duration such as `200 steps`")
+            found.append(Diagnostic("bad-value", "`every` must be longer than 0", label))
     return found
 
 
@@ -66,7 +66,7 @@ def _repeated(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
         found = [c for c in clauses if c.kind == kind]
         for other in found[1:]:
             labels = (*_head(other, "a second one"), *_head(found[0], "the first is here"))
-            yield Diagnostic("duplicate-clause", f"a spec has one `{kind}`", labels)
+            yield Diagnostic("duplicate-clause", f"a spec can have only one `{kind}`", labels)
 
 
 def _head(clause: Clause, text: str) -> tuple[Label, ...]:
@@ -78,7 +78,11 @@ def _labels(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
     for clause in clauses:
         if clause.label in BUILT_IN:
             labels = _at(clause.part_span("as"))
-            yield Diagnostic("reserved-name", f"`{clause.label}` has a meaning already", labels)
+            yield Diagnostic(
+                "reserved-name",
+                f"the name `{clause.label}` is reserved: it has a meaning in every spec",
+                labels,
+            )
         first = seen.setdefault(clause.name, clause)
         once = clause.kind in ONCE and clause.kind == first.kind  # a second one is wrong already
         if first is not clause and not once:
@@ -96,23 +100,27 @@ def _named(clause: Clause, text: str) -> tuple[Label, ...]:
 def on_problems(
     cls: type[Construct], given: bool, head: Span | None, on: Span | None
 ) -> Iterator[Diagnostic]:
-    """Yield what is wrong with `on`, or with its absence."""
+    """Yield the mistake of an `on` that is not allowed, or is missing."""
     title = cls.heading()
     if cls.targets == "none" and given:
-        labels = _at(on, "this selects parts of the model")
-        message = f"`{title}` acts on no part of the model"
-        yield Diagnostic("unexpected-on", message, labels, (), "leave `on` out")
+        labels = _at(on, "remove `on` and this selector")
+        message = f"`{title}` takes no `on`: it does not act on modules or parameters"
+        yield Diagnostic("unexpected-on", message, labels)
     elif cls.targets != "none" and not given and cls.default_on is None:
-        help = f"write `{title} on ...`, with `all` for every one of the {cls.targets}"
+        help = f"write `{title} on` and a selector; `on all` selects all {cls.targets}"
         yield Diagnostic(
-            "missing-on", f"`{title}` does not say what it acts on", _at(head), (), help
+            "missing-on",
+            f"`{title}` does not say which {cls.targets} it acts on",
+            _at(head),
+            (),
+            help,
         )
 
 
 def _expression(
     value: v.Expr, scope: Scope, span: Span | None, own: Container[str] = ()
 ) -> Iterator[Diagnostic]:
-    """Yield what an expression calls or names that nothing defines; the whole of it may be a call of `own`."""
+    """Yield the names and functions of an expression that are not defined; it may be a call of one of `own`."""
     for item in v.walk(value):
         if item is value and isinstance(item, v.Call) and item.function in own:
             continue
@@ -142,7 +150,7 @@ def _action(action: object, scope: Scope, span: Span | None) -> Iterator[Diagnos
 def _two_batches(
     action: object, clauses: Sequence[Clause], span: Span | None
 ) -> Iterator[Diagnostic]:
-    """Yield what is wrong with a rule that sets the batch beside a policy of the data."""
+    """Yield the mistake of a rule that sets the batch while a policy of the data sets it too."""
     for clause in clauses:
         policy = getattr(clause.construct, "batch", None) if clause.kind == "data" else None
         if isinstance(policy, v.Call) and getattr(action, "target", None) == "batch":
@@ -150,13 +158,13 @@ def _two_batches(
                 *_at(span, "this rule sets it"),
                 *_at(clause.part_span("batch"), "this policy sets it before every step"),
             )
-            help = "leave the rule out, or give `data` an amount: `batch = 16 samples`"
+            help = "remove the rule, or give `data` an amount: `batch = 16 samples`"
             message = f"a rule and `{policy.function}` both set the batch"
             yield Diagnostic("conflicting-effects", message, labels, (), help)
 
 
 def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[Diagnostic]:
-    """Yield what is wrong with an action that is no assignment."""
+    """Yield the mistake in an action such as `stop` or `warn`."""
     if verb not in VERBS:
         known = 'actions are `name = value`, `stop`, `save` and `warn "text"`'
         message = f"there is no action `{verb}`"
@@ -168,21 +176,28 @@ def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[
 
 
 def target_problems(target: str, span: Span | None) -> Iterator[Diagnostic]:
-    """Yield what is wrong with the left side of an assignment in a rule."""
+    """Yield the mistake on the left of `=` in a rule."""
     if target in ASSIGNABLE:
         return
-    note = f"rules set {', '.join(f'`{t}`' for t in ASSIGNABLE)}"
+    note = f"rules can set only {', '.join(f'`{t}`' for t in ASSIGNABLE)}"
     help = suggest(target, ASSIGNABLE)
     if target == "lr":
-        help = "a rate follows a schedule, `lr = 1e-3 * (warmup(5%) then cosine())`, or the batch: `lr batch_scaling`"
+        schedule = "`lr = 1e-3 * (warmup(5%) then cosine())`"
+        help = (
+            f"give the optimizer a schedule, {schedule}, or scale the rate with `lr batch_scaling`"
+        )
     elif "." in target:
-        help = "let the field follow a schedule, or the clause act `from` and `until` a time"
+        help = "give the field a schedule, or limit the clause in time with `from` and `until`"
     yield Diagnostic("unknown-target", f"a rule cannot set `{target}`", _at(span), (note,), help)
 
 
 def unknown_construct(kind: str, name: str, catalog: Catalog) -> Diagnostic:
     """Return the diagnostic for a construct that is not in the catalog."""
     names = sorted(n for k, n in catalog if k == kind)
-    known = f"`{kind}` has {', '.join(f'`{n}`' for n in names)}" if names else f"`{kind}` has none"
+    known = (
+        f"its constructs are {', '.join(f'`{n}`' for n in names)}"
+        if names
+        else "it has no constructs"
+    )
     message = f"`{kind}` has no construct `{name}`"
     return Diagnostic("unknown-construct", message, (), (known,), suggest(name, names))

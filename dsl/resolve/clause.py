@@ -74,13 +74,19 @@ class ClauseResolver:
         kind, name = tree.kind.id, construct_name(tree, self.catalog)
         if name is None:
             assert tree.path is not None
-            label = Label(tree.path.span, "expected the name of a construct")
+            label = Label(tree.path.span, "expected the name of a construct first")
             help = None
             if any(k == kind and "path" in c.model_fields for (k, _), c in self._of(kind)):
                 other = next(n for (_, n), c in self._of(kind) if "path" in c.model_fields)
                 help = f'write `{kind} {other}("{printable(tree.path.value)}")`'
             self.found.append(
-                Diagnostic("unknown-construct", f"`{kind}` takes no path", (label,), (), help)
+                Diagnostic(
+                    "unknown-construct",
+                    f"`{kind}` is followed by a construct, not by a path",
+                    (label,),
+                    (),
+                    help,
+                )
             )
             return None
         cls = self.catalog.get((kind, name))
@@ -90,7 +96,7 @@ class ClauseResolver:
         span = (tree.construct or tree.kind).span
         help = d.help
         if kind in ("model", "data") and tree.construct and not tree.path:
-            help = f'a {kind} is named by where to import it from: `{kind} "module:{name}"`'
+            help = f'write the import path in quotes: `{kind} "module:{name}"`'
         notes = () if (kind, kind) in self.catalog else d.notes
         self.found.append(Diagnostic(d.rule, d.message, (Label(span),), notes, help))
         return None
@@ -118,7 +124,11 @@ class ClauseResolver:
                 assert isinstance(part.value, ast.Ident)
                 if "." in part.value.id:
                     label = Label(part.value.span, "expected a name without a dot")
-                    self.found.append(Diagnostic("reserved-name", "a label has no dot", (label,)))
+                    self.found.append(
+                        Diagnostic(
+                            "reserved-name", f"the label `{part.value.id}` contains a dot", (label,)
+                        )
+                    )
                 out["label"] = part.value.id
             elif part.value is not None and not is_lost(part.value, self.lets, self.scope):
                 try:

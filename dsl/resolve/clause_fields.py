@@ -24,7 +24,7 @@ _HIDDEN = {"path", "arguments"}  # how open constructs keep what they are given
 
 
 def unreadable_problem(error: Unreadable, where: Span, message: str, lets: Lets) -> Diagnostic:
-    """Return the diagnostic for an unreadable node, and where it is used if that is elsewhere."""
+    """Return the diagnostic for an unreadable node; where a `let` holds it, its use has a label too."""
     labels = [Label(error.span, error.text)]
     if error.span not in where:
         labels.append(Label(where, "used here"))
@@ -33,14 +33,14 @@ def unreadable_problem(error: Unreadable, where: Span, message: str, lets: Lets)
 
 
 def with_use(d: Diagnostic, span: Span) -> Diagnostic:
-    """Add where a value is used to a diagnostic that points into a `let`."""
+    """Add a label where a value is used to a diagnostic that points into a `let`."""
     if d.span is None or d.span in span or any(label.span == span for label in d.labels):
         return d
     return d.replace(labels=(*d.labels, Label(span, "used here")))
 
 
 def is_lost(node: ast.Node, lets: Lets, scope: Scope) -> bool:
-    """Say whether a node stands on a name whose definition is broken, and reported."""
+    """Say whether a node uses a name whose definition is wrong; that is reported already."""
     todo = [node]
     while todo:
         item = todo.pop()
@@ -116,8 +116,8 @@ class FieldResolver:
             return
         title = self.cls.heading()
         if "path" not in self.cls.model_fields:
-            label = Label(tree.path.span, "this is not needed")
-            self._report("unexpected-path", f"`{title}` imports nothing", (label,))
+            label = Label(tree.path.span, "remove this path")
+            self._report("unexpected-path", f"`{title}` takes no import path", (label,))
             return
         try:
             self.data["path"] = import_path(tree.path)
@@ -125,12 +125,12 @@ class FieldResolver:
             self.failed.add("path")
             self.found.append(
                 unreadable_problem(
-                    error, tree.path.span, f"`{title}` cannot import this", self.lets
+                    error, tree.path.span, f"invalid import path for `{title}`", self.lets
                 )
             )
 
     def _read(self, item: ast.Field) -> None:
-        """Read one field; names that an expression may not use are noted by the scope."""
+        """Read one field; the scope reports names that it may not use."""
         name, count = item.name.id, len(self.scope.found)
         declared = name in self.declared
         try:
@@ -144,7 +144,7 @@ class FieldResolver:
             if not declared and nearest(name, self.declared):
                 self._unknown(item)
                 return
-            message = f"`{self.cls.heading()}` cannot take this `{printable(name)}`"
+            message = f"invalid `{printable(name)}` for `{self.cls.heading()}`"
             d = unreadable_problem(error, item.value.span, message, self.lets)
             notes = () if error.message else self._field_note(name)
             self.found.append(d.replace(notes=notes))
@@ -169,14 +169,14 @@ class FieldResolver:
         )
 
     def _provenance(self, item: ast.Field, placed: PlacedStatement) -> Provenance:
-        """Return where a value comes from; one that depends on a setting comes from that."""
+        """Return where a value comes from; `--set` where it depends on a let that was set."""
         for name in sorted(self.lets.names_in(item.value)):
             if name in self.lets.overridden:
                 return Provenance("set", self.lets.overridden[name].span.source.span())
         return Provenance("include" if placed.via else "line", item.value.span, placed.via)
 
     def _invalid(self, detail: Any, name: str) -> None:
-        """Put what pydantic says where the author wrote the field."""
+        """Report an error of pydantic at the field as it was written."""
         title = self.cls.heading()
         if detail["type"] == "missing":
             self._missing(name)
@@ -184,22 +184,22 @@ class FieldResolver:
         text, help = problem_text(detail)
         if name not in self.first:
             labels = self._fields_named_in(text) or (Label(self.head, text),)
-            self._report("bad-value", f"`{title}` does not go together", labels)
+            self._report("bad-value", f"fields of `{title}` do not fit together", labels)
             return
         rule = "wrong-unit" if detail["type"] == "wrong_unit" else "bad-value"
         label = Label(self.first[name].value.span, text)
-        message = f"`{title}` cannot take this `{name}`"
+        message = f"invalid `{name}` for `{title}`"
         self._report(rule, message, (label,), self._field_note(name), help)
 
     def _fields_named_in(self, text: str) -> tuple[Label, ...]:
-        """Return labels at the fields that stand in the clause and that a message names, the last one first.
+        """Return labels at the fields of the clause that a message names, the last one first.
 
-        A construct's own check of its fields names them in backticks: `group`, or `group = 8`.
+        A check of a construct names fields in backticks: `group`, or `group = 8`.
         """
         named = re.findall(r"`(\w+)[^`]*`", text)
         given = [item for name, item in self.first.items() if name in named]
         spans = sorted((item.name.span | item.value.span for item in given), key=lambda s: s.start)
-        labels = [Label(span, "with this") for span in reversed(spans)]
+        labels = [Label(span, "together with this") for span in reversed(spans)]
         return (labels[0].replace(text=text), *labels[1:]) if labels else ()
 
     def _missing(self, name: str) -> None:
@@ -208,21 +208,23 @@ class FieldResolver:
         if name == "path":
             form = '{} "module:name"' if self.cls.kind == self.cls.name else '{}("module:name")'
             help = f"write `{form.format(title)}`"
-            self._report(
-                "missing-field", f"`{title}` does not say what to import", (label,), (), help
-            )
+            self._report("missing-field", f"`{title}` needs an import path", (label,), (), help)
             return
         near = nearest(name, self.arguments)
         meant = f"is `{near}` meant to be `{name}`?" if near else None
         self._report(
-            "missing-field", f"`{title}` needs `{name}`", (label,), self._field_note(name), meant
+            "missing-field",
+            f"`{title}` needs the field `{name}`",
+            (label,),
+            self._field_note(name),
+            meant,
         )
 
     def _field_note(self, name: str) -> tuple[str, ...]:
-        """Return a field's description as a note."""
+        """Return the description of a field as a note."""
         if name in self.declared:
             description = self.cls.model_fields[name].description
             return (f"{name}: {description}",) if description else ()
         return (
-            f"`{self.cls.heading()}` passes fields it does not declare on by name, as plain values",
+            f"`{self.cls.heading()}` passes this field on to what it imports: write a plain value",
         )

@@ -23,7 +23,7 @@ class PlacedStatement(Record):
 
 
 class CollectedStatements:
-    """All statements of a spec; `lost` are names that would be defined if all could be read."""
+    """All statements of a spec; `lost` are the names that unreadable statements would have defined."""
 
     def __init__(self) -> None:
         self.statements: list[PlacedStatement] = []
@@ -32,7 +32,7 @@ class CollectedStatements:
 
 
 def read_source(path: Path, name: str | None = None) -> tuple[Source, list[Diagnostic]]:
-    """Return the text of a file; bytes that are no UTF-8 are reported where they stand."""
+    """Return the text of a file, and a diagnostic where its bytes are not UTF-8."""
     with path.open("rb") as file:
         data = file.read(4 * MAX_CHARACTERS + 1)
     text = data.decode("utf-8", "replace")
@@ -77,9 +77,9 @@ def _collect(
                 (span for span in [*list(chain.values())[1:], statement.span] if span),
                 statement.span,
             )
-            labels = [Label(statement.span, "this closes the circle")]
+            labels = [Label(statement.span, "this leads back to a file that is being read")]
             if first != statement.span:
-                labels.append(Label(first, "it begins here"))
+                labels.append(Label(first, "the circle begins here"))
             text = f"`{printable(statement.path.value)}` includes itself"
             out.found.append(Diagnostic("include-cycle", text, tuple(labels)))
             continue
@@ -89,7 +89,9 @@ def _collect(
         if len(chain) >= MAX_CHAIN:
             label = Label(statement.span)
             out.found.append(
-                Diagnostic("too-deep", f"files include each other {MAX_CHAIN} deep", (label,))
+                Diagnostic(
+                    "too-deep", f"files are included more than {MAX_CHAIN} levels deep", (label,)
+                )
             )
             continue
         try:
@@ -99,7 +101,7 @@ def _collect(
             label = Label(statement.path.span, reason.lower())
             message = f"cannot read `{printable(statement.path.value)}`"
             looked = printable(_shown(where), 200)
-            note = f"paths are relative to the file that uses them: looked for {looked}"
+            note = f"paths are relative to the file that contains the `use`: trainc looked for {looked}"
             out.found.append(Diagnostic("use-not-found", message, (label,), (note,)))
             out.lost.add("*")
             continue

@@ -1,4 +1,4 @@
-"""`let`: values with names, put in place of their names before anything is read."""
+"""`let`: named values, put in the place of their names before fields are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RESERVED = {*BUILT_IN, *FUNCTIONS, *SELECTOR_FUNCTIONS, *BOOLEANS, "all", "trai
 
 
 class Lets:
-    """The lets of a spec, `--set` having the last word."""
+    """The lets of a spec, after `--set` replaced the values of some."""
 
     def __init__(self) -> None:
         self.values: dict[str, Node] = {}
@@ -32,17 +32,15 @@ class Lets:
         self._size: dict[str, tuple[int, int]] = {}
 
     def define(self, let: ast.Let) -> None:
-        """Take one `let` statement."""
+        """Add one `let` statement."""
         name = let.name.id
         if name in _RESERVED or "." in name:
-            why = (
-                "has a meaning already"
+            message = (
+                f"the name `{name}` is reserved: it has a meaning in every spec"
                 if name in _RESERVED
-                else "is no name for a let: it has a dot"
+                else f"the name `{name}` contains a dot, which names of `let` cannot"
             )
-            self.found.append(
-                Diagnostic("reserved-name", f"`{name}` {why}", (Label(let.name.span),))
-            )
+            self.found.append(Diagnostic("reserved-name", message, (Label(let.name.span),)))
         elif name in self.names:
             labels = (
                 Label(let.name.span, "a second one"),
@@ -53,7 +51,7 @@ class Lets:
             self.names[name], self.values[name] = let.name, let.value
 
     def override(self, settings: Iterable[str], lost: Iterable[str] = ()) -> None:
-        """Take `name=value` texts of the command line."""
+        """Replace values by `name=value` texts of the command line."""
         for setting in settings:
             source = Source("--set", setting)
             name, equals, text = setting.partition("=")
@@ -61,16 +59,18 @@ class Lets:
             span = source.span(0, max(1, len(setting.partition("=")[0].rstrip())))
             if not equals:
                 label = Label(span, "expected `name=value`")
-                self.found.append(Diagnostic("syntax", "this sets nothing", (label,)))
+                self.found.append(
+                    Diagnostic("syntax", "`--set` needs a name and a value", (label,))
+                )
             elif name not in self.values:
                 if name in lost or "*" in lost:
                     continue
-                message = f"there is no let `{name}` to set"
+                message = f"the spec has no `let {name}`"
                 help = suggest(name, self.values)
                 known = (
-                    f"lets are {', '.join(f'`{n}`' for n in self.values)}"
+                    f"its lets are {', '.join(f'`{n}`' for n in self.values)}"
                     if self.values
-                    else "there are no lets"
+                    else "it has no lets"
                 )
                 self.found.append(
                     Diagnostic("unknown-let", message, (Label(span),), (known,), help)
@@ -84,7 +84,7 @@ class Lets:
                     self.values[name] = self.overridden[name] = node
 
     def check_definitions(self) -> None:
-        """Find the lets that are defined by themselves, or grow beyond all bounds."""
+        """Report lets whose definition leads back to itself, or whose value is too large."""
         for name in self.values:
             self._measure(name, {})
 
@@ -111,7 +111,9 @@ class Lets:
         if (size > MAX_SIZE or depth > MAX_DEPTH) and name not in self.broken:
             self.broken.add(name)
             label = Label(self.names[name].span)
-            self.found.append(Diagnostic("too-large", f"`{name}` grows too large", (label,)))
+            self.found.append(
+                Diagnostic("too-large", f"the value of `{name}` is too large", (label,))
+            )
             return (1, 1)
         self._size[name] = (size, depth)
         return size, depth
@@ -119,10 +121,10 @@ class Lets:
     def _cycle(self, name: str, back: ast.Ident) -> None:
         if not self.broken & {name, back.id}:
             labels = (
-                Label(back.span, "needed here"),
-                Label(self.names[back.id].span, "to know this"),
+                Label(back.span, f"`{back.id}` is used here"),
+                Label(self.names[back.id].span, f"`{back.id}` is defined here"),
             )
-            message = f"`{back.id}` is defined by itself"
+            message = f"the definition of `{back.id}` leads back to itself"
             self.found.append(Diagnostic("let-cycle", message, labels))
         self.broken |= {name, back.id}
 
@@ -165,7 +167,7 @@ class Lets:
 
 
 def expandable(node: Node) -> tuple[Node, ...]:
-    """Return the children in which names of lets may stand."""
+    """Return the children of a node that may contain names of lets."""
     if isinstance(node, ast.Apply) and node.function.id in ("type", "role"):
         return ()
     if isinstance(node, ast.Infix) and node.op == "is":

@@ -1,4 +1,4 @@
-"""Text and a catalog to a checked spec: names known, fields read, all mistakes at once."""
+"""Text and a catalog to a checked spec, or to all of its mistakes at once."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ MAX_DIAGNOSTICS = 100
 
 
 class Checked(Record):
-    """What checking a text came to: a spec, or None, and everything there is to say about it."""
+    """The result of a check: the spec, or None where it has errors, and all diagnostics."""
 
     spec: Spec | None
     diagnostics: tuple[Diagnostic, ...]
 
     @property
     def errors(self) -> tuple[Diagnostic, ...]:
-        """Return the diagnostics that keep the text from being a spec."""
+        """Return the errors, without the warnings."""
         return tuple(d for d in self.diagnostics if d.severity == "error")
 
     def unwrap(self) -> Spec:
-        """Return the spec, or raise SpecError with all that is wrong."""
+        """Return the spec, or raise SpecError with all errors."""
         if self.spec is None:
             raise SpecError(self.errors)
         return self.spec
@@ -60,13 +60,15 @@ def load_spec(
         try:
             source.text.encode()
         except UnicodeEncodeError as error:
-            label = Label(source.span(error.start, error.start + 1), "half of a character")
-            return Checked(None, (Diagnostic("not-text", "this is not Unicode text", (label,)),))
+            label = Label(source.span(error.start, error.start + 1), "half of a surrogate pair")
+            return Checked(
+                None, (Diagnostic("not-text", "this text is not valid Unicode", (label,)),)
+            )
     return Resolver(source, path, catalog, tuple(overrides)).checked()
 
 
 class Resolver:
-    """Resolves one spec; each part notes its diagnostics and carries on."""
+    """Resolves one spec; each part collects its diagnostics and goes on."""
 
     def __init__(
         self, source: Source, path: Path | None, catalog: Catalog, overrides: Sequence[str]
@@ -86,7 +88,7 @@ class Resolver:
         self.scope = Scope(self._labels(), self.lets.values, lost, catalog)
 
     def checked(self) -> Checked:
-        """Return the spec and what is wrong with it."""
+        """Return the spec and all diagnostics."""
         self._versions()
         resolver = ClauseResolver(self.catalog, self.lets, self.scope)
         clauses: list[Clause] = []
@@ -111,7 +113,7 @@ class Resolver:
         return Checked(spec, _ordered(found)[:MAX_DIAGNOSTICS])
 
     def _labels(self) -> dict[str, list[type[Construct]]]:
-        """Return what each label names; a clause of an unknown construct names nothing sure."""
+        """Return the constructs that each label names; none for a clause whose construct is unknown."""
         out: dict[str, list[type[Construct]]] = {}
         for item in self.placed:
             if isinstance(item.statement, ast.ClauseTree):
@@ -132,7 +134,7 @@ class Resolver:
                 continue
             if rank > 1:
                 label = Label(statement.span)
-                message = "the version stands before everything else"
+                message = "`train N` must be the first statement of its file"
                 self.found.append(Diagnostic("misplaced-version", message, (label,)))
             if statement.number.text != str(VERSION):
                 label = Label(statement.number.span)
@@ -143,14 +145,16 @@ class Resolver:
     def _rule(self, when: ast.When) -> Rule | None:
         """Return a rule, or None where a part of it cannot be read."""
         before = len(self.found) + len(self.scope.found)
-        test = self._try(condition, when.condition, "this rule has no condition")
-        hold = self._wait(when.hold, "a condition holds `for` a duration")
+        test = self._try(condition, when.condition, "invalid condition of a `when` rule")
+        hold = self._wait(when.hold, "`for` takes a duration")
         cooldown = self._wait(when.cooldown, "`cooldown` takes a duration")
         actions = [action for tree in when.actions if (action := self._action(tree))]
         if not when.actions:
             label = Label(when.span)
-            help = "write what shall happen: `{ stop }`"
-            self.found.append(Diagnostic("no-action", "this rule does nothing", (label,), (), help))
+            help = "write an action between the braces: `{ stop }`"
+            self.found.append(
+                Diagnostic("no-action", "this rule has no actions", (label,), (), help)
+            )
         if test is None or len(self.found) + len(self.scope.found) > before:
             return None
         return Rule(test, tuple(actions), hold, cooldown, origin=Origin(when.span))
@@ -172,12 +176,12 @@ class Resolver:
             self.found += target_problems(tree.target.id, tree.target.span)
         assert tree.value is not None
         value = self._try(
-            expression, tree.value, f"`{printable(tree.target.id)}` cannot be set to this"
+            expression, tree.value, f"invalid value for `{printable(tree.target.id)}`"
         )
         return None if value is None else Assign(tree.target.id, value)
 
     def _try(self, read, node: ast.Node, message: str, scoped: bool = True):  # type: ignore[no-untyped-def]
-        """Read a node; note the diagnostic and return None where it cannot be read."""
+        """Read a node; report it and return None where it cannot be read."""
         count = len(self.scope.found)
         try:
             value = read(self.lets.expand(node), *([self.scope] if scoped else []))
@@ -195,12 +199,12 @@ class Resolver:
             first = self.lets.names.get(name.id) is name
             if first and name.id not in self.lets.used | self.lets.broken:
                 label = Label(name.span)
-                message = f"nothing uses `{name.id}`"
+                message = f"`{name.id}` is never used"
                 self.found.append(Diagnostic("unused-let", message, (label,), severity="warning"))
 
 
 def _ordered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
-    """Return diagnostics by file and place, without what merely follows from a syntax error."""
+    """Return diagnostics by file and place, without those that only follow from a syntax error."""
     rank: dict[int, int] = {}
     for d in found:
         if d.span:

@@ -12,21 +12,21 @@ Severity = Literal["error", "warning"]
 
 
 class Label(Record):
-    """A span and what it is; the first label of a diagnostic is where the mistake is."""
+    """A span and what is said of it; the first label of a diagnostic stands where the mistake is."""
 
     span: Span
     text: str = ""
 
 
 class Edit(Record):
-    """A replacement that would mend the text."""
+    """A replacement that would correct the text."""
 
     span: Span
     text: str
 
 
 class Diagnostic(Record):
-    """One mistake, as data; rendering is separate."""
+    """One mistake or warning; dsl/text/render.py draws it."""
 
     rule: str
     message: str
@@ -37,9 +37,11 @@ class Diagnostic(Record):
     edit: Edit | None = None
 
     def __post_init__(self) -> None:
-        assert self.rule in RULES, f"`{self.rule}` is not a rule of dsl/text/rules.py"
+        assert self.rule in RULES, (
+            f"there is no rule `{self.rule}`: add it to the rules in dsl/text"
+        )
 
     @property
     def span(self) -> Span | None:
-        """Return where the mistake is, or None for a spec that was not written as text."""
+        """Return where the mistake is; None for a spec that was made in Python."""
         return self.labels[0].span if self.labels else None

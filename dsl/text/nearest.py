@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
-    """Return the option that `name` was most likely meant to be, or None."""
+    """Return the option most similar to `name`, or None where none is similar."""
     from difflib import get_close_matches
 
     if len(name) > 64:  # difflib is quadratic, and nobody mistypes that much
@@ -17,6 +17,6 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 
 
 def suggest(name: str, options: Iterable[str]) -> str | None:
-    """Return a help line that proposes the nearest option, or None."""
+    """Return a help line that proposes the most similar option, or None."""
     near = nearest(name, options)
     return f"did you mean `{near}`?" if near else None

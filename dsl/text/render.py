@@ -70,14 +70,14 @@ def _excerpt(span: Span) -> tuple[int, str, int, int]:
 
 
 def safe(text: str) -> str:
-    """Return text that moves no cursor and encodes anywhere: one visible character for each."""
+    """Return text that is safe on any terminal: one visible character for each of its own."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(" " if c == "\t" else c if c.isprintable() else "\ufffd" for c in text)
 
 
 def columns(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
+    """Return the width of a text on a terminal, in columns."""
     if text.isascii():
         return len(text)
     from unicodedata import combining, east_asian_width

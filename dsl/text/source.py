@@ -1,4 +1,4 @@
-"""Source text and spans. Offsets only; lines and columns are computed when printed."""
+"""Source texts and spans in them, kept as offsets; lines and columns are computed when they are printed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Duration(Value):
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
-            raise ValueError(f"`{self.unit}` is not a unit; units are {', '.join(UNITS)}")
+            raise ValueError(f"`{self.unit}` is not a unit: write one of {', '.join(UNITS)}")
         self._put("amount", plain_number(self.amount))
 
     def written(self) -> Written:
@@ -39,7 +39,7 @@ class Range(Value):
         self._put("low", plain_number(self.low))
         self._put("high", plain_number(self.high))
         if self.low > self.high:
-            raise ValueError(f"the range ends at {self.high}, before it begins at {self.low}")
+            raise ValueError(f"the range begins at {self.low}, above its end {self.high}")
 
     def written(self) -> Written:
         return infix("..", number(self.low), number(self.high))
@@ -54,7 +54,7 @@ class ImportPath(Value):
     def __post_init__(self) -> None:
         for part in (self.module, self.attribute):
             if not all(name.isidentifier() for name in part.split(".")):
-                raise ValueError(f"`{part}` is not a dotted Python name")
+                raise ValueError(f"`{part}` is not a dotted Python name such as `package.module`")
 
     def written(self) -> Written:
         return quoted(f"{self.module}:{self.attribute}")

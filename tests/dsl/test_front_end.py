@@ -111,7 +111,7 @@ def test_a_construct_knows_its_name_from_its_file() -> None:
 
 
 def test_a_field_that_pydantic_would_read_by_its_own_rules_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"`over` .* has the type of a value, `Duration`"):
+    with pytest.raises(TypeError, match=r"`over` .* is annotated with the class `Duration`"):
         type(
             "Wrong",
             (Construct,),

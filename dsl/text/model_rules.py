@@ -1,0 +1,138 @@
+"""The rules that `trainc plan`, `compile` and `run` apply to a spec and a model."""
+
+from __future__ import annotations
+
+from trainc.dsl.text.rule import RuleExplanation
+
+MODEL_RULES: dict[str, RuleExplanation] = {
+    "selector-matches-nothing": RuleExplanation(
+        "A selector matches no module or parameter of the model.",
+        "The clause would do nothing, and the run would look as if it worked.",
+        "Correct the pattern: `*` stands for one part of a dotted name, `**` for any number of parts. Write "
+        "`optional` if the clause may match nothing.",
+    ),
+    "selector-count": RuleExplanation(
+        "A selector with `expect` matches another number of modules or parameters.",
+        "`expect` is there to notice that a model has changed.",
+        "Look at the list in the note. Correct the selector or the number.",
+    ),
+    "unknown-class": RuleExplanation(
+        "A name in `type(...)` is neither a class of the model nor a class of torch.nn.",
+        "Beside classes that match, a misspelt class would leave its layers out without a message.",
+        "Write the name in the help line. In a spec for several models, select with `role(norm)` and the like, or "
+        "make the clause `optional`.",
+    ),
+    "selector-matches-frozen": RuleExplanation(
+        "A selector matches parameters that are not trained.",
+        "The clause has no effect on a parameter that never changes.",
+        "Intersect with `trainable`: `on mats & trainable`.",
+    ),
+    "claimed-twice": RuleExplanation(
+        "Two clauses of one kind act on the same parameter.",
+        "trainc does not guess which of the two is meant.",
+        "Make the selections disjoint: `on all - norms`.",
+    ),
+    "unclaimed-parameters": RuleExplanation(
+        "No optimizer acts on some trainable parameters.",
+        "They would keep their initial values.",
+        "Widen a selector, or freeze the parameters in the model.",
+    ),
+    "conflicting-effects": RuleExplanation(
+        "Two constructs cannot work in the same step as they are written.",
+        "One undoes or overwrites what the other needs, in either order.",
+        "Remove one of them, or separate them in time with `from` and `until`.",
+    ),
+    "no-effect": RuleExplanation(
+        "A clause has a value with which it does nothing, such as a weight of 0.",
+        "It is left out of the program and costs nothing. Perhaps it was meant to act.",
+        "Give the field another value, or remove the clause.",
+    ),
+    "norm-mixes-examples": RuleExplanation(
+        "Per-example statistics are requested for a layer that mixes examples, such as BatchNorm.",
+        "In such a layer no gradient belongs to one example alone, so the number would mean nothing.",
+        "Select layers that treat examples separately: LayerNorm, RMSNorm, GroupNorm.",
+    ),
+    "pair-over-batch-norm": RuleExplanation(
+        "Two passes are compared through a layer whose output depends on the whole batch.",
+        "The passes then also differ by the statistics of the batch, and running averages are updated twice.",
+        "Freeze the BatchNorm layers, or replace them with GroupNorm.",
+    ),
+    "noise-scale-sees-penalty": RuleExplanation(
+        "A gradient noise scale is measured on parameters whose gradient also contains a penalty.",
+        "The result is then the noise scale of the sum. The theory is about the loss alone.",
+        "Leave the measured parameters out of the penalty's selector, or measure in steps without the penalty.",
+    ),
+    "import-failed": RuleExplanation(
+        "A module or attribute named in the spec cannot be imported.",
+        "Models and data are Python code. The note shows the error that the import raised.",
+        'Correct the path `"module:attribute"`, or run from the directory that contains the module.',
+    ),
+    "model-failed": RuleExplanation(
+        "The callable of the model raised an error, or did not return an `nn.Module`.",
+        "Without a model a spec cannot be compiled.",
+        "The note shows the error. The arguments of the callable are the fields of the `model` clause.",
+    ),
+    "data-failed": RuleExplanation(
+        "The data callable raised an error, or the object it returned lacks something that trainc needs.",
+        "`trainc explain data` describes the object: `train`, `evaluation` and `tokens_per_sample`.",
+        "The note says what is missing.",
+    ),
+    "wrong-argument": RuleExplanation(
+        "A callable does not accept an argument that the spec gives.",
+        "Fields of `model`, `data` and `torch` clauses are passed to the imported callable as keyword arguments.",
+        "Compare the fields with the signature in the note.",
+    ),
+    "capture-failed": RuleExplanation(
+        "The model could not be turned into a graph.",
+        "trainc rewrites a graph of the whole step. The note says where the capture stopped.",
+        "Move Python code that depends on the data out of the forward pass, or let the fallback named in the note "
+        "run the model.",
+    ),
+    "site-not-delivered": RuleExplanation(
+        "A layer that should deliver a statistic did not deliver it in the first step.",
+        "A missing number could be mistaken for zero.",
+        "Check that the layer runs in the forward pass, and that nothing wraps or copies it.",
+    ),
+    "example-axis-unknown": RuleExplanation(
+        "trainc cannot tell which axis of a tensor counts the examples.",
+        "Per-example statistics need this axis. A wrong guess would give wrong numbers without an error.",
+        "Put the examples on the first axis of the inputs.",
+    ),
+    "weight-serves-elsewhere": RuleExplanation(
+        "A measured weight is also used outside the layer that holds it.",
+        "The other use adds to the gradient of the weight, so norms taken in the layer alone would be wrong.",
+        "Exclude the layer from the selection. A head tied to an embedding can be measured if it is an nn.Linear "
+        "whose `weight` is the embedding's, and both are selected.",
+    ),
+    "examples-mix": RuleExplanation(
+        "The model's output for one example depends on the other examples of the batch.",
+        "Such an example has no gradient of its own. Its statistics would be wrong without an error.",
+        "Remove the operation that mixes examples along the first axis, or measure with `method = micro_batch`.",
+    ),
+    "loss-not-a-mean": RuleExplanation(
+        "The loss of a batch is not the weighted mean of the losses of its examples.",
+        "A noise scale compares what each example adds to a mean. In a summed or a contrastive loss that is "
+        "something else.",
+        "Divide a summed loss by the number of examples or targets, or remove the noise scale.",
+    ),
+    "nothing-to-measure": RuleExplanation(
+        "A clause selects something that it cannot measure.",
+        "The statistic would be missing from every report, or be read as zero.",
+        "Exclude it from the selection, or add what the label says is missing.",
+    ),
+    "wrong-target-kind": RuleExplanation(
+        "A selector finds parameters where the construct acts on modules, or modules where it acts on parameters.",
+        "The construct cannot act on what was found.",
+        "Select modules with `type(...)` or a module's name, parameters with `ndim(...)` or a parameter's name.",
+    ),
+    "resume-impossible": RuleExplanation(
+        "The checkpoint cannot be continued with this spec.",
+        "The change gives the saved state another meaning.",
+        "Start a new run, or use the spec of the checkpoint.",
+    ),
+    "resume-needs-accept": RuleExplanation(
+        "Continuing the checkpoint with this spec changes the method.",
+        "This is possible, but the whole run then follows neither of the two specs.",
+        "If this is what you want, repeat the command with `--accept RULE` for the difference in the note.",
+    ),
+}

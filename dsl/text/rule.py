@@ -1,0 +1,13 @@
+"""What is said of a rule in `trainc explain RULE` and docs/diagnostics.md."""
+
+from __future__ import annotations
+
+from trainc.dsl.text.record import Record
+
+
+class RuleExplanation(Record):
+    """A rule: what happened, why it matters, and what to write instead."""
+
+    what: str
+    why: str
+    fix: str
