@@ -68,12 +68,12 @@ def plan(
     """
     import torch
 
-    from trainc.compiler.model.meta_device import Weightless, on_meta
+    from trainc.compiler.model.meta_device import SkipInitialization, on_meta
 
     checked, path = resolve_spec(spec, overrides)
     with searching(path):
         if model is None:
-            with torch.device("meta"), Weightless():
+            with torch.device("meta"), SkipInitialization():
                 model = build_model(checked)
         else:
             model = on_meta(model)

@@ -13,10 +13,10 @@ from torch.utils import checkpoint
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Let compiled functions and reentrant checkpoints run their Python: both hide what reads a weight."""
+    """Run the Python of compiled functions and reentrant checkpoints, which both hide the operations on a weight."""
     module: Any = checkpoint
     kept = module.CheckpointFunction
-    module.CheckpointFunction = _Unfolded
+    module.CheckpointFunction = _PlainCheckpoint
     try:
         with uncompiled():
             yield
@@ -25,15 +25,15 @@ def as_written() -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Let compiled functions run their Python."""
+    """Run the Python of compiled functions."""
     # What was compiled has imported dynamo; to import it for nothing takes a second.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return cast("AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
 
 
-class _Unfolded:
-    """Stands in for torch's reentrant checkpoint and keeps what that would forget."""
+class _PlainCheckpoint:
+    """Replaces torch's reentrant checkpoint: runs the function and keeps its autograd graph."""
 
     @staticmethod
     def apply(function: Callable[..., Any], _: bool, *inputs: Any) -> Any:

@@ -1,12 +1,13 @@
-"""What a spec names by import path: the model and the data, built, called and checked, with errors at their lines."""
+"""Build the model and the data that a spec names by import path; mistakes are reported at their lines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.model.facts import Facts
-from trainc.compiler.model.import_path import ImportProblem, call, load
+from trainc.compiler.model.import_path import ImportProblem, call, import_attribute
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def seeded_model(spec: Spec) -> nn.Module:
-    """Return the spec's model with the initial weights of its seed; the caller's random state is left alone."""
+    """Return the spec's model with the initial weights of its seed; the caller's random state stays as it is."""
     import torch
 
     run = spec.one("run")
@@ -27,83 +28,51 @@ def seeded_model(spec: Spec) -> nn.Module:
         return build_model(spec)
 
 
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """A clause whose construct names a callable."""
-
-    clause: Clause
-    construct: Any
-
-
-def _named(spec: Spec, kind: str) -> _Named | None:
-    found = next((c for c in spec.clauses if c.construct.kind == kind), None)
-    return None if found is None else _Named(found, found.construct)
-
-
 def build_model(spec: Spec) -> nn.Module:
     """Return what the `model` clause builds; raises SpecError at its line."""
     from torch import nn
 
-    named = _named(spec, "model")
-    if named is None:
-        help_ = 'write `model "module:callable"`, or pass one'
-        raise missing_clause("the spec names no model", help_)
-    model = _called(named, "model-failed")
+    clause = spec.one("model")
+    if clause is None:
+        help_ = 'write `model "module:callable"`, or pass a model'
+        raise missing_clause("the spec has no `model` clause", help_)
+    model = _build(clause, "model-failed")
     if not isinstance(model, nn.Module):
-        raise SpecError(
-            [
-                _at(
-                    named.clause,
-                    "model-failed",
-                    f"`{named.construct.path}` gives no torch.nn.Module",
-                )
-            ]
-        )
+        found = f"returns a {type(model).__name__}, not a torch.nn.Module"
+        raise _at(clause, "model-failed", f"`{_path(clause)}` {found}")
     return model
 
 
 def build_data(spec: Spec) -> Any:
     """Return what the `data` clause builds; raises SpecError at its line."""
-    named = _named(spec, "data")
-    if named is None:
+    clause = spec.one("data")
+    if clause is None:
         help_ = 'write `data "module:callable" { batch = 32 samples }`'
-        raise missing_clause("the spec names no data", help_)
-    data = _called(named, "data-failed")
-    missing = [
-        name for name in ("train", "evaluation", "tokens_per_sample") if not hasattr(data, name)
-    ]
-    if missing:
-        raise SpecError(
-            [
-                _at(
-                    named.clause,
-                    "data-failed",
-                    f"`{named.construct.path}` gives data without `{missing[0]}`",
-                )
-            ]
-        )
+        raise missing_clause("the spec has no `data` clause", help_)
+    data = _build(clause, "data-failed")
+    for name in ("train", "evaluation", "tokens_per_sample"):
+        if not hasattr(data, name):
+            message = f"what `{_path(clause)}` returns has no attribute `{name}`"
+            raise _at(clause, "data-failed", message)
     return data
 
 
 def facts(spec: Spec) -> Facts:
-    """Return what the data callable says of itself without being called."""
-    named = _named(spec, "data")
-    if named is None:
+    """Return what the data callable's `describe` says, without building the data."""
+    clause = spec.one("data")
+    if clause is None:
         return Facts()
+    construct: Any = clause.construct
     try:
-        describe = getattr(load(named.construct.path), "describe", None)
+        with _reported(clause):
+            describe = getattr(import_attribute(construct.path), "describe", None)
         if describe is None:
             return Facts()
-        said = describe(**named.construct.arguments)
-    except ImportProblem as problem:
-        raise SpecError(
-            [_at(named.clause, problem.rule, str(problem), problem.help, problem.field)]
-        ) from problem
+        described = describe(**construct.arguments)
     except TypeError as error:
-        raise SpecError(
-            [_at(named.clause, "wrong-argument", f"the data cannot be described: {error}")]
-        ) from error
-    return Facts(said.get("samples"), said.get("tokens_per_sample"))
+        message = f"`{construct.path}` cannot describe the data: {error}"
+        raise _at(clause, "wrong-argument", message) from error
+    return Facts(described.get("samples"), described.get("tokens_per_sample"))
 
 
 def missing_clause(message: str, help: str) -> SpecError:
@@ -111,18 +80,29 @@ def missing_clause(message: str, help: str) -> SpecError:
     return SpecError([Diagnostic("missing-clause", message, help=help)])
 
 
-def _called(named: _Named, rule: str) -> Any:
+def _build(clause: Clause, rule: str) -> Any:
+    construct: Any = clause.construct
+    with _reported(clause):
+        return call(construct.path, dict(construct.arguments), rule)
+
+
+@contextmanager
+def _reported(clause: Clause) -> Iterator[None]:
+    """Turn an ImportProblem into a SpecError at the clause's path or argument."""
     try:
-        return call(named.construct.path, dict(named.construct.arguments), rule)
+        yield
     except ImportProblem as problem:
-        raise SpecError(
-            [_at(named.clause, problem.rule, str(problem), problem.help, problem.field)]
-        ) from problem
+        raise _at(clause, problem.rule, str(problem), problem.help, problem.field) from problem
+
+
+def _path(clause: Clause) -> str:
+    construct: Any = clause.construct
+    return str(construct.path)
 
 
 def _at(
     clause: Clause, rule: str, message: str, help: str | None = None, field: str = "path"
-) -> Diagnostic:
+) -> SpecError:
     span = clause.part_span(field)
     labels = (Label(span),) if span else ()
-    return Diagnostic(rule, message, labels, help=help)
+    return SpecError([Diagnostic(rule, message, labels, help=help)])

@@ -1,4 +1,4 @@
-"""Import what a spec names, from where its author would expect: beside the spec, above it, or the working directory."""
+"""Import what a spec names: installed, beside the spec, in a folder above it, or in the working directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SEARCHED: list[Path] = []
 
 
 class ImportProblem(Exception):
-    """A callable could not be imported or called; `rule` is the diagnostic's, the message is for the user."""
+    """A callable could not be imported or called; `rule`, `help` and `field` are those of the diagnostic."""
 
     def __init__(
         self, rule: str, message: str, help: str | None = None, field: str = "path"
@@ -27,7 +27,7 @@ class ImportProblem(Exception):
 
 @contextmanager
 def searching(spec: Path | None) -> Iterator[None]:
-    """Also look beside `spec`, in the folders above it and in the working directory inside this block."""
+    """Inside this block, also import from beside `spec`, the folders above it and the working directory."""
     added = [] if spec is None else [spec.resolve().parent, *spec.resolve().parent.parents]
     before = list(_SEARCHED)
     _SEARCHED[:] = [*added, Path.cwd(), *before]
@@ -37,7 +37,7 @@ def searching(spec: Path | None) -> Iterator[None]:
         _SEARCHED[:] = before
 
 
-def load(path: ImportPath) -> Any:
+def import_attribute(path: ImportPath) -> Any:
     """Return the object `path` names.
 
     Raises ImportProblem (`import-failed`) when the module or the attribute is not there, or its import fails.
@@ -46,9 +46,15 @@ def load(path: ImportPath) -> Any:
     try:
         found: Any = import_module(path.module)
     except ModuleNotFoundError as error:
-        raise ImportProblem("import-failed", f"there is no module `{error.name}`") from error
+        raise ImportProblem(
+            "import-failed",
+            f"there is no module `{error.name}`",
+            "install it, or put it beside the spec or in a folder above it",
+        ) from error
     except Exception as error:
-        raise ImportProblem("import-failed", f"importing `{path.module}` fails: {error}") from error
+        raise ImportProblem(
+            "import-failed", f"importing `{path.module}` fails with {type(error).__name__}: {error}"
+        ) from error
     for name in path.attribute.split("."):
         if not hasattr(found, name):
             raise ImportProblem(
@@ -61,8 +67,8 @@ def load(path: ImportPath) -> Any:
 
 
 def call(path: ImportPath, arguments: dict[str, Any], rule: str) -> Any:
-    """Return what the callable gives; raises ImportProblem with `wrong-argument`, or `rule` when the call fails."""
-    target = load(path)
+    """Return the result of the callable; raises ImportProblem: `wrong-argument`, or `rule` when the call fails."""
+    target = import_attribute(path)
     if not callable(target):
         raise ImportProblem("wrong-argument", f"`{path}` is not callable")
     _check_arguments(path, target, arguments)
@@ -75,13 +81,13 @@ def call(path: ImportPath, arguments: dict[str, Any], rule: str) -> Any:
 
 
 def _check_arguments(path: ImportPath, target: Any, arguments: dict[str, Any]) -> None:
-    """Raise ImportProblem, at the field, for arguments that the callable's signature does not take."""
+    """Raise ImportProblem, with the field, for arguments that the callable's signature does not take."""
     import inspect
 
     try:
         signature = inspect.signature(target)
     except ValueError:
-        return  # no signature to be had: the call itself will tell
+        return  # without a signature, only the call can tell
     named = [
         n
         for n, p in signature.parameters.items()
@@ -96,7 +102,7 @@ def _check_arguments(path: ImportPath, target: Any, arguments: dict[str, Any]) -
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        message = f"`{path.attribute}` cannot be called like this: {error}"
+        message = f"`{path.attribute}` cannot be called with these arguments: {error}"
         raise ImportProblem("wrong-argument", message, takes) from error
 
 

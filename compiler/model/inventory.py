@@ -1,6 +1,6 @@
-"""The inventory of a model: every module and parameter with its depth and roles, as plain data.
+"""The inventory of a model: every module and parameter with its place and roles, as plain data.
 
-Taken once, on the meta device or on real weights; selectors are decided on it, before any wrapping or sharding.
+Built once, on the meta device or on real weights, before any wrapping or sharding; selectors are matched against it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models on the meta device: building one without initialising its weights, and copying one without them."""
+"""Models on the meta device: build one without initialising weights, copy one without its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
-class Weightless(TorchFunctionMode):
+class SkipInitialization(TorchFunctionMode):
     """Leaves tensors on the meta device as they are when a function fills them.
 
     Filling a meta tensor does nothing, but torch does it through decompositions whose first use loads its compiler.

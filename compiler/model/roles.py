@@ -1,4 +1,4 @@
-"""What a module or parameter is to its model: its roles, its block and its depth."""
+"""Roles of modules and parameters, such as `norm` or `head`, and their place: block and depth."""
 
 from __future__ import annotations
 
@@ -12,35 +12,18 @@ if TYPE_CHECKING:
 
 NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD = ROLES
 
-_ATTENTION_SEGMENTS = {"attn", "attention", "self_attn", "self_attention", "cross_attn", "mha"}
-
-_MLP_SEGMENTS = {
-    "mlp",
-    "ffn",
-    "ff",
-    "feed_forward",
-    "feedforward",
-    "linear1",
-    "linear2",
-    "intermediate",
+_NAMES = {
+    ATTENTION: {"attn", "attention", "self_attn", "self_attention", "cross_attn", "mha"},
+    MLP: {"mlp", "ffn", "ff", "feed_forward", "feedforward", "linear1", "linear2", "intermediate"},
+    EMBEDDING: {"embed", "embeddings", "embedding", "wte", "wpe", "embed_tokens", "pos_embed"},
+    HEAD: {"head", "lm_head", "classifier", "score", "fc_out", "output_head"},
 }
-
-_EMBEDDING_SEGMENTS = {
-    "embed",
-    "embeddings",
-    "embedding",
-    "wte",
-    "wpe",
-    "embed_tokens",
-    "pos_embed",
-}
-
-_HEAD_SEGMENTS = {"head", "lm_head", "classifier", "score", "fc_out", "output_head"}
+"""The segments of dotted names that give a role."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something sits: its block's index, the number of blocks, and its level for layer-wise decay.
+    """The index of a block, the number of blocks, and the level for layer-wise decay.
 
     `depth` is 0 at the input and 1 at the head. `level` counts embeddings as 0, blocks from 1, the head as `levels`.
     """
@@ -56,7 +39,7 @@ class Place:
 
 
 def type_names(module: object) -> tuple[str, ...]:
-    """Return the class names of `module`, from its own class up to but without nn.Module."""
+    """Return the class names of `module`: its own and those it inherits from, without nn.Module."""
     return tuple(
         dict.fromkeys(
             c.__name__ for c in type(module).__mro__ if c.__name__ not in ("Module", "object")
@@ -65,20 +48,13 @@ def type_names(module: object) -> tuple[str, ...]:
 
 
 def segment_roles(name: str) -> set[str]:
+    """Return the roles that the segments of a dotted name give."""
     segments = set(name.lower().split("."))
-    found = set()
-    if segments & _ATTENTION_SEGMENTS:
-        found.add(ATTENTION)
-    if segments & _MLP_SEGMENTS:
-        found.add(MLP)
-    if segments & _EMBEDDING_SEGMENTS:
-        found.add(EMBEDDING)
-    if segments & _HEAD_SEGMENTS:
-        found.add(HEAD)
-    return found
+    return {role for role, names in _NAMES.items() if segments & names}
 
 
 def module_roles(name: str, module: nn.Module) -> set[str]:
+    """Return the roles that the name and the class of a module give."""
     found = segment_roles(name)
     types = type_names(module)
     if any("norm" in t.lower() for t in types) and not list(module.children()):
@@ -89,6 +65,7 @@ def module_roles(name: str, module: nn.Module) -> set[str]:
 
 
 def last_linear(model: nn.Module) -> str | None:
+    """Return the name of the last linear layer, which is the head where no name says so."""
     linear = [name for name, module in model.named_modules() if "Linear" in type_names(module)]
     return linear[-1] if linear else None
 
@@ -103,9 +80,9 @@ def _block_name(name: str) -> str | None:
 
 
 def places(model: nn.Module) -> dict[str, Place]:
-    """Number the blocks in registration order; what follows the last block is the head, one further.
+    """Return the place of every module: blocks in registration order, then what follows them, the head.
 
-    Without at least two numbered blocks every leaf layer that owns parameters is a block of its own.
+    Without at least two numbered blocks, every layer that holds parameters is a block of its own.
     """
     names = [name for name, _ in model.named_modules()]
     numbered = list(dict.fromkeys(b for name in names if (b := _block_name(name)) is not None))
@@ -131,17 +108,16 @@ def _places_by_blocks(names: list[str], numbered: list[str]) -> dict[str, Place]
     has_head = last_block + 1 < len(names)
     count = len(numbered) + (1 if has_head else 0)
     levels = len(numbered) + 1
-    found, seen = {}, False
+    found, latest = {}, -1
     for position, name in enumerate(names):
         block = _block_name(name)
         if block is not None:
-            seen = True
+            latest = max(latest, index[block])
             found[name] = Place(index[block], count, index[block] + 1, levels)
         elif position > last_block:
             found[name] = Place(count - 1, count, levels, levels)
-        elif not seen:
+        elif latest < 0:
             found[name] = Place(0, count, 0, levels)
         else:
-            before = max(index[b] for n in names[:position] if (b := _block_name(n)) is not None)
-            found[name] = Place(before, count, before + 1, levels)
+            found[name] = Place(latest, count, latest + 1, levels)
     return found

@@ -1,4 +1,4 @@
-"""Selectors decided on an inventory: sets of module or parameter names, in registration order."""
+"""Which modules or parameters of an inventory a selector matches, by name, in registration order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Target: TypeAlias = Literal["modules", "parameters"]
 
 
 def select(selector: v.Selector, inventory: Inventory, target: Target) -> tuple[str, ...]:
-    """Return the names that `selector` matches. `expect` counts are not checked here: see `expectations`."""
+    """Return the names that `selector` matches; `expect` counts are checked by `expectations`."""
     entries: tuple[Entry, ...] = inventory.modules if target == "modules" else inventory.parameters
     chosen = _names(selector, entries)
     return tuple(e.name for e in entries if e.name in chosen)
@@ -25,7 +25,7 @@ def select(selector: v.Selector, inventory: Inventory, target: Target) -> tuple[
 def expectations(
     selector: v.Selector, inventory: Inventory, target: Target
 ) -> Iterable[tuple[v.Expect, int]]:
-    """Yield every `expect` in `selector` with the number of names its inner selector really matches."""
+    """Yield every `expect` in `selector` with the number of names that its inner selector matches."""
     match selector:
         case v.Expect(selector=inner):
             yield selector, len(select(inner, inventory, target))
@@ -42,7 +42,7 @@ def expectations(
 
 
 def leaves(selector: v.Selector) -> Iterable[v.Selector]:
-    """Yield the parts of `selector` that are made of no others."""
+    """Yield the simple selectors that `selector` is made of."""
     match selector:
         case v.Expect(selector=inner) | v.Where(selector=inner):
             yield from leaves(inner)
@@ -144,7 +144,9 @@ def _holds(condition: v.Expr, entry: Entry) -> bool:
             return not _holds(a, entry)
         case v.Binary(op=op, left=a, right=b) if op in _COMPARE:
             return _COMPARE[op](_measure(a, entry), _measure(b, entry))
-    raise ValueError(f"`where` takes comparisons of {', '.join(WHERE_NAMES)}")
+    raise ValueError(
+        f"`where` needs a comparison of {', '.join(WHERE_NAMES)}, such as `where numel > 1000`"
+    )
 
 
 def _measure(expression: v.Expr, entry: Entry) -> float:
@@ -165,4 +167,6 @@ def _measure(expression: v.Expr, entry: Entry) -> float:
             return _measure(a, entry) * _measure(b, entry)
         case v.Binary(op="+", left=a, right=b):
             return _measure(a, entry) + _measure(b, entry)
-    raise ValueError(f"`where` knows {', '.join(WHERE_NAMES)} and numbers")
+    raise ValueError(
+        f"`where` compares {', '.join(WHERE_NAMES)}, numbers, and their sums and products"
+    )

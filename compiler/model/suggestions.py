@@ -1,4 +1,4 @@
-"""Suggestions: what a selector that matches nothing, or a class that nobody has, was probably meant to say."""
+"""Suggestions for selectors that match nothing, and for classes that do not exist."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from trainc.dsl.values.value_json import Glob, OfType, Selector
 
 
 def suggestion(selector: Selector, inventory: Inventory, target: Target) -> str | None:
-    """Return a help line for the first part of `selector` that misses and has something like it in the model."""
+    """Return a help line for the first part of `selector` that matches nothing but resembles a name in the model."""
     parts = empty_parts(selector, inventory, target)
     return next((h for part in parts if (h := _for_part(part, inventory, target))), None)
 
 
 def unknown_classes(selector: Selector, inventory: Inventory) -> dict[str, str | None]:
-    """Return the names in `type(...)` that are classes neither of the model nor of torch.nn, and a help line for each.
+    """Return the names in `type(...)` that are classes neither of the model nor of torch.nn, with a help line each.
 
-    A spec may serve several models, so a class that this one has no module of is none by itself.
+    A spec may serve several models, so a class of torch.nn is known even where this model does not use it.
     """
     own = {name for module in inventory.modules for name in module.types}
     found: dict[str, str | None] = {}

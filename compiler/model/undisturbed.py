@@ -1,4 +1,4 @@
-"""Run a model for a look at it, and leave it as it was."""
+"""Run a model for an examination and leave it unchanged."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Give buffers and random number generators back as they were, and let no hook of the user's run.
+    """Restore buffers and random states afterwards, and run without the user's hooks.
 
-    Sharded models keep their hooks: it is these that bring the weights.
+    Sharded models keep their hooks, since these gather the weights.
     """
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
@@ -24,21 +24,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        for put_back in hooks:
-            put_back()
+        for restore in hooks:
+            restore()
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
 
 
 def _take_hooks(module: nn.Module) -> Callable[[], None]:
-    """Take a module's forward hooks away and return what puts them back."""
+    """Remove a module's forward hooks and return a function that restores them."""
     taken = {name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
     for name in taken:
         setattr(module, name, OrderedDict())
 
-    def put_back() -> None:
+    def restore() -> None:
         for name, hooks in taken.items():
             setattr(module, name, hooks)
 
-    return put_back
+    return restore

@@ -35,9 +35,9 @@ class Torch(Optimizer):
 
         import torch
 
-        from trainc.compiler.model.import_path import ImportProblem, load
+        from trainc.compiler.model.import_path import ImportProblem, import_attribute
 
-        found = load(self.path)
+        found = import_attribute(self.path)
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             message = f"`{self.path}` is not a torch.optim.Optimizer class"
             raise ImportProblem("wrong-argument", message)
@@ -48,10 +48,10 @@ class Torch(Optimizer):
             raise ImportProblem("wrong-argument", message) from error
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from trainc.compiler.model.import_path import load
+        from trainc.compiler.model.import_path import import_attribute
 
         plain = [{k: v for k, v in g.items() if k != "weight_decay" or v} for g in groups]
-        built: torch.optim.Optimizer = load(self.path)(plain, lr=1.0, **self.arguments)
+        built: torch.optim.Optimizer = import_attribute(self.path)(plain, lr=1.0, **self.arguments)
         return built
 
     def reference(self) -> None:
