@@ -62,7 +62,7 @@ def load(
     )
     program = build_program(binding, model, frozenset(), executor)
     if (folder / GRAPH).exists():
-        program.execution.use_graph(_graph(folder, model))
+        program.execution.graphs.use(_graph(folder, model))
     return program
 
 

@@ -74,7 +74,7 @@ def compare(program: Program, batch: Batch) -> list[Comparison]:
     _silence_dropout(program.module)
     dtype = next(p.dtype for p in program.module.parameters())
     allowed = ALLOWED.get(dtype, 3e-2)
-    rewrite = program.execution.parts.rewrite
+    rewrite = program.execution.method.rewrite
     road: Road = "graph"
     if rewrite.modules_only is not None or any(site.tied is not None for site in rewrite.layers):
         road = "module"
@@ -94,7 +94,7 @@ def _against_original(
     """Everything at strength zero is the model as it was."""
     inputs, targets = batch
     with program.sites.plain(), _buffers_kept(program):
-        loss = program.task(batches.call(program.module, inputs), targets)
+        loss = program.loss_fn(batches.call(program.module, inputs), targets)
         want = _gradients(program, loss)
     with _buffers_kept(program):
         got_loss, got, _ = program.execution.trial(batch, road, strength=0.0)

@@ -12,10 +12,8 @@ from torch.fx.traceback import preserve_node_meta
 
 from trainc.compiler.graph.flatten import FlatStep, StepInputs, flatten
 from trainc.compiler.graph.forward_graph import ForwardGraph, ForwardInterpreter
+from trainc.compiler.method.loss import LOSS_WEIGHT
 from trainc.compiler.method.penalty import Penalty, Values, evaluate
-
-LOSS_WEIGHT = "loss_weight"
-"""The scalar that weighs a micro-batch's loss in the step's."""
 
 
 def differentiate(

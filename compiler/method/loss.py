@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+LOSS_WEIGHT = "loss_weight"
+"""The name of the 0-d tensor that carries a micro-batch's weight in the loss of its step."""
+
 
 class Loss(Protocol):
     """The loss of a plain run: mean over the counted targets, with what exact accumulation needs."""

@@ -1,4 +1,4 @@
-"""A few examples of a batch: which of its inputs carry them on their first axis, and those inputs cut to some rows."""
+"""Slice a few examples out of a model's inputs, and find which of the inputs have examples on their first axis."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_WHOLE = 2
-"""Inputs that may be as long as the batch by coincidence and are tried whole, such as masks (T, T)."""
+_MAX_UNSLICED = 2
+"""How many inputs may be as long as the batch by coincidence, such as masks (T, T), and are tried unsliced."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """The inputs that have `count` examples on their first axis, as places among the leaves of the inputs."""
+class InputSlicer:
+    """Slices the inputs that have `count` examples on their first axis: `sliced`, by index among the leaves."""
 
     count: int
-    carried: frozenset[int]
+    sliced: frozenset[int]
 
     def take(self, inputs: Any, rows: Sequence[int]) -> Any:
-        """Return the inputs with some rows of what carries examples, and the rest whole."""
+        """Return the inputs with some rows of what holds examples, and the rest as it is."""
         leaves, shape = pytree.tree_flatten(_plain(inputs))
-        cut = [_rows(leaf, rows) if i in self.carried else leaf for i, leaf in enumerate(leaves)]
-        return pytree.tree_unflatten(cut, shape)
+        taken = [_rows(leaf, rows) if i in self.sliced else leaf for i, leaf in enumerate(leaves)]
+        return pytree.tree_unflatten(taken, shape)
 
-    def told(self, inputs: Any) -> str:
-        """Name what is cut, with its shape."""
+    def describe(self, inputs: Any) -> str:
+        """Return the names and shapes of the inputs that are sliced."""
         found, _ = pytree.tree_flatten_with_path(_plain(inputs))
         names = [
             f"`inputs{pytree.keystr(path)}` {tuple(leaf.shape)}"
             for i, (path, leaf) in enumerate(found)
-            if i in self.carried
+            if i in self.sliced
         ]
         return ", ".join(names) or "no input"
 
 
-def cuts(inputs: Any, counts: Sequence[int]) -> Iterator[Cut]:
-    """Yield the cuts that may be right for batches of `counts` examples, the likeliest first.
+def possible_slicers(inputs: Any, counts: Sequence[int]) -> Iterator[InputSlicer]:
+    """Yield the slicers that may be right for batches of `counts` examples, the likeliest first.
 
-    For each count every input of that length is taken to carry examples; then all but one, then all but two.
+    For each count every input of that length is taken to hold examples; then all but one, then all but two.
     """
     lengths = _lengths(inputs)
     for count in counts:
-        carried = [i for i, length in lengths.items() if length == count]
-        for left in range(min(len(carried), _WHOLE + 1) or 1):
-            for whole in combinations(carried, left):
-                yield Cut(count, frozenset(carried) - frozenset(whole))
+        candidates = [i for i, length in lengths.items() if length == count]
+        for unsliced in range(min(len(candidates), _MAX_UNSLICED + 1) or 1):
+            for left_out in combinations(candidates, unsliced):
+                yield InputSlicer(count, frozenset(candidates) - frozenset(left_out))
 
 
-def lengths(inputs: Any) -> list[int]:
-    """Return the lengths of the inputs' first axes, those of the most inputs first."""
+def first_axis_lengths(inputs: Any) -> list[int]:
+    """Return the lengths of the inputs' first axes, the most frequent first."""
     return [length for length, _ in Counter(_lengths(inputs).values()).most_common()]
 
 

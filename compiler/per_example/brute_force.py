@@ -1,4 +1,4 @@
-"""Per-example gradient norms by brute force: one forward and one backward pass per example, whatever the layers are."""
+"""Per-example gradient norms by brute force: one forward and one backward pass for each example, with any layers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from trainc.runtime.step.replicas import Replicas
 
 
-def one_by_one(
+def measure_one_by_one(
     batch: Batch,
     weights: Tensor,
     loss_of: Callable[[int, Batch], Tensor],
     parameters: Mapping[str, nn.Parameter],
     replicas: Replicas | None = None,
 ) -> Calibrated:
-    """Measure every example of a batch, with `weights` (examples,); `loss_of(i, example)` is the loss of one alone.
+    """Measure the gradient of every example of a batch, one backward pass each.
 
-    Examples of all `replicas` are one set: their gradients' sum, one copy of the gradient in memory, is exchanged.
+    `weights` (examples,) are those of the examples in the loss, `loss_of(i, example)` the loss of example i alone.
+
+    The examples of all `replicas` form one set: they exchange the sum of their gradients, which takes the memory of one
+    more gradient.
     """
     squares = {n: weights.new_zeros(len(weights), dtype=torch.float64) for n in parameters}
     sums: dict[str, Tensor] = {}

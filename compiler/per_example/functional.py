@@ -16,22 +16,22 @@ from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.sites import LayerSite, NormSite, Rewrite
 from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.model.select import expectations, select
-from trainc.compiler.per_example.preconditions import examine_inputs
-from trainc.compiler.per_example.weight_uses import owners_alone
+from trainc.compiler.per_example.preconditions import count_examples
+from trainc.compiler.per_example.weight_uses import run_checking_uses
 from trainc.runtime.data.batch import forward
 
 On = str | Iterable[str] | None
 
 
 def measured_parameters(model: nn.Module, on: On = None) -> tuple[str, ...]:
-    """Return the names of the parameters that are the columns of `per_example_sq_norms`, in their order.
+    """Return the names of the parameters that `per_example_sq_norms` measures, in the order of its columns.
 
-    `model` is any module; it is not run. `on` is a selector of modules in the words of a spec
+    `model` is any module; it is not run. `on` is a selector of modules as a spec has it
     (`"type(LayerNorm, RMSNorm)"`, `"role(norm)"`), a list of names of modules or parameters, or None for all. Frozen
     parameters have no gradient: those of selected modules are left out.
 
-    Raises ValueError when nothing is selected, or other than `expect` says, when a selector cannot be read, when a name
-    is neither a module nor a parameter, and when it is that of a frozen parameter.
+    Raises ValueError where `on` cannot be read, selects nothing or another number of modules than its `expect` says,
+    or names something that is neither a module nor a parameter, or is a frozen parameter.
     """
     return _columns(build_inventory(model), on)
 
@@ -39,27 +39,27 @@ def measured_parameters(model: nn.Module, on: On = None) -> tuple[str, ...]:
 def per_example_sq_norms(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: Any, on: On = None
 ) -> Tensor:
-    """Return the squared norms of the examples' contributions to the gradient of `model`, in one backward pass.
+    """Return the squared norm of each example's contribution to each parameter's gradient, in one backward pass.
 
     `inputs` is a tensor, a tuple (positional) or a dict (keyword) of tensors with the examples on their first axis;
-    `loss_fn` takes what the model gives for them and returns the loss, 0-d. `on` selects parameters as for
-    `measured_parameters`; None is all. An example's contribution is its part of `p.grad` in the units that has: under a
-    mean over B examples it carries 1 / B.
+    `loss_fn` takes the model's result for them and returns the loss, 0-d. `on` selects parameters as for
+    `measured_parameters`; None is all. The contributions of all examples sum to `p.grad`: under a mean over B examples
+    each contains the factor 1 / B.
 
-    Returns (examples, parameters), columns being `measured_parameters(model, on)`, in float64 for a float64 model, else
-    float32. First the model runs on two and three of the examples, without a trace, to check what can be checked. Its
-    mode is kept, nothing is added to `.grad`, and it is its own again afterwards.
+    Returns (examples, parameters), one column for each name of `measured_parameters(model, on)`, in float64 for a
+    float64 model, else float32. The model first runs on two and on three of the examples to check that it can be
+    measured. Its mode, its buffers and `.grad` stay as they are.
 
-    Raises ValueError for a selection that measured_parameters refuses, layers that cannot be measured (a BatchNorm in
-    training mode mixes examples), inputs without examples and a loss that is not 0-d; SiteError where an example axis
-    is missing, examples mix, or a layer takes no part, runs twice or lends its weight.
+    Raises ValueError for an `on` that measured_parameters refuses, layers that cannot be measured (a BatchNorm in
+    train mode), inputs without examples and a loss that is not 0-d; SiteError where no axis counts examples, examples
+    affect each other, or a layer is not used, runs twice or shares its weight.
 
     Source: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015, arXiv:1510.01799.
     """
     inventory = build_inventory(model)
     columns = _columns(inventory, on)
     _refuse_mixing(model)
-    # A tied weight is measured where it serves first and where it serves again.
+    # A tied weight is measured in every layer that uses it.
     names = [n for c in columns for n in (c, *inventory.parameter[c].aliases)]
     owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
     found = sites_of(owners, columns, model, inventory)
@@ -68,7 +68,7 @@ def per_example_sq_norms(
         layers=[site for site in found if isinstance(site, LayerSite)],
     )
     with _bound(model, rewrite) as sites:
-        examples = examine_inputs(model, sites, inputs)
+        examples = count_examples(model, sites, inputs)
         squares = _measure(model, sites, loss_fn, inputs, examples)
     by_name: dict[str, Tensor] = {}
     for site in rewrite.measured:
@@ -83,26 +83,26 @@ def _measure(
 ) -> dict[str, Tensor]:
     """Return the probes' gradients by module."""
     some = next(model.parameters())
-    wide = any(p.dtype == torch.float64 for p in model.parameters())
-    dtype = torch.float64 if wide else torch.float32
+    double = any(p.dtype == torch.float64 for p in model.parameters())
+    dtype = torch.float64 if double else torch.float32
 
     def loss_of() -> Tensor:
         sites.arm(Division(examples), {}, dtype, some.device)
         loss = loss_fn(forward(model, inputs))
         if not isinstance(loss, Tensor) or loss.dim():
             raise ValueError(
-                "loss_fn returns one number, a 0-d tensor: the mean or sum over the batch"
+                "`loss_fn` must return one number, a 0-d tensor: the mean or the sum over the batch"
             )
         return loss
 
     measured = {m.trainc.name: cast(nn.Module, m) for m in sites.bound()}
     with torch.enable_grad():
-        loss = owners_alone(loss_of, measured)
+        loss = run_checking_uses(loss_of, measured)
     probes = sites.probes()
     found = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
     silent = [name for name, gradient in zip(probes, found, strict=True) if gradient is None]
     if silent:
-        raise SiteError(f"`{silent[0]}` takes no part in the loss: leave it out of `on`")
+        raise SiteError(f"`{silent[0]}` does not affect the loss: exclude it from `on`")
     return {n: g for n, g in zip(probes, found, strict=True) if g is not None}
 
 
@@ -116,7 +116,9 @@ def _columns(inventory: Inventory, on: On) -> tuple[str, ...]:
         for name in on:
             if name in inventory.parameter:
                 if not inventory.parameter[name].trainable:
-                    raise ValueError(f"`{name}` is frozen: it gets no gradient to measure")
+                    raise ValueError(
+                        f"`{name}` is frozen (requires_grad is False): it has no gradient to measure"
+                    )
                 chosen.add(inventory.parameter[name].name)
             elif name in inventory.module:
                 chosen |= _of_modules(inventory, [name])
@@ -151,8 +153,8 @@ def _refuse_mixing(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ValueError(
-                f"`{name}` normalizes over the batch: examples have no gradients of their own. Call model.eval(), or"
-                " replace it by a norm that treats examples one by one"
+                f"`{name}` is a BatchNorm in train mode: it normalizes over the batch, so no example has a gradient of"
+                " its own. Call `model.eval()`, or use a norm that normalizes each example alone"
             )
 
 

@@ -1,38 +1,65 @@
-"""Micro-batches: their place in a step, and what each leaves for the update."""
+"""Micro-batches: which part of a step each is, and what each leaves for the update."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainc.compiler.method.loss import Loss
+    from trainc.runtime.data.batch import Batch
+
 
 @dataclass(slots=True)
 class MicroBatchSlice:
-    """A micro-batch's place in its step: its part of the counted targets, of the examples, and where it begins."""
+    """Which part of a step a micro-batch is.
 
-    share: float = 1.0
-    part: float = 1.0
-    first: int = 0
+    `loss_weight` is its fraction of the step's counted targets, `example_fraction` of its examples, `first_example`
+    the number of its first example in the step.
+    """
+
+    loss_weight: float = 1.0
+    example_fraction: float = 1.0
+    first_example: int = 0
+
+
+def slices(
+    micro_batches: Sequence[Batch], loss_fn: Loss, first_example: int
+) -> Iterator[MicroBatchSlice]:
+    """Yield which part of their step each of all its micro-batches is; the loss weight is 0 where no target counts."""
+    if len(micro_batches) == 1:
+        yield MicroBatchSlice()
+        return
+    counts = [loss_fn.count(targets) for _, targets in micro_batches]
+    examples = [targets.shape[0] for _, targets in micro_batches]
+    for count, number in zip(counts, examples, strict=True):
+        weight = count / sum(counts) if count else 0.0
+        yield MicroBatchSlice(weight, number / sum(examples), first_example)
+        first_example += number
 
 
 @dataclass(slots=True)
-class Micro:
-    """What a micro-batch leaves for the update: weights (units,) where it is measured, loss and its terms.
+class MicroBatchResult:
+    """What a micro-batch leaves for the update.
 
-    `probes` hold the statistics by module once `backward()` has run, `whole` the squared norms of the micro-batch's
-    gradient by parameter, `scale` what the loss was multiplied by before `backward()`.
+    `weights` (units,) are those of its examples in the step's loss, where something is measured; units are examples,
+    or the groups or documents that stand for them. `probes` hold the statistics by module once `backward()` has run,
+    `batch_sq_norms` the squared norms of the micro-batch's gradient by parameter, `loss_scale` what the loss was
+    multiplied by before `backward()`.
     """
 
     weights: Tensor | None
     loss: Tensor
     terms: dict[str, Tensor]
     probes: dict[str, Tensor] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
-    scale: Tensor | None = None
+    batch_sq_norms: dict[str, Tensor] = field(default_factory=dict)
+    loss_scale: Tensor | None = None
     synchronised: bool = False
+    """Whether the backward pass averaged gradients over replicas."""
     training: bool = True
     """Whether the model was in train mode."""
-    examples: Tensor | None = None
+    example_weights: Tensor | None = None
+    """Weights of single examples (examples,), where `weights` are those of groups."""

@@ -1,7 +1,7 @@
-"""Uses of measured weights outside the layers that hold them, which per-example norms of the layers would miss.
+"""Find measured weights that are used outside their layer, where per-example norms of the layer would miss them.
 
-While a layer runs, other Parameters stand in for its own, so whatever of its own the result depends on came from
-elsewhere: a weight handed to a function, or read by another module.
+While a layer runs, other Parameters replace its own. A result that still depends on its own Parameters uses them
+elsewhere: a weight passed to a function, or read by another module.
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in .*\n\s*(?P<tex
 _NOT_THE_USERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 
-class WeightServesElsewhere(SiteError):
-    """A measured weight takes part in the forward pass outside its layer."""
+class WeightUsedElsewhere(SiteError):
+    """A measured weight is used outside its layer."""
 
-    rule = "weight-serves-elsewhere"
+    rule = "weight-used-elsewhere"
 
 
-def owners_alone(run: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> Tensor:
-    """Return `run()`, the logits or the loss; raises WeightServesElsewhere where it depends on a weight of `modules`
-    by another way than their own forward passes.
+def run_checking_uses(run: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> Tensor:
+    """Return `run()`, the logits or the loss, if it uses the weights of `modules` through these modules alone.
 
-    Gradients are to be enabled. Compiled and checkpointed parts run as they are written, so that nothing is hidden.
+    Raises WeightUsedElsewhere otherwise. Gradients have to be enabled. Compiled and checkpointed parts run as they
+    are written, so that nothing is hidden.
     """
-    with _apart(modules) as owned:
+    with _replaced(modules) as owned:
         result = run()
     if not _elsewhere(result, owned):
         return result
-    # Again, with every operation noting the line that it comes from.
-    with torch.autograd.set_detect_anomaly(True, check_nan=False), _apart(modules) as owned:
-        raise _told(_elsewhere(run(), owned))
+    # Again, with the line recorded that each operation comes from.
+    with torch.autograd.set_detect_anomaly(True, check_nan=False), _replaced(modules) as owned:
+        raise _error(_elsewhere(run(), owned))
 
 
 @contextmanager
-def _apart(modules: Mapping[str, nn.Module]) -> Iterator[Owned]:
-    """Let other Parameters stand in for those of `modules` while these run; yields the Parameters."""
+def _replaced(modules: Mapping[str, nn.Module]) -> Iterator[Owned]:
+    """Replace the Parameters of `modules` while these run; yields the modules' own Parameters."""
     owned: Owned = {}
     with ExitStack() as stack:
         stack.enter_context(as_written())
         for name, module in modules.items():
-            stack.enter_context(_standing_in(name, module, owned))
+            stack.enter_context(_replaced_in(name, module, owned))
         yield owned
 
 
 @contextmanager
-def _standing_in(name: str, module: nn.Module, owned: Owned) -> Iterator[None]:
+def _replaced_in(name: str, module: nn.Module, owned: Owned) -> Iterator[None]:
     before, run = vars(module).get("forward"), module.forward
     path = f"{name}." if name else ""
 
     def own() -> dict[str, nn.Parameter]:
         found = {leaf: p for leaf, p in module._parameters.items() if p is not None}
-        # Sharded layers hold others while they run, so this is asked then, too.
+        # Sharded layers hold other Parameters while they run, so this is asked then, too.
         owned.update({id(p): _Held(p, path + leaf, name, module) for leaf, p in found.items()})
         return found
 
@@ -100,7 +100,7 @@ def _standing_in(name: str, module: nn.Module, owned: Owned) -> Iterator[None]:
 
 
 def _elsewhere(result: Tensor, owned: Owned) -> list[tuple[_Held, Node]]:
-    """Return the owned Parameters that a result depends on, each with the operation that reads it."""
+    """Return the Parameters of `owned` that a result depends on, each with the operation that reads it."""
     found: list[tuple[_Held, Node]] = []
     pending = [result.grad_fn] if result.grad_fn is not None else []
     seen = set(pending)
@@ -118,25 +118,27 @@ def _elsewhere(result: Tensor, owned: Owned) -> list[tuple[_Held, Node]]:
     return found
 
 
-def _told(found: list[tuple[_Held, Node]]) -> WeightServesElsewhere:
+def _error(found: list[tuple[_Held, Node]]) -> WeightUsedElsewhere:
     held, node = found[0]
     others = {other.name for other, _ in found} - {held.name}
-    more = f", and so with {len(others)} more of the measured weights" if others else ""
+    more = f" (so are {len(others)} more measured weights)" if others else ""
     message = (
-        f"`{held.name}` serves outside `{held.module}` as well, {_place(node)}{more}: the squared norm of a sum is not"
-        f" the sum of squared norms, so `{held.module}` cannot be measured. Leave it out of the selection"
+        f"`{held.name}` is also used outside `{held.module}`, {_place(node)}{more}. Per-example norms need a weight to"
+        f" be used by one layer only: exclude `{held.module}` from `on`"
     )
     if isinstance(held.layer, nn.Embedding):
-        head = "an nn.Linear whose `weight` is this Parameter"
-        message += f"; if the use is the output head, make that {head}, and select both"
-    return WeightServesElsewhere(message)
+        message += (
+            "; if that use is the output head, make the head an nn.Linear whose `weight` is this Parameter, and select"
+            " both"
+        )
+    return WeightUsedElsewhere(message)
 
 
 def _place(node: Node) -> str:
-    """Return the user's line that made an operation, the innermost outside torch."""
-    noted: Any = node.metadata
-    for text in reversed(noted.get("traceback_", [])):
+    """Return the user's line that made an operation: the innermost one outside torch."""
+    recorded: Any = node.metadata
+    for text in reversed(recorded.get("traceback_", [])):
         frame = _FRAME.search(text)
         if frame and not any(Path(frame["file"]).is_relative_to(p) for p in _NOT_THE_USERS):
-            return f"in `{frame['text'].strip()}` ({frame['file']}, line {frame['line']})"
-    return f"in {node.name()}"
+            return f"at {frame['file']}:{frame['line']}, in `{frame['text'].strip()}`"
+    return f"in an operation `{node.name()}`"

@@ -1,4 +1,4 @@
-"""How a program's model is spread over processes: who averages gradients with it, and what its shards rule out."""
+"""Distributed training: which processes average gradients, and what sharded parameters do not allow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainc.runtime.step.sharded import is_sharded
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.per_example.micro_batch import Micro
+    from trainc.compiler.per_example.micro_batch import MicroBatchResult
     from trainc.runtime.step.action import Action
 
 
@@ -26,8 +26,8 @@ def replicas_of(
 ) -> Replicas | None:
     """Return the processes that average these gradients; None where this one trains alone.
 
-    They are those of DistributedDataParallel's group or of FSDP2's mesh; another wrapper of the module is taken to
-    average over all. The bare module, compiled or not, averages with nobody.
+    They are the group of DistributedDataParallel or the mesh of FSDP2; any other wrapper of the module is assumed to
+    average over all processes. The module itself, compiled or not, averages with none.
     """
     if world_size() == 1:
         return None
@@ -40,14 +40,14 @@ def replicas_of(
 
 
 def first_shard(parameters: Mapping[str, Tensor]) -> str | None:
-    """Return the name of a parameter that FSDP2 shards; None without any."""
+    """Return the name of the first parameter that FSDP2 shards; None where there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     return next((name for name, p in parameters.items() if is_sharded(p)), None)
 
 
 def exchanges_now(forward: Any, module: nn.Module) -> bool:
-    """Say whether the backward pass of a forward pass begun now averages gradients at once, not under `no_sync()`."""
+    """Return whether the backward pass of a forward pass begun now averages gradients: it is not under `no_sync()`."""
     if world_size() == 1 or _uncompiled(forward) is module:
         return False
     wrapper = _data_parallel(forward)
@@ -59,7 +59,7 @@ def _uncompiled(forward: Any) -> Any:
 
 
 def _data_parallel(forward: Any) -> DistributedDataParallel | None:
-    """Return the DistributedDataParallel in a wrapper of the module; None where there is none to be seen."""
+    """Return the DistributedDataParallel in a wrapper of the module; None where none is found."""
     bare = _uncompiled(forward)
     if isinstance(bare, DistributedDataParallel):
         return bare
@@ -68,13 +68,14 @@ def _data_parallel(forward: Any) -> DistributedDataParallel | None:
 
 
 def _group_of_mesh(name: str, parameter: Any) -> Any:
-    """Return the processes over which FSDP2 averages; raises SiteError where a mesh has more than replicas in it."""
+    """Return the processes over which FSDP2 averages; raises SiteError where the mesh does not consist of replicas."""
     mesh = parameter.device_mesh
     split = [place for place in parameter.placements if not place.is_replicate()]
     if len(split) > 1 or (mesh.ndim > 1 and mesh.size() != world_size()):
         raise SiteError(
-            f"`{name}` is spread over {mesh} as {parameter.placements}: a program under a mesh of several axes needs"
-            " all processes in it and one sharded axis, as FSDP2 with replicas has; tensor parallel layers cannot train"
+            f"`{name}` is sharded over {mesh} as {parameter.placements}: a mesh of several axes needs to hold all"
+            " processes and to shard along one axis, as FSDP2 with replicas does; tensor parallel layers are not"
+            " supported"
         )
     return mesh.get_group() if mesh.ndim == 1 else None
 
@@ -82,7 +83,7 @@ def _group_of_mesh(name: str, parameter: Any) -> Any:
 def refuse_shards(
     wanted: str, names: Iterable[str], parameters: Mapping[str, Tensor], instead: str
 ) -> None:
-    """Raise SiteError where something needs a process's own gradient of a parameter that FSDP2 shards."""
+    """Raise SiteError where FSDP2 shards a parameter whose gradient on this process alone is needed."""
     shard = next((name for name in names if is_sharded(parameters[name])), None)
     if shard is not None:
         raise SiteError(
@@ -91,31 +92,34 @@ def refuse_shards(
         )
 
 
-def check_apart(replicas: Replicas | None, micros: Sequence[Micro], names: Sequence[str]) -> None:
-    """Raise SiteError where there are no replicas, or where micro-batches were averaged one by one.
+def require_own_gradients(
+    replicas: Replicas | None, results: Sequence[MicroBatchResult], names: Sequence[str]
+) -> None:
+    """Raise SiteError where this process has no gradient of its own of the whole step.
 
-    A replica then has no gradient of its own.
+    That is where it trains alone, and where a micro-batch before the last was averaged with other replicas.
     """
     if replicas is None:
         raise SiteError(
             "`method = replica` compares replicas, and this process trains alone: wrap the model in"
-            " DistributedDataParallel, `program.forward = ...`, in several processes, or take `method = micro_batch`"
+            " DistributedDataParallel, `program.forward = ...`, in several processes, or write `method = micro_batch`"
         )
-    early = [i for i, micro in enumerate(micros[:-1]) if micro.synchronised]
+    early = [i for i, result in enumerate(results[:-1]) if result.synchronised]
     if early:
         raise SiteError(
-            f"`method = replica` needs this replica's gradient of all the step, and micro-batch {early[0] + 1} of"
-            f" {len(micros)} was averaged at once (`{names[0]}`, ...): run all but the last forward and backward inside"
-            " `with program.forward.no_sync():`, or use `program.step`, which does"
+            f"`method = replica` needs this replica's own gradient of the whole step, and the gradient of micro-batch"
+            f" {early[0] + 1} of {len(results)} was averaged over replicas (`{names[0]}`, ...): run the forward and"
+            " backward pass of all but the last micro-batch inside `with program.forward.no_sync():`, or use"
+            " `program.step`, which does this"
         )
 
 
-def follow(
+def rebind_parameters(
     module: nn.Module, parameters: dict[str, nn.Parameter], actions: Sequence[Action]
 ) -> None:
-    """Take over parameters that `fully_shard` put in the place of those the program was bound to.
+    """Use the parameters that `fully_shard` put in place of those the program was bound to.
 
-    Raises SiteError where something was made of the old ones: hooks, selected entries, optimizer state.
+    Raises SiteError where an optimizer has state of the old ones, or they are masked.
     """
     now = dict(module.named_parameters())
     moved = [name for name, p in parameters.items() if now.get(name) is not p]
@@ -127,12 +131,11 @@ def follow(
         lost = [s.name for s in own if s.name not in now or s.tensor.shape != now[s.name].shape]
         if lost or (own and "torch" in vars(optimizer) and optimizer.torch.state):
             raise SiteError(
-                f"`{(lost or moved)[0]}` was replaced after `trainc.compile`, and `{optimizer.name}` keeps something of"
-                " the old one: shard the model first, then compile"
+                f"`{(lost or moved)[0]}` was replaced after `trainc.compile`, and `{optimizer.name}` still has state of"
+                " the old parameter: shard the model first, then compile"
             )
         for slot in own:
             slot.tensor = now[slot.name]
         if own:
-            vars(optimizer).pop(
-                "torch", None
-            )  # its groups hold the old ones; made again on first use
+            # Its groups hold the old parameters; it is made again on first use.
+            vars(optimizer).pop("torch", None)

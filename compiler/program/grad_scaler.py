@@ -1,4 +1,4 @@
-"""Unscale: what a GradScaler has to do between the backward passes and what reads their gradients."""
+"""Unscale gradients that a GradScaler scaled, before anything reads them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ if TYPE_CHECKING:
     from trainc.compiler.method.lowered_method import LoweredMethod
 
 
-def unscale(
-    scaler: torch.amp.GradScaler, parts: LoweredMethod, parameters: Mapping[str, nn.Parameter]
+def unscale_gradients(
+    scaler: torch.amp.GradScaler, method: LoweredMethod, parameters: Mapping[str, nn.Parameter]
 ) -> bool:
-    """Divide gradients by what the losses were multiplied by, and return whether one of them overflowed."""
-    if parts.selected_entries:
-        names = ", ".join(f"`{name}`" for name in parts.selected_entries)
+    """Divide gradients by what the losses were multiplied by, and return whether one of them overflowed.
+
+    Raises ValueError with an update mask or with sharded parameters, where a GradScaler cannot do its work.
+    """
+    if method.selected_entries:
+        names = ", ".join(f"`{name}`" for name in method.selected_entries)
         raise ValueError(
-            f"a mask keeps the gradients of {names} where no GradScaler finds them: train in bfloat16, which needs no"
-            " scaler, or leave the mask out"
+            f"a GradScaler cannot find the gradients of {names}, which a `mask` clause keeps elsewhere: train in"
+            " bfloat16, which needs no scaler, or remove the mask"
         )
     if first_shard(parameters) is not None:
         raise ValueError(
-            "replicas of sharded parameters (FSDP2) do not agree on what overflowed: train in bfloat16, which needs no"
-            " scaler"
+            "with sharded parameters (FSDP2), replicas may disagree on whether a gradient overflowed: train in"
+            " bfloat16, which needs no scaler"
         )
-    for action in parts.actions:
+    for action in method.actions:
         if isinstance(action, OptimizerStep):
             scaler.unscale_(action.torch)
     found = [p.grad for p in parameters.values() if p.grad is not None]

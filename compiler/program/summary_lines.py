@@ -1,4 +1,4 @@
-"""What of a run's outcome no action tells: the loss with its terms, and the factors of rates that never change."""
+"""Summary lines that belong to no action: losses and constant rate factors."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ if TYPE_CHECKING:
 
 
 def loss_lines(
-    parts: LoweredMethod, first: Mapping[str, float], last: Step | None, steps: int
+    method: LoweredMethod, first: Mapping[str, float], last: Step | None, steps: int
 ) -> Iterator[str]:
-    """Yield what the loss and its terms were at first and at last."""
+    """Yield the loss and its terms at the first and at the last step."""
     if last is None or "loss" not in first:
         return
     yield f"loss: {first['loss']:.4g} -> {last.loss:.4g} in {steps} steps"
-    pairing = parts.rewrite.pairing
+    pairing = method.rewrite.pairing
     if pairing is not None:
-        apart = f"{first['consistency']:.4g} -> {last.metrics['consistency']:.4g}"
-        sites = len(parts.rewrite.noises)
-        yield f"{pairing.label}: distance of the two views {apart}, noise at {sites} layers"
+        change = f"{first['consistency']:.4g} -> {last.metrics['consistency']:.4g}"
+        sites = len(method.rewrite.noises)
+        yield f"{pairing.label}: distance of the two views {change}, noise at {sites} layers"
 
 
-def factor_lines(parts: LoweredMethod) -> Iterator[str]:
-    """Yield the factors of rate policies that never change and so have no action to tell of them."""
-    told = {action.name for action in parts.actions}
+def factor_lines(method: LoweredMethod) -> Iterator[str]:
+    """Yield the factors of learning rate policies that never change, and so have no action."""
+    with_action = {action.name for action in method.actions}
     factors: dict[str, list[float]] = {}
-    for lr_factors in parts.lr_factors.values():
+    for lr_factors in method.lr_factors.values():
         for lr_factor in lr_factors:
-            if lr_factor.policy not in told:
+            if lr_factor.policy not in with_action:
                 factors.setdefault(lr_factor.policy, []).append(lr_factor.factor)
-    for policy, found in factors.items():
-        yield f"{policy}: factors {min(found):.3g} to {max(found):.3g} on {len(found)} parameters"
+    for policy, values in factors.items():
+        yield f"{policy}: factors {min(values):.3g} to {max(values):.3g} on {len(values)} parameters"

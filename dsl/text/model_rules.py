@@ -98,7 +98,7 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "Per-example statistics need this axis. A wrong guess would give wrong numbers without an error.",
         "Put the examples on the first axis of the inputs.",
     ),
-    "weight-serves-elsewhere": RuleExplanation(
+    "weight-used-elsewhere": RuleExplanation(
         "A measured weight is also used outside the layer that holds it.",
         "The other use adds to the gradient of the weight, so norms taken in the layer alone would be wrong.",
         "Exclude the layer from the selection. A head tied to an embedding can be measured if it is an nn.Linear "

@@ -184,7 +184,7 @@ def spec_of(kind: str, on: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("verb", ["run", "verify"])
-def test_a_weight_that_serves_elsewhere_is_told_at_its_clause(
+def test_a_weight_used_elsewhere_is_shown_at_its_clause(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = spec_of("functional", "type(Embedding)", tmp_path, monkeypatch)
@@ -192,7 +192,7 @@ def test_a_weight_that_serves_elsewhere_is_told_at_its_clause(
         call(monkeypatch, verb, spec, *(["--out", tmp_path / "run"] if verb == "run" else [])) == 1
     )
     said = capsys.readouterr().err
-    assert "error[weight-serves-elsewhere]: `words.weight` serves outside `words`" in said
+    assert "error[weight-used-elsewhere]: `words.weight` is also used outside `words`," in said
     assert "| noise_scale gns on type(Embedding)" in said
 
 

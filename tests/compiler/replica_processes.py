@@ -136,7 +136,9 @@ def own_loop(wrapper: str, clause: str, no_sync: bool) -> Callable[[World], Any]
         for i, (micro, count) in enumerate(zip(micros, counts, strict=True)):
             apart = no_sync and i < len(micros) - 1
             with program.forward.no_sync() if apart else contextlib.nullcontext():
-                loss = program.loss(micro, share=count / sum(counts), part=len(micro[1]) / rows)
+                loss = program.loss(
+                    micro, loss_weight=count / sum(counts), example_fraction=len(micro[1]) / rows
+                )
                 (loss * 1024).backward()
         for p in program.module.parameters():
             p.grad.div_(1024)

@@ -219,8 +219,8 @@ class Sum:
 def test_a_summed_loss_is_an_error() -> None:
     program = trainc.compile(ALL, nn.Sequential(nn.Linear(4, 3)))
     task: Loss = Sum()
-    program.execution.task = task
-    with pytest.raises(SiteError, match="is it a sum"):
+    program.execution.loss_fn = task
+    with pytest.raises(SiteError, match="not a sum"):
         program.step((torch.randn(5, 4), torch.randint(3, (5,))))
 
 

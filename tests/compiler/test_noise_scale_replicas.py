@@ -226,11 +226,11 @@ def test_an_infinite_gradient_on_one_rank_is_no_estimate_on_all(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("replica", r"micro-batch 1 of 2 was averaged at once.*no_sync"),
+        ("replica", r"micro-batch 1 of 2 was averaged over replicas.*no_sync"),
         ("other", r"do not measure the same: .* rank 1 sends"),
         ("fsdp micro", r"`words.weight` is sharded .*per_example"),
         ("fsdp replica", r"`words.weight` is sharded .*per_example"),
-        ("fsdp calibrate", r"`words.weight` is sharded .*leave `calibrate` out"),
+        ("fsdp calibrate", r"`words.weight` is sharded .*remove `calibrate`"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error_on_every_rank(

@@ -129,10 +129,10 @@ class Idle(nn.Module):
 def test_what_cannot_be_measured_says_why() -> None:
     x = torch.randn(4, 3)
     mixing = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    with pytest.raises(ValueError, match="`1` normalizes over the batch"):
+    with pytest.raises(ValueError, match="`1` is a BatchNorm in train mode"):
         per_example_sq_norms(mixing, lambda out: out.sum(), x)
     model = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="one number"):
+    with pytest.raises(ValueError, match="must return one number"):
         per_example_sq_norms(model, lambda out: out, x)
     with pytest.raises(ValueError, match="`9` is neither"):
         per_example_sq_norms(model, lambda out: out.sum(), x, on=["9"])
@@ -144,7 +144,7 @@ def test_what_cannot_be_measured_says_why() -> None:
     with pytest.raises(ValueError, match="something else"):
         per_example_sq_norms(nn.PReLU(3), lambda out: out.sum(), x)
     apart: nn.Module = Idle()
-    with pytest.raises(SiteError, match="`idle` takes no part"):
+    with pytest.raises(SiteError, match="`idle` does not affect the loss"):
         per_example_sq_norms(apart, lambda out: out.sum(), x)
     assert not any("trainc" in vars(module) for module in apart.modules())
 

@@ -77,7 +77,7 @@ def test_it_multiplies_with_other_policies_and_spares_what_is_not_selected() -> 
     run(program, 16)
     rates = {
         slot.name: group["lr"]
-        for action in program._parts.actions
+        for action in program._method.actions
         if isinstance(action, OptimizerStep)
         for ours, group in zip(action.groups, action.torch.param_groups, strict=True)
         for slot in ours.slots
@@ -94,7 +94,7 @@ def test_without_data_the_batch_is_what_is_given() -> None:
     assert program.step(examples(16))["lr_max"] == pytest.approx(2e-2)
     assert program.step([examples(3), examples(6)])["lr_max"] == pytest.approx(1.5e-2)
     for _ in range(4):
-        program.loss(examples(4), share=0.25).backward()
+        program.loss(examples(4), loss_weight=0.25).backward()
     assert program.update()["lr_max"] == pytest.approx(2e-2)
     assert program.step(examples(4))["lr_max"] == pytest.approx(1e-2)
 

@@ -399,7 +399,7 @@ def test_a_tied_head_alone_is_measured_by_micro_batches() -> None:
 def test_a_head_that_reads_the_bias_it_names_is_found_out() -> None:
     run = "loss cross_entropy optimizer sgd { lr = 0 } run { length = 9 steps }"
     program = trainc.compile(f"{run} noise_scale gns on all", Bert(reads=True))
-    with pytest.raises(SiteError, match=r"`head.decoder.bias` serves outside `head.decoder`"):
+    with pytest.raises(SiteError, match=r"`head.decoder.bias` is also used outside `head.decoder`"):
         program.step(tokens())
 
 

@@ -381,12 +381,12 @@ def test_a_scaled_loss_gives_the_same_figures() -> None:
         assert scaled.signals[name] == pytest.approx(program.signals[name], rel=1e-12)
 
 
-def test_shares_that_are_no_parts_of_one_mean_are_an_error() -> None:
+def test_loss_weights_that_do_not_sum_to_one_are_an_error() -> None:
     model, x, y = made()
     program = compiled(model, "noise_scale gns")
     for rows in (slice(0, 3), slice(3, 6)):
         (program.loss((x[rows], y[rows])) / 2).backward()
-    with pytest.raises(ValueError, match="sum to 2, not 1: give each its part"):
+    with pytest.raises(ValueError, match="sum to 2, not 1: give each its fraction"):
         program.update()
 
 

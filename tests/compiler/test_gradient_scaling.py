@@ -1,4 +1,4 @@
-"""Gradients that other hands scaled before the update, and the GradScaler that the program knows."""
+"""Gradients rescaled between backward() and update(): refused, or unscaled by the GradScaler that is given."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ loss cross_entropy
 optimizer {optimizer} {{ lr = 1e-3 }}
 noise_scale gns on {on} {{ smooth = 5 steps, method = {method} }}
 """
-Road = Callable[[Program, torch.amp.GradScaler | None], None]
+Leave = Callable[[Program, torch.amp.GradScaler | None], None]
 
 
 def program(
@@ -35,7 +35,7 @@ def halves(made: Program, scaler: torch.amp.GradScaler | None, seed: int = 0) ->
     """Leave the gradient of a batch, in two micro-batches."""
     inputs, targets = batch(seed)
     for rows in (slice(0, 4), slice(4, 8)):
-        loss = made.loss((inputs[rows], targets[rows]), share=0.5)
+        loss = made.loss((inputs[rows], targets[rows]), loss_weight=0.5)
         (loss if scaler is None else scaler.scale(loss)).backward()
 
 
@@ -48,17 +48,17 @@ def clip(made: Program, norm: float) -> None:
     nn.utils.clip_grad_norm_(made.module.parameters(), norm)
 
 
-@pytest.mark.parametrize("road", [halves, graph])
+@pytest.mark.parametrize("leave", [halves, graph])
 @pytest.mark.parametrize("method", ["per_example", "micro_batch"])
-def test_a_gradient_clipped_by_hand_is_refused(road: Road, method: str) -> None:
+def test_a_gradient_clipped_by_hand_is_refused(leave: Leave, method: str) -> None:
     made = program(method)
-    road(made, None)
+    leave(made, None)
     clip(made, 0.1)
     with pytest.raises(ValueError, match=r"times what the backward passes .* `clip` of the spec"):
         made.update()
 
 
-def test_a_bound_that_clips_nothing_is_let_pass() -> None:
+def test_a_clip_that_changes_nothing_is_accepted() -> None:
     made, plain = program(), program()
     for one in (made, plain):
         halves(one, None)
@@ -81,7 +81,7 @@ def test_gradients_that_were_set_to_zero_are_refused() -> None:
         made.update()
 
 
-def test_what_backward_passes_add_beside_the_program_is_let_pass() -> None:
+def test_a_backward_pass_beside_the_program_is_accepted() -> None:
     made = program()
     halves(made, None)
     weights = [p for p in made.module.parameters() if p.dim() == 1]
@@ -104,7 +104,7 @@ def test_a_scaler_changes_neither_weights_nor_what_is_measured() -> None:
         torch.testing.assert_close(scaled.module.get_parameter(name), parameter)
 
 
-def test_a_step_whose_scaled_gradients_overflow_is_passed_over_and_the_scale_falls() -> None:
+def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_the_scale_falls() -> None:
     made, scaler = program(), torch.amp.GradScaler("cpu", init_scale=2.0**127)
     before = {name: p.detach().clone() for name, p in made.module.named_parameters()}
     halves(made, scaler)
@@ -125,7 +125,7 @@ def test_gradients_in_16_bits_may_round() -> None:
     )
     inputs, targets = batch()
     for i in range(8):
-        made.loss((inputs[i : i + 1], targets[i : i + 1]), share=1 / 8).backward()
+        made.loss((inputs[i : i + 1], targets[i : i + 1]), loss_weight=1 / 8).backward()
     assert made.update()["gns.noise"] > 0
 
 
@@ -137,7 +137,7 @@ def test_a_mask_and_a_scaler_exclude_each_other() -> None:
     )
     made, scaler = trainc.compile(spec, model), torch.amp.GradScaler("cpu")
     scaler.scale(made.loss(batch())).backward()
-    with pytest.raises(ValueError, match="a mask keeps the gradients of"):
+    with pytest.raises(ValueError, match="a GradScaler cannot find the gradients of"):
         made.update(scaler)
 
 
@@ -149,5 +149,5 @@ def test_sharded_parameters_and_a_scaler_exclude_each_other(
     monkeypatch.setattr(
         "trainc.compiler.program.grad_scaler.first_shard", lambda parameters: "head.weight"
     )
-    with pytest.raises(ValueError, match="do not agree on what overflowed"):
+    with pytest.raises(ValueError, match="may disagree on whether a gradient overflowed"):
         made.update(scaler)

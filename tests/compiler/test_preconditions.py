@@ -1,4 +1,4 @@
-"""What per-example norms need of a model is found out before the first number: on every road, with a reason."""
+"""What per-example norms need of a model is checked before the first number, with every executor."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 import trainc
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
-from trainc.compiler.per_example.batch_slices import Cut, cuts, lengths
+from trainc.compiler.per_example.batch_slices import (
+    InputSlicer,
+    first_axis_lengths,
+    possible_slicers,
+)
 from trainc.compiler.per_example.preconditions import ExamplesMix
-from trainc.compiler.per_example.weight_uses import WeightServesElsewhere
+from trainc.compiler.per_example.weight_uses import WeightUsedElsewhere
 from trainc.functional import measured_parameters, per_example_sq_norms
 from trainc.runtime.run.interface import NonFiniteLoss
 
@@ -23,7 +27,7 @@ Build = Callable[["Uses", Tensor], Tensor]
 
 
 class Uses(nn.Module):
-    """Words through a norm and a linear layer; `how` says what else is done with the weights."""
+    """An embedding, a norm and linear layers; `how` says where else their weights are used."""
 
     def __init__(self, how: Build) -> None:
         super().__init__()
@@ -103,11 +107,15 @@ def made(how: Build) -> tuple[nn.Module, Tensor, Tensor]:
 
 @pytest.mark.parametrize("executor", ["auto", "module", "graph"])
 @pytest.mark.parametrize("how", ELSEWHERE)
-def test_a_weight_that_serves_elsewhere_is_an_error_at_its_line(how: Build, executor: Any) -> None:
+def test_a_weight_used_elsewhere_is_an_error_with_the_line_that_uses_it(
+    how: Build, executor: Any
+) -> None:
     name, kind = ELSEWHERE[how]  # type: ignore[index]
     model, x, y = made(how)
     program = trainc.compile(f"{RUN}noise_scale gns on type({kind})", model, executor=executor)
-    with pytest.raises(WeightServesElsewhere, match=rf"`{name}.weight` serves .*test_examine.py"):
+    with pytest.raises(
+        WeightUsedElsewhere, match=rf"`{name}.weight` is also used .*test_preconditions.py:"
+    ):
         program.step((x, y))
 
 
@@ -115,7 +123,7 @@ def test_a_weight_that_serves_elsewhere_is_an_error_at_its_line(how: Build, exec
 def test_per_example_norms_refuse_it_as_well(how: Build) -> None:
     model, x, y = made(how)
     loss = partial(cross_entropy, y=y)
-    with pytest.raises(WeightServesElsewhere, match=f"`{ELSEWHERE[how][0]}.weight`.*line"):  # type: ignore[index]
+    with pytest.raises(WeightUsedElsewhere, match=f"`{ELSEWHERE[how][0]}.weight`.*used.*:"):  # type: ignore[index]
         per_example_sq_norms(model, loss, x, on=f"type({ELSEWHERE[how][1]})")  # type: ignore[index]
     others = ["norm.bias" if how is head_by_function else "head.bias"]
     expected = brute(model, x, y, others)
@@ -139,14 +147,14 @@ def brute(model: nn.Module, x: Tensor, y: Tensor, names: Any) -> Tensor:
 
 def test_a_loss_that_reads_a_weight_is_refused() -> None:
     model, x, y = made(plainly)
-    with pytest.raises(WeightServesElsewhere, match=r"`head.weight` serves outside `head`"):
+    with pytest.raises(WeightUsedElsewhere, match=r"`head.weight` is also used outside `head`"):
         per_example_sq_norms(
             model, lambda out: cross_entropy(out, y) + model.get_parameter("head.weight").sum(), x
         )
 
 
 @pytest.mark.parametrize("how", [plainly, without_gradient])
-def test_what_adds_nothing_to_a_gradient_is_no_use(how: Build) -> None:
+def test_a_use_without_gradient_is_accepted(how: Build) -> None:
     model, x, y = made(how)
     forwards = [vars(module).get("forward") for module in model.modules()]
     found = per_example_sq_norms(model, partial(cross_entropy, y=y), x)
@@ -167,7 +175,7 @@ class Twice(nn.Module):
         return self.head(self.norm(torch.tanh(self.norm(self.words(ids)))))  # type: ignore[no-any-return]
 
 
-def test_a_layer_that_runs_twice_is_said_to() -> None:
+def test_a_layer_that_runs_twice_is_an_error() -> None:
     x = torch.randint(7, (4, 3))
     with pytest.raises(SiteError, match="`norm` ran more than once"):
         per_example_sq_norms(Twice(), partial(cross_entropy, y=x), x)
@@ -205,7 +213,7 @@ def test_an_input_as_long_as_the_batch_need_not_carry_examples(examples: int) ->
     assert program.signals["gns.noise"] > 0
 
 
-def test_a_model_that_fails_on_a_few_examples_fails_as_it_does_and_says_what_was_cut() -> None:
+def test_a_model_that_fails_on_a_few_examples_raises_its_own_error_with_a_note() -> None:
     class Six(Masked):
         def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
             return super().forward(mask, ids.view(6, 6))
@@ -214,15 +222,18 @@ def test_a_model_that_fails_on_a_few_examples_fails_as_it_does_and_says_what_was
     with pytest.raises(RuntimeError, match="shape") as caught:
         per_example_sq_norms(Six(), partial(cross_entropy, y=x), {"mask": x > -1, "ids": x})
     (note,) = caught.value.__notes__
-    assert "2 and 3 of 6 examples; it cut `inputs['mask']` (6, 6), `inputs['ids']` (6, 6)" in note
+    assert "on 2 and on 3 of 6 examples" in note
+    assert "it sliced `inputs['mask']` (6, 6), `inputs['ids']` (6, 6)" in note
 
 
-def test_cuts_take_all_inputs_first_and_leave_few_whole() -> None:
+def test_slicers_take_all_inputs_first_and_then_leave_out_few() -> None:
     inputs = {"a": torch.zeros(4, 2), "b": torch.zeros(4), "c": torch.zeros(3), "d": 1.0}
-    assert lengths(inputs) == [4, 3]
-    assert list(cuts(inputs, [4])) == [Cut(4, frozenset(s)) for s in ((0, 1), (1,), (0,))]
-    assert list(cuts(inputs, [5])) == [Cut(5, frozenset())]
-    few = Cut(4, frozenset([1])).take(inputs, [0, 0, 3])
+    assert first_axis_lengths(inputs) == [4, 3]
+    assert list(possible_slicers(inputs, [4])) == [
+        InputSlicer(4, frozenset(s)) for s in ((0, 1), (1,), (0,))
+    ]
+    assert list(possible_slicers(inputs, [5])) == [InputSlicer(5, frozenset())]
+    few = InputSlicer(4, frozenset([1])).take(inputs, [0, 0, 3])
     assert [len(few[name]) for name in "abc"] == [4, 3, 3]
 
 
@@ -241,7 +252,7 @@ class Mixing(nn.Module):
 def test_a_model_that_mixes_examples_is_an_error(dropout: float) -> None:
     torch.manual_seed(0)
     x, model = torch.randint(7, (5, 3)), Mixing(dropout)
-    with pytest.raises(ExamplesMix, match="other outputs for two examples when the third"):
+    with pytest.raises(ExamplesMix, match="outputs for two examples change when the third"):
         per_example_sq_norms(model, partial(cross_entropy, y=x), x)
     program = trainc.compile(f"{RUN}noise_scale gns", model)
     with pytest.raises(ExamplesMix, match="method = micro_batch"):
@@ -262,13 +273,13 @@ def test_attention_over_the_first_axis_is_mixing() -> None:
         )
 
 
-def test_a_batch_without_targets_is_what_on_nan_says_and_examined_later() -> None:
+def test_a_batch_without_targets_follows_on_nan_and_is_checked_later() -> None:
     model, x, y = made(divided_by_its_norm)
     none = torch.full_like(y, -100)
     spec = f"{RUN.replace('seed = 4', 'seed = 4, on_nan = skip')}noise_scale gns on type(Linear)"
     program = trainc.compile(spec, model, executor="module")
     assert program.step((x, none))["skipped"] == 1.0
-    with pytest.raises(WeightServesElsewhere):
+    with pytest.raises(WeightUsedElsewhere):
         program.step((x, y))
     model, x, y = made(plainly)
     program = trainc.compile(f"{RUN}noise_scale gns on type(Linear)", model)
@@ -276,12 +287,12 @@ def test_a_batch_without_targets_is_what_on_nan_says_and_examined_later() -> Non
         program.step((x, none))
 
 
-def test_examples_with_targets_are_the_ones_that_are_looked_at() -> None:
+def test_only_examples_with_targets_are_checked() -> None:
     model, x, y = made(plainly)
     y[:3] = -100
     program = trainc.compile(f"{RUN}noise_scale gns on all", model)
-    program.execution.task = Halved(program.execution.task)
-    with pytest.raises(SiteError, match="is it a sum"):
+    program.execution.loss_fn = Halved(program.execution.loss_fn)
+    with pytest.raises(SiteError, match="not a sum"):
         program.step((x, y))
 
 
@@ -290,17 +301,17 @@ class Halved:
 
     name, ignore_index, label_smoothing = "sum", -100, 0.0
 
-    def __init__(self, task: Any) -> None:
-        self.task = task
+    def __init__(self, loss_fn: Any) -> None:
+        self.loss_fn = loss_fn
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.task(logits, targets) / (targets >= 0).sum()  # type: ignore[no-any-return]
+        return self.loss_fn(logits, targets) / (targets >= 0).sum()  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.task, name)
+        return getattr(self.loss_fn, name)
 
 
-def test_a_model_in_eval_mode_is_said_to_be() -> None:
+def test_a_model_in_eval_mode_is_an_error_that_says_so() -> None:
     model, x, y = made(plainly)
     program = trainc.compile(f"{RUN}noise_scale gns on all", model.eval())
     program.loss((x, y)).backward()
@@ -311,5 +322,5 @@ def test_a_model_in_eval_mode_is_said_to_be() -> None:
 def test_compiled_parts_hide_no_use() -> None:
     model, x, y = made(lambda m, ids: torch.compile(head_by_function, backend="eager")(m, ids))
     program = trainc.compile(f"{RUN}noise_scale gns on type(Embedding)", model, executor="module")
-    with pytest.raises(WeightServesElsewhere, match=r"`words.weight`"):
+    with pytest.raises(WeightUsedElsewhere, match=r"`words.weight`"):
         program.step((x, y))

@@ -1,0 +1,60 @@
+"""The numbers that a micro-batch runs with, as 0-d tensors, so that a rate that changes never recompiles a graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainc.compiler.method.loss import LOSS_WEIGHT
+from trainc.kernels.noise.philox import pack_key
+from trainc.runtime.storage.random_streams import derive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.compiler.method.lowered_method import LoweredMethod
+    from trainc.compiler.per_example.micro_batch import MicroBatchSlice
+    from trainc.runtime.schedule.clock import Clock
+    from trainc.runtime.step.replicas import Replicas
+
+
+def scheduled_scalars(
+    method: LoweredMethod,
+    where: MicroBatchSlice,
+    clock: Clock,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Return the scheduled values of now, the method's tensors, and the micro-batch's weight in the loss, by name.
+
+    The distance between two views is a mean over examples, the loss a mean over counted targets: where the
+    micro-batch has unequal parts of the two, the weight of the distance makes up for it.
+    """
+    scalars = {
+        name: torch.tensor(value(clock), dtype=dtype, device=device)
+        for name, value in method.scalars.items()
+    }
+    scalars |= method.tensors
+    scalars[LOSS_WEIGHT] = torch.tensor(where.loss_weight, dtype=dtype, device=device)
+    pairing = method.rewrite.pairing
+    if pairing is not None:
+        scalars[pairing.weight] = scalars[pairing.weight] * (
+            where.example_fraction / where.loss_weight
+        )
+    return scalars
+
+
+def noise_scalars(
+    seed: int, step: int, replicas: Replicas | None, first_example: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the key that a step's noise is drawn with, and the number of the micro-batch's first example.
+
+    Each replica counts its examples from 0, and so has a stream of noise of its own.
+    """
+    rank = 0 if replicas is None else replicas.rank
+    word = derive(seed, f"noise of replica {rank}" if rank else "noise") & 0xFFFFFFFF
+    return {
+        "key": pack_key(word, step & 0xFFFFFFFF, device=device),
+        "first_example": torch.tensor(first_example, dtype=torch.int64, device=device),
+    }

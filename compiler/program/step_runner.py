@@ -1,0 +1,182 @@
+"""Run the steps of a program: its micro-batches one by one, then the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice, slices
+from trainc.compiler.program.distributed import rebind_parameters
+from trainc.compiler.program.grad_scaler import unscale_gradients
+from trainc.compiler.program.step_totals import add_results, check_loss_weights
+from trainc.runtime.data import batch as batches
+from trainc.runtime.run.interface import NonFiniteLoss
+from trainc.runtime.step.optimizer import OptimizerStep
+
+if TYPE_CHECKING:
+    from trainc.compiler.bind.run_settings import RunSettings
+    from trainc.compiler.method.lowered_method import LoweredMethod
+    from trainc.compiler.program.execution import Execution
+    from trainc.runtime.data.batch import Batch
+    from trainc.runtime.step.machine import StepMachine
+    from trainc.runtime.step.record import Step
+
+
+class StepRunner:
+    """Runs micro-batches of one program and updates its model with what they leave."""
+
+    def __init__(
+        self,
+        execution: Execution,
+        method: LoweredMethod,
+        machine: StepMachine,
+        settings: RunSettings,
+    ) -> None:
+        self.execution, self.method = execution, method
+        self.machine, self.settings = machine, settings
+        self.last: Step | None = None
+        """The step that was updated or skipped last."""
+        self.first_terms: dict[str, float] = {}
+        """The loss and its terms at the first step: what the summary compares those of the last step with."""
+        self._results: list[MicroBatchResult] = []
+
+    def run(
+        self, batch: Batch, loss_weight: float, example_fraction: float | None, *, as_graph: bool
+    ) -> Tensor:
+        """Run one micro-batch and return its loss; see `Program.loss`. As a graph its backward pass is done, too."""
+        checked = batches.check(batch)
+        fraction = loss_weight if example_fraction is None else example_fraction
+        step = self._open([checked], fraction)
+        where = MicroBatchSlice(loss_weight, fraction, step.samples)
+        return self._run(step, checked, where, as_graph=as_graph)
+
+    def step(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:
+        """Run one step on a batch or a list of its micro-batches; see `Program.step`."""
+        if isinstance(batch, list):
+            micro_batches = [batches.check(one) for one in batch]
+        else:
+            micro_batches = batches.split(batches.check(batch), self.machine.micro_size)
+        step = self._open(micro_batches)
+        pairs = zip(
+            micro_batches, slices(micro_batches, self.execution.loss_fn, step.samples), strict=True
+        )
+        counted = []
+        for one, where in pairs:
+            if where.loss_weight:
+                counted.append((one, where))
+            else:
+                self._count(step, one[1])
+        for i, (one, where) in enumerate(counted):
+            if self.execution.wants_graph:
+                self._run(step, one, where, as_graph=True)
+                continue
+            with self._no_sync(unless=i == len(counted) - 1):
+                self._run(step, one, where, as_graph=False).backward()
+        return self.update()
+
+    def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
+        """Update with what the micro-batches left; see `Program.update`."""
+        step = self.machine.current
+        if step is None or not self._results:
+            raise RuntimeError(
+                "nothing to update: call `program.loss(batch)` and its `backward()` first"
+            )
+        named = self.execution.parameters
+        overflowed = scaler is not None and unscale_gradients(scaler, self.method, named)
+        self._collect(step)
+        self.last = step
+        refused = not math.isfinite(step.loss) and self.settings.on_nan != "continue"
+        if refused or overflowed:
+            self._skip_step(step)
+        else:
+            self.machine.finish()
+        self.execution.sites.disarm()
+        return {"loss": step.loss, "batch": float(step.samples), **step.metrics}
+
+    def reset(self) -> None:
+        """Forget the open step."""
+        self._results.clear()
+        self.execution.statistics.close()
+        self.machine.discard_step()
+
+    # inside
+
+    def _open(self, micro_batches: Sequence[Batch], example_fraction: float = 1.0) -> Step:
+        """Open the step unless it is open; where the spec names no data, its batch size is that of the micro-batches.
+
+        `example_fraction` is the fraction of the step's examples that is in them.
+        """
+        if self.machine.current is None:
+            if self.last is None:
+                rebind_parameters(
+                    self.execution.module, self.execution.parameters, self.machine.actions
+                )
+            if not self.machine.micro_size and example_fraction > 0:
+                own = sum(len(targets) for _, targets in micro_batches) / example_fraction
+                replicas = self.execution.replicas
+                self.machine.batch_size = round(own if replicas is None else replicas.total(own))
+        return self.machine.begin()
+
+    def _no_sync(self, unless: bool) -> AbstractContextManager[Any]:
+        """Keep replicas from averaging gradients, `unless` this is the last backward pass of the step."""
+        no_sync = getattr(self.execution.forward, "no_sync", None)
+        return nullcontext() if unless or no_sync is None else no_sync()
+
+    def _run(self, step: Step, batch: Batch, where: MicroBatchSlice, *, as_graph: bool) -> Tensor:
+        """Run one micro-batch and keep its result; as a graph its backward pass is done, too."""
+        self._calibrate(step, batch)
+        refused = self.execution.refused
+        run = self.execution.run_graph if as_graph else self.execution.run_modules
+        loss, result = run(batch, where)
+        if self.execution.refused != refused:
+            step.notes.append(f"no graph, the bound modules run instead: {self.execution.refused}")
+        self._count(step, batch[1])
+        self._results.append(result)
+        return loss
+
+    def _calibrate(self, step: Step, batch: Batch) -> None:
+        """Measure all layers on the step's first micro-batch when a clause asks for it now."""
+        if self._results or not self.execution.module.training:
+            return
+        for part in self.method.calibrations:
+            if part.gate.fires(self.machine.clock):
+                step.calibrations[part.label] = self.execution.calibrate(batch, part.examples)
+
+    def _count(self, step: Step, targets: Tensor) -> None:
+        step.samples += targets.shape[0]
+        step.tokens += batches.tokens(targets)
+
+    def _collect(self, step: Step) -> None:
+        """Put what the micro-batches left into the step."""
+        statistics, replicas = self.execution.statistics, self.execution.replicas
+        add_results(step, self._results, statistics, replicas)
+        self.first_terms.setdefault("loss", step.loss)
+        for name in self._results[0].terms:
+            self.first_terms.setdefault(name, step.metrics[name])
+        if step.contributions:
+            check_loss_weights(step)
+            if replicas is None:
+                statistics.scaling.check()
+        self._results.clear()
+        statistics.close()
+
+    def _skip_step(self, step: Step) -> None:
+        """Skip the update of a non-finite or overflowed step; raises NonFiniteLoss where `on_nan` stops the run."""
+        for action in self.method.actions:
+            if isinstance(action, OptimizerStep):
+                action.zero_grad()
+        for selected in self.method.selected_entries.values():
+            selected.discard()
+        self.machine.discard_step()
+        if not math.isfinite(step.loss) and self.settings.on_nan == "stop":
+            steps = self.machine.clock.steps
+            raise NonFiniteLoss(
+                f"the loss is {step.loss} at step {steps}: the run stops, with the weights from before this step"
+            )
+        self.machine.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
+        step.metrics["skipped"] = 1.0
