@@ -1,1 +1,1 @@
-"""Words: text to checked spec. Imports neither torch nor any other layer."""
+"""The language: from text to a checked spec. Imports neither torch nor another package of trainc."""

@@ -1,4 +1,4 @@
-"""The formatter: canonical text that keeps every comment and one blank line where there was one."""
+"""The formatter of `trainc fmt`: canonical text with all comments, and single blank lines where there were any."""
 
 from __future__ import annotations
 
@@ -101,7 +101,11 @@ class _Writer:
             return
         around, above, last = self._attach(items, inside)
         yield from above
-        split = self._magic(items[-1]) or bool(last) or any(a.before or a.beside for a in around)
+        split = (
+            self._ends_with_comma(items[-1])
+            or bool(last)
+            or any(a.before or a.beside for a in around)
+        )
         texts = [format_field(i) if isinstance(i, ast.Field) else format_action(i) for i in items]
         if not split:
             yield from f"{braced(head, texts)}{tail}".split("\n")
@@ -113,8 +117,8 @@ class _Writer:
         yield from (f"{_INDENT}{c}" for c in last)
         yield f"}}{tail}"
 
-    def _magic(self, item: Item) -> bool:
-        """Say whether a comma follows the last field: its author wants a line for each."""
+    def _ends_with_comma(self, item: Item) -> bool:
+        """Say whether a comma follows the last field, which asks for a line for each."""
         rest = self.source.text[item.span.end : item.span.end + 200]
         return rest.lstrip(" \t\r\n").startswith(",")
 

@@ -130,12 +130,12 @@ class Construct(BaseModel):
 
     @classmethod
     def heading(cls) -> str:
-        """Return what a spec calls it: `regularize pace`, or `run`."""
+        """Return how a spec writes it: `regularize pace`, or `run`."""
         return f"{cls.kind} {cls.name}" if cls.kind != cls.name else cls.kind
 
     @property
     def title(self) -> str:
-        """Return what a spec calls it, for a construct with its fields."""
+        """Return how messages refer to it."""
         return self.heading()
 
     def identity_setting(self) -> str | None:
@@ -151,11 +151,11 @@ class Construct(BaseModel):
         return bool(to_json(getattr(self, field)) == to_json(value))
 
     def validate_targets(self, bound: Any) -> Iterable[Problem]:
-        """Yield objections to what `on` selected in the bound model."""
+        """Yield the problems of this construct with what `on` selected in the bound model."""
         return ()
 
     def describe(self, effect: Effect) -> str:
-        """Return what the plan's table of the step calls an effect of this clause."""
+        """Return the words for an effect of this clause in the plan's table of the step."""
         return effect.action
 
     def performs(self, effect: Effect) -> bool:
@@ -175,7 +175,7 @@ class Construct(BaseModel):
 
     def lower(self, to: Any) -> None:
         """Add actions and graph rewrites to a `Lowering`."""
-        raise NotImplementedError(f"`{self.title}` does not say how it is lowered")
+        raise NotImplementedError(f"`{self.title}` cannot be compiled: its class has no `lower`")
 
 
 Catalog = Mapping[tuple[str, str], type[Construct]]

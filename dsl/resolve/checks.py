@@ -36,7 +36,8 @@ def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diag
         found += _expression(rule.condition, scope, rule.span)
         for action in rule.actions:
             found += _action(action, scope, rule.span)
-            found += _two_batches(action, clauses, rule.span)
+            if isinstance(action, Assign):
+                found += _set_twice(action, clauses, rule.span)
     return found
 
 
@@ -147,19 +148,20 @@ def _action(action: object, scope: Scope, span: Span | None) -> Iterator[Diagnos
         yield from _expression(action.value, scope, span)
 
 
-def _two_batches(
-    action: object, clauses: Sequence[Clause], span: Span | None
+def _set_twice(
+    action: Assign, clauses: Sequence[Clause], span: Span | None
 ) -> Iterator[Diagnostic]:
-    """Yield the mistake of a rule that sets the batch while a policy of the data sets it too."""
+    """Yield the mistake of a rule that sets what a clause sets before every step."""
+    target = action.target
     for clause in clauses:
-        policy = getattr(clause.construct, "batch", None) if clause.kind == "data" else None
-        if isinstance(policy, v.Call) and getattr(action, "target", None) == "batch":
+        construct = clause.construct
+        if any(target in e.writes for e in construct.effects if construct.performs(e)):
             labels = (
                 *_at(span, "this rule sets it"),
-                *_at(clause.part_span("batch"), "this policy sets it before every step"),
+                *_at(clause.part_span(target), "this sets it before every step"),
             )
-            help = "remove the rule, or give `data` an amount: `batch = 16 samples`"
-            message = f"a rule and `{policy.function}` both set the batch"
+            help = f"remove the rule, or give `{target}` of `{construct.title}` a fixed value"
+            message = f"a rule and `{construct.title}` both set `{target}`"
             yield Diagnostic("conflicting-effects", message, labels, (), help)
 
 

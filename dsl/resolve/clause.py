@@ -16,7 +16,7 @@ from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.origin import Origin
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.syntax import ast
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic, Label, repetition
 from trainc.dsl.text.source import printable
 
 _READ: dict[str, Callable[[ast.Node], Any]] = {
@@ -109,10 +109,7 @@ class ClauseResolver:
         first: dict[str, ast.Part] = {}
         for part in tree.parts:
             if part.word in first:
-                labels = (
-                    Label(part.span, "a second one"),
-                    Label(first[part.word].span, "the first is here"),
-                )
+                labels = repetition(part.span, first[part.word].span)
                 self.found.append(
                     Diagnostic("duplicate-part", f"`{part.word}` is given twice", labels)
                 )

@@ -16,7 +16,7 @@ from trainc.dsl.resolve.includes import PlacedStatement
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.origin import Provenance
 from trainc.dsl.syntax import ast
-from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label
+from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label, repetition
 from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.text.source import Span, printable
 
@@ -72,10 +72,7 @@ class FieldResolver:
         for item in tree.fields or ():
             name = item.name.id
             if name in self.first:
-                labels = (
-                    Label(item.name.span, "a second one"),
-                    Label(self.first[name].name.span, "the first is here"),
-                )
+                labels = repetition(item.name.span, self.first[name].name.span)
                 self._report("duplicate-field", f"`{name}` is given twice", labels)
                 continue
             self.first[name] = item

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.syntax.parser import parse_expression
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic, Label, repetition
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Source
 from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, SELECTOR_FUNCTIONS
@@ -42,10 +42,7 @@ class Lets:
             )
             self.found.append(Diagnostic("reserved-name", message, (Label(let.name.span),)))
         elif name in self.names:
-            labels = (
-                Label(let.name.span, "a second one"),
-                Label(self.names[name].span, "the first is here"),
-            )
+            labels = repetition(let.name.span, self.names[name].span)
             self.found.append(Diagnostic("duplicate-let", f"`{name}` is defined twice", labels))
         else:
             self.names[name], self.values[name] = let.name, let.value

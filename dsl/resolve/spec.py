@@ -19,7 +19,7 @@ VERSION = 1
 
 
 class Spec(ByJson):
-    """A training method; making one checks what no clause can see alone."""
+    """A training method: clauses and rules. Raises SpecError where they do not fit together."""
 
     clauses: tuple[Clause, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -66,7 +66,9 @@ class Spec(ByJson):
             rules = tuple(_rule_from_json(item) for item in data["rules"])
             return cls(clauses, rules, data["version"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"this is not the JSON of a spec: {error!r}") from error
+            raise ValueError(
+                f"this is not the JSON that `Spec.to_json` writes ({type(error).__name__}: {error})"
+            ) from error
 
 
 def _clause_from_json(data: Any, catalog: Catalog) -> Clause:

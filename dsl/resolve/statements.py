@@ -15,7 +15,7 @@ from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
 
 
 class ByJson(Record):
-    """Equal where the JSON is, and hashed alike."""
+    """A value that is compared and hashed by its JSON."""
 
     def to_json(self) -> Any:
         raise NotImplementedError
@@ -34,7 +34,7 @@ class ByJson(Record):
 
 
 class Clause(ByJson):
-    """One construct applied to a selection for a time; strings are read as a spec's text is."""
+    """One construct, what it acts on and when; text for a part is parsed as in a spec."""
 
     construct: Construct
     on: Selector | None = None
@@ -62,12 +62,12 @@ class Clause(ByJson):
 
     @property
     def name(self) -> str:
-        """Return the name that conditions use: the label, or else the construct's."""
+        """Return the name that conditions use: the label, or the name of the construct."""
         return self.label or self.construct.name
 
     @property
     def title(self) -> str:
-        """Return what messages call it."""
+        """Return how messages refer to it: `noise_scale gns as early`."""
         return f"{self.construct.title} as {self.label}" if self.label else self.construct.title
 
     @property
@@ -76,7 +76,7 @@ class Clause(ByJson):
         return self.origin.span if self.origin else None
 
     def part_span(self, part: str) -> Span | None:
-        """Return where `on`, `every` ... or a field was written, or else the clause."""
+        """Return where `on`, `every` ... or a field was written; the whole clause where it was not."""
         if self.origin is None:
             return None
         provenance = self.origin.fields.get(part)
@@ -92,7 +92,7 @@ class Clause(ByJson):
 
     @property
     def selection(self) -> Selector | None:
-        """Return `on`, or else the construct's default."""
+        """Return `on`, or the default of the construct."""
         if self.on is not None or self.construct.default_on is None:
             return self.on
         selector: Selector = SELECTOR.accept(self.construct.default_on)

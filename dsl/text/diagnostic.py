@@ -18,6 +18,11 @@ class Label(Record):
     text: str = ""
 
 
+def repetition(again: Span, first: Span) -> tuple[Label, Label]:
+    """Return the labels of something that is given twice."""
+    return Label(again, "a second one"), Label(first, "the first is here")
+
+
 class Edit(Record):
     """A replacement that would correct the text."""
 

@@ -96,7 +96,7 @@ Expr = Number | Quantity | Name | Call | Unary | Binary | Items
 
 
 def called(function: str, *args: Expr, **kwargs: Expr) -> Call:
-    """Build a `Call` the short way."""
+    """Return a `Call` of Python arguments."""
     return Call(function, args, tuple(kwargs.items()))
 
 

@@ -17,7 +17,7 @@ class Glob(Value):
 
 
 class OfType(Value):
-    """Modules by class name, and the parameters they own."""
+    """Modules by class name, and their own parameters."""
 
     names: tuple[str, ...]
 
@@ -47,7 +47,7 @@ class Role(Value):
 
 
 class DepthRange(Value):
-    """What lies between two depths; 0 is the input, 1 the head."""
+    """What lies between two depths in the model; 0 is the input, 1 the head."""
 
     low: float
     high: float
@@ -75,7 +75,7 @@ class Trainable(Value):
 
 
 class Where(Value):
-    """Those of a selection that fulfil a condition on `numel`, `ndim`, `depth` or `block`."""
+    """The members of a selection for which a condition on `numel`, `ndim`, `depth` or `block` is true."""
 
     selector: Selector
     condition: Expr

@@ -85,7 +85,7 @@ _PAIR_OF = {tag: kind for kind, tag in _PAIRS.items()}
 
 
 def to_json(value: Any) -> Json:
-    """Return nested lists, strings and numbers; lists and plain values pass through."""
+    """Return a value as nested lists, strings and numbers; plain Python values stay as they are."""
     match value:
         case Duration(amount, unit):
             return ["dur", amount, unit]
