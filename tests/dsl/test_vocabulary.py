@@ -2,17 +2,17 @@
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from trainc.compiler.bind import binding
+from trainc.compiler.catalog import catalog
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.select import select
-from trainc.dsl.reading.construct import Construct, Effect
 from trainc.dsl.reading.selectors import selector
+from trainc.dsl.syntax.grammar import GRAMMAR
 from trainc.dsl.syntax.parser import parse_expression
 from trainc.dsl.text.source import Source
 from trainc.dsl.text.vocabulary import (
@@ -22,7 +22,6 @@ from trainc.dsl.text.vocabulary import (
     KINDS,
     PHASES,
     ROLES,
-    SELECTED,
     SELECTOR_FUNCTIONS,
     SHAPES,
     SIGNALS,
@@ -39,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 def words_of(terminal: str) -> list[str]:
     """Return the words a terminal of the grammar stands for: `/(model|data|...)(?!...)/`."""
-    grammar = (ROOT / "dsl/syntax/train.lark").read_text()
+    grammar = GRAMMAR.read_text(encoding="utf-8")
     (pattern,) = re.findall(rf"^{terminal}(?:\.\d+)?: /\(?([\w|]+)\)?", grammar, re.M)
     return str(pattern).split("|")
 
@@ -47,6 +46,13 @@ def words_of(terminal: str) -> list[str]:
 def test_the_grammar_knows_the_kinds_and_the_units() -> None:
     assert sorted(words_of("KIND") + words_of("RUN")) == sorted(KINDS)
     assert [f"{word}s" for word in words_of("UNIT")] == list(COUNTERS)
+
+
+def test_the_grammar_is_short_and_knows_no_construct() -> None:
+    grammar = GRAMMAR.read_text(encoding="utf-8")
+    assert len(grammar.splitlines()) < 120
+    words = set(re.findall(r"\w+", grammar))
+    assert not words & {name for kind, name in catalog() if name not in (kind, "torch")} - {"step"}
 
 
 def test_every_kind_has_a_folder_and_a_place_in_the_order_of_lowering() -> None:
@@ -115,31 +121,3 @@ def test_selections_know_every_name_role_and_function(text: str) -> None:
 def test_every_selector_function_is_tried() -> None:
     assert set(SELECTOR_FUNCTIONS) == {"type", "ndim", "role", "depth"}
     assert len(BUILT_IN) == len(set(BUILT_IN))
-
-
-@pytest.mark.parametrize(
-    ("effect", "message"),
-    [
-        (("warm", "act"), r"`warm` is not a phase of a step: write one of batch, rates"),
-        (("rates", "act", ("clocks",)), r"`clocks` is not a resource of a step"),
-        (("rates", "act", (), ("rates",)), r"`rates` is not a resource of a step"),
-    ],
-)
-def test_an_effect_outside_the_vocabulary_is_an_error(
-    effect: tuple[Any, ...], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        Effect(*effect)
-
-
-def test_a_signal_that_is_written_is_declared() -> None:
-    with pytest.raises(ValueError, match=r"`Wrong` writes `signal:alpha`: declare it in `signals`"):
-
-        class Wrong(Construct):
-            effects: ClassVar = (Effect("observe", "measure", (), ("signal:alpha",)),)
-
-
-def test_what_a_construct_selects_is_one_of_three() -> None:
-    assert SELECTED == ("none", "modules", "parameters")
-    with pytest.raises(ValueError, match="`targets` of `Wrong` is `layers`: write one of none"):
-        type("Wrong", (Construct,), {"__module__": __name__, "targets": "layers"})

@@ -1,0 +1,25 @@
+"""The reference pages of constructs and rules."""
+
+import pytest
+
+from trainc.compiler.catalog import catalog
+from trainc.dsl.printing.reference_pages import construct_page, constructs_page, rules_page
+from trainc.dsl.text.rules import RULES
+
+
+@pytest.mark.parametrize("key", catalog(), ids=" ".join)
+def test_every_construct_has_a_page(key: tuple[str, str]) -> None:
+    cls = catalog()[key]
+    page = construct_page(cls)
+    assert page.startswith(f"# {cls.heading()}\n")
+    assert cls.usage.strip() in page
+    assert all(
+        f"`{name}`" in page for name in cls.model_fields if name not in ("path", "arguments")
+    )
+
+
+def test_the_reference_lists_everything() -> None:
+    assert all(
+        f"\n### {cls.heading()}\n" in constructs_page(catalog()) for cls in catalog().values()
+    )
+    assert all(f"\n## {rule}\n" in rules_page() for rule in RULES)
