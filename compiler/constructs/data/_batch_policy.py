@@ -90,7 +90,7 @@ class Policy:
         return self.call.function
 
 
-def read(call: v.Call, micro: v.Duration | None) -> Policy:
+def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
     """Return what a policy's call says; raises ValueError naming the argument that cannot be."""
     given = _named(call)
     if call.function == "ramp":

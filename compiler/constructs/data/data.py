@@ -10,7 +10,7 @@ from trainc.compiler.constructs.data._batch_policy import (
     BatchSize,
     Policy,
     action,
-    read,
+    parse_batch_policy,
     whole_micros,
 )
 from trainc.dsl.reading.construct import Construct, Effect, ImportPath, Samples
@@ -75,7 +75,7 @@ class Data(Construct):
         micro = info.data.get("micro")
         if isinstance(value, Call):
             if "micro" in info.data:
-                read(value, micro)
+                parse_batch_policy(value, micro)
         elif _whole(value) and micro is not None:
             whole_micros(value, micro)
         return value
@@ -83,7 +83,7 @@ class Data(Construct):
     @property
     def policy(self) -> Policy | None:
         """Return what sets the batch, None where it is an amount."""
-        return read(self.batch, self.micro) if isinstance(self.batch, Call) else None
+        return parse_batch_policy(self.batch, self.micro) if isinstance(self.batch, Call) else None
 
     @property
     def start_size(self) -> int:

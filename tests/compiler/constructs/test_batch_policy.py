@@ -1,6 +1,6 @@
 """The policies of the batch: what their signatures take is what the data construct reads."""
 
-from trainc.compiler.constructs.data._batch_policy import POLICIES, read
+from trainc.compiler.constructs.data._batch_policy import POLICIES, parse_batch_policy
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import FUNCTIONS
 
@@ -17,6 +17,6 @@ def test_every_policy_of_the_batch_is_one_that_the_compiler_reads() -> None:
         kwargs = {key: given[kind] for key, kind in function.arguments.items()}
         if name == "ramp":
             kwargs["to"] = v.Quantity(v.Duration(16, "samples"))
-        assert read(v.called(name, **kwargs), None).name == name
+        assert parse_batch_policy(v.called(name, **kwargs), None).name == name
         assert not set(function.arguments) - set(kwargs)
     assert not FUNCTIONS.keys() & POLICIES.keys()
