@@ -137,7 +137,7 @@ def _check_numbers(name: str, numbers: Sequence[int], spatial: int, least: int) 
     )
 
 
-def _forward(
+def eager_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
@@ -146,7 +146,7 @@ def _forward(
     return y.contiguous(memory_format=layout(x))
 
 
-def _imagined_forward(
+def fake_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
@@ -156,7 +156,7 @@ def _imagined_forward(
     return x.new_empty(shape).contiguous(memory_format=layout(x))
 
 
-def _backward(
+def eager_backward(
     dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int,
     mask: Sequence[bool], with_norms: bool,
@@ -184,7 +184,7 @@ def _backward(
     )
 
 
-def _imagined_backward(
+def fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int,
     mask: Sequence[bool], with_norms: bool,
@@ -199,13 +199,13 @@ def _imagined_backward(
     return dx, dweight, dbias, norms
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight, bias, _, *numbers = inputs
     ctx.save_for_backward(x, weight)
     ctx.has_bias, ctx.numbers = bias is not None, numbers
 
 
-def _differentiate(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight = ctx.saved_tensors
     wants = ctx.needs_input_grad
     found = torch.ops.trainc.convolution_backward(
@@ -217,10 +217,10 @@ def _differentiate(ctx, dy):  # type: ignore[no-untyped-def]
 
 register(
     "convolution",
-    cpu=_forward,
-    cuda=_forward,
-    fake=_imagined_forward,
-    save=_save,
-    differentiate=_differentiate,
+    cpu=eager_forward,
+    cuda=eager_forward,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-register("convolution_backward", cpu=_backward, cuda=_backward, fake=_imagined_backward)
+register("convolution_backward", cpu=eager_backward, cuda=eager_backward, fake=fake_backward)

@@ -84,12 +84,16 @@ def _check(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor |
     )
 
 
-def _forward(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None) -> Tensor:
+def eager_forward(
+    weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None
+) -> Tensor:
     _check(weight, ids, padding_idx, probe)
     return functional.embedding(ids, weight)
 
 
-def _imagined(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None) -> Tensor:
+def fake_forward(
+    weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None
+) -> Tensor:
     _check(weight, ids, padding_idx, probe)
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
@@ -150,7 +154,7 @@ def _run_sums(rows: Tensor, chosen: Tensor, begins: Tensor) -> Tensor:
     return sums
 
 
-def _imagined_backward(
+def fake_backward(
     dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     dweight = dy.new_empty((rows, dy.shape[-1])) if mask[0] else absent(dy)
@@ -159,14 +163,14 @@ def _imagined_backward(
     return dweight, norms
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     weight, ids, padding_idx, _ = inputs
     ctx.save_for_backward(ids)
     rows = weight.shape[0]
     ctx.place = (rows, -1 if padding_idx is None else padding_idx % rows)
 
 
-def _differentiate(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     (ids,) = ctx.saved_tensors
     wants = ctx.needs_input_grad
     mask = [wants[0], wants[3]]
@@ -176,15 +180,15 @@ def _differentiate(ctx, dy):  # type: ignore[no-untyped-def]
 
 register(
     "embedding",
-    cpu=_forward,
-    cuda=_forward,
-    fake=_imagined,
-    save=_save,
-    differentiate=_differentiate,
+    cpu=eager_forward,
+    cuda=eager_forward,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 register(
     "embedding_backward",
     cpu=eager_backward,
     cuda=lazy("layer.triton_embedding", "embedding_backward"),
-    fake=_imagined_backward,
+    fake=fake_backward,
 )

@@ -140,7 +140,7 @@ def eager_forward(
     return functional.linear(x, weight, bias).contiguous()
 
 
-def _imagined(
+def fake_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, form: str
 ) -> Tensor:
     _check(x, weight, bias, probe, form)
@@ -254,7 +254,7 @@ def eager_backward(
     return backward(dy, x, weight, has_bias, form, mask, with_norms)
 
 
-def _imagined_backward(
+def fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, form: str,
     mask: Sequence[bool], with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -266,13 +266,13 @@ def _imagined_backward(
     return dx, dweight, dbias, norms
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight, bias, _, form = inputs
     ctx.save_for_backward(x, weight)
     ctx.has_bias, ctx.form = bias is not None, form
 
 
-def _differentiate(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight = ctx.saved_tensors
     wants = ctx.needs_input_grad
     dx, dweight, dbias, norms = torch.ops.trainc.linear_backward(
@@ -286,13 +286,13 @@ register(
     "linear",
     cpu=eager_forward,
     cuda=eager_forward,
-    fake=_imagined,
-    save=_save,
-    differentiate=_differentiate,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 register(
     "linear_backward",
     cpu=eager_backward,
     cuda=lazy("layer.triton_linear_launch", "linear_backward"),
-    fake=_imagined_backward,
+    fake=fake_backward,
 )

@@ -42,21 +42,21 @@ def _check_head(
     check_probe(probe, x.shape[0], 1 if bias is None else 2, x)
 
 
-def _head(
+def eager_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, rows: Tensor, ids: Tensor
 ) -> Tensor:
     _check_head(x, weight, bias, probe, rows, ids)
     return functional.linear(x, weight, bias).contiguous()
 
 
-def _imagined_head(
+def fake_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, rows: Tensor, ids: Tensor
 ) -> Tensor:
     _check_head(x, weight, bias, probe, rows, ids)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _head_backward(
+def eager_backward(
     dy: Tensor, x: Tensor, weight: Tensor, ids: Tensor, has_bias: bool,
     mask: Sequence[bool], with_norms: bool, with_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -82,7 +82,7 @@ def _rows_of_head(dy: Tensor, x: Tensor, ids: Tensor) -> Tensor:
     return drows.view(*ids.shape, x.shape[-1])
 
 
-def _imagined_head_backward(
+def fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor, ids: Tensor, has_bias: bool,
     mask: Sequence[bool], with_norms: bool, with_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -91,13 +91,13 @@ def _imagined_head_backward(
     return *found, x.new_empty(shape, dtype=dtype) if with_rows else absent(x)
 
 
-def _save_head(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight, bias, _, _, ids = inputs
     ctx.save_for_backward(x, weight, ids)
     ctx.has_bias = bias is not None
 
 
-def _differentiate_head(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     wants = ctx.needs_input_grad
     found = torch.ops.trainc.tied_linear_backward(
         dy, *ctx.saved_tensors, ctx.has_bias, list(wants[:3]), wants[3], wants[4]
@@ -107,15 +107,15 @@ def _differentiate_head(ctx, dy):  # type: ignore[no-untyped-def]
 
 register(
     "tied_linear",
-    cpu=_head,
-    cuda=_head,
-    fake=_imagined_head,
-    save=_save_head,
-    differentiate=_differentiate_head,
+    cpu=eager_forward,
+    cuda=eager_forward,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 register(
     "tied_linear_backward",
-    cpu=_head_backward,
-    cuda=_head_backward,
-    fake=_imagined_head_backward,
+    cpu=eager_backward,
+    cuda=eager_backward,
+    fake=fake_backward,
 )

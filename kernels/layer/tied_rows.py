@@ -49,21 +49,21 @@ def _check_embedding(
     check_probe(probe, ids.shape[0], 1, weight)
 
 
-def _embed(
+def eager_forward(
     weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _check_embedding(weight, ids, padding_idx, probe)
     return functional.embedding(ids, weight), zeros(weight, ids)
 
 
-def _imagined_embed(
+def fake_forward(
     weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _check_embedding(weight, ids, padding_idx, probe)
     return weight.new_empty((*ids.shape, weight.shape[1])), zeros(weight, ids)
 
 
-def _embed_backward(
+def eager_backward(
     dy: Tensor, drows: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """dweight (rows, D) and the (B, 1) norms; results not asked for have no elements."""
@@ -77,7 +77,7 @@ def _embed_backward(
     return dweight, norms
 
 
-def _imagined_embed_backward(
+def fake_backward(
     dy: Tensor, drows: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     dweight = dy.new_empty((rows, dy.shape[-1])) if mask[0] else absent(dy)
@@ -86,14 +86,14 @@ def _imagined_embed_backward(
     return dweight, norms
 
 
-def _save_embed(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     weight, ids, padding_idx, _ = inputs
     ctx.save_for_backward(ids)
     count = weight.shape[0]
     ctx.place = (count, -1 if padding_idx is None else padding_idx % count)
 
 
-def _differentiate_embed(ctx, dy, drows):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy, drows):  # type: ignore[no-untyped-def]
     (ids,) = ctx.saved_tensors
     mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[3]]
     dweight, norms = torch.ops.trainc.tied_embedding_backward(dy, drows, ids, *ctx.place, mask)
@@ -102,15 +102,15 @@ def _differentiate_embed(ctx, dy, drows):  # type: ignore[no-untyped-def]
 
 register(
     "tied_embedding",
-    cpu=_embed,
-    cuda=_embed,
-    fake=_imagined_embed,
-    save=_save_embed,
-    differentiate=_differentiate_embed,
+    cpu=eager_forward,
+    cuda=eager_forward,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 register(
     "tied_embedding_backward",
-    cpu=_embed_backward,
-    cuda=_embed_backward,
-    fake=_imagined_embed_backward,
+    cpu=eager_backward,
+    cuda=eager_backward,
+    fake=fake_backward,
 )

@@ -43,7 +43,7 @@ def cross_entropy_consistency(
     nan, or in float64 a device assertion fails) and for second derivatives, and NotImplementedError for forward-mode
     ones.
     """
-    loss, task, consistency, _ = _forward(
+    loss, task, consistency, _ = _forward_op(
         logits, targets, weight, distance, ignore_index, label_smoothing
     )
     return loss, task, consistency
@@ -125,7 +125,7 @@ def eager_forward(
     return *total(*found, labels, weight, ignore_index), no_statistics(rows, distance)
 
 
-def imagined_forward(
+def fake_forward(
     logits: Tensor,
     targets: Tensor,
     weight: Tensor,
@@ -168,7 +168,7 @@ def shares(
     return task_scale / kept, consistency_scale / max(labels.shape[0], 1)
 
 
-def imagined_backward(
+def fake_backward(
     logits: Tensor,
     targets: Tensor,
     statistics: Tensor,
@@ -181,19 +181,19 @@ def imagined_backward(
     return logits.new_empty(logits.shape)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     logits, targets, weight, distance, ignore_index, label_smoothing = inputs
     ctx.mark_non_differentiable(output[3])
     ctx.save_for_backward(logits, targets, weight, output[2], output[3])
     ctx.options = (distance, ignore_index, label_smoothing)
 
 
-def _differentiate(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-def]
     logits, targets, weight, consistency, statistics = ctx.saved_tensors
     wants = ctx.needs_input_grad
     dlogits = None
     if wants[0]:
-        dlogits = _backward(
+        dlogits = _backward_op(
             logits, targets, statistics, dloss + dtask, dloss * weight + dconsistency, *ctx.options
         )
     dweight = (dloss * consistency).to(weight.dtype) if wants[2] else None
@@ -201,17 +201,17 @@ def _differentiate(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyp
 
 
 # No autocast rule: 16-bit logits are read as they are, and every sum is float32 already.
-_forward = register(
+_forward_op = register(
     "cross_entropy_consistency",
     cpu=eager_forward,
     cuda=lazy("loss.triton_cross_entropy_consistency", "cross_entropy_consistency"),
-    fake=imagined_forward,
-    save=_save,
-    differentiate=_differentiate,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-_backward = register(
+_backward_op = register(
     "cross_entropy_consistency_backward",
     cpu=eager_backward,
     cuda=lazy("loss.triton_cross_entropy_consistency", "cross_entropy_consistency_backward"),
-    fake=imagined_backward,
+    fake=fake_backward,
 )

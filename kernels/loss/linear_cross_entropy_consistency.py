@@ -59,7 +59,7 @@ def linear_cross_entropy_consistency(
     arXiv:2106.14448.
     """
     cast = autocast(hidden, head, bias)  # as F.linear; the weight of the distance stays as it is
-    loss, task, consistency, _ = _forward(
+    loss, task, consistency, _ = _forward_op(
         *cast, targets, weight, distance, ignore_index, label_smoothing
     )
     return loss, task, consistency
@@ -163,7 +163,7 @@ def eager_forward(
     return *plain.total(tasks, distances, labels, weight, ignore_index), statistics
 
 
-def imagined_forward(
+def fake_forward(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
@@ -228,7 +228,7 @@ def eager_backward(
     return shaped, dhead.to(head.dtype), dbias.to(head.dtype)
 
 
-def imagined_backward(
+def fake_backward(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
@@ -247,37 +247,37 @@ def imagined_backward(
     return dhidden, dhead, dbias
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     hidden, head, bias, targets, weight, *options = inputs
     ctx.mark_non_differentiable(output[3])
     ctx.save_for_backward(hidden, head, bias, targets, output[3], weight, output[2])
     ctx.options = tuple(options)
 
 
-def _differentiate(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-def]
     *inputs, weight, consistency = ctx.saved_tensors
     wants = ctx.needs_input_grad
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(wants[:3]):
         scales = (dloss + dtask, dloss * weight + dconsistency)
-        found = _backward(*inputs, *scales, *ctx.options, list(wants[:3]))
+        found = _backward_op(*inputs, *scales, *ctx.options, list(wants[:3]))
         grads = tuple(g if wanted else None for g, wanted in zip(found, wants[:3], strict=True))
     dweight = (dloss * consistency).to(weight.dtype) if wants[4] else None
     return *grads, None, dweight, None, None, None
 
 
 # CUDA takes cuBLAS and, row by row, the Triton kernels of the loss: see `_rowwise`.
-_forward = register(
+_forward_op = register(
     "linear_cross_entropy_consistency",
     cpu=eager_forward,
     cuda=eager_forward,
-    fake=imagined_forward,
-    save=_save,
-    differentiate=_differentiate,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-_backward = register(
+_backward_op = register(
     "linear_cross_entropy_consistency_backward",
     cpu=eager_backward,
     cuda=eager_backward,
-    fake=imagined_backward,
+    fake=fake_backward,
 )

@@ -222,7 +222,7 @@ def eager_multiply(
     return torch.mul(flat, z, out=y).view(x.shape)
 
 
-def imagined_multiply(
+def fake_multiply(
     x: Tensor,
     sigma: Tensor,
     key: Tensor,
@@ -261,7 +261,7 @@ def check_pair(h0: Tensor, delta: Tensor, *rest: Any) -> None:
     )
 
 
-def imagined_add(
+def fake_add(
     h0: Tensor,
     delta: Tensor,
     sigma: Tensor,
@@ -275,7 +275,7 @@ def imagined_add(
     return h0.new_empty(h0.shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *values, sigma, key, site, views, share, first_example = inputs
     ctx.save_for_backward(sigma, key, first_example)
     ctx.place = (site, views, share)
@@ -289,12 +289,12 @@ def _through(ctx, dy: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[no-
     return gradient.to(dtype)
 
 
-def _differentiate_multiply(ctx, dy):  # type: ignore[no-untyped-def]
+def _multiply_backward(ctx, dy):  # type: ignore[no-untyped-def]
     dx = _through(ctx, dy, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
     return dx, None, None, None, None, None, None
 
 
-def _differentiate_add(ctx, dy):  # type: ignore[no-untyped-def]
+def _add_backward(ctx, dy):  # type: ignore[no-untyped-def]
     wants = ctx.needs_input_grad
     dh0 = dy.to(ctx.dtypes[0]) if wants[0] else None
     ddelta = _through(ctx, dy, ctx.dtypes[1]) if wants[1] else None
@@ -306,15 +306,15 @@ _multiply = register(
     "multiplicative_noise",
     cpu=eager_multiply,
     cuda=lazy("noise.triton_noise", "multiplicative_noise"),
-    fake=imagined_multiply,
-    save=_save,
-    differentiate=_differentiate_multiply,
+    fake=fake_multiply,
+    setup_context=_setup_context,
+    backward=_multiply_backward,
 )
 _add = register(
     "noisy_add",
     cpu=eager_add,
     cuda=lazy("noise.triton_noise", "noisy_add"),
-    fake=imagined_add,
-    save=_save,
-    differentiate=_differentiate_add,
+    fake=fake_add,
+    setup_context=_setup_context,
+    backward=_add_backward,
 )

@@ -47,7 +47,7 @@ def add_layer_norm(
         check_pair(x, residual)
         summed = x + residual
         return summed, layer_norm.layer_norm(summed, normalized_shape, weight, bias, None, eps)
-    total, y, _, _ = _forward(x, residual, list(normalized_shape), weight, bias, probe, eps)
+    total, y, _, _ = _forward_op(x, residual, list(normalized_shape), weight, bias, probe, eps)
     return total, y
 
 
@@ -65,7 +65,7 @@ def check_pair(x: Tensor, residual: Tensor) -> None:
         )
 
 
-def imagined_total(x: Tensor, residual: Tensor) -> Tensor:
+def fake_total(x: Tensor, residual: Tensor) -> Tensor:
     """An unwritten tensor like the sum."""
     check_pair(x, residual)
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
@@ -85,7 +85,7 @@ def eager_forward(
     return total, *layer_norm.eager_forward(total, normalized_shape, weight, bias, probe, eps)
 
 
-def imagined_forward(
+def fake_forward(
     x: Tensor,
     residual: Tensor,
     normalized_shape: Sequence[int],
@@ -94,7 +94,7 @@ def imagined_forward(
     probe: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = imagined_total(x, residual)
+    total = fake_total(x, residual)
     check_norm(total, normalized_shape, weight, bias, probe, layer_norm.COLUMNS)
     dtype = layer_norm.statistic_dtype(total, weight, bias, probe)
     mean = x.new_empty(statistic_shape(x, normalized_shape), dtype=dtype)
@@ -126,7 +126,7 @@ def eager_backward(
     return dx, dweight, dbias, norms
 
 
-def imagined_gradients(
+def fake_gradients(
     likes: Sequence[Tensor | None], output_mask: Sequence[bool], total: Tensor
 ) -> list[Tensor]:
     """Unwritten gradients, without elements where not wanted."""
@@ -136,7 +136,7 @@ def imagined_gradients(
     ]
 
 
-def imagined_backward(
+def fake_backward(
     dtotal: Tensor | None,
     dy: Tensor,
     total: Tensor,
@@ -148,13 +148,13 @@ def imagined_backward(
     output_mask: Sequence[bool],
     with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = imagined_gradients((total, weight, bias), output_mask, total)
+    dx, dweight, dbias = fake_gradients((total, weight, bias), output_mask, total)
     columns = layer_norm.COLUMNS
     norms = rstd.new_empty((total.shape[0], columns)) if with_norms else absent(rstd)
     return dx, dweight, dbias, norms
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, residual, normalized_shape, weight, bias, probe, _ = inputs
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -174,13 +174,13 @@ def to_summands(
     ]
 
 
-def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
     wants = ctx.needs_input_grad
     if dy is None:
         return *to_summands(dtotal, wants, ctx.dtypes), *(None,) * 5
     total, mean, rstd, weight, bias = ctx.saved_tensors
     mask = [any(wants[:2]), weight is not None and wants[3], bias is not None and wants[4]]
-    dx, dweight, dbias, norms = _backward(
+    dx, dweight, dbias, norms = _backward_op(
         dtotal, dy, total, ctx.normalized_shape, mean, rstd, weight, bias, mask, ctx.probed
     )
     return (
@@ -189,19 +189,19 @@ def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-_forward = register(
+_forward_op = register(
     "add_layer_norm",
     cpu=eager_forward,
     cuda=lazy("norm.triton_add_norm_launch", "layer_forward"),
-    fake=imagined_forward,
-    save=_save,
-    differentiate=_differentiate,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-_backward = register(
+_backward_op = register(
     "add_layer_norm_backward",
     cpu=eager_backward,
     cuda=lazy("norm.triton_add_norm_launch", "layer_backward"),
-    fake=imagined_backward,
+    fake=fake_backward,
 )
 
 
@@ -221,7 +221,7 @@ def autocast(
     """
     found: tuple[Tensor, Tensor, Tensor, Tensor]
     if torch.promote_types(x.dtype, residual.dtype) not in REDUCED:
-        found = _forward(x, residual, normalized_shape, weight, bias, probe, eps)
+        found = _forward_op(x, residual, normalized_shape, weight, bias, probe, eps)
         return found
     total = x + residual
     affine = (None if part is None else in_float32(part) for part in (weight, bias))
@@ -231,4 +231,4 @@ def autocast(
     return total, *wide
 
 
-register_autocast(_forward, autocast)
+register_autocast(_forward_op, autocast)

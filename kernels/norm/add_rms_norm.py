@@ -16,8 +16,8 @@ from trainc.kernels.library.register import register, register_autocast
 from trainc.kernels.norm import rms_norm
 from trainc.kernels.norm.add_layer_norm import (
     check_pair,
-    imagined_gradients,
-    imagined_total,
+    fake_gradients,
+    fake_total,
     to_summands,
 )
 
@@ -57,7 +57,7 @@ def add_rms_norm(
         return summed, rms_norm.rms_norm(summed, normalized_shape, weight, None, eps, casting)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     eps = rms_norm.default_eps(dtype) if eps is None else eps
-    total, y, _ = _forward(x, residual, list(normalized_shape), weight, probe, eps, casting)
+    total, y, _ = _forward_op(x, residual, list(normalized_shape), weight, probe, eps, casting)
     return total, y
 
 
@@ -75,7 +75,7 @@ def eager_forward(
     return total, *rms_norm.eager_forward(total, normalized_shape, weight, probe, eps, casting)
 
 
-def imagined_forward(
+def fake_forward(
     x: Tensor,
     residual: Tensor,
     normalized_shape: Sequence[int],
@@ -84,7 +84,7 @@ def imagined_forward(
     eps: float,
     casting: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = imagined_total(x, residual)
+    total = fake_total(x, residual)
     rms_norm.check(total, normalized_shape, weight, probe, casting)
     y = total.new_empty(total.shape, dtype=rms_norm.result_dtype(total, weight, casting))
     dtype = accumulation_dtype(total.dtype)
@@ -111,7 +111,7 @@ def eager_backward(
     return dx, dweight, norms
 
 
-def imagined_backward(
+def fake_backward(
     dtotal: Tensor | None,
     dy: Tensor,
     total: Tensor,
@@ -122,13 +122,13 @@ def imagined_backward(
     output_mask: Sequence[bool],
     with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight = imagined_gradients((total, weight), output_mask, total)
+    dx, dweight = fake_gradients((total, weight), output_mask, total)
     columns = rms_norm.COLUMNS
     norms = rstd.new_empty((total.shape[0], columns)) if with_norms else absent(rstd)
     return dx, dweight, norms
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, residual, normalized_shape, weight, _, _, casting = inputs
     total, _, rstd = output
     ctx.mark_non_differentiable(rstd)
@@ -138,13 +138,13 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.dtypes = (x.dtype, residual.dtype)
 
 
-def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
     wants = ctx.needs_input_grad
     if dy is None:
         return *to_summands(dtotal, wants, ctx.dtypes), *(None,) * 5
     total, rstd, weight = ctx.saved_tensors
     mask = [any(wants[:2]), weight is not None and wants[3]]
-    dx, dweight, norms = _backward(
+    dx, dweight, norms = _backward_op(
         dtotal, dy, total, ctx.normalized_shape, rstd, weight, ctx.casting, mask, wants[4]
     )
     return (
@@ -153,19 +153,19 @@ def _differentiate(ctx, dtotal, dy, *_):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-_forward = register(
+_forward_op = register(
     "add_rms_norm",
     cpu=eager_forward,
     cuda=lazy("norm.triton_add_norm_launch", "rms_forward"),
-    fake=imagined_forward,
-    save=_save,
-    differentiate=_differentiate,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-_backward = register(
+_backward_op = register(
     "add_rms_norm_backward",
     cpu=eager_backward,
     cuda=lazy("norm.triton_add_norm_launch", "rms_backward"),
-    fake=imagined_backward,
+    fake=fake_backward,
 )
 
 
@@ -182,10 +182,10 @@ def autocast(
     reduced = torch.promote_types(x.dtype, residual.dtype) in REDUCED
     found: tuple[Tensor, Tensor, Tensor]
     if casting != "none" or not reduced:
-        found = _forward(x, residual, normalized_shape, weight, probe, eps, casting)
+        found = _forward_op(x, residual, normalized_shape, weight, probe, eps, casting)
         return found
     total = x + residual
     return total, *rms_norm.autocast(total, normalized_shape, weight, probe, eps, casting)
 
 
-register_autocast(_forward, autocast)
+register_autocast(_forward_op, autocast)

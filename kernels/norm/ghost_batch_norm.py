@@ -74,7 +74,7 @@ def ghost_batch_norm(
             for (part,) in _parts(ghost_size, x)
         ]
         return torch.cat(each) if len(each) > 1 else each[0] if each else x.clone()
-    y, mean, _, var = _forward(x, weight, bias, ghost_size, eps, remainder)
+    y, mean, _, var = _forward_op(x, weight, bias, ghost_size, eps, remainder)
     with torch.no_grad():
         advance_(running_mean, running_var, mean, var, momentum)
     result: Tensor = y
@@ -210,7 +210,7 @@ def eager_forward(
     return y, mean, rstd, var
 
 
-def imagined_forward(
+def fake_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None,
     ghost_size: int, eps: float, remainder: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -250,7 +250,7 @@ def eager_backward(
     return dx, dweight, dbias
 
 
-def imagined_backward(
+def fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
     ghost_size: int, eps: float, mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -259,7 +259,7 @@ def imagined_backward(
     return dx, dweight, dbias
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight, bias, ghost_size, eps, _ = inputs
     _, mean, rstd, var = output
     ctx.mark_non_differentiable(mean, rstd, var)
@@ -268,12 +268,12 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.options, ctx.bias_dtype = (ghost_size, eps), None if bias is None else bias.dtype
 
 
-def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
     if dy is None:
         return (None,) * 6
     x, weight, mean, rstd = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:3])
-    dx, dweight, dbias = _backward(dy, x, weight, mean, rstd, *ctx.options, mask)
+    dx, dweight, dbias = _backward_op(dy, x, weight, mean, rstd, *ctx.options, mask)
     return (
         dx if mask[0] else None,
         dweight.to(weight.dtype) if mask[1] else None,
@@ -283,17 +283,17 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
 
 
 # No autocast rule: mixed precision is in the contract, and torch leaves batch_norm alone as well.
-_forward = register(
+_forward_op = register(
     "ghost_batch_norm",
     cpu=eager_forward,
     cuda=lazy("norm.triton_ghost_batch_norm", "ghost_batch_norm"),
-    fake=imagined_forward,
-    save=_save,
-    differentiate=_differentiate,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-_backward = register(
+_backward_op = register(
     "ghost_batch_norm_backward",
     cpu=eager_backward,
     cuda=lazy("norm.triton_ghost_batch_norm", "ghost_batch_norm_backward"),
-    fake=imagined_backward,
+    fake=fake_backward,
 )

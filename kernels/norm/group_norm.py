@@ -111,7 +111,7 @@ def _wide(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if parameter is None else parameter.to(dtype).contiguous()
 
 
-def _forward(
+def eager_forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -127,7 +127,7 @@ def _forward(
     return y.to(x.dtype).contiguous(memory_format=layout(x)), mean, rstd
 
 
-def _imagined_forward(
+def fake_forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -161,7 +161,7 @@ def _sums(
     )
 
 
-def _backward(
+def eager_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, groups: int, mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -195,7 +195,7 @@ def _nothing(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), mean.new_zeros(x.shape[:2]), mean.new_zeros(x.shape[:2])
 
 
-def _imagined_backward(
+def fake_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, groups: int, mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -207,7 +207,7 @@ def _imagined_backward(
     return dx, dweight, dbias, mean.new_empty((x.shape[0], COLUMNS))
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, groups, weight, bias, _, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -216,7 +216,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.groups = groups
 
 
-def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
     if dy is None:
         return (None,) * 6
     wants = ctx.needs_input_grad
@@ -228,12 +228,12 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
 
 register(
     "group_norm",
-    cpu=_forward,
-    cuda=_forward,
-    fake=_imagined_forward,
-    save=_save,
-    differentiate=_differentiate,
+    cpu=eager_forward,
+    cuda=eager_forward,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-register("group_norm_backward", cpu=_backward, cuda=_backward, fake=_imagined_backward)
+register("group_norm_backward", cpu=eager_backward, cuda=eager_backward, fake=fake_backward)
 # torch.autocast's own rules: float32 on CUDA, left alone on CPU where ATen takes mixed precision.
 torch.library.register_autocast("trainc::group_norm", "cuda", torch.float32)

@@ -58,7 +58,7 @@ def layer_norm(
         except RuntimeError:
             check_norm(x, normalized_shape, weight, bias, None, COLUMNS)  # says it by name
             raise
-    y: Tensor = _forward(x, list(normalized_shape), weight, bias, probe, eps)[0]
+    y: Tensor = _forward_op(x, list(normalized_shape), weight, bias, probe, eps)[0]
     return y
 
 
@@ -132,7 +132,7 @@ def eager_forward(
     return torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
 
 
-def imagined_forward(
+def fake_forward(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
@@ -175,7 +175,7 @@ def eager_backward(
     )
 
 
-def imagined_backward(
+def fake_backward(
     dy: Tensor,
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -192,7 +192,7 @@ def imagined_backward(
     return dx, dweight, dbias, rstd.new_empty((x.shape[0], COLUMNS))
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, normalized_shape, weight, bias, probe, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -201,7 +201,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.normalized_shape, ctx.probed = list(normalized_shape), probe is not None
 
 
-def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
     if dy is None:
         return (None,) * 6
     x, mean, rstd, weight, bias = ctx.saved_tensors
@@ -209,7 +209,7 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
     mask = [wants[0], weight is not None and wants[2], bias is not None and wants[3]]
     arguments = (dy, x, ctx.normalized_shape, mean, rstd, weight, bias, mask)
     if ctx.probed:
-        dx, dweight, dbias, norms = _backward(*arguments)
+        dx, dweight, dbias, norms = _backward_op(*arguments)
     else:
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(*arguments)
         norms = None
@@ -217,19 +217,19 @@ def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
     return kept[0], None, kept[1], kept[2], norms if wants[4] else None, None
 
 
-_forward = register(
+_forward_op = register(
     "layer_norm",
     cpu=eager_forward,
     cuda=lazy("norm.triton_norm_launch", "layer_norm_forward"),
-    fake=imagined_forward,
-    save=_save,
-    differentiate=_differentiate,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-_backward = register(
+_backward_op = register(
     "layer_norm_backward",
     cpu=eager_backward,
     cuda=lazy("norm.triton_norm_launch", "layer_norm_backward"),
-    fake=imagined_backward,
+    fake=fake_backward,
 )
 # torch.autocast's own rules: float32 on CUDA, left alone on CPU where ATen takes mixed precision.
 torch.library.register_autocast("trainc::layer_norm", "cuda", torch.float32)

@@ -68,7 +68,7 @@ def rms_norm(
             check_norm(x, normalized_shape, weight, None, None, COLUMNS)  # says it by name
             raise
     eps = default_eps(x.dtype) if eps is None else eps
-    y: Tensor = _forward(x, list(normalized_shape), weight, probe, eps, casting)[0]
+    y: Tensor = _forward_op(x, list(normalized_shape), weight, probe, eps, casting)[0]
     return y
 
 
@@ -146,7 +146,7 @@ def eager_forward(
     return (work if work.dtype == x.dtype else work.to(x.dtype)), rstd
 
 
-def imagined_forward(
+def fake_forward(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
@@ -216,7 +216,7 @@ def _large_gradient(
     return dx.add_(level.view(rstd.shape).mul_(rstd).div_(rows[1]))
 
 
-def imagined_backward(
+def fake_backward(
     dy: Tensor,
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -234,7 +234,7 @@ def imagined_backward(
     return dx, dweight, norms
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, normalized_shape, weight, probe, _, casting = inputs
     rstd = output[1]
     ctx.mark_non_differentiable(rstd)
@@ -244,14 +244,14 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.probed = probe is not None
 
 
-def _differentiate(ctx, dy, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
     if dy is None:
         return (None,) * 6
     x, rstd, weight = ctx.saved_tensors
     wants = ctx.needs_input_grad
     mask = [wants[0], weight is not None and wants[2]]
     with_norms = ctx.probed and wants[3]
-    dx, dweight, norms = _backward(
+    dx, dweight, norms = _backward_op(
         dy, x, ctx.normalized_shape, rstd, weight, ctx.casting, mask, with_norms
     )
     return (
@@ -272,22 +272,22 @@ def autocast(
     whose operations autocast leaves alone. On a CPU it has no rule, nor have we."""
     if casting == "none":
         x, weight = in_float32(x), None if weight is None else in_float32(weight)
-    found: tuple[Tensor, Tensor] = _forward(x, normalized_shape, weight, probe, eps, casting)
+    found: tuple[Tensor, Tensor] = _forward_op(x, normalized_shape, weight, probe, eps, casting)
     return found
 
 
-_forward = register(
+_forward_op = register(
     "rms_norm",
     cpu=eager_forward,
     cuda=lazy("norm.triton_norm_launch", "rms_norm_forward"),
-    fake=imagined_forward,
-    save=_save,
-    differentiate=_differentiate,
+    fake=fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-_backward = register(
+_backward_op = register(
     "rms_norm_backward",
     cpu=eager_backward,
     cuda=lazy("norm.triton_norm_launch", "rms_norm_backward"),
-    fake=imagined_backward,
+    fake=fake_backward,
 )
-register_autocast(_forward, autocast)
+register_autocast(_forward_op, autocast)

@@ -19,7 +19,7 @@ def layer_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::add_layer_norm."""
-    total = add_layer_norm.imagined_total(x, residual)
+    total = add_layer_norm.fake_total(x, residual)
     check_norm(total, normalized_shape, weight, bias, probe, layer_norm.COLUMNS)
     if not supported(total):
         return add_layer_norm.eager_forward(x, residual, normalized_shape, weight, bias, probe, eps)
@@ -69,7 +69,7 @@ def rms_forward(
     casting: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::add_rms_norm."""
-    total = add_layer_norm.imagined_total(x, residual)
+    total = add_layer_norm.fake_total(x, residual)
     rms_norm.check(total, normalized_shape, weight, probe, casting)
     if not supported(total):
         return add_rms_norm.eager_forward(

@@ -99,7 +99,7 @@ def eager(tensors: Sequence[Tensor], mask: Tensor) -> None:
             tensor[start:stop].view(bits).bitwise_and_(words[bits])
 
 
-def imagined(tensors: Sequence[Tensor], mask: Tensor) -> None:
+def fake(tensors: Sequence[Tensor], mask: Tensor) -> None:
     check(tensors, mask)
 
 
@@ -107,6 +107,6 @@ _operator = register_update(
     "masked_update_",
     cpu=eager,
     cuda=lazy("parameter.triton_masked_update", "masked_update_"),
-    fake=imagined,
+    fake=fake,
     mutates=("tensors",),
 )

@@ -100,7 +100,7 @@ def eager(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def imagined(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+def fake(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     check(tensors, deltas)
     return tensors[0].new_empty((len(tensors), COLUMNS), dtype=torch.float64)
 
@@ -109,5 +109,5 @@ _operator = register_update(
     "multi_norm",
     cpu=eager,
     cuda=lazy("parameter.triton_multi_norm", "multi_norm"),
-    fake=imagined,
+    fake=fake,
 )

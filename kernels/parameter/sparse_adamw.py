@@ -180,7 +180,7 @@ def _chosen(tensor: Tensor, where: Tensor) -> Tensor:
     return tensor.take(where)
 
 
-def imagined(
+def fake(
     weight: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -203,6 +203,6 @@ _operator = register_update(
     "sparse_adamw_",
     cpu=eager,
     cuda=lazy("parameter.triton_sparse_adamw", "sparse_adamw_"),
-    fake=imagined,
+    fake=fake,
     mutates=("weight", "exp_avg", "exp_avg_sq", "master"),
 )

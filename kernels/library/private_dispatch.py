@@ -1,0 +1,134 @@
+"""Dispatch an operator's calls at a fraction of what `torch.library.custom_op` costs.
+
+A custom operator checks its results for aliases and passes through four Python functions and two dispatches in every
+call: microseconds that small inputs feel. Here there is one Python function per dispatch key, and the autograd key
+calls the kernel itself where dispatch would find nothing in between.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import _C
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from trainc.kernels.library.calls import (
+    no_second_derivative,
+    refuse_gradients,
+    refuse_tangents,
+    tensors,
+)
+
+Kernel = Callable[..., Any]
+
+
+def add_kernels(
+    library: torch.library.Library,
+    operator: Any,
+    cpu: Kernel,
+    cuda: Kernel,
+    setup_context: Kernel | None,
+    backward: Kernel | None,
+) -> None:
+    """Give a defined operator its kernels and its gradient, or the refusal of one."""
+    below = _add_backends(library, operator, cpu, cuda)
+    function = _autograd_function(operator, below, setup_context, backward)
+    kernel = _autograd_kernel(operator, below, function)
+    library.impl(operator, kernel, "Autograd", with_keyset=True)
+
+
+def add_update_kernels(
+    library: torch.library.Library,
+    operator: Any,
+    cpu: Kernel,
+    cuda: Kernel,
+    written: Sequence[int],
+) -> None:
+    """Give an operator without gradient its kernels; it writes to the arguments at `written`."""
+    below = _add_backends(library, operator, cpu, cuda)
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        refuse_gradients(operator, arguments)
+        found = below(keyset, arguments)
+        torch.autograd.graph.increment_version(tensors(arguments[place] for place in written))
+        return found
+
+    library.impl(operator, kernel, "Autograd", with_keyset=True)
+
+
+def without_autocast(kernel: Kernel) -> Kernel:
+    """The kernel, with CUDA's autocast off while it runs."""
+    keys = _C.DispatchKeySet(_C.DispatchKey.AutocastCUDA)
+
+    def inside(*arguments: Any) -> Any:
+        with _C._ExcludeDispatchKeyGuard(keys):
+            return kernel(*arguments)
+
+    return inside
+
+
+def _add_backends(
+    library: torch.library.Library, operator: Any, cpu: Kernel, cuda: Kernel
+) -> Kernel:
+    """Add both kernels; return what comes after the autograd key: `operator` again, or the kernel it would end in."""
+    library.impl(operator, cpu, "CPU")
+    library.impl(operator, cuda, "CUDA")
+    after, guard = _C._after_autograd_keyset, _C._AutoDispatchBelowAutograd
+    redispatch = operator.redispatch
+    # No mode, subclass or transform has a key in these: the backend's own kernel is next.
+    kernels = {
+        _C.DispatchKeySet(key).raw_repr(): kernel
+        for key, kernel in ((_C.DispatchKey.CPU, cpu), (_C.DispatchKey.CUDA, cuda))
+    }
+
+    def below(keyset: Any, arguments: Any) -> Any:
+        rest = keyset & after
+        with guard():
+            kernel = kernels.get(rest.raw_repr())
+            return redispatch(rest, *arguments) if kernel is None else kernel(*arguments)
+
+    return below
+
+
+def _autograd_kernel(operator: Any, below: Kernel, function: Any) -> Kernel:
+    """The kernel of the autograd key: record the function where a gradient is wanted."""
+    enabled, wanted = torch.is_grad_enabled, _C._any_requires_grad
+    transformed = _C._are_functorch_transforms_active
+    # What `apply` comes to without transforms: it would look at every argument for their wrappers.
+    plain = super(torch.autograd.Function, function).apply
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(operator, arguments)
+        if not (enabled() and wanted(*arguments)):
+            return below(keyset, arguments)
+        if not transformed():
+            return plain(*arguments, keyset)
+        # torch.func has come down to this level by now, as it does for torch's own operators.
+        with enable_single_level_autograd_function():
+            return plain(*arguments, keyset)
+
+    return kernel
+
+
+def _autograd_function(
+    operator: Any, below: Kernel, setup_context: Kernel | None, backward: Kernel | None
+) -> Any:
+    """The autograd function; its last argument, the dispatch keys, gets no gradient."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        inputs = arguments[:-1]
+        output = below(arguments[-1], inputs)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+        return output
+
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        if backward is None:
+            raise no_second_derivative(operator)
+        return *backward(ctx, *grads), None
+
+    made = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    name = operator.name().removeprefix("trainc::")
+    return type(f"{name}_gradient", (torch.autograd.Function,), made)
