@@ -1,33 +1,29 @@
-"""Importing this module registers every operator of the `trainc` namespace."""
+"""Importing this module registers every operator of the `trainc` namespace and finds the functions that call them.
 
-from trainc.kernels.layer import convolution, embedding, linear, tied_weights
-from trainc.kernels.loss import cross_entropy_consistency, linear_cross_entropy_consistency
-from trainc.kernels.noise import multiplicative_noise
-from trainc.kernels.norm import (
-    add_layer_norm,
-    add_rms_norm,
-    ghost_batch_norm,
-    group_norm,
-    layer_norm,
-    rms_norm,
-)
-from trainc.kernels.parameter import masked_update, multi_norm, sparse_adamw
+Operators are found on disk: every file of a room but `library`, except the Triton sources (`triton_*.py`), which their
+first launch imports. A file names its public functions in `__all__`.
+"""
 
-MODULES = (
-    add_layer_norm,
-    add_rms_norm,
-    convolution,
-    embedding,
-    ghost_batch_norm,
-    group_norm,
-    linear_cross_entropy_consistency,
-    layer_norm,
-    linear,
-    masked_update,
-    multi_norm,
-    multiplicative_noise,
-    rms_norm,
-    sparse_adamw,
-    cross_entropy_consistency,
-    tied_weights,
-)
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any
+
+from trainc import kernels
+
+
+def _modules() -> Iterator[ModuleType]:
+    """Import every operator file; yield the modules."""
+    for room in iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        if not room.ispkg or room.name.endswith(".library"):
+            continue
+        path = import_module(room.name).__path__
+        for file in iter_modules(path):
+            if not file.name.startswith("triton_"):
+                yield import_module(f"{room.name}.{file.name}")
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(module, name) for module in _modules() for name in getattr(module, "__all__", ())
+}

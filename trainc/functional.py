@@ -1,45 +1,18 @@
-"""The operators and estimators as plain functions, for code of your own."""
+"""The operators and estimators as plain functions, for code of your own.
+
+Operators are found on disk, in the folders of `trainc.kernels`; `make docs` writes their types to functional.pyi.
+"""
 
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
-from trainc.kernels.layer.convolution import convolution
-from trainc.kernels.layer.embedding import embedding
-from trainc.kernels.layer.linear import linear
-from trainc.kernels.layer.tied_weights import tied_embedding, tied_linear
-from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
-from trainc.kernels.loss.linear_cross_entropy_consistency import linear_cross_entropy_consistency
-from trainc.kernels.noise.multiplicative_noise import multiplicative_noise, noisy_add
-from trainc.kernels.norm.add_layer_norm import add_layer_norm
-from trainc.kernels.norm.add_rms_norm import add_rms_norm
-from trainc.kernels.norm.ghost_batch_norm import ghost_batch_norm
-from trainc.kernels.norm.group_norm import group_norm
-from trainc.kernels.norm.layer_norm import layer_norm
-from trainc.kernels.norm.rms_norm import rms_norm
-from trainc.kernels.parameter.masked_update import masked_update_
-from trainc.kernels.parameter.multi_norm import multi_norm
-from trainc.kernels.parameter.sparse_adamw import sparse_adamw_
+from trainc.kernels.operators import FUNCTIONS
 from trainc.runtime.noise_scale.estimators import noise_scale, noise_scale_from_contributions
 
+globals().update(FUNCTIONS)
+
 __all__ = [
-    "add_layer_norm",
-    "add_rms_norm",
-    "convolution",
-    "cross_entropy_consistency",
-    "embedding",
-    "ghost_batch_norm",
-    "group_norm",
-    "layer_norm",
-    "linear",
-    "linear_cross_entropy_consistency",
-    "masked_update_",
     "measured_parameters",
-    "multi_norm",
-    "multiplicative_noise",
     "noise_scale",
     "noise_scale_from_contributions",
-    "noisy_add",
     "per_example_sq_norms",
-    "rms_norm",
-    "sparse_adamw_",
-    "tied_embedding",
-    "tied_linear",
 ]
+__all__ += sorted(FUNCTIONS)

@@ -14,6 +14,8 @@ from trainc.kernels.library.contracts import absent, accumulation_dtype, autocas
 from trainc.kernels.library.memory_format import layout
 from trainc.kernels.library.register import register
 
+__all__ = ["convolution"]
+
 PLAIN: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.conv2d, functional.conv3d)
 
 

@@ -14,6 +14,8 @@ from torch.nn import functional
 from trainc.kernels.library.contracts import absent, accumulation_dtype, lazy, require
 from trainc.kernels.library.register import register
 
+__all__ = ["embedding"]
+
 # From dy, ids and padding_idx: the (B, 1) norms.
 Norms = Callable[[Tensor, Tensor, int], Tensor]
 

@@ -26,6 +26,8 @@ from trainc.kernels.library.contracts import (
 )
 from trainc.kernels.library.register import register
 
+__all__ = ["linear"]
+
 FORMS = ("auto", "simultaneous", "gram")
 
 # From x (B, T, K), dy (B, T, L), a form and the weight's dtype: its gradient or None, and norms.

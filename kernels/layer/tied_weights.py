@@ -25,6 +25,8 @@ from trainc.kernels.layer import tied_head  # noqa: F401  registers trainc::tied
 from trainc.kernels.layer.tied_rows import zeros
 from trainc.kernels.library.contracts import autocast
 
+__all__ = ["tied_embedding", "tied_linear"]
+
 
 def tied_embedding(
     weight: Tensor, ids: Tensor, padding_idx: int | None = None, probe: Tensor | None = None

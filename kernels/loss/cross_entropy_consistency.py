@@ -9,6 +9,8 @@ from trainc.kernels.library.contracts import accumulation_dtype, lazy, require
 from trainc.kernels.library.register import register
 from trainc.kernels.loss import row_losses
 
+__all__ = ["cross_entropy_consistency"]
+
 DISTANCES = ("mse", "kl")
 # What CUDA's backward keeps of a row: largest logit and log sum exp of the rest, for "kl" of both
 # views, each with the other view's logit there and the mean of the log ratio counted from there.

@@ -22,6 +22,8 @@ from trainc.kernels.library.register import register
 from trainc.kernels.loss import cross_entropy_consistency as plain
 from trainc.kernels.loss import row_losses
 
+__all__ = ["linear_cross_entropy_consistency"]
+
 # Logits of a chunk. A chunk's rows are at least the width of the head: each chunk reads the head
 # twice and adds once to its gradient, C K numbers, which should not outweigh its own logits.
 CHUNK_CPU = 1 << 20

@@ -13,6 +13,8 @@ from trainc.kernels.library.register import register
 from trainc.kernels.noise.normals import normal
 from trainc.kernels.noise.philox import MAX_SITES, MAX_TOKENS, MAX_VIEWS
 
+__all__ = ["multiplicative_noise", "noisy_add"]
+
 SHARES = ("token", "none")
 # Factors that wait for their backward pass take this much memory at most, all sites together.
 KEPT_BYTES = 32 << 20

@@ -14,6 +14,8 @@ from trainc.kernels.library.contracts import REDUCED, absent, check_norm, lazy, 
 from trainc.kernels.library.register import in_float32, register, register_autocast
 from trainc.kernels.norm import layer_norm
 
+__all__ = ["add_layer_norm"]
+
 
 def add_layer_norm(
     x: Tensor,

@@ -21,6 +21,8 @@ from trainc.kernels.norm.add_layer_norm import (
     to_summands,
 )
 
+__all__ = ["add_rms_norm"]
+
 
 def add_rms_norm(
     x: Tensor,

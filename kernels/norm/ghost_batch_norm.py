@@ -16,6 +16,8 @@ from trainc.kernels.library.contracts import (
 )
 from trainc.kernels.library.register import register
 
+__all__ = ["ghost_batch_norm"]
+
 REMAINDERS = ("error", "merge_last")
 # Elements up to which torch's calls, ghost by ghost, cost less on a CPU than an operator around them.
 SMALL = 1 << 18

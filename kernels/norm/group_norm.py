@@ -17,6 +17,8 @@ from trainc.kernels.library.contracts import absent, accumulation_dtype, require
 from trainc.kernels.library.memory_format import layout
 from trainc.kernels.library.register import register
 
+__all__ = ["group_norm"]
+
 COLUMNS = 2
 
 

@@ -24,6 +24,8 @@ from trainc.kernels.library.contracts import (
 )
 from trainc.kernels.library.register import register
 
+__all__ = ["layer_norm"]
+
 COLUMNS = 2
 _native_backward = torch.ops.aten.native_layer_norm_backward.default
 

@@ -21,6 +21,8 @@ from trainc.kernels.library.contracts import (
 )
 from trainc.kernels.library.register import in_float32, register, register_autocast
 
+__all__ = ["rms_norm"]
+
 COLUMNS = 1
 CASTINGS = ("none", "llama")
 OFFSET = "gemma"  # no matter of rounding: the factor is another one

@@ -9,6 +9,8 @@ from torch import Tensor
 from trainc.kernels.library.contracts import lazy, require
 from trainc.kernels.library.register import register_update
 
+__all__ = ["masked_update_"]
+
 # Entries handled at a time, a multiple of 8: fewer calls against masks in words that fit a cache.
 BLOCK = 1 << 18
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

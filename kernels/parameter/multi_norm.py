@@ -14,6 +14,8 @@ from torch import Tensor
 from trainc.kernels.library.contracts import lazy, require
 from trainc.kernels.library.register import register_update
 
+__all__ = ["multi_norm"]
+
 COLUMNS = 4
 # Entries widened at a time: two blocks of float64 are 2 MB, still in cache; smaller ones took longer.
 BLOCK = 1 << 17

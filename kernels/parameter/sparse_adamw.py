@@ -12,6 +12,8 @@ from torch import Tensor
 from trainc.kernels.library.contracts import lazy, require
 from trainc.kernels.library.register import register_update
 
+__all__ = ["sparse_adamw_"]
+
 
 def sparse_adamw_(
     weight: Tensor,

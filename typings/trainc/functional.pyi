@@ -1,0 +1,1 @@
+../../trainc/functional.pyi
