@@ -65,8 +65,6 @@ class Measure(Action):
     """Estimates from `measured`, the parameters by module."""
 
     phase = Phase.REDUCE
-    reads = ("probe", "gradient", "clock")
-    writes = ("metrics",)
 
     def __init__(
         self, name: str, measured: Mapping[str, tuple[str, ...]], settings: Settings

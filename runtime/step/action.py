@@ -37,8 +37,6 @@ class Action(ABC):
 
     phase: Phase
     name: str
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
     gate: Gate | None = None
 
     @abstractmethod

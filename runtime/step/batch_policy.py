@@ -45,8 +45,6 @@ class BatchPolicy(Action):
     """
 
     phase = Phase.BATCH
-    reads: tuple[str, ...] = ("signal", "clock", "batch")
-    writes = ("batch",)
 
     def __init__(self, name: str, text: str, start: int, end: int, micro: int) -> None:
         self.name, self.text = name, text
@@ -85,8 +83,6 @@ class Ramp(BatchPolicy):
     The schedule of Gray et al. 2024 (arXiv 2411.00999) is the one in tokens. `begun` is in the
     unit of `over`, None for the start of the run.
     """
-
-    reads = ("clock",)
 
     def __init__(
         self, name: str, text: str, ends: tuple[int, int], micro: int, over: Duration,

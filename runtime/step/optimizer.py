@@ -75,8 +75,6 @@ class OptimizerStep(Action):
     """
 
     phase = Phase.OPTIMIZER
-    reads = ("gradient", "rate", "optimizer_state")
-    writes = ("params", "optimizer_state", "delta")
 
     def __init__(
         self,
@@ -163,8 +161,6 @@ class Rates(Action):
     """Phase 2: every group's rate is the schedule's value now, times the policies' factors."""
 
     phase = Phase.RATES
-    reads = ("signal", "clock")
-    writes = ("rate",)
 
     def __init__(self, name: str, base: Callable[[Clock], float], optimizer: OptimizerStep) -> None:
         self.name = name
@@ -203,8 +199,6 @@ class Clip(Action):
     """Phase 8, last: scale all gradients so that their global L2 norm is at most `limit`."""
 
     phase = Phase.GRADIENTS
-    reads = ("gradient",)
-    writes = ("gradient",)
 
     def __init__(self, name: str, limit: float, slots: Sequence[ParamSlot]) -> None:
         self.name = name

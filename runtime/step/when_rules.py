@@ -44,7 +44,6 @@ class Rule(Action):
     """
 
     phase = Phase.BATCH
-    writes = ("batch",)
 
     def __init__(
         self,

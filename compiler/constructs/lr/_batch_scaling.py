@@ -17,8 +17,6 @@ class ScaleWithBatch(Action):
     """Phase 2: sets the factor from the batch of the step; `reference` in samples."""
 
     phase = Phase.RATES
-    reads = ("batch",)
-    writes = ("rate", "metrics")
 
     def __init__(
         self, name: str, construct: BatchScaling, lr_factor: LrFactor, reference: float

@@ -53,8 +53,6 @@ class Balance(Action):
     """Phase 2: measure the exponents and set the factors; `pace` is a gate beside the clause's."""
 
     phase = Phase.RATES
-    reads = ("params", "clock")
-    writes = ("rate", "metrics")
 
     def __init__(
         self,

@@ -56,8 +56,6 @@ class Choose(Action):
     """Phase 8, before clipping: sum gradients until the entries are chosen, then keep to those."""
 
     phase = Phase.GRADIENTS
-    reads = ("gradient", "params")
-    writes = ("gradient",)
 
     def __init__(
         self, label: str, compacts: Sequence[SelectedEntries], rule: Sift, start: Gate | None
@@ -159,8 +157,6 @@ class WriteBack(Action):
     """Phase 10: put the updated entries into the weights."""
 
     phase = Phase.DELTAS
-    reads = ("delta",)
-    writes = ("params", "metrics")
 
     def __init__(self, label: str, compacts: Sequence[SelectedEntries]) -> None:
         self.name = f"{label} write"

@@ -113,7 +113,6 @@ class Start(Copies):
     """Phase 2: copy the parameters the first time, before that step's update."""
 
     phase = Phase.RATES
-    reads = ("params",)
 
     def run(self, step: Step) -> None:
         if not self.copies:
@@ -124,8 +123,6 @@ class Observe(Copies):
     """Phase 12: one pass over the weights and their changes, then keep the weights."""
 
     phase = Phase.OBSERVE
-    reads = ("params", "clock")
-    writes = ("metrics",)
 
     def __init__(
         self, name: str, parameters: Iterable[ParameterEntry], start: Start | None

@@ -18,7 +18,6 @@ class Anchors(Action):
     """Phase 12: keeps the weights at the start in the checkpoint, and says how far they went."""
 
     phase = Phase.OBSERVE
-    reads = ("params",)
 
     def __init__(
         self, label: str, parameters: Mapping[str, Tensor], starts: Mapping[str, Tensor]
