@@ -93,7 +93,7 @@ def _against_original(
 ) -> Iterator[Comparison]:
     """Everything at strength zero is the model as it was."""
     inputs, targets = batch
-    with program.sites.plain(), _buffers_kept(program):
+    with program.sites.inactive(), _buffers_kept(program):
         loss = program.loss_fn(batches.call(program.module, inputs), targets)
         want = _gradients(program, loss)
     with _buffers_kept(program):

@@ -10,13 +10,13 @@ from torch.nn import functional
 
 from trainc.compiler.errors import SiteError
 from trainc.compiler.graph.forward_graph import ForwardGraph
-from trainc.compiler.layers.registry import Found, Kind, own_names
+from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names
 from trainc.compiler.layers.site_state import (
-    Bound,
+    BoundLayer,
     checked_probe,
-    joined_views,
-    one_view,
-    parted_views,
+    join_views,
+    require_one_view,
+    separate_views,
 )
 from trainc.compiler.method.sites import LayerSite
 from trainc.kernels.layer.convolution import convolution
@@ -30,15 +30,15 @@ _CALLS = [
 ]
 
 
-class BoundConvolution(Bound):
+class BoundConvolution(BoundLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.reaches_operator():
             return cast(Tensor, super().forward(x))  # type: ignore[misc]
-        own, armed = cast(nn.Conv2d, self), self.trainc
-        one_view(armed)
-        if armed.division.rows > 1:
+        own, state = cast(nn.Conv2d, self), self.trainc
+        require_one_view(state)
+        if state.division.rows > 1:
             return self.over_groups(x)
-        probe = checked_probe(armed, x)
+        probe = checked_probe(state, x)
         padding: Any = own.padding
         if own.padding_mode != "zeros":
             x = functional.pad(x, own._reversed_padding_repeated_twice, own.padding_mode)
@@ -54,24 +54,24 @@ class BoundConvolution(Bound):
 
     def over_groups(self, x: Tensor) -> Tensor:
         """Convolve with a group's examples along one more dimension, in which the kernel has length 1."""
-        own, armed = cast(nn.Conv2d, self), self.trainc
+        own, state = cast(nn.Conv2d, self), self.trainc
         if len(own.kernel_size) == 3 or own.padding_mode != "zeros" or isinstance(own.padding, str):
             raise SiteError(
-                f"`{armed.name}` cannot be measured over groups: only one and two spatial dimensions and zero padding"
-                " in numbers; leave it out of `on`"
+                f"`{state.name}` cannot be measured over groups of examples: that needs one or two spatial dimensions,"
+                " and zero padding given as numbers. Exclude it from `on`"
             )
-        grouped = joined_views(armed, x).transpose(1, 2)
+        grouped = join_views(state, x).transpose(1, 2)
         y = convolution(
             grouped,
             own.weight.unsqueeze(2),
             own.bias,
-            checked_probe(armed, grouped),
+            checked_probe(state, grouped),
             (1, *own.stride),
             (0, *own.padding),
             (1, *own.dilation),
             own.groups,
         )
-        return parted_views(armed, y.transpose(1, 2))
+        return separate_views(state, y.transpose(1, 2))
 
 
 def recognise(name: str, module: nn.Module) -> LayerSite | None:
@@ -98,7 +98,7 @@ def _same(kernel: list[int], dilation: list[int]) -> list[int]:
     return sides
 
 
-def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
+def match(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> LayerMatch | None:
     """Read `conv2d(x, weight, bias, stride, padding, dilation, groups)` and its siblings."""
     given = dict(
         zip(
@@ -125,14 +125,14 @@ def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
         )  # fmt: skip
         return forward.call(torch.ops.trainc.convolution.default, arguments, node)
 
-    return Found(cast(fx.Node, given["x"]), insert)
+    return LayerMatch(cast(fx.Node, given["x"]), insert)
 
 
-CONVOLUTION = Kind(
+CONVOLUTION = LayerKind(
     "convolution",
     "nn.Conv1d, nn.Conv2d and nn.Conv3d",
     recognise,
     BoundConvolution,
     dict.fromkeys(_CALLS, 1),
-    find,
+    match,
 )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from trainc.compiler.graph.forward_graph import ForwardGraph
-from trainc.compiler.layers.registry import Found, Kind, own_names
-from trainc.compiler.layers.site_state import Bound, checked_probe, joined_views, parted_views
+from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names
+from trainc.compiler.layers.site_state import BoundLayer, checked_probe, join_views, separate_views
 from trainc.compiler.method.sites import LayerSite
 from trainc.kernels.layer.embedding import embedding
 from trainc.kernels.layer.tied_weights import tied_embedding
@@ -17,29 +17,29 @@ from trainc.kernels.layer.tied_weights import tied_embedding
 aten = torch.ops.aten
 
 
-class BoundEmbedding(Bound):
+class BoundEmbedding(BoundLayer):
     def forward(self, ids: Tensor) -> Tensor:
         if not self.reaches_operator():
             return cast(Tensor, super().forward(ids))  # type: ignore[misc]
-        own, armed = cast(nn.Embedding, self), self.trainc
-        site = cast(LayerSite, armed.measured)
-        assert armed.probe is not None
-        if armed.shared:
-            ids = spread(ids, armed.probe.shape[0] * armed.division.rows * armed.views)
-        joined = joined_views(armed, ids)
-        probe = checked_probe(armed, joined)
+        own, state = cast(nn.Embedding, self), self.trainc
+        site = cast(LayerSite, state.measured)
+        assert state.probe is not None
+        if state.shared_ids:
+            ids = expand_shared_ids(ids, state.probe.shape[0] * state.division.rows * state.views)
+        joined = join_views(state, ids)
+        probe = checked_probe(state, joined)
         if site.tied is None:
             y = embedding(joined, own.weight, own.padding_idx, probe)
         else:
             y, rows = tied_embedding(own.weight, joined, own.padding_idx, probe)
-            armed.tie = rows, joined
-        return parted_views(armed, y)
+            state.lookup = rows, joined
+        return separate_views(state, y)
 
 
-def spread(ids: Tensor, rows: int) -> Tensor:
-    """Give every example its own copy of ids (T,) or (1, T) that all share, as a view: (rows, T).
+def expand_shared_ids(ids: Tensor, rows: int) -> Tensor:
+    """Return shared ids (T,) or (1, T) as a view (rows, T), a copy for every example.
 
-    The result of the lookup is broadcast over the examples anyway; now each example's part of it has a gradient.
+    The result of the lookup is broadcast over the examples anyway; this way each example's part has a gradient.
     """
     return (ids[None] if ids.dim() == 1 else ids).expand(rows, *ids.shape[-1:])
 
@@ -53,7 +53,7 @@ def recognise(name: str, module: nn.Module) -> LayerSite | None:
     return LayerSite(name, "embedding", own_names(name, module)["weight"])
 
 
-def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
+def match(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> LayerMatch | None:
     """Read `embedding(weight, ids, padding_idx)`."""
     padding = node.args[2] if len(node.args) > 2 else -1
     padding = None if padding == -1 else padding
@@ -63,9 +63,9 @@ def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
             torch.ops.trainc.embedding.default, (node.args[0], ids, padding, probe), node
         )
 
-    return Found(cast(fx.Node, node.args[1]), insert)
+    return LayerMatch(cast(fx.Node, node.args[1]), insert)
 
 
-EMBEDDING = Kind(
-    "embedding", "nn.Embedding", recognise, BoundEmbedding, {aten.embedding.default: 0}, find
+EMBEDDING = LayerKind(
+    "embedding", "nn.Embedding", recognise, BoundEmbedding, {aten.embedding.default: 0}, match
 )

@@ -1,4 +1,4 @@
-"""BatchNorm over groups of examples: what mixes the examples of a group only, so that groups can be compared."""
+"""BatchNorm over groups of examples: only the examples of a group are mixed, so that groups can be compared."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.errors import NotMeasurable, SiteError
-from trainc.compiler.layers.registry import own_names
-from trainc.compiler.layers.site_state import Bound
+from trainc.compiler.layers.layer import own_names
+from trainc.compiler.layers.site_state import BoundLayer
 from trainc.compiler.method.sites import LayerSite
 from trainc.kernels.norm.ghost_batch_norm import ghost_batch_norm
 
 
-class BoundGhostBatchNorm(Bound):
-    """Normalizes every group by its own statistics; measured, it has an affine part of each group's own."""
+class BoundGhostBatchNorm(BoundLayer):
+    """Normalizes every group by its own statistics; where it is measured, each group has its own weight and bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.reaches_operator():
             return cast(Tensor, super().forward(x))  # type: ignore[misc]
-        own, armed = cast(nn.BatchNorm2d, self), self.trainc
-        size = armed.division.rows
+        own, state = cast(nn.BatchNorm2d, self), self.trainc
+        size = state.division.rows
         if own.momentum is None:
             raise SiteError(
-                f"`{armed.name}` averages its statistics over all batches (momentum=None), which groups cannot"
-                " reproduce: give it a momentum"
+                f"`{state.name}` averages its statistics over all batches (momentum=None), which groups of examples"
+                " cannot reproduce: set its `momentum`"
             )
-        weight, bias = (own.weight, own.bias) if armed.measured is None else (None, None)
+        weight, bias = (own.weight, own.bias) if state.measured is None else (None, None)
         mean, var = own.running_mean, own.running_var
         y = ghost_batch_norm(x, mean, var, weight, bias, size, True, own.momentum, own.eps)
         if own.num_batches_tracked is not None:
             own.num_batches_tracked.add_(x.shape[0] // size)
-        if armed.measured is None:
+        if state.measured is None:
             return y
-        assert armed.probe is not None
-        gain, shift = (armed.probe[:, i].repeat_interleave(size, 0) for i in (0, 1))
+        assert state.probe is not None
+        gain, shift = (state.probe[:, i].repeat_interleave(size, 0) for i in (0, 1))
         shape = (x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = y.to(wide) * (own.weight + gain).view(shape) + (own.bias + shift).view(shape)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = y.to(dtype) * (own.weight + gain).view(shape) + (own.bias + shift).view(shape)
         return y.to(x.dtype)
 
 
 def batch_norms(model: nn.Module) -> list[str]:
     """Return the names of the layers that normalize over the batch."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return [name for name, module in model.named_modules() if isinstance(module, kind)]
+    base = nn.modules.batchnorm._BatchNorm
+    return [name for name, module in model.named_modules() if isinstance(module, base)]
 
 
 def ghost_site(name: str, module: nn.Module) -> LayerSite:
@@ -53,6 +53,7 @@ def ghost_site(name: str, module: nn.Module) -> LayerSite:
     own = own_names(name, module)
     if isinstance(module, nn.SyncBatchNorm) or not own:
         raise NotMeasurable(
-            f"`{name}` ({type(module).__name__}) has no weights, or mixes examples of several replicas"
+            f"`{name}` ({type(module).__name__}) cannot be measured: it has no weight, or it mixes examples of several"
+            " replicas. Exclude it from `on`"
         )
     return LayerSite(name, "batch_norm", own["weight"], own["bias"])

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from trainc.compiler.errors import NotMeasurable, SiteError
 from trainc.compiler.graph.forward_graph import ForwardGraph
-from trainc.compiler.layers.registry import Found, Kind, own_names
-from trainc.compiler.layers.site_state import Bound, checked_probe, one_view
+from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names
+from trainc.compiler.layers.site_state import BoundLayer, checked_probe, require_one_view
 from trainc.compiler.method.sites import LayerSite
 from trainc.kernels.norm.group_norm import group_norm
 
@@ -18,15 +18,15 @@ aten = torch.ops.aten
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-class BoundGroupNorm(Bound):
+class BoundGroupNorm(BoundLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.reaches_operator():
             return cast(Tensor, super().forward(x))  # type: ignore[misc]
         own = cast(nn.GroupNorm, self)
-        one_view(self.trainc)
+        require_one_view(self.trainc)
         if self.trainc.division.rows > 1:
             raise SiteError(
-                f"`{self.trainc.name}` cannot be measured over groups: leave it out of `on`"
+                f"`{self.trainc.name}` cannot be measured over groups of examples. Exclude it from `on`"
             )
         probe = checked_probe(self.trainc, x)
         groups = getattr(own, "num_groups", x.shape[1])
@@ -34,13 +34,13 @@ class BoundGroupNorm(Bound):
 
 
 def recognise(name: str, module: nn.Module) -> LayerSite | None:
-    """Return the site of an affine GroupNorm or InstanceNorm; raises NotMeasurable where that keeps statistics."""
+    """Return the site of an affine GroupNorm or InstanceNorm; raises NotMeasurable for one with running statistics."""
     own = own_names(name, module)
     if isinstance(module, _INSTANCE_NORMS):
         if module.track_running_stats:
             raise NotMeasurable(
-                f"`{name}` ({type(module).__name__}) keeps running statistics, averages over the examples that our"
-                " operator does not update: make it with track_running_stats=False, or leave it out of the selection"
+                f"`{name}` ({type(module).__name__}) keeps running statistics, which the measuring operator does not"
+                " update. Make it with track_running_stats=False, or exclude it from `on`"
             )
         known = type(module).__module__.startswith("torch.")
     else:
@@ -48,7 +48,7 @@ def recognise(name: str, module: nn.Module) -> LayerSite | None:
     return LayerSite(name, "group_norm", own["weight"], own["bias"]) if known and own else None
 
 
-def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
+def match(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> LayerMatch | None:
     """Read `group_norm(x, groups, weight, bias, eps)` or `instance_norm(x, weight, bias, ...)`."""
     x = cast(fx.Node, node.args[0])
     names: tuple[str, ...]
@@ -63,14 +63,14 @@ def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
         arguments = (x, groups, given["weight"], given["bias"], probe, given.get("eps", 1e-5))
         return forward.first(torch.ops.trainc.group_norm.default, arguments, node)
 
-    return Found(x, insert)
+    return LayerMatch(x, insert)
 
 
-GROUP_NORM = Kind(
+GROUP_NORM = LayerKind(
     "group_norm",
     "nn.GroupNorm and nn.InstanceNorm without running statistics",
     recognise,
     BoundGroupNorm,
     {aten.group_norm.default: 2, aten.instance_norm.default: 1},
-    find,
+    match,
 )

@@ -10,8 +10,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from trainc.compiler.errors import NotMeasurable
 from trainc.compiler.graph.forward_graph import ForwardGraph, strip_casts
-from trainc.compiler.layers.registry import Found, Kind, own_names
-from trainc.compiler.layers.site_state import Bound, checked_probe, joined_views, parted_views
+from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names
+from trainc.compiler.layers.site_state import BoundLayer, checked_probe, join_views, separate_views
 from trainc.compiler.method.sites import LayerSite
 from trainc.kernels.layer.linear import linear
 from trainc.kernels.layer.tied_weights import tied_linear
@@ -20,29 +20,29 @@ aten = torch.ops.aten
 _FLATTENINGS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
-class BoundLinear(Bound):
+class BoundLinear(BoundLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.reaches_operator():
             return cast(Tensor, super().forward(x))  # type: ignore[misc]
-        own, armed = cast(nn.Linear, self), self.trainc
-        site = cast(LayerSite, armed.measured)
+        own, state = cast(nn.Linear, self), self.trainc
+        site = cast(LayerSite, state.measured)
         weight = own.weight.t() if site.transposed else own.weight
-        joined = joined_views(armed, x)
-        probe = checked_probe(armed, joined)
+        joined = join_views(state, x)
+        probe = checked_probe(state, joined)
         if site.tied is not None:
-            rows, ids = armed.partner_left()
+            rows, ids = state.partner_lookup()
             y = tied_linear(joined, weight, own.bias, probe, rows, ids)
         else:
             y = linear(joined, weight, own.bias, probe)
-        return parted_views(armed, y)
+        return separate_views(state, y)
 
 
 def recognise(name: str, module: nn.Module) -> LayerSite | None:
     """Return the site of a plain nn.Linear or of a transformers Conv1D, which keeps its weight transposed."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise NotMeasurable(
-            f"`{name}` is the output projection of an nn.MultiheadAttention, which hands its weight to a function and"
-            " never runs it: leave it out of the selection, `- type(NonDynamicallyQuantizableLinear)`"
+            f"`{name}` is the output projection of an nn.MultiheadAttention, which uses its weight directly and never"
+            " runs it. Exclude it from `on`: `- type(NonDynamicallyQuantizableLinear)`"
         )
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     transposed = type(module).__name__ == "Conv1D" and _is_transposed(module)
@@ -80,20 +80,20 @@ def _is_transposed(module: nn.Module) -> bool:
     )
 
 
-def find(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> Found | None:
+def match(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> LayerMatch | None:
     """Read `linear(x, weight, bias)`, or `addmm(bias, view(x), weight)` of a transposed weight."""
     if node.target is aten.addmm.default:
-        return _find_addmm(forward, node) if site.transposed else None
+        return _match_addmm(forward, node) if site.transposed else None
     bias = node.args[2] if len(node.args) > 2 else None
 
     def insert(x: fx.Node, probe: fx.Node) -> fx.Node:
         arguments = (x, node.args[1], bias, probe, "auto")
         return forward.call(torch.ops.trainc.linear.default, arguments, node)
 
-    return None if site.transposed else Found(cast(fx.Node, node.args[0]), insert)
+    return None if site.transposed else LayerMatch(cast(fx.Node, node.args[0]), insert)
 
 
-def _find_addmm(forward: ForwardGraph, node: fx.Node) -> Found | None:
+def _match_addmm(forward: ForwardGraph, node: fx.Node) -> LayerMatch | None:
     bias, flat, weight = node.args[:3]
     source = strip_casts(flat)
     if not isinstance(source, fx.Node) or source.target not in _FLATTENINGS:
@@ -107,14 +107,14 @@ def _find_addmm(forward: ForwardGraph, node: fx.Node) -> Found | None:
         arguments = (whole, turned, bias, probe, "auto")
         return forward.call(torch.ops.trainc.linear.default, arguments, node)
 
-    return Found(x, insert)
+    return LayerMatch(x, insert)
 
 
-LINEAR = Kind(
+LINEAR = LayerKind(
     "linear",
     "nn.Linear and transformers' Conv1D",
     recognise,
     BoundLinear,
     {aten.linear.default: 1, aten.addmm.default: 2},
-    find,
+    match,
 )

@@ -1,4 +1,4 @@
-"""Normalization layers whose per-example gradient norms are measured: LayerNorm, RMSNorm and what computes the same."""
+"""LayerNorm, RMSNorm and layers of other libraries that compute the same, with per-example gradient norms."""
 
 from __future__ import annotations
 
@@ -10,66 +10,72 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.errors import NotMeasurable
-from trainc.compiler.layers.site_state import Bound, checked_probe, joined_views, parted_views
+from trainc.compiler.layers.site_state import BoundLayer, checked_probe, join_views, separate_views
 from trainc.compiler.method.sites import NormSite
 from trainc.kernels.norm.layer_norm import layer_norm
 from trainc.kernels.norm.rms_norm import rms_norm
 
-# Relative error below which a layer of another make counts as a norm we know.
+# Relative error below which a layer of another library counts as a LayerNorm or RMSNorm.
 _SAME = 1e-4
 
 
-class BoundLayerNorm(Bound):
+class BoundLayerNorm(BoundLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.reaches_operator():
             return cast(Tensor, super().forward(x))  # type: ignore[misc]
         own = cast(nn.LayerNorm, self)
-        joined = joined_views(self.trainc, x)
+        joined = join_views(self.trainc, x)
         probe = checked_probe(self.trainc, joined)
         shape = list(own.normalized_shape)
         y = layer_norm(joined, shape, own.weight, own.bias, probe, own.eps)
-        return parted_views(self.trainc, y)
+        return separate_views(self.trainc, y)
 
 
-class BoundRMSNorm(Bound):
+class BoundRMSNorm(BoundLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.reaches_operator():
             return cast(Tensor, super().forward(x))  # type: ignore[misc]
         site = cast(NormSite, self.trainc.measured)
         weight = cast("Tensor | None", getattr(self, "weight", None))
         shape = list(weight.shape) if weight is not None else [x.shape[-1]]
-        joined = joined_views(self.trainc, x)
+        joined = join_views(self.trainc, x)
         probe = checked_probe(self.trainc, joined)
         y = rms_norm(joined, shape, weight, probe, site.eps, site.casting)
-        return parted_views(self.trainc, y)
+        return separate_views(self.trainc, y)
 
 
 def norm_site(name: str, module: nn.Module) -> NormSite:
-    """Return how a layer is measured: by its type, other people's classes by what they compute."""
+    """Return the site of a norm: torch's own by its type, a class of another library by what it computes.
+
+    Raises NotMeasurable for a layer that computes neither LayerNorm nor RMSNorm.
+    """
     path = f"{name}." if name else ""
     own = {n: f"{path}{n}" for n, _ in module.named_parameters()}
     eps: float | None = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    form: Literal["layer", "rms"] = "layer" if isinstance(module, nn.LayerNorm) else "rms"
-    site = NormSite(name, form, own.get("weight"), own.get("bias"), eps)
-    known = nn.LayerNorm if form == "layer" else nn.RMSNorm
+    layer_type: Literal["layer", "rms"] = "layer" if isinstance(module, nn.LayerNorm) else "rms"
+    site = NormSite(name, layer_type, own.get("weight"), own.get("bias"), eps)
+    known = nn.LayerNorm if layer_type == "layer" else nn.RMSNorm
     if isinstance(module, known):
         if type(module).forward is known.forward or _error(module, site) < _SAME:
             return site
     elif list(own) == ["weight"] and isinstance(eps, float):
         if _error(module, site) < _SAME:
-            llama = NormSite(name, form, site.weight, None, eps, "llama")
+            llama = NormSite(name, layer_type, site.weight, None, eps, "llama")
             return min(site, llama, key=lambda s: _error(module, s, half=True))
-        gemma = NormSite(name, form, site.weight, None, eps, "gemma")
+        gemma = NormSite(name, layer_type, site.weight, None, eps, "gemma")
         if _error(module, gemma) < _SAME:
             return gemma
     made = type(module).__name__
-    raise NotMeasurable(f"`{name}` ({made}) is no LayerNorm or RMSNorm: it computes something else")
+    raise NotMeasurable(
+        f"`{name}` ({made}) does not compute what LayerNorm or RMSNorm does, so it cannot be measured. Exclude it from"
+        " `on`"
+    )
 
 
 def _error(module: nn.Module, site: NormSite, half: bool = False) -> float:
     """Return the mean error of our operator against the layer, relative to the layer's output.
 
-    Weights and inputs are made up (`half`: in bfloat16), so a layer on the meta device will do.
+    Weights and inputs are made up here (with `half` in bfloat16), so the layer may be on the meta device.
     """
     dtype = torch.bfloat16 if half else torch.float32
     made: dict[str, torch.nn.Parameter | None] = dict(module._parameters)
@@ -90,7 +96,7 @@ def _error(module: nn.Module, site: NormSite, half: bool = False) -> float:
             theirs: Tensor = twin.forward(x)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return math.inf
-        if site.form == "layer":
+        if site.layer_type == "layer":
             ours = layer_norm(x, shape, weight, made.get("bias"), None, site.eps or 0.0)
         else:
             ours = rms_norm(x, shape, weight, None, site.eps, site.casting)

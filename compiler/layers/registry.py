@@ -1,117 +1,93 @@
-"""The kinds of layers that can be measured: which kind a module is of, and what serves it on either road."""
+"""Which layers can be measured: the kind of a module, and the class it is bound as."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
+from trainc.compiler import layers
 from trainc.compiler.errors import NotMeasurable
-from trainc.compiler.method.sites import LayerSite, MeasuredSite, NormSite
+from trainc.compiler.layers.layer import LayerKind
+from trainc.compiler.method.sites import MeasuredSite, NormSite
 
 if TYPE_CHECKING:
-    from torch import fx, nn
+    from torch import nn
 
-    from trainc.compiler.graph.forward_graph import ForwardGraph
-    from trainc.compiler.layers.site_state import Bound
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """An operator call of a captured graph that a measured layer made: its input, and how to put ours in its place.
-
-    `insert(x, probe)` adds our operator before the call and returns the node that stands for the call's result.
-    """
-
-    x: fx.Node
-    insert: Callable[[fx.Node, fx.Node], fx.Node]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of layer.
-
-    `recognise(name, module)` returns the site of a module of this kind, else None. `weight_at` maps the ATen
-    operators that such a layer is captured as to the place of the weight among their arguments; `find` reads a call.
-    """
-
-    form: str
-    says: str
-    recognise: Callable[[str, nn.Module], LayerSite | None]
-    behaviour: type[Bound]
-    weight_at: Mapping[Any, int]
-    find: Callable[[ForwardGraph, LayerSite, fx.Node], Found | None]
+    from trainc.compiler.layers.site_state import BoundLayer
 
 
 @cache
-def kinds() -> dict[str, Kind]:
-    """Return the kinds by form; the norms, which have operators and passes of their own, are not among them."""
-    from trainc.compiler.layers.convolution import CONVOLUTION
-    from trainc.compiler.layers.embedding import EMBEDDING
-    from trainc.compiler.layers.group_norm import GROUP_NORM
-    from trainc.compiler.layers.linear import LINEAR
+def layer_kinds() -> dict[str, LayerKind]:
+    """Return the kinds by layer type: every LayerKind that a file of this folder defines.
 
-    return {kind.form: kind for kind in (LINEAR, EMBEDDING, CONVOLUTION, GROUP_NORM)}
+    The norms, which have operators and passes of their own, are not among them.
+    """
+    files = [
+        import_module(f"{layers.__name__}.{file.name}") for file in iter_modules(layers.__path__)
+    ]
+    found = [
+        value for file in files for value in vars(file).values() if isinstance(value, LayerKind)
+    ]
+    return {kind.layer_type: kind for kind in found}
 
 
-def behaviour(site: MeasuredSite) -> type[Bound]:
-    """Return what a measured layer's class is mixed with."""
+def bound_class(site: MeasuredSite) -> type[BoundLayer]:
+    """Return the class that a measured layer's own is combined with."""
     from trainc.compiler.layers.norm import BoundLayerNorm, BoundRMSNorm
-    from trainc.compiler.layers.norm_gradients import BoundWideNorm
+    from trainc.compiler.layers.norm_gradients import BoundNormGradients
 
     if isinstance(site, NormSite):
         if site.per_example_gradients:
-            return BoundWideNorm
-        return BoundLayerNorm if site.form == "layer" else BoundRMSNorm
-    return kinds()[site.form].behaviour
+            return BoundNormGradients
+        return BoundLayerNorm if site.layer_type == "layer" else BoundRMSNorm
+    return layer_kinds()[site.layer_type].bound_class
 
 
 def site_of(name: str, module: nn.Module) -> MeasuredSite:
-    """Return how a module is measured; raises NotMeasurable for one we do not know."""
+    """Return how a module is measured; raises NotMeasurable for one that cannot be."""
     from trainc.compiler.layers.norm import norm_site
 
-    _refuse_computed(name, module)
-    for kind in kinds().values():
+    _refuse_parametrized(name, module)
+    for kind in layer_kinds().values():
         site = kind.recognise(name, module)
         if site is not None:
             return site
     if "norm" in type(module).__name__.lower():
         return norm_site(name, module)
-    known = ", ".join(kind.says for kind in kinds().values())
+    known = ", ".join(kind.description for kind in layer_kinds().values())
     raise NotMeasurable(
-        f"`{name}` ({type(module).__name__}) computes something else than the layers that can be measured: norms,"
-        f" {known}; leave it out of the selection"
+        f"`{name}` ({type(module).__name__}) cannot be measured; per-example norms are supported for norms, {known}."
+        " Exclude it from `on`"
     )
 
 
-def _refuse_computed(name: str, module: nn.Module) -> None:
-    """Refuse a layer whose weight or bias is no Parameter but computed from others in every forward pass."""
+def _refuse_parametrized(name: str, module: nn.Module) -> None:
+    """Refuse a layer whose weight or bias is computed from other parameters in every forward pass."""
     from torch import Tensor
     from torch.nn.utils import parametrize
 
-    parts = [n for n, _ in module.named_parameters(recurse=False)]
+    parameters = [n for n, _ in module.named_parameters(recurse=False)]
     if parametrize.is_parametrized(module):
-        made = list(module.parametrizations)  # type: ignore[arg-type]
+        computed = list(module.parametrizations)  # type: ignore[arg-type]
     else:
         held = {**module._parameters, **module._buffers}
-        made = [
+        computed = [
             own
             for own in ("weight", "bias")
             if own not in held
-            and any(part.startswith(f"{own}_") for part in parts)
+            and any(parameter.startswith(f"{own}_") for parameter in parameters)
             and isinstance(getattr(module, own, None), Tensor)
         ]
-    if made or isinstance(module, parametrize.ParametrizationList):
-        what = f"`{name}.{made[0]}` is" if made else f"`{name}` holds what a weight is"
-        raise NotMeasurable(
-            f"{what} computed from other parameters (a parametrization, as of weight_norm or spectral_norm): the"
-            " examples' gradients of those are not to be had; leave the layer out of the selection, or take the"
-            " parametrization off it"
+    if computed or isinstance(module, parametrize.ParametrizationList):
+        what = (
+            f"`{name}.{computed[0]}` is computed from other parameters"
+            if computed
+            else f"`{name}` holds the parameters that a weight is computed from"
         )
-
-
-def own_names(name: str, module: nn.Module) -> dict[str, str]:
-    """Return a module's direct parameters: the model's names by the module's own."""
-    path = f"{name}." if name else ""
-    return {own: f"{path}{own}" for own, _ in module.named_parameters(recurse=False)}
+        raise NotMeasurable(
+            f"{what} (a parametrization, such as weight_norm or spectral_norm): per-example"
+            " gradients of a parametrized weight are not supported. Exclude the layer from `on`, or remove the"
+            " parametrization"
+        )

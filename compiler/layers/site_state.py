@@ -1,4 +1,4 @@
-"""What a bound layer carries, and how its classes reach an operator: shared by all kinds of layers."""
+"""What a bound layer carries, and what the classes of all bound layers share."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ if TYPE_CHECKING:
 
 
 class SiteState:
-    """What a site carries: its description and, while armed, the tensors of the running micro-batch."""
+    """The state of a site: what it measures or adds and, while it is active, the tensors of the micro-batch."""
 
     def __init__(self, views: int) -> None:
         self.views = views
         self.measured: MeasuredSite | None = None
         self.noise: NoiseSite | None = None
         self.partner: SiteState | None = None
-        """The layer this one shares its weight with."""
+        """The layer that shares this one's weight."""
         self.division = Division(0)
-        self.active = self.any_mode = False
-        self.shared = False
+        self.active = False
+        self.also_in_eval = False
+        """Whether the operator runs in evaluation mode too."""
+        self.shared_ids = False
         """Whether an embedding looks up ids that all examples share, such as positions."""
         self.probe: Tensor | None = None
         self.sigma: Tensor | None = None
         self.key: Tensor | None = None
         self.first_example: Tensor | None = None
-        self.tie: tuple[Tensor, Tensor] | None = None
-        """What an embedding leaves for the head that shares its weight: its auxiliary rows and the ids."""
+        self.lookup: tuple[Tensor, Tensor] | None = None
+        """The auxiliary rows and the ids of an embedding's forward pass, for the head that shares its weight."""
 
     @property
     def name(self) -> str:
@@ -43,72 +45,72 @@ class SiteState:
 
     @property
     def delivers(self) -> bool:
-        """Say whether a result of this site is expected in every step."""
+        """Whether this site must run in every step: it measures, or adds noise."""
         return self.measured is not None or (self.noise is not None and self.noise.index >= 0)
 
-    def partner_left(self) -> tuple[Tensor, Tensor]:
-        """Return what the tied embedding left in this forward pass; raises SiteError when it has not run."""
-        if self.partner is None or self.partner.tie is None:
+    def partner_lookup(self) -> tuple[Tensor, Tensor]:
+        """Return the `lookup` of the embedding that shares the weight; raises SiteError when that has not run."""
+        if self.partner is None or self.partner.lookup is None:
             raise SiteError(
-                f"`{self.name}` shares its weight with an embedding that has not run before it in this forward pass:"
-                " measure one of the two only where both take part"
+                f"`{self.name}` shares its weight with an embedding that has not run before it in this forward pass."
+                " Exclude one of the two from `on`"
             )
-        return self.partner.tie
+        return self.partner.lookup
 
-    def rest(self) -> None:
+    def deactivate(self) -> None:
         """Let the layer run as the user's own."""
         self.active = False
-        self.probe = self.tie = None
+        self.probe = self.lookup = None
 
 
-class Bound:
-    """Marks a class made by `bind`; `unbound` is the user's own class."""
+class BoundLayer:
+    """Base of the classes that `replace_layers` makes; `unbound` is the user's own class."""
 
     unbound: type[nn.Module]
     trainc: SiteState
 
     def reaches_operator(self) -> bool:
-        armed, training = self.trainc, self.training  # type: ignore[attr-defined]
-        return armed.active and (training or armed.any_mode) and torch.is_grad_enabled()
+        state, training = self.trainc, self.training  # type: ignore[attr-defined]
+        return state.active and (training or state.also_in_eval) and torch.is_grad_enabled()
 
 
-def joined_views(armed: SiteState, x: Tensor) -> Tensor:
+def join_views(state: SiteState, x: Tensor) -> Tensor:
     """Return x (views * B, ...) as (B, views, ...): an example's views together contribute to the gradient.
 
-    A group's rows do so too: (groups * n, ...) becomes (groups, n, ...).
+    So do the rows of a group: (groups * n, ...) becomes (groups, n, ...).
     """
-    if armed.division.rows > 1:
-        one_view(armed)
-        grouped: Tensor = x.unflatten(0, (-1, armed.division.rows))
+    if state.division.rows > 1:
+        require_one_view(state)
+        grouped: Tensor = x.unflatten(0, (-1, state.division.rows))
         return grouped
-    return x if armed.views == 1 else x.unflatten(0, (armed.views, -1)).transpose(0, 1)
+    return x if state.views == 1 else x.unflatten(0, (state.views, -1)).transpose(0, 1)
 
 
-def parted_views(armed: SiteState, y: Tensor) -> Tensor:
-    """Undo `joined_views` on a layer's result."""
-    if armed.division.rows > 1:
+def separate_views(state: SiteState, y: Tensor) -> Tensor:
+    """Undo `join_views` on a layer's result."""
+    if state.division.rows > 1:
         return y.flatten(0, 1)
-    return y if armed.views == 1 else y.transpose(0, 1).flatten(0, 1)
+    return y if state.views == 1 else y.transpose(0, 1).flatten(0, 1)
 
 
-def checked_probe(armed: SiteState, x: Tensor) -> Tensor:
-    """Return the site's probe if the leading axis of `x` is the example axis."""
-    probe = armed.probe
-    assert armed.measured is not None
+def checked_probe(state: SiteState, x: Tensor) -> Tensor:
+    """Return the site's probe; raises ExampleAxisUnknown unless the first axis of `x` is the example axis."""
+    probe = state.probe
+    assert state.measured is not None
     assert probe is not None
     if x.shape[0] != probe.shape[0]:
         raise ExampleAxisUnknown(
-            f"`{armed.measured.module}` sees a tensor of shape {tuple(x.shape)}, but the batch has"
-            f" {probe.shape[0]} examples: its first axis is not the example axis, so per-example norms"
-            " cannot be taken there"
+            f"`{state.measured.module}` sees a tensor of shape {tuple(x.shape)}, but the batch has"
+            f" {probe.shape[0]} examples: its first axis is not the example axis, which per-example norms need."
+            " Exclude it from `on`"
         )
     return probe
 
 
-def one_view(armed: SiteState) -> None:
-    """Refuse a layer that cannot see an example's two views as one."""
-    if armed.views > 1:
+def require_one_view(state: SiteState) -> None:
+    """Raise SiteError for a layer that cannot join an example's two views."""
+    if state.views > 1:
         raise SiteError(
-            f"`{armed.name}` cannot be measured while a regularizer passes every example twice:"
-            " the squared norm of a sum is not the sum of squared norms"
+            f"`{state.name}` cannot be measured while a regularizer passes every example twice: this kind of layer"
+            " cannot join the two views. Exclude it from `on`"
         )

@@ -1,4 +1,4 @@
-"""Layers that are measured together: those that share a weight, and names of weights that hold nothing to measure."""
+"""Which sites measure a selection of parameters, where layers share them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def sites_of(
     """Return the sites that measure the parameters `wanted` (first names), all of which `modules` hold.
 
     A parent that keeps a Parameter of a measured child under a name of its own, as BERT's head does its decoder's bias,
-    is passed over: should it use that itself, `examine` finds it. Raises NotMeasurable where nothing else will do.
+    gets no site: should it use that itself, `examine` finds it. Raises NotMeasurable for a wanted parameter that no
+    site can measure.
     """
     sites: list[MeasuredSite] = []
     refused: dict[str, NotMeasurable] = {}
@@ -48,8 +49,9 @@ def sites_of(
                 raise reason
             if not all(is_inside(owner, name) for owner in owners):
                 raise NotMeasurable(
-                    f"`{parameter}` belongs to {listed(owners)} and to `{name}`, and a sum's square is no sum of"
-                    f" squares: leave {listed([*owners, name])} out of the selection. {reason}"
+                    f"`{name}` shares `{parameter}` with {listed(owners)}; per-example norms of shared weights are"
+                    " supported for an embedding and its output head only. Exclude"
+                    f" {listed([*owners, name])} from `on`. {reason}"
                 )
     return sites
 
@@ -60,9 +62,9 @@ def is_inside(module: str, parent: str) -> bool:
 
 
 def tied(sites: Sequence[MeasuredSite], inventory: Inventory) -> list[MeasuredSite]:
-    """Return the sites under their parameters' first names, embedding and head of one weight knowing of each other.
+    """Return the sites with their parameters' first names; an embedding and a head of one weight name each other.
 
-    Raises ValueError for layers that share a parameter otherwise: the square of a sum is no sum of squares.
+    Raises ValueError for layers that share a parameter otherwise.
     """
     named = [_first_names(site, inventory) for site in sites]
     owners: dict[str, list[MeasuredSite]] = {}
@@ -74,11 +76,11 @@ def tied(sites: Sequence[MeasuredSite], inventory: Inventory) -> list[MeasuredSi
     for name, sharing in owners.items():
         if len(sharing) == 1:
             continue
-        forms = sorted(site.form for site in sharing)
-        if forms != ["embedding", "linear"] or any(site.weight != name for site in sharing):
+        types = sorted(site.layer_type for site in sharing)
+        if types != ["embedding", "linear"] or any(site.weight != name for site in sharing):
             raise ValueError(
-                f"{listed(site.module for site in sharing)} share `{name}`: a sum's square is no sum of squares, so"
-                " none of them can be measured; leave them out of the selection"
+                f"{listed(site.module for site in sharing)} share `{name}`; per-example norms of shared weights are"
+                " supported for an embedding and its output head only. Exclude them from `on`"
             )
         first, second = (site.module for site in sharing)
         partner |= {first: second, second: first}

@@ -21,7 +21,7 @@ class NormSite:
     """
 
     module: str
-    form: Literal["layer", "rms"]
+    layer_type: Literal["layer", "rms"]
     weight: str | None
     bias: str | None
     eps: float | None
@@ -32,19 +32,20 @@ class NormSite:
     @property
     def parameters(self) -> tuple[str | None, ...]:
         """Return the parameter behind each probe column."""
-        return (self.weight, self.bias) if self.form == "layer" else (self.weight,)
+        return (self.weight, self.bias) if self.layer_type == "layer" else (self.weight,)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSite:
-    """Another layer whose per-example squared gradient norms are wanted; `form` names its kind in `compiler/layers`.
+    """Another layer whose per-example squared gradient norms are wanted.
 
-    `transposed` says that the weight is kept as (inputs, outputs). `tied` is the module of the word embedding whose
-    weight this linear layer shares, or of the head that shares this embedding's.
+    `layer_type` names a kind in `compiler/layers`. `transposed` says that the weight is kept as (inputs, outputs).
+    `tied` is the module of the word embedding whose weight this linear layer shares, or of the head that shares this
+    embedding's.
     """
 
     module: str
-    form: str
+    layer_type: str
     weight: str
     bias: str | None = None
     transposed: bool = False
@@ -53,7 +54,7 @@ class LayerSite:
     @property
     def per_example_gradients(self) -> bool:
         """Whether the probe takes the contributions themselves."""
-        return self.form == "batch_norm"
+        return self.layer_type == "batch_norm"
 
     @property
     def parameters(self) -> tuple[str | None, ...]:

@@ -70,7 +70,7 @@ class FuseNorms(Pass):
         with forward.graph.inserting_before(call.result):
             shape = list(call.shape)
             arguments: tuple[Any, ...]
-            if site.form == "layer":
+            if site.layer_type == "layer":
                 operation = torch.ops.trainc.layer_norm.default
                 eps = 1e-5 if call.eps is None else call.eps
                 arguments = (x, shape, call.weight, call.bias, None, eps)
@@ -110,7 +110,11 @@ def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:
     calls = list(norm_calls(forward.graph))
     found: dict[str, NormCall] = {}
     for site in rewrite.norms:
-        mine = [call for call in calls if call.form == site.form and _belongs(forward, site, call)]
+        mine = [
+            call
+            for call in calls
+            if call.layer_type == site.layer_type and _belongs(forward, site, call)
+        ]
         if not mine:
             continue
         check_weight_uses(forward, site.module, site.weight, len(mine))

@@ -10,8 +10,9 @@ from torch import fx
 
 from trainc.compiler.errors import SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph, strip_casts
-from trainc.compiler.layers.embedding import spread
-from trainc.compiler.layers.registry import Found, Kind, kinds
+from trainc.compiler.layers.embedding import expand_shared_ids
+from trainc.compiler.layers.layer import LayerKind, LayerMatch
+from trainc.compiler.layers.registry import layer_kinds
 from trainc.compiler.method.sites import LayerSite, Rewrite
 from trainc.compiler.passes.joined_views import join_views, separate_views
 from trainc.compiler.passes.pass_base import Pass
@@ -53,7 +54,7 @@ class InstrumentLayers(Pass):
                     site.module,
                     "weights that embedding and head share are measured module by module",
                 )
-            found = kinds()[site.form].find(forward, site, node)
+            found = layer_kinds()[site.layer_type].match(forward, site, node)
             if found is None:
                 raise SiteUnfit(site.module, f"its call of `{node.target}` has an unknown form")
             self.serve(forward, site, node, found, sizes.get(site.module))
@@ -64,7 +65,7 @@ class InstrumentLayers(Pass):
         forward: ForwardGraph,
         site: LayerSite,
         node: fx.Node,
-        found: Found,
+        found: LayerMatch,
         size_with_one_more: int | None,
     ) -> None:
         """Put the operator in place of one call."""
@@ -74,7 +75,7 @@ class InstrumentLayers(Pass):
         if not shared and not starts_with_examples(forward, size, size_with_one_more):
             raise not_example_axis(forward, site.module, f"input {list(value.shape)}")
         joined = forward.views > 1
-        if joined and site.form not in _JOINED:
+        if joined and site.layer_type not in _JOINED:
             raise SiteUnfit(site.module, "two views of an example cannot be joined at this layer")
         like = node.meta["val"]
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -87,7 +88,7 @@ class InstrumentLayers(Pass):
                 x = join_views(forward, x, node)
             result = found.insert(x, probe)
             if joined:
-                lead = lead[:-1] if site.form == "linear" else lead
+                lead = lead[:-1] if site.layer_type == "linear" else lead
                 result = separate_views(forward, result, lead, node)
             shape = list(like.shape)
             if not shared and list(result.meta["val"].shape) != shape:
@@ -106,7 +107,7 @@ def _is_shared(
     """Say whether an embedding looks up ids that do not belong to single examples, such as positions."""
     grows = size_with_one_more is not None and size_with_one_more != size
     return (
-        site.form == "embedding"
+        site.layer_type == "embedding"
         and not grows
         and (dims == 1 or size == 1)
         and not (size_with_one_more is None and size == forward.rows)
@@ -114,13 +115,13 @@ def _is_shared(
 
 
 def _expanded(forward: ForwardGraph, ids: fx.Node, like: fx.Node) -> fx.Node:
-    shape = spread(ids.meta["val"], forward.rows).shape
+    shape = expand_shared_ids(ids.meta["val"], forward.rows).shape
     return forward.call(aten.expand.default, (ids, list(shape)), like)
 
 
 def _call(forward: ForwardGraph, site: LayerSite) -> fx.Node | None:
     """Return the one call of a layer, found by its weight; raises SiteUnfit when the weight is used twice."""
-    kind = kinds()[site.form]
+    kind = layer_kinds()[site.layer_type]
     name = forward.canonical_name(site.weight)
     mine = [node for node in forward.calls() if _reads(forward, kind, node, name)]
     if not mine:
@@ -130,7 +131,7 @@ def _call(forward: ForwardGraph, site: LayerSite) -> fx.Node | None:
     return mine[0]
 
 
-def _reads(forward: ForwardGraph, kind: Kind, node: fx.Node, name: str) -> bool:
+def _reads(forward: ForwardGraph, kind: LayerKind, node: fx.Node, name: str) -> bool:
     place = kind.weight_at.get(node.target)
     return place is not None and forward.tensor_name(strip_casts(node.args[place])) == name
 
@@ -139,7 +140,7 @@ def _input_sizes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, int]:
     found = {}
     for site in rewrite.layers:
         node = _call(forward, site)
-        call = None if node is None else kinds()[site.form].find(forward, site, node)
+        call = None if node is None else layer_kinds()[site.layer_type].match(forward, site, node)
         if call is not None:
             found[site.module] = int(call.x.meta["val"].shape[0])
     return found

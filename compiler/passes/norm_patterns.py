@@ -52,7 +52,7 @@ class NormCall:
     numbers; a pattern that multiplies by `1 + weight` is "gemma" whatever it rounds.
     """
 
-    form: Literal["layer", "rms"]
+    layer_type: Literal["layer", "rms"]
     x: fx.Node
     shape: tuple[int, ...]
     weight: fx.Node | None
@@ -104,8 +104,8 @@ def _written_out_call(node: fx.Node) -> NormCall | None:
             continue
         source = _normalised(strip_casts(centred), strip_casts(variance))
         if source is not None:
-            form, x = source
-            return _around(form, x, eps, product)
+            layer_type, x = source
+            return _around(layer_type, x, eps, product)
     return None
 
 
@@ -133,7 +133,9 @@ def _normalised(centred: Any, variance: Any) -> tuple[Literal["layer", "rms"], f
     return None
 
 
-def _around(form: Literal["layer", "rms"], x: fx.Node, eps: float, product: fx.Node) -> NormCall:
+def _around(
+    layer_type: Literal["layer", "rms"], x: fx.Node, eps: float, product: fx.Node
+) -> NormCall:
     """Take in the weight, the bias and the casts that follow the normalised value."""
     shape = (value_of(x).shape[-1],)
     result, rounded = _through_casts(product)
@@ -141,21 +143,23 @@ def _around(form: Literal["layer", "rms"], x: fx.Node, eps: float, product: fx.N
     user = _only_user(result)
     factor = other_operand(user, result, MUL) if user is not None else None
     casting: Casting | None = None
-    offset = None if rounded or form == "layer" else one_plus(factor)
+    offset = None if rounded or layer_type == "layer" else one_plus(factor)
     if user is not None and _is_affine(offset, shape):
         weight, casting = offset, "gemma"
         result, _ = _through_casts(user)
     elif user is not None and _is_affine(factor, shape):
         weight, casting, result = factor, "llama" if rounded else "none", user
         user = _only_user(result)
-        shift = other_operand(user, result, ADD) if user is not None and form == "layer" else None
+        shift = (
+            other_operand(user, result, ADD) if user is not None and layer_type == "layer" else None
+        )
         if user is not None and _is_affine(shift, shape):
             bias, result = shift, user
         if casting == "none":
             result, _ = _through_casts(result)
     if casting != "gemma" and value_of(x).dtype in (torch.float32, torch.float64):
         casting = None
-    return NormCall(form, x, shape, weight, bias, eps, casting, result)
+    return NormCall(layer_type, x, shape, weight, bias, eps, casting, result)
 
 
 def _is_affine(node: Any, shape: tuple[int, ...]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.errors import SiteError
-from trainc.compiler.layers.bound_modules import Sites, bind
+from trainc.compiler.layers.bound_modules import Sites, replace_layers
 from trainc.compiler.layers.tied_weights import sites_of
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.sites import LayerSite, NormSite, Rewrite
@@ -87,7 +87,7 @@ def _measure(
     dtype = torch.float64 if double else torch.float32
 
     def loss_of() -> Tensor:
-        sites.arm(Division(examples), {}, dtype, some.device)
+        sites.activate(Division(examples), {}, dtype, some.device)
         loss = loss_fn(forward(model, inputs))
         if not isinstance(loss, Tensor) or loss.dim():
             raise ValueError(
@@ -160,9 +160,9 @@ def _refuse_mixing(model: nn.Module) -> None:
 
 @contextmanager
 def _bound(model: nn.Module, rewrite: Rewrite) -> Iterator[Sites]:
-    sites = bind(model, rewrite)
+    sites = replace_layers(model, rewrite)
     for module in sites.bound():
-        module.trainc.any_mode = True
+        module.trainc.also_in_eval = True
     try:
         yield sites
     finally:

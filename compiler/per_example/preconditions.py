@@ -65,10 +65,10 @@ def check_preconditions(model: nn.Module, sites: Sites, batch: Batch, loss_fn: L
         return False
     examples = _FewExamples(model, sites, inputs, [targets.shape[0]], counted)
     few = targets[torch.tensor(examples.rows[: _SIZES[1]], device=targets.device)]
-    with sites.plain(), undisturbed(model), torch.enable_grad():
+    with sites.inactive(), undisturbed(model), torch.enable_grad():
         size = min(_SIZES[0], len(targets))  # never more activations than a step holds
         run_checking_uses(lambda: batches.logits(examples.run(size)), examples.measured)
-    with sites.plain(), undisturbed(model), as_written(), torch.no_grad():
+    with sites.inactive(), undisturbed(model), as_written(), torch.no_grad():
         _check_loss(loss_fn, batches.logits(examples.run(_SIZES[1])), few)
     return True
 
@@ -102,13 +102,13 @@ class _FewExamples:
         bound = {m.trainc.name: m for m in sites.bound() if m.trainc.measured is not None}
         self.model, self.inputs, self.chosen = model, inputs, chosen
         self.measured = cast("Mapping[str, nn.Module]", bound)
-        with sites.plain(), undisturbed(model), as_written(), torch.no_grad():
+        with sites.inactive(), undisturbed(model), as_written(), torch.no_grad():
             self.slicer, seen = self._find_slicer(counts)
             for name, module in bound.items():
                 site = module.trainc.measured
                 assert site is not None
                 if seen[name]:
-                    module.trainc.shared = _is_shared(site, seen[name])
+                    module.trainc.shared_ids = _is_shared(site, seen[name])
             with _evaluating(model):
                 self._check_independent()
 
@@ -211,7 +211,7 @@ def _is_shared(site: MeasuredSite, shapes: list[tuple[int, ...]]) -> bool:
         return False
     first = shapes[0]
     fixed = len(set(shapes)) == 1 and first and (len(first) == 1 or first[0] == 1)
-    if fixed and isinstance(site, LayerSite) and site.form == "embedding":
+    if fixed and isinstance(site, LayerSite) and site.layer_type == "embedding":
         return True
     shown = " and ".join(str(shape) for shape in shapes)
     raise ExampleAxisUnknown(

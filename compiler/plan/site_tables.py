@@ -51,7 +51,7 @@ def site_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
 def kernel_rows(method: LoweredMethod) -> list[Row]:
     """Return the operators in use, what implements each on this machine, and why it is not a Triton kernel."""
     rewrite = method.rewrite
-    names = sorted({f"{site.form}_norm" for site in rewrite.norms})
+    names = sorted({f"{site.layer_type}_norm" for site in rewrite.norms})
     names += sorted({_operator(site) for site in rewrite.layers})
     names += ["ghost_batch_norm"] if rewrite.ghosts else []
     names += ["multiplicative_noise"] if rewrite.noises else []
@@ -69,7 +69,11 @@ def _kernel_row(name: str) -> Row:
 
 
 def _norm_operator(site: NormSite) -> str:
-    return _with_affine(f"{site.form}_norm") if site.per_example_gradients else f"{site.form}_norm"
+    return (
+        _with_affine(f"{site.layer_type}_norm")
+        if site.per_example_gradients
+        else f"{site.layer_type}_norm"
+    )
 
 
 def _layer_operator(site: LayerSite, binding: Binding) -> str:
@@ -102,9 +106,9 @@ def _fuses_loss(method: LoweredMethod) -> bool:
 
 
 def _operator(site: LayerSite) -> str:
-    if site.form == "batch_norm":
+    if site.layer_type == "batch_norm":
         return "ghost_batch_norm"
-    return site.form if site.tied is None else f"tied_{site.form}"
+    return site.layer_type if site.tied is None else f"tied_{site.layer_type}"
 
 
 def _why_no_triton() -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.layers.bound_modules import Sites, bind
+from trainc.compiler.layers.bound_modules import Sites, replace_layers
 from trainc.compiler.method.example_index import Division
 from trainc.compiler.method.loss import LOSS_WEIGHT, Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
@@ -58,7 +58,7 @@ class Execution:
         self.loss_fn = cast(Loss, method.loss)
         self.seed, self.clock, self.executor = seed, clock, executor
         self.parameters = dict(model.named_parameters())
-        self.sites: Sites = bind(model, method.rewrite)
+        self.sites: Sites = replace_layers(model, method.rewrite)
         self.graphs = GraphCache(model, method, self.sites, without)
         self.refused: str | None = None
         self.statistics = Statistics(method, self.parameters)
@@ -85,11 +85,11 @@ class Execution:
         self._examine(batch)
         scalars = self._scalars(where, batch[1].device)
         if self._rewrites:
-            self._arm(batch, scalars)
+            self._activate(batch, scalars)
         if self._covered or not self.module.training:
             total, loss, terms = self._forward(batch, where.loss_weight, scalars)
         else:
-            with self.sites.counted() as counts:
+            with self.sites.count_calls() as counts:
                 total, loss, terms = self._forward(batch, where.loss_weight, scalars)
             self.sites.check_coverage(counts)
             self._covered = True
@@ -204,7 +204,7 @@ class Execution:
         if executor == "graph":
             out = self.capture(batch).run(batch, scalars)
             return out.total, out.grads, self.statistics.squares(out.probes)
-        self._arm(batch, scalars)
+        self._activate(batch, scalars)
         try:
             total, _, _ = self._forward(batch, 1.0, scalars)
             named = {n: p for n, p in self.parameters.items() if p.requires_grad}
@@ -212,7 +212,7 @@ class Execution:
             wanted = [*named.values(), *probes.values()]
             found = torch.autograd.grad(total, wanted, allow_unused=True)
         finally:
-            self.sites.disarm()
+            self.sites.deactivate()
         squares = dict(zip(probes, found[len(named) :], strict=True))
         gradients: dict[str, Tensor | None] = dict(zip(named, found, strict=False))
         return total.detach(), gradients, self.statistics.squares(squares)
@@ -238,7 +238,7 @@ class Execution:
     ) -> Calibrated:
         def loss_of(example: int, one: Batch) -> Tensor:
             scalars = self._scalars(MicroBatchSlice(first_example=example), batch[1].device)
-            self._arm(one, scalars)
+            self._activate(one, scalars)
             inputs = batches.repeated(one[0], self._views)
             return self._loss(batches.call(self.module, inputs), one[1], scalars)[0]
 
@@ -249,7 +249,7 @@ class Execution:
                 batch, self.loss_fn.weights(batch[1]), loss_of, parameters, replicas
             )
         finally:
-            self.sites.disarm()
+            self.sites.deactivate()
 
     # inside
 
@@ -279,9 +279,9 @@ class Execution:
         double = any(p.dtype == torch.float64 for p in self.parameters.values())
         return torch.float64 if double else torch.float32
 
-    def _arm(self, batch: Batch, scalars: Mapping[str, Tensor]) -> None:
+    def _activate(self, batch: Batch, scalars: Mapping[str, Tensor]) -> None:
         units, targets = self.method.rewrite.example_units, batch[1]
-        self.sites.arm(
+        self.sites.activate(
             Division(targets.shape[0]) if units is None else units.divide(batch),
             scalars, self._dtype(), targets.device,
         )  # fmt: skip

@@ -53,7 +53,7 @@ class GraphCache:
             training = self._model.training
             self._model.train()
             try:
-                with self._sites.plain():
+                with self._sites.inactive():
                     self._captured[key] = capture(
                         self._model,
                         loss_fn,

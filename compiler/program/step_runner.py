@@ -95,7 +95,7 @@ class StepRunner:
             self._skip_step(step)
         else:
             self.machine.finish()
-        self.execution.sites.disarm()
+        self.execution.sites.deactivate()
         return {"loss": step.loss, "batch": float(step.samples), **step.metrics}
 
     def reset(self) -> None:

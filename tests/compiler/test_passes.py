@@ -333,8 +333,8 @@ class Almost(nn.Module):
 @pytest.mark.parametrize("how", ["other-value", "other-axis", "unbiased", "cube", "no-eps"])
 def test_what_only_looks_like_a_norm_is_left_alone(how: str) -> None:
     model = Around(Almost(how)).double().train()
-    for form in ("layer", "rms"):
-        site = NormSite("norm", form, "norm.gain", None, 1e-3)
+    for layer_type in ("layer", "rms"):
+        site = NormSite("norm", layer_type, "norm.gain", None, 1e-3)
         with pytest.raises(SiteMissing, match="`norm`"):
             step_of(model, vectors(), Rewrite(norms=[site]))
 

@@ -15,7 +15,7 @@ import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.noise_scale.gns import Gns
 from trainc.compiler.errors import SiteError
-from trainc.compiler.layers.bound_modules import bind
+from trainc.compiler.layers.bound_modules import replace_layers
 from trainc.compiler.layers.norm import norm_site
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
@@ -53,7 +53,7 @@ def measure(model: nn.Module, names: Sequence[str], rule: Gns | None = None) -> 
     rule.lower(Lowering(BoundClause(rule, "gns", tuple(names)), setting, parts))
     (action,) = parts.actions
     assert isinstance(action, Measure)
-    return action, bind(model, parts.rewrite)
+    return action, replace_layers(model, parts.rewrite)
 
 
 class Tiny(nn.Module):
@@ -97,7 +97,7 @@ def run_step(
     total = sum(int((y >= 0).sum()) for _, y in batches)
     step = Step(clock or Clock(), dict(model.named_parameters()), Signals(), 8, 8)
     for x, y in batches:
-        sites.arm(Division(len(x)), {}, torch.float64, torch.device("cpu"))
+        sites.activate(Division(len(x)), {}, torch.float64, torch.device("cpu"))
         counts = (y >= 0).flatten(1).sum(1)
         logits = model(x)
         task = F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=-100)
@@ -112,7 +112,7 @@ def run_step(
         step.samples += len(x)
         step.tokens += int((y >= 0).sum())
     action.run(step)
-    sites.disarm()
+    sites.deactivate()
     return step
 
 
@@ -133,7 +133,7 @@ def test_a_sites_norms_are_the_published_ones(case: str) -> None:
     for name, parameter in model[0].named_parameters():
         parameter.data = lcg(**given[name])
     action, sites = measure(model, ["0"])
-    sites.arm(Division(given["x"]["shape"][0]), {}, torch.float64, torch.device("cpu"))
+    sites.activate(Division(given["x"]["shape"][0]), {}, torch.float64, torch.device("cpu"))
     model(lcg(**given["x"])).backward(lcg(**given["dy"]))
     probe = sites.probes()["0"].grad
     for column, name in enumerate(n for n, _ in model[0].named_parameters()):
@@ -456,7 +456,7 @@ class NamedLayerNorm(nn.LayerNorm):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
-    ("module", "form", "casting"),
+    ("module", "layer_type", "casting"),
     [
         (nn.LayerNorm(6), "layer", "none"),
         (nn.LayerNorm(6, bias=False), "layer", "none"),
@@ -467,12 +467,12 @@ class NamedLayerNorm(nn.LayerNorm):
         (GemmaLikeRMSNorm(6), "rms", "gemma"),
     ],
 )
-def test_the_form_of_a_norm_is_found(
-    module: nn.Module, form: str, casting: str, device: str
+def test_the_type_of_a_norm_is_found(
+    module: nn.Module, layer_type: str, casting: str, device: str
 ) -> None:
     before = {name: p.clone() for name, p in module.named_parameters()}
     site = norm_site("a.b", module if device == "cpu" else module.to_empty(device="meta"))
-    assert (site.form, site.casting) == (form, casting)
+    assert (site.layer_type, site.casting) == (layer_type, casting)
     assert site.weight == "a.b.weight"
     assert site.bias == ("a.b.bias" if "bias" in before else None)
     if device == "cpu":
@@ -481,7 +481,7 @@ def test_the_form_of_a_norm_is_found(
 
 @pytest.mark.parametrize("module", [WrongEpsRMSNorm(6), ImageLayerNorm(6), nn.Linear(6, 6)])
 def test_what_computes_something_else_is_refused(module: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"`x`.*it computes something else"):
+    with pytest.raises(ValueError, match=r"`x`.*does not compute what LayerNorm or RMSNorm does"):
         norm_site("x", module)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.regularize.pace import Pace, silent
-from trainc.compiler.layers.bound_modules import bind
+from trainc.compiler.layers.bound_modules import replace_layers
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.example_index import Division
@@ -217,7 +217,7 @@ def test_a_layer_is_silent_only_if_it_always_is(
 
 def armed_step(model: nn.Module, rule: Pace, names: tuple[str, ...]) -> tuple[LoweredMethod, Any]:
     parts = lower(rule, model, names)
-    return parts, bind(model, parts.rewrite)
+    return parts, replace_layers(model, parts.rewrite)
 
 
 def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
@@ -229,7 +229,7 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     assert [site.module for site in parts.rewrite.noises] == list(names[:2])
     scalars = {n: torch.tensor(s(Clock()), dtype=torch.float64) for n, s in parts.scalars.items()}
     scalars["key"] = pack_key(7, 3)
-    sites.arm(Division(5), scalars, torch.float64, torch.device("cpu"))
+    sites.activate(Division(5), scalars, torch.float64, torch.device("cpu"))
 
     factors: dict[str, Tensor] = {}
 
@@ -257,7 +257,7 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     assert parts.rewrite.pairing is not None
     weight = scalars[parts.rewrite.pairing.weight]
     found = cross_entropy_consistency(logits, y, weight, "mse")
-    with sites.plain():
+    with sites.inactive():
         expected = rule.reference(model, x, y, factors, 0.5)
     for ours, part in zip(found, ("loss", "task", "consistency"), strict=True):
         torch.testing.assert_close(ours, expected[part], rtol=1e-10, atol=0)
@@ -273,7 +273,7 @@ def test_two_views_of_one_layer_are_as_far_apart_as_theory_says() -> None:
     scalars = {"sigma:0": torch.tensor(0.7), "key": pack_key(11, 0)}
     found = []
     for step in range(5):
-        sites.arm(
+        sites.activate(
             Division(4000),
             scalars | {"key": pack_key(11, step)},
             torch.float32,
@@ -293,10 +293,10 @@ def test_evaluation_has_no_noise() -> None:
     model = nn.Sequential(nn.Linear(5, 6))
     _, sites = armed_step(model, pace(sigma=0.7, weight=1), ("0",))
     x = torch.randn(4, 5)
-    sites.arm(
+    sites.activate(
         Division(2), {"sigma:0": torch.tensor(0.7), "key": pack_key(1, 0)}, torch.float32, x.device
     )
-    with sites.plain():
+    with sites.inactive():
         plain = model(x)
     assert torch.equal(model.eval()(x), plain)
     assert not torch.equal(model.train()(x), plain)
@@ -374,7 +374,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         name: factor(x.new_ones(12, size), sigma, key, site, 2, "token", None)[:, 0]
         for site, (name, size) in enumerate(sizes.items())
     }
-    with program.sites.plain():
+    with program.sites.inactive():
         wanted = pace(sigma=0.6, weight=0.4).reference(model, x, y, factors, 0.4)["loss"]
         found = torch.autograd.grad(wanted, list(named.values()))
     return compiled, {"loss": wanted.detach()} | dict(zip(named, found, strict=True))
