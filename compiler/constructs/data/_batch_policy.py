@@ -99,29 +99,33 @@ def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
     low, high = _samples(given, "min"), _samples(given, "max")
     assert high is not None
     if low is None and micro is None:
-        raise ValueError(f"`{call.function}` needs `min`, the size it begins at, or `micro`")
+        raise ValueError(
+            f"`{call.function}` needs `min`, the batch it begins with, or the field `micro`"
+        )
     unit = int(micro.amount) if micro else low or 0
     start = low or unit
     grain = _samples(given, "step") or unit
     if high < start:
-        raise ValueError(f"`max = {high} samples` is below the {start} samples it begins at")
+        raise ValueError(f"`max = {high} samples` is below the first batch, {start} samples")
     for name, size in (("min", start), ("max", high), ("step", grain)):
         if size % unit:
             near = f"write `{name} = {_near(size, unit)} samples`"
             raise ValueError(
-                f"`{name} = {size} samples` is no multiple of the micro-batch, {unit} samples: "
-                f"{near}, or a `micro` that divides it"
+                f"`{name} = {size} samples` is not a multiple of the micro-batch, {unit} samples: "
+                f"{near}, or choose a `micro` that divides it"
             )
     signal, word = given["signal"], "factor" if follows else "theta"
     if not any(isinstance(x, v.Name) and x.id not in _NOT_MEASURED for x in v.walk(signal)):
-        raise ValueError(f"`{call.function}` follows something measured, such as `gns`")
+        raise ValueError(
+            f"the first argument of `{call.function}` must use a measured signal, such as `gns`"
+        )
     if used := [x.id for x in v.walk(signal) if isinstance(x, v.Name) and x.id in PLACES]:
-        raise ValueError(f"a batch has no `{used[0]}`: it is the whole model's")
+        raise ValueError(f"`{used[0]}` cannot be used here: the whole model has one batch")
     begun, pace = _duration(given, "from"), _duration(given, "every")
     if not follows:
         begun, pace = begun or BEGIN, pace or LOOK
     if pace is not None and pace.amount <= 0:
-        raise ValueError("`every` is a distance such as `100 steps`")
+        raise ValueError("`every` must be longer than 0: write `every = 100 steps`")
     strength = _number(given, word, 1.0 if follows else THETA)
     grow_only = not follows or given.get("grow_only", v.Name("false")) == v.Name("true")
     return Policy(call, unit, start, high, grain, strength, signal, begun, pace, grow_only)
@@ -137,7 +141,7 @@ def _ramp(call: v.Call, given: Arguments, micro: v.Duration | None) -> Policy:
     if start == end:
         raise ValueError(f"this ramp stays at {start} samples: write `batch = {start} samples`")
     if over.amount <= 0:
-        raise ValueError("`over` of `ramp` is longer than 0: write `over = 50%`")
+        raise ValueError("`over` of `ramp` must be longer than 0: write `over = 50%`")
     unit = int(micro.amount) if micro else min(start, end)
     return Policy(call, unit, start, end, unit, 1.0, None, begun, over, False)
 
@@ -153,15 +157,16 @@ def whole_micros(batch: v.Duration, micro: v.Duration) -> None:
         return
     if size < unit:
         raise ValueError(
-            f"less than a micro-batch, {unit} samples: write `batch = {unit} samples` or `micro = {size} samples`"
+            f"this is less than a micro-batch, {unit} samples: write `batch = {unit} samples` or"
+            f" `micro = {size} samples`"
         )
     near = " or ".join(
         f"`batch = {n} samples`" for n in (size - size % unit, size - size % unit + unit)
     )
     divisor = next(n for n in range(unit, 0, -1) if size % n == 0)
     raise ValueError(
-        f"no multiple of the micro-batch, {unit} samples: write {near}, or a `micro` that divides {size}, such as"
-        f" `micro = {divisor} samples`"
+        f"this is not a multiple of the micro-batch, {unit} samples: write {near}, or a `micro` that"
+        f" divides {size}, such as `micro = {divisor} samples`"
     )
 
 
@@ -173,8 +178,12 @@ def _named(call: v.Call) -> dict[str, v.Expr]:
     unknown = [name for name in given if name not in order]
     missing = [name for name in order[: function.required] if name not in given]
     if unknown or len(call.args) > function.positional:
-        wrong = f"no argument `{unknown[0]}`" if unknown else "one argument without a name"
-        raise ValueError(f"`{call.function}` has {wrong}: it has {', '.join(order)}")
+        wrong = (
+            f"has no argument `{unknown[0]}`"
+            if unknown
+            else f"takes only {function.positional} argument without a name"
+        )
+        raise ValueError(f"`{call.function}` {wrong}: its arguments are {', '.join(order)}")
     if missing:
         raise ValueError(f"`{call.function}` needs `{missing[0]}`")
     return given
@@ -186,7 +195,7 @@ def _samples(given: Arguments, name: str) -> int | None:
         return None
     size = value.duration if isinstance(value, v.Quantity) else None
     if size is None or size.unit != "samples" or size.amount < 1 or size.amount % 1:
-        raise ValueError(f"`{name}` is a whole number of samples such as `16 samples`")
+        raise ValueError(f"`{name}` must be a whole number of samples: write `{name} = 16 samples`")
     return int(size.amount)
 
 
@@ -195,16 +204,19 @@ def _duration(given: Arguments, name: str) -> v.Duration | None:
     if value is None:
         return None
     if not isinstance(value, v.Quantity):
-        raise ValueError(f"`{name}` is a duration such as `1M tokens`")
+        raise ValueError(f"`{name}` must be a duration: write `{name} = 1M tokens`")
     if value.duration.unit == "seconds":
-        raise ValueError(f"`{name}` is not in seconds: no run would repeat another's batches")
+        raise ValueError(
+            f"`{name}` cannot be in seconds, with which no two runs have the same batches:"
+            " write steps, samples, tokens or `5%`"
+        )
     return value.duration
 
 
 def _number(given: Arguments, name: str, default: float) -> float:
     value = given.get(name, v.Number(default))
     if not isinstance(value, v.Number) or value.value <= 0:
-        raise ValueError(f"`{name}` is a number above 0")
+        raise ValueError(f"`{name}` must be a number above 0")
     return float(value.value)
 
 
