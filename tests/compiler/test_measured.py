@@ -44,7 +44,7 @@ def test_what_only_calibrations_find_is_not_read_without_them(name: str) -> None
     for found in (by_rule, by_policy):
         assert found.rule == "unknown-signal"
         assert found.message == f"`{name}` is never measured, so this expression has no effect"
-        assert found.help == "give the clause `calibrate = 500 steps` or so"
+        assert found.help == "add `calibrate = 500 steps` or similar to the clause"
     assert "has no `calibrate`" in by_rule.notes[0]
     trainc.plan(spec("calibrate = 4 steps", rule=f'when {name} > 3 {{ warn "x" }}'))
 
@@ -105,10 +105,10 @@ def test_documents_compare_with_numbers_and_themselves() -> None:
 @pytest.mark.parametrize(
     ("measure", "words"),
     [
-        (DOCUMENTS, "measures rows, and `example = document` counts documents"),
-        ("geometry = sign", "measures plain norms"),
-        ("geometry = adam", "none in `geometry = adam`"),
-        ("method = ghost, group = 2", "passes single examples"),
+        (DOCUMENTS, "`calibrate` needs `example = row`"),
+        ("geometry = sign", "needs `geometry = euclidean`"),
+        ("geometry = adam", "needs `geometry = euclidean`"),
+        ("method = ghost, group = 2", "measures single examples"),
     ],
 )
 def test_calibration_is_refused_where_it_measures_something_else(measure: str, words: str) -> None:
@@ -133,7 +133,7 @@ def test_calibration_is_refused_where_the_model_mixes_examples(on: str) -> None:
         trainc.plan(text, Mixing())
     (found,) = [d for d in caught.value.diagnostics if d.severity == "error"]
     assert found.rule == "norm-mixes-examples"
-    assert "`body.1` normalizes over the batch" in found.message
+    assert "BatchNorm (`body.1`) does not support" in found.message
 
 
 def test_calibration_needs_two_examples_in_a_micro_batch() -> None:
@@ -153,7 +153,7 @@ def test_more_examples_than_a_micro_batch_has_are_warned_of() -> None:
 
 def test_one_micro_batch_a_step_leaves_micro_batches_nothing_to_compare() -> None:
     found = refused(spec("method = micro_batch", "8 samples", "8 samples"))
-    assert "a step is one micro-batch of 8 samples" in found.message
+    assert "a step has only one, of 8 samples" in found.message
     assert "`micro = 4 samples`" in (found.help or "")
     trainc.plan(spec("method = micro_batch"))
     growing = "ramp(4 samples, to = 8 samples, over = 50%)"

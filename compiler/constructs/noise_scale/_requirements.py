@@ -1,4 +1,4 @@
-"""What the sizes of the batch, and layers that mix examples, rule out for measurements of examples or micro-batches."""
+"""What a noise scale needs of the sizes of the batch and of the rest of the model."""
 
 from __future__ import annotations
 
@@ -11,43 +11,61 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
 
 
-def single_micro_batch(bound: Targets) -> Iterator[Problem]:
+def micro_batch_problems(bound: Targets) -> Iterator[Problem]:
     """Object to steps of one micro-batch where micro-batches are compared."""
     sizes = bound.sizes
     if sizes is not None and not sizes.changing and sizes.start <= sizes.micro:
         half = max(1, sizes.start // 2)
         yield Problem(
             "nothing-to-measure",
-            f"a step is one micro-batch of {sizes.micro} samples: `method = micro_batch` has nothing to compare",
+            "`method = micro_batch` compares the micro-batches of a step, and a step has only one, of"
+            f" {sizes.micro} samples",
             field="method",
-            help=f"let `data` have `micro = {half} samples`, or take `method = per_example`",
+            help=f"set `micro = {half} samples` in `data`, or use `method = per_example`",
         )
 
 
-def uncalibrated(bound: Targets, wanted: int | None) -> Iterator[Problem]:
-    """Object to calibrations that would measure another model, nothing, or fewer examples than are `wanted`."""
-    mixing = next((m.name for m in bound.inventory.modules if "_BatchNorm" in m.types), None)
-    if mixing is not None:
+def calibration_problems(bound: Targets, asked: int | None) -> Iterator[Problem]:
+    """Object to calibrations that BatchNorm forbids, or for which a micro-batch is too small.
+
+    `asked` is `calibrate_examples` where the spec gives it.
+    """
+    if (norm := batch_norm(bound)) is not None:
         yield Problem(
             "norm-mixes-examples",
-            f"a calibration passes examples one by one, and `{mixing}` normalizes over the batch: of one example"
-            " alone it makes another model, or none",
+            f"`calibrate` runs one example at a time, which BatchNorm (`{norm}`) does not support",
             field="calibrate",
-            help="leave `calibrate` out, or measure all layers: `on all { method = micro_batch }`",
+            help="remove `calibrate`, or measure all layers: `on all { method = micro_batch }`",
         )
     micro = None if bound.sizes is None else bound.sizes.micro
     if micro == 1:
         yield Problem(
             "nothing-to-measure",
-            "a calibration takes its examples from the step's first micro-batch, one sample: nothing to compare",
+            "`calibrate` compares the examples of a micro-batch, and a micro-batch has only one sample",
             field="calibrate",
-            help="let `data` have `micro = 2 samples` or more, or leave `calibrate` out",
+            help="set `micro = 2 samples` or more in `data`, or remove `calibrate`",
         )
-    elif micro is not None and wanted is not None and wanted > micro:
+    elif micro is not None and asked is not None and asked > micro:
         yield Problem(
             "no-effect",
-            f"`calibrate_examples = {wanted}` is more than the {micro} samples of a micro-batch: {micro} are taken",
+            f"`calibrate_examples = {asked}` is more than the {micro} samples of a micro-batch: {micro} are used",
             field="calibrate_examples",
             help=f"write `calibrate_examples = {micro}`, or let `micro` be larger",
             severity="warning",
         )
+
+
+def batch_norm_warning(bound: Targets) -> Iterator[Problem]:
+    """Warn of a BatchNorm elsewhere in a model whose examples are compared."""
+    if (norm := batch_norm(bound)) is not None:
+        yield Problem(
+            "norm-mixes-examples",
+            f"`{norm}` normalizes over the batch, so examples influence each other and the noise scale is biased",
+            help="use `method = ghost, group = 8` or `method = micro_batch`",
+            severity="warning",
+        )
+
+
+def batch_norm(bound: Targets) -> str | None:
+    """Return the name of the first BatchNorm of the model; None without one."""
+    return next((m.name for m in bound.inventory.modules if "_BatchNorm" in m.types), None)

@@ -524,7 +524,7 @@ def problems(*names: str) -> list[Problem]:
 @pytest.mark.parametrize(
     ("name", "rule", "words"),
     [
-        ("raw", "wrong-target-kind", "no layer we can measure"),
+        ("raw", "wrong-target-kind", "not a supported layer"),
         ("bn", "norm-mixes-examples", "over the batch"),
         ("bare", "nothing-to-measure", "elementwise_affine=False"),
         ("frozen", "selector-matches-frozen", "only frozen"),

@@ -393,10 +393,13 @@ def test_loss_weights_that_do_not_sum_to_one_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"method": "ghost"}, "needs `group = 8`"),
-        ({"group": 8}, "for it alone"),
-        ({"example": "document"}, "needs `separator = 0`"),
-        ({"method": "replica", "interval": "jackknife"}, "takes whole gradients"),
+        ({"method": "ghost"}, "such as `group = 8`"),
+        ({"group": 8}, "`group` needs `method = ghost`"),
+        ({"example": "document"}, "such as `separator = 0`"),
+        (
+            {"method": "replica", "interval": "jackknife"},
+            "`interval = jackknife` needs `method = per_example`",
+        ),
         ({"geometry": "sign", "interval": "jackknife"}, "has no jackknife"),
     ],
 )
