@@ -6,8 +6,10 @@ uses.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -104,22 +106,22 @@ def _on_disk() -> dict[tuple[str, str], str]:
 
 def _entry_points() -> Iterable[EntryPoint]:
     """Return the entry points; reading all metadata is slow, so look first whether any is ours."""
-    if not any(_names_group(Path(place)) for place in dict.fromkeys(sys.path)):
+    if not any(map(_names_group, dict.fromkeys(sys.path))):
         return ()
     from importlib.metadata import entry_points
 
     return sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
 
 
-def _names_group(place: Path) -> bool:
-    try:
-        return any(
-            GROUP in listing.read_text("utf-8", "replace")
-            for pattern in ("*.dist-info", "*.egg-info")
-            for listing in place.glob(f"{pattern}/entry_points.txt")
-        )
-    except OSError:
-        return False
+def _names_group(place: str) -> bool:
+    """Say whether a package installed in a folder has entry points of ours."""
+    with suppress(OSError), os.scandir(place or ".") as entries:
+        for entry in entries:
+            if entry.name.endswith((".dist-info", ".egg-info")):
+                with suppress(OSError):
+                    if GROUP.encode() in Path(entry.path, "entry_points.txt").read_bytes():
+                        return True
+    return False
 
 
 def _declared(module_name: str, kind: str, name: str) -> type[Construct]:

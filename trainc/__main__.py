@@ -1,6 +1,6 @@
 """`python -m trainc` is the `trainc` command."""
 
-from trainc.cli.app import main
+from trainc.cli.entry import main
 
 if __name__ == "__main__":
     main()

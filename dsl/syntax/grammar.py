@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import lark
 from lark.grammar import Rule
-from lark.lexer import TerminalDef
+from lark.lexer import TerminalDef, Token
+from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 GRAMMAR = Path(__file__).with_name("train.lark")
 TABLES = Path(__file__).with_name("tables.json")
@@ -42,6 +43,18 @@ class Branch(lark.Tree[Any]):
         self.height = 1 + max(heights, default=0)
         if self.height > MAX_DEPTH:
             raise TooDeep
+
+
+class Refusal:
+    """A token that cannot stand where a parser met it; `too_deep` says that it is one level too many."""
+
+    def __init__(self, token: Token, parser: InteractiveParser, too_deep: bool = False) -> None:
+        self.token, self.parser, self.too_deep = token, parser, too_deep
+
+    @cached_property
+    def accepts(self) -> frozenset[str]:
+        """Return the terminals that can stand there."""
+        return frozenset() if self.too_deep else frozenset(self.parser.accepts())
 
 
 @cache

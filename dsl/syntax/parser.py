@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from lark import Token, UnexpectedToken
 
 from trainc.dsl.syntax import ast
-from trainc.dsl.syntax.grammar import EXPRESSION, START, Branch, TooDeep, parser
-from trainc.dsl.syntax.syntax_errors import Refusal, explain
+from trainc.dsl.syntax.grammar import EXPRESSION, START, Branch, Refusal, TooDeep, parser
 from trainc.dsl.syntax.tokens import END, OPENS, span_of, tokenize
 from trainc.dsl.syntax.tree_builder import TreeBuilder
 from trainc.dsl.text.diagnostic import Diagnostic
@@ -65,6 +64,8 @@ def parse_expression(source: Source, begin: int = 0) -> tuple[ast.Node | None, l
         return None, lexed.found
     read = _read(lexed.tokens, EXPRESSION, begin)
     if isinstance(read, Refusal):
+        from trainc.dsl.syntax.syntax_errors import explain
+
         before = lexed.tokens[: _index(read.token, lexed.tokens)]
         return None, [explain(read, before, source)]
     builder = TreeBuilder(source)
@@ -89,6 +90,8 @@ def _read(tokens: Sequence[Token], start: str = START, begin: int = 0) -> Branch
 
 def _piecewise(tokens: list[Token], builder: TreeBuilder, out: Parsed) -> None:
     """Read statement by statement, so that each can fail alone."""
+    from trainc.dsl.syntax.syntax_errors import explain
+
     source = builder.source
     statements: list[ast.Statement] = []
     garbled = [d.span.start for d in out.found if d.span]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
 
 from lark import Token
-from lark.parsers.lalr_interactive_parser import InteractiveParser
 
-from trainc.dsl.syntax.grammar import MAX_DEPTH, parser
+from trainc.dsl.syntax.grammar import MAX_DEPTH, Refusal, parser
 from trainc.dsl.syntax.tokens import END, OPENS, span_of
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
@@ -31,18 +29,6 @@ _DOUBLED = {
     "/": "comments begin with `#`",
     "=": "a value is given with one `=`, `==` compares",
 }
-
-
-class Refusal:
-    """A token that cannot stand where a parser met it; `too_deep` says that it is one level too many."""
-
-    def __init__(self, token: Token, parser: InteractiveParser, too_deep: bool = False) -> None:
-        self.token, self.parser, self.too_deep = token, parser, too_deep
-
-    @cached_property
-    def accepts(self) -> frozenset[str]:
-        """Return the terminals that can stand there."""
-        return frozenset() if self.too_deep else frozenset(self.parser.accepts())
 
 
 def explain(

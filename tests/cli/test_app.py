@@ -70,6 +70,15 @@ def test_a_missing_file_is_named(check: Verb, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "trainc: spec.train: No such file or directory\n"
 
 
+def test_checking_a_missing_file_names_it_without_the_framework() -> None:
+    code = "import sys; from trainc.cli.entry import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", "none.train"], text=True, capture_output=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "trainc: none.train: No such file or directory\n"
+
+
 def test_an_interrupt_is_said_in_the_exit_code(check: Verb) -> None:
     def body(spec: str) -> None:
         raise KeyboardInterrupt
@@ -127,5 +136,5 @@ def test_help_lists_the_verbs_without_importing_any() -> None:
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
     )
     *help_text, modules = done.stdout.splitlines()
-    assert modules == "['trainc.cli.app']"
+    assert modules == "['trainc.cli.app', 'trainc.cli.failures']"
     assert any(line.split()[:1] == ["check"] for line in help_text)

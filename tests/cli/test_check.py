@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from trainc.cli.app import app
-from trainc.cli.check import check_specs, quick
+from trainc.cli.check import check_quickly, check_specs
 from trainc.cli.fmt import format_files
 
 RIGHT = "optimizer adamw { lr = 3e-4 }\n"
@@ -64,10 +64,38 @@ class TestCheck:
         assert "--> <stdin>:1:30" in capsys.readouterr().out
 
     def test_file_names_alone_need_no_command_line_parser(self) -> None:
-        assert quick(["right.train"]) == 0
-        assert quick(["right.train", "wrong.train"]) == 1
-        assert quick([]) is None
-        assert quick(["right.train", "--help"]) is None
+        assert check_quickly(["right.train"]) == 0
+        assert check_quickly(["right.train", "wrong.train"]) == 1
+        assert check_quickly([]) is None
+
+    @pytest.mark.parametrize(
+        "odd",
+        [["--help"], ["--format"], ["--format", "xml"], ["--set"], ["--set="], ["--", "x"], ["-q"]],
+        ids=" ".join,
+    )
+    def test_other_arguments_are_left_to_the_framework(self, odd: list[str]) -> None:
+        assert check_quickly(["right.train", *odd]) is None
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["right.train"],
+            ["wrong.train", "right.train"],
+            ["right.train", "--format", "json"],
+            ["--format=github", "wrong.train"],
+            ["--format", "json", "wrong.train", "--format", "sarif"],
+            ["let.train", "--set", "peak=1e-3"],
+            ["--set=peak=x", "let.train", "--set", "peek = 1"],
+        ],
+        ids=" ".join,
+    )
+    def test_both_readers_of_the_command_line_do_the_same(
+        self, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("let.train").write_text("let peak = 3e-4\noptimizer adamw { lr = peak }\n")
+        result = CliRunner().invoke(app, ["check", *arguments])
+        assert check_quickly(arguments) == result.exit_code
+        assert capsys.readouterr().out == result.output
 
     def test_settings_reach_the_lets(self) -> None:
         Path("let.train").write_text("let peak = 3e-4\noptimizer adamw { lr = peak }\n")

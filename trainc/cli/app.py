@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 the spec or its surroundings are wrong, 2 the command line
 130 interrupted.
 """
 
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from trainc.dsl.text.errors import SpecError
+from trainc.cli.failures import FAILURES, exit_code
 
 SUMMARIES = {
     "check": "Report every mistake in a spec.",
@@ -48,16 +47,8 @@ class Verbs(TyperGroup):
         """Run the verb, turning what users can cause into a message and an exit code."""
         try:
             return super().invoke(ctx)
-        except SpecError as error:
-            print(str(error).strip("\n"), file=sys.stderr)
-            raise typer.Exit(1) from None
-        except OSError as error:
-            if error.filename is None:
-                raise
-            print(f"trainc: {error.filename}: {error.strerror}", file=sys.stderr)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+        except FAILURES as error:
+            raise typer.Exit(exit_code(error)) from None
 
 
 def _load(verb: str) -> Any:
