@@ -74,11 +74,11 @@ SMALL = {"small": Size(layers=1, width=16, heads=2, context=8, samples=4)}
 class Ours:
     """A trainc program that measures the layers of a selector, as a graph or module by module."""
 
-    def __init__(self, size: Size, on: str | None, road: Literal["graph", "module"]) -> None:
+    def __init__(self, size: Size, on: str | None, executor: Literal["graph", "module"]) -> None:
         clause = f"noise_scale gns on {on}" if on else ""
         text = SPEC % (size.samples, size.context, clause)
-        self.program = trainc.compile(text, model(size), executor=road)
-        self.road: Literal["graph", "module"] = road
+        self.program = trainc.compile(text, model(size), executor=executor)
+        self.executor: Literal["graph", "module"] = executor
 
     def step(self, batch: Batch) -> float:
         """Train on a batch and return the loss."""
@@ -86,7 +86,7 @@ class Ours:
 
     def squares(self, batch: Batch) -> Squares:
         """Return what a backward pass measures; nothing is changed."""
-        return self.program.execution.trial(batch, self.road)[2]
+        return self.program.execution.trial(batch, self.executor)[2]
 
 
 def model(size: Size) -> nn.Module:
@@ -221,12 +221,12 @@ def _against_opacus(times: dict[str, tuple[list[Times], list[Times]]]) -> Json:
     """Return how many times longer a step with Opacus' ghost norms takes, and what it adds to a plain step."""
     theirs, plain = times["Opacus ghost norms, Linear"]
     told: Json = {}
-    for road in ("graph", "modules"):
-        ours = times[f"trainc, Linear, {road}"][0]
+    for executor in ("graph", "modules"):
+        ours = times[f"trainc, Linear, {executor}"][0]
         extra = [
             median(a.cpu - p.cpu for a, p in zip(t, plain, strict=True)) for t in (theirs, ours)
         ]
-        told[road] = {
+        told[executor] = {
             "whole step": compared(theirs, ours)["cpu"],
             "seconds added to a plain step": [round(one, 5) for one in extra],
         }

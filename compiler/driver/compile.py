@@ -1,4 +1,4 @@
-"""Compile: text, file or Spec to a Program, or to a Plan alone. The public functions of the package live here."""
+"""Compile a spec onto a model: to a Program that trains, or to a Plan alone."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ def compile(
 ) -> Program:
     """Return the program of a spec on a model, ready to train.
 
-    `spec` is a path, a text or a Spec; `model` the module to bind, in place. Without one the spec's `model` clause
-    builds it under the run's seed. `overrides` sets `let` values, `without` turns graph passes off by name,
-    `executor` is `graph`, `module`, or `auto`: the graph wherever the forward pass is rewritten.
+    `spec` is a path, a text or a Spec; `model` the module to bind, in place. Without a model the spec's `model` clause
+    builds one, with the seed of its `run`. `overrides` sets `let` values, `without` turns graph passes off by name,
+    `executor` is `graph`, `module`, or `auto`: the graph where the spec changes or measures the forward pass.
 
-    Raises SpecError with every mistake found, each with its place in the text.
+    Raises SpecError with every mistake found, each with its place in the text, and ValueError for a pass in `without`
+    that does not exist.
     """
     from trainc.compiler.passes.pipeline import check_names
 
@@ -62,7 +63,7 @@ def plan(
     *,
     overrides: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Return the plan of a spec: on `model`, or on the meta device, without weights and without touching data.
+    """Return the plan of a spec on `model`, or on the spec's own model without weights; no data is read.
 
     Raises SpecError with every mistake found.
     """
@@ -78,13 +79,13 @@ def plan(
         else:
             model = on_meta(model)
         binding = bind(checked, build_inventory(model), facts(checked))
-        return make_plan(binding, _assemble(binding, model, _first_signals(binding), to_run=False))
+        return make_plan(binding, _lower(binding, model, _first_signals(binding), to_run=False))
 
 
 def resolve_spec(
     spec: str | Path | Spec, overrides: Mapping[str, str] | None = None
 ) -> tuple[Spec, Path | None]:
-    """Return the checked Spec and the file it came from, if any; raises SpecError."""
+    """Return the checked Spec and the file it came from, None for a text or a Spec; raises SpecError."""
     from trainc.dsl.resolve.spec import Spec
 
     if isinstance(spec, Spec):
@@ -97,33 +98,33 @@ def resolve_spec(
 
 
 def _first_signals(binding: Binding) -> Signals:
-    """Return what is known before anything is measured."""
+    """Return the signals that are known before the first step."""
     data: Any = binding.one("data")
     return Signals(batch=float(data.construct.start_size) if data else math.nan, step=0.0)
 
 
-def _assemble(
+def _lower(
     binding: Binding, model: nn.Module, signals: Signals, *, to_run: bool = True
 ) -> LoweredMethod:
     units = signal_units(binding.clauses)
-    setting = LoweringContext(
+    context = LoweringContext(
         model, binding.inventory, binding.units, binding.length, signals, units
     )
-    parts = assemble(binding.clauses, setting, to_run=to_run)
-    parts.actions += when_rules(binding.spec.rules, setting, _signals(binding))
-    return parts
+    method = assemble(binding.clauses, context, to_run=to_run)
+    method.actions += when_rules(binding.spec.rules, context, _signal_names(binding))
+    return method
 
 
-def _signals(binding: Binding) -> set[str]:
+def _signal_names(binding: Binding) -> set[str]:
     """Return the names of everything the program measures."""
-    named = {"loss", "lr"}
+    names = {"loss", "lr"}
     for clause in binding.clauses:
         if clause.construct.signals:
-            named |= {
+            names |= {
                 clause.label,
                 *(f"{clause.label}.{signal}" for signal in clause.construct.signals),
             }
-    return named
+    return names
 
 
 def build_program(
@@ -132,24 +133,24 @@ def build_program(
     without: frozenset[str] = frozenset(),
     executor: Executor = "auto",
 ) -> Program:
-    """Lower a binding onto a model; raises SpecError when loss or optimizer is missing."""
+    """Return the program of a binding on its model; raises SpecError where the spec has no loss or no optimizer."""
     from trainc.compiler.bind.run_settings import run_settings
     from trainc.compiler.program.program import Program
 
     signals = _first_signals(binding)
-    parts = _assemble(binding, model, signals)
-    if parts.loss is None:
+    method = _lower(binding, model, signals)
+    if method.loss is None:
         raise missing_clause("the spec has no loss", "write `loss cross_entropy` or `loss mse`")
-    if not parts.optimizers:
+    if not method.optimizers:
         raise missing_clause("the spec has no optimizer", "write `optimizer adamw { lr = 3e-4 }`")
     data: Any = binding.one("data")
     batch = data.construct.start_size if data else 0
     micro = data.construct.micro_size if data else 0
     epoch = binding.units.samples_per_epoch
     return Program(
-        make_plan(binding, parts),
+        make_plan(binding, method),
         model,
-        parts,
+        method,
         run_settings(binding),
         binding.length,
         signals,

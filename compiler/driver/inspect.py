@@ -1,4 +1,4 @@
-"""Look inside: a program captured on one real batch, and what a single pass did to its graph."""
+"""Capture a program on a batch of its data, and show what a single pass changed in its graph."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def first_batch(spec: str | Path, overrides: Mapping[str, str] | None, size: int
     return inputs, targets
 
 
-def captured(
+def capture_program(
     spec: str | Path, overrides: Mapping[str, str] | None, without: Iterable[str]
 ) -> Program:
-    """Return a program whose graph was captured on a micro-batch of its data; raises SpecError when that fails."""
+    """Return a program with the graph of one micro-batch of its data; raises SpecError where none can be captured."""
     from trainc.compiler.errors import SiteMissing, SiteUnfit
     from trainc.compiler.program.capture import CaptureFailed
 
@@ -46,13 +46,13 @@ def captured(
 
 
 def pass_diff(spec: str | Path, name: str, overrides: Mapping[str, str] | None) -> str:
-    """Return what the pass `name` changed in the graph, as a unified diff."""
+    """Return what the pass `name` changed in the graph, as a unified diff; raises SpecError for an unknown pass."""
     from trainc.compiler.passes.pipeline import check_names
 
     try:
         check_names(frozenset([name]))
     except ValueError as error:
         raise SpecError([Diagnostic("wrong-argument", str(error))]) from error
-    program = captured(spec, overrides, ())
+    program = capture_program(spec, overrides, ())
     report = next(report for report in program.graph.reports if report.name == name)
-    return report.diff or f"{name} changes nothing here: no clause asked for it"
+    return report.diff or f"the pass `{name}` changes nothing: no clause of the spec needs it"

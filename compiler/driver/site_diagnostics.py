@@ -1,4 +1,4 @@
-"""What a layer refuses once the model runs, told at the clause that asks it of the layer."""
+"""Turn a SiteError raised at run time into a diagnostic on the clause that requested the site."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ if TYPE_CHECKING:
     from trainc.dsl.resolve.spec import Spec
 
 
-_ASKING = ("noise_scale", "regularize")
-"""The kinds whose clauses want something of layers, which of them first."""
+_KINDS = ("noise_scale", "regularize")
+"""The kinds of clauses that request sites, the likeliest first."""
 
 
-def of_site(error: SiteError, spec: Spec) -> Diagnostic:
-    """Return what a layer could not do as a diagnostic on the first clause that asks something of layers."""
-    asking = [c for kind in _ASKING for c in spec.clauses if c.kind == kind and c.span is not None]
-    labels = tuple(Label(c.span) for c in asking[:1] if c.span is not None)
-    return Diagnostic(error.rule, str(error), labels)
+def site_diagnostic(error: SiteError, spec: Spec) -> Diagnostic:
+    """Return the diagnostic of a SiteError, on the first clause of the spec that may have requested the site."""
+    spans = [c.span for kind in _KINDS for c in spec.clauses if c.kind == kind and c.span]
+    return Diagnostic(error.rule, str(error), tuple(Label(span) for span in spans[:1]))

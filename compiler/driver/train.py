@@ -1,4 +1,4 @@
-"""Train: what `trainc run` does, from a file to a summary."""
+"""Train the model of a spec on its data, as `trainc run` does: from a file to a summary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trainc.compiler.driver.compile import compile, resolve_spec
 from trainc.compiler.driver.resume import cannot_resume, check_resume
-from trainc.compiler.driver.site_diagnostics import of_site
+from trainc.compiler.driver.site_diagnostics import site_diagnostic
 from trainc.compiler.errors import SiteError
 from trainc.compiler.model.factories import build_data, missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
@@ -47,9 +47,10 @@ def train(
     quiet: bool = False,
     executor: Executor = "auto",
 ) -> Summary:
-    """Train the spec's model on its data and return how it went.
+    """Train the spec's model on its data and return a summary of the run.
 
-    Raises SpecError for a wrong spec, and for a resume under a changed one unless `accept`.
+    `out` is the folder of the run; `resume` continues the run in it. Raises SpecError for a wrong spec, and for a
+    resume with a changed spec unless `accept`.
     """
     checked, path = resolve_spec(spec, overrides)
     run = checked.one("run")
@@ -83,7 +84,7 @@ def train(
             load_compatible=accept,
         )
     except SiteError as error:
-        raise SpecError([of_site(error, checked)]) from error
+        raise SpecError([site_diagnostic(error, checked)]) from error
     except IncompatibleState as error:
         raise cannot_resume(out, error) from error
 
@@ -95,14 +96,17 @@ def _texts(program: Program, spec: Spec, path: Path | None) -> dict[str, str]:
 
 
 def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
-    """Load weights from a run's newest checkpoint or a .safetensors file; raises SpecError when they do not fit."""
+    """Load weights from the newest checkpoint of a run's folder or from a .safetensors file.
+
+    Raises SpecError where there are none or they do not fit the model.
+    """
     from safetensors.torch import load_file
 
     try:
         if source.is_dir():
             found = checkpoint.latest(source / "checkpoints")
             if found.path is None:
-                raise ValueError("it holds no intact checkpoint")
+                raise ValueError("the folder has no intact checkpoint")
             weights = checkpoint.load(found.path)["program"]["model"]
         else:
             weights = load_file(str(source))
@@ -110,5 +114,5 @@ def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         span = run.part_span("start")
         labels = (Label(span),) if span else ()
-        message = f"{source} gives no weights for this model: {error}"
+        message = f"the weights in {source} cannot be loaded into this model: {error}"
         raise SpecError([Diagnostic("model-failed", message, labels)]) from error

@@ -1,20 +1,21 @@
-"""Verify: the compiled model against the original, on real input."""
+"""Compare the compiled model with the original on real input, as `trainc verify` does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from trainc.compiler.driver.compile import compile, resolve_spec
 from trainc.compiler.driver.inspect import first_batch
-from trainc.compiler.driver.site_diagnostics import of_site
+from trainc.compiler.driver.site_diagnostics import site_diagnostic
 from trainc.compiler.errors import SiteError, SiteMissing, SiteUnfit
 from trainc.compiler.model.import_path import searching
+from trainc.compiler.model.undisturbed import keep_buffers
 from trainc.compiler.program.capture import CaptureFailed
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
@@ -24,13 +25,12 @@ if TYPE_CHECKING:
     from trainc.compiler.program.program import Program
     from trainc.runtime.data.batch import Batch
 
-Road = Literal["graph", "module"]
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One thing compared: the largest error, relative to the largest magnitude of what it should be."""
+    """One comparison: the largest error, relative to the largest magnitude of the expected values."""
 
     title: str
     what: str
@@ -39,6 +39,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
+        """Whether the error is within what rounding allows."""
         return self.error <= self.allowed
 
 
@@ -51,7 +52,8 @@ def verify(
 ) -> list[Comparison]:
     """Compare the program of a spec with its model on the first micro-batch of its data.
 
-    The model is put in train mode with dropout off, since two runs of a random model differ by themselves.
+    Dropout is turned off, since two runs of a random model differ by themselves. Raises SpecError for a wrong spec,
+    and where the model cannot be captured or measured.
     """
     checked, path = resolve_spec(spec, overrides)
     with searching(path):
@@ -60,66 +62,66 @@ def verify(
         program.module.double()
     batch = first_batch(spec, overrides, program.micro_size)
     if double:
-        batch = (_doubled(batch[0]), _doubled(batch[1]))
+        batch = batches.map_tensors(_double, batch)
     try:
         return compare(program, batch)
     except SiteError as error:
-        raise SpecError([of_site(error, checked)]) from error
+        raise SpecError([site_diagnostic(error, checked)]) from error
     except (CaptureFailed, SiteMissing, SiteUnfit) as error:
         raise SpecError([Diagnostic("capture-failed", str(error))]) from error
 
 
 def compare(program: Program, batch: Batch) -> list[Comparison]:
-    """Compare a program with its own model on one batch; gradients and the clock are left as they were."""
+    """Compare a program with its own model on one batch; no gradient is accumulated and the clock does not advance."""
     _silence_dropout(program.module)
     dtype = next(p.dtype for p in program.module.parameters())
     allowed = ALLOWED.get(dtype, 3e-2)
     rewrite = program.execution.method.rewrite
-    road: Road = "graph"
+    executor: Literal["graph", "module"] = "graph"
     if rewrite.modules_only is not None or any(site.tied is not None for site in rewrite.layers):
-        road = "module"
+        executor = "module"
     rows: list[Comparison] = []
     if not rewrite.ghosts:  # BatchNorm over groups is another model
-        rows += _against_original(program, batch, allowed, road)
-    if road == "graph":
+        rows += _against_original(program, batch, allowed, executor)
+    if executor == "graph":
         rows += _against_modules(program, batch, allowed)
     if rewrite.example_units is None:  # documents and groups have no backward pass of their own
-        rows += _against_examples(program, batch, allowed, road)
+        rows += _against_examples(program, batch, allowed, executor)
     return rows
 
 
 def _against_original(
-    program: Program, batch: Batch, allowed: float, road: Road
+    program: Program, batch: Batch, allowed: float, executor: Literal["graph", "module"]
 ) -> Iterator[Comparison]:
-    """Everything at strength zero is the model as it was."""
+    """With every strength at zero the program computes what the original model does."""
     inputs, targets = batch
-    with program.sites.inactive(), _buffers_kept(program):
+    with program.sites.inactive(), keep_buffers(program.module):
         loss = program.loss_fn(batches.call(program.module, inputs), targets)
         want = _gradients(program, loss)
-    with _buffers_kept(program):
-        got_loss, got, _ = program.execution.trial(batch, road, strength=0.0)
-    title = f"{road} at strength zero, original"
+    with keep_buffers(program.module):
+        got_loss, got, _ = program.execution.trial(batch, executor, strength=0.0)
+    title = f"{executor} at strength zero, original"
     yield Comparison(title, "loss", _error(got_loss, loss.detach()), allowed)
     yield Comparison(title, "gradients", _worst(got, want), allowed)
 
 
 def _against_modules(program: Program, batch: Batch, allowed: float) -> Iterator[Comparison]:
-    with _buffers_kept(program):
+    with keep_buffers(program.module):
         want_loss, want, _ = program.execution.trial(batch, "module")
-    with _buffers_kept(program):
+    with keep_buffers(program.module):
         got_loss, got, _ = program.execution.trial(batch, "graph")
     yield Comparison("graph, bound modules", "loss", _error(got_loss, want_loss), allowed)
     yield Comparison("graph, bound modules", "gradients", _worst(got, want), allowed)
 
 
 def _against_examples(
-    program: Program, batch: Batch, allowed: float, road: Road
+    program: Program, batch: Batch, allowed: float, executor: Literal["graph", "module"]
 ) -> Iterator[Comparison]:
-    """The measured squared norms are those of one backward pass per example."""
-    _, _, squares = program.execution.trial(batch, road)
+    """The measured squared norms are those of one backward pass for each example."""
+    _, _, squares = program.execution.trial(batch, executor)
     if not squares:
         return
-    with _buffers_kept(program):
+    with keep_buffers(program.module):
         want = program.execution.contributions(batch)
     yield Comparison(
         "per-example norms, one pass per example",
@@ -135,21 +137,6 @@ def _gradients(program: Program, loss: Tensor) -> dict[str, Tensor | None]:
     return dict(zip(named, found, strict=True))
 
 
-class _buffers_kept:
-    """Restore buffers (running means) after a trial."""
-
-    def __init__(self, program: Program) -> None:
-        self.module = program.module
-
-    def __enter__(self) -> None:
-        self.saved = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(self.saved[name])
-
-
 def _silence_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout | torch.nn.AlphaDropout):
@@ -162,7 +149,7 @@ def _error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
 
 
 FLOOR = 1e-6
-"""A tensor that is smaller than this part of the largest one is rounding, and compared on the scale of that part."""
+"""Errors are relative to at least this fraction of the largest tensor: a tensor smaller than that is rounding."""
 
 
 def _worst(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None]) -> float:
@@ -178,11 +165,5 @@ def _worst(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None]) 
     return worst
 
 
-def _doubled(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {k: _doubled(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_doubled(v) for v in value)
-    return value
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

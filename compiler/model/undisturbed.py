@@ -16,16 +16,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Sharded models keep their hooks, since these gather the weights.
     """
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
     hooks = [] if sharded else [_take_hooks(module) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices):
+        with keep_buffers(model), torch.random.fork_rng(devices):
             yield
     finally:
         for restore in hooks:
             restore()
+
+
+@contextmanager
+def keep_buffers(model: nn.Module) -> Iterator[None]:
+    """Give buffers, such as running means, their values back afterwards."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])

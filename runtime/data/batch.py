@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,14 +46,17 @@ def logits(output: Any) -> Tensor:
 
 def repeated(inputs: Any, views: int) -> Any:
     """Return the inputs with every example `views` times, view after view along the first axis."""
-    if views == 1:
-        return inputs
+    return inputs if views == 1 else map_tensors(lambda t: torch.cat([t] * views), inputs)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """Return inputs (tensors, and dicts, tuples or lists of them) with every tensor changed."""
     if isinstance(inputs, torch.Tensor):
-        return torch.cat([inputs] * views)
+        return change(inputs)
     if isinstance(inputs, Mapping):
-        return {name: repeated(value, views) for name, value in inputs.items()}
+        return {name: map_tensors(change, value) for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(repeated(value, views) for value in inputs)
+        return tuple(map_tensors(change, value) for value in inputs)
     return inputs
 
 
@@ -73,17 +77,8 @@ def split(batch: Batch, size: int) -> list[Batch]:
     count = targets.shape[0]
     if size <= 0 or size >= count:
         return [batch]
-    return [(_rows(inputs, i, i + size), targets[i : i + size]) for i in range(0, count, size)]
-
-
-def _rows(inputs: Any, start: int, stop: int) -> Any:
-    if isinstance(inputs, torch.Tensor):
-        return inputs[start:stop]
-    if isinstance(inputs, Mapping):
-        return {name: _rows(value, start, stop) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(_rows(value, start, stop) for value in inputs)
-    return inputs
+    rows = [slice(i, i + size) for i in range(0, count, size)]
+    return [(map_tensors(itemgetter(own), inputs), targets[own]) for own in rows]
 
 
 def tokens(targets: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The verbs that look at a program: plan, compile, verify and report, as a person types them."""
+"""The commands that show a program: plan, compile, verify and report, as a user types them."""
 
 import json
 import sys
@@ -89,12 +89,12 @@ def test_compile_writes_a_program_that_loads(
     assert program.graph.installed
 
 
-def test_compile_without_a_pass_says_what_it_left(
+def test_compile_without_a_pass_says_what_it_did_not_change(
     spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("compile", spec, "-o", tmp_path / "saved", "--without", "instrument_norms")
     assert call(monkeypatch, *words) == 0
-    assert "left as it was: blocks.0.ln1" in capsys.readouterr().out
+    assert "not changed: blocks.0.ln1" in capsys.readouterr().out
     assert call(monkeypatch, *words[:-1], "nonsense") == 1
     assert "there is no pass `nonsense`" in capsys.readouterr().err
 
@@ -108,7 +108,7 @@ def test_verify_compares_three_ways(
     assert "DIFFERS" not in out
 
 
-def test_report_tells_and_draws(
+def test_report_prints_and_draws(
     spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")

@@ -1,4 +1,4 @@
-"""`trainc compile`: save the program a spec compiles to."""
+"""`trainc compile`: save the program that a spec compiles to."""
 
 import sys
 from pathlib import Path
@@ -21,14 +21,14 @@ def register(app: typer.Typer) -> None:
         set_: Overrides = None,
         without: Without = None,
     ) -> None:
-        """Save the program a spec compiles to: plan and graph as JSON, weights as safetensors.
+        """Save the program that a spec compiles to: plan and graph as JSON, weights as safetensors.
 
-        `trainc.load(FOLDER, model)` binds it to a model again, without the spec and without running any code of it.
+        `trainc.load(FOLDER, model)` binds it to a model again, without the spec; no code from the folder is run.
         """
-        from trainc.compiler.driver.inspect import captured
+        from trainc.compiler.driver.inspect import capture_program
         from trainc.dsl.text.render import render_text
 
-        program = captured(spec, overrides(set_), without or ())
+        program = capture_program(spec, overrides(set_), without or ())
         if program.plan.warnings:
             print(render_text(program.plan.warnings).strip("\n"), file=sys.stderr)
         program.save(output)
@@ -38,6 +38,6 @@ def register(app: typer.Typer) -> None:
             sites = (
                 f"{len(report.sites)} sites, {report.nodes_before} -> {report.nodes_after} nodes"
             )
-            print(f"  {report.name}: {sites if report.ran else 'nothing asked for it'}")
+            print(f"  {report.name}: {sites if report.ran else 'not needed by any clause'}")
             for site in report.unserved:
-                print(f"    left as it was: {site}")
+                print(f"    not changed: {site}")

@@ -1,4 +1,4 @@
-"""`trainc tune`: launch choices measured on the GPU at hand."""
+"""`trainc tune`: measure which launch settings of the norm kernels are fastest on this GPU."""
 
 import sys
 from typing import Annotated
@@ -13,13 +13,18 @@ def register(app: typer.Typer) -> None:
     def tune(
         width: Annotated[
             list[int] | None,
-            typer.Option("--width", help="A width of the model's norms; may be repeated.", min=1),
+            typer.Option(
+                "--width",
+                help="A width (normalized size) of the model's norms; may be repeated.",
+                min=1,
+            ),
         ] = None,
-        dry: Annotated[bool, typer.Option("--dry", help="Measure and keep nothing.")] = False,
+        dry: Annotated[bool, typer.Option("--dry", help="Measure, but save nothing.")] = False,
     ) -> None:
-        """Measure how the norm kernels run best on this GPU and keep what beats the built-in table.
+        """Measure which launch settings of the norm kernels are fastest on this GPU, and save them.
 
-        Takes some minutes. Later runs on this kind of GPU use what was found; deleting the file it names undoes that.
+        Takes some minutes. Only settings faster than the built-in table are saved; later runs on this kind of GPU use
+        them. Delete the file that the command names to undo this.
         """
         import torch
 
@@ -27,7 +32,7 @@ def register(app: typer.Typer) -> None:
         from trainc.kernels.norm import tiles, tuned_tiles
 
         if not torch.cuda.is_available():
-            print("trainc: there is no CUDA device here, so nothing to tune", file=sys.stderr)
+            print("trainc tune: this machine has no CUDA device", file=sys.stderr)
             raise typer.Exit(1)
         from trainc.kernels.norm.tune import WIDTHS, seconds
         from trainc.kernels.norm.tune import tune as measured
@@ -35,7 +40,7 @@ def register(app: typer.Typer) -> None:
         name = torch.cuda.get_device_name()
         columns = sorted({power_of_2(one) for one in width}) if width else WIDTHS
         if columns[-1] > tiles.HELD:
-            raise typer.BadParameter(f"at most {tiles.HELD}", param_hint="--width")
+            raise typer.BadParameter(f"a width is at most {tiles.HELD}", param_hint="--width")
         found = {}
         for one in measured(seconds, columns):
             gain = 1 - one.seconds / one.before
@@ -43,4 +48,4 @@ def register(app: typer.Typer) -> None:
             if gain > 0:
                 found[one.key] = one.tile
         if found and not dry:
-            print(f"kept in {tuned_tiles.store(name, found)}")
+            print(f"saved in {tuned_tiles.store(name, found)}")

@@ -1,4 +1,4 @@
-"""`trainc verify`: the compiled model against the original, on a real batch."""
+"""`trainc verify`: compare the compiled model with the original on a real batch."""
 
 from typing import Annotated
 
@@ -17,10 +17,10 @@ def register(app: typer.Typer) -> None:
         without: Without = None,
         double: Annotated[bool, typer.Option("--double", help="Compare in float64.")] = False,
     ) -> None:
-        """Compare the rewritten model with the original on a real batch and report the largest error.
+        """Compare the compiled model with the original on a real batch and report the largest errors.
 
-        Three comparisons: the graph with every strength at zero against the untouched model; the graph against the
-        bound modules at full strength; and the measured per-example norms against one backward pass per example.
+        Up to three comparisons: the graph with every strength at zero with the original model; the graph with the
+        bound modules at full strength; the measured per-example norms with one backward pass for each example.
         """
         from rich.console import Console
         from rich.table import Table
