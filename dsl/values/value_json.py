@@ -4,108 +4,60 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainc.dsl.values.durations import UNITS, Duration, ImportPath, Range, Unit
-from trainc.dsl.values.expressions import (
-    BINARY,
-    COMPARISONS,
-    Binary,
-    Call,
-    Expr,
-    Items,
-    Name,
-    Number,
-    Quantity,
-    Unary,
-    called,
-    walk,
-)
-from trainc.dsl.values.selectors import (
-    All,
-    DepthRange,
-    Difference,
-    Expect,
-    Glob,
-    Intersection,
-    Ndim,
-    OfType,
-    Role,
-    Scoped,
-    Selector,
-    Trainable,
-    Union,
-    Where,
-)
-from trainc.dsl.values.value import Value, plain_number
-
-__all__ = [
-    "BINARY",
-    "COMPARISONS",
-    "UNITS",
-    "All",
-    "Binary",
-    "Call",
-    "DepthRange",
-    "Difference",
-    "Duration",
-    "Expect",
-    "Expr",
-    "Glob",
-    "ImportPath",
-    "Intersection",
-    "Items",
-    "Name",
-    "Ndim",
-    "Number",
-    "OfType",
-    "Quantity",
-    "Range",
-    "Role",
-    "Scoped",
-    "Selector",
-    "Trainable",
-    "Unary",
-    "Union",
-    "Unit",
-    "Value",
-    "Where",
-    "called",
-    "expr_from_json",
-    "from_json",
-    "plain_number",
-    "selector_from_json",
-    "to_json",
-    "walk",
-]
+from trainc.dsl.values.durations import UNITS as UNITS
+from trainc.dsl.values.durations import Duration as Duration
+from trainc.dsl.values.durations import ImportPath as ImportPath
+from trainc.dsl.values.durations import Range as Range
+from trainc.dsl.values.durations import Unit as Unit
+from trainc.dsl.values.expressions import BINARY as BINARY
+from trainc.dsl.values.expressions import COMPARISONS as COMPARISONS
+from trainc.dsl.values.expressions import Binary as Binary
+from trainc.dsl.values.expressions import Call as Call
+from trainc.dsl.values.expressions import Expr as Expr
+from trainc.dsl.values.expressions import Items as Items
+from trainc.dsl.values.expressions import Name as Name
+from trainc.dsl.values.expressions import Number as Number
+from trainc.dsl.values.expressions import Quantity as Quantity
+from trainc.dsl.values.expressions import Unary as Unary
+from trainc.dsl.values.expressions import called as called
+from trainc.dsl.values.expressions import walk as walk
+from trainc.dsl.values.selectors import All as All
+from trainc.dsl.values.selectors import DepthRange as DepthRange
+from trainc.dsl.values.selectors import Difference as Difference
+from trainc.dsl.values.selectors import Expect as Expect
+from trainc.dsl.values.selectors import Glob as Glob
+from trainc.dsl.values.selectors import Intersection as Intersection
+from trainc.dsl.values.selectors import Ndim as Ndim
+from trainc.dsl.values.selectors import OfType as OfType
+from trainc.dsl.values.selectors import Role as Role
+from trainc.dsl.values.selectors import Scoped as Scoped
+from trainc.dsl.values.selectors import Selector as Selector
+from trainc.dsl.values.selectors import Trainable as Trainable
+from trainc.dsl.values.selectors import Union as Union
+from trainc.dsl.values.selectors import Where as Where
+from trainc.dsl.values.value import Value as Value
+from trainc.dsl.values.value import plain_number as plain_number
 
 Json = Any
 
-_PLAIN = {All: "all", Trainable: "trainable"}
-_PAIRS = {Union: "union", Intersection: "intersection", Difference: "difference"}
-_PAIR_OF = {tag: kind for kind, tag in _PAIRS.items()}
+_PAIRS = {"union": Union, "intersection": Intersection, "difference": Difference}
+# Values written as their tag and their fields, in order.
+_TAGS: dict[type, str] = {
+    Duration: "dur", Range: "range", Number: "num", Name: "name", Glob: "glob", OfType: "type",
+    Ndim: "ndim", Role: "role", DepthRange: "depth", All: "all", Trainable: "trainable",
+    Where: "where", Expect: "expect", Scoped: "on", **{kind: tag for tag, kind in _PAIRS.items()},
+}  # fmt: skip
 
 
 def to_json(value: Any) -> Json:
     """Return a value as nested lists, strings and numbers; plain Python values stay as they are."""
     match value:
-        case Duration(amount, unit):
-            return ["dur", amount, unit]
         case Quantity(duration):
             return to_json(duration)
-        case Range(low, high):
-            return ["range", low, high]
         case ImportPath(module, attribute):
             return ["path", f"{module}:{attribute}"]
-        case Number(number):
-            return ["num", number]
-        case Name(name):
-            return ["name", name]
         case Call(function, args, kwargs):
-            return [
-                "call",
-                function,
-                [to_json(x) for x in args],
-                {k: to_json(x) for k, x in kwargs},
-            ]
+            return ["call", function, to_json(args), {key: to_json(x) for key, x in kwargs}]
         case Items(items):
             return ["list", *map(to_json, items)]
         case Unary(op, x):
@@ -114,30 +66,12 @@ def to_json(value: Any) -> Json:
             return ["is", to_json(left), state]
         case Binary(op, left, right):
             return [op, to_json(left), to_json(right)]
-        case Glob(text):
-            return ["glob", text]
-        case OfType(names):
-            return ["type", list(names)]
-        case Ndim(n):
-            return ["ndim", n]
-        case Role(name):
-            return ["role", name]
-        case DepthRange(low, high):
-            return ["depth", low, high]
-        case All() | Trainable():
-            return [_PLAIN[type(value)]]
-        case Where(selector, condition):
-            return ["where", to_json(selector), to_json(condition)]
-        case Union(left, right) | Intersection(left, right) | Difference(left, right):
-            return [_PAIRS[type(value)], to_json(left), to_json(right)]
-        case Expect(selector, count):
-            return ["expect", to_json(selector), count]
-        case Scoped(number, on):
-            return ["on", number, None if on is None else to_json(on)]
+        case Value():
+            fields: tuple[str, ...] = value.__match_args__
+            return [_TAGS[type(value)], *(to_json(getattr(value, name)) for name in fields)]
         case list() | tuple():
             return [to_json(item) for item in value]
-        case _:
-            return value
+    return value
 
 
 def expr_from_json(data: Json) -> Expr:
@@ -161,11 +95,7 @@ def selector_from_json(data: Json) -> Selector:
 def from_json(data: Json) -> Any:
     """Return the value that `to_json` wrote; a bare `dur` is a Duration, not a Quantity."""
     match data:
-        case [
-            "dur",
-            amount,
-            ("steps" | "samples" | "tokens" | "epochs" | "seconds" | "run") as unit,
-        ]:
+        case ["dur", amount, unit] if unit in UNITS:
             return Duration(amount, unit)
         case ["range", low, high]:
             return Range(low, high)
@@ -203,8 +133,8 @@ def from_json(data: Json) -> Any:
             return Trainable()
         case ["where", selector, condition]:
             return Where(selector_from_json(selector), expr_from_json(condition))
-        case [("union" | "intersection" | "difference") as tag, left, right]:
-            return _PAIR_OF[tag](selector_from_json(left), selector_from_json(right))
+        case [str(tag), left, right] if tag in _PAIRS:
+            return _PAIRS[tag](selector_from_json(left), selector_from_json(right))
         case ["expect", selector, int(count)]:
             return Expect(selector_from_json(selector), count)
         case ["on", number, on]:
