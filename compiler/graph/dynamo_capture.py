@@ -1,7 +1,7 @@
 """The second capture front end, for models that torch.export refuses: torch.compile's own.
 
 Everything that depends on the internals of torch.compile is in this file. Its graph is brought to
-ATen and to the form that torch.export gives, so that the same passes and the same differentiation
+ATen and to the layout that torch.export gives, so that the same passes and the same differentiation
 follow.
 """
 

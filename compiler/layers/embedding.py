@@ -1,4 +1,4 @@
-"""Embeddings: of tokens, of positions that all examples share, and of words whose weight is the output head's too."""
+"""Embeddings: of tokens, of positions that all examples share, and with a weight that is the output head's too."""
 
 from __future__ import annotations
 
@@ -67,5 +67,11 @@ def match(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> LayerMatch |
 
 
 EMBEDDING = LayerKind(
-    "embedding", "nn.Embedding", recognise, BoundEmbedding, {aten.embedding.default: 0}, match
+    "embedding",
+    "nn.Embedding",
+    recognise,
+    BoundEmbedding,
+    {aten.embedding.default: 0},
+    match,
+    joins_views=True,
 )

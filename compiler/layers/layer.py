@@ -31,7 +31,8 @@ class LayerKind:
 
     `recognise(name, module)` returns the site of a module of this kind, None for another module, and raises
     NotMeasurable for one of this kind that cannot be measured. `weight_at` maps the ATen operators that such a layer is
-    captured as to the place of the weight among their arguments; `match` reads such a call.
+    captured as to the place of the weight among their arguments; `match` reads such a call. `joins_views` says that its
+    operator takes the views of an example as one more axis.
     """
 
     layer_type: str
@@ -40,6 +41,7 @@ class LayerKind:
     bound_class: type[BoundLayer]
     weight_at: Mapping[Any, int]
     match: Callable[[ForwardGraph, LayerSite, fx.Node], LayerMatch | None]
+    joins_views: bool = False
 
 
 def own_names(name: str, module: nn.Module) -> dict[str, str]:

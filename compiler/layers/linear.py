@@ -1,4 +1,4 @@
-"""Linear layers, the output head of a tied embedding included, and transformers' Conv1D, which is one."""
+"""Linear layers, also as the output head of a tied embedding, and transformers' Conv1D, which is one."""
 
 from __future__ import annotations
 
@@ -117,4 +117,5 @@ LINEAR = LayerKind(
     BoundLinear,
     {aten.linear.default: 1, aten.addmm.default: 2},
     match,
+    joins_views=True,
 )

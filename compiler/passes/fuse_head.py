@@ -1,4 +1,4 @@
-"""Take the loss of two views through the head, so that a large vocabulary's logits are never held."""
+"""Fuse a linear head with the loss of two views, so that the logits of a large vocabulary are never held."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from trainc.compiler.passes.pass_base import LOSS, Pass
 from trainc.kernels.loss.linear_cross_entropy_consistency import chunk_rows
 
 aten = torch.ops.aten
-SWAPS = {aten.transpose.int, aten.permute.default}
+_SWAPS = {aten.transpose.int, aten.permute.default}
 
-# Backward makes the logits again: 4 products of the head's size for 3. That buys memory, so it is
-# done where logits are what fills it: a vocabulary, several times wider than what it is read from,
-# and so many rows that all logits and their gradient would take 8 times a chunk or more.
+# Backward computes the logits again: 4 products of the head's size instead of 3, for less memory.
+# It is done where logits are what fills the memory: a vocabulary of CLASSES or more, TIMES_WIDTH
+# times the head's input width, and CHUNKS chunks of rows or more, so that all logits and their
+# gradient would take 2 * CHUNKS times the memory of one chunk.
 CLASSES = 8192
 TIMES_WIDTH = 4
 CHUNKS = 4
 
 
-def large(classes: int, width: int) -> bool:
-    """Say whether a head of this shape is one whose logits are better not held."""
+def is_vocabulary(classes: int, width: int) -> bool:
+    """Say whether a head of this shape gives the logits of a large vocabulary."""
     return classes >= CLASSES and classes >= TIMES_WIDTH * width
 
 
@@ -42,7 +43,7 @@ class FuseHead(Pass):
     exact: ClassVar[bool] = False
 
     def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
-        """Return the loss where the views are paired: it is looked at, and fused if that pays."""
+        """Return the loss where the views are paired: it is fused if that pays."""
         return (LOSS,) if rewrite.pairing else ()
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
@@ -53,9 +54,9 @@ class FuseHead(Pass):
         return [LOSS]
 
     def fuse(self, forward: ForwardGraph, loss: fx.Node) -> None:
-        """Put the operator in place of one loss, unless its logits must or may as well be made.
+        """Replace one loss and its head, unless something else reads the logits or it does not pay.
 
-        The result `logits` stays for the passes; no step reads it, and what nothing reads is
+        The output `logits` stays for the passes; no step reads it, and what nothing reads is
         removed when the graph is differentiated.
         """
         logits, *rest = loss.args
@@ -77,7 +78,7 @@ class FuseHead(Pass):
         for user in list(loss.users):
             user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
         forward.notes.append(
-            f"`{call_site(logits) or 'the model'}` and the loss are one operator: logits not held"
+            f"`{call_site(logits) or 'the model'}` and the loss are one operator: the logits are not held in memory"
         )
 
     def _pays(self, x: Tensor, head: Tensor, bias: fx.Node | None) -> bool:
@@ -85,7 +86,7 @@ class FuseHead(Pass):
         fits = x.dtype == head.dtype and (bias is None or bias.meta["val"].dim() == 1)
         rows = x.numel() // max(width, 1) // 2
         many = rows >= CHUNKS * chunk_rows(width, classes, x.device.type)
-        return fits and (self.always or (large(classes, width) and many))
+        return fits and (self.always or (is_vocabulary(classes, width) and many))
 
 
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
@@ -107,10 +108,10 @@ def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
 
 
 def _untransposed(weight: fx.Node) -> fx.Node | None:
-    """Return the matrix whose transpose this is."""
+    """Return the matrix that a node is the transpose of; None where it is not a transpose."""
     source = weight.args[0] if weight.args else None
     plain = weight.target is aten.t.default or (
-        weight.target in SWAPS and weight.meta["val"].dim() == 2 and not _keeps(weight)
+        weight.target in _SWAPS and weight.meta["val"].dim() == 2 and not _keeps(weight)
     )
     return source if plain and isinstance(source, fx.Node) else None
 

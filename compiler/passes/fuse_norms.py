@@ -1,4 +1,4 @@
-"""Fuse normalization layers into one operator, which can then measure what passes through it."""
+"""Fuse normalization layers into one operator each, which can then measure per-example norms."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from trainc.kernels.norm.rms_norm import default_eps
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Where a norm operator's arguments stand; the input comes first, a residual second."""
+class ArgumentPlaces:
+    """The places of a norm operator's arguments; the input is the first, a residual the second."""
 
     shape: int
     weight: int
     probe: int
 
 
-PLACES: dict[Any, Places] = {
-    torch.ops.trainc.layer_norm.default: Places(1, 2, 4),
-    torch.ops.trainc.rms_norm.default: Places(1, 2, 3),
-    torch.ops.trainc.add_layer_norm.default: Places(2, 3, 5),
-    torch.ops.trainc.add_rms_norm.default: Places(2, 3, 4),
+PLACES: dict[Any, ArgumentPlaces] = {
+    torch.ops.trainc.layer_norm.default: ArgumentPlaces(1, 2, 4),
+    torch.ops.trainc.rms_norm.default: ArgumentPlaces(1, 2, 3),
+    torch.ops.trainc.add_layer_norm.default: ArgumentPlaces(2, 3, 5),
+    torch.ops.trainc.add_rms_norm.default: ArgumentPlaces(2, 3, 4),
 }
 
 
@@ -65,7 +65,7 @@ class FuseNorms(Pass):
         return list(found)
 
     def fuse(self, forward: ForwardGraph, site: NormSite, call: NormCall, x: fx.Node) -> fx.Node:
-        """Put the operator in place of one norm of `x`, which may be a norm fused before."""
+        """Replace one norm of `x`, which may be the result of a norm fused before."""
         casting = call.casting or site.casting
         with forward.graph.inserting_before(call.result):
             shape = list(call.shape)

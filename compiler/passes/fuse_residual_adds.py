@@ -16,7 +16,7 @@ from trainc.compiler.passes.pass_base import Pass
 from trainc.kernels.norm import add_layer_norm as _add_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm import add_rms_norm as _add_rms_norm  # noqa: F401  (registers the operator)
 
-SUMS = {torch.ops.aten.add.Tensor, operator.add, torch.add}
+_SUMS = {torch.ops.aten.add.Tensor, operator.add, torch.add}
 WITH_SUM: dict[Any, Any] = {
     torch.ops.trainc.layer_norm.default: torch.ops.trainc.add_layer_norm.default,
     torch.ops.trainc.rms_norm.default: torch.ops.trainc.add_rms_norm.default,
@@ -25,22 +25,22 @@ WITH_SUM: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class FuseResidualAdds(Pass):
-    """Replaces a sum and the fused norm of it by one operator; `always` on any device.
+    """Replaces a sum and the fused norm of it by one operator; with `always`, on any device.
 
-    On CUDA that spares a reading of the sum forward, and of its gradient backward. On a CPU the
-    operator makes the two calls it replaces, so there the graph stays as it is; loss and gradients
-    keep every bit either way. Two views of an example are joined before a norm, so their sums stay.
+    On CUDA this saves reading the sum in forward, and its gradient in backward. On a CPU the
+    operator makes the two calls that it replaces, so there the graph stays as it is. Loss and
+    gradients keep every bit either way. Two views of an example are joined before a norm, so their sums stay.
     """
 
     always: bool = False
 
     name: ClassVar[str] = "fuse_residual_adds"
-    purpose: ClassVar[str] = "make the residual sum and the norm of it in one operator"
+    purpose: ClassVar[str] = "compute each residual sum and the norm of it in one operator"
     after: ClassVar[tuple[str, ...]] = ("fuse_norms",)
     before: ClassVar[tuple[str, ...]] = ("instrument_norms",)
 
     def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
-        """Return the norm sites: each is looked at, and fused with a sum if there is one."""
+        """Return the norm sites: each is fused with the sum before it, if there is one."""
         return tuple(site.module for site in rewrite.norms)
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
@@ -51,11 +51,11 @@ class FuseResidualAdds(Pass):
             if norm is not None and forward.views == 1:
                 count += self.fuse(forward, norm)
         if count:
-            forward.notes.append(f"{count} residual sums are made by the norms that read them")
+            forward.notes.append(f"{count} residual sums are computed by the norms that read them")
         return list(self.wants(rewrite))
 
     def fuse(self, forward: ForwardGraph, norm: fx.Node) -> bool:
-        """Put the operator where the sum is made, for others may read that before the norm stands."""
+        """Put the operator where the sum is: other nodes may read the sum before the norm."""
         total = norm.args[0]
         if not isinstance(total, fx.Node) or not self._fits(total, norm):
             return False
@@ -72,19 +72,19 @@ class FuseResidualAdds(Pass):
 
     def _fits(self, total: fx.Node, norm: fx.Node) -> bool:
         summands = [a.meta["val"] for a in total.args if isinstance(a, fx.Node)]
-        if total.target not in SUMS or total.kwargs or len(summands) != 2:
+        if total.target not in _SUMS or total.kwargs or len(summands) != 2:
             return False
         shapes = {tuple(one.shape) for one in (*summands, total.meta["val"])}
         floating = all(one.is_floating_point() for one in summands)
-        there = self.always or total.meta["val"].device.type == "cuda"
-        return there and floating and len(shapes) == 1 and _in_order(total, norm)
+        wanted = self.always or total.meta["val"].device.type == "cuda"
+        return wanted and floating and len(shapes) == 1 and _in_order(total, norm)
 
 
 def _in_order(total: fx.Node, norm: fx.Node) -> bool:
     """Say whether the norm can be moved to its sum, and gradients still add up in the same order.
 
-    Autograd adds what reached the sum from its last reader to its first, and the operator adds what
-    came through the norm last of all: so the norm must be the first reader.
+    Autograd adds the gradients of the sum's readers from the last reader to the first, and the
+    operator adds the norm's gradient last. So the norm must be the first reader.
     """
     given = [a for a in norm.args[1:] if isinstance(a, fx.Node)]
     return min(total.users) is norm and all(a < total for a in given)

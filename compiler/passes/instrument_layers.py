@@ -24,8 +24,6 @@ from trainc.compiler.passes.site_checks import (
 )
 
 aten = torch.ops.aten
-_JOINED = ("linear", "embedding")
-"""Kinds that take an example's views as one more axis behind the examples."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,15 @@ class InstrumentLayers(Pass):
             if site.tied is not None:
                 raise SiteUnfit(
                     site.module,
-                    "weights that embedding and head share are measured module by module",
+                    f"it shares its weight with `{site.tied}`, and shared weights need bound modules",
                 )
-            found = layer_kinds()[site.layer_type].match(forward, site, node)
-            if found is None:
-                raise SiteUnfit(site.module, f"its call of `{node.target}` has an unknown form")
-            self.serve(forward, site, node, found, sizes.get(site.module))
+            match = layer_kinds()[site.layer_type].match(forward, site, node)
+            if match is None:
+                raise SiteUnfit(
+                    site.module,
+                    f"it was captured as a call of `{node.target}` that this pass cannot read",
+                )
+            self.serve(forward, site, node, match, sizes.get(site.module))
         return [name for name, node in calls.items() if node is not None]
 
     def serve(
@@ -65,28 +66,31 @@ class InstrumentLayers(Pass):
         forward: ForwardGraph,
         site: LayerSite,
         node: fx.Node,
-        found: LayerMatch,
+        match: LayerMatch,
         size_with_one_more: int | None,
     ) -> None:
         """Put the operator in place of one call."""
-        value = found.x.meta["val"]
+        value = match.x.meta["val"]
         size = value.shape[0]
         shared = _is_shared(site, value.dim(), size, size_with_one_more, forward)
         if not shared and not starts_with_examples(forward, size, size_with_one_more):
             raise not_example_axis(forward, site.module, f"input {list(value.shape)}")
         joined = forward.views > 1
-        if joined and site.layer_type not in _JOINED:
-            raise SiteUnfit(site.module, "two views of an example cannot be joined at this layer")
+        if joined and not layer_kinds()[site.layer_type].joins_views:
+            raise SiteUnfit(
+                site.module,
+                "a layer of this kind cannot join the two views of an example. Exclude it from `on`",
+            )
         like = node.meta["val"]
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         zeros = torch.zeros(forward.examples, len(site.parameters), dtype=dtype, device=like.device)
         probe = forward.probe(site.module, zeros)
         with forward.graph.inserting_before(node):
-            x = _expanded(forward, found.x, node) if shared else found.x
+            x = _expanded(forward, match.x, node) if shared else match.x
             lead = [forward.rows, *x.meta["val"].shape[1:]]
             if joined:
                 x = join_views(forward, x, node)
-            result = found.insert(x, probe)
+            result = match.insert(x, probe)
             if joined:
                 lead = lead[:-1] if site.layer_type == "linear" else lead
                 result = separate_views(forward, result, lead, node)

@@ -110,7 +110,7 @@ def _written_out_call(node: fx.Node) -> NormCall | None:
 
 
 def _normalised(centred: Any, variance: Any) -> tuple[Literal["layer", "rms"], fx.Node] | None:
-    """Return the form and the input, given the numerator and the variance of a written-out norm."""
+    """Return the type of norm and the input, given the numerator and the variance of a written-out norm."""
     if not isinstance(centred, fx.Node) or not isinstance(variance, fx.Node):
         return None
     origin = minus_mean(centred)
@@ -136,7 +136,7 @@ def _normalised(centred: Any, variance: Any) -> tuple[Literal["layer", "rms"], f
 def _around(
     layer_type: Literal["layer", "rms"], x: fx.Node, eps: float, product: fx.Node
 ) -> NormCall:
-    """Take in the weight, the bias and the casts that follow the normalised value."""
+    """Return the norm with the weight, the bias and the casts that follow the normalised value."""
     shape = (value_of(x).shape[-1],)
     result, rounded = _through_casts(product)
     weight = bias = None

@@ -1,4 +1,4 @@
-"""Models nobody here wrote: statistics arrive on every one, by both roads, and are those of one pass per example."""
+"""Models from other libraries: graph, bound modules and one pass per example give the same statistics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -113,7 +113,7 @@ def test_graph_modules_and_single_examples_agree(build: Callable[[], Built]) -> 
 
 
 @pytest.mark.parametrize("build", ALL)
-def test_noise_and_two_views_agree_on_both_roads(build: Callable[[], Built]) -> None:
+def test_noise_and_two_views_agree_between_graph_and_modules(build: Callable[[], Built]) -> None:
     torch.manual_seed(0)
     model, batch, loss = build()
     model.double().train()
@@ -153,7 +153,7 @@ def test_all_layers_are_measured_tied_heads_too(build: Callable[[], Built]) -> N
 
 
 class Unexportable(nn.Module):
-    """Decides by a value in the middle of its forward pass, which no graph can hold."""
+    """Decides by a value in the middle of its forward pass, which cannot be captured."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class Unexportable(nn.Module):
         return out * 2 if float(out.detach().sum()) > 1e9 else out
 
 
-def test_what_no_graph_can_hold_runs_by_its_modules_and_says_so() -> None:
+def test_a_model_that_cannot_be_captured_runs_by_its_modules_and_says_so() -> None:
     torch.manual_seed(0)
     model = Unexportable()
     spec = "loss cross_entropy optimizer sgd { lr = 0.1 } noise_scale gns on type(LayerNorm) { smooth = 5 steps }"

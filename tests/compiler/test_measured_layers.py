@@ -1,4 +1,4 @@
-"""Per-example gradient norms of every kind of layer, on both roads, against one backward pass per example."""
+"""Per-example gradient norms of every kind of layer, in graphs and in bound modules, against one pass per example."""
 
 import copy
 from collections.abc import Callable
@@ -151,7 +151,7 @@ def test_any_division_into_micro_batches_gives_the_same_figures(
         assert split.signals[figure] == pytest.approx(whole.signals[figure], rel=1e-6)
 
 
-def test_a_tied_weight_is_captured_by_neither_road_but_trains() -> None:
+def test_a_tied_weight_is_measured_by_modules_where_a_graph_cannot() -> None:
     model, x, y = made("tied words")
     program = trainc.compile(ALL, model)
     program.step((x, y))
@@ -170,7 +170,7 @@ def test_brute_force_and_calibration_know_shared_positions_from_the_start() -> N
     assert program.signals["gns.noise"] > 0
 
 
-def test_positions_as_many_as_examples_are_still_told_apart() -> None:
+def test_positions_as_many_as_examples_are_not_taken_for_examples() -> None:
     model, x, y = made("words, flat positions")
     x, y = x.repeat(2, 1)[:6], y.repeat(2, 1)[:6]  # six examples of six tokens
     expected = brute(model, x, y)
@@ -218,8 +218,8 @@ class Sum:
 
 def test_a_summed_loss_is_an_error() -> None:
     program = trainc.compile(ALL, nn.Sequential(nn.Linear(4, 3)))
-    task: Loss = Sum()
-    program.execution.loss_fn = task
+    loss: Loss = Sum()
+    program.execution.loss_fn = loss
     with pytest.raises(SiteError, match="not a sum"):
         program.step((torch.randn(5, 4), torch.randint(3, (5,))))
 

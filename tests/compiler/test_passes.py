@@ -704,7 +704,7 @@ def test_every_pass_says_what_it_is_for() -> None:
 
 
 class Headed(nn.Module):
-    """A layer and a head, whose product is spelled in one of several ways."""
+    """A layer and a head, whose product is written in one of several ways."""
 
     def __init__(self, how: str, classes: int = 11) -> None:
         super().__init__()

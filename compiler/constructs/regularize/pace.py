@@ -111,10 +111,10 @@ class Pace(Construct):
                 hooks.callback(module.register_forward_hook(_multiply(z)).remove)
             logits = model(torch.cat([inputs, inputs]))
         one, two = logits.chunk(2)
-        task = cross_entropy(one.flatten(0, -2), targets.flatten())
+        data_loss = cross_entropy(one.flatten(0, -2), targets.flatten())
         consistency = self.apart(one, two)
-        loss = task + weight * consistency
-        return {"loss": loss, "task": task, "consistency": consistency, "logits": logits}
+        loss = data_loss + weight * consistency
+        return {"loss": loss, "data_loss": data_loss, "consistency": consistency, "logits": logits}
 
     def apart(self, one: Tensor, two: Tensor) -> Tensor:
         """Return the distance of two views' logits (..., C), 0-d, by definition."""

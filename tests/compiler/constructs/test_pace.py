@@ -149,7 +149,7 @@ def test_a_whole_step_with_adapters_is_the_published_one() -> None:
     }
     x, y, rule = tensor(row["X"]), tensor(row["Y"]), pace(sigma=1.2, weight=row["lambda"])
     out = rule.reference(model, x, y, factors, row["lambda"])
-    assert float(out["task"].detach()) == pytest.approx(row["cls_loss"], rel=1e-6)
+    assert float(out["data_loss"].detach()) == pytest.approx(row["cls_loss"], rel=1e-6)
     assert float(out["consistency"].detach()) == pytest.approx(row["pace_loss"], rel=1e-5)
     assert float(out["loss"].detach()) == pytest.approx(row["total_loss"], rel=1e-6)
     torch.testing.assert_close(out["logits"][:4], tensor(row["logits1"]))
@@ -259,7 +259,7 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     found = cross_entropy_consistency(logits, y, weight, "mse")
     with sites.inactive():
         expected = rule.reference(model, x, y, factors, 0.5)
-    for ours, part in zip(found, ("loss", "task", "consistency"), strict=True):
+    for ours, part in zip(found, ("loss", "data_loss", "consistency"), strict=True):
         torch.testing.assert_close(ours, expected[part], rtol=1e-10, atol=0)
 
 
