@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from trainc.dsl.reading.constants import (
     Unreadable,
@@ -24,28 +23,18 @@ from trainc.dsl.values.functions import FUNCTIONS, Function
 _LOGIC = ("and", "or")
 
 
-class Names(Protocol):
-    """What decides which names an expression may use."""
+class Names:
+    """Which names an expression may use: here all of them, since a whole spec is checked later."""
 
     def check(self, name: ast.Ident) -> None:
         """Report a name that is not defined."""
 
     def help_for_function(self, function: str) -> str | None:
         """Return where a function that only one field allows may be called; None for any other function."""
-
-
-class AnyName:
-    """Allows every name; a whole spec is checked later."""
-
-    def check(self, name: ast.Ident) -> None:
-        """Accept the name."""
-
-    def help_for_function(self, function: str) -> str | None:
-        """Return None: no construct is known."""
         return None
 
 
-ANY_NAME = AnyName()
+ANY_NAME = Names()
 
 
 def expression(node: Node, names: Names = ANY_NAME) -> v.Expr:

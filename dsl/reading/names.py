@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from trainc.dsl.reading.construct import Catalog, Construct
+from trainc.dsl.reading.expressions import Names
 from trainc.dsl.reading.fields import field_type
 from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
@@ -14,7 +15,7 @@ from trainc.dsl.text.vocabulary import BUILT_IN, PLACES
 from trainc.dsl.values.functions import FUNCTIONS, example_call
 
 
-class Scope:
+class Scope(Names):
     """The names a spec defines: labels of clauses, and the signals behind them."""
 
     def __init__(
@@ -32,7 +33,6 @@ class Scope:
         self.used: set[str] = set()
 
     def check(self, name: ast.Ident) -> None:
-        """Report a name that is not defined."""
         problem = self.problem(name.id, name.span)
         if problem:
             self.found.append(problem)
@@ -64,7 +64,6 @@ class Scope:
         return None
 
     def help_for_function(self, function: str) -> str | None:
-        """Return where a function that only one field allows may be called; None for any other function."""
         for cls in self.catalog.values():
             for field, info in cls.model_fields.items():
                 own = field_type(info)

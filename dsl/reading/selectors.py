@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainc.dsl.reading.constants import Unreadable, describe, number, number_range
-from trainc.dsl.reading.expressions import AnyName, condition
+from trainc.dsl.reading.expressions import Names, condition
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
@@ -17,7 +17,7 @@ _PAIRS: dict[str, type[v.Union] | type[v.Intersection] | type[v.Difference]] = {
 }
 
 
-class _WhereNames(AnyName):
+class _WhereNames(Names):
     """The names of a `where` condition."""
 
     def check(self, name: ast.Ident) -> None:
