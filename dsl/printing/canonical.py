@@ -1,8 +1,6 @@
-"""Trees to canonical text, without comments; dsl/printing/formatter.py puts those back."""
+"""Statements to canonical text, without comments; dsl/printing/formatter.py puts those back."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
@@ -101,21 +99,11 @@ def format_action(action: ast.Action) -> str:
     return f"{action.target.id}{' =' if action.assigns else ''} {format_node(action.value)}"
 
 
-def braced(head: str, items: list[str], split: bool = False) -> str:
+def braced(head: str, items: list[str]) -> str:
     """Return a head with items in braces."""
     if not items:
         return f"{head} {{}}"
     line = f"{head} {{ {', '.join(items)} }}"
-    if len(line) <= WIDTH and not split:
+    if len(line) <= WIDTH:
         return line
     return f"{head} {{\n{''.join(f'{_INDENT}{item},{chr(10)}' for item in items)}}}"
-
-
-def format_tree(tree: ast.Tree) -> str:
-    """Return the canonical text of a file that has no comments."""
-    return "".join(_lines(tree))
-
-
-def _lines(tree: ast.Tree) -> Iterator[str]:
-    for statement in tree.statements:
-        yield f"{format_statement(statement)}\n"
