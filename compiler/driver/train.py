@@ -106,7 +106,9 @@ def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
         if source.is_dir():
             found = checkpoint.latest(source / "checkpoints")
             if found.path is None:
-                raise ValueError("the folder has no intact checkpoint")
+                raise ValueError(
+                    found.damage[0] if found.damage else "the folder has no checkpoint"
+                )
             weights = checkpoint.load(found.path)["program"]["model"]
         else:
             weights = load_file(str(source))

@@ -64,12 +64,12 @@ def check_preconditions(model: nn.Module, sites: Sites, batch: Batch, loss_fn: L
     if not counted:
         return False
     examples = _FewExamples(model, sites, inputs, [targets.shape[0]], counted)
-    few = targets[torch.tensor(examples.rows[: _SIZES[1]], device=targets.device)]
+    own_targets = targets[torch.tensor(examples.rows[: _SIZES[1]], device=targets.device)]
     with sites.inactive(), undisturbed(model), torch.enable_grad():
         size = min(_SIZES[0], len(targets))  # never more activations than a step holds
         run_checking_uses(lambda: batches.logits(examples.run(size)), examples.measured)
     with sites.inactive(), undisturbed(model), as_written(), torch.no_grad():
-        _check_loss(loss_fn, batches.logits(examples.run(_SIZES[1])), few)
+        _check_loss(loss_fn, batches.logits(examples.run(_SIZES[1])), own_targets)
     return True
 
 

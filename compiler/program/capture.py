@@ -1,7 +1,7 @@
-"""Capture: a model, a loss and one batch become a step graph, through the forward passes.
+"""Capture a model, a loss and one batch as a step graph, and run the graph passes on it.
 
-The model is exported to ATen, rewritten by the pipeline, and only then differentiated: a fused
-operator brings its own backward, so no pass has to find and repair backward nodes.
+The model is exported to ATen, rewritten by the passes, and only then differentiated: a fused
+operator has its own backward, so no pass has to find and repair backward nodes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ FRONT_ENDS: Mapping[str, CaptureFrontEnd] = {
 
 
 class CaptureFailed(RuntimeError):
-    """The model could not be captured as one graph; the message says what stopped it."""
+    """The model cannot be captured as one graph; the message says why."""
 
 
 def signature(model: nn.Module, batch: Batch) -> Hashable:
-    """Return what a captured graph is valid for.
+    """Return a key that is equal for batches and models that one captured graph serves.
 
-    That is: the batch's shapes, dtypes and devices, autocast, the mode, and what is trained.
+    It holds the batch's shapes, dtypes and devices, autocast, the model's mode, and which parameters are trained.
     """
     structure, entries = flatten_inputs(batch[0])
     tensors = [*entries, ("targets", batch[1])]
@@ -66,12 +66,13 @@ def capture(
     passes: Sequence[Pass] = PIPELINE,
     front_end: CaptureFrontEnd | None = None,
 ) -> StepGraph:
-    """Capture one training step for batches like `batch`.
+    """Return the graph of one training step for batches like `batch`.
 
     A penalty is called with one mapping that holds the parameters and `scalars` by name; a number
     that changes over time must come from there, since what a penalty closes over is fixed in the
     graph. `scalars` may hold tensors of any shape; `loss_weight` multiplies loss and penalties.
-    Without `front_end` each of FRONT_ENDS is tried in turn. Raises CaptureFailed where none serves.
+    Without `front_end` each of FRONT_ENDS is tried in turn. Raises CaptureFailed where none
+    can capture the model.
     """
     started = time.perf_counter()
     check_names(without, passes)
@@ -94,9 +95,7 @@ def capture(
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CaptureFailed(
-            f"the model could not be differentiated as a graph: {reason}"
-        ) from error
+        raise CaptureFailed(f"the captured model cannot be differentiated: {reason}") from error
     structure, entries = flatten_inputs(batch[0])
     names = input_names(batch)
     ports = tuple(Port.of(n, key, t) for n, (key, t) in zip(names, entries, strict=True))
@@ -111,16 +110,16 @@ def capture(
 def _first_capture(
     make: Callable[..., ForwardGraph], batch: Batch, front_ends: Mapping[str, CaptureFrontEnd]
 ) -> tuple[ForwardGraph, CaptureFrontEnd]:
-    """Return the forward graph by the first front end that can capture it; the others are noted."""
+    """Return the forward graph of the first front end that can capture the model; notes name those before it."""
     refused: list[str] = []
     causes: list[Exception] = []
     for name, front_end in front_ends.items():
         try:
             forward = make(batch=batch, front_end=front_end)
         except Exception as error:
-            refused.append(f"{name} could not capture the model: {type(error).__name__}: {error}")
+            refused.append(f"{name} cannot capture the model: {type(error).__name__}: {error}")
             causes.append(error)
         else:
-            forward.notes += [f"{text.splitlines()[0]}; captured by {name}" for text in refused]
+            forward.notes += [f"{text.splitlines()[0]}; {name} captured it" for text in refused]
             return forward, front_end
     raise CaptureFailed("\n".join(refused)) from causes[0]

@@ -81,14 +81,14 @@ def _group_of_mesh(name: str, parameter: Any) -> Any:
 
 
 def refuse_shards(
-    wanted: str, names: Iterable[str], parameters: Mapping[str, Tensor], instead: str
+    quantity: str, names: Iterable[str], parameters: Mapping[str, Tensor], instead: str
 ) -> None:
     """Raise SiteError where FSDP2 shards a parameter whose gradient on this process alone is needed."""
     shard = next((name for name in names if is_sharded(parameters[name])), None)
     if shard is not None:
         raise SiteError(
             f"`{shard}` is sharded over processes (FSDP2), so its gradient is averaged inside the backward pass and"
-            f" {wanted} cannot be measured: {instead}"
+            f" {quantity} cannot be measured: {instead}"
         )
 
 

@@ -102,7 +102,7 @@ class Execution:
         return total, result
 
     def _examine(self, batch: Batch) -> None:
-        """Check, once, that per-example statistics of this model and loss mean what they say."""
+        """Check once that per-example statistics can be measured on this model and loss."""
         if not self._examined and self.module.training:
             self._examined = check_preconditions(self.module, self.sites, batch, self.loss_fn)
 
@@ -187,7 +187,7 @@ class Execution:
         parameter = self.parameters[name]
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
-    # trials: what `verify` compares
+    # what `verify` compares
 
     def trial(
         self, batch: Batch, executor: Literal["graph", "module"], strength: float | None = None
@@ -226,12 +226,12 @@ class Execution:
 
     def calibrate(self, batch: Batch, examples: int) -> Calibrated:
         """Measure every trainable parameter on the first `examples` of each replica's micro-batch; no state changes."""
-        few = batches.split(batch, examples)[0]
+        first = batches.split(batch, examples)[0]
         names = [name for name, p in self.parameters.items() if p.requires_grad]
         instead = "remove `calibrate`, or measure `on all` in every step"
         refuse_shards("an example's own", names, self.parameters, instead)
         with undisturbed(self.module):
-            return self._one_by_one(few, names, self.replicas)
+            return self._one_by_one(first, names, self.replicas)
 
     def _one_by_one(
         self, batch: Batch, names: Sequence[str], replicas: Replicas | None = None
@@ -264,7 +264,7 @@ class Execution:
         return result
 
     def _scalars(self, where: MicroBatchSlice, device: torch.device) -> dict[str, Tensor]:
-        """Return this micro-batch's numbers; none where a plain run needs none."""
+        """Return this micro-batch's numbers by name; without rewrite, penalties and accumulation there are none."""
         if self._plain and where.loss_weight == 1.0:
             return {}
         scalars = scheduled_scalars(self.method, where, self.clock, self._dtype(), device)

@@ -59,6 +59,8 @@ def test_plan_as_json_has_the_hash_of_its_content(
     assert call(monkeypatch, "plan", spec, "--format", "json") == 0
     data = json.loads(capsys.readouterr().out)
     assert Plan.from_json(data).hash == data["hash"]
+    with pytest.raises(ValueError, match=r"another version of trainc \(format 0"):
+        Plan.from_json(data | {"format": 0})
     data["settings"]["micro_batch"] = 99
     with pytest.raises(ValueError, match="changed by hand"):
         Plan.from_json(data)
