@@ -1,0 +1,108 @@
+"""A linear head and the loss of two views become one operator where that pays."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.compiler.passes.step_cases import noisy, paced, step_of
+from trainc.compiler.graph.step_graph import StepGraph
+from trainc.compiler.passes.add_noise import AddNoise
+from trainc.compiler.passes.fuse_head import FuseHead
+from trainc.compiler.passes.pair_views import PairViews
+from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
+
+
+class Headed(nn.Module):
+    """A layer and a head, whose product is written in one of several ways."""
+
+    def __init__(self, how: str, classes: int = 11) -> None:
+        super().__init__()
+        self.how = how
+        self.body = nn.Linear(6, 5)
+        self.head = nn.Linear(5, classes, bias=how != "unbiased")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, weight = torch.tanh(self.body(x)), self.head.weight
+        if self.how in ("mm", "swapped", "gram"):
+            h = h.flatten(0, -2)
+        if self.how == "mm":
+            return torch.mm(h, weight.t())
+        if self.how == "swapped":
+            return torch.addmm(self.head.bias, h, weight.transpose(0, -1))
+        if self.how == "gram":
+            return torch.mm(h, weight[:5].t().contiguous())
+        logits: Tensor = self.head(h)
+        return logits * 2 if self.how == "scaled" else logits
+
+
+def head_calls(step: StepGraph) -> list[str]:
+    names = ("linear_cross_entropy_consistency", "cross_entropy_consistency")
+    return [
+        n for n in names if any(f"trainc.{n}.default" in str(c.target) for c in step.graph.nodes)
+    ]
+
+
+@pytest.mark.parametrize("distance", ["mse", "kl"])
+@pytest.mark.parametrize("how", ["linear", "unbiased", "mm", "swapped", "gram"])
+def test_the_loss_through_the_head_is_the_loss_of_its_logits(how: str, distance: str) -> None:
+    model = Headed(how).double().train()
+    x, targets = torch.randn(4, 6).double(), torch.tensor([3, -100, 1, 4])
+    rewrite, scalars = paced(model, distance)
+    rewrite.noises = rewrite.noises[:1]  # noise on the logits would have to be added to them
+    passes = (AddNoise(), PairViews(), FuseHead(always=True))
+    step = step_of(model, (x, targets), rewrite, scalars=scalars, passes=passes)
+    assert head_calls(step) == ["linear_cross_entropy_consistency"]
+    assert any("one operator" in note for note in step.notes)
+    kept = step_of(model, (x, targets), rewrite, scalars=scalars)
+    assert head_calls(kept) == ["cross_entropy_consistency"]
+    got, want = (one.run((x, targets), scalars) for one in (step, kept))
+    hooks = noisy(model, rewrite, scalars)
+    loss, *_ = cross_entropy_consistency(
+        model(torch.cat([x, x])), targets, scalars["weight:consistency"], distance
+    )
+    for handle in hooks:
+        handle.remove()
+    exact = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(got.loss, loss.detach(), rtol=1e-10, atol=0)
+    for one in ("data_loss", "consistency"):
+        torch.testing.assert_close(getattr(got, one), getattr(want, one), rtol=1e-10, atol=0)
+    for grad, expected in zip(got.grads.values(), exact, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["noisy", "scaled"])
+def test_a_head_whose_logits_are_read_is_left_alone(how: str) -> None:
+    model = Headed(how).double().train()
+    batch = (torch.randn(4, 6).double(), torch.tensor([3, -100, 1, 4]))
+    rewrite, scalars = paced(model)
+    passes = (AddNoise(), PairViews(), FuseHead(always=True))
+    step = step_of(model, batch, rewrite, scalars=scalars, passes=passes)
+    assert head_calls(step) == ["cross_entropy_consistency"]
+
+
+def test_only_large_heads_and_batches_are_fused_and_no_logits_are_made() -> None:
+    model = Headed("linear", 8192).double().train()
+    rewrite, scalars = paced(model)
+    rewrite.noises = []
+    for examples, want in (
+        (8, "cross_entropy_consistency"),
+        (260, "linear_cross_entropy_consistency"),
+    ):
+        batch = (torch.randn(examples, 6).double(), torch.randint(8192, (examples,)))
+        step = step_of(model, batch, rewrite, scalars=scalars)
+        assert head_calls(step) == [want]
+        found = [n.meta.get("val") for n in step.graph.nodes]
+        held = [
+            v for v in found if isinstance(v, Tensor) and v.shape[-1:] == (8192,) and v.dim() > 1
+        ]
+        assert bool(held) == (want == "cross_entropy_consistency")
+    out = step.run(batch, scalars)
+    assert isinstance(batch[0], Tensor)
+    logits = model(torch.cat([batch[0], batch[0]]))
+    loss, *_ = cross_entropy_consistency(logits, batch[1], scalars["weight:consistency"])
+    exact = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-10, atol=0)
+    for grad, expected in zip(out.grads.values(), exact, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
+    off = step_of(model, batch, rewrite, scalars=scalars, without=frozenset(["fuse_head"]))
+    assert head_calls(off) == ["cross_entropy_consistency"]
