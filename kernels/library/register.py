@@ -20,7 +20,6 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from torch import Tensor
 
 LIBRARY = torch.library.Library("trainc", "FRAGMENT")
 
@@ -101,8 +100,3 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
 def register_autocast(operator: Any, kernel: Callable[..., Any]) -> None:
     """Call `kernel` for the operator under CUDA's autocast, which is off inside it."""
     LIBRARY.impl(operator, _dispatch.without_autocast(kernel), "AutocastCUDA")
-
-
-def in_float32(tensor: Tensor) -> Tensor:
-    """What autocast gives to an operation of its float32 list: float64 stays what it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)

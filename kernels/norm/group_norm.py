@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.library.contracts import absent, accumulation_dtype, require
+from trainc.kernels.library.contracts import absent, accumulation_dtype, check_probe, require
 from trainc.kernels.library.memory_format import layout
 from trainc.kernels.library.register import register
 
@@ -84,10 +84,12 @@ def reference(
 def _check(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None
 ) -> None:
-    require(x.is_floating_point(), lambda: f"x is a floating tensor, not {x.dtype}")
+    require(x.is_floating_point(), lambda: f"x must be a floating-point tensor, not {x.dtype}")
     require(
         x.dim() >= 2 and groups >= 1 and x.shape[1] % groups == 0,
-        lambda: f"x {tuple(x.shape)} is not (B, C, *spatial) with C a multiple of {groups} groups",
+        lambda: (
+            f"x must be (B, C, *spatial) with C a multiple of {groups} groups, not {tuple(x.shape)}"
+        ),
     )
     require(
         all(p is None or tuple(p.shape) == (x.shape[1],) for p in (weight, bias)),
@@ -96,16 +98,7 @@ def _check(
             f"not {[tuple(p.shape) for p in (weight, bias) if p is not None]}"
         ),
     )
-    if probe is None:
-        return
-    expected = accumulation_dtype(x.dtype)
-    require(
-        tuple(probe.shape) == (x.shape[0], COLUMNS) and probe.dtype == expected,
-        lambda: (
-            f"probe must be ({x.shape[0]}, {COLUMNS}) {expected}, "
-            f"not {tuple(probe.shape)} {probe.dtype}"
-        ),
-    )
+    check_probe(probe, x.shape[0], COLUMNS, x)
 
 
 def _wide(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:

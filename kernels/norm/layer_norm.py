@@ -11,22 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.library.contracts import (
-    REDUCED,
-    absent,
-    accumulation_dtype,
-    batch_sum,
-    check_norm,
-    fold,
-    lazy,
-    per_example_sums,
-    statistic_shape,
-)
-from trainc.kernels.library.register import register
+from trainc.kernels.library.contracts import REDUCED, absent, accumulation_dtype
+from trainc.kernels.norm.norm_operator import Norm, NormOperator
+from trainc.kernels.norm.rows import batch_sum, check_norm, fold, per_example_sums
 
 __all__ = ["layer_norm"]
 
-COLUMNS = 2
 _native_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -58,9 +48,9 @@ def layer_norm(
         try:
             return functional.layer_norm(x, list(normalized_shape), weight, bias, eps)
         except RuntimeError:
-            check_norm(x, normalized_shape, weight, bias, None, COLUMNS)  # says it by name
+            check(x, normalized_shape, weight, bias, None, eps)  # names what is wrong
             raise
-    y: Tensor = _forward_op(x, list(normalized_shape), weight, bias, probe, eps)[0]
+    y: Tensor = OPERATOR.forward_op(x, list(normalized_shape), weight, bias, probe, eps)[0]
     return y
 
 
@@ -96,14 +86,26 @@ def reference(
     }
 
 
-def statistic_dtype(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None
-) -> torch.dtype:
-    """ATen's dtype for statistics: on CPU x's own unless a parameter is wider; a probe widens."""
+def check(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    eps: float,
+) -> None:
+    """Reject arguments outside the contract."""
+    check_norm(x, normalized_shape, (weight, bias), probe)
+
+
+def dtypes(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor | None, eps: float
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of y and of ATen's statistics: on a CPU x's own unless a parameter is wider; a probe widens."""
     wide = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
     if x.device.type == "cpu" and x.dtype in REDUCED and probe is None and not wide:
-        return x.dtype
-    return accumulation_dtype(x.dtype)
+        return x.dtype, x.dtype
+    return x.dtype, accumulation_dtype(x.dtype)
 
 
 def _widened(
@@ -128,24 +130,11 @@ def eager_forward(
     probe: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_norm(x, normalized_shape, weight, bias, probe, COLUMNS)
+    """y, and the mean and 1 / root of every row."""
+    check_norm(x, normalized_shape, (weight, bias), probe)
     if probe is not None:
         weight, bias = _widened(x, normalized_shape, weight, bias)
     return torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-
-
-def fake_forward(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    probe: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_norm(x, normalized_shape, weight, bias, probe, COLUMNS)
-    dtype = statistic_dtype(x, weight, bias, probe)
-    mean = x.new_empty(statistic_shape(x, normalized_shape), dtype=dtype)
-    return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
 def eager_backward(
@@ -157,8 +146,13 @@ def eager_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     output_mask: Sequence[bool],
+    with_norms: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias and the (B, 2) norms; masked-out or undefined results have no elements."""
+    """dx, dweight, dbias and the (B, 2) norms; results not asked for have no elements."""
+    if not with_norms:
+        found = _native_backward(dy, x, normalized_shape, mean, rstd, weight, bias, output_mask)
+        dx, dweight, dbias = (absent(x) if part is None else part for part in found)
+        return dx, dweight, dbias, absent(rstd)
     dy, x = dy.contiguous(), x.contiguous()
     wide_weight, wide_bias = _widened(x, normalized_shape, weight, bias)
     dx = absent(x)
@@ -177,61 +171,17 @@ def eager_backward(
     )
 
 
-def fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = (
-        t.new_empty(t.shape) if t is not None and wanted else absent(x)
-        for t, wanted in zip((x, weight, bias), output_mask, strict=True)
-    )
-    return dx, dweight, dbias, rstd.new_empty((x.shape[0], COLUMNS))
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, normalized_shape, weight, bias, probe, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, rstd, weight, bias)
-    ctx.normalized_shape, ctx.probed = list(normalized_shape), probe is not None
-
-
-def _backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
-    if dy is None:
-        return (None,) * 6
-    x, mean, rstd, weight, bias = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    mask = [wants[0], weight is not None and wants[2], bias is not None and wants[3]]
-    arguments = (dy, x, ctx.normalized_shape, mean, rstd, weight, bias, mask)
-    if ctx.probed:
-        dx, dweight, dbias, norms = _backward_op(*arguments)
-    else:
-        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(*arguments)
-        norms = None
-    kept = [g if wanted else None for g, wanted in zip((dx, dweight, dbias), mask, strict=True)]
-    return kept[0], None, kept[1], kept[2], norms if wants[4] else None, None
-
-
-_forward_op = register(
+NORM = Norm(
     "layer_norm",
-    cpu=eager_forward,
-    cuda=lazy("norm.triton_norm_launch", "layer_norm_forward"),
-    fake=fake_forward,
-    setup_context=_setup_context,
-    backward=_backward,
+    parameters=("weight", "bias"),
+    statistics=("mean", "rstd"),
+    options=(),
+    check=check,
+    dtypes=dtypes,
+    # torch.autocast's own rule: float32 on CUDA; on a CPU none, where ATen takes mixed precision.
+    autocasts=lambda: True,
+    forward=eager_forward,
+    backward=eager_backward,
+    native_backward=torch.ops.aten.native_layer_norm_backward,
 )
-_backward_op = register(
-    "layer_norm_backward",
-    cpu=eager_backward,
-    cuda=lazy("norm.triton_norm_launch", "layer_norm_backward"),
-    fake=fake_backward,
-)
-# torch.autocast's own rules: float32 on CUDA, left alone on CPU where ATen takes mixed precision.
-torch.library.register_autocast("trainc::layer_norm", "cuda", torch.float32)
+OPERATOR = NormOperator(NORM)

@@ -6,24 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.library.contracts import (
-    REDUCED,
-    Folded,
-    absent,
-    accumulation_dtype,
-    as_composed,
-    batch_sum,
-    check_norm,
-    fold,
-    lazy,
-    per_example_sums,
-    statistic_shape,
-)
-from trainc.kernels.library.register import in_float32, register, register_autocast
+from trainc.kernels.library.contracts import REDUCED, absent, accumulation_dtype, as_composed
+from trainc.kernels.norm.norm_operator import Norm, NormOperator
+from trainc.kernels.norm.rows import Folded, batch_sum, check_norm, fold, per_example_sums
 
 __all__ = ["rms_norm"]
 
-COLUMNS = 1
 CASTINGS = ("none", "llama")
 OFFSET = "gemma"  # no matter of rounding: the factor is another one
 # Elements up to which dx is made by definition; docs/kernels.md has the measurement.
@@ -67,10 +55,10 @@ def rms_norm(
         try:
             return functional.rms_norm(x, list(normalized_shape), weight, eps)
         except RuntimeError:
-            check_norm(x, normalized_shape, weight, None, None, COLUMNS)  # says it by name
+            check_norm(x, normalized_shape, (weight,), None)  # names what is wrong
             raise
     eps = default_eps(x.dtype) if eps is None else eps
-    y: Tensor = _forward_op(x, list(normalized_shape), weight, probe, eps, casting)[0]
+    y: Tensor = OPERATOR.forward_op(x, list(normalized_shape), weight, probe, eps, casting)[0]
     return y
 
 
@@ -97,19 +85,23 @@ def check(
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     probe: Tensor | None,
+    eps: float,
     casting: str,
 ) -> None:
     """Reject arguments outside the contract."""
-    check_norm(x, normalized_shape, weight, None, probe, COLUMNS)
+    check_norm(x, normalized_shape, (weight,), probe)
     if casting != OFFSET and casting not in CASTINGS:
         raise RuntimeError(f"casting is one of {(*CASTINGS, OFFSET)}, not {casting!r}")
 
 
-def result_dtype(x: Tensor, weight: Tensor | None, casting: str) -> torch.dtype:
-    """The dtype of y."""
+def dtypes(
+    x: Tensor, weight: Tensor | None, probe: Tensor | None, eps: float, casting: str
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of y and of the statistic."""
+    statistic = accumulation_dtype(x.dtype)
     if casting == "llama" and weight is not None:
-        return torch.promote_types(x.dtype, weight.dtype)
-    return x.dtype
+        return torch.promote_types(x.dtype, weight.dtype), statistic
+    return x.dtype, statistic
 
 
 def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,7 +123,7 @@ def eager_forward(
     eps: float,
     casting: str,
 ) -> tuple[Tensor, Tensor]:
-    check(x, normalized_shape, weight, probe, casting)
+    check(x, normalized_shape, weight, probe, eps, casting)
     value = widened(x, accumulation_dtype(x.dtype))
     dims = list(range(-len(normalized_shape), 0))
     # Same operations in the same order as ATen's composite, so float32 results are bit-equal to it.
@@ -146,19 +138,6 @@ def eager_forward(
     if weight is not None:
         work.mul_(factor(weight, work.dtype, casting))
     return (work if work.dtype == x.dtype else work.to(x.dtype)), rstd
-
-
-def fake_forward(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    probe: Tensor | None,
-    eps: float,
-    casting: str,
-) -> tuple[Tensor, Tensor]:
-    check(x, normalized_shape, weight, probe, casting)
-    y = x.new_empty(x.shape, dtype=result_dtype(x, weight, casting))
-    return y, x.new_empty(statistic_shape(x, normalized_shape), dtype=accumulation_dtype(x.dtype))
 
 
 def eager_backward(
@@ -218,78 +197,17 @@ def _large_gradient(
     return dx.add_(level.view(rstd.shape).mul_(rstd).div_(rows[1]))
 
 
-def fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    rstd: Tensor,
-    weight: Tensor | None,
-    casting: str,
-    output_mask: Sequence[bool],
-    with_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight = (
-        t.new_empty(t.shape) if t is not None and wanted else absent(x)
-        for t, wanted in zip((x, weight), output_mask, strict=True)
-    )
-    norms = rstd.new_empty((x.shape[0], COLUMNS)) if with_norms else absent(rstd)
-    return dx, dweight, norms
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, normalized_shape, weight, probe, _, casting = inputs
-    rstd = output[1]
-    ctx.mark_non_differentiable(rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, rstd, weight)
-    ctx.normalized_shape, ctx.casting = list(normalized_shape), casting
-    ctx.probed = probe is not None
-
-
-def _backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
-    if dy is None:
-        return (None,) * 6
-    x, rstd, weight = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    mask = [wants[0], weight is not None and wants[2]]
-    with_norms = ctx.probed and wants[3]
-    dx, dweight, norms = _backward_op(
-        dy, x, ctx.normalized_shape, rstd, weight, ctx.casting, mask, with_norms
-    )
-    return (
-        dx if mask[0] else None, None, dweight if mask[1] else None,
-        norms if with_norms else None, None, None,
-    )  # fmt: skip
-
-
-def autocast(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    probe: Tensor | None,
-    eps: float,
-    casting: str,
-) -> tuple[Tensor, Tensor]:
-    """torch's rule for rms_norm on CUDA, float32; the other castings are of spelled-out modules,
-    whose operations autocast leaves alone. On a CPU it has no rule, nor have we."""
-    if casting == "none":
-        x, weight = in_float32(x), None if weight is None else in_float32(weight)
-    found: tuple[Tensor, Tensor] = _forward_op(x, normalized_shape, weight, probe, eps, casting)
-    return found
-
-
-_forward_op = register(
+NORM = Norm(
     "rms_norm",
-    cpu=eager_forward,
-    cuda=lazy("norm.triton_norm_launch", "rms_norm_forward"),
-    fake=fake_forward,
-    setup_context=_setup_context,
-    backward=_backward,
+    parameters=("weight",),
+    statistics=("rstd",),
+    options=("str casting",),
+    check=check,
+    dtypes=dtypes,
+    # torch's rule for rms_norm on CUDA, float32; the other castings are of spelled-out modules, whose operations
+    # autocast leaves alone. On a CPU it has no rule.
+    autocasts=lambda casting: casting == "none",
+    forward=eager_forward,
+    backward=eager_backward,
 )
-_backward_op = register(
-    "rms_norm_backward",
-    cpu=eager_backward,
-    cuda=lazy("norm.triton_norm_launch", "rms_norm_backward"),
-    fake=fake_backward,
-)
-register_autocast(_forward_op, autocast)
+OPERATOR = NormOperator(NORM)

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainc.kernels.library.contracts import Folded
 from trainc.kernels.library.grid import power_of_2, resident_programs
 from trainc.kernels.norm import tiles
+from trainc.kernels.norm.rows import Folded
 
 ROW_COLUMNS, ROW_WARPS = 4096, 8
 # 32 elements a thread; nothing is reduced across threads, so programs need no barrier.

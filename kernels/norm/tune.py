@@ -6,7 +6,7 @@ one tile differ. Tiles decide the order of sums, so tuned results differ in the 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -67,14 +67,13 @@ def runner(
     x, dy = (torch.randn(EXAMPLES, rows, columns, device=device).to(dtype) for _ in range(2))
     weight, bias = (torch.randn(columns, device=device).to(dtype) for _ in range(2))
     tail, shift = [columns], None if rms else bias
-    options: dict[str, Any] = {"rms": rms, "llama": False}
     if direction == "forward":
-        return lambda tile: kernels.forward(
-            x, tail, weight, shift, 1e-5, dtype, tile=tile, **options
-        )[:: 2 if rms else 1]
-    _, mean, rstd = kernels.forward(x, tail, weight, shift, 1e-5, dtype, **options)
+        return lambda tile: kernels.forward(x, tail, weight, shift, 1e-5, dtype, rms, tile=tile)[
+            :: 2 if rms else 1
+        ]
+    _, mean, rstd = kernels.forward(x, tail, weight, shift, 1e-5, dtype, rms)
     return lambda tile: kernels.backward(
-        dy, x, tail, rstd if rms else mean, rstd, weight, not rms, True, tile=tile, **options
+        dy, x, tail, rstd if rms else mean, rstd, weight, not rms, True, rms, tile=tile
     )
 
 

@@ -192,15 +192,15 @@ LOGITS, TARGETS = randn(4, 5), torch.tensor([0, 1])
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "whole numbers": (
         lambda: operators.rms_norm(torch.ones(2, 3).int(), (3,), None, zeros(2, 1)),
-        "floating tensor, not torch.int32",
+        "floating-point tensor, not torch.int32",
     ),
     "no dims": (
         lambda: operators.rms_norm(randn(2, 3), (), None, zeros(2, 1)),
-        "one dim at least",
+        "at least one dim",
     ),
     "group norm of whole numbers": (
         lambda: operators.group_norm(torch.ones(2, 4).int(), 2, probe=zeros(2, 2)),
-        "floating tensor, not torch.int32",
+        "floating-point tensor, not torch.int32",
     ),
     "a weight's shape": (
         lambda: operators.rms_norm(randn(2, 3), (3,), randn(2), zeros(2, 1)),

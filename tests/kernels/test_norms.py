@@ -11,6 +11,7 @@ from torch.nn import functional
 from trainc.kernels.library import contracts
 from trainc.kernels.norm import layer_norm as ln
 from trainc.kernels.norm import rms_norm as rms
+from trainc.kernels.norm import rows
 from trainc.kernels.norm.add_rms_norm import add_rms_norm
 
 Sizes = tuple[int, ...]
@@ -155,7 +156,7 @@ def test_odd_sizes(kind: str, rows: int, width: int) -> None:
 def test_both_regimes_give_the_same_sums(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = inputs((3, 17, 33), (33,), torch.float64)
     several = run(kind, True, parts)
-    monkeypatch.setattr(contracts, "FUSED_EXAMPLE_ELEMENTS", 0)
+    monkeypatch.setattr(rows, "FUSED_EXAMPLE_ELEMENTS", 0)
     for name, value in run(kind, True, parts).items():
         torch.testing.assert_close(value, several[name])
 
@@ -278,10 +279,10 @@ def test_the_rule_for_cudas_autocast_is_torchs(x_dtype: torch.dtype) -> None:
     """Torch's rule there is float32; ours runs on any device."""
     x, weight, *_ = (p.detach() for p in inputs((3, 5, 8), (8,), x_dtype))
     wide = x if x_dtype == torch.float64 else x.float()
-    got = rms.autocast(x, (8,), weight, None, 1e-5, "none")[0]
+    got = rms.OPERATOR.autocast(x, (8,), weight, None, 1e-5, "none")[0]
     assert torch.equal(got, functional.rms_norm(wide, (8,), weight.to(wide.dtype), 1e-5))
     for casting in ("llama", rms.OFFSET):  # spelled out by modules, whose casts autocast keeps
-        y = rms.autocast(x, (8,), weight, None, 1e-5, casting)[0]
+        y = rms.OPERATOR.autocast(x, (8,), weight, None, 1e-5, casting)[0]
         assert torch.equal(y, rms.rms_norm(x, (8,), weight, None, 1e-5, casting))
 
 
@@ -293,10 +294,10 @@ def test_cudas_autocast_reaches_our_rule(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((3, 8), (4,), None, None), "does not end in"),
+        (((3, 8), (4,), None, None), "must end in normalized_shape"),
         (((3, 8), (8,), (4,), None), "weight and bias"),
         (((3, 8), (8,), None, (3, 1)), "probe must be"),
-        (((8,), (8,), None, (8, 2)), "example dimension"),
+        (((8,), (8,), None, (8, 2)), "example dim"),
     ],
 )
 def test_wrong_shapes_are_named(arguments: tuple[Any, ...], message: str) -> None:

@@ -106,13 +106,11 @@ def both(shape: tuple[int, ...], rms: bool, **options: Any) -> tuple[Any, Any]:
     x, dy, weight, bias = (torch.randn(s) for s in (shape, shape, width, width))
     if rms:
         _, rstd = rms_norm.eager_forward(x, [width], weight, None, 1e-5, "none")
-        got = launcher.backward(
-            dy, x, [width], rstd, rstd, weight, False, True, True, False, **options
-        )
+        got = launcher.backward(dy, x, [width], rstd, rstd, weight, False, True, True, **options)
         want = rms_norm.eager_backward(dy, x, [width], rstd, weight, "none", [True, True], True)
         return (got[0], got[1], got[3]), want
     _, mean, rstd = torch.native_layer_norm(x, [width], weight, bias, 1e-5)
-    got = launcher.backward(dy, x, [width], mean, rstd, weight, True, True, False, False, **options)
+    got = launcher.backward(dy, x, [width], mean, rstd, weight, True, True, False, **options)
     return got, layer_norm.eager_backward(dy, x, [width], mean, rstd, weight, bias, [True] * 3)
 
 
@@ -153,8 +151,6 @@ def test_rows_too_wide_for_forward_are_walked_along(
     shape: tuple[int, ...], casting: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By both pairs of operators, the norm alone and of a sum, about a mean far from zero."""
-    from trainc.kernels.norm import triton_add_norm_launch as added
-    from trainc.kernels.norm import triton_norm_launch as alone
     from trainc.kernels.norm import triton_wide_norm as wide
 
     monkeypatch.setattr(tiles, "MAX_WIDTH", 16)
@@ -165,22 +161,16 @@ def test_rows_too_wide_for_forward_are_walked_along(
     x, residual = ((torch.randn(shape) + far).to(dtype) for _ in range(2))
     weight, bias = (torch.randn(shape[-1]).to(dtype) for _ in range(2))
     tail, probe = shape[-1:], torch.zeros(shape[0], 2)
-    pairs: list[tuple[Any, Any]]
-    if casting is None:
-        rest: tuple[Any, ...] = (tail, weight, bias, probe, 1e-5)
-        pairs = [
-            (alone.layer_norm_forward(x, *rest), layer_norm.eager_forward(x, *rest)),
-            (
-                added.layer_forward(x, residual, *rest),
-                add_layer_norm.eager_forward(x, residual, *rest),
-            ),
-        ]
-    else:
+    rest: tuple[Any, ...] = (tail, weight, bias, probe, 1e-5)
+    operators = (layer_norm.OPERATOR, add_layer_norm.OPERATOR)
+    if casting is not None:
         rest = (tail, weight, None, 1e-5, casting)
-        pairs = [
-            (alone.rms_norm_forward(x, *rest), rms_norm.eager_forward(x, *rest)),
-            (added.rms_forward(x, residual, *rest), add_rms_norm.eager_forward(x, residual, *rest)),
-        ]
+        operators = (rms_norm.OPERATOR, add_rms_norm.OPERATOR)
+    alone, added = operators
+    pairs: list[tuple[Any, Any]] = [
+        (alone.cuda_forward(x, *rest), alone.eager_forward(x, *rest)),
+        (added.cuda_forward(x, residual, *rest), added.eager_forward(x, residual, *rest)),
+    ]
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
     for got, want in pairs:
         for mine, theirs in zip(got, want, strict=True):

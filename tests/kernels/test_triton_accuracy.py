@@ -44,13 +44,12 @@ def no_worse(got: Any, theirs: Any, exact: Any, units: float = 4.0, factor: floa
 
 @pytest.mark.parametrize("family", NORM_FAMILIES)
 def test_layer_norm(family: str) -> None:
-    from trainc.kernels.norm import triton_norm_launch as launch
 
     x, dy = made(family, 3, 2, 40), torch.randn(3, 2, 40)
     weight, bias = torch.randn(40), torch.randn(40)
-    y, mean, rstd = launch.layer_norm_forward(x, [40], weight, bias, torch.zeros(3, 2), EPS)
+    y, mean, rstd = layer_norm.OPERATOR.cuda_forward(x, [40], weight, bias, torch.zeros(3, 2), EPS)
     mask = [True, True, True]
-    got = launch.layer_norm_backward(dy, x, [40], mean, rstd, weight, bias, mask)
+    got = layer_norm.OPERATOR.cuda_backward(dy, x, [40], mean, rstd, weight, bias, mask)
     plain = layer_norm.eager_forward(x, [40], weight, bias, torch.zeros(3, 2), EPS)
     theirs = layer_norm.eager_backward(dy, x, [40], *plain[1:], weight, bias, mask)
     wide, gain, shift, grad = (one.double() for one in (x, weight, bias, dy))
@@ -61,11 +60,10 @@ def test_layer_norm(family: str) -> None:
 
 @pytest.mark.parametrize("family", [*NORM_FAMILIES, "large"])
 def test_rms_norm(family: str) -> None:
-    from trainc.kernels.norm import triton_norm_launch as launch
 
     x, dy, weight = made(family, 3, 2, 40), torch.randn(3, 2, 40), torch.randn(40)
-    y, rstd = launch.rms_norm_forward(x, [40], weight, torch.zeros(3, 1), EPS, "none")
-    got = launch.rms_norm_backward(dy, x, [40], rstd, weight, "none", [True, True], True)
+    y, rstd = rms_norm.OPERATOR.cuda_forward(x, [40], weight, torch.zeros(3, 1), EPS, "none")
+    got = rms_norm.OPERATOR.cuda_backward(dy, x, [40], rstd, weight, "none", [True, True], True)
     plain = rms_norm.eager_forward(x, [40], weight, torch.zeros(3, 1), EPS, "none")
     theirs = rms_norm.eager_backward(dy, x, [40], plain[1], weight, "none", [True, True], True)
     wide, gain, grad = (one.double() for one in (x, weight, dy))

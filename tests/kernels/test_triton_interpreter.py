@@ -49,12 +49,12 @@ def test_layer_norm(regime: str, affine: str, dtype: torch.dtype) -> None:
     given = (weight if "weight" in affine else None, bias if "bias" in affine else None)
     probe = torch.zeros(examples, 2)
     want: Any = layer_norm.eager_forward(x, [width], *given, probe, 1e-5)
-    got = launch.forward(x, [width], *given, 1e-5, dtype, rms=False, llama=False)
+    got = launch.forward(x, [width], *given, 1e-5, dtype, rms=False)
     close(got, want, dtype)
     mask = [True, given[0] is not None, given[1] is not None]
     want = layer_norm.eager_backward(dy, x, [width], want[1], want[2], *given, mask)
     dx, dweight, dbias, norms = launch.backward(
-        dy, x, [width], *got[1:], given[0], mask[2], True, rms=False, llama=False,
+        dy, x, [width], *got[1:], given[0], mask[2], True, rms=False,
         programs=programs,
     )  # fmt: skip
     totals = (launch.finished(t, p, m, x) for t, p, m in zip(
@@ -71,16 +71,25 @@ def test_rms_norm(regime: str, casting: str, dtype: torch.dtype) -> None:
     examples, rows, width, programs = REGIMES[regime]
     torch.manual_seed(0)
     x, weight = torch.randn(examples, rows, width).to(dtype), torch.randn(width).to(dtype)
-    options = launch.roundings(casting)
     want = rms_norm.eager_forward(x, [width], weight, None, 1e-5, casting)
-    y, _, rstd = launch.forward(x, [width], weight, None, 1e-5, dtype, rms=True, **options)
+    y, _, rstd = launch.forward(x, [width], weight, None, 1e-5, dtype, rms=True, casting=casting)
     close((y, rstd), want, dtype)
     dy = torch.randn(x.shape).to(dtype)
     want_back = rms_norm.eager_backward(
         dy, x, [width], want[1], weight, casting, [True, True], True
     )
     dx, dweight, _, norms = launch.backward(
-        dy, x, [width], rstd, rstd, weight, False, True, rms=True, programs=programs, **options
+        dy,
+        x,
+        [width],
+        rstd,
+        rstd,
+        weight,
+        False,
+        True,
+        rms=True,
+        casting=casting,
+        programs=programs,
     )
     close((dx, dweight.to(dtype)), want_back[:2], dtype)
     # The interpreter truncates to bfloat16 where a device rounds, which llama's inner cast shows.
@@ -89,23 +98,22 @@ def test_rms_norm(regime: str, casting: str, dtype: torch.dtype) -> None:
 
 
 def test_operators_launch_without_optional_parts() -> None:
-    from trainc.kernels.norm import triton_norm_launch as launch
 
     x, dy, weight = torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.randn(8)
     probe = torch.zeros(3, 2)
-    forward = launch.layer_norm_forward(x, [8], weight, None, probe, 1e-5)
+    forward = layer_norm.OPERATOR.cuda_forward(x, [8], weight, None, probe, 1e-5)
     close(forward, layer_norm.eager_forward(x, [8], weight, None, probe, 1e-5), x.dtype)
     arguments: Any
     for mask in ([True, False, False], [False, True, False]):
         arguments = (dy, x, [8], *forward[1:], weight, None, mask)
         close(
-            launch.layer_norm_backward(*arguments),
+            layer_norm.OPERATOR.cuda_backward(*arguments),
             layer_norm.eager_backward(*arguments),
             x.dtype,
         )
-    plain = launch.rms_norm_forward(x, [4, 8], None, None, 1e-5, "none")
+    plain = rms_norm.OPERATOR.cuda_forward(x, [4, 8], None, None, 1e-5, "none")
     arguments = (dy, x, [4, 8], plain[1], None, "none", [True, False], False)
-    close(launch.rms_norm_backward(*arguments), rms_norm.eager_backward(*arguments), x.dtype)
+    close(rms_norm.OPERATOR.cuda_backward(*arguments), rms_norm.eager_backward(*arguments), x.dtype)
 
 
 def test_philox_words_are_bit_equal_to_tritons() -> None:
