@@ -71,11 +71,11 @@ def parts(given: Batch, sizes: Sequence[int]) -> list[Batch]:
     return list(zip(given[0].split(list(sizes)), given[1].split(list(sizes)), strict=True))
 
 
-def unequal(rank: int, apart: bool) -> list[Batch]:
-    """Return a replica's micro-batches: 3 or 4 rows, unequal token counts, and unequal in number where `apart`."""
+def unequal(rank: int, no_sync: bool) -> list[Batch]:
+    """Return a replica's micro-batches: 3 or 4 rows, unequal token counts, and unequal in number where `no_sync`."""
     if rank % 2:
         return parts(batch(rank, 4, equal=False), (3, 1))
-    return parts(batch(rank, 3, equal=False), (1, 1, 1) if apart else (1, 2))
+    return parts(batch(rank, 3, equal=False), (1, 1, 1) if no_sync else (1, 2))
 
 
 # What one process of a pair, or of all four, does.
@@ -134,8 +134,8 @@ def own_loop(wrapper: str, clause: str, no_sync: bool) -> Callable[[World], Any]
         counts = [int((y >= 0).sum()) for _, y in micros]
         rows = sum(len(y) for _, y in micros)
         for i, (micro, count) in enumerate(zip(micros, counts, strict=True)):
-            apart = no_sync and i < len(micros) - 1
-            with program.forward.no_sync() if apart else contextlib.nullcontext():
+            unsynchronised = no_sync and i < len(micros) - 1
+            with program.forward.no_sync() if unsynchronised else contextlib.nullcontext():
                 loss = program.loss(
                     micro, loss_weight=count / sum(counts), example_fraction=len(micro[1]) / rows
                 )
@@ -285,7 +285,7 @@ def process(rank: int, folder: str) -> None:
 
 
 def outcome(case: Callable[[World], Any], world: World) -> Any:
-    """Return what a case found, or what it was refused with."""
+    """Return the result of a case, or its error as text."""
     try:
         return case(world)
     except (ValueError, SiteError) as error:

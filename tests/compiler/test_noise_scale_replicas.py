@@ -58,68 +58,71 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE)
         for rank in range(PROCESSES)
     ]
-    said = [process.communicate(timeout=LIMIT + 60)[1].decode() for process in started]
-    assert not any(process.returncode for process in started), "\n".join(said)
+    results = [process.communicate(timeout=LIMIT + 60)[1].decode() for process in started]
+    assert not any(process.returncode for process in started), "\n".join(results)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
 def of_pair(found: list[dict[str, Any]], name: str) -> list[Any]:
-    """Return what the processes say that ran a case."""
-    said = [one[name] for one in found if name in one]
-    assert len(said) == (PROCESSES if name.startswith("four") else 2)
-    return said
+    """Return the results of the processes that ran a case."""
+    results = [one[name] for one in found if name in one]
+    assert len(results) == (PROCESSES if name.startswith("four") else 2)
+    return results
 
 
-class Share(NamedTuple):
-    """What an example or a group has in the averaged gradient: weights of its examples, and its part by parameter."""
+class Contribution(NamedTuple):
+    """What an example or a group contributes to the averaged gradient, with the weights of its examples."""
 
     weights: list[float]
     gradients: dict[str, Tensor]
 
 
-def joined(one: Share, other: Share) -> Share:
+def joined(one: Contribution, other: Contribution) -> Contribution:
     both = {name: gradient + other.gradients[name] for name, gradient in one.gradients.items()}
-    return Share(one.weights + other.weights, both)
+    return Contribution(one.weights + other.weights, both)
 
 
-def examples(micros: list[Batch], replicas: int) -> list[list[Share]]:
+def examples(micros: list[Batch], replicas: int) -> list[list[Contribution]]:
     """Return one replica's examples by micro-batch; its loss is a mean over its own targets."""
     model = net()
     total = sum(int((y >= 0).sum()) for _, y in micros) * replicas
     made = []
     for x, y in micros:
-        shares = []
+        contributions = []
         for b in range(len(y)):
             loss = F.cross_entropy(model(x[b]), y[b], reduction="sum") / total
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             named = dict(zip(dict(model.named_parameters()), gradients, strict=True))
-            shares.append(Share([float((y[b] >= 0).sum()) / total], named))
-        made.append(shares)
+            contributions.append(Contribution([float((y[b] >= 0).sum()) / total], named))
+        made.append(contributions)
     return made
 
 
 def estimate(
-    shares: list[Share], names: Callable[[str], bool] = lambda _: True
+    contributions: list[Contribution], names: Callable[[str], bool] = lambda _: True
 ) -> dict[str, float]:
     """Solve E s1 = q |G|^2 + q_examples tr(Sigma) and E s_big = |G|^2 + q_examples tr(Sigma)."""
     rows = torch.stack(
-        [torch.cat([g.flatten() for n, g in s.gradients.items() if names(n)]) for s in shares]
+        [
+            torch.cat([g.flatten() for n, g in s.gradients.items() if names(n)])
+            for s in contributions
+        ]
     )
     s1, s_big = float(rows.square().sum()), float(rows.sum(0).square().sum())
-    q = sum(sum(share.weights) ** 2 for share in shares)
-    singles = sum(weight**2 for share in shares for weight in share.weights)
+    q = sum(sum(contribution.weights) ** 2 for contribution in contributions)
+    singles = sum(weight**2 for contribution in contributions for weight in contribution.weights)
     signal = (s_big - s1) / (1 - q)
     return {"gns.signal": signal, "gns.noise": (s1 - q * signal) / singles}
 
 
-def by_definition(method: str, apart: bool, replicas: int) -> dict[str, float]:
+def by_definition(method: str, no_sync: bool, replicas: int) -> dict[str, float]:
     """Return the figures of `unequal` batches, one backward pass per example."""
-    each = [examples(unequal(rank, apart), replicas) for rank in range(replicas)]
+    each = [examples(unequal(rank, no_sync), replicas) for rank in range(replicas)]
     micros = [micro for own in each for micro in own]
     groups = {
-        "all": [[share] for micro in micros for share in micro],
+        "all": [[contribution] for micro in micros for contribution in micro],
         "micro": micros,
-        "replica": [[share for micro in own for share in micro] for own in each],
+        "replica": [[contribution for micro in own for contribution in micro] for own in each],
     }[method]
     return estimate([functools.reduce(joined, group) for group in groups])
 
@@ -132,30 +135,30 @@ MEASURED = [
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_figures_are_those_of_single_examples(found: list[dict[str, Any]], name: str) -> None:
-    said = of_pair(found, name)
+def test_estimates_are_those_of_single_examples(found: list[dict[str, Any]], name: str) -> None:
+    results = of_pair(found, name)
     wrapper, *_, method = name.removeprefix("four ").split()
-    apart = wrapper == "ddp" and "synchronised" not in name
-    expected = by_definition(method, apart, len(said))
-    for one in said:
+    no_sync = wrapper == "ddp" and "synchronised" not in name
+    expected = by_definition(method, no_sync, len(results))
+    for one in results:
         for figure in FIGURES:
             assert one[figure] == pytest.approx(expected[figure], rel=1e-9)
-        assert repr(one) == repr(said[0])  # the same bits, NaN included
-        assert one["batch"] == 3.5 * len(said)
+        assert repr(one) == repr(results[0])  # the same bits, NaN included
+        assert one["batch"] == 3.5 * len(results)
 
 
 @pytest.mark.parametrize("name", ["ddp all", "fsdp all", "four ddp all"])
-def test_losses_are_means_and_samples_are_everybodys(
+def test_losses_are_means_and_samples_are_sums_over_replicas(
     found: list[dict[str, Any]], name: str
 ) -> None:
-    said = of_pair(found, name)
+    results = of_pair(found, name)
     losses = []
-    for rank in range(len(said)):
+    for rank in range(len(results)):
         x, y = batch(rank, 3 + rank % 2, equal=False)
         losses.append(F.cross_entropy(net()(x).flatten(0, 1), y.flatten()).item())
-    for one in said:
-        assert one["loss"] == pytest.approx(sum(losses) / len(said), rel=1e-12)
-        assert one["samples"] == 3.5 * len(said)
+    for one in results:
+        assert one["loss"] == pytest.approx(sum(losses) / len(results), rel=1e-12)
+        assert one["samples"] == 3.5 * len(results)
 
 
 def of_both(rows: int, step: int = 0) -> Batch:
@@ -195,16 +198,18 @@ def test_autocast_with_a_scaled_loss(found: list[dict[str, Any]]) -> None:
             assert one[figure] == pytest.approx(expected[figure], abs=1e-2 * expected["gns.noise"])
 
 
-def test_a_calibration_takes_everybodys_examples_as_one_set(found: list[dict[str, Any]]) -> None:
-    shares = []
+def test_a_calibration_takes_the_examples_of_all_replicas_as_one_set(
+    found: list[dict[str, Any]],
+) -> None:
+    contributions = []
     for rank in range(2):
         x, y = batch(rank, equal=False)
-        shares += examples([(x[:2], y[:2])], 2)[0]
-    total, norms = estimate(shares), estimate(shares, lambda name: ".norm." in name)
-    said = of_pair(found, "calibrates")
-    assert repr(said[0]) == repr(said[1])
-    assert said[0][0] == pytest.approx(tuple(total.values()), rel=1e-9)
-    assert said[0][1] == pytest.approx(tuple(norms.values()), rel=1e-9)
+        contributions += examples([(x[:2], y[:2])], 2)[0]
+    total, norms = estimate(contributions), estimate(contributions, lambda name: ".norm." in name)
+    results = of_pair(found, "calibrates")
+    assert repr(results[0]) == repr(results[1])
+    assert results[0][0] == pytest.approx(tuple(total.values()), rel=1e-9)
+    assert results[0][1] == pytest.approx(tuple(norms.values()), rel=1e-9)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
@@ -215,7 +220,7 @@ def test_a_loss_that_is_nan_on_one_rank_is_skipped_on_all(
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_an_infinite_gradient_on_one_rank_is_no_estimate_on_all(
+def test_an_infinite_gradient_on_one_rank_gives_no_estimate_on_all(
     found: list[dict[str, Any]], wrapper: str
 ) -> None:
     for figures, summary in of_pair(found, f"{wrapper} infinite"):
@@ -236,6 +241,6 @@ def test_an_infinite_gradient_on_one_rank_is_no_estimate_on_all(
 def test_what_cannot_be_measured_is_an_error_on_every_rank(
     found: list[dict[str, Any]], name: str, words: str
 ) -> None:
-    for said in of_pair(found, f"refused {name}"):
-        assert isinstance(said, str)
-        assert re.search(words, said)
+    for results in of_pair(found, f"refused {name}"):
+        assert isinstance(results, str)
+        assert re.search(words, results)

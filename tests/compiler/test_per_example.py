@@ -1,4 +1,4 @@
-"""`trainc.functional.per_example_sq_norms` against torch.func, on models of every kind."""
+"""`trainc.functional.per_example_sq_norms` against torch.func, on many kinds of models."""
 
 import json
 import math
@@ -169,7 +169,7 @@ def test_norms_that_share_a_parameter_are_refused(what: str) -> None:
         per_example_sq_norms(SharedNorms(what), lambda out: out.sum(), torch.randn(4, 3))
 
 
-def test_frozen_parameters_are_no_columns() -> None:
+def test_frozen_parameters_have_no_column() -> None:
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double(), torch.randn(4, 3).double()
     every = per_example_sq_norms(model, lambda out: out.square().mean(), x)
     model[0].weight.requires_grad_(False)
@@ -208,7 +208,7 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("layer", COMPUTED)
-def test_weights_computed_from_others_are_said_to_be(layer: str, hooked: bool) -> None:
+def test_a_weight_computed_from_other_parameters_is_an_error(layer: str, hooked: bool) -> None:
     make, shape = COMPUTED[layer]
     by = nn.utils.weight_norm if hooked else nn.utils.parametrizations.weight_norm
     model = nn.Sequential(by(make(), dim=0))

@@ -198,7 +198,7 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("examples", [4, 6])
-def test_an_input_as_long_as_the_batch_need_not_carry_examples(examples: int) -> None:
+def test_an_input_as_long_as_the_batch_need_not_hold_examples(examples: int) -> None:
     torch.manual_seed(3)
     model = Masked().double()
     ids, mask = torch.randint(7, (examples, 6)), torch.ones(6, 6, dtype=torch.bool).tril()

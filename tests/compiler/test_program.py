@@ -1,4 +1,4 @@
-"""A program in somebody's hands: the empty spec, accumulation, both executors, wrappers, resuming, bad losses."""
+"""A program as users call it: the empty spec, accumulation, both executors, wrappers, resuming, bad losses."""
 
 import copy
 import math
@@ -76,14 +76,14 @@ def test_an_empty_spec_leaves_the_module_and_dropout_untouched() -> None:
     assert [program.step(batch)["loss"] for batch in batches] == want
 
 
-def test_loss_and_update_serve_an_existing_loop() -> None:
+def test_loss_and_update_give_what_step_gives() -> None:
     batches = [text(seed=i) for i in range(4)]
     stepped, looped = small_gpt(), small_gpt()
-    whole, parts = trainc.compile(GNS, stepped), trainc.compile(GNS, looped)
+    by_step, by_loop = trainc.compile(GNS, stepped), trainc.compile(GNS, looped)
     for batch in batches:
-        want = whole.step(batch)
-        parts.loss(batch).backward()
-        got = parts.update()
+        want = by_step.step(batch)
+        by_loop.loss(batch).backward()
+        got = by_loop.update()
         assert got.keys() == want.keys()
         assert all(
             a == b or math.isnan(a) for a, b in zip(got.values(), want.values(), strict=True)
@@ -92,7 +92,7 @@ def test_loss_and_update_serve_an_existing_loop() -> None:
 
 
 @pytest.mark.parametrize("spec", [EMPTY, GNS, PACE])
-def test_micro_batches_give_the_gradients_of_the_whole(spec: str) -> None:
+def test_micro_batches_give_the_gradients_of_the_whole_batch(spec: str) -> None:
     inputs, targets = text(6)
     targets = targets.clone()
     targets[:4, 3:] = -100  # unequal counts: a mean of means would be wrong
@@ -142,7 +142,7 @@ def test_the_graph_is_a_graph_module_that_fills_grad_in_any_loop() -> None:
     assert set(graph.state_dict()) == set(model.state_dict())
 
 
-def test_state_dict_keys_hooks_and_isinstance_stay_the_users() -> None:
+def test_state_dict_keys_hooks_and_isinstance_are_unchanged() -> None:
     model = small_gpt()
     keys = list(model.state_dict())
     called: list[str] = []
@@ -183,7 +183,7 @@ def test_statistics_and_noise_arrive_through_wrappers(
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
-def test_a_second_program_of_a_compiled_model_delivers_as_the_first() -> None:
+def test_a_second_program_of_a_compiled_model_measures_as_the_first() -> None:
     torch._dynamo.reset()  # what the first compiles is there for the second
     found = []
     for _ in range(2):
@@ -284,7 +284,7 @@ def test_update_without_a_loss_says_what_to_do() -> None:
         trainc.compile(EMPTY, small_gpt()).update()
 
 
-def test_a_site_that_never_runs_is_an_error_not_a_silent_miss() -> None:
+def test_a_site_that_never_runs_is_an_error() -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -300,7 +300,7 @@ def test_a_site_that_never_runs_is_an_error_not_a_silent_miss() -> None:
         program.step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
 
 
-def test_a_micro_batch_without_counted_targets_is_passed_over() -> None:
+def test_a_micro_batch_without_counted_targets_is_skipped() -> None:
     inputs, targets = text(4)
     hidden = torch.full_like(targets, -100)
     whole, cut = small_gpt().double(), small_gpt().double()
