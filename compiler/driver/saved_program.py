@@ -41,7 +41,7 @@ def load(
 
     folder = Path(folder)
     try:
-        plan = Plan.from_json(_read(folder / PLAN, FORMAT))
+        plan = Plan.from_json(_read_json(folder / PLAN, FORMAT))
         clauses = tuple(from_json(data, catalog()) for data in plan.clauses)
         spec = Spec.from_json(plan.spec, catalog())
     except LoadError:
@@ -75,7 +75,7 @@ def _graph(folder: Path, model: nn.Module) -> StepGraph:
 
     constants = load_file(str(folder / CONSTANTS)) if (folder / CONSTANTS).exists() else {}
     try:
-        return step_from_json(_read(folder / GRAPH, GRAPH_FORMAT), model, constants)
+        return step_from_json(_read_json(folder / GRAPH, GRAPH_FORMAT), model, constants)
     except GraphFormatError as error:
         raise LoadError(f"{folder / GRAPH}: {error}") from error
 
@@ -102,7 +102,7 @@ def _check_signature(plan: Plan, inventory: Inventory) -> None:
         )
 
 
-def _read(path: Path, version: int) -> Any:
+def _read_json(path: Path, version: int) -> Any:
     """Return the JSON data of a file; raises LoadError unless it is intact and of format `version`."""
     try:
         data = json.loads(path.read_text())
