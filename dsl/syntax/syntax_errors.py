@@ -25,9 +25,9 @@ _KEYWORD_KEYS = {
 _DOUBLED = {
     "&": "write `and` between conditions, `&` between selectors",
     "|": "write `or` between conditions, `|` between selectors",
-    "*": "there is no power; inside a string `**` matches any number of segments",
+    "*": "there is no operator for powers; inside a string `**` matches any number of segments",
     "/": "comments begin with `#`",
-    "=": "a value is given with one `=`, `==` compares",
+    "=": "write one `=` to give a value, `==` to compare",
 }
 
 
@@ -41,7 +41,7 @@ def explain(
     token, accepts = refusal.token, refusal.accepts
     if refusal.too_deep:
         label = Label(span_of(token, source))
-        return Diagnostic("too-deep", f"this is nested more than {MAX_DEPTH} deep", (label,))
+        return Diagnostic("too-deep", f"this is nested more than {MAX_DEPTH} levels deep", (label,))
     last = before[-1] if before else None
     ended = token.type == END
     if not before and token.type == "NAME" and "KIND" in accepts:
@@ -121,7 +121,7 @@ def _help(
     if text == "==" and "EQUAL" in accepts:
         return _DOUBLED["="]
     if text == "=" and "AND" in accepts:
-        return "`==` compares"
+        return "write `==` to compare"
     if accepts == {"EQUAL"} and last:
         return f"write {_as_field(last, source)}"
     statement = token.type in _STATEMENT and _begins_line(token, last, source)

@@ -89,7 +89,7 @@ def _add(token: Token, depth: int, out: Tokens, source: Source) -> int:
     elif token.type in OPENS:
         depth = max(0, depth - 1)
     if depth > MAX_NESTING:
-        message = f"brackets are nested more than {MAX_NESTING} deep"
+        message = f"brackets are nested more than {MAX_NESTING} levels deep"
         out.stop("too-deep", message, span_of(token, source))
     elif len(out.tokens) > MAX_TOKENS:
         size = f"this is word {MAX_TOKENS + 1:,}"
@@ -106,7 +106,7 @@ def _complain(bad: re.Match[str], source: Source) -> Diagnostic:
         label = Label(span, 'expected a closing `"` on this line')
         return Diagnostic("syntax", "the string is never closed", (label,))
     if bad.lastgroup == "NUMBER":
-        help = "number suffixes are `k`, `M`, `G` and `T`; a unit stands apart: `200 steps`"
+        help = "put a space in front of a unit: `200 steps`; suffixes of numbers are `k`, `M`, `G` and `T`"
         message = f"`{printable(text)}` is not a number"
         return Diagnostic("syntax", message, (Label(span),), (), help)
     message = f"`{printable(text)}` means nothing here"
@@ -118,5 +118,5 @@ _INSTEAD = {
     ":": "a value is given with `=`",
     "'": 'strings are written with `"`',
     "!": "write `not`",
-    "$": "a `let` name stands for itself: write `width`, not `$width`",
+    "$": "write the name of a `let` without `$`: `width`",
 }

@@ -45,7 +45,9 @@ class TreeBuilder(Transformer_NonRecursive[Token, Any]):
             if match[1] not in _ESCAPES:
                 at = 1 + match.start()
                 label = Label(span.part(at, at + 2), 'escapes are `\\"`, `\\\\`, `\\n`, `\\t`')
-                self.found.append(Diagnostic("syntax", f"`{match[0]}` is no escape", (label,)))
+                self.found.append(
+                    Diagnostic("syntax", f"`{match[0]}` is not an escape sequence", (label,))
+                )
             return _ESCAPES.get(match[1], "")
 
         return ast.Str(_ESCAPE.sub(unescape, token.value[1:-1]), span=span)
@@ -159,8 +161,8 @@ class TreeBuilder(Transformer_NonRecursive[Token, Any]):
     def items(self, meta: Meta, arguments: Arguments) -> ast.Items:
         for argument in arguments:
             if argument.name:
-                label = Label(argument.span, "lists hold values")
-                self.found.append(Diagnostic("syntax", "a list has no named entries", (label,)))
+                label = Label(argument.span, "write the value alone")
+                self.found.append(Diagnostic("syntax", "an entry of a list has no name", (label,)))
         return ast.Items(tuple(argument.value for argument in arguments), span=self._at(meta))
 
     def arguments(self, meta: Meta, *arguments: ast.Argument) -> Arguments:

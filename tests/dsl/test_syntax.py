@@ -45,11 +45,23 @@ BROKEN: dict[str, list[tuple[str, int, int, str, str]]] = {
         ("syntax", 4, 6, "the string is never closed", 'expected a closing `"` on this line')
     ],
     'model "m:\\f" { a = 1 ; b = [x = 1] }': [
-        ("syntax", 9, 11, "`\\f` is no escape", 'escapes are `\\"`, `\\\\`, `\\n`, `\\t`'),
+        (
+            "syntax",
+            9,
+            11,
+            "`\\f` is not an escape sequence",
+            'escapes are `\\"`, `\\\\`, `\\n`, `\\t`',
+        ),
         ("syntax", 21, 22, "`;` means nothing here", ""),
     ],
     'model "m:\\f" { a = }': [
-        ("syntax", 9, 11, "`\\f` is no escape", 'escapes are `\\"`, `\\\\`, `\\n`, `\\t`'),
+        (
+            "syntax",
+            9,
+            11,
+            "`\\f` is not an escape sequence",
+            'escapes are `\\"`, `\\\\`, `\\n`, `\\t`',
+        ),
         ("syntax", 19, 20, "unexpected `}`", "expected a value"),
     ],
     "lr temp_balance on mats every every 3 steps": [
@@ -62,7 +74,9 @@ BROKEN: dict[str, list[tuple[str, int, int, str, str]]] = {
         ("syntax", 21, 22, "unexpected `}`", "expected a statement")
     ],
     "mask sift on fromage expect x": [("syntax", 28, 29, "unexpected `x`", "expected a number")],
-    f"let x = {'-' * 120}1": [("too-deep", 129, 129, "this is nested more than 100 deep", "")],
+    f"let x = {'-' * 120}1": [
+        ("too-deep", 129, 129, "this is nested more than 100 levels deep", "")
+    ],
 }
 
 
