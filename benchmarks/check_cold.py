@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from benchmarks.measure import ROOT, Json, compared, in_turn, seconds, timed_process
+from benchmarks import ROOT
+from benchmarks.measure import Json, compared, in_turn, seconds, timed_process
 
 SCRIPT = """
 import lark, pydantic

@@ -1,8 +1,8 @@
-"""Lark's parser of the language, from tables that are made once: `python -m trainc.dsl.syntax.grammar`.
+"""Lark's parser of the language, loaded from tables that `python -m trainc.dsl.syntax.grammar` writes.
 
-Working out the tables takes Lark longer than checking a spec does. So its own serializer writes them to
-tables.json, beside the grammar, and a parse loads them. Another version of Lark may write them otherwise: it
-works them out anew from the grammar.
+Building the tables from the grammar takes Lark half as long as checking a spec does. So Lark's own serializer
+writes them to tables.json once, and a parse loads them. Another minor version of Lark, which may write them in
+another form, builds the parser from the grammar.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GRAMMAR = Path(__file__).with_name("train.lark")
 TABLES = Path(__file__).with_name("tables.json")
 START, EXPRESSION = "start", "expression"
 MAX_DEPTH = 100
-"""Levels of a tree: what reads it calls itself for each."""
+"""Levels of a tree: functions that read it call themselves once for each level."""
 
 
 class TooDeep(Exception):
@@ -30,30 +30,28 @@ class TooDeep(Exception):
 
 
 class Branch(lark.Tree[Any]):
-    """A rule of the grammar and what it was read from; raises TooDeep where it has too many levels."""
+    """A node of Lark's tree that counts its levels; raises TooDeep where they are more than MAX_DEPTH."""
 
     def __init__(self, data: str, children: list[Any], meta: Any = None) -> None:
         super().__init__(data, children, meta)
         self.height = 0
-        if data.startswith(
-            "_"
-        ):  # a repetition that is still growing: its rule takes the children over
-            return
-        heights = [child.height for child in children if isinstance(child, Branch)]
-        self.height = 1 + max(heights, default=0)
+        # A repetition is no level: the rule that it stands in takes its children over.
+        if not data.startswith("_"):
+            heights = [child.height for child in children if isinstance(child, Branch)]
+            self.height = 1 + max(heights, default=0)
         if self.height > MAX_DEPTH:
             raise TooDeep
 
 
-class Refusal:
-    """A token that cannot stand where a parser met it; `too_deep` says that it is one level too many."""
+class Mismatch:
+    """A token that cannot follow what a parser has read; `too_deep` where the tree has too many levels by then."""
 
     def __init__(self, token: Token, parser: InteractiveParser, too_deep: bool = False) -> None:
         self.token, self.parser, self.too_deep = token, parser, too_deep
 
     @cached_property
     def accepts(self) -> frozenset[str]:
-        """Return the terminals that can stand there."""
+        """The terminals that can stand in its place."""
         return frozenset() if self.too_deep else frozenset(self.parser.accepts())
 
 

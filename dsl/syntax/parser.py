@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from lark import Token, UnexpectedToken
 
 from trainc.dsl.syntax import ast
-from trainc.dsl.syntax.grammar import EXPRESSION, START, Branch, Refusal, TooDeep, parser
+from trainc.dsl.syntax.grammar import EXPRESSION, START, Branch, Mismatch, TooDeep, parser
 from trainc.dsl.syntax.tokens import END, OPENS, span_of, tokenize
 from trainc.dsl.syntax.tree_builder import TreeBuilder
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.source import Source
 
 MAX_ERRORS = 100
-"""Broken statements of a text that are explained; working out what could have stood there takes time."""
+"""Broken statements of one text that are explained: finding out what was expected takes time."""
 
 _BEGINS = {
     "KIND": ("NAME", "STRING", "UNIT"),
@@ -28,10 +28,9 @@ _BEGINS = {
 
 
 class Parsed:
-    """A tree of what could be read, and what could not.
+    """The tree of all statements that are whole, and diagnostics of the others.
 
-    `lost` holds the names that broken statements would have defined: nobody should be told that
-    they are unknown.
+    `lost` holds the names that broken statements would have defined, so that none is reported as unknown.
     """
 
     def __init__(self, source: Source, found: list[Diagnostic]) -> None:
@@ -47,11 +46,11 @@ def parse(source: Source) -> Parsed:
     if lexed.stopped:
         return out
     builder = TreeBuilder(source)
-    read = _read(lexed.tokens)
+    read = _parse_tokens(lexed.tokens)
     if isinstance(read, Branch):
         out.tree = builder.transform(read)
     else:
-        _piecewise(lexed.tokens, builder, out)
+        _parse_statements(lexed.tokens, builder, out)
     out.found += builder.found
     out.found.sort(key=lambda d: d.span.start if d.span else 0)
     return out
@@ -62,8 +61,8 @@ def parse_expression(source: Source, begin: int = 0) -> tuple[ast.Node | None, l
     lexed = tokenize(source, begin)
     if lexed.found:
         return None, lexed.found
-    read = _read(lexed.tokens, EXPRESSION, begin)
-    if isinstance(read, Refusal):
+    read = _parse_tokens(lexed.tokens, EXPRESSION, begin)
+    if isinstance(read, Mismatch):
         from trainc.dsl.syntax.syntax_errors import explain
 
         before = lexed.tokens[: _index(read.token, lexed.tokens)]
@@ -73,66 +72,66 @@ def parse_expression(source: Source, begin: int = 0) -> tuple[ast.Node | None, l
     return (None, builder.found) if builder.found else (node, [])
 
 
-def _read(tokens: Sequence[Token], start: str = START, begin: int = 0) -> Branch | Refusal:
-    """Return what Lark makes of tokens, or the token that it cannot take; its exceptions stop here."""
+def _parse_tokens(tokens: Sequence[Token], start: str = START, begin: int = 0) -> Branch | Mismatch:
+    """Return Lark's tree of the tokens, or the first token that does not fit; its exceptions stop here."""
     reading = parser().parse_interactive(start=start)
     end = tokens[-1].end_pos if tokens else begin
     try:
         for token in (*tokens, Token(END, "", end, end_pos=end)):
             tree = reading.feed_token(token)
     except UnexpectedToken:
-        return Refusal(token, reading)
+        return Mismatch(token, reading)
     except TooDeep:
-        return Refusal(token, reading, too_deep=True)
+        return Mismatch(token, reading, too_deep=True)
     assert isinstance(tree, Branch)
     return tree
 
 
-def _piecewise(tokens: list[Token], builder: TreeBuilder, out: Parsed) -> None:
+def _parse_statements(tokens: list[Token], builder: TreeBuilder, out: Parsed) -> None:
     """Read statement by statement, so that each can fail alone."""
     from trainc.dsl.syntax.syntax_errors import explain
 
     source = builder.source
     statements: list[ast.Statement] = []
-    garbled = [d.span.start for d in out.found if d.span]
-    cuts = _cuts(tokens, source)
-    for begin, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
+    bad_characters = [d.span.start for d in out.found if d.span]
+    starts = _statement_starts(tokens, source)
+    for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
         piece = tokens[begin:end]
-        read = _read(piece)
-        if isinstance(read, Refusal) and len(out.found) >= MAX_ERRORS:
-            out.lost |= _defined(piece)
-        elif isinstance(read, Refusal):
+        read = _parse_tokens(piece)
+        if isinstance(read, Mismatch) and len(out.found) >= MAX_ERRORS:
+            out.lost |= _names_defined(piece)
+        elif isinstance(read, Mismatch):
             before = piece[: _index(read.token, piece)]
             whole: list[Token] = []
             if END in read.accepts:  # what came before is whole: keep it
                 whole, piece, before = before, piece[len(before) :], []
-                first = _read(whole)
+                first = _parse_tokens(whole)
                 assert isinstance(first, Branch)
                 statements += builder.transform(first).statements
             for token in before:
                 if token.type == "STRING":
                     builder.string_of(token)
-            # A character that means nothing leaves a gap, which is no second mistake.
-            if not _among(garbled, piece, source):
+            # A bad character was left out, and what looks wrong beside the gap is no second mistake.
+            if not _contains_any(bad_characters, piece, source):
                 if read.token.type == END and end < len(tokens) and not read.too_deep:
                     read.token = tokens[end]
                 out.found.append(explain(read, before, source, whole))
-            out.lost |= _defined(piece)
+            out.lost |= _names_defined(piece)
         else:
             statements += builder.transform(read).statements
     out.tree = ast.Tree(tuple(statements), span=source.span())
 
 
-def _among(offsets: Sequence[int], piece: Sequence[Token], source: Source) -> bool:
+def _contains_any(offsets: Sequence[int], piece: Sequence[Token], source: Source) -> bool:
     if not piece:
         return False
     span = span_of(piece[0], source) | span_of(piece[-1], source)
     return any(span.start <= at <= span.end for at in offsets)
 
 
-def _cuts(tokens: list[Token], source: Source) -> list[int]:
-    """Return where statements seem to begin: first on a line, or outside all brackets."""
-    cuts, depth = [0], 0
+def _statement_starts(tokens: list[Token], source: Source) -> list[int]:
+    """Return the indices of tokens that seem to begin statements: first on a line, or outside all brackets."""
+    starts, depth = [0], 0
     for n, token in enumerate(tokens):
         if token.type in OPENS.values():
             depth += 1
@@ -148,12 +147,12 @@ def _cuts(tokens: list[Token], source: Source) -> list[int]:
             token.type in ("LET", "USE", "WHEN", "TRAIN") and depth == 0
         )
         if new_line or (depth == 0 and complete):
-            cuts.append(n)
+            starts.append(n)
             depth = 0
-    return cuts
+    return starts
 
 
-def _defined(piece: Sequence[Token]) -> set[str]:
+def _names_defined(piece: Sequence[Token]) -> set[str]:
     """Return the names a broken statement was about to define."""
     words = [token.value for token in piece[:8]]
     names = set(words[1:2])

@@ -1,4 +1,4 @@
-"""What could have stood where something else stands, spelled for people."""
+"""Syntax errors in words: what was found, what was expected instead, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lark import Token
 
-from trainc.dsl.syntax.grammar import MAX_DEPTH, Refusal, parser
+from trainc.dsl.syntax.grammar import MAX_DEPTH, Mismatch, parser
 from trainc.dsl.syntax.tokens import END, OPENS, span_of
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
@@ -32,14 +32,14 @@ _DOUBLED = {
 
 
 def explain(
-    refusal: Refusal, before: Sequence[Token], source: Source, whole: Sequence[Token] = ()
+    mismatch: Mismatch, before: Sequence[Token], source: Source, whole: Sequence[Token] = ()
 ) -> Diagnostic:
     """Return the diagnostic for a token that cannot stand behind the tokens `before` it.
 
     `whole` is the statement that ends in front of the token, where it is the token that begins the next.
     """
-    token, accepts = refusal.token, refusal.accepts
-    if refusal.too_deep:
+    token, accepts = mismatch.token, mismatch.accepts
+    if mismatch.too_deep:
         label = Label(span_of(token, source))
         return Diagnostic("too-deep", f"this is nested more than {MAX_DEPTH} levels deep", (label,))
     last = before[-1] if before else None
@@ -50,15 +50,15 @@ def explain(
     at = span_of(token, source)
     if ended:
         at = Span(source, max(0, at.start - 1), at.start)
-    labels = [Label(at, f"expected {_listed(spelled(accepts))}")]
+    labels = [Label(at, f"expected {_listed(expected_words(accepts))}")]
     opened = _open_bracket(before)
     if opened and (ended or _begins_line(token, last, source)):
         labels.append(Label(span_of(opened, source), f"this `{opened}` is still open"))
     return Diagnostic("syntax", message, tuple(labels), (), _help(token, accepts, before, source))
 
 
-def spelled(accepts: frozenset[str]) -> list[str]:
-    """Return what the terminals are called, the groups among them by one name."""
+def expected_words(accepts: frozenset[str]) -> list[str]:
+    """Return the terminals in words; groups that occur together, such as all that begins a value, have one name."""
     out = []
     rest = set(accepts)
     if rest >= _STATEMENT:
@@ -79,11 +79,11 @@ def spelled(accepts: frozenset[str]) -> list[str]:
         rest -= {"AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL"}
     if out:
         rest.discard(END)
-    return out + sorted(map(_called, rest))
+    return out + sorted(map(_in_words, rest))
 
 
-def _called(terminal: str) -> str:
-    """Return what a terminal is called: a literal by itself."""
+def _in_words(terminal: str) -> str:
+    """Return one terminal in words."""
     words = {"NUMBER": "a number", "STRING": "a string", "UNIT": "a unit", END: "the end"}
     if terminal in words:
         return words[terminal]
