@@ -26,8 +26,8 @@ class Spec(ByJson):
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        self._put("clauses", tuple(self.clauses))
-        self._put("rules", tuple(self.rules))
+        self._set("clauses", tuple(self.clauses))
+        self._set("rules", tuple(self.rules))
         errors = [d for d in spec_problems(self.clauses, self.rules) if d.severity == "error"]
         if self.version != VERSION:
             errors.append(

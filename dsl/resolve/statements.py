@@ -9,7 +9,7 @@ from typing import Any
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.reading.field_types import CONDITION, DURATION, EXPRESSION, SELECTOR
 from trainc.dsl.resolve.origin import Origin, Provenance
-from trainc.dsl.text.record import Record, aside
+from trainc.dsl.text.record import Record, uncompared
 from trainc.dsl.text.source import Span
 from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
 
@@ -43,7 +43,7 @@ class Clause(ByJson):
     every: Duration | None = None
     optional: bool = False
     label: str | None = None
-    origin: Origin | None = aside(default=None, kw_only=True)
+    origin: Origin | None = uncompared(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -54,7 +54,7 @@ class Clause(ByJson):
         ):
             value = getattr(self, name)
             if value is not None:
-                self._put(name, kind.accept(value))
+                self._set(name, kind.accept(value))
 
     @property
     def kind(self) -> str:
@@ -119,7 +119,7 @@ class Assign(Record):
     value: Expr
 
     def __post_init__(self) -> None:
-        self._put("value", EXPRESSION.accept(self.value))
+        self._set("value", EXPRESSION.accept(self.value))
 
 
 class Do(Record):
@@ -139,15 +139,15 @@ class Rule(ByJson):
     actions: tuple[Action, ...]
     hold: Duration | None = None
     cooldown: Duration | None = None
-    origin: Origin | None = aside(default=None, kw_only=True)
+    origin: Origin | None = uncompared(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._put("condition", CONDITION.accept(self.condition))
-        self._put("actions", tuple(self.actions))
+        self._set("condition", CONDITION.accept(self.condition))
+        self._set("actions", tuple(self.actions))
         for name in ("hold", "cooldown"):
             value = getattr(self, name)
             if value is not None:
-                self._put(name, DURATION.accept(value))
+                self._set(name, DURATION.accept(value))
 
     @property
     def span(self) -> Span | None:

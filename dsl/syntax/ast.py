@@ -5,7 +5,7 @@ Spans take no part in equality, so two texts that differ only in layout give equ
 
 from __future__ import annotations
 
-from trainc.dsl.text.record import Record, aside
+from trainc.dsl.text.record import Record, uncompared
 from trainc.dsl.text.source import Source, Span
 
 PARTS = ("as", "on", "from", "until", "every", "optional")  # their order means nothing
@@ -15,7 +15,7 @@ NOWHERE = Source("<python>", "").span()
 class Spanned(Record):
     """What every node has: where it was read from."""
 
-    span: Span = aside(default=NOWHERE, kw_only=True)
+    span: Span = uncompared(default=NOWHERE, kw_only=True)
 
 
 class Num(Spanned):

@@ -20,7 +20,7 @@ class Duration(Value):
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ValueError(f"`{self.unit}` is not a unit: write one of {', '.join(UNITS)}")
-        self._put("amount", plain_number(self.amount))
+        self._set("amount", plain_number(self.amount))
 
     def written(self) -> Written:
         if self.unit == "run":
@@ -36,8 +36,8 @@ class Range(Value):
     high: float
 
     def __post_init__(self) -> None:
-        self._put("low", plain_number(self.low))
-        self._put("high", plain_number(self.high))
+        self._set("low", plain_number(self.low))
+        self._set("high", plain_number(self.high))
         if self.low > self.high:
             raise ValueError(f"the range begins at {self.low}, above its end {self.high}")
 

@@ -18,7 +18,7 @@ class Number(Value):
     value: float
 
     def __post_init__(self) -> None:
-        self._put("value", plain_number(self.value))
+        self._set("value", plain_number(self.value))
 
     def written(self) -> Written:
         return number(self.value)
@@ -51,8 +51,8 @@ class Call(Value):
 
     def __post_init__(self) -> None:
         pairs = self.kwargs.items() if isinstance(self.kwargs, Mapping) else self.kwargs
-        self._put("args", tuple(self.args))
-        self._put("kwargs", tuple(sorted(pairs)))
+        self._set("args", tuple(self.args))
+        self._set("kwargs", tuple(sorted(pairs)))
 
     def written(self) -> Written:
         plain = ((None, x.written()) for x in self.args)
@@ -86,7 +86,7 @@ class Items(Value):
     items: tuple[Expr, ...]
 
     def __post_init__(self) -> None:
-        self._put("items", tuple(self.items))
+        self._set("items", tuple(self.items))
 
     def written(self) -> Written:
         return listed(x.written() for x in self.items)

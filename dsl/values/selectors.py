@@ -22,7 +22,7 @@ class OfType(Value):
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        self._put("names", tuple(sorted(set(self.names))))
+        self._set("names", tuple(sorted(set(self.names))))
 
     def written(self) -> Written:
         return call("type", ((None, (name, ATOM)) for name in self.names))
@@ -53,8 +53,8 @@ class DepthRange(Value):
     high: float
 
     def __post_init__(self) -> None:
-        self._put("low", plain_number(self.low))
-        self._put("high", plain_number(self.high))
+        self._set("low", plain_number(self.low))
+        self._set("high", plain_number(self.high))
 
     def written(self) -> Written:
         return call("depth", [(None, infix("..", number(self.low), number(self.high)))])
@@ -137,7 +137,7 @@ class Scoped(Value):
     on: Selector | None = None
 
     def __post_init__(self) -> None:
-        self._put("value", plain_number(self.value))
+        self._set("value", plain_number(self.value))
 
     def written(self) -> Written:
         value = number(self.value)
