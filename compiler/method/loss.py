@@ -1,4 +1,4 @@
-"""The loss of a step, as the compiler uses it."""
+"""The protocol of a loss: a mean over counted targets, with what exact accumulation needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOSS_WEIGHT = "loss_weight"
 
 
 class Loss(Protocol):
-    """The loss of a plain run: mean over the counted targets, with what exact accumulation needs."""
+    """A mean over the counted targets of `logits` and `targets`, without penalties or consistency."""
 
     name: str
     ignore_index: int
@@ -25,9 +25,9 @@ class Loss(Protocol):
         ...
 
     def weights(self, targets: Tensor) -> Tensor:
-        """Return each example's share of the mean, shape (examples,), sum 1."""
+        """Return each example's weight in the mean, shape (examples,), sum 1."""
         ...
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        """Return sums of what an evaluation reports beside the loss (`accuracy`: number right)."""
+        """Return sums that an evaluation reports beside the loss, such as `accuracy`: how many were right."""
         ...

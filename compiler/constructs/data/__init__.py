@@ -1,1 +1,1 @@
-"""Data: where the examples come from."""
+"""Data: the examples that a run trains on, and the batch."""

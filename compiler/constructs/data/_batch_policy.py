@@ -68,10 +68,10 @@ Arguments = Mapping[str, v.Expr]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy with its arguments read; all sizes in samples.
+    """The arguments of a batch policy; all sizes in samples.
 
-    It begins at `start` and ends at, or goes at most to, `end`; `signal` is None for a ramp, `pace`
-    its length; for the others `pace` is `every`. `strength` is `factor` or `theta`.
+    The batch begins with `start` and ends with, or is at most, `end`. A ramp has no `signal`, and
+    `pace` is its length; otherwise `pace` is `every`. `strength` is `factor` or `theta`.
     """
 
     call: v.Call

@@ -1,4 +1,4 @@
-"""The data a spec trains on, named by import path, and the batch size."""
+"""The data that a spec trains on, named by import path, and the batch size."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Data(Construct):
 
     `batch` is an amount, or a policy that sets it before every step, in whole micro-batches:
 
-    - `ramp(16 samples, to = 120 samples, over = 2.2G tokens)`: on a line, rounded up to micro-batches; begun at
-      `from`. A function of the clock alone. (Gray et al. 2024, in tokens.)
-    - `follow(gns, max = 512 samples, min = 16 samples, factor = 0.5)`: `factor` (1) times what was measured, between
-      `min` (a micro-batch) and `max`, in multiples of `step` (a micro-batch). It begins at `min`, changes only when
-      the wanted size is a `step` or more away, at most once in `every`, not before `from`, and never down with
-      `grow_only = true`.
-    - `signal_noise(gns, max = 512 samples, theta = 0.6)`: grows to the noise scale divided by `theta` squared and
-      never shrinks; begins at `min`, looks `every` 100 steps, `from` 15% of the run on.
+    - `ramp(16 samples, to = 120 samples, over = 2.2G tokens)` changes it linearly, rounded up to micro-batches,
+      beginning at `from`. It depends on the clock alone. (Gray et al. 2024, in tokens.)
+    - `follow(gns, max = 512 samples, min = 16 samples, factor = 0.5)` sets it to `factor` (1) times a measured signal,
+      between `min` (a micro-batch) and `max`, in multiples of `step` (a micro-batch). It begins with `min`. It changes
+      only when the wanted size differs by a `step` or more, at most once in `every`, not before `from`, and with
+      `grow_only = true` never to a smaller size.
+    - `signal_noise(gns, max = 512 samples, theta = 0.6)` raises it to the noise scale divided by `theta` squared and
+      never lowers it. It begins with `min` and looks `every` 100 steps, `from` 15% of the run on.
 
-    While what is followed is undetermined the batch stays. The rates do not follow the batch by themselves: see
+    While the signal is NaN, the batch stays as it is. Learning rates do not follow the batch by themselves: see
     `lr batch_scaling`.
     """
 
@@ -54,8 +54,8 @@ class Data(Construct):
     path: ImportPath = Field(description="what to import, as `module:callable`")
     micro: Samples | None = Field(
         default=None,
-        description="samples of one forward and backward pass; a step's batch is made of whole ones. "
-        "Default: batch, the smallest one of a policy",
+        description="samples of one forward and backward pass; the batch of a step is a whole number of these. "
+        "Default: the batch, or the smallest batch of a policy",
     )
     batch: BatchSize = Field(
         description="samples of one optimizer step: an amount, which rules may change, or a policy"
@@ -82,7 +82,7 @@ class Data(Construct):
 
     @property
     def policy(self) -> Policy | None:
-        """Return what sets the batch, None where it is an amount."""
+        """Return the policy that sets the batch; None where the batch is an amount."""
         return parse_batch_policy(self.batch, self.micro) if isinstance(self.batch, Call) else None
 
     @property
@@ -101,7 +101,7 @@ class Data(Construct):
         return int(self.micro.amount) if self.micro is not None else self.start_size
 
     def performs(self, effect: Effect) -> bool:
-        """Only a policy acts: an amount is where the loop begins."""
+        """Say whether this clause performs an effect: only a policy sets the batch."""
         return self.policy is not None
 
     def describe(self, effect: Effect) -> str:
@@ -109,7 +109,7 @@ class Data(Construct):
         return f"batch = {self.batch}"
 
     def lower(self, to: Lowering) -> None:
-        """Set the batch before every step where it is not an amount; the loop reads the sizes."""
+        """Add the action of a policy; an amount is read by the loop."""
         if (policy := self.policy) is None:
             return
         reason = f"a `data` clause takes no times; `{policy.name}` has its own as arguments"

@@ -1,1 +1,1 @@
-"""Distribution: what several replicas exchange, and when."""
+"""Distribution: what replicas exchange, and when."""

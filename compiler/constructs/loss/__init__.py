@@ -1,1 +1,1 @@
-"""Losses: what a step minimises."""
+"""Losses: what training minimizes."""

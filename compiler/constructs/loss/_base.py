@@ -1,4 +1,4 @@
-"""Losses: a mean over counted targets, with what exact accumulation and evaluation need."""
+"""What all loss constructs share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LossConstruct(Construct):
-    """What every loss clause declares; `make_loss` builds the function that is differentiated."""
+    """Base of the loss constructs; `make_loss` builds the loss that is differentiated."""
 
     effects: ClassVar = (Effect("forward", "compute the loss", ("forward",), ("loss",)),)
 

@@ -43,7 +43,7 @@ class CrossEntropyLoss:
         return int((targets != self.ignore_index).sum())
 
     def weights(self, targets: Tensor) -> Tensor:
-        """Return each example's part of the counted targets, shape (examples,), float64."""
+        """Return each example's fraction of the counted targets, shape (examples,), float64."""
         import torch
 
         counted = (
@@ -52,7 +52,7 @@ class CrossEntropyLoss:
         return counted / counted.sum()
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        """Return how many counted targets were predicted."""
+        """Return how many of the counted targets were predicted, as `accuracy`."""
         counted = targets != self.ignore_index
         return {"accuracy": float(((logits.argmax(-1) == targets) & counted).sum())}
 
@@ -60,13 +60,13 @@ class CrossEntropyLoss:
 class CrossEntropy(LossConstruct):
     """Trains on the mean of `-log softmax(logits)[target]` over all targets that are not ignored.
 
-    Under accumulation the mean runs over the targets of the whole step, however they fall on micro-batches.
+    The mean is over the targets of the whole step, however they are divided into micro-batches.
     """
 
     cite: ClassVar = "Good, J. R. Stat. Soc. B 14 (1952) 107: the logarithmic score"
     usage: ClassVar = "loss cross_entropy { label_smoothing = 0.1 }"
 
-    ignore_index: int = Field(default=-100, description="target value that is not counted")
+    ignore_index: int = Field(default=-100, description="target value that is left out of the loss")
     label_smoothing: float = Field(
         default=0.0,
         ge=0,

@@ -27,7 +27,8 @@ class MeanSquaredErrorLoss:
 
         if logits.shape != targets.shape:
             raise ValueError(
-                f"the model's output has shape {tuple(logits.shape)}, the targets {tuple(targets.shape)}"
+                f"the model's output has shape {tuple(logits.shape)} and the targets {tuple(targets.shape)}; `loss mse`"
+                " needs equal shapes"
             )
         return mse_loss(logits, targets)
 
@@ -36,7 +37,7 @@ class MeanSquaredErrorLoss:
         return targets.numel()
 
     def weights(self, targets: Tensor) -> Tensor:
-        """Return equal parts, shape (examples,), float64."""
+        """Return equal weights, shape (examples,), float64."""
         import torch
 
         return torch.full((targets.shape[0],), 1.0 / targets.shape[0], dtype=torch.float64)

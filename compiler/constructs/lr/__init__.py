@@ -1,1 +1,1 @@
-"""Learning-rate policies: who moves how fast."""
+"""Learning-rate policies: factors on the rates of parameters."""

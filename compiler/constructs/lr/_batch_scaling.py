@@ -31,8 +31,9 @@ class ScaleWithBatch(Action):
         size = step.batch_size
         if size < 1:
             raise ValueError(
-                f"`{self.name}` does not know the batch of this step: call `program.step(batch)` or "
-                "`program.loss(batch)` without `program.begin()` before it, or name the data in the spec"
+                f"`{self.name}` needs the batch size of this step, and it is not known: call "
+                "`program.step(batch)` or `program.loss(batch)` without `program.begin()` before it, or "
+                "add a `data` clause to the spec"
             )
         self.lr_factor.factor = step.metrics[self.name] = self.construct.factor(
             size, self.reference

@@ -1,4 +1,4 @@
-"""The action of `lr temp_balance`, and what it balances: units of parameters that share a factor."""
+"""The action of `lr temp_balance`, and the groups of parameters that share a factor."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """What gets one factor: the weight measured, and all parameters that share the factor."""
+class BalancedGroup:
+    """The parameters that share one factor, and the one of them whose spectrum is measured."""
 
     name: str
     weight: str
@@ -28,14 +28,16 @@ class Unit:
     parameters: tuple[str, ...]
 
 
-def find_units(parameters: Iterable[ParameterEntry]) -> tuple[list[Unit], list[ParameterEntry]]:
-    """Return a selection's units in registration order, and the parameters that are in none."""
+def find_groups(
+    parameters: Iterable[ParameterEntry],
+) -> tuple[list[BalancedGroup], list[ParameterEntry]]:
+    """Return the groups of a selection in registration order, and the parameters without a spectrum."""
     from trainc.kernels.parameter.spectrum import count
 
     modules: dict[str, list[ParameterEntry]] = {}
     for parameter in parameters:
         modules.setdefault(parameter.module, []).append(parameter)
-    units: list[Unit] = []
+    groups: list[BalancedGroup] = []
     unfit: list[ParameterEntry] = []
     for name, members in modules.items():
         weights = [p for p in members if p.ndim in (2, 4) and "Embedding" not in p.types]
@@ -43,10 +45,10 @@ def find_units(parameters: Iterable[ParameterEntry]) -> tuple[list[Unit], list[P
         unfit += [p for p in members if p not in weights and p not in vectors]
         if len(weights) == 1 and name:
             names = tuple(p.name for p in members if p in weights or p in vectors)
-            units.append(Unit(name, weights[0].name, count(weights[0].shape), names))
+            groups.append(BalancedGroup(name, weights[0].name, count(weights[0].shape), names))
         else:
-            units += [Unit(p.name, p.name, count(p.shape), (p.name,)) for p in weights]
-    return units, unfit
+            groups += [BalancedGroup(p.name, p.name, count(p.shape), (p.name,)) for p in weights]
+    return groups, unfit
 
 
 class Balance(Action):
@@ -58,16 +60,16 @@ class Balance(Action):
         self,
         name: str,
         construct: TempBalance,
-        units: Sequence[Unit],
+        groups: Sequence[BalancedGroup],
         lr_factors: Sequence[LrFactor],
-        few: Sequence[Unit],
+        few: Sequence[BalancedGroup],
         pace: Gate | None,
     ) -> None:
         self.name = name
         self.construct = construct
-        self.units = tuple(units)
+        self.groups = tuple(groups)
         self.lr_factors = {
-            unit.name: factor for unit, factor in zip(units, lr_factors, strict=True)
+            group.name: factor for group, factor in zip(groups, lr_factors, strict=True)
         }
         self.few = tuple(few)
         self.pace = pace
@@ -81,28 +83,28 @@ class Balance(Action):
         if self.measurements and self.pace is not None and not self.pace.fires(step.clock):
             return
         hill = Hill(self.construct.xmin_pos, self.construct.convention)
-        measured = alphas([step.parameters[unit.weight] for unit in self.units], hill)
+        measured = alphas([step.parameters[group.weight] for group in self.groups], hill)
         keep, before = self.construct.smooth or 0.0, self.alphas
         self.alphas = {}
-        for unit, alpha in zip(self.units, measured, strict=True):
+        for group, alpha in zip(self.groups, measured, strict=True):
             if math.isfinite(alpha):
-                self.alphas[unit.name] = keep * before.get(unit.name, alpha) + (1 - keep) * alpha
-            elif unit.name in before or not self.measurements:
-                reason = "is zero, not finite or of low rank, its factor is 1"
-                step.notes.append(f"{self.name}: `{unit.weight}` {reason}")
+                self.alphas[group.name] = keep * before.get(group.name, alpha) + (1 - keep) * alpha
+            elif group.name in before or not self.measurements:
+                reason = "is zero, not finite or of low rank, so its factor is 1"
+                step.notes.append(f"{self.name}: `{group.weight}` {reason}")
         factors = self.construct.balance(self.alphas)
         for name, lr_factor in self.lr_factors.items():
             lr_factor.factor = factors.get(name, 1.0)
         self.first_spread = self.first_spread if self.measurements else self.spread
         self.measurements += 1
-        self._tell(step)
+        self._record(step)
 
     @property
     def spread(self) -> float:
-        """Return the standard deviation of the exponents over all measured units."""
+        """Return the standard deviation of the exponents over the measured groups."""
         return pstdev(self.alphas.values()) if self.alphas else 0.0
 
-    def _tell(self, step: Step) -> None:
+    def _record(self, step: Step) -> None:
         factors = {name: lr_factor.factor for name, lr_factor in self.lr_factors.items()}
         step.series[f"{self.name}.alpha"] = dict(self.alphas)
         step.series[f"{self.name}.scale"] = factors
@@ -123,7 +125,9 @@ class Balance(Action):
         named = {key: key.partition("/")[2] for key in state if "/" in key}
         for name in named.values():
             if name not in self.lr_factors:
-                raise ValueError(f"{self.name}: the checkpoint also balances `{name}`")
+                raise ValueError(
+                    f"{self.name}: the checkpoint has a factor for `{name}`, which this clause does not select"
+                )
         self.alphas = {n: float(state[k]) for k, n in named.items() if k.startswith("alpha/")}
         for name, lr_factor in self.lr_factors.items():
             lr_factor.factor = float(state.get(f"factor/{name}", 1.0))
@@ -131,7 +135,7 @@ class Balance(Action):
         self.first_spread = float(state.get("first_spread", 0.0))
 
     def summary(self) -> str | None:
-        left = ", ".join(f"{unit.name} ({unit.eigenvalues} eigenvalues)" for unit in self.few)
+        left = ", ".join(f"{group.name} ({group.eigenvalues} eigenvalues)" for group in self.few)
         tail = f"; left at 1: {left}" if left else ""
         if not (self.measurements and self.lr_factors):
             return f"{self.name}: nothing measured{tail}"

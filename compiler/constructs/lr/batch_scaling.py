@@ -1,4 +1,4 @@
-"""Rates that grow with the batch: by its square root, or in proportion."""
+"""Learning rates that grow with the batch: with its square root, or in proportion."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class BatchScaling(Construct):
-    """Multiplies each rate by `(batch / reference) ** 0.5` (`sqrt`) or by `batch / reference` (`linear`).
+    """Multiplies each learning rate by `(batch / reference) ** 0.5` (`sqrt`) or by `batch / reference` (`linear`).
 
-    Set before every step from the batch of that step, whatever chose it. Use `sqrt` for Adam and
-    its kin: Malladi et al. derive it from a stochastic differential equation that training
-    approximates, as one part of a rule that adjusts Adam's other hyperparameters too; those stay as
-    they are written here. `linear` is the rule of Goyal et al. for SGD with momentum, which they
-    use after a warm-up and see fail beyond a certain batch; nothing supports it for Adam. Neither
-    is a law: compare with a run without it.
+    The factor is set before every step from the batch of that step. Use `sqrt` for Adam and similar
+    optimizers: Malladi et al. derive it from a stochastic differential equation that training
+    approximates, as one part of a rule that changes Adam's other hyperparameters too; here those
+    stay as they are. `linear` is the rule of Goyal et al. for SGD with momentum, used after a
+    warm-up and known to fail beyond a certain batch; it has no support for Adam. Neither rule holds
+    always: compare with a run without it.
 
-    Without `reference` it is the batch the run starts with. In a spec without `data` the batch is
-    what each step is given, and `reference` is needed.
+    Without `reference`, the factor is 1 for the batch that the run starts with. A spec without
+    `data` needs `reference`; the batch is then what each step is given.
     """
 
     cite: ClassVar = (
@@ -42,11 +42,11 @@ class BatchScaling(Construct):
 
     rule: Literal["sqrt", "linear"] = Field(
         default="sqrt",
-        description="how the factor grows with the batch: its square root, or itself",
+        description="how the factor grows with the batch: with its square root, or in proportion",
     )
     reference: Samples | None = Field(
         default=None,
-        description="batch whose factor is 1, in samples. Default: the batch the run starts with",
+        description="batch whose factor is 1, in samples. Default: the batch that the run starts with",
     )
 
     @field_validator("reference")
@@ -71,7 +71,7 @@ class BatchScaling(Construct):
             )
 
     def by_definition(self, batch: int, reference: float) -> float:
-        """Return the factor of a batch as a power of the ratio; `reference` is a field's name."""
+        """Return the factor of a batch by definition, as a power of the ratio (`reference` is already a field)."""
         exponent: float = {"sqrt": 0.5, "linear": 1.0}[self.rule]
         return math.pow(batch / reference, exponent)
 
@@ -81,14 +81,14 @@ class BatchScaling(Construct):
         return math.sqrt(ratio) if self.rule == "sqrt" else ratio
 
     def lower(self, to: Lowering) -> None:
-        """Give the selected parameters one factor, set in phase 2."""
+        """Give the selected parameters one factor, set before every step."""
         from trainc.compiler.constructs.lr._batch_scaling import ScaleWithBatch
 
         to.refuse_times(f"`{to.label}` holds for the whole run", "from", "until", "every")
         start = to.starting_batch
         if self.reference is None and start is None:
             raise ValueError(
-                f"`{to.label}` needs `reference = 32 samples`: the spec names no data, which says the batch"
+                f"`{to.label}` needs `reference`, such as `reference = 32 samples`, because the spec has no `data`"
             )
         reference = self.reference.amount if self.reference else float(start or 0)
         lr_factor = to.lr_factor("batch", [parameter.name for parameter in to.parameters()])

@@ -1,4 +1,4 @@
-"""Layer-wise decay of the rate: the further from the head, the slower."""
+"""Layer-wise decay of the learning rate: the further from the head, the lower."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class LayerDecay(Construct):
-    """Multiplies each rate by `max(decay ** (levels - level), floor)`.
+    """Multiplies each learning rate by `max(decay ** (levels - level), floor)`.
 
-    Levels count embeddings as 0, blocks from 1, and the head as the last: with L blocks the head
-    keeps its rate, the last block gets `decay`, the first `decay ** L`, and the embeddings
-    `decay ** (L + 1)`. It holds for the whole run: `from`, `until` and `every` are refused.
+    The level of embeddings is 0, blocks count from 1, and the head is the last level: with L blocks
+    the head keeps its rate, the last block gets `decay`, the first `decay ** L`, and the embeddings
+    `decay ** (L + 1)`. The factors hold for the whole run, so `from`, `until` and `every` are errors.
     """
 
     cite: ClassVar = "Bao et al., BEiT: BERT Pre-Training of Image Transformers, arXiv:2106.08254"
@@ -29,10 +29,8 @@ class LayerDecay(Construct):
     identity: ClassVar = {"decay": "1"}
     effects: ClassVar = (Effect("rates", "scale rates by level", writes=("rate",)),)
 
-    decay: float = Field(
-        gt=0, le=1, description="factor from one level to the next one below, no unit"
-    )
-    floor: float = Field(default=0.0, ge=0, le=1, description="smallest factor, no unit")
+    decay: float = Field(gt=0, le=1, description="factor from one level to the next lower one")
+    floor: float = Field(default=0.0, ge=0, le=1, description="smallest factor")
 
     def reference(self, level: int, levels: int) -> float:
         """Return the factor of a level: one multiplication for each level above it."""
@@ -51,7 +49,7 @@ class LayerDecay(Construct):
         if places and all(self.factor(place.level, place.levels) == 1 for place in places):
             yield Problem(
                 "no-effect",
-                "every selected parameter is at the top level, where the factor is 1",
+                "every selected parameter is at the highest level, where the factor is 1",
                 help="select blocks and embeddings as well",
                 severity="warning",
             )

@@ -1,4 +1,4 @@
-"""TempBalance: the lighter the tail of a layer's spectrum, the faster it learns."""
+"""TempBalance: learning rates by the tail of each weight's spectrum, higher for lighter tails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.bind.bound_clause import Targets
-    from trainc.compiler.constructs.lr._temp_balance import Unit
+    from trainc.compiler.constructs.lr._temp_balance import BalancedGroup
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import ParameterEntry
 
@@ -26,19 +26,20 @@ NO_SPREAD = 1e-5
 
 
 class TempBalance(Construct):
-    """Scales each module's rate by a linear map of its weight's Hill exponent alpha onto `range`.
+    """Scales the learning rate of each module by its weight's Hill exponent alpha, mapped linearly onto `range`.
 
-    The eigenvalues are the squared singular values of the weight; a convolution pools those of its
-    kh*kw matrices. alpha = 1 + k / sum(ln(lambda / xmin)) over the k largest of them. The smallest
-    alpha among the modules gets the low end, the largest the high end. Selected vectors of a
+    The eigenvalues are the squared singular values of the weight; a convolution uses those of all
+    its kh*kw matrices together. alpha = 1 + k / sum(ln(lambda / xmin)) over the k largest of them.
+    The smallest alpha gets the low end of `range`, the largest the high end. Selected vectors of a
     module, such as its bias, share its factor; where a module has several selected matrices, each
-    has a factor of its own and the vectors keep their rate.
+    has its own factor and the vectors keep their rate.
 
-    Measured at the first step that is due, then as often as `every` says, 100 steps without it;
-    between measurements and after `until` the last factors hold. All exponents equal, or only one,
-    give the factor 1 (the published code gives the high end), and so does a weight that is zero,
-    not finite or of low rank, with a note. Modules with fewer eigenvalues than `min_eigenvalues`
-    keep their rate. Embeddings, and modules without a 2-D or 4-D weight, may not be selected.
+    Factors are measured at the first step that is due, then `every` so often, by default every 100
+    steps; between measurements and after `until` the last factors hold. The factor is 1 if all
+    exponents are equal or there is only one (the published code gives the high end), and, with a
+    note, for a weight that is zero, not finite or of low rank. Modules with fewer eigenvalues than
+    `min_eigenvalues` keep their rate. Embeddings, and modules without a 2-D or 4-D weight, may not
+    be selected.
     """
 
     cite: ClassVar = "Zhou et al., Temperature Balancing, NeurIPS 2023, arXiv:2312.00359"
@@ -48,8 +49,8 @@ class TempBalance(Construct):
     targets: ClassVar = "parameters"
     identity: ClassVar = {"range": "1..1"}
     signals: ClassVar = {
-        "spread": "standard deviation of alpha over the measured modules, no unit",
-        "alpha": "mean alpha over the measured modules, no unit",
+        "spread": "standard deviation of alpha over the measured modules",
+        "alpha": "mean alpha over the measured modules",
     }
     effects: ClassVar = (
         Effect(
@@ -61,33 +62,36 @@ class TempBalance(Construct):
     )
 
     range: Range = Field(
-        default=v.Range(0.5, 1.5), description="factors of the smallest and largest alpha, no unit"
+        default=v.Range(0.5, 1.5), description="factors of the smallest and the largest alpha"
     )
     xmin_pos: float = Field(
         default=2.0,
         gt=1,
-        description="the tail begins at the n / `xmin_pos`-th of n ascending eigenvalues, no unit",
+        description="the tail begins at eigenvalue number n / `xmin_pos` of n in ascending order",
     )
     convention: Literal["code", "paper"] = Field(
         default="code",
-        description="whether xmin is one of the k terms (`code`, as released) or lies below them",
+        description="whether xmin is one of the k eigenvalues (`code`, as published) or the one below them"
+        " (`paper`)",
     )
     min_eigenvalues: int = Field(
-        default=50, ge=2, description="modules with fewer eigenvalues keep their rate, a count"
+        default=50, ge=2, description="modules with fewer eigenvalues than this keep their rate"
     )
     smooth: float | None = Field(
-        default=None, ge=0, lt=1, description="share of the alpha before in the next one, no unit"
+        default=None, ge=0, lt=1, description="weight of the previous alpha in the new one"
     )
     skip_first: bool = Field(
         default=False, description="leave out the first selected module, in registration order"
     )
-    skip_last: bool = Field(default=False, description="leave out the last selected module")
+    skip_last: bool = Field(
+        default=False, description="leave out the last selected module, in registration order"
+    )
 
     @field_validator("range", mode="after")
     @classmethod
     def _is_no_reversal(cls, value: Range) -> Range:
         if value.low < 0:
-            raise ValueError(f"a rate's factor is not negative, as {value.low:g} is")
+            raise ValueError(f"a factor of a learning rate cannot be negative: {value.low:g}")
         return value
 
     def reference(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
@@ -117,44 +121,46 @@ class TempBalance(Construct):
         slope = (self.range.high - self.range.low) / (most - least)
         return {name: self.range.low + slope * (alpha - least) for name, alpha in alphas.items()}
 
-    def units(self, parameters: Iterable[ParameterEntry]) -> tuple[list[Unit], list[Unit]]:
-        """Return the units to balance, and those that have too few eigenvalues for it."""
-        from trainc.compiler.constructs.lr._temp_balance import find_units
+    def groups(
+        self, parameters: Iterable[ParameterEntry]
+    ) -> tuple[list[BalancedGroup], list[BalancedGroup]]:
+        """Return the groups to balance, and those that have too few eigenvalues for it."""
+        from trainc.compiler.constructs.lr._temp_balance import find_groups
 
-        units, _ = find_units(parameters)
-        kept = units[int(self.skip_first) : len(units) - int(self.skip_last)]
-        few = [unit for unit in kept if unit.eigenvalues < self.min_eigenvalues]
-        return [unit for unit in kept if unit not in few], few
+        groups, _ = find_groups(parameters)
+        kept = groups[int(self.skip_first) : len(groups) - int(self.skip_last)]
+        few = [group for group in kept if group.eigenvalues < self.min_eigenvalues]
+        return [group for group in kept if group not in few], few
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Object to what has no spectrum; warn where fewer than two modules are left to balance."""
-        from trainc.compiler.constructs.lr._temp_balance import find_units
+        """Object to parameters without a spectrum; warn where fewer than two modules are left to balance."""
+        from trainc.compiler.constructs.lr._temp_balance import find_groups
 
-        _, unfit = find_units(bound.parameters)
+        _, unfit = find_groups(bound.parameters)
         if unfit:
             shown = ", ".join(f"`{p.name}` {list(p.shape)}" for p in unfit[:5])
             yield Problem(
                 "wrong-target-kind",
-                f"no spectrum to balance by: {shown}{', ...' if len(unfit) > 5 else ''}",
-                notes=("a spectrum is that of a 2-D or 4-D weight which is no embedding",),
+                f"no spectrum can be taken of {shown}{', ...' if len(unfit) > 5 else ''}",
+                notes=("a spectrum needs a 2-D or 4-D weight that is not an embedding",),
                 help="narrow the selection, for instance with `- type(Embedding) - role(norm)`",
             )
-        units, few = self.units(bound.parameters)
-        if len(units) < 2:
+        groups, few = self.groups(bound.parameters)
+        if len(groups) < 2:
             yield Problem(
                 "no-effect",
-                f"balancing takes two modules, and {len(units)} of those selected can be measured",
+                f"`lr temp_balance` needs two modules that can be measured, and the selection has {len(groups)}",
                 field="min_eigenvalues" if few else None,
                 notes=tuple(f"`{u.name}` has {u.eigenvalues} eigenvalues" for u in few[:5]),
                 severity="warning",
             )
 
     def lower(self, to: Lowering) -> None:
-        """Give every unit a factor, and measure before the optimizer's rates are set."""
+        """Give every group a factor, and measure before the optimizer's rates are set."""
         from trainc.compiler.constructs.lr._temp_balance import Balance
         from trainc.runtime.schedule.clock import Duration, Gate
 
-        units, few = self.units(to.parameters())
-        lr_factors = [to.lr_factor(unit.name, unit.parameters) for unit in units]
+        groups, few = self.groups(to.parameters())
+        lr_factors = [to.lr_factor(group.name, group.parameters) for group in groups]
         pace = None if to.clause.every else Gate(every=Duration(EVERY_STEPS, "steps"))
-        to.action(Balance(to.label, self, units, lr_factors, few, pace))
+        to.action(Balance(to.label, self, groups, lr_factors, few, pace))

@@ -1,4 +1,4 @@
-"""The actions of `mask sift`: choose the entries, and write what the optimizer made of them back."""
+"""The actions of `mask sift`: choose the entries, and write the trained entries into the weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Units:
-    """What is chosen in a tensor of `shape`: `count` units of `size` entries."""
+class Choices:
+    """What can be chosen in a tensor of `shape`: `count` elements, rows or columns of `size` entries each."""
 
     granularity: Granularity
     shape: tuple[int, ...]
@@ -35,59 +35,59 @@ class Units:
         return 1 if axis is None else math.prod(self.shape) // self.shape[axis]
 
     def score(self, gradient: Tensor) -> Tensor:
-        """Return the magnitude of each unit's gradient, shape (count,)."""
+        """Return the magnitude of each choice's gradient, shape (count,)."""
         if self.granularity == "element":
             return gradient.flatten().abs()
         across = gradient if self.granularity == "row" else gradient.transpose(0, 1)
         return across.flatten(1).square().sum(1).sqrt()
 
-    def entries(self, units: Tensor) -> Tensor:
-        """Return the sorted flat positions of the entries of some units."""
+    def entries(self, chosen: Tensor) -> Tensor:
+        """Return the sorted flat positions of the entries of some choices."""
         import torch
 
         if self.granularity == "element":
-            return units
-        positions = torch.arange(math.prod(self.shape), device=units.device).view(self.shape)
+            return chosen
+        positions = torch.arange(math.prod(self.shape), device=chosen.device).view(self.shape)
         axis = int(self.granularity == "column")
-        return positions.index_select(axis, units).flatten().sort().values
+        return positions.index_select(axis, chosen).flatten().sort().values
 
 
 class Choose(Action):
-    """Phase 8, before clipping: sum gradients until the entries are chosen, then keep to those."""
+    """Phase 8, before clipping: sum gradients until the entries are chosen, then gather those entries only."""
 
     phase = Phase.GRADIENTS
 
     def __init__(
-        self, label: str, compacts: Sequence[SelectedEntries], rule: Sift, start: Gate | None
+        self, label: str, selected: Sequence[SelectedEntries], rule: Sift, start: Gate | None
     ) -> None:
         self.label, self.name = label, f"{label} choice"
-        self.compacts = {compact.name: compact for compact in compacts}
+        self.selected = {entries.name: entries for entries in selected}
         self.rule = rule
         self.start = start
         # The weights wait for `from` as well, so the action itself always runs.
         self.gate = Gate()
         self.sums: dict[str, Tensor] = {}
-        self.seen = dict.fromkeys(self.compacts, 0)
+        self.seen = dict.fromkeys(self.selected, 0)
 
     def run(self, step: Step) -> None:
         import torch
 
-        for compact in self.compacts.values():
-            compact.read()
-        waiting = [c for c in self.compacts.values() if c.index is None]
+        for entries in self.selected.values():
+            entries.read()
+        waiting = [c for c in self.selected.values() if c.index is None]
         found = {c.name: g for c in waiting if (g := c.parameter.grad) is not None}
-        for compact in waiting:
-            compact.discard()
+        for entries in waiting:
+            entries.discard()
         if not found or (self.start is not None and not self.start.fires(step.clock)):
             return
         dense = {n: g.to_dense() if g.is_sparse else g for n, g in found.items()}
         if not torch.stack([g.isfinite().all() for g in dense.values()]).all():
-            step.notes.append(f"{self.name}: a gradient is not finite, the step does not count")
+            step.notes.append(f"{self.name}: a gradient is not finite, so this step is not counted")
             return
         self._add(dense)
         groups = [waiting] if self.rule.scope == "global" else [[c] for c in waiting]
         for group in groups:
-            if all(self.seen[compact.name] >= self.rule.batches for compact in group):
+            if all(self.seen[entries.name] >= self.rule.batches for entries in group):
                 self._choose(group)
 
     def _add(self, found: Mapping[str, Tensor]) -> None:
@@ -96,60 +96,62 @@ class Choose(Action):
         for name, gradient in found.items():
             wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             self.sums[name] = self.sums[name] + wide if name in self.sums else wide
-        for name in self.compacts if self.rule.scope == "global" else found:
+        for name in self.selected if self.rule.scope == "global" else found:
             self.seen[name] += 1
 
     def _choose(self, group: Sequence[SelectedEntries]) -> None:
         import torch
 
-        units = [Units(self.rule.granularity, tuple(c.parameter.shape)) for c in group]
+        choices = [Choices(self.rule.granularity, tuple(c.parameter.shape)) for c in group]
         sums = [self.sums.pop(c.name, None) for c in group]
         scores = [
-            torch.zeros(u.count, device=c.parameter.device) if s is None else u.score(s)
-            for c, u, s in zip(group, units, sums, strict=True)
+            torch.zeros(some.count, device=c.parameter.device) if s is None else some.score(s)
+            for c, some, s in zip(group, choices, sums, strict=True)
         ]
         count = self.rule.count(sum(len(score) for score in scores))
-        for compact, unit, chosen in zip(group, units, largest(scores, count), strict=True):
-            compact.choose(unit.entries(chosen))
+        for entries, some, chosen in zip(group, choices, largest(scores, count), strict=True):
+            entries.choose(some.entries(chosen))
 
     def memory(self) -> int:
         """Return the bytes held beside the weights."""
         sums = sum(tensor.numel() * tensor.element_size() for tensor in self.sums.values())
-        return sums + sum(compact.memory() for compact in self.compacts.values())
+        return sums + sum(entries.memory() for entries in self.selected.values())
 
     def state_dict(self) -> State:
         state: State = {f"sum/{name}": tensor for name, tensor in self.sums.items()}
         state |= {f"seen/{name}": seen for name, seen in self.seen.items() if seen}
-        for name, compact in self.compacts.items():
-            if compact.index is not None:
-                state |= {f"index/{name}": compact.index, f"values/{name}": compact.values.detach()}
+        for name, entries in self.selected.items():
+            if entries.index is not None:
+                state |= {f"index/{name}": entries.index, f"values/{name}": entries.values.detach()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         import torch
 
-        foreign = {key.partition("/")[2] for key in state} - set(self.compacts)
+        foreign = {key.partition("/")[2] for key in state} - set(self.selected)
         if foreign:
-            raise ValueError(f"{self.name}: `{min(foreign)}` of the checkpoint is not masked here")
-        self.seen = {name: int(state.get(f"seen/{name}", 0)) for name in self.compacts}
+            raise ValueError(
+                f"{self.name}: the checkpoint masks `{min(foreign)}`, which this clause does not select"
+            )
+        self.seen = {name: int(state.get(f"seen/{name}", 0)) for name in self.selected}
         self.sums = {}
-        for name, compact in self.compacts.items():
-            device = compact.parameter.device
+        for name, entries in self.selected.items():
+            device = entries.parameter.device
             if f"sum/{name}" in state:
                 self.sums[name] = state[f"sum/{name}"].to(device, copy=True)
             if f"index/{name}" not in state:
-                compact.forget()
+                entries.forget()
                 continue
-            compact.choose(state[f"index/{name}"])
+            entries.choose(state[f"index/{name}"])
             with torch.no_grad():
-                compact.values.copy_(state[f"values/{name}"])
+                entries.values.copy_(state[f"values/{name}"])
 
     def summary(self) -> str | None:
-        numel = sum(compact.parameter.numel() for compact in self.compacts.values())
-        chosen = [c for c in self.compacts.values() if c.index is not None]
-        trained = sum(compact.values.numel() for compact in chosen)
-        waiting = len(self.compacts) - len(chosen)
-        tail = f", {waiting} got no gradient to choose from and did not train" if waiting else ""
+        numel = sum(entries.parameter.numel() for entries in self.selected.values())
+        chosen = [c for c in self.selected.values() if c.index is not None]
+        trained = sum(entries.values.numel() for entries in chosen)
+        waiting = len(self.selected) - len(chosen)
+        tail = f"; {waiting} had no gradient to choose by and did not train" if waiting else ""
         return f"{self.label}: {trained} of {numel} entries in {len(chosen)} tensors train{tail}"
 
 
@@ -158,17 +160,17 @@ class WriteBack(Action):
 
     phase = Phase.DELTAS
 
-    def __init__(self, label: str, compacts: Sequence[SelectedEntries]) -> None:
+    def __init__(self, label: str, selected: Sequence[SelectedEntries]) -> None:
         self.name = f"{label} write"
         self.metric = f"{label}.moved"
-        self.compacts = tuple(compacts)
+        self.selected = tuple(selected)
         self.gate = Gate()
 
     def run(self, step: Step) -> None:
         import torch
 
-        chosen = [compact for compact in self.compacts if compact.index is not None]
-        changed = [compact.write() for compact in chosen]
-        total = sum(compact.values.numel() for compact in chosen)
+        chosen = [entries for entries in self.selected if entries.index is not None]
+        changed = [entries.write() for entries in chosen]
+        total = sum(entries.values.numel() for entries in chosen)
         # Entries of 16-bit weights may stay where they are although their master copy moves.
         step.metrics[self.metric] = float(torch.stack(changed).sum()) / total if total else 0.0

@@ -1,4 +1,4 @@
-"""SIFT: train only the entries whose gradient was largest at the start."""
+"""SIFT: train only the entries whose gradient is largest at the start."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Granularity = Literal["element", "row", "column"]
 class Sift(Construct):
     """Trains the k entries of each tensor whose accumulated gradient g is largest in magnitude.
 
-    k = min(int(density * numel) + 1, numel), as published; g is the sum over the first `batches`
-    steps, which leave the selected tensors as they are. From the next step on the optimizer has the
-    k entries only: its moments, weight decay and clipping act on them, the rest never moves.
-    Of equal gradients the one at the lower position is taken.
+    k = min(int(density * numel) + 1, numel), as published. g is the sum over the first `batches`
+    steps, in which the selected tensors do not change. From the next step on, the optimizer has
+    these k entries only: its moments, weight decay and clipping act on them, and the other entries
+    never change. Of equal gradients, the one at the lower position is chosen.
     """
 
     cite: ClassVar = (
@@ -36,72 +36,83 @@ class Sift(Construct):
     targets: ClassVar = "parameters"
     identity: ClassVar = {"density": "100%"}
     effects: ClassVar = (
-        Effect("gradients", "keep the chosen entries", ("gradient", "params"), ("gradient",)),
-        Effect("deltas", "write the entries back", ("delta",), ("params", "metrics")),
+        Effect("gradients", "choose the entries that train", ("gradient", "params"), ("gradient",)),
+        Effect(
+            "deltas",
+            "write the trained entries into the weights",
+            ("delta",),
+            ("params", "metrics"),
+        ),
     )
 
-    density: Fraction = Field(description="share of a tensor's entries that trains, above 0%")
+    density: Fraction = Field(
+        description="fraction of the entries of a tensor that trains, above 0%"
+    )
     batches: int = Field(
-        default=1, ge=1, description="optimizer steps whose gradients are summed to choose"
+        default=1, ge=1, description="optimizer steps whose gradients are summed before the choice"
     )
     scope: Literal["tensor", "global"] = Field(
         default="tensor",
-        description="whether every tensor trains `density` of its entries, or all of them together",
+        description="whether `density` is a fraction of each tensor, or of all selected tensors together",
     )
     rest: Literal["train", "freeze"] = Field(
-        default="train", description="what happens to the parameters that are not selected"
+        default="train", description="whether parameters that are not selected train or are frozen"
     )
     granularity: Granularity = Field(
         default="element",
-        description="what is chosen: single entries, or whole rows or columns by their L2 norm",
+        description="what is chosen: single entries, or whole rows or columns by the L2 norm of their gradient",
     )
 
     @field_validator("density")
     @classmethod
-    def _something(cls, value: float) -> float:
+    def _is_positive(cls, value: float) -> float:
         if value <= 0:
-            raise ValueError("expected a share above 0%; to train nothing, freeze the parameters")
+            raise ValueError(
+                "expected a fraction above 0%; to train nothing, freeze the parameters"
+            )
         return value
 
     @field_validator("granularity")
     @classmethod
-    def _comparable(cls, value: Granularity, info: ValidationInfo) -> Granularity:
+    def _fits_scope(cls, value: Granularity, info: ValidationInfo) -> Granularity:
         if value != "element" and info.data.get("scope") == "global":
-            raise ValueError("rows of different tensors differ in length: use `scope = tensor`")
+            raise ValueError(
+                "rows and columns of different tensors differ in length: use `scope = tensor`"
+            )
         return value
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Refuse frozen parameters, and vectors where rows or columns are to be chosen."""
+        """Object to frozen parameters, and to vectors where rows or columns are chosen."""
         frozen = [p.name for p in bound.parameters if not p.trainable]
         if frozen:
-            message = f"`{frozen[0]}` is frozen: it gets no gradient to choose from"
+            message = f"`{frozen[0]}` is frozen, so it has no gradient to choose entries by"
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
         flat = [p.name for p in bound.parameters if p.ndim < 2]
         if flat and self.granularity != "element":
-            message = f"`{flat[0]}` has no {self.granularity}s"
+            message = f"`{flat[0]}` is not a matrix, so it has no {self.granularity}s"
             yield Problem("wrong-target-kind", message, help="select among `ndim(2)`")
 
     def count(self, numel: int) -> int:
-        """Return how many of `numel` units train."""
+        """Return how many of `numel` entries, rows or columns train."""
         return min(int(self.density * numel) + 1, numel)
 
     def lower(self, to: Lowering) -> None:
-        """Hand the optimizer the entries in place of the tensors, and choose them when due."""
-        from trainc.compiler.constructs.mask._sift import Choose, Units, WriteBack
+        """Give the optimizer selected entries in place of the tensors, and choose them when due."""
+        from trainc.compiler.constructs.mask._sift import Choices, Choose, WriteBack
         from trainc.runtime.step.update_mask import SelectedEntries
 
         to.refuse_times(f"`{to.label}` chooses once, for the rest of the run", "until", "every")
-        compacts = []
+        selected = []
         for entry in to.parameters():
-            units = Units(self.granularity, entry.shape)
-            size = self.count(units.count) * units.size if self.scope == "tensor" else 0
-            compacts.append(SelectedEntries(entry.name, to.tensor(entry.name), size))
-            to.select_entries(entry.name, compacts[-1])
+            choices = Choices(self.granularity, entry.shape)
+            size = self.count(choices.count) * choices.size if self.scope == "tensor" else 0
+            selected.append(SelectedEntries(entry.name, to.tensor(entry.name), size))
+            to.select_entries(entry.name, selected[-1])
         if self.rest == "freeze":
             kept = {entry.name for entry in to.parameters()}
             to.freeze(p.name for p in to.inventory.trainable if p.name not in kept)
-        to.action(Choose(to.label, compacts, self, to.gate()))
-        to.action(WriteBack(to.label, compacts))
+        to.action(Choose(to.label, selected, self, to.gate()))
+        to.action(WriteBack(to.label, selected))
 
     def reference(
         self,
@@ -111,7 +122,7 @@ class Sift(Construct):
     ) -> dict[str, Tensor]:
         """Return the weights after a run with these dense gradients, by dense masks.
 
-        A copy trains on the masked gradient; after each step what the mask leaves out is put back.
+        A copy trains on the masked gradient; after each step the other entries are restored.
         """
         import torch
 

@@ -1,1 +1,1 @@
-"""Models: where the module to train comes from."""
+"""Models: the module that a run trains."""

@@ -1,4 +1,4 @@
-"""The model a spec trains, named by import path."""
+"""The model that a spec trains, named by import path."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Model(Construct):
     """Calls `module:callable` with the given arguments; it returns a torch.nn.Module.
 
-    Imported only by plan, compile, run and verify; `trainc plan` calls it on the meta device. In a spec that is
-    embedded (`trainc.compile(spec, model)`) the clause may be left out.
+    Imported only by plan, compile, run and verify; `trainc plan` calls it on the meta device. Where the model is
+    passed (`trainc.compile(spec, model)`) the clause may be left out.
     """
 
     cite: ClassVar = "trainc"
@@ -29,4 +29,4 @@ class Model(Construct):
     )
 
     def lower(self, to: Lowering) -> None:
-        """Do nothing: the model is there when lowering begins."""
+        """Do nothing: the model is built before lowering."""

@@ -1,1 +1,1 @@
-"""Noise scales: how noisy the gradient is, measured as it arrives."""
+"""Noise scales: the noise of the gradient, measured during training."""

@@ -37,7 +37,7 @@ def module_problems(rule: Gns, bound: Targets) -> Iterator[Problem]:
     for objection, names in found.items():
         message = f"`{names[0]}` {objection.message}"
         others = len(names) - 1
-        notes = (f"{others} more of the selected modules have this problem",) if others else ()
+        notes = (f"other selected modules with this problem: {others}",) if others else ()
         yield Problem(objection.rule, message, notes=notes, help=objection.help)
     if not found and not any(module.parameters for module in bound.modules):
         yield Problem("nothing-to-measure", "no selected module has parameters of its own")

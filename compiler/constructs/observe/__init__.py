@@ -1,1 +1,1 @@
-"""Observers: measurements that change nothing."""
+"""Observers: measurements that do not change training."""

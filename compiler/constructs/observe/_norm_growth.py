@@ -1,4 +1,4 @@
-"""The actions of `observe norm_growth`: measure norms and steps, and fit the laws of growth."""
+"""The actions of `observe norm_growth`: measure norms and steps, and fit the laws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainc.compiler.model.inventory import ParameterEntry
     from trainc.runtime.step.record import Step
 
-# Two points lie on every line.
+# A line fits two points exactly, so r2 needs three.
 POINTS = 3
 
 
@@ -72,7 +72,7 @@ class Fit:
 
     @property
     def r2(self) -> float | None:
-        """Return the share of y's variance that the line explains; None where it means nothing."""
+        """Return the fraction of y's variance that the line explains; None with too few or equal points."""
         spread = self.xx * self.yy
         return min(1.0, self.xy**2 / spread) if self.count >= POINTS and spread > 0 else None
 
@@ -90,7 +90,7 @@ class Copies(Action):
         return sum(self.sizes.values())
 
     def keep(self, step: Step) -> None:
-        """Copy the parameters as they are now, into the copies there are."""
+        """Copy the parameters as they are now."""
         for name in self.sizes:
             now = step.parameters[name].detach()
             if name in self.copies:
@@ -105,7 +105,9 @@ class Copies(Action):
         found = {key.partition("/")[2]: key for key in state if key.startswith("previous/")}
         if found and found.keys() != self.sizes.keys():
             names = ", ".join(sorted(found.keys() ^ self.sizes.keys()))
-            raise ValueError(f"{self.name}: the checkpoint observed other parameters: {names}")
+            raise ValueError(
+                f"{self.name}: the checkpoint observed other parameters; they differ in {names}"
+            )
         self.copies = {name: state[found[name]].clone() for name in self.sizes if found}
 
 
@@ -160,7 +162,7 @@ class Observe(Copies):
 
     def _measure(self, step: Step, sums: Mapping[str, Sums], moved: bool) -> None:
         columns = zip(*((one.ww, one.dd, one.wd, one.vv) for one in sums.values()), strict=True)
-        self._tell(step, Sums(*map(sum, columns)).measures(moved))
+        self._record(step, Sums(*map(sum, columns)).measures(moved))
         for name, one in sums.items():
             for measure, value in one.measures(moved).items():
                 step.series.setdefault(f"{self.name}.{measure}", {})[name] = value
@@ -173,7 +175,7 @@ class Observe(Copies):
             now = step.parameters[name].detach()
             distances[name] = math.sqrt(multi_norm([now - first.to(now.device)])[0, 0].item())
         step.series[f"{self.name}.distance"] = distances
-        self._tell(step, {"distance": math.hypot(*distances.values())})
+        self._record(step, {"distance": math.hypot(*distances.values())})
 
     def _fit(self, step: Step, norm: float) -> None:
         if math.isfinite(norm):
@@ -182,7 +184,7 @@ class Observe(Copies):
                 self.fits[law].add(f(step.clock.steps + 1), norm)
             self.first, self.last = (self.first if self.squares else norm), norm
         if found := self.r2:
-            self._tell(step, {"fit": max(found.values())})
+            self._record(step, {"fit": max(found.values())})
             step.metrics.update({f"{self.name}.fit.{law}": r2 for law, r2 in found.items()})
 
     @property
@@ -190,7 +192,7 @@ class Observe(Copies):
         """Return each law's r2, empty before there are three observations."""
         return {law: r2 for law, fit in self.fits.items() if (r2 := fit.r2) is not None}
 
-    def _tell(self, step: Step, found: Mapping[str, float]) -> None:
+    def _record(self, step: Step, found: Mapping[str, float]) -> None:
         named = {f"{self.name}.{measure}": value for measure, value in found.items()}
         step.metrics.update(named)
         step.signals.update(named)

@@ -1,4 +1,4 @@
-"""Norm growth: how long the weights are, how they move, and which law their length follows."""
+"""Norm growth: the norm of the weights, their steps, and the law that the norm follows."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ LAWS: dict[str, Callable[[float], float]] = {
 
 
 class NormGrowth(Construct):
-    """Reports the length of the selected weights, their steps and the length's growth; reads only.
+    """Reports the norm of the selected weights, how they move and how the norm grows; changes nothing.
 
-    With w the weights, v those at the observation before and d = w - v, per parameter and over the
-    selection: norm |w|, step |d|, alignment cos(d, v), direction cos(w, v); a cosine with a zero
-    vector is 0, and the first observation has only norms. The selection's norm is fitted by least
-    squares, a + b f(t), with f(t) = sqrt(t), t, ln(t) and t^(1/4), t counting updates; from three
-    observations on `fit` is the best r2. Weights that step along themselves grow exponentially;
-    steps at right angles to the weights, with rates of 1/sqrt(t), give sqrt(t).
+    With w the weights, v those of the previous observation and d = w - v, per parameter and over
+    the selection: norm |w|, step |d|, alignment cos(d, v), direction cos(w, v). A cosine with a
+    zero vector is 0, and the first observation has norms only. The norm of the selection is fitted
+    by least squares to a + b f(t) with f(t) = sqrt(t), t, ln(t) and t^(1/4), where t counts
+    updates; from three observations on, `fit` is the best r2. Weights whose steps are along
+    themselves grow exponentially; steps at right angles to the weights, with rates of 1/sqrt(t),
+    give sqrt(t).
     """
 
     cite: ClassVar = (
@@ -42,12 +43,12 @@ class NormGrowth(Construct):
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     signals: ClassVar = {
-        "norm": "L2 norm of the selected weights, in their unit",
-        "step": "L2 norm of their change since the observation before, in their unit",
-        "alignment": "cosine of that change and the weights before it, -1 to 1",
-        "direction": "cosine of the weights and the weights before, -1 to 1",
-        "fit": "largest r2 of the norm's fits, 0 to 1",
-        "distance": "with `from_start`, L2 distance from the weights at the start, in their unit",
+        "norm": "L2 norm of the selected weights",
+        "step": "L2 norm of their change since the previous observation",
+        "alignment": "cosine of that change and the previous weights, -1 to 1",
+        "direction": "cosine of the weights and the previous weights, -1 to 1",
+        "fit": "largest r2 of the fits of the norm, 0 to 1",
+        "distance": "with `from_start`, L2 distance from the weights at the start",
     }
     effects: ClassVar = (
         Effect("rates", "keep the weights at the start", ("params",)),
@@ -61,7 +62,7 @@ class NormGrowth(Construct):
 
     from_start: bool = Field(
         default=False,
-        description="report the distance from the weights as first found, at one more copy",
+        description="report the distance from the starting weights, which needs one more copy of them",
     )
 
     def performs(self, effect: Effect) -> bool:
@@ -83,7 +84,7 @@ class NormGrowth(Construct):
         }
 
     def lower(self, to: Lowering) -> None:
-        """Observe after updates; with `from_start` also copy the weights before the first one."""
+        """Observe after updates; with `from_start`, also copy the weights before the first update."""
         from trainc.compiler.constructs.observe._norm_growth import Observe, Start
 
         parameters = to.parameters()

@@ -1,1 +1,1 @@
-"""Optimizers: from gradients to new parameters."""
+"""Optimizers: the update of parameters from their gradients."""

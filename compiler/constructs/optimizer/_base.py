@@ -1,4 +1,4 @@
-"""Optimizers: any torch optimizer, with per-selector decay, clipping and rates that policies scale."""
+"""What all optimizer constructs share: a learning rate, decay by selector, clipping, frozen parameters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
 
 
-CLIPPING = Effect("gradients", "clip the global norm", ("gradient",), ("gradient",))
+CLIPPING = Effect("gradients", "clip the global gradient norm", ("gradient",), ("gradient",))
 
 
 def implementation_flags(implementation: str) -> dict[str, bool]:
-    """Return torch's keyword arguments for one of its implementations; none for `auto`."""
+    """Return torch's keyword arguments that choose an implementation; none for `auto`."""
     flags = {
         "fused": {"fused": True},
         "foreach": {"foreach": True},
@@ -29,12 +29,12 @@ def implementation_flags(implementation: str) -> dict[str, bool]:
 
 
 class Optimizer(Construct):
-    """What every optimizer clause declares; `make` builds the torch optimizer."""
+    """Base of the optimizer constructs; `make` builds the torch optimizer."""
 
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     effects: ClassVar = (
-        Effect("rates", "set each group's rate", ("clock", "rate"), ("rate",)),
+        Effect("rates", "set the learning rate of each group", ("clock", "rate"), ("rate",)),
         CLIPPING,
         Effect(
             "optimizer",
@@ -50,14 +50,14 @@ class Optimizer(Construct):
     lr: Schedule = Field(description="learning rate: a number or an expression of the clock")
     weight_decay: ScopedNumbers = Field(
         default=(),
-        description="decay coefficient, for all parameters or per selector (`0.1 on ndim(2)`)",
+        description="weight decay, for all parameters or by selector (`0.1 on ndim(2)`)",
     )
     clip: float | None = Field(
         default=None,
         gt=0,
-        description="global L2 norm the gradients are scaled down to, as the last gradient step",
+        description="largest global L2 norm of the gradients; they are scaled down to it just before the update",
     )
-    freeze: Selector | None = Field(default=None, description="parameters to leave untrained")
+    freeze: Selector | None = Field(default=None, description="parameters that do not train")
 
     def performs(self, effect: Effect) -> bool:
         """Say whether this clause performs an effect: it clips only when asked to."""
@@ -71,7 +71,7 @@ class Optimizer(Construct):
         """Build the torch optimizer over parameter-group dicts that carry `params` and `weight_decay`."""
 
     def lower(self, to: Lowering) -> None:
-        """Claim the parameters and hand over schedule and decay."""
+        """Claim the selected parameters, with the schedule and the decay of each."""
         if self.freeze is not None:
             to.freeze(to.select(self.freeze, "parameters"))
         decay = dict.fromkeys(to.clause.targets, 0.0)

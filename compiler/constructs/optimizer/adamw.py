@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class AdamW(Optimizer):
-    """Adam whose weight decay multiplies the weights by `1 - lr * decay` and stays out of the moments.
+    """Adam with weight decay that multiplies the weights by `1 - lr * decay` and is not part of the moments.
 
     `m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w = w - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)`.
     """
@@ -31,10 +31,12 @@ class AdamW(Optimizer):
     betas: tuple[float, float] = Field(
         default=(0.9, 0.999), description="decay rates of the two moments, in [0, 1)"
     )
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    eps: float = Field(
+        default=1e-8, gt=0, description="added to the square root of the second moment"
+    )
     implementation: Literal["auto", "fused", "foreach", "loop"] = Field(
         default="auto",
-        description="which of torch's implementations runs; auto leaves the choice to torch",
+        description="which of torch's implementations runs; with `auto`, torch chooses",
     )
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

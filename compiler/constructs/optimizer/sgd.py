@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SGD(Optimizer):
     """Steps against the gradient, with heavy-ball or Nesterov momentum; weight decay is added to the gradient.
 
-    `g = g + decay w; b = momentum b + g; w = w - lr b`, with torch's convention that the rate is outside the buffer.
+    `g = g + decay w; b = momentum b + g; w = w - lr b`: as in torch, the rate is not part of the momentum buffer b.
     """
 
     cite: ClassVar = "Sutskever et al., On the importance of initialization and momentum, ICML 2013"
@@ -24,18 +24,21 @@ class SGD(Optimizer):
     moments: ClassVar = 1
 
     momentum: float = Field(
-        default=0.0, ge=0, description="how much of the last buffer is kept, in [0, 1)", lt=1
+        default=0.0, ge=0, description="factor of the previous momentum buffer, in [0, 1)", lt=1
     )
-    nesterov: bool = Field(default=False, description="look ahead along the buffer")
+    nesterov: bool = Field(
+        default=False,
+        description="use Nesterov momentum: step along g + momentum b",
+    )
     implementation: Literal["auto", "fused", "foreach", "loop"] = Field(
         default="auto",
-        description="which of torch's implementations runs; auto leaves the choice to torch",
+        description="which of torch's implementations runs; with `auto`, torch chooses",
     )
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
+            raise ValueError("`nesterov = true` needs a `momentum` above 0")
         return self
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Torch(Optimizer):
-    """Builds `module:class` over the selected parameters; every other field is an argument of the class.
+    """Builds the optimizer `module:class` over the selected parameters; other fields are arguments of the class.
 
-    Its update must act entry by entry if a mask is to bind to it; trainc cannot see inside.
+    With a `mask`, its update must treat every entry by itself, which trainc cannot check.
     """
 
     cite: ClassVar = "trainc"
@@ -55,4 +55,4 @@ class Torch(Optimizer):
         return built
 
     def reference(self) -> None:
-        """Return nothing: the class named is its own definition."""
+        """Return nothing: the named class is its own definition."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Anchors(Action):
-    """Phase 12: keeps the weights at the start in the checkpoint, and says how far they went."""
+    """Phase 12: keeps the weights at the start in the checkpoint, and reports the distance from them."""
 
     phase = Phase.OBSERVE
 
@@ -27,21 +27,23 @@ class Anchors(Action):
         self.starts = dict(starts)
 
     def run(self, step: Step) -> None:
-        """Do nothing: state is all there is."""
+        """Do nothing: the action only holds state."""
 
     def state_dict(self) -> State:
         return dict(self.starts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the start in place, as the loss term reads these very tensors.
+        """Restore the start in place, because the loss term reads these tensors.
 
-        The checkpoint of a run without this clause has none: the start is then its weights.
+        The checkpoint of a run without this clause has none: its weights are then the start.
         """
         import torch
 
         odd = sorted(set(state) ^ set(self.starts))
         if state and odd:
-            raise ValueError(f"{self.name}: the checkpoint has another selection: {', '.join(odd)}")
+            raise ValueError(
+                f"{self.name}: the checkpoint has another selection, which differs in {', '.join(odd)}"
+            )
         with torch.no_grad():
             for name, start in self.starts.items():
                 start.copy_(state[name] if state else self.parameters[name])

@@ -1,4 +1,4 @@
-"""L2-SP: decay towards the weights that training starts from."""
+"""L2-SP: a penalty on the distance from the weights that training starts from."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class L2Sp(Construct):
-    """Adds `weight / 2 * sum ||w - w0||^2` to the loss, w0 being the weights at the start.
+    """Adds `weight / 2 * sum ||w - w0||^2` to the loss, where w0 are the weights at the start.
 
-    The start is where the program was built, also after a resume; with `to = zero` w0 is 0. Unlike
-    decoupled weight decay it is part of the gradient, and so of the optimizer's moments.
+    w0 are the weights with which the program was first built, also after a resume; with `to = zero`
+    they are 0. Unlike decoupled weight decay, the penalty is part of the gradient, and so of the
+    optimizer's moments.
     """
 
     cite: ClassVar = (
@@ -33,24 +34,23 @@ class L2Sp(Construct):
     identity: ClassVar = {"weight": "0"}
     effects: ClassVar = (
         Effect("forward", "add the penalty", ("params", "clock"), ("loss",)),
-        Effect("observe", "keep the start", ("params",)),
+        Effect("observe", "keep the weights at the start", ("params",)),
     )
 
-    weight: Schedule = Field(
-        description="coefficient of half the squared distance, a number or an expression"
-    )
+    weight: Schedule = Field(description="coefficient of half the squared distance")
     to: Literal["start", "zero"] = Field(
-        default="start", description="where the weights are drawn to: their start, or zero"
+        default="start",
+        description="what the distance is taken from: the weights at the start, or zero",
     )
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Refuse a selection in which nothing trains."""
+        """Object to a selection in which nothing trains."""
         if bound.parameters and not any(p.trainable for p in bound.parameters):
             message = f"all {len(bound.parameters)} selected parameters are frozen"
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
 
     def lower(self, to: Lowering) -> None:
-        """Add the term over what trains, and keep the start with the program's state."""
+        """Add the penalty on the selected parameters that train, and keep their start in the program's state."""
         from trainc.compiler.constructs.regularize._l2_sp import Anchors
 
         names = [entry.name for entry in to.parameters() if entry.trainable]
@@ -71,7 +71,7 @@ class L2Sp(Construct):
 
     @staticmethod
     def reference(parameters: Inputs, anchors: Inputs, weight: Tensor | float) -> Tensor:
-        """Return the penalty, 0-d, float32 at least; what has no anchor is drawn to zero."""
+        """Return the penalty, 0-d, float32 at least; a parameter without an anchor has its distance from zero."""
         import torch
 
         total = None

@@ -1,4 +1,4 @@
-"""PACE: two noisy passes through the same layers should agree."""
+"""PACE: a penalty on the difference between two noisy passes of the same examples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
+from trainc.dsl.text.vocabulary import PLACES
 from trainc.dsl.values.value_json import Binary, Call, Expr, Name, Quantity, Unary, to_json, walk
 
 if TYPE_CHECKING:
@@ -18,17 +19,16 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.roles import Place
 
-_PLACES = ("depth", "block", "blocks")
-
 
 class Pace(Construct):
-    """Passes every example twice, with noise on the selected outputs, and pulls the views together.
+    """Passes every example twice, with noise on the selected outputs, and penalizes the difference of the results.
 
-    h = z * h, z = 1 + sigma * Normal(0, 1), drawn anew per step, view, example and channel; in a
-    frozen layer plus adapter select the adapter: h = h0 + z * dh. The loss is that of view one plus
-    `weight` times the mean over rows of sum over classes (l1 - l2)^2, or of the symmetric KL. Both
-    views have gradient and share their dropout masks; evaluation has no noise. The published linear
-    schedule, silent in block 0, is `1.2 * min(block, 1) * (blocks - block) / (blocks - 1)`.
+    The output h of a selected layer becomes z * h with z = 1 + sigma * Normal(0, 1), drawn for each
+    step, view, example and channel. Of a frozen layer with an adapter select the adapter:
+    h = h0 + z * dh. The loss is that of the first view plus `weight` times the mean over rows of
+    sum over classes (l1 - l2)^2, or of the symmetric KL divergence. Both views have gradients and
+    the same dropout masks; evaluation has no noise. The published linear schedule, without noise in
+    block 0, is `1.2 * min(block, 1) * (blocks - block) / (blocks - 1)`.
     """
 
     cite: ClassVar = (
@@ -42,49 +42,57 @@ class Pace(Construct):
     targets: ClassVar = "modules"
     identity: ClassVar = {"weight": "0", "sigma": "0"}
     effects: ClassVar = (
-        Effect("forward", "pair noisy views", ("inputs", "clock"), ("views", "forward", "loss")),
+        Effect(
+            "forward", "pass two noisy views", ("inputs", "clock"), ("views", "forward", "loss")
+        ),
     )
 
     sigma: Schedule = Field(
-        description="standard deviation of the factor on an output, no unit; may use `depth`"
+        description="standard deviation of the factor on an output; may use `depth`, `block` and `blocks`"
     )
-    weight: Schedule = Field(description="coefficient of the distance, added to the loss")
+    weight: Schedule = Field(description="coefficient of the distance in the loss")
     mode: Literal["pair"] = Field(
         default="pair", description="where the second view comes from: a second pass in each step"
     )
     distance: Literal["mse", "kl"] = Field(
         default="mse",
-        description="squared distance of the logits, or symmetric KL of the softmaxes",
+        description="squared distance of the logits, or symmetric KL divergence of the softmaxes",
     )
     share: Literal["token", "none"] = Field(
         default="token",
-        description="whether an example's tokens share the noise, or each has its own",
+        description="whether the tokens of an example share the noise, or each has its own",
     )
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Refuse what is no Linear layer or never runs itself; warn of BatchNorm and of silence."""
+        """Object to layers that noise cannot reach; warn of BatchNorm and of a sigma that is 0."""
         linear = "select Linear layers: `& type(Linear)`"
         wrong = [m for m in bound.modules if "Linear" not in m.types]
         if wrong:
-            message = f"`{wrong[0].name}` is a {wrong[0].types[0]}, and noise goes on Linear layers"
-            more = (f"so are {len(wrong) - 1} more of the selected modules",) if wrong[1:] else ()
+            message = f"`{wrong[0].name}` is a {wrong[0].types[0]}; noise is supported for Linear layers only"
+            more = (
+                (f"other selected modules that are not Linear: {len(wrong) - 1}",)
+                if wrong[1:]
+                else ()
+            )
             yield Problem("wrong-target-kind", message, notes=more, help=linear)
         inner = [m.name for m in bound.modules if "NonDynamicallyQuantizableLinear" in m.types]
         if inner:
-            message = f"`{inner[0]}` never runs: nn.MultiheadAttention uses its weight directly"
-            yield Problem("wrong-target-kind", message, help="leave it out of the selector")
+            message = (
+                f"`{inner[0]}` is never called: nn.MultiheadAttention uses its weight directly"
+            )
+            yield Problem("wrong-target-kind", message, help="exclude it from `on`")
         norms = [m.name for m in bound.inventory.modules if "_BatchNorm" in m.types]
         if norms:
-            message = f"`{norms[0]}` takes its statistics over both views of the batch"
-            note = f"{len(norms)} BatchNorm layers then see twice the batch size"
+            message = f"BatchNorm (`{norms[0]}`) takes its statistics over both views of the batch"
+            note = f"{len(norms)} BatchNorm layers see twice the batch size"
             yield Problem("pair-over-batch-norm", message, notes=(note,), severity="warning")
-        if bound.modules and all(silent(self.sigma, m.place) for m in bound.modules):
-            message = "sigma is 0 in every selected layer, so both views are equal"
+        if bound.modules and all(is_zero(self.sigma, m.place) for m in bound.modules):
+            message = "`sigma` is 0 in every selected layer, so both views are equal"
             yield Problem("no-effect", message, field="sigma", severity="warning")
 
     def lower(self, to: Lowering) -> None:
-        """Put noise on every layer that is not silent throughout, and compare the two views."""
-        noisy = [m for m in to.modules() if not silent(self.sigma, m.place)]
+        """Put noise on every layer whose sigma is not always 0, and compare the two views."""
+        noisy = [m for m in to.modules() if not is_zero(self.sigma, m.place)]
         for module in noisy:
             to.noise(module, self.sigma, self.share)
         if noisy:
@@ -98,7 +106,7 @@ class Pace(Construct):
         factors: Mapping[str, Tensor],
         weight: float,
     ) -> dict[str, Tensor]:
-        """Return `loss`, its parts `task` and `consistency`, and the `logits` of both views.
+        """Return `loss`, its parts `data_loss` and `consistency`, and the `logits` of both views.
 
         `factors[name]` is z for the output of module `name`, shape (2B, 1 or T, C) or (2B, C).
         """
@@ -112,11 +120,11 @@ class Pace(Construct):
             logits = model(torch.cat([inputs, inputs]))
         one, two = logits.chunk(2)
         data_loss = cross_entropy(one.flatten(0, -2), targets.flatten())
-        consistency = self.apart(one, two)
+        consistency = self.distance_of(one, two)
         loss = data_loss + weight * consistency
         return {"loss": loss, "data_loss": data_loss, "consistency": consistency, "logits": logits}
 
-    def apart(self, one: Tensor, two: Tensor) -> Tensor:
+    def distance_of(self, one: Tensor, two: Tensor) -> Tensor:
         """Return the distance of two views' logits (..., C), 0-d, by definition."""
         if self.distance == "mse":
             return (one - two).square().sum(-1).mean()
@@ -128,31 +136,31 @@ def _multiply(z: Tensor) -> Any:
     return lambda module, args, out: out * z
 
 
-def silent(sigma: Expr, place: Place) -> bool:
-    """Say whether sigma is zero in a place for the whole run, as far as its form shows."""
+def is_zero(sigma: Expr, place: Place) -> bool:
+    """Say whether sigma is zero in a place for the whole run, as far as its expression shows."""
     if isinstance(sigma, Binary) and sigma.op == "*":
-        return silent(sigma.left, place) or silent(sigma.right, place)
+        return is_zero(sigma.left, place) or is_zero(sigma.right, place)
     if isinstance(sigma, Unary):
-        return silent(sigma.x, place)
+        return is_zero(sigma.x, place)
     return _fixed(sigma) and _now(sigma, place) == 0
 
 
 def _fixed(expression: Expr) -> bool:
-    """Say whether an expression depends on the place only, not on the clock or a signal."""
+    """Say whether an expression depends on nothing but the place: not on the clock or a signal."""
     from trainc.runtime.schedule.expressions import MATHS
 
     parts = list(walk(expression))
     moving = any(isinstance(part, Call) and part.function not in MATHS for part in parts)
     named = {part.id for part in parts if isinstance(part, Name)}
     timed = any(isinstance(part, Quantity) for part in parts)
-    return not moving and not timed and named <= set(_PLACES)
+    return not moving and not timed and named <= set(PLACES)
 
 
 def _now(expression: Expr, place: Place) -> float:
     from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
     from trainc.runtime.schedule.schedules import compile_schedule
 
-    values = {name: float(getattr(place, name)) for name in _PLACES}
+    values = {name: float(getattr(place, name)) for name in PLACES}
     return compile_schedule(to_json(expression), UnitConversion(), RunLength(1, "steps"))(
         Clock(), values
     )

@@ -1,1 +1,1 @@
-"""Runs: how long, how often to evaluate and save."""
+"""Runs: length, seed, evaluations and checkpoints."""

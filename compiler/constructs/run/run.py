@@ -1,4 +1,4 @@
-"""The run: how long, from which seed, and what is kept."""
+"""The run: its length, seed, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Run(Construct):
-    """States the length of the run and everything about it that is not a method.
+    """States how long the run lasts, its seed, and when it evaluates and saves.
 
-    Data order and random streams are functions of the seed and the clock, so a resumed run equals an
-    uninterrupted one bit for bit.
+    The order of the data and all random numbers are functions of the seed and the clock, so a
+    resumed run equals an uninterrupted one bit for bit.
     """
 
     cite: ClassVar = "trainc"
@@ -24,25 +24,27 @@ class Run(Construct):
         "run { length = 2000 steps, seed = 7, eval = 200 steps, checkpoint = 500 steps }"
     )
 
-    length: Duration = Field(description="when the run ends, in any unit of the clock")
+    length: Duration = Field(
+        description="when the run ends: steps, samples, tokens, epochs or seconds"
+    )
     seed: int = Field(default=0, ge=0, description="seed of initial weights, data order and noise")
     start: str | None = Field(
         default=None,
-        description="folder of another run, or .safetensors file, that gives the initial weights",
+        description="folder of another run, or .safetensors file, with the initial weights",
     )
     eval: Duration | None = Field(
-        default=None, description="distance between evaluations. Default: only at the end"
+        default=None, description="how often the model is evaluated. Default: only at the end"
     )
     eval_batches: int = Field(
-        default=8, ge=1, description="micro-batches of held-out data per evaluation"
+        default=8, ge=1, description="micro-batches of held-out data in one evaluation"
     )
     checkpoint: Duration | None = Field(
-        default=None, description="distance between checkpoints. Default: only at the end"
+        default=None, description="how often a checkpoint is saved. Default: only at the end"
     )
-    keep: int = Field(default=2, ge=1, description="how many checkpoints stay on disk")
+    keep: int = Field(default=2, ge=1, description="how many checkpoints are kept on disk")
     on_nan: Literal["stop", "skip", "continue"] = Field(
         default="stop",
-        description="what a non-finite loss does: stop before the update, skip the update, or carry on",
+        description="what happens at a loss that is not finite: stop before the update, skip the update, or continue",
     )
 
     @field_validator("length")
@@ -56,7 +58,7 @@ class Run(Construct):
     @classmethod
     def _a_distance(cls, value: Duration | None) -> Duration | None:
         if value is not None and value.amount <= 0:
-            raise ValueError("expected a distance such as `200 steps` or `5%`")
+            raise ValueError("expected a duration above 0, such as `200 steps` or `5%`")
         return value
 
     def lower(self, to: Lowering) -> None:

@@ -103,7 +103,7 @@ def test_without_data_it_needs_a_reference_and_a_batch() -> None:
     with pytest.raises(trainc.SpecError, match=r"reference = 32 samples"):
         trainc.compile(BASE.format(optimizer="sgd") + "lr batch_scaling", net())
     spec = BASE.format(optimizer="sgd") + "lr batch_scaling { reference = 4 samples }"
-    with pytest.raises(ValueError, match="does not know the batch"):
+    with pytest.raises(ValueError, match="needs the batch size of this step"):
         trainc.compile(spec, net()).begin()
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.regularize.pace import Pace, silent
+from trainc.compiler.constructs.regularize.pace import Pace, is_zero
 from trainc.compiler.layers.bound_modules import replace_layers
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
@@ -69,7 +69,7 @@ def lower(rule: Pace, model: nn.Module, names: tuple[str, ...], **bounds: Any) -
 def test_the_distance_and_its_gradients_are_the_published_ones(case: str) -> None:
     row = PACE[case]
     one, two = (tensor(row[name]).requires_grad_() for name in ("l1", "l2"))
-    loss = pace(sigma=1, weight=1).apart(one, two)
+    loss = pace(sigma=1, weight=1).distance_of(one, two)
     assert float(loss.detach()) == pytest.approx(row["loss"], rel=1e-6)
     loss.backward()
     if "grad_l1" in row:
@@ -80,7 +80,7 @@ def test_the_distance_and_its_gradients_are_the_published_ones(case: str) -> Non
 def test_the_kl_distance_is_that_of_r_drop() -> None:
     row = REFERENCE["relatives"]["rdrop_official_readme"]
     one, two = (tensor(row[name]) for name in "pq")
-    loss = pace(sigma=1, weight=1, distance="kl").apart(one, two)
+    loss = pace(sigma=1, weight=1, distance="kl").distance_of(one, two)
     assert float(loss.detach()) == pytest.approx(row["loss_batchmean"], rel=1e-5)
 
 
@@ -212,7 +212,7 @@ WARMUP = v.called("warmup", v.Quantity(v.Duration(0.05, "run")))
 def test_a_layer_is_silent_only_if_it_always_is(
     sigma: v.Expr, place: Place, expected: bool
 ) -> None:
-    assert silent(sigma, place) is expected
+    assert is_zero(sigma, place) is expected
 
 
 def armed_step(model: nn.Module, rule: Pace, names: tuple[str, ...]) -> tuple[LoweredMethod, Any]:

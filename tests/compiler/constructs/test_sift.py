@@ -88,9 +88,9 @@ class Run:
         )
         clause = BoundClause(rule, "sift", tuple(names), start)
         rule.lower(Lowering(clause, setting, self.parts))
-        self.compacts = self.parts.selected_entries
+        self.selected = self.parts.selected_entries
         slots = [
-            ParamSlot(name, self.compacts[name].values if name in self.compacts else p, decay)
+            ParamSlot(name, self.selected[name].values if name in self.selected else p, decay)
             for name, p in self.model.named_parameters()
             if name not in self.parts.frozen
         ]
@@ -127,8 +127,8 @@ class Run:
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.machine.load_state_dict(state["machine"])
-        for compact in self.compacts.values():
-            compact.read()
+        for entries in self.selected.values():
+            entries.read()
 
 
 RATE = CASE["mask_from_batch0"]["sparse_rate"]
@@ -138,7 +138,7 @@ def test_the_choice_is_the_published_one() -> None:
     run = Run(Sift(density=RATE))
     run.step(batches()[0])
     for name, expected in CASE["mask_from_batch0"]["topk"].items():
-        index = run.compacts[name].index
+        index = run.selected[name].index
         assert index is not None
         assert len(index) == expected["k"]
         assert index.tolist() == sorted(expected["flat_idx"])
@@ -153,7 +153,7 @@ def test_the_trace_is_the_intended_one(road: str) -> None:
     def by_graph(loss: Tensor) -> None:
         names, parameters = zip(*run.model.named_parameters(), strict=True)
         for name, grad in zip(names, torch.autograd.grad(loss, parameters), strict=True):
-            run.compacts[name].take(grad)
+            run.selected[name].take(grad)
 
     for batch, row in zip(batches(), expected["trace"], strict=True):
         with torch.no_grad():
@@ -166,7 +166,7 @@ def test_the_trace_is_the_intended_one(road: str) -> None:
         for name, weight in run.weights().items():
             torch.testing.assert_close(weight, tensor(row["W"][name]), rtol=1e-6, atol=1e-7)
     for name in NAMES:
-        state = run.optimizer.torch.state[run.compacts[name].values]
+        state = run.optimizer.torch.state[run.selected[name].values]
         torch.testing.assert_close(state["exp_avg"], tensor(expected["m"][name]))
         torch.testing.assert_close(state["exp_avg_sq"], tensor(expected["v"][name]))
 
@@ -210,7 +210,7 @@ def test_weight_decay_acts_on_the_entries() -> None:
         decayed.step(batch)
     for name in NAMES:
         apart = (plain.weights()[name] - decayed.weights()[name]).flatten().nonzero()[:, 0]
-        index = plain.compacts[name].index
+        index = plain.selected[name].index
         assert index is not None
         assert apart.tolist() == index.tolist()
 
@@ -220,7 +220,7 @@ def test_clipping_acts_on_the_entries() -> None:
     first, second, *_ = batches()
     assert run.step(first).metrics["gradient_norm"] == 0.0
     dense = dense_gradients(run, second)
-    indices = [(n, c.index) for n, c in run.compacts.items() if c.index is not None]
+    indices = [(n, c.index) for n, c in run.selected.items() if c.index is not None]
     picked = torch.cat([dense[n].flatten()[i] for n, i in indices])
     found = run.step(second).metrics["gradient_norm"]
     assert found == pytest.approx(float(picked.norm()), rel=1e-5)
@@ -240,11 +240,11 @@ def test_several_batches_choose_as_one_large_batch() -> None:
     (x0, y0), (x1, y1), *_ = batches()
     apart, together = Run(Sift(density=RATE, batches=2)), Run(Sift(density=RATE))
     apart.step((x0, y0))
-    assert all(compact.index is None for compact in apart.compacts.values())
+    assert all(entries.index is None for entries in apart.selected.values())
     apart.step((x1, y1))
     together.step((torch.cat([x0, x1]), torch.cat([y0, y1])))
     for name in NAMES:
-        one, two = apart.compacts[name].index, together.compacts[name].index
+        one, two = apart.selected[name].index, together.selected[name].index
         assert one is not None
         assert two is not None
         assert torch.equal(one, two)
@@ -267,8 +267,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(rule: Sift, at: int) -> None:
             resumed.step(batch)
     for name, weight in whole.weights().items():
         assert torch.equal(resumed.weights()[name], weight)
-    for name, compact in whole.compacts.items():
-        assert torch.equal(resumed.compacts[name].values, compact.values)
+    for name, entries in whole.selected.items():
+        assert torch.equal(resumed.selected[name].values, entries.values)
 
 
 def test_half_precision_resumes_with_its_master_copy() -> None:
@@ -280,17 +280,17 @@ def test_half_precision_resumes_with_its_master_copy() -> None:
     for batch in data[3:]:
         whole.step(batch)
         resumed.step(batch)
-    for name, compact in whole.compacts.items():
-        assert compact.values.dtype == torch.float32
-        assert not torch.equal(compact.values, compact.values.bfloat16().float())
-        assert torch.equal(resumed.compacts[name].values, compact.values)
+    for name, entries in whole.selected.items():
+        assert entries.values.dtype == torch.float32
+        assert not torch.equal(entries.values, entries.values.bfloat16().float())
+        assert torch.equal(resumed.selected[name].values, entries.values)
         assert torch.equal(resumed.weights()[name], whole.weights()[name])
 
 
 def test_a_checkpoint_of_other_tensors_is_refused() -> None:
     run, fewer = Run(Sift(density=RATE)), Run(Sift(density=RATE), names=NAMES[:2])
     run.step(batches()[0])
-    with pytest.raises(ValueError, match=r"`fc3.weight` of the checkpoint is not masked here"):
+    with pytest.raises(ValueError, match=r"the checkpoint masks `fc3.weight`"):
         fewer.choice.load_state_dict(run.choice.state_dict())
 
 
@@ -313,27 +313,27 @@ def test_a_tensor_nobody_used_waits() -> None:
     assert torch.equal(model.spare.weight, before)
     line = run.choice.summary()
     assert line is not None
-    assert line.endswith("3 tensors train, 1 got no gradient to choose from and did not train")
+    assert line.endswith("3 tensors train; 1 had no gradient to choose by and did not train")
 
 
 def test_a_gradient_that_is_not_finite_chooses_nothing() -> None:
     run = Run(Sift(density=RATE))
     x, y = batches()[0]
     step = run.step((x * math.nan, y))
-    assert step.notes == ["sift choice: a gradient is not finite, the step does not count"]
+    assert step.notes == ["sift choice: a gradient is not finite, so this step is not counted"]
     assert all(p.grad is None for p in run.model.parameters())
     run.step((x, y))
     expected = CASE["mask_from_batch0"]["topk"]
-    for name, compact in run.compacts.items():
-        assert compact.index is not None
-        assert compact.index.tolist() == sorted(expected[name]["flat_idx"])
+    for name, entries in run.selected.items():
+        assert entries.index is not None
+        assert entries.index.tolist() == sorted(expected[name]["flat_idx"])
 
 
 def test_the_choice_waits_for_its_start() -> None:
     run = Run(Sift(density=RATE), start=Duration(2, "steps"))
     for i, batch in enumerate(batches()):
         run.step(batch)
-        assert (run.choice.compacts["fc1.weight"].index is not None) == (i >= 2)
+        assert (run.choice.selected["fc1.weight"].index is not None) == (i >= 2)
         assert all(torch.equal(w, Net().get_parameter(n)) for n, w in run.weights().items()) == (
             i <= 2
         )
@@ -357,7 +357,7 @@ def test_whole_rows_or_columns_are_chosen_by_their_norm(
     batch = batches()[0]
     gradient = dense_gradients(run, batch)["fc2.weight"]
     run.step(batch)
-    index = run.compacts["fc2.weight"].index
+    index = run.selected["fc2.weight"].index
     assert index is not None
     mask = torch.zeros(20, dtype=torch.bool).scatter_(0, index.long(), True).view(4, 5)
     norms = gradient.norm(dim=1 if granularity == "row" else 0)
@@ -411,7 +411,7 @@ def test_what_cannot_train_is_an_error() -> None:
     chosen = tuple(p for p in inventory.parameters if p.trainable)
     (problem,) = rows.validate_targets(Targets(inventory, (), chosen))
     assert problem.rule == "wrong-target-kind"
-    assert problem.message == "`1.bias` has no rows"
+    assert problem.message == "`1.bias` is not a matrix, so it has no rows"
 
 
 @pytest.mark.parametrize(

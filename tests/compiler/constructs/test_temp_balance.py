@@ -212,7 +212,7 @@ def test_resuming_is_bit_equal_between_measurements() -> None:
 def test_a_checkpoint_of_other_modules_is_refused() -> None:
     bench = Bench(same_size(5), TempBalance())
     bench.step()
-    with pytest.raises(ValueError, match="also balances `4`"):
+    with pytest.raises(ValueError, match="has a factor for `4`, which this clause does not select"):
         Bench(same_size(4), TempBalance()).machine.load_state_dict(bench.machine.state_dict())
     # One from before the first measurement undoes the factors.
     bench.machine.load_state_dict(Bench(same_size(5), TempBalance()).machine.state_dict())
