@@ -11,10 +11,12 @@ from trainc.compiler.layers.site_state import BoundLayer
 
 
 class BoundDropout(BoundLayer):
-    def forward(self, x: Tensor) -> Tensor:
+    def reaches_operator(self) -> bool:
+        """Say whether the views share a mask now: without dropout there is none."""
+        return super().reaches_operator() and cast(nn.Dropout, self).p != 0.0
+
+    def run_operator(self, x: Tensor) -> Tensor:
         own = cast(nn.Dropout, self)
-        if not self.reaches_operator() or own.p == 0.0:
-            return cast(Tensor, super().forward(x))  # type: ignore[misc]
         half = x.shape[0] // self.trainc.views
         mask = nn.functional.dropout(torch.ones_like(x[:half]), own.p, training=True)
         return x * torch.cat([mask] * self.trainc.views)

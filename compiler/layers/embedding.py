@@ -18,15 +18,13 @@ aten = torch.ops.aten
 
 
 class BoundEmbedding(BoundLayer):
-    def forward(self, ids: Tensor) -> Tensor:
-        if not self.reaches_operator():
-            return cast(Tensor, super().forward(ids))  # type: ignore[misc]
+    def run_operator(self, x: Tensor) -> Tensor:
         own, state = cast(nn.Embedding, self), self.trainc
         site = cast(LayerSite, state.measured)
         assert state.probe is not None
         if state.shared_ids:
-            ids = expand_shared_ids(ids, state.probe.shape[0] * state.division.rows * state.views)
-        joined = join_views(state, ids)
+            x = expand_shared_ids(x, state.probe.shape[0] * state.division.rows * state.views)
+        joined = join_views(state, x)
         probe = checked_probe(state, joined)
         if site.tied is None:
             y = embedding(joined, own.weight, own.padding_idx, probe)

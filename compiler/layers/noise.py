@@ -12,10 +12,8 @@ from trainc.kernels.noise.multiplicative_noise import multiplicative_noise
 
 
 class BoundNoise(BoundLayer):
-    def forward(self, x: Tensor) -> Tensor:
-        out = cast(Tensor, super().forward(x))  # type: ignore[misc]
-        if not self.reaches_operator():
-            return out
+    def run_operator(self, x: Tensor) -> Tensor:
+        out = super().run_operator(x)
         state, site = self.trainc, cast(NoiseSite, self.trainc.noise)
         assert state.sigma is not None
         assert state.key is not None

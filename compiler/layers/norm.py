@@ -20,9 +20,7 @@ _SAME = 1e-4
 
 
 class BoundLayerNorm(BoundLayer):
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.reaches_operator():
-            return cast(Tensor, super().forward(x))  # type: ignore[misc]
+    def run_operator(self, x: Tensor) -> Tensor:
         own = cast(nn.LayerNorm, self)
         joined = join_views(self.trainc, x)
         probe = checked_probe(self.trainc, joined)
@@ -32,9 +30,7 @@ class BoundLayerNorm(BoundLayer):
 
 
 class BoundRMSNorm(BoundLayer):
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.reaches_operator():
-            return cast(Tensor, super().forward(x))  # type: ignore[misc]
+    def run_operator(self, x: Tensor) -> Tensor:
         site = cast(NormSite, self.trainc.measured)
         weight = cast("Tensor | None", getattr(self, "weight", None))
         shape = list(weight.shape) if weight is not None else [x.shape[-1]]

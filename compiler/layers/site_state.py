@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -68,6 +68,17 @@ class BoundLayer:
 
     unbound: type[nn.Module]
     trainc: SiteState
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the operator while the site is active, else the user's own layer."""
+        return self.run_operator(x) if self.reaches_operator() else self._run_unbound(x)
+
+    def run_operator(self, x: Tensor) -> Tensor:
+        """Return the layer's result by the operator of a subclass; without one, the user's own."""
+        return self._run_unbound(x)
+
+    def _run_unbound(self, x: Tensor) -> Tensor:
+        return cast("Tensor", super().forward(x))  # type: ignore[misc]
 
     def reaches_operator(self) -> bool:
         state, training = self.trainc, self.training  # type: ignore[attr-defined]
