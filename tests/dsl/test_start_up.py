@@ -44,3 +44,29 @@ def test_checking_loads_nothing_that_only_a_run_needs() -> None:
         run_time = {m for m in modules if m.startswith(("trainc.runtime", "trainc.kernels"))}
         assert not run_time, key
         assert not {"torch", "numpy", "typer", "rich"} & modules, key
+
+
+COMMAND = """
+import sys
+from trainc.cli.entry import main
+try:
+    main()
+except SystemExit as done:
+    assert not done.code
+print(*sys.modules)
+"""
+
+
+def test_the_command_loads_no_framework_and_nothing_that_explains_mistakes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "check", "-", "--set", "rate=0.1", "--format=text"],
+        input="let rate = 1\noptimizer sgd { lr = rate }",
+        text=True,
+        check=True,
+        capture_output=True,
+    )
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert "trainc.dsl.syntax.parser" in modules
+    unwanted = {"typer", "click", "rich", "torch", "numpy"}
+    unwanted |= {"trainc.cli.app", "trainc.dsl.text.render", "trainc.dsl.syntax.syntax_errors"}
+    assert not unwanted & modules
