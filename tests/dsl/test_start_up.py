@@ -68,5 +68,9 @@ def test_the_command_loads_no_framework_and_nothing_that_explains_mistakes() -> 
     modules = set(done.stdout.splitlines()[-1].split())
     assert "trainc.dsl.syntax.parser" in modules
     unwanted = {"typer", "click", "rich", "torch", "numpy"}
-    unwanted |= {"trainc.cli.app", "trainc.dsl.text.render", "trainc.dsl.syntax.syntax_errors"}
+    unwanted |= {
+        "trainc.cli.app",
+        "trainc.dsl.text.machine_formats",
+        "trainc.dsl.syntax.syntax_errors",
+    }
     assert not unwanted & modules

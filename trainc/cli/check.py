@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 from trainc.compiler.catalog import catalog
 from trainc.dsl.resolve.resolver import load_spec
 from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.render import render_text
 from trainc.dsl.text.source import Source
 
 if TYPE_CHECKING:
@@ -66,8 +67,6 @@ def _count(number: int, noun: str) -> str:
 
 def _render(found: Sequence[Diagnostic], form: Form) -> str:
     if form == "text":
-        from trainc.dsl.text.render import render_text
-
         colour = sys.stdout.isatty() and not environ.get("NO_COLOR")
         return render_text(found, colour=colour)
     from trainc.dsl.text.machine_formats import render_github, render_json, render_sarif
