@@ -29,11 +29,10 @@ from trainc.compiler.program.save import PLAN
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Assign, Rule
 from trainc.dsl.values.value_json import Name, walk
-from trainc.runtime.run.live_display import Display
+from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.loop import train
 from trainc.runtime.run.summary import Summary
-from trainc.runtime.storage.jsonl import Record
-from trainc.runtime.storage.jsonl import read as read_records
+from trainc.runtime.storage.jsonl import Record, read_jsonl
 
 EXAMPLES = Path(__file__).resolve().parent
 OUT = EXAMPLES.parent / "demo-out"
@@ -53,7 +52,7 @@ class Trained:
     @property
     def records(self) -> list[Record]:
         """Return what was measured, step by step."""
-        return read_records(self.folder / "metrics.jsonl")
+        return read_jsonl(self.folder / "metrics.jsonl")
 
 
 def without_methods(spec: Spec) -> Spec:
@@ -87,7 +86,7 @@ def train_spec(spec: Spec, folder: Path, title: str, console: Console) -> Traine
     length = program.length
     assert length is not None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    display = Display(length.amount, length.unit, title=title, console=console)
+    display = LiveDisplay(length.amount, length.unit, title=title, console=console)
     texts = {PLAN: json.dumps(program.plan.to_json()), SPEC: json.dumps(spec.to_json())}
     summary = train(program, data, out=folder, display=display, texts=texts)
     return Trained(folder, summary, distance(model, before))

@@ -35,7 +35,7 @@ ROOMS = {
         "kernels/parameter": "kernels/library",
         "kernels": "kernels/norm kernels/layer kernels/loss kernels/noise kernels/parameter",
         "runtime/schedule": "",
-        "runtime/storage": "",
+        "runtime/storage": "kernels/library",
         "runtime/data": "runtime/storage",
         "runtime/step": "runtime/schedule",
         "runtime/noise_scale": "runtime/storage runtime/step",

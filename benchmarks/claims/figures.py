@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from benchmarks.measure import Json
-from trainc.runtime.noise_scale.estimate import student
+from trainc.runtime.noise_scale.interval import student_t_quantile
 
 LEVEL = 0.9
 """The probability of every interval."""
@@ -16,7 +16,7 @@ def over_seeds(values: Sequence[float], level: float = LEVEL) -> Json:
     mean = fmean(values)
     margin = math.nan
     if len(values) > 1:
-        margin = student(level, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+        margin = student_t_quantile(level, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return {
         "mean": round(mean, 4),
         "interval": None

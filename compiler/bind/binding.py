@@ -18,8 +18,9 @@ from trainc.compiler.model.facts import Facts
 from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values.value_json import Duration
-from trainc.runtime.schedule.clock import Duration as ClockDuration
-from trainc.runtime.schedule.clock import RunLength, UnitConversion
+from trainc.runtime.schedule.clock import RunLength
+from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 
 if TYPE_CHECKING:
     from trainc.dsl.reading.construct import Construct
@@ -133,9 +134,7 @@ class _Binder:
             self.sizes,
         )
 
-    def _duration(
-        self, duration: Duration | None, clause: Clause, word: str
-    ) -> ClockDuration | None:
+    def _duration(self, duration: Duration | None, clause: Clause, word: str) -> TimeSpan | None:
         """Return a duration as the clock counts it; a fraction of the run needs a run."""
         if duration is None:
             return None
@@ -146,7 +145,7 @@ class _Binder:
                 clause,
                 help="write it in steps, samples or tokens, or add `run { length = ... }`",
             )
-        return ClockDuration(duration.amount, duration.unit)
+        return TimeSpan(duration.amount, duration.unit)
 
 
 def _number(value: int | None) -> float | None:

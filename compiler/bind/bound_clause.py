@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.model.inventory import Inventory, ModuleEntry, ParameterEntry
-from trainc.runtime.schedule.clock import Duration
+from trainc.runtime.schedule.time_span import TimeSpan
 
 if TYPE_CHECKING:
     from trainc.dsl.reading.construct import Catalog, Construct
@@ -21,9 +21,9 @@ class BoundClause:
     construct: Construct
     label: str
     targets: tuple[str, ...]
-    start: Duration | None = None
-    stop: Duration | None = None
-    every: Duration | None = None
+    start: TimeSpan | None = None
+    stop: TimeSpan | None = None
+    every: TimeSpan | None = None
     dropped: str | None = None
     span: Span | None = field(default=None, compare=False)
 
@@ -97,5 +97,5 @@ def from_json(data: Mapping[str, Any], catalog: Catalog) -> BoundClause:
     )
 
 
-def _duration(data: Any) -> Duration | None:
-    return None if data is None else Duration.from_json(data)
+def _duration(data: Any) -> TimeSpan | None:
+    return None if data is None else TimeSpan.from_json(data)

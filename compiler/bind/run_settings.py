@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainc.runtime.schedule.clock import Duration, Gate
+from trainc.runtime.schedule.gate import Gate
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
@@ -42,4 +42,4 @@ def run_settings(binding: Binding) -> RunSettings:
 def _gate(every: Any, binding: Binding) -> Gate | None:
     if every is None:
         return None
-    return Gate.resolve(binding.units, binding.length, every=Duration(every.amount, every.unit))
+    return Gate.resolve(binding.units, binding.length, every=every)

@@ -12,7 +12,8 @@ from trainc.compiler.catalog import catalog
 from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.plan.plan import FORMAT, Plan
 from trainc.compiler.program.save import CONSTANTS, GRAPH, PLAN, WEIGHTS
-from trainc.runtime.schedule.clock import RunLength, UnitConversion
+from trainc.runtime.schedule.clock import RunLength
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 
 if TYPE_CHECKING:
     from torch import nn

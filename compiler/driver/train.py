@@ -17,7 +17,7 @@ from trainc.compiler.program.save import PLAN, json_text
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.render import render_text
-from trainc.runtime.run.live_display import Display
+from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.loop import train as loop
 from trainc.runtime.run.summary import Summary
 from trainc.runtime.step.action import IncompatibleState
@@ -78,7 +78,7 @@ def train(
             overwrite=overwrite,
             display=None
             if quiet
-            else Display(length.amount, length.unit, title=str(spec), plain=plain),
+            else LiveDisplay(length.amount, length.unit, title=str(spec), plain=plain),
             texts=_texts(program, checked, path),
             keep=program.settings.keep,
             load_compatible=accept,
@@ -104,12 +104,12 @@ def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
 
     try:
         if source.is_dir():
-            found = checkpoint.latest(source / "checkpoints")
+            found = checkpoint.find_latest(source / "checkpoints")
             if found.path is None:
                 raise ValueError(
                     found.damage[0] if found.damage else "the folder has no checkpoint"
                 )
-            weights = checkpoint.load(found.path)["program"]["model"]
+            weights = checkpoint.load_checkpoint(found.path)["program"]["model"]
         else:
             weights = load_file(str(source))
         model.load_state_dict(weights)

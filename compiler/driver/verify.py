@@ -19,7 +19,7 @@ from trainc.compiler.model.undisturbed import keep_buffers
 from trainc.compiler.program.capture import CaptureFailed
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
-from trainc.runtime.data import batch as batches
+from trainc.runtime.data.batch import compute_logits, map_tensors
 
 if TYPE_CHECKING:
     from trainc.compiler.program.program import Program
@@ -62,7 +62,7 @@ def verify(
         program.module.double()
     batch = first_batch(spec, overrides, program.micro_size)
     if double:
-        batch = batches.map_tensors(_double, batch)
+        batch = map_tensors(_double, batch)
     try:
         return compare(program, batch)
     except SiteError as error:
@@ -96,7 +96,7 @@ def _against_original(
     """With every strength at zero the program computes what the original model does."""
     inputs, targets = batch
     with program.sites.inactive(), keep_buffers(program.module):
-        loss = program.loss_fn(batches.call(program.module, inputs), targets)
+        loss = program.loss_fn(compute_logits(program.module, inputs), targets)
         want = _gradients(program, loss)
     with keep_buffers(program.module):
         got_loss, got, _ = program.execution.trial(batch, executor, strength=0.0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from trainc.runtime.data.batch import Batch, call, repeated
+from trainc.runtime.data.batch import Batch, compute_logits, repeat_views
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 CaptureFrontEnd = Callable[["WrappedModel", Batch], fx.GraphModule]
@@ -29,6 +29,6 @@ class WrappedModel(nn.Module):
 
     def forward(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of the first view, and the logits of every view."""
-        logits = call(self.user, repeated(inputs, self.views))
+        logits = compute_logits(self.user, repeat_views(inputs, self.views))
         first = logits if self.views == 1 else logits[: logits.shape[0] // self.views]
         return self.loss(first, targets), logits

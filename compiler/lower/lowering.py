@@ -22,9 +22,9 @@ from trainc.compiler.method.lowered_method import (
 from trainc.compiler.method.sites import LayerSite, MeasuredSite, NoiseSite, NormSite, Pairing
 from trainc.compiler.model.select import select
 from trainc.dsl.values.value_json import to_json
-from trainc.runtime.schedule.clock import Duration as ClockDuration
-from trainc.runtime.schedule.clock import Gate
+from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import Schedules, compile_schedule
+from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.optimizer import LrFactor
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
     from trainc.compiler.model.roles import Place
     from trainc.dsl.values.value_json import Duration, Expr, Selector
-    from trainc.runtime.schedule.clock import Unit
+    from trainc.runtime.schedule.time_span import Unit
     from trainc.runtime.step.action import Action
     from trainc.runtime.step.update_mask import SelectedEntries
 
@@ -153,9 +153,9 @@ class Lowering:
 
     def _gate(
         self,
-        start: ClockDuration | None = None,
-        stop: ClockDuration | None = None,
-        every: ClockDuration | None = None,
+        start: TimeSpan | None = None,
+        stop: TimeSpan | None = None,
+        every: TimeSpan | None = None,
     ) -> Gate:
         return Gate.resolve(self._context.units, self._context.length, start, stop, every)
 
@@ -264,6 +264,6 @@ class Lowering:
         self._method.actions.append(action)
 
 
-def _clock(duration: Duration) -> ClockDuration:
+def _clock(duration: Duration) -> TimeSpan:
     """Return a duration of the spec as the clock counts it."""
-    return ClockDuration(duration.amount, duration.unit)
+    return TimeSpan(duration.amount, duration.unit)

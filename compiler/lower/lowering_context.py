@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trainc.compiler.model.inventory import Inventory
-    from trainc.runtime.schedule.clock import RunLength, Unit, UnitConversion
+    from trainc.runtime.schedule.clock import RunLength
+    from trainc.runtime.schedule.time_span import Unit
+    from trainc.runtime.schedule.unit_conversion import UnitConversion
     from trainc.runtime.step.record import Signals
 
 

@@ -9,11 +9,11 @@ from trainc.dsl.resolve.statements import Assign
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values.value_json import to_json
-from trainc.runtime.schedule.clock import Duration as ClockDuration
-from trainc.runtime.schedule.expressions import names
+from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.schedules import compile_condition, compile_schedule
+from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action
-from trainc.runtime.step.when_rules import Act, Rule
+from trainc.runtime.step.when_rules import Rule, RuleAction
 
 if TYPE_CHECKING:
     from trainc.compiler.lower.lowering_context import LoweringContext
@@ -26,7 +26,7 @@ def when_rules(
 ) -> list[Action]:
     """Compile the `when` rules of a spec; raises SpecError with every rule that is not valid.
 
-    `clause_signals` are the names of what clauses measure, without what every run has.
+    `clause_signals` are the names_read of what clauses measure, without what every run has.
     """
     made: list[Action] = []
     found: list[Diagnostic] = []
@@ -46,26 +46,26 @@ def _rule(
 ) -> Rule:
     units, length, counts = context.units, context.schedule_length, context.signal_units
     acts = [
-        Act("set", compile_schedule(to_json(action.value), units, length, counts))
+        RuleAction("set", compile_schedule(to_json(action.value), units, length, counts))
         if isinstance(action, Assign)
-        else Act(action.verb, text=str(action.argument or ""))
+        else RuleAction(action.verb, text=str(action.argument or ""))
         for action in clause.actions
     ]
     condition = to_json(clause.condition)
     evaluate = compile_condition(condition, units, length, counts)
     hold, cooldown = (_wait(wait, context) for wait in (clause.hold, clause.cooldown))
-    needs = sorted({name for name in names(condition) if name in clause_signals})
+    needs = sorted({name for name in names_read(condition) if name in clause_signals})
     return Rule(name, _text(clause), evaluate, hold, acts, needs, cooldown)
 
 
-def _wait(given: Duration | None, context: LoweringContext) -> ClockDuration | None:
+def _wait(given: Duration | None, context: LoweringContext) -> TimeSpan | None:
     """Return a rule's `for` or `cooldown` as the clock counts it."""
     if given is None:
         return None
-    wait, length = ClockDuration(given.amount, given.unit), context.schedule_length
+    wait, length = TimeSpan(given.amount, given.unit), context.schedule_length
     if wait.unit != "run":
         return wait
-    return ClockDuration(context.units.convert(wait, length.unit, context.length), length.unit)
+    return TimeSpan(context.units.convert(wait, length.unit, context.length), length.unit)
 
 
 def _text(clause: RuleClause) -> str:

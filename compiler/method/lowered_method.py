@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from trainc.compiler.method.loss import Loss
     from trainc.dsl.text.source import Span
-    from trainc.runtime.schedule.clock import Clock, Gate
+    from trainc.runtime.schedule.clock import Clock
+    from trainc.runtime.schedule.gate import Gate
     from trainc.runtime.step.action import Action
     from trainc.runtime.step.optimizer import LrFactor
     from trainc.runtime.step.update_mask import SelectedEntries

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.per_example.statistics import squared_norm
-from trainc.runtime.data import batch as batches
-from trainc.runtime.step.record import Calibrated
+from trainc.runtime.data.batch import split_batch
+from trainc.runtime.step.record import CalibrationSample
 
 if TYPE_CHECKING:
     from trainc.runtime.data.batch import Batch
@@ -23,7 +23,7 @@ def measure_one_by_one(
     loss_of: Callable[[int, Batch], Tensor],
     parameters: Mapping[str, nn.Parameter],
     replicas: Replicas | None = None,
-) -> Calibrated:
+) -> CalibrationSample:
     """Measure the gradient of every example of a batch, one backward pass each.
 
     `weights` (examples,) are those of the examples in the loss, `loss_of(i, example)` the loss of example i alone.
@@ -33,7 +33,7 @@ def measure_one_by_one(
     """
     squares = {n: weights.new_zeros(len(weights), dtype=torch.float64) for n in parameters}
     sums: dict[str, Tensor] = {}
-    for i, one in enumerate(batches.split(batch, 1)):
+    for i, one in enumerate(split_batch(batch, 1)):
         if not weights[i]:
             continue
         loss = loss_of(i, one) * float(weights[i])
@@ -45,6 +45,6 @@ def measure_one_by_one(
     if replicas is not None:
         # A parameter that only another replica's examples reach is in the sum, too.
         sums = {n: sums.get(n, torch.zeros_like(p)) for n, p in parameters.items()}
-        replicas.add_up(list(sums.values()))
-    own = Calibrated(weights, squares, {n: squared_norm(total) for n, total in sums.items()})
-    return own if replicas is None else replicas.calibrated(own)
+        replicas.sum_in_place(list(sums.values()))
+    own = CalibrationSample(weights, squares, {n: squared_norm(total) for n, total in sums.items()})
+    return own if replicas is None else replicas.gather_calibration(own)

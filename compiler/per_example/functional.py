@@ -18,7 +18,7 @@ from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.model.select import expectations, select
 from trainc.compiler.per_example.preconditions import count_examples
 from trainc.compiler.per_example.weight_uses import run_checking_uses
-from trainc.runtime.data.batch import forward
+from trainc.runtime.data.batch import call_model
 
 On = str | Iterable[str] | None
 
@@ -88,7 +88,7 @@ def _measure(
 
     def loss_of() -> Tensor:
         sites.activate(Division(examples), {}, dtype, some.device)
-        loss = loss_fn(forward(model, inputs))
+        loss = loss_fn(call_model(model, inputs))
         if not isinstance(loss, Tensor) or loss.dim():
             raise ValueError(
                 "`loss_fn` must return one number, a 0-d tensor: the mean or the sum over the batch"

@@ -25,7 +25,7 @@ from trainc.compiler.per_example.batch_slices import (
     possible_slicers,
 )
 from trainc.compiler.per_example.weight_uses import run_checking_uses
-from trainc.runtime.data import batch as batches
+from trainc.runtime.data.batch import call_model, extract_logits
 
 if TYPE_CHECKING:
     from trainc.compiler.layers.bound_modules import Sites
@@ -67,9 +67,9 @@ def check_preconditions(model: nn.Module, sites: Sites, batch: Batch, loss_fn: L
     own_targets = targets[torch.tensor(examples.rows[: _SIZES[1]], device=targets.device)]
     with sites.inactive(), undisturbed(model), torch.enable_grad():
         size = min(_SIZES[0], len(targets))  # never more activations than a step holds
-        run_checking_uses(lambda: batches.logits(examples.run(size)), examples.measured)
+        run_checking_uses(lambda: extract_logits(examples.run(size)), examples.measured)
     with sites.inactive(), undisturbed(model), as_written(), torch.no_grad():
-        _check_loss(loss_fn, batches.logits(examples.run(_SIZES[1])), own_targets)
+        _check_loss(loss_fn, extract_logits(examples.run(_SIZES[1])), own_targets)
     return True
 
 
@@ -123,7 +123,7 @@ class _FewExamples:
         return self._run(self.rows[:size])
 
     def _run(self, rows: Sequence[int]) -> Any:
-        return batches.forward(self.model, self.slicer.take(self.inputs, rows))
+        return call_model(self.model, self.slicer.take(self.inputs, rows))
 
     def _find_slicer(self, counts: Sequence[int]) -> tuple[InputSlicer, Shapes]:
         """Return the first slicer with which the model runs and a first axis counts examples, and the shapes seen."""
@@ -186,7 +186,7 @@ def _grow(outputs: Sequence[Any], seen: Shapes) -> bool:
 def _tensors(output: Any) -> list[Tensor]:
     """Return the tensors in a model's result, or else its logits."""
     leaves = [leaf.detach() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    return leaves or [batches.logits(output).detach()]
+    return leaves or [extract_logits(output).detach()]
 
 
 def _differ(one: Tensor, two: Tensor) -> bool:

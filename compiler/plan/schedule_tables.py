@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.schedule.schedules import moment
-from trainc.runtime.schedule.timeline import moments
+from trainc.runtime.schedule.timeline import counters_at, counters_under_ramp
 from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
     from trainc.compiler.method.lowered_method import LoweredMethod
-    from trainc.runtime.schedule.clock import RunLength, UnitConversion
+    from trainc.runtime.schedule.clock import RunLength
+    from trainc.runtime.schedule.unit_conversion import UnitConversion
 
 Row = dict[str, Any]
 
@@ -30,8 +30,10 @@ def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     if ramp is not None:
         named.append(("batch", ramp.at))
     percents = range(0, 101, 5)
-    moments = _counters(ramp, binding.units, binding.length, [p / 100 for p in percents])
-    for percent, found in zip(percents, moments, strict=True):
+    counters_under_ramp = _counters(
+        ramp, binding.units, binding.length, [p / 100 for p in percents]
+    )
+    for percent, found in zip(percents, counters_under_ramp, strict=True):
         clock = Clock(samples_per_epoch=int(binding.units.samples_per_epoch or 0) or None)
         for unit in ("steps", "samples", "tokens", "seconds"):
             setattr(clock, unit, found[unit] or 0)
@@ -47,8 +49,8 @@ def _counters(
     """Return the clock's counters at fractions of the run: exact under a ramp, else at the starting batch."""
     if ramp is not None:
         with contextlib.suppress(ValueError):
-            return moments(ramp.at, units, length, fractions)
-    return [moment(units, length, fraction) for fraction in fractions]
+            return counters_under_ramp(ramp.at, units, length, fractions)
+    return [counters_at(units, length, fraction) for fraction in fractions]
 
 
 def batch_row(binding: Binding, method: LoweredMethod) -> Row:

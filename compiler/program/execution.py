@@ -26,9 +26,8 @@ from trainc.compiler.program.distributed import (
 from trainc.compiler.program.graph_cache import GraphCache
 from trainc.compiler.program.paired_loss import paired_loss
 from trainc.compiler.program.scalars import noise_scalars, scheduled_scalars
-from trainc.runtime.data import batch as batches
-from trainc.runtime.data.batch import Batch
-from trainc.runtime.step.record import Calibrated
+from trainc.runtime.data.batch import Batch, compute_logits, repeat_views, split_batch
+from trainc.runtime.step.record import CalibrationSample
 from trainc.runtime.step.replicas import Replicas
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ class Execution:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return what is differentiated, the loss without its weight, and the loss terms by name."""
         inputs, targets = batch
-        logits = batches.call(self.forward, batches.repeated(inputs, self._views))
+        logits = compute_logits(self.forward, repeat_views(inputs, self._views))
         loss, terms = self._loss(logits, targets, scalars)
         total = loss if loss_weight == 1.0 else loss * scalars[LOSS_WEIGHT]
         for label, penalty in self.method.penalties.items():
@@ -222,11 +221,11 @@ class Execution:
 
         Each example has the noise it has in the whole batch; loss terms over parameters contribute to no example.
         """
-        return self._one_by_one(batch, self.statistics.parameters).squares
+        return self._one_by_one(batch, self.statistics.parameters).sq_norms
 
-    def calibrate(self, batch: Batch, examples: int) -> Calibrated:
+    def calibrate(self, batch: Batch, examples: int) -> CalibrationSample:
         """Measure every trainable parameter on the first `examples` of each replica's micro-batch; no state changes."""
-        first = batches.split(batch, examples)[0]
+        first = split_batch(batch, examples)[0]
         names = [name for name, p in self.parameters.items() if p.requires_grad]
         instead = "remove `calibrate`, or measure `on all` in every step"
         refuse_shards("an example's own", names, self.parameters, instead)
@@ -235,12 +234,12 @@ class Execution:
 
     def _one_by_one(
         self, batch: Batch, names: Sequence[str], replicas: Replicas | None = None
-    ) -> Calibrated:
+    ) -> CalibrationSample:
         def loss_of(example: int, one: Batch) -> Tensor:
             scalars = self._scalars(MicroBatchSlice(first_example=example), batch[1].device)
             self._activate(one, scalars)
-            inputs = batches.repeated(one[0], self._views)
-            return self._loss(batches.call(self.module, inputs), one[1], scalars)[0]
+            inputs = repeat_views(one[0], self._views)
+            return self._loss(compute_logits(self.module, inputs), one[1], scalars)[0]
 
         self._examine(batch)
         try:

@@ -16,9 +16,8 @@ from trainc.compiler.program.execution import Execution, Executor
 from trainc.compiler.program.save import save
 from trainc.compiler.program.step_runner import StepRunner
 from trainc.compiler.program.summary_lines import factor_lines, loss_lines
-from trainc.runtime.data import batch as batches
-from trainc.runtime.data.batch import Batch
-from trainc.runtime.run.interface import Report
+from trainc.runtime.data.batch import Batch, compute_logits
+from trainc.runtime.run.interface import StepReport
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
@@ -154,16 +153,18 @@ class Program:
         training = self.module.training
         self.module.eval()
         try:
-            logits = batches.call(self.module, inputs)
+            logits = compute_logits(self.module, inputs)
         finally:
             self.module.train(training)
         count, loss = self.loss_fn.count(targets), float(self.loss_fn(logits, targets))
         return loss * count, count, self.loss_fn.metrics(logits, targets)
 
-    def report(self) -> Report:
+    def report(self) -> StepReport:
         """Return what the last step gave beside metrics: series by layer, notes, and whether to save a checkpoint."""
         last = self._runner.last
-        return Report() if last is None else Report(last.series, tuple(last.notes), last.save)
+        return (
+            StepReport() if last is None else StepReport(last.series, tuple(last.notes), last.save)
+        )
 
     def _graph_loss(
         self, batch: Batch, loss_weight: float = 1.0, example_fraction: float | None = None

@@ -8,7 +8,7 @@ import torch
 
 from trainc.compiler.method.loss import LOSS_WEIGHT
 from trainc.kernels.noise.philox import pack_key
-from trainc.runtime.storage.random_streams import derive
+from trainc.runtime.storage.random_streams import derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ def noise_scalars(
     Each replica counts its examples from 0, and so has a stream of noise of its own.
     """
     rank = 0 if replicas is None else replicas.rank
-    word = derive(seed, f"noise of replica {rank}" if rank else "noise") & 0xFFFFFFFF
+    word = derive_seed(seed, f"noise of replica {rank}" if rank else "noise") & 0xFFFFFFFF
     return {
         "key": pack_key(word, step & 0xFFFFFFFF, device=device),
         "first_example": torch.tensor(first_example, dtype=torch.int64, device=device),

@@ -14,7 +14,7 @@ from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatch
 from trainc.compiler.program.distributed import rebind_parameters
 from trainc.compiler.program.grad_scaler import unscale_gradients
 from trainc.compiler.program.step_totals import add_results, check_loss_weights
-from trainc.runtime.data import batch as batches
+from trainc.runtime.data.batch import check_batch, count_tokens, split_batch
 from trainc.runtime.run.interface import NonFiniteLoss
 from trainc.runtime.step.optimizer import OptimizerStep
 
@@ -49,7 +49,7 @@ class StepRunner:
         self, batch: Batch, loss_weight: float, example_fraction: float | None, *, as_graph: bool
     ) -> Tensor:
         """Run one micro-batch and return its loss; see `Program.loss`. As a graph its backward pass is done, too."""
-        checked = batches.check(batch)
+        checked = check_batch(batch)
         fraction = loss_weight if example_fraction is None else example_fraction
         step = self._open([checked], fraction)
         where = MicroBatchSlice(loss_weight, fraction, step.samples)
@@ -58,9 +58,9 @@ class StepRunner:
     def step(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:
         """Run one step on a batch or a list of its micro-batches; see `Program.step`."""
         if isinstance(batch, list):
-            micro_batches = [batches.check(one) for one in batch]
+            micro_batches = [check_batch(one) for one in batch]
         else:
-            micro_batches = batches.split(batches.check(batch), self.machine.micro_size)
+            micro_batches = split_batch(check_batch(batch), self.machine.micro_size)
         step = self._open(micro_batches)
         pairs = zip(
             micro_batches, slices(micro_batches, self.execution.loss_fn, step.samples), strict=True
@@ -149,7 +149,7 @@ class StepRunner:
 
     def _count(self, step: Step, targets: Tensor) -> None:
         step.samples += targets.shape[0]
-        step.tokens += batches.tokens(targets)
+        step.tokens += count_tokens(targets)
 
     def _collect(self, step: Step) -> None:
         """Put what the micro-batches left into the step."""

@@ -1,4 +1,4 @@
-"""Batches and models, as the data and model contracts state them: how inputs reach a model and logits come out."""
+"""Batches and model calls, as the data and model contracts state them: inputs into a model, logits out."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Batch = tuple[Any, Tensor]
+"""Inputs and targets; the first axis of the targets counts the examples."""
 
 
-def call(model: Callable[..., Any], inputs: Any) -> Tensor:
-    """Return the logits for a tensor, a tuple (positional) or a dict (keyword) of inputs."""
-    return logits(forward(model, inputs))
+def compute_logits(model: Callable[..., Any], inputs: Any) -> Tensor:
+    """Return the logits for a tensor, a tuple (positional) or a dict (keyword) of inputs.
+
+    Raises TypeError where the model returns no logits.
+    """
+    return extract_logits(call_model(model, inputs))
 
 
-def forward(model: Callable[..., Any], inputs: Any) -> Any:
-    """Return what the model gives for a tensor, a tuple (positional) or a dict (keyword) of inputs."""
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """Return the model's output for a tensor, a tuple (positional) or a dict (keyword) of inputs."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, tuple | list):
@@ -29,8 +33,11 @@ def forward(model: Callable[..., Any], inputs: Any) -> Any:
     return model(inputs)
 
 
-def logits(output: Any) -> Tensor:
-    """Return the logits of what a model gave: a tensor, an object with `.logits`, or a tuple that begins with them."""
+def extract_logits(output: Any) -> Tensor:
+    """Return the logits in a model's output: a tensor, an object with `.logits`, or a tuple with logits first.
+
+    Raises TypeError for any other output.
+    """
     if isinstance(output, torch.Tensor):
         return output
     found = getattr(output, "logits", None)
@@ -40,47 +47,52 @@ def logits(output: Any) -> Tensor:
         return output[0]
     raise TypeError(
         f"the model returned {type(output).__name__}:"
-        " expected logits, an object with `.logits`, or a tuple of logits first"
+        " expected logits, an object with `.logits`, or a tuple with logits first"
     )
 
 
-def repeated(inputs: Any, views: int) -> Any:
+def repeat_views(inputs: Any, views: int) -> Any:
     """Return the inputs with every example `views` times, view after view along the first axis."""
-    return inputs if views == 1 else map_tensors(lambda t: torch.cat([t] * views), inputs)
+    if views == 1:
+        return inputs
+    return map_tensors(lambda tensor: torch.cat([tensor] * views), inputs)
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], inputs: Any) -> Any:
-    """Return inputs (tensors, and dicts, tuples or lists of them) with every tensor changed."""
-    if isinstance(inputs, torch.Tensor):
-        return change(inputs)
-    if isinstance(inputs, Mapping):
-        return {name: map_tensors(change, value) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(map_tensors(change, value) for value in inputs)
-    return inputs
-
-
-def check(batch: Any) -> Batch:
-    """Return a batch as (inputs, targets); raises TypeError when it is not one."""
+def check_batch(batch: Any) -> Batch:
+    """Return a batch as (inputs, targets); raises TypeError where it is not one."""
     if not (
         isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], torch.Tensor)
     ):
         raise TypeError(
-            "a batch is a pair (inputs, targets) whose targets are a tensor with the examples first"
+            f"a batch is {type(batch).__name__}: expected a pair (inputs, targets) with a tensor of"
+            " targets whose first axis counts the examples"
         )
     return batch[0], batch[1]
 
 
-def split(batch: Batch, size: int) -> list[Batch]:
+def split_batch(batch: Batch, size: int) -> list[Batch]:
     """Cut a batch into micro-batches of `size` examples; the last may be smaller."""
     inputs, targets = batch
     count = targets.shape[0]
     if size <= 0 or size >= count:
         return [batch]
-    rows = [slice(i, i + size) for i in range(0, count, size)]
-    return [(map_tensors(itemgetter(own), inputs), targets[own]) for own in rows]
+    return [
+        (map_tensors(itemgetter(rows), inputs), targets[rows])
+        for rows in (slice(at, at + size) for at in range(0, count, size))
+    ]
 
 
-def tokens(targets: Tensor) -> int:
+def count_tokens(targets: Tensor) -> int:
     """Return how many tokens a batch of targets counts as: every entry of integer targets, else one per example."""
-    return targets.numel() if not targets.is_floating_point() else targets.shape[0]
+    return targets.shape[0] if targets.is_floating_point() else targets.numel()
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """Apply a function to every tensor of the inputs: a tensor, or dicts, tuples and lists of tensors."""
+    if isinstance(inputs, torch.Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: map_tensors(function, value) for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(map_tensors(function, value) for value in inputs)
+    return inputs

@@ -1,4 +1,4 @@
-"""The order of the samples: a pure function of the seed and the number of samples seen before."""
+"""The order of the samples of a run: a pure function of the seed and the position in the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 from trainc.runtime.data.batch import Batch
 from trainc.runtime.storage.random_streams import permutation
 
-# Entries of an epoch's order that are computed at once: one call serves many small batches.
+# Entries of an epoch's order that are computed in one call, for many small batches.
 BLOCK = 4096
 
 
@@ -20,12 +20,12 @@ class Split(Protocol):
         ...
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Return inputs and targets of the samples, example axis first."""
+        """Return inputs and targets of the samples; the first axis counts the examples."""
         ...
 
 
 class Data(Protocol):
-    """What a data callable returns."""
+    """The data that a data callable returns."""
 
     @property
     def train(self) -> Split:
@@ -39,25 +39,25 @@ class Data(Protocol):
 
     @property
     def tokens_per_sample(self) -> int:
-        """Return how many tokens a sample counts for; 1 where it means nothing."""
+        """Return how many tokens a sample has; 1 where samples are not made of tokens."""
         ...
 
 
 class Order:
-    """The order of samples over a run: each epoch a new permutation, epochs joined without a gap.
+    """The order of the samples over a run: each epoch is a new permutation.
 
-    A batch at the end of an epoch is filled from the next one, so no sample is dropped.
+    A batch at the end of an epoch continues into the next one, so no sample is dropped.
     """
 
     def __init__(self, seed: int, samples: int) -> None:
         if samples < 1:
-            raise ValueError("there are no samples to train on")
+            raise ValueError("the training data has no samples")
         self.seed = seed
         self.samples = samples
         self._block: tuple[int, int, list[int]] = (-1, -1, [])
 
     def indices(self, first_sample: int, count: int) -> list[int]:
-        """Return the samples that stand at `first_sample` to `first_sample + count` of the run."""
+        """Return the samples at positions `first_sample` to `first_sample + count` of the run."""
         found: list[int] = []
         while len(found) < count:
             epoch, place = divmod(first_sample + len(found), self.samples)
@@ -67,7 +67,7 @@ class Order:
         return found
 
     def _entries(self, epoch: int, block: int) -> list[int]:
-        """Return one block of an epoch's order; the last one asked for is kept."""
+        """Return one block of an epoch's order; the last one is cached."""
         if self._block[:2] != (epoch, block):
             start = block * BLOCK
             count = min(BLOCK, self.samples - start)
@@ -76,8 +76,10 @@ class Order:
         return self._block[2]
 
 
-def cut(indices: Sequence[int], micro_size: int) -> list[Sequence[int]]:
-    """Cut the samples of a step into micro-batches of `micro_size`; the last may be smaller."""
+def split_indices(indices: Sequence[int], micro_size: int) -> list[Sequence[int]]:
+    """Split the samples of a step into micro-batches of `micro_size`; the last may be smaller."""
     if micro_size < 1:
-        raise ValueError(f"a micro-batch has at least one sample, not {micro_size}")
+        raise ValueError(
+            f"micro_size = {micro_size}: expected at least one sample in a micro-batch"
+        )
     return [indices[at : at + micro_size] for at in range(0, len(indices), micro_size)]

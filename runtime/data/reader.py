@@ -1,20 +1,20 @@
-"""Read the micro-batches of a step, where asked ahead of time in a thread."""
+"""Read the micro-batches of a step, in a thread ahead of time where the data allows it."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from trainc.runtime.data.batch import Batch
-from trainc.runtime.data.order import Data, Order, cut
+from trainc.runtime.data.order import Data, Order, split_indices
 from trainc.runtime.storage.random_streams import seed_data
 
 
 class Reader:
     """Reads the micro-batches of a step.
 
-    Where the data says `prefetch = True` the next step's are read in a thread meanwhile. That is a
-    promise that `batch` draws no random numbers from torch's global generators; without it they are
-    seeded before each step's reading, so that random augmentations are functions of the run too.
+    Where the data has `prefetch = True`, a thread reads those of the next step during the current
+    one. That promises that `batch` draws no random numbers from torch's global generators; without
+    it they are seeded before each read, so that random augmentations are functions of the run too.
     """
 
     def __init__(self, data: Data, order: Order) -> None:
@@ -25,7 +25,7 @@ class Reader:
 
     @property
     def prefetches(self) -> bool:
-        """Say whether `ahead` does anything."""
+        """Return whether `ahead` reads ahead."""
         return self._pool is not None
 
     def read(self, first_sample: int, count: int, micro_size: int) -> list[Batch]:
@@ -33,7 +33,7 @@ class Reader:
         wanted = (first_sample, count, micro_size)
         ready, self._ahead = self._ahead, None
         if ready is not None:
-            # Always waited for: the order is not made for two threads.
+            # Always wait for it: two threads must not use the order at once.
             batches = ready[1].result()
             if ready[0] == wanted:
                 return batches
@@ -42,7 +42,7 @@ class Reader:
         return self._read(*wanted)
 
     def ahead(self, first_sample: int, count: int, micro_size: int) -> None:
-        """Begin to read what the next step is likely to ask for."""
+        """Begin to read the micro-batches that the next step is likely to need."""
         if self._pool is not None:
             wanted = (first_sample, count, micro_size)
             self._ahead = wanted, self._pool.submit(self._read, *wanted)
@@ -54,4 +54,4 @@ class Reader:
 
     def _read(self, first_sample: int, count: int, micro_size: int) -> list[Batch]:
         indices = self.order.indices(first_sample, count)
-        return [self.split.batch(part) for part in cut(indices, micro_size)]
+        return [self.split.batch(part) for part in split_indices(indices, micro_size)]

@@ -1,4 +1,4 @@
-"""Exponential averages of noise scale estimates, their errors, and what can be said from them."""
+"""Exponential averages of noise scale estimates, with their standard errors and intervals."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from trainc.runtime.noise_scale.estimate import (
     UNDETERMINED,
     UNKNOWN,
     Estimate,
-    Reading,
-    Spread,
-    ratio_interval,
+    IntervalEstimate,
+    Uncertainty,
 )
+from trainc.runtime.noise_scale.interval import ratio_interval
 
-Cause = Literal["alone", "not finite"]
+SkipCause = Literal["single", "not finite"]
 
 # Nearer to one, a single estimate carries the whole average.
 _ONE_ESTIMATE = 1e-9
 
-_LONE = "one example a step: nothing to compare; give a step two samples or more"
-
-# How much of the squared weight may lack a spread of its own before the scatter is taken instead.
-_COVERED = 1e-6
+# What part of the squared weight may come from estimates without an uncertainty of their own.
+_WITHOUT_UNCERTAINTY = 1e-6
 
 
 class Averages:
@@ -31,26 +29,26 @@ class Averages:
 
     With estimate i weighing a_i there are three groups of sums.
     Moments: a, a^2, a signal, a noise, a signal^2, a noise^2, a signal noise.
-    Spreads, of the estimates that came with one: a^2, a^2 times their variances and covariance,
-    a^4 / freedom.
-    Counts: estimates, steps of one example, steps whose gradients were not finite.
+    Uncertainties, of the estimates that came with one: a^2, a^2 times their variances and
+    covariance, a^4 / dof.
+    Counts: estimates, steps of a single example, steps whose gradients were not finite.
 
-    Estimates are taken for independent. The error of the averages is that of the spreads where
-    every estimate has one, so it exists from the first on; else that of the estimates' scatter,
-    from the second on, which counts a drift of the truth as noise.
+    Estimates are taken for independent. The uncertainty of the averages is propagated from that of
+    the estimates where each has one, so it exists from the first on; else it is that of the
+    estimates' sample covariance, from the second on, which counts a drift of the truth as noise.
     """
 
-    MOMENTS, SPREADS, COUNTS = 7, 5, 3
-    SIZE = MOMENTS + SPREADS + COUNTS
+    MOMENTS, UNCERTAINTIES, COUNTS = 7, 5, 3
+    SIZE = MOMENTS + UNCERTAINTIES + COUNTS
 
     def __init__(self) -> None:
         self.load([0.0] * self.SIZE)
 
-    def add(self, estimate: Estimate, decay: float, spread: Spread | None = None) -> None:
-        """Fold in an estimate; what was there keeps `decay` of its weight, in [0, 1).
+    def add(self, estimate: Estimate, decay: float, uncertainty: Uncertainty | None = None) -> None:
+        """Fold in an estimate; the estimates before it keep `decay` of their weight, in [0, 1).
 
-        An estimate that is not finite is counted and changes no average; a spread that is not
-        finite (two examples have none) is none.
+        An estimate that is not finite is counted and changes no average; an uncertainty that is not
+        finite (two examples have none) is ignored. Raises ValueError for another `decay`.
         """
         signal, noise = estimate
         if not (math.isfinite(signal) and math.isfinite(noise)):
@@ -58,32 +56,34 @@ class Averages:
             return
         if not 0 <= decay < 1:
             raise ValueError(
-                f"decay = {decay:g}: what was there keeps a share in [0, 1) of its weight, else the "
-                "estimate has none; did anything pass since the one before?"
+                f"decay = {decay:g}: expected a number in [0, 1), the part of their weight that"
+                " earlier estimates keep; at 1 the clock has not moved since the last estimate"
             )
         fresh = 1 - decay
         new = (1.0, fresh, signal, noise, signal * signal, noise * noise, signal * noise)
         for i, value in enumerate(new):
             keep = decay * decay if i == 1 else decay
             self._moments[i] = keep * self._moments[i] + fresh * value
-        self._add_spread(spread, decay)
+        self._add_uncertainty(uncertainty, decay)
         self._counts[0] += 1
 
-    def _add_spread(self, spread: Spread | None, decay: float) -> None:
-        new = (0.0,) * self.SPREADS
-        if spread is not None and all(map(math.isfinite, spread[:3])) and spread.dof > 0:
-            new = (1.0, spread.signal, spread.noise, spread.covariance, 1 / spread.dof)
+    def _add_uncertainty(self, uncertainty: Uncertainty | None, decay: float) -> None:
+        new = (0.0,) * self.UNCERTAINTIES
+        if uncertainty and uncertainty.dof > 0 and all(map(math.isfinite, uncertainty[:3])):
+            new = (1.0, *uncertainty[:3], 1 / uncertainty.dof)
         for i, value in enumerate(new):
-            power = 4 if i == self.SPREADS - 1 else 2
-            self._spreads[i] = decay**power * self._spreads[i] + (1 - decay) ** power * value
+            power = 4 if i == self.UNCERTAINTIES - 1 else 2
+            self._uncertainties[i] = (
+                decay**power * self._uncertainties[i] + (1 - decay) ** power * value
+            )
 
-    def skip(self, cause: Cause) -> None:
-        """Count a step that gave no estimate."""
-        self._counts[{"alone": 1, "not finite": 2}[cause]] += 1
+    def skip(self, cause: SkipCause) -> None:
+        """Count a step that gave no estimate: it had a single example, or its gradients were not finite."""
+        self._counts[{"single": 1, "not finite": 2}[cause]] += 1
 
     @property
     def steps(self) -> int:
-        """Return how many steps were seen, with and without an estimate."""
+        """Return how many steps were counted, with and without an estimate."""
         return int(sum(self._counts))
 
     @property
@@ -92,18 +92,18 @@ class Averages:
         return int(self._counts[0])
 
     @property
-    def broken(self) -> int:
+    def non_finite_steps(self) -> int:
         """Return how many steps had gradients that were not finite."""
         return int(self._counts[2])
 
     @property
     def weight(self) -> float:
-        """Return the sum of the estimates' weights, 1 in the end."""
+        """Return the sum of the estimates' weights, which tends to 1."""
         return self._moments[0]
 
     @property
-    def independent(self) -> float:
-        """Return how many estimates of equal weight would be as sure as these."""
+    def effective_count(self) -> float:
+        """Return the effective number of estimates, (sum a)^2 / sum a^2 (Kish)."""
         return self._moments[0] ** 2 / self._moments[1] if self._moments[1] else 0.0
 
     @property
@@ -113,84 +113,89 @@ class Averages:
         return Estimate(signal / weight, noise / weight) if weight else UNDETERMINED
 
     @property
-    def spread(self) -> Spread:
-        """Return how sure the averages are; NaN where nothing tells."""
-        covered, squared = self._spreads[0], self._moments[1]
-        if covered and covered >= (1 - _COVERED) * squared:
-            return self._own_spread()
-        return self._scatter()
+    def uncertainty(self) -> Uncertainty:
+        """Return the variances and the covariance of the averages; NaN where they are unknown."""
+        covered, squared = self._uncertainties[0], self._moments[1]
+        if covered and covered >= (1 - _WITHOUT_UNCERTAINTY) * squared:
+            return self._propagated_uncertainty()
+        return self._sample_uncertainty()
 
-    def scale(self, errors: float = 0.0) -> float:
-        """Return the ratio of the averages; NaN while the signal is not `errors` errors above 0."""
+    def noise_scale(self, errors: float = 0.0) -> float:
+        """Return noise / signal of the averages; NaN unless the signal is `errors` standard errors above 0."""
         estimate = self.estimate
-        if errors and not estimate.signal > errors * math.sqrt(self.spread.signal):
+        if errors and not estimate.signal > errors * math.sqrt(self.uncertainty.signal_variance):
             return math.nan
-        return estimate.scale
+        return estimate.noise_scale
 
-    def error(self) -> float:
-        """Return the ratio's standard error by the delta method; NaN where nothing tells.
+    def standard_error(self) -> float:
+        """Return the noise scale's standard error by the delta method; NaN where it is unknown.
 
-        It serves a signal far from zero; `interval` serves any.
+        It holds for a signal far from zero; `interval` holds for any.
         """
-        ratio = self.estimate.scale
-        var_signal, var_noise, covariance, _ = self.spread
-        variance = var_noise - 2 * ratio * covariance + ratio * ratio * var_signal
+        ratio = self.estimate.noise_scale
+        signal_variance, noise_variance, covariance, _ = self.uncertainty
+        variance = noise_variance - 2 * ratio * covariance + ratio * ratio * signal_variance
         if math.isnan(variance):
             return math.nan
         return math.sqrt(max(variance, 0.0)) / self.estimate.signal
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """Return low and high of the noise scale: see `ratio_interval`; NaN where nothing tells."""
-        return ratio_interval(self.estimate, self.spread, level)
+        """Return low and high of the noise scale: see `ratio_interval`; NaN where they are unknown."""
+        return ratio_interval(self.estimate, self.uncertainty, level)
 
-    def reading(
-        self, level: float = 0.9, errors: float = 0.0, unit: str = "samples", lone: str = _LONE
-    ) -> Reading:
-        """Return the noise scale with its interval, or why there is none and what would help.
+    def interval_estimate(
+        self,
+        level: float = 0.9,
+        errors: float = 0.0,
+        unit: str = "samples",
+        single_reason: str | None = None,
+    ) -> IntervalEstimate:
+        """Return the noise scale with its interval, or the reason why it is undetermined.
 
-        `errors` is how many standard errors the signal must be above zero; `unit` names what an
-        example is, `lone` says why a step had nothing to compare.
+        `errors` is how many standard errors the signal must be above zero; `unit` is what an
+        example is called, `single_reason` the reason where every step had a single example.
         """
         if not self._moments[0]:
-            return Reading(math.nan, reason=self._nothing(lone))
+            return IntervalEstimate(math.nan, reason=self._no_estimate_reason(unit, single_reason))
         low, high = self.interval(level)
-        scale = self.scale(errors)
-        if not math.isnan(scale):
-            return Reading(scale, low, high)
-        return Reading(math.nan, low, high, self._why(low, high, errors, unit))
+        noise_scale = self.noise_scale(errors)
+        if not math.isnan(noise_scale):
+            return IntervalEstimate(noise_scale, low, high)
+        reason = self._undetermined_reason(low, high, errors, unit)
+        return IntervalEstimate(math.nan, low, high, reason)
 
-    def _nothing(self, lone: str) -> str:
+    def _no_estimate_reason(self, unit: str, single_reason: str | None) -> str:
         """Return why no step gave an estimate."""
-        _, alone, broken = (int(count) for count in self._counts)
-        if broken:
-            return f"gradients were not finite in {broken} of {self.steps} steps"
-        if alone:
-            return lone
+        _, single, non_finite = (int(count) for count in self._counts)
+        if non_finite:
+            return f"gradients were not finite in {non_finite} of {self.steps} steps"
+        if single:
+            return single_reason or f"a noise scale needs two {unit} in a step; every step had one"
         return "no step yet"
 
-    def _why(self, low: float, high: float, errors: float, unit: str) -> str:
-        """Return which part is not above zero, after how many steps, and the bound that leaves."""
+    def _undetermined_reason(self, low: float, high: float, errors: float, unit: str) -> str:
+        """Return which part is not above zero, after how many steps, and the bound that is known."""
         estimate, count = self.estimate, int(self._counts[0])
         after = f"after {count} step{'s' * (count != 1)}"
         if not estimate.signal > 0:
             return f"|G|^2 is not above zero {after}: {_bound('at least', low, unit)}"
         if not estimate.noise > 0:
             return f"tr(Sigma) is not above zero {after}: {_bound('at most', high, unit)}"
-        if math.isnan(estimate.scale):
-            return f"tr(Sigma) / |G|^2 is too large for a number {after}"
+        if math.isnan(estimate.noise_scale):
+            return f"tr(Sigma) / |G|^2 is too large for a floating-point number {after}"
         margin = f"|G|^2 is not {errors:g} standard errors above zero {after}"
         return f"{margin}: {_bound('at least', low, unit)}"
 
-    def _own_spread(self) -> Spread:
-        """Return the error from the estimates' own spreads, with freedom by Satterthwaite's rule."""
-        weight, covered = self._moments[0], self._spreads[0]
-        _, signal, noise, covariance, fourth = self._spreads
+    def _propagated_uncertainty(self) -> Uncertainty:
+        """Return the uncertainty from those of the estimates, with Welch-Satterthwaite degrees of freedom."""
+        weight, covered = self._moments[0], self._uncertainties[0]
+        _, signal, noise, covariance, fourth = self._uncertainties
         dof = covered * covered / fourth if fourth else math.inf
         square = weight * weight
-        return Spread(signal / square, noise / square, covariance / square, dof)
+        return Uncertainty(signal / square, noise / square, covariance / square, dof)
 
-    def _scatter(self) -> Spread:
-        """Return the error from the scatter of the estimates; NaN before two."""
+    def _sample_uncertainty(self) -> Uncertainty:
+        """Return the uncertainty from the sample covariance of the estimates; NaN before two."""
         weight, squared, signal, noise, signal2, noise2, product = self._moments
         share = squared / weight**2 if weight else 1.0
         if share > 1 - _ONE_ESTIMATE:
@@ -198,7 +203,7 @@ class Averages:
         # Bessel's correction 1 / (1 - share) for one estimate, times share for their weighted mean.
         factor = share / (1 - share)
         signal, noise = signal / weight, noise / weight
-        return Spread(
+        return Uncertainty(
             max(signal2 / weight - signal * signal, 0.0) * factor,
             max(noise2 / weight - noise * noise, 0.0) * factor,
             (product / weight - signal * noise) * factor,
@@ -207,24 +212,24 @@ class Averages:
 
     def state(self) -> list[float]:
         """Return what `load` restores, `SIZE` numbers."""
-        return [*self._moments, *self._spreads, *self._counts]
+        return [*self._moments, *self._uncertainties, *self._counts]
 
     def load(self, state: Sequence[float]) -> None:
-        """Restore what `state` gave."""
+        """Restore what `state` gave; raises ValueError where the number of entries is another."""
         if len(state) != self.SIZE:
             raise ValueError(
-                f"averages are {self.SIZE} numbers, not {len(state)}: another version of trainc "
-                "wrote them; resume with that one, or start the measurement anew"
+                f"saved averages of a noise scale have {self.SIZE} numbers, not {len(state)}: another"
+                " version of trainc saved them; resume with that version, or start a new run"
             )
         values = [float(value) for value in state]
-        spreads = self.MOMENTS + self.SPREADS
+        counts = self.MOMENTS + self.UNCERTAINTIES
         self._moments = values[: self.MOMENTS]
-        self._spreads = values[self.MOMENTS : spreads]
-        self._counts = values[spreads:]
+        self._uncertainties = values[self.MOMENTS : counts]
+        self._counts = values[counts:]
 
 
 def _bound(words: str, value: float, unit: str) -> str:
-    """Return `words value unit` where the value says something, else what would help."""
+    """Return `words value unit` where the value is a bound, else what would give one."""
     if 0 < value < math.inf:
         return f"{words} {value:.3g} {unit}"
-    return f"average over more steps, or put more {unit} into one"
+    return f"average over more steps, or put more {unit} into a step"

@@ -1,8 +1,8 @@
-"""What the noise scale of the norm layers says about that of the whole model, measured.
+"""Calibration: predict the whole model's noise scale from that of a clause's layers, with an interval.
 
-The two are nearly proportional (Gray et al. 2024, arXiv 2411.00999), by a factor that differs
-between models and drifts in a run, so it is measured during the run: now and then all layers are
-measured along with the norm layers, on the same examples, and the relation is kept with its error.
+For norm layers the two are nearly proportional (Gray et al. 2024, arXiv 2411.00999), by a factor
+that differs between models and drifts in a run. So it is measured during the run: now and then the
+whole model is measured along with the clause's layers, on the same examples.
 """
 
 from __future__ import annotations
@@ -11,170 +11,182 @@ import math
 from collections.abc import Sequence
 
 from trainc.runtime.noise_scale.averages import Averages
-from trainc.runtime.noise_scale.estimate import Estimate, Reading, Spread, ratio_interval
+from trainc.runtime.noise_scale.estimate import Estimate, IntervalEstimate, Uncertainty
+from trainc.runtime.noise_scale.interval import ratio_interval
 
 
 class Calibration:
-    """Regression of the whole model's noise scale on that of the norm layers, over a fading past.
+    """Regression of the whole model's noise scale on that of the measured layers, with exponential forgetting.
 
-    It is one for either part, |G|^2 and tr(Sigma): the line through the origin whose slope is the
-    ratio of the averages, which is least squares with weights 1 / x. The noise scale's slope is the
-    quotient of the two slopes, so it, too, is one of averages: never an average of ratios, and no
-    single measurement need be determined. What a measurement weighs, and how fast it fades, is what
-    the noise scale that the slope is applied to does with its own estimates (`add`): both then lag
-    behind by the same. An intercept would change nothing: any weighted line runs through the means
-    of its points, and those means are where it is read.
+    There is one regression for |G|^2 and one for tr(Sigma): the line through the origin whose slope
+    is the ratio of the averages, which is least squares with weights 1 / x. The slope of the noise
+    scale is the quotient of the two slopes. So it, too, is a ratio of averages and never an average
+    of ratios, and a single calibration may be undetermined. A calibration has the weight and the
+    decay that the estimates of the predicted noise scale have (`add`), so that both lag by the same.
+    An intercept would change nothing: any weighted line runs through the means of its points, and
+    those means are where it is read.
 
-    Measurements are independent, so their scatter about the two lines gives the slope's error, to
-    first order in the parts: common noise and a common trend of both noise scales cancel. Noise
-    falls mostly on the denominator, the whole model's |G|^2, so 1 / slope is taken for Gaussian:
-    where that is not significantly above zero, nothing bounds the slope.
+    Calibrations are independent, so their residuals from the two lines give the slope's standard
+    error, to first order in the two parts: common noise and a common trend of both noise scales
+    cancel. Noise falls mostly on the denominator, the whole model's |G|^2, so 1 / slope is taken for
+    Gaussian: where that is not significantly above zero, the slope has no upper bound.
     """
 
     CROSS = 4
-    """Sums of weighted products: norms' |G|^2, then tr(Sigma), by the total's |G|^2 and tr(Sigma)."""
+    """Sums of weighted products: measured layers' |G|^2, then tr(Sigma), by the whole model's two."""
     SIZE = 2 * Averages.SIZE + CROSS
 
     def __init__(self) -> None:
-        self.norms, self.total = Averages(), Averages()
+        self.measured, self.whole_model = Averages(), Averages()
         self._cross: list[float] = []
         self.load([0.0] * self.SIZE)
 
-    def add(self, norms: Estimate, total: Estimate, decay: float) -> None:
-        """Fold in what one measurement found for the norm layers and, on the same examples, for all.
+    def add(self, measured: Estimate, whole_model: Estimate, decay: float) -> None:
+        """Fold in one calibration: the estimates of the measured layers and of all, on the same examples.
 
-        What was there keeps `decay` of its weight, in [0, 1). Where one estimate is not finite the
-        pair is counted and changes nothing.
+        The calibrations before it keep `decay` of their weight, in [0, 1). Where one estimate is
+        not finite the pair is counted and changes nothing.
         """
-        if not all(map(math.isfinite, (*norms, *total))):
-            self.norms.skip("not finite")
-            self.total.skip("not finite")
+        if not all(map(math.isfinite, (*measured, *whole_model))):
+            self.measured.skip("not finite")
+            self.whole_model.skip("not finite")
             return
-        self.norms.add(norms, decay)
-        self.total.add(total, decay)
-        new = [x * y for x in norms for y in total]
+        self.measured.add(measured, decay)
+        self.whole_model.add(whole_model, decay)
+        new = [x * y for x in measured for y in whole_model]
         self._cross = [
             decay * old + (1 - decay) * one for old, one in zip(self._cross, new, strict=True)
         ]
 
     @property
-    def points(self) -> int:
-        """Return how many measurements were folded in."""
-        return self.norms.estimates
+    def count(self) -> int:
+        """Return how many calibrations were folded in."""
+        return self.measured.estimates
 
     @property
-    def independent(self) -> float:
-        """Return how many measurements of equal weight would be as sure as these."""
-        return self.norms.independent
+    def effective_count(self) -> float:
+        """Return the effective number of calibrations, (sum a)^2 / sum a^2 of their weights (Kish)."""
+        return self.measured.effective_count
 
-    def slope(self, level: float = 0.9) -> Reading:
-        """Return what the total noise scale is in multiples of that of the norm layers.
+    def slope(self, level: float = 0.9) -> IntervalEstimate:
+        """Return the whole model's noise scale divided by that of the measured layers.
 
-        Undetermined while nothing bounds it from above; `low` may say something even then.
+        Undetermined while it has no upper bound; `low` may be known even then.
         """
-        return self._read(1.0, 0.0, level)
+        return self._scaled_slope(1.0, 0.0, level)
 
-    def predict(self, norms: float, level: float = 0.9, error: float = 0.0) -> Reading:
-        """Return the total noise scale that goes with `norms`, that of the norm layers.
+    def predict(
+        self, noise_scale: float, level: float = 0.9, standard_error: float = 0.0
+    ) -> IntervalEstimate:
+        """Return the whole model's noise scale where that of the measured layers is `noise_scale`.
 
-        The interval holds the slope's error and `error`, the standard error of `norms`. Undetermined
-        while nothing bounds it from above.
+        The interval accounts for the slope's error and for `standard_error`, that of `noise_scale`.
+        Undetermined while it has no upper bound.
         """
-        if not (norms > 0 and math.isfinite(norms)):
-            return Reading(math.nan, reason="the noise scale of the norm layers is undetermined")
-        return self._read(norms, error, level)
+        if not (noise_scale > 0 and math.isfinite(noise_scale)):
+            reason = "the noise scale of the measured layers is undetermined"
+            return IntervalEstimate(math.nan, reason=reason)
+        return self._scaled_slope(noise_scale, standard_error, level)
 
     @property
     def correlation(self) -> float:
-        """Return how measurements of the two noise scales go together, first order; NaN before two.
+        """Return the correlation of the two noise scales over the calibrations; NaN before two.
 
-        That is the correlation of x's and y's deviations, tr(Sigma) / mean - |G|^2 / mean each.
+        To first order: that of their deviations, tr(Sigma) / mean - |G|^2 / mean each.
         """
-        parts = self._variances()
-        if parts is None or not (parts[0] > 0 and parts[1] > 0):
+        moments = self._log_covariance()
+        if moments is None or not (moments[0] > 0 and moments[1] > 0):
             return math.nan
-        return max(-1.0, min(1.0, parts[2] / math.sqrt(parts[0] * parts[1])))
+        return max(-1.0, min(1.0, moments[2] / math.sqrt(moments[0] * moments[1])))
 
-    def _read(self, norms: float, error: float, level: float) -> Reading:
-        """Return slope times `norms`."""
-        parts, (x, y) = self._variances(), (self.norms.scale(), self.total.scale())
-        if parts is None or math.isnan(x) or math.isnan(y):
-            return Reading(math.nan, reason=self._why())
-        variance = max(parts[0] + parts[1] - 2 * parts[2], 0.0) + (error / norms) ** 2
-        inverse = Spread(variance, 0.0, 0.0, self.independent - 1)
+    def _scaled_slope(
+        self, noise_scale: float, standard_error: float, level: float
+    ) -> IntervalEstimate:
+        """Return the slope times `noise_scale`."""
+        moments = self._log_covariance()
+        x, y = self.measured.noise_scale(), self.whole_model.noise_scale()
+        if moments is None or math.isnan(x) or math.isnan(y):
+            return IntervalEstimate(math.nan, reason=self._undetermined_reason())
+        variance = max(moments[0] + moments[1] - 2 * moments[2], 0.0)
+        variance += (standard_error / noise_scale) ** 2
+        inverse = Uncertainty(variance, 0.0, 0.0, self.effective_count - 1)
         low, high = ratio_interval(Estimate(1.0, 1.0), inverse, level)
-        scale = norms * y / x
+        value = noise_scale * y / x
         if not math.isfinite(high):
-            return Reading(math.nan, scale * low, math.inf, self._why())
-        return Reading(scale, scale * low, scale * high)
+            return IntervalEstimate(math.nan, value * low, math.inf, self._undetermined_reason())
+        return IntervalEstimate(value, value * low, value * high)
 
-    def _variances(self) -> tuple[float, float, float] | None:
-        """Return variances of log norms and log total, first order, and their covariance.
+    def _log_covariance(self) -> tuple[float, float, float] | None:
+        """Return the variances of the two noise scales' logarithms, to first order, and their covariance.
 
-        Those are of the averages' ratios; None before two measurements, or where an average is zero.
+        None before two calibrations, or where an average is zero.
         """
-        cross = self._covariances()
-        means = [*self.norms.estimate, *self.total.estimate]
+        cross = self._cross_covariances()
+        means = [*self.measured.estimate, *self.whole_model.estimate]
         if cross is None or not all(means):
             return None
         # tr(Sigma) counts with its sign, |G|^2 against it.
         ss, sn, ns, nn = (c / x / y for c, (x, y) in zip(cross, _pairs(means), strict=True))
-        x, y = (_variance(averages) for averages in (self.norms, self.total))
+        x, y = (_log_variance(averages) for averages in (self.measured, self.whole_model))
         return x, y, ss + nn - sn - ns
 
-    def _covariances(self) -> list[float] | None:
-        """Return the covariances of the averages, norms' parts by the total's; None before two."""
-        share = 1 / self.independent if self.points else 1.0
-        if self.points < 2 or not share < 1:
+    def _cross_covariances(self) -> list[float] | None:
+        """Return the covariances of the measured layers' averages with the whole model's; None before two."""
+        share = 1 / self.effective_count if self.count else 1.0
+        if self.count < 2 or not share < 1:
             return None
-        weight, means = self.norms.weight, [*self.norms.estimate, *self.total.estimate]
+        weight = self.measured.weight
+        means = [*self.measured.estimate, *self.whole_model.estimate]
         return [
             (product / weight - x * y) * share / (1 - share)
             for product, (x, y) in zip(self._cross, _pairs(means), strict=True)
         ]
 
-    def _why(self) -> str:
-        """Return why there is no slope, and what would help."""
-        points, of = self.points, self.norms.steps
-        if not of:
+    def _undetermined_reason(self) -> str:
+        """Return why the slope is undetermined."""
+        count, tried = self.count, self.measured.steps
+        if not tried:
             return "no calibration yet"
-        if points < 2:
+        if count < 2:
             return (
-                f"{points} of {of} calibrations had finite gradients to compare, a slope needs two"
+                f"a slope needs two calibrations with finite gradients; {count} of {tried} had them"
             )
-        for averages, what in ((self.norms, "measured layers"), (self.total, "whole model")):
-            for part, name in zip(averages.estimate, ("|G|^2", "tr(Sigma)"), strict=True):
-                if not part > 0:
-                    return f"{name} of the {what} is not above zero over {points} calibrations"
-        return f"{points} calibrations, too few or too noisy to bound it from above"
+        for averages, layers in (
+            (self.measured, "measured layers"),
+            (self.whole_model, "whole model"),
+        ):
+            for value, name in zip(averages.estimate, ("|G|^2", "tr(Sigma)"), strict=True):
+                if not value > 0:
+                    return f"{name} of the {layers} is not above zero over {count} calibrations"
+        return f"{count} calibrations are too few or too noisy for an upper bound"
 
     def state(self) -> list[float]:
         """Return what `load` restores, `SIZE` numbers."""
-        return [*self.norms.state(), *self.total.state(), *self._cross]
+        return [*self.measured.state(), *self.whole_model.state(), *self._cross]
 
     def load(self, state: Sequence[float]) -> None:
-        """Restore what `state` gave."""
+        """Restore what `state` gave; raises ValueError where the number of entries is another."""
         if len(state) != self.SIZE:
             raise ValueError(
-                f"a calibration is {self.SIZE} numbers, not {len(state)}: another version of trainc "
-                "wrote them; resume with that one, or start the calibration anew"
+                f"a saved calibration has {self.SIZE} numbers, not {len(state)}: another version of"
+                " trainc saved it; resume with that version, or start a new run"
             )
         size = Averages.SIZE
-        self.norms.load(state[:size])
-        self.total.load(state[size : 2 * size])
+        self.measured.load(state[:size])
+        self.whole_model.load(state[size : 2 * size])
         self._cross = [float(value) for value in state[2 * size :]]
 
 
-def _variance(averages: Averages) -> float:
-    """Return the variance of the logarithm of a ratio of averages, first order."""
-    (signal, noise), spread = averages.estimate, averages.spread
+def _log_variance(averages: Averages) -> float:
+    """Return the variance of the noise scale's logarithm, to first order."""
+    (signal, noise), uncertainty = averages.estimate, averages.uncertainty
     return (
-        spread.noise / noise / noise
-        - 2 * spread.covariance / noise / signal
-        + spread.signal / signal / signal
+        uncertainty.noise_variance / noise / noise
+        - 2 * uncertainty.covariance / noise / signal
+        + uncertainty.signal_variance / signal / signal
     )
 
 
 def _pairs(means: Sequence[float]) -> list[tuple[float, float]]:
-    """Return the norms' |G|^2, then tr(Sigma), with the total's |G|^2 and tr(Sigma)."""
+    """Return the measured layers' |G|^2, then tr(Sigma), each with the whole model's two."""
     return [(x, y) for x in means[:2] for y in means[2:]]

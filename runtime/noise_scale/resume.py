@@ -1,52 +1,52 @@
-"""What of a checkpoint's noise scale serves a clause that measures something else now, and what to say of the rest."""
+"""Match saved noise-scale state to a changed clause; say what restarts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-_WORDS = {"total": "the sum over layers", "calibration": "the calibration"}
+_NAMES = {"total": "the sum over layers", "calibration": "the calibration"}
 _LAYER = "layer/"
 _SHOWN = 3
 
 
-def fitting(
-    state: Mapping[str, Any], sizes: Mapping[str, int], what: str
+def match_state(
+    state: Mapping[str, Any], sizes: Mapping[str, int], quantity: str
 ) -> tuple[dict[str, Any], str]:
-    """Return the sums that go on, and what became of the others; an empty text where all of them do.
+    """Return the saved averages that still hold, and what becomes of the others; an empty text where all hold.
 
-    `sizes` are the numbers of each sum by name: `total`, `layer/NAME`, `calibration`. `what` says in which geometry,
-    and of what examples: of others nothing goes on. Sum over layers and calibration are of all layers together, so
-    they start anew where one of these is another.
+    `sizes` are the lengths of the averages by name: `total`, `layer/NAME`, `calibration`. `quantity` says what they
+    measure: examples and geometry. Where that differs none holds. The sum over layers and the calibration are of all
+    layers together, so they restart where one layer is added or left out.
     """
-    found = {name: value for name, value in state.items() if name in _WORDS or _LAYER in name}
-    if state.get("what", what) != what:
-        return {}, f"measured {what} instead of {state['what']}: all of it starts anew"
-    layers = {name for name in {*found, *sizes} if name.startswith(_LAYER)}
-    changed = any((name in found) != (name in sizes) for name in layers)
-    known = {
-        name: found[name]
+    saved = {name: value for name, value in state.items() if name in _NAMES or _LAYER in name}
+    if state.get("quantity", quantity) != quantity:
+        return {}, f"now measures {quantity}, not {state['quantity']}: all averages restart"
+    layers = {name for name in {*saved, *sizes} if name.startswith(_LAYER)}
+    changed = any((name in saved) != (name in sizes) for name in layers)
+    kept = {
+        name: saved[name]
         for name, size in sizes.items()
-        if name in found and len(found[name]) == size and not (changed and name in _WORDS)
+        if name in saved and len(saved[name]) == size and not (changed and name in _NAMES)
     }
-    anew = [name for name in sizes if name not in known]
-    gone = [name for name in found if name not in sizes]
-    return known, "; ".join(filter(None, (_started(anew), _dropped(gone))))
+    restarted = [name for name in sizes if name not in kept]
+    dropped = [name for name in saved if name not in sizes]
+    return kept, "; ".join(filter(None, (_describe_restart(restarted), _describe_drop(dropped))))
 
 
-def _started(anew: list[str]) -> str:
-    layers = sum(name.startswith(_LAYER) for name in anew)
-    parts = [words for name, words in _WORDS.items() if name in anew]
+def _describe_restart(names: list[str]) -> str:
+    layers = sum(name.startswith(_LAYER) for name in names)
+    parts = [text for name, text in _NAMES.items() if name in names]
     if layers:
         parts.append(f"{layers} layer{'s' * (layers != 1)}")
     if not parts:
         return ""
-    return f"{', '.join(parts)} start{'s' * (len(anew) == 1)} anew"
+    return f"{', '.join(parts)} restart{'s' * (len(names) == 1)}"
 
 
-def _dropped(gone: list[str]) -> str:
-    names = [_WORDS.get(name, f"`{name.removeprefix(_LAYER)}`") for name in gone]
-    if not names:
+def _describe_drop(names: list[str]) -> str:
+    texts = [_NAMES.get(name, f"`{name.removeprefix(_LAYER)}`") for name in names]
+    if not texts:
         return ""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"not measured any more: {', '.join(names[:_SHOWN])}{more}"
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return f"no longer measured: {', '.join(texts[:_SHOWN])}{more}"

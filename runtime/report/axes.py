@@ -1,4 +1,4 @@
-"""What the panels of a picture share: an axis along the run, ticks, legends, and marks on curves."""
+"""Parts of a panel that all kinds of panels use: axes, ticks, legends, and marks on curves."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.lines import Line2D
 
-Towards = Literal["up", "down", "left", "right"]
-_ARROWS: dict[Towards, tuple[int, int]] = {
+Direction = Literal["up", "down", "left", "right"]
+_ARROWS: dict[Direction, tuple[int, int]] = {
     "up": (0, 1),
     "down": (0, -1),
     "left": (-1, 0),
     "right": (1, 0),
 }
-BROKEN = "#B2182B"
-"""The colour of steps that went wrong, where one run is drawn."""
+NON_FINITE = "#B2182B"
+"""The colour of steps with a non-finite loss or gradient, where one run is drawn."""
 SPACING = 1 / 14
-"""How far apart arrows on a curve are, in widths of the panel."""
+"""The distance between arrows on a curve, in widths of the panel."""
 
 
-def along_run(axes: Axes, runs: Sequence[RunRecords], margin: float = 0.01) -> None:
-    """Make the horizontal axis that of the runs, from nothing to the last end: the same one in every panel."""
+def set_run_axis(axes: Axes, runs: Sequence[RunRecords], margin: float = 0.01) -> None:
+    """Set the horizontal axis to the runs' counter, from 0 to the end of the longest run, as in every panel."""
     end = max((at for run in runs for at in run.positions), default=0.0) or 1.0
     axes.set_xlim(-margin * end, (1 + margin) * end)
     axes.set_xlabel(runs[0].counter)
-    whole_numbers(axes.xaxis)
+    integer_ticks(axes.xaxis)
 
 
-def whole_numbers(axis: Axis, most: int | Literal["auto"] = "auto") -> None:
-    """Mark an axis of counts, at most `most` times: whole numbers, with SI prefixes."""
+def integer_ticks(axis: Axis, most: int | Literal["auto"] = "auto") -> None:
+    """Set ticks at integers, at most `most`, with SI prefixes."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=True))
     axis.set_major_formatter(EngFormatter(sep=""))
 
 
-def numbers(axis: Axis) -> None:
-    """Write numbers out in full: an exponent beside the axis is overlooked, and moves the title."""
+def plain_numbers(axis: Axis) -> None:
+    """Label ticks with plain numbers: an exponent beside the axis is overlooked, and moves the title."""
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
-def decades(axis: Axis, low: float, high: float, most: int = 12) -> None:
-    """Mark a logarithmic axis with at most `most` plain numbers."""
+def log_ticks(axis: Axis, low: float, high: float, most: int = 12) -> None:
+    """Set at most `most` ticks with plain numbers on a logarithmic axis."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-    numbers(axis)
+    plain_numbers(axis)
     axis.set_major_locator(FixedLocator(round_numbers(low, high, most)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:
-    """Return 1, 2, 5 of each decade between two ends, fewer of them to be at most `most`, others if it is only one."""
+    """Return round numbers between two ends for a logarithmic axis: 1, 2, 5 of each decade, or at most `most`."""
     from matplotlib.ticker import MaxNLocator
 
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -81,9 +81,9 @@ def round_numbers(low: float, high: float, most: int) -> list[float]:
 
 
 def legend_below(axes: Axes, *more: tuple[Any, str]) -> None:
-    """Put the legend under the axes, a course may be anywhere inside; `more` are handles and their texts.
+    """Put the legend below the axes, where it hides no curve; `more` are further handles and their texts.
 
-    A handle that is a tuple is shown as its parts beside each other.
+    A tuple of handles is shown side by side.
     """
     from matplotlib.legend_handler import HandlerTuple
 
@@ -100,7 +100,7 @@ def legend_below(axes: Axes, *more: tuple[Any, str]) -> None:
 
 
 def curve(axes: Axes, at: Sequence[float], values: Sequence[float], **style: Any) -> Line2D:
-    """Draw a line with gaps where values are not finite, and dots where a value stands alone between them."""
+    """Draw a line with gaps where values are not finite, and dots for finite values between two gaps."""
     gap = [False, *map(math.isfinite, values), False]
     alone = [i for i in range(len(values)) if gap[i : i + 3] == [False, True, False]]
     if alone:
@@ -108,18 +108,18 @@ def curve(axes: Axes, at: Sequence[float], values: Sequence[float], **style: Any
     return axes.plot(at, values, **style)[0]
 
 
-def mark(axes: Axes, stretches: Iterable[tuple[float, float]], color: str, label: str) -> None:
-    """Shade stretches of a run; the narrowest is a line still."""
-    for index, (begin, end) in enumerate(stretches):
+def shade(axes: Axes, intervals: Iterable[tuple[float, float]], color: str, label: str) -> None:
+    """Shade intervals of a run; each is at least a line wide."""
+    for index, (begin, end) in enumerate(intervals):
         named = "_" * bool(index) + label  # a leading underscore keeps it out of the legend
         axes.axvspan(
             begin, end, facecolor=(color, 0.15), edgecolor=(color, 0.5), linewidth=0.6, label=named
         )
 
 
-def hatch(axes: Axes, stretches: Iterable[tuple[float, float]], color: str, label: str) -> None:
-    """Hatch stretches of a run."""
-    for index, (begin, end) in enumerate(stretches):
+def hatch(axes: Axes, intervals: Iterable[tuple[float, float]], color: str, label: str) -> None:
+    """Hatch intervals of a run."""
+    for index, (begin, end) in enumerate(intervals):
         named = "_" * bool(index) + label
         axes.axvspan(
             begin, end, facecolor="none", edgecolor=color, hatch="////", linewidth=0, label=named
@@ -127,36 +127,36 @@ def hatch(axes: Axes, stretches: Iterable[tuple[float, float]], color: str, labe
 
 
 def arrows(
-    axes: Axes, x: Sequence[float], y: Sequence[float], towards: Towards, color: str, label: str
+    axes: Axes, x: Sequence[float], y: Sequence[float], direction: Direction, color: str, label: str
 ) -> None:
-    """Draw arrows that start at points and say that something goes on that way without a bound."""
+    """Draw arrows that start at points and show that an interval has no bound in that direction."""
     from matplotlib.transforms import ScaledTranslation
 
     assert axes.figure is not None
-    right, up = _ARROWS[towards]
+    right, up = _ARROWS[direction]
     shift = ScaledTranslation(5 * right / 72, 5 * up / 72, axes.figure.dpi_scale_trans)  # type: ignore[union-attr, unused-ignore]
     axes.plot(
         x,
         y,
         linestyle="none",
-        marker=arrow(towards),
+        marker=arrow_marker(direction),
         markersize=7,
         markeredgewidth=0,
         color=color,
         transform=axes.transData + shift,
-        label=f"_{label} {towards}",
+        label=f"_{label} {direction}",
     )
 
 
-def arrow(towards: Towards) -> str:
-    """Return the marker of an arrow."""
-    return rf"$\{towards}arrow$"
+def arrow_marker(direction: Direction) -> str:
+    """Return the marker of an arrow in a direction."""
+    return rf"$\{direction}arrow$"
 
 
-def spaced(at: Sequence[float], holds: Sequence[bool], apart: float) -> Iterator[int]:
-    """Return indices at which something holds: the first, and on from there as far apart as given."""
+def spaced_indices(at: Sequence[float], holds: Sequence[bool], distance: float) -> Iterator[int]:
+    """Yield indices at which a condition holds, at least `distance` apart."""
     last = -math.inf
     for index, (position, one) in enumerate(zip(at, holds, strict=True)):
-        if one and position >= last + apart:
+        if one and position >= last + distance:
             last = position
             yield index

@@ -1,4 +1,4 @@
-"""Pictures of noise scales by layer, over a run."""
+"""The panels of a noise scale by layer: a heat map over the run, and intervals at its end."""
 
 from __future__ import annotations
 
@@ -6,43 +6,45 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from trainc.runtime.noise_scale.figures import Clause
-from trainc.runtime.report.axes import along_run, arrows, decades
-from trainc.runtime.report.run_records import RunRecords, without_loss
+from trainc.runtime.noise_scale.history import NoiseScaleClause
+from trainc.runtime.report.axes import arrows, log_ticks, set_run_axis
+from trainc.runtime.report.run_records import RunRecords, has_non_finite_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MISSING = "#c4c4c4"
 COLUMNS = 400
-"""How many columns of a heat map can be told apart."""
+"""The most columns of a heat map."""
 NAMED = 110
-"""How many layers of a heat map can be named."""
+"""The most rows of a heat map that get a name each."""
 
 
-def layer_rows(run: RunRecords, label: str) -> int:
+def count_layers(run: RunRecords, label: str) -> int:
     """Return how many layers a run recorded for a clause."""
     return max((len(r.get("series", {}).get(label, ())) for r in run.records), default=0)
 
 
 def map_height(rows: int) -> float:
-    """Return the inches that a heat map takes, with title and axis."""
+    """Return the height of a heat map in inches, with title and axis."""
     return 1.1 + 0.2 * min(max(rows, 4), 24) + 0.09 * min(max(rows - 24, 0), NAMED - 24)
 
 
-def draw_layers(axes: Axes, run: RunRecords, clause: Clause, runs: Sequence[RunRecords]) -> None:
-    """Draw layers over the run as a heat map, in the order of the model from top to bottom.
+def draw_layers(
+    axes: Axes, run: RunRecords, clause: NoiseScaleClause, runs: Sequence[RunRecords]
+) -> None:
+    """Draw the layers' noise scales over the run as a heat map, in the order of the model from top to bottom.
 
-    The axis is long enough for all `runs` that are drawn.
+    The axis is that of all `runs` in the picture.
     """
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Patch
 
-    names, edges, values = heat(run, clause.label)
-    low, high = _common(values)
+    names, edges, values = heat_map(run, clause.label)
+    low, high = _color_limits(values)
     colors = colormaps["viridis"].with_extremes(bad=MISSING)
-    # One value alone would leave the scale of colours without a width.
+    # With a single value the colour scale would have no width.
     high = high if high > low else 1.01 * low
     rows = [index - 0.5 for index in range(len(names) + 1)]
     mesh = axes.pcolormesh(
@@ -51,12 +53,12 @@ def draw_layers(axes: Axes, run: RunRecords, clause: Clause, runs: Sequence[RunR
     axes.invert_yaxis()
     axes.grid(False)
     _name_rows(axes, names)
-    along_run(axes, runs, margin=0.0)
+    set_run_axis(axes, runs, margin=0.0)
     assert axes.figure is not None
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01, aspect=30, extend="both", extendfrac=0.02)
     bar.set_label(clause.unit, fontsize=9)
-    # A number takes a fifth of an inch with the space around it.
-    decades(bar.ax.yaxis, low, high, most=int((map_height(len(names)) - 1) / 0.2))
+    # A label with the space around it is a fifth of an inch high.
+    log_ticks(bar.ax.yaxis, low, high, most=int((map_height(len(names)) - 1) / 0.2))
     if any(math.isnan(value) for row in values for value in row):
         missing = [Patch(facecolor=MISSING, label="undetermined")]
         axes.legend(handles=missing, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
@@ -68,13 +70,13 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=2, labelsize=8 if len(names) <= 24 else 6)
 
 
-def heat(run: RunRecords, label: str) -> tuple[list[str], list[float], list[list[float]]]:
+def heat_map(run: RunRecords, label: str) -> tuple[list[str], list[float], list[list[float]]]:
     """Return layers, edges of the columns (columns + 1) and values (layers, columns); NaN is undetermined.
 
-    A step that was skipped for its loss has a column, too. Of a long run a column is several steps, with the last
-    one's value: that is an average over steps already.
+    A step that was skipped for its loss has a column, too. In a long run a column is several steps and has the value
+    of the last one, which is an average over steps already.
     """
-    measured = [r for r in run.records if label in r.get("series", {}) or without_loss(r)]
+    measured = [r for r in run.records if label in r.get("series", {}) or has_non_finite_loss(r)]
     first = run.records.index(measured[0])
     before = [r[run.counter] for r in run.records[:first] if run.counter in r]
     size = math.ceil(len(measured) / COLUMNS)
@@ -88,8 +90,8 @@ def heat(run: RunRecords, label: str) -> tuple[list[str], list[float], list[list
     return names, edges, values
 
 
-def _common(values: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the ends of the scale of colours: one value in a hundred may lie beyond each."""
+def _color_limits(values: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the ends of the colour scale: one value in a hundred may be beyond each."""
     finite = sorted(v for row in values for v in row if math.isfinite(v) and v > 0)
     if not finite:
         return 0.5, 2.0
@@ -97,12 +99,12 @@ def _common(values: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def has_intervals(run: RunRecords, label: str) -> bool:
-    """Say whether a run ever knew an end of the interval of a single layer."""
-    return _last(run, label) is not None
+    """Return whether a run has a bound of the interval of any layer."""
+    return _last_with_bounds(run, label) is not None
 
 
-def _last(run: RunRecords, label: str) -> Mapping[str, Mapping[str, float]] | None:
-    """Return the last figures by layer with an end of an interval among them; None where there are none."""
+def _last_with_bounds(run: RunRecords, label: str) -> Mapping[str, Mapping[str, float]] | None:
+    """Return the last figures by layer that have a bound of an interval; None where there are none."""
     for record in reversed(run.records):
         series: Mapping[str, Mapping[str, float]] = record.get("series", {})
         ends = [series.get(f"{label}.{end}", {}).values() for end in ("low", "high")]
@@ -111,9 +113,9 @@ def _last(run: RunRecords, label: str) -> Mapping[str, Mapping[str, float]] | No
     return None
 
 
-def draw_end(axes: Axes, run: RunRecords, clause: Clause) -> None:
-    """Draw the last noise scale of every layer with its interval, in the rows of the heat map."""
-    series = _last(run, clause.label)
+def draw_last_intervals(axes: Axes, run: RunRecords, clause: NoiseScaleClause) -> None:
+    """Draw the last noise scale of every layer with its interval, in the order of the heat map."""
+    series = _last_with_bounds(run, clause.label)
     assert series is not None
     names = list(series[clause.label])
     rows = range(len(names))
@@ -142,4 +144,4 @@ def draw_end(axes: Axes, run: RunRecords, clause: Clause) -> None:
     axes.set_xlabel(
         clause.unit if clause.level is None else f"{clause.unit}, {clause.level:.0%} interval"
     )
-    decades(axes.xaxis, *axes.get_xlim())
+    log_ticks(axes.xaxis, *axes.get_xlim())

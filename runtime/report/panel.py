@@ -1,4 +1,4 @@
-"""One panel of a picture: a set of axes and what fills it."""
+"""One panel of a picture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One set of axes: its title and what fills it; `height` in inches, `wide` over all columns."""
+    """A title and the function that draws on its axes; `height` in inches, `wide`: over all columns."""
 
     title: str
-    fill: Callable[[Axes], None]
+    draw: Callable[[Axes], None]
     height: float = 3.3
     wide: bool = False

@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn from their folders: losses, rates, noise scale and figures per layer."""
+"""Pictures of runs, drawn from their folders: losses, learning rates, noise scales and figures per layer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainc.runtime.report.axes import BROKEN, along_run, curve, mark, numbers
-from trainc.runtime.report.noise_scale_course import noise_panels
+from trainc.runtime.report.axes import NON_FINITE, curve, plain_numbers, set_run_axis, shade
+from trainc.runtime.report.noise_scale_plot import noise_panels
 from trainc.runtime.report.panel import Panel
-from trainc.runtime.report.run_records import RunRecords, common_counter, without_loss
+from trainc.runtime.report.run_records import RunRecords, common_counter, has_non_finite_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Distinct also for most people who cannot tell red from green (Okabe and Ito).
+# Distinct also for most people with red-green colour blindness (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 STYLE = {
     "axes.spines.top": False,
@@ -39,14 +40,19 @@ STYLE = {
 
 
 def draw(run_folders: Sequence[Path], output: Path) -> Path:
-    """Draw runs over each other into a PNG file and return its path; needs matplotlib."""
+    """Draw runs over each other into a PNG file and return its path.
+
+    Raises ValueError without matplotlib, and where a folder holds no run.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as problem:
-        raise ValueError("drawing needs matplotlib: install trainc[plots]") from problem
-    runs = load(run_folders)
+        raise ValueError(
+            "drawing needs matplotlib: install it with `pip install trainc[plots]`"
+        ) from problem
+    runs = read_runs(run_folders)
     rows = _arrange(list_panels(runs))
     columns = max(len(row) for row in rows)
     heights = [max(panel.height for panel in row) for row in rows]
@@ -58,65 +64,68 @@ def draw(run_folders: Sequence[Path], output: Path) -> Path:
         for index, row in enumerate(rows):
             for column, panel in enumerate(row):
                 place = slice(None) if panel.wide else column
-                _fill(figure.add_subplot(grid[index, place]), panel)
+                _draw_panel(figure.add_subplot(grid[index, place]), panel)
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, format="png", facecolor="white")
     return output
 
 
 def _arrange(panels: Sequence[Panel]) -> list[list[Panel]]:
-    """Return panels in rows: two beside each other, wide ones alone and last."""
+    """Return panels in rows: two in a row, then the wide ones, each alone."""
     narrow = [panel for panel in panels if not panel.wide]
     pairs = [narrow[at : at + 2] for at in range(0, len(narrow), 2)]
     return pairs + [[panel] for panel in panels if panel.wide]
 
 
-def _fill(axes: Axes, panel: Panel) -> None:
-    panel.fill(axes)
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    panel.draw(axes)
     axes.set_title(panel.title)
     if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
         axes.legend()
 
 
-def load(run_folders: Sequence[Path]) -> list[RunRecords]:
-    """Read what runs measured, named by the parts of their paths in which they differ."""
+def read_runs(run_folders: Sequence[Path]) -> list[RunRecords]:
+    """Read the metrics of runs, named by the parts of their paths in which they differ."""
     if not run_folders:
-        raise ValueError("there is no run to draw")
+        raise ValueError("expected the folder of at least one run")
     folders = [folder.resolve() for folder in run_folders]
     shared = Path(os.path.commonpath([folder.parent for folder in folders]))
     runs: list[RunRecords] = []
     for index, folder in enumerate(folders):
         path = folder / "metrics.jsonl"
         if not path.exists():
-            raise ValueError(f"{run_folders[index]} holds no run: there is no metrics.jsonl in it")
+            raise ValueError(
+                f"{run_folders[index]} is not the folder of a run: it has no metrics.jsonl"
+            )
         name = folder.relative_to(shared).as_posix()
         runs.append(RunRecords.of(folder, name, COLORS[index % len(COLORS)]))
     if not any(run.records for run in runs):
-        raise ValueError("no step was measured yet")
+        raise ValueError("these runs have no records yet: wait for the first step")
     counter = common_counter([run.records for run in runs if run.records])
     return [replace(run, counter=counter) for run in runs]
 
 
 def list_panels(runs: list[RunRecords]) -> list[Panel]:
-    """Return the panels that have something to show: title and what fills the axes."""
-    panels = [Panel("Loss", lambda axes: _losses(axes, runs))]
+    """Return the panels that the records of the runs fill."""
+    panels = [Panel("Loss", lambda axes: _draw_losses(axes, runs))]
     if any(run.has("lr_max") for run in runs):
-        panels.append(Panel("Learning rate", lambda axes: _rates(axes, runs)))
+        panels.append(Panel("Learning rate", lambda axes: _draw_rates(axes, runs)))
     panels += noise_panels(runs)
     for run in runs:
         parts = ("", ".signal", ".noise", ".low", ".high")
-        drawn = {f"{c.label}{part}" for c in run.scales for part in parts}
+        drawn = {f"{c.label}{part}" for c in run.noise_scales for part in parts}
         for quantity, layers in run.layers().items():
             if quantity not in drawn:
                 title = f"{quantity} by layer" + (f", {run.name}" if len(runs) > 1 else "")
-                panels.append(Panel(title, lambda axes, layers=layers: _layers(axes, layers, runs)))  # type: ignore[misc]
+                draw = partial(_draw_layers, layers=layers, runs=runs)
+                panels.append(Panel(title, draw))
     return panels
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Return the running mean with exponential weights over about `span` values, unbiased at first.
+    """Return the exponential running mean over about `span` values, without bias at the start.
 
-    A value that is not finite leaves a gap and does not enter the mean.
+    A value that is not finite leaves a gap and is not part of the mean.
     """
     keep = 1 - 1 / max(1, span)
     total = weight = 0.0
@@ -130,7 +139,7 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
     return means
 
 
-def _losses(axes: Axes, runs: list[RunRecords]) -> None:
+def _draw_losses(axes: Axes, runs: list[RunRecords]) -> None:
     for run in runs:
         at, losses = run.series("loss")
         span = max(1, len(losses) // 50)
@@ -138,9 +147,14 @@ def _losses(axes: Axes, runs: list[RunRecords]) -> None:
         if span > 1:
             axes.plot(at, losses, color=run.color, alpha=0.2, linewidth=0.6)
         curve(axes, at, smooth(losses, span), color=run.color, linewidth=1.5, label=label)
-        first = next((r["step"] for r in run.records if without_loss(r)), None)
-        color = BROKEN if len(runs) == 1 else run.color
-        mark(axes, run.stretches(without_loss), color, f"not finite, first at step {first}")
+        first = next((r["step"] for r in run.records if has_non_finite_loss(r)), None)
+        color = NON_FINITE if len(runs) == 1 else run.color
+        shade(
+            axes,
+            run.intervals_where(has_non_finite_loss),
+            color,
+            f"not finite, first at step {first}",
+        )
         at, losses = run.series("eval_loss")
         if at:
             axes.plot(
@@ -156,10 +170,10 @@ def _losses(axes: Axes, runs: list[RunRecords]) -> None:
             )
     if len(runs) > 1 and any(run.has("eval_loss") for run in runs):
         axes.plot([], [], "--o", color="#555555", markersize=3, linewidth=1, label="evaluation")
-    along_run(axes, runs)
+    set_run_axis(axes, runs)
 
 
-def _rates(axes: Axes, runs: list[RunRecords]) -> None:
+def _draw_rates(axes: Axes, runs: list[RunRecords]) -> None:
     for run in runs:
         at, high = run.series("lr_max")
         _, low = run.series("lr_min")
@@ -176,20 +190,20 @@ def _rates(axes: Axes, runs: list[RunRecords]) -> None:
                 linewidth=0,
                 label="over all parameters" if len(runs) == 1 else None,
             )
-    numbers(axes.yaxis)
-    along_run(axes, runs)
+    plain_numbers(axes.yaxis)
+    set_run_axis(axes, runs)
 
 
-def _layers(
+def _draw_layers(
     axes: Axes, layers: dict[str, tuple[list[float], list[float]]], runs: list[RunRecords]
 ) -> None:
     from matplotlib import colormaps
 
     colors = colormaps["viridis"]
     last = max(1, len(layers) - 1)
-    few = len(layers) <= 8
+    name_all = len(layers) <= 8
     for index, (name, (at, values)) in enumerate(layers.items()):
-        # The brightest end of the map is lost on white; of many layers only the ends are named.
-        label = name if few or index in (0, len(layers) - 1) else None
+        # The brightest colours cannot be seen on white; of many layers only the first and the last are named.
+        label = name if name_all or index in (0, len(layers) - 1) else None
         curve(axes, at, values, color=colors(0.9 * index / last), linewidth=1, label=label)
-    along_run(axes, runs)
+    set_run_axis(axes, runs)

@@ -1,4 +1,4 @@
-"""What pictures are made from: the records of one run."""
+"""The records of one run, as pictures need them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainc.runtime.noise_scale import figures
-from trainc.runtime.storage.jsonl import Record, read
+from trainc.runtime.noise_scale.history import NoiseScaleClause, choose_counter, find_clauses
+from trainc.runtime.storage.jsonl import Record, read_jsonl
 
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The metrics of one run and the plan it ran under, with a name and a colour to tell it by.
+    """The metrics of one run and its plan, with the name and the colour that it is drawn with.
 
-    `counter` is what its course is counted in: `tokens`, `samples` or `step`.
+    `counter` is the quantity of the horizontal axis: `tokens`, `samples` or `step`.
     """
 
     name: str
@@ -29,19 +29,19 @@ class RunRecords:
 
     @classmethod
     def of(cls, folder: Path, name: str, color: str) -> RunRecords:
-        """Read a run's folder; a plan it has not is empty."""
+        """Read a run's folder; without a plan in it the plan is empty."""
         path = folder / "plan.json"
         plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return cls(name, read(folder / "metrics.jsonl"), color, plan)
+        return cls(name, read_jsonl(folder / "metrics.jsonl"), color, plan)
 
     @cached_property
-    def scales(self) -> list[figures.Clause]:
-        """Return the noise scale clauses it recorded."""
-        return figures.clauses(self.plan, self.records)
+    def noise_scales(self) -> list[NoiseScaleClause]:
+        """Return the noise scale clauses that the run recorded."""
+        return find_clauses(self.plan, self.records)
 
     @cached_property
     def positions(self) -> list[float]:
-        """Return where on the counter each record stands: one that is not a step's, at the step before it."""
+        """Return the counter at each record; a record that is not of a step is at the step before it."""
         found, last = [], 0.0
         for record in self.records:
             last = record.get(self.counter, last)
@@ -54,8 +54,8 @@ class RunRecords:
         found = [(at, record[name]) for at, record in rows if name in record]
         return [at for at, _ in found], [value for _, value in found]
 
-    def stretches(self, holds: Callable[[Record], bool]) -> list[tuple[float, float]]:
-        """Return where a condition holds of the steps, as from, to; a step reaches back to the one before it."""
+    def intervals_where(self, holds: Callable[[Record], bool]) -> list[tuple[float, float]]:
+        """Return the intervals (from, to) of steps where a condition holds; a step begins where the last one ends."""
         found: list[tuple[float, float]] = []
         begin = 0.0
         for at, record in zip(self.positions, self.records, strict=True):
@@ -67,11 +67,11 @@ class RunRecords:
         return found
 
     def has(self, name: str) -> bool:
-        """Say whether any step measured a quantity."""
+        """Return whether any record has a quantity."""
         return any(name in record for record in self.records)
 
     def layers(self) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-        """Return what was measured per layer: quantity -> layer -> positions and values."""
+        """Return the figures per layer: quantity -> layer -> positions and values."""
         found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
         for at, record in zip(self.positions, self.records, strict=True):
             for quantity, values in record.get("series", {}).items():
@@ -82,14 +82,14 @@ class RunRecords:
         return found
 
 
-def without_loss(record: Record) -> bool:
-    """Say whether a step's loss was not finite."""
+def has_non_finite_loss(record: Record) -> bool:
+    """Return whether a step's loss is not finite."""
     return not math.isfinite(record.get("loss", 0.0))
 
 
 def common_counter(runs: Sequence[Sequence[Record]]) -> str:
-    """Return what all panels of a picture count in, so that they line up: what every run has in common."""
-    counters = {figures.counter(records) for records in runs}
+    """Return the counter that every run has, so that all panels share one horizontal axis."""
+    counters = {choose_counter(records) for records in runs}
     if len(counters) == 1:
         return counters.pop()
     return "step" if "step" in counters else "samples"

@@ -1,4 +1,4 @@
-"""What the loop asks of a program: the one place where `trainc run` and a compiled spec meet."""
+"""The interface between the training loop and a program: what the loop calls, and what it gets back."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from trainc.runtime.data.batch import Batch
-from trainc.runtime.schedule.clock import Clock, Gate, RunLength
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import StopRun
 
 
 class NonFiniteLoss(StopRun):
-    """The loss is NaN or infinite and the spec says to stop; the update was not made."""
+    """The loss is NaN or infinite and the spec says to stop; the step is not updated."""
 
 
-class Settings(Protocol):
-    """What the loop reads from the spec's `run` clause."""
+class LoopSettings(Protocol):
+    """The fields of the spec's `run` clause that the loop reads."""
 
     @property
     def seed(self) -> int:
-        """Return the seed of the data's order and of torch's generators."""
+        """Return the seed of the order of the data and of torch's generators."""
         ...
 
     @property
@@ -42,7 +43,7 @@ class Settings(Protocol):
 
     @property
     def on_nan(self) -> Literal["stop", "skip", "continue"]:
-        """Return what follows a non-finite loss; to `skip` the update is the program's part."""
+        """Return what follows a non-finite loss; the program itself skips the update for `skip`."""
         ...
 
 
@@ -56,21 +57,21 @@ class RunnableProgram(Protocol):
 
     @property
     def length(self) -> RunLength | None:
-        """Return how long the run lasts; None: it cannot be run by the loop."""
+        """Return how long the run lasts; None: the loop cannot run it."""
         ...
 
     @property
-    def settings(self) -> Settings:
-        """Return seed, gates and policies."""
+    def settings(self) -> LoopSettings:
+        """Return the settings of the run."""
         ...
 
     def begin(self) -> object:
-        """Open the next step, in which rules choose its batch size; may raise `StopRun`."""
+        """Open the next step, which sets its batch size; may raise `StopRun`."""
         ...
 
     @property
     def batch_size(self) -> int:
-        """Return the number of samples of the step that is open, or of the next."""
+        """Return the number of samples of the open step, or of the next one."""
         ...
 
     @property
@@ -81,17 +82,17 @@ class RunnableProgram(Protocol):
     def step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """Run one optimizer step and advance the clock; return `loss`, `lr_min`, `lr_max`, ...
 
-        Metrics must be functions of the run; a name that begins with `seconds` is a time. Raises
-        `StopRun(reason)` or `StopRun(reason, metrics)` to end the run.
+        Metrics must be functions of the run, except that names that begin with `seconds` are times.
+        Raises `StopRun(reason)` or `StopRun(reason, metrics)` to end the run.
         """
         ...
 
     def evaluate(self, inputs: Any, targets: Tensor) -> tuple[float, int, Mapping[str, float]]:
-        """Return the sum of the loss over the targets, their number, and further sums."""
+        """Return the sum of the loss over the targets, their number, and other sums by name."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as a tree of tensors and JSON values."""
+        """Return the state that a resumed run needs, as a tree of tensors and JSON values."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -99,15 +100,15 @@ class RunnableProgram(Protocol):
         ...
 
     def summary(self) -> list[str]:
-        """Return lines on what the parts of the program did over the run."""
+        """Return the lines of the summary, one for each part of the program."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What a step has to say besides its metrics.
+class StepReport:
+    """What a step reports besides its metrics.
 
-    `series[quantity][layer]` are figures per layer, `notes` are for people and `events.jsonl`;
+    `series[quantity][layer]` are figures per layer, `notes` are shown and go to `events.jsonl`;
     `save` asks for a checkpoint after this step, `stop` ends the run with a reason.
     """
 
@@ -118,18 +119,18 @@ class Report:
 
 
 @runtime_checkable
-class Reporting(Protocol):
-    """A program that has more to say about a step than numbers."""
+class ReportsSteps(Protocol):
+    """A program that reports more of a step than its metrics."""
 
-    def report(self) -> Report:
-        """Return what the last step has to say."""
+    def report(self) -> StepReport:
+        """Return the report of the last step."""
         ...
 
 
 @runtime_checkable
 class LoadsCompatible(Protocol):
-    """A program that can go on from the state of another spec's."""
+    """A program that can load a state saved under another spec."""
 
     def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
-        """Restore what fits; return what does not go on, in lines."""
+        """Load the parts that still hold; return lines on what restarts or is dropped."""
         ...

@@ -1,7 +1,7 @@
-"""The live view of a run on a terminal, and plain lines where there is none.
+"""The live display of a run on a terminal, and plain lines where there is no terminal.
 
-It is fed with a dict of figures per step and draws at a limited rate: drawing takes less than one
-hundredth of the time between two drawings, whatever the terminal costs.
+It gets a dict of figures per step and draws at a limited rate: drawing takes less than one
+hundredth of the time between two drawings, however slow the terminal is.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from trainc.runtime.noise_scale.figures import labels, told, told_total
+from trainc.runtime.noise_scale.format import format_noise_scale, format_whole_model
+from trainc.runtime.noise_scale.history import find_labels
 
 Figures = Mapping[str, float]
 
 BARS = "▁▂▃▄▅▆▇█"
-SHARE = 0.005
-"""The part of the time that drawing may take."""
+DRAWING_FRACTION = 0.005
+"""The fraction of the time that drawing may take."""
 
 
-def quantity(value: float) -> str:
+def format_count(value: float) -> str:
     """Return a count in at most four digits and an SI suffix."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
@@ -34,7 +35,7 @@ def quantity(value: float) -> str:
     return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a time as h:mm:ss."""
     if not math.isfinite(seconds):
         return "-:--:--"
@@ -43,7 +44,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float], width: int = 24) -> str:
-    """Return values as a row of at most `width` bars; `!` where none is finite."""
+    """Return values as a row of at most `width` bars, each a mean; `!` where no value is finite."""
     if not values:
         return ""
     size = max(1, math.ceil(len(values) / width))
@@ -60,8 +61,8 @@ def sparkline(values: list[float], width: int = 24) -> str:
     )
 
 
-class Display:
-    """Shows a run of `total` units: a live view on a terminal, else a line now and then."""
+class LiveDisplay:
+    """Shows a run of `total` units: a live view on a terminal, else a line from time to time."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class Display:
         interval: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Show `interval` seconds apart at the least: 0.2 live, 10 plain unless given."""
+        """Draw at least `interval` seconds apart: by default 0.2 live, 10 plain."""
         self.console = console or Console()
         self.plain = plain or not self.console.is_terminal
         self.total = total
@@ -90,14 +91,14 @@ class Display:
         self._stale = False
 
     def start(self, position: float = 0.0) -> None:
-        """Begin at a position of the run; time left is reckoned from here."""
+        """Begin at a position of the run; the time left is estimated from here."""
         self._started = (self._clock(), position)
         if not self.plain:
             self._live = Live(console=self.console, auto_refresh=False, transient=False)
             self._live.start()
 
     def update(self, figures: Figures) -> None:
-        """Take the figures of one step: `position`, `loss`, `lr_min`, `lr_max`, noise scales, ..."""
+        """Add the figures of one step: `position`, `loss`, `lr_min`, `lr_max`, noise scales, ..."""
         self._figures.update(figures)
         self._stale = True
         if "loss" in figures:
@@ -110,7 +111,7 @@ class Display:
         self.console.print(Text(text))
 
     def stop(self) -> None:
-        """Show the last figures and end the live view."""
+        """Draw the last figures and end the live view."""
         if self._stale:
             self._show()
         if self._live is not None:
@@ -125,21 +126,21 @@ class Display:
         elif self._live is not None:
             self._live.update(self._view(), refresh=True)
         end = self._clock()
-        self._due = end + max(self._interval, (end - begin) / SHARE)
+        self._due = end + max(self._interval, (end - begin) / DRAWING_FRACTION)
 
     def remaining(self) -> float:
-        """Return the seconds left at the pace since `start`; infinite before there is one."""
+        """Return the seconds left at the average speed since `start`; infinite where that is unknown."""
         if self._started is None:
             return math.inf
-        began, origin = self._started
+        start_time, origin = self._started
         covered = self._figures.get("position", 0.0) - origin
         if covered <= 0:
             return math.inf
         left = max(0.0, self.total - self._figures.get("position", 0.0))
-        return (self._clock() - began) * left / covered
+        return (self._clock() - start_time) * left / covered
 
-    def parts(self) -> dict[str, str]:
-        """Return what is shown, as text by name."""
+    def texts(self) -> dict[str, str]:
+        """Return the figures as text, by the name they are shown under."""
         known = self._figures
         shown: dict[str, str] = {}
         if "loss" in known:
@@ -149,25 +150,25 @@ class Display:
         if "lr_min" in known and "lr_max" in known:
             low, high = known["lr_min"], known["lr_max"]
             shown["lr"] = f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
-        for label in labels(known):
-            shown[label] = told(known, label)
-            if (whole := told_total(known, label)) is not None:
-                shown[f"{label} of the model"] = whole
+        for label in find_labels(known):
+            shown[label] = format_noise_scale(known, label)
+            if (whole_model := format_whole_model(known, label)) is not None:
+                shown[f"{label} of the whole model"] = whole_model
         if "batch" in known:
-            shown["batch"] = quantity(known["batch"])
+            shown["batch"] = format_count(known["batch"])
         for name in ("tokens", "samples"):
             if f"{name}_per_second" in known:
-                shown[f"{name}/s"] = quantity(known[f"{name}_per_second"])
+                shown[f"{name}/s"] = format_count(known[f"{name}_per_second"])
                 break
-        shown["left"] = duration(self.remaining())
+        shown["left"] = format_duration(self.remaining())
         return shown
 
     def line(self) -> str:
         """Return the state of the run as one plain line."""
         position = self._figures.get("position", 0.0)
         percent = 100 * min(1.0, position / self.total)
-        head = f"{quantity(position)}/{quantity(self.total)} {self.unit} {percent:3.0f}%"
-        return "  ".join([head, *(f"{name} {text}" for name, text in self.parts().items())])
+        head = f"{format_count(position)}/{format_count(self.total)} {self.unit} {percent:3.0f}%"
+        return "  ".join([head, *(f"{name} {text}" for name, text in self.texts().items())])
 
     def _view(self) -> Group:
         position = self._figures.get("position", 0.0)
@@ -179,10 +180,10 @@ class Display:
         bar.add_row(
             Text(self.title or "training", style="bold"),
             ProgressBar(self.total, min(position, self.total)),
-            f"{quantity(position)}/{quantity(self.total)} {self.unit} {percent:3.0f}%",
+            f"{format_count(position)}/{format_count(self.total)} {self.unit} {percent:3.0f}%",
         )
         row = Text()
-        for name, text in self.parts().items():
+        for name, text in self.texts().items():
             row.append(f"{name} ", style="dim").append(text)
             if name == "loss" and len(self._losses) > 1:
                 row.append(f" {sparkline(list(self._losses))}", style="cyan")

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks a run to save and leave, the second ends it at once."""
+"""SIGINT and SIGTERM: the first asks a run to save a checkpoint and end, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class StopSignals:
-    """While entered, turns the first signal into a request; idle outside the main thread."""
+    """While entered, turns the first signal into a request; does nothing outside the main thread."""
 
     def __init__(self) -> None:
         self._request: str | None = None
         self._previous: dict[int, Any] = {}
 
     def requested(self) -> str | None:
-        """Return `interrupted` or `terminated` once a signal came, else None."""
+        """Return `interrupted` or `terminated` after a signal, else None."""
         return self._request
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in NAMES:
+            for number in REASONS:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -43,7 +43,7 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._request is None:
-            self._request = NAMES[signal.Signals(number)]
+            self._request = REASONS[signal.Signals(number)]
             return
         self._restore()
         signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""The schedule functions: what each takes and which multiplier it gives at each moment of a run."""
+"""The schedule functions: the arguments of each, and the multiplier it gives at each moment of a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Unit, UnitConversion
-from trainc.runtime.schedule.expressions import Function, Value, Values
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.expressions import Compiled, Function, Values
+from trainc.runtime.schedule.time_span import TimeSpan, Unit
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 
-Kind = Literal["duration", "number", "points", "shape"]
+ArgumentKind = Literal["duration", "number", "points", "shape"]
 Shape = Callable[[float], float]
 
 SHAPES: Mapping[str, Shape] = {
@@ -53,10 +55,10 @@ class Axis:
         """Return where the clock stands."""
         return float(getattr(clock, self.unit))
 
-    def say(self, position: float) -> str:
-        """Return a position for people, in the unit of the run's length."""
+    def format(self, position: float) -> str:
+        """Return a position as text, in the unit of the run's length."""
         if self.unit != self.length.unit:
-            position = self.units.convert(Duration(position, self.unit), self.length.unit)
+            position = self.units.convert(TimeSpan(position, self.unit), self.length.unit)
         return f"{position:.6g} {self.length.unit}"
 
     def ramp(
@@ -67,15 +69,16 @@ class Axis:
         to: Function,
         shape: Shape,
         lead: float = 0.0,
-    ) -> Value:
-        """Return what goes from `begin` to `to` over a duration or the rest of the run, then stays.
+    ) -> Compiled:
+        """Return a ramp from `begin` to `to` over a duration or the rest of the run, then constant.
 
-        `lead` is how far ahead of the clock it reads.
+        `lead` is how far ahead of the clock it reads. Raises ValueError where no time is left.
         """
         end = self.stop if over is None else start + over
         if end <= start:
             raise ValueError(
-                f"what begins at {self.say(start)} has no time left: give it a longer `over`"
+                f"the schedule that begins at {self.format(start)} ends at {self.format(end)}: give it a"
+                " longer `over`"
             )
         position, offset, span = self.position, start - lead, end - start
 
@@ -88,70 +91,74 @@ class Axis:
             first = begin(clock, values)
             return first + (to(clock, values) - first) * shape(part)
 
-        return Value(at, end)
+        return Compiled(at, end)
 
 
-def warmup(axis: Axis, start: float, over: float, begin: Function = zero) -> Value:
+def warmup(axis: Axis, start: float, over: float, begin: Function = zero) -> Compiled:
     """Rise linearly from `from` (0) to 1 over `over`, then stay."""
     if over == 0:
-        return Value(one, start)
+        return Compiled(one, start)
     return axis.ramp(start, over, begin, one, SHAPES["linear"], lead=axis.step)
 
 
-def constant(axis: Axis, start: float, value: Function = one, over: float | None = None) -> Value:
+def constant(
+    axis: Axis, start: float, value: Function = one, over: float | None = None
+) -> Compiled:
     """Stay at `value` (1), to the end of the run or for `over`."""
-    return Value(value, math.inf if over is None else start + over)
+    return Compiled(value, math.inf if over is None else start + over)
 
 
 def cosine(
     axis: Axis, start: float, to: Function = zero, over: float | None = None, begin: Function = one
-) -> Value:
+) -> Compiled:
     """Fall from `from` (1) to `to` (0) on half a cosine, over `over` or the rest of the run."""
     return axis.ramp(start, over, begin, to, SHAPES["cosine"])
 
 
 def linear(
     axis: Axis, start: float, to: Function = zero, over: float | None = None, begin: Function = one
-) -> Value:
+) -> Compiled:
     """Go from `from` (1) to `to` (0) on a line, over `over` or the rest of the run."""
     return axis.ramp(start, over, begin, to, SHAPES["linear"])
 
 
 def exponential(
     axis: Axis, start: float, to: Function, over: float | None = None, begin: Function = one
-) -> Value:
+) -> Compiled:
     """Fall from `from` (1) to `to` by equal factors, over `over` or the rest of the run."""
 
     def logarithm(of: Function) -> Function:
         def at(clock: Clock, values: Values) -> float:
             value = of(clock, values)
             if not value > 0:
-                raise ValueError(f"`exponential` goes between positive numbers, not {value:g}")
+                raise ValueError(
+                    f"an end of `exponential` is {value:g}: expected a number above zero"
+                )
             return math.log(value)
 
         return at
 
     ramp = axis.ramp(start, over, logarithm(begin), logarithm(to), SHAPES["linear"])
-    return Value(lambda clock, values: math.exp(ramp.at(clock, values)), ramp.end)
+    return Compiled(lambda clock, values: math.exp(ramp.at(clock, values)), ramp.end)
 
 
-def inverse_sqrt(axis: Axis, start: float, over: float) -> Value:
+def inverse_sqrt(axis: Axis, start: float, over: float) -> Compiled:
     """Fall as sqrt(d / (d + t)), t the time since it began and d = `over`."""
     if over <= 0:
-        raise ValueError("`over` of `inverse_sqrt` must be longer than 0")
+        raise ValueError("`over` of `inverse_sqrt` is 0: expected a longer duration")
     position = axis.position
-    return Value(
+    return Compiled(
         lambda clock, values: math.sqrt(over / (over + max(0.0, position(clock) - start))), math.inf
     )
 
 
-def step(axis: Axis, start: float, at: Sequence[float], factor: Function) -> Value:
+def step(axis: Axis, start: float, at: Sequence[float], factor: Function) -> Compiled:
     """Multiply by `factor` at each of the points `at`, counted from the start of the run."""
     for point in at:
         if not start < point < axis.stop:
             raise ValueError(
-                f"`step` at {axis.say(point)} does nothing: "
-                f"it acts from {axis.say(start)} to {axis.say(axis.stop)}"
+                f"`step` at {axis.format(point)} has no effect: give points between"
+                f" {axis.format(start)} and {axis.format(axis.stop)}"
             )
     position = axis.position
 
@@ -159,7 +166,7 @@ def step(axis: Axis, start: float, at: Sequence[float], factor: Function) -> Val
         passed = bisect_right(at, position(clock))
         return factor(clock, values) ** passed if passed else 1.0
 
-    return Value(value, math.inf)
+    return Compiled(value, math.inf)
 
 
 def wsd(
@@ -169,42 +176,39 @@ def wsd(
     decay: float,
     to: Function = zero,
     shape: Shape = SHAPES["linear"],
-) -> Value:
+) -> Compiled:
     """Rise over `warmup`, stay at 1, and fall to `to` (0) over the last `decay` of the run."""
     turn = axis.stop - decay
     if start + rise > turn:
         raise ValueError(
-            f"`wsd` rises until {axis.say(start + rise)}, "
-            f"but its decay begins at {axis.say(max(0.0, turn))}"
+            f"`wsd` rises until {axis.format(start + rise)} and its decay begins at"
+            f" {axis.format(max(0.0, turn))}: give it a shorter `warmup` or `decay`"
         )
     up = warmup(axis, start, rise)
     down = axis.ramp(turn, decay, one, to, shape)
     position = axis.position
-    return Value(
+    return Compiled(
         lambda clock, values: (up if position(clock) < turn else down).at(clock, values), axis.stop
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A schedule function: its arguments, how many may stand without a name, which it needs.
+class ScheduleFunction:
+    """A schedule function: its arguments, how many may be given by position, and which are required.
 
-    `rest` names the argument that takes all that stand without a name, as a list.
+    `rest` names the argument that takes all arguments given by position, as a list.
     """
 
-    build: Callable[..., Value]
-    arguments: Mapping[str, Kind]
+    build: Callable[..., Compiled]
+    arguments: Mapping[str, ArgumentKind]
     positional: int = 0
     required: tuple[str, ...] = ()
     rest: str | None = None
 
-    @property
-    def about(self) -> str:
-        """Return what it does, in one sentence."""
-        return (self.build.__doc__ or "").strip()
-
-    def given(self, name: str, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by name."""
+    def bind_arguments(
+        self, name: str, args: Sequence[Any], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of a call by name; raises ValueError where they do not fit."""
         order = list(self.arguments)
         if self.rest and len(args) > 1:
             args = [["list", *args]]
@@ -224,17 +228,17 @@ class Piece:
         return given
 
 
-_DECAY: Mapping[str, Kind] = {"to": "number", "over": "duration", "from": "number"}
+_DECAY: Mapping[str, ArgumentKind] = {"to": "number", "over": "duration", "from": "number"}
 
-PIECES: Mapping[str, Piece] = {
-    "warmup": Piece(warmup, {"over": "duration", "from": "number"}, 1, ("over",)),
-    "constant": Piece(constant, {"value": "number", "over": "duration"}, 1),
-    "cosine": Piece(cosine, _DECAY, 1),
-    "linear": Piece(linear, _DECAY, 1),
-    "exponential": Piece(exponential, _DECAY, 1, ("to",)),
-    "inverse_sqrt": Piece(inverse_sqrt, {"over": "duration"}, 1, ("over",)),
-    "step": Piece(step, {"at": "points", "factor": "number"}, 1, ("at", "factor"), "at"),
-    "wsd": Piece(
+SCHEDULE_FUNCTIONS: Mapping[str, ScheduleFunction] = {
+    "warmup": ScheduleFunction(warmup, {"over": "duration", "from": "number"}, 1, ("over",)),
+    "constant": ScheduleFunction(constant, {"value": "number", "over": "duration"}, 1),
+    "cosine": ScheduleFunction(cosine, _DECAY, 1),
+    "linear": ScheduleFunction(linear, _DECAY, 1),
+    "exponential": ScheduleFunction(exponential, _DECAY, 1, ("to",)),
+    "inverse_sqrt": ScheduleFunction(inverse_sqrt, {"over": "duration"}, 1, ("over",)),
+    "step": ScheduleFunction(step, {"at": "points", "factor": "number"}, 1, ("at", "factor"), "at"),
+    "wsd": ScheduleFunction(
         wsd,
         {"warmup": "duration", "decay": "duration", "to": "number", "shape": "shape"},
         0,

@@ -1,8 +1,8 @@
 """Schedules: pure functions of the clock, compiled from expressions.
 
-A piece is a multiplier. It begins where the piece before it ended (at the start of the run if
-there is none) and reads its durations from there; `a then b` is a until its end, then b, and
-nothing carries over: give `from` where b should not begin at 1. All durations are converted to the
+A schedule function is a multiplier. It begins where the one before it ended (the first at the start
+of the run) and reads its durations from there; `a then b` is a until its end, then b, which does
+not begin at the value of a: give `from` where b should not begin at 1. All durations are converted to the
 unit of the run's length when the schedule is compiled, so a schedule stays exact in that unit when
 the batch changes.
 
@@ -13,19 +13,21 @@ progress t / d: it begins at its full value.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, Unit, UnitConversion
-from trainc.runtime.schedule.expressions import COUNTERS, MATHS, Expressions, Value
-from trainc.runtime.schedule.functions import PIECES, SHAPES, Axis, Kind
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.expressions import Compiled, Expressions
+from trainc.runtime.schedule.functions import SCHEDULE_FUNCTIONS, SHAPES, ArgumentKind, Axis
+from trainc.runtime.schedule.operations import MATHS
+from trainc.runtime.schedule.time_span import TimeSpan, Unit
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 
 Schedule = Callable[[Clock, Mapping[str, float]], float]
 Condition = Callable[[Clock, Mapping[str, float]], bool]
 
-# The builders' own names for arguments that are Python's words or another builder's name.
+# Arguments that are keywords of Python or the name of another function have another name in Python.
 _RENAMED = {"from": "begin", "warmup": "rise"}
 
 
@@ -43,74 +45,78 @@ class Schedules(Expressions):
 
     def call(
         self, name: str, args: Sequence[Any], options: Mapping[str, Any], start: float
-    ) -> Value:
+    ) -> Compiled:
         """Compile the call of a schedule function from `start` on, or of a mathematical one."""
         if name in MATHS:
             return super().call(name, args, options, start)
-        if name not in PIECES:
-            known = ", ".join([*PIECES, *MATHS])
-            raise ValueError(f"there is no function `{name}`: known are {known}")
-        piece = PIECES[name]
+        if name not in SCHEDULE_FUNCTIONS:
+            known = ", ".join([*SCHEDULE_FUNCTIONS, *MATHS])
+            raise ValueError(f"there is no function `{name}`: use one of {known}")
+        function = SCHEDULE_FUNCTIONS[name]
         arguments = {
             _RENAMED.get(key, key): self._argument(
-                f"`{key}` of `{name}`", piece.arguments[key], given
+                f"`{key}` of `{name}`", function.arguments[key], given
             )
-            for key, given in piece.given(name, args, options).items()
+            for key, given in function.bind_arguments(name, args, options).items()
         }
-        return piece.build(self.axis, start, **arguments)
+        return function.build(self.axis, start, **arguments)
 
-    def then(self, left: Any, right: Any, start: float) -> Value:
+    def then(self, left: Any, right: Any, start: float) -> Compiled:
         """Compile `left then right`; `right` begins where `left` ends."""
         if left[0] == "*" and right[0] == "call":
             raise ValueError(
                 "`*` binds tighter than `then`: write `3e-4 * (warmup(5%) then cosine())`, "
-                "or give what follows `then` a factor of its own"
+                "or give the right side of `then` a factor of its own"
             )
         first = self._number(left, start)
         end, stop = first.end, self.axis.stop
         if end is None:
             raise ValueError(
-                "what stands before `then` has no end: use a schedule such as `warmup(5%)`"
+                "the left side of `then` has no end: use a schedule with one, such as `warmup(5%)`"
             )
         if end >= stop:
-            last = "as long as the run" if math.isinf(end) else f"to {self.axis.say(end)}"
+            ends = "never ends" if math.isinf(end) else f"ends at {self.axis.format(end)}"
             raise ValueError(
-                f"what stands before `then` lasts {last} in a run of {self.axis.say(stop)}: "
-                "give it a shorter `over`, or what follows is never reached"
+                f"the left side of `then` {ends} in a run of {self.axis.format(stop)}, so its right"
+                " side is never reached: give the left side a shorter `over`"
             )
         following = self._number(right, end)
         position, before, after = self.axis.position, first.at, following.at
-        return Value(
+        return Compiled(
             lambda clock, values: (before if position(clock) < end else after)(clock, values),
             following.end,
             first.unit or following.unit,
         )
 
-    def _argument(self, where: str, kind: Kind, expression: Any) -> Any:
-        """Compile one argument of a schedule function to what its builder takes."""
+    def _argument(self, where: str, kind: ArgumentKind, expression: Any) -> Any:
+        """Compile one argument of a schedule function: to a function, a number or a list of numbers."""
         if kind == "duration":
             return self._duration(where, expression)
         if kind == "points":
             points = [self._duration(where, item) for item in _items(expression)]
             if not points or sorted(set(points)) != points:
-                raise ValueError(f"{where} must rise from point to point")
+                raise ValueError(f"{where}: expected rising points")
             return points
         if kind == "shape":
             shape = expression[1] if isinstance(expression, list | tuple) else expression
             if shape not in SHAPES:
-                raise ValueError(f"{where} is one of {', '.join(SHAPES)}, not `{shape}`")
+                raise ValueError(f"{where} is `{shape}`: use one of {', '.join(SHAPES)}")
             return SHAPES[shape]
         value = self._number(expression, 0.0)
         if value.unit not in (None, "run"):
-            raise ValueError(f"{where} is a number such as `0.1` or `10%`, not one of {value.unit}")
+            raise ValueError(
+                f"{where} is in {value.unit}: expected a number such as `0.1` or `10%`"
+            )
         return value.at
 
     def _duration(self, where: str, expression: Any) -> float:
         """Return a duration in the unit of the axis."""
         value = self._number(expression, 0.0)
         if not value.constant or value.unit is None:
-            raise ValueError(f"{where} is a duration such as `100 steps` or `5%`")
-        return self.units.convert(Duration(value.now(), value.unit), self.axis.unit, self.length)
+            raise ValueError(f"{where}: expected a duration such as `100 steps` or `5%`")
+        return self.units.convert(
+            TimeSpan(value.constant_value(), value.unit), self.axis.unit, self.length
+        )
 
 
 def _items(expression: Any) -> list[Any]:
@@ -131,14 +137,13 @@ def compile_schedule(
     length: RunLength,
     signal_units: Mapping[str, Unit] | None = None,
 ) -> Schedule:
-    """Compile a number-valued expression to a function of the clock and of named values.
+    """Compile a number to a function of the clock and of named values; raises ValueError.
 
-    The values give `depth`, `block`, `blocks` and signals; `signal_units` says in which unit a
-    signal is measured.
+    The values give `depth`, `block`, `blocks` and signals; `signal_units` is the unit of each signal.
     """
     value = Schedules(units, length, signal_units).compile(expression)
     if value.condition:
-        raise ValueError("a condition stands where a schedule is expected")
+        raise ValueError("expected a schedule, found a condition")
     return value.at
 
 
@@ -148,46 +153,8 @@ def compile_condition(
     length: RunLength,
     signal_units: Mapping[str, Unit] | None = None,
 ) -> Condition:
-    """Compile a condition likewise; a comparison with NaN is false."""
+    """Compile a condition to a function of the clock and of named values; a comparison with NaN is false."""
     value = Schedules(units, length, signal_units).compile(expression)
     if not value.condition:
-        raise ValueError("a number stands where a condition such as `loss > 2` is expected")
+        raise ValueError("expected a condition such as `loss > 2`, found a number")
     return cast("Condition", value.at)
-
-
-def table(
-    expression: Any,
-    units: UnitConversion,
-    length: RunLength,
-    values: Mapping[str, float] | None = None,
-    percents: Sequence[float] = tuple(range(0, 101, 5)),
-) -> list[dict[str, float | None]]:
-    """Sample a schedule over the run: rows of percent, the clock in all units, and value.
-
-    Where the steps of the run are known a row stands at a whole step; the row at 100 is the end of
-    the last one.
-    """
-    schedule = compile_schedule(expression, units, length)
-    rows: list[dict[str, float | None]] = []
-    for percent in percents:
-        counters = moment(units, length, percent / 100)
-        clock = Clock(samples_per_epoch=int(units.samples_per_epoch or 0) or None)
-        for unit in ("steps", "samples", "tokens", "seconds"):
-            # Between whole steps, in a run measured in something else, counters are not whole.
-            setattr(clock, unit, counters[unit] or 0)
-        rows.append({"percent": percent, **counters, "value": schedule(clock, values or {})})
-    return rows
-
-
-def moment(units: UnitConversion, length: RunLength, part: float) -> dict[str, float | None]:
-    """Return the counters at a part of the run in [0, 1], None for those not to be known."""
-    at = Duration(part * length.amount, length.unit)
-    with contextlib.suppress(ValueError):
-        at = Duration(round(units.convert(at, "steps")), "steps")
-    counters: dict[str, float | None] = {}
-    for unit in COUNTERS:
-        try:
-            counters[unit] = units.convert(at, unit)
-        except ValueError:
-            counters[unit] = None
-    return counters

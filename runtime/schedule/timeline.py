@@ -1,29 +1,48 @@
-"""When a run is where, under a batch that is a function of the clock alone."""
+"""The counters of the clock at fractions of a run, before it runs."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion, tidy
+from trainc.runtime.schedule.clock import COUNTERS, Clock, RunLength
+from trainc.runtime.schedule.time_span import TimeSpan, snap
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 
-Size = Callable[[Clock], int]
+BatchSize = Callable[[Clock], int]
 
 
-def moments(
-    size: Size, units: UnitConversion, length: RunLength, parts: Sequence[float]
+def counters_at(
+    units: UnitConversion, length: RunLength, fraction: float
+) -> dict[str, float | None]:
+    """Return the counters at a fraction of the run in [0, 1], None for those that are unknown."""
+    at = TimeSpan(fraction * length.amount, length.unit)
+    with contextlib.suppress(ValueError):
+        at = TimeSpan(round(units.convert(at, "steps")), "steps")
+    counters: dict[str, float | None] = {}
+    for unit in COUNTERS:
+        try:
+            counters[unit] = units.convert(at, unit)
+        except ValueError:
+            counters[unit] = None
+    return counters
+
+
+def counters_under_ramp(
+    size: BatchSize, units: UnitConversion, length: RunLength, fractions: Sequence[float]
 ) -> list[dict[str, float | None]]:
-    """Return the counters at rising parts of the run in [0, 1], stepping with the batch `size` gives.
+    """Return the counters at rising fractions of the run in [0, 1], where `size` gives the batch of each step.
 
-    Rows stand at whole steps: at the first that has reached the part, so that the last row is the
-    end of the run. Counters not to be known are None. Raises ValueError where the steps cannot be
-    told from the length, as in a run measured in seconds.
+    A row is at the first step that has reached its fraction, so that the last row is the end of the
+    run. Unknown counters are None. Raises ValueError where the number of steps does not follow from
+    the length, as in a run measured in seconds.
     """
     clock = Clock(samples_per_epoch=int(units.samples_per_epoch or 0) or None)
     rows: list[dict[str, float | None]] = []
-    for part in parts:
-        _advance(clock, size, units, Duration(tidy(part * length.amount), length.unit))
+    for fraction in fractions:
+        _advance(clock, size, units, TimeSpan(snap(fraction * length.amount), length.unit))
         known = {"steps": True, "samples": True, "tokens": units.tokens_per_sample is not None}
         known |= {"epochs": clock.samples_per_epoch is not None}
         rows.append(
@@ -32,13 +51,13 @@ def moments(
     return rows
 
 
-def _advance(clock: Clock, size: Size, units: UnitConversion, to: Duration) -> None:
+def _advance(clock: Clock, size: BatchSize, units: UnitConversion, to: TimeSpan) -> None:
     """Move the clock by whole steps until it has reached `to`; all steps of one size at once."""
     while not clock.reached(to):
         batch = size(clock)
         now, target = clock.position(to)
         steps = max(1, math.ceil((target - now) / _per_step(batch, units, clock, to)))
-        # Sizes come and go once: the last step of this size is found by halving.
+        # A size that has changed never comes back: the last step of this size is found by bisection.
         low, high = 1, steps
         while low < high:
             middle = (low + high + 1) // 2
@@ -56,10 +75,12 @@ def _later(clock: Clock, batch: int, units: UnitConversion, steps: int) -> Clock
     return replace(clock, steps=clock.steps + steps, samples=samples, tokens=tokens)
 
 
-def _per_step(batch: int, units: UnitConversion, clock: Clock, to: Duration) -> float:
+def _per_step(batch: int, units: UnitConversion, clock: Clock, to: TimeSpan) -> float:
     """Return by how much a step of `batch` samples moves the counter that `to` is read on."""
     now, _ = clock.position(to)
     move = _later(clock, batch, units, 1).position(to)[0] - now
     if move <= 0:
-        raise ValueError(f"it is not known how many steps {to} are")
+        raise ValueError(
+            f"{to} cannot be converted to steps: a step does not move that counter before the run"
+        )
     return move

@@ -1,4 +1,4 @@
-"""Actions: what constructs become. An action has a phase, declared effects, a gate and its own state."""
+"""Actions: the parts of a step that constructs add. Each has a phase, declared effects, a gate and its own state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainc.runtime.schedule.clock import Gate
+    from trainc.runtime.schedule.gate import Gate
     from trainc.runtime.step.record import Step
 
 
@@ -29,11 +29,11 @@ class Phase(IntEnum):
     OBSERVE = 12
 
 
-State = dict[str, Any]
+ActionState = dict[str, Any]
 
 
 class Action(ABC):
-    """One thing a step does. Subclasses set `phase` and `name`; `gate` None means every step."""
+    """One part of a step. Subclasses set `phase` and `name`; it runs when `gate` fires, in every step for None."""
 
     phase: Phase
     name: str
@@ -41,37 +41,39 @@ class Action(ABC):
 
     @abstractmethod
     def run(self, step: Step) -> None:
-        """Act on the step; metrics go to `step.metrics`, measured values to `step.signals`."""
+        """Run this part of a step; metrics go to `step.metrics`, measured values to `step.signals`."""
 
-    def state_dict(self) -> State:
-        """Return what must survive a checkpoint: flat, tensors and JSON scalars."""
+    def state_dict(self) -> ActionState:
+        """Return the state that a checkpoint keeps: a flat dict of tensors and JSON scalars."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         if state:
-            raise ValueError(f"{self.name} keeps no state, but the checkpoint has {sorted(state)}")
+            raise ValueError(
+                f"`{self.name}` has no state, but the checkpoint has {', '.join(sorted(state))} for it"
+            )
 
     def load_compatible(self, state: Mapping[str, Any]) -> str | None:
-        """Take over what fits of the state of a clause that said something else.
+        """Load the parts of a state that still hold, saved under a clause with other fields.
 
-        Return what does not go on, in a line; None where all of it does. Raises ValueError where
-        nothing can be made of it.
+        Return in one line what restarts or is dropped; None where nothing does. Raises ValueError
+        where no part can be loaded.
         """
         self.load_state_dict(state)
         return None
 
     def memory(self) -> int:
-        """Return how many bytes this keeps beyond weights, gradients and optimizer state."""
+        """Return how many bytes this holds besides weights, gradients and optimizer state."""
         return 0
 
     def summary(self) -> str | None:
-        """Return one line on what this did over the run, as found; None when there is nothing to say."""
+        """Return one line for the summary of the run; None for no line."""
         return None
 
 
 class StopRun(Exception):
-    """Raised by an action to end the run after this step; the reason is the message."""
+    """Raised by an action to end the run after this step; the message is the reason."""
 
 
 class IncompatibleState(ValueError):

@@ -1,8 +1,8 @@
-"""Policies of the batch size: what chooses, before each step, how many samples it averages over.
+"""Policies of the batch size: they choose before each step how many samples it averages over.
 
-A size is a whole number of micro-batches, so that changing it changes nothing but how many of them
-are accumulated. What a policy decides is a function of the clock, of what was measured, and of the
-state it checkpoints: a resumed run takes the batches of the uninterrupted one.
+A size is a whole number of micro-batches, so that another size only accumulates more or fewer of
+them. A choice is a function of the clock, of measured signals and of state in the checkpoint: a
+resumed run has the batches of the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainc.runtime.step.action import Action, Phase, State
+from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
-    from trainc.runtime.schedule.clock import Clock, Duration, Gate
+    from trainc.runtime.schedule.clock import Clock
+    from trainc.runtime.schedule.gate import Gate
+    from trainc.runtime.schedule.time_span import TimeSpan
     from trainc.runtime.step.record import Step
 
-Signal = Callable[["Clock"], float]
+SignalReader = Callable[["Clock"], float]
 
-# What a size may exceed a whole number of micro-batches by and still be that number.
+# A size this close above a whole number of micro-batches counts as that number.
 _ROUNDING = 1e-9
 
 
@@ -34,27 +36,27 @@ class Bounds:
     micro: int
 
     def clip(self, size: float) -> float:
-        """Return the nearest number inside the bounds."""
+        """Return the nearest size within the bounds."""
         return min(max(size, self.low), self.high)
 
 
 class BatchPolicy(Action):
-    """Phase 1: takes the size that `choose` gives; `text` is what the spec says.
+    """Phase 1: sets the batch to the size that `choose` returns; `text` is the policy as the spec has it.
 
-    The batch begins at `start` and ends at, or is at most, `end` samples, in micro-batches of `micro`.
+    The batch begins at `start` and is at most `end` samples, in micro-batches of `micro`.
     """
 
     phase = Phase.BATCH
 
     def __init__(self, name: str, text: str, start: int, end: int, micro: int) -> None:
         self.name, self.text = name, text
-        self.start = self.last = start
         self.end, self.micro = end, micro
+        self.start = self.last = start
         self.changes = 0
 
     @abstractmethod
     def choose(self, clock: Clock, present: int) -> int:
-        """Return the samples of the step that begins at a clock; `present` is the size before."""
+        """Return the samples of the step that begins at a clock; `present` is the size of the step before."""
 
     def run(self, step: Step) -> None:
         present = step.batch_size
@@ -64,7 +66,7 @@ class BatchPolicy(Action):
             step.batch_size = self.last
             self.changes += 1
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> ActionState:
         return {"changes": self.changes, "last": self.last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -78,52 +80,52 @@ class BatchPolicy(Action):
 
 
 class Ramp(BatchPolicy):
-    """Goes from one size to another on a line in a counter of the clock, rounded up.
+    """Goes linearly from one size to another over a counter of the clock, rounded up to micro-batches.
 
-    The schedule of Gray et al. 2024 (arXiv 2411.00999) is the one in tokens. `begun` is in the
+    The schedule of Gray et al. 2024 (arXiv 2411.00999) is the one in tokens. `begin` is in the
     unit of `over`, None for the start of the run.
     """
 
     def __init__(
-        self, name: str, text: str, ends: tuple[int, int], micro: int, over: Duration,
-        begun: Duration | None = None,
+        self, name: str, text: str, ends: tuple[int, int], micro: int, over: TimeSpan,
+        begin: TimeSpan | None = None,
     ) -> None:  # fmt: skip
-        self.ends, self.over, self.begun = ends, over, begun
-        super().__init__(name, text, _whole(ends[0], micro), _whole(ends[1], micro), micro)
+        self.ends, self.over, self.begin = ends, over, begin
+        super().__init__(name, text, _round_up(ends[0], micro), _round_up(ends[1], micro), micro)
 
     def choose(self, clock: Clock, present: int) -> int:
         return self.at(clock)
 
     def at(self, clock: Clock) -> int:
-        """Return the size at a clock, which depends on nothing else."""
+        """Return the size at a clock."""
         now, span = clock.position(self.over)
-        begun = clock.position(self.begun)[1] if self.begun else 0.0
-        part = min(max((now - begun) / span, 0.0), 1.0)
+        begin = clock.position(self.begin)[1] if self.begin else 0.0
+        fraction = min(max((now - begin) / span, 0.0), 1.0)
         first, last = self.ends
-        return _whole(first + (last - first) * part, self.micro)
+        return _round_up(first + (last - first) * fraction, self.micro)
 
 
-def _whole(size: float, micro: int) -> int:
+def _round_up(size: float, micro: int) -> int:
     """Return `size` rounded up to a whole number of micro-batches."""
     return max(1, math.ceil(size / micro - _ROUNDING)) * micro
 
 
 class Follow(BatchPolicy):
-    """Holds the batch at `factor` times a signal that counts samples, in multiples of `grain`.
+    """Follows `factor` times a signal that counts samples, in multiples of `grain`.
 
     The size changes only where the wanted one, clipped to the bounds but not yet rounded, is
-    `grain` or more away from the present one: noise about a boundary between two sizes moves
+    `grain` or more away from the present one: noise around a boundary between two sizes changes
     nothing. It changes at most once in `every`; while the signal is NaN it stays.
     """
 
     def __init__(
-        self, name: str, text: str, signal: Signal, bounds: Bounds, grain: int,
-        factor: float = 1.0, every: Duration | None = None, *, grow_only: bool = False,
+        self, name: str, text: str, signal: SignalReader, bounds: Bounds, grain: int,
+        factor: float = 1.0, every: TimeSpan | None = None, *, grow_only: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(name, text, bounds.low, bounds.high, bounds.micro)
         self.signal, self.bounds, self.grain = signal, bounds, grain
         self.factor, self.every, self.grow_only = factor, every, grow_only
-        self.changed: float | None = None
+        self.changed_at: float | None = None
 
     def choose(self, clock: Clock, present: int) -> int:
         wanted = self.factor * self.signal(clock)
@@ -134,28 +136,28 @@ class Follow(BatchPolicy):
             return present
         if self.every is not None:
             now, least = clock.position(self.every)
-            if self.changed is not None and now - self.changed < least:
+            if self.changed_at is not None and now - self.changed_at < least:
                 return present
-            self.changed = now
+            self.changed_at = now
         return int(self.bounds.clip(math.floor(wanted / self.grain + 0.5) * self.grain))
 
-    def state_dict(self) -> State:
-        return {**super().state_dict(), "changed": self.changed}
+    def state_dict(self) -> ActionState:
+        return {**super().state_dict(), "changed_at": self.changed_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.changed = state.get("changed")
+        self.changed_at = state.get("changed_at")
 
 
 class SignalNoise(BatchPolicy):
-    """Grows the batch to keep noise / signal of the averaged gradient at `theta` squared.
+    """Grows the batch so that noise / signal of the averaged gradient stays at `theta` squared.
 
     B_{k+1} = max(ceil(tr(Sigma) / (theta^2 |G|^2)), B_k), rounded up to micro-batches and capped.
-    `signal` is tr(Sigma) / |G|^2, the noise scale; the gate says when it is looked at.
+    `signal` is tr(Sigma) / |G|^2, the noise scale; `gate` says when it is read.
     """
 
     def __init__(
-        self, name: str, text: str, signal: Signal, bounds: Bounds, theta: float, gate: Gate
+        self, name: str, text: str, signal: SignalReader, bounds: Bounds, theta: float, gate: Gate
     ) -> None:
         super().__init__(name, text, bounds.low, bounds.high, bounds.micro)
         self.signal, self.bounds, self.theta, self.gate = signal, bounds, theta, gate

@@ -1,4 +1,4 @@
-"""The step machine: runs the actions of one optimizer step in phase order and keeps what they share."""
+"""The step machine: runs the actions of one optimizer step in the order of their phases."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class StepMachine:
         names = [action.name for action in self.actions]
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
-            raise ValueError(f"two actions share a name: {', '.join(sorted(repeated))}")
-        # Chosen once: a step of a small model is short, and this is on its way.
-        self._rules = [a for a in self.actions if a.phase == Phase.BATCH]
+            raise ValueError(f"two actions have the same name: {', '.join(sorted(repeated))}")
+        # Chosen once: this runs in every step, and a step of a small model is short.
+        self._choose_batch = [a for a in self.actions if a.phase == Phase.BATCH]
         self._before = [a for a in self.actions if Phase.BATCH < a.phase < Phase.FORWARD]
         self._after = [a for a in self.actions if a.phase > Phase.BACKWARD]
         self.clock = clock
@@ -44,32 +44,32 @@ class StepMachine:
         ]
 
     def begin(self) -> Step:
-        """Open a step if none is open and run what comes before the forward pass."""
+        """Open a step unless one is open; run the actions before the forward pass."""
         if self.current is None:
             self.current = Step(
                 self.clock, self.parameters, self.signals, self.batch_size, self.micro_size
             )
             self.current.preconditioners = self._preconditioners
-            self._tell_sizes(self.batch_size)
-            self._run(self.current, self._rules)
+            self._set_size_signals(self.batch_size)
+            self._run(self.current, self._choose_batch)
             if self.current.batch_size != self.batch_size:
                 self.batch_size = self.current.batch_size
-                self._tell_sizes(self.batch_size)
+                self._set_size_signals(self.batch_size)
             self._run(self.current, self._before)
         return self.current
 
-    def _tell_sizes(self, batch: int) -> None:
-        """Let expressions read the step's number and sizes beside what was measured."""
+    def _set_size_signals(self, batch: int) -> None:
+        """Set the signals `batch`, `micro_batch` and `step`."""
         signals = self.signals
         signals["batch"], signals["micro_batch"] = float(batch), float(self.micro_size)
         signals["step"] = float(self.clock.steps)
 
     def finish(self) -> Step:
-        """Run what follows the backward pass, advance the clock and close the step."""
+        """Run the actions after the backward pass, advance the clock and close the step; RuntimeError without one."""
         step = self.current
         if step is None:
             raise RuntimeError(
-                "nothing to update: call `program.loss(batch)` and its `backward()` first"
+                "no step is open: call `program.loss(batch)` and its `backward()` before `update()`"
             )
         self._run(step, self._after)
         self.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
@@ -91,33 +91,37 @@ class StepMachine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        foreign = self._foreign(state)
-        if foreign:
+        unknown = self._unknown_actions(state)
+        if unknown:
             raise ValueError(
-                f"the checkpoint has state of {', '.join(foreign)}, which this program does not run"
+                f"the checkpoint has state of {', '.join(unknown)}: this program has no such actions"
             )
-        self._load(state)
+        self._load_shared(state)
         for action in self.actions:
             action.load_state_dict(state["actions"].get(action.name, {}))
 
     def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
-        """Restore what fits of the state of a program with other actions; return what does not go on."""
-        self._load(state)
-        foreign = self._foreign(state)
-        told = [f"{name}: not in the program any more" for name in foreign]
+        """Load the parts of another program's state that still hold; return lines on what restarts or is dropped.
+
+        Raises IncompatibleState where an action cannot load its state, not even in part.
+        """
+        self._load_shared(state)
+        lines: list[str | None] = [
+            f"{name}: no longer in the program" for name in self._unknown_actions(state)
+        ]
         for action in self.actions:
             try:
-                told.append(action.load_compatible(state["actions"].get(action.name, {})) or "")
+                lines.append(action.load_compatible(state["actions"].get(action.name, {})))
             except ValueError as error:
                 raise IncompatibleState(str(error)) from error
-        return list(filter(None, told))
+        return [line for line in lines if line]
 
-    def _foreign(self, state: Mapping[str, Any]) -> list[str]:
-        """Return the names of actions that the state is of and this does not run."""
+    def _unknown_actions(self, state: Mapping[str, Any]) -> list[str]:
+        """Return the names of actions that have saved state and are not in this program."""
         return sorted(set(state["actions"]) - {action.name for action in self.actions})
 
-    def _load(self, state: Mapping[str, Any]) -> None:
-        """Restore what is no action's own."""
+    def _load_shared(self, state: Mapping[str, Any]) -> None:
+        """Restore clock, signals and batch size."""
         self.clock.load_state_dict(state["clock"])
         self.signals.clear()
         self.signals.update(state["signals"])

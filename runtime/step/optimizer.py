@@ -1,7 +1,7 @@
-"""The optimizer's part of a step: rates, clipping and the update of any torch optimizer, with state kept by name.
+"""Learning rates, clipping and the update of any torch optimizer, with optimizer state saved by parameter name.
 
-Nobody writes a learning rate destructively: the rate of a parameter is `base(clock)` times the named factors that
-policies keep for it. torch's own optimizer state is positional; here it is saved and loaded under parameter names.
+No policy overwrites a learning rate: the rate of a parameter is `base(clock)` times the named factors of the policies.
+torch saves optimizer state by position; here it is saved and loaded under parameter names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from trainc.runtime.step.action import Action, Phase, State
+from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class LrFactor:
-    """A named multiplicative factor on the rate of one or more parameters, owned by one policy."""
+    """A factor on the learning rate of one or more parameters, set by one policy; `unit` names these parameters."""
 
     policy: str
     unit: str
@@ -34,7 +34,7 @@ class LrFactor:
 
 @dataclass(slots=True)
 class ParamSlot:
-    """A parameter as the optimizer sees it: what it updates (the whole, or selected entries), and its knobs."""
+    """A parameter as the optimizer sees it: all of its entries or selected ones, its weight decay and rate factors."""
 
     name: str
     tensor: Parameter
@@ -50,27 +50,27 @@ class ParamSlot:
 
 
 @dataclass(slots=True)
-class Group:
-    """Slots that always share rate and decay: one torch parameter group."""
+class ParamGroup:
+    """Slots with the same weight decay and rate factors: one torch parameter group."""
 
     weight_decay: float
     lr_factors: tuple[LrFactor, ...]
     slots: list[ParamSlot] = field(default_factory=list)
 
 
-def group(slots: Iterable[ParamSlot]) -> list[Group]:
-    """Collect slots with the same decay and the same factors, in order of first appearance."""
-    groups: dict[tuple[float, tuple[int, ...]], Group] = {}
+def group_slots(slots: Iterable[ParamSlot]) -> list[ParamGroup]:
+    """Group slots by weight decay and rate factors, in order of first appearance."""
+    groups: dict[tuple[float, tuple[int, ...]], ParamGroup] = {}
     for slot in slots:
         key = (slot.weight_decay, tuple(id(lr_factor) for lr_factor in slot.lr_factors))
-        groups.setdefault(key, Group(slot.weight_decay, slot.lr_factors)).slots.append(slot)
+        groups.setdefault(key, ParamGroup(slot.weight_decay, slot.lr_factors)).slots.append(slot)
     return list(groups.values())
 
 
 class OptimizerStep(Action):
-    """Phase 9: `step()` of a torch optimizer over the slots, then free the gradients.
+    """Phase 9: call `step()` of a torch optimizer over the slots, then free the gradients.
 
-    `make(groups)` builds the torch optimizer from parameter-group dicts, on first use: a plan needs none, and
+    `make(groups)` builds the torch optimizer from parameter-group dicts, on first use: a plan needs no optimizer, and
     building one loads much of torch.
     """
 
@@ -84,12 +84,12 @@ class OptimizerStep(Action):
     ) -> None:
         self.name = name
         self.slots = tuple(slots)
-        self.groups = group(slots)
+        self.groups = group_slots(slots)
         self._make = make
 
     @cached_property
     def torch(self) -> torch.optim.Optimizer:
-        """The torch optimizer; its groups are in the order of `groups`."""
+        """Return the torch optimizer; its groups are in the order of `groups`."""
         return self._make(
             [
                 {"params": [s.tensor for s in g.slots], "weight_decay": g.weight_decay}
@@ -105,7 +105,7 @@ class OptimizerStep(Action):
         self.torch.zero_grad(set_to_none=True)
 
     def preconditioner(self, name: str) -> Tensor | None:
-        """Return 1 / (sqrt(v_hat) + eps) of Adam's second moments so far; None without them."""
+        """Return 1 / (sqrt(v_hat) + eps) from Adam's second moments so far; None without them."""
         slot = next((slot for slot in self.slots if slot.name == name), None)
         state = {} if slot is None else self.torch.state.get(slot.tensor, {})
         if slot is None or "exp_avg_sq" not in state or "step" not in state:
@@ -120,8 +120,8 @@ class OptimizerStep(Action):
         scale: Tensor = 1 / (second.sqrt() + options["eps"])
         return scale
 
-    def state_dict(self) -> State:
-        out: State = {}
+    def state_dict(self) -> ActionState:
+        out: ActionState = {}
         for slot in self.slots:
             for key, value in self.torch.state.get(slot.tensor, {}).items():
                 out[f"{slot.name}/{key}"] = value
@@ -134,16 +134,16 @@ class OptimizerStep(Action):
             name, _, key = path.rpartition("/")
             if name not in slots:
                 raise ValueError(
-                    f"{self.name}: the checkpoint has optimizer state of `{name}`, which is not optimized here"
+                    f"{self.name}: the checkpoint has optimizer state of `{name}`, which this clause does not optimize"
                 )
-            found.setdefault(name, {})[key] = _fitted(value, slots[name])
+            found.setdefault(name, {})[key] = _on_device_of(value, slots[name])
         self.torch.state.clear()
         for name, entries in found.items():
             self.torch.state[slots[name].tensor] = entries
 
 
-def _fitted(value: Any, slot: ParamSlot) -> Any:
-    """Return saved state on the parameter's device; counters stay where torch keeps them, on the CPU."""
+def _on_device_of(value: Any, slot: ParamSlot) -> Any:
+    """Return saved state on the parameter's device; step counters stay on the CPU, where torch keeps them."""
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -152,13 +152,14 @@ def _fitted(value: Any, slot: ParamSlot) -> Any:
         return value.clone()
     if value.shape != slot.tensor.shape:
         raise ValueError(
-            f"`{slot.name}` has shape {tuple(slot.tensor.shape)}, its saved state {tuple(value.shape)}"
+            f"`{slot.name}` has shape {tuple(slot.tensor.shape)}, its saved optimizer state"
+            f" {tuple(value.shape)}"
         )
     return value.to(slot.tensor.device, copy=True)
 
 
 class Rates(Action):
-    """Phase 2: every group's rate is the schedule's value now, times the policies' factors."""
+    """Phase 2: set every group's learning rate to the schedule's value times the factors of the policies."""
 
     phase = Phase.RATES
 
@@ -172,7 +173,7 @@ class Rates(Action):
         base = self.base(step.clock)
         if not math.isfinite(base):
             raise ValueError(
-                f"{self.name}: the rate is {base}; a signal it depends on was not measured yet"
+                f"{self.name}: the learning rate is {base}: a signal in its schedule is not measured yet"
             )
         rates = []
         for ours, theirs in zip(
@@ -191,12 +192,13 @@ class Rates(Action):
             return None
         groups = len(self.optimizer.groups)
         return (
-            f"{self.name}: rates from {self.lowest:.3g} to {self.highest:.3g} over {groups} groups"
+            f"{self.name}: learning rates from {self.lowest:.3g} to {self.highest:.3g}"
+            f" in {groups} parameter groups"
         )
 
 
 class Clip(Action):
-    """Phase 8, last: scale all gradients so that their global L2 norm is at most `limit`."""
+    """Phase 8, last: clip all gradients to a global L2 norm of at most `limit`."""
 
     phase = Phase.GRADIENTS
 
@@ -218,4 +220,4 @@ class Clip(Action):
     def summary(self) -> str | None:
         if not self.steps:
             return None
-        return f"{self.name}: clipped {self.clipped} of {self.steps} steps at {self.limit:g}"
+        return f"{self.name}: clipped {self.clipped} of {self.steps} steps to norm {self.limit:g}"

@@ -1,4 +1,4 @@
-"""What the actions of one step share: the step itself, what it measured, and the contributions of its micro-batches."""
+"""The record of one optimizer step: its measurements, and what each micro-batch contributed to its gradient."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Contribution:
-    """What one micro-batch left behind, in units of the step's gradient: sums over contributions equal it.
+    """What the examples of one micro-batch contribute to the step's gradient, which is the sum of all contributions.
 
-    `weights` has shape (examples,) and sums to the micro-batch's share of the loss; `squares[name]`, same shape, are
-    the examples' squared norms, `gradients[name]`, (examples, numel), their contributions themselves where asked for.
-    `whole[name]`, 0-d, is the squared norm of the micro-batch's gradient where that was asked for. Where a
-    contribution is of a group, `examples` (all examples,) are the weights of its single examples. `replica` is who took
-    the micro-batch.
+    `weights` (examples,) are the examples' weights in the step's loss; `sq_norms[name]`, same shape, the squared norms
+    of their contributions to one parameter's gradient; `gradients[name]`, (examples, numel), these contributions
+    themselves, where a clause needs them. `batch_sq_norms[name]`, 0-d, is the squared norm of the micro-batch's
+    gradient, where a clause needs it. Where a row is of a group of examples, `example_weights` (all examples,) are the
+    weights of single ones. `replica` is the rank that ran the micro-batch.
     """
 
     weights: Tensor
-    squares: dict[str, Tensor]
+    sq_norms: dict[str, Tensor]
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
-    examples: Tensor | None = None
+    batch_sq_norms: dict[str, Tensor] = field(default_factory=dict)
+    example_weights: Tensor | None = None
     replica: int = 0
 
 
 @dataclass(slots=True)
-class Calibrated:
-    """A few examples measured one by one, whatever the layers: what `Squares` needs of every parameter."""
+class CalibrationSample:
+    """A few examples, measured one by one over all parameters: fields as those of `Contribution`."""
 
     weights: Tensor
-    squares: dict[str, Tensor]
-    whole: dict[str, Tensor]
+    sq_norms: dict[str, Tensor]
+    batch_sq_norms: dict[str, Tensor]
 
 
 class Signals(dict[str, float]):
-    """What was measured last, by name; NaN for what was not measured yet."""
+    """The last measured value of each signal, by name; NaN for one that is not measured yet."""
 
     def __missing__(self, name: str) -> float:
         return math.nan
@@ -60,7 +60,7 @@ class Step:
     micro_size: int
     metrics: dict[str, float] = field(default_factory=dict)
     contributions: list[Contribution] = field(default_factory=list)
-    calibrations: dict[str, Calibrated] = field(default_factory=dict)
+    calibrations: dict[str, CalibrationSample] = field(default_factory=dict)
     series: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: int = 0
     tokens: int = 0
@@ -70,13 +70,13 @@ class Step:
     preconditioners: Sequence[Callable[[str], Tensor | None]] = ()
 
     def preconditioner(self, name: str) -> Tensor | None:
-        """Return what the optimizer multiplies a parameter's gradient by; None where it does not say, or not yet."""
-        found = (of(name) for of in self.preconditioners)
+        """Return the factors that the optimizer multiplies a parameter's gradient by; None where they are unknown."""
+        found = (read(name) for read in self.preconditioners)
         return next((scale for scale in found if scale is not None), None)
 
 
 @runtime_checkable
 class Preconditions(Protocol):
-    """An action that scales gradients entry by entry, as Adam does."""
+    """An action that multiplies gradients entry by entry, as Adam does."""
 
     def preconditioner(self, name: str) -> Tensor | None: ...

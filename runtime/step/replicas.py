@@ -1,7 +1,8 @@
-"""Replicas: what processes that average their gradients tell each other once a step.
+"""Replicas: processes that average their gradients exchange their contributions once a step.
 
 Averaging over R replicas divides an example's weight and its contribution to the gradient by R, and a squared norm by
-R^2. A step costs two exchanges: of lengths, 16 bytes a replica, then of the longest replica's numbers, 8 bytes each.
+R^2. A step costs two exchanges: the lengths, 16 bytes a replica, then as many numbers as the longest replica has, 8
+bytes each.
 """
 
 from __future__ import annotations
@@ -17,71 +18,80 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from trainc.runtime.step.record import Calibrated, Contribution
+    from trainc.runtime.step.record import CalibrationSample, Contribution
 
 
 def world_size() -> int:
-    """Return how many processes there are; 1 without torch.distributed."""
+    """Return the number of processes; 1 without torch.distributed."""
     import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """What a replica sends, the same of every one: names of squares, of whole gradients, of rows with their length."""
+class MessageLayout:
+    """The names of what a replica sends, the same on each: of squared norms, and of per-example gradients with size."""
 
-    squares: tuple[str, ...] = ()
-    whole: tuple[str, ...] = ()
+    sq_norms: tuple[str, ...] = ()
+    batch_sq_norms: tuple[str, ...] = ()
     gradients: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def of(cls, part: Contribution) -> Layout:
-        """Return the layout of a contribution."""
+    def of(cls, part: Contribution) -> MessageLayout:
+        """Return the layout of a contribution's message."""
         rows = tuple((name, g.shape[1]) for name, g in part.gradients.items())
-        return cls(tuple(part.squares), tuple(part.whole), rows)
+        return cls(tuple(part.sq_norms), tuple(part.batch_sq_norms), rows)
 
     def names(self) -> list[str]:
-        """Return a line for each thing that is sent."""
-        rows = [f"gradients of `{name}` ({numel} entries)" for name, numel in self.gradients]
-        squares = [f"squares of `{name}`" for name in self.squares]
-        return [*squares, *(f"whole gradient of `{name}`" for name in self.whole), *rows]
+        """Return one line for each item of the message, for the checksum and for errors."""
+        rows = [
+            f"per-example gradients of `{name}` ({numel} entries)" for name, numel in self.gradients
+        ]
+        per_example = [f"per-example squared norms of `{name}`" for name in self.sq_norms]
+        batch = [f"squared norm of the batch gradient of `{name}`" for name in self.batch_sq_norms]
+        return [*per_example, *batch, *rows]
 
     def sizes(self, units: int, examples: int) -> list[int]:
-        """Return the lengths of the pieces of a contribution of some units; `examples` -1: it has none apart."""
+        """Return the lengths of the pieces of a contribution with `units` rows; `examples` -1: no example weights."""
         rows = [units * numel for _, numel in self.gradients]
-        return [units, max(examples, 0), len(self.squares) * units, len(self.whole), *rows]
+        return [
+            units,
+            max(examples, 0),
+            len(self.sq_norms) * units,
+            len(self.batch_sq_norms),
+            *rows,
+        ]
 
     def pack(self, part: Contribution) -> list[Tensor]:
-        """Return the pieces of a contribution, flat."""
-        pieces = [part.weights, *([] if part.examples is None else [part.examples])]
-        pieces += [part.squares[name] for name in self.squares]
-        pieces += [part.whole[name] for name in self.whole]
+        """Return the flat pieces of a contribution."""
+        pieces = [part.weights, *([] if part.example_weights is None else [part.example_weights])]
+        pieces += [part.sq_norms[name] for name in self.sq_norms]
+        pieces += [part.batch_sq_norms[name] for name in self.batch_sq_norms]
         pieces += [part.gradients[name] for name, _ in self.gradients]
         return [piece.detach().reshape(-1) for piece in pieces]
 
     def unpack(
         self, pieces: Iterator[Tensor], units: int, examples: int, replica: int, replicas: int
     ) -> Contribution:
-        """Return a replica's contribution to the average of all."""
+        """Return a replica's contribution to the averaged gradient."""
         from trainc.runtime.step.record import Contribution
 
         weights, singles = next(pieces) / replicas, next(pieces) / replicas
-        squares = next(pieces).view(len(self.squares), units) / replicas**2
+        squares = next(pieces).view(len(self.sq_norms), units) / replicas**2
         whole = next(pieces) / replicas**2
         rows = {n: next(pieces).view(units, numel) / replicas for n, numel in self.gradients}
         return Contribution(
             weights,
-            dict(zip(self.squares, squares, strict=True)),
+            dict(zip(self.sq_norms, squares, strict=True)),
             rows,
-            dict(zip(self.whole, whole, strict=True)),
+            dict(zip(self.batch_sq_norms, whole, strict=True)),
             None if examples < 0 else singles,
             replica,
         )
 
 
 class Replicas:
-    """The processes of a group (None: all), each with its own examples, whose gradients are averaged."""
+    """The processes of a group (None: all) that average their gradients, each with its own examples."""
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         import torch.distributed as dist
@@ -92,34 +102,35 @@ class Replicas:
     def gather(
         self, contributions: Sequence[Contribution], figures: Mapping[str, float]
     ) -> tuple[list[Contribution], dict[str, float]]:
-        """Return the contributions of all replicas to the averaged gradient, by rank, and the figures' means.
+        """Return the contributions of all replicas to the averaged gradient, by rank, and the means of the figures.
 
-        All get the same bits. Replicas may differ in micro-batches and examples, not in what they measure: then all
-        raise ValueError.
+        All replicas get the same bits. They may differ in micro-batches and examples; where they differ in what they
+        measure, all raise ValueError.
         """
         import torch
 
-        layout = Layout.of(contributions[0]) if contributions else Layout()
+        layout = MessageLayout.of(contributions[0]) if contributions else MessageLayout()
         for part in contributions:
-            if Layout.of(part) != layout:
-                raise ValueError("two micro-batches of a step measured different parameters")
+            if MessageLayout.of(part) != layout:
+                raise ValueError("two micro-batches of one step measured different parameters")
         counts = [
-            (len(p.weights), -1 if p.examples is None else len(p.examples)) for p in contributions
+            (len(p.weights), -1 if p.example_weights is None else len(p.example_weights))
+            for p in contributions
         ]
         head = [*figures.values(), len(contributions), *(n for pair in counts for n in pair)]
         device = contributions[0].weights.device if contributions else torch.device("cpu")
         numbers = torch.tensor(head, dtype=torch.float64, device=device)
         pieces = [numbers, *(piece for part in contributions for piece in layout.pack(part))]
         # Joined with float64 numbers, all of it is float64.
-        everyone = self._exchange(torch.cat(pieces), [*figures, *layout.names()])
+        vectors = self._exchange(torch.cat(pieces), [*figures, *layout.names()])
         found = [
-            p for i, one in enumerate(everyone) for p in self._read(one[len(figures) :], layout, i)
+            p for i, one in enumerate(vectors) for p in self._read(one[len(figures) :], layout, i)
         ]
-        sums = torch.stack([one[: len(figures)] for one in everyone]).sum(0) / self.size
+        sums = torch.stack([one[: len(figures)] for one in vectors]).sum(0) / self.size
         return found, dict(zip(figures, sums.tolist(), strict=True))
 
     def total(self, number: float) -> float:
-        """Return the sum of everybody's number."""
+        """Return the sum of a number over all replicas."""
         import torch
         import torch.distributed as dist
 
@@ -128,8 +139,8 @@ class Replicas:
         dist.all_reduce(found, group=self.group)
         return float(found)
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by the sum of everybody's, in place."""
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all replicas."""
         import torch.distributed as dist
 
         for tensor in tensors:
@@ -138,22 +149,22 @@ class Replicas:
             if sent is not tensor:
                 tensor.copy_(sent)
 
-    def calibrated(self, own: Calibrated) -> Calibrated:
-        """Return everybody's examples as one set; `own.whole` is of the gradients that were added up already."""
+    def gather_calibration(self, own: CalibrationSample) -> CalibrationSample:
+        """Return the examples of all replicas as one sample; `own.batch_sq_norms` is of the summed gradients."""
         import torch
 
-        from trainc.runtime.step.record import Calibrated, Contribution
+        from trainc.runtime.step.record import CalibrationSample, Contribution
 
-        parts, _ = self.gather([Contribution(own.weights, own.squares)], {})
-        return Calibrated(
+        parts, _ = self.gather([Contribution(own.weights, own.sq_norms)], {})
+        return CalibrationSample(
             torch.cat([part.weights for part in parts]),
-            {name: torch.cat([part.squares[name] for part in parts]) for name in own.squares},
-            {name: square / self.size**2 for name, square in own.whole.items()},
+            {name: torch.cat([part.sq_norms[name] for part in parts]) for name in own.sq_norms},
+            {name: square / self.size**2 for name, square in own.batch_sq_norms.items()},
         )
 
     # inside
 
-    def _read(self, numbers: Tensor, layout: Layout, replica: int) -> Iterator[Contribution]:
+    def _read(self, numbers: Tensor, layout: MessageLayout, replica: int) -> Iterator[Contribution]:
         """Yield the contributions that a replica sent."""
         micros = int(numbers[0])
         counts = [(int(a), int(b)) for a, b in numbers[1 : 1 + 2 * micros].view(-1, 2).tolist()]
@@ -163,7 +174,7 @@ class Replicas:
             yield layout.unpack(pieces, units, examples, replica, self.size)
 
     def _exchange(self, own: Tensor, names: Sequence[str]) -> list[Tensor]:
-        """Return everybody's vector, of different lengths; raises ValueError where they are not about the same."""
+        """Return the vectors of all replicas; raises ValueError where `names` differ, lengths may."""
         import torch
         import torch.distributed as dist
 
@@ -174,15 +185,15 @@ class Replicas:
         dist.all_gather(heads, head, group=self.group)
         lengths, checks = zip(*(one.tolist() for one in heads), strict=True)
         if len(set(checks)) > 1:
-            self._refuse(names)
+            self._raise_difference(names)
         padded = sent.new_zeros(max(lengths))
         padded[: len(sent)] = sent
         vectors = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(vectors, padded, group=self.group)
         return [v[:n].to(own.device) for v, n in zip(vectors, lengths, strict=True)]
 
-    def _refuse(self, names: Sequence[str]) -> None:
-        """Raise ValueError with the first thing that this replica and another one do not both send."""
+    def _raise_difference(self, names: Sequence[str]) -> None:
+        """Raise ValueError with the first item that two replicas do not both send."""
         import torch.distributed as dist
 
         everyone: list[list[str]] = [[] for _ in range(self.size)]
@@ -194,12 +205,12 @@ class Replicas:
             if len(set(pair)) > 1
         )
         raise ValueError(
-            f"the replicas do not measure the same: where rank 0 sends {ours}, rank {rank} sends {theirs};"
-            " compile the same spec against the same model on every process"
+            f"the replicas do not measure the same: rank 0 sends {ours}, rank {rank} sends {theirs};"
+            " compile the same spec with the same model on every process"
         )
 
     def _device(self, tensor: Tensor) -> torch.device:
-        """Return where the group's backend takes tensors: gloo on the CPU, nccl on this process's GPU."""
+        """Return the device that the group's backend needs: the CPU for gloo, this process's GPU for nccl."""
         import torch
         import torch.distributed as dist
 

@@ -1,7 +1,7 @@
-"""Update masks: the entries of a parameter that train, kept compactly so that all binds to them.
+"""Update masks: the entries of a parameter that train, as a vector that the optimizer updates.
 
-The optimizer sees `values`, a vector of the selected entries. Its moments, its weight decay and
-clipping therefore act on those entries only, and a dense gradient is dropped once it is gathered.
+The optimizer sees `values`, the selected entries. Its moments, its weight decay and clipping
+therefore act on those entries only, and a dense gradient is freed once its entries are gathered.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SelectedEntries:
     # gradients
 
     def take(self, grad: Tensor) -> None:
-        """Add a dense gradient: all of it while choosing, else its selected entries."""
+        """Add a dense gradient: all of it before a selection is chosen, else its selected entries."""
         if grad.is_sparse:
             grad = grad.to_dense()
         grad = grad.detach()
@@ -55,14 +55,14 @@ class SelectedEntries:
             self.take(grad)
 
     def discard(self) -> None:
-        """Forget the gradients of the open step."""
+        """Free the gradients of the open step."""
         self.parameter.grad = None
         self.values.grad = None
 
     # entries
 
     def choose(self, index: Tensor) -> None:
-        """Fix the selection, sorted flat positions of shape (k,), and take the weights there."""
+        """Set the selection, sorted flat positions of shape (k,), and copy the weights there."""
         import torch
 
         small = self.parameter.numel() <= torch.iinfo(torch.int32).max
@@ -75,13 +75,13 @@ class SelectedEntries:
         self.read()
 
     def forget(self) -> None:
-        """Go back to choosing."""
+        """Drop the selection, so that another can be chosen."""
         self.index = None
         self.values.data.zero_()
         self.remove()
 
     def read(self) -> None:
-        """Take the weights as they are now; a master that still rounds to its weight is kept."""
+        """Copy the weights to `values`; a value that still rounds to its weight is kept."""
         import torch
 
         if self.index is None:
@@ -92,7 +92,7 @@ class SelectedEntries:
             self.values.copy_(torch.where(stale, now.to(self.values.dtype), self.values))
 
     def write(self) -> Tensor:
-        """Put the entries into the parameter; return how many stored weights changed, 0-d."""
+        """Write `values` into the parameter; return how many weights changed, 0-d."""
         import torch
 
         if self.index is None:
@@ -108,19 +108,19 @@ class SelectedEntries:
         return changed
 
     def memory(self) -> int:
-        """Return the bytes held beside the weights, without the optimizer's."""
+        """Return the bytes held besides weights and optimizer state."""
         held = [self.values] if self.index is None else [self.values, self.index]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def remove(self) -> None:
-        """Detach from the parameter."""
+        """Remove the hook from the parameter."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
 
 def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return each flat score's positions among the `count` largest of all, sorted, int64.
+    """Return the positions of the `count` largest scores of all, for each flat tensor, sorted, int64.
 
     Of equal scores the earlier tensor goes first, inside a tensor the lower position, so the choice
     is a function of the numbers alone. No score is NaN, and `count` is at most their number.

@@ -1,4 +1,4 @@
-"""`when` rules: conditions on what was measured, held for a while, that act on the batch or on the run."""
+"""`when` rules: conditions on measured signals that change the batch size, save, warn or stop the run."""
 
 from __future__ import annotations
 
@@ -7,40 +7,41 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainc.runtime.step.action import Action, Phase, State, StopRun
+from trainc.runtime.step.action import Action, ActionState, Phase, StopRun
 from trainc.runtime.step.record import Signals
 
 if TYPE_CHECKING:
-    from trainc.runtime.schedule.clock import Clock, Duration
+    from trainc.runtime.schedule.clock import Clock
+    from trainc.runtime.schedule.time_span import TimeSpan
     from trainc.runtime.step.record import Step
 
 Values = Mapping[str, float]
 
-# What a wanted batch may miss a whole number of micro-batches by and still be that number.
+# A batch size this close to a whole number of micro-batches counts as that number.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Act:
-    """One act of a rule: `verb` is `set` (the batch), `stop`, `save` or `warn`."""
+class RuleAction:
+    """One action of a rule: `verb` is `set` (the batch), `stop`, `save` or `warn`."""
 
     verb: str
     value: Callable[[Clock, Values], float] | None = None
     text: str = ""
 
 
-def whole_micros(wanted: float, present: int, micro: int) -> int:
-    """Return the whole number of micro-batches, at least one, between `present` and `wanted` that is nearest to it."""
+def round_to_micro_batches(wanted: float, present: int, micro: int) -> int:
+    """Round a wanted batch size to whole micro-batches, towards the present size; at least one micro-batch."""
     if wanted >= present:
         return max(present, math.floor(wanted / micro + _ROUNDING) * micro)
     return min(present, max(1, math.ceil(wanted / micro - _ROUNDING)) * micro)
 
 
 class Rule(Action):
-    """Fires when its condition has held for `hold` without a break, then starts to wait again.
+    """Fires when its condition has held for `hold` without a break, then starts over.
 
-    After it fired it does not look at its condition again before `cooldown` has passed. It waits
-    until every signal in `needs` was measured once: what was not measured is not NaN either.
+    After it has fired it does not evaluate its condition until `cooldown` has passed. Nor does it
+    before every signal in `needs` is measured once: `is nan` does not hold for an unmeasured one.
     """
 
     phase = Phase.BATCH
@@ -50,22 +51,22 @@ class Rule(Action):
         name: str,
         text: str,
         condition: Callable[[Clock, Values], bool],
-        hold: Duration | None,
-        performs: Sequence[Act],
+        hold: TimeSpan | None,
+        performs: Sequence[RuleAction],
         needs: Collection[str] = (),
-        cooldown: Duration | None = None,
+        cooldown: TimeSpan | None = None,
     ) -> None:
         self.name, self.text = name, text
         self.condition, self.hold, self.performs = condition, hold, tuple(performs)
         self.needs, self.cooldown = tuple(needs), cooldown
         self.since: float | None = None
-        self.rests_since: float | None = None
+        self.cooldown_since: float | None = None
         self.fired: list[int] = []
-        self.stuck = False
-        """Whether it was told that a batch asked for is less than a micro-batch away."""
+        self.rounding_noted = False
+        """Whether a note says that rounding to micro-batches keeps the batch as it is."""
 
     def run(self, step: Step) -> None:
-        if self._rests(step.clock):
+        if self._in_cooldown(step.clock):
             return
         values = Signals(step.signals | {"batch": float(step.batch_size)})
         measured = all(name in values for name in self.needs)
@@ -81,59 +82,59 @@ class Rule(Action):
         self.since = None
         self.fired.append(step.clock.steps)
         if self.cooldown is not None:
-            self.rests_since = step.clock.position(self.cooldown)[0]
-        for act in self.performs:
-            self._act(act, step, values)
+            self.cooldown_since = step.clock.position(self.cooldown)[0]
+        for action in self.performs:
+            self._perform(action, step, values)
 
-    def _rests(self, clock: Clock) -> bool:
-        """Say whether it fired less than `cooldown` ago."""
-        if self.cooldown is None or self.rests_since is None:
+    def _in_cooldown(self, clock: Clock) -> bool:
+        """Return whether it fired less than `cooldown` ago."""
+        if self.cooldown is None or self.cooldown_since is None:
             return False
         now, rest = clock.position(self.cooldown)
-        return now - self.rests_since < rest
+        return now - self.cooldown_since < rest
 
-    def _act(self, act: Act, step: Step, values: Values) -> None:
-        if act.verb == "stop":
+    def _perform(self, action: RuleAction, step: Step, values: Values) -> None:
+        if action.verb == "stop":
             raise StopRun(f"the rule `{self.text}` stopped the run")
-        if act.verb == "save":
+        if action.verb == "save":
             step.save = True
-        elif act.verb == "warn":
-            step.notes.append(act.text or self.text)
-        elif act.value is not None:
-            self._set_batch(act.value(step.clock, values), step)
+        elif action.verb == "warn":
+            step.notes.append(action.text or self.text)
+        elif action.value is not None:
+            self._set_batch(action.value(step.clock, values), step)
 
     def _set_batch(self, wanted: float, step: Step) -> None:
-        """Take the wanted batch in whole micro-batches; what is not finite changes nothing.
+        """Set the batch to the wanted size in whole micro-batches; a size that is not finite changes nothing.
 
-        What is no whole number of them is rounded towards the present batch: never past what was asked for, and never
-        the other way. A batch that stays for that alone is told, once.
+        It is rounded towards the present batch, never past the wanted size. Where that leaves the batch as it is, a
+        note says so once.
         """
         if not math.isfinite(wanted):
             return
-        size = whole_micros(wanted, step.batch_size, step.micro_size or 1)
+        size = round_to_micro_batches(wanted, step.batch_size, step.micro_size or 1)
         if size != step.batch_size:
             step.notes.append(f"batch {step.batch_size} -> {size} samples: {self.text}")
             step.batch_size = size
-        elif wanted != size and not self.stuck:
-            self.stuck = True
+        elif wanted != size and not self.rounding_noted:
+            self.rounding_noted = True
             step.notes.append(
-                f"batch stays at {size} samples, whole micro-batches of {step.micro_size}, where {wanted:.6g} was asked"
-                f" for: {self.text}"
+                f"batch stays at {size} samples: {wanted:.6g} was wanted, rounded to micro-batches of"
+                f" {step.micro_size}: {self.text}"
             )
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> ActionState:
         return {
             "since": self.since,
-            "rests_since": self.rests_since,
+            "cooldown_since": self.cooldown_since,
             "fired": list(self.fired),
-            "stuck": self.stuck,
+            "rounding_noted": self.rounding_noted,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.since = state.get("since")
-        self.rests_since = state.get("rests_since")
+        self.cooldown_since = state.get("cooldown_since")
         self.fired = list(state.get("fired", []))
-        self.stuck = bool(state.get("stuck", False))
+        self.rounding_noted = bool(state.get("rounding_noted", False))
 
     def summary(self) -> str | None:
         if not self.fired:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,33 +22,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+from trainc.kernels.library import atomic
+
+FORMAT = 2
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
-State = dict[str, Any]
+CheckpointState = dict[str, Any]
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that cannot be used; the message names the file."""
+    """A checkpoint cannot be used; the message names the file."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The newest intact checkpoint, if there is one, and what is wrong with the newer ones."""
+class FoundCheckpoint:
+    """The newest intact checkpoint, if there is one, and the damage of the newer ones."""
 
     path: Path | None
     step: int
     damage: tuple[str, ...]
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Save a state under `folder`, remove all but the newest `keep`, and return its path."""
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Save a state under `folder`, remove all but the newest `keep` checkpoints, and return its path.
+
+    Raises ValueError for a `keep` below 1 and for a state that JSON and tensors cannot hold.
+    """
     if keep < 1:
-        raise ValueError(f"at least one checkpoint is kept, not {keep}")
+        raise ValueError(f"keep = {keep}: expected the number of checkpoints to keep, 1 or more")
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".writing-*"):
-        shutil.rmtree(left_over)
+    for unfinished in folder.glob(".writing-*"):
+        shutil.rmtree(unfinished)
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "", tensors, {})
     place = folder / f".writing-{step}"
@@ -63,39 +67,39 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
     manifest = {"format": FORMAT, "step": step, "files": files}
     (place / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*(place / name for name in (TENSORS, STATE, MANIFEST)), place):
-        _sync(path)
-    attempts = [attempt for number, attempt, _ in _listed(folder) if number == step]
+        atomic.sync(path)
+    attempts = [attempt for number, attempt, _ in _checkpoints(folder) if number == step]
     # A step is saved again only after a resume from before it: the older attempt stays until this
     # one is in place.
     suffix = f"-{max(attempts) + 1}" if attempts else ""
     target = folder / f"step-{step:08d}{suffix}"
     place.rename(target)
-    _sync(folder)
+    atomic.sync(folder)
     _prune(folder, keep)
     return target
 
 
-def latest(folder: Path) -> Found:
-    """Find the newest intact checkpoint under `folder`; the damaged ones passed over are named."""
+def find_latest(folder: Path) -> FoundCheckpoint:
+    """Find the newest intact checkpoint under `folder`; damaged newer ones are skipped and listed."""
     damage: list[str] = []
-    for step, _, path in sorted(_listed(folder), reverse=True):
+    for step, _, path in sorted(_checkpoints(folder), reverse=True):
         try:
             _verify(path, step)
         except DamagedCheckpoint as problem:
             damage.append(str(problem))
         else:
-            return Found(path, step, tuple(damage))
-    return Found(None, 0, tuple(damage))
+            return FoundCheckpoint(path, step, tuple(damage))
+    return FoundCheckpoint(None, 0, tuple(damage))
 
 
-def load(path: Path) -> State:
-    """Load a checkpoint on the CPU after checking every file."""
+def load_checkpoint(path: Path) -> CheckpointState:
+    """Load a checkpoint on the CPU after checking every file; raises DamagedCheckpoint."""
     _verify(path)
     try:
         tensors = load_file(path / TENSORS)
     except SafetensorError as problem:
         raise DamagedCheckpoint(f"{path / TENSORS} cannot be read: {problem}") from problem
-    state: State = _restore(json.loads((path / STATE).read_text()), tensors)
+    state: CheckpointState = _restore(json.loads((path / STATE).read_text()), tensors)
     return state
 
 
@@ -111,20 +115,25 @@ def _verify(path: Path, step: int | None = None) -> None:
         raise DamagedCheckpoint(f"{path / MANIFEST} is missing or damaged") from problem
     if version != FORMAT:
         raise DamagedCheckpoint(
-            f"{path / MANIFEST} has format {version}, this version reads {FORMAT}"
+            f"{path / MANIFEST} has format {version}, this version of trainc reads {FORMAT}: resume"
+            " with the version that saved it, or start a new run"
         )
     if step not in (found_step, None):
-        raise DamagedCheckpoint(f"{path / MANIFEST} is of step {found_step}, not {step}")
+        raise DamagedCheckpoint(
+            f"{path / MANIFEST} says step {found_step}, the folder's name says step {step}"
+        )
     for name, checked in expected.items():
         try:
             found = _checksum(path / name), (path / name).stat().st_size
         except OSError as problem:
             raise DamagedCheckpoint(f"{path / name} is missing") from problem
         if found != checked:
-            raise DamagedCheckpoint(f"{path / name} is damaged: its checksum is not the manifest's")
+            raise DamagedCheckpoint(
+                f"{path / name} is damaged: its checksum differs from that in the manifest"
+            )
 
 
-def _listed(folder: Path) -> Iterator[tuple[int, int, Path]]:
+def _checkpoints(folder: Path) -> Iterator[tuple[int, int, Path]]:
     """Yield step, attempt and path of every checkpoint."""
     for path in folder.glob("step-*"):
         if match := _NAME.fullmatch(path.name):
@@ -134,28 +143,19 @@ def _listed(folder: Path) -> Iterator[tuple[int, int, Path]]:
 def _prune(folder: Path, keep: int) -> None:
     """Remove all but the newest attempt of the newest `keep` steps."""
     kept: set[int] = set()
-    for step, _, path in sorted(_listed(folder), reverse=True):
+    for step, _, path in sorted(_checkpoints(folder), reverse=True):
         if len(kept) < keep and step not in kept:
             kept.add(step)
             continue
         # Renamed first: a kill while it is being removed must not leave what looks like a damaged
         # checkpoint.
-        doomed = path.rename(folder / f".writing-{path.name}")
-        shutil.rmtree(doomed)
+        removed = path.rename(folder / f".writing-{path.name}")
+        shutil.rmtree(removed)
 
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _flatten(
@@ -176,7 +176,8 @@ def _flatten(
             for key in value:
                 if not isinstance(key, str) or key.startswith("$"):
                     raise ValueError(
-                        f"the state at `{name}` has the key {key!r}: a key is a string without $"
+                        f"the state at `{name or '.'}` has the key {key!r}: expected a string"
+                        " that does not begin with $"
                     )
             prefix = f"{name}/" if name else ""
             return {
@@ -186,14 +187,15 @@ def _flatten(
                 for key, inner in value.items()
             }
     raise ValueError(
-        f"the state at `{name}` is a {type(value).__name__}, which a checkpoint cannot hold"
+        f"the state at `{name or '.'}` is a {type(value).__name__}: a checkpoint holds tensors, numbers, strings,"
+        " booleans, None, and lists, tuples and dicts of these"
     )
 
 
 def _store(
     tensor: Tensor, name: str, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], str]
 ) -> str:
-    """Add a tensor and return the name it is under; the very same memory is stored once."""
+    """Add a tensor and return the name it is stored under; tensors that are the same memory are stored once."""
     tensor = tensor.detach()
     memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
     if tensor.numel() and memory in seen:
@@ -205,7 +207,7 @@ def _store(
 
 
 def _restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the state a JSON tree stands for."""
+    """Return the state that a JSON tree describes."""
     match value:
         case {"$tensor": str(name)}:
             return tensors[name]

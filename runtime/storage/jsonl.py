@@ -1,7 +1,7 @@
-"""What a run measured, as JSON lines: one object a line, in the order of the steps.
+"""JSON lines: the measurements of a run, one object a line, in the order of the steps.
 
 `metrics.jsonl` holds only what is a function of the run, so it is the same byte for byte after a
-resume; wall-clock figures go to `timing.jsonl`. Numbers are written so that they read back exactly;
+resume; times go to `timing.jsonl`. Numbers are written so that they read back exactly;
 JSON has no NaN and no infinity, which are the strings "nan", "inf" and "-inf".
 """
 
@@ -11,11 +11,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 Record = dict[str, Any]
 
@@ -33,10 +33,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Return what `encode` was given."""
+    """Return the value that `encode` was given."""
     match value:
         case str():
-            return _WORDS.get(value, value)
+            return _NON_FINITE.get(value, value)
         case dict():
             return {key: decode(inner) for key, inner in value.items()}
         case list():
@@ -44,11 +44,11 @@ def decode(value: Any) -> Any:
     return value
 
 
-class Writer:
-    """Appends records to a file of JSON lines; what `sync` has seen survives a kill."""
+class JsonlWriter:
+    """Appends records to a file of JSON lines; records written before `sync` survive a kill."""
 
     def __init__(self, path: Path, last_step: int | None = None, interval: float = 1.0) -> None:
-        """Open a file, cut after `last_step` if given; lines reach it every `interval` seconds."""
+        """Open a file, cut after `last_step` if given; lines are flushed every `interval` seconds."""
         if last_step is not None and path.exists():
             truncate(path, last_step)
         self._file = path.open("a", encoding="utf-8")
@@ -76,7 +76,7 @@ class Writer:
 
 
 def truncate(path: Path, last_step: int) -> None:
-    """Cut a file before the first line of a step after `last_step`, or that is not whole."""
+    """Cut a file before its first line that is of a step after `last_step` or is incomplete."""
     end = 0
     with path.open("rb") as file:
         for line in file:
@@ -87,8 +87,8 @@ def truncate(path: Path, last_step: int) -> None:
     os.truncate(path, end)
 
 
-def read(path: Path) -> list[Record]:
-    """Return the records of a file, without a last line that is not whole."""
+def read_jsonl(path: Path) -> list[Record]:
+    """Return the records of a file, without an incomplete last line; raises ValueError for a damaged line."""
     records: list[Record] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -96,23 +96,14 @@ def read(path: Path) -> list[Record]:
             if record is not None:
                 records.append(record)
             elif line.endswith(b"\n"):
-                raise ValueError(f"{path}, line {number} is no JSON object")
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object; the file is damaged"
+                )
     return records
 
 
-def series(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:
-    """Return steps and values of one quantity, from the records that have it."""
-    steps: list[int] = []
-    values: list[float] = []
-    for record in records:
-        if name in record:
-            steps.append(record["step"])
-            values.append(record[name])
-    return steps, values
-
-
 def _parse(line: bytes) -> Record | None:
-    """Return the record of a whole line, None for anything else."""
+    """Return the record of a complete line, None for anything else."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -1,6 +1,6 @@
-"""Randomness without state: every number is a function of the seed, a purpose and counters.
+"""Random numbers without state: each is a function of the seed, a purpose and counters.
 
-Nothing here is remembered between calls, so a resumed run draws what the uninterrupted one draws.
+Nothing is kept between calls, so a resumed run draws the numbers of the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 ROUNDS = 10
 
 
-def derive(seed: int, *purpose: int | str) -> int:
-    """Return 64 bits made of a seed and a purpose: BLAKE2b over each part with its type and length.
+def derive_seed(seed: int, *purpose: int | str) -> int:
+    """Return a 64-bit seed from a seed and a purpose: BLAKE2b over each part with its type and length.
 
     The result is the same in every version and on every machine.
     """
@@ -28,7 +28,7 @@ def derive(seed: int, *purpose: int | str) -> int:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the SplitMix64 finaliser of each number."""
+    """Apply the SplitMix64 finaliser to each number."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -41,22 +41,24 @@ def permutation(seed: int, epoch: int, n: int, start: int, count: int) -> NDArra
     barely above n; a result outside `range(n)` goes through the network again until it is inside.
     """
     if not 0 <= start <= start + count <= n:
-        raise ValueError(f"entries {start} to {start + count} are not all in an order of {n}")
+        raise ValueError(
+            f"entries {start} to {start + count}: expected a range inside the {n} entries of the order"
+        )
     a = isqrt(n - 1) + 1 if n > 1 else 1
     b = -(-n // a)
-    keys = [np.uint64(derive(seed, "order", epoch, n, turn)) for turn in range(ROUNDS)]
+    keys = [np.uint64(derive_seed(seed, "order", epoch, n, turn)) for turn in range(ROUNDS)]
     x = np.arange(start, start + count, dtype=np.uint64)
     outside = np.ones(count, dtype=np.bool_)
     while outside.any():
-        x[outside] = _network(x[outside], np.uint64(a), np.uint64(b), keys)
+        x[outside] = _feistel_network(x[outside], np.uint64(a), np.uint64(b), keys)
         outside = x >= np.uint64(n)
     return x.astype(np.int64)
 
 
-def _network(
+def _feistel_network(
     x: NDArray[np.uint64], a: np.uint64, b: np.uint64, keys: list[np.uint64]
 ) -> NDArray[np.uint64]:
-    """Return a bijection of `range(a * b)`, applied to each number."""
+    """Apply a bijection of `range(a * b)` to each number."""
     left, right = x // b, x % b
     for turn, key in enumerate(keys):
         if turn % 2:
@@ -70,11 +72,11 @@ def seed_step(seed: int, step: int, micro: int) -> None:
     """Seed torch's global generators for one micro-batch of one step."""
     import torch
 
-    torch.manual_seed(derive(seed, "step", step, micro))
+    torch.manual_seed(derive_seed(seed, "step", step, micro))
 
 
 def seed_data(seed: int, first_sample: int) -> None:
-    """Seed torch's global generators for reading the batch that begins at a sample of the run."""
+    """Seed torch's global generators before reading the batch that begins at a sample of the run."""
     import torch
 
-    torch.manual_seed(derive(seed, "data", first_sample))
+    torch.manual_seed(derive_seed(seed, "data", first_sample))

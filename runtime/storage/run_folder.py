@@ -1,23 +1,23 @@
-"""The folder of a run: what lies where, one run at a time in it, and nothing in it ever lost."""
+"""The folder of a run: which files it has, one run at a time writes to it, and no file is overwritten."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from trainc.runtime.storage.jsonl import Writer, encode
+from trainc.kernels.library.atomic import write_text
+from trainc.runtime.storage.jsonl import JsonlWriter, encode
 
 FILES = ("metrics.jsonl", "timing.jsonl", "events.jsonl", "summary.json", "checkpoints")
 
 
 class RunExists(ValueError):
-    """A folder holds a run already, or another process is writing to it."""
+    """A folder already holds a run, or another process writes to it."""
 
 
 class RunFolder:
@@ -28,7 +28,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Take a folder; `resume` goes on with the run in it, `overwrite` moves that run aside."""
+        """Describe a folder; `resume` continues the run in it, `overwrite` moves that run aside."""
         self.path = path
         self.resume = resume
         self.overwrite = overwrite
@@ -36,7 +36,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
         self._lock: IO[str] | None = None
-        self._events: Writer | None = None
+        self._events: JsonlWriter | None = None
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -46,16 +46,18 @@ class RunFolder:
             if self.holds_run and not self.resume:
                 if not self.overwrite:
                     raise RunExists(
-                        f"{self.path} holds a run: resume it, overwrite it, or go elsewhere"
+                        f"{self.path} already holds a run: resume it, overwrite it, or choose another folder"
                     )
                 self._move_aside()
         except BlockingIOError as problem:
             self._lock.close()
-            raise RunExists(f"{self.path} is in use by another run") from problem
+            raise RunExists(
+                f"{self.path} is in use: another process runs in this folder"
+            ) from problem
         except BaseException:
             self._lock.close()
             raise
-        self._events = Writer(self.path / "events.jsonl", interval=0.0)
+        self._events = JsonlWriter(self.path / "events.jsonl", interval=0.0)
         return self
 
     def __exit__(
@@ -74,29 +76,34 @@ class RunFolder:
         """Say whether there is a run in the folder."""
         return any((self.path / name).exists() for name in FILES)
 
-    def event(self, kind: str, step: int, **details: Any) -> None:
-        """Append what happened to `events.jsonl`, with the time of day."""
-        assert self._events is not None, "a folder is written to while it is entered"
-        self._events.write({"time": round(time.time(), 3), "step": step, "event": kind, **details})
+    def write_event(self, event: str, step: int, **details: Any) -> None:
+        """Append an event to `events.jsonl`, with the time of day."""
+        assert self._events is not None, (
+            "use `with folder:`: events are written while it is entered"
+        )
+        self._events.write({"time": round(time.time(), 3), "step": step, "event": event, **details})
 
     def keep_texts(self, texts: Mapping[str, str], step: int) -> None:
-        """Write the texts a run is started with; one that differs stays as NAME.until-STEP."""
+        """Write the texts that a run is started with; an older text that differs is kept as NAME.until-STEP."""
         for name, text in texts.items():
             path = self.path / name
             if path.parent != self.path or name in FILES:
-                raise ValueError(f"`{name}` cannot be the name of a text in a run's folder")
+                raise ValueError(
+                    f"`{name}` cannot be a text in the folder of a run: expected a file name"
+                    f" without folders, other than {', '.join(FILES)}"
+                )
             if path.exists():
                 if path.read_text(encoding="utf-8") == text:
                     continue
-                path.rename(_free(self.path / f"{name}.until-{step}"))
-            write(path, text)
+                path.rename(_unused(self.path / f"{name}.until-{step}"))
+            write_text(path, text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`."""
-        write(self.path / "summary.json", json.dumps(encode(summary), indent=1) + "\n")
+        write_text(self.path / "summary.json", json.dumps(encode(summary), indent=1) + "\n")
 
     def _move_aside(self) -> None:
-        """Move all there is into `previous-N/`."""
+        """Move all files into `previous-N/`."""
         number = 1
         while (self.path / f"previous-{number}").exists():
             number += 1
@@ -111,18 +118,8 @@ class RunFolder:
             entry.rename(aside / entry.name)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text so that the file is never seen half written."""
-    beside = path.with_name(f".{path.name}.writing")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
-
-
-def _free(path: Path) -> Path:
-    """Return the path, or with a number behind it if that is taken."""
+def _unused(path: Path) -> Path:
+    """Return the path, with a number added where it exists."""
     number, candidate = 1, path
     while candidate.exists():
         number += 1

@@ -36,7 +36,7 @@ def test_a_run_tells_its_noise_scale_and_its_layers(
     run = write_run(tmp_path / "a", six_steps(), PLAN)
     status, out, _ = report(monkeypatch, capsys, run)
     assert status == 0
-    assert row(out, "gns, samples") == ["? |G|^2 unsure, > 3"]
+    assert row(out, "gns, samples") == ["? |G|^2 uncertain, > 3"]
     assert row(out, "gns undetermined") == ["3 of 6 steps"]
     assert row(out, "gns over the run") == ["▁!!▅█!"]
     heads = ["samples", "|G|^2", "tr(Sigma)", "share of tr(Sigma)", "undetermined"]
@@ -105,7 +105,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(
     picture = tmp_path / "picture.png"
     status, out, err = report(monkeypatch, capsys, run, "--plot", picture)
     assert status == 1
-    assert "install trainc[plots]" in err
+    assert "pip install trainc[plots]" in err
     assert "gns by layer" in out
     assert not picture.exists()
 
@@ -113,8 +113,8 @@ def test_a_picture_without_matplotlib_says_what_to_install(
 def test_a_real_run_records_what_the_report_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainc.runtime.noise_scale import figures as noise_figures
-    from trainc.runtime.storage.jsonl import read
+    from trainc.runtime.noise_scale.history import last_layers
+    from trainc.runtime.storage.jsonl import read_jsonl
 
     spec = tmp_path / "small.train"
     spec.write_text(
@@ -133,13 +133,13 @@ def test_a_real_run_records_what_the_report_shows(
     with pytest.raises(SystemExit) as left:
         main()
     assert not left.value.code
-    assert "scale of the model" in capsys.readouterr().out
-    records = [record for record in read(run / "metrics.jsonl") if "loss" in record]
-    layers = noise_figures.layers(records, "scale")
+    assert "scale of the whole model" in capsys.readouterr().out
+    records = [record for record in read_jsonl(run / "metrics.jsonl") if "loss" in record]
+    layers = last_layers(records, "scale")
     assert len(layers) == 5
     for layer in layers:
         if layer.signal > 0 and layer.noise > 0:
-            assert layer.scale == pytest.approx(layer.noise / layer.signal)
+            assert layer.noise_scale == pytest.approx(layer.noise / layer.signal)
     # All layers are averaged alike, so their parts add up to those of the clause.
     assert math.fsum(layer.noise for layer in layers) == pytest.approx(records[-1]["scale.noise"])
     assert math.fsum(layer.signal for layer in layers) == pytest.approx(records[-1]["scale.signal"])
@@ -148,7 +148,7 @@ def test_a_real_run_records_what_the_report_shows(
     for layer in layers:
         low, high = (series[f"scale.{end}"][layer.name] for end in ("low", "high"))
         assert 0 <= low < high
-        assert math.isnan(layer.scale) or low <= layer.scale <= high
+        assert math.isnan(layer.noise_scale) or low <= layer.noise_scale <= high
     calibrated = [record["step"] for record in records if "scale.point" in record]
     assert len(calibrated) == 3
     assert all("scale.slope_high" in records[number - 1] for number in calibrated)

@@ -101,9 +101,9 @@ def straight(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same_run(out: Path, straight: Path) -> None:
     assert (out / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     states = [
-        checkpoint.load(found)
+        checkpoint.load_checkpoint(found)
         for run in (out, straight)
-        if (found := checkpoint.latest(run / "checkpoints").path)
+        if (found := checkpoint.find_latest(run / "checkpoints").path)
     ]
     ours, theirs = (state["program"]["model"] for state in states)
     assert ours.keys() == theirs.keys()
@@ -124,7 +124,7 @@ def test_a_run_killed_at_several_points_ends_bit_equal(
 def test_sigterm_saves_and_leaves(spec: Path, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert stopped_by(signal.SIGTERM, spec, out, 9) == 143
-    found = checkpoint.latest(out / "checkpoints")
+    found = checkpoint.find_latest(out / "checkpoints")
     assert found.step is not None
     assert found.step >= 8
     assert run(spec, out, "--resume").returncode == 0

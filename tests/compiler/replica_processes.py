@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import trainc
 from trainc.compiler.errors import SiteError
-from trainc.runtime.noise_scale.action import Measure
+from trainc.runtime.noise_scale.action import NoiseScaleAction
 
 Batch = tuple[Tensor, Tensor]
 PROCESSES = 4
@@ -179,9 +179,9 @@ def calibrates(world: World) -> Any:
     clause = "noise_scale gns on type(LayerNorm) { calibrate = 5 steps, calibrate_examples = 2 }"
     program = world.program("ddp", clause)
     program.step(batch(world.rank, equal=False))
-    (measure,) = [a for a in program._machine.actions if isinstance(a, Measure)]
+    (measure,) = [a for a in program._machine.actions if isinstance(a, NoiseScaleAction)]
     assert measure.calibration is not None
-    return measure.calibration.total.estimate, measure.calibration.norms.estimate
+    return measure.calibration.whole_model.estimate, measure.calibration.measured.estimate
 
 
 def a_loss_that_is_nan(wrapper: str) -> Callable[[World], Any]:

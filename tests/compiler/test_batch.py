@@ -10,11 +10,12 @@ import torch
 
 import trainc
 from trainc.compiler.driver.train import train
-from trainc.runtime.schedule.clock import Clock, Duration
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
-from trainc.runtime.step.when_rules import Act, Rule, whole_micros
-from trainc.runtime.storage.jsonl import read
+from trainc.runtime.step.when_rules import Rule, RuleAction, round_to_micro_batches
+from trainc.runtime.storage.jsonl import read_jsonl
 
 STEPS = 24
 SPEC = """
@@ -61,7 +62,7 @@ def run(text: str, out: Path, **options: Any) -> list[dict[str, Any]]:
     source = out.with_suffix(".train")
     source.write_text(text)
     train(source, out, quiet=True, executor="module", **options)
-    return [line for line in read(out / "metrics.jsonl") if "loss" in line]
+    return [line for line in read_jsonl(out / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -194,21 +195,21 @@ def machine_of(rule: Rule) -> StepMachine:
     return made
 
 
-def rule_of(hold: Duration | None, cooldown: Duration | None, true_at: range = range(1000)) -> Rule:
+def rule_of(hold: TimeSpan | None, cooldown: TimeSpan | None, true_at: range = range(1000)) -> Rule:
     def condition(clock: Clock, values: object) -> bool:
         return clock.steps in true_at
 
-    return Rule("rule 1", "when x", condition, hold, [Act("save")], (), cooldown)
+    return Rule("rule 1", "when x", condition, hold, [RuleAction("save")], (), cooldown)
 
 
-def steps(amount: int) -> Duration:
-    return Duration(amount, "steps")
+def steps(amount: int) -> TimeSpan:
+    return TimeSpan(amount, "steps")
 
 
 def test_a_rule_rests_for_its_cooldown_after_it_fired() -> None:
     assert fired(rule_of(None, None), 5) == [0, 1, 2, 3, 4]
     assert fired(rule_of(None, steps(3)), 10) == [0, 3, 6, 9]
-    assert fired(rule_of(None, Duration(64, "tokens")), 6) == [0, 2, 4]
+    assert fired(rule_of(None, TimeSpan(64, "tokens")), 6) == [0, 2, 4]
 
 
 def test_a_resting_rule_does_not_look_so_a_hold_begins_after_it() -> None:
@@ -240,7 +241,7 @@ def test_a_cooldown_in_percent_is_a_part_of_the_run(tmp_path: Path) -> None:
 def test_a_rules_batch_lies_between_the_present_one_and_what_it_asks_for(micro: int) -> None:
     for present in range(micro, 12 * micro, micro):
         for wanted in (-3.0, 0.0, 0.5, 1.0, 3.9, 8.0, 9.0, 10.5, 27.99, 28.0, 1e6):
-            size = whole_micros(wanted, present, micro)
+            size = round_to_micro_batches(wanted, present, micro)
             assert size % micro == 0
             assert size >= micro
             if wanted >= micro:
@@ -252,7 +253,7 @@ def test_a_rules_batch_lies_between_the_present_one_and_what_it_asks_for(micro: 
 
 
 def asked(value: float, start: int = 8) -> tuple[Rule, StepMachine]:
-    performs = [Act("set", lambda clock, values: value)]
+    performs = [RuleAction("set", lambda clock, values: value)]
     rule = Rule("rule 1", "when x", lambda clock, values: True, None, performs)
     made = machine_of(rule)
     made.batch_size = start
@@ -272,7 +273,7 @@ def notes(machine: StepMachine, steps: int) -> list[str]:
 def test_a_rule_that_asks_for_less_than_a_micro_batch_more_moves_nothing_and_says_so_once() -> None:
     rule, made = asked(9)
     assert notes(made, 3) == [
-        "batch stays at 8 samples, whole micro-batches of 4, where 9 was asked for: when x"
+        "batch stays at 8 samples: 9 was wanted, rounded to micro-batches of 4: when x"
     ]
     assert made.batch_size == 8
     again, resumed = asked(9)

@@ -17,7 +17,7 @@ from trainc.compiler.graph.interface import Outputs
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.method.sites import NormSite, Rewrite
 from trainc.compiler.program.capture import CaptureFailed, capture, signature
-from trainc.runtime.data.batch import Batch, call
+from trainc.runtime.data.batch import Batch, compute_logits
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
 
 
 def eager(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor | None]]:
-    loss = LOSS(call(model, batch[0]), batch[1])
+    loss = LOSS(compute_logits(model, batch[0]), batch[1])
     names = dict(model.named_parameters())
     grads = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
     return loss.detach(), dict(zip(names, grads, strict=True))
@@ -421,7 +421,7 @@ def test_hugging_face_models_train_alike(name: str, kind: str) -> None:
     )
     torch.manual_seed(1)
     with mixed:
-        loss = LOSS(call(model, batch[0]), targets)
+        loss = LOSS(compute_logits(model, batch[0]), targets)
     want = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     with mixed:
         step = empty(model, batch)

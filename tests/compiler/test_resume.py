@@ -1,4 +1,4 @@
-"""Resuming under another spec: what fits goes on, the rest starts anew, and a note says so."""
+"""Resuming under another spec: what still holds is kept, the rest restarts, and a note says so."""
 
 import json
 import math
@@ -10,9 +10,10 @@ import torch
 
 import trainc
 from trainc.compiler.driver.train import train
-from trainc.runtime.noise_scale.action import Measure, Settings
-from trainc.runtime.noise_scale.resume import fitting
-from trainc.runtime.storage.jsonl import read
+from trainc.runtime.noise_scale.action import NoiseScaleAction
+from trainc.runtime.noise_scale.resume import match_state
+from trainc.runtime.noise_scale.settings import NoiseScaleSettings
+from trainc.runtime.storage.jsonl import read_jsonl
 
 MEASURE = "noise_scale gns on type(LayerNorm) { smooth = 4 steps, calibrate = 2 steps }"
 RULE = 'when gns > 1e9 { warn "large" }'
@@ -48,7 +49,7 @@ LONGER = HEAD.replace("12 steps", "20 steps")
 
 
 def last(folder: Path) -> dict[str, Any]:
-    return [line for line in read(folder / "run/metrics.jsonl") if "loss" in line][-1]
+    return [line for line in read_jsonl(folder / "run/metrics.jsonl") if "loss" in line][-1]
 
 
 @pytest.mark.parametrize(
@@ -56,12 +57,12 @@ def last(folder: Path) -> dict[str, Any]:
     [
         (
             MEASURE.replace("LayerNorm", "Linear"),
-            "the sum over layers, the calibration, 5 layers start anew; not measured any more:",
+            "the sum over layers, the calibration, 5 layers restart; no longer measured:",
         ),
-        (MEASURE.replace(", calibrate = 2 steps", ""), "not measured any more: the calibration"),
+        (MEASURE.replace(", calibrate = 2 steps", ""), "no longer measured: the calibration"),
         (MEASURE.replace("smooth", "geometry = sign, smooth").replace(", calibrate = 2 steps", ""),
-         "measured samples in sign geometry instead of samples in euclidean geometry: all of it starts anew"),
-        ("", "gns: not in the program any more"),
+         "now measures samples in sign geometry, not samples in euclidean geometry: all averages restart"),
+        ("", "gns: no longer in the program"),
     ],
 )  # fmt: skip
 def test_a_changed_measurement_goes_on_with_what_fits(
@@ -94,7 +95,7 @@ def test_what_cannot_be_taken_over_is_an_error_that_says_so(stopped: Path) -> No
         carry_out(text, stopped, "other", resume=True, accept=True)
     (found,) = caught.value.diagnostics
     assert found.rule == "resume-impossible"
-    assert "is not optimized here" in found.message
+    assert "which this clause does not optimize" in found.message
     assert "run { start = " in (found.help or "")
 
 
@@ -122,29 +123,29 @@ def test_the_refusal_writes_fields_as_a_spec_does(stopped: Path) -> None:
 
 
 def test_layers_that_stay_keep_their_averages() -> None:
-    settings = Settings(8.0, "samples")
-    before = Measure("gns", {"a": ("a.w",), "b": ("b.w",)}, settings)
-    for name, sums in before._sums().items():
+    settings = NoiseScaleSettings(8.0, "samples")
+    before = NoiseScaleAction("gns", {"a": ("a.w",), "b": ("b.w",)}, settings)
+    for name, sums in before.averages().items():
         sums.load([1.0 + len(name)] * sums.SIZE)
-    after = Measure("gns", {"b": ("b.w",), "c": ("c.w",)}, settings)
+    after = NoiseScaleAction("gns", {"b": ("b.w",), "c": ("c.w",)}, settings)
     said = after.load_compatible(before.state_dict())
-    assert said == ("gns: the sum over layers, 1 layer start anew; not measured any more: `a`")
+    assert said == ("gns: the sum over layers, 1 layer restart; no longer measured: `a`")
     assert after.layers["b"].state() == before.layers["b"].state()
     assert not any(after.layers["c"].state())
     assert not any(after.total.state())
-    with pytest.raises(ValueError, match="gns: the checkpoint measured something else"):
+    with pytest.raises(ValueError, match="gns: the checkpoint has other measurements"):
         after.load_state_dict(before.state_dict())
 
 
 def test_figures_of_another_kind_do_not_go_on() -> None:
-    state = {"what": "documents in euclidean geometry", "total": torch.zeros(3)}
-    assert fitting(state, {"total": 3}, "samples in euclidean geometry") == (
+    state = {"quantity": "documents in euclidean geometry", "total": torch.zeros(3)}
+    assert match_state(state, {"total": 3}, "samples in euclidean geometry") == (
         {},
-        "measured samples in euclidean geometry instead of documents in euclidean geometry: all of it starts anew",
+        "now measures samples in euclidean geometry, not documents in euclidean geometry: all averages restart",
     )
     assert (
-        fitting({"total": torch.zeros(3)}, {"total": 4}, "x")[1]
-        == "the sum over layers starts anew"
+        match_state({"total": torch.zeros(3)}, {"total": 4}, "x")[1]
+        == "the sum over layers restarts"
     )
 
 
@@ -153,8 +154,8 @@ def test_a_sum_that_starts_anew_begins_as_one_of_a_fresh_run_does() -> None:
     from trainc.runtime.schedule.clock import Clock
     from trainc.runtime.step.record import Signals, Step
 
-    late = Measure("gns", {"a": ("a.w",)}, Settings(100.0, "samples"))
+    late = NoiseScaleAction("gns", {"a": ("a.w",)}, NoiseScaleSettings(100.0, "samples"))
     step = Step(Clock(steps=500, samples=4000), {}, Signals(), 8, 8, samples=8)
     assert late._elapsed(step) == 8
     assert late.position == 4008
-    assert math.isnan(late.total.scale())
+    assert math.isnan(late.total.noise_scale())

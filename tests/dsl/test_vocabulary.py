@@ -30,7 +30,7 @@ from trainc.dsl.text.vocabulary import (
 )
 from trainc.dsl.values.durations import UNITS
 from trainc.dsl.values.functions import FUNCTIONS
-from trainc.runtime.schedule import clock, expressions, functions
+from trainc.runtime.schedule import clock, expressions, functions, operations, time_span
 from trainc.runtime.step.action import Phase
 
 ROOT = Path(__file__).parents[2]
@@ -66,25 +66,25 @@ def test_the_phases_are_those_of_the_step() -> None:
 
 
 def test_the_clock_counts_what_durations_are_in() -> None:
-    assert expressions.COUNTERS == COUNTERS
-    assert clock.UNITS == UNITS == (*COUNTERS, "run")
+    assert clock.COUNTERS == COUNTERS
+    assert time_span.UNITS == UNITS == (*COUNTERS, "run")
     assert clock.Clock().counters().keys() == set(COUNTERS)
 
 
 def test_the_functions_are_those_of_the_runtime() -> None:
     schedules = {name: f for name, f in FUNCTIONS.items() if f.schedule}
-    assert schedules.keys() == functions.PIECES.keys()
+    assert schedules.keys() == functions.SCHEDULE_FUNCTIONS.keys()
     for name, function in schedules.items():
-        piece = functions.PIECES[name]
+        piece = functions.SCHEDULE_FUNCTIONS[name]
         assert dict(function.arguments) == dict(piece.arguments), name
         assert function.positional == piece.positional, name
         assert list(function.arguments)[: function.required] == list(piece.required), name
-    assert FUNCTIONS.keys() - schedules.keys() == expressions.MATHS.keys()
+    assert FUNCTIONS.keys() - schedules.keys() == operations.MATHS.keys()
 
 
 def test_shapes_states_and_signals_are_those_of_the_runtime() -> None:
     assert set(SHAPES) == set(functions.SHAPES)
-    assert set(STATES) == set(expressions.STATES)
+    assert set(STATES) == set(operations.STATES)
     assert set(expressions.SIGNAL_UNITS) <= set(SIGNALS)
     assert set(ASSIGNABLE) <= set(SIGNALS)
 

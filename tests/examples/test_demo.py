@@ -13,7 +13,7 @@ from examples.demo import EXAMPLES, WITH, WITHOUT, Trained
 from trainc.compiler.driver.compile import resolve_spec
 from trainc.dsl.resolve.spec import Spec
 from trainc.runtime.run.summary import Summary
-from trainc.runtime.storage.jsonl import Record, read
+from trainc.runtime.storage.jsonl import Record, read_jsonl
 
 SHORT = {"pretrain": {"length": "12 steps"}, "finetune": {"length": "6 steps"}}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -127,4 +127,4 @@ def ended(folder: Path, eval_losses: list[float], seconds: float) -> Trained:
 
 
 def records(folder: Path) -> list[Record]:
-    return [record for record in read(folder / "metrics.jsonl") if "loss" in record]
+    return [record for record in read_jsonl(folder / "metrics.jsonl") if "loss" in record]

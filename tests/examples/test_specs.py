@@ -11,7 +11,7 @@ import pytest
 import trainc
 from trainc.cli.fmt import format_files
 from trainc.compiler.driver.train import train
-from trainc.runtime.storage.jsonl import read
+from trainc.runtime.storage.jsonl import read_jsonl
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECS = sorted(EXAMPLES.glob("*.train"))
@@ -30,7 +30,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
-    return [record for record in read(folder / "metrics.jsonl") if "loss" in record]
+    return [record for record in read_jsonl(folder / "metrics.jsonl") if "loss" in record]
 
 
 @every_spec

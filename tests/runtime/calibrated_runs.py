@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trainc.runtime.noise_scale.averages import Averages
 from trainc.runtime.noise_scale.calibration import Calibration
-from trainc.runtime.noise_scale.estimate import Estimate, Reading
+from trainc.runtime.noise_scale.estimate import Estimate, IntervalEstimate
 
 NORMS, REST = 20, 100
 """Weights of the norm layers, and all others, each with noise of variance 1."""
@@ -20,8 +20,8 @@ Squares = Callable[[float], tuple[float, float]]
 class Outcome:
     """What a run ended with: the prediction, the slope, and the noise scales over the window, as they are in truth."""
 
-    total: Reading
-    slope: Reading
+    total: IntervalEstimate
+    slope: IntervalEstimate
     true_total: float
     true_norms: float
 
@@ -63,6 +63,6 @@ def simulate(
             y = estimated(generator, rest, REST, of)
             passed = decay if step == 0 else decay**every
             calibration.add(Estimate(*x), Estimate(x[0] + y[0], x[1] + y[1]), passed)
-    scale, error = norms.scale(), norms.error()
+    scale, error = norms.noise_scale(), norms.standard_error()
     total, slope = calibration.predict(scale, 0.9, error), calibration.slope(0.9)
     return Outcome(total, slope, float(truth[3] / truth[2]), float(truth[1] / truth[0]))

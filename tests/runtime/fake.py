@@ -18,17 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trainc.kernels.library import atomic
 from trainc.runtime.data.batch import Batch
-from trainc.runtime.run.interface import Report
+from trainc.runtime.run.interface import StepReport
 from trainc.runtime.run.loop import train
-from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, UnitConversion
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import compile_schedule
+from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.action import StopRun
-from trainc.runtime.storage import checkpoint
 
 SAMPLES, WIDTH = 50, 6
 LENGTH = RunLength(20, "steps")
-EVALUATE, SAVE = Gate(every=Duration(4, "steps")), Gate(every=Duration(6, "steps"))
+EVALUATE, SAVE = Gate(every=TimeSpan(4, "steps")), Gate(every=TimeSpan(6, "steps"))
 
 
 class Points:
@@ -146,11 +149,11 @@ class FakeProgram:
 class ReportingProgram(FakeProgram):
     """A program that also reports: figures by layer, a note and a request to save at step 3."""
 
-    def report(self) -> Report:
+    def report(self) -> StepReport:
         norms = {str(i): float(layer.weight.detach().norm()) for i, layer in self.layers().items()}
         here = self.clock.steps == 3
         stop = "reported" if self.clock.steps == 15 else None
-        return Report({"norm": norms}, ("step three",) if here else (), save=here, stop=stop)
+        return StepReport({"norm": norms}, ("step three",) if here else (), save=here, stop=stop)
 
     def layers(self) -> dict[int, nn.Linear]:
         return {i: m for i, m in enumerate(self.module) if isinstance(m, nn.Linear)}
@@ -176,7 +179,7 @@ def main() -> int:
 
 def kill_in_save(calls: int) -> None:
     """Kill this process in the midst of saving: at the given call that reaches the disk."""
-    sync = checkpoint._sync
+    sync = atomic.sync
     left = [calls]
 
     def count(path: Path) -> None:
@@ -185,7 +188,7 @@ def kill_in_save(calls: int) -> None:
         left[0] -= 1
         sync(path)
 
-    checkpoint._sync = count
+    atomic.sync = count
 
 
 if __name__ == "__main__":

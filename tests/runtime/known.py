@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainc.runtime.noise_scale.estimate import Spread
+from trainc.runtime.noise_scale.estimate import Uncertainty
 
 # G and the diagonal of Sigma^(1/2); |G|^2 = 6 and tr(Sigma) = 14.
 MEAN = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
@@ -21,18 +21,18 @@ def gradients(steps: int, examples: int, seed: int, mean: float = 1.0) -> Tensor
     return mean * MEAN + DEVIATION * noise
 
 
-def squares(contributions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sq_norms(contributions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return |c_b|^2 and c_b . G, (B, steps), and |G|^2 (steps,), of contributions (steps, B, n)."""
-    whole = contributions.sum(1)
-    dots = torch.einsum("sbn,sn->bs", contributions, whole)
-    return contributions.square().sum(2).T, dots, whole.square().sum(1)
+    batch = contributions.sum(1)
+    dots = torch.einsum("sbn,sn->bs", contributions, batch)
+    return contributions.square().sum(2).T, dots, batch.square().sum(1)
 
 
-def spreads() -> st.SearchStrategy[Spread]:
-    """Return a strategy of spreads: any variances, correlation and degrees of freedom."""
+def uncertainties() -> st.SearchStrategy[Uncertainty]:
+    """Return a strategy of uncertainties: any variances, correlation and degrees of freedom."""
     deviations = st.floats(1e-3, 10)
     return st.builds(
-        lambda s, n, r, f: Spread(s * s, n * n, r * s * n, f),
+        lambda s, n, r, f: Uncertainty(s * s, n * n, r * s * n, f),
         deviations,
         deviations,
         st.floats(-1, 1),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
+from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.schedules import compile_condition, compile_schedule
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 
 BATCH, TOKENS, EPOCH = 32, 128, 6400
 UNITS = UnitConversion(BATCH, TOKENS, EPOCH)

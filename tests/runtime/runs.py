@@ -11,7 +11,7 @@ from tests.runtime.fake import FakeData, FakeProgram
 from trainc.runtime.run.loop import train
 from trainc.runtime.run.summary import Summary
 from trainc.runtime.storage import checkpoint
-from trainc.runtime.storage.jsonl import read
+from trainc.runtime.storage.jsonl import read_jsonl
 
 
 def run(
@@ -28,9 +28,9 @@ def run(
 
 def outcome(out: Path) -> tuple[bytes, dict[str, Any]]:
     """Return what two equal runs share: the metrics, byte for byte, and the last state."""
-    path = checkpoint.latest(out / "checkpoints").path
+    path = checkpoint.find_latest(out / "checkpoints").path
     assert path is not None
-    return (out / "metrics.jsonl").read_bytes(), checkpoint.load(path)
+    return (out / "metrics.jsonl").read_bytes(), checkpoint.load_checkpoint(path)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -50,4 +50,4 @@ def assert_equal_runs(left: Path, right: Path) -> None:
 
 
 def events(out: Path) -> list[str]:
-    return [record["event"] for record in read(out / "events.jsonl")]
+    return [record["event"] for record in read_jsonl(out / "events.jsonl")]

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, UnitConversion
-from trainc.runtime.schedule.timeline import moments
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.timeline import counters_under_ramp
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.batch_policy import BatchPolicy, Bounds, Follow, Ramp, SignalNoise
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
@@ -45,8 +48,8 @@ def follow(signal: Observed, bounds: Bounds, grain: int, **options: object) -> F
 
 
 def ramp(ends: tuple[int, int] = (16, 120), micro: int = 8, over: int = 10**6, at: int = 0) -> Ramp:
-    begun = Duration(at, "tokens") if at else None
-    return Ramp("data", "ramp", ends, micro, Duration(over, "tokens"), begun)
+    begun = TimeSpan(at, "tokens") if at else None
+    return Ramp("data", "ramp", ends, micro, TimeSpan(over, "tokens"), begun)
 
 
 @given(st.integers(0, 2_219_950_080))
@@ -90,7 +93,7 @@ def test_a_ramp_may_fall() -> None:
 def test_where_a_run_is_under_a_ramp_is_counted_step_by_step() -> None:
     made, length = ramp(over=60_000), RunLength(100_000, "tokens")
     units = UnitConversion(16, TOKENS, 500)
-    rows = moments(made.at, units, length, [i / 20 for i in range(21)])
+    rows = counters_under_ramp(made.at, units, length, [i / 20 for i in range(21)])
     clock, expected, parts = Clock(samples_per_epoch=500), [], [i / 20 for i in range(21)]
     while parts:
         if clock.tokens >= parts[0] * 100_000:
@@ -104,14 +107,16 @@ def test_where_a_run_is_under_a_ramp_is_counted_step_by_step() -> None:
 
 def test_a_run_in_steps_has_its_tokens_told_too() -> None:
     made = ramp(over=60_000)
-    (row,) = moments(made.at, UnitConversion(16, TOKENS), RunLength(150, "steps"), [1.0])
+    (row,) = counters_under_ramp(
+        made.at, UnitConversion(16, TOKENS), RunLength(150, "steps"), [1.0]
+    )
     assert row["samples"] == sum(sizes(made, 150))
     assert row["epochs"] is None
 
 
-def test_a_run_in_seconds_has_no_steps_to_tell() -> None:
-    with pytest.raises(ValueError, match="not known how many steps"):
-        moments(ramp().at, UnitConversion(16, TOKENS), RunLength(60, "seconds"), [1.0])
+def test_a_run_in_seconds_has_an_unknown_number_of_steps() -> None:
+    with pytest.raises(ValueError, match="cannot be converted to steps"):
+        counters_under_ramp(ramp().at, UnitConversion(16, TOKENS), RunLength(60, "seconds"), [1.0])
 
 
 # Following
@@ -146,7 +151,7 @@ def test_every_size_is_inside_the_bounds_and_every_change_is_wanted(values: list
 
 def test_it_changes_once_in_every() -> None:
     signal = series([16.0, 64.0, 16.0, 16.0, 16.0, 64.0])
-    made = follow(signal, Bounds(16, 64, 16), 16, every=Duration(3, "steps"))
+    made = follow(signal, Bounds(16, 64, 16), 16, every=TimeSpan(3, "steps"))
     assert sizes(made, 8) == [16, 64, 64, 64, 16, 16, 16, 64]
 
 
@@ -180,7 +185,7 @@ def test_the_rule_is_the_published_one_in_micro_batches(values: list[float]) -> 
 
 
 def test_it_looks_when_its_gate_says() -> None:
-    gate = Gate(start=Duration(4, "steps"), every=Duration(3, "steps"))
+    gate = Gate(start=TimeSpan(4, "steps"), every=TimeSpan(3, "steps"))
     signal = series([36.0, 36.0, 36.0, 36.0, 3.6, 36.0, 36.0, 7.2 * 5, 72.0])
     assert sizes(signal_noise(signal, gate), 11) == [16] * 7 + [104] * 3 + [200]
 
@@ -191,10 +196,10 @@ def test_it_looks_when_its_gate_says() -> None:
 def policies() -> dict[str, BatchPolicy]:
     rng = np.random.default_rng(0)
     signal = series([math.nan, *rng.uniform(10, 300, 60).tolist()])
-    gate = Gate(start=Duration(5, "steps"), every=Duration(4, "steps"))
+    gate = Gate(start=TimeSpan(5, "steps"), every=TimeSpan(4, "steps"))
     return {
         "ramp": ramp(over=20_000),
-        "follow": follow(signal, Bounds(16, 256, 8), 16, every=Duration(3000, "tokens")),
+        "follow": follow(signal, Bounds(16, 256, 8), 16, every=TimeSpan(3000, "tokens")),
         "signal_noise": signal_noise(series([*range(5, 65)]), gate),
     }
 

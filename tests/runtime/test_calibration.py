@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.runtime.calibrated_runs import NORMS, REST, Outcome, Squares, simulate
 from trainc.runtime.noise_scale.calibration import Calibration
-from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate, student
+from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate
+from trainc.runtime.noise_scale.interval import student_t_quantile
 
 Row = tuple[float, float, float, float]
 
@@ -42,12 +43,14 @@ def test_the_slope_is_the_quotient_of_weighted_least_squares_slopes_of_either_pa
         )[0][0]
         for i in (0, 1)
     )
-    assert found.slope().scale == pytest.approx(noise / signal, rel=1e-12)
-    assert found.predict(7.0).scale == pytest.approx(7 * noise / signal, rel=1e-12)
-    scales = found.total.scale() / found.norms.scale()
-    assert found.slope().scale == pytest.approx(scales, rel=1e-12)
-    assert found.points == 9
-    assert found.independent == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-12)
+    assert found.slope().value == pytest.approx(noise / signal, rel=1e-12)
+    assert found.predict(7.0).value == pytest.approx(7 * noise / signal, rel=1e-12)
+    scales = found.whole_model.noise_scale() / found.measured.noise_scale()
+    assert found.slope().value == pytest.approx(scales, rel=1e-12)
+    assert found.count == 9
+    assert found.effective_count == pytest.approx(
+        weights.sum() ** 2 / (weights**2).sum(), rel=1e-12
+    )
 
 
 def test_its_error_is_the_scatter_about_both_lines() -> None:
@@ -60,10 +63,10 @@ def test_its_error_is_the_scatter_about_both_lines() -> None:
     assert weights @ deviation == pytest.approx(0, abs=1e-12)
     share = float((weights**2).sum())
     variance = float(weights @ deviation**2) * share / (1 - share)
-    t = student(0.95, 1 / share - 1)
+    t = student_t_quantile(0.95, 1 / share - 1)
     slope = found.slope(0.95)
     for end, sign in ((slope.low, 1), (slope.high, -1)):
-        assert slope.scale / end == pytest.approx(1 + sign * t * math.sqrt(variance), rel=1e-9)
+        assert slope.value / end == pytest.approx(1 + sign * t * math.sqrt(variance), rel=1e-9)
     norms, total = (relative[:, i + 1] - relative[:, i] for i in (0, 2))
     products = [weights @ (a * b) for a, b in ((norms, total), (norms, norms), (total, total))]
     expected = products[0] / math.sqrt(products[1] * products[2])
@@ -72,10 +75,10 @@ def test_its_error_is_the_scatter_about_both_lines() -> None:
 
 def test_an_uncertain_norm_noise_scale_widens_the_prediction() -> None:
     found = calibrated(some_rows(20))
-    sure, unsure = found.predict(14.0), found.predict(14.0, error=2.0)
-    assert sure.scale == unsure.scale
-    t = student(0.9, found.independent - 1)
-    margins = [(one.scale / one.low - 1) / t for one in (sure, unsure)]
+    sure, unsure = found.predict(14.0), found.predict(14.0, standard_error=2.0)
+    assert sure.value == unsure.value
+    t = student_t_quantile(0.9, found.effective_count - 1)
+    margins = [(one.value / one.low - 1) / t for one in (sure, unsure)]
     assert margins[1] ** 2 - margins[0] ** 2 == pytest.approx((2 / 14) ** 2, rel=1e-9)
 
 
@@ -84,7 +87,7 @@ def test_noise_and_trends_that_both_share_do_not_count() -> None:
     rows = [(s, n, 3 * s, 5 * n) for s, n, *_ in some_rows(8)]
     rows = [(0.5**i * s, n, 0.5**i * t, m) for i, (s, n, t, m) in enumerate(rows)]
     slope = calibrated(rows).slope()
-    assert (slope.low, slope.scale, slope.high) == pytest.approx((5 / 3,) * 3, rel=1e-6)
+    assert (slope.low, slope.value, slope.high) == pytest.approx((5 / 3,) * 3, rel=1e-6)
 
 
 CONSTANT: Squares = lambda part: (1.0, 3.0)  # noqa: E731
@@ -104,7 +107,7 @@ def test_the_interval_holds_the_truth_of_the_window(name: str) -> None:
     assert held > 0.9 - margin
     if name == "constant":
         assert held < 0.9 + margin
-    errors = [math.log(run.total.scale / run.true_total) for run in runs]
+    errors = [math.log(run.total.value / run.true_total) for run in runs]
     assert abs(float(np.median(errors))) < 0.03
     assert float(np.sqrt(np.mean(np.square(errors)))) < 0.16
     assert float(np.median([run.total.high / run.total.low for run in runs])) < 2
@@ -117,10 +120,10 @@ def test_a_first_step_unlike_the_others_is_forgotten() -> None:
         return (100.0, 20.0) if part == 0 else (1.0, 3.0)
 
     early = [simulate(squares, seed, steps=80) for seed in range(40)]
-    assert all(run.held or math.isnan(run.total.scale) for run in early)
-    assert all(math.isnan(run.total.scale) or run.slope.high < math.inf for run in early)
+    assert all(run.held or math.isnan(run.total.value) for run in early)
+    assert all(math.isnan(run.total.value) or run.slope.high < math.inf for run in early)
     late = [simulate(squares, seed, steps=500) for seed in range(40)]
-    errors = [math.log(run.total.scale / run.true_total) for run in late]
+    errors = [math.log(run.total.value / run.true_total) for run in late]
     assert abs(float(np.median(errors))) < 0.05
     assert max(map(abs, errors)) < 0.4
     assert sum(run.held for run in late) >= 0.8 * len(late)
@@ -130,14 +133,14 @@ def test_a_first_step_unlike_the_others_is_forgotten() -> None:
 def test_too_few_or_too_noisy_calibrations_give_no_number() -> None:
     """With |G|^2 a tenth of its error nothing bounds the slope: undetermined, not a number with [0, inf]."""
     runs: list[Outcome] = [simulate(lambda part: (0.05, 0.1), seed) for seed in range(60)]
-    unknown = [run for run in runs if math.isnan(run.total.scale)]
+    unknown = [run for run in runs if math.isnan(run.total.value)]
     assert len(unknown) > 50
     for run in unknown:
-        assert not run.total.determined
+        assert run.total.reason
         assert not math.isfinite(run.total.high)
     few = calibrated(some_rows(1)).slope()
-    assert math.isnan(few.scale)
-    assert few.reason == "1 of 1 calibrations had finite gradients to compare, a slope needs two"
+    assert math.isnan(few.value)
+    assert few.reason == "a slope needs two calibrations with finite gradients; 1 of 1 had them"
 
 
 @given(
@@ -150,11 +153,11 @@ def test_an_interval_is_above_zero_and_holds_its_number(
     rows: list[Row], decay: float, norms: float, error: float
 ) -> None:
     found = calibrated(rows, decay)
-    for reading in (found.slope(), found.predict(norms, error=error)):
-        if reading.determined:
-            assert 0 < reading.low <= reading.scale <= reading.high < math.inf
+    for reading in (found.slope(), found.predict(norms, standard_error=error)):
+        if not reading.reason:
+            assert 0 < reading.low <= reading.value <= reading.high < math.inf
         else:
-            assert math.isnan(reading.scale)
+            assert math.isnan(reading.value)
             assert math.isnan(reading.low) or (reading.low >= 0 and reading.high == math.inf)
 
 
@@ -164,17 +167,17 @@ def test_what_is_undetermined_says_why() -> None:
     assert math.isnan(calibration.correlation)
     calibration.add(UNDETERMINED, Estimate(1.0, 8.0), 0.9)
     calibration.add(Estimate(1.0, math.inf), Estimate(1.0, 8.0), 0.9)
-    said = "0 of 2 calibrations had finite gradients to compare, a slope needs two"
+    said = "a slope needs two calibrations with finite gradients; 0 of 2 had them"
     assert calibration.predict(5.0).reason == said
     for norms in (math.nan, -1.0, 0.0, math.inf):
-        reason = "the noise scale of the norm layers is undetermined"
+        reason = "the noise scale of the measured layers is undetermined"
         assert calibrated(some_rows(9)).predict(norms).reason == reason
     negative = calibrated([(1.0, 5.0, -1.0, 9.0)] * 3)
     assert negative.slope().reason == (
         "|G|^2 of the whole model is not above zero over 3 calibrations"
     )
     apart = calibrated([(1.0, 5.0, 0.1, 9.0), (1.0, 5.0, 3.0, 9.0)])
-    assert apart.slope().reason == "2 calibrations, too few or too noisy to bound it from above"
+    assert apart.slope().reason == "2 calibrations are too few or too noisy for an upper bound"
     assert apart.slope().high == math.inf
 
 

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.schedule.clock import Clock, Duration, Gate, RunLength, Unit, UnitConversion
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.schedule.time_span import TimeSpan, Unit
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 
 UNITS = UnitConversion(samples_per_step=32, tokens_per_sample=128, samples_per_epoch=3200)
 LENGTH = RunLength(2000, "steps")
@@ -68,22 +71,22 @@ def test_its_state_is_json_and_restores_the_clock_before_too() -> None:
     ],
 )
 def test_durations_convert(amount: float, unit: Unit, wanted: Unit, expected: float) -> None:
-    assert UNITS.convert(Duration(amount, unit), wanted, LENGTH) == expected
+    assert UNITS.convert(TimeSpan(amount, unit), wanted, LENGTH) == expected
 
 
 def test_a_fraction_of_the_run_is_a_whole_number_of_steps_where_it_should_be() -> None:
     length = RunLength(100, "steps")
     assert 0.07 * 100 != 7
-    assert UNITS.convert(Duration(0.07, "run"), "steps", length) == 7
+    assert UNITS.convert(TimeSpan(0.07, "run"), "steps", length) == 7
 
 
 @pytest.mark.parametrize(
     ("units", "unit", "wanted", "missing"),
     [
-        (UnitConversion(), "steps", "samples", "the batch size is not known"),
+        (UnitConversion(), "steps", "samples", "the batch size is unknown"),
         (UnitConversion(samples_per_step=2), "steps", "tokens", "tokens per sample"),
         (UnitConversion(samples_per_step=2), "epochs", "steps", "samples per epoch"),
-        (UNITS, "seconds", "steps", "how long a step takes"),
+        (UNITS, "seconds", "steps", "the time of a step"),
         (UNITS, "run", "steps", "the run has no length"),
     ],
 )
@@ -91,13 +94,13 @@ def test_what_cannot_be_converted_says_what_is_missing(
     units: UnitConversion, unit: Unit, wanted: Unit, missing: str
 ) -> None:
     with pytest.raises(ValueError, match=missing):
-        units.convert(Duration(1, unit), wanted)
+        units.convert(TimeSpan(1, unit), wanted)
 
 
 @pytest.mark.parametrize("amount", [-1, float("nan"), float("inf")])
 def test_a_duration_is_finite_and_not_negative(amount: float) -> None:
-    with pytest.raises(ValueError, match="a duration is a finite number"):
-        Duration(amount, "steps")
+    with pytest.raises(ValueError, match="expected a finite number"):
+        TimeSpan(amount, "steps")
 
 
 def test_epochs_cannot_be_read_without_their_size() -> None:
@@ -113,11 +116,11 @@ def test_progress_ends_at_one() -> None:
 
 
 def test_a_gate_in_steps_is_due_at_the_start_and_every_n() -> None:
-    assert fired(Gate(every=Duration(3, "steps")), [1] * 9) == [0, 3, 6, 9]
+    assert fired(Gate(every=TimeSpan(3, "steps")), [1] * 9) == [0, 3, 6, 9]
 
 
 def test_a_gate_counts_from_its_start_and_ends_before_its_stop() -> None:
-    gate = Gate(Duration(2, "steps"), Duration(8, "steps"), Duration(3, "steps"))
+    gate = Gate(TimeSpan(2, "steps"), TimeSpan(8, "steps"), TimeSpan(3, "steps"))
     assert fired(gate, [1] * 12) == [2, 5]
 
 
@@ -127,29 +130,29 @@ def test_a_gate_without_bounds_is_always_due() -> None:
 
 def test_a_gate_in_samples_is_due_when_a_multiple_is_crossed() -> None:
     # Samples before each step: 0 4 8 12 32 52 54
-    assert fired(Gate(every=Duration(10, "samples")), [4, 4, 4, 20, 20, 2]) == [0, 3, 4, 5]
+    assert fired(Gate(every=TimeSpan(10, "samples")), [4, 4, 4, 20, 20, 2]) == [0, 3, 4, 5]
 
 
 def test_a_gate_in_parts_of_an_epoch_is_due_on_the_step_of_the_multiple() -> None:
     # 0.1 epochs are 10 samples; 0.3 / 0.1 is below 3 in floating point.
-    assert fired(Gate(every=Duration(0.1, "epochs")), [5] * 8) == [0, 2, 4, 6, 8]
+    assert fired(Gate(every=TimeSpan(0.1, "epochs")), [5] * 8) == [0, 2, 4, 6, 8]
 
 
 def test_a_gate_with_a_start_in_another_unit_is_due_at_the_start() -> None:
     units = UnitConversion(samples_per_step=10, samples_per_epoch=100)
-    gate = Gate.resolve(units, None, Duration(0.5, "epochs"), None, Duration(2, "steps"))
+    gate = Gate.resolve(units, None, TimeSpan(0.5, "epochs"), None, TimeSpan(2, "steps"))
     assert fired(gate, [10] * 9) == [5, 7, 9]
 
 
 def test_a_gate_needs_its_fractions_resolved() -> None:
     with pytest.raises(ValueError, match=r"Gate\.resolve"):
-        Gate(every=Duration(0.1, "run"))
-    gate = Gate.resolve(UNITS, LENGTH, Duration(0.1, "run"), None, Duration(0.05, "run"))
-    assert gate == Gate(Duration(200, "steps"), None, Duration(100, "steps"))
+        Gate(every=TimeSpan(0.1, "run"))
+    gate = Gate.resolve(UNITS, LENGTH, TimeSpan(0.1, "run"), None, TimeSpan(0.05, "run"))
+    assert gate == Gate(TimeSpan(200, "steps"), None, TimeSpan(100, "steps"))
 
 
 def test_a_gate_is_json_both_ways() -> None:
-    gate = Gate(Duration(2, "steps"), None, Duration(3, "steps"))
+    gate = Gate(TimeSpan(2, "steps"), None, TimeSpan(3, "steps"))
     assert Gate.from_json(json.loads(json.dumps(gate.to_json()))) == gate
 
 
@@ -161,7 +164,7 @@ def test_a_gate_is_json_both_ways() -> None:
 def test_a_gate_is_due_once_for_all_multiples_a_step_crosses(
     batches: list[int], start: int, every: int
 ) -> None:
-    gate = Gate(Duration(start, "samples"), None, Duration(every, "samples"))
+    gate = Gate(TimeSpan(start, "samples"), None, TimeSpan(every, "samples"))
     seen = clocks(batches)
     expected = [0] if start == 0 else []
     for earlier, later in pairwise(seen):

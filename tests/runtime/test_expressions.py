@@ -18,7 +18,7 @@ from tests.runtime.notation import (
     percent,
     values,
 )
-from trainc.runtime.schedule.expressions import names
+from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.schedules import compile_condition
 
 
@@ -75,7 +75,7 @@ def test_a_batch_is_bounded_in_samples_or_in_tokens() -> None:
 
 
 def test_a_number_is_no_condition() -> None:
-    with pytest.raises(ValueError, match="where a condition such as"):
+    with pytest.raises(ValueError, match="expected a condition such as"):
         compile_condition(number(1), UNITS, LENGTH)
 
 
@@ -85,5 +85,5 @@ def test_names_lists_what_an_expression_reads() -> None:
         [">", name("gns"), ["*", number(2), name("batch")]],
         ["<", name("steps"), 3],
     ]
-    assert set(names(expression)) == {"gns", "batch"}
-    assert set(names(call("linear", to=name("depth")))) == {"depth"}
+    assert set(names_read(expression)) == {"gns", "batch"}
+    assert set(names_read(call("linear", to=name("depth")))) == {"depth"}

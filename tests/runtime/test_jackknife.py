@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.runtime import known
-from trainc.runtime.noise_scale.estimate import Estimate, Spread, ratio_interval
-from trainc.runtime.noise_scale.estimators import UNDETERMINED, noise_scale_from_contributions
-from trainc.runtime.noise_scale.geometry import l1_squares
-from trainc.runtime.noise_scale.jackknife import Jackknife, jackknife, jackknives
+from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate, Uncertainty
+from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
+from trainc.runtime.noise_scale.geometry import l1_estimate
+from trainc.runtime.noise_scale.interval import ratio_interval
+from trainc.runtime.noise_scale.jackknife import Jackknife, jackknife
 
 CASES = json.loads((Path(__file__).parents[1] / "reference/noise_scale.json").read_text())["cases"]
 TINY = CASES["tiny_transformer_ln"]
@@ -78,28 +79,28 @@ def of_norms(shares: dict[str, Tensor]) -> Tensor:
 
 def test_published_errors_of_a_transformer(tiny: dict[str, Tensor]) -> None:
     sets = {"total": torch.cat(list(tiny.values()), 1), "norm_only": of_norms(tiny)}
-    columns = [known.squares(shares[None]) for shares in sets.values()]
-    squares, dots = (torch.cat([c[i] for c in columns], 1) for i in (0, 1))
-    found = jackknives(squares, dots, torch.cat([c[2] for c in columns]), sixth())
+    columns = [known.sq_norms(shares[None]) for shares in sets.values()]
+    sq_norms, dots = (torch.cat([c[i] for c in columns], 1) for i in (0, 1))
+    found = jackknife(sq_norms, dots, torch.cat([c[2] for c in columns]), sixth())
     for key, one in zip(sets, found, strict=True):
         expected = TINY["outputs"][key]
-        assert one.estimate.scale == pytest.approx(expected["gns"], rel=1e-10)
-        assert one.error == pytest.approx(expected["jackknife_se_gns"], rel=1e-10)
+        assert one.estimate.noise_scale == pytest.approx(expected["gns"], rel=1e-10)
+        assert one.standard_error == pytest.approx(expected["jackknife_se_gns"], rel=1e-10)
 
 
 def test_published_estimates_of_every_parameter(tiny: dict[str, Tensor]) -> None:
     for name, expected in TINY["outputs"]["per_param"].items():
-        squares, dots, s_big = known.squares(tiny[name][None])
-        assert squares[:, 0].mul(36).tolist() == pytest.approx(expected["pe_sqnorm"], rel=1e-10)
-        estimate = jackknife(squares[:, 0], dots[:, 0], s_big[0], sixth()).estimate
+        sq_norms, dots, batch = known.sq_norms(tiny[name][None])
+        assert sq_norms[:, 0].mul(36).tolist() == pytest.approx(expected["pe_sqnorm"], rel=1e-10)
+        estimate = jackknife(sq_norms, dots, batch, sixth())[0].estimate
         assert estimate == pytest.approx((expected["gtg"], expected["trsigma"]), rel=1e-10)
 
 
 def test_the_published_l1_noise_scale(tiny: dict[str, Tensor]) -> None:
     shares = of_norms(tiny)
-    found = l1_squares(shares, shares.sum(0), sixth())
+    found = l1_estimate(shares, shares.sum(0), sixth())
     expected = TINY["outputs"]["norm_only"]["l1_gns_plugin"]
-    assert found.scale == pytest.approx(expected, rel=1e-10)
+    assert found.noise_scale == pytest.approx(expected, rel=1e-10)
 
 
 def by_hand(gradients: Tensor, weights: Tensor, groups: list[list[int]]) -> Jackknife:
@@ -111,8 +112,8 @@ def by_hand(gradients: Tensor, weights: Tensor, groups: list[list[int]]) -> Jack
         q = sum(float(w[g].sum()) ** 2 for g in kept)
         examples = sum(float(w[g].square().sum()) for g in kept)
         s1 = sum(float(share.square().sum()) for share in shares)
-        s_big = float(torch.stack(shares).sum(0).square().sum())
-        return noise_scale_from_contributions(s1, s_big, q, examples)
+        batch = float(torch.stack(shares).sum(0).square().sum())
+        return noise_scale_from_contributions(s1, batch, q, examples)
 
     rest = [estimate(groups[:i] + groups[i + 1 :]) for i in range(len(groups))]
     parts = torch.tensor(
@@ -120,8 +121,8 @@ def by_hand(gradients: Tensor, weights: Tensor, groups: list[list[int]]) -> Jack
     )
     matrix = torch.cov(parts.T) * (len(groups) - 1) ** 2 / len(groups)
     (signal, covariance, _), (_, noise, _), (_, _, ratio) = matrix.tolist()
-    spread = Spread(signal, noise, covariance, len(groups) - 1.0)
-    return Jackknife(estimate(groups), spread, math.sqrt(ratio))
+    uncertainty = Uncertainty(signal, noise, covariance, len(groups) - 1.0)
+    return Jackknife(estimate(groups), uncertainty, math.sqrt(ratio))
 
 
 @given(
@@ -135,23 +136,23 @@ def test_it_is_leaving_out_by_hand(lengths: list[list[float]], seed: int) -> Non
     ends = torch.tensor([0, *map(len, lengths)]).cumsum(0).tolist()
     groups = [list(range(a, b)) for a, b in pairwise(ends)]
     shares = torch.stack([(weights[g, None] * each[g]).sum(0) for g in groups])
-    squares, dots, s_big = known.squares(shares[None])
+    sq_norms, dots, batch = known.sq_norms(shares[None])
     of_groups = torch.stack([weights[g].sum() for g in groups])
     of_examples = torch.stack([weights[g].square().sum() for g in groups])
-    found = jackknife(squares[:, 0], dots[:, 0], s_big[0], of_groups, of_examples)
+    found = jackknife(sq_norms, dots, batch, of_groups, of_examples)[0]
     expected = by_hand(each, weights, groups)
     assert found.estimate == pytest.approx(expected.estimate, rel=1e-9, abs=1e-9)
-    assert found.spread == pytest.approx(expected.spread, rel=1e-7, abs=1e-9)
-    assert found.error == pytest.approx(expected.error, rel=1e-6)
+    assert found.uncertainty == pytest.approx(expected.uncertainty, rel=1e-7, abs=1e-9)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-6)
 
 
 def test_the_estimators_variances_and_the_jackknifes_excess() -> None:
     # Closed forms for Gaussian gradients of n examples; the jackknife counts the pairs' part twice.
     n, steps = 12, 20_000
-    squares, dots, s_big = known.squares(known.gradients(steps, n, seed=5) / n)
-    found = jackknives(squares, dots, s_big, torch.full((n,), 1 / n, dtype=torch.float64))
+    sq_norms, dots, batch = known.sq_norms(known.gradients(steps, n, seed=5) / n)
+    found = jackknife(sq_norms, dots, batch, torch.full((n,), 1 / n, dtype=torch.float64))
     parts = torch.tensor([one.estimate for one in found], dtype=torch.float64)
-    spreads = torch.tensor([one.spread[:3] for one in found], dtype=torch.float64)
+    uncertainties = torch.tensor([one.uncertainty[:3] for one in found], dtype=torch.float64)
     pairs = 2 * known.TRACE_OF_SQUARE / (n * (n - 1))
     variances = [4 * known.ALONG_MEAN / n + pairs, 2 * known.TRACE_OF_SQUARE / (n - 1)]
     twice = 2 * pairs * (n - 1) / (n - 2)
@@ -159,7 +160,7 @@ def test_the_estimators_variances_and_the_jackknifes_excess() -> None:
     for i in (0, 1):
         deviations = (parts[:, i] - parts[:, i].mean()).square()
         assert_mean(deviations, variances[i])
-        assert_mean(spreads[:, i], jackknifed[i])
+        assert_mean(uncertainties[:, i], jackknifed[i])
     signal, noise = (parts - parts.mean(0)).T
     # tr(Sigma) of Gaussians varies independently of their mean, |G|^2 is |mean|^2 - tr(Sigma) / n.
     assert_mean(signal * noise, -2 * known.TRACE_OF_SQUARE / (n * (n - 1)), within=0.1)
@@ -176,11 +177,11 @@ def assert_mean(values: Tensor, expected: float, within: float = 0.05) -> None:
 def test_variances_of_groups(size: int) -> None:
     n, steps = 16, 20_000
     each = known.gradients(steps, n, seed=7)
-    squares, _, s_big = known.squares(each.unflatten(1, (-1, size)).sum(2) / n)
+    sq_norms, _, batch = known.sq_norms(each.unflatten(1, (-1, size)).sum(2) / n)
     q, examples = size / n, 1 / n
     found = [
         noise_scale_from_contributions(s1, s, q, examples)
-        for s1, s in zip(squares.sum(0).tolist(), s_big.tolist(), strict=True)
+        for s1, s in zip(sq_norms.sum(0).tolist(), batch.tolist(), strict=True)
     ]
     signal, noise = torch.tensor(found, dtype=torch.float64).T
     assert abs(float(signal.mean()) - 6) < 4 * float(signal.std()) / steps**0.5
@@ -198,9 +199,9 @@ def test_the_interval_covers_the_truth_at_its_rate(lengths: list[float]) -> None
     covered = {}
     for mean in (1.0, 0.1):
         each = known.gradients(steps, len(weights), seed=11, mean=mean)
-        found = jackknives(*known.squares(weights[:, None] * each), weights)
+        found = jackknife(*known.sq_norms(weights[:, None] * each), weights)
         true = known.TRACE / (6 * mean**2)
-        bounds = [ratio_interval(one.estimate, one.spread, level) for one in found]
+        bounds = [ratio_interval(one.estimate, one.uncertainty, level) for one in found]
         assert all(0 <= low <= high for low, high in bounds)
         covered[mean] = sum(low <= true <= high for low, high in bounds) / steps
     margin = 4 * math.sqrt(level * (1 - level) / steps)
@@ -208,49 +209,50 @@ def test_the_interval_covers_the_truth_at_its_rate(lengths: list[float]) -> None
     assert covered[0.1] > level - margin
 
 
-def test_examples_without_weight_are_no_examples() -> None:
+def test_examples_without_weight_do_not_count() -> None:
     shares = known.gradients(1, 5, seed=2) / 5
     weights = torch.full((5,), 0.2, dtype=torch.float64)
-    squares, dots, s_big = known.squares(shares)
-    plain = jackknife(squares[:, 0], dots[:, 0], s_big[0], weights)
+    sq_norms, dots, batch = known.sq_norms(shares)
+    plain = jackknife(sq_norms, dots, batch, weights)[0]
     zero = torch.zeros(2, dtype=torch.float64)
-    more_squares, more_dots = (torch.cat([t[:, 0], zero]) for t in (squares, dots))
-    padded = jackknife(more_squares, more_dots, s_big[0], torch.cat([weights, zero]))
-    assert padded.spread == pytest.approx(plain.spread, rel=1e-12)
-    assert padded.error == pytest.approx(plain.error, rel=1e-12)
+    more_sq_norms, more_dots = (torch.cat([t, zero[:, None]]) for t in (sq_norms, dots))
+    (padded,) = jackknife(more_sq_norms, more_dots, batch, torch.cat([weights, zero]))
+    assert padded.uncertainty == pytest.approx(plain.uncertainty, rel=1e-12)
+    assert padded.standard_error == pytest.approx(plain.standard_error, rel=1e-12)
 
 
-def test_two_examples_have_an_estimate_and_no_spread() -> None:
-    squares, dots, s_big = known.squares(known.gradients(1, 2, seed=2) / 2)
+def test_two_examples_have_an_estimate_and_no_uncertainty() -> None:
+    sq_norms, dots, batch = known.sq_norms(known.gradients(1, 2, seed=2) / 2)
     half = torch.full((2,), 0.5)
-    found = jackknife(squares[:, 0], dots[:, 0], s_big[0], half)
+    found = jackknife(sq_norms, dots, batch, half)[0]
     assert math.isfinite(found.estimate.noise)
-    assert math.isnan(found.spread.noise)
-    assert math.isnan(found.error)
-    alone = jackknife(squares[:1, 0], dots[:1, 0], s_big[0], torch.ones(1))
-    assert alone.estimate is UNDETERMINED
-    assert math.isnan(alone.spread.signal)
+    assert math.isnan(found.uncertainty.noise_variance)
+    assert math.isnan(found.standard_error)
+    (single,) = jackknife(sq_norms[:1], dots[:1], batch, torch.ones(1))
+    assert single.estimate is UNDETERMINED
+    assert math.isnan(single.uncertainty.signal_variance)
 
 
-def test_two_examples_and_a_speck_have_no_spread_either() -> None:
-    squares, dots, s_big = known.squares(known.gradients(1, 3, seed=2) / 3)
+def test_two_examples_and_a_tiny_one_have_no_uncertainty_either() -> None:
+    sq_norms, dots, batch = known.sq_norms(known.gradients(1, 3, seed=2) / 3)
     weights = torch.tensor([0.5, 0.5 - 1e-9, 1e-9], dtype=torch.float64)
-    found = jackknife(squares[:, 0], dots[:, 0], s_big[0], weights)
+    found = jackknife(sq_norms, dots, batch, weights)[0]
     assert math.isfinite(found.estimate.noise)
-    assert math.isnan(found.spread.noise)
+    assert math.isnan(found.uncertainty.noise_variance)
 
 
-def test_what_does_not_belong_together_is_refused() -> None:
-    two, three = torch.ones(2), torch.ones(3)
-    with pytest.raises(ValueError, match=r"dots are \(3,\), squares \(2,\)"):
-        jackknife(two, three, 1.0, two)
-    with pytest.raises(ValueError, match=r"squares are \(2, 2\), not \(B,\)"):
-        jackknife(torch.ones(2, 2), two, 1.0, two)
-    with pytest.raises(ValueError, match=r"weights are \(3,\), not \(2,\)"):
-        jackknife(two, two, 1.0, three / 3)
-    with pytest.raises(ValueError, match="example_squares are"):
-        jackknife(two, two, 1.0, two / 2, three)
-    with pytest.raises(ValueError, match=r"squares are \(2,\), not \(B, K\)"):
-        jackknives(two, two, two, two)
-    with pytest.raises(ValueError, match="weights sum to 2, not 1"):
-        jackknife(two, two, 1.0, two)
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
+    column = torch.ones(2, 1)
+    with pytest.raises(ValueError, match=r"dots has shape \(3, 1\), expected \(2, 1\)"):
+        jackknife(column, torch.ones(3, 1), one, two)
+    with pytest.raises(ValueError, match=r"batch_sq_norms has shape \(2,\), expected \(1,\)"):
+        jackknife(column, column, two, two)
+    with pytest.raises(ValueError, match=r"weights has shape \(3,\), expected \(2,\)"):
+        jackknife(column, column, one, three / 3)
+    with pytest.raises(ValueError, match="sum_sq_example_weights has shape"):
+        jackknife(column, column, one, two / 2, three)
+    with pytest.raises(ValueError, match=r"sq_norms has shape \(2,\), expected \(B, K\)"):
+        jackknife(two, two, two, two)
+    with pytest.raises(ValueError, match="weights sum to 2, expected 1"):
+        jackknife(column, column, one, two)

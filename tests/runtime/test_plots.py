@@ -11,7 +11,7 @@ import pytest
 from tests.runtime import noise_runs
 from tests.runtime.noise_runs import figures, plan, write_run
 from trainc.runtime.report.axes import round_numbers
-from trainc.runtime.report.plots import draw, list_panels, load, smooth
+from trainc.runtime.report.plots import draw, list_panels, read_runs, smooth
 from trainc.runtime.storage.jsonl import encode
 
 pytest.importorskip("matplotlib")
@@ -51,9 +51,9 @@ def record_run(folder: Path, steps: int = 300, seed: int = 0, layers: int = 3) -
 def fill(*folders: Path) -> dict[str, Axes]:
     """Return the axes of all panels, filled, by title."""
     filled = {}
-    for panel in list_panels(load(folders)):
+    for panel in list_panels(read_runs(folders)):
         filled[panel.title] = Figure().subplots()
-        panel.fill(filled[panel.title])
+        panel.draw(filled[panel.title])
     return filled
 
 
@@ -112,7 +112,7 @@ def test_counts_are_marked_at_whole_numbers(tmp_path: Path) -> None:
         assert len(ticks) > 1
 
 
-def test_stretches_of_a_loss_that_is_not_finite_are_marked(tmp_path: Path) -> None:
+def test_steps_with_a_non_finite_loss_are_marked(tmp_path: Path) -> None:
     records = [
         noise_runs.step(n) | {"loss": math.nan if n in (2, 3, 5) else 1.0} for n in range(1, 7)
     ]
@@ -140,7 +140,7 @@ def test_round_numbers_are_few() -> None:
 
 def test_one_run_has_a_panel_for_all_it_measured(tmp_path: Path) -> None:
     run = record_run(tmp_path / "a")
-    titles = [panel.title for panel in list_panels(load([run]))]
+    titles = [panel.title for panel in list_panels(read_runs([run]))]
     assert titles == ["Loss", "Learning rate", "Noise scale gns and batch size", "norm by layer"]
     output = draw([run], tmp_path / "pictures/run.png")
     assert output.read_bytes().startswith(PNG)
@@ -148,7 +148,7 @@ def test_one_run_has_a_panel_for_all_it_measured(tmp_path: Path) -> None:
 
 def test_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     runs = [record_run(tmp_path / name / "seed-1", seed=i) for i, name in enumerate("ab")]
-    loaded = load(runs)
+    loaded = read_runs(runs)
     assert [run.name for run in loaded] == ["a/seed-1", "b/seed-1"]
     assert len({run.color for run in loaded}) == 2
     assert [panel.title for panel in list_panels(loaded)][3:] == [
@@ -162,17 +162,17 @@ def test_a_run_that_measured_little_is_drawn_too(tmp_path: Path) -> None:
     folder = tmp_path / "short"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    assert [panel.title for panel in list_panels(load([folder]))] == ["Loss"]
+    assert [panel.title for panel in list_panels(read_runs([folder]))] == ["Loss"]
     assert draw([folder], tmp_path / "short.png").exists()
 
 
-def test_what_is_no_run_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no metrics\.jsonl"):
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no metrics\.jsonl"):
         draw([tmp_path], tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no run to draw"):
+    with pytest.raises(ValueError, match="expected the folder of at least one run"):
         draw([], tmp_path / "x.png")
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no step was measured"):
+    with pytest.raises(ValueError, match="no records yet"):
         draw([tmp_path], tmp_path / "x.png")
 
 

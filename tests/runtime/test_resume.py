@@ -13,7 +13,7 @@ from tests.runtime.fake import FakeProgram
 from tests.runtime.runs import assert_equal_runs, outcome, run
 from trainc.runtime.storage import checkpoint
 from trainc.runtime.storage.checkpoint import DamagedCheckpoint
-from trainc.runtime.storage.jsonl import read
+from trainc.runtime.storage.jsonl import read_jsonl
 
 
 def test_two_runs_are_equal(whole: Path, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_kill_in_the_midst_of_saving_costs_nothing(
     # A save reaches the disk five times: three files, their folder and, renamed, its parent.
     assert script(tmp_path, "--kill-in-save", str(call)).returncode == -signal.SIGKILL
     expected = 0 if call < 4 else 6 if call < 9 else 12
-    found = checkpoint.latest(tmp_path / "checkpoints")
+    found = checkpoint.find_latest(tmp_path / "checkpoints")
     assert (found.step, found.damage) == (expected, ())
     assert run(tmp_path, resume=True).reason == "finished"
     assert_equal_runs(whole, tmp_path)
@@ -91,8 +91,8 @@ def test_a_signal_saves_and_leaves(
             process.kill()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["reason"] == reason
-    assert checkpoint.latest(tmp_path / "checkpoints").step == summary["steps"] > 0
-    assert read(tmp_path / "metrics.jsonl")[-1]["step"] == summary["steps"]
+    assert checkpoint.find_latest(tmp_path / "checkpoints").step == summary["steps"] > 0
+    assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["step"] == summary["steps"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
@@ -104,7 +104,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     run(tmp_path, resume=True)
     assert_equal_runs(whole, tmp_path)
     told = [
-        r["message"] for r in read(tmp_path / "events.jsonl") if r["event"] == "damaged-checkpoint"
+        r["message"]
+        for r in read_jsonl(tmp_path / "events.jsonl")
+        if r["event"] == "damaged-checkpoint"
     ]
     assert len(told) == 1
     assert str(victim) in told[0]

@@ -23,8 +23,11 @@ from tests.runtime.notation import (
     steps,
     values,
 )
-from trainc.runtime.schedule.clock import Clock, RunLength, Unit, UnitConversion
-from trainc.runtime.schedule.schedules import compile_schedule, table
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.schedules import compile_schedule
+from trainc.runtime.schedule.time_span import Unit
+from trainc.runtime.schedule.timeline import counters_at
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 
 WARM_COSINE = ["then", call("warmup", percent(5)), call("cosine", to=percent(10))]
 
@@ -130,7 +133,7 @@ def test_depth_and_blocks_come_from_the_mapping() -> None:
 
 
 def test_a_name_without_a_value_is_named() -> None:
-    with pytest.raises(ValueError, match="`detph` has no value here; known are: depth"):
+    with pytest.raises(ValueError, match="`detph` has no value here: use one of depth"):
         values(name("detph"), depth=0.0)
 
 
@@ -201,30 +204,30 @@ def test_a_schedule_in_tokens_holds_when_the_batch_changes() -> None:
 def test_a_schedule_of_a_timed_run_reads_the_seconds() -> None:
     schedule = compile_schedule(WARM_COSINE, UNITS, RunLength(100, "seconds"))
     assert schedule(Clock(seconds=2.5), {}) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="how long a step takes"):
+    with pytest.raises(ValueError, match="the time of a step is unknown"):
         compile_schedule(call("warmup", steps(5)), UNITS, RunLength(100, "seconds"))
 
 
-def test_the_table_shows_all_units() -> None:
-    rows = table(["*", number(3e-4), WARM_COSINE], UNITS, LENGTH)
-    assert [row["percent"] for row in rows] == list(range(0, 101, 5))
-    assert rows[1] == {
-        "percent": 5,
+def test_counters_are_known_in_all_units_before_the_run() -> None:
+    assert counters_at(UNITS, LENGTH, 0.05) == {
         "steps": 10,
         "samples": 320,
         "tokens": 40960,
         "epochs": 0.05,
         "seconds": None,
-        "value": 3e-4,
     }
-    assert rows[-1]["value"] == pytest.approx(3e-5)
+    schedule = compile_schedule(["*", number(3e-4), WARM_COSINE], UNITS, LENGTH)
+    assert schedule(at(10), {}) == pytest.approx(3e-4)
+    assert schedule(at(200), {}) == pytest.approx(3e-5)
 
 
-def test_the_table_of_a_run_without_a_known_batch_has_blanks() -> None:
-    rows = table(call("linear", to=number(0)), UnitConversion(), RunLength(1000, "samples"))
-    assert rows[10]["steps"] is None
-    assert rows[10]["samples"] == 500
-    assert rows[10]["value"] == 0.5
+def test_counters_of_a_run_without_a_known_batch_have_blanks() -> None:
+    length = RunLength(1000, "samples")
+    counters = counters_at(UnitConversion(), length, 0.5)
+    assert counters["steps"] is None
+    assert counters["samples"] == 500
+    schedule = compile_schedule(call("linear", to=number(0)), UnitConversion(), length)
+    assert schedule(Clock(samples=500), {}) == 0.5
 
 
 # What is refused -----------------------------------------------------------------------------
@@ -235,28 +238,31 @@ def test_the_table_of_a_run_without_a_known_batch_has_blanks() -> None:
     [
         (call("cosien"), "there is no function `cosien`"),
         (call("warmup"), "`warmup` needs `over`"),
-        (call("warmup", number(100)), "is a duration such as"),
+        (call("warmup", number(100)), "expected a duration such as"),
         (call("warmup", steps(1), steps(2)), "takes one argument without a name, not 2"),
         (call("wsd", steps(1), steps(2)), "takes no argument without a name, not 2"),
         (call("cosine", too=number(1)), "has no argument `too`: it has to, over, from"),
         (call("cosine", number(1), to=number(1)), "is given `to` twice"),
-        (call("cosine", to=steps(10)), "is a number such as"),
-        (call("linear", over=steps(0)), "has no time left"),
+        (call("cosine", to=steps(10)), "expected a number such as"),
+        (call("linear", over=steps(0)), "give it a longer `over`"),
         (call("wsd", warmup=percent(60), decay=percent(50)), "its decay begins at 100 steps"),
-        (call("wsd", warmup=steps(1), decay=steps(1), shape=name("cubic")), "is one of linear"),
-        (call("step", steps(500), factor=number(0.1)), "`step` at 500 steps does nothing"),
-        (call("step", steps(60), steps(30), factor=number(0.1)), "must rise"),
-        (["then", call("constant"), call("cosine")], "lasts as long as the run"),
-        (["then", call("cosine"), call("cosine")], "what follows is never reached"),
-        (["then", call("warmup", steps(300)), call("cosine")], "lasts to 300 steps"),
+        (
+            call("wsd", warmup=steps(1), decay=steps(1), shape=name("cubic")),
+            "is `cubic`: use one of linear",
+        ),
+        (call("step", steps(500), factor=number(0.1)), "`step` at 500 steps has no effect"),
+        (call("step", steps(60), steps(30), factor=number(0.1)), "expected rising points"),
+        (["then", call("constant"), call("cosine")], "never ends in a run of 200 steps"),
+        (["then", call("cosine"), call("cosine")], "right side is never reached"),
+        (["then", call("warmup", steps(300)), call("cosine")], "ends at 300 steps"),
         (["then", number(1), call("cosine")], "has no end"),
         (["then", ["*", 3e-4, call("warmup", percent(5))], call("cosine")], "binds tighter"),
-        (["<", number(1), number(2)], "a condition stands where a schedule"),
-        (["+", ["<", number(1), number(2)], number(1)], "where a number is expected"),
-        (["sometimes", 1, 2, 3], "is no expression"),
-        (["is", number(1), "odd"], "`is odd` is no condition"),
+        (["<", number(1), number(2)], "expected a schedule, found a condition"),
+        (["+", ["<", number(1), number(2)], number(1)], "expected a number, found a condition"),
+        (["sometimes", 1, 2, 3], "is not an expression"),
+        (["is", number(1), "odd"], "`is odd` is not a condition"),
         (call("sqrt", number(1), number(2)), "takes one number"),
-        (call("exponential", to=number(0)), "goes between positive numbers"),
+        (call("exponential", to=number(0)), "expected a number above zero"),
     ],
 )
 def test_it_refuses_with_a_sentence(expression: Any, said: str) -> None:

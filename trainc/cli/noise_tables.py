@@ -1,4 +1,4 @@
-"""Noise scales of finished runs as text: how each ended, and its layers."""
+"""Noise scales of finished runs as tables: the values at the end, and those by layer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,25 +6,30 @@ from typing import Any
 
 from rich.table import Table
 
-from trainc.runtime.noise_scale import figures as noise_figures
-from trainc.runtime.noise_scale.figures import Clause
+from trainc.runtime.noise_scale.format import (
+    format_noise_scale,
+    format_number,
+    format_whole_model,
+)
+from trainc.runtime.noise_scale.history import NoiseScaleClause, find_clauses, last_layers
 from trainc.runtime.run.live_display import sparkline
 from trainc.runtime.storage.jsonl import Record
 
 
-def figures(runs: Sequence[tuple[Mapping[str, Any], Sequence[Record]]]) -> dict[str, list[str]]:
-    """Return rows of a table of runs, given as plan and records of steps: a text a run by name, `-` for nothing."""
-    known = [
-        {clause.label: clause for clause in noise_figures.clauses(plan, records)}
-        for plan, records in runs
+def noise_scale_rows(
+    runs: Sequence[tuple[Mapping[str, Any], Sequence[Record]]],
+) -> dict[str, list[str]]:
+    """Return table rows, one text for each run, `-` for no value; runs are given as plan and records of steps."""
+    clauses = [
+        {clause.label: clause for clause in find_clauses(plan, records)} for plan, records in runs
     ]
     rows: dict[str, list[str]] = {}
-    for label in dict.fromkeys(label for found in known for label in found):
-        units = dict.fromkeys(found[label].unit for found in known if label in found)
+    for label in dict.fromkeys(label for found in clauses for label in found):
+        units = dict.fromkeys(found[label].unit for found in clauses if label in found)
         for name in ("at the end", "of the whole model", "undetermined", "over the run"):
             texts = [
-                _figure(name, label, records) if label in found else "-"
-                for found, (_, records) in zip(known, runs, strict=True)
+                _text(name, label, records) if label in found else "-"
+                for found, (_, records) in zip(clauses, runs, strict=True)
             ]
             if any(text != "-" for text in texts):
                 head = f", {' or '.join(units)}" if name == "at the end" else f" {name}"
@@ -32,25 +37,25 @@ def figures(runs: Sequence[tuple[Mapping[str, Any], Sequence[Record]]]) -> dict[
     return rows
 
 
-def _figure(name: str, label: str, records: Sequence[Record]) -> str:
+def _text(name: str, label: str, records: Sequence[Record]) -> str:
     measured = [record for record in records if label in record]
     if not measured:
         return "-"
     values = [record[label] for record in measured]
     if name == "at the end":
-        return noise_figures.told(measured[-1], label)
+        return format_noise_scale(measured[-1], label)
     if name == "of the whole model":
-        return noise_figures.told_total(measured[-1], label) or "-"
+        return format_whole_model(measured[-1], label) or "-"
     if name == "undetermined":
         missing = sum(not math.isfinite(value) for value in values)
         return f"{missing:,} of {len(values):,} steps"
-    # Over decades: on a linear scale all but the end would be flat.
+    # Logarithmic: on a linear scale all but the largest values would look the same.
     return sparkline([math.log(value) if value > 0 else math.nan for value in values])
 
 
-def layers(clause: Clause, records: Sequence[Record]) -> Table | None:
-    """Return the table of a clause's layers at the end of a run; None where none was recorded."""
-    found = noise_figures.layers(records, clause.label)
+def layer_table(clause: NoiseScaleClause, records: Sequence[Record]) -> Table | None:
+    """Return the table of a clause's layers at the end of a run; None where the run recorded none."""
+    found = last_layers(records, clause.label)
     if not found:
         return None
     heads = (clause.unit, "|G|^2", "tr(Sigma)", "share of tr(Sigma)", "undetermined")
@@ -61,10 +66,10 @@ def layers(clause: Clause, records: Sequence[Record]) -> Table | None:
     for layer in found:
         table.add_row(
             layer.name,
-            noise_figures.short(layer.scale),
-            noise_figures.short(layer.signal),
-            noise_figures.short(layer.noise),
+            format_number(layer.noise_scale),
+            format_number(layer.signal),
+            format_number(layer.noise),
             "?" if math.isnan(layer.share) else f"{layer.share:.1%}",
-            f"{layer.gaps:.0%} of steps",
+            f"{layer.undetermined:.0%} of steps",
         )
     return table

@@ -1,4 +1,4 @@
-"""`trainc report`: what finished runs did, side by side."""
+"""`trainc report`: summarise finished runs, side by side."""
 
 import json
 import sys
@@ -15,22 +15,22 @@ from rich.table import Table
 from rich.text import Text
 
 from trainc.cli import noise_tables
-from trainc.runtime.noise_scale.figures import clauses as clauses_of_noise
-from trainc.runtime.storage.jsonl import Record, read
+from trainc.runtime.noise_scale.history import find_clauses
+from trainc.runtime.storage.jsonl import Record, read_jsonl
 
 WIDE = 132
 
 
 @dataclass(frozen=True)
-class Finished:
-    """One run, read from its folder; a run that goes on or broke off has no summary yet."""
+class RecordedRun:
+    """One run, read from its folder; a run that has not ended or was killed has no summary."""
 
     folder: Path
 
     @cached_property
     def records(self) -> list[Record]:
-        """Return what was measured, in the order of the steps."""
-        return read(self.folder / "metrics.jsonl")
+        """Return all records, in the order of the steps."""
+        return read_jsonl(self.folder / "metrics.jsonl")
 
     @cached_property
     def steps(self) -> list[Record]:
@@ -39,28 +39,28 @@ class Finished:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Return what the run wrote at its end, or nothing."""
+        """Return the summary that the run wrote at its end; empty without one."""
         return self._json("summary.json")
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        """Return the plan it was started with, or nothing."""
+        """Return the plan that the run was started with; empty without one."""
         return self._json("plan.json")
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of all its steps, also of those before it was resumed."""
+        """Return the time of all its steps, those before a resume included."""
         timing = self.folder / "timing.jsonl"
-        return sum(r["seconds"] for r in read(timing)) if timing.exists() else 0.0
+        return sum(r["seconds"] for r in read_jsonl(timing)) if timing.exists() else 0.0
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
-        """Return the steps at which it was evaluated, and the losses."""
+        """Return the steps at which it was evaluated, with the losses."""
         return [(r["step"], r["eval_loss"]) for r in self.records if "eval_loss" in r]
 
     @property
     def reason(self) -> str:
-        """Return how it ended."""
+        """Return why it ended."""
         reason: str = self.summary.get("reason", "not ended")
         return reason
 
@@ -69,7 +69,7 @@ class Finished:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
-def _recent(run: Finished) -> str:
+def _recent(run: RecordedRun) -> str:
     """Return the mean training loss over the last tenth of the samples."""
     begin = 0.9 * run.steps[-1]["samples"]
     late = [record for record in run.steps if record["samples"] > begin]
@@ -77,23 +77,23 @@ def _recent(run: Finished) -> str:
     return f"{sum(record['loss'] * record['batch'] for record in late) / total:.4f}"
 
 
-def _evaluation(run: Finished) -> str:
+def _evaluation(run: RecordedRun) -> str:
     return f"{run.evaluations[-1][1]:.4f}" if run.evaluations else "none"
 
 
-def _lowest(run: Finished) -> str:
+def _lowest(run: RecordedRun) -> str:
     if not run.evaluations:
         return "none"
     step, loss = min(run.evaluations, key=lambda one: one[1])
     return f"{loss:.4f} at step {step}"
 
 
-def _batches(run: Finished) -> str:
+def _batches(run: RecordedRun) -> str:
     first, last = run.steps[0]["batch"], run.steps[-1]["batch"]
     return f"{first}" if first == last else f"{first} -> {last}"
 
 
-FIGURES: dict[str, Callable[[Finished], str]] = {
+FIGURES: dict[str, Callable[[RecordedRun], str]] = {
     "ended": lambda run: run.reason,
     "steps": lambda run: f"{run.steps[-1]['step']:,}",
     "samples": lambda run: f"{run.steps[-1]['samples']:,}",
@@ -104,24 +104,26 @@ FIGURES: dict[str, Callable[[Finished], str]] = {
     "loss, first step": lambda run: f"{run.steps[0]['loss']:.4f}",
     "loss, last 10%": _recent,
     "evaluation loss": _evaluation,
-    "its lowest value": _lowest,
+    "lowest evaluation loss": _lowest,
 }
 
 
-def figures(runs: Sequence[Finished], names: Sequence[str]) -> Table:
-    """Return a table with a column for each run."""
+def figures(runs: Sequence[RecordedRun], names: Sequence[str]) -> Table:
+    """Return the table of losses, counters and noise scales, with a column for each run."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for label, figure in FIGURES.items():
         table.add_row(label, *(figure(run) for run in runs))
-    for label, texts in noise_tables.figures([(run.plan, run.steps) for run in runs]).items():
+    for label, texts in noise_tables.noise_scale_rows(
+        [(run.plan, run.steps) for run in runs]
+    ).items():
         table.add_row(label, *map(Text, texts))
     return table
 
 
-def clauses(run: Finished) -> dict[str, str]:
+def clauses(run: RecordedRun) -> dict[str, str]:
     """Return the clauses of a run as text, by label."""
     return {clause["label"]: _clause(clause) for clause in run.plan.get("clauses", [])}
 
@@ -131,7 +133,7 @@ def _clause(clause: dict[str, Any]) -> str:
     return json.dumps([clause["kind"], clause["construct"], clause["targets"], fields])
 
 
-def differences(runs: Sequence[Finished]) -> list[tuple[str, list[str]]]:
+def differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
     """Return the clauses in which runs differ, and for each run `-`, or which version it has."""
     written = [clauses(run) for run in runs]
     found = []
@@ -149,18 +151,18 @@ def _mark(text: str | None, versions: Sequence[str]) -> str:
     return "yes" if len(versions) == 1 else f"version {versions.index(text) + 1}"
 
 
-def show(runs: Sequence[Finished], console: Console) -> None:
-    """Print runs: the figures side by side, what differs, and what each clause did."""
+def show(runs: Sequence[RecordedRun], console: Console) -> None:
+    """Print the figures of runs side by side, the clauses that differ, and the summary lines of each run."""
     names = _names([run.folder for run in runs])
     console.print(figures(runs, names))
-    apart = differences(runs) if len(runs) > 1 else []
-    if apart:
+    different = differences(runs) if len(runs) > 1 else []
+    if different:
         console.print()
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("clauses that differ")
         for name in names:
             table.add_column(name, justify="right", overflow="fold")
-        for label, marks in apart:
+        for label, marks in different:
             table.add_row(label, *marks)
         console.print(table)
     for run, name in zip(runs, names, strict=True):
@@ -169,18 +171,18 @@ def show(runs: Sequence[Finished], console: Console) -> None:
             Text(f"What each clause did, {name}" if len(runs) > 1 else "What each clause did"),
             style="bold",
         )
-        for line in run.summary.get("lines", ["the run has not ended, so it has no summary"]):
+        for line in run.summary.get("lines", ["no summary: the run has not ended"]):
             console.print(Text(f"  {line}"), soft_wrap=True)
         if message := run.summary.get("message"):
             console.print(Text(f"{run.reason}: {message}"), soft_wrap=True)
-        for clause in clauses_of_noise(run.plan, run.steps):
-            if (layers := noise_tables.layers(clause, run.steps)) is not None:
+        for clause in find_clauses(run.plan, run.steps):
+            if (layers := noise_tables.layer_table(clause, run.steps)) is not None:
                 console.print()
                 console.print(layers)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the parts of the paths in which the folders differ."""
+    """Return names of folders: the parts in which their paths differ."""
     parts = [folder.resolve().parts for folder in folders]
     shared = 0
     while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
@@ -206,17 +208,15 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Summarise finished runs, side by side.
 
-        Tells how each ended, its losses, its noise scales, also by layer, and what each clause of
-        its spec did; for several runs also which clauses differ. `--plot` draws losses, rates,
-        noise scales with the batch size, and figures per layer into a PNG file.
+        Prints why each ended, its losses, its noise scales in total and by layer, and the summary
+        of each clause; for several runs also the clauses that differ. `--plot` draws losses,
+        learning rates, noise scales with the batch size, and figures per layer into a PNG file.
         """
-        found = [Finished(folder) for folder in runs]
+        found = [RecordedRun(folder) for folder in runs]
         for run in found:
             metrics = run.folder / "metrics.jsonl"
             if not metrics.exists() or not run.steps:
-                why = (
-                    "no step was measured yet" if metrics.exists() else "there is no metrics.jsonl"
-                )
+                why = "no record of a step yet" if metrics.exists() else "no metrics.jsonl in it"
                 raise typer.BadParameter(f"{run.folder} holds no run: {why}", param_hint="RUN")
         console = Console(highlight=False)
         if not console.is_terminal:
@@ -226,7 +226,7 @@ def register(app: typer.Typer) -> None:
             from trainc.runtime.report.plots import draw
 
             if find_spec("matplotlib") is None:
-                print("trainc: --plot needs matplotlib: install trainc[plots]", file=sys.stderr)
+                print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
                 raise typer.Exit(1)
             drawn = draw(runs, plot)
             console.print(Text(f"drew {drawn}"), soft_wrap=True)

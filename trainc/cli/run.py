@@ -1,4 +1,4 @@
-"""`trainc run`: train."""
+"""`trainc run`: train the spec's model on its data."""
 
 import sys
 from pathlib import Path
@@ -21,25 +21,25 @@ def register(app: typer.Typer) -> None:
         set_: Overrides = None,
         without: Without = None,
         resume: Annotated[
-            bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")
+            bool, typer.Option("--resume", help="Continue from the newest intact checkpoint.")
         ] = False,
         overwrite: Annotated[
-            bool, typer.Option("--overwrite", help="Move a run that is there aside.")
+            bool, typer.Option("--overwrite", help="Move a run that is in the folder aside.")
         ] = False,
         accept: Annotated[
             bool,
             typer.Option(
-                "--accept", help="Resume although the spec says something else than it did."
+                "--accept", help="Resume although the spec has changed; what still holds is kept."
             ),
         ] = False,
         plain: Annotated[
-            bool, typer.Option("--plain", help="Lines instead of a live display.")
+            bool, typer.Option("--plain", help="Print lines instead of a live display.")
         ] = False,
     ) -> None:
         """Train the spec's model on its data.
 
-        Writes metrics.jsonl, checkpoints and a summary to the folder. An interrupt saves and leaves; `--resume`
-        continues bit for bit.
+        Writes metrics.jsonl, checkpoints and a summary to the folder. An interrupt saves a checkpoint and ends
+        the run; `--resume` continues it bit for bit.
         """
         from trainc.compiler.driver.train import train
         from trainc.runtime.storage.checkpoint import DamagedCheckpoint

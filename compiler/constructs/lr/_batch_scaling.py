@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainc.runtime.step.action import Action, Phase, State
+from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
     from trainc.compiler.constructs.lr.batch_scaling import BatchScaling
@@ -40,7 +40,7 @@ class ScaleWithBatch(Action):
         )
         self.seen = [min([size, *self.seen]), max([size, *self.seen])]
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> ActionState:
         return {"seen": list(self.seen)} if self.seen else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

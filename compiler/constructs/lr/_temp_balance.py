@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from trainc.runtime.step.action import Action, Phase, State
+from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
     from trainc.compiler.constructs.lr.temp_balance import TempBalance
     from trainc.compiler.model.inventory import ParameterEntry
-    from trainc.runtime.schedule.clock import Gate
+    from trainc.runtime.schedule.gate import Gate
     from trainc.runtime.step.optimizer import LrFactor
     from trainc.runtime.step.record import Step
 
@@ -114,10 +114,10 @@ class Balance(Action):
             step.signals.update(found)
             step.metrics.update(found)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> ActionState:
         if not self.measurements:
             return {}
-        out: State = {"measurements": self.measurements, "first_spread": self.first_spread}
+        out: ActionState = {"measurements": self.measurements, "first_spread": self.first_spread}
         out |= {f"factor/{name}": lr_factor.factor for name, lr_factor in self.lr_factors.items()}
         return out | {f"alpha/{name}": alpha for name, alpha in self.alphas.items()}
 

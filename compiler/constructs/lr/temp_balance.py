@@ -158,9 +158,10 @@ class TempBalance(Construct):
     def lower(self, to: Lowering) -> None:
         """Give every group a factor, and measure before the optimizer's rates are set."""
         from trainc.compiler.constructs.lr._temp_balance import Balance
-        from trainc.runtime.schedule.clock import Duration, Gate
+        from trainc.runtime.schedule.gate import Gate
+        from trainc.runtime.schedule.time_span import TimeSpan
 
         groups, few = self.groups(to.parameters())
         lr_factors = [to.lr_factor(group.name, group.parameters) for group in groups]
-        pace = None if to.clause.every else Gate(every=Duration(EVERY_STEPS, "steps"))
+        pace = None if to.clause.every else Gate(every=TimeSpan(EVERY_STEPS, "steps"))
         to.action(Balance(to.label, self, groups, lr_factors, few, pace))

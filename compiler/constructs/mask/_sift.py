@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainc.runtime.schedule.clock import Gate
-from trainc.runtime.step.action import Action, Phase, State
+from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.update_mask import SelectedEntries, largest
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ class Choose(Action):
         sums = sum(tensor.numel() * tensor.element_size() for tensor in self.sums.values())
         return sums + sum(entries.memory() for entries in self.selected.values())
 
-    def state_dict(self) -> State:
-        state: State = {f"sum/{name}": tensor for name, tensor in self.sums.items()}
+    def state_dict(self) -> ActionState:
+        state: ActionState = {f"sum/{name}": tensor for name, tensor in self.sums.items()}
         state |= {f"seen/{name}": seen for name, seen in self.seen.items() if seen}
         for name, entries in self.selected.items():
             if entries.index is not None:

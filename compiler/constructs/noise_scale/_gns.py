@@ -11,7 +11,8 @@ from trainc.compiler.layers.tied_weights import sites_of
 from trainc.compiler.method.example_units import Documents, ExampleUnits, Groups
 from trainc.compiler.method.sites import MeasuredSite, NormSite
 from trainc.dsl.values.value_json import Duration
-from trainc.runtime.noise_scale.action import Measure, Settings, Unit
+from trainc.runtime.noise_scale.action import NoiseScaleAction
+from trainc.runtime.noise_scale.settings import HalfLifeUnit, NoiseScaleSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,7 @@ def lower(rule: Gns, to: Lowering) -> None:
         measured = _examples(rule, to, trainable)
     if rule.calibrate is not None:
         to.calibrate(rule.calibrate, rule.calibrate_examples)
-    to.action(Measure(to.label, measured, _settings(rule, to)))
+    to.action(NoiseScaleAction(to.label, measured, _settings(rule, to)))
 
 
 def _batch_gradients(rule: Gns, to: Lowering, trainable: set[str]) -> Measured:
@@ -79,9 +80,9 @@ def _example_units(rule: Gns) -> ExampleUnits | None:
     return Groups(rule.group) if rule.method == "ghost" else None
 
 
-def _settings(rule: Gns, to: Lowering) -> Settings:
+def _settings(rule: Gns, to: Lowering) -> NoiseScaleSettings:
     half_life, unit = _half_life(rule, to)
-    return Settings(
+    return NoiseScaleSettings(
         half_life,
         unit,
         rule.errors,
@@ -94,7 +95,7 @@ def _settings(rule: Gns, to: Lowering) -> Settings:
     )
 
 
-def _half_life(rule: Gns, to: Lowering) -> tuple[float, Unit]:
+def _half_life(rule: Gns, to: Lowering) -> tuple[float, HalfLifeUnit]:
     """Return `smooth` in samples or tokens, or in steps where the batch size is not known."""
     unit = rule.smooth.unit
     if unit in ("tokens", "samples"):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.constructs.observe.norm_growth import LAWS
-from trainc.runtime.step.action import Action, Phase, State
+from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ class Copies(Action):
             else:
                 self.copies[name] = now.clone()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> ActionState:
         return {f"previous/{name}": tensor for name, tensor in self.copies.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -197,7 +197,7 @@ class Observe(Copies):
         step.metrics.update(named)
         step.signals.update(named)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> ActionState:
         out = super().state_dict()
         if out:
             out |= {"first": self.first, "last": self.last}

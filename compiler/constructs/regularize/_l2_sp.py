@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.constructs.regularize.l2_sp import L2Sp
-from trainc.runtime.step.action import Action, Phase, State
+from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class Anchors(Action):
     def run(self, step: Step) -> None:
         """Do nothing: the action only holds state."""
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> ActionState:
         return dict(self.starts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

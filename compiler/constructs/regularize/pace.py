@@ -147,7 +147,7 @@ def is_zero(sigma: Expr, place: Place) -> bool:
 
 def _fixed(expression: Expr) -> bool:
     """Say whether an expression depends on nothing but the place: not on the clock or a signal."""
-    from trainc.runtime.schedule.expressions import MATHS
+    from trainc.runtime.schedule.operations import MATHS
 
     parts = list(walk(expression))
     moving = any(isinstance(part, Call) and part.function not in MATHS for part in parts)
@@ -157,8 +157,9 @@ def _fixed(expression: Expr) -> bool:
 
 
 def _now(expression: Expr, place: Place) -> float:
-    from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
+    from trainc.runtime.schedule.clock import Clock, RunLength
     from trainc.runtime.schedule.schedules import compile_schedule
+    from trainc.runtime.schedule.unit_conversion import UnitConversion
 
     values = {name: float(getattr(place, name)) for name in PLACES}
     return compile_schedule(to_json(expression), UnitConversion(), RunLength(1, "steps"))(

@@ -24,9 +24,12 @@ from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.reading.construct import Problem
 from trainc.dsl.values.value_json import Duration
-from trainc.runtime.noise_scale.action import Measure, Settings
-from trainc.runtime.noise_scale.estimators import Averages, noise_scale_from_contributions
-from trainc.runtime.schedule.clock import Clock, RunLength, UnitConversion
+from trainc.runtime.noise_scale.action import NoiseScaleAction
+from trainc.runtime.noise_scale.averages import Averages
+from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
+from trainc.runtime.noise_scale.settings import NoiseScaleSettings
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Contribution, Signals, Step
 
@@ -43,7 +46,9 @@ def lcg(shape: Sequence[int], seed: int, scale: float = 1.0, plus: float = 0.0) 
     return torch.tensor(values, dtype=torch.float64).view(*shape) + plus
 
 
-def measure(model: nn.Module, names: Sequence[str], rule: Gns | None = None) -> tuple[Measure, Any]:
+def measure(
+    model: nn.Module, names: Sequence[str], rule: Gns | None = None
+) -> tuple[NoiseScaleAction, Any]:
     """Lower the clause onto `model` by hand; return its action and the bound sites."""
     setting = LoweringContext(
         model, build_inventory(model), UnitConversion(8, 4, 800), RunLength(100, "steps"), Signals()
@@ -52,7 +57,7 @@ def measure(model: nn.Module, names: Sequence[str], rule: Gns | None = None) -> 
     rule = rule or Gns()
     rule.lower(Lowering(BoundClause(rule, "gns", tuple(names)), setting, parts))
     (action,) = parts.actions
-    assert isinstance(action, Measure)
+    assert isinstance(action, NoiseScaleAction)
     return action, replace_layers(model, parts.rewrite)
 
 
@@ -86,7 +91,7 @@ class Tiny(nn.Module):
 
 
 def run_step(
-    action: Measure,
+    action: NoiseScaleAction,
     sites: Any,
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
@@ -227,7 +232,7 @@ def test_one_example_is_undetermined_and_leaves_no_trace() -> None:
     assert math.isnan(step.signals["gns"])
     assert math.isnan(step.signals["gns.signal"])
     assert action.summary() == (
-        "gns: undetermined, one example a step: nothing to compare; give a step two samples or more"
+        "gns: undetermined, a noise scale needs two samples in a step; every step had one"
     )
     before = run_step(action, sites, model, [(x, y)]).signals["gns"]
     after = run_step(action, sites, model, [(x[:1], y[:1])]).signals["gns"]
@@ -254,7 +259,7 @@ def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     line = action.summary()
     assert line is not None
     assert (
-        "gradients were not finite in 1 of 2 steps, the last one included: that is from before"
+        "gradients were not finite in 1 of 2 steps, the last one among them: these numbers are from before it"
         in line
     )
     again = run_step(action, sites, model, [tokens()])
@@ -276,7 +281,7 @@ def test_a_frozen_weight_is_left_out_of_both_sums() -> None:
         [1 / 6] * 6,
         [only.get_parameter(name) for name in names],
     )
-    assert step.signals["gns"] == pytest.approx(expected.scale, rel=1e-9)
+    assert step.signals["gns"] == pytest.approx(expected.noise_scale, rel=1e-9)
 
 
 def test_it_is_measured_before_clipping() -> None:
@@ -290,7 +295,10 @@ def test_it_is_measured_before_clipping() -> None:
     )
     step = machine.begin()
     filled = run_step(
-        Measure("other", action.measured, Settings(1, "steps")), sites, model, [tokens()]
+        NoiseScaleAction("other", action.measured, NoiseScaleSettings(1, "steps")),
+        sites,
+        model,
+        [tokens()],
     )
     step.contributions.extend(filled.contributions)
     step.samples = filled.samples
@@ -320,7 +328,7 @@ def test_a_resumed_measurement_is_the_uninterrupted_one() -> None:
         clock.advance(len(batch[0]), 6, 0.0)
     other, _ = measure(nn.Sequential(nn.LayerNorm(4)), ["0"])
     with pytest.raises(
-        ValueError, match="measured something else: the sum over layers, 1 layer start anew"
+        ValueError, match="has other measurements: the sum over layers, 1 layer restart"
     ):
         other.load_state_dict(state["action"])
 

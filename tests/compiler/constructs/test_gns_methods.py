@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import trainc
 from trainc.compiler.constructs.noise_scale.gns import Gns
 from trainc.compiler.errors import SiteError
-from trainc.runtime.noise_scale.action import Measure
+from trainc.runtime.noise_scale.action import NoiseScaleAction
 from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
 
 CASES = json.loads((Path(__file__).parents[2] / "reference/noise_scale.json").read_text())["cases"]
@@ -268,9 +268,9 @@ def test_calibration_measures_every_parameter_and_changes_nothing() -> None:
         assert torch.equal(p, model.get_parameter(name))
     assert program.signals["gns"] == trained.signals["gns"]
     assert program.signals["gns.slope"] > 0
-    (measure,) = [a for a in program._machine.actions if isinstance(a, Measure)]
+    (measure,) = [a for a in program._machine.actions if isinstance(a, NoiseScaleAction)]
     assert measure.calibration is not None
-    assert measure.calibration.points >= 2
+    assert measure.calibration.count >= 2
     line = measure.summary()
     assert line is not None
     assert "times that" in line
@@ -291,29 +291,31 @@ def test_what_a_calibration_finds_is_brute_force() -> None:
         float(torch.stack(shares).sum(0).square().sum()),
         1 / 4,
     )
-    (measure,) = [a for a in program._machine.actions if isinstance(a, Measure)]
+    (measure,) = [a for a in program._machine.actions if isinstance(a, NoiseScaleAction)]
     assert measure.calibration is not None
-    assert measure.calibration.total.estimate == pytest.approx(expected, rel=1e-9)
+    assert measure.calibration.whole_model.estimate == pytest.approx(expected, rel=1e-9)
 
 
 def test_calibrations_weigh_what_the_noise_scale_lets_them() -> None:
     """As long as calibrations are close together; further apart they fade by their own half-life."""
-    from trainc.runtime.noise_scale.action import Settings
     from trainc.runtime.noise_scale.averages import Averages
     from trainc.runtime.noise_scale.estimate import Estimate
+    from trainc.runtime.noise_scale.settings import NoiseScaleSettings
     from trainc.runtime.schedule.clock import Clock
     from trainc.runtime.step.record import Signals, Step
 
-    measure = Measure("gns", {"a": ("a.w",)}, Settings(100.0, "samples", calibrations=2.0))
+    measure = NoiseScaleAction(
+        "gns", {"a": ("a.w",)}, NoiseScaleSettings(100.0, "samples", calibrations=2.0)
+    )
     assert measure.calibration is not None
     expected, before = Averages(), 0
     for at, weight in ((0, 8), (40, 40), (60, 20), (1060, None)):
         step = Step(Clock(samples=at), {}, Signals(), 8, 8, samples=8)
         found = Estimate(1.0 + at, 20.0)
-        measure._calibrate(measure.calibration, (found, found), step)
+        measure._calibrate(measure.calibration, found, found, step)
         expected.add(found, 0.5**0.5 if weight is None else 0.5 ** (weight / 100))
-        assert measure.calibration.norms.state() == pytest.approx(expected.state(), rel=1e-12)
-        assert measure.calibrated == at + 8
+        assert measure.calibration.measured.state() == pytest.approx(expected.state(), rel=1e-12)
+        assert measure.calibrated_at == at + 8
         before = at
     assert before == 1060
 
@@ -329,14 +331,14 @@ def test_calibrations_average_over_the_window_of_the_noise_scale() -> None:
         "adamw",
         0.05,
     )
-    measure, whole = (a for a in program._machine.actions if isinstance(a, Measure))
+    measure, whole = (a for a in program._machine.actions if isinstance(a, NoiseScaleAction))
     assert measure.calibration is not None
     for step in range(9):
         shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(step))
         program.step((x[shuffled], y[shuffled].roll(step % 3, 1)))
         for found, same in (
-            (measure.calibration.norms, measure.total),
-            (measure.calibration.total, whole.total),
+            (measure.calibration.measured, measure.total),
+            (measure.calibration.whole_model, whole.total),
         ):
             assert found.estimate == pytest.approx(same.estimate, rel=1e-9)
 

@@ -19,7 +19,9 @@ from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.values import value_json as v
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OptimizerStep, ParamSlot
 from trainc.runtime.step.record import Signals
@@ -53,7 +55,7 @@ def lower(
     )
     parts = LoweredMethod()
     names = ("0.weight", "1.weight", "2.weight")
-    bound = None if start is None else Duration(start.amount, start.unit)
+    bound = None if start is None else TimeSpan(start.amount, start.unit)
     rule.lower(Lowering(BoundClause(rule, "l2_sp", names, bound), setting, parts))
     (action,) = parts.actions
     assert isinstance(action, Anchors)

@@ -15,7 +15,8 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import Inventory, build_inventory
-from trainc.runtime.schedule.clock import Duration, UnitConversion
+from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.record import Signals
 
 
@@ -36,7 +37,7 @@ def factors(construct: LayerDecay, net: nn.Module, *, every: bool = False) -> di
         construct,
         "decay",
         tuple(p.name for p in inventory.parameters),
-        every=Duration(5, "steps") if every else None,
+        every=TimeSpan(5, "steps") if every else None,
     )
     parts = LoweredMethod()
     construct.lower(

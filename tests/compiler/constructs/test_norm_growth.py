@@ -18,7 +18,9 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
-from trainc.runtime.schedule.clock import Clock, Duration, UnitConversion
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
 
@@ -31,7 +33,7 @@ def machine(
         construct,
         "ng",
         tuple(p.name for p in inventory.parameters if only in p.name),
-        every=Duration(every, "steps") if every else None,
+        every=TimeSpan(every, "steps") if every else None,
     )
     construct.lower(
         Lowering(clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), parts)

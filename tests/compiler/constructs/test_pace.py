@@ -25,9 +25,11 @@ from trainc.dsl.values import value_json as v
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import factor
 from trainc.kernels.noise.philox import pack_key
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.record import Signals
-from trainc.runtime.storage.random_streams import derive
+from trainc.runtime.storage.random_streams import derive_seed
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "reference/regularizers.json").read_text())
 PACE: dict[str, Any] = REFERENCE["pace"]
@@ -338,7 +340,7 @@ def test_silence_everywhere_is_a_warning_and_no_pair() -> None:
 
 
 def test_outside_its_time_there_is_neither_noise_nor_distance() -> None:
-    start = Duration(3, "steps")
+    start = TimeSpan(3, "steps")
     parts = lower(pace(sigma=0.1, weight=2), Stack(2), ("head",), start=start)
     before = [schedule(Clock(steps=2)) for schedule in parts.scalars.values()]
     after = [schedule(Clock(steps=3)) for schedule in parts.scalars.values()]
@@ -366,7 +368,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     named = dict(model.named_parameters())
     compiled = {"loss": loss} | {n: p.grad for n, p in named.items() if p.grad is not None}
     key, sigma = (
-        pack_key(derive(9, "noise") & 0xFFFFFFFF, 0),
+        pack_key(derive_seed(9, "noise") & 0xFFFFFFFF, 0),
         torch.tensor(0.6, dtype=torch.float64),
     )
     sizes = {"0": 8, "2": 7}

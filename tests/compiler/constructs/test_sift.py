@@ -19,7 +19,9 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
-from trainc.runtime.schedule.clock import Clock, Duration, RunLength, UnitConversion
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot
 from trainc.runtime.step.record import Signals, Step
@@ -75,7 +77,7 @@ class Run:
         make: Callable[[Any], torch.optim.Optimizer] = adamw,
         decay: float = 0.0,
         clip: float | None = None,
-        start: Duration | None = None,
+        start: TimeSpan | None = None,
     ) -> None:
         self.model = model or Net()
         self.parts = LoweredMethod()
@@ -330,7 +332,7 @@ def test_a_gradient_that_is_not_finite_chooses_nothing() -> None:
 
 
 def test_the_choice_waits_for_its_start() -> None:
-    run = Run(Sift(density=RATE), start=Duration(2, "steps"))
+    run = Run(Sift(density=RATE), start=TimeSpan(2, "steps"))
     for i, batch in enumerate(batches()):
         run.step(batch)
         assert (run.choice.selected["fc1.weight"].index is not None) == (i >= 2)
@@ -433,7 +435,7 @@ def test_a_choice_is_for_good() -> None:
         model, build_inventory(model), UnitConversion(8), RunLength(9, "steps"), Signals()
     )
     rule = Sift(density=0.1)
-    clause = BoundClause(rule, "sift", NAMES, stop=Duration(2, "steps"))
+    clause = BoundClause(rule, "sift", NAMES, stop=TimeSpan(2, "steps"))
     with pytest.raises(ValueError, match=r"chooses once.*remove `until 2 steps`"):
         rule.lower(Lowering(clause, setting, LoweredMethod()))
 

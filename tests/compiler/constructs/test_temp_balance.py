@@ -23,7 +23,9 @@ from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.values.value_json import Range
 from trainc.kernels.parameter.spectrum import alphas
-from trainc.runtime.schedule.clock import Clock, Duration, UnitConversion
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
 
@@ -171,15 +173,15 @@ def test_signals_tell_mean_and_spread_and_an_unselected_bias_keeps_its_rate() ->
 
 
 def test_measured_as_often_as_the_clause_says_else_every_100_steps() -> None:
-    every = Duration(3, "steps")
+    every = TimeSpan(3, "steps")
     assert measured(Bench(same_size(), TempBalance(), every=every), 8) == [0, 3, 6]
     assert measured(Bench(same_size(), TempBalance()), 205) == [0, 100, 200]
-    start = Duration(7, "steps")
+    start = TimeSpan(7, "steps")
     assert measured(Bench(same_size(), TempBalance(), start=start), 120) == [7, 100]
 
 
 def test_after_the_window_the_last_factors_hold() -> None:
-    stop, every = Duration(4, "steps"), Duration(2, "steps")
+    stop, every = TimeSpan(4, "steps"), TimeSpan(2, "steps")
     bench = Bench(same_size(), TempBalance(), stop=stop, every=every)
     assert measured(bench, 4) == [0, 2]
     before = bench.factors()
@@ -189,7 +191,7 @@ def test_after_the_window_the_last_factors_hold() -> None:
 
 
 def test_resuming_is_bit_equal_between_measurements() -> None:
-    every = Duration(4, "steps")
+    every = TimeSpan(4, "steps")
     bench = Bench(same_size(), TempBalance(smooth=0.5), every=every)
     for _ in range(6):
         bench.step()
@@ -220,7 +222,7 @@ def test_a_checkpoint_of_other_modules_is_refused() -> None:
 
 
 def test_smoothing_keeps_a_share_of_the_exponent_before() -> None:
-    every = Duration(1, "steps")
+    every = TimeSpan(1, "steps")
     bench = Bench(same_size(), TempBalance(smooth=0.25), every=every)
     first = bench.step().series["tb.alpha"]
     with torch.no_grad():
@@ -232,7 +234,7 @@ def test_smoothing_keeps_a_share_of_the_exponent_before() -> None:
 
 
 def test_a_weight_that_cannot_be_measured_keeps_its_rate_and_is_named_once() -> None:
-    every = Duration(1, "steps")
+    every = TimeSpan(1, "steps")
     bench = Bench(same_size(), TempBalance(), every=every)
     with torch.no_grad():
         bench.net.get_parameter("1.weight").zero_()

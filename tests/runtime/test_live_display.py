@@ -11,7 +11,7 @@ import threading
 
 from rich.console import Console
 
-from trainc.runtime.run.live_display import Display, duration, quantity, sparkline
+from trainc.runtime.run.live_display import LiveDisplay, format_count, format_duration, sparkline
 
 FIGURES = {
     "loss": 2.34567,
@@ -27,8 +27,8 @@ FIGURES = {
 }
 
 CHILD = """
-from trainc.runtime.run.live_display import Display
-display = Display(100, "steps", title="demo", interval=0)
+from trainc.runtime.run.live_display import LiveDisplay
+display = LiveDisplay(100, "steps", title="demo", interval=0)
 display.start()
 for step in range(1, 101):
     display.update({"position": step, "loss": 1 / step, "lr_min": 0.1, "lr_max": 0.2})
@@ -48,10 +48,10 @@ class Ticks:
         return self.now
 
 
-def plain(total: float = 200, interval: float = 10.0) -> tuple[Display, io.StringIO, Ticks]:
+def plain(total: float = 200, interval: float = 10.0) -> tuple[LiveDisplay, io.StringIO, Ticks]:
     text, ticks = io.StringIO(), Ticks()
     console = Console(file=text, width=40)
-    return Display(total, "steps", console=console, interval=interval, clock=ticks), text, ticks
+    return LiveDisplay(total, "steps", console=console, interval=interval, clock=ticks), text, ticks
 
 
 def test_what_is_no_terminal_gets_plain_lines_now_and_then() -> None:
@@ -77,11 +77,11 @@ def test_noise_scales_are_found_by_what_comes_with_them() -> None:
     total = {"late.total": 17.5, "late.total_low": 13.1, "late.total_high": 30.0, "late.slope": 1.4}
     late = {"late": math.nan, **{f"late.{name}": math.nan for name in parts}, **total}
     display.update({**early, **late, "batch": 8, "gns": 1.0})
-    shown = display.parts()
-    assert list(shown) == ["early", "late", "late of the model", "batch", "left"]
+    shown = display.texts()
+    assert list(shown) == ["early", "late", "late of the whole model", "batch", "left"]
     assert shown["early"] == "12 [8.6, 25.2]"
     assert shown["late"] == "? no estimate"
-    assert shown["late of the model"] == "17.5 [13.1, 30]"
+    assert shown["late of the whole model"] == "17.5 [13.1, 30]"
 
 
 def test_notes_are_printed_at_once() -> None:
@@ -123,7 +123,7 @@ def test_drawing_takes_a_small_part_of_the_time() -> None:
             ticks.now += 0.5
             super().print(str(args[0]))
 
-    display = Display(1e9, "steps", console=Slow(file=text), interval=0, clock=ticks)
+    display = LiveDisplay(1e9, "steps", console=Slow(file=text), interval=0, clock=ticks)
     display.start()
     begin = ticks.now
     for step in range(100_000):
@@ -174,13 +174,13 @@ def test_a_terminal_gets_a_live_view() -> None:
 
 
 def test_quantities_are_short() -> None:
-    found = {n: quantity(n) for n in (0, 7.25, 999, 1234, 9999, 12345, 2.5e6, 3e9, 4e12)}
+    found = {n: format_count(n) for n in (0, 7.25, 999, 1234, 9999, 12345, 2.5e6, 3e9, 4e12)}
     assert list(found.values()) == ["0", "7.25", "999", "1234", "9999", "12.3k", "2.5M", "3G", "4T"]
-    assert quantity(math.nan) == "nan"
+    assert format_count(math.nan) == "nan"
 
 
 def test_durations_are_hours_minutes_seconds() -> None:
-    assert [duration(s) for s in (0, 61, 3725.4, math.inf)] == [
+    assert [format_duration(s) for s in (0, 61, 3725.4, math.inf)] == [
         "0:00:00",
         "0:01:01",
         "1:02:05",

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.storage.jsonl import Writer, decode, encode, read, series, truncate
+from trainc.runtime.storage.jsonl import JsonlWriter, decode, encode, read_jsonl, truncate
 
 
 def lines(path: Path, *steps: int) -> None:
-    writer = Writer(path)
+    writer = JsonlWriter(path)
     for step in steps:
         writer.write({"step": step, "loss": 1 / (step + 1)})
     writer.close()
@@ -27,11 +27,11 @@ def test_a_number_reads_back_exactly(number: float) -> None:
 
 def test_what_json_lacks_is_a_string(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    writer = Writer(path)
+    writer = JsonlWriter(path)
     writer.write({"step": 1, "a": math.nan, "b": math.inf, "c": {"d": -math.inf}})
     writer.close()
     assert path.read_text() == '{"step": 1, "a": "nan", "b": "inf", "c": {"d": "-inf"}}\n'
-    record = read(path)[0]
+    record = read_jsonl(path)[0]
     assert math.isnan(record["a"])
     assert (record["b"], record["c"]) == (math.inf, {"d": -math.inf})
 
@@ -39,10 +39,10 @@ def test_what_json_lacks_is_a_string(tmp_path: Path) -> None:
 def test_a_resumed_file_is_cut_after_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     lines(path, 1, 2, 2, 3, 4)
-    Writer(path, last_step=2).close()
-    assert [record["step"] for record in read(path)] == [1, 2, 2]
+    JsonlWriter(path, last_step=2).close()
+    assert [record["step"] for record in read_jsonl(path)] == [1, 2, 2]
     lines(path, 3)
-    assert [record["step"] for record in read(path)] == [1, 2, 2, 3]
+    assert [record["step"] for record in read_jsonl(path)] == [1, 2, 2, 3]
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 2, "lo', b"\x00\x00\x00", b'{"step": 2}'])
@@ -51,7 +51,7 @@ def test_a_half_written_line_is_cut(tmp_path: Path, tail: bytes) -> None:
     lines(path, 1)
     whole = path.read_bytes()
     path.write_bytes(whole + tail)
-    assert len(read(path)) == 1
+    assert len(read_jsonl(path)) == 1
     truncate(path, 9)
     assert path.read_bytes() == whole
 
@@ -59,23 +59,16 @@ def test_a_half_written_line_is_cut(tmp_path: Path, tail: bytes) -> None:
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\noops\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2 is no JSON object"):
-        read(path)
+    with pytest.raises(ValueError, match="line 2: expected a JSON object"):
+        read_jsonl(path)
 
 
 def test_what_is_synced_is_on_the_disk(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    writer = Writer(path, interval=math.inf)
+    writer = JsonlWriter(path, interval=math.inf)
     writer.write({"step": 1})
     assert path.read_text() == ""
     writer.sync()
     assert path.read_text() == '{"step": 1}\n'
     writer.close()
     writer.close()
-
-
-def test_a_series_takes_the_records_that_have_it() -> None:
-    records = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0}, {"step": 2, "loss": 1.0}]
-    assert series(records, "loss") == ([1, 2], [2.0, 1.0])
-    assert series(records, "eval_loss") == ([1], [3.0])
-    assert series(records, "gns") == ([], [])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.runtime.noise_runs import NAN, SCALES, figures, plan, six_steps, step, write_run
-from trainc.runtime.report.layer_map import COLUMNS, MISSING, NAMED, heat
-from trainc.runtime.report.noise_scale_course import BEYOND, TOTAL, noise_panels
-from trainc.runtime.report.plots import COLORS, draw, list_panels, load
+from trainc.runtime.report.layer_map import COLUMNS, MISSING, NAMED, heat_map
+from trainc.runtime.report.noise_scale_plot import BEYOND, WHOLE_MODEL, noise_panels
+from trainc.runtime.report.plots import COLORS, draw, list_panels, read_runs
 
 pytest.importorskip("matplotlib")
 
@@ -26,8 +26,8 @@ PLAN = plan(("noise_scale", "gns", {"example": "row", "level": 0.9}))
 def drawn(title: str, *folders: Path) -> Axes:
     """Return the axes of one panel, filled."""
     axes = Figure(layout="constrained").subplots()
-    (panel,) = [panel for panel in noise_panels(load(folders)) if panel.title == title]
-    panel.fill(axes)
+    (panel,) = [panel for panel in noise_panels(read_runs(folders)) if panel.title == title]
+    panel.draw(axes)
     return axes
 
 
@@ -43,7 +43,7 @@ def line(axes: Axes, label: str) -> tuple[list[float], list[float]]:
     return np.asarray(found.get_xdata()).tolist(), np.asarray(found.get_ydata()).tolist()
 
 
-def stretches(axes: Axes, label: str) -> list[tuple[float, float]]:
+def intervals(axes: Axes, label: str) -> list[tuple[float, float]]:
     """Return the marked stretches of a kind."""
     boxes = [p for p in axes.patches if isinstance(p, Rectangle)]
     return [
@@ -59,15 +59,15 @@ def corners(axes: Axes) -> set[tuple[float, ...]]:
     return {tuple(corner) for path in paths for corner in np.asarray(path.vertices).tolist()}
 
 
-def test_the_course_of_a_run(tmp_path: Path) -> None:
+def test_a_noise_scale_over_a_run(tmp_path: Path) -> None:
     axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", six_steps(), PLAN))
     at = [800, 1600, 2400, 3200, 4000, 4800]
     assert line(axes, "batch size") == ([0, *at], [8] * 7)
     found = line(axes, "gns")
     assert found[0] == at
     assert found[1] == pytest.approx(SCALES, nan_ok=True)
-    assert stretches(axes, "undetermined") == [(800, 2400), (4000, 4800)]
-    assert not stretches(axes, "loss or gradient not finite")
+    assert intervals(axes, "undetermined") == [(800, 2400), (4000, 4800)]
+    assert not intervals(axes, "loss or gradient not finite")
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens", "samples")
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "log")
     known = ["batch size", "undetermined", "gns", "90% interval", "interval without a bound"]
@@ -146,7 +146,7 @@ def test_the_legend_of_intervals_has_the_colours_of_the_bands(tmp_path: Path) ->
     legend = axes.get_legend()
     assert legend is not None
     swatches = [to_rgb(patch.get_facecolor()) for patch in legend.findobj(Rectangle)]
-    assert swatches == [to_rgb(COLORS[0]), to_rgb(TOTAL)]
+    assert swatches == [to_rgb(COLORS[0]), to_rgb(WHOLE_MODEL)]
     assert {to_rgb(band.get_facecolor()[0]) for band in axes.collections} == set(swatches)
     assert "interval without a bound" not in names(axes)
 
@@ -163,8 +163,8 @@ def test_steps_whose_loss_or_gradient_was_not_finite_are_marked_and_leave_a_gap(
     records[5] |= figures("gns", NAN, signal=NAN, noise=NAN)
     run = write_run(tmp_path / "a", records, PLAN)
     axes = drawn("Noise scale gns and batch size", run)
-    assert stretches(axes, "loss or gradient not finite") == [(800, 2400), (3200, 4800)]
-    assert stretches(axes, "undetermined") == [(800, 2400), (4000, 4800)]
+    assert intervals(axes, "loss or gradient not finite") == [(800, 2400), (3200, 4800)]
+    assert intervals(axes, "undetermined") == [(800, 2400), (4000, 4800)]
     known = [2, NAN, NAN, 2, 2, NAN, 2]
     assert line(axes, "gns")[1] == pytest.approx(known, nan_ok=True)
     # What stands alone between gaps would not be seen without a dot.
@@ -179,8 +179,8 @@ def test_a_noise_scale_not_known_yet_is_no_gradient_that_is_not_finite(tmp_path:
     early = figures("gns", NAN, signal=NAN, noise=NAN)
     records = [step(1, early), step(2, early), step(3, figures("gns", 2.0))]
     axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
-    assert stretches(axes, "undetermined") == [(0, 1600)]
-    assert not stretches(axes, "loss or gradient not finite")
+    assert intervals(axes, "undetermined") == [(0, 1600)]
+    assert not intervals(axes, "loss or gradient not finite")
 
 
 def test_two_clauses_have_panels_of_their_own(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_two_clauses_have_panels_of_their_own(tmp_path: Path) -> None:
         step(n, figures("early", 1.0 * n), figures("late", 5.0 * n), series=series) for n in (1, 2)
     ]
     run = write_run(tmp_path / "a", records, written)
-    assert [panel.title for panel in list_panels(load([run]))] == [
+    assert [panel.title for panel in list_panels(read_runs([run]))] == [
         "Loss",
         "Noise scale early and batch size",
         "Noise scale early by layer",
@@ -224,7 +224,7 @@ def test_a_scale_that_is_never_determined_is_drawn(tmp_path: Path) -> None:
     records = [step(n, figures("gns", NAN, signal=NAN), series=layers) for n in (1, 2, 3)]
     run = write_run(tmp_path / "a", records, PLAN)
     axes = drawn("Noise scale gns and batch size", run)
-    assert stretches(axes, "undetermined") == [(0, 2400)]
+    assert intervals(axes, "undetermined") == [(0, 2400)]
     assert names(axes) == ["batch size", "undetermined", "gns"]
     assert draw([run], tmp_path / "picture.png").exists()
 
@@ -277,7 +277,7 @@ def test_layers_at_the_end_have_intervals_and_arrows_where_nothing_bounds_them(
     assert axes.yaxis_inverted()
     assert axes.get_xlabel() == "samples, 90% interval"
     # What is drawn here is not drawn again as a figure by layer.
-    assert not [p.title for p in list_panels(load([run])) if "gns.low" in p.title]
+    assert not [p.title for p in list_panels(read_runs([run])) if "gns.low" in p.title]
 
 
 def test_layers_that_nothing_bounds_have_no_picture_at_the_end(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_layers_that_nothing_bounds_have_no_picture_at_the_end(tmp_path: Path) -
         series = {"gns": NAN, "gns.low": low, "gns.high": high}
         layers = {name: dict.fromkeys("ab", value) for name, value in series.items()}
         run = write_run(tmp_path / str(low), [step(1, figures("gns", 1.0), series=layers)], PLAN)
-        titles = [panel.title for panel in noise_panels(load([run])) if panel.wide]
+        titles = [panel.title for panel in noise_panels(read_runs([run])) if panel.wide]
         assert titles == ["Noise scale gns by layer"]
 
 
@@ -298,7 +298,7 @@ def test_numbers_beside_the_colours_have_room(tmp_path: Path) -> None:
         axes = drawn("Noise scale gns by layer", run)
         (bar,) = [other for other in axes.figure.axes if other is not axes]
         ticks = bar.get_yticks()
-        (panel,) = [p for p in noise_panels(load([run])) if p.wide]
+        (panel,) = [p for p in noise_panels(read_runs([run])) if p.wide]
         apart = np.diff(np.log10(ticks)) / np.ptp(np.log10(bar.get_ylim())) * (panel.height - 1)
         assert len(ticks) >= 2
         assert min(apart) > 0.15
@@ -314,7 +314,7 @@ def test_a_hundred_layers_are_named_and_more_now_and_then(tmp_path: Path) -> Non
         assert len(labels) == named <= NAMED
         assert labels[:2] == ["blocks.0", f"blocks.{count // named}"]
         # Names do not touch: a row of names is at least as high as its letters, in points.
-        (panel,) = [p for p in noise_panels(load([run])) if p.wide]
+        (panel,) = [p for p in noise_panels(read_runs([run])) if p.wide]
         assert 72 * (panel.height - 1.1) / named >= 6
 
 
@@ -322,7 +322,7 @@ def test_a_long_run_has_as_many_columns_as_can_be_seen(tmp_path: Path) -> None:
     series = [{"gns": {"a": float(n), "b": NAN}} for n in range(1, 1002)]
     records = [step(n, figures("gns", 1.0), series=s) for n, s in enumerate(series, 1)]
     run = write_run(tmp_path / "a", records, PLAN)
-    found, edges, values = heat(load([run])[0], "gns")
+    found, edges, values = heat_map(read_runs([run])[0], "gns")
     assert found == ["a", "b"]
     assert len(edges) == len(values[0]) + 1 <= COLUMNS + 1
     assert (edges[0], edges[-1]) == (0, 1001 * 800)
@@ -334,7 +334,7 @@ def test_a_long_run_has_as_many_columns_as_can_be_seen(tmp_path: Path) -> None:
 def test_one_layer_has_no_map(tmp_path: Path) -> None:
     records = [step(n, figures("gns", 1.0), series={"gns": {"head": 1.0}}) for n in (1, 2)]
     titles = [
-        panel.title for panel in noise_panels(load([write_run(tmp_path / "a", records, PLAN)]))
+        panel.title for panel in noise_panels(read_runs([write_run(tmp_path / "a", records, PLAN)]))
     ]
     assert titles == ["Noise scale gns and batch size"]
 
@@ -354,7 +354,7 @@ def calibrated(
         step(n, figures("gns", 4.0), total or {}, slope, {"gns.point": x, "gns.point_total": y})
         for n, (x, y) in enumerate(points, 1)
     ]
-    return drawn("Whole model against gns", write_run(folder, records, PLAN))
+    return drawn("Noise scale of the whole model over gns", write_run(folder, records, PLAN))
 
 
 def test_calibration_is_drawn_with_the_line_and_its_interval(tmp_path: Path) -> None:
@@ -364,10 +364,10 @@ def test_calibration_is_drawn_with_the_line_and_its_interval(tmp_path: Path) -> 
     # The colour is the age, over the whole run.
     assert np.asarray(dots.get_array()).tolist() == [800, 2400]
     assert dots.get_clim() == (0, 2400)
-    x, y = line(axes, "1.5 times")
+    x, y = line(axes, "slope 1.5")
     assert y == pytest.approx([1.5 * value for value in x])
-    assert names(axes) == ["measured", "1.5 times", "90% interval, 1.2 to 1.8"]
-    assert "all layers" in axes.get_ylabel()
+    assert names(axes) == ["measured", "slope 1.5", "90% interval, 1.2 to 1.8"]
+    assert "whole model" in axes.get_ylabel()
     assert "measured layers, samples" in axes.get_xlabel()
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
     assert axes.get_ylim() == pytest.approx((0, 1.1 * 14))
@@ -380,7 +380,7 @@ def test_calibrations_that_span_decades_are_drawn_on_logarithms(tmp_path: Path) 
     assert axes.get_xlim() == pytest.approx((0.1 / 1.5, 30 * 1.5))
     assert axes.get_ylim() == pytest.approx((0.5 / 1.5, 50 * 1.5))
     assert [text.get_text() for text in axes.get_xticklabels()][:3] == ["0.1", "0.2", "0.5"]
-    x, _ = line(axes, "1.5 times")
+    x, _ = line(axes, "slope 1.5")
     assert x == pytest.approx([0.1 / 1.5, 30 * 1.5])
 
 
@@ -406,8 +406,10 @@ def test_the_line_is_that_of_the_last_calibration_that_measured_something(tmp_pa
         step(1, figures("gns", 4.0), SLOPE, {"gns.point": 2.0, "gns.point_total": 3.0}),
         step(2, figures("gns", NAN, signal=NAN), SLOPE | {"gns.slope": NAN, "gns.slope_low": 9.0}),
     ]
-    axes = drawn("Whole model against gns", write_run(tmp_path / "a", records, PLAN))
-    assert names(axes) == ["measured", "1.5 times", "90% interval, 1.2 to 1.8"]
+    axes = drawn(
+        "Noise scale of the whole model over gns", write_run(tmp_path / "a", records, PLAN)
+    )
+    assert names(axes) == ["measured", "slope 1.5", "90% interval, 1.2 to 1.8"]
 
 
 def test_a_slope_that_nothing_bounds_has_arrows(tmp_path: Path) -> None:
@@ -435,4 +437,4 @@ def test_a_slope_that_nothing_bounds_has_arrows(tmp_path: Path) -> None:
 def test_an_early_calibration_has_dots_and_no_line(tmp_path: Path) -> None:
     axes = calibrated(tmp_path / "a", [(2.0, 3.0)], dict.fromkeys(SLOPE, NAN))
     assert names(axes) == ["measured"]
-    assert [one.get_label() for one in axes.lines] == ["_course"]
+    assert [one.get_label() for one in axes.lines] == ["_history"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainc.runtime.data import order as module
-from trainc.runtime.data.order import Order, cut
+from trainc.runtime.data.order import Order, split_indices
 from trainc.runtime.data.reader import Reader
 
 
@@ -41,14 +41,14 @@ def test_epochs_differ() -> None:
 
 
 def test_no_samples_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(ValueError, match="has no samples"):
         Order(0, 0)
 
 
 def test_a_step_is_cut_into_micro_batches() -> None:
-    assert cut([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert split_indices([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
     with pytest.raises(ValueError, match="at least one sample"):
-        cut([1], 0)
+        split_indices([1], 0)
 
 
 class Noisy:

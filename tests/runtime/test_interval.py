@@ -8,17 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime import known
-from trainc.runtime.noise_scale.estimate import (
-    UNDETERMINED,
-    Estimate,
-    Spread,
-    ratio_interval,
-    student,
-)
+from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate, Uncertainty
+from trainc.runtime.noise_scale.interval import ratio_interval, student_t_quantile
 
 
 @pytest.mark.parametrize(
-    ("level", "freedom", "expected"),
+    ("level", "dof", "expected"),
     # Tables of Student's distribution, two-sided.
     [
         (0.9, 1, 6.314),
@@ -32,41 +27,45 @@ from trainc.runtime.noise_scale.estimate import (
     ],
 )
 def test_students_quantiles(level: float, dof: float, expected: float) -> None:
-    assert student(level, dof) == pytest.approx(expected, abs=5e-4)
+    assert student_t_quantile(level, dof) == pytest.approx(expected, abs=5e-4)
 
 
 def test_students_quantile_where_one_form_takes_over_and_where_there_is_none() -> None:
-    values = [student(0.99, nu) for nu in (97, 98, 99, 100, 101)]
+    values = [student_t_quantile(0.99, nu) for nu in (97, 98, 99, 100, 101)]
     steps = [a - b for a, b in pairwise(values)]
     assert max(steps) < 1.1 * min(steps)
-    assert student(0.9, 2.9) == student(0.9, 2)
-    assert math.isinf(student(0.9, 0.9))
-    assert math.isinf(student(0.9, math.nan))
+    assert student_t_quantile(0.9, 2.9) == student_t_quantile(0.9, 2)
+    assert math.isinf(student_t_quantile(0.9, 0.9))
+    assert math.isinf(student_t_quantile(0.9, math.nan))
     for level in (0.0, 1.0, 90.0):
         with pytest.raises(ValueError, match="between 0 and 1"):
-            student(level, 5)
+            student_t_quantile(level, 5)
 
 
-@given(st.floats(-3, 3), st.floats(-3, 3), known.spreads())
+@given(st.floats(-3, 3), st.floats(-3, 3), known.uncertainties())
 def test_the_interval_holds_the_ratios_that_fieller_does_not_reject(
-    signal: float, noise: float, spread: Spread
+    signal: float, noise: float, uncertainty: Uncertainty
 ) -> None:
-    low, high = ratio_interval(Estimate(signal, noise), spread)
+    low, high = ratio_interval(Estimate(signal, noise), uncertainty)
     assert 0 <= low <= high
     assert low < math.inf
-    bound = student(0.9, spread.dof)
+    bound = student_t_quantile(0.9, uncertainty.dof)
     s, n = max(signal, 0.0), max(noise, 0.0)
 
     def rejected(ratio: float) -> float:
         """Return the distance from the rejection boundary, in the ratio's unit over its scale."""
-        variance = spread.noise - 2 * ratio * spread.covariance + ratio**2 * spread.signal
+        variance = (
+            uncertainty.noise_variance
+            - 2 * ratio * uncertainty.covariance
+            + ratio**2 * uncertainty.signal_variance
+        )
         size = abs(n) + ratio * abs(s) + 1e-3
         return (abs(n - ratio * s) - bound * math.sqrt(max(variance, 0.0))) / size
 
     if math.isinf(bound):
         assert (low, high) == (0, math.inf)
         return
-    assert math.isinf(high) == (not s > bound * math.sqrt(spread.signal))
+    assert math.isinf(high) == (not s > bound * math.sqrt(uncertainty.signal_variance))
     for end in (low, high):
         if 0 < end < 1e4:
             assert abs(rejected(end)) < 1e-4
@@ -79,7 +78,7 @@ def test_the_interval_holds_the_ratios_that_fieller_does_not_reject(
 
 
 def test_an_exact_estimate_has_no_interval_to_speak_of() -> None:
-    exact = Spread(0.0, 0.0, 0.0)
+    exact = Uncertainty(0.0, 0.0, 0.0)
     assert ratio_interval(Estimate(2.0, 8.0), exact) == (4.0, 4.0)
     assert ratio_interval(Estimate(0.0, 8.0), exact) == (0.0, math.inf)
     assert ratio_interval(Estimate(0.0, 0.0), exact) == (0.0, math.inf)

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime import known
-from trainc.runtime.noise_scale.estimate import Estimate
+from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate
 from trainc.runtime.noise_scale.estimators import (
-    UNDETERMINED,
-    Squares,
+    SquaredNorms,
     noise_scale,
     noise_scale_from_contributions,
 )
@@ -36,19 +35,19 @@ def test_examples_of_unequal_length() -> None:
     assert q == pytest.approx(expected["q"], rel=1e-12)
     found = noise_scale_from_contributions(expected["S1"], expected["big_sqnorm"], q)
     assert found == pytest.approx((expected["gtg"], expected["trsigma"]), rel=1e-12)
-    assert found.scale == pytest.approx(expected["gns"], rel=1e-12)
+    assert found.noise_scale == pytest.approx(expected["gns"], rel=1e-12)
     # Published code takes the examples for equally long, which makes a quarter's difference here.
     equal = noise_scale_from_contributions(expected["S1"], expected["big_sqnorm"], 1 / 8)
     naive = expected["naive_equal_weight(nanoGNS product)"]
     assert equal == pytest.approx((naive["gtg"], naive["trsigma"]), rel=1e-10)
-    assert equal.scale == pytest.approx(naive["gns"], rel=1e-10)
-    assert equal.scale > 1.25 * found.scale
+    assert equal.noise_scale == pytest.approx(naive["gns"], rel=1e-10)
+    assert equal.noise_scale > 1.25 * found.noise_scale
 
 
 def test_a_loss_scale_cancels() -> None:
     plain = noise_scale_from_contributions(0.3, 0.5, 0.2)
     scaled = noise_scale_from_contributions(0.3 * 1024**2, 0.5 * 1024**2, 0.2)
-    assert scaled.scale == plain.scale
+    assert scaled.noise_scale == plain.noise_scale
 
 
 @pytest.mark.parametrize("q", [1.0, 1.0 + 1e-7, 1.0 - 1e-8, 0.0, math.nan])
@@ -61,8 +60,8 @@ def test_one_example_tells_nothing(q: float) -> None:
     ("signal", "noise"),
     [(-1.0, 3.0), (0.0, 3.0), (2.0, -1.0), (2.0, 0.0), (1e-320, 1e3), (math.nan, 1.0)],
 )
-def test_a_scale_is_a_positive_number_or_none(signal: float, noise: float) -> None:
-    assert math.isnan(Estimate(signal, noise).scale)
+def test_a_noise_scale_is_a_positive_number_or_none(signal: float, noise: float) -> None:
+    assert math.isnan(Estimate(signal, noise).noise_scale)
 
 
 def test_groups_of_equal_size_are_the_two_batch_estimator() -> None:
@@ -72,15 +71,15 @@ def test_groups_of_equal_size_are_the_two_batch_estimator() -> None:
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(1e-3, 0.99))
-def test_groups_of_one_are_examples_bit_for_bit(s1: float, s_big: float, q: float) -> None:
-    plain = noise_scale_from_contributions(s1, s_big, q)
-    assert noise_scale_from_contributions(s1, s_big, q, q) == plain
-    assert plain == ((s_big - s1) / (1 - q), (s1 / q - s_big) / (1 - q))
+def test_groups_of_one_are_examples_bit_for_bit(s1: float, batch: float, q: float) -> None:
+    plain = noise_scale_from_contributions(s1, batch, q)
+    assert noise_scale_from_contributions(s1, batch, q, q) == plain
+    assert plain == ((batch - s1) / (1 - q), (s1 / q - batch) / (1 - q))
 
 
 def test_groups_weigh_no_less_than_their_examples() -> None:
     for examples in (0.3, 0.0, -0.1):
-        with pytest.raises(ValueError, match=r"sum w_b\^2 over single examples"):
+        with pytest.raises(ValueError, match=r"sum of w_b\^2 over single examples"):
             noise_scale_from_contributions(0.3, 0.5, 0.25, examples)
     assert noise_scale_from_contributions(0.3, 0.5, 0.25, math.nan) is UNDETERMINED
     assert noise_scale_from_contributions(0.3, 0.5, 1.0, 0.1) is UNDETERMINED
@@ -90,44 +89,44 @@ def test_groups_weigh_no_less_than_their_examples() -> None:
 def test_both_parts_are_unbiased_also_for_unequal_weights(weights: list[float]) -> None:
     w = torch.tensor(weights, dtype=torch.float64)
     w /= w.sum()
-    squares, _, s_big = known.squares(known.gradients(40_000, len(w), seed=3) * w[:, None])
+    squares, _, batch = known.sq_norms(known.gradients(40_000, len(w), seed=3) * w[:, None])
     s1, q = squares.sum(0), float(w.square().sum())
-    signal, noise = (s_big - s1) / (1 - q), (s1 / q - s_big) / (1 - q)
+    signal, noise = (batch - s1) / (1 - q), (s1 / q - batch) / (1 - q)
     for values, true in ((signal, 6.0), (noise, 14.0)):
         error = float(values.std()) / len(values) ** 0.5
         assert abs(float(values.mean()) - true) < 4 * error
         assert error < 0.2
-    one = noise_scale_from_contributions(float(s1[0]), float(s_big[0]), q)
+    one = noise_scale_from_contributions(float(s1[0]), float(batch[0]), q)
     assert one == pytest.approx((float(signal[0]), float(noise[0])))
 
 
-def test_squares_are_read_from_micro_batches_by_parameter() -> None:
+def test_squared_norms_are_read_from_micro_batches_by_parameter() -> None:
     parts = [
         Contribution(torch.tensor([0.25, 0.25]), {"a": torch.tensor([1.0, 2.0])}),
         Contribution(torch.tensor([0.5]), {"a": torch.tensor([4.0])}),
     ]
-    squares = Squares.of(parts, {"a": torch.tensor([3.0, 4.0], dtype=torch.bfloat16)})
-    assert (squares.shares, squares.whole, squares.q) == ({"a": 7.0}, {"a": 25.0}, 0.375)
+    squares = SquaredNorms.of(parts, {"a": torch.tensor([3.0, 4.0], dtype=torch.bfloat16)})
+    assert (squares.sums, squares.batch, squares.sum_sq_weights) == ({"a": 7.0}, {"a": 25.0}, 0.375)
     assert squares.estimate() == noise_scale_from_contributions(7.0, 25.0, 0.375)
     assert squares.estimate(["a"]) == squares.estimate()
     assert squares.estimate(["gone"]) is UNDETERMINED
-    assert Squares.of([], {}).estimate() is UNDETERMINED
+    assert SquaredNorms.of([], {}).estimate() is UNDETERMINED
 
 
-def test_squares_know_when_there_is_nothing_to_compare() -> None:
+def test_a_single_example_is_noticed() -> None:
     weights = {"one": [1.0], "two": [0.5, 0.5], "padding": [1.0, 0.0]}
     found = {
-        name: Squares.of(
+        name: SquaredNorms.of(
             [Contribution(torch.tensor(w), {"a": torch.tensor(w)})], {"a": torch.ones(1)}
         )
         for name, w in weights.items()
     }
-    assert {name: s.alone for name, s in found.items()} == {
+    assert {name: s.single for name, s in found.items()} == {
         "one": True,
         "two": False,
         "padding": True,
     }
-    assert not Squares.of([], {}).alone
+    assert not SquaredNorms.of([], {}).single
 
 
 divisions = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), min_size=1, max_size=3)
@@ -139,7 +138,7 @@ def micro_batch(names: dict[str, slice], each: torch.Tensor, weights: torch.Tens
     return Contribution(
         weights,
         {name: share.square().sum(1) for name, share in shares.items()},
-        whole={name: share.sum(0).square().sum() for name, share in shares.items()},
+        batch_sq_norms={name: share.sum(0).square().sum() for name, share in shares.items()},
     )
 
 
@@ -155,7 +154,7 @@ def test_no_division_into_micro_batches_and_ranks_changes_a_figure(
     names = {"a": slice(0, 2), "b": slice(2, 3)}
     gradient = (weights[:, None] * each).sum(0)
     whole = {name: gradient[columns] for name, columns in names.items()}
-    expected = Squares.of([micro_batch(names, each, weights)], whole)
+    expected = SquaredNorms.of([micro_batch(names, each, weights)], whole)
 
     # A rank's own units are those of the gradient before the exchange.
     divisor = len(division) if averaged else 1
@@ -164,12 +163,12 @@ def test_no_division_into_micro_batches_and_ranks_changes_a_figure(
     for sizes in division:
         for r in islice(rows, len(sizes)):
             part = micro_batch(names, each[r], divisor * weights[r])
-            squares = {name: square / divisor**2 for name, square in part.squares.items()}
+            squares = {name: square / divisor**2 for name, square in part.sq_norms.items()}
             gathered.append(Contribution(part.weights / divisor, squares))
-    found = Squares.of(gathered, whole)
+    found = SquaredNorms.of(gathered, whole)
 
-    assert found.q == pytest.approx(expected.q, rel=1e-12)
-    assert found.shares == pytest.approx(expected.shares, rel=1e-12)
+    assert found.sum_sq_weights == pytest.approx(expected.sum_sq_weights, rel=1e-12)
+    assert found.sums == pytest.approx(expected.sums, rel=1e-12)
     for chosen in (None, ["a"], ["b"]):
         estimates = found.estimate(chosen), expected.estimate(chosen)
         assert estimates[0] == pytest.approx(estimates[1], rel=1e-9, abs=1e-12, nan_ok=True)
@@ -183,28 +182,31 @@ def test_micro_batches_as_groups_against_brute_force(sizes: list[int], seed: int
     names = {"a": slice(0, 3)}
     parts = [micro_batch(names, each[r], weights[r]) for r in torch.arange(count).split(sizes)]
     groups = [each[rows].sum(0) / count for rows in torch.arange(count).split(sizes)]
-    squares = Squares.of_groups(parts, {"a": each.mean(0)})
-    s1, s_big = sum(float(g.square().sum()) for g in groups), float(each.mean(0).square().sum())
+    squares = SquaredNorms.of_micro_batches(parts, {"a": each.mean(0)})
+    s1, batch = sum(float(g.square().sum()) for g in groups), float(each.mean(0).square().sum())
     q = sum(size**2 for size in sizes) / count**2
-    signal = (s_big - s1) / (1 - q)
-    assert (squares.q, squares.q_examples) == pytest.approx((q, 1 / count), rel=1e-12)
+    signal = (batch - s1) / (1 - q)
+    found = (squares.sum_sq_weights, squares.sum_sq_example_weights)
+    assert found == pytest.approx((q, 1 / count), rel=1e-12)
     assert squares.estimate() == pytest.approx((signal, count * (s1 - q * signal)), rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("small", "big"), [(0, 8), (-1, 8), (8, 4), (4, math.inf), (math.nan, 8), (4, math.nan)]
 )
-def test_sizes_that_are_none_are_an_error(small: float, big: float) -> None:
-    with pytest.raises(ValueError, match="batch sizes are finite and above zero, the small one no"):
+def test_impossible_batch_sizes_are_an_error(small: float, big: float) -> None:
+    with pytest.raises(
+        ValueError, match="expected finite batch sizes above zero, the small one no"
+    ):
         noise_scale(3.0, 1.0, small, big)
 
 
 @pytest.mark.parametrize("q", [1.5, -0.25, math.inf])
-def test_a_sum_of_squared_weights_that_no_weights_have_is_an_error(q: float) -> None:
-    with pytest.raises(ValueError, match=f"q = {q:g}: weights that sum to 1 have a sum of squares"):
+def test_an_impossible_sum_of_squared_weights_is_an_error(q: float) -> None:
+    with pytest.raises(ValueError, match=rf"sum_sq_weights = {q:g}: expected a number in \[0, 1\]"):
         noise_scale_from_contributions(3.0, 1.0, q)
 
 
 @pytest.mark.parametrize("q", [0.0, 1.0, 1 + 1e-8, math.nan])
-def test_one_group_or_none_tells_nothing(q: float) -> None:
+def test_one_group_or_none_gives_no_estimate(q: float) -> None:
     assert all(map(math.isnan, noise_scale_from_contributions(3.0, 1.0, q)))

@@ -1,0 +1,53 @@
+"""Noise scales as text of a few characters, for the live display and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def format_number(value: float) -> str:
+    """Return a number in at most three digits, `?` for NaN."""
+    if math.isnan(value):
+        return "?"
+    return f"{value:.0f}" if 1000 <= abs(value) < 10_000 else f"{value:.3g}".replace("e+0", "e")
+
+
+def format_noise_scale(record: Mapping[str, Any], label: str) -> str:
+    """Return a step's noise scale in few characters: `142 [98, 210]`, or `?` with the reason and a known bound."""
+    scale, low, high = (
+        record.get(name, math.nan) for name in (label, f"{label}.low", f"{label}.high")
+    )
+    if math.isfinite(scale):
+        return _format_interval(scale, low, high)
+    signal, noise = (record.get(f"{label}.{part}", math.nan) for part in ("signal", "noise"))
+    if math.isnan(signal):
+        return "? no estimate"
+    if signal > 0 and not noise > 0:
+        return "? tr(Sigma) <= 0" + (f", < {format_number(high)}" if 0 < high < math.inf else "")
+    why = "|G|^2 uncertain" if signal > 0 else "|G|^2 <= 0"
+    return f"? {why}" + (f", > {format_number(low)}" if 0 < low < math.inf else "")
+
+
+def format_whole_model(record: Mapping[str, Any], label: str) -> str | None:
+    """Return the whole model's noise scale in few characters; None without calibration."""
+    name = f"{label}.total"
+    if name not in record:
+        return None
+    scale = record[name]
+    if math.isfinite(scale):
+        low, high = (record.get(f"{name}_{end}", math.nan) for end in ("low", "high"))
+        return _format_interval(scale, low, high)
+    if not math.isnan(record.get(f"{label}.slope", math.nan)):
+        return "?"
+    low = record.get(f"{name}_low", math.nan)
+    if math.isnan(low):
+        return "? no calibration"
+    return "? calibration uncertain" + (f", > {format_number(low)}" if low > 0 else "")
+
+
+def _format_interval(value: float, low: float, high: float) -> str:
+    """Return a number with its interval, `[?]` where that has no bound."""
+    known = low > 0 or high < math.inf
+    return f"{format_number(value)} [{f'{format_number(low)}, {format_number(high)}' if known else '?'}]"
