@@ -128,7 +128,7 @@ def _as_exported(
 def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
     """Return the module stack with torch.export's paths: `a.0` for `L['self'].a[0]`."""
     plain = {}
-    for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+    for key, (path, module_type) in (node.meta.get("nn_module_stack") or {}).items():
         path = re.sub(r"^L\['\w+'\]\.?", "", path).replace("._modules", "")
-        plain[key] = (re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path), kind)
+        plain[key] = (re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path), module_type)
     return plain

@@ -151,9 +151,9 @@ def _plain_stack(node: fx.Node) -> None:
     stack = node.meta.get("nn_module_stack")
     if stack:
         kept = {}
-        for key, (path, kind) in stack.items():
+        for key, (path, module_type) in stack.items():
             if path == PREFIX or path.startswith(f"{PREFIX}."):
-                kept[key] = (path[len(PREFIX) + 1 :], kind)
+                kept[key] = (path[len(PREFIX) + 1 :], module_type)
         node.meta["nn_module_stack"] = kept
     for key in ("val", "tensor_meta", "unbacked_bindings", "from_node"):
         node.meta.pop(key, None)

@@ -145,9 +145,14 @@ class ForwardGraph:
             self.scalars[name] = self._placeholder(f"scalar_{name}", self.available[name])
         return self.scalars[name]
 
-    def probe(self, module: str, value: Tensor) -> fx.Node:
-        """Add the probe of a module: an input of zeros whose gradient is the measurement."""
-        self.probes[module] = self._placeholder(f"probe_{module}", value)
+    def probe(self, module: str, columns: int, result: Tensor) -> fx.Node:
+        """Add a module's probe (examples, columns): an input of zeros whose gradient is the measurement.
+
+        It is float32, float64 where the `result` of the module is.
+        """
+        dtype = torch.float64 if result.dtype == torch.float64 else torch.float32
+        zeros = torch.zeros(self.examples, columns, dtype=dtype, device=result.device)
+        self.probes[module] = self._placeholder(f"probe_{module}", zeros)
         return self.probes[module]
 
     def _placeholder(self, name: str, value: Tensor) -> fx.Node:

@@ -74,20 +74,19 @@ def replace_layers(model: nn.Module, rewrite: Rewrite) -> Sites:
 
 
 class Sites:
-    """The sites of one model: activated before a forward pass, read after the backward pass."""
+    """The sites of one model: activated before a forward pass, read after the backward pass.
+
+    `layers` are the bound layers; wrappers of the model hold the same objects.
+    """
 
     def __init__(self, model: nn.Module, rewrite: Rewrite) -> None:
         self.rewrite = rewrite
-        self._bound: list[BoundLayer] = [m for m in model.modules() if isinstance(m, BoundLayer)]
+        self.layers: list[BoundLayer] = [m for m in model.modules() if isinstance(m, BoundLayer)]
         self._numel = {
             site.module: model.get_parameter(cast(str, site.weight)).numel()
             for site in rewrite.measured
             if site.per_example_gradients
         }
-
-    def bound(self) -> list[BoundLayer]:
-        """Return the bound layers; wrappers of the model hold the same objects."""
-        return self._bound
 
     def activate(
         self,
@@ -97,7 +96,7 @@ class Sites:
         device: torch.device,
     ) -> None:
         """Give every site fresh probes and this step's scalars; call before each forward pass."""
-        for module in self.bound():
+        for module in self.layers:
             state = module.trainc
             state.active = True
             state.division = division
@@ -116,18 +115,18 @@ class Sites:
 
     def deactivate(self) -> None:
         """Let every site run as the user's own layer."""
-        for module in self.bound():
+        for module in self.layers:
             module.trainc.deactivate()
 
     def probes(self) -> dict[str, Tensor]:
         """Return the active probes by module name."""
-        states = [module.trainc for module in self.bound()]
+        states = [module.trainc for module in self.layers]
         return {s.measured.module: s.probe for s in states if s.measured and s.probe is not None}
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
         """Run the model as the user wrote it inside this block, whatever was active."""
-        states = [(m, m.trainc.active) for m in self.bound()]
+        states = [(m, m.trainc.active) for m in self.layers]
         for module, _ in states:
             module.trainc.active = False
         try:
@@ -138,10 +137,10 @@ class Sites:
 
     def unbind(self) -> None:
         """Give every layer its own class back."""
-        for module in self._bound:
+        for module in self.layers:
             module.__class__ = module.unbound  # type: ignore[assignment]
             del module.trainc
-        self._bound = []
+        self.layers = []
 
     @contextmanager
     def count_calls(self) -> Iterator[dict[str, int]]:
@@ -149,7 +148,7 @@ class Sites:
 
         Compiled parts run uncompiled here: code that was compiled for another program calls no hooks.
         """
-        watched = {m.trainc.name: m for m in self.bound() if m.trainc.delivers}
+        watched = {m.trainc.name: m for m in self.layers if m.trainc.delivers}
         counts = dict.fromkeys(watched, 0)
 
         def hook(name: str) -> Callable[..., None]:

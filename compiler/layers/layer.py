@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
-    from torch import fx, nn
+    from torch import Tensor, fx, nn
 
     from trainc.compiler.graph.forward_graph import ForwardGraph
     from trainc.compiler.layers.site_state import BoundLayer
@@ -42,6 +45,17 @@ class LayerKind:
     weight_at: Mapping[Any, int]
     match: Callable[[ForwardGraph, LayerSite, fx.Node], LayerMatch | None]
     joins_views: bool = False
+
+
+def result_with(module: nn.Module, parameters: dict[str, nn.Parameter | None], x: Tensor) -> Any:
+    """Return what a layer computes of `x` with other parameters; None when it cannot."""
+    twin = copy.copy(module)
+    twin._parameters = parameters
+    with torch.no_grad():
+        try:
+            return twin.forward(x)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return None
 
 
 def own_names(name: str, module: nn.Module) -> dict[str, str]:

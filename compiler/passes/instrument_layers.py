@@ -82,9 +82,7 @@ class InstrumentLayers(Pass):
                 "a layer of this kind cannot join the two views of an example. Exclude it from `on`",
             )
         like = node.meta["val"]
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        zeros = torch.zeros(forward.examples, len(site.parameters), dtype=dtype, device=like.device)
-        probe = forward.probe(site.module, zeros)
+        probe = forward.probe(site.module, len(site.parameters), like)
         with forward.graph.inserting_before(node):
             x = _expanded(forward, match.x, node) if shared else match.x
             lead = [forward.rows, *x.meta["val"].shape[1:]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from trainc.compiler.graph.forward_graph import ForwardGraph
-from trainc.compiler.method.sites import NormSite, Rewrite
+from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.fuse_norms import PLACES, fused_norm, locate
 from trainc.compiler.passes.joined_views import join_views, separate_views
 from trainc.compiler.passes.pass_base import Pass
@@ -50,20 +50,14 @@ class InstrumentNorms(Pass):
             size_with_one_more = (sizes or {}).get(site.module)
             if x.dim() < 2 or not starts_with_examples(forward, x.shape[0], size_with_one_more):
                 raise not_example_axis(forward, site.module, f"input {list(x.shape)}")
-            self.add_probe(forward, site, node, x)
+            if forward.views > 1:
+                self.join_views(forward, node, x)
+            # A sum is promoted; the first result of either kind of operator has its dtype.
+            result = node.meta["val"][0]
+            probe = forward.probe(site.module, len(site.parameters), result)
+            node.update_arg(place.probe, probe)
             served.append(site.module)
         return served
-
-    def add_probe(self, forward: ForwardGraph, site: NormSite, node: fx.Node, x: Tensor) -> None:
-        """Give one fused norm its probe."""
-        # A sum is promoted; the first result of either kind of operator has its dtype.
-        double = node.meta["val"][0].dtype == torch.float64
-        dtype = torch.float64 if double else torch.float32
-        shape = forward.examples, len(site.parameters)
-        zeros = torch.zeros(shape, dtype=dtype, device=x.device)
-        if forward.views > 1:
-            self.join_views(forward, node, x)
-        node.update_arg(PLACES[node.target].probe, forward.probe(site.module, zeros))
 
     def join_views(self, forward: ForwardGraph, node: fx.Node, x: Tensor) -> None:
         """Let the norm see the views of an example as parts of it."""

@@ -95,7 +95,7 @@ def _measure(
             )
         return loss
 
-    measured = {m.trainc.name: cast(nn.Module, m) for m in sites.bound()}
+    measured = {m.trainc.name: cast(nn.Module, m) for m in sites.layers}
     with torch.enable_grad():
         loss = run_checking_uses(loss_of, measured)
     probes = sites.probes()
@@ -161,7 +161,7 @@ def _refuse_mixing(model: nn.Module) -> None:
 @contextmanager
 def _bound(model: nn.Module, rewrite: Rewrite) -> Iterator[Sites]:
     sites = replace_layers(model, rewrite)
-    for module in sites.bound():
+    for module in sites.layers:
         module.trainc.also_in_eval = True
     try:
         yield sites

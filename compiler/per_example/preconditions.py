@@ -99,7 +99,7 @@ class _FewExamples:
 
         `counts` are the numbers of examples to try, `chosen` the numbers of the examples to take; all are unless given.
         """
-        bound = {m.trainc.name: m for m in sites.bound() if m.trainc.measured is not None}
+        bound = {m.trainc.name: m for m in sites.layers if m.trainc.measured is not None}
         self.model, self.inputs, self.chosen = model, inputs, chosen
         self.measured = cast("Mapping[str, nn.Module]", bound)
         with sites.inactive(), undisturbed(model), as_written(), torch.no_grad():
