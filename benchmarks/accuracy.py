@@ -30,7 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "accuracy_cpu.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXAMPLES = {"y", "total", "dx", "dresidual", "dh0", "ddelta", "dlogits", "weight", "norms"}
 COLUMNS = (
-    "operator", "form", "result", "dtype", "family", "ours max", "ours rms", "aten max", "aten rms",
+    "operator", "variant", "result", "dtype", "family", "ours max", "ours rms", "aten max", "aten rms",
     "ratio max", "ratio rms", "lost", "gained",
 )  # fmt: skip
 # Rounding alone leaves up to half a unit in the last place.
@@ -130,7 +130,7 @@ def row(case: Case, result: str, dtype: torch.dtype, family: str, pair: Pair) ->
     largest, rms = pair.ratios()
     return {
         "operator": case.operator,
-        "form": case.form,
+        "variant": case.variant,
         "result": result,
         "dtype": str(dtype)[6:],
         "family": family,
@@ -186,7 +186,7 @@ def worst(found: Sequence[Json], which: str = "max") -> dict[str, dict[str, floa
 
 def text(one: Json) -> str:
     """One row of the printed table."""
-    name = f"{one['operator']}, {one['form']}" if one["form"] else one["operator"]
+    name = f"{one['operator']}, {one['variant']}" if one["variant"] else one["operator"]
     parts = [f"{name:36} {one['result']:11} {one['dtype']:9} {one['family']:16}"]
     parts += [f"{one[who]['max']:10.3g} {one[who]['rms']:10.3g}" for who in ("ours", "aten")]
     parts.append(f"{one['ratio']['max']:9.3g} {one['ratio']['rms']:9.3g}")

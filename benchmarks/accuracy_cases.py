@@ -20,7 +20,7 @@ from benchmarks.accuracy_problems import (
     running,
     same_noise,
     split_columns,
-    with_form,
+    with_algorithm,
 )
 from benchmarks.adversarial import FAMILIES, LOGITS
 from benchmarks.operators import (
@@ -34,10 +34,10 @@ from trainc.kernels.noise import multiplicative_noise as noise
 
 @dataclass(frozen=True)
 class Case:
-    """One operator in one form."""
+    """One operator in one variant."""
 
     operator: str
-    form: str
+    variant: str
     build: Build
     size: Size
     # Results, then gradients of the leaves, in the order in which `operators.step` returns them.
@@ -50,8 +50,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The operator and its form."""
-        return f"{self.operator}, {self.form}" if self.form else self.operator
+        """The operator and its variant."""
+        return f"{self.operator}, {self.variant}" if self.variant else self.operator
 
 
 SMALL, LONG = Size(6, 7, 96), Size(2, 300, 256)
@@ -71,20 +71,20 @@ def _norms() -> list[Case]:
         data = (0, 1) if add else (0,)
         build = {probed: norm(rms, add, probed) for probed in (False, True)}
         found.append(Case(name, "", build[False], SMALL, results, data))
-        for form, size in (("probe", SMALL), ("probe, long", LONG))[: 1 if add else 2]:
-            found.append(Case(name, form, build[True], size, (*results, "norms"), data))
+        for variant, size in (("probe", SMALL), ("probe, long", LONG))[: 1 if add else 2]:
+            found.append(Case(name, variant, build[True], size, (*results, "norms"), data))
     return found
 
 
 CASES: tuple[Case, ...] = (
     *_norms(),
     Case("rms_norm", "llama, probe", llama, SMALL, (*RMS, "norms")),
-    *(Case("linear", form, with_form(form), Size(4, 12, 48), (*LAYER, "norms"), each=("norms",))
-      for form in ("simultaneous", "gram")),
-    *(Case("linear", f"{form}, dy", with_form(form), Size(4, 12, 48), (*LAYER, "norms"), (),
+    *(Case("linear", algorithm, with_algorithm(algorithm), Size(4, 12, 48), (*LAYER, "norms"), each=("norms",))
+      for algorithm in ("simultaneous", "gram")),
+    *(Case("linear", f"{algorithm}, dy", with_algorithm(algorithm), Size(4, 12, 48), (*LAYER, "norms"), (),
            each=("norms",))
-      for form in ("simultaneous", "gram")),
-    Case("linear", "one row", with_form("auto"), Size(6, 1, 48), (*LAYER, "norms"),
+      for algorithm in ("simultaneous", "gram")),
+    Case("linear", "one row", with_algorithm("auto"), Size(6, 1, 48), (*LAYER, "norms"),
          each=("norms",)),
     Case("embedding", "dy", partial(embedding, words=11), Size(5, 40, 32),
          ("y", "dweight", "norms"), (), each=("norms",)),

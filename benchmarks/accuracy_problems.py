@@ -1,4 +1,4 @@
-"""Accuracy problems: operators in the forms and with the results that no benchmark times."""
+"""Accuracy problems: operators in the variants and with the results that no benchmark times."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,11 +34,11 @@ from trainc.kernels.parameter import sparse_adamw as adamw
 Build = Callable[[Size, torch.dtype, str], Problem]
 
 
-def with_form(form: str) -> Build:
-    """A linear layer whose norms are made by one form."""
+def with_algorithm(algorithm: str) -> Build:
+    """A linear layer whose norms are made by one algorithm."""
 
     def build(size: Size, dtype: torch.dtype, device: str) -> Problem:
-        return replace(linear(size, dtype, device), ours=partial(ours.linear, form=form))
+        return replace(linear(size, dtype, device), ours=partial(ours.linear, algorithm=algorithm))
 
     return build
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import trainc.functional as ours
 from benchmarks.operators import Make, Problem, Size
-from trainc.kernels.layer import tied_weights
+from trainc.kernels.layer import tied_linear
 from trainc.kernels.library.contracts import accumulation_dtype
 
 Build = Callable[[Size, torch.dtype, str], Problem]
@@ -95,7 +95,7 @@ def tied_weight(size: Size, dtype: torch.dtype, device: str, words: int = 4096) 
         wide = accumulation_dtype(dtype)
         table, dlogits = arguments[0].detach().to(wide), cotangents[0].to(wide)
         y = functional.embedding(ids, table)
-        return tied_weights.reference(table, ids, None, dlogits @ table, y, dlogits).unsqueeze(1)
+        return tied_linear.reference(table, ids, None, dlogits @ table, y, dlogits).unsqueeze(1)
 
     logits = ids.numel() * words
     moved = (logits + 2 * ids.numel() * size.width + weight.numel()) * dtype.itemsize

@@ -4,7 +4,8 @@ from trainc.compiler.per_example.functional import measured_parameters, per_exam
 from trainc.kernels.layer.convolution import convolution
 from trainc.kernels.layer.embedding import embedding
 from trainc.kernels.layer.linear import linear
-from trainc.kernels.layer.tied_weights import tied_embedding, tied_linear
+from trainc.kernels.layer.tied_embedding import tied_embedding
+from trainc.kernels.layer.tied_linear import tied_linear
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.loss.linear_cross_entropy_consistency import linear_cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import multiplicative_noise, noisy_add

@@ -12,7 +12,7 @@ from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names
 from trainc.compiler.layers.site_state import BoundLayer, checked_probe, join_views, separate_views
 from trainc.compiler.method.sites import LayerSite
 from trainc.kernels.layer.embedding import embedding
-from trainc.kernels.layer.tied_weights import tied_embedding
+from trainc.kernels.layer.tied_embedding import tied_embedding
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names, resul
 from trainc.compiler.layers.site_state import BoundLayer, checked_probe, join_views, separate_views
 from trainc.compiler.method.sites import LayerSite
 from trainc.kernels.layer.linear import linear
-from trainc.kernels.layer.tied_weights import tied_linear
+from trainc.kernels.layer.tied_linear import tied_linear
 
 aten = torch.ops.aten
 _FLATTENINGS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}

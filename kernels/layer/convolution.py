@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainc.kernels.layer.convolution_norms import Geometry, aten_gradients, norms_and_gradient
-from trainc.kernels.library.contracts import absent, accumulation_dtype, autocast, require
+from trainc.kernels.library.contracts import (
+    absent,
+    accumulation_dtype,
+    autocast,
+    check_bias,
+    check_probe,
+    require,
+)
 from trainc.kernels.library.memory_format import layout
 from trainc.kernels.library.register import register
 
@@ -64,7 +71,9 @@ def convolution(
 def _numbers(value: int | Sequence[int], spatial: int) -> list[int]:
     """One number for each spatial dim."""
     if isinstance(value, str):
-        raise TypeError(f"padding is numbers, not {value!r}: pad x by F.pad and give padding = 0")
+        raise TypeError(
+            f"padding must be numbers, not {value!r}: pad x by F.pad and give padding = 0"
+        )
     return [value] * spatial if isinstance(value, int) else list(value)
 
 
@@ -100,41 +109,29 @@ def _check(
         and x.shape[1] == weight.shape[1] * groups
         and weight.shape[0] % groups == 0,
         lambda: (
-            f"x {tuple(x.shape)} is not (B, C, *spatial) for a weight {tuple(weight.shape)} "
-            f"and {groups} groups"
+            f"x must be (B, C, *spatial) for a weight (L, C / groups, *kernel), not {tuple(x.shape)} "
+            f"for {tuple(weight.shape)} and {groups} groups"
         ),
     )
     for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
         _check_numbers(name, getattr(geometry, name), len(kernel), least)
     require(
         all(n >= 1 for n in geometry.output(x.shape[2:], kernel)),
-        lambda: f"a kernel of {kernel} does not fit x {tuple(x.shape)} padded and dilated so",
-    )
-    require(
-        bias is None or tuple(bias.shape) == tuple(weight.shape[:1]),
-        lambda: f"bias must have the shape {tuple(weight.shape[:1])}",
-    )
-    if probe is None:
-        return
-    columns, expected = 1 if bias is None else 2, accumulation_dtype(x.dtype)
-    require(
-        probe.dim() == 2
-        and probe.shape[0] == x.shape[0]
-        and probe.shape[1] == columns
-        and probe.dtype == expected,
         lambda: (
-            f"probe must be ({x.shape[0]}, {columns}) {expected}, "
-            f"not {tuple(probe.shape)} {probe.dtype}"
+            f"a kernel of {kernel} does not fit x {tuple(x.shape)} with padding {list(geometry.padding)} "
+            f"and dilation {list(geometry.dilation)}"
         ),
     )
+    check_bias(bias, weight)
+    check_probe(probe, x.shape[0], 1 if bias is None else 2, x)
 
 
 def _check_numbers(name: str, numbers: Sequence[int], spatial: int, least: int) -> None:
     require(
         len(numbers) == spatial and min(numbers) >= least,
         lambda: (
-            f"{name} must be {spatial} numbers of at least {least}, one for each spatial dim of "
-            f"x, not {list(numbers)}"
+            f"{name} must be {spatial} numbers, one for each spatial dim of x, of at least {least}, "
+            f"not {list(numbers)}"
         ),
     )
 

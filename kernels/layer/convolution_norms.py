@@ -1,4 +1,4 @@
-"""A convolution's weight gradient together with every example's squared norm, in three forms.
+"""A convolution's weight gradient together with every example's squared norm, by one of three algorithms.
 
 With P output positions, and in each of g groups K = C / g * kernel inputs of a position and L' =
 L / g outputs, these give the same numbers:
@@ -23,7 +23,7 @@ from torch.nn import functional
 from trainc.kernels.layer import linear
 from trainc.kernels.library.contracts import REDUCED, accumulation_dtype
 
-FORMS = ("auto", "patches", "grouped", "gram")
+ALGORITHMS = ("auto", "patches", "grouped", "gram")
 
 # Numbers of a group's gradient up to which one convolution with a group for every example beats
 # matrix products of unfolded inputs.
@@ -50,7 +50,7 @@ class Geometry:
 
 
 def choose(positions: int, inputs: int, outputs: int) -> str:
-    """The cheapest form for so many output positions and, in each group, inputs and outputs."""
+    """The cheapest algorithm for so many output positions and, in each group, inputs and outputs."""
     if positions == 1 or linear.choose(positions, inputs, outputs) == "gram":
         return "gram"
     return "grouped" if inputs * outputs <= FEW_ENTRIES else "patches"
@@ -68,18 +68,18 @@ def aten_gradients(
 
 
 def norms_and_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, form: str = "auto"
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, algorithm: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
-    """The (B,) squared norms, and dweight in the accumulation dtype where the form makes it."""
-    if form == "auto":
+    """The (B,) squared norms, and dweight in the accumulation dtype where the algorithm makes it."""
+    if algorithm == "auto":
         outputs, inputs = weight.shape[0] // geometry.groups, math.prod(weight.shape[1:])
-        form = choose(math.prod(dy.shape[2:]), inputs, outputs)
-    if form == "gram" and x.shape[0]:
+        algorithm = choose(math.prod(dy.shape[2:]), inputs, outputs)
+    if algorithm == "gram" and x.shape[0]:
         return _gram(dy, x, weight, geometry), None
-    each = _grouped if form == "grouped" else _from_patches
+    each = _grouped if algorithm == "grouped" else _from_patches
     dtype = accumulation_dtype(x.dtype)
     total, norms = weight.new_zeros(weight.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
-    held = weight.numel() + (0 if form == "grouped" else _unfolded(dy, weight, geometry))
+    held = weight.numel() + (0 if algorithm == "grouped" else _unfolded(dy, weight, geometry))
     for here in _chunks(x, held):
         found = each(dy[here], x[here], weight, geometry)
         # Row by row: one long float32 sum would lose digits.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.library.contracts import absent, accumulation_dtype, lazy, require
+from trainc.kernels.library.contracts import absent, accumulation_dtype, check_probe, lazy, require
 from trainc.kernels.library.register import register
 
 __all__ = ["embedding"]
@@ -60,28 +60,23 @@ def reference(
     return {"dweight": total, "norms": torch.stack(norms).unsqueeze(1)}
 
 
-def _check(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None) -> None:
+def check(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None) -> None:
+    """Reject arguments outside the contract."""
+    check_ids(weight, ids)
+    require(
+        padding_idx is None or -weight.shape[0] <= padding_idx < weight.shape[0],
+        lambda: f"padding_idx must be a row of weight {tuple(weight.shape)}, not {padding_idx}",
+    )
+    check_probe(probe, ids.shape[0], 1, weight)
+
+
+def check_ids(weight: Tensor, ids: Tensor) -> None:
+    """Reject ids and a weight that nothing can be looked up for."""
     require(
         ids.dim() >= 1 and weight.dim() == 2 and ids.dtype in (torch.int32, torch.int64),
         lambda: (
-            f"ids are (B, ..) int32 or int64 and weight (V, D), not {tuple(ids.shape)} "
+            f"ids must be (B, ...) int32 or int64 and weight (V, D), not {tuple(ids.shape)} "
             f"{ids.dtype} and {tuple(weight.shape)}"
-        ),
-    )
-    require(
-        padding_idx is None or -weight.shape[0] <= padding_idx < weight.shape[0],
-        lambda: f"padding_idx {padding_idx} is not a row of {tuple(weight.shape)}",
-    )
-    if probe is None:
-        return
-    expected = accumulation_dtype(weight.dtype)
-    require(
-        probe.dim() == 2
-        and probe.shape[0] == ids.shape[0]
-        and probe.shape[1] == 1
-        and probe.dtype == expected,
-        lambda: (
-            f"probe must be ({ids.shape[0]}, 1) {expected}, not {tuple(probe.shape)} {probe.dtype}"
         ),
     )
 
@@ -89,19 +84,19 @@ def _check(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor |
 def eager_forward(
     weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None
 ) -> Tensor:
-    _check(weight, ids, padding_idx, probe)
+    check(weight, ids, padding_idx, probe)
     return functional.embedding(ids, weight)
 
 
 def fake_forward(
     weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None
 ) -> Tensor:
-    _check(weight, ids, padding_idx, probe)
+    check(weight, ids, padding_idx, probe)
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
 def backward(
-    dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool], norms_of: Norms
+    norms_of: Norms, dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """dweight (rows, D) and the (B, 1) norms; results not asked for have no elements."""
     norms = norms_of(dy, ids, padding_idx) if mask[1] else absent(dy)
@@ -113,8 +108,8 @@ def backward(
 def eager_backward(
     dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """The kernel built from ATen's."""
-    return backward(dy, ids, rows, padding_idx, mask, eager_norms)
+    """The same on any device, by ATen's calls."""
+    return backward(eager_norms, dy, ids, rows, padding_idx, mask)
 
 
 def eager_norms(dy: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
@@ -165,7 +160,7 @@ def fake_backward(
     return dweight, norms
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     weight, ids, padding_idx, _ = inputs
     ctx.save_for_backward(ids)
     rows = weight.shape[0]
@@ -185,7 +180,7 @@ register(
     cpu=eager_forward,
     cuda=eager_forward,
     fake=fake_forward,
-    setup_context=_setup_context,
+    setup_context=setup_context,
     backward=_backward,
 )
 register(

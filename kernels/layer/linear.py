@@ -1,6 +1,6 @@
 """Linear layer whose backward also returns per-example squared gradient norms.
 
-With T rows per example (all middle dims), two forms give the same numbers (arXiv 2411.00999):
+With T rows per example (all middle dims), two algorithms give the same numbers (arXiv 2411.00999):
 
   simultaneous  every example's (L, K) gradient by a batched product; squared, and added up to the
                 batch's gradient: the operations of the plain gradient, but K * L numbers an example
@@ -21,6 +21,8 @@ from trainc.kernels.library.contracts import (
     absent,
     accumulation_dtype,
     autocast,
+    check_bias,
+    check_probe,
     lazy,
     require,
 )
@@ -28,9 +30,9 @@ from trainc.kernels.library.register import register
 
 __all__ = ["linear"]
 
-FORMS = ("auto", "simultaneous", "gram")
+ALGORITHMS = ("auto", "simultaneous", "gram")
 
-# From x (B, T, K), dy (B, T, L), a form and the weight's dtype: its gradient or None, and norms.
+# From x (B, T, K), dy (B, T, L), an algorithm and the weight's dtype: its gradient or None, and norms.
 Norms = Callable[[Tensor, Tensor, str, torch.dtype], tuple[Tensor | None, Tensor]]
 
 # A number of an example's gradient is written and read twice, which costs as much as 16 or so
@@ -49,7 +51,7 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     probe: Tensor | None = None,
-    form: str = "auto",
+    algorithm: str = "auto",
 ) -> Tensor:
     """Compute x @ weight.T + bias.
 
@@ -57,20 +59,20 @@ def linear(
     `probe` is None, or zeros (B, 2), (B, 1) without bias, in float32 (float64 for float64 x) that require grad. It is
     not read: its gradient is, per example, the squared norm of its contribution to weight.grad (column 0) and bias.grad
     (column 1), in the units of those gradients. Like any gradient it accumulates: take a new probe for each backward
-    pass. `form` says how the weight's norms are made, by every example's gradient ("simultaneous"), by products of rows
-    with rows ("gram") or by what is cheaper for the shapes ("auto"); the numbers are the same.
+    pass. `algorithm` says how the norms of the weight are made: from every example's gradient ("simultaneous"), from
+    products of rows with rows ("gram"), or by what is cheaper for the shapes ("auto"); the numbers are the same.
 
     Returns (B, ..., L) in x's dtype, under autocast in its 16-bit one (float64 stays). Without a probe this is
-    F.linear. Raises RuntimeError for other shapes, dtypes and forms. With a probe, second derivatives raise
+    F.linear. Raises RuntimeError for other shapes, dtypes and algorithms. With a probe, second derivatives raise
     RuntimeError and forward-mode ones NotImplementedError.
 
     Source of the norms: Goodfellow 2015, arXiv:1510.01799 (one row an example); Gray et al. 2024, arXiv:2411.00999.
     """
-    check_form(form)
+    check_algorithm(algorithm)
     if probe is None:
         return functional.linear(x, weight, bias)
     cast = autocast(x, weight, bias)
-    y: Tensor = torch.ops.trainc.linear(*cast, probe, form)
+    y: Tensor = torch.ops.trainc.linear(*cast, probe, algorithm)
     return y
 
 
@@ -88,64 +90,49 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor) -> dic
 
 
 def choose(rows: int, inputs: int, outputs: int) -> str:
-    """The cheaper form for examples of so many rows that also holds the fewer numbers."""
+    """The cheaper algorithm for examples of so many rows that also holds the fewer numbers."""
     cheap = rows * rows * (inputs + outputs) < ENTRY_COST * inputs * outputs
     return "gram" if cheap and 2 * rows * rows <= inputs * outputs else "simultaneous"
 
 
-def check_form(form: str) -> None:
-    """Reject a form of another name."""
-    if form not in FORMS:
-        raise RuntimeError(f"form is one of {FORMS}, not {form!r}")
+def check_algorithm(algorithm: str) -> None:
+    """Reject an algorithm of another name."""
+    if algorithm not in ALGORITHMS:
+        raise RuntimeError(f"algorithm must be one of {ALGORITHMS}, not {algorithm!r}")
 
 
-def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tuple(tensor.shape)
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, form: str) -> None:
-    check_form(form)
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, algorithm: str
+) -> None:
+    check_algorithm(algorithm)
     require(
         x.dim() >= 2 and weight.dim() == 2 and x.shape[-1] == weight.shape[1],
-        lambda: f"x {tuple(x.shape)} is not (B, ..., K) for a weight {tuple(weight.shape)}",
+        lambda: (
+            f"x must be (B, ..., K) and weight (L, K), not {tuple(x.shape)} and {tuple(weight.shape)}"
+        ),
     )
-    require(
-        bias is None or tuple(bias.shape) == tuple(weight.shape[:1]),
-        lambda: f"bias must have the shape {tuple(weight.shape[:1])}, not {_shape(bias)}",
-    )
+    check_bias(bias, weight)
     require(
         x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype),
         lambda: (
-            f"x is {x.dtype}, and weight and bias must be too, "
+            f"weight and bias must have the dtype of x, {x.dtype}, "
             f"not {[t.dtype for t in (weight, bias) if t is not None]}"
         ),
     )
-    if probe is None:
-        return
-    columns, expected = 1 if bias is None else 2, accumulation_dtype(x.dtype)
-    require(
-        probe.dim() == 2
-        and probe.shape[0] == x.shape[0]
-        and probe.shape[1] == columns
-        and probe.dtype == expected,
-        lambda: (
-            f"probe must be ({x.shape[0]}, {columns}) {expected}, "
-            f"not {tuple(probe.shape)} {probe.dtype}"
-        ),
-    )
+    check_probe(probe, x.shape[0], 1 if bias is None else 2, x)
 
 
 def eager_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, form: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, algorithm: str
 ) -> Tensor:
-    _check(x, weight, bias, probe, form)
+    _check(x, weight, bias, probe, algorithm)
     return functional.linear(x, weight, bias).contiguous()
 
 
 def fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, form: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, algorithm: str
 ) -> Tensor:
-    _check(x, weight, bias, probe, form)
+    _check(x, weight, bias, probe, algorithm)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -209,21 +196,21 @@ def _inner(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def eager_norms(
-    x: Tensor, dy: Tensor, form: str, dtype: torch.dtype
+    x: Tensor, dy: Tensor, algorithm: str, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """The weight's gradient in dtype, where the form makes it, and the (B,) norms."""
+    """The weight's gradient in dtype, where the algorithm makes it, and the (B,) norms."""
     _, rows, inputs = x.shape
-    if form == "auto":
-        form = "gram" if rows == 1 else choose(rows, inputs, dy.shape[2])
-    if form == "gram" and x.shape[0]:
+    if algorithm == "auto":
+        algorithm = "gram" if rows == 1 else choose(rows, inputs, dy.shape[2])
+    if algorithm == "gram" and x.shape[0]:
         return None, gram(x, dy)
     total, norms = _simultaneous(x, dy)
     return total.to(dtype), norms
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, form: str,
-    mask: Sequence[bool], with_norms: bool, norms_of: Norms = eager_norms,
+    norms_of: Norms, dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, algorithm: str,
+    mask: Sequence[bool], with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dweight, dbias and the norms; results not asked for have no elements."""
     rows = math.prod(x.shape[1:-1])
@@ -235,7 +222,7 @@ def backward(
     columns: list[Tensor] = []
     dweight: Tensor | None = None
     if with_norms:
-        dweight, norms = norms_of(one, grad, form, weight.dtype)
+        dweight, norms = norms_of(one, grad, algorithm, weight.dtype)
         columns.append(norms)
     if not mask[1]:
         dweight = absent(x)
@@ -249,15 +236,15 @@ def backward(
 
 
 def eager_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, form: str,
+    dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, algorithm: str,
     mask: Sequence[bool], with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The kernel built from ATen's."""
-    return backward(dy, x, weight, has_bias, form, mask, with_norms)
+    """The same on any device, by ATen's calls."""
+    return backward(eager_norms, dy, x, weight, has_bias, algorithm, mask, with_norms)
 
 
 def fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, form: str,
+    dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, algorithm: str,
     mask: Sequence[bool], with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = x.new_empty(x.shape) if mask[0] else absent(x)
@@ -269,18 +256,17 @@ def fake_backward(
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, _, form = inputs
+    x, weight, bias, _, algorithm = inputs
     ctx.save_for_backward(x, weight)
-    ctx.has_bias, ctx.form = bias is not None, form
+    ctx.has_bias, ctx.algorithm = bias is not None, algorithm
 
 
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight = ctx.saved_tensors
     wants = ctx.needs_input_grad
-    dx, dweight, dbias, norms = torch.ops.trainc.linear_backward(
-        dy, x, weight, ctx.has_bias, ctx.form, list(wants[:3]), wants[3]
+    found = torch.ops.trainc.linear_backward(
+        dy, x, weight, ctx.has_bias, ctx.algorithm, list(wants[:3]), wants[3]
     )
-    found = (dx, dweight, dbias, norms)
     return *(g if wanted else None for g, wanted in zip(found, wants, strict=False)), None
 
 

@@ -6,7 +6,7 @@ place and added up in a fixed order: results are deterministic.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -71,8 +71,6 @@ def norms(dy: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
     return squares.view(examples, -1).sum(1, keepdim=True)
 
 
-def embedding_backward(
-    dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
+def embedding_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The CUDA kernel of trainc::embedding_backward."""
-    return operator.backward(dy, ids, rows, padding_idx, mask, norms)
+    return operator.backward(norms, *arguments)

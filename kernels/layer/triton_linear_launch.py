@@ -1,11 +1,11 @@
-"""Launch the Triton kernels of linear layers: tiles, groups of examples, and the choice of a form.
+"""Launch the Triton kernels of linear layers: tiles, groups of examples, and the choice of an algorithm.
 
 Rates and costs below are reasoned, not measured: docs/kernels.md has the reasons.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -64,14 +64,14 @@ def share(examples: int, blocks: int, tiles: int, slots: int) -> int:
 
 @lru_cache(maxsize=1024)
 def choose(
-    form: str, examples: int, rows: int, inputs: int, outputs: int, wide: bool, slots: int
+    algorithm: str, examples: int, rows: int, inputs: int, outputs: int, float32: bool, slots: int
 ) -> str:
-    """The form of least time: `fused`, ATen's `simultaneous` and, where `auto` allows it, `gram`.
+    """The algorithm of least time: `fused`, ATen's `simultaneous` and, where `auto` allows it, `gram`.
 
     Counted for an example in operations of ATen's, with those of the weight's gradient.
     """
-    rate, entry = (RATE_32, ENTRY_32) if wide else (RATE_16, ENTRY_16)
-    entries, block = inputs * outputs, gram_rows(rows, wide)
+    rate, entry = (RATE_32, ENTRY_32) if float32 else (RATE_16, ENTRY_16)
+    entries, block = inputs * outputs, gram_rows(rows, float32)
     product = 2 * rows * entries
     pairs = _pairs(cdiv(rows, block))
     costs = {
@@ -82,19 +82,19 @@ def choose(
     if 2 * examples * cdiv(inputs, SMALL) * cdiv(outputs, SMALL) < slots:
         # Rows of an example stay in one program: half of the device would have nothing to do.
         del costs["fused"]
-    if form != "auto":
+    if algorithm != "auto":
         del costs["gram"]
-    return min(costs, key=lambda form: costs[form])
+    return min(costs, key=lambda algorithm: costs[algorithm])
 
 
-def gram_rows(rows: int, wide: bool) -> int:
+def gram_rows(rows: int, float32: bool) -> int:
     """Rows on either side of a tile of products."""
-    return min(64 if wide else 128, max(16, power_of_2(rows)))
+    return min(64 if float32 else 128, max(16, power_of_2(rows)))
 
 
-def gram_warps(block: int, wide: bool) -> int:
+def gram_warps(block: int, float32: bool) -> int:
     """Warps that hold two tiles of products without spilling."""
-    return 8 if block == (64 if wide else 128) else 4
+    return 8 if block == (64 if float32 else 128) else 4
 
 
 def _pairs(tiles: int) -> int:
@@ -144,37 +144,38 @@ def gram(x: Tensor, dy: Tensor) -> Tensor:
     """(B,) float32 norms from x (B, T, K) and dy (B, T, L)."""
     x, dy = x.contiguous(), dy.contiguous()
     (examples, rows, inputs), outputs = x.shape, dy.shape[2]
-    wide = x.dtype == torch.float32
-    block = gram_rows(rows, wide)
+    float32 = x.dtype == torch.float32
+    block = gram_rows(rows, float32)
     tiles = cdiv(rows, block)
     partial = x.new_empty((examples, _pairs(tiles)), dtype=torch.float32)
     kernels.gram[partial.shape](
         x, dy, partial, rows, inputs, outputs, tiles,
         OPERAND=OPERANDS[x.dtype], PRECISION=precision(x.dtype), STAGES=STAGES,
-        BLOCK_T=block, BLOCK_C=32 if wide else 64, num_warps=gram_warps(block, wide),
+        BLOCK_T=block, BLOCK_C=32 if float32 else 64, num_warps=gram_warps(block, float32),
     )  # fmt: skip
     # Rounding may leave a hair below zero where an example's contribution cancels.
     return partial.sum(1).clamp_(min=0)
 
 
 def norms(
-    x: Tensor, dy: Tensor, form: str, dtype: torch.dtype, slots: int | None = None
+    x: Tensor, dy: Tensor, algorithm: str, dtype: torch.dtype, slots: int | None = None
 ) -> tuple[Tensor | None, Tensor]:
-    """The weight's gradient in dtype, where the form makes it, and the (B,) norms."""
+    """The weight's gradient in dtype, where the algorithm makes it, and the (B,) norms."""
     (examples, rows, inputs), outputs = x.shape, dy.shape[2]
     if rows == 1 or x.dtype not in OPERANDS or x.numel() == 0 or dy.numel() == 0:
-        return linear.eager_norms(x, dy, form, dtype)
+        return linear.eager_norms(x, dy, algorithm, dtype)
     slots = slots or resident_programs(x.device, 1)
-    if form != "gram":
-        form = choose(form, examples, rows, inputs, outputs, x.dtype == torch.float32, slots)
-    if form == "fused":
+    if algorithm != "gram":
+        algorithm = choose(
+            algorithm, examples, rows, inputs, outputs, x.dtype == torch.float32, slots
+        )
+    if algorithm == "fused":
         return weight_gradient(x, dy, dtype, slots)
-    return (None, gram(x, dy)) if form == "gram" else linear.eager_norms(x, dy, form, dtype)
+    return (
+        (None, gram(x, dy)) if algorithm == "gram" else linear.eager_norms(x, dy, algorithm, dtype)
+    )
 
 
-def linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, form: str,
-    mask: Sequence[bool], with_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def linear_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::linear_backward."""
-    return linear.backward(dy, x, weight, has_bias, form, mask, with_norms, norms)
+    return linear.backward(norms, *arguments)

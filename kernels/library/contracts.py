@@ -62,6 +62,14 @@ def absent(like: Tensor) -> Tensor:
     return like.new_empty((0,))
 
 
+def check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    """Reject a bias that has not one number for each row of the weight."""
+    if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):
+        raise RuntimeError(
+            f"bias must have the shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}"
+        )
+
+
 def check_probe(probe: Tensor | None, examples: int, columns: int, like: Tensor) -> None:
     """Reject a probe that is not zeros (examples, columns) in the dtype sums are carried in."""
     if probe is None:

@@ -108,13 +108,13 @@ def head_arguments(
 
 
 def linear_arguments(
-    form: str, middle: tuple[int, ...], with_bias: bool
+    algorithm: str, middle: tuple[int, ...], with_bias: bool
 ) -> Callable[[torch.dtype, int], tuple[Any, ...]]:
     def build(dtype: torch.dtype, examples: int) -> tuple[Any, ...]:
         bias = randn(7, dtype=dtype) if with_bias else None
         affine = (randn(7, 5, dtype=dtype), bias)
         x = randn(examples, *middle, 5, dtype=dtype)
-        return x, *affine, probe(examples, 1 + with_bias, dtype), form
+        return x, *affine, probe(examples, 1 + with_bias, dtype), algorithm
 
     return build
 
@@ -257,14 +257,14 @@ CASES = [
     ),
     *(
         Case(
-            f"linear-{form}-{len(middle) + 2}d",
+            f"linear-{algorithm}-{len(middle) + 2}d",
             "linear",
-            linear_arguments(form, middle, with_bias),
+            linear_arguments(algorithm, middle, with_bias),
             linear_reference,
             3,
             "linear_backward",
         )
-        for form, middle, with_bias in (
+        for algorithm, middle, with_bias in (
             ("auto", (), True),
             ("simultaneous", (4,), True),
             ("gram", (2, 3), False),

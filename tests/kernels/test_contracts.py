@@ -208,9 +208,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "mixed dtypes": (
         lambda: operators.linear(randn(2, 3), randn(4, 3).bfloat16(), None, zeros(2, 1)),
-        "x is torch.float32, and weight and bias must be too",
+        "must have the dtype of x, torch.float32",
     ),
-    "a form": (lambda: operators.linear(randn(2, 3), randn(4, 3), form="foo"), "not 'foo'"),
+    "an algorithm": (
+        lambda: operators.linear(randn(2, 3), randn(4, 3), algorithm="foo"),
+        "not 'foo'",
+    ),
     "a bias of another dtype": (
         lambda: operators.linear_cross_entropy_consistency(
             LOGITS, randn(6, 5), randn(6).double(), TARGETS, HALF

@@ -1,4 +1,4 @@
-"""Convolutions: per-example norms by every form against per-example gradients in float64."""
+"""Convolutions: per-example norms by every algorithm against per-example gradients in float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainc.kernels.layer import convolution as conv
-from trainc.kernels.layer import convolution_norms as forms
+from trainc.kernels.layer import convolution_norms
 from trainc.kernels.layer.convolution_norms import Geometry
 from trainc.kernels.library.contracts import accumulation_dtype
 
@@ -117,31 +117,31 @@ def test_any_geometry(data: st.DataObject) -> None:
     x, weight, bias, dy = parts(*shapes, geometry, torch.float64)
     got, want = run(x, weight, bias, dy, geometry), by_vmap(x, weight, bias, dy, geometry)
     torch.testing.assert_close(got["norms"], want, rtol=1e-10, atol=1e-10)
-    for form in forms.FORMS:
-        norms, _ = forms.norms_and_gradient(dy, x, weight, geometry, form)
+    for algorithm in convolution_norms.ALGORITHMS:
+        norms, _ = convolution_norms.norms_and_gradient(dy, x, weight, geometry, algorithm)
         torch.testing.assert_close(norms, want[:, 0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("held", [1, 1 << 19])
-@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("algorithm", convolution_norms.ALGORITHMS)
 def test_forms_and_chunks_agree(
-    shape: Shape, form: str, held: int, monkeypatch: pytest.MonkeyPatch
+    shape: Shape, algorithm: str, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forms, "HELD_CPU", held)
+    monkeypatch.setattr(convolution_norms, "HELD_CPU", held)
     x, weight, bias, dy = parts(*shape, torch.float64)
     want = conv.reference(x, weight, bias, dy, shape[2])
-    norms, dweight = forms.norms_and_gradient(dy, x, weight, shape[2], form)
+    norms, dweight = convolution_norms.norms_and_gradient(dy, x, weight, shape[2], algorithm)
     torch.testing.assert_close(norms, want["norms"][:, 0], rtol=1e-10, atol=1e-10)
-    assert form != "gram" or dweight is None
+    assert algorithm != "gram" or dweight is None
     if dweight is not None:
         torch.testing.assert_close(dweight, want["dweight"], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("algorithm", convolution_norms.ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_norms_in_low_precision(shape: Shape, form: str, dtype: torch.dtype) -> None:
+def test_norms_in_low_precision(shape: Shape, algorithm: str, dtype: torch.dtype) -> None:
     x, weight, bias, dy = parts(*shape, dtype)
-    norms, _ = forms.norms_and_gradient(dy, x, weight, shape[2], form)
+    norms, _ = convolution_norms.norms_and_gradient(dy, x, weight, shape[2], algorithm)
     want = conv.reference(x.double(), weight.double(), bias.double(), dy.double(), shape[2])
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms.double(), want["norms"][:, 0], rtol=1e-5, atol=0)
@@ -165,11 +165,11 @@ def test_gradients_are_no_worse_than_torchs(shape: Shape, dtype: torch.dtype) ->
 
 
 def test_the_choice_follows_positions_and_sizes() -> None:
-    assert forms.choose(3136, 576, 64) == "patches"
-    assert forms.choose(16, 4608, 512) == "gram"
-    assert forms.choose(64, 2304, 256) == "patches"  # 64^2 (K + L) is over 16 K L
-    assert forms.choose(256, 9, 1) == "grouped"
-    assert forms.choose(1, 9, 1) == "gram"
+    assert convolution_norms.choose(3136, 576, 64) == "patches"
+    assert convolution_norms.choose(16, 4608, 512) == "gram"
+    assert convolution_norms.choose(64, 2304, 256) == "patches"  # 64^2 (K + L) is over 16 K L
+    assert convolution_norms.choose(256, 9, 1) == "grouped"
+    assert convolution_norms.choose(1, 9, 1) == "gram"
 
 
 def test_channels_last_images_stay_so() -> None:
@@ -228,10 +228,10 @@ def test_no_examples() -> None:
 @pytest.mark.parametrize(
     ("shapes", "arguments", "message"),
     [
-        (((3, 5), (6, 5, 1), None, (3, 1)), {}, r"not \(B, C, \*spatial\)"),
+        (((3, 5), (6, 5, 1), None, (3, 1)), {}, r"must be \(B, C, \*spatial\)"),
         (((3, 4, 9), (6, 4, 3), None, (3, 1)), {"groups": 2}, "2 groups"),
         (((3, 4, 9), (6, 4, 3), None, (3, 1)), {"stride": [1, 1]}, "stride must be 1 numbers"),
-        (((3, 4, 9), (6, 4, 3), None, (3, 1)), {"dilation": 0}, "dilation must be 1 numbers of at"),
+        (((3, 4, 9), (6, 4, 3), None, (3, 1)), {"dilation": 0}, "dilation must be 1 numbers, one"),
         (((3, 4, 9), (6, 4, 3), None, (3, 1)), {"dilation": 5}, "does not fit"),
         (((3, 4, 9), (6, 4, 3), (5,), (3, 2)), {}, "bias must"),
         (((3, 4, 9), (6, 4, 3), None, (3, 2)), {}, "probe must"),
@@ -251,9 +251,9 @@ def test_a_padding_in_words_is_refused() -> None:
         conv.convolution(torch.zeros(3, 4, 9), torch.zeros(6, 4, 3), padding="same")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("algorithm", convolution_norms.ALGORITHMS)
 def test_stored_convolution(
-    form: str, stored: Callable[[str], Any], lcg: Callable[..., Tensor]
+    algorithm: str, stored: Callable[[str], Any], lcg: Callable[..., Tensor]
 ) -> None:
     case = stored("noise_scale")["cases"]["conv2d"]
     held, wanted = case["inputs"], case["outputs"]
@@ -263,6 +263,6 @@ def test_stored_convolution(
     torch.testing.assert_close(
         run(x, weight, bias, dy, geometry)["norms"], want, rtol=1e-6, atol=1e-8
     )
-    norms, _ = forms.norms_and_gradient(dy, x, weight, geometry, form)
+    norms, _ = convolution_norms.norms_and_gradient(dy, x, weight, geometry, algorithm)
     assert norms.tolist() == pytest.approx(wanted["pe_weight"], rel=1e-10)
     assert norms.sum().item() == pytest.approx(wanted["S1_weight"], rel=1e-10)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from trainc.kernels.layer import embedding as embed
 from trainc.kernels.layer import linear as lin
-from trainc.kernels.layer import tied_head, tied_weights
+from trainc.kernels.layer import tied_embedding, tied_linear
 from trainc.kernels.library.contracts import accumulation_dtype
 
 WORDS, WIDTH = 7, 5
@@ -66,9 +66,9 @@ def run(made: Model, ids: Tensor, targets: Tensor) -> dict[str, Any]:
     bias = None if made.bias is None else made.bias.detach().requires_grad_()
     first = torch.zeros(ids.shape[0], 1, dtype=wide, requires_grad=True)
     second = torch.zeros(ids.shape[0], 2 - (bias is None), dtype=wide, requires_grad=True)
-    y, rows = tied_weights.tied_embedding(weight, ids, made.padding, first)
+    y, rows = tied_embedding.tied_embedding(weight, ids, made.padding, first)
     x = made.hidden(y)
-    logits = tied_weights.tied_linear(x, weight, bias, second, rows, ids)
+    logits = tied_linear.tied_linear(x, weight, bias, second, rows, ids)
     for kept in (y, logits):
         kept.retain_grad()
     made.cost(logits, targets).backward()
@@ -101,7 +101,7 @@ def test_against_gradients_of_every_example(
     made, (ids, targets) = model(torch.float64, with_bias, padding), words(*shape)
     got = run(made, ids, targets)
     torch.testing.assert_close(got["both"], by_vmap(made, ids, targets), rtol=1e-10, atol=1e-10)
-    want = tied_weights.reference(made.weight, ids, padding, got["dy"], got["x"], got["dlogits"])
+    want = tied_linear.reference(made.weight, ids, padding, got["dy"], got["x"], got["dlogits"])
     torch.testing.assert_close(got["both"], want, rtol=1e-10, atol=1e-10)
     head = lin.reference(got["x"], made.weight, made.bias, got["dlogits"])["norms"]
     torch.testing.assert_close(got["head"], head, rtol=1e-10, atol=1e-10)
@@ -124,7 +124,7 @@ def test_the_parts_alone_are_not_the_whole() -> None:
     made, (ids, targets) = model(torch.float64), words(4, 6)
     got = run(made, ids, targets)
     alone = torch.zeros(4, 1, dtype=torch.float64, requires_grad=True)
-    y, _ = tied_weights.tied_embedding(made.weight, ids, None, alone)
+    y, _ = tied_embedding.tied_embedding(made.weight, ids, None, alone)
     y.backward(got["dy"])  # no head: rows have no gradient
     assert alone.grad is not None
     apart = alone.grad[:, 0] + got["head"][:, 0]
@@ -151,7 +151,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     made, (ids, targets) = model(dtype, padding=3), words(5, 9)
     got = run(made, ids, targets)
     assert got["both"].dtype == got["rows"].dtype == torch.float32
-    exact = tied_weights.reference(
+    exact = tied_linear.reference(
         made.weight.double(), ids, 3, got["dy"].double(), got["x"].double(), got["dlogits"].double()
     )
     torch.testing.assert_close(got["both"].double(), exact, rtol=1e-5, atol=0)
@@ -170,7 +170,7 @@ def test_micro_batches_add_up() -> None:
 def test_chunks_of_examples_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     made, (ids, targets) = model(torch.float64), words(5, 6)
     whole = run(made, ids, targets)["both"]
-    monkeypatch.setattr(tied_head, "HELD_CPU", 80)  # two examples
+    monkeypatch.setattr(tied_linear, "HELD_CPU", 80)  # two examples
     torch.testing.assert_close(run(made, ids, targets)["both"], whole, rtol=1e-12, atol=0)
 
 
@@ -178,19 +178,19 @@ def test_more_positions_than_ids_and_ids_of_32_bits() -> None:
     torch.manual_seed(0)
     weight, ids = torch.randn(WORDS, WIDTH).double().requires_grad_(), words(3, 4)[0].int()
     probes = [torch.zeros(3, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    y, rows = tied_weights.tied_embedding(weight, ids, None, probes[0])
+    y, rows = tied_embedding.tied_embedding(weight, ids, None, probes[0])
     x = torch.randn(3, 2, 5, WIDTH).double()
-    logits = tied_weights.tied_linear(x, weight, None, probes[1], rows, ids)
+    logits = tied_linear.tied_linear(x, weight, None, probes[1], rows, ids)
     dy, dlogits = torch.randn_like(y), torch.randn_like(logits)
     got = torch.autograd.grad((y, logits), (*probes, weight), (dy, dlogits))
-    want = tied_weights.reference(weight.detach(), ids, None, dy, x, dlogits)
+    want = tied_linear.reference(weight.detach(), ids, None, dy, x, dlogits)
     torch.testing.assert_close((got[0] + got[1]).flatten(), want, rtol=1e-10, atol=1e-10)
 
 
 def test_rows_that_no_head_used_add_nothing() -> None:
     weight, (ids, _) = torch.randn(WORDS, WIDTH, requires_grad=True), words(3, 4)
     probe = torch.zeros(3, 1, requires_grad=True)
-    y, rows = tied_weights.tied_embedding(weight, ids, 2, probe)
+    y, rows = tied_embedding.tied_embedding(weight, ids, 2, probe)
     assert not rows.any()
     assert rows.untyped_storage().nbytes() == 4  # one zero, whatever the batch
     dy = torch.randn_like(y)
@@ -205,8 +205,8 @@ def test_a_frozen_weight_still_yields_norms() -> None:
     made, (ids, targets) = model(torch.float64), words(3, 4)
     want = run(made, ids, targets)["both"]
     probes = [torch.zeros(3, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    y, rows = tied_weights.tied_embedding(made.weight, ids, None, probes[0])
-    logits = tied_weights.tied_linear(made.hidden(y), made.weight, None, probes[1], rows, ids)
+    y, rows = tied_embedding.tied_embedding(made.weight, ids, None, probes[0])
+    logits = tied_linear.tied_linear(made.hidden(y), made.weight, None, probes[1], rows, ids)
     made.cost(logits, targets).backward()
     assert probes[0].grad is not None
     assert probes[1].grad is not None
@@ -215,25 +215,25 @@ def test_a_frozen_weight_still_yields_norms() -> None:
 
 def test_without_probes_they_are_torchs() -> None:
     weight, (ids, _) = torch.randn(WORDS, WIDTH, requires_grad=True), words(3, 4)
-    y, rows = tied_weights.tied_embedding(weight, ids, 2)
+    y, rows = tied_embedding.tied_embedding(weight, ids, 2)
     assert torch.equal(y, functional.embedding(ids, weight, 2))
     assert not rows.requires_grad
-    assert torch.equal(tied_weights.tied_linear(y, weight, None, None, rows, ids), y @ weight.T)
+    assert torch.equal(tied_linear.tied_linear(y, weight, None, None, rows, ids), y @ weight.T)
 
 
 def test_under_autocast_the_head_is_torchs() -> None:
     weight, (ids, _) = torch.randn(WORDS, WIDTH, requires_grad=True), words(3, 4)
     probes = [torch.zeros(3, 1, requires_grad=True) for _ in range(2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, rows = tied_weights.tied_embedding(weight, ids, None, probes[0])
-        got = tied_weights.tied_linear(y, weight, None, probes[1], rows, ids)
+        y, rows = tied_embedding.tied_embedding(weight, ids, None, probes[0])
+        got = tied_linear.tied_linear(y, weight, None, probes[1], rows, ids)
         want = functional.linear(y, weight)
     assert torch.equal(got, want)
     dlogits = torch.randn_like(got)
     grads = torch.autograd.grad(got, (*probes, y), dlogits)
     assert grads[0].dtype == grads[1].dtype == torch.float32
     x = y.detach().bfloat16().double()
-    exact = tied_weights.reference(
+    exact = tied_linear.reference(
         weight.detach().double(), ids, None, grads[2].double(), x, dlogits.double()
     )
     torch.testing.assert_close((grads[0] + grads[1]).flatten().double(), exact, rtol=1e-4, atol=0)
@@ -241,31 +241,33 @@ def test_under_autocast_the_head_is_torchs() -> None:
 
 def test_one_probe_without_the_other_is_refused() -> None:
     weight, (ids, _) = torch.randn(WORDS, WIDTH, requires_grad=True), words(3, 4)
-    y, rows = tied_weights.tied_embedding(weight, ids, None, torch.zeros(3, 1, requires_grad=True))
-    with pytest.raises(ValueError, match="a probe each, or neither"):
-        tied_weights.tied_linear(y, weight, None, None, rows, ids)
+    y, rows = tied_embedding.tied_embedding(
+        weight, ids, None, torch.zeros(3, 1, requires_grad=True)
+    )
+    with pytest.raises(ValueError, match="a probe to each, or to neither"):
+        tied_linear.tied_linear(y, weight, None, None, rows, ids)
 
 
 @pytest.mark.parametrize(
     ("x", "rows", "probe", "message"),
     [
-        ((3, 4, 6), (3, 4, 5), (3, 1), r"is not \(B, ..., D\)"),
-        ((2, 4, 5), (3, 4, 5), (2, 1), r"is not \(B, ..., D\)"),
-        ((3, 4, 5), (3, 5, 5), (3, 1), "what tied_embedding made"),
+        ((3, 4, 6), (3, 4, 5), (3, 1), r"must be \(B, ..., D\)"),
+        ((2, 4, 5), (3, 4, 5), (2, 1), r"must be \(B, ..., D\)"),
+        ((3, 4, 5), (3, 5, 5), (3, 1), "second result of tied_embedding"),
         ((3, 4, 5), (3, 4, 5), (3, 2), "probe must"),
     ],
 )
 def test_the_head_names_what_is_wrong(x: Any, rows: Any, probe: Any, message: str) -> None:
     made = (torch.zeros(x), torch.zeros(WORDS, WIDTH), None, torch.zeros(probe), torch.zeros(rows))
     with pytest.raises(RuntimeError, match=message):
-        tied_weights.tied_linear(*made, words(3, 4)[0])
+        tied_linear.tied_linear(*made, words(3, 4)[0])
 
 
 def test_the_embedding_names_what_is_wrong() -> None:
     weight, ids = torch.zeros(WORDS, WIDTH), words(3, 4)[0]
-    with pytest.raises(RuntimeError, match="not a row"):
-        tied_weights.tied_embedding(weight, ids, WORDS, torch.zeros(3, 1))
+    with pytest.raises(RuntimeError, match="must be a row"):
+        tied_embedding.tied_embedding(weight, ids, WORDS, torch.zeros(3, 1))
     with pytest.raises(RuntimeError, match="probe must"):
-        tied_weights.tied_embedding(weight, ids, None, torch.zeros(4, 1))
+        tied_embedding.tied_embedding(weight, ids, None, torch.zeros(4, 1))
     with pytest.raises(RuntimeError, match="int32 or int64"):
-        tied_weights.tied_embedding(weight, ids.float(), None, torch.zeros(3, 1))
+        tied_embedding.tied_embedding(weight, ids.float(), None, torch.zeros(3, 1))

@@ -105,18 +105,18 @@ def test_contributions_that_cancel_are_not_negative(launched: Any) -> None:
 
 
 @interpreter
-@pytest.mark.parametrize("form", linear.FORMS)
+@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
 @pytest.mark.parametrize(
     "shape", [(3, 5), (0, 4, 5), (2, 0, 5), (3, 4, 5), (2, 3, 2, 5), (3, 1, 5)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_operator_is_the_cpus(
-    dtype: torch.dtype, shape: tuple[int, ...], form: str, launched: Any
+    dtype: torch.dtype, shape: tuple[int, ...], algorithm: str, launched: Any
 ) -> None:
     x, weight = torch.randn(shape).to(dtype), torch.randn(7, 5).to(dtype)
     dy = torch.randn(7, *shape[:-1]).to(dtype).movedim(0, -1)  # not contiguous
     for mask, with_norms in (([True] * 3, True), ([False, False, True], True), ([True] * 3, False)):
-        arguments = (dy, x, weight, True, form, mask, with_norms)
+        arguments = (dy, x, weight, True, algorithm, mask, with_norms)
         got, want = launched.linear_backward(*arguments), linear.eager_backward(*arguments)
         for mine, theirs in zip(got[:3], want[:3], strict=True):
             torch.testing.assert_close(
@@ -127,17 +127,17 @@ def test_the_operator_is_the_cpus(
 
 @interpreter
 def test_a_device_takes_the_form_that_costs_least(launched: Any) -> None:
-    def chosen(*size: int, form: str = "auto", wide: bool = False) -> str:
-        name: str = launched.choose(form, *size, wide, 132)
+    def chosen(*size: int, algorithm: str = "auto", float32: bool = False) -> str:
+        name: str = launched.choose(algorithm, *size, float32, 132)
         return name
 
     assert chosen(8, 64, 4096, 4096) == "gram"
     assert chosen(8, 1024, 1024, 1024) == "fused"
-    assert chosen(8, 64, 4096, 4096, form="simultaneous") == "fused"
+    assert chosen(8, 64, 4096, 4096, algorithm="simultaneous") == "fused"
     # So many rows that ATen's faster products pay for gradients in memory.
     assert chosen(8, 8192, 4096, 4096) == "simultaneous"
     # Float32 products keep no tensor core busy.
-    assert chosen(8, 1024, 4096, 4096, wide=True) == "simultaneous"
+    assert chosen(8, 1024, 4096, 4096, float32=True) == "simultaneous"
     # One example and few tiles: most of the device would wait.
     assert chosen(1, 1024, 256, 256) == "simultaneous"
 

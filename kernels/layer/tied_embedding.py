@@ -17,15 +17,17 @@ beyond the two layers' own, and holds (T', T) numbers of as many examples as fit
 one: B T T' numbers at most, never V D an example.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.layer import tied_head  # noqa: F401  registers trainc::tied_linear
-from trainc.kernels.layer.tied_rows import zeros
-from trainc.kernels.library.contracts import autocast
+from trainc.kernels.layer import embedding
+from trainc.kernels.library.contracts import accumulation_dtype
+from trainc.kernels.library.register import register
 
-__all__ = ["tied_embedding", "tied_linear"]
+__all__ = ["tied_embedding"]
 
 
 def tied_embedding(
@@ -53,50 +55,64 @@ def tied_embedding(
     return found
 
 
-def tied_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    probe: Tensor | None,
-    rows: Tensor,
-    ids: Tensor,
-) -> Tensor:
-    """Compute x @ weight.T + bias with the weight of `tied_embedding`.
-
-    `x` is (B, ..., D), `weight` (V, D) and `bias` (V,) or None, of one floating dtype; an example is dim 0, as in the
-    embedding. `rows`, (*ids.shape, D), and `ids` are what tied_embedding returned and what it looked up. `probe` is
-    None, or zeros (B, 2), (B, 1) without bias, in float32 (float64 for float64 x) that require grad. It is not read:
-    column 0 of its gradient is, per example, the squared norm of what the head alone contributes to the shared
-    weight.grad, to which the embedding's probe has the rest; column 1 that of its contribution to bias.grad; in the
-    units of those gradients. Take a new probe for each backward pass.
-
-    Returns (B, ..., V) in x's dtype, under autocast in its 16-bit one (float64 stays). Without a probe this is
-    F.linear. Raises ValueError without a probe where the embedding had one, whose norms would lack what the two share,
-    and RuntimeError for other shapes and dtypes. With a probe, second derivatives raise RuntimeError and forward-mode
-    ones NotImplementedError.
-    """
-    if probe is None:
-        if rows.requires_grad:
-            raise ValueError(
-                "tied_linear without a probe leaves the embedding's norms without what embedding "
-                "and head share: give tied_embedding and tied_linear a probe each, or neither"
-            )
-        return functional.linear(x, weight, bias)
-    cast = autocast(x, weight, bias)
-    y: Tensor = torch.ops.trainc.tied_linear(*cast, probe, rows, ids)
-    return y
+def zeros(weight: Tensor, ids: Tensor) -> Tensor:
+    """One zero seen as (B, ..., D), in the dtype sums are carried in."""
+    dtype = accumulation_dtype(weight.dtype)
+    return weight.new_zeros((1,), dtype=dtype).expand(*ids.shape, weight.shape[1])
 
 
-def reference(
-    weight: Tensor, ids: Tensor, padding_idx: int | None, dy: Tensor, x: Tensor, dlogits: Tensor
-) -> Tensor:
-    """(B,) squared norms by definition, one example at a time, in the dtype of weight."""
-    norms = []
-    for example in range(ids.shape[0]):
-        each = torch.zeros_like(weight)
-        each.index_add_(0, ids[example].flatten(), dy[example].reshape(-1, dy.shape[-1]))
-        if padding_idx is not None:
-            each[padding_idx] = 0
-        logits, inputs = dlogits[example].flatten(0, -2), x[example].flatten(0, -2)
-        norms.append((each + logits.T @ inputs).square().sum())
-    return torch.stack(norms)
+def eager_forward(
+    weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    embedding.check(weight, ids, padding_idx, probe)
+    return functional.embedding(ids, weight), zeros(weight, ids)
+
+
+def fake_forward(
+    weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    embedding.check(weight, ids, padding_idx, probe)
+    return weight.new_empty((*ids.shape, weight.shape[1])), zeros(weight, ids)
+
+
+def eager_backward(
+    dy: Tensor, drows: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """dweight (rows, D) and the (B, 1) norms; results not asked for have no elements."""
+    dweight, norms = torch.ops.trainc.embedding_backward(dy, ids, rows, padding_idx, mask)
+    if mask[1] and ids.numel():
+        shared = torch.linalg.vecdot(dy.to(drows.dtype), drows)
+        norms = norms.flatten() + 2 * shared.where(ids != padding_idx, 0).view(
+            ids.shape[0], -1
+        ).sum(1)
+        norms = norms.unsqueeze(1)
+    return dweight, norms
+
+
+def fake_backward(
+    dy: Tensor, drows: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    return embedding.fake_backward(dy, ids, rows, padding_idx, mask)
+
+
+def _backward(ctx, dy, drows):  # type: ignore[no-untyped-def]
+    (ids,) = ctx.saved_tensors
+    mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[3]]
+    dweight, norms = torch.ops.trainc.tied_embedding_backward(dy, drows, ids, *ctx.place, mask)
+    return dweight if mask[0] else None, None, None, norms if mask[1] else None
+
+
+register(
+    "tied_embedding",
+    cpu=eager_forward,
+    cuda=eager_forward,
+    fake=fake_forward,
+    setup_context=embedding.setup_context,
+    backward=_backward,
+)
+register(
+    "tied_embedding_backward",
+    cpu=eager_backward,
+    cuda=eager_backward,
+    fake=fake_backward,
+)

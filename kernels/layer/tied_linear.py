@@ -1,4 +1,4 @@
-"""The head of a tied weight: trainc::tied_linear and its backward. `tied` has the contract."""
+"""The output head of a tied weight; `tied_embedding` says how the norms of both are made."""
 
 import math
 from collections.abc import Sequence
@@ -8,34 +8,89 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainc.kernels.layer import linear  # noqa: F401  its backward operator is a part of ours
-from trainc.kernels.layer.tied_rows import check_ids, check_probe
-from trainc.kernels.library.contracts import absent, accumulation_dtype, require
+from trainc.kernels.layer.embedding import check_ids
+from trainc.kernels.library.contracts import (
+    absent,
+    accumulation_dtype,
+    autocast,
+    check_bias,
+    check_probe,
+    require,
+)
 from trainc.kernels.library.register import register
+
+__all__ = ["tied_linear"]
 
 # Numbers of gathered dlogits held at once: within a cache, or what keeps a device busy.
 HELD_CPU = 1 << 19
 HELD_DEVICE = 1 << 26
 
 
-def _check_head(
+def tied_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    rows: Tensor,
+    ids: Tensor,
+) -> Tensor:
+    """Compute x @ weight.T + bias with the weight of `tied_embedding`.
+
+    `x` is (B, ..., D), `weight` (V, D) and `bias` (V,) or None, of one floating dtype; an example is dim 0, as in the
+    embedding. `rows`, (*ids.shape, D), and `ids` are what tied_embedding returned and what it looked up. `probe` is
+    None, or zeros (B, 2), (B, 1) without bias, in float32 (float64 for float64 x) that require grad. It is not read:
+    column 0 of its gradient is, per example, the squared norm of what the head alone contributes to the shared
+    weight.grad, to which the embedding's probe has the rest; column 1 that of its contribution to bias.grad; in the
+    units of those gradients. Take a new probe for each backward pass.
+
+    Returns (B, ..., V) in x's dtype, under autocast in its 16-bit one (float64 stays). Without a probe this is
+    F.linear. Raises ValueError without a probe where the embedding had one, whose norms would lack what the two share,
+    and RuntimeError for other shapes and dtypes. With a probe, second derivatives raise RuntimeError and forward-mode
+    ones NotImplementedError.
+    """
+    if probe is None:
+        if rows.requires_grad:
+            raise ValueError(
+                "tied_embedding had a probe and tied_linear has none, so the norms would lack what both "
+                "contribute together: give a probe to each, or to neither"
+            )
+        return functional.linear(x, weight, bias)
+    cast = autocast(x, weight, bias)
+    y: Tensor = torch.ops.trainc.tied_linear(*cast, probe, rows, ids)
+    return y
+
+
+def reference(
+    weight: Tensor, ids: Tensor, padding_idx: int | None, dy: Tensor, x: Tensor, dlogits: Tensor
+) -> Tensor:
+    """(B,) squared norms by definition, one example at a time, in the dtype of weight."""
+    norms = []
+    for example in range(ids.shape[0]):
+        each = torch.zeros_like(weight)
+        each.index_add_(0, ids[example].flatten(), dy[example].reshape(-1, dy.shape[-1]))
+        if padding_idx is not None:
+            each[padding_idx] = 0
+        logits, inputs = dlogits[example].flatten(0, -2), x[example].flatten(0, -2)
+        norms.append((each + logits.T @ inputs).square().sum())
+    return torch.stack(norms)
+
+
+def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, rows: Tensor, ids: Tensor
 ) -> None:
     check_ids(weight, ids)
     require(
         x.dim() >= 2 and x.shape[-1] == weight.shape[1] and x.shape[0] == ids.shape[0],
         lambda: (
-            f"x {tuple(x.shape)} is not (B, ..., D) for a weight {tuple(weight.shape)} "
-            f"and ids {tuple(ids.shape)}"
+            f"x must be (B, ..., D) for a weight (V, D) and ids (B, ...), not {tuple(x.shape)} "
+            f"for {tuple(weight.shape)} and {tuple(ids.shape)}"
         ),
     )
-    require(
-        bias is None or tuple(bias.shape) == tuple(weight.shape[:1]),
-        lambda: f"bias must have the shape {tuple(weight.shape[:1])}",
-    )
+    check_bias(bias, weight)
     require(
         tuple(rows.shape) == (*ids.shape, weight.shape[1]),
         lambda: (
-            f"rows must be what tied_embedding made for ids {tuple(ids.shape)}, "
+            f"rows must be the second result of tied_embedding for these ids, of the shape "
             f"{(*ids.shape, weight.shape[1])}, not {tuple(rows.shape)}"
         ),
     )
@@ -45,14 +100,14 @@ def _check_head(
 def eager_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, rows: Tensor, ids: Tensor
 ) -> Tensor:
-    _check_head(x, weight, bias, probe, rows, ids)
+    _check(x, weight, bias, probe, rows, ids)
     return functional.linear(x, weight, bias).contiguous()
 
 
 def fake_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, rows: Tensor, ids: Tensor
 ) -> Tensor:
-    _check_head(x, weight, bias, probe, rows, ids)
+    _check(x, weight, bias, probe, rows, ids)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
