@@ -1,7 +1,7 @@
-"""The catalog: every construct, found by its file's path and never listed by hand.
+"""The catalog: every construct, found by the path of its file.
 
-A construct's module is imported when the construct is asked for, so checking a spec costs what it
-uses.
+The module of a construct is imported when the construct is first used, so that checking a spec
+imports only the constructs that it names.
 """
 
 from __future__ import annotations
@@ -52,22 +52,24 @@ class Catalog(Mapping[tuple[str, str], type[Construct]]):
 @cache
 def catalog() -> Catalog:
     """Return every construct of trainc and of installed packages."""
-    return gather(_on_disk(), _entry_points())
+    return catalog_of(_on_disk(), _entry_points())
 
 
-def gather(own: Mapping[tuple[str, str], str], others: Iterable[EntryPoint]) -> Catalog:
-    """Join trainc's constructs and those of packages, `regularize.pace = package.module` each."""
+def catalog_of(own: Mapping[tuple[str, str], str], others: Iterable[EntryPoint]) -> Catalog:
+    """Return the catalog of trainc's constructs and those of entry points, `regularize.pace = package.module`."""
     modules = dict(own)
     for entry in others:
         kind, _, name = entry.name.partition(".")
         if kind not in KINDS or not name.isidentifier():
             raise ValueError(
-                f"`{entry.value}` registers `{entry.name}`: expected `kind.name`, one of {KINDS}"
+                f"the entry point `{entry.name} = {entry.value}` must be named `kind.name`, with a kind of"
+                f" {', '.join(KINDS)}"
             )
         key = (kind, name)
         if key in modules:
             raise ValueError(
-                f"two constructs are called `{kind} {name}`: `{modules[key]}` and `{entry.value}`"
+                f"two constructs are called `{kind} {name}`, `{modules[key]}` and `{entry.value}`: remove one"
+                " of the packages"
             )
         modules[key] = entry.value
     return Catalog(modules)
@@ -83,7 +85,7 @@ def check(spec: Source | Path | str, overrides: Iterable[str] = ()) -> Checked:
 
 
 def path_of(text: str) -> Path | None:
-    """Return the path a string names; any other string is the text of a spec."""
+    """Return the path that a string names; None where it is the text of a spec."""
     named = "\n" not in text and (text.endswith(".train") or _is_file(text))
     return Path(text) if named else None
 
@@ -125,7 +127,7 @@ def _names_group(place: str) -> bool:
 
 
 def _declared(module_name: str, kind: str, name: str) -> type[Construct]:
-    """Return the one construct that a module declares, told its kind and name."""
+    """Return the one construct that a module declares, and set its kind and name."""
     module = import_module(module_name)
     declared = [
         value
@@ -135,7 +137,9 @@ def _declared(module_name: str, kind: str, name: str) -> type[Construct]:
         and value.__module__ == module.__name__
     ]
     if len(declared) != 1:
-        raise ValueError(f"`{module_name}` declares {len(declared)} constructs, not one")
+        raise ValueError(
+            f"`{module_name}` must declare one construct, and declares {len(declared)}"
+        )
     construct = declared[0]
     construct.kind, construct.name = kind, name
     return construct

@@ -1,4 +1,4 @@
-"""The exceptions that the stages of the compiler raise, and how their messages name modules."""
+"""The exceptions of the compiler, and how their messages name modules."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from trainc.dsl.text.errors import CompilerBug
 
 
 def name_root_module(message: str) -> str:
-    """Return a message that calls the model by words: as a module its name is empty, in backticks nothing to read."""
+    """Return a message with words where the model itself is named, whose name as a module is empty."""
     return message.replace("``", "the model itself")
 
 
 class SiteError(Exception):
-    """A site cannot do what the plan expects of it; the message names the module, `rule` the diagnostic."""
+    """A layer cannot do what the program needs of it; the message names the layer, `rule` the diagnostic."""
 
     rule = "site-not-delivered"
 
@@ -22,45 +22,44 @@ class SiteError(Exception):
 
 
 class ExampleAxisUnknown(SiteError):
-    """A site sees a tensor whose first axis is not the example axis."""
+    """A layer is given a tensor whose first axis is not the example axis."""
 
     rule = "example-axis-unknown"
 
 
 def repeated(names: Iterable[str]) -> SiteError:
-    """Return the error about layers that run more than once in one forward pass."""
+    """Return the error for layers that run more than once in one forward pass."""
     return SiteError(
-        f"{listed(names)} ran more than once in one forward pass: the squared norm of a sum is not the sum of squared"
-        " norms, so its statistics would be wrong. Leave it out of the selection"
+        f"{listed(names)} ran more than once in one forward pass. Per-example norms need a layer to run once:"
+        " exclude it from `on`"
     )
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as they stand in messages."""
+    """Return names in backticks, separated by commas."""
     return ", ".join(f"`{name}`" for name in names)
 
 
 class NotMeasurable(ValueError):
-    """A module computes nothing whose per-example gradient norms we know how to take."""
+    """A module is not of a kind whose per-example gradient norms can be measured."""
 
     def __init__(self, message: str) -> None:
         super().__init__(name_root_module(message))
 
 
 class SiteMissing(ValueError):
-    """Sites the plan names were not found in the captured graph."""
+    """A pass did not find layers in the captured graph that it must rewrite."""
 
     def __init__(self, pass_name: str, missing: Iterable[str]) -> None:
         self.pass_name, self.missing = pass_name, tuple(missing)
         names = ", ".join(f"`{name}`" for name in self.missing)
         super().__init__(
-            f"pass `{pass_name}` did not find {len(self.missing)} of its sites "
-            f"in the graph: {names}"
+            f"pass `{pass_name}` did not find {len(self.missing)} of its layers in the captured graph: {names}"
         )
 
 
 class SiteUnfit(ValueError):
-    """A site was found but cannot be served; the message names the module."""
+    """A pass cannot rewrite a layer that it found; the message names the layer."""
 
     def __init__(self, module: str, reason: str) -> None:
         self.module = module

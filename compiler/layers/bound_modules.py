@@ -21,7 +21,7 @@ from trainc.compiler.layers.ghost_batch_norm import BoundGhostBatchNorm
 from trainc.compiler.layers.noise import BoundNoise
 from trainc.compiler.layers.registry import bound_class
 from trainc.compiler.layers.site_state import BoundLayer, SiteState
-from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.example_index import ExampleIndex
 from trainc.compiler.method.sites import MeasuredSite, NoiseSite, Rewrite
 from trainc.compiler.model.eager import uncompiled
 
@@ -90,7 +90,7 @@ class Sites:
 
     def activate(
         self,
-        division: Division,
+        example_index: ExampleIndex,
         scalars: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,
@@ -99,9 +99,9 @@ class Sites:
         for module in self.layers:
             state = module.trainc
             state.active = True
-            state.division = division
+            state.example_index = example_index
             if state.measured is not None:
-                shape = self._probe_shape(state.measured, division.count)
+                shape = self._probe_shape(state.measured, example_index.count)
                 state.probe = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
             if state.noise is not None and state.noise.index >= 0:
                 state.sigma, state.key = scalars[state.noise.scalar], scalars["key"]

@@ -34,7 +34,7 @@ class BoundConvolution(BoundLayer):
     def run_operator(self, x: Tensor) -> Tensor:
         own, state = cast(nn.Conv2d, self), self.trainc
         require_one_view(state)
-        if state.division.rows > 1:
+        if state.example_index.rows > 1:
             return self.over_groups(x)
         probe = checked_probe(state, x)
         padding: Any = own.padding

@@ -23,7 +23,7 @@ class BoundEmbedding(BoundLayer):
         site = cast(LayerSite, state.measured)
         assert state.probe is not None
         if state.shared_ids:
-            x = expand_shared_ids(x, state.probe.shape[0] * state.division.rows * state.views)
+            x = expand_shared_ids(x, state.probe.shape[0] * state.example_index.rows * state.views)
         joined = join_views(state, x)
         probe = checked_probe(state, joined)
         if site.tied is None:

@@ -19,7 +19,7 @@ class BoundGhostBatchNorm(BoundLayer):
 
     def run_operator(self, x: Tensor) -> Tensor:
         own, state = cast(nn.BatchNorm2d, self), self.trainc
-        size = state.division.rows
+        size = state.example_index.rows
         if own.momentum is None:
             raise SiteError(
                 f"`{state.name}` averages its statistics over all batches (momentum=None), which groups of examples"

@@ -22,7 +22,7 @@ class BoundGroupNorm(BoundLayer):
     def run_operator(self, x: Tensor) -> Tensor:
         own = cast(nn.GroupNorm, self)
         require_one_view(self.trainc)
-        if self.trainc.division.rows > 1:
+        if self.trainc.example_index.rows > 1:
             raise SiteError(
                 f"`{self.trainc.name}` cannot be measured over groups of examples. Exclude it from `on`"
             )

@@ -41,7 +41,7 @@ def _of_example(state: SiteState, column: int, x: Tensor, shape: list[int]) -> T
     """Return one parameter's probe over the positions of x: each has the entries of the example it belongs to."""
     assert state.probe is not None
     between = x.dim() - len(shape) - 1
-    index = state.division.index
+    index = state.example_index.index
     if index is None:
         probe = checked_probe(state, x)
         return probe[:, column].view(probe.shape[0], *[1] * between, *shape)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
-from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.example_index import ExampleIndex
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,7 +24,7 @@ class SiteState:
         self.noise: NoiseSite | None = None
         self.partner: SiteState | None = None
         """The layer that shares this one's weight."""
-        self.division = Division(0)
+        self.example_index = ExampleIndex(0)
         self.active = False
         self.also_in_eval = False
         """Whether the operator runs in evaluation mode too."""
@@ -90,16 +90,16 @@ def join_views(state: SiteState, x: Tensor) -> Tensor:
 
     So do the rows of a group: (groups * n, ...) becomes (groups, n, ...).
     """
-    if state.division.rows > 1:
+    if state.example_index.rows > 1:
         require_one_view(state)
-        grouped: Tensor = x.unflatten(0, (-1, state.division.rows))
+        grouped: Tensor = x.unflatten(0, (-1, state.example_index.rows))
         return grouped
     return x if state.views == 1 else x.unflatten(0, (state.views, -1)).transpose(0, 1)
 
 
 def separate_views(state: SiteState, y: Tensor) -> Tensor:
     """Undo `join_views` on a layer's result."""
-    if state.division.rows > 1:
+    if state.example_index.rows > 1:
         return y.flatten(0, 1)
     return y if state.views == 1 else y.transpose(0, 1).flatten(0, 1)
 

@@ -1,1 +1,1 @@
-"""The lowered method as data (the IR): sites, example units, loss and penalty protocols, LoweredMethod."""
+"""The lowered method as data: the compiler's intermediate representation between a bound spec and a program."""

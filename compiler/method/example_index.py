@@ -1,4 +1,4 @@
-"""How a micro-batch falls into the units that a noise scale counts."""
+"""Which rows or tokens of a micro-batch belong to which example."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
-    """How a micro-batch falls into units: their number, and how tensors with the rows first tell them apart.
+class ExampleIndex:
+    """The number of examples, and where each lies in a micro-batch.
 
-    `index` (rows, tokens) is the unit of every token; else a unit is `rows` consecutive rows.
+    `index` (rows, tokens) is the example of every token; without it an example is `rows` consecutive rows.
     """
 
     count: int

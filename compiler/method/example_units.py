@@ -1,4 +1,4 @@
-"""What counts as one example in a noise scale: a row of the batch, a document inside a row, or a group of rows."""
+"""What one example of a noise scale is, where it is not a row of the batch: a document in a row, or a group of rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trainc.compiler.errors import SiteError
-from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.example_index import ExampleIndex
 
 if TYPE_CHECKING:
     from trainc.compiler.method.loss import Loss
@@ -20,48 +20,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """`size` consecutive rows together are one unit: what is legal where normalization mixes their examples."""
+    """`size` consecutive rows are one example, as BatchNorm over groups of this size needs it."""
 
     size: int
 
-    def divide(self, batch: Batch) -> Division:
-        """Return the groups; raises SiteError when the micro-batch is not made of whole ones."""
+    def divide(self, batch: Batch) -> ExampleIndex:
+        """Return the groups of a micro-batch; raises SiteError when the last one is not full."""
         rows = batch[1].shape[0]
         if rows % self.size:
             raise SiteError(
-                f"a micro-batch of {rows} samples is not made of whole groups of {self.size}:"
-                " let `micro` in the `data` clause be a multiple of `group`, and let the data drop what is left over"
+                f"a micro-batch of {rows} samples cannot be divided into groups of {self.size}: set `micro` in `data`"
+                " to a multiple of `group`, and let the data drop an incomplete last batch"
             )
-        return Division(rows // self.size, self.size)
+        return ExampleIndex(rows // self.size, self.size)
 
-    def weights(self, task: Loss, batch: Batch) -> Tensor:
-        """Return each group's share of the loss, (groups,)."""
+    def weights(self, loss: Loss, batch: Batch) -> Tensor:
+        """Return each group's weight in the loss, (groups,), sum 1."""
         self.divide(batch)
-        return task.weights(batch[1]).view(-1, self.size).sum(1)
+        return loss.weights(batch[1]).view(-1, self.size).sum(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Rows hold several documents, each ended by the token `separator`."""
+    """A document of a row is one example; it ends with the token `separator`."""
 
     separator: int
 
-    def divide(self, batch: Batch) -> Division:
-        """Return the documents; raises SiteError when the inputs hold no token ids like the targets."""
+    def divide(self, batch: Batch) -> ExampleIndex:
+        """Return the documents of a micro-batch; raises SiteError when no input holds the token ids."""
         ids = self._tokens(batch)
         ends = (ids == self.separator).long()
         within = ends.cumsum(1) - ends  # the separator is the last token of its document
         per_row = within[:, -1] + 1
         first = per_row.cumsum(0) - per_row
-        return Division(int(per_row.sum()), index=within + first[:, None])
+        return ExampleIndex(int(per_row.sum()), index=within + first[:, None])
 
-    def weights(self, task: Loss, batch: Batch) -> Tensor:
-        """Return each document's share of the counted targets, (documents,)."""
-        division = self.divide(batch)
-        assert division.index is not None
-        counted = (batch[1] != task.ignore_index).double()
-        found = counted.new_zeros(division.count)
-        found.index_add_(0, division.index.flatten(), counted.flatten())
+    def weights(self, loss: Loss, batch: Batch) -> Tensor:
+        """Return each document's weight in the loss, (documents,), sum 1."""
+        example_index = self.divide(batch)
+        assert example_index.index is not None
+        counted = (batch[1] != loss.ignore_index).double()
+        found = counted.new_zeros(example_index.count)
+        found.index_add_(0, example_index.index.flatten(), counted.flatten())
         return found / found.sum()
 
     def _tokens(self, batch: Batch) -> Tensor:
@@ -72,8 +72,8 @@ class Documents:
                 found: Tensor = tensor
                 return found
         raise SiteError(
-            f"`example = document` needs token ids of the targets' shape {tuple(batch[1].shape)} among the inputs,"
-            " (rows, tokens) integers"
+            f"`example = document` needs an integer input of the targets' shape {tuple(batch[1].shape)} to find"
+            " separators in"
         )
 
 

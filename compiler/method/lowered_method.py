@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from trainc.runtime.step.update_mask import SelectedEntries
 
 Scheduled = Callable[["Clock"], float]
-
+"""A number as a function of the clock."""
 Inputs = Mapping[str, "Tensor"]
+"""Tensors by name."""
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class PenaltyTerm:
 
 
 class OptimizerConstruct(Protocol):
-    """What the compiler asks of the construct of an optimizer clause."""
+    """What lowering needs of the construct of an optimizer clause."""
 
     clip: float | None
     """Global L2 norm that the gradients are scaled down to."""
@@ -52,7 +53,7 @@ class OptimizerConstruct(Protocol):
 
 @dataclass(slots=True)
 class OptimizerPart:
-    """One optimizer clause with the parameters it claims."""
+    """One optimizer clause: the parameters it claims, its learning rate and the decay of each parameter."""
 
     label: str
     targets: tuple[str, ...]
@@ -73,16 +74,22 @@ class CalibrationPart:
 
 @dataclass(slots=True)
 class LoweredMethod:
-    """Everything the clauses asked for; `Program` assembles it."""
+    """Everything that the clauses of a spec ask for. `Program` runs it, and the plan is its printed form."""
 
     rewrite: Rewrite = field(default_factory=Rewrite)
     loss: Loss | None = None
     penalties: dict[str, PenaltyTerm] = field(default_factory=dict)
+    """Loss terms over parameters, by the label of their clause."""
     scalars: dict[str, Scheduled] = field(default_factory=dict)
+    """Numbers that a step computes from the clock, by the name of the tensor that carries each."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Constants of loss terms, by name."""
     lr_factors: dict[str, list[LrFactor]] = field(default_factory=dict)
+    """Factors on the learning rate, by parameter."""
     selected_entries: dict[str, SelectedEntries] = field(default_factory=dict)
+    """The entries that train of the parameters that have a mask."""
     frozen: set[str] = field(default_factory=set)
+    """Parameters that do not train, beside those without requires_grad."""
     optimizers: list[OptimizerPart] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
     batch_gradients: dict[str, bool] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Loss terms over parameters: what they are given, and that they keep to it."""
+"""Evaluate loss terms over parameters, and check that they use only what they are given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class Values(Mapping[str, Tensor]):
-    """What a penalty sees: every parameter by each of its names, and the scalars by theirs."""
+    """What a penalty is given: every parameter by each of its names, and the scalars by theirs."""
 
     def __init__(self, tensors: Mapping[str, Tensor], canonical: Mapping[str, str]) -> None:
         self._tensors, self._canonical = tensors, canonical
@@ -30,7 +30,7 @@ class Values(Mapping[str, Tensor]):
 
 
 class _Watch(TorchFunctionMode):
-    """Refuses a penalty that reaches a trained tensor past its argument, without gradient."""
+    """Raises ValueError where a penalty uses a trained tensor that is not from its argument."""
 
     def __init__(self, penalty: str, owners: Mapping[int, str]) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ class _Watch(TorchFunctionMode):
             if isinstance(leaf, Tensor) and leaf.requires_grad and not is_fake(leaf):
                 name = self.owners.get(id(leaf), "a tensor that requires grad")
                 raise ValueError(
-                    f"the penalty `{self.penalty}` reads `{name}` directly: "
-                    "it must take it from its argument"
+                    f"the penalty `{self.penalty}` uses `{name}` directly, so it would get no gradient: take it"
+                    " from the argument of the penalty"
                 )
         return func(*args, **(kwargs or {}))
 
@@ -50,11 +50,11 @@ class _Watch(TorchFunctionMode):
 def evaluate(
     name: str, penalty: Penalty, values: Mapping[str, Tensor], owners: Mapping[int, str]
 ) -> Tensor:
-    """Return a penalty's value; `owners` names the user's tensors by identity."""
+    """Return a penalty's value; `owners` are the names of the user's tensors, by `id`."""
     with _Watch(name, owners):
         value = penalty(values)
     if value.dim() != 0:
         raise ValueError(
-            f"the penalty `{name}` gave a tensor of shape {list(value.shape)}, not a 0-d one"
+            f"the penalty `{name}` must return a 0-d tensor, and returned one of shape {list(value.shape)}"
         )
     return value

@@ -1,7 +1,7 @@
-"""What a plan asks of the model's forward pass: the contract between lowering, binding and the graph passes.
+"""The rewrite of the forward pass that the clauses ask for: measured layers, noise, two views of every example.
 
-Constructs add to a `Rewrite`; `bind` realises it with drop-in modules, `capture` with graph passes. Both call the same
-operators with the same site numbers, so both give the same numbers.
+Constructs add to a `Rewrite`. It is realised by layers that replace the user's, and by graph passes. Both call the
+same operators with the same site numbers, so both give the same results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NormSite:
-    """A normalization layer whose per-example squared gradient norms are wanted.
+    """A normalization layer whose per-example squared gradient norms are measured.
 
     `weight` and `bias` are the parameters' names in the user's model, or None where the layer has none.
     """
@@ -27,7 +27,7 @@ class NormSite:
     eps: float | None
     casting: Literal["none", "llama", "gemma"] = "none"
     per_example_gradients: bool = False
-    """Whether the examples' gradients themselves are wanted, not their squared norms alone."""
+    """Whether the examples' gradients are measured, not only their squared norms."""
 
     @property
     def parameters(self) -> tuple[str | None, ...]:
@@ -37,7 +37,7 @@ class NormSite:
 
 @dataclass(frozen=True, slots=True)
 class LayerSite:
-    """Another layer whose per-example squared gradient norms are wanted.
+    """Another layer whose per-example squared gradient norms are measured.
 
     `layer_type` names a kind in `compiler/layers`. `transposed` says that the weight is kept as (inputs, outputs).
     `tied` is the module of the word embedding whose weight this linear layer shares, or of the head that shares this
@@ -53,7 +53,7 @@ class LayerSite:
 
     @property
     def per_example_gradients(self) -> bool:
-        """Whether the probe takes the contributions themselves."""
+        """Whether the probe holds the examples' gradients, not only their squared norms."""
         return self.layer_type == "batch_norm"
 
     @property
@@ -95,14 +95,14 @@ class Pairing:
 
 @dataclass(slots=True)
 class Rewrite:
-    """Everything a plan changes in the forward pass; empty means the user's model runs untouched."""
+    """Everything that changes in the forward pass; empty means that the user's model runs as it is."""
 
     norms: list[NormSite] = field(default_factory=list)
     layers: list[LayerSite] = field(default_factory=list)
     noises: list[NoiseSite] = field(default_factory=list)
     pairing: Pairing | None = None
     ghosts: list[str] = field(default_factory=list)
-    """Layers that normalize over the batch and are to do so over each group of examples."""
+    """Layers that normalize over the batch and shall do so over each group of examples."""
     example_units: ExampleUnits | None = None
     """What one example is where it is not a row of the batch."""
 
@@ -117,7 +117,7 @@ class Rewrite:
 
     @property
     def measured(self) -> tuple[MeasuredSite, ...]:
-        """Return every site with a probe."""
+        """Return every measured layer."""
         return (*self.norms, *self.layers)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainc.compiler.errors import SiteError
 from trainc.compiler.layers.bound_modules import Sites, replace_layers
 from trainc.compiler.layers.tied_weights import sites_of
-from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.example_index import ExampleIndex
 from trainc.compiler.method.sites import LayerSite, NormSite, Rewrite
 from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.model.select import expectations, select
@@ -87,7 +87,7 @@ def _measure(
     dtype = torch.float64 if double else torch.float32
 
     def loss_of() -> Tensor:
-        sites.activate(Division(examples), {}, dtype, some.device)
+        sites.activate(ExampleIndex(examples), {}, dtype, some.device)
         loss = loss_fn(call_model(model, inputs))
         if not isinstance(loss, Tensor) or loss.dim():
             raise ValueError(

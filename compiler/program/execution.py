@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.layers.bound_modules import Sites, replace_layers
-from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.example_index import ExampleIndex
 from trainc.compiler.method.loss import LOSS_WEIGHT, Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.undisturbed import undisturbed
@@ -281,6 +281,6 @@ class Execution:
     def _activate(self, batch: Batch, scalars: Mapping[str, Tensor]) -> None:
         units, targets = self.method.rewrite.example_units, batch[1]
         self.sites.activate(
-            Division(targets.shape[0]) if units is None else units.divide(batch),
+            ExampleIndex(targets.shape[0]) if units is None else units.divide(batch),
             scalars, self._dtype(), targets.device,
         )  # fmt: skip

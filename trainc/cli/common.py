@@ -22,6 +22,6 @@ def overrides(given: list[str] | None) -> dict[str, str]:
     for text in given or []:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise typer.BadParameter(f"`{text}` is not NAME=VALUE", param_hint="--set")
+            raise typer.BadParameter(f"expected NAME=VALUE, found `{text}`", param_hint="--set")
         pairs[name.strip()] = value.strip()
     return pairs

@@ -22,11 +22,13 @@ def register(app: typer.Typer) -> None:
     def plan(
         spec: SpecFile,
         set_: Overrides = None,
-        format: Annotated[Format, typer.Option(help="For reading, or for programs.")] = Format.text,
+        format: Annotated[
+            Format, typer.Option(help="Tables to read, or JSON for programs.")
+        ] = Format.text,
         diff: Annotated[
             str | None,
             typer.Option(
-                metavar="PASS", help="Capture the graph and show what one pass does to it."
+                metavar="PASS", help="Show how one graph pass changes the captured graph."
             ),
         ] = None,
         full: Annotated[

@@ -19,7 +19,7 @@ from trainc.compiler.layers.bound_modules import replace_layers
 from trainc.compiler.layers.norm import norm_site
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
-from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.example_index import ExampleIndex
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.reading.construct import Problem
@@ -102,7 +102,7 @@ def run_step(
     total = sum(int((y >= 0).sum()) for _, y in batches)
     step = Step(clock or Clock(), dict(model.named_parameters()), Signals(), 8, 8)
     for x, y in batches:
-        sites.activate(Division(len(x)), {}, torch.float64, torch.device("cpu"))
+        sites.activate(ExampleIndex(len(x)), {}, torch.float64, torch.device("cpu"))
         counts = (y >= 0).flatten(1).sum(1)
         logits = model(x)
         task = F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=-100)
@@ -138,7 +138,7 @@ def test_a_sites_norms_are_the_published_ones(case: str) -> None:
     for name, parameter in model[0].named_parameters():
         parameter.data = lcg(**given[name])
     action, sites = measure(model, ["0"])
-    sites.activate(Division(given["x"]["shape"][0]), {}, torch.float64, torch.device("cpu"))
+    sites.activate(ExampleIndex(given["x"]["shape"][0]), {}, torch.float64, torch.device("cpu"))
     model(lcg(**given["x"])).backward(lcg(**given["dy"]))
     probe = sites.probes()["0"].grad
     for column, name in enumerate(n for n, _ in model[0].named_parameters()):

@@ -150,7 +150,7 @@ def test_groups_share_positions() -> None:
 def test_groups_are_whole() -> None:
     model, x, y = made(Conv, rows=8)
     program = compiled(model, "noise_scale gns on all { method = ghost, group = 3 }")
-    with pytest.raises(SiteError, match="8 samples is not made of whole groups of 3"):
+    with pytest.raises(SiteError, match="8 samples cannot be divided into groups of 3"):
         program.step((x, y))
 
 
@@ -185,7 +185,7 @@ def test_documents_need_token_ids() -> None:
     program = compiled(
         nn.Sequential(nn.LayerNorm(4)), "noise_scale gns { example = document, separator = 0 }"
     )
-    with pytest.raises(SiteError, match="needs token ids"):
+    with pytest.raises(SiteError, match="needs an integer input"):
         program.step((torch.randn(3, 4), torch.randint(4, (3,))))
 
 

@@ -17,7 +17,7 @@ from trainc.compiler.constructs.regularize.pace import Pace, is_zero
 from trainc.compiler.layers.bound_modules import replace_layers
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
-from trainc.compiler.method.example_index import Division
+from trainc.compiler.method.example_index import ExampleIndex
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.roles import Place
@@ -231,7 +231,7 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     assert [site.module for site in parts.rewrite.noises] == list(names[:2])
     scalars = {n: torch.tensor(s(Clock()), dtype=torch.float64) for n, s in parts.scalars.items()}
     scalars["key"] = pack_key(7, 3)
-    sites.activate(Division(5), scalars, torch.float64, torch.device("cpu"))
+    sites.activate(ExampleIndex(5), scalars, torch.float64, torch.device("cpu"))
 
     factors: dict[str, Tensor] = {}
 
@@ -276,7 +276,7 @@ def test_two_views_of_one_layer_are_as_far_apart_as_theory_says() -> None:
     found = []
     for step in range(5):
         sites.activate(
-            Division(4000),
+            ExampleIndex(4000),
             scalars | {"key": pack_key(11, step)},
             torch.float32,
             torch.device("cpu"),
@@ -296,7 +296,10 @@ def test_evaluation_has_no_noise() -> None:
     _, sites = armed_step(model, pace(sigma=0.7, weight=1), ("0",))
     x = torch.randn(4, 5)
     sites.activate(
-        Division(2), {"sigma:0": torch.tensor(0.7), "key": pack_key(1, 0)}, torch.float32, x.device
+        ExampleIndex(2),
+        {"sigma:0": torch.tensor(0.7), "key": pack_key(1, 0)},
+        torch.float32,
+        x.device,
     )
     with sites.inactive():
         plain = model(x)
