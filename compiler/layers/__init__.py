@@ -1,1 +1,1 @@
-"""Kinds of layers whose per-example gradient norms can be measured, one file each."""
+"""Layers that can be measured or changed: the kinds found on disk, and how they are bound in the module tree."""

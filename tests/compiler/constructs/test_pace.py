@@ -217,7 +217,7 @@ def test_a_layer_is_silent_only_if_it_always_is(
     assert is_zero(sigma, place) is expected
 
 
-def armed_step(model: nn.Module, rule: Pace, names: tuple[str, ...]) -> tuple[LoweredMethod, Any]:
+def bound_step(model: nn.Module, rule: Pace, names: tuple[str, ...]) -> tuple[LoweredMethod, Any]:
     parts = lower(rule, model, names)
     return parts, replace_layers(model, parts.rewrite)
 
@@ -227,7 +227,7 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     model, names = Stack(2, 4).double(), ("blocks.0.0", "blocks.1.0", "head")
     rule = pace(sigma=FALLING, weight=0.5)
     x, y = torch.randn(5, 3, 4).double(), torch.randint(0, 4, (5, 3))
-    parts, sites = armed_step(model, rule, names)
+    parts, sites = bound_step(model, rule, names)
     assert [site.module for site in parts.rewrite.noises] == list(names[:2])
     scalars = {n: torch.tensor(s(Clock()), dtype=torch.float64) for n, s in parts.scalars.items()}
     scalars["key"] = pack_key(7, 3)
@@ -269,7 +269,7 @@ def test_two_views_of_one_layer_are_as_far_apart_as_theory_says() -> None:
     """E |f1 - f2|^2 = 2 sigma^2 |h|^2 for one Linear layer."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 6))
-    _, sites = armed_step(model, pace(sigma=0.7, weight=1), ("0",))
+    _, sites = bound_step(model, pace(sigma=0.7, weight=1), ("0",))
     x = torch.randn(1, 5).expand(4000, 5)
     expected = 2 * 0.7**2 * float(model(x[:1]).detach().square().sum())
     scalars = {"sigma:0": torch.tensor(0.7), "key": pack_key(11, 0)}
@@ -293,7 +293,7 @@ def test_two_views_of_one_layer_are_as_far_apart_as_theory_says() -> None:
 
 def test_evaluation_has_no_noise() -> None:
     model = nn.Sequential(nn.Linear(5, 6))
-    _, sites = armed_step(model, pace(sigma=0.7, weight=1), ("0",))
+    _, sites = bound_step(model, pace(sigma=0.7, weight=1), ("0",))
     x = torch.randn(4, 5)
     sites.activate(
         ExampleIndex(2),
