@@ -64,7 +64,7 @@ class Execution:
         self._rewrites, self._views = bool(method.rewrite), method.rewrite.views
         self._plain = not (method.rewrite or method.penalties or executor == "graph")
         self._covered = not method.rewrite
-        self._examined = not method.rewrite.measured
+        self._checked = not method.rewrite.measured
 
     @property
     def replicas(self) -> Replicas | None:
@@ -81,7 +81,7 @@ class Execution:
             self.parameters,
             _PER_EXAMPLE,
         )
-        self._examine(batch)
+        self._check_preconditions(batch)
         scalars = self._scalars(where, batch[1].device)
         if self._rewrites:
             self._activate(batch, scalars)
@@ -100,10 +100,10 @@ class Execution:
             self.statistics.watch(result, total)
         return total, result
 
-    def _examine(self, batch: Batch) -> None:
+    def _check_preconditions(self, batch: Batch) -> None:
         """Check once that per-example statistics can be measured on this model and loss."""
-        if not self._examined and self.module.training:
-            self._examined = check_preconditions(self.module, self.sites, batch, self.loss_fn)
+        if not self._checked and self.module.training:
+            self._checked = check_preconditions(self.module, self.sites, batch, self.loss_fn)
 
     def _forward(
         self, batch: Batch, loss_weight: float, scalars: Mapping[str, Tensor]
@@ -153,7 +153,7 @@ class Execution:
 
         Where the model cannot be captured the bound modules run instead, and `refused` says why.
         """
-        self._examine(batch)
+        self._check_preconditions(batch)
         try:
             graph = self.capture(batch)
         except Exception as error:
@@ -199,7 +199,7 @@ class Execution:
         scalars = self._scalars(MicroBatchSlice(), batch[1].device)
         if strength is not None:
             scalars |= {n: torch.full_like(scalars[n], strength) for n in self.method.scalars}
-        self._examine(batch)
+        self._check_preconditions(batch)
         if executor == "graph":
             out = self.capture(batch).run(batch, scalars)
             return out.total, out.grads, self.statistics.squares(out.probes)
@@ -241,7 +241,7 @@ class Execution:
             inputs = repeat_views(one[0], self._views)
             return self._loss(compute_logits(self.module, inputs), one[1], scalars)[0]
 
-        self._examine(batch)
+        self._check_preconditions(batch)
         try:
             parameters = {name: self.parameters[name] for name in names}
             return measure_one_by_one(

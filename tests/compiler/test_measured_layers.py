@@ -176,7 +176,7 @@ def test_positions_as_many_as_examples_are_not_taken_for_examples() -> None:
     expected = brute(model, x, y)
     for executor in ("module", "graph"):
         program = trainc.compile(ALL, model, executor=executor)
-        program.execution._examine((x, y))
+        program.execution._check_preconditions((x, y))
         found = program.execution.trial((x, y), executor)[2]
         torch.testing.assert_close(found["positions.weight"], expected["positions.weight"])
         program.unbind()

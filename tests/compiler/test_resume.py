@@ -13,6 +13,7 @@ from trainc.compiler.driver.train import train
 from trainc.runtime.noise_scale.action import NoiseScaleAction
 from trainc.runtime.noise_scale.resume import match_state
 from trainc.runtime.noise_scale.settings import NoiseScaleSettings
+from trainc.runtime.storage.checkpoint import DamagedCheckpoint
 from trainc.runtime.storage.jsonl import read_jsonl
 
 MEASURE = "noise_scale gns on type(LayerNorm) { smooth = 4 steps, calibrate = 2 steps }"
@@ -65,9 +66,7 @@ def last(folder: Path) -> dict[str, Any]:
         ("", "gns: no longer in the program"),
     ],
 )  # fmt: skip
-def test_a_changed_measurement_goes_on_with_what_fits(
-    measure: str, said: str, stopped: Path
-) -> None:
+def test_a_changed_measurement_keeps_what_fits(measure: str, said: str, stopped: Path) -> None:
     text = LONGER + measure + "\n" + (RULE if measure else "")
     with pytest.raises(trainc.SpecError, match="resume-needs-accept"):
         carry_out(text, stopped, "other", resume=True)
@@ -79,7 +78,7 @@ def test_a_changed_measurement_goes_on_with_what_fits(
     assert ("gns.total" in found) == ("calibrate" in measure)
 
 
-def test_an_unchanged_measurement_goes_on_whole(stopped: Path) -> None:
+def test_an_unchanged_measurement_keeps_everything(stopped: Path) -> None:
     noted = carry_out(LONGER + MEASURE + "\n" + RULE, stopped, "other", resume=True, accept=True)
     assert "note" not in noted or not any(line.startswith("gns:") for line in noted["note"])
     (stopped / "straight").mkdir()
@@ -88,7 +87,7 @@ def test_an_unchanged_measurement_goes_on_whole(stopped: Path) -> None:
     assert both[0] == pytest.approx(both[1], rel=1e-3)
 
 
-def test_what_cannot_be_taken_over_is_an_error_that_says_so(stopped: Path) -> None:
+def test_state_that_cannot_be_loaded_is_an_error(stopped: Path) -> None:
     text = LONGER.replace("adamw { lr = 2e-3 }", "adamw on type(Linear) { lr = 2e-3 }")
     text += "optimizer sgd as rest on all - type(Linear) { lr = 1e-3 }\n" + MEASURE
     with pytest.raises(trainc.SpecError) as caught:
@@ -110,7 +109,20 @@ def test_a_run_of_an_old_plan_format_is_refused(stopped: Path) -> None:
     assert "start a new run in another folder" in (found.help or "")
 
 
-def test_the_refusal_writes_fields_as_a_spec_does(stopped: Path) -> None:
+def test_checkpoints_of_an_old_format_are_refused(stopped: Path) -> None:
+    for manifest in (stopped / "run/checkpoints").glob("*/manifest.json"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    said = "has format 1, this version of trainc reads 2: resume with the version that saved it, or start a new run"
+    with pytest.raises(DamagedCheckpoint, match=said):
+        carry_out(LONGER + MEASURE + "\n" + RULE, stopped, "other", resume=True, accept=True)
+    text = HEAD.replace("seed = 3", f'seed = 3, start = "{stopped}/run"') + MEASURE
+    (stopped / "second").mkdir()
+    with pytest.raises(trainc.SpecError) as caught:
+        carry_out(text, stopped / "second")
+    assert said in caught.value.diagnostics[0].message
+
+
+def test_the_error_writes_fields_as_a_spec_does(stopped: Path) -> None:
     text = (LONGER + MEASURE + "\n" + RULE).replace("over = 60%", "over = 30%")
     with pytest.raises(trainc.SpecError) as caught:
         carry_out(text, stopped, "other", resume=True)
@@ -137,7 +149,7 @@ def test_layers_that_stay_keep_their_averages() -> None:
         after.load_state_dict(before.state_dict())
 
 
-def test_figures_of_another_kind_do_not_go_on() -> None:
+def test_estimates_of_another_kind_are_not_kept() -> None:
     state = {"quantity": "documents in euclidean geometry", "total": torch.zeros(3)}
     assert match_state(state, {"total": 3}, "samples in euclidean geometry") == (
         {},
