@@ -145,7 +145,7 @@ class _Binder:
                 clause,
                 help="write it in steps, samples or tokens, or add `run { length = ... }`",
             )
-        return TimeSpan(duration.amount, duration.unit)
+        return TimeSpan.of(duration)
 
 
 def _number(value: int | None) -> float | None:

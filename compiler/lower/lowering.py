@@ -22,9 +22,7 @@ from trainc.compiler.method.lowered_method import (
 from trainc.compiler.method.sites import LayerSite, MeasuredSite, NoiseSite, NormSite, Pairing
 from trainc.compiler.model.select import select
 from trainc.dsl.values.value_json import to_json
-from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import Schedules, compile_schedule
-from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.optimizer import LrFactor
 
 if TYPE_CHECKING:
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
     from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
     from trainc.compiler.model.roles import Place
     from trainc.dsl.values.value_json import Duration, Expr, Selector
+    from trainc.runtime.schedule.gate import Gate
     from trainc.runtime.schedule.time_span import Unit
     from trainc.runtime.step.action import Action
     from trainc.runtime.step.update_mask import SelectedEntries
@@ -87,7 +86,7 @@ class Lowering:
 
     def steps(self, duration: Duration) -> float:
         """Return a duration in optimizer steps, at the declared batch size."""
-        return self._context.units.convert(_clock(duration), "steps", self._context.length)
+        return self._context.units.convert(duration, "steps", self._context.length)
 
     def schedule(self, expression: Expr, place: Place | None = None) -> Scheduled:
         """Return an expression of the clock, the signals and a place in the model as a function of the clock."""
@@ -122,7 +121,7 @@ class Lowering:
     def gate(self) -> Gate | None:
         """Return the clause's `from`, `until` and `every` as a clock gate; None when it has none."""
         bounds = (self.clause.start, self.clause.stop, self.clause.every)
-        return self._gate(*bounds) if any(bounds) else None
+        return self._context.gate(*bounds) if any(bounds) else None
 
     def while_open(self, schedule: Scheduled) -> Scheduled:
         """Return a schedule that is zero outside the clause's `from` and `until`."""
@@ -135,7 +134,7 @@ class Lowering:
 
     def window(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
         """Return durations given in fields as a clock gate; raises ValueError where epochs cannot be counted."""
-        gate = self._gate(*(None if d is None else _clock(d) for d in (start, stop, every)))
+        gate = self._context.gate(start, stop, every)
         for bound in (gate.start, gate.stop, gate.every):
             if bound and bound.unit == "epochs" and not self._context.units.samples_per_epoch:
                 raise ValueError(
@@ -150,14 +149,6 @@ class Lowering:
         for word in words:
             if (bound := bounds[word]) is not None:
                 raise ValueError(f"{reason}: remove `{word} {bound}`")
-
-    def _gate(
-        self,
-        start: TimeSpan | None = None,
-        stop: TimeSpan | None = None,
-        every: TimeSpan | None = None,
-    ) -> Gate:
-        return Gate.resolve(self._context.units, self._context.length, start, stop, every)
 
     # Mechanisms.
 
@@ -204,7 +195,7 @@ class Lowering:
 
     def calibrate(self, every: Duration, examples: int) -> None:
         """Now and then, measure every parameter on a few examples, one by one."""
-        gate = self._gate(every=_clock(every))
+        gate = self._context.gate(every=every)
         self._method.calibrations.append(CalibrationPart(self.label, gate, examples))
 
     def noise(
@@ -262,8 +253,3 @@ class Lowering:
         if action.gate is None:
             action.gate = self.gate()
         self._method.actions.append(action)
-
-
-def _clock(duration: Duration) -> TimeSpan:
-    """Return a duration of the spec as the clock counts it."""
-    return TimeSpan(duration.amount, duration.unit)

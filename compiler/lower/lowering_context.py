@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trainc.compiler.lower.unbounded_run import UNBOUNDED
+from trainc.runtime.schedule.gate import Gate
 
 if TYPE_CHECKING:
     from torch import nn
 
     from trainc.compiler.model.inventory import Inventory
     from trainc.runtime.schedule.clock import RunLength
-    from trainc.runtime.schedule.time_span import Unit
+    from trainc.runtime.schedule.time_span import Duration, Unit
     from trainc.runtime.schedule.unit_conversion import UnitConversion
     from trainc.runtime.step.record import Signals
 
@@ -34,3 +35,12 @@ class LoweringContext:
     def schedule_length(self) -> RunLength:
         """Return the length that schedules are compiled for: without a run, one that is never reached."""
         return self.length or UNBOUNDED
+
+    def gate(
+        self,
+        start: Duration | None = None,
+        stop: Duration | None = None,
+        every: Duration | None = None,
+    ) -> Gate:
+        """Return durations as a clock gate, fractions of the run in its unit and `start` in that of `every`."""
+        return Gate.resolve(self.units, self.length, start, stop, every)

@@ -62,7 +62,7 @@ def _wait(given: Duration | None, context: LoweringContext) -> TimeSpan | None:
     """Return a rule's `for` or `cooldown` as the clock counts it."""
     if given is None:
         return None
-    wait, length = TimeSpan(given.amount, given.unit), context.schedule_length
+    wait, length = TimeSpan.of(given), context.schedule_length
     if wait.unit != "run":
         return wait
     return TimeSpan(context.units.convert(wait, length.unit, context.length), length.unit)
