@@ -33,10 +33,10 @@ def test_it_is_torchs_bit_for_bit() -> None:
 
 def test_weights_are_each_examples_part_of_the_mean() -> None:
     task = CrossEntropy().make_loss()
-    parts = [task(LOGITS[i : i + 1], TARGETS[i : i + 1]) for i in range(5)]
+    lowered = [task(LOGITS[i : i + 1], TARGETS[i : i + 1]) for i in range(5)]
     weights = task.weights(TARGETS)
     assert float(weights.sum()) == pytest.approx(1.0)
-    assert float((weights * torch.stack(parts)).sum()) == pytest.approx(
+    assert float((weights * torch.stack(lowered)).sum()) == pytest.approx(
         float(task(LOGITS, TARGETS)), rel=1e-12
     )
     assert task.count(TARGETS) == 30

@@ -50,15 +50,15 @@ def measure(
     model: nn.Module, names: Sequence[str], rule: Gns | None = None
 ) -> tuple[NoiseScaleAction, Any]:
     """Lower the clause onto `model` by hand; return its action and the bound sites."""
-    setting = LoweringContext(
+    context = LoweringContext(
         model, build_inventory(model), UnitConversion(8, 4, 800), RunLength(100, "steps"), Signals()
     )
-    parts = LoweredMethod()
+    lowered = LoweredMethod()
     rule = rule or Gns()
-    rule.lower(Lowering(BoundClause(rule, "gns", tuple(names)), setting, parts))
-    (action,) = parts.actions
+    rule.lower(Lowering(BoundClause(rule, "gns", tuple(names)), context, lowered))
+    (action,) = lowered.actions
     assert isinstance(action, NoiseScaleAction)
-    return action, replace_layers(model, parts.rewrite)
+    return action, replace_layers(model, lowered.rewrite)
 
 
 class Tiny(nn.Module):

@@ -68,7 +68,7 @@ def test_micro_batches_are_compared(kind: type[nn.Module]) -> None:
     model, x, y = made(kind)
     on = 'all - "words" - "conv"'
     sizes = (1, 2, 3) if kind is Small else (2, 4)
-    parts = [
+    lowered = [
         gradients(model, a, b, len(a) / 6)
         for a, b in zip(x.split(sizes), y.split(sizes), strict=True)
     ]
@@ -76,8 +76,8 @@ def test_micro_batches_are_compared(kind: type[nn.Module]) -> None:
     program = compiled(model, f"noise_scale gns on {on} {{ method = micro_batch }}")
     program.step(list(zip(x.split(sizes), y.split(sizes), strict=True)))
     expected = noise_scale_from_contributions(
-        sum(float(c.square().sum()) for c in parts),
-        float(torch.stack(parts).sum(0).square().sum()),
+        sum(float(c.square().sum()) for c in lowered),
+        float(torch.stack(lowered).sum(0).square().sum()),
         sum((size / 6) ** 2 for size in sizes),
         1 / 6,
     )

@@ -50,67 +50,67 @@ def l2_sp(weight: Any, **fields: Any) -> L2Sp:
 def lower(
     made: nn.Module, rule: L2Sp, start: v.Duration | None = None
 ) -> tuple[LoweredMethod, Anchors, tuple[str, ...]]:
-    setting = LoweringContext(
+    context = LoweringContext(
         made, build_inventory(made), UnitConversion(8), RunLength(100, "steps"), Signals()
     )
-    parts = LoweredMethod()
+    lowered = LoweredMethod()
     names = ("0.weight", "1.weight", "2.weight")
     bound = None if start is None else TimeSpan(start.amount, start.unit)
-    rule.lower(Lowering(BoundClause(rule, "l2_sp", names, bound), setting, parts))
-    (action,) = parts.actions
+    rule.lower(Lowering(BoundClause(rule, "l2_sp", names, bound), context, lowered))
+    (action,) = lowered.actions
     assert isinstance(action, Anchors)
-    return parts, action, names
+    return lowered, action, names
 
 
-def penalty(parts: LoweredMethod, made: nn.Module, clock: Clock | None = None) -> Tensor:
+def penalty(lowered: LoweredMethod, made: nn.Module, clock: Clock | None = None) -> Tensor:
     """Return the loss term as a program computes it."""
-    term = parts.penalties["l2_sp"]
+    term = lowered.penalties["l2_sp"]
     now, dtype = clock or Clock(), torch.float64
-    scalars = {k: torch.tensor(s(now), dtype=dtype) for k, s in parts.scalars.items()}
+    scalars = {k: torch.tensor(s(now), dtype=dtype) for k, s in lowered.scalars.items()}
     parameters = {name: made.get_parameter(name) for name in term.parameters}
-    return term.value(parameters, {**scalars, **parts.tensors})
+    return term.value(parameters, {**scalars, **lowered.tensors})
 
 
 def test_the_value_is_the_published_one() -> None:
     row = json.loads(REFERENCE.read_text())["relatives"]["l2sp"]
     made = model(torch.float32)
-    parts, *_ = lower(made, l2_sp(weight=row["alpha"]))
-    assert float(penalty(parts, made).detach()) == 0.0
+    lowered, *_ = lower(made, l2_sp(weight=row["alpha"]))
+    assert float(penalty(lowered, made).detach()) == 0.0
     for parameter in made.parameters():
         if parameter.dim() == 2:
             parameter.data += grid(parameter.shape, 0.1, 2.0)
-    assert float(penalty(parts, made).detach()) == pytest.approx(row["loss"], rel=1e-6)
+    assert float(penalty(lowered, made).detach()) == pytest.approx(row["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("to", ["start", "zero"])
 def test_the_gradient_is_the_weighted_distance(to: str) -> None:
     made = model()
-    parts, _, names = lower(made, l2_sp(weight=0.03, to=to))
+    lowered, _, names = lower(made, l2_sp(weight=0.03, to=to))
     starts = {n: made.get_parameter(n).detach().clone() for n in names}
     for parameter in made.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
-    penalty(parts, made).backward()
+    penalty(lowered, made).backward()
     for name in names:
         parameter = made.get_parameter(name)
         apart = parameter.detach() - (starts[name] if to == "start" else 0)
         torch.testing.assert_close(parameter.grad, 0.03 * apart, rtol=1e-12, atol=1e-15)
     assert made.get_parameter("1.bias").grad is None
-    assert sorted(parts.tensors) == ([f"l2_sp:start:{n}" for n in names] if to == "start" else [])
+    assert sorted(lowered.tensors) == ([f"l2_sp:start:{n}" for n in names] if to == "start" else [])
 
 
 def test_the_weight_follows_the_clock_and_the_clause() -> None:
     made = model()
     ramp = v.Binary("*", v.Number(0.01), v.Name("steps"))
-    parts, *_ = lower(made, l2_sp(weight=ramp), start=v.Duration(3, "steps"))
-    (weight,) = parts.scalars.values()
+    lowered, *_ = lower(made, l2_sp(weight=ramp), start=v.Duration(3, "steps"))
+    (weight,) = lowered.scalars.values()
     assert [weight(Clock(steps=t)) for t in range(5)] == [0.0, 0.0, 0.0, 0.03, 0.04]
 
 
 def test_what_is_frozen_is_left_out() -> None:
     made = model()
     made.get_parameter("1.weight").requires_grad_(False)
-    parts, *_ = lower(made, l2_sp(weight=1.0))
-    assert parts.penalties["l2_sp"].parameters == ("0.weight", "2.weight")
+    lowered, *_ = lower(made, l2_sp(weight=1.0))
+    assert lowered.penalties["l2_sp"].parameters == ("0.weight", "2.weight")
     made.requires_grad_(False)
     inventory = build_inventory(made)
     (problem,) = l2_sp(weight=1.0).validate_targets(Targets(inventory, (), inventory.parameters))
@@ -119,56 +119,56 @@ def test_what_is_frozen_is_left_out() -> None:
 
 def test_half_precision_weights_are_summed_in_float32() -> None:
     made = model(torch.bfloat16)
-    parts, *_ = lower(made, l2_sp(weight=2.0))
+    lowered, *_ = lower(made, l2_sp(weight=2.0))
     for parameter in made.parameters():
         parameter.data += 0.01
-    value = penalty(parts, made)
+    value = penalty(lowered, made)
     assert value.dtype != torch.bfloat16
     assert float(value.detach()) > 0
 
 
 def test_the_start_survives_a_resume() -> None:
     def machine(made: nn.Module) -> tuple[LoweredMethod, StepMachine]:
-        parts, _, _ = lower(made, l2_sp(weight=0.5))
+        lowered, _, _ = lower(made, l2_sp(weight=0.5))
         slots = [ParamSlot(name, p, 0.0) for name, p in made.named_parameters()]
         optimizer = OptimizerStep("sgd", slots, lambda groups: torch.optim.SGD(groups, lr=0.1))
-        return parts, StepMachine(
-            [*parts.actions, optimizer], Clock(), dict(made.named_parameters())
+        return lowered, StepMachine(
+            [*lowered.actions, optimizer], Clock(), dict(made.named_parameters())
         )
 
-    def run(made: nn.Module, parts: LoweredMethod, steps: StepMachine, count: int) -> None:
+    def run(made: nn.Module, lowered: LoweredMethod, steps: StepMachine, count: int) -> None:
         for _ in range(count):
             steps.begin()
             x = grid((8, 6), 1.0, float(steps.clock.steps)).double()
-            (made(x).square().mean() + penalty(parts, made)).backward()
+            (made(x).square().mean() + penalty(lowered, made)).backward()
             steps.finish()
 
     whole = model()
-    parts, steps = machine(whole)
-    run(whole, parts, steps, 3)
+    lowered, steps = machine(whole)
+    run(whole, lowered, steps, 3)
     state, weights = steps.state_dict(), {k: t.clone() for k, t in whole.state_dict().items()}
     state["actions"]["l2_sp"] = {k: t.clone() for k, t in state["actions"]["l2_sp"].items()}
-    run(whole, parts, steps, 3)
+    run(whole, lowered, steps, 3)
 
     resumed = model()
     for parameter in resumed.parameters():
         parameter.data.add_(1.0)
-    parts, steps = machine(resumed)
+    lowered, steps = machine(resumed)
     resumed.load_state_dict(weights)
     steps.load_state_dict(state)
-    run(resumed, parts, steps, 3)
+    run(resumed, lowered, steps, 3)
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, resumed.get_parameter(name))
 
 
 def test_a_clause_added_on_resume_starts_there() -> None:
     made = model()
-    parts, action, names = lower(made, l2_sp(weight=1.0))
+    lowered, action, names = lower(made, l2_sp(weight=1.0))
     for parameter in made.parameters():
         parameter.data += 1.0
-    assert float(penalty(parts, made).detach()) > 0
+    assert float(penalty(lowered, made).detach()) > 0
     action.load_state_dict({})
-    assert float(penalty(parts, made).detach()) == 0.0
+    assert float(penalty(lowered, made).detach()) == 0.0
     with pytest.raises(ValueError, match=r"another selection, which differs in 1.weight, 2.weight"):
         action.load_state_dict({names[0]: torch.zeros(5, 6)})
 

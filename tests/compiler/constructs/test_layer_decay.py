@@ -39,13 +39,15 @@ def factors(construct: LayerDecay, net: nn.Module, *, every: bool = False) -> di
         tuple(p.name for p in inventory.parameters),
         every=TimeSpan(5, "steps") if every else None,
     )
-    parts = LoweredMethod()
+    lowered = LoweredMethod()
     construct.lower(
-        Lowering(clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), parts)
+        Lowering(
+            clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), lowered
+        )
     )
-    assert not parts.actions
-    assert all(len(lr_factors) == 1 for lr_factors in parts.lr_factors.values())
-    return {name: lr_factors[0].factor for name, lr_factors in parts.lr_factors.items()}
+    assert not lowered.actions
+    assert all(len(lr_factors) == 1 for lr_factors in lowered.lr_factors.values())
+    return {name: lr_factors[0].factor for name, lr_factors in lowered.lr_factors.items()}
 
 
 def test_the_head_keeps_its_rate_and_the_embeddings_are_slowest() -> None:
@@ -58,17 +60,19 @@ def test_the_head_keeps_its_rate_and_the_embeddings_are_slowest() -> None:
 
 def test_parameters_of_a_level_share_one_factor() -> None:
     net = model()
-    inventory, parts = build_inventory(net), LoweredMethod()
+    inventory, lowered = build_inventory(net), LoweredMethod()
     names = tuple(p.name for p in inventory.parameters)
     construct = LayerDecay(decay=0.5)
     clause = BoundClause(construct, "decay", names)
     construct.lower(
-        Lowering(clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), parts)
+        Lowering(
+            clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), lowered
+        )
     )
-    assert len({id(lr_factors[0]) for lr_factors in parts.lr_factors.values()}) == 5
-    assert {(s.policy, s.unit) for lr_factors in parts.lr_factors.values() for s in lr_factors} == {
-        ("decay", f"level {level}") for level in range(5)
-    }
+    assert len({id(lr_factors[0]) for lr_factors in lowered.lr_factors.values()}) == 5
+    assert {
+        (s.policy, s.unit) for lr_factors in lowered.lr_factors.values() for s in lr_factors
+    } == {("decay", f"level {level}") for level in range(5)}
 
 
 def test_the_floor_is_the_smallest_factor() -> None:

@@ -28,7 +28,7 @@ from trainc.runtime.step.record import Signals, Step
 def machine(
     net: nn.Module, construct: NormGrowth, every: int | None = None, only: str = ""
 ) -> StepMachine:
-    inventory, parts = build_inventory(net), LoweredMethod()
+    inventory, lowered = build_inventory(net), LoweredMethod()
     clause = BoundClause(
         construct,
         "ng",
@@ -36,9 +36,11 @@ def machine(
         every=TimeSpan(every, "steps") if every else None,
     )
     construct.lower(
-        Lowering(clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), parts)
+        Lowering(
+            clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), lowered
+        )
     )
-    return StepMachine(parts.actions, Clock(), dict(net.named_parameters()))
+    return StepMachine(lowered.actions, Clock(), dict(net.named_parameters()))
 
 
 def net(seed: int = 0) -> nn.Module:

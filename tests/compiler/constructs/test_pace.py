@@ -59,12 +59,12 @@ def pace(sigma: Any, weight: Any, **fields: Any) -> Pace:
 
 
 def lower(rule: Pace, model: nn.Module, names: tuple[str, ...], **bounds: Any) -> LoweredMethod:
-    setting = LoweringContext(
+    context = LoweringContext(
         model, build_inventory(model), UnitConversion(8), RunLength(100, "steps"), Signals()
     )
-    parts = LoweredMethod()
-    rule.lower(Lowering(BoundClause(rule, "pace", names, **bounds), setting, parts))
-    return parts
+    lowered = LoweredMethod()
+    rule.lower(Lowering(BoundClause(rule, "pace", names, **bounds), context, lowered))
+    return lowered
 
 
 @pytest.mark.parametrize("case", ["mse", "mse_3d"])
@@ -179,14 +179,14 @@ def test_the_published_schedule_is_an_expression_of_the_block() -> None:
     row = PACE["sigma_schedule_vit_b"]
     model = Stack(row["num_ids"] - 1)
     names = (*(f"blocks.{i}.0" for i in range(row["num_ids"] - 1)), "head")
-    parts = lower(pace(sigma=PUBLISHED, weight=1), model, names)
+    lowered = lower(pace(sigma=PUBLISHED, weight=1), model, names)
     sigmas = {f"sigma:{name}": sigma for name, sigma in zip(names, row["sigmas"], strict=True)}
     assert sigmas.pop("sigma:blocks.0.0") == 0.0
-    found = {name: parts.scalars[name](Clock()) for name in sigmas}
+    found = {name: lowered.scalars[name](Clock()) for name in sigmas}
     assert found == pytest.approx(sigmas, rel=1e-12)
-    assert [site.module for site in parts.rewrite.noises] == list(names[1:])
-    assert parts.rewrite.pairing is not None
-    assert set(parts.scalars) == {*sigmas, parts.rewrite.pairing.weight}
+    assert [site.module for site in lowered.rewrite.noises] == list(names[1:])
+    assert lowered.rewrite.pairing is not None
+    assert set(lowered.scalars) == {*sigmas, lowered.rewrite.pairing.weight}
 
 
 FIRST, MIDDLE, LAST = Place(0, 4, 1, 4), Place(1, 4, 2, 4), Place(3, 4, 4, 4)
@@ -218,8 +218,8 @@ def test_a_layer_is_silent_only_if_it_always_is(
 
 
 def bound_step(model: nn.Module, rule: Pace, names: tuple[str, ...]) -> tuple[LoweredMethod, Any]:
-    parts = lower(rule, model, names)
-    return parts, replace_layers(model, parts.rewrite)
+    lowered = lower(rule, model, names)
+    return lowered, replace_layers(model, lowered.rewrite)
 
 
 def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
@@ -227,9 +227,9 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     model, names = Stack(2, 4).double(), ("blocks.0.0", "blocks.1.0", "head")
     rule = pace(sigma=FALLING, weight=0.5)
     x, y = torch.randn(5, 3, 4).double(), torch.randint(0, 4, (5, 3))
-    parts, sites = bound_step(model, rule, names)
-    assert [site.module for site in parts.rewrite.noises] == list(names[:2])
-    scalars = {n: torch.tensor(s(Clock()), dtype=torch.float64) for n, s in parts.scalars.items()}
+    lowered, sites = bound_step(model, rule, names)
+    assert [site.module for site in lowered.rewrite.noises] == list(names[:2])
+    scalars = {n: torch.tensor(s(Clock()), dtype=torch.float64) for n, s in lowered.scalars.items()}
     scalars["key"] = pack_key(7, 3)
     sites.activate(ExampleIndex(5), scalars, torch.float64, torch.device("cpu"))
 
@@ -256,8 +256,8 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     assert all(torch.equal(z[:, 0], z[:, 2]) for z in factors.values())
 
     logits = model(torch.cat([x, x]))
-    assert parts.rewrite.pairing is not None
-    weight = scalars[parts.rewrite.pairing.weight]
+    assert lowered.rewrite.pairing is not None
+    weight = scalars[lowered.rewrite.pairing.weight]
     found = cross_entropy_consistency(logits, y, weight, "mse")
     with sites.inactive():
         expected = rule.reference(model, x, y, factors, 0.5)
@@ -344,9 +344,9 @@ def test_silence_everywhere_is_a_warning_and_no_pair() -> None:
 
 def test_outside_its_time_there_is_neither_noise_nor_distance() -> None:
     start = TimeSpan(3, "steps")
-    parts = lower(pace(sigma=0.1, weight=2), Stack(2), ("head",), start=start)
-    before = [schedule(Clock(steps=2)) for schedule in parts.scalars.values()]
-    after = [schedule(Clock(steps=3)) for schedule in parts.scalars.values()]
+    lowered = lower(pace(sigma=0.1, weight=2), Stack(2), ("head",), start=start)
+    before = [schedule(Clock(steps=2)) for schedule in lowered.scalars.values()]
+    after = [schedule(Clock(steps=3)) for schedule in lowered.scalars.values()]
     assert before == [0, 0]
     assert sorted(after) == [0.1, 2]
 

@@ -80,8 +80,8 @@ class Run:
         start: TimeSpan | None = None,
     ) -> None:
         self.model = model or Net()
-        self.parts = LoweredMethod()
-        setting = LoweringContext(
+        self.lowered = LoweredMethod()
+        context = LoweringContext(
             self.model,
             build_inventory(self.model),
             UnitConversion(8),
@@ -89,15 +89,15 @@ class Run:
             Signals(),
         )
         clause = BoundClause(rule, "sift", tuple(names), start)
-        rule.lower(Lowering(clause, setting, self.parts))
-        self.selected = self.parts.selected_entries
+        rule.lower(Lowering(clause, context, self.lowered))
+        self.selected = self.lowered.selected_entries
         slots = [
             ParamSlot(name, self.selected[name].values if name in self.selected else p, decay)
             for name, p in self.model.named_parameters()
-            if name not in self.parts.frozen
+            if name not in self.lowered.frozen
         ]
         self.optimizer = OptimizerStep("optimizer", slots, make)
-        actions = [*self.parts.actions, self.optimizer]
+        actions = [*self.lowered.actions, self.optimizer]
         if clip is not None:
             actions.append(Clip("clip", clip, slots))
         parameters = dict(self.model.named_parameters())
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def choice(self) -> Choose:
-        (action,) = (a for a in self.parts.actions if isinstance(a, Choose))
+        (action,) = (a for a in self.lowered.actions if isinstance(a, Choose))
         return action
 
     def step(self, *micro: Batch, backward: Callable[[Tensor], None] = Tensor.backward) -> Step:
@@ -348,7 +348,7 @@ def test_the_rest_trains_or_not(rest: Any) -> None:
         run.step(batch)
     moved = not torch.equal(run.weights()["fc1.weight"], Net().fc1.weight)
     assert moved == (rest == "train")
-    assert run.parts.frozen == (set() if rest == "train" else {"fc1.weight"})
+    assert run.lowered.frozen == (set() if rest == "train" else {"fc1.weight"})
 
 
 @pytest.mark.parametrize(("granularity", "units"), [("row", (1, 4)), ("column", (1, 5))])
@@ -431,13 +431,13 @@ def test_fields_that_mean_nothing_are_refused(fields: dict[str, Any], words: str
 
 def test_a_choice_is_for_good() -> None:
     model = Net()
-    setting = LoweringContext(
+    context = LoweringContext(
         model, build_inventory(model), UnitConversion(8), RunLength(9, "steps"), Signals()
     )
     rule = Sift(density=0.1)
     clause = BoundClause(rule, "sift", NAMES, stop=TimeSpan(2, "steps"))
     with pytest.raises(ValueError, match=r"chooses once.*remove `until 2 steps`"):
-        rule.lower(Lowering(clause, setting, LoweredMethod()))
+        rule.lower(Lowering(clause, context, LoweredMethod()))
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -72,7 +72,7 @@ class Bench:
     def __init__(
         self, net: nn.Module, construct: TempBalance, only: str = "", **timing: Any
     ) -> None:
-        inventory, self.parts = build_inventory(net), LoweredMethod()
+        inventory, self.lowered = build_inventory(net), LoweredMethod()
         self.net = net
         names = tuple(
             p.name
@@ -84,10 +84,10 @@ class Bench:
             Lowering(
                 clause,
                 LoweringContext(net, inventory, UnitConversion(), None, Signals()),
-                self.parts,
+                self.lowered,
             )
         )
-        self.machine = StepMachine(self.parts.actions, Clock(), dict(net.named_parameters()))
+        self.machine = StepMachine(self.lowered.actions, Clock(), dict(net.named_parameters()))
         (action,) = self.machine.actions
         assert isinstance(action, Balance)
         self.action = action
@@ -97,7 +97,7 @@ class Bench:
         return self.machine.finish()
 
     def factors(self) -> dict[str, float]:
-        lr_factors = self.parts.lr_factors
+        lr_factors = self.lowered.lr_factors
         return {
             name: math.prod(lr_factor.factor for lr_factor in lr_factors.get(name, []))
             for name, _ in self.net.named_parameters()

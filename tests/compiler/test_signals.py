@@ -1,4 +1,4 @@
-"""Who reads what is measured: signals that never come, unlike counts, batches that leave nothing to compare."""
+"""Signals that expressions use: those that are never measured, unlike counts, batches with nothing to compare."""
 
 from pathlib import Path
 
