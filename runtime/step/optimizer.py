@@ -193,7 +193,7 @@ class Rates(Action):
         groups = len(self.optimizer.groups)
         return (
             f"{self.name}: learning rates from {self.lowest:.3g} to {self.highest:.3g}"
-            f" in {groups} parameter groups"
+            f" in {groups} parameter group{'s' * (groups != 1)}"
         )
 
 
