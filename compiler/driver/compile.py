@@ -134,8 +134,8 @@ def build_program(
     executor: Executor = "auto",
 ) -> Program:
     """Return the program of a binding on its model; raises SpecError where the spec has no loss or no optimizer."""
-    from trainc.compiler.bind.run_settings import run_settings
     from trainc.compiler.program.program import Program
+    from trainc.compiler.program.run_settings import run_settings
 
     signals = _first_signals(binding)
     method = _lower(binding, model, signals)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.bind.run_settings import RunSettings
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.program.execution import Execution, Executor
@@ -17,7 +16,7 @@ from trainc.compiler.program.save import save
 from trainc.compiler.program.step_runner import StepRunner
 from trainc.compiler.program.summary_lines import factor_lines, loss_lines
 from trainc.runtime.data.batch import Batch, compute_logits
-from trainc.runtime.run.interface import StepReport
+from trainc.runtime.run.interface import RunSettings, StepReport
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step

@@ -19,10 +19,10 @@ from trainc.runtime.run.interface import NonFiniteLoss
 from trainc.runtime.step.optimizer import OptimizerStep
 
 if TYPE_CHECKING:
-    from trainc.compiler.bind.run_settings import RunSettings
     from trainc.compiler.method.lowered_method import LoweredMethod
     from trainc.compiler.program.execution import Execution
     from trainc.runtime.data.batch import Batch
+    from trainc.runtime.run.interface import RunSettings
     from trainc.runtime.step.machine import StepMachine
     from trainc.runtime.step.record import Step
 

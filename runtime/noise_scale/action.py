@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from trainc.runtime.noise_scale.averages import Averages
 from trainc.runtime.noise_scale.calibration import Calibration
 from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate, IntervalEstimate
+from trainc.runtime.noise_scale.format import format_summary
 from trainc.runtime.noise_scale.resume import match_state
 from trainc.runtime.noise_scale.step_estimates import calibration_estimates, step_estimates
-from trainc.runtime.noise_scale.summary import summary_line
 from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class NoiseScaleAction(Action):
         }
 
     def summary(self) -> str | None:
-        return summary_line(self)
+        return format_summary(self)
 
     # state
 

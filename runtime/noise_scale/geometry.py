@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from trainc.runtime.noise_scale.contribution_shapes import check_matrix, check_shapes
 from trainc.runtime.noise_scale.estimate import ROUNDING, UNDETERMINED, Estimate
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ def preconditioned_norms(
     and noise tr(P Sigma P). The rows need not sum to `batch_gradient`: they may be one replica's.
     Raises ValueError for other shapes.
     """
-    _check_shapes(gradients, batch_gradient=batch_gradient, preconditioner=preconditioner)
     import torch
+
+    _, n = check_matrix("gradients", gradients)
+    check_shapes(batch_gradient=(batch_gradient, (n,)), preconditioner=(preconditioner, (n,)))
 
     dtype = torch.promote_types(gradients.dtype, torch.float32)
     each = gradients.to(dtype) * preconditioner.to(dtype)
@@ -68,16 +71,12 @@ def l1_estimate(
     ratio saturates at pi B / 2 of the step's B examples. Where entries of G are normally spread,
     1 / ratio = 1 / truth + 2 / (pi B).
     """
-    _check_shapes(gradients, batch_gradient=batch_gradient)
-    rows = {"weights": weights}
-    if sum_sq_example_weights is not None:
-        rows["sum_sq_example_weights"] = sum_sq_example_weights
-    for name, given in rows.items():
-        if given.shape != gradients.shape[:1]:
-            raise ValueError(
-                f"{name} has shape {tuple(given.shape)}, expected ({len(gradients)},): one number for"
-                " each row of gradients"
-            )
+    b, n = check_matrix("gradients", gradients)
+    check_shapes(
+        batch_gradient=(batch_gradient, (n,)),
+        weights=(weights, (b,)),
+        sum_sq_example_weights=(sum_sq_example_weights, (b,)),
+    )
     kept = weights > 0  # an example without targets does not count
     c, w, g = gradients[kept].double(), weights[kept].double(), batch_gradient.double()
     each = w.square() if sum_sq_example_weights is None else sum_sq_example_weights[kept].double()
@@ -87,18 +86,3 @@ def l1_estimate(
     deviations = c / w[:, None] - g
     variances = (w[:, None] * deviations.square()).sum(0) / divisor
     return Estimate(float(g.abs().sum()) ** 2, float(variances.sqrt().sum()) ** 2)
-
-
-def _check_shapes(gradients: Tensor, **entries: Tensor) -> None:
-    """Raise ValueError unless gradients are (B, n) and the other tensors (n,)."""
-    if gradients.dim() != 2:
-        raise ValueError(
-            f"gradients have shape {tuple(gradients.shape)}, expected (B, n): flatten those of each"
-            " example"
-        )
-    for name, given in entries.items():
-        if given.shape != gradients.shape[1:]:
-            raise ValueError(
-                f"{name} has shape {tuple(given.shape)}, expected ({gradients.shape[1]},): one number"
-                " for each column of gradients"
-            )

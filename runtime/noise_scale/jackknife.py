@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from trainc.runtime.noise_scale.contribution_shapes import check_matrix, check_shapes
 from trainc.runtime.noise_scale.estimate import ROUNDING, UNKNOWN, Estimate, Uncertainty
 from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
 
@@ -54,7 +55,13 @@ def jackknife(
     the signal d1 = G'Sigma G and d2 = tr(Sigma^2), so where noise drowns the signal its standard
     error comes out sqrt(2) times too large; for the noise the excess is of relative order 1 / n.
     """
-    _check_shapes(sq_norms, dots, batch_sq_norms, weights, sum_sq_example_weights)
+    b, k = check_matrix("sq_norms", sq_norms)
+    check_shapes(
+        dots=(dots, (b, k)),
+        batch_sq_norms=(batch_sq_norms, (k,)),
+        weights=(weights, (b,)),
+        sum_sq_example_weights=(sum_sq_example_weights, (b,)),
+    )
     sq_norms, dots, batch, w = (
         t.detach().double().cpu() for t in (sq_norms, dots, batch_sq_norms, weights)
     )
@@ -111,29 +118,3 @@ def _finite_uncertainty(numbers: list[float], dof: float) -> tuple[Uncertainty, 
     finite = all(map(math.isfinite, (signal, noise, covariance)))
     uncertainty = Uncertainty(signal, noise, covariance, dof) if finite else UNKNOWN
     return uncertainty, math.sqrt(ratio) if math.isfinite(ratio) else math.nan
-
-
-def _check_shapes(
-    sq_norms: Tensor,
-    dots: Tensor,
-    batch_sq_norms: Tensor,
-    weights: Tensor,
-    sum_sq_example_weights: Tensor | None,
-) -> None:
-    """Raise ValueError unless the shapes belong together."""
-    if sq_norms.dim() != 2:
-        raise ValueError(f"sq_norms has shape {tuple(sq_norms.shape)}, expected (B, K)")
-    b, k = sq_norms.shape
-    wanted = {
-        "dots": (dots, (b, k)),
-        "batch_sq_norms": (batch_sq_norms, (k,)),
-        "weights": (weights, (b,)),
-    }
-    if sum_sq_example_weights is not None:
-        wanted["sum_sq_example_weights"] = (sum_sq_example_weights, (b,))
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {shape}: one row for each"
-                f" contribution and one column for each column of sq_norms, which is {(b, k)}"
-            )

@@ -18,33 +18,21 @@ class NonFiniteLoss(StopRun):
     """The loss is NaN or infinite and the spec says to stop; the step is not updated."""
 
 
-class LoopSettings(Protocol):
-    """The fields of the spec's `run` clause that the loop reads."""
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """The fields of the spec's `run` clause that the loop reads.
 
-    @property
-    def seed(self) -> int:
-        """Return the seed of the order of the data and of torch's generators."""
-        ...
+    The gates are asked after each step; None: only at the end of the run. An evaluation reads `evaluation_batches`
+    micro-batches, 0: the whole split; `keep` is how many checkpoints stay. `on_nan` is what follows a non-finite loss;
+    the program itself skips the update for `skip`.
+    """
 
-    @property
-    def evaluate_every(self) -> Gate | None:
-        """Return when to evaluate, asked after each step; None: only at the end."""
-        ...
-
-    @property
-    def checkpoint_every(self) -> Gate | None:
-        """Return when to save a checkpoint, asked after each step; None: only at the end."""
-        ...
-
-    @property
-    def evaluation_batches(self) -> int:
-        """Return how many micro-batches an evaluation reads; 0: the whole split."""
-        ...
-
-    @property
-    def on_nan(self) -> Literal["stop", "skip", "continue"]:
-        """Return what follows a non-finite loss; the program itself skips the update for `skip`."""
-        ...
+    seed: int = 0
+    evaluate_every: Gate | None = None
+    checkpoint_every: Gate | None = None
+    evaluation_batches: int = 8
+    keep: int = 2
+    on_nan: Literal["stop", "skip", "continue"] = "stop"
 
 
 class RunnableProgram(Protocol):
@@ -61,7 +49,7 @@ class RunnableProgram(Protocol):
         ...
 
     @property
-    def settings(self) -> LoopSettings:
+    def settings(self) -> RunSettings:
         """Return the settings of the run."""
         ...
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 from trainc.runtime.data.order import Data, Order
 from trainc.runtime.data.reader import Reader
@@ -142,12 +141,7 @@ class TrainingLoop:
                 self.evaluated_at = record["step"]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, problem: object, trace: object) -> None:
         if problem is not None:
             self.folder.write_event("failed", self.clock.steps, message=repr(problem))
         self.reader.close()

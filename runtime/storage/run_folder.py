@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
 
 from trainc.kernels.library.atomic import write_text
@@ -60,12 +59,7 @@ class RunFolder:
         self._events = JsonlWriter(self.path / "events.jsonl", interval=0.0)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._events is not None:
             self._events.close()
         if self._lock is not None:

@@ -13,14 +13,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainc.kernels.library import atomic
 from trainc.runtime.data.batch import Batch
-from trainc.runtime.run.interface import StepReport
+from trainc.runtime.run.interface import RunSettings, StepReport
 from trainc.runtime.run.loop import train
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.gate import Gate
@@ -61,19 +61,8 @@ class FakeData:
     tokens_per_sample: int = 3
 
 
-@dataclass
-class FakeSettings:
-    """Evaluate every 4 steps, save every 6."""
-
-    seed: int = 7
-    evaluate_every: Gate | None = EVALUATE
-    checkpoint_every: Gate | None = SAVE
-    evaluation_batches: int = 2
-    on_nan: Literal["stop", "skip", "continue"] = "stop"
-
-
 class FakeProgram:
-    """Implements `RunnableProgram`; the batch grows with the run, and dropout draws numbers."""
+    """Implements `RunnableProgram`: evaluates every 4 steps, saves every 6; the batch grows, dropout draws numbers."""
 
     def __init__(
         self, length: RunLength | None = LENGTH, nan_at: int = -1, stop_at: int = -1
@@ -85,7 +74,7 @@ class FakeProgram:
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-2)
         self.clock = Clock(samples_per_epoch=SAMPLES)
         self.length = length
-        self.settings = FakeSettings()
+        self.settings = RunSettings(7, EVALUATE, SAVE, evaluation_batches=2)
         self.micro_size = 4
         self.nan_at, self.stop_at, self.kill_at = nan_at, stop_at, -1
         self.batch_size = 8

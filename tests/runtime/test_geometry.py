@@ -103,7 +103,10 @@ def test_one_example_has_no_variance() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     gradients, entries, rows = torch.ones(2, 3), torch.ones(3), torch.ones(2)
-    with pytest.raises(ValueError, match=r"expected \(B, n\): flatten those of each example"):
+    with pytest.raises(
+        ValueError,
+        match=r"gradients has shape \(3,\), expected two axes: a row for each contribution",
+    ):
         preconditioned_norms(entries, entries, entries)
     with pytest.raises(ValueError, match=r"batch_gradient has shape \(2,\), expected \(3,\)"):
         preconditioned_norms(gradients, rows, entries)

@@ -252,7 +252,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         jackknife(column, column, one, three / 3)
     with pytest.raises(ValueError, match="sum_sq_example_weights has shape"):
         jackknife(column, column, one, two / 2, three)
-    with pytest.raises(ValueError, match=r"sq_norms has shape \(2,\), expected \(B, K\)"):
+    with pytest.raises(ValueError, match=r"sq_norms has shape \(2,\), expected two axes"):
         jackknife(two, two, two, two)
     with pytest.raises(ValueError, match="weights sum to 2, expected 1"):
         jackknife(column, column, one, two)

@@ -1,6 +1,7 @@
 """The loop: what it writes, what ends it, what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_a_non_finite_loss_stops_the_run_and_saves_nothing(tmp_path: Path) -> No
 
 def test_a_non_finite_loss_may_be_lived_with(tmp_path: Path) -> None:
     program = FakeProgram(nan_at=11)
-    program.settings.on_nan = "continue"
+    program.settings = replace(program.settings, on_nan="continue")
     assert run(tmp_path, program).reason == "finished"
     # Step 12 was to be saved, but its loss was not finite.
     assert {"non-finite-loss", "checkpoint-withheld"} <= set(events(tmp_path))

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_two_runs_are_equal(whole: Path, tmp_path: Path) -> None:
 
 def test_another_seed_is_another_run(whole: Path, tmp_path: Path) -> None:
     program = FakeProgram()
-    program.settings.seed = 8
+    program.settings = replace(program.settings, seed=8)
     run(tmp_path, program)
     assert outcome(whole)[0] != outcome(tmp_path)[0]
 

@@ -54,10 +54,10 @@ def register(app: typer.Typer) -> None:
         if format is Format.json:
             print(json.dumps(made.to_json(), indent=1, sort_keys=True))
             return
-        from trainc.cli.tables import show_plan
+        from trainc.cli.plan_text import print_plan
 
         if made.warnings:
             from trainc.dsl.text.render import render_text
 
             print(render_text(made.warnings).strip("\n"), file=sys.stderr)
-        show_plan(made, full)
+        print_plan(made, full)

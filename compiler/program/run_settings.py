@@ -1,30 +1,18 @@
-"""The settings that the training loop takes from the `run` clause."""
+"""Read the settings of the training loop from the `run` clause."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from trainc.runtime.run.interface import RunSettings
 from trainc.runtime.schedule.gate import Gate
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.binding import Binding
 
 
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """The seed, when to evaluate and save, and what a non-finite loss does."""
-
-    seed: int = 0
-    evaluate_every: Gate | None = None
-    checkpoint_every: Gate | None = None
-    evaluation_batches: int = 8
-    keep: int = 2
-    on_nan: Literal["stop", "skip", "continue"] = "stop"
-
-
 def run_settings(binding: Binding) -> RunSettings:
-    """Return seed, gates and policies; the defaults where the spec has no run."""
+    """Return the settings of the `run` clause; the defaults where the spec has none."""
     clause = binding.one("run")
     if clause is None:
         return RunSettings()

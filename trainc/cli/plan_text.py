@@ -1,4 +1,4 @@
-"""The plan as tables for people."""
+"""Print a plan as tables."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,21 +8,24 @@ from rich.table import Table
 
 from trainc.compiler.plan.plan import Plan
 
-SHORT = 40
-MOVING = 4
-WIDE = 132
+ROWS = 40
+"""The most rows of a table, unless all are asked for."""
+SCHEDULES = 4
+"""The most scheduled numbers side by side."""
+WIDTH = 132
+"""The least width where the output is no terminal."""
 Row = dict[str, Any]
 
 
-def show_plan(plan: Plan, full: bool = False, console: Console | None = None) -> None:
-    """Print the plan. Layers treated alike share a row, and long tables are cut in the middle, unless `full`."""
+def print_plan(plan: Plan, full: bool = False, console: Console | None = None) -> None:
+    """Print a plan. Unless `full`, similar layers share a row and long tables are cut in the middle."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, WIDE)
-    limit = 10**9 if full else SHORT
-    total = sum(_numel(row["shape"]) for row in plan.parameters)
+        console.width = max(console.width, WIDTH)
+    limit = 10**9 if full else ROWS
+    total = sum(_count_entries(row["shape"]) for row in plan.parameters)
     console.print(
-        f"[bold]{plan.model['type']}[/]: {len(plan.parameters)} parameters, {total:,} numbers"
+        f"[bold]{plan.model['type']}[/]: {len(plan.parameters)} parameters with {total:,} entries"
     )
     for clause in plan.clauses:
         if clause["dropped"]:
@@ -41,32 +44,38 @@ def show_plan(plan: Plan, full: bool = False, console: Console | None = None) ->
         "mask",
         "clauses",
     )
-    _print(console, "Parameters: who gets what", columns, _parameters(plan.parameters, full), limit)
+    _print_table(console, "Parameters", columns, _parameters(plan.parameters, full), limit)
     step = [
         (
             f"{r['phase']} {r['name']}",
             r["clause"],
             r["action"],
-            _joined(r["reads"]),
-            _joined(r["writes"]),
+            _join(r["reads"]),
+            _join(r["writes"]),
             r["every"],
         )
         for r in plan.steps
     ]
-    _print(
-        console, "The step", ("phase", "clause", "action", "reads", "writes", "when"), step, limit
+    _print_table(
+        console,
+        "Actions of a step",
+        ("phase", "clause", "action", "reads", "writes", "when"),
+        step,
+        limit,
     )
-    _batch(console, plan.settings.get("batch"))
-    _schedules(console, plan, full)
-    sites = _alike(plan.sites, "site", ("operator", "pass", "executor"), full)
+    _print_batch(console, plan.settings.get("batch"))
+    _print_schedules(console, plan, full)
+    sites = _group_rows(plan.sites, "site", ("operator", "pass", "executor"), full)
     rows = [(name, count, r["operator"], r["pass"], r["executor"]) for name, count, r, _ in sites]
-    _print(
+    _print_table(
         console, "Rewritten layers", ("site", "count", "operator", "pass", "executor"), rows, limit
     )
     kernels = [(k["operator"], k["implementation"], k["reason"] or "") for k in plan.kernels]
-    _print(console, "Kernels", ("operator", "implementation", "why not Triton"), kernels, limit)
-    memory = [(m["what"], _size(m["bytes"])) for m in plan.memory]
-    _print(console, "Memory beyond weights and gradients", ("what", "size"), memory, limit)
+    _print_table(
+        console, "Kernels", ("operator", "implementation", "why not Triton"), kernels, limit
+    )
+    memory = [(m["what"], _format_bytes(m["bytes"])) for m in plan.memory]
+    _print_table(console, "Memory beyond weights and gradients", ("what", "size"), memory, limit)
     console.print(f"plan {plan.hash[:16]}  spec {plan.fingerprint[:16]}")
 
 
@@ -86,14 +95,14 @@ def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
             p["mask"] or "",
             ", ".join(p["clauses"]),
         )
-        for name, count, p, last in _alike(rows, "name", keys, full)
+        for name, count, p, last in _group_rows(rows, "name", keys, full)
     ]
 
 
-def _alike(
+def _group_rows(
     rows: Sequence[Row], name: str, keys: Sequence[str], full: bool
 ) -> list[tuple[str, str, Row, Row]]:
-    """Collect rows whose names differ in numbers only and that agree in `keys`: pattern, count, first and last."""
+    """Group rows with equal `keys` whose names differ in numbers only: pattern, count, first and last row."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         pattern = (
@@ -113,15 +122,15 @@ def _alike(
     ]
 
 
-def _joined(resources: Sequence[str]) -> str:
-    """Return resources in one line; signals are many, so they are counted."""
+def _join(resources: Sequence[str]) -> str:
+    """Return resources in one line, with signals as a count."""
     plain = [r for r in resources if not r.startswith("signal:")]
     signals = len(resources) - len(plain)
     return " ".join([*plain, *([f"{signals} signals"] if signals else [])])
 
 
-def _batch(console: Console, row: Row | None) -> None:
-    """Print what sets a batch that changes, and which conversions hold only where it begins."""
+def _print_batch(console: Console, row: Row | None) -> None:
+    """Print what changes the batch, and which conversions hold for its first size only."""
     if row is None:
         return
     sizes = f"from {row['start']}" if row["start"] else "from the size that the loop starts with"
@@ -134,13 +143,13 @@ def _batch(console: Console, row: Row | None) -> None:
     console.print()
 
 
-def _schedules(console: Console, plan: Plan, full: bool) -> None:
+def _print_schedules(console: Console, plan: Plan, full: bool) -> None:
     if not plan.schedules:
         return
     every = list(plan.schedules[0]["values"])
-    moving = [n for n in every if len({row["values"][n] for row in plan.schedules}) > 1]
-    names = every if full else moving
-    shown = names if full else names[:MOVING]
+    changing = [n for n in every if len({row["values"][n] for row in plan.schedules}) > 1]
+    names = every if full else changing
+    shown = names if full else names[:SCHEDULES]
     units = [
         u for u in ("steps", "samples", "tokens", "epochs") if plan.schedules[-1][u] is not None
     ]
@@ -153,12 +162,12 @@ def _schedules(console: Console, plan: Plan, full: bool) -> None:
         for r in plan.schedules
         if full or r["percent"] % 10 == 0 or r["percent"] == 5
     ]
-    _print(console, "Schedules", ("run", *units, *shown), rows, 10**9)
+    _print_table(console, "Schedules", ("run", *units, *shown), rows, 10**9)
     if len(names) > len(shown):
-        console.print(f"  and {len(names) - len(shown)} more scheduled numbers (--full)")
+        console.print(f"  and {len(names) - len(shown)} more schedules (--full)")
 
 
-def _print(
+def _print_table(
     console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], limit: int
 ) -> None:
     kept = [tuple(row) for row in rows]
@@ -180,14 +189,14 @@ def _print(
     console.print()
 
 
-def _numel(shape: Any) -> int:
+def _count_entries(shape: Any) -> int:
     count = 1
     for size in shape:
         count *= size
     return count
 
 
-def _size(count: int) -> str:
+def _format_bytes(count: int) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -1,0 +1,25 @@
+"""Check the shapes of contributions and of the tensors that belong to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_matrix(name: str, tensor: Tensor) -> tuple[int, int]:
+    """Return rows and columns of a matrix with one row for each contribution; raises ValueError for other shapes."""
+    if tensor.dim() != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, expected two axes: a row for each contribution"
+        )
+    rows, columns = tensor.shape
+    return rows, columns
+
+
+def check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raise ValueError unless every tensor that is given has the shape beside it."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
