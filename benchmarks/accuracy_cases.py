@@ -58,7 +58,7 @@ SMALL, LONG = Size(6, 7, 96), Size(2, 300, 256)
 LAYER, RMS = ("y", "dx", "dweight", "dbias"), ("y", "dx", "dweight")
 ADD_LAYER = ("total", "y", "dx", "dresidual", "dweight", "dbias")
 ADD_RMS = ADD_LAYER[:-1]
-LOSSES = ("loss", "task", "consistency", "dlogits", "dlambda")
+LOSSES = ("loss", "cross_entropy", "consistency", "dlogits", "dlambda")
 ALL = tuple(range(6))
 
 

@@ -140,11 +140,13 @@ def head(distance: str, smoothing: float) -> Build:
 def exactly(
     logits: Tensor, targets: Tensor, weight: Tensor, distance: str, smoothing: float
 ) -> tuple[Tensor, ...]:
-    """Loss, task and consistency of (2n, C) logits, for float64 on any input."""
-    _, task, apart = consistency.reference(logits, targets, weight, distance, -100, smoothing)
+    """Loss, cross-entropy and consistency of (2n, C) logits, for float64 on any input."""
+    _, cross_entropy, mean_distance = consistency.reference(
+        logits, targets, weight, distance, -100, smoothing
+    )
     if distance == "kl":
-        apart = divergence(*logits.chunk(2))
-    return task + weight * apart, task, apart
+        mean_distance = divergence(*logits.chunk(2))
+    return cross_entropy + weight * mean_distance, cross_entropy, mean_distance
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:

@@ -183,12 +183,12 @@ def noisy(add: bool, share: str) -> Callable[[Size, torch.dtype, str], Problem]:
 def _composed(logits: Tensor, targets: Tensor, weight: Tensor, distance: str) -> Tensor:
     """The loss of two views as a composition."""
     first, second = logits.chunk(2)
-    task = functional.cross_entropy(first, targets)
+    cross_entropy = functional.cross_entropy(first, targets)
     if distance == "mse":
-        return task + weight * (first - second).square().sum(1).mean()
+        return cross_entropy + weight * (first - second).square().sum(1).mean()
     log_p, log_q = first.log_softmax(1), second.log_softmax(1)
     gap = (log_p.exp() - log_q.exp()) * (log_p - log_q)
-    return task + weight * gap.sum(1).mean() / 2
+    return cross_entropy + weight * gap.sum(1).mean() / 2
 
 
 def loss(distance: str) -> Callable[[Size, torch.dtype, str], Problem]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainc.kernels.layer import embedding as operator
-from trainc.kernels.library.contracts import REDUCED
+from trainc.kernels.library.grid import supported
 
 # Most runs are of one row: a few at a time cost the others nothing, as masked rows are not read.
 ROWS = 8
@@ -55,7 +55,7 @@ def run_squares(
 
 def norms(dy: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
     """The (B, 1) squared norms."""
-    if dy.dtype not in (torch.float32, *REDUCED) or dy.numel() == 0:
+    if not supported(dy):
         return operator.eager_norms(dy, ids, padding_idx)
     examples, width = ids.shape[0], dy.shape[-1]
     rows = ids.numel() // examples

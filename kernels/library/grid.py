@@ -1,6 +1,14 @@
-"""How many programs a launch needs, and how many a device runs at once."""
+"""What Triton kernels take, how many programs a launch needs, and how many a device runs at once."""
 
 import torch
+from torch import Tensor
+
+from trainc.kernels.library.contracts import REDUCED
+
+
+def supported(*tensors: Tensor) -> bool:
+    """Whether Triton kernels take these tensors, or ATen does: float64 and empty ones."""
+    return all(t.dtype in (torch.float32, *REDUCED) and t.numel() > 0 for t in tensors)
 
 
 def power_of_2(number: int) -> int:

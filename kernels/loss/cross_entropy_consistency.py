@@ -1,6 +1,7 @@
 """Cross-entropy and consistency of two views of a batch; one backward pass writes the gradient of both."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,26 +30,26 @@ def cross_entropy_consistency(
 
     `logits` is (2B, ..., C), floating, with view one in the first half; `targets` is (B, ...), int64 class indices in
     [0, C) or `ignore_index`; `weight` is 0-d. `distance` is "mse" or "kl"; `label_smoothing`, in [0, 1], is
-    F.cross_entropy's. Returns (loss, task, consistency), 0-d in float32 (float64 for float64 logits):
+    F.cross_entropy's. Returns (loss, cross_entropy, consistency), 0-d in float32 (float64 for float64 logits):
 
-      task          mean cross-entropy of view one over targets that are not `ignore_index`
-      consistency   mean over a view's leading dims, ignored targets included, of the distance:
-                    "mse"  sum over classes of (l1 - l2)^2, raw logits (PACE, Ni et al. 2024, arXiv:2409.17137, eq. 12)
-                    "kl"   (KL(p || q) + KL(q || p)) / 2 of the softmaxes (R-Drop, Liang et al. 2021, arXiv:2106.14448)
-      loss          task + weight * consistency
+      cross_entropy  mean cross-entropy of view one over targets that are not `ignore_index`
+      consistency    mean over a view's leading dims, ignored targets included, of the distance:
+                     "mse"  sum over classes of (l1 - l2)^2, raw logits (PACE, Ni et al. 2024, arXiv:2409.17137, eq. 12)
+                     "kl"   (KL(p || q) + KL(q || p)) / 2 of the softmaxes (R-Drop, Liang et al. 2021, arXiv:2106.14448)
+      loss           cross_entropy + weight * consistency
 
     Each of the three can be differentiated; both views get gradient (nothing is detached), and so does weight. As with
-    F.cross_entropy, no target to average over makes task (and loss) nan, and its gradient zero. Classes masked by -inf
-    in both views leave task as F.cross_entropy has it and make consistency (and loss) nan.
+    F.cross_entropy, no target to average over makes cross_entropy (and loss) nan, and its gradient zero. Classes masked
+    by -inf in both views leave cross_entropy as F.cross_entropy has it and make consistency (and loss) nan.
 
-    Raises RuntimeError for arguments outside of this, for a target outside of [0, C) on a CPU (on CUDA task becomes
-    nan, or in float64 a device assertion fails) and for second derivatives, and NotImplementedError for forward-mode
-    ones.
+    Raises RuntimeError for arguments outside of this, for a target outside of [0, C) on a CPU (on CUDA cross_entropy
+    becomes nan, or in float64 a device assertion fails) and for second derivatives, and NotImplementedError for
+    forward-mode ones.
     """
-    loss, task, consistency, _ = _forward_op(
+    loss, cross_entropy, consistency, _ = _forward_op(
         logits, targets, weight, distance, ignore_index, label_smoothing
     )
-    return loss, task, consistency
+    return loss, cross_entropy, consistency
 
 
 def reference(
@@ -65,12 +66,12 @@ def reference(
     log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
     chosen = log_p.gather(1, targets.flatten().where(kept, 0).unsqueeze(1)).squeeze(1)
     each = -(1 - label_smoothing) * chosen - label_smoothing * log_p.mean(1)
-    task = each.where(kept, 0).sum() / kept.sum()
+    cross_entropy = each.where(kept, 0).sum() / kept.sum()
     if distance == "mse":
         consistency = (first - second).square().sum(1).mean()
     else:
         consistency = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1).mean() / 2
-    return task + weight * consistency, task, consistency
+    return cross_entropy + weight * consistency, cross_entropy, consistency
 
 
 def check(
@@ -83,18 +84,21 @@ def check(
     """Reject arguments outside the contract, given the shape of two views of rows."""
     require(
         0.0 <= label_smoothing <= 1.0,
-        lambda: f"label_smoothing is in [0, 1], not {label_smoothing}",
+        lambda: f"label_smoothing must be in [0, 1], not {label_smoothing}",
     )
-    require(distance in DISTANCES, lambda: f"distance is one of {DISTANCES}, not {distance!r}")
+    require(distance in DISTANCES, lambda: f"distance must be one of {DISTANCES}, not {distance!r}")
     require(
         len(shape) >= 2
         and len(shape) == targets.dim() + 1
         and shape[0] == 2 * targets.shape[0]
         and tuple(shape[1:-1]) == tuple(targets.shape[1:]),
-        lambda: f"{tuple(shape)} are not two views of targets {tuple(targets.shape)}",
+        lambda: (
+            f"logits must be (2B, ..., C), two views, for targets (B, ...), not {tuple(shape)} "
+            f"for {tuple(targets.shape)}"
+        ),
     )
-    require(shape[-1] > 0, lambda: f"{tuple(shape)} has no class")
-    require(weight.dim() == 0, lambda: "weight is a 0-d tensor")
+    require(shape[-1] > 0, lambda: f"logits {tuple(shape)} have no class: their last dim is 0")
+    require(weight.dim() == 0, lambda: f"weight must be a 0-d tensor, not {tuple(weight.shape)}")
 
 
 def no_statistics(rows: Tensor, distance: str) -> Tensor:
@@ -103,101 +107,85 @@ def no_statistics(rows: Tensor, distance: str) -> Tensor:
     return rows.new_zeros(shape, dtype=accumulation_dtype(rows.dtype))
 
 
-def total(
-    tasks: Tensor, distances: Tensor, labels: Tensor, weight: Tensor, ignore_index: int
+def means(
+    cross_entropies: Tensor, distances: Tensor, labels: Tensor, weight: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, task, consistency) from what each row adds."""
-    task = tasks.sum() / (labels != ignore_index).sum()
+    """(loss, cross_entropy, consistency) from those of the rows."""
+    cross_entropy = cross_entropies.sum() / (labels != ignore_index).sum()
     consistency = distances.sum() / labels.shape[0]
-    return torch.add(task, consistency * weight.to(tasks.dtype)), task, consistency
+    loss = torch.add(cross_entropy, consistency * weight.to(cross_entropy.dtype))
+    return loss, cross_entropy, consistency
+
+
+def row_factors(
+    cross_entropy_factor: Tensor, consistency_factor: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The factors of a mean over kept rows and of one over all rows, as factors of each row."""
+    kept = (labels != ignore_index).sum().clamp_(min=1)
+    return cross_entropy_factor / kept, consistency_factor / max(labels.shape[0], 1)
+
+
+def fake_results(
+    like: Tensor, targets: Tensor, distance: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten results: three numbers, and what CUDA's backward keeps of the rows."""
+    dtype = accumulation_dtype(like.dtype)
+    loss, cross_entropy, consistency = (like.new_empty((), dtype=dtype) for _ in range(3))
+    kept = like.new_empty((targets.numel(), STATISTICS[distance]), dtype=dtype)
+    return loss, cross_entropy, consistency, kept
 
 
 def eager_forward(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    distance: str,
-    ignore_index: int,
+    logits: Tensor, targets: Tensor, weight: Tensor, distance: str, ignore_index: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, task and consistency, and what CUDA's backward keeps of the rows."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, cross_entropy and consistency, and what CUDA's backward keeps of the rows."""
     check(logits.shape, targets, weight, distance, label_smoothing)
     rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     found = row_losses.row_losses(rows, labels, distance, ignore_index, label_smoothing)
-    return *total(*found, labels, weight, ignore_index), no_statistics(rows, distance)
+    return *means(*found, labels, weight, ignore_index), no_statistics(rows, distance)
 
 
 def fake_forward(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    distance: str,
-    ignore_index: int,
+    logits: Tensor, targets: Tensor, weight: Tensor, distance: str, ignore_index: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check(logits.shape, targets, weight, distance, label_smoothing)
-    dtype = accumulation_dtype(logits.dtype)
-    loss, task, consistency = (logits.new_empty((), dtype=dtype) for _ in range(3))
-    kept = logits.new_empty((targets.numel(), STATISTICS[distance]), dtype=dtype)
-    return loss, task, consistency, kept
+    return fake_results(logits, targets, distance)
 
 
 def eager_backward(
-    logits: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    task_scale: Tensor,
-    consistency_scale: Tensor,
-    distance: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    """task_scale * dtask + consistency_scale * dconsistency for the logits, like the logits."""
+    logits: Tensor, targets: Tensor, statistics: Tensor, cross_entropy_factor: Tensor,
+    consistency_factor: Tensor, distance: str, ignore_index: int, label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    """The gradient of cross_entropy_factor * cross_entropy + consistency_factor * consistency, like the logits."""
     rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     result = rows.new_empty(rows.shape)
-    on_task, on_distance = shares(task_scale, consistency_scale, labels, ignore_index)
+    factors = row_factors(cross_entropy_factor, consistency_factor, labels, ignore_index)
     row_losses.write_gradients(
-        rows, labels, on_task, on_distance, distance, ignore_index, label_smoothing, out=result
+        rows, labels, *factors, distance, ignore_index, label_smoothing, out=result
     )
     return result.view(logits.shape)
 
 
-def shares(
-    task_scale: Tensor, consistency_scale: Tensor, labels: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """What one kept row adds to the task and what one row adds to the consistency, scaled."""
-    kept = (labels != ignore_index).sum().clamp_(min=1)
-    return task_scale / kept, consistency_scale / max(labels.shape[0], 1)
-
-
-def fake_backward(
-    logits: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    task_scale: Tensor,
-    consistency_scale: Tensor,
-    distance: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def fake_backward(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    logits, targets, weight, distance, ignore_index, label_smoothing = inputs
+    logits, targets, weight, *options = inputs
     ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(logits, targets, weight, output[2], output[3])
-    ctx.options = (distance, ignore_index, label_smoothing)
+    ctx.save_for_backward(logits, targets, output[3], weight, output[2])
+    ctx.options = tuple(options)
 
 
-def _backward(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-def]
-    logits, targets, weight, consistency, statistics = ctx.saved_tensors
+def _backward(ctx, dloss, dcross_entropy, dconsistency, _):  # type: ignore[no-untyped-def]
+    *inputs, weight, consistency = ctx.saved_tensors
     wants = ctx.needs_input_grad
     dlogits = None
     if wants[0]:
-        dlogits = _backward_op(
-            logits, targets, statistics, dloss + dtask, dloss * weight + dconsistency, *ctx.options
-        )
+        factors = (dloss + dcross_entropy, dloss * weight + dconsistency)
+        dlogits = _backward_op(*inputs, *factors, *ctx.options)
     dweight = (dloss * consistency).to(weight.dtype) if wants[2] else None
     return dlogits, None, dweight, None, None, None
 
@@ -206,7 +194,7 @@ def _backward(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-de
 _forward_op = register(
     "cross_entropy_consistency",
     cpu=eager_forward,
-    cuda=lazy("loss.triton_cross_entropy_consistency", "cross_entropy_consistency"),
+    cuda=lazy("loss.triton_cross_entropy_consistency", "forward"),
     fake=fake_forward,
     setup_context=_setup_context,
     backward=_backward,
@@ -214,6 +202,6 @@ _forward_op = register(
 _backward_op = register(
     "cross_entropy_consistency_backward",
     cpu=eager_backward,
-    cuda=lazy("loss.triton_cross_entropy_consistency", "cross_entropy_consistency_backward"),
+    cuda=lazy("loss.triton_cross_entropy_consistency", "backward"),
     fake=fake_backward,
 )

@@ -3,7 +3,7 @@
 Rows of both views are taken in chunks: logits, losses, and the next chunk in the same memory.
 Backward makes a chunk's logits again and turns them into their gradient in place. That is 4 products
 of the head's size, where keeping all logits takes 3. Making the gradients in forward would take 3 as
-well, but loss, task and consistency may each be differentiated by their own factor: it would take 5
+well, but loss, cross-entropy and consistency may each be differentiated by their own factor: it would take 5
 for both parts, float16 gradients would be rounded before a loss scale can lift them off zero, and
 the head's gradient would be held (4 C K bytes) from then on, also where nobody differentiates.
 Whatever the dtype, statistics and the head's and the bias's gradient are summed in float32 (float64).
@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.library.contracts import REDUCED, absent, accumulation_dtype, autocast, require
+from trainc.kernels.library.contracts import (
+    REDUCED,
+    absent,
+    accumulation_dtype,
+    autocast,
+    check_bias,
+    require,
+)
 from trainc.kernels.library.register import register
 from trainc.kernels.loss import cross_entropy_consistency as plain
 from trainc.kernels.loss import row_losses
@@ -48,23 +55,23 @@ def linear_cross_entropy_consistency(
     squared differences of logits summed over classes, or "kl", the mean of both divergences of the softmaxes;
     `label_smoothing`, in [0, 1], is F.cross_entropy's.
 
-    Returns (loss, task, consistency), 0-d in float32 (float64 for float64 hidden): task + weight * consistency, view
-    one's mean cross-entropy over targets that count, and the mean distance over all positions. Each can be
-    differentiated; hidden, head, bias and weight get the gradients that they would through all logits. Without a target
-    that counts task (and loss) is nan.
+    Returns (loss, cross_entropy, consistency), 0-d in float32 (float64 for float64 hidden): cross_entropy + weight *
+    consistency, view one's mean cross-entropy over targets that count, and the mean distance over all positions. Each
+    can be differentiated; hidden, head, bias and weight get the gradients that they would through all logits. Without a
+    target that counts cross_entropy (and loss) is nan.
 
-    Raises RuntimeError for arguments outside of this, for a target outside of [0, C) on a CPU (on CUDA task becomes
-    nan, or in float64 a device assertion fails) and for second derivatives, and NotImplementedError for forward-mode
-    ones.
+    Raises RuntimeError for arguments outside of this, for a target outside of [0, C) on a CPU (on CUDA cross_entropy
+    becomes nan, or in float64 a device assertion fails) and for second derivatives, and NotImplementedError for
+    forward-mode ones.
 
     Source of the distances: PACE, Ni et al. 2024, arXiv:2409.17137, eq. 12; R-Drop, Liang et al. 2021,
     arXiv:2106.14448.
     """
     cast = autocast(hidden, head, bias)  # as F.linear; the weight of the distance stays as it is
-    loss, task, consistency, _ = _forward_op(
+    loss, cross_entropy, consistency, _ = _forward_op(
         *cast, targets, weight, distance, ignore_index, label_smoothing
     )
-    return loss, task, consistency
+    return loss, cross_entropy, consistency
 
 
 def reference(
@@ -100,16 +107,15 @@ def _check(
     plain.check((*hidden.shape[:-1], head.shape[0]), targets, weight, distance, label_smoothing)
     require(
         head.dim() == 2 and head.shape[1] == hidden.shape[-1],
-        lambda: f"head {tuple(head.shape)} is not (C, K) for hidden {tuple(hidden.shape)}",
+        lambda: (
+            f"head must be (C, K) for hidden (2B, ..., K), not {tuple(head.shape)} for {tuple(hidden.shape)}"
+        ),
     )
-    require(
-        bias is None or tuple(bias.shape) == tuple(head.shape[:1]),
-        lambda: f"bias must have the shape {tuple(head.shape[:1])}",
-    )
+    check_bias(bias, head)
     require(
         head.dtype == hidden.dtype and (bias is None or bias.dtype == hidden.dtype),
         lambda: (
-            f"hidden is {hidden.dtype}, and head and bias must be too, "
+            f"head and bias must have the dtype of hidden, {hidden.dtype}, "
             f"not {[t.dtype for t in (head, bias) if t is not None]}"
         ),
     )
@@ -144,42 +150,28 @@ def _rowwise(like: Tensor) -> Any:
 
 
 def eager_forward(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    weight: Tensor,
-    distance: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor,
+    distance: str, ignore_index: int, label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, cross_entropy and consistency, and what CUDA's backward keeps of the rows."""
     _check(hidden, head, bias, targets, weight, distance, label_smoothing)
     labels, kernels = targets.reshape(-1), _rowwise(hidden)
-    tasks = hidden.new_empty(labels.shape, dtype=accumulation_dtype(hidden.dtype))
-    distances = torch.empty_like(tasks)
-    statistics = tasks.new_zeros((labels.shape[0], plain.STATISTICS[distance]))
+    cross_entropies = hidden.new_empty(labels.shape, dtype=accumulation_dtype(hidden.dtype))
+    distances = torch.empty_like(cross_entropies)
+    statistics = cross_entropies.new_zeros((labels.shape[0], plain.STATISTICS[distance]))
     for part, _, logits in _chunks(hidden, head, bias, labels.shape[0]):
-        tasks[part], distances[part] = kernels.row_losses(
+        cross_entropies[part], distances[part] = kernels.row_losses(
             logits, labels[part], distance, ignore_index, label_smoothing, statistics[part]
         )
-    return *plain.total(tasks, distances, labels, weight, ignore_index), statistics
+    return *plain.means(cross_entropies, distances, labels, weight, ignore_index), statistics
 
 
 def fake_forward(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    weight: Tensor,
-    distance: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor,
+    distance: str, ignore_index: int, label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check(hidden, head, bias, targets, weight, distance, label_smoothing)
-    dtype = accumulation_dtype(hidden.dtype)
-    loss, task, consistency = (hidden.new_empty((), dtype=dtype) for _ in range(3))
-    kept = hidden.new_empty((targets.numel(), plain.STATISTICS[distance]), dtype=dtype)
-    return loss, task, consistency, kept
+    return plain.fake_results(hidden, targets, distance)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -193,32 +185,24 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def eager_backward(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    statistics: Tensor,
-    task_scale: Tensor,
-    consistency_scale: Tensor,
-    distance: str,
-    ignore_index: int,
-    label_smoothing: float,
-    mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of task_scale * task + consistency_scale * consistency for hidden, head and bias.
+    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, statistics: Tensor,
+    cross_entropy_factor: Tensor, consistency_factor: Tensor, distance: str, ignore_index: int,
+    label_smoothing: float, mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of cross_entropy_factor * cross_entropy + consistency_factor * consistency.
 
-    Those that `mask` does not ask for have no elements.
+    They are those of hidden, head and bias; what `mask` does not ask for has no elements.
     """
     labels, kernels, (classes, width) = targets.reshape(-1), _rowwise(hidden), head.shape
     count, dtype = labels.shape[0], accumulation_dtype(hidden.dtype)
     dhidden = hidden.new_empty((2, count, width) if mask[0] else (0,))
     dhead = head.new_zeros((classes, width) if mask[1] else (0,), dtype=dtype)
     dbias = head.new_zeros((classes,) if mask[2] else (0,), dtype=dtype)
-    scales = plain.shares(task_scale, consistency_scale, labels, ignore_index)
+    factors = plain.row_factors(cross_entropy_factor, consistency_factor, labels, ignore_index)
     options = (distance, ignore_index, label_smoothing)
     for part, x, logits in _chunks(hidden, head, bias, count):
         kernels.write_gradients(
-            logits, labels[part], *scales, *options, statistics[part], out=logits
+            logits, labels[part], *factors, *options, statistics[part], out=logits
         )
         if mask[0]:
             dhidden[:, part] = torch.mm(logits, head).view(2, -1, width)
@@ -230,19 +214,8 @@ def eager_backward(
     return shaped, dhead.to(head.dtype), dbias.to(head.dtype)
 
 
-def fake_backward(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    statistics: Tensor,
-    task_scale: Tensor,
-    consistency_scale: Tensor,
-    distance: str,
-    ignore_index: int,
-    label_smoothing: float,
-    mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def fake_backward(hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mask = rest[-1]
     dhidden = hidden.new_empty(hidden.shape) if mask[0] else absent(hidden)
     dhead = head.new_empty(head.shape) if mask[1] else absent(head)
     dbias = head.new_empty(head.shape[:1]) if mask[2] else absent(head)
@@ -256,13 +229,13 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.options = tuple(options)
 
 
-def _backward(ctx, dloss, dtask, dconsistency, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, dloss, dcross_entropy, dconsistency, _):  # type: ignore[no-untyped-def]
     *inputs, weight, consistency = ctx.saved_tensors
     wants = ctx.needs_input_grad
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(wants[:3]):
-        scales = (dloss + dtask, dloss * weight + dconsistency)
-        found = _backward_op(*inputs, *scales, *ctx.options, list(wants[:3]))
+        factors = (dloss + dcross_entropy, dloss * weight + dconsistency)
+        found = _backward_op(*inputs, *factors, *ctx.options, list(wants[:3]))
         grads = tuple(g if wanted else None for g, wanted in zip(found, wants[:3], strict=True))
     dweight = (dloss * consistency).to(weight.dtype) if wants[4] else None
     return *grads, None, dweight, None, None, None

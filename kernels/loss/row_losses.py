@@ -46,13 +46,15 @@ def row_losses(
     count = labels.shape[0]
     kept = labels != ignore_index
     safe = labels.where(kept, 0).unsqueeze(1)
-    tasks = rows.new_empty((count,), dtype=dtype)
-    distances = torch.empty_like(tasks)
+    cross_entropies = rows.new_empty((count,), dtype=dtype)
+    distances = torch.empty_like(cross_entropies)
     for here, _, first, second, held in blocks(rows, count, 2 if distance == "mse" else 3):
         log_p = torch.log_softmax(first, 1, out=held[0])
-        torch.mul(log_p.gather(1, safe[here]).squeeze(1), label_smoothing - 1, out=tasks[here])
+        torch.mul(
+            log_p.gather(1, safe[here]).squeeze(1), label_smoothing - 1, out=cross_entropies[here]
+        )
         if label_smoothing:
-            tasks[here].sub_(log_p.mean(1), alpha=label_smoothing)
+            cross_entropies[here].sub_(log_p.mean(1), alpha=label_smoothing)
         if distance == "mse":
             gap = torch.sub(first, second, out=held[1])
             torch.linalg.vecdot(gap, gap, out=distances[here])
@@ -62,13 +64,13 @@ def row_losses(
             torch.linalg.vecdot(log_p.exp_().sub_(log_q.exp_()), gap, out=distances[here])
     if distance == "kl":
         distances.mul_(0.5)
-    return tasks.masked_fill_(~kept, 0), distances
+    return cross_entropies.masked_fill_(~kept, 0), distances
 
 
 def write_gradients(
     rows: Tensor,
     labels: Tensor,
-    on_task: Tensor,
+    on_cross_entropy: Tensor,
     on_distance: Tensor,
     distance: str,
     ignore_index: int,
@@ -77,19 +79,19 @@ def write_gradients(
     *,
     out: Tensor,
 ) -> None:
-    """Write the gradient of on_task * tasks.sum() + on_distance * distances.sum() for (2n, C) rows.
+    """Write the gradient of on_cross_entropy * cross_entropies.sum() + on_distance * distances.sum() for (2n, C) rows.
 
     `out` may be `rows` itself: a block is read before it is written.
     """
     dtype, count, classes = accumulation_dtype(rows.dtype), labels.shape[0], rows.shape[1]
     kept = labels != ignore_index
     scale = on_distance.to(dtype)
-    each = kept.to(dtype).mul_(on_task).unsqueeze_(1)
+    each = kept.to(dtype).mul_(on_cross_entropy).unsqueeze_(1)
     safe = labels.where(kept, 0).unsqueeze(1)
-    apart = bool(scale != 0)  # else the difference of two -inf, which mask classes, would count
+    counts = bool(scale != 0)  # else the difference of two -inf, which mask classes, would count
     ignored = not bool(kept.all())
     for here, there, first, second, held in blocks(rows, count, 2 if distance == "mse" else 5):
-        if not apart:
+        if not counts:
             p, pull = torch.softmax(first, 1, out=held[0]), held[1].zero_()
             out[there] = 0
         elif distance == "mse":
@@ -112,7 +114,13 @@ def write_gradients(
 
 
 def _divergence_gradients(
-    first: Tensor, second: Tensor, p: Tensor, q: Tensor, gap: Tensor, spare: Tensor, apart: Tensor
+    first: Tensor,
+    second: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gap: Tensor,
+    spare: Tensor,
+    difference: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """p, and the gradients of KL(p || q) + KL(q || p) for both logits, in the five buffers.
 
@@ -122,17 +130,17 @@ def _divergence_gradients(
     torch.log_softmax(second, 1, out=q)
     torch.sub(p, q, out=gap)
     torch.neg(gap, out=spare)
-    torch.sub(p.exp_(), q.exp_(), out=apart)
-    pull = _through_softmax(gap, p, apart)
-    return p, pull, _through_softmax(spare, q, apart.neg_())
+    torch.sub(p.exp_(), q.exp_(), out=difference)
+    pull = _through_softmax(gap, p, difference)
+    return p, pull, _through_softmax(spare, q, difference.neg_())
 
 
-def _through_softmax(values: Tensor, weights: Tensor, apart: Tensor) -> Tensor:
-    """weights * (values - <weights, values>) + apart, which adds up to nothing, in `values`.
+def _through_softmax(values: Tensor, weights: Tensor, difference: Tensor) -> Tensor:
+    """weights * (values - <weights, values>) + difference, which adds up to nothing, in `values`.
 
-    A mean far from zero is taken off before `apart`, which would not survive beside it. What rounding
+    A mean far from zero is taken off before `difference`, which would not survive beside it. What rounding
     leaves of the sum is taken off last: where one weight is nearly all it may be all there is.
     """
     values.sub_(torch.linalg.vecdot(weights, values).unsqueeze_(1))
-    torch.addcmul(apart, values, weights, out=values)
+    torch.addcmul(difference, values, weights, out=values)
     return values.addcmul_(weights, values.sum(1, keepdim=True), value=-1)

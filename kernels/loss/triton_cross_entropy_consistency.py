@@ -7,12 +7,14 @@ reads both views once and writes both gradients. Per-row sums are added by PyTor
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainc.kernels.library.contracts import REDUCED
+from trainc.kernels.library.grid import supported
 from trainc.kernels.loss import cross_entropy_consistency as operators
 
 # Four warps: their reductions are short, and 4 to 8 programs a processor have 32 to 64 KB in flight.
@@ -63,7 +65,7 @@ def _difference(p, q, w):
 
 @triton.jit
 def loss_forward(
-    L, TARGETS, TASK, DISTANCE, KEPT, rows, classes, ignore_index, smoothing,
+    L, TARGETS, CROSS_ENTROPY, DISTANCE, KEPT, rows, classes, ignore_index, smoothing,
     KL: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows,): the row's cross-entropy (0 when ignored), its distance and what backward needs."""
@@ -101,8 +103,8 @@ def loss_forward(
     chosen = tl.load(L + one + target, mask=kept & known, other=float("nan")).to(tl.float32)
     mean = (anchor - top) + above / classes
     spread = tl.where(smoothing != 0.0, smoothing * mean, 0.0)  # -inf masks classes
-    task = log_sum + (1.0 - smoothing) * (top - chosen) - spread
-    tl.store(TASK + row, tl.where(kept, task, 0.0))
+    cross_entropy = log_sum + (1.0 - smoothing) * (top - chosen) - spread
+    tl.store(CROSS_ENTROPY + row, tl.where(kept, cross_entropy, 0.0))
     if KL:
         along, other_along = along / (1.0 + rest), other_along / (1.0 + other_rest)
         apart = (other_top - beside) + (top - other_beside)
@@ -123,7 +125,7 @@ def loss_forward(
 
 @triton.jit
 def loss_backward(
-    L, TARGETS, D, KEPT, ON_TASK, ON_DISTANCE, rows, classes, ignore_index, smoothing,
+    L, TARGETS, D, KEPT, ON_CROSS_ENTROPY, ON_DISTANCE, rows, classes, ignore_index, smoothing,
     KL: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, blocks of classes): the gradient of both views' rows."""
@@ -131,7 +133,7 @@ def loss_backward(
     one, two = row * classes, (row + rows) * classes
     target = tl.load(TARGETS + row)
     kept = target != ignore_index
-    on_task = tl.where(kept, tl.load(ON_TASK).to(tl.float32), 0.0)
+    on_cross_entropy = tl.where(kept, tl.load(ON_CROSS_ENTROPY).to(tl.float32), 0.0)
     on_distance = tl.load(ON_DISTANCE).to(tl.float32)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = column < classes
@@ -159,7 +161,7 @@ def loss_backward(
     # Without a distance the difference of two -inf, which mask classes, does not count.
     pull, push = tl.where(on_distance != 0.0, pull, 0.0), tl.where(on_distance != 0.0, push, 0.0)
     hit = tl.where(column == target, 1.0 - smoothing, 0.0)
-    pull += tl.where(kept, on_task * (p - hit - smoothing / classes), 0.0)
+    pull += tl.where(kept, on_cross_entropy * (p - hit - smoothing / classes), 0.0)
     tl.store(D + one + column, pull.to(D.dtype.element_ty), mask=mask)
     tl.store(D + two + column, push.to(D.dtype.element_ty), mask=mask)
 
@@ -167,11 +169,6 @@ def loss_backward(
 def block(classes: int) -> int:
     """Classes a program holds at once."""
     return min(BLOCK, int(triton.next_power_of_2(classes)))
-
-
-def supported(logits: Tensor) -> bool:
-    """Whether the kernels take these logits, or PyTorch does."""
-    return logits.dtype in (torch.float32, *REDUCED) and logits.numel() > 0
 
 
 def row_losses(
@@ -187,20 +184,20 @@ def row_losses(
     What backward needs of the rows goes to `statistics`, contiguous.
     """
     count, classes = labels.shape[0], rows.shape[1]
-    tasks = torch.empty(count, dtype=torch.float32, device=rows.device)
-    distances = torch.empty_like(tasks)
+    cross_entropies = torch.empty(count, dtype=torch.float32, device=rows.device)
+    distances = torch.empty_like(cross_entropies)
     loss_forward[(count,)](
-        rows, labels, tasks, distances, statistics,
+        rows, labels, cross_entropies, distances, statistics,
         count, classes, ignore_index, label_smoothing,
         KL=distance == "kl", BLOCK_V=block(classes), num_warps=WARPS,
     )  # fmt: skip
-    return tasks, distances
+    return cross_entropies, distances
 
 
 def write_gradients(
     rows: Tensor,
     labels: Tensor,
-    on_task: Tensor,
+    on_cross_entropy: Tensor,
     on_distance: Tensor,
     distance: str,
     ignore_index: int,
@@ -208,59 +205,45 @@ def write_gradients(
     statistics: Tensor,
     out: Tensor,
 ) -> None:
-    """Write the gradient of on_task * tasks.sum() + on_distance * distances.sum() for (2n, C) rows.
+    """Write the gradient of on_cross_entropy * cross_entropies.sum() + on_distance * distances.sum() for (2n, C) rows.
 
     `statistics` are `row_losses`'s. `out` may be `rows` itself: an entry is read before it is written.
     """
     count, classes = labels.shape[0], rows.shape[1]
     loss_backward[(count, triton.cdiv(classes, block(classes)))](
-        rows, labels, out, statistics, on_task, on_distance,
+        rows, labels, out, statistics, on_cross_entropy, on_distance,
         count, classes, ignore_index, label_smoothing,
         KL=distance == "kl", BLOCK_V=block(classes), num_warps=WARPS,
     )  # fmt: skip
 
 
-def cross_entropy_consistency(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    distance: str,
-    ignore_index: int,
-    label_smoothing: float,
+def forward(
+    logits: Tensor, targets: Tensor, weight: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of trainc::cross_entropy_consistency."""
+    distance, ignore_index, label_smoothing = options
     if not supported(logits):
-        return operators.eager_forward(
-            logits, targets, weight, distance, ignore_index, label_smoothing
-        )
+        return operators.eager_forward(logits, targets, weight, *options)
     operators.check(logits.shape, targets, weight, distance, label_smoothing)
     rows, labels = logits.contiguous().view(-1, logits.shape[-1]), targets.contiguous().view(-1)
     statistics = operators.no_statistics(rows, distance)
     found = row_losses(rows, labels, distance, ignore_index, label_smoothing, statistics)
-    return *operators.total(*found, labels, weight, ignore_index), statistics
+    return *operators.means(*found, labels, weight, ignore_index), statistics
 
 
-def cross_entropy_consistency_backward(
-    logits: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    task_scale: Tensor,
-    consistency_scale: Tensor,
-    distance: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def backward(
+    logits: Tensor, targets: Tensor, statistics: Tensor, cross_entropy_factor: Tensor,
+    consistency_factor: Tensor, *options: Any,
+) -> Tensor:  # fmt: skip
     """The CUDA kernel of trainc::cross_entropy_consistency_backward."""
+    given = (cross_entropy_factor, consistency_factor)
     if not supported(logits):
-        return operators.eager_backward(
-            logits, targets, statistics, task_scale, consistency_scale,
-            distance, ignore_index, label_smoothing,
-        )  # fmt: skip
+        return operators.eager_backward(logits, targets, statistics, *given, *options)
     rows, labels = logits.contiguous().view(-1, logits.shape[-1]), targets.contiguous().view(-1)
     gradient = torch.empty_like(rows)
-    on_task, on_distance = operators.shares(task_scale, consistency_scale, labels, ignore_index)
+    distance, ignore_index, label_smoothing = options
+    factors = operators.row_factors(*given, labels, ignore_index)
     write_gradients(
-        rows, labels, on_task, on_distance,
-        distance, ignore_index, label_smoothing, statistics, out=gradient,
-    )  # fmt: skip
+        rows, labels, *factors, distance, ignore_index, label_smoothing, statistics, out=gradient
+    )
     return gradient.view(logits.shape)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainc.kernels.library.contracts import REDUCED
+from trainc.kernels.library.grid import supported
 from trainc.kernels.noise import multiplicative_noise as operators
 from trainc.kernels.noise.philox import MAX_VIEWS
 
@@ -111,11 +111,6 @@ def launch(
         VIEWS=MAX_VIEWS, BLOCK_T=min(BLOCK_TOKENS, triton.next_power_of_2(tokens)), BLOCK_G=groups,
     )  # fmt: skip
     return y
-
-
-def supported(*tensors: Tensor) -> bool:
-    """Whether the kernel takes these, or PyTorch does."""
-    return all(t.dtype in (torch.float32, *REDUCED) and t.numel() > 0 for t in tensors)
 
 
 def multiplicative_noise(

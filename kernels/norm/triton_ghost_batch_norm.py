@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainc.kernels.library.contracts import REDUCED, absent
+from trainc.kernels.library.contracts import absent
+from trainc.kernels.library.grid import supported
 from trainc.kernels.norm import ghost_batch_norm as operators
 
 # Elements of a ghost batch and its channels that a program holds in registers: forward keeps x,
@@ -192,11 +193,6 @@ def tile(size: int, channels: int, width: int, held: int) -> Tile:
     elements = samples * block * positions
     warps = 4 if elements <= 2048 else 8 if elements <= 8192 else 16
     return Tile(samples, block, positions, once, warps)
-
-
-def supported(*tensors: Tensor) -> bool:
-    """Whether the kernels take these, or PyTorch does."""
-    return all(t.dtype in (torch.float32, *REDUCED) and t.numel() > 0 for t in tensors)
 
 
 def _sizes(x: Tensor, ghost_size: int) -> tuple[int, int, int, int, int]:

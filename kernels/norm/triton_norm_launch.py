@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from trainc.kernels.library.contracts import REDUCED, absent
-from trainc.kernels.library.grid import resident_programs
+from trainc.kernels.library.contracts import absent
+from trainc.kernels.library.grid import resident_programs, supported
 from trainc.kernels.norm import tiles, tuned_tiles
 from trainc.kernels.norm import triton_norm as kernels
 from trainc.kernels.norm import triton_wide_norm as wide_rows
@@ -20,11 +20,6 @@ from trainc.kernels.norm.tiles import Tile
 # Sums over chunks are read by many small programs: one per 32 columns, 64 chunks at a time.
 FINISH_COLUMNS = 32
 FINISH_CHUNKS = 64
-
-
-def supported(x: Tensor) -> bool:
-    """Whether the kernels take x, or ATen does: float64 and empty inputs."""
-    return x.dtype in (torch.float32, *REDUCED) and x.numel() > 0
 
 
 def operator_forward(operator: NormOperator, *arguments: Any) -> tuple[Tensor, ...]:

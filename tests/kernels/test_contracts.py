@@ -125,16 +125,18 @@ def test_autocast_leaves_float64_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("distance", ["mse", "kl"])
-def test_masked_classes_and_broken_ignored_rows_leave_the_task_alone(distance: str) -> None:
+def test_masked_classes_and_broken_ignored_rows_leave_the_cross_entropy_alone(
+    distance: str,
+) -> None:
     torch.manual_seed(0)
     logits, targets = leaf(6, 5), torch.tensor([0, 1, -100])
     with torch.no_grad():
         logits[:, 4] = -math.inf
         logits[2] = math.nan
-    task = operators.cross_entropy_consistency(logits, targets, HALF.double(), distance)[1]
+    cross_entropy = operators.cross_entropy_consistency(logits, targets, HALF.double(), distance)[1]
     plain = functional.cross_entropy(logits[:3], targets)
-    torch.testing.assert_close(task, plain)
-    got, want = (torch.autograd.grad(one, logits)[0] for one in (task, plain))
+    torch.testing.assert_close(cross_entropy, plain)
+    got, want = (torch.autograd.grad(one, logits)[0] for one in (cross_entropy, plain))
     want[2] = 0  # torch multiplies what an ignored row holds by nothing
     torch.testing.assert_close(got, want)
 
@@ -149,20 +151,16 @@ def test_by_triton_as_well(distance: str) -> None:
     logits, targets = randn(6, 5), torch.tensor([0, 1, -100])
     logits[:, 4], logits[2] = -math.inf, math.nan
     options: Any = (distance, -100, 0.0)
-    *_, kept = found = triton_loss.cross_entropy_consistency(logits, targets, HALF, *options)
+    *_, kept = found = triton_loss.forward(logits, targets, HALF, *options)
     scales = (torch.tensor(1.0), torch.tensor(0.0))
-    gradient = triton_loss.cross_entropy_consistency_backward(
-        logits, targets, kept, *scales, *options
-    )
+    gradient = triton_loss.backward(logits, targets, kept, *scales, *options)
     plain = logits.clone().requires_grad_()
-    task = functional.cross_entropy(plain[:3], targets)
-    torch.testing.assert_close(found[1], task.detach())
-    want = torch.autograd.grad(task, plain)[0]
+    cross_entropy = functional.cross_entropy(plain[:3], targets)
+    torch.testing.assert_close(found[1], cross_entropy.detach())
+    want = torch.autograd.grad(cross_entropy, plain)[0]
     want[2] = 0
     torch.testing.assert_close(gradient, want)
-    beyond = triton_loss.cross_entropy_consistency(
-        randn(4, 5), torch.tensor([0, 7]), HALF, *options
-    )
+    beyond = triton_loss.forward(randn(4, 5), torch.tensor([0, 7]), HALF, *options)
     assert beyond[1].isnan()
 
 
@@ -226,7 +224,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no class": (
         lambda: operators.cross_entropy_consistency(randn(4, 0), TARGETS, HALF),
-        "has no class",
+        "have no class",
     ),
     "many views": (
         lambda: operators.multiplicative_noise(randn(257, 2), HALF, KEY, 1, 257),

@@ -63,11 +63,11 @@ def test_task_is_cross_entropy(smoothing: float, distance: str) -> None:
     # Far from zero, and certain of a class: neither may cost digits.
     logits = torch.randn(8, 11).mul_(3).add_(100)
     logits[0, 3], targets = 130.0, torch.tensor([3, -100, 0, 10])
-    _, task, _ = cross_entropy_consistency(
+    _, cross_entropy, _ = cross_entropy_consistency(
         logits, targets, WEIGHT, distance, label_smoothing=smoothing
     )
     want = functional.cross_entropy(logits[:4].double(), targets, label_smoothing=smoothing)
-    torch.testing.assert_close(task.double(), want, rtol=2e-6, atol=0)
+    torch.testing.assert_close(cross_entropy.double(), want, rtol=2e-6, atol=0)
 
 
 def test_divergence_of_views_a_constant_apart() -> None:
@@ -114,12 +114,12 @@ def test_rows_in_several_blocks(distance: str) -> None:
 def test_all_targets_ignored(distance: str) -> None:
     logits = torch.randn(4, 5, requires_grad=True)
     targets = torch.full((2,), -100)
-    loss, task, consistency = cross_entropy_consistency(logits, targets, WEIGHT, distance)
+    loss, cross_entropy, consistency = cross_entropy_consistency(logits, targets, WEIGHT, distance)
     plain = functional.cross_entropy(logits[:2], targets)
-    assert torch.isnan(torch.stack([loss, task, plain])).all()
+    assert torch.isnan(torch.stack([loss, cross_entropy, plain])).all()
     assert torch.isfinite(consistency)
     assert not torch.autograd.grad(plain, logits)[0].any()
-    assert not torch.autograd.grad(task, logits)[0].any()
+    assert not torch.autograd.grad(cross_entropy, logits)[0].any()
 
 
 def test_both_views_receive_opposite_consistency_gradients() -> None:
@@ -147,7 +147,7 @@ def test_low_precision_is_no_worse_than_torch(dtype: torch.dtype, distance: str)
 
 
 def test_views_that_do_not_match_are_named() -> None:
-    with pytest.raises(RuntimeError, match="not two views"):
+    with pytest.raises(RuntimeError, match="two views, for targets"):
         cross_entropy_consistency(torch.zeros(4, 3), torch.zeros(3, dtype=torch.long), WEIGHT)
-    with pytest.raises(RuntimeError, match="distance is one of"):
+    with pytest.raises(RuntimeError, match="distance must be one of"):
         cross_entropy_consistency(torch.zeros(4, 3), torch.zeros(2, dtype=torch.long), WEIGHT, "l1")

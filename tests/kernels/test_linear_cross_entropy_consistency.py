@@ -74,10 +74,12 @@ def test_only_what_needs_a_gradient_gets_one(rows: int) -> None:
 def test_all_targets_ignored_and_none_given(distance: str, rows: int) -> None:
     leaves, targets, weight = problem((3,), 4, 6)
     ignored = torch.full_like(targets, -100)
-    loss, task, consistency = linear_cross_entropy_consistency(*leaves, ignored, weight, distance)
-    assert torch.isnan(torch.stack([loss, task])).all()
+    loss, cross_entropy, consistency = linear_cross_entropy_consistency(
+        *leaves, ignored, weight, distance
+    )
+    assert torch.isnan(torch.stack([loss, cross_entropy])).all()
     assert torch.isfinite(consistency)
-    assert not any(g.any() for g in torch.autograd.grad(task, leaves, retain_graph=True))
+    assert not any(g.any() for g in torch.autograd.grad(cross_entropy, leaves, retain_graph=True))
     want = torch.autograd.grad(reference(*leaves, targets, weight, distance)[2], leaves)
     torch.testing.assert_close(torch.autograd.grad(consistency, leaves), want)
     empty = leaves[0].detach()[:0].requires_grad_()
@@ -181,15 +183,15 @@ def test_a_chunk_has_rows_enough_for_the_head_it_reads() -> None:
 def test_arguments_that_do_not_fit_are_named() -> None:
     leaves, targets, _ = problem((4,), 3, 5, torch.float32)
     hidden, head, bias = leaves
-    with pytest.raises(RuntimeError, match="not two views"):
+    with pytest.raises(RuntimeError, match="two views, for targets"):
         linear_cross_entropy_consistency(hidden, head, bias, targets[:3], WEIGHT)
-    with pytest.raises(RuntimeError, match=r"is not \(C, K\) for hidden"):
+    with pytest.raises(RuntimeError, match=r"must be \(C, K\) for hidden"):
         linear_cross_entropy_consistency(hidden, head.t(), bias, targets, WEIGHT)
     with pytest.raises(RuntimeError, match="bias must have the shape"):
         linear_cross_entropy_consistency(hidden, head, bias[:2], targets, WEIGHT)
-    with pytest.raises(RuntimeError, match="head and bias must be too"):
+    with pytest.raises(RuntimeError, match="must have the dtype of hidden"):
         linear_cross_entropy_consistency(hidden.double(), head, bias, targets, WEIGHT)
-    with pytest.raises(RuntimeError, match="distance is one of"):
+    with pytest.raises(RuntimeError, match="distance must be one of"):
         linear_cross_entropy_consistency(hidden, head, bias, targets, WEIGHT, "l1")
 
 

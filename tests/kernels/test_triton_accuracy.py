@@ -72,7 +72,7 @@ def test_rms_norm(family: str) -> None:
 
 
 def composed(logits: Tensor, distance: str, smoothing: float) -> tuple[Tensor, ...]:
-    """Loss, task, consistency and the gradient of the logits by the definition."""
+    """Loss, cross-entropy, consistency and the gradient of the logits by the definition."""
     leaf = logits.detach().clone().requires_grad_()
     weight = torch.tensor(0.5, dtype=logits.dtype)
     found = consistency.reference(leaf, torch.tensor([1, 4, 20]), weight, distance, -100, smoothing)
@@ -87,10 +87,8 @@ def test_loss(family: str, distance: str, smoothing: float) -> None:
 
     logits, targets = made(family, 6, 33), torch.tensor([1, 4, 20])
     options = (distance, -100, smoothing)
-    *results, kept = triton_loss.cross_entropy_consistency(
-        logits, targets, torch.tensor(0.5), *options
-    )
-    gradient = triton_loss.cross_entropy_consistency_backward(
+    *results, kept = triton_loss.forward(logits, targets, torch.tensor(0.5), *options)
+    gradient = triton_loss.backward(
         logits, targets, kept, torch.tensor(1.0), torch.tensor(0.5), *options
     )
     theirs = composed(logits, distance, smoothing)
@@ -111,7 +109,7 @@ def test_the_divergence_of_two_sure_views_keeps_its_gradient(
     logits, targets = torch.cat([first, first + 0.01 * torch.randn(3, 37)]), torch.zeros(3).long()
     options: Any = ("kl", -100, 0.0)
     scales = (torch.tensor(0.0), torch.tensor(1.0))
-    *_, kept = triton_loss.cross_entropy_consistency(logits, targets, torch.tensor(1.0), *options)
+    *_, kept = triton_loss.forward(logits, targets, torch.tensor(1.0), *options)
     *_, nothing = consistency.eager_forward(logits, targets, torch.tensor(1.0), *options)
     leaf = logits.double().requires_grad_()
     (exact,) = torch.autograd.grad(divergence(*leaf.chunk(2)), leaf)

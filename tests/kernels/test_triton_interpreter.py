@@ -173,13 +173,11 @@ def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
     targets[1] = -100
     options: Any = (distance, -100, 0.1)
     arguments = (logits, targets, torch.tensor(0.4), *options)
-    *got, kept = triton_loss.cross_entropy_consistency(*arguments)
+    *got, kept = triton_loss.forward(*arguments)
     *want, nothing = consistency.eager_forward(*arguments)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     scales = (torch.tensor(0.9), torch.tensor(0.3))
-    gradient = triton_loss.cross_entropy_consistency_backward(
-        logits, targets, kept, *scales, *options
-    )
+    gradient = triton_loss.backward(logits, targets, kept, *scales, *options)
     other = consistency.eager_backward(logits, targets, nothing, *scales, *options)
     close([gradient], [other], dtype)
 
@@ -192,14 +190,12 @@ def test_loss_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         logits, targets = torch.randn(4, 127), torch.tensor([3, 126])
         options: Any = (distance, -100, 0.0)
         arguments = (logits, targets, torch.tensor(0.4), *options)
-        *got, kept = triton_loss.cross_entropy_consistency(*arguments)
+        *got, kept = triton_loss.forward(*arguments)
         *want, nothing = consistency.eager_forward(*arguments)
         torch.testing.assert_close(got, want)
         scales = (torch.tensor(1.0), torch.tensor(0.3))
         torch.testing.assert_close(
-            triton_loss.cross_entropy_consistency_backward(
-                logits, targets, kept, *scales, *options
-            ),
+            triton_loss.backward(logits, targets, kept, *scales, *options),
             consistency.eager_backward(logits, targets, nothing, *scales, *options),
             rtol=1e-5,
             atol=1e-6,
