@@ -41,10 +41,10 @@ def per_example_sq_norms(
 ) -> Tensor:
     """Return the squared norm of each example's contribution to each parameter's gradient, in one backward pass.
 
-    `inputs` is a tensor, a tuple (positional) or a dict (keyword) of tensors with the examples on their first axis;
-    `loss_fn` takes the model's result for them and returns the loss, 0-d. `on` selects parameters as for
-    `measured_parameters`; None is all. The contributions of all examples sum to `p.grad`: under a mean over B examples
-    each contains the factor 1 / B.
+    `model` is any module; `inputs` is a tensor, a tuple (positional) or a dict (keyword) of tensors with the examples
+    on their first axis; `loss_fn` takes the model's result for them and returns the loss, 0-d. `on` selects parameters
+    as for `measured_parameters`; None is all. The contributions of all examples sum to `p.grad`: under a mean over B
+    examples each contains the factor 1 / B.
 
     Returns (examples, parameters), one column for each name of `measured_parameters(model, on)`, in float64 for a
     float64 model, else float32. The model first runs on two and on three of the examples to check that it can be
