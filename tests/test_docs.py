@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import trainc
+from trainc.compiler.lower.lowering import Lowering
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.values.value_json import Ndim
@@ -48,6 +49,12 @@ def test_specs_shown_as_whole_files_check(page: Path) -> None:
     ):
         checked = trainc.check(text)
         assert checked.spec is not None, trainc.SpecError(checked.diagnostics)
+
+
+def test_the_guide_lists_every_mechanism() -> None:
+    text = (ROOT / "docs/adding-a-construct.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`to\.(\w+)", text.partition("## The mechanisms")[2]))
+    assert listed == {name for name in vars(Lowering) if not name.startswith("_")} - {"label"}
 
 
 def test_the_construct_of_the_guide_works_as_it_stands(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.compiler.bind.report import labels
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.model.select import select
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic
 
 SHOWN = 3
 
@@ -40,11 +41,10 @@ def _overlaps(what: str, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]
             other = owner.setdefault(name, clause)
             if other is not clause and (id(other), id(clause)) not in reported:
                 reported.add((id(other), id(clause)))
-                labels = ((clause, "selected again here"), (other, "first selected here"))
                 yield Diagnostic(
                     "claimed-twice",
                     f"two `{what}` clauses select `{name}`",
-                    tuple(Label(c.span, text) for c, text in labels if c.span is not None),
+                    labels((clause, "selected again here"), (other, "first selected here")),
                     help="let only one of the two selectors match it",
                 )
 
@@ -59,10 +59,9 @@ def _unclaimed(optimizers: Sequence[BoundClause], inventory: Inventory) -> Itera
     if not left:
         return
     more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-    span = optimizers[0].span
     yield Diagnostic(
         "unclaimed-parameters",
         f"no optimizer trains {', '.join(f'`{name}`' for name in left[:SHOWN])}{more}",
-        (Label(span, "this optimizer leaves them out"),) if span else (),
+        labels((optimizers[0], "this optimizer leaves them out")),
         help="widen the selector, add an optimizer for them, or name them in `freeze`",
     )

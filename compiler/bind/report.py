@@ -9,6 +9,7 @@ from trainc.compiler.errors import name_root_module
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 
 if TYPE_CHECKING:
+    from trainc.compiler.bind.bound_clause import BoundClause
     from trainc.dsl.reading.construct import Problem
     from trainc.dsl.resolve.statements import Clause
     from trainc.dsl.text.source import Span
@@ -49,3 +50,8 @@ class Report:
             help=problem.help,
             severity=problem.severity,
         )
+
+
+def labels(*clauses: tuple[BoundClause, str]) -> tuple[Label, ...]:
+    """Return a label with its text at each clause that stands in a file or text."""
+    return tuple(Label(clause.span, text) for clause, text in clauses if clause.span is not None)
