@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from trainc.compiler.bind.report import labels
 from trainc.dsl.reading.construct import PHASES
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import BoundClause
@@ -34,10 +35,8 @@ def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
             for resource in both.intersection(SINGLE):
                 yield Diagnostic(
                     "conflicting-effects",
-                    f"`{clause.title}` and `{other.title}` both set `{resource}`, and only one clause may",
-                    tuple(
-                        Label(c.span, _actions(c)) for c in (clause, other) if c.span is not None
-                    ),
+                    f"`{clause.title}` and `{other.title}` both set `{resource}`, which only one clause may",
+                    labels((clause, _actions(clause)), (other, _actions(other))),
                     help="remove one of the two",
                 )
 
@@ -56,11 +55,10 @@ def penalised_measurements(
         for penalty in penalties:
             shared = [name for name in penalty.targets if name in measured]
             if shared:
-                labels = ((clause, "measured here"), (penalty, "the penalty"))
                 yield Diagnostic(
                     "noise-scale-sees-penalty",
                     f"the gradient of `{shared[0]}` includes `{penalty.title}`, which is in no example's gradient",
-                    tuple(Label(c.span, text) for c, text in labels if c.span is not None),
+                    labels((clause, "measured here"), (penalty, "the penalty")),
                     help="exclude the measured parameters from the selector of the penalty",
                     severity="warning",
                 )

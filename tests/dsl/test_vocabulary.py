@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainc.compiler.bind import binding
+from trainc.compiler.bind import binding, effects
 from trainc.compiler.catalog import catalog
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.select import select
@@ -21,6 +21,7 @@ from trainc.dsl.text.vocabulary import (
     COUNTERS,
     KINDS,
     PHASES,
+    RESOURCES,
     ROLES,
     SELECTOR_FUNCTIONS,
     SHAPES,
@@ -59,6 +60,10 @@ def test_every_kind_has_a_folder_and_a_place_in_the_order_of_lowering() -> None:
     folders = [p.name for p in (ROOT / "compiler/constructs").iterdir() if p.name[0] not in "_."]
     assert sorted(folders) == sorted(KINDS)
     assert sorted(binding.ORDER) == sorted(KINDS)
+
+
+def test_what_one_clause_alone_may_write_is_a_resource() -> None:
+    assert set(effects.SINGLE) <= RESOURCES
 
 
 def test_the_phases_are_those_of_the_step() -> None:
