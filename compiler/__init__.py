@@ -1,1 +1,1 @@
-"""Meaning: a checked spec and a model to a program."""
+"""The compiler: from a checked spec and a model to a program."""

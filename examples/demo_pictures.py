@@ -109,14 +109,14 @@ def draw_scale(axes: "Axes", found: Pair) -> None:
 
 def draw_factors(axes: "Axes", found: Pair) -> None:
     """Draw each layer's factor of the learning rate: a colour per kind, darker towards the head."""
-    records = [r for r in found[WITH].records if "temp_balance.scale" in r.get("series", {})]
-    layers: list[str] = list(records[0]["series"]["temp_balance.scale"])
+    records = [r for r in found[WITH].records if "temp_balance.lr_factor" in r.get("series", {})]
+    layers: list[str] = list(records[0]["series"]["temp_balance.lr_factor"])
     kinds = list(dict.fromkeys(layer.split(".", 2)[2] for layer in layers))
     x = [record["tokens"] / 1000 for record in records]
     end = max(r["tokens"] for r in found[WITH].records if "tokens" in r) / 1000
     for index, layer in enumerate(layers):
         kind = kinds.index(layer.split(".", 2)[2])
-        y = [record["series"]["temp_balance.scale"][layer] for record in records]
+        y = [record["series"]["temp_balance.lr_factor"][layer] for record in records]
         label = kinds[kind] if index >= len(layers) - len(kinds) else None
         strength = 0.35 + 0.65 * (index + 1) / len(layers)
         color = COLORS[kind % len(COLORS)]

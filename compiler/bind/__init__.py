@@ -1,1 +1,1 @@
-"""Spec + inventory -> Binding: targets, claims, effects, signals, units."""
+"""Bind a spec to the inventory of a model: targets, claims, effects, signals, units."""

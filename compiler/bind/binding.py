@@ -1,4 +1,4 @@
-"""Bind a spec to one model: selectors become names, durations are checked, claims are proved exact.
+"""Bind a spec to one model: selectors become names, durations are checked, every parameter has one optimizer.
 
 Reads no weight and no data. All mistakes are collected and raised once, as SpecError.
 """

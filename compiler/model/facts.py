@@ -1,4 +1,4 @@
-"""What is known of the data before it is touched."""
+"""What is known of the data before it is built."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of the data without touching it; None where the callable does not describe itself."""
+    """Numbers that the data callable's `describe` gives; None where it does not."""
 
     samples: int | None = None
     tokens_per_sample: int | None = None

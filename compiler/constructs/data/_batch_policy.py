@@ -58,10 +58,10 @@ _HINT = f"a batch that changes is one of {', '.join(f'`{p}(...)`' for p in POLIC
 BatchSize = Annotated[v.Duration | v.Call, samples_or_call("batch policy", POLICIES, _HINT)]
 
 THETA = 0.6
-"""The ratio of noise to signal, and how often and from when on it is looked at, as published."""
+"""The published values of `theta`, `every` and `from` of `signal_noise`."""
 LOOK, BEGIN = v.Duration(100, "steps"), v.Duration(0.15, "run")
 
-# What an expression can be made of without anything being measured.
+# Names that an expression may have although nothing is measured.
 _NOT_MEASURED = {*COUNTERS, *PLACES, "progress", "batch", "micro_batch", "step"}
 Arguments = Mapping[str, v.Expr]
 
@@ -91,7 +91,7 @@ class Policy:
 
 
 def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
-    """Return what a policy's call says; raises ValueError naming the argument that cannot be."""
+    """Return what a policy's call says; raises ValueError that names the wrong argument."""
     given = _named(call)
     if call.function == "ramp":
         return _ramp(call, given, micro)
@@ -132,7 +132,7 @@ def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
 
 
 def _ramp(call: v.Call, given: Arguments, micro: v.Duration | None) -> Policy:
-    """Return a ramp; the ends need not be whole micro-batches, sizes are rounded up to them."""
+    """Return a ramp; its ends need not be whole micro-batches, because sizes are rounded up."""
     start, end = _samples(given, "begin"), _samples(given, "to")
     over, begun = _duration(given, "over"), _duration(given, "from")
     assert start is not None
@@ -151,7 +151,7 @@ def _near(size: int, unit: int) -> int:
 
 
 def whole_micros(batch: v.Duration, micro: v.Duration) -> None:
-    """Raise ValueError, with the sizes that work, for an amount that is no whole number of micro-batches."""
+    """Raise ValueError, with the sizes that work, for an amount that is not a whole number of micro-batches."""
     size, unit = int(batch.amount), int(micro.amount)
     if not size % unit:
         return

@@ -107,7 +107,7 @@ class Balance(Action):
     def _record(self, step: Step) -> None:
         factors = {name: lr_factor.factor for name, lr_factor in self.lr_factors.items()}
         step.series[f"{self.name}.alpha"] = dict(self.alphas)
-        step.series[f"{self.name}.scale"] = factors
+        step.series[f"{self.name}.lr_factor"] = factors
         if self.alphas:
             mean = fmean(self.alphas.values())
             found = {f"{self.name}.spread": self.spread, f"{self.name}.alpha": mean}

@@ -158,7 +158,7 @@ def test_factors_are_the_definition(convention: Any) -> None:
     step = bench.step()
     weights = {name: net.get_submodule(name).get_parameter("weight") for name in "012"}
     expected = construct.reference(weights)
-    assert step.series["tb.scale"] == pytest.approx(expected, rel=1e-3)
+    assert step.series["tb.lr_factor"] == pytest.approx(expected, rel=1e-3)
     assert bench.factors()["1.bias"] == bench.factors()["1.weight"]
     assert sorted(expected.values())[::2] == [pytest.approx(0.2), pytest.approx(3)]
 
@@ -261,7 +261,7 @@ def test_few_eigenvalues_leave_a_module_at_its_rate_and_the_summary_says_so() ->
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 80), nn.Linear(80, 10))
     bench = Bench(net, TempBalance())
     step = bench.step()
-    assert set(step.series["tb.scale"]) == {"0", "1"}
+    assert set(step.series["tb.lr_factor"]) == {"0", "1"}
     assert bench.factors()["2.weight"] == 1.0
     summary = bench.action.summary()
     assert str(summary).endswith("left at 1: 2 (10 eigenvalues)")
@@ -298,7 +298,7 @@ def test_fewer_than_two_measured_modules_are_told_to_do_nothing() -> None:
 def test_matrices_of_one_module_are_measured_each_for_itself() -> None:
     bench = Bench(nn.GRU(64, 64), TempBalance())
     step = bench.step()
-    assert set(step.series["tb.scale"]) == {"weight_ih_l0", "weight_hh_l0"}
+    assert set(step.series["tb.lr_factor"]) == {"weight_ih_l0", "weight_hh_l0"}
     assert bench.factors()["bias_ih_l0"] == 1.0
 
 
