@@ -95,8 +95,8 @@ def factor(
     return z.reshape(x.shape[0], 1 if tokens is None else tokens, x.shape[-1])
 
 
-class Kept:
-    """Factors by what they were drawn for, given out once; the oldest make room."""
+class FactorCache:
+    """Factors by the arguments they were drawn for, each given out once; the oldest make room."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
@@ -104,7 +104,7 @@ class Kept:
         self._lock = Lock()
 
     def take(self, place: tuple[Any, ...]) -> Tensor | None:
-        """The factor kept for a place, which is forgotten; None where there is none."""
+        """The factor kept for these arguments, which is forgotten; None where there is none."""
         with self._lock:
             found = self._factors.pop(place, None)
             self.held -= 0 if found is None else found.nbytes
@@ -122,30 +122,23 @@ class Kept:
                 self.held -= self._factors.popitem(last=False)[1].nbytes
 
 
-_kept = Kept(KEPT_BYTES)
+_kept = FactorCache(KEPT_BYTES)
 
 
-def _factor_once(
-    x: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    site: int,
-    views: int,
-    share: str,
-    first_example: Tensor | None,
-) -> Tensor:
+def _factor_once(x: Tensor, *noise: Any) -> Tensor:
     """`factor`, drawn for forward and given to backward: z depends on nothing but its arguments.
 
     Forward and backward call one operator, in eager mode and in captured graphs, so the second call
     at a place takes what the first one left. Off the CPU the values of sigma and key would stall.
     """
     if x.device.type != "cpu":
-        return factor(x, sigma, key, site, views, share, first_example)
+        return factor(x, *noise)
+    sigma, key, site, views, share, first_example = noise
     numbers = (t if t is None else t.item() for t in (sigma, key, first_example))
     place = (*numbers, site, views, share, x.shape, accumulation_dtype(x.dtype))
     z = _kept.take(place)
     if z is None:
-        z = factor(x, sigma, key, site, views, share, first_example)
+        z = factor(x, *noise)
         _kept.keep(place, z)
     return z
 
@@ -184,24 +177,29 @@ def check(
     first_example: Tensor | None,
 ) -> None:
     """Reject arguments outside the contract, coordinates that do not fit the counter among them."""
-    require(share in SHARES, lambda: f"share is one of {SHARES}, not {share!r}")
+    require(share in SHARES, lambda: f"share must be one of {SHARES}, not {share!r}")
     require(
         x.dim() >= 2 and x.is_floating_point(),
-        lambda: f"expected a floating (views * B, ..., C) tensor, not {tuple(x.shape)} {x.dtype}",
+        lambda: (
+            f"x must be a floating-point (views * B, ..., C) tensor, not {tuple(x.shape)} {x.dtype}"
+        ),
     )
-    require(1 <= views <= MAX_VIEWS, lambda: f"views are 1 to {MAX_VIEWS}, not {views}")
-    require(x.shape[0] % views == 0, lambda: f"{x.shape[0]} rows do not divide into {views} views")
-    require(0 <= site < MAX_SITES, lambda: f"site is in [0, 2^32), not {site}")
+    require(1 <= views <= MAX_VIEWS, lambda: f"views must be 1 to {MAX_VIEWS}, not {views}")
+    require(
+        x.shape[0] % views == 0,
+        lambda: f"views must divide the rows of x, {x.shape[0]}, and {views} does not",
+    )
+    require(0 <= site < MAX_SITES, lambda: f"site must be in [0, 2^32), not {site}")
     tokens = math.prod(x.shape[1:-1]) if share == "none" else 1
-    require(tokens <= MAX_TOKENS, lambda: f"tokens of an example are at most 2^24, not {tokens}")
+    require(tokens <= MAX_TOKENS, lambda: f"an example must have at most 2^24 tokens, not {tokens}")
     require(
         first_example is None
         or (first_example.dim() == 0 and not first_example.is_floating_point()),
-        lambda: "first_example is a 0-d tensor of a whole number",
+        lambda: "first_example must be None or a 0-d integer tensor",
     )
     require(
         sigma.dim() == 0 and key.dim() == 0 and key.dtype == torch.int64,
-        lambda: "sigma and key are 0-d tensors, key of int64",
+        lambda: "sigma and key must be 0-d tensors, key of int64",
     )
 
 
@@ -224,16 +222,8 @@ def eager_multiply(
     return torch.mul(flat, z, out=y).view(x.shape)
 
 
-def fake_multiply(
-    x: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    site: int,
-    views: int,
-    share: str,
-    first_example: Tensor | None,
-) -> Tensor:
-    check(x, sigma, key, site, views, share, first_example)
+def fake_multiply(x: Tensor, *noise: Any) -> Tensor:
+    check(x, *noise)
     return x.new_empty(x.shape)
 
 
@@ -254,26 +244,17 @@ def eager_add(
     return torch.addcmul(h0.reshape(shape), delta.reshape(shape), z, out=y).view(h0.shape)
 
 
-def check_pair(h0: Tensor, delta: Tensor, *rest: Any) -> None:
-    """Reject arguments outside the contract; `rest` as `check` takes them."""
-    check(delta, *rest)
+def check_pair(h0: Tensor, delta: Tensor, *noise: Any) -> None:
+    """Reject arguments outside the contract; `noise` as `check` takes it."""
+    check(delta, *noise)
     require(
         h0.shape == delta.shape,
-        lambda: f"h0 {tuple(h0.shape)} and delta {tuple(delta.shape)} differ in shape",
+        lambda: f"h0 {tuple(h0.shape)} and delta {tuple(delta.shape)} must have the same shape",
     )
 
 
-def fake_add(
-    h0: Tensor,
-    delta: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    site: int,
-    views: int,
-    share: str,
-    first_example: Tensor | None,
-) -> Tensor:
-    check_pair(h0, delta, sigma, key, site, views, share, first_example)
+def fake_add(h0: Tensor, delta: Tensor, *noise: Any) -> Tensor:
+    check_pair(h0, delta, *noise)
     return h0.new_empty(h0.shape, dtype=torch.promote_types(h0.dtype, delta.dtype))
 
 

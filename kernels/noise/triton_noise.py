@@ -7,6 +7,7 @@ channels' noise once and walks over tokens.
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 import math
+from typing import Any
 
 import torch
 import triton
@@ -113,34 +114,17 @@ def launch(
     return y
 
 
-def multiplicative_noise(
-    x: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    site: int,
-    views: int,
-    share: str,
-    first_example: Tensor | None = None,
-) -> Tensor:
+def multiplicative_noise(x: Tensor, *noise: Any) -> Tensor:
     """The CUDA kernel of trainc::multiplicative_noise."""
     if not supported(x):
-        return operators.eager_multiply(x, sigma, key, site, views, share, first_example)
-    operators.check(x, sigma, key, site, views, share, first_example)
-    return launch(None, x, sigma, key, site, views, share, first_example)
+        return operators.eager_multiply(x, *noise)
+    operators.check(x, *noise)
+    return launch(None, x, *noise)
 
 
-def noisy_add(
-    h0: Tensor,
-    delta: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    site: int,
-    views: int,
-    share: str,
-    first_example: Tensor | None = None,
-) -> Tensor:
+def noisy_add(h0: Tensor, delta: Tensor, *noise: Any) -> Tensor:
     """The CUDA kernel of trainc::noisy_add."""
     if not supported(h0, delta):
-        return operators.eager_add(h0, delta, sigma, key, site, views, share, first_example)
-    operators.check_pair(h0, delta, sigma, key, site, views, share, first_example)
-    return launch(h0, delta, sigma, key, site, views, share, first_example)
+        return operators.eager_add(h0, delta, *noise)
+    operators.check_pair(h0, delta, *noise)
+    return launch(h0, delta, *noise)

@@ -145,8 +145,10 @@ def _parts(ghost_size: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ..
 def check(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_size: int, remainder: str
 ) -> None:
-    require(remainder in REMAINDERS, lambda: f"remainder is one of {REMAINDERS}, not {remainder!r}")
-    require(x.dim() >= 2, lambda: f"expected a (B, C, ..) tensor, not {tuple(x.shape)}")
+    require(
+        remainder in REMAINDERS, lambda: f"remainder must be one of {REMAINDERS}, not {remainder!r}"
+    )
+    require(x.dim() >= 2, lambda: f"x must be (B, C, ...), not {tuple(x.shape)}")
     require(
         all(p is None or tuple(p.shape) == tuple(x.shape[1:2]) for p in (weight, bias)),
         lambda: (
@@ -154,19 +156,19 @@ def check(
             f"not {[tuple(p.shape) for p in (weight, bias) if p is not None]}"
         ),
     )
-    require(ghost_size > 0, lambda: f"ghost_size is positive, not {ghost_size}")
+    require(ghost_size > 0, lambda: f"ghost_size must be at least 1, not {ghost_size}")
     if remainder == "error":
         require(
             x.shape[0] % ghost_size == 0,
             lambda: (
-                f"{x.shape[0]} examples do not divide into ghost batches of {ghost_size}; "
-                f"remainder = merge_last lets the last one take the rest"
+                f"ghost_size {ghost_size} does not divide the batch of {x.shape[0]} examples: "
+                'change one of them, or let the last ghost batch take the rest with remainder="merge_last"'
             ),
         )
     least = min(ghost_size, x.shape[0]) * math.prod(x.shape[2:])
     require(
         x.shape[0] == 0 or least > 1,
-        lambda: f"a ghost batch of {least} value per channel has no variance",
+        lambda: "a ghost batch must have more than one value per channel, or it has no variance",
     )
 
 

@@ -91,7 +91,7 @@ def check(
     """Reject arguments outside the contract."""
     check_norm(x, normalized_shape, (weight,), probe)
     if casting != OFFSET and casting not in CASTINGS:
-        raise RuntimeError(f"casting is one of {(*CASTINGS, OFFSET)}, not {casting!r}")
+        raise RuntimeError(f"casting must be one of {(*CASTINGS, OFFSET)}, not {casting!r}")
 
 
 def dtypes(

@@ -63,7 +63,7 @@ def check(tensors: Sequence[Tensor], mask: Tensor) -> None:
     """Reject tensors of several shapes and masks that fit none."""
     require(
         all(t.shape == tensors[0].shape for t in tensors),
-        lambda: f"tensors must have one shape, not {[tuple(t.shape) for t in tensors]}",
+        lambda: f"tensors must all have the same shape, not {[tuple(t.shape) for t in tensors]}",
     )
     if not tensors:
         return
@@ -72,7 +72,7 @@ def check(tensors: Sequence[Tensor], mask: Tensor) -> None:
     require(
         mask.dtype in (torch.bool, torch.uint8) and tuple(mask.shape) == expected,
         lambda: (
-            f"a mask of {tuple(tensors[0].shape)} is bool in that shape or packed uint8, "
+            f"mask must be bool in the shape of the tensors, {tuple(tensors[0].shape)}, or packed uint8, "
             f"not {tuple(mask.shape)} {mask.dtype}"
         ),
     )

@@ -33,7 +33,9 @@ def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None
     """
     tensors, deltas = list(tensors), None if deltas is None else list(deltas)
     if deltas is not None and len(deltas) != len(tensors):
-        raise RuntimeError(f"{len(deltas)} deltas do not match {len(tensors)} tensors")
+        raise RuntimeError(
+            f"deltas must be as many as tensors: there are {len(deltas)} deltas and {len(tensors)} tensors"
+        )
     if not tensors:
         return torch.zeros((0, COLUMNS), dtype=torch.float64)
     with torch.no_grad():
@@ -56,7 +58,7 @@ def check(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
     """Reject deltas that do not match the tensors, and numbers that have no square to add."""
     require(
         not any(t.is_complex() for t in (*tensors, *deltas)),
-        lambda: "complex tensors are not taken",
+        lambda: "tensors and deltas must be real, not complex",
     )
     require(
         not deltas
@@ -64,7 +66,7 @@ def check(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
             len(deltas) == len(tensors)
             and all(w.shape == d.shape for w, d in zip(tensors, deltas, strict=True))
         ),
-        lambda: "deltas must match tensors one to one in shape",
+        lambda: "deltas must be as many as tensors, and each of the shape of its tensor",
     )
 
 

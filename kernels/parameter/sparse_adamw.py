@@ -5,6 +5,7 @@ Memory moves in sectors of 32 bytes, so single entries cost up to 16 times their
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,29 +106,45 @@ def check(
     """Reject arguments outside the contract."""
     require(
         index.dim() == 1 and index.dtype in (torch.int32, torch.int64),
-        lambda: f"index is (k / block,) int32 or int64, not {tuple(index.shape)} {index.dtype}",
+        lambda: (
+            f"index must be (k / block,) int32 or int64, not {tuple(index.shape)} {index.dtype}"
+        ),
     )
     require(
         exp_avg.dim() == 1
         and exp_avg.shape[0] == index.shape[0] * block
         and exp_avg_sq.shape == exp_avg.shape,
-        lambda: f"the state holds {exp_avg.numel()} entries for {index.numel()} indices of {block}",
+        lambda: (
+            f"exp_avg and exp_avg_sq must hold {block} entries for each of {index.numel()} indices, "
+            f"not {tuple(exp_avg.shape)} and {tuple(exp_avg_sq.shape)}"
+        ),
     )
     require(
         exp_avg_sq.dtype == exp_avg.dtype and exp_avg.is_floating_point(),
-        lambda: f"the state has one floating dtype, not {exp_avg.dtype} and {exp_avg_sq.dtype}",
+        lambda: (
+            "exp_avg and exp_avg_sq must have one floating-point dtype, "
+            f"not {exp_avg.dtype} and {exp_avg_sq.dtype}"
+        ),
     )
     require(
         weight.is_floating_point() and grad.is_floating_point(),
-        lambda: f"weight and gradient are floating tensors, not {weight.dtype} and {grad.dtype}",
+        lambda: (
+            f"weight and grad must be floating-point tensors, not {weight.dtype} and {grad.dtype}"
+        ),
     )
     require(
         master is None or (master.shape == exp_avg.shape and master.dtype == exp_avg.dtype),
-        lambda: f"the master copy must be like the state, {tuple(exp_avg.shape)} {exp_avg.dtype}",
+        lambda: (
+            f"master must be like exp_avg, {tuple(exp_avg.shape)} {exp_avg.dtype}, "
+            f"not {tuple(master.shape)} {master.dtype}"  # type: ignore[union-attr]
+        ),
     )
     require(
         grad.shape == (exp_avg.shape if gathered else weight.shape),
-        lambda: f"a gradient of shape {tuple(grad.shape)} fits neither the weight nor the index",
+        lambda: (
+            f"grad must have the shape of weight, {tuple(weight.shape)}, or with gathered that of exp_avg, "
+            f"{tuple(exp_avg.shape)}, not {tuple(grad.shape)}"
+        ),
     )
 
 
@@ -149,12 +166,12 @@ def eager(
 ) -> None:
     check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
     rate, decay, count = lr.item(), weight_decay.item(), step.item()
-    require(count >= 1, lambda: f"step counts from 1, not {count}")
+    require(count >= 1, lambda: f"step must count from 1, and is {count}")
     if index.numel():  # before anything is written
         low, high, blocks = int(index.min()), int(index.max()), weight.numel() // block
         require(
             low >= 0 and high < blocks,
-            lambda: f"index {low if low < 0 else high} is outside [0, {blocks})",
+            lambda: f"index must be in [0, {blocks}), and {low if low < 0 else high} is not",
         )
     where = index.long()
     if block > 1:
@@ -182,22 +199,8 @@ def _chosen(tensor: Tensor, where: Tensor) -> Tensor:
     return tensor.take(where)
 
 
-def fake(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    index: Tensor,
-    lr: Tensor,
-    weight_decay: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    gathered: bool,
-    block: int,
-    master: Tensor | None,
-) -> None:
+def fake(*arguments: Any) -> None:
+    weight, grad, exp_avg, exp_avg_sq, index, *_, gathered, block, master = arguments
     check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
 
 

@@ -5,6 +5,8 @@ weight's entries. Blocks of 16 neighbouring 16-bit entries fill whole memory sec
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -71,36 +73,20 @@ def supported(weight: Tensor, grad: Tensor, state: Tensor, block: int, gathered:
     )  # fmt: skip
 
 
-def sparse_adamw_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    index: Tensor,
-    lr: Tensor,
-    weight_decay: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    gathered: bool,
-    block: int,
-    master: Tensor | None,
-) -> None:
+def sparse_adamw_(*arguments: Any) -> None:
     """The CUDA kernel of trainc::sparse_adamw_."""
+    weight, grad, exp_avg, exp_avg_sq, index, *scalars, gathered, block, master = arguments
+    lr, weight_decay, step, beta1, beta2, eps = scalars
     state = [exp_avg, exp_avg_sq, *([] if master is None else [master])]
     if not supported(weight, grad, exp_avg, block, gathered) or not all(
         t.is_contiguous() for t in state
     ):
-        operator.eager(
-            weight, grad, exp_avg, exp_avg_sq, index, lr, weight_decay, step,
-            beta1, beta2, eps, gathered, block, master,
-        )  # fmt: skip
+        operator.eager(*arguments)
         return
     operator.check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
-    scalars = coefficients(lr, weight_decay, step, beta1, beta2, weight.device)
+    factors = coefficients(lr, weight_decay, step, beta1, beta2, weight.device)
     adamw[(triton.cdiv(exp_avg.numel(), BLOCK),)](
         weight, grad.contiguous(), exp_avg, exp_avg_sq, exp_avg if master is None else master,
-        index.contiguous(), scalars, exp_avg.numel(), weight.numel() // block, beta1, beta2, eps,
+        index.contiguous(), factors, exp_avg.numel(), weight.numel() // block, beta1, beta2, eps,
         GATHERED=gathered, HAS_MASTER=master is not None, WIDTH=block, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -228,11 +228,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "many views": (
         lambda: operators.multiplicative_noise(randn(257, 2), HALF, KEY, 1, 257),
-        "views are 1 to 256, not 257",
+        "views must be 1 to 256, not 257",
     ),
     "no view": (
         lambda: operators.multiplicative_noise(randn(4, 2), HALF, KEY, 1, 0),
-        "views are 1 to 256, not 0",
+        "views must be 1 to 256, not 0",
     ),
     "a site": (
         lambda: operators.multiplicative_noise(randn(4, 2), HALF, KEY, 1 << 32, 2),
@@ -242,24 +242,27 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: operators.multiplicative_noise(
             randn(4, 2), HALF, KEY, 1, 2, first_example=torch.tensor(1.5)
         ),
-        "whole number",
+        "0-d integer tensor",
     ),
     "running statistics": (
         lambda: operators.ghost_batch_norm(randn(4, 3), zeros(2), zeros(2), training=True),
         r"running statistics must have the shape \(3,\), not \(2,\)",
     ),
-    "fewer deltas": (lambda: operators.multi_norm([randn(2)], []), "0 deltas do not match 1"),
+    "fewer deltas": (lambda: operators.multi_norm([randn(2)], []), "0 deltas and 1 tensors"),
     "complex": (lambda: operators.multi_norm([randn(2) * 1j]), "complex"),
-    "a step": (lambda: adamw(step=0), "counts from 1, not 0"),
+    "a step": (lambda: adamw(step=0), "must count from 1, and is 0"),
     "an index below": (
         lambda: adamw(index=torch.tensor([1, -1])),
-        r"index -1 is outside \[0, 16\)",
+        r"must be in \[0, 16\), and -1 is not",
     ),
     "an index above": (
         lambda: adamw(index=torch.tensor([1, 16])),
-        r"index 16 is outside \[0, 16\)",
+        r"must be in \[0, 16\), and 16 is not",
     ),
-    "two dtypes of state": (lambda: adamw(exp_avg_sq=zeros(2).double()), "one floating dtype"),
+    "two dtypes of state": (
+        lambda: adamw(exp_avg_sq=zeros(2).double()),
+        "one floating-point dtype",
+    ),
 }
 
 
@@ -272,7 +275,7 @@ def test_what_is_outside_the_contract_is_refused_by_name(what: str) -> None:
 
 def test_nothing_is_written_before_an_index_is_refused() -> None:
     master, state = torch.ones(2), torch.ones(2)
-    with pytest.raises(RuntimeError, match="outside"):
+    with pytest.raises(RuntimeError, match="index must be in"):
         adamw(index=torch.tensor([1, 99]), master=master, exp_avg=state)
     assert master.tolist() == state.tolist() == [1.0, 1.0]
 

@@ -121,12 +121,12 @@ def test_an_empty_batch_leaves_the_running_statistics() -> None:
 @pytest.mark.parametrize(
     ("shape", "size", "remainder", "message"),
     [
-        ((9, 3), 4, "error", "do not divide"),
+        ((9, 3), 4, "error", "does not divide"),
         ((8, 3), 1, "error", "no variance"),
         ((1, 3), 4, "merge_last", "no variance"),
-        ((8, 3), 4, "drop", "remainder is one of"),
-        ((8, 3), 0, "merge_last", "positive"),
-        ((8,), 4, "error", "expected a"),
+        ((8, 3), 4, "drop", "remainder must be one of"),
+        ((8, 3), 0, "merge_last", "must be at least 1"),
+        ((8,), 4, "error", "must be \\(B, C"),
     ],
 )
 def test_wrong_ghosts_are_named(

@@ -70,7 +70,7 @@ def test_backward_takes_what_forward_drew(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(noise, "normal", counted)
     gradients: list[Tensor] = []
     for limit in (1 << 20, 0):
-        monkeypatch.setattr(noise, "_kept", noise.Kept(limit))
+        monkeypatch.setattr(noise, "_kept", noise.FactorCache(limit))
         x = torch.randn(4, 3, 5, requires_grad=True)
         y = noise.multiplicative_noise(x, SIGMA, KEY, 3, 2)
         gradients += torch.autograd.grad(y, x, torch.ones_like(y))
@@ -80,7 +80,7 @@ def test_backward_takes_what_forward_drew(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_factors_are_kept_within_a_limit_and_given_out_once() -> None:
-    kept, z = noise.Kept(limit=100), torch.ones(10)
+    kept, z = noise.FactorCache(limit=100), torch.ones(10)
     for site in range(3):
         kept.keep((site,), z)
         kept.keep((site,), z)
@@ -223,9 +223,9 @@ def test_noisy_add_promotes_and_returns_gradients_in_each_dtype() -> None:
 @pytest.mark.parametrize(
     ("x", "views", "share", "message"),
     [
-        (torch.zeros(3, 2), 2, "token", "do not divide"),
-        (torch.zeros(4), 2, "token", "expected a floating"),
-        (torch.zeros(4, 2), 2, "channel", "share is one of"),
+        (torch.zeros(3, 2), 2, "token", "must divide the rows of x"),
+        (torch.zeros(4), 2, "token", "must be a floating-point"),
+        (torch.zeros(4, 2), 2, "channel", "share must be one of"),
     ],
     ids=str,
 )

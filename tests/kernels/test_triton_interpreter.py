@@ -158,7 +158,7 @@ def test_zero_sigma_is_the_identity_bit_for_bit(dtype: torch.dtype) -> None:
     from trainc.kernels.noise import triton_noise
 
     x = torch.randn(4, 3, 9).to(dtype)
-    got = triton_noise.multiplicative_noise(x, torch.tensor(0.0), KEY, 1, 2, "none")
+    got = triton_noise.multiplicative_noise(x, torch.tensor(0.0), KEY, 1, 2, "none", None)
     assert torch.equal(got, x)
 
 
