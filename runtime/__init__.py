@@ -1,1 +1,1 @@
-"""Time: a program, run one training step at a time."""
+"""Runtime: the parts of a training run, from the clock to the report."""

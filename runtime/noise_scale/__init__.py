@@ -1,1 +1,1 @@
-"""The gradient noise scale: estimators, averages, intervals, calibration, its action and its figures."""
+"""The gradient noise scale: estimators, averages, intervals, calibration, its action and its history."""

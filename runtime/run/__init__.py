@@ -1,1 +1,1 @@
-"""A run: loop, signals of the process, live display, summary."""
+"""A run: the training loop, its records, display and summary."""

@@ -116,10 +116,10 @@ class TrainingLoop:
             return
         found = find_latest(self.folder.checkpoints)
         for damage in found.damage:
-            self._event("damaged-checkpoint", f"skipped a damaged checkpoint: {damage}")
+            self._event("damaged-checkpoint", f"skipped a checkpoint: {damage}")
         if found.path is None:
             if found.damage:
-                raise DamagedCheckpoint(f"no checkpoint is intact: {found.damage[0]}")
+                raise DamagedCheckpoint(f"no checkpoint can be used: {found.damage[0]}")
             return
         state = load_checkpoint(found.path)
         notes: list[str] = []

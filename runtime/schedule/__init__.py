@@ -1,1 +1,1 @@
-"""Clock, expressions of it, schedule functions."""
+"""The clock, time spans, gates, expressions and schedules."""

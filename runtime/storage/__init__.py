@@ -1,1 +1,1 @@
-"""What is on disk: checkpoints, JSON lines, the run folder; and random streams that make resuming exact."""
+"""Files of a run: checkpoints, JSON lines, the folder; and random streams, which make resuming exact."""

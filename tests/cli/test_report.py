@@ -30,7 +30,7 @@ def row(out: str, name: str) -> list[str]:
     return re.split(r"\s{2,}", found[len(name) :].strip())
 
 
-def test_a_run_tells_its_noise_scale_and_its_layers(
+def test_a_report_has_the_noise_scale_and_its_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "a", six_steps(), PLAN)
@@ -48,7 +48,7 @@ def test_a_run_tells_its_noise_scale_and_its_layers(
     assert "of the whole model" not in out
 
 
-def test_calibrated_and_plain_runs_stand_side_by_side(
+def test_runs_with_and_without_calibration_are_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     total = {"gns.total": 15.0, "gns.total_low": 9.0, "gns.total_high": 21.0, "gns.slope": 1.5}
@@ -63,7 +63,7 @@ def test_calibrated_and_plain_runs_stand_side_by_side(
     assert row(out, "gns of the whole model") == ["15 [9, 21]", "-", "-"]
 
 
-def test_runs_that_measure_otherwise_share_a_row(
+def test_runs_that_measure_different_examples_share_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = plan(("noise_scale", "gns", {"example": "document", "level": 0.5}))

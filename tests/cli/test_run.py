@@ -121,7 +121,9 @@ def test_a_run_killed_at_several_points_ends_bit_equal(
     assert_same_run(out, straight)
 
 
-def test_sigterm_saves_and_leaves(spec: Path, straight: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_a_checkpoint_and_ends_the_run(
+    spec: Path, straight: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     assert stopped_by(signal.SIGTERM, spec, out, 9) == 143
     found = checkpoint.find_latest(out / "checkpoints")
@@ -131,7 +133,7 @@ def test_sigterm_saves_and_leaves(spec: Path, straight: Path, tmp_path: Path) ->
     assert_same_run(out, straight)
 
 
-def test_the_folder_tells_what_ran(straight: Path) -> None:
+def test_the_folder_has_spec_and_plan_of_the_run(straight: Path) -> None:
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["reason"] == "finished"
     assert summary["steps"] == 40
@@ -143,7 +145,7 @@ def test_the_folder_tells_what_ran(straight: Path) -> None:
     assert (straight / "spec.train").read_text() == SPEC
 
 
-def test_a_run_that_is_there_is_not_overwritten(spec: Path, straight: Path) -> None:
+def test_an_existing_run_is_not_overwritten(spec: Path, straight: Path) -> None:
     again = run(spec, straight)
     assert again.returncode == 1
     assert "resume" in again.stderr

@@ -137,7 +137,7 @@ def test_any_state_is_restored_bit_for_bit(
     assert str(resumed.interval_estimate()) == str(whole.interval_estimate())
 
 
-def test_an_estimate_has_weight() -> None:
+def test_a_decay_of_one_is_refused() -> None:
     for decay in (1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match="the clock has not moved"):
             Averages().add(Estimate(1.0, 2.0), decay)

@@ -1,4 +1,4 @@
-"""Policies of the batch size against their definitions, and that a resumed one decides alike."""
+"""Policies of the batch size against their definitions, also after a resume."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -77,7 +77,7 @@ def test_a_ramp_rounds_up_and_stays_between_its_ends(
     assert min(first, last) <= found / 8 <= max(first, last)
 
 
-def test_ends_that_are_no_whole_micro_batches_are_rounded_up() -> None:
+def test_ends_are_rounded_up_to_whole_micro_batches() -> None:
     made = ramp((10, 100), 16)
     assert made.start == 16
     assert made.at(Clock(tokens=10**6)) == 112
@@ -90,7 +90,7 @@ def test_a_ramp_may_fall() -> None:
     assert found == sorted(found, reverse=True)
 
 
-def test_where_a_run_is_under_a_ramp_is_counted_step_by_step() -> None:
+def test_counters_under_a_ramp_are_those_of_stepping_through_it() -> None:
     made, length = ramp(over=60_000), RunLength(100_000, "tokens")
     units = UnitConversion(16, TOKENS, 500)
     rows = counters_under_ramp(made.at, units, length, [i / 20 for i in range(21)])
@@ -105,7 +105,7 @@ def test_where_a_run_is_under_a_ramp_is_counted_step_by_step() -> None:
     assert [(r["steps"], r["samples"], r["tokens"], r["epochs"]) for r in rows] == expected
 
 
-def test_a_run_in_steps_has_its_tokens_told_too() -> None:
+def test_a_run_in_steps_has_its_tokens_counted_too() -> None:
     made = ramp(over=60_000)
     (row,) = counters_under_ramp(
         made.at, UnitConversion(16, TOKENS), RunLength(150, "steps"), [1.0]
@@ -128,7 +128,7 @@ def test_the_batch_follows_in_multiples_of_the_step() -> None:
     assert found == [16, 16, 48, 128, 128, 16]
 
 
-def test_noise_about_a_boundary_moves_nothing() -> None:
+def test_noise_around_a_boundary_changes_nothing() -> None:
     """Wanted sizes 39 and 41 round to 32 and 48; neither is a whole step from 32."""
     signal = series([32.0, 41.0, 39.0, 41.0, 47.9, 48.0, 33.0, 32.0])
     assert sizes(follow(signal, Bounds(16, 128, 16), 16), 8) == [32] * 5 + [48, 48, 32]
@@ -184,7 +184,7 @@ def test_the_rule_is_the_published_one_in_micro_batches(values: list[float]) -> 
         assert batch == size
 
 
-def test_it_looks_when_its_gate_says() -> None:
+def test_it_reads_the_signal_when_its_gate_fires() -> None:
     gate = Gate(start=TimeSpan(4, "steps"), every=TimeSpan(3, "steps"))
     signal = series([36.0, 36.0, 36.0, 36.0, 3.6, 36.0, 36.0, 7.2 * 5, 72.0])
     assert sizes(signal_noise(signal, gate), 11) == [16] * 7 + [104] * 3 + [200]

@@ -1,4 +1,4 @@
-"""What norm layers say about the whole model: slopes, their errors against known runs, and when there are none."""
+"""Calibration: slopes, their errors against simulated runs, and when they are undetermined."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def test_the_slope_is_the_quotient_of_weighted_least_squares_slopes_of_either_pa
     )
 
 
-def test_its_error_is_the_scatter_about_both_lines() -> None:
+def test_its_error_is_that_of_the_residuals_from_both_lines() -> None:
     rows = np.array(some_rows(12))
     weights = 0.9 ** np.arange(12)[::-1]
     weights /= weights.sum()
@@ -82,7 +82,7 @@ def test_an_uncertain_norm_noise_scale_widens_the_prediction() -> None:
     assert margins[1] ** 2 - margins[0] ** 2 == pytest.approx((2 / 14) ** 2, rel=1e-9)
 
 
-def test_noise_and_trends_that_both_share_do_not_count() -> None:
+def test_noise_and_trends_common_to_both_cancel() -> None:
     """Ratios that never change are sure whatever |G|^2 and tr(Sigma) do."""
     rows = [(s, n, 3 * s, 5 * n) for s, n, *_ in some_rows(8)]
     rows = [(0.5**i * s, n, 0.5**i * t, m) for i, (s, n, t, m) in enumerate(rows)]
@@ -149,7 +149,7 @@ def test_too_few_or_too_noisy_calibrations_give_no_number() -> None:
     st.floats(0.01, 100),
     st.floats(0, 10),
 )
-def test_an_interval_is_above_zero_and_holds_its_number(
+def test_an_interval_is_above_zero_and_contains_its_number(
     rows: list[Row], decay: float, norms: float, error: float
 ) -> None:
     found = calibrated(rows, decay)
@@ -161,7 +161,7 @@ def test_an_interval_is_above_zero_and_holds_its_number(
             assert math.isnan(reading.low) or (reading.low >= 0 and reading.high == math.inf)
 
 
-def test_what_is_undetermined_says_why() -> None:
+def test_an_undetermined_slope_has_a_reason() -> None:
     calibration = Calibration()
     assert calibration.slope().reason == "no calibration yet"
     assert math.isnan(calibration.correlation)

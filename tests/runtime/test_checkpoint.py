@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, whatever happens to the files."""
+"""Checkpoints: a state comes back exactly, and damaged files are found."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_a_tensor_that_is_in_two_places_is_stored_once(tmp_path: Path) -> None:
     assert torch.equal(found["head"], weight)
 
 
-def test_parts_of_one_memory_are_stored_each(tmp_path: Path) -> None:
+def test_views_of_one_memory_are_stored_separately(tmp_path: Path) -> None:
     whole = torch.arange(10.0)
     found = checkpoint.load_checkpoint(
         checkpoint.save_checkpoint(tmp_path, 1, {"low": whole[:5], "all": whole})
@@ -66,7 +66,7 @@ def test_parts_of_one_memory_are_stored_each(tmp_path: Path) -> None:
         ({"a": {1, 2}}, "is a set"),
     ],
 )
-def test_what_it_cannot_hold_is_named_and_nothing_is_left(
+def test_a_state_that_cannot_be_stored_is_refused_and_no_file_is_left(
     tmp_path: Path, state: Any, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
@@ -81,18 +81,18 @@ def save_three(folder: Path, keep: int = 3) -> list[Path]:
     ]
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     save_three(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
-def test_the_newest_is_found(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_found(tmp_path: Path) -> None:
     save_three(tmp_path)
     found = checkpoint.find_latest(tmp_path)
     assert (found.step, found.damage) == (3, ())
 
 
-def test_no_folder_has_no_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.find_latest(tmp_path / "nowhere") == checkpoint.FoundCheckpoint(None, 0, ())
 
 
@@ -104,7 +104,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("name", [checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "empty"])
-def test_a_damaged_file_is_named_and_the_one_before_is_used(
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     tmp_path: Path, name: str, harm: str
 ) -> None:
     victim = save_three(tmp_path)[-1] / name
@@ -123,7 +123,7 @@ def test_a_damaged_file_is_named_and_the_one_before_is_used(
         checkpoint.load_checkpoint(tmp_path / "step-00000003")
 
 
-def test_no_harm_to_a_manifest_goes_unseen(tmp_path: Path) -> None:
+def test_any_damage_to_a_manifest_is_found(tmp_path: Path) -> None:
     manifest = save_three(tmp_path)[-1] / checkpoint.MANIFEST
     intact = manifest.read_bytes()
     for at in range(len(intact)):
@@ -133,15 +133,19 @@ def test_no_harm_to_a_manifest_goes_unseen(tmp_path: Path) -> None:
         assert checkpoint.find_latest(tmp_path).step == 2, f"byte {at}"
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [1, 99])
+def test_another_format_is_refused(tmp_path: Path, number: int) -> None:
     path = save_three(tmp_path)[-1]
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(DamagedCheckpoint, match="has format 99"):
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"format": number}))
+    with pytest.raises(
+        DamagedCheckpoint,
+        match=f"has format {number}, this version of trainc reads {checkpoint.FORMAT}: resume",
+    ):
         checkpoint.load_checkpoint(path)
 
 
-def test_what_a_kill_left_behind_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_does_not_count_and_is_removed(tmp_path: Path) -> None:
     save_three(tmp_path)
     half = tmp_path / ".writing-4"
     half.mkdir()
@@ -162,7 +166,7 @@ def test_a_step_saved_again_replaces_a_damaged_one(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003-1"]
 
 
-def test_a_failed_save_leaves_the_ones_before(
+def test_a_failed_save_leaves_the_checkpoints_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_three(tmp_path)

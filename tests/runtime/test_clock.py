@@ -32,7 +32,7 @@ def fired(gate: Gate, batches: list[int]) -> list[int]:
     return [clock.steps for clock in clocks(batches) if gate.fires(clock)]
 
 
-def test_it_counts_five_ways() -> None:
+def test_the_clock_has_five_counters() -> None:
     clock = Clock(samples_per_epoch=64)
     clock.advance(samples=32, tokens=320, seconds=0.25)
     clock.advance(samples=16, tokens=160, seconds=0.25)
@@ -45,7 +45,7 @@ def test_it_counts_five_ways() -> None:
     }
 
 
-def test_its_state_is_json_and_restores_the_clock_before_too() -> None:
+def test_its_state_is_json_and_restores_the_clock_one_step_ago_too() -> None:
     clock = clocks([3, 4, 5])[-1]
     copy = Clock(samples_per_epoch=100)
     copy.load_state_dict(json.loads(json.dumps(clock.state_dict())))
@@ -115,7 +115,7 @@ def test_progress_ends_at_one() -> None:
     assert [length.done(clock) for clock in seen] == [False, False, False, True]
 
 
-def test_a_gate_in_steps_is_due_at_the_start_and_every_n() -> None:
+def test_a_gate_in_steps_fires_at_the_start_and_every_n() -> None:
     assert fired(Gate(every=TimeSpan(3, "steps")), [1] * 9) == [0, 3, 6, 9]
 
 
@@ -124,21 +124,21 @@ def test_a_gate_counts_from_its_start_and_ends_before_its_stop() -> None:
     assert fired(gate, [1] * 12) == [2, 5]
 
 
-def test_a_gate_without_bounds_is_always_due() -> None:
+def test_a_gate_without_bounds_always_fires() -> None:
     assert fired(Gate(), [1] * 3) == [0, 1, 2, 3]
 
 
-def test_a_gate_in_samples_is_due_when_a_multiple_is_crossed() -> None:
+def test_a_gate_in_samples_fires_when_a_multiple_is_crossed() -> None:
     # Samples before each step: 0 4 8 12 32 52 54
     assert fired(Gate(every=TimeSpan(10, "samples")), [4, 4, 4, 20, 20, 2]) == [0, 3, 4, 5]
 
 
-def test_a_gate_in_parts_of_an_epoch_is_due_on_the_step_of_the_multiple() -> None:
+def test_a_gate_in_fractions_of_an_epoch_fires_on_the_step_of_the_multiple() -> None:
     # 0.1 epochs are 10 samples; 0.3 / 0.1 is below 3 in floating point.
     assert fired(Gate(every=TimeSpan(0.1, "epochs")), [5] * 8) == [0, 2, 4, 6, 8]
 
 
-def test_a_gate_with_a_start_in_another_unit_is_due_at_the_start() -> None:
+def test_a_gate_with_a_start_in_another_unit_fires_at_the_start() -> None:
     units = UnitConversion(samples_per_step=10, samples_per_epoch=100)
     gate = Gate.resolve(units, None, TimeSpan(0.5, "epochs"), None, TimeSpan(2, "steps"))
     assert fired(gate, [10] * 9) == [5, 7, 9]
@@ -161,7 +161,7 @@ def test_a_gate_is_json_both_ways() -> None:
     start=st.integers(0, 200),
     every=st.integers(1, 120),
 )
-def test_a_gate_is_due_once_for_all_multiples_a_step_crosses(
+def test_a_gate_fires_once_for_all_multiples_a_step_crosses(
     batches: list[int], start: int, every: int
 ) -> None:
     gate = Gate(TimeSpan(start, "samples"), None, TimeSpan(every, "samples"))

@@ -51,7 +51,7 @@ def test_a_loss_scale_cancels() -> None:
 
 
 @pytest.mark.parametrize("q", [1.0, 1.0 + 1e-7, 1.0 - 1e-8, 0.0, math.nan])
-def test_one_example_tells_nothing(q: float) -> None:
+def test_one_example_gives_no_estimate(q: float) -> None:
     assert all(map(math.isnan, noise_scale_from_contributions(0.3, 0.5, q)))
     assert all(map(math.isnan, noise_scale(0.3, 0.5, 4, 4)))
 
@@ -77,7 +77,7 @@ def test_groups_of_one_are_examples_bit_for_bit(s1: float, batch: float, q: floa
     assert plain == ((batch - s1) / (1 - q), (s1 / q - batch) / (1 - q))
 
 
-def test_groups_weigh_no_less_than_their_examples() -> None:
+def test_the_weight_of_a_group_is_at_least_that_of_its_examples() -> None:
     for examples in (0.3, 0.0, -0.1):
         with pytest.raises(ValueError, match=r"sum of w_b\^2 over single examples"):
             noise_scale_from_contributions(0.3, 0.5, 0.25, examples)
@@ -143,7 +143,7 @@ def micro_batch(names: dict[str, slice], each: torch.Tensor, weights: torch.Tens
 
 
 @given(divisions, st.integers(0, 1000), st.booleans())
-def test_no_division_into_micro_batches_and_ranks_changes_a_figure(
+def test_the_division_into_micro_batches_and_ranks_changes_no_estimate(
     division: list[list[int]], seed: int, averaged: bool
 ) -> None:
     """`division` holds every rank's micro-batch sizes; the exchange averages gradients or sums."""

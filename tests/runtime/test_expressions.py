@@ -51,7 +51,7 @@ def test_a_comparison_with_nan_is_false(op: str) -> None:
     assert not holds([op, number(1), name("loss")], loss=NAN)
 
 
-def test_is_nan_sees_nan_and_only_nan() -> None:
+def test_is_nan_holds_for_nan_only() -> None:
     assert holds(["is", name("loss"), "nan"], loss=NAN)
     assert not holds(["is", name("loss"), "nan"], loss=math.inf)
 
@@ -74,12 +74,12 @@ def test_a_batch_is_bounded_in_samples_or_in_tokens() -> None:
     assert values(in_tokens, batch=32)[0] == 50
 
 
-def test_a_number_is_no_condition() -> None:
+def test_a_number_is_not_a_condition() -> None:
     with pytest.raises(ValueError, match="expected a condition such as"):
         compile_condition(number(1), UNITS, LENGTH)
 
 
-def test_names_lists_what_an_expression_reads() -> None:
+def test_names_read_are_the_signals_of_an_expression() -> None:
     expression = [
         "and",
         [">", name("gns"), ["*", number(2), name("batch")]],

@@ -13,7 +13,7 @@ from trainc.runtime.noise_scale.history import (
 )
 
 
-def test_clauses_are_those_of_the_plan_whatever_their_label() -> None:
+def test_clauses_are_those_of_the_plan_under_any_label() -> None:
     records = [step(1, figures("early", 1.0), figures("late", 2.0), {"norm": 3.0})]
     written = plan(
         ("observe", "norm", {}),
@@ -44,7 +44,7 @@ def test_undetermined_intervals_begin_at_the_step_before() -> None:
     assert read_history(empty, "gns", "step").bounded == [False, False]
 
 
-def test_a_run_is_counted_in_tokens_samples_or_steps() -> None:
+def test_a_run_is_drawn_over_tokens_samples_or_steps() -> None:
     evaluation = {"step": 2, "eval_loss": 1.0}
     assert choose_counter([step(1), step(2), evaluation]) == "tokens"
     assert choose_counter([step(1, tokens=1), step(2, tokens=1)]) == "samples"

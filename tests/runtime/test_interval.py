@@ -1,4 +1,4 @@
-"""Student's quantile against tables, and the interval of a ratio against what defines it."""
+"""Student's quantile against tables, and the interval of a ratio against its definition."""
 
 import math
 from itertools import pairwise
@@ -30,7 +30,7 @@ def test_students_quantiles(level: float, dof: float, expected: float) -> None:
     assert student_t_quantile(level, dof) == pytest.approx(expected, abs=5e-4)
 
 
-def test_students_quantile_where_one_form_takes_over_and_where_there_is_none() -> None:
+def test_students_quantile_is_smooth_between_its_two_forms_and_infinite_below_one_degree() -> None:
     values = [student_t_quantile(0.99, nu) for nu in (97, 98, 99, 100, 101)]
     steps = [a - b for a, b in pairwise(values)]
     assert max(steps) < 1.1 * min(steps)
@@ -77,7 +77,7 @@ def test_the_interval_holds_the_ratios_that_fieller_does_not_reject(
         assert low <= n / s <= high or n / s == pytest.approx(low) or n / s == pytest.approx(high)
 
 
-def test_an_exact_estimate_has_no_interval_to_speak_of() -> None:
+def test_an_exact_estimate_has_an_interval_without_width() -> None:
     exact = Uncertainty(0.0, 0.0, 0.0)
     assert ratio_interval(Estimate(2.0, 8.0), exact) == (4.0, 4.0)
     assert ratio_interval(Estimate(0.0, 8.0), exact) == (0.0, math.inf)

@@ -129,7 +129,7 @@ def by_hand(gradients: Tensor, weights: Tensor, groups: list[list[int]]) -> Jack
     st.lists(st.lists(st.floats(0.1, 5), min_size=1, max_size=3), min_size=3, max_size=6),
     st.integers(0, 1000),
 )
-def test_it_is_leaving_out_by_hand(lengths: list[list[float]], seed: int) -> None:
+def test_it_equals_leaving_out_by_hand(lengths: list[list[float]], seed: int) -> None:
     weights = torch.tensor([length for group in lengths for length in group], dtype=torch.float64)
     weights /= weights.sum()
     each = known.gradients(1, len(weights), seed)[0]

@@ -1,4 +1,4 @@
-"""JSON lines: exact, and cut where a resumed run goes on."""
+"""JSON lines: exact, and cut where a resumed run continues."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def test_a_number_reads_back_exactly(number: float) -> None:
     assert math.copysign(1, found) == math.copysign(1, number) or math.isnan(number)
 
 
-def test_what_json_lacks_is_a_string(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_strings(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     writer = JsonlWriter(path)
     writer.write({"step": 1, "a": math.nan, "b": math.inf, "c": {"d": -math.inf}})
@@ -56,7 +56,7 @@ def test_a_half_written_line_is_cut(tmp_path: Path, tail: bytes) -> None:
     assert path.read_bytes() == whole
 
 
-def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\noops\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2: expected a JSON object"):

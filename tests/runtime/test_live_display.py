@@ -1,4 +1,4 @@
-"""The display: what it shows live, in a pseudo-terminal, and as plain lines."""
+"""The display: live in a pseudo-terminal, and plain lines."""
 
 import io
 import math
@@ -54,7 +54,7 @@ def plain(total: float = 200, interval: float = 10.0) -> tuple[LiveDisplay, io.S
     return LiveDisplay(total, "steps", console=console, interval=interval, clock=ticks), text, ticks
 
 
-def test_what_is_no_terminal_gets_plain_lines_now_and_then() -> None:
+def test_without_a_terminal_there_are_plain_lines_from_time_to_time() -> None:
     display, text, ticks = plain()
     display.start()
     for step in range(1, 41):
@@ -70,7 +70,7 @@ def test_what_is_no_terminal_gets_plain_lines_now_and_then() -> None:
     )
 
 
-def test_noise_scales_are_found_by_what_comes_with_them() -> None:
+def test_noise_scales_are_found_by_the_figures_recorded_with_them() -> None:
     display, _, _ = plain()
     parts = {"signal": 1.0, "noise": 12.0, "low": 8.6, "high": 25.2}
     early = {"early": 12.0, **{f"early.{name}": value for name, value in parts.items()}}
@@ -97,7 +97,7 @@ def test_a_note_is_not_read_as_markup() -> None:
     assert "[red]x[/red]" in text.getvalue()
 
 
-def test_time_left_is_reckoned_from_where_this_process_began() -> None:
+def test_the_time_left_is_estimated_from_where_this_process_began() -> None:
     display, _, ticks = plain()
     assert display.remaining() == math.inf
     display.start(100)

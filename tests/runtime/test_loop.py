@@ -24,7 +24,7 @@ def test_the_fake_program_is_a_program() -> None:
     assert isinstance(ReportingProgram(), ReportsSteps)
 
 
-def test_a_run_leaves_what_the_docs_say(whole: Path) -> None:
+def test_a_run_writes_the_documented_files(whole: Path) -> None:
     records = read_jsonl(whole / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 21))
     assert [r["step"] for r in records if "eval_loss" in r] == [4, 8, 12, 16, 20]
@@ -65,7 +65,7 @@ def test_a_run_is_not_overwritten(whole: Path, tmp_path: Path) -> None:
     assert (tmp_path / "previous-2").is_dir()
 
 
-def test_a_folder_takes_one_run_at_a_time(tmp_path: Path) -> None:
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     program = FakeProgram()
 
     def stop() -> str | None:
@@ -95,7 +95,7 @@ def test_a_non_finite_loss_stops_the_run_and_saves_nothing(tmp_path: Path) -> No
     assert json.loads((tmp_path / "summary.json").read_text())["loss"] == "nan"
 
 
-def test_a_non_finite_loss_may_be_lived_with(tmp_path: Path) -> None:
+def test_a_run_may_continue_after_a_non_finite_loss(tmp_path: Path) -> None:
     program = FakeProgram(nan_at=11)
     program.settings = replace(program.settings, on_nan="continue")
     assert run(tmp_path, program).reason == "finished"
@@ -114,7 +114,7 @@ def test_a_rule_ends_the_run_after_its_step(whole: Path, tmp_path: Path) -> None
     assert steps == list(range(1, 15))
 
 
-def test_a_refused_update_leaves_a_checkpoint_of_the_weights_before_it(tmp_path: Path) -> None:
+def test_a_refused_update_saves_the_weights_before_it(tmp_path: Path) -> None:
     class Careful(FakeProgram):
         def step(self, micro_batches: Any) -> dict[str, float]:
             if self.clock.steps == 8:
@@ -158,7 +158,7 @@ def test_a_program_can_report_series_and_notes(tmp_path: Path) -> None:
     assert [r["message"] for r in told if r["event"] == "note"] == ["step three"]
 
 
-def test_a_failure_is_on_record_and_closes_the_files(tmp_path: Path) -> None:
+def test_a_failure_is_recorded_and_closes_the_files(tmp_path: Path) -> None:
     class Broken(FakeProgram):
         def step(self, micro_batches: Any) -> dict[str, float]:
             if self.clock.steps == 7:

@@ -75,7 +75,7 @@ def test_a_noise_scale_over_a_run(tmp_path: Path) -> None:
     assert {(800, 2), (800, 8), (3200, 5), (3200, 20), (4000, 10), (4000, 40)} <= corners(axes)
 
 
-def test_an_end_that_nothing_bounds_is_an_arrow_and_fills_nothing(tmp_path: Path) -> None:
+def test_an_unbounded_end_is_an_arrow_and_fills_nothing(tmp_path: Path) -> None:
     ends = [(0.0, math.inf), (0.0, 12.0), (5.0, math.inf), (4.0, 16.0)]
     records = [step(n, figures("gns", 8.0, *end)) for n, end in enumerate(ends, 1)]
     axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
@@ -88,7 +88,7 @@ def test_an_end_that_nothing_bounds_is_an_arrow_and_fills_nothing(tmp_path: Path
     assert max(y for _, y in corners(axes)) == 16
 
 
-def test_a_bound_without_a_scale_is_drawn(tmp_path: Path) -> None:
+def test_a_bound_without_a_noise_scale_is_drawn(tmp_path: Path) -> None:
     records = [step(n, figures("gns", NAN, 310.0, math.inf, signal=-1.0)) for n in (1, 2)]
     axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
     assert line(axes, "_gns low")[1] == [310, 310]
@@ -96,7 +96,7 @@ def test_a_bound_without_a_scale_is_drawn(tmp_path: Path) -> None:
     assert axes.get_ylim()[1] > 310
 
 
-def test_intervals_widen_the_panel_so_far_and_no_farther(tmp_path: Path) -> None:
+def test_intervals_extend_the_axis_by_a_limited_factor(tmp_path: Path) -> None:
     def limits(folder: str, low: float, high: float) -> tuple[float, float]:
         records = [step(n, figures("gns", 8.0, low, high)) for n in (1, 2, 3)]
         title = "Noise scale gns and batch size"
@@ -127,7 +127,7 @@ def test_the_whole_model_is_drawn_with_its_own_interval(tmp_path: Path) -> None:
     )
 
 
-def test_what_was_measured_of_the_whole_model_stands_beside_what_is_predicted(
+def test_calibrations_of_the_whole_model_are_drawn_beside_the_prediction(
     tmp_path: Path,
 ) -> None:
     point = {"gns.point": 1.0, "gns.point_total": 40.0}
@@ -175,7 +175,7 @@ def test_steps_whose_loss_or_gradient_was_not_finite_are_marked_and_leave_a_gap(
     assert values.mask[0].tolist() == [False, True, True, False, False, False, False]
 
 
-def test_a_noise_scale_not_known_yet_is_no_gradient_that_is_not_finite(tmp_path: Path) -> None:
+def test_steps_before_the_first_estimate_are_not_marked_as_non_finite(tmp_path: Path) -> None:
     early = figures("gns", NAN, signal=NAN, noise=NAN)
     records = [step(1, early), step(2, early), step(3, figures("gns", 2.0))]
     axes = drawn("Noise scale gns and batch size", write_run(tmp_path / "a", records, PLAN))
@@ -219,7 +219,7 @@ def test_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     assert names(axes) == ["a batch size", "b batch size", "a gns", "b gns"]
 
 
-def test_a_scale_that_is_never_determined_is_drawn(tmp_path: Path) -> None:
+def test_a_noise_scale_that_is_never_determined_is_drawn(tmp_path: Path) -> None:
     layers = {"gns": {"a": NAN, "b": NAN}}
     records = [step(n, figures("gns", NAN, signal=NAN), series=layers) for n in (1, 2, 3)]
     run = write_run(tmp_path / "a", records, PLAN)
@@ -249,7 +249,7 @@ def test_layers_are_a_map_in_the_order_of_the_model(tmp_path: Path) -> None:
     assert bar.get_ylabel() == "samples"
 
 
-def test_layers_at_the_end_have_intervals_and_arrows_where_nothing_bounds_them(
+def test_layers_at_the_end_have_intervals_with_arrows_where_they_have_no_bound(
     tmp_path: Path,
 ) -> None:
     known = {
@@ -280,7 +280,7 @@ def test_layers_at_the_end_have_intervals_and_arrows_where_nothing_bounds_them(
     assert not [p.title for p in list_panels(read_runs([run])) if "gns.low" in p.title]
 
 
-def test_layers_that_nothing_bounds_have_no_picture_at_the_end(tmp_path: Path) -> None:
+def test_layers_without_any_bound_have_no_panel_at_the_end(tmp_path: Path) -> None:
     for low, high in ((0.0, math.inf), (NAN, NAN)):
         series = {"gns": NAN, "gns.low": low, "gns.high": high}
         layers = {name: dict.fromkeys("ab", value) for name, value in series.items()}
@@ -289,7 +289,7 @@ def test_layers_that_nothing_bounds_have_no_picture_at_the_end(tmp_path: Path) -
         assert titles == ["Noise scale gns by layer"]
 
 
-def test_numbers_beside_the_colours_have_room(tmp_path: Path) -> None:
+def test_labels_of_the_colour_scale_do_not_overlap(tmp_path: Path) -> None:
     for count in (2, 5, 30):
         layers = {str(i): 10.0 ** (6 * i / (count - 1) - 3) for i in range(count)}
         run = write_run(
@@ -304,7 +304,7 @@ def test_numbers_beside_the_colours_have_room(tmp_path: Path) -> None:
         assert min(apart) > 0.15
 
 
-def test_a_hundred_layers_are_named_and_more_now_and_then(tmp_path: Path) -> None:
+def test_a_hundred_layers_are_named_and_of_more_only_some(tmp_path: Path) -> None:
     for count, named in ((100, 100), (300, 100)):
         layers = {f"blocks.{i}": 1.0 + i for i in range(count)}
         records = [step(n, figures("gns", 1.0), series={"gns": layers}) for n in (1, 2)]
@@ -373,7 +373,7 @@ def test_calibration_is_drawn_with_the_line_and_its_interval(tmp_path: Path) -> 
     assert axes.get_ylim() == pytest.approx((0, 1.1 * 14))
 
 
-def test_calibrations_that_span_decades_are_drawn_on_logarithms(tmp_path: Path) -> None:
+def test_calibrations_over_decades_have_logarithmic_axes(tmp_path: Path) -> None:
     points = [(0.1, 0.5), (1.0, 2.0), (30.0, 50.0)]
     axes = calibrated(tmp_path / "a", points, SLOPE)
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -384,7 +384,7 @@ def test_calibrations_that_span_decades_are_drawn_on_logarithms(tmp_path: Path) 
     assert x == pytest.approx([0.1 / 1.5, 30 * 1.5])
 
 
-def test_the_prediction_at_the_end_stands_among_what_was_measured(tmp_path: Path) -> None:
+def test_the_prediction_at_the_end_is_among_the_calibrations(tmp_path: Path) -> None:
     total = whole(4.0, math.inf, 6.0)
     axes = calibrated(tmp_path / "a", POINTS, SLOPE, total)
     assert line(axes, "predicted at the end") == ([4], [6])
@@ -401,7 +401,7 @@ def ends_of(axes: Axes) -> tuple[list[float], list[float]]:
     return [x for x, _ in data[0]], [y for _, y in data[0]]
 
 
-def test_the_line_is_that_of_the_last_calibration_that_measured_something(tmp_path: Path) -> None:
+def test_the_line_is_that_of_the_last_calibration_with_an_estimate(tmp_path: Path) -> None:
     records = [
         step(1, figures("gns", 4.0), SLOPE, {"gns.point": 2.0, "gns.point_total": 3.0}),
         step(2, figures("gns", NAN, signal=NAN), SLOPE | {"gns.slope": NAN, "gns.slope_low": 9.0}),
@@ -412,7 +412,7 @@ def test_the_line_is_that_of_the_last_calibration_that_measured_something(tmp_pa
     assert names(axes) == ["measured", "slope 1.5", "90% interval, 1.2 to 1.8"]
 
 
-def test_a_slope_that_nothing_bounds_has_arrows(tmp_path: Path) -> None:
+def test_a_slope_without_a_bound_has_arrows(tmp_path: Path) -> None:
     from_below = {"gns.slope": 1.5, "gns.slope_low": 1.2, "gns.slope_high": math.inf}
     axes = calibrated(tmp_path / "a", POINTS, from_below)
     assert names(axes)[-1] == "90% interval, above 1.2"

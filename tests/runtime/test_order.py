@@ -1,4 +1,4 @@
-"""Which samples a step sees."""
+"""The order of samples, and reading them."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ def test_every_epoch_sees_every_sample_once(samples: int, batches: list[int]) ->
 
 
 @given(samples=st.integers(1, 60), first=st.integers(0, 500), count=st.integers(0, 100))
-def test_a_batch_is_a_function_of_where_it_begins(samples: int, first: int, count: int) -> None:
+def test_a_batch_is_a_function_of_its_first_sample(samples: int, first: int, count: int) -> None:
     sequential = Order(3, samples).indices(0, first + count)
     assert Order(3, samples).indices(first, count) == sequential[first:]
 

@@ -79,7 +79,7 @@ def positions(axes: Axes, label: str) -> list[float]:
     return [float(at) for at in np.asarray(found.get_xdata())]
 
 
-def test_all_panels_along_a_run_have_the_same_axis(tmp_path: Path) -> None:
+def test_all_panels_over_a_run_have_the_same_axis(tmp_path: Path) -> None:
     axes = fill(growing(tmp_path / "a"))
     at = [800, 1600, 3200, 4800, 8000, 11200]
     assert positions(axes["Loss"], "training") == at
@@ -92,7 +92,7 @@ def test_all_panels_along_a_run_have_the_same_axis(tmp_path: Path) -> None:
     assert axes["Noise scale gns by layer"].get_xlim() == (0, 11200)
 
 
-def test_runs_share_what_they_count_in(tmp_path: Path) -> None:
+def test_runs_are_drawn_over_a_counter_that_all_have(tmp_path: Path) -> None:
     text, images = growing(tmp_path / "text"), growing(tmp_path / "images", tokens=1)
     assert {one.get_xlabel() for one in fill(images).values()} == {"samples"}
     both = fill(text, images)
@@ -104,7 +104,7 @@ def test_runs_share_what_they_count_in(tmp_path: Path) -> None:
     assert fill(text, steps)["Loss"].get_xlim()[1] == pytest.approx(303)
 
 
-def test_counts_are_marked_at_whole_numbers(tmp_path: Path) -> None:
+def test_ticks_of_counts_are_integers(tmp_path: Path) -> None:
     for steps in (1, 2, 3, 5, 30, 3000):
         axes = fill(record_run(tmp_path / str(steps), steps=steps))["Loss"]
         ticks = axes.get_xticks()
@@ -158,7 +158,7 @@ def test_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     assert draw(runs, tmp_path / "both.png").read_bytes().startswith(PNG)
 
 
-def test_a_run_that_measured_little_is_drawn_too(tmp_path: Path) -> None:
+def test_a_run_with_few_records_is_drawn_too(tmp_path: Path) -> None:
     folder = tmp_path / "short"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')

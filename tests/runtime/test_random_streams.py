@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from trainc.runtime.storage.random_streams import derive_seed, permutation, seed_data, seed_step
 
 
-def test_derive_gives_these_numbers_for_ever() -> None:
+def test_derived_seeds_never_change() -> None:
     # Changing them would change every run that is resumed with a newer version.
     assert derive_seed(7) == 0x6A7D81F300F283B
     assert derive_seed(7, "order", 3) == 0xA8EF3E18F1222795
 
 
-def test_derive_keeps_its_parts_apart() -> None:
+def test_derived_seeds_differ_by_the_parts_of_the_purpose() -> None:
     found = {
         derive_seed(1, "a", 2),
         derive_seed(1, "a", 3),
@@ -36,14 +36,14 @@ def test_an_order_is_a_permutation(seed: int, epoch: int, n: int) -> None:
 
 
 @given(st.data(), st.integers(1, 500))
-def test_any_part_of_an_order_is_that_part(data: st.DataObject, n: int) -> None:
+def test_a_slice_of_an_order_is_that_of_the_full_order(data: st.DataObject, n: int) -> None:
     start = data.draw(st.integers(0, n))
     count = data.draw(st.integers(0, n - start))
     whole = permutation(3, 1, n, 0, n)
     assert (permutation(3, 1, n, start, count) == whole[start : start + count]).all()
 
 
-def test_a_part_of_a_huge_order_is_found_at_once() -> None:
+def test_a_slice_of_a_huge_order_is_computed_directly() -> None:
     n = 10**15
     found = permutation(1, 0, n, n - 1000, 1000)
     assert len(set(found.tolist())) == 1000
@@ -52,13 +52,13 @@ def test_a_part_of_a_huge_order_is_found_at_once() -> None:
     assert abs(found.mean() / n - 0.5) < 5 / np.sqrt(12 * 1000)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_different_orders() -> None:
     orders = {tuple(permutation(seed, epoch, 20, 0, 20)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_every_order_of_a_few_is_as_likely(n: int) -> None:
+def test_all_orders_of_a_small_set_are_equally_likely(n: int) -> None:
     draws = 4800
     found = Counter(tuple(permutation(seed, 0, n, 0, n)) for seed in range(draws))
     kinds = {2: 2, 3: 6, 4: 24}[n]

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or signalled goes on as if nothing had happened."""
+"""A run that is stopped, killed or signalled continues bit for bit."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ def test_another_seed_is_another_run(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4, 6, 9, 12, 13, 19, 20])
-def test_a_run_that_was_interrupted_goes_on_bit_for_bit(
+def test_an_interrupted_run_continues_bit_for_bit(
     whole: Path, tmp_path: Path, stop_after: int
 ) -> None:
     first = run(tmp_path, stop_after=stop_after)
@@ -53,16 +53,14 @@ def script(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("step", [3, 11, 18])
-def test_a_run_that_was_killed_goes_on_bit_for_bit(whole: Path, tmp_path: Path, step: int) -> None:
+def test_a_killed_run_continues_bit_for_bit(whole: Path, tmp_path: Path, step: int) -> None:
     assert script(tmp_path, "--kill-at", str(step)).returncode == -signal.SIGKILL
     assert run(tmp_path, resume=True).reason == "finished"
     assert_equal_runs(whole, tmp_path)
 
 
 @pytest.mark.parametrize("call", [0, 3, 4, 6, 8])
-def test_a_kill_in_the_midst_of_saving_costs_nothing(
-    whole: Path, tmp_path: Path, call: int
-) -> None:
+def test_a_kill_while_saving_loses_no_checkpoint(whole: Path, tmp_path: Path, call: int) -> None:
     # A save reaches the disk five times: three files, their folder and, renamed, its parent.
     assert script(tmp_path, "--kill-in-save", str(call)).returncode == -signal.SIGKILL
     expected = 0 if call < 4 else 6 if call < 9 else 12
@@ -76,7 +74,7 @@ def test_a_kill_in_the_midst_of_saving_costs_nothing(
     ("number", "reason", "status"),
     [(signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)],
 )
-def test_a_signal_saves_and_leaves(
+def test_a_signal_saves_a_checkpoint_and_ends_the_run(
     tmp_path: Path, number: signal.Signals, reason: str, status: int
 ) -> None:
     command = [sys.executable, "-P", str(fake.__file__), str(tmp_path), "--slow"]
@@ -96,9 +94,7 @@ def test_a_signal_saves_and_leaves(
     assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["step"] == summary["steps"]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_a_run_skips_a_damaged_checkpoint_and_names_it(whole: Path, tmp_path: Path) -> None:
     run(tmp_path, stop_after=13)
     victim = tmp_path / "checkpoints/step-00000013" / checkpoint.TENSORS
     victim.write_bytes(victim.read_bytes()[:-1])
@@ -117,12 +113,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: P
     run(tmp_path, stop_after=3)
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "checkpoints/step-00000003" / checkpoint.STATE).unlink()
-    with pytest.raises(DamagedCheckpoint, match="no checkpoint is intact"):
+    with pytest.raises(DamagedCheckpoint, match="no checkpoint can be used"):
         run(tmp_path, resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(whole: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_a_stop_prevented_is_made_on_resume(whole: Path, tmp_path: Path) -> None:
     run(tmp_path, stop_after=8)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert "eval_loss" in lines[-1]

@@ -1,4 +1,4 @@
-"""Schedules: closed forms, what joins them, and what is refused."""
+"""Schedules: closed forms, `then`, and what is refused."""
 
 import math
 import subprocess
@@ -48,11 +48,11 @@ def test_warmup_can_rise_from_another_value() -> None:
     assert found[:10] == pytest.approx([0.5 + 0.5 * (t + 1) / 10 for t in range(10)])
 
 
-def test_warmup_over_nothing_is_nothing() -> None:
+def test_a_warmup_of_length_zero_has_no_effect() -> None:
     assert set(values(call("warmup", steps(0)))) == {1.0}
 
 
-def test_warmup_then_cosine_is_the_usual_recipe() -> None:
+def test_warmup_then_cosine_is_the_usual_schedule() -> None:
     found = values(["*", number(3e-4), WARM_COSINE])
     for t, value in enumerate(found):
         fall = 0.1 + 0.9 * (1 + math.cos(math.pi * (t - 10) / 190)) / 2
@@ -61,7 +61,7 @@ def test_warmup_then_cosine_is_the_usual_recipe() -> None:
     assert found[9] == found[10] == 3e-4
 
 
-def test_linear_and_cosine_end_where_they_should_and_stay() -> None:
+def test_linear_and_cosine_end_at_their_value_and_stay() -> None:
     for shape in ("linear", "cosine", "exponential"):
         found = values(call(shape, to=number(0.25), over=steps(50)))
         assert found[0] == 1
@@ -71,7 +71,7 @@ def test_linear_and_cosine_end_where_they_should_and_stay() -> None:
     assert values(call("exponential", to=number(0.01)))[100] == pytest.approx(0.1)
 
 
-def test_a_decay_can_begin_elsewhere() -> None:
+def test_a_decay_can_begin_at_another_value() -> None:
     found = values(call("linear", to=number(0), from_=number(4)))
     assert found[0] == 4
     assert found[150] == pytest.approx(1)
@@ -108,7 +108,7 @@ def test_inverse_sqrt_is_the_transformer_rule() -> None:
     assert found[150] == pytest.approx(math.sqrt(50 / 150))
 
 
-def test_then_joins_more_than_two_either_way() -> None:
+def test_then_joins_more_than_two_with_either_grouping() -> None:
     a = call("warmup", steps(10))
     b = call("constant", over=steps(100))
     c = call("linear", to=number(0))
@@ -118,14 +118,14 @@ def test_then_joins_more_than_two_either_way() -> None:
     assert left[155] == pytest.approx(0.5)
 
 
-def test_a_scaled_piece_ends_where_the_piece_ends() -> None:
+def test_a_scaled_schedule_ends_where_the_schedule_ends() -> None:
     scaled = ["then", ["*", number(2), call("warmup", steps(10))], ["*", number(2), call("cosine")]]
     assert values(scaled) == values(
         ["*", number(2), ["then", call("warmup", steps(10)), call("cosine")]]
     )
 
 
-def test_depth_and_blocks_come_from_the_mapping() -> None:
+def test_depth_and_blocks_come_from_the_values() -> None:
     falling = ["*", number(1.2), ["-", number(1), name("depth")]]
     assert values(falling, depth=0.25)[0] == pytest.approx(0.9)
     deep = call("linear", to=name("depth"))
@@ -180,9 +180,7 @@ def test_a_schedule_does_not_depend_on_its_units(length: RunLength, unit: Unit, 
     shape=st.sampled_from(["cosine", "linear"]),
     unit=st.sampled_from(["samples", "tokens", "steps"]),
 )
-def test_a_decay_takes_over_where_the_warmup_ends(
-    warm: int, to: float, shape: str, unit: Unit
-) -> None:
+def test_a_decay_begins_where_the_warmup_ends(warm: int, to: float, shape: str, unit: Unit) -> None:
     length = RunLength(UNITS.convert(LENGTH, unit), unit)
     schedule = compile_schedule(
         ["then", call("warmup", steps(warm)), call(shape, to=number(to))], UNITS, length
@@ -265,7 +263,7 @@ def test_counters_of_a_run_without_a_known_batch_have_blanks() -> None:
         (call("exponential", to=number(0)), "expected a number above zero"),
     ],
 )
-def test_it_refuses_with_a_sentence(expression: Any, said: str) -> None:
+def test_an_impossible_schedule_is_refused_with_a_sentence(expression: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         values(expression)
 

@@ -1,4 +1,4 @@
-"""SelectedEntries training: what the optimizer sees, what stays in memory, and what the weights become."""
+"""Update masks: what the optimizer sees, what stays in memory, and what the weights become."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def made(dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.randn(4, 5).to(dtype))
 
 
-def test_before_the_choice_nothing_trains() -> None:
+def test_nothing_trains_before_entries_are_chosen() -> None:
     parameter = made()
     compact = SelectedEntries("w", parameter, 3)
     before = parameter.detach().clone()
@@ -91,7 +91,7 @@ def test_no_dense_gradient_outlives_the_layer_above() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_decay_and_moments_act_on_the_entries_alone() -> None:
+def test_decay_and_moments_act_on_the_entries_only() -> None:
     parameter, twin = made(), made()
     compact = SelectedEntries("w", parameter, 3)
     index = torch.tensor([0, 6, 13])
@@ -113,7 +113,7 @@ def test_decay_and_moments_act_on_the_entries_alone() -> None:
     assert [s.numel() for s in optimizer.state[compact.values].values() if s.dim()] == [3, 3]
 
 
-def test_bfloat16_weights_move_by_steps_they_cannot_hold() -> None:
+def test_bfloat16_weights_add_up_steps_below_their_precision() -> None:
     parameter = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     compact = SelectedEntries("w", parameter, 2)
     compact.choose(torch.tensor([2, 5]))
@@ -133,7 +133,7 @@ def test_bfloat16_weights_move_by_steps_they_cannot_hold() -> None:
     assert (parameter == 1).sum() == 6
 
 
-def test_weights_set_from_outside_are_taken_over() -> None:
+def test_weights_set_from_outside_are_read() -> None:
     parameter = made()
     compact = SelectedEntries("w", parameter, 2)
     compact.choose(torch.tensor([0, 1]))
