@@ -1,4 +1,4 @@
-"""The walks of docs/architecture.md, taken: every line of one is a function that runs, in the order that the page tells."""
+"""The walks of docs/architecture.md: every line of one is a function that runs, in the order of the page."""
 
 import re
 import sys

@@ -16,6 +16,9 @@ for text in json.load(sys.stdin):
 print(json.dumps(loaded))
 """
 
+# A construct's file holds its actions too, and so needs their base class: a short file that imports nothing of ours.
+BASE_OF_ACTIONS = {"trainc.runtime", "trainc.runtime.step", "trainc.runtime.step.action"}
+
 
 def loaded(*texts: str) -> list[set[str]]:
     """Check the texts one after another in one new process; return the modules loaded after each."""
@@ -42,7 +45,7 @@ def test_checking_loads_nothing_that_only_a_run_needs() -> None:
     texts = {" ".join(key): construct.usage for key, construct in catalog().items()}
     for key, modules in zip(texts, loaded(*texts.values()), strict=True):
         run_time = {m for m in modules if m.startswith(("trainc.runtime", "trainc.kernels"))}
-        assert not run_time, key
+        assert run_time <= BASE_OF_ACTIONS, key
         assert not {"torch", "numpy", "typer", "rich"} & modules, key
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from trainc.dsl.reading.construct import Construct, Effect
+from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.model.inventory import ParameterEntry
+    from trainc.runtime.step.record import Step
 
 # Laws a norm may follow, as functions of t, the number of updates.
 LAWS: dict[str, Callable[[float], float]] = {
@@ -85,10 +89,217 @@ class NormGrowth(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Observe after updates; with `from_start`, also copy the weights before the first update."""
-        from trainc.compiler.constructs.observe._norm_growth import Observe, Start
 
         parameters = to.parameters()
         start = Start(f"{to.label}.start", parameters) if self.from_start else None
         if start is not None:
             to.action(start)
         to.action(Observe(to.label, parameters, start))
+
+
+# A line fits two points exactly, so r2 needs three.
+POINTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over some entries, d = w - v: |w|^2, |d|^2, w.d and |v|^2."""
+
+    ww: float
+    dd: float
+    wd: float
+    vv: float
+
+    def measures(self, moved: bool) -> dict[str, float]:
+        """Return the norm and, where there is a step, its length and the two cosines."""
+        norm = {"norm": math.sqrt(self.ww)}
+        if not moved:
+            return norm
+        return norm | {
+            "step": math.sqrt(self.dd),
+            "alignment": _cosine(self.wd - self.dd, self.dd, self.vv),
+            "direction": _cosine(self.ww - self.wd, self.ww, self.vv),
+        }
+
+
+def _cosine(dot: float, left: float, right: float) -> float:
+    """Return the cosine of two vectors from their inner product and squared lengths."""
+    if left == 0 or right == 0:
+        return 0.0
+    cosine = dot / (math.sqrt(left) * math.sqrt(right))
+    return math.copysign(1.0, cosine) if abs(cosine) > 1 else cosine
+
+
+@dataclass(slots=True)
+class Fit:
+    """Least squares of y on x: running means, and sums of squares and products around them."""
+
+    count: int = 0
+    mean_x: float = 0.0
+    mean_y: float = 0.0
+    xx: float = 0.0
+    yy: float = 0.0
+    xy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        """Take in one point (Welford's update)."""
+        self.count += 1
+        dx, dy = x - self.mean_x, y - self.mean_y
+        self.mean_x += dx / self.count
+        self.mean_y += dy / self.count
+        self.xx += dx * (x - self.mean_x)
+        self.yy += dy * (y - self.mean_y)
+        self.xy += dx * (y - self.mean_y)
+
+    @property
+    def r2(self) -> float | None:
+        """Return the fraction of y's variance that the line explains; None with too few or equal points."""
+        spread = self.xx * self.yy
+        return min(1.0, self.xy**2 / spread) if self.count >= POINTS and spread > 0 else None
+
+
+class Copies(Action):
+    """An action that keeps a copy of its parameters, each in its own dtype."""
+
+    def __init__(self, name: str, parameters: Iterable[ParameterEntry]) -> None:
+        self.name = name
+        self.sizes = {entry.name: entry.bytes for entry in parameters}
+        self.copies: dict[str, Tensor] = {}
+
+    def memory(self) -> int:
+        """Return the bytes of the copies."""
+        return sum(self.sizes.values())
+
+    def keep(self, step: Step) -> None:
+        """Copy the parameters as they are now."""
+        for name in self.sizes:
+            now = step.parameters[name].detach()
+            if name in self.copies:
+                self.copies[name].copy_(now)
+            else:
+                self.copies[name] = now.clone()
+
+    def state_dict(self) -> ActionState:
+        return {f"previous/{name}": tensor for name, tensor in self.copies.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        found = {key.partition("/")[2]: key for key in state if key.startswith("previous/")}
+        if found and found.keys() != self.sizes.keys():
+            names = ", ".join(sorted(found.keys() ^ self.sizes.keys()))
+            raise ValueError(
+                f"{self.name}: the checkpoint observed other parameters; they differ in {names}"
+            )
+        self.copies = {name: state[found[name]].clone() for name in self.sizes if found}
+
+
+class Start(Copies):
+    """Phase 2: copy the parameters the first time, before that step's update."""
+
+    phase = Phase.RATES
+
+    def run(self, step: Step) -> None:
+        if not self.copies:
+            self.keep(step)
+
+
+class Observe(Copies):
+    """Phase 12: one pass over the weights and their changes, then keep the weights."""
+
+    phase = Phase.OBSERVE
+
+    def __init__(
+        self, name: str, parameters: Iterable[ParameterEntry], start: Start | None
+    ) -> None:
+        super().__init__(name, parameters)
+        self.start = start
+        self.squares: dict[str, float] = {}
+        self.fits = {law: Fit() for law in LAWS}
+        self.first = self.last = 0.0
+
+    def run(self, step: Step) -> None:
+        from trainc.kernels.parameter.multi_norm import multi_norm
+
+        weights = [step.parameters[name].detach() for name in self.sizes]
+        moved = bool(self.copies)
+        if moved:
+            # In place, so that observing allocates nothing.
+            for name, now in zip(self.sizes, weights, strict=True):
+                self.copies[name] = self.copies[name].to(now.device).neg_().add_(now)
+        changes = list(self.copies.values()) if moved else None
+        rows = multi_norm(weights, changes).tolist()
+        sums, broken = {}, []
+        for name, (ww, dd, wd, nonfinite) in zip(self.sizes, rows, strict=True):
+            sums[name] = Sums(ww, dd, wd, self.squares.get(name, 0.0))
+            broken += [name] if nonfinite else []
+        if broken:
+            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            step.notes.append(f"{self.name}: `{broken[0]}`{more} has entries that are not finite")
+        self._measure(step, sums, moved)
+        if self.start is not None and self.start.copies:
+            self._distance(step, self.start)
+        self._fit(step, math.sqrt(sum(one.ww for one in sums.values())))
+        self.squares = {name: one.ww for name, one in sums.items()}
+        self.keep(step)
+
+    def _measure(self, step: Step, sums: Mapping[str, Sums], moved: bool) -> None:
+        columns = zip(*((one.ww, one.dd, one.wd, one.vv) for one in sums.values()), strict=True)
+        self._record(step, Sums(*map(sum, columns)).measures(moved))
+        for name, one in sums.items():
+            for measure, value in one.measures(moved).items():
+                step.series.setdefault(f"{self.name}.{measure}", {})[name] = value
+
+    def _distance(self, step: Step, start: Start) -> None:
+        from trainc.kernels.parameter.multi_norm import multi_norm
+
+        distances = {}
+        for name, first in start.copies.items():
+            now = step.parameters[name].detach()
+            distances[name] = math.sqrt(multi_norm([now - first.to(now.device)])[0, 0].item())
+        step.series[f"{self.name}.distance"] = distances
+        self._record(step, {"distance": math.hypot(*distances.values())})
+
+    def _fit(self, step: Step, norm: float) -> None:
+        if math.isfinite(norm):
+            # The clock counts the update just made only after this phase.
+            for law, f in LAWS.items():
+                self.fits[law].add(f(step.clock.steps + 1), norm)
+            self.first, self.last = (self.first if self.squares else norm), norm
+        if found := self.r2:
+            self._record(step, {"fit": max(found.values())})
+            step.metrics.update({f"{self.name}.fit.{law}": r2 for law, r2 in found.items()})
+
+    @property
+    def r2(self) -> dict[str, float]:
+        """Return each law's r2, empty before there are three observations."""
+        return {law: r2 for law, fit in self.fits.items() if (r2 := fit.r2) is not None}
+
+    def _record(self, step: Step, found: Mapping[str, float]) -> None:
+        named = {f"{self.name}.{measure}": value for measure, value in found.items()}
+        step.metrics.update(named)
+        step.signals.update(named)
+
+    def state_dict(self) -> ActionState:
+        out = super().state_dict()
+        if out:
+            out |= {"first": self.first, "last": self.last}
+            out |= {f"squared/{name}": value for name, value in self.squares.items()}
+            for law, fit in self.fits.items():
+                out |= {f"fit/{law}/{moment}": value for moment, value in asdict(fit).items()}
+        return out
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.squares = {name: float(state[f"squared/{name}"]) for name in self.copies}
+        self.first, self.last = float(state.get("first", 0.0)), float(state.get("last", 0.0))
+        for law in LAWS:
+            moments = {m: state[f"fit/{law}/{m}"] for m in asdict(Fit())} if state else {}
+            self.fits[law] = Fit(**moments)
+
+    def summary(self) -> str | None:
+        if not self.copies:
+            return None
+        line = f"{self.name}: norm {self.first:.4g} -> {self.last:.4g}"
+        if found := self.r2:
+            best = max(found, key=lambda law: found[law])
+            line += f", best fit {best} (r2 {found[best]:.4f})"
+        return line

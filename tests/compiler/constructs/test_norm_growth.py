@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.constructs.observe._norm_growth import Copies, Fit
-from trainc.compiler.constructs.observe.norm_growth import LAWS, NormGrowth
+from trainc.compiler.constructs.observe.norm_growth import LAWS, Copies, Fit, NormGrowth
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod

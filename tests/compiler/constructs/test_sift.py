@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.mask._sift import Choose
-from trainc.compiler.constructs.mask.sift import Sift
+from trainc.compiler.constructs.mask.sift import Choose, Sift
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod

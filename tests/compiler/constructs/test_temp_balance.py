@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.lr._temp_balance import Balance
-from trainc.compiler.constructs.lr.temp_balance import TempBalance
+from trainc.compiler.constructs.lr.temp_balance import Balance, TempBalance
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
