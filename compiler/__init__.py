@@ -1,1 +1,1 @@
-"""The compiler: from a checked spec and a model to a program."""
+"""What every room of the compiler may use: the catalog of constructs, and the exceptions."""

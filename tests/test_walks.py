@@ -14,6 +14,7 @@ import torch
 import trainc
 from trainc.compiler.driver.train import train
 from trainc.compiler.program.program import Program
+from trainc.runtime.report.plots import draw
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
@@ -45,8 +46,12 @@ class Follower:
         if event != "call" or not self.left:
             return
         file, function = self.left[0]
-        # A class is made by calling its __init__, or by a generated one that stands in no file.
-        if frame.f_code.co_qualname not in (function, f"{function}.__init__"):
+        made = (
+            function,
+            f"{function}.__init__",
+            f"{function}.__post_init__",
+        )  # a class is called too
+        if frame.f_code.co_qualname not in made:
             return
         if frame.f_code.co_filename == str(ROOT / file):
             self.left.pop(0)
@@ -109,7 +114,8 @@ def test_a_batch(spec: Path) -> None:
 
 def test_a_measured_signal(spec: Path, tmp_path: Path) -> None:
     with followed(walk("A measured signal, from the kernel to the screen")):
-        train(spec, tmp_path / "run")
+        train(spec, tmp_path / "run", plain=True)
+        draw([tmp_path / "run"], tmp_path / "run.png")
 
 
 def test_every_walk_is_taken() -> None:

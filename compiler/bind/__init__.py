@@ -1,1 +1,1 @@
-"""Bind a spec to the inventory of a model: targets, claims, effects, signals, units."""
+"""From a spec and an inventory to a binding: targets, claims, effects, signals, units."""

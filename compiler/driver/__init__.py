@@ -1,1 +1,1 @@
-"""The verbs: compile, plan, train, verify, inspect, load."""
+"""What a user asks for: compile, plan, train, verify, inspect, load."""

@@ -1,1 +1,1 @@
-"""Graphs: forward graph, capture front ends, differentiation, step graph, listing, serialisation."""
+"""Graphs: capture, the forward graph, differentiation, the step graph, listing, saving."""

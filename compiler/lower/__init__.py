@@ -1,1 +1,1 @@
-"""The mechanisms a construct may call, and the assembly of what they collect."""
+"""The mechanisms that a construct may ask for, and the assembly of what was asked."""

@@ -1,1 +1,1 @@
-"""The lowered method as data: the compiler's intermediate representation between a bound spec and a program."""
+"""The lowered method as data: the form between a binding and a program."""

@@ -1,1 +1,1 @@
-"""What is known of a model before a spec is bound to it: inventory, roles, selection, how it is built."""
+"""What is known of a model before anything is decided: inventory, roles, selection, import, the meta device."""

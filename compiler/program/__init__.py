@@ -1,1 +1,1 @@
-"""The program: capture, execution, state, distribution."""
+"""The program: capture, execution, the step, its state, distribution."""

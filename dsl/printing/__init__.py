@@ -1,1 +1,1 @@
-"""Value and tree -> canonical text; reference pages."""
+"""From values and trees to canonical text; the pages on constructs and diagnostics."""

@@ -1,1 +1,1 @@
-"""Tree -> value, by the type of the field; the Construct base."""
+"""From a tree to values, by the type of the field; the base class of constructs."""

@@ -1,1 +1,1 @@
-"""Trees + catalog -> Spec: includes, lets, clauses, checks."""
+"""From trees and the catalog to a checked spec: includes, lets, clauses, checks."""

@@ -1,1 +1,1 @@
-"""Text -> tree: the Lark grammar, Lark's LALR(1) parser over it, recovery by statement, tree, syntax errors."""
+"""From text to a tree: the Lark grammar, its LALR(1) parser, recovery by statement, messages on syntax."""

@@ -1,1 +1,1 @@
-"""Words and messages: source, spans, frozen records, closed vocabularies, diagnostics and how they are shown."""
+"""The text of a spec and what is said of it: places, closed vocabularies, diagnostics and how they are shown."""

@@ -1,1 +1,1 @@
-"""What a spec can hold: durations, expressions, selectors; pure data."""
+"""What a spec can hold: durations, ranges, expressions, selectors. Pure data."""

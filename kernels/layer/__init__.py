@@ -1,1 +1,1 @@
-"""Layers with weights: linear, convolution, embedding, tied."""
+"""Layers with weights: linear, convolution, embedding, and an embedding tied to its head."""

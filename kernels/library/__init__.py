@@ -1,1 +1,1 @@
-"""How an operator is registered and what contracts operators share."""
+"""How operators are registered, and the contracts they share."""

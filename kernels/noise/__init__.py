@@ -1,1 +1,1 @@
-"""Counter-based random numbers and multiplicative noise."""
+"""Counter-based random numbers, and multiplicative noise."""

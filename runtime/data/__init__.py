@@ -1,1 +1,1 @@
-"""Batches, the order of samples, and reading them."""
+"""Batches, and the order of samples."""

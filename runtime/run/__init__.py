@@ -1,1 +1,1 @@
-"""A run: the training loop, its records, display and summary."""
+"""A run: the loop, its interface, the live display, signals of the process, the summary."""

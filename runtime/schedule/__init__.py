@@ -1,1 +1,1 @@
-"""The clock, time spans, gates, expressions and schedules."""
+"""The clock, durations on it, and schedules."""

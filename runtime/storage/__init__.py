@@ -1,1 +1,1 @@
-"""Files of a run: checkpoints, JSON lines, the folder; and random streams, which make resuming exact."""
+"""What is on disk: checkpoints, JSON lines, the folder of a run; and the random streams that make resuming exact."""
