@@ -67,7 +67,7 @@ def followed(stops: list[Stop]) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     assert follower.left == [], f"not reached: {follower.left[0]}"
 
 
