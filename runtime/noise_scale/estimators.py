@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainc.runtime.noise_scale.estimate import ROUNDING, UNDETERMINED, Estimate
+from trainc.runtime.step.record import Contribution
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from trainc.runtime.step.record import Contribution
 
 
 def noise_scale(
@@ -145,8 +144,6 @@ class SquaredNorms:
         cls, contributions: Sequence[Contribution], gradients: Mapping[str, Tensor]
     ) -> SquaredNorms:
         """Read each micro-batch as one contribution, from its `batch_sq_norms`."""
-        from trainc.runtime.step.record import Contribution
-
         groups = [
             Contribution(
                 one.weights.sum().reshape(1),

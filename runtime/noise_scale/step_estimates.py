@@ -16,12 +16,12 @@ from trainc.runtime.noise_scale.geometry import (
     preconditioned_norms,
 )
 from trainc.runtime.noise_scale.jackknife import jackknife
+from trainc.runtime.step.record import CalibrationSample, Contribution, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.runtime.noise_scale.settings import Geometry, NoiseScaleSettings
-    from trainc.runtime.step.record import CalibrationSample, Contribution, Step
 
 StepEstimate = tuple[Estimate, Uncertainty | None]
 
@@ -66,8 +66,6 @@ def calibration_estimates(
 def _one_per_replica(contributions: Sequence[Contribution]) -> list[Contribution]:
     """Return one contribution a replica: its last micro-batch has the squared norm of all of them together."""
     import torch
-
-    from trainc.runtime.step.record import Contribution
 
     by_replica: dict[int, list[Contribution]] = {}
     for one in contributions:

@@ -39,8 +39,8 @@ def format_duration(seconds: float) -> str:
     """Return a time as h:mm:ss."""
     if not math.isfinite(seconds):
         return "-:--:--"
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    total = round(seconds)
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"
 
 
 def sparkline(values: list[float], width: int = 24) -> str:

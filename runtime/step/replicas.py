@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from trainc.runtime.step.record import CalibrationSample, Contribution
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.distributed import ProcessGroup
-
-    from trainc.runtime.step.record import CalibrationSample, Contribution
 
 
 def world_size() -> int:
@@ -74,18 +74,16 @@ class MessageLayout:
         self, pieces: Iterator[Tensor], units: int, examples: int, replica: int, replicas: int
     ) -> Contribution:
         """Return a replica's contribution to the averaged gradient."""
-        from trainc.runtime.step.record import Contribution
-
-        weights, singles = next(pieces) / replicas, next(pieces) / replicas
-        squares = next(pieces).view(len(self.sq_norms), units) / replicas**2
-        whole = next(pieces) / replicas**2
+        weights, example_weights = next(pieces) / replicas, next(pieces) / replicas
+        sq_norms = next(pieces).view(len(self.sq_norms), units) / replicas**2
+        batch_sq_norms = next(pieces) / replicas**2
         rows = {n: next(pieces).view(units, numel) / replicas for n, numel in self.gradients}
         return Contribution(
             weights,
-            dict(zip(self.sq_norms, squares, strict=True)),
+            dict(zip(self.sq_norms, sq_norms, strict=True)),
             rows,
-            dict(zip(self.batch_sq_norms, whole, strict=True)),
-            None if examples < 0 else singles,
+            dict(zip(self.batch_sq_norms, batch_sq_norms, strict=True)),
+            None if examples < 0 else example_weights,
             replica,
         )
 
@@ -152,8 +150,6 @@ class Replicas:
     def gather_calibration(self, own: CalibrationSample) -> CalibrationSample:
         """Return the examples of all replicas as one sample; `own.batch_sq_norms` is of the summed gradients."""
         import torch
-
-        from trainc.runtime.step.record import CalibrationSample, Contribution
 
         parts, _ = self.gather([Contribution(own.weights, own.sq_norms)], {})
         return CalibrationSample(
