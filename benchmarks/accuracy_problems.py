@@ -26,7 +26,7 @@ from benchmarks.operators import (
 from trainc.kernels.library.contracts import accumulation_dtype
 from trainc.kernels.loss import cross_entropy_consistency as consistency
 from trainc.kernels.loss import linear_cross_entropy_consistency as heads
-from trainc.kernels.noise import multiplicative_noise as noise
+from trainc.kernels.noise.factors import factor
 from trainc.kernels.norm import ghost_batch_norm as ghosts
 from trainc.kernels.norm import group_norm as groups_of
 from trainc.kernels.parameter import sparse_adamw as adamw
@@ -71,7 +71,7 @@ def same_noise(add: bool, share: str) -> Build:
         sigma, key = torch.tensor(0.5, device=device), KEY.to(device)
 
         def aten(*given: Tensor) -> Tensor:
-            z = noise.factor(given[-1], sigma, key, SITE, VIEWS, share, None).to(dtype)
+            z = factor(given[-1], sigma, key, SITE, VIEWS, share, None).to(dtype)
             return given[0] + given[-1] * z if add else given[-1] * z
 
         return replace(problem, aten=aten)

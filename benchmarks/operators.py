@@ -16,8 +16,8 @@ from torch.nn import functional
 import trainc.functional as ours
 from trainc.kernels.layer import embedding as embeddings
 from trainc.kernels.library.contracts import accumulation_dtype
-from trainc.kernels.noise import multiplicative_noise as noise
 from trainc.kernels.noise import philox
+from trainc.kernels.noise.factors import factor
 
 Forward = Callable[..., Any]
 KEY, SITE, VIEWS = philox.pack_key(seed=1, step=2), 3, 2
@@ -169,7 +169,7 @@ def noisy(add: bool, share: str) -> Callable[[Size, torch.dtype, str], Problem]:
             return scaled(given[-1], z.to(dtype), given)
 
         def exact(*given: Any) -> Tensor:
-            z = noise.factor(given[-1], sigma, key, SITE, VIEWS, share, None)
+            z = factor(given[-1], sigma, key, SITE, VIEWS, share, None)
             return scaled(given[-1], z, given)
 
         return Problem(

@@ -83,7 +83,7 @@ def _layer_operator(site: LayerSite, binding: Binding) -> str:
         return _with_affine(operator)
     if operator != "linear" or not tokens:
         return operator
-    from trainc.kernels.layer.linear import choose
+    from trainc.kernels.layer.linear_norms import choose
 
     outputs, inputs = binding.inventory.parameter[site.weight].shape
     return (

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.layer import linear
+from trainc.kernels.layer import linear_norms
 from trainc.kernels.library.contracts import REDUCED, accumulation_dtype
 
 ALGORITHMS = ("auto", "patches", "grouped", "gram")
@@ -51,7 +51,7 @@ class Geometry:
 
 def choose(positions: int, inputs: int, outputs: int) -> str:
     """The cheapest algorithm for so many output positions and, in each group, inputs and outputs."""
-    if positions == 1 or linear.choose(positions, inputs, outputs) == "gram":
+    if positions == 1 or linear_norms.choose(positions, inputs, outputs) == "gram":
         return "gram"
     return "grouped" if inputs * outputs <= FEW_ENTRIES else "patches"
 
@@ -155,6 +155,6 @@ def _gram(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     found = []
     for here in _chunks(x, _unfolded(dy, weight, geometry)):
         unfolded = _patches(x[here], weight.shape[2:], geometry)
-        each = linear.gram(unfolded.mT, _by_group(dy[here], geometry).mT)
+        each = linear_norms.gram(unfolded.mT, _by_group(dy[here], geometry).mT)
         found.append(each.view(-1, geometry.groups).sum(1))
     return torch.cat(found)

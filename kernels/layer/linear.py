@@ -1,13 +1,4 @@
-"""Linear layer whose backward also returns per-example squared gradient norms.
-
-With T rows per example (all middle dims), two algorithms give the same numbers (arXiv 2411.00999):
-
-  simultaneous  every example's (L, K) gradient by a batched product; squared, and added up to the
-                batch's gradient: the operations of the plain gradient, but K * L numbers an example
-  gram          <X X', dY dY'>, two (T, T) matrices an example, beside the plain gradient
-
-By operations alone gram wins below T = sqrt(K L / (K + L)), and by memory below sqrt(K L / 2).
-"""
+"""Linear layer whose backward also returns per-example squared gradient norms; `linear_norms` says how."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainc.kernels.layer.linear_norms import ALGORITHMS, norms_and_gradient
 from trainc.kernels.library.contracts import (
-    REDUCED,
     absent,
     accumulation_dtype,
     autocast,
@@ -30,20 +21,8 @@ from trainc.kernels.library.register import register
 
 __all__ = ["linear"]
 
-ALGORITHMS = ("auto", "simultaneous", "gram")
-
 # From x (B, T, K), dy (B, T, L), an algorithm and the weight's dtype: its gradient or None, and norms.
 Norms = Callable[[Tensor, Tensor, str, torch.dtype], tuple[Tensor | None, Tensor]]
-
-# A number of an example's gradient is written and read twice, which costs as much as 16 or so
-# multiplications: gram pays up to sqrt(16) times the rows that counting operations would allow.
-ENTRY_COST = 16
-
-# Numbers of per-example gradients held at once: within a core's cache, or what keeps a device busy.
-HELD_CPU = 1 << 17
-HELD_DEVICE = 1 << 26
-# Numbers that one float32 sum of squares may take in.
-LONGEST_SUM = 1 << 14
 
 
 def linear(
@@ -89,12 +68,6 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor) -> dic
     return {"dweight": gain, "dbias": shift, "norms": stacked}
 
 
-def choose(rows: int, inputs: int, outputs: int) -> str:
-    """The cheaper algorithm for examples of so many rows that also holds the fewer numbers."""
-    cheap = rows * rows * (inputs + outputs) < ENTRY_COST * inputs * outputs
-    return "gram" if cheap and 2 * rows * rows <= inputs * outputs else "simultaneous"
-
-
 def check_algorithm(algorithm: str) -> None:
     """Reject an algorithm of another name."""
     if algorithm not in ALGORITHMS:
@@ -136,78 +109,6 @@ def fake_forward(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Batched left @ right in the accumulation dtype, on a CPU in the memory of `out`."""
-    if left.is_cuda and left.dtype in REDUCED:
-        wide: Tensor = torch.bmm(left, right, out_dtype=torch.float32)
-        return wide
-    dtype = accumulation_dtype(left.dtype)
-    return torch.bmm(left.to(dtype), right.to(dtype), out=out)
-
-
-def _chunks(examples: int, each: int, like: Tensor) -> range:
-    """Starts of chunks of examples that hold about as many numbers as the device should."""
-    held = HELD_CPU if like.device.type == "cpu" else HELD_DEVICE
-    return range(0, examples, max(1, held // max(each, 1)))
-
-
-def _simultaneous(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """(L, K) gradient and (B,) norms from x (B, T, K) and dy (B, T, L)."""
-    examples, inputs, outputs = x.shape[0], x.shape[2], dy.shape[2]
-    dtype, starts = accumulation_dtype(x.dtype), _chunks(examples, inputs * outputs, x)
-    total = x.new_zeros((outputs, inputs), dtype=dtype)
-    # Some thousands of squares to a sum: a long one would lose digits in float32, short ones time.
-    width = inputs * math.gcd(outputs, max(1, LONGEST_SUM // max(inputs, 1)))
-    parts = x.new_empty((examples, outputs * inputs // max(width, 1)), dtype=dtype)
-    # Fresh memory for every chunk would cost more than reading it does.
-    shape = (min(starts.step, examples), outputs, inputs)
-    held = None if x.is_cuda else x.new_empty(shape, dtype=dtype)
-    ones = x.new_ones(shape[0], dtype=dtype)
-    for start in starts:
-        here = slice(start, min(start + starts.step, examples))
-        memory = None if held is None else held[: here.stop - start]
-        each = _product(dy[here].transpose(1, 2), x[here], memory)
-        # A norm reads its numbers once, where a dot product writes their squares before it adds them.
-        rows = each.view(-1, parts.shape[1], width)
-        torch.linalg.vector_norm(rows, dim=2, out=parts[here])
-        # One pass, where a sum and an addition take two.
-        total.view(-1).addmv_(each.flatten(1).t(), ones[: each.shape[0]])
-    return total, torch.linalg.vecdot(parts, parts)
-
-
-def gram(x: Tensor, dy: Tensor) -> Tensor:
-    """(B,) norms from x (B, T, K) and dy (B, T, L)."""
-    if x.shape[1] == 1:
-        dtype = accumulation_dtype(x.dtype)
-        a, b = x[:, 0].to(dtype), dy[:, 0].to(dtype)
-        single: Tensor = torch.linalg.vecdot(a, a) * torch.linalg.vecdot(b, b)
-        return single
-    step = _chunks(x.shape[0], 2 * x.shape[1] ** 2, x).step
-    pairs = [(x, dy)] if step >= x.shape[0] else zip(x.split(step), dy.split(step), strict=True)
-    # Rounding may leave a hair below zero where an example's contribution cancels.
-    parts = [_inner(a, b).clamp_(min=0) for a, b in pairs]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _inner(x: Tensor, dy: Tensor) -> Tensor:
-    """<X X', dY dY'> of each example."""
-    inner, outer = (_product(t, t.transpose(1, 2)) for t in (x, dy))
-    return inner.mul_(outer).sum((1, 2))
-
-
-def eager_norms(
-    x: Tensor, dy: Tensor, algorithm: str, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor]:
-    """The weight's gradient in dtype, where the algorithm makes it, and the (B,) norms."""
-    _, rows, inputs = x.shape
-    if algorithm == "auto":
-        algorithm = "gram" if rows == 1 else choose(rows, inputs, dy.shape[2])
-    if algorithm == "gram" and x.shape[0]:
-        return None, gram(x, dy)
-    total, norms = _simultaneous(x, dy)
-    return total.to(dtype), norms
-
-
 def backward(
     norms_of: Norms, dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, algorithm: str,
     mask: Sequence[bool], with_norms: bool,
@@ -240,7 +141,7 @@ def eager_backward(
     mask: Sequence[bool], with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The same on any device, by ATen's calls."""
-    return backward(eager_norms, dy, x, weight, has_bias, algorithm, mask, with_norms)
+    return backward(norms_and_gradient, dy, x, weight, has_bias, algorithm, mask, with_norms)
 
 
 def fake_backward(

@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from trainc.kernels.layer import linear
+from trainc.kernels.layer import linear, linear_norms
 from trainc.kernels.layer import triton_linear as kernels
 from trainc.kernels.library.contracts import REDUCED
 from trainc.kernels.library.grid import cdiv, power_of_2, resident_programs
@@ -163,7 +163,7 @@ def norms(
     """The weight's gradient in dtype, where the algorithm makes it, and the (B,) norms."""
     (examples, rows, inputs), outputs = x.shape, dy.shape[2]
     if rows == 1 or x.dtype not in OPERANDS or x.numel() == 0 or dy.numel() == 0:
-        return linear.eager_norms(x, dy, algorithm, dtype)
+        return linear_norms.norms_and_gradient(x, dy, algorithm, dtype)
     slots = slots or resident_programs(x.device, 1)
     if algorithm != "gram":
         algorithm = choose(
@@ -172,7 +172,9 @@ def norms(
     if algorithm == "fused":
         return weight_gradient(x, dy, dtype, slots)
     return (
-        (None, gram(x, dy)) if algorithm == "gram" else linear.eager_norms(x, dy, algorithm, dtype)
+        (None, gram(x, dy))
+        if algorithm == "gram"
+        else linear_norms.norms_and_gradient(x, dy, algorithm, dtype)
     )
 
 

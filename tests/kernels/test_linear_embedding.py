@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from trainc.kernels.layer import embedding as embed
 from trainc.kernels.layer import linear as lin
+from trainc.kernels.layer import linear_norms
 
 ALGORITHMS = ["auto", "simultaneous", "gram"]
 
@@ -54,7 +55,9 @@ def test_linear_against_one_example_at_a_time(
 def test_chunks_of_examples_add_up(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = (torch.randn(s).double() for s in ((7, 4, 5), (6, 5), (6,)))
     dy = torch.randn(7, 4, 6).double()
-    monkeypatch.setattr(lin, "HELD_CPU", 90)  # three examples' gradients, two examples' products
+    monkeypatch.setattr(
+        linear_norms, "HELD_CPU", 90
+    )  # three examples' gradients, two examples' products
     got, want = run(x, weight, bias, dy, algorithm), lin.reference(x, weight, bias, dy)
     for name in ("dweight", "dbias", "norms"):
         torch.testing.assert_close(got[name], want[name])
@@ -80,9 +83,11 @@ def test_linear_in_low_precision_is_no_worse_than_torch(algorithm: str, dtype: t
 
 
 def test_few_rows_take_products_of_rows_and_many_the_gradients() -> None:
-    assert lin.choose(16, 768, 768) == "gram"
-    assert lin.choose(79, 768, 768) == "simultaneous"  # 4 sqrt(KL / (K + L)) = 78.4
-    assert lin.choose(6, 8, 8) == "simultaneous"  # the products would be larger than the gradient
+    assert linear_norms.choose(16, 768, 768) == "gram"
+    assert linear_norms.choose(79, 768, 768) == "simultaneous"  # 4 sqrt(KL / (K + L)) = 78.4
+    assert (
+        linear_norms.choose(6, 8, 8) == "simultaneous"
+    )  # the products would be larger than the gradient
 
 
 def test_linear_gradients_are_made_only_where_wanted() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainc.kernels.noise import factors, normals, philox, philox_numpy
 from trainc.kernels.noise import multiplicative_noise as noise
-from trainc.kernels.noise import normals, philox, philox_numpy
 
 KEY = philox.pack_key(seed=123456789, step=42)
 SIGMA = torch.tensor(0.8)
@@ -67,20 +67,20 @@ def test_backward_takes_what_forward_drew(monkeypatch: pytest.MonkeyPatch) -> No
         draws.append(arguments)
         return normals.normal(*arguments, **options)
 
-    monkeypatch.setattr(noise, "normal", counted)
+    monkeypatch.setattr(factors, "normal", counted)
     gradients: list[Tensor] = []
     for limit in (1 << 20, 0):
-        monkeypatch.setattr(noise, "_kept", noise.FactorCache(limit))
+        monkeypatch.setattr(factors, "_kept", factors.FactorCache(limit))
         x = torch.randn(4, 3, 5, requires_grad=True)
         y = noise.multiplicative_noise(x, SIGMA, KEY, 3, 2)
         gradients += torch.autograd.grad(y, x, torch.ones_like(y))
-        assert noise._kept.held == 0
+        assert factors._kept.held == 0
     assert len(draws) == 1 + 2
     assert torch.equal(*gradients)
 
 
 def test_factors_are_kept_within_a_limit_and_given_out_once() -> None:
-    kept, z = noise.FactorCache(limit=100), torch.ones(10)
+    kept, z = factors.FactorCache(limit=100), torch.ones(10)
     for site in range(3):
         kept.keep((site,), z)
         kept.keep((site,), z)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.kernels.test_triton_architectures import OTHERS, REGISTER_FILE, SPILLS
 from tests.kernels.test_triton_offline import ARCHITECTURE, FULL, INDEX, assembled, spec
-from trainc.kernels.layer import embedding, linear
+from trainc.kernels.layer import embedding, linear, linear_norms
 
 NAMES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -105,7 +105,7 @@ def test_contributions_that_cancel_are_not_negative(launched: Any) -> None:
 
 
 @interpreter
-@pytest.mark.parametrize("algorithm", linear.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", linear_norms.ALGORITHMS)
 @pytest.mark.parametrize(
     "shape", [(3, 5), (0, 4, 5), (2, 0, 5), (3, 4, 5), (2, 3, 2, 5), (3, 1, 5)], ids=str
 )

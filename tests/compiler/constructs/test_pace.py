@@ -23,7 +23,7 @@ from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.roles import Place
 from trainc.dsl.values import value_json as v
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
-from trainc.kernels.noise.multiplicative_noise import factor
+from trainc.kernels.noise.factors import factor
 from trainc.kernels.noise.philox import pack_key
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.time_span import TimeSpan
