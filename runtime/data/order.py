@@ -17,11 +17,9 @@ class Split(Protocol):
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        ...
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return inputs and targets of the samples; the first axis counts the examples."""
-        ...
 
 
 class Data(Protocol):
@@ -30,17 +28,14 @@ class Data(Protocol):
     @property
     def train(self) -> Split:
         """Return the samples to train on."""
-        ...
 
     @property
     def evaluation(self) -> Split | None:
         """Return the held-out samples."""
-        ...
 
     @property
     def tokens_per_sample(self) -> int:
         """Return how many tokens a sample has; 1 where samples are not made of tokens."""
-        ...
 
 
 class Order:

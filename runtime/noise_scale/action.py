@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainc.runtime.noise_scale.averages import Averages
 from trainc.runtime.noise_scale.calibration import Calibration
-from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate, IntervalEstimate
+from trainc.runtime.noise_scale.estimate import Estimate, IntervalEstimate
 from trainc.runtime.noise_scale.format import format_summary
 from trainc.runtime.noise_scale.resume import match_state
 from trainc.runtime.noise_scale.step_estimates import calibration_estimates, step_estimates
@@ -123,21 +123,17 @@ class NoiseScaleAction(Action):
         found = self._totals()
         if self.calibration is not None and self.name in step.calibrations:
             step.metrics.update(self._calibration_metrics(self.calibration))
-        scales = {name: a.noise_scale(s.errors) for name, a in self.layers.items()}
-        estimates = {name: a.estimate for name, a in self.layers.items()}
-        intervals = {name: a.interval(s.level) for name, a in self.layers.items()}
+        rows = {
+            name: (a.noise_scale(s.errors), *a.estimate, *a.interval(s.level))
+            for name, a in self.layers.items()
+        }
         if not self.finite:
             found = dict.fromkeys(found, math.nan)
-            scales = dict.fromkeys(scales, math.nan)
-            estimates = dict.fromkeys(estimates, UNDETERMINED)
-            intervals = dict.fromkeys(intervals, (math.nan, math.nan))
+            rows = dict.fromkeys(rows, (math.nan,) * 5)
         step.signals.update(found)
         step.metrics.update(found)
-        step.series[self.name] = scales
-        step.series[f"{self.name}.signal"] = {name: e.signal for name, e in estimates.items()}
-        step.series[f"{self.name}.noise"] = {name: e.noise for name, e in estimates.items()}
-        step.series[f"{self.name}.low"] = {name: low for name, (low, _) in intervals.items()}
-        step.series[f"{self.name}.high"] = {name: high for name, (_, high) in intervals.items()}
+        for i, suffix in enumerate(("", ".signal", ".noise", ".low", ".high")):
+            step.series[f"{self.name}{suffix}"] = {name: row[i] for name, row in rows.items()}
 
     def _totals(self) -> dict[str, float]:
         """Return the figures of all measured layers together, and of the whole model where it is calibrated."""

@@ -18,6 +18,7 @@ LOG_RATIO = 20.0
 ARROWS_AT = (0.2, 0.4, 0.6, 0.8)
 """The positions of arrows on a line, as fractions of the panel."""
 Ends = tuple[float, float]
+Values = Sequence[float]
 
 
 def draw_calibration(axes: Axes, run: RunRecords, clause: NoiseScaleClause, color: str) -> None:
@@ -28,7 +29,7 @@ def draw_calibration(axes: Axes, run: RunRecords, clause: NoiseScaleClause, colo
     """
     found = calibration_points(run.records, clause.label, run.counter)
     at, measured, whole_model = (list(column) for column in zip(*found, strict=True))
-    _dots(axes, run, at, measured, whole_model)
+    _draw_dots(axes, run, at, measured, whole_model)
     level = "interval" if clause.level is None else f"{clause.level:.0%} interval"
     predicted = _prediction(axes, run, clause, color)
     xs, ys = [*measured, *predicted[:1]], [*whole_model, *predicted[1:]]
@@ -40,20 +41,14 @@ def draw_calibration(axes: Axes, run: RunRecords, clause: NoiseScaleClause, colo
     legend_below(axes)
 
 
-def _dots(
-    axes: Axes,
-    run: RunRecords,
-    at: Sequence[float],
-    measured: Sequence[float],
-    whole_model: Sequence[float],
-) -> None:
+def _draw_dots(axes: Axes, run: RunRecords, at: Values, x: Values, y: Values) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
     # The brightest colours of the map cannot be seen on white.
     colors = ListedColormap([colormaps["viridis"](0.9 * i / 255) for i in range(256)])
-    axes.plot(measured, whole_model, color="#999999", linewidth=0.6, zorder=1, label="_history")
-    dots = axes.scatter(measured, whole_model, c=at, cmap=colors, s=18, label="measured", zorder=3)
+    axes.plot(x, y, color="#999999", linewidth=0.6, zorder=1, label="_history")
+    dots = axes.scatter(x, y, c=at, cmap=colors, s=18, label="measured", zorder=3)
     dots.set_clim(0, run.positions[-1])
     assert axes.figure is not None
     bar = axes.figure.colorbar(dots, ax=axes, pad=0.01, label=run.counter)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainc.runtime.report.axes import NON_FINITE, curve, plain_numbers, set_run_axis, shade
 from trainc.runtime.report.noise_scale_plot import noise_panels
@@ -37,6 +37,7 @@ STYLE = {
     "ytick.labelsize": 8,
     "font.family": "DejaVu Sans",
 }
+EVALUATION: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3, "linewidth": 1}
 
 
 def draw(run_folders: Sequence[Path], output: Path) -> Path:
@@ -148,28 +149,17 @@ def _draw_losses(axes: Axes, runs: list[RunRecords]) -> None:
             axes.plot(at, losses, color=run.color, alpha=0.2, linewidth=0.6)
         curve(axes, at, smooth(losses, span), color=run.color, linewidth=1.5, label=label)
         first = next((r["step"] for r in run.records if has_non_finite_loss(r)), None)
-        color = NON_FINITE if len(runs) == 1 else run.color
-        shade(
-            axes,
-            run.intervals_where(has_non_finite_loss),
-            color,
+        color, label = (
+            NON_FINITE if len(runs) == 1 else run.color,
             f"not finite, first at step {first}",
         )
+        shade(axes, run.intervals_where(has_non_finite_loss), color, label)
         at, losses = run.series("eval_loss")
         if at:
-            axes.plot(
-                at,
-                losses,
-                color=run.color,
-                linestyle="--",
-                linewidth=1,
-                marker="o",
-                markersize=3,
-                markerfacecolor="white",
-                label="evaluation" if len(runs) == 1 else None,
-            )
+            style = EVALUATION | {"color": run.color, "markerfacecolor": "white"}
+            axes.plot(at, losses, **style, label="evaluation" if len(runs) == 1 else None)
     if len(runs) > 1 and any(run.has("eval_loss") for run in runs):
-        axes.plot([], [], "--o", color="#555555", markersize=3, linewidth=1, label="evaluation")
+        axes.plot([], [], **EVALUATION, color="#555555", label="evaluation")
     set_run_axis(axes, runs)
 
 
@@ -181,15 +171,8 @@ def _draw_rates(axes: Axes, runs: list[RunRecords]) -> None:
         curve(axes, at, high, color=run.color, linewidth=1.3, label=label)
         if len(low) == len(high) and low != high:
             axes.plot(at, low, color=run.color, linewidth=0.8)
-            axes.fill_between(
-                at,
-                low,
-                high,
-                color=run.color,
-                alpha=0.2,
-                linewidth=0,
-                label="over all parameters" if len(runs) == 1 else None,
-            )
+            label = "over all parameters" if len(runs) == 1 else None
+            axes.fill_between(at, low, high, color=run.color, alpha=0.2, linewidth=0, label=label)
     plain_numbers(axes.yaxis)
     set_run_axis(axes, runs)
 

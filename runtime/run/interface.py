@@ -41,31 +41,25 @@ class RunnableProgram(Protocol):
     @property
     def clock(self) -> Clock:
         """Return the clock, which a step advances."""
-        ...
 
     @property
     def length(self) -> RunLength | None:
         """Return how long the run lasts; None: the loop cannot run it."""
-        ...
 
     @property
     def settings(self) -> RunSettings:
         """Return the settings of the run."""
-        ...
 
     def begin(self) -> object:
         """Open the next step, which sets its batch size; may raise `StopRun`."""
-        ...
 
     @property
     def batch_size(self) -> int:
         """Return the number of samples of the open step, or of the next one."""
-        ...
 
     @property
     def micro_size(self) -> int:
         """Return the number of samples of a micro-batch."""
-        ...
 
     def step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """Run one optimizer step and advance the clock; return `loss`, `lr_min`, `lr_max`, ...
@@ -73,23 +67,18 @@ class RunnableProgram(Protocol):
         Metrics must be functions of the run, except that names that begin with `seconds` are times.
         Raises `StopRun(reason)` or `StopRun(reason, metrics)` to end the run.
         """
-        ...
 
     def evaluate(self, inputs: Any, targets: Tensor) -> tuple[float, int, Mapping[str, float]]:
         """Return the sum of the loss over the targets, their number, and other sums by name."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as a tree of tensors and JSON values."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        ...
 
     def summary(self) -> list[str]:
         """Return the lines of the summary, one for each part of the program."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +101,6 @@ class ReportsSteps(Protocol):
 
     def report(self) -> StepReport:
         """Return the report of the last step."""
-        ...
 
 
 @runtime_checkable
@@ -121,4 +109,3 @@ class LoadsCompatible(Protocol):
 
     def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
         """Load the parts that still hold; return lines on what restarts or is dropped."""
-        ...

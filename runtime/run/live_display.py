@@ -165,23 +165,21 @@ class LiveDisplay:
 
     def line(self) -> str:
         """Return the state of the run as one plain line."""
+        figures = (f"{name} {text}" for name, text in self.texts().items())
+        return "  ".join([self._progress(), *figures])
+
+    def _progress(self) -> str:
         position = self._figures.get("position", 0.0)
         percent = 100 * min(1.0, position / self.total)
-        head = f"{format_count(position)}/{format_count(self.total)} {self.unit} {percent:3.0f}%"
-        return "  ".join([head, *(f"{name} {text}" for name, text in self.texts().items())])
+        return f"{format_count(position)}/{format_count(self.total)} {self.unit} {percent:3.0f}%"
 
     def _view(self) -> Group:
-        position = self._figures.get("position", 0.0)
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
         bar.add_column(justify="right", no_wrap=True)
-        percent = 100 * min(1.0, position / self.total)
-        bar.add_row(
-            Text(self.title or "training", style="bold"),
-            ProgressBar(self.total, min(position, self.total)),
-            f"{format_count(position)}/{format_count(self.total)} {self.unit} {percent:3.0f}%",
-        )
+        done = ProgressBar(self.total, min(self._figures.get("position", 0.0), self.total))
+        bar.add_row(Text(self.title or "training", style="bold"), done, self._progress())
         row = Text()
         for name, text in self.texts().items():
             row.append(f"{name} ", style="dim").append(text)

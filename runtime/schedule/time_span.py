@@ -23,12 +23,10 @@ class Duration(Protocol):
     @property
     def amount(self) -> float:
         """Return the amount, in `unit`."""
-        ...
 
     @property
     def unit(self) -> Unit:
         """Return the unit."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

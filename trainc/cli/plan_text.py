@@ -33,49 +33,26 @@ def print_plan(plan: Plan, full: bool = False, console: Console | None = None) -
                 f"not in the program: {clause['kind']} {clause['construct']} ({clause['dropped']})"
             )
     console.print()
-    columns = (
-        "name",
-        "count",
-        "shape",
-        "depth",
-        "optimizer",
-        "decay",
-        "learning rate factors",
-        "mask",
-        "clauses",
-    )
-    _print_table(console, "Parameters", columns, _parameters(plan.parameters, full), limit)
-    step = [
-        (
-            f"{r['phase']} {r['name']}",
-            r["clause"],
-            r["action"],
-            _join(r["reads"]),
-            _join(r["writes"]),
-            r["every"],
-        )
+
+    def table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> None:
+        _print_table(console, title, columns.split(", "), rows, limit)
+
+    columns = "name, count, shape, depth, optimizer, decay, learning rate factors, mask, clauses"
+    table("Parameters", columns, _parameters(plan.parameters, full))
+    actions = [
+        (f"{r['phase']} {r['name']}", r["clause"], r["action"], _join(r["reads"]), _join(r["writes"]), r["every"])
         for r in plan.steps
-    ]
-    _print_table(
-        console,
-        "Actions of a step",
-        ("phase", "clause", "action", "reads", "writes", "when"),
-        step,
-        limit,
-    )
+    ]  # fmt: skip
+    table("Actions of a step", "phase, clause, action, reads, writes, when", actions)
     _print_batch(console, plan.settings.get("batch"))
     _print_schedules(console, plan, full)
     sites = _group_rows(plan.sites, "site", ("operator", "pass", "executor"), full)
     rows = [(name, count, r["operator"], r["pass"], r["executor"]) for name, count, r, _ in sites]
-    _print_table(
-        console, "Rewritten layers", ("site", "count", "operator", "pass", "executor"), rows, limit
-    )
+    table("Rewritten layers", "site, count, operator, pass, executor", rows)
     kernels = [(k["operator"], k["implementation"], k["reason"] or "") for k in plan.kernels]
-    _print_table(
-        console, "Kernels", ("operator", "implementation", "why not Triton"), kernels, limit
-    )
+    table("Kernels", "operator, implementation, why not Triton", kernels)
     memory = [(m["what"], _format_bytes(m["bytes"])) for m in plan.memory]
-    _print_table(console, "Memory beyond weights and gradients", ("what", "size"), memory, limit)
+    table("Memory beyond weights and gradients", "what, size", memory)
     console.print(f"plan {plan.hash[:16]}  spec {plan.fingerprint[:16]}")
 
 
