@@ -1,4 +1,4 @@
-"""Statements to canonical text, without comments; dsl/printing/formatter.py puts those back."""
+"""Turn statements into canonical text without comments; dsl/printing/formatter.py adds the comments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formatter of `trainc fmt`: canonical text with all comments, and single blank lines where there were any."""
+"""The formatter of `trainc fmt`: canonical text that keeps all comments, and blank lines as single ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Item = ast.Field | ast.Action
 
 
 class _Around:
-    """The comments of a field: on lines before it, and at the end of its line."""
+    """The comments of a field: those on lines before it, and those at the end of its line."""
 
     def __init__(self) -> None:
         self.before: list[str] = []
@@ -76,7 +76,7 @@ class _Writer:
         return self.comments[begin : self.taken]
 
     def _beside(self, offset: int) -> list[Span]:
-        """Take the comment on the rest of the line, where nothing else stands on it."""
+        """Take the comment at the end of the line, if only the comment follows."""
         following = self.comments[self.taken : self.taken + 1]
         if following and not self.source.text[offset : following[0].start].strip(" \t,"):
             self.taken += 1
@@ -118,14 +118,14 @@ class _Writer:
         yield f"}}{tail}"
 
     def _ends_with_comma(self, item: Item) -> bool:
-        """Say whether a comma follows the last field, which asks for a line for each."""
+        """Say whether a comma follows the last field; then each field gets its own line."""
         rest = self.source.text[item.span.end : item.span.end + 200]
         return rest.lstrip(" \t\r\n").startswith(",")
 
     def _attach(
         self, items: tuple[Item, ...], inside: list[Span]
     ) -> tuple[list[_Around], list[str], list[str]]:
-        """Give each comment to the field it stands above or beside, to the head, or to the end."""
+        """Assign each comment to the field below it or left of it, to the head, or to the end."""
         around = [_Around() for _ in items]
         above: list[str] = []
         last: list[str] = []

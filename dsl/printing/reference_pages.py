@@ -1,4 +1,4 @@
-"""Reference pages, made from classes and rules: `trainc explain` and docs/ show the same text."""
+"""Make the reference pages of constructs and rules, for `trainc explain` and docs/."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def construct_page(cls: type[Construct], level: int = 1) -> str:
             "\n".join(["| field | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
         )
     if cls.open_fields:
-        parts.append("Any other field is passed on by name.")
+        parts.append("Any other field is passed to the callable by name.")
     if cls.signals:
         lines = (f"- `{name}`: {text}" for name, text in cls.signals.items())
         parts.append("Measures:\n\n" + "\n".join(lines))
@@ -48,7 +48,7 @@ def construct_page(cls: type[Construct], level: int = 1) -> str:
         parts.append("In each step:\n\n" + "\n".join(map(_effect, cls.effects)))
     if cls.identity:
         values = " or ".join(f"`{field} = {text}`" for field, text in cls.identity.items())
-        parts.append(f"Does nothing, and costs nothing, with {values}.")
+        parts.append(f"No effect and no cost with {values}.")
     if cls.cite:
         parts.append(f"Source: {cls.cite}.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -87,7 +87,7 @@ def _docstring(cls: type[Construct]) -> str:
 def _acts_on(cls: type[Construct]) -> str:
     if cls.targets == "none":
         return ""
-    default = f"; `on {cls.default_on}` unless it is given" if cls.default_on else ""
+    default = f"; without `on`: `on {cls.default_on}`" if cls.default_on else ""
     return f"Acts on {cls.targets}{default}."
 
 

@@ -14,7 +14,7 @@ _SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class Unreadable(Exception):
-    """A node does not have the meaning that its place needs; `text` says what was expected."""
+    """Raised for a node that is not what its place needs; `text` says what was expected."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ def _arithmetic(
 
 
 def number(node: Node) -> float:
-    """Return a number without a unit; a percentage is one."""
+    """Return a number without a unit; a percentage counts as one."""
     value = constant(node)
     if not isinstance(value, v.Duration):
         return value
@@ -110,7 +110,7 @@ def number(node: Node) -> float:
 
 
 def duration(node: Node, unit: v.Unit = "steps") -> v.Duration:
-    """Return a duration, 0 or longer; `unit` is the one to propose for a number without a unit."""
+    """Return a duration, 0 or longer; `unit` is proposed for a number without a unit."""
     value = (
         constant(node) if isinstance(node, ast.Num | ast.Measure | ast.Prefix | ast.Infix) else None
     )
@@ -128,7 +128,7 @@ def duration(node: Node, unit: v.Unit = "steps") -> v.Duration:
 
 
 def samples(node: Node) -> v.Duration:
-    """Return a duration, for a field that counts samples; which units it may have is for the caller to check."""
+    """Return a duration for a field that counts samples; the caller checks its unit."""
     return duration(node, "samples")
 
 

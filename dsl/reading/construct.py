@@ -66,7 +66,7 @@ class Effect(Record):
 
 
 class Problem(Record):
-    """A construct's own objection, placed on one field of the clause.
+    """A mistake that a construct found in its clause or its targets, placed on one field of the clause.
 
     `field` None means what `on` selects, the empty string the whole clause.
     """
@@ -139,7 +139,7 @@ class Construct(BaseModel):
         return self.heading()
 
     def identity_setting(self) -> str | None:
-        """Return the field setting by which the clause does nothing, such as `weight = 0`; None where it acts."""
+        """Return the field setting that makes the clause do nothing, such as `weight = 0`; None where it acts."""
         found = (
             f"{name} = {text}" for name, text in self.identity.items() if self._equals(name, text)
         )

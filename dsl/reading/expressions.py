@@ -24,13 +24,13 @@ _LOGIC = ("and", "or")
 
 
 class Names:
-    """Which names an expression may use: here all of them, since a whole spec is checked later."""
+    """Checks the names in an expression; this base class accepts all, since a whole spec is checked later."""
 
     def check(self, name: ast.Ident) -> None:
         """Report a name that is not defined."""
 
     def help_for_function(self, function: str) -> str | None:
-        """Return where a function that only one field allows may be called; None for any other function."""
+        """Return where a function that only one field allows can be called; None for any other function."""
         return None
 
 
@@ -146,7 +146,7 @@ def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] = FUN
                 raise Unreadable(
                     argument.value,
                     text,
-                    help=f"name it: the arguments are {', '.join(f'`{k}`' for k in order)}",
+                    help=f"write its name: the arguments are {', '.join(f'`{k}`' for k in order)}",
                 )
             key = order[0] if many else order[len(args)]
         else:

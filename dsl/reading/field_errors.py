@@ -1,4 +1,4 @@
-"""Errors of pydantic in the words of the language."""
+"""Describe pydantic's errors in the words of the language."""
 
 from __future__ import annotations
 

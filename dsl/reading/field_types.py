@@ -1,4 +1,4 @@
-"""Types of construct fields: how each is read from a node, text, JSON or a value."""
+"""The types of construct fields, and how each is read from a node, text, JSON or a value."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _scoped_numbers(raw: Any) -> tuple[v.Scoped, ...]:
 
 
 def _plainly(read: Callable[[Node], Any]) -> Reader:
-    """Return a reader of values that contain no names."""
+    """Return a reader for values that contain no names."""
     return lambda node, names: read(node)
 
 

@@ -22,7 +22,7 @@ def field_type(info: FieldInfo) -> FieldType | None:
 
 
 def untyped_value(annotation: Any, metadata: Iterable[Any] = ()) -> type[Value] | None:
-    """Return a class of values that an annotation uses without a FieldType to read it, or None."""
+    """Return a value class that an annotation uses without the FieldType that reads it, or None."""
     if any(isinstance(m, FieldType) for m in metadata):
         return None
     if isinstance(annotation, type) and issubclass(annotation, Value):

@@ -1,4 +1,4 @@
-"""Which names an expression may use, and the message for any other."""
+"""Check the names that an expression uses, and suggest the right one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Scope(Names):
             message = f"`{found[0].heading()}` measures nothing, so `{label}` has no value"
             return Diagnostic("unknown-signal", message, labels)
         if signal and signal not in signals:
-            known = f"its signals are {', '.join(f'`{label}.{s}`' for s in signals)}"
+            known = f"known signals: {', '.join(f'`{label}.{s}`' for s in signals)}"
             message = f"`{found[0].heading()}` has no signal `{signal}`"
             return Diagnostic("unknown-signal", message, labels, (known,), suggest(signal, signals))
         return None
@@ -75,11 +75,11 @@ class Scope(Names):
     def _meant(self, name: str, options: Iterable[str]) -> str | None:
         """Return a suggestion for a name that is not defined, or None."""
         if name in FUNCTIONS:
-            return f"write it as a call: `{example_call(name)}`"
+            return f"write a call: `{example_call(name)}`"
         label = name.partition(".")[0]
         for key in self.catalog:
             if key[1] == label and (construct := self.catalog[key]).signals:
-                return f"no clause measures it: add `{construct.usage}`"
+                return f"no clause measures `{label}`: add `{construct.usage}`"
         near = nearest(name, FUNCTIONS)
         return suggest(name, options) or (f"did you mean `{example_call(near)}`?" if near else None)
 

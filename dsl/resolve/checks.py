@@ -20,7 +20,7 @@ VERBS = {"stop": False, "save": False, "warn": True}
 
 
 def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
-    """Return the mistakes that only clauses and rules together show."""
+    """Return the mistakes that need clauses and rules together to be seen."""
     scope = Scope(_constructs(clauses))
     found = structure_problems(clauses)
     for clause in clauses:
@@ -66,7 +66,7 @@ def _repeated(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
     for kind in ONCE:
         found = [c for c in clauses if c.kind == kind]
         for other in found[1:]:
-            labels = (*_head(other, "a second one"), *_head(found[0], "the first is here"))
+            labels = (*_head(other, "the second is here"), *_head(found[0], "the first is here"))
             yield Diagnostic("duplicate-clause", f"a spec can have only one `{kind}`", labels)
 
 
@@ -87,21 +87,21 @@ def _labels(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
         first = seen.setdefault(clause.name, clause)
         once = clause.kind in ONCE and clause.kind == first.kind  # a second one is wrong already
         if first is not clause and not once:
-            labels = (*_named(clause, "a second one"), *_named(first, "the first is here"))
+            labels = (*_named(clause, "the second is here"), *_named(first, "the first is here"))
             help = f"name one of them: `{clause.construct.title} as other_{clause.name} ...`"
             message = f"two clauses are called `{clause.name}`"
             yield Diagnostic("duplicate-label", message, labels, (), help)
 
 
 def _named(clause: Clause, text: str) -> tuple[Label, ...]:
-    """Return a label where a clause gets its name: at its `as`, or else at its construct."""
+    """Return a label at the name of a clause: at its `as`, or else at its construct."""
     return _at(clause.part_span("as" if clause.label else "head"), text)
 
 
 def on_problems(
     cls: type[Construct], given: bool, head: Span | None, on: Span | None
 ) -> Iterator[Diagnostic]:
-    """Yield the mistake of an `on` that is not allowed, or is missing."""
+    """Yield the mistake if an `on` is not allowed, or is missing."""
     title = cls.heading()
     if cls.targets == "none" and given:
         labels = _at(on, "remove `on` and this selector")
@@ -151,7 +151,7 @@ def _action(action: object, scope: Scope, span: Span | None) -> Iterator[Diagnos
 def _set_twice(
     action: Assign, clauses: Sequence[Clause], span: Span | None
 ) -> Iterator[Diagnostic]:
-    """Yield the mistake of a rule that sets what a clause sets before every step."""
+    """Yield the mistake if a rule sets what a clause sets before every step."""
     target = action.target
     for clause in clauses:
         construct = clause.construct
@@ -196,10 +196,6 @@ def target_problems(target: str, span: Span | None) -> Iterator[Diagnostic]:
 def unknown_construct(kind: str, name: str, catalog: Catalog) -> Diagnostic:
     """Return the diagnostic for a construct that is not in the catalog."""
     names = sorted(n for k, n in catalog if k == kind)
-    known = (
-        f"its constructs are {', '.join(f'`{n}`' for n in names)}"
-        if names
-        else "it has no constructs"
-    )
+    known = f"known constructs: {', '.join(f'`{n}`' for n in names) or 'none'}"
     message = f"`{kind}` has no construct `{name}`"
     return Diagnostic("unknown-construct", message, (), (known,), suggest(name, names))

@@ -24,7 +24,7 @@ _HIDDEN = {"path", "arguments"}  # how open constructs keep what they are given
 
 
 def unreadable_problem(error: Unreadable, where: Span, message: str, lets: Lets) -> Diagnostic:
-    """Return the diagnostic for an unreadable node; where a `let` holds it, its use has a label too."""
+    """Return the diagnostic for an unreadable node; inside a `let` it also has a label at the use of the `let`."""
     labels = [Label(error.span, error.text)]
     if error.span not in where:
         labels.append(Label(where, "used here"))
@@ -40,7 +40,7 @@ def with_use(d: Diagnostic, span: Span) -> Diagnostic:
 
 
 def is_lost(node: ast.Node, lets: Lets, scope: Scope) -> bool:
-    """Say whether a node uses a name whose definition is wrong; that is reported already."""
+    """Say whether a node uses a name whose definition has an error, which is reported already."""
     todo = [node]
     while todo:
         item = todo.pop()
@@ -154,8 +154,7 @@ class FieldResolver:
         self.failed.add(item.name.id)
         message = f"`{self.cls.heading()}` has no field `{printable(item.name.id)}`"
         near = nearest(item.name.id, self.declared)
-        fields = ", ".join(f"`{name}`" for name in self.declared)
-        notes = (f"its fields are {fields}" if fields else "it has no fields",)
+        notes = (f"known fields: {', '.join(f'`{n}`' for n in self.declared) or 'none'}",)
         self._report(
             "unknown-field",
             message,
@@ -173,7 +172,7 @@ class FieldResolver:
         return Provenance("include" if placed.via else "line", item.value.span, placed.via)
 
     def _invalid(self, detail: Any, name: str) -> None:
-        """Report an error of pydantic at the field as it was written."""
+        """Report an error of pydantic at the field's place in the text."""
         title = self.cls.heading()
         if detail["type"] == "missing":
             self._missing(name)
@@ -189,14 +188,14 @@ class FieldResolver:
         self._report(rule, message, (label,), self._field_note(name), help)
 
     def _fields_named_in(self, text: str) -> tuple[Label, ...]:
-        """Return labels at the fields of the clause that a message names, the last one first.
+        """Return labels at the fields that a message names, the last field first.
 
         A check of a construct names fields in backticks: `group`, or `group = 8`.
         """
         named = re.findall(r"`(\w+)[^`]*`", text)
         given = [item for name, item in self.first.items() if name in named]
         spans = sorted((item.name.span | item.value.span for item in given), key=lambda s: s.start)
-        labels = [Label(span, "together with this") for span in reversed(spans)]
+        labels = [Label(span, "in conflict with this") for span in reversed(spans)]
         return (labels[0].replace(text=text), *labels[1:]) if labels else ()
 
     def _missing(self, name: str) -> None:

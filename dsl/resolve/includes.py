@@ -77,9 +77,9 @@ def _collect(
                 (span for span in [*list(chain.values())[1:], statement.span] if span),
                 statement.span,
             )
-            labels = [Label(statement.span, "this leads back to a file that is being read")]
+            labels = [Label(statement.span, "this file is already being read")]
             if first != statement.span:
-                labels.append(Label(first, "the circle begins here"))
+                labels.append(Label(first, "the first include is here"))
             text = f"`{printable(statement.path.value)}` includes itself"
             out.found.append(Diagnostic("include-cycle", text, tuple(labels)))
             continue
@@ -123,7 +123,7 @@ def _locate(statement: ast.Use, path: Path | None) -> Path:
 
 
 def _shown(path: Path) -> str:
-    """Return a path relative to the working directory where it lies inside."""
+    """Return a path, relative to the working directory if it is inside."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -64,11 +64,7 @@ class Lets:
                     continue
                 message = f"the spec has no `let {name}`"
                 help = suggest(name, self.values)
-                known = (
-                    f"its lets are {', '.join(f'`{n}`' for n in self.values)}"
-                    if self.values
-                    else "it has no lets"
-                )
+                known = f"known lets: {', '.join(f'`{n}`' for n in self.values) or 'none'}"
                 self.found.append(
                     Diagnostic("unknown-let", message, (Label(span),), (known,), help)
                 )
@@ -81,7 +77,7 @@ class Lets:
                     self.values[name] = self.overridden[name] = node
 
     def check_definitions(self) -> None:
-        """Report lets whose definition leads back to itself, or whose value is too large."""
+        """Report lets that are defined by themselves, and lets whose value is too large."""
         for name in self.values:
             self._measure(name, {})
 
@@ -109,7 +105,11 @@ class Lets:
             self.broken.add(name)
             label = Label(self.names[name].span)
             self.found.append(
-                Diagnostic("too-large", f"the value of `{name}` is too large", (label,))
+                Diagnostic(
+                    "too-large",
+                    f"`{name}` has more than {MAX_SIZE:,} parts or {MAX_DEPTH} levels",
+                    (label,),
+                )
             )
             return (1, 1)
         self._size[name] = (size, depth)
@@ -121,7 +121,7 @@ class Lets:
                 Label(back.span, f"`{back.id}` is used here"),
                 Label(self.names[back.id].span, f"`{back.id}` is defined here"),
             )
-            message = f"the definition of `{back.id}` leads back to itself"
+            message = f"the definition of `{back.id}` uses `{back.id}` itself"
             self.found.append(Diagnostic("let-cycle", message, labels))
         self.broken |= {name, back.id}
 

@@ -1,4 +1,4 @@
-"""Where the parts of a spec were written; they take no part in equality, JSON or hash."""
+"""Where the parts of a spec were written; equality, JSON and hash ignore these places."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def load_spec(
 
 
 class Resolver:
-    """Resolves one spec; each part collects its diagnostics and goes on."""
+    """Resolves one spec; each part collects its diagnostics and continues."""
 
     def __init__(
         self, source: Source, path: Path | None, catalog: Catalog, overrides: Sequence[str]
@@ -204,7 +204,7 @@ class Resolver:
 
 
 def _ordered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
-    """Return diagnostics by file and place, without those that only follow from a syntax error."""
+    """Return diagnostics by file and place, without those that a syntax error causes."""
     rank: dict[int, int] = {}
     for d in found:
         if d.span:

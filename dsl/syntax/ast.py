@@ -1,4 +1,4 @@
-"""The syntax tree. Every node knows the span it was read from; none carries meaning.
+"""The syntax tree. Every node has the span it was read from, and none is interpreted yet.
 
 Spans take no part in equality, so two texts that differ only in layout give equal trees.
 """
@@ -13,7 +13,7 @@ NOWHERE = Source("<python>", "").span()
 
 
 class Spanned(Record):
-    """What every node has: where it was read from."""
+    """Base of the nodes: the span it was read from."""
 
     span: Span = uncompared(default=NOWHERE, kw_only=True)
 
@@ -25,14 +25,14 @@ class Num(Spanned):
 
 
 class Measure(Spanned):
-    """A number with a unit, which is as written: `step`, `steps`, `%`."""
+    """A number with a unit, spelled as in the text: `step`, `steps`, `%`."""
 
     number: Num
     unit: str
 
 
 class Str(Spanned):
-    """A string; `value` is what it stands for."""
+    """A string; `value` is its text without quotes and escapes."""
 
     value: str
 
@@ -44,7 +44,7 @@ class Ident(Spanned):
 
 
 class Argument(Spanned):
-    """One argument of a call, `name` None when it stands without one."""
+    """One argument of a call; `name` is None for an argument without a name."""
 
     name: Ident | None
     value: Node

@@ -30,7 +30,7 @@ class TooDeep(Exception):
 
 
 class Branch(lark.Tree[Any]):
-    """A node of Lark's tree that counts its levels; raises TooDeep where they are more than MAX_DEPTH."""
+    """A node of Lark's tree that counts its levels; raises TooDeep for more than MAX_DEPTH levels."""
 
     def __init__(self, data: str, children: list[Any], meta: Any = None) -> None:
         super().__init__(data, children, meta)
@@ -44,14 +44,14 @@ class Branch(lark.Tree[Any]):
 
 
 class Mismatch:
-    """A token that cannot follow what a parser has read; `too_deep` where the tree has too many levels by then."""
+    """A token that cannot follow what the parser has read; `too_deep` if the tree then has too many levels."""
 
     def __init__(self, token: Token, parser: InteractiveParser, too_deep: bool = False) -> None:
         self.token, self.parser, self.too_deep = token, parser, too_deep
 
     @cached_property
     def accepts(self) -> frozenset[str]:
-        """The terminals that can stand in its place."""
+        """The terminals that are possible in its place."""
         return frozenset() if self.too_deep else frozenset(self.parser.accepts())
 
 

@@ -28,7 +28,7 @@ _BEGINS = {
 
 
 class Parsed:
-    """The tree of all statements that are whole, and diagnostics of the others.
+    """The tree of all complete statements, and diagnostics of the others.
 
     `lost` holds the names that broken statements would have defined, so that none is reported as unknown.
     """
@@ -153,7 +153,7 @@ def _statement_starts(tokens: list[Token], source: Source) -> list[int]:
 
 
 def _names_defined(piece: Sequence[Token]) -> set[str]:
-    """Return the names a broken statement was about to define."""
+    """Return the names that a broken statement would have defined."""
     words = [token.value for token in piece[:8]]
     names = set(words[1:2])
     if "as" in words[:-1]:
@@ -162,5 +162,5 @@ def _names_defined(piece: Sequence[Token]) -> set[str]:
 
 
 def _index(token: Token, piece: Sequence[Token]) -> int:
-    """Return where a token stands; the end of the text stands after all others."""
+    """Return the index of a token; the end of the text comes after all tokens."""
     return next((n for n, other in enumerate(piece) if other is token), len(piece))

@@ -1,4 +1,4 @@
-"""Syntax errors in words: what was found, what was expected instead, and what was probably meant."""
+"""Diagnostics of syntax errors: what was found, what was expected, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEYWORD_KEYS = {
 _DOUBLED = {
     "&": "write `and` between conditions, `&` between selectors",
     "|": "write `or` between conditions, `|` between selectors",
-    "*": "there is no operator for powers; inside a string `**` matches any number of segments",
+    "*": "there is no operator for powers; in the pattern of a selector `**` matches any part of a name",
     "/": "comments begin with `#`",
     "=": "write one `=` to give a value, `==` to compare",
 }
@@ -34,9 +34,9 @@ _DOUBLED = {
 def explain(
     mismatch: Mismatch, before: Sequence[Token], source: Source, whole: Sequence[Token] = ()
 ) -> Diagnostic:
-    """Return the diagnostic for a token that cannot stand behind the tokens `before` it.
+    """Return the diagnostic for a token that cannot follow the tokens `before` it.
 
-    `whole` is the statement that ends in front of the token, where it is the token that begins the next.
+    `whole` is the complete statement before the token, if the token begins the next statement.
     """
     token, accepts = mismatch.token, mismatch.accepts
     if mismatch.too_deep:
@@ -58,7 +58,7 @@ def explain(
 
 
 def expected_words(accepts: frozenset[str]) -> list[str]:
-    """Return the terminals in words; groups that occur together, such as all that begins a value, have one name."""
+    """Return the terminals in words; a group such as all that can begin a value has one name."""
     out = []
     rest = set(accepts)
     if rest >= _STATEMENT:
@@ -126,7 +126,7 @@ def _help(
         return f"write {_as_field(last, source)}"
     statement = token.type in _STATEMENT and _begins_line(token, last, source)
     if "COMMA" in accepts and token.type in ("NAME", "UNIT", "KIND", "RUN") and not statement:
-        return "fields are separated by `,`"
+        return "write `,` between fields"
     return None
 
 
@@ -139,7 +139,7 @@ def _unknown_kind(token: Token, source: Source, whole: Sequence[Token]) -> Diagn
     clause = bool(whole) and whole[0].type in ("KIND", "RUN")
     if help is None and clause and not _begins_line(token, whole[-1], source):
         field = _as_field(token, source, braces=True)
-        help = f"the fields of a clause stand in braces: write {field}"
+        help = f"write the fields of a clause in braces: {field}"
     return Diagnostic("unknown-kind", f"there is no kind `{name}`", (label,), (kinds,), help)
 
 

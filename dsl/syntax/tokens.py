@@ -25,7 +25,7 @@ _BAD = re.compile(r'(?P<STRING>"[^\n]*)|(?P<NUMBER>\d[\w.]*)|[^\x00-\x7f]+|.', r
 
 
 class Tokens:
-    """What a text consists of; `stopped` says that the rest was not looked at."""
+    """The tokens of a text; `stopped` says that the rest of the text was not read."""
 
     def __init__(self) -> None:
         self.tokens: list[Token] = []
@@ -33,13 +33,13 @@ class Tokens:
         self.stopped = False
 
     def stop(self, rule: str, message: str, span: Span, text: str = "") -> None:
-        """Give up: keep the one diagnostic that says why."""
+        """Stop reading: keep only the diagnostic that says why."""
         self.tokens, self.stopped = [], True
         self.found = [Diagnostic(rule, message, (Label(span, text),))]
 
 
 def tokenize(source: Source, begin: int = 0) -> Tokens:
-    """Return the tokens of a text from `begin` on, or nothing but a diagnostic where it is beyond all bounds."""
+    """Return the tokens of a text from `begin` on, or only a diagnostic where the text is too large."""
     out = Tokens()
     if len(source.text) > MAX_CHARACTERS:
         size = f"{len(source.text):,} characters; a spec has at most {MAX_CHARACTERS:,}"
@@ -82,7 +82,7 @@ def span_of(token: Token, source: Source) -> Span:
 
 
 def _add(token: Token, depth: int, out: Tokens, source: Source) -> int:
-    """Take in a token and return how many brackets are open behind it."""
+    """Add a token and return how many brackets are open after it."""
     out.tokens.append(token)
     if token.type in OPENS.values():
         depth += 1
@@ -92,31 +92,31 @@ def _add(token: Token, depth: int, out: Tokens, source: Source) -> int:
         message = f"brackets are nested more than {MAX_NESTING} levels deep"
         out.stop("too-deep", message, span_of(token, source))
     elif len(out.tokens) > MAX_TOKENS:
-        size = f"this is word {MAX_TOKENS + 1:,}"
+        size = f"a spec has at most {MAX_TOKENS:,} words and signs"
         message = "this text is too large to be a spec"
         out.stop("too-large", message, span_of(token, source), size)
     return depth
 
 
 def _complain(bad: re.Match[str], source: Source) -> Diagnostic:
-    """Explain a run of characters that is no token."""
+    """Return the diagnostic for characters that are not a token."""
     text = bad[0]
     span = Span(source, bad.start(), min(bad.end(), bad.start() + 80))
     if bad.lastgroup == "STRING":
         label = Label(span, 'expected a closing `"` on this line')
         return Diagnostic("syntax", "the string is never closed", (label,))
     if bad.lastgroup == "NUMBER":
-        help = "put a space in front of a unit: `200 steps`; suffixes of numbers are `k`, `M`, `G` and `T`"
+        help = "write a space before a unit: `200 steps`; suffixes of numbers are `k`, `M`, `G` and `T`"
         message = f"`{printable(text)}` is not a number"
         return Diagnostic("syntax", message, (Label(span),), (), help)
-    message = f"`{printable(text)}` means nothing here"
+    message = f"unexpected `{printable(text)}`"
     return Diagnostic("syntax", message, (Label(span),), (), _INSTEAD.get(text))
 
 
 _INSTEAD = {
-    ";": "statements and fields need no `;`: fields are separated by `,`",
-    ":": "a value is given with `=`",
-    "'": 'strings are written with `"`',
+    ";": "remove `;`; write `,` between fields",
+    ":": "write `=` between a name and its value",
+    "'": 'write strings with `"`',
     "!": "write `not`",
     "$": "write the name of a `let` without `$`: `width`",
 }

@@ -1,4 +1,4 @@
-"""Lark's tree to the syntax tree: one method per rule of the grammar, called with what the rule covers."""
+"""Lark's tree to the syntax tree: one method per rule of the grammar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Arguments = tuple[ast.Argument, ...]
 
 @v_args(inline=True, meta=True)
 class TreeBuilder(Transformer_NonRecursive[Token, Any]):
-    """Builds nodes for one source, and notes what the grammar cannot see."""
+    """Builds the nodes of one source, and reports mistakes that the grammar does not exclude."""
 
     def __init__(self, source: Source) -> None:
         super().__init__(visit_tokens=False)
@@ -38,7 +38,7 @@ class TreeBuilder(Transformer_NonRecursive[Token, Any]):
         return ast.Ident(token.value, span=span_of(token, self.source))
 
     def string_of(self, token: Token) -> ast.Str:
-        """Return what a string stands for, and note escapes that mean nothing."""
+        """Return the text of a string, and report unknown escapes."""
         span = span_of(token, self.source)
 
         def unescape(match: re.Match[str]) -> str:

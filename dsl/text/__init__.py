@@ -1,1 +1,1 @@
-"""The text of a spec and what is said of it: places, closed vocabularies, diagnostics and how they are shown."""
+"""Source texts and places in them, the fixed word lists of the language, and diagnostics and how they are shown."""

@@ -12,15 +12,15 @@ Severity = Literal["error", "warning"]
 
 
 class Label(Record):
-    """A span and what is said of it; the first label of a diagnostic stands where the mistake is."""
+    """A span and a text about it; the first label of a diagnostic is at the mistake."""
 
     span: Span
     text: str = ""
 
 
 def repetition(again: Span, first: Span) -> tuple[Label, Label]:
-    """Return the labels of something that is given twice."""
-    return Label(again, "a second one"), Label(first, "the first is here")
+    """Return the labels for something that is given twice."""
+    return Label(again, "the second is here"), Label(first, "the first is here")
 
 
 class Edit(Record):
@@ -31,7 +31,7 @@ class Edit(Record):
 
 
 class Diagnostic(Record):
-    """One mistake or warning; dsl/text/render.py draws it."""
+    """One mistake or warning; dsl/text/render.py turns it into text."""
 
     rule: str
     message: str

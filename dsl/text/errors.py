@@ -1,4 +1,4 @@
-"""Exceptions: the user's mistakes in a spec, and our own mistakes."""
+"""Exceptions: mistakes in a spec, and mistakes in trainc itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from trainc.dsl.text.render import render_text
 
 
 class SpecError(Exception):
-    """Every mistake found in one stage, raised together at its end.
+    """Raised with all mistakes that one stage found.
 
-    As text it is what `trainc check` prints, so that a traceback alone says what to write instead.
+    Its text is what `trainc check` prints, so that a traceback says what to write instead.
     """
 
     def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
@@ -23,7 +23,7 @@ class SpecError(Exception):
 
 
 class CompilerBug(Exception):
-    """A mistake in trainc, never in a spec; please report it with the text of the message."""
+    """A mistake in trainc, never in a spec; please report it with its message."""
 
     def __init__(self, where: str, detail: str) -> None:
         super().__init__(f"{where}: {detail} (this is a bug in trainc, please report it)")

@@ -6,7 +6,7 @@ from trainc.dsl.text.rule import RuleExplanation
 
 LANGUAGE_RULES: dict[str, RuleExplanation] = {
     "syntax": RuleExplanation(
-        "The text is not written as the language asks at this place.",
+        "The text does not follow the grammar of the language at this place.",
         "A statement that cannot be read cannot be checked. The statements around it are still checked.",
         "Write at the caret what the message expects. Fields are separated by `,`.",
     ),
@@ -115,11 +115,11 @@ LANGUAGE_RULES: dict[str, RuleExplanation] = {
     "duplicate-clause": RuleExplanation(
         "A kind that may be used once is used twice.",
         "A run has one model, one data source, one loss and one length.",
-        "Remove one of the clauses. It may stand in an included file.",
+        "Remove one of the clauses. One of them may be in an included file.",
     ),
     "let-cycle": RuleExplanation(
-        "The definition of a `let` leads back to itself, directly or through other `let`s.",
-        "Such a `let` has no value.",
+        "The definition of a `let` uses its own name, directly or through other `let`s.",
+        "Such a definition gives no value.",
         "Change one of the two places shown.",
     ),
     "unknown-let": RuleExplanation(

@@ -12,13 +12,13 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "`optional` if the clause may match nothing.",
     ),
     "selector-count": RuleExplanation(
-        "A selector with `expect` matches another number of modules or parameters.",
-        "`expect` is there to notice that a model has changed.",
-        "Look at the list in the note. Correct the selector or the number.",
+        "A selector matches more or fewer modules or parameters than its `expect` says.",
+        "`expect` makes a change of the model visible.",
+        "Correct the selector or the number.",
     ),
     "unknown-class": RuleExplanation(
         "A name in `type(...)` is neither a class of the model nor a class of torch.nn.",
-        "Beside classes that match, a misspelt class would leave its layers out without a message.",
+        "If other classes match, the layers of a misspelt class would be left out without a message.",
         "Write the name in the help line. In a spec for several models, select with `role(norm)` and the like, or "
         "make the clause `optional`.",
     ),
@@ -38,9 +38,9 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "Widen a selector, or freeze the parameters in the model.",
     ),
     "conflicting-effects": RuleExplanation(
-        "Two constructs cannot work in the same step as they are written.",
-        "One undoes or overwrites what the other needs, in either order.",
-        "Remove one of them, or separate them in time with `from` and `until`.",
+        "Two clauses, or a clause and a rule, cannot act in the same step.",
+        "One of them overwrites what the other one sets, in either order.",
+        "Remove one of them.",
     ),
     "no-effect": RuleExplanation(
         "A clause has a value with which it does nothing, such as a weight of 0.",
@@ -59,7 +59,7 @@ MODEL_RULES: dict[str, RuleExplanation] = {
     ),
     "noise-scale-sees-penalty": RuleExplanation(
         "A gradient noise scale is measured on parameters whose gradient also contains a penalty.",
-        "The result is then the noise scale of the sum. The theory is about the loss alone.",
+        "The result is then the noise scale of loss and penalty together. The theory is about the loss alone.",
         "Leave the measured parameters out of the penalty's selector, or measure in steps without the penalty.",
     ),
     "import-failed": RuleExplanation(
@@ -111,8 +111,8 @@ MODEL_RULES: dict[str, RuleExplanation] = {
     ),
     "loss-not-a-mean": RuleExplanation(
         "The loss of a batch is not the weighted mean of the losses of its examples.",
-        "A noise scale compares what each example adds to a mean. In a summed or a contrastive loss that is "
-        "something else.",
+        "A noise scale compares what each example adds to a mean. A summed or a contrastive loss is not such a "
+        "mean.",
         "Divide a summed loss by the number of examples or targets, or remove the noise scale.",
     ),
     "nothing-to-measure": RuleExplanation(

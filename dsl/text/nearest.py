@@ -1,4 +1,4 @@
-"""Suggestions for misspelt names."""
+"""Suggest names that are similar to a misspelt one."""
 
 from __future__ import annotations
 

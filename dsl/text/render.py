@@ -1,4 +1,4 @@
-"""Diagnostics as people read them: messages, lines of the spec, and carets under the place."""
+"""Diagnostics as text for people: messages, lines of the spec, and carets under the place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLAIN = "\x1b[0m"
 
 
 def render_text(diagnostics: Iterable[Diagnostic], colour: bool = False) -> str:
-    """Return all diagnostics as people read them, a blank line after each."""
+    """Return all diagnostics as text for people, with a blank line after each."""
     return "".join(f"{_render(d, colour)}\n\n" for d in diagnostics)
 
 
@@ -70,7 +70,7 @@ def _excerpt(span: Span) -> tuple[int, str, int, int]:
 
 
 def safe(text: str) -> str:
-    """Return text that is safe on any terminal: one visible character for each of its own."""
+    """Return text that is safe on any terminal: each character becomes one visible character."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(" " if c == "\t" else c if c.isprintable() else "\ufffd" for c in text)

@@ -1,4 +1,4 @@
-"""What is said of a rule in `trainc explain RULE` and docs/diagnostics.md."""
+"""The explanation of a rule, for `trainc explain RULE` and docs/diagnostics.md."""
 
 from __future__ import annotations
 

@@ -57,6 +57,6 @@ class Span(Record):
 
 
 def printable(text: str, limit: int = 40) -> str:
-    """Return text of a source as a message may quote it: nothing unprintable, at most `limit` characters."""
+    """Return text for quoting in a message: printable, and at most `limit` characters."""
     short = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in short)

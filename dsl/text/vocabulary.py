@@ -19,7 +19,7 @@ RESOURCES = frozenset(
     ("batch", "clock", "rate", "params", "inputs", "views", "forward", "loss", "probe", "gradient",
      "optimizer_state", "delta", "metrics")
 )  # fmt: skip
-"""What the actions of a step read and write, beside `signal:<name>`."""
+"""What the actions of a step read and write, besides `signal:<name>`."""
 
 COUNTERS = ("steps", "samples", "tokens", "epochs", "seconds")
 """What the clock counts; durations are in these units or in percent of the run."""

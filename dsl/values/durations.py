@@ -12,7 +12,7 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 class Duration(Value):
-    """A stretch of training; unit `run` is a fraction of the whole run, written `5%`."""
+    """An amount of training; the unit `run` is a fraction of the whole run, written `5%`."""
 
     amount: float
     unit: Unit
@@ -39,7 +39,9 @@ class Range(Value):
         self._set("low", plain_number(self.low))
         self._set("high", plain_number(self.high))
         if self.low > self.high:
-            raise ValueError(f"the range begins at {self.low}, above its end {self.high}")
+            raise ValueError(
+                f"the first number of a range, {self.low}, cannot be above the second, {self.high}"
+            )
 
     def written(self) -> Written:
         return infix("..", number(self.low), number(self.high))

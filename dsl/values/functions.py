@@ -1,4 +1,4 @@
-"""The signatures of the functions of expressions; tests/dsl/test_vocabulary.py holds the runtime to them."""
+"""The signatures of the functions of expressions; a test compares them with the runtime's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ArgumentKind = Literal[
 
 
 class Function(Record):
-    """A signature: arguments in order, how many may stand without a name, how many must stand."""
+    """A signature: arguments in order, how many may be positional, and how many are required."""
 
     arguments: dict[str, ArgumentKind]
     positional: int

@@ -1,4 +1,4 @@
-"""How trees and values are written: how tightly operators bind, and so where brackets stand."""
+"""How trees and values are written: how tightly operators bind, and so where brackets are needed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def infix(op: str, left: Written, right: Written) -> Written:
 
 
 def call(function: str, arguments: Iterable[tuple[str | None, Written]]) -> Written:
-    """Write a call; an argument's name is None where it stands without one."""
+    """Write a call; the name of a positional argument is None."""
     texts = (f"{name} = {bracketed(x)}" if name else bracketed(x) for name, x in arguments)
     return f"{function}({', '.join(texts)})", ATOM
 

@@ -1,4 +1,4 @@
-"""What every value of the language shares, and how plain Python values are written beside them."""
+"""The base of the language's values, and the text of values and plain Python values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Value(Record):
     """A value of the language; `str` gives its text."""
 
     def written(self) -> Written:
-        """Return its text, and how tightly that binds."""
+        """Return its text, and how tightly its outermost operator binds."""
         raise NotImplementedError
 
     def __str__(self) -> str:

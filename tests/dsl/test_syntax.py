@@ -52,7 +52,7 @@ BROKEN: dict[str, list[tuple[str, int, int, str, str]]] = {
             "`\\f` is not an escape sequence",
             'escapes are `\\"`, `\\\\`, `\\n`, `\\t`',
         ),
-        ("syntax", 21, 22, "`;` means nothing here", ""),
+        ("syntax", 21, 22, "unexpected `;`", ""),
     ],
     'model "m:\\f" { a = }': [
         (
