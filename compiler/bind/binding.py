@@ -6,7 +6,7 @@ Reads no weight and no data. All mistakes are collected and raised once, as Spec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainc.compiler.bind.bound_clause import BoundClause, Sizes, Targets
 from trainc.compiler.bind.claims import overlapping_claims
@@ -16,17 +16,15 @@ from trainc.compiler.bind.selection import check_field_selectors, select_targets
 from trainc.compiler.bind.signals import signal_problems
 from trainc.compiler.model.facts import Facts
 from trainc.compiler.model.inventory import Inventory
+from trainc.dsl.reading.construct import Construct
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
+from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values.value_json import Duration
 from trainc.runtime.schedule.clock import RunLength
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.schedule.unit_conversion import UnitConversion
-
-if TYPE_CHECKING:
-    from trainc.dsl.reading.construct import Construct
-    from trainc.dsl.resolve.spec import Spec
-    from trainc.dsl.resolve.statements import Clause
-    from trainc.dsl.text.diagnostic import Diagnostic
 
 ORDER = (
     "model", "data", "loss", "run", "distribute", "normalize", "adapt", "mask", "perturb", "regularize",

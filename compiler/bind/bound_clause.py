@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainc.compiler.model.inventory import Inventory, ModuleEntry, ParameterEntry
+from trainc.dsl.reading.construct import Catalog, Construct
+from trainc.dsl.text.source import Span
 from trainc.runtime.schedule.time_span import TimeSpan
-
-if TYPE_CHECKING:
-    from trainc.dsl.reading.construct import Catalog, Construct
-    from trainc.dsl.text.source import Span
 
 
 @dataclass(frozen=True, slots=True)

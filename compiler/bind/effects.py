@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.report import labels
-from trainc.dsl.reading.construct import PHASES
+from trainc.compiler.model.inventory import Inventory
+from trainc.dsl.reading.construct import PHASES, Construct, Effect
+from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.text.diagnostic import Diagnostic
-
-if TYPE_CHECKING:
-    from trainc.compiler.bind.bound_clause import BoundClause
-    from trainc.compiler.model.inventory import Inventory
-    from trainc.dsl.reading.construct import Construct, Effect
-    from trainc.dsl.resolve.spec import Spec
 
 SINGLE = ("views",)
 """Resources that at most one clause may write."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.errors import name_root_module
+from trainc.dsl.reading.construct import Problem
+from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic, Label
-
-if TYPE_CHECKING:
-    from trainc.compiler.bind.bound_clause import BoundClause
-    from trainc.dsl.reading.construct import Problem
-    from trainc.dsl.resolve.statements import Clause
-    from trainc.dsl.text.source import Span
+from trainc.dsl.text.source import Span
 
 
 class Report:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from trainc.compiler.model.select import expectations, select
+from trainc.compiler.bind.report import Report
+from trainc.compiler.model.inventory import Inventory
+from trainc.compiler.model.select import Target, expectations, select
 from trainc.compiler.model.suggestions import suggestion, unknown_classes
+from trainc.dsl.reading.construct import Construct
+from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.values.value_json import Scoped, Selector
-
-if TYPE_CHECKING:
-    from trainc.compiler.bind.report import Report
-    from trainc.compiler.model.inventory import Inventory
-    from trainc.compiler.model.select import Target
-    from trainc.dsl.reading.construct import Construct
-    from trainc.dsl.resolve.statements import Clause
 
 _TRAINABLE_ONLY = ("optimizer", "lr", "mask")
 """The kinds whose clauses leave frozen parameters out of their selection."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.source import Span
 from trainc.dsl.values import value_json as v
-
-if TYPE_CHECKING:
-    from trainc.compiler.bind.bound_clause import BoundClause
-    from trainc.dsl.resolve.spec import Spec
-    from trainc.dsl.text.source import Span
 
 _SIZES = ("batch", "micro_batch", "samples")
 

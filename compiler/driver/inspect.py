@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainc.compiler.driver.compile import compile, resolve_spec
 from trainc.compiler.model.factories import build_data
 from trainc.compiler.model.import_path import searching
+from trainc.compiler.program.program import Program
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
-
-if TYPE_CHECKING:
-    from trainc.compiler.program.program import Program
-    from trainc.runtime.data.batch import Batch
+from trainc.runtime.data.batch import Batch
 
 
 def first_batch(spec: str | Path, overrides: Mapping[str, str] | None, size: int) -> Batch:

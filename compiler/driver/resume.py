@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainc.compiler.plan.plan import FORMAT
+from trainc.compiler.plan.plan import FORMAT, Plan
 from trainc.compiler.program.save import PLAN
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values.value_json import from_json
-
-if TYPE_CHECKING:
-    from trainc.compiler.plan.plan import Plan
 
 
 def check_resume(plan: Plan, out: Path, accept: bool) -> None:

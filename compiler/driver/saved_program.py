@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.bind.bound_clause import from_json
 from trainc.compiler.catalog import catalog
+from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.plan.plan import FORMAT, Plan
+from trainc.compiler.program.execution import Executor
+from trainc.compiler.program.program import Program
 from trainc.compiler.program.save import CONSTANTS, GRAPH, PLAN, WEIGHTS
 from trainc.runtime.schedule.clock import RunLength
 from trainc.runtime.schedule.unit_conversion import UnitConversion
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from trainc.compiler.graph.step_graph import StepGraph
-    from trainc.compiler.program.execution import Executor
-    from trainc.compiler.program.program import Program
 
 
 class LoadError(ValueError):

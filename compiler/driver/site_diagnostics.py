@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from trainc.compiler.errors import SiteError
+from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.text.diagnostic import Diagnostic, Label
-
-if TYPE_CHECKING:
-    from trainc.compiler.errors import SiteError
-    from trainc.dsl.resolve.spec import Spec
-
 
 _KINDS = ("noise_scale", "regularize")
 """The kinds of clauses that request sites, the likeliest first."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from trainc.compiler.driver.compile import compile, resolve_spec
 from trainc.compiler.driver.resume import cannot_resume, check_resume
@@ -13,7 +14,11 @@ from trainc.compiler.driver.site_diagnostics import site_diagnostic
 from trainc.compiler.errors import SiteError
 from trainc.compiler.model.factories import build_data, missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
+from trainc.compiler.program.execution import Executor
+from trainc.compiler.program.program import Program
 from trainc.compiler.program.save import PLAN, json_text
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.render import render_text
@@ -22,14 +27,6 @@ from trainc.runtime.run.loop import train as loop
 from trainc.runtime.run.summary import Summary
 from trainc.runtime.step.action import IncompatibleState
 from trainc.runtime.storage import checkpoint
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from trainc.compiler.program.execution import Executor
-    from trainc.compiler.program.program import Program
-    from trainc.dsl.resolve.spec import Spec
-    from trainc.dsl.resolve.statements import Clause
 
 SPEC, SPEC_TEXT = "spec.json", "spec.train"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,13 +17,10 @@ from trainc.compiler.errors import SiteError, SiteMissing, SiteUnfit
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.model.undisturbed import keep_buffers
 from trainc.compiler.program.capture import CaptureFailed
+from trainc.compiler.program.program import Program
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
-from trainc.runtime.data.batch import compute_logits, map_tensors
-
-if TYPE_CHECKING:
-    from trainc.compiler.program.program import Program
-    from trainc.runtime.data.batch import Batch
+from trainc.runtime.data.batch import Batch, compute_logits, map_tensors
 
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-9}
 

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from torch import Tensor, nn
+
+from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.lower.unbounded_run import depends_on_run_length
+from trainc.compiler.method.example_units import ExampleUnits
+from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import (
     CalibrationPart,
     Inputs,
@@ -20,25 +26,16 @@ from trainc.compiler.method.lowered_method import (
     Scheduled,
 )
 from trainc.compiler.method.sites import LayerSite, MeasuredSite, NoiseSite, NormSite, Pairing
+from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
+from trainc.compiler.model.roles import Place
 from trainc.compiler.model.select import select
-from trainc.dsl.values.value_json import to_json
+from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
+from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import Schedules, compile_schedule
+from trainc.runtime.schedule.time_span import Unit
+from trainc.runtime.step.action import Action
 from trainc.runtime.step.optimizer import LrFactor
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from trainc.compiler.bind.bound_clause import BoundClause
-    from trainc.compiler.lower.lowering_context import LoweringContext
-    from trainc.compiler.method.example_units import ExampleUnits
-    from trainc.compiler.method.loss import Loss
-    from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
-    from trainc.compiler.model.roles import Place
-    from trainc.dsl.values.value_json import Duration, Expr, Selector
-    from trainc.runtime.schedule.gate import Gate
-    from trainc.runtime.schedule.time_span import Unit
-    from trainc.runtime.step.action import Action
-    from trainc.runtime.step.update_mask import SelectedEntries
+from trainc.runtime.step.update_mask import SelectedEntries
 
 
 class Lowering:

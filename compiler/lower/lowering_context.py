@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from trainc.compiler.lower.unbounded_run import UNBOUNDED
+from trainc.compiler.model.inventory import Inventory
+from trainc.runtime.schedule.clock import RunLength
 from trainc.runtime.schedule.gate import Gate
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from trainc.compiler.model.inventory import Inventory
-    from trainc.runtime.schedule.clock import RunLength
-    from trainc.runtime.schedule.time_span import Duration, Unit
-    from trainc.runtime.schedule.unit_conversion import UnitConversion
-    from trainc.runtime.step.record import Signals
+from trainc.runtime.schedule.time_span import Duration, Unit
+from trainc.runtime.schedule.unit_conversion import UnitConversion
+from trainc.runtime.step.record import Signals
 
 
 @dataclass(frozen=True, slots=True)

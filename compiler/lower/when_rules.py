@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
+from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.dsl.resolve.statements import Assign
+from trainc.dsl.resolve.statements import Rule as RuleClause
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
-from trainc.dsl.values.value_json import to_json
+from trainc.dsl.values.value_json import Duration, to_json
 from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.schedules import compile_condition, compile_schedule
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action
 from trainc.runtime.step.when_rules import Rule, RuleAction
-
-if TYPE_CHECKING:
-    from trainc.compiler.lower.lowering_context import LoweringContext
-    from trainc.dsl.resolve.statements import Rule as RuleClause
-    from trainc.dsl.values.value_json import Duration
 
 
 def when_rules(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +11,8 @@ from torch.utils import _pytree as pytree
 
 from trainc.compiler.errors import SiteError
 from trainc.compiler.method.example_index import ExampleIndex
-
-if TYPE_CHECKING:
-    from trainc.compiler.method.loss import Loss
-    from trainc.runtime.data.batch import Batch
+from trainc.compiler.method.loss import Loss
+from trainc.runtime.data.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 LOSS_WEIGHT = "loss_weight"
 """The name of the 0-d tensor that carries a micro-batch's weight in the loss of its step."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
+from torch import Tensor
+
+from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.sites import Rewrite
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from trainc.compiler.method.loss import Loss
-    from trainc.dsl.text.source import Span
-    from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.schedule.gate import Gate
-    from trainc.runtime.step.action import Action
-    from trainc.runtime.step.optimizer import LrFactor
-    from trainc.runtime.step.update_mask import SelectedEntries
+from trainc.dsl.text.source import Span
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.step.action import Action
+from trainc.runtime.step.optimizer import LrFactor
+from trainc.runtime.step.update_mask import SelectedEntries
 
 Scheduled = Callable[["Clock"], float]
 """A number as a function of the clock."""

@@ -7,10 +7,9 @@ same operators with the same site numbers, so both give the same results.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from trainc.compiler.method.example_units import ExampleUnits
+from trainc.compiler.method.example_units import ExampleUnits
 
 
 @dataclass(frozen=True, slots=True)

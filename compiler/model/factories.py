@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from trainc.compiler.model.facts import Facts
 from trainc.compiler.model.import_path import ImportProblem, call, import_attribute
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from trainc.dsl.resolve.spec import Spec
-    from trainc.dsl.resolve.statements import Clause
 
 
 def seeded_model(spec: Spec) -> nn.Module:

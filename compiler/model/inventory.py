@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from trainc.compiler.model.roles import (
     BIAS,
@@ -20,9 +21,6 @@ from trainc.compiler.model.roles import (
     segment_roles,
     type_names,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

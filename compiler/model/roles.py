@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from trainc.dsl.text.vocabulary import ROLES
-
-if TYPE_CHECKING:
-    from torch import nn
 
 NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD = ROLES
 

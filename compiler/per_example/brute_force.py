@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from trainc.compiler.per_example.statistics import squared_norm
-from trainc.runtime.data.batch import split_batch
+from trainc.runtime.data.batch import Batch, split_batch
 from trainc.runtime.step.record import CalibrationSample
-
-if TYPE_CHECKING:
-    from trainc.runtime.data.batch import Batch
-    from trainc.runtime.step.replicas import Replicas
+from trainc.runtime.step.replicas import Replicas
 
 
 def measure_one_by_one(

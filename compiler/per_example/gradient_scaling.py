@@ -7,14 +7,11 @@ hand, leaves a gradient there that is not what the backward passes gave.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from trainc.compiler.per_example.micro_batch import MicroBatchResult
+from trainc.compiler.per_example.micro_batch import MicroBatchResult
 
 _OFF = {torch.float16: 0.2, torch.bfloat16: 0.2}
 """Relative error that rounding explains in a sum over micro-batches, by dtype; of other dtypes `_EXACT`."""

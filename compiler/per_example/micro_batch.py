@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from trainc.compiler.method.loss import Loss
-    from trainc.runtime.data.batch import Batch
+from trainc.compiler.method.loss import Loss
+from trainc.runtime.data.batch import Batch
 
 
 @dataclass(slots=True)

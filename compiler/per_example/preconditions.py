@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError, repeated
+from trainc.compiler.layers.bound_modules import Sites
+from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.sites import LayerSite, MeasuredSite
 from trainc.compiler.model.eager import as_written
 from trainc.compiler.model.undisturbed import undisturbed
@@ -25,12 +27,7 @@ from trainc.compiler.per_example.batch_slices import (
     possible_slicers,
 )
 from trainc.compiler.per_example.weight_uses import run_checking_uses
-from trainc.runtime.data.batch import call_model, extract_logits
-
-if TYPE_CHECKING:
-    from trainc.compiler.layers.bound_modules import Sites
-    from trainc.compiler.method.loss import Loss
-    from trainc.runtime.data.batch import Batch
+from trainc.runtime.data.batch import Batch, call_model, extract_logits
 
 _SIZES = (2, 3)
 _MEAN_TOLERANCE = 1e-2

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from trainc.compiler.errors import SiteError, listed
 from trainc.compiler.method.example_units import Groups
+from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.per_example.gradient_scaling import ScalingDetector
+from trainc.compiler.per_example.micro_batch import MicroBatchResult
+from trainc.runtime.data.batch import Batch
 from trainc.runtime.step.record import Contribution
 from trainc.runtime.step.sharded import squared_norms
-
-if TYPE_CHECKING:
-    from trainc.compiler.method.loss import Loss
-    from trainc.compiler.method.lowered_method import LoweredMethod
-    from trainc.compiler.per_example.micro_batch import MicroBatchResult
-    from trainc.runtime.data.batch import Batch
 
 
 class Statistics:

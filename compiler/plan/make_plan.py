@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from trainc.compiler.bind.binding import Binding
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.plan import plan_tables, schedule_tables, site_tables
 from trainc.compiler.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from trainc.compiler.bind.binding import Binding
-    from trainc.compiler.method.lowered_method import LoweredMethod
 
 
 def make_plan(binding: Binding, method: LoweredMethod) -> Plan:

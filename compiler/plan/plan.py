@@ -7,10 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.diagnostic import Diagnostic
 
 FORMAT = 2
 Row = dict[str, Any]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trainc.compiler.bind.binding import Binding
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
+from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.method.sites import MeasuredSite
+from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.plan.schedule_tables import batch_row
 from trainc.dsl.reading.construct import PHASES
-
-if TYPE_CHECKING:
-    from trainc.compiler.bind.binding import Binding
-    from trainc.compiler.method.lowered_method import LoweredMethod
-    from trainc.compiler.method.sites import MeasuredSite
-    from trainc.compiler.model.inventory import Inventory
 
 Row = dict[str, Any]
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainc.runtime.schedule.clock import Clock
+from trainc.compiler.bind.binding import Binding
+from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.timeline import counters_at, counters_under_ramp
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
-
-if TYPE_CHECKING:
-    from trainc.compiler.bind.binding import Binding
-    from trainc.compiler.method.lowered_method import LoweredMethod
-    from trainc.runtime.schedule.clock import RunLength
-    from trainc.runtime.schedule.unit_conversion import UnitConversion
 
 Row = dict[str, Any]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from trainc.compiler.bind.binding import Binding
-    from trainc.compiler.method.lowered_method import LoweredMethod
-    from trainc.compiler.method.sites import LayerSite, NormSite
+from trainc.compiler.bind.binding import Binding
+from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.method.sites import LayerSite, NormSite
 
 Row = dict[str, Any]
 
