@@ -14,7 +14,7 @@ from trainc.compiler.bind.effects import changes_batch, conflicts, penalised_mea
 from trainc.compiler.bind.report import Report
 from trainc.compiler.bind.selection import check_field_selectors, select_targets
 from trainc.compiler.bind.signals import signal_problems
-from trainc.compiler.model.facts import Facts
+from trainc.compiler.model.factories import Facts
 from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.resolve.spec import Spec

@@ -34,7 +34,7 @@ def signal_units(clauses: Sequence[BoundClause]) -> dict[str, Literal["samples"]
     return {
         name: "samples"
         for clause in clauses
-        for name, signal in _signals(clause)
+        for name, signal in measured_signals(clause)
         if clause.construct.unit_of(signal) == "samples"
         and _unmeasured_reason(clause, signal) is None
     }
@@ -42,7 +42,9 @@ def signal_units(clauses: Sequence[BoundClause]) -> dict[str, Literal["samples"]
 
 def signal_problems(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
     """Yield an error for every use of a signal that is never measured, and for samples mixed with other counts."""
-    known = {name: (clause, signal) for clause in clauses for name, signal in _signals(clause)}
+    known = {
+        name: (clause, signal) for clause in clauses for name, signal in measured_signals(clause)
+    }
     for use in _expressions(spec):
         counts: dict[str, str] = {}
         for name in use.names():
@@ -55,7 +57,7 @@ def signal_problems(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diag
         yield from _unlike(use, counts)
 
 
-def _signals(clause: BoundClause) -> Iterator[tuple[str, str]]:
+def measured_signals(clause: BoundClause) -> Iterator[tuple[str, str]]:
     """Yield name and signal of everything a clause measures; the signal of the clause itself is the empty string."""
     if clause.construct.signals:
         yield clause.label, ""

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from trainc.compiler.bind.binding import Binding, bind
-from trainc.compiler.bind.signals import signal_units
+from trainc.compiler.bind.signals import measured_signals, signal_units
 from trainc.compiler.catalog import catalog, path_of
 from trainc.compiler.lower.assemble import assemble
 from trainc.compiler.lower.lowering_context import LoweringContext
@@ -19,14 +22,12 @@ from trainc.compiler.model.import_path import searching
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.plan.make_plan import make_plan
 from trainc.compiler.plan.plan import Plan
+from trainc.dsl.resolve.spec import Spec
 from trainc.runtime.step.record import Signals
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from trainc.compiler.program.execution import Executor
     from trainc.compiler.program.program import Program
-    from trainc.dsl.resolve.spec import Spec
 
 
 def compile(
@@ -67,8 +68,6 @@ def plan(
 
     Raises SpecError with every mistake found.
     """
-    import torch
-
     from trainc.compiler.model.meta_device import SkipInitialization, on_meta
 
     checked, path = resolve_spec(spec, overrides)
@@ -86,8 +85,6 @@ def resolve_spec(
     spec: str | Path | Spec, overrides: Mapping[str, str] | None = None
 ) -> tuple[Spec, Path | None]:
     """Return the checked Spec and the file it came from, None for a text or a Spec; raises SpecError."""
-    from trainc.dsl.resolve.spec import Spec
-
     if isinstance(spec, Spec):
         return spec, None
     from trainc.dsl.resolve.resolver import load_spec
@@ -111,20 +108,9 @@ def _lower(
         model, binding.inventory, binding.units, binding.length, signals, units
     )
     method = assemble(binding.clauses, context, to_run=to_run)
-    method.actions += when_rules(binding.spec.rules, context, _signal_names(binding))
+    names = {"loss", "lr", *(name for c in binding.clauses for name, _ in measured_signals(c))}
+    method.actions += when_rules(binding.spec.rules, context, names)
     return method
-
-
-def _signal_names(binding: Binding) -> set[str]:
-    """Return the names of everything the program measures."""
-    names = {"loss", "lr"}
-    for clause in binding.clauses:
-        if clause.construct.signals:
-            names |= {
-                clause.label,
-                *(f"{clause.label}.{signal}" for signal in clause.construct.signals),
-            }
-    return names
 
 
 def build_program(

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from trainc.compiler.driver.compile import compile, resolve_spec
+from trainc.compiler.errors import SiteMissing, SiteUnfit
 from trainc.compiler.model.factories import build_data
 from trainc.compiler.model.import_path import searching
+from trainc.compiler.passes.pipeline import check_names
+from trainc.compiler.program.capture import CaptureFailed
 from trainc.compiler.program.program import Program
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
@@ -27,9 +30,6 @@ def capture_program(
     spec: str | Path, overrides: Mapping[str, str] | None, without: Iterable[str]
 ) -> Program:
     """Return a program with the graph of one micro-batch of its data; raises SpecError where none can be captured."""
-    from trainc.compiler.errors import SiteMissing, SiteUnfit
-    from trainc.compiler.program.capture import CaptureFailed
-
     try:
         program = compile(spec, overrides=overrides, without=without, executor="graph")
     except ValueError as error:
@@ -44,8 +44,6 @@ def capture_program(
 
 def pass_diff(spec: str | Path, name: str, overrides: Mapping[str, str] | None) -> str:
     """Return what the pass `name` changed in the graph, as a unified diff; raises SpecError for an unknown pass."""
-    from trainc.compiler.passes.pipeline import check_names
-
     try:
         check_names(frozenset([name]))
     except ValueError as error:

@@ -6,17 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.bind.bound_clause import from_json
 from trainc.compiler.catalog import catalog
+from trainc.compiler.driver.compile import build_program
+from trainc.compiler.graph.serialize import FORMAT as GRAPH_FORMAT
+from trainc.compiler.graph.serialize import GraphFormatError, step_from_json
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.plan.plan import FORMAT, Plan
 from trainc.compiler.program.execution import Executor
 from trainc.compiler.program.program import Program
 from trainc.compiler.program.save import CONSTANTS, GRAPH, PLAN, WEIGHTS
+from trainc.dsl.resolve.spec import Spec
 from trainc.runtime.schedule.clock import RunLength
 from trainc.runtime.schedule.unit_conversion import UnitConversion
 
@@ -33,18 +38,12 @@ def load(
     Raises LoadError when a file is missing, damaged or of another format, or when the model's parameters are not
     those that the program was compiled for.
     """
-    from safetensors.torch import load_model
-
-    from trainc.compiler.driver.compile import build_program
-    from trainc.dsl.resolve.spec import Spec
-
     folder = Path(folder)
+    saved = _read_json(folder / PLAN, FORMAT)
     try:
-        plan = Plan.from_json(_read_json(folder / PLAN, FORMAT))
+        plan = Plan.from_json(saved)
         clauses = tuple(from_json(data, catalog()) for data in plan.clauses)
         spec = Spec.from_json(plan.spec, catalog())
-    except LoadError:
-        raise
     except (ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{folder / PLAN}: {error}") from error
     inventory = build_inventory(model)
@@ -67,11 +66,6 @@ def load(
 
 def _graph(folder: Path, model: nn.Module) -> StepGraph:
     """Return the saved graph over the parameters of `model`."""
-    from safetensors.torch import load_file
-
-    from trainc.compiler.graph.serialize import FORMAT as GRAPH_FORMAT
-    from trainc.compiler.graph.serialize import GraphFormatError, step_from_json
-
     constants = load_file(str(folder / CONSTANTS)) if (folder / CONSTANTS).exists() else {}
     try:
         return step_from_json(_read_json(folder / GRAPH, GRAPH_FORMAT), model, constants)

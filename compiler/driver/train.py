@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import nn
 
 from trainc.compiler.driver.compile import compile, resolve_spec
@@ -97,8 +98,6 @@ def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
 
     Raises SpecError where there are none or they do not fit the model.
     """
-    from safetensors.torch import load_file
-
     try:
         if source.is_dir():
             found = checkpoint.find_latest(source / "checkpoints")

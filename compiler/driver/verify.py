@@ -59,7 +59,7 @@ def verify(
         program.module.double()
     batch = first_batch(spec, overrides, program.micro_size)
     if double:
-        batch = map_tensors(_double, batch)
+        batch = map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)
     try:
         return compare(program, batch)
     except SiteError as error:
@@ -160,7 +160,3 @@ def _worst(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None]) 
             continue
         worst = max(worst, _error(other, value, FLOOR * largest))
     return worst
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor

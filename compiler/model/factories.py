@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from trainc.compiler.model.facts import Facts
 from trainc.compiler.model.import_path import ImportProblem, call, import_attribute
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
@@ -16,10 +17,16 @@ from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What `describe` of the data callable says before the data is built; None for what it does not say."""
+
+    samples: int | None = None
+    tokens_per_sample: int | None = None
+
+
 def seeded_model(spec: Spec) -> nn.Module:
     """Return the spec's model with the initial weights of its seed; the caller's random state stays as it is."""
-    import torch
-
     run = spec.one("run")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.construct.seed if run else 0)  # type: ignore[attr-defined]
@@ -28,8 +35,6 @@ def seeded_model(spec: Spec) -> nn.Module:
 
 def build_model(spec: Spec) -> nn.Module:
     """Return what the `model` clause builds; raises SpecError at its line."""
-    from torch import nn
-
     clause = spec.one("model")
     if clause is None:
         help_ = 'write `model "module:callable"`, or pass a model'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from trainc.dsl.text.nearest import suggest
 from trainc.dsl.values.value_json import ImportPath
 
 _SEARCHED: list[Path] = []
@@ -82,8 +84,6 @@ def call(path: ImportPath, arguments: dict[str, Any], rule: str) -> Any:
 
 def _check_arguments(path: ImportPath, target: Any, arguments: dict[str, Any]) -> None:
     """Raise ImportProblem, with the field, for arguments that the callable's signature does not take."""
-    import inspect
-
     try:
         signature = inspect.signature(target)
     except ValueError:
@@ -118,6 +118,4 @@ def _make_reachable(module: str) -> None:
 
 
 def _nearest(name: str, options: Iterable[str]) -> str | None:
-    from trainc.dsl.text.nearest import suggest
-
     return suggest(name, [o for o in options if not o.startswith("_")])

@@ -5,6 +5,7 @@ Built once, on the meta device or on real weights, before any wrapping or shardi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,10 +55,7 @@ class ParameterEntry:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def ndim(self) -> int:
@@ -93,9 +91,8 @@ class Inventory:
 
 def build_inventory(model: nn.Module) -> Inventory:
     """Return the inventory of `model`; no weight is read."""
-    where = places(model)
+    where, last = places(model), last_linear(model)
     roles = {name: module_roles(name, module) for name, module in model.named_modules()}
-    last = last_linear(model)
     if last is not None and not any(HEAD in found for found in roles.values()):
         roles[last] |= {HEAD}
     modules = tuple(

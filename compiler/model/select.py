@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -26,40 +27,27 @@ def expectations(
     selector: v.Selector, inventory: Inventory, target: Target
 ) -> Iterable[tuple[v.Expect, int]]:
     """Yield every `expect` in `selector` with the number of names that its inner selector matches."""
-    match selector:
-        case v.Expect(selector=inner):
-            yield selector, len(select(inner, inventory, target))
-            yield from expectations(inner, inventory, target)
-        case v.Where(selector=inner):
-            yield from expectations(inner, inventory, target)
-        case (
-            v.Union(left=a, right=b)
-            | v.Intersection(left=a, right=b)
-            | v.Difference(left=a, right=b)
-        ):
-            yield from expectations(a, inventory, target)
-            yield from expectations(b, inventory, target)
+    if isinstance(selector, v.Expect):
+        yield selector, len(select(selector.selector, inventory, target))
+    for part in _parts(selector):
+        yield from expectations(part, inventory, target)
 
 
 def leaves(selector: v.Selector) -> Iterable[v.Selector]:
     """Yield the simple selectors that `selector` is made of."""
-    match selector:
-        case v.Expect(selector=inner) | v.Where(selector=inner):
-            yield from leaves(inner)
-        case (
-            v.Union(left=a, right=b)
-            | v.Intersection(left=a, right=b)
-            | v.Difference(left=a, right=b)
-        ):
-            yield from leaves(a)
-            yield from leaves(b)
-        case _:
-            yield selector
+    parts = _parts(selector)
+    if not parts:
+        yield selector
+    for part in parts:
+        yield from leaves(part)
 
 
-def empty_parts(selector: v.Selector, inventory: Inventory, target: Target) -> Iterable[v.Selector]:
-    """Yield the leaves of `selector` that match nothing by themselves: the likely misspellings."""
-    return (part for part in leaves(selector) if not select(part, inventory, target))
+def _parts(selector: v.Selector) -> tuple[v.Selector, ...]:
+    if isinstance(selector, v.Expect | v.Where):
+        return (selector.selector,)
+    if isinstance(selector, v.Union | v.Intersection | v.Difference):
+        return selector.left, selector.right
+    return ()
 
 
 def _names(selector: v.Selector, entries: tuple[Entry, ...]) -> set[str]:
@@ -126,11 +114,11 @@ def _matches(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
 
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "<": lambda a, b: a < b,
-    ">": lambda a, b: a > b,
-    "<=": lambda a, b: a <= b,
-    ">=": lambda a, b: a >= b,
-    "==": lambda a, b: a == b,
+    "<": operator.lt,
+    ">": operator.gt,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
 }
 
 
@@ -153,14 +141,10 @@ def _measure(expression: v.Expr, entry: Entry) -> float:
     match expression:
         case v.Number(value=value):
             return value
-        case v.Name(id="numel"):
-            return entry.numel
-        case v.Name(id="ndim"):
-            return entry.ndim
-        case v.Name(id="depth"):
-            return entry.place.depth
-        case v.Name(id="block"):
-            return entry.place.block
+        case v.Name(id="numel" | "ndim" as name):
+            return float(getattr(entry, name))
+        case v.Name(id="depth" | "block" as name):
+            return float(getattr(entry.place, name))
         case v.Unary(op="neg", x=a):
             return -_measure(a, entry)
         case v.Binary(op="*", left=a, right=b):

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+from torch import nn
+
 from trainc.compiler.model.inventory import Inventory
-from trainc.compiler.model.select import Target, empty_parts, leaves, select
+from trainc.compiler.model.select import Target, leaves, select
 from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.values.value_json import Glob, OfType, Selector
 
 
 def suggestion(selector: Selector, inventory: Inventory, target: Target) -> str | None:
     """Return a help line for the first part of `selector` that matches nothing but resembles a name in the model."""
-    parts = empty_parts(selector, inventory, target)
-    return next((h for part in parts if (h := _for_part(part, inventory, target))), None)
+    missing = (part for part in leaves(selector) if not select(part, inventory, target))
+    return next((h for part in missing if (h := _for_part(part, inventory, target))), None)
 
 
 def unknown_classes(selector: Selector, inventory: Inventory) -> dict[str, str | None]:
@@ -34,8 +36,6 @@ def unknown_classes(selector: Selector, inventory: Inventory) -> dict[str, str |
 @cache
 def _torch_classes() -> frozenset[str]:
     """Return the names of the modules that torch.nn defines."""
-    from torch import nn
-
     found, todo = {"Module"}, [nn.Module]
     while todo:
         below = todo.pop().__subclasses__()

@@ -17,7 +17,9 @@ from trainc.compiler.method.sites import LayerSite, NormSite, Rewrite
 from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.model.select import expectations, select
 from trainc.compiler.per_example.preconditions import count_examples
+from trainc.compiler.per_example.statistics import by_parameter
 from trainc.compiler.per_example.weight_uses import run_checking_uses
+from trainc.dsl.reading.field_types import SELECTOR
 from trainc.runtime.data.batch import call_model
 
 On = str | Iterable[str] | None
@@ -70,11 +72,7 @@ def per_example_sq_norms(
     with _bound(model, rewrite) as sites:
         examples = count_examples(model, sites, inputs)
         squares = _measure(model, sites, loss_fn, inputs, examples)
-    by_name: dict[str, Tensor] = {}
-    for site in rewrite.measured:
-        for name, column in zip(site.parameters, squares[site.module].unbind(1), strict=True):
-            if name is not None:
-                by_name[name] = by_name[name] + column if name in by_name else column
+    by_name = by_parameter(rewrite, squares)
     return torch.stack([by_name[name] for name in columns], 1)
 
 
@@ -134,8 +132,6 @@ def _columns(inventory: Inventory, on: On) -> tuple[str, ...]:
 
 def _selected(inventory: Inventory, on: str) -> tuple[str, ...]:
     """Return the modules that a selector matches; raises ValueError when they are not as many as it expects."""
-    from trainc.dsl.reading.field_types import SELECTOR
-
     selector = SELECTOR.accept(on)
     for expect, count in expectations(selector, inventory, "modules"):
         if expect.count != count:

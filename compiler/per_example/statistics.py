@@ -13,6 +13,7 @@ from trainc.compiler.errors import SiteError, listed
 from trainc.compiler.method.example_units import Groups
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.per_example.gradient_scaling import ScalingDetector
 from trainc.compiler.per_example.micro_batch import MicroBatchResult
 from trainc.runtime.data.batch import Batch
@@ -119,16 +120,16 @@ class Statistics:
             )
         found = {n: cast(Tensor, p.grad) for n, p in result.probes.items()}
         if result.loss_scale is not None and (scale := float(result.loss_scale)) != 1.0:
-            found = {n: _divided(g, scale) for n, g in found.items()}
+            # What the loss was multiplied by is once in a gradient, twice in a squared norm.
+            found = {n: g / (scale if g.dim() == 3 else scale**2) for n, g in found.items()}
             result.batch_sq_norms = {
                 n: square / scale**2 for n, square in result.batch_sq_norms.items()
             }
         assert result.weights is not None
-        gradients = self._gradients(found)
         return Contribution(
             result.weights,
             self.squares(found),
-            gradients,
+            self._gradients(found),
             result.batch_sq_norms,
             result.example_weights,
         )
@@ -137,26 +138,22 @@ class Statistics:
         """Return one row of squared norms per parameter, from the probes' gradients by module."""
         norms = {name: g for name, g in probes.items() if g.dim() == 2}
         gradients = self._gradients(probes)
-        return self._by_parameter(norms) | {n: g.square().sum(1) for n, g in gradients.items()}
+        own = by_parameter(self.rewrite, norms)
+        return own | {n: g.square().sum(1) for n, g in gradients.items()}
 
     def _gradients(self, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._by_parameter({name: g for name, g in probes.items() if g.dim() == 3})
+        return by_parameter(self.rewrite, {name: g for name, g in probes.items() if g.dim() == 3})
 
-    def _by_parameter(self, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sites' columns by parameter; those of layers that share a parameter are added."""
-        found: dict[str, Tensor] = {}
-        for site in self.rewrite.measured:
-            if site.module not in probes:
-                continue
+
+def by_parameter(rewrite: Rewrite, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the columns of the sites' probes by parameter; those of layers that share a parameter are added."""
+    found: dict[str, Tensor] = {}
+    for site in rewrite.measured:
+        if site.module in probes:
             for name, column in zip(site.parameters, probes[site.module].unbind(1), strict=True):
                 if name is not None:
                     found[name] = found[name] + column if name in found else column
-        return found
-
-
-def _divided(statistic: Tensor, scale: float) -> Tensor:
-    """Undo what the loss was multiplied by: once in a gradient, twice in a squared norm."""
-    return statistic / (scale if statistic.dim() == 3 else scale**2)
+    return found
 
 
 def squared_norm(gradient: Tensor) -> Tensor:

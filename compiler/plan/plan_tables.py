@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trainc.compiler.bind.binding import Binding
-from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.method.sites import MeasuredSite
 from trainc.compiler.model.inventory import Inventory
+from trainc.compiler.plan.plan import Row
 from trainc.compiler.plan.schedule_tables import batch_row
 from trainc.dsl.reading.construct import PHASES
-
-Row = dict[str, Any]
 
 
 def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
@@ -49,18 +47,17 @@ def step_rows(binding: Binding) -> list[Row]:
         _step_row("forward", "model", "forward", ("params", "inputs"), ("forward",), _MICRO),
         _step_row("backward", "model", "backward", ("loss",), ("gradient", "probe"), _MICRO),
     ]
-    rows += [
-        _step_row(e.phase, c.label, c.construct.describe(e), e.reads, e.writes, _times(c))
-        for c, e in step_order(binding.active)
-        if c.construct.performs(e)
-    ]
+    for c, e in step_order(binding.active):
+        if c.construct.performs(e):
+            times = _times({"from": c.start, "until": c.stop, "every": c.every})
+            action = c.construct.describe(e)
+            rows.append(_step_row(e.phase, c.label, action, e.reads, e.writes, times))
     for i, rule in enumerate(binding.spec.rules):
         actions: Any = rule.actions
         writes = [getattr(action, "target", None) or action.verb for action in actions]
         condition = f"when {rule.condition}"
-        rows.append(
-            _step_row("batch", f"rule {i + 1}", condition, ("signals",), writes, _waits(rule))
-        )
+        waits = _times({"held for": rule.hold, "cooldown": rule.cooldown}, ", ")
+        rows.append(_step_row("batch", f"rule {i + 1}", condition, ("signals",), writes, waits))
     return sorted(rows, key=lambda row: row["phase"])
 
 
@@ -76,18 +73,9 @@ def _step_row(
     }  # fmt: skip
 
 
-def _times(clause: BoundClause) -> str:
-    bounds = (("from", clause.start), ("until", clause.stop), ("every", clause.every))
-    return _joined(f"{word} {bound}" for word, bound in bounds if bound is not None)
-
-
-def _waits(rule: Any) -> str:
-    waits = (("held for", rule.hold), ("cooldown", rule.cooldown))
-    return _joined((f"{word} {wait}" for word, wait in waits if wait is not None), ", ")
-
-
-def _joined(parts: Iterable[str], separator: str = " ") -> str:
-    return separator.join(parts) or "every step"
+def _times(times: Mapping[str, object], separator: str = " ") -> str:
+    given = (f"{word} {time}" for word, time in times.items() if time is not None)
+    return separator.join(given) or "every step"
 
 
 def memory_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
@@ -110,8 +98,7 @@ def _memory(binding: Binding, method: LoweredMethod) -> Iterator[tuple[str, int]
         yield action.name, action.memory()
     constants = sum(t.numel() * t.element_size() for t in method.tensors.values())
     yield "constants of loss terms", constants
-    batch = binding.units.samples_per_step
-    if batch:
+    if batch := binding.units.samples_per_step:
         numbers = sum(_probe_size(site, inventory) for site in method.rewrite.measured)
         yield "probes", int(batch) * numbers * 4
 
@@ -127,7 +114,6 @@ def _probe_size(site: MeasuredSite, inventory: Inventory) -> int:
 def settings_row(binding: Binding, method: LoweredMethod) -> Row:
     """Return the length, settings and units of the run, and what sets the batch where it changes."""
     run, data, units = binding.one("run"), binding.one("data"), binding.units
-    micro: Any = data.construct.micro_size if data else None  # type: ignore[attr-defined]
     return {
         "length": binding.length.to_json() if binding.length else None,
         "run": run.construct.model_dump(mode="json") if run else {},
@@ -138,5 +124,5 @@ def settings_row(binding: Binding, method: LoweredMethod) -> Row:
             **({"changing": True} if units.changing else {}),
         },
         **({"batch": batch_row(binding, method)} if units.changing else {}),
-        "micro_batch": micro,
+        "micro_batch": data.construct.micro_size if data else None,  # type: ignore[attr-defined]
     }

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.plan.plan import Row
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.timeline import counters_at, counters_under_ramp
 from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
-
-Row = dict[str, Any]
 
 
 def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
@@ -27,10 +25,8 @@ def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     if ramp is not None:
         named.append(("batch", ramp.at))
     percents = range(0, 101, 5)
-    counters_under_ramp = _counters(
-        ramp, binding.units, binding.length, [p / 100 for p in percents]
-    )
-    for percent, found in zip(percents, counters_under_ramp, strict=True):
+    counters = _counters(ramp, binding.units, binding.length, [p / 100 for p in percents])
+    for percent, found in zip(percents, counters, strict=True):
         clock = Clock(samples_per_epoch=int(binding.units.samples_per_epoch or 0) or None)
         for unit in ("steps", "samples", "tokens", "seconds"):
             setattr(clock, unit, found[unit] or 0)

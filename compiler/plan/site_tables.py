@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.method.sites import LayerSite, NormSite
-
-Row = dict[str, Any]
+from trainc.compiler.plan.plan import Row
 
 _TRITON = {
     "layer_norm", "rms_norm", "linear", "embedding", "ghost_batch_norm", "multiplicative_noise",
