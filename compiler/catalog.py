@@ -107,7 +107,7 @@ def _on_disk() -> dict[tuple[str, str], str]:
 
 
 def _entry_points() -> Iterable[EntryPoint]:
-    """Return the entry points; reading all metadata is slow, so look first whether any is ours."""
+    """Return the entry points; reading all metadata is slow, so first look whether one names trainc's group."""
     if not any(map(_names_group, dict.fromkeys(sys.path))):
         return ()
     from importlib.metadata import entry_points
@@ -116,7 +116,7 @@ def _entry_points() -> Iterable[EntryPoint]:
 
 
 def _names_group(place: str) -> bool:
-    """Say whether a package installed in a folder has entry points of ours."""
+    """Say whether a package installed in a folder has entry points in trainc's group."""
     with suppress(OSError), os.scandir(place or ".") as entries:
         for entry in entries:
             if entry.name.endswith((".dist-info", ".egg-info")):
@@ -138,7 +138,7 @@ def _declared(module_name: str, kind: str, name: str) -> type[Construct]:
     ]
     if len(declared) != 1:
         raise ValueError(
-            f"`{module_name}` must declare one construct, and declares {len(declared)}"
+            f"`{module_name}` must declare one construct, but declares {len(declared)}"
         )
     construct = declared[0]
     construct.kind, construct.name = kind, name

@@ -1,4 +1,4 @@
-"""The exceptions of the compiler, and how their messages name modules."""
+"""The exceptions of the compiler, and the names of modules in their messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainc.dsl.text.errors import CompilerBug
 
 
 def name_root_module(message: str) -> str:
-    """Return a message with words where the model itself is named, whose name as a module is empty."""
+    """Return a message with `the model itself` in place of the model's own name, which is empty."""
     return message.replace("``", "the model itself")
 
 
@@ -30,8 +30,8 @@ class ExampleAxisUnknown(SiteError):
 def repeated(names: Iterable[str]) -> SiteError:
     """Return the error for layers that run more than once in one forward pass."""
     return SiteError(
-        f"{listed(names)} ran more than once in one forward pass. Per-example norms need a layer to run once:"
-        " exclude it from `on`"
+        f"{listed(names)} ran more than once in one forward pass. A measured layer must run only once:"
+        " exclude such layers from `on`"
     )
 
 
@@ -41,14 +41,14 @@ def listed(names: Iterable[str]) -> str:
 
 
 class NotMeasurable(ValueError):
-    """A module is not of a kind whose per-example gradient norms can be measured."""
+    """A module does not have per-example gradient norms that can be measured."""
 
     def __init__(self, message: str) -> None:
         super().__init__(name_root_module(message))
 
 
 class SiteMissing(ValueError):
-    """A pass did not find layers in the captured graph that it must rewrite."""
+    """A pass did not find some layers that it must rewrite in the captured graph."""
 
     def __init__(self, pass_name: str, missing: Iterable[str]) -> None:
         self.pass_name, self.missing = pass_name, tuple(missing)
@@ -73,6 +73,6 @@ class PassBug(CompilerBug):
         self.pass_name, self.before = pass_name, before
         super().__init__(
             f"pass `{pass_name}`",
-            f"it broke the graph: {reason}\n`--without {pass_name}` leaves the pass out."
-            f" The graph before it:\n{before}\n",
+            f"the pass broke the graph: {reason}\nWrite `--without {pass_name}` to leave the pass out."
+            f" The graph before the pass:\n{before}\n",
         )

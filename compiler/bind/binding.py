@@ -55,7 +55,7 @@ class Binding:
 
 
 def bind(spec: Spec, inventory: Inventory, facts: Facts) -> Binding:
-    """Return `spec` bound to the model behind `inventory`; raises SpecError with every mistake found."""
+    """Return `spec` bound to the model that `inventory` describes; raises SpecError with all mistakes."""
     return _Binder(spec, inventory, facts).run()
 
 
@@ -104,10 +104,10 @@ class _Binder:
         if construct.targets != "none":
             targets = select_targets(clause, construct.targets, self.inventory, self.report)
             if not targets and clause.optional:
-                dropped = "its selector matches nothing, and it is optional"
+                dropped = "its selector matches nothing, and the clause is `optional`"
         if dropped is None and (setting := construct.identity_setting()):
             dropped = f"no effect: `{setting}`"
-            message = f"`{construct.title}` has no effect: `{setting}`"
+            message = f"`{construct.title}` has no effect, because `{setting}`"
             self.report.add("no-effect", message, clause, severity="warning")
         bound = BoundClause(
             construct=construct,
@@ -139,9 +139,9 @@ class _Binder:
         if duration.unit == "run" and self.length is None:
             self.report.add(
                 "wrong-unit",
-                f"`{word} {duration}` is a fraction of the run, and this spec has no `run` clause",
+                f"`{word} {duration}` is a fraction of the run, but the spec has no `run` clause",
                 clause,
-                help="write it in steps, samples or tokens, or add `run { length = ... }`",
+                help=f"write `{word}` in steps, samples or tokens, or add `run {{ length = ... }}`",
             )
         return TimeSpan.of(duration)
 

@@ -1,4 +1,4 @@
-"""A clause bound to a model: the names it selects, its durations, and why it is left out, if it is."""
+"""A clause bound to a model: the names it selects, its durations, and why it was dropped, if it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainc.runtime.schedule.time_span import TimeSpan
 
 @dataclass(frozen=True, slots=True)
 class BoundClause:
-    """One clause with its targets named; `dropped` says why it is not in the program, None where it is."""
+    """One clause with the names of its targets; `dropped` says why it is not in the program, None if it is."""
 
     construct: Construct
     label: str

@@ -16,7 +16,7 @@ SHOWN = 3
 def overlapping_claims(
     clauses: Sequence[BoundClause], inventory: Inventory
 ) -> Iterator[Diagnostic]:
-    """Yield a diagnostic for every two clauses that may not share a parameter and do, and for unclaimed parameters.
+    """Yield a diagnostic for two clauses that share a parameter but may not, and for parameters without an optimizer.
 
     Optimizers may not share one, nor masks. Factors of different `lr` constructs multiply; two clauses of one
     construct may not share a parameter.
@@ -45,7 +45,7 @@ def _overlaps(what: str, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]
                     "claimed-twice",
                     f"two `{what}` clauses select `{name}`",
                     labels((clause, "selected again here"), (other, "first selected here")),
-                    help="let only one of the two selectors match it",
+                    help=f"change one of the two selectors so that it does not match `{name}`",
                 )
 
 
@@ -62,6 +62,6 @@ def _unclaimed(optimizers: Sequence[BoundClause], inventory: Inventory) -> Itera
     yield Diagnostic(
         "unclaimed-parameters",
         f"no optimizer trains {', '.join(f'`{name}`' for name in left[:SHOWN])}{more}",
-        labels((optimizers[0], "this optimizer leaves them out")),
-        help="widen the selector, add an optimizer for them, or name them in `freeze`",
+        labels((optimizers[0], "this optimizer does not select them")),
+        help="extend the selector, add an optimizer, or select these parameters in `freeze`",
     )

@@ -1,4 +1,4 @@
-"""What the declared effects of clauses imply: the order of actions, and the combinations that are errors."""
+"""Use the declared effects of clauses: order the actions of a step, and find clauses that conflict."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def changes_batch(spec: Spec) -> bool:
 
 
 def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
-    """Yield a diagnostic with both lines for every two clauses that write a resource which only one may write."""
+    """Yield a diagnostic with both lines for two clauses that write a resource that only one may write."""
     for i, clause in enumerate(clauses):
         for other in clauses[:i]:
             both = _writes(clause.construct) & _writes(other.construct)
             for resource in both.intersection(SINGLE):
                 yield Diagnostic(
                     "conflicting-effects",
-                    f"`{clause.title}` and `{other.title}` both set `{resource}`, which only one clause may",
+                    f"`{clause.title}` and `{other.title}` both set `{resource}`, but only one clause may set it",
                     labels((clause, _actions(clause)), (other, _actions(other))),
-                    help="remove one of the two",
+                    help="remove one of the two clauses",
                 )
 
 
@@ -53,8 +53,8 @@ def penalised_measurements(
             if shared:
                 yield Diagnostic(
                     "noise-scale-sees-penalty",
-                    f"the gradient of `{shared[0]}` includes `{penalty.title}`, which is in no example's gradient",
-                    labels((clause, "measured here"), (penalty, "the penalty")),
+                    f"`{clause.title}` also measures the penalty `{penalty.title}`, because both select `{shared[0]}`",
+                    labels((clause, "measures this parameter"), (penalty, "adds to its gradient")),
                     help="exclude the measured parameters from the selector of the penalty",
                     severity="warning",
                 )

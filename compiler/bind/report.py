@@ -1,4 +1,4 @@
-"""The mistakes found while binding, each placed on its clause."""
+"""Collect the mistakes found while binding, each placed on its clause."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Report:
         self.diagnostics.append(Diagnostic(rule, message, labels, tuple(notes), help, severity))
 
     def add_problem(self, problem: Problem, clause: Clause) -> None:
-        """Add what a construct objects to; without a field it is about what `on` selects."""
+        """Add a mistake that a construct found; without a field it is about what `on` selects."""
         self.add(
             problem.rule,
             name_root_module(problem.message),
@@ -51,5 +51,5 @@ class Report:
 
 
 def labels(*clauses: tuple[BoundClause, str]) -> tuple[Label, ...]:
-    """Return a label with its text at each clause that stands in a file or text."""
+    """Return a label with its text for each clause that has a place in a text."""
     return tuple(Label(clause.span, text) for clause, text in clauses if clause.span is not None)

@@ -18,7 +18,7 @@ _TRAINABLE_ONLY = ("optimizer", "lr", "mask")
 
 
 def check_field_selectors(clause: Clause, inventory: Inventory, report: Report) -> None:
-    """Report unknown classes in the selectors that stand in the fields of a clause."""
+    """Report unknown classes in the selectors in the fields of a clause."""
     if not clause.optional:
         for field, selector in _field_selectors(clause.construct):
             _report_unknown_classes(clause, field, selector, inventory, report)
@@ -63,7 +63,7 @@ def _field_selectors(construct: Construct) -> Iterator[tuple[str, Selector]]:
 def _report_unknown_classes(
     clause: Clause, part: str, selector: Selector, inventory: Inventory, report: Report
 ) -> None:
-    """Report the classes in a selector that do not exist, each at its name where it is written there."""
+    """Report the classes in a selector that do not exist, each at its name if the text contains it."""
     for name, help_ in unknown_classes(selector, inventory).items():
         whole = clause.part_span(part)
         word = re.search(rf"\b{re.escape(name)}\b", whole.text) if whole else None
@@ -72,7 +72,8 @@ def _report_unknown_classes(
             f"neither `{inventory.model}` nor torch.nn has a class `{name}`",
             clause,
             span=whole.part(*word.span()) if whole and word else whole,
-            help=help_ or "remove the name, or mark the clause `optional` if another model has it",
+            help=help_
+            or "remove the name, or make the clause `optional` if another model has this class",
         )
 
 
@@ -101,6 +102,6 @@ def _trainable(
             f"all {len(frozen)} selected parameters are frozen",
             clause,
             part="on",
-            help="set requires_grad on them, or select others",
+            help="set `requires_grad = True` on these parameters, or select others",
         )
     return tuple(name for name in names if name not in frozen)

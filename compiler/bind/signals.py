@@ -1,4 +1,4 @@
-"""Check the signals that expressions use: whether they are measured, and that compared numbers count the same thing."""
+"""Check the signals in expressions: they must be measured, and compared numbers must count the same thing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIZES = ("batch", "micro_batch", "samples")
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One expression of a spec: where it stands, and whether its value is a size of the batch."""
+    """One expression of a spec, its place, and whether its value is a batch size."""
 
     expression: v.Expr
     span: Span | None
@@ -58,7 +58,7 @@ def signal_problems(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diag
 
 
 def measured_signals(clause: BoundClause) -> Iterator[tuple[str, str]]:
-    """Yield name and signal of everything a clause measures; the signal of the clause itself is the empty string."""
+    """Yield name and signal of all that a clause measures; its main signal is the empty string."""
     if clause.construct.signals:
         yield clause.label, ""
         for signal in clause.construct.signals:
@@ -94,7 +94,7 @@ def _unmeasured(name: str, why: tuple[str, str], span: Span | None) -> Diagnosti
 
 
 def _unlike(use: _Use, counts: dict[str, str]) -> Iterator[Diagnostic]:
-    """Yield an error where a signal that counts other things than samples meets a number of samples."""
+    """Yield an error if a signal that does not count samples is combined with a number of samples."""
     odd = next((name for name, unit in counts.items() if unit != "samples"), None)
     if odd is None:
         return
@@ -105,12 +105,12 @@ def _unlike(use: _Use, counts: dict[str, str]) -> Iterator[Diagnostic]:
     what = "the batch" if use.sets_batch else f"`{sized[0]}`"
     yield Diagnostic(
         "bad-value",
-        f"`{odd}` counts {counts[odd]}, and {what} counts samples",
+        f"`{odd}` counts {counts[odd]}, but {what} counts samples",
         _at(use.span),
-        (f"a sample holds several {counts[odd]}, and not always the same number",),
-        "add a second `noise_scale` clause, `as` another name and without `example`, and use that signal"
+        (f"a sample contains several {counts[odd]}, and their number varies",),
+        "add a second `noise_scale` clause with another name (`as`) and without `example`, and use its signal"
         if use.sets_batch
-        else "compare it with a plain number, or measure samples by a clause without `example`",
+        else f"compare `{odd}` with a plain number, or use a `noise_scale` clause without `example`",
     )
 
 

@@ -1,4 +1,4 @@
-"""Compile a spec onto a model: to a Program that trains, or to a Plan alone."""
+"""Compile a spec for a model: to a Program that trains, or only to a Plan."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def plan(
     *,
     overrides: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Return the plan of a spec on `model`, or on the spec's own model without weights; no data is read.
+    """Return the plan of a spec for `model`, or for the spec's own model without weights; no data is read.
 
     Raises SpecError with every mistake found.
     """

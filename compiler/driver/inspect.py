@@ -50,4 +50,7 @@ def pass_diff(spec: str | Path, name: str, overrides: Mapping[str, str] | None) 
         raise SpecError([Diagnostic("wrong-argument", str(error))]) from error
     program = capture_program(spec, overrides, ())
     report = next(report for report in program.graph.reports if report.name == name)
-    return report.diff or f"the pass `{name}` changes nothing: no clause of the spec needs it"
+    return (
+        report.diff
+        or f"the pass `{name}` changed nothing, because no clause of the spec needs this pass"
+    )

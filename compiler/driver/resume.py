@@ -31,11 +31,11 @@ def check_resume(plan: Plan, out: Path, accept: bool) -> None:
     if saved["model"]["signature"] != now["model"]["signature"]:
         raise cannot_resume(
             out,
-            "its model has other parameters (names, shapes or dtypes) than the one it was started with",
+            "the names, shapes or dtypes of the model's parameters have changed",
         )
     if saved["fingerprint"] == now["fingerprint"] or accept:
         return
-    changes = tuple(_changes(saved["clauses"], now["clauses"])) or ("a `when` rule differs",)
+    changes = tuple(_changes(saved["clauses"], now["clauses"])) or ("a `when` rule was changed",)
     raise SpecError(
         [
             Diagnostic(
@@ -52,7 +52,7 @@ def cannot_resume(out: Path, why: object) -> SpecError:
     """Return the error of a run that cannot be resumed under this spec."""
     return _impossible(
         f"the run in {out} cannot be resumed with this spec: {why}",
-        "undo the change, or start a new run in another folder; to start it from the weights of this run,"
+        "undo the change, or start a new run in another folder; to begin with the weights of this run,"
         f' write `run {{ start = "{out}" }}`',
     )
 
@@ -77,13 +77,13 @@ def _differences(label: str, before: Any, now: Any) -> Iterator[str]:
         a, b = before["fields"].get(name), now["fields"].get(name)
         if a != b:
             yield f"`{label}.{name}` was {_written(a)} and is {_written(b)}"
-    for name in ("targets", "start", "stop", "every"):
+    for name, word in (("targets", "on"), ("start", "from"), ("stop", "until"), ("every", "every")):
         if before[name] != now[name]:
-            yield f"`{label}`: `{name}` was changed"
+            yield f"`{word}` of `{label}` was changed"
 
 
 def _written(field: Any) -> str:
-    """Return a field of a plan as it is written in a spec."""
+    """Return a field of a plan in the notation of a spec."""
     if isinstance(field, list):
         try:
             return str(from_json(field))

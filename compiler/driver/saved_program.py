@@ -79,8 +79,7 @@ def _check_signature(plan: Plan, inventory: Inventory) -> None:
     for name, (shape, dtype) in saved.items():
         if name not in here:
             raise LoadError(
-                f"the program was compiled for a model with a parameter `{name}`; this {inventory.model} has none of"
-                " that name"
+                f"the program was saved with a parameter `{name}`, which this {inventory.model} does not have"
             )
         if here[name] != (shape, dtype):
             own_shape, own_dtype = here[name]
@@ -90,8 +89,7 @@ def _check_signature(plan: Plan, inventory: Inventory) -> None:
             )
     if new := [name for name in here if name not in saved]:
         raise LoadError(
-            f"this {inventory.model} has a parameter `{new[0]}`; the model that the program was compiled for had none"
-            " of that name"
+            f"this {inventory.model} has a parameter `{new[0]}`, which the program was not saved with"
         )
 
 

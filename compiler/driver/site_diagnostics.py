@@ -7,7 +7,7 @@ from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 
 _KINDS = ("noise_scale", "regularize")
-"""The kinds of clauses that request sites, the likeliest first."""
+"""The kinds of clauses that request sites, the most likely one first."""
 
 
 def site_diagnostic(error: SiteError, spec: Spec) -> Diagnostic:

@@ -27,7 +27,7 @@ ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One comparison: the largest error, relative to the largest magnitude of the expected values."""
+    """One comparison: the largest error, relative to the largest expected value."""
 
     title: str
     what: str
@@ -69,7 +69,7 @@ def verify(
 
 
 def compare(program: Program, batch: Batch) -> list[Comparison]:
-    """Compare a program with its own model on one batch; no gradient is accumulated and the clock does not advance."""
+    """Compare a program with its own model on one batch; gradients and the clock stay as they are."""
     _silence_dropout(program.module)
     dtype = next(p.dtype for p in program.module.parameters())
     allowed = ALLOWED.get(dtype, 3e-2)
@@ -90,7 +90,7 @@ def compare(program: Program, batch: Batch) -> list[Comparison]:
 def _against_original(
     program: Program, batch: Batch, allowed: float, executor: Literal["graph", "module"]
 ) -> Iterator[Comparison]:
-    """With every strength at zero the program computes what the original model does."""
+    """Compare the program with every strength at zero with the original model."""
     inputs, targets = batch
     with program.sites.inactive(), keep_buffers(program.module):
         loss = program.loss_fn(compute_logits(program.module, inputs), targets)
@@ -114,7 +114,7 @@ def _against_modules(program: Program, batch: Batch, allowed: float) -> Iterator
 def _against_examples(
     program: Program, batch: Batch, allowed: float, executor: Literal["graph", "module"]
 ) -> Iterator[Comparison]:
-    """The measured squared norms are those of one backward pass for each example."""
+    """Compare the measured squared norms with those of one backward pass per example."""
     _, _, squares = program.execution.trial(batch, executor)
     if not squares:
         return

@@ -1,4 +1,4 @@
-"""Run a model as its Python is written: without compiled functions, and without reentrant checkpoints."""
+"""Run a model's plain Python: without compiled functions and reentrant checkpoints."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils import checkpoint
 
 
 @contextmanager
-def as_written() -> Iterator[None]:
-    """Run the Python of compiled functions and reentrant checkpoints, which both hide the operations on a weight."""
+def eager_operations() -> Iterator[None]:
+    """Run the Python inside compiled functions and reentrant checkpoints, which hide the uses of a weight."""
     module: Any = checkpoint
     kept = module.CheckpointFunction
     module.CheckpointFunction = _PlainCheckpoint
@@ -25,7 +25,7 @@ def as_written() -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Run the Python of compiled functions."""
+    """Run the Python inside compiled functions."""
     # What was compiled has imported dynamo; to import it for nothing takes a second.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()

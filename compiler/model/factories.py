@@ -55,7 +55,7 @@ def build_data(spec: Spec) -> Any:
     data = _build(clause, "data-failed")
     for name in ("train", "evaluation", "tokens_per_sample"):
         if not hasattr(data, name):
-            message = f"what `{_path(clause)}` returns has no attribute `{name}`"
+            message = f"the object that `{_path(clause)}` returns has no attribute `{name}`"
             raise _at(clause, "data-failed", message)
     return data
 
@@ -79,7 +79,7 @@ def facts(spec: Spec) -> Facts:
 
 
 def missing_clause(message: str, help: str) -> SpecError:
-    """Return the error for a clause that a spec needs here and does not have."""
+    """Return the error for a spec without a clause that is needed."""
     return SpecError([Diagnostic("missing-clause", message, help=help)])
 
 

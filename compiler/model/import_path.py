@@ -1,4 +1,4 @@
-"""Import what a spec names: installed, beside the spec, in a folder above it, or in the working directory."""
+"""Import what a spec names: from installed packages, the spec's folder and those above, or the working directory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ImportProblem(Exception):
 
 @contextmanager
 def searching(spec: Path | None) -> Iterator[None]:
-    """Inside this block, also import from beside `spec`, the folders above it and the working directory."""
+    """Inside this block, also import from the spec's folder, the folders above and the working directory."""
     added = [] if spec is None else [spec.resolve().parent, *spec.resolve().parent.parents]
     before = list(_SEARCHED)
     _SEARCHED[:] = [*added, Path.cwd(), *before]
@@ -51,7 +51,7 @@ def import_attribute(path: ImportPath) -> Any:
         raise ImportProblem(
             "import-failed",
             f"there is no module `{error.name}`",
-            "install it, or put it beside the spec or in a folder above it",
+            "install the module, or put it in the folder of the spec or in a folder above",
         ) from error
     except Exception as error:
         raise ImportProblem(
@@ -93,7 +93,7 @@ def _check_arguments(path: ImportPath, target: Any, arguments: dict[str, Any]) -
         for n, p in signature.parameters.items()
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    takes = f"it takes {', '.join(named)}" if named else "it takes no arguments"
+    takes = f"the arguments are: {', '.join(named) or 'none'}"
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         for name in arguments:
             if name not in named:

@@ -63,7 +63,7 @@ def module_roles(name: str, module: nn.Module) -> set[str]:
 
 
 def last_linear(model: nn.Module) -> str | None:
-    """Return the name of the last linear layer, which is the head where no name says so."""
+    """Return the name of the last linear layer: the head, if no module is named as one."""
     linear = [name for name, module in model.named_modules() if "Linear" in type_names(module)]
     return linear[-1] if linear else None
 

@@ -1,4 +1,4 @@
-"""Which modules or parameters of an inventory a selector matches, by name, in registration order."""
+"""Find the modules or parameters that a selector matches, by name, in registration order."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _test(selector: v.Selector) -> Callable[[Entry], bool]:
 
 
 def _glob_matches(pattern: tuple[str, ...], entry: Entry) -> bool:
-    """Match the entry's own name; a parameter is also matched by any module it lies in."""
+    """Match the entry's own name; a parameter is also matched by any module that contains it."""
     if isinstance(entry, ModuleEntry):
         return _matches(pattern, _segments(entry.name))
     for name in (entry.name, *entry.aliases):

@@ -60,7 +60,7 @@ def _for_part(part: Selector, inventory: Inventory, target: Target) -> str | Non
 
 
 def _nearest_glob(pattern: str, names: Sequence[Sequence[str]]) -> str | None:
-    """Return `pattern` with each segment before a `**` that misses replaced by the nearest one at its place."""
+    """Return `pattern` with each segment that matches nothing, up to a `**`, replaced by the nearest name."""
     segments, fixed = pattern.split("."), []
     for i, segment in enumerate(segments):
         if segment == "**":

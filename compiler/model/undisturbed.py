@@ -1,4 +1,4 @@
-"""Run a model for an examination and leave it unchanged."""
+"""Run a model for a check, and leave it unchanged."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from trainc.compiler.errors import ExampleAxisUnknown, SiteError, repeated
 from trainc.compiler.layers.bound_modules import Sites
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.sites import LayerSite, MeasuredSite
-from trainc.compiler.model.eager import as_written
+from trainc.compiler.model.eager import eager_operations
 from trainc.compiler.model.undisturbed import undisturbed
 from trainc.compiler.per_example.batch_slices import (
     InputSlicer,
@@ -65,7 +65,7 @@ def check_preconditions(model: nn.Module, sites: Sites, batch: Batch, loss_fn: L
     with sites.inactive(), undisturbed(model), torch.enable_grad():
         size = min(_SIZES[0], len(targets))  # never more activations than a step holds
         run_checking_uses(lambda: extract_logits(examples.run(size)), examples.measured)
-    with sites.inactive(), undisturbed(model), as_written(), torch.no_grad():
+    with sites.inactive(), undisturbed(model), eager_operations(), torch.no_grad():
         _check_loss(loss_fn, extract_logits(examples.run(_SIZES[1])), own_targets)
     return True
 
@@ -99,7 +99,7 @@ class _FewExamples:
         bound = {m.trainc.name: m for m in sites.layers if m.trainc.measured is not None}
         self.model, self.inputs, self.chosen = model, inputs, chosen
         self.measured = cast("Mapping[str, nn.Module]", bound)
-        with sites.inactive(), undisturbed(model), as_written(), torch.no_grad():
+        with sites.inactive(), undisturbed(model), eager_operations(), torch.no_grad():
             self.slicer, seen = self._find_slicer(counts)
             for name, module in bound.items():
                 site = module.trainc.measured

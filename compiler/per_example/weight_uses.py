@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from trainc.compiler.errors import SiteError
-from trainc.compiler.model.eager import as_written
+from trainc.compiler.model.eager import eager_operations
 
 
 class _Held(NamedTuple):
@@ -62,7 +62,7 @@ def _replaced(modules: Mapping[str, nn.Module]) -> Iterator[Owned]:
     """Replace the Parameters of `modules` while these run; yields the modules' own Parameters."""
     owned: Owned = {}
     with ExitStack() as stack:
-        stack.enter_context(as_written())
+        stack.enter_context(eager_operations())
         for name, module in modules.items():
             stack.enter_context(_replaced_in(name, module, owned))
         yield owned

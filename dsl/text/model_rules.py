@@ -64,29 +64,29 @@ MODEL_RULES: dict[str, RuleExplanation] = {
     ),
     "import-failed": RuleExplanation(
         "A module or attribute named in the spec cannot be imported.",
-        "Models and data are Python code. The note shows the error that the import raised.",
+        "Models and data are Python code. The message shows what the import raised.",
         'Correct the path `"module:attribute"`, or run from the directory that contains the module.',
     ),
     "model-failed": RuleExplanation(
         "The callable of the model raised an error, or did not return an `nn.Module`.",
         "Without a model a spec cannot be compiled.",
-        "The note shows the error. The arguments of the callable are the fields of the `model` clause.",
+        "The message shows the error. The arguments of the callable are the fields of the `model` clause.",
     ),
     "data-failed": RuleExplanation(
         "The data callable raised an error, or the object it returned lacks something that trainc needs.",
         "`trainc explain data` describes the object: `train`, `evaluation` and `tokens_per_sample`.",
-        "The note says what is missing.",
+        "The message shows the error, or says what is missing.",
     ),
     "wrong-argument": RuleExplanation(
-        "A callable does not accept an argument that the spec gives.",
+        "A callable does not take an argument that the spec or the command line gives.",
         "Fields of `model`, `data` and `torch` clauses are passed to the imported callable as keyword arguments.",
-        "Compare the fields with the signature in the note.",
+        "Compare the arguments with those in the help line.",
     ),
     "capture-failed": RuleExplanation(
         "The model could not be turned into a graph.",
-        "trainc rewrites a graph of the whole step. The note says where the capture stopped.",
-        "Move Python code that depends on the data out of the forward pass, or let the fallback named in the note "
-        "run the model.",
+        "`trainc compile` and `plan --diff` need the graph of a step. The message says where the capture stopped.",
+        "Move Python code that depends on the data out of the forward pass. `trainc run` also runs models that cannot "
+        "be captured.",
     ),
     "site-not-delivered": RuleExplanation(
         "A layer that should deliver a statistic did not deliver it in the first step.",
@@ -126,13 +126,13 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "Select modules with `type(...)` or a module's name, parameters with `ndim(...)` or a parameter's name.",
     ),
     "resume-impossible": RuleExplanation(
-        "The checkpoint cannot be continued with this spec.",
+        "The run cannot be resumed with this spec.",
         "The change gives the saved state another meaning.",
-        "Start a new run, or use the spec of the checkpoint.",
+        "Start a new run, or use the spec that the run was started with.",
     ),
     "resume-needs-accept": RuleExplanation(
-        "Continuing the checkpoint with this spec changes the method.",
-        "This is possible, but the whole run then follows neither of the two specs.",
-        "If this is what you want, repeat the command with `--accept RULE` for the difference in the note.",
+        "The spec is not the one that the run was started with.",
+        "The run can be resumed, but as a whole it then follows neither of the two specs.",
+        "If this is what you want, repeat the command with `--accept`.",
     ),
 }

@@ -93,9 +93,9 @@ def test_a_noise_scale_under_another_name_counts_samples_too() -> None:
 def test_documents_are_no_samples(batch: str, rule: str) -> None:
     trainc.plan(spec("", batch, rule=rule))
     found = refused(spec(DOCUMENTS, batch, rule=rule))
-    assert "counts documents, and" in found.message
+    assert "counts documents, but" in found.message
     assert found.message.endswith("counts samples")
-    assert "not always the same number" in found.notes[0]
+    assert "their number varies" in found.notes[0]
 
 
 def test_documents_compare_with_numbers_and_themselves() -> None:
