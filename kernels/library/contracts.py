@@ -62,6 +62,15 @@ def absent(like: Tensor) -> Tensor:
     return like.new_empty((0,))
 
 
+def check_affine(shape: tuple[int, ...], *parameters: Tensor | None) -> None:
+    """Reject a weight or bias of another shape than the one given."""
+    for parameter in parameters:
+        if parameter is not None and tuple(parameter.shape) != shape:
+            raise RuntimeError(
+                f"weight and bias must have the shape {shape}, not {tuple(parameter.shape)}"
+            )
+
+
 def check_bias(bias: Tensor | None, weight: Tensor) -> None:
     """Reject a bias that has not one number for each row of the weight."""
     if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):

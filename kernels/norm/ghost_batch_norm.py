@@ -1,7 +1,5 @@
 """Batch normalisation by statistics of ghost batches: slices of x, so nothing is transposed or copied."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,13 +10,12 @@ from trainc.kernels.library.contracts import (
     accumulation_dtype,
     as_composed,
     lazy,
-    require,
 )
 from trainc.kernels.library.register import register
+from trainc.kernels.norm import ghosts
 
 __all__ = ["ghost_batch_norm"]
 
-REMAINDERS = ("error", "merge_last")
 # Elements up to which torch's calls, ghost by ghost, cost less on a CPU than an operator around them.
 SMALL = 1 << 18
 
@@ -68,12 +65,12 @@ def ghost_batch_norm(
             )
     # In 16 bits torch would keep the statistics in 16 bits.
     if x.dtype not in REDUCED and as_composed(SMALL, x, running_mean, running_var, weight, bias):
-        check(x, weight, bias, ghost_size, remainder)
+        ghosts.check(x, weight, bias, ghost_size, remainder)
         each = [
             functional.batch_norm(
                 part, running_mean, running_var, weight, bias, True, momentum, eps
             )
-            for (part,) in _parts(ghost_size, x)
+            for (part,) in ghosts.parts(ghost_size, x)
         ]
         return torch.cat(each) if len(each) > 1 else each[0] if each else x.clone()
     y, mean, _, var = _forward_op(x, weight, bias, ghost_size, eps, remainder)
@@ -127,57 +124,6 @@ def reference(
     return torch.cat(parts), running_mean, running_var
 
 
-def ghosts(x: Tensor, ghost_size: int) -> int:
-    """How many ghost batches x has: a batch smaller than one is one, an empty batch none."""
-    examples = x.shape[0]
-    return examples // ghost_size if examples >= ghost_size else min(examples, 1)
-
-
-def _parts(ghost_size: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of each ghost batch's examples, tensor beside tensor; the last takes the remainder."""
-    count, examples = ghosts(x, ghost_size), x.shape[0]
-    if count < 2:
-        return [(x, *others)] * count
-    sizes = [ghost_size] * (count - 1) + [examples - ghost_size * (count - 1)]
-    return list(zip(*(tensor.split(sizes) for tensor in (x, *others)), strict=True))
-
-
-def check(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_size: int, remainder: str
-) -> None:
-    require(
-        remainder in REMAINDERS, lambda: f"remainder must be one of {REMAINDERS}, not {remainder!r}"
-    )
-    require(x.dim() >= 2, lambda: f"x must be (B, C, ...), not {tuple(x.shape)}")
-    require(
-        all(p is None or tuple(p.shape) == tuple(x.shape[1:2]) for p in (weight, bias)),
-        lambda: (
-            f"weight and bias must have the shape {tuple(x.shape[1:2])}, "
-            f"not {[tuple(p.shape) for p in (weight, bias) if p is not None]}"
-        ),
-    )
-    require(ghost_size > 0, lambda: f"ghost_size must be at least 1, not {ghost_size}")
-    if remainder == "error":
-        require(
-            x.shape[0] % ghost_size == 0,
-            lambda: (
-                f"ghost_size {ghost_size} does not divide the batch of {x.shape[0]} examples: "
-                'change one of them, or let the last ghost batch take the rest with remainder="merge_last"'
-            ),
-        )
-    least = min(ghost_size, x.shape[0]) * math.prod(x.shape[2:])
-    require(
-        x.shape[0] == 0 or least > 1,
-        lambda: "a ghost batch must have more than one value per channel, or it has no variance",
-    )
-
-
-def laid_out(x: Tensor) -> Tensor:
-    """x, or a dense copy: channels-last stays as it is, every other layout becomes contiguous."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if last else x.contiguous()
-
-
 def _affine(x: Tensor, weight: Tensor | None) -> Tensor | None:
     """A dense weight that makes ATen keep float32 statistics beside 16-bit x."""
     if x.dtype not in REDUCED:
@@ -194,10 +140,10 @@ def eager_forward(
     ghost_size: int, eps: float, remainder: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y and, per ghost batch, mean, 1 / sqrt(biased variance + eps) and unbiased variance."""
-    check(x, weight, bias, ghost_size, remainder)
-    x = laid_out(x)
+    ghosts.check(x, weight, bias, ghost_size, remainder)
+    x = ghosts.laid_out(x)
     y = torch.empty_like(x)
-    shape = (ghosts(x, ghost_size), x.shape[1])
+    shape = (ghosts.count(x, ghost_size), x.shape[1])
     # Results may not share memory.
     mean, rstd, var = (x.new_zeros(shape, dtype=accumulation_dtype(x.dtype)) for _ in range(3))
     weight = _affine(x, weight)
@@ -205,7 +151,7 @@ def eager_forward(
     unused = torch.zeros_like(mean[0]) if shape[0] else None
     statistics = zip(mean.unbind(), rstd.unbind(), var.unbind(), strict=True)
     for (here, to), (own_mean, own_rstd, own_var) in zip(
-        _parts(ghost_size, x, y), statistics, strict=True
+        ghosts.parts(ghost_size, x, y), statistics, strict=True
     ):
         # With momentum 1 ATen's running statistics are this batch's, the variance unbiased.
         torch.native_batch_norm(
@@ -218,10 +164,10 @@ def fake_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None,
     ghost_size: int, eps: float, remainder: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    check(x, weight, bias, ghost_size, remainder)
-    shape = (ghosts(x, ghost_size), x.shape[1])
+    ghosts.check(x, weight, bias, ghost_size, remainder)
+    shape = (ghosts.count(x, ghost_size), x.shape[1])
     mean, rstd, var = (x.new_empty(shape, dtype=accumulation_dtype(x.dtype)) for _ in range(3))
-    return torch.empty_like(laid_out(x)), mean, rstd, var
+    return torch.empty_like(ghosts.laid_out(x)), mean, rstd, var
 
 
 def eager_backward(
@@ -229,7 +175,7 @@ def eager_backward(
     ghost_size: int, eps: float, mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, and dweight and dbias in the statistics' dtype; unwanted results have no elements."""
-    x = laid_out(x)
+    x = ghosts.laid_out(x)
     if not rstd.numel():
         gain, shift = (rstd.new_zeros(x.shape[1] if wanted else 0) for wanted in mask[1:])
         return torch.empty_like(x) if mask[0] else absent(x), gain, shift
@@ -237,7 +183,7 @@ def eager_backward(
     dx = torch.empty_like(x) if mask[0] else absent(x)
     gains, shifts = [], []
     for (here, along, to), own_mean, own_rstd in zip(
-        _parts(ghost_size, x, dy.contiguous(), dx if mask[0] else x),
+        ghosts.parts(ghost_size, x, dy.contiguous(), dx if mask[0] else x),
         mean.unbind(), rstd.unbind(), strict=True,
     ):  # fmt: skip
         part, gain, shift = torch.ops.aten.native_batch_norm_backward(
@@ -258,7 +204,7 @@ def fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
     ghost_size: int, eps: float, mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty_like(laid_out(x)) if mask[0] else absent(x)
+    dx = torch.empty_like(ghosts.laid_out(x)) if mask[0] else absent(x)
     dweight, dbias = (rstd.new_empty(x.shape[1]) if wanted else absent(rstd) for wanted in mask[1:])
     return dx, dweight, dbias
 

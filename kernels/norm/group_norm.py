@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.library.contracts import absent, accumulation_dtype, check_probe, require
+from trainc.kernels.library.contracts import (
+    absent,
+    accumulation_dtype,
+    check_affine,
+    check_probe,
+    require,
+)
 from trainc.kernels.library.memory_format import layout
 from trainc.kernels.library.register import register
 
@@ -91,13 +97,7 @@ def _check(
             f"x must be (B, C, *spatial) with C a multiple of {groups} groups, not {tuple(x.shape)}"
         ),
     )
-    require(
-        all(p is None or tuple(p.shape) == (x.shape[1],) for p in (weight, bias)),
-        lambda: (
-            f"weight and bias must have the shape ({x.shape[1]},), "
-            f"not {[tuple(p.shape) for p in (weight, bias) if p is not None]}"
-        ),
-    )
+    check_affine((x.shape[1],), weight, bias)
     check_probe(probe, x.shape[0], COLUMNS, x)
 
 

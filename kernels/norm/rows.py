@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainc.kernels.library.contracts import absent, check_probe
+from trainc.kernels.library.contracts import absent, check_affine, check_probe
 
 # Rows x width of one example above which one fused ATen call per example beats four elementwise
 # passes over the whole batch; docs/kernels.md has the measurement.
@@ -44,11 +44,7 @@ def check_norm(
     lead = len(extents) - len(shape)
     if lead < 0 or extents[lead:] != shape:
         raise RuntimeError(f"the shape of x, {extents}, must end in normalized_shape {shape}")
-    for parameter in parameters:
-        if parameter is not None and tuple(parameter.shape) != shape:
-            raise RuntimeError(
-                f"weight and bias must have the shape {shape}, not {tuple(parameter.shape)}"
-            )
+    check_affine(shape, *parameters)
     if probe is not None:
         if lead < 1:
             raise RuntimeError(

@@ -1,0 +1,56 @@
+"""How a batch divides into ghost batches: the contract, the counts, and views of the parts."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from trainc.kernels.library.contracts import check_affine, require
+
+REMAINDERS = ("error", "merge_last")
+
+
+def count(x: Tensor, ghost_size: int) -> int:
+    """How many ghost batches x has: a batch smaller than one is one, an empty batch none."""
+    examples = x.shape[0]
+    return examples // ghost_size if examples >= ghost_size else min(examples, 1)
+
+
+def parts(ghost_size: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views of each ghost batch's examples, tensor beside tensor; the last takes the remainder."""
+    ghosts, examples = count(x, ghost_size), x.shape[0]
+    if ghosts < 2:
+        return [(x, *others)] * ghosts
+    sizes = [ghost_size] * (ghosts - 1) + [examples - ghost_size * (ghosts - 1)]
+    return list(zip(*(tensor.split(sizes) for tensor in (x, *others)), strict=True))
+
+
+def check(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_size: int, remainder: str
+) -> None:
+    """Reject arguments outside the contract."""
+    require(
+        remainder in REMAINDERS, lambda: f"remainder must be one of {REMAINDERS}, not {remainder!r}"
+    )
+    require(x.dim() >= 2, lambda: f"x must be (B, C, ...), not {tuple(x.shape)}")
+    check_affine((x.shape[1],), weight, bias)
+    require(ghost_size > 0, lambda: f"ghost_size must be at least 1, not {ghost_size}")
+    if remainder == "error":
+        require(
+            x.shape[0] % ghost_size == 0,
+            lambda: (
+                f"ghost_size {ghost_size} does not divide the batch of {x.shape[0]} examples: "
+                'change one of them, or let the last ghost batch take the rest with remainder="merge_last"'
+            ),
+        )
+    least = min(ghost_size, x.shape[0]) * math.prod(x.shape[2:])
+    require(
+        x.shape[0] == 0 or least > 1,
+        lambda: "a ghost batch must have more than one value per channel, or it has no variance",
+    )
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x, or a dense copy: channels-last stays as it is, every other layout becomes contiguous."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last else x.contiguous()
