@@ -174,41 +174,43 @@ def _gradients(operator: NormOperator) -> tuple[Kernel, Kernel]:
     norm, residual, native = operator.norm, operator.residual, operator.native
     backward_op, always = operator.backward_op, norm.native_backward is not None
     first, count = 1 + residual, len(norm.parameters)  # the summands, then normalized_shape
-    probe, options = first + 1 + count, (None,) * len(norm.options)
+    affine, probe = slice(first + 1, first + 1 + count), first + 1 + count
+    statistics, options = slice(-count, None), slice(probe + 2, None)
+    # What has no gradient, or none where y has none.
+    no_options, nothing = (None,) * (1 + len(norm.options)), (None,) * count
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        statistics = output[-count:]
-        ctx.mark_non_differentiable(*statistics)
+        kept = output[statistics]
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        x = output[0] if residual else inputs[0]
-        ctx.save_for_backward(x, *statistics, *inputs[first + 1 : probe])
-        ctx.normalized_shape, ctx.options = list(inputs[first]), inputs[probe + 2 :]
+        ctx.save_for_backward(output[0] if residual else inputs[0], *kept, *inputs[affine])
+        ctx.normalized_shape, ctx.options = list(inputs[first]), inputs[options]
         ctx.probed = inputs[probe] is not None
-        ctx.dtypes = [summand.dtype for summand in inputs[:first]]
+        if residual:
+            ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
 
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         dtotal, dy = grads[:2] if residual else (None, grads[0])
         wants = ctx.needs_input_grad
-        if dy is None:
-            return *_to_summands(dtotal, wants, ctx.dtypes), *(None,) * (count + 3), *options
-        x, *kept = ctx.saved_tensors
-        mask = [any(wants[:first])]
-        mask += [
-            p is not None and w for p, w in zip(kept[count:], wants[first + 1 : probe], strict=True)
-        ]
-        arguments = (dy, x, ctx.normalized_shape, *kept, *ctx.options, mask)
-        with_norms = ctx.probed and (always or wants[probe])
-        if residual:
-            results = backward_op(dtotal, *arguments, with_norms)
-        elif native is None:
-            results = backward_op(*arguments, with_norms)
-        else:
-            results = backward_op(*arguments) if with_norms else (*native(*arguments), None)
-        dx, *found, norms = results
+        wanted = wants[affine]
+        dx, found, norms = dtotal, nothing, None
+        if dy is not None:
+            x, *kept = ctx.saved_tensors
+            mask = [wants[0] or (residual and wants[1]), *wanted]
+            arguments = (dy, x, ctx.normalized_shape, *kept, *ctx.options, mask)
+            with_norms = ctx.probed and (always or wants[probe])
+            if residual:
+                dx, *found, norms = backward_op(dtotal, *arguments, with_norms)
+            elif native is None:
+                dx, *found, norms = backward_op(*arguments, with_norms)
+            elif with_norms:
+                dx, *found, norms = backward_op(*arguments)
+            else:
+                dx, *found = native(*arguments)
         return (
-            *_to_summands(dx, wants, ctx.dtypes), None,
-            *(g if wanted else None for g, wanted in zip(found, mask[1:], strict=True)),
-            norms if wants[probe] else None, None, *options,
+            *(_to_summands(dx, wants, ctx.dtypes) if residual else (dx if wants[0] else None,)),
+            None, *[g if w else None for g, w in zip(found, wanted, strict=True)],
+            norms if wants[probe] else None, *no_options,
         )  # fmt: skip
 
     return setup_context, backward
@@ -217,14 +219,10 @@ def _gradients(operator: NormOperator) -> tuple[Kernel, Kernel]:
 def _to_summands(
     gradient: Tensor | None, wanted: Sequence[bool], dtypes: Sequence[torch.dtype]
 ) -> list[Tensor | None]:
-    """The gradient of a sum for each summand that wants it."""
+    """The gradient of a sum for x and for residual, where wanted."""
     return [
-        None
-        if gradient is None or not wants
-        else gradient
-        if gradient.dtype == dtype
-        else gradient.to(dtype)
-        for dtype, wants in zip(dtypes, wanted, strict=False)
+        gradient.to(dtype) if wants and gradient is not None else None
+        for wants, dtype in zip(wanted[:2], dtypes, strict=True)
     ]
 
 
