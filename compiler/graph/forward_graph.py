@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -38,6 +38,13 @@ def strip_casts(node: Any) -> Any:
     while isinstance(node, fx.Node) and node.target in CAST:
         node = node.args[0]
     return node
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of an operator call by the names of the operator's schema, with its defaults."""
+    target = cast(torch._ops.OpOverload, node.target)
+    names = {argument.name: argument.default_value for argument in target._schema.arguments}
+    return names | dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,8 @@ class ForwardGraph:
         self.output.args = (tuple(results.values()),)
 
     def tensor_name(self, node: object) -> str | None:
-        """Return the user's name of the parameter or buffer that a node reads."""
+        """Return the user's name of the parameter or buffer that a node reads, before any cast."""
+        node = strip_casts(node)
         while isinstance(node, fx.Node) and node.target in _SAME_TENSOR:
             node = node.args[0]
         if isinstance(node, fx.Node) and node.op == "get_attr":
@@ -127,7 +135,7 @@ class ForwardGraph:
     def weight_uses(self, name: str) -> int:
         """Count the operators that read a parameter, casts left out."""
         first = self.canonical_name(name)
-        pending = [n for n in self.graph.nodes if n.op == "get_attr" and n.target == first]
+        pending = self.graph.find_nodes(op="get_attr", target=first)
         uses = 0
         while pending:
             for user in pending.pop().users:
@@ -156,7 +164,7 @@ class ForwardGraph:
         return self.probes[module]
 
     def _placeholder(self, name: str, value: Tensor) -> fx.Node:
-        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(identifier(name))
         node.target = node.name
@@ -176,14 +184,21 @@ class ForwardGraph:
             node.meta["val"] = target(*values)
         return node
 
-    def first(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-        """Add a call of an operator with several results at the insertion point, and return its first."""
-        return self.call(operator.getitem, (self.call(target, args, like), 0), like)
+    def results_of(
+        self, target: Any, args: tuple[Any, ...], like: fx.Node, count: int = 1
+    ) -> list[fx.Node]:
+        """Add a call of an operator with several results at the insertion point, and return the first `count`."""
+        node = self.call(target, args, like)
+        return [self.call(operator.getitem, (node, i), like) for i in range(count)]
 
     def propagate(self) -> None:
         """Compute every node's value under fake tensors into `meta["val"]`."""
         with torch.no_grad(), self.mode:
-            _Propagate(self).run()
+            fakes = {
+                name: self.mode.from_tensor(tensor, static_shapes=True)
+                for name, tensor in self.tensors.items()
+            }
+            _Propagate(self, fakes, self.values).run()
 
     def calls(self) -> Iterator[fx.Node]:
         """Iterate over a copy of the list of operator calls, so that a pass may add and erase some."""
@@ -211,14 +226,6 @@ class ForwardInterpreter(fx.Interpreter):
 
 
 class _Propagate(ForwardInterpreter):
-    def __init__(self, forward: ForwardGraph) -> None:
-        mode = forward.mode
-        fakes = {
-            name: mode.from_tensor(tensor, static_shapes=True)
-            for name, tensor in forward.tensors.items()
-        }
-        super().__init__(forward, fakes, forward.values)
-
     def run_node(self, n: fx.Node) -> Any:
         """Run a node and keep what it gave."""
         value = super().run_node(n)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import fx
 
@@ -18,14 +15,12 @@ from trainc.kernels.noise import multiplicative_noise as _noise  # noqa: F401  (
 KEY, FIRST_EXAMPLE = "key", "first_example"
 
 
-@dataclass(frozen=True)
 class AddNoise(Pass):
     """Multiplies the output of each noise site by `1 + sigma * normal`."""
 
-    name: ClassVar[str] = "add_noise"
-    purpose: ClassVar[str] = "multiply the outputs of the selected layers by noise"
-    after: ClassVar[tuple[str, ...]] = ("fuse_norms", "instrument_norms", "instrument_layers")
-    exact: ClassVar[bool] = False
+    name = "add_noise"
+    purpose = "multiply the outputs of the selected layers by noise"
+    after = ("fuse_norms", "instrument_norms", "instrument_layers")
 
     def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
         """Return the noise sites."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from trainc.compiler.graph.forward_graph import ForwardGraph, call_site
 from trainc.compiler.method.sites import Rewrite
-from trainc.compiler.passes.pass_base import LOSS, Pass
+from trainc.compiler.passes.pass_base import LOSS, PairingPass
 from trainc.kernels.loss.linear_cross_entropy_consistency import chunk_rows
 
 aten = torch.ops.aten
@@ -26,25 +24,15 @@ TIMES_WIDTH = 4
 CHUNKS = 4
 
 
-def is_vocabulary(classes: int, width: int) -> bool:
-    """Say whether a head of this shape gives the logits of a large vocabulary."""
-    return classes >= CLASSES and classes >= TIMES_WIDTH * width
-
-
 @dataclass(frozen=True)
-class FuseHead(Pass):
+class FuseHead(PairingPass):
     """Replaces a linear head and the loss of its logits by one operator; `always` at any size."""
 
     always: bool = False
 
-    name: ClassVar[str] = "fuse_head"
-    purpose: ClassVar[str] = "compute the loss of a large vocabulary without holding its logits"
-    after: ClassVar[tuple[str, ...]] = ("pair_views",)
-    exact: ClassVar[bool] = False
-
-    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
-        """Return the loss where the views are paired: it is fused if that pays."""
-        return (LOSS,) if rewrite.pairing else ()
+    name = "fuse_head"
+    purpose = "compute the loss of a large vocabulary without holding its logits"
+    after = ("pair_views",)
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite the loss over a head that nothing else reads."""
@@ -73,8 +61,7 @@ class FuseHead(Pass):
             if not self._pays(x.meta["val"], head.meta["val"], bias):
                 return
             target = torch.ops.trainc.linear_cross_entropy_consistency.default
-            fused = forward.call(target, (x, head, bias, *rest), logits)
-            results = [forward.call(operator.getitem, (fused, i), logits) for i in range(3)]
+            results = forward.results_of(target, (x, head, bias, *rest), logits, 3)
         for user in list(loss.users):
             user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
         forward.notes.append(
@@ -86,7 +73,8 @@ class FuseHead(Pass):
         fits = x.dtype == head.dtype and (bias is None or bias.meta["val"].dim() == 1)
         rows = x.numel() // max(width, 1) // 2
         many = rows >= CHUNKS * chunk_rows(width, classes, x.device.type)
-        return fits and (self.always or (is_vocabulary(classes, width) and many))
+        large = classes >= max(CLASSES, TIMES_WIDTH * width)
+        return fits and (self.always or (large and many))
 
 
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:

@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
 
 from trainc.compiler.errors import SiteMissing, SiteUnfit
-from trainc.compiler.graph.forward_graph import ForwardGraph, call_site, strip_casts
+from trainc.compiler.graph.forward_graph import ForwardGraph, arguments, call_site
 from trainc.compiler.method.sites import NormSite, Rewrite
 from trainc.compiler.passes.norm_patterns import NormCall, norm_calls
-from trainc.compiler.passes.pass_base import Pass
+from trainc.compiler.passes.pass_base import NormPass
 from trainc.compiler.passes.site_checks import check_weight_uses
-from trainc.kernels.norm import add_layer_norm as _add_norm  # noqa: F401  (registers the operator)
-from trainc.kernels.norm import add_rms_norm as _add_rms_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm import layer_norm as _layer_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm.rms_norm import default_eps
 
 
-@dataclass(frozen=True, slots=True)
-class ArgumentPlaces:
-    """The places of a norm operator's arguments; the input is the first, a residual the second."""
-
-    shape: int
-    weight: int
-    probe: int
-
-
-PLACES: dict[Any, ArgumentPlaces] = {
-    torch.ops.trainc.layer_norm.default: ArgumentPlaces(1, 2, 4),
-    torch.ops.trainc.rms_norm.default: ArgumentPlaces(1, 2, 3),
-    torch.ops.trainc.add_layer_norm.default: ArgumentPlaces(2, 3, 5),
-    torch.ops.trainc.add_rms_norm.default: ArgumentPlaces(2, 3, 4),
-}
-
-
-@dataclass(frozen=True)
-class FuseNorms(Pass):
+class FuseNorms(NormPass):
     """Replaces each selected norm, in whatever operators it is written, by one operator."""
 
-    name: ClassVar[str] = "fuse_norms"
-    purpose: ClassVar[str] = "turn the selected normalization layers into one operator each"
-    before: ClassVar[tuple[str, ...]] = ("instrument_norms",)
-    exact: ClassVar[bool] = False
-
-    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
-        """Return the norm sites."""
-        return tuple(site.module for site in rewrite.norms)
+    name = "fuse_norms"
+    purpose = "turn the selected normalization layers into one operator each"
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite every norm site."""
@@ -66,20 +38,17 @@ class FuseNorms(Pass):
 
     def fuse(self, forward: ForwardGraph, site: NormSite, call: NormCall, x: fx.Node) -> fx.Node:
         """Replace one norm of `x`, which may be the result of a norm fused before."""
-        casting = call.casting or site.casting
+        given: tuple[Any, ...]
+        shape = list(call.shape)
+        eps = default_eps(x.meta["val"].dtype) if call.eps is None else call.eps
+        if site.layer_type == "layer":
+            operation = torch.ops.trainc.layer_norm.default
+            given = (x, shape, call.weight, call.bias, None, eps)
+        else:
+            operation = torch.ops.trainc.rms_norm.default
+            given = (x, shape, call.weight, None, eps, call.casting or site.casting)
         with forward.graph.inserting_before(call.result):
-            shape = list(call.shape)
-            arguments: tuple[Any, ...]
-            if site.layer_type == "layer":
-                operation = torch.ops.trainc.layer_norm.default
-                eps = 1e-5 if call.eps is None else call.eps
-                arguments = (x, shape, call.weight, call.bias, None, eps)
-            else:
-                operation = torch.ops.trainc.rms_norm.default
-                eps = default_eps(x.meta["val"].dtype) if call.eps is None else call.eps
-                arguments = (x, shape, call.weight, None, eps, casting)
-            fused = forward.call(operation, arguments, call.result)
-            result = forward.call(operator.getitem, (fused, 0), call.result)
+            (result,) = forward.results_of(operation, given, call.result)
         old, new = call.result.meta["val"], result.meta["val"]
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise SiteUnfit(
@@ -96,11 +65,11 @@ def fused_norm(forward: ForwardGraph, site: NormSite, targets: Iterable[Any]) ->
     """Return the call of one of our operators that serves a site and has no probe yet."""
     name = None if site.weight is None else forward.canonical_name(site.weight)
     for node in forward.calls():
-        place = PLACES.get(node.target) if node.target in targets else None
-        if place is None or node.args[place.probe] is not None:
+        if node.target not in targets:
             continue
-        weight = forward.tensor_name(strip_casts(node.args[place.weight]))
-        if weight == name and (name is not None or call_site(node) == site.module):
+        given = arguments(node)
+        mine = forward.tensor_name(given["weight"]) == name
+        if mine and given["probe"] is None and (name or call_site(node) == site.module):
             return node
     return None
 
@@ -125,4 +94,4 @@ def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:
 def _belongs(forward: ForwardGraph, site: NormSite, call: NormCall) -> bool:
     if site.weight is None or call.weight is None:
         return site.weight is None and call.weight is None and call_site(call.result) == site.module
-    return forward.tensor_name(strip_casts(call.weight)) == forward.canonical_name(site.weight)
+    return forward.tensor_name(call.weight) == forward.canonical_name(site.weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,11 +12,10 @@ from torch import fx
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.fuse_norms import fused_norm
-from trainc.compiler.passes.pass_base import Pass
+from trainc.compiler.passes.pass_base import NormPass
 from trainc.kernels.norm import add_layer_norm as _add_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm import add_rms_norm as _add_rms_norm  # noqa: F401  (registers the operator)
 
-_SUMS = {torch.ops.aten.add.Tensor, operator.add, torch.add}
 WITH_SUM: dict[Any, Any] = {
     torch.ops.trainc.layer_norm.default: torch.ops.trainc.add_layer_norm.default,
     torch.ops.trainc.rms_norm.default: torch.ops.trainc.add_rms_norm.default,
@@ -24,7 +23,7 @@ WITH_SUM: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class FuseResidualAdds(Pass):
+class FuseResidualAdds(NormPass):
     """Replaces a sum and the fused norm of it by one operator; with `always`, on any device.
 
     On CUDA this saves reading the sum in forward, and its gradient in backward. On a CPU the
@@ -34,14 +33,9 @@ class FuseResidualAdds(Pass):
 
     always: bool = False
 
-    name: ClassVar[str] = "fuse_residual_adds"
-    purpose: ClassVar[str] = "compute each residual sum and the norm of it in one operator"
-    after: ClassVar[tuple[str, ...]] = ("fuse_norms",)
-    before: ClassVar[tuple[str, ...]] = ("instrument_norms",)
-
-    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
-        """Return the norm sites: each is fused with the sum before it, if there is one."""
-        return tuple(site.module for site in rewrite.norms)
+    name = "fuse_residual_adds"
+    purpose = "compute each residual sum and the norm of it in one operator"
+    after = ("fuse_norms",)
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite every fused norm whose input is a sum of two tensors of its shape."""
@@ -72,7 +66,7 @@ class FuseResidualAdds(Pass):
 
     def _fits(self, total: fx.Node, norm: fx.Node) -> bool:
         summands = [a.meta["val"] for a in total.args if isinstance(a, fx.Node)]
-        if total.target not in _SUMS or total.kwargs or len(summands) != 2:
+        if total.target is not torch.ops.aten.add.Tensor or total.kwargs or len(summands) != 2:
             return False
         shapes = {tuple(one.shape) for one in (*summands, total.meta["val"])}
         floating = all(one.is_floating_point() for one in summands)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import fx
 
 from trainc.compiler.errors import SiteUnfit
-from trainc.compiler.graph.forward_graph import ForwardGraph, strip_casts
+from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.layers.embedding import expand_shared_ids
 from trainc.compiler.layers.layer import LayerKind, LayerMatch
 from trainc.compiler.layers.registry import layer_kinds
@@ -26,14 +23,11 @@ from trainc.compiler.passes.site_checks import (
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
 class InstrumentLayers(Pass):
     """Puts the measuring operator in place of each selected layer other than a norm."""
 
-    name: ClassVar[str] = "instrument_layers"
-    purpose: ClassVar[str] = "measure per-example squared gradient norms at the selected layers"
-    before: ClassVar[tuple[str, ...]] = ("add_noise",)
-    exact: ClassVar[bool] = False
+    name = "instrument_layers"
+    purpose = "measure per-example squared gradient norms at the selected layers"
 
     def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
         """Return the layer sites."""
@@ -72,7 +66,9 @@ class InstrumentLayers(Pass):
         """Put the operator in place of one call."""
         value = match.x.meta["val"]
         size = value.shape[0]
-        shared = _is_shared(site, value.dim(), size, size_with_one_more, forward)
+        # Ids that do not belong to single examples, such as positions.
+        fixed = size == size_with_one_more or (size_with_one_more is None and size != forward.rows)
+        shared = site.layer_type == "embedding" and fixed and (value.dim() == 1 or size == 1)
         if not shared and not starts_with_examples(forward, size, size_with_one_more):
             raise not_example_axis(forward, site.module, f"input {list(value.shape)}")
         joined = forward.views > 1
@@ -84,7 +80,10 @@ class InstrumentLayers(Pass):
         like = node.meta["val"]
         probe = forward.probe(site.module, len(site.parameters), like)
         with forward.graph.inserting_before(node):
-            x = _expanded(forward, match.x, node) if shared else match.x
+            x = match.x
+            if shared:
+                ids = expand_shared_ids(value, forward.rows)
+                x = forward.call(aten.expand.default, (x, list(ids.shape)), node)
             lead = [forward.rows, *x.meta["val"].shape[1:]]
             if joined:
                 x = join_views(forward, x, node)
@@ -97,28 +96,6 @@ class InstrumentLayers(Pass):
                 result = forward.call(aten.reshape.default, (result, shape), node)
         node.replace_all_uses_with(result)
         forward.graph.erase_node(node)
-
-
-def _is_shared(
-    site: LayerSite,
-    dims: int,
-    size: int,
-    size_with_one_more: int | None,
-    forward: ForwardGraph,
-) -> bool:
-    """Say whether an embedding looks up ids that do not belong to single examples, such as positions."""
-    grows = size_with_one_more is not None and size_with_one_more != size
-    return (
-        site.layer_type == "embedding"
-        and not grows
-        and (dims == 1 or size == 1)
-        and not (size_with_one_more is None and size == forward.rows)
-    )
-
-
-def _expanded(forward: ForwardGraph, ids: fx.Node, like: fx.Node) -> fx.Node:
-    shape = expand_shared_ids(ids.meta["val"], forward.rows).shape
-    return forward.call(aten.expand.default, (ids, list(shape)), like)
 
 
 def _call(forward: ForwardGraph, site: LayerSite) -> fx.Node | None:
@@ -135,7 +112,7 @@ def _call(forward: ForwardGraph, site: LayerSite) -> fx.Node | None:
 
 def _reads(forward: ForwardGraph, kind: LayerKind, node: fx.Node, name: str) -> bool:
     place = kind.weight_at.get(node.target)
-    return place is not None and forward.tensor_name(strip_casts(node.args[place])) == name
+    return place is not None and forward.tensor_name(node.args[place]) == name
 
 
 def _input_sizes(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, int]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.forward_graph import ForwardGraph, arguments
 from trainc.compiler.method.sites import Rewrite
-from trainc.compiler.passes.fuse_norms import PLACES, fused_norm, locate
+from trainc.compiler.passes.fuse_norms import fused_norm, locate
+from trainc.compiler.passes.fuse_residual_adds import WITH_SUM
 from trainc.compiler.passes.joined_views import join_views, separate_views
-from trainc.compiler.passes.pass_base import Pass
+from trainc.compiler.passes.pass_base import NormPass
 from trainc.compiler.passes.site_checks import (
     not_example_axis,
     sizes_with_one_more,
@@ -22,29 +21,24 @@ from trainc.compiler.passes.site_checks import (
 )
 
 
-@dataclass(frozen=True)
-class InstrumentNorms(Pass):
+class InstrumentNorms(NormPass):
     """Adds a probe to every fused norm site; loss and parameter gradients stay as they are."""
 
-    name: ClassVar[str] = "instrument_norms"
-    purpose: ClassVar[str] = "measure per-example squared gradient norms at the fused norms"
-    after: ClassVar[tuple[str, ...]] = ("fuse_norms", "fuse_residual_adds")
-
-    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
-        """Return the norm sites."""
-        return tuple(site.module for site in rewrite.norms)
+    name = "instrument_norms"
+    purpose = "measure per-example squared gradient norms at the fused norms"
+    after = ("fuse_norms", "fuse_residual_adds")
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Instrument every fused norm site."""
         served: list[str] = []
         sizes: Mapping[str, int] | None = None
         for site in rewrite.norms:
-            node = fused_norm(forward, site, PLACES)
+            node = fused_norm(forward, site, {*WITH_SUM, *WITH_SUM.values()})
             if node is None:
                 continue
-            place = PLACES[node.target]
+            given = arguments(node)
             x = node.args[0].meta["val"]  # type: ignore[union-attr]
-            normalised = len(node.args[place.shape])  # type: ignore[arg-type]
+            normalised = len(given["normalized_shape"])
             if sizes is None and forward.rows in x.shape[1 : x.dim() - normalised]:
                 sizes = sizes_with_one_more(forward, lambda other: _input_sizes(other, rewrite))
             size_with_one_more = (sizes or {}).get(site.module)
@@ -55,7 +49,7 @@ class InstrumentNorms(Pass):
             # A sum is promoted; the first result of either kind of operator has its dtype.
             result = node.meta["val"][0]
             probe = forward.probe(site.module, len(site.parameters), result)
-            node.update_arg(place.probe, probe)
+            node.update_arg(list(given).index("probe"), probe)
             served.append(site.module)
         return served
 

@@ -11,35 +11,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from trainc.compiler.graph.forward_graph import CAST, strip_casts
+from trainc.compiler.graph.forward_graph import CAST, arguments, strip_casts
 from trainc.compiler.passes.arithmetic_patterns import (
-    ADD,
-    MEAN,
-    MUL,
     POWER,
-    RSQRT,
-    SQRT,
-    VARIANCE,
-    arguments,
     is_biased_variance,
+    is_mean,
     minus_mean,
     numerator,
     one_plus,
     other_operand,
-    over_last_dim,
     plus_number,
     squared_operand,
     value_of,
 )
 
 aten = torch.ops.aten
-
-LAYER_NORM = {F.layer_norm, torch.layer_norm, aten.layer_norm.default}
-NATIVE_LAYER_NORM = {torch.native_layer_norm, aten.native_layer_norm.default}
-RMS_NORM = {F.rms_norm, torch.rms_norm, aten.rms_norm.default}
 
 Casting = Literal["none", "llama", "gemma"]
 
@@ -73,33 +61,32 @@ def norm_calls(graph: fx.Graph) -> Iterator[NormCall]:
 
 
 def _operator_call(node: fx.Node) -> NormCall | None:
-    if node.target in RMS_NORM:
-        given = arguments(node, ("input", "normalized_shape", "weight", "eps"))
-        x, shape = given["input"], tuple(given["normalized_shape"])
-        return NormCall("rms", x, shape, given.get("weight"), None, given.get("eps"), "none", node)
-    if node.target not in LAYER_NORM | NATIVE_LAYER_NORM:
-        return None
-    given = arguments(node, ("input", "normalized_shape", "weight", "bias", "eps"))
+    layer_type: Literal["layer", "rms"] = "rms" if node.target is aten.rms_norm.default else "layer"
     result = node
-    if node.target in NATIVE_LAYER_NORM:
+    if node.target is aten.native_layer_norm.default:
         read = [user for user in node.users if user.users]
         if len(read) != 1 or read[0].target is not operator.getitem or read[0].args[1] != 0:
             return None
         result = read[0]
-    x, shape, eps = given["input"], tuple(given["normalized_shape"]), given.get("eps", 1e-5)
-    return NormCall("layer", x, shape, given.get("weight"), given.get("bias"), eps, "none", result)
+    elif node.target not in (aten.rms_norm.default, aten.layer_norm.default):
+        return None
+    given = arguments(node)
+    x, shape, weight = given["input"], tuple(given["normalized_shape"]), given["weight"]
+    return NormCall(layer_type, x, shape, weight, given.get("bias"), given["eps"], "none", result)
 
 
 def _written_out_call(node: fx.Node) -> NormCall | None:
     """Match `c * rsqrt(v + eps)` or `c / sqrt(v + eps)` and read the rest of the norm around it."""
-    inverse = node.target in RSQRT or (node.target in POWER and node.args[1] == -0.5)
-    if not inverse and node.target not in SQRT:
+    inverse = node.target is aten.rsqrt.default or (node.target is POWER and node.args[1] == -0.5)
+    if not inverse and node.target is not aten.sqrt.default:
         return None
     variance, eps = plus_number(node.args[0])
     if variance is None or eps is None:
         return None
     for product in node.users:
-        centred = other_operand(product, node, MUL) if inverse else numerator(product, node)
+        centred = (
+            other_operand(product, node, aten.mul.Tensor) if inverse else numerator(product, node)
+        )
         if centred is None:
             continue
         source = _normalised(strip_casts(centred), strip_casts(variance))
@@ -114,14 +101,10 @@ def _normalised(centred: Any, variance: Any) -> tuple[Literal["layer", "rms"], f
     if not isinstance(centred, fx.Node) or not isinstance(variance, fx.Node):
         return None
     origin = minus_mean(centred)
-    if variance.target in VARIANCE:
-        same = (
-            origin is not None
-            and strip_casts(variance.args[0]) is origin
-            and is_biased_variance(variance)
-        )
-        return ("layer", origin) if same and origin is not None else None
-    if variance.target not in MEAN or not over_last_dim(variance):
+    if variance.target in (aten.var.correction, aten.var.dim):
+        same = strip_casts(variance.args[0]) is origin and is_biased_variance(variance)
+        return ("layer", origin) if origin is not None and same else None
+    if not is_mean(variance):
         return None
     squared = squared_operand(strip_casts(variance.args[0]))
     if squared is None:
@@ -141,7 +124,7 @@ def _around(
     result, rounded = _through_casts(product)
     weight = bias = None
     user = _only_user(result)
-    factor = other_operand(user, result, MUL) if user is not None else None
+    factor = other_operand(user, result, aten.mul.Tensor)
     casting: Casting | None = None
     offset = None if rounded or layer_type == "layer" else one_plus(factor)
     if user is not None and _is_affine(offset, shape):
@@ -150,10 +133,8 @@ def _around(
     elif user is not None and _is_affine(factor, shape):
         weight, casting, result = factor, "llama" if rounded else "none", user
         user = _only_user(result)
-        shift = (
-            other_operand(user, result, ADD) if user is not None and layer_type == "layer" else None
-        )
-        if user is not None and _is_affine(shift, shape):
+        shift = other_operand(user, result, aten.add.Tensor)
+        if user is not None and layer_type == "layer" and _is_affine(shift, shape):
             bias, result = shift, user
         if casting == "none":
             result, _ = _through_casts(result)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,25 +11,19 @@ from torch import fx
 from trainc.compiler.errors import SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.method.sites import Pairing, Rewrite
-from trainc.compiler.passes.pass_base import LOSS, Pass
+from trainc.compiler.passes.pass_base import LOSS, PairingPass
 from trainc.kernels.loss import cross_entropy_consistency as _loss  # noqa: F401  (registers the operator)
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class PairViews(Pass):
+class PairViews(PairingPass):
     """Adds the weighted distance between the views' logits to the loss."""
 
-    name: ClassVar[str] = "pair_views"
-    purpose: ClassVar[str] = "add the distance between the two views to the loss"
-    after: ClassVar[tuple[str, ...]] = ("add_noise",)
-    exact: ClassVar[bool] = False
-    widens: ClassVar[frozenset[str]] = frozenset({"data_loss"})
-
-    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
-        """Return the loss where the views are paired."""
-        return (LOSS,) if rewrite.pairing else ()
+    name = "pair_views"
+    purpose = "add the distance between the two views to the loss"
+    after = ("add_noise", "share_dropout")
+    widens = frozenset({"data_loss"})
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite the loss."""
@@ -52,16 +44,11 @@ class PairViews(Pass):
 def _fused_loss(
     forward: ForwardGraph, pairing: Pairing, logits: fx.Node, weight: fx.Node
 ) -> list[fx.Node]:
-    targets = next(
-        n for n in forward.graph.nodes if n.op == "placeholder" and n.target == "targets"
-    )
+    (targets,) = forward.graph.find_nodes(op="placeholder", target="targets")
     spec = forward.loss
-    fused = forward.call(
-        torch.ops.trainc.cross_entropy_consistency.default,
-        (logits, targets, weight, pairing.distance, spec.ignore_index, spec.label_smoothing),
-        logits,
-    )
-    return [forward.call(operator.getitem, (fused, i), logits) for i in range(3)]
+    given = (logits, targets, weight, pairing.distance, spec.ignore_index, spec.label_smoothing)
+    target = torch.ops.trainc.cross_entropy_consistency.default
+    return forward.results_of(target, given, logits, 3)
 
 
 def _composed_loss(

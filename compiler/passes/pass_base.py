@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from trainc.compiler.graph.forward_graph import ForwardGraph
@@ -14,19 +13,16 @@ LOSS = "loss"
 """The site of the passes that serve no layer but the loss of two views."""
 
 
-@dataclass(frozen=True)
 class Pass(ABC):
     """One rewrite of the forward graph.
 
-    `after` and `before` order it among the others; `exact` says that it keeps every number bit for
-    bit; `widens` names the outputs that may come out in a wider floating dtype.
+    `after` names the passes that must come before it; `widens` names the outputs that may come out in a wider floating
+    dtype.
     """
 
     name: ClassVar[str]
     purpose: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
-    before: ClassVar[tuple[str, ...]] = ()
-    exact: ClassVar[bool] = True
     widens: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
@@ -36,3 +32,19 @@ class Pass(ABC):
     @abstractmethod
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> Sequence[str]:
         """Rewrite the graph and return the sites served."""
+
+
+class NormPass(Pass):
+    """A pass that serves the measured norms."""
+
+    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
+        """Return the norm sites."""
+        return tuple(site.module for site in rewrite.norms)
+
+
+class PairingPass(Pass):
+    """A pass that serves the loss of two views."""
+
+    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
+        """Return the loss where the views are paired."""
+        return (LOSS,) if rewrite.pairing else ()

@@ -41,15 +41,12 @@ Signature = tuple[tuple[int, ...], torch.dtype, str]
 
 
 def check_order(passes: Sequence[Pass]) -> None:
-    """Raise when the order breaks a pass's `after` or `before`."""
+    """Raise when the order breaks a pass's `after`."""
     place = {step.name: index for index, step in enumerate(passes)}
     for step in passes:
         for other in step.after:
             if place.get(other, -1) > place[step.name]:
                 raise ValueError(f"pass `{step.name}` must come after `{other}`")
-        for other in step.before:
-            if place.get(other, len(passes)) < place[step.name]:
-                raise ValueError(f"pass `{step.name}` must come before `{other}`")
 
 
 def check_names(without: frozenset[str], passes: Sequence[Pass] = PIPELINE) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
 
-from trainc.compiler.graph.forward_graph import ForwardGraph, call_site
+from trainc.compiler.graph.forward_graph import ForwardGraph, arguments, call_site
 from trainc.compiler.method.sites import Rewrite
-from trainc.compiler.passes.pass_base import LOSS, Pass
+from trainc.compiler.passes.pass_base import LOSS, PairingPass
 
 aten = torch.ops.aten
 _DROPOUT: dict[Any, Any] = {
@@ -30,23 +29,17 @@ _UNSHARED = {
 }
 
 
-@dataclass(frozen=True)
-class ShareDropout(Pass):
+class ShareDropout(PairingPass):
     """Draws one dropout mask for both views of an example, where the views are compared."""
 
-    name: ClassVar[str] = "share_dropout"
-    purpose: ClassVar[str] = "draw one dropout mask for both views of an example"
-    before: ClassVar[tuple[str, ...]] = ("pair_views",)
-    exact: ClassVar[bool] = False
-
-    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
-        """Return the loss where the views are paired: its distance is what the masks are shared for."""
-        return (LOSS,) if rewrite.pairing else ()
+    name = "share_dropout"
+    purpose = "draw one dropout mask for both views of an example"
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite every dropout, and note what else draws random numbers for each view."""
         for node in forward.calls():
-            if node.target in _UNSHARED and _is_random(node):
+            # Attention draws only where it drops.
+            if node.target in _UNSHARED and arguments(node).get("dropout_p") != 0.0:
                 where = call_site(node) or "the model"
                 forward.notes.append(
                     f"`{where}` draws from {node.target} for each view: its masks are not shared"
@@ -74,13 +67,3 @@ def _share_mask(forward: ForwardGraph, node: fx.Node) -> None:
         result = forward.call(_DROPOUT[node.target], (x, masks), node)
     node.replace_all_uses_with(result)
     forward.graph.erase_node(node)
-
-
-def _is_random(node: fx.Node) -> bool:
-    if node.target is aten.scaled_dot_product_attention.default:
-        given = (
-            dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), node.args, strict=False))
-            | node.kwargs
-        )
-        return bool(given.get("dropout_p", 0.0))
-    return True
