@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from trainc.compiler.graph.flatten import FlatStep, StepInputs, flatten
 from trainc.compiler.graph.forward_graph import ForwardGraph, ForwardInterpreter
+from trainc.compiler.graph.step_graph import no_autocast
 from trainc.compiler.method.loss import LOSS_WEIGHT
 from trainc.compiler.method.penalty import Penalty, Values, evaluate
 
@@ -68,13 +68,10 @@ class _TracedStep:
             total = self._total(loss, tensors, scalars)
             wanted = [*(tensors[name] for name in self.parameters), *probes.values()]
             # Eager training runs backward outside autocast, but here the engine would run inside it.
-            with _no_autocast(total.device.type):
+            with no_autocast([total.device.type]):
                 grads = _gradients(total, wanted)
-        named: dict[str, Tensor | None] = {
-            "total": total, "loss": loss, "data_loss": results["data_loss"],
-        }  # fmt: skip
-        if "consistency" in results:
-            named["consistency"] = results["consistency"]
+        named: dict[str, Tensor | None] = {"total": total, "loss": loss}
+        named |= {name: results[name] for name in ("data_loss", "consistency") if name in results}
         count = len(self.parameters)
         named |= {f"grad:{n}": g for n, g in zip(self.parameters, grads[:count], strict=True)}
         named |= {f"probe:{n}": g for n, g in zip(probes, grads[count:], strict=True)}
@@ -113,12 +110,3 @@ def _gradients(total: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...]
     if not wanted or not total.requires_grad:
         return (None,) * len(wanted)
     return torch.autograd.grad(total, wanted, allow_unused=True)
-
-
-@contextlib.contextmanager
-def _no_autocast(device: str) -> Iterator[None]:
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            yield
-    else:
-        yield

@@ -26,53 +26,43 @@ from trainc.runtime.data.batch import Batch
 
 
 class _Caught(Exception):
-    """Stops torch.compile once its graph and the graph's arguments are known."""
+    """Stops torch.compile once its graph and the graph's arguments are known: these two it carries."""
 
 
-class _Backend:
-    """A torch.compile backend that keeps the one graph it is given and never runs it."""
+def _catch(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+    """Serve as a torch.compile backend that never runs the one graph it is given."""
 
-    def __init__(self) -> None:
-        self.graphs: list[fx.GraphModule] = []
-        self.arguments: tuple[Any, ...] = ()
+    def catch(*arguments: Any) -> Any:
+        raise _Caught(graph, arguments)
 
-    def __call__(self, module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        self.graphs.append(module)
-
-        def catch(*arguments: Any) -> Any:
-            self.arguments = arguments
-            raise _Caught
-
-        return catch
+    return catch
 
 
 def dynamo_capture(wrapped: WrappedModel, batch: Batch) -> fx.GraphModule:
     """Capture with torch.compile(fullgraph=True); the model itself does not run."""
-    backend = _Backend()
     # torch.compile counts recompilations per code object and gives up after a few: take a new one.
     forward = type(wrapped).forward
     fresh = FunctionType(forward.__code__.replace(), forward.__globals__, "forward")
-    step = torch.compile(MethodType(fresh, wrapped), backend=backend, fullgraph=True, dynamic=False)
+    step = torch.compile(MethodType(fresh, wrapped), backend=_catch, fullgraph=True, dynamic=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             step(*batch)
-        except _Caught:
-            pass
+        except _Caught as caught:
+            graph, given = caught.args
         else:
             raise RuntimeError("torch.compile ran the model and made no graph of it")
-    graph = backend.graphs[-1]
-    if not all(isinstance(argument, Tensor) for argument in backend.arguments):
+    if not all(isinstance(argument, Tensor) for argument in given):
         raise RuntimeError("torch.compile made a graph with inputs that are not tensors")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(argument, static_shapes=True) for argument in backend.arguments]
+    fakes = [mode.from_tensor(argument, static_shapes=True) for argument in given]
 
     def run(*arguments: Tensor) -> Any:
         return _Inlined(graph).run(*arguments)
 
     with preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
-    return _as_exported(traced, backend.arguments, wrapped, batch)
+    return _as_exported(traced, given, wrapped, batch)
 
 
 class _Inlined(fx.Interpreter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 
 import torch
@@ -17,12 +16,6 @@ def export_capture(wrapped: WrappedModel, batch: Batch) -> fx.GraphModule:
     with warnings.catch_warnings():
         # torch's notices are about its own internals.
         warnings.simplefilter("ignore")
-        return _module(torch.export.export(wrapped, batch, strict=False))
-
-
-def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Return the module of an exported program; `check_guards` came with a later torch."""
-    known = inspect.signature(program.module).parameters
-    module = program.module(check_guards=False) if "check_guards" in known else program.module()
+        module = torch.export.export(wrapped, batch, strict=False).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module

@@ -121,7 +121,7 @@ def _own_storage(graph: fx.Graph, results: Sequence[Any], outputs: Sequence[str]
         if isinstance(node, fx.Node) and name.startswith(("grad:", "probe:")):
             root = _root(node)
             value = node.meta.get("val")
-            dense = value is None or _is_dense(value)
+            dense = value is None or aten.is_non_overlapping_and_dense.default(value)
             if root in seen or root.op != "call_function" or not dense:
                 copied = graph.call_function(
                     aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
@@ -131,16 +131,6 @@ def _own_storage(graph: fx.Graph, results: Sequence[Any], outputs: Sequence[str]
             seen.add(root)
         owned.append(node)
     return owned
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Say whether a tensor fills its memory without gaps or overlaps, in any order of its dims."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _root(node: fx.Node) -> fx.Node:

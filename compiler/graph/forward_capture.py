@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,8 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from trainc.compiler.graph.forward_graph import ForwardGraph, LossSpec
-from trainc.compiler.graph.interface import flatten_inputs
-from trainc.compiler.graph.named_tensors import canonical_names, identifier, register_tensor
+from trainc.compiler.graph.interface import Port, describe_batch
+from trainc.compiler.graph.named_tensors import canonical_names, register_tensor
 from trainc.compiler.graph.wrapped_model import (
     PREFIX,
     CaptureFrontEnd,
@@ -33,9 +32,10 @@ def capture_forward(
 ) -> ForwardGraph:
     """Capture the forward pass and the loss as flat ATen nodes over the user's parameter names."""
     batch = _distinct(batch)
+    _, ports, given = describe_batch(batch)
     module = front_end(WrappedModel(model, loss, views), batch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    graph, tensors = _renamed(module, model, batch)
+    graph, tensors = _renamed(module, model, ports)
     holder = fx.GraphModule(module, fx.Graph())
     for name, child in module.named_children():
         if isinstance(child, fx.GraphModule):
@@ -43,11 +43,9 @@ def capture_forward(
     for name, tensor in tensors.items():
         register_tensor(holder, name, tensor)
     holder.graph = graph
-    names = [*input_names(batch), "targets"]
-    given = [*(t for _, t in flatten_inputs(batch[0])[1]), batch[1]]
     fakes: dict[str, Tensor] = {
-        n: mode.from_tensor(t.detach(), static_shapes=True)
-        for n, t in zip(names, given, strict=True)
+        port.name: mode.from_tensor(tensor.detach(), static_shapes=True)
+        for port, tensor in zip(ports, given, strict=True)
     }
     return ForwardGraph(
         holder,
@@ -66,19 +64,6 @@ def one_more_example(batch: Batch) -> Batch:
     """Return a batch with its first example once more at the end."""
     inputs, targets = _distinct(batch)
     return pytree.tree_map(lambda t: torch.cat([t, t[:1]]), (inputs, targets))  # type: ignore[no-any-return]
-
-
-def input_names(batch: Batch) -> list[str]:
-    """Return the placeholder names of the inputs."""
-    taken = {"targets"}
-    names = []
-    for key, _ in flatten_inputs(batch[0])[1]:
-        name = "inputs" if key is None else identifier(f"inputs_{key}")
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        names.append(name)
-    return names
 
 
 def _distinct(batch: Batch) -> Batch:
@@ -100,13 +85,13 @@ def _distinct(batch: Batch) -> Batch:
 
 
 def _renamed(
-    module: fx.GraphModule, model: nn.Module, batch: Batch
+    module: fx.GraphModule, model: nn.Module, ports: Iterable[Port]
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Copy a captured graph with the user's names and plain inputs, without its checks."""
     names = canonical_names(model)
     own = dict([*model.named_parameters(), *model.named_buffers()])
     by_object = {id(tensor): name for name, tensor in own.items()}
-    ports = iter([*input_names(batch), "targets"])
+    placeholders = iter(ports)
     graph = fx.Graph()
     environment: dict[fx.Node, fx.Node] = {}
     tensors: dict[str, Tensor] = {}
@@ -121,24 +106,20 @@ def _renamed(
         made = graph.node_copy(node, lambda n: environment[n])
         environment[node] = made
         if node.op == "placeholder":
-            made.target = next(ports)
-            made.name = made.target
-        elif node.op == "get_attr" and isinstance(
-            value := _attribute(module, str(node.target)), Tensor
-        ):
-            plain = str(node.target).removeprefix(f"{PREFIX}.")
-            made.target = by_object.get(id(value)) or names.get(plain) or next(fresh)
-            tensors.setdefault(str(made.target), value)
+            made.target = made.name = next(placeholders).name
+        elif node.op == "get_attr":
+            path = str(node.target)
+            value = fx.graph_module._get_attr(module, path)
+            if isinstance(value, Tensor):
+                plain = path.removeprefix(f"{PREFIX}.")
+                made.target = by_object.get(id(value)) or names.get(plain) or next(fresh)
+                tensors.setdefault(str(made.target), value)
         _plain_stack(made)
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     graph.lint()
     return graph, own | {n: t for n, t in tensors.items() if n not in names}
-
-
-def _attribute(module: nn.Module, target: str) -> Any:
-    return fx.graph_module._get_attr(module, target)
 
 
 def _is_check(node: fx.Node) -> bool:
@@ -148,12 +129,11 @@ def _is_check(node: fx.Node) -> bool:
 
 def _plain_stack(node: fx.Node) -> None:
     """Drop the wrapper from the module stack, so that paths are the user's."""
-    stack = node.meta.get("nn_module_stack")
-    if stack:
-        kept = {}
-        for key, (path, module_type) in stack.items():
-            if path == PREFIX or path.startswith(f"{PREFIX}."):
-                kept[key] = (path[len(PREFIX) + 1 :], module_type)
-        node.meta["nn_module_stack"] = kept
+    if stack := node.meta.get("nn_module_stack"):
+        node.meta["nn_module_stack"] = {
+            key: (path[len(PREFIX) + 1 :], module_type)
+            for key, (path, module_type) in stack.items()
+            if path == PREFIX or path.startswith(f"{PREFIX}.")
+        }
     for key in ("val", "tensor_meta", "unbacked_bindings", "from_node"):
         node.meta.pop(key, None)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from trainc.compiler.graph.listing import dtype_name
+from trainc.compiler.graph.named_tensors import identifier
+from trainc.runtime.data.batch import Batch
 
 InputStructure = Literal["tensor", "tuple", "dict"]
 
@@ -28,19 +30,6 @@ class Port:
     dtype: torch.dtype
     device: str
 
-    @classmethod
-    def of(cls, name: str, key: str | int | None, tensor: Tensor) -> Port:
-        """Describe a tensor as a port."""
-        return cls(name, key, tuple(tensor.shape), tensor.dtype, str(tensor.device))
-
-    def takes(self, tensor: Tensor) -> bool:
-        """Say whether a tensor fits."""
-        return (
-            tensor.shape == self.shape
-            and tensor.dtype == self.dtype
-            and str(tensor.device) == self.device
-        )
-
     def __str__(self) -> str:
         label = self.name if self.key is None else f"inputs[{self.key!r}]"
         return f"{label} {dtype_name(self.dtype)}{list(self.shape)} on {self.device}"
@@ -48,22 +37,17 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """What goes in and out of a step graph; `scalars` pairs a scalar's name with its placeholder.
+    """What goes in and out of a step graph.
 
+    `ports` are the inputs and, last, the targets; `scalars` pairs a scalar's name with its placeholder.
     Outputs are `total`, `loss`, `data_loss`, `consistency`, `grad:<parameter>` and `probe:<module>`.
     """
 
     structure: InputStructure
-    inputs: tuple[Port, ...]
-    targets: Port
+    ports: tuple[Port, ...]
     scalars: tuple[tuple[str, str], ...]
     outputs: tuple[str, ...]
     views: int = 1
-
-    @property
-    def ports(self) -> tuple[Port, ...]:
-        """Return the batch ports in placeholder order."""
-        return (*self.inputs, self.targets)
 
 
 @dataclass(slots=True)
@@ -83,11 +67,28 @@ class Outputs:
     probes: dict[str, Tensor]
 
 
-def flatten_inputs(inputs: Any) -> tuple[InputStructure, list[tuple[str | int | None, Tensor]]]:
-    """Return how the model's inputs are packed, and the tensors with their keys.
+def describe_batch(batch: Batch) -> tuple[InputStructure, tuple[Port, ...], list[Tensor]]:
+    """Return how the inputs are packed, and the port and the tensor of each input and, last, of the targets.
 
-    Raises TypeError for anything but a tensor, a tuple or a dict.
+    Raises TypeError for inputs that are not a tensor, a tuple or a dict.
     """
+    inputs, targets = batch
+    structure, entries = _flatten(inputs)
+    named: dict[str, tuple[str | int | None, Tensor]] = {}
+    for key, tensor in entries:
+        name = "inputs" if key is None else identifier(f"inputs_{key}")
+        while name in named:
+            name += "_"
+        named[name] = key, tensor
+    named["targets"] = None, targets
+    ports = (
+        Port(name, key, tuple(tensor.shape), tensor.dtype, str(tensor.device))
+        for name, (key, tensor) in named.items()
+    )
+    return structure, tuple(ports), [tensor for _, tensor in named.values()]
+
+
+def _flatten(inputs: Any) -> tuple[InputStructure, list[tuple[str | int | None, Tensor]]]:
     if isinstance(inputs, Tensor):
         return "tensor", [(None, inputs)]
     if isinstance(inputs, Mapping):

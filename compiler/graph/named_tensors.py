@@ -47,13 +47,10 @@ def register_model(root: nn.Module, model: nn.Module) -> None:
     """Register every parameter and buffer of a model, a shared one under each of its names."""
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                register_tensor(root, dot + name, parameter)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
                 persistent = name not in module._non_persistent_buffers_set
-                register_tensor(root, dot + name, buffer, persistent=persistent)
+                register_tensor(root, dot + name, tensor, persistent=persistent)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib import import_module
 from keyword import iskeyword
 from typing import Any
@@ -43,7 +44,8 @@ def graph_to_json(graph: fx.Graph) -> dict[str, Any]:
         if node.op in ("placeholder", "get_attr"):
             entry["target"] = str(node.target)
         elif node.op == "call_function":
-            entry["target"] = _checked_target(node.target)
+            entry["target"] = target_name(node.target)
+            _operator(entry["target"])  # raises for one that cannot be loaded
         elif node.op != "output":
             raise GraphFormatError(
                 f"`{node.name}` is a {node.op} node: a graph can be saved only when all its calls are call_function"
@@ -65,8 +67,7 @@ def graph_from_json(data: Mapping[str, Any]) -> fx.Graph:
     made: dict[str, fx.Node] = {}
     try:
         for entry in data["nodes"]:
-            node = _node(graph, entry, made)
-            made[str(entry["name"])] = node
+            made[str(entry["name"])] = _node(graph, entry, made)
         graph.lint()
     except GraphFormatError:
         raise
@@ -104,12 +105,6 @@ def _node(graph: fx.Graph, entry: Mapping[str, Any], made: Mapping[str, fx.Node]
 def _is_name(text: str) -> bool:
     """Say whether a text may stand as a name in the code that a graph is turned into."""
     return text.isidentifier() and not iskeyword(text)
-
-
-def _checked_target(target: Any) -> str:
-    name = target_name(target)
-    _operator(name)
-    return name
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -179,14 +174,18 @@ def step_to_json(step: StepGraph) -> dict[str, Any]:
         raise RuntimeError(
             "this step graph has no graph to save: it is captured at the first batch"
         )
+    ports = [
+        asdict(port) | {"shape": list(port.shape), "dtype": dtype_name(port.dtype)}
+        for port in interface.ports
+    ]
     return {
         "format": FORMAT,
         "graph": graph_to_json(step.graph),
         "inputs": {
             "structure": interface.structure,
-            "ports": [_port_to_json(port) for port in interface.inputs],
+            "ports": ports[:-1],
         },
-        "targets": _port_to_json(interface.targets),
+        "targets": ports[-1],
         "scalars": [list(pair) for pair in interface.scalars],
         "outputs": list(interface.outputs),
         "views": interface.views,
@@ -218,23 +217,12 @@ def step_from_json(
         raise GraphFormatError(f"the model has no parameter or buffer {listed(absent)}")
     interface = Interface(
         data["inputs"]["structure"],
-        tuple(_port_from_json(entry) for entry in data["inputs"]["ports"]),
-        _port_from_json(data["targets"]),
+        tuple(_port_from_json(entry) for entry in (*data["inputs"]["ports"], data["targets"])),
         tuple((str(name), str(placeholder)) for name, placeholder in data["scalars"]),
         tuple(data["outputs"]),
         int(data["views"]),
     )
     return StepGraph(model, graph, interface, {name: constants[name] for name in data["constants"]})
-
-
-def _port_to_json(port: Port) -> dict[str, Any]:
-    return {
-        "name": port.name,
-        "key": port.key,
-        "shape": list(port.shape),
-        "dtype": dtype_name(port.dtype),
-        "device": port.device,
-    }
 
 
 def _port_from_json(data: Mapping[str, Any]) -> Port:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from trainc.compiler.graph.interface import (
-    BatchMismatch,
-    Interface,
-    Outputs,
-    Port,
-    flatten_inputs,
-)
+from trainc.compiler.graph.interface import BatchMismatch, Interface, Outputs, describe_batch
 from trainc.compiler.graph.named_tensors import register_model, register_tensor
-from trainc.compiler.graph.pass_report import PassReport
 from trainc.runtime.data.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What one pass did: the sites it served and did not, node counts, seconds, and a unified diff of the listing."""
+
+    name: str
+    purpose: str
+    ran: bool
+    sites: tuple[str, ...] = ()
+    unserved: tuple[str, ...] = ()
+    nodes_before: int = 0
+    nodes_after: int = 0
+    seconds: float = 0.0
+    diff: str = field(default="", repr=False)
 
 
 class StepGraph(fx.GraphModule):
@@ -39,8 +48,7 @@ class StepGraph(fx.GraphModule):
         if graph is None:
             graph = fx.Graph()
             graph.output(None)
-        holder = nn.Module()
-        super().__init__(holder, fx.Graph(), "StepGraph")
+        super().__init__(nn.Module(), fx.Graph(), "StepGraph")
         self.on_call: Callable[..., Any] | None = None
         self.interface = interface
         self.reports: tuple[PassReport, ...] = ()
@@ -66,10 +74,7 @@ class StepGraph(fx.GraphModule):
 
     def install(self, other: StepGraph) -> None:
         """Take the graph of another step over the same parameters."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(other.graph, {}))
-        buffers = dict(other.named_buffers(remove_duplicate=False))
-        self._set(graph, {name: buffers[name] for name in other.constants})
+        self._set(copy.deepcopy(other.graph), other.constant_tensors())
         self.interface, self.reports, self.notes = other.interface, other.reports, other.notes
         self.seconds = other.seconds
 
@@ -95,41 +100,32 @@ class StepGraph(fx.GraphModule):
         misfits = self._misfits(batch)
         if misfits:
             raise BatchMismatch("the graph was captured for other batches: " + "; ".join(misfits))
-        values = [tensor for _, tensor in flatten_inputs(batch[0])[1]] + [batch[1]]
+        _, _, values = describe_batch(batch)
         try:
             numbers = [scalars[name] for name, _ in interface.scalars]
         except KeyError as missing:
             raise KeyError(
                 f"the step graph needs the scalar {missing}, which was not given"
             ) from None
-        with torch.no_grad(), _without_autocast(interface.ports):
+        # Autocast's casts are nodes of the graph already.
+        with torch.no_grad(), no_autocast(value.device.type for value in values):
             flat = self.forward(*(value.contiguous() for value in values), *numbers)
-        return self._outputs(interface.outputs, flat)
-
-    def _outputs(self, names: tuple[str, ...], flat: Sequence[Tensor | None]) -> Outputs:
-        found = dict(zip(names, flat, strict=True))
+        found = dict(zip(interface.outputs, flat, strict=True))
         grads = {n[5:]: v for n, v in found.items() if n.startswith("grad:")}
         probes = {n[6:]: v for n, v in found.items() if n.startswith("probe:") and v is not None}
         loss, total, data_loss = found["loss"], found["total"], found["data_loss"]
-        assert loss is not None
-        assert total is not None
-        assert data_loss is not None
         return Outputs(loss, total, data_loss, found.get("consistency"), grads, probes)
 
     def _misfits(self, batch: Batch) -> list[str]:
         interface = self.interface
         if interface is None:
             return ["there is no graph yet"]
-        structure, entries = flatten_inputs(batch[0])
-        keys = [port.key for port in interface.inputs]
-        if structure != interface.structure or [key for key, _ in entries] != keys:
-            return [f"expected a {interface.structure} of {len(keys)} inputs {keys}"]
-        given = [*(tensor for _, tensor in entries), batch[1]]
-        return [
-            f"expected {port}, got {Port.of(port.name, port.key, tensor)}"
-            for port, tensor in zip(interface.ports, given, strict=True)
-            if not port.takes(tensor)
-        ]
+        structure, ports, _ = describe_batch(batch)
+        keys = [port.key for port in interface.ports]
+        if structure != interface.structure or [port.key for port in ports] != keys:
+            return [f"expected a {interface.structure} of {len(keys) - 1} inputs {keys[:-1]}"]
+        pairs = zip(interface.ports, ports, strict=True)
+        return [f"expected {port}, got {given}" for port, given in pairs if given != port]
 
     def constant_tensors(self) -> dict[str, Tensor]:
         """Return the graph's own tensors: what a saved program stores besides the graph."""
@@ -143,9 +139,7 @@ class StepGraph(fx.GraphModule):
             setattr(new, name, getattr(self, name))
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             new.__dict__[table] = copy.deepcopy(self.__dict__[table], memo)
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self.graph, {}))
-        new.graph = graph
+        new.graph = copy.deepcopy(self.graph)
         new.on_call = copy.deepcopy(self.on_call, memo)
         return new
 
@@ -154,10 +148,10 @@ class StepGraph(fx.GraphModule):
 
 
 @contextlib.contextmanager
-def _without_autocast(ports: Sequence[Port]) -> Iterator[None]:
-    """Leave autocast while the graph runs: its casts are nodes of the graph already."""
+def no_autocast(devices: Iterable[str]) -> Iterator[None]:
+    """Leave autocast on these types of device inside this block."""
     with contextlib.ExitStack() as stack:
-        for device in {port.device.split(":")[0] for port in ports}:
+        for device in set(devices):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

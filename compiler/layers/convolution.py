@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from trainc.compiler.errors import SiteError
-from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.forward_graph import ForwardGraph, arguments
 from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names
 from trainc.compiler.layers.site_state import (
     BoundLayer,
@@ -87,7 +88,7 @@ def _numbers(value: Any, dims: int) -> list[int]:
     return given * dims if len(given) == 1 else given
 
 
-def _same(kernel: list[int], dilation: list[int]) -> list[int]:
+def _same(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """Return the zeros before and behind each dimension, last dimension first, that keep its length."""
     sides = []
     for size, step in zip(reversed(kernel), reversed(dilation), strict=True):
@@ -98,32 +99,23 @@ def _same(kernel: list[int], dilation: list[int]) -> list[int]:
 
 def match(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> LayerMatch | None:
     """Read `conv2d(x, weight, bias, stride, padding, dilation, groups)` and its siblings."""
-    given = dict(
-        zip(
-            ("x", "weight", "bias", "stride", "padding", "dilation", "groups"),
-            node.args,
-            strict=False,
-        )
-    ) | dict(node.kwargs)
-    kernel = list(cast(fx.Node, given["weight"]).meta["val"].shape[2:])
-    stride, dilation = (
-        _numbers(given.get(name, 1), len(kernel)) for name in ("stride", "dilation")
+    given = arguments(node)
+    weight, bias, groups = given["weight"], given["bias"], given["groups"]
+    kernel = weight.meta["val"].shape[2:]
+    named = isinstance(given["padding"], str)
+    stride, dilation, padding = (
+        _numbers(value, len(kernel))
+        for value in (given["stride"], given["dilation"], 0 if named else given["padding"])
     )
-    sides: list[int] = []
-    if given.get("padding") == "same":
-        sides = _same(kernel, dilation)
-    by_name = isinstance(given.get("padding"), str)
-    padding = _numbers(0 if by_name else given.get("padding", 0), len(kernel))
+    sides = _same(kernel, dilation) if given["padding"] == "same" else []
 
     def insert(x: fx.Node, probe: fx.Node) -> fx.Node:
         if sides:
             x = forward.call(aten.constant_pad_nd.default, (x, sides, 0.0), node)
-        arguments = (
-            x, given["weight"], given.get("bias"), probe, stride, padding, dilation, given.get("groups", 1),
-        )  # fmt: skip
-        return forward.call(torch.ops.trainc.convolution.default, arguments, node)
+        values = (x, weight, bias, probe, stride, padding, dilation, groups)
+        return forward.call(torch.ops.trainc.convolution.default, values, node)
 
-    return LayerMatch(cast(fx.Node, given["x"]), insert)
+    return LayerMatch(given["input"], insert)
 
 
 CONVOLUTION = LayerKind(

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.forward_graph import ForwardGraph, arguments
 from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names
 from trainc.compiler.layers.site_state import BoundLayer, checked_probe, join_views, separate_views
 from trainc.compiler.method.sites import LayerSite
@@ -53,15 +53,14 @@ def recognise(name: str, module: nn.Module) -> LayerSite | None:
 
 def match(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> LayerMatch | None:
     """Read `embedding(weight, ids, padding_idx)`."""
-    padding = node.args[2] if len(node.args) > 2 else -1
-    padding = None if padding == -1 else padding
+    given = arguments(node)
+    padding = None if given["padding_idx"] == -1 else given["padding_idx"]
 
     def insert(ids: fx.Node, probe: fx.Node) -> fx.Node:
-        return forward.call(
-            torch.ops.trainc.embedding.default, (node.args[0], ids, padding, probe), node
-        )
+        values = (given["weight"], ids, padding, probe)
+        return forward.call(torch.ops.trainc.embedding.default, values, node)
 
-    return LayerMatch(cast(fx.Node, node.args[1]), insert)
+    return LayerMatch(given["indices"], insert)
 
 
 EMBEDDING = LayerKind(

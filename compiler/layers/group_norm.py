@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from trainc.compiler.errors import NotMeasurable, SiteError
-from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.forward_graph import ForwardGraph, arguments
 from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names
 from trainc.compiler.layers.site_state import BoundLayer, checked_probe, require_one_view
 from trainc.compiler.method.sites import LayerSite
@@ -48,20 +48,15 @@ def recognise(name: str, module: nn.Module) -> LayerSite | None:
 
 def match(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> LayerMatch | None:
     """Read `group_norm(x, groups, weight, bias, eps)` or `instance_norm(x, weight, bias, ...)`."""
-    x = cast(fx.Node, node.args[0])
-    names: tuple[str, ...]
-    if node.target is aten.group_norm.default:
-        names = ("x", "groups", "weight", "bias", "eps")
-    else:
-        names = ("x", "weight", "bias", "mean", "var", "use_input_stats", "momentum", "eps", "_")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    groups = given.get("groups", x.meta["val"].shape[1])
+    given = arguments(node)
+    groups = given.get("num_groups", given["input"].meta["val"].shape[1])
 
     def insert(x: fx.Node, probe: fx.Node) -> fx.Node:
-        arguments = (x, groups, given["weight"], given["bias"], probe, given.get("eps", 1e-5))
-        return forward.first(torch.ops.trainc.group_norm.default, arguments, node)
+        values = (x, groups, given["weight"], given["bias"], probe, given["eps"])
+        (result,) = forward.results_of(torch.ops.trainc.group_norm.default, values, node)
+        return result
 
-    return LayerMatch(x, insert)
+    return LayerMatch(given["input"], insert)
 
 
 GROUP_NORM = LayerKind(

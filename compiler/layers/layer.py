@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
 
-if TYPE_CHECKING:
-    from torch import Tensor, fx, nn
-
-    from trainc.compiler.graph.forward_graph import ForwardGraph
-    from trainc.compiler.layers.site_state import BoundLayer
-    from trainc.compiler.method.sites import LayerSite
+from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.layers.site_state import BoundLayer
+from trainc.compiler.method.sites import LayerSite
 
 
 @dataclass(frozen=True, slots=True)

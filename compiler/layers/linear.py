@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from trainc.compiler.errors import NotMeasurable
-from trainc.compiler.graph.forward_graph import ForwardGraph, strip_casts
+from trainc.compiler.graph.forward_graph import ForwardGraph, arguments, strip_casts
 from trainc.compiler.layers.layer import LayerKind, LayerMatch, own_names, result_with
 from trainc.compiler.layers.site_state import BoundLayer, checked_probe, join_views, separate_views
 from trainc.compiler.method.sites import LayerSite
@@ -70,30 +70,21 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def match(forward: ForwardGraph, site: LayerSite, node: fx.Node) -> LayerMatch | None:
     """Read `linear(x, weight, bias)`, or `addmm(bias, view(x), weight)` of a transposed weight."""
-    if node.target is aten.addmm.default:
-        return _match_addmm(forward, node) if site.transposed else None
-    bias = node.args[2] if len(node.args) > 2 else None
+    given = arguments(node)
+    transposed = node.target is aten.addmm.default
+    if transposed != site.transposed:
+        return None
+    if transposed:
+        flat, weight, bias = strip_casts(given["mat1"]), given["mat2"], given["self"]
+        x = flat.args[0] if flat.target in _FLATTENINGS else None
+        if x is None or x.meta["val"].shape[-1] != flat.meta["val"].shape[-1]:
+            return None
+    else:
+        x, weight, bias = given["input"], given["weight"], given["bias"]
 
     def insert(x: fx.Node, probe: fx.Node) -> fx.Node:
-        arguments = (x, node.args[1], bias, probe, "auto")
-        return forward.call(torch.ops.trainc.linear.default, arguments, node)
-
-    return None if site.transposed else LayerMatch(cast(fx.Node, node.args[0]), insert)
-
-
-def _match_addmm(forward: ForwardGraph, node: fx.Node) -> LayerMatch | None:
-    bias, flat, weight = node.args[:3]
-    source = strip_casts(flat)
-    if not isinstance(source, fx.Node) or source.target not in _FLATTENINGS:
-        return None
-    x = cast(fx.Node, source.args[0])
-    if x.meta["val"].shape[-1] != source.meta["val"].shape[-1]:
-        return None
-
-    def insert(whole: fx.Node, probe: fx.Node) -> fx.Node:
-        turned = forward.call(aten.t.default, (weight,), node)
-        arguments = (whole, turned, bias, probe, "auto")
-        return forward.call(torch.ops.trainc.linear.default, arguments, node)
+        turned = forward.call(aten.t.default, (weight,), node) if transposed else weight
+        return forward.call(torch.ops.trainc.linear.default, (x, turned, bias, probe, "auto"), node)
 
     return LayerMatch(x, insert)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from trainc.compiler import layers
 from trainc.compiler.errors import NotMeasurable
 from trainc.compiler.layers.layer import LayerKind
+from trainc.compiler.layers.norm import BoundLayerNorm, BoundRMSNorm, norm_site
+from trainc.compiler.layers.norm_gradients import BoundNormGradients
+from trainc.compiler.layers.site_state import BoundLayer
 from trainc.compiler.method.sites import MeasuredSite, NormSite
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from trainc.compiler.layers.site_state import BoundLayer
 
 
 @cache
@@ -24,20 +24,16 @@ def layer_kinds() -> dict[str, LayerKind]:
 
     The norms, which have operators and passes of their own, are not among them.
     """
-    files = [
-        import_module(f"{layers.__name__}.{file.name}") for file in iter_modules(layers.__path__)
-    ]
-    found = [
-        value for file in files for value in vars(file).values() if isinstance(value, LayerKind)
-    ]
-    return {kind.layer_type: kind for kind in found}
+    return {
+        value.layer_type: value
+        for file in iter_modules(layers.__path__)
+        for value in vars(import_module(f"{layers.__name__}.{file.name}")).values()
+        if isinstance(value, LayerKind)
+    }
 
 
 def bound_class(site: MeasuredSite) -> type[BoundLayer]:
     """Return the class that a measured layer's own is combined with."""
-    from trainc.compiler.layers.norm import BoundLayerNorm, BoundRMSNorm
-    from trainc.compiler.layers.norm_gradients import BoundNormGradients
-
     if isinstance(site, NormSite):
         if site.per_example_gradients:
             return BoundNormGradients
@@ -47,8 +43,6 @@ def bound_class(site: MeasuredSite) -> type[BoundLayer]:
 
 def site_of(name: str, module: nn.Module) -> MeasuredSite:
     """Return how a module is measured; raises NotMeasurable for one that cannot be."""
-    from trainc.compiler.layers.norm import norm_site
-
     _refuse_parametrized(name, module)
     for kind in layer_kinds().values():
         site = kind.recognise(name, module)
@@ -65,9 +59,6 @@ def site_of(name: str, module: nn.Module) -> MeasuredSite:
 
 def _refuse_parametrized(name: str, module: nn.Module) -> None:
     """Refuse a layer whose weight or bias is computed from other parameters in every forward pass."""
-    from torch import Tensor
-    from torch.nn.utils import parametrize
-
     parameters = [n for n, _ in module.named_parameters(recurse=False)]
     if parametrize.is_parametrized(module):
         computed = list(module.parametrizations)  # type: ignore[arg-type]

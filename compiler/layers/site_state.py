@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
+from torch import Tensor, nn
 
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 from trainc.compiler.method.example_index import ExampleIndex
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from trainc.compiler.method.sites import MeasuredSite, NoiseSite
+from trainc.compiler.method.sites import MeasuredSite, NoiseSite
 
 
 class SiteState:
@@ -78,7 +75,7 @@ class BoundLayer:
         return self._run_unbound(x)
 
     def _run_unbound(self, x: Tensor) -> Tensor:
-        return cast("Tensor", super().forward(x))  # type: ignore[misc]
+        return cast(Tensor, super().forward(x))  # type: ignore[misc]
 
     def reaches_operator(self) -> bool:
         state, training = self.trainc, self.training  # type: ignore[attr-defined]

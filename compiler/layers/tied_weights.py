@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from trainc.compiler.errors import NotMeasurable, listed
 from trainc.compiler.layers.registry import site_of
 from trainc.compiler.method.sites import LayerSite, MeasuredSite, NormSite
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from trainc.compiler.model.inventory import Inventory
-
-Recognise = Callable[[str, "nn.Module"], MeasuredSite]
+from trainc.compiler.model.inventory import Inventory
 
 
 def sites_of(
@@ -23,7 +18,7 @@ def sites_of(
     wanted: Collection[str],
     model: nn.Module,
     inventory: Inventory,
-    recognise: Recognise = site_of,
+    recognise: Callable[[str, nn.Module], MeasuredSite] = site_of,
 ) -> list[MeasuredSite]:
     """Return the sites that measure the parameters `wanted` (first names), all of which `modules` hold.
 

@@ -13,7 +13,7 @@ from trainc.compiler.errors import PassBug, SiteMissing, SiteUnfit
 from trainc.compiler.graph.dead_code import remove_dead
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.graph.listing import listing
-from trainc.compiler.graph.pass_report import PassReport
+from trainc.compiler.graph.step_graph import PassReport
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.add_noise import AddNoise
 from trainc.compiler.passes.fuse_head import FuseHead

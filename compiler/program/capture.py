@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from trainc.compiler.graph.differentiate import differentiate
 from trainc.compiler.graph.dynamo_capture import dynamo_capture
 from trainc.compiler.graph.export_capture import export_capture
-from trainc.compiler.graph.forward_capture import capture_forward, input_names, one_more_example
+from trainc.compiler.graph.forward_capture import capture_forward, one_more_example
 from trainc.compiler.graph.forward_graph import ForwardGraph
-from trainc.compiler.graph.interface import Interface, Port, flatten_inputs
+from trainc.compiler.graph.interface import Interface, describe_batch
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.graph.wrapped_model import CaptureFrontEnd, LossFunction
 from trainc.compiler.method.penalty import Penalty
@@ -43,15 +43,13 @@ def signature(model: nn.Module, batch: Batch) -> Hashable:
 
     It holds the batch's shapes, dtypes and devices, autocast, the model's mode, and which parameters are trained.
     """
-    structure, entries = flatten_inputs(batch[0])
-    tensors = [*entries, ("targets", batch[1])]
-    shapes = tuple((key, tuple(t.shape), t.dtype, str(t.device)) for key, t in tensors)
-    devices = sorted({t.device.type for _, t in tensors})
+    structure, ports, tensors = describe_batch(batch)
+    devices = sorted({t.device.type for t in tensors})
     autocast = tuple(
         (d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)
     )
     trained = tuple(p.requires_grad for p in model.parameters())
-    return structure, shapes, autocast, model.training, trained
+    return structure, ports, autocast, model.training, trained
 
 
 def capture(
@@ -96,11 +94,8 @@ def capture(
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise CaptureFailed(f"the captured model cannot be differentiated: {reason}") from error
-    structure, entries = flatten_inputs(batch[0])
-    names = input_names(batch)
-    ports = tuple(Port.of(n, key, t) for n, (key, t) in zip(names, entries, strict=True))
-    targets = Port.of("targets", None, batch[1])
-    interface = Interface(structure, ports, targets, flat.scalars, flat.outputs, rewrite.views)
+    structure, ports, _ = describe_batch(batch)
+    interface = Interface(structure, ports, flat.scalars, flat.outputs, rewrite.views)
     step = StepGraph(model, flat.graph, interface, flat.constants)
     step.reports, step.notes = reports, tuple(forward.notes)
     step.seconds = time.perf_counter() - started
