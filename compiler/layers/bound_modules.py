@@ -7,7 +7,7 @@ by name, and survive torch.compile, checkpointing, wrapping and deepcopy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.errors import SiteError, listed, repeated
-from trainc.compiler.layers.dropout import BoundDropout
 from trainc.compiler.layers.ghost_batch_norm import BoundGhostBatchNorm
-from trainc.compiler.layers.noise import BoundNoise
+from trainc.compiler.layers.random_layers import BoundDropout, BoundNoise
 from trainc.compiler.layers.registry import bound_class
 from trainc.compiler.layers.site_state import BoundLayer, SiteState
 from trainc.compiler.method.example_index import ExampleIndex
-from trainc.compiler.method.sites import MeasuredSite, NoiseSite, Rewrite
+from trainc.compiler.method.sites import NoiseSite, Rewrite
 from trainc.compiler.model.eager import uncompiled
 
 
@@ -82,11 +81,6 @@ class Sites:
     def __init__(self, model: nn.Module, rewrite: Rewrite) -> None:
         self.rewrite = rewrite
         self.layers: list[BoundLayer] = [m for m in model.modules() if isinstance(m, BoundLayer)]
-        self._numel = {
-            site.module: model.get_parameter(cast(str, site.weight)).numel()
-            for site in rewrite.measured
-            if site.per_example_gradients
-        }
 
     def activate(
         self,
@@ -101,17 +95,13 @@ class Sites:
             state.active = True
             state.example_index = example_index
             if state.measured is not None:
-                shape = self._probe_shape(state.measured, example_index.count)
+                shape = [example_index.count, len(state.measured.parameters)]
+                if state.measured.per_example_gradients:
+                    shape.append(module.weight.numel())  # type: ignore[attr-defined]
                 state.probe = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
             if state.noise is not None and state.noise.index >= 0:
                 state.sigma, state.key = scalars[state.noise.scalar], scalars["key"]
                 state.first_example = scalars.get("first_example")
-
-    def _probe_shape(self, site: MeasuredSite, units: int) -> tuple[int, ...]:
-        columns = len(site.parameters)
-        if not site.per_example_gradients:
-            return units, columns
-        return units, columns, self._numel[site.module]
 
     def deactivate(self) -> None:
         """Let every site run as the user's own layer."""
@@ -148,18 +138,13 @@ class Sites:
 
         Compiled parts run uncompiled here: code that was compiled for another program calls no hooks.
         """
-        watched = {m.trainc.name: m for m in self.layers if m.trainc.delivers}
-        counts = dict.fromkeys(watched, 0)
+        watched = [module for module in self.layers if module.trainc.delivers]
+        counts = {module.trainc.name: 0 for module in watched}
 
-        def hook(name: str) -> Callable[..., None]:
-            def count(*_: Any) -> None:
-                counts[name] += 1
+        def count(module: Any, *_: Any) -> None:
+            counts[module.trainc.name] += 1
 
-            return count
-
-        handles = [
-            cast(nn.Module, m).register_forward_hook(hook(name)) for name, m in watched.items()
-        ]
+        handles = [cast(nn.Module, module).register_forward_hook(count) for module in watched]
         try:
             with uncompiled():
                 yield counts

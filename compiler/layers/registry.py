@@ -12,8 +12,12 @@ from torch.nn.utils import parametrize
 from trainc.compiler import layers
 from trainc.compiler.errors import NotMeasurable
 from trainc.compiler.layers.layer import LayerKind
-from trainc.compiler.layers.norm import BoundLayerNorm, BoundRMSNorm, norm_site
-from trainc.compiler.layers.norm_gradients import BoundNormGradients
+from trainc.compiler.layers.norm import (
+    BoundLayerNorm,
+    BoundNormGradients,
+    BoundRMSNorm,
+    norm_site,
+)
 from trainc.compiler.layers.site_state import BoundLayer
 from trainc.compiler.method.sites import MeasuredSite, NormSite
 
