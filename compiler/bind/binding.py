@@ -73,8 +73,8 @@ class _Binder:
             changing=changes_batch(spec),
         )
         self.length = RunLength(run.length.amount, run.length.unit) if run else None
-        sizes = (data.micro_size, data.start_size) if data else None
-        self.sizes = None if sizes is None else Sizes(*sizes, self.units.changing)
+        changing = self.units.changing
+        self.sizes = Sizes(data.micro_size, data.start_size, changing) if data else None
 
     def run(self) -> Binding:
         clauses = [self._bound(clause) for clause in self.spec.clauses]

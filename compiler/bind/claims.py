@@ -23,10 +23,9 @@ def overlapping_claims(
     """
     exclusive: dict[str, list[BoundClause]] = {}
     for clause in clauses:
-        if clause.kind in ("optimizer", "mask"):
-            exclusive.setdefault(clause.kind, []).append(clause)
-        elif clause.kind == "lr":
-            exclusive.setdefault(clause.title, []).append(clause)
+        if clause.kind in ("optimizer", "mask", "lr"):
+            what = clause.title if clause.kind == "lr" else clause.kind
+            exclusive.setdefault(what, []).append(clause)
     for what, same in exclusive.items():
         yield from _overlaps(what, same)
     if "optimizer" in exclusive:

@@ -80,14 +80,8 @@ def step_order(clauses: Sequence[BoundClause]) -> list[tuple[BoundClause, Effect
     for phase in PHASES:
         waiting = [row for row in rows if row[1].phase == phase]
         while waiting:
-            ready = next(
-                (
-                    row
-                    for row in waiting
-                    if not any(_feeds(b[1], row[1]) for b in waiting if b is not row)
-                ),
-                waiting[0],
-            )
+            free = (row for row in waiting if not any(_feeds(b[1], row[1]) for b in waiting))
+            ready = next(free, waiting[0])
             waiting.remove(ready)
             ordered.append(ready)
     return ordered

@@ -51,7 +51,8 @@ def signal_problems(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diag
             if name in known:
                 clause, signal = known[name]
                 if (why := _unmeasured_reason(clause, signal)) is not None:
-                    yield _unmeasured(name, why, use.span)
+                    message = f"`{name}` is never measured, so this expression has no effect"
+                    yield Diagnostic("unknown-signal", message, _at(use.span), (why[0],), why[1])
                 elif (unit := clause.construct.unit_of(signal)) is not None:
                     counts[name] = unit
         yield from _unlike(use, counts)
@@ -88,18 +89,14 @@ def _unmeasured_reason(clause: BoundClause, signal: str) -> tuple[str, str] | No
     return clause.construct.unmeasured_reason(signal)
 
 
-def _unmeasured(name: str, why: tuple[str, str], span: Span | None) -> Diagnostic:
-    message = f"`{name}` is never measured, so this expression has no effect"
-    return Diagnostic("unknown-signal", message, _at(span), (why[0],), why[1])
-
-
 def _unlike(use: _Use, counts: dict[str, str]) -> Iterator[Diagnostic]:
     """Yield an error if a signal that does not count samples is combined with a number of samples."""
     odd = next((name for name, unit in counts.items() if unit != "samples"), None)
     if odd is None:
         return
     sized = [x for x in use.names() if x in _SIZES or counts.get(x) == "samples"]
-    sized += [str(x) for x in v.walk(use.expression) if _is_samples(x)]
+    amounts = (x for x in v.walk(use.expression) if isinstance(x, v.Quantity))
+    sized += [str(x) for x in amounts if x.duration.unit == "samples"]
     if not sized and not use.sets_batch:
         return
     what = "the batch" if use.sets_batch else f"`{sized[0]}`"
@@ -112,10 +109,6 @@ def _unlike(use: _Use, counts: dict[str, str]) -> Iterator[Diagnostic]:
         if use.sets_batch
         else f"compare `{odd}` with a plain number, or use a `noise_scale` clause without `example`",
     )
-
-
-def _is_samples(item: v.Expr) -> bool:
-    return isinstance(item, v.Quantity) and item.duration.unit == "samples"
 
 
 def _at(span: Span | None) -> tuple[Label, ...]:

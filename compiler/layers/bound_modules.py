@@ -20,7 +20,7 @@ from trainc.compiler.layers.ghost_batch_norm import BoundGhostBatchNorm
 from trainc.compiler.layers.random_layers import BoundDropout, BoundNoise
 from trainc.compiler.layers.registry import bound_class
 from trainc.compiler.layers.site_state import BoundLayer, SiteState
-from trainc.compiler.method.example_index import ExampleIndex
+from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.sites import NoiseSite, Rewrite
 from trainc.compiler.model.eager import uncompiled
 

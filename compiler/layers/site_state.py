@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
-from trainc.compiler.method.example_index import ExampleIndex
+from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.sites import MeasuredSite, NoiseSite
 
 

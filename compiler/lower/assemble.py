@@ -9,6 +9,7 @@ from trainc.compiler.bind.effects import step_order
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
+from trainc.compiler.model.import_path import ImportProblem
 from trainc.dsl.reading.construct import PHASES
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import CompilerBug, SpecError
@@ -49,8 +50,6 @@ def _optimizer_actions(
     part: OptimizerPart, method: LoweredMethod, context: LoweringContext, to_run: bool
 ) -> list[Action]:
     """Return the actions of one optimizer clause: set the rates, clip, step."""
-    from trainc.compiler.model.import_path import ImportProblem
-
     names = [name for name in part.targets if name not in method.frozen]
     slots = [
         ParamSlot(

@@ -12,8 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.lower.lowering_context import LoweringContext
-from trainc.compiler.lower.unbounded_run import depends_on_run_length
+from trainc.compiler.lower.lowering_context import LoweringContext, depends_on_run_length
 from trainc.compiler.method.example_units import ExampleUnits
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import (
@@ -122,12 +121,9 @@ class Lowering:
 
     def while_open(self, schedule: Scheduled) -> Scheduled:
         """Return a schedule that is zero outside the clause's `from` and `until`."""
-        gate = self.gate()
-        return (
-            schedule
-            if gate is None
-            else lambda clock: schedule(clock) if gate.fires(clock) else 0.0
-        )
+        if (gate := self.gate()) is None:
+            return schedule
+        return lambda clock: schedule(clock) if gate.fires(clock) else 0.0
 
     def window(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
         """Return durations given in fields as a clock gate; raises ValueError where epochs cannot be counted."""
@@ -192,7 +188,7 @@ class Lowering:
 
     def calibrate(self, every: Duration, examples: int) -> None:
         """Now and then, measure every parameter on a few examples, one by one."""
-        gate = self._context.gate(every=every)
+        gate = self._context.gate(None, None, every)
         self._method.calibrations.append(CalibrationPart(self.label, gate, examples))
 
     def noise(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-from trainc.compiler.lower.unbounded_run import UNBOUNDED
 from trainc.compiler.model.inventory import Inventory
 from trainc.runtime.schedule.clock import RunLength
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.time_span import Duration, Unit
 from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.record import Signals
+
+UNBOUNDED = RunLength(2.0**52, "steps")
+"""A length that no training reaches; it stands in where a spec has no run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,26 @@ class LoweringContext:
         """Return the length that schedules are compiled for: without a run, one that is never reached."""
         return self.length or UNBOUNDED
 
-    def gate(
-        self,
-        start: Duration | None = None,
-        stop: Duration | None = None,
-        every: Duration | None = None,
-    ) -> Gate:
+    def gate(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
         """Return durations as a clock gate, fractions of the run in its unit and `start` in that of `every`."""
         return Gate.resolve(self.units, self.length, start, stop, every)
+
+
+_UNTIL_THE_END = {"cosine", "linear", "exponential", "wsd"}
+"""The functions that last until the end of the run where they have no `over`."""
+
+
+def depends_on_run_length(expression: Any) -> bool:
+    """Say whether the value of an expression, given as JSON, depends on the length of the run."""
+    match expression:
+        case ["dur", _, "run"]:
+            return True
+        case ["call", name, args, options]:
+            if name in _UNTIL_THE_END and "over" not in options:
+                return True
+            return any(map(depends_on_run_length, [*args, *options.values()]))
+        case [str(), *parts]:
+            return any(depends_on_run_length(part) for part in parts)
+        case list():
+            return any(map(depends_on_run_length, expression))
+    return False

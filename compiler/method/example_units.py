@@ -1,4 +1,4 @@
-"""What one example of a noise scale is, where it is not a row of the batch: a document in a row, or a group of rows."""
+"""What one example of a noise scale is: a row of the batch, a document in a row, or a group of rows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trainc.compiler.errors import SiteError
-from trainc.compiler.method.example_index import ExampleIndex
 from trainc.compiler.method.loss import Loss
 from trainc.runtime.data.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleIndex:
+    """The number of examples, and where each lies in a micro-batch.
+
+    `index` (rows, tokens) is the example of every token; without it an example is `rows` consecutive rows.
+    """
+
+    count: int
+    rows: int = 1
+    index: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,6 @@ class Pairing:
 
     distance: Literal["mse", "kl"]
     label: str = "consistency"
-    views: int = 2
 
     @property
     def weight(self) -> str:
@@ -122,7 +121,7 @@ class Rewrite:
     @property
     def views(self) -> int:
         """Return how many copies of each example pass through the model."""
-        return self.pairing.views if self.pairing else 1
+        return 2 if self.pairing else 1
 
     def __bool__(self) -> bool:
         return bool(self.measured or self.noises or self.pairing)

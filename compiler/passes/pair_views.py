@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from trainc.compiler.errors import SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.method.sites import Pairing, Rewrite
 from trainc.compiler.passes.pass_base import LOSS, PairingPass
@@ -32,7 +31,7 @@ class PairViews(PairingPass):
         data_loss, logits = forward.result("data_loss"), forward.result("logits")
         weight = forward.scalar(pairing.weight)
         with forward.graph.inserting_before(forward.output):
-            if forward.loss.name == "cross_entropy" and pairing.views == 2:
+            if forward.loss.name == "cross_entropy":
                 results = _fused_loss(forward, pairing, logits, weight)
             else:
                 results = _composed_loss(forward, pairing, data_loss, logits, weight)
@@ -59,8 +58,6 @@ def _composed_loss(
     def call(target: Callable[..., Any], *args: Any) -> fx.Node:
         return forward.call(target, args, forward.output)
 
-    if pairing.views != 2:
-        raise SiteUnfit(LOSS, f"the distance is defined for 2 views, and there are {pairing.views}")
     if logits.meta["val"].dtype in (torch.float16, torch.bfloat16):
         logits = call(aten.to.dtype, logits, torch.float32)
     first = call(aten.slice.Tensor, logits, 0, 0, forward.examples)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainc.compiler.errors import SiteError
 from trainc.compiler.layers.bound_modules import Sites, replace_layers
 from trainc.compiler.layers.tied_weights import sites_of
-from trainc.compiler.method.example_index import ExampleIndex
+from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.sites import LayerSite, NormSite, Rewrite
 from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.model.select import expectations, select

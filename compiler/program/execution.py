@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.layers.bound_modules import Sites, replace_layers
-from trainc.compiler.method.example_index import ExampleIndex
+from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.loss import LOSS_WEIGHT, Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.undisturbed import undisturbed

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 the spec or its surroundings are wrong, 2 the command line
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,16 +25,11 @@ SUMMARIES = {
 }
 
 
-def verbs() -> list[str]:
-    """List the verbs on disk, in the order people meet them."""
-    return [verb for verb in SUMMARIES if Path(__file__).with_name(f"{verb}.py").exists()]
-
-
 class Verbs(TyperGroup):
     """A stand-in for each verb, enough for help and suggestions, until one of them runs."""
 
     def __init__(self, **attributes: Any) -> None:
-        attributes["commands"] = {v: TyperCommand(v, help=SUMMARIES[v]) for v in verbs()}
+        attributes["commands"] = {v: TyperCommand(v, help=s) for v, s in SUMMARIES.items()}
         super().__init__(**attributes)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:

@@ -1,18 +1,10 @@
 """`trainc plan`: what a spec does to its model, on the meta device."""
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from trainc.cli.common import Overrides, SpecFile, overrides
-
-
-class Format(StrEnum):
-    """How the plan is printed."""
-
-    text = "text"
-    json = "json"
 
 
 def register(app: typer.Typer) -> None:
@@ -23,8 +15,8 @@ def register(app: typer.Typer) -> None:
         spec: SpecFile,
         set_: Overrides = None,
         format: Annotated[
-            Format, typer.Option(help="Tables to read, or JSON for programs.")
-        ] = Format.text,
+            Literal["text", "json"], typer.Option(help="Tables to read, or JSON for programs.")
+        ] = "text",
         diff: Annotated[
             str | None,
             typer.Option(
@@ -51,7 +43,7 @@ def register(app: typer.Typer) -> None:
             print(pass_diff(spec, diff, overrides(set_)))
             return
         made = compiling.plan(spec, overrides=overrides(set_))
-        if format is Format.json:
+        if format == "json":
             print(json.dumps(made.to_json(), indent=1, sort_keys=True))
             return
         from trainc.cli.plan_text import print_plan

@@ -1,12 +1,13 @@
 """Print a plan as tables."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trainc.compiler.plan.plan import Plan
+from trainc.compiler.plan.plan import Plan, Row
 
 ROWS = 40
 """The most rows of a table, unless all are asked for."""
@@ -14,16 +15,15 @@ SCHEDULES = 4
 """The most scheduled numbers side by side."""
 WIDTH = 132
 """The least width where the output is no terminal."""
-Row = dict[str, Any]
 
 
-def print_plan(plan: Plan, full: bool = False, console: Console | None = None) -> None:
+def print_plan(plan: Plan, full: bool) -> None:
     """Print a plan. Unless `full`, similar layers share a row and long tables are cut in the middle."""
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     limit = 10**9 if full else ROWS
-    total = sum(_count_entries(row["shape"]) for row in plan.parameters)
+    total = sum(math.prod(row["shape"]) for row in plan.parameters)
     console.print(
         f"[bold]{plan.model['type']}[/]: {len(plan.parameters)} parameters with {total:,} entries"
     )
@@ -34,7 +34,7 @@ def print_plan(plan: Plan, full: bool = False, console: Console | None = None) -
             )
     console.print()
 
-    def table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> None:
+    def table(title: str, columns: str, rows: Sequence[Sequence[str]]) -> None:
         _print_table(console, title, columns.split(", "), rows, limit)
 
     columns = "name, count, shape, depth, optimizer, decay, learning rate factors, mask, clauses"
@@ -145,32 +145,23 @@ def _print_schedules(console: Console, plan: Plan, full: bool) -> None:
 
 
 def _print_table(
-    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], limit: int
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], limit: int
 ) -> None:
-    kept = [tuple(row) for row in rows]
-    if not kept:
+    if not rows:
         return
-    used = [i for i in range(len(columns)) if any(row[i] for row in kept)]
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for i in used:
         table.add_column(columns[i], overflow="fold")
     half = limit // 2
-    shown = kept if len(kept) <= limit else kept[:half]
-    for row in shown:
-        table.add_row(*(row[i] for i in used))
-    if len(kept) > limit:
-        table.add_row(f"... {len(kept) - 2 * half} more (--full)", *[""] * (len(used) - 1))
-        for row in kept[-half:]:
-            table.add_row(*(row[i] for i in used))
+    lines = [[row[i] for i in used] for row in rows]
+    if len(rows) > limit:
+        gap = [f"... {len(rows) - 2 * half} more (--full)", *[""] * (len(used) - 1)]
+        lines = [*lines[:half], gap, *lines[-half:]]
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
     console.print()
-
-
-def _count_entries(shape: Any) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _format_bytes(count: int) -> str:

@@ -110,16 +110,20 @@ FIGURES: dict[str, Callable[[RecordedRun], str]] = {
 
 def figures(runs: Sequence[RecordedRun], names: Sequence[str]) -> Table:
     """Return the table of losses, counters and noise scales, with a column for each run."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+    table = _table("", names)
     for label, figure in FIGURES.items():
         table.add_row(label, *(figure(run) for run in runs))
-    for label, texts in noise_tables.noise_scale_rows(
-        [(run.plan, run.steps) for run in runs]
-    ).items():
+    noise_scales = noise_tables.noise_scale_rows([(run.plan, run.steps) for run in runs])
+    for label, texts in noise_scales.items():
         table.add_row(label, *map(Text, texts))
+    return table
+
+
+def _table(head: str, names: Sequence[str]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(head)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
@@ -158,19 +162,14 @@ def show(runs: Sequence[RecordedRun], console: Console) -> None:
     different = differences(runs) if len(runs) > 1 else []
     if different:
         console.print()
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("clauses that differ")
-        for name in names:
-            table.add_column(name, justify="right", overflow="fold")
+        table = _table("clauses that differ", names)
         for label, marks in different:
             table.add_row(label, *marks)
         console.print(table)
     for run, name in zip(runs, names, strict=True):
         console.print()
-        console.print(
-            Text(f"What each clause did, {name}" if len(runs) > 1 else "What each clause did"),
-            style="bold",
-        )
+        whose = f", {name}" if len(runs) > 1 else ""
+        console.print(Text(f"What each clause did{whose}"), style="bold")
         for line in run.summary.get("lines", ["no summary: the run has not ended"]):
             console.print(Text(f"  {line}"), soft_wrap=True)
         if message := run.summary.get("message"):
@@ -228,5 +227,4 @@ def register(app: typer.Typer) -> None:
             if find_spec("matplotlib") is None:
                 print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
                 raise typer.Exit(1)
-            drawn = draw(runs, plot)
-            console.print(Text(f"drew {drawn}"), soft_wrap=True)
+            console.print(Text(f"drew {draw(runs, plot)}"), soft_wrap=True)

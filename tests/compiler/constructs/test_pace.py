@@ -17,7 +17,7 @@ from trainc.compiler.constructs.regularize.pace import Pace, is_zero
 from trainc.compiler.layers.bound_modules import replace_layers
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
-from trainc.compiler.method.example_index import ExampleIndex
+from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.roles import Place
