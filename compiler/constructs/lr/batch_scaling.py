@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -85,7 +86,6 @@ class BatchScaling(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Give the selected parameters one factor, set before every step."""
-
         to.refuse_times(f"`{to.label}` holds for the whole run", "from", "until", "every")
         start = to.starting_batch
         if self.reference is None and start is None:
@@ -97,19 +97,16 @@ class BatchScaling(Construct):
         to.action(ScaleWithBatch(to.label, self, lr_factor, reference))
 
 
+@dataclass(eq=False)
 class ScaleWithBatch(Action):
     """Phase 2: sets the factor from the batch of the step; `reference` in samples."""
 
     phase = Phase.RATES
-
-    def __init__(
-        self, name: str, construct: BatchScaling, lr_factor: LrFactor, reference: float
-    ) -> None:
-        self.name = name
-        self.construct = construct
-        self.lr_factor = lr_factor
-        self.reference = reference
-        self.seen: list[int] = []
+    name: str
+    construct: BatchScaling
+    lr_factor: LrFactor
+    reference: float
+    seen: list[int] = field(default_factory=list)
 
     def run(self, step: Step) -> None:
         size = step.batch_size

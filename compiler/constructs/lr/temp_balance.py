@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -130,7 +130,6 @@ class TempBalance(Construct):
         self, parameters: Iterable[ParameterEntry]
     ) -> tuple[list[BalancedGroup], list[BalancedGroup]]:
         """Return the groups to balance, and those that have too few eigenvalues for it."""
-
         groups, _ = find_groups(parameters)
         kept = groups[int(self.skip_first) : len(groups) - int(self.skip_last)]
         few = [group for group in kept if group.eigenvalues < self.min_eigenvalues]
@@ -138,7 +137,6 @@ class TempBalance(Construct):
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Object to parameters without a spectrum; warn where fewer than two modules are left to balance."""
-
         _, unfit = find_groups(bound.parameters)
         if unfit:
             shown = ", ".join(f"`{p.name}` {list(p.shape)}" for p in unfit[:5])
@@ -164,7 +162,7 @@ class TempBalance(Construct):
         from trainc.runtime.schedule.time_span import TimeSpan
 
         groups, few = self.groups(to.parameters())
-        lr_factors = [to.lr_factor(group.name, group.parameters) for group in groups]
+        lr_factors = {group.name: to.lr_factor(group.name, group.parameters) for group in groups}
         pace = None if to.clause.every else Gate(every=TimeSpan(EVERY_STEPS, "steps"))
         to.action(Balance(to.label, self, groups, lr_factors, few, pace))
 
@@ -202,31 +200,20 @@ def find_groups(
     return groups, unfit
 
 
+@dataclass(eq=False)
 class Balance(Action):
     """Phase 2: measure the exponents and set the factors; `pace` is a gate beside the clause's."""
 
     phase = Phase.RATES
-
-    def __init__(
-        self,
-        name: str,
-        construct: TempBalance,
-        groups: Sequence[BalancedGroup],
-        lr_factors: Sequence[LrFactor],
-        few: Sequence[BalancedGroup],
-        pace: Gate | None,
-    ) -> None:
-        self.name = name
-        self.construct = construct
-        self.groups = tuple(groups)
-        self.lr_factors = {
-            group.name: factor for group, factor in zip(groups, lr_factors, strict=True)
-        }
-        self.few = tuple(few)
-        self.pace = pace
-        self.alphas: dict[str, float] = {}
-        self.measurements = 0
-        self.first_spread = 0.0
+    name: str
+    construct: TempBalance
+    groups: Sequence[BalancedGroup]
+    lr_factors: Mapping[str, LrFactor]
+    few: Sequence[BalancedGroup]
+    pace: Gate | None
+    alphas: dict[str, float] = field(default_factory=dict)
+    measurements: int = 0
+    first_spread: float = 0.0
 
     def run(self, step: Step) -> None:
         from trainc.kernels.parameter.spectrum import Hill, alphas

@@ -1,14 +1,124 @@
-"""What a noise scale needs of the sizes of the batch and of the rest of the model."""
+"""What a noise scale needs of the selected modules, of the sizes of the batch and of the rest of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trainc.dsl.reading.construct import Problem
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.constructs.noise_scale.gns import Gns
+    from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
+
+_NORMS = ("LayerNorm", "RMSNorm")
+_LAYERS = (
+    *_NORMS, "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "Linear", "Embedding",
+    "Conv1d", "Conv2d", "Conv3d", "Conv1D",
+)  # fmt: skip
+_SELECT_NORMS = "select LayerNorm and RMSNorm layers: `on type(LayerNorm, RMSNorm)`"
+
+
+class _Objection(NamedTuple):
+    """Rule, message after the module's name, and help."""
+
+    rule: str
+    message: str
+    help: str | None = None
+
+
+def module_problems(rule: Gns, bound: Targets) -> Iterator[Problem]:
+    """Object to selected modules that cannot be measured; modules with the same objection share a problem."""
+    found: dict[_Objection, list[str]] = {}
+    for module in bound.modules:
+        if (objection := _objection(rule, module, bound)) is not None:
+            found.setdefault(objection, []).append(module.name)
+    for objection, names in found.items():
+        message = f"`{names[0]}` {objection.message}"
+        others = len(names) - 1
+        notes = (f"other selected modules with this problem: {others}",) if others else ()
+        yield Problem(objection.rule, message, notes=notes, help=objection.help)
+    if not found and not any(module.parameters for module in bound.modules):
+        yield Problem("nothing-to-measure", "no selected module has parameters of its own")
+
+
+def _objection(rule: Gns, module: ModuleEntry, bound: Targets) -> _Objection | None:
+    """Return why a module cannot be measured, as far as names and types tell; None where they do not."""
+    is_norm = _is_norm(module)
+    if "_BatchNorm" in module.types:
+        if rule.method == "ghost":
+            return None
+        help_ = f"{_SELECT_NORMS}, or compare micro-batches: `method = micro_batch`"
+        message = "normalizes over the batch, so single examples have no gradients of their own"
+        return _Objection("norm-mixes-examples", message, help_)
+    if f"{module.name}.parametrizations".lstrip(".") in bound.inventory.module:
+        message = "has a weight that is computed from other parameters (a parametrization)"
+        help_ = "exclude it from `on`, or remove the parametrization"
+        return _Objection("wrong-target-kind", message, help_)
+    if not module.parameters:
+        message = "has no weight (elementwise_affine=False)"
+        return _Objection("nothing-to-measure", message) if is_norm else None
+    if not is_norm and (setting := rule.gradients_setting):
+        message = f"is not a norm layer, and `{setting}` is supported for norm layers only"
+        return _Objection("wrong-target-kind", message, _SELECT_NORMS)
+    if not _is_layer(module):
+        if _only_names(module, bound):
+            return None
+        message = "has parameters of its own, but is not a supported layer"
+        help_ = f"exclude it from `on`; supported layers are {', '.join(_LAYERS)}"
+        return _Objection("wrong-target-kind", message, help_)
+    if not module.trainable:
+        message = "has only frozen weights, which get no gradient"
+        return _Objection("selector-matches-frozen", message)
+    return _shared_weight(module, bound)
+
+
+def _shared_weight(module: ModuleEntry, bound: Targets) -> _Objection | None:
+    """Object to a shared weight, unless an embedding and its output head share it and both are selected."""
+    owners: dict[str, ModuleEntry] = {}
+    for name in module.parameters:
+        holding = _layers_holding(bound.inventory.parameter[name], bound)
+        owners |= holding if len(holding) > 1 else {}
+    if not owners:
+        return None
+    types = sorted(t for m in owners.values() for t in ("Embedding", "Linear") if t in m.types)
+    others, help_ = owners.keys() - {module.name}, "exclude them from `on`"
+    if types == ["Embedding", "Linear"]:
+        others = owners.keys() - {m.name for m in bound.modules}
+        help_ = "select both, the embedding and the head, or neither"
+        if not others:
+            return None
+    names = ", ".join(f"`{name}`" for name in sorted(others))
+    message = (
+        f"shares its weight with {names}; per-example norms of shared weights are supported for an embedding and its"
+        " output head only"
+    )
+    if types == ["Embedding", "Linear"]:
+        message = f"shares its weight with {names}, which is not selected"
+    return _Objection("wrong-target-kind", message, help_)
+
+
+def _only_names(module: ModuleEntry, bound: Targets) -> bool:
+    """Say whether all parameters of a module are other names of those of selected layers inside it."""
+    inside = {m.name for m in bound.modules if m.name.startswith(f"{module.name}.".lstrip("."))}
+    held = (bound.inventory.parameter[name] for name in module.parameters)
+    return all(not inside.isdisjoint(_layers_holding(p, bound)) for p in held)
+
+
+def _layers_holding(parameter: ParameterEntry, bound: Targets) -> dict[str, ModuleEntry]:
+    """Return the layers that hold a parameter, by name; others may hold it under names of their own."""
+    owners = (name.rpartition(".")[0] for name in (parameter.name, *parameter.aliases))
+    known = bound.inventory.module  # a module with two names is there under its first
+    return {name: known[name] for name in owners if name in known and _is_layer(known[name])}
+
+
+def _is_layer(module: ModuleEntry) -> bool:
+    return _is_norm(module) or any(name in _LAYERS for name in module.types)
+
+
+def _is_norm(module: ModuleEntry) -> bool:
+    return any(name.endswith(_NORMS) for name in module.types)
 
 
 def micro_batch_problems(bound: Targets) -> Iterator[Problem]:

@@ -201,7 +201,6 @@ class Gns(Construct):
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Object to layers whose examples have no gradients, and to models and batches that do not allow the method."""
         from trainc.compiler.constructs.noise_scale import _requirements
-        from trainc.compiler.constructs.noise_scale._measurable import module_problems
 
         if self.method == "micro_batch":
             yield from _requirements.micro_batch_problems(bound)
@@ -211,7 +210,7 @@ class Gns(Construct):
             yield from _requirements.calibration_problems(bound, examples)
         if self.method in ("micro_batch", "replica"):
             return
-        problems = list(module_problems(self, bound))
+        problems = list(_requirements.module_problems(self, bound))
         yield from problems
         if self.method == "per_example" and not problems:
             yield from _requirements.batch_norm_warning(bound)

@@ -89,7 +89,6 @@ class NormGrowth(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Observe after updates; with `from_start`, also copy the weights before the first update."""
-
         parameters = to.parameters()
         start = Start(f"{to.label}.start", parameters) if self.from_start else None
         if start is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 CLIPPING = Effect("gradients", "clip the global gradient norm", ("gradient",), ("gradient",))
 
 
-def implementation_flags(implementation: str) -> dict[str, bool]:
+Implementation = Annotated[
+    Literal["auto", "fused", "foreach", "loop"],
+    Field(description="which of torch's implementations runs; with `auto`, torch chooses"),
+]
+
+
+def implementation_flags(implementation: Implementation) -> dict[str, bool]:
     """Return torch's keyword arguments that choose an implementation; none for `auto`."""
     flags = {
         "fused": {"fused": True},

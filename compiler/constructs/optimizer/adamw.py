@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.constructs.optimizer._base import Optimizer, implementation_flags
+from trainc.compiler.constructs.optimizer._base import (
+    Implementation,
+    Optimizer,
+    implementation_flags,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +38,7 @@ class AdamW(Optimizer):
     eps: float = Field(
         default=1e-8, gt=0, description="added to the square root of the second moment"
     )
-    implementation: Literal["auto", "fused", "foreach", "loop"] = Field(
-        default="auto",
-        description="which of torch's implementations runs; with `auto`, torch chooses",
-    )
+    implementation: Implementation = "auto"
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from trainc.compiler.constructs.optimizer._base import Optimizer, implementation_flags
+from trainc.compiler.constructs.optimizer._base import (
+    Implementation,
+    Optimizer,
+    implementation_flags,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +34,7 @@ class SGD(Optimizer):
         default=False,
         description="use Nesterov momentum: step along g + momentum b",
     )
-    implementation: Literal["auto", "fused", "foreach", "loop"] = Field(
-        default="auto",
-        description="which of torch's implementations runs; with `auto`, torch chooses",
-    )
+    implementation: Implementation = "auto"
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -53,7 +54,6 @@ class L2Sp(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Add the penalty on the selected parameters that train, and keep their start in the program's state."""
-
         names = [entry.name for entry in to.parameters() if entry.trainable]
         starts: dict[str, Tensor] = {}
         if self.to == "start":
@@ -84,17 +84,14 @@ class L2Sp(Construct):
         return weight / 2 * total
 
 
+@dataclass(eq=False)
 class Anchors(Action):
     """Phase 12: keeps the weights at the start in the checkpoint, and reports the distance from them."""
 
     phase = Phase.OBSERVE
-
-    def __init__(
-        self, label: str, parameters: Mapping[str, Tensor], starts: Mapping[str, Tensor]
-    ) -> None:
-        self.name = label
-        self.parameters = dict(parameters)
-        self.starts = dict(starts)
+    name: str
+    parameters: Mapping[str, Tensor]
+    starts: Mapping[str, Tensor]
 
     def run(self, step: Step) -> None:
         """Do nothing: the action only holds state."""
