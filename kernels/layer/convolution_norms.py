@@ -97,7 +97,7 @@ def _chunks(x: Tensor, each: int) -> Iterator[slice]:
 
 
 def _unfolded(dy: Tensor, weight: Tensor, geometry: Geometry) -> int:
-    """Numbers of one example's unfolded input."""
+    """How many numbers one example's unfolded input holds."""
     return math.prod(dy.shape[2:]) * math.prod(weight.shape[1:]) * geometry.groups
 
 

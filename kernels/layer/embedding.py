@@ -71,7 +71,7 @@ def check(weight: Tensor, ids: Tensor, padding_idx: int | None, probe: Tensor | 
 
 
 def check_ids(weight: Tensor, ids: Tensor) -> None:
-    """Reject ids and a weight that nothing can be looked up for."""
+    """Reject ids that are not integers of examples, and a weight that is not a table."""
     require(
         ids.dim() >= 1 and weight.dim() == 2 and ids.dtype in (torch.int32, torch.int64),
         lambda: (

@@ -5,8 +5,8 @@ An example contributes c = c_emb + c_head to the shared weight.grad, and
   ||c||^2 = ||c_emb||^2 + ||c_head||^2 + 2 <c_emb, c_head>
 
 whose last term neither layer knows alone (two probes that leave it out are wrong by it). c_emb has
-rows only for the ids the example holds, so the head owes the embedding nothing but its rows for
-them. They reach it as a gradient, that of the zeros `rows`, one zero seen as (B, ..., D):
+rows only for the ids the example holds, so the embedding needs the head's rows for those ids alone. It
+receives them as the gradient of `rows`, zeros (B, ..., D) that both functions take:
 
   drows[b, t] = c_head_b[ids[b, t]] = sum over t' of dlogits[b, t', ids[b, t]] * x[b, t']
 
@@ -56,7 +56,7 @@ def tied_embedding(
 
 
 def zeros(weight: Tensor, ids: Tensor) -> Tensor:
-    """One zero seen as (B, ..., D), in the dtype sums are carried in."""
+    """Zeros (B, ..., D) in the dtype sums are carried in, which take the memory of one."""
     dtype = accumulation_dtype(weight.dtype)
     return weight.new_zeros((1,), dtype=dtype).expand(*ids.shape, weight.shape[1])
 

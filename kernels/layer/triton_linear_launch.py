@@ -50,7 +50,7 @@ def tile(dtype: torch.dtype, rows: int, smaller: bool = False) -> Tile:
 
 
 @lru_cache(maxsize=1024)
-def share(examples: int, blocks: int, tiles: int, slots: int) -> int:
+def examples_per_group(examples: int, blocks: int, tiles: int, slots: int) -> int:
     """Examples a program walks over: few enough to fill the device, many for few partial totals."""
 
     def cost(groups: int) -> int:
@@ -115,7 +115,9 @@ def weight_gradient(
     (examples, rows, inputs), outputs = x.shape, dy.shape[2]
     shape = shape or _fitting(x.dtype, examples, rows, inputs, outputs, slots)
     tiles_l, tiles_k = cdiv(outputs, shape.outputs), cdiv(inputs, shape.inputs)
-    each = share(examples, cdiv(rows, shape.rows), tiles_l * tiles_k, slots * shape.resident)
+    each = examples_per_group(
+        examples, cdiv(rows, shape.rows), tiles_l * tiles_k, slots * shape.resident
+    )
     groups = cdiv(examples, each)
     totals = torch.empty(
         (groups, outputs, inputs), dtype=dtype if groups == 1 else torch.float32, device=x.device
@@ -133,7 +135,7 @@ def weight_gradient(
 def _fitting(
     dtype: torch.dtype, examples: int, rows: int, inputs: int, outputs: int, slots: int
 ) -> Tile:
-    """The large tile where that makes programs enough of large ones, the small tile otherwise."""
+    """The large tile where it leaves enough programs to fill the device, the small tile otherwise."""
     large = tile(dtype, rows)
     tiles = cdiv(outputs, large.outputs) * cdiv(inputs, large.inputs)
     small = max(inputs, outputs) <= SMALL or tiles * examples < slots

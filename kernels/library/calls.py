@@ -1,4 +1,4 @@
-"""What both dispatches ask of the arguments of a call, and how they refuse."""
+"""The tensors among a call's arguments, and the errors for derivatives that an operator does not have."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,7 +20,7 @@ def tensors(arguments: Iterable[Any]) -> list[Tensor]:
 
 
 def refuse_tangents(operator: Any, arguments: Iterable[Any]) -> None:
-    """Raise NotImplementedError for a tangent: forward mode would find no derivative here and take it for zero."""
+    """Raise NotImplementedError in forward mode, where the missing derivative would count as zero."""
     if any(forward_ad.unpack_dual(one).tangent is not None for one in tensors(arguments)):
         raise NotImplementedError(
             f"{operator.name()} has no forward-mode derivative: use backward, or torch.func.grad"
@@ -28,7 +28,7 @@ def refuse_tangents(operator: Any, arguments: Iterable[Any]) -> None:
 
 
 def refuse_gradients(operator: Any, arguments: Iterable[Any]) -> None:
-    """Raise RuntimeError where a gradient would be wanted of an operator that has none."""
+    """Raise RuntimeError where an argument requires a gradient and the operator has none."""
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors(arguments)):
         raise RuntimeError(f"{operator.name()} has no gradient: call it under torch.no_grad()")
 

@@ -43,7 +43,7 @@ def in_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32) if tensor.dtype in REDUCED else tensor
 
 
-def as_composed(limit: int, x: Tensor, *others: Tensor | None) -> bool:
+def composition_is_cheaper(limit: int, x: Tensor, *others: Tensor | None) -> bool:
     """Whether torch's own calls cost less than an operator: for up to `limit` elements of x on a CPU.
 
     Compiled code keeps the operator, and so do tensors in several dtypes, which torch warns of or refuses.
@@ -58,7 +58,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def absent(like: Tensor) -> Tensor:
-    """The empty tensor that stands for a result not asked for: operators cannot return None."""
+    """An empty tensor in place of a result that is not asked for: operators cannot return None."""
     return like.new_empty((0,))
 
 
@@ -72,7 +72,7 @@ def check_affine(shape: tuple[int, ...], *parameters: Tensor | None) -> None:
 
 
 def check_bias(bias: Tensor | None, weight: Tensor) -> None:
-    """Reject a bias that has not one number for each row of the weight."""
+    """Reject a bias that does not hold one number for each row of the weight."""
     if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):
         raise RuntimeError(
             f"bias must have the shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}"

@@ -7,7 +7,7 @@ from trainc.kernels.library.contracts import REDUCED
 
 
 def supported(*tensors: Tensor) -> bool:
-    """Whether Triton kernels take these tensors, or ATen does: float64 and empty ones."""
+    """Whether Triton kernels take these tensors; ATen takes float64 and empty ones."""
     return all(t.dtype in (torch.float32, *REDUCED) and t.numel() > 0 for t in tensors)
 
 

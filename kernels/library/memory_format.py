@@ -1,4 +1,4 @@
-"""The memory layout an operator on images gives its results: that of its input."""
+"""The memory format of an operator's results on images: that of its input."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def layout(like: Tensor) -> torch.memory_format:
-    """Channels last where `like` is so and not contiguous too (as 1x1 images are), else contiguous.
+    """Channels last where `like` is channels last and not contiguous too (as 1x1 images are), else contiguous.
 
     Kernels and fake kernels both ask here, so that compiled code meets the strides it was promised.
     """

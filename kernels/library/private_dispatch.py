@@ -71,7 +71,7 @@ def without_autocast(kernel: Kernel) -> Kernel:
 def _add_backends(
     library: torch.library.Library, operator: Any, cpu: Kernel, cuda: Kernel
 ) -> Kernel:
-    """Add both kernels; return what comes after the autograd key: `operator` again, or the kernel it would end in."""
+    """Add both kernels; return a function that runs what comes after the autograd key."""
     library.impl(operator, cpu, "CPU")
     library.impl(operator, cuda, "CUDA")
     after, guard = _C._after_autograd_keyset, _C._AutoDispatchBelowAutograd

@@ -7,7 +7,7 @@ must be fresh tensors; opcheck tests it. Without `backward`, gradients through t
 they would otherwise be taken from the arithmetic of the kernel.
 
 An operator that writes to its arguments, or takes lists of tensors, is registered by `register_update`: it has no
-gradient, and autograd is told of every tensor written to.
+gradient, and autograd learns of every tensor written to.
 
 How a call is dispatched decides what it costs: `private_dispatch` is quick and uses private names of torch;
 `public_dispatch` does the same by `torch.library` alone, where this torch lacks one of those names.
@@ -98,5 +98,5 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
 
 
 def register_autocast(operator: Any, kernel: Callable[..., Any]) -> None:
-    """Call `kernel` for the operator under CUDA's autocast, which is off inside it."""
+    """Call `kernel` instead of the operator under CUDA's autocast; inside it, autocast is off."""
     LIBRARY.impl(operator, _dispatch.without_autocast(kernel), "AutocastCUDA")

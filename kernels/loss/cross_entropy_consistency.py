@@ -102,7 +102,7 @@ def check(
 
 
 def no_statistics(rows: Tensor, distance: str) -> Tensor:
-    """Zeros (n, STATISTICS) for logits (2n, C): a CPU's backward makes all it needs of the logits."""
+    """Zeros (n, STATISTICS) for logits (2n, C): on a CPU, backward computes what it needs from the logits."""
     shape = (rows.shape[0] // 2, STATISTICS[distance])
     return rows.new_zeros(shape, dtype=accumulation_dtype(rows.dtype))
 
@@ -110,7 +110,7 @@ def no_statistics(rows: Tensor, distance: str) -> Tensor:
 def means(
     cross_entropies: Tensor, distances: Tensor, labels: Tensor, weight: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, cross_entropy, consistency) from those of the rows."""
+    """(loss, cross_entropy, consistency) from the cross-entropies and distances of the rows."""
     cross_entropy = cross_entropies.sum() / (labels != ignore_index).sum()
     consistency = distances.sum() / labels.shape[0]
     loss = torch.add(cross_entropy, consistency * weight.to(cross_entropy.dtype))

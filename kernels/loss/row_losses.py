@@ -15,8 +15,7 @@ BLOCK_ELEMENTS = 1 << 18
 def blocks(
     rows: Tensor, count: int, buffers: int
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor, Sequence[Tensor]]]:
-    """A cache's worth of rows at a time: where they are in the two views, both in the accumulation
-    dtype, and buffers of their shape.
+    """Yield rows a cache's worth at a time: their slices in both views, both in the accumulation dtype, and buffers.
 
     Buffers are the same for every block, since fresh memory costs more than what is written to it.
     """
@@ -98,7 +97,7 @@ def write_gradients(
             p, pull = torch.softmax(first, 1, out=held[0]), torch.sub(first, second, out=held[1])
             torch.mul(pull.mul_(2 * scale), -1.0, out=out[there])
             if out.dtype != dtype:
-                # Opposites once rounded, too: a bias before the logits gets their difference, nothing.
+                # Opposites after rounding too: the gradient of a bias of the logits is their sum, which must be zero.
                 pull.copy_(out[there]).neg_()
         else:
             p, pull, push = _divergence_gradients(first, second, *held)
@@ -136,7 +135,7 @@ def _divergence_gradients(
 
 
 def _through_softmax(values: Tensor, weights: Tensor, difference: Tensor) -> Tensor:
-    """weights * (values - <weights, values>) + difference, which adds up to nothing, in `values`.
+    """weights * (values - <weights, values>) + difference, whose sum over a row is zero, in `values`.
 
     A mean far from zero is taken off before `difference`, which would not survive beside it. What rounding
     leaves of the sum is taken off last: where one weight is nearly all it may be all there is.

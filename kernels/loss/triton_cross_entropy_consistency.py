@@ -25,7 +25,7 @@ BLOCK, WARPS = 2048, 4
 def _carried(
     L, across, x, y, column, mask, start, top, beside, place, own, rest, along, KL: tl.constexpr
 ):
-    """Take a block of one view into its sums; `across` is the other view's row.
+    """Add a block of one view to its running sums; `across` is the other view's row.
 
     top is the largest entry, at `place`, where the other view has `beside`. With weights exp(x - top),
     rest is the sum of all but that entry's own, and along the sum of weights times v, where
@@ -155,7 +155,7 @@ def loss_backward(
             0.5 * on_distance * (q * (((y - other_top) - (x - other_beside)) - other_along) - apart)
         )
     else:
-        # Opposites once rounded, too: a bias before the logits gets their difference, nothing.
+        # Opposites after rounding too: the gradient of a bias of the logits is their sum, which must be zero.
         pull = (2.0 * on_distance * (x - y)).to(D.dtype.element_ty).to(tl.float32)
         push = -pull
     # Without a distance the difference of two -inf, which mask classes, does not count.

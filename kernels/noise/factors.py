@@ -23,7 +23,7 @@ def factor(
     share: str,
     first_example: Tensor | None,
 ) -> Tensor:
-    """z for x: (views * B, 1 or T, C), T the flattened middle dims, float32 or x's float64."""
+    """The factor z for x: (views * B, 1 or T, C) with T tokens, in float32, or float64 for float64 x."""
     examples = x.shape[0] // views
     tokens = math.prod(x.shape[1:-1]) if share == "none" else None
     noise = normal(
@@ -43,21 +43,21 @@ class FactorCache:
         self._factors: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._lock = Lock()
 
-    def take(self, place: tuple[Any, ...]) -> Tensor | None:
+    def take(self, drawn_for: tuple[Any, ...]) -> Tensor | None:
         """The factor kept for these arguments, which is forgotten; None where there is none."""
         with self._lock:
-            found = self._factors.pop(place, None)
+            found = self._factors.pop(drawn_for, None)
             self.held -= 0 if found is None else found.nbytes
         return found
 
-    def keep(self, place: tuple[Any, ...], z: Tensor) -> None:
-        """Hold a factor that the limit allows."""
+    def keep(self, drawn_for: tuple[Any, ...], z: Tensor) -> None:
+        """Hold a factor, unless it alone is larger than the limit."""
         if z.nbytes > self.limit:
             return
         with self._lock:
-            known = self._factors.pop(place, None)
+            known = self._factors.pop(drawn_for, None)
             self.held += z.nbytes - (0 if known is None else known.nbytes)
-            self._factors[place] = z
+            self._factors[drawn_for] = z
             while self.held > self.limit:
                 self.held -= self._factors.popitem(last=False)[1].nbytes
 
@@ -66,18 +66,18 @@ _kept = FactorCache(KEPT_BYTES)
 
 
 def factor_once(x: Tensor, *noise: Any) -> Tensor:
-    """`factor`, drawn for forward and given to backward: z depends on nothing but its arguments.
+    """`factor`, drawn by the forward pass and given to the backward pass, whose arguments are the same.
 
-    Forward and backward call one operator, in eager mode and in captured graphs, so the second call
-    at a place takes what the first one left. Off the CPU the values of sigma and key would stall.
+    Forward and backward call one operator, in eager mode and in captured graphs, so the second call with the same
+    arguments takes what the first one left. On another device nothing is kept: reading sigma and key would wait for it.
     """
     if x.device.type != "cpu":
         return factor(x, *noise)
     sigma, key, site, views, share, first_example = noise
     numbers = (t if t is None else t.item() for t in (sigma, key, first_example))
-    place = (*numbers, site, views, share, x.shape, accumulation_dtype(x.dtype))
-    z = _kept.take(place)
+    drawn_for = (*numbers, site, views, share, x.shape, accumulation_dtype(x.dtype))
+    z = _kept.take(drawn_for)
     if z is None:
         z = factor(x, *noise)
-        _kept.keep(place, z)
+        _kept.keep(drawn_for, z)
     return z

@@ -104,7 +104,7 @@ def check(
     share: str,
     first_example: Tensor | None,
 ) -> None:
-    """Reject arguments outside the contract, coordinates that do not fit the counter among them."""
+    """Reject arguments outside the contract, among them coordinates that do not fit the noise counters."""
     require(share in SHARES, lambda: f"share must be one of {SHARES}, not {share!r}")
     require(
         x.dim() >= 2 and x.is_floating_point(),

@@ -1,5 +1,4 @@
-"""Philox4x32-10 in eager PyTorch, bit-equal in its integers to triton's `tl.philox` on the same
-counters.
+"""Philox4x32-10 in eager PyTorch; its integers equal those of `tl.philox` on the same counters.
 
 Layout. One call of the generator yields four 32-bit words from a 128-bit counter and a 64-bit key:
 

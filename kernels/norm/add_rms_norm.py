@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm in one operator: `add_norm` with `rms_norm` for the norm."""
+"""Residual add and RMSNorm in one operator: the sum, and the sum normalised."""
 
 from collections.abc import Sequence
 

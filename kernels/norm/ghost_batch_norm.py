@@ -8,7 +8,7 @@ from trainc.kernels.library.contracts import (
     REDUCED,
     absent,
     accumulation_dtype,
-    as_composed,
+    composition_is_cheaper,
     lazy,
 )
 from trainc.kernels.library.register import register
@@ -64,7 +64,9 @@ def ghost_batch_norm(
                 f"running statistics must have the shape {tuple(x.shape[1:2])}, not {tuple(running.shape)}"
             )
     # In 16 bits torch would keep the statistics in 16 bits.
-    if x.dtype not in REDUCED and as_composed(SMALL, x, running_mean, running_var, weight, bias):
+    if x.dtype not in REDUCED and composition_is_cheaper(
+        SMALL, x, running_mean, running_var, weight, bias
+    ):
         ghosts.check(x, weight, bias, ghost_size, remainder)
         each = [
             functional.batch_norm(

@@ -101,8 +101,8 @@ def _check(
     check_probe(probe, x.shape[0], COLUMNS, x)
 
 
-def _wide(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A parameter as ATen's kernel reads it: without looking at strides."""
+def _dense(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A parameter in `dtype`, contiguous: ATen's kernel does not look at its strides."""
     return None if parameter is None else parameter.to(dtype).contiguous()
 
 
@@ -112,7 +112,7 @@ def eager_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check(x, groups, weight, bias, probe)
     dtype, (examples, channels) = accumulation_dtype(x.dtype), x.shape[:2]
-    affine = (_wide(weight, dtype), _wide(bias, dtype))
+    affine = (_dense(weight, dtype), _dense(bias, dtype))
     # On CUDA ATen takes images channel by channel only.
     taken = torch.contiguous_format if x.is_cuda else layout(x)
     y, mean, rstd = torch.native_group_norm(
@@ -186,7 +186,7 @@ def eager_backward(
 
 
 def _nothing(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_sums` of no numbers at all would be; ATen divides by their count."""
+    """The result of `_sums` for an x without elements, where ATen would divide by zero."""
     return torch.empty_like(x), mean.new_zeros(x.shape[:2]), mean.new_zeros(x.shape[:2])
 
 

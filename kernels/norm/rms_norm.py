@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.library.contracts import REDUCED, absent, accumulation_dtype, as_composed
+from trainc.kernels.library.contracts import (
+    REDUCED,
+    absent,
+    accumulation_dtype,
+    composition_is_cheaper,
+)
 from trainc.kernels.norm.norm_operator import Norm, NormOperator
 from trainc.kernels.norm.rows import Folded, batch_sum, check_norm, fold, per_example_sums
 
 __all__ = ["rms_norm"]
 
 CASTINGS = ("none", "llama")
-OFFSET = "gemma"  # no matter of rounding: the factor is another one
+OFFSET = "gemma"  # not a way of rounding: the factor is 1 + weight
 # Elements up to which dx is made by definition; docs/kernels.md has the measurement.
 SMALL = 1 << 16
 
@@ -51,7 +56,7 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the norms: Gray et al. 2024, arXiv:2411.00999.
     """
-    if probe is None and casting == "none" and as_composed(SMALL, x, weight):
+    if probe is None and casting == "none" and composition_is_cheaper(SMALL, x, weight):
         try:
             return functional.rms_norm(x, list(normalized_shape), weight, eps)
         except RuntimeError:
@@ -105,7 +110,7 @@ def dtypes(
 
 
 def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in the dtype of arithmetic, contiguous; itself where it is."""
+    """The tensor in the dtype of arithmetic, contiguous; no copy where it is so already."""
     return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 

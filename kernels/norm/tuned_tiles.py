@@ -40,7 +40,7 @@ def cache_file() -> Path:
 
 
 def tuned(device: torch.device) -> dict[str, Tile]:
-    """The tuned tiles of a device by key; none for what is not CUDA."""
+    """The tuned tiles of a CUDA device by key; none for any other device."""
     return _tuned(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
 
 

@@ -1,4 +1,4 @@
-"""Zero entries of a weight and of its optimizer state in place: what keeps a pruned weight pruned."""
+"""Set entries of a weight and of its optimizer state to zero, in place, so that a pruned weight stays pruned."""
 
 import functools
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def masked_update_(tensors: Sequence[Tensor], mask: Tensor) -> None:
     shape, True where entries stay, or packed: uint8 (ceil(numel / 8),) with entry i of the flat tensor in bit i % 8,
     low bits first, of byte i // 8 (`trainc.kernels.parameter.masked_update.pack` makes one). Entries outside the mask
     become zero, whatever they held: nan does not survive as 0 * nan would. Entries inside keep their bits. Returns
-    None; there is no gradient, and no tensors are nothing to do.
+    None; there is no gradient. An empty list is left as it is.
 
     Raises RuntimeError for tensors of several shapes and for a mask of another shape or dtype.
     """
@@ -60,7 +60,7 @@ def reference(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def check(tensors: Sequence[Tensor], mask: Tensor) -> None:
-    """Reject tensors of several shapes and masks that fit none."""
+    """Reject tensors of several shapes, and a mask of another shape or dtype."""
     require(
         all(t.shape == tensors[0].shape for t in tensors),
         lambda: f"tensors must all have the same shape, not {[tuple(t.shape) for t in tensors]}",

@@ -55,7 +55,7 @@ def reference(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None)
 
 
 def check(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
-    """Reject deltas that do not match the tensors, and numbers that have no square to add."""
+    """Reject deltas that do not match the tensors, and complex tensors."""
     require(
         not any(t.is_complex() for t in (*tensors, *deltas)),
         lambda: "tensors and deltas must be real, not complex",

@@ -64,7 +64,7 @@ def coefficients(lr: Tensor, weight_decay: Tensor, step: Tensor, beta1: float, b
 
 
 def supported(weight: Tensor, grad: Tensor, state: Tensor, block: int, gathered: bool) -> bool:
-    """Whether the kernel takes these, or PyTorch does."""
+    """Whether the Triton kernel takes these; ATen takes the rest."""
     narrow = all(t.dtype in (torch.float32, *REDUCED) for t in (weight, grad))
     dense = weight.is_contiguous() and (gathered or grad.is_contiguous())
     return (

@@ -146,10 +146,10 @@ def test_a_device_takes_the_form_that_costs_least(launched: Any) -> None:
 def test_groups_hold_every_example_and_fill_the_device(launched: Any) -> None:
     for examples in (1, 7, 8, 64, 100):
         for tiles in (1, 36, 1024):
-            share = launched.share(examples, 16, tiles, 132)
-            assert 1 <= share <= examples
+            each = launched.examples_per_group(examples, 16, tiles, 132)
+            assert 1 <= each <= examples
             # Nothing is cut where tiles alone are waves enough.
-            assert share == examples or tiles * -(-examples // share) <= 4 * 132 + tiles
+            assert each == examples or tiles * -(-examples // each) <= 4 * 132 + tiles
 
 
 @interpreter
