@@ -1,4 +1,4 @@
-"""Assemble the lowered method: lower every active clause, build the optimizers, order the actions."""
+"""Lower every active clause, build the optimizers, and order the actions: the lowered method."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot, Rates
 def assemble(
     clauses: Sequence[BoundClause], context: LoweringContext, *, to_run: bool = True
 ) -> LoweredMethod:
-    """Lower the clauses onto the model; raises SpecError for what only lowering can find.
+    """Lower the clauses for the model; raises SpecError for mistakes that only lowering can find.
 
     Without `to_run` the method is only read: optimizers are checked but not built.
     """
@@ -92,7 +92,7 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
             if (clause.label, phase) not in rank:
                 raise CompilerBug(
                     clause.title,
-                    f"runs an action in phase `{phase}`, which its effects do not declare",
+                    f"has an action in phase `{phase}`, which its effects do not declare",
                 )
             placed.append((int(action.phase), rank[clause.label, phase], action))
     return [action for *_, action in sorted(placed, key=lambda row: row[:2])]

@@ -1,4 +1,4 @@
-"""The mechanisms: what a construct may ask of the program, collected in the lowered method.
+"""The mechanisms that a construct may ask for, collected in the lowered method.
 
 A construct's `lower(to)` calls methods of `Lowering`; it never touches the model, the graph or another construct.
 """
@@ -38,7 +38,7 @@ from trainc.runtime.step.update_mask import SelectedEntries
 
 
 class Lowering:
-    """The mechanisms, as one clause sees them: what it selects, its times, and what it may ask for."""
+    """One clause's access to the mechanisms: its selection, its times, and what it may ask for."""
 
     def __init__(
         self, clause: BoundClause, context: LoweringContext, method: LoweredMethod
@@ -51,7 +51,7 @@ class Lowering:
 
     @property
     def label(self) -> str:
-        """Return the clause's name: what `as` gives it, or else its construct's."""
+        """Return the clause's name: its `as`, or else the name of its construct."""
         return self.clause.label
 
     def modules(self) -> tuple[ModuleEntry, ...]:
@@ -88,7 +88,9 @@ class Lowering:
         """Return an expression of the clock, the signals and a place in the model as a function of the clock."""
         context, data = self._context, to_json(expression)
         if context.length is None and depends_on_run_length(data):
-            raise ValueError("the schedule ends with the run, and this spec has no `run` clause")
+            raise ValueError(
+                "the schedule ends with the run, but the spec has no `run` clause: add `run { length = ... }`"
+            )
         evaluate = compile_schedule(
             data, context.units, context.schedule_length, context.signal_units
         )
@@ -109,7 +111,7 @@ class Lowering:
             fit = [f"`{name}`" for name, counted in known.items() if counted == unit]
             use = f"use {', '.join(fit)}, or " if fit else ""
             raise ValueError(
-                f"`{expression}` {counts}, and a batch is a number of {unit}: {use}multiply a plain number by"
+                f"`{expression}` {counts}, but a batch is a number of {unit}: {use}multiply a plain number by"
                 f" `1 {unit}`"
             )
         return lambda clock: value.at(clock, signals)
@@ -137,7 +139,7 @@ class Lowering:
         return gate
 
     def refuse_times(self, reason: str, *words: Literal["from", "until", "every"]) -> None:
-        """Raise ValueError for the first of these times that the clause has, although its construct takes none."""
+        """Raise ValueError if the clause has one of these times, which its construct does not take."""
         bounds = {"from": self.clause.start, "until": self.clause.stop, "every": self.clause.every}
         for word in words:
             if (bound := bounds[word]) is not None:
@@ -164,25 +166,25 @@ class Lowering:
         rewrite.norms.append(site)
 
     def example_units(self, units: ExampleUnits | None) -> None:
-        """Say what one example is; raises ValueError when another clause says otherwise."""
+        """Set what one example is; raises ValueError when another clause sets something else."""
         rewrite = self._method.rewrite
         if rewrite.measured and rewrite.example_units != units:
             raise ValueError(
-                "two clauses define `example` differently, and a program supports one definition: give both the same"
+                "two clauses define `example` differently, but a program supports one definition: give both the same"
                 " `example`, `separator`, `method` and `group`"
             )
         rewrite.example_units = units
 
     def ghosts(self, names: Iterable[str]) -> None:
-        """Let layers that normalize over the batch do so over each group of examples."""
+        """Let layers that normalize over the batch normalize over each group of examples instead."""
         self._method.rewrite.ghosts = list(names)
 
     def measure_batch_gradients(self, names: Iterable[str], running: bool) -> None:
-        """Take the squared norm of each micro-batch's gradient, or, `running`, of a replica's sum so far."""
+        """Measure the squared norm of each micro-batch's gradient; with `running`, of the replica's sum so far."""
         for name in names:
             if self._method.batch_gradients.setdefault(name, running) != running:
                 raise ValueError(
-                    f"another clause measures `{name}` by another method: give both `method = micro_batch` or both"
+                    f"another clause measures `{name}` with another method: write `method = micro_batch` in both, or"
                     " `method = replica`"
                 )
 
@@ -225,7 +227,7 @@ class Lowering:
         return lr_factor
 
     def select_entries(self, name: str, entries: SelectedEntries) -> None:
-        """Let the optimizer train selected entries of a parameter in place of the whole."""
+        """Let the optimizer train selected entries of a parameter instead of all."""
         self._method.selected_entries[name] = entries
 
     def freeze(self, names: Iterable[str]) -> None:

@@ -16,12 +16,12 @@ from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.record import Signals
 
 UNBOUNDED = RunLength(2.0**52, "steps")
-"""A length that no training reaches; it stands in where a spec has no run."""
+"""A length that no training reaches, for specs without a `run` clause."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoweringContext:
-    """The model, its inventory, the units of time, and the measured signals; `length` None is a spec without a run."""
+    """The model, its inventory, the units of time and the measured signals; `length` is None without a `run` clause."""
 
     model: nn.Module
     inventory: Inventory
@@ -33,7 +33,7 @@ class LoweringContext:
 
     @property
     def schedule_length(self) -> RunLength:
-        """Return the length that schedules are compiled for: without a run, one that is never reached."""
+        """Return the length that schedules are compiled for; without a run it is never reached."""
         return self.length or UNBOUNDED
 
     def gate(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
@@ -42,7 +42,7 @@ class LoweringContext:
 
 
 _UNTIL_THE_END = {"cosine", "linear", "exponential", "wsd"}
-"""The functions that last until the end of the run where they have no `over`."""
+"""The functions that last until the end of the run if they have no `over`."""
 
 
 def depends_on_run_length(expression: Any) -> bool:

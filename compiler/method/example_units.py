@@ -28,12 +28,12 @@ class ExampleIndex:
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """`size` consecutive rows are one example, as BatchNorm over groups of this size needs it."""
+    """Each `size` consecutive rows are one example, as BatchNorm over groups of this size needs."""
 
     size: int
 
     def divide(self, batch: Batch) -> ExampleIndex:
-        """Return the groups of a micro-batch; raises SiteError when the last one is not full."""
+        """Return the groups of a micro-batch; raises SiteError when the last group is not full."""
         rows = batch[1].shape[0]
         if rows % self.size:
             raise SiteError(
@@ -50,7 +50,7 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """A document of a row is one example; it ends with the token `separator`."""
+    """Each document in a row is one example; a document ends with the token `separator`."""
 
     separator: int
 

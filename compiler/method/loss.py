@@ -1,4 +1,4 @@
-"""The protocol of a loss: a mean over counted targets, with what exact accumulation needs."""
+"""The protocol of a loss: a mean over counted targets, and what exact accumulation needs."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class Loss(Protocol):
         ...
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        """Return sums that an evaluation reports beside the loss, such as `accuracy`: how many were right."""
+        """Return sums that an evaluation reports with the loss, such as `accuracy`: the number of right answers."""
         ...

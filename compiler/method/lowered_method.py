@@ -85,9 +85,9 @@ class LoweredMethod:
     lr_factors: dict[str, list[LrFactor]] = field(default_factory=dict)
     """Factors on the learning rate, by parameter."""
     selected_entries: dict[str, SelectedEntries] = field(default_factory=dict)
-    """The entries that train of the parameters that have a mask."""
+    """The trained entries of each parameter that has a mask."""
     frozen: set[str] = field(default_factory=set)
-    """Parameters that do not train, beside those without requires_grad."""
+    """Parameters that do not train, besides those without requires_grad."""
     optimizers: list[OptimizerPart] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
     batch_gradients: dict[str, bool] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Evaluate loss terms over parameters, and check that they use only what they are given."""
+"""Evaluate loss terms over parameters, and check that they use only their argument's tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class Values(Mapping[str, Tensor]):
-    """What a penalty is given: every parameter by each of its names, and the scalars by theirs."""
+    """The argument of a penalty: every parameter by each of its names, and the scalars by name."""
 
     def __init__(self, tensors: Mapping[str, Tensor], canonical: Mapping[str, str]) -> None:
         self._tensors, self._canonical = tensors, canonical
@@ -41,7 +41,7 @@ class _Watch(TorchFunctionMode):
             if isinstance(leaf, Tensor) and leaf.requires_grad and not is_fake(leaf):
                 name = self.owners.get(id(leaf), "a tensor that requires grad")
                 raise ValueError(
-                    f"the penalty `{self.penalty}` uses `{name}` directly, so it would get no gradient: take it"
+                    f"the penalty `{self.penalty}` uses `{name}` directly, so no gradient would reach it: take it"
                     " from the argument of the penalty"
                 )
         return func(*args, **(kwargs or {}))

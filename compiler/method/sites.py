@@ -100,13 +100,13 @@ class Rewrite:
     noises: list[NoiseSite] = field(default_factory=list)
     pairing: Pairing | None = None
     ghosts: list[str] = field(default_factory=list)
-    """Layers that normalize over the batch and shall do so over each group of examples."""
+    """Layers that normalize over the batch and now normalize over each group of examples."""
     example_units: ExampleUnits | None = None
-    """What one example is where it is not a row of the batch."""
+    """What one example is, if it is not a row of the batch."""
 
     @property
     def modules_only(self) -> str | None:
-        """Say why this must run module by module, not as a captured graph; None where a graph can run it."""
+        """Return why this must run module by module; None if a captured graph can run it."""
         if self.example_units is not None:
             return "examples that are not rows of the batch need bound modules"
         if any(site.per_example_gradients for site in self.norms):

@@ -46,7 +46,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """Read what `to_json` wrote; raises ValueError when it is of another format or was changed."""
+        """Read what `to_json` wrote; raises ValueError if the format differs or the content was changed."""
         if data.get("format") != FORMAT:
             raise ValueError(
                 f"this plan was saved by another version of trainc (format {data.get('format')}, this"
@@ -71,7 +71,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """Return the content's SHA-256: equal plans do equal things to equal models."""
+        """Return the SHA-256 of the content: equal plans change equal models in the same way."""
         text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -79,7 +79,7 @@ def _times(times: Mapping[str, object], separator: str = " ") -> str:
 
 
 def memory_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
-    """Return what the program holds beyond weights and gradients, in bytes."""
+    """Return what the program holds besides weights and gradients, in bytes."""
     return [{"what": what, "bytes": count} for what, count in _memory(binding, method) if count]
 
 

@@ -1,4 +1,4 @@
-"""The plan's table of scheduled numbers over the run, and its account of a batch that changes."""
+"""The plan's table of scheduled numbers over the run, and its row about a batch that changes."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_a_dropped_clause_is_not_read(where: str) -> None:
 def test_a_policy_follows_what_counts_samples(signal: str, policy: str) -> None:
     batch = f"{policy}({signal}, min = 4 samples, max = 8 samples)"
     found = refused(spec("", batch))
-    assert f"`{signal}` does not count samples, and a batch is a number of samples" in found.message
+    assert f"`{signal}` does not count samples, but a batch is a number of samples" in found.message
     assert "use `gns`, `gns.low`, `gns.high`, or" in found.message
     trainc.plan(spec("", batch.replace(signal, f"{signal} * 1 samples")))
 
@@ -153,7 +153,7 @@ def test_more_examples_than_a_micro_batch_has_are_warned_of() -> None:
 
 def test_one_micro_batch_a_step_leaves_micro_batches_nothing_to_compare() -> None:
     found = refused(spec("method = micro_batch", "8 samples", "8 samples"))
-    assert "a step has only one, of 8 samples" in found.message
+    assert "a step has only one: 8 samples" in found.message
     assert "`micro = 4 samples`" in (found.help or "")
     trainc.plan(spec("method = micro_batch"))
     growing = "ramp(4 samples, to = 8 samples, over = 50%)"

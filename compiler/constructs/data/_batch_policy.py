@@ -52,9 +52,11 @@ POLICIES: dict[str, Function] = {
         2,
     ),
 }
-"""What `batch` of `data` may be instead of an amount."""
+"""The policies that `batch` of `data` can be instead of an amount."""
 
-_HINT = f"a batch that changes is one of {', '.join(f'`{p}(...)`' for p in POLICIES)}, or set by a `when` rule"
+_HINT = (
+    f"for a batch that changes write {', '.join(f'`{p}(...)`' for p in POLICIES)} or a `when` rule"
+)
 BatchSize = Annotated[v.Duration | v.Call, samples_or_call("batch policy", POLICIES, _HINT)]
 
 THETA = 0.6
@@ -91,7 +93,7 @@ class Policy:
 
 
 def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
-    """Return what a policy's call says; raises ValueError that names the wrong argument."""
+    """Return the arguments of a policy's call; raises ValueError that names the wrong argument."""
     given = _named(call)
     if call.function == "ramp":
         return _ramp(call, given, micro)
@@ -106,12 +108,12 @@ def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
     start = low or unit
     grain = _samples(given, "step") or unit
     if high < start:
-        raise ValueError(f"`max = {high} samples` is below the first batch, {start} samples")
+        raise ValueError(f"`max = {high} samples` is below the first batch of {start} samples")
     for name, size in (("min", start), ("max", high), ("step", grain)):
         if size % unit:
             near = f"write `{name} = {_near(size, unit)} samples`"
             raise ValueError(
-                f"`{name} = {size} samples` is not a multiple of the micro-batch, {unit} samples: "
+                f"`{name} = {size} samples` is not a multiple of the micro-batch of {unit} samples: "
                 f"{near}, or choose a `micro` that divides it"
             )
     signal, word = given["signal"], "factor" if follows else "theta"
@@ -157,7 +159,7 @@ def whole_micros(batch: v.Duration, micro: v.Duration) -> None:
         return
     if size < unit:
         raise ValueError(
-            f"this is less than a micro-batch, {unit} samples: write `batch = {unit} samples` or"
+            f"this is less than a micro-batch of {unit} samples: write `batch = {unit} samples` or"
             f" `micro = {size} samples`"
         )
     near = " or ".join(
@@ -165,7 +167,7 @@ def whole_micros(batch: v.Duration, micro: v.Duration) -> None:
     )
     divisor = next(n for n in range(unit, 0, -1) if size % n == 0)
     raise ValueError(
-        f"this is not a multiple of the micro-batch, {unit} samples: write {near}, or a `micro` that"
+        f"this is not a multiple of the micro-batch of {unit} samples: write {near}, or a `micro` that"
         f" divides {size}, such as `micro = {divisor} samples`"
     )
 
@@ -183,7 +185,7 @@ def _named(call: v.Call) -> dict[str, v.Expr]:
             if unknown
             else f"takes only {function.positional} argument without a name"
         )
-        raise ValueError(f"`{call.function}` {wrong}: its arguments are {', '.join(order)}")
+        raise ValueError(f"`{call.function}` {wrong}: the arguments are {', '.join(order)}")
     if missing:
         raise ValueError(f"`{call.function}` needs `{missing[0]}`")
     return given
@@ -207,8 +209,8 @@ def _duration(given: Arguments, name: str) -> v.Duration | None:
         raise ValueError(f"`{name}` must be a duration: write `{name} = 1M tokens`")
     if value.duration.unit == "seconds":
         raise ValueError(
-            f"`{name}` cannot be in seconds, with which no two runs have the same batches:"
-            " write steps, samples, tokens or `5%`"
+            f"`{name}` cannot be in seconds, because two runs would then have different batches:"
+            " write steps, samples, tokens or a percentage"
         )
     return value.duration
 

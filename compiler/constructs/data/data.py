@@ -112,7 +112,7 @@ class Data(Construct):
         """Add the action of a policy; an amount is read by the loop."""
         if (policy := self.policy) is None:
             return
-        reason = f"a `data` clause takes no times; `{policy.name}` has its own as arguments"
+        reason = f"a `data` clause takes no times, because `{policy.name}` has times as arguments"
         to.refuse_times(reason, "from", "until", "every")
         to.action(action(policy, to))
 

@@ -61,21 +61,21 @@ class BatchScaling(Construct):
         return value
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Warn when the batch never changes, so that the factor is 1 throughout."""
+        """Warn when the batch never changes, so that the factor is always 1."""
         sizes = bound.sizes
         if sizes is None or sizes.changing:
             return
         if self.reference in (None, Duration(sizes.start, "samples")):
             yield Problem(
                 "no-effect",
-                "the batch never changes, so the factor is 1 throughout",
+                "the batch never changes, so the factor is always 1",
                 field="",
-                help="let the batch change, as by `batch = follow(gns, ...)` in `data`, or give a `reference`",
+                help="let the batch change, as with `batch = follow(gns, ...)` in `data`, or write a `reference`",
                 severity="warning",
             )
 
     def by_definition(self, batch: int, reference: float) -> float:
-        """Return the factor of a batch by definition, as a power of the ratio (`reference` is already a field)."""
+        """Return the factor of a batch by definition: a power of batch / reference."""
         exponent: float = {"sqrt": 0.5, "linear": 1.0}[self.rule]
         return math.pow(batch / reference, exponent)
 
@@ -112,7 +112,7 @@ class ScaleWithBatch(Action):
         size = step.batch_size
         if size < 1:
             raise ValueError(
-                f"`{self.name}` needs the batch size of this step, and it is not known: call "
+                f"`{self.name}` needs the batch size of this step, which is not known: call "
                 "`program.step(batch)` or `program.loss(batch)` without `program.begin()` before it, or "
                 "add a `data` clause to the spec"
             )

@@ -33,7 +33,7 @@ class LayerDecay(Construct):
     floor: float = Field(default=0.0, ge=0, le=1, description="smallest factor")
 
     def reference(self, level: int, levels: int) -> float:
-        """Return the factor of a level: one multiplication for each level above it."""
+        """Return the factor of a level by definition: one multiplication for each level above it."""
         factor = 1.0
         for _ in range(levels - level):
             factor *= self.decay
@@ -49,7 +49,7 @@ class LayerDecay(Construct):
         if places and all(self.factor(place.level, place.levels) == 1 for place in places):
             yield Problem(
                 "no-effect",
-                "every selected parameter is at the highest level, where the factor is 1",
+                "every selected parameter is at the highest level, so every factor is 1",
                 help="select blocks and embeddings as well",
                 severity="warning",
             )

@@ -142,15 +142,15 @@ class TempBalance(Construct):
             shown = ", ".join(f"`{p.name}` {list(p.shape)}" for p in unfit[:5])
             yield Problem(
                 "wrong-target-kind",
-                f"no spectrum can be taken of {shown}{', ...' if len(unfit) > 5 else ''}",
+                f"these parameters have no spectrum: {shown}{', ...' if len(unfit) > 5 else ''}",
                 notes=("a spectrum needs a 2-D or 4-D weight that is not an embedding",),
-                help="narrow the selection, for instance with `- type(Embedding) - role(norm)`",
+                help="exclude them from `on`, for instance with `- type(Embedding) - role(norm)`",
             )
         groups, few = self.groups(bound.parameters)
         if len(groups) < 2:
             yield Problem(
                 "no-effect",
-                f"`lr temp_balance` needs two modules that can be measured, and the selection has {len(groups)}",
+                f"`lr temp_balance` needs two modules that can be measured, but the selection has {len(groups)}",
                 field="min_eigenvalues" if few else None,
                 notes=tuple(f"`{u.name}` has {u.eigenvalues} eigenvalues" for u in few[:5]),
                 severity="warning",
@@ -202,7 +202,7 @@ def find_groups(
 
 @dataclass(eq=False)
 class Balance(Action):
-    """Phase 2: measure the exponents and set the factors; `pace` is a gate beside the clause's."""
+    """Phase 2: measure the exponents and set the factors; `pace` is a second gate besides the clause's."""
 
     phase = Phase.RATES
     name: str
@@ -274,7 +274,7 @@ class Balance(Action):
 
     def summary(self) -> str | None:
         left = ", ".join(f"{group.name} ({group.eigenvalues} eigenvalues)" for group in self.few)
-        tail = f"; left at 1: {left}" if left else ""
+        tail = f"; too few eigenvalues, factor 1: {left}" if left else ""
         if not (self.measurements and self.lr_factors):
             return f"{self.name}: nothing measured{tail}"
         ranked = sorted(self.lr_factors, key=lambda name: self.lr_factors[name].factor)

@@ -88,10 +88,12 @@ class Sift(Construct):
         return value
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Object to frozen parameters, and to vectors where rows or columns are chosen."""
+        """Report frozen parameters, and vectors where rows or columns are chosen."""
         frozen = [p.name for p in bound.parameters if not p.trainable]
         if frozen:
-            message = f"`{frozen[0]}` is frozen, so it has no gradient to choose entries by"
+            message = (
+                f"`{frozen[0]}` is frozen, so it has no gradient by which entries could be chosen"
+            )
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
         flat = [p.name for p in bound.parameters if p.ndim < 2]
         if flat and self.granularity != "element":
@@ -103,7 +105,7 @@ class Sift(Construct):
         return min(int(self.density * numel) + 1, numel)
 
     def lower(self, to: Lowering) -> None:
-        """Give the optimizer selected entries in place of the tensors, and choose them when due."""
+        """Give the optimizer selected entries in place of the tensors, and choose the entries when due."""
         from trainc.runtime.step.update_mask import SelectedEntries
 
         to.refuse_times(f"`{to.label}` chooses once, for the rest of the run", "until", "every")
@@ -251,7 +253,7 @@ class Choose(Action):
             entries.choose(some.entries(chosen))
 
     def memory(self) -> int:
-        """Return the bytes held beside the weights."""
+        """Return the bytes held besides the weights."""
         sums = sum(tensor.numel() * tensor.element_size() for tensor in self.sums.values())
         return sums + sum(entries.memory() for entries in self.selected.values())
 
@@ -269,7 +271,7 @@ class Choose(Action):
         foreign = {key.partition("/")[2] for key in state} - set(self.selected)
         if foreign:
             raise ValueError(
-                f"{self.name}: the checkpoint masks `{min(foreign)}`, which this clause does not select"
+                f"{self.name}: the checkpoint has a mask of `{min(foreign)}`, which this clause does not select"
             )
         self.seen = {name: int(state.get(f"seen/{name}", 0)) for name in self.selected}
         self.sums = {}

@@ -1,4 +1,4 @@
-"""What a noise scale needs of the selected modules, of the sizes of the batch and of the rest of the model."""
+"""Check what a noise scale needs of the selected modules, the sizes of the batch and the whole model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _LAYERS = (
 _SELECT_NORMS = "select LayerNorm and RMSNorm layers: `on type(LayerNorm, RMSNorm)`"
 
 
-class _Objection(NamedTuple):
-    """Rule, message after the module's name, and help."""
+class _Reason(NamedTuple):
+    """Why a module cannot be measured: rule, message after the module's name, and help."""
 
     rule: str
     message: str
@@ -29,53 +29,53 @@ class _Objection(NamedTuple):
 
 
 def module_problems(rule: Gns, bound: Targets) -> Iterator[Problem]:
-    """Object to selected modules that cannot be measured; modules with the same objection share a problem."""
-    found: dict[_Objection, list[str]] = {}
+    """Report selected modules that cannot be measured; modules with the same reason share a problem."""
+    found: dict[_Reason, list[str]] = {}
     for module in bound.modules:
-        if (objection := _objection(rule, module, bound)) is not None:
-            found.setdefault(objection, []).append(module.name)
-    for objection, names in found.items():
-        message = f"`{names[0]}` {objection.message}"
+        if (reason := _unmeasurable(rule, module, bound)) is not None:
+            found.setdefault(reason, []).append(module.name)
+    for reason, names in found.items():
+        message = f"`{names[0]}` {reason.message}"
         others = len(names) - 1
         notes = (f"other selected modules with this problem: {others}",) if others else ()
-        yield Problem(objection.rule, message, notes=notes, help=objection.help)
+        yield Problem(reason.rule, message, notes=notes, help=reason.help)
     if not found and not any(module.parameters for module in bound.modules):
         yield Problem("nothing-to-measure", "no selected module has parameters of its own")
 
 
-def _objection(rule: Gns, module: ModuleEntry, bound: Targets) -> _Objection | None:
-    """Return why a module cannot be measured, as far as names and types tell; None where they do not."""
+def _unmeasurable(rule: Gns, module: ModuleEntry, bound: Targets) -> _Reason | None:
+    """Return why a module cannot be measured, by names and types alone; None where they allow it."""
     is_norm = _is_norm(module)
     if "_BatchNorm" in module.types:
         if rule.method == "ghost":
             return None
         help_ = f"{_SELECT_NORMS}, or compare micro-batches: `method = micro_batch`"
-        message = "normalizes over the batch, so single examples have no gradients of their own"
-        return _Objection("norm-mixes-examples", message, help_)
+        message = "normalizes over the batch, so a single example has no gradient of its own"
+        return _Reason("norm-mixes-examples", message, help_)
     if f"{module.name}.parametrizations".lstrip(".") in bound.inventory.module:
         message = "has a weight that is computed from other parameters (a parametrization)"
         help_ = "exclude it from `on`, or remove the parametrization"
-        return _Objection("wrong-target-kind", message, help_)
+        return _Reason("wrong-target-kind", message, help_)
     if not module.parameters:
-        message = "has no weight (elementwise_affine=False)"
-        return _Objection("nothing-to-measure", message) if is_norm else None
+        message, help_ = "has no weight (elementwise_affine=False)", "exclude it from `on`"
+        return _Reason("nothing-to-measure", message, help_) if is_norm else None
     if not is_norm and (setting := rule.gradients_setting):
-        message = f"is not a norm layer, and `{setting}` is supported for norm layers only"
-        return _Objection("wrong-target-kind", message, _SELECT_NORMS)
+        message = f"is not a norm layer, but `{setting}` is supported for norm layers only"
+        return _Reason("wrong-target-kind", message, _SELECT_NORMS)
     if not _is_layer(module):
         if _only_names(module, bound):
             return None
         message = "has parameters of its own, but is not a supported layer"
         help_ = f"exclude it from `on`; supported layers are {', '.join(_LAYERS)}"
-        return _Objection("wrong-target-kind", message, help_)
+        return _Reason("wrong-target-kind", message, help_)
     if not module.trainable:
-        message = "has only frozen weights, which get no gradient"
-        return _Objection("selector-matches-frozen", message)
+        message, help_ = "has only frozen weights, which get no gradient", "exclude it from `on`"
+        return _Reason("selector-matches-frozen", message, help_)
     return _shared_weight(module, bound)
 
 
-def _shared_weight(module: ModuleEntry, bound: Targets) -> _Objection | None:
-    """Object to a shared weight, unless an embedding and its output head share it and both are selected."""
+def _shared_weight(module: ModuleEntry, bound: Targets) -> _Reason | None:
+    """Report a shared weight, unless an embedding and its output head share it and both are selected."""
     owners: dict[str, ModuleEntry] = {}
     for name in module.parameters:
         holding = _layers_holding(bound.inventory.parameter[name], bound)
@@ -86,7 +86,7 @@ def _shared_weight(module: ModuleEntry, bound: Targets) -> _Objection | None:
     others, help_ = owners.keys() - {module.name}, "exclude them from `on`"
     if types == ["Embedding", "Linear"]:
         others = owners.keys() - {m.name for m in bound.modules}
-        help_ = "select both, the embedding and the head, or neither"
+        help_ = "select both the embedding and the head, or neither of them"
         if not others:
             return None
     names = ", ".join(f"`{name}`" for name in sorted(others))
@@ -96,18 +96,18 @@ def _shared_weight(module: ModuleEntry, bound: Targets) -> _Objection | None:
     )
     if types == ["Embedding", "Linear"]:
         message = f"shares its weight with {names}, which is not selected"
-    return _Objection("wrong-target-kind", message, help_)
+    return _Reason("wrong-target-kind", message, help_)
 
 
 def _only_names(module: ModuleEntry, bound: Targets) -> bool:
-    """Say whether all parameters of a module are other names of those of selected layers inside it."""
+    """Say whether all parameters of a module belong to selected layers inside it, under other names."""
     inside = {m.name for m in bound.modules if m.name.startswith(f"{module.name}.".lstrip("."))}
     held = (bound.inventory.parameter[name] for name in module.parameters)
     return all(not inside.isdisjoint(_layers_holding(p, bound)) for p in held)
 
 
 def _layers_holding(parameter: ParameterEntry, bound: Targets) -> dict[str, ModuleEntry]:
-    """Return the layers that hold a parameter, by name; others may hold it under names of their own."""
+    """Return the layers that hold a parameter, by name; it may have several names."""
     owners = (name.rpartition(".")[0] for name in (parameter.name, *parameter.aliases))
     known = bound.inventory.module  # a module with two names is there under its first
     return {name: known[name] for name in owners if name in known and _is_layer(known[name])}
@@ -122,13 +122,13 @@ def _is_norm(module: ModuleEntry) -> bool:
 
 
 def micro_batch_problems(bound: Targets) -> Iterator[Problem]:
-    """Object to steps of one micro-batch where micro-batches are compared."""
+    """Report steps with a single micro-batch where micro-batches are compared."""
     sizes = bound.sizes
     if sizes is not None and not sizes.changing and sizes.start <= sizes.micro:
         half = max(1, sizes.start // 2)
         yield Problem(
             "nothing-to-measure",
-            "`method = micro_batch` compares the micro-batches of a step, and a step has only one, of"
+            "`method = micro_batch` compares the micro-batches of a step, but a step has only one:"
             f" {sizes.micro} samples",
             field="method",
             help=f"set `micro = {half} samples` in `data`, or use `method = per_example`",
@@ -136,7 +136,7 @@ def micro_batch_problems(bound: Targets) -> Iterator[Problem]:
 
 
 def calibration_problems(bound: Targets, asked: int | None) -> Iterator[Problem]:
-    """Object to calibrations that BatchNorm forbids, or for which a micro-batch is too small.
+    """Report calibrations that BatchNorm does not allow, or for which a micro-batch is too small.
 
     `asked` is `calibrate_examples` where the spec gives it.
     """
@@ -151,22 +151,22 @@ def calibration_problems(bound: Targets, asked: int | None) -> Iterator[Problem]
     if micro == 1:
         yield Problem(
             "nothing-to-measure",
-            "`calibrate` compares the examples of a micro-batch, and a micro-batch has only one sample",
+            "`calibrate` compares the examples of a micro-batch, but a micro-batch has only one sample",
             field="calibrate",
             help="set `micro = 2 samples` or more in `data`, or remove `calibrate`",
         )
     elif micro is not None and asked is not None and asked > micro:
         yield Problem(
             "no-effect",
-            f"`calibrate_examples = {asked}` is more than the {micro} samples of a micro-batch: {micro} are used",
+            f"`calibrate_examples = {asked}` is more than the {micro} samples of a micro-batch, so {micro} are used",
             field="calibrate_examples",
-            help=f"write `calibrate_examples = {micro}`, or let `micro` be larger",
+            help=f"write `calibrate_examples = {micro}`, or set a larger `micro` in `data`",
             severity="warning",
         )
 
 
 def batch_norm_warning(bound: Targets) -> Iterator[Problem]:
-    """Warn of a BatchNorm elsewhere in a model whose examples are compared."""
+    """Warn of a BatchNorm anywhere in a model whose examples are compared."""
     if (norm := batch_norm(bound)) is not None:
         yield Problem(
             "norm-mixes-examples",

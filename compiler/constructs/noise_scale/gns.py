@@ -150,7 +150,7 @@ class Gns(Construct):
             )
         if given.get("method") == "ghost":
             raise ValueError(
-                "`calibrate` measures single examples, and `method = ghost` groups of them: remove `calibrate`"
+                "`calibrate` measures single examples, but `method = ghost` measures groups: remove `calibrate`"
             )
         return value
 
@@ -172,7 +172,7 @@ class Gns(Construct):
 
     @property
     def gradients_setting(self) -> str | None:
-        """Return the setting that needs the gradients of single examples; None where their norms are enough."""
+        """Return the setting that needs the gradients of single examples; None if their norms are enough."""
         if self.geometry != "euclidean":
             return f"geometry = {self.geometry}"
         if self.interval == "jackknife":
@@ -180,13 +180,13 @@ class Gns(Construct):
         return "example = document" if self.example == "document" else None
 
     def unit_of(self, signal: str) -> str | None:
-        """Return what a signal counts: examples for the noise scales and their ends, else nothing."""
+        """Return what a signal counts: examples for noise scales and interval ends, else None."""
         if signal not in ("", "low", "high", "total", "total_low", "total_high"):
             return None
         return "documents" if self.example == "document" else "samples"
 
     def unmeasured_reason(self, signal: str) -> tuple[str, str] | None:
-        """Say that nothing is known of the whole model without `calibrate`."""
+        """Return that signals of the whole model need `calibrate`; None for the other signals."""
         if self.calibrate is None and signal in ("total", "total_low", "total_high", "slope"):
             return (
                 "calibrations measure it, and the clause has no `calibrate`",
@@ -199,7 +199,7 @@ class Gns(Construct):
         return effect.phase != "backward" or self.method in ("per_example", "ghost")
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Object to layers whose examples have no gradients, and to models and batches that do not allow the method."""
+        """Report layers whose examples have no gradients, and models and batches that do not allow the method."""
         from trainc.compiler.constructs.noise_scale import _requirements
 
         if self.method == "micro_batch":

@@ -110,7 +110,7 @@ class Sums:
     vv: float
 
     def measures(self, moved: bool) -> dict[str, float]:
-        """Return the norm and, where there is a step, its length and the two cosines."""
+        """Return the norm and, after a first observation, the step's length and two cosines."""
         norm = {"norm": math.sqrt(self.ww)}
         if not moved:
             return norm
@@ -141,7 +141,7 @@ class Fit:
     xy: float = 0.0
 
     def add(self, x: float, y: float) -> None:
-        """Take in one point (Welford's update)."""
+        """Add one point (Welford's update)."""
         self.count += 1
         dx, dy = x - self.mean_x, y - self.mean_y
         self.mean_x += dx / self.count
@@ -186,7 +186,7 @@ class Copies(Action):
         if found and found.keys() != self.sizes.keys():
             names = ", ".join(sorted(found.keys() ^ self.sizes.keys()))
             raise ValueError(
-                f"{self.name}: the checkpoint observed other parameters; they differ in {names}"
+                f"{self.name}: the checkpoint has another selection of parameters; they differ in {names}"
             )
         self.copies = {name: state[found[name]].clone() for name in self.sizes if found}
 
@@ -232,7 +232,7 @@ class Observe(Copies):
             broken += [name] if nonfinite else []
         if broken:
             more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-            step.notes.append(f"{self.name}: `{broken[0]}`{more} has entries that are not finite")
+            step.notes.append(f"{self.name}: entries that are not finite in `{broken[0]}`{more}")
         self._measure(step, sums, moved)
         if self.start is not None and self.start.copies:
             self._distance(step, self.start)

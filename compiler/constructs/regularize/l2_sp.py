@@ -47,7 +47,7 @@ class L2Sp(Construct):
     )
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Object to a selection in which nothing trains."""
+        """Report a selection in which all parameters are frozen."""
         if bound.parameters and not any(p.trainable for p in bound.parameters):
             message = f"all {len(bound.parameters)} selected parameters are frozen"
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
@@ -94,7 +94,7 @@ class Anchors(Action):
     starts: Mapping[str, Tensor]
 
     def run(self, step: Step) -> None:
-        """Do nothing: the action only holds state."""
+        """Do nothing: this action only holds state."""
 
     def state_dict(self) -> ActionState:
         return dict(self.starts)
@@ -109,7 +109,7 @@ class Anchors(Action):
         odd = sorted(set(state) ^ set(self.starts))
         if state and odd:
             raise ValueError(
-                f"{self.name}: the checkpoint has another selection, which differs in {', '.join(odd)}"
+                f"{self.name}: the checkpoint has another selection of parameters; they differ in {', '.join(odd)}"
             )
         with torch.no_grad():
             for name, start in self.starts.items():

@@ -64,7 +64,7 @@ class Pace(Construct):
     )
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Object to layers that noise cannot reach; warn of BatchNorm and of a sigma that is 0."""
+        """Report layers that cannot have noise; warn of BatchNorm and of a sigma that is 0."""
         linear = "select Linear layers: `& type(Linear)`"
         wrong = [m for m in bound.modules if "Linear" not in m.types]
         if wrong:
@@ -84,10 +84,10 @@ class Pace(Construct):
         norms = [m.name for m in bound.inventory.modules if "_BatchNorm" in m.types]
         if norms:
             message = f"BatchNorm (`{norms[0]}`) takes its statistics over both views of the batch"
-            note = f"{len(norms)} BatchNorm layers see twice the batch size"
+            note = f"BatchNorm layers with twice the batch size: {len(norms)}"
             yield Problem("pair-over-batch-norm", message, notes=(note,), severity="warning")
         if bound.modules and all(is_zero(self.sigma, m.place) for m in bound.modules):
-            message = "`sigma` is 0 in every selected layer, so both views are equal"
+            message = "`sigma` is 0 in every selected layer, so the two views are equal"
             yield Problem("no-effect", message, field="sigma", severity="warning")
 
     def lower(self, to: Lowering) -> None:
@@ -137,7 +137,7 @@ def _multiply(z: Tensor) -> Any:
 
 
 def is_zero(sigma: Expr, place: Place) -> bool:
-    """Say whether sigma is zero in a place for the whole run, as far as its expression shows."""
+    """Say whether the expression shows that sigma is zero at a place for the whole run."""
     if isinstance(sigma, Binary) and sigma.op == "*":
         return is_zero(sigma.left, place) or is_zero(sigma.right, place)
     if isinstance(sigma, Unary):
@@ -146,7 +146,7 @@ def is_zero(sigma: Expr, place: Place) -> bool:
 
 
 def _fixed(expression: Expr) -> bool:
-    """Say whether an expression depends on nothing but the place: not on the clock or a signal."""
+    """Say whether an expression depends on the place alone, and not on the clock or a signal."""
     from trainc.runtime.schedule.operations import MATHS
 
     parts = list(walk(expression))

@@ -168,7 +168,7 @@ def test_a_clause_added_on_resume_starts_there() -> None:
     assert float(penalty(lowered, made).detach()) > 0
     action.load_state_dict({})
     assert float(penalty(lowered, made).detach()) == 0.0
-    with pytest.raises(ValueError, match=r"another selection, which differs in 1.weight, 2.weight"):
+    with pytest.raises(ValueError, match=r"they differ in 1.weight, 2.weight"):
         action.load_state_dict({names[0]: torch.zeros(5, 6)})
 
 

@@ -291,7 +291,7 @@ def test_half_precision_resumes_with_its_master_copy() -> None:
 def test_a_checkpoint_of_other_tensors_is_refused() -> None:
     run, fewer = Run(Sift(density=RATE)), Run(Sift(density=RATE), names=NAMES[:2])
     run.step(batches()[0])
-    with pytest.raises(ValueError, match=r"the checkpoint masks `fc3.weight`"):
+    with pytest.raises(ValueError, match=r"the checkpoint has a mask of `fc3.weight`"):
         fewer.choice.load_state_dict(run.choice.state_dict())
 
 

@@ -263,7 +263,7 @@ def test_few_eigenvalues_leave_a_module_at_its_rate_and_the_summary_says_so() ->
     assert set(step.series["tb.lr_factor"]) == {"0", "1"}
     assert bench.factors()["2.weight"] == 1.0
     summary = bench.action.summary()
-    assert str(summary).endswith("left at 1: 2 (10 eigenvalues)")
+    assert str(summary).endswith("factor 1: 2 (10 eigenvalues)")
     assert ", measured 1x, " in str(summary)
 
 
