@@ -185,7 +185,7 @@ class Lowering:
             if self._method.batch_gradients.setdefault(name, running) != running:
                 raise ValueError(
                     f"another clause measures `{name}` with another method: write `method = micro_batch` in both, or"
-                    " `method = replica`"
+                    " `method = replica` in both"
                 )
 
     def calibrate(self, every: Duration, examples: int) -> None:
