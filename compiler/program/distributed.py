@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainc.compiler.errors import SiteError
+from trainc.compiler.per_example.micro_batch import MicroBatchResult
+from trainc.runtime.step.action import Action
 from trainc.runtime.step.optimizer import OptimizerStep
 from trainc.runtime.step.replicas import Replicas, world_size
 from trainc.runtime.step.sharded import is_sharded
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trainc.compiler.per_example.micro_batch import MicroBatchResult
-    from trainc.runtime.step.action import Action
 
 
 def replicas_of(

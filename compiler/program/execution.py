@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.layers.bound_modules import Sites, replace_layers
 from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.loss import LOSS_WEIGHT, Loss
@@ -27,16 +29,11 @@ from trainc.compiler.program.graph_cache import GraphCache
 from trainc.compiler.program.paired_loss import paired_loss
 from trainc.compiler.program.scalars import noise_scalars, scheduled_scalars
 from trainc.runtime.data.batch import Batch, compute_logits, repeat_views, split_batch
+from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.record import CalibrationSample
 from trainc.runtime.step.replicas import Replicas
 
-if TYPE_CHECKING:
-    from trainc.compiler.graph.step_graph import StepGraph
-    from trainc.runtime.schedule.clock import Clock
-
 Executor = Literal["auto", "graph", "module"]
-
-_PER_EXAMPLE = "write `method = per_example`, which needs no such gradient"
 
 
 class Execution:
@@ -75,23 +72,20 @@ class Execution:
 
     def run_modules(self, batch: Batch, where: MicroBatchSlice) -> tuple[Tensor, MicroBatchResult]:
         """Return what is to be differentiated, and what the micro-batch leaves once it was."""
-        refuse_shards(
-            "a micro-batch's or replica's own",
-            self.method.batch_gradients,
-            self.parameters,
-            _PER_EXAMPLE,
-        )
+        whose = "a micro-batch's or replica's own"
+        instead = "write `method = per_example`, which needs no such gradient"
+        refuse_shards(whose, self.method.batch_gradients, self.parameters, instead)
         self._check_preconditions(batch)
         scalars = self._scalars(where, batch[1].device)
         if self._rewrites:
             self._activate(batch, scalars)
-        if self._covered or not self.module.training:
+        unchecked = self.module.training and not self._covered
+        counting: AbstractContextManager[dict[str, int]]
+        counting = self.sites.count_calls() if unchecked else nullcontext({})
+        with counting as counts:
             total, loss, terms = self._forward(batch, where.loss_weight, scalars)
-        else:
-            with self.sites.count_calls() as counts:
-                total, loss, terms = self._forward(batch, where.loss_weight, scalars)
-            self.sites.check_coverage(counts)
-            self._covered = True
+        self.sites.check_coverage(counts)
+        self._covered |= unchecked
         result = self._result(batch, where.loss_weight, loss, terms)
         if self.statistics.wanted:
             result.probes = self.sites.probes()
@@ -133,20 +127,14 @@ class Execution:
             return False
         if self.executor != "graph" and not (self._rewrites and self.forward is self.module):
             return False
-        self.refused = self._modules_only()
-        return self.refused is None
-
-    def _modules_only(self) -> str | None:
-        """Return why this program cannot run as a graph; None where it can."""
+        self.refused = self.method.rewrite.modules_only
         if first_shard(self.parameters) is not None:
-            return "sharded parameters (FSDP2) are gathered module by module"
-        return self.method.rewrite.modules_only
+            self.refused = "sharded parameters (FSDP2) are gathered module by module"
+        return self.refused is None
 
     def capture(self, batch: Batch) -> StepGraph:
         """Return the graph for batches shaped like `batch`, captured on first use."""
-        return self.graphs.get(
-            batch, self.loss_fn, lambda: self._scalars(MicroBatchSlice(), batch[1].device)
-        )
+        return self.graphs.get(batch, lambda: self._scalars(MicroBatchSlice(), batch[1].device))
 
     def run_graph(self, batch: Batch, where: MicroBatchSlice) -> tuple[Tensor, MicroBatchResult]:
         """Run forward and backward as a graph, add to `.grad`, and return the loss with what is left.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from torch import Tensor, nn
 
-    from trainc.compiler.graph.step_graph import StepGraph
-    from trainc.compiler.layers.bound_modules import Sites
-    from trainc.compiler.method.loss import Loss
-    from trainc.compiler.method.lowered_method import LoweredMethod, PenaltyTerm
-    from trainc.runtime.data.batch import Batch
+from trainc.compiler.graph.step_graph import StepGraph
+from trainc.compiler.layers.bound_modules import Sites
+from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.lowered_method import LoweredMethod, PenaltyTerm
+from trainc.compiler.program.capture import capture, signature
+from trainc.runtime.data.batch import Batch
 
 
 class GraphCache:
@@ -30,8 +30,6 @@ class GraphCache:
     def newest(self) -> StepGraph:
         """The graph that users hold: it exists before the first batch, and always has the newest capture."""
         if self._newest is None:
-            from trainc.compiler.graph.step_graph import StepGraph
-
             self._newest = StepGraph(self._model)
         return self._newest
 
@@ -40,12 +38,8 @@ class GraphCache:
         self._given = graph
         self.newest.install(graph)
 
-    def get(
-        self, batch: Batch, loss_fn: Loss, scalars: Callable[[], Mapping[str, Tensor]]
-    ) -> StepGraph:
+    def get(self, batch: Batch, scalars: Callable[[], Mapping[str, Tensor]]) -> StepGraph:
         """Return the graph for batches shaped like `batch`; one that is captured gets `scalars()` as examples."""
-        from trainc.compiler.program.capture import capture, signature
-
         if self._given is not None and self._given.accepts(batch):
             return self._given
         key = signature(self._model, batch)
@@ -56,7 +50,7 @@ class GraphCache:
                 with self._sites.inactive():
                     self._captured[key] = capture(
                         self._model,
-                        loss_fn,
+                        cast(Loss, self._method.loss),
                         batch,
                         rewrite=self._method.rewrite,
                         penalties={n: _one_mapping(p) for n, p in self._method.penalties.items()},

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.sites import Pairing
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trainc.compiler.method.loss import Loss
-    from trainc.compiler.method.sites import Pairing
 
 
 def paired_loss(

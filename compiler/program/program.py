@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainc.compiler.graph.step_graph import StepGraph
+from trainc.compiler.layers.bound_modules import Sites
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.plan.plan import Plan
 from trainc.compiler.program.execution import Execution, Executor
 from trainc.compiler.program.save import save
 from trainc.compiler.program.step_runner import StepRunner
@@ -20,11 +24,6 @@ from trainc.runtime.run.interface import RunSettings, StepReport
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
-
-if TYPE_CHECKING:
-    from trainc.compiler.graph.step_graph import StepGraph
-    from trainc.compiler.layers.bound_modules import Sites
-    from trainc.compiler.plan.plan import Plan
 
 
 class Program:
@@ -87,7 +86,7 @@ class Program:
     def graph(self) -> StepGraph:
         """The step as one torch.fx GraphModule: call it with a batch, it returns the loss and fills `.grad`."""
         graph = self.execution.graphs.newest
-        graph.on_call = self._graph_loss
+        graph.on_call = partial(self._runner.run, as_graph=True)
         return graph
 
     @property
@@ -161,15 +160,9 @@ class Program:
     def report(self) -> StepReport:
         """Return what the last step gave beside metrics: series by layer, notes, and whether to save a checkpoint."""
         last = self._runner.last
-        return (
-            StepReport() if last is None else StepReport(last.series, tuple(last.notes), last.save)
-        )
-
-    def _graph_loss(
-        self, batch: Batch, loss_weight: float = 1.0, example_fraction: float | None = None
-    ) -> Tensor:
-        """Run forward and backward of one micro-batch as a graph and return the loss: calling `graph` does this."""
-        return self._runner.run(batch, loss_weight, example_fraction, as_graph=True)
+        if last is None:
+            return StepReport()
+        return StepReport(last.series, tuple(last.notes), last.save)
 
     # state
 
@@ -207,13 +200,11 @@ class Program:
 
     def summary(self) -> list[str]:
         """Return lines for people: what the loss and each clause of the spec did in this run."""
-        lines = [line for action in self._machine.actions if (line := action.summary()) is not None]
-        lines[:0] = [
-            *loss_lines(
-                self._method, self._runner.first_terms, self._runner.last, self.clock.steps
-            ),
-            *factor_lines(self._method),
-        ]
+        first, last = self._runner.first_terms, self._runner.last
+        lines = [*loss_lines(self._method, first, last, self.clock.steps)]
+        lines += factor_lines(self._method)
+        said = (action.summary() for action in self._machine.actions)
+        lines += [line for line in said if line is not None]
         if self.graph_refused is not None:
             lines.append(f"no graph, the bound modules ran instead: {self.graph_refused}")
         dropped = [clause for clause in self.plan.clauses if clause["dropped"]]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trainc.compiler.bind.binding import Binding
 from trainc.runtime.run.interface import RunSettings
 from trainc.runtime.schedule.gate import Gate
-
-if TYPE_CHECKING:
-    from trainc.compiler.bind.binding import Binding
 
 
 def run_settings(binding: Binding) -> RunSettings:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import save_file, save_model
+from torch import nn
 
 from trainc.compiler.graph.serialize import step_to_json
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from trainc.compiler.graph.step_graph import StepGraph
-    from trainc.compiler.plan.plan import Plan
+from trainc.compiler.graph.step_graph import StepGraph
+from trainc.compiler.plan.plan import Plan
 
 PLAN, GRAPH = "plan.json", "graph.json"
 WEIGHTS, CONSTANTS = "weights.safetensors", "constants.safetensors"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from torch import Tensor
 
 from trainc.compiler.method.loss import LOSS_WEIGHT
+from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.per_example.micro_batch import MicroBatchSlice
 from trainc.kernels.noise.philox import pack_key
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.step.replicas import Replicas
 from trainc.runtime.storage.random_streams import derive_seed
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trainc.compiler.method.lowered_method import LoweredMethod
-    from trainc.compiler.per_example.micro_batch import MicroBatchSlice
-    from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.step.replicas import Replicas
 
 
 def scheduled_scalars(

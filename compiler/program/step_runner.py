@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice, slices
-from trainc.compiler.program.distributed import rebind_parameters
-from trainc.compiler.program.grad_scaler import unscale_gradients
+from trainc.compiler.program.distributed import first_shard, rebind_parameters
+from trainc.compiler.program.execution import Execution
 from trainc.compiler.program.step_totals import add_results, check_loss_weights
-from trainc.runtime.data.batch import check_batch, count_tokens, split_batch
-from trainc.runtime.run.interface import NonFiniteLoss
+from trainc.runtime.data.batch import Batch, check_batch, count_tokens, split_batch
+from trainc.runtime.run.interface import NonFiniteLoss, RunSettings
+from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OptimizerStep
-
-if TYPE_CHECKING:
-    from trainc.compiler.method.lowered_method import LoweredMethod
-    from trainc.compiler.program.execution import Execution
-    from trainc.runtime.data.batch import Batch
-    from trainc.runtime.run.interface import RunSettings
-    from trainc.runtime.step.machine import StepMachine
-    from trainc.runtime.step.record import Step
+from trainc.runtime.step.record import Step
 
 
 class StepRunner:
@@ -46,7 +41,12 @@ class StepRunner:
         self._results: list[MicroBatchResult] = []
 
     def run(
-        self, batch: Batch, loss_weight: float, example_fraction: float | None, *, as_graph: bool
+        self,
+        batch: Batch,
+        loss_weight: float = 1.0,
+        example_fraction: float | None = None,
+        *,
+        as_graph: bool,
     ) -> Tensor:
         """Run one micro-batch and return its loss; see `Program.loss`. As a graph its backward pass is done, too."""
         checked = check_batch(batch)
@@ -62,11 +62,9 @@ class StepRunner:
         else:
             micro_batches = split_batch(check_batch(batch), self.machine.micro_size)
         step = self._open(micro_batches)
-        pairs = zip(
-            micro_batches, slices(micro_batches, self.execution.loss_fn, step.samples), strict=True
-        )
+        places = slices(micro_batches, self.execution.loss_fn, step.samples)
         counted = []
-        for one, where in pairs:
+        for one, where in zip(micro_batches, places, strict=True):
             if where.loss_weight:
                 counted.append((one, where))
             else:
@@ -180,3 +178,28 @@ class StepRunner:
             )
         self.machine.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
         step.metrics["skipped"] = 1.0
+
+
+def unscale_gradients(
+    scaler: torch.amp.GradScaler, method: LoweredMethod, parameters: Mapping[str, nn.Parameter]
+) -> bool:
+    """Divide gradients by what the losses were multiplied by, and return whether one of them overflowed.
+
+    Raises ValueError with an update mask or with sharded parameters, where a GradScaler cannot do its work.
+    """
+    if method.selected_entries:
+        names = ", ".join(f"`{name}`" for name in method.selected_entries)
+        raise ValueError(
+            f"a GradScaler cannot find the gradients of {names}, which a `mask` clause keeps elsewhere: train in"
+            " bfloat16, which needs no scaler, or remove the mask"
+        )
+    if first_shard(parameters) is not None:
+        raise ValueError(
+            "with sharded parameters (FSDP2), replicas may disagree on whether a gradient overflowed: train in"
+            " bfloat16, which needs no scaler"
+        )
+    for action in method.actions:
+        if isinstance(action, OptimizerStep):
+            scaler.unscale_(action.torch)
+    found = [p.grad for p in parameters.values() if p.grad is not None]
+    return not all(torch.stack([gradient.isfinite().all() for gradient in found]).tolist())

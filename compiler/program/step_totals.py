@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from trainc.compiler.per_example.micro_batch import MicroBatchResult
+from trainc.compiler.per_example.statistics import Statistics
 from trainc.compiler.program.distributed import require_own_gradients
-
-if TYPE_CHECKING:
-    from trainc.compiler.per_example.micro_batch import MicroBatchResult
-    from trainc.compiler.per_example.statistics import Statistics
-    from trainc.runtime.step.record import Step
-    from trainc.runtime.step.replicas import Replicas
+from trainc.runtime.step.record import Step
+from trainc.runtime.step.replicas import Replicas
 
 _TOLERANCE = 1e-3
 """How far from 1 the loss weights of a step may sum: they may come in 16 bits."""

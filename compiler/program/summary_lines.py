@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from trainc.compiler.method.lowered_method import LoweredMethod
-    from trainc.runtime.step.record import Step
+from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.runtime.step.record import Step
 
 
 def loss_lines(

@@ -147,7 +147,7 @@ def test_sharded_parameters_and_a_scaler_exclude_each_other(
     made, scaler = program(), torch.amp.GradScaler("cpu")
     halves(made, scaler)
     monkeypatch.setattr(
-        "trainc.compiler.program.grad_scaler.first_shard", lambda parameters: "head.weight"
+        "trainc.compiler.program.step_runner.first_shard", lambda parameters: "head.weight"
     )
     with pytest.raises(ValueError, match="may disagree on whether a gradient overflowed"):
         made.update(scaler)
