@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from trainc.runtime.noise_scale.averages import Averages
 from trainc.runtime.noise_scale.calibration import Calibration
 from trainc.runtime.noise_scale.estimate import Estimate, IntervalEstimate
 from trainc.runtime.noise_scale.format import format_summary
 from trainc.runtime.noise_scale.resume import match_state
-from trainc.runtime.noise_scale.step_estimates import calibration_estimates, step_estimates
+from trainc.runtime.noise_scale.settings import NoiseScaleSettings
+from trainc.runtime.noise_scale.step_estimates import (
+    StepEstimate,
+    calibration_estimates,
+    step_estimates,
+)
 from trainc.runtime.step.action import Action, ActionState, Phase
-
-if TYPE_CHECKING:
-    from trainc.runtime.noise_scale.settings import NoiseScaleSettings
-    from trainc.runtime.noise_scale.step_estimates import StepEstimate
-    from trainc.runtime.step.record import Step
+from trainc.runtime.step.record import Step
 
 TOTAL = ""
 """The key of all measured layers together beside those of single ones."""
@@ -170,8 +173,6 @@ class NoiseScaleAction(Action):
     # state
 
     def state_dict(self) -> ActionState:
-        import torch
-
         if not (self.position or self.total.steps):
             return {}
         state: ActionState = {

@@ -8,7 +8,8 @@ whole model is measured along with the clause's layers, on the same examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 
 from trainc.runtime.noise_scale.averages import Averages
 from trainc.runtime.noise_scale.estimate import Estimate, IntervalEstimate, Uncertainty
@@ -53,9 +54,10 @@ class Calibration:
             return
         self.measured.add(measured, decay)
         self.whole_model.add(whole_model, decay)
-        new = [x * y for x in measured for y in whole_model]
+        pairs = product(measured, whole_model)
         self._cross = [
-            decay * old + (1 - decay) * one for old, one in zip(self._cross, new, strict=True)
+            decay * old + (1 - decay) * (x * y)
+            for old, (x, y) in zip(self._cross, pairs, strict=True)
         ]
 
     @property
@@ -122,11 +124,10 @@ class Calibration:
         None before two calibrations, or where an average is zero.
         """
         cross = self._cross_covariances()
-        means = [*self.measured.estimate, *self.whole_model.estimate]
-        if cross is None or not all(means):
+        if cross is None or not all((*self.measured.estimate, *self.whole_model.estimate)):
             return None
         # tr(Sigma) counts with its sign, |G|^2 against it.
-        ss, sn, ns, nn = (c / x / y for c, (x, y) in zip(cross, _pairs(means), strict=True))
+        ss, sn, ns, nn = (c / x / y for c, (x, y) in zip(cross, self._pairs(), strict=True))
         x, y = (_log_variance(averages) for averages in (self.measured, self.whole_model))
         return x, y, ss + nn - sn - ns
 
@@ -136,11 +137,14 @@ class Calibration:
         if self.count < 2 or not share < 1:
             return None
         weight = self.measured.weight
-        means = [*self.measured.estimate, *self.whole_model.estimate]
         return [
             (product / weight - x * y) * share / (1 - share)
-            for product, (x, y) in zip(self._cross, _pairs(means), strict=True)
+            for product, (x, y) in zip(self._cross, self._pairs(), strict=True)
         ]
+
+    def _pairs(self) -> Iterable[tuple[float, float]]:
+        """Return the measured layers' |G|^2, then tr(Sigma), each with the whole model's two."""
+        return product(self.measured.estimate, self.whole_model.estimate)
 
     def _undetermined_reason(self) -> str:
         """Return why the slope is undetermined."""
@@ -185,8 +189,3 @@ def _log_variance(averages: Averages) -> float:
         - 2 * uncertainty.covariance / noise / signal
         + uncertainty.signal_variance / signal / signal
     )
-
-
-def _pairs(means: Sequence[float]) -> list[tuple[float, float]]:
-    """Return the measured layers' |G|^2, then tr(Sigma), each with the whole model's two."""
-    return [(x, y) for x in means[:2] for y in means[2:]]

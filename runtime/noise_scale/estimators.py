@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from trainc.runtime.noise_scale.estimate import ROUNDING, UNDETERMINED, Estimate
 from trainc.runtime.step.record import Contribution
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def noise_scale(
@@ -120,8 +119,6 @@ class SquaredNorms:
         `example_weights` are the weights of single examples where contributions are of groups: one
         tensor (examples,) a micro-batch.
         """
-        import torch
-
         from trainc.runtime.step.sharded import squared_norms
 
         if not contributions or not gradients:

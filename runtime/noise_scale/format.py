@@ -59,21 +59,16 @@ def _format_interval(value: float, low: float, high: float) -> str:
 
 def format_summary(action: NoiseScaleAction) -> str:
     """Return the noise scale with its interval, its two parts, and what the calibration says of the whole model."""
-    settings, found, (signal, noise) = (
-        action.settings,
-        action.interval_estimate(),
-        action.total.estimate,
-    )
+    settings, found = action.settings, action.interval_estimate()
+    signal, noise = action.total.estimate
     line = f"{action.name}: undetermined, {found.reason}"
     if not math.isnan(found.value):
         line = f"{action.name}: noise scale {found.value:.4g} {settings.examples}"
         if not math.isnan(found.low):
             line += f" ({settings.level:.0%} interval {found.low:.3g} to {found.high:.3g})"
     if not math.isnan(signal):
-        layers = len(action.layers)
-        line += (
-            f", |G|^2 {signal:.3g}, tr(Sigma) {noise:.3g} over {layers} layer{'s' * (layers != 1)}"
-        )
+        layers = f"{len(action.layers)} layer{'s' * (len(action.layers) != 1)}"
+        line += f", |G|^2 {signal:.3g}, tr(Sigma) {noise:.3g} over {layers}"
         line += _describe_non_finite(action)
     if action.calibration is not None:
         line += f"; whole model: {_describe_calibration(action.calibration, settings.level)}"

@@ -16,13 +16,13 @@ its largest AdamW run. Report them; let them act only where you have tried it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from trainc.runtime.noise_scale.contribution_shapes import check_matrix, check_shapes
 from trainc.runtime.noise_scale.estimate import ROUNDING, UNDETERMINED, Estimate
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class PreconditionedNorms(NamedTuple):
@@ -43,8 +43,6 @@ def preconditioned_norms(
     and noise tr(P Sigma P). The rows need not sum to `batch_gradient`: they may be one replica's.
     Raises ValueError for other shapes.
     """
-    import torch
-
     _, n = check_matrix("gradients", gradients)
     check_shapes(batch_gradient=(batch_gradient, (n,)), preconditioner=(preconditioner, (n,)))
 

@@ -40,15 +40,10 @@ class History:
         """Return for each step whether the interval has a bound: an end above zero, or one below infinity."""
         return [low > 0 or high < math.inf for low, high in zip(self.low, self.high, strict=True)]
 
-    def undetermined(self, begin: float = 0.0) -> list[tuple[float, float]]:
-        """Return the intervals (from, to) without a noise scale; a step begins where the one before it ends."""
-        stretches: list[tuple[float, float]] = []
-        for at, value in zip(self.positions, self.noise_scale, strict=True):
-            if not math.isfinite(value):
-                joins = bool(stretches) and stretches[-1][1] == begin
-                stretches.append((stretches.pop()[0] if joins else begin, at))
-            begin = at
-        return stretches
+    def undetermined(self) -> list[tuple[float, float]]:
+        """Return the intervals (from, to) without a noise scale."""
+        missing = (not math.isfinite(value) for value in self.noise_scale)
+        return join_steps(zip(self.positions, missing, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +60,21 @@ class LayerNoiseScale:
     noise: float
     share: float
     undetermined: float
+
+
+def join_steps(steps: Iterable[tuple[float, bool]]) -> list[tuple[float, float]]:
+    """Return the intervals (from, to) of steps where a condition holds; a step begins where the last one ends.
+
+    Each step is given by its position and whether the condition holds for it.
+    """
+    found: list[tuple[float, float]] = []
+    begin = 0.0
+    for at, holds in steps:
+        if holds:
+            joins = bool(found) and found[-1][1] == begin
+            found.append((found.pop()[0] if joins else begin, at))
+        begin = at
+    return found
 
 
 def find_labels(record: Mapping[str, Any]) -> list[str]:

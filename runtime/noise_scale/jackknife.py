@@ -8,14 +8,14 @@ contribution, no second pass.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from trainc.runtime.noise_scale.contribution_shapes import check_matrix, check_shapes
 from trainc.runtime.noise_scale.estimate import ROUNDING, UNKNOWN, Estimate, Uncertainty
 from trainc.runtime.noise_scale.estimators import noise_scale_from_contributions
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Weights arrive in float32 or less, so their sum is one only to about this.
 _SUM_TOLERANCE = 1e-2
@@ -93,8 +93,6 @@ def _jackknife_variances(
     sq_norms: Tensor, dots: Tensor, batch: Tensor, w: Tensor, each: Tensor
 ) -> Tensor:
     """Return (4, K): variances of signal and noise, their covariance, the variance of the ratio."""
-    import torch
-
     s1, q, examples = sq_norms.sum(0), w.square().sum(), each.sum()
     kept = w > 0  # an example without targets does not count
     sq_norms, dots, w, each = sq_norms[kept], dots[kept], w[kept, None], each[kept, None]

@@ -6,7 +6,9 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate, Uncertainty
 from trainc.runtime.noise_scale.estimators import SquaredNorms, noise_scale_from_contributions
@@ -16,12 +18,8 @@ from trainc.runtime.noise_scale.geometry import (
     preconditioned_norms,
 )
 from trainc.runtime.noise_scale.jackknife import jackknife
+from trainc.runtime.noise_scale.settings import Geometry, NoiseScaleSettings
 from trainc.runtime.step.record import CalibrationSample, Contribution, Step
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trainc.runtime.noise_scale.settings import Geometry, NoiseScaleSettings
 
 StepEstimate = tuple[Estimate, Uncertainty | None]
 
@@ -65,8 +63,6 @@ def calibration_estimates(
 
 def _one_per_replica(contributions: Sequence[Contribution]) -> list[Contribution]:
     """Return one contribution a replica: its last micro-batch has the squared norm of all of them together."""
-    import torch
-
     by_replica: dict[int, list[Contribution]] = {}
     for one in contributions:
         by_replica.setdefault(one.replica, []).append(one)
@@ -99,8 +95,6 @@ class PerExampleGradients:
 
         Raises ValueError where the optimizer has no second moments after the first step.
         """
-        import torch
-
         from trainc.runtime.step.sharded import full
 
         rows = {n: torch.cat([p.gradients[n] for p in step.contributions]) for n in gradients}
@@ -129,8 +123,6 @@ class PerExampleGradients:
         return self._euclidean(groups, with_jackknife)
 
     def _l1(self, names: Sequence[str]) -> Estimate:
-        import torch
-
         rows = torch.cat([self.gradients[name] for name in names], 1)
         batch = torch.cat([self.batch_gradients[name] for name in names])
         return l1_estimate(rows, batch, self.weights)
@@ -138,8 +130,6 @@ class PerExampleGradients:
     def _euclidean(
         self, groups: Mapping[str, Sequence[str]], with_jackknife: bool
     ) -> dict[str, StepEstimate]:
-        import torch
-
         norms = {name: self._norms(name) for name in self.gradients}
         sq_norms, batch, dots = (
             torch.stack([_total([norms[n][i] for n in names]) for names in groups.values()], -1)
@@ -153,8 +143,6 @@ class PerExampleGradients:
         return {key: (j.estimate, j.uncertainty) for key, j in zip(groups, found, strict=True)}
 
     def _norms(self, name: str) -> PreconditionedNorms:
-        import torch
-
         rows, batch = self.gradients[name].double(), self.batch_gradients[name].double()
         scale = self.preconditioners.get(name)
         scale = torch.ones_like(batch) if scale is None else scale.double().reshape(-1)

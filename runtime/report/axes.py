@@ -1,9 +1,10 @@
-"""Parts of a panel that all kinds of panels use: axes, ticks, legends, and marks on curves."""
+"""Panels, and the parts that all kinds of panels use: axes, ticks, legends, and marks on curves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainc.runtime.report.run_records import RunRecords
@@ -24,6 +25,16 @@ NON_FINITE = "#B2182B"
 """The colour of steps with a non-finite loss or gradient, where one run is drawn."""
 SPACING = 1 / 14
 """The distance between arrows on a curve, in widths of the panel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A title and the function that draws on its axes; `height` in inches, `wide`: over all columns."""
+
+    title: str
+    draw: Callable[[Axes], None]
+    height: float = 3.3
+    wide: bool = False
 
 
 def set_run_axis(axes: Axes, runs: Sequence[RunRecords], margin: float = 0.01) -> None:
@@ -72,11 +83,8 @@ def round_numbers(low: float, high: float, most: int) -> list[float]:
         if len(found) <= most:
             break
     if len(found) < 2:  # less than a decade
-        found = [
-            v
-            for v in map(float, MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(low, high))
-            if low <= v <= high
-        ]
+        ticks = MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(low, high)
+        found = [float(tick) for tick in ticks if low <= tick <= high]
     return found
 
 
@@ -110,20 +118,19 @@ def curve(axes: Axes, at: Sequence[float], values: Sequence[float], **style: Any
 
 def shade(axes: Axes, intervals: Iterable[tuple[float, float]], color: str, label: str) -> None:
     """Shade intervals of a run; each is at least a line wide."""
-    for index, (begin, end) in enumerate(intervals):
-        named = "_" * bool(index) + label  # a leading underscore keeps it out of the legend
-        axes.axvspan(
-            begin, end, facecolor=(color, 0.15), edgecolor=(color, 0.5), linewidth=0.6, label=named
-        )
+    style = {"facecolor": (color, 0.15), "edgecolor": (color, 0.5), "linewidth": 0.6}
+    _mark(axes, intervals, label, **style)
 
 
 def hatch(axes: Axes, intervals: Iterable[tuple[float, float]], color: str, label: str) -> None:
     """Hatch intervals of a run."""
+    _mark(axes, intervals, label, facecolor="none", edgecolor=color, hatch="////", linewidth=0)
+
+
+def _mark(axes: Axes, intervals: Iterable[tuple[float, float]], label: str, **style: Any) -> None:
     for index, (begin, end) in enumerate(intervals):
-        named = "_" * bool(index) + label
-        axes.axvspan(
-            begin, end, facecolor="none", edgecolor=color, hatch="////", linewidth=0, label=named
-        )
+        named = "_" * bool(index) + label  # a leading underscore keeps it out of the legend
+        axes.axvspan(begin, end, label=named, **style)
 
 
 def arrows(

@@ -13,6 +13,8 @@ from trainc.runtime.report.run_records import RunRecords, has_non_finite_loss
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LayerFigures = Mapping[str, Mapping[str, float]]
+"""The figures of one step: quantity -> layer -> value."""
 MISSING = "#c4c4c4"
 COLUMNS = 400
 """The most columns of a heat map."""
@@ -98,46 +100,41 @@ def _color_limits(values: Sequence[Sequence[float]]) -> tuple[float, float]:
     return finite[len(finite) // 100], finite[-1 - len(finite) // 100]
 
 
-def has_intervals(run: RunRecords, label: str) -> bool:
-    """Return whether a run has a bound of the interval of any layer."""
-    return _last_with_bounds(run, label) is not None
-
-
-def _last_with_bounds(run: RunRecords, label: str) -> Mapping[str, Mapping[str, float]] | None:
+def last_with_bounds(run: RunRecords, label: str) -> LayerFigures | None:
     """Return the last figures by layer that have a bound of an interval; None where there are none."""
     for record in reversed(run.records):
-        series: Mapping[str, Mapping[str, float]] = record.get("series", {})
+        series: LayerFigures = record.get("series", {})
         ends = [series.get(f"{label}.{end}", {}).values() for end in ("low", "high")]
         if any(0 < value < math.inf for values in ends for value in values):
             return series
     return None
 
 
-def draw_last_intervals(axes: Axes, run: RunRecords, clause: NoiseScaleClause) -> None:
+def draw_last_intervals(
+    axes: Axes, color: str, clause: NoiseScaleClause, series: LayerFigures
+) -> None:
     """Draw the last noise scale of every layer with its interval, in the order of the heat map."""
-    series = _last_with_bounds(run, clause.label)
-    assert series is not None
     names = list(series[clause.label])
     rows = range(len(names))
     scale, low, high = (
         [series[f"{clause.label}{part}"].get(name, math.nan) for name in names]
         for part in ("", ".low", ".high")
     )
-    axes.plot(scale, rows, "o", color=run.color, markersize=4, label="_scale")
+    axes.plot(scale, rows, "o", color=color, markersize=4, label="_scale")
     ends = [(v, i) for part in (low, high) for i, v in enumerate(part) if 0 < v < math.inf]
     at, of = [v for v, _ in ends], [i for _, i in ends]
-    axes.plot(at, of, "|", color=run.color, markersize=7, label="_known ends")
+    axes.plot(at, of, "|", color=color, markersize=7, label="_known ends")
     for row in rows:
         known = [v for v in (low[row], scale[row], high[row]) if 0 < v < math.inf]
         if not known:
             continue
         axes.plot(
-            [min(known), max(known)], [row, row], color=run.color, linewidth=1.2, label="_interval"
+            [min(known), max(known)], [row, row], color=color, linewidth=1.2, label="_interval"
         )
         if low[row] == 0:
-            arrows(axes, [min(known)], [row], "left", run.color, names[row])
+            arrows(axes, [min(known)], [row], "left", color, names[row])
         if high[row] == math.inf:
-            arrows(axes, [max(known)], [row], "right", run.color, names[row])
+            arrows(axes, [max(known)], [row], "right", color, names[row])
     axes.set_xscale("log")
     axes.set_ylim(len(names) - 0.5, -0.5)
     _name_rows(axes, names)

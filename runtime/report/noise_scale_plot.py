@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainc.runtime.noise_scale.history import (
@@ -16,6 +17,7 @@ from trainc.runtime.noise_scale.history import (
 from trainc.runtime.report.axes import (
     NON_FINITE,
     SPACING,
+    Panel,
     arrow_marker,
     arrows,
     curve,
@@ -31,10 +33,9 @@ from trainc.runtime.report.layer_map import (
     count_layers,
     draw_last_intervals,
     draw_layers,
-    has_intervals,
+    last_with_bounds,
     map_height,
 )
-from trainc.runtime.report.panel import Panel
 from trainc.runtime.report.run_records import RunRecords, has_non_finite_loss
 from trainc.runtime.storage.jsonl import Record
 
@@ -51,7 +52,7 @@ def noise_panels(runs: Sequence[RunRecords]) -> list[Panel]:
     panels: list[Panel] = []
     for label in dict.fromkeys(clause.label for run in runs for clause in run.noise_scales):
         measured = [(run, c) for run in runs for c in run.noise_scales if c.label == label]
-        draw = _with(draw_history, measured, runs)
+        draw = partial(draw_history, measured=measured, runs=runs)
         panels.append(Panel(f"Noise scale {label} and batch size", draw, height=3.7))
         for run, clause in measured:
             panels += _panels_of_run(run, clause, runs)
@@ -65,19 +66,16 @@ def _panels_of_run(
     of = f", {run.name}" if len(runs) > 1 else ""
     if calibration_points(run.records, clause.label, run.counter):
         title = f"Noise scale of the whole model over {clause.label}{of}"
-        panels.append(Panel(title, _with(draw_calibration, run, clause, WHOLE_MODEL)))
+        draw = partial(draw_calibration, run=run, clause=clause, color=WHOLE_MODEL)
+        panels.append(Panel(title, draw))
     if (rows := count_layers(run, clause.label)) > 1:
         name, height = f"Noise scale {clause.label} by layer", map_height(rows)
-        panels.append(Panel(name + of, _with(draw_layers, run, clause, runs), height, wide=True))
-        if has_intervals(run, clause.label):
-            title = f"{name} at the end{of}"
-            panels.append(Panel(title, _with(draw_last_intervals, run, clause), height, wide=True))
+        draw = partial(draw_layers, run=run, clause=clause, runs=runs)
+        panels.append(Panel(name + of, draw, height, wide=True))
+        if series := last_with_bounds(run, clause.label):
+            draw = partial(draw_last_intervals, color=run.color, clause=clause, series=series)
+            panels.append(Panel(f"{name} at the end{of}", draw, height, wide=True))
     return panels
-
-
-def _with(draw: Callable[..., None], *arguments: Any) -> Callable[[Axes], None]:
-    """Return a function of the axes that draws with the given arguments."""
-    return lambda axes: draw(axes, *arguments)
 
 
 @dataclass(frozen=True, slots=True)

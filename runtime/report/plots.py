@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainc.runtime.report.axes import NON_FINITE, curve, plain_numbers, set_run_axis, shade
+from trainc.runtime.report.axes import NON_FINITE, Panel, curve, plain_numbers, set_run_axis, shade
 from trainc.runtime.report.noise_scale_plot import noise_panels
-from trainc.runtime.report.panel import Panel
 from trainc.runtime.report.run_records import RunRecords, common_counter, has_non_finite_loss
 
 if TYPE_CHECKING:
@@ -108,9 +107,9 @@ def read_runs(run_folders: Sequence[Path]) -> list[RunRecords]:
 
 def list_panels(runs: list[RunRecords]) -> list[Panel]:
     """Return the panels that the records of the runs fill."""
-    panels = [Panel("Loss", lambda axes: _draw_losses(axes, runs))]
+    panels = [Panel("Loss", partial(_draw_losses, runs=runs))]
     if any(run.has("lr_max") for run in runs):
-        panels.append(Panel("Learning rate", lambda axes: _draw_rates(axes, runs)))
+        panels.append(Panel("Learning rate", partial(_draw_rates, runs=runs)))
     panels += noise_panels(runs)
     for run in runs:
         parts = ("", ".signal", ".noise", ".low", ".high")
@@ -149,11 +148,8 @@ def _draw_losses(axes: Axes, runs: list[RunRecords]) -> None:
             axes.plot(at, losses, color=run.color, alpha=0.2, linewidth=0.6)
         curve(axes, at, smooth(losses, span), color=run.color, linewidth=1.5, label=label)
         first = next((r["step"] for r in run.records if has_non_finite_loss(r)), None)
-        color, label = (
-            NON_FINITE if len(runs) == 1 else run.color,
-            f"not finite, first at step {first}",
-        )
-        shade(axes, run.intervals_where(has_non_finite_loss), color, label)
+        color, label = NON_FINITE if len(runs) == 1 else run.color, f"first at step {first}"
+        shade(axes, run.intervals_where(has_non_finite_loss), color, f"not finite, {label}")
         at, losses = run.series("eval_loss")
         if at:
             style = EVALUATION | {"color": run.color, "markerfacecolor": "white"}

@@ -10,7 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainc.runtime.noise_scale.history import NoiseScaleClause, choose_counter, find_clauses
+from trainc.runtime.noise_scale.history import (
+    NoiseScaleClause,
+    choose_counter,
+    find_clauses,
+    join_steps,
+)
 from trainc.runtime.storage.jsonl import Record, read_jsonl
 
 
@@ -55,16 +60,9 @@ class RunRecords:
         return [at for at, _ in found], [value for _, value in found]
 
     def intervals_where(self, holds: Callable[[Record], bool]) -> list[tuple[float, float]]:
-        """Return the intervals (from, to) of steps where a condition holds; a step begins where the last one ends."""
-        found: list[tuple[float, float]] = []
-        begin = 0.0
-        for at, record in zip(self.positions, self.records, strict=True):
-            if "loss" in record:
-                if holds(record):
-                    joins = bool(found) and found[-1][1] == begin
-                    found.append((found.pop()[0] if joins else begin, at))
-                begin = at
-        return found
+        """Return the intervals (from, to) of steps where a condition holds."""
+        rows = zip(self.positions, self.records, strict=True)
+        return join_steps((at, holds(record)) for at, record in rows if "loss" in record)
 
     def has(self, name: str) -> bool:
         """Return whether any record has a quantity."""

@@ -20,8 +20,6 @@ from rich.text import Text
 from trainc.runtime.noise_scale.format import format_noise_scale, format_whole_model
 from trainc.runtime.noise_scale.history import find_labels
 
-Figures = Mapping[str, float]
-
 BARS = "▁▂▃▄▅▆▇█"
 DRAWING_FRACTION = 0.005
 """The fraction of the time that drawing may take."""
@@ -97,7 +95,7 @@ class LiveDisplay:
             self._live = Live(console=self.console, auto_refresh=False, transient=False)
             self._live.start()
 
-    def update(self, figures: Figures) -> None:
+    def update(self, figures: Mapping[str, float]) -> None:
         """Add the figures of one step: `position`, `loss`, `lr_min`, `lr_max`, noise scales, ..."""
         self._figures.update(figures)
         self._stale = True
@@ -128,15 +126,19 @@ class LiveDisplay:
         end = self._clock()
         self._due = end + max(self._interval, (end - begin) / DRAWING_FRACTION)
 
+    @property
+    def _position(self) -> float:
+        return self._figures.get("position", 0.0)
+
     def remaining(self) -> float:
         """Return the seconds left at the average speed since `start`; infinite where that is unknown."""
         if self._started is None:
             return math.inf
         start_time, origin = self._started
-        covered = self._figures.get("position", 0.0) - origin
+        covered = self._position - origin
         if covered <= 0:
             return math.inf
-        left = max(0.0, self.total - self._figures.get("position", 0.0))
+        left = max(0.0, self.total - self._position)
         return (self._clock() - start_time) * left / covered
 
     def texts(self) -> dict[str, str]:
@@ -169,7 +171,7 @@ class LiveDisplay:
         return "  ".join([self._progress(), *figures])
 
     def _progress(self) -> str:
-        position = self._figures.get("position", 0.0)
+        position = self._position
         percent = 100 * min(1.0, position / self.total)
         return f"{format_count(position)}/{format_count(self.total)} {self.unit} {percent:3.0f}%"
 
@@ -178,7 +180,7 @@ class LiveDisplay:
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
         bar.add_column(justify="right", no_wrap=True)
-        done = ProgressBar(self.total, min(self._figures.get("position", 0.0), self.total))
+        done = ProgressBar(self.total, min(self._position, self.total))
         bar.add_row(Text(self.title or "training", style="bold"), done, self._progress())
         row = Text()
         for name, text in self.texts().items():

@@ -261,10 +261,11 @@ class TrainingLoop:
         name = self.checkpoint.name if self.checkpoint else None
         if reason == "nan" and name:
             message += f"; the last checkpoint before it is {name}"
-        measured = (self.recorder.seconds, self.loss, self.eval_loss, name)
-        summary = Summary.of(self.program, reason, message, *measured)
+        clock, lines = self.clock, self.program.summary()
+        counted = (clock.steps, clock.samples, clock.tokens, clock.epochs, self.recorder.seconds)
+        summary = Summary(reason, message, *counted, self.loss, self.eval_loss, name, lines)
         self.folder.write_summary(asdict(summary))
-        self.folder.write_event(reason, self.clock.steps, message=message)
+        self.folder.write_event(reason, clock.steps, message=message)
         return summary
 
     def _event(self, event: str, text: str) -> None:

@@ -27,22 +27,6 @@ class Summary:
     checkpoint: str | None
     lines: list[str] = field(default_factory=list)
 
-    @classmethod
-    def of(
-        cls,
-        program: RunnableProgram,
-        reason: str,
-        message: str,
-        seconds: float,
-        loss: float | None,
-        eval_loss: float | None,
-        checkpoint: str | None,
-    ) -> Summary:
-        """Return the summary of a program whose run ends now."""
-        at = program.clock
-        counted = (at.steps, at.samples, at.tokens, at.epochs, seconds)
-        return cls(reason, message, *counted, loss, eval_loss, checkpoint, program.summary())
-
     @property
     def exit_code(self) -> int:
         """Return the exit status for the process that ran it."""

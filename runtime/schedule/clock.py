@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainc.runtime.schedule.time_span import TimeSpan, Unit, snap
@@ -32,9 +32,7 @@ class Clock:
 
     def advance(self, samples: int, tokens: int, seconds: float) -> None:
         """Count one optimizer step: its samples, its tokens and the seconds it took."""
-        self.before = Clock(
-            self.steps, self.samples, self.tokens, self.seconds, self.samples_per_epoch
-        )
+        self.before = replace(self, before=None)
         self.steps += 1
         self.samples += samples
         self.tokens += tokens
@@ -63,13 +61,7 @@ class Clock:
 
     def counters(self) -> dict[str, float]:
         """Return the five counters by name."""
-        return {
-            "steps": self.steps,
-            "samples": self.samples,
-            "tokens": self.tokens,
-            "epochs": self.epochs,
-            "seconds": self.seconds,
-        }
+        return {name: getattr(self, name) for name in COUNTERS}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters, and those of the step before, as JSON."""
@@ -78,9 +70,8 @@ class Clock:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; `samples_per_epoch` is not part of it."""
-        self.steps, self.samples, self.tokens = (
-            int(state[name]) for name in ("steps", "samples", "tokens")
-        )
+        for name in ("steps", "samples", "tokens"):
+            setattr(self, name, int(state[name]))
         self.seconds = float(state["seconds"])
         self.before = None
         if state["before"] is not None:

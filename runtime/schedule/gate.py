@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.time_span import Duration, TimeSpan, Unit
@@ -59,21 +57,6 @@ class Gate:
 
         period = convert(every)
         return cls(convert(start, period.unit if period else None), convert(stop), period)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the bounds by name, None for no bound."""
-        bounds = {"start": self.start, "stop": self.stop, "every": self.every}
-        return {name: bound.to_json() if bound else None for name, bound in bounds.items()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Gate:
-        """Read what `to_json` wrote; a missing bound is no bound."""
-        return cls(
-            *(
-                TimeSpan.from_json(data[name]) if data.get(name) else None
-                for name in ("start", "stop", "every")
-            )
-        )
 
     def fires(self, clock: Clock) -> bool:
         """Return whether the gate fires at a clock; inside a step that is the clock before the step."""

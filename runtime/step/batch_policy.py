@@ -11,20 +11,18 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.step.record import Step
 
-if TYPE_CHECKING:
-    from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.schedule.gate import Gate
-    from trainc.runtime.schedule.time_span import TimeSpan
-    from trainc.runtime.step.record import Step
+SignalReader = Callable[[Clock], float]
 
-SignalReader = Callable[["Clock"], float]
-
-# A size this close above a whole number of micro-batches counts as that number.
-_ROUNDING = 1e-9
+# A size this close to a whole number of micro-batches counts as that number.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class Ramp(BatchPolicy):
         begin: TimeSpan | None = None,
     ) -> None:  # fmt: skip
         self.ends, self.over, self.begin = ends, over, begin
-        super().__init__(name, text, _round_up(ends[0], micro), _round_up(ends[1], micro), micro)
+        super().__init__(name, text, round_up(ends[0], micro), round_up(ends[1], micro), micro)
 
     def choose(self, clock: Clock, present: int) -> int:
         return self.at(clock)
@@ -102,12 +100,12 @@ class Ramp(BatchPolicy):
         begin = clock.position(self.begin)[1] if self.begin else 0.0
         fraction = min(max((now - begin) / span, 0.0), 1.0)
         first, last = self.ends
-        return _round_up(first + (last - first) * fraction, self.micro)
+        return round_up(first + (last - first) * fraction, self.micro)
 
 
-def _round_up(size: float, micro: int) -> int:
+def round_up(size: float, micro: int) -> int:
     """Return `size` rounded up to a whole number of micro-batches."""
-    return max(1, math.ceil(size / micro - _ROUNDING)) * micro
+    return max(1, math.ceil(size / micro - ROUNDING)) * micro
 
 
 class Follow(BatchPolicy):

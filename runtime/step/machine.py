@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch.nn import Parameter
+
+from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action, IncompatibleState, Phase
 from trainc.runtime.step.record import Preconditions, Signals, Step
-
-if TYPE_CHECKING:
-    from torch.nn import Parameter
-
-    from trainc.runtime.schedule.clock import Clock
 
 
 class StepMachine:

@@ -10,17 +10,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
+
+from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action, ActionState, Phase
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from torch.nn import Parameter
-
-    from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.step.record import Step
+from trainc.runtime.step.record import Step
 
 
 @dataclass(slots=True)
@@ -43,10 +42,7 @@ class ParamSlot:
 
     @property
     def factor(self) -> float:
-        product = 1.0
-        for lr_factor in self.lr_factors:
-            product *= lr_factor.factor
-        return product
+        return math.prod((one.factor for one in self.lr_factors), start=1.0)
 
 
 @dataclass(slots=True)
@@ -121,11 +117,11 @@ class OptimizerStep(Action):
         return scale
 
     def state_dict(self) -> ActionState:
-        out: ActionState = {}
-        for slot in self.slots:
-            for key, value in self.torch.state.get(slot.tensor, {}).items():
-                out[f"{slot.name}/{key}"] = value
-        return out
+        return {
+            f"{slot.name}/{key}": value
+            for slot in self.slots
+            for key, value in self.torch.state.get(slot.tensor, {}).items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         slots = {slot.name: slot for slot in self.slots}
@@ -144,8 +140,6 @@ class OptimizerStep(Action):
 
 def _on_device_of(value: Any, slot: ParamSlot) -> Any:
     """Return saved state on the parameter's device; step counters stay on the CPU, where torch keeps them."""
-    import torch
-
     if not isinstance(value, torch.Tensor):
         return value
     if value.dim() == 0:
@@ -176,9 +170,8 @@ class Rates(Action):
                 f"{self.name}: the learning rate is {base}: a signal in its schedule is not measured yet"
             )
         rates = []
-        for ours, theirs in zip(
-            self.optimizer.groups, self.optimizer.torch.param_groups, strict=True
-        ):
+        groups = self.optimizer.torch.param_groups
+        for ours, theirs in zip(self.optimizer.groups, groups, strict=True):
             theirs["lr"] = base * ours.slots[0].factor
             rates.append(theirs["lr"])
         low, high = min(rates), max(rates)
@@ -209,8 +202,6 @@ class Clip(Action):
         self.steps = self.clipped = 0
 
     def run(self, step: Step) -> None:
-        from torch.nn.utils import clip_grad_norm_
-
         norm: Tensor = clip_grad_norm_([slot.tensor for slot in self.slots], self.limit)
         value = float(norm)
         step.metrics["gradient_norm"] = value

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Parameter
+from torch import Tensor
+from torch.nn import Parameter
 
-    from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.clock import Clock
 
 
 @dataclass(slots=True)

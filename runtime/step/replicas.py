@@ -11,20 +11,16 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from trainc.runtime.step.record import CalibrationSample, Contribution
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from torch.distributed import ProcessGroup
 
 
 def world_size() -> int:
     """Return the number of processes; 1 without torch.distributed."""
-    import torch.distributed as dist
-
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -91,9 +87,7 @@ class MessageLayout:
 class Replicas:
     """The processes of a group (None: all) that average their gradients, each with its own examples."""
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
-        import torch.distributed as dist
-
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
@@ -105,8 +99,6 @@ class Replicas:
         All replicas get the same bits. They may differ in micro-batches and examples; where they differ in what they
         measure, all raise ValueError.
         """
-        import torch
-
         layout = MessageLayout.of(contributions[0]) if contributions else MessageLayout()
         for part in contributions:
             if MessageLayout.of(part) != layout:
@@ -129,9 +121,6 @@ class Replicas:
 
     def total(self, number: float) -> float:
         """Return the sum of a number over all replicas."""
-        import torch
-        import torch.distributed as dist
-
         found = torch.tensor([number], dtype=torch.float64)
         found = found.to(self._device(found))
         dist.all_reduce(found, group=self.group)
@@ -139,8 +128,6 @@ class Replicas:
 
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all replicas."""
-        import torch.distributed as dist
-
         for tensor in tensors:
             sent = tensor.to(self._device(tensor))
             dist.all_reduce(sent, group=self.group)
@@ -149,8 +136,6 @@ class Replicas:
 
     def gather_calibration(self, own: CalibrationSample) -> CalibrationSample:
         """Return the examples of all replicas as one sample; `own.batch_sq_norms` is of the summed gradients."""
-        import torch
-
         parts, _ = self.gather([Contribution(own.weights, own.sq_norms)], {})
         return CalibrationSample(
             torch.cat([part.weights for part in parts]),
@@ -171,9 +156,6 @@ class Replicas:
 
     def _exchange(self, own: Tensor, names: Sequence[str]) -> list[Tensor]:
         """Return the vectors of all replicas; raises ValueError where `names` differ, lengths may."""
-        import torch
-        import torch.distributed as dist
-
         sent = own.to(self._device(own))
         check = zlib.crc32("\n".join(names).encode())
         head = torch.tensor([len(own), check], dtype=torch.int64, device=sent.device)
@@ -190,8 +172,6 @@ class Replicas:
 
     def _raise_difference(self, names: Sequence[str]) -> None:
         """Raise ValueError with the first item that two replicas do not both send."""
-        import torch.distributed as dist
-
         everyone: list[list[str]] = [[] for _ in range(self.size)]
         dist.all_gather_object(everyone, list(names), group=self.group)
         rank, others = next((i, n) for i, n in enumerate(everyone) if n != everyone[0])
@@ -207,9 +187,6 @@ class Replicas:
 
     def _device(self, tensor: Tensor) -> torch.device:
         """Return the device that the group's backend needs: the CPU for gloo, this process's GPU for nccl."""
-        import torch
-        import torch.distributed as dist
-
         backend = dist.get_backend(self.group)
         if backend == "gloo":
             return torch.device("cpu")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -36,10 +34,8 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def _sum_over(mesh: DeviceMesh, axis: int, found: Tensor, shards: Sequence[Any]) -> None:
+def _sum_over(mesh: dist.DeviceMesh, axis: int, found: Tensor, shards: Sequence[Any]) -> None:
     """Add up in place the squares of tensors that are sharded along an axis of the mesh; replicated ones stay."""
-    import torch.distributed as dist
-
     sharded = [
         i
         for i, p in enumerate(shards)

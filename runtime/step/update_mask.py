@@ -7,12 +7,12 @@ therefore act on those entries only, and a dense gradient is freed once its entr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Parameter
-    from torch.utils.hooks import RemovableHandle
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 
 class SelectedEntries:
@@ -24,8 +24,6 @@ class SelectedEntries:
     """
 
     def __init__(self, name: str, parameter: Parameter, count: int) -> None:
-        import torch
-
         self.name = name
         self.parameter = parameter
         self.index: Tensor | None = None
@@ -63,8 +61,6 @@ class SelectedEntries:
 
     def choose(self, index: Tensor) -> None:
         """Set the selection, sorted flat positions of shape (k,), and copy the weights there."""
-        import torch
-
         small = self.parameter.numel() <= torch.iinfo(torch.int32).max
         self.index = index.to(self.parameter.device, torch.int32 if small else torch.int64)
         if self.values.numel() != index.numel():
@@ -82,8 +78,6 @@ class SelectedEntries:
 
     def read(self) -> None:
         """Copy the weights to `values`; a value that still rounds to its weight is kept."""
-        import torch
-
         if self.index is None:
             return
         with torch.no_grad():
@@ -93,8 +87,6 @@ class SelectedEntries:
 
     def write(self) -> Tensor:
         """Write `values` into the parameter; return how many weights changed, 0-d."""
-        import torch
-
         if self.index is None:
             return torch.zeros((), dtype=torch.int64, device=self.values.device)
         with torch.no_grad():
@@ -125,8 +117,6 @@ def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     Of equal scores the earlier tensor goes first, inside a tensor the lower position, so the choice
     is a function of the numbers alone. No score is NaN, and `count` is at most their number.
     """
-    import torch
-
     # Only a tensor's own `count` largest can be among those of all.
     tops = [score.topk(min(count, score.numel()), sorted=False).values for score in scores]
     together = torch.cat([top.to(tops[0].device) for top in tops])

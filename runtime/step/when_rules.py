@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action, ActionState, Phase, StopRun
-from trainc.runtime.step.record import Signals
-
-if TYPE_CHECKING:
-    from trainc.runtime.schedule.clock import Clock
-    from trainc.runtime.schedule.time_span import TimeSpan
-    from trainc.runtime.step.record import Step
+from trainc.runtime.step.batch_policy import ROUNDING, round_up
+from trainc.runtime.step.record import Signals, Step
 
 Values = Mapping[str, float]
-
-# A batch size this close to a whole number of micro-batches counts as that number.
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +28,8 @@ class RuleAction:
 def round_to_micro_batches(wanted: float, present: int, micro: int) -> int:
     """Round a wanted batch size to whole micro-batches, towards the present size; at least one micro-batch."""
     if wanted >= present:
-        return max(present, math.floor(wanted / micro + _ROUNDING) * micro)
-    return min(present, max(1, math.ceil(wanted / micro - _ROUNDING)) * micro)
+        return max(present, math.floor(wanted / micro + ROUNDING) * micro)
+    return min(present, round_up(wanted, micro))
 
 
 class Rule(Action):

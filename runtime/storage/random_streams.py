@@ -9,6 +9,7 @@ from hashlib import blake2b
 from math import isqrt
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 # An even number, so that both halves are mixed alike; 8 already pass the tests of uniformity.
@@ -70,13 +71,9 @@ def _feistel_network(
 
 def seed_step(seed: int, step: int, micro: int) -> None:
     """Seed torch's global generators for one micro-batch of one step."""
-    import torch
-
     torch.manual_seed(derive_seed(seed, "step", step, micro))
 
 
 def seed_data(seed: int, first_sample: int) -> None:
     """Seed torch's global generators before reading the batch that begins at a sample of the run."""
-    import torch
-
     torch.manual_seed(derive_seed(seed, "data", first_sample))

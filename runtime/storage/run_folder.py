@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -89,7 +90,8 @@ class RunFolder:
             if path.exists():
                 if path.read_text(encoding="utf-8") == text:
                     continue
-                path.rename(_unused(self.path / f"{name}.until-{step}"))
+                marks = ("" if number == 1 else f"-{number}" for number in count(1))
+                path.rename(_first_unused(self.path / f"{name}.until-{step}{m}" for m in marks))
             write_text(path, text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -98,10 +100,7 @@ class RunFolder:
 
     def _move_aside(self) -> None:
         """Move all files into `previous-N/`."""
-        number = 1
-        while (self.path / f"previous-{number}").exists():
-            number += 1
-        aside = self.path / f"previous-{number}"
+        aside = _first_unused(self.path / f"previous-{number}" for number in count(1))
         entries = [
             entry
             for entry in self.path.iterdir()
@@ -112,10 +111,6 @@ class RunFolder:
             entry.rename(aside / entry.name)
 
 
-def _unused(path: Path) -> Path:
-    """Return the path, with a number added where it exists."""
-    number, candidate = 1, path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
+def _first_unused(paths: Iterable[Path]) -> Path:
+    """Return the first path that does not exist."""
+    return next(path for path in paths if not path.exists())

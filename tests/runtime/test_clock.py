@@ -151,11 +151,6 @@ def test_a_gate_needs_its_fractions_resolved() -> None:
     assert gate == Gate(TimeSpan(200, "steps"), None, TimeSpan(100, "steps"))
 
 
-def test_a_gate_is_json_both_ways() -> None:
-    gate = Gate(TimeSpan(2, "steps"), None, TimeSpan(3, "steps"))
-    assert Gate.from_json(json.loads(json.dumps(gate.to_json()))) == gate
-
-
 @given(
     batches=st.lists(st.integers(1, 50), min_size=1, max_size=40),
     start=st.integers(0, 200),
