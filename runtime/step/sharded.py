@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -34,7 +35,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def _sum_over(mesh: dist.DeviceMesh, axis: int, found: Tensor, shards: Sequence[Any]) -> None:
+def _sum_over(mesh: DeviceMesh, axis: int, found: Tensor, shards: Sequence[Any]) -> None:
     """Add up in place the squares of tensors that are sharded along an axis of the mesh; replicated ones stay."""
     sharded = [
         i
