@@ -43,7 +43,9 @@ def _overlaps(what: str, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]
                 yield Diagnostic(
                     "claimed-twice",
                     f"two `{what}` clauses select `{name}`",
-                    labels((clause, "selected again here"), (other, "first selected here")),
+                    labels(
+                        (clause.span, "selected again here"), (other.span, "first selected here")
+                    ),
                     help=f"change one of the two selectors so that it does not match `{name}`",
                 )
 
@@ -61,6 +63,6 @@ def _unclaimed(optimizers: Sequence[BoundClause], inventory: Inventory) -> Itera
     yield Diagnostic(
         "unclaimed-parameters",
         f"no optimizer trains {', '.join(f'`{name}`' for name in left[:SHOWN])}{more}",
-        labels((optimizers[0], "this optimizer does not select them")),
+        labels((optimizers[0].span, "this optimizer does not select them")),
         help="extend the selector, add an optimizer, or select these parameters in `freeze`",
     )

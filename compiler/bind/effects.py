@@ -32,7 +32,7 @@ def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
                 yield Diagnostic(
                     "conflicting-effects",
                     f"`{clause.title}` and `{other.title}` both set `{resource}`, but only one clause may set it",
-                    labels((clause, _actions(clause)), (other, _actions(other))),
+                    labels((clause.span, _actions(clause)), (other.span, _actions(other))),
                     help="remove one of the two clauses",
                 )
 
@@ -54,7 +54,10 @@ def penalised_measurements(
                 yield Diagnostic(
                     "noise-scale-sees-penalty",
                     f"`{clause.title}` also measures the penalty `{penalty.title}`, because both select `{shared[0]}`",
-                    labels((clause, "measures this parameter"), (penalty, "adds to its gradient")),
+                    labels(
+                        (clause.span, "measures this parameter"),
+                        (penalty.span, "adds to its gradient"),
+                    ),
                     help="exclude the measured parameters from the selector of the penalty",
                     severity="warning",
                 )

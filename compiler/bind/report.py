@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.errors import name_root_module
 from trainc.dsl.reading.construct import Problem
 from trainc.dsl.resolve.statements import Clause
@@ -33,9 +32,8 @@ class Report:
         severity: Literal["error", "warning"] = "error",
     ) -> None:
         """Add a diagnostic at `span`, or else at a part of the clause: `on`, a field, or all of it."""
-        at = span or clause.part_span(part)
-        labels = (Label(at, label),) if at else ()
-        self.diagnostics.append(Diagnostic(rule, message, labels, tuple(notes), help, severity))
+        at = labels((span or clause.part_span(part), label))
+        self.diagnostics.append(Diagnostic(rule, message, at, tuple(notes), help, severity))
 
     def add_problem(self, problem: Problem, clause: Clause) -> None:
         """Add a mistake that a construct found; without a field it is about what `on` selects."""
@@ -50,6 +48,6 @@ class Report:
         )
 
 
-def labels(*clauses: tuple[BoundClause, str]) -> tuple[Label, ...]:
-    """Return a label with its text for each clause that has a place in a text."""
-    return tuple(Label(clause.span, text) for clause, text in clauses if clause.span is not None)
+def labels(*places: tuple[Span | None, str]) -> tuple[Label, ...]:
+    """Return a label with its text at each place in a file or text; None is a clause made in Python."""
+    return tuple(Label(span, text) for span, text in places if span is not None)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.compiler.bind.report import labels
 from trainc.dsl.resolve.spec import Spec
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.source import Span
 from trainc.dsl.values import value_json as v
 
@@ -52,7 +53,9 @@ def signal_problems(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diag
                 clause, signal = known[name]
                 if (why := _unmeasured_reason(clause, signal)) is not None:
                     message = f"`{name}` is never measured, so this expression has no effect"
-                    yield Diagnostic("unknown-signal", message, _at(use.span), (why[0],), why[1])
+                    yield Diagnostic(
+                        "unknown-signal", message, labels((use.span, "")), (why[0],), why[1]
+                    )
                 elif (unit := clause.construct.unit_of(signal)) is not None:
                     counts[name] = unit
         yield from _unlike(use, counts)
@@ -103,13 +106,9 @@ def _unlike(use: _Use, counts: dict[str, str]) -> Iterator[Diagnostic]:
     yield Diagnostic(
         "bad-value",
         f"`{odd}` counts {counts[odd]}, but {what} counts samples",
-        _at(use.span),
+        labels((use.span, "")),
         (f"a sample contains several {counts[odd]}, and their number varies",),
         "add a second `noise_scale` clause with another name (`as`) and without `example`, and use its signal"
         if use.sets_batch
         else f"compare `{odd}` with a plain number, or use a `noise_scale` clause without `example`",
     )
-
-
-def _at(span: Span | None) -> tuple[Label, ...]:
-    return (Label(span),) if span else ()

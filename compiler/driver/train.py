@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import nn
 
+from trainc.compiler.bind.report import labels
 from trainc.compiler.driver.compile import compile, resolve_spec
 from trainc.compiler.driver.resume import cannot_resume, check_resume
 from trainc.compiler.driver.site_diagnostics import site_diagnostic
@@ -20,7 +21,7 @@ from trainc.compiler.program.program import Program
 from trainc.compiler.program.save import PLAN, json_text
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.render import render_text
 from trainc.runtime.run.live_display import LiveDisplay
@@ -102,15 +103,13 @@ def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
         if source.is_dir():
             found = checkpoint.find_latest(source / "checkpoints")
             if found.path is None:
-                raise ValueError(
-                    found.damage[0] if found.damage else "the folder has no checkpoint"
-                )
+                why = found.damage[0] if found.damage else "the folder has no checkpoint"
+                raise ValueError(why)
             weights = checkpoint.load_checkpoint(found.path)["program"]["model"]
         else:
             weights = load_file(str(source))
         model.load_state_dict(weights)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
-        span = run.part_span("start")
-        labels = (Label(span),) if span else ()
         message = f"the weights in {source} cannot be loaded into this model: {error}"
-        raise SpecError([Diagnostic("model-failed", message, labels)]) from error
+        at = labels((run.part_span("start"), ""))
+        raise SpecError([Diagnostic("model-failed", message, at)]) from error

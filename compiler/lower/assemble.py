@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
+from trainc.compiler.bind.report import labels
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
 from trainc.compiler.model.import_path import ImportProblem
 from trainc.dsl.reading.construct import PHASES
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import CompilerBug, SpecError
 from trainc.runtime.step.action import Action
 from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot, Rates
@@ -33,10 +34,8 @@ def assemble(
         try:
             clause.construct.lower(Lowering(clause, context, method))
         except (ValueError, ImportError) as error:
-            labels = (Label(clause.span),) if clause.span else ()
-            found.append(
-                Diagnostic("bad-value", f"`{clause.title}` cannot be compiled: {error}", labels)
-            )
+            message = f"`{clause.title}` cannot be compiled: {error}"
+            found.append(Diagnostic("bad-value", message, labels((clause.span, ""))))
         by_label[clause.label] = method.actions[before:]
     if found:
         raise SpecError(found)
@@ -69,10 +68,10 @@ def _optimizer_actions(
         if to_run:
             _ = optimizer.torch
     except (ImportProblem, TypeError, ValueError) as error:
-        labels = (Label(part.span),) if part.span else ()
+        at = labels((part.span, ""))
         rule, help_ = getattr(error, "rule", "wrong-argument"), getattr(error, "help", None)
         message = f"the optimizer cannot be built: {error}"
-        raise SpecError([Diagnostic(rule, message, labels, help=help_)]) from error
+        raise SpecError([Diagnostic(rule, message, at, help=help_)]) from error
     actions: list[Action] = [Rates(f"{label} rates", part.base, optimizer), optimizer]
     if clip is not None:
         actions.append(Clip(f"{label} clip", clip, slots))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from trainc.compiler.bind.report import labels
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.dsl.resolve.statements import Assign
 from trainc.dsl.resolve.statements import Rule as RuleClause
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values.value_json import Duration, to_json
 from trainc.runtime.schedule.expressions import names_read
@@ -30,8 +31,8 @@ def when_rules(
         try:
             made.append(_rule(f"rule {i + 1}", clause, context, clause_signals))
         except ValueError as error:
-            labels = (Label(clause.span),) if clause.span else ()
-            found.append(Diagnostic("bad-value", f"this rule cannot be compiled: {error}", labels))
+            message = f"this rule cannot be compiled: {error}"
+            found.append(Diagnostic("bad-value", message, labels((clause.span, ""))))
     if found:
         raise SpecError(found)
     return made

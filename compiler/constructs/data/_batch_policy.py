@@ -99,14 +99,12 @@ def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
         return _ramp(call, given, micro)
     follows = call.function == "follow"
     low, high = _samples(given, "min"), _samples(given, "max")
-    assert high is not None
-    if low is None and micro is None:
+    if not low and micro is None:
         raise ValueError(
             f"`{call.function}` needs `min`, the batch it begins with, or the field `micro`"
         )
-    unit = int(micro.amount) if micro else low or 0
-    start = low or unit
-    grain = _samples(given, "step") or unit
+    unit = int(micro.amount) if micro else low
+    start, grain = low or unit, _samples(given, "step") or unit
     if high < start:
         raise ValueError(f"`max = {high} samples` is below the first batch of {start} samples")
     for name, size in (("min", start), ("max", high), ("step", grain)):
@@ -137,8 +135,6 @@ def _ramp(call: v.Call, given: Arguments, micro: v.Duration | None) -> Policy:
     """Return a ramp; its ends need not be whole micro-batches, because sizes are rounded up."""
     start, end = _samples(given, "begin"), _samples(given, "to")
     over, begun = _duration(given, "over"), _duration(given, "from")
-    assert start is not None
-    assert end is not None
     assert over is not None
     if start == end:
         raise ValueError(f"this ramp stays at {start} samples: write `batch = {start} samples`")
@@ -191,10 +187,11 @@ def _named(call: v.Call) -> dict[str, v.Expr]:
     return given
 
 
-def _samples(given: Arguments, name: str) -> int | None:
+def _samples(given: Arguments, name: str) -> int:
+    """Return an amount of samples, 0 where it is not given."""
     value = given.get(name)
     if value is None:
-        return None
+        return 0
     size = value.duration if isinstance(value, v.Quantity) else None
     if size is None or size.unit != "samples" or size.amount < 1 or size.amount % 1:
         raise ValueError(f"`{name}` must be a whole number of samples: write `{name} = 16 samples`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from trainc.compiler.method.loss import Loss
 
 
+@dataclass(eq=False)
 class CrossEntropyLoss:
     """Mean of -log softmax(logits)[target] over the targets that are not `ignore_index`.
 
@@ -21,10 +23,8 @@ class CrossEntropyLoss:
     """
 
     name = "cross_entropy"
-
-    def __init__(self, ignore_index: int, label_smoothing: float) -> None:
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
+    ignore_index: int
+    label_smoothing: float
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         from torch.nn.functional import cross_entropy

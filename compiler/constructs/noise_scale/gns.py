@@ -127,18 +127,13 @@ class Gns(Construct):
 
     @field_validator("calibrate")
     @classmethod
-    def _is_period(cls, value: Duration | None) -> Duration | None:
-        if value is not None and value.amount <= 0:
-            raise ValueError("expected a duration such as `500 steps`")
-        return value
-
-    @field_validator("calibrate")
-    @classmethod
     def _can_calibrate(cls, value: Duration | None, info: ValidationInfo) -> Duration | None:
-        """Refuse `calibrate` where the clause measures anything but Euclidean norms of single rows."""
+        """Refuse a length of 0, and `calibrate` where the clause measures other than Euclidean norms of single rows."""
         given = info.data
         if value is None:
             return None
+        if value.amount <= 0:
+            raise ValueError("expected a duration such as `500 steps`")
         if given.get("example") == "document":
             raise ValueError(
                 "`calibrate` needs `example = row`: remove `calibrate`, or calibrate a second clause without `example`"
