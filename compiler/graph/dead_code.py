@@ -1,4 +1,4 @@
-"""Remove calls whose results nobody reads."""
+"""Remove calls whose results are never read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 
 def remove_dead(graph: fx.Graph) -> bool:
-    """Erase calls nobody reads, but none that writes to memory or draws random numbers."""
+    """Erase calls whose results are never read, unless they write to memory or draw random numbers."""
     changed = False
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in ("call_function", "get_attr") and not _has_effect(node):

@@ -1,4 +1,4 @@
-"""The second capture front end, for models that torch.export refuses: torch.compile's own.
+"""The second capture front end: torch.compile, for models that torch.export refuses.
 
 Everything that depends on the internals of torch.compile is in this file. Its graph is brought to
 ATen and to the layout that torch.export gives, so that the same passes and the same differentiation
@@ -51,9 +51,9 @@ def dynamo_capture(wrapped: WrappedModel, batch: Batch) -> fx.GraphModule:
         except _Caught as caught:
             graph, given = caught.args
         else:
-            raise RuntimeError("torch.compile ran the model and made no graph of it")
+            raise RuntimeError("torch.compile ran the model without making a graph")
     if not all(isinstance(argument, Tensor) for argument in given):
-        raise RuntimeError("torch.compile made a graph with inputs that are not tensors")
+        raise RuntimeError("torch.compile made a graph whose inputs are not all tensors")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(argument, static_shapes=True) for argument in given]
 

@@ -20,7 +20,7 @@ from trainc.compiler.graph.named_tensors import identifier
 aten = torch.ops.aten
 
 OUTPUTS = ("data_loss", "logits")
-"""What a captured forward pass returns; `data_loss` is the loss without consistency and penalties."""
+"""The outputs of a captured forward pass; `data_loss` is the loss without consistency and penalties."""
 
 CAST = {
     aten.to.dtype,
@@ -68,7 +68,7 @@ class LossSpec:
 
 @dataclass(slots=True)
 class ForwardGraph:
-    """The graph, the tensors its get_attr nodes name, and what stands at its ends.
+    """The graph, the tensors that its get_attr nodes name, its inputs and its outputs.
 
     `canonical` maps every name of a tensor to its first name. `values` holds the fake values of the
     placeholders, `available` the 0-d inputs that `scalar` may add. `outputs` names the output
@@ -109,7 +109,7 @@ class ForwardGraph:
         return self.graph.output_node()
 
     def result(self, name: str) -> fx.Node:
-        """Return the node behind a named output."""
+        """Return the node that computes a named output."""
         node = self.output.args[0][self.outputs.index(name)]  # type: ignore[index]
         assert isinstance(node, fx.Node)
         return node

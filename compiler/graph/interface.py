@@ -17,7 +17,7 @@ InputStructure = Literal["tensor", "tuple", "dict"]
 
 
 class BatchMismatch(ValueError):
-    """The batch is not of the shape, dtype or device the graph was captured for."""
+    """The batch has another shape, dtype or device than the graph was captured for."""
 
 
 @dataclass(frozen=True, slots=True)

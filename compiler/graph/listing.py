@@ -17,7 +17,7 @@ _SHORT = {
 
 
 def listing(graph: fx.Graph) -> str:
-    """Return a stable text of a graph: the same graph gives the same text."""
+    """Return a graph as text; equal graphs give equal texts."""
     return "\n".join(_line(node) for node in graph.nodes if node.op != "get_attr")
 
 

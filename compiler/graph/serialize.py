@@ -30,7 +30,7 @@ _ENUMS: dict[str, type[Any]] = {
 
 
 class GraphFormatError(ValueError):
-    """The data is no graph that this version can load, or the graph cannot be saved."""
+    """The data is not a graph that this version can load, or the graph cannot be saved."""
 
 
 def graph_to_json(graph: fx.Graph) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _node(graph: fx.Graph, entry: Mapping[str, Any], made: Mapping[str, fx.Node]
 
 
 def _is_name(text: str) -> bool:
-    """Say whether a text may stand as a name in the code that a graph is turned into."""
+    """Say whether a text is safe as a name in the code that torch.fx generates from a graph."""
     return text.isidentifier() and not iskeyword(text)
 
 

@@ -69,20 +69,20 @@ class StepGraph(fx.GraphModule):
 
     @property
     def installed(self) -> bool:
-        """Whether there is a graph to run."""
+        """Whether a graph is installed."""
         return self.interface is not None
 
     def install(self, other: StepGraph) -> None:
-        """Take the graph of another step over the same parameters."""
+        """Use the graph of another step over the same parameters."""
         self._set(copy.deepcopy(other.graph), other.constant_tensors())
         self.interface, self.reports, self.notes = other.interface, other.reports, other.notes
         self.seconds = other.seconds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the owner's step; `run` executes the graph alone."""
+        """Run a step of the program that owns the graph; `run` executes only the graph."""
         if self.on_call is None:
             raise RuntimeError(
-                "this step graph belongs to no program: call `run(batch, scalars)` instead"
+                "this step graph does not belong to a program: call `run(batch, scalars)` instead"
             )
         return self.on_call(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The module that capture front ends trace: the user's model on every view, with its loss."""
+"""The module that capture front ends trace: the user's model on every view, and the loss."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def replace_layers(model: nn.Module, rewrite: Rewrite) -> Sites:
     for name, (classes, state) in wanted.items():
         module = model.get_submodule(name)
         if isinstance(module, BoundLayer):
-            raise SiteError(f"`{name}` belongs to another program already: call its `unbind` first")
+            raise SiteError(f"`{name}` is part of another program: call its `unbind` first")
         module.__class__ = _subclass(tuple(classes), cast("Any", type(module)))
         module.trainc = state  # type: ignore[assignment]
     return Sites(model, rewrite)
@@ -104,7 +104,7 @@ class Sites:
                 state.first_example = scalars.get("first_example")
 
     def deactivate(self) -> None:
-        """Let every site run as the user's own layer."""
+        """Let every site run the user's own layer."""
         for module in self.layers:
             module.trainc.deactivate()
 
@@ -115,7 +115,7 @@ class Sites:
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
-        """Run the model as the user wrote it inside this block, whatever was active."""
+        """Inside this block, run the model as the user wrote it, even if sites are active."""
         states = [(m, m.trainc.active) for m in self.layers]
         for module, _ in states:
             module.trainc.active = False
@@ -157,8 +157,8 @@ class Sites:
         silent = [name for name, count in counts.items() if count == 0]
         if silent:
             raise SiteError(
-                f"{listed(silent)} did not run in the forward pass, and the plan needs a result of it. A module whose"
-                " weight is used directly by its parent, as in nn.MultiheadAttention, never runs itself: exclude it"
+                f"{listed(silent)} did not run in the forward pass, but the plan needs a result from it. A module whose"
+                " weight is used directly by its parent, as in nn.MultiheadAttention, is never called: exclude it"
                 " from `on`"
             )
         measured = {site.module for site in self.rewrite.measured}

@@ -56,8 +56,8 @@ class BoundConvolution(BoundLayer):
         own, state = cast(nn.Conv2d, self), self.trainc
         if len(own.kernel_size) == 3 or own.padding_mode != "zeros" or isinstance(own.padding, str):
             raise SiteError(
-                f"`{state.name}` cannot be measured over groups of examples: that needs one or two spatial dimensions,"
-                " and zero padding given as numbers. Exclude it from `on`"
+                f"`{state.name}` cannot be measured over groups of examples. Groups need one or two spatial dimensions"
+                " and zero padding given as numbers: exclude the layer from `on`"
             )
         grouped = join_views(state, x).transpose(1, 2)
         y = convolution(
@@ -89,7 +89,7 @@ def _numbers(value: Any, dims: int) -> list[int]:
 
 
 def _same(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Return the zeros before and behind each dimension, last dimension first, that keep its length."""
+    """Return the zeros before and after each dimension that keep its length, last dimension first."""
     sides = []
     for size, step in zip(reversed(kernel), reversed(dilation), strict=True):
         total = step * (size - 1)

@@ -1,4 +1,4 @@
-"""Embeddings: of tokens, of positions that all examples share, and with a weight that is the output head's too."""
+"""Embeddings: of tokens, of positions that all examples share, and with the weight of the output head."""
 
 from __future__ import annotations
 

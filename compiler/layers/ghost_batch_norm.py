@@ -1,4 +1,4 @@
-"""BatchNorm over groups of examples: only the examples of a group are mixed, so that groups can be compared."""
+"""BatchNorm over groups of examples: it mixes only the examples of a group, so that groups can be compared."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class BoundGhostBatchNorm(BoundLayer):
         size = state.example_index.rows
         if own.momentum is None:
             raise SiteError(
-                f"`{state.name}` averages its statistics over all batches (momentum=None), which groups of examples"
-                " cannot reproduce: set its `momentum`"
+                f"`{state.name}` averages its statistics over all batches (momentum=None), which is not supported for"
+                " groups of examples: set `momentum` of the layer to a number"
             )
         weight, bias = (own.weight, own.bias) if state.measured is None else (None, None)
         mean, var = own.running_mean, own.running_var
@@ -52,6 +52,6 @@ def ghost_site(name: str, module: nn.Module) -> LayerSite:
     if isinstance(module, nn.SyncBatchNorm) or not own:
         raise NotMeasurable(
             f"`{name}` ({type(module).__name__}) cannot be measured: it has no weight, or it mixes examples of several"
-            " replicas. Exclude it from `on`"
+            " replicas. Exclude the layer from `on`"
         )
     return LayerSite(name, "batch_norm", own["weight"], own["bias"])

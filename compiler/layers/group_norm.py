@@ -24,7 +24,7 @@ class BoundGroupNorm(BoundLayer):
         require_one_view(self.trainc)
         if self.trainc.example_index.rows > 1:
             raise SiteError(
-                f"`{self.trainc.name}` cannot be measured over groups of examples. Exclude it from `on`"
+                f"`{self.trainc.name}` cannot be measured over groups of examples. Exclude the layer from `on`"
             )
         probe = checked_probe(self.trainc, x)
         groups = getattr(own, "num_groups", x.shape[1])

@@ -1,4 +1,4 @@
-"""A kind of layer that can be measured, and what a module and a captured call of it are."""
+"""A kind of layer that can be measured: how its modules and its captured calls are recognised."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def recognise(name: str, module: nn.Module) -> LayerSite | None:
     """Return the site of a plain nn.Linear or of a transformers Conv1D, which keeps its weight transposed."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise NotMeasurable(
-            f"`{name}` is the output projection of an nn.MultiheadAttention, which uses its weight directly and never"
-            " runs it. Exclude it from `on`: `- type(NonDynamicallyQuantizableLinear)`"
+            f"`{name}` is the output projection of an nn.MultiheadAttention, which uses the weight directly and never"
+            " calls the layer. Exclude the layer from `on`: `- type(NonDynamicallyQuantizableLinear)`"
         )
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     transposed = type(module).__name__ == "Conv1D" and _is_transposed(module)

@@ -83,8 +83,8 @@ def _of_example(state: SiteState, column: int, x: Tensor, shape: list[int]) -> T
         return probe[:, column].view(probe.shape[0], *[1] * between, *shape)
     if x.shape[:2] != index.shape:
         raise SiteError(
-            f"`{state.name}` sees a tensor of shape {tuple(x.shape)}, but the batch has (rows, tokens) ="
-            f" {tuple(index.shape)}: with `example = document` its first two axes must be those. Exclude it from `on`"
+            f"`{state.name}` gets an input of shape {tuple(x.shape)}, but the batch has (rows, tokens) ="
+            f" {tuple(index.shape)}: `example = document` needs these two axes first. Exclude the layer from `on`"
         )
     per_token = state.probe[:, column][index]
     return per_token.view(*index.shape, *[1] * (between - 1), *shape)
@@ -113,8 +113,8 @@ def norm_site(name: str, module: nn.Module) -> NormSite:
             return gemma
     made = type(module).__name__
     raise NotMeasurable(
-        f"`{name}` ({made}) does not compute what LayerNorm or RMSNorm does, so it cannot be measured. Exclude it from"
-        " `on`"
+        f"`{name}` ({made}) does not compute what LayerNorm or RMSNorm does, so it cannot be measured."
+        " Exclude the layer from `on`"
     )
 
 

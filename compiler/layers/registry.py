@@ -57,7 +57,7 @@ def site_of(name: str, module: nn.Module) -> MeasuredSite:
     known = ", ".join(kind.description for kind in layer_kinds().values())
     raise NotMeasurable(
         f"`{name}` ({type(module).__name__}) cannot be measured; per-example norms are supported for norms, {known}."
-        " Exclude it from `on`"
+        " Exclude the layer from `on`"
     )
 
 

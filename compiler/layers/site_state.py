@@ -13,7 +13,7 @@ from trainc.compiler.method.sites import MeasuredSite, NoiseSite
 
 
 class SiteState:
-    """The state of a site: what it measures or adds and, while it is active, the tensors of the micro-batch."""
+    """The state of a site: what it measures or adds, and the tensors of the micro-batch while it is active."""
 
     def __init__(self, views: int) -> None:
         self.views = views
@@ -55,7 +55,7 @@ class SiteState:
         return self.partner.lookup
 
     def deactivate(self) -> None:
-        """Let the layer run as the user's own."""
+        """Let the layer run the user's own forward pass."""
         self.active = False
         self.probe = self.lookup = None
 
@@ -110,7 +110,7 @@ def checked_probe(state: SiteState, x: Tensor) -> Tensor:
         raise ExampleAxisUnknown(
             f"`{state.measured.module}` sees a tensor of shape {tuple(x.shape)}, but the batch has"
             f" {probe.shape[0]} examples: its first axis is not the example axis, which per-example norms need."
-            " Exclude it from `on`"
+            " Exclude the layer from `on`"
         )
     return probe
 
@@ -120,5 +120,5 @@ def require_one_view(state: SiteState) -> None:
     if state.views > 1:
         raise SiteError(
             f"`{state.name}` cannot be measured while a regularizer passes every example twice: this kind of layer"
-            " cannot join the two views. Exclude it from `on`"
+            " cannot join the two views. Exclude the layer from `on`"
         )

@@ -56,7 +56,7 @@ def _add_noise(forward: ForwardGraph, site: NoiseSite) -> bool:
 
 
 def _outputs(forward: ForwardGraph, module: str) -> list[fx.Node]:
-    """Return the node behind each call of a module: the one inside it that is read outside."""
+    """Return the output node of each call of a module: the node inside that is read outside."""
     calls: dict[str, list[fx.Node]] = {}
     for node in forward.calls():
         for key, path in module_stack(node).items():

@@ -29,7 +29,7 @@ def _operands(node: Any, *operators: Any) -> tuple[Any, ...]:
 
 
 def other_operand(node: fx.Node | None, one: fx.Node, operator: Any) -> Any:
-    """Return the operand beside `one` of a commutative operator."""
+    """Return the operand of a commutative operator that is not `one`."""
     left, right = _operands(node, operator) or (None, None)
     return right if left is one else left
 

@@ -35,14 +35,14 @@ class FuseHead(PairingPass):
     after = ("pair_views",)
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
-        """Rewrite the loss over a head that nothing else reads."""
+        """Rewrite the loss if nothing else reads the head's logits."""
         for loss in forward.calls():
             if loss.target is torch.ops.trainc.cross_entropy_consistency.default:
                 self.fuse(forward, loss)
         return [LOSS]
 
     def fuse(self, forward: ForwardGraph, loss: fx.Node) -> None:
-        """Replace one loss and its head, unless something else reads the logits or it does not pay.
+        """Replace one loss and its head, unless something else reads the logits or it is not faster.
 
         The output `logits` stays for the passes; no step reads it, and what nothing reads is
         removed when the graph is differentiated.
@@ -78,7 +78,7 @@ class FuseHead(PairingPass):
 
 
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """Return the input, the weight and the bias of a linear layer, in whatever operators it is written."""
+    """Return the input, weight and bias of a linear layer, whichever operators compute it."""
     if node.kwargs or len(node.args) < 2:
         return None
     if node.target is aten.linear.default:

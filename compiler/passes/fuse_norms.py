@@ -19,7 +19,7 @@ from trainc.kernels.norm.rms_norm import default_eps
 
 
 class FuseNorms(NormPass):
-    """Replaces each selected norm, in whatever operators it is written, by one operator."""
+    """Replaces each selected norm by one operator, whichever operators compute it."""
 
     name = "fuse_norms"
     purpose = "turn the selected normalization layers into one operator each"
@@ -37,7 +37,7 @@ class FuseNorms(NormPass):
         return list(found)
 
     def fuse(self, forward: ForwardGraph, site: NormSite, call: NormCall, x: fx.Node) -> fx.Node:
-        """Replace one norm of `x`, which may be the result of a norm fused before."""
+        """Replace one norm of `x`; `x` may be the result of a norm fused before."""
         given: tuple[Any, ...]
         shape = list(call.shape)
         eps = default_eps(x.meta["val"].dtype) if call.eps is None else call.eps

@@ -34,7 +34,7 @@ class InstrumentLayers(Pass):
         return tuple(site.module for site in rewrite.layers)
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
-        """Serve every layer site that is in the graph."""
+        """Rewrite every layer site that is in the graph."""
         calls = {site.module: _call(forward, site) for site in rewrite.layers}
         sizes = sizes_with_one_more(forward, lambda other: _input_sizes(other, rewrite))
         for site in rewrite.layers:

@@ -1,4 +1,4 @@
-"""What a graph pass is."""
+"""The base class of graph passes."""
 
 from __future__ import annotations
 

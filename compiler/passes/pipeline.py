@@ -1,4 +1,4 @@
-"""The passes in their order, and the runner that checks the graph after each."""
+"""The passes in order, and the loop that runs them and checks the graph after each."""
 
 from __future__ import annotations
 

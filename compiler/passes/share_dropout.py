@@ -36,7 +36,7 @@ class ShareDropout(PairingPass):
     purpose = "draw one dropout mask for both views of an example"
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
-        """Rewrite every dropout, and note what else draws random numbers for each view."""
+        """Rewrite every dropout, and note other operators that draw random numbers for each view."""
         for node in forward.calls():
             # Attention draws only where it drops.
             if node.target in _UNSHARED and arguments(node).get("dropout_p") != 0.0:

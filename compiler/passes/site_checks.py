@@ -1,4 +1,4 @@
-"""What a site must fulfil: the examples along its first axis, and a measured weight that is used once."""
+"""Check a site: examples along the first axis, and a measured weight that is used once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def not_example_axis(forward: ForwardGraph, module: str, tensor: str) -> SiteUnf
     views = f" in {forward.views} views" if forward.views > 1 else ""
     return SiteUnfit(
         module,
-        f"the first axis of its {tensor} is not the axis of the {forward.examples} examples{views}. "
+        f"the first axis of its {tensor} does not count the {forward.examples} examples{views}. "
         "Exclude the layer from `on`",
     )
 

@@ -213,7 +213,7 @@ def _is_shared(site: MeasuredSite, shapes: list[tuple[int, ...]]) -> bool:
     shown = " and ".join(str(shape) for shape in shapes)
     raise ExampleAxisUnknown(
         f"the input of `{site.module}` has shape {shown} for {_SIZES[0]} and {_SIZES[1]} examples: its first axis does"
-        " not count examples, so per-example norms cannot be measured there. Exclude it from `on`"
+        " not count examples, so per-example norms cannot be measured there. Exclude the layer from `on`"
     )
 
 

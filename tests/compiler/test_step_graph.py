@@ -74,7 +74,7 @@ def test_installing_gives_it_the_graph_of_another(model: nn.Module) -> None:
 
 def test_calling_it_is_calling_its_owner(model: nn.Module) -> None:
     step, batch = StepGraph(model), images()
-    with pytest.raises(RuntimeError, match="belongs to no program"):
+    with pytest.raises(RuntimeError, match="does not belong to a program"):
         step(batch)
     step.on_call = lambda given: ("called with", given)
     assert step(batch) == ("called with", batch)
