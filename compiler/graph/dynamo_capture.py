@@ -56,12 +56,9 @@ def dynamo_capture(wrapped: WrappedModel, batch: Batch) -> fx.GraphModule:
         raise RuntimeError("torch.compile made a graph whose inputs are not all tensors")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(argument, static_shapes=True) for argument in given]
-
-    def run(*arguments: Tensor) -> Any:
-        return _Inlined(graph).run(*arguments)
-
     with preserve_node_meta():
-        traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        inlined = make_fx(_Inlined(graph).run, pre_dispatch=True, _allow_non_fake_inputs=True)
+        traced = inlined(*fakes)
     return _as_exported(traced, given, wrapped, batch)
 
 

@@ -42,18 +42,13 @@ def sites_of(
             owners = [site.module for site in sites if parameter in site.parameters]
             if not owners:
                 raise reason
-            if not all(is_inside(owner, name) for owner in owners):
+            if name and not all(owner.startswith(f"{name}.") for owner in owners):
                 raise NotMeasurable(
                     f"`{name}` shares `{parameter}` with {listed(owners)}; per-example norms of shared weights are"
                     " supported for an embedding and its output head only. Exclude"
                     f" {listed([*owners, name])} from `on`. {reason}"
                 )
     return sites
-
-
-def is_inside(module: str, parent: str) -> bool:
-    """Say whether a module is inside another, by their names."""
-    return parent == "" or module.startswith(f"{parent}.")
 
 
 def tied(sites: Sequence[MeasuredSite], inventory: Inventory) -> list[MeasuredSite]:

@@ -12,8 +12,6 @@ from trainc.compiler.passes.pass_base import Pass
 from trainc.compiler.passes.site_checks import not_example_axis
 from trainc.kernels.noise import multiplicative_noise as _noise  # noqa: F401  (registers the operator)
 
-KEY, FIRST_EXAMPLE = "key", "first_example"
-
 
 class AddNoise(Pass):
     """Multiplies the output of each noise site by `1 + sigma * normal`."""
@@ -42,8 +40,8 @@ def _add_noise(forward: ForwardGraph, site: NoiseSite) -> bool:
         if value.dim() < 2 or value.shape[0] != forward.rows:
             raise not_example_axis(forward, site.module, f"output {list(value.shape)}")
         readers = list(node.users)
-        sigma, key = forward.scalar(site.scalar), forward.scalar(KEY)
-        first = forward.scalar(FIRST_EXAMPLE) if FIRST_EXAMPLE in forward.available else None
+        sigma, key = forward.scalar(site.scalar), forward.scalar("key")
+        first = forward.scalar("first_example") if "first_example" in forward.available else None
         with forward.graph.inserting_after(node):
             noisy = forward.call(
                 torch.ops.trainc.multiplicative_noise.default,

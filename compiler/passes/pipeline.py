@@ -88,21 +88,18 @@ def _run(
     outputs = _signatures(forward)
     try:
         served = tuple(step.run(forward, rewrite))
-    except (SiteMissing, SiteUnfit):
-        raise
-    except Exception as error:
-        raise PassBug(step.name, f"{type(error).__name__}: {error}", before) from error
-    unserved = tuple(name for name in wanted if name not in served)
-    if set(unserved) - excused:
-        raise SiteMissing(step.name, unserved)
-    if set(served) - set(wanted) or len(set(served)) != len(served):
-        reason = f"it reports the sites {sorted(served)}, and was asked for {sorted(wanted)}"
-        raise PassBug(step.name, reason, before)
-    try:
+        unserved = tuple(name for name in wanted if name not in served)
+        if set(unserved) - excused:
+            raise SiteMissing(step.name, unserved)
+        if set(served) - set(wanted) or len(set(served)) != len(served):
+            reason = f"it reports the sites {sorted(served)}, and was asked for {sorted(wanted)}"
+            raise PassBug(step.name, reason, before)
         forward.graph.lint()
         remove_dead(forward.graph)
         forward.module.recompile()
         forward.propagate()
+    except (SiteMissing, SiteUnfit, PassBug):
+        raise
     except Exception as error:
         raise PassBug(step.name, f"{type(error).__name__}: {error}", before) from error
     broken = _broken_output(outputs, _signatures(forward), step.widens)

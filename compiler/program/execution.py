@@ -105,18 +105,14 @@ class Execution:
         """Return what is differentiated, the loss without its weight, and the loss terms by name."""
         inputs, targets = batch
         logits = compute_logits(self.forward, repeat_views(inputs, self._views))
-        loss, terms = self._loss(logits, targets, scalars)
+        pairing = self.method.rewrite.pairing
+        loss, terms = paired_loss(self.loss_fn, pairing, logits, targets, scalars)
         total = loss if loss_weight == 1.0 else loss * scalars[LOSS_WEIGHT]
         for label, penalty in self.method.penalties.items():
             value = penalty.value({n: self.parameters[n] for n in penalty.parameters}, scalars)
             terms[label] = value.detach()
             total = total + (value if loss_weight == 1.0 else value * scalars[LOSS_WEIGHT])
         return total, loss, terms
-
-    def _loss(
-        self, logits: Tensor, targets: Tensor, scalars: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return paired_loss(self.loss_fn, self.method.rewrite.pairing, logits, targets, scalars)
 
     # as a graph
 
@@ -223,11 +219,13 @@ class Execution:
     def _one_by_one(
         self, batch: Batch, names: Sequence[str], replicas: Replicas | None = None
     ) -> CalibrationSample:
+        pairing = self.method.rewrite.pairing
+
         def loss_of(example: int, one: Batch) -> Tensor:
             scalars = self._scalars(MicroBatchSlice(first_example=example), batch[1].device)
             self._activate(one, scalars)
-            inputs = repeat_views(one[0], self._views)
-            return self._loss(compute_logits(self.module, inputs), one[1], scalars)[0]
+            logits = compute_logits(self.module, repeat_views(one[0], self._views))
+            return paired_loss(self.loss_fn, pairing, logits, one[1], scalars)[0]
 
         self._check_preconditions(batch)
         try:
