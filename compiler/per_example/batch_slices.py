@@ -1,4 +1,4 @@
-"""Slice a few examples out of a model's inputs, and find which of the inputs have examples on their first axis."""
+"""Slice a few examples out of a model's inputs, and find the inputs with examples on their first axis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _MAX_UNSLICED = 2
-"""How many inputs may be as long as the batch by coincidence, such as masks (T, T), and are tried unsliced."""
+"""How many inputs are tried unsliced, because they may be as long as the batch by chance, such as masks (T, T)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class InputSlicer:
     sliced: frozenset[int]
 
     def take(self, inputs: Any, rows: Sequence[int]) -> Any:
-        """Return the inputs with some rows of what holds examples, and the rest as it is."""
+        """Return the inputs with only some rows of those that hold examples; the others are unchanged."""
         leaves, shape = pytree.tree_flatten(_plain(inputs))
         taken = [_rows(leaf, rows) if i in self.sliced else leaf for i, leaf in enumerate(leaves)]
         return pytree.tree_unflatten(taken, shape)
@@ -41,7 +41,7 @@ class InputSlicer:
 
 
 def possible_slicers(inputs: Any, counts: Sequence[int]) -> Iterator[InputSlicer]:
-    """Yield the slicers that may be right for batches of `counts` examples, the likeliest first.
+    """Yield the slicers that may be right for batches of `counts` examples, the most likely first.
 
     For each count every input of that length is taken to hold examples; then all but one, then all but two.
     """

@@ -131,7 +131,7 @@ def _columns(inventory: Inventory, on: On) -> tuple[str, ...]:
 
 
 def _selected(inventory: Inventory, on: str) -> tuple[str, ...]:
-    """Return the modules that a selector matches; raises ValueError when they are not as many as it expects."""
+    """Return the modules that a selector matches; raises ValueError for another number than `expect` says."""
     selector = SELECTOR.accept(on)
     for expect, count in expectations(selector, inventory, "modules"):
         if expect.count != count:

@@ -39,18 +39,18 @@ class ScalingDetector:
             self.add(gradient, self.micro_batch.loss_scale)
 
     def add(self, gradient: Tensor, scale: Tensor | None = None) -> None:
-        """Add a micro-batch's gradient, which is `scale` times that of its loss."""
+        """Add the gradient of a micro-batch whose loss was multiplied by `scale`."""
         own = gradient.detach().double()
         if scale is not None:
             own, self._scale = own / scale, scale
         self._sum = own if self._sum is None else self._sum + own
 
     def close(self) -> None:
-        """Forget the step."""
+        """End the step: forget its sum."""
         self._sum = self._scale = None
 
     def check(self) -> None:
-        """Raise ValueError where the gradient is another multiple of what the backward passes added."""
+        """Raise ValueError if the gradient is a multiple of the sum that the backward passes gave."""
         left = self._sum
         if self.name is None or left is None or (found := self._parameter.grad) is None:
             return
@@ -69,14 +69,14 @@ class ScalingDetector:
 
 def _message(name: str, ratio: float, scale: float, near: float) -> str:
     what = (
-        f"the gradient of `{name}` is {ratio:.4g} times what the backward passes of this step gave, so it cannot be"
-        " compared with what was measured in them: "
+        f"the gradient of `{name}` was changed after the backward passes: it is {ratio:.4g} times what they gave, so"
+        " it does not fit the statistics measured in them. "
     )
     if scale != 1 and abs(ratio / scale - 1) <= near:
         return what + (
-            f"the loss was multiplied by {scale:.6g}, and the gradients were not divided by it. With a GradScaler call"
+            f"The loss was multiplied by {scale:.6g}, but the gradients were not divided by it. With a GradScaler call"
             " `program.update(scaler)`"
         )
     return what + (
-        "do not change gradients before `program.update()`; to clip them, set `clip` of the spec's optimizer"
+        "Do not change gradients before `program.update()`; to clip them, set `clip` of the spec's optimizer"
     )

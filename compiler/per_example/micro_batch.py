@@ -1,4 +1,4 @@
-"""Micro-batches: which part of a step each is, and what each leaves for the update."""
+"""The place of a micro-batch in its step, and its results for the update."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MicroBatchSlice:
 def slices(
     micro_batches: Sequence[Batch], loss_fn: Loss, first_example: int
 ) -> Iterator[MicroBatchSlice]:
-    """Yield which part of their step each of all its micro-batches is; the loss weight is 0 where no target counts."""
+    """Yield the slice of each micro-batch of a step; the loss weight is 0 if no target is counted."""
     if len(micro_batches) == 1:
         yield MicroBatchSlice()
         return
@@ -41,7 +41,7 @@ def slices(
 
 @dataclass(slots=True)
 class MicroBatchResult:
-    """What a micro-batch leaves for the update.
+    """The results of a micro-batch that the update needs.
 
     `weights` (units,) are those of its examples in the step's loss, where something is measured; units are examples,
     or the groups or documents that stand for them. `probes` hold the statistics by module once `backward()` has run,

@@ -1,4 +1,4 @@
-"""Check what must be true of a model and its loss before per-example statistics of them mean anything.
+"""Check that a model and its loss allow per-example statistics.
 
 A few small forward passes, of two and of three examples, check that measured layers see the examples on their first
 axis, that none of these layers runs twice and their weights are used nowhere else, that the outputs for an example do
@@ -31,9 +31,9 @@ from trainc.runtime.data.batch import Batch, call_model, extract_logits
 
 _SIZES = (2, 3)
 _MEAN_TOLERANCE = 1e-2
-"""Relative difference from the weighted mean that rounding in 16 bits may make."""
+"""The relative difference from the weighted mean that rounding in 16 bits can cause."""
 _OUTPUT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""Difference between outputs, relative to the largest, that rounding may make, by dtype; in 16 bits 0.05."""
+"""The difference between outputs, relative to the largest, that rounding can cause, by dtype; in 16 bits 0.05."""
 
 Shapes = dict[str, list[tuple[int, ...]]]
 
@@ -111,7 +111,7 @@ class _FewExamples:
 
     @property
     def rows(self) -> list[int]:
-        """The numbers of three examples, some of them repeated where there are fewer."""
+        """The indices of three examples; some are repeated if there are fewer."""
         chosen = range(self.slicer.count) if self.chosen is None else self.chosen
         return [chosen[i % len(chosen)] for i in range(_SIZES[-1])]
 
@@ -123,7 +123,7 @@ class _FewExamples:
         return call_model(self.model, self.slicer.take(self.inputs, rows))
 
     def _find_slicer(self, counts: Sequence[int]) -> tuple[InputSlicer, Shapes]:
-        """Return the first slicer with which the model runs and a first axis counts examples, and the shapes seen."""
+        """Return the first slicer that the model can run with and that a first axis confirms, and the shapes seen."""
         ran: tuple[InputSlicer, Shapes] | None = None
         failure: Exception | None = None
         for slicer in possible_slicers(self.inputs, counts):
@@ -137,8 +137,8 @@ class _FewExamples:
                 if failure is None:
                     failure = error
                     failure.add_note(
-                        f"trainc ran the model on {_SIZES[0]} and on {_SIZES[1]} of {slicer.count} examples, to check"
-                        f" that they can be measured; it sliced {slicer.describe(self.inputs)} for that"
+                        f"trainc ran the model on {_SIZES[0]} and on {_SIZES[1]} of {slicer.count} examples to check"
+                        f" that they can be measured. For this it sliced {slicer.describe(self.inputs)}"
                     )
                 continue
             if ran is None or _grow(outputs, seen):
@@ -151,7 +151,7 @@ class _FewExamples:
         return ran
 
     def _check_independent(self) -> None:
-        """Raise ExamplesMix where the outputs for two examples change with the third example, in eval mode.
+        """Raise ExamplesMix if the outputs for two examples change with the third example, in eval mode.
 
         The two batches have the same shape, so that rounding is the same.
         """
@@ -181,7 +181,7 @@ def _grow(outputs: Sequence[Any], seen: Shapes) -> bool:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """Return the tensors in a model's result, or else its logits."""
+    """Return the tensors in a model's result; its logits if it holds none."""
     leaves = [leaf.detach() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     return leaves or [extract_logits(output).detach()]
 

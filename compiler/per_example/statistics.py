@@ -1,4 +1,4 @@
-"""Read what backward passes leave in probes and hooks as the micro-batches' contributions to the step's gradient."""
+"""Read probes and hooks after backward passes as the micro-batches' contributions to the step's gradient."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Statistics:
     def weigh(
         self, result: MicroBatchResult, loss_fn: Loss, batch: Batch, loss_weight: float
     ) -> None:
-        """Record the weights that a micro-batch's units have in the step's loss; of groups their examples', too."""
+        """Record the weights of a micro-batch's units in the step's loss; for groups also those of their examples."""
         units, own = self.rewrite.example_units, loss_fn.weights(batch[1])
         result.weights = (own if units is None else units.weights(loss_fn, batch)) * loss_weight
         if isinstance(units, Groups):
             result.example_weights = own * loss_weight
 
     def watch(self, result: MicroBatchResult, total: Tensor) -> None:
-        """Have the backward pass of `total` leave in `result` what is measured."""
+        """Let the backward pass of `total` write the measured statistics to `result`."""
         self._open = self.scaling.micro_batch = result
 
         def record(gradient: Tensor) -> None:
@@ -73,7 +73,7 @@ class Statistics:
         probes: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor | None],
     ) -> None:
-        """Record what a graph has computed already: the gradients of probes and of parameters."""
+        """Record the gradients of probes and parameters that a graph computed."""
         for name, statistic in probes.items():
             probe = torch.zeros_like(statistic)
             probe.grad = statistic
@@ -87,7 +87,7 @@ class Statistics:
             self.scaling.add(own)
 
     def _record_batch_sq_norm(self, name: str, running: bool, gradient: Tensor) -> None:
-        """Keep the squared norm of a micro-batch's gradient, or of all the step's so far (`running`)."""
+        """Keep the squared norm of a micro-batch's gradient, or with `running` of the step's sum so far."""
         if self._open is None:
             return
         before = self._parameters[name].grad if running else None
@@ -110,8 +110,8 @@ class Statistics:
             names = listed(silent)
             if not result.training:
                 raise SiteError(
-                    f"no statistics from {names}: the model was in eval mode when `loss` was called, and nothing is"
-                    " measured then. Call `model.train()` first; to train with a part in eval mode, put that part alone"
+                    f"no statistics from {names}: the model was in eval mode when `loss` was called, so nothing was"
+                    " measured. Call `model.train()` first; to train with a part in eval mode, put only that part"
                     " in eval mode"
                 )
             raise SiteError(

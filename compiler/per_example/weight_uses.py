@@ -1,4 +1,4 @@
-"""Find measured weights that are used outside their layer, where per-example norms of the layer would miss them.
+"""Find measured weights that are also used outside their layer, where the layer's norms would be incomplete.
 
 While a layer runs, other Parameters replace its own. A result that still depends on its own Parameters uses them
 elsewhere: a weight passed to a function, or read by another module.
@@ -43,7 +43,7 @@ class WeightUsedElsewhere(SiteError):
 
 
 def run_checking_uses(run: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> Tensor:
-    """Return `run()`, the logits or the loss, if it uses the weights of `modules` through these modules alone.
+    """Return `run()`, the logits or the loss, if only `modules` use the weights of `modules`.
 
     Raises WeightUsedElsewhere otherwise. Gradients have to be enabled. Compiled and checkpointed parts run as they
     are written, so that nothing is hidden.
@@ -135,7 +135,7 @@ def _error(found: list[tuple[_Held, Node]]) -> WeightUsedElsewhere:
 
 
 def _place(node: Node) -> str:
-    """Return the user's line that made an operation: the innermost one outside torch."""
+    """Return the user's line that called an operation: the innermost line outside torch."""
     recorded: Any = node.metadata
     for text in reversed(recorded.get("traceback_", [])):
         frame = _FRAME.search(text)

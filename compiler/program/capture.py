@@ -39,7 +39,7 @@ class CaptureFailed(RuntimeError):
 
 
 def signature(model: nn.Module, batch: Batch) -> Hashable:
-    """Return a key that is equal for batches and models that one captured graph serves.
+    """Return a key that is equal for all batches and models that can use the same captured graph.
 
     It holds the batch's shapes, dtypes and devices, autocast, the model's mode, and which parameters are trained.
     """

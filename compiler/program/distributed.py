@@ -20,7 +20,7 @@ from trainc.runtime.step.sharded import is_sharded
 def replicas_of(
     forward: Any, module: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> Replicas | None:
-    """Return the processes that average these gradients; None where this one trains alone.
+    """Return the processes that average these gradients; None if this process trains alone.
 
     They are the group of DistributedDataParallel or the mesh of FSDP2; any other wrapper of the module is assumed to
     average over all processes. The module itself, compiled or not, averages with none.
@@ -43,7 +43,7 @@ def first_shard(parameters: Mapping[str, Tensor]) -> str | None:
 
 
 def exchanges_now(forward: Any, module: nn.Module) -> bool:
-    """Return whether the backward pass of a forward pass begun now averages gradients: it is not under `no_sync()`."""
+    """Return whether the backward pass of a forward pass that begins now will average gradients (no `no_sync()`)."""
     if world_size() == 1 or _uncompiled(forward) is module:
         return False
     wrapper = _data_parallel(forward)
@@ -64,13 +64,13 @@ def _data_parallel(forward: Any) -> DistributedDataParallel | None:
 
 
 def _group_of_mesh(name: str, parameter: Any) -> Any:
-    """Return the processes over which FSDP2 averages; raises SiteError where the mesh does not consist of replicas."""
+    """Return the processes over which FSDP2 averages; raises SiteError if the mesh is not made of replicas."""
     mesh = parameter.device_mesh
     split = [place for place in parameter.placements if not place.is_replicate()]
     if len(split) > 1 or (mesh.ndim > 1 and mesh.size() != world_size()):
         raise SiteError(
-            f"`{name}` is sharded over {mesh} as {parameter.placements}: a mesh of several axes needs to hold all"
-            " processes and to shard along one axis, as FSDP2 with replicas does; tensor parallel layers are not"
+            f"`{name}` is sharded over {mesh} as {parameter.placements}: a mesh with several axes must contain all"
+            " processes and shard along one axis, as FSDP2 with replicas does. Tensor parallel layers are not"
             " supported"
         )
     return mesh.get_group() if mesh.ndim == 1 else None
@@ -79,7 +79,7 @@ def _group_of_mesh(name: str, parameter: Any) -> Any:
 def refuse_shards(
     quantity: str, names: Iterable[str], parameters: Mapping[str, Tensor], instead: str
 ) -> None:
-    """Raise SiteError where FSDP2 shards a parameter whose gradient on this process alone is needed."""
+    """Raise SiteError if FSDP2 shards a parameter whose gradient on this process alone is needed."""
     shard = next((name for name in names if is_sharded(parameters[name])), None)
     if shard is not None:
         raise SiteError(
@@ -91,19 +91,19 @@ def refuse_shards(
 def require_own_gradients(
     replicas: Replicas | None, results: Sequence[MicroBatchResult], names: Sequence[str]
 ) -> None:
-    """Raise SiteError where this process has no gradient of its own of the whole step.
+    """Raise SiteError if this process does not have its own gradient of the whole step.
 
     That is where it trains alone, and where a micro-batch before the last was averaged with other replicas.
     """
     if replicas is None:
         raise SiteError(
-            "`method = replica` compares replicas, and this process trains alone: wrap the model in"
+            "`method = replica` compares replicas, but this process trains alone: wrap the model in"
             " DistributedDataParallel, `program.forward = ...`, in several processes, or write `method = micro_batch`"
         )
     early = [i for i, result in enumerate(results[:-1]) if result.synchronised]
     if early:
         raise SiteError(
-            f"`method = replica` needs this replica's own gradient of the whole step, and the gradient of micro-batch"
+            f"`method = replica` needs this replica's own gradient of the whole step, but the gradient of micro-batch"
             f" {early[0] + 1} of {len(results)} was averaged over replicas (`{names[0]}`, ...): run the forward and"
             " backward pass of all but the last micro-batch inside `with program.forward.no_sync():`, or use"
             " `program.step`, which does this"
@@ -127,7 +127,7 @@ def rebind_parameters(
         lost = [s.name for s in own if s.name not in now or s.tensor.shape != now[s.name].shape]
         if lost or (own and "torch" in vars(optimizer) and optimizer.torch.state):
             raise SiteError(
-                f"`{(lost or moved)[0]}` was replaced after `trainc.compile`, and `{optimizer.name}` still has state of"
+                f"`{(lost or moved)[0]}` was replaced after `trainc.compile`, but `{optimizer.name}` still has state of"
                 " the old parameter: shard the model first, then compile"
             )
         for slot in own:

@@ -1,4 +1,4 @@
-"""Run one micro-batch, by the bound modules or as one graph, and keep what it leaves for the update."""
+"""Run one micro-batch, by the bound modules or as one graph, and keep its results for the update."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Execution:
     # module by module
 
     def run_modules(self, batch: Batch, where: MicroBatchSlice) -> tuple[Tensor, MicroBatchResult]:
-        """Return what is to be differentiated, and what the micro-batch leaves once it was."""
+        """Return the loss to differentiate, and the micro-batch's results, complete after the backward pass."""
         whose = "a micro-batch's or replica's own"
         instead = "write `method = per_example`, which needs no such gradient"
         refuse_shards(whose, self.method.batch_gradients, self.parameters, instead)
@@ -102,7 +102,7 @@ class Execution:
     def _forward(
         self, batch: Batch, loss_weight: float, scalars: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return what is differentiated, the loss without its weight, and the loss terms by name."""
+        """Return the loss to differentiate, the loss without its weight, and the loss terms by name."""
         inputs, targets = batch
         logits = compute_logits(self.forward, repeat_views(inputs, self._views))
         pairing = self.method.rewrite.pairing

@@ -28,13 +28,13 @@ class GraphCache:
 
     @property
     def newest(self) -> StepGraph:
-        """The graph that users hold: it exists before the first batch, and always has the newest capture."""
+        """The graph for users: it exists before the first batch, and always holds the newest capture."""
         if self._newest is None:
             self._newest = StepGraph(self._model)
         return self._newest
 
     def use(self, graph: StepGraph) -> None:
-        """Use a graph that was captured before, for the batches it accepts."""
+        """Use a graph that was captured before for the batches that it accepts."""
         self._given = graph
         self.newest.install(graph)
 
@@ -64,5 +64,5 @@ class GraphCache:
 
 
 def _one_mapping(penalty: PenaltyTerm) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """Return a penalty that finds parameters and inputs in one mapping, as the graph hands them over."""
+    """Return a penalty that takes parameters and inputs in one mapping, as the graph passes them."""
     return lambda values: penalty.value({name: values[name] for name in penalty.parameters}, values)

@@ -1,4 +1,4 @@
-"""The loss of a batch's logits: the loss function's alone, or with the distance between two views of every example."""
+"""The loss of a batch's logits, with or without the distance between two views of every example."""
 
 from __future__ import annotations
 

@@ -91,12 +91,12 @@ class Program:
 
     @property
     def graph_refused(self) -> str | None:
-        """Why the bound modules run although a graph was asked for; None while a graph can run."""
+        """Why the bound modules run although a graph was requested; None while a graph can run."""
         return self.execution.refused
 
     @property
     def batch_size(self) -> int:
-        """Samples of the next step, as the rules left it."""
+        """Samples of the next step."""
         return self._machine.batch_size
 
     @property
@@ -106,13 +106,13 @@ class Program:
 
     @property
     def signals(self) -> Mapping[str, float]:
-        """What was measured last, by name; NaN where it is not determined yet."""
+        """The last measured value of each signal, by name; NaN if there is none yet."""
         return self._machine.signals
 
     # the step
 
     def begin(self) -> Step:
-        """Open the step: rules set the batch size, policies the rates. `loss` calls it unless you did."""
+        """Open the step: rules set the batch size, policies the rates. `loss` calls `begin` if you did not."""
         return self._machine.begin()
 
     def loss(
@@ -126,7 +126,7 @@ class Program:
         return self._runner.run(batch, loss_weight, example_fraction, as_graph=False)
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
-        """Apply what `backward()` left: gradient steps, optimizer, observers. Return the step's metrics.
+        """Apply the gradients: actions on gradients, optimizer, observers. Return the step's metrics.
 
         `scaler` is the GradScaler that scaled the losses, if one did: gradients are unscaled first, and the update is
         skipped where they overflowed; call `scaler.update()` yourself. Raises ValueError where gradients that are
@@ -158,7 +158,7 @@ class Program:
         return loss * count, count, self.loss_fn.metrics(logits, targets)
 
     def report(self) -> StepReport:
-        """Return what the last step gave beside metrics: series by layer, notes, and whether to save a checkpoint."""
+        """Return what the last step gave besides metrics: series by layer, notes, and whether to save a checkpoint."""
         last = self._runner.last
         if last is None:
             return StepReport()
@@ -182,7 +182,7 @@ class Program:
         self._restore(state)
 
     def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
-        """Restore what fits from the state of another spec on the same model; return a line for what starts anew."""
+        """Restore the state of another spec on the same model where it fits; return lines on what restarts."""
         self.module.load_state_dict(state["model"])
         lost = self._machine.load_compatible(state)
         self._restore(state)
@@ -199,14 +199,14 @@ class Program:
         return save(Path(folder), self.plan, self.module, self.graph)
 
     def summary(self) -> list[str]:
-        """Return lines for people: what the loss and each clause of the spec did in this run."""
+        """Return lines of text: what the loss and each clause of the spec did in this run."""
         first, last = self._runner.first_terms, self._runner.last
         lines = [*loss_lines(self._method, first, last, self.clock.steps)]
         lines += factor_lines(self._method)
         said = (action.summary() for action in self._machine.actions)
         lines += [line for line in said if line is not None]
         if self.graph_refused is not None:
-            lines.append(f"no graph, the bound modules ran instead: {self.graph_refused}")
+            lines.append(f"the bound modules ran instead of a graph: {self.graph_refused}")
         dropped = [clause for clause in self.plan.clauses if clause["dropped"]]
         return lines + [
             f"{c['kind']} {c['construct']}: not in the program: {c['dropped']}" for c in dropped

@@ -31,5 +31,5 @@ def save(folder: Path, plan: Plan, module: nn.Module, graph: StepGraph) -> Path:
 
 
 def json_text(data: Any) -> str:
-    """Return JSON as saved files have it: keys sorted, one value a line."""
+    """Return JSON in the form of saved files: keys sorted, one value a line."""
     return json.dumps(data, indent=1, sort_keys=True) + "\n"

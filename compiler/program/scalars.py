@@ -1,4 +1,4 @@
-"""The numbers that a micro-batch runs with, as 0-d tensors, so that a rate that changes never recompiles a graph."""
+"""The numbers of a micro-batch as 0-d tensors, so that a changing rate never recompiles a graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scheduled_scalars(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Return the scheduled values of now, the method's tensors, and the micro-batch's weight in the loss, by name.
+    """Return by name the current scheduled values, the method's tensors, and the micro-batch's weight in the loss.
 
     The distance between two views is a mean over examples, the loss a mean over counted targets: where the
     micro-batch has unequal parts of the two, the weight of the distance makes up for it.

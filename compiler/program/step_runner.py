@@ -23,7 +23,7 @@ from trainc.runtime.step.record import Step
 
 
 class StepRunner:
-    """Runs micro-batches of one program and updates its model with what they leave."""
+    """Runs micro-batches of one program and updates its model with their results."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class StepRunner:
         self.last: Step | None = None
         """The step that was updated or skipped last."""
         self.first_terms: dict[str, float] = {}
-        """The loss and its terms at the first step: what the summary compares those of the last step with."""
+        """The loss and its terms at the first step, for the summary."""
         self._results: list[MicroBatchResult] = []
 
     def run(
@@ -78,7 +78,7 @@ class StepRunner:
         return self.update()
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
-        """Update with what the micro-batches left; see `Program.update`."""
+        """Update with the results of the micro-batches; see `Program.update`."""
         step = self.machine.current
         if step is None or not self._results:
             raise RuntimeError(
@@ -126,13 +126,13 @@ class StepRunner:
         return nullcontext() if unless or no_sync is None else no_sync()
 
     def _run(self, step: Step, batch: Batch, where: MicroBatchSlice, *, as_graph: bool) -> Tensor:
-        """Run one micro-batch and keep its result; as a graph its backward pass is done, too."""
+        """Run one micro-batch and keep its result; a graph also runs the backward pass."""
         self._calibrate(step, batch)
         refused = self.execution.refused
         run = self.execution.run_graph if as_graph else self.execution.run_modules
         loss, result = run(batch, where)
         if self.execution.refused != refused:
-            step.notes.append(f"no graph, the bound modules run instead: {self.execution.refused}")
+            step.notes.append(f"the bound modules run instead of a graph: {self.execution.refused}")
         self._count(step, batch[1])
         self._results.append(result)
         return loss
@@ -150,7 +150,7 @@ class StepRunner:
         step.tokens += count_tokens(targets)
 
     def _collect(self, step: Step) -> None:
-        """Put what the micro-batches left into the step."""
+        """Add the results of the micro-batches to the step."""
         statistics, replicas = self.execution.statistics, self.execution.replicas
         add_results(step, self._results, statistics, replicas)
         self.first_terms.setdefault("loss", step.loss)
@@ -174,7 +174,7 @@ class StepRunner:
         if not math.isfinite(step.loss) and self.settings.on_nan == "stop":
             steps = self.machine.clock.steps
             raise NonFiniteLoss(
-                f"the loss is {step.loss} at step {steps}: the run stops, with the weights from before this step"
+                f"the loss is {step.loss} at step {steps}: the run stops with the weights from before this step"
             )
         self.machine.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
         step.metrics["skipped"] = 1.0

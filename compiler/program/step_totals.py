@@ -1,4 +1,4 @@
-"""What the micro-batches of a step add up to: losses, loss terms and statistics, over all replicas."""
+"""Add up the micro-batches of a step: losses, loss terms and statistics, over all replicas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainc.runtime.step.record import Step
 from trainc.runtime.step.replicas import Replicas
 
 _TOLERANCE = 1e-3
-"""How far from 1 the loss weights of a step may sum: they may come in 16 bits."""
+"""How far from 1 the sum of a step's loss weights may be: they may have 16 bits."""
 
 
 def add_results(
@@ -40,7 +40,7 @@ def add_results(
 
 
 def _gather(step: Step, replicas: Replicas, terms: Sequence[str]) -> None:
-    """Make the step that of all replicas, with the same numbers on each, so that each decides the same.
+    """Combine the step over all replicas, so that each has the same numbers and decides the same.
 
     Losses are means, as gradients are; samples and tokens are sums.
     """
@@ -55,7 +55,7 @@ def _gather(step: Step, replicas: Replicas, terms: Sequence[str]) -> None:
 
 
 def check_loss_weights(step: Step) -> None:
-    """Raise ValueError where the loss weights of the micro-batches do not sum to 1: their statistics would be wrong.
+    """Raise ValueError if the loss weights of the micro-batches do not sum to 1: their statistics would be wrong.
 
     A batch without a target that counts has no mean and no weights; `on_nan` says what is done about its loss.
     """

@@ -88,7 +88,7 @@ def test_micro_batches_are_compared(kind: type[nn.Module]) -> None:
 def test_replicas_of_one_process_are_refused() -> None:
     model, x, y = made()
     program = compiled(model, "noise_scale gns on all { method = replica }")
-    with pytest.raises(SiteError, match="compares replicas, and this process trains alone: wrap"):
+    with pytest.raises(SiteError, match="compares replicas, but this process trains alone: wrap"):
         program.step([(x[:3], y[:3]), (x[3:], y[3:])])
 
 
