@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from trainc.dsl.reading.constants import Unreadable, duration
@@ -16,21 +15,8 @@ from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.origin import Origin
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.syntax import ast
-from trainc.dsl.text.diagnostic import Diagnostic, Label, repetition
+from trainc.dsl.text.diagnostic import Diagnostics, Label, repetition
 from trainc.dsl.text.source import printable
-
-_READ: dict[str, Callable[[ast.Node], Any]] = {
-    "on": selector,
-    "from": duration,
-    "until": duration,
-    "every": duration,
-}
-_ROLE = {
-    "on": "`on` takes a selector",
-    "from": "`from` takes a duration",
-    "until": "`until` takes a duration",
-    "every": "`every` takes a duration",
-}
 
 
 def construct_name(tree: ast.ClauseTree, catalog: Catalog) -> str | None:
@@ -48,7 +34,7 @@ class ClauseResolver:
         self.catalog = catalog
         self.lets = lets
         self.scope = scope
-        self.found: list[Diagnostic] = []
+        self.found = Diagnostics()
 
     def resolve(self, tree: ast.ClauseTree, placed: PlacedStatement) -> Clause | None:
         """Return the clause, or None where something about it is wrong."""
@@ -75,19 +61,11 @@ class ClauseResolver:
         if name is None:
             assert tree.path is not None
             label = Label(tree.path.span, "expected the name of a construct first")
-            help = None
-            if any(k == kind and "path" in c.model_fields for (k, _), c in self._of(kind)):
-                other = next(n for (_, n), c in self._of(kind) if "path" in c.model_fields)
-                help = f'write `{kind} {other}("{printable(tree.path.value)}")`'
-            self.found.append(
-                Diagnostic(
-                    "unknown-construct",
-                    f"`{kind}` is followed by a construct, not by a path",
-                    (label,),
-                    (),
-                    help,
-                )
-            )
+            takers = (n for k, n in self.catalog if k == kind and self._takes_path(k, n))
+            path = printable(tree.path.value)
+            help = next((f'write `{kind} {taker}("{path}")`' for taker in takers), None)
+            message = f"`{kind}` is followed by a construct, not by a path"
+            self.found.report("unknown-construct", message, label, help=help)
             return None
         cls = self.catalog.get((kind, name))
         if cls is not None:
@@ -98,11 +76,11 @@ class ClauseResolver:
         if kind in ("model", "data") and tree.construct and not tree.path:
             help = f'write the import path in quotes: `{kind} "module:{name}"`'
         notes = () if (kind, kind) in self.catalog else d.notes
-        self.found.append(Diagnostic(d.rule, d.message, (Label(span),), notes, help))
+        self.found.report(d.rule, d.message, Label(span), help=help, notes=notes)
         return None
 
-    def _of(self, kind: str) -> list[tuple[tuple[str, str], type[Construct]]]:
-        return [(key, self.catalog[key]) for key in self.catalog if key[0] == kind]
+    def _takes_path(self, kind: str, name: str) -> bool:
+        return "path" in self.catalog[kind, name].model_fields
 
     def _parts(self, tree: ast.ClauseTree) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -110,9 +88,7 @@ class ClauseResolver:
         for part in tree.parts:
             if part.word in first:
                 labels = repetition(part.span, first[part.word].span)
-                self.found.append(
-                    Diagnostic("duplicate-part", f"`{part.word}` is given twice", labels)
-                )
+                self.found.report("duplicate-part", f"`{part.word}` is given twice", *labels)
                 continue
             first[part.word] = part
             if part.word == "optional":
@@ -121,17 +97,17 @@ class ClauseResolver:
                 assert isinstance(part.value, ast.Ident)
                 if "." in part.value.id:
                     label = Label(part.value.span, "expected a name without a dot")
-                    self.found.append(
-                        Diagnostic(
-                            "reserved-name", f"the label `{part.value.id}` contains a dot", (label,)
-                        )
-                    )
+                    message = f"the label `{part.value.id}` contains a dot"
+                    self.found.report("reserved-name", message, label)
                 out["label"] = part.value.id
             elif part.value is not None and not is_lost(part.value, self.lets, self.scope):
                 try:
-                    out[part.word] = _READ[part.word](self.lets.expand(part.value))
+                    read = selector if part.word == "on" else duration
+                    out[part.word] = read(self.lets.expand(part.value))
                 except Unreadable as error:
+                    wanted = "selector" if part.word == "on" else "duration"
+                    message = f"`{part.word}` takes a {wanted}"
                     self.found.append(
-                        unreadable_problem(error, part.value.span, _ROLE[part.word], self.lets)
+                        unreadable_problem(error, part.value.span, message, self.lets)
                     )
         return out

@@ -16,7 +16,7 @@ from trainc.dsl.resolve.includes import PlacedStatement
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.origin import Provenance
 from trainc.dsl.syntax import ast
-from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label, repetition
+from trainc.dsl.text.diagnostic import Diagnostic, Diagnostics, Edit, Label, repetition
 from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.text.source import Span, printable
 
@@ -58,7 +58,7 @@ class FieldResolver:
         self.head = head
         self.lets = lets
         self.scope = scope
-        self.found: list[Diagnostic] = []
+        self.found = Diagnostics()
         self.origin: dict[str, Provenance] = {}
         self.first: dict[str, ast.Field] = {}
         self.failed: set[str] = set()
@@ -73,7 +73,7 @@ class FieldResolver:
             name = item.name.id
             if name in self.first:
                 labels = repetition(item.name.span, self.first[name].name.span)
-                self._report("duplicate-field", f"`{name}` is given twice", labels)
+                self.found.report("duplicate-field", f"`{name}` is given twice", *labels)
                 continue
             self.first[name] = item
             self.origin[name] = self._provenance(item, placed)
@@ -97,34 +97,20 @@ class FieldResolver:
                     self._invalid(detail, name)
             return None
 
-    def _report(
-        self,
-        rule: str,
-        message: str,
-        labels: tuple[Label, ...],
-        notes: tuple[str, ...] = (),
-        help: str | None = None,
-        edit: Edit | None = None,
-    ) -> None:
-        self.found.append(Diagnostic(rule, message, labels, notes, help, edit=edit))
-
     def _path(self, tree: ast.ClauseTree) -> None:
         if tree.path is None:
             return
         title = self.cls.heading()
         if "path" not in self.cls.model_fields:
             label = Label(tree.path.span, "remove this path")
-            self._report("unexpected-path", f"`{title}` takes no import path", (label,))
+            self.found.report("unexpected-path", f"`{title}` takes no import path", label)
             return
         try:
             self.data["path"] = import_path(tree.path)
         except Unreadable as error:
             self.failed.add("path")
-            self.found.append(
-                unreadable_problem(
-                    error, tree.path.span, f"invalid import path for `{title}`", self.lets
-                )
-            )
+            message = f"invalid import path for `{title}`"
+            self.found.append(unreadable_problem(error, tree.path.span, message, self.lets))
 
     def _read(self, item: ast.Field) -> None:
         """Read one field; the scope reports names that it may not use."""
@@ -154,15 +140,11 @@ class FieldResolver:
         self.failed.add(item.name.id)
         message = f"`{self.cls.heading()}` has no field `{printable(item.name.id)}`"
         near = nearest(item.name.id, self.declared)
-        notes = (f"known fields: {', '.join(f'`{n}`' for n in self.declared) or 'none'}",)
-        self._report(
-            "unknown-field",
-            message,
-            (Label(item.name.span),),
-            () if near else notes,
-            suggest(item.name.id, self.declared),
-            Edit(item.name.span, near) if near else None,
-        )
+        known = f"known fields: {', '.join(f'`{n}`' for n in self.declared) or 'none'}"
+        more: dict[str, Any] = {"notes": (known,)}
+        if near:
+            more = {"help": f"did you mean `{near}`?", "edit": Edit(item.name.span, near)}
+        self.found.report("unknown-field", message, Label(item.name.span), **more)
 
     def _provenance(self, item: ast.Field, placed: PlacedStatement) -> Provenance:
         """Return where a value comes from; `--set` where it depends on a let that was set."""
@@ -180,12 +162,12 @@ class FieldResolver:
         text, help = problem_text(detail)
         if name not in self.first:
             labels = self._fields_named_in(text) or (Label(self.head, text),)
-            self._report("bad-value", f"fields of `{title}` do not fit together", labels)
+            self.found.report("bad-value", f"fields of `{title}` do not fit together", *labels)
             return
         rule = "wrong-unit" if detail["type"] == "wrong_unit" else "bad-value"
         label = Label(self.first[name].value.span, text)
-        message = f"invalid `{name}` for `{title}`"
-        self._report(rule, message, (label,), self._field_note(name), help)
+        message, notes = f"invalid `{name}` for `{title}`", self._field_note(name)
+        self.found.report(rule, message, label, help=help, notes=notes)
 
     def _fields_named_in(self, text: str) -> tuple[Label, ...]:
         """Return labels at the fields that a message names, the last field first.
@@ -200,21 +182,15 @@ class FieldResolver:
 
     def _missing(self, name: str) -> None:
         title = self.cls.heading()
-        label = Label(self.head)
         if name == "path":
             form = '{} "module:name"' if self.cls.kind == self.cls.name else '{}("module:name")'
-            help = f"write `{form.format(title)}`"
-            self._report("missing-field", f"`{title}` needs an import path", (label,), (), help)
+            message, help = f"`{title}` needs an import path", f"write `{form.format(title)}`"
+            self.found.report("missing-field", message, Label(self.head), help=help)
             return
         near = nearest(name, self.arguments)
         meant = f"is `{near}` meant to be `{name}`?" if near else None
-        self._report(
-            "missing-field",
-            f"`{title}` needs the field `{name}`",
-            (label,),
-            self._field_note(name),
-            meant,
-        )
+        message, notes = f"`{title}` needs the field `{name}`", self._field_note(name)
+        self.found.report("missing-field", message, Label(self.head), help=meant, notes=notes)
 
     def _field_note(self, name: str) -> tuple[str, ...]:
         """Return the description of a field as a note."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.parser import parse
 from trainc.dsl.syntax.tokens import MAX_CHARACTERS
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic, Diagnostics, Label
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.source import Source, Span, printable
 
@@ -27,7 +27,7 @@ class CollectedStatements:
 
     def __init__(self) -> None:
         self.statements: list[PlacedStatement] = []
-        self.found: list[Diagnostic] = []
+        self.found = Diagnostics()
         self.lost: set[str] = set()
 
 
@@ -81,18 +81,14 @@ def _collect(
             if first != statement.span:
                 labels.append(Label(first, "the first include is here"))
             text = f"`{printable(statement.path.value)}` includes itself"
-            out.found.append(Diagnostic("include-cycle", text, tuple(labels)))
+            out.found.report("include-cycle", text, *labels)
             continue
         if where in seen:
             continue
         seen.add(where)
         if len(chain) >= MAX_CHAIN:
-            label = Label(statement.span)
-            out.found.append(
-                Diagnostic(
-                    "too-deep", f"files are included more than {MAX_CHAIN} levels deep", (label,)
-                )
-            )
+            message = f"files are included more than {MAX_CHAIN} levels deep"
+            out.found.report("too-deep", message, Label(statement.span))
             continue
         try:
             inner, problems = read_source(where, _shown(where))
@@ -102,7 +98,7 @@ def _collect(
             message = f"cannot read `{printable(statement.path.value)}`"
             looked = printable(_shown(where), 200)
             note = f"paths are relative to the file that contains the `use`: trainc looked for {looked}"
-            out.found.append(Diagnostic("use-not-found", message, (label,), (note,)))
+            out.found.report("use-not-found", message, label, notes=(note,))
             out.lost.add("*")
             continue
         if problems:

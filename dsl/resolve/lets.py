@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.syntax.parser import parse_expression
-from trainc.dsl.text.diagnostic import Diagnostic, Label, repetition
+from trainc.dsl.text.diagnostic import Diagnostics, Label, repetition
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Source
 from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, SELECTOR_FUNCTIONS
@@ -27,7 +27,7 @@ class Lets:
         self.overridden: dict[str, Node] = {}
         self.used: set[str] = set()
         self.broken: set[str] = set()
-        self.found: list[Diagnostic] = []
+        self.found = Diagnostics()
         self._expanded: dict[str, Node] = {}
         self._size: dict[str, tuple[int, int]] = {}
 
@@ -40,10 +40,10 @@ class Lets:
                 if name in _RESERVED
                 else f"the name `{name}` contains a dot, which names of `let` cannot"
             )
-            self.found.append(Diagnostic("reserved-name", message, (Label(let.name.span),)))
+            self.found.report("reserved-name", message, Label(let.name.span))
         elif name in self.names:
             labels = repetition(let.name.span, self.names[name].span)
-            self.found.append(Diagnostic("duplicate-let", f"`{name}` is defined twice", labels))
+            self.found.report("duplicate-let", f"`{name}` is defined twice", *labels)
         else:
             self.names[name], self.values[name] = let.name, let.value
 
@@ -53,21 +53,16 @@ class Lets:
             source = Source("--set", setting)
             name, equals, text = setting.partition("=")
             name = name.strip()
-            span = source.span(0, max(1, len(setting.partition("=")[0].rstrip())))
+            place = Label(source.span(0, max(1, len(setting.partition("=")[0].rstrip()))))
             if not equals:
-                label = Label(span, "expected `name=value`")
-                self.found.append(
-                    Diagnostic("syntax", "`--set` needs a name and a value", (label,))
-                )
+                place = place.replace(text="expected `name=value`")
+                self.found.report("syntax", "`--set` needs a name and a value", place)
             elif name not in self.values:
                 if name in lost or "*" in lost:
                     continue
-                message = f"the spec has no `let {name}`"
-                help = suggest(name, self.values)
+                message, help = f"the spec has no `let {name}`", suggest(name, self.values)
                 known = f"known lets: {', '.join(f'`{n}`' for n in self.values) or 'none'}"
-                self.found.append(
-                    Diagnostic("unknown-let", message, (Label(span),), (known,), help)
-                )
+                self.found.report("unknown-let", message, place, help=help, notes=(known,))
             else:
                 node, problems = parse_expression(source, len(setting) - len(text))
                 self.found += problems
@@ -103,26 +98,18 @@ class Lets:
             todo += [(child, level + 1) for child in expandable(node)]
         if (size > MAX_SIZE or depth > MAX_DEPTH) and name not in self.broken:
             self.broken.add(name)
-            label = Label(self.names[name].span)
-            self.found.append(
-                Diagnostic(
-                    "too-large",
-                    f"`{name}` has more than {MAX_SIZE:,} parts or {MAX_DEPTH} levels",
-                    (label,),
-                )
-            )
+            message = f"`{name}` has more than {MAX_SIZE:,} parts or {MAX_DEPTH} levels"
+            self.found.report("too-large", message, Label(self.names[name].span))
             return (1, 1)
         self._size[name] = (size, depth)
         return size, depth
 
     def _cycle(self, name: str, back: ast.Ident) -> None:
         if not self.broken & {name, back.id}:
-            labels = (
-                Label(back.span, f"`{back.id}` is used here"),
-                Label(self.names[back.id].span, f"`{back.id}` is defined here"),
-            )
+            use = Label(back.span, f"`{back.id}` is used here")
+            definition = Label(self.names[back.id].span, f"`{back.id}` is defined here")
             message = f"the definition of `{back.id}` uses `{back.id}` itself"
-            self.found.append(Diagnostic("let-cycle", message, labels))
+            self.found.report("let-cycle", message, use, definition)
         self.broken |= {name, back.id}
 
     def expand(self, node: Node) -> Node:

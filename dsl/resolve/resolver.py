@@ -133,14 +133,13 @@ class Resolver:
             if not isinstance(statement, ast.Version):
                 continue
             if rank > 1:
-                label = Label(statement.span)
                 message = "`train N` must be the first statement of its file"
-                self.found.append(Diagnostic("misplaced-version", message, (label,)))
+                self.found.report("misplaced-version", message, Label(statement.span))
             if statement.number.text != str(VERSION):
                 label = Label(statement.number.span)
                 message = f"there is no version {printable(statement.number.text)} of the language"
                 help = f"this trainc reads version {VERSION}"
-                self.found.append(Diagnostic("unknown-version", message, (label,), (), help))
+                self.found.report("unknown-version", message, label, help=help)
 
     def _rule(self, when: ast.When) -> Rule | None:
         """Return a rule, or None where a part of it cannot be read."""
@@ -150,11 +149,11 @@ class Resolver:
         cooldown = self._wait(when.cooldown, "`cooldown` takes a duration")
         actions = [action for tree in when.actions if (action := self._action(tree))]
         if not when.actions:
-            label = Label(when.span)
-            help = "write an action between the braces: `{ stop }`"
-            self.found.append(
-                Diagnostic("no-action", "this rule has no actions", (label,), (), help)
+            message, help = (
+                "this rule has no actions",
+                "write an action between the braces: `{ stop }`",
             )
+            self.found.report("no-action", message, Label(when.span), help=help)
         if test is None or len(self.found) + len(self.scope.found) > before:
             return None
         return Rule(test, tuple(actions), hold, cooldown, origin=Origin(when.span))
@@ -198,9 +197,8 @@ class Resolver:
             name = item.statement.name
             first = self.lets.names.get(name.id) is name
             if first and name.id not in self.lets.used | self.lets.broken:
-                label = Label(name.span)
                 message = f"`{name.id}` is never used"
-                self.found.append(Diagnostic("unused-let", message, (label,), severity="warning"))
+                self.found.report("unused-let", message, Label(name.span), severity="warning")
 
 
 def _ordered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:

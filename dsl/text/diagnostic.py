@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.rules import RULES
@@ -50,3 +50,13 @@ class Diagnostic(Record):
     def span(self) -> Span | None:
         """Return where the mistake is; None for a spec that was made in Python."""
         return self.labels[0].span if self.labels else None
+
+
+class Diagnostics(list[Diagnostic]):
+    """The diagnostics that a part of a check has found so far."""
+
+    def report(
+        self, rule: str, message: str, *labels: Label, help: str | None = None, **more: Any
+    ) -> None:
+        """Add a diagnostic; its first label is at the mistake, `more` are further fields of it."""
+        self.append(Diagnostic(rule, message, labels, help=help, **more))
