@@ -10,11 +10,7 @@ from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.vocabulary import ROLES, SELECTOR_FUNCTIONS, WHERE_NAMES
 from trainc.dsl.values import value_json as v
 
-_PAIRS: dict[str, type[v.Union] | type[v.Intersection] | type[v.Difference]] = {
-    "|": v.Union,
-    "&": v.Intersection,
-    "-": v.Difference,
-}
+_PAIRS = {pair.op: pair for pair in (v.Union, v.Intersection, v.Difference)}
 
 
 class _WhereNames(Names):

@@ -1,8 +1,17 @@
-"""The rules that `trainc check` applies to a text."""
+"""The rules that `trainc check` applies to a text, and how a rule is explained."""
 
 from __future__ import annotations
 
-from trainc.dsl.text.rule import RuleExplanation
+from trainc.dsl.text.record import Record
+
+
+class RuleExplanation(Record):
+    """A rule, for `trainc explain` and docs/diagnostics.md: what happened, why it matters, what to write instead."""
+
+    what: str
+    why: str
+    fix: str
+
 
 LANGUAGE_RULES: dict[str, RuleExplanation] = {
     "syntax": RuleExplanation(

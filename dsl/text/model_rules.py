@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainc.dsl.text.rule import RuleExplanation
+from trainc.dsl.text.language_rules import RuleExplanation
 
 MODEL_RULES: dict[str, RuleExplanation] = {
     "selector-matches-nothing": RuleExplanation(

@@ -4,6 +4,5 @@ from __future__ import annotations
 
 from trainc.dsl.text.language_rules import LANGUAGE_RULES
 from trainc.dsl.text.model_rules import MODEL_RULES
-from trainc.dsl.text.rule import RuleExplanation
 
-RULES: dict[str, RuleExplanation] = {**LANGUAGE_RULES, **MODEL_RULES}
+RULES = {**LANGUAGE_RULES, **MODEL_RULES}

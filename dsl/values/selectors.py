@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from trainc.dsl.values.expressions import Expr
 from trainc.dsl.values.notation import ATOM, Written, call, infix, number, quoted
 from trainc.dsl.values.value import Value, plain_number
@@ -84,34 +86,33 @@ class Where(Value):
         return infix("where", self.selector.written(), self.condition.written())
 
 
-class Union(Value):
+class Pair(Value):
+    """Two selectors and the operator between them."""
+
+    op: ClassVar[str]
+    left: Selector
+    right: Selector
+
+    def written(self) -> Written:
+        return infix(self.op, self.left.written(), self.right.written())
+
+
+class Union(Pair):
     """`left | right`."""
 
-    left: Selector
-    right: Selector
-
-    def written(self) -> Written:
-        return infix("|", self.left.written(), self.right.written())
+    op = "|"
 
 
-class Intersection(Value):
+class Intersection(Pair):
     """`left & right`."""
 
-    left: Selector
-    right: Selector
-
-    def written(self) -> Written:
-        return infix("&", self.left.written(), self.right.written())
+    op = "&"
 
 
-class Difference(Value):
+class Difference(Pair):
     """`left - right`."""
 
-    left: Selector
-    right: Selector
-
-    def written(self) -> Written:
-        return infix("-", self.left.written(), self.right.written())
+    op = "-"
 
 
 class Expect(Value):

@@ -52,21 +52,17 @@ def names_read(expression: Any) -> Iterator[str]:
                 yield from names_read(part)
 
 
+@dataclass
 class Expressions:
     """Compiles expressions for a run; `Schedules` adds schedule functions.
 
-    All methods that compile raise ValueError for an expression that has no meaning.
+    `signal_units` is the unit of each signal of a clause that counts something. All methods that
+    compile raise ValueError for an expression that has no meaning.
     """
 
-    def __init__(
-        self,
-        units: UnitConversion,
-        length: RunLength,
-        signal_units: Mapping[str, Unit] | None = None,
-    ) -> None:
-        self.units = units
-        self.length = length
-        self.signal_units = {**SIGNAL_UNITS, **(signal_units or {})}
+    units: UnitConversion
+    length: RunLength
+    signal_units: Mapping[str, Unit]
 
     def compile(self, expression: Any, start: float = 0.0) -> Compiled:
         """Compile one expression; its schedule functions begin at position `start`."""
@@ -110,9 +106,7 @@ class Expressions:
     def call(
         self, name: str, args: Sequence[Any], options: Mapping[str, Any], start: float
     ) -> Compiled:
-        """Compile the call of a mathematical function."""
-        if name not in MATHS:
-            raise ValueError(f"there is no function `{name}`: use one of {', '.join(MATHS)}")
+        """Compile the call of a function of `MATHS`."""
         least, most = (1, math.inf) if name in ("min", "max") else (1, 1)
         if options or not least <= len(args) <= most:
             raise ValueError(
@@ -162,7 +156,7 @@ class Expressions:
                 known = ", ".join(sorted(env)) or "(none)"
                 raise ValueError(f"`{name}` has no value here: use one of {known}") from None
 
-        return Compiled(look_up, unit=self.signal_units.get(name))
+        return Compiled(look_up, unit=self.signal_units.get(name, SIGNAL_UNITS.get(name)))
 
     def _apply(self, function: Callable[..., float], *values: Compiled) -> Compiled:
         """Return a function of compiled values; it ends where the last of them ends."""

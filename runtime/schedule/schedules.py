@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from trainc.runtime.schedule.clock import Clock, RunLength
@@ -31,17 +32,12 @@ Condition = Callable[[Clock, Mapping[str, float]], bool]
 _RENAMED = {"from": "begin", "warmup": "rise"}
 
 
+@dataclass
 class Schedules(Expressions):
     """Compiles expressions that may hold schedule functions and `then`."""
 
-    def __init__(
-        self,
-        units: UnitConversion,
-        length: RunLength,
-        signal_units: Mapping[str, Unit] | None = None,
-    ) -> None:
-        super().__init__(units, length, signal_units)
-        self.axis = Axis.of(units, length)
+    def __post_init__(self) -> None:
+        self.axis = Axis.of(self.units, self.length)
 
     def call(
         self, name: str, args: Sequence[Any], options: Mapping[str, Any], start: float
@@ -141,7 +137,7 @@ def compile_schedule(
 
     The values give `depth`, `block`, `blocks` and signals; `signal_units` is the unit of each signal.
     """
-    value = Schedules(units, length, signal_units).compile(expression)
+    value = Schedules(units, length, signal_units or {}).compile(expression)
     if value.condition:
         raise ValueError("expected a schedule, found a condition")
     return value.at
@@ -154,7 +150,7 @@ def compile_condition(
     signal_units: Mapping[str, Unit] | None = None,
 ) -> Condition:
     """Compile a condition to a function of the clock and of named values; a comparison with NaN is false."""
-    value = Schedules(units, length, signal_units).compile(expression)
+    value = Schedules(units, length, signal_units or {}).compile(expression)
     if not value.condition:
         raise ValueError("expected a condition such as `loss > 2`, found a number")
     return cast("Condition", value.at)
