@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -151,4 +149,4 @@ class PerExampleGradients:
 
 def _total(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of tensors, added from first to last."""
-    return reduce(operator.add, tensors)
+    return sum(tensors[1:], start=tensors[0])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
 
 from trainc.runtime.report.run_records import RunRecords
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.lines import Line2D
 
 Direction = Literal["up", "down", "left", "right"]
 _ARROWS: dict[Direction, tuple[int, int]] = {
@@ -47,33 +49,25 @@ def set_run_axis(axes: Axes, runs: Sequence[RunRecords], margin: float = 0.01) -
 
 def integer_ticks(axis: Axis, most: int | Literal["auto"] = "auto") -> None:
     """Set ticks at integers, at most `most`, with SI prefixes."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=True))
-    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=True))
+    axis.set_major_formatter(ticker.EngFormatter(sep=""))
 
 
 def plain_numbers(axis: Axis) -> None:
     """Label ticks with plain numbers: an exponent beside the axis is overlooked, and moves the title."""
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
 def log_ticks(axis: Axis, low: float, high: float, most: int = 12) -> None:
     """Set at most `most` ticks with plain numbers on a logarithmic axis."""
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-
     plain_numbers(axis)
-    axis.set_major_locator(FixedLocator(round_numbers(low, high, most)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(ticker.FixedLocator(round_numbers(low, high, most)))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:
     """Return round numbers between two ends for a logarithmic axis: 1, 2, 5 of each decade, or at most `most`."""
-    from matplotlib.ticker import MaxNLocator
-
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     steps = [(1, (1, 2, 5)), (1, (1, 3)), *((every, (1,)) for every in range(1, last - first + 2))]
     for every, parts in steps:
@@ -83,7 +77,7 @@ def round_numbers(low: float, high: float, most: int) -> list[float]:
         if len(found) <= most:
             break
     if len(found) < 2:  # less than a decade
-        ticks = MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(low, high)
+        ticks = ticker.MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(low, high)
         found = [float(tick) for tick in ticks if low <= tick <= high]
     return found
 
@@ -93,8 +87,6 @@ def legend_below(axes: Axes, *more: tuple[Any, str]) -> None:
 
     A tuple of handles is shown side by side.
     """
-    from matplotlib.legend_handler import HandlerTuple
-
     handles, texts = axes.get_legend_handles_labels()
     axes.legend(
         [*handles, *(handle for handle, _ in more)],
@@ -137,8 +129,6 @@ def arrows(
     axes: Axes, x: Sequence[float], y: Sequence[float], direction: Direction, color: str, label: str
 ) -> None:
     """Draw arrows that start at points and show that an interval has no bound in that direction."""
-    from matplotlib.transforms import ScaledTranslation
-
     assert axes.figure is not None
     right, up = _ARROWS[direction]
     shift = ScaledTranslation(5 * right / 72, 5 * up / 72, axes.figure.dpi_scale_trans)  # type: ignore[union-attr, unused-ignore]

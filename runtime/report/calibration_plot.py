@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 
 from trainc.runtime.noise_scale.history import NoiseScaleClause, calibration_points, last_value
 from trainc.runtime.report.axes import arrows, integer_ticks, legend_below, log_ticks
 from trainc.runtime.report.run_records import RunRecords
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LOG_RATIO = 20.0
 """The ratio of the largest value to the least from which axes are logarithmic."""
@@ -42,9 +42,6 @@ def draw_calibration(axes: Axes, run: RunRecords, clause: NoiseScaleClause, colo
 
 
 def _draw_dots(axes: Axes, run: RunRecords, at: Values, x: Values, y: Values) -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap
-
     # The brightest colours of the map cannot be seen on white.
     colors = ListedColormap([colormaps["viridis"](0.9 * i / 255) for i in range(256)])
     axes.plot(x, y, color="#999999", linewidth=0.6, zorder=1, label="_history")

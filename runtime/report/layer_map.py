@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.patches import Patch
 
 from trainc.runtime.noise_scale.history import NoiseScaleClause
 from trainc.runtime.report.axes import arrows, log_ticks, set_run_axis
 from trainc.runtime.report.run_records import RunRecords, has_non_finite_loss
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LayerFigures = Mapping[str, Mapping[str, float]]
 """The figures of one step: quantity -> layer -> value."""
@@ -39,10 +40,6 @@ def draw_layers(
 
     The axis is that of all `runs` in the picture.
     """
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
-    from matplotlib.patches import Patch
-
     names, edges, values = heat_map(run, clause.label)
     low, high = _color_limits(values)
     colors = colormaps["viridis"].with_extremes(bad=MISSING)

@@ -6,7 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from trainc.runtime.noise_scale.history import (
     History,
@@ -38,9 +42,6 @@ from trainc.runtime.report.layer_map import (
 )
 from trainc.runtime.report.run_records import RunRecords, has_non_finite_loss
 from trainc.runtime.storage.jsonl import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 WHOLE_MODEL, BATCH, HATCH = "#D55E00", "#333333", "#8a8a8a"
 BEYOND = 3.0
@@ -202,9 +203,6 @@ def _limits(histories: Sequence[History], sizes: Sequence[float]) -> tuple[float
 
 def _draw_intervals(axes: Axes, drawn: Sequence[_Drawn], levels: set[float]) -> None:
     """Draw the intervals, and the legend with one entry for all of them."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     bands = [one for one in drawn if _draw_band(axes, one)]
     unbounded = [one for one in drawn if _draw_unbounded(axes, one)]
     more: list[tuple[Any, str]] = []

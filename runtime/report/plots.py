@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from trainc.runtime.report.axes import NON_FINITE, Panel, curve, plain_numbers, set_run_axis, shade
 from trainc.runtime.report.noise_scale_plot import noise_panels
 from trainc.runtime.report.run_records import RunRecords, common_counter, has_non_finite_loss
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Distinct also for most people with red-green colour blindness (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
@@ -42,16 +44,8 @@ EVALUATION: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3,
 def draw(run_folders: Sequence[Path], output: Path) -> Path:
     """Draw runs over each other into a PNG file and return its path.
 
-    Raises ValueError without matplotlib, and where a folder holds no run.
+    Raises ValueError where a folder holds no run.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as problem:
-        raise ValueError(
-            "drawing needs matplotlib: install it with `pip install trainc[plots]`"
-        ) from problem
     runs = read_runs(run_folders)
     rows = _arrange(list_panels(runs))
     columns = max(len(row) for row in rows)
@@ -176,8 +170,6 @@ def _draw_rates(axes: Axes, runs: list[RunRecords]) -> None:
 def _draw_layers(
     axes: Axes, layers: dict[str, tuple[list[float], list[float]]], runs: list[RunRecords]
 ) -> None:
-    from matplotlib import colormaps
-
     colors = colormaps["viridis"]
     last = max(1, len(layers) - 1)
     name_all = len(layers) <= 8

@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 
 from tests.runtime.noise_runs import NAN, SCALES, figures, plan, six_steps, step, write_run
-from trainc.runtime.report.layer_map import COLUMNS, MISSING, NAMED, heat_map
-from trainc.runtime.report.noise_scale_plot import BEYOND, WHOLE_MODEL, noise_panels
-from trainc.runtime.report.plots import COLORS, draw, list_panels, read_runs
 
 pytest.importorskip("matplotlib")
 
@@ -19,6 +16,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from trainc.runtime.report.layer_map import COLUMNS, MISSING, NAMED, heat_map
+from trainc.runtime.report.noise_scale_plot import BEYOND, WHOLE_MODEL, noise_panels
+from trainc.runtime.report.plots import COLORS, draw, list_panels, read_runs
 
 PLAN = plan(("noise_scale", "gns", {"example": "row", "level": 0.9}))
 

@@ -10,14 +10,15 @@ import pytest
 
 from tests.runtime import noise_runs
 from tests.runtime.noise_runs import figures, plan, write_run
-from trainc.runtime.report.axes import round_numbers
-from trainc.runtime.report.plots import draw, list_panels, read_runs, smooth
 from trainc.runtime.storage.jsonl import encode
 
 pytest.importorskip("matplotlib")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from trainc.runtime.report.axes import round_numbers
+from trainc.runtime.report.plots import draw, list_panels, read_runs, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -222,9 +222,9 @@ def register(app: typer.Typer) -> None:
             console.width = max(console.width, WIDE)
         show(found, console)
         if plot is not None:
-            from trainc.runtime.report.plots import draw
-
             if find_spec("matplotlib") is None:
                 print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
                 raise typer.Exit(1)
+            from trainc.runtime.report.plots import draw
+
             console.print(Text(f"drew {draw(runs, plot)}"), soft_wrap=True)
