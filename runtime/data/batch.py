@@ -1,4 +1,4 @@
-"""Batches and model calls, as the data and model contracts state them: inputs into a model, logits out."""
+"""Batches and calls of models: inputs go into a model, logits come out."""
 
 from __future__ import annotations
 

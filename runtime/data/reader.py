@@ -25,7 +25,7 @@ class Reader:
 
     @property
     def prefetches(self) -> bool:
-        """Return whether `ahead` reads ahead."""
+        """Return whether `ahead` starts to read; otherwise it does nothing."""
         return self._pool is not None
 
     def read(self, first_sample: int, count: int, micro_size: int) -> list[Batch]:

@@ -23,7 +23,7 @@ from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.record import Step
 
 TOTAL = ""
-"""The key of all measured layers together beside those of single ones."""
+"""The key of all measured layers together, next to those of single layers."""
 
 
 class NoiseScaleAction(Action):
@@ -78,19 +78,19 @@ class NoiseScaleAction(Action):
                 averages.add(found[module][0], decay, found[module][1])
 
     def _elapsed(self, step: Step) -> float:
-        """Return what passed since the last estimate, this step included."""
+        """Return how much of the run passed since the last estimate, with this step."""
         before, (self.position, now) = self.position, self._position_after(step)
         return max(self.position - before, now) if self.total.estimates else now
 
     def _position_after(self, step: Step) -> tuple[float, float]:
-        """Return where the clock will stand after a step, and by how much the step moves it."""
+        """Return the clock's position after a step, and by how much the step moves the clock."""
         now = {"steps": 1, "samples": step.samples, "tokens": step.tokens}[self.settings.unit]
         return float(getattr(step.clock, self.settings.unit) + now), float(now)
 
     def _calibrate(
         self, calibration: Calibration, measured: Estimate, whole_model: Estimate, step: Step
     ) -> None:
-        """Fold in a calibration with the decay that the noise scale has over what passed since the last one.
+        """Add a calibration, with the decay of the averages over the time since the last calibration.
 
         Where calibrations are far apart for `smooth`, they decay with their own half-life. The first stands for its
         step alone, as in the noise scale: it differs much from all that follow.
@@ -186,7 +186,9 @@ class NoiseScaleAction(Action):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         kept, changes = self._match(state)
         if state and changes:
-            raise ValueError(f"{self.name}: the checkpoint has other measurements: {changes}")
+            raise ValueError(
+                f"{self.name}: the checkpoint has measurements of another clause: {changes}"
+            )
         self._load(state, kept)
 
     def load_compatible(self, state: Mapping[str, Any]) -> str | None:
@@ -199,7 +201,7 @@ class NoiseScaleAction(Action):
         return match_state(state, sizes, self.settings.quantity)
 
     def _load(self, state: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
-        """Restore the averages that still hold, and where on the clock they stand."""
+        """Restore the averages that still hold, and their position on the clock."""
         self.position, self.calibrated_at = (
             # Of another unit: before any position there is, so that only the step itself has passed.
             float(state.get(name, 0.0))

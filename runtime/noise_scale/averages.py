@@ -25,7 +25,7 @@ _WITHOUT_UNCERTAINTY = 1e-6
 
 
 class Averages:
-    """Exponential averages of estimates, started at zero, with the sums that undo the start.
+    """Exponential averages of estimates; they start at zero, and further sums correct for this start.
 
     With estimate i weighing a_i there are three groups of sums.
     Moments: a, a^2, a signal, a noise, a signal^2, a noise^2, a signal noise.
@@ -45,7 +45,7 @@ class Averages:
         self.load([0.0] * self.SIZE)
 
     def add(self, estimate: Estimate, decay: float, uncertainty: Uncertainty | None = None) -> None:
-        """Fold in an estimate; the estimates before it keep `decay` of their weight, in [0, 1).
+        """Add an estimate; earlier estimates keep the fraction `decay` of their weight, in [0, 1).
 
         An estimate that is not finite is counted and changes no average; an uncertainty that is not
         finite (two examples have none) is ignored. Raises ValueError for another `decay`.
@@ -165,7 +165,7 @@ class Averages:
         return IntervalEstimate(math.nan, low, high, reason)
 
     def _no_estimate_reason(self, unit: str, single_reason: str | None) -> str:
-        """Return why no step gave an estimate."""
+        """Return why there is no estimate from any step."""
         _, single, non_finite = (int(count) for count in self._counts)
         if non_finite:
             return f"gradients were not finite in {non_finite} of {self.steps} steps"
@@ -174,7 +174,7 @@ class Averages:
         return "no step yet"
 
     def _undetermined_reason(self, low: float, high: float, errors: float, unit: str) -> str:
-        """Return which part is not above zero, after how many steps, and the bound that is known."""
+        """Return the part that is not above zero, after how many steps, and the known bound."""
         estimate, count = self.estimate, int(self._counts[0])
         after = f"after {count} step{'s' * (count != 1)}"
         if not estimate.signal > 0:
@@ -215,7 +215,7 @@ class Averages:
         return [*self._moments, *self._uncertainties, *self._counts]
 
     def load(self, state: Sequence[float]) -> None:
-        """Restore what `state` gave; raises ValueError where the number of entries is another."""
+        """Restore what `state` gave; raises ValueError for another number of entries."""
         if len(state) != self.SIZE:
             raise ValueError(
                 f"saved averages of a noise scale have {self.SIZE} numbers, not {len(state)}: another"
@@ -229,7 +229,7 @@ class Averages:
 
 
 def _bound(words: str, value: float, unit: str) -> str:
-    """Return `words value unit` where the value is a bound, else what would give one."""
+    """Return `words value unit` if the value is a bound, else how to get one."""
     if 0 < value < math.inf:
         return f"{words} {value:.3g} {unit}"
     return f"average over more steps, or put more {unit} into a step"

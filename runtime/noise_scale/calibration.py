@@ -43,7 +43,7 @@ class Calibration:
         self.load([0.0] * self.SIZE)
 
     def add(self, measured: Estimate, whole_model: Estimate, decay: float) -> None:
-        """Fold in one calibration: the estimates of the measured layers and of all, on the same examples.
+        """Add one calibration: the estimates of the measured layers and of all layers, on the same examples.
 
         The calibrations before it keep `decay` of their weight, in [0, 1). Where one estimate is
         not finite the pair is counted and changes nothing.
@@ -62,7 +62,7 @@ class Calibration:
 
     @property
     def count(self) -> int:
-        """Return how many calibrations were folded in."""
+        """Return how many calibrations were added."""
         return self.measured.estimates
 
     @property
@@ -169,7 +169,7 @@ class Calibration:
         return [*self.measured.state(), *self.whole_model.state(), *self._cross]
 
     def load(self, state: Sequence[float]) -> None:
-        """Restore what `state` gave; raises ValueError where the number of entries is another."""
+        """Restore what `state` gave; raises ValueError for another number of entries."""
         if len(state) != self.SIZE:
             raise ValueError(
                 f"a saved calibration has {self.SIZE} numbers, not {len(state)}: another version of"

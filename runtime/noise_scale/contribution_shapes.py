@@ -16,7 +16,7 @@ def check_matrix(name: str, tensor: Tensor) -> tuple[int, int]:
 
 
 def check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raise ValueError unless every tensor that is given has the shape beside it."""
+    """Raise ValueError unless each tensor, if given, has its expected shape."""
     for name, (tensor, shape) in tensors.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")

@@ -43,7 +43,7 @@ UNKNOWN = Uncertainty(math.nan, math.nan, math.nan, 0.0)
 
 
 class IntervalEstimate(NamedTuple):
-    """A number with its confidence interval, or NaN with the reason why it is undetermined.
+    """A number with its confidence interval; if it is undetermined, NaN and the reason.
 
     `high` is infinite where the measurements do not bound it. An undetermined number keeps the
     bounds that are known: NaN, 0 and infinity are no bounds.

@@ -152,7 +152,7 @@ class SquaredNorms:
 
     @property
     def single(self) -> bool:
-        """Return whether one example or group carries the whole step, so that there is no estimate."""
+        """Return whether the step has a single example or group, so that there is no estimate."""
         return not 1 - self.sum_sq_weights > ROUNDING and not math.isnan(self.sum_sq_weights)
 
     def estimate(self, names: Iterable[str] | None = None) -> Estimate:

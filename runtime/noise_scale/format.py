@@ -1,4 +1,4 @@
-"""Noise scales as text: a few characters for the display and tables, a line for the summary of a run."""
+"""Noise scales as text: short for the display and tables, one line for the summary of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def format_number(value: float) -> str:
 
 
 def format_noise_scale(record: Mapping[str, Any], label: str) -> str:
-    """Return a step's noise scale in few characters: `142 [98, 210]`, or `?` with the reason and a known bound."""
+    """Return a step's noise scale as short text: `142 [98, 210]`, or `?` with the reason and a known bound."""
     scale, low, high = (
         record.get(name, math.nan) for name in (label, f"{label}.low", f"{label}.high")
     )
@@ -35,7 +35,7 @@ def format_noise_scale(record: Mapping[str, Any], label: str) -> str:
 
 
 def format_whole_model(record: Mapping[str, Any], label: str) -> str | None:
-    """Return the whole model's noise scale in few characters; None without calibration."""
+    """Return the whole model's noise scale as short text; None without calibration."""
     name = f"{label}.total"
     if name not in record:
         return None
@@ -52,13 +52,13 @@ def format_whole_model(record: Mapping[str, Any], label: str) -> str | None:
 
 
 def _format_interval(value: float, low: float, high: float) -> str:
-    """Return a number with its interval, `[?]` where that has no bound."""
+    """Return a number with its interval; `[?]` if the interval has no bound."""
     known = low > 0 or high < math.inf
     return f"{format_number(value)} [{f'{format_number(low)}, {format_number(high)}' if known else '?'}]"
 
 
 def format_summary(action: NoiseScaleAction) -> str:
-    """Return the noise scale with its interval, its two parts, and what the calibration says of the whole model."""
+    """Return the noise scale with its interval, its two parts, and the calibration's result for the whole model."""
     settings, found = action.settings, action.interval_estimate()
     signal, noise = action.total.estimate
     line = f"{action.name}: undetermined, {found.reason}"
@@ -80,16 +80,18 @@ def _describe_non_finite(action: NoiseScaleAction) -> str:
     count, steps = action.total.non_finite_steps, action.total.steps
     if not count:
         return ""
-    last = "" if action.finite else ", the last one among them: these numbers are from before it"
+    last = (
+        "" if action.finite else ", also in the last one: these numbers are from the steps before"
+    )
     return f"; gradients were not finite in {count} of {steps} steps{last}"
 
 
 def _describe_calibration(calibration: Calibration, level: float) -> str:
     slope = calibration.slope(level)
     if math.isnan(slope.value):
-        least = f", at least {slope.low:.3g} times that" if slope.low > 0 else ""
+        least = f", at least {slope.low:.3g} times this noise scale" if slope.low > 0 else ""
         return f"undetermined, {slope.reason}{least}"
     return (
-        f"{slope.value:.3g} times that ({slope.low:.3g} to {slope.high:.3g}),"
+        f"{slope.value:.3g} times this noise scale ({slope.low:.3g} to {slope.high:.3g}),"
         f" correlation {calibration.correlation:.2f} over {calibration.count} calibrations"
     )

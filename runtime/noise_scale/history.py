@@ -1,4 +1,4 @@
-"""Noise scales in the records of a run: its clauses, each one's history, and the layers at the end.
+"""Read noise scales from the records of a run: clauses, histories, and the layers at the end.
 
 A clause with the label `gns` writes `gns` and `gns.low`, `gns.signal`, ... into every step's record; NaN there is a
 noise scale that was undetermined.
@@ -14,12 +14,12 @@ from typing import Any
 from trainc.runtime.storage.jsonl import Record
 
 SUFFIXES = ("signal", "noise", "low", "high")
-"""Every noise scale is recorded with these, and nothing else is."""
+"""The names that identify a noise scale in records: each has them, and nothing else has."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseScaleClause:
-    """A noise scale clause of a run; `unit` is what an example is called, `level` the probability of its intervals."""
+    """A noise scale clause of a run; `unit` is the word for its examples, `level` the probability of its intervals."""
 
     label: str
     unit: str = "samples"
@@ -37,7 +37,7 @@ class History:
 
     @property
     def bounded(self) -> list[bool]:
-        """Return for each step whether the interval has a bound: an end above zero, or one below infinity."""
+        """Return for each step whether the interval has a bound: a low end above zero, or a finite high end."""
         return [low > 0 or high < math.inf for low, high in zip(self.low, self.high, strict=True)]
 
     def undetermined(self) -> list[tuple[float, float]]:

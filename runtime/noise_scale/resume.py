@@ -1,4 +1,4 @@
-"""Match saved noise-scale state to a changed clause; say what restarts."""
+"""Match the saved state of a noise scale with a changed clause, and report what restarts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHOWN = 3
 def match_state(
     state: Mapping[str, Any], sizes: Mapping[str, int], quantity: str
 ) -> tuple[dict[str, Any], str]:
-    """Return the saved averages that still hold, and what becomes of the others; an empty text where all hold.
+    """Return the saved averages that still hold, and a text about the others, empty if all hold.
 
     `sizes` are the lengths of the averages by name: `total`, `layer/NAME`, `calibration`. `quantity` says what they
     measure: examples and geometry. Where that differs none holds. The sum over layers and the calibration are of all

@@ -1,4 +1,4 @@
-"""Settings of a noise scale clause: what is compared, in which geometry, and how it is averaged."""
+"""Settings of a noise scale clause: what is compared, in which geometry, and how results are averaged."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class NoiseScaleSettings:
 
     @property
     def quantity(self) -> str:
-        """Return what the averages are of; averages of another quantity do not compare with them."""
+        """Return the averaged quantity; averages of different quantities cannot be combined."""
         return f"{self.examples} in {self.geometry} geometry"
 
     @property
     def single_reason(self) -> str:
-        """Return why there is no noise scale where every step had one example, micro-batch, replica or group."""
+        """Return why there is no noise scale if every step had one example, micro-batch, replica or group."""
         return f"a noise scale needs {_SINGLE[self.method].format(examples=self.examples)}"

@@ -54,7 +54,7 @@ def integer_ticks(axis: Axis, most: int | Literal["auto"] = "auto") -> None:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Label ticks with plain numbers: an exponent beside the axis is overlooked, and moves the title."""
+    """Label ticks with plain numbers: an exponent at the end of the axis is overlooked, and moves the title."""
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 

@@ -18,9 +18,9 @@ LayerFigures = Mapping[str, Mapping[str, float]]
 """The figures of one step: quantity -> layer -> value."""
 MISSING = "#c4c4c4"
 COLUMNS = 400
-"""The most columns of a heat map."""
+"""The largest number of columns of a heat map."""
 NAMED = 110
-"""The most rows of a heat map that get a name each."""
+"""The largest number of rows of a heat map of which each gets a name."""
 
 
 def count_layers(run: RunRecords, label: str) -> int:

@@ -1,4 +1,4 @@
-"""The panels of noise scales: each over the run beside the batch size, by layer, and its calibration."""
+"""The panels of noise scales: over the run with the batch size, by layer, and the calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface between the training loop and a program: what the loop calls, and what it gets back."""
+"""The interface between the training loop and a program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainc.runtime.step.action import StopRun
 
 
 class NonFiniteLoss(StopRun):
-    """The loss is NaN or infinite and the spec says to stop; the step is not updated."""
+    """The loss is NaN or infinite and the spec says `on_nan = stop`; the weights are not updated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class RunnableProgram(Protocol):
 
     @property
     def length(self) -> RunLength | None:
-        """Return how long the run lasts; None: the loop cannot run it."""
+        """Return how long the run lasts; None if the spec does not say, and then the loop cannot run it."""
 
     @property
     def settings(self) -> RunSettings:

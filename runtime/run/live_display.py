@@ -105,7 +105,7 @@ class LiveDisplay:
             self._show()
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the display, where it stays."""
         self.console.print(Text(text))
 
     def stop(self) -> None:

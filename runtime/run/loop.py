@@ -162,7 +162,7 @@ class TrainingLoop:
                 return self.end(*stop)
 
     def step(self) -> tuple[str, str] | None:
-        """Run one step and what is due after it; return reason and message where the run ends."""
+        """Run one step and what is due after the step; return reason and message if the run ends."""
         clock, program, reader = self.clock, self.program, self.reader
         first, number, seed = clock.samples, clock.steps, program.settings.seed
         begin = read_at = time.perf_counter()
@@ -199,7 +199,7 @@ class TrainingLoop:
         return self.finish_step(report, stop if stop is not None else report.stop)
 
     def finish_step(self, report: StepReport, stop: str | None) -> tuple[str, str] | None:
-        """Evaluate and save where that is due; return reason and message where the run ends."""
+        """Evaluate and save if that is due; return reason and message if the run ends."""
         settings, steps = self.program.settings, self.clock.steps
         if not self.loss_is_finite:
             message = f"the loss of step {steps} is {self.loss}"
@@ -218,7 +218,7 @@ class TrainingLoop:
         return self.loss is None or math.isfinite(self.loss)
 
     def due(self, gate: Gate | None) -> bool:
-        """Return whether a gate fires now, after a step."""
+        """Return whether a gate fires now, between two steps."""
         return gate is not None and self.clock.steps > 0 and gate.fires(self.clock)
 
     def evaluate(self) -> None:
@@ -254,13 +254,13 @@ class TrainingLoop:
         self.folder.write_event("saved", steps, checkpoint=self.checkpoint.name)
 
     def end(self, reason: str, message: str) -> Summary:
-        """Evaluate and save where the end of a run needs it, and return the summary."""
+        """Evaluate and save at the end of a run, and return the summary."""
         if reason in ("finished", "stopped"):
             self.evaluate()
         self.save()
         name = self.checkpoint.name if self.checkpoint else None
         if reason == "nan" and name:
-            message += f"; the last checkpoint before it is {name}"
+            message += f"; the last checkpoint before that is {name}"
         clock, lines = self.clock, self.program.summary()
         counted = (clock.steps, clock.samples, clock.tokens, clock.epochs, self.recorder.seconds)
         summary = Summary(reason, message, *counted, self.loss, self.eval_loss, name, lines)

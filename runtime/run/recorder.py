@@ -1,4 +1,4 @@
-"""Record what happens in a run: metrics, times and events in its folder, and figures on the display."""
+"""Record a run: metrics, times and events in its folder, and figures on the display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks a run to save a checkpoint and end, the second ends it at once."""
+"""SIGINT and SIGTERM: the first signal asks a run to save and end, the second ends the process at once."""
 
 from __future__ import annotations
 

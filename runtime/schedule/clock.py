@@ -1,4 +1,4 @@
-"""The clock of a run: five counters, and the length that a run has on them."""
+"""The clock of a run, which has five counters, and the length of a run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Clock:
         return float(getattr(self, unit))
 
     def position(self, span: TimeSpan) -> tuple[float, float]:
-        """Return the counter and the amount of a time span in one unit; epochs are counted in samples."""
+        """Return the clock's counter and a time span's amount, both in one unit; epochs are counted in samples."""
         if span.unit == "epochs" and self.samples_per_epoch:
             return self.samples, snap(span.amount * self.samples_per_epoch)
         return self.read(span.unit), span.amount
@@ -87,7 +87,7 @@ class RunLength(TimeSpan):
         TimeSpan.__post_init__(self)
         if self.unit == "run" or self.amount <= 0:
             raise ValueError(
-                f"a run of {self}: expected a positive number of steps, samples, tokens, ..."
+                f"a run cannot last {self}: write a positive number of steps, samples, tokens, epochs or seconds"
             )
 
     def progress(self, clock: Clock) -> float:

@@ -39,7 +39,7 @@ class Compiled:
 
 
 def names_read(expression: Any) -> Iterator[str]:
-    """Yield the names that an expression reads, without counters of the clock and `progress`."""
+    """Yield the names that an expression reads, except counters of the clock and `progress`."""
     if isinstance(expression, Mapping):
         for part in expression.values():
             yield from names_read(part)
@@ -124,7 +124,7 @@ class Expressions:
         )
 
     def then(self, left: Any, right: Any, start: float) -> Compiled:
-        """Refuse `then`: only schedules have it."""
+        """Raise ValueError: only schedules have `then`."""
         raise ValueError("`then` joins two schedules: this expression is not a schedule")
 
     def _number(self, expression: Any, start: float) -> Compiled:
@@ -154,7 +154,7 @@ class Expressions:
                 return env[name]
             except KeyError:
                 known = ", ".join(sorted(env)) or "(none)"
-                raise ValueError(f"`{name}` has no value here: use one of {known}") from None
+                raise ValueError(f"`{name}` has no value here: write one of {known}") from None
 
         return Compiled(look_up, unit=self.signal_units.get(name, SIGNAL_UNITS.get(name)))
 

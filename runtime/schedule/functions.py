@@ -52,7 +52,7 @@ class Axis:
         return cls(units, length, unit, units.convert(length, unit), units.step(unit))
 
     def position(self, clock: Clock) -> float:
-        """Return where the clock stands."""
+        """Return the position of the clock."""
         return float(getattr(clock, self.unit))
 
     def format(self, position: float) -> str:
@@ -132,7 +132,7 @@ def exponential(
             value = of(clock, values)
             if not value > 0:
                 raise ValueError(
-                    f"an end of `exponential` is {value:g}: expected a number above zero"
+                    f"`from` or `to` of `exponential` is {value:g}: expected a number above zero"
                 )
             return math.log(value)
 
@@ -208,7 +208,7 @@ class ScheduleFunction:
     def bind_arguments(
         self, name: str, args: Sequence[Any], options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the arguments of a call by name; raises ValueError where they do not fit."""
+        """Return the arguments of a call by name; raises ValueError for arguments that do not fit."""
         order = list(self.arguments)
         if self.rest and len(args) > 1:
             args = [["list", *args]]

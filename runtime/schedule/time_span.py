@@ -12,13 +12,13 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 def snap(value: float) -> float:
-    """Return the integer that `value` misses only by rounding, else `value`."""
+    """Return the integer that `value` is equal to except for rounding, or else `value`."""
     nearest = round(value) if math.isfinite(value) else value
     return float(nearest) if abs(value - nearest) <= 1e-9 * max(1.0, abs(value)) else float(value)
 
 
 class Duration(Protocol):
-    """What a time span is made of, such as a duration that a spec states."""
+    """The amount and the unit of a time span, as a duration of a spec has them."""
 
     @property
     def amount(self) -> float:

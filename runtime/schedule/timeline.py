@@ -81,6 +81,6 @@ def _per_step(batch: int, units: UnitConversion, clock: Clock, to: TimeSpan) -> 
     move = _later(clock, batch, units, 1).position(to)[0] - now
     if move <= 0:
         raise ValueError(
-            f"{to} cannot be converted to steps: a step does not move that counter before the run"
+            f"{to} cannot be converted to steps: how far a step moves this counter is unknown before the run"
         )
     return move

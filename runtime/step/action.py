@@ -51,7 +51,7 @@ class Action(ABC):
         """Restore what `state_dict` gave."""
         if state:
             raise ValueError(
-                f"`{self.name}` has no state, but the checkpoint has {', '.join(sorted(state))} for it"
+                f"`{self.name}` has no state, but the checkpoint has {', '.join(sorted(state))} for this action"
             )
 
     def load_compatible(self, state: Mapping[str, Any]) -> str | None:
@@ -77,4 +77,4 @@ class StopRun(Exception):
 
 
 class IncompatibleState(ValueError):
-    """The checkpoint's state of a changed clause cannot be loaded, not even in part."""
+    """No part of the checkpoint's state fits a changed clause."""

@@ -92,7 +92,7 @@ class StepMachine:
         unknown = self._unknown_actions(state)
         if unknown:
             raise ValueError(
-                f"the checkpoint has state of {', '.join(unknown)}: this program has no such actions"
+                f"the checkpoint has state of {', '.join(unknown)}, but this program has no such actions"
             )
         self._load_shared(state)
         for action in self.actions:

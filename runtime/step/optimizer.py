@@ -33,7 +33,7 @@ class LrFactor:
 
 @dataclass(slots=True)
 class ParamSlot:
-    """A parameter as the optimizer sees it: all of its entries or selected ones, its weight decay and rate factors."""
+    """A parameter as the optimizer sees it: all or selected entries, its weight decay and rate factors."""
 
     name: str
     tensor: Parameter
@@ -167,7 +167,7 @@ class Rates(Action):
         base = self.base(step.clock)
         if not math.isfinite(base):
             raise ValueError(
-                f"{self.name}: the learning rate is {base}: a signal in its schedule is not measured yet"
+                f"{self.name}: the learning rate is {base}, because a signal in its schedule is not measured yet"
             )
         rates = []
         groups = self.optimizer.torch.param_groups

@@ -34,7 +34,7 @@ class Contribution:
 
 @dataclass(slots=True)
 class CalibrationSample:
-    """A few examples, measured one by one over all parameters: fields as those of `Contribution`."""
+    """A few examples, measured one by one over all parameters; the fields are those of `Contribution`."""
 
     weights: Tensor
     sq_norms: dict[str, Tensor]

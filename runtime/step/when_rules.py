@@ -26,7 +26,7 @@ class RuleAction:
 
 
 def round_to_micro_batches(wanted: float, present: int, micro: int) -> int:
-    """Round a wanted batch size to whole micro-batches, towards the present size; at least one micro-batch."""
+    """Round a wanted batch size to whole micro-batches, towards the current size; at least one micro-batch."""
     if wanted >= present:
         return max(present, math.floor(wanted / micro + ROUNDING) * micro)
     return min(present, round_up(wanted, micro))
@@ -58,7 +58,7 @@ class Rule(Action):
         self.cooldown_since: float | None = None
         self.fired: list[int] = []
         self.rounding_noted = False
-        """Whether a note says that rounding to micro-batches keeps the batch as it is."""
+        """Whether a note has said that rounding to micro-batches keeps the batch size."""
 
     def run(self, step: Step) -> None:
         if self._in_cooldown(step.clock):
@@ -82,7 +82,7 @@ class Rule(Action):
             self._perform(action, step, values)
 
     def _in_cooldown(self, clock: Clock) -> bool:
-        """Return whether it fired less than `cooldown` ago."""
+        """Return whether the rule fired less than `cooldown` ago."""
         if self.cooldown is None or self.cooldown_since is None:
             return False
         now, rest = clock.position(self.cooldown)
@@ -113,7 +113,7 @@ class Rule(Action):
         elif wanted != size and not self.rounding_noted:
             self.rounding_noted = True
             step.notes.append(
-                f"batch stays at {size} samples: {wanted:.6g} was wanted, rounded to micro-batches of"
+                f"batch stays at {size} samples: {wanted:.6g} samples were rounded to micro-batches of"
                 f" {step.micro_size}: {self.text}"
             )
 

@@ -80,7 +80,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
 
 
 def find_latest(folder: Path) -> FoundCheckpoint:
-    """Find the newest intact checkpoint under `folder`; damaged newer ones are skipped and listed."""
+    """Find the newest intact checkpoint under `folder`; skip and list damaged newer ones."""
     damage: list[str] = []
     for step, _, path in sorted(_checkpoints(folder), reverse=True):
         try:

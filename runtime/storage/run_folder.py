@@ -46,13 +46,13 @@ class RunFolder:
             if self.holds_run and not self.resume:
                 if not self.overwrite:
                     raise RunExists(
-                        f"{self.path} already holds a run: resume it, overwrite it, or choose another folder"
+                        f"{self.path} already holds a run: resume or overwrite the run, or choose another folder"
                     )
                 self._move_aside()
         except BlockingIOError as problem:
             self._lock.close()
             raise RunExists(
-                f"{self.path} is in use: another process runs in this folder"
+                f"{self.path} is in use by another process: wait until it ends, or choose another folder"
             ) from problem
         except BaseException:
             self._lock.close()
@@ -73,13 +73,11 @@ class RunFolder:
 
     def write_event(self, event: str, step: int, **details: Any) -> None:
         """Append an event to `events.jsonl`, with the time of day."""
-        assert self._events is not None, (
-            "use `with folder:`: events are written while it is entered"
-        )
+        assert self._events is not None, "events can be written only inside `with folder:`"
         self._events.write({"time": round(time.time(), 3), "step": step, "event": event, **details})
 
     def keep_texts(self, texts: Mapping[str, str], step: int) -> None:
-        """Write the texts that a run is started with; an older text that differs is kept as NAME.until-STEP."""
+        """Write the texts that a run is started with; keep an older text that differs as NAME.until-STEP."""
         for name, text in texts.items():
             path = self.path / name
             if path.parent != self.path or name in FILES:

@@ -273,7 +273,7 @@ def notes(machine: StepMachine, steps: int) -> list[str]:
 def test_a_rule_that_asks_for_less_than_a_micro_batch_more_moves_nothing_and_says_so_once() -> None:
     rule, made = asked(9)
     assert notes(made, 3) == [
-        "batch stays at 8 samples: 9 was wanted, rounded to micro-batches of 4: when x"
+        "batch stays at 8 samples: 9 samples were rounded to micro-batches of 4: when x"
     ]
     assert made.batch_size == 8
     again, resumed = asked(9)

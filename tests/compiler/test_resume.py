@@ -145,7 +145,7 @@ def test_layers_that_stay_keep_their_averages() -> None:
     assert after.layers["b"].state() == before.layers["b"].state()
     assert not any(after.layers["c"].state())
     assert not any(after.total.state())
-    with pytest.raises(ValueError, match="gns: the checkpoint has other measurements"):
+    with pytest.raises(ValueError, match="gns: the checkpoint has measurements of another clause"):
         after.load_state_dict(before.state_dict())
 
 

@@ -123,7 +123,7 @@ def test_a_refused_update_saves_the_weights_before_it(tmp_path: Path) -> None:
 
     summary = run(tmp_path, Careful())
     assert (summary.reason, summary.steps) == ("nan", 8)
-    assert summary.message == "the loss is nan; the last checkpoint before it is step-00000008"
+    assert summary.message == "the loss is nan; the last checkpoint before that is step-00000008"
 
 
 def test_a_rule_may_end_the_run_as_its_next_step_opens(whole: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_depth_and_blocks_come_from_the_values() -> None:
 
 
 def test_a_name_without_a_value_is_named() -> None:
-    with pytest.raises(ValueError, match="`detph` has no value here: use one of depth"):
+    with pytest.raises(ValueError, match="`detph` has no value here: write one of depth"):
         values(name("detph"), depth=0.0)
 
 

@@ -259,7 +259,7 @@ def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     line = action.summary()
     assert line is not None
     assert (
-        "gradients were not finite in 1 of 2 steps, the last one among them: these numbers are from before it"
+        "gradients were not finite in 1 of 2 steps, also in the last one: these numbers are from the steps before"
         in line
     )
     again = run_step(action, sites, model, [tokens()])
@@ -328,7 +328,7 @@ def test_a_resumed_measurement_is_the_uninterrupted_one() -> None:
         clock.advance(len(batch[0]), 6, 0.0)
     other, _ = measure(nn.Sequential(nn.LayerNorm(4)), ["0"])
     with pytest.raises(
-        ValueError, match="has other measurements: the sum over layers, 1 layer restart"
+        ValueError, match="has measurements of another clause: the sum over layers, 1 layer restart"
     ):
         other.load_state_dict(state["action"])
 

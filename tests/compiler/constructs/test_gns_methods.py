@@ -273,7 +273,7 @@ def test_calibration_measures_every_parameter_and_changes_nothing() -> None:
     assert measure.calibration.count >= 2
     line = measure.summary()
     assert line is not None
-    assert "times that" in line
+    assert "times this noise scale" in line
 
 
 def test_what_a_calibration_finds_is_brute_force() -> None:
