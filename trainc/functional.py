@@ -1,4 +1,4 @@
-"""The operators and estimators as plain functions, for code of your own.
+"""The operators and estimators as plain functions, for your own code.
 
 Operators are found on disk, in the folders of `trainc.kernels`; `make docs` writes their types to functional.pyi.
 """

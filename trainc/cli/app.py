@@ -1,6 +1,6 @@
 """The `trainc` command: imports the module of the verb asked for and no other.
 
-Exit codes: 0 done, 1 the spec or its surroundings are wrong, 2 the command line is wrong,
+Exit codes: 0 done, 1 a mistake in the spec, its model, data or files, 2 a mistake in the command line,
 130 interrupted.
 """
 
@@ -17,28 +17,28 @@ SUMMARIES = {
     "fmt": "Rewrite a spec in its canonical form.",
     "explain": "Describe a construct or a diagnostic.",
     "plan": "Show what a spec does to its model, without training.",
-    "compile": "Save the program a spec compiles to.",
-    "run": "Train.",
+    "compile": "Save the program that a spec compiles to.",
+    "run": "Train the spec's model on its data.",
     "verify": "Compare the compiled model with the original on real input.",
-    "report": "Summarise a finished run.",
-    "tune": "Measure launch choices of the kernels on this GPU.",
+    "report": "Summarise finished runs, side by side.",
+    "tune": "Find the fastest launch settings of the norm kernels on this GPU.",
 }
 
 
 class Verbs(TyperGroup):
-    """A stand-in for each verb, enough for help and suggestions, until one of them runs."""
+    """Holds a placeholder for each verb, for help and suggestions; only the verb that runs is imported."""
 
     def __init__(self, **attributes: Any) -> None:
         attributes["commands"] = {v: TyperCommand(v, help=s) for v, s in SUMMARIES.items()}
         super().__init__(**attributes)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Replace the stand-in of the verb that runs by its command."""
+        """Replace the placeholder of the verb that runs by its command."""
         name, stand_in, rest = super().resolve_command(ctx, args)
         return name, stand_in and _load(str(name)), rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb, turning what users can cause into a message and an exit code."""
+        """Run the verb; print errors that users can cause as a message, and exit with their code."""
         try:
             return super().invoke(ctx)
         except FAILURES as error:
@@ -72,10 +72,11 @@ app = typer.Typer(
 @app.callback(help="A compiler for training methods.")
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show version."),
     ] = False,
 ) -> None:
-    """Take what comes before the verb."""
+    """Take the options before the verb."""
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ Form = Literal["text", "json", "sarif", "github"]
 
 
 def check_specs(names: Sequence[str], settings: Sequence[str] = (), form: Form = "text") -> int:
-    """Check the specs in files, `-` for standard input; print what is wrong and return the exit code."""
+    """Check the specs in files, `-` for standard input; print the mistakes and return the exit code."""
     found: list[Diagnostic] = []
     for name in names:
         spec = Source("<stdin>", sys.stdin.read()) if name == "-" else Path(name)
@@ -38,7 +38,7 @@ def check_specs(names: Sequence[str], settings: Sequence[str] = (), form: Form =
 
 
 def check_quickly(arguments: Sequence[str]) -> int | None:
-    """Do what `trainc check` does with these arguments; None for those that the framework has to answer.
+    """Do what `trainc check` does with these arguments; None for arguments that need the framework.
 
     Editors and hooks run it on every save, and importing the framework would take a quarter of the time.
     """
@@ -83,14 +83,14 @@ def register(app: "typer.Typer") -> None:
     @app.command("check")
     def check(
         specs: Annotated[
-            list[str], typer.Argument(metavar="SPEC...", help="Files; `-` reads standard input.")
+            list[str], typer.Argument(metavar="SPEC...", help="Files; `-` is standard input.")
         ],
         settings: Annotated[
             list[str] | None,
-            typer.Option("--set", metavar="NAME=VALUE", help="Replace the value of a `let`."),
+            typer.Option("--set", metavar="NAME=VALUE", help="Set a `let`; may be repeated."),
         ] = None,
         form: Annotated[
-            Form, typer.Option("--format", help="How to print what was found.")
+            Form, typer.Option("--format", help="How to print the diagnostics.")
         ] = "text",
     ) -> None:
         """Report every mistake in a spec."""

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-SpecFile = Annotated[Path, typer.Argument(help="The .train file.", exists=True, dir_okay=False)]
+SpecFile = Annotated[Path, typer.Argument(help="A .train file.", exists=True, dir_okay=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Set a `let` of the spec; may be repeated."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Set a `let`; may be repeated."),
 ]
 Without = Annotated[
     list[str] | None,

@@ -16,14 +16,14 @@ def register(app: typer.Typer) -> None:
     def compile_(
         spec: SpecFile,
         output: Annotated[
-            Path, typer.Option("--output", "-o", help="Folder to write.", file_okay=False)
+            Path, typer.Option("--output", "-o", help="Folder for the program.", file_okay=False)
         ],
         set_: Overrides = None,
         without: Without = None,
     ) -> None:
         """Save the program that a spec compiles to: plan and graph as JSON, weights as safetensors.
 
-        `trainc.load(FOLDER, model)` binds it to a model again, without the spec; no code from the folder is run.
+        `trainc.load(FOLDER, model)` binds the program to a model, without the spec; no code from the folder is run.
         """
         from trainc.compiler.driver.inspect import capture_program
         from trainc.dsl.text.render import render_text

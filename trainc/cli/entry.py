@@ -1,4 +1,4 @@
-"""The `trainc` script: `check` reads its arguments by hand, all other verbs have the command-line framework do it."""
+"""The `trainc` script: `check` reads its own arguments, all other verbs use the command-line framework."""
 
 import sys
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def explain_topic(words: Sequence[str]) -> str | None:
-    """Return the page of a rule, a construct or a kind, a list of all for no words; None for an unknown name."""
+    """Return the page of a rule, a construct or a kind, or without words a list of all; None for an unknown name."""
     if not words:
         return _contents()
     if len(words) == 1 and words[0] in RULES:
@@ -56,7 +56,7 @@ def register(app: "typer.Typer") -> None:
     def explain(
         topic: Annotated[
             list[str] | None,
-            typer.Argument(metavar="[RULE | CONSTRUCT]", help="Without one, all are listed."),
+            typer.Argument(metavar="[RULE | CONSTRUCT]", help="Default: list all of them."),
         ] = None,
     ) -> None:
         """Describe a construct or a diagnostic."""
@@ -64,7 +64,7 @@ def register(app: "typer.Typer") -> None:
         text = explain_topic(words)
         if text is None:
             name = " ".join(words)
-            help = suggest(name, _options()) or "`trainc explain` lists them all"
+            help = suggest(name, _options()) or "`trainc explain` lists all names"
             print(f"no rule, kind or construct is called `{name}`: {help}", file=sys.stderr)
             raise typer.Exit(1)
         print(text, end="")

@@ -1,4 +1,4 @@
-"""What users can cause: told in a message and an exit code, without a traceback."""
+"""Errors that users can cause: a message and an exit code instead of a traceback."""
 
 import sys
 

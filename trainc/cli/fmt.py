@@ -1,4 +1,4 @@
-"""`trainc fmt`: one way to write a spec."""
+"""`trainc fmt`: rewrite specs in their canonical form."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def format_files(names: Sequence[str], check: bool = False, diff: bool = False) -> int:
-    """Format files, folders or `-`; `check` and `diff` write nothing and return 1 for a change."""
+    """Format files, folders or `-`; with `check` or `diff` write nothing, and return 1 if a file would change."""
     changed = broken = False
     for path in _files(names):
         try:
@@ -31,7 +31,7 @@ def format_files(names: Sequence[str], check: bool = False, diff: bool = False) 
         elif path is None and not check:
             sys.stdout.write(after)
         elif differs and check:
-            print(f"{source.name} would be rewritten")
+            print(f"{source.name} is not in canonical form: run `trainc fmt`")
         elif differs and path is not None:
             path.write_text(after, encoding="utf-8", newline="\n")
             print(f"{path} rewritten")
@@ -82,10 +82,10 @@ def register(app: "typer.Typer") -> None:
             typer.Argument(metavar="FILE...", help="Specs or folders; `-` is standard input."),
         ],
         check: Annotated[
-            bool, typer.Option("--check", help="Change nothing; fail if something would.")
+            bool, typer.Option("--check", help="Write nothing; exit with 1 if a file would change.")
         ] = False,
         diff: Annotated[
-            bool, typer.Option("--diff", help="Change nothing; show what would.")
+            bool, typer.Option("--diff", help="Write nothing; print what would change.")
         ] = False,
     ) -> None:
         """Rewrite a spec in its canonical form."""

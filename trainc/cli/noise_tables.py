@@ -19,7 +19,7 @@ from trainc.runtime.storage.jsonl import Record
 def noise_scale_rows(
     runs: Sequence[tuple[Mapping[str, Any], Sequence[Record]]],
 ) -> dict[str, list[str]]:
-    """Return table rows, one text for each run, `-` for no value; runs are given as plan and records of steps."""
+    """Return table rows with a text for each run, `-` for no value; a run is its plan and its records of steps."""
     clauses = [
         {clause.label: clause for clause in find_clauses(plan, records)} for plan, records in runs
     ]

@@ -1,4 +1,4 @@
-"""`trainc plan`: what a spec does to its model, on the meta device."""
+"""`trainc plan`: show what a spec does to its model, without training."""
 
 from typing import Annotated, Literal
 
@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
         spec: SpecFile,
         set_: Overrides = None,
         format: Annotated[
-            Literal["text", "json"], typer.Option(help="Tables to read, or JSON for programs.")
+            Literal["text", "json"], typer.Option(help="Tables for people, or JSON for programs.")
         ] = "text",
         diff: Annotated[
             str | None,

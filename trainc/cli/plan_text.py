@@ -10,11 +10,11 @@ from rich.table import Table
 from trainc.compiler.plan.plan import Plan, Row
 
 ROWS = 40
-"""The most rows of a table, unless all are asked for."""
+"""The largest number of rows of a table without `--full`."""
 SCHEDULES = 4
-"""The most scheduled numbers side by side."""
+"""The largest number of scheduled numbers side by side without `--full`."""
 WIDTH = 132
-"""The least width where the output is no terminal."""
+"""The smallest width if the output is not a terminal."""
 
 
 def print_plan(plan: Plan, full: bool) -> None:
@@ -52,7 +52,7 @@ def print_plan(plan: Plan, full: bool) -> None:
     kernels = [(k["operator"], k["implementation"], k["reason"] or "") for k in plan.kernels]
     table("Kernels", "operator, implementation, why not Triton", kernels)
     memory = [(m["what"], _format_bytes(m["bytes"])) for m in plan.memory]
-    table("Memory beyond weights and gradients", "what, size", memory)
+    table("Memory besides weights and gradients", "what, size", memory)
     console.print(f"plan {plan.hash[:16]}  spec {plan.fingerprint[:16]}")
 
 
@@ -107,10 +107,10 @@ def _join(resources: Sequence[str]) -> str:
 
 
 def _print_batch(console: Console, row: Row | None) -> None:
-    """Print what changes the batch, and which conversions hold for its first size only."""
+    """Print what sets the batch, and which conversions hold for its first size only."""
     if row is None:
         return
-    sizes = f"from {row['start']}" if row["start"] else "from the size that the loop starts with"
+    sizes = f"from {row['start']}" if row["start"] else "from the first batch of the training loop"
     sizes += (
         f" to {row['end']} samples in micro-batches of {row['micro_batch']}" if "end" in row else ""
     )

@@ -23,7 +23,7 @@ WIDE = 132
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """One run, read from its folder; a run that has not ended or was killed has no summary."""
+    """One run, read from its folder; an unfinished or killed run has no summary."""
 
     folder: Path
 
@@ -138,7 +138,7 @@ def _clause(clause: dict[str, Any]) -> str:
 
 
 def differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
-    """Return the clauses in which runs differ, and for each run `-`, or which version it has."""
+    """Return the clauses that differ between runs, with each run's version of the clause, or `-`."""
     written = [clauses(run) for run in runs]
     found = []
     for label in dict.fromkeys(label for one in written for label in one):
@@ -201,13 +201,13 @@ def register(app: typer.Typer) -> None:
         plot: Annotated[
             Path | None,
             typer.Option(
-                "--plot", metavar="FILE", dir_okay=False, help="Also draw the runs over each other."
+                "--plot", metavar="FILE", dir_okay=False, help="Also draw into this PNG file."
             ),
         ] = None,
     ) -> None:
         """Summarise finished runs, side by side.
 
-        Prints why each ended, its losses, its noise scales in total and by layer, and the summary
+        Prints why each run ended, its losses, its noise scales in total and by layer, and the summary
         of each clause; for several runs also the clauses that differ. `--plot` draws losses,
         learning rates, noise scales with the batch size, and figures per layer into a PNG file.
         """
@@ -215,7 +215,7 @@ def register(app: typer.Typer) -> None:
         for run in found:
             metrics = run.folder / "metrics.jsonl"
             if not metrics.exists() or not run.steps:
-                why = "no record of a step yet" if metrics.exists() else "no metrics.jsonl in it"
+                why = "no step is recorded" if metrics.exists() else "there is no metrics.jsonl"
                 raise typer.BadParameter(f"{run.folder} holds no run: {why}", param_hint="RUN")
         console = Console(highlight=False)
         if not console.is_terminal:

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
     def run(
         spec: SpecFile,
         out: Annotated[
-            Path, typer.Option("--out", "-o", help="Folder of the run.", file_okay=False)
+            Path, typer.Option("--out", "-o", help="Folder for the run.", file_okay=False)
         ],
         set_: Overrides = None,
         without: Without = None,
@@ -24,12 +24,12 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--resume", help="Continue from the newest intact checkpoint.")
         ] = False,
         overwrite: Annotated[
-            bool, typer.Option("--overwrite", help="Move a run that is in the folder aside.")
+            bool, typer.Option("--overwrite", help="Move an older run in the folder aside.")
         ] = False,
         accept: Annotated[
             bool,
             typer.Option(
-                "--accept", help="Resume although the spec has changed; what still holds is kept."
+                "--accept", help="Resume with a changed spec; keep the state that still fits."
             ),
         ] = False,
         plain: Annotated[

@@ -1,4 +1,4 @@
-"""`trainc tune`: measure which launch settings of the norm kernels are fastest on this GPU."""
+"""`trainc tune`: find the fastest launch settings of the norm kernels on this GPU."""
 
 import sys
 from typing import Annotated
@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         dry: Annotated[bool, typer.Option("--dry", help="Measure, but save nothing.")] = False,
     ) -> None:
-        """Measure which launch settings of the norm kernels are fastest on this GPU, and save them.
+        """Find the fastest launch settings of the norm kernels on this GPU, and save them.
 
         Takes some minutes. Only settings faster than the built-in table are saved; later runs on this kind of GPU use
         them. Delete the file that the command names to undo this.
@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
         name = torch.cuda.get_device_name()
         columns = sorted({power_of_2(one) for one in width}) if width else WIDTHS
         if columns[-1] > tiles.HELD:
-            raise typer.BadParameter(f"a width is at most {tiles.HELD}", param_hint="--width")
+            raise typer.BadParameter(f"a width can be at most {tiles.HELD}", param_hint="--width")
         found = {}
         for one in measured(seconds, columns):
             gain = 1 - one.seconds / one.before
