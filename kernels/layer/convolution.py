@@ -160,7 +160,7 @@ def eager_backward(
     padding: Sequence[int], dilation: Sequence[int], groups: int,
     mask: Sequence[bool], with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dweight, dbias and the norms; results not asked for have no elements."""
+    """dx, dweight, dbias and the norms; results not requested have no elements."""
     geometry = Geometry(stride, padding, dilation, groups)
     columns: list[Tensor] = []
     dweight: Tensor | None = None

@@ -50,7 +50,7 @@ class Geometry:
 
 
 def choose(positions: int, inputs: int, outputs: int) -> str:
-    """The cheapest algorithm for so many output positions and, in each group, inputs and outputs."""
+    """The cheapest algorithm for this many output positions, and inputs and outputs of each group."""
     if positions == 1 or linear_norms.choose(positions, inputs, outputs) == "gram":
         return "gram"
     return "grouped" if inputs * outputs <= FEW_ENTRIES else "patches"
@@ -59,7 +59,7 @@ def choose(positions: int, inputs: int, outputs: int) -> str:
 def aten_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """ATen's dx and dweight; those not asked for are undefined."""
+    """ATen's dx and dweight; a result that is not requested is undefined."""
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False,
         [0] * len(geometry.stride), geometry.groups, [*mask, False],

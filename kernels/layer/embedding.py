@@ -98,7 +98,7 @@ def fake_forward(
 def backward(
     norms_of: Norms, dy: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """dweight (rows, D) and the (B, 1) norms; results not asked for have no elements."""
+    """dweight (rows, D) and the (B, 1) norms; results not requested have no elements."""
     norms = norms_of(dy, ids, padding_idx) if mask[1] else absent(dy)
     if not mask[0]:
         return absent(dy), norms

@@ -113,7 +113,7 @@ def backward(
     norms_of: Norms, dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, algorithm: str,
     mask: Sequence[bool], with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dweight, dbias and the norms; results not asked for have no elements."""
+    """dx, dweight, dbias and the norms; results not requested have no elements."""
     rows = math.prod(x.shape[1:-1])
     one, grad = (t.reshape(t.shape[0], rows, t.shape[-1]) for t in (x, dy))
     dx, dbias = absent(x), absent(x)

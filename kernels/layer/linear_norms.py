@@ -30,7 +30,7 @@ LONGEST_SUM = 1 << 14
 
 
 def choose(rows: int, inputs: int, outputs: int) -> str:
-    """The cheaper algorithm for examples of so many rows that also holds the fewer numbers."""
+    """Choose `gram` if it is cheaper for examples of this many rows and holds fewer numbers, else `simultaneous`."""
     cheap = rows * rows * (inputs + outputs) < ENTRY_COST * inputs * outputs
     return "gram" if cheap and 2 * rows * rows <= inputs * outputs else "simultaneous"
 

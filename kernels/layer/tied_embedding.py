@@ -78,7 +78,7 @@ def fake_forward(
 def eager_backward(
     dy: Tensor, drows: Tensor, ids: Tensor, rows: int, padding_idx: int, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """dweight (rows, D) and the (B, 1) norms; results not asked for have no elements."""
+    """dweight (rows, D) and the (B, 1) norms; results not requested have no elements."""
     dweight, norms = torch.ops.trainc.embedding_backward(dy, ids, rows, padding_idx, mask)
     if mask[1] and ids.numel():
         shared = torch.linalg.vecdot(dy.to(drows.dtype), drows)

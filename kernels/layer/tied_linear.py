@@ -51,8 +51,8 @@ def tied_linear(
     if probe is None:
         if rows.requires_grad:
             raise ValueError(
-                "tied_embedding had a probe and tied_linear has none, so the norms would lack what both "
-                "contribute together: give a probe to each, or to neither"
+                "tied_embedding had a probe, but tied_linear has none, so the norms would lack the "
+                "cross term of the two: give a probe to each, or to neither"
             )
         return functional.linear(x, weight, bias)
     cast = autocast(x, weight, bias)
@@ -115,7 +115,7 @@ def eager_backward(
     dy: Tensor, x: Tensor, weight: Tensor, ids: Tensor, has_bias: bool,
     mask: Sequence[bool], with_norms: bool, with_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dweight, dbias, the norms and drows; results not asked for have no elements."""
+    """dx, dweight, dbias, the norms and drows; results not requested have no elements."""
     found = torch.ops.trainc.linear_backward(dy, x, weight, has_bias, "auto", mask, with_norms)
     return *found, _rows_of_head(dy, x, ids) if with_rows else absent(x)
 

@@ -1,11 +1,11 @@
-"""Write a file so that no reader, and no crash, ever sees half of it."""
+"""Write a file atomically: neither a reader nor a crash ever leaves half of it."""
 
 import os
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`: to a file beside it, forced to the disk, then renamed over it.
+    """Write `text` (UTF-8) to a temporary file next to `path`, force it to the disk, and rename it to `path`.
 
     Raises OSError; `path` is then what it was, and the file beside it is gone.
     """

@@ -1,4 +1,4 @@
-"""The contracts that operators share: dtypes, autocast, probes, results that are not asked for."""
+"""The contracts that operators share: dtypes, autocast, probes, results that are not requested."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -12,7 +12,7 @@ REDUCED = (torch.bfloat16, torch.float16)
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:
-    """Raise with the message unless the condition holds; usable with symbolic shapes."""
+    """Raise RuntimeError with the message unless the condition holds; works with symbolic shapes."""
     torch._check(condition, message)
 
 
@@ -58,7 +58,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def absent(like: Tensor) -> Tensor:
-    """An empty tensor in place of a result that is not asked for: operators cannot return None."""
+    """An empty tensor in place of a result that is not requested: operators cannot return None."""
     return like.new_empty((0,))
 
 

@@ -120,7 +120,7 @@ def means(
 def row_factors(
     cross_entropy_factor: Tensor, consistency_factor: Tensor, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """The factors of a mean over kept rows and of one over all rows, as factors of each row."""
+    """Each row's factor in the mean over rows that are not ignored, and in the mean over all rows."""
     kept = (labels != ignore_index).sum().clamp_(min=1)
     return cross_entropy_factor / kept, consistency_factor / max(labels.shape[0], 1)
 

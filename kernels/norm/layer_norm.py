@@ -148,7 +148,7 @@ def eager_backward(
     output_mask: Sequence[bool],
     with_norms: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias and the (B, 2) norms; results not asked for have no elements."""
+    """dx, dweight, dbias and the (B, 2) norms; results not requested have no elements."""
     if not with_norms:
         found = _native_backward(dy, x, normalized_shape, mean, rstd, weight, bias, output_mask)
         dx, dweight, dbias = (absent(x) if part is None else part for part in found)

@@ -155,7 +155,7 @@ def eager_backward(
     output_mask: Sequence[bool],
     with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and the (B, 1) norms; results not asked for have no elements."""
+    """dx, dweight and the (B, 1) norms; results not requested have no elements."""
     dtype, folded = rstd.dtype, fold(x, normalized_shape)
     grad, value = widened(dy, dtype), widened(x, dtype)
     gain = None if weight is None else factor(weight, dtype, casting)

@@ -201,7 +201,7 @@ def finish(
 
 
 def finished(total: Tensor, parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
-    """A gradient in its parameter's dtype and shape, or the stand-in for one not wanted."""
+    """A gradient in its parameter's dtype and shape, or an empty tensor if it is not requested."""
     if parameter is None or not wanted:
         return absent(x)
     return total.to(parameter.dtype).view(parameter.shape)

@@ -1,4 +1,4 @@
-"""Measure launch choices of the norm kernels on the device at hand and keep the best: `trainc tune`.
+"""Measure launch settings of the norm kernels on this device and keep the fastest, for `trainc tune`.
 
 A candidate replaces the table's tile only if it computes the same and is faster by more than runs of
 one tile differ. Tiles decide the order of sums, so tuned results differ in the last bits.

@@ -1,4 +1,4 @@
-"""The tile of a launch: what `trainc tune` kept for the device at hand, or the table's."""
+"""The tile of a launch: the one that `trainc tune` saved for this device, or else the table's."""
 
 import json
 import os
