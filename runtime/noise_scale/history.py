@@ -104,14 +104,10 @@ def read_history(
     """Return a noise scale over `counter`: that of the clause's layers, or of the whole model by calibration."""
     name, joint = (f"{label}.total", "_") if whole_model else (label, ".")
     low, high = f"{name}{joint}low", f"{name}{joint}high"
-    found = History([], [], [], [])
-    for record in records:
-        if name in record:
-            found.positions.append(record[counter])
-            found.noise_scale.append(record[name])
-            found.low.append(record.get(low, math.nan))
-            found.high.append(record.get(high, math.nan))
-    return found
+    found = [record for record in records if name in record]
+    positions, noise_scale = [r[counter] for r in found], [r[name] for r in found]
+    lows, highs = ([r.get(end, math.nan) for r in found] for end in (low, high))
+    return History(positions, noise_scale, lows, highs)
 
 
 def choose_counter(records: Sequence[Record]) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trainc.runtime.data.order import Data, Order
@@ -72,35 +72,30 @@ def train(
             return loop.train()
 
 
+@dataclass(eq=False)
 class TrainingLoop:
     """One run in one process."""
 
-    def __init__(
-        self,
-        program: RunnableProgram,
-        data: Data,
-        folder: RunFolder,
-        display: LiveDisplay | None,
-        stop_requested: Callable[[], str | None],
-        keep: int,
-    ) -> None:
-        if program.length is None:
+    program: RunnableProgram
+    data: Data
+    folder: RunFolder
+    display: LiveDisplay | None
+    stop_requested: Callable[[], str | None]
+    keep: int
+    loss: float | None = field(default=None, init=False)
+    eval_loss: float | None = field(default=None, init=False)
+    evaluated_at: int = field(default=-1, init=False)
+    saved_at: int = field(default=-1, init=False)
+    checkpoint: Path | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.program.length is None:
             raise ValueError(
                 "this program has no length: add `length` to the `run` clause of its spec"
             )
-        self.program = program
-        self.length = program.length
-        self.data = data
-        self.folder = folder
-        self.stop_requested = stop_requested
-        self.keep = keep
-        self.recorder = RunRecorder(folder, display, self.length.unit, data.tokens_per_sample)
-        self.reader = Reader(data, Order(program.settings.seed, len(data.train)))
-        self.loss: float | None = None
-        self.eval_loss: float | None = None
-        self.evaluated_at = -1
-        self.saved_at = -1
-        self.checkpoint: Path | None = None
+        self.length, tokens = self.program.length, self.data.tokens_per_sample
+        self.recorder = RunRecorder(self.folder, self.display, self.length.unit, tokens)
+        self.reader = Reader(self.data, Order(self.program.settings.seed, len(self.data.train)))
 
     @property
     def clock(self) -> Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainc.runtime.run.live_display import LiveDisplay
@@ -12,20 +13,18 @@ from trainc.runtime.storage.jsonl import JsonlWriter
 from trainc.runtime.storage.run_folder import RunFolder
 
 
+@dataclass(eq=False)
 class RunRecorder:
-    """Writes `metrics.jsonl`, `timing.jsonl` and `events.jsonl`, and feeds the display."""
+    """Writes `metrics.jsonl`, `timing.jsonl` and `events.jsonl` into an entered folder, and feeds the display."""
 
-    def __init__(
-        self, folder: RunFolder, display: LiveDisplay | None, unit: Unit, tokens_per_sample: int
-    ) -> None:
-        """Prepare to record into an entered folder; `unit` is that of the run's length."""
-        self.folder = folder
-        self.display = display
-        self.unit = unit
-        self.tokens_per_sample = tokens_per_sample
-        self.seconds = 0.0
-        """The time of this process's steps."""
-        self._samples_per_second = 0.0
+    folder: RunFolder
+    display: LiveDisplay | None
+    unit: Unit
+    """The unit of the run's length."""
+    tokens_per_sample: int
+    seconds: float = field(default=0.0, init=False)
+    """The time of this process's steps."""
+    _samples_per_second: float = field(default=0.0, init=False)
 
     def open(self, clock: Clock) -> None:
         """Open the files, cut after the step that the run is at, and start the display."""

@@ -122,8 +122,7 @@ class Replicas:
     def total(self, number: float) -> float:
         """Return the sum of a number over all replicas."""
         found = torch.tensor([number], dtype=torch.float64)
-        found = found.to(self._device(found))
-        dist.all_reduce(found, group=self.group)
+        self.sum_in_place([found])
         return float(found)
 
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:

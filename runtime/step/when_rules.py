@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainc.runtime.schedule.clock import Clock
@@ -32,6 +32,7 @@ def round_to_micro_batches(wanted: float, present: int, micro: int) -> int:
     return min(present, round_up(wanted, micro))
 
 
+@dataclass(eq=False)
 class Rule(Action):
     """Fires when its condition has held for `hold` without a break, then starts over.
 
@@ -40,25 +41,18 @@ class Rule(Action):
     """
 
     phase = Phase.BATCH
-
-    def __init__(
-        self,
-        name: str,
-        text: str,
-        condition: Callable[[Clock, Values], bool],
-        hold: TimeSpan | None,
-        performs: Sequence[RuleAction],
-        needs: Collection[str] = (),
-        cooldown: TimeSpan | None = None,
-    ) -> None:
-        self.name, self.text = name, text
-        self.condition, self.hold, self.performs = condition, hold, tuple(performs)
-        self.needs, self.cooldown = tuple(needs), cooldown
-        self.since: float | None = None
-        self.cooldown_since: float | None = None
-        self.fired: list[int] = []
-        self.rounding_noted = False
-        """Whether a note has said that rounding to micro-batches keeps the batch size."""
+    name: str
+    text: str
+    condition: Callable[[Clock, Values], bool]
+    hold: TimeSpan | None
+    performs: Sequence[RuleAction]
+    needs: Collection[str] = ()
+    cooldown: TimeSpan | None = None
+    since: float | None = field(default=None, init=False)
+    cooldown_since: float | None = field(default=None, init=False)
+    fired: list[int] = field(default_factory=list, init=False)
+    rounding_noted: bool = field(default=False, init=False)
+    """Whether a note has said that rounding to micro-batches keeps the batch size."""
 
     def run(self, step: Step) -> None:
         if self._in_cooldown(step.clock):
