@@ -80,12 +80,10 @@ def _arithmetic(
         )
     if op == "*" and len(units) == 2:
         raise Unreadable(node, "two durations cannot be multiplied", "wrong-unit")
-    if op == "/" and (b == 0 or (units and not isinstance(left, v.Duration))):
-        by_zero = "division by zero", "bad-value"
-        raise Unreadable(
-            node,
-            *(by_zero if b == 0 else ("a number cannot be divided by a duration", "wrong-unit")),
-        )
+    if op == "/" and b == 0:
+        raise Unreadable(node, "division by zero")
+    if op == "/" and units and not isinstance(left, v.Duration):
+        raise Unreadable(node, "a number cannot be divided by a duration", "wrong-unit")
     whole = isinstance(a, int) and isinstance(b, int)
     if op == "/":
         value = a // b if whole and a % b == 0 else a / b
@@ -111,11 +109,9 @@ def number(node: Node) -> float:
 
 def duration(node: Node, unit: v.Unit = "steps") -> v.Duration:
     """Return a duration, 0 or longer; `unit` is proposed for a number without a unit."""
-    value = (
-        constant(node) if isinstance(node, ast.Num | ast.Measure | ast.Prefix | ast.Infix) else None
-    )
-    if value is None:
+    if not isinstance(node, ast.Num | ast.Measure | ast.Prefix | ast.Infix):
         raise Unreadable(node, f"expected a duration such as `200 steps`, found {describe(node)}")
+    value = constant(node)
     if not isinstance(value, v.Duration):
         help = f"write a unit: `{value:.12g} {unit}`" if value == value else None
         what = "an amount of samples" if unit == "samples" else "a duration"

@@ -22,15 +22,6 @@ class PlacedStatement(Record):
     via: tuple[Span, ...] = ()
 
 
-class CollectedStatements:
-    """All statements of a spec; `lost` are the names that unreadable statements would have defined."""
-
-    def __init__(self) -> None:
-        self.statements: list[PlacedStatement] = []
-        self.found = Diagnostics()
-        self.lost: set[str] = set()
-
-
 def read_source(path: Path, name: str | None = None) -> tuple[Source, list[Diagnostic]]:
     """Return the text of a file, and a diagnostic where its bytes are not UTF-8."""
     with path.open("rb") as file:
@@ -48,66 +39,66 @@ def read_source(path: Path, name: str | None = None) -> tuple[Source, list[Diagn
     return source, []
 
 
-def collect_statements(source: Source, path: Path | None) -> CollectedStatements:
-    """Return the statements of a source and of the files it uses."""
-    out = CollectedStatements()
-    chain: dict[Path, Span | None] = {path.resolve(): None} if path else {}
-    out.statements = list(_collect(source, path, (), chain, out, set(chain)))
-    return out
+class CollectedStatements:
+    """The statements of a source and of the files it uses.
 
+    `lost` are the names that unreadable statements would have defined.
+    """
 
-def _collect(
-    source: Source,
-    path: Path | None,
-    via: tuple[Span, ...],
-    chain: dict[Path, Span | None],
-    out: CollectedStatements,
-    seen: set[Path],
-) -> Iterator[PlacedStatement]:
-    parsed = parse(source)
-    out.found += parsed.found
-    out.lost |= parsed.lost
-    for statement in parsed.tree.statements:
-        if not isinstance(statement, ast.Use):
-            yield PlacedStatement(statement, via)
-            continue
-        where = _locate(statement, path)
-        if where in chain:
-            first = next(
-                (span for span in [*list(chain.values())[1:], statement.span] if span),
-                statement.span,
-            )
-            labels = [Label(statement.span, "this file is already being read")]
-            if first != statement.span:
-                labels.append(Label(first, "the first include is here"))
-            text = f"`{printable(statement.path.value)}` includes itself"
-            out.found.report("include-cycle", text, *labels)
-            continue
-        if where in seen:
-            continue
-        seen.add(where)
-        if len(chain) >= MAX_CHAIN:
-            message = f"files are included more than {MAX_CHAIN} levels deep"
-            out.found.report("too-deep", message, Label(statement.span))
-            continue
-        try:
-            inner, problems = read_source(where, _shown(where))
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            label = Label(statement.path.span, reason.lower())
-            message = f"cannot read `{printable(statement.path.value)}`"
-            looked = printable(_shown(where), 200)
-            note = f"paths are relative to the file that contains the `use`: trainc looked for {looked}"
-            out.found.report("use-not-found", message, label, notes=(note,))
-            out.lost.add("*")
-            continue
-        if problems:
-            out.found += problems
-            out.lost.add("*")
-            continue
-        yield from _collect(
-            inner, where, (*via, statement.span), {**chain, where: statement.span}, out, seen
-        )
+    def __init__(self, source: Source, path: Path | None) -> None:
+        chain: dict[Path, Span | None] = {path.resolve(): None} if path else {}
+        self.found = Diagnostics()
+        self.lost: set[str] = set()
+        self._seen = set(chain)
+        self.statements = list(self._collect(source, path, (), chain))
+
+    def _collect(
+        self,
+        source: Source,
+        path: Path | None,
+        via: tuple[Span, ...],
+        chain: dict[Path, Span | None],
+    ) -> Iterator[PlacedStatement]:
+        parsed = parse(source)
+        self.found += parsed.found
+        self.lost |= parsed.lost
+        for statement in parsed.tree.statements:
+            if not isinstance(statement, ast.Use):
+                yield PlacedStatement(statement, via)
+                continue
+            where = _locate(statement, path)
+            if where in chain:
+                first = [*chain.values(), statement.span][1] or statement.span
+                labels = [Label(statement.span, "this file is already being read")]
+                if first != statement.span:
+                    labels.append(Label(first, "the first include is here"))
+                text = f"`{printable(statement.path.value)}` includes itself"
+                self.found.report("include-cycle", text, *labels)
+                continue
+            if where in self._seen:
+                continue
+            self._seen.add(where)
+            if len(chain) >= MAX_CHAIN:
+                message = f"files are included more than {MAX_CHAIN} levels deep"
+                self.found.report("too-deep", message, Label(statement.span))
+                continue
+            try:
+                inner, problems = read_source(where, _shown(where))
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                label = Label(statement.path.span, reason.lower())
+                message = f"cannot read `{printable(statement.path.value)}`"
+                looked = printable(_shown(where), 200)
+                note = f"paths are relative to the file that contains the `use`: trainc looked for {looked}"
+                self.found.report("use-not-found", message, label, notes=(note,))
+                self.lost.add("*")
+                continue
+            if problems:
+                self.found += problems
+                self.lost.add("*")
+                continue
+            longer = {**chain, where: statement.span}
+            yield from self._collect(inner, where, (*via, statement.span), longer)
 
 
 def _locate(statement: ast.Use, path: Path | None) -> Path:

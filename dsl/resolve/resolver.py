@@ -12,7 +12,7 @@ from trainc.dsl.reading.names import Scope
 from trainc.dsl.resolve.checks import structure_problems, target_problems, verb_problems
 from trainc.dsl.resolve.clause import ClauseResolver, construct_name
 from trainc.dsl.resolve.clause_fields import unreadable_problem, with_use
-from trainc.dsl.resolve.includes import collect_statements, read_source
+from trainc.dsl.resolve.includes import CollectedStatements, read_source
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.origin import Origin
 from trainc.dsl.resolve.spec import VERSION, Spec
@@ -75,7 +75,7 @@ class Resolver:
     ) -> None:
         self.source = source
         self.catalog = catalog
-        gathered = collect_statements(source, path)
+        gathered = CollectedStatements(source, path)
         self.placed = gathered.statements
         self.found = gathered.found
         self.lets = Lets()

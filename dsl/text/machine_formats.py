@@ -10,6 +10,11 @@ from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.render import safe
 from trainc.dsl.text.rules import RULES
 
+# Where each property of a GitHub annotation stands in a place.
+_GITHUB_KEYS = {
+    "file": "file", "line": "line", "col": "column", "endLine": "end_line", "endColumn": "end_column",
+}  # fmt: skip
+
 
 def _place(label: Label) -> dict[str, Any]:
     source = label.span.source
@@ -58,18 +63,9 @@ def render_github(diagnostics: Iterable[Diagnostic]) -> str:
         where = {"title": d.rule}
         if d.labels:
             place = _place(d.labels[0])
-            where |= {
-                "file": place["file"],
-                "line": str(place["line"]),
-                "col": str(place["column"]),
-            }
-            where |= {"endLine": str(place["end_line"]), "endColumn": str(place["end_column"])}
+            where |= {key: str(place[name]) for key, name in _GITHUB_KEYS.items()}
         keys = ",".join(f"{key}={escape(value, ':,')}" for key, value in where.items())
-        parts = [
-            safe(d.message),
-            *(safe(x.text) for x in d.labels[:1] if x.text),
-            safe(d.help or ""),
-        ]
+        parts = [safe(d.message), *(safe(x.text) for x in d.labels[:1]), safe(d.help or "")]
         lines.append(f"::{d.severity} {keys}::{escape('; '.join(filter(None, parts)))}")
     return "".join(f"{line}\n" for line in lines)
 
