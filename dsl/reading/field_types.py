@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -40,8 +41,10 @@ class FieldType:
         """Return a value of this type from a value, its JSON form, or text in the language."""
         if isinstance(raw, str):
             raw = self._from_text(raw)
+        elif isinstance(raw, list) and raw and isinstance(raw[0], str):
+            raw = v.from_json(raw)
         elif isinstance(raw, list):
-            raw = v.from_json(raw) if raw and isinstance(raw[0], str) else [*map(_item, raw)]
+            raw = [v.from_json(item) if isinstance(item, list) else item for item in raw]
         return self.coerce(raw)
 
     def _from_text(self, text: str) -> Any:
@@ -71,14 +74,6 @@ def node_of(text: str) -> Node:
     return node
 
 
-def _item(raw: Any) -> Any:
-    return v.from_json(raw) if isinstance(raw, list) else raw
-
-
-def _wrong_unit(text: str) -> PydanticCustomError:
-    return PydanticCustomError("wrong_unit", "{text}", {"text": text})
-
-
 def _duration(raw: Any) -> v.Duration:
     if isinstance(raw, v.Quantity):
         raw = raw.duration
@@ -87,7 +82,8 @@ def _duration(raw: Any) -> v.Duration:
             raise ValueError("a duration cannot be negative")
         return raw
     if isinstance(raw, int | float):
-        raise _wrong_unit("expected a duration such as `200 steps`, found a number without a unit")
+        wanted = "expected a duration such as `200 steps`, found a number without a unit"
+        raise PydanticCustomError("wrong_unit", wanted)
     raise ValueError("expected a duration such as `200 steps`")
 
 
@@ -173,9 +169,6 @@ def samples_or_call(noun: str, functions: Mapping[str, Function], hint: str) -> 
     Messages call each of the functions a `noun`, and give `hint` for the call of any other.
     """
 
-    def read(node: Node, names: Names) -> v.Duration | v.Expr:
-        return expressions.samples_or_call(node, names, noun, functions, hint)
-
     def accept(raw: Any) -> v.Duration | v.Call:
         if not isinstance(raw, v.Call):
             return _duration(raw)
@@ -183,6 +176,7 @@ def samples_or_call(noun: str, functions: Mapping[str, Function], hint: str) -> 
             raise ValueError(f"there is no {noun} `{raw.function}`")
         return raw
 
+    read = partial(expressions.samples_or_call, noun=noun, functions=functions, hint=hint)
     return FieldType(f"samples, or a {noun}", read, accept, functions)
 
 
