@@ -211,16 +211,9 @@ def _draw_intervals(axes: Axes, drawn: Sequence[_Drawn], levels: set[float]) -> 
         text = f"{levels.copy().pop():.0%} interval" if len(levels) == 1 else "interval"
         more.append((swatches, text))
     if unbounded:
+        arrow: dict[str, Any] = {"linestyle": "none", "marker": arrow_marker("up")}
         marks = tuple(
-            Line2D(
-                [],
-                [],
-                linestyle="none",
-                marker=arrow_marker("up"),
-                markeredgewidth=0,
-                color=one.color,
-            )
-            for one in unbounded
+            Line2D([], [], markeredgewidth=0, color=one.color, **arrow) for one in unbounded
         )
         more.append((marks, "interval without a bound"))
     legend_below(axes, *more)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -45,21 +45,12 @@ class ParamSlot:
         return math.prod((one.factor for one in self.lr_factors), start=1.0)
 
 
-@dataclass(slots=True)
-class ParamGroup:
-    """Slots with the same weight decay and rate factors: one torch parameter group."""
-
-    weight_decay: float
-    lr_factors: tuple[LrFactor, ...]
-    slots: list[ParamSlot] = field(default_factory=list)
-
-
-def group_slots(slots: Iterable[ParamSlot]) -> list[ParamGroup]:
-    """Group slots by weight decay and rate factors, in order of first appearance."""
-    groups: dict[tuple[float, tuple[int, ...]], ParamGroup] = {}
+def group_slots(slots: Iterable[ParamSlot]) -> list[list[ParamSlot]]:
+    """Group slots by weight decay and rate factors, in order of first appearance: torch's parameter groups."""
+    groups: dict[tuple[float, tuple[int, ...]], list[ParamSlot]] = {}
     for slot in slots:
         key = (slot.weight_decay, tuple(id(lr_factor) for lr_factor in slot.lr_factors))
-        groups.setdefault(key, ParamGroup(slot.weight_decay, slot.lr_factors)).slots.append(slot)
+        groups.setdefault(key, []).append(slot)
     return list(groups.values())
 
 
@@ -88,8 +79,8 @@ class OptimizerStep(Action):
         """Return the torch optimizer; its groups are in the order of `groups`."""
         return self._make(
             [
-                {"params": [s.tensor for s in g.slots], "weight_decay": g.weight_decay}
-                for g in self.groups
+                {"params": [slot.tensor for slot in group], "weight_decay": group[0].weight_decay}
+                for group in self.groups
             ]
         )
 
@@ -172,7 +163,7 @@ class Rates(Action):
         rates = []
         groups = self.optimizer.torch.param_groups
         for ours, theirs in zip(self.optimizer.groups, groups, strict=True):
-            theirs["lr"] = base * ours.slots[0].factor
+            theirs["lr"] = base * ours[0].factor
             rates.append(theirs["lr"])
         low, high = min(rates), max(rates)
         step.signals["lr"] = base

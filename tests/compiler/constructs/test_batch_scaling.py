@@ -80,7 +80,7 @@ def test_it_multiplies_with_other_policies_and_spares_what_is_not_selected() -> 
         for action in program._method.actions
         if isinstance(action, OptimizerStep)
         for ours, group in zip(action.groups, action.torch.param_groups, strict=True)
-        for slot in ours.slots
+        for slot in ours
     }
     head = next(name for name in rates if name.startswith(("head", "norm")))
     assert rates[head] == 1e-2
