@@ -25,7 +25,7 @@ def check_resume(plan: Plan, out: Path, accept: bool) -> None:
     now = plan.to_json()
     if (found := saved.get("format")) != FORMAT:
         raise _impossible(
-            f"{out / PLAN} has format {found}, and this version of trainc reads format {FORMAT}",
+            f"{out / PLAN} has format {found}, but this version of trainc reads format {FORMAT}",
             "resume with the version of trainc that wrote it, or start a new run in another folder",
         )
     if saved["model"]["signature"] != now["model"]["signature"]:

@@ -106,7 +106,7 @@ def _read_json(path: Path, version: int) -> Any:
         raise LoadError(f"{path} is damaged: {error}") from None
     if found != version:
         raise LoadError(
-            f"{path} has format {found}, and this version of trainc reads format {version}: compile the spec again with"
+            f"{path} has format {found}, but this version of trainc reads format {version}: compile the spec again with"
             " `trainc compile`"
         )
     return data

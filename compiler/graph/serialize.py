@@ -203,7 +203,7 @@ def step_from_json(
     """
     if data.get("format") != FORMAT:
         raise GraphFormatError(
-            f"this graph was saved in format {data.get('format')!r}, and this version of trainc reads format {FORMAT}:"
+            f"this graph was saved in format {data.get('format')!r}, but this version of trainc reads format {FORMAT}:"
             " compile the program again and save it"
         )
     missing = [name for name in data["constants"] if name not in constants]

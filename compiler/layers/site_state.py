@@ -108,9 +108,9 @@ def checked_probe(state: SiteState, x: Tensor) -> Tensor:
     assert probe is not None
     if x.shape[0] != probe.shape[0]:
         raise ExampleAxisUnknown(
-            f"`{state.measured.module}` sees a tensor of shape {tuple(x.shape)}, but the batch has"
-            f" {probe.shape[0]} examples: its first axis is not the example axis, which per-example norms need."
-            " Exclude the layer from `on`"
+            f"`{state.measured.module}` gets an input of shape {tuple(x.shape)}, but the batch has"
+            f" {probe.shape[0]} examples. Per-example norms need the examples on the first axis: exclude the layer"
+            " from `on`"
         )
     return probe
 

@@ -55,6 +55,6 @@ def evaluate(
         value = penalty(values)
     if value.dim() != 0:
         raise ValueError(
-            f"the penalty `{name}` must return a 0-d tensor, and returned one of shape {list(value.shape)}"
+            f"the penalty `{name}` must return a 0-d tensor, but returned shape {list(value.shape)}"
         )
     return value

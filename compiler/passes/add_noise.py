@@ -67,7 +67,7 @@ def _outputs(forward: ForwardGraph, module: str) -> list[fx.Node]:
         if len(leaving) != 1:
             raise SiteUnfit(
                 module,
-                f"it has {len(leaving)} outputs in the graph, and noise needs a layer with one",
+                f"the layer has {len(leaving)} outputs in the graph, but noise needs a layer with one",
             )
         ends += leaving
     return ends

@@ -53,7 +53,7 @@ class FuseNorms(NormPass):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise SiteUnfit(
                 site.module,
-                f"it gives {old.dtype} {list(old.shape)}, and the operator that would replace it "
+                f"the layer gives {old.dtype} {list(old.shape)}, but the operator that would replace it "
                 f"gives {new.dtype} {list(new.shape)}",
             )
         call.result.replace_all_uses_with(result)

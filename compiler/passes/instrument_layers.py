@@ -44,13 +44,13 @@ class InstrumentLayers(Pass):
             if site.tied is not None:
                 raise SiteUnfit(
                     site.module,
-                    f"it shares its weight with `{site.tied}`, and shared weights need bound modules",
+                    f"the layer shares its weight with `{site.tied}`, but shared weights need bound modules",
                 )
             match = layer_kinds()[site.layer_type].match(forward, site, node)
             if match is None:
                 raise SiteUnfit(
                     site.module,
-                    f"it was captured as a call of `{node.target}` that this pass cannot read",
+                    f"the layer was captured as a call of `{node.target}` in an unknown form",
                 )
             self.serve(forward, site, node, match, sizes.get(site.module))
         return [name for name, node in calls.items() if node is not None]

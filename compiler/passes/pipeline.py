@@ -92,7 +92,7 @@ def _run(
         if set(unserved) - excused:
             raise SiteMissing(step.name, unserved)
         if set(served) - set(wanted) or len(set(served)) != len(served):
-            reason = f"it reports the sites {sorted(served)}, and was asked for {sorted(wanted)}"
+            reason = f"it served the sites {sorted(served)}, but had to serve {sorted(wanted)}"
             raise PassBug(step.name, reason, before)
         forward.graph.lint()
         remove_dead(forward.graph)

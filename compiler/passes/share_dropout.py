@@ -42,7 +42,7 @@ class ShareDropout(PairingPass):
             if node.target in _UNSHARED and arguments(node).get("dropout_p") != 0.0:
                 where = call_site(node) or "the model"
                 forward.notes.append(
-                    f"`{where}` draws from {node.target} for each view: its masks are not shared"
+                    f"`{where}` calls {node.target}, which draws separately for each view"
                 )
             if node.target in _DROPOUT and node.args[2] and node.args[1] != 0.0:
                 _share_mask(forward, node)
@@ -56,7 +56,7 @@ def _share_mask(forward: ForwardGraph, node: fx.Node) -> None:
     rows = x.meta["val"].shape[0]
     if rows % forward.rows:
         forward.notes.append(
-            f"`{call_site(node)}` drops along another axis: its masks are not shared"
+            f"`{call_site(node)}` drops along another axis, so the views do not share its mask"
         )
         return
     with forward.graph.inserting_before(node):

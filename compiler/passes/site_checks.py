@@ -54,6 +54,6 @@ def check_weight_uses(
     if uses > allowed:
         raise SiteUnfit(
             module,
-            f"its weight is used {uses} times in one forward pass, and per-example norms need a weight that is used "
+            f"the weight is used {uses} times in one forward pass, but per-example norms need a weight that is used "
             "once. Exclude the layer from `on`",
         )

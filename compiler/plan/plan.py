@@ -50,7 +50,7 @@ class Plan:
         if data.get("format") != FORMAT:
             raise ValueError(
                 f"this plan was saved by another version of trainc (format {data.get('format')}, this"
-                f" version reads {FORMAT}): make it again with `trainc plan`"
+                f" version reads {FORMAT}): make the plan again with `trainc plan`"
             )
         names = {f.name for f in fields(cls)} - {"warnings"}
         content: dict[str, Any] = {
@@ -59,12 +59,12 @@ class Plan:
         missing = names - set(content)
         if missing:
             raise ValueError(
-                f"the plan has no {', '.join(sorted(missing))}: make it again with `trainc plan`"
+                f"the plan has no {', '.join(sorted(missing))}: make the plan again with `trainc plan`"
             )
         plan = cls(**content)
         if plan.hash != data.get("hash"):
             raise ValueError(
-                "the plan does not match its hash, so it was changed by hand or damaged: make it again with"
+                "the plan does not match its hash, so it was changed by hand or damaged: make the plan again with"
                 " `trainc plan`"
             )
         return plan

@@ -81,7 +81,7 @@ def _labels(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
             labels = _at(clause.part_span("as"))
             yield Diagnostic(
                 "reserved-name",
-                f"the name `{clause.label}` is reserved: it has a meaning in every spec",
+                f"the name `{clause.label}` is reserved by the language: choose another name",
                 labels,
             )
         first = seen.setdefault(clause.name, clause)

@@ -198,5 +198,5 @@ class FieldResolver:
             description = self.cls.model_fields[name].description
             return (f"{name}: {description}",) if description else ()
         return (
-            f"`{self.cls.heading()}` passes this field on to what it imports: write a plain value",
+            f"`{self.cls.heading()}` passes this field to the imported callable: write a plain value",
         )

@@ -36,9 +36,9 @@ class Lets:
         name = let.name.id
         if name in _RESERVED or "." in name:
             message = (
-                f"the name `{name}` is reserved: it has a meaning in every spec"
+                f"the name `{name}` is reserved by the language: choose another name"
                 if name in _RESERVED
-                else f"the name `{name}` contains a dot, which names of `let` cannot"
+                else f"the name of a `let` cannot contain a dot: `{name}`"
             )
             self.found.report("reserved-name", message, Label(let.name.span))
         elif name in self.names:

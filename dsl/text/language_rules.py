@@ -42,7 +42,7 @@ LANGUAGE_RULES: dict[str, RuleExplanation] = {
     "misplaced-version": RuleExplanation(
         "`train N` is not the first statement of its file.",
         "The version says how the rest of the file is read.",
-        "Move it to the first line.",
+        "Move `train N` to the first line.",
     ),
     "unknown-kind": RuleExplanation(
         "A statement begins with a word that is neither a kind of clause nor `let`, `use`, `when` or `train`.",
@@ -139,7 +139,7 @@ LANGUAGE_RULES: dict[str, RuleExplanation] = {
     "unused-let": RuleExplanation(
         "A `let` of this file is never used.",
         "It has no effect. Often the place that should use it has a misspelt name or a plain number.",
-        "Use it or remove it.",
+        "Use the `let`, or remove it.",
     ),
     "use-not-found": RuleExplanation(
         "A file named by `use` cannot be read.",

@@ -218,7 +218,9 @@ class ScheduleFunction:
         given = dict(zip(order, args, strict=False))
         for key, argument in options.items():
             if key not in self.arguments:
-                raise ValueError(f"`{name}` has no argument `{key}`: it has {', '.join(order)}")
+                raise ValueError(
+                    f"`{name}` has no argument `{key}`: the arguments are {', '.join(order)}"
+                )
             if key in given:
                 raise ValueError(f"`{name}` is given `{key}` twice")
             given[key] = argument

@@ -68,7 +68,7 @@ class Schedules(Expressions):
         end, stop = first.end, self.axis.stop
         if end is None:
             raise ValueError(
-                "the left side of `then` has no end: use a schedule with one, such as `warmup(5%)`"
+                "the left side of `then` has no end: write one that ends, such as `warmup(5%)`"
             )
         if end >= stop:
             ends = "never ends" if math.isinf(end) else f"ends at {self.axis.format(end)}"

@@ -137,8 +137,8 @@ def _on_device_of(value: Any, slot: ParamSlot) -> Any:
         return value.clone()
     if value.shape != slot.tensor.shape:
         raise ValueError(
-            f"`{slot.name}` has shape {tuple(slot.tensor.shape)}, its saved optimizer state"
-            f" {tuple(value.shape)}"
+            f"`{slot.name}` has shape {tuple(slot.tensor.shape)}, but its saved optimizer"
+            f" state has shape {tuple(value.shape)}"
         )
     return value.to(slot.tensor.device, copy=True)
 

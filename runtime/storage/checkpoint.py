@@ -115,7 +115,7 @@ def _verify(path: Path, step: int | None = None) -> None:
         raise DamagedCheckpoint(f"{path / MANIFEST} is missing or damaged") from problem
     if version != FORMAT:
         raise DamagedCheckpoint(
-            f"{path / MANIFEST} has format {version}, this version of trainc reads {FORMAT}: resume"
+            f"{path / MANIFEST} has format {version}, but this version of trainc reads {FORMAT}: resume"
             " with the version that saved it, or start a new run"
         )
     if step not in (found_step, None):

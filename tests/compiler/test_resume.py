@@ -105,14 +105,14 @@ def test_a_run_of_an_old_plan_format_is_refused(stopped: Path) -> None:
         carry_out(LONGER + MEASURE + "\n" + RULE, stopped, "other", resume=True, accept=True)
     (found,) = caught.value.diagnostics
     assert found.rule == "resume-impossible"
-    assert "plan.json has format 0, and this version of trainc reads format" in found.message
+    assert "plan.json has format 0, but this version of trainc reads format" in found.message
     assert "start a new run in another folder" in (found.help or "")
 
 
 def test_checkpoints_of_an_old_format_are_refused(stopped: Path) -> None:
     for manifest in (stopped / "run/checkpoints").glob("*/manifest.json"):
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
-    said = "has format 1, this version of trainc reads 2: resume with the version that saved it, or start a new run"
+    said = "has format 1, but this version of trainc reads 2: resume with the version that saved it, or start a new run"
     with pytest.raises(DamagedCheckpoint, match=said):
         carry_out(LONGER + MEASURE + "\n" + RULE, stopped, "other", resume=True, accept=True)
     text = HEAD.replace("seed = 3", f'seed = 3, start = "{stopped}/run"') + MEASURE

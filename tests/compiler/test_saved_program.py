@@ -84,7 +84,7 @@ def test_a_plan_changed_by_hand_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_an_old_format_is_refused(saved: Path, name: str) -> None:
     change(saved / name, format=0)
     said = (
-        rf"{name} has format 0, and this version of trainc reads format \d: compile the spec again"
+        rf"{name} has format 0, but this version of trainc reads format \d: compile the spec again"
     )
     with pytest.raises(LoadError, match=said):
         trainc.load(saved, small_gpt())

@@ -140,7 +140,7 @@ def test_another_format_is_refused(tmp_path: Path, number: int) -> None:
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"format": number}))
     with pytest.raises(
         DamagedCheckpoint,
-        match=f"has format {number}, this version of trainc reads {checkpoint.FORMAT}: resume",
+        match=f"has format {number}, but this version of trainc reads {checkpoint.FORMAT}: resume",
     ):
         checkpoint.load_checkpoint(path)
 

@@ -101,7 +101,7 @@ def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
     low, high = _samples(given, "min"), _samples(given, "max")
     if not low and micro is None:
         raise ValueError(
-            f"`{call.function}` needs `min`, the batch it begins with, or the field `micro`"
+            f"`{call.function}` needs `min`, the size of the first batch, or the field `micro`"
         )
     unit = int(micro.amount) if micro else low
     start, grain = low or unit, _samples(given, "step") or unit
@@ -120,7 +120,7 @@ def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
             f"the first argument of `{call.function}` must use a measured signal, such as `gns`"
         )
     if used := [x.id for x in v.walk(signal) if isinstance(x, v.Name) and x.id in PLACES]:
-        raise ValueError(f"`{used[0]}` cannot be used here: the whole model has one batch")
+        raise ValueError(f"`{used[0]}` cannot be used here, because all layers have the same batch")
     begun, pace = _duration(given, "from"), _duration(given, "every")
     if not follows:
         begun, pace = begun or BEGIN, pace or LOOK

@@ -54,7 +54,7 @@ class Data(Construct):
     path: ImportPath = Field(description="what to import, as `module:callable`")
     micro: Samples | None = Field(
         default=None,
-        description="samples of one forward and backward pass; the batch of a step is a whole number of these. "
+        description="samples of one forward and backward pass; the batch of a step is a multiple of this. "
         "Default: the batch, or the smallest batch of a policy",
     )
     batch: BatchSize = Field(

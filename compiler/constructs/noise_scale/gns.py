@@ -46,7 +46,7 @@ class Gns(Construct):
         "total": "noise scale of the whole model by calibration, in samples; NaN without `calibrate`",
         "total_low": "lower end of the interval of `total`, in samples",
         "total_high": "upper end of the interval of `total`, in samples",
-        "slope": "`total` divided by the noise scale, as calibrations find it",
+        "slope": "ratio of `total` to the noise scale, by calibration",
     }
     effects: ClassVar = (
         Effect("backward", "measure per-example gradients", ("loss",), ("probe",)),
@@ -60,8 +60,8 @@ class Gns(Construct):
 
     smooth: Duration = Field(
         default=Duration(200, "steps"),
-        description="half-life of the averages, in any unit except seconds; steps are counted as samples of the "
-        "starting batch, so that it holds for a changing batch too",
+        description="half-life of the averages, in any unit except seconds; steps are converted to samples "
+        "at the starting batch, also when the batch changes",
     )
     errors: float = Field(
         default=0.0,
@@ -98,8 +98,8 @@ class Gns(Construct):
     )
     geometry: Literal["euclidean", "adam", "sign"] = Field(
         default="euclidean",
-        description="how noise and signal are measured: by the Euclidean norm, by that of gradients divided by the "
-        "root of Adam's second moments, or by the L1 norm, for sign descent; the last two for norm layers only",
+        description="norm of noise and signal: Euclidean, Euclidean after division by the root of Adam's second "
+        "moments, or L1 for sign descent; the last two for norm layers only",
     )
     calibrate: Duration | None = Field(
         default=None,
@@ -109,13 +109,13 @@ class Gns(Construct):
     calibrate_examples: int = Field(
         default=16,
         ge=2,
-        description="examples of one calibration, from the step's first micro-batch; at most all of that",
+        description="examples of one calibration, from the step's first micro-batch, and at most all of it",
     )
     calibrate_smooth: float = Field(
         default=4.0,
         gt=0,
-        description="half-life of the calibration's regression, in calibrations, where that is longer than `smooth`: "
-        "a longer one is more precise, a shorter one follows changes sooner",
+        description="half-life of the calibration's regression, counted in calibrations, if longer than `smooth`; a "
+        "long half-life is more precise, a short one follows changes sooner",
     )
 
     @field_validator("smooth")
@@ -184,7 +184,7 @@ class Gns(Construct):
         """Return that signals of the whole model need `calibrate`; None for the other signals."""
         if self.calibrate is None and signal in ("total", "total_low", "total_high", "slope"):
             return (
-                "calibrations measure it, and the clause has no `calibrate`",
+                "only calibrations measure this signal, but the clause has no `calibrate`",
                 "add `calibrate = 500 steps` or similar to the clause",
             )
         return None

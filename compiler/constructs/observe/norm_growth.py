@@ -66,7 +66,7 @@ class NormGrowth(Construct):
 
     from_start: bool = Field(
         default=False,
-        description="report the distance from the starting weights, which needs one more copy of them",
+        description="report the distance from the starting weights, which needs one more copy of the weights",
     )
 
     def performs(self, effect: Effect) -> bool:

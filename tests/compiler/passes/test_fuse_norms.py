@@ -190,7 +190,7 @@ def test_a_norm_applied_twice_is_refused_by_name() -> None:
             return y
 
     model = Twice(nn.LayerNorm(6)).double().train()
-    with pytest.raises(SiteUnfit, match="`norm`: its weight is used 2 times"):
+    with pytest.raises(SiteUnfit, match="`norm`: the weight is used 2 times"):
         step_of(model, vectors(), Rewrite(norms=norm_sites(model)))
 
 

@@ -79,7 +79,7 @@ class Raises(FuseNorms):
     [
         (WrongShape(), r"`logits` was .*3, 8, 64.* and is .*1, 3, 8, 64"),
         (WrongOrder(), "before it has been defined|used before"),
-        (Invents(), "was asked for"),
+        (Invents(), "had to serve"),
         (Raises(), "AssertionError: not today"),
     ],
     ids=lambda value: getattr(value, "name", ""),
