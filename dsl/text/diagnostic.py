@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.rules import RULES
@@ -56,7 +56,14 @@ class Diagnostics(list[Diagnostic]):
     """The diagnostics that a part of a check has found so far."""
 
     def report(
-        self, rule: str, message: str, *labels: Label, help: str | None = None, **more: Any
+        self,
+        rule: str,
+        message: str,
+        *labels: Label,
+        notes: tuple[str, ...] = (),
+        help: str | None = None,
+        severity: Severity = "error",
+        edit: Edit | None = None,
     ) -> None:
-        """Add a diagnostic; its first label is at the mistake, `more` are further fields of it."""
-        self.append(Diagnostic(rule, message, labels, help=help, **more))
+        """Add a diagnostic; its first label is at the mistake."""
+        self.append(Diagnostic(rule, message, labels, notes, help, severity, edit))

@@ -1,1 +1,1 @@
-"""The clock, durations on it, and schedules."""
+"""The clock, time spans on it, and schedules."""
