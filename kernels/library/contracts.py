@@ -65,7 +65,7 @@ def absent(like: Tensor) -> Tensor:
 def check_affine(shape: tuple[int, ...], *parameters: Tensor | None) -> None:
     """Reject a weight or bias of another shape than the one given."""
     for parameter in parameters:
-        if parameter is not None and tuple(parameter.shape) != shape:
+        if parameter is not None and parameter.shape != shape:
             raise RuntimeError(
                 f"weight and bias must have the shape {shape}, not {tuple(parameter.shape)}"
             )
@@ -83,8 +83,9 @@ def check_probe(probe: Tensor | None, examples: int, columns: int, like: Tensor)
     """Reject a probe that is not zeros (examples, columns) in the dtype sums are carried in."""
     if probe is None:
         return
-    shape, expected = tuple(probe.shape), accumulation_dtype(like.dtype)
-    if shape != (examples, columns) or probe.dtype != expected:
+    expected = accumulation_dtype(like.dtype)
+    if probe.shape != (examples, columns) or probe.dtype != expected:
         raise RuntimeError(
-            f"probe must be ({examples}, {columns}) {expected}, not {shape} {probe.dtype}"
+            f"probe must be ({examples}, {columns}) {expected}, "
+            f"not {tuple(probe.shape)} {probe.dtype}"
         )

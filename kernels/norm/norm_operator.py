@@ -176,8 +176,8 @@ def _gradients(operator: NormOperator) -> tuple[Kernel, Kernel]:
     first, count = 1 + residual, len(norm.parameters)  # the summands, then normalized_shape
     affine, probe = slice(first + 1, first + 1 + count), first + 1 + count
     statistics, options = slice(-count, None), slice(probe + 2, None)
-    # What has no gradient, or none where y has none.
-    no_options, nothing = (None,) * (1 + len(norm.options)), (None,) * count
+    # eps and the options have no gradient.
+    no_options = (None,) * (1 + len(norm.options))
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         kept = output[statistics]
@@ -193,12 +193,12 @@ def _gradients(operator: NormOperator) -> tuple[Kernel, Kernel]:
         dtotal, dy = grads[:2] if residual else (None, grads[0])
         wants = ctx.needs_input_grad
         wanted = wants[affine]
-        dx, found, norms = dtotal, nothing, None
+        dx, found, norms = dtotal, [None] * count, None
         if dy is not None:
             x, *kept = ctx.saved_tensors
             mask = [wants[0] or (residual and wants[1]), *wanted]
-            arguments = (dy, x, ctx.normalized_shape, *kept, *ctx.options, mask)
             with_norms = ctx.probed and (always or wants[probe])
+            arguments = (dy, x, ctx.normalized_shape, *kept, *ctx.options, mask)
             if residual:
                 dx, *found, norms = backward_op(dtotal, *arguments, with_norms)
             elif native is None:
@@ -207,11 +207,12 @@ def _gradients(operator: NormOperator) -> tuple[Kernel, Kernel]:
                 dx, *found, norms = backward_op(*arguments)
             else:
                 dx, *found = native(*arguments)
-        return (
-            *(_to_summands(dx, wants, ctx.dtypes) if residual else (dx if wants[0] else None,)),
-            None, *[g if w else None for g, w in zip(found, wanted, strict=True)],
-            norms if wants[probe] else None, *no_options,
-        )  # fmt: skip
+            if False in wanted:
+                found = [g if w else None for g, w in zip(found, wanted, strict=True)]
+        norms = norms if wants[probe] else None
+        if residual:
+            return *_to_summands(dx, wants, ctx.dtypes), None, *found, norms, *no_options
+        return dx if wants[0] else None, None, *found, norms, *no_options
 
     return setup_context, backward
 

@@ -38,17 +38,19 @@ def check_norm(
     # Conditions first and words only for what fails: this runs at every call.
     if not x.is_floating_point():
         raise RuntimeError(f"x must be a floating-point tensor, not {x.dtype}")
-    shape, extents = tuple(normalized_shape), tuple(x.shape)
+    shape, extents = tuple(normalized_shape), x.shape
     if not shape:
         raise RuntimeError("normalized_shape must have at least one dim")
     lead = len(extents) - len(shape)
     if lead < 0 or extents[lead:] != shape:
-        raise RuntimeError(f"the shape of x, {extents}, must end in normalized_shape {shape}")
+        raise RuntimeError(
+            f"the shape of x, {tuple(extents)}, must end in normalized_shape {shape}"
+        )
     check_affine(shape, *parameters)
     if probe is not None:
         if lead < 1:
             raise RuntimeError(
-                f"a probe needs an example dim in x before normalized_shape {shape}: x is {extents}"
+                f"a probe needs an example dim in x before normalized_shape {shape}: x is {tuple(extents)}"
             )
         check_probe(probe, extents[0], len(parameters), x)
 
