@@ -27,7 +27,7 @@ class ExampleAxisUnknown(SiteError):
     rule = "example-axis-unknown"
 
 
-def repeated(names: Iterable[str]) -> SiteError:
+def repeated_layers(names: Iterable[str]) -> SiteError:
     """Return the error for layers that run more than once in one forward pass."""
     return SiteError(
         f"{listed(names)} ran more than once in one forward pass. A measured layer must run only once:"

@@ -14,7 +14,7 @@ from trainc.compiler.bind.effects import changes_batch, conflicts, penalised_mea
 from trainc.compiler.bind.report import Report
 from trainc.compiler.bind.selection import check_field_selectors, select_targets
 from trainc.compiler.bind.signals import signal_problems
-from trainc.compiler.model.factories import Facts
+from trainc.compiler.model.factories import DataFacts
 from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.resolve.spec import Spec
@@ -54,7 +54,7 @@ class Binding:
         return next((clause for clause in self.clauses if clause.kind == kind), None)
 
 
-def bind(spec: Spec, inventory: Inventory, facts: Facts) -> Binding:
+def bind(spec: Spec, inventory: Inventory, facts: DataFacts) -> Binding:
     """Return `spec` bound to the model that `inventory` describes; raises SpecError with all mistakes."""
     return _Binder(spec, inventory, facts).run()
 
@@ -62,7 +62,7 @@ def bind(spec: Spec, inventory: Inventory, facts: Facts) -> Binding:
 class _Binder:
     """Binds one spec; `report` collects the mistakes."""
 
-    def __init__(self, spec: Spec, inventory: Inventory, facts: Facts) -> None:
+    def __init__(self, spec: Spec, inventory: Inventory, facts: DataFacts) -> None:
         self.spec, self.inventory = spec, inventory
         self.report = Report()
         data, run = self._construct("data"), self._construct("run")

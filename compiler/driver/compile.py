@@ -17,7 +17,7 @@ from trainc.compiler.lower.assemble import assemble
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.lower.when_rules import when_rules
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.factories import build_model, facts, missing_clause, seeded_model
+from trainc.compiler.model.factories import build_model, data_facts, missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.plan.make_plan import make_plan
@@ -54,7 +54,7 @@ def compile(
     checked, path = resolve_spec(spec, overrides)
     with searching(path):
         built = seeded_model(checked) if model is None else model
-        binding = bind(checked, build_inventory(built), facts(checked))
+        binding = bind(checked, build_inventory(built), data_facts(checked))
         return build_program(binding, built, disabled, executor)
 
 
@@ -77,7 +77,7 @@ def plan(
                 model = build_model(checked)
         else:
             model = on_meta(model)
-        binding = bind(checked, build_inventory(model), facts(checked))
+        binding = bind(checked, build_inventory(model), data_facts(checked))
         return make_plan(binding, _lower(binding, model, _first_signals(binding), to_run=False))
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.errors import SiteError, listed, repeated
+from trainc.compiler.errors import SiteError, listed, repeated_layers
 from trainc.compiler.layers.ghost_batch_norm import BoundGhostBatchNorm
 from trainc.compiler.layers.random_layers import BoundDropout, BoundNoise
 from trainc.compiler.layers.registry import bound_class
@@ -164,4 +164,4 @@ class Sites:
         measured = {site.module for site in self.rewrite.measured}
         again = [name for name, count in counts.items() if count > 1 and name in measured]
         if again:
-            raise repeated(again)
+            raise repeated_layers(again)

@@ -18,7 +18,7 @@ from trainc.dsl.text.errors import SpecError
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class DataFacts:
     """What `describe` of the data callable says before the data is built; None for what it does not say."""
 
     samples: int | None = None
@@ -60,22 +60,22 @@ def build_data(spec: Spec) -> Any:
     return data
 
 
-def facts(spec: Spec) -> Facts:
+def data_facts(spec: Spec) -> DataFacts:
     """Return what the data callable's `describe` says, without building the data."""
     clause = spec.one("data")
     if clause is None:
-        return Facts()
+        return DataFacts()
     construct: Any = clause.construct
     try:
         with _reported(clause):
             describe = getattr(import_attribute(construct.path), "describe", None)
         if describe is None:
-            return Facts()
+            return DataFacts()
         described = describe(**construct.arguments)
     except TypeError as error:
         message = f"`{construct.path}` cannot describe the data: {error}"
         raise _at(clause, "wrong-argument", message) from error
-    return Facts(described.get("samples"), described.get("tokens_per_sample"))
+    return DataFacts(described.get("samples"), described.get("tokens_per_sample"))
 
 
 def missing_clause(message: str, help: str) -> SpecError:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from trainc.compiler.errors import ExampleAxisUnknown, SiteError, repeated
+from trainc.compiler.errors import ExampleAxisUnknown, SiteError, repeated_layers
 from trainc.compiler.layers.bound_modules import Sites
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.sites import LayerSite, MeasuredSite
@@ -203,7 +203,7 @@ def _differ(one: Tensor, two: Tensor) -> bool:
 def _is_shared(site: MeasuredSite, shapes: list[tuple[int, ...]]) -> bool:
     """Return whether an embedding's ids are shared by all examples; raises SiteError where no axis counts examples."""
     if len(shapes) > len(_SIZES):
-        raise repeated([site.module])
+        raise repeated_layers([site.module])
     if [shape[0] for shape in shapes if shape] == list(_SIZES):
         return False
     first = shapes[0]

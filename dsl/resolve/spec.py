@@ -10,7 +10,7 @@ from typing import Any
 
 from trainc.dsl.reading.construct import Catalog
 from trainc.dsl.resolve.checks import spec_problems, unknown_construct
-from trainc.dsl.resolve.statements import Action, Assign, ByJson, Clause, Do, Rule
+from trainc.dsl.resolve.statements import Action, Assign, Clause, ComparedByJson, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values.value_json import expr_from_json, selector_from_json
@@ -18,7 +18,7 @@ from trainc.dsl.values.value_json import expr_from_json, selector_from_json
 VERSION = 1
 
 
-class Spec(ByJson):
+class Spec(ComparedByJson):
     """A training method: clauses and rules. Raises SpecError where they do not fit together."""
 
     clauses: tuple[Clause, ...] = ()

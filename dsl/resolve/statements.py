@@ -14,7 +14,7 @@ from trainc.dsl.text.source import Span
 from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
 
 
-class ByJson(Record):
+class ComparedByJson(Record):
     """A value that is compared and hashed by its JSON."""
 
     def to_json(self) -> Any:
@@ -33,7 +33,7 @@ class ByJson(Record):
         return hash(self._text)
 
 
-class Clause(ByJson):
+class Clause(ComparedByJson):
     """One construct, what it acts on and when; text for a part is parsed as in a spec."""
 
     construct: Construct
@@ -132,7 +132,7 @@ class Do(Record):
 Action = Assign | Do
 
 
-class Rule(ByJson):
+class Rule(ComparedByJson):
     """`when condition for hold cooldown rest { actions }`."""
 
     condition: Expr

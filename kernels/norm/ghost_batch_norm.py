@@ -12,7 +12,7 @@ from trainc.kernels.library.contracts import (
     lazy,
 )
 from trainc.kernels.library.register import register
-from trainc.kernels.norm import ghosts
+from trainc.kernels.norm import ghost_batches
 
 __all__ = ["ghost_batch_norm"]
 
@@ -67,12 +67,12 @@ def ghost_batch_norm(
     if x.dtype not in REDUCED and composition_is_cheaper(
         SMALL, x, running_mean, running_var, weight, bias
     ):
-        ghosts.check(x, weight, bias, ghost_size, remainder)
+        ghost_batches.check(x, weight, bias, ghost_size, remainder)
         each = [
             functional.batch_norm(
                 part, running_mean, running_var, weight, bias, True, momentum, eps
             )
-            for (part,) in ghosts.parts(ghost_size, x)
+            for (part,) in ghost_batches.parts(ghost_size, x)
         ]
         return torch.cat(each) if len(each) > 1 else each[0] if each else x.clone()
     y, mean, _, var = _forward_op(x, weight, bias, ghost_size, eps, remainder)
@@ -142,10 +142,10 @@ def eager_forward(
     ghost_size: int, eps: float, remainder: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y and, per ghost batch, mean, 1 / sqrt(biased variance + eps) and unbiased variance."""
-    ghosts.check(x, weight, bias, ghost_size, remainder)
-    x = ghosts.laid_out(x)
+    ghost_batches.check(x, weight, bias, ghost_size, remainder)
+    x = ghost_batches.laid_out(x)
     y = torch.empty_like(x)
-    shape = (ghosts.count(x, ghost_size), x.shape[1])
+    shape = (ghost_batches.count(x, ghost_size), x.shape[1])
     # Results may not share memory.
     mean, rstd, var = (x.new_zeros(shape, dtype=accumulation_dtype(x.dtype)) for _ in range(3))
     weight = _affine(x, weight)
@@ -153,7 +153,7 @@ def eager_forward(
     unused = torch.zeros_like(mean[0]) if shape[0] else None
     statistics = zip(mean.unbind(), rstd.unbind(), var.unbind(), strict=True)
     for (here, to), (own_mean, own_rstd, own_var) in zip(
-        ghosts.parts(ghost_size, x, y), statistics, strict=True
+        ghost_batches.parts(ghost_size, x, y), statistics, strict=True
     ):
         # With momentum 1 ATen's running statistics are this batch's, the variance unbiased.
         torch.native_batch_norm(
@@ -166,10 +166,10 @@ def fake_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None,
     ghost_size: int, eps: float, remainder: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    ghosts.check(x, weight, bias, ghost_size, remainder)
-    shape = (ghosts.count(x, ghost_size), x.shape[1])
+    ghost_batches.check(x, weight, bias, ghost_size, remainder)
+    shape = (ghost_batches.count(x, ghost_size), x.shape[1])
     mean, rstd, var = (x.new_empty(shape, dtype=accumulation_dtype(x.dtype)) for _ in range(3))
-    return torch.empty_like(ghosts.laid_out(x)), mean, rstd, var
+    return torch.empty_like(ghost_batches.laid_out(x)), mean, rstd, var
 
 
 def eager_backward(
@@ -177,7 +177,7 @@ def eager_backward(
     ghost_size: int, eps: float, mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, and dweight and dbias in the statistics' dtype; unwanted results have no elements."""
-    x = ghosts.laid_out(x)
+    x = ghost_batches.laid_out(x)
     if not rstd.numel():
         gain, shift = (rstd.new_zeros(x.shape[1] if wanted else 0) for wanted in mask[1:])
         return torch.empty_like(x) if mask[0] else absent(x), gain, shift
@@ -185,7 +185,7 @@ def eager_backward(
     dx = torch.empty_like(x) if mask[0] else absent(x)
     gains, shifts = [], []
     for (here, along, to), own_mean, own_rstd in zip(
-        ghosts.parts(ghost_size, x, dy.contiguous(), dx if mask[0] else x),
+        ghost_batches.parts(ghost_size, x, dy.contiguous(), dx if mask[0] else x),
         mean.unbind(), rstd.unbind(), strict=True,
     ):  # fmt: skip
         part, gain, shift = torch.ops.aten.native_batch_norm_backward(
@@ -206,7 +206,7 @@ def fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
     ghost_size: int, eps: float, mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty_like(ghosts.laid_out(x)) if mask[0] else absent(x)
+    dx = torch.empty_like(ghost_batches.laid_out(x)) if mask[0] else absent(x)
     dweight, dbias = (rstd.new_empty(x.shape[1]) if wanted else absent(rstd) for wanted in mask[1:])
     return dx, dweight, dbias
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from trainc.kernels.library.contracts import absent
 from trainc.kernels.library.grid import supported
 from trainc.kernels.norm import ghost_batch_norm as operators
-from trainc.kernels.norm import ghosts
+from trainc.kernels.norm import ghost_batches
 
 # Elements of a ghost batch and its channels that a program holds in registers: forward keeps x,
 # backward x and dy. Larger ones are walked by tiles of WALKED, twice.
@@ -199,7 +199,7 @@ def tile(size: int, channels: int, width: int, held: int) -> Tile:
 def _sizes(x: Tensor, ghost_size: int) -> tuple[int, int, int, int, int]:
     """Examples, channels, width, ghosts and the ghost size of dense x in memory order."""
     examples, channels, *rest = x.shape
-    count, width = ghosts.count(x, ghost_size), math.prod(rest)
+    count, width = ghost_batches.count(x, ghost_size), math.prod(rest)
     size = min(ghost_size, examples)
     if x.is_contiguous():
         return examples, channels, width, count, size
@@ -226,8 +226,8 @@ def ghost_batch_norm(
     affine = [p for p in (weight, bias) if p is not None]
     if not supported(x, *affine):
         return operators.eager_forward(x, weight, bias, ghost_size, eps, remainder)
-    ghosts.check(x, weight, bias, ghost_size, remainder)
-    x = ghosts.laid_out(x)
+    ghost_batches.check(x, weight, bias, ghost_size, remainder)
+    x = ghost_batches.laid_out(x)
     sizes = _sizes(x, ghost_size)
     y = torch.empty_like(x)
     shape = (sizes[3], x.shape[1])
@@ -247,7 +247,7 @@ def ghost_batch_norm_backward(
     """The CUDA kernel of trainc::ghost_batch_norm_backward."""
     if not supported(x, dy, *([] if weight is None else [weight])):
         return operators.eager_backward(dy, x, weight, mean, rstd, ghost_size, eps, mask)
-    x = ghosts.laid_out(x)
+    x = ghost_batches.laid_out(x)
     last = not x.is_contiguous()
     dy = dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     dx = torch.empty_like(x) if mask[0] else absent(x)

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action, IncompatibleState, Phase
-from trainc.runtime.step.record import Preconditions, Signals, Step
+from trainc.runtime.step.record import Preconditioner, Signals, Step
 
 
 class StepMachine:
@@ -38,7 +38,7 @@ class StepMachine:
         self.micro_size = 0
         self.current: Step | None = None
         self._preconditioners = [
-            action.preconditioner for action in actions if isinstance(action, Preconditions)
+            action.preconditioner for action in actions if isinstance(action, Preconditioner)
         ]
 
     def begin(self) -> Step:

@@ -75,7 +75,7 @@ class Step:
 
 
 @runtime_checkable
-class Preconditions(Protocol):
+class Preconditioner(Protocol):
     """An action that multiplies gradients entry by entry, as Adam does."""
 
     def preconditioner(self, name: str) -> Tensor | None: ...

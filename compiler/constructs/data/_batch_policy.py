@@ -148,7 +148,7 @@ def _near(size: int, unit: int) -> int:
     return max(unit, size // unit * unit)
 
 
-def whole_micros(batch: v.Duration, micro: v.Duration) -> None:
+def check_whole_micro_batches(batch: v.Duration, micro: v.Duration) -> None:
     """Raise ValueError, with the sizes that work, for an amount that is not a whole number of micro-batches."""
     size, unit = int(batch.amount), int(micro.amount)
     if not size % unit:

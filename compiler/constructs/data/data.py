@@ -10,8 +10,8 @@ from trainc.compiler.constructs.data._batch_policy import (
     BatchSize,
     Policy,
     action,
+    check_whole_micro_batches,
     parse_batch_policy,
-    whole_micros,
 )
 from trainc.dsl.reading.construct import Construct, Effect, ImportPath, Samples
 from trainc.dsl.values.value_json import Call, Duration
@@ -77,7 +77,7 @@ class Data(Construct):
             if "micro" in info.data:
                 parse_batch_policy(value, micro)
         elif _whole(value) and micro is not None:
-            whole_micros(value, micro)
+            check_whole_micro_batches(value, micro)
         return value
 
     @property
