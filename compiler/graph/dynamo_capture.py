@@ -26,7 +26,7 @@ from trainc.runtime.data.batch import Batch
 
 
 class _Caught(Exception):
-    """Stops torch.compile once its graph and the graph's arguments are known: these two it carries."""
+    """Raised to stop torch.compile; carries its graph and the graph's arguments."""
 
 
 def _catch(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:

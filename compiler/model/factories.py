@@ -19,7 +19,7 @@ from trainc.dsl.text.errors import SpecError
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What `describe` of the data callable says before the data is built; None for what it does not say."""
+    """Numbers that the data callable's `describe` gives before the data is built; None for those not given."""
 
     samples: int | None = None
     tokens_per_sample: int | None = None

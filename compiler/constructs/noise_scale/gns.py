@@ -128,7 +128,7 @@ class Gns(Construct):
     @field_validator("calibrate")
     @classmethod
     def _can_calibrate(cls, value: Duration | None, info: ValidationInfo) -> Duration | None:
-        """Refuse a length of 0, and `calibrate` where the clause measures other than Euclidean norms of single rows."""
+        """Refuse a length of 0, and `calibrate` in a clause that does not measure Euclidean norms of single rows."""
         given = info.data
         if value is None:
             return None
