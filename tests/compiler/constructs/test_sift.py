@@ -1,4 +1,4 @@
-"""SIFT: the intended traces, both roads of the gradient, and resumes at every moment."""
+"""SIFT: the intended traces, both executors of the gradient, and resumes at every moment."""
 
 import json
 import math
