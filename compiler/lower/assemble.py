@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
@@ -11,11 +11,14 @@ from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
 from trainc.compiler.model.import_path import ImportProblem
+from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.reading.construct import PHASES
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import CompilerBug, SpecError
 from trainc.runtime.step.action import Action
+from trainc.runtime.step.held_updates import HeldUpdates
 from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot, Rates
+from trainc.runtime.step.updates import UpdateTransform
 
 
 def assemble(
@@ -37,16 +40,63 @@ def assemble(
             message = f"`{clause.title}` cannot be compiled: {error}"
             found.append(Diagnostic("bad-value", message, labels((clause.span, ""))))
         by_label[clause.label] = method.actions[before:]
+    found += _changes_of_nothing(active, by_label, method, context.inventory)
     if found:
         raise SpecError(found)
+    updates = _held_updates(method, context.inventory)
     for part in method.optimizers:
-        by_label[part.label] = _optimizer_actions(part, method, context, to_run)
+        by_label[part.label] = _optimizer_actions(part, method, context, updates, to_run)
     method.actions = _ordered(active, by_label)
+    if updates is not None:
+        last = max(i for i, one in enumerate(method.actions) if isinstance(one, UpdateTransform))
+        method.actions.insert(last + 1, updates)
     return method
 
 
+def _held_updates(method: LoweredMethod, inventory: Inventory) -> HeldUpdates | None:
+    """Return what holds the updates that clauses change, between optimizer and weights; None where none does."""
+    transforms = [action for action in method.actions if isinstance(action, UpdateTransform)]
+    if not transforms:
+        return None
+    claimed = {name for part in method.optimizers for name in part.targets} - method.frozen
+    sizes = {
+        name: method.selected_entries[name].values.nbytes
+        if name in method.selected_entries
+        else inventory.parameter[name].bytes
+        for transform in transforms
+        for name in transform.parameters
+        if name in claimed
+    }
+    return HeldUpdates(transforms, sum(sizes.values()))
+
+
+def _changes_of_nothing(
+    clauses: Sequence[BoundClause],
+    by_label: Mapping[str, list[Action]],
+    method: LoweredMethod,
+    inventory: Inventory,
+) -> Iterator[Diagnostic]:
+    """Yield an error for every clause that changes updates of parameters none of which an optimizer trains."""
+    claimed = {name for part in method.optimizers for name in part.targets} - method.frozen
+    trained = {name for name in claimed if inventory.parameter[name].trainable}
+    for clause in clauses:
+        for action in by_label.get(clause.label, ()):
+            if isinstance(action, UpdateTransform) and trained.isdisjoint(action.parameters):
+                yield Diagnostic(
+                    "selector-matches-frozen",
+                    f"`{clause.title}` changes what an optimizer adds to weights, but no optimizer trains what it"
+                    " selects",
+                    labels((clause.span, "")),
+                    help="select parameters that an `optimizer` clause of this spec trains, or remove the clause",
+                )
+
+
 def _optimizer_actions(
-    part: OptimizerPart, method: LoweredMethod, context: LoweringContext, to_run: bool
+    part: OptimizerPart,
+    method: LoweredMethod,
+    context: LoweringContext,
+    updates: HeldUpdates | None,
+    to_run: bool,
 ) -> list[Action]:
     """Return the actions of one optimizer clause: set the rates, clip, step."""
     names = [name for name in part.targets if name not in method.frozen]
@@ -61,10 +111,10 @@ def _optimizer_actions(
         )
         for name in names
     ]
-    label, clip = part.label, part.construct.clip
-    optimizer = OptimizerStep(label, slots, part.construct.make)
+    label, construct = part.label, part.construct
+    optimizer = OptimizerStep(label, slots, construct.make, construct.decay_form, updates)
     try:
-        part.construct.examine()
+        construct.examine()
         if to_run:
             _ = optimizer.torch
     except (ImportProblem, TypeError, ValueError) as error:
@@ -73,8 +123,8 @@ def _optimizer_actions(
         message = f"the optimizer cannot be built: {error}"
         raise SpecError([Diagnostic(rule, message, at, help=help_)]) from error
     actions: list[Action] = [Rates(f"{label} rates", part.base, optimizer), optimizer]
-    if clip is not None:
-        actions.append(Clip(f"{label} clip", clip, slots))
+    if construct.clip is not None:
+        actions.append(Clip(f"{label} clip", construct.clip, slots))
     return actions
 
 
@@ -84,7 +134,7 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
         (clause.label, effect.phase): i
         for i, (clause, effect) in reversed(list(enumerate(step_order(clauses))))
     }
-    placed: list[tuple[int, int, Action]] = []
+    placed: list[tuple[int, bool, int, Action]] = []
     for clause in clauses:
         for action in by_label.get(clause.label, ()):
             phase = PHASES[action.phase - 1]
@@ -93,5 +143,7 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
                     clause.title,
                     f"has an action in phase `{phase}`, which its effects do not declare",
                 )
-            placed.append((int(action.phase), rank[clause.label, phase], action))
-    return [action for *_, action in sorted(placed, key=lambda row: row[:2])]
+            # What reads the weights after the optimizer must find them updated.
+            later = not isinstance(action, UpdateTransform)
+            placed.append((int(action.phase), later, rank[clause.label, phase], action))
+    return [action for *_, action in sorted(placed, key=lambda row: row[:3])]

@@ -34,7 +34,9 @@ from trainc.runtime.schedule.schedules import Schedules, compile_schedule
 from trainc.runtime.schedule.time_span import Unit
 from trainc.runtime.step.action import Action
 from trainc.runtime.step.optimizer import LrFactor
+from trainc.runtime.step.sharded import is_sharded
 from trainc.runtime.step.update_mask import SelectedEntries
+from trainc.runtime.step.updates import UpdateTransform
 
 
 class Lowering:
@@ -242,6 +244,20 @@ class Lowering:
         self._method.optimizers.append(
             OptimizerPart(clause.label, clause.targets, clause.span, construct, base, decay)
         )
+
+    def delta(self, transform: UpdateTransform, parameters: Iterable[str]) -> None:
+        """Change what the optimizer adds to `parameters`, before it is added, when the clause's gate is open.
+
+        Raises ValueError where a parameter is sharded over processes.
+        """
+        transform.parameters = tuple(parameters)
+        for name in transform.parameters:
+            if is_sharded(self.tensor(name)):
+                raise ValueError(
+                    f"it changes the update of `{name}`, which is sharded over processes (FSDP2): this is not"
+                    " supported. Use DistributedDataParallel, or remove the clause"
+                )
+        self.action(transform)
 
     def action(self, action: Action) -> None:
         """Run an action in every step, in its phase, when the clause's gate is open."""

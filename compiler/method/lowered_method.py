@@ -15,6 +15,7 @@ from trainc.dsl.text.source import Span
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action
+from trainc.runtime.step.held_updates import DecayForm
 from trainc.runtime.step.optimizer import LrFactor
 from trainc.runtime.step.update_mask import SelectedEntries
 
@@ -39,6 +40,8 @@ class OptimizerConstruct(Protocol):
     """Global L2 norm that the gradients are scaled down to."""
     moments: ClassVar[int]
     """How many tensors of the parameter's size the state holds."""
+    decay_form: ClassVar[DecayForm | None]
+    """How the weights are decayed, where the update depends on them by their decay alone; None for any other."""
 
     def examine(self) -> None:
         """Raise ImportProblem when the torch optimizer cannot be built; called before it is."""

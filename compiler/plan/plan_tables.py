@@ -18,7 +18,9 @@ from trainc.dsl.reading.construct import PHASES
 def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     """Return one row per parameter: its optimizer, decay, rate factors, mask, and the other clauses that select it."""
     claimed = {n: part for part in method.optimizers for n in part.targets}
-    others = [c for c in binding.active if c.kind not in ("optimizer", "lr", "mask")]
+    factors_of = {factor.policy for found in method.lr_factors.values() for factor in found}
+    shown = ("optimizer", "mask")  # in columns of their own, as are factors on rates
+    others = [c for c in binding.active if c.kind not in shown and c.label not in factors_of]
     rows = []
     for p in binding.inventory.parameters:
         part = None if p.name in method.frozen else claimed.get(p.name)

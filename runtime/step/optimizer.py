@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.step.held_updates import DecayForm, HeldUpdates, Stepped
 from trainc.runtime.step.record import Step
 
 
@@ -58,7 +59,8 @@ class OptimizerStep(Action):
     """Phase 9: call `step()` of a torch optimizer over the slots, then free the gradients.
 
     `make(groups)` builds the torch optimizer from parameter-group dicts, on first use: a plan needs no optimizer, and
-    building one loads much of torch.
+    building one loads much of torch. Updates that a clause changes are left to `updates`, which adds them later;
+    `decay_form` says how they depend on the weights, None where that is not known.
     """
 
     phase = Phase.OPTIMIZER
@@ -68,11 +70,15 @@ class OptimizerStep(Action):
         name: str,
         slots: Sequence[ParamSlot],
         make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        decay_form: DecayForm | None = None,
+        updates: HeldUpdates | None = None,
     ) -> None:
         self.name = name
         self.slots = tuple(slots)
         self.groups = group_slots(slots)
         self._make = make
+        self._decay_form = decay_form
+        self._updates = updates
 
     @cached_property
     def torch(self) -> torch.optim.Optimizer:
@@ -85,8 +91,22 @@ class OptimizerStep(Action):
         )
 
     def run(self, step: Step) -> None:
-        self.torch.step()
+        changed = frozenset() if self._updates is None else self._updates.wanted(step.clock)
+        if self._updates is not None and changed:
+            stepped = self._stepped(changed)
+            self._updates.hold(step, self.torch.step, stepped, self._decay_form)
+        else:
+            self.torch.step()
         self.zero_grad()
+
+    def _stepped(self, names: frozenset[str]) -> list[Stepped]:
+        """Return those of the parameters that have a gradient, so that torch steps them."""
+        return [
+            Stepped(slot.name, slot.tensor, theirs["lr"], ours.weight_decay)
+            for ours, theirs in zip(self.groups, self.torch.param_groups, strict=True)
+            for slot in ours.slots
+            if slot.name in names and slot.tensor.grad is not None
+        ]
 
     def zero_grad(self) -> None:
         self.torch.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.step.held_updates import DecayForm
 
 
 CLIPPING = Effect("gradients", "clip the global gradient norm", ("gradient",), ("gradient",))
@@ -52,6 +53,8 @@ class Optimizer(Construct):
 
     moments: ClassVar[int] = 0
     """How many tensors of the parameter's size the state holds."""
+    decay_form: ClassVar[DecayForm | None] = None
+    """How the weights are decayed, where the update depends on them by their decay alone; None for any other."""
 
     lr: Schedule = Field(description="learning rate: a number or an expression of the clock")
     weight_decay: ScopedNumbers = Field(

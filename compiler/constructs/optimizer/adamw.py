@@ -31,6 +31,7 @@ class AdamW(Optimizer):
         " lr = 3e-4 * (warmup(5%) then cosine(to = 10%)), weight_decay = 0.1 on ndim(2) }"
     )
     moments: ClassVar = 2
+    decay_form: ClassVar = "decoupled"
 
     betas: tuple[float, float] = Field(
         default=(0.9, 0.999), description="decay rates of the two moments, in [0, 1)"

@@ -26,6 +26,7 @@ class SGD(Optimizer):
     cite: ClassVar = "Sutskever et al., On the importance of initialization and momentum, ICML 2013"
     usage: ClassVar = "optimizer sgd { lr = 0.1, momentum = 0.9, weight_decay = 5e-4 }"
     moments: ClassVar = 1
+    decay_form: ClassVar = "coupled"
 
     momentum: float = Field(
         default=0.0, ge=0, description="factor of the previous momentum buffer, in [0, 1)", lt=1

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Torch(Optimizer):
     """Builds the optimizer `module:class` over the selected parameters; other fields are arguments of the class.
 
-    With a `mask`, its update must treat every entry by itself, which trainc cannot check.
+    With a `mask`, its update must treat every entry by itself, which trainc cannot check. A clause that changes
+    updates is given the difference of the weights here, which is rounded as they are.
     """
 
     cite: ClassVar = "trainc"
