@@ -134,7 +134,8 @@ def test_a_difference_of_large_weights_is_not() -> None:
     assert error > 0.01
     note = (
         "multiply: this optimizer does not say how its updates depend on the weights, so they are differences of"
-        " rounded weights, wrong by up to 6e-08 times each weight: use an optimizer that has a name in trainc for exact ones"
+        " rounded weights, wrong by up to 6e-08 times each weight: use an optimizer"
+        " that has a name in trainc for exact ones"
     )
     assert first.notes == [note]
     assert not second.notes
