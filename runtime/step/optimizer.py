@@ -102,9 +102,9 @@ class OptimizerStep(Action):
     def _stepped(self, names: frozenset[str]) -> list[Stepped]:
         """Return those of the parameters that have a gradient, so that torch steps them."""
         return [
-            Stepped(slot.name, slot.tensor, theirs["lr"], ours.weight_decay)
-            for ours, theirs in zip(self.groups, self.torch.param_groups, strict=True)
-            for slot in ours.slots
+            Stepped(slot.name, slot.tensor, options["lr"], slot.weight_decay)
+            for group, options in zip(self.groups, self.torch.param_groups, strict=True)
+            for slot in group
             if slot.name in names and slot.tensor.grad is not None
         ]
 
