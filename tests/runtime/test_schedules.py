@@ -239,7 +239,7 @@ def test_counters_of_a_run_without_a_known_batch_have_blanks() -> None:
         (call("warmup", number(100)), "expected a duration such as"),
         (call("warmup", steps(1), steps(2)), "takes one argument without a name, not 2"),
         (call("wsd", steps(1), steps(2)), "takes no argument without a name, not 2"),
-        (call("cosine", too=number(1)), "has no argument `too`: it has to, over, from"),
+        (call("cosine", too=number(1)), "has no argument `too`: the arguments are to, over, from"),
         (call("cosine", number(1), to=number(1)), "is given `to` twice"),
         (call("cosine", to=steps(10)), "expected a number such as"),
         (call("linear", over=steps(0)), "give it a longer `over`"),
