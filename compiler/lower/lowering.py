@@ -32,7 +32,8 @@ from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import Schedules, compile_schedule
 from trainc.runtime.schedule.time_span import Unit
-from trainc.runtime.step.action import Action
+from trainc.runtime.step.action import Action, check_phase
+from trainc.runtime.step.around import Around
 from trainc.runtime.step.optimizer import LrFactor
 from trainc.runtime.step.sharded import is_sharded
 from trainc.runtime.step.update_mask import SelectedEntries
@@ -259,8 +260,25 @@ class Lowering:
                 )
         self.action(transform)
 
+    def around(self, hook: Around) -> None:
+        """Surround the passes of a step, when the clause's gate is open; `hook` may ask for the step's gradients.
+
+        Raises ValueError where a parameter is sharded over processes.
+        """
+        for name in (entry.name for entry in self.inventory.parameters):
+            if is_sharded(self.tensor(name)):
+                raise ValueError(
+                    f"it needs gradients before the step's passes, and those of `{name}`, which is sharded over processes"
+                    " (FSDP2), are not averaged there. Use DistributedDataParallel, or remove the clause"
+                )
+        self.action(hook)
+
     def action(self, action: Action) -> None:
-        """Run an action in every step, in its phase, when the clause's gate is open."""
+        """Run an action in every step, in its phase, when the clause's gate is open.
+
+        Raises ValueError for the phases `forward` and `backward`, in which a step runs no actions.
+        """
+        check_phase(action)
         if action.gate is None:
             action.gate = self.gate()
         self._method.actions.append(action)

@@ -18,13 +18,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
     hooks = [] if sharded else [_take_hooks(module) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with keep_buffers(model), torch.random.fork_rng(devices):
+        with keep_state(model):
             yield
     finally:
         for restore in hooks:
             restore()
+
+
+@contextmanager
+def keep_state(model: nn.Module) -> Iterator[None]:
+    """Give buffers and random states their values back afterwards."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with keep_buffers(model), torch.random.fork_rng(devices):
+        yield
 
 
 @contextmanager

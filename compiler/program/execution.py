@@ -34,6 +34,7 @@ from trainc.runtime.step.record import CalibrationSample
 from trainc.runtime.step.replicas import Replicas
 
 Executor = Literal["auto", "graph", "module"]
+WHOLE_STEP = MicroBatchSlice()
 
 
 class Execution:
@@ -100,11 +101,12 @@ class Execution:
             self._checked = check_preconditions(self.module, self.sites, batch, self.loss_fn)
 
     def _forward(
-        self, batch: Batch, loss_weight: float, scalars: Mapping[str, Tensor]
+        self, batch: Batch, loss_weight: float, scalars: Mapping[str, Tensor], forward: Any = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss to differentiate, the loss without its weight, and the loss terms by name."""
         inputs, targets = batch
-        logits = compute_logits(self.forward, repeat_views(inputs, self._views))
+        called = self.forward if forward is None else forward
+        logits = compute_logits(called, repeat_views(inputs, self._views))
         pairing = self.method.rewrite.pairing
         loss, terms = paired_loss(self.loss_fn, pairing, logits, targets, scalars)
         total = loss if loss_weight == 1.0 else loss * scalars[LOSS_WEIGHT]
@@ -132,18 +134,24 @@ class Execution:
         """Return the graph for batches shaped like `batch`, captured on first use."""
         return self.graphs.get(batch, lambda: self._scalars(MicroBatchSlice(), batch[1].device))
 
+    def _captured(self, batch: Batch) -> StepGraph | None:
+        """Return the graph for a batch; None where the model cannot be captured, and `refused` says why."""
+        try:
+            return self.capture(batch)
+        except Exception as error:
+            if self.executor == "graph":
+                raise
+            self.refused = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+
     def run_graph(self, batch: Batch, where: MicroBatchSlice) -> tuple[Tensor, MicroBatchResult]:
         """Run forward and backward as a graph, add to `.grad`, and return the loss with what is left.
 
         Where the model cannot be captured the bound modules run instead, and `refused` says why.
         """
         self._check_preconditions(batch)
-        try:
-            graph = self.capture(batch)
-        except Exception as error:
-            if self.executor == "graph":
-                raise
-            self.refused = f"{type(error).__name__}: {error}".splitlines()[0]
+        graph = self._captured(batch)
+        if graph is None:
             total, result = self.run_modules(batch, where)
             total.backward()
             return total.detach(), result
@@ -170,17 +178,33 @@ class Execution:
         parameter = self.parameters[name]
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
+    def gradients(
+        self, batch: Batch, where: MicroBatchSlice, scaler: torch.amp.GradScaler | None = None
+    ) -> dict[str, Tensor]:
+        """Return the gradients that one micro-batch adds to the step, by parameter, without adding them.
+
+        No statistic is kept, and replicas average nothing. With a `scaler` the loss is scaled.
+        """
+        as_graph = scaler is None and self.wants_graph and self._captured(batch) is not None
+        found = self.trial(batch, "graph" if as_graph else "module", None, where, scaler)[1]
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
     # what `verify` compares
 
     def trial(
-        self, batch: Batch, executor: Literal["graph", "module"], strength: float | None = None
+        self,
+        batch: Batch,
+        executor: Literal["graph", "module"],
+        strength: float | None = None,
+        where: MicroBatchSlice = WHOLE_STEP,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> tuple[Tensor, dict[str, Tensor | None], dict[str, Tensor]]:
         """Return the differentiated loss, the gradients and per-example squared norms by one executor.
 
         No gradient is accumulated. With `strength` every scheduled number of the rewrite and of the loss terms has
         that value.
         """
-        scalars = self._scalars(MicroBatchSlice(), batch[1].device)
+        scalars = self._scalars(where, batch[1].device)
         if strength is not None:
             scalars |= {n: torch.full_like(scalars[n], strength) for n in self.method.scalars}
         self._check_preconditions(batch)
@@ -189,7 +213,10 @@ class Execution:
             return out.total, out.grads, self.statistics.squares(out.probes)
         self._activate(batch, scalars)
         try:
-            total, _, _ = self._forward(batch, 1.0, scalars)
+            # DistributedDataParallel expects every forward pass to be followed by an exchange of gradients.
+            forward = self.forward if self.replicas is None else self.module
+            total, _, _ = self._forward(batch, where.loss_weight, scalars, forward)
+            total = total if scaler is None else scaler.scale(total)
             named = {n: p for n, p in self.parameters.items() if p.requires_grad}
             probes = self.sites.probes()
             wanted = [*named.values(), *probes.values()]

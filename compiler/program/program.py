@@ -135,12 +135,15 @@ class Program:
         """
         return self._runner.update(scaler)
 
-    def step(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:
+    def step(
+        self, batch: Batch | Sequence[Batch], scaler: torch.amp.GradScaler | None = None
+    ) -> dict[str, float]:
         """Run one optimizer step on a batch, or on a list of its micro-batches, and return the step's metrics.
 
-        A micro-batch in which no target counts is not run; its examples and tokens are counted.
+        A micro-batch in which no target counts is not run; its examples and tokens are counted. With a GradScaler the
+        bound modules run, losses are scaled and gradients unscaled; call `scaler.update()` yourself, as after `update`.
         """
-        return self._runner.step(batch)
+        return self._runner.step(batch, scaler)
 
     @torch.no_grad()
     def evaluate(self, inputs: Any, targets: Tensor) -> tuple[float, int, dict[str, float]]:
@@ -167,7 +170,10 @@ class Program:
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights, the state of the optimizer by parameter name, of the other actions, and of the clock."""
+        """Return the weights, the state of the optimizer by parameter name, of the other actions, and of the clock.
+
+        Raises RuntimeError inside a step whose weights are at other values for its passes.
+        """
         return {
             "plan": self.plan.hash,
             "model": dict(self.module.state_dict()),
@@ -196,6 +202,7 @@ class Program:
 
     def save(self, folder: str | Path) -> Path:
         """Write plan, graph and weights to `folder` and return it; `trainc.load` binds them to a model again."""
+        self._machine.check_outside("save")
         return save(Path(folder), self.plan, self.module, self.graph)
 
     def summary(self) -> list[str]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainc.compiler.errors import SiteError
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice, slices
 from trainc.compiler.program.distributed import first_shard, rebind_parameters
 from trainc.compiler.program.execution import Execution
+from trainc.compiler.program.step_gradients import StepGradients
 from trainc.compiler.program.step_totals import add_results, check_loss_weights
 from trainc.runtime.data.batch import Batch, check_batch, count_tokens, split_batch
 from trainc.runtime.run.interface import NonFiniteLoss, RunSettings
@@ -39,6 +41,7 @@ class StepRunner:
         self.first_terms: dict[str, float] = {}
         """The loss and its terms at the first step, for the summary."""
         self._results: list[MicroBatchResult] = []
+        self._refused: str | None = None
 
     def run(
         self,
@@ -49,14 +52,24 @@ class StepRunner:
         as_graph: bool,
     ) -> Tensor:
         """Run one micro-batch and return its loss; see `Program.loss`. As a graph its backward pass is done, too."""
+        self._require_step()
         checked = check_batch(batch)
         fraction = loss_weight if example_fraction is None else example_fraction
         step = self._open([checked], fraction)
         where = MicroBatchSlice(loss_weight, fraction, step.samples)
         return self._run(step, checked, where, as_graph=as_graph)
 
-    def step(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:
+    def step(
+        self, batch: Batch | Sequence[Batch], scaler: torch.amp.GradScaler | None = None
+    ) -> dict[str, float]:
         """Run one step on a batch or a list of its micro-batches; see `Program.step`."""
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
+        if scaler is not None and self.execution.executor == "graph":
+            raise ValueError(
+                "a graph computes gradients of the loss as it is, which a GradScaler cannot scale: compile with"
+                ' `executor="module"`, or train in bfloat16, which needs no scaler'
+            )
         if isinstance(batch, list):
             micro_batches = [check_batch(one) for one in batch]
         else:
@@ -69,13 +82,10 @@ class StepRunner:
                 counted.append((one, where))
             else:
                 self._count(step, one[1])
-        for i, (one, where) in enumerate(counted):
-            if self.execution.wants_graph:
-                self._run(step, one, where, as_graph=True)
-                continue
-            with self._no_sync(unless=i == len(counted) - 1):
-                self._run(step, one, where, as_graph=False).backward()
-        return self.update()
+        around = self.machine.around and counted
+        with self._surrounded(step, counted, scaler) if around else nullcontext():
+            self._pass_all(step, counted, scaler)
+        return self.update(scaler)
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
         """Update with the results of the micro-batches; see `Program.update`."""
@@ -104,6 +114,56 @@ class StepRunner:
 
     # inside
 
+    def _require_step(self) -> None:
+        """Raise ValueError where a clause needs all micro-batches of a step before the first of them is run."""
+        if self.machine.around:
+            raise ValueError(
+                f"{self._around} acts before the first of a step's micro-batches and needs all of them, and `loss` gets"
+                " one: in place of `loss`, `backward` and `update` call `program.step(batch)`, or"
+                " `program.step([first, second, ...])` with all micro-batches"
+            )
+
+    @property
+    def _around(self) -> str:
+        """Return the names of what surrounds the passes of a step, for messages."""
+        return ", ".join(f"`{action.name}`" for action in self.machine.around)
+
+    @contextmanager
+    def _surrounded(
+        self,
+        step: Step,
+        micro_batches: Sequence[tuple[Batch, MicroBatchSlice]],
+        scaler: torch.amp.GradScaler | None,
+    ) -> Iterator[None]:
+        """Run the block inside what surrounds the passes of this step; raises SiteError for sharded parameters."""
+        if (shard := first_shard(self.execution.parameters)) is not None:
+            raise SiteError(
+                f"`{shard}` is sharded over processes (FSDP2), and the gradients that {self._around} needs before the"
+                " step's passes are not averaged there: use DistributedDataParallel, or remove the clause"
+            )
+        gradients = StepGradients(self.execution, micro_batches, scaler)
+        try:
+            with self.machine.surround(step, gradients):
+                torch.clear_autocast_cache()  # of the weights' values before they were changed
+                yield
+        finally:
+            torch.clear_autocast_cache()
+
+    def _pass_all(
+        self,
+        step: Step,
+        micro_batches: Sequence[tuple[Batch, MicroBatchSlice]],
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        """Run forward and backward passes of all micro-batches."""
+        for i, (one, where) in enumerate(micro_batches):
+            if scaler is None and self.execution.wants_graph:
+                self._run(step, one, where, as_graph=True)
+                continue
+            with self._no_sync(unless=i == len(micro_batches) - 1):
+                loss = self._run(step, one, where, as_graph=False)
+                (loss if scaler is None else scaler.scale(loss)).backward()
+
     def _open(self, micro_batches: Sequence[Batch], example_fraction: float = 1.0) -> Step:
         """Open the step unless it is open; where the spec names no data, its batch size is that of the micro-batches.
 
@@ -128,10 +188,10 @@ class StepRunner:
     def _run(self, step: Step, batch: Batch, where: MicroBatchSlice, *, as_graph: bool) -> Tensor:
         """Run one micro-batch and keep its result; a graph also runs the backward pass."""
         self._calibrate(step, batch)
-        refused = self.execution.refused
         run = self.execution.run_graph if as_graph else self.execution.run_modules
         loss, result = run(batch, where)
-        if self.execution.refused != refused:
+        if self.execution.refused != self._refused:
+            self._refused = self.execution.refused
             step.notes.append(f"the bound modules run instead of a graph: {self.execution.refused}")
         self._count(step, batch[1])
         self._results.append(result)

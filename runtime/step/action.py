@@ -72,6 +72,15 @@ class Action(ABC):
         return None
 
 
+def check_phase(action: Action) -> None:
+    """Raise ValueError for an action in `forward` or `backward`: there the model runs, and no action does."""
+    if action.phase in (Phase.FORWARD, Phase.BACKWARD):
+        raise ValueError(
+            f"the action `{action.name}` is in phase `{action.phase.name.lower()}`, in which a step runs the model and"
+            " no action: put it in `perturb`, before the forward pass, or in `undo` or later, after the backward pass"
+        )
+
+
 class StopRun(Exception):
     """Raised by an action to end the run after this step; the message is the reason."""
 

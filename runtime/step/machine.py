@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch.nn import Parameter
 
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.step.action import Action, IncompatibleState, Phase
+from trainc.runtime.step.action import Action, IncompatibleState, Phase, check_phase
+from trainc.runtime.step.around import Around, Gradients
 from trainc.runtime.step.record import Preconditioner, Signals, Step
 
 
 class StepMachine:
-    """Runs actions by phase; `begin` opens a step (phases 1 to 3), `finish` closes it (6 to 12)."""
+    """Runs actions by phase; `begin` opens a step (phases 1 to 3), `finish` closes it (6 to 12).
+
+    In phases 4 and 5 the model runs, between the two halves of what surrounds the passes.
+    """
 
     def __init__(
         self,
@@ -27,9 +32,17 @@ class StepMachine:
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise ValueError(f"two actions have the same name: {', '.join(sorted(repeated))}")
+        for action in self.actions:
+            check_phase(action)
         # Chosen once: this runs in every step, and a step of a small model is short.
         self._choose_batch = [a for a in self.actions if a.phase == Phase.BATCH]
-        self._before = [a for a in self.actions if Phase.BATCH < a.phase < Phase.FORWARD]
+        self.around = tuple(a for a in self.actions if isinstance(a, Around))
+        """What surrounds the passes of a step."""
+        self._before = [
+            a
+            for a in self.actions
+            if Phase.BATCH < a.phase < Phase.FORWARD and not isinstance(a, Around)
+        ]
         self._after = [a for a in self.actions if a.phase > Phase.BACKWARD]
         self.clock = clock
         self.parameters = parameters
@@ -37,6 +50,7 @@ class StepMachine:
         self.batch_size = 0
         self.micro_size = 0
         self.current: Step | None = None
+        self._inside: str | None = None
         self._preconditioners = [
             action.preconditioner for action in actions if isinstance(action, Preconditioner)
         ]
@@ -55,6 +69,27 @@ class StepMachine:
                 self._set_size_signals(self.batch_size)
             self._run(self.current, self._before)
         return self.current
+
+    @contextmanager
+    def surround(self, step: Step, gradients: Gradients) -> Iterator[None]:
+        """Enter what surrounds the passes of this step, in order; leave it on every way out of the block."""
+        try:
+            with ExitStack() as entered:
+                for action in self.around:
+                    if action.gate is None or action.gate.fires(self.clock):
+                        self._inside = action.name
+                        entered.enter_context(action.surround(step, gradients))
+                yield
+        finally:
+            self._inside = None
+
+    def check_outside(self, what: str) -> None:
+        """Raise RuntimeError inside `surround`, where weights are not those of the training."""
+        if self._inside is not None:
+            raise RuntimeError(
+                f"`{what}` was called inside a step, while `{self._inside}` holds the weights at other values: call it"
+                " after `program.step` has returned"
+            )
 
     def _set_size_signals(self, batch: int) -> None:
         """Set the signals `batch`, `micro_batch` and `step`."""
@@ -80,6 +115,7 @@ class StepMachine:
         self.current = None
 
     def state_dict(self) -> dict[str, Any]:
+        self.check_outside("state_dict")
         states = {action.name: action.state_dict() for action in self.actions}
         return {
             "clock": self.clock.state_dict(),

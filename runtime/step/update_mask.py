@@ -45,6 +45,14 @@ class SelectedEntries:
             picked = grad.reshape(-1).index_select(0, self.index).to(self.values.dtype)
             self.values.grad = picked if self.values.grad is None else self.values.grad.add_(picked)
 
+    def trained(self, grad: Tensor) -> Tensor:
+        """Return a dense gradient with zeros at the entries that do not train; all of it before the choice."""
+        if self.index is None:
+            return grad
+        kept = torch.zeros_like(grad).reshape(-1)
+        kept[self.index] = grad.reshape(-1)[self.index]
+        return kept.view(grad.shape)
+
     def gather(self) -> None:
         """Move the selected entries of `parameter.grad` to `values.grad` and free the rest."""
         grad = self.parameter.grad

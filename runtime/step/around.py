@@ -1,0 +1,63 @@
+"""What surrounds the passes of a step: entered before the first forward pass, left on every way out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from trainc.runtime.step.action import Action, Phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.runtime.step.record import Step
+
+
+class Gradients(Protocol):
+    """The gradients of a step before its own passes; each call runs all micro-batches once more."""
+
+    def __call__(self, of: Literal["parameters"] = "parameters") -> dict[str, Tensor]:
+        """Return the gradients of the step's loss at the weights of now, by parameter."""
+
+
+class Around(Action):
+    """An action in two halves: `surround` is entered before the passes of a step, and left after the last of them.
+
+    It is left on every way out: before the update, before a step is skipped, and where a pass raises an error or is
+    interrupted.
+    """
+
+    phase = Phase.PERTURB
+
+    @abstractmethod
+    def surround(self, step: Step, gradients: Gradients) -> AbstractContextManager[object]:
+        """Return the context manager to run the step's passes in."""
+
+    def run(self, step: Step) -> None:
+        """Raise TypeError: the step machine enters `surround` instead."""
+        raise TypeError(f"`{self.name}` surrounds the passes of a step: it is entered, not run")
+
+
+class KeptWeights:
+    """A context manager that gives tensors their values back, bit for bit, from copies made on entering."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = [tensor.detach() for tensor in tensors]
+        self._copies: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._copies = [tensor.clone() for tensor in self._tensors]
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._restore()
+        except BaseException:  # interrupted half-way, as by Ctrl-C
+            self._restore()
+            raise
+        self._copies = []
+
+    def _restore(self) -> None:
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            tensor.copy_(copy)

@@ -1,0 +1,143 @@
+"""SAM under DistributedDataParallel: two processes give what a loop by hand gives on both halves of the batch."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import trainc
+
+Batch = tuple[Tensor, Tensor]
+SPEC = """
+loss cross_entropy
+optimizer sgd { lr = 0.3, momentum = 0.9, clip = 0.4 }
+perturb sam { rho = 0.5FIELDS }
+"""
+RANKS, STEPS = 2, 4
+CASES = {
+    "accumulates": ("", True),
+    "adaptive": (", adaptive = true, eta = 0.1", True),
+    "unused": ("", False),
+}
+
+
+class Net(nn.Module):
+    """Three layers, of which one is used only for more than two examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh())
+        self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if len(x) > 2:
+            x = x + self.more(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def batches(rank: int, step: int, whole: bool) -> list[Batch]:
+    """Return a replica's micro-batches of a step: unequal in size, and, where `whole`, in number."""
+    sizes = ([[3, 4, 3], [7, 3]] if whole else [[2], [5]])[rank]
+    g = torch.Generator().manual_seed(10 * step + rank)
+    x = torch.randn(sum(sizes), 6, generator=g, dtype=torch.float64)
+    y = torch.randint(0, 4, (len(x),), generator=g)
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
+
+
+def replica(rank: int, folder: str) -> None:
+    """Run every case; a process of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+    )
+    found: dict[str, Any] = {}
+    for name, (fields, whole) in CASES.items():
+        model = net()
+        program = trainc.compile(SPEC.replace("FIELDS", fields), model)
+        program.forward = DistributedDataParallel(model, find_unused_parameters=not whole)
+        losses = [program.step(batches(rank, i, whole))["loss"] for i in range(STEPS)]
+        found[name] = {"losses": losses, "weights": model.state_dict()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def backward(model: nn.Module, step: int, whole: bool) -> float:
+    """Accumulate the gradient of the mean over replicas of their mean losses."""
+    total = 0.0
+    for rank in range(RANKS):
+        micro_batches = batches(rank, step, whole)
+        count = sum(len(y) for _, y in micro_batches)
+        for x, y in micro_batches:
+            loss = cross_entropy(model(x), y) * (len(y) / count / RANKS)
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def perturb(named: dict[str, Tensor], fields: str) -> None:
+    scale = {n: p.abs() + 0.1 if fields else torch.ones_like(p) for n, p in named.items()}
+    scaled = {n: scale[n] * p.grad for n, p in named.items() if p.grad is not None}
+    norm = torch.cat([g.flatten() for g in scaled.values()]).norm()
+    for name, gradient in scaled.items():
+        named[name].add_(0.5 * scale[name] * gradient / (norm + 1e-12))
+
+
+def by_hand(fields: str, whole: bool) -> tuple[list[float], nn.Module]:
+    model, losses = net(), []
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    for step in range(STEPS):
+        weights = {name: p.detach().clone() for name, p in named.items()}
+        backward(model, step, whole)
+        perturb(dict(named), fields)
+        optimizer.zero_grad()
+        losses.append(backward(model, step, whole))
+        with torch.no_grad():
+            for name, p in named.items():
+                p.copy_(weights[name])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.4)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, model
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("replicas")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-P", __file__, str(rank), str(folder)], stderr=subprocess.PIPE
+        )
+        for rank in range(RANKS)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_replicas_are_the_loop_written_by_hand(case: str, found: list[dict[str, Any]]) -> None:
+    losses, model = by_hand(*CASES[case])
+    one, two = (replica[case] for replica in found)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(one["weights"][name], value, rtol=1e-12, atol=1e-12, msg=name)
+        assert torch.equal(one["weights"][name], two["weights"][name]), name
+    assert one["losses"] == two["losses"] == pytest.approx(losses, rel=1e-12)
+
+
+if __name__ == "__main__":
+    replica(int(sys.argv[1]), sys.argv[2])
