@@ -268,8 +268,8 @@ class Lowering:
         for name in (entry.name for entry in self.inventory.parameters):
             if is_sharded(self.tensor(name)):
                 raise ValueError(
-                    f"it needs gradients before the step's passes, and those of `{name}`, which is sharded over processes"
-                    " (FSDP2), are not averaged there. Use DistributedDataParallel, or remove the clause"
+                    f"it needs gradients before the step's passes, and those of `{name}`, which is sharded over"
+                    " processes (FSDP2), are not averaged there. Use DistributedDataParallel, or remove the clause"
                 )
         self.action(hook)
 
