@@ -23,11 +23,11 @@ from benchmarks.operators import (
     noisy,
     norm,
 )
+from trainc.kernels.batch_norm import ghost_batch_norm as ghosts
 from trainc.kernels.library.contracts import accumulation_dtype
 from trainc.kernels.loss import cross_entropy_consistency as consistency
 from trainc.kernels.loss import linear_cross_entropy_consistency as heads
 from trainc.kernels.noise.factors import factor
-from trainc.kernels.norm import ghost_batch_norm as ghosts
 from trainc.kernels.norm import group_norm as groups_of
 from trainc.kernels.parameter import sparse_adamw as adamw
 

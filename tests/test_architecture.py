@@ -30,6 +30,7 @@ ROOMS = {
         "dsl/resolve": "dsl/text dsl/values dsl/syntax dsl/reading",
         "kernels/library": "",
         "kernels/norm": "kernels/library",
+        "kernels/batch_norm": "kernels/library",
         "kernels/layer": "kernels/library",
         "kernels/loss": "kernels/library",
         "kernels/noise": "kernels/library",

@@ -1,6 +1,7 @@
 """Written by `make docs`: the types of what functional.py finds on disk."""
 
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
+from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 from trainc.kernels.layer.convolution import convolution
 from trainc.kernels.layer.embedding import embedding
 from trainc.kernels.layer.linear import linear
@@ -11,7 +12,6 @@ from trainc.kernels.loss.linear_cross_entropy_consistency import linear_cross_en
 from trainc.kernels.noise.multiplicative_noise import multiplicative_noise, noisy_add
 from trainc.kernels.norm.add_layer_norm import add_layer_norm
 from trainc.kernels.norm.add_rms_norm import add_rms_norm
-from trainc.kernels.norm.ghost_batch_norm import ghost_batch_norm
 from trainc.kernels.norm.group_norm import group_norm
 from trainc.kernels.norm.layer_norm import layer_norm
 from trainc.kernels.norm.rms_norm import rms_norm

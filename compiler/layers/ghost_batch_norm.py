@@ -11,7 +11,7 @@ from trainc.compiler.errors import NotMeasurable, SiteError
 from trainc.compiler.layers.layer import own_names
 from trainc.compiler.layers.site_state import BoundLayer
 from trainc.compiler.method.sites import LayerSite
-from trainc.kernels.norm.ghost_batch_norm import ghost_batch_norm
+from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 
 
 class BoundGhostBatchNorm(BoundLayer):

@@ -1,1 +1,1 @@
-"""LayerNorm, RMSNorm, GroupNorm, ghost batch norm and their fused residual forms."""
+"""LayerNorm, RMSNorm and GroupNorm, also of a sum."""

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from tests.kernels.case import Case, probe, randn
 from tests.kernels.layer_cases import LAYERS
+from trainc.kernels.batch_norm import ghost_batch_norm
 from trainc.kernels.loss import cross_entropy_consistency as consistency
 from trainc.kernels.loss import linear_cross_entropy_consistency
 from trainc.kernels.noise import multiplicative_noise, philox
-from trainc.kernels.norm import add_layer_norm, ghost_batch_norm, rms_norm
+from trainc.kernels.norm import add_layer_norm, rms_norm
 
 KEY = philox.pack_key(seed=7, step=3)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainc.kernels.norm import ghost_batch_norm as operators
-from trainc.kernels.norm.ghost_batch_norm import ghost_batch_norm
+from trainc.kernels.batch_norm import ghost_batch_norm as operators
+from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 
 SEQUENTIAL = "sequential_torch_BN_ghost4 (bigBatch main_gbn.py / pytorch_tabnet.GBN semantics)"
 

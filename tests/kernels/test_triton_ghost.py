@@ -10,7 +10,7 @@ import torch
 from tests.kernels.test_triton_architectures import OTHERS, resources
 from tests.kernels.test_triton_interpreter import close
 from tests.kernels.test_triton_offline import ARCHITECTURE, FULL, HALF, spec
-from trainc.kernels.norm import ghost_batch_norm as operators
+from trainc.kernels.batch_norm import ghost_batch_norm as operators
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Shape, ghost size and elements held: tiles larger and smaller than a ghost, one and many channels
@@ -29,7 +29,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
     """The launchers, holding so many elements."""
 
     def limited(held: int) -> Any:
-        module = import_module("trainc.kernels.norm.triton_ghost_batch_norm")
+        module = import_module("trainc.kernels.batch_norm.triton_ghost_batch_norm")
         for name in ("FORWARD_HELD", "BACKWARD_HELD", "WALKED"):
             monkeypatch.setattr(module, name, held)
         return module
@@ -108,7 +108,7 @@ FLAGS = {"ghost_forward": {"HAS_W": True, "HAS_B": True}}
 FLAGS["ghost_backward"] = {"HAS_W": True, "WRITE_DX": True}
 SPECS = [
     spec(
-        "norm.triton_ghost_batch_norm", name, FORWARD if name == "ghost_forward" else BACKWARD,
+        "batch_norm.triton_ghost_batch_norm", name, FORWARD if name == "ghost_forward" else BACKWARD,
         **FLAGS[name], BLOCK_N=n, BLOCK_C=c, BLOCK_S=s, ONCE=once, warps=warps,
     )
     for name, tiles in TILES.items()
@@ -118,7 +118,7 @@ SPECS = [
 
 @pytest.mark.offline
 def test_the_compiled_tiles_are_those_of_the_launcher() -> None:
-    module: Any = import_module("trainc.kernels.norm.triton_ghost_batch_norm")
+    module: Any = import_module("trainc.kernels.batch_norm.triton_ghost_batch_norm")
     limits = {"ghost_forward": module.FORWARD_HELD, "ghost_backward": module.BACKWARD_HELD}
     sizes = [
         (32, 64, 49),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainc.kernels.batch_norm import ghost_batches
 from trainc.kernels.library.contracts import (
     REDUCED,
     absent,
@@ -12,7 +13,6 @@ from trainc.kernels.library.contracts import (
     lazy,
 )
 from trainc.kernels.library.register import register
-from trainc.kernels.norm import ghost_batches
 
 __all__ = ["ghost_batch_norm"]
 
@@ -238,7 +238,7 @@ def _backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
 _forward_op = register(
     "ghost_batch_norm",
     cpu=eager_forward,
-    cuda=lazy("norm.triton_ghost_batch_norm", "ghost_batch_norm"),
+    cuda=lazy("batch_norm.triton_ghost_batch_norm", "ghost_batch_norm"),
     fake=fake_forward,
     setup_context=_setup_context,
     backward=_backward,
@@ -246,6 +246,6 @@ _forward_op = register(
 _backward_op = register(
     "ghost_batch_norm_backward",
     cpu=eager_backward,
-    cuda=lazy("norm.triton_ghost_batch_norm", "ghost_batch_norm_backward"),
+    cuda=lazy("batch_norm.triton_ghost_batch_norm", "ghost_batch_norm_backward"),
     fake=fake_backward,
 )

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainc.kernels.batch_norm import ghost_batch_norm as operators
+from trainc.kernels.batch_norm import ghost_batches
 from trainc.kernels.library.contracts import absent
 from trainc.kernels.library.grid import supported
-from trainc.kernels.norm import ghost_batch_norm as operators
-from trainc.kernels.norm import ghost_batches
 
 # Elements of a ghost batch and its channels that a program holds in registers: forward keeps x,
 # backward x and dy. Larger ones are walked by tiles of WALKED, twice.
