@@ -53,7 +53,8 @@ ROOMS = {
             "compiler/model compiler/bind compiler/method"
         ),
         "compiler/layers": (
-            "compiler kernels/norm kernels/layer kernels/noise compiler/model compiler/method compiler/graph"
+            "compiler kernels/norm kernels/batch_norm kernels/layer kernels/noise compiler/model "
+            "compiler/method compiler/graph"
         ),
         "compiler/passes": (
             "compiler kernels/norm kernels/loss kernels/noise compiler/method compiler/graph compiler/layers"
