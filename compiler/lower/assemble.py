@@ -41,6 +41,7 @@ def assemble(
             found.append(Diagnostic("bad-value", message, labels((clause.span, ""))))
         by_label[clause.label] = method.actions[before:]
     found += _changes_of_nothing(active, by_label, method, context.inventory)
+    found += _masked_exchanges(active, method)
     if found:
         raise SpecError(found)
     updates = _held_updates(method, context.inventory)
@@ -89,6 +90,22 @@ def _changes_of_nothing(
                     labels((clause.span, "")),
                     help="select parameters that an `optimizer` clause of this spec trains, or remove the clause",
                 )
+
+
+def _masked_exchanges(
+    clauses: Sequence[BoundClause], method: LoweredMethod
+) -> Iterator[Diagnostic]:
+    """Yield an error for every clause that exchanges weights of which replicas may train different entries."""
+    for clause in clauses:
+        if clause.label in method.exchanges and method.selected_entries:
+            name = next(iter(method.selected_entries))
+            yield Diagnostic(
+                "conflicting-effects",
+                f"`{clause.title}` cannot exchange `{name}`, because each replica chooses the entries of it that train"
+                " by its own gradients",
+                labels((clause.span, "exchanges weights")),
+                help=f"remove the `mask` clause, or `{clause.title}`",
+            )
 
 
 def _optimizer_actions(

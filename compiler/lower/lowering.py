@@ -34,6 +34,7 @@ from trainc.runtime.schedule.schedules import Schedules, compile_schedule
 from trainc.runtime.schedule.time_span import Unit
 from trainc.runtime.step.action import Action, check_phase
 from trainc.runtime.step.around import Around
+from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.optimizer import LrFactor
 from trainc.runtime.step.sharded import is_sharded
 from trainc.runtime.step.update_mask import SelectedEntries
@@ -282,3 +283,31 @@ class Lowering:
         if action.gate is None:
             action.gate = self.gate()
         self._method.actions.append(action)
+
+    def exchange(self, action: Exchange) -> None:
+        """Give an action a turn with the other replicas after the steps at which the clause's gate fires.
+
+        Raises ValueError for a time that is not counted in steps: replicas may count different numbers of the rest, and
+        then one would wait for the others.
+        """
+        self.action(action)
+        for bound in (
+            (action.gate.start, action.gate.stop, action.gate.every) if action.gate else ()
+        ):
+            if bound is not None and bound.unit != "steps":
+                raise ValueError(
+                    f"replicas meet after a number of steps, and `{bound}` may be another number of steps on each:"
+                    " write `from`, `until` and `every` in steps"
+                )
+        self._method.exchanges.append(self.label)
+
+    def buffers(self) -> Callable[[], dict[str, Tensor]]:
+        """Return a function that gives the saved floating-point buffers of the model, as they are when it is called."""
+        model = self.model
+
+        def found() -> dict[str, Tensor]:
+            saved = model.state_dict(keep_vars=True)
+            held = ((name, saved.get(name)) for name, _ in model.named_buffers())
+            return {name: b for name, b in held if b is not None and b.is_floating_point()}
+
+        return found

@@ -97,3 +97,5 @@ class LoweredMethod:
     """Parameters of which the squared norm of each micro-batch's gradient is taken, or, where True, of the gradient
     that a replica has summed so far."""
     calibrations: list[CalibrationPart] = field(default_factory=list)
+    exchanges: list[str] = field(default_factory=list)
+    """Labels of the clauses that exchange with other replicas after steps, between which each trains on its own."""

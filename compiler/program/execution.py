@@ -31,6 +31,7 @@ from trainc.compiler.program.scalars import noise_scalars, scheduled_scalars
 from trainc.runtime.data.batch import Batch, compute_logits, repeat_views, split_batch
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.record import CalibrationSample
+from trainc.runtime.step.replica_group import ReplicaGroup
 from trainc.runtime.step.replicas import Replicas
 
 Executor = Literal["auto", "graph", "module"]
@@ -58,6 +59,8 @@ class Execution:
         self.sites: Sites = replace_layers(model, method.rewrite)
         self.graphs = GraphCache(model, method, self.sites, without)
         self.refused: str | None = None
+        self.exchange_group: ReplicaGroup | None = None
+        """The processes that this one exchanges with after steps; their gradients are their own."""
         self.statistics = Statistics(method, self.parameters)
         self._rewrites, self._views = bool(method.rewrite), method.rewrite.views
         self._plain = not (method.rewrite or method.penalties or executor == "graph")
@@ -68,6 +71,11 @@ class Execution:
     def replicas(self) -> Replicas | None:
         """The processes that average gradients with this one; None where it trains alone."""
         return replicas_of(self.forward, self.module, self.parameters)
+
+    @property
+    def peers(self) -> ReplicaGroup | None:
+        """The other processes that run this program, whatever joins them; None where this one trains alone."""
+        return self.exchange_group or self.replicas
 
     # module by module
 
@@ -282,7 +290,7 @@ class Execution:
         scalars = scheduled_scalars(self.method, where, self.clock, self._dtype(), device)
         if self.method.rewrite.pairing is not None or self.method.rewrite.noises:
             scalars |= noise_scalars(
-                self.seed, self.clock.steps, self.replicas, where.first_example, device
+                self.seed, self.clock.steps, self.peers, where.first_example, device
             )
         return scalars
 

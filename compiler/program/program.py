@@ -15,6 +15,7 @@ from trainc.compiler.layers.bound_modules import Sites
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.plan.plan import Plan
+from trainc.compiler.program.exchange_replicas import ExchangeReplicas
 from trainc.compiler.program.execution import Execution, Executor
 from trainc.compiler.program.save import save
 from trainc.compiler.program.step_runner import StepRunner
@@ -59,7 +60,12 @@ class Program:
         self._method = method
         self._machine = StepMachine(method.actions, self.clock, self.execution.parameters, signals)
         self._machine.batch_size, self._machine.micro_size = batch_size, micro_size
-        self._runner = StepRunner(self.execution, method, self._machine, settings)
+        exchange = (
+            ExchangeReplicas(self.execution, method.exchanges[0], plan.hash)
+            if method.exchanges
+            else None
+        )
+        self._runner = StepRunner(self.execution, method, self._machine, settings, exchange)
 
     # what it is
 

@@ -10,7 +10,7 @@ from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.per_example.micro_batch import MicroBatchSlice
 from trainc.kernels.noise.philox import pack_key
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.step.replicas import Replicas
+from trainc.runtime.step.replica_group import ReplicaGroup
 from trainc.runtime.storage.random_streams import derive_seed
 
 
@@ -41,7 +41,7 @@ def scheduled_scalars(
 
 
 def noise_scalars(
-    seed: int, step: int, replicas: Replicas | None, first_example: int, device: torch.device
+    seed: int, step: int, replicas: ReplicaGroup | None, first_example: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Return the key that a step's noise is drawn with, and the number of the micro-batch's first example.
 

@@ -14,6 +14,7 @@ from trainc.compiler.errors import SiteError
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice, slices
 from trainc.compiler.program.distributed import first_shard, rebind_parameters
+from trainc.compiler.program.exchange_replicas import ExchangeReplicas
 from trainc.compiler.program.execution import Execution
 from trainc.compiler.program.step_gradients import StepGradients
 from trainc.compiler.program.step_totals import add_results, check_loss_weights
@@ -33,8 +34,9 @@ class StepRunner:
         method: LoweredMethod,
         machine: StepMachine,
         settings: RunSettings,
+        exchange: ExchangeReplicas | None = None,
     ) -> None:
-        self.execution, self.method = execution, method
+        self.execution, self.method, self._exchange = execution, method, exchange
         self.machine, self.settings = machine, settings
         self.last: Step | None = None
         """The step that was updated or skipped last."""
@@ -178,7 +180,12 @@ class StepRunner:
                 own = sum(len(targets) for _, targets in micro_batches) / example_fraction
                 replicas = self.execution.replicas
                 self.machine.batch_size = round(own if replicas is None else replicas.total(own))
-        return self.machine.begin()
+        step = self.machine.begin()
+        if step.replicas is None:
+            if self._exchange is not None:
+                self.execution.exchange_group = self._exchange.join()
+            step.replicas = self.execution.peers
+        return step
 
     def _no_sync(self, unless: bool) -> AbstractContextManager[Any]:
         """Keep replicas from averaging gradients, `unless` this is the last backward pass of the step."""
@@ -236,6 +243,7 @@ class StepRunner:
             raise NonFiniteLoss(
                 f"the loss is {step.loss} at step {steps}: the run stops with the weights from before this step"
             )
+        self.machine.exchange(step)
         self.machine.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
         step.metrics["skipped"] = 1.0
 

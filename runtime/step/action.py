@@ -33,11 +33,15 @@ ActionState = dict[str, Any]
 
 
 class Action(ABC):
-    """One part of a step. Subclasses set `phase` and `name`; it runs when `gate` fires, in every step for None."""
+    """One part of a step. Subclasses set `phase` and `name`; it runs when it `is_due`: when `gate` fires."""
 
     phase: Phase
     name: str
     gate: Gate | None = None
+
+    def is_due(self, step: Step) -> bool:
+        """Return whether it runs in this step: when its gate fires, in every step without one."""
+        return self.gate is None or self.gate.fires(step.clock)
 
     @abstractmethod
     def run(self, step: Step) -> None:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action, IncompatibleState, Phase, check_phase
 from trainc.runtime.step.around import Around, Gradients
-from trainc.runtime.step.record import Preconditioner, Signals, Step
+from trainc.runtime.step.record import KeepsOptimizerState, Preconditioner, Signals, Step
 
 
 class StepMachine:
@@ -54,6 +54,9 @@ class StepMachine:
         self._preconditioners = [
             action.preconditioner for action in actions if isinstance(action, Preconditioner)
         ]
+        self._optimizer_states = [
+            action.state_of for action in actions if isinstance(action, KeepsOptimizerState)
+        ]
 
     def begin(self) -> Step:
         """Open a step unless one is open; run the actions before the forward pass."""
@@ -62,6 +65,7 @@ class StepMachine:
                 self.clock, self.parameters, self.signals, self.batch_size, self.micro_size
             )
             self.current.preconditioners = self._preconditioners
+            self.current.optimizer_states = self._optimizer_states
             self._set_size_signals(self.batch_size)
             self._run(self.current, self._choose_batch)
             if self.current.batch_size != self.batch_size:
@@ -76,7 +80,7 @@ class StepMachine:
         try:
             with ExitStack() as entered:
                 for action in self.around:
-                    if action.gate is None or action.gate.fires(self.clock):
+                    if action.is_due(step):
                         self._inside = action.name
                         entered.enter_context(action.surround(step, gradients))
                 yield
@@ -113,6 +117,10 @@ class StepMachine:
     def discard_step(self) -> None:
         """Close the open step without an update."""
         self.current = None
+
+    def exchange(self, step: Step) -> None:
+        """Run the actions of phase 11 alone: the turn of a step without an update, for which other replicas wait."""
+        self._run(step, [action for action in self._after if action.phase == Phase.EXCHANGE])
 
     def state_dict(self) -> dict[str, Any]:
         self.check_outside("state_dict")
@@ -163,5 +171,5 @@ class StepMachine:
 
     def _run(self, step: Step, actions: Sequence[Action]) -> None:
         for action in actions:
-            if action.gate is None or action.gate.fires(self.clock):
+            if action.is_due(step):
                 action.run(step)

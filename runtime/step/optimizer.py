@@ -111,10 +111,15 @@ class OptimizerStep(Action):
     def zero_grad(self) -> None:
         self.torch.zero_grad(set_to_none=True)
 
+    def state_of(self, name: str) -> Mapping[str, Any]:
+        """Return the torch optimizer's state of a parameter, or of its trained entries; empty without one."""
+        slot = self._slot(name)
+        found: Mapping[str, Any] = {} if slot is None else self.torch.state.get(slot.tensor, {})
+        return found
+
     def preconditioner(self, name: str) -> Tensor | None:
         """Return 1 / (sqrt(v_hat) + eps) from Adam's second moments so far; None without them."""
-        slot = next((slot for slot in self.slots if slot.name == name), None)
-        state = {} if slot is None else self.torch.state.get(slot.tensor, {})
+        slot, state = self._slot(name), self.state_of(name)
         if slot is None or "exp_avg_sq" not in state or "step" not in state:
             return None
         options = next(
@@ -126,6 +131,9 @@ class OptimizerStep(Action):
         second: Tensor = state["exp_avg_sq"] / (1 - beta**steps)
         scale: Tensor = 1 / (second.sqrt() + options["eps"])
         return scale
+
+    def _slot(self, name: str) -> ParamSlot | None:
+        return next((slot for slot in self.slots if slot.name == name), None)
 
     def state_dict(self) -> ActionState:
         return {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.step.replica_group import ReplicaGroup
 
 
 @dataclass(slots=True)
@@ -67,11 +68,18 @@ class Step:
     save: bool = False
     notes: list[str] = field(default_factory=list)
     preconditioners: Sequence[Callable[[str], Tensor | None]] = ()
+    optimizer_states: Sequence[Callable[[str], Mapping[str, Any]]] = ()
+    replicas: ReplicaGroup | None = None
+    """The other processes that run this program: they average gradients, or exchange after steps; None if alone."""
 
     def preconditioner(self, name: str) -> Tensor | None:
         """Return the factors that the optimizer multiplies a parameter's gradient by; None where they are unknown."""
         found = (read(name) for read in self.preconditioners)
         return next((scale for scale in found if scale is not None), None)
+
+    def optimizer_state(self, name: str) -> Mapping[str, Any]:
+        """Return what the optimizer keeps for a parameter, by torch's names; empty before its first update."""
+        return next((found for read in self.optimizer_states if (found := read(name))), {})
 
 
 @runtime_checkable
@@ -79,3 +87,10 @@ class Preconditioner(Protocol):
     """An action that multiplies gradients entry by entry, as Adam does."""
 
     def preconditioner(self, name: str) -> Tensor | None: ...
+
+
+@runtime_checkable
+class KeepsOptimizerState(Protocol):
+    """An action that updates parameters and keeps a state for each."""
+
+    def state_of(self, name: str) -> Mapping[str, Any]: ...

@@ -17,11 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainc.runtime.step.record import CalibrationSample, Contribution
-
-
-def world_size() -> int:
-    """Return the number of processes; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from trainc.runtime.step.replica_group import ReplicaGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +80,8 @@ class MessageLayout:
         )
 
 
-class Replicas:
+class Replicas(ReplicaGroup):
     """The processes of a group (None: all) that average their gradients, each with its own examples."""
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def gather(
         self, contributions: Sequence[Contribution], figures: Mapping[str, float]
@@ -119,20 +111,6 @@ class Replicas:
         sums = torch.stack([one[: len(figures)] for one in vectors]).sum(0) / self.size
         return found, dict(zip(figures, sums.tolist(), strict=True))
 
-    def total(self, number: float) -> float:
-        """Return the sum of a number over all replicas."""
-        found = torch.tensor([number], dtype=torch.float64)
-        self.sum_in_place([found])
-        return float(found)
-
-    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all replicas."""
-        for tensor in tensors:
-            sent = tensor.to(self._device(tensor))
-            dist.all_reduce(sent, group=self.group)
-            if sent is not tensor:
-                tensor.copy_(sent)
-
     def gather_calibration(self, own: CalibrationSample) -> CalibrationSample:
         """Return the examples of all replicas as one sample; `own.batch_sq_norms` is of the summed gradients."""
         parts, _ = self.gather([Contribution(own.weights, own.sq_norms)], {})
@@ -158,15 +136,12 @@ class Replicas:
         sent = own.to(self._device(own))
         check = zlib.crc32("\n".join(names).encode())
         head = torch.tensor([len(own), check], dtype=torch.int64, device=sent.device)
-        heads = [torch.empty_like(head) for _ in range(self.size)]
-        dist.all_gather(heads, head, group=self.group)
-        lengths, checks = zip(*(one.tolist() for one in heads), strict=True)
+        lengths, checks = zip(*(one.tolist() for one in self._gather(head)), strict=True)
         if len(set(checks)) > 1:
             self._raise_difference(names)
         padded = sent.new_zeros(max(lengths))
         padded[: len(sent)] = sent
-        vectors = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(vectors, padded, group=self.group)
+        vectors = self._gather(padded)
         return [v[:n].to(own.device) for v, n in zip(vectors, lengths, strict=True)]
 
     def _raise_difference(self, names: Sequence[str]) -> None:
@@ -183,12 +158,3 @@ class Replicas:
             f"the replicas do not measure the same: rank 0 sends {ours}, rank {rank} sends {theirs};"
             " compile the same spec with the same model on every process"
         )
-
-    def _device(self, tensor: Tensor) -> torch.device:
-        """Return the device that the group's backend needs: the CPU for gloo, this process's GPU for nccl."""
-        backend = dist.get_backend(self.group)
-        if backend == "gloo":
-            return torch.device("cpu")
-        if backend == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return tensor.device

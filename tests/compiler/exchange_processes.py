@@ -1,0 +1,373 @@
+"""Processes that exchange: each runs every case once, in a world of two or of four."""
+
+import contextlib
+import copy
+import faulthandler
+import functools
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import trainc
+from tests.compiler.exchange_methods import DiLoCo, LeaderSGD
+from trainc.compiler.errors import SiteError
+from trainc.compiler.program.program import Program
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
+from trainc.dsl.values.value_json import Duration
+from trainc.runtime.step.replica_group import ReplicaGroup, ReplicaLost
+
+Batch = tuple[Tensor, Tensor]
+Weights = dict[str, Tensor]
+ROOT = Path(__file__).parents[2]
+LIMIT = 240
+"""Seconds after which a process that waits for the others says where, and ends."""
+SGD = "loss mse optimizer sgd { lr = 0.1, momentum = 0.9 } "
+ADAMW = "loss mse optimizer adamw { lr = 0.01, weight_decay = 0.1 } "
+EVERY_3 = "distribute local every 3 steps"
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def data(rank: int, step: int, rows: int = 5) -> Batch:
+    g = torch.Generator().manual_seed(100 * step + rank)
+    x = torch.randn(rows, 4, generator=g, dtype=torch.float64)
+    return x + rank, torch.randn(rows, 3, generator=g, dtype=torch.float64)
+
+
+def state(program: Program) -> Weights:
+    return {name: t.detach().clone() for name, t in program.module.state_dict().items()}
+
+
+# What a process does in each case; `rank` and `size` are of the world.
+
+
+def trains(spec: str, steps: int = 7, rows: int = 5) -> Callable[[int, int], Any]:
+    """Return weights and buffers after every step, the metrics of the steps, and the summary."""
+
+    def run(rank: int, size: int) -> Any:
+        program = trainc.compile(spec, net())
+        metrics, weights = [], []
+        for step in range(steps):
+            metrics.append(program.step(data(rank, step, rows)))
+            weights.append(state(program))
+        return {
+            "weights": weights,
+            "metrics": metrics,
+            "signals": dict(program.signals),
+            "summary": program.summary(),
+        }
+
+    return run
+
+
+def accumulates(spec: str) -> Callable[[int, int], Any]:
+    """A loop of one's own over two micro-batches, the losses scaled as a GradScaler does."""
+
+    def run(rank: int, size: int) -> Any:
+        program = trainc.compile(spec, net())
+        weights = []
+        for step in range(4):
+            x, y = data(rank, step, 6)
+            for rows in (slice(0, 4), slice(4, 6)):
+                fraction = len(x[rows]) / len(x)
+                program.loss((x[rows], y[rows]), loss_weight=fraction).backward()
+            program.update()
+            weights.append(state(program))
+        return {"weights": weights}
+
+    return run
+
+
+def resumes(rank: int, size: int) -> Any:
+    """Save after step 4, between the turns after 3 and 6, and go on in a program on other weights."""
+    spec = ADAMW + EVERY_3 + " { optimizer_state = average }"
+    straight = trainc.compile(spec, net())
+    for step in range(4):
+        straight.step(data(rank, step))
+    saved = copy.deepcopy(straight.state_dict())
+    expected = [straight.step(data(rank, step)) for step in range(4, 8)]
+    later = trainc.compile(spec, net(seed=9))
+    later.load_state_dict(saved)
+    found = [later.step(data(rank, step)) for step in range(4, 8)]
+    same = all(torch.equal(a, b) for a, b in zip(*map(values, (straight, later)), strict=True))
+    return found == expected, same, straight.summary()[1:] == later.summary()[1:], found[1]
+
+
+def values(program: Program) -> list[Tensor]:
+    return [*state(program).values()]
+
+
+def a_loss_that_is_nan(rank: int, size: int) -> Any:
+    """Rank 1 skips the step of the turn, and takes part in the turn."""
+    program = trainc.compile(SGD + "run { length = 9 steps, on_nan = skip } " + EVERY_3, net())
+    weights, skipped = [], []
+    for step in range(4):
+        x, y = data(rank, step)
+        metrics = program.step((x, y * math.nan if (rank, step) == (1, 2) else y))
+        skipped.append("skipped" in metrics)
+        weights.append(state(program))
+    return {"weights": weights, "skipped": skipped}
+
+
+def noise_of_two_views(rank: int, size: int) -> Any:
+    """The same batch and weights on every replica: only the noise can tell them apart."""
+    spec = SGD + EVERY_3 + " regularize pace on type(Linear) { sigma = 0.5, weight = 1 }"
+    layers = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    for p in layers.parameters():
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
+    return trainc.compile(spec, layers).step(data(0, 0))["consistency"]
+
+
+def measures(rank: int, size: int) -> Any:
+    """The noise scale of a replica, beside that of a program that no other process knows."""
+    clause = " noise_scale gns on type(LayerNorm) { smooth = 1 steps }"
+    figures = []
+    for text in (SGD + EVERY_3 + clause, SGD + clause):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+        program = trainc.compile(text, model)
+        for step in range(2):
+            program.step(data(rank, step))
+        figures.append((program.signals["gns.signal"], program.signals["gns.noise"]))
+    return figures
+
+
+def wrapped(rank: int, size: int) -> Any:
+    program = trainc.compile(SGD + EVERY_3, net())
+    program.forward = DistributedDataParallel(program.module)
+    program.step(data(rank, 0))
+
+
+def compiled(rank: int, size: int) -> Any:
+    program = trainc.compile(SGD + EVERY_3, net())
+    program.forward = torch.compile(program.module, backend="eager")
+    return program.step(data(rank, 0))["loss"]
+
+
+def gradients_averaged(rank: int, size: int) -> Any:
+    """Without an exchange `Step.replicas` are those of the wrapper."""
+    program = trainc.compile(SGD, net())
+    program.forward = DistributedDataParallel(program.module)
+    program.step(data(rank, 0))
+    replicas = program._runner.last.replicas  # type: ignore[union-attr]
+    return replicas and replicas.size
+
+
+def sharded(rank: int, size: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    trainc.compile(SGD + EVERY_3, model).step(data(rank, 0))
+
+
+def other_plan(rank: int, size: int) -> Any:
+    every = 2 if rank else 3
+    trainc.compile(SGD + f"distribute local every {every} steps", net()).step(data(rank, 0))
+
+
+def other_weights(rank: int, size: int) -> Any:
+    trainc.compile(SGD + EVERY_3, net(seed=rank)).step(data(rank, 0))
+
+
+def other_step(rank: int, size: int) -> Any:
+    """Rank 1 goes back to its start between two turns."""
+    program = trainc.compile(SGD + EVERY_3, net())
+    start = copy.deepcopy(program.state_dict())
+    for step in range(6):
+        if (rank, step) == (1, 3):
+            program.load_state_dict(start)
+        program.step(data(rank, step))
+
+
+def other_checkpoint(rank: int, size: int) -> Any:
+    program = trainc.compile(SGD + EVERY_3, net())
+    saved = copy.deepcopy(program.state_dict())
+    saved["clock"]["steps"] = 5 + rank
+    program.load_state_dict(saved)
+    program.step(data(rank, 0))
+
+
+def other_batch(rank: int, size: int) -> Any:
+    """A rule that reads the loss of its own replica."""
+    text = f"""
+    data "examples.data:stdlib" {{ batch = 4 samples, context = 8, limit_bytes = 30_000 }}
+    loss mse optimizer sgd {{ lr = 0.1 }} {EVERY_3}
+    when loss > 100 {{ batch = 2 * batch }}
+    """
+    program = trainc.compile(text, net())
+    for step in range(4):
+        x, y = data(rank, step, 4)
+        program.step([(x, y + 100 * rank)])
+
+
+def other_tensors(rank: int, size: int) -> Any:
+    program = trainc.compile(SGD + EVERY_3, net())
+    for step in range(3):
+        program.module[4].bias.requires_grad_(rank == 0)  # type: ignore[index]
+        program.step(data(rank, step))
+
+
+def diloco(rank: int, size: int) -> Any:
+    program = trainc.compile(with_clause(Clause(DiLoCo(), every=Duration(3, "steps"))), net())
+    for step in range(7):
+        program.step(data(rank, step))
+    return {"weights": [state(program)]}
+
+
+class Quadratic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.sin(1.7 * torch.arange(3, dtype=torch.float64) + 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.w
+
+
+def leader(rank: int, size: int) -> Any:
+    """The quadratic of the reference: its gradient is a (w - c) + 0.1 sin(1.7 i + t + rank)."""
+    spec = with_clause(Clause(LeaderSGD()), "loss mse optimizer sgd { lr = 0.05 }")
+    program = trainc.compile(spec, Quadratic())
+    a, i = torch.tensor([1, 0.5, 2.0]).double(), torch.arange(3).double()
+    c = torch.tensor([1, -1, 0.5]).double() * (1 + 0.2 * rank)
+    x = (1.5 * a).sqrt()
+    for t in range(12):
+        y = x * (c - 0.1 * torch.sin(1.7 * i + t + rank) / a)
+        program.step((x[None], y[None]))
+    return state(program)["w"], program.summary()
+
+
+def with_clause(clause: Clause, base: str = SGD) -> Spec:
+    spec = trainc.check(base).spec
+    assert spec is not None
+    return Spec((*spec.clauses, clause))
+
+
+def collectives(rank: int, size: int) -> Any:
+    """Every method of a group on small numbers."""
+    group = ReplicaGroup()
+    found: dict[str, Any] = {}
+    half = torch.tensor([1.0, 1.0 + 2**-7 * rank]).bfloat16()
+    thirds = [torch.full((2, 3), float(rank)), torch.tensor(0.1).double() / 3, torch.empty(0)]
+    group.mean_in_place([half, *thirds])
+    found["mean"] = [half, *thirds]
+    found["sent by means"] = group.sent
+    rows = group.gather_rows([rank, 0.5])
+    copied = [torch.full((2,), rank), torch.full((3, 2), float(rank)).t()]
+    group.copy_from(1, copied)
+    found |= {"rows": rows, "copied": copied, "total": group.total(rank + 1)}
+    with contextlib.suppress(ValueError):
+        found["wrong split"] = group.split(3)
+    part = group.split(2)
+    found["part"] = (part.rank, part.size, part.total(rank))
+    found["sent"] = group.sent == part.sent
+    return found
+
+
+def alone_at_the_turn(rank: int, size: int) -> Any:
+    """The last case: every other process ends before the turn."""
+    program = trainc.compile(SGD + EVERY_3, net())
+    for step in range(3 if rank == 0 else 2):
+        program.step(data(rank, step))
+
+
+AVERAGED = SGD + EVERY_3
+STATE_TOO = ADAMW + EVERY_3 + " { optimizer_state = average }"
+OWN_BUFFERS = AVERAGED + " { buffers = local }"
+HEAD_ONLY = SGD + 'distribute local on "4.**" every 3 steps'
+LATE = SGD + "distribute local from 2 steps until 6 steps every 2 steps"
+EVERY_STEP = "loss mse optimizer sgd { lr = 0.1 } distribute local { buffers = local }"
+CASES: dict[str, Callable[[int, int], Any]] = {
+    "averaged": trains(AVERAGED),
+    "state too": trains(STATE_TOO),
+    "own buffers": trains(OWN_BUFFERS),
+    "head only": trains(HEAD_ONLY),
+    "late": trains(LATE),
+    "every step": trains(EVERY_STEP),
+    "accumulates": accumulates(AVERAGED),
+    "resumes": resumes,
+    "nan": a_loss_that_is_nan,
+    "noise": noise_of_two_views,
+    "measures": measures,
+    "compiled": compiled,
+    "gradients averaged": gradients_averaged,
+    "diloco": diloco,
+    "collectives": collectives,
+    "refused wrapper": wrapped,
+    "refused shards": sharded,
+    "other plan": other_plan,
+    "other weights": other_weights,
+    "other step": other_step,
+    "other checkpoint": other_checkpoint,
+    "other batch": other_batch,
+    "other tensors": other_tensors,
+    "leader": leader,
+    "lost": alone_at_the_turn,
+}
+ONLY_TWO = ("state too", "own buffers", "head only", "late", "accumulates", "nan", "noise", "measures",
+            "compiled", "lost")  # fmt: skip
+ONLY_FOUR = ("leader",)
+
+
+def cases(size: int) -> Iterator[str]:
+    skipped = ONLY_FOUR if size == 2 else ONLY_TWO
+    yield from (name for name in CASES if name not in skipped)
+
+
+def process(rank: int, size: int, folder: str) -> None:
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
+    )
+    found = {}
+    for name in cases(size):
+        try:
+            found[name] = CASES[name](rank, size)
+        except (ValueError, SiteError, ReplicaLost) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@functools.cache
+def found(size: int) -> list[dict[str, Any]]:
+    """Return what each of `size` processes found, by case; they run once for all tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-P", __file__]
+        started = [
+            subprocess.Popen(
+                [*command, str(rank), str(size), folder],
+                stderr=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+            for rank in range(size)
+        ]
+        errors = [one.communicate(timeout=LIMIT + 60)[1].decode() for one in started]
+        assert not any(one.returncode for one in started), "\n".join(errors)
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def of(name: str, size: int) -> list[Any]:
+    """Return the results of one case, by rank."""
+    return [one[name] for one in found(size)]
+
+
+if __name__ == "__main__":
+    process(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
