@@ -248,17 +248,8 @@ class Lowering:
         )
 
     def delta(self, transform: UpdateTransform, parameters: Iterable[str]) -> None:
-        """Change what the optimizer adds to `parameters`, before it is added, when the clause's gate is open.
-
-        Raises ValueError where a parameter is sharded over processes.
-        """
+        """Change what the optimizer adds to `parameters`, before it is added, when the clause's gate is open."""
         transform.parameters = tuple(parameters)
-        for name in transform.parameters:
-            if is_sharded(self.tensor(name)):
-                raise ValueError(
-                    f"it changes the update of `{name}`, which is sharded over processes (FSDP2): this is not"
-                    " supported. Use DistributedDataParallel, or remove the clause"
-                )
         self.action(transform)
 
     def around(self, hook: Around) -> None:

@@ -69,12 +69,6 @@ class HeldUpdates(Action):
         if self._step is not step:  # an error may have left those of another step
             self._held.clear()
             self._step = step
-        for one in stepped:
-            if is_sharded(one.tensor):
-                raise ValueError(
-                    f"`{self.transforms[0].name}` changes the update of `{one.name}`, which is sharded over processes"
-                    " (FSDP2): this is not supported. Use DistributedDataParallel, or remove the clause"
-                )
         with torch.no_grad():
             if form is None:
                 self._note_rounding(step, stepped)
@@ -111,24 +105,44 @@ def _steps_from_zero(
     optimizer: Callable[[], object], stepped: Sequence[Stepped], form: DecayForm
 ) -> list[Tensor]:
     """Return what the optimizer adds, by a step in which the parameters are zero."""
-    weights = [one.tensor.data for one in stepped]
-    changes = [torch.zeros_like(weight) for weight in weights]
     if form == "coupled":
-        for one, weight in zip(stepped, weights, strict=True):
+        for one in stepped:
             if one.weight_decay and one.tensor.grad is not None:
-                one.tensor.grad.add_(weight, alpha=one.weight_decay)
+                one.tensor.grad.add_(one.tensor, alpha=one.weight_decay)
+    weights = [_take_weights(one.tensor) for one in stepped]
+    changes = []
     try:
-        for one, change in zip(stepped, changes, strict=True):
-            one.tensor.data = change
         optimizer()
     finally:
         for one, weight in zip(stepped, weights, strict=True):
-            one.tensor.data = weight
+            changes.append(_put_weights(one.tensor, weight))
     if form == "decoupled":
         for one, weight, change in zip(stepped, weights, changes, strict=True):
             if one.weight_decay:
                 change.add_(weight, alpha=-one.lr * one.weight_decay)
     return changes
+
+
+def _take_weights(parameter: Parameter) -> Tensor:
+    """Set a parameter to zero, and return its weights."""
+    if is_sharded(parameter):  # its shard is not in `data`
+        weight = parameter.detach().clone()
+        parameter.zero_()
+        return weight
+    weight = parameter.data
+    parameter.data = torch.zeros_like(weight)
+    return weight
+
+
+def _put_weights(parameter: Parameter, weight: Tensor) -> Tensor:
+    """Give a parameter its weights back, and return what it was meanwhile."""
+    if is_sharded(parameter):
+        found = parameter.detach().clone()
+        parameter.copy_(weight)
+        return found
+    found = parameter.data
+    parameter.data = weight
+    return found
 
 
 def _differences(optimizer: Callable[[], object], stepped: Sequence[Stepped]) -> list[Tensor]:

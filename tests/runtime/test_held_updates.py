@@ -229,16 +229,6 @@ def test_an_error_of_the_optimizer_leaves_the_weights() -> None:
     assert torch.equal(net.weight, before)
 
 
-def test_a_parameter_that_was_sharded_later_is_refused() -> None:
-    net = model()
-    by = machine(net, adamw, "decoupled", Multiply("weight"))
-    vars(net.weight)["device_mesh"] = object()
-    by.begin()
-    gradients(net, 0)
-    with pytest.raises(ValueError, match=r"the update of `weight`, which is sharded.*remove the"):
-        by.finish()
-
-
 def test_layouts_are_kept() -> None:
     weight: Tensor = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     parameter = nn.Parameter(weight)

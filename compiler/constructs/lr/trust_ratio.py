@@ -1,9 +1,8 @@
-"""Trust ratio: an update as long as the weights are, times the learning rate (LAMB, LARS)."""
+"""Trust ratio: updates as long as the weights, times the learning rate (LAMB, LARS)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,23 +23,23 @@ if TYPE_CHECKING:
 class TrustRatio(Construct):
     """Multiplies the update of each parameter by `phi(|w|) / |u|`: LAMB over `adamw`, LARS over `sgd`.
 
-    w are the weights before the step and u is what the optimizer subtracts per unit of learning rate, weight decay
-    included: `w = w - lr * phi(|w|) / |u| * u`, norms L2 over the whole parameter. phi is the identity, or limits
-    |w| to `weight_norm`. The ratio is 1 where phi(|w|) or |u| is 0. Over AdamW, u = m / (sqrt(v) + eps) + decay w
-    with both moments corrected for bias: Algorithm 2 of the paper. Over SGD with momentum, u is the momentum of
-    g + decay w: LARS as Algorithm 1 of the same paper has it. The first LARS (You et al. 2017) differs: its ratio
-    |w| / (|g| + decay |w|) enters the momentum.
+    w are the weights before the step, u is what the optimizer subtracts per unit of learning rate, weight decay
+    included: `w = w - lr * phi(|w|) / |u| * u`. Norms are L2 norms over the whole parameter. phi is the identity, or
+    limits |w| to `weight_norm`. The ratio is 1 where phi(|w|) or |u| is 0. It is not measured in steps with a rate
+    of 0. Factors of other `lr` clauses are part of lr. Under a `mask`, w and u are the selected entries.
 
-    Factors of other `lr` clauses multiply the learning rate as ever. Under a `mask`, w and u are the selected entries.
-    Vectors, such as biases and the weights of norm layers, keep their update unless `on` selects them: the authors'
-    code leaves out biases and LayerNorm by name, others leave out what has no weight decay, which are the same
-    tensors as a rule. Parameters without weight decay are scaled like the others. The published code also
-    clips the gradient: write `clip = 1` in the optimizer.
+    Over AdamW, u = m / (sqrt(v) + eps) + decay w with bias-corrected moments. Over SGD, u is the momentum of
+    g + decay w, which is LARS as the LAMB paper writes it. LARS of 2017 is another method: its ratio
+    |w| / (|g| + decay |w|) is inside the momentum. The published code also clips gradients: write `clip = 1` in the
+    optimizer.
 
-    u is taken from the optimizer itself, not from two rounded weights, so its relative error is that of a number of
-    its dtype, 6e-8 in float32, however large the weights are. Only with `optimizer torch(...)` it is the difference
-    of the weights, with an error of up to 6e-8 |w| / |lr u| in float32. In steps with a learning rate of 0 no ratio
-    is measured.
+    Vectors (biases, weights of norm layers) keep their update unless `on` selects them. The authors' code leaves out
+    biases and LayerNorm by name; later code leaves out parameters without weight decay, which usually are the same.
+    Here a selected parameter is scaled with or without weight decay.
+
+    u is what the optimizer computed, not the difference of two rounded weights: its relative error in float32 is
+    about 1e-7 for weights of any size. `optimizer torch(...)` can only give the difference. Its error there is up to
+    6e-8 |w| / |lr u|, and a note says so.
     """
 
     cite: ClassVar = (
@@ -115,6 +114,25 @@ def _limit(value: float, limits: Range) -> float:
     return min(max(value, limits.low), limits.high)
 
 
+def _norms(updates: Sequence[Update]) -> Iterator[tuple[Update, tuple[float, float]]]:
+    """Yield each update with the L2 norms of its weights and of its change, one read for each device."""
+    from trainc.kernels.parameter.multi_norm import multi_norm
+    from trainc.runtime.step.sharded import is_sharded, squared_norms
+
+    places: dict[Any, list[Update]] = {}
+    for update in updates:
+        place = "shards" if is_sharded(update.before) else update.before.device
+        places.setdefault(place, []).append(update)
+    for place, here in places.items():
+        weights, changes = [u.before for u in here], [u.change for u in here]
+        if place == "shards":
+            found = squared_norms([*weights, *changes]).view(2, -1).T
+        else:
+            found = multi_norm(weights, changes)[:, :2]
+        for update, (weight, change) in zip(here, found.sqrt().tolist(), strict=True):
+            yield update, (weight, change)
+
+
 @dataclass(eq=False)
 class Scale(UpdateTransform):
     """Phase 10: measure the ratios, and multiply the updates by them."""
@@ -127,18 +145,11 @@ class Scale(UpdateTransform):
     highest: dict[str, float] = field(default_factory=dict)
 
     def change(self, updates: Sequence[Update], step: Step) -> None:
-        from trainc.kernels.parameter.multi_norm import multi_norm
-
         moving = [update for update in updates if update.lr]
-        by_device: dict[Any, list[Update]] = {}
-        for update in moving:
-            by_device.setdefault(update.before.device, []).append(update)
-        ratios: dict[str, float] = {}
-        for same in by_device.values():
-            rows = multi_norm([u.before for u in same], [u.change for u in same]).tolist()
-            for update, (weights, change, *_) in zip(same, rows, strict=True):
-                norm = math.sqrt(change) / update.lr
-                ratios[update.name] = self.construct.ratio(math.sqrt(weights), norm)
+        ratios = {
+            update.name: self.construct.ratio(weights, change / update.lr)
+            for update, (weights, change) in _norms(moving)
+        }
         for update in moving:
             update.change.mul_(ratios[update.name])
         if ratios:

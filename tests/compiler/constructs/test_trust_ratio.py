@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import trainc
-from examples.models import gpt
 from trainc.compiler.constructs.lr.layer_decay import LayerDecay
 from trainc.compiler.constructs.lr.trust_ratio import TrustRatio
 from trainc.compiler.constructs.optimizer.adamw import AdamW
@@ -163,13 +164,14 @@ def test_over_any_optimizer_it_is_the_difference_of_the_weights() -> None:
         torch.testing.assert_close(weights(other)[name], weight, rtol=1e-11, atol=1e-12)
 
 
-def test_in_float32_large_weights_lose_no_bits() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_in_float32_large_weights_lose_no_bits(optimizer: str) -> None:
     single, double = net(torch.float32), net()
     with torch.no_grad():
         for one, other in zip(single.parameters(), double.parameters(), strict=True):
             one.mul_(1000)
             other.copy_(one)
-    spec = "loss mse optimizer adamw { lr = 1e-7, weight_decay = 0.1, eps = 1e-6 } lr trust_ratio"
+    spec = f"loss mse optimizer {optimizer} {{ lr = 1e-7, weight_decay = 0.1 }} lr trust_ratio"
     programs = [compiled(spec, single), compiled(spec, double)]
     before = weights(programs[0])
     for program in programs:
@@ -261,6 +263,8 @@ def test_vectors_are_left_out_unless_selected() -> None:
 
 
 def test_factors_and_schedules_multiply_the_rate() -> None:
+    from examples.models import gpt
+
     torch.manual_seed(0)
     model = gpt(layers=2, width=8, heads=2, context=6, vocabulary=7).double()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -305,15 +309,16 @@ def test_it_multiplies_a_measured_factor() -> None:
 
 
 def test_a_rate_of_zero_measures_nothing() -> None:
-    spec = f"{ADAMW.replace('0.01', '0.01 * warmup(2 steps)')} lr trust_ratio"
-    program = compiled(spec)
-    rates = []
-    for seed in range(3):
-        metrics = program.step(data(seed))
-        rates.append(metrics["lr_max"])
-        measured = "trust_ratio.ratio" in program.report().series
-        assert measured == ("trust_ratio.mean" in metrics) == (metrics["lr_max"] > 0)
-    assert rates[-1] > 0
+    program = compiled(
+        f"{ADAMW.replace('0.01', '0.01 * linear(from = 0, to = 1, over = 2 steps)')} lr trust_ratio"
+    )
+    before = weights(program)
+    first = program.step(data(0))
+    assert first["lr_max"] == 0
+    assert "trust_ratio.mean" not in first
+    assert all(torch.equal(w, before[n]) for n, w in weights(program).items())
+    assert "trust_ratio: no update was scaled" in program.summary()
+    assert "trust_ratio.mean" in program.step(data(1))
 
 
 def test_gradients_are_clipped_before() -> None:
@@ -520,14 +525,61 @@ def test_two_clauses_may_not_scale_one_parameter() -> None:
         trainc.plan(f"{ADAMW} lr trust_ratio lr trust_ratio as other {{ limits = 0..1 }}", net())
 
 
-def test_sharded_parameters_are_refused() -> None:
-    model: Any = net()
-    model.first.weight.device_mesh = object()
-    with pytest.raises(trainc.SpecError, match=r"`first.weight`, which is sharded") as error:
-        compiled(f"{ADAMW} lr trust_ratio", model)
-    assert error.value.diagnostics[0].labels
+def sharded_spec(optimizer: str) -> str:
+    clause = f"loss mse optimizer {optimizer} {{ lr = 0.01, weight_decay = 0.1 }}"
+    return f"{clause} lr trust_ratio lr layer_decay on all {{ decay = 0.9 }}"
+
+
+def shard(rank: int, folder: str) -> None:
+    """Train on one half of every batch, sharded by FSDP2; run as a process of its own."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    where = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    found = {}
+    for optimizer in ("adamw", "sgd"):
+        own: Any = net()
+        fully_shard(own, mesh=init_device_mesh("cpu", (2,)))
+        program = trainc.compile(sharded_spec(optimizer), own, executor="module")
+        for seed in range(4):
+            x, y = data(seed)
+            program.step((x[4 * rank : 4 * rank + 4], y[4 * rank : 4 * rank + 4]))
+        found[optimizer] = {
+            "weights": {name: p.full_tensor().detach() for name, p in own.named_parameters()},
+            "ratios": ratios(program),
+        }
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_are_scaled_by_their_whole_norms(tmp_path: Path) -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-P", __file__, str(rank), str(tmp_path)], stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    for optimizer in ("adamw", "sgd"):
+        alone = compiled(sharded_spec(optimizer))
+        for seed in range(4):
+            alone.step(data(seed))
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{rank}.pt")[optimizer]
+            assert found["ratios"] == pytest.approx(ratios(alone), rel=1e-9)
+            for name, weight in weights(alone).items():
+                torch.testing.assert_close(found["weights"][name], weight, rtol=1e-10, atol=1e-12)
 
 
 def test_limits_of_one_are_nothing() -> None:
     assert TrustRatio(limits=Range(1.0, 1.0)).identity_setting() == "limits = 1..1"
     assert not TrustRatio(limits=Range(0.0, 1.0)).identity_setting()
+
+
+if __name__ == "__main__":
+    shard(int(sys.argv[1]), sys.argv[2])
