@@ -1,4 +1,4 @@
-"""Run a model's plain Python: without compiled functions and reentrant checkpoints."""
+"""Run a model's plain Python: without compiled functions, and without reentrant checkpoints or with others."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ from torch.utils import checkpoint
 @contextmanager
 def eager_operations() -> Iterator[None]:
     """Run the Python inside compiled functions and reentrant checkpoints, which hide the uses of a weight."""
+    with _reentrant_checkpoints_as(_PlainCheckpoint), uncompiled():
+        yield
+
+
+def differentiable_checkpoints() -> AbstractContextManager[None]:
+    """Run reentrant checkpoints as non-reentrant ones; `torch.autograd.grad` finds no parameter in the former."""
+    return _reentrant_checkpoints_as(_NonReentrantCheckpoint)
+
+
+@contextmanager
+def _reentrant_checkpoints_as(replacement: type) -> Iterator[None]:
     module: Any = checkpoint
     kept = module.CheckpointFunction
-    module.CheckpointFunction = _PlainCheckpoint
+    module.CheckpointFunction = replacement
     try:
-        with uncompiled():
-            yield
+        yield
     finally:
         module.CheckpointFunction = kept
 
@@ -39,3 +49,14 @@ class _PlainCheckpoint:
     def apply(function: Callable[..., Any], _: bool, *inputs: Any) -> Any:
         """Run the function as it is."""
         return function(*inputs)
+
+
+class _NonReentrantCheckpoint:
+    """Replaces torch's reentrant checkpoint by the other one, which computes the same."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *inputs: Any) -> Any:
+        """Run the function, and once more in the backward pass."""
+        return checkpoint.checkpoint(
+            function, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainc.compiler.model.eager import differentiable_checkpoints
 from trainc.compiler.model.undisturbed import keep_state
 from trainc.compiler.per_example.micro_batch import MicroBatchSlice
 from trainc.compiler.program.execution import Execution
@@ -30,13 +31,14 @@ class StepGradients:
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self._execution, self._micro_batches, self._scaler = execution, micro_batches, scaler
+        self._found: set[str] | None = None
 
     def __call__(self, of: Literal["parameters"] = "parameters") -> dict[str, Tensor]:
         """Run forward and backward passes of all micro-batches."""
         execution = self._execution
         found: dict[str, Tensor] = {}
         torch.clear_autocast_cache()  # its copies of the weights are from before they were changed
-        with keep_state(execution.module), torch.enable_grad():
+        with keep_state(execution.module), differentiable_checkpoints(), torch.enable_grad():
             for batch, where in self._micro_batches:
                 for name, gradient in execution.gradients(batch, where, self._scaler).items():
                     gradient = gradient.to_dense() if gradient.is_sparse else gradient
@@ -44,9 +46,17 @@ class StepGradients:
         if self._scaler is not None:
             scale = self._scaler.get_scale()
             found = {name: gradient / scale for name, gradient in found.items()}
+        self._found = set(found)
         found = self._average(found)
         masks = execution.method.selected_entries
         return {n: masks[n].trained(g) if n in masks else g for n, g in found.items()}
+
+    def missed(self) -> list[str]:
+        """Return the parameters that have a gradient after the step's passes and had none when asked before."""
+        if self._found is None:
+            return []
+        parameters = self._execution.parameters
+        return [n for n, p in parameters.items() if p.grad is not None and n not in self._found]
 
     def _average(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean over replicas; a parameter that one of them did not use counts with zeros there."""

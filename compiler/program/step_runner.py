@@ -44,6 +44,7 @@ class StepRunner:
         """The loss and its terms at the first step, for the summary."""
         self._results: list[MicroBatchResult] = []
         self._refused: str | None = None
+        self._told_missed = False
 
     def run(
         self,
@@ -148,6 +149,13 @@ class StepRunner:
             with self.machine.surround(step, gradients):
                 torch.clear_autocast_cache()  # of the weights' values before they were changed
                 yield
+                if not self._told_missed and (missed := gradients.missed()):
+                    self._told_missed = True
+                    step.notes.append(
+                        f"`{missed[0]}` has a gradient in this step, but had none when {self._around} asked before it:"
+                        " another part of the model ran, or an autograd.Function of its own hides the parameter, as"
+                        " checkpoints other than torch's do"
+                    )
         finally:
             torch.clear_autocast_cache()
 

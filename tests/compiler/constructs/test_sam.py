@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import trainc
 from examples.models import gpt
@@ -611,6 +612,74 @@ def test_autocast_does_not_hold_on_to_weights_that_moved() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         program.step(batch)
     assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+# Parameters inside functions of their own.
+
+
+class Checkpointed(nn.Module):
+    """A model whose first layers run in a checkpoint."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8).double(), net()[3]  # type: ignore[index]
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.run(self.first, x)))  # type: ignore[no-any-return]
+
+
+def plainly(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)  # type: ignore[no-any-return]
+
+
+def in_torch_checkpoint(layer: nn.Module, x: Tensor) -> Tensor:
+    inputs = x.clone().requires_grad_()
+    return checkpoint(layer, inputs, use_reentrant=True)  # type: ignore[no-any-return]
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """Runs a layer again in the backward pass, which adds to the gradients of its parameters by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, x: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return layer(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            ctx.layer(x.detach()).backward(gradient)
+        return None, torch.zeros_like(x)
+
+
+def in_own_checkpoint(layer: nn.Module, x: Tensor) -> Tensor:
+    return OwnCheckpoint.apply(layer, x.clone().requires_grad_())  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_parameters_in_a_reentrant_checkpoint_move_too() -> None:
+    plain, ours = Checkpointed(plainly), Checkpointed(in_torch_checkpoint)
+    hand(plain, [[data(0)], [data(1)]], sam(0.5))
+    program = trainc.compile(BASE + "perturb sam { rho = 0.5 }", ours)
+    for i in range(2):
+        program.step(data(i))
+        assert program.report().notes == ()
+    assert_close(ours, plain)
+
+
+def test_parameters_that_cannot_be_seen_are_named_once() -> None:
+    program = trainc.compile(BASE + "perturb sam { rho = 0.5 }", Checkpointed(in_own_checkpoint))
+    program.step(data(0))
+    (note,) = program.report().notes
+    assert note.startswith(
+        "`first.weight` has a gradient in this step, but had none when `sam` asked"
+    )
+    program.step(data(1))
+    assert program.report().notes == ()
 
 
 # Refused.
