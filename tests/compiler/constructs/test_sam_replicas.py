@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import trainc
+from trainc.compiler.errors import SiteError
 
 Batch = tuple[Tensor, Tensor]
 SPEC = """
@@ -69,8 +70,25 @@ def replica(rank: int, folder: str) -> None:
         program.forward = DistributedDataParallel(model, find_unused_parameters=not whole)
         losses = [program.step(batches(rank, i, whole))["loss"] for i in range(STEPS)]
         found[name] = {"losses": losses, "weights": model.state_dict()}
+    found |= {f"sharded {when}": sharded(when) for when in ("first", "late")}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def sharded(when: str) -> str:
+    """Return the error for a model that is sharded before it is compiled, or after."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    try:
+        if when == "first":
+            fully_shard(model)
+        program = trainc.compile(SPEC.replace("FIELDS", ""), model)
+        fully_shard(model)
+        program.step(batches(0, 0, True))
+    except (trainc.SpecError, SiteError) as error:
+        return str(error)
+    return "no error"
 
 
 def backward(model: nn.Module, step: int, whole: bool) -> float:
@@ -137,6 +155,18 @@ def test_two_replicas_are_the_loop_written_by_hand(case: str, found: list[dict[s
         torch.testing.assert_close(one["weights"][name], value, rtol=1e-12, atol=1e-12, msg=name)
         assert torch.equal(one["weights"][name], two["weights"][name]), name
     assert one["losses"] == two["losses"] == pytest.approx(losses, rel=1e-12)
+
+
+def test_sharded_parameters_are_refused_at_the_clause_or_at_the_first_step(
+    found: list[dict[str, Any]],
+) -> None:
+    for replica in found:
+        assert (
+            "`perturb sam` cannot be compiled: it needs gradients before"
+            in replica["sharded first"]
+        )
+        assert "which is sharded over processes (FSDP2)" in replica["sharded first"]
+        assert "the gradients that `sam` needs before the step's passes" in replica["sharded late"]
 
 
 if __name__ == "__main__":
