@@ -95,14 +95,14 @@ def _changes_of_nothing(
 def _masked_exchanges(
     clauses: Sequence[BoundClause], method: LoweredMethod
 ) -> Iterator[Diagnostic]:
-    """Yield an error for every clause that exchanges weights of which replicas may train different entries."""
+    """Yield an error for every clause that exchanges weights, if a mask may differ between replicas."""
     for clause in clauses:
         if clause.label in method.exchanges and method.selected_entries:
             name = next(iter(method.selected_entries))
             yield Diagnostic(
                 "conflicting-effects",
-                f"`{clause.title}` cannot exchange `{name}`, because each replica chooses the entries of it that train"
-                " by its own gradients",
+                f"`{clause.title}` cannot exchange `{name}`, because a mask chooses which entries of it train and"
+                " replicas may choose different ones",
                 labels((clause.span, "exchanges weights")),
                 help=f"remove the `mask` clause, or `{clause.title}`",
             )

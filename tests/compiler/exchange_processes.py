@@ -292,6 +292,7 @@ STATE_TOO = ADAMW + EVERY_3 + " { optimizer_state = average }"
 OWN_BUFFERS = AVERAGED + " { buffers = local }"
 HEAD_ONLY = SGD + 'distribute local on "4.**" every 3 steps'
 LATE = SGD + "distribute local from 2 steps until 6 steps every 2 steps"
+WITH_OTHERS = " perturb sam { rho = 0.05 } lr trust_ratio on ndim(2) observe norm_growth on ndim(2)"
 EVERY_STEP = "loss mse optimizer sgd { lr = 0.1 } distribute local { buffers = local }"
 CASES: dict[str, Callable[[int, int], Any]] = {
     "averaged": trains(AVERAGED),
@@ -300,6 +301,7 @@ CASES: dict[str, Callable[[int, int], Any]] = {
     "head only": trains(HEAD_ONLY),
     "late": trains(LATE),
     "every step": trains(EVERY_STEP),
+    "with others": trains(AVERAGED + WITH_OTHERS),
     "accumulates": accumulates(AVERAGED),
     "resumes": resumes,
     "nan": a_loss_that_is_nan,
@@ -320,7 +322,7 @@ CASES: dict[str, Callable[[int, int], Any]] = {
     "leader": leader,
     "lost": alone_at_the_turn,
 }
-ONLY_TWO = ("state too", "own buffers", "head only", "late", "accumulates", "nan", "noise", "measures",
+ONLY_TWO = ("state too", "own buffers", "head only", "late", "with others", "accumulates", "nan", "noise", "measures",
             "compiled", "lost")  # fmt: skip
 ONLY_FOUR = ("leader",)
 

@@ -36,15 +36,16 @@ class Local(Construct):
     skipped keeps its turn. One process trains as without the clause and says so in a note.
 
     Between two turns the replicas differ: each saves and resumes its own checkpoint, and evaluates its own weights.
-    Loss, signals and noise scales are those of a replica. A `when` rule or a batch policy must come to the same batch
-    on all: let it read the clock. This is checked at every turn, as are the step and the tensors that are sent; plan
-    and starting weights are compared before the first step. A replica that stops on its own leaves the others waiting
-    until the timeout of the process group, or until its process ends.
+    Loss, batch, clock, signals and noise scales are those of a replica. A `when` rule or a batch policy must come to
+    the same batch on all: let it read the clock. This is checked at every turn, as are the step and the tensors that
+    are sent; plan and starting weights are compared before the first step. A replica that stops on its own leaves the
+    others waiting until the timeout of the process group, or until its process ends.
 
     `buffers = average` also averages the saved floating-point buffers, such as the running statistics of batch norm,
     so that all replicas are one model after a turn: means are then those of all data; variances lack what the means of
     the replicas differ by. `optimizer_state = average` averages the optimizer's tensors, such as momentum, but not its
-    counters of steps. DistributedDataParallel, FSDP2 and masks of entries are refused.
+    counters of steps. DistributedDataParallel, FSDP2 and `mask` clauses are refused: averaged gradients, shards and
+    entries chosen by each replica do not fit weights that a replica trains on its own.
     """
 
     cite: ClassVar = (

@@ -14,6 +14,7 @@ from tests.compiler.exchange_processes import (
     AVERAGED,
     EVERY_3,
     SGD,
+    WITH_OTHERS,
     Weights,
     data,
     net,
@@ -162,6 +163,21 @@ def test_a_loop_of_ones_own_with_accumulation_averages() -> None:
 
 
 @pytest.mark.slow
+def test_other_clauses_act_in_a_replica_as_they_do_alone() -> None:
+    programs = [trainc.compile(SGD + WITH_OTHERS, net()) for _ in range(2)]
+    histories: list[list[Weights]] = [[], []]
+    for step in range(7):
+        for rank, program in enumerate(programs):
+            program.step(data(rank, step))
+        if step in (2, 5):
+            modules = [program.module for program in programs]
+            average([[*m.parameters(), m[1].running_mean, m[1].running_var] for m in modules])  # type: ignore[index]
+        for program, history in zip(programs, histories, strict=True):
+            history.append(state(program))
+    assert_equal(of("with others", 2), histories)
+
+
+@pytest.mark.slow
 def test_a_skipped_step_keeps_its_turn() -> None:
     results = of("nan", 2)
     assert [one["skipped"] for one in results] == [[False] * 4, [False, False, True, False]]
@@ -253,7 +269,7 @@ def test_the_plan_shows_the_turns() -> None:
         (
             AVERAGED + " mask sift on ndim(2) { density = 10% }",
             "conflicting-effects",
-            r"`distribute local` cannot exchange `0\.weight`, because each replica chooses",
+            r"`distribute local` cannot exchange `0\.weight`, because a mask chooses",
         ),
         (SGD + "distribute local on ndim(9) every 2 steps", "selector-matches-nothing", "ndim"),
         (SGD + "distribute local { rule = median }", "bad-value", "median"),
