@@ -14,7 +14,7 @@ import trainc
 from trainc.compiler.lower.lowering import Lowering
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
-from trainc.dsl.values.value_json import Ndim
+from trainc.dsl.values.value_json import Duration, Ndim
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,12 +65,15 @@ def test_the_construct_of_the_guide_works_as_it_stands(
     (tmp_path / "l1.py").write_text(code, encoding="utf-8")
     module = imported(tmp_path / "l1.py", monkeypatch)
     module.L1.kind, module.L1.name = "regularize", "l1"
-    clause = Clause(module.L1(weight=0.5), on=Ndim(2))
+    clause = Clause(module.L1(weight=0.5), on=Ndim(2), start=Duration(2, "steps"))
     base = trainc.check("loss mse optimizer sgd { lr = 0.1 }").spec
     assert base is not None
     model = nn.Linear(3, 2)
     before = model.weight.detach().clone()
     program = trainc.compile(Spec((*base.clauses, clause)), model)
     x = torch.zeros(4, 3)
+    for _ in range(2):
+        program.step((x, model(x).detach()))
+    assert torch.equal(model.weight.detach(), before)
     program.step((x, model(x).detach()))
     torch.testing.assert_close(model.weight.detach(), before - 0.1 * 0.5 * before.sign())

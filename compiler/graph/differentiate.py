@@ -65,13 +65,16 @@ class _TracedStep:
             probes = {name: _zeros(node.meta["val"]) for name, node in self.forward.probes.items()}
             results = self._forward_pass(tensors, batch, scalars, probes)
             loss = results.get("loss", results["data_loss"])
-            total = self._total(loss, tensors, scalars)
+            terms = self._terms(tensors, scalars)
+            total = sum(terms.values(), start=loss)
+            total = total * scalars[LOSS_WEIGHT] if LOSS_WEIGHT in scalars else total
             wanted = [*(tensors[name] for name in self.parameters), *probes.values()]
             # Eager training runs backward outside autocast, but here the engine would run inside it.
             with no_autocast([total.device.type]):
                 grads = _gradients(total, wanted)
         named: dict[str, Tensor | None] = {"total": total, "loss": loss}
         named |= {name: results[name] for name in ("data_loss", "consistency") if name in results}
+        named |= {f"term:{label}": value for label, value in terms.items()}
         count = len(self.parameters)
         named |= {f"grad:{n}": g for n, g in zip(self.parameters, grads[:count], strict=True)}
         named |= {f"probe:{n}": g for n, g in zip(probes, grads[count:], strict=True)}
@@ -92,14 +95,12 @@ class _TracedStep:
         values = ForwardInterpreter(forward, tensors, given).run(enable_io_processing=False)
         return dict(zip(forward.outputs, values, strict=True))
 
-    def _total(
-        self, loss: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Tensor]
-    ) -> Tensor:
+    def _terms(self, tensors: dict[str, Tensor], scalars: dict[str, Tensor]) -> dict[str, Tensor]:
         values = Values(tensors | scalars, self.forward.canonical)
-        total = loss
-        for name, penalty in self.penalties.items():
-            total = total + evaluate(name, penalty, values, self.owners)
-        return total * scalars[LOSS_WEIGHT] if LOSS_WEIGHT in scalars else total
+        return {
+            name: evaluate(name, penalty, values, self.owners)
+            for name, penalty in self.penalties.items()
+        }
 
 
 def _zeros(like: Tensor) -> Tensor:

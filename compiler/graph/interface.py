@@ -40,7 +40,8 @@ class Interface:
     """What goes in and out of a step graph.
 
     `ports` are the inputs and, last, the targets; `scalars` pairs a scalar's name with its placeholder.
-    Outputs are `total`, `loss`, `data_loss`, `consistency`, `grad:<parameter>` and `probe:<module>`.
+    Outputs are `total`, `loss`, `data_loss`, `consistency`, `term:<label>` of each penalty, `grad:<parameter>` and
+    `probe:<module>`.
     """
 
     structure: InputStructure
@@ -49,6 +50,11 @@ class Interface:
     outputs: tuple[str, ...]
     views: int = 1
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Return the labels of the penalties in the loss, in order."""
+        return tuple(name[5:] for name in self.outputs if name.startswith("term:"))
+
 
 @dataclass(slots=True)
 class Outputs:
@@ -56,6 +62,7 @@ class Outputs:
 
     `loss` is the micro-batch's mean: `data_loss` plus the weighted consistency. `total` is what was
     differentiated: the loss and the penalties, times the weight of the micro-batch in the step.
+    `terms` holds each penalty by its label, before that weight.
     `grads` holds None for a trainable parameter that the loss does not depend on.
     """
 
@@ -63,6 +70,7 @@ class Outputs:
     total: Tensor
     data_loss: Tensor
     consistency: Tensor | None
+    terms: dict[str, Tensor]
     grads: dict[str, Tensor | None]
     probes: dict[str, Tensor]
 

@@ -18,7 +18,7 @@ from trainc.compiler.graph.interface import Interface, Port
 from trainc.compiler.graph.listing import dtype_name, target_name
 from trainc.compiler.graph.step_graph import StepGraph
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever a key or a name in the data changes."""
 
 _NAMESPACES = ("aten", "prims", "trainc")

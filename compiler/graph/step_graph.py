@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,8 +86,10 @@ class StepGraph(fx.GraphModule):
             )
         return self.on_call(*args, **kwargs)
 
-    def accepts(self, batch: Batch) -> bool:
-        """Say whether `run` can take this batch."""
+    def accepts(self, batch: Batch, terms: Sequence[str] | None = None) -> bool:
+        """Say whether `run` can take this batch, and the penalties in the loss are those of `terms` if given."""
+        if terms is not None and (self.interface is None or self.interface.terms != tuple(terms)):
+            return False
         return not self._misfits(batch)
 
     def run(self, batch: Batch, scalars: Mapping[str, Tensor]) -> Outputs:
@@ -114,7 +116,8 @@ class StepGraph(fx.GraphModule):
         grads = {n[5:]: v for n, v in found.items() if n.startswith("grad:")}
         probes = {n[6:]: v for n, v in found.items() if n.startswith("probe:") and v is not None}
         loss, total, data_loss = found["loss"], found["total"], found["data_loss"]
-        return Outputs(loss, total, data_loss, found.get("consistency"), grads, probes)
+        terms = {label: found[f"term:{label}"] for label in interface.terms}
+        return Outputs(loss, total, data_loss, found.get("consistency"), terms, grads, probes)
 
     def _misfits(self, batch: Batch) -> list[str]:
         interface = self.interface

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
 from trainc.compiler.bind.report import labels
-from trainc.compiler.lower.lowering import Lowering
+from trainc.compiler.lower.lowering import lower
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
 from trainc.compiler.model.import_path import ImportProblem
@@ -35,7 +35,7 @@ def assemble(
     for clause in active:
         before = len(method.actions)
         try:
-            clause.construct.lower(Lowering(clause, context, method))
+            lower(clause, context, method)
         except (ValueError, ImportError) as error:
             message = f"`{clause.title}` cannot be compiled: {error}"
             found.append(Diagnostic("bad-value", message, labels((clause.span, ""))))

@@ -52,6 +52,7 @@ class Lowering:
         self.inventory = context.inventory
         self._context = context
         self._method = method
+        self._times_obeyed = False
 
     @property
     def label(self) -> str:
@@ -122,6 +123,7 @@ class Lowering:
 
     def gate(self) -> Gate | None:
         """Return the clause's `from`, `until` and `every` as a clock gate; None when it has none."""
+        self._times_obeyed = True
         bounds = (self.clause.start, self.clause.stop, self.clause.every)
         return self._context.gate(*bounds) if any(bounds) else None
 
@@ -152,7 +154,8 @@ class Lowering:
     # Mechanisms.
 
     def loss(self, loss: Loss) -> None:
-        """Declare the loss."""
+        """Declare the loss of the whole run."""
+        self.refuse_times("the loss holds for the whole run", "from", "until", "every")
         self._method.loss = loss
 
     def measure(self, site: MeasuredSite) -> None:
@@ -182,6 +185,9 @@ class Lowering:
     def ghosts(self, names: Iterable[str]) -> None:
         """Let layers that normalize over the batch normalize over each group of examples instead."""
         self._method.rewrite.ghosts = list(names)
+        if self._method.rewrite.ghosts:
+            reason = f"`{self.label}` changes how layers normalize, in the whole run"
+            self.refuse_times(reason, "from", "until", "every")
 
     def measure_batch_gradients(self, names: Iterable[str], running: bool) -> None:
         """Measure the squared norm of each micro-batch's gradient; with `running`, of the replica's sum so far."""
@@ -193,8 +199,9 @@ class Lowering:
                 )
 
     def calibrate(self, every: Duration, examples: int) -> None:
-        """Now and then, measure every parameter on a few examples, one by one."""
-        gate = self._context.gate(None, None, every)
+        """Now and then between `from` and `until`, measure every parameter on a few examples, one by one."""
+        self.refuse_times(f"calibrations of `{self.label}` have a period of their own", "every")
+        gate = self._context.gate(self.clause.start, self.clause.stop, every)
         self._method.calibrations.append(CalibrationPart(self.label, gate, examples))
 
     def noise(
@@ -218,24 +225,40 @@ class Lowering:
         scalars: Mapping[str, Scheduled],
         tensors: Mapping[str, Tensor],
     ) -> None:
-        """Add a loss term over parameters. Scheduled numbers and constants reach it as named tensors."""
-        self._method.penalties[self.label] = PenaltyTerm(value, tuple(parameters))
+        """Add a loss term over parameters; scheduled numbers and constants reach it as named tensors.
+
+        While the clause's gate is closed the term is not computed, and its metric is 0.
+        """
+        self._method.penalties[self.label] = PenaltyTerm(value, tuple(parameters), self.gate())
         self._method.scalars.update(scalars)
         self._method.tensors.update(tensors)
 
-    def lr_factor(self, unit: str, parameters: Iterable[str]) -> LrFactor:
-        """Return a factor of this clause on the learning rate of `parameters`; it starts at 1."""
-        lr_factor = LrFactor(self.label, unit)
+    def lr_factor(self, unit: str, parameters: Iterable[str], holds: bool = False) -> LrFactor:
+        """Return a factor of this clause on the learning rate of `parameters`; it starts at 1.
+
+        Outside `from` and `until` the rates are unchanged, whatever the factor. With `holds` an action of the clause
+        sets the factor at the clause's times, and what it set last holds.
+        """
+        window = None
+        if not holds:
+            self.refuse_times(f"a factor of `{self.label}` holds between its times", "every")
+            bounds = (self.clause.start, self.clause.stop, None)
+            window = self._context.gate(*bounds) if any(bounds) else None
+            self._times_obeyed = True
+        lr_factor = LrFactor(self.label, unit, gate=window)
         for name in parameters:
             self._method.lr_factors.setdefault(name, []).append(lr_factor)
         return lr_factor
 
     def select_entries(self, name: str, entries: SelectedEntries) -> None:
-        """Let the optimizer train selected entries of a parameter instead of all."""
+        """Let the optimizer train selected entries of a parameter instead of all, once they are chosen."""
+        reason = f"the entries of `{name}` that train are chosen once, for the rest of the run"
+        self.refuse_times(reason, "until", "every")
         self._method.selected_entries[name] = entries
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Leave parameters untrained."""
+        """Leave parameters untrained in the whole run, also before `from`."""
+        self.refuse_times("a frozen parameter is frozen in the whole run", "until", "every")
         self._method.frozen.update(names)
 
     def optimizer(
@@ -243,6 +266,7 @@ class Lowering:
     ) -> None:
         """Claim the selected parameters for a torch optimizer, at the rate `base` and these decays by name."""
         clause = self.clause
+        self.refuse_times("an optimizer trains in every step", "from", "until", "every")
         self._method.optimizers.append(
             OptimizerPart(clause.label, clause.targets, clause.span, construct, base, decay)
         )
@@ -302,3 +326,12 @@ class Lowering:
             return {name: b for name, b in held if b is not None and b.is_floating_point()}
 
         return found
+
+
+def lower(clause: BoundClause, context: LoweringContext, method: LoweredMethod) -> None:
+    """Add what a clause asks for to the method; raises ValueError if it has a time that nothing of it obeys."""
+    to = Lowering(clause, context, method)
+    clause.construct.lower(to)
+    if not to._times_obeyed:
+        reason = f"`{to.label}` is the same in the whole run: nothing that it does can begin, end or repeat"
+        to.refuse_times(reason, "from", "until", "every")

@@ -31,6 +31,8 @@ class PenaltyTerm:
 
     value: Callable[[Inputs, Inputs], Tensor]
     parameters: tuple[str, ...]
+    gate: Gate | None = None
+    """When the term is part of the loss; None: in every step."""
 
 
 class OptimizerConstruct(Protocol):
@@ -99,3 +101,11 @@ class LoweredMethod:
     calibrations: list[CalibrationPart] = field(default_factory=list)
     exchanges: list[str] = field(default_factory=list)
     """Labels of the clauses that exchange with other replicas after steps, between which each trains on its own."""
+
+    def open_penalties(self, clock: Clock) -> dict[str, PenaltyTerm]:
+        """Return the loss terms over parameters that are part of the loss of the step at this clock."""
+        return {
+            label: term
+            for label, term in self.penalties.items()
+            if term.gate is None or term.gate.fires(clock)
+        }

@@ -118,7 +118,7 @@ class Execution:
         pairing = self.method.rewrite.pairing
         loss, terms = paired_loss(self.loss_fn, pairing, logits, targets, scalars)
         total = loss if loss_weight == 1.0 else loss * scalars[LOSS_WEIGHT]
-        for label, penalty in self.method.penalties.items():
+        for label, penalty in self.method.open_penalties(self.clock).items():
             value = penalty.value({n: self.parameters[n] for n in penalty.parameters}, scalars)
             terms[label] = value.detach()
             total = total + (value if loss_weight == 1.0 else value * scalars[LOSS_WEIGHT])
@@ -139,8 +139,11 @@ class Execution:
         return self.refused is None
 
     def capture(self, batch: Batch) -> StepGraph:
-        """Return the graph for batches shaped like `batch`, captured on first use."""
-        return self.graphs.get(batch, lambda: self._scalars(MicroBatchSlice(), batch[1].device))
+        """Return the graph of this step for batches shaped like `batch`, captured on first use."""
+        penalties = self.method.open_penalties(self.clock)
+        return self.graphs.get(
+            batch, penalties, lambda: self._scalars(MicroBatchSlice(), batch[1].device)
+        )
 
     def _captured(self, batch: Batch) -> StepGraph | None:
         """Return the graph for a batch; None where the model cannot be captured, and `refused` says why."""
@@ -171,8 +174,7 @@ class Execution:
         terms = {}
         if out.consistency is not None:
             terms = {"data_loss": out.data_loss, "consistency": out.consistency}
-        if self.method.penalties:
-            terms[" + ".join(self.method.penalties)] = out.total / where.loss_weight - out.loss
+        terms |= out.terms
         result = self._result(batch, where.loss_weight, out.loss, terms)
         self.statistics.record_graph(result, out.probes, out.grads)
         return out.total, result
@@ -276,6 +278,8 @@ class Execution:
     def _result(
         self, batch: Batch, loss_weight: float, loss: Tensor, terms: dict[str, Tensor]
     ) -> MicroBatchResult:
+        # A closed term is 0, so that the terms of every step add up to its loss.
+        terms |= {n: torch.zeros_like(loss) for n in self.method.penalties if n not in terms}
         if loss_weight != 1.0:
             loss, terms = loss * loss_weight, {n: t * loss_weight for n, t in terms.items()}
         result = MicroBatchResult(None, loss.detach(), terms)

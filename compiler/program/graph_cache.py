@@ -38,11 +38,20 @@ class GraphCache:
         self._given = graph
         self.newest.install(graph)
 
-    def get(self, batch: Batch, scalars: Callable[[], Mapping[str, Tensor]]) -> StepGraph:
-        """Return the graph for batches shaped like `batch`; one that is captured gets `scalars()` as examples."""
-        if self._given is not None and self._given.accepts(batch):
+    def get(
+        self,
+        batch: Batch,
+        penalties: Mapping[str, PenaltyTerm],
+        scalars: Callable[[], Mapping[str, Tensor]],
+    ) -> StepGraph:
+        """Return the graph for batches shaped like `batch`, with these penalties in its loss.
+
+        One that is captured gets `scalars()` as examples.
+        """
+        terms = tuple(penalties)
+        if self._given is not None and self._given.accepts(batch, terms):
             return self._given
-        key = signature(self._model, batch)
+        key = signature(self._model, batch), terms
         if key not in self._captured:
             training = self._model.training
             self._model.train()
@@ -53,7 +62,7 @@ class GraphCache:
                         cast(Loss, self._method.loss),
                         batch,
                         rewrite=self._method.rewrite,
-                        penalties={n: _one_mapping(p) for n, p in self._method.penalties.items()},
+                        penalties={label: _one_mapping(p) for label, p in penalties.items()},
                         scalars=scalars(),
                         without=self._without,
                     )

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.held_updates import DecayForm, HeldUpdates, Stepped
 from trainc.runtime.step.record import Step
@@ -25,11 +26,19 @@ from trainc.runtime.step.record import Step
 
 @dataclass(slots=True)
 class LrFactor:
-    """A factor on the learning rate of one or more parameters, set by one policy; `unit` names these parameters."""
+    """A factor on the learning rate of one or more parameters, set by one policy; `unit` names these parameters.
+
+    While `gate` is closed the parameters keep their rate.
+    """
 
     policy: str
     unit: str
     factor: float = 1.0
+    gate: Gate | None = None
+
+    def at(self, clock: Clock) -> float:
+        """Return the factor in the step at this clock."""
+        return self.factor if self.gate is None or self.gate.fires(clock) else 1.0
 
 
 @dataclass(slots=True)
@@ -41,9 +50,9 @@ class ParamSlot:
     weight_decay: float
     lr_factors: tuple[LrFactor, ...] = ()
 
-    @property
-    def factor(self) -> float:
-        return math.prod((one.factor for one in self.lr_factors), start=1.0)
+    def factor(self, clock: Clock) -> float:
+        """Return the product of the factors in the step at this clock."""
+        return math.prod((one.at(clock) for one in self.lr_factors), start=1.0)
 
 
 def group_slots(slots: Iterable[ParamSlot]) -> list[list[ParamSlot]]:
@@ -191,7 +200,7 @@ class Rates(Action):
         rates = []
         groups = self.optimizer.torch.param_groups
         for ours, theirs in zip(self.optimizer.groups, groups, strict=True):
-            theirs["lr"] = base * ours[0].factor
+            theirs["lr"] = base * ours[0].factor(step.clock)
             rates.append(theirs["lr"])
         low, high = min(rates), max(rates)
         step.signals["lr"] = base

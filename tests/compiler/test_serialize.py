@@ -109,7 +109,7 @@ def test_a_step_needs_its_constants_and_its_model(full: Any) -> None:
     with pytest.raises(GraphFormatError, match=r"the model has no .*`blocks\.0"):
         step_from_json(data, nn.Linear(2, 2), step.constant_tensors())
     with pytest.raises(
-        GraphFormatError, match="format 99, but this version of trainc reads format 2"
+        GraphFormatError, match="format 99, but this version of trainc reads format 3"
     ):
         step_from_json({**data, "format": 99}, make(), step.constant_tensors())
 

@@ -162,7 +162,9 @@ class TempBalance(Construct):
         from trainc.runtime.schedule.time_span import TimeSpan
 
         groups, few = self.groups(to.parameters())
-        lr_factors = {group.name: to.lr_factor(group.name, group.parameters) for group in groups}
+        lr_factors = {
+            group.name: to.lr_factor(group.name, group.parameters, holds=True) for group in groups
+        }
         pace = None if to.clause.every else Gate(every=TimeSpan(EVERY_STEPS, "steps"))
         to.action(Balance(to.label, self, groups, lr_factors, few, pace))
 

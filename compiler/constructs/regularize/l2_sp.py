@@ -60,7 +60,7 @@ class L2Sp(Construct):
             starts = {name: to.tensor(name).detach().clone() for name in names}
         keys = {name: f"{to.label}:start:{name}" for name in starts}
         coefficient = f"{to.label}:weight"
-        weight = to.while_open(to.schedule(self.weight))
+        weight = to.schedule(self.weight)
 
         def value(parameters: Inputs, inputs: Inputs) -> Tensor:
             anchors = {name: inputs[key] for name, key in keys.items()}

@@ -1,0 +1,293 @@
+"""Every mechanism obeys `from`, `until` and `every` of its clause, or refuses them by name at plan."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import trainc
+from trainc.compiler import catalog as catalogs
+from trainc.compiler.catalog import catalog, catalog_of
+from trainc.compiler.constructs.regularize.l2_sp import L2Sp
+from trainc.compiler.driver import saved_program
+from trainc.compiler.program.program import Program
+from trainc.dsl.reading.construct import Construct, Effect, Schedule
+from trainc.dsl.resolve.resolver import load_spec
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.text.source import Source
+from trainc.dsl.values.value_json import Number
+
+if TYPE_CHECKING:
+    from trainc.compiler.lower.lowering import Lowering
+
+STEPS = 7
+RATE, STRENGTH = 0.05, 0.02
+TIMES = {
+    "from 3 steps": lambda t: t >= 3,
+    "until 3 steps": lambda t: t < 3,
+    "every 3 steps": lambda t: t % 3 == 0,
+    "from 1 steps until 6 steps every 2 steps": lambda t: t in (1, 3, 5),
+}
+"""Each time, and whether the clause is open in step t."""
+
+
+class Probe(Construct):
+    """Base of the constructs below: they ask for one mechanism each, and say nothing of times."""
+
+    cite: ClassVar = "none"
+    targets: ClassVar = "parameters"
+    default_on: ClassVar = "all"
+
+    weight: Schedule = Field(default=Number(STRENGTH), description="strength")
+
+
+class PullToZero(Probe):
+    """The example of docs/adding-a-construct.md: a pull of every weight towards zero."""
+
+    effects: ClassVar = (Effect("forward", "penalty", reads=("params",), writes=("loss",)),)
+
+    def lower(self, to: Lowering) -> None:
+        key = f"weight:{to.label}"
+
+        def value(parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+            total = torch.stack([p.abs().sum() for p in parameters.values()]).sum()
+            return inputs[key] * total
+
+        names = [entry.name for entry in to.parameters()]
+        to.penalty(value, names, {key: to.schedule(self.weight)}, {})
+
+
+class Barrier(Probe):
+    """A penalty that is infinite, and its gradient not a number, where a weight is 0."""
+
+    effects: ClassVar = PullToZero.effects
+
+    def lower(self, to: Lowering) -> None:
+        def value(parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+            return torch.stack([(1 / p).square().sum() for p in parameters.values()]).sum()
+
+        to.penalty(value, [entry.name for entry in to.parameters()], {}, {})
+
+
+class Halve(Probe):
+    """Half of the learning rate."""
+
+    effects: ClassVar = (Effect("rates", "halve the rates", writes=("rate",)),)
+
+    def lower(self, to: Lowering) -> None:
+        to.lr_factor("all", [entry.name for entry in to.parameters()]).factor = 0.5
+
+
+class Freeze(Probe):
+    """Nothing trains."""
+
+    effects: ClassVar = (Effect("gradients", "freeze", writes=("gradient",)),)
+
+    def lower(self, to: Lowering) -> None:
+        to.freeze(entry.name for entry in to.parameters())
+
+
+class Idle(Probe):
+    """A construct that asks for no mechanism."""
+
+    effects: ClassVar = (Effect("observe", "nothing"),)
+
+    def lower(self, to: Lowering) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture(autouse=True)
+def probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the constructs above into the catalog."""
+    known = catalog_of(dict(catalog()._modules), ())
+    for kind, construct in (
+        ("regularize", PullToZero), ("regularize", Barrier), ("lr", Halve), ("mask", Freeze), ("observe", Idle)
+    ):  # fmt: skip
+        name = construct.__name__.lower()
+        construct.kind, construct.name = kind, name
+        known._modules[kind, name] = __name__
+        known._loaded[kind, name] = construct
+    monkeypatch.setattr(catalogs, "catalog", lambda: known)
+    monkeypatch.setattr(saved_program, "catalog", lambda: known)
+
+
+def spec(*clauses: str, head: str = f"optimizer sgd {{ lr = {RATE} }} loss cross_entropy") -> Spec:
+    checked = load_spec(Source("spec.train", " ".join([head, *clauses])), catalogs.catalog())
+    assert checked.spec is not None, checked.diagnostics
+    return checked.spec
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return made
+
+
+def batch(t: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(100 + t)
+    return torch.randn(6, 5, generator=g, dtype=torch.float64), torch.randint(
+        0, 3, (6,), generator=g
+    )
+
+
+def by_hand(
+    is_open: Callable[[int], bool], term: Callable[[nn.Module], Tensor], factor: float = 1.0
+) -> tuple[nn.Sequential, list[float]]:
+    """Train by a loop without trainc; return the model and the term of each step."""
+    made, terms = model(), []
+    for t in range(STEPS):
+        x, y = batch(t)
+        value = term(made) if is_open(t) else torch.zeros((), dtype=torch.float64)
+        terms.append(float(value.detach()))
+        found = torch.autograd.grad(cross_entropy(made(x), y) + value, list(made.parameters()))
+        rate = RATE * (factor if is_open(t) else 1.0)
+        with torch.no_grad():
+            for parameter, gradient in zip(made.parameters(), found, strict=True):
+                parameter.sub_(rate * gradient)
+    return made, terms
+
+
+def assert_close(program: Program, want: nn.Module) -> None:
+    for (name, got), parameter in zip(
+        program.module.named_parameters(), want.parameters(), strict=True
+    ):
+        torch.testing.assert_close(got, parameter, rtol=1e-12, atol=1e-13, msg=name)
+
+
+def in_micro_batches(t: int) -> list[tuple[Tensor, Tensor]]:
+    x, y = batch(t)
+    return [(x[:1], y[:1]), (x[1:4], y[1:4]), (x[4:], y[4:])]
+
+
+@pytest.mark.parametrize("divided", [False, True], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize("executor", ["graph", "module"])
+@pytest.mark.parametrize("times", TIMES)
+def test_a_penalty_obeys_its_times(times: str, executor: Any, divided: bool) -> None:
+    def l1(made: nn.Module) -> Tensor:
+        return STRENGTH * torch.stack([p.abs().sum() for p in made.parameters()]).sum()
+
+    program = trainc.compile(spec(f"regularize pulltozero {times}"), model(), executor=executor)
+    said = [program.step(in_micro_batches(t) if divided else batch(t)) for t in range(STEPS)]
+    want, terms = by_hand(TIMES[times], l1)
+    assert_close(program, want)
+    assert [one["pulltozero"] for one in said] == pytest.approx(terms, rel=1e-12)
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_a_closed_penalty_is_not_computed(executor: Any) -> None:
+    made = model()
+    with torch.no_grad():
+        made.get_parameter("1.bias").zero_()
+    text = "regularize barrier from 5 steps noise_scale gns on type(LayerNorm)"
+    program = trainc.compile(spec(text), made, executor=executor)
+    losses = [program.step(batch(t)) for t in range(3)]
+    assert all(math.isfinite(one["loss"]) and one["barrier"] == 0.0 for one in losses)
+    assert all(p.isfinite().all() for p in made.parameters())
+
+
+def test_each_term_has_its_own_metric_by_graph_and_by_modules() -> None:
+    text = spec(
+        "regularize pulltozero from 1 steps", "regularize l2_sp on all { weight = 0.3, to = zero }"
+    )
+    said = {}
+    for executor in ("graph", "module"):
+        program = trainc.compile(text, model(), executor=executor)
+        said[executor] = [program.step(batch(t)) for t in range(3)]
+    for one, other in zip(*said.values(), strict=True):
+        assert one.keys() == other.keys() >= {"pulltozero", "l2_sp"}
+        assert one == pytest.approx(other, rel=1e-12)
+
+
+def test_a_resumed_and_a_loaded_program_obey_the_times(tmp_path: Path) -> None:
+    text = spec("regularize pulltozero from 2 steps until 5 steps")
+    program = trainc.compile(text, model(), executor="graph")
+    for t in range(3):
+        program.step(batch(t))
+    program.save(tmp_path / "open")
+    state = copy.deepcopy(program.state_dict())
+    for t in range(3, STEPS):
+        program.step(batch(t))
+    resumed = trainc.compile(text, model(), executor="graph")
+    resumed.load_state_dict(state)
+    loaded = trainc.load(tmp_path / "open", model(), executor="graph")
+    loaded.load_state_dict(state)
+    for t in range(3, STEPS):
+        resumed.step(batch(t))
+        loaded.step(batch(t))
+    fresh = trainc.load(tmp_path / "open", model(), weights=False, executor="graph")
+    for t in range(STEPS):
+        fresh.step(batch(t))
+    for other in (resumed, loaded, fresh):
+        for a, b in zip(program.module.parameters(), other.module.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("times", ["from 3 steps", "until 3 steps", "from 2 steps until 4 steps"])
+def test_a_factor_on_the_rate_obeys_its_times(times: str) -> None:
+    opens = {**TIMES, "from 2 steps until 4 steps": lambda t: t in (2, 3)}
+    program = trainc.compile(spec(f"lr halve {times}"), model())
+    for t in range(STEPS):
+        program.step(batch(t))
+    want, _ = by_hand(opens[times], lambda made: torch.zeros((), dtype=torch.float64), factor=0.5)
+    assert_close(program, want)
+
+
+def test_l2_sp_obeys_its_times() -> None:
+    start = {name: p.detach().clone() for name, p in model().named_parameters()}
+
+    def pull(made: nn.Module) -> Tensor:
+        return L2Sp.reference(dict(made.named_parameters()), start, 0.3)
+
+    text = "regularize l2_sp on all from 1 steps until 6 steps every 2 steps { weight = 0.3 }"
+    program = trainc.compile(spec(text), model())
+    for t in range(STEPS):
+        program.step(batch(t))
+    want, _ = by_hand(lambda t: t in (1, 3, 5), pull)
+    assert_close(program, want)
+
+
+@pytest.mark.parametrize(
+    ("head", "clause", "words"),
+    [
+        ("loss cross_entropy", "optimizer sgd from 3 steps { lr = 0.1 }", "an optimizer trains in every step"),
+        ("optimizer sgd { lr = 0.1 }", "loss cross_entropy until 3 steps", "the loss holds for the whole run"),
+        (None, "lr halve every 2 steps", "holds between its times: remove `every 2 steps`"),
+        (None, "mask freeze until 2 steps", "frozen in the whole run: remove `until 2 steps`"),
+        (None, "observe idle from 2 steps", "nothing that it does can begin, end or repeat: remove `from 2 steps`"),
+        (None, "run from 2 steps { length = 9 steps }", "nothing that it does can begin, end or repeat"),
+        (
+            None,
+            "noise_scale gns on type(LayerNorm) every 3 steps { calibrate = 4 steps }",
+            "have a period of their own: remove `every 3 steps`",
+        ),
+    ],
+)  # fmt: skip
+def test_a_time_that_cannot_be_obeyed_is_refused_at_plan(
+    head: str | None, clause: str, words: str
+) -> None:
+    text = spec(clause) if head is None else spec(clause, head=head)
+    with pytest.raises(trainc.SpecError) as caught:
+        trainc.plan(text, model())
+    (found,) = caught.value.diagnostics
+    assert words in found.message
+    assert found.span is not None
+
+
+def test_calibrations_obey_from_and_until() -> None:
+    text = "noise_scale gns on type(LayerNorm) from 2 steps until 5 steps { calibrate = 2 steps }"
+    program = trainc.compile(spec(text), model())
+    seen = []
+    for t in range(STEPS):
+        program.step(batch(t))
+        assert program._runner.last is not None
+        seen.append(bool(program._runner.last.calibrations))
+    assert seen == [False, False, True, False, True, False, False]
