@@ -74,10 +74,10 @@ CASES: tuple[tuple[str, Build, tuple[tuple[Size, torch.dtype], ...], bool], ...]
     ("noisy_add, token", noisy(add=True, share="token"), FEW, False),
     ("noisy_add, none", noisy(add=True, share="none"), FEW[1:], False),
     ("multiplicative_noise, token", noisy(add=False, share="token"), FEW, False),
-    ("loss, mse", loss("mse"), ((Size(1, 4096, 32768), BF16),), False),
-    ("loss, kl", loss("kl"), ((Size(1, 4096, 32768), BF16),), False),
-    ("head_loss, mse", head("mse", 4096), ((Size(1, 4096, 32768), BF16),), False),
-    ("head_loss, kl", head("kl", 4096), ((Size(1, 4096, 32768), BF16),), False),
+    ("cross_entropy_consistency, mse", loss("mse"), ((Size(1, 4096, 32768), BF16),), False),
+    ("cross_entropy_consistency, kl", loss("kl"), ((Size(1, 4096, 32768), BF16),), False),
+    ("linear_cross_entropy_consistency, mse", head("mse", 4096), ((Size(1, 4096, 32768), BF16),), False),
+    ("linear_cross_entropy_consistency, kl", head("kl", 4096), ((Size(1, 4096, 32768), BF16),), False),
     ("sparse_adamw_", updates.sparse_adamw, ((Size(1, 65536, 8192), BF16),), False),
     ("multi_norm", updates.multi_norm, ((Size(150, 4096, 1024), BF16),), False),
     ("masked_update_", updates.masked_update, ((Size(1, 32768, 4096), BF16),), False),
@@ -186,7 +186,7 @@ def total(times: Json) -> float:
 def line(found: Json, rate: float) -> str:
     """One row of the table."""
     size = "x".join(map(str, found["size"]))
-    parts = [f"{found['operator']:28}{size:>16} {found['dtype']:9}"]
+    parts = [f"{found['operator']:38}{size:>16} {found['dtype']:9}"]
     parts += [f"{total(found['times'].get(version, {})):9.1f}" for version in VERSIONS]
     parts.append(f"{sum(found['bytes'].values()) / 1e6:9.1f}")
     ours = found["times"]["ours"]
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{device.name()}; {versions}", flush=True)
     head = " ".join(f"{name:>9}" for name in VERSIONS)
     print(
-        f"{'operator':28}{'size':>16} {'dtype':9} {head} {'MB':>9} {'fwd':>6} {'bwd':>6}     error"
+        f"{'operator':38}{'size':>16} {'dtype':9} {head} {'MB':>9} {'fwd':>6} {'bwd':>6}     error"
     )
     found = run(device, options.only, options.full, options.seconds, backend)
     print(
@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.accuracy:  # after what is timed: it compiles every kernel for other shapes
         found["accuracy"] = accuracy.run(options.only, draws=1, device=device.kind)
         for name, families in accuracy.worst(found["accuracy"]).items():
-            print(f"{name:28} " + "  ".join(f"{k} {v:.2g}" for k, v in families.items()))
+            print(f"{name:38} " + "  ".join(f"{k} {v:.2g}" for k, v in families.items()))
     if found["left out"]:
         print(f"left out for want of time: {len(found['left out'])}")
     if options.out is not None:

@@ -60,7 +60,13 @@ def test_a_dry_run_checks_and_times_every_operator(tmp_path: Path) -> None:
     assert found["device"] == "dry run"
     assert found["failed"] == found["left out"] == []
     operators = {row["operator"].partition(",")[0] for row in found["rows"]}
-    assert {"layer_norm", "rms_norm", "noisy_add", "loss", "sparse_adamw_"} <= operators
+    assert {
+        "layer_norm",
+        "rms_norm",
+        "noisy_add",
+        "cross_entropy_consistency",
+        "sparse_adamw_",
+    } <= operators
     for row in found["rows"]:
         assert row["passed"], row
         assert row["repeatable"], row
@@ -104,7 +110,7 @@ def test_it_starts_from_a_bare_checkout_where_nothing_of_ours_is_installed(tmp_p
     installed = [path for path in sys.path if "site-packages" in path]
     command = [sys.executable, "-S", "-W", "ignore", "-c", BARE, "benchmarks/gpu.py"]
     done = subprocess.run(
-        [*command, "--dry-run", "--only", "rms_norm", "loss", "--out", str(out)],
+        [*command, "--dry-run", "--only", "rms_norm", "cross_entropy", "--out", str(out)],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(installed), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
@@ -114,7 +120,10 @@ def test_it_starts_from_a_bare_checkout_where_nothing_of_ours_is_installed(tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("dry run; torch ")
     found = json.loads(out.read_text())
-    assert {row["operator"] for row in found["rows"]} >= {"rms_norm, probe", "loss, kl"}
+    assert {row["operator"] for row in found["rows"]} >= {
+        "rms_norm, probe",
+        "cross_entropy_consistency, kl",
+    }
     assert found["failed"] == []
 
 
