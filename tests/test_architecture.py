@@ -39,8 +39,9 @@ ROOMS = {
         "runtime/schedule": "",
         "runtime/storage": "kernels/library",
         "runtime/data": "runtime/storage",
-        "runtime/step": "runtime/schedule",
-        "runtime/noise_scale": "runtime/storage runtime/step",
+        "runtime/processes": "",
+        "runtime/step": "runtime/schedule runtime/processes",
+        "runtime/noise_scale": "runtime/storage runtime/processes runtime/step",
         "runtime/run": "runtime/schedule runtime/storage runtime/data runtime/step runtime/noise_scale",
         "runtime/report": "runtime/storage runtime/noise_scale",
         "compiler": "dsl/text dsl/reading dsl/resolve",
@@ -49,7 +50,7 @@ ROOMS = {
         "compiler/method": "dsl/text runtime/schedule runtime/step compiler runtime/data",
         "compiler/graph": "compiler runtime/data compiler/method",
         "compiler/lower": (
-            "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/step "
+            "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/processes runtime/step "
             "compiler/model compiler/bind compiler/method"
         ),
         "compiler/layers": (
@@ -60,12 +61,12 @@ ROOMS = {
             "compiler kernels/norm kernels/loss kernels/noise compiler/method compiler/graph compiler/layers"
         ),
         "compiler/per_example": (
-            "compiler dsl/reading runtime/data runtime/step compiler/model compiler/method "
+            "compiler dsl/reading runtime/data runtime/processes runtime/step compiler/model compiler/method "
             "compiler/layers"
         ),
         "compiler/constructs": (
             "dsl/text dsl/values dsl/reading kernels/parameter runtime/schedule "
-            "runtime/step runtime/noise_scale compiler/model compiler/bind compiler/method "
+            "runtime/processes runtime/step runtime/noise_scale compiler/model compiler/bind compiler/method "
             "compiler/lower compiler/layers"
         ),
         "compiler/plan": (
@@ -74,7 +75,7 @@ ROOMS = {
         ),
         "compiler/program": (
             "compiler/model compiler kernels/loss kernels/noise runtime/schedule runtime/storage runtime/data "
-            "runtime/step runtime/run compiler/bind compiler/method compiler/graph "
+            "runtime/processes runtime/step runtime/run compiler/bind compiler/method compiler/graph "
             "compiler/layers compiler/passes compiler/per_example compiler/plan"
         ),
         "compiler/driver": (

@@ -29,6 +29,7 @@ from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
 from trainc.compiler.model.roles import Place
 from trainc.compiler.model.select import select
 from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
+from trainc.runtime.processes.sharded import is_sharded
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import Schedules, compile_schedule
 from trainc.runtime.schedule.time_span import Unit
@@ -36,7 +37,6 @@ from trainc.runtime.step.action import Action, check_phase
 from trainc.runtime.step.around import Around
 from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.optimizer import LrFactor
-from trainc.runtime.step.sharded import is_sharded
 from trainc.runtime.step.update_mask import SelectedEntries
 from trainc.runtime.step.updates import UpdateTransform
 

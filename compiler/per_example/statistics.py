@@ -17,8 +17,8 @@ from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.per_example.gradient_scaling import ScalingDetector
 from trainc.compiler.per_example.micro_batch import MicroBatchResult
 from trainc.runtime.data.batch import Batch
+from trainc.runtime.processes.sharded import squared_norms
 from trainc.runtime.step.record import Contribution
-from trainc.runtime.step.sharded import squared_norms
 
 
 class Statistics:

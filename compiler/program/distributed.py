@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainc.compiler.errors import SiteError
 from trainc.compiler.per_example.micro_batch import MicroBatchResult
+from trainc.runtime.processes.replica_group import world_size
+from trainc.runtime.processes.sharded import is_sharded
 from trainc.runtime.step.action import Action
 from trainc.runtime.step.optimizer import OptimizerStep
-from trainc.runtime.step.replica_group import world_size
 from trainc.runtime.step.replicas import Replicas
-from trainc.runtime.step.sharded import is_sharded
 
 
 def replicas_of(

@@ -8,7 +8,7 @@ from torch import Tensor
 from trainc.compiler.errors import SiteError
 from trainc.compiler.program.distributed import first_shard
 from trainc.compiler.program.execution import Execution
-from trainc.runtime.step.replica_group import MEETING, Fact, ReplicaGroup, world_size
+from trainc.runtime.processes.replica_group import MEETING, Fact, ReplicaGroup, world_size
 
 
 class ExchangeReplicas:

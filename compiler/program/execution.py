@@ -29,9 +29,9 @@ from trainc.compiler.program.graph_cache import GraphCache
 from trainc.compiler.program.paired_loss import paired_loss
 from trainc.compiler.program.scalars import noise_scalars, scheduled_scalars
 from trainc.runtime.data.batch import Batch, compute_logits, repeat_views, split_batch
+from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.record import CalibrationSample
-from trainc.runtime.step.replica_group import ReplicaGroup
 from trainc.runtime.step.replicas import Replicas
 
 Executor = Literal["auto", "graph", "module"]

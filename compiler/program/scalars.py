@@ -9,8 +9,8 @@ from trainc.compiler.method.loss import LOSS_WEIGHT
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.per_example.micro_batch import MicroBatchSlice
 from trainc.kernels.noise.philox import pack_key
+from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.step.replica_group import ReplicaGroup
 from trainc.runtime.storage.random_streams import derive_seed
 
 

@@ -119,7 +119,7 @@ class SquaredNorms:
         `example_weights` are the weights of single examples where contributions are of groups: one
         tensor (examples,) a micro-batch.
         """
-        from trainc.runtime.step.sharded import squared_norms
+        from trainc.runtime.processes.sharded import squared_norms
 
         if not contributions or not gradients:
             return cls({}, {}, math.nan)

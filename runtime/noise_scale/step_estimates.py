@@ -93,7 +93,7 @@ class PerExampleGradients:
 
         Raises ValueError where the optimizer has no second moments after the first step.
         """
-        from trainc.runtime.step.sharded import full
+        from trainc.runtime.processes.sharded import full
 
         rows = {n: torch.cat([p.gradients[n] for p in step.contributions]) for n in gradients}
         batch = {n: full(g).reshape(-1) for n, g in gradients.items()}

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
+    from trainc.runtime.processes.replica_group import Fact, ReplicaGroup
     from trainc.runtime.schedule.clock import Clock
     from trainc.runtime.step.record import Step
-    from trainc.runtime.step.replica_group import Fact, ReplicaGroup
 
 
 class Exchange(Action):
@@ -69,7 +69,7 @@ class Exchange(Action):
         self._said_alone = True
 
     def _facts(self, step: Step, number: int) -> list[Fact]:
-        from trainc.runtime.step.replica_group import MEETING, Fact
+        from trainc.runtime.processes.replica_group import MEETING, Fact
 
         # Without `data` in the spec each replica brings batches of its own size.
         batch = f"{step.batch_size} samples" if step.micro_size else "any"

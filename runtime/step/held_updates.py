@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from trainc.runtime.processes.sharded import is_sharded
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action, Phase
 from trainc.runtime.step.record import Step
-from trainc.runtime.step.sharded import is_sharded
 from trainc.runtime.step.updates import Update, UpdateTransform
 
 DecayForm = Literal["decoupled", "coupled"]

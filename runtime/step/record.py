@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 from torch.nn import Parameter
 
+from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.step.replica_group import ReplicaGroup
 
 
 @dataclass(slots=True)

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.step.record import CalibrationSample, Contribution
-from trainc.runtime.step.replica_group import ReplicaGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from torch import Tensor
 from trainc.compiler.lower.lowering import Lowering
 from trainc.dsl.reading.construct import Construct, Effect
 from trainc.dsl.values.value_json import Duration
+from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.step.action import Action, Phase
 from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.record import Step
-from trainc.runtime.step.replica_group import ReplicaGroup
 
 STEPS = Effect("exchange", "exchange", ("params",), ("params", "metrics", "signal:bytes"))
 

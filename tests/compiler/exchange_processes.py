@@ -25,7 +25,7 @@ from trainc.compiler.program.program import Program
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.values.value_json import Duration
-from trainc.runtime.step.replica_group import ReplicaGroup, ReplicaLost
+from trainc.runtime.processes.replica_group import ReplicaGroup, ReplicaLost
 
 Batch = tuple[Tensor, Tensor]
 Weights = dict[str, Tensor]

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tests.compiler.exchange_processes import cases, data, net, of
+from trainc.runtime.processes.replica_group import ReplicaGroup, _buckets
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
-from trainc.runtime.step.replica_group import ReplicaGroup, _buckets
 
 REFUSED = {
     "refused wrapper": r"SiteError: .*wrapper of the model, `DistributedDataParallel`, that averages gradients",

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.processes.replica_group import ReplicaGroup
     from trainc.runtime.step.record import Step
-    from trainc.runtime.step.replica_group import ReplicaGroup
 
 Replaced = Literal["average", "local"]
 STATE = Effect(

@@ -117,7 +117,7 @@ def _limit(value: float, limits: Range) -> float:
 def _norms(updates: Sequence[Update]) -> Iterator[tuple[Update, tuple[float, float]]]:
     """Yield each update with the L2 norms of its weights and of its change, one read for each device."""
     from trainc.kernels.parameter.multi_norm import multi_norm
-    from trainc.runtime.step.sharded import is_sharded, squared_norms
+    from trainc.runtime.processes.sharded import is_sharded, squared_norms
 
     places: dict[Any, list[Update]] = {}
     for update in updates:
