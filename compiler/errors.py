@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainc.dsl.text.errors import CompilerBug
+from trainc.dsl.text.errors import CompilerBug as CompilerBug
 
 
 def name_root_module(message: str) -> str:
@@ -25,6 +25,12 @@ class ExampleAxisUnknown(SiteError):
     """A layer is given a tensor whose first axis is not the example axis."""
 
     rule = "example-axis-unknown"
+
+
+class GraphRefused(SiteError):
+    """A step cannot run as a graph; the message says why."""
+
+    rule = "capture-failed"
 
 
 def repeated_layers(names: Iterable[str]) -> SiteError:

@@ -96,26 +96,28 @@ def _against_original(
         loss = program.loss_fn(compute_logits(program.module, inputs), targets)
         want = _gradients(program, loss)
     with keep_buffers(program.module):
-        got_loss, got, _ = program.execution.trial(batch, executor, strength=0.0)
+        got = program.execution.trial(batch, executor, strength=0.0)
     title = f"{executor} at strength zero, original"
-    yield Comparison(title, "loss", _error(got_loss, loss.detach()), allowed)
-    yield Comparison(title, "gradients", _worst(got, want), allowed)
+    yield Comparison(title, "loss", _error(got.loss, loss.detach()), allowed)
+    yield Comparison(title, "gradients", _worst(got.gradients, want), allowed)
 
 
 def _against_modules(program: Program, batch: Batch, allowed: float) -> Iterator[Comparison]:
     with keep_buffers(program.module):
-        want_loss, want, _ = program.execution.trial(batch, "module")
+        want = program.execution.trial(batch, "module")
     with keep_buffers(program.module):
-        got_loss, got, _ = program.execution.trial(batch, "graph")
-    yield Comparison("graph, bound modules", "loss", _error(got_loss, want_loss), allowed)
-    yield Comparison("graph, bound modules", "gradients", _worst(got, want), allowed)
+        got = program.execution.trial(batch, "graph")
+    yield Comparison("graph, bound modules", "loss", _error(got.loss, want.loss), allowed)
+    yield Comparison(
+        "graph, bound modules", "gradients", _worst(got.gradients, want.gradients), allowed
+    )
 
 
 def _against_examples(
     program: Program, batch: Batch, allowed: float, executor: Literal["graph", "module"]
 ) -> Iterator[Comparison]:
     """Compare the measured squared norms with those of one backward pass per example."""
-    _, _, squares = program.execution.trial(batch, executor)
+    squares = program.execution.trial(batch, executor).squares
     if not squares:
         return
     with keep_buffers(program.module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +13,11 @@ from torch.utils import _pytree as pytree
 
 from trainc.compiler.graph.forward_graph import ForwardGraph, LossSpec
 from trainc.compiler.graph.interface import Port, describe_batch
-from trainc.compiler.graph.named_tensors import canonical_names, register_tensor
+from trainc.compiler.graph.named_tensors import (
+    canonical_names,
+    first_module_names,
+    register_tensor,
+)
 from trainc.compiler.graph.wrapped_model import (
     PREFIX,
     CaptureFrontEnd,
@@ -88,7 +93,7 @@ def _renamed(
     module: fx.GraphModule, model: nn.Module, ports: Iterable[Port]
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Copy a captured graph with the user's names and plain inputs, without its checks."""
-    names = canonical_names(model)
+    names, modules = canonical_names(model), first_module_names(model)
     own = dict([*model.named_parameters(), *model.named_buffers()])
     by_object = {id(tensor): name for name, tensor in own.items()}
     placeholders = iter(ports)
@@ -114,7 +119,7 @@ def _renamed(
                 plain = path.removeprefix(f"{PREFIX}.")
                 made.target = by_object.get(id(value)) or names.get(plain) or next(fresh)
                 tensors.setdefault(str(made.target), value)
-        _plain_stack(made)
+        _plain_stack(made, modules)
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -127,13 +132,16 @@ def _is_check(node: fx.Node) -> bool:
     return node.op == "call_module" or (node.op == "call_function" and node.target in checks)
 
 
-def _plain_stack(node: fx.Node) -> None:
-    """Drop the wrapper from the module stack, so that paths are the user's."""
+def _plain_stack(node: fx.Node, first_names: Mapping[str, str]) -> None:
+    """Drop the wrapper from the module stack, so that paths are the user's: of each module its first name."""
     if stack := node.meta.get("nn_module_stack"):
-        node.meta["nn_module_stack"] = {
-            key: (path[len(PREFIX) + 1 :], module_type)
-            for key, (path, module_type) in stack.items()
-            if path == PREFIX or path.startswith(f"{PREFIX}.")
-        }
+        plain: dict[str, tuple[str, Any]] = {}
+        for key, (path, module_type) in stack.items():
+            if path == PREFIX or path.startswith(f"{PREFIX}."):
+                own = path[len(PREFIX) + 1 :]
+                first = first_names.get(own, own)
+                # Calls by several names are several calls, whatever the front end's keys are.
+                plain[key if first == own else f"{key} as {own}"] = first, module_type
+        node.meta["nn_module_stack"] = plain
     for key in ("val", "tensor_meta", "unbacked_bindings", "from_node"):
         node.meta.pop(key, None)

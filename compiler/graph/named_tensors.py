@@ -61,3 +61,10 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
         for name, tensor in named(remove_duplicate=False):
             names[name] = first.setdefault(id(tensor), name)
     return names
+
+
+def first_module_names(model: nn.Module) -> dict[str, str]:
+    """Map every name of every module to the first name of the same module."""
+    first: dict[int, str] = {}
+    named = model.named_modules(remove_duplicate=False)
+    return {name: first.setdefault(id(module), name) for name, module in named}

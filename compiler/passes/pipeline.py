@@ -66,11 +66,12 @@ def run_passes(
 ) -> tuple[PassReport, ...]:
     """Run the passes in order and check after each; those named in `without` leave their sites unserved.
 
+    The values of the graph's nodes must be known (`propagate`).
+
     Raises SiteMissing and SiteUnfit for sites that cannot be served, PassBug for a pass that breaks the graph.
     """
     reports: list[PassReport] = []
     excused = {site for step in passes if step.name in without for site in step.wants(rewrite)}
-    forward.propagate()
     for step in passes:
         wanted = step.wants(rewrite)
         if step.name in without or not wanted:

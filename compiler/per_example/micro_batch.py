@@ -61,3 +61,5 @@ class MicroBatchResult:
     """Whether the model was in train mode."""
     example_weights: Tensor | None = None
     """Weights of single examples (examples,), where `weights` are those of groups."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it ran."""

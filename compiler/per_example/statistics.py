@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -94,6 +95,16 @@ class Statistics:
         self._open.batch_sq_norms[name] = squared_norm(
             gradient if before is None else before + gradient
         )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Measure no gradient inside this block."""
+        kept = self._open, self.scaling.micro_batch
+        self._open = self.scaling.micro_batch = None
+        try:
+            yield
+        finally:
+            self._open, self.scaling.micro_batch = kept
 
     def close(self) -> None:
         """End the step: gradients from now on belong to no micro-batch and are not measured."""

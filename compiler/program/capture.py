@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from trainc.compiler.errors import CompilerBug
 from trainc.compiler.graph.differentiate import differentiate
 from trainc.compiler.graph.dynamo_capture import dynamo_capture
 from trainc.compiler.graph.export_capture import export_capture
@@ -89,7 +90,7 @@ def capture(
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     try:
         flat = differentiate(forward, trained, penalties)
-    except ValueError:
+    except (ValueError, CompilerBug):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -111,6 +112,10 @@ def _first_capture(
     for name, front_end in front_ends.items():
         try:
             forward = make(batch=batch, front_end=front_end)
+            forward.propagate()
+        except CompilerBug:
+            raise
+        # A front end runs the user's model, which may raise anything.
         except Exception as error:
             refused.append(f"{name} cannot capture the model: {type(error).__name__}: {error}")
             causes.append(error)

@@ -90,14 +90,17 @@ class Program:
 
     @property
     def graph(self) -> StepGraph:
-        """The step as one torch.fx GraphModule: call it with a batch, it returns the loss and fills `.grad`."""
+        """The step as one torch.fx GraphModule: call it with a batch, it returns the loss and fills `.grad`.
+
+        A call raises GraphRefused where no graph can run the step, and says why.
+        """
         graph = self.execution.graphs.newest
         graph.on_call = partial(self._runner.run, as_graph=True)
         return graph
 
     @property
     def graph_refused(self) -> str | None:
-        """Why the bound modules run although a graph was requested; None while a graph can run."""
+        """Why the last micro-batch ran by the bound modules although a graph was wanted; None where it did not."""
         return self.execution.refused
 
     @property
@@ -209,7 +212,7 @@ class Program:
     def save(self, folder: str | Path) -> Path:
         """Write plan, graph and weights to `folder` and return it; `trainc.load` binds them to a model again."""
         self._machine.check_outside("save")
-        return save(Path(folder), self.plan, self.module, self.graph)
+        return save(Path(folder), self.plan, self.module, self.execution.graphs.installed)
 
     def summary(self) -> list[str]:
         """Return lines of text: what the loss and each clause of the spec did in this run."""
@@ -218,8 +221,10 @@ class Program:
         lines += factor_lines(self._method)
         said = (action.summary() for action in self._machine.actions)
         lines += [line for line in said if line is not None]
-        if self.graph_refused is not None:
-            lines.append(f"the bound modules ran instead of a graph: {self.graph_refused}")
+        lines += [
+            f"the bound modules ran instead of a graph: {reason}"
+            for reason in self.execution.reasons
+        ]
         dropped = [clause for clause in self.plan.clauses if clause["dropped"]]
         return lines + [
             f"{c['kind']} {c['construct']}: not in the program: {c['dropped']}" for c in dropped

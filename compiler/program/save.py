@@ -17,12 +17,17 @@ PLAN, GRAPH = "plan.json", "graph.json"
 WEIGHTS, CONSTANTS = "weights.safetensors", "constants.safetensors"
 
 
-def save(folder: Path, plan: Plan, module: nn.Module, graph: StepGraph) -> Path:
-    """Write a program's plan, its graph if one was captured, and the model's weights; return the folder."""
+def save(folder: Path, plan: Plan, module: nn.Module, graph: StepGraph | None) -> Path:
+    """Write a program's plan, its graph if one was captured, and the model's weights; return the folder.
+
+    A graph that an earlier program left in the folder is removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PLAN).write_text(json_text(plan.to_json()))
     save_model(module, str(folder / WEIGHTS))
-    if graph.installed:
+    (folder / GRAPH).unlink(missing_ok=True)
+    (folder / CONSTANTS).unlink(missing_ok=True)
+    if graph is not None:
         (folder / GRAPH).write_text(json_text(step_to_json(graph)))
         constants = {n: t.contiguous() for n, t in graph.constant_tensors().items()}
         if constants:

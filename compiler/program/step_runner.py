@@ -43,7 +43,6 @@ class StepRunner:
         self.first_terms: dict[str, float] = {}
         """The loss and its terms at the first step, for the summary."""
         self._results: list[MicroBatchResult] = []
-        self._refused: str | None = None
         self._told_missed = False
 
     def run(
@@ -60,7 +59,11 @@ class StepRunner:
         fraction = loss_weight if example_fraction is None else example_fraction
         step = self._open([checked], fraction)
         where = MicroBatchSlice(loss_weight, fraction, step.samples)
-        return self._run(step, checked, where, as_graph=as_graph)
+        self._calibrate(step, checked)
+        run = self.execution.run_graph if as_graph else self.execution.run_modules
+        loss, result = run(checked, where)
+        self._keep(step, checked, result)
+        return loss
 
     def step(
         self, batch: Batch | Sequence[Batch], scaler: torch.amp.GradScaler | None = None
@@ -167,12 +170,9 @@ class StepRunner:
     ) -> None:
         """Run forward and backward passes of all micro-batches."""
         for i, (one, where) in enumerate(micro_batches):
-            if scaler is None and self.execution.wants_graph:
-                self._run(step, one, where, as_graph=True)
-                continue
+            self._calibrate(step, one)
             with self._no_sync(unless=i == len(micro_batches) - 1):
-                loss = self._run(step, one, where, as_graph=False)
-                (loss if scaler is None else scaler.scale(loss)).backward()
+                self._keep(step, one, self.execution.run(one, where, scaler))
 
     def _open(self, micro_batches: Sequence[Batch], example_fraction: float = 1.0) -> Step:
         """Open the step unless it is open; where the spec names no data, its batch size is that of the micro-batches.
@@ -200,17 +200,11 @@ class StepRunner:
         no_sync = getattr(self.execution.forward, "no_sync", None)
         return nullcontext() if unless or no_sync is None else no_sync()
 
-    def _run(self, step: Step, batch: Batch, where: MicroBatchSlice, *, as_graph: bool) -> Tensor:
-        """Run one micro-batch and keep its result; a graph also runs the backward pass."""
-        self._calibrate(step, batch)
-        run = self.execution.run_graph if as_graph else self.execution.run_modules
-        loss, result = run(batch, where)
-        if self.execution.refused != self._refused:
-            self._refused = self.execution.refused
-            step.notes.append(f"the bound modules run instead of a graph: {self.execution.refused}")
+    def _keep(self, step: Step, batch: Batch, result: MicroBatchResult) -> None:
+        """Keep the results of a micro-batch that ran."""
+        step.notes.extend(result.notes)
         self._count(step, batch[1])
         self._results.append(result)
-        return loss
 
     def _calibrate(self, step: Step, batch: Batch) -> None:
         """Measure all layers on the step's first micro-batch when a clause asks for it now."""

@@ -177,7 +177,7 @@ def test_positions_as_many_as_examples_are_not_taken_for_examples() -> None:
     for executor in ("module", "graph"):
         program = trainc.compile(ALL, model, executor=executor)
         program.execution._check_preconditions((x, y))
-        found = program.execution.trial((x, y), executor)[2]
+        found = program.execution.trial((x, y), executor).squares
         torch.testing.assert_close(found["positions.weight"], expected["positions.weight"])
         program.unbind()
 
@@ -233,7 +233,7 @@ def test_a_transposed_linear_layer_is_one() -> None:
     expected = brute(model, x, y)
     for executor in ("module", "graph"):
         program = trainc.compile(ALL, model, executor=executor)
-        found = program.execution.trial((x, y), executor)[2]
+        found = program.execution.trial((x, y), executor).squares
         for name, squares in expected.items():
             torch.testing.assert_close(found[name], squares, rtol=1e-9, atol=1e-14)
         program.unbind()
