@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainc.dsl.reading.construct import KINDS, Construct
+from trainc.dsl.reading.construct_rules import check_rules
 from trainc.dsl.text.source import Source
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ class Catalog(Mapping[tuple[str, str], type[Construct]]):
 
     def __getitem__(self, key: tuple[str, str]) -> type[Construct]:
         if key not in self._loaded:
-            self._loaded[key] = _declared(self._modules[key], *key)
+            construct = _declared(self._modules[key], *key)
+            if construct.rules:
+                check_rules(construct, self._loaded.values())
+            self._loaded[key] = construct
         return self._loaded[key]
 
     def __contains__(self, key: object) -> bool:

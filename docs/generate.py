@@ -36,7 +36,7 @@ def pages() -> dict[Path, str]:
     return {
         HERE.parent / "trainc/functional.pyi": functional_stub(),
         HERE / "constructs.md": constructs_page(catalog()),
-        HERE / "diagnostics.md": rules_page(),
+        HERE / "diagnostics.md": rules_page(catalog()),
         HERE / "measured.md": run_path(str(HERE / "measured.py"))["measured_page"](),
     }
 

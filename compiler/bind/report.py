@@ -7,8 +7,10 @@ from typing import Literal
 
 from trainc.compiler.errors import name_root_module
 from trainc.dsl.reading.construct import Problem
+from trainc.dsl.reading.construct_rules import explanation
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.language_rules import RuleExplanation
 from trainc.dsl.text.source import Span
 
 
@@ -30,13 +32,26 @@ class Report:
         notes: Iterable[str] = (),
         help: str | None = None,
         severity: Literal["error", "warning"] = "error",
+        explanation: RuleExplanation | None = None,
     ) -> None:
         """Add a diagnostic at `span`, or else at a part of the clause: `on`, a field, or all of it."""
         at = labels((span or clause.part_span(part), label))
-        self.diagnostics.append(Diagnostic(rule, message, at, tuple(notes), help, severity))
+        self.diagnostics.append(
+            Diagnostic(rule, message, at, tuple(notes), help, severity, explanation=explanation)
+        )
 
     def add_problem(self, problem: Problem, clause: Clause) -> None:
-        """Add a mistake that a construct found; without a field it is about what `on` selects."""
+        """Add a mistake that a construct found; without a field it is about what `on` selects.
+
+        Raises TypeError for a rule that the construct does not declare.
+        """
+        meaning = explanation(clause.construct, problem.rule)
+        if meaning is None:
+            construct = type(clause.construct)
+            raise TypeError(
+                f"`{construct.heading()}` reports the rule `{problem.rule}`, which is not a rule of the language:"
+                f" explain it in `rules` of `{construct.__name__}` in `{construct.__module__}`"
+            )
         self.add(
             problem.rule,
             name_root_module(problem.message),
@@ -45,6 +60,7 @@ class Report:
             notes=problem.notes,
             help=problem.help,
             severity=problem.severity,
+            explanation=meaning,
         )
 
 

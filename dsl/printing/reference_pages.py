@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from trainc.dsl.reading.construct import KINDS, Catalog, Construct
+from trainc.dsl.reading.construct_rules import rules_of
 from trainc.dsl.reading.fields import field_type
-from trainc.dsl.text.rules import RULES
+from trainc.dsl.text.language_rules import RuleExplanation
 from trainc.dsl.values.value import value_text
 
 _PLAIN = {
@@ -23,7 +24,7 @@ _PLAIN = {
 _BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
 _INTRODUCTION = {
     "constructs": "# Constructs\n\nGenerated from compiler/constructs; do not edit.\n",
-    "rules": "# Diagnostics\n\nGenerated from the rules in dsl/text; do not edit.\n",
+    "rules": "# Diagnostics\n\nGenerated from the rules in dsl/text and of the constructs; do not edit.\n",
 }
 
 
@@ -46,6 +47,9 @@ def construct_page(cls: type[Construct], level: int = 1) -> str:
         parts.append("Measures:\n\n" + "\n".join(lines))
     if cls.effects:
         parts.append("In each step:\n\n" + "\n".join(map(_effect, cls.effects)))
+    if cls.rules:
+        own = (f"- `{rule}`: {about.what}" for rule, about in cls.rules.items())
+        parts.append("Diagnostics of its own:\n\n" + "\n".join(own))
     if cls.identity:
         values = " or ".join(f"`{field} = {text}`" for field, text in cls.identity.items())
         parts.append(f"No effect and no cost with {values}.")
@@ -65,17 +69,15 @@ def constructs_page(catalog: Catalog) -> str:
     return "\n".join(parts)
 
 
-def rule_page(rule: str, level: int = 1) -> str:
+def rule_page(rule: str, about: RuleExplanation, level: int = 1) -> str:
     """Return a rule's entry as Markdown."""
-    about = RULES[rule]
     return f"{'#' * level} {rule}\n\n{about.what} {about.why}\n\n{about.fix}\n"
 
 
-def rules_page() -> str:
-    """Return the reference of all rules."""
-    return "\n".join(
-        [_INTRODUCTION["rules"], *(rule_page(rule, level=2) for rule in sorted(RULES))]
-    )
+def rules_page(catalog: Catalog) -> str:
+    """Return the reference of all rules, those of constructs too."""
+    pages = (rule_page(rule, about, level=2) for rule, about in rules_of(catalog).items())
+    return "\n".join([_INTRODUCTION["rules"], *pages])
 
 
 def _docstring(cls: type[Construct]) -> str:

@@ -18,7 +18,9 @@ from trainc.dsl.reading.field_types import (
     Selector,
 )
 from trainc.dsl.reading.fields import read_field, untyped_value
+from trainc.dsl.text.language_rules import RuleExplanation
 from trainc.dsl.text.record import Record
+from trainc.dsl.text.rules import check_names
 from trainc.dsl.text.vocabulary import KINDS, PHASES, RESOURCES, SELECTED
 from trainc.dsl.values.value_json import to_json
 
@@ -34,6 +36,7 @@ __all__ = [
     "ImportPath",
     "Problem",
     "Range",
+    "RuleExplanation",
     "Samples",
     "Schedule",
     "ScopedNumbers",
@@ -99,6 +102,8 @@ class Construct(BaseModel):
     identity: ClassVar[Mapping[str, str]] = {}
     signals: ClassVar[Mapping[str, str]] = {}
     effects: ClassVar[tuple[Effect, ...]] = ()
+    rules: ClassVar[Mapping[str, RuleExplanation]] = {}
+    """The rules that its own `Problem`s name, besides those of the language and the compiler."""
     open_fields: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -111,6 +116,7 @@ class Construct(BaseModel):
             raise ValueError(
                 f"`targets` of `{cls.__name__}` is `{cls.targets}`: write one of {', '.join(SELECTED)}"
             )
+        check_names(cls.__name__, cls.rules)
         for written in (resource for effect in cls.effects for resource in effect.writes):
             if written.startswith(_SIGNAL) and written.removeprefix(_SIGNAL) not in cls.signals:
                 raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from trainc.dsl.text.language_rules import RuleExplanation
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.rules import RULES
 from trainc.dsl.text.source import Span
@@ -40,11 +41,14 @@ class Diagnostic(Record):
     help: str | None = None
     severity: Severity = "error"
     edit: Edit | None = None
+    explanation: RuleExplanation | None = None
+    """What the rule means, given where a construct declares the rule."""
 
     def __post_init__(self) -> None:
-        assert self.rule in RULES, (
-            f"there is no rule `{self.rule}`: add it to the rules in dsl/text"
+        assert self.explanation is not None or self.rule in RULES, (
+            f"there is no rule `{self.rule}`: add it to the rules in dsl/text, or to `rules` of a construct"
         )
+        self._set("explanation", self.explanation or RULES[self.rule])
 
     @property
     def span(self) -> Span | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.render import safe
-from trainc.dsl.text.rules import RULES
 
 # Where each property of a GitHub annotation stands in a place.
 _GITHUB_KEYS = {
@@ -72,14 +71,16 @@ def render_github(diagnostics: Iterable[Diagnostic]) -> str:
 
 def render_sarif(diagnostics: Sequence[Diagnostic]) -> str:
     """Return a SARIF 2.1.0 log, for code-scanning services."""
-    used = sorted({d.rule for d in diagnostics})
+    explained = {d.rule: d.explanation for d in diagnostics}
+    used = sorted(explained)
     rules = [
         {
             "id": rule,
-            "shortDescription": {"text": RULES[rule].what},
-            "help": {"text": RULES[rule].fix},
+            "shortDescription": {"text": about.what},
+            "help": {"text": about.fix},
         }
         for rule in used
+        if (about := explained[rule]) is not None
     ]
     results = []
     for d in diagnostics:

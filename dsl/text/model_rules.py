@@ -47,16 +47,6 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "It is left out of the program and costs nothing. Perhaps it was meant to act.",
         "Give the field another value, or remove the clause.",
     ),
-    "norm-mixes-examples": RuleExplanation(
-        "Per-example statistics are requested for a layer that mixes examples, such as BatchNorm.",
-        "In such a layer no gradient belongs to one example alone, so the number would mean nothing.",
-        "Select layers that treat examples separately: LayerNorm, RMSNorm, GroupNorm.",
-    ),
-    "pair-over-batch-norm": RuleExplanation(
-        "Two passes are compared through a layer whose output depends on the whole batch.",
-        "The passes then also differ by the statistics of the batch, and running averages are updated twice.",
-        "Freeze the BatchNorm layers, or replace them with GroupNorm.",
-    ),
     "noise-scale-sees-penalty": RuleExplanation(
         "A gradient noise scale is measured on parameters whose gradient also contains a penalty.",
         "The result is then the noise scale of loss and penalty together. The theory is about the loss alone.",
@@ -114,11 +104,6 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "A noise scale compares what each example adds to a mean. A summed or a contrastive loss is not such a "
         "mean.",
         "Divide a summed loss by the number of examples or targets, or remove the noise scale.",
-    ),
-    "nothing-to-measure": RuleExplanation(
-        "A clause selects something that it cannot measure.",
-        "The statistic would be missing from every report, or be read as zero.",
-        "Exclude it from the selection, or add what the label says is missing.",
     ),
     "wrong-target-kind": RuleExplanation(
         "A selector finds parameters where the construct acts on modules, or modules where it acts on parameters.",

@@ -4,7 +4,7 @@ import pytest
 
 from trainc.compiler.catalog import catalog
 from trainc.dsl.printing.reference_pages import construct_page, constructs_page, rules_page
-from trainc.dsl.text.rules import RULES
+from trainc.dsl.reading.construct_rules import rules_of
 
 
 @pytest.mark.parametrize("key", catalog(), ids=" ".join)
@@ -22,4 +22,4 @@ def test_the_reference_lists_everything() -> None:
     assert all(
         f"\n### {cls.heading()}\n" in constructs_page(catalog()) for cls in catalog().values()
     )
-    assert all(f"\n## {rule}\n" in rules_page() for rule in RULES)
+    assert all(f"\n## {rule}\n" in rules_page(catalog()) for rule in rules_of(catalog()))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from trainc.compiler.catalog import catalog
 from trainc.dsl.printing.reference_pages import construct_page, rule_page
 from trainc.dsl.reading.construct import KINDS
+from trainc.dsl.reading.construct_rules import rules_of
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.rules import RULES
 
@@ -19,12 +20,14 @@ def explain_topic(words: Sequence[str]) -> str | None:
     if not words:
         return _contents()
     if len(words) == 1 and words[0] in RULES:
-        return rule_page(words[0])
+        return rule_page(words[0], RULES[words[0]])
     pages = [construct_page(catalog()[key]) for key in catalog() if tuple(words) in (key, key[1:])]
     if pages:
         return "\n".join(pages)
     if len(words) == 1 and words[0] in KINDS:
         return _kind(words[0])
+    if len(words) == 1 and words[0] in (rules := rules_of(catalog())):
+        return rule_page(words[0], rules[words[0]])
     return None
 
 
@@ -39,13 +42,13 @@ def _summary(kind: str, name: str) -> str:
 
 def _contents() -> str:
     constructs = "".join(_kind(kind) for kind in KINDS if any(k == kind for k, _ in catalog()))
-    rules = "".join(f"{rule}: {about.what}\n" for rule, about in sorted(RULES.items()))
+    rules = "".join(f"{rule}: {about.what}\n" for rule, about in rules_of(catalog()).items())
     return f"Constructs\n\n{constructs}\nRules\n\n{rules}"
 
 
 def _options() -> list[str]:
     names = [name for _, name in catalog()]
-    return [*RULES, *names, *KINDS, *(f"{kind} {name}" for kind, name in catalog())]
+    return [*rules_of(catalog()), *names, *KINDS, *(f"{kind} {name}" for kind, name in catalog())]
 
 
 def register(app: "typer.Typer") -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem
+from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem, RuleExplanation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,18 @@ class Gns(Construct):
             ("metrics", *(f"signal:{name}" for name in signals)),
         ),
     )
+    rules: ClassVar = {
+        "norm-mixes-examples": RuleExplanation(
+            "Per-example statistics are requested for a layer that mixes examples, such as BatchNorm.",
+            "In such a layer no gradient belongs to one example alone, so the number would mean nothing.",
+            "Select layers that treat examples separately: LayerNorm, RMSNorm, GroupNorm.",
+        ),
+        "nothing-to-measure": RuleExplanation(
+            "A clause selects something that it cannot measure.",
+            "The statistic would be missing from every report, or be read as zero.",
+            "Exclude it from the selection, or add what the label says is missing.",
+        ),
+    }
 
     smooth: Duration = Field(
         default=Duration(200, "steps"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
+from trainc.dsl.reading.construct import Construct, Effect, Problem, RuleExplanation, Schedule
 from trainc.dsl.text.vocabulary import PLACES
 from trainc.dsl.values.value_json import Binary, Call, Expr, Name, Quantity, Unary, to_json, walk
 
@@ -46,6 +46,13 @@ class Pace(Construct):
             "forward", "pass two noisy views", ("inputs", "clock"), ("views", "forward", "loss")
         ),
     )
+    rules: ClassVar = {
+        "pair-over-batch-norm": RuleExplanation(
+            "Two passes are compared through a layer whose output depends on the whole batch.",
+            "The passes then also differ by the statistics of the batch, and running averages are updated twice.",
+            "Freeze the BatchNorm layers, or replace them with GroupNorm.",
+        ),
+    }
 
     sigma: Schedule = Field(
         description="standard deviation of the factor on an output; may use `depth`, `block` and `blocks`"
