@@ -143,15 +143,20 @@ class Execution(ModuleRunner):
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def gradients(
-        self, batch: Batch, where: MicroBatchSlice, scaler: torch.amp.GradScaler | None = None
+        self,
+        batch: Batch,
+        where: MicroBatchSlice,
+        scaler: torch.amp.GradScaler | None = None,
+        of: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return the gradients that one micro-batch adds to the step, by parameter, without adding them.
 
-        No statistic is kept, and replicas average nothing. With a `scaler` the loss is scaled.
+        No statistic is kept, and replicas average nothing. With a `scaler` the loss is scaled. With `of` they are those
+        of these tensors, by the bound modules.
         """
         scalars = self._graph_scalars(batch, where)
         found = None
-        if scaler is None and self._wants_graph:
+        if scaler is None and of is None and self._wants_graph:
             try:
                 found = self._trial_graph(self._trusted(batch), batch, scalars)
             except GraphRefused:
@@ -159,7 +164,7 @@ class Execution(ModuleRunner):
                     raise  # for others the passes of the step say why
         if found is None:
             self._check_preconditions(batch)
-            found = self._trial_modules(batch, scalars, where.loss_weight, scaler)
+            found = self._trial_modules(batch, scalars, where.loss_weight, scaler, of)
         return {n: gradient for n, gradient in found.gradients.items() if gradient is not None}
 
     # what is compared

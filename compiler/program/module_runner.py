@@ -113,8 +113,12 @@ class ModuleRunner:
         scalars: Mapping[str, Tensor],
         loss_weight: float = 1.0,
         scaler: torch.amp.GradScaler | None = None,
+        of: Mapping[str, Tensor] | None = None,
     ) -> TrialResult:
-        """Return what the modules compute; no gradient is accumulated and no statistic kept."""
+        """Return what the modules compute; no gradient is accumulated and no statistic kept.
+
+        The gradients are of the parameters that train, or of the tensors `of`.
+        """
         self._activate(batch, scalars)
         # DistributedDataParallel expects every forward pass to be followed by an exchange of gradients.
         forward = self.forward if self.replicas is None else self.module
@@ -122,7 +126,8 @@ class ModuleRunner:
             with self.statistics.paused():
                 total, _, _ = self._forward(forward, batch, loss_weight, scalars)
                 total = total if scaler is None else scaler.scale(total)
-                named = {n: p for n, p in self.parameters.items() if p.requires_grad}
+                trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
+                named = trained if of is None else of
                 probes = self.sites.probes()
                 wanted = [*named.values(), *probes.values()]
                 found = torch.autograd.grad(total, wanted, allow_unused=True)

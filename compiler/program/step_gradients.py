@@ -1,9 +1,10 @@
-"""The gradients of a whole step at the weights of now, for what surrounds its passes: nothing else is left behind."""
+"""The gradients of a whole step before its own passes, for what surrounds them: nothing else is left behind."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,14 +13,14 @@ from trainc.compiler.model.eager import differentiable_checkpoints
 from trainc.compiler.model.undisturbed import keep_state
 from trainc.compiler.per_example.micro_batch import MicroBatchSlice
 from trainc.compiler.program.execution import Execution
-from trainc.runtime.data.batch import Batch
+from trainc.runtime.data.batch import Batch, map_tensors
 
 
 class StepGradients:
-    """Returns, when called, the gradients of the step's loss by parameter, over all micro-batches and replicas.
+    """Returns, when called, the gradients of the step's loss, over all micro-batches and replicas.
 
-    They are of every parameter that trains and has an effect on the loss, zero at entries that a mask does not train.
-    Buffers and random states are as before afterwards, so that the step's own passes draw the same dropout; no
+    Those of parameters are of all that train and have an effect on the loss, zero at entries that a mask does not
+    train. Buffers and random states are as before afterwards, so that the step's own passes draw the same dropout; no
     gradient is accumulated and no statistic kept. With a `scaler` losses are scaled and gradients unscaled; they may
     then be infinite, as those of the step's own pass.
     """
@@ -30,26 +31,75 @@ class StepGradients:
         micro_batches: Sequence[tuple[Batch, MicroBatchSlice]],
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        self._execution, self._micro_batches, self._scaler = execution, micro_batches, scaler
+        self._execution, self._scaler = execution, scaler
+        self.micro_batches = list(micro_batches)
+        """What the step's own passes run."""
+        self._copied = False
         self._found: set[str] | None = None
 
-    def __call__(self, of: Literal["parameters"] = "parameters") -> dict[str, Tensor]:
-        """Run forward and backward passes of all micro-batches."""
-        execution = self._execution
-        found: dict[str, Tensor] = {}
+    @property
+    def inputs(self) -> list[Any]:
+        """Return copies of the inputs, which replace them in `micro_batches`."""
+        if not self._copied:
+            self.micro_batches = [
+                ((map_tensors(torch.clone, inputs), targets), where)
+                for (inputs, targets), where in self.micro_batches
+            ]
+            self._copied = True
+        return [inputs for (inputs, _), _ in self.micro_batches]
+
+    @overload
+    def __call__(self, of: Literal["parameters"] = "parameters") -> dict[str, Tensor]: ...
+
+    @overload
+    def __call__(self, of: Literal["inputs"]) -> list[Any]: ...
+
+    def __call__(self, of: Literal["parameters", "inputs"] = "parameters") -> Any:
+        """Run forward and backward passes of all micro-batches; see `runtime.step.around.Gradients`."""
         torch.clear_autocast_cache()  # its copies of the weights are from before they were changed
-        with keep_state(execution.module), differentiable_checkpoints(), torch.enable_grad():
-            for batch, where in self._micro_batches:
-                for name, gradient in execution.gradients(batch, where, self._scaler).items():
-                    gradient = gradient.to_dense() if gradient.is_sparse else gradient
-                    found[name] = found[name] + gradient if name in found else gradient
-        if self._scaler is not None:
-            scale = self._scaler.get_scale()
-            found = {name: gradient / scale for name, gradient in found.items()}
+        module = self._execution.module
+        with keep_state(module), differentiable_checkpoints(), torch.enable_grad():
+            return self._of_parameters() if of == "parameters" else self._of_inputs()
+
+    def _of_parameters(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for batch, where in self.micro_batches:
+            for name, gradient in self._execution.gradients(batch, where, self._scaler).items():
+                dense = gradient.to_dense() if gradient.is_sparse else gradient
+                found[name] = found[name] + dense if name in found else dense
         self._found = set(found)
-        found = self._average(found)
-        masks = execution.method.selected_entries
+        found = self._average({name: self._unscaled(g) for name, g in found.items()})
+        masks = self._execution.method.selected_entries
         return {n: masks[n].trained(g) if n in masks else g for n, g in found.items()}
+
+    def _of_inputs(self) -> list[Any]:
+        replicas, trees = self._execution.replicas, []
+        for (inputs, targets), where in self.micro_batches:
+            leaves: dict[str, Tensor] = {}
+            given = map_tensors(partial(_as_leaf, leaves), inputs)
+            if not leaves:
+                raise ValueError(
+                    "the inputs have no tensor of floating point, and so no gradients: change the output of a layer"
+                    " instead, such as that of an embedding"
+                )
+            run = self._execution.gradients
+            found = run((given, targets), where, self._scaler, leaves)
+            scale = 1 if replicas is None else replicas.size
+            order = iter(leaves)
+            trees.append(map_tensors(partial(self._gradient_of, order, found, scale), inputs))
+        return trees
+
+    def _gradient_of(
+        self, order: Iterator[str], found: Mapping[str, Tensor], scale: int, tensor: Tensor
+    ) -> Any:
+        """Return the gradient of the next of the inputs; None where it can have none."""
+        if not tensor.is_floating_point():
+            return None
+        gradient = found.get(next(order))
+        return torch.zeros_like(tensor) if gradient is None else self._unscaled(gradient) / scale
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self._scaler is None else gradient / self._scaler.get_scale()
 
     def missed(self) -> list[str]:
         """Return the parameters that have a gradient after the step's passes and had none when asked before."""
@@ -70,3 +120,12 @@ class StepGradients:
         }
         replicas.sum_in_place(list(summed.values()))
         return summed
+
+
+def _as_leaf(leaves: dict[str, Tensor], tensor: Tensor) -> Tensor:
+    """Return a tensor of the inputs as one to differentiate by, and keep it by its number."""
+    if not tensor.is_floating_point():
+        return tensor
+    leaf = tensor.detach().requires_grad_()
+    leaves[f"input {len(leaves)}"] = leaf
+    return leaf

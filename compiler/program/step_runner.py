@@ -89,8 +89,8 @@ class StepRunner:
             else:
                 self._count(step, one[1])
         around = self.machine.around and counted
-        with self._surrounded(step, counted, scaler) if around else nullcontext():
-            self._pass_all(step, counted, scaler)
+        with self._surrounded(step, counted, scaler) if around else nullcontext(counted) as parts:
+            self._pass_all(step, parts, scaler)
         return self.update(scaler)
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
@@ -140,8 +140,11 @@ class StepRunner:
         step: Step,
         micro_batches: Sequence[tuple[Batch, MicroBatchSlice]],
         scaler: torch.amp.GradScaler | None,
-    ) -> Iterator[None]:
-        """Run the block inside what surrounds the passes of this step; raises SiteError for sharded parameters."""
+    ) -> Iterator[Sequence[tuple[Batch, MicroBatchSlice]]]:
+        """Surround the passes of this step, and yield the micro-batches that these run.
+
+        Raises SiteError for sharded parameters.
+        """
         if (shard := first_shard(self.execution.parameters)) is not None:
             raise SiteError(
                 f"`{shard}` is sharded over processes (FSDP2), and the gradients that {self._around} needs before the"
@@ -151,7 +154,7 @@ class StepRunner:
         try:
             with self.machine.surround(step, gradients):
                 torch.clear_autocast_cache()  # of the weights' values before they were changed
-                yield
+                yield gradients.micro_batches
                 if not self._told_missed and (missed := gradients.missed()):
                     self._told_missed = True
                     step.notes.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from trainc.runtime.step.action import Action, Phase
 
@@ -18,8 +18,23 @@ if TYPE_CHECKING:
 class Gradients(Protocol):
     """The gradients of a step before its own passes; each call runs all micro-batches once more."""
 
-    def __call__(self, of: Literal["parameters"] = "parameters") -> dict[str, Tensor]:
-        """Return the gradients of the step's loss at the weights of now, by parameter."""
+    @property
+    def inputs(self) -> list[Any]:
+        """Return the inputs of each micro-batch, as copies that may be changed in place for the step's own passes."""
+
+    @overload
+    def __call__(self, of: Literal["parameters"] = "parameters") -> dict[str, Tensor]: ...
+
+    @overload
+    def __call__(self, of: Literal["inputs"]) -> list[Any]: ...
+
+    def __call__(self, of: Literal["parameters", "inputs"] = "parameters") -> Any:
+        """Return the gradients of the step's loss at the weights and inputs of now.
+
+        They are by parameter; those of inputs are a list of one tree for each micro-batch, with the tensors of the
+        inputs replaced by their gradients, zeros where they have no effect, and None for tensors that are not of
+        floating point. Raises ValueError where none of the inputs is.
+        """
 
 
 class Around(Action):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import trainc
 from trainc.compiler.lower.lowering import Lowering
@@ -47,8 +47,8 @@ class Surround(Around):
             self.log.append(f"leave {self.name}")
 
 
-def no_gradients(of: str = "parameters") -> dict[str, Tensor]:
-    raise AssertionError("nobody asked")
+no_gradients: Any = None
+"""Nobody asks for them here."""
 
 
 def machine(*actions: Action) -> StepMachine:

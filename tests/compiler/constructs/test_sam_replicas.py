@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import trainc
 from trainc.compiler.errors import SiteError
+from trainc.compiler.lower.lowering import Lowering
+from trainc.dsl.reading.construct import Construct, Effect
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
+from trainc.runtime.step.around import Around, Gradients
+from trainc.runtime.step.record import Step
 
 Batch = tuple[Tensor, Tensor]
 SPEC = """
@@ -70,9 +78,44 @@ def replica(rank: int, folder: str) -> None:
         program.forward = DistributedDataParallel(model, find_unused_parameters=not whole)
         losses = [program.step(batches(rank, i, whole))["loss"] for i in range(STEPS)]
         found[name] = {"losses": losses, "weights": model.state_dict()}
+    found["inputs"] = input_gradients(rank)
     found |= {f"sharded {when}": sharded(when) for when in ("first", "late")}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+class Look(Construct):
+    """Keeps the gradients of the inputs."""
+
+    kind: ClassVar = "perturb"
+    name: ClassVar = "look"
+    cite: ClassVar = "-"
+    effects: ClassVar = (Effect("perturb", "look at the inputs", ("inputs",)),)
+
+    def lower(self, to: Lowering) -> None:
+        to.around(Looking(to.label))
+
+
+class Looking(Around):
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.found: list[Tensor] = []
+
+    @contextmanager
+    def surround(self, step: Step, gradients: Gradients) -> Iterator[None]:
+        self.found = gradients(of="inputs")
+        yield
+
+
+def input_gradients(rank: int) -> list[Tensor]:
+    model, base = net(), trainc.check("loss cross_entropy optimizer sgd { lr = 0.3 }").spec
+    assert base is not None
+    program = trainc.compile(Spec((*base.clauses, Clause(Look()))), model)
+    program.forward = DistributedDataParallel(model)
+    program.step(batches(rank, 0, True))
+    (action,) = program._machine.around
+    assert isinstance(action, Looking)
+    return action.found
 
 
 def sharded(when: str) -> str:
@@ -155,6 +198,18 @@ def test_two_replicas_are_the_loop_written_by_hand(case: str, found: list[dict[s
         torch.testing.assert_close(one["weights"][name], value, rtol=1e-12, atol=1e-12, msg=name)
         assert torch.equal(one["weights"][name], two["weights"][name]), name
     assert one["losses"] == two["losses"] == pytest.approx(losses, rel=1e-12)
+
+
+def test_gradients_of_inputs_are_of_the_mean_over_replicas(found: list[dict[str, Any]]) -> None:
+    model = net()
+    for rank, replica in enumerate(found):
+        micro_batches = batches(rank, 0, True)
+        count = sum(len(y) for _, y in micro_batches)
+        for (x, y), gradient in zip(micro_batches, replica["inputs"], strict=True):
+            leaf = x.clone().requires_grad_()
+            loss = cross_entropy(model(leaf), y) * (len(y) / count / RANKS)
+            (wanted,) = torch.autograd.grad(loss, leaf)
+            torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-15)
 
 
 def test_sharded_parameters_are_refused_at_the_clause_or_at_the_first_step(
