@@ -77,7 +77,7 @@ def hand(model: nn.Module, batch: Batch, sizes: Sequence[int]) -> None:
     moved = []
     for x, y in zip(*(part.split(list(sizes)) for part in batch), strict=True):
         leaf = x.clone().requires_grad_()
-        (cross_entropy(model(leaf), y) * (len(y) / 7)).backward()  # type: ignore[no-untyped-call]
+        (cross_entropy(model(leaf), y) * (len(y) / 7)).backward()
         assert leaf.grad is not None
         moved.append((x + SIZE * leaf.grad.sign(), y))
     model.zero_grad()
@@ -85,7 +85,7 @@ def hand(model: nn.Module, batch: Batch, sizes: Sequence[int]) -> None:
         for buffer, kept in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
     for x, y in moved:
-        (cross_entropy(model(x), y) * (len(y) / 7)).backward()  # type: ignore[no-untyped-call]
+        (cross_entropy(model(x), y) * (len(y) / 7)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
