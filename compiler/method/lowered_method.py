@@ -38,12 +38,15 @@ class PenaltyTerm:
 class OptimizerConstruct(Protocol):
     """What lowering needs of the construct of an optimizer clause."""
 
-    clip: float | None
-    """Global L2 norm that the gradients are scaled down to."""
     moments: ClassVar[int]
     """How many tensors of the parameter's size the state holds."""
     decay_form: ClassVar[DecayForm | None]
     """How the weights are decayed, where the update depends on them by their decay alone; None for any other."""
+
+    @property
+    def clip(self) -> float | None:
+        """Return the global L2 norm that the gradients are scaled down to; None to leave them."""
+        ...
 
     def examine(self) -> None:
         """Raise ImportProblem when the torch optimizer cannot be built; called before it is."""
