@@ -41,16 +41,17 @@ ROOMS = {
         "runtime/data": "runtime/storage",
         "runtime/processes": "",
         "runtime/step": "runtime/schedule runtime/processes",
+        "runtime/mask": "kernels/parameter runtime/processes runtime/schedule runtime/step",
         "runtime/noise_scale": "runtime/storage runtime/processes runtime/step",
         "runtime/run": "runtime/schedule runtime/storage runtime/data runtime/step runtime/noise_scale",
         "runtime/report": "runtime/storage runtime/noise_scale",
         "compiler": "dsl/text dsl/reading dsl/resolve",
         "compiler/model": "dsl/text dsl/values dsl/resolve",
         "compiler/bind": "compiler dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule compiler/model",
-        "compiler/method": "dsl/text runtime/schedule runtime/step compiler runtime/data",
+        "compiler/method": "dsl/text runtime/schedule runtime/step runtime/mask compiler runtime/data",
         "compiler/graph": "compiler runtime/data compiler/method",
         "compiler/lower": (
-            "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/processes runtime/step "
+            "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/processes runtime/step runtime/mask "
             "compiler/model compiler/bind compiler/method"
         ),
         "compiler/layers": (
@@ -66,8 +67,8 @@ ROOMS = {
         ),
         "compiler/constructs": (
             "dsl/text dsl/values dsl/reading kernels/parameter runtime/schedule "
-            "runtime/processes runtime/step runtime/noise_scale compiler/model compiler/bind compiler/method "
-            "compiler/lower compiler/layers"
+            "runtime/processes runtime/step runtime/mask runtime/noise_scale compiler/model compiler/bind "
+            "compiler/method compiler/lower compiler/layers"
         ),
         "compiler/plan": (
             "dsl/text dsl/reading kernels/layer runtime/schedule compiler/model compiler/bind "

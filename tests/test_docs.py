@@ -54,7 +54,7 @@ def test_specs_shown_as_whole_files_check(page: Path) -> None:
 def test_the_guide_lists_every_mechanism() -> None:
     text = (ROOT / "docs/adding-a-construct.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"`to\.(\w+)", text.partition("## The mechanisms")[2]))
-    assert listed == {name for name in vars(Lowering) if not name.startswith("_")} - {"label"}
+    assert listed == {name for name in dir(Lowering) if not name.startswith("_")} - {"label"}
 
 
 def test_the_construct_of_the_guide_works_as_it_stands(

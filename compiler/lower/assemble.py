@@ -61,8 +61,8 @@ def _held_updates(method: LoweredMethod, inventory: Inventory) -> HeldUpdates | 
         return None
     claimed = {name for part in method.optimizers for name in part.targets} - method.frozen
     sizes = {
-        name: method.selected_entries[name].values.nbytes
-        if name in method.selected_entries
+        name: method.masks[name].values.nbytes
+        if name in method.masks
         else inventory.parameter[name].bytes
         for transform in transforms
         for name in transform.parameters
@@ -97,8 +97,8 @@ def _masked_exchanges(
 ) -> Iterator[Diagnostic]:
     """Yield an error for every clause that exchanges weights, if a mask may differ between replicas."""
     for clause in clauses:
-        if clause.label in method.exchanges and method.selected_entries:
-            name = next(iter(method.selected_entries))
+        if clause.label in method.exchanges and method.masks:
+            name = next(iter(method.masks))
             yield Diagnostic(
                 "conflicting-effects",
                 f"`{clause.title}` cannot exchange `{name}`, because a mask chooses which entries of it train and"
@@ -120,8 +120,8 @@ def _optimizer_actions(
     slots = [
         ParamSlot(
             name,
-            method.selected_entries[name].values
-            if name in method.selected_entries
+            method.masks[name].values
+            if name in method.masks
             else context.model.get_parameter(name),
             part.decay[name],
             tuple(method.lr_factors.get(name, ())),

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.lower.lowering_context import LoweringContext, depends_on_run_length
+from trainc.compiler.lower.clause_access import ClauseAccess
+from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.example_units import ExampleUnits
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import (
@@ -25,133 +26,28 @@ from trainc.compiler.method.lowered_method import (
     Scheduled,
 )
 from trainc.compiler.method.sites import LayerSite, MeasuredSite, NoiseSite, NormSite, Pairing
-from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
-from trainc.compiler.model.roles import Place
-from trainc.compiler.model.select import select
-from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
+from trainc.compiler.model.inventory import ModuleEntry
+from trainc.dsl.values.value_json import Duration, Expr, Number
+from trainc.runtime.mask.mask_actions import (
+    Chooser,
+    ChooseZeros,
+    WriteBack,
+    ZeroGradients,
+    ZeroWeights,
+)
+from trainc.runtime.mask.update_mask import SelectedEntries, ZeroMask
 from trainc.runtime.processes.sharded import is_sharded
+from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
-from trainc.runtime.schedule.schedules import Schedules, compile_schedule
-from trainc.runtime.schedule.time_span import Unit
 from trainc.runtime.step.action import Action, check_phase
 from trainc.runtime.step.around import Around
 from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.optimizer import LrFactor
-from trainc.runtime.step.update_mask import SelectedEntries
 from trainc.runtime.step.updates import UpdateTransform
 
 
-class Lowering:
-    """One clause's access to the mechanisms: its selection, its times, and what it may ask for."""
-
-    def __init__(
-        self, clause: BoundClause, context: LoweringContext, method: LoweredMethod
-    ) -> None:
-        self.clause = clause
-        self.model = context.model
-        self.inventory = context.inventory
-        self._context = context
-        self._method = method
-        self._times_obeyed = False
-
-    @property
-    def label(self) -> str:
-        """Return the clause's name: its `as`, or else the name of its construct."""
-        return self.clause.label
-
-    def modules(self) -> tuple[ModuleEntry, ...]:
-        """Return the selected modules."""
-        return self.clause.modules(self.inventory)
-
-    def parameters(self) -> tuple[ParameterEntry, ...]:
-        """Return the selected parameters."""
-        return self.clause.parameters(self.inventory)
-
-    def tensor(self, name: str) -> nn.Parameter:
-        """Return the user's parameter object."""
-        return self.model.get_parameter(name)
-
-    def select(
-        self, selector: Selector, target: Literal["modules", "parameters"]
-    ) -> tuple[str, ...]:
-        """Return the names that the selector in a field matches."""
-        return select(selector, self.inventory, target)
-
-    # Time: durations in steps, schedules as functions of the clock, gates.
-
-    @property
-    def starting_batch(self) -> int | None:
-        """Return the samples of the first step; None in a spec that names no data."""
-        size = self._context.units.samples_per_step
-        return None if size is None else int(size)
-
-    def steps(self, duration: Duration) -> float:
-        """Return a duration in optimizer steps, at the declared batch size."""
-        return self._context.units.convert(duration, "steps", self._context.length)
-
-    def schedule(self, expression: Expr, place: Place | None = None) -> Scheduled:
-        """Return an expression of the clock, the signals and a place in the model as a function of the clock."""
-        context, data = self._context, to_json(expression)
-        if context.length is None and depends_on_run_length(data):
-            raise ValueError(
-                "the schedule ends with the run, but the spec has no `run` clause: add `run { length = ... }`"
-            )
-        evaluate = compile_schedule(
-            data, context.units, context.schedule_length, context.signal_units
-        )
-        signals = context.signals
-        if place is None:
-            return lambda clock: evaluate(clock, signals)
-        fixed = {"depth": place.depth, "block": float(place.block), "blocks": float(place.blocks)}
-        return lambda clock: evaluate(clock, type(signals)(signals | fixed))
-
-    def amount(self, expression: Expr, unit: Unit) -> Scheduled:
-        """Return an expression of signals as a function of the clock; raises ValueError if it does not count `unit`."""
-        context, signals, known = self._context, self._context.signals, self._context.signal_units
-        value = Schedules(context.units, context.schedule_length, known).compile(
-            to_json(expression)
-        )
-        if value.unit != unit:
-            counts = f"counts {value.unit}" if value.unit else f"does not count {unit}"
-            fit = [f"`{name}`" for name, counted in known.items() if counted == unit]
-            use = f"use {', '.join(fit)}, or " if fit else ""
-            raise ValueError(
-                f"`{expression}` {counts}, but a batch is a number of {unit}: {use}multiply a plain number by"
-                f" `1 {unit}`"
-            )
-        return lambda clock: value.at(clock, signals)
-
-    def gate(self) -> Gate | None:
-        """Return the clause's `from`, `until` and `every` as a clock gate; None when it has none."""
-        self._times_obeyed = True
-        bounds = (self.clause.start, self.clause.stop, self.clause.every)
-        return self._context.gate(*bounds) if any(bounds) else None
-
-    def while_open(self, schedule: Scheduled) -> Scheduled:
-        """Return a schedule that is zero outside the clause's `from` and `until`."""
-        if (gate := self.gate()) is None:
-            return schedule
-        return lambda clock: schedule(clock) if gate.fires(clock) else 0.0
-
-    def window(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
-        """Return durations given in fields as a clock gate; raises ValueError where epochs cannot be counted."""
-        gate = self._context.gate(start, stop, every)
-        for bound in (gate.start, gate.stop, gate.every):
-            if bound and bound.unit == "epochs" and not self._context.units.samples_per_epoch:
-                raise ValueError(
-                    f"`{bound}` cannot be counted, because the data does not say how many samples an epoch has:"
-                    " write it in steps or samples"
-                )
-        return gate
-
-    def refuse_times(self, reason: str, *words: Literal["from", "until", "every"]) -> None:
-        """Raise ValueError if the clause has one of these times, which its construct does not take."""
-        bounds = {"from": self.clause.start, "until": self.clause.stop, "every": self.clause.every}
-        for word in words:
-            if (bound := bounds[word]) is not None:
-                raise ValueError(f"{reason}: remove `{word} {bound}`")
-
-    # Mechanisms.
+class Lowering(ClauseAccess):
+    """One clause's access to the mechanisms: what it may ask for, beside its selection and its times."""
 
     def loss(self, loss: Loss) -> None:
         """Declare the loss of the whole run."""
@@ -250,11 +146,37 @@ class Lowering:
             self._method.lr_factors.setdefault(name, []).append(lr_factor)
         return lr_factor
 
-    def select_entries(self, name: str, entries: SelectedEntries) -> None:
-        """Let the optimizer train selected entries of a parameter instead of all, once they are chosen."""
-        reason = f"the entries of `{name}` that train are chosen once, for the rest of the run"
-        self.refuse_times(reason, "until", "every")
-        self._method.selected_entries[name] = entries
+    def select_entries(self, sizes: Mapping[str, int]) -> list[SelectedEntries]:
+        """Let the optimizer train selected entries of parameters: how many of each, 0 where the choice decides.
+
+        They are chosen once, so that `until` and `every` are errors.
+        """
+        for name in sizes:
+            reason = f"the entries of `{name}` that train are chosen once, for the rest of the run"
+            self.refuse_times(reason, "until", "every")
+        selected = {n: SelectedEntries(n, self.tensor(n), size) for n, size in sizes.items()}
+        self._method.masks.update(selected)
+        self.action(WriteBack(self.label, selected.values()))
+        return [*selected.values()]
+
+    def mask(
+        self, names: Iterable[str], choose: Chooser, density: Expr, *, together: bool = False
+    ) -> None:
+        """Train a fraction of the entries of parameters and keep the others at zero; chosen at the clause's times.
+
+        `choose(step, fraction)` runs before the forward pass, at `from` and again `every`. With `together` the fraction
+        is of all the parameters, which only the plan reads.
+        """
+        fraction = self.schedule(density)
+        text = f"{fraction(Clock()):.6g}" if isinstance(density, Number) else str(density)
+        shown = f"density {text}{' of all' * together}"
+        masks = {name: ZeroMask(name, self.tensor(name), shown) for name in names}
+        self._method.masks.update(masks)
+        self._method.schedules[f"{self.label} density"] = fraction
+        setting, window = self.clause.construct.model_dump_json(), self.gate() or Gate()
+        self.action(ChooseZeros(self.label, masks, choose, fraction, window, setting))
+        self.action(ZeroGradients(self.label, masks.values()))
+        self.action(ZeroWeights(self.label, masks.values()))
 
     def freeze(self, names: Iterable[str]) -> None:
         """Leave parameters untrained in the whole run, also before `from`."""

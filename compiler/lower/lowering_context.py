@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from trainc.compiler.model.inventory import Inventory
 from trainc.runtime.schedule.clock import RunLength
+from trainc.runtime.schedule.functions import SCHEDULE_FUNCTIONS
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.time_span import Duration, Unit
 from trainc.runtime.schedule.unit_conversion import UnitConversion
@@ -41,8 +42,18 @@ class LoweringContext:
         return Gate.resolve(self.units, self.length, start, stop, every)
 
 
-_UNTIL_THE_END = {"cosine", "linear", "exponential", "wsd"}
+_UNTIL_THE_END = {"cosine", "linear", "cubic", "exponential", "wsd"}
 """The functions that last until the end of the run if they have no `over`."""
+
+
+def _arguments(name: str, args: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments of a call, without percentages that are plain numbers and no part of the run."""
+    if name not in SCHEDULE_FUNCTIONS:
+        return [*args, *options.values()]
+    function = SCHEDULE_FUNCTIONS[name]
+    given = function.bind_arguments(name, args, options)
+    numbers = [key for key in given if function.arguments[key] == "number"]
+    return [v for key, v in given.items() if key not in numbers or v[0] != "dur"]
 
 
 def depends_on_run_length(expression: Any) -> bool:
@@ -53,7 +64,7 @@ def depends_on_run_length(expression: Any) -> bool:
         case ["call", name, args, options]:
             if name in _UNTIL_THE_END and "over" not in options:
                 return True
-            return any(map(depends_on_run_length, [*args, *options.values()]))
+            return any(depends_on_run_length(given) for given in _arguments(name, args, options))
         case [str(), *parts]:
             return any(depends_on_run_length(part) for part in parts)
         case list():

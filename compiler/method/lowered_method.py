@@ -12,12 +12,12 @@ from torch import Tensor
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.sites import Rewrite
 from trainc.dsl.text.source import Span
+from trainc.runtime.mask.update_mask import UpdateMask
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action
 from trainc.runtime.step.held_updates import DecayForm
 from trainc.runtime.step.optimizer import LrFactor
-from trainc.runtime.step.update_mask import SelectedEntries
 
 Scheduled = Callable[["Clock"], float]
 """A number as a function of the clock."""
@@ -88,12 +88,14 @@ class LoweredMethod:
     """Loss terms over parameters, by the label of their clause."""
     scalars: dict[str, Scheduled] = field(default_factory=dict)
     """Numbers that a step computes from the clock, by the name of the tensor that carries each."""
+    schedules: dict[str, Scheduled] = field(default_factory=dict)
+    """Numbers that actions compute from the clock, by the name that the plan shows."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Constants of loss terms, by name."""
     lr_factors: dict[str, list[LrFactor]] = field(default_factory=dict)
     """Factors on the learning rate, by parameter."""
-    selected_entries: dict[str, SelectedEntries] = field(default_factory=dict)
-    """The trained entries of each parameter that has a mask."""
+    masks: dict[str, UpdateMask] = field(default_factory=dict)
+    """What trains of each parameter that has a mask."""
     frozen: set[str] = field(default_factory=set)
     """Parameters that do not train, besides those without requires_grad."""
     optimizers: list[OptimizerPart] = field(default_factory=list)

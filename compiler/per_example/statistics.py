@@ -29,9 +29,8 @@ class Statistics:
         self.rewrite, self.batch_gradients = method.rewrite, method.batch_gradients
         self._parameters = parameters
         self._open: MicroBatchResult | None = None
-        plain = [
-            n for n in (*self.parameters, *self.batch_gradients) if n not in method.selected_entries
-        ]
+        separate = {name for name, mask in method.masks.items() if mask.separate}
+        plain = [n for n in (*self.parameters, *self.batch_gradients) if n not in separate]
         self.scaling = ScalingDetector(plain, parameters)
         for name, running in self.batch_gradients.items():
             parameters[name].register_hook(partial(self._record_batch_sq_norm, name, running))

@@ -24,7 +24,7 @@ def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     rows = []
     for p in binding.inventory.parameters:
         part = None if p.name in method.frozen else claimed.get(p.name)
-        entries = method.selected_entries.get(p.name)
+        mask = method.masks.get(p.name)
         factors = [] if part is None else method.lr_factors.get(p.name, [])
         selecting = [c.label for c in others if p.name in c.targets or p.module in c.targets]
         rows.append(
@@ -36,7 +36,7 @@ def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
                 "optimizer": part and part.label,
                 "decay": part and part.decay[p.name],
                 "lr_factors": [factor.policy for factor in factors],
-                "mask": f"{entries.values.numel()} of {p.numel}" if entries else None,
+                "mask": mask and mask.describe(),
                 "clauses": selecting,
             }
         )
@@ -51,7 +51,8 @@ def step_rows(binding: Binding) -> list[Row]:
     ]
     for c, e in step_order(binding.active):
         if c.construct.performs(e):
-            times = _times({"from": c.start, "until": c.stop, "every": c.every})
+            limits = {} if e.lasting else {"until": c.stop, "every": c.every}
+            times = _times({"from": c.start} | limits)
             action = c.construct.describe(e)
             rows.append(_step_row(e.phase, c.label, action, e.reads, e.writes, times))
     for i, rule in enumerate(binding.spec.rules):
@@ -86,12 +87,10 @@ def memory_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
 
 
 def _memory(binding: Binding, method: LoweredMethod) -> Iterator[tuple[str, int]]:
-    inventory, selected = binding.inventory, method.selected_entries
+    inventory, masks = binding.inventory, method.masks
     for part in method.optimizers:
         sizes = [
-            selected[name].values.numel() * 4
-            if name in selected
-            else inventory.parameter[name].bytes
+            masks[name].values.nbytes if name in masks else inventory.parameter[name].bytes
             for name in part.targets
             if name not in method.frozen
         ]

@@ -21,7 +21,7 @@ def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     rows = []
     ramp = next((action for action in method.actions if isinstance(action, Ramp)), None)
     named = [(f"{part.label} lr", part.base) for part in method.optimizers]
-    named += list(method.scalars.items())
+    named += [*method.scalars.items(), *method.schedules.items()]
     if ramp is not None:
         named.append(("batch", ramp.at))
     percents = range(0, 101, 5)

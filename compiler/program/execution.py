@@ -135,9 +135,9 @@ class Execution(ModuleRunner):
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
         """Accumulate a parameter's gradient where the optimizer reads it."""
-        selected = self.method.selected_entries.get(name)
-        if selected is not None:
-            selected.take(gradient)
+        mask = self.method.masks.get(name)
+        if mask is not None:
+            mask.take(gradient)
             return
         parameter = self.parameters[name]
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -205,8 +205,8 @@ class Program:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._runner.first_terms = dict(state["terms"])
-        for selected in self._method.selected_entries.values():
-            selected.read()
+        for mask in self._method.masks.values():
+            mask.read()
         self._runner.reset()
 
     def save(self, folder: str | Path) -> Path:
@@ -233,5 +233,5 @@ class Program:
     def unbind(self) -> None:
         """Give the model's layers their own classes back; this program cannot train afterwards."""
         self.sites.unbind()
-        for selected in self._method.selected_entries.values():
-            selected.remove()
+        for mask in self._method.masks.values():
+            mask.remove()

@@ -69,7 +69,7 @@ class StepGradients:
                 found[name] = found[name] + dense if name in found else dense
         self._found = set(found)
         found = self._average({name: self._unscaled(g) for name, g in found.items()})
-        masks = self._execution.method.selected_entries
+        masks = self._execution.method.masks
         return {n: masks[n].trained(g) if n in masks else g for n, g in found.items()}
 
     def _of_inputs(self) -> list[Any]:

@@ -240,8 +240,8 @@ class StepRunner:
         for action in self.method.actions:
             if isinstance(action, OptimizerStep):
                 action.zero_grad()
-        for selected in self.method.selected_entries.values():
-            selected.discard()
+        for mask in self.method.masks.values():
+            mask.discard()
         self.machine.discard_step()
         if not math.isfinite(step.loss) and self.settings.on_nan == "stop":
             steps = self.machine.clock.steps
@@ -258,10 +258,11 @@ def unscale_gradients(
 ) -> bool:
     """Divide gradients by what the losses were multiplied by, and return whether one of them overflowed.
 
-    Raises ValueError with an update mask or with sharded parameters, where a GradScaler cannot do its work.
+    Raises ValueError with a mask that keeps gradients elsewhere or with sharded parameters, where a GradScaler cannot
+    do its work.
     """
-    if method.selected_entries:
-        names = ", ".join(f"`{name}`" for name in method.selected_entries)
+    if separate := [name for name, mask in method.masks.items() if mask.separate]:
+        names = ", ".join(f"`{name}`" for name in separate)
         raise ValueError(
             f"a GradScaler cannot find the gradients of {names}, which a `mask` clause keeps elsewhere: train in"
             " bfloat16, which needs no scaler, or remove the mask"

@@ -48,12 +48,16 @@ _SIGNAL = "signal:"
 
 
 class Effect(Record):
-    """One action of a construct: its phase of the step, and what it reads and writes."""
+    """One action of a construct: its phase of the step, and what it reads and writes.
+
+    `lasting`: it acts in every step from the clause's start on, also between its times and when they are over.
+    """
 
     phase: str
     action: str
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    lasting: bool = False
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:

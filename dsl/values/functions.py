@@ -27,6 +27,7 @@ FUNCTIONS: dict[str, Function] = {
     "constant": Function({"value": "number", "over": "duration"}, 1, 0),
     "cosine": Function(_DECAY, 1, 0),
     "linear": Function(_DECAY, 1, 0),
+    "cubic": Function(_DECAY, 1, 0),
     "exponential": Function(_DECAY, 1, 1),
     "inverse_sqrt": Function({"over": "duration"}, 1, 1),
     "step": Function({"at": "points", "factor": "number"}, 1, 2),

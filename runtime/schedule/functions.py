@@ -122,6 +122,13 @@ def linear(
     return axis.ramp(start, over, begin, to, SHAPES["linear"])
 
 
+def cubic(
+    axis: Axis, start: float, to: Function = zero, over: float | None = None, begin: Function = one
+) -> Compiled:
+    """Go from `from` (1) to `to` (0), fast at first: what is left of the way is (1 - part)^3 of it."""
+    return axis.ramp(start, over, begin, to, lambda part: 1 - (1 - part) ** 3)
+
+
 def exponential(
     axis: Axis, start: float, to: Function, over: float | None = None, begin: Function = one
 ) -> Compiled:
@@ -237,6 +244,7 @@ SCHEDULE_FUNCTIONS: Mapping[str, ScheduleFunction] = {
     "constant": ScheduleFunction(constant, {"value": "number", "over": "duration"}, 1),
     "cosine": ScheduleFunction(cosine, _DECAY, 1),
     "linear": ScheduleFunction(linear, _DECAY, 1),
+    "cubic": ScheduleFunction(cubic, _DECAY, 1),
     "exponential": ScheduleFunction(exponential, _DECAY, 1, ("to",)),
     "inverse_sqrt": ScheduleFunction(inverse_sqrt, {"over": "duration"}, 1, ("over",)),
     "step": ScheduleFunction(step, {"at": "points", "factor": "number"}, 1, ("at", "factor"), "at"),

@@ -1,1 +1,1 @@
-"""One optimizer step: actions and their phases, rules, the optimizer, update masks, replicas."""
+"""One optimizer step: actions and their phases, rules, the optimizer, replicas."""

@@ -71,6 +71,14 @@ def test_linear_and_cosine_end_at_their_value_and_stay() -> None:
     assert values(call("exponential", to=number(0.01)))[100] == pytest.approx(0.1)
 
 
+def test_cubic_is_fast_at_first() -> None:
+    found = values(call("cubic", to=number(0.2), over=steps(50)))
+    assert found[:51] == pytest.approx(
+        [0.2 + 0.8 * (1 - t / 50) ** 3 for t in range(51)], abs=1e-15
+    )
+    assert set(found[50:]) == {0.2}
+
+
 def test_a_decay_can_begin_at_another_value() -> None:
     found = values(call("linear", to=number(0), from_=number(4)))
     assert found[0] == 4

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainc.runtime.step.update_mask import SelectedEntries, largest
+from trainc.runtime.mask.entry_choice import largest
+from trainc.runtime.mask.update_mask import SelectedEntries, ZeroMask
 
 
 def by_sorting(scores: list[Tensor], count: int) -> list[list[int]]:
@@ -202,3 +203,73 @@ def test_a_removed_mask_leaves_gradients_alone() -> None:
     parameter.grad = None
     parameter.sum().backward()
     assert parameter.grad is None
+
+
+def zeroed(parameter: nn.Parameter, *kept: int) -> tuple[ZeroMask, Tensor]:
+    """Return the mask of a parameter that keeps some flat positions, and these as bools."""
+    mask = ZeroMask("w", parameter, "density")
+    index = torch.tensor(kept)
+    chosen = torch.zeros(parameter.numel(), dtype=torch.bool).index_fill_(0, index, True)
+    return mask, chosen.view(parameter.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_zeroed_entries_are_zero_everywhere_and_the_others_keep_their_bits(
+    dtype: torch.dtype,
+) -> None:
+    parameter = made(dtype)
+    before, moment = parameter.detach().clone(), torch.full_like(parameter, torch.nan)
+    factors, counter = torch.ones(5), torch.tensor(3.0)
+    mask, kept = zeroed(parameter, 1, 7, 19)
+    mask.choose(kept, [moment, factors, counter])
+    assert torch.equal(parameter.detach(), torch.where(kept, before, 0))
+    assert torch.equal(moment.isnan(), kept)
+    assert bool((moment[~kept] == 0).all())
+    assert factors.tolist() == [1.0] * 5
+    assert counter == 3
+    parameter.grad = torch.full_like(parameter, torch.inf)
+    mask.zero_gradient()
+    assert torch.equal(parameter.grad.isinf(), kept)
+    parameter.data.fill_(2)
+    mask.write()
+    assert parameter.detach().count_nonzero() == mask.count == 3
+    assert torch.equal(mask.kept_entries(), kept)
+
+
+def test_a_weight_that_is_not_contiguous_is_zeroed_in_its_own_order() -> None:
+    parameter = nn.Parameter(torch.ones(5, 4).t())
+    mask, kept = zeroed(parameter, 1, 7)
+    mask.choose(kept)
+    assert not parameter.is_contiguous()
+    assert torch.equal(parameter.detach() != 0, kept)
+
+
+def test_a_graphs_gradient_is_masked_in_a_copy() -> None:
+    parameter = made()
+    mask, kept = zeroed(parameter, 1, 7)
+    mask.choose(kept)
+    shared = torch.ones(1).expand(4, 5)
+    mask.take(shared)
+    mask.take(shared)
+    mask.zero_gradient()
+    assert parameter.grad is not None
+    assert torch.equal(parameter.grad, 2.0 * kept)
+    assert bool((shared == 1).all())
+
+
+def test_a_counter_of_steps_is_no_moment_of_a_scalar() -> None:
+    parameter, counter = nn.Parameter(torch.tensor(2.0)), torch.tensor(5.0)
+    mask = ZeroMask("w", parameter, "density")
+    mask.choose(torch.tensor(False), [counter])
+    assert parameter == 0
+    assert counter == 5
+
+
+def test_a_mask_of_zeros_takes_a_bit_per_entry() -> None:
+    mask, kept = zeroed(made(), 1)
+    mask.choose(kept)
+    assert mask.kept is not None
+    assert mask.memory() == mask.kept.numel() == 3
+    mask.choose(torch.ones_like(kept))
+    assert mask.kept is None
+    assert mask.count == 20

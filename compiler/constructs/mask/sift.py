@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -18,9 +16,9 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.mask.update_mask import SelectedEntries
     from trainc.runtime.schedule.gate import Gate
     from trainc.runtime.step.record import Step
-    from trainc.runtime.step.update_mask import SelectedEntries
 
 Granularity = Literal["element", "row", "column"]
 
@@ -106,20 +104,19 @@ class Sift(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Give the optimizer selected entries in place of the tensors, and choose the entries when due."""
-        from trainc.runtime.step.update_mask import SelectedEntries
+        from trainc.runtime.mask.entry_choice import Choices
 
         to.refuse_times(f"`{to.label}` chooses once, for the rest of the run", "until", "every")
-        selected = []
+        sizes = {}
         for entry in to.parameters():
             choices = Choices(self.granularity, entry.shape)
-            size = self.count(choices.count) * choices.size if self.scope == "tensor" else 0
-            selected.append(SelectedEntries(entry.name, to.tensor(entry.name), size))
-            to.select_entries(entry.name, selected[-1])
+            known = self.scope == "tensor"
+            sizes[entry.name] = self.count(choices.count) * choices.size if known else 0
+        selected = to.select_entries(sizes)
         if self.rest == "freeze":
             kept = {entry.name for entry in to.parameters()}
             to.freeze(p.name for p in to.inventory.trainable if p.name not in kept)
         to.action(Choose(to.label, selected, self, to.gate()))
-        to.action(WriteBack(to.label, selected))
 
     def reference(
         self,
@@ -152,40 +149,6 @@ class Sift(Construct):
             for n, w in trained.items():
                 w.data = torch.where(mask[n], w.data, weights[n])
         return {n: w.detach() for n, w in trained.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What can be chosen in a tensor of `shape`: `count` elements, rows or columns of `size` entries each."""
-
-    granularity: Granularity
-    shape: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape) // self.size
-
-    @property
-    def size(self) -> int:
-        axis = {"row": 0, "column": 1}.get(self.granularity)
-        return 1 if axis is None else math.prod(self.shape) // self.shape[axis]
-
-    def score(self, gradient: Tensor) -> Tensor:
-        """Return the magnitude of each choice's gradient, shape (count,)."""
-        if self.granularity == "element":
-            return gradient.flatten().abs()
-        across = gradient if self.granularity == "row" else gradient.transpose(0, 1)
-        return across.flatten(1).square().sum(1).sqrt()
-
-    def entries(self, chosen: Tensor) -> Tensor:
-        """Return the sorted flat positions of the entries of some choices."""
-        import torch
-
-        if self.granularity == "element":
-            return chosen
-        positions = torch.arange(math.prod(self.shape), device=chosen.device).view(self.shape)
-        axis = int(self.granularity == "column")
-        return positions.index_select(axis, chosen).flatten().sort().values
 
 
 class Choose(Action):
@@ -240,7 +203,7 @@ class Choose(Action):
     def _choose(self, group: Sequence[SelectedEntries]) -> None:
         import torch
 
-        from trainc.runtime.step.update_mask import largest
+        from trainc.runtime.mask.entry_choice import Choices, largest
 
         choices = [Choices(self.rule.granularity, tuple(c.parameter.shape)) for c in group]
         sums = [self.sums.pop(c.name, None) for c in group]
@@ -293,26 +256,3 @@ class Choose(Action):
         waiting = len(self.selected) - len(chosen)
         tail = f"; {waiting} had no gradient to choose by and did not train" if waiting else ""
         return f"{self.label}: {trained} of {numel} entries in {len(chosen)} tensors train{tail}"
-
-
-class WriteBack(Action):
-    """Phase 10: put the updated entries into the weights."""
-
-    phase = Phase.DELTAS
-
-    def __init__(self, label: str, selected: Sequence[SelectedEntries]) -> None:
-        from trainc.runtime.schedule.gate import Gate
-
-        self.name = f"{label} write"
-        self.metric = f"{label}.moved"
-        self.selected = tuple(selected)
-        self.gate = Gate()
-
-    def run(self, step: Step) -> None:
-        import torch
-
-        chosen = [entries for entries in self.selected if entries.index is not None]
-        changed = [entries.write() for entries in chosen]
-        total = sum(entries.values.numel() for entries in chosen)
-        # Entries of 16-bit weights may stay where they are although their master copy moves.
-        step.metrics[self.metric] = float(torch.stack(changed).sum()) / total if total else 0.0

@@ -18,6 +18,7 @@ import trainc
 from examples.models import gpt
 from trainc.compiler.constructs.perturb.sam import Sam
 from trainc.compiler.program.program import Program
+from trainc.runtime.mask.update_mask import SelectedEntries
 from trainc.runtime.run.interface import NonFiniteLoss
 
 Batch = tuple[Tensor, Tensor]
@@ -366,12 +367,13 @@ def words(seed: int) -> Batch:
 def step_by_loss(program: Program, batch: Batch, rho: float) -> dict[str, float]:
     """Take one step of SAM with a program without it, by `loss`, `backward` and `update`."""
     model, machine = program.module, program._machine
+    program.begin()  # a mask is chosen before the first pass
     clock, weights = copy.deepcopy(machine.clock), kept(model)
     gradients = {}
     for name, gradient in program.execution.trial(batch, "module")[1].items():
         assert gradient is not None
         gradients[name] = gradient
-    for name, entries in program._method.selected_entries.items():
+    for name, entries in program._method.masks.items():
         gradients[name] = entries.trained(gradients[name])
     with torch.no_grad():
         for name, move in sam(rho)(weights, gradients).items():
@@ -388,6 +390,7 @@ CLAUSES = {
     "noise": "regularize pace on type(Linear) & blocks { sigma = 0.5, weight = 0.3 }",
     "statistics": "noise_scale gns on type(LayerNorm, RMSNorm) { smooth = 2 steps }",
     "mask": "mask sift on ndim(2) - type(Embedding) { density = 20% }",
+    "zeros": "mask magnitude on ndim(2) every 2 steps { density = linear(from = 80%, to = 20%, over = 3 steps) }",
     "penalty": "regularize l2_sp on ndim(2) { weight = 0.1 }",
 }
 CLAUSES["noise"] = CLAUSES["noise"].replace(
@@ -417,7 +420,8 @@ def test_entries_that_a_mask_does_not_train_do_not_move() -> None:
     program = trainc.compile(spec, model, executor="module")
     program.step(words(0))
     program.step(words(1))
-    ((name, entries), *_) = program._method.selected_entries.items()
+    ((name, entries), *_) = program._method.masks.items()
+    assert isinstance(entries, SelectedEntries)
     assert entries.index is not None
     start, moved = kept(model)[name].flatten(), []
 

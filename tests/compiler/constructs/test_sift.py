@@ -89,7 +89,7 @@ class Run:
         )
         clause = BoundClause(rule, "sift", tuple(names), start)
         rule.lower(Lowering(clause, context, self.lowered))
-        self.selected = self.lowered.selected_entries
+        self.selected: Any = self.lowered.masks
         slots = [
             ParamSlot(name, self.selected[name].values if name in self.selected else p, decay)
             for name, p in self.model.named_parameters()

@@ -21,6 +21,7 @@ from trainc.compiler.constructs.optimizer.adamw import AdamW
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.program.program import Program
 from trainc.dsl.values.value_json import Number, Range
+from trainc.runtime.mask.update_mask import SelectedEntries
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "reference/other_methods.json").read_text())[
     "lamb"
@@ -336,7 +337,8 @@ def test_gradients_are_clipped_before() -> None:
 
 def test_under_a_mask_the_norms_are_of_the_selected_entries() -> None:
     program = compiled(f'{ADAMW} mask sift on "first.weight" {{ density = 30% }} lr trust_ratio')
-    (entries,) = program._method.selected_entries.values()
+    (entries,) = program._method.masks.values()
+    assert isinstance(entries, SelectedEntries)
     program.step(data(0))
     assert "first.weight" not in ratios(program)
     assert entries.index is not None

@@ -1,0 +1,182 @@
+"""Magnitude pruning: train the largest weights and keep the others at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
+from trainc.dsl.values.value_json import Expr, Number
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.step.record import Step
+
+
+class Magnitude(Construct):
+    """Keeps the largest weights of each tensor and sets the others to zero, where they stay.
+
+    Of n entries, n - round((1 - density) n) are kept, at least one. They are chosen by the weights at `from`,
+    before the forward pass, once for all; with `every`, again and again until `until`, and then the last choice
+    stays. The other entries are exactly zero after every step of any optimizer; their gradient and moments are
+    zero, too. The gradual pruning of Zhu and Gupta is `density = cubic(to = 10%, over = 50%)` with `every`. Of
+    equal weights the one in the earlier tensor, then at the lower position, is kept; where the density rises,
+    entries come back as zeros. A `noise_scale` on the same layers measures gradients before the mask.
+    """
+
+    cite: ClassVar = (
+        "Han et al., Learning both Weights and Connections, NeurIPS 2015, arXiv:1506.02626; Zhu and Gupta, "
+        "To prune, or not to prune, arXiv:1710.01878"
+    )
+    usage: ClassVar = "mask magnitude on ndim(2) every 100 steps { density = cubic(from = 80%, to = 10%, over = 50%) }"
+    targets: ClassVar = "parameters"
+    identity: ClassVar = {"density": "100%"}
+    effects: ClassVar = (
+        Effect(
+            "perturb",
+            "choose the entries that train, zero the others",
+            ("params", "clock"),
+            ("params", "optimizer_state", "metrics"),
+        ),
+        Effect(
+            "gradients",
+            "zero the gradient of the others",
+            ("gradient",),
+            ("gradient",),
+            lasting=True,
+        ),
+        Effect("deltas", "keep the others at zero", ("delta",), ("params",), lasting=True),
+    )
+
+    density: Schedule = Field(
+        description="fraction of the entries that is kept, above 0%: a number or a schedule of the run"
+    )
+    scope: Literal["tensor", "global"] = Field(
+        default="tensor",
+        description="whether `density` is a fraction of each tensor, or of all selected tensors together",
+    )
+    granularity: Literal["element", "row", "column"] = Field(
+        default="element",
+        description="what is kept: single entries, or whole rows or columns by their L2 norm",
+    )
+
+    @field_validator("density")
+    @classmethod
+    def _is_a_fraction(cls, value: Expr) -> Expr:
+        if isinstance(value, Number) and not 0 < value.value <= 1:
+            raise ValueError("expected a fraction above 0%, at most 100%")
+        return value
+
+    @field_validator("granularity")
+    @classmethod
+    def _fits_scope(cls, value: str, info: ValidationInfo) -> str:
+        if value != "element" and info.data.get("scope") == "global":
+            raise ValueError(
+                "rows and columns of different tensors differ in length: use `scope = tensor`"
+            )
+        return value
+
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Report vectors where rows or columns are chosen."""
+        flat = [p.name for p in bound.parameters if p.ndim < 2]
+        if flat and self.granularity != "element":
+            message = f"`{flat[0]}` is not a matrix, so it has no {self.granularity}s"
+            yield Problem("wrong-target-kind", message, help="select among `ndim(2)`")
+
+    def lower(self, to: Lowering) -> None:
+        """Mask the selected parameters; the choice reads the weights alone."""
+        names = [entry.name for entry in to.parameters()]
+        to.mask(
+            names, Largest(to.label, names, self), self.density, together=self.scope == "global"
+        )
+
+    def groups(self, names: Sequence[str]) -> list[list[str]]:
+        """Return the names that are compared with each other."""
+        return [list(names)] if self.scope == "global" else [[name] for name in names]
+
+    @staticmethod
+    def count(numel: int, density: float) -> int:
+        """Return how many of `numel` entries, rows or columns are kept; one at least."""
+        return max(1, numel - round((1 - density) * numel))
+
+    def reference(
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: Sequence[Mapping[str, Tensor]],
+        make: Callable[[list[Tensor]], torch.optim.Optimizer],
+        densities: Mapping[int, float],
+    ) -> dict[str, Tensor]:
+        """Return the weights after a run with these gradients, chosen at the steps of `densities`, entry by entry.
+
+        A dense run whose gradient and weights are multiplied by the mask around every step; its optimizer's state is
+        multiplied at each choice.
+        """
+        import torch
+
+        trained = {n: w.detach().clone().requires_grad_() for n, w in weights.items()}
+        mask = {n: torch.ones_like(w) for n, w in weights.items()}
+        optimizer = make(list(trained.values()))
+        for i, gradient in enumerate(gradients):
+            if i in densities:
+                mask = self._by_sorting({n: w.detach() for n, w in trained.items()}, densities[i])
+                for n, w in trained.items():
+                    w.data *= mask[n]
+                    for held in optimizer.state.get(w, {}).values():
+                        if held.shape == w.shape:
+                            held *= mask[n]
+            for n, w in trained.items():
+                w.grad = gradient[n] * mask[n]
+            optimizer.step()
+            for n, w in trained.items():
+                w.data *= mask[n]
+        return {n: w.detach() for n, w in trained.items()}
+
+    def _by_sorting(self, weights: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+        """Return masks of ones and zeros by sorting all (magnitude, place) pairs."""
+        import torch
+
+        axis = {"row": 0, "column": 1}.get(self.granularity)
+        out = {n: torch.zeros_like(w) for n, w in weights.items()}
+        for group in self.groups(list(weights)):
+            ranked = []
+            for i, n in enumerate(group):
+                w = weights[n] if axis is None else weights[n].transpose(0, axis).flatten(1)
+                sizes = (w.abs().flatten() if axis is None else w.square().sum(1).sqrt()).tolist()
+                ranked += [(-size, i, place) for place, size in enumerate(sizes)]
+            for _, i, place in sorted(ranked)[: self.count(len(ranked), density)]:
+                tensor = out[group[i]]
+                where = tensor.view(-1) if axis is None else tensor.transpose(0, axis)
+                where[place] = 1
+        return out
+
+
+class Largest:
+    """The choice of the largest weights: see `Lowering.mask`."""
+
+    def __init__(self, label: str, names: Sequence[str], rule: Magnitude) -> None:
+        self.label, self.names, self.rule = label, names, rule
+
+    def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
+        from trainc.runtime.mask.entry_choice import Choices, largest
+
+        weights = {name: step.parameters[name].detach() for name in self.names}
+        broken = next((n for n, w in weights.items() if not w.isfinite().all()), None)
+        if broken is not None:
+            step.notes.append(
+                f"{self.label}: `{broken}` has entries that are not finite, so nothing is chosen in this step"
+            )
+            return None
+        kept = {}
+        for group in self.rule.groups(self.names):
+            choices = [Choices(self.rule.granularity, tuple(weights[n].shape)) for n in group]
+            scores = [one.score(weights[n]) for n, one in zip(group, choices, strict=True)]
+            count = self.rule.count(sum(len(score) for score in scores), density)
+            for name, one, chosen in zip(group, choices, largest(scores, count), strict=True):
+                kept[name] = one.mask(chosen)
+        return kept

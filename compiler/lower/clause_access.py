@@ -1,0 +1,129 @@
+"""What a construct may know of its clause while it is lowered: the selection, the times, numbers of the clock."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.compiler.lower.lowering_context import LoweringContext, depends_on_run_length
+from trainc.compiler.method.lowered_method import LoweredMethod, Scheduled
+from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
+from trainc.compiler.model.roles import Place
+from trainc.compiler.model.select import select
+from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
+from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.schedule.schedules import Schedules, compile_schedule
+from trainc.runtime.schedule.time_span import Unit
+
+
+class ClauseAccess:
+    """One clause while it is lowered: its selection and its times."""
+
+    def __init__(
+        self, clause: BoundClause, context: LoweringContext, method: LoweredMethod
+    ) -> None:
+        self.clause = clause
+        self.model = context.model
+        self.inventory = context.inventory
+        self._context = context
+        self._method = method
+        self._times_obeyed = False
+
+    @property
+    def label(self) -> str:
+        """Return the clause's name: its `as`, or else the name of its construct."""
+        return self.clause.label
+
+    def modules(self) -> tuple[ModuleEntry, ...]:
+        """Return the selected modules."""
+        return self.clause.modules(self.inventory)
+
+    def parameters(self) -> tuple[ParameterEntry, ...]:
+        """Return the selected parameters."""
+        return self.clause.parameters(self.inventory)
+
+    def tensor(self, name: str) -> nn.Parameter:
+        """Return the user's parameter object."""
+        return self.model.get_parameter(name)
+
+    def select(
+        self, selector: Selector, target: Literal["modules", "parameters"]
+    ) -> tuple[str, ...]:
+        """Return the names that the selector in a field matches."""
+        return select(selector, self.inventory, target)
+
+    # Time: durations in steps, schedules as functions of the clock, gates.
+
+    @property
+    def starting_batch(self) -> int | None:
+        """Return the samples of the first step; None in a spec that names no data."""
+        size = self._context.units.samples_per_step
+        return None if size is None else int(size)
+
+    def steps(self, duration: Duration) -> float:
+        """Return a duration in optimizer steps, at the declared batch size."""
+        return self._context.units.convert(duration, "steps", self._context.length)
+
+    def schedule(self, expression: Expr, place: Place | None = None) -> Scheduled:
+        """Return an expression of the clock, the signals and a place in the model as a function of the clock."""
+        context, data = self._context, to_json(expression)
+        if context.length is None and depends_on_run_length(data):
+            raise ValueError(
+                "the schedule ends with the run, but the spec has no `run` clause: add `run { length = ... }`"
+            )
+        evaluate = compile_schedule(
+            data, context.units, context.schedule_length, context.signal_units
+        )
+        signals = context.signals
+        if place is None:
+            return lambda clock: evaluate(clock, signals)
+        fixed = {"depth": place.depth, "block": float(place.block), "blocks": float(place.blocks)}
+        return lambda clock: evaluate(clock, type(signals)(signals | fixed))
+
+    def amount(self, expression: Expr, unit: Unit) -> Scheduled:
+        """Return an expression of signals as a function of the clock; raises ValueError if it does not count `unit`."""
+        context, signals, known = self._context, self._context.signals, self._context.signal_units
+        value = Schedules(context.units, context.schedule_length, known).compile(
+            to_json(expression)
+        )
+        if value.unit != unit:
+            counts = f"counts {value.unit}" if value.unit else f"does not count {unit}"
+            fit = [f"`{name}`" for name, counted in known.items() if counted == unit]
+            use = f"use {', '.join(fit)}, or " if fit else ""
+            raise ValueError(
+                f"`{expression}` {counts}, but a batch is a number of {unit}: {use}multiply a plain number by"
+                f" `1 {unit}`"
+            )
+        return lambda clock: value.at(clock, signals)
+
+    def gate(self) -> Gate | None:
+        """Return the clause's `from`, `until` and `every` as a clock gate; None when it has none."""
+        self._times_obeyed = True
+        bounds = (self.clause.start, self.clause.stop, self.clause.every)
+        return self._context.gate(*bounds) if any(bounds) else None
+
+    def while_open(self, schedule: Scheduled) -> Scheduled:
+        """Return a schedule that is zero outside the clause's `from` and `until`."""
+        if (gate := self.gate()) is None:
+            return schedule
+        return lambda clock: schedule(clock) if gate.fires(clock) else 0.0
+
+    def window(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
+        """Return durations given in fields as a clock gate; raises ValueError where epochs cannot be counted."""
+        gate = self._context.gate(start, stop, every)
+        for bound in (gate.start, gate.stop, gate.every):
+            if bound and bound.unit == "epochs" and not self._context.units.samples_per_epoch:
+                raise ValueError(
+                    f"`{bound}` cannot be counted, because the data does not say how many samples an epoch has:"
+                    " write it in steps or samples"
+                )
+        return gate
+
+    def refuse_times(self, reason: str, *words: Literal["from", "until", "every"]) -> None:
+        """Raise ValueError if the clause has one of these times, which its construct does not take."""
+        bounds = {"from": self.clause.start, "until": self.clause.stop, "every": self.clause.every}
+        for word in words:
+            if (bound := bounds[word]) is not None:
+                raise ValueError(f"{reason}: remove `{word} {bound}`")

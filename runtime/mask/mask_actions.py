@@ -1,0 +1,178 @@
+"""The actions of a step that make gradients, optimizer state and weights obey update masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainc.runtime.mask.update_mask import SelectedEntries, ZeroMask
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.step.record import Step
+
+Chooser = Callable[[Step, float], Mapping[str, Tensor] | None]
+"""Given the step and the fraction to keep, where entries train: bool by parameter; None to choose in a later step."""
+
+
+class WriteBack(Action):
+    """Phase 10: put the updated entries into the weights."""
+
+    phase = Phase.DELTAS
+
+    def __init__(self, label: str, selected: Iterable[SelectedEntries]) -> None:
+        self.name = f"{label} write"
+        self.metric = f"{label}.moved"
+        self.selected = tuple(selected)
+        # Entries that were chosen go on training when the clause's time is over.
+        self.gate = Gate()
+
+    def run(self, step: Step) -> None:
+        chosen = [entries for entries in self.selected if entries.index is not None]
+        changed = [entries.write() for entries in chosen]
+        total = sum(entries.values.numel() for entries in chosen)
+        # Entries of 16-bit weights may stay where they are although their master copy moves.
+        step.metrics[self.metric] = float(torch.stack(changed).sum()) / total if total else 0.0
+
+
+class ChooseZeros(Action):
+    """Phase 3, before the forward pass: choose which entries train when the clause's time has come; zero the others.
+
+    They are chosen when `window` fires first, and, where it has an `every`, each time; in between, and when the window
+    is over, the mask stays. `setting` is the text of what the choice depends on: a run that resumes with another one
+    chooses again.
+    """
+
+    phase = Phase.PERTURB
+
+    def __init__(
+        self,
+        label: str,
+        masks: Mapping[str, ZeroMask],
+        choose: Chooser,
+        density: Callable[[Clock], float],
+        window: Gate,
+        setting: str,
+    ) -> None:
+        self.label, self.name, self.metric = label, f"{label} choice", f"{label}.density"
+        self.masks = masks
+        self.choose, self.density = choose, density
+        self.window, self.span = window, Gate(window.start, window.stop)
+        self.setting = setting
+        self.chosen = self.due = False
+        self.gate = Gate()  # `window` is read below, because a mask stays when it is over
+
+    @property
+    def entries(self) -> int:
+        """The entries of all tensors."""
+        return sum(mask.parameter.numel() for mask in self.masks.values())
+
+    @property
+    def kept(self) -> int:
+        """The entries that train."""
+        return sum(mask.count for mask in self.masks.values())
+
+    def run(self, step: Step) -> None:
+        self._check_parameters(step)
+        if self.window.fires(step.clock):
+            self.due |= self.window.every is not None or not self.chosen
+        if self.due and self.span.fires(step.clock):
+            self._choose(step)
+        step.metrics[self.metric] = self.kept / self.entries
+
+    def _check_parameters(self, step: Step) -> None:
+        for name, mask in self.masks.items():
+            if step.parameters[name] is not mask.parameter:
+                raise ValueError(
+                    f"{self.label}: `{name}` was replaced after `trainc.compile`, as FSDP2 does, and a mask of zeros"
+                    " needs the whole tensor it was made for: train with DistributedDataParallel, or remove the mask"
+                )
+
+    def _choose(self, step: Step) -> None:
+        density = self.density(step.clock)
+        if not 0 < density <= 1:
+            raise ValueError(
+                f"{self.label}: the density is {density:g} at step {step.clock.steps}: expected a fraction above 0%, at"
+                " most 100%"
+            )
+        found = self.choose(step, density)
+        if found is None:
+            return
+        for name, kept in found.items():
+            self.masks[name].choose(kept, step.optimizer_state(name).values())
+        self.chosen, self.due = True, False
+        step.series[self.metric] = {
+            name: mask.count / mask.parameter.numel() for name, mask in self.masks.items()
+        }
+
+    def memory(self) -> int:
+        """Return the bytes of the masks."""
+        return sum(mask.memory() for mask in self.masks.values())
+
+    def state_dict(self) -> ActionState:
+        if not (self.chosen or self.due):
+            return {}
+        state: ActionState = {"chosen": self.chosen, "due": self.due, "setting": self.setting}
+        for name, mask in self.masks.items():
+            state[f"count/{name}"] = mask.count
+            if mask.kept is not None:
+                state[f"kept/{name}"] = mask.kept
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        foreign = {key.partition("/")[2] for key in state} - {"", *self.masks}
+        if foreign:
+            raise ValueError(
+                f"{self.name}: the checkpoint has a mask of `{min(foreign)}`, which this clause does not select"
+            )
+        self.chosen, self.due = bool(state.get("chosen")), bool(state.get("due"))
+        for name, mask in self.masks.items():
+            count = state.get(f"count/{name}", mask.parameter.numel())
+            mask.restore(state.get(f"kept/{name}"), int(count))
+
+    def load_compatible(self, state: Mapping[str, Any]) -> str | None:
+        self.load_state_dict(state)
+        new = any(f"count/{name}" not in state for name in self.masks)
+        if not self.chosen or (state["setting"] == self.setting and not new):
+            return None
+        self.due = True
+        return f"{self.label}: chooses entries again in the next step, because its fields or its selection changed"
+
+    def summary(self) -> str | None:
+        if not self.chosen:
+            return f"{self.label}: no entries were chosen, so none is zero"
+        zero, tensors = self.entries - self.kept, len(self.masks)
+        return f"{self.label}: {zero} of {self.entries} entries in {tensors} tensors are zero"
+
+
+class ZeroGradients(Action):
+    """Phase 8, before clipping: zero the gradients of entries that are zero."""
+
+    phase = Phase.GRADIENTS
+
+    def __init__(self, label: str, masks: Iterable[ZeroMask]) -> None:
+        self.name = f"{label} gradients"
+        self.masks = tuple(masks)
+        self.gate = Gate()
+
+    def run(self, step: Step) -> None:
+        for mask in self.masks:
+            mask.zero_gradient()
+
+
+class ZeroWeights(Action):
+    """Phase 10: zero the entries that are zero again, whatever the optimizer made of them."""
+
+    phase = Phase.DELTAS
+
+    def __init__(self, label: str, masks: Iterable[ZeroMask]) -> None:
+        self.name = f"{label} weights"
+        self.masks = tuple(masks)
+        self.gate = Gate()
+
+    def run(self, step: Step) -> None:
+        for mask in self.masks:
+            mask.write()

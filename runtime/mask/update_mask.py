@@ -1,0 +1,245 @@
+"""Update masks: which entries of a parameter train. The others stay as they are, or they are zero.
+
+The optimizer updates `values`: of entries that stay, a vector of the selected ones; of entries that are zero, the
+parameter itself. Gradient, moments, weight decay, values and clipping obey the mask, whatever the optimizer is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from trainc.kernels.parameter.masked_update import masked_update_, pack, unpack
+from trainc.runtime.processes.sharded import is_sharded
+
+
+class UpdateMask(ABC):
+    """The mask of one parameter; `values` is what the optimizer updates in its place."""
+
+    def __init__(self, name: str, parameter: Parameter, values: Parameter) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.values = values
+
+    @property
+    def separate(self) -> bool:
+        """Say whether the optimizer's gradients are kept outside of the parameter."""
+        return self.values is not self.parameter
+
+    @abstractmethod
+    def take(self, grad: Tensor) -> None:
+        """Add a dense gradient that a graph computed."""
+
+    @abstractmethod
+    def trained(self, grad: Tensor) -> Tensor:
+        """Return a dense gradient with zeros at the entries that do not train; all of it before the choice."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return what the plan says of the entries that train."""
+
+    @abstractmethod
+    def memory(self) -> int:
+        """Return the bytes held besides weights and optimizer state."""
+
+    def discard(self) -> None:
+        """Free the gradients of the open step."""
+        self.parameter.grad = None
+        self.values.grad = None
+
+    @abstractmethod
+    def read(self) -> None:
+        """Follow weights that were set from outside."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Leave the parameter's gradients to others."""
+
+
+class SelectedEntries(UpdateMask):
+    """Selected entries train, as a vector of their own; the others stay as they are.
+
+    A dense gradient is freed once its entries are gathered. `index` (k,) holds sorted flat positions, int32 where they
+    fit, or is None until they are chosen; until then the dense gradient stays in `parameter.grad` and nothing trains.
+    `values` (k,) is what the optimizer updates, in float32 at least: a master copy of 16-bit weights.
+    """
+
+    def __init__(self, name: str, parameter: Parameter, count: int) -> None:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        values = Parameter(torch.zeros(count, dtype=dtype, device=parameter.device))
+        super().__init__(name, parameter, values)
+        self.index: Tensor | None = None
+        self._handle: RemovableHandle | None = None
+
+    # gradients
+
+    def take(self, grad: Tensor) -> None:
+        """Add a dense gradient: all of it before a selection is chosen, else its selected entries."""
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        grad = grad.detach()
+        if self.index is None:
+            held = self.parameter.grad
+            self.parameter.grad = grad if held is None else held + grad
+        elif self.index.numel():
+            picked = grad.reshape(-1).index_select(0, self.index).to(self.values.dtype)
+            self.values.grad = picked if self.values.grad is None else self.values.grad.add_(picked)
+
+    def trained(self, grad: Tensor) -> Tensor:
+        if self.index is None:
+            return grad
+        kept = torch.zeros_like(grad).reshape(-1)
+        kept[self.index] = grad.reshape(-1)[self.index]
+        return kept.view(grad.shape)
+
+    def gather(self) -> None:
+        """Move the selected entries of `parameter.grad` to `values.grad` and free the rest."""
+        grad = self.parameter.grad
+        if grad is not None and self.index is not None:
+            self.parameter.grad = None
+            self.take(grad)
+
+    # entries
+
+    def choose(self, index: Tensor) -> None:
+        """Set the selection, sorted flat positions of shape (k,), and copy the weights there."""
+        small = self.parameter.numel() <= torch.iinfo(torch.int32).max
+        self.index = index.to(self.parameter.device, torch.int32 if small else torch.int64)
+        if self.values.numel() != index.numel():
+            self.values.data = self.values.data.new_zeros(index.numel())
+        if self._handle is None:
+            register: Any = self.parameter.register_post_accumulate_grad_hook
+            self._handle = register(lambda _: self.gather())
+        self.read()
+
+    def forget(self) -> None:
+        """Drop the selection, so that another can be chosen."""
+        self.index = None
+        self.values.data.zero_()
+        self.remove()
+
+    def read(self) -> None:
+        """Copy the weights to `values`; a value that still rounds to its weight is kept."""
+        if self.index is None:
+            return
+        with torch.no_grad():
+            now = self.parameter.detach().reshape(-1).index_select(0, self.index)
+            stale = self.values.detach().to(now.dtype) != now
+            self.values.copy_(torch.where(stale, now.to(self.values.dtype), self.values))
+
+    def write(self) -> Tensor:
+        """Write `values` into the parameter; return how many weights changed, 0-d."""
+        if self.index is None:
+            return torch.zeros((), dtype=torch.int64, device=self.values.device)
+        with torch.no_grad():
+            weights = self.parameter.detach()
+            new = self.values.detach().to(weights.dtype)
+            changed = (weights.reshape(-1).index_select(0, self.index) != new).sum()
+            if weights.is_contiguous():
+                weights.view(-1)[self.index] = new
+            else:
+                weights[torch.unravel_index(self.index.long(), weights.shape)] = new
+        return changed
+
+    def describe(self) -> str:
+        return f"{self.values.numel()} of {self.parameter.numel()}"
+
+    def memory(self) -> int:
+        held = [self.values] if self.index is None else [self.values, self.index]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def remove(self) -> None:
+        """Leave the parameter's gradients to others."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+class ZeroMask(UpdateMask):
+    """Some entries train as ever; the others are zero, in the weights, their gradient and the optimizer's state.
+
+    `kept` holds one bit per entry, uint8 (ceil(numel / 8),), set where entries train; None where all do. `count` is how
+    many train, `text` what the plan says of them before they are chosen. Raises ValueError for a sharded parameter.
+    """
+
+    def __init__(self, name: str, parameter: Parameter, text: str) -> None:
+        if is_sharded(parameter):
+            raise ValueError(
+                f"`{name}` is sharded over processes (FSDP2), and a mask of zeros needs whole tensors: train with"
+                " DistributedDataParallel, or remove the mask"
+            )
+        super().__init__(name, parameter, parameter)
+        self.text = text
+        self.kept: Tensor | None = None
+        self.count = parameter.numel()
+
+    def take(self, grad: Tensor) -> None:
+        """Add a dense gradient; one that is masked in place is copied, as a graph may use its memory elsewhere."""
+        held = self.parameter.grad
+        own = grad if self.kept is None else grad.clone()
+        self.parameter.grad = own if held is None else held.add_(grad)
+
+    def trained(self, grad: Tensor) -> Tensor:
+        return grad if self.kept is None else grad.masked_fill(~self.kept_entries(), 0)
+
+    def choose(self, kept: Tensor, state: Iterable[Tensor] = ()) -> None:
+        """Keep the entries where `kept`, bool in the parameter's shape, and zero the others.
+
+        `state` are tensors that the optimizer holds for the parameter; those in its shape are zeroed alike.
+        """
+        self.count = int(kept.sum())
+        self.kept = None if self.count == kept.numel() else pack(kept)
+        shape = self.parameter.shape
+        # A counter of steps is a 0-d tensor, also where the parameter is.
+        own = [t for t in state if t.dim() and t.shape == shape and t.is_floating_point()]
+        self._zero(self.parameter.detach(), *own)
+
+    def zero_gradient(self) -> None:
+        """Zero the gradient of the entries that are zero."""
+        grad = self.parameter.grad
+        if grad is None or self.kept is None:
+            return
+        if not grad.is_sparse:
+            self._zero(grad)
+            return
+        self.parameter.grad = grad = grad.coalesce()
+        kept = self.kept_entries()[tuple(grad.indices())]
+        grad.values().masked_fill_(~kept, 0)
+
+    def write(self) -> None:
+        """Zero the weights that are to be zero, whatever an optimizer made of them."""
+        if self.kept is not None:
+            self._zero(self.parameter.detach())
+
+    def kept_entries(self) -> Tensor:
+        """Return where entries train, bool in the parameter's shape."""
+        if self.kept is None:
+            return torch.ones_like(self.parameter, dtype=torch.bool)
+        return unpack(self.kept, self.parameter.numel()).view(self.parameter.shape)
+
+    def restore(self, kept: Tensor | None, count: int) -> None:
+        """Set the mask to what a checkpoint holds; None: all entries train."""
+        self.kept = None if kept is None else kept.to(self.parameter.device, copy=True)
+        self.count = count
+
+    def read(self) -> None:
+        """Do nothing: the weights are what the optimizer updates."""
+
+    def remove(self) -> None:
+        """Do nothing: gradients pass through no hook."""
+
+    def describe(self) -> str:
+        return self.text
+
+    def memory(self) -> int:
+        return (self.parameter.numel() + 7) // 8
+
+    def _zero(self, *tensors: Tensor) -> None:
+        if self.kept is not None:
+            masked_update_(tensors, self.kept)
