@@ -54,7 +54,8 @@ def run_checking_uses(run: Callable[[], Tensor], modules: Mapping[str, nn.Module
         return result
     # Again, with the line recorded that each operation comes from.
     with torch.autograd.set_detect_anomaly(True, check_nan=False), _replaced(modules) as owned:
-        raise _error(_elsewhere(run(), owned))
+        result = run()  # held until the error is made: its operations go with it
+        raise _error(_elsewhere(result, owned))
 
 
 @contextmanager

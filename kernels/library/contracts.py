@@ -9,6 +9,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 REDUCED = (torch.bfloat16, torch.float16)
+# Asked once: compiled code of torch 2.11 cannot ask.
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
+    if torch.amp.is_autocast_available(device)
+)
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:
@@ -31,7 +37,7 @@ def lazy(module: str, function: str, *first: Any) -> Callable[..., Any]:
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors as autocast gives them to an operation of its 16-bit list; float64 and others stay as they are."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     cast = (torch.float32, *REDUCED)
