@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -510,7 +510,3 @@ def test_an_explicit_graph_is_captured_for_every_shape(monkeypatch: pytest.Monke
     monkeypatch.setattr("trainc.compiler.program.execution.LIMIT", 1)
     for length in range(1, 4):
         program.step(batch(4, length, 6))
-
-
-def test_a_graph_is_a_graph_module() -> None:
-    assert isinstance(compiled(GNS).graph, fx.GraphModule)
