@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.ao.pruning.scheduler.cubic_scheduler import CubicSL
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from torch.nn.utils import prune
 
 import trainc
 from trainc.compiler.constructs.mask.magnitude import Magnitude
+from trainc.compiler.driver.train import train
 from trainc.compiler.program.program import Program
 
 Batch = tuple[Tensor, Tensor]
@@ -164,6 +166,20 @@ class Restless(torch.optim.SGD):
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.data.add_(group["lr"])
+
+
+def test_each_parameter_has_its_own_optimizer() -> None:
+    rest = 'optimizer adamw on "0.*" | "1.*" { lr = 0.05 } optimizer sgd on "2.*" { lr = 0.1, momentum = 0.9 }'
+    program = compiled(GRADUAL, rest=rest)
+    for step in range(9):
+        program.step(data(step))
+    kept, actions = masks(program), program.state_dict()["actions"]
+    for name, moment in (
+        ("0.weight", actions["adamw"]["0.weight/exp_avg_sq"]),
+        ("2.weight", actions["sgd"]["2.weight/momentum_buffer"]),
+    ):
+        assert int(kept[name].sum()) == kept[name].numel() - round(0.8 * kept[name].numel())
+        assert torch.equal(moment != 0, kept[name])
 
 
 def test_clipping_sees_the_norm_of_what_is_left() -> None:
@@ -322,6 +338,33 @@ def test_a_resumed_run_is_the_uninterrupted_one(at: int, tmp_path: Path) -> None
     for key, held in ours["actions"]["magnitude choice"].items():
         other = theirs["actions"]["magnitude choice"][key]
         assert torch.equal(held, other) if isinstance(held, Tensor) else held == other
+
+
+def test_a_run_that_was_made_longer_is_the_long_one(tmp_path: Path) -> None:
+    text = """
+    model "examples.models:gpt" { layers = 1, width = 16, heads = 2, context = 16 }
+    data "examples.data:stdlib" { batch = 4 samples, context = 16, limit_bytes = 30_000 }
+    loss cross_entropy
+    run { length = LENGTH, seed = 3, eval_batches = 1, checkpoint = 4 steps }
+    optimizer adamw { lr = 2e-3, weight_decay = 0.1, clip = 1 }
+    mask magnitude on ndim(2) from 2 steps every 3 steps { density = cubic(to = 20%, over = 10 steps) }
+    """
+    spec = tmp_path / "spec.train"
+
+    def weights(folder: str, length: str, **options: Any) -> dict[str, Tensor]:
+        spec.write_text(text.replace("LENGTH", length))
+        done = train(spec, tmp_path / folder, quiet=True, **options)
+        return load_file(
+            tmp_path / folder / "checkpoints" / str(done.checkpoint) / "tensors.safetensors"
+        )
+
+    straight = weights("straight", "13 steps")
+    weights("resumed", "6 steps")
+    resumed = weights("resumed", "13 steps", resume=True, accept=True)
+    assert straight.keys() == resumed.keys()
+    assert any(tensor.dtype == torch.uint8 for tensor in resumed.values())
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
 
 
 def test_another_density_chooses_again_when_resumed() -> None:
@@ -534,6 +577,15 @@ def test_weights_that_are_not_finite_choose_nothing() -> None:
         model[0].weight[0, 0] = 0.1
     program.step(data(1))
     assert int((model[0].weight == 0).sum()) == round(0.7 * 54)
+
+
+def test_sharded_parameters_are_refused_at_the_clause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainc.runtime.mask.update_mask.is_sharded", lambda tensor: True)
+    with pytest.raises(trainc.SpecError) as raised:
+        compiled(ONCE)
+    (found,) = raised.value.diagnostics
+    assert "`0.weight` is sharded over processes (FSDP2)" in found.message
+    assert found.labels[0].span.text == ONCE
 
 
 def test_a_parameter_that_was_replaced_is_refused() -> None:
