@@ -34,6 +34,7 @@ def capture_program(
         program = compile(spec, overrides=overrides, without=without, executor="graph")
     except ValueError as error:
         raise SpecError([Diagnostic("wrong-argument", str(error))]) from error
+    program.execution.method.ignore_times()
     batch = first_batch(spec, overrides, program.micro_size)
     try:
         program.execution.capture(batch)

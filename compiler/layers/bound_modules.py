@@ -88,11 +88,17 @@ class Sites:
         scalars: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,
+        now: Rewrite | None = None,
     ) -> None:
-        """Give every site fresh probes and this step's scalars; call before each forward pass."""
+        """Give every site fresh probes and this step's scalars; call before each forward pass.
+
+        `now` has the noise and the views of this step, which may be fewer than those of the rewrite.
+        """
+        now = self.rewrite if now is None else now
+        noisy = {site.module for site in now.noises}
         for module in self.layers:
             state = module.trainc
-            state.active = True
+            state.active, state.views = True, now.views
             state.example_index = example_index
             if state.measured is not None:
                 shape = [example_index.count, len(state.measured.parameters)]
@@ -100,7 +106,9 @@ class Sites:
                     shape.append(module.weight.numel())  # type: ignore[attr-defined]
                 state.probe = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
             if state.noise is not None and state.noise.index >= 0:
-                state.sigma, state.key = scalars[state.noise.scalar], scalars["key"]
+                adds = state.noise.module in noisy
+                state.sigma = scalars[state.noise.scalar] if adds else None
+                state.key = scalars.get("key")
                 state.first_example = scalars.get("first_example")
 
     def deactivate(self) -> None:

@@ -16,7 +16,8 @@ class BoundNoise(BoundLayer):
     def run_operator(self, x: Tensor) -> Tensor:
         out = super().run_operator(x)
         state, site = self.trainc, cast(NoiseSite, self.trainc.noise)
-        assert state.sigma is not None
+        if state.sigma is None:
+            return out
         assert state.key is not None
         return multiplicative_noise(
             out, state.sigma, state.key, site.index, state.views, site.share, state.first_example
@@ -27,8 +28,9 @@ class BoundDropout(BoundLayer):
     """Dropout with a shared mask, so that the distance between the views measures the noise alone."""
 
     def reaches_operator(self) -> bool:
-        """Say whether the views share a mask now: without dropout there is none."""
-        return super().reaches_operator() and cast(nn.Dropout, self).p != 0.0
+        """Say whether the views share a mask now: without dropout there is none, and one view needs no sharing."""
+        shared = self.trainc.views > 1 and cast(nn.Dropout, self).p != 0.0
+        return super().reaches_operator() and shared
 
     def run_operator(self, x: Tensor) -> Tensor:
         own = cast(nn.Dropout, self)

@@ -103,14 +103,20 @@ class Lowering(ClauseAccess):
     def noise(
         self, module: ModuleEntry, sigma: Expr, share: Literal["token", "none"] = "token"
     ) -> None:
-        """Multiply a layer's output by `1 + sigma * normal`, drawn per (view, example, channel)."""
-        site = NoiseSite(module.name, len(self._method.rewrite.noises), share)
+        """Multiply a layer's output by `1 + sigma * normal`, drawn per (view, example, channel).
+
+        While the clause's gate is closed the layer runs as it is.
+        """
+        site = NoiseSite(module.name, len(self._method.rewrite.noises), share, self.gate())
         self._method.rewrite.noises.append(site)
         self._method.scalars[site.scalar] = self.while_open(self.schedule(sigma, module.place))
 
     def pair(self, distance: Literal["mse", "kl"], weight: Expr) -> None:
-        """Pass every example twice and add `weight` times the distance of the two outputs to the loss."""
-        pairing = Pairing(distance, self.label)
+        """Pass every example twice and add `weight` times the distance of the outputs to the loss.
+
+        While the clause's gate is closed examples pass once, and the metric of the distance is 0.
+        """
+        pairing = Pairing(distance, self.label, self.gate())
         self._method.rewrite.pairing = pairing
         self._method.scalars[pairing.weight] = self.while_open(self.schedule(weight))
 
@@ -126,7 +132,7 @@ class Lowering(ClauseAccess):
         While the clause's gate is closed the term is not computed, and its metric is 0.
         """
         self._method.penalties[self.label] = PenaltyTerm(value, tuple(parameters), self.gate())
-        self._method.scalars.update(scalars)
+        self._method.scalars.update({n: self.while_open(value) for n, value in scalars.items()})
         self._method.tensors.update(tensors)
 
     def lr_factor(self, unit: str, parameters: Iterable[str], holds: bool = False) -> LrFactor:

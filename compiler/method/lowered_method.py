@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -106,6 +106,15 @@ class LoweredMethod:
     calibrations: list[CalibrationPart] = field(default_factory=list)
     exchanges: list[str] = field(default_factory=list)
     """Labels of the clauses that exchange with other replicas after steps, between which each trains on its own."""
+
+    def ignore_times(self) -> None:
+        """Keep every loss term, noise and view open, for those who look at a graph or compare numbers."""
+        for term in self.penalties.values():
+            term.gate = None
+        rewrite = self.rewrite
+        rewrite.noises = [replace(site, gate=None) for site in rewrite.noises]
+        if rewrite.pairing is not None:
+            rewrite.pairing = replace(rewrite.pairing, gate=None)
 
     def open_penalties(self, clock: Clock) -> dict[str, PenaltyTerm]:
         """Return the loss terms over parameters that are part of the loss of the step at this clock."""

@@ -6,10 +6,12 @@ same operators with the same site numbers, so both give the same results.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from trainc.compiler.method.example_units import ExampleUnits
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.gate import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class NoiseSite:
     module: str
     index: int
     share: Literal["token", "none"] = "token"
+    gate: Gate | None = None
 
     @property
     def scalar(self) -> str:
@@ -84,6 +87,7 @@ class Pairing:
 
     distance: Literal["mse", "kl"]
     label: str = "consistency"
+    gate: Gate | None = None
 
     @property
     def weight(self) -> str:
@@ -122,6 +126,16 @@ class Rewrite:
     def views(self) -> int:
         """Return how many copies of each example pass through the model."""
         return 2 if self.pairing else 1
+
+    def at(self, clock: Clock) -> Rewrite:
+        """Return what changes in the step at this clock: without noise and views whose gate is closed."""
+        noises = [site for site in self.noises if site.gate is None or site.gate.fires(clock)]
+        pairing = self.pairing
+        if pairing is not None and pairing.gate is not None and not pairing.gate.fires(clock):
+            pairing = None
+        if len(noises) == len(self.noises) and pairing is self.pairing:
+            return self
+        return replace(self, noises=noises, pairing=pairing)
 
     def __bool__(self) -> bool:
         return bool(self.measured or self.noises or self.pairing)

@@ -73,7 +73,7 @@ class Execution(ModuleRunner):
     @property
     def _wants_graph(self) -> bool:
         if self.executor == "auto":
-            return self._rewrites and self.module.training and self.forward is self.module
+            return bool(self.rewrite) and self.module.training and self.forward is self.module
         return self.executor == "graph"
 
     def _record_reason(self, reason: str) -> tuple[str, ...]:

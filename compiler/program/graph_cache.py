@@ -13,6 +13,7 @@ from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.layers.bound_modules import Sites
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import LoweredMethod, PenaltyTerm
+from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.program.capture import CaptureFailed, capture, signature
 from trainc.runtime.data.batch import Batch
 from trainc.runtime.schedule.clock import Clock
@@ -104,7 +105,19 @@ class GraphCache:
     def _key(self, batch: Batch) -> Hashable:
         """Return what decides which graph can run a batch now; some modules may have a mode of their own."""
         modes = tuple(module.training for module in self._modules)
-        return signature(self._model, batch), modes, tuple(self._penalties)
+        noisy = tuple(site.module for site in self._rewrite.noises)
+        return (
+            signature(self._model, batch),
+            modes,
+            tuple(self._penalties),
+            self._rewrite.views,
+            noisy,
+        )
+
+    @property
+    def _rewrite(self) -> Rewrite:
+        """What changes in the forward pass of this step."""
+        return self._method.rewrite.at(self._clock)
 
     @property
     def _penalties(self) -> Mapping[str, PenaltyTerm]:
@@ -113,9 +126,10 @@ class GraphCache:
 
     def _accepted(self, batch: Batch) -> StepGraph | None:
         """Return the graph that was given where it can take a batch."""
-        if self._given is not None and self._given.accepts(batch, tuple(self._penalties)):
-            return self._given
-        return None
+        given, rewrite = self._given, self._rewrite
+        if given is None or given.interface is None or given.interface.views != rewrite.views:
+            return None
+        return given if given.accepts(batch, tuple(self._penalties)) else None
 
     def _tested(self, key: Hashable, batch: Batch, scalars: Scalars, trial: Trial) -> StepGraph:
         """Return a graph that has passed its trial: the one that was given, else a fresh one."""
@@ -137,7 +151,7 @@ class GraphCache:
                     self._model,
                     cast(Loss, self._method.loss),
                     batch,
-                    rewrite=self._method.rewrite,
+                    rewrite=self._rewrite,
                     penalties={n: _one_mapping(p) for n, p in self._penalties.items()},
                     scalars=scalars(),
                     without=self._without,

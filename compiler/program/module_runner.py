@@ -14,7 +14,7 @@ from trainc.compiler.layers.bound_modules import Sites, replace_layers
 from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.loss import LOSS_WEIGHT, Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.method.sites import Pairing
+from trainc.compiler.method.sites import Pairing, Rewrite
 from trainc.compiler.model.undisturbed import undisturbed
 from trainc.compiler.per_example.brute_force import measure_one_by_one
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice
@@ -48,10 +48,15 @@ class ModuleRunner:
         self.exchange_group: ReplicaGroup | None = None
         """The processes that this one exchanges with after steps; their gradients are their own."""
         self.statistics = Statistics(method, self.parameters)
-        self._rewrites, self._views = bool(method.rewrite), method.rewrite.views
+        self._rewrites = bool(method.rewrite)
         self._plain = not (method.rewrite or method.penalties)
         self._covered = not method.rewrite
         self._checked = not method.rewrite.measured
+
+    @property
+    def rewrite(self) -> Rewrite:
+        """What changes in the forward pass of this step."""
+        return self.method.rewrite.at(self.clock)
 
     @property
     def replicas(self) -> Replicas | None:
@@ -97,9 +102,9 @@ class ModuleRunner:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss to differentiate, the loss without its weight, and the loss terms by name."""
         inputs, targets = batch
-        logits = compute_logits(model, repeat_views(inputs, self._views))
-        pairing = self.method.rewrite.pairing
-        loss, terms = _paired_loss(self.loss_fn, pairing, logits, targets, scalars)
+        rewrite = self.rewrite
+        logits = compute_logits(model, repeat_views(inputs, rewrite.views))
+        loss, terms = _paired_loss(self.loss_fn, rewrite.pairing, logits, targets, scalars)
         total = loss if loss_weight == 1.0 else loss * scalars[LOSS_WEIGHT]
         for label, penalty in self.method.open_penalties(self.clock).items():
             value = penalty.value({n: self.parameters[n] for n in penalty.parameters}, scalars)
@@ -156,13 +161,13 @@ class ModuleRunner:
     def _one_by_one(
         self, batch: Batch, names: Sequence[str], replicas: Replicas | None = None
     ) -> CalibrationSample:
-        pairing = self.method.rewrite.pairing
+        rewrite = self.rewrite
 
         def loss_of(example: int, one: Batch) -> Tensor:
             scalars = self._scalars(MicroBatchSlice(first_example=example), batch[1].device)
             self._activate(one, scalars)
-            logits = compute_logits(self.module, repeat_views(one[0], self._views))
-            return _paired_loss(self.loss_fn, pairing, logits, one[1], scalars)[0]
+            logits = compute_logits(self.module, repeat_views(one[0], rewrite.views))
+            return _paired_loss(self.loss_fn, rewrite.pairing, logits, one[1], scalars)[0]
 
         self._check_preconditions(batch)
         try:
@@ -179,7 +184,11 @@ class ModuleRunner:
         self, batch: Batch, loss_weight: float, loss: Tensor, terms: dict[str, Tensor]
     ) -> MicroBatchResult:
         # A closed term is 0, so that the terms of every step add up to its loss.
-        terms |= {n: torch.zeros_like(loss) for n in self.method.penalties if n not in terms}
+        closed = [label for label in self.method.penalties if label not in terms]
+        if self.method.rewrite.pairing is not None and "consistency" not in terms:
+            terms["data_loss"] = loss.detach()
+            closed.append("consistency")
+        terms |= {name: torch.zeros_like(loss) for name in closed}
         if loss_weight != 1.0:
             loss, terms = loss * loss_weight, {n: t * loss_weight for n, t in terms.items()}
         result = MicroBatchResult(None, loss.detach(), terms)
@@ -216,7 +225,7 @@ class ModuleRunner:
         units, targets = self.method.rewrite.example_units, batch[1]
         self.sites.activate(
             ExampleIndex(targets.shape[0]) if units is None else units.divide(batch),
-            scalars, self._dtype(), targets.device,
+            scalars, self._dtype(), targets.device, self.rewrite,
         )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 STEPS = 7
 RATE, STRENGTH = 0.05, 0.02
-TIMES = {
+TIMES: dict[str, Callable[[int], bool]] = {
     "from 3 steps": lambda t: t >= 3,
     "until 3 steps": lambda t: t < 3,
     "every 3 steps": lambda t: t % 3 == 0,
@@ -291,3 +291,91 @@ def test_calibrations_obey_from_and_until() -> None:
         assert program._runner.last is not None
         seen.append(bool(program._runner.last.calibrations))
     assert seen == [False, False, True, False, True, False, False]
+
+
+PACE = 'regularize pace on "0" {times} {{ sigma = 0.5, weight = 0.4 }}'
+
+
+def with_batch_norm() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.4), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+
+
+def steps_of(program: Program, count: int = STEPS) -> list[dict[str, float]]:
+    torch.manual_seed(2)
+    return [program.step(batch(t)) for t in range(count)]
+
+
+@pytest.mark.parametrize("executor", ["auto", "graph", "module"])
+def test_closed_views_and_noise_are_not_there(executor: Any) -> None:
+    plain = trainc.compile(spec(), with_batch_norm())
+    closed = trainc.compile(
+        spec(PACE.format(times="from 50 steps")), with_batch_norm(), executor=executor
+    )
+    examples: list[int] = []
+    if executor != "graph":
+        closed.module[0].register_forward_hook(lambda m, x, y: examples.append(len(y)))  # type: ignore[index]
+    want, got = steps_of(plain), steps_of(closed)
+    assert set(examples) == (set() if executor == "graph" else {6})
+    for one, other in zip(want, got, strict=True):
+        assert (other["consistency"], other["data_loss"]) == (0.0, other["loss"])
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-12)
+    state = closed.module.state_dict()
+    for name, tensor in plain.module.state_dict().items():
+        if executor == "graph":
+            torch.testing.assert_close(state[name], tensor, rtol=1e-12, atol=1e-14)
+        else:
+            assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_views_obey_their_times_by_graph_and_by_modules(times: str) -> None:
+    text = spec(PACE.format(times=times), "noise_scale gns on type(LayerNorm)")
+    said = {}
+    for executor in ("auto", "graph", "module"):
+        program = trainc.compile(text, model(), executor=executor)
+        said[executor] = [program.step(batch(t)) for t in range(STEPS)]
+        assert [one["consistency"] > 0 for one in said[executor]] == [
+            TIMES[times](t) for t in range(STEPS)
+        ]
+        assert program.graph_refused is None
+    for one, two, three in zip(*said.values(), strict=True):
+        keys = ("loss", "consistency", "gns.noise")
+        assert [one[k] for k in keys] == pytest.approx(
+            [three[k] for k in keys], rel=1e-9, nan_ok=True
+        )
+        assert [two[k] for k in keys] == pytest.approx(
+            [three[k] for k in keys], rel=1e-9, nan_ok=True
+        )
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_a_closed_distance_of_infinite_logits_is_not_nan(executor: Any) -> None:
+    class Masked(nn.Module):
+        """The last class is impossible."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.body(x)
+            return torch.cat([found, found.new_full((len(x), 1), -math.inf)], 1)
+
+    text = PACE.format(times="from 50 steps").replace('"0"', '"body.0"')
+    program = trainc.compile(spec(text), Masked(), executor=executor)
+    assert all(math.isfinite(one["loss"]) for one in steps_of(program, 2))
+
+
+def test_a_saved_program_with_views_obeys_their_times(tmp_path: Path) -> None:
+    text = spec(PACE.format(times="every 2 steps"))
+    program = trainc.compile(text, model(), executor="graph")
+    program.step(batch(0))
+    program.save(tmp_path / "saved")
+    state = copy.deepcopy(program.state_dict())
+    want = [program.step(batch(t)) for t in range(1, 5)]
+    loaded = trainc.load(tmp_path / "saved", model(), executor="graph")
+    loaded.load_state_dict(state)
+    assert [loaded.step(batch(t)) for t in range(1, 5)] == want
