@@ -81,7 +81,7 @@ class ChooseZeros(Action):
             self.due |= self.window.every is not None or not self.chosen
         if self.due and self.span.fires(step.clock):
             self._choose(step)
-        step.metrics[self.metric] = self.kept / self.entries
+        step.metrics[self.metric] = self.kept / self.entries if self.entries else 1.0
 
     def _check_parameters(self, step: Step) -> None:
         for name, mask in self.masks.items():
@@ -104,9 +104,7 @@ class ChooseZeros(Action):
         for name, kept in found.items():
             self.masks[name].choose(kept, step.optimizer_state(name).values())
         self.chosen, self.due = True, False
-        step.series[self.metric] = {
-            name: mask.count / mask.parameter.numel() for name, mask in self.masks.items()
-        }
+        step.series[self.metric] = {name: mask.density for name, mask in self.masks.items()}
 
     def memory(self) -> int:
         """Return the bytes of the masks."""

@@ -185,6 +185,11 @@ class ZeroMask(UpdateMask):
         own = grad if self.kept is None else grad.clone()
         self.parameter.grad = own if held is None else held.add_(grad)
 
+    @property
+    def density(self) -> float:
+        """Return the fraction of the entries that trains; 1 for a tensor without entries."""
+        return self.count / self.parameter.numel() if self.parameter.numel() else 1.0
+
     def trained(self, grad: Tensor) -> Tensor:
         return grad if self.kept is None else grad.masked_fill(~self.kept_entries(), 0)
 

@@ -24,10 +24,11 @@ class Magnitude(Construct):
 
     Of n entries, n - round((1 - density) n) are kept, at least one. They are chosen by the weights at `from`,
     before the forward pass, once for all; with `every`, again and again until `until`, and then the last choice
-    stays. The other entries are exactly zero after every step of any optimizer; their gradient and moments are
-    zero, too. The gradual pruning of Zhu and Gupta is `density = cubic(to = 10%, over = 50%)` with `every`. Of
-    equal weights the one in the earlier tensor, then at the lower position, is kept; where the density rises,
-    entries come back as zeros. A `noise_scale` on the same layers measures gradients before the mask.
+    stays. A step that is skipped keeps its choice. The other entries are exactly zero after every step of any
+    optimizer; their gradient and moments are zero, too. The gradual pruning of Zhu and Gupta is `density =
+    cubic(to = 10%, over = 50%)` with `every`. Of equal weights the one in the earlier tensor, then at the lower
+    position, is kept; where the density rises, entries come back as zeros. A `noise_scale` on the same layers
+    measures gradients before the mask.
     """
 
     cite: ClassVar = (
@@ -102,8 +103,8 @@ class Magnitude(Construct):
 
     @staticmethod
     def count(numel: int, density: float) -> int:
-        """Return how many of `numel` entries, rows or columns are kept; one at least."""
-        return max(1, numel - round((1 - density) * numel))
+        """Return how many of `numel` entries, rows or columns are kept; one at least if there is one."""
+        return max(min(1, numel), numel - round((1 - density) * numel))
 
     def reference(
         self,

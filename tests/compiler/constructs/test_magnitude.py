@@ -274,6 +274,19 @@ def test_tied_weights_have_one_mask() -> None:
     assert line == "magnitude: 21 of 35 entries in 1 tensors are zero"
 
 
+def test_frozen_and_empty_tensors_are_served() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3)))
+    rest = 'optimizer adamw { lr = 0.1, freeze = "0.weight" }'
+    program = compiled("mask magnitude on ndim(2) { density = 50% }", model, rest)
+    for _ in range(2):
+        program.step((torch.randn(6, 3), torch.randint(5, (6,))))
+        assert int((model[0].weight == 0).sum()) == 6
+        assert int((model[1].weight == 0).sum()) == 10
+    assert "magnitude: 16 of 32 entries in 3 tensors are zero" in program.summary()
+
+
 def test_sparse_gradients_are_masked() -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Embedding(7, 5, sparse=True), nn.Linear(5, 7))
