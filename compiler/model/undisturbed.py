@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -36,14 +36,26 @@ def keep_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keep_buffers(model: nn.Module) -> Iterator[None]:
-    """Give buffers, such as running means, their values back afterwards."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """Give buffers, such as running means, their values back afterwards, also where a pass puts new tensors there."""
+    places = [(module._buffers, dict(module._buffers.items())) for module in model.modules()]
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
+            for buffer, value in kept:
+                buffer.copy_(value)
+        for now, before in places:
+            _put_back(now, before)
+
+
+def _put_back(now: dict[str, Tensor | None], before: dict[str, Tensor | None]) -> None:
+    """Let a module's buffers be the tensors that they were; those that were not there go."""
+    for name in [name for name in now if name not in before]:
+        del now[name]
+    for name, buffer in before.items():
+        if name not in now or now[name] is not buffer:
+            now[name] = buffer
 
 
 def _take_hooks(module: nn.Module) -> Callable[[], None]:

@@ -20,7 +20,7 @@ from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatch
 from trainc.compiler.program.distributed import first_shard
 from trainc.compiler.program.graph_cache import LIMIT, GraphCache
 from trainc.compiler.program.module_runner import ModuleRunner
-from trainc.runtime.data.batch import Batch
+from trainc.runtime.data.batch import Batch, copy_inputs
 from trainc.runtime.schedule.clock import Clock
 
 Executor = Literal["auto", "graph", "module"]
@@ -154,6 +154,8 @@ class Execution(ModuleRunner):
         No statistic is kept, and replicas average nothing. With a `scaler` the loss is scaled. With `of` they are those
         of these tensors, by the bound modules.
         """
+        if of is None:
+            batch = copy_inputs(batch)
         scalars = self._graph_scalars(batch, where)
         found = None
         if scaler is None and of is None and self._wants_graph:
@@ -172,10 +174,10 @@ class Execution(ModuleRunner):
     def _try(self, batch: Batch, graph: StepGraph) -> None:
         """Run a graph beside the bound modules, changing nothing; raises GraphRefused where it fails or differs."""
         with undisturbed(self.module), eager_operations():
-            modules = self._trial_modules(batch, self._graph_scalars(batch))
+            modules = self._trial_modules(copy_inputs(batch), self._graph_scalars(batch))
         try:
             with undisturbed(self.module):
-                found = self._trial_graph(graph, batch, self._graph_scalars(batch))
+                found = self._trial_graph(graph, copy_inputs(batch), self._graph_scalars(batch))
         except CompilerBug:
             raise
         except Exception as error:

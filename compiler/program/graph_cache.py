@@ -14,6 +14,7 @@ from trainc.compiler.layers.bound_modules import Sites
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import LoweredMethod, PenaltyTerm
 from trainc.compiler.method.sites import Rewrite
+from trainc.compiler.model.undisturbed import keep_state
 from trainc.compiler.program.capture import CaptureFailed, capture, signature
 from trainc.runtime.data.batch import Batch
 from trainc.runtime.schedule.clock import Clock
@@ -145,7 +146,7 @@ class GraphCache:
         return graph
 
     def _capture(self, batch: Batch, scalars: Scalars) -> StepGraph:
-        with self._sites.inactive(), _in_train_mode(self._model):
+        with self._sites.inactive(), keep_state(self._model), _in_train_mode(self._model):
             try:
                 return capture(
                     self._model,

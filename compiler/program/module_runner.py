@@ -27,7 +27,7 @@ from trainc.compiler.program.distributed import (
 )
 from trainc.compiler.program.scalars import noise_scalars, scheduled_scalars
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
-from trainc.runtime.data.batch import Batch, compute_logits, repeat_views, split_batch
+from trainc.runtime.data.batch import Batch, compute_logits, copy_inputs, repeat_views, split_batch
 from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.record import CalibrationSample
@@ -151,7 +151,7 @@ class ModuleRunner:
 
     def calibrate(self, batch: Batch, examples: int) -> CalibrationSample:
         """Measure every trainable parameter on the first `examples` of each replica's micro-batch; no state changes."""
-        first = split_batch(batch, examples)[0]
+        first = copy_inputs(split_batch(batch, examples)[0])
         names = [name for name, p in self.parameters.items() if p.requires_grad]
         instead = "remove `calibrate`, or measure `on all` in every step"
         refuse_shards("an example's own", names, self.parameters, instead)

@@ -13,7 +13,7 @@ from trainc.compiler.model.eager import differentiable_checkpoints
 from trainc.compiler.model.undisturbed import keep_state
 from trainc.compiler.per_example.micro_batch import MicroBatchSlice
 from trainc.compiler.program.execution import Execution
-from trainc.runtime.data.batch import Batch, map_tensors
+from trainc.runtime.data.batch import Batch, copy_inputs, map_tensors
 
 
 class StepGradients:
@@ -42,8 +42,7 @@ class StepGradients:
         """Return copies of the inputs, which replace them in `micro_batches`."""
         if not self._copied:
             self.micro_batches = [
-                ((map_tensors(torch.clone, inputs), targets), where)
-                for (inputs, targets), where in self.micro_batches
+                (copy_inputs(batch), where) for batch, where in self.micro_batches
             ]
             self._copied = True
         return [inputs for (inputs, _), _ in self.micro_batches]

@@ -89,8 +89,14 @@ class StepRunner:
             else:
                 self._count(step, one[1])
         around = self.machine.around and counted
-        with self._surrounded(step, counted, scaler) if around else nullcontext(counted) as parts:
-            self._pass_all(step, parts, scaler)
+        try:
+            with (
+                self._surrounded(step, counted, scaler) if around else nullcontext(counted) as parts
+            ):
+                self._pass_all(step, parts, scaler)
+        except BaseException:
+            self._forget_passes(step)
+            raise
         return self.update(scaler)
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
@@ -235,13 +241,29 @@ class StepRunner:
         self._results.clear()
         statistics.close()
 
-    def _skip_step(self, step: Step) -> None:
-        """Skip the update of a non-finite or overflowed step; raises NonFiniteLoss where `on_nan` stops the run."""
+    def _forget_passes(self, step: Step) -> None:
+        """Leave nothing of the passes so far, which an error ended: the step can be run again, on any batch.
+
+        It stays open: the rules and rates of this step have been decided.
+        """
+        self._free_gradients()
+        self._results.clear()
+        self.execution.statistics.close()
+        self.execution.sites.deactivate()
+        step.calibrations.clear()
+        step.samples = step.tokens = 0
+
+    def _free_gradients(self) -> None:
+        """Free what the optimizers would have read."""
         for action in self.method.actions:
             if isinstance(action, OptimizerStep):
                 action.zero_grad()
         for mask in self.method.masks.values():
             mask.discard()
+
+    def _skip_step(self, step: Step) -> None:
+        """Skip the update of a non-finite or overflowed step; raises NonFiniteLoss where `on_nan` stops the run."""
+        self._free_gradients()
         self.machine.discard_step()
         if not math.isfinite(step.loss) and self.settings.on_nan == "stop":
             steps = self.machine.clock.steps

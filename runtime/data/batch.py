@@ -84,6 +84,11 @@ def count_tokens(targets: Tensor) -> int:
     return targets.shape[0] if targets.is_floating_point() else targets.numel()
 
 
+def copy_inputs(batch: Batch) -> Batch:
+    """Return a batch whose inputs are copies, for a pass besides those of the step: a model may write into them."""
+    return map_tensors(torch.clone, batch[0]), batch[1]
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
     """Apply a function to every tensor of the inputs: a tensor, or dicts, tuples and lists of tensors."""
     if isinstance(inputs, torch.Tensor):
@@ -91,5 +96,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return {name: map_tensors(function, value) for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(map_tensors(function, value) for value in inputs)
+        found = [map_tensors(function, value) for value in inputs]
+        if isinstance(inputs, list):
+            return found
+        return type(inputs)(*found) if hasattr(inputs, "_fields") else tuple(found)
     return inputs

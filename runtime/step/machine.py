@@ -66,13 +66,21 @@ class StepMachine:
             )
             self.current.preconditioners = self._preconditioners
             self.current.optimizer_states = self._optimizer_states
-            self._set_size_signals(self.batch_size)
-            self._run(self.current, self._choose_batch)
-            if self.current.batch_size != self.batch_size:
-                self.batch_size = self.current.batch_size
-                self._set_size_signals(self.batch_size)
-            self._run(self.current, self._before)
+            try:
+                self._prepare(self.current)
+            except BaseException:
+                self.current = None  # the next call prepares its step anew
+                raise
         return self.current
+
+    def _prepare(self, step: Step) -> None:
+        """Choose the batch size, and run the other actions before the forward pass."""
+        self._set_size_signals(self.batch_size)
+        self._run(step, self._choose_batch)
+        if step.batch_size != self.batch_size:
+            self.batch_size = step.batch_size
+            self._set_size_signals(self.batch_size)
+        self._run(step, self._before)
 
     @contextmanager
     def surround(self, step: Step, gradients: Gradients) -> Iterator[None]:

@@ -324,3 +324,60 @@ def test_a_norm_that_runs_twice_is_an_error() -> None:
         program = trainc.compile(GNS, Twice(), executor=executor)
         with pytest.raises(Exception, match="norm"):
             program.step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
+
+
+class Interrupted(nn.Module):
+    """Raises an error at one of its passes."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.at, self.passes = nn.Linear(6, 4).double(), at, 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.passes += 1
+        if self.passes == self.at:
+            raise KeyboardInterrupt
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "more", ["", "perturb sam { rho = 0.2 }", "mask sift on all { density = 0.5 }"]
+)
+def test_a_step_that_an_error_ended_leaves_nothing_for_the_next(more: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 6, generator=g, dtype=torch.float64), torch.arange(8) % 4
+    micro_batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    spec = f"loss cross_entropy optimizer sgd {{ lr = 0.1, momentum = 0.9, clip = 1 }} {more}"
+    last = 4 if "sam" in more else 2
+    stopped, whole = Interrupted(last), Interrupted(0)
+    program, other = trainc.compile(spec, stopped), trainc.compile(spec, whole)
+    with pytest.raises(KeyboardInterrupt):
+        program.step(micro_batches)
+    for batch in (micro_batches, [(x, y)]):
+        assert program.step(batch) == other.step(batch)
+    assert torch.equal(stopped.layer.weight, whole.layer.weight)
+
+
+class Noisy(nn.Module):
+    """Adds noise of a shape that does not depend on its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x + torch.randn(6))
+
+
+def test_the_capture_of_a_graph_draws_no_random_numbers() -> None:
+    g, losses = torch.Generator().manual_seed(1), []
+    batch = torch.randn(8, 6, generator=g), torch.arange(8) % 4
+    for executor in ("module", "graph"):
+        program = trainc.compile(
+            "loss cross_entropy optimizer sgd { lr = 0.1 }", Noisy(), executor=executor
+        )
+        torch.manual_seed(2)
+        losses.append([program.step(batch)["loss"], program.step([batch, batch])["loss"]])
+    assert losses[0] == losses[1]

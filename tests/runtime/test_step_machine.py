@@ -95,6 +95,22 @@ def test_a_construct_with_such_an_action_is_an_error_of_the_plan() -> None:
         trainc.plan(Spec((*base.clauses, Clause(Misplaced()))), nn.Linear(2, 2))
 
 
+def test_a_step_that_could_not_be_prepared_is_not_open() -> None:
+    log: list[str] = []
+
+    class Fails(Note):
+        def run(self, step: Step) -> None:
+            super().run(step)
+            if log.count("rates") == 1:
+                raise ValueError("no rate")
+
+    by = machine(Fails(Phase.RATES, log), Note(Phase.PERTURB, log))
+    with pytest.raises(ValueError, match="no rate"):
+        by.begin()
+    by.begin()
+    assert log == ["rates", "rates", "perturb"]
+
+
 def test_what_is_around_is_entered_in_order_and_left_in_reverse() -> None:
     log: list[str] = []
     made = machine(Surround("a", log), Surround("b", log))

@@ -756,3 +756,66 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     two_passes(theirs, [data(0)], lambda w, g: rule.reference(w, g, 0.7))
     wanted = {n: p.detach() - p.grad for n, p in theirs.named_parameters() if p.grad is not None}
     return kept(ours), wanted
+
+
+# What a model may do in a forward pass besides computing.
+
+
+class WritesItsInputs(nn.Module):
+    """Doubles its inputs in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 4).double()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x.mul_(2))
+
+
+class CopiesItsInputs(WritesItsInputs):
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x * 2)
+
+
+@EXECUTORS
+def test_both_passes_get_the_inputs_as_they_came(executor: Any) -> None:
+    theirs, ours = CopiesItsInputs(), WritesItsInputs()
+    hand(theirs, [divided(data(i), (3, 4)) for i in range(3)], sam(0.3))
+    program = trainc.compile(BASE + "perturb sam { rho = 0.3 }", ours, executor=executor)
+    for i in range(3):
+        program.step(divided(data(i), (3, 4)))
+    assert_close(ours, theirs)
+
+
+class ReplacesItsBuffers(nn.Module):
+    """Puts new tensors in the place of its buffers: of another shape, where none was, under a new name."""
+
+    seen: Tensor | None
+    means: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 4).double()
+        self.register_buffer("seen", None)
+        self.register_buffer("means", torch.zeros(0, 6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        total = x.sum(0)
+        self.seen = total if self.seen is None else self.seen + total
+        self.means = torch.cat([self.means, x.mean(0, keepdim=True)])
+        if not hasattr(self, "first"):
+            self.register_buffer("first", total)
+        return self.layer(x)
+
+
+def test_buffers_that_are_replaced_hold_the_second_pass_alone() -> None:
+    model = ReplacesItsBuffers()
+    program = trainc.compile(BASE + "perturb sam { rho = 0.3 }", model)
+    batches = [data(i) for i in range(3)]
+    for batch in batches:
+        program.step(batch)
+    torch.testing.assert_close(model.seen, sum(x.sum(0) for x, _ in batches))
+    torch.testing.assert_close(model.means, torch.stack([x.mean(0) for x, _ in batches]))
+    assert torch.equal(model.first, batches[0][0].sum(0))  # type: ignore[arg-type]
