@@ -16,8 +16,10 @@ for text in json.load(sys.stdin):
 print(json.dumps(loaded))
 """
 
-# A construct's file holds its actions too, and so needs their base class: a short file that imports nothing of ours.
-BASE_OF_ACTIONS = {"trainc.runtime", "trainc.runtime.step", "trainc.runtime.step.action"}
+# A construct's file holds its actions too, and so needs their base classes: short files that import only each other.
+BASE_OF_ACTIONS = {"trainc.runtime", "trainc.runtime.step"} | {
+    f"trainc.runtime.step.{name}" for name in ("action", "around", "exchange", "updates")
+}
 
 
 def loaded(*texts: str) -> list[set[str]]:
