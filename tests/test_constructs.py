@@ -20,6 +20,7 @@ from trainc.dsl.reading.construct import PHASES, Construct
 from trainc.dsl.reading.fields import read_field
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
+from trainc.dsl.values.value_json import Duration
 
 CATALOG = trainc.catalog()
 ALL = [pytest.param(c, id=f"{k} {n}") for (k, n), c in sorted(CATALOG.items())]
@@ -62,8 +63,10 @@ def batch(seed: int, construct: type[Construct]) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def trained(spec: Spec, construct: type[Construct], steps: int = 5) -> Program:
-    program = trainc.compile(spec, model())
+def trained(
+    spec: Spec, construct: type[Construct], steps: int = 5, double: bool = False
+) -> Program:
+    program = trainc.compile(spec, model().double() if double else model())
     for seed in range(steps):
         program.step(batch(seed, construct))
     return program
@@ -113,6 +116,29 @@ def test_strength_zero_is_bit_identical_to_absent(construct: type[Construct]) ->
         fields = {n: getattr(clause.construct, n) for n in construct.model_fields} | {name: value}
         off = Clause(construct(**fields), clause.on, clause.start, clause.stop, clause.every)
         assert_same_weights(absent.module, trained(spec_around(off), construct).module)
+
+
+@pytest.mark.parametrize("construct", COMPUTING)
+def test_before_from_it_is_absent_or_from_is_refused(construct: type[Construct]) -> None:
+    clause = example(construct)
+    later = Clause(clause.construct, clause.on, start=Duration(30, "steps"))
+    refused = ""
+    try:
+        program = trained(spec_around(later), construct, double=True)
+    except trainc.SpecError as error:
+        refused = str(error)
+    if refused:
+        assert "remove `from 30 steps`" in refused
+        return
+    # Tensors of which only chosen entries train wait for the choice.
+    waiting = [name for name, mask in program.execution.method.masks.items() if mask.separate]
+    wanted = (
+        model().double() if waiting else trained(spec_around(None), construct, double=True).module
+    )
+    for name, parameter in program.module.named_parameters():
+        if name in waiting or not waiting:
+            want = wanted.get_parameter(name)
+            torch.testing.assert_close(parameter, want, rtol=1e-9, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("construct", COMPUTING)
