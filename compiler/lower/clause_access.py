@@ -7,7 +7,11 @@ from typing import Literal
 from torch import nn
 
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.lower.lowering_context import LoweringContext, depends_on_run_length
+from trainc.compiler.lower.lowering_context import (
+    LoweringContext,
+    depends_on_run_length,
+    refuse_places,
+)
 from trainc.compiler.method.lowered_method import LoweredMethod, Scheduled
 from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
 from trainc.compiler.model.roles import Place
@@ -78,6 +82,7 @@ class ClauseAccess:
         )
         signals = context.signals
         if place is None:
+            refuse_places(data, str(expression))
             return lambda clock: evaluate(clock, signals)
         fixed = {"depth": place.depth, "block": float(place.block), "blocks": float(place.blocks)}
         return lambda clock: evaluate(clock, type(signals)(signals | fixed))
@@ -85,6 +90,7 @@ class ClauseAccess:
     def amount(self, expression: Expr, unit: Unit) -> Scheduled:
         """Return an expression of signals as a function of the clock; raises ValueError if it does not count `unit`."""
         context, signals, known = self._context, self._context.signals, self._context.signal_units
+        refuse_places(to_json(expression), str(expression))
         value = Schedules(context.units, context.schedule_length, known).compile(
             to_json(expression)
         )

@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from trainc.compiler.model.inventory import Inventory
+from trainc.dsl.text.vocabulary import PLACES
 from trainc.runtime.schedule.clock import RunLength
+from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.functions import SCHEDULE_FUNCTIONS
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.time_span import Duration, Unit
@@ -38,8 +40,27 @@ class LoweringContext:
         return self.length or UNBOUNDED
 
     def gate(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
-        """Return durations as a clock gate, fractions of the run in its unit and `start` in that of `every`."""
-        return Gate.resolve(self.units, self.length, start, stop, every)
+        """Return durations as a clock gate, fractions of the run in its unit and `start` in that of `every`.
+
+        Raises ValueError where it would never fire, because `stop` is not after `start` in the same unit.
+        """
+        gate = Gate.resolve(self.units, self.length, start, stop, every)
+        first, last = gate.start, gate.stop
+        if first and last and first.unit == last.unit and first.amount >= last.amount:
+            raise ValueError(
+                f"it would never act, because `from {start}` is not before `until {stop}`: move one of them, or remove"
+                " the clause"
+            )
+        return gate
+
+
+def refuse_places(expression: Any, text: str) -> None:
+    """Raise ValueError where an expression, given as JSON, reads the place of a layer and there is none."""
+    if used := sorted(set(names_read(expression)) & set(PLACES)):
+        raise ValueError(
+            f"`{text}` reads `{used[0]}`, the place of a layer, but is one number for the whole model: write it without"
+            f" `{used[0]}`"
+        )
 
 
 _UNTIL_THE_END = {"cosine", "linear", "cubic", "exponential", "wsd"}

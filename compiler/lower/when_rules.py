@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from trainc.compiler.bind.report import labels
-from trainc.compiler.lower.lowering_context import LoweringContext
+from trainc.compiler.lower.lowering_context import LoweringContext, refuse_places
 from trainc.dsl.resolve.statements import Assign
 from trainc.dsl.resolve.statements import Rule as RuleClause
 from trainc.dsl.text.diagnostic import Diagnostic
@@ -49,6 +49,10 @@ def _rule(
         for action in clause.actions
     ]
     condition = to_json(clause.condition)
+    refuse_places(condition, str(clause.condition))
+    for action in clause.actions:
+        if isinstance(action, Assign):
+            refuse_places(to_json(action.value), str(action.value))
     evaluate = compile_condition(condition, units, length, counts)
     hold, cooldown = (_wait(wait, context) for wait in (clause.hold, clause.cooldown))
     needs = sorted({name for name in names_read(condition) if name in clause_signals})

@@ -379,3 +379,33 @@ def test_a_saved_program_with_views_obeys_their_times(tmp_path: Path) -> None:
     loaded = trainc.load(tmp_path / "saved", model(), executor="graph")
     loaded.load_state_dict(state)
     assert [loaded.step(batch(t)) for t in range(1, 5)] == want
+
+
+@pytest.mark.parametrize(
+    "clause",
+    ["perturb sam {} {{ rho = 0.1 }}", "lr trust_ratio {}", "observe norm_growth on all {}"],
+)
+def test_a_clause_that_could_never_act_is_an_error(clause: str) -> None:
+    spec = "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 10 steps } "
+    for times in ("from 5 steps until 2 steps", "from 3 steps until 3 steps", "from 50% until 2%"):
+        with pytest.raises(
+            trainc.SpecError, match=r"would never act, because `from .*` is not before `until"
+        ):
+            trainc.compile(spec + clause.format(times), nn.Sequential(nn.Linear(3, 2)))
+
+
+@pytest.mark.parametrize(
+    "clause",
+    [
+        "perturb sam { rho = 0.1 * depth }",
+        "regularize l2_sp on all { weight = 1 - depth }",
+        "regularize pace on type(Linear) { sigma = 0.1, weight = depth }",
+        "mask magnitude on all { density = 0.5 * depth }",
+        'when loss > 1 - depth { warn "late" }',
+        "when loss > 1 { batch = 8 samples * depth }",
+    ],
+)
+def test_a_number_for_the_whole_model_cannot_read_the_place_of_a_layer(clause: str) -> None:
+    spec = "loss cross_entropy optimizer sgd { lr = 0.1 } "
+    with pytest.raises(trainc.SpecError, match="reads `depth`, the place of a layer, but is one"):
+        trainc.compile(spec + clause, nn.Sequential(nn.Linear(3, 2)))

@@ -34,7 +34,8 @@ class Sam(Construct):
     replicas; clipping, masks and what is measured see the gradient at w + e alone, and the loss
     reported is that at w + e. Entries that a mask does not train do not move. Both passes have the
     same noise and dropout, and BatchNorm takes its running statistics from the second. w comes back
-    bit for bit before the update. A g that is not finite moves nothing. A step costs two.
+    bit for bit before the update. A g that is not finite moves nothing. A step costs two. A second
+    clause acts after the first: its g is the gradient where the first has moved the weights to.
     """
 
     cite: ClassVar = (
@@ -145,8 +146,9 @@ class Perturbation(Around):
         """Hold the weights at w + e; raises ValueError where `rho` is negative or not finite now."""
         rho = self.rho(step.clock)
         if not 0 <= rho < math.inf:
+            why = " because a signal in it is not measured yet" if math.isnan(rho) else ""
             raise ValueError(
-                f"{self.name}: `rho` is {rho:g} at step {step.clock.steps}, expected 0 or more"
+                f"{self.name}: `rho` is {rho:g} at step {step.clock.steps}{why}, expected 0 or more"
             )
         moves = self._moves(step, gradients, rho) if rho else {}
         weights = [step.parameters[name].detach() for name in moves]
@@ -179,9 +181,10 @@ class Perturbation(Around):
     def summary(self) -> str | None:
         """Say in how many steps weights moved, and the range of the norm of the first gradient."""
         if not self.moved and not self.not_finite:
-            return None
+            return f"{self.name}: no weight moved"
         seen = f", with |g| from {self.low:.3g} to {self.high:.3g}" if self.moved else ""
         left = (
             f"; not in {self.not_finite} whose gradient was not finite" if self.not_finite else ""
         )
-        return f"{self.name}: moved the weights for the passes of {self.moved} steps{seen}{left}"
+        steps = f"{self.moved} step{'s' * (self.moved != 1)}"
+        return f"{self.name}: moved the weights for the passes of {steps}{seen}{left}"

@@ -728,6 +728,18 @@ def test_a_rho_that_becomes_negative_is_an_error() -> None:
     assert_unmoved(model, before)
 
 
+def test_a_rho_that_is_not_measured_yet_says_so() -> None:
+    program = trainc.compile(BASE + "perturb sam { rho = 0.1 * loss }", net())
+    with pytest.raises(ValueError, match="is nan at step 0 because a signal in it is not measured"):
+        program.step(data(0))
+
+
+def test_a_run_in_which_no_weight_moved_says_so() -> None:
+    program = trainc.compile(BASE + "perturb sam from 5 steps { rho = 0.1 }", net())
+    program.step(data(0))
+    assert program.summary()[-1] == "sam: no weight moved"
+
+
 def test_frozen_and_16_bit_selections_are_reported() -> None:
     model = net()
     for p in model[0].parameters():  # type: ignore[index]
