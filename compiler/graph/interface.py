@@ -78,7 +78,7 @@ class Outputs:
 def describe_batch(batch: Batch) -> tuple[InputStructure, tuple[Port, ...], list[Tensor]]:
     """Return how the inputs are packed, and the port and the tensor of each input and, last, of the targets.
 
-    Raises TypeError for inputs that are not a tensor, a tuple or a dict.
+    Raises TypeError for inputs that are not a tensor, or a tuple or a dict of tensors.
     """
     inputs, targets = batch
     structure, entries = _flatten(inputs)
@@ -87,6 +87,11 @@ def describe_batch(batch: Batch) -> tuple[InputStructure, tuple[Port, ...], list
         name = "inputs" if key is None else identifier(f"inputs_{key}")
         while name in named:
             name += "_"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"a graph takes a tensor, or a tuple or a dict of tensors, and the input `{key}` is"
+                f" {type(tensor).__name__}"
+            )
         named[name] = key, tensor
     named["targets"] = None, targets
     ports = (
@@ -104,5 +109,5 @@ def _flatten(inputs: Any) -> tuple[InputStructure, list[tuple[str | int | None, 
     if isinstance(inputs, Sequence):
         return "tuple", list(enumerate(inputs))
     raise TypeError(
-        f"the inputs of a batch must be a tensor, a tuple or a dict of tensors, and are {type(inputs).__name__}"
+        f"a graph takes a tensor, or a tuple or a dict of tensors, and the inputs are {type(inputs).__name__}"
     )

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import nn
 
 from trainc.compiler.model.roles import (
@@ -22,6 +25,7 @@ from trainc.compiler.model.roles import (
     segment_roles,
     type_names,
 )
+from trainc.compiler.model.undisturbed import keep_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def build_inventory(model: nn.Module) -> Inventory:
 
 def _module_entry(name: str, module: nn.Module, place: Place, roles: frozenset[str]) -> ModuleEntry:
     direct = list(module.named_parameters(name, recurse=False))
-    weight = getattr(module, "weight", None)
+    weight = _weight(module)
     return ModuleEntry(
         name=name,
         types=type_names(module),
@@ -115,6 +119,13 @@ def _module_entry(name: str, module: nn.Module, place: Place, roles: frozenset[s
         ndim=weight.dim() if weight is not None and hasattr(weight, "dim") else 0,
         trainable=any(p.requires_grad for _, p in direct),
     )
+
+
+def _weight(module: nn.Module) -> Any:
+    """Return a module's `weight`; to compute one, as spectral norm does, may change buffers: they are put back."""
+    computed = isinstance(getattr(type(module), "weight", None), property)
+    with keep_state(module) if computed else nullcontext(), torch.no_grad():
+        return getattr(module, "weight", None)
 
 
 def _parameters(model: nn.Module, modules: dict[str, ModuleEntry]) -> Iterator[ParameterEntry]:

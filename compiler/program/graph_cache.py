@@ -81,7 +81,10 @@ class GraphCache:
 
         Raises GraphRefused where no graph can run the step, and for new shapes after `limit` captures.
         """
-        key = self._key(batch)
+        try:
+            key = self._key(batch)
+        except TypeError as error:  # inputs that a graph cannot take
+            raise GraphRefused(str(error)) from error
         if key in self._trusted:
             return self._trusted[key]
         if self._refused is not None:

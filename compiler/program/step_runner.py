@@ -106,16 +106,12 @@ class StepRunner:
             raise RuntimeError(
                 "nothing to update: call `program.loss(batch)` and its `backward()` first"
             )
-        named = self.execution.parameters
-        overflowed = scaler is not None and unscale_gradients(scaler, self.method, named)
-        self._collect(step)
-        self.last = step
-        refused = not math.isfinite(step.loss) and self.settings.on_nan != "continue"
-        if refused or overflowed:
-            self._skip_step(step)
-        else:
-            self.machine.finish()
-        self.execution.sites.deactivate()
+        try:
+            self._finish(step, scaler)
+        except BaseException:
+            self._forget_passes(step)
+            self.machine.discard_step()
+            raise
         return {"loss": step.loss, "batch": float(step.samples), **step.metrics}
 
     def reset(self) -> None:
@@ -226,6 +222,19 @@ class StepRunner:
     def _count(self, step: Step, targets: Tensor) -> None:
         step.samples += targets.shape[0]
         step.tokens += count_tokens(targets)
+
+    def _finish(self, step: Step, scaler: torch.amp.GradScaler | None) -> None:
+        """Update with the results of the micro-batches, or skip the step."""
+        named = self.execution.parameters
+        overflowed = scaler is not None and unscale_gradients(scaler, self.method, named)
+        self._collect(step)
+        self.last = step
+        refused = not math.isfinite(step.loss) and self.settings.on_nan != "continue"
+        if refused or overflowed:
+            self._skip_step(step)
+        else:
+            self.machine.finish()
+        self.execution.sites.deactivate()
 
     def _collect(self, step: Step) -> None:
         """Add the results of the micro-batches to the step."""

@@ -510,3 +510,20 @@ def test_an_explicit_graph_is_captured_for_every_shape(monkeypatch: pytest.Monke
     monkeypatch.setattr("trainc.compiler.program.execution.LIMIT", 1)
     for length in range(1, 4):
         program.step(batch(4, length, 6))
+
+
+class TakesMore(Small):
+    def forward(self, x: Tensor, more: Any = None) -> Tensor:
+        return super().forward(x if more is None else x + more[0])
+
+
+@pytest.mark.parametrize("more", ["a list", None])
+def test_inputs_that_a_graph_cannot_take_are_a_reason_for_modules(more: Any) -> None:
+    x, y = torch.ones(4, 6), torch.arange(4) % 3
+    batch = {"x": x, "more": more and [x, x]}, y
+    program = trainc.compile(GNS, TakesMore())
+    program.step(batch)
+    assert program.graph_refused is not None
+    assert "a dict of tensors, and the input `more` is " in program.graph_refused
+    with pytest.raises(GraphRefused, match="the input `more` is"):
+        trainc.compile(GNS, TakesMore(), executor="graph").step(batch)

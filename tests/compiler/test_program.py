@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.parametrizations import spectral_norm
 
 import trainc
 from examples.models import gpt, resnet, vit
 from trainc.compiler.errors import SiteError
 from trainc.compiler.program.program import Program
 from trainc.runtime.run.interface import NonFiniteLoss
+from trainc.runtime.step.optimizer import OptimizerStep
 
 EMPTY = "loss cross_entropy optimizer adamw { lr = 1e-3, weight_decay = 0.1 }"
 GNS = EMPTY + " noise_scale gns on type(LayerNorm, RMSNorm) { smooth = 5 steps }"
@@ -381,3 +383,34 @@ def test_the_capture_of_a_graph_draws_no_random_numbers() -> None:
         torch.manual_seed(2)
         losses.append([program.step(batch)["loss"], program.step([batch, batch])["loss"]])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("more", ["", "observe norm_growth on all", "lr trust_ratio"])
+def test_to_compile_a_model_with_computed_weights_changes_none_of_its_buffers(more: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(spectral_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3))
+    before = copy.deepcopy(model.state_dict())
+    trainc.compile(f"loss cross_entropy optimizer sgd {{ lr = 0.1 }} {more}", model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("executor", ["module", "graph"])
+def test_an_error_in_the_update_leaves_nothing_for_the_next_step(executor: Any) -> None:
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 6, generator=g, dtype=torch.float64), torch.arange(8) % 4
+    spec = "loss cross_entropy optimizer sgd { lr = 0.1, momentum = 0.9 } lr trust_ratio"
+    stopped, whole = nn.Linear(6, 4).double(), nn.Linear(6, 4).double()
+    whole.load_state_dict(stopped.state_dict())
+    program, other = (trainc.compile(spec, m, executor=executor) for m in (stopped, whole))
+    step = next(a for a in program._method.actions if isinstance(a, OptimizerStep))
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = step.torch.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        program.step([(x[:3], y[:3]), (x[3:], y[3:])])
+    handle.remove()
+    assert program.step((x, y)) == other.step((x, y))
+    assert torch.equal(stopped.weight, whole.weight)
