@@ -77,6 +77,8 @@ class StepRunner:
                 ' `executor="module"`, or train in bfloat16, which needs no scaler'
             )
         if isinstance(batch, list):
+            if not batch:
+                raise ValueError("a step needs at least one micro-batch, and the list is empty")
             micro_batches = [check_batch(one) for one in batch]
         else:
             micro_batches = split_batch(check_batch(batch), self.machine.micro_size)

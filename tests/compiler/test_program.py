@@ -286,6 +286,12 @@ def test_update_without_a_loss_says_what_to_do() -> None:
         trainc.compile(EMPTY, small_gpt()).update()
 
 
+def test_a_step_of_no_micro_batches_says_so() -> None:
+    program = trainc.compile(EMPTY, small_gpt())
+    with pytest.raises(ValueError, match="at least one micro-batch, and the list is empty"):
+        program.step([])
+
+
 def test_a_site_that_never_runs_is_an_error() -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:
