@@ -47,6 +47,14 @@ class Torch(Optimizer):
         except TypeError as error:
             message = f"`{self.path}` does not take these arguments: {error}"
             raise ImportProblem("wrong-argument", message) from error
+        try:
+            inspect.signature(found.step).bind(None)
+        except TypeError as error:
+            message = (
+                f"`{self.path}` needs arguments in `step`, as a closure that computes the loss anew, and a step of"
+                " trainc calls it without: choose an optimizer that steps from the gradients alone"
+            )
+            raise ImportProblem("wrong-argument", message) from error
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         from trainc.compiler.model.import_path import import_attribute

@@ -44,3 +44,9 @@ def test_what_cannot_be_built_is_a_located_error(path: str, fields: str, message
     with pytest.raises(trainc.SpecError, match=message) as caught:
         trainc.compile(spec, nn.Linear(2, 2))
     assert ":2:" in str(caught.value)
+
+
+def test_an_optimizer_that_asks_for_a_closure_is_an_error_of_the_plan() -> None:
+    spec = 'loss cross_entropy optimizer torch("torch.optim:LBFGS") { lr = 0.1 }'
+    with pytest.raises(trainc.SpecError, match="needs arguments in `step`, as a closure"):
+        trainc.compile(spec, torch.nn.Linear(3, 2))
