@@ -43,7 +43,7 @@ class StepRunner:
         self.first_terms: dict[str, float] = {}
         """The loss and its terms at the first step, for the summary."""
         self._results: list[MicroBatchResult] = []
-        self._told_missed = False
+        self._missed_noted = False
 
     def run(
         self,
@@ -159,8 +159,8 @@ class StepRunner:
             with self.machine.surround(step, gradients):
                 torch.clear_autocast_cache()  # of the weights' values before they were changed
                 yield gradients.micro_batches
-                if not self._told_missed and (missed := gradients.missed()):
-                    self._told_missed = True
+                if not self._missed_noted and (missed := gradients.missed()):
+                    self._missed_noted = True
                     step.notes.append(
                         f"`{missed[0]}` has a gradient in this step, but had none when {self._around} asked before it:"
                         " another part of the model ran, or an autograd.Function of its own hides the parameter, as"
