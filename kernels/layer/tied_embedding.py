@@ -82,7 +82,7 @@ def eager_backward(
     dweight, norms = torch.ops.trainc.embedding_backward(dy, ids, rows, padding_idx, mask)
     if mask[1] and ids.numel():
         shared = torch.linalg.vecdot(dy.to(drows.dtype), drows)
-        norms = norms.flatten() + 2 * shared.where(ids != padding_idx, 0).view(
+        norms = norms.flatten() + 2 * shared.where(ids != padding_idx, 0).reshape(
             ids.shape[0], -1
         ).sum(1)
         norms = norms.unsqueeze(1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
+from examples.models import gpt
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 from trainc.compiler.method.loss import Loss
 
@@ -249,3 +250,19 @@ def test_both_views_of_an_example_are_one_contribution_at_linear_layers() -> Non
         split = trainc.compile(spec, model, executor=executor)
         split.step([(x[b : b + 1], y[b : b + 1]) for b in range(5)])
         assert split.signals["gns.noise"] == pytest.approx(whole.signals["gns.noise"], rel=1e-6)
+
+
+def test_a_tied_weight_is_measured_under_two_views() -> None:
+    torch.manual_seed(0)
+    model = gpt(layers=1, width=16, heads=2, context=8, vocabulary=20, tied=True).double()
+    spec = (
+        "loss cross_entropy\noptimizer sgd { lr = 0.1 }\n"
+        "noise_scale gns on all { smooth = 5 steps }\n"
+        'regularize pace on "blocks.*.mlp.**" & type(Linear) { sigma = 0.5, weight = 0.5 }'
+    )
+    program = trainc.compile(spec, model, executor="module")
+    batch = torch.randint(20, (3, 8)), torch.randint(20, (3, 8))
+    program.begin()
+    expected = program.execution.contributions(batch)
+    squares = program.execution.trial(batch, "module").squares
+    torch.testing.assert_close(squares, expected, rtol=1e-12, atol=0)
