@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from trainc.compiler.constructs.mask._base import fits_scope, vector_problems
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
 from trainc.dsl.values.value_json import Expr, Number
 
@@ -77,18 +78,11 @@ class Magnitude(Construct):
     @field_validator("granularity")
     @classmethod
     def _fits_scope(cls, value: str, info: ValidationInfo) -> str:
-        if value != "element" and info.data.get("scope") == "global":
-            raise ValueError(
-                "rows and columns of different tensors differ in length: use `scope = tensor`"
-            )
-        return value
+        return fits_scope(value, info)
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report vectors where rows or columns are chosen."""
-        flat = [p.name for p in bound.parameters if p.ndim < 2]
-        if flat and self.granularity != "element":
-            message = f"`{flat[0]}` is not a matrix, so it has no {self.granularity}s"
-            yield Problem("wrong-target-kind", message, help="select among `ndim(2)`")
+        yield from vector_problems(bound, self.granularity)
 
     def lower(self, to: Lowering) -> None:
         """Mask the selected parameters; the choice reads the weights alone."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from trainc.compiler.constructs.mask._base import fits_scope, vector_problems
 from trainc.dsl.reading.construct import Construct, Effect, Fraction, Problem
 from trainc.runtime.step.action import Action, ActionState, Phase
 
@@ -79,11 +80,7 @@ class Sift(Construct):
     @field_validator("granularity")
     @classmethod
     def _fits_scope(cls, value: Granularity, info: ValidationInfo) -> Granularity:
-        if value != "element" and info.data.get("scope") == "global":
-            raise ValueError(
-                "rows and columns of different tensors differ in length: use `scope = tensor`"
-            )
-        return value
+        return fits_scope(value, info)
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report frozen parameters, and vectors where rows or columns are chosen."""
@@ -93,10 +90,7 @@ class Sift(Construct):
                 f"`{frozen[0]}` is frozen, so it has no gradient by which entries could be chosen"
             )
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
-        flat = [p.name for p in bound.parameters if p.ndim < 2]
-        if flat and self.granularity != "element":
-            message = f"`{flat[0]}` is not a matrix, so it has no {self.granularity}s"
-            yield Problem("wrong-target-kind", message, help="select among `ndim(2)`")
+        yield from vector_problems(bound, self.granularity)
 
     def count(self, numel: int) -> int:
         """Return how many of `numel` entries, rows or columns train."""
