@@ -108,15 +108,10 @@ class GraphCache:
 
     def _key(self, batch: Batch) -> Hashable:
         """Return what decides which graph can run a batch now; some modules may have a mode of their own."""
+        rewrite = self._rewrite
         modes = tuple(module.training for module in self._modules)
-        noisy = tuple(site.module for site in self._rewrite.noises)
-        return (
-            signature(self._model, batch),
-            modes,
-            tuple(self._penalties),
-            self._rewrite.views,
-            noisy,
-        )
+        noisy = tuple(site.module for site in rewrite.noises)
+        return signature(self._model, batch), modes, tuple(self._penalties), rewrite.views, noisy
 
     @property
     def _rewrite(self) -> Rewrite:
