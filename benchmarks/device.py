@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.measure import Json
 from benchmarks.operators import Problem, step
+from trainc.kernels.library.graph_capture import random_numbers_survive
 
 WARM_UP = 3
 # Relative to the norm of the exact result: sums in float32, results rounded once.
@@ -43,7 +44,7 @@ class Cuda:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            with random_numbers_survive(), torch.cuda.graph(graph, stream=stream):
                 kept = work()
         except RuntimeError:
             torch.cuda.synchronize()

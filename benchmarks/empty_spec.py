@@ -40,8 +40,8 @@ SIZES = {
 class ByHand:
     """The loop anybody writes; it reads its loss, as a loop that logs does."""
 
-    def __init__(self, size: Size) -> None:
-        self.model = small_gpt(size)
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
 
     def step(self, batch: Batch) -> float:
@@ -78,7 +78,7 @@ def measure() -> Json:
 
 def _measure(size: Size) -> Json:
     batch = random_text(size)
-    hand, twin = ByHand(size), ByHand(size)
+    hand, twin = ByHand(small_gpt(size)), ByHand(small_gpt(size))
     program = trainc.compile(SPEC % (size.samples, size.context), small_gpt(size))
 
     def once(step: object) -> Times:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-NAMES = ("check_cold", "plan_100", "empty_spec", "rewrites", "noise_scale")
+NAMES = ("check_cold", "plan_100", "empty_spec", "rewrites", "noise_scale", "compiled", "loops")
+ON_REQUEST = ("kills", "compiled_constructs")
+"""Those that take long and measure no time."""
 
 # `python -P` leaves the script's folder out, and this is the folder above it.
 sys.path.append(str(ROOT))
@@ -18,10 +20,12 @@ sys.path.append(str(ROOT))
 def main() -> None:
     """Run the benchmarks named on the command line, all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join((*NAMES, *ON_REQUEST)))
     wanted = parser.parse_args().names or NAMES
-    if unknown := [name for name in wanted if name not in NAMES]:
-        parser.error(f"there is no benchmark `{unknown[0]}`: there are {', '.join(NAMES)}")
+    if unknown := [name for name in wanted if name not in NAMES + ON_REQUEST]:
+        parser.error(
+            f"there is no benchmark `{unknown[0]}`: there are {', '.join(NAMES + ON_REQUEST)}"
+        )
     measure = import_module("benchmarks.measure")
     RESULTS.mkdir(exist_ok=True)
     for name in wanted:

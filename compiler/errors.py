@@ -13,12 +13,30 @@ def name_root_module(message: str) -> str:
 
 
 class SiteError(Exception):
-    """A layer cannot do what the program needs of it; the message names the layer, `rule` the diagnostic."""
+    """A layer cannot do what the program needs of it; the message names the layer, `rule` the diagnostic.
+
+    `clause` is the label of the clause that needs it, and `field` its field, where that is known.
+    """
 
     rule = "site-not-delivered"
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, clause: str | None = None, field: str = "") -> None:
         super().__init__(name_root_module(message))
+        self.clause, self.field = clause, field
+
+
+class FieldError(ValueError):
+    """The value of a field cannot be compiled; the message says why."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ValueOutOfRange(SiteError, ValueError):
+    """A number of a field is negative or not finite in a step; the message names field and number."""
+
+    rule = "bad-value"
 
 
 class ExampleAxisUnknown(SiteError):
@@ -28,9 +46,16 @@ class ExampleAxisUnknown(SiteError):
 
 
 class GraphRefused(SiteError):
-    """A step cannot run as a graph; the message says why."""
+    """A step cannot run as a graph; the message says why.
+
+    `detail` says more of this step: another one may be refused for the same `reason` with other figures.
+    """
 
     rule = "capture-failed"
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
 
 
 def repeated_layers(names: Iterable[str]) -> SiteError:

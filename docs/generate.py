@@ -37,6 +37,7 @@ def pages() -> dict[Path, str]:
         HERE.parent / "trainc/functional.pyi": functional_stub(),
         HERE / "constructs.md": constructs_page(catalog()),
         HERE / "diagnostics.md": rules_page(catalog()),
+        HERE / "adding-a-construct.md": run_path(str(HERE / "guide.py"))["guide_page"](),
         HERE / "measured.md": run_path(str(HERE / "measured.py"))["measured_page"](),
     }
 

@@ -19,6 +19,7 @@ def measured_page() -> str:
             *_gpu(RESULTS / "gpu.json"),
             *_cpu(_read("kernels_cpu.json")),
             *_accuracy(_read("accuracy_cpu.json")),
+            *_memory(RESULTS / "memory.json"),
         ]
     )
 
@@ -123,5 +124,48 @@ def _accuracy(found: Json) -> list[str]:
         f"ATen kept finite: {lost}.",
         "",
         *_table(["operator", *families], rows),
+        "",
+    ]
+
+
+def _memory(path: Path) -> list[str]:
+    title = ["## Memory", ""]
+    if not path.exists():
+        return [*title, "Not measured: `python -m benchmarks.memory` writes the figures.", ""]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    base = next(row for row in found["rows"] if row["construct"] == "none")
+    weights = base["parameters"]
+
+    def beyond(row: Json, when: str) -> str:
+        needed = row["state"] + (0 if when == "held" else row["gradients"])
+        plain = base[when] - base["state"] - (0 if when == "held" else base["gradients"])
+        return f"{(row[when] - needed - plain) / weights:.1f}"
+
+    rows = [
+        [
+            row["construct"],
+            f"{row['plan'] / weights:.1f}",
+            *(beyond(row, when) for when in ("held", "peak", "first")),
+        ]
+        for row in found["rows"]
+        if row is not base and "failed" not in row
+    ]
+    big, limit = found["gpt2"], found["limit"] / 2**30
+    return [
+        *title,
+        f"`python -m benchmarks.memory`: {_where(found)}. A GPT of {weights / 1e6:.0f}M float32 parameters, each",
+        "construct's own example beside AdamW, two micro-batches of one sequence, a process for each. In bytes for",
+        "each weight, so that one number for each is 4.0; beyond weights, gradients and optimizer state, and beyond",
+        "what the same spec takes without the construct, for activations and for Python: what the plan says (on the",
+        "meta device), what the process holds after a step, and the peaks of a step and of the first one. With",
+        "accumulation a graph has the gradients of one micro-batch beside their sum. In its first step it is compared",
+        "with the modules; what capturing it loads of torch, about 60 MiB, is 0.6 here.",
+        "",
+        *_table(["construct", "plan", "held", "peak of a step", "peak of the first"], rows),
+        "",
+        f"A GPT of {big['parameters'] / 1e6:.0f}M parameters, two micro-batches of 1024 tokens, with `noise_scale gns`",
+        f"and `lr temp_balance` in every step: {big['first'] / 2**30:.1f} GiB at the peak of the first step, and",
+        f"{big['peak'] / 2**30:.1f} GiB at that of the next ones. It may have {limit:.0f} GiB of",
+        f"addresses (`ulimit -v`), and took {big['addresses'] / 2**30:.1f}.",
         "",
     ]

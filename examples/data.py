@@ -234,3 +234,35 @@ def _describe_teacher(
 
 
 teacher.describe = _describe_teacher  # type: ignore[attr-defined]
+
+
+class Sums:
+    """Questions such as `17+5=22`, each a dict as a collator makes them: only the answer has labels."""
+
+    def __init__(self, seed: int, count: int, length: int) -> None:
+        self.pairs = np.random.default_rng(seed).integers(0, 10**4, (count, 2)).tolist()
+        self.length = length
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return ids and labels, padded; -100 marks what is not to be learnt."""
+        one, other = self.pairs[index]
+        question, answer = f"{one}+{other}=".encode(), f"{one + other}\n".encode()
+        ids, labels = torch.zeros(self.length, dtype=torch.long), torch.full((self.length,), -100)
+        text = torch.tensor([*question, *answer])
+        ids[: len(text)], labels[len(question) : len(text)] = text, text[len(question) :]
+        return {"input_ids": ids, "labels": labels}
+
+
+def sums(count: int = 4000, length: int = 24) -> tuple[Sums, Sums]:
+    """Return questions to train on and, of another seed, to evaluate on."""
+    return Sums(0, count, length), Sums(1, count // 10, length)
+
+
+def _describe_sums(count: int = 4000, length: int = 24) -> dict[str, int]:
+    return {"samples": count, "tokens_per_sample": length}
+
+
+sums.describe = _describe_sums  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from trainc.compiler.driver.compile import compile, resolve_spec
+from trainc.compiler.driver.recorded_clauses import shown_signals
 from trainc.compiler.driver.train import SPEC, load_weights
 from trainc.compiler.model.factories import build_data, seeded_model
 from trainc.compiler.model.import_path import searching
@@ -80,13 +81,14 @@ def train_spec(spec: Spec, folder: Path, title: str, console: Console) -> Traine
     with searching(EXAMPLES / "any.train"):
         model = seeded_model(spec)
         if (start := getattr(run.construct, "start", None)) is not None:
-            load_weights(model, Path(start), run)
+            load_weights(model, Path(start), spec)
         program = compile(spec, model)
         data = build_data(spec)
     length = program.length
     assert length is not None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    display = LiveDisplay(length.amount, length.unit, title=title, console=console)
+    signals = shown_signals(program.plan.to_json())
+    display = LiveDisplay(length.amount, length.unit, title=title, signals=signals, console=console)
     texts = {PLAN: json.dumps(program.plan.to_json()), SPEC: json.dumps(spec.to_json())}
     summary = train(program, data, out=folder, display=display, texts=texts)
     return Trained(folder, summary, distance(model, before))

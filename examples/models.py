@@ -3,6 +3,7 @@
 Shapes: B examples, T positions, D width, V vocabulary, C channels, K classes.
 """
 
+from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
@@ -137,6 +138,37 @@ def gpt(
 ) -> GPT:
     """Build a small GPT; `tied` shares the token embedding with the head."""
     return GPT(layers, width, heads, context, vocabulary, norm, dropout, tied)
+
+
+@dataclass
+class LanguageModelOutput:
+    """What a language model returns that is given labels: its loss, and the logits it is of."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class LanguageModel(nn.Module):
+    """A GPT that computes its own loss, with the names and the return value of those in transformers."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LanguageModelOutput:
+        """Return logits and, of labels, the mean loss of the next tokens that are not -100."""
+        logits_BTV = self.model(input_ids)
+        if labels is None:
+            return LanguageModelOutput(None, logits_BTV)
+        rows_NV = logits_BTV[:, :-1].flatten(0, 1)
+        return LanguageModelOutput(F.cross_entropy(rows_NV, labels[:, 1:].flatten()), logits_BTV)
+
+
+def language_model(
+    layers: int = 2, width: int = 64, heads: int = 4, context: int = 24
+) -> LanguageModel:
+    """Build a small language model with a loss of its own."""
+    return LanguageModel(gpt(layers, width, heads, context))
 
 
 class PatchEmbedding(nn.Module):

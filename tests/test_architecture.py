@@ -39,50 +39,78 @@ ROOMS = {
         "runtime/schedule": "",
         "runtime/storage": "kernels/library",
         "runtime/data": "runtime/storage",
+        "runtime/device": "runtime/data",
+        "runtime/sources": "runtime/storage runtime/data",
         "runtime/processes": "",
-        "runtime/step": "runtime/schedule runtime/processes",
-        "runtime/mask": "kernels/parameter runtime/processes runtime/schedule runtime/step",
-        "runtime/noise_scale": "runtime/storage runtime/processes runtime/step",
-        "runtime/run": "runtime/schedule runtime/storage runtime/data runtime/step runtime/noise_scale",
-        "runtime/report": "runtime/storage runtime/noise_scale",
+        "runtime/memory": "",
+        "runtime/soundness": "runtime/processes",
+        "runtime/torch_optimizer": "runtime/schedule runtime/storage runtime/processes",
+        "runtime/step": (
+            "runtime/schedule runtime/storage runtime/data runtime/processes runtime/soundness "
+            "runtime/torch_optimizer"
+        ),
+        "runtime/companion": "runtime/storage runtime/data runtime/processes runtime/torch_optimizer runtime/step",
+        "runtime/mask": (
+            "kernels/parameter runtime/storage runtime/processes runtime/schedule runtime/torch_optimizer runtime/step"
+        ),
+        "runtime/report": "runtime/storage",
+        "runtime/noise_scale": "runtime/storage runtime/processes runtime/step runtime/report",
+        "runtime/run": (
+            "runtime/schedule runtime/storage runtime/data runtime/device runtime/sources runtime/processes "
+            "runtime/memory runtime/soundness runtime/step runtime/report"
+        ),
         "compiler": "dsl/text dsl/reading dsl/resolve",
-        "compiler/model": "dsl/text dsl/values dsl/resolve",
+        "compiler/structure": "dsl/text",
+        "compiler/model": "dsl/text dsl/values dsl/resolve runtime/storage runtime/data compiler/structure",
         "compiler/bind": "compiler dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule compiler/model",
-        "compiler/method": "dsl/text runtime/schedule runtime/step runtime/mask compiler runtime/data",
+        "compiler/method": (
+            "dsl/text runtime/schedule runtime/processes runtime/soundness runtime/step runtime/companion runtime/mask "
+            "compiler runtime/data"
+        ),
         "compiler/graph": "compiler runtime/data compiler/method",
         "compiler/lower": (
-            "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/processes runtime/step runtime/mask "
-            "compiler/model compiler/bind compiler/method"
+            "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/storage runtime/processes "
+            "runtime/soundness runtime/step runtime/companion runtime/mask compiler compiler/structure compiler/model "
+            "compiler/bind compiler/method"
         ),
         "compiler/layers": (
-            "compiler kernels/norm kernels/batch_norm kernels/layer kernels/noise compiler/model "
+            "compiler kernels/norm kernels/batch_norm kernels/layer compiler/model "
             "compiler/method compiler/graph"
         ),
         "compiler/passes": (
             "compiler kernels/norm kernels/loss kernels/noise compiler/method compiler/graph compiler/layers"
         ),
         "compiler/per_example": (
-            "compiler dsl/reading runtime/data runtime/processes runtime/step compiler/model compiler/method "
-            "compiler/layers"
+            "compiler dsl/reading runtime/schedule runtime/data runtime/processes runtime/soundness runtime/step "
+            "compiler/structure compiler/model compiler/method compiler/layers"
         ),
         "compiler/constructs": (
-            "dsl/text dsl/values dsl/reading kernels/parameter runtime/schedule "
-            "runtime/processes runtime/step runtime/mask runtime/noise_scale compiler/model compiler/bind "
+            "dsl/text dsl/values dsl/reading kernels/loss kernels/noise kernels/parameter runtime/schedule "
+            "runtime/sources runtime/storage runtime/data runtime/soundness runtime/processes runtime/step "
+            "runtime/companion runtime/mask "
+            "runtime/report runtime/noise_scale compiler compiler/structure compiler/model compiler/bind "
             "compiler/method compiler/lower compiler/layers"
         ),
         "compiler/plan": (
-            "dsl/text dsl/reading kernels/layer runtime/schedule compiler/model compiler/bind "
-            "compiler/method compiler/passes runtime/step"
+            "dsl/text dsl/values dsl/reading kernels/layer runtime/schedule runtime/storage runtime/memory compiler "
+            "compiler/model "
+            "compiler/bind compiler/method compiler/passes runtime/step"
+        ),
+        "compiler/execution": (
+            "kernels/noise runtime/schedule runtime/storage runtime/data runtime/processes runtime/memory "
+            "runtime/soundness runtime/step runtime/mask compiler compiler/structure compiler/model compiler/method "
+            "compiler/graph compiler/layers compiler/passes compiler/per_example"
         ),
         "compiler/program": (
-            "compiler/model compiler kernels/loss kernels/noise runtime/schedule runtime/storage runtime/data "
-            "runtime/processes runtime/step runtime/run compiler/bind compiler/method compiler/graph "
-            "compiler/layers compiler/passes compiler/per_example compiler/plan"
+            "runtime/schedule runtime/storage runtime/data runtime/processes runtime/memory runtime/soundness "
+            "runtime/step runtime/companion runtime/run compiler compiler/structure compiler/model compiler/method "
+            "compiler/graph compiler/layers compiler/per_example compiler/plan compiler/execution"
         ),
         "compiler/driver": (
-            "compiler/method dsl/text dsl/values dsl/resolve runtime/schedule runtime/storage runtime/data "
-            "runtime/step runtime/run compiler compiler/model compiler/bind compiler/graph "
-            "compiler/lower compiler/passes compiler/plan compiler/program"
+            "compiler/method dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/storage runtime/data "
+            "runtime/device runtime/processes runtime/memory runtime/torch_optimizer runtime/step runtime/report "
+            "runtime/run compiler compiler/structure compiler/model compiler/bind compiler/graph "
+            "compiler/lower compiler/passes compiler/plan compiler/execution compiler/program"
         ),
     }.items()
 }

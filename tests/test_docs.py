@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 import trainc
+from trainc.compiler.lower.adapting import Adapting
+from trainc.compiler.lower.clause_access import ClauseAccess
 from trainc.compiler.lower.lowering import Lowering
+from trainc.dsl.reading.construct import Construct
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.values.value_json import Duration, Ndim
@@ -54,7 +57,32 @@ def test_specs_shown_as_whole_files_check(page: Path) -> None:
 def test_the_guide_lists_every_mechanism() -> None:
     text = (ROOT / "docs/adding-a-construct.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"`to\.(\w+)", text.partition("## The mechanisms")[2]))
-    assert listed == {name for name in dir(Lowering) if not name.startswith("_")} - {"label"}
+    assert listed == {name for name in dir(Lowering) if not name.startswith("_")}
+
+
+def test_the_guide_lists_what_adapt_may_call() -> None:
+    text = (ROOT / "docs/adding-a-construct.md").read_text(encoding="utf-8")
+    section = text.partition("## Adapting the model")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"`to\.(\w+)", section))
+    assert listed == {name for name in dir(Adapting) if not name.startswith("_")}
+
+
+def test_the_guide_shows_a_construct_for_every_mechanism(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = imported(ROOT / "docs/guide.py", monkeypatch)
+    own = {name for name in dir(Lowering) if not name.startswith("_")} - set(dir(ClauseAccess))
+    assert own - guide.used_by().keys() == set()
+    assert own <= {name for names in guide.sections().values() for name in names}
+
+
+def test_the_guide_says_what_each_part_of_a_construct_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = imported(ROOT / "docs/guide.py", monkeypatch)
+    written = guide.attribute_docstrings(Construct)
+    declared = {n for n in Construct.__annotations__ if not n.startswith(("_", "model_"))}
+    assert declared - {"kind", "name"} == written.keys()
+    assert all(text.endswith(".") for text in written.values())
+    rows = "\n".join(guide.part_rows())
+    assert "| `lower(to)` |" in rows
+    assert "identity_setting" not in rows, "no construct overrides it"
 
 
 def test_the_construct_of_the_guide_works_as_it_stands(

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import trainc
+from trainc.compiler.driver.recorded_clauses import draw_runs
 from trainc.compiler.driver.train import train
 from trainc.compiler.program.program import Program
-from trainc.runtime.report.plots import draw
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
@@ -115,7 +115,7 @@ def test_a_batch(spec: Path) -> None:
 def test_a_measured_signal(spec: Path, tmp_path: Path) -> None:
     with followed(walk("A measured signal, from the kernel to the screen")):
         train(spec, tmp_path / "run", plain=True)
-        draw([tmp_path / "run"], tmp_path / "run.png")
+        draw_runs([tmp_path / "run"], tmp_path / "run.png")
 
 
 def test_every_walk_is_taken() -> None:

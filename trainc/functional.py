@@ -1,18 +1,37 @@
-"""The operators and estimators as plain functions, for your own code.
+"""The operators and the arithmetic of constructs as plain functions, for your own code.
 
-Operators are found on disk, in the folders of `trainc.kernels`; `make docs` writes their types to functional.pyi.
+Operators are found on disk, in the folders of `trainc.kernels`, and need nothing but torch. What constructs offer is
+found in the catalog, when it is asked for. `make docs` writes the types of all to functional.pyi.
 """
 
-from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
+from importlib import import_module
+from typing import Any
+
 from trainc.kernels.operators import FUNCTIONS
-from trainc.runtime.noise_scale.estimators import noise_scale, noise_scale_from_contributions
+
+_OWN = "trainc.compiler.per_example.functional"
+_MEASURED = ("measured_parameters", "per_example_sq_norms")
 
 globals().update(FUNCTIONS)
 
-__all__ = [
-    "measured_parameters",
-    "noise_scale",
-    "noise_scale_from_contributions",
-    "per_example_sq_norms",
-]
-__all__ += sorted(FUNCTIONS)
+
+def _offered() -> dict[str, str]:
+    """Return the modules of the functions that are no operators, by name."""
+    from trainc.compiler.catalog import catalog
+
+    paths = (path.split(":") for construct in catalog().values() for path in construct.functions)
+    return dict.fromkeys(_MEASURED, _OWN) | {name: module for module, name in paths}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return sorted({*FUNCTIONS, *_offered()})
+    module = None if name.startswith("_") else _offered().get(name)
+    if module is None:
+        raise AttributeError(f"module 'trainc.functional' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(module), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*FUNCTIONS, *_offered()})

@@ -1,5 +1,6 @@
 """Written by `make docs`: the types of what functional.py finds on disk."""
 
+from trainc.compiler.constructs.lr._balance import balance
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
 from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 from trainc.kernels.layer.convolution import convolution
@@ -18,16 +19,23 @@ from trainc.kernels.norm.rms_norm import rms_norm
 from trainc.kernels.parameter.masked_update import masked_update_
 from trainc.kernels.parameter.multi_norm import multi_norm
 from trainc.kernels.parameter.sparse_adamw import sparse_adamw_
+from trainc.kernels.parameter.spectral_null import null_alpha, null_distance
+from trainc.kernels.parameter.spectral_windows import farms_alpha
+from trainc.kernels.parameter.spectrum import spectrum
+from trainc.kernels.parameter.tail_fit import hill_alpha
 from trainc.runtime.noise_scale.estimators import noise_scale, noise_scale_from_contributions
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "balance",
     "convolution",
     "cross_entropy_consistency",
     "embedding",
+    "farms_alpha",
     "ghost_batch_norm",
     "group_norm",
+    "hill_alpha",
     "layer_norm",
     "linear",
     "linear_cross_entropy_consistency",
@@ -38,9 +46,12 @@ __all__ = [
     "noise_scale",
     "noise_scale_from_contributions",
     "noisy_add",
+    "null_alpha",
+    "null_distance",
     "per_example_sq_norms",
     "rms_norm",
     "sparse_adamw_",
+    "spectrum",
     "tied_embedding",
     "tied_linear",
 ]

@@ -11,12 +11,15 @@ from typing import Any
 from trainc.compiler.bind.bound_clause import BoundClause, Sizes, Targets
 from trainc.compiler.bind.claims import overlapping_claims
 from trainc.compiler.bind.effects import changes_batch, conflicts, penalised_measurements
+from trainc.compiler.bind.epochs import uncounted_epochs
 from trainc.compiler.bind.report import Report
-from trainc.compiler.bind.selection import check_field_selectors, select_targets
+from trainc.compiler.bind.run_time import run_problems, steps_left
+from trainc.compiler.bind.selection import check_fields, select_targets
 from trainc.compiler.bind.signals import signal_problems
-from trainc.compiler.model.factories import DataFacts
+from trainc.compiler.model.factories import DataFacts, small_data
 from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.reading.construct import Construct
+from trainc.dsl.resolve.never_acts import RunTime
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic
@@ -42,6 +45,8 @@ class Binding:
     clauses: tuple[BoundClause, ...]
     units: UnitConversion
     length: RunLength | None
+    base: Inventory | None = None
+    """The model as it was before a clause adapted it; None where none does."""
     warnings: tuple[Diagnostic, ...] = ()
 
     @property
@@ -54,18 +59,31 @@ class Binding:
         return next((clause for clause in self.clauses if clause.kind == kind), None)
 
 
-def bind(spec: Spec, inventory: Inventory, facts: DataFacts) -> Binding:
-    """Return `spec` bound to the model that `inventory` describes; raises SpecError with all mistakes."""
-    return _Binder(spec, inventory, facts).run()
+def bind(
+    spec: Spec, inventory: Inventory, facts: DataFacts, base: Inventory | None = None
+) -> Binding:
+    """Return `spec` bound to the model that `inventory` describes; raises SpecError with all mistakes.
+
+    The selectors of clauses that adapt the model are resolved in `base`, the model before it was adapted.
+    """
+    return _Binder(spec, inventory, facts, base).run()
+
+
+def bind_adapters(spec: Spec, base: Inventory) -> list[BoundClause]:
+    """Return the clauses that adapt a model, bound to it; raises SpecError with all mistakes in them."""
+    return _Binder(spec, base, DataFacts(), base).adapters()
 
 
 class _Binder:
     """Binds one spec; `report` collects the mistakes."""
 
-    def __init__(self, spec: Spec, inventory: Inventory, facts: DataFacts) -> None:
-        self.spec, self.inventory = spec, inventory
-        self.report = Report()
+    def __init__(
+        self, spec: Spec, inventory: Inventory, facts: DataFacts, base: Inventory | None
+    ) -> None:
+        self.spec, self.inventory, self.base = spec, inventory, base
+        self.report, self.facts = Report(), facts
         data, run = self._construct("data"), self._construct("run")
+        self.trial = RunTime.of(spec.clauses).trial
         self.units = UnitConversion(
             samples_per_step=float(data.start_size) if data else None,
             tokens_per_sample=_number(facts.tokens_per_sample),
@@ -85,11 +103,29 @@ class _Binder:
         found += conflicts(active)
         found += penalised_measurements(active, self.inventory)
         found += signal_problems(self.spec, clauses)
+        found += small_data(self.spec, self.facts.samples)
+        acting = {clause.label for clause in active}
+        written = [clause for clause in self.spec.clauses if clause.name in acting]
+        if not self.facts.samples:
+            found += uncounted_epochs(written, self.spec.rules)
+        found += run_problems(written, self.spec.rules, self.units)
         if any(diagnostic.severity == "error" for diagnostic in found):
             raise SpecError(found)
         return Binding(
-            self.spec, self.inventory, tuple(clauses), self.units, self.length, tuple(found)
+            self.spec,
+            self.inventory,
+            tuple(clauses),
+            self.units,
+            self.length,
+            self.base,
+            tuple(found),
         )
+
+    def adapters(self) -> list[BoundClause]:
+        clauses = [self._bound(clause) for clause in self.spec.clauses if clause.construct.adapts]
+        if any(diagnostic.severity == "error" for diagnostic in self.report.diagnostics):
+            raise SpecError(self.report.diagnostics)
+        return clauses
 
     def _construct(self, kind: str) -> Any:
         """Return the construct of a kind that occurs at most once; None without one."""
@@ -100,15 +136,16 @@ class _Binder:
         construct = clause.construct
         targets: tuple[str, ...] = ()
         dropped: str | None = None
-        check_field_selectors(clause, self.inventory, self.report)
+        inventory = self._inventory_of(construct)
         if construct.targets != "none":
-            targets = select_targets(clause, construct.targets, self.inventory, self.report)
+            targets = select_targets(clause, construct.targets, inventory, self.report)
             if not targets and clause.optional:
                 dropped = "its selector matches nothing, and the clause is `optional`"
         if dropped is None and (setting := construct.identity_setting()):
             dropped = f"no effect: `{setting}`"
             message = f"`{construct.title}` has no effect, because `{setting}`"
             self.report.add("no-effect", message, clause, severity="warning")
+        check_fields(clause, targets, inventory, self.report)
         bound = BoundClause(
             construct=construct,
             label=clause.name,
@@ -117,19 +154,28 @@ class _Binder:
             stop=self._duration(clause.stop, clause, "until"),
             every=self._duration(clause.every, clause, "every"),
             dropped=dropped,
-            span=clause.span,
+            origin=clause.origin,
         )
         if dropped is None and (targets or construct.targets == "none"):
-            for problem in construct.validate_targets(self._targets(construct, bound)):
+            for problem in construct.validate_targets(self._targets(clause, bound)):
+                if problem.rule == "never-acts" and self.trial:
+                    problem = problem.replace(severity="warning")
                 self.report.add_problem(problem, clause)
         return bound
 
-    def _targets(self, construct: Construct, bound: BoundClause) -> Targets:
+    def _inventory_of(self, construct: Construct) -> Inventory:
+        """Return what the selectors of a construct's clauses are matched against."""
+        return self.base if construct.adapts and self.base is not None else self.inventory
+
+    def _targets(self, clause: Clause, bound: BoundClause) -> Targets:
+        construct = clause.construct
+        inventory = self._inventory_of(construct)
         return Targets(
-            self.inventory,
-            bound.modules(self.inventory) if construct.targets == "modules" else (),
-            bound.parameters(self.inventory) if construct.targets == "parameters" else (),
+            inventory,
+            bound.modules(inventory) if construct.targets == "modules" else (),
+            bound.parameters(inventory) if construct.targets == "parameters" else (),
             self.sizes,
+            steps_left(clause, self.units, self.length),
         )
 
     def _duration(self, duration: Duration | None, clause: Clause, word: str) -> TimeSpan | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainc.compiler.model.inventory import Inventory, ModuleEntry, ParameterEntry
 from trainc.dsl.reading.construct import Catalog, Construct
+from trainc.dsl.resolve.origin import Origin
 from trainc.dsl.text.source import Span
 from trainc.runtime.schedule.time_span import TimeSpan
 
@@ -23,7 +24,16 @@ class BoundClause:
     stop: TimeSpan | None = None
     every: TimeSpan | None = None
     dropped: str | None = None
-    span: Span | None = field(default=None, compare=False)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def span(self) -> Span | None:
+        """Return where it was written, or None for a clause made in Python."""
+        return None if self.origin is None else self.origin.span
+
+    def part_span(self, part: str) -> Span | None:
+        """Return where a part or a field was written; the whole clause where it was not."""
+        return None if self.origin is None else self.origin.part_span(part)
 
     @property
     def kind(self) -> str:
@@ -67,13 +77,15 @@ class Sizes:
 class Targets:
     """What `Construct.validate_targets` is given: the selected entries and the whole model.
 
-    `sizes` is None in a spec that names no data.
+    `sizes` is None in a spec that names no data, and `steps`, those between the clause's `from` and `until`, where
+    they are not known before the run.
     """
 
     inventory: Inventory
     modules: tuple[ModuleEntry, ...]
     parameters: tuple[ParameterEntry, ...]
     sizes: Sizes | None = None
+    steps: float | None = None
 
 
 def from_json(data: Mapping[str, Any], catalog: Catalog) -> BoundClause:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.bind.report import labels
+from trainc.compiler.bind.report import labels, shared_note
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.model.select import select
 from trainc.dsl.text.diagnostic import Diagnostic
@@ -27,12 +27,14 @@ def overlapping_claims(
             what = clause.title if clause.kind == "lr" else clause.kind
             exclusive.setdefault(what, []).append(clause)
     for what, same in exclusive.items():
-        yield from _overlaps(what, same)
+        yield from _overlaps(what, same, inventory)
     if "optimizer" in exclusive:
         yield from _unclaimed(exclusive["optimizer"], inventory)
 
 
-def _overlaps(what: str, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
+def _overlaps(
+    what: str, clauses: Sequence[BoundClause], inventory: Inventory
+) -> Iterator[Diagnostic]:
     owner: dict[str, BoundClause] = {}
     reported: set[tuple[int, int]] = set()
     for clause in clauses:
@@ -46,6 +48,7 @@ def _overlaps(what: str, clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]
                     labels(
                         (clause.span, "selected again here"), (other.span, "first selected here")
                     ),
+                    notes=shared_note(inventory.parameter[name]),
                     help=f"change one of the two selectors so that it does not match `{name}`",
                 )
 

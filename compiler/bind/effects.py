@@ -40,19 +40,21 @@ def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
 def penalised_measurements(
     clauses: Sequence[BoundClause], inventory: Inventory
 ) -> Iterator[Diagnostic]:
-    """Yield a warning for every noise scale measured on parameters that a penalty acts on."""
+    """Yield a warning for every clause that measures gradients of parameters that a penalty acts on."""
     penalties = [
         c for c in clauses if c.construct.targets == "parameters" and "loss" in _writes(c.construct)
     ]
     for clause in clauses:
-        if clause.kind != "noise_scale":
+        if not measures_gradients(clause.construct):
             continue
-        measured = {name for module in clause.modules(inventory) for name in module.parameters}
+        measured = set(clause.targets)
+        if clause.construct.targets == "modules":
+            measured = {name for m in clause.modules(inventory) for name in m.parameters}
         for penalty in penalties:
             shared = [name for name in penalty.targets if name in measured]
             if shared:
                 yield Diagnostic(
-                    "noise-scale-sees-penalty",
+                    "statistic-sees-penalty",
                     f"`{clause.title}` also measures the penalty `{penalty.title}`, because both select `{shared[0]}`",
                     labels(
                         (clause.span, "measures this parameter"),
@@ -61,6 +63,12 @@ def penalised_measurements(
                     help="exclude the measured parameters from the selector of the penalty",
                     severity="warning",
                 )
+
+
+def measures_gradients(construct: Construct) -> bool:
+    """Say whether a construct, with its fields, measures gradients of examples, micro-batches or replicas."""
+    performed = (effect for effect in construct.effects if construct.performs(effect))
+    return any("probe" in (*effect.reads, *effect.writes) for effect in performed)
 
 
 def _actions(clause: BoundClause) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from trainc.compiler.errors import name_root_module
+from trainc.compiler.model.inventory import ParameterEntry
 from trainc.dsl.reading.construct import Problem
 from trainc.dsl.reading.construct_rules import explanation
 from trainc.dsl.resolve.statements import Clause
@@ -62,6 +63,14 @@ class Report:
             severity=problem.severity,
             explanation=meaning,
         )
+
+
+def shared_note(parameter: ParameterEntry) -> tuple[str, ...]:
+    """Return a note with all names of a shared parameter; none where it has a single one."""
+    if not parameter.aliases:
+        return ()
+    names = " and ".join(f"`{name}`" for name in (parameter.name, *parameter.aliases))
+    return (f"{names} are one tensor: whatever selects one of these names selects all of them",)
 
 
 def labels(*places: tuple[Span | None, str]) -> tuple[Label, ...]:

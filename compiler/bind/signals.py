@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.report import labels
+from trainc.dsl.reading.signal import full_name
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.source import Span
@@ -63,10 +64,8 @@ def signal_problems(spec: Spec, clauses: Sequence[BoundClause]) -> Iterator[Diag
 
 def measured_signals(clause: BoundClause) -> Iterator[tuple[str, str]]:
     """Yield name and signal of all that a clause measures; its main signal is the empty string."""
-    if clause.construct.signals:
-        yield clause.label, ""
-        for signal in clause.construct.signals:
-            yield f"{clause.label}.{signal}", signal
+    for signal in clause.construct.signals:
+        yield full_name(clause.label, signal), signal
 
 
 def _expressions(spec: Spec) -> Iterator[_Use]:
@@ -108,7 +107,7 @@ def _unlike(use: _Use, counts: dict[str, str]) -> Iterator[Diagnostic]:
         f"`{odd}` counts {counts[odd]}, but {what} counts samples",
         labels((use.span, "")),
         (f"a sample contains several {counts[odd]}, and their number varies",),
-        "add a second `noise_scale` clause with another name (`as`) and without `example`, and use its signal"
+        "add a second such clause with another name (`as`) that counts samples, and use its signal"
         if use.sets_batch
-        else f"compare `{odd}` with a plain number, or use a `noise_scale` clause without `example`",
+        else f"compare `{odd}` with a plain number, or let its clause count samples",
     )

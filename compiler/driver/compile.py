@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +13,40 @@ from torch import nn
 from trainc.compiler.bind.binding import Binding, bind
 from trainc.compiler.bind.signals import measured_signals, signal_units
 from trainc.compiler.catalog import catalog, path_of
+from trainc.compiler.driver.adaptation import adapted
 from trainc.compiler.lower.assemble import assemble
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.lower.when_rules import when_rules
+from trainc.compiler.method.loss import NoLoss
+from trainc.compiler.method.losses import LossPart
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.factories import build_model, data_facts, missing_clause, seeded_model
+from trainc.compiler.model.copied_layers import release_copies
+from trainc.compiler.model.factories import (
+    DataFacts,
+    build_data,
+    build_model,
+    data_facts,
+    facts_of,
+    missing_clause,
+    seeded_model,
+    unnumbered_samples,
+)
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.plan.make_plan import make_plan
 from trainc.compiler.plan.plan import Plan
+from trainc.compiler.structure.wrappers import name_through, unwrapped
 from trainc.dsl.resolve.spec import Spec
+from trainc.runtime.data.stream import is_stream
 from trainc.runtime.step.record import Signals
 
 if TYPE_CHECKING:
-    from trainc.compiler.program.execution import Executor
+    from trainc.compiler.execution.execution import Executor
     from trainc.compiler.program.program import Program
+    from trainc.runtime.data.order import Data
+
+
+Prepare = Callable[[Binding, nn.Module], None]
 
 
 def compile(
@@ -47,15 +66,62 @@ def compile(
     Raises SpecError with every mistake found, each with its place in the text, and ValueError for a pass in `without`
     that does not exist.
     """
+    checked, path = resolve_spec(spec, overrides)
+    with searching(path):
+        built = seeded_model(checked) if model is None else model
+        return compile_model(checked, built, data_facts(checked), without, executor)
+
+
+def compile_model(
+    spec: Spec,
+    model: nn.Module,
+    facts: DataFacts,
+    without: Iterable[str] = (),
+    executor: Executor = "auto",
+    prepare: Prepare | None = None,
+) -> Program:
+    """Return the program of a checked spec on a model, with what is known of the data.
+
+    `prepare` may change the model once it is bound, before the clauses are lowered.
+    """
     from trainc.compiler.passes.pipeline import check_names
 
     disabled = frozenset(without)
     check_names(disabled)
-    checked, path = resolve_spec(spec, overrides)
-    with searching(path):
-        built = seeded_model(checked) if model is None else model
-        binding = bind(checked, build_inventory(built), data_facts(checked))
-        return build_program(binding, built, disabled, executor)
+    own = unwrapped(model)
+    name_through(own)
+    release_copies(own)
+    with adapted(spec, own) as base:
+        binding = bind(spec, build_inventory(own), facts, base)
+        if prepare is not None:
+            prepare(binding, own)
+        program = build_program(binding, own, disabled, executor)
+    if own is not model:
+        program.forward = model
+    return program
+
+
+def compile_with_data(
+    spec: Spec,
+    model: nn.Module,
+    without: Iterable[str] = (),
+    executor: Executor = "auto",
+    prepare: Prepare | None = None,
+) -> tuple[Program, Data]:
+    """Return the program of a checked spec on a model, and the data that the spec names.
+
+    Data that describes itself is loaded when nothing else is wrong; any other has to be counted first.
+    """
+    facts = data_facts(spec)
+    if facts.samples is not None:
+        program = compile_model(spec, model, facts, without, executor, prepare)
+        data = build_data(spec)
+    else:
+        data = build_data(spec)
+        program = compile_model(spec, model, facts_of(data), without, executor, prepare)
+    if program.id_readers and is_stream(data.train):
+        raise unnumbered_samples(spec, program.id_readers)
+    return program, data
 
 
 def plan(
@@ -76,9 +142,10 @@ def plan(
             with torch.device("meta"), SkipInitialization():
                 model = build_model(checked)
         else:
-            model = on_meta(model)
-        binding = bind(checked, build_inventory(model), data_facts(checked))
-        return make_plan(binding, _lower(binding, model, _first_signals(binding), to_run=False))
+            model = on_meta(unwrapped(model))
+        with adapted(checked, model) as base:
+            binding = bind(checked, build_inventory(model), data_facts(checked), base)
+            return make_plan(binding, _lower(binding, model, _first_signals(binding), to_run=False))
 
 
 def resolve_spec(
@@ -108,7 +175,12 @@ def _lower(
         model, binding.inventory, binding.units, binding.length, signals, units
     )
     method = assemble(binding.clauses, context, to_run=to_run)
-    names = {"loss", "lr", *(name for c in binding.clauses for name, _ in measured_signals(c))}
+    names = {
+        "loss",
+        "gradient_norm",
+        "lr",
+        *(name for c in binding.clauses for name, _ in measured_signals(c)),
+    }
     method.actions += when_rules(binding.spec.rules, context, names)
     return method
 
@@ -119,16 +191,14 @@ def build_program(
     without: frozenset[str] = frozenset(),
     executor: Executor = "auto",
 ) -> Program:
-    """Return the program of a binding on its model; raises SpecError where the spec has no loss or no optimizer."""
+    """Return the program of a binding on its model; without a loss or an optimizer these are the user's own."""
+    from trainc.compiler.driver.run_settings import run_settings
     from trainc.compiler.program.program import Program
-    from trainc.compiler.program.run_settings import run_settings
 
     signals = _first_signals(binding)
     method = _lower(binding, model, signals)
-    if method.loss is None:
-        raise missing_clause("the spec has no loss", "write `loss cross_entropy` or `loss mse`")
-    if not method.optimizers:
-        raise missing_clause("the spec has no optimizer", "write `optimizer adamw { lr = 3e-4 }`")
+    if not method.loss_parts:
+        method.loss_parts.append(LossPart(NoLoss.name, NoLoss()))
     data: Any = binding.one("data")
     batch = data.construct.start_size if data else 0
     micro = data.construct.micro_size if data else 0
@@ -142,7 +212,21 @@ def build_program(
         signals,
         batch_size=batch,
         micro_size=micro,
+        halves_micro=bool(data and data.construct.halves_micro),
         samples_per_epoch=int(epoch) if epoch else None,
         executor=executor,
         without=without,
     )
+
+
+def require_clauses(spec: Spec, *kinds: str) -> None:
+    """Raise SpecError where a spec has no clause of one of these kinds, which a loop of one's own can do without."""
+    for kind in kinds:
+        if not spec.of_kind(kind):
+            raise missing_clause(f"the spec has no {kind}", _examples(kind))
+
+
+def _examples(kind: str) -> str:
+    """Return the advice to write a clause of a kind, with the examples of all its constructs."""
+    usages = [f"`{construct.usage}`" for key, construct in catalog().items() if key[0] == kind]
+    return f"write one, such as {' or '.join(usages)}"

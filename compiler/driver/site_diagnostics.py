@@ -1,16 +1,66 @@
-"""Turn a SiteError raised at run time into a diagnostic on the clause that requested the site."""
+"""Turn errors raised at run time into diagnostics on the clause that they are about: layers, optimizers, the loss."""
 
 from __future__ import annotations
 
+from trainc.compiler.bind.effects import measures_gradients
 from trainc.compiler.errors import SiteError
+from trainc.compiler.method.loss import LossMismatch
+from trainc.compiler.method.losses import Losses
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.text.diagnostic import Diagnostic, Label
-
-_KINDS = ("noise_scale", "regularize")
-"""The kinds of clauses that request sites, the most likely one first."""
+from trainc.runtime.torch_optimizer.problem import OptimizerProblem
 
 
 def site_diagnostic(error: SiteError, spec: Spec) -> Diagnostic:
-    """Return the diagnostic of a SiteError, on the first clause of the spec that may have requested the site."""
-    spans = [c.span for kind in _KINDS for c in spec.clauses if c.kind == kind and c.span]
+    """Return the diagnostic of a SiteError, on its clause, or the first of the spec that may have requested the site.
+
+    Those that measure come before those that change the forward pass.
+    """
+    clauses = [clause for clause in spec.clauses if clause.name == error.clause]
+    clauses += [clause for clause in spec.clauses if measures_gradients(clause.construct)]
+    clauses += [c for c in spec.clauses if any("forward" in e.writes for e in c.construct.effects)]
+    spans = [span for clause in clauses if (span := clause.part_span(error.field))]
     return Diagnostic(error.rule, str(error), tuple(Label(span) for span in spans[:1]))
+
+
+def optimizer_diagnostic(error: OptimizerProblem, spec: Spec) -> Diagnostic:
+    """Return the diagnostic of what an optimizer does, at its clause."""
+    clause = next((clause for clause in spec.clauses if clause.name == error.clause), None)
+    span = clause.part_span(error.field) if clause else None
+    return Diagnostic("optimizer-failed", str(error), (Label(span),) if span else ())
+
+
+def loss_diagnostic(error: Exception, losses: Losses, spec: Spec) -> Diagnostic | None:
+    """Return the diagnostic of an error that was raised while a loss was computed; None for any other error."""
+    if isinstance(error, LossMismatch) and error.label is not None:
+        return Diagnostic("loss-mismatch", str(error), _at(spec, error.label, error.field))
+    trace, label = error.__traceback__, losses.parts[0].label
+    codes = {getattr(type(p.loss).__call__, "__code__", None): p.label for p in losses.parts}
+    while trace is not None and trace.tb_frame.f_code not in codes:
+        trace = trace.tb_next
+    if trace is not None:
+        own, label = trace.tb_frame.f_locals.get("self"), codes[trace.tb_frame.f_code]
+        label = next((p.label for p in losses.parts if p.loss is own), label)
+    by_graph = isinstance(error, IndexError) and str(error).startswith("Target ")
+    if trace is None and not by_graph:
+        return None
+    known = {} if trace is None else trace.tb_frame.f_locals
+    given = [_form(known[name]) for name in ("outputs", "targets") if name in known]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    what = f"outputs {given[0]} and targets {given[1]}" if len(given) == 2 else "these targets"
+    message = f"the loss cannot be computed from {what}: {reason}"
+    return Diagnostic("loss-mismatch", message, _at(spec, label))
+
+
+def _at(spec: Spec, label: str, field: str = "") -> tuple[Label, ...]:
+    """Return a label at a field of the loss clause of a name, or at the whole clause."""
+    clause = next((c for c in spec.of_kind("loss") if c.name == label), spec.one("loss"))
+    span = None if clause is None else clause.part_span(field) or clause.span
+    return (Label(span),) if span else ()
+
+
+def _form(value: object) -> str:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None or dtype is None:
+        return f"of type {type(value).__name__}"
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
 
 from trainc.compiler.bind.report import labels
-from trainc.compiler.driver.compile import compile, resolve_spec
-from trainc.compiler.driver.resume import cannot_resume, check_resume
-from trainc.compiler.driver.site_diagnostics import site_diagnostic
+from trainc.compiler.driver.adaptation import adapted
+from trainc.compiler.driver.compile import compile_with_data, require_clauses, resolve_spec
+from trainc.compiler.driver.distribution import Distribution
+from trainc.compiler.driver.hardware import hardware_of, placed, require_hardware
+from trainc.compiler.driver.preflight import preflight_of, too_large
+from trainc.compiler.driver.recorded_clauses import shown_signals
+from trainc.compiler.driver.resume import cannot_resume, changed_run
+from trainc.compiler.driver.run_logger import run_logger
+from trainc.compiler.driver.site_diagnostics import (
+    loss_diagnostic,
+    optimizer_diagnostic,
+    site_diagnostic,
+)
 from trainc.compiler.errors import SiteError
-from trainc.compiler.model.factories import build_data, missing_clause, seeded_model
+from trainc.compiler.execution.execution import Executor
+from trainc.compiler.model.factories import missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
-from trainc.compiler.program.execution import Executor
 from trainc.compiler.program.program import Program
 from trainc.compiler.program.save import PLAN, json_text
 from trainc.dsl.resolve.spec import Spec
@@ -24,11 +37,20 @@ from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.render import render_text
+from trainc.runtime.data.batch import WrongBatch, WrongOutput, WrongPick
+from trainc.runtime.data.order import Data
+from trainc.runtime.device.hardware import Hardware
+from trainc.runtime.memory.failure import OutOfMemory
 from trainc.runtime.run.live_display import LiveDisplay
+from trainc.runtime.run.loggers import Logger
 from trainc.runtime.run.loop import train as loop
+from trainc.runtime.run.preflight import DoesNotFit
 from trainc.runtime.run.summary import Summary
 from trainc.runtime.step.action import IncompatibleState
 from trainc.runtime.storage import checkpoint
+from trainc.runtime.storage.differences import ChangedRun
+from trainc.runtime.storage.foreign_files import interpreting, open_file
+from trainc.runtime.torch_optimizer.problem import OptimizerProblem
 
 SPEC, SPEC_TEXT = "spec.json", "spec.train"
 
@@ -45,47 +67,130 @@ def train(
     plain: bool = False,
     quiet: bool = False,
     executor: Executor = "auto",
+    device: str | None = None,
+    log: str | Logger | None = None,
+    preflight: bool = True,
 ) -> Summary:
     """Train the spec's model on its data and return a summary of the run.
 
-    `out` is the folder of the run; `resume` continues the run in it. Raises SpecError for a wrong spec, and for a
-    resume with a changed spec unless `accept`.
+    `out` is the folder of the run; `resume` continues the run in it. `device` and `log` are used in place of the
+    spec's; `log` is a name, or an object with `log(metrics, step)` and `finish()`. Raises SpecError for a wrong spec,
+    for hardware or a library that is not there, for a resume with a changed spec unless `accept`, and with `preflight`
+    for a run that does not fit into memory or on the disk.
     """
     checked, path = resolve_spec(spec, overrides)
     run = checked.one("run")
     if run is None:
         raise missing_clause("the spec has no run", "write `run { length = 1000 steps }`")
+    require_clauses(checked, "loss", "optimizer")
+    logger, distribution = run_logger(checked, log), Distribution.of(checked)
+    hardware = distribution.placed(hardware_of(checked, device))
+    with distribution.team(hardware) as team:
+        program, data = _compiled(checked, path, hardware, distribution, without, executor)
+        shows = team.rank == 0 and not quiet
+        if program.plan.warnings and shows:
+            print(render_text(program.plan.warnings).strip("\n"), file=sys.stderr)
+        told = (
+            preflight and not distribution.shards
+        )  # the plan's figures are those of whole tensors
+        takes = preflight_of(program, hardware, out, checked) if told else None
+        with _reported(program, checked, out), hardware.products():
+            return loop(
+                program,
+                data,
+                out=out,
+                resume=resume,
+                overwrite=overwrite,
+                display=_display(program, str(spec), plain) if shows else None,
+                texts=_texts(program, checked, path),
+                keep=program.settings.keep,
+                accept=accept,
+                hardware=hardware,
+                logger=logger,
+                preflight=takes,
+                team=team,
+                notes=distribution.notes,
+            )
+
+
+def _compiled(
+    spec: Spec,
+    path: Path | None,
+    hardware: Hardware,
+    distribution: Distribution,
+    without: Iterable[str],
+    executor: Executor,
+) -> tuple[Program, Data]:
+    """Return the program of a spec with its model on the hardware, joined with the other processes, and its data."""
+    run: Any = spec.one("run")
     with searching(path):
-        model = seeded_model(checked)
-        start: str | None = run.construct.start  # type: ignore[attr-defined]
+        model = seeded_model(spec)
+        start: str | None = run.construct.start
         if start is not None:
-            load_weights(model, Path(start), run)
-        program = compile(checked, model, without=without, executor=executor)
-        data = build_data(checked)
-    if resume:
-        check_resume(program.plan, out, accept)
-    if program.plan.warnings and not quiet:
-        print(render_text(program.plan.warnings).strip("\n"), file=sys.stderr)
-    assert program.length is not None
-    length = program.length
-    try:
-        return loop(
-            program,
-            data,
-            out=out,
-            resume=resume,
-            overwrite=overwrite,
-            display=None
-            if quiet
-            else LiveDisplay(length.amount, length.unit, title=str(spec), plain=plain),
-            texts=_texts(program, checked, path),
-            keep=program.settings.keep,
-            load_compatible=accept,
+            load_weights(model, Path(start), spec)
+        program, data = compile_with_data(
+            spec,
+            placed(model, hardware, spec),
+            without,
+            executor,
+            partial(distribution.prepare, device=hardware.device),
         )
+    program.execution.autocast = hardware.autocast
+    require_hardware(program, hardware, spec)
+    distribution.join(program, hardware.device)
+    return program, data
+
+
+def _display(program: Program, title: str, plain: bool) -> LiveDisplay:
+    assert program.length is not None
+    length, signals = program.length, shown_signals(program.plan.to_json())
+    return LiveDisplay(length.amount, length.unit, title=title, signals=signals, plain=plain)
+
+
+@contextmanager
+def _reported(program: Program, spec: Spec, out: Path) -> Iterator[None]:
+    """Turn errors of a run that a clause of the spec explains into a SpecError at this clause."""
+    try:
+        yield
     except SiteError as error:
-        raise SpecError([site_diagnostic(error, checked)]) from error
+        raise SpecError([site_diagnostic(error, spec)]) from error
+    except OptimizerProblem as error:
+        raise SpecError([optimizer_diagnostic(error, spec)]) from error
+    except ChangedRun as error:
+        raise changed_run(out, error) from error
     except IncompatibleState as error:
         raise cannot_resume(out, error) from error
+    except DoesNotFit as error:
+        raise too_large(error, spec) from error
+    except OutOfMemory as error:
+        raise _at_field(spec.one("data"), ("micro", "batch"), "out-of-memory", error) from None
+    except WrongBatch as error:
+        raise _at_path(spec.one("data"), "data-failed", error) from error
+    except WrongPick as error:
+        named = (one for one in spec.of_kind("loss") if one.name == error.label)
+        clause = next(named, spec.one("loss"))
+        at = labels((clause.part_span("output") or clause.span if clause else None, ""))
+        raise SpecError([Diagnostic("loss-mismatch", str(error), at)]) from error
+    except WrongOutput as error:
+        raise _at_path(spec.one("model"), "model-failed", error) from error
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if (found := loss_diagnostic(error, program.execution.losses, spec)) is None:
+            raise
+        raise SpecError([found]) from error
+
+
+def _at_path(clause: Clause | None, rule: str, error: Exception) -> SpecError:
+    """Return the error of what a clause imported, at its path."""
+    return _at_field(clause, ("path",), rule, error)
+
+
+def _at_field(
+    clause: Clause | None, names: Sequence[str], rule: str, error: Exception
+) -> SpecError:
+    """Return an error at the first of these fields that the clause has."""
+    spans = (clause.part_span(name) for name in names) if clause else ()
+    at = labels((next(filter(None, spans), None), ""))
+    return SpecError([Diagnostic(rule, str(error), at)])
 
 
 def _texts(program: Program, spec: Spec, path: Path | None) -> dict[str, str]:
@@ -94,10 +199,11 @@ def _texts(program: Program, spec: Spec, path: Path | None) -> dict[str, str]:
     return texts if path is None else texts | {SPEC_TEXT: path.read_text()}
 
 
-def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
+def load_weights(model: nn.Module, source: Path, spec: Spec) -> None:
     """Load weights from the newest checkpoint of a run's folder or from a .safetensors file.
 
-    Raises SpecError where there are none or they do not fit the model.
+    Of a run they are the weights that it evaluated with. Weights with more names than the model has are loaded into the
+    model as the spec adapts it. Raises SpecError where there are none or they do not fit the model.
     """
     try:
         if source.is_dir():
@@ -105,11 +211,18 @@ def load_weights(model: nn.Module, source: Path, run: Clause) -> None:
             if found.path is None:
                 why = found.damage[0] if found.damage else "the folder has no checkpoint"
                 raise ValueError(why)
-            weights = checkpoint.load_checkpoint(found.path)["program"]["model"]
+            program = checkpoint.load_checkpoint(found.path)["program"]
+            weights = program["model"] | program.get("evaluation", {})
         else:
-            weights = load_file(str(source))
-        model.load_state_dict(weights)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+            with interpreting(source), open_file(source):
+                weights = load_file(str(source))
+        if weights.keys() - model.state_dict().keys():
+            with adapted(spec, model):  # the adapters stay, and `compile` finds them
+                model.load_state_dict(weights)
+        else:
+            model.load_state_dict(weights)
+    except (ValueError, OSError, LookupError, TypeError, RuntimeError) as error:
         message = f"the weights in {source} cannot be loaded into this model: {error}"
-        at = labels((run.part_span("start"), ""))
+        run = spec.one("run")
+        at = labels((run.part_span("start") if run else None, ""))
         raise SpecError([Diagnostic("model-failed", message, at)]) from error

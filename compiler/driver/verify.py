@@ -10,17 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainc.compiler.driver.compile import compile, resolve_spec
-from trainc.compiler.driver.inspect import first_batch
+from trainc.compiler.driver.compile import resolve_spec
+from trainc.compiler.driver.inspect import program_and_batch
 from trainc.compiler.driver.site_diagnostics import site_diagnostic
 from trainc.compiler.errors import SiteError, SiteMissing, SiteUnfit
+from trainc.compiler.execution.capture import CaptureFailed
+from trainc.compiler.method.total_loss import losses_of_views
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.model.undisturbed import keep_buffers
-from trainc.compiler.program.capture import CaptureFailed
 from trainc.compiler.program.program import Program
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
-from trainc.runtime.data.batch import Batch, compute_logits, map_tensors
+from trainc.runtime.data.batch import Batch, map_tensors
 
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-9}
 
@@ -54,12 +55,9 @@ def verify(
     """
     checked, path = resolve_spec(spec, overrides)
     with searching(path):
-        program = compile(checked, without=without, executor="graph")
-    program.execution.method.ignore_times()
+        program, batch = program_and_batch(checked, without, "graph")
     if double:
         program.module.double()
-    batch = first_batch(spec, overrides, program.micro_size)
-    if double:
         batch = map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)
     try:
         return compare(program, batch)
@@ -79,7 +77,7 @@ def compare(program: Program, batch: Batch) -> list[Comparison]:
     if rewrite.modules_only is not None or any(site.tied is not None for site in rewrite.layers):
         executor = "module"
     rows: list[Comparison] = []
-    if not rewrite.ghosts:  # BatchNorm over groups is another model
+    if rewrite.zero_is_identity:
         rows += _against_original(program, batch, allowed, executor)
     if executor == "graph":
         rows += _against_modules(program, batch, allowed)
@@ -92,9 +90,12 @@ def _against_original(
     program: Program, batch: Batch, allowed: float, executor: Literal["graph", "module"]
 ) -> Iterator[Comparison]:
     """Compare the program with every strength at zero with the original model."""
-    inputs, targets = batch
+    targets = batch[1]
     with program.sites.inactive(), keep_buffers(program.module):
-        loss = program.loss_fn(compute_logits(program.module, inputs), targets)
+        losses, weights = program.execution.losses, program.loss_weights
+        read = losses.run(program.module, batch)
+        found = losses_of_views(losses, read.of, targets, 1, False)
+        loss = torch.stack([weights.get(name, 1.0) * one for name, one in found.items()]).sum()
         want = _gradients(program, loss)
     with keep_buffers(program.module):
         got = program.execution.trial(batch, executor, strength=0.0)

@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 from trainc.compiler.graph.named_tensors import register_tensor
 from trainc.compiler.graph.wrapped_model import WrappedModel
-from trainc.runtime.data.batch import Batch
 
 
 class _Caught(Exception):
@@ -38,8 +37,10 @@ def _catch(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
     return catch
 
 
-def dynamo_capture(wrapped: WrappedModel, batch: Batch) -> fx.GraphModule:
+def dynamo_capture(wrapped: WrappedModel, arguments: tuple[Any, ...]) -> fx.GraphModule:
     """Capture with torch.compile(fullgraph=True); the model itself does not run."""
+    if wrapped.hooks is not None and wrapped.hooks.captures:
+        raise RuntimeError("results of layers are captured by torch.export alone")
     # torch.compile counts recompilations per code object and gives up after a few: take a new one.
     forward = type(wrapped).forward
     fresh = FunctionType(forward.__code__.replace(), forward.__globals__, "forward")
@@ -47,7 +48,7 @@ def dynamo_capture(wrapped: WrappedModel, batch: Batch) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            step(*batch)
+            step(*arguments)
         except _Caught as caught:
             graph, given = caught.args
         else:
@@ -59,7 +60,7 @@ def dynamo_capture(wrapped: WrappedModel, batch: Batch) -> fx.GraphModule:
     with preserve_node_meta():
         inlined = make_fx(_Inlined(graph).run, pre_dispatch=True, _allow_non_fake_inputs=True)
         traced = inlined(*fakes)
-    return _as_exported(traced, given, wrapped, batch)
+    return _as_exported(traced, given, wrapped, pytree.tree_leaves(arguments))
 
 
 class _Inlined(fx.Interpreter):
@@ -74,13 +75,11 @@ class _Inlined(fx.Interpreter):
 
 
 def _as_exported(
-    traced: fx.GraphModule, arguments: tuple[Any, ...], wrapped: nn.Module, batch: Batch
+    traced: fx.GraphModule, arguments: tuple[Any, ...], wrapped: nn.Module, leaves: list[Tensor]
 ) -> fx.GraphModule:
-    """Turn lifted parameters back into attributes, and order the inputs as the batch does."""
+    """Turn lifted parameters back into attributes, and order the inputs as `leaves` are."""
     named = [*wrapped.named_parameters(), *wrapped.named_buffers()]
     names = {id(tensor): name for name, tensor in named}
-    inputs, targets = batch
-    leaves = [*pytree.tree_leaves(inputs), targets]
     holder = fx.GraphModule(nn.Module(), fx.Graph())
     graph = fx.Graph()
     ports = {id(leaf): graph.placeholder(f"port_{i}") for i, leaf in enumerate(leaves)}

@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from trainc.compiler.graph.dead_code import remove_dead
-from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.forward_graph import ForwardGraph, remove_dead
 from trainc.compiler.graph.named_tensors import identifier
 
 aten = torch.ops.aten
@@ -83,7 +82,7 @@ def flatten(
         if node.op == "placeholder":
             continue
         if node.op == "get_attr":
-            name = f"penalty_constant_{len(constants)}"
+            name = f"term_constant_{len(constants)}"
             constants[name] = getattr(traced, str(node.target))
             made[node] = _attribute(graph, node, name)
         elif node.op == "call_function" and node.target in _NO_OPS:

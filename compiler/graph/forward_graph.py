@@ -10,17 +10,24 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial, reduce
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils import _pytree as pytree
 
 from trainc.compiler.graph.named_tensors import identifier
+from trainc.compiler.graph.sizes import SIZE_FUNCTIONS, same_size
+from trainc.compiler.method.losses import Losses
+from trainc.runtime.data.batch import one_of
 
 aten = torch.ops.aten
 
 OUTPUTS = ("data_loss", "logits")
-"""The outputs of a captured forward pass; `data_loss` is the loss without consistency and penalties."""
+"""The outputs of a captured forward pass; `data_loss` is the loss without the terms that clauses add."""
 
 CAST = {
     aten.to.dtype,
@@ -30,6 +37,14 @@ CAST = {
     aten._to_copy.default,
     aten.type_as.default,
 }
+_SIZE_ARITHMETIC: dict[str, Any] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+}
+_WITHOUT_EFFECT = {operator.getitem, *SIZE_FUNCTIONS.values()}
 _SAME_TENSOR = {aten.alias.default, aten.detach.default, aten.view_as.default}
 
 
@@ -49,21 +64,38 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """What the passes may know about the loss: its name and the numbers that a fused loss needs."""
+    """What the passes may know about the loss: what it is, and the numbers that a fused loss needs."""
 
     name: str = "loss"
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    is_cross_entropy: bool = False
+    losses: Losses | None = None
+    """All losses, where they are of clauses; the rest is of the first."""
 
     @classmethod
     def of(cls, loss: object) -> LossSpec:
         """Read the attributes that a loss function carries."""
-        plain = cls()
+        plain, losses = cls(), loss if isinstance(loss, Losses) else None
+        loss = loss if losses is None else losses.first
         return cls(
             str(getattr(loss, "name", plain.name)),
             int(getattr(loss, "ignore_index", plain.ignore_index)),
             float(getattr(loss, "label_smoothing", plain.label_smoothing)),
+            bool(getattr(loss, "is_cross_entropy", plain.is_cross_entropy)),
+            losses,
         )
+
+    def is_cross_entropy_of(self, logits: Tensor, targets: Tensor) -> bool:
+        """Say whether of these it is the cross-entropy of class indices along the logits' last axis."""
+        if self.losses is None:
+            return self.is_cross_entropy
+        return self.losses.first.is_cross_entropy_of(logits, targets)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The names of the outputs of a forward graph with the losses besides the first."""
+        return () if self.losses is None else tuple(p.scalar for p in self.losses.parts[1:])
 
 
 @dataclass(slots=True)
@@ -73,7 +105,9 @@ class ForwardGraph:
     `canonical` maps every name of a tensor to its first name. `values` holds the fake values of the
     placeholders, `available` the 0-d inputs that `scalar` may add. `outputs` names the output
     node's values; `scalars` and `probes` map a name to its placeholder. `examples` is the batch
-    size, before it is repeated for `views`. `mode` is the FakeTensorMode of all values.
+    size, before it is repeated for `views`: a number, or a symbol where the graph is for many batch sizes.
+    `sizes` are the names of the symbols in such a graph. `mode` is the FakeTensorMode of all values.
+    `pack_inputs` and `pack_targets` pack the placeholders' values as the batch had its inputs and its targets.
     `recapture_with_one_more_example` captures the model again with one example more: that tells
     the example axis from another axis of the same size.
     """
@@ -84,14 +118,19 @@ class ForwardGraph:
     values: dict[str, Tensor]
     available: Mapping[str, Tensor]
     loss: LossSpec
-    examples: int
+    examples: Any
     views: int
     mode: Any
+    pack_inputs: Callable[[Mapping[str, Tensor]], Any]
+    pack_targets: Callable[[Mapping[str, Tensor]], Any] = itemgetter("targets")
     recapture_with_one_more_example: Callable[[], ForwardGraph] | None = None
     outputs: tuple[str, ...] = OUTPUTS
     scalars: dict[str, fx.Node] = field(default_factory=dict)
     probes: dict[str, fx.Node] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """Notes that a run shows, because the step is not what its spec says."""
+    sizes: Mapping[Any, Any] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -99,7 +138,13 @@ class ForwardGraph:
         return self.module.graph
 
     @property
-    def rows(self) -> int:
+    def first_targets(self) -> Tensor:
+        """Return the fake value of the targets of the first loss."""
+        targets, losses = self.pack_targets(self.values), self.loss.losses
+        return one_of(targets if losses is None else losses.parts[0].targets(targets))
+
+    @property
+    def rows(self) -> Any:
         """Return the leading size of a tensor that holds every view of every example."""
         return self.examples * self.views
 
@@ -159,7 +204,8 @@ class ForwardGraph:
         It is float32, float64 where the `result` of the module is.
         """
         dtype = torch.float64 if result.dtype == torch.float64 else torch.float32
-        zeros = torch.zeros(self.examples, columns, dtype=dtype, device=result.device)
+        with self.mode:
+            zeros = torch.zeros(self.examples, columns, dtype=dtype, device=result.device)
         self.probes[module] = self._placeholder(f"probe_{module}", zeros)
         return self.probes[module]
 
@@ -168,12 +214,23 @@ class ForwardGraph:
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(identifier(name))
         node.target = node.name
-        self.values[node.name] = self.mode.from_tensor(value, static_shapes=True)
+        self.values[node.name] = self.fake(value)
         node.meta["val"] = self.values[node.name]
         return node
 
+    def fake(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as a value of the graph, its sizes as numbers; one that is a value already stays."""
+        if is_fake(tensor):
+            return tensor
+        fake: Tensor = self.mode.from_tensor(tensor.detach(), static_shapes=True)
+        return fake
+
     def call(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-        """Add an operator call at the insertion point, as part of the module `like` is in."""
+        """Add an operator call at the insertion point, as part of the module `like` is in.
+
+        Symbols of sizes among the arguments become nodes that compute them.
+        """
+        args = pytree.tree_map_only(torch.SymInt, lambda size: self._size(size.node.expr), args)
         node = self.graph.call_function(target, args)
         if "nn_module_stack" in like.meta:
             node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
@@ -182,6 +239,30 @@ class ForwardGraph:
         )
         with torch.no_grad(), self.mode:
             node.meta["val"] = target(*values)
+        return node
+
+    def _size(self, expression: Any) -> Any:
+        """Return the number, or a node that computes it, of an expression over the symbols of sizes."""
+        if expression.is_Integer:
+            return int(expression)
+        if expression.is_Symbol:
+            name, axis = next(
+                (name, axis)
+                for name, value in self.values.items()
+                for axis, size in enumerate(value.shape)
+                if same_size(size, expression)
+            )
+            (node,) = self.graph.find_nodes(op="placeholder", target=name)
+            return self._size_call(aten.sym_size.int, node, axis)
+        function = _SIZE_ARITHMETIC[expression.func.__name__]
+        operands = [self._size(operand) for operand in expression.args]
+        return reduce(partial(self._size_call, function), operands)
+
+    def _size_call(self, function: Any, *operands: Any) -> Any:
+        node = self.graph.call_function(function, operands)
+        node.meta["val"] = function(
+            *(o.meta["val"] if isinstance(o, fx.Node) else o for o in operands)
+        )
         return node
 
     def results_of(
@@ -242,3 +323,24 @@ def module_stack(node: fx.Node) -> dict[str, str]:
 def call_site(node: fx.Node) -> str:
     """Return the innermost module of a node; "" is the model itself."""
     return next(reversed(module_stack(node).values()), "")
+
+
+def remove_dead(graph: fx.Graph) -> bool:
+    """Erase calls whose results are never read, unless they write to memory or draw random numbers."""
+    changed = False
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("call_function", "get_attr") and not _has_effect(node):
+            graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _has_effect(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return node.op == "call_function" and target not in _WITHOUT_EFFECT
+    return (
+        target._schema.is_mutable
+        or torch.Tag.nondeterministic_seeded in target.tags
+        or "batch_norm" in target._schema.name
+    )

@@ -16,11 +16,13 @@ from torch import Tensor, fx, nn
 from trainc.compiler.errors import listed
 from trainc.compiler.graph.interface import Interface, Port
 from trainc.compiler.graph.listing import dtype_name, target_name
+from trainc.compiler.graph.sizes import SIZE_FUNCTIONS, condition
 from trainc.compiler.graph.step_graph import StepGraph
 
-FORMAT = 3
+FORMAT = 7
 """Raised whenever a key or a name in the data changes."""
 
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"getitem": operator.getitem, **SIZE_FUNCTIONS}
 _NAMESPACES = ("aten", "prims", "trainc")
 # ATen operators that reach outside the tensors they are given.
 _REFUSED = {"from_file", "_print", "save"}
@@ -83,7 +85,10 @@ def _node(graph: fx.Graph, entry: Mapping[str, Any], made: Mapping[str, fx.Node]
     if not _is_name(name):
         raise GraphFormatError(f"`{name}` is not a node name: it must be a Python identifier")
     if op == "output":
-        output: fx.Node = graph.output(tuple(_decode(entry["args"], made)[0]))
+        values = tuple(_decode(entry["args"], made)[0])
+        if not all(value is None or isinstance(value, fx.Node) for value in values):
+            raise GraphFormatError("`output` returns what no node computes")
+        output: fx.Node = graph.output(values)
         return output
     if op in ("placeholder", "get_attr"):
         target = str(entry["target"])
@@ -109,8 +114,8 @@ def _is_name(text: str) -> bool:
 
 def _operator(name: str) -> Callable[..., Any]:
     """Return the operator of a name, from the allowed namespaces only."""
-    if name == "getitem":
-        return operator.getitem
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
     parts = name.split(".")
     if len(parts) != 3 or parts[0] not in _NAMESPACES or parts[1] in _REFUSED:
         raise GraphFormatError(
@@ -183,12 +188,20 @@ def step_to_json(step: StepGraph) -> dict[str, Any]:
         "graph": graph_to_json(step.graph),
         "inputs": {
             "structure": interface.structure,
-            "ports": ports[:-1],
+            "ports": [
+                entry
+                for entry, port in zip(ports, interface.ports, strict=True)
+                if not port.is_target
+            ],
         },
-        "targets": ports[-1],
+        "targets": [
+            entry for entry, port in zip(ports, interface.ports, strict=True) if port.is_target
+        ],
         "scalars": [list(pair) for pair in interface.scalars],
         "outputs": list(interface.outputs),
         "views": interface.views,
+        "hooks": list(interface.hooks),
+        "conditions": list(interface.conditions),
         "constants": list(step.constants),
     }
 
@@ -210,6 +223,12 @@ def step_from_json(
     if missing:
         raise GraphFormatError(f"the saved constants lack {listed(missing)}")
     graph = graph_from_json(data["graph"])
+    outputs = data["outputs"]
+    if not (isinstance(outputs, list) and all(isinstance(name, str) for name in outputs)):
+        raise GraphFormatError("`outputs` is not a list of names")
+    returned = next((node.args[0] for node in graph.nodes if node.op == "output"), ())
+    if not isinstance(returned, tuple) or len(returned) != len(outputs):
+        raise GraphFormatError(f"the graph has other outputs than the {len(outputs)} named ones")
     known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     known |= {n for n, _ in model.named_buffers(remove_duplicate=False)} | set(data["constants"])
     absent = [str(n.target) for n in graph.nodes if n.op == "get_attr" and n.target not in known]
@@ -217,14 +236,36 @@ def step_from_json(
         raise GraphFormatError(f"the model has no parameter or buffer {listed(absent)}")
     interface = Interface(
         data["inputs"]["structure"],
-        tuple(_port_from_json(entry) for entry in (*data["inputs"]["ports"], data["targets"])),
+        tuple(_port_from_json(entry) for entry in (*data["inputs"]["ports"], *data["targets"])),
         tuple((str(name), str(placeholder)) for name, placeholder in data["scalars"]),
-        tuple(data["outputs"]),
+        tuple(outputs),
         int(data["views"]),
+        tuple(int(index) for index in data["hooks"]),
+        _conditions_from_json(data),
     )
     return StepGraph(model, graph, interface, {name: constants[name] for name in data["constants"]})
 
 
+def _conditions_from_json(data: Mapping[str, Any]) -> tuple[str, ...]:
+    texts = tuple(str(text) for text in data["conditions"])
+    ports = (*data["inputs"]["ports"], *data["targets"])
+    named = {size: 2 for port in ports for size in port["shape"] if isinstance(size, str)}
+    for text in texts:
+        try:
+            condition(text)(named)
+        except (ValueError, KeyError, ZeroDivisionError) as error:
+            raise GraphFormatError(
+                f"`{text}` is not a condition on the sizes {[*named]}"
+            ) from error
+    return texts
+
+
 def _port_from_json(data: Mapping[str, Any]) -> Port:
+    name, key, device = data["name"], data["key"], data["device"]
+    texts = isinstance(name, str) and isinstance(device, str)
+    if not texts or not (key is None or isinstance(key, str | int)):
+        raise GraphFormatError(f"an input has name {name!r}, key {key!r} and device {device!r}")
+    if not all(isinstance(size, int | str) for size in data["shape"]):
+        raise GraphFormatError(f"the shape of the input `{name}` is {data['shape']!r}")
     dtype = _decode({"dtype": data["dtype"]}, {})
     return Port(data["name"], data["key"], tuple(data["shape"]), dtype, data["device"])

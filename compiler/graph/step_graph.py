@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 
 from trainc.compiler.graph.interface import BatchMismatch, Interface, Outputs, describe_batch
 from trainc.compiler.graph.named_tensors import register_model, register_tensor
+from trainc.compiler.method.losses import LOSS
+from trainc.compiler.method.term import TERM, captured_outputs
 from trainc.runtime.data.batch import Batch
 
 
@@ -53,7 +55,9 @@ class StepGraph(fx.GraphModule):
         self.interface = interface
         self.reports: tuple[PassReport, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self.warnings: tuple[str, ...] = ()
         self.seconds = 0.0
+        self.front_end = ""
         self.constants: tuple[str, ...] = ()
         self.training = model.training
         register_model(self, model)
@@ -72,6 +76,11 @@ class StepGraph(fx.GraphModule):
         """Whether a graph is installed."""
         return self.interface is not None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the graph takes batches of several sizes."""
+        return self.interface is not None and self.interface.is_open
+
     def install(self, other: StepGraph) -> None:
         """Use the graph of another step over the same parameters."""
         self._set(copy.deepcopy(other.graph), other.constant_tensors())
@@ -87,13 +96,21 @@ class StepGraph(fx.GraphModule):
         return self.on_call(*args, **kwargs)
 
     def accepts(self, batch: Batch, terms: Sequence[str] | None = None) -> bool:
-        """Say whether `run` can take this batch, and the penalties in the loss are those of `terms` if given."""
+        """Say whether `run` can take this batch, and the terms of the loss are `terms` if given."""
         if terms is not None and (self.interface is None or self.interface.terms != tuple(terms)):
             return False
         return not self._misfits(batch)
 
-    def run(self, batch: Batch, scalars: Mapping[str, Tensor]) -> Outputs:
-        """Execute the step on a batch; buffers such as running means are updated in place."""
+    def run(
+        self,
+        batch: Batch,
+        scalars: Mapping[str, Tensor],
+        forward: Callable[..., Any] | None = None,
+    ) -> Outputs:
+        """Execute the step on a batch; buffers such as running means are updated in place.
+
+        `forward` is what the graph's own function was compiled to.
+        """
         interface = self.interface
         if interface is None:
             raise RuntimeError(
@@ -111,24 +128,22 @@ class StepGraph(fx.GraphModule):
             ) from None
         # Autocast's casts are nodes of the graph already.
         with torch.no_grad(), no_autocast(value.device.type for value in values):
-            flat = self.forward(*(value.contiguous() for value in values), *numbers)
+            flat = (forward or self.forward)(*(value.contiguous() for value in values), *numbers)
         found = dict(zip(interface.outputs, flat, strict=True))
         grads = {n[5:]: v for n, v in found.items() if n.startswith("grad:")}
         probes = {n[6:]: v for n, v in found.items() if n.startswith("probe:") and v is not None}
         loss, total, data_loss = found["loss"], found["total"], found["data_loss"]
-        terms = {label: found[f"term:{label}"] for label in interface.terms}
-        return Outputs(loss, total, data_loss, found.get("consistency"), terms, grads, probes)
+        terms = {label: found[TERM + label] for label in interface.terms}
+        kept = captured_outputs(found)
+        losses = {n.removeprefix(LOSS): v for n, v in found.items() if n.startswith(LOSS)}
+        return Outputs(
+            loss, total, data_loss, terms, losses, found.get("logits"), kept, grads, probes
+        )
 
     def _misfits(self, batch: Batch) -> list[str]:
-        interface = self.interface
-        if interface is None:
-            return ["there is no graph yet"]
-        structure, ports, _ = describe_batch(batch)
-        keys = [port.key for port in interface.ports]
-        if structure != interface.structure or [port.key for port in ports] != keys:
-            return [f"expected a {interface.structure} of {len(keys) - 1} inputs {keys[:-1]}"]
-        pairs = zip(interface.ports, ports, strict=True)
-        return [f"expected {port}, got {given}" for port, given in pairs if given != port]
+        return (
+            ["there is no graph yet"] if self.interface is None else self.interface.misfits(batch)
+        )
 
     def constant_tensors(self) -> dict[str, Tensor]:
         """Return the graph's own tensors: what a saved program stores besides the graph."""
@@ -138,7 +153,10 @@ class StepGraph(fx.GraphModule):
         new = StepGraph.__new__(StepGraph)
         memo[id(self)] = new
         fx.GraphModule.__init__(new, nn.Module(), fx.Graph(), "StepGraph")
-        for name in ("interface", "reports", "notes", "seconds", "constants", "training"):
+        for name in (
+            "interface", "reports", "notes", "warnings", "seconds", "front_end", "constants",
+            "training",
+        ):  # fmt: skip
             setattr(new, name, getattr(self, name))
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             new.__dict__[table] = copy.deepcopy(self.__dict__[table], memo)

@@ -30,9 +30,11 @@ def difference(
     `dtypes` are those of the computation: the coarsest decides what rounding explains. Where the modules' loss is not
     finite, nothing can be said.
     """
-    want, got = float(modules.loss), float(graph.loss)
     if not torch.isfinite(modules.loss):
         return None
+    if not _comparable(graph.loss, modules.loss):
+        return f"the loss has the shape {list(graph.loss.shape)} and the dtype {graph.loss.dtype} by the graph"
+    want, got = float(modules.loss), float(graph.loss)
     allowed = max((_ALLOWED.get(dtype, 0.1) for dtype in dtypes), default=0.1)
     if not abs(got - want) <= allowed * max(abs(want), _FLOOR):
         return f"the loss is {got:.6g} by the graph and {want:.6g} by the modules"
@@ -68,11 +70,17 @@ def _norms(got: Tensor | None, want: Tensor | None) -> Tensor:
     if like is None:
         return torch.zeros(2, dtype=torch.float64)
     one, two = (_dense(tensor, like) for tensor in (got, want))
+    if not _comparable(one, two):
+        return torch.tensor([torch.inf, 1.0], dtype=torch.float64)
     return torch.stack([(one - two).norm(), two.norm()]).double().cpu()
+
+
+def _comparable(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and one.is_complex() == two.is_complex()
 
 
 def _dense(tensor: Tensor | None, like: Tensor) -> Tensor:
     if tensor is None:
         return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
-    return dense if dense.dtype == torch.float64 else dense.float()
+    return dense if dense.dtype == torch.float64 or dense.is_complex() else dense.float()

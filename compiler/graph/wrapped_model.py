@@ -2,33 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from trainc.runtime.data.batch import Batch, compute_logits, repeat_views
+from trainc.compiler.method.layer_hook import KeepOutput
+from trainc.compiler.method.loss import loss_of_views
+from trainc.compiler.method.losses import Losses
+from trainc.compiler.method.total_loss import losses_of_views
+from trainc.runtime.data.batch import call_model, extract_logits, repeat_views
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-CaptureFrontEnd = Callable[["WrappedModel", Batch], fx.GraphModule]
-"""Returns the flat forward graph of a wrapped model, with the user's tensors as attributes."""
+LossFunction = Losses | Callable[[Tensor, Tensor], Tensor]
+"""The losses of a program, or a function of logits and targets."""
+CaptureFrontEnd = Callable[["WrappedModel", tuple[Any, ...]], fx.GraphModule]
+"""Returns the flat forward graph of a wrapped model and its arguments, with the user's tensors as attributes."""
 
 PREFIX = "user"
 """The name under which a captured graph holds the user's model."""
 
 
-class WrappedModel(nn.Module):
-    """The model on every view of the inputs, and the loss on the first view."""
+@dataclass(frozen=True, slots=True)
+class HooksInPlace:
+    """The hooks that stand in the model while it is captured.
 
-    def __init__(self, model: nn.Module, loss: LossFunction, views: int) -> None:
+    `open` lets them run with these scalars; `scalars` are the names of those that they use, `modules` the layers whose
+    behaviour they change. `captures` keep the results of layers; `calls` is then how often each ran in the last pass.
+    """
+
+    open: Callable[[Mapping[str, Tensor]], None]
+    scalars: tuple[str, ...]
+    modules: tuple[str, ...]
+    captures: Mapping[str, KeepOutput] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Keep results from now on."""
+        for keep in self.captures.values():
+            keep.begin()
+
+    def take(self) -> list[Tensor]:
+        """Return what the captured layers gave, layer by layer."""
+        found = {module: keep.take() for module, keep in self.captures.items()}
+        self.calls.update({module: len(tensors) for module, tensors in found.items()})
+        return [tensor for tensors in found.values() for tensor in tensors]
+
+
+class WrappedModel(nn.Module):
+    """The model on every view of the inputs, and the loss of the first view or, with `mean_loss`, of all."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        views: int,
+        mean_loss: bool = False,
+        hooks: HooksInPlace | None = None,
+    ) -> None:
         super().__init__()
         self.user = model
         self.loss = loss
         self.views = views
+        self.mean_loss = mean_loss
+        self.hooks = hooks
         self.training = model.training
 
-    def forward(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of the first view, and the logits of every view."""
-        logits = compute_logits(self.user, repeat_views(inputs, self.views))
-        first = logits if self.views == 1 else logits[: logits.shape[0] // self.views]
-        return self.loss(first, targets), logits
+    def forward(self, inputs: Any, targets: Any, *scalars: Tensor) -> tuple[Tensor, ...]:
+        """Return the first loss, its logits of every view, the other losses, and what is captured.
+
+        `scalars` are those of the hooks.
+        """
+        if self.hooks is not None:
+            self.hooks.open(dict(zip(self.hooks.scalars, scalars, strict=True)))
+            self.hooks.begin()
+        if not isinstance(self.loss, Losses):
+            output = call_model(self.user, repeat_views(inputs, self.views))
+            captured = [] if self.hooks is None else self.hooks.take()
+            logits = extract_logits(output)
+            loss = loss_of_views(self.loss, logits, targets, self.views, self.mean_loss)
+            return loss, logits, *captured
+        read = self.loss.run(self.user, (inputs, targets), self.views, self.mean_loss)
+        captured = [] if self.hooks is None else self.hooks.take()
+        found = losses_of_views(self.loss, read.of, targets, self.views, self.mean_loss)
+        first, *others = found.values()
+        return first, read.logits, *others, *captured

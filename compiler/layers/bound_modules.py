@@ -7,8 +7,9 @@ by name, and survive torch.compile, checkpointing, wrapping and deepcopy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import cache
 from typing import Any, cast
 
@@ -16,12 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.errors import SiteError, listed, repeated_layers
-from trainc.compiler.layers.ghost_batch_norm import BoundGhostBatchNorm
-from trainc.compiler.layers.random_layers import BoundDropout, BoundNoise
+from trainc.compiler.layers.hooked_layers import (
+    BoundCheckpoint,
+    BoundHooks,
+    checkpoint_runner,
+)
+from trainc.compiler.layers.random_layers import BoundDropout
 from trainc.compiler.layers.registry import bound_class
 from trainc.compiler.layers.site_state import BoundLayer, SiteState
 from trainc.compiler.method.example_units import ExampleIndex
-from trainc.compiler.method.sites import NoiseSite, Rewrite
+from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.model.eager import uncompiled
 
 
@@ -42,28 +47,30 @@ def replace_layers(model: nn.Module, rewrite: Rewrite) -> Sites:
     wanted: dict[str, tuple[list[type[BoundLayer]], SiteState]] = {}
 
     def want(name: str, bound: type[BoundLayer]) -> SiteState:
-        classes, state = wanted.setdefault(name, ([], SiteState(rewrite.views)))
-        classes.append(bound)
+        classes, state = wanted.setdefault(name, ([], SiteState(name, rewrite.views)))
+        if bound not in classes:
+            classes.append(bound)
         return state
 
-    # Noise goes outside of what measures: it multiplies the layer's result.
-    for noise in rewrite.noises:
-        want(noise.module, BoundNoise).noise = noise
-    if rewrite.pairing is not None:
-        for i, (name, module) in enumerate(model.named_modules()):
+    for name in rewrite.checkpointed:  # outside of all else
+        want(name, BoundCheckpoint).checkpoint = checkpoint_runner()
+    # Hooks go outside of what measures: they see the layer's result.
+    done = {site.module for site, done in rewrite.replaced() if done}
+    for hook in rewrite.hooks:
+        if hook.hook.replaces and hook.module in done:
+            continue
+        want(hook.module, BoundHooks).hooks.append(hook)
+    if rewrite.share_dropout:
+        for name, module in model.named_modules():
             if isinstance(module, nn.Dropout):
-                want(name, BoundDropout).noise = NoiseSite(name, -1 - i)
-    for name in rewrite.ghosts:
-        want(name, BoundGhostBatchNorm)
+                want(name, BoundDropout).shares_mask = True
     for site in rewrite.measured:
-        if site.layer_type == "batch_norm":
-            wanted[site.module][1].measured = site
-        else:
-            want(site.module, bound_class(site)).measured = site
+        want(site.module, bound_class(site)).measured = site
     for site in rewrite.layers:
         if site.tied is not None:
             wanted[site.module][1].partner = wanted[site.tied][1]
     for name, (classes, state) in wanted.items():
+        state.hooks.sort(key=lambda site: (not site.hook.replaces, site.hook.outermost))
         module = model.get_submodule(name)
         if isinstance(module, BoundLayer):
             raise SiteError(f"`{name}` is part of another program: call its `unbind` first")
@@ -82,6 +89,10 @@ class Sites:
         self.rewrite = rewrite
         self.layers: list[BoundLayer] = [m for m in model.modules() if isinstance(m, BoundLayer)]
 
+    def __repr__(self) -> str:
+        shown = (f"{m.trainc.name or 'the model'}: {m.trainc.description()}" for m in self.layers)
+        return f"Sites({'; '.join(shown)})"
+
     def activate(
         self,
         example_index: ExampleIndex,
@@ -92,24 +103,50 @@ class Sites:
     ) -> None:
         """Give every site fresh probes and this step's scalars; call before each forward pass.
 
-        `now` has the noise and the views of this step, which may be fewer than those of the rewrite.
+        `now` has the hooks and the views of this step, which may be fewer than those of the rewrite.
         """
         now = self.rewrite if now is None else now
-        noisy = {site.module for site in now.noises}
+        rows = now.views * example_index.all_rows
+        self.open_hooks(now.views, {site.index for site in now.hooks}, scalars, rows=rows)
+        measuring = {site.module for site in now.measured}
         for module in self.layers:
             state = module.trainc
-            state.active, state.views = True, now.views
-            state.example_index = example_index
-            if state.measured is not None:
+            state.active = state.measured is None or state.measured.module in measuring
+            _require_train_mode(module, state)
+            state.views, state.example_index, state.probe = now.views, example_index, None
+            state.ran = False
+            if state.measured is not None and state.active:
                 shape = [example_index.count, len(state.measured.parameters)]
                 if state.measured.per_example_gradients:
                     shape.append(module.weight.numel())  # type: ignore[attr-defined]
                 state.probe = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-            if state.noise is not None and state.noise.index >= 0:
-                adds = state.noise.module in noisy
-                state.sigma = scalars[state.noise.scalar] if adds else None
-                state.key = scalars.get("key")
-                state.first_example = scalars.get("first_example")
+
+    def open_hooks(
+        self,
+        views: int,
+        which: Collection[int],
+        scalars: Mapping[str, Tensor],
+        *,
+        captured: bool = False,
+        rows: int | None = None,
+    ) -> None:
+        """Let the hooks of these indices run, and no others, with these numbers; torch.compile can trace it."""
+        for module in self.layers:
+            state = module.trainc
+            state.open = tuple(
+                (site.hook, site.context(views, scalars, captured=captured, rows=rows))
+                for site in state.hooks
+                if site.index in which
+            )
+
+    def states(self) -> list[SiteState]:
+        """Return what every site has of this micro-batch, for `restore`."""
+        return [copy(module.trainc) for module in self.layers]
+
+    def restore(self, states: Iterable[SiteState], _: object = None) -> None:
+        """Give every site what it had of a micro-batch."""
+        for module, state in zip(self.layers, states, strict=False):
+            module.trainc.of_micro_batch(state)
 
     def deactivate(self) -> None:
         """Let every site run the user's own layer."""
@@ -122,16 +159,29 @@ class Sites:
         return {s.measured.module: s.probe for s in states if s.measured and s.probe is not None}
 
     @contextmanager
-    def inactive(self) -> Iterator[None]:
-        """Inside this block, run the model as the user wrote it, even if sites are active."""
-        states = [(m, m.trainc.active) for m in self.layers]
-        for module, _ in states:
-            module.trainc.active = False
+    def in_pass(self) -> Iterator[None]:
+        """Say to every site, inside this block, that it runs for the step, be it with gradients or without."""
+        for module in self.layers:
+            module.trainc.in_pass = True
         try:
             yield
         finally:
-            for module, active in states:
-                module.trainc.active = active
+            for module in self.layers:
+                module.trainc.in_pass = False
+
+    @contextmanager
+    def inactive(self) -> Iterator[None]:
+        """Inside this block, run the model as the user wrote it, even if sites are active."""
+        states = [
+            (m.trainc, m.trainc.active, m.trainc.open, m.trainc.checkpoint) for m in self.layers
+        ]
+        for state, *_ in states:
+            state.active, state.open, state.checkpoint = False, (), None
+        try:
+            yield
+        finally:
+            for state, active, hooks, checkpoint in states:
+                state.active, state.open, state.checkpoint = active, hooks, checkpoint
 
     def unbind(self) -> None:
         """Give every layer its own class back."""
@@ -142,7 +192,7 @@ class Sites:
 
     @contextmanager
     def count_calls(self) -> Iterator[dict[str, int]]:
-        """Count how often each measuring or noisy site runs forward inside this block.
+        """Count how often each measuring or hooked site runs forward inside this block.
 
         Compiled parts run uncompiled here: code that was compiled for another program calls no hooks.
         """
@@ -162,6 +212,8 @@ class Sites:
 
     def check_coverage(self, counts: Mapping[str, int]) -> None:
         """Raise SiteError when a site of the plan did not run, or a measured layer ran twice."""
+        if not counts:
+            return
         silent = [name for name, count in counts.items() if count == 0]
         if silent:
             raise SiteError(
@@ -173,3 +225,14 @@ class Sites:
         again = [name for name, count in counts.items() if count > 1 and name in measured]
         if again:
             raise repeated_layers(again)
+
+
+def _require_train_mode(module: Any, state: SiteState) -> None:
+    """Raise SiteError for a layer in eval mode that a clause measures, or whose random change it would leave out."""
+    if module.training or state.also_in_eval:
+        return
+    if (state.active and state.measured) or any(hook.draws for hook, _ in state.open):
+        raise SiteError(
+            f"`{state.name}` is in eval mode, where a clause cannot act on it ({state.description()}): call"
+            " `model.train()` before the step, or, to keep this layer in eval mode, exclude it from `on`"
+        )

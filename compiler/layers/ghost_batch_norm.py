@@ -2,36 +2,83 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.errors import NotMeasurable, SiteError
+from trainc.compiler.errors import NotMeasurable
 from trainc.compiler.layers.layer import own_names
 from trainc.compiler.layers.site_state import BoundLayer
+from trainc.compiler.method.example_units import ExampleUnits, Groups
+from trainc.compiler.method.layer_hook import LayerContext, LayerHook
 from trainc.compiler.method.sites import LayerSite
+from trainc.compiler.model.batch_statistics import calls_once
 from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 
 
+@dataclass(frozen=True)
+class GhostBatchNorm(LayerHook):
+    """Normalizes each group of `size` consecutive examples by its own statistics, in train mode.
+
+    A batch of at most `size` examples is one group. What is left over of a larger one is an error, or, with
+    `remainder = "merge_last"`, part of the last group. Each view of the examples is grouped by itself, and the running
+    statistics are those after one batch norm per group, in order.
+    """
+
+    operator: ClassVar = "ghost_batch_norm"
+    draws: ClassVar = False
+
+    size: int
+    remainder: Literal["error", "merge_last"] = "error"
+
+    def done_by_measuring(self, layer_type: str, units: ExampleUnits | None) -> bool:
+        """Say whether the layer is measured by these groups: then that normalizes by them."""
+        return layer_type == "batch_norm" and units == Groups(self.size)
+
+    def forward(
+        self,
+        layer: nn.Module,
+        call: Callable[..., Any],
+        at: LayerContext,
+        *args: Tensor,
+        **kwargs: Tensor,
+    ) -> Tensor:
+        """Return the normalized input; by the layer itself, bit for bit, where there is one group."""
+        (x,) = (*args, *kwargs.values())
+        rows = x.shape[0] // at.views
+        if rows % self.size and rows > self.size and self.remainder == "error":
+            raise at.error(
+                f"`{at.name}` gets {rows} examples, which cannot be divided into groups of {self.size}: set `micro` in"
+                f" `data` to a multiple of {self.size} and let the data drop an incomplete last batch, or write"
+                " `remainder = merge_last`"
+            )
+        if rows <= self.size:
+            parts = [call(view) for view in x.chunk(at.views)]
+            return torch.cat(parts) if at.views > 1 else cast(Tensor, parts[0])
+        own = cast(nn.BatchNorm2d, layer)
+        if not calls_once(layer):  # it does more than normalize, so it runs once per group itself
+            sizes = [self.size] * (rows // self.size)
+            sizes[-1] += rows % self.size
+            return torch.cat(
+                [call(part) for view in x.chunk(at.views) for part in view.split(sizes)]
+            )
+        views = (x,) if rows % self.size == 0 else x.chunk(at.views)
+        parts = [
+            _of_groups(own, view, self.size, own.weight, own.bias, self.remainder) for view in views
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 class BoundGhostBatchNorm(BoundLayer):
-    """Normalizes every group by its own statistics; where it is measured, each group has its own weight and bias."""
+    """Normalizes every group by its own statistics, and measures: each group has its own weight and bias."""
 
     def run_operator(self, x: Tensor) -> Tensor:
         own, state = cast(nn.BatchNorm2d, self), self.trainc
         size = state.example_index.rows
-        if own.momentum is None:
-            raise SiteError(
-                f"`{state.name}` averages its statistics over all batches (momentum=None), which is not supported for"
-                " groups of examples: set `momentum` of the layer to a number"
-            )
-        weight, bias = (own.weight, own.bias) if state.measured is None else (None, None)
-        mean, var = own.running_mean, own.running_var
-        y = ghost_batch_norm(x, mean, var, weight, bias, size, True, own.momentum, own.eps)
-        if own.num_batches_tracked is not None:
-            own.num_batches_tracked.add_(x.shape[0] // size)
-        if state.measured is None:
-            return y
+        y = _of_groups(own, x, size, None, None)
         assert state.probe is not None
         gain, shift = (state.probe[:, i].repeat_interleave(size, 0) for i in (0, 1))
         shape = (x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
@@ -40,18 +87,46 @@ class BoundGhostBatchNorm(BoundLayer):
         return y.to(x.dtype)
 
 
-def batch_norms(model: nn.Module) -> list[str]:
-    """Return the names of the layers that normalize over the batch."""
-    base = nn.modules.batchnorm._BatchNorm
-    return [name for name, module in model.named_modules() if isinstance(module, base)]
+def _of_groups(
+    own: nn.BatchNorm2d,
+    x: Tensor,
+    size: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    remainder: str = "error",
+) -> Tensor:
+    """Return `x` normalized group by group, and count the groups as batches of the layer."""
+    mean, var = own.running_mean, own.running_var
+    momentum = cast(float, own.momentum)
+    y = ghost_batch_norm(x, mean, var, weight, bias, size, True, momentum, own.eps, remainder)
+    if own.num_batches_tracked is not None:
+        own.num_batches_tracked.add_(x.shape[0] // size)
+    return y
+
+
+def check_momentum(name: str, module: nn.Module) -> None:
+    """Raise ValueError for a layer that averages its statistics over all batches."""
+    if getattr(module, "momentum", 0.0) is None:
+        raise ValueError(
+            f"`{name}` averages its statistics over all batches (momentum=None), which is not supported for groups of"
+            " examples: set `momentum` of the layer to a number"
+        )
 
 
 def ghost_site(name: str, module: nn.Module) -> LayerSite:
-    """Return the site of an affine BatchNorm; raises NotMeasurable for one without weights, or across replicas."""
+    """Return the site of an affine BatchNorm.
+
+    Raises NotMeasurable for one without weights, across replicas, or that does more than normalize.
+    """
     own = own_names(name, module)
     if isinstance(module, nn.SyncBatchNorm) or not own:
         raise NotMeasurable(
             f"`{name}` ({type(module).__name__}) cannot be measured: it has no weight, or it mixes examples of several"
             " replicas. Exclude the layer from `on`"
+        )
+    if not calls_once(module):
+        raise NotMeasurable(
+            f"`{name}` ({type(module).__name__}) cannot be measured: beside BatchNorm it has a forward pass of its own,"
+            " such as an activation. Exclude the layer from `on`"
         )
     return LayerSite(name, "batch_norm", own["weight"], own["bias"])

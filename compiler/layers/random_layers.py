@@ -1,27 +1,20 @@
-"""Layers that draw random numbers: noise on their output, and dropout with one mask for both views of an example."""
+"""Dropout with one mask for all views of an example, and what draws for each view apart."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from trainc.compiler.errors import ExampleAxisUnknown
 from trainc.compiler.layers.site_state import BoundLayer
-from trainc.compiler.method.sites import NoiseSite
-from trainc.kernels.noise.multiplicative_noise import multiplicative_noise
-
-
-class BoundNoise(BoundLayer):
-    def run_operator(self, x: Tensor) -> Tensor:
-        out = super().run_operator(x)
-        state, site = self.trainc, cast(NoiseSite, self.trainc.noise)
-        if state.sigma is None:
-            return out
-        assert state.key is not None
-        return multiplicative_noise(
-            out, state.sigma, state.key, site.index, state.views, site.share, state.first_example
-        )
+from trainc.compiler.method.sites import drawn_apart
+from trainc.compiler.model.eager import uncompiled
 
 
 class BoundDropout(BoundLayer):
@@ -33,7 +26,49 @@ class BoundDropout(BoundLayer):
         return super().reaches_operator() and shared
 
     def run_operator(self, x: Tensor) -> Tensor:
-        own = cast(nn.Dropout, self)
-        half = x.shape[0] // self.trainc.views
+        own, state = cast(nn.Dropout, self), self.trainc
+        if x.shape[0] % (state.views * state.example_index.all_rows):
+            raise ExampleAxisUnknown(
+                f"`{state.name}` gets an input of shape {tuple(x.shape)}, but the batch has"
+                f" {state.example_index.count} examples in {state.views} views, which share one dropout mask. Set its"
+                " `p` to 0, or give it every example"
+            )
+        half = x.shape[0] // state.views
         mask = nn.functional.dropout(torch.ones_like(x[:half]), own.p, training=True)
         return x * torch.cat([mask] * self.trainc.views)
+
+
+class UnsharedDraws(TorchFunctionMode):
+    """Notices functions that draw random numbers for each view of an example apart: no module stands for them."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.found = rows, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if _draws(func, args, given) and args and len(args[0]) % self.rows == 0:
+            self.found.add(func.__name__)
+        return func(*args, **given)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Notice calls inside this block; compiled parts run uncompiled there."""
+        with uncompiled(), self:
+            yield
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return a note for each of these functions."""
+        return tuple(drawn_apart(f"`{name}`") for name in sorted(self.found))
+
+
+def _draws(func: Any, args: Any, given: Any) -> bool:
+    """Say whether a call is one of dropout that drops something."""
+    if func is F.scaled_dot_product_attention:
+        return bool(given.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+    if func not in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout):
+        return False
+    p = given.get("p", args[1] if len(args) > 1 else 0.5)
+    training = given.get("training", args[2] if len(args) > 2 else func is not F.alpha_dropout)
+    return bool(p) and bool(training)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from trainc.compiler import layers
 from trainc.compiler.errors import NotMeasurable
+from trainc.compiler.layers.ghost_batch_norm import BoundGhostBatchNorm
 from trainc.compiler.layers.layer import LayerKind
 from trainc.compiler.layers.norm import (
     BoundLayerNorm,
@@ -42,6 +43,8 @@ def bound_class(site: MeasuredSite) -> type[BoundLayer]:
         if site.per_example_gradients:
             return BoundNormGradients
         return BoundLayerNorm if site.layer_type == "layer" else BoundRMSNorm
+    if site.layer_type == "batch_norm":
+        return BoundGhostBatchNorm
     return layer_kinds()[site.layer_type].bound_class
 
 

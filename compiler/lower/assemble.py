@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
 from trainc.compiler.bind.report import labels
 from trainc.compiler.lower.lowering import lower
 from trainc.compiler.lower.lowering_context import LoweringContext
+from trainc.compiler.lower.method_checks import problems_between
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
 from trainc.compiler.model.import_path import ImportProblem
 from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.reading.construct import PHASES
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import CompilerBug, SpecError
-from trainc.runtime.step.action import Action
+from trainc.runtime.mask.mask_actions import ZeroGradients
+from trainc.runtime.soundness.gradient_norm import ModelGradient
+from trainc.runtime.step.action import Action, Phase
+from trainc.runtime.step.gradients import (
+    Clip,
+    GradientTransform,
+    MeasureChanged,
+    Trained,
+)
 from trainc.runtime.step.held_updates import HeldUpdates
-from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot, Rates
+from trainc.runtime.step.optimizer import OptimizerStep, OwnOptimizer, ParamSlot, Rates
 from trainc.runtime.step.updates import UpdateTransform
 
 
@@ -36,22 +45,39 @@ def assemble(
         before = len(method.actions)
         try:
             lower(clause, context, method)
+        except ImportProblem as problem:
+            at = labels((clause.part_span(problem.field), ""))
+            found.append(
+                Diagnostic(problem.rule, str(problem), at, tuple(problem.notes), problem.help)
+            )
         except (ValueError, ImportError) as error:
             message = f"`{clause.title}` cannot be compiled: {error}"
-            found.append(Diagnostic("bad-value", message, labels((clause.span, ""))))
+            at = labels((clause.part_span(getattr(error, "field", "")), ""))
+            found.append(Diagnostic("bad-value", message, at))
         by_label[clause.label] = method.actions[before:]
-    found += _changes_of_nothing(active, by_label, method, context.inventory)
-    found += _masked_exchanges(active, method)
+    found += problems_between(active, by_label, method, context.inventory)
     if found:
         raise SpecError(found)
     updates = _held_updates(method, context.inventory)
     for part in method.optimizers:
         by_label[part.label] = _optimizer_actions(part, method, context, updates, to_run)
     method.actions = _ordered(active, by_label)
+    if not method.optimizers and to_run:
+        _leave_gradients(method, context)
+    _connect_gradients(method)
+    _measure_gradients(method)
     if updates is not None:
         last = max(i for i, one in enumerate(method.actions) if isinstance(one, UpdateTransform))
         method.actions.insert(last + 1, updates)
     return method
+
+
+def _leave_gradients(method: LoweredMethod, context: LoweringContext) -> None:
+    """Let the user's own optimizer have the gradients of all trainable parameters, where the spec has none."""
+    names = [p.name for p in context.inventory.trainable if p.name not in method.frozen]
+    own = OwnOptimizer([ParamSlot(name, context.model.get_parameter(name), 0.0) for name in names])
+    after = sum(action.phase <= Phase.OPTIMIZER for action in method.actions)
+    method.actions.insert(after, own)
 
 
 def _held_updates(method: LoweredMethod, inventory: Inventory) -> HeldUpdates | None:
@@ -71,41 +97,36 @@ def _held_updates(method: LoweredMethod, inventory: Inventory) -> HeldUpdates | 
     return HeldUpdates(transforms, sum(sizes.values()))
 
 
-def _changes_of_nothing(
-    clauses: Sequence[BoundClause],
-    by_label: Mapping[str, list[Action]],
-    method: LoweredMethod,
-    inventory: Inventory,
-) -> Iterator[Diagnostic]:
-    """Yield an error for every clause that changes updates of parameters none of which an optimizer trains."""
-    claimed = {name for part in method.optimizers for name in part.targets} - method.frozen
-    trained = {name for name in claimed if inventory.parameter[name].trainable}
-    for clause in clauses:
-        for action in by_label.get(clause.label, ()):
-            if isinstance(action, UpdateTransform) and trained.isdisjoint(action.parameters):
-                yield Diagnostic(
-                    "selector-matches-frozen",
-                    f"`{clause.title}` changes what an optimizer adds to weights, but no optimizer trains what it"
-                    " selects",
-                    labels((clause.span, "")),
-                    help="select parameters that an `optimizer` clause of this spec trains, or remove the clause",
-                )
+def _connect_gradients(method: LoweredMethod) -> None:
+    """Let what changes gradients find them: where the optimizers read them, and what masks make of them."""
+    optimizers = [action for action in method.actions if isinstance(action, OptimizerStep)]
+
+    def trained(names: frozenset[str]) -> Iterator[Trained]:
+        return (one for optimizer in optimizers for one in optimizer.trained(names))
+
+    for action in method.actions:
+        if isinstance(action, GradientTransform):
+            masks = (method.masks.get(name) for name in action.parameters)
+            action.trained = trained
+            action.before = tuple(mask.zero_gradient for mask in masks if mask is not None)
 
 
-def _masked_exchanges(
-    clauses: Sequence[BoundClause], method: LoweredMethod
-) -> Iterator[Diagnostic]:
-    """Yield an error for every clause that exchanges weights, if a mask may differ between replicas."""
-    for clause in clauses:
-        if clause.label in method.exchanges and method.masks:
-            name = next(iter(method.masks))
-            yield Diagnostic(
-                "conflicting-effects",
-                f"`{clause.title}` cannot exchange `{name}`, because a mask chooses which entries of it train and"
-                " replicas may choose different ones",
-                labels((clause.span, "exchanges weights")),
-                help=f"remove the `mask` clause, or `{clause.title}`",
-            )
+def _measure_gradients(method: LoweredMethod) -> None:
+    """Let the norm of the whole gradient be found, again where clauses change gradients, and clip all where asked."""
+    steps = [action for action in method.actions if isinstance(action, OptimizerStep)]
+    slots = [slot for step in steps for slot in step.slots]
+    now = [action for action in method.actions if action.phase == Phase.GRADIENTS]
+    changes = [action for action in now if not isinstance(action, Clip | ZeroGradients)]
+    later = [action for action in method.actions if action.phase > Phase.GRADIENTS]
+    before = method.actions[: len(method.actions) - len(later)]
+    clips: list[Action] = [action for action in before if isinstance(action, Clip)]
+    before = [action for action in before if not isinstance(action, Clip)]
+    if method.clip is not None:
+        clips.append(Clip("run clip", method.clip, slots))
+    method.model_gradient = ModelGradient(slots, method.masks, each=bool(clips))
+    if changes:
+        before.append(MeasureChanged(method.model_gradient, changes))
+    method.actions = [*before, *clips, *later]
 
 
 def _optimizer_actions(
@@ -129,19 +150,26 @@ def _optimizer_actions(
         for name in names
     ]
     label, construct = part.label, part.construct
-    optimizer = OptimizerStep(label, slots, construct.make, construct.decay_form, updates)
+    form = construct.decay_form
+    optimizer = OptimizerStep(
+        label, slots, construct.make, form, updates, asks=part.asks, steady=part.steady
+    )
     try:
         construct.examine()
         if to_run:
             _ = optimizer.torch
-    except (ImportProblem, TypeError, ValueError) as error:
+    except Exception as error:  # a class may raise anything
         at = labels((part.span, ""))
         rule, help_ = getattr(error, "rule", "wrong-argument"), getattr(error, "help", None)
         message = f"the optimizer cannot be built: {error}"
+        refused = None if isinstance(error, ImportProblem) else optimizer.first_refused()
+        message += f" (`{refused}`)" if refused else ""
         raise SpecError([Diagnostic(rule, message, at, help=help_)]) from error
     actions: list[Action] = [Rates(f"{label} rates", part.base, optimizer), optimizer]
     if construct.clip is not None:
-        actions.append(Clip(f"{label} clip", construct.clip, slots))
+        alone = len(method.optimizers) == 1
+        metric = None if alone else f"{label}.gradient_norm"
+        actions.append(Clip(f"{label} clip", construct.clip, slots, metric))
     return actions
 
 
@@ -160,7 +188,7 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
                     clause.title,
                     f"has an action in phase `{phase}`, which its effects do not declare",
                 )
-            # What reads the weights after the optimizer must find them updated.
-            later = not isinstance(action, UpdateTransform)
+            # What clips gradients must find them changed, and what reads the weights after the optimizer updated ones.
+            later = not isinstance(action, GradientTransform | UpdateTransform)
             placed.append((int(action.phase), later, rank[clause.label, phase], action))
     return [action for *_, action in sorted(placed, key=lambda row: row[:3])]

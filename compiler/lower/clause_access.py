@@ -7,16 +7,19 @@ from typing import Literal
 from torch import nn
 
 from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.compiler.errors import FieldError
 from trainc.compiler.lower.lowering_context import (
     LoweringContext,
     depends_on_run_length,
     refuse_places,
 )
+from trainc.compiler.lower.schedule_field import ScheduleField
 from trainc.compiler.method.lowered_method import LoweredMethod, Scheduled
 from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
-from trainc.compiler.model.roles import Place
 from trainc.compiler.model.select import select
+from trainc.compiler.structure.places import Place
 from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
+from trainc.runtime.processes.sharded import is_sharded
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import Schedules, compile_schedule
 from trainc.runtime.schedule.time_span import Unit
@@ -35,6 +38,8 @@ class ClauseAccess:
         self._method = method
         self._times_obeyed = False
 
+    # What the clause selects
+
     @property
     def label(self) -> str:
         """Return the clause's name: its `as`, or else the name of its construct."""
@@ -52,13 +57,17 @@ class ClauseAccess:
         """Return the user's parameter object."""
         return self.model.get_parameter(name)
 
+    def _is_sharded(self, name: str) -> bool:
+        """Say whether a parameter is sharded over processes, or will be in a run of the spec."""
+        return self._method.shards or is_sharded(self.tensor(name))
+
     def select(
         self, selector: Selector, target: Literal["modules", "parameters"]
     ) -> tuple[str, ...]:
-        """Return the names that the selector in a field matches."""
+        """Return the names that the selector in a field matches; `target` is what the field's type says."""
         return select(selector, self.inventory, target)
 
-    # Time: durations in steps, schedules as functions of the clock, gates.
+    # Times and numbers of the clock
 
     @property
     def starting_batch(self) -> int | None:
@@ -71,7 +80,18 @@ class ClauseAccess:
         return self._context.units.convert(duration, "steps", self._context.length)
 
     def schedule(self, expression: Expr, place: Place | None = None) -> Scheduled:
-        """Return an expression of the clock, the signals and a place in the model as a function of the clock."""
+        """Return an expression of the clock, the signals and a place in the model as a function of the clock.
+
+        Where the type of its field allows no negative numbers, one in a step is an error of the step, which names the
+        field; so is a number that is not finite.
+        """
+        field = ScheduleField.of(self.clause, expression)
+        try:
+            return field.checked(self._evaluated(expression, place), self._context)
+        except ValueError as error:
+            raise FieldError(field.name, str(error)) from error
+
+    def _evaluated(self, expression: Expr, place: Place | None) -> Scheduled:
         context, data = self._context, to_json(expression)
         if context.length is None and depends_on_run_length(data):
             raise ValueError(

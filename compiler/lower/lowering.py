@@ -6,28 +6,24 @@ A construct's `lower(to)` calls methods of `Lowering`; it never touches the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.lower.clause_access import ClauseAccess
+from trainc.compiler.lower.companions import CompanionAccess
+from trainc.compiler.lower.forward_access import ForwardAccess
 from trainc.compiler.lower.lowering_context import LoweringContext
-from trainc.compiler.method.example_units import ExampleUnits
+from trainc.compiler.lower.statistics import StatisticAccess
 from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.losses import LossPart
 from trainc.compiler.method.lowered_method import (
-    CalibrationPart,
-    Inputs,
     LoweredMethod,
     OptimizerConstruct,
     OptimizerPart,
-    PenaltyTerm,
     Scheduled,
 )
-from trainc.compiler.method.sites import LayerSite, MeasuredSite, NoiseSite, NormSite, Pairing
-from trainc.compiler.model.inventory import ModuleEntry
-from trainc.dsl.values.value_json import Duration, Expr, Number
+from trainc.compiler.model.batch_statistics import depend_on_processes
+from trainc.dsl.values.value_json import Expr, Number
 from trainc.runtime.mask.mask_actions import (
     Chooser,
     ChooseZeros,
@@ -35,105 +31,32 @@ from trainc.runtime.mask.mask_actions import (
     ZeroGradients,
     ZeroWeights,
 )
-from trainc.runtime.mask.update_mask import SelectedEntries, ZeroMask
-from trainc.runtime.processes.sharded import is_sharded
+from trainc.runtime.mask.update_mask import SelectedEntries, ZeroMask, masked_shard
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action, check_phase
 from trainc.runtime.step.around import Around
+from trainc.runtime.step.batches import BatchTransform
 from trainc.runtime.step.exchange import Exchange
+from trainc.runtime.step.gradients import GradientTransform, sharded_gradient
 from trainc.runtime.step.optimizer import LrFactor
 from trainc.runtime.step.updates import UpdateTransform
 
 
-class Lowering(ClauseAccess):
+class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
     """One clause's access to the mechanisms: what it may ask for, beside its selection and its times."""
 
-    def loss(self, loss: Loss) -> None:
-        """Declare the loss of the whole run."""
+    # The loss, and what reads the passes
+
+    def loss(self, loss: Loss, weight: Expr | None = None) -> None:
+        """Add a loss to that of the whole run, the sum of all that clauses declare, each times its `weight`."""
         self.refuse_times("the loss holds for the whole run", "from", "until", "every")
-        self._method.loss = loss
+        schedule = None if weight is None else self.schedule(weight)
+        if schedule is not None:
+            self._method.schedules[f"{self.label} weight"] = schedule
+        self._method.loss_parts.append(LossPart(self.label, loss, schedule))
 
-    def measure(self, site: MeasuredSite) -> None:
-        """Measure per-example squared gradient norms of a layer in every step."""
-        rewrite = self._method.rewrite
-        known = next((one for one in rewrite.measured if one.module == site.module), None)
-        if isinstance(site, LayerSite):
-            if known is None:
-                rewrite.layers.append(site)
-            return
-        if isinstance(known, NormSite):
-            rewrite.norms.remove(known)
-            gradients = site.per_example_gradients or known.per_example_gradients
-            site = replace(site, per_example_gradients=gradients)
-        rewrite.norms.append(site)
-
-    def example_units(self, units: ExampleUnits | None) -> None:
-        """Set what one example is; raises ValueError when another clause sets something else."""
-        rewrite = self._method.rewrite
-        if rewrite.measured and rewrite.example_units != units:
-            raise ValueError(
-                "two clauses define `example` differently, but a program supports one definition: give both the same"
-                " `example`, `separator`, `method` and `group`"
-            )
-        rewrite.example_units = units
-
-    def ghosts(self, names: Iterable[str]) -> None:
-        """Let layers that normalize over the batch normalize over each group of examples instead."""
-        self._method.rewrite.ghosts = list(names)
-        if self._method.rewrite.ghosts:
-            reason = f"`{self.label}` changes how layers normalize, in the whole run"
-            self.refuse_times(reason, "from", "until", "every")
-
-    def measure_batch_gradients(self, names: Iterable[str], running: bool) -> None:
-        """Measure the squared norm of each micro-batch's gradient; with `running`, of the replica's sum so far."""
-        for name in names:
-            if self._method.batch_gradients.setdefault(name, running) != running:
-                raise ValueError(
-                    f"another clause measures `{name}` with another method: write `method = micro_batch` in both, or"
-                    " `method = replica` in both"
-                )
-
-    def calibrate(self, every: Duration, examples: int) -> None:
-        """Now and then between `from` and `until`, measure every parameter on a few examples, one by one."""
-        self.refuse_times(f"calibrations of `{self.label}` have a period of their own", "every")
-        gate = self._context.gate(self.clause.start, self.clause.stop, every)
-        self._method.calibrations.append(CalibrationPart(self.label, gate, examples))
-
-    def noise(
-        self, module: ModuleEntry, sigma: Expr, share: Literal["token", "none"] = "token"
-    ) -> None:
-        """Multiply a layer's output by `1 + sigma * normal`, drawn per (view, example, channel).
-
-        While the clause's gate is closed the layer runs as it is.
-        """
-        site = NoiseSite(module.name, len(self._method.rewrite.noises), share, self.gate())
-        self._method.rewrite.noises.append(site)
-        self._method.scalars[site.scalar] = self.while_open(self.schedule(sigma, module.place))
-
-    def pair(self, distance: Literal["mse", "kl"], weight: Expr) -> None:
-        """Pass every example twice and add `weight` times the distance of the outputs to the loss.
-
-        While the clause's gate is closed examples pass once, and the metric of the distance is 0.
-        """
-        pairing = Pairing(distance, self.label, self.gate())
-        self._method.rewrite.pairing = pairing
-        self._method.scalars[pairing.weight] = self.while_open(self.schedule(weight))
-
-    def penalty(
-        self,
-        value: Callable[[Inputs, Inputs], Tensor],
-        parameters: Iterable[str],
-        scalars: Mapping[str, Scheduled],
-        tensors: Mapping[str, Tensor],
-    ) -> None:
-        """Add a loss term over parameters; scheduled numbers and constants reach it as named tensors.
-
-        While the clause's gate is closed the term is not computed, and its metric is 0.
-        """
-        self._method.penalties[self.label] = PenaltyTerm(value, tuple(parameters), self.gate())
-        self._method.scalars.update({n: self.while_open(value) for n, value in scalars.items()})
-        self._method.tensors.update(tensors)
+    # The optimizer and its parameters
 
     def lr_factor(self, unit: str, parameters: Iterable[str], holds: bool = False) -> LrFactor:
         """Return a factor of this clause on the learning rate of `parameters`; it starts at 1.
@@ -160,6 +83,7 @@ class Lowering(ClauseAccess):
         for name in sizes:
             reason = f"the entries of `{name}` that train are chosen once, for the rest of the run"
             self.refuse_times(reason, "until", "every")
+        self._refuse_masked_shards(sizes)
         selected = {n: SelectedEntries(n, self.tensor(n), size) for n, size in sizes.items()}
         self._method.masks.update(selected)
         self.action(WriteBack(self.label, selected.values()))
@@ -176,32 +100,106 @@ class Lowering(ClauseAccess):
         fraction = self.schedule(density)
         text = f"{fraction(Clock()):.6g}" if isinstance(density, Number) else str(density)
         shown = f"density {text}{' of all' * together}"
+        names = tuple(names)
+        self._refuse_masked_shards(names)
         masks = {name: ZeroMask(name, self.tensor(name), shown) for name in names}
         self._method.masks.update(masks)
         self._method.schedules[f"{self.label} density"] = fraction
         setting, window = self.clause.construct.model_dump_json(), self.gate() or Gate()
-        self.action(ChooseZeros(self.label, masks, choose, fraction, window, setting))
+        frozen = self._method.frozen
+        self.action(ChooseZeros(self.label, masks, choose, fraction, window, setting, frozen))
         self.action(ZeroGradients(self.label, masks.values()))
         self.action(ZeroWeights(self.label, masks.values()))
+
+    def _refuse_masked_shards(self, names: Iterable[str]) -> None:
+        if (shard := next(filter(self._is_sharded, names), None)) is not None:
+            raise ValueError(masked_shard(shard))
 
     def freeze(self, names: Iterable[str]) -> None:
         """Leave parameters untrained in the whole run, also before `from`."""
         self.refuse_times("a frozen parameter is frozen in the whole run", "until", "every")
-        self._method.frozen.update(names)
+        given = set(names)
+        self._method.frozen |= given
+        self._method.frozen_by.setdefault(self.label, set()).update(given)
 
     def optimizer(
-        self, construct: OptimizerConstruct, base: Scheduled, decay: dict[str, float]
+        self,
+        construct: OptimizerConstruct,
+        base: Scheduled,
+        decay: dict[str, float],
+        *,
+        steady: bool = False,
+        has_modes: bool = False,
     ) -> None:
-        """Claim the selected parameters for a torch optimizer, at the rate `base` and these decays by name."""
+        """Claim the selected parameters for a torch optimizer, at the rate `base` and these decays by name.
+
+        `steady`: the rate is one number, which the optimizer may change by itself. `has_modes`: it has `train()` and
+        `eval()`, which puts other weights in place for evaluation.
+        """
         clause = self.clause
         self.refuse_times("an optimizer trains in every step", "from", "until", "every")
         self._method.optimizers.append(
             OptimizerPart(clause.label, clause.targets, clause.span, construct, base, decay)
         )
+        part = self._method.optimizers[-1]
+        part.steady, part.has_modes = steady, has_modes
+
+    def closure(
+        self,
+        construct: OptimizerConstruct,
+        base: Scheduled,
+        decay: dict[str, float],
+        **known: bool,
+    ) -> None:
+        """Claim the selected parameters for an optimizer that asks for loss and gradients several times in a step.
+
+        Its `step` is called with a function that returns the step's loss at the weights of now and leaves the
+        gradients in `.grad`. Raises ValueError where a parameter is sharded over processes.
+        """
+        self._refuse_shards("after")
+        self.optimizer(construct, base, decay, **known)
+        self._method.optimizers[-1].asks = True
+
+    def compile_modules(self) -> None:
+        """Let torch compile the modules of the model, for the passes that `step` and `loss` of a program run."""
+        self._method.compiled = True
+
+    def clip(self, limit: float) -> None:
+        """Scale the gradients of all optimizers down to an L2 norm of at most `limit`, all together, in every step."""
+        self.refuse_times("the gradients of the whole run are clipped", "from", "until", "every")
+        self._method.clip = limit
+
+    def gradient(self, transform: GradientTransform, parameters: Iterable[str]) -> None:
+        """Change the gradients of `parameters` before they are clipped, when the clause's gate is open.
+
+        Raises ValueError for a parameter whose gradient will be sparse, and for one that is sharded over processes
+        unless the transform is elementwise.
+        """
+        transform.parameters = tuple(parameters)
+        for name in transform.parameters:
+            if self.has_sparse_gradient(name):
+                raise ValueError(
+                    f"the gradient of `{name}` is sparse, and only dense ones can be changed: build its layer with"
+                    " `sparse=False`, or exclude the parameter from `on`"
+                )
+            if self._is_sharded(name) and not transform.elementwise:
+                raise ValueError(sharded_gradient(name))
+        self.action(transform)
+
+    def has_sparse_gradient(self, name: str) -> bool:
+        """Say whether a parameter is the weight of a layer that gives it a sparse gradient."""
+        owners = map(self.model.get_submodule, self.inventory.parameter[name].modules)
+        return any(isinstance(o, nn.Embedding | nn.EmbeddingBag) and o.sparse for o in owners)
 
     def delta(self, transform: UpdateTransform, parameters: Iterable[str]) -> None:
         """Change what the optimizer adds to `parameters`, before it is added, when the clause's gate is open."""
         transform.parameters = tuple(parameters)
+        self.action(transform)
+
+    # The step
+
+    def batch(self, transform: BatchTransform) -> None:
+        """Change inputs and targets of each micro-batch before its first pass, when the clause's gate is open."""
         self.action(transform)
 
     def around(self, hook: Around) -> None:
@@ -209,19 +207,26 @@ class Lowering(ClauseAccess):
 
         Raises ValueError where a parameter is sharded over processes.
         """
+        self._refuse_shards("before")
+        self.action(hook)
+
+    def _refuse_shards(self, when: str) -> None:
+        """Raise ValueError for a sharded parameter, whose gradients are averaged in the step's own passes alone."""
         for name in (entry.name for entry in self.inventory.parameters):
-            if is_sharded(self.tensor(name)):
+            if self._is_sharded(name):
                 raise ValueError(
-                    f"it needs gradients before the step's passes, and those of `{name}`, which is sharded over"
+                    f"it needs gradients {when} the step's passes, and those of `{name}`, which is sharded over"
                     " processes (FSDP2), are not averaged there. Use DistributedDataParallel, or remove the clause"
                 )
-        self.action(hook)
 
     def action(self, action: Action) -> None:
         """Run an action in every step, in its phase, when the clause's gate is open.
 
+        One without a `name` gets the clause's label; what has state in a checkpoint needs a name of its own there.
         Raises ValueError for the phases `forward` and `backward`, in which a step runs no actions.
         """
+        if not hasattr(action, "name"):
+            action.name = self.label
         check_phase(action)
         if action.gate is None:
             action.gate = self.gate()
@@ -242,7 +247,27 @@ class Lowering(ClauseAccess):
                     f"replicas meet after a number of steps, and `{bound}` may be another number of steps on each:"
                     " write `from`, `until` and `every` in steps"
                 )
+        self._refuse_joined()
         self._method.exchanges.append(self.label)
+
+    def join(self, *, shards: bool = False) -> None:
+        """Let `trainc run` join the processes that a launcher started: see compiler/method/joining.py.
+
+        `shards`: each of them then holds a part of every parameter, and clauses that need whole ones are refused.
+        """
+        self.refuse_times("processes are joined for the whole run", "from", "until", "every")
+        self._refuse_joined()
+        self._method.joined_by, self._method.shards = self.label, shards
+        self._method.process_dependence.update(depend_on_processes(self.model))
+
+    def _refuse_joined(self) -> None:
+        """Raise ValueError where another clause says already how processes train together."""
+        known = *self._method.exchanges, self._method.joined_by
+        others = [label for label in known if label and label != self.label]
+        if others:
+            raise ValueError(
+                f"`{others[0]}` says already how processes train together: remove one of the two clauses"
+            )
 
     def buffers(self) -> Callable[[], dict[str, Tensor]]:
         """Return a function that gives the saved floating-point buffers of the model, as they are when it is called."""

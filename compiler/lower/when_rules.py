@@ -70,6 +70,6 @@ def _wait(given: Duration | None, context: LoweringContext) -> TimeSpan | None:
 
 
 def _text(clause: RuleClause) -> str:
-    """Return a rule's text without its actions: `when gns > 100 for 10 steps`."""
+    """Return a rule's text without its actions: `when loss < 2 for 10 steps`."""
     waits = (("for", clause.hold), ("cooldown", clause.cooldown))
     return f"when {clause.condition}" + "".join(f" {w} {d}" for w, d in waits if d is not None)

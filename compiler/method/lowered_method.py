@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.losses import Losses, LossPart
 from trainc.compiler.method.sites import Rewrite
+from trainc.compiler.method.statistic import BatchGradient
 from trainc.dsl.text.source import Span
+from trainc.runtime.companion.companion import Companion
 from trainc.runtime.mask.update_mask import UpdateMask
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.soundness.gradient_norm import ModelGradient
 from trainc.runtime.step.action import Action
+from trainc.runtime.step.batches import BatchTransform
 from trainc.runtime.step.held_updates import DecayForm
+from trainc.runtime.step.observer import Observer
 from trainc.runtime.step.optimizer import LrFactor
 
 Scheduled = Callable[["Clock"], float]
 """A number as a function of the clock."""
-Inputs = Mapping[str, "Tensor"]
-"""Tensors by name."""
-
-
-@dataclass(slots=True)
-class PenaltyTerm:
-    """A loss term over parameters: `value(parameters, inputs)`, with the tensors it needs as named graph inputs."""
-
-    value: Callable[[Inputs, Inputs], Tensor]
-    parameters: tuple[str, ...]
-    gate: Gate | None = None
-    """When the term is part of the loss; None: in every step."""
 
 
 class OptimizerConstruct(Protocol):
     """What lowering needs of the construct of an optimizer clause."""
 
-    moments: ClassVar[int]
-    """How many tensors of the parameter's size the state holds."""
     decay_form: ClassVar[DecayForm | None]
     """How the weights are decayed, where the update depends on them by their decay alone; None for any other."""
 
     @property
+    def moments(self) -> float:
+        """Return how many tensors of the parameter's size the state holds."""
+        ...
+
+    @property
     def clip(self) -> float | None:
-        """Return the global L2 norm that the gradients are scaled down to; None to leave them."""
+        """Return the L2 norm that the gradients of the clause are scaled down to; None to leave them."""
         ...
 
     def examine(self) -> None:
@@ -67,6 +64,12 @@ class OptimizerPart:
     construct: OptimizerConstruct
     base: Scheduled
     decay: dict[str, float]
+    asks: bool = False
+    """Whether it asks for loss and gradients several times in a step, by a closure."""
+    steady: bool = False
+    """Whether the learning rate is one number, which an optimizer may change by itself."""
+    has_modes: bool = False
+    """Whether the torch optimizer has `train()` and `eval()`, and other weights for evaluation."""
 
 
 @dataclass(slots=True)
@@ -83,9 +86,8 @@ class LoweredMethod:
     """Everything that the clauses of a spec ask for. `Program` runs it, and the plan is its printed form."""
 
     rewrite: Rewrite = field(default_factory=Rewrite)
-    loss: Loss | None = None
-    penalties: dict[str, PenaltyTerm] = field(default_factory=dict)
-    """Loss terms over parameters, by the label of their clause."""
+    loss_parts: list[LossPart] = field(default_factory=list)
+    """The losses, in the order of the spec."""
     scalars: dict[str, Scheduled] = field(default_factory=dict)
     """Numbers that a step computes from the clock, by the name of the tensor that carries each."""
     schedules: dict[str, Scheduled] = field(default_factory=dict)
@@ -98,28 +100,46 @@ class LoweredMethod:
     """What trains of each parameter that has a mask."""
     frozen: set[str] = field(default_factory=set)
     """Parameters that do not train, besides those without requires_grad."""
+    frozen_by: dict[str, set[str]] = field(default_factory=dict)
+    """The parameters that each clause freezes, by its label."""
     optimizers: list[OptimizerPart] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
-    batch_gradients: dict[str, bool] = field(default_factory=dict)
-    """Parameters of which the squared norm of each micro-batch's gradient is taken, or, where True, of the gradient
-    that a replica has summed so far."""
+    compiled: bool = False
+    """Whether torch compiles the modules."""
+    clip: float | None = None
+    """The L2 norm that the gradients of all optimizers together are scaled down to; None to leave them."""
+    model_gradient: ModelGradient = field(default_factory=ModelGradient)
+    """The gradients that the optimizers read."""
+    batch_gradients: dict[str, BatchGradient] = field(default_factory=dict)
+    """Parameters of which the squared norm of each micro-batch's or replica's gradient is taken."""
     calibrations: list[CalibrationPart] = field(default_factory=list)
     exchanges: list[str] = field(default_factory=list)
     """Labels of the clauses that exchange with other replicas after steps, between which each trains on its own."""
+    joined_by: str | None = None
+    """The label of the clause that joins the processes of a launched run."""
+    shards: bool = False
+    """Whether they then each hold a part of every parameter."""
+    process_dependence: dict[str, str] = field(default_factory=dict)
+    """The modules whose numbers depend on how many processes are joined, and why."""
+    evaluation_observers: list[Observer] = field(default_factory=list)
+    """What reads evaluations."""
+    evaluated_with: dict[str, Companion] = field(default_factory=dict)
+    """Whose values evaluation and saving use in place of the trained weights, by the label of its clause."""
 
-    def ignore_times(self) -> None:
-        """Keep every loss term, noise and view open, for those who look at a graph or compare numbers."""
-        for term in self.penalties.values():
-            term.gate = None
-        rewrite = self.rewrite
-        rewrite.noises = [replace(site, gate=None) for site in rewrite.noises]
-        if rewrite.pairing is not None:
-            rewrite.pairing = replace(rewrite.pairing, gate=None)
+    @property
+    def id_readers(self) -> tuple[str, ...]:
+        """The labels of the clauses that read, in some step, which samples the examples are."""
+        terms = [term.clause for term in self.rewrite.terms.values() if term.sample_ids]
+        kinds = (Observer, BatchTransform)
+        actions = [one.name for one in self.actions if isinstance(one, kinds) and one.sample_ids]
+        return tuple(dict.fromkeys([*terms, *actions]))
 
-    def open_penalties(self, clock: Clock) -> dict[str, PenaltyTerm]:
-        """Return the loss terms over parameters that are part of the loss of the step at this clock."""
-        return {
-            label: term
-            for label, term in self.penalties.items()
-            if term.gate is None or term.gate.fires(clock)
-        }
+    @property
+    def loss(self) -> Loss | None:
+        """The first loss, of whose output and targets terms are; None without any."""
+        return self.loss_parts[0].loss if self.loss_parts else None
+
+    @property
+    def losses(self) -> Losses:
+        """All losses."""
+        return Losses(self.loss_parts)

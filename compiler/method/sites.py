@@ -1,4 +1,4 @@
-"""The rewrite of the forward pass that the clauses ask for: measured layers, noise, two views of every example.
+"""The rewrite of the forward pass that the clauses ask for: measured layers, hooks, views of examples, loss terms.
 
 Constructs add to a `Rewrite`. It is realised by layers that replace the user's, and by graph passes. Both call the
 same operators with the same site numbers, so both give the same results.
@@ -6,12 +6,16 @@ same operators with the same site numbers, so both give the same results.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from trainc.compiler.method.example_units import ExampleUnits
+from trainc.compiler.method.layer_hook import KeepOutput, LayerHookSite
+from trainc.compiler.method.term import Term
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.step.observer import Observer
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,32 +71,18 @@ MeasuredSite = NormSite | LayerSite
 
 
 @dataclass(frozen=True, slots=True)
-class NoiseSite:
-    """A layer whose output is multiplied by `1 + sigma * normal`; `index` is its site number in the counter."""
+class Views:
+    """A request for several views of every example, which pass through the model in one batch.
 
-    module: str
-    index: int
-    share: Literal["token", "none"] = "token"
+    With `share_dropout` the views of an example have one dropout mask. The loss is of the first view, or the mean of
+    those of all views.
+    """
+
+    label: str
+    count: int
+    share_dropout: bool
+    mean_loss: bool
     gate: Gate | None = None
-
-    @property
-    def scalar(self) -> str:
-        """Return the name of the 0-d tensor that carries this site's sigma."""
-        return f"sigma:{self.module}"
-
-
-@dataclass(frozen=True, slots=True)
-class Pairing:
-    """Two views of every example and a distance between their outputs."""
-
-    distance: Literal["mse", "kl"]
-    label: str = "consistency"
-    gate: Gate | None = None
-
-    @property
-    def weight(self) -> str:
-        """Return the name of the 0-d tensor that carries the distance's weight."""
-        return f"weight:{self.label}"
 
 
 @dataclass(slots=True)
@@ -101,16 +91,25 @@ class Rewrite:
 
     norms: list[NormSite] = field(default_factory=list)
     layers: list[LayerSite] = field(default_factory=list)
-    noises: list[NoiseSite] = field(default_factory=list)
-    pairing: Pairing | None = None
-    ghosts: list[str] = field(default_factory=list)
-    """Layers that normalize over the batch and now normalize over each group of examples."""
+    measured_at: dict[str, list[Gate | None]] = field(default_factory=dict)
+    """The gates of the clauses that measure a layer, by module; one that is not here is measured in every step."""
+    hooks: list[LayerHookSite] = field(default_factory=list)
+    view_requests: list[Views] = field(default_factory=list)
+    terms: dict[str, Term] = field(default_factory=dict)
+    """What clauses add to the loss, by label."""
+    observers: list[Observer] = field(default_factory=list)
+    """What reads the logits of training steps."""
     example_units: ExampleUnits | None = None
     """What one example is, if it is not a row of the batch."""
+
+    checkpointed: list[str] = field(default_factory=list)
+    """Modules whose activations are not kept, but computed again in the backward pass."""
 
     @property
     def modules_only(self) -> str | None:
         """Return why this must run module by module; None if a captured graph can run it."""
+        if self.checkpointed:
+            return "activation checkpoints run modules again in the backward pass"
         if self.example_units is not None:
             return "examples that are not rows of the batch need bound modules"
         if any(site.per_example_gradients for site in self.norms):
@@ -122,20 +121,123 @@ class Rewrite:
         """Return every measured layer."""
         return (*self.norms, *self.layers)
 
+    def replaced(self) -> Iterator[tuple[LayerHookSite, bool]]:
+        """Yield the hooks that replace measured layers, and whether measuring does what the hook does."""
+        layer_types = {site.module: site.layer_type for site in self.measured}
+        for site in self.hooks:
+            if site.hook.replaces and site.module in layer_types:
+                done = site.hook.done_by_measuring(layer_types[site.module], self.example_units)
+                yield site, done and site.gate is None
+
+    @property
+    def captures(self) -> dict[str, KeepOutput]:
+        """Return what keeps the results of captured modules, by module."""
+        return {s.module: s.hook for s in self.hooks if isinstance(s.hook, KeepOutput)}
+
+    @property
+    def leaves_checkpoints(self) -> bool:
+        """Whether gradients pass by the results of activation checkpoints.
+
+        They do from a term to what is captured, and from a head to the embedding that shares its weight. A reentrant
+        checkpoint, which runs without gradients, would cut them off.
+        """
+        read = bool(self.captures) and any(not term.of_parameters for term in self.terms.values())
+        return read or any(site.tied for site in self.layers)
+
+    @property
+    def zero_is_identity(self) -> bool:
+        """Whether the forward pass is the user's own where every scheduled number is 0."""
+        grouped = any(site.per_example_gradients for site in self.layers)
+        return not grouped and all(site.hook.zero_is_identity for site in self.hooks)
+
     @property
     def views(self) -> int:
         """Return how many copies of each example pass through the model."""
-        return 2 if self.pairing else 1
+        return max((one.count for one in self.view_requests), default=1)
+
+    @property
+    def share_dropout(self) -> bool:
+        """Return whether the views of an example have one dropout mask."""
+        return any(one.share_dropout for one in self.view_requests)
+
+    @property
+    def mean_loss(self) -> bool:
+        """Return whether the loss is the mean of the losses of all views, not that of the first."""
+        return any(one.mean_loss for one in self.view_requests)
+
+    @property
+    def of_examples(self) -> bool:
+        """Return whether a loss term is a mean over examples, also over those without a target that counts."""
+        return any(term.over == "examples" for term in self.terms.values())
+
+    @property
+    def reads_passes(self) -> bool:
+        """Whether a term of the loss reads what the passes give: then the loss without such terms has a metric."""
+        return any(not term.of_parameters for term in self.terms.values())
+
+    @property
+    def joint(self) -> Term | None:
+        """Return the term that one operator can compute together with a cross-entropy of the first view."""
+        if self.mean_loss:
+            return None
+        return next((term for term in self.terms.values() if term.joint is not None), None)
+
+    @property
+    def timed(self) -> bool:
+        """Return whether something has a gate, and so may be absent from a step."""
+        gates = [*(site.gate for site in self.hooks), *(one.gate for one in self.view_requests)]
+        gates += [*(term.gate for term in self.terms.values()), *(o.gate for o in self.observers)]
+        measured = (None in wanted for wanted in self.measured_at.values())
+        return any(gate is not None for gate in gates) or not all(measured)
 
     def at(self, clock: Clock) -> Rewrite:
-        """Return what changes in the step at this clock: without noise and views whose gate is closed."""
-        noises = [site for site in self.noises if site.gate is None or site.gate.fires(clock)]
-        pairing = self.pairing
-        if pairing is not None and pairing.gate is not None and not pairing.gate.fires(clock):
-            pairing = None
-        if len(noises) == len(self.noises) and pairing is self.pairing:
+        """Return what changes in the step at this clock: without what has a gate that is closed."""
+        if not self.timed:
             return self
-        return replace(self, noises=noises, pairing=pairing)
+        gated = (self.hooks, self.view_requests, [*self.terms.values()], self.observers)
+        if all(_is_open(one.gate, clock) for kind in gated for one in kind) and all(
+            self._measures(site, clock) for site in self.measured
+        ):
+            return self
+        norms = [site for site in self.norms if self._measures(site, clock)]
+        layers = [site for site in self.layers if self._measures(site, clock)]
+        return replace(
+            self,
+            norms=norms,
+            layers=layers,
+            example_units=self.example_units if norms or layers else None,
+            hooks=[site for site in self.hooks if _is_open(site.gate, clock)],
+            view_requests=[one for one in self.view_requests if _is_open(one.gate, clock)],
+            terms={n: term for n, term in self.terms.items() if _is_open(term.gate, clock)},
+            observers=[one for one in self.observers if _is_open(one.gate, clock)],
+        )
+
+    def _measures(self, site: MeasuredSite, clock: Clock) -> bool:
+        return fires_any(self.measured_at.get(site.module, (None,)), clock)
+
+    def ignore_times(self) -> None:
+        """Keep all that has a gate open in every step, for those who look at a graph or compare numbers."""
+        self.measured_at = {}
+        self.hooks = [replace(site, gate=None) for site in self.hooks]
+        self.view_requests = [replace(one, gate=None) for one in self.view_requests]
+        self.terms = {label: replace(term, gate=None) for label, term in self.terms.items()}
 
     def __bool__(self) -> bool:
-        return bool(self.measured or self.noises or self.pairing)
+        return bool(self.measured or self.hooks or self.view_requests)
+
+
+def fires_any(gates: Iterable[Gate | None], clock: Clock) -> bool:
+    """Say whether one of several gates is open; None is one that always is."""
+    return any(_is_open(gate, clock) for gate in gates)
+
+
+def drawn_apart(what: str) -> str:
+    """Return the note on what draws random numbers for each view of an example, where its views share one mask."""
+    return (
+        f"{what} draws random numbers for each view of an example apart, so that the distance of the views measures"
+        " them as well: use nn.Dropout modules, which share their masks, or a dropout of 0 there"
+    )
+
+
+def _is_open(gate: Gate | None, clock: Clock) -> bool:
+    return gate is None or gate.fires(clock)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from trainc.compiler.model.import_path import ImportProblem, call, import_attribute
+from trainc.compiler.model.import_path import ImportProblem, call
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
+from trainc.runtime.data.order import Data
+from trainc.runtime.data.stream import count_samples
+from trainc.runtime.storage.random_streams import seeded
 
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """Numbers that the data callable's `describe` gives before the data is built; None for those not given."""
+    """Numbers that are known of the data, mostly before it is loaded; None for those that are not."""
 
     samples: int | None = None
     tokens_per_sample: int | None = None
@@ -27,10 +29,15 @@ class DataFacts:
 
 def seeded_model(spec: Spec) -> nn.Module:
     """Return the spec's model with the initial weights of its seed; the caller's random state stays as it is."""
-    run = spec.one("run")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.construct.seed if run else 0)  # type: ignore[attr-defined]
+    with seeded(seed_of(spec)):
         return build_model(spec)
+
+
+def seed_of(spec: Spec) -> int:
+    """Return the seed of the `run` clause, 0 without one."""
+    run = spec.one("run")
+    seed: int = run.construct.seed if run else 0  # type: ignore[attr-defined]
+    return seed
 
 
 def build_model(spec: Spec) -> nn.Module:
@@ -46,36 +53,69 @@ def build_model(spec: Spec) -> nn.Module:
     return model
 
 
-def build_data(spec: Spec) -> Any:
-    """Return what the `data` clause builds; raises SpecError at its line."""
+def build_data(spec: Spec) -> Data:
+    """Return what the `data` clause builds, with the seed of `run`; raises SpecError at its line."""
     clause = spec.one("data")
     if clause is None:
         help_ = 'write `data "module:callable" { batch = 32 samples }`'
         raise missing_clause("the spec has no `data` clause", help_)
-    data = _build(clause, "data-failed")
-    for name in ("train", "evaluation", "tokens_per_sample"):
-        if not hasattr(data, name):
-            message = f"the object that `{_path(clause)}` returns has no attribute `{name}`"
-            raise _at(clause, "data-failed", message)
+    source: Any = clause.construct
+    with seeded(seed_of(spec)), _reported(clause):
+        data: Data = source.load()
+    if too_small := small_data(spec, count_samples(data.train)):
+        raise SpecError(too_small)
+    run = spec.one("run")
+    if data.evaluation is None and getattr(run and run.construct, "eval", None) is not None:
+        assert run is not None
+        message = "`eval` says when the model is evaluated, and the data has no held-out samples"
+        help_ = (
+            "give training and held-out samples (`trainc explain data` says how), or remove `eval`"
+        )
+        raise _at(run, "data-failed", message, help_, "eval")
     return data
 
 
+def unnumbered_samples(spec: Spec, readers: Sequence[str]) -> SpecError:
+    """Return the error of clauses that read which samples a step holds, of data whose samples have no numbers."""
+    names = ", ".join(f"`{name}`" for name in readers)
+    clause = spec.one("data")
+    assert clause is not None
+    message = (
+        f"{names} reads which samples a step holds, and the samples of this data have no numbers, since they come in an"
+        " order of their own"
+    )
+    return _at(clause, "data-failed", message, "give a data set with `__len__` and `__getitem__`")
+
+
+def small_data(spec: Spec, samples: int | None) -> list[Diagnostic]:
+    """Return an error for a batch that is larger than training data of this size; none where it is not known."""
+    clause = spec.one("data")
+    if clause is None or samples is None:
+        return []
+    construct: Any = clause.construct
+    policy = construct.policy
+    largest = max(construct.start_size, policy.end if policy is not None else 0)
+    if largest <= samples:
+        return []
+    span = clause.part_span("batch")
+    labels = (Label(span, "each step would repeat samples"),) if span else ()
+    message = f"a batch of {largest} samples is larger than the training data, which has {samples}"
+    return [Diagnostic("never-acts", message, labels, (), f"write at most `{samples} samples`")]
+
+
 def data_facts(spec: Spec) -> DataFacts:
-    """Return what the data callable's `describe` says, without building the data."""
+    """Return what the `data` clause knows of its data without loading it."""
     clause = spec.one("data")
     if clause is None:
         return DataFacts()
-    construct: Any = clause.construct
-    try:
-        with _reported(clause):
-            describe = getattr(import_attribute(construct.path), "describe", None)
-        if describe is None:
-            return DataFacts()
-        described = describe(**construct.arguments)
-    except TypeError as error:
-        message = f"`{construct.path}` cannot describe the data: {error}"
-        raise _at(clause, "wrong-argument", message) from error
-    return DataFacts(described.get("samples"), described.get("tokens_per_sample"))
+    source: Any = clause.construct
+    with _reported(clause):
+        return DataFacts(*source.count())
+
+
+def facts_of(data: Data) -> DataFacts:
+    """Return the numbers of data that is there."""
+    return DataFacts(count_samples(data.train), data.tokens_per_sample)
 
 
 def missing_clause(message: str, help: str) -> SpecError:
@@ -95,7 +135,9 @@ def _reported(clause: Clause) -> Iterator[None]:
     try:
         yield
     except ImportProblem as problem:
-        raise _at(clause, problem.rule, str(problem), problem.help, problem.field) from problem
+        labels = _labels(clause, problem.field)
+        found = Diagnostic(problem.rule, str(problem), labels, problem.notes, problem.help)
+        raise SpecError([found]) from problem
 
 
 def _path(clause: Clause) -> str:
@@ -106,6 +148,9 @@ def _path(clause: Clause) -> str:
 def _at(
     clause: Clause, rule: str, message: str, help: str | None = None, field: str = "path"
 ) -> SpecError:
+    return SpecError([Diagnostic(rule, message, _labels(clause, field), help=help)])
+
+
+def _labels(clause: Clause, field: str) -> tuple[Label, ...]:
     span = clause.part_span(field)
-    labels = (Label(span),) if span else ()
-    return SpecError([Diagnostic(rule, message, labels, help=help)])
+    return (Label(span),) if span else ()

@@ -6,56 +6,86 @@ Built once, on the meta device or on real weights, before any wrapping or shardi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainc.compiler.model.roles import (
-    BIAS,
+from trainc.compiler.model.adapters import base_of
+from trainc.compiler.model.batch_statistics import uses_batch_statistics
+from trainc.compiler.model.undisturbed import keep_state
+from trainc.compiler.structure.blocks import find_blocks
+from trainc.compiler.structure.places import Place, find_places, lowest
+from trainc.compiler.structure.roles import (
     HEAD,
-    Place,
-    last_linear,
-    module_roles,
-    places,
-    segment_roles,
+    NORM,
+    find_roles,
+    is_matrix,
+    looks_like_end,
+    own_class,
+    own_parameters,
+    parameter_roles,
     type_names,
 )
-from trainc.compiler.model.undisturbed import keep_state
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleEntry:
-    """A module: dotted name, class names from its own up, place, roles and its direct parameters' names."""
+    """A module under its first name: class names from its own up, roles and its direct parameters' names.
+
+    `aliases` are the other names of the same object, `places` where it stands under each name. `batch_statistics` says
+    whether it normalizes over the batch, in the mode that it is in.
+    """
 
     name: str
     types: tuple[str, ...]
-    place: Place
+    places: tuple[Place, ...]
     roles: frozenset[str]
+    matrix: bool
     parameters: tuple[str, ...]
     numel: int
     ndim: int
     trainable: bool
+    batch_statistics: bool
+    aliases: tuple[str, ...]
+
+    @property
+    def place(self) -> Place:
+        return lowest(self.places)
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterEntry:
-    """A parameter under its first name; `aliases` are the other names of the same tensor (tied weights)."""
+    """A parameter under its first name; `aliases` are the other names of the same tensor (tied weights).
+
+    `modules` are all that hold it, in the order of its names; `types`, `places` and `roles` are those of all of them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     bytes: int
-    module: str
+    modules: tuple[str, ...]
     types: tuple[str, ...]
-    place: Place
+    places: tuple[Place, ...]
     roles: frozenset[str]
+    matrix: bool
     trainable: bool
     aliases: tuple[str, ...]
+
+    @property
+    def module(self) -> str:
+        """Return the first of the modules that hold it."""
+        return self.modules[0]
+
+    @property
+    def place(self) -> Place:
+        """Return where it stands: of a shared tensor, the place nearest to the input."""
+        return lowest(self.places)
 
     @property
     def numel(self) -> int:
@@ -76,7 +106,8 @@ class Inventory:
 
     @cached_property
     def module(self) -> dict[str, ModuleEntry]:
-        return {m.name: m for m in self.modules}
+        """Return modules by every name they have."""
+        return {name: m for m in self.modules for name in (m.name, *m.aliases)}
 
     @cached_property
     def parameter(self) -> dict[str, ParameterEntry]:
@@ -95,29 +126,62 @@ class Inventory:
 
 def build_inventory(model: nn.Module) -> Inventory:
     """Return the inventory of `model`; no weight is read."""
-    where, last = places(model), last_linear(model)
-    roles = {name: module_roles(name, module) for name, module in model.named_modules()}
-    if last is not None and not any(HEAD in found for found in roles.values()):
-        roles[last] |= {HEAD}
-    modules = tuple(
-        _module_entry(n, m, where[n], frozenset(roles[n])) for n, m in model.named_modules()
-    )
-    by_name = {m.name: m for m in modules}
-    return Inventory(type(model).__name__, modules, tuple(_parameters(model, by_name)))
+    where, roles = _describe(model)
+    names = _names_of(model.named_modules(remove_duplicate=False))
+    modules = tuple(_module_entry(names[id(m)], m, where, roles) for m in model.modules())
+    inventory = Inventory(own_class(model).__name__, modules, ())
+    return replace(inventory, parameters=tuple(_parameters(model, inventory.module, where, roles)))
 
 
-def _module_entry(name: str, module: nn.Module, place: Place, roles: frozenset[str]) -> ModuleEntry:
-    direct = list(module.named_parameters(name, recurse=False))
+def _describe(model: nn.Module) -> tuple[dict[str, Place], dict[str, set[str]]]:
+    """Return places and roles of every module and parameter under each of its names."""
+    with base_of(model):
+        blocks = find_blocks(model)
+        roles = find_roles(model, blocks)
+        where = find_places(model, blocks, roles)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name not in where:  # an adapter, or inside one: it is where its layer is
+            layer = name.rpartition(".")[0]
+            by_name = any(map(looks_like_end, layer.split(".")))
+            where[name] = where[layer]
+            roles[name] = roles[layer] - ({NORM} if by_name else {NORM, HEAD})
+            for leaf, parameter in own_parameters(module).items():
+                own = parameter_roles(leaf, parameter, module, outside=False)
+                where[f"{name}.{leaf}"], roles[f"{name}.{leaf}"] = where[name], roles[name] | own
+    return where, roles
+
+
+def _names_of(named: Iterable[tuple[str, object]]) -> dict[int, list[str]]:
+    """Return all names of each object by its `id`."""
+    found: dict[int, list[str]] = {}
+    for name, one in named:
+        found.setdefault(id(one), []).append(name)
+    return found
+
+
+def _module_entry(
+    names: Sequence[str],
+    module: nn.Module,
+    where: Mapping[str, Place],
+    roles: Mapping[str, set[str]],
+) -> ModuleEntry:
+    direct = list(module.named_parameters(names[0], recurse=False))
     weight = _weight(module)
     return ModuleEntry(
-        name=name,
+        name=names[0],
         types=type_names(module),
-        place=place,
-        roles=roles,
+        places=tuple(dict.fromkeys(where[name] for name in names)),
+        roles=frozenset().union(*(roles[name] for name in names)),
+        matrix=any(
+            is_matrix(leaf, p, module, roles[f"{names[0]}.{leaf}".lstrip(".")])
+            for leaf, p in own_parameters(module).items()
+        ),
         parameters=tuple(n for n, _ in direct),
         numel=sum(p.numel() for _, p in direct),
         ndim=weight.dim() if weight is not None and hasattr(weight, "dim") else 0,
         trainable=any(p.requires_grad for _, p in direct),
+        batch_statistics=uses_batch_statistics(module),
+        aliases=tuple(names[1:]),
     )
 
 
@@ -128,22 +192,33 @@ def _weight(module: nn.Module) -> Any:
         return getattr(module, "weight", None)
 
 
-def _parameters(model: nn.Module, modules: dict[str, ModuleEntry]) -> Iterator[ParameterEntry]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+def _parameters(
+    model: nn.Module,
+    modules: Mapping[str, ModuleEntry],
+    where: Mapping[str, Place],
+    roles: Mapping[str, set[str]],
+) -> Iterator[ParameterEntry]:
+    names = _names_of(model.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters():
-        owner = modules[name.rpartition(".")[0]]
-        leaf = name.rpartition(".")[2]
+        own = names[id(parameter)]
+        owners = [modules[n.rpartition(".")[0]] for n in own]
+        held = [
+            (n.rpartition(".")[2], model.get_submodule(o.name))
+            for n, o in zip(own, owners, strict=True)
+        ]
         yield ParameterEntry(
             name=name,
             shape=tuple(parameter.shape),
             dtype=str(parameter.dtype).removeprefix("torch."),
             bytes=parameter.numel() * parameter.element_size(),
-            module=owner.name,
-            types=owner.types,
-            place=owner.place,
-            roles=owner.roles | ({BIAS} if leaf.endswith("bias") else set()) | segment_roles(leaf),
+            modules=tuple(dict.fromkeys(owner.name for owner in owners)),
+            types=tuple(dict.fromkeys(t for owner in owners for t in owner.types)),
+            places=tuple(dict.fromkeys(where[n] for n in own)),
+            roles=frozenset().union(*(roles[n] for n in own)),
+            matrix=any(
+                is_matrix(leaf, parameter, module, roles[n])
+                for n, (leaf, module) in zip(own, held, strict=True)
+            ),
             trainable=parameter.requires_grad,
-            aliases=tuple(n for n in names[id(parameter)] if n != name),
+            aliases=tuple(own[1:]),
         )

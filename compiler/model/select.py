@@ -1,4 +1,7 @@
-"""Find the modules or parameters that a selector matches, by name, in registration order."""
+"""Find the modules or parameters that a selector matches, by name, in registration order.
+
+What is shared has several names and owners: each simple selector looks at all of them, and matches if one fits.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from functools import lru_cache
 from typing import Literal, TypeAlias
 
 from trainc.compiler.model.inventory import Inventory, ModuleEntry, ParameterEntry
+from trainc.compiler.structure.places import Place
 from trainc.dsl.text.vocabulary import WHERE_NAMES
 from trainc.dsl.values import value_json as v
 
@@ -62,7 +66,11 @@ def _names(selector: v.Selector, entries: tuple[Entry, ...]) -> set[str]:
             return _names(inner, entries)
         case v.Where(selector=inner, condition=condition):
             inside = _names(inner, entries)
-            return {e.name for e in entries if e.name in inside and _holds(condition, e)}
+            return {
+                e.name
+                for e in entries
+                if e.name in inside and any(_holds(condition, e, place) for place in e.places)
+            }
     test = _test(selector)
     return {e.name for e in entries if test(e)}
 
@@ -80,23 +88,45 @@ def _test(selector: v.Selector) -> Callable[[Entry], bool]:
         case v.Role(name=role):
             return lambda e: role in e.roles
         case v.DepthRange(low=low, high=high):
-            return lambda e: low <= e.place.depth <= high
+            return lambda e: any(low <= place.depth <= high for place in e.places)
         case v.All():
             return lambda e: True
         case v.Trainable():
             return lambda e: e.trainable
+        case v.Matrices():
+            return lambda e: e.matrix
     raise AssertionError(f"unhandled selector {selector!r}")
 
 
 def _glob_matches(pattern: tuple[str, ...], entry: Entry) -> bool:
-    """Match the entry's own name; a parameter is also matched by any module that contains it."""
-    if isinstance(entry, ModuleEntry):
-        return _matches(pattern, _segments(entry.name))
+    """Match any of the entry's names; a parameter is also matched by any module that contains it."""
     for name in (entry.name, *entry.aliases):
         segments = _segments(name)
+        if isinstance(entry, ModuleEntry):
+            if _matches(pattern, segments):
+                return True
+            continue
         if any(_matches(pattern, segments[:end]) for end in range(len(segments), 0, -1)):
             return True
     return False
+
+
+def repeated_part(pattern: str, parameter: ParameterEntry) -> str:
+    """Return the shortest leading part of a parameter's name that `pattern` matches up to its last `*` segment.
+
+    Of `"stages.*.blocks.*"` this is the name of one block; it is empty for a pattern without such a segment.
+    """
+    segments = tuple(pattern.split("."))
+    stars = [i for i, segment in enumerate(segments) if "*" in segment and segment != "**"]
+    if not stars:
+        return ""
+    wanted = segments[: stars[-1] + 1]
+    for name in (parameter.name, *parameter.aliases):
+        parts = _segments(name)
+        for end in range(1, len(parts) + 1):
+            if _matches(wanted, parts[:end]):
+                return ".".join(parts[:end])
+    return ""
 
 
 def _segments(name: str) -> tuple[str, ...]:
@@ -122,35 +152,35 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def _holds(condition: v.Expr, entry: Entry) -> bool:
+def _holds(condition: v.Expr, entry: Entry, place: Place) -> bool:
     match condition:
         case v.Binary(op="and", left=a, right=b):
-            return _holds(a, entry) and _holds(b, entry)
+            return _holds(a, entry, place) and _holds(b, entry, place)
         case v.Binary(op="or", left=a, right=b):
-            return _holds(a, entry) or _holds(b, entry)
+            return _holds(a, entry, place) or _holds(b, entry, place)
         case v.Unary(op="not", x=a):
-            return not _holds(a, entry)
+            return not _holds(a, entry, place)
         case v.Binary(op=op, left=a, right=b) if op in _COMPARE:
-            return _COMPARE[op](_measure(a, entry), _measure(b, entry))
+            return _COMPARE[op](_measure(a, entry, place), _measure(b, entry, place))
     raise ValueError(
         f"`where` needs a comparison of {', '.join(WHERE_NAMES)}, such as `where numel > 1000`"
     )
 
 
-def _measure(expression: v.Expr, entry: Entry) -> float:
+def _measure(expression: v.Expr, entry: Entry, place: Place) -> float:
     match expression:
         case v.Number(value=value):
             return value
         case v.Name(id="numel" | "ndim" as name):
             return float(getattr(entry, name))
         case v.Name(id="depth" | "block" as name):
-            return float(getattr(entry.place, name))
+            return float(getattr(place, name))
         case v.Unary(op="neg", x=a):
-            return -_measure(a, entry)
+            return -_measure(a, entry, place)
         case v.Binary(op="*", left=a, right=b):
-            return _measure(a, entry) * _measure(b, entry)
+            return _measure(a, entry, place) * _measure(b, entry, place)
         case v.Binary(op="+", left=a, right=b):
-            return _measure(a, entry) + _measure(b, entry)
+            return _measure(a, entry, place) + _measure(b, entry, place)
     raise ValueError(
         f"`where` compares {', '.join(WHERE_NAMES)}, numbers, and their sums and products"
     )

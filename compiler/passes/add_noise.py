@@ -1,20 +1,27 @@
-"""Multiply the outputs of layers by noise."""
+"""Multiply the outputs of layers by noise in one operator."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
-from trainc.compiler.errors import SiteMissing, SiteUnfit
-from trainc.compiler.graph.forward_graph import ForwardGraph, module_stack
-from trainc.compiler.method.sites import NoiseSite, Rewrite
+from trainc.compiler.errors import SiteMissing
+from trainc.compiler.graph.forward_graph import CAST, ForwardGraph, arguments
+from trainc.compiler.graph.sizes import same_size
+from trainc.compiler.method.layer_hook import LayerHookSite
+from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.pass_base import Pass
 from trainc.compiler.passes.site_checks import not_example_axis
 from trainc.kernels.noise import multiplicative_noise as _noise  # noqa: F401  (registers the operator)
 
+aten = torch.ops.aten
+NOISE = torch.ops.trainc.multiplicative_noise.default
+
 
 class AddNoise(Pass):
-    """Multiplies the output of each noise site by `1 + sigma * normal`."""
+    """Puts one operator in place of the factor of each noise site, `1 + sigma * normal`, and the product with it."""
 
     name = "add_noise"
     purpose = "multiply the outputs of the selected layers by noise"
@@ -22,52 +29,43 @@ class AddNoise(Pass):
 
     def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
         """Return the noise sites."""
-        return tuple(site.module for site in rewrite.noises)
+        return tuple(site.module for site in _sites(rewrite))
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
-        """Rewrite every noise site."""
-        missing = [site.module for site in rewrite.noises if not _add_noise(forward, site)]
-        if missing:
-            raise SiteMissing(self.name, missing)
-        return [site.module for site in rewrite.noises]
+        """Rewrite every noise site; the module of one in eval mode has none."""
+        for site in _sites(rewrite):
+            for factor in _factors(forward, site):
+                _fuse(forward, site, factor)
+        return list(self.wants(rewrite))
 
 
-def _add_noise(forward: ForwardGraph, site: NoiseSite) -> bool:
-    """Put noise after every call of a module; False when the module is not in the graph."""
-    ends = _outputs(forward, site.module)
-    for node in ends:
-        value = node.meta["val"]
-        if value.dim() < 2 or value.shape[0] != forward.rows:
-            raise not_example_axis(forward, site.module, f"output {list(value.shape)}")
-        readers = list(node.users)
-        sigma, key = forward.scalar(site.scalar), forward.scalar("key")
-        first = forward.scalar("first_example") if "first_example" in forward.available else None
-        with forward.graph.inserting_after(node):
-            noisy = forward.call(
-                torch.ops.trainc.multiplicative_noise.default,
-                (node, sigma, key, site.index, forward.views, site.share, first),
-                node,
-            )
-        for reader in readers:
-            reader.replace_input_with(node, noisy)
-    return bool(ends)
+def _sites(rewrite: Rewrite) -> list[LayerHookSite]:
+    return [site for site in rewrite.hooks if site.hook.fused_by == AddNoise.name]
 
 
-def _outputs(forward: ForwardGraph, module: str) -> list[fx.Node]:
-    """Return the output node of each call of a module: the node inside that is read outside."""
-    calls: dict[str, list[fx.Node]] = {}
+def _factors(forward: ForwardGraph, site: LayerHookSite) -> Iterator[fx.Node]:
+    """Yield the factors of a site: the noise on ones."""
     for node in forward.calls():
-        for key, path in module_stack(node).items():
-            if path == module:
-                calls.setdefault(key, []).append(node)
-    ends: list[fx.Node] = []
-    for nodes in calls.values():
-        inside = set(nodes)
-        leaving = [n for n in nodes if any(user not in inside for user in n.users)]
-        if len(leaving) != 1:
-            raise SiteUnfit(
-                module,
-                f"the layer has {len(leaving)} outputs in the graph, but noise needs a layer with one",
-            )
-        ends += leaving
-    return ends
+        if node.target is NOISE:
+            given = arguments(node)
+            if given["site"] == site.index and given["x"].target is aten.ones.default:
+                yield node
+
+
+def _fuse(forward: ForwardGraph, site: LayerHookSite, factor: fx.Node) -> None:
+    """Replace `x * factor`, and the cast to the dtype of x behind it, by the operator on x."""
+    (product,) = factor.users
+    if product.target is not aten.mul.Tensor:
+        raise SiteMissing(AddNoise.name, [site.module])
+    x = product.args[0]
+    assert isinstance(x, fx.Node)
+    value, result = x.meta["val"], product
+    if not same_size(value.shape[0], forward.rows):
+        raise not_example_axis(forward, site.module, f"output {list(value.shape)}")
+    if value.dtype != product.meta["val"].dtype:
+        (result,) = product.users
+        if result.target not in CAST:
+            raise SiteMissing(AddNoise.name, [site.module])
+    with forward.graph.inserting_before(product):
+        noisy = forward.call(NOISE, (x, *factor.args[1:]), product)
+    result.replace_all_uses_with(noisy)

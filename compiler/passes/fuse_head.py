@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from trainc.compiler.graph.forward_graph import ForwardGraph, call_site
+from trainc.compiler.graph.sizes import size_at_capture
 from trainc.compiler.method.sites import Rewrite
-from trainc.compiler.passes.pass_base import LOSS, PairingPass
+from trainc.compiler.method.term import TERM, JointOperator
+from trainc.compiler.passes.pass_base import LOSS, LossPass
 from trainc.kernels.loss.linear_cross_entropy_consistency import chunk_rows
 
 aten = torch.ops.aten
@@ -25,23 +27,29 @@ CHUNKS = 4
 
 
 @dataclass(frozen=True)
-class FuseHead(PairingPass):
+class FuseHead(LossPass):
     """Replaces a linear head and the loss of its logits by one operator; `always` at any size."""
 
     always: bool = False
 
     name = "fuse_head"
     purpose = "compute the loss of a large vocabulary without holding its logits"
-    after = ("pair_views",)
+    after = ("fuse_loss",)
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite the loss if nothing else reads the head's logits."""
-        for loss in forward.calls():
-            if loss.target is torch.ops.trainc.cross_entropy_consistency.default:
-                self.fuse(forward, loss)
+        term = rewrite.joint
+        assert term is not None
+        assert term.joint is not None
+        others = (one for one in rewrite.terms.values() if not one.of_parameters)
+        read = rewrite.observers or any(TERM + one.label not in forward.outputs for one in others)
+        if not read:
+            for loss in forward.calls():
+                if loss.target is term.joint.target:
+                    self.fuse(forward, loss, term.joint)
         return [LOSS]
 
-    def fuse(self, forward: ForwardGraph, loss: fx.Node) -> None:
+    def fuse(self, forward: ForwardGraph, loss: fx.Node, joint: JointOperator) -> None:
         """Replace one loss and its head, unless something else reads the logits or it is not faster.
 
         The output `logits` stays for the passes; no step reads it, and what nothing reads is
@@ -60,8 +68,7 @@ class FuseHead(PairingPass):
                 head = _untransposed(weight) or forward.call(aten.t.default, (weight,), logits)
             if not self._pays(x.meta["val"], head.meta["val"], bias):
                 return
-            target = torch.ops.trainc.linear_cross_entropy_consistency.default
-            results = forward.results_of(target, (x, head, bias, *rest), logits, 3)
+            results = forward.results_of(joint.head_target, (x, head, bias, *rest), logits, 3)
         for user in list(loss.users):
             user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
         forward.notes.append(
@@ -71,7 +78,7 @@ class FuseHead(PairingPass):
     def _pays(self, x: Tensor, head: Tensor, bias: fx.Node | None) -> bool:
         classes, width = head.shape
         fits = x.dtype == head.dtype and (bias is None or bias.meta["val"].dim() == 1)
-        rows = x.numel() // max(width, 1) // 2
+        rows = size_at_capture(x.numel() // max(width, 1) // 2)
         many = rows >= CHUNKS * chunk_rows(width, classes, x.device.type)
         large = classes >= max(CLASSES, TIMES_WIDTH * width)
         return fits and (self.always or (large and many))

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.sizes import same_shape
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.fuse_norms import fused_norm
 from trainc.compiler.passes.pass_base import NormPass
@@ -68,10 +69,11 @@ class FuseResidualAdds(NormPass):
         summands = [a.meta["val"] for a in total.args if isinstance(a, fx.Node)]
         if total.target is not torch.ops.aten.add.Tensor or total.kwargs or len(summands) != 2:
             return False
-        shapes = {tuple(one.shape) for one in (*summands, total.meta["val"])}
+        shape = total.meta["val"].shape
+        alike = all(same_shape(one.shape, shape) for one in summands)
         floating = all(one.is_floating_point() for one in summands)
         wanted = self.always or total.meta["val"].device.type == "cuda"
-        return wanted and floating and len(shapes) == 1 and _in_order(total, norm)
+        return wanted and floating and alike and _in_order(total, norm)
 
 
 def _in_order(total: fx.Node, norm: fx.Node) -> bool:

@@ -7,6 +7,7 @@ from torch import fx
 
 from trainc.compiler.errors import SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.sizes import same_shape, same_size
 from trainc.compiler.layers.embedding import expand_shared_ids
 from trainc.compiler.layers.layer import LayerKind, LayerMatch
 from trainc.compiler.layers.registry import layer_kinds
@@ -67,8 +68,11 @@ class InstrumentLayers(Pass):
         value = match.x.meta["val"]
         size = value.shape[0]
         # Ids that do not belong to single examples, such as positions.
-        fixed = size == size_with_one_more or (size_with_one_more is None and size != forward.rows)
-        shared = site.layer_type == "embedding" and fixed and (value.dim() == 1 or size == 1)
+        known = size_with_one_more is not None
+        fixed = size == size_with_one_more if known else not same_size(size, forward.rows)
+        shared = (
+            site.layer_type == "embedding" and fixed and (value.dim() == 1 or same_size(size, 1))
+        )
         if not shared and not starts_with_examples(forward, size, size_with_one_more):
             raise not_example_axis(forward, site.module, f"input {list(value.shape)}")
         joined = forward.views > 1
@@ -92,7 +96,7 @@ class InstrumentLayers(Pass):
                 lead = lead[:-1] if site.layer_type == "linear" else lead
                 result = separate_views(forward, result, lead, node)
             shape = list(like.shape)
-            if not shared and list(result.meta["val"].shape) != shape:
+            if not shared and not same_shape(result.meta["val"].shape, shape):
                 result = forward.call(aten.reshape.default, (result, shape), node)
         node.replace_all_uses_with(result)
         forward.graph.erase_node(node)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from trainc.compiler.graph.forward_graph import ForwardGraph, arguments
+from trainc.compiler.graph.sizes import same_size
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.fuse_norms import fused_norm, locate
 from trainc.compiler.passes.fuse_residual_adds import WITH_SUM
@@ -39,7 +40,8 @@ class InstrumentNorms(NormPass):
             given = arguments(node)
             x = node.args[0].meta["val"]  # type: ignore[union-attr]
             normalised = len(given["normalized_shape"])
-            if sizes is None and forward.rows in x.shape[1 : x.dim() - normalised]:
+            others = x.shape[1 : x.dim() - normalised]
+            if sizes is None and any(same_size(size, forward.rows) for size in others):
                 sizes = sizes_with_one_more(forward, lambda other: _input_sizes(other, rewrite))
             size_with_one_more = (sizes or {}).get(site.module)
             if x.dim() < 2 or not starts_with_examples(forward, x.shape[0], size_with_one_more):

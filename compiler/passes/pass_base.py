@@ -10,7 +10,7 @@ from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.method.sites import Rewrite
 
 LOSS = "loss"
-"""The site of the passes that serve no layer but the loss of two views."""
+"""The site of the passes that serve no layer but the loss."""
 
 
 class Pass(ABC):
@@ -42,9 +42,9 @@ class NormPass(Pass):
         return tuple(site.module for site in rewrite.norms)
 
 
-class PairingPass(Pass):
-    """A pass that serves the loss of two views."""
+class LossPass(Pass):
+    """A pass that serves a loss which one operator computes with a term of two views."""
 
     def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
-        """Return the loss where the views are paired."""
-        return (LOSS,) if rewrite.pairing else ()
+        """Return the loss where it has such a term."""
+        return (LOSS,) if rewrite.joint is not None else ()

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from trainc.compiler.errors import PassBug, SiteMissing, SiteUnfit
-from trainc.compiler.graph.dead_code import remove_dead
-from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.forward_graph import ForwardGraph, remove_dead
 from trainc.compiler.graph.listing import listing
 from trainc.compiler.graph.step_graph import PassReport
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.add_noise import AddNoise
 from trainc.compiler.passes.fuse_head import FuseHead
+from trainc.compiler.passes.fuse_loss import FuseLoss
 from trainc.compiler.passes.fuse_norms import FuseNorms
 from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
 from trainc.compiler.passes.instrument_layers import InstrumentLayers
 from trainc.compiler.passes.instrument_norms import InstrumentNorms
-from trainc.compiler.passes.pair_views import PairViews
 from trainc.compiler.passes.pass_base import Pass
 from trainc.compiler.passes.share_dropout import ShareDropout
 
@@ -32,7 +31,7 @@ PIPELINE: tuple[Pass, ...] = (
     InstrumentLayers(),
     ShareDropout(),
     AddNoise(),
-    PairViews(),
+    FuseLoss(),
     FuseHead(),
 )
 
@@ -85,7 +84,7 @@ def _run(
     forward: ForwardGraph, rewrite: Rewrite, step: Pass, wanted: tuple[str, ...], excused: set[str]
 ) -> PassReport:
     started = time.perf_counter()
-    before, count = listing(forward.graph), len(forward.graph.nodes)
+    before, count = listing(forward.graph, forward.sizes), len(forward.graph.nodes)
     outputs = _signatures(forward)
     try:
         served = tuple(step.run(forward, rewrite))
@@ -115,7 +114,7 @@ def _run(
         count,
         len(forward.graph.nodes),
         time.perf_counter() - started,
-        _diff(step.name, before, listing(forward.graph)),
+        _diff(step.name, before, listing(forward.graph, forward.sizes)),
     )
 
 

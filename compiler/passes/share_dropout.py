@@ -1,4 +1,4 @@
-"""Let the two views of an example share their dropout masks, so that their distance measures the noise alone."""
+"""Let the views of an example share their dropout masks, so that their distance measures the noise alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from trainc.compiler.graph.forward_graph import ForwardGraph, arguments, call_site
-from trainc.compiler.method.sites import Rewrite
-from trainc.compiler.passes.pass_base import LOSS, PairingPass
+from trainc.compiler.graph.sizes import same_size
+from trainc.compiler.method.sites import Rewrite, drawn_apart
+from trainc.compiler.passes.pass_base import LOSS, Pass
 
 aten = torch.ops.aten
 _DROPOUT: dict[Any, Any] = {
@@ -29,21 +30,23 @@ _UNSHARED = {
 }
 
 
-class ShareDropout(PairingPass):
-    """Draws one dropout mask for both views of an example, where the views are compared."""
+class ShareDropout(Pass):
+    """Draws one dropout mask for all views of an example."""
 
     name = "share_dropout"
-    purpose = "draw one dropout mask for both views of an example"
+    purpose = "draw one dropout mask for all views of an example"
+
+    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
+        """Return the loss where views with one mask are compared."""
+        return (LOSS,) if rewrite.share_dropout else ()
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
-        """Rewrite every dropout, and note other operators that draw random numbers for each view."""
+        """Rewrite every dropout, and warn of other operators that draw random numbers for each view."""
         for node in forward.calls():
             # Attention draws only where it drops.
             if node.target in _UNSHARED and arguments(node).get("dropout_p") != 0.0:
                 where = call_site(node) or "the model"
-                forward.notes.append(
-                    f"`{where}` calls {node.target}, which draws separately for each view"
-                )
+                forward.warnings.append(drawn_apart(f"`{where}` calls {node.target}, which"))
             if node.target in _DROPOUT and node.args[2] and node.args[1] != 0.0:
                 _share_mask(forward, node)
         return [LOSS]
@@ -54,9 +57,10 @@ def _share_mask(forward: ForwardGraph, node: fx.Node) -> None:
     x, p, _ = node.args
     assert isinstance(x, fx.Node)
     rows = x.meta["val"].shape[0]
-    if rows % forward.rows:
-        forward.notes.append(
-            f"`{call_site(node)}` drops along another axis, so the views do not share its mask"
+    if same_size(rows, 0) or not same_size(rows % forward.rows, 0):
+        forward.warnings.append(
+            f"`{call_site(node)}` drops along another axis than that of the examples, so the views do not share its"
+            " mask, and their distance measures it as well"
         )
         return
     with forward.graph.inserting_before(node):

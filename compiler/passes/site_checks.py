@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from trainc.compiler.errors import SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph
+from trainc.compiler.graph.sizes import same_size
 
 
 def starts_with_examples(
@@ -17,7 +18,7 @@ def starts_with_examples(
     axis that happens to be as long.
     """
     grown = forward.rows + forward.views
-    return size == forward.rows and size_with_one_more in (None, grown)
+    return same_size(size, forward.rows) and size_with_one_more in (None, grown)
 
 
 def not_example_axis(forward: ForwardGraph, module: str, tensor: str) -> SiteUnfit:

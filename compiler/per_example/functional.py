@@ -14,11 +14,15 @@ from trainc.compiler.layers.bound_modules import Sites, replace_layers
 from trainc.compiler.layers.tied_weights import sites_of
 from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.sites import LayerSite, NormSite, Rewrite
+from trainc.compiler.model.batch_statistics import batch_norms, uses_batch_statistics
+from trainc.compiler.model.copied_layers import release_copies
 from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.compiler.model.select import expectations, select
+from trainc.compiler.per_example.mixing import batch_norm_mixes
 from trainc.compiler.per_example.preconditions import count_examples
 from trainc.compiler.per_example.statistics import by_parameter
 from trainc.compiler.per_example.weight_uses import run_checking_uses
+from trainc.compiler.structure.wrappers import unwrapped
 from trainc.dsl.reading.field_types import SELECTOR
 from trainc.runtime.data.batch import call_model
 
@@ -35,7 +39,7 @@ def measured_parameters(model: nn.Module, on: On = None) -> tuple[str, ...]:
     Raises ValueError where `on` cannot be read, selects nothing or another number of modules than its `expect` says,
     or names something that is neither a module nor a parameter, or is a frozen parameter.
     """
-    return _columns(build_inventory(model), on)
+    return _columns(build_inventory(unwrapped(model)), on)
 
 
 def per_example_sq_norms(
@@ -58,6 +62,8 @@ def per_example_sq_norms(
 
     Source: Gray et al. 2024, arXiv:2411.00999; Goodfellow 2015, arXiv:1510.01799.
     """
+    model = unwrapped(model)
+    release_copies(model)
     inventory = build_inventory(model)
     columns = _columns(inventory, on)
     _refuse_mixing(model)
@@ -146,12 +152,9 @@ def _of_modules(inventory: Inventory, modules: Iterable[str]) -> set[str]:
 
 
 def _refuse_mixing(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ValueError(
-                f"`{name}` is a BatchNorm in train mode: it normalizes over the batch, so no example has a gradient of"
-                " its own. Call `model.eval()`, or use a norm that normalizes each example alone"
-            )
+    for name, module in batch_norms(model).items():
+        if uses_batch_statistics(module):
+            raise ValueError(batch_norm_mixes(name, module))
 
 
 @contextmanager

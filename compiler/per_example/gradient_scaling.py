@@ -35,15 +35,20 @@ class ScalingDetector:
             self._parameter.register_hook(self._record)
 
     def _record(self, gradient: Tensor) -> None:
-        if self.micro_batch is not None:
-            self.add(gradient, self.micro_batch.loss_scale)
+        if (own := self.micro_batch) is not None:
+            self.add(gradient, None if own.by_framework else own.loss_scale)
 
     def add(self, gradient: Tensor, scale: Tensor | None = None) -> None:
         """Add the gradient of a micro-batch whose loss was multiplied by `scale`."""
-        own = gradient.detach().double()
+        own = gradient.detach().to(torch.float64, copy=True)  # `p.grad` may be this very tensor
         if scale is not None:
             own, self._scale = own / scale, scale
         self._sum = own if self._sum is None else self._sum + own
+
+    def divide(self, scale: float) -> None:
+        """Divide the sum by what losses were multiplied by, where that was not known in their backward passes."""
+        if self._sum is not None and scale != 1.0:
+            self._sum, self._scale = self._sum / scale, self._sum.new_tensor(scale)
 
     def close(self) -> None:
         """End the step: forget its sum."""

@@ -9,65 +9,94 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from trainc.compiler.errors import ExampleAxisUnknown, SiteError, repeated_layers
+from trainc.compiler.errors import ExampleAxisUnknown, repeated_layers
 from trainc.compiler.layers.bound_modules import Sites
+from trainc.compiler.method.example_units import Groups
 from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.losses import Losses
 from trainc.compiler.method.sites import LayerSite, MeasuredSite
+from trainc.compiler.method.user_loss import UserLoss
 from trainc.compiler.model.eager import eager_operations
-from trainc.compiler.model.undisturbed import undisturbed
+from trainc.compiler.model.undisturbed import keep_state, undisturbed
 from trainc.compiler.per_example.batch_slices import (
     InputSlicer,
     first_axis_lengths,
     possible_slicers,
 )
+from trainc.compiler.per_example.loss_counting import LossNotAMean
+from trainc.compiler.per_example.mixing import ExamplesMix, check_independent
 from trainc.compiler.per_example.weight_uses import run_checking_uses
-from trainc.runtime.data.batch import Batch, call_model, extract_logits
+from trainc.runtime.data.batch import (
+    Batch,
+    call_model,
+    extract_logits,
+    find_logits,
+    map_tensors,
+    one_of,
+)
+from trainc.runtime.processes.sharded import is_sharded
 
 _SIZES = (2, 3)
 _MEAN_TOLERANCE = 1e-2
 """The relative difference from the weighted mean that rounding in 16 bits can cause."""
-_OUTPUT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""The difference between outputs, relative to the largest, that rounding can cause, by dtype; in 16 bits 0.05."""
 
 Shapes = dict[str, list[tuple[int, ...]]]
 
 
-class LossNotAMean(SiteError):
-    """The loss of several examples is not the weighted mean of their own losses."""
-
-    rule = "loss-not-a-mean"
-
-
-class ExamplesMix(SiteError):
-    """The model's outputs for an example depend on the other examples."""
-
-    rule = "examples-mix"
-
-
-def check_preconditions(model: nn.Module, sites: Sites, batch: Batch, loss_fn: Loss) -> bool:
+def check_preconditions(model: nn.Module, sites: Sites, batch: Batch, losses: Losses) -> bool:
     """Check that the measured layers can be measured, and find embeddings whose ids are shared by all examples.
 
-    Returns False where no target of the batch counts, so that nothing can be checked yet. Raises SiteError for what
-    cannot be measured.
+    Returns False where no target of the batch counts, so that uses and loss cannot be checked yet. Processes that shard
+    a model wait for each other's passes: there the passes are the same, and only the loss is not checked. Raises
+    SiteError for what cannot be measured.
     """
     inputs, targets = batch
-    counted = [b for b, weight in enumerate(loss_fn.weights(targets).tolist()) if weight > 0]
-    if not counted:
+    weights = losses.example_weights(targets, {})
+    counted = [b for b, weight in enumerate(weights.tolist()) if weight > 0]
+    if not counted and not any(map(is_sharded, model.parameters())):
+        _FewExamples(model, sites, inputs, [len(one_of(targets))], targets, losses)
         return False
-    examples = _FewExamples(model, sites, inputs, [targets.shape[0]], counted)
-    own_targets = targets[torch.tensor(examples.rows[: _SIZES[1]], device=targets.device)]
+    examples = _FewExamples(
+        model, sites, inputs, [len(one_of(targets))], targets, losses, counted or None
+    )
+    rows = torch.tensor(examples.rows[: _SIZES[1]], device=one_of(targets).device)
+    own_targets = map_tensors(itemgetter(rows), targets)
     with sites.inactive(), undisturbed(model), torch.enable_grad():
-        size = min(_SIZES[0], len(targets))  # never more activations than a step holds
-        run_checking_uses(lambda: extract_logits(examples.run(size)), examples.measured)
+        size = min(_SIZES[0], len(one_of(targets)))  # never more activations than a step holds
+        few = map_tensors(itemgetter(rows[:size]), targets)
+        run_checking_uses(lambda: _joined(losses, examples.read(size), few), examples.measured)
     with sites.inactive(), undisturbed(model), eager_operations(), torch.no_grad():
-        _check_loss(loss_fn, extract_logits(examples.run(_SIZES[1])), own_targets)
+        outputs = examples.read(_SIZES[1])
+        for part in losses.parts if counted else ():
+            if not isinstance(part.loss, UserLoss):  # of these `settle` has asked it
+                _check_loss(part.loss, outputs[part.label], part.targets(own_targets))
     return True
+
+
+def check_views(model: nn.Module, sites: Sites, batch: Batch, losses: Losses) -> None:
+    """Raise ExamplesMix where the outputs for an example depend on the others, among which are its other views.
+
+    A model that takes no other number of examples is not checked.
+    """
+    try:
+        count = len(one_of(batch[1]))
+        _FewExamples(model, sites, batch[0], [count], batch[1], losses, in_train_mode=False)
+    except ExamplesMix:
+        raise ExamplesMix(
+            "a regularizer passes every example twice in one batch, but the model's outputs for two examples change"
+            " when the third of the batch changes, so the second view of an example would change the loss. Remove the"
+            " regularizer, or what mixes examples, such as a comparison of all pairs in the batch"
+        ) from None
+    # The model may raise anything when it runs on few examples.
+    except Exception:
+        return
 
 
 def count_examples(model: nn.Module, sites: Sites, inputs: Any) -> int:
@@ -90,14 +119,21 @@ class _FewExamples:
         sites: Sites,
         inputs: Any,
         counts: Sequence[int],
+        targets: Any = None,
+        losses: Losses | None = None,
         chosen: Sequence[int] | None = None,
+        *,
+        in_train_mode: bool = True,
     ) -> None:
         """Find the inputs that hold examples, and check what the measured layers see of them.
 
         `counts` are the numbers of examples to try, `chosen` the numbers of the examples to take; all are unless given.
+        Whether examples are independent is asked in eval mode, and `in_train_mode`. With `losses` the model is given
+        the `targets` of which it computes a loss.
         """
         bound = {m.trainc.name: m for m in sites.layers if m.trainc.measured is not None}
         self.model, self.inputs, self.chosen = model, inputs, chosen
+        self.targets, self.losses = targets, losses
         self.measured = cast("Mapping[str, nn.Module]", bound)
         with sites.inactive(), undisturbed(model), eager_operations(), torch.no_grad():
             self.slicer, seen = self._find_slicer(counts)
@@ -106,8 +142,13 @@ class _FewExamples:
                 assert site is not None
                 if seen[name]:
                     module.trainc.shared_ids = _is_shared(site, seen[name])
-            with _evaluating(model):
-                self._check_independent()
+            check_independent(
+                model,
+                lambda rows: _tensors(self._run(rows)),
+                self.rows,
+                lambda: keep_state(model),
+                in_train_mode=in_train_mode and not isinstance(sites.rewrite.example_units, Groups),
+            )
 
     @property
     def rows(self) -> list[int]:
@@ -119,8 +160,18 @@ class _FewExamples:
         """Return the model's result for `size` examples."""
         return self._run(self.rows[:size])
 
+    def read(self, size: int) -> Mapping[str, Any]:
+        """Return what each loss reads of the model's result for `size` examples, by name."""
+        assert self.losses is not None
+        rows = self.rows[:size]
+        return self.losses.read(self._run(rows), self.slicer.take(self.inputs, rows)).of
+
     def _run(self, rows: Sequence[int]) -> Any:
-        return call_model(self.model, self.slicer.take(self.inputs, rows))
+        inputs = self.slicer.take(self.inputs, rows)
+        if self.losses is None:
+            return call_model(self.model, inputs)
+        own = torch.tensor(rows, device=one_of(self.targets).device)
+        return self.losses.call(self.model, (inputs, map_tensors(itemgetter(own), self.targets)))
 
     def _find_slicer(self, counts: Sequence[int]) -> tuple[InputSlicer, Shapes]:
         """Return the first slicer that the model can run with and that a first axis confirms, and the shapes seen."""
@@ -150,54 +201,22 @@ class _FewExamples:
             raise failure
         return ran
 
-    def _check_independent(self) -> None:
-        """Raise ExamplesMix if the outputs for two examples change with the third example, in eval mode.
-
-        The two batches have the same shape, so that rounding is the same.
-        """
-        first, second, third = self.rows
-        other = first if third != first else second
-        try:
-            one, two = (_tensors(self._run([first, second, last])) for last in (third, other))
-            changed = [i for i, pair in enumerate(zip(one, two, strict=False)) if _differ(*pair)]
-            again = _tensors(self._run([first, second, third])) if changed else []
-        # In eval mode a model may do something that fails here; then nothing is known.
-        except Exception:
-            return
-        if any(not _differ(one[i], again[i]) for i in changed):
-            raise ExamplesMix(
-                "the model's outputs for two examples change when the third example of the batch changes, so no example"
-                " has a gradient of its own. Remove what mixes examples, such as a mean over the batch or attention"
-                " without `batch_first`; or compare micro-batches instead, with `method = micro_batch`"
-            )
-
 
 def _grow(outputs: Sequence[Any], seen: Shapes) -> bool:
     """Return whether the inputs of a measured layer, or the outputs, have the examples on their first axis."""
     leading = [[shape[0] for shape in shapes if shape] for shapes in seen.values()]
-    results = [_tensors(output)[:1] for output in outputs]
-    leading.append([t.shape[0] for found in results for t in found if t.dim()])
+    results = [[t for t in _tensors(output) if t.dim()][:1] for output in outputs]
+    leading.append([t.shape[0] for found in results for t in found])
     return any(sizes == list(_SIZES) for sizes in leading)
 
 
 def _tensors(output: Any) -> list[Tensor]:
     """Return the tensors in a model's result; its logits if it holds none."""
     leaves = [leaf.detach() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    return leaves or [extract_logits(output).detach()]
-
-
-def _differ(one: Tensor, two: Tensor) -> bool:
-    """Return whether outputs for three examples differ in the first two by more than rounding.
-
-    Outputs of other shapes are not compared.
-    """
-    if not one.is_floating_point() or one.shape != two.shape or one.shape[:1] != _SIZES[-1:]:
-        return False
-    difference, largest = (one - two)[:2].abs(), one.abs()
-    return bool(
-        difference.numel()
-        and difference.max() > _OUTPUT_TOLERANCE.get(one.dtype, 0.05) * largest.max()
-    )
+    if leaves:
+        return leaves
+    found = find_logits(output)  # what has a loss of its own beside them
+    return [(extract_logits(output) if found is None else found).detach()]
 
 
 def _is_shared(site: MeasuredSite, shapes: list[tuple[int, ...]]) -> bool:
@@ -217,6 +236,21 @@ def _is_shared(site: MeasuredSite, shapes: list[tuple[int, ...]]) -> bool:
     )
 
 
+def _joined(losses: Losses, outputs: Mapping[str, Any], targets: Any) -> Tensor:
+    """Return what losses are computed from as one tensor, which depends on all that they do.
+
+    Only a loss of the user's own code knows what that is, so of such it is the loss.
+    """
+    found = [
+        part.loss(outputs[part.label], part.targets(targets))
+        if isinstance(part.loss, UserLoss)
+        else outputs[part.label]
+        for part in losses.parts
+    ]
+    first, *others = {id(one): one for one in found}.values()
+    return torch.cat([one.flatten() for one in (first, *others)]) if others else first
+
+
 def _check_loss(loss_fn: Loss, logits: Tensor, targets: Tensor) -> None:
     weights = loss_fn.weights(targets)
     loss = float(loss_fn(logits, targets))
@@ -229,8 +263,8 @@ def _check_loss(loss_fn: Loss, logits: Tensor, targets: Tensor) -> None:
     if abs(loss - mean) > _MEAN_TOLERANCE * max(abs(loss), abs(mean), 1e-6):
         raise LossNotAMean(
             f"the loss of {len(targets)} examples is {loss:.4g}, but the weighted mean of their single losses is"
-            f" {mean:.4g}. A noise scale needs a loss that is a mean over examples or targets, not a sum, and one that"
-            " does not compare examples with each other"
+            f" {mean:.4g}. Statistics of examples need a loss that is a mean over examples or targets, not a sum, and"
+            " one that does not compare examples with each other"
         )
 
 
@@ -251,15 +285,3 @@ def _watching(modules: Mapping[str, nn.Module], seen: Shapes) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

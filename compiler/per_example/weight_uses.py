@@ -18,6 +18,7 @@ from torch.autograd.graph import Node
 
 from trainc.compiler.errors import SiteError
 from trainc.compiler.model.eager import eager_operations
+from trainc.runtime.soundness.loss_graph import operations_of
 
 
 class _Held(NamedTuple):
@@ -56,6 +57,27 @@ def run_checking_uses(run: Callable[[], Tensor], modules: Mapping[str, nn.Module
     with torch.autograd.set_detect_anomaly(True, check_nan=False), _replaced(modules) as owned:
         result = run()  # held until the error is made: its operations go with it
         raise _error(_elsewhere(result, owned))
+
+
+def check_single_uses(loss: Tensor, layers: Mapping[str, tuple[nn.Parameter, int]]) -> None:
+    """Raise WeightUsedElsewhere where operations of a loss read a measured weight more often than its layers do.
+
+    `layers` has by name each measured parameter, and how many measured layers share it. Parts under an activation
+    checkpoint are not seen.
+    """
+    left = {id(parameter): number for parameter, number in layers.values()}
+    names = {id(parameter): name for name, (parameter, _) in layers.items()}
+    for node in operations_of(loss):
+        for source, _ in node.next_functions:
+            key = id(getattr(source, "variable", None))
+            if key in left:
+                left[key] -= 1
+                if left[key] < 0:
+                    raise WeightUsedElsewhere(
+                        f"`{names[key]}` is used more than once in the forward pass: by a layer that runs twice, or"
+                        " outside its layer. Per-example norms need a weight to be used by one layer only, once:"
+                        " exclude that layer from `on`"
+                    )
 
 
 @contextmanager
@@ -102,21 +124,12 @@ def _replaced_in(name: str, module: nn.Module, owned: Owned) -> Iterator[None]:
 
 def _elsewhere(result: Tensor, owned: Owned) -> list[tuple[_Held, Node]]:
     """Return the Parameters of `owned` that a result depends on, each with the operation that reads it."""
-    found: list[tuple[_Held, Node]] = []
-    pending = [result.grad_fn] if result.grad_fn is not None else []
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        for source, _ in node.next_functions:
-            if source is None:
-                continue
-            variable = getattr(source, "variable", None)
-            if id(variable) in owned:
-                found.append((owned[id(variable)], node))
-            elif source not in seen:
-                seen.add(source)
-                pending.append(source)
-    return found
+    return [
+        (owned[id(variable)], node)
+        for node in operations_of(result)
+        for source, _ in node.next_functions
+        if id(variable := getattr(source, "variable", None)) in owned
+    ]
 
 
 def _error(found: list[tuple[_Held, Node]]) -> WeightUsedElsewhere:

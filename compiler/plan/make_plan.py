@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.plan import plan_tables, schedule_tables, site_tables
+from trainc.compiler.plan import parameter_tables, plan_tables, schedule_tables, site_tables
 from trainc.compiler.plan.plan import Plan
 
 
@@ -18,11 +18,13 @@ def make_plan(binding: Binding, method: LoweredMethod) -> Plan:
             "type": binding.inventory.model,
             "clause": model.construct.model_dump(mode="json") if model else None,
             "signature": binding.inventory.signature,
+            **({"base_signature": binding.base.signature} if binding.base else {}),
         },
         data=data.construct.model_dump(mode="json") if data else None,
         settings=plan_tables.settings_row(binding, method),
         clauses=tuple(clause.to_json() for clause in binding.clauses),
-        parameters=tuple(plan_tables.parameter_rows(binding, method)),
+        parameters=tuple(parameter_tables.parameter_rows(binding, method)),
+        shares=tuple(parameter_tables.share_rows(binding, method)),
         steps=tuple(plan_tables.step_rows(binding)),
         schedules=tuple(schedule_tables.schedule_rows(binding, method)),
         sites=tuple(site_tables.site_rows(binding, method)),

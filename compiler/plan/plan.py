@@ -9,20 +9,22 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from trainc.compiler.plan.shown import counted, plan_text
+from trainc.compiler.public_names import PublicNames
 from trainc.dsl.text.diagnostic import Diagnostic
 
-FORMAT = 2
+FORMAT = 3
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(PublicNames):
     """The printed form of the lowered method: what a spec does to one model, before anything runs.
 
     `spec` and `clauses` rebuild the program without any text; the tables are for reading: `parameters` with the
-    optimizer, decay, mask and clauses of each, `steps` what happens in which phase, `schedules` every scheduled number
-    over the run, `sites` the rewritten layers, `kernels` what implements their operators, `memory` the bytes beyond
-    weights and gradients.
+    optimizer, decay, mask and clauses of each, `shares` how much of the weights each clause reaches, `steps` what
+    happens in which phase, `schedules` every scheduled number over the run, `sites` the rewritten layers, `kernels`
+    what implements their operators, `memory` the bytes beyond weights and gradients.
     """
 
     spec: Row
@@ -32,6 +34,7 @@ class Plan:
     settings: Row
     clauses: tuple[Row, ...]
     parameters: tuple[Row, ...]
+    shares: tuple[Row, ...]
     steps: tuple[Row, ...]
     schedules: tuple[Row, ...]
     sites: tuple[Row, ...]
@@ -39,6 +42,15 @@ class Plan:
     memory: tuple[Row, ...]
     format: int = FORMAT
     warnings: tuple[Diagnostic, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        clauses, parameters = len(self.spec["clauses"]), len(self.parameters)
+        made_for = f"{counted(clauses, 'clause')} for {self.model['type']} of {counted(parameters, 'parameter')}"
+        return f"Plan({made_for}, {self.hash[:12]})"
+
+    def __str__(self) -> str:
+        """Return what each clause acts on and what a step does, as text; `trainc plan` shows all tables."""
+        return plan_text(self)
 
     def to_json(self) -> Row:
         """Return everything but the warnings as plain data, with the hash."""

@@ -1,4 +1,4 @@
-"""The plan's tables of parameters, of the step, of memory and of settings."""
+"""The plan's tables of the step, of memory and of settings."""
 
 from __future__ import annotations
 
@@ -8,39 +8,19 @@ from typing import Any
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.bind.effects import step_order
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.method.sites import MeasuredSite
+from trainc.compiler.method.sites import MeasuredSite, Rewrite
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.plan.plan import Row
 from trainc.compiler.plan.schedule_tables import batch_row
 from trainc.dsl.reading.construct import PHASES
 
+PROBES = "probes"
+"""What the plan calls the statistics of examples that a step keeps."""
 
-def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
-    """Return one row per parameter: its optimizer, decay, rate factors, mask, and the other clauses that select it."""
-    claimed = {n: part for part in method.optimizers for n in part.targets}
-    factors_of = {factor.policy for found in method.lr_factors.values() for factor in found}
-    shown = ("optimizer", "mask")  # in columns of their own, as are factors on rates
-    others = [c for c in binding.active if c.kind not in shown and c.label not in factors_of]
-    rows = []
-    for p in binding.inventory.parameters:
-        part = None if p.name in method.frozen else claimed.get(p.name)
-        mask = method.masks.get(p.name)
-        factors = [] if part is None else method.lr_factors.get(p.name, [])
-        selecting = [c.label for c in others if p.name in c.targets or p.module in c.targets]
-        rows.append(
-            {
-                "name": p.name,
-                "shape": list(p.shape),
-                "aliases": list(p.aliases),
-                "depth": round(p.place.depth, 4),
-                "optimizer": part and part.label,
-                "decay": part and part.decay[p.name],
-                "lr_factors": [factor.policy for factor in factors],
-                "mask": mask and mask.describe(),
-                "clauses": selecting,
-            }
-        )
-    return rows
+
+def state_of(optimizer: str) -> str:
+    """Return what the plan calls the state of an optimizer."""
+    return f"{optimizer}: optimizer state"
 
 
 def step_rows(binding: Binding) -> list[Row]:
@@ -83,7 +63,16 @@ def _times(times: Mapping[str, object], separator: str = " ") -> str:
 
 def memory_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     """Return what the program holds besides weights and gradients, in bytes."""
-    return [{"what": what, "bytes": count} for what, count in _memory(binding, method) if count]
+    guessed = {
+        state_of(part.label)
+        for part in method.optimizers
+        if not getattr(part.construct, "moments_known", False)  # such as one from another package
+    }
+    return [
+        {"what": what, "bytes": count, **({"sure": False} if what in guessed else {})}
+        for what, count in _memory(binding, method)
+        if count
+    ]
 
 
 def _memory(binding: Binding, method: LoweredMethod) -> Iterator[tuple[str, int]]:
@@ -94,14 +83,14 @@ def _memory(binding: Binding, method: LoweredMethod) -> Iterator[tuple[str, int]
             for name in part.targets
             if name not in method.frozen
         ]
-        yield f"{part.label}: optimizer state", part.construct.moments * sum(sizes)
+        yield state_of(part.label), round(part.construct.moments * sum(sizes))
     for action in method.actions:
         yield action.name, action.memory()
     constants = sum(t.numel() * t.element_size() for t in method.tensors.values())
     yield "constants of loss terms", constants
     if batch := binding.units.samples_per_step:
         numbers = sum(_probe_size(site, inventory) for site in method.rewrite.measured)
-        yield "probes", int(batch) * numbers * 4
+        yield PROBES, int(batch) * numbers * 4
 
 
 def _probe_size(site: MeasuredSite, inventory: Inventory) -> int:
@@ -112,9 +101,20 @@ def _probe_size(site: MeasuredSite, inventory: Inventory) -> int:
     return numel * len(site.parameters)
 
 
+def _gradients(binding: Binding, method: LoweredMethod) -> int:
+    """Return the bytes of the gradients of a step, of masked parameters those that are kept."""
+    masks, sizes = method.masks, binding.inventory.parameter
+    trained = {n for part in method.optimizers for n in part.targets} - method.frozen
+    return sum(
+        masks[name].values.nbytes if name in masks and masks[name].separate else sizes[name].bytes
+        for name in trained
+    )
+
+
 def settings_row(binding: Binding, method: LoweredMethod) -> Row:
-    """Return the length, settings and units of the run, and what sets the batch where it changes."""
+    """Return the length, settings, units and gradients of the run, and what sets the batch where it changes."""
     run, data, units = binding.one("run"), binding.one("data"), binding.units
+    divided = _division(binding)
     return {
         "length": binding.length.to_json() if binding.length else None,
         "run": run.construct.model_dump(mode="json") if run else {},
@@ -126,4 +126,27 @@ def settings_row(binding: Binding, method: LoweredMethod) -> Row:
         },
         **({"batch": batch_row(binding, method)} if units.changing else {}),
         "micro_batch": data.construct.micro_size if data else None,  # type: ignore[attr-defined]
+        "gradients": _gradients(binding, method),
+        **({"division": divided} if divided else {}),
+        **({"compiled": _compiled_part(method.rewrite)} if method.compiled else {}),
+        **({"checkpointed": again} if (again := method.rewrite.checkpointed) else {}),
+        **({"processes": dict(apart)} if (apart := method.process_dependence) else {}),
     }
+
+
+def _compiled_part(rewrite: Rewrite) -> str:
+    """Return what is compiled where the model can be captured: what runs the steps."""
+    graph = bool(rewrite) and rewrite.modules_only is None
+    return "the step graph" if graph else "the modules"
+
+
+def _division(binding: Binding) -> dict[str, str]:
+    """Return why clauses depend on how a step is divided into micro-batches, by label, where the spec divides it."""
+    data: Any = binding.one("data")
+    if data is None or (
+        data.construct.micro_size == data.construct.start_size
+        and not binding.units.changing
+        and not data.construct.halves_micro
+    ):
+        return {}
+    return {c.label: reason for c in binding.active if (reason := c.construct.division)}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from trainc.compiler.bind.binding import Binding
+from trainc.compiler.errors import ValueOutOfRange
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.plan.plan import Row
 from trainc.runtime.schedule.clock import Clock, RunLength
@@ -31,9 +33,17 @@ def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
         for unit in ("steps", "samples", "tokens", "seconds"):
             setattr(clock, unit, found[unit] or 0)
         rows.append(
-            {"percent": percent, **found, "values": {name: at(clock) for name, at in named}}
+            {"percent": percent, **found, "values": {n: _value(at, clock) for n, at in named}}
         )
     return rows
+
+
+def _value(schedule: Callable[[Clock], float], clock: Clock) -> float:
+    """Return the number of a schedule, NaN where it depends on what only the run measures."""
+    try:
+        return schedule(clock)
+    except ValueOutOfRange:
+        return math.nan
 
 
 def _counters(

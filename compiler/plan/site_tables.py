@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.method.sites import LayerSite, NormSite
+from trainc.compiler.method.term import JointOperator, Term
 from trainc.compiler.plan.plan import Row
 
 _TRITON = {
@@ -23,6 +26,8 @@ def site_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     executor = "graph, or module where the model cannot be captured"
     if modules_only is not None:
         executor = f"module: {modules_only}"
+    if method.compiled:
+        executor += "; compiled by inductor"
 
     def row(site: str, operator: str, inserted_by: str, executor: str = executor) -> Row:
         return {"site": site, "operator": operator, "pass": inserted_by, "executor": executor}
@@ -31,16 +36,23 @@ def site_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     for s in rewrite.layers:
         how = executor if s.tied is None else "module: its weight is shared"
         rows.append(row(s.module, _layer_operator(s, binding), "instrument_layers", how))
-    measured = {s.module for s in rewrite.layers}
-    rows += [row(name, "ghost_batch_norm", "-") for name in rewrite.ghosts if name not in measured]
-    rows += [row(s.module, "multiplicative_noise", "add_noise") for s in rewrite.noises]
-    if rewrite.pairing is not None:
-        if not _fuses_loss(method):
+    done = [site for site, done in rewrite.replaced() if done]
+    rows += [
+        row(s.module, s.hook.operator or s.label, s.hook.fused_by or "-")
+        for s in rewrite.hooks
+        if s not in done
+    ]
+    joint = _joint(method)
+    for term in rewrite.terms.values():
+        if term.of_parameters:
+            continue
+        if term is not joint or term.joint is None:
             loss = method.loss.name if method.loss else ""
-            return [*rows, row("loss", f"{loss} + distance", "pair_views")]
-        rows.append(row("loss", "cross_entropy_consistency", "pair_views"))
+            rows.append(row("loss", f"{loss} + {term.label}", "-"))
+            continue
+        rows.append(row("loss", _name(term.joint.target), "fuse_loss"))
         if modules_only is None:  # which of the two, the captured logits decide
-            rows.append(row("loss", _head_operator(), "fuse_head"))
+            rows.append(row("loss", _head_operator(term.joint), "fuse_head"))
     return rows
 
 
@@ -49,9 +61,9 @@ def kernel_rows(method: LoweredMethod) -> list[Row]:
     rewrite = method.rewrite
     names = sorted({f"{site.layer_type}_norm" for site in rewrite.norms})
     names += sorted({_operator(site) for site in rewrite.layers})
-    names += ["ghost_batch_norm"] if rewrite.ghosts else []
-    names += ["multiplicative_noise"] if rewrite.noises else []
-    names += ["cross_entropy_consistency"] if rewrite.pairing and _fuses_loss(method) else []
+    names += sorted({s.hook.operator for s in rewrite.hooks if s.hook.operator})
+    joint = _joint(method)
+    names += [_name(joint.joint.target)] if joint is not None and joint.joint is not None else []
     return [_kernel_row(name) for name in dict.fromkeys(names)]
 
 
@@ -91,14 +103,20 @@ def _with_affine(operator: str) -> str:
     return f"{operator}, weight and bias applied by ATen operators"
 
 
-def _head_operator() -> str:
+def _head_operator(joint: JointOperator) -> str:
     from trainc.compiler.passes.fuse_head import CLASSES
 
-    return f"linear_cross_entropy_consistency, where the logits come from a head of {CLASSES} classes or more"
+    return f"{_name(joint.head_target)}, where the logits come from a head of {CLASSES} classes or more"
 
 
-def _fuses_loss(method: LoweredMethod) -> bool:
-    return method.loss is not None and method.loss.name == "cross_entropy"
+def _joint(method: LoweredMethod) -> Term | None:
+    """Return the term that is computed together with the loss."""
+    return method.rewrite.joint if method.loss and method.loss.is_cross_entropy else None
+
+
+def _name(operator: Any) -> str:
+    """Return a torch operator's name without its library."""
+    return str(operator._schema.name).partition("::")[2]
 
 
 def _operator(site: LayerSite) -> str:

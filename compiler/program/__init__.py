@@ -1,1 +1,1 @@
-"""The program: capture, execution, the step, its state, distribution."""
+"""The program: its step, its state, what it saves."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from trainc.compiler.errors import SiteError
-from trainc.compiler.program.distributed import first_shard
-from trainc.compiler.program.execution import Execution
+from trainc.compiler.execution.distributed import first_shard
+from trainc.compiler.execution.execution import Execution
 from trainc.runtime.processes.replica_group import MEETING, Fact, ReplicaGroup, world_size
 
 
@@ -60,15 +62,15 @@ class ExchangeReplicas:
             Fact("the step", f"done {steps} steps", "Resume all from checkpoints of one step"),
         ]
         if not steps:
-            named = self.execution.parameters.items()
-            facts.append(
-                Fact(
-                    "their starting weights",
-                    "\n".join(f"`{name}` with checksum {_checksum(p):x}" for name, p in named),
-                    "Build the model with the same seed on every process, or load the same weights",
-                )
-            )
+            remedy = "Build the model with the same seed on every process, or load the same weights"
+            facts.append(weights_fact("their starting weights", self.execution.parameters, remedy))
         return facts
+
+
+def weights_fact(what: str, weights: Mapping[str, Tensor], remedy: str) -> Fact:
+    """Return that all replicas have the same weights."""
+    lines = (f"`{name}` with checksum {_checksum(one):x}" for name, one in weights.items())
+    return Fact(what, "\n".join(lines), remedy)
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainc.compiler.execution.distributed import first_shard
+from trainc.compiler.execution.execution import Execution, Executor
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.layers.bound_modules import Sites
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.plan.identity import identity_of
 from trainc.compiler.plan.plan import Plan
-from trainc.compiler.program.exchange_replicas import ExchangeReplicas
-from trainc.compiler.program.execution import Execution, Executor
-from trainc.compiler.program.save import save
+from trainc.compiler.program.exchange_replicas import ExchangeReplicas, weights_fact
+from trainc.compiler.program.load_state import LoadableProgram
+from trainc.compiler.program.own_loop import OwnLoopProgram
 from trainc.compiler.program.step_runner import StepRunner
-from trainc.compiler.program.summary_lines import factor_lines, loss_lines
-from trainc.runtime.data.batch import Batch, compute_logits
+from trainc.compiler.program.summary_lines import summary_lines
+from trainc.compiler.structure.wrappers import Unwrapped
+from trainc.runtime.companion.evaluation import EvaluationWeights
+from trainc.runtime.data.batch import Evaluated, GivenBatch
+from trainc.runtime.data.sample_ids import SampleIds
+from trainc.runtime.memory.fitting import FittingSize
+from trainc.runtime.processes.replica_group import ReplicaGroup
+from trainc.runtime.processes.sharded import is_sharded, whole
 from trainc.runtime.run.interface import RunSettings, StepReport
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.step.machine import StepMachine
+from trainc.runtime.step.observer import EvaluationObservers
 from trainc.runtime.step.record import Signals, Step
 
 
-class Program:
+class Program(LoadableProgram, OwnLoopProgram):
     """A compiled training method bound to one model.
 
     Call `loss(batch)` and `update()` in a training loop of your own, or `step(batch)` for the whole step. `module` is
@@ -45,34 +55,37 @@ class Program:
         *,
         batch_size: int = 0,
         micro_size: int = 0,
+        halves_micro: bool = False,
         samples_per_epoch: int | None = None,
         executor: Executor = "auto",
         without: frozenset[str] = frozenset(),
     ) -> None:
         for name in method.frozen:
             model.get_parameter(name).requires_grad_(False)
-        self.plan = plan
-        self.module = model
-        self.settings = settings
-        self.length = length
+        self.plan, self.module, self.settings, self.length = plan, model, settings, length
         self.clock = Clock(samples_per_epoch=samples_per_epoch)
         self.execution = Execution(model, method, settings.seed, self.clock, executor, without)
         self._method = method
+        self._evaluation = EvaluationWeights(model, method.evaluated_with.values(), method.actions)
+        self._observers = EvaluationObservers(method.evaluation_observers, self.clock)
         self._machine = StepMachine(method.actions, self.clock, self.execution.parameters, signals)
-        self._machine.batch_size, self._machine.micro_size = batch_size, micro_size
-        exchange = (
-            ExchangeReplicas(self.execution, method.exchanges[0], plan.hash)
-            if method.exchanges
-            else None
+        self._machine.set_sizes(batch_size, micro_size)
+        exchanges = (ExchangeReplicas(self.execution, one, plan.hash) for one in method.exchanges)
+        exchange = next(exchanges, None)
+        fitting = FittingSize(goes_on=halves_micro)
+        self._runner = StepRunner(
+            self.execution, method, self._machine, settings, exchange, fitting
         )
-        self._runner = StepRunner(self.execution, method, self._machine, settings, exchange)
-
-    # what it is
 
     @property
     def loss_fn(self) -> Loss:
-        """The loss of logits and targets, without the terms that the spec adds."""
+        """The first loss, of logits and targets, without the terms that the spec adds."""
         return self.execution.loss_fn
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """What each loss of a sum is multiplied by now, by name; nothing for one loss without a weight."""
+        return self.execution.losses.weights_now(self.clock)
 
     @property
     def sites(self) -> Sites:
@@ -94,6 +107,7 @@ class Program:
 
         A call raises GraphRefused where no graph can run the step, and says why.
         """
+        self._evaluation.check_outside("graph")
         graph = self.execution.graphs.newest
         graph.on_call = partial(self._runner.run, as_graph=True)
         return graph
@@ -114,25 +128,49 @@ class Program:
         return self._machine.micro_size
 
     @property
+    def fitting_size(self) -> int | None:
+        """With `micro = auto`, samples of one pass where those of a micro-batch did not fit into memory; else None."""
+        return self._runner.fitting.size
+
+    @property
     def signals(self) -> Mapping[str, float]:
         """The last measured value of each signal, by name; NaN if there is none yet."""
         return self._machine.signals
+
+    @property
+    def id_readers(self) -> tuple[str, ...]:
+        """The clauses that read which samples a step holds."""
+        return tuple(self._runner.id_readers)
+
+    @property
+    def reads_sample_ids(self) -> bool:
+        """Whether a clause reads which samples a batch holds: `loss` and `step` must then be given `sample_ids`."""
+        return bool(self._runner.id_readers)
 
     # the step
 
     def begin(self) -> Step:
         """Open the step: rules set the batch size, policies the rates. `loss` calls `begin` if you did not."""
+        self._evaluation.check_outside("begin")
         return self._machine.begin()
 
     def loss(
-        self, batch: Batch, loss_weight: float = 1.0, example_fraction: float | None = None
+        self,
+        batch: GivenBatch,
+        loss_weight: float = 1.0,
+        example_fraction: float | None = None,
+        *,
+        sample_ids: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of one micro-batch with every term the spec adds, 0-d, ready for `backward()`.
 
         `loss_weight` is the micro-batch's fraction of the step's counted targets, `example_fraction` its fraction of
         the step's examples (`loss_weight` unless given): both are 1 without accumulation, and sum to 1 over a step.
+        `update` is an error unless each loss was differentiated once.
+        `sample_ids` are as in `step`.
         """
-        return self._runner.run(batch, loss_weight, example_fraction, as_graph=False)
+        self._evaluation.check_outside("loss")
+        return self._runner.run(batch, loss_weight, example_fraction, sample_ids, as_graph=False)
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
         """Apply the gradients: actions on gradients, optimizer, observers. Return the step's metrics.
@@ -142,96 +180,140 @@ class Program:
         compared with measured ones were rescaled otherwise, StopRun where a rule or a non-finite loss ends the run;
         then no weight has changed.
         """
+        self._evaluation.check_outside("update")
         return self._runner.update(scaler)
 
     def step(
-        self, batch: Batch | Sequence[Batch], scaler: torch.amp.GradScaler | None = None
+        self,
+        batch: GivenBatch | Sequence[GivenBatch],
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        sample_ids: SampleIds | None = None,
     ) -> dict[str, float]:
         """Run one optimizer step on a batch, or on a list of its micro-batches, and return the step's metrics.
 
-        A micro-batch in which no target counts is not run; its examples and tokens are counted. With a GradScaler the
-        bound modules run, losses are scaled and gradients unscaled; call `scaler.update()` yourself, as after `update`.
+        A micro-batch in which no target counts is not run, unless a loss term is a mean over examples; its examples and
+        tokens are counted. With a GradScaler the bound modules run, losses are scaled and gradients unscaled; call
+        `scaler.update()` yourself, as after `update`. `sample_ids` say which samples the examples are, for clauses
+        that read it: an int64 tensor with one number an example, and a list of them for a list of micro-batches.
         """
-        return self._runner.step(batch, scaler)
+        self._evaluation.check_outside("step")
+        return self._runner.step(batch, scaler, sample_ids)
+
+    def discard_step(self) -> None:
+        """Forget the open step: the micro-batches that ran, their gradients, and what rules decided in `begin`.
+
+        The next step begins where this one did: the clock has not moved. Without an open step only gradients are freed.
+        Raises RuntimeError inside `step`, while a clause holds the weights at other values.
+        """
+        self._runner.discard_step()
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """Inside `with program.evaluation_weights():` the model has the weights that evaluation uses.
+
+        These are the trained ones unless a clause gives others, such as an average; then `module`, its `state_dict` and
+        `save` have those in the block, `state_dict` of the program has the trained ones, and a step is an error. The
+        trained weights come back on every way out.
+        """
+        return self._evaluation.used()
+
+    @property
+    def evaluates(self) -> str | None:
+        """What evaluation and saving use in place of the trained weights; None where they use these."""
+        return self._evaluation.name
 
     @torch.no_grad()
-    def evaluate(self, inputs: Any, targets: Tensor) -> tuple[float, int, dict[str, float]]:
-        """Return the loss summed over the counted targets, their number, and metrics (such as `accuracy`) as sums.
+    def evaluate(self, inputs: Any, targets: Any = None) -> Evaluated:
+        """Return the loss summed over the counted targets, their number, and metrics by name as sums and counts.
 
-        The model runs in eval mode, unchanged by the spec, and without the terms that the spec adds to the loss.
+        Where the model computes its own loss, a dict with the labels in it may be given without `targets`.
+
+        The model runs in eval mode, with `evaluation_weights`, unchanged by the spec, and without the terms that the
+        spec adds to the loss.
         """
-        training = self.module.training
-        self.module.eval()
-        try:
-            logits = compute_logits(self.module, inputs)
-        finally:
-            self.module.train(training)
-        count, loss = self.loss_fn.count(targets), float(self.loss_fn(logits, targets))
-        return loss * count, count, self.loss_fn.metrics(logits, targets)
+        self._runner.refuse_inside_block("evaluate")
+        whole = inputs if targets is None else (inputs, targets)
+        batch = self.execution.losses.batch(whole)
+        with self.evaluation_weights():
+            return self.execution.evaluate(*batch, self._observers, self.fitting_size)
+
+    @property
+    def measures_evaluations(self) -> bool:
+        """Whether a clause reads the batches of evaluations."""
+        return bool(self._observers)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """End an evaluation: return what clauses measured of it since the last step, and set their signals."""
+        return self._observers.finish(self._machine.signals)
 
     def report(self) -> StepReport:
         """Return what the last step gave besides metrics: series by layer, notes, and whether to save a checkpoint."""
-        last = self._runner.last
-        if last is None:
+        if (last := self._runner.last) is None:
             return StepReport()
-        return StepReport(last.series, tuple(last.notes), last.save)
+        return StepReport(last.series, tuple(last.notes), last.save, unsound=last.unsound)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped, in the whole run."""
+        return self._runner.history.skipped.total
+
+    @property
+    def unsound_steps(self) -> int:
+        """How many of them were not sound; in the others a gradient overflowed at the scale of a GradScaler."""
+        return self._runner.history.skipped.unsound
 
     # state
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights, the state of the optimizer by parameter name, of the other actions, and of the clock.
 
-        Raises RuntimeError inside a step whose weights are at other values for its passes.
+        `evaluation` has the weights that evaluation uses, where they are not the trained ones. Tensors are whole, also
+        where FSDP2 shards parameters: then all processes call this, and any number of them can continue. Raises
+        RuntimeError inside a step whose weights are at other values for its passes.
         """
+        state = self.own_state_dict()
+        return whole(state) if self.is_sharded else state
+
+    def agree(self, replicas: ReplicaGroup) -> None:
+        """Check that all replicas that average gradients have the same weights; raises ValueError where they differ."""
+        remedy = "Updates must be the same on all: an optimizer that draws random numbers needs a generator of its own"
+        same = weights_fact("their weights", self.execution.parameters, remedy)
+        replicas.agree(f"after step {self.clock.steps}", [same])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the parameters, as with FSDP2."""
+        return first_shard(dict(self.module.named_parameters())) is not None
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """Return the state with what is sharded over processes as it is, for a checkpoint that all of them write."""
+        with self._evaluation.trained() as kept:
+            weights, machine = Unwrapped(self.module).state_dict(), kept(self._machine.state_dict())
+        others = self._evaluation.state()
         return {
-            "plan": self.plan.hash,
-            "model": dict(self.module.state_dict()),
-            "terms": dict(self._runner.first_terms),
-            **self._machine.state_dict(),
+            "made_by": identity_of(self.plan),
+            "model": weights,
+            "history": self._runner.history.state_dict(),
+            "execution": self.execution.state_dict(),
+            "fitting": self._runner.fitting.state_dict(),
+            **({"evaluation": others} if others else {}),
+            **machine,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; raises ValueError naming what does not fit this program."""
-        self.module.load_state_dict(state["model"])
-        self._machine.load_state_dict(state)
-        self._restore(state)
-
-    def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
-        """Restore the state of another spec on the same model where it fits; return lines on what restarts."""
-        self.module.load_state_dict(state["model"])
-        lost = self._machine.load_compatible(state)
-        self._restore(state)
-        return lost
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self._runner.first_terms = dict(state["terms"])
-        for mask in self._method.masks.values():
-            mask.read()
-        self._runner.reset()
-
-    def save(self, folder: str | Path) -> Path:
-        """Write plan, graph and weights to `folder` and return it; `trainc.load` binds them to a model again."""
-        self._machine.check_outside("save")
-        return save(Path(folder), self.plan, self.module, self.execution.graphs.installed)
+    def part_for(
+        self, keys: Sequence[str], shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Return an empty part of the tensor at some keys of a state, as its parameter is sharded; None for others."""
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        owner = next((named[key] for key in keys if key in named), None)
+        if owner is None or not is_sharded(owner) or tuple(owner.shape) != tuple(shape):
+            return None
+        return torch.empty_like(owner, dtype=dtype, requires_grad=False)
 
     def summary(self) -> list[str]:
         """Return lines of text: what the loss and each clause of the spec did in this run."""
-        first, last = self._runner.first_terms, self._runner.last
-        lines = [*loss_lines(self._method, first, last, self.clock.steps)]
-        lines += factor_lines(self._method)
-        said = (action.summary() for action in self._machine.actions)
-        lines += [line for line in said if line is not None]
-        lines += [
-            f"the bound modules ran instead of a graph: {reason}"
-            for reason in self.execution.reasons
-        ]
-        dropped = [clause for clause in self.plan.clauses if clause["dropped"]]
-        return lines + [
-            f"{c['kind']} {c['construct']}: not in the program: {c['dropped']}" for c in dropped
-        ]
-
-    def unbind(self) -> None:
-        """Give the model's layers their own classes back; this program cannot train afterwards."""
-        self.sites.unbind()
-        for mask in self._method.masks.values():
-            mask.remove()
+        actions, reasons = self._machine.actions, self.execution.reasons.values()
+        history, steps = self._runner.history, self.clock.steps
+        lines = summary_lines(self._method, self.plan.clauses, history, actions, reasons, steps)
+        fitting = self._runner.fitting.summary()
+        return [*lines, *([] if fitting is None else [fitting])]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from trainc.compiler.errors import SiteError
+from trainc.compiler.execution.distributed import first_shard
+from trainc.compiler.execution.execution import Execution
 from trainc.compiler.model.eager import differentiable_checkpoints
 from trainc.compiler.model.undisturbed import keep_state
 from trainc.compiler.per_example.micro_batch import MicroBatchSlice
-from trainc.compiler.program.execution import Execution
 from trainc.runtime.data.batch import Batch, copy_inputs, map_tensors
+from trainc.runtime.step.machine import StepMachine
+from trainc.runtime.step.record import Step
 
 
 class StepGradients:
@@ -34,6 +39,8 @@ class StepGradients:
         self._execution, self._scaler = execution, scaler
         self.micro_batches = list(micro_batches)
         """What the step's own passes run."""
+        self.loss = torch.zeros(())
+        """What was differentiated in the last call for parameters: this process's loss, 0-d."""
         self._copied = False
         self._found: set[str] | None = None
 
@@ -62,8 +69,11 @@ class StepGradients:
 
     def _of_parameters(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
+        self.loss = torch.zeros(())
         for batch, where in self.micro_batches:
-            for name, gradient in self._execution.gradients(batch, where, self._scaler).items():
+            loss, gradients = self._execution.gradients(batch, where, self._scaler)
+            self.loss = self.loss.to(loss) + loss
+            for name, gradient in gradients.items():
                 dense = gradient.to_dense() if gradient.is_sparse else gradient
                 found[name] = found[name] + dense if name in found else dense
         self._found = set(found)
@@ -82,7 +92,7 @@ class StepGradients:
                     " instead, such as that of an embedding"
                 )
             run = self._execution.gradients
-            found = run((given, targets), where, self._scaler, leaves)
+            _, found = run((given, targets), where, self._scaler, leaves)
             scale = 1 if replicas is None else replicas.size
             order = iter(leaves)
             trees.append(map_tensors(partial(self._gradient_of, order, found, scale), inputs))
@@ -119,6 +129,50 @@ class StepGradients:
         }
         replicas.sum_in_place(list(summed.values()))
         return summed
+
+
+class SurroundedSteps:
+    """Runs the passes of steps inside what surrounds them."""
+
+    def __init__(self, execution: Execution, machine: StepMachine) -> None:
+        self._execution, self._machine = execution, machine
+        self._missed_noted = False
+
+    @property
+    def names(self) -> str:
+        """Return the names of what surrounds the passes of a step, for messages."""
+        return ", ".join(f"`{action.name}`" for action in self._machine.around)
+
+    @contextmanager
+    def surround(
+        self,
+        step: Step,
+        micro_batches: Sequence[tuple[Batch, MicroBatchSlice]],
+        scaler: torch.amp.GradScaler | None,
+    ) -> Iterator[Sequence[tuple[Batch, MicroBatchSlice]]]:
+        """Surround the passes of this step, and yield the micro-batches that these run.
+
+        Raises SiteError for sharded parameters.
+        """
+        if (shard := first_shard(self._execution.parameters)) is not None:
+            raise SiteError(
+                f"`{shard}` is sharded over processes (FSDP2), and the gradients that {self.names} needs before the"
+                " step's passes are not averaged there: use DistributedDataParallel, or remove the clause"
+            )
+        gradients = StepGradients(self._execution, micro_batches, scaler)
+        try:
+            with self._machine.surround(step, gradients):
+                torch.clear_autocast_cache()  # of the weights' values before they were changed
+                yield gradients.micro_batches
+                if not self._missed_noted and (missed := gradients.missed()):
+                    self._missed_noted = True
+                    step.notes.append(
+                        f"`{missed[0]}` has a gradient in this step, but had none when {self.names} asked before it:"
+                        " another part of the model ran, or an autograd.Function of its own hides the parameter, as"
+                        " checkpoints other than torch's do"
+                    )
+        finally:
+            torch.clear_autocast_cache()
 
 
 def _as_leaf(leaves: dict[str, Tensor], tensor: Tensor) -> Tensor:

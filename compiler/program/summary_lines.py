@@ -1,25 +1,53 @@
-"""Summary lines that belong to no action: losses and constant rate factors."""
+"""Summary lines that belong to no action: losses, constant rate factors, and what did not run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.runtime.step.record import Step
+from trainc.compiler.plan.plan import Row
+from trainc.compiler.program.step_totals import TermHistory
+from trainc.runtime.step.action import Action
+
+Terms = Mapping[str, float]
 
 
-def loss_lines(
-    method: LoweredMethod, first: Mapping[str, float], last: Step | None, steps: int
+def summary_lines(
+    method: LoweredMethod,
+    clauses: Iterable[Row],
+    history: TermHistory,
+    actions: Iterable[Action],
+    reasons: Iterable[str],
+    steps: int,
 ) -> Iterator[str]:
+    """Yield lines of text: what the loss and each clause of the spec did in a run of so many steps."""
+    yield from loss_lines(method, history.first, history.last, steps)
+    yield from history.skipped.lines(steps)
+    yield from factor_lines(method)
+    yield from (line for action in actions if (line := action.summary()) is not None)
+    yield from executor_lines(reasons, clauses)
+
+
+def loss_lines(method: LoweredMethod, first: Terms, last: Terms, steps: int) -> Iterator[str]:
     """Yield the loss and its terms at the first and at the last step."""
-    if last is None or "loss" not in first:
+    if "loss" not in first or "loss" not in last:
         return
-    yield f"loss: {first['loss']:.4g} -> {last.loss:.4g} in {steps} steps"
-    pairing = method.rewrite.pairing
-    if pairing is not None:
-        change = f"{first['consistency']:.4g} -> {last.metrics['consistency']:.4g}"
-        sites = len(method.rewrite.noises)
-        yield f"{pairing.label}: distance of the two views {change}, noise at {sites} layers"
+    yield f"loss: {first['loss']:.4g} -> {last['loss']:.4g} in {steps} steps"
+    for label in (part.label for part in method.loss_parts if method.losses.is_sum):
+        if label in first and label in last:
+            yield f"{label}: mean loss {first[label]:.4g} -> {last[label]:.4g}"
+    for label, term in method.rewrite.terms.items():
+        if term.what is not None and label in first and label in last:
+            yield f"{term.clause or label}: {term.what} {first[label]:.4g} -> {last[label]:.4g}"
+
+
+def executor_lines(reasons: Iterable[str], clauses: Iterable[Row]) -> Iterator[str]:
+    """Yield why no graph ran, and the clauses that are not in the program."""
+    for reason in reasons:
+        yield f"the bound modules ran instead of a graph: {reason}"
+    for c in clauses:
+        if c["dropped"]:
+            yield f"{c['kind']} {c['construct']}: not in the program: {c['dropped']}"
 
 
 def factor_lines(method: LoweredMethod) -> Iterator[str]:

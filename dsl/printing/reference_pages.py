@@ -43,8 +43,7 @@ def construct_page(cls: type[Construct], level: int = 1) -> str:
     if cls.open_fields:
         parts.append("Any other field is passed to the callable by name.")
     if cls.signals:
-        lines = (f"- `{name}`: {text}" for name, text in cls.signals.items())
-        parts.append("Measures:\n\n" + "\n".join(lines))
+        parts.append("Measures:\n\n" + "\n".join(_signals(cls)))
     if cls.effects:
         parts.append("In each step:\n\n" + "\n".join(map(_effect, cls.effects)))
     if cls.rules:
@@ -53,6 +52,10 @@ def construct_page(cls: type[Construct], level: int = 1) -> str:
     if cls.identity:
         values = " or ".join(f"`{field} = {text}`" for field, text in cls.identity.items())
         parts.append(f"No effect and no cost with {values}.")
+    if cls.division:
+        parts.append(f"Depends on how a step is divided into micro-batches: {cls.division}.")
+    if cls.without_gradient:
+        parts.append(f"Leaves parameters without a gradient: {cls.without_gradient}.")
     if cls.cite:
         parts.append(f"Source: {cls.cite}.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -97,7 +100,7 @@ def _fields(cls: type[Construct]) -> Iterable[str]:
     for name, info in cls.model_fields.items():
         if name == "arguments" and cls.open_fields:
             continue
-        shown = "the string" if name == "path" and cls.open_fields else f"`{name}`"
+        shown = "the string" if name == "path" else f"`{name}`"
         cells = (shown, _type(info), _default(info), info.description or "")
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -105,6 +108,9 @@ def _fields(cls: type[Construct]) -> Iterable[str]:
 def _type(info: FieldInfo) -> str:
     ours = field_type(info)
     text = ours.title if ours else _spelled(info.annotation)
+    parts = (info.annotation, *get_args(info.annotation))
+    if ours and ours not in info.metadata and any(get_origin(p) in (list, tuple) for p in parts):
+        text = f"list of {text}"
     bounds = [
         shape.format(f"{value:g}")
         for m in info.metadata
@@ -138,6 +144,12 @@ def _default(info: FieldInfo) -> str:
         return "none"
     text = value if isinstance(value, str) else value_text(value)
     return f"`{text}`"
+
+
+def _signals(cls: type[Construct]) -> Iterable[str]:
+    for name, signal in cls.declared_signals().items():
+        shown = f"`{name}`" if name else "under the name of the clause"
+        yield f"- {shown}{f', in {signal.unit}' if signal.unit else ''}: {signal.description}"
 
 
 def _effect(effect: Any) -> str:

@@ -14,7 +14,10 @@ _SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class Unreadable(Exception):
-    """Raised for a node that is not what its place needs; `text` says what was expected."""
+    """Raised for a node that is not what its place needs; `text` says what was expected, `edit` what to write.
+
+    `safe` edits cannot change what was meant.
+    """
 
     def __init__(
         self,
@@ -23,10 +26,13 @@ class Unreadable(Exception):
         rule: str = "bad-value",
         help: str | None = None,
         message: str = "",
+        edit: str | None = None,
+        safe: bool = False,
     ) -> None:
         super().__init__(text)
         self.span = node if isinstance(node, Span) else node.span
         self.text, self.rule, self.help, self.message = text, rule, help, message
+        self.edit, self.safe = edit, safe
 
 
 def number_of(node: ast.Num) -> float:
@@ -113,19 +119,30 @@ def duration(node: Node, unit: v.Unit = "steps") -> v.Duration:
         raise Unreadable(node, f"expected a duration such as `200 steps`, found {describe(node)}")
     value = constant(node)
     if not isinstance(value, v.Duration):
-        help = f"write a unit: `{value:.12g} {unit}`" if value == value else None
+        written = f"{value:.12g} {unit}"
         what = "an amount of samples" if unit == "samples" else "a duration"
         raise Unreadable(
-            node, f"expected {what}, found a number without a unit", "wrong-unit", help
+            node,
+            f"expected {what}, found a number without a unit",
+            "wrong-unit",
+            f"write a unit: `{written}`",
+            edit=written,
         )
     if value.amount < 0:
         raise Unreadable(node, "a duration cannot be negative")
+    if value.unit == "run" and value.amount > 1:
+        raise Unreadable(node, "a percentage is a part of the run: expected at most 100%")
     return value
 
 
 def samples(node: Node) -> v.Duration:
     """Return a duration for a field that counts samples; the caller checks its unit."""
     return duration(node, "samples")
+
+
+def samples_or_auto(node: Node) -> v.Duration | str:
+    """Return an amount of samples, or the word `auto`."""
+    return node.id if isinstance(node, ast.Ident) and node.id == "auto" else samples(node)
 
 
 def number_range(node: Node) -> v.Range:
@@ -138,6 +155,7 @@ def number_range(node: Node) -> v.Range:
             node,
             "the first number of a range cannot be above the second",
             help=f"write `{high:g}..{low:g}`",
+            edit=f"{high:g}..{low:g}",
         )
     return v.Range(low, high)
 
@@ -149,25 +167,33 @@ def import_path(node: Node) -> v.ImportPath:
     module, colon, attribute = node.value.partition(":")
     if not colon:
         module, _, attribute = node.value.rpartition(".")
-        help = f'write "{module}:{attribute}"' if module and attribute else None
-        raise Unreadable(node, 'expected "module:name", with a colon', help=help)
+        path = f'"{module}:{attribute}"' if module and attribute else None
+        help = f"write {path}" if path else None
+        raise Unreadable(node, 'expected "module:name", with a colon', help=help, edit=path)
     try:
         return v.ImportPath(module, attribute)
     except ValueError as error:
         raise Unreadable(node, str(error)) from None
 
 
-def plain_value(node: Node) -> Any:
-    """Return a JSON value: a number, string, boolean or list; a name becomes a string, a range a list of two."""
+def plain_value(node: Node, words: bool = False) -> Any:
+    """Return a JSON value: a number, string, boolean, list or None; a range becomes a list of two.
+
+    With `words` a name becomes a string, for fields whose values are words. Elsewhere it is an error.
+    """
     match node:
         case ast.Str(value):
             return value
         case ast.Ident("true" | "false" as word):
             return word == "true"
+        case ast.Ident("none") if not words:
+            return None
         case ast.Ident(name):
+            if not words:
+                raise unquoted(node)
             return name
         case ast.Items(items):
-            return [plain_value(item) for item in items]
+            return [plain_value(item, words) for item in items]
         case ast.Infix("..", _, _):
             pair = number_range(node)
             return [pair.low, pair.high]
@@ -178,6 +204,20 @@ def plain_value(node: Node) -> Any:
     raise Unreadable(
         node, f"expected a number, a string, a name, a boolean or a list, found {describe(node)}"
     )
+
+
+_PYTHON = {"True": "true", "False": "false", "None": "none"}
+
+
+def unquoted(node: ast.Ident) -> Unreadable:
+    """Return the error for a word that stands where only a value can: text needs quotes."""
+    if (word := _PYTHON.get(node.id)) is not None:
+        message = f"`{node.id}` is a word of Python"
+        return Unreadable(node, "", "unknown-name", f"write `{word}`", message, word, safe=True)
+    message = f"`{node.id}` is not defined: a word without quotes is the name of a `let`"
+    text = f'"{node.id}"'
+    help = f"write text in quotes: `{text}`"
+    return Unreadable(node, "", "unknown-name", help, message, text, safe=True)
 
 
 def describe(node: Node) -> str:

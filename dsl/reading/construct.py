@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -11,13 +11,18 @@ from trainc.dsl.reading.field_types import (
     Duration,
     Fraction,
     ImportPath,
+    ModuleSelector,
+    Period,
     Range,
     Samples,
+    SamplesOrAuto,
     Schedule,
     ScopedNumbers,
     Selector,
+    SignedSchedule,
 )
 from trainc.dsl.reading.fields import read_field, untyped_value
+from trainc.dsl.reading.signal import Signal
 from trainc.dsl.text.language_rules import RuleExplanation
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.rules import check_names
@@ -34,13 +39,18 @@ __all__ = [
     "Effect",
     "Fraction",
     "ImportPath",
+    "ModuleSelector",
+    "Period",
     "Problem",
     "Range",
     "RuleExplanation",
     "Samples",
+    "SamplesOrAuto",
     "Schedule",
     "ScopedNumbers",
     "Selector",
+    "Signal",
+    "SignedSchedule",
 ]
 
 
@@ -95,20 +105,44 @@ class Construct(BaseModel):
         defer_build=True,
         validate_default=True,
         protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     kind: ClassVar[str] = ""
     name: ClassVar[str] = ""
     cite: ClassVar[str] = ""
+    """The source: the paper, the equation. Its page prints it."""
     usage: ClassVar[str] = ""
+    """An example that checks as it stands; the conformance suite trains it."""
     targets: ClassVar[Literal["none", "modules", "parameters"]] = "none"
+    """Whether `on` selects modules or parameters."""
     default_on: ClassVar[str | None] = None
+    """The selector where a spec leaves `on` out."""
     identity: ClassVar[Mapping[str, str]] = {}
-    signals: ClassVar[Mapping[str, str]] = {}
+    """Field values that make the clause do nothing. The compiler drops such a clause and says so."""
+    signals: ClassVar[Mapping[str, Signal | str]] = {}
+    """What it measures, for `when` rules: `label.signal`, and `label` for the signal with the empty name. A text, or
+    `Signal(description, unit, ends, title, logarithmic)`: with a title the display and `trainc report` show it with
+    unit and interval, in rows and as a curve."""
     effects: ClassVar[tuple[Effect, ...]] = ()
+    """Where it acts, and what it reads and writes, in words of dsl/text/vocabulary.py and `signal:<name>`: the order of
+    the step, the conflicts, the plan's table."""
     rules: ClassVar[Mapping[str, RuleExplanation]] = {}
-    """The rules that its own `Problem`s name, besides those of the language and the compiler."""
+    """The rules that its `Problem`s name besides the language's: `{"odd-thing": RuleExplanation(what, why, fix)}`.
+    `trainc explain` and docs/diagnostics.md find them."""
+    division: ClassVar[str | None] = None
+    """Why the update depends on how a step is divided into micro-batches; None where every division gives the same.
+    Its page says so, and the plan of a spec that divides its steps."""
+    without_gradient: ClassVar[str | None] = None
+    """Why a parameter that trains may have no gradient in the first two steps; None where each has one.
+    Its page says so."""
+    joins: ClassVar[str] = "no"
+    """Whether it joins the processes that a launcher started for `trainc run`: `no`, `by clause`, or `by default`, for
+    the one that does so in a spec that says nothing. Then it has the methods of compiler/method/joining.py."""
     open_fields: ClassVar[bool] = False
+    """Whether a clause may have fields that are not declared, such as arguments of a callable."""
+    functions: ClassVar[tuple[str, ...]] = ()
+    """Its arithmetic as plain functions, `module:name`; `trainc.functional` offers them."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Take kind and name from the file, `.../regularize/pace.py`; raise ValueError for unknown words."""
@@ -161,7 +195,7 @@ class Construct(BaseModel):
         return bool(to_json(getattr(self, field)) == to_json(value))
 
     def validate_targets(self, bound: Any) -> Iterable[Problem]:
-        """Yield the problems of this construct with what `on` selected in the bound model."""
+        """Yield objections to what `on` selected in the bound model, as `Problem`s under the selector."""
         return ()
 
     def describe(self, effect: Effect) -> str:
@@ -172,19 +206,48 @@ class Construct(BaseModel):
         """Say whether this clause, with these fields, performs one of its kind's effects."""
         return True
 
-    def unit_of(self, signal: str) -> str | None:
-        """Return what one of its signals counts, such as `samples`; None for a plain number.
+    @classmethod
+    def declared_signals(cls) -> dict[str, Signal]:
+        """Return what it measures, by name."""
+        return {n: Signal(s) if isinstance(s, str) else s for n, s in cls.signals.items()}
 
-        The signal of the clause itself has the empty name.
-        """
-        return None
+    def unit_of(self, signal: str) -> str | None:
+        """Return what one of its signals counts with these fields, such as `samples`; None for a plain number."""
+        return self.declared_signals()[signal].unit
 
     def unmeasured_reason(self, signal: str) -> tuple[str, str] | None:
         """Say why this clause, with these fields, never measures a signal, and what to write; None if it does."""
         return None
 
+    def signal_text(self, signal: str, label: str, record: Mapping[str, Any]) -> str | None:
+        """Return a step's value of a signal as short text; None for the general form, `142 [98, 210]`."""
+        return None
+
+    @classmethod
+    def panels(cls, clauses: Sequence[Any], runs: Sequence[Any]) -> Iterable[Any] | None:
+        """Return the pictures of what clauses of one label recorded; None for curves of the signals with a title.
+
+        `clauses` are the `RecordedClause`s of the runs that have one, `runs` the `RunRecords` of all that are drawn;
+        pictures are `runtime.report.axes.Panel`s. Import matplotlib inside.
+        """
+        return None
+
+    def tables(self, label: str, records: Sequence[Mapping[str, Any]]) -> Iterable[Any]:
+        """Return tables of what this clause recorded in a run's steps, as `runtime.report.tables.Table`s."""
+        return ()
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it changes the modules of a model before the other clauses are bound."""
+        return type(self).adapt is not Construct.adapt
+
+    def adapt(self, to: Any) -> None:
+        """Add adapters to a model through an `Adapting`: on the meta device, too, and where they are already."""
+
     def lower(self, to: Any) -> None:
-        """Add actions and graph rewrites to a `Lowering`."""
+        """Ask a `Lowering` for the mechanisms that it uses, below."""
+        if self.adapts:
+            return
         raise NotImplementedError(f"`{self.title}` cannot be compiled: its class has no `lower`")
 
 

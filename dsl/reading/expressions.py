@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from trainc.dsl.reading.constants import (
@@ -16,9 +17,10 @@ from trainc.dsl.reading.constants import (
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
-from trainc.dsl.text.vocabulary import BOOLEANS, SHAPES, STATES
+from trainc.dsl.text.vocabulary import BOOLEANS, COUNTERS, PLACES, SHAPES, STATES
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import FUNCTIONS, Function
+from trainc.dsl.values.value_ranges import ANYTHING, Bounds, bounds
 
 _LOGIC = ("and", "or")
 
@@ -63,6 +65,34 @@ def schedule(node: Node, names: Names = ANY_NAME) -> v.Expr:
             "wrong-unit",
         )
     return v.Number(value.duration.amount) if isinstance(value, v.Quantity) else value
+
+
+def schedule_from_zero(node: Node, names: Names = ANY_NAME) -> v.Expr:
+    """Return a schedule whose values are 0 or more, as far as that is known before the run."""
+    value = schedule(node, names)
+    if problem := negative_problem(value):
+        raise Unreadable(node, problem)
+    return value
+
+
+def negative_problem(value: v.Expr) -> str | None:
+    """Return what is wrong with a schedule that is negative or not finite whatever happens; None for any other."""
+    known = bounds(value, _from_zero)
+    if known.low < 0 and known.high <= 0:
+        found = f", found {known.low:g}" if known.constant else ": this is never above 0"
+        return f"expected 0 or more{found}"
+    if known.constant and not math.isfinite(known.low):
+        return "expected a finite number"
+    return None
+
+
+def _from_zero(name: str) -> Bounds:
+    """Return what is known of a name before the run: places, counters and sizes are 0 or more."""
+    if name in ("progress", "depth"):
+        return Bounds(0, 1)
+    if name in (*PLACES, *COUNTERS, "batch", "micro_batch", "step"):
+        return Bounds(0, math.inf)
+    return ANYTHING
 
 
 def samples_or_call(

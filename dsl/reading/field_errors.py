@@ -41,6 +41,8 @@ def problem_text(detail: Any) -> tuple[str, str | None]:
         key, text = _BOUNDS[kind]
         bound = context[key]
         return text.format(f"{bound:g}" if isinstance(bound, float) else bound), None
+    if kind == "missing":
+        return f"expected {detail['loc'][-1] + 1} entries or more", None
     if kind == "literal_error":
         options = [
             o.strip().strip("'") for o in context["expected"].replace(" or ", ", ").split(",")

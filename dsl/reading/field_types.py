@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -16,13 +16,16 @@ from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import Function
 
 Reader = Callable[[Node, Names], Any]
+Selected = Literal["modules", "parameters"]
 
 
 class FieldType:
     """A type of the language as a pydantic annotation.
 
     `read` makes a value of a node and raises Unreadable, `coerce` checks any other value and raises
-    ValueError. `functions` are those that the whole value may call beside the ones every expression has.
+    ValueError. `functions` are those that the whole value may call beside the ones every expression has. `selects` is
+    what its selectors match, None where it has none. Without `negative` its numbers are 0 or more in every step. A
+    `period` is how often something happens in a run.
     """
 
     def __init__(
@@ -31,11 +34,18 @@ class FieldType:
         read: Reader,
         coerce: Callable[[Any], Any],
         functions: Mapping[str, Function] | None = None,
+        *,
+        selects: Selected | None = None,
+        negative: bool = True,
+        period: bool = False,
     ) -> None:
         self.title = title
         self.read = read
         self.coerce = coerce
         self.functions = functions or {}
+        self.selects = selects
+        self.negative = negative
+        self.period = period
 
     def accept(self, raw: Any) -> Any:
         """Return a value of this type from a value, its JSON form, or text in the language."""
@@ -80,11 +90,17 @@ def _duration(raw: Any) -> v.Duration:
     if isinstance(raw, v.Duration):
         if raw.amount < 0:
             raise ValueError("a duration cannot be negative")
+        if raw.unit == "run" and raw.amount > 1:
+            raise ValueError("a percentage is a part of the run: expected at most 100%")
         return raw
     if isinstance(raw, int | float):
         wanted = "expected a duration such as `200 steps`, found a number without a unit"
         raise PydanticCustomError("wrong_unit", wanted)
     raise ValueError("expected a duration such as `200 steps`")
+
+
+def _samples_or_auto(raw: Any) -> v.Duration | str:
+    return "auto" if raw == "auto" else _duration(raw)
 
 
 def _range(raw: Any) -> v.Range:
@@ -133,6 +149,13 @@ def _schedule(raw: Any) -> v.Expr:
     return value
 
 
+def _not_negative(raw: Any) -> v.Expr:
+    value = _schedule(raw)
+    if problem := expressions.negative_problem(value):
+        raise ValueError(problem)
+    return value
+
+
 def _selector(raw: Any) -> v.Selector:
     if isinstance(raw, v.Selector):
         return raw
@@ -141,7 +164,11 @@ def _selector(raw: Any) -> v.Selector:
 
 def _scoped_numbers(raw: Any) -> tuple[v.Scoped, ...]:
     items = raw if isinstance(raw, list | tuple) else (raw,)
-    return tuple(x if isinstance(x, v.Scoped) else v.Scoped(_number(x)) for x in items)
+    found = tuple(x if isinstance(x, v.Scoped) else v.Scoped(_number(x)) for x in items)
+    for scoped in found:
+        if problem := expressions.negative_problem(v.Number(scoped.value)):
+            raise ValueError(problem)
+    return found
 
 
 def _plainly(read: Callable[[Node], Any]) -> Reader:
@@ -151,15 +178,25 @@ def _plainly(read: Callable[[Node], Any]) -> Reader:
 
 DURATION = FieldType("duration", _plainly(constants.duration), _duration)
 SAMPLES = FieldType("duration", _plainly(constants.samples), _duration)
+SAMPLES_OR_AUTO = FieldType(
+    "duration, or `auto`", _plainly(constants.samples_or_auto), _samples_or_auto
+)
+PERIOD = FieldType("duration", _plainly(constants.duration), _duration, period=True)
 RANGE = FieldType("range", _plainly(constants.number_range), _range)
 IMPORT_PATH = FieldType("import path", _plainly(constants.import_path), _import_path)
 FRACTION = FieldType("fraction", _plainly(constants.number), _fraction)
 EXPRESSION = FieldType("expression", expressions.expression, _expression)
 CONDITION = FieldType("condition", expressions.condition, _expression)
-SCHEDULE = FieldType("schedule", expressions.schedule, _schedule)
-SELECTOR = FieldType("selector", _plainly(selectors.selector), _selector)
+SCHEDULE = FieldType("schedule", expressions.schedule_from_zero, _not_negative, negative=False)
+SIGNED_SCHEDULE = FieldType("schedule", expressions.schedule, _schedule)
+SELECTOR = FieldType("selector", _plainly(selectors.selector), _selector, selects="parameters")
+MODULE_SELECTOR = FieldType("selector", _plainly(selectors.selector), _selector, selects="modules")
 SCOPED_NUMBERS = FieldType(
-    "number, or number `on` selector", _plainly(selectors.scoped_numbers), _scoped_numbers
+    "number, or number `on` selector",
+    _plainly(selectors.scoped_numbers),
+    _scoped_numbers,
+    selects="parameters",
+    negative=False,
 )
 
 
@@ -181,10 +218,17 @@ def samples_or_call(noun: str, functions: Mapping[str, Function], hint: str) -> 
 
 
 Duration = Annotated[v.Duration, DURATION]
+Period = Annotated[v.Duration, PERIOD]
+"""How often something happens: a period longer than the run is an error."""
 Range = Annotated[v.Range, RANGE]
 ImportPath = Annotated[v.ImportPath, IMPORT_PATH]
 Fraction = Annotated[float, FRACTION]
 Schedule = Annotated[v.Expr, SCHEDULE]
+"""A number that is 0 or more in every step, or an expression for one."""
+SignedSchedule = Annotated[v.Expr, SIGNED_SCHEDULE]
 Samples = Annotated[v.Duration, SAMPLES]
+SamplesOrAuto = Annotated[v.Duration | Literal["auto"], SAMPLES_OR_AUTO]
 Selector = Annotated[v.Selector, SELECTOR]
+"""A selection of parameters."""
+ModuleSelector = Annotated[v.Selector, MODULE_SELECTOR]
 ScopedNumbers = Annotated[tuple[v.Scoped, ...], SCOPED_NUMBERS]

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from trainc.dsl.reading.constants import Unreadable, describe, plain_value
+from trainc.dsl.reading.constants import Unreadable, describe, plain_value, unquoted
 from trainc.dsl.reading.expressions import ANY_NAME, Names
 from trainc.dsl.reading.field_types import FieldType, node_of
 from trainc.dsl.syntax.ast import Ident, Items, Node, Num, Prefix, Str
 from trainc.dsl.text.nearest import suggest
+from trainc.dsl.text.vocabulary import BOOLEANS
 from trainc.dsl.values.value import Value
 
 
@@ -56,7 +57,9 @@ def _read(annotation: Any, metadata: Any, node: Node, names: Names) -> Any:
     if origin is Annotated:
         return _read(args[0], args[1:], node, names)
     if origin in (Union, UnionType):
-        if NoneType in args and isinstance(node, Ident) and node.id == "none":
+        if NoneType in args and isinstance(node, Ident) and node.id in ("none", "None"):
+            if node.id == "None":
+                raise unquoted(node)
             return None
         typed = [arg for arg in args if _types(arg)]
         simple = isinstance(node, Num | Prefix | Str | Ident) and len(typed) + (
@@ -72,8 +75,12 @@ def _read(annotation: Any, metadata: Any, node: Node, names: Names) -> Any:
 
 def _plain(allowed: tuple[Any, ...], node: Node, names: Names) -> Any:
     """Return a plain value; raise Unreadable where pydantic would silently convert it to another type."""
-    value = plain_value(node)
     kinds = set(allowed) - {NoneType}
+    if str in kinds and isinstance(node, Ident) and node.id not in BOOLEANS:
+        raise unquoted(node)
+    if bool in kinds and isinstance(node, Ident) and node.id in ("True", "False"):
+        raise unquoted(node)
+    value = plain_value(node, words=True)
     wrong = (
         (isinstance(value, str) and kinds <= {int, float, bool})
         or (isinstance(value, bool) and kinds <= {int, float})

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.expressions import Names
 from trainc.dsl.reading.fields import field_type
+from trainc.dsl.reading.signal import full_name
 from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import nearest, suggest
@@ -57,9 +58,11 @@ class Scope(Names):
         if not signals:
             message = f"`{found[0].heading()}` measures nothing, so `{label}` has no value"
             return Diagnostic("unknown-signal", message, labels)
-        if signal and signal not in signals:
-            known = f"known signals: {', '.join(f'`{label}.{s}`' for s in signals)}"
+        if signal not in signals:
+            known = f"known signals: {', '.join(f'`{full_name(label, s)}`' for s in signals)}"
             message = f"`{found[0].heading()}` has no signal `{signal}`"
+            if not signal:
+                message = f"`{found[0].heading()}` measures nothing that is called `{label}` alone"
             return Diagnostic("unknown-signal", message, labels, (known,), suggest(signal, signals))
         return None
 
@@ -84,10 +87,10 @@ class Scope(Names):
         return suggest(name, options) or (f"did you mean `{example_call(near)}`?" if near else None)
 
     def signals(self) -> list[str]:
-        """Return the names of all signals, such as `gns` and `gns.noise`."""
-        out = []
-        for label, found in self.constructs.items():
-            for construct in found:
-                if construct.signals:
-                    out += [label, *(f"{label}.{s}" for s in construct.signals)]
-        return out
+        """Return the names of all signals, such as `label` and `label.low`."""
+        return [
+            full_name(label, signal)
+            for label, found in self.constructs.items()
+            for construct in found
+            for signal in construct.signals
+        ]

@@ -7,7 +7,7 @@ from trainc.dsl.reading.expressions import Names, condition
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
-from trainc.dsl.text.vocabulary import ROLES, SELECTOR_FUNCTIONS, WHERE_NAMES
+from trainc.dsl.text.vocabulary import ROLES, SELECTOR_FUNCTIONS, SELECTOR_WORDS, WHERE_NAMES
 from trainc.dsl.values import value_json as v
 
 _PAIRS = {pair.op: pair for pair in (v.Union, v.Intersection, v.Difference)}
@@ -34,12 +34,15 @@ def selector(node: Node) -> v.Selector:
             return v.All()
         case ast.Ident("trainable"):
             return v.Trainable()
+        case ast.Ident("matrices"):
+            return v.Matrices()
         case ast.Ident(name):
-            help = (
-                suggest(name, ["all", "trainable"])
-                or f'write names of modules and parameters in quotes: "{name}"'
-            )
-            raise Unreadable(node, "", "unknown-name", help, f"there is no selector `{name}`")
+            message, near = f"there is no selector `{name}`", suggest(name, SELECTOR_WORDS)
+            written = f"type({name})" if name[0].isupper() and "." not in name else f'"{name}"'
+            what = "classes as `type(...)`" if written[0] == "t" else "names in quotes"
+            help = near or f"write {what}: `{written}`"
+            edit = None if near else written
+            raise Unreadable(node, "", "unknown-name", help, message, edit)
         case ast.Apply():
             return _function(node)
         case ast.Infix("|" | "&" | "-" as op, left, right):
@@ -50,8 +53,11 @@ def selector(node: Node) -> v.Selector:
             return v.Expect(selector(left), _whole(count, 0))
         case ast.Infix("and" | "or" as op, _, _):
             word = "&" if op == "and" else "|"
+            first, second = node.left.span, node.right.span
+            at = node.span.part(first.end - node.span.start, second.start - node.span.start)
+            text = f"`{op}` joins conditions, not selectors"
             raise Unreadable(
-                node, f"`{op}` joins conditions, not selectors", help=f"write `{word}`"
+                at, text, help=f"write `{word}`", edit=at.text.replace(op, word), safe=True
             )
     raise Unreadable(
         node, f'expected a selector such as "blocks.*" or `type(Linear)`, found {describe(node)}'
@@ -63,8 +69,16 @@ def scoped_numbers(node: Node) -> tuple[v.Scoped, ...]:
     if isinstance(node, ast.Items):
         return tuple(scoped for item in node.items for scoped in scoped_numbers(item))
     if isinstance(node, ast.Infix) and node.op == "on":
-        return (v.Scoped(number(node.left), selector(node.right)),)
-    return (v.Scoped(number(node)),)
+        return (v.Scoped(_from_zero(node.left), selector(node.right)),)
+    return (v.Scoped(_from_zero(node)),)
+
+
+def _from_zero(node: Node) -> float:
+    """Return a number, 0 or more."""
+    value = number(node)
+    if value < 0:
+        raise Unreadable(node, f"expected 0 or more, found {value:g}")
+    return value
 
 
 def _glob(node: Node, pattern: str) -> v.Selector:

@@ -11,11 +11,11 @@ from trainc.dsl.resolve.statements import Assign, Clause, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
-from trainc.dsl.text.vocabulary import ASSIGNABLE, BOOLEANS, BUILT_IN, SHAPES, STATES
+from trainc.dsl.text.vocabulary import ASSIGNABLE, BOOLEANS, BUILT_IN, METRICS, SHAPES, STATES
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import FUNCTIONS
 
-ONCE = ("model", "data", "loss", "run")
+ONCE = ("model", "data", "run")
 VERBS = {"stop": False, "save": False, "warn": True}
 
 
@@ -77,7 +77,7 @@ def _head(clause: Clause, text: str) -> tuple[Label, ...]:
 def _labels(clauses: Sequence[Clause]) -> Iterator[Diagnostic]:
     seen: dict[str, Clause] = {}
     for clause in clauses:
-        if clause.label in BUILT_IN:
+        if clause.label in (*BUILT_IN, *METRICS):
             labels = _at(clause.part_span("as"))
             yield Diagnostic(
                 "reserved-name",
@@ -185,9 +185,7 @@ def target_problems(target: str, span: Span | None) -> Iterator[Diagnostic]:
     help = suggest(target, ASSIGNABLE)
     if target == "lr":
         schedule = "`lr = 1e-3 * (warmup(5%) then cosine())`"
-        help = (
-            f"give the optimizer a schedule, {schedule}, or scale the rate with `lr batch_scaling`"
-        )
+        help = f"give the optimizer a schedule, {schedule}, or scale its rate with an `lr` clause"
     elif "." in target:
         help = "give the field a schedule, or limit the clause in time with `from` and `until`"
     yield Diagnostic("unknown-target", f"a rule cannot set `{target}`", _at(span), (note,), help)

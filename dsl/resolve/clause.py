@@ -15,7 +15,7 @@ from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.origin import Origin
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.syntax import ast
-from trainc.dsl.text.diagnostic import Diagnostics, Label, repetition
+from trainc.dsl.text.diagnostic import Diagnostics, Edit, Label, repetition
 from trainc.dsl.text.source import printable
 
 
@@ -62,21 +62,25 @@ class ClauseResolver:
             assert tree.path is not None
             label = Label(tree.path.span, "expected the name of a construct first")
             takers = (n for k, n in self.catalog if k == kind and self._takes_path(k, n))
-            path = printable(tree.path.value)
-            help = next((f'write `{kind} {taker}("{path}")`' for taker in takers), None)
+            path, taker = printable(tree.path.value), next(takers, None)
+            help = f'write `{kind} {taker}("{path}")`' if taker else None
+            edit = Edit(tree.path.span, f"{taker}({tree.path.span.text})") if taker else None
             message = f"`{kind}` is followed by a construct, not by a path"
-            self.found.report("unknown-construct", message, label, help=help)
+            self.found.report("unknown-construct", message, label, help=help, edit=edit)
             return None
         cls = self.catalog.get((kind, name))
         if cls is not None:
             return cls
         d = unknown_construct(kind, printable(name), self.catalog)
         span = (tree.construct or tree.kind).span
-        help = d.help
+        help, edit = d.help, None
         if kind in ("model", "data") and tree.construct and not tree.path:
-            help = f'write the import path in quotes: `{kind} "module:{name}"`'
+            module, _, attribute = name.rpartition(".")
+            path = f'"{module or "module"}:{attribute}"'
+            help = f"write the import path in quotes: `{kind} {path}`"
+            edit = Edit(span, path) if module else None
         notes = () if (kind, kind) in self.catalog else d.notes
-        self.found.report(d.rule, d.message, Label(span), help=help, notes=notes)
+        self.found.report(d.rule, d.message, Label(span), help=help, notes=notes, edit=edit)
         return None
 
     def _takes_path(self, kind: str, name: str) -> bool:

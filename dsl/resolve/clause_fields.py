@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainc.dsl.reading.constants import Unreadable, import_path, plain_value
+from trainc.dsl.reading.constants import Unreadable, plain_value
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.reading.field_errors import problem_text
-from trainc.dsl.reading.fields import read_field
+from trainc.dsl.reading.field_types import IMPORT_PATH
+from trainc.dsl.reading.fields import field_type, read_field
 from trainc.dsl.reading.names import Scope
 from trainc.dsl.resolve.includes import PlacedStatement
 from trainc.dsl.resolve.lets import Lets
@@ -20,7 +21,7 @@ from trainc.dsl.text.diagnostic import Diagnostic, Diagnostics, Edit, Label, rep
 from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.text.source import Span, printable
 
-_HIDDEN = {"path", "arguments"}  # how open constructs keep what they are given
+_PATH = "path"  # the field of the string in brackets
 
 
 def unreadable_problem(error: Unreadable, where: Span, message: str, lets: Lets) -> Diagnostic:
@@ -29,7 +30,12 @@ def unreadable_problem(error: Unreadable, where: Span, message: str, lets: Lets)
     if error.span not in where:
         labels.append(Label(where, "used here"))
     help = suggest(error.span.text, lets.values) if error.rule == "unknown-name" else None
-    return Diagnostic(error.rule, error.message or message, tuple(labels), (), help or error.help)
+    edit = None
+    if help is None and error.edit is not None:
+        edit = Edit(error.span, error.edit, error.safe)
+    return Diagnostic(
+        error.rule, error.message or message, tuple(labels), (), help or error.help, edit=edit
+    )
 
 
 def with_use(d: Diagnostic, span: Span) -> Diagnostic:
@@ -50,6 +56,11 @@ def is_lost(node: ast.Node, lets: Lets, scope: Scope) -> bool:
     return False
 
 
+def _is_missing(detail: Any) -> bool:
+    """Say whether a field is missing, not an entry of its value."""
+    return detail["type"] == "missing" and len(detail["loc"]) == 1
+
+
 class FieldResolver:
     """Resolves the fields of one clause."""
 
@@ -62,9 +73,12 @@ class FieldResolver:
         self.origin: dict[str, Provenance] = {}
         self.first: dict[str, ast.Field] = {}
         self.failed: set[str] = set()
+        self.unmatched: list[Diagnostic] = []
+        """Fields that there are not, and that resemble none: one of them may be meant for a field that is missing."""
         self.data: dict[str, Any] = {}
         self.arguments: dict[str, Any] = {}
-        self.declared = [n for n in cls.model_fields if not (cls.open_fields and n in _HIDDEN)]
+        hidden = {_PATH, "arguments"} if cls.open_fields else {_PATH}
+        self.declared = [name for name in cls.model_fields if name not in hidden]
 
     def resolve(self, tree: ast.ClauseTree, placed: PlacedStatement) -> Construct | None:
         """Return the construct, or None where a field is wrong or missing."""
@@ -92,23 +106,28 @@ class FieldResolver:
             for detail in error.errors(include_url=False):
                 name = str(detail["loc"][0]) if detail["loc"] else ""
                 # A misspelling is one mistake: it is reported where it was written.
-                known = name in self.failed or (detail["type"] == "missing" and name in blamed)
+                known = name in self.failed or (_is_missing(detail) and name in blamed)
+                if not known and _is_missing(detail) and self.unmatched:
+                    self._blame(name)
+                    continue
                 if not known:
                     self._invalid(detail, name)
+                if name:
+                    self.failed.add(name)
             return None
 
     def _path(self, tree: ast.ClauseTree) -> None:
         if tree.path is None:
             return
         title = self.cls.heading()
-        if "path" not in self.cls.model_fields:
+        if _PATH not in self.cls.model_fields:
             label = Label(tree.path.span, "remove this path")
             self.found.report("unexpected-path", f"`{title}` takes no import path", label)
             return
         try:
-            self.data["path"] = import_path(tree.path)
+            self.data[_PATH] = read_field(self.cls.model_fields[_PATH], tree.path)
         except Unreadable as error:
-            self.failed.add("path")
+            self.failed.add(_PATH)
             message = f"invalid import path for `{title}`"
             self.found.append(unreadable_problem(error, tree.path.span, message, self.lets))
 
@@ -143,8 +162,20 @@ class FieldResolver:
         known = f"known fields: {', '.join(f'`{n}`' for n in self.declared) or 'none'}"
         more: dict[str, Any] = {"notes": (known,)}
         if near:
-            more = {"help": f"did you mean `{near}`?", "edit": Edit(item.name.span, near)}
+            more = {
+                "help": f"did you mean `{near}`?",
+                "edit": Edit(item.name.span, near, safe=True),
+            }
         self.found.report("unknown-field", message, Label(item.name.span), **more)
+        if not near:
+            self.unmatched.append(self.found[-1])
+
+    def _blame(self, name: str) -> None:
+        """Say of an unknown field that it may be meant to be one that is missing."""
+        d = self.unmatched.pop(0)
+        assert d.span is not None
+        help = f"is it meant to be `{name}`, which `{self.cls.heading()}` needs?"
+        self.found[self.found.index(d)] = d.replace(help=help, edit=Edit(d.span, name))
 
     def _provenance(self, item: ast.Field, placed: PlacedStatement) -> Provenance:
         """Return where a value comes from; `--set` where it depends on a let that was set."""
@@ -156,7 +187,7 @@ class FieldResolver:
     def _invalid(self, detail: Any, name: str) -> None:
         """Report an error of pydantic at the field's place in the text."""
         title = self.cls.heading()
-        if detail["type"] == "missing":
+        if _is_missing(detail):
             self._missing(name)
             return
         text, help = problem_text(detail)
@@ -182,9 +213,13 @@ class FieldResolver:
 
     def _missing(self, name: str) -> None:
         title = self.cls.heading()
-        if name == "path":
-            form = '{} "module:name"' if self.cls.kind == self.cls.name else '{}("module:name")'
-            message, help = f"`{title}` needs an import path", f"write `{form.format(title)}`"
+        if name == _PATH:
+            imports = field_type(self.cls.model_fields[_PATH]) is IMPORT_PATH
+            what, text = (
+                ("an import path", "module:name") if imports else ("a pattern of files", "data/*")
+            )
+            form = f'{title} "{text}"' if self.cls.kind == self.cls.name else f'{title}("{text}")'
+            message, help = f"`{title}` needs {what}", f"write `{form}`"
             self.found.report("missing-field", message, Label(self.head), help=help)
             return
         near = nearest(name, self.arguments)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from trainc.dsl.text.record import Record
 from trainc.dsl.text.source import Source, Span, printable
 
 MAX_CHAIN = 32
+ALLOWED = "TRAINC_USE_PATH"
+"""The environment variable with folders outside the spec's from which `use` may read."""
 
 
 class PlacedStatement(Record):
@@ -23,9 +28,11 @@ class PlacedStatement(Record):
 
 
 def read_source(path: Path, name: str | None = None) -> tuple[Source, list[Diagnostic]]:
-    """Return the text of a file, and a diagnostic where its bytes are not UTF-8."""
-    with path.open("rb") as file:
-        data = file.read(4 * MAX_CHARACTERS + 1)
+    """Return the text of a file, and a diagnostic where its bytes are not UTF-8.
+
+    Raises OSError where there is none, and, without waiting, for what is not a plain file.
+    """
+    data = _read(path, 4 * MAX_CHARACTERS + 1)
     text = data.decode("utf-8", "replace")
     source = Source(name or str(path), text.removeprefix("\ufeff").replace("\r\n", "\n"))
     try:
@@ -39,6 +46,19 @@ def read_source(path: Path, name: str | None = None) -> tuple[Source, list[Diagn
     return source, []
 
 
+def _read(path: Path, most: int) -> bytes:
+    """Return the first bytes of a plain file."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb") as file:  # noqa: PTH123 - a handle, not a path
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            why = "Not a plain file, such as a pipe or a device; write `-` to check standard input"
+            raise OSError(errno.EINVAL, why, str(path))
+        return file.read(most)
+
+
 class CollectedStatements:
     """The statements of a source and of the files it uses.
 
@@ -50,6 +70,9 @@ class CollectedStatements:
         self.found = Diagnostics()
         self.lost: set[str] = set()
         self._seen = set(chain)
+        self._folders = [(path.parent if path else Path()).resolve()]
+        allowed = os.environ.get(ALLOWED, "").split(os.pathsep)
+        self._folders += [Path(folder).resolve() for folder in allowed if folder]
         self.statements = list(self._collect(source, path, (), chain))
 
     def _collect(
@@ -78,6 +101,9 @@ class CollectedStatements:
             if where in self._seen:
                 continue
             self._seen.add(where)
+            if not any(where.is_relative_to(folder) for folder in self._folders):
+                self._report_outside(statement, where)
+                continue
             if len(chain) >= MAX_CHAIN:
                 message = f"files are included more than {MAX_CHAIN} levels deep"
                 self.found.report("too-deep", message, Label(statement.span))
@@ -100,13 +126,23 @@ class CollectedStatements:
             longer = {**chain, where: statement.span}
             yield from self._collect(inner, where, (*via, statement.span), longer)
 
+    def _report_outside(self, statement: ast.Use, where: Path) -> None:
+        """Report a file that is not below the spec's folder: whoever wrote the spec may not be who runs it."""
+        self.found.report(
+            "use-outside",
+            f"`{printable(statement.path.value)}` is not in the folder of the spec, nor in a folder below",
+            Label(statement.path.span, printable(_shown(where), 200)),
+            help=f"move the file there, or set the environment variable {ALLOWED} to its folder",
+        )
+        self.lost.add("*")
+
 
 def _locate(statement: ast.Use, path: Path | None) -> Path:
     base = path.parent if path else Path()
     try:
         return (base / statement.path.value).resolve()
     except (OSError, ValueError):
-        return base / statement.path.value
+        return base.resolve() / statement.path.value
 
 
 def _shown(path: Path) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from trainc.dsl.reading.constants import Unreadable
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.syntax.parser import parse_expression
 from trainc.dsl.text.diagnostic import Diagnostics, Label, repetition
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Source
-from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, SELECTOR_FUNCTIONS
+from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, SELECTOR_FUNCTIONS, SELECTOR_WORDS
 from trainc.dsl.values.functions import FUNCTIONS
 
 MAX_SIZE = 5_000
 MAX_DEPTH = 100
-_RESERVED = {*BUILT_IN, *FUNCTIONS, *SELECTOR_FUNCTIONS, *BOOLEANS, "all", "trainable", "none"}
+MAX_LEVELS = 230
+"""Levels of a value once its names are replaced, those of chains included: pydantic writes no more than 255."""
+_RESERVED = {*BUILT_IN, *FUNCTIONS, *SELECTOR_FUNCTIONS, *SELECTOR_WORDS, *BOOLEANS, "none"}
 
 
 class Lets:
@@ -27,6 +30,8 @@ class Lets:
         self.overridden: dict[str, Node] = {}
         self.used: set[str] = set()
         self.broken: set[str] = set()
+        self.refused: set[str] = set()
+        """Names that no `let` can have: their uses are no second mistake."""
         self.found = Diagnostics()
         self._expanded: dict[str, Node] = {}
         self._size: dict[str, tuple[int, int]] = {}
@@ -41,6 +46,7 @@ class Lets:
                 else f"the name of a `let` cannot contain a dot: `{name}`"
             )
             self.found.report("reserved-name", message, Label(let.name.span))
+            self.refused.add(name)
         elif name in self.names:
             labels = repetition(let.name.span, self.names[name].span)
             self.found.report("duplicate-let", f"`{name}` is defined twice", *labels)
@@ -95,7 +101,13 @@ class Lets:
                     else (0, MAX_DEPTH)
                 )
                 size, depth = size + inner[0], max(depth, level + inner[1])
-            todo += [(child, level + 1) for child in expandable(node)]
+            below = expandable(node)
+            for child in below:
+                # What a chain such as `a | b | c` has to its left is no level.
+                chained = isinstance(node, ast.Infix) and child is below[0]
+                todo.append(
+                    (child, level if chained and isinstance(child, ast.Infix) else level + 1)
+                )
         if (size > MAX_SIZE or depth > MAX_DEPTH) and name not in self.broken:
             self.broken.add(name)
             message = f"`{name}` has more than {MAX_SIZE:,} parts or {MAX_DEPTH} levels"
@@ -113,28 +125,35 @@ class Lets:
         self.broken |= {name, back.id}
 
     def expand(self, node: Node) -> Node:
-        """Return a node with every let's name replaced by its value."""
+        """Return a node with every let's name replaced by its value; raises Unreadable where that is too deep."""
+        new = self._expand(node)
+        if new is not node and _levels(new) > MAX_LEVELS:
+            message = f"with the values of its names this has more than {MAX_LEVELS} levels"
+            raise Unreadable(node, "", "too-deep", None, message)
+        return new
+
+    def _expand(self, node: Node) -> Node:
         if isinstance(node, ast.Ident):
             if node.id not in self.values or node.id in self.broken:
                 return node
             self.used.add(node.id)
             if node.id not in self._expanded:
-                self._expanded[node.id] = self.expand(self.values[node.id])
+                self._expanded[node.id] = self._expand(self.values[node.id])
             return self._expanded[node.id]
         if not expandable(node):
             return node
         match node:
             case ast.Apply(_, arguments):
-                new = tuple(a.replace(value=self.expand(a.value)) for a in arguments)
+                new = tuple(a.replace(value=self._expand(a.value)) for a in arguments)
                 return node.replace(arguments=new)
             case ast.Items(items):
-                return node.replace(items=tuple(map(self.expand, items)))
+                return node.replace(items=tuple(map(self._expand, items)))
             case ast.Prefix(_, operand):
-                return node.replace(operand=self.expand(operand))
+                return node.replace(operand=self._expand(operand))
             case ast.Infix("is", left, _):
-                return node.replace(left=self.expand(left))
+                return node.replace(left=self._expand(left))
             case ast.Infix(_, left, right):
-                return node.replace(left=self.expand(left), right=self.expand(right))
+                return node.replace(left=self._expand(left), right=self._expand(right))
         return node
 
     def names_in(self, node: Node) -> set[str]:
@@ -148,6 +167,16 @@ class Lets:
                 todo.append(self.values[item.id])
             todo += expandable(item)
         return names
+
+
+def _levels(node: Node) -> int:
+    """Return the levels of a tree, those of its chains included."""
+    deepest, todo = 0, [(node, 1)]
+    while todo:
+        item, level = todo.pop()
+        deepest = max(deepest, level)
+        todo += [(child, level + 1) for child in ast.children(item)]
+    return deepest
 
 
 def expandable(node: Node) -> tuple[Node, ...]:

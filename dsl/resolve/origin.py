@@ -29,3 +29,9 @@ class Origin(Record):
     span: Span
     fields: Mapping[str, Provenance] = {}
     parts: Mapping[str, Span] = {}
+
+    def part_span(self, part: str) -> Span:
+        """Return where `on`, `every` ... or a field was written; the whole clause where it was not."""
+        provenance = self.fields.get(part)
+        found = provenance.span if provenance else self.parts.get(part)
+        return found or self.span

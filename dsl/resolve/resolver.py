@@ -14,6 +14,7 @@ from trainc.dsl.resolve.clause import ClauseResolver, construct_name
 from trainc.dsl.resolve.clause_fields import unreadable_problem, with_use
 from trainc.dsl.resolve.includes import CollectedStatements, read_source
 from trainc.dsl.resolve.lets import Lets
+from trainc.dsl.resolve.never_acts import RunTime, never_acting
 from trainc.dsl.resolve.origin import Origin
 from trainc.dsl.resolve.spec import VERSION, Spec
 from trainc.dsl.resolve.statements import Action, Assign, Clause, Do, Rule
@@ -78,13 +79,14 @@ class Resolver:
         gathered = CollectedStatements(source, path)
         self.placed = gathered.statements
         self.found = gathered.found
+        self.unread = bool(gathered.found)
         self.lets = Lets()
         for item in self.placed:
             if isinstance(item.statement, ast.Let):
                 self.lets.define(item.statement)
         self.lets.override(overrides, gathered.lost)
         self.lets.check_definitions()
-        lost = gathered.lost | self.lets.broken
+        lost = gathered.lost | self.lets.broken | self.lets.refused
         self.scope = Scope(self._labels(), self.lets.values, lost, catalog)
 
     def checked(self) -> Checked:
@@ -108,8 +110,11 @@ class Resolver:
         else:
             try:
                 spec = Spec(tuple(clauses), tuple(rules))
+                found += never_acting(clauses, rules, RunTime.of(clauses))
             except SpecError as error:
                 found += error.diagnostics
+        if any(d.severity == "error" for d in found):
+            spec = None
         return Checked(spec, _ordered(found)[:MAX_DIAGNOSTICS])
 
     def _labels(self) -> dict[str, list[type[Construct]]]:
@@ -156,7 +161,7 @@ class Resolver:
             self.found.report("no-action", message, Label(when.span), help=help)
         if test is None or len(self.found) + len(self.scope.found) > before:
             return None
-        return Rule(test, tuple(actions), hold, cooldown, origin=Origin(when.span))
+        return Rule(test, tuple(actions), hold, cooldown, origin=_origin(when))
 
     def _wait(self, node: ast.Node | None, message: str) -> Duration | None:
         """Return a rule's `for` or `cooldown`; None where it has none, or it cannot be read."""
@@ -191,6 +196,12 @@ class Resolver:
         return value
 
     def _unused(self) -> None:
+        """Warn of lets that nothing uses, if every statement could be read."""
+        if self.unread:
+            return
+        for item in self.placed:
+            for node in ast.nodes_of(item.statement):
+                self.lets.used |= self.lets.names_in(node)
         for item in self.placed:
             if not isinstance(item.statement, ast.Let) or item.via:
                 continue
@@ -199,6 +210,12 @@ class Resolver:
             if first and name.id not in self.lets.used | self.lets.broken:
                 message = f"`{name.id}` is never used"
                 self.found.report("unused-let", message, Label(name.span), severity="warning")
+
+
+def _origin(when: ast.When) -> Origin:
+    """Return where a rule and its parts were written."""
+    parts = {"condition": when.condition, "for": when.hold, "cooldown": when.cooldown}
+    return Origin(when.span, {}, {word: node.span for word, node in parts.items() if node})
 
 
 def _ordered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
@@ -218,4 +235,8 @@ def _ordered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
     def order(d: Diagnostic) -> tuple[int, int]:
         return (rank[id(d.span.source)], d.span.start) if d.span else (len(rank), 0)
 
-    return tuple(sorted((d for d in found if not follows(d)), key=order))
+    once: dict[tuple[object, ...], Diagnostic] = {}
+    for d in found:
+        if not follows(d):
+            once.setdefault((d.rule, d.message, d.labels[:1]), d)
+    return tuple(sorted(once.values(), key=order))

@@ -59,13 +59,13 @@ class Spec(ComparedByJson):
     @classmethod
     def from_json(cls, data: Any, catalog: Catalog) -> Spec:
         """Return the spec that `to_json` wrote, given as data or as text."""
-        if isinstance(data, (str, bytes)):
-            data = json.loads(data)
         try:
+            if isinstance(data, (str, bytes)):
+                data = json.loads(data)
             clauses = tuple(_clause_from_json(item, catalog) for item in data["clauses"])
             rules = tuple(_rule_from_json(item) for item in data["rules"])
             return cls(clauses, rules, data["version"])
-        except (KeyError, TypeError) as error:
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"this is not the JSON that `Spec.to_json` writes ({type(error).__name__}: {error})"
             ) from error

@@ -11,6 +11,7 @@ from trainc.dsl.reading.field_types import CONDITION, DURATION, EXPRESSION, SELE
 from trainc.dsl.resolve.origin import Origin, Provenance
 from trainc.dsl.text.record import Record, uncompared
 from trainc.dsl.text.source import Span
+from trainc.dsl.text.vocabulary import KINDS
 from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
 
 
@@ -62,12 +63,16 @@ class Clause(ComparedByJson):
 
     @property
     def name(self) -> str:
-        """Return the name that conditions use: the label, or the name of the construct."""
-        return self.label or self.construct.name
+        """Return the name that conditions use: the label, or the name of the construct.
+
+        A construct that is called as a kind has its own kind behind it: `model_loss` of `loss model`.
+        """
+        name, kind = self.construct.name, self.construct.kind
+        return self.label or (f"{name}_{kind}" if name in KINDS and name != kind else name)
 
     @property
     def title(self) -> str:
-        """Return how messages refer to it: `noise_scale gns as early`."""
+        """Return how messages refer to it: `regularize NAME as early`."""
         return f"{self.construct.title} as {self.label}" if self.label else self.construct.title
 
     @property
@@ -77,11 +82,7 @@ class Clause(ComparedByJson):
 
     def part_span(self, part: str) -> Span | None:
         """Return where `on`, `every` ... or a field was written; the whole clause where it was not."""
-        if self.origin is None:
-            return None
-        provenance = self.origin.fields.get(part)
-        found = provenance.span if provenance else self.origin.parts.get(part)
-        return found or self.origin.span
+        return None if self.origin is None else self.origin.part_span(part)
 
     def provenance(self, name: str) -> Provenance:
         """Return where a field's value comes from."""
@@ -153,6 +154,10 @@ class Rule(ComparedByJson):
     def span(self) -> Span | None:
         """Return where it was written, or None for a spec made in Python."""
         return self.origin.span if self.origin else None
+
+    def part_span(self, part: str) -> Span | None:
+        """Return where its `condition`, `for` or `cooldown` was written; the whole rule where it was not."""
+        return None if self.origin is None else self.origin.part_span(part)
 
     def to_json(self) -> Any:
         return {

@@ -152,6 +152,20 @@ class Tree(Spanned):
     statements: tuple[Statement, ...]
 
 
+def nodes_of(statement: Statement) -> tuple[Node, ...]:
+    """Return the values of a clause or a rule; none for other statements."""
+    match statement:
+        case ClauseTree():
+            parts = tuple(part.value for part in statement.parts if part.value is not None)
+            return (*parts, *(field.value for field in statement.fields or ()))
+        case When():
+            given = (statement.condition, statement.hold, statement.cooldown)
+            return tuple(
+                x for x in (*given, *(a.value for a in statement.actions)) if x is not None
+            )
+    return ()
+
+
 def children(node: Node) -> tuple[Node, ...]:
     """Return the nodes directly inside a node."""
     match node:

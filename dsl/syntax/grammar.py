@@ -21,32 +21,40 @@ from lark.parsers.lalr_interactive_parser import InteractiveParser
 GRAMMAR = Path(__file__).with_name("train.lark")
 TABLES = Path(__file__).with_name("tables.json")
 START, EXPRESSION = "start", "expression"
-MAX_DEPTH = 100
-"""Levels of a tree: functions that read it call themselves once for each level."""
+MAX_DEPTH, MAX_CHAIN = 100, 200
+"""Levels of a tree, and operators of one chain: functions that read it call themselves once for each."""
 
 
 class TooDeep(Exception):
-    """A tree of more than MAX_DEPTH levels."""
+    """A tree of more than MAX_DEPTH levels, or a chain of more than MAX_CHAIN operators."""
 
 
 class Branch(lark.Tree[Any]):
-    """A node of Lark's tree that counts its levels; raises TooDeep for more than MAX_DEPTH levels."""
+    """A node of Lark's tree that counts its levels; raises TooDeep for more than the limits."""
 
     def __init__(self, data: str, children: list[Any], meta: Any = None) -> None:
         super().__init__(data, children, meta)
-        self.height = 0
+        self.height = self.chain = 0
         # A repetition is no level: the rule that it stands in takes its children over.
         if not data.startswith("_"):
             heights = [child.height for child in children if isinstance(child, Branch)]
             self.height = 1 + max(heights, default=0)
+            first = children[0] if children else None
+            # A chain such as `a | b | c` is a tree to its left, and is no nesting.
+            if data == "binary" and isinstance(first, Branch) and first.data == "binary":
+                others = [c.height for c in children[1:] if isinstance(c, Branch)]
+                self.height = max(first.height, 1 + max(others, default=0))
+                self.chain = first.chain + 1
         if self.height > MAX_DEPTH:
-            raise TooDeep
+            raise TooDeep(f"this is nested more than {MAX_DEPTH} levels deep")
+        if self.chain > MAX_CHAIN:
+            raise TooDeep(f"this is a chain of more than {MAX_CHAIN} operators")
 
 
 class Mismatch:
-    """A token that cannot follow what the parser has read; `too_deep` if the tree then has too many levels."""
+    """A token that cannot follow what the parser has read; `too_deep` says so if the tree then has too many levels."""
 
-    def __init__(self, token: Token, parser: InteractiveParser, too_deep: bool = False) -> None:
+    def __init__(self, token: Token, parser: InteractiveParser, too_deep: str = "") -> None:
         self.token, self.parser, self.too_deep = token, parser, too_deep
 
     @cached_property

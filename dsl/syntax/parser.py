@@ -8,6 +8,7 @@ from lark import Token, UnexpectedToken
 
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.grammar import EXPRESSION, START, Branch, Mismatch, TooDeep, parser
+from trainc.dsl.syntax.repairs import foreign_format
 from trainc.dsl.syntax.tokens import END, OPENS, span_of, tokenize
 from trainc.dsl.syntax.tree_builder import TreeBuilder
 from trainc.dsl.text.diagnostic import Diagnostic
@@ -41,6 +42,10 @@ class Parsed:
 
 def parse(source: Source) -> Parsed:
     """Return the tree of a text; a broken statement is left out of it and reported."""
+    if (foreign := foreign_format(source)) is not None:
+        out = Parsed(source, [foreign])
+        out.lost.add("*")
+        return out
     lexed = tokenize(source)
     out = Parsed(source, lexed.found)
     if lexed.stopped:
@@ -81,8 +86,8 @@ def _parse_tokens(tokens: Sequence[Token], start: str = START, begin: int = 0) -
             tree = reading.feed_token(token)
     except UnexpectedToken:
         return Mismatch(token, reading)
-    except TooDeep:
-        return Mismatch(token, reading, too_deep=True)
+    except TooDeep as error:
+        return Mismatch(token, reading, too_deep=str(error))
     assert isinstance(tree, Branch)
     return tree
 
@@ -107,7 +112,10 @@ def _parse_statements(tokens: list[Token], builder: TreeBuilder, out: Parsed) ->
                 whole, piece, before = before, piece[len(before) :], []
                 first = _parse_tokens(whole)
                 assert isinstance(first, Branch)
-                statements += builder.transform(first).statements
+                if _is_complete(whole, read.token, source):
+                    statements += builder.transform(first).statements
+                else:
+                    out.lost |= _names_defined(whole)
             for token in before:
                 if token.type == "STRING":
                     builder.string_of(token)
@@ -120,6 +128,14 @@ def _parse_statements(tokens: list[Token], builder: TreeBuilder, out: Parsed) ->
         else:
             statements += builder.transform(read).statements
     out.tree = ast.Tree(tuple(statements), span=source.span())
+
+
+def _is_complete(whole: Sequence[Token], following: Token, source: Source) -> bool:
+    """Say whether a statement ends before a token that does not fit; a clause without braces goes on in its line."""
+    if not whole or whole[0].type not in ("KIND", "RUN") or whole[-1].type == "RBRACE":
+        return True
+    between = source.text[whole[-1].end_pos : following.start_pos]
+    return following.type == END or "\n" in between
 
 
 def _contains_any(offsets: Sequence[int], piece: Sequence[Token], source: Source) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from lark import Token
 
-from trainc.dsl.syntax.grammar import MAX_DEPTH, Mismatch, parser
+from trainc.dsl.syntax.grammar import Mismatch, parser
 from trainc.dsl.syntax.tokens import END, OPENS, span_of
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Source, Span, printable
 from trainc.dsl.text.vocabulary import KINDS
@@ -22,6 +22,7 @@ _OPERATORS = {
 _KEYWORD_KEYS = {
     "AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL", "FOR", "THEN", "IS", "USE", "COOLDOWN",
 }  # fmt: skip
+_PARTS = {"AS", "ON", "FROM", "UNTIL", "EVERY", "OPTIONAL"}
 _DOUBLED = {
     "&": "write `and` between conditions, `&` between selectors",
     "|": "write `or` between conditions, `|` between selectors",
@@ -41,7 +42,7 @@ def explain(
     token, accepts = mismatch.token, mismatch.accepts
     if mismatch.too_deep:
         label = Label(span_of(token, source))
-        return Diagnostic("too-deep", f"this is nested more than {MAX_DEPTH} levels deep", (label,))
+        return Diagnostic("too-deep", mismatch.too_deep, (label,))
     last = before[-1] if before else None
     ended = token.type == END
     if not before and token.type == "NAME" and "KIND" in accepts:
@@ -54,7 +55,13 @@ def explain(
     opened = _open_bracket(before)
     if opened and (ended or _begins_line(token, last, source)):
         labels.append(Label(span_of(opened, source), f"this `{opened}` is still open"))
-    return Diagnostic("syntax", message, tuple(labels), (), _help(token, accepts, before, source))
+    help, edit = _help(token, accepts, before, source, whole)
+    if token.type == "STRING" and whole and whole[0].type == "KIND" and whole[-1].type == "NAME":
+        help = f"an import path stands in brackets: write `{whole[-1]}({printable(token, 80)})`"
+        edit = Edit(at, f"({token})", safe=len(whole) == 2)
+    elif token.type in _PARTS and whole and whole[-1].type == "RBRACE":
+        help = f"`{token}` and what follows it stand before the braces of the clause"
+    return Diagnostic("syntax", message, tuple(labels), (), help, edit=edit)
 
 
 def expected_words(accepts: frozenset[str]) -> list[str]:
@@ -111,23 +118,65 @@ def _begins_line(token: Token, last: Token | None, source: Source) -> bool:
 
 
 def _help(
-    token: Token, accepts: frozenset[str], before: Sequence[Token], source: Source
-) -> str | None:
+    token: Token,
+    accepts: frozenset[str],
+    before: Sequence[Token],
+    source: Source,
+    whole: Sequence[Token],
+) -> tuple[str | None, Edit | None]:
+    """Return what to write instead, and the edit that does it; None where it is not known."""
     last = before[-1] if before else None
     span, text = span_of(token, source), token.value
     neighbours = (source.text[: span.start].rstrip()[-1:], source.text[span.end : span.end + 1])
     if text in _DOUBLED and text in neighbours:
-        return _DOUBLED[text]
+        return _DOUBLED[text], _once(text, span, before)
     if text == "==" and "EQUAL" in accepts:
-        return _DOUBLED["="]
-    if text == "=" and "AND" in accepts:
-        return "write `==` to compare"
+        return _DOUBLED["="], Edit(span, "=", safe=True)
+    kind = next((t.type for t in (*before, *whole)), None)
+    if text == "=" and "AND" in accepts and kind in ("WHEN", "LET"):
+        return "write `==` to compare", Edit(span, "==", safe=kind == "WHEN")
+    if text == "=" and last and last.type in ("KIND", "RUN", "UNIT"):
+        if (
+            last.type != "UNIT"
+            and not source.text[source.line_at(last.start_pos or 0)[0] : last.start_pos].strip()
+        ):
+            return "remove the `=`: a clause has none", Edit(span, "", safe=True)
+        return (
+            f"write the fields of a clause in braces: {_as_field(last, source, braces=True)}",
+            None,
+        )
+    if token.type == "NAME" and "STRING" in accepts and last and last in ("use", "warn", "("):
+        return _quoted(token, last, span)
+    if token.type == "NUMBER" and last and last == "," and last.end_pos == span.start:
+        return "write large numbers without commas: `1000`, or `1_000`", None
+    after = Span(source, last.end_pos or 0, last.end_pos or 0) if last else span
     if accepts == {"EQUAL"} and last:
-        return f"write {_as_field(last, source)}"
+        value = token.type in ("NUMBER", "STRING", "NAME")
+        safe = kind != "LET" or token.type != "NAME"  # the name of a `let` may have two words
+        return f"write {_as_field(last, source)}", Edit(after, " =", safe=safe) if value else None
     statement = token.type in _STATEMENT and _begins_line(token, last, source)
     if "COMMA" in accepts and token.type in ("NAME", "UNIT", "KIND", "RUN") and not statement:
-        return "write `,` between fields"
-    return None
+        return "write `,` between fields", Edit(after, ",", safe=True)
+    return None, None
+
+
+def _once(text: str, span: Span, before: Sequence[Token]) -> Edit | None:
+    """Return the edit for a sign that is written twice."""
+    start = span.start - 1 if span.source.text[span.start - 1 : span.start] == text else span.start
+    both = Span(span.source, start, start + 2)
+    when = bool(before) and before[0].type == "WHEN"
+    words = {"&": "and", "|": "or"} if when else {"&": "&", "|": "|"}
+    new = {**words, "/": "#"}.get(text)
+    return None if new is None else Edit(both, new, safe=True)
+
+
+def _quoted(token: Token, last: Token, span: Span) -> tuple[str, Edit]:
+    """Return how a path or a text without quotes is written."""
+    written = f'"{token}"'
+    if last == "(":
+        module, _, name = token.value.rpartition(".")
+        written = f'"{module}:{name}"' if module else written
+    return f"write it in quotes: `{written}`", Edit(span, written, safe=last != "(")
 
 
 def _unknown_kind(token: Token, source: Source, whole: Sequence[Token]) -> Diagnostic:

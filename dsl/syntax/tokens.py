@@ -8,7 +8,7 @@ from lark import Token
 from lark.exceptions import UnexpectedCharacters
 
 from trainc.dsl.syntax.grammar import parser
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label
 from trainc.dsl.text.source import Source, Span, printable
 
 MAX_CHARACTERS = 250_000
@@ -55,9 +55,21 @@ def tokenize(source: Source, begin: int = 0) -> Tokens:
                 depth = _add(token, depth, out, source)
                 if out.stopped:
                     break
-            return out
+            return _meant(out, source)
         except UnexpectedCharacters as error:
-            bad = _BAD.match(source.text, error.pos_in_stream or 0)
+            from trainc.dsl.syntax.repairs import at_bad_character
+
+            at = error.pos_in_stream or 0
+            repair = at_bad_character(source, at, out.tokens)
+            if repair is not None:
+                thread.state.line_ctr.feed(source.text[at : repair.end])
+                out.found.append(repair.found)
+                del out.tokens[len(out.tokens) - repair.taken :]
+                for token in repair.tokens:
+                    depth = _add(token, depth, out, source)
+                out.stopped = out.stopped or len(out.found) >= MAX_COMPLAINTS
+                continue
+            bad = _BAD.match(source.text, at)
             assert bad is not None
             thread.state.line_ctr.feed(bad[0])
             out.found.append(_complain(bad, source))
@@ -66,6 +78,35 @@ def tokenize(source: Source, begin: int = 0) -> Tokens:
                 depth = _add(token, depth, out, source)
             out.stopped = out.stopped or len(out.found) >= MAX_COMPLAINTS
     return out
+
+
+def _meant(out: Tokens, source: Source) -> Tokens:
+    """Return the tokens without the mistakes that are known by their form."""
+    if not out.stopped:
+        from trainc.dsl.syntax.token_repairs import repair_tokens
+
+        out.tokens = _named(out.tokens)
+        out.tokens, found = repair_tokens(out.tokens, source)
+        out.found += found
+    return out
+
+
+def _named(tokens: list[Token]) -> list[Token]:
+    """Return the tokens with a kind as a name where it is the construct of a clause, as in `loss model`.
+
+    It stands behind another kind, and nothing follows that would name a construct of its own kind.
+    """
+    after = [*tokens[1:], None][: len(tokens)]
+    before = [None, *tokens[:-1]][: len(tokens)]
+    return [
+        Token("NAME", one.value, one.start_pos, end_pos=one.end_pos)
+        if one.type == "KIND"
+        and last is not None
+        and last.type == "KIND"
+        and (following is None or following.type not in ("NAME", "STRING", "UNIT"))
+        else one
+        for last, one, following in zip(before, tokens, after, strict=True)
+    ]
 
 
 def comments_of(source: Source) -> list[Span]:
@@ -110,9 +151,12 @@ def _complain(bad: re.Match[str], source: Source) -> Diagnostic:
         message = f"`{printable(text)}` is not a number"
         return Diagnostic("syntax", message, (Label(span),), (), help)
     message = f"unexpected `{printable(text)}`"
-    return Diagnostic("syntax", message, (Label(span),), (), _INSTEAD.get(text))
+    new = _REPLACED.get(text)
+    edit = None if new is None else Edit(span, new)
+    return Diagnostic("syntax", message, (Label(span),), (), _INSTEAD.get(text), edit=edit)
 
 
+_REPLACED = {";": ",", "!": "not ", "$": ""}
 _INSTEAD = {
     ";": "remove `;`; write `,` between fields",
     ":": "write `=` between a name and its value",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from trainc.dsl.text.language_rules import RuleExplanation
+from trainc.dsl.text.nearest import nearest
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.rules import RULES
-from trainc.dsl.text.source import Span
+from trainc.dsl.text.source import Span, printable
 
 Severity = Literal["error", "warning"]
 
@@ -25,10 +27,37 @@ def repetition(again: Span, first: Span) -> tuple[Label, Label]:
 
 
 class Edit(Record):
-    """A replacement that would correct the text."""
+    """A replacement that would correct the text; one that is `safe` cannot change what was meant."""
 
     span: Span
     text: str
+    safe: bool = False
+
+    def __str__(self) -> str:
+        """Return what is replaced by what."""
+        new = printable(self.text, 80)
+        old = printable(self.span.text, 80)
+        return f"`{old}` is now `{new}`" if old else f"`{new}` added"
+
+
+_CLOSED = frozenset(
+    ("syntax", "unknown-kind", "unknown-field", "unknown-function", "unknown-construct",
+     "unknown-action", "bad-value", "wrong-unit")
+)  # fmt: skip
+"""The rules on words of the language: a misspelt one cannot be anything else."""
+
+
+def _suggested(rule: str, help: str, span: Span) -> Edit | None:
+    """Return the edit that a help line such as "did you mean `epochs`?" proposes for the word of a span."""
+    if (call := re.match(r"write a call: `([^`.]+)`", help)) is not None:
+        return Edit(span, call[1])
+    meant = re.match(r"did you mean `([^`]+)`", help)
+    if meant is None or " " in span.text:
+        return None
+    if nearest(span.text, [meant[1]]) is not None:
+        return Edit(span, meant[1], rule in _CLOSED)
+    words = [word for word in re.finditer(r"\w+", span.text) if nearest(word[0], [meant[1]])]
+    return Edit(span.part(*words[0].span()), meant[1]) if len(words) == 1 else None
 
 
 class Diagnostic(Record):
@@ -49,6 +78,8 @@ class Diagnostic(Record):
             f"there is no rule `{self.rule}`: add it to the rules in dsl/text, or to `rules` of a construct"
         )
         self._set("explanation", self.explanation or RULES[self.rule])
+        if self.edit is None and self.help and self.labels:
+            self._set("edit", _suggested(self.rule, self.help, self.labels[0].span))
 
     @property
     def span(self) -> Span | None:

@@ -14,10 +14,20 @@ class RuleExplanation(Record):
 
 
 LANGUAGE_RULES: dict[str, RuleExplanation] = {
+    "never-acts": RuleExplanation(
+        "A line cannot act in this run: its time is after the end, or no value meets its condition.",
+        "The run would look as if the line worked.",
+        "Change the time or the number, or the `length` of `run`, or remove the line.",
+    ),
     "syntax": RuleExplanation(
         "The text does not follow the grammar of the language at this place.",
         "A statement that cannot be read cannot be checked. The statements around it are still checked.",
         "Write at the caret what the message expects. Fields are separated by `,`.",
+    ),
+    "unknown-unit": RuleExplanation(
+        "The word behind a number is no unit.",
+        "A duration in another unit would be another run.",
+        "Write one of the units in the note, in the singular or the plural.",
     ),
     "too-large": RuleExplanation(
         "A text, or the value of a `let`, is larger than the limit.",
@@ -25,7 +35,7 @@ LANGUAGE_RULES: dict[str, RuleExplanation] = {
         "Check that the file is a spec. Split long lists into several `let`s.",
     ),
     "too-deep": RuleExplanation(
-        "Brackets, operators or included files are nested deeper than the limit.",
+        "Brackets, operators or included files are nested deeper than the limit, or a chain of operators is longer.",
         "The limits keep a damaged file from exhausting the memory. No spec written by hand reaches them.",
         "Give inner parts a name with `let`.",
     ),
@@ -47,7 +57,7 @@ LANGUAGE_RULES: dict[str, RuleExplanation] = {
     "unknown-kind": RuleExplanation(
         "A statement begins with a word that is neither a kind of clause nor `let`, `use`, `when` or `train`.",
         "The kinds are fixed. A kind says what a construct is for, and so when it acts in a step.",
-        "Write one of the kinds in the note, as in `regularize pace`.",
+        "Write one of the kinds in the note.",
     ),
     "unknown-construct": RuleExplanation(
         "The kind has no construct of this name.",
@@ -119,11 +129,11 @@ LANGUAGE_RULES: dict[str, RuleExplanation] = {
     "duplicate-label": RuleExplanation(
         "Two clauses have the same name: the same `as`, or the same construct and no `as`.",
         "Conditions, logs and checkpoints refer to a clause by its name.",
-        "Name one of them: `noise_scale gns as early on ...`, and write `early` in conditions.",
+        "Name one of them, `as early`, and write `early` in conditions.",
     ),
     "duplicate-clause": RuleExplanation(
         "A kind that may be used once is used twice.",
-        "A run has one model, one data source, one loss and one length.",
+        "A run has one model, one data source and one length.",
         "Remove one of the clauses. One of them may be in an included file.",
     ),
     "let-cycle": RuleExplanation(
@@ -145,6 +155,12 @@ LANGUAGE_RULES: dict[str, RuleExplanation] = {
         "A file named by `use` cannot be read.",
         "Paths are relative to the file that contains the `use`, not to the working directory.",
         "Correct the path.",
+    ),
+    "use-outside": RuleExplanation(
+        "A file named by `use` is not in the folder of the spec, nor in a folder below.",
+        "A spec from elsewhere could otherwise read any file, parts of which would be in messages.",
+        "Move the file below the spec, or set TRAINC_USE_PATH to the folders that `use` may read from, with `:` "
+        "between them.",
     ),
     "include-cycle": RuleExplanation(
         "A file includes itself, directly or through other files.",

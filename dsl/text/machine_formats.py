@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label
 from trainc.dsl.text.render import safe
 
 # Where each property of a GitHub annotation stands in a place.
@@ -41,7 +41,12 @@ def render_json(diagnostics: Iterable[Diagnostic]) -> str:
                 "labels": [_place(label) for label in d.labels],
                 "notes": [safe(note) for note in d.notes],
                 "help": d.help and safe(d.help),
-                "edit": d.edit and {**_place(Label(d.edit.span)), "text": safe(d.edit.text)},
+                "edit": d.edit
+                and {
+                    **_place(Label(d.edit.span)),
+                    "text": safe(d.edit.text),
+                    "safe": d.edit.safe,
+                },
             }
             for d in diagnostics
         ],
@@ -69,8 +74,8 @@ def render_github(diagnostics: Iterable[Diagnostic]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def render_sarif(diagnostics: Sequence[Diagnostic]) -> str:
-    """Return a SARIF 2.1.0 log, for code-scanning services."""
+def render_sarif(diagnostics: Sequence[Diagnostic], version: str = "") -> str:
+    """Return a SARIF 2.1.0 log, for code-scanning services; `version` is trainc's."""
     explained = {d.rule: d.explanation for d in diagnostics}
     used = sorted(explained)
     rules = [
@@ -95,26 +100,41 @@ def render_sarif(diagnostics: Sequence[Diagnostic]) -> str:
         }
         if places[1:]:
             result["relatedLocations"] = places[1:]
+        if d.edit is not None:
+            result["fixes"] = [_sarif_fix(d.edit, d.help or d.message)]
         results.append(result)
-    driver = {"name": "trainc", "rules": rules}
+    driver = {"name": "trainc", **({"version": version} if version else {}), "rules": rules}
     log = {
         "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
         "version": "2.1.0",
-        "runs": [{"tool": {"driver": driver}, "results": results}],
+        "runs": [
+            {"tool": {"driver": driver}, "columnKind": "unicodeCodePoints", "results": results}
+        ],
     }
     return json.dumps(log, indent=2)
 
 
-def _sarif_place(label: Label) -> dict[str, Any]:
-    place = _place(label)
-    region = {
+def _sarif_fix(edit: Edit, what: str) -> dict[str, Any]:
+    """Return an edit as a SARIF fix, which a person or a service may apply."""
+    place = _place(Label(edit.span))
+    replacement = {"deletedRegion": _region(place), "insertedContent": {"text": edit.text}}
+    change = {"artifactLocation": {"uri": place["file"]}, "replacements": [replacement]}
+    return {"description": {"text": safe(what)}, "artifactChanges": [change]}
+
+
+def _region(place: dict[str, Any]) -> dict[str, Any]:
+    return {
         "startLine": place["line"],
         "startColumn": place["column"],
         "endLine": place["end_line"],
         "endColumn": place["end_column"],
     }
+
+
+def _sarif_place(label: Label) -> dict[str, Any]:
+    place = _place(label)
     out: dict[str, Any] = {
-        "physicalLocation": {"artifactLocation": {"uri": place["file"]}, "region": region}
+        "physicalLocation": {"artifactLocation": {"uri": place["file"]}, "region": _region(place)}
     }
     if label.text:
         out["message"] = {"text": place["text"]}

@@ -27,8 +27,14 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "The clause has no effect on a parameter that never changes.",
         "Intersect with `trainable`: `on mats & trainable`.",
     ),
+    "ambiguous-clip": RuleExplanation(
+        "Two optimizer clauses clip to the same norm, each the gradients of its own parameters.",
+        "All gradients together can then have a larger norm, which is mostly not what was meant.",
+        "Write `clip` in `run`, which clips the gradients of all optimizers together, or give the clauses different "
+        "limits.",
+    ),
     "claimed-twice": RuleExplanation(
-        "Two clauses of one kind act on the same parameter.",
+        "Two clauses of one kind, or two entries of one field, act on the same parameter.",
         "trainc does not guess which of the two is meant.",
         "Make the selections disjoint: `on all - norms`.",
     ),
@@ -47,9 +53,9 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "It is left out of the program and costs nothing. Perhaps it was meant to act.",
         "Give the field another value, or remove the clause.",
     ),
-    "noise-scale-sees-penalty": RuleExplanation(
-        "A gradient noise scale is measured on parameters whose gradient also contains a penalty.",
-        "The result is then the noise scale of loss and penalty together. The theory is about the loss alone.",
+    "statistic-sees-penalty": RuleExplanation(
+        "A clause measures gradients of parameters on which a penalty acts.",
+        "The result is then that of loss and penalty together, where mostly the loss alone is meant.",
         "Leave the measured parameters out of the penalty's selector, or measure in steps without the penalty.",
     ),
     "import-failed": RuleExplanation(
@@ -62,15 +68,57 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "Without a model a spec cannot be compiled.",
         "The message shows the error. The arguments of the callable are the fields of the `model` clause.",
     ),
+    "processes": RuleExplanation(
+        "`trainc run` cannot divide the run over the processes that a launcher such as torchrun started.",
+        "The processes would wait for each other, or train other models than the spec says.",
+        "Follow the message: it names the clause, or how many processes this machine takes.",
+    ),
+    "hardware": RuleExplanation(
+        "This machine does not have the device that the run asks for, or cannot train in its precision.",
+        "A run that fell back to another device or precision in silence would take longer, or give other numbers.",
+        "Write `device = auto`, or one of the devices in the message; `--device` is used in place of the spec's field."
+        " `precision = bf16` works on every device that a run trains on, and needs no scaled losses.",
+    ),
+    "missing-library": RuleExplanation(
+        "A field names a library that is not installed, such as `log = wandb` of `run`.",
+        "The run would go on without what was asked of it, or end when it is needed.",
+        "Install the package that the message names in the environment in which trainc runs, or remove the field.",
+    ),
+    "out-of-memory": RuleExplanation(
+        "A step ran out of memory: of the device, or of the machine or the container where it trains on the CPU.",
+        "Of the step nothing is left. trainc then tries its passes with half of the samples, and half of these, until"
+        " they fit, so that the message can name a number that does.",
+        "Write that number as `micro` of `data`: the batch stays as it is, and so do the numbers of the run, to"
+        " rounding. With `micro = auto` the step is repeated with it, and the run goes on.",
+    ),
+    "does-not-fit": RuleExplanation(
+        "A run needs more memory or disk than there is: by its plan, or as its first step measured it.",
+        "Memory is that of the GPU, or of the machine, the container and the process where it trains on the CPU. A run"
+        " that is killed there, or whose checkpoints fill the disk, has cost its hours.",
+        "The message says what the run needs, and what to write instead. `trainc run --no-preflight` starts it all the"
+        " same.",
+    ),
+    "loss-mismatch": RuleExplanation(
+        "The loss cannot be computed from what the model returns and the targets that the data gives.",
+        "Each loss needs its own form of targets: class indices or probabilities of classes for `cross_entropy`, the"
+        " output's shape for the others; and one output, which `output` chooses where the model returns several.",
+        "Compare the shapes and dtypes in the message, and change the model, the data, or the loss.",
+    ),
     "data-failed": RuleExplanation(
         "The data callable raised an error, or the object it returned lacks something that trainc needs.",
-        "`trainc explain data` describes the object: `train`, `evaluation` and `tokens_per_sample`.",
+        "`trainc explain data` has what it may return: data sets, loaders, pairs and dicts of them, or splits.",
         "The message shows the error, or says what is missing.",
     ),
     "wrong-argument": RuleExplanation(
         "A callable does not take an argument that the spec or the command line gives.",
         "Fields of `model`, `data` and `torch` clauses are passed to the imported callable as keyword arguments.",
         "Compare the arguments with those in the help line.",
+    ),
+    "optimizer-failed": RuleExplanation(
+        "An optimizer did something in its step that its clause cannot carry out.",
+        "An optimizer that sets its own learning rate would undo a schedule. State that no checkpoint can hold would "
+        "be lost when the run is resumed.",
+        "The message says what the optimizer did, and what to write instead.",
     ),
     "capture-failed": RuleExplanation(
         "The model could not be turned into a graph.",
@@ -97,13 +145,14 @@ MODEL_RULES: dict[str, RuleExplanation] = {
     "examples-mix": RuleExplanation(
         "The model's output for one example depends on the other examples of the batch.",
         "Such an example has no gradient of its own. Its statistics would be wrong without an error.",
-        "Remove the operation that mixes examples along the first axis, or measure with `method = micro_batch`.",
+        "Remove the operation that mixes examples along the first axis, put BatchNorm in eval mode, or measure "
+        "micro-batches.",
     ),
     "loss-not-a-mean": RuleExplanation(
         "The loss of a batch is not the weighted mean of the losses of its examples.",
-        "A noise scale compares what each example adds to a mean. A summed or a contrastive loss is not such a "
+        "A statistic of examples is of what each of them adds to a mean. A summed or a contrastive loss is not such a "
         "mean.",
-        "Divide a summed loss by the number of examples or targets, or remove the noise scale.",
+        "Divide a summed loss by the number of examples or targets, or remove the clause that measures examples.",
     ),
     "wrong-target-kind": RuleExplanation(
         "A selector finds parameters where the construct acts on modules, or modules where it acts on parameters.",
@@ -112,12 +161,15 @@ MODEL_RULES: dict[str, RuleExplanation] = {
     ),
     "resume-impossible": RuleExplanation(
         "The run cannot be resumed with this spec.",
-        "The change gives the saved state another meaning.",
+        "The change gives the saved state another meaning. The notes list every difference; "
+        "those that begin with `impossible` are the reason.",
         "Start a new run, or use the spec that the run was started with.",
     ),
     "resume-needs-accept": RuleExplanation(
-        "The spec is not the one that the run was started with.",
-        "The run can be resumed, but as a whole it then follows neither of the two specs.",
-        "If this is what you want, repeat the command with `--accept`.",
+        "The spec or the data is not what the run's newest checkpoint was made with.",
+        "The run can be resumed, but as a whole it then follows neither of the two specs. The notes list every "
+        "difference: `safe` ones change no number of the training, and alone need no `--accept`.",
+        "If this is what you want, repeat the command with `--accept`: the state that fits is kept, and a checkpoint "
+        "of the new spec is saved at once.",
     ),
 }

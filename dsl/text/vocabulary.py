@@ -25,10 +25,12 @@ COUNTERS = ("steps", "samples", "tokens", "epochs", "seconds")
 """What the clock counts; durations are in these units or in percent of the run."""
 PLACES = ("depth", "block", "blocks")
 """Where in the model a value is used."""
-SIGNALS = ("loss", "batch", "lr", "step", "micro_batch")
+SIGNALS = ("loss", "gradient_norm", "batch", "lr", "step", "micro_batch")
 """What every run measures."""
 BUILT_IN = (*PLACES, "progress", *COUNTERS, *SIGNALS)
 """The names every expression may use."""
+METRICS = ("data_loss", "gradient_norm", "lr_min", "lr_max", "skipped")
+"""What steps report besides, which no expression may use and no clause may be called."""
 ASSIGNABLE = ("batch",)
 """What a rule may set."""
 
@@ -36,6 +38,7 @@ SHAPES = ("linear", "cosine", "sqrt")
 STATES = ("nan", "inf", "finite")
 BOOLEANS = ("false", "true")
 
+SELECTOR_WORDS = ("all", "trainable", "matrices")
 SELECTOR_FUNCTIONS = ("type", "ndim", "role", "depth")
 ROLES = ("norm", "bias", "embedding", "attention", "mlp", "head")
 WHERE_NAMES = ("numel", "ndim", "depth", "block")

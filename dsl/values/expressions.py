@@ -34,7 +34,7 @@ class Quantity(Value):
 
 
 class Name(Value):
-    """A name: `depth`, a signal such as `gns` or `gns.noise`."""
+    """A name: `depth`, a signal such as `label` or `label.low`."""
 
     id: str
 

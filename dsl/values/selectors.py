@@ -76,6 +76,13 @@ class Trainable(Value):
         return "trainable", ATOM
 
 
+class Matrices(Value):
+    """Weights of linear layers, convolutions, embeddings and experts, however many matrices one tensor holds."""
+
+    def written(self) -> Written:
+        return "matrices", ATOM
+
+
 class Where(Value):
     """The members of a selection for which a condition on `numel`, `ndim`, `depth` or `block` is true."""
 
@@ -126,7 +133,7 @@ class Expect(Value):
 
 
 Selector = (
-    Glob | OfType | Ndim | Role | DepthRange | All | Trainable | Where
+    Glob | OfType | Ndim | Role | DepthRange | All | Trainable | Matrices | Where
     | Union | Intersection | Difference | Expect
 )  # fmt: skip
 

@@ -29,6 +29,8 @@ def _written(value: Any) -> Written:
     match value:
         case Value():
             return value.written()
+        case None:
+            return "none", ATOM
         case bool():
             return "true" if value else "false", ATOM
         case int() | float():

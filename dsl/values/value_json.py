@@ -27,6 +27,7 @@ from trainc.dsl.values.selectors import Difference as Difference
 from trainc.dsl.values.selectors import Expect as Expect
 from trainc.dsl.values.selectors import Glob as Glob
 from trainc.dsl.values.selectors import Intersection as Intersection
+from trainc.dsl.values.selectors import Matrices as Matrices
 from trainc.dsl.values.selectors import Ndim as Ndim
 from trainc.dsl.values.selectors import OfType as OfType
 from trainc.dsl.values.selectors import Role as Role
@@ -44,7 +45,7 @@ _PAIRS = {"union": Union, "intersection": Intersection, "difference": Difference
 # Values written as their tag and their fields, in order.
 _TAGS: dict[type, str] = {
     Duration: "dur", Range: "range", Number: "num", Name: "name", Glob: "glob", OfType: "type",
-    Ndim: "ndim", Role: "role", DepthRange: "depth", All: "all", Trainable: "trainable",
+    Ndim: "ndim", Role: "role", DepthRange: "depth", All: "all", Trainable: "trainable", Matrices: "matrices",
     Where: "where", Expect: "expect", Scoped: "on", **{kind: tag for tag, kind in _PAIRS.items()},
 }  # fmt: skip
 
@@ -131,6 +132,8 @@ def from_json(data: Json) -> Any:
             return All()
         case ["trainable"]:
             return Trainable()
+        case ["matrices"]:
+            return Matrices()
         case ["where", selector, condition]:
             return Where(selector_from_json(selector), expr_from_json(condition))
         case [str(tag), left, right] if tag in _PAIRS:

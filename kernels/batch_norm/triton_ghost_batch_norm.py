@@ -60,9 +60,10 @@ def ghost_forward(
     HAS_W: tl.constexpr, HAS_B: tl.constexpr, ONCE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channel blocks, ghosts): y, and the ghost's mean, 1 / deviation, unbiased variance."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    ghost = tl.program_id(1)
+    """Grid (channel blocks * ghosts,): y, and the ghost's mean, 1 / deviation, unbiased variance."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    ghost = tl.program_id(0) // blocks
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, last = _bounds(ghost, ghosts, examples, ghost_size)
     lane, place = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
     count = (last - begin).to(tl.float32) * width
@@ -121,9 +122,10 @@ def ghost_backward(
     HAS_W: tl.constexpr, WRITE_DX: tl.constexpr, ONCE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channel blocks, ghosts): dx, and the ghost's part of dweight and dbias, (ghosts, C)."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    ghost = tl.program_id(1)
+    """Grid (channel blocks * ghosts,): dx, and the ghost's part of dweight and dbias, (ghosts, C)."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    ghost = tl.program_id(0) // blocks
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, last = _bounds(ghost, ghosts, examples, ghost_size)
     lane, place = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
     count = (last - begin).to(tl.float32) * width
@@ -207,11 +209,10 @@ def _sizes(x: Tensor, ghost_size: int) -> tuple[int, int, int, int, int]:
 
 
 def _launch(kernel, pointers, sizes, held, *scalars, **flags) -> None:
-    """Run a kernel over (channel blocks, ghosts)."""
+    """Run a kernel over channel blocks and ghosts."""
     examples, channels, width, count, size = sizes
     chosen = tile(examples - (count - 1) * size, channels, width, held)
-    grid = (triton.cdiv(channels, chosen.channels), count)
-    kernel[grid](
+    kernel[(triton.cdiv(channels, chosen.channels) * count,)](
         *pointers, examples, channels, width, count, size, *scalars,
         **flags, ONCE=chosen.once, BLOCK_N=chosen.samples, BLOCK_C=chosen.channels,
         BLOCK_S=chosen.positions, num_warps=chosen.warps,

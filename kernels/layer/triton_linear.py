@@ -92,14 +92,15 @@ def _products(
     return found
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
+@triton.jit(do_not_specialize=["rows", "tiles", "pairs"])
 def gram(
-    X, DY, PARTIAL, rows, inputs, outputs, tiles,
+    X, DY, PARTIAL, rows, inputs, outputs, tiles, pairs,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (examples, pairs): PARTIAL (B, pairs), a pair (i, j >= i) of tiles of BLOCK_T rows."""
-    example, pair = tl.program_id(0), tl.program_id(1)
+    """Grid (examples * pairs,): PARTIAL (B, pairs), a pair (i, j >= i) of tiles of BLOCK_T rows."""
+    pid = tl.program_id(0)
+    example, pair = pid // pairs, pid % pairs
     # Rows of the triangle are read off one after another: there are few.
     i, rest = 0, pair
     while rest >= tiles - i:
@@ -118,4 +119,4 @@ def gram(
     found = tl.sum(tl.sum(inner * outer, 1), 0)
     # Tiles off the diagonal stand for their mirror images too.
     found = tl.where(i == j, found, 2.0 * found)
-    tl.store(PARTIAL + example.to(tl.int64) * tl.num_programs(1) + pair, found)
+    tl.store(PARTIAL + pid, found)

@@ -3,11 +3,13 @@
 Rates and costs below are reasoned, not measured: docs/kernels.md has the reasons.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from trainc.kernels.layer import triton_linear as kernels
 from trainc.kernels.library.contracts import REDUCED
 from trainc.kernels.library.grid import cdiv, power_of_2, resident_programs
 
+# Triton before this version cannot compile 16-bit products for Blackwell's first GPUs (compute capability 10): its
+# compiler fails in one of its passes, in 3.6 for `weight_gradient` and most of `gram`, in 3.7 for the first alone.
+BLACKWELL, PRODUCTS_FROM = 10, (3, 8)
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Tiles in one column of the order programs run in: what they load is shared by some GROUP * GROUP.
 GROUP = 8
@@ -107,6 +112,26 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if fast else "ieee"
 
 
+@lru_cache(maxsize=1)
+def _warn_of_products(version: str) -> None:
+    warnings.warn(
+        f"triton {version} cannot compile the kernels `weight_gradient` and `gram` in 16 bits for this GPU: "
+        "per-example norms of linear layers take PyTorch's own products. Install triton 3.8 or later",
+        stacklevel=2,
+    )
+
+
+def compiles(dtype: torch.dtype, device: torch.device, version: str = triton.__version__) -> bool:
+    """Whether this Triton can compile the products for the device; warns once where it cannot."""
+    if dtype not in REDUCED or device.type != "cuda":
+        return True
+    old = tuple(int(part) for part in version.split(".")[:2]) < PRODUCTS_FROM
+    if not old or torch.cuda.get_device_capability(device)[0] != BLACKWELL:
+        return True
+    _warn_of_products(version)
+    return False
+
+
 def weight_gradient(
     x: Tensor, dy: Tensor, dtype: torch.dtype, slots: int, shape: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -150,8 +175,8 @@ def gram(x: Tensor, dy: Tensor) -> Tensor:
     block = gram_rows(rows, float32)
     tiles = cdiv(rows, block)
     partial = x.new_empty((examples, _pairs(tiles)), dtype=torch.float32)
-    kernels.gram[partial.shape](
-        x, dy, partial, rows, inputs, outputs, tiles,
+    kernels.gram[(partial.numel(),)](
+        x, dy, partial, rows, inputs, outputs, tiles, partial.shape[1],
         OPERAND=OPERANDS[x.dtype], PRECISION=precision(x.dtype), STAGES=STAGES,
         BLOCK_T=block, BLOCK_C=32 if float32 else 64, num_warps=gram_warps(block, float32),
     )  # fmt: skip
@@ -164,7 +189,8 @@ def norms(
 ) -> tuple[Tensor | None, Tensor]:
     """The weight's gradient in dtype, where the algorithm makes it, and the (B,) norms."""
     (examples, rows, inputs), outputs = x.shape, dy.shape[2]
-    if rows == 1 or x.dtype not in OPERANDS or x.numel() == 0 or dy.numel() == 0:
+    served = x.dtype in OPERANDS and x.numel() > 0 and dy.numel() > 0
+    if rows == 1 or not served or not compiles(x.dtype, x.device):
         return linear_norms.norms_and_gradient(x, dy, algorithm, dtype)
     slots = slots or resident_programs(x.device, 1)
     if algorithm != "gram":

@@ -1,4 +1,8 @@
-"""What Triton kernels take, how many programs a launch needs, and how many a device runs at once."""
+"""What Triton kernels take, how many programs a launch needs, and how many a device runs at once.
+
+A grid has up to 2^31 - 1 programs along its first axis, but 65535 along the others: what may be more belongs to
+the first, several counts as their product.
+"""
 
 import torch
 from torch import Tensor

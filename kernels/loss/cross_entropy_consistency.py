@@ -33,13 +33,14 @@ def cross_entropy_consistency(
     F.cross_entropy's. Returns (loss, cross_entropy, consistency), 0-d in float32 (float64 for float64 logits):
 
       cross_entropy  mean cross-entropy of view one over targets that are not `ignore_index`
-      consistency    mean over a view's leading dims, ignored targets included, of the distance:
+      consistency    mean over targets that are not `ignore_index` of the distance of the two views there:
                      "mse"  sum over classes of (l1 - l2)^2, raw logits (PACE, Ni et al. 2024, arXiv:2409.17137, eq. 12)
-                     "kl"   (KL(p || q) + KL(q || p)) / 2 of the softmaxes (R-Drop, Liang et al. 2021, arXiv:2106.14448)
+                     "kl"   (KL(p || q) + KL(q || p)) / 2 of the softmaxes p and q (R-Drop, Liang et al. 2021,
+                            arXiv:2106.14448)
       loss           cross_entropy + weight * consistency
 
     Each of the three can be differentiated; both views get gradient (nothing is detached), and so does weight. As with
-    F.cross_entropy, no target to average over makes cross_entropy (and loss) nan, and its gradient zero. Classes masked
+    F.cross_entropy, no target to average over makes all three nan, and the gradient zero. Classes masked
     by -inf in both views leave cross_entropy as F.cross_entropy has it and make consistency (and loss) nan.
 
     Raises RuntimeError for arguments outside of this, for a target outside of [0, C) on a CPU (on CUDA cross_entropy
@@ -68,9 +69,10 @@ def reference(
     each = -(1 - label_smoothing) * chosen - label_smoothing * log_p.mean(1)
     cross_entropy = each.where(kept, 0).sum() / kept.sum()
     if distance == "mse":
-        consistency = (first - second).square().sum(1).mean()
+        apart = (first - second).square().sum(1)
     else:
-        consistency = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1).mean() / 2
+        apart = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
+    consistency = apart.where(kept, 0).sum() / kept.sum()
     return cross_entropy + weight * consistency, cross_entropy, consistency
 
 
@@ -111,8 +113,8 @@ def means(
     cross_entropies: Tensor, distances: Tensor, labels: Tensor, weight: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, cross_entropy, consistency) from the cross-entropies and distances of the rows."""
-    cross_entropy = cross_entropies.sum() / (labels != ignore_index).sum()
-    consistency = distances.sum() / labels.shape[0]
+    kept = (labels != ignore_index).sum()
+    cross_entropy, consistency = cross_entropies.sum() / kept, distances.sum() / kept
     loss = torch.add(cross_entropy, consistency * weight.to(cross_entropy.dtype))
     return loss, cross_entropy, consistency
 
@@ -120,9 +122,9 @@ def means(
 def row_factors(
     cross_entropy_factor: Tensor, consistency_factor: Tensor, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Each row's factor in the mean over rows that are not ignored, and in the mean over all rows."""
+    """Each row's factors in the two means over rows that are not ignored."""
     kept = (labels != ignore_index).sum().clamp_(min=1)
-    return cross_entropy_factor / kept, consistency_factor / max(labels.shape[0], 1)
+    return cross_entropy_factor / kept, consistency_factor / kept
 
 
 def fake_results(

@@ -56,9 +56,9 @@ def linear_cross_entropy_consistency(
     `label_smoothing`, in [0, 1], is F.cross_entropy's.
 
     Returns (loss, cross_entropy, consistency), 0-d in float32 (float64 for float64 hidden): cross_entropy + weight *
-    consistency, view one's mean cross-entropy over targets that count, and the mean distance over all positions. Each
-    can be differentiated; hidden, head, bias and weight get the gradients that they would through all logits. Without a
-    target that counts cross_entropy (and loss) is nan.
+    consistency, view one's mean cross-entropy and the mean distance, both over targets that count. Each can be
+    differentiated; hidden, head, bias and weight get the gradients that they would through all logits. Without a
+    target that counts all three are nan.
 
     Raises RuntimeError for arguments outside of this, for a target outside of [0, C) on a CPU (on CUDA cross_entropy
     becomes nan, or in float64 a device assertion fails) and for second derivatives, and NotImplementedError for

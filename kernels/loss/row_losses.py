@@ -37,7 +37,7 @@ def row_losses(
     label_smoothing: float,
     statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies, 0 where ignored, and distances, (n,) each, of logits (2n, C).
+    """Cross-entropies and distances, both 0 where ignored, (n,) each, of logits (2n, C).
 
     `statistics` stay as they are.
     """
@@ -63,7 +63,7 @@ def row_losses(
             torch.linalg.vecdot(log_p.exp_().sub_(log_q.exp_()), gap, out=distances[here])
     if distance == "kl":
         distances.mul_(0.5)
-    return cross_entropies.masked_fill_(~kept, 0), distances
+    return cross_entropies.masked_fill_(~kept, 0), distances.masked_fill_(~kept, 0)
 
 
 def write_gradients(
@@ -80,7 +80,7 @@ def write_gradients(
 ) -> None:
     """Write the gradient of on_cross_entropy * cross_entropies.sum() + on_distance * distances.sum() for (2n, C) rows.
 
-    `out` may be `rows` itself: a block is read before it is written.
+    It is 0 in rows that are ignored. `out` may be `rows` itself: a block is read before it is written.
     """
     dtype, count, classes = accumulation_dtype(rows.dtype), labels.shape[0], rows.shape[1]
     kept = labels != ignore_index
@@ -104,7 +104,8 @@ def write_gradients(
             pull.mul_(0.5 * scale)
             torch.mul(push, 0.5 * scale, out=out[there])
         if ignored:  # whatever such rows hold
-            p[~kept[here]] = 0
+            out[there][~kept[here]] = 0
+            p[~kept[here]] = pull[~kept[here]] = 0
         if label_smoothing:
             p.sub_(label_smoothing / classes)
         reward = p.new_full((1, 1), label_smoothing - 1.0).expand(safe[here].shape)

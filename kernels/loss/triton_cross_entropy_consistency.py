@@ -4,6 +4,8 @@ Forward: one program owns one row of both views and reads each logit once. A sof
 "kl" the means of log p - log q under both softmaxes, are carried along while the largest entry is
 still being found. What backward needs of a row it keeps: 2 or 8 numbers. Backward is then elementwise,
 reads both views once and writes both gradients. Per-row sums are added by PyTorch: deterministic.
+
+Classes may be masked by -inf, wherever they stand: nothing that is carried is measured from a -inf.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -22,6 +24,12 @@ BLOCK, WARPS = 2048, 4
 
 
 @triton.jit
+def _level(x):
+    """x, or 0 for a -inf: what other entries are measured from."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
 def _carried(
     L, across, x, y, column, mask, start, top, beside, place, own, rest, along, KL: tl.constexpr
 ):
@@ -30,22 +38,34 @@ def _carried(
     top is the largest entry, at `place`, where the other view has `beside`. With weights exp(x - top),
     rest is the sum of all but that entry's own, and along the sum of weights times v, where
     v = (x - top) - (y - beside) is log p - log q counted from that entry. Counted from there, and with
-    the entry's 1 apart, neither loses anything where one class is all but certain.
+    the entry's 1 apart, neither loses anything where one class is all but certain. An entry that is -inf in
+    either view adds nothing to along: `_masked` has what it does to a distance.
     """
     highest, where = tl.max(tl.where(mask, x, float("-inf")), 0, return_indices=True)
     higher = highest > top
     place = tl.where(higher, start + where, place)
     new_top = tl.where(higher, highest, top)
-    shrunk = tl.exp(top - new_top)
-    weight = tl.where(mask & (column != place), tl.exp(x - new_top), 0.0)
+    level = _level(new_top)
+    shrunk = tl.exp(top - level)
+    weight = tl.where(mask & (column != place), tl.exp(x - level), 0.0)
     if KL:
         new_beside = tl.load(L + across + place).to(tl.float32)
-        moved = (top - new_top) - (beside - new_beside)
-        along = tl.where(higher, shrunk * (along + (rest + own) * moved), along)
-        along += tl.sum(weight * ((x - new_top) - (y - new_beside)), 0)
+        met = top != float("-inf")  # else every entry so far was -inf, and nothing is carried
+        moved = (top - level) - (_level(beside) - _level(new_beside))
+        along = tl.where(higher & met, shrunk * (along + (rest + own) * moved), along)
+        counts = (x != float("-inf")) & (y != float("-inf"))
+        ratio = (x - level) - (y - _level(new_beside))
+        along += tl.sum(tl.where(counts, weight * ratio, 0.0), 0)
         beside = new_beside
     rest = tl.where(higher, shrunk * (rest + own), rest) + tl.sum(weight, 0)
     return new_top, beside, place, rest, along
+
+
+@triton.jit
+def _masked(x, y):
+    """What entries of -inf make of a divergence: inf where one view alone has them, nan where both do."""
+    either = (x == float("-inf")) | (y == float("-inf"))
+    return tl.sum(tl.where(either, tl.abs(x - y), 0.0), 0)
 
 
 @triton.jit
@@ -68,18 +88,19 @@ def loss_forward(
     L, TARGETS, CROSS_ENTROPY, DISTANCE, KEPT, rows, classes, ignore_index, smoothing,
     KL: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows,): the row's cross-entropy (0 when ignored), its distance and what backward needs."""
+    """Grid (rows,): the row's cross-entropy and distance, 0 when ignored, and what backward needs."""
     row = tl.program_id(0).to(tl.int64)
     one, two = row * classes, (row + rows) * classes
     target = tl.load(TARGETS + row)
     kept = target != ignore_index
-    anchor = tl.load(L + one).to(tl.float32)
-    top, other_beside = anchor, anchor
+    top = tl.load(L + one).to(tl.float32)
+    anchor, other_beside = _level(top), top
     beside = tl.load(L + two).to(tl.float32)
     other_top = beside
     place, other_place = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     own = tl.full((), 0.0, tl.float32)  # an entry's own weight counts once it has been met
     rest, along, other_rest, other_along, above, distance = own, own, own, own, own, own
+    masked = own
     for start in range(0, classes, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         mask = column < classes
@@ -94,6 +115,7 @@ def loss_forward(
                 L, one, y, x, column, mask, start,
                 other_top, other_beside, other_place, own, other_rest, other_along, KL,
             )  # fmt: skip
+            masked += _masked(x, y)
         else:
             distance += tl.sum((x - y) * (x - y), 0)
         own = tl.full((), 1.0, tl.float32)
@@ -106,7 +128,8 @@ def loss_forward(
     cross_entropy = log_sum + (1.0 - smoothing) * (top - chosen) - spread
     tl.store(CROSS_ENTROPY + row, tl.where(kept, cross_entropy, 0.0))
     if KL:
-        along, other_along = along / (1.0 + rest), other_along / (1.0 + other_rest)
+        along = along / (1.0 + rest) + masked
+        other_along = other_along / (1.0 + other_rest) + masked
         apart = (other_top - beside) + (top - other_beside)
         distance = 0.5 * (apart + (along + other_along))
         tl.store(KEPT + row * 8, top)
@@ -120,7 +143,7 @@ def loss_forward(
     else:
         tl.store(KEPT + row * 2, top)
         tl.store(KEPT + row * 2 + 1, log_sum)
-    tl.store(DISTANCE + row, distance)
+    tl.store(DISTANCE + row, tl.where(kept, distance, 0.0))
 
 
 @triton.jit
@@ -134,7 +157,7 @@ def loss_backward(
     target = tl.load(TARGETS + row)
     kept = target != ignore_index
     on_cross_entropy = tl.where(kept, tl.load(ON_CROSS_ENTROPY).to(tl.float32), 0.0)
-    on_distance = tl.load(ON_DISTANCE).to(tl.float32)
+    on_distance = tl.where(kept, tl.load(ON_DISTANCE).to(tl.float32), 0.0)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = column < classes
     x = tl.load(L + one + column, mask=mask, other=0.0).to(tl.float32)
@@ -179,7 +202,7 @@ def row_losses(
     label_smoothing: float,
     statistics: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies, 0 where ignored, and distances, (n,) each, of contiguous logits (2n, C).
+    """Cross-entropies and distances, both 0 where ignored, (n,) each, of contiguous logits (2n, C).
 
     What backward needs of the rows goes to `statistics`, contiguous.
     """

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainc.kernels.library.contracts import lazy, require
+from trainc.kernels.library.contracts import accumulation_dtype, lazy, require
 from trainc.kernels.library.register import register
 from trainc.kernels.noise.factors import factor_once
 from trainc.kernels.noise.normals import normal
@@ -42,6 +42,25 @@ def multiplicative_noise(
     """
     y: Tensor = _multiply(x, sigma, key, site, views, share, first_example)
     return y
+
+
+def composed_noise(
+    x: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    site: int,
+    views: int,
+    share: str = "token",
+    first_example: Tensor | None = None,
+) -> Tensor:
+    """The same numbers in plain operators: the factor, which is the noise on ones, times x."""
+    if x.dim() < 2 or not x.is_floating_point():  # the noise on ones checks the rest
+        raise RuntimeError(_wrong_x(x))
+    shape = [x.shape[0], *(x.shape[1:-1] if share == "none" else [1] * (x.dim() - 2)), x.shape[-1]]
+    ones = torch.ones(shape, dtype=accumulation_dtype(x.dtype), device=x.device)
+    z = multiplicative_noise(ones, sigma, key, site, views, share, first_example)
+    y = x * z
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def noisy_add(
@@ -108,9 +127,7 @@ def check(
     require(share in SHARES, lambda: f"share must be one of {SHARES}, not {share!r}")
     require(
         x.dim() >= 2 and x.is_floating_point(),
-        lambda: (
-            f"x must be a floating-point (views * B, ..., C) tensor, not {tuple(x.shape)} {x.dtype}"
-        ),
+        lambda: _wrong_x(x),
     )
     require(1 <= views <= MAX_VIEWS, lambda: f"views must be 1 to {MAX_VIEWS}, not {views}")
     require(
@@ -129,6 +146,10 @@ def check(
         sigma.dim() == 0 and key.dim() == 0 and key.dtype == torch.int64,
         lambda: "sigma and key must be 0-d tensors, key of int64",
     )
+
+
+def _wrong_x(x: Tensor) -> str:
+    return f"x must be a floating-point (views * B, ..., C) tensor, not {tuple(x.shape)} {x.dtype}"
 
 
 def eager_multiply(

@@ -21,6 +21,8 @@ from trainc.kernels.noise.philox import MAX_VIEWS
 BLOCK_GROUPS = 64
 BLOCK_TOKENS = 8
 PROGRAM_TOKENS = 64
+# What the second axis of a grid may count: beyond, blocks are larger.
+SIDE = 65535
 
 
 @triton.jit
@@ -48,19 +50,20 @@ def noise(
     HAS_H0: tl.constexpr, HAS_FIRST: tl.constexpr, SHARED: tl.constexpr, VIEWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Grid (view * example, token chunks, channel blocks)."""
-    line = tl.program_id(0)
+    """Grid (view * example * token chunks, channel blocks)."""
+    chunks = tl.cdiv(tokens, program_tokens)
+    line, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     view, example = line // examples, line % examples
     if HAS_FIRST:
         example += tl.load(FIRST).to(tl.int32)
     sigma = tl.load(SIGMA).to(tl.float32)
     key = tl.load(KEY)
-    block = tl.program_id(2)
+    block = tl.program_id(1)
     group = block * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
     column = block * BLOCK_G * 4 + tl.arange(0, BLOCK_G * 4)
     zero = group * 0
     base = line.to(tl.int64) * tokens
-    low = tl.program_id(1) * program_tokens
+    low = chunk * program_tokens
     high = tl.minimum(low + program_tokens, tokens)
     if SHARED:
         shared = 1.0 + sigma * _normals(key, group, zero + example, zero + view, zero + site)
@@ -98,12 +101,9 @@ def launch(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     x, h0 = x.contiguous(), None if h0 is None else h0.contiguous()
     groups = min(BLOCK_GROUPS, triton.next_power_of_2(triton.cdiv(channels, 4)))
-    grid = (
-        x.shape[0],
-        triton.cdiv(tokens, PROGRAM_TOKENS),
-        triton.cdiv(channels, 4 * groups),
-    )
-    noise[grid](
+    groups = max(groups, triton.next_power_of_2(triton.cdiv(channels, 4 * SIDE)))
+    chunks, blocks = triton.cdiv(tokens, PROGRAM_TOKENS), triton.cdiv(channels, 4 * groups)
+    noise[(x.shape[0] * chunks, blocks)](
         x if h0 is None else h0, x, y,
         sigma.to(x.device), key.to(x.device),
         key if first_example is None else first_example.to(x.device),

@@ -186,12 +186,13 @@ def norm_finish(
     PARTIAL, EACH, SQUARES, examples, chunks, width, first,
     COLUMNS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (examples, column blocks, kinds): sums over chunks, and their squares.
+    """Grid (examples * column blocks, kinds): sums over chunks, and their squares.
 
     PARTIAL is (COLUMNS, examples, chunks, width), EACH (COLUMNS, examples, width) and SQUARES
     (examples, COLUMNS, column blocks); `first` is the first kind there is: 0 weight, 1 bias.
     """
-    example, block, kind = tl.program_id(0), tl.program_id(1), tl.program_id(2) + first
+    pid, kind = tl.program_id(0), tl.program_id(1) + first
+    example, block = pid % examples, pid // examples
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_column = column < width
     line = kind.to(tl.int64) * examples + example
@@ -203,5 +204,6 @@ def norm_finish(
         parts += tl.load(PARTIAL + at, mask=mask, other=0.0).to(tl.float32)
     each = tl.sum(parts, 0)
     tl.store(EACH + line * width + column, each, mask=in_column)
-    square = SQUARES + (example.to(tl.int64) * COLUMNS + kind) * tl.num_programs(1) + block
+    blocks = tl.cdiv(width, BLOCK_C)
+    square = SQUARES + (example.to(tl.int64) * COLUMNS + kind) * blocks + block
     tl.store(square, tl.sum(each * each, 0))

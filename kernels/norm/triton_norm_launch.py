@@ -192,7 +192,7 @@ def finish(
     each = partials.new_empty((columns, examples, width))
     squares = partials.new_zeros((examples, columns, blocks))
     if present:
-        kernels.norm_finish[(examples, blocks, len(present))](
+        kernels.norm_finish[(examples * blocks, len(present))](
             partials, each, squares, examples, chunks, width, present[0], COLUMNS=columns,
             BLOCK_S=min(FINISH_CHUNKS, triton.next_power_of_2(chunks)), BLOCK_C=FINISH_COLUMNS,
         )  # fmt: skip

@@ -123,10 +123,11 @@ def wide_columns(
     HAS_W: tl.constexpr, HAS_B: tl.constexpr, WRITE_DX: tl.constexpr,
     STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (examples * chunks, column blocks): dx, and partials (examples, chunks, width)."""
-    pid = tl.program_id(0)
+    """Grid (examples * chunks * column blocks,): dx, and partials (examples, chunks, width)."""
+    parts = tl.num_programs(0) // tl.cdiv(width, BLOCK_C)
+    pid, block = tl.program_id(0) % parts, tl.program_id(0) // parts
     example, chunk = pid // chunks, pid % chunks
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_column = column < width
     w = tl.full((BLOCK_C,), 1.0, tl.float32)
     if HAS_W:
@@ -199,7 +200,7 @@ def backward(
     chunk_rows = triton.cdiv(rows, chunks)
     chunks = triton.cdiv(rows, chunk_rows)
     partials = x.new_empty((columns, examples * chunks, width), dtype=torch.float32)
-    wide_columns[(examples * chunks, blocks)](
+    wide_columns[(examples * chunks * blocks,)](
         *inputs, along, level, partials[0], partials[-1], rows, width, chunks, chunk_rows,
         STAGES=TILE.stages, BLOCK_R=block, BLOCK_C=TILE.columns,
         num_warps=TILE.warps, **flags,

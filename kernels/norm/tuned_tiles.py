@@ -61,6 +61,10 @@ def read_cache() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(cache_file().read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{cache_file()} is damaged: remove it, and run `trainc tune` again"
+        ) from error
     return found
 
 

@@ -24,14 +24,16 @@ BLOCK = 1 << 17
 def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None) -> Tensor:
     """Sum squares and products of many tensors in one call, and count what is not finite.
 
-    `tensors` are n floating tensors w of any shapes and dtypes on one device; `deltas` is None or n tensors d of the
-    same shapes, such as their changes in a step. Returns (n, 4) in float64 on that device, without gradient. Row i is
-    sum w^2, sum d^2, sum w * d, and the number of non-finite entries of w and d together. Without deltas columns 1 and
-    2 are zero. A non-finite entry makes the sums that it enters non-finite. No tensors give (0, 4) on the CPU.
+    `tensors` are n floating or complex tensors w of any shapes and dtypes on one device; `deltas` is None or n tensors
+    d of the same shapes, such as their changes in a step. A complex tensor counts as its real and imaginary parts.
+    Returns (n, 4) in float64 on that device, without gradient. Row i is sum w^2, sum d^2, sum w * d, and the number of
+    non-finite entries of w and d together. Without deltas columns 1 and 2 are zero. A non-finite entry makes the sums
+    that it enters non-finite. No tensors give (0, 4) on the CPU.
 
-    Raises RuntimeError for deltas that do not match the tensors in number and shapes, and for complex tensors.
+    Raises RuntimeError for deltas that do not match the tensors in number and shapes.
     """
-    tensors, deltas = list(tensors), None if deltas is None else list(deltas)
+    tensors = [_parts(w) for w in tensors]
+    deltas = None if deltas is None else [_parts(d) for d in deltas]
     if deltas is not None and len(deltas) != len(tensors):
         raise RuntimeError(
             f"deltas must be as many as tensors: there are {len(deltas)} deltas and {len(tensors)} tensors"
@@ -41,6 +43,13 @@ def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None
     with torch.no_grad():
         sums: Tensor = _operator(tensors, [] if deltas is None else deltas)
     return sums
+
+
+def _parts(tensor: Tensor) -> Tensor:
+    """Return a complex tensor's real and imaginary parts along a new last axis, and any other as it is."""
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.detach().resolve_conj())
 
 
 def reference(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None) -> Tensor:

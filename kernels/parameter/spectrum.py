@@ -24,8 +24,13 @@ CONV_SCALE = 0.5
 # the second, an eigenvalue is the rounding noise of float32 weights.
 GUARD = 1e-5
 RANK = 1e-12
+# What rounding may take from a whole number of eigenvalues.
+_ROUNDING = 1e-9
 # Entries of Gram matrices decomposed at once.
 BATCH = 1 << 24
+
+
+Convention = Literal["code", "paper"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +42,25 @@ class Hill:
     """
 
     xmin_pos: float = 2.0
-    convention: Literal["code", "paper"] = "code"
+    convention: Convention = "code"
+
+    @classmethod
+    def of_tail(cls, fraction: float, convention: Convention = "code") -> Hill:
+        """Return the estimate over a fraction of the eigenvalues, in (0, 1); raises ValueError for another."""
+        if not 0 < fraction < 1:
+            raise ValueError(
+                f"tail = {fraction:g}: expected the fraction of the eigenvalues in the tail, between 0 and 1"
+            )
+        if convention not in ("code", "paper"):
+            raise ValueError(f"convention = {convention!r}: expected 'code' or 'paper'")
+        return cls(1 / (1 - fraction), convention)
 
     def tail(self, n: int) -> tuple[int, int]:
         """Return the threshold's index, and the number k of terms."""
         if self.convention == "code":
-            index = int(n / self.xmin_pos)
+            index = int(n / self.xmin_pos + _ROUNDING)
             return index, n - index
-        k = int(n - n / self.xmin_pos)
+        k = int(n - n / self.xmin_pos + _ROUNDING)
         return n - k - 1, k
 
     def alpha(self, spectrum: Tensor) -> float:
@@ -64,6 +80,8 @@ class Hill:
 
 
 MEDIAN = Hill()
+WHOLE = Hill(math.inf)
+"""What spectra have to be exact enough for where all of one is looked at."""
 
 
 def count(shape: Sequence[int]) -> int:
@@ -99,6 +117,17 @@ def spectra(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Tensor]:
     return found
 
 
+def spectrum(weight: Tensor) -> Tensor:
+    """Return the ascending eigenvalues (n,) of a weight's Gram matrix: its squared singular values, float64 on the CPU.
+
+    `weight` is (out, in), or (out, in, kh, kw): then those of the matrices of all kernel positions, times sqrt(0.5)
+    each, together. Small ones are exact to 1e-12 of the largest. All are NaN where the weight is not finite. Raises
+    ValueError for another shape.
+    """
+    (found,) = spectra([weight], WHOLE)
+    return found
+
+
 def alphas(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[float]:
     """Return each weight's Hill exponent, NaN where it cannot be measured."""
     return [hill.alpha(spectrum) for spectrum in spectra(weights, hill)]
@@ -129,7 +158,7 @@ def _batch(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         # Scaled to a largest entry of 1, so that squares neither overflow nor vanish.
         peak = torch.linalg.vector_norm(tall, math.inf)
         tall = torch.where(peak.isfinite() & (peak > 0), tall / peak, 0.0)
-        grams.append(tall.mT @ tall)
+        grams.append(tall.mH @ tall)
         squares.append(torch.where(peak.isfinite(), peak.double().square(), math.nan))
     values = torch.linalg.eigvalsh(torch.stack(grams)).double().clamp_min(0.0)
     pooled: Tensor = values.flatten(1).sort(dim=1).values * torch.stack(squares).unsqueeze(1)

@@ -1,1 +1,1 @@
-"""Batches, and the order of samples."""
+"""Batches, the order of samples, and which samples a batch holds."""

@@ -35,7 +35,7 @@ class Choices:
             return tensor.flatten().abs()
         across = tensor if self.granularity == "row" else tensor.transpose(0, 1)
         wide = across.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32))
-        return wide.square().sum(1).sqrt()
+        return wide.abs().square().sum(1).sqrt()
 
     def mask(self, chosen: Tensor) -> Tensor:
         """Return where the entries of some choices are, bool of `shape`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.record import Step
+from trainc.runtime.storage.form import Count, Flag, Form, Plain, Record, Values
 
 Chooser = Callable[[Step, float], Mapping[str, Tensor] | None]
 """Given the step and the fraction to keep, where entries train: bool by parameter; None to choose in a later step."""
@@ -42,8 +43,9 @@ class ChooseZeros(Action):
     """Phase 3, before the forward pass: choose which entries train when the clause's time has come; zero the others.
 
     They are chosen when `window` fires first, and, where it has an `every`, each time; in between, and when the window
-    is over, the mask stays. `setting` is the text of what the choice depends on: a run that resumes with another one
-    chooses again.
+    is over, the mask stays. A parameter that was frozen since then keeps its entries, and its choice is due when it
+    trains again; those that never train, which are `frozen` or were when this was made, are masked as they are.
+    `setting` is the text of what the choice depends on: a run that resumes with another one chooses again.
     """
 
     phase = Phase.PERTURB
@@ -56,13 +58,19 @@ class ChooseZeros(Action):
         density: Callable[[Clock], float],
         window: Gate,
         setting: str,
+        frozen: Collection[str] = (),
     ) -> None:
         self.label, self.name, self.metric = label, f"{label} choice", f"{label}.density"
         self.masks = masks
         self.choose, self.density = choose, density
         self.window, self.span = window, Gate(window.start, window.stop)
         self.setting = setting
-        self.chosen = self.due = False
+        self._frozen = frozen
+        self._never = {n for n, mask in masks.items() if not mask.parameter.requires_grad}
+        self._noted = False
+        self.chosen = False
+        self.due: set[str] = set()
+        """The parameters whose entries are to be chosen as soon as they can be."""
         self.gate = Gate()  # `window` is read below, because a mask stays when it is over
 
     @property
@@ -78,9 +86,9 @@ class ChooseZeros(Action):
     def run(self, step: Step) -> None:
         self._check_parameters(step)
         if self.window.fires(step.clock):
-            self.due |= self.window.every is not None or not self.chosen
+            self.due |= set(self.masks if self.window.every is not None or not self.chosen else ())
         if self.due and self.span.fires(step.clock):
-            self._choose(step)
+            self._choose(step, [name for name in self.masks if name in self.due])
         step.metrics[self.metric] = self.kept / self.entries if self.entries else 1.0
 
     def _check_parameters(self, step: Step) -> None:
@@ -91,7 +99,10 @@ class ChooseZeros(Action):
                     " needs the whole tensor it was made for: train with DistributedDataParallel, or remove the mask"
                 )
 
-    def _choose(self, step: Step) -> None:
+    def _choose(self, step: Step, due: Sequence[str]) -> None:
+        trained = [name for name in due if not self._waits(name)]
+        if not trained:
+            return
         density = self.density(step.clock)
         if not 0 < density <= 1:
             raise ValueError(
@@ -101,10 +112,27 @@ class ChooseZeros(Action):
         found = self.choose(step, density)
         if found is None:
             return
-        for name, kept in found.items():
-            self.masks[name].choose(kept, step.optimizer_state(name).values())
-        self.chosen, self.due = True, False
+        for name in trained:
+            self.masks[name].choose(found[name], step.optimizer_state(name).values())
+        self.chosen = True
+        self.due.difference_update(trained)
+        self._note_frozen(step)
         step.series[self.metric] = {name: mask.density for name, mask in self.masks.items()}
+
+    def _waits(self, name: str) -> bool:
+        """Return whether a parameter that trains in other steps is frozen."""
+        trains = self.masks[name].parameter.requires_grad or name in self._never
+        return not trains and name not in self._frozen
+
+    def _note_frozen(self, step: Step) -> None:
+        """Say once which parameters keep their entries because they are frozen."""
+        frozen = [name for name in self.masks if name in self.due]
+        if frozen and not self._noted:
+            self._noted = True
+            more = f" (and {len(frozen) - 1} more)" if len(frozen) > 1 else ""
+            step.notes.append(
+                f"{self.label}: `{frozen[0]}`{more} is frozen, so its entries stay as they are until it trains again"
+            )
 
     def memory(self) -> int:
         """Return the bytes of the masks."""
@@ -113,12 +141,22 @@ class ChooseZeros(Action):
     def state_dict(self) -> ActionState:
         if not (self.chosen or self.due):
             return {}
-        state: ActionState = {"chosen": self.chosen, "due": self.due, "setting": self.setting}
+        state: ActionState = {"chosen": self.chosen, "setting": self.setting}
+        state |= {f"due/{name}": True for name in self.masks if name in self.due}
         for name, mask in self.masks.items():
             state[f"count/{name}"] = mask.count
             if mask.kept is not None:
                 state[f"kept/{name}"] = mask.kept
         return state
+
+    def state_form(self) -> Form:
+        entries: dict[str, Form] = {"chosen": Flag(), "setting": Plain()}
+        packed: dict[str, Form] = {}
+        for name, mask in self.masks.items():
+            entries[f"count/{name}"] = Count(0, mask.parameter.numel())
+            packed[f"due/{name}"] = Flag()
+            packed[f"kept/{name}"] = Values([(mask.parameter.numel() + 7) // 8], "uint8")
+        return Record(entries, packed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         foreign = {key.partition("/")[2] for key in state} - {"", *self.masks}
@@ -126,7 +164,8 @@ class ChooseZeros(Action):
             raise ValueError(
                 f"{self.name}: the checkpoint has a mask of `{min(foreign)}`, which this clause does not select"
             )
-        self.chosen, self.due = bool(state.get("chosen")), bool(state.get("due"))
+        self.chosen = bool(state.get("chosen"))
+        self.due = {name for name in self.masks if state.get(f"due/{name}")}
         for name, mask in self.masks.items():
             count = state.get(f"count/{name}", mask.parameter.numel())
             mask.restore(state.get(f"kept/{name}"), int(count))
@@ -136,14 +175,16 @@ class ChooseZeros(Action):
         new = any(f"count/{name}" not in state for name in self.masks)
         if not self.chosen or (state["setting"] == self.setting and not new):
             return None
-        self.due = True
+        self.due = set(self.masks)
         return f"{self.label}: chooses entries again in the next step, because its fields or its selection changed"
 
     def summary(self) -> str | None:
         if not self.chosen:
             return f"{self.label}: no entries were chosen, so none is zero"
         zero, tensors = self.entries - self.kept, len(self.masks)
-        return f"{self.label}: {zero} of {self.entries} entries in {tensors} tensors are zero"
+        frozen = [name for name in self.masks if name in self.due and self._waits(name)]
+        left_out = f"; `{frozen[0]}` was frozen at the last choice" if frozen else ""
+        return f"{self.label}: {zero} of {self.entries} entries in {tensors} tensors are zero{left_out}"
 
 
 class ZeroGradients(Action):

@@ -6,26 +6,65 @@ parameter itself. Gradient, moments, weight decay, values and clipping obey the 
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from trainc.kernels.parameter.masked_update import masked_update_, pack, unpack
 from trainc.runtime.processes.sharded import is_sharded
+from trainc.runtime.torch_optimizer.nested import leaves
+
+_MASKS = WeakIdKeyDictionary()
+"""The mask of each parameter that has one, as a weak reference."""
+
+
+def mask_of(parameter: Parameter) -> UpdateMask | None:
+    """Return the mask that a program has put on a parameter; None where there is none, or its program is gone."""
+    held = _MASKS.get(parameter)
+    if held is not None and held() is not None:
+        gc.collect()  # a program that is gone refers to itself
+    return None if held is None else held()
+
+
+def masked_shard(name: str) -> str:
+    """Return why a parameter that FSDP2 shards has no mask."""
+    return (
+        f"`{name}` is sharded over processes (FSDP2), and a mask needs whole tensors: train with"
+        " DistributedDataParallel, or remove the mask"
+    )
 
 
 class UpdateMask(ABC):
-    """The mask of one parameter; `values` is what the optimizer updates in its place."""
+    """The mask of one parameter; `values` is what the optimizer updates in its place.
+
+    Raises ValueError for a parameter that is sharded over processes.
+    """
 
     def __init__(self, name: str, parameter: Parameter, values: Parameter) -> None:
+        if is_sharded(parameter):
+            raise ValueError(masked_shard(name))
         self.name = name
         self.parameter = parameter
         self.values = values
+        self.averages_first = False
+        """Whether gradients are averaged over replicas after the backward pass: until then all of them are kept."""
+
+    def claim(self) -> None:
+        """Say that this mask decides which entries of its parameter train."""
+        _MASKS[self.parameter] = ref(self)
+
+    def release(self) -> None:
+        """Leave the parameter to others."""
+        self.remove()
+        _MASKS.pop(self.parameter, None)
 
     @property
     def separate(self) -> bool:
@@ -36,9 +75,16 @@ class UpdateMask(ABC):
     def take(self, grad: Tensor) -> None:
         """Add a dense gradient that a graph computed."""
 
+    def gather(self) -> None:  # noqa: B027 nothing to do where the optimizer reads the parameter's own gradient
+        """Move the selected entries of the gradient to where the optimizer reads them."""
+
     @abstractmethod
     def trained(self, grad: Tensor) -> Tensor:
         """Return a dense gradient with zeros at the entries that do not train; all of it before the choice."""
+
+    @abstractmethod
+    def gradient(self) -> Tensor | None:
+        """Return the gradient of the entries that train; all of it before the choice, None where there is none."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -47,6 +93,9 @@ class UpdateMask(ABC):
     @abstractmethod
     def memory(self) -> int:
         """Return the bytes held besides weights and optimizer state."""
+
+    def zero_gradient(self) -> None:  # noqa: B027 nothing to do where the optimizer has a vector of its own
+        """Zero the gradient of the entries that do not train, where the optimizer would read it."""
 
     def discard(self) -> None:
         """Free the gradients of the open step."""
@@ -98,12 +147,20 @@ class SelectedEntries(UpdateMask):
         kept[self.index] = grad.reshape(-1)[self.index]
         return kept.view(grad.shape)
 
+    def gradient(self) -> Tensor | None:
+        return self.parameter.grad if self.index is None else self.values.grad
+
     def gather(self) -> None:
         """Move the selected entries of `parameter.grad` to `values.grad` and free the rest."""
         grad = self.parameter.grad
         if grad is not None and self.index is not None:
             self.parameter.grad = None
             self.take(grad)
+
+    def _gather_now(self, _: Tensor) -> None:
+        """Gather as soon as the backward pass has the gradient, unless it is to be averaged first."""
+        if not self.averages_first:
+            self.gather()
 
     # entries
 
@@ -115,7 +172,7 @@ class SelectedEntries(UpdateMask):
             self.values.data = self.values.data.new_zeros(index.numel())
         if self._handle is None:
             register: Any = self.parameter.register_post_accumulate_grad_hook
-            self._handle = register(lambda _: self.gather())
+            self._handle = register(self._gather_now)
         self.read()
 
     def forget(self) -> None:
@@ -165,15 +222,10 @@ class ZeroMask(UpdateMask):
     """Some entries train as ever; the others are zero, in the weights, their gradient and the optimizer's state.
 
     `kept` holds one bit per entry, uint8 (ceil(numel / 8),), set where entries train; None where all do. `count` is how
-    many train, `text` what the plan says of them before they are chosen. Raises ValueError for a sharded parameter.
+    many train, `text` what the plan says of them before they are chosen.
     """
 
     def __init__(self, name: str, parameter: Parameter, text: str) -> None:
-        if is_sharded(parameter):
-            raise ValueError(
-                f"`{name}` is sharded over processes (FSDP2), and a mask of zeros needs whole tensors: train with"
-                " DistributedDataParallel, or remove the mask"
-            )
         super().__init__(name, parameter, parameter)
         self.text = text
         self.kept: Tensor | None = None
@@ -193,16 +245,26 @@ class ZeroMask(UpdateMask):
     def trained(self, grad: Tensor) -> Tensor:
         return grad if self.kept is None else grad.masked_fill(~self.kept_entries(), 0)
 
-    def choose(self, kept: Tensor, state: Iterable[Tensor] = ()) -> None:
+    def gradient(self) -> Tensor | None:
+        grad = self.parameter.grad
+        if grad is not None and grad.is_sparse:
+            self.zero_gradient()
+            return self.parameter.grad
+        return None if grad is None else self.trained(grad)
+
+    def choose(self, kept: Tensor, state: Iterable[Any] = ()) -> None:
         """Keep the entries where `kept`, bool in the parameter's shape, and zero the others.
 
-        `state` are tensors that the optimizer holds for the parameter; those in its shape are zeroed alike.
+        `state` is what the optimizer holds for the parameter, of any nesting; tensors in its shape, or in its shape
+        made flat, are zeroed alike. Others, such as sums over rows, are no entries' own.
         """
         self.count = int(kept.sum())
         self.kept = None if self.count == kept.numel() else pack(kept)
-        shape = self.parameter.shape
+        shapes = (self.parameter.shape, (self.parameter.numel(),))
+        found = (leaf for value in state for _, leaf in leaves(value, ""))
+        tensors = (leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point())
         # A counter of steps is a 0-d tensor, also where the parameter is.
-        own = [t for t in state if t.dim() and t.shape == shape and t.is_floating_point()]
+        own = [t for t in tensors if t.dim() and t.shape in shapes and not t.is_sparse]
         self._zero(self.parameter.detach(), *own)
 
     def zero_gradient(self) -> None:
@@ -230,6 +292,12 @@ class ZeroMask(UpdateMask):
 
     def restore(self, kept: Tensor | None, count: int) -> None:
         """Set the mask to what a checkpoint holds; None: all entries train."""
+        entries = self.parameter.numel()
+        found = entries if kept is None else int(unpack(kept, entries).sum())
+        if found != count:
+            raise ValueError(
+                f"the mask of `{self.name}` keeps {found} entries, but its count is {count}"
+            )
         self.kept = None if kept is None else kept.to(self.parameter.device, copy=True)
         self.count = count
 

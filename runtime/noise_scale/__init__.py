@@ -1,1 +1,1 @@
-"""The gradient noise scale: estimators, averages, intervals, calibration, its action and its history."""
+"""The gradient noise scale: estimators, averages, intervals, calibration, its action and its pictures."""

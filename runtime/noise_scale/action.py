@@ -21,6 +21,7 @@ from trainc.runtime.noise_scale.step_estimates import (
 )
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.record import Step
+from trainc.runtime.storage.form import AnyNumber, Flag, Form, Number, Record, Text, Values
 
 TOTAL = ""
 """The key of all measured layers together, next to those of single layers."""
@@ -30,6 +31,7 @@ class NoiseScaleAction(Action):
     """Estimates the noise scale of `measured`, the parameters by module."""
 
     phase = Phase.REDUCE
+    reads_shards = True
 
     def __init__(
         self, name: str, measured: Mapping[str, tuple[str, ...]], settings: NoiseScaleSettings
@@ -182,6 +184,11 @@ class NoiseScaleAction(Action):
         for name, averages in self.averages().items():
             state[name] = torch.tensor(averages.state(), dtype=torch.float64)
         return state
+
+    def state_form(self) -> Form:
+        entries: dict[str, Form] = {"position": Number(0), "calibrated_at": AnyNumber()}
+        entries |= {"finite": Flag(), "unit": Text([self.settings.unit]), "quantity": Text()}
+        return Record(entries, more=Values([None], "float64"))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         kept, changes = self._match(state)

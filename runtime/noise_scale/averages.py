@@ -215,7 +215,7 @@ class Averages:
         return [*self._moments, *self._uncertainties, *self._counts]
 
     def load(self, state: Sequence[float]) -> None:
-        """Restore what `state` gave; raises ValueError for another number of entries."""
+        """Restore what `state` gave; raises ValueError for numbers that it never gives."""
         if len(state) != self.SIZE:
             raise ValueError(
                 f"saved averages of a noise scale have {self.SIZE} numbers, not {len(state)}: another"
@@ -223,9 +223,29 @@ class Averages:
             )
         values = [float(value) for value in state]
         counts = self.MOMENTS + self.UNCERTAINTIES
+        _check_sums(values[:4], values[self.MOMENTS], values[counts:])
         self._moments = values[: self.MOMENTS]
         self._uncertainties = values[self.MOMENTS : counts]
         self._counts = values[counts:]
+
+
+def _check_sums(moments: Sequence[float], covered: float, counts: Sequence[float]) -> None:
+    """Raise ValueError for sums of weights, of estimates, or counts, that no estimates lead to."""
+    weight, squared, *sums = moments
+    above = 1 + 1e-6  # what rounding may add
+    if not (
+        0 <= weight <= above
+        and 0 <= squared <= above * weight * weight
+        and (squared > 0) == (weight > 0)
+        and 0 <= covered <= above * squared
+        and all(map(math.isfinite, sums))
+        and all(count >= 0 and count.is_integer() for count in counts)
+    ):
+        raise ValueError(
+            f"no estimates lead to averages of a noise scale with weight {weight:g}, sums"
+            f" {', '.join(f'{value:g}' for value in (squared, *sums, covered))} and counts"
+            f" {', '.join(f'{count:g}' for count in counts)}: the state is damaged"
+        )
 
 
 def _bound(words: str, value: float, unit: str) -> str:

@@ -6,16 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from trainc.runtime.report.number_text import format_interval, format_number
+
 if TYPE_CHECKING:
     from trainc.runtime.noise_scale.action import NoiseScaleAction
     from trainc.runtime.noise_scale.calibration import Calibration
-
-
-def format_number(value: float) -> str:
-    """Return a number in at most three digits, `?` for NaN."""
-    if math.isnan(value):
-        return "?"
-    return f"{value:.0f}" if 1000 <= abs(value) < 10_000 else f"{value:.3g}".replace("e+0", "e")
 
 
 def format_noise_scale(record: Mapping[str, Any], label: str) -> str:
@@ -24,7 +19,7 @@ def format_noise_scale(record: Mapping[str, Any], label: str) -> str:
         record.get(name, math.nan) for name in (label, f"{label}.low", f"{label}.high")
     )
     if math.isfinite(scale):
-        return _format_interval(scale, low, high)
+        return format_interval(scale, low, high)
     signal, noise = (record.get(f"{label}.{part}", math.nan) for part in ("signal", "noise"))
     if math.isnan(signal):
         return "? no estimate"
@@ -42,19 +37,13 @@ def format_whole_model(record: Mapping[str, Any], label: str) -> str | None:
     scale = record[name]
     if math.isfinite(scale):
         low, high = (record.get(f"{name}_{end}", math.nan) for end in ("low", "high"))
-        return _format_interval(scale, low, high)
+        return format_interval(scale, low, high)
     if not math.isnan(record.get(f"{label}.slope", math.nan)):
         return "?"
     low = record.get(f"{name}_low", math.nan)
     if math.isnan(low):
         return "? no calibration"
     return "? calibration uncertain" + (f", > {format_number(low)}" if low > 0 else "")
-
-
-def _format_interval(value: float, low: float, high: float) -> str:
-    """Return a number with its interval; `[?]` if the interval has no bound."""
-    known = low > 0 or high < math.inf
-    return f"{format_number(value)} [{f'{format_number(low)}, {format_number(high)}' if known else '?'}]"
 
 
 def format_summary(action: NoiseScaleAction) -> str:

@@ -91,7 +91,7 @@ class PerExampleGradients:
     ) -> PerExampleGradients:
         """Read the step's contributions; under `adam` also the preconditioner that its update starts from.
 
-        Raises ValueError where the optimizer has no second moments after the first step.
+        Raises ValueError where the optimizer has no second moments after an update.
         """
         from trainc.runtime.processes.sharded import full
 
@@ -101,10 +101,10 @@ class PerExampleGradients:
         scales = {}
         if geometry == "adam":
             scales = {n: full(s) for n in gradients if (s := step.preconditioner(n)) is not None}
-            if step.clock.steps and not scales:
+            if step.after_update and not scales:
                 raise ValueError(
-                    "`geometry = adam` needs an optimizer with second moments, such as adamw: after"
-                    f" {step.clock.steps} steps there are none for `{next(iter(gradients))}`"
+                    "`geometry = adam` needs an optimizer with second moments, such as adamw: after an update there are"
+                    f" none for `{next(iter(gradients))}`"
                 )
         return cls(rows, batch, weights, geometry, scales)
 

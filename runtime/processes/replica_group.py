@@ -20,9 +20,13 @@ BUCKET = 2**25
 """Bytes that are joined into one message, so that many small tensors cost few messages."""
 
 
+_AVAILABLE = dist.is_available()
+"""Whether torch was built with torch.distributed."""
+
+
 def world_size() -> int:
     """Return the number of processes; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _AVAILABLE and dist.is_initialized() else 1
 
 
 MEETING = "where they are"

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -16,22 +16,72 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def reshard(module: nn.Module) -> None:
+    """Drop the whole weights that FSDP2 keeps after a pass without gradients: the next pass gathers those of now."""
+    for part in module.modules():
+        if callable(free := getattr(part, "reshard", None)) and hasattr(part, "unshard"):
+            free()
+
+
 def full(tensor: Tensor) -> Tensor:
     """Return the full tensor of a DTensor, any other as it is; all processes of its mesh must call this."""
     given: Any = tensor
     return cast(Tensor, given.full_tensor()) if is_sharded(tensor) else tensor
 
 
-def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return |t|^2 of every tensor, (len(tensors),), in float64, equal on all processes that share a tensor.
+def whole(state: Any) -> Any:
+    """Return a state with full tensors in place of DTensors; all processes of their meshes must call this alike."""
+    if isinstance(state, Tensor):
+        return full(state)
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    return type(state)(map(whole, state)) if type(state) in (list, tuple) else state
 
-    Each process squares its shards; one all-reduce for each axis of a mesh adds them up.
-    """
-    shards: list[Any] = [_reduced(tensor) for tensor in tensors]
-    found = torch.stack([_square(p.to_local() if is_sharded(p) else p) for p in shards])
+
+def shard_state(state: Any, like: Tensor) -> Any:
+    """Return what belongs to a parameter with its whole tensors of that shape sharded as the parameter is."""
+    if isinstance(state, Tensor):
+        return shard_like(state, like) if state.shape == like.shape else state
+    if isinstance(state, dict):
+        return {key: shard_state(value, like) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(shard_state(value, like) for value in state)
+    return state
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a DTensor, any other tensor as it is."""
+    given: Any = tensor
+    return cast(Tensor, given.to_local()) if is_sharded(tensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor sharded as another of its shape is, or as it is where that is whole; nothing is sent."""
+    given: Any = like
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = tensor.detach().to(given.device)
+    return distribute_tensor(whole, given.device_mesh, given.placements, src_data_rank=None)
+
+
+def sum_over_shards(found: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Add up in place rows that each process has of its shards of some tensors, (len(tensors), ...)."""
+    shards: Sequence[Any] = tensors
     for mesh in dict.fromkeys(p.device_mesh for p in shards if is_sharded(p)):
         for axis in range(mesh.ndim):
             _sum_over(mesh, axis, found, shards)
+
+
+def squared_norms(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return |t|^2 of every tensor, (len(tensors),), in float64, equal on all processes that share a tensor.
+
+    Each process squares its shards, in `dtype` at least; one all-reduce for each axis of a mesh adds them up.
+    """
+    shards: list[Any] = [_reduced(tensor) for tensor in tensors]
+    found = torch.stack([_square(local(p), dtype) for p in shards])
+    sum_over_shards(found, shards)
     return found
 
 
@@ -57,7 +107,7 @@ def _reduced(tensor: Tensor) -> Any:
     return given
 
 
-def _square(shard: Tensor) -> Tensor:
-    dtype = torch.promote_types(shard.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(shard, dtype=dtype)
+def _square(shard: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(shard.dtype, dtype)
+    norm: Tensor = torch.linalg.vector_norm(shard, dtype=wide)
     return norm.double().square()

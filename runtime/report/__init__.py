@@ -1,1 +1,1 @@
-"""Pictures of finished runs."""
+"""What is shown of runs: numbers as text, tables and pictures."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, Literal
 
 from matplotlib import ticker
@@ -31,12 +32,23 @@ SPACING = 1 / 14
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A title and the function that draws on its axes; `height` in inches, `wide`: over all columns."""
+    """A title and the function that draws on its axes; `height` in inches, `wide`: over all columns.
+
+    `covers` are the figures by layer that need no panel of their own, since this one and those after it show them.
+    """
 
     title: str
     draw: Callable[[Axes], None]
     height: float = 3.3
     wide: bool = False
+    covers: tuple[str, ...] = ()
+
+
+def write(axes: Axes, text: str) -> None:
+    """Write text in place of a picture."""
+    axes.clear()
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "\n".join(wrap(text, 60)), ha="center", va="center", parse_math=False)
 
 
 def set_run_axis(axes: Axes, runs: Sequence[RunRecords], margin: float = 0.01) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn from their folders: losses, learning rates, noise scales and figures per layer."""
+"""Pictures of runs: losses, learning rates, the panels of their clauses, and figures per layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from trainc.runtime.report.axes import NON_FINITE, Panel, curve, plain_numbers, set_run_axis, shade
-from trainc.runtime.report.noise_scale_plot import noise_panels
+from trainc.runtime.report.axes import (
+    NON_FINITE,
+    Panel,
+    curve,
+    plain_numbers,
+    set_run_axis,
+    shade,
+    write,
+)
 from trainc.runtime.report.run_records import RunRecords, common_counter, has_non_finite_loss
 
 # Distinct also for most people with red-green colour blindness (Okabe and Ito).
@@ -41,13 +48,9 @@ STYLE = {
 EVALUATION: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3, "linewidth": 1}
 
 
-def draw(run_folders: Sequence[Path], output: Path) -> Path:
-    """Draw runs over each other into a PNG file and return its path.
-
-    Raises ValueError where a folder holds no run.
-    """
-    runs = read_runs(run_folders)
-    rows = _arrange(list_panels(runs))
+def draw(runs: Sequence[RunRecords], own: Sequence[Panel], output: Path) -> Path:
+    """Draw runs over each other into a PNG file, with the panels `own` of their clauses, and return its path."""
+    rows = _arrange(list_panels(runs, own))
     columns = max(len(row) for row in rows)
     heights = [max(panel.height for panel in row) for row in rows]
     with rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
@@ -72,7 +75,11 @@ def _arrange(panels: Sequence[Panel]) -> list[list[Panel]]:
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    panel.draw(axes)
+    """Draw a panel; where that fails it says so, and the others are drawn."""
+    try:
+        panel.draw(axes)
+    except Exception as error:
+        write(axes, f"cannot be drawn: {type(error).__name__}: {error}")
     axes.set_title(panel.title)
     if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
         axes.legend()
@@ -99,15 +106,14 @@ def read_runs(run_folders: Sequence[Path]) -> list[RunRecords]:
     return [replace(run, counter=counter) for run in runs]
 
 
-def list_panels(runs: list[RunRecords]) -> list[Panel]:
-    """Return the panels that the records of the runs fill."""
+def list_panels(runs: Sequence[RunRecords], own: Sequence[Panel]) -> list[Panel]:
+    """Return the panels that the records of the runs fill, with those of their clauses."""
     panels = [Panel("Loss", partial(_draw_losses, runs=runs))]
     if any(run.has("lr_max") for run in runs):
         panels.append(Panel("Learning rate", partial(_draw_rates, runs=runs)))
-    panels += noise_panels(runs)
+    panels += own
+    drawn = {quantity for panel in own for quantity in panel.covers}
     for run in runs:
-        parts = ("", ".signal", ".noise", ".low", ".high")
-        drawn = {f"{c.label}{part}" for c in run.noise_scales for part in parts}
         for quantity, layers in run.layers().items():
             if quantity not in drawn:
                 title = f"{quantity} by layer" + (f", {run.name}" if len(runs) > 1 else "")
@@ -133,7 +139,7 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
     return means
 
 
-def _draw_losses(axes: Axes, runs: list[RunRecords]) -> None:
+def _draw_losses(axes: Axes, runs: Sequence[RunRecords]) -> None:
     for run in runs:
         at, losses = run.series("loss")
         span = max(1, len(losses) // 50)
@@ -153,7 +159,7 @@ def _draw_losses(axes: Axes, runs: list[RunRecords]) -> None:
     set_run_axis(axes, runs)
 
 
-def _draw_rates(axes: Axes, runs: list[RunRecords]) -> None:
+def _draw_rates(axes: Axes, runs: Sequence[RunRecords]) -> None:
     for run in runs:
         at, high = run.series("lr_max")
         _, low = run.series("lr_min")
@@ -168,7 +174,7 @@ def _draw_rates(axes: Axes, runs: list[RunRecords]) -> None:
 
 
 def _draw_layers(
-    axes: Axes, layers: dict[str, tuple[list[float], list[float]]], runs: list[RunRecords]
+    axes: Axes, layers: dict[str, tuple[list[float], list[float]]], runs: Sequence[RunRecords]
 ) -> None:
     colors = colormaps["viridis"]
     last = max(1, len(layers) - 1)

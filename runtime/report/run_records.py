@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainc.runtime.noise_scale.history import (
-    NoiseScaleClause,
-    choose_counter,
-    find_clauses,
-    join_steps,
-)
-from trainc.runtime.storage.jsonl import Record, read_jsonl
+from trainc.runtime.report.recorded_files import check_plan, read_metrics
+from trainc.runtime.report.shown_signal import ShownSignal
+from trainc.runtime.storage.foreign_files import interpreting, read_json
+from trainc.runtime.storage.jsonl import Record
 
 
 @dataclass(frozen=True)
@@ -34,15 +30,17 @@ class RunRecords:
 
     @classmethod
     def of(cls, folder: Path, name: str, color: str) -> RunRecords:
-        """Read a run's folder; without a plan in it the plan is empty."""
+        """Read a run's folder; without a plan in it the plan is empty. Raises UnreadableFile for a damaged file."""
         path = folder / "plan.json"
-        plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return cls(name, read_jsonl(folder / "metrics.jsonl"), color, plan)
+        plan = read_json(path) if path.exists() else {}
+        with interpreting(path):
+            check_plan(plan)
+        return cls(name, read_metrics(folder / "metrics.jsonl"), color, plan)
 
-    @cached_property
-    def noise_scales(self) -> list[NoiseScaleClause]:
-        """Return the noise scale clauses that the run recorded."""
-        return find_clauses(self.plan, self.records)
+    @property
+    def steps(self) -> list[Record]:
+        """Return the records of steps."""
+        return [record for record in self.records if "loss" in record]
 
     @cached_property
     def positions(self) -> list[float]:
@@ -52,6 +50,12 @@ class RunRecords:
             last = record.get(self.counter, last)
             found.append(last)
         return found
+
+    @cached_property
+    def placed(self) -> list[Record]:
+        """Return the records, each with the counter at its position, those of evaluations included."""
+        rows = zip(self.positions, self.records, strict=True)
+        return [{**record, self.counter: at} for at, record in rows]
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Return positions and values of one quantity."""
@@ -80,9 +84,43 @@ class RunRecords:
         return found
 
 
+@dataclass(frozen=True)
+class RecordedClause:
+    """A clause of a run: its construct, with the values of its fields, and the signals of it that are shown."""
+
+    run: RunRecords
+    label: str
+    construct: Any
+    signals: tuple[ShownSignal, ...] = ()
+
+
 def has_non_finite_loss(record: Record) -> bool:
     """Return whether a step's loss is not finite."""
     return not math.isfinite(record.get("loss", 0.0))
+
+
+def join_steps(steps: Iterable[tuple[float, bool]]) -> list[tuple[float, float]]:
+    """Return the intervals (from, to) of steps where a condition holds; a step begins where the last one ends.
+
+    Each step is given by its position and whether the condition holds for it.
+    """
+    found: list[tuple[float, float]] = []
+    begin = 0.0
+    for at, holds in steps:
+        if holds:
+            joins = bool(found) and found[-1][1] == begin
+            found.append((found.pop()[0] if joins else begin, at))
+        begin = at
+    return found
+
+
+def choose_counter(records: Sequence[Record]) -> str:
+    """Return the counter to draw a run over: `tokens`, `samples` where each is one token, `step` without tokens."""
+    steps = [record for record in records if "loss" in record]
+    if not steps or not all("tokens" in record for record in steps):
+        return "step"
+    same = all(record["tokens"] == record.get("samples") for record in steps)
+    return "samples" if same else "tokens"
 
 
 def common_counter(runs: Sequence[Sequence[Record]]) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,12 +18,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from trainc.runtime.noise_scale.format import format_noise_scale, format_whole_model
-from trainc.runtime.noise_scale.history import find_labels
+from trainc.runtime.report.number_text import format_loss, sparkline
+from trainc.runtime.report.shown_signal import ShownSignal
 
-BARS = "▁▂▃▄▅▆▇█"
 DRAWING_FRACTION = 0.005
 """The fraction of the time that drawing may take."""
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Say which file it is where nothing can be printed, such as into one on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def format_count(value: float) -> str:
@@ -41,24 +50,6 @@ def format_duration(seconds: float) -> str:
     return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"
 
 
-def sparkline(values: list[float], width: int = 24) -> str:
-    """Return values as a row of at most `width` bars, each a mean; `!` where no value is finite."""
-    if not values:
-        return ""
-    size = max(1, math.ceil(len(values) / width))
-    means: list[float] = []
-    for at in range(0, len(values), size):
-        finite = [value for value in values[at : at + size] if math.isfinite(value)]
-        means.append(sum(finite) / len(finite) if finite else math.nan)
-    known = [mean for mean in means if math.isfinite(mean)]
-    low, high = (min(known), max(known)) if known else (0.0, 0.0)
-    span = high - low or 1.0
-    return "".join(
-        BARS[round((mean - low) / span * (len(BARS) - 1))] if math.isfinite(mean) else "!"
-        for mean in means
-    )
-
-
 class LiveDisplay:
     """Shows a run of `total` units: a live view on a terminal, else a line from time to time."""
 
@@ -68,17 +59,19 @@ class LiveDisplay:
         unit: str,
         *,
         title: str = "",
+        signals: Sequence[ShownSignal] = (),
         plain: bool = False,
         console: Console | None = None,
         interval: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Draw at least `interval` seconds apart: by default 0.2 live, 10 plain."""
+        """Draw at least `interval` seconds apart, by default 0.2 live, 10 plain; with these signals of clauses."""
         self.console = console or Console()
         self.plain = plain or not self.console.is_terminal
         self.total = total
         self.unit = unit
         self.title = title
+        self.signals = tuple(signals)
         self._interval = interval if interval is not None else (10.0 if self.plain else 0.2)
         self._clock = clock
         self._due = -math.inf
@@ -96,7 +89,7 @@ class LiveDisplay:
             self._live.start()
 
     def update(self, figures: Mapping[str, float]) -> None:
-        """Add the figures of one step: `position`, `loss`, `lr_min`, `lr_max`, noise scales, ..."""
+        """Add the figures of one step: `position`, `loss`, `lr_min`, `lr_max`, signals, ..."""
         self._figures.update(figures)
         self._stale = True
         if "loss" in figures:
@@ -106,7 +99,8 @@ class LiveDisplay:
 
     def note(self, text: str) -> None:
         """Print a line above the display, where it stays."""
-        self.console.print(Text(text))
+        with _output():
+            self.console.print(Text(text))
 
     def stop(self) -> None:
         """Draw the last figures and end the live view."""
@@ -119,10 +113,11 @@ class LiveDisplay:
     def _show(self) -> None:
         begin = self._clock()
         self._stale = False
-        if self.plain:
-            self.console.print(Text(self.line()), soft_wrap=True)
-        elif self._live is not None:
-            self._live.update(self._view(), refresh=True)
+        with _output():
+            if self.plain:
+                self.console.print(Text(self.line()), soft_wrap=True)
+            elif self._live is not None:
+                self._live.update(self._view(), refresh=True)
         end = self._clock()
         self._due = end + max(self._interval, (end - begin) / DRAWING_FRACTION)
 
@@ -146,16 +141,15 @@ class LiveDisplay:
         known = self._figures
         shown: dict[str, str] = {}
         if "loss" in known:
-            shown["loss"] = f"{known['loss']:.4f}"
+            shown["loss"] = format_loss(known["loss"])
         if "eval_loss" in known:
-            shown["eval"] = f"{known['eval_loss']:.4f}"
+            shown["eval"] = format_loss(known["eval_loss"])
         if "lr_min" in known and "lr_max" in known:
             low, high = known["lr_min"], known["lr_max"]
             shown["lr"] = f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
-        for label in find_labels(known):
-            shown[label] = format_noise_scale(known, label)
-            if (whole_model := format_whole_model(known, label)) is not None:
-                shown[f"{label} of the whole model"] = whole_model
+        for signal in self.signals:
+            if (text := signal.text_with_unit(known)) is not None:
+                shown[signal.title] = text
         if "batch" in known:
             shown["batch"] = format_count(known["batch"])
         for name in ("tokens", "samples"):

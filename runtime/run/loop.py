@@ -10,40 +10,44 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-from trainc.runtime.data.order import Data, Order
-from trainc.runtime.data.reader import Reader
+import torch
+
+from trainc.runtime.data.generators import kept
+from trainc.runtime.data.stream import count_samples
+from trainc.runtime.device.hardware import Hardware
+from trainc.runtime.processes.team import Team
+from trainc.runtime.run.continuation import explain, require_savable
 from trainc.runtime.run.interface import (
-    LoadsCompatible,
-    NonFiniteLoss,
+    ChecksState,
+    MeasuresEvaluations,
     ReportsSteps,
     RunnableProgram,
     StepReport,
+    UnsoundStep,
 )
 from trainc.runtime.run.live_display import LiveDisplay
-from trainc.runtime.run.recorder import RunRecorder
+from trainc.runtime.run.loggers import NamedLogger
+from trainc.runtime.run.preflight import Preflight
+from trainc.runtime.run.saved_run import SavedRun
 from trainc.runtime.run.stop_signals import StopSignals
-from trainc.runtime.run.summary import Summary, evaluate
-from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.run.summary import Summary
 from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.soundness.sound import name_unsound, unsound_step
+from trainc.runtime.sources.adapt import as_data
 from trainc.runtime.step.action import StopRun
-from trainc.runtime.storage.checkpoint import (
-    DamagedCheckpoint,
-    find_latest,
-    load_checkpoint,
-    save_checkpoint,
-)
-from trainc.runtime.storage.jsonl import read_jsonl
+from trainc.runtime.storage.checkpoint import prune_checkpoints
 from trainc.runtime.storage.random_streams import seed_step
-from trainc.runtime.storage.run_folder import RunFolder
+from trainc.runtime.storage.run_folder import FollowedFolder, RunFolder
 
 
 def train(
     program: RunnableProgram,
-    data: Data,
+    data: object,
     *,
     out: Path,
     resume: bool = False,
@@ -52,94 +56,94 @@ def train(
     stop_requested: Callable[[], str | None] | None = None,
     texts: Mapping[str, str] | None = None,
     keep: int = 2,
-    load_compatible: bool = False,
+    accept: bool = False,
+    hardware: Hardware | None = None,
+    logger: NamedLogger | None = None,
+    preflight: Preflight | None = None,
+    team: Team | None = None,
+    notes: Sequence[str] = (),
 ) -> Summary:
     """Train to the program's length and return the summary; `out` is the folder of the run.
 
+    `data` may be what `as_data` makes data of: data sets, loaders, pairs of them. `preflight` says what the run takes.
     `stop_requested` returns `interrupted` or `terminated` where the run is to save and end; without
     one, SIGINT and SIGTERM ask for it. `texts` are kept in the folder, by file name.
-    `load_compatible`: the checkpoint is of another spec; load the parts of it that still hold.
-    Raises RunExists, DamagedCheckpoint, and ValueError where the program has no length.
+    `accept`: where another spec or other data made the checkpoint, load the parts of it that still hold.
+    `logger` gets what is measured as well.
+    `hardware` is where the model is and how it computes; without it batches stay where the data puts them.
+    `team` are the processes of the run, all of which call this alike; without it this one is alone. One that a
+    launcher started again goes on from the newest checkpoint. `notes` are told when the run begins.
+    Raises RunExists, NoCheckpoint, DamagedCheckpoint, ChangedRun, RunFolderLost, and ValueError where the program has
+    no length.
     """
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(out, resume=resume, overwrite=overwrite))
         if stop_requested is None:
             stop_requested = stack.enter_context(StopSignals()).requested
-        loop = TrainingLoop(program, data, folder, display, stop_requested, keep)
-        loop.restore(load_compatible)
-        folder.keep_texts(texts or {}, program.clock.steps)
-        with loop:
-            return loop.train()
+        team = team or Team()
+        if team.decided(partial(team.claimed, out)):
+            resume, overwrite = team.decided(lambda: RunFolder(out).has_checkpoint), False
+        kind = RunFolder if team.rank == 0 else FollowedFolder
+        folder = kind(out, resume=resume, overwrite=overwrite)
+        try:
+            stack.enter_context(folder)
+            team.decided(lambda: team.claim(out))
+            options = display, keep, hardware, preflight, team
+            loop = TrainingLoop(program, as_data(data), folder, *options)
+            loop.stop_requested = stop_requested
+            team.watched(stop_requested, loop.ended)
+            loop.restore(accept)
+            with loop:
+                loop.begin(texts or {}, notes)
+                loop.recorder.log_to(logger, loop.clock)
+                return loop.train()
+        except Exception as error:
+            explain(error, folder)
+            raise
 
 
 @dataclass(eq=False)
-class TrainingLoop:
-    """One run in one process."""
+class TrainingLoop(SavedRun):
+    """One run in this process, which may be one of several."""
 
-    program: RunnableProgram
-    data: Data
-    folder: RunFolder
-    display: LiveDisplay | None
-    stop_requested: Callable[[], str | None]
-    keep: int
-    loss: float | None = field(default=None, init=False)
-    eval_loss: float | None = field(default=None, init=False)
+    stop_requested: Callable[[], str | None] = lambda: None
     evaluated_at: int = field(default=-1, init=False)
-    saved_at: int = field(default=-1, init=False)
-    checkpoint: Path | None = field(default=None, init=False)
+    _began: bool = field(default=False, init=False)
 
-    def __post_init__(self) -> None:
-        if self.program.length is None:
-            raise ValueError(
-                "this program has no length: add `length` to the `run` clause of its spec"
-            )
-        self.length, tokens = self.program.length, self.data.tokens_per_sample
-        self.recorder = RunRecorder(self.folder, self.display, self.length.unit, tokens)
-        self.reader = Reader(self.data, Order(self.program.settings.seed, len(self.data.train)))
-
-    @property
-    def clock(self) -> Clock:
-        """Return the program's clock."""
-        return self.program.clock
-
-    def restore(self, load_compatible: bool = False) -> None:
-        """Load the newest intact checkpoint, if there is one; `load_compatible`: the parts of it that still hold.
-
-        Raises DamagedCheckpoint where there are checkpoints and none is intact.
-        """
-        if not self.folder.resume:
-            return
-        found = find_latest(self.folder.checkpoints)
-        for damage in found.damage:
-            self._event("damaged-checkpoint", f"skipped a checkpoint: {damage}")
-        if found.path is None:
-            if found.damage:
-                raise DamagedCheckpoint(f"no checkpoint can be used: {found.damage[0]}")
-            return
-        state = load_checkpoint(found.path)
-        notes: list[str] = []
-        if load_compatible and isinstance(self.program, LoadsCompatible):
-            notes = self.program.load_compatible(state["program"])
-        else:
-            self.program.load_state_dict(state["program"])
-        self.clock.load_state_dict(state["clock"])
-        self.loss, self.eval_loss = state["loss"], state["eval_loss"]
-        self.saved_at, self.checkpoint = found.step, found.path
-        self._event("resumed", f"resumed from step {found.step}")
+    def begin(self, texts: Mapping[str, str], notes: Sequence[str] = ()) -> None:
+        """Open the records at the step that the run is at, tell notes, and keep the texts that it is started with."""
+        if (last := self.team.decided(lambda: self.recorder.open(self.clock))) is not None:
+            self.evaluated_at, self.eval_loss = last["step"], last["eval_loss"]
+        self.recorder.tell_hardware(self.hardware, self.clock.steps)
         for note in notes:
-            self._event("note", note)
+            self._event("processes", note)
+        if self.accepted:
+            # From here on the run is that of the new spec, whatever happens before the next save.
+            self.saved_at = -1
+            self.save()
+        elif self.checkpoint is not None and self.team.rank == 0:
+            prune_checkpoints(self.folder.checkpoints, self.keep, self.saved_at)
+        if self.checkpoint is None:
+            for note in getattr(self.data, "notes", ()):
+                self._event("note", note)
+        self.folder.keep_texts(texts, self.clock.steps)
 
     def __enter__(self) -> TrainingLoop:
-        self.recorder.open(self.clock)
-        for record in read_jsonl(self.folder.metrics):
-            if "eval_loss" in record:
-                self.evaluated_at = record["step"]
         return self
 
     def __exit__(self, kind: object, problem: object, trace: object) -> None:
-        if problem is not None:
-            self.folder.write_event("failed", self.clock.steps, message=repr(problem))
         self.reader.close()
+        if problem is None:
+            self.recorder.close()
+            return
+        with contextlib.suppress(OSError):  # the disk may be full, and the problem says so
+            self.folder.write_event("failed", self.clock.steps, message=repr(problem))
+        with contextlib.suppress(OSError):
+            self.recorder.close()
+
+    def ended(self, message: str) -> None:
+        """Write why the process is ended from outside of the loop."""
+        if message:
+            self.folder.write_event("failed", self.clock.steps, message=message)
         self.recorder.close()
 
     def train(self) -> Summary:
@@ -147,10 +151,12 @@ class TrainingLoop:
         # A signal may have come between a step and its evaluation.
         if self.saved_at == self.clock.steps and self.due(self.program.settings.evaluate_every):
             self.evaluate()
+        if self.stopped is not None:
+            return self.end("stopped", self.stopped)
         while True:
             if self.length.done(self.clock):
                 return self.end("finished", "the run has reached its length")
-            if request := self.stop_requested():
+            if request := self.team.requested(self.stop_requested):
                 return self.end(request, f"{request} by a signal")
             stop = self.step()
             if stop is not None:
@@ -158,8 +164,10 @@ class TrainingLoop:
 
     def step(self) -> tuple[str, str] | None:
         """Run one step and what is due after the step; return reason and message if the run ends."""
+        self.folder.check_present()
         clock, program, reader = self.clock, self.program, self.reader
         first, number, seed = clock.samples, clock.steps, program.settings.seed
+        self.team.at(f"reading the data of step {number + 1}")
         begin = read_at = time.perf_counter()
         batch = 0
         stop: str | None = None
@@ -169,84 +177,97 @@ class TrainingLoop:
             batch = program.batch_size
             batches = reader.read(first, batch, program.micro_size)
             read_at = time.perf_counter()
-            seed_step(seed, number, 1)
-            metrics = program.step(batches)
+            self.team.at(f"running step {number + 1}")
+            seed_step(seed, number, 1, self.team.rank)
+            with self._noticing_draws():
+                metrics = self.computation.step(batches, reader, first)
         except StopRun as request:
             stop = str(request.args[0]) if request.args else "stopped by a `when` rule"
             metrics = request.args[1] if len(request.args) > 1 else {}
             if clock.steps == number:
-                return "nan" if isinstance(request, NonFiniteLoss) else "stopped", stop
+                return "nan" if isinstance(request, UnsoundStep) else "stopped", stop
         if (clock.steps, clock.samples) != (number + 1, first + batch):
             raise RuntimeError(
                 f"the program ran a step of {batch} samples and left the clock at {clock}:"
                 f" expected {number + 1} steps and {first + batch} samples"
             )
-        end = time.perf_counter()
+        self.team.at(f"waiting for the others after step {number + 1}")
+        took = self.team.after_step(self.stop_requested, time.perf_counter() - begin)
         if clock.before is not None and clock.seconds == clock.before.seconds:
-            clock.seconds += end - begin
+            clock.seconds += took
         if reader.prefetches:
             reader.ahead(clock.samples, program.batch_size, program.micro_size)
         report = program.report() if isinstance(program, ReportsSteps) else StepReport()
         self.loss = metrics.get("loss", self.loss)
-        self.recorder.step(clock, metrics, report.series, batch, read_at - begin, end - begin)
+        self.recorder.step(clock, metrics, report.series, batch, read_at - begin, took)
         for note in report.notes:
             self._event("note", note)
+        why = report.unsound or unsound_step(
+            metrics.get("loss", 0.0), metrics.get("gradient_norm", 0.0)
+        )
+        skipped = bool(metrics.get("skipped"))
+        self.unsound = None if skipped else why
+        if why is not None:
+            text = f"{why} at step {clock.steps}{': skipped' * skipped}"
+            self._event(name_unsound(metrics.get("loss", 0.0)), text)
+            if not skipped and program.settings.on_nan == "stop":
+                return "nan", f"{why} at step {clock.steps}"
+        elif skipped:
+            self._event("skipped-step", f"skipped step {clock.steps}: a gradient overflowed")
         return self.finish_step(report, stop if stop is not None else report.stop)
+
+    @contextlib.contextmanager
+    def _noticing_draws(self) -> Iterator[None]:
+        """Tell, in the first step of several processes, that the model draws torch's random numbers."""
+        if self.team.size == 1 or self._began:
+            yield
+            return
+        self._began, before = True, torch.get_rng_state()
+        yield
+        if not torch.equal(before, torch.get_rng_state()):
+            text = (
+                "the model draws torch's random numbers, in each process others: with another number of processes the"
+                " numbers of this run are others"
+            )
+            self._event("processes", text)
 
     def finish_step(self, report: StepReport, stop: str | None) -> tuple[str, str] | None:
         """Evaluate and save if that is due; return reason and message if the run ends."""
-        settings, steps = self.program.settings, self.clock.steps
-        if not self.loss_is_finite:
-            message = f"the loss of step {steps} is {self.loss}"
-            self._event("non-finite-loss", message)
-            if settings.on_nan == "stop":
-                return "nan", message
+        settings, self.stopped = self.program.settings, stop
+        if self.clock.steps == 1:  # not hours later, when the first checkpoint is due
+            require_savable(self.program)
         if self.due(settings.evaluate_every):
             self.evaluate()
         if report.save or self.due(settings.checkpoint_every):
             self.save()
         return None if stop is None else ("stopped", stop)
 
-    @property
-    def loss_is_finite(self) -> bool:
-        """Return whether the last loss was finite; true before the first."""
-        return self.loss is None or math.isfinite(self.loss)
-
     def due(self, gate: Gate | None) -> bool:
         """Return whether a gate fires now, between two steps."""
         return gate is not None and self.clock.steps > 0 and gate.fires(self.clock)
 
+    @property
+    def _evaluates_all(self) -> bool:
+        """Whether this process must evaluate all batches, also where it is one of several."""
+        program, drawn = self.program, bool(self.reader.generators)
+        return drawn or (isinstance(program, MeasuresEvaluations) and program.measures_evaluations)
+
     def evaluate(self) -> None:
         """Measure the loss on the held-out samples, once after each step."""
         split, steps = self.data.evaluation, self.clock.steps
-        if split is None or not len(split) or self.evaluated_at == steps:
+        if split is None or count_samples(split) == 0 or self.evaluated_at == steps:
             return
-        # As before a step, so that random numbers are the same after a resume.
-        seed_step(self.program.settings.seed, steps, -1)
-        means = evaluate(self.program, split)
+        # A run of another length evaluates elsewhere, and must draw the same for its steps.
+        with kept(self.reader.generators):
+            means, others = self.computation.evaluate(self.data, whole=self._evaluates_all)
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if isinstance(self.program, MeasuresEvaluations):
+            means |= self.program.evaluation_metrics()
         self.eval_loss, self.evaluated_at = means["eval_loss"], steps
-        self.recorder.evaluation(steps, means)
-
-    def save(self) -> None:
-        """Save a checkpoint, once after each step, unless a non-finite loss may have damaged the weights."""
-        steps = self.clock.steps
-        if self.saved_at == steps:
-            return
-        if not self.loss_is_finite and self.program.settings.on_nan != "skip":
-            message = f"no checkpoint at step {steps}: the loss is {self.loss}"
-            self._event("checkpoint-withheld", message)
-            return
-        # The records up to here must be on the disk before the checkpoint.
-        self.recorder.sync()
-        state = {
-            "program": self.program.state_dict(),
-            "clock": self.clock.state_dict(),
-            "loss": self.loss,
-            "eval_loss": self.eval_loss,
-        }
-        self.checkpoint = save_checkpoint(self.folder.checkpoints, steps, state, self.keep)
-        self.saved_at = steps
-        self.folder.write_event("saved", steps, checkpoint=self.checkpoint.name)
+        self.recorder.evaluation(steps, means, others)
+        if bad:
+            text = f"the evaluation after step {steps} is not finite: {bad[0]} is {means[bad[0]]}"
+            self._event("non-finite-evaluation", text)
 
     def end(self, reason: str, message: str) -> Summary:
         """Evaluate and save at the end of a run, and return the summary."""
@@ -254,14 +275,21 @@ class TrainingLoop:
             self.evaluate()
         self.save()
         name = self.checkpoint.name if self.checkpoint else None
+        if self.withheld is not None and reason in ("finished", "stopped"):
+            reason, message = "nan", f"{message}, but {self.withheld}: it is not saved"
         if reason == "nan" and name:
             message += f"; the last checkpoint before that is {name}"
-        clock, lines = self.clock, self.program.summary()
+        clock, lines = self.clock, self.computation.summary()
         counted = (clock.steps, clock.samples, clock.tokens, clock.epochs, self.recorder.seconds)
-        summary = Summary(reason, message, *counted, self.loss, self.eval_loss, name, lines)
-        self.folder.write_summary(asdict(summary))
-        self.folder.write_event(reason, clock.steps, message=message)
+        skipped = self.program.unsound_steps if isinstance(self.program, ChecksState) else 0
+        summary = Summary(
+            reason, message, *counted, self.loss, self.eval_loss, name, lines, skipped
+        )
+        self.team.decided(partial(self._conclude, summary))  # the others end after rank 0 wrote it
         return summary
 
-    def _event(self, event: str, text: str) -> None:
-        self.recorder.event(event, self.clock.steps, text)
+    def _conclude(self, summary: Summary) -> None:
+        self.folder.write_summary(asdict(summary))
+        self.folder.write_event(summary.reason, summary.steps, message=summary.message)
+        self.recorder.sync()
+        self.folder.check_present()

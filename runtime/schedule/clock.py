@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainc.runtime.schedule.time_span import TimeSpan, Unit, snap
@@ -32,7 +32,9 @@ class Clock:
 
     def advance(self, samples: int, tokens: int, seconds: float) -> None:
         """Count one optimizer step: its samples, its tokens and the seconds it took."""
-        self.before = replace(self, before=None)
+        self.before = Clock(
+            self.steps, self.samples, self.tokens, self.seconds, self.samples_per_epoch
+        )
         self.steps += 1
         self.samples += samples
         self.tokens += tokens

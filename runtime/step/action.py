@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainc.runtime.storage.form import Anything, Form, Record
 
 if TYPE_CHECKING:
     from trainc.runtime.schedule.gate import Gate
@@ -38,10 +40,24 @@ class Action(ABC):
     phase: Phase
     name: str
     gate: Gate | None = None
+    reads_shards: ClassVar[bool] = False
+    """Whether it can read `step.parameters` that are sharded over processes (FSDP2), of which it sees DTensors."""
+    figures: tuple[str, ...] = ()
+    """Attributes that only the summary shows, numbers or lists of them: a checkpoint keeps them as well."""
 
     def is_due(self, step: Step) -> bool:
         """Return whether it runs in this step: when its gate fires, in every step without one."""
         return self.gate is None or self.gate.fires(step.clock)
+
+    def run_in(self, step: Step) -> None:
+        """Run in a step as this action may read it."""
+        every = step.parameters
+        if not self.reads_shards:
+            step.parameters = WholeParameters(every, self.name)
+        try:
+            self.run(step)
+        finally:
+            step.parameters = every
 
     @abstractmethod
     def run(self, step: Step) -> None:
@@ -50,6 +66,13 @@ class Action(ABC):
     def state_dict(self) -> ActionState:
         """Return the state that a checkpoint keeps: a flat dict of tensors and JSON scalars."""
         return {}
+
+    def state_form(self) -> Form:
+        """Return what a state of this action is, where it has one: a state is compared with it before it is loaded.
+
+        Of an action that does not say more, any state is left to its `load_state_dict`.
+        """
+        return Record(more=Anything())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
@@ -74,6 +97,28 @@ class Action(ABC):
     def summary(self) -> str | None:
         """Return one line for the summary of the run; None for no line."""
         return None
+
+
+class WholeParameters(Mapping[str, Any]):
+    """The parameters of a step for an action that reads whole ones; raises ValueError for one that is sharded."""
+
+    def __init__(self, parameters: Mapping[str, Any], reader: str) -> None:
+        self._parameters, self._reader = parameters, reader
+
+    def __getitem__(self, name: str) -> Any:
+        found = self._parameters[name]
+        if hasattr(found, "device_mesh"):
+            raise ValueError(
+                f"`{self._reader}` reads whole parameters, and `{name}` is sharded over processes (FSDP2): use"
+                " DistributedDataParallel, or remove the clause"
+            )
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
 
 
 def check_phase(action: Action) -> None:

@@ -18,6 +18,7 @@ from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.record import Step
+from trainc.runtime.storage.form import Count, Form, Number, Optional, Record
 
 SignalReader = Callable[[Clock], float]
 
@@ -66,6 +67,9 @@ class BatchPolicy(Action):
 
     def state_dict(self) -> ActionState:
         return {"changes": self.changes, "last": self.last}
+
+    def state_form(self) -> Form:
+        return Record({"changes": Count(), "last": Count(1)}, {"changed_at": Optional(Number())})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.changes = int(state.get("changes", 0))
@@ -151,7 +155,7 @@ class SignalNoise(BatchPolicy):
     """Grows the batch so that noise / signal of the averaged gradient stays at `theta` squared.
 
     B_{k+1} = max(ceil(tr(Sigma) / (theta^2 |G|^2)), B_k), rounded up to micro-batches and capped.
-    `signal` is tr(Sigma) / |G|^2, the noise scale; `gate` says when it is read.
+    `signal` is tr(Sigma) / |G|^2 of the gradient; `gate` says when it is read.
     """
 
     def __init__(

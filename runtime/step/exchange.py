@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.step.action import Action, Phase
 
 if TYPE_CHECKING:
     from trainc.runtime.processes.replica_group import Fact, ReplicaGroup
-    from trainc.runtime.schedule.clock import Clock
     from trainc.runtime.step.record import Step
 
 
@@ -24,11 +22,12 @@ class Exchange(Action):
     """
 
     phase = Phase.EXCHANGE
+    figures = ("turns", "sent", "last", "replicas", "trained_alone")
 
     def __init__(self, label: str, name: str | None = None) -> None:
         self.label, self.name = label, name or label
         self.turns = self.sent = self.last = self.replicas = 0
-        self._said_alone = False
+        self.trained_alone = False
 
     @abstractmethod
     def turn(self, step: Step, replicas: ReplicaGroup) -> None:
@@ -39,7 +38,7 @@ class Exchange(Action):
         return ()
 
     def is_due(self, step: Step) -> bool:
-        return self.gate is None or self.gate.fires(_clock_after(step))
+        return self.gate is None or self.gate.fires(step.clock_after())
 
     def run(self, step: Step) -> None:
         replicas, number = step.replicas, step.clock.steps + 1
@@ -61,12 +60,12 @@ class Exchange(Action):
 
     def _say_alone(self, step: Step) -> None:
         self._record(step, 0)
-        if not self._said_alone:
+        if not self.trained_alone:
             step.notes.append(
                 f"{self.name}: this process trains alone, so nothing is exchanged; start several, for example with"
                 " `torchrun --nproc-per-node 4`, and call `torch.distributed.init_process_group()` in each"
             )
-        self._said_alone = True
+        self.trained_alone = True
 
     def _facts(self, step: Step, number: int) -> list[Fact]:
         from trainc.runtime.processes.replica_group import MEETING, Fact
@@ -92,16 +91,6 @@ class Exchange(Action):
             ),
         ]
 
-    def state_dict(self) -> ActionState:
-        if not self.turns:
-            return {}
-        names = ("turns", "sent", "last", "replicas")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("turns", "sent", "last", "replicas"):
-            setattr(self, name, int(state.get(name, 0)))
-
     def summary(self) -> str | None:
         if self.turns:
             times = f"{self.turns} exchange{'s' * (self.turns > 1)}"
@@ -109,12 +98,5 @@ class Exchange(Action):
                 f"{self.name}: {times} between {self.replicas} replicas, {self.sent} bytes sent by this one, the last"
                 f" after step {self.last}; since then the replicas differ"
             )
-        alone = ": this process trained alone" if self._said_alone else ""
+        alone = ": this process trained alone" if self.trained_alone else ""
         return f"{self.name}: no exchange{alone}"
-
-
-def _clock_after(step: Step) -> Clock:
-    """Return the clock as it will be when the open step is counted."""
-    clock = replace(step.clock, before=None)
-    clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
-    return clock

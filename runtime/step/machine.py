@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch.nn import Parameter
 
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.step.action import Action, IncompatibleState, Phase, check_phase
+from trainc.runtime.step.action import Action, IncompatibleState, Phase, StopRun, check_phase
 from trainc.runtime.step.around import Around, Gradients
+from trainc.runtime.step.batches import BatchTransform
+from trainc.runtime.step.optimizer import OptimizerStep, Rates
 from trainc.runtime.step.record import KeepsOptimizerState, Preconditioner, Signals, Step
+from trainc.runtime.storage.differences import Difference
+from trainc.runtime.storage.form import reading
+from trainc.runtime.torch_optimizer.nested import copied
 
 
 class StepMachine:
@@ -35,22 +42,29 @@ class StepMachine:
         for action in self.actions:
             check_phase(action)
         # Chosen once: this runs in every step, and a step of a small model is short.
+        self._figures = [(action, name) for action in self.actions for name in action.figures]
         self._choose_batch = [a for a in self.actions if a.phase == Phase.BATCH]
         self.around = tuple(a for a in self.actions if isinstance(a, Around))
         """What surrounds the passes of a step."""
+        self.batch_transforms = tuple(a for a in self.actions if isinstance(a, BatchTransform))
+        """What changes each micro-batch before its first pass."""
+        self._optimizers = tuple(a for a in self.actions if isinstance(a, OptimizerStep))
         self._before = [
             a
             for a in self.actions
-            if Phase.BATCH < a.phase < Phase.FORWARD and not isinstance(a, Around)
+            if Phase.BATCH < a.phase < Phase.FORWARD and not isinstance(a, Around | BatchTransform)
         ]
         self._after = [a for a in self.actions if a.phase > Phase.BACKWARD]
-        self.clock = clock
-        self.parameters = parameters
+        self.clock, self.parameters = clock, parameters
         self.signals = Signals() if signals is None else signals
-        self.batch_size = 0
-        self.micro_size = 0
+        self.batch_size = self.first_batch = self.micro_size = 0
         self.current: Step | None = None
+        self._undecided: dict[str, Any] = {}
+        """Signals, figures, batch size and the states of what chooses it, from before the open step."""
+        self.ended: str | None = None
+        """Why no step can be opened any more; None while one can."""
         self._inside: str | None = None
+        self._updated = False
         self._preconditioners = [
             action.preconditioner for action in actions if isinstance(action, Preconditioner)
         ]
@@ -58,28 +72,66 @@ class StepMachine:
             action.state_of for action in actions if isinstance(action, KeepsOptimizerState)
         ]
 
+    def set_sizes(self, batch: int, micro: int) -> None:
+        """Set the samples of the first step, and of a micro-batch."""
+        self.batch_size = self.first_batch = batch
+        self.micro_size = micro
+
+    def add(self, action: Action, *, first: bool = False) -> None:
+        """Add an action without state after the backward pass, last of its phase or `first`."""
+        every = (action, *self.actions) if first else (*self.actions, action)
+        self.actions = tuple(sorted(every, key=lambda one: one.phase))
+        self._after = [a for a in self.actions if a.phase > Phase.BACKWARD]
+
     def begin(self) -> Step:
-        """Open a step unless one is open; run the actions before the forward pass."""
+        """Open a step unless one is open; run the actions before the forward pass.
+
+        Raises RuntimeError when the training was ended.
+        """
+        if self.ended is not None:
+            raise RuntimeError(self.ended)
         if self.current is None:
             self.current = Step(
-                self.clock, self.parameters, self.signals, self.batch_size, self.micro_size
+                self.clock,
+                self.parameters,
+                self.signals,
+                self.batch_size,
+                self.micro_size,
+                after_update=self._updated,
+                preconditioners=self._preconditioners,
+                optimizer_states=self._optimizer_states,
             )
-            self.current.preconditioners = self._preconditioners
-            self.current.optimizer_states = self._optimizer_states
+            self._undecided = self._decided_so_far()
             try:
                 self._prepare(self.current)
+            except StopRun:
+                self.current = None
+                raise
             except BaseException:
-                self.current = None  # the next call prepares its step anew
+                self.discard_step()  # the next call prepares its step anew
                 raise
         return self.current
+
+    def _decided_so_far(self) -> dict[str, Any]:
+        """Return what the first actions of a step change, to be given back where it is discarded."""
+        return {
+            "signals": dict(self.signals),
+            "batch_size": self.batch_size,
+            "actions": {action.name: action.state_dict() for action in self._choose_batch},
+            "figures": [
+                list(found) if isinstance(found := getattr(action, name), list) else found
+                for action, name in self._figures
+            ],
+        }
 
     def _prepare(self, step: Step) -> None:
         """Choose the batch size, and run the other actions before the forward pass."""
         self._set_size_signals(self.batch_size)
-        self._run(step, self._choose_batch)
-        if step.batch_size != self.batch_size:
-            self.batch_size = step.batch_size
-            self._set_size_signals(self.batch_size)
+        if self._choose_batch:
+            self._run(step, self._choose_batch)
+            if step.batch_size != self.batch_size:
+                self.batch_size = step.batch_size
+                self._set_size_signals(self.batch_size)
         self._run(step, self._before)
 
     @contextmanager
@@ -96,7 +148,9 @@ class StepMachine:
             self._inside = None
 
     def check_outside(self, what: str) -> None:
-        """Raise RuntimeError inside `surround`, where weights are not those of the training."""
+        """Raise RuntimeError inside `surround`, where weights are not those of the training, and when it was ended."""
+        if self.ended is not None:
+            raise RuntimeError(self.ended)
         if self._inside is not None:
             raise RuntimeError(
                 f"`{what}` was called inside a step, while `{self._inside}` holds the weights at other values: call it"
@@ -117,38 +171,94 @@ class StepMachine:
                 "no step is open: call `program.loss(batch)` and its `backward()` before `update()`"
             )
         self._run(step, self._after)
-        self.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
-        self.signals["loss"] = step.loss
+        self._updated = True
+        self._count(step)
         self.current = None
         return step
 
+    def _count(self, step: Step) -> None:
+        """Advance the clock, and let rules and schedules see what happened."""
+        self.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
+        self.signals["loss"] = step.loss
+        if "gradient_norm" in step.metrics:
+            self.signals["gradient_norm"] = step.metrics["gradient_norm"]
+
     def discard_step(self) -> None:
-        """Close the open step without an update."""
+        """Close the open step as if it had never begun: rules and policies decide anew in the next one."""
+        if self.current is not None:
+            self._set_shared(self._undecided)
+            for (shown, name), value in zip(self._figures, self._undecided["figures"], strict=True):
+                setattr(shown, name, _copied(value))
+            for action in self._choose_batch:
+                action.load_state_dict(self._undecided["actions"][action.name])
         self.current = None
 
-    def exchange(self, step: Step) -> None:
-        """Run the actions of phase 11 alone: the turn of a step without an update, for which other replicas wait."""
+    def skip_step(self, step: Step) -> None:
+        """Close the step without an update, but count it; other replicas wait for its turn of phase 11."""
+        self.current = None
         self._run(step, [action for action in self._after if action.phase == Phase.EXCHANGE])
+        self._count(step)
 
     def state_dict(self) -> dict[str, Any]:
         self.check_outside("state_dict")
         states = {action.name: action.state_dict() for action in self.actions}
+        before = self._decided_so_far() if self.current is None else self._undecided
+        states |= before["actions"]
+        figures: dict[str, dict[str, Any]] = {}
+        for (action, name), value in zip(self._figures, before["figures"], strict=True):
+            figures.setdefault(action.name, {})[name] = _copied(value)
         return {
             "clock": self.clock.state_dict(),
-            "signals": dict(self.signals),
-            "batch_size": self.batch_size,
+            "signals": dict(before["signals"]),
+            "batch_size": before["batch_size"],
             "actions": {name: state for name, state in states.items() if state},
+            "figures": figures,
+            "rates": {"schedules": self.scheduled_rates(self.clock), "in_force": self._rates()},
+            "optimizers": {one.name: one.describe() for one in self._optimizers},
         }
 
+    def require_savable(self) -> None:
+        """Raise OptimizerProblem where an optimizer has state that no checkpoint can hold."""
+        for action in self._optimizers:
+            action.named.require_savable()
+
+    def scheduled_rates(self, clock: Clock) -> dict[str, float]:
+        """Return the rate that each optimizer's schedule gives at a clock, without factors."""
+        return {a.optimizer.name: a.base(clock) for a in self.actions if isinstance(a, Rates)}
+
+    def rate_differences(self, state: Mapping[str, Any]) -> Iterator[Difference]:
+        """Yield the schedules that give another learning rate at the clock of a state than when it was made."""
+        clock = Clock(samples_per_epoch=self.clock.samples_per_epoch)
+        clock.load_state_dict(state["clock"])
+        before = state["rates"]["schedules"]
+        for name, rate in self.scheduled_rates(clock).items():
+            was = before.get(name, math.nan)
+            if all(map(math.isfinite, (was, rate))) and not math.isclose(was, rate, rel_tol=1e-9):
+                yield Difference(
+                    f"the next step of `{name}` had learning rate {was:.6g} and has {rate:.6g}, before factors"
+                )
+
+    def _rates(self) -> dict[str, float]:
+        """Return the learning rate of the last step by parameter, all factors in it; empty before the first."""
+        found: dict[str, float] = {}
+        for action in self._optimizers if self.clock.steps else ():
+            for _, options, slots in action.in_groups():
+                found |= {slot.name: float(options["lr"]) for slot in slots}
+        return found
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        unknown = self._unknown_actions(state)
-        if unknown:
+        if unknown := self._unknown_actions(state):
             raise ValueError(
                 f"the checkpoint has state of {', '.join(unknown)}, but this program has no such actions"
             )
+        for name, why in self.other_optimizers(state):
+            raise ValueError(f"no part of the state of the optimizer `{name}` fits: {why}")
         self._load_shared(state)
         for action in self.actions:
-            action.load_state_dict(state["actions"].get(action.name, {}))
+            with reading(f"actions/{action.name}", "what this action keeps"):
+                action.load_state_dict(state["actions"].get(action.name, {}))
+        self._load_figures(state["figures"])
+        self._load_rates(state)
 
     def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
         """Load the parts of another program's state that still hold; return lines on what restarts or is dropped.
@@ -159,20 +269,72 @@ class StepMachine:
         lines: list[str | None] = [
             f"{name}: no longer in the program" for name in self._unknown_actions(state)
         ]
+        others = dict(self.other_optimizers(state))
+        lines += [f"{name}: starts anew, because {why}" for name, why in others.items()]
         for action in self.actions:
+            own = {} if action.name in others else state["actions"].get(action.name, {})
             try:
-                lines.append(action.load_compatible(state["actions"].get(action.name, {})))
+                with reading(f"actions/{action.name}", "what this action keeps"):
+                    lines.append(action.load_compatible(own))
             except ValueError as error:
                 raise IncompatibleState(str(error)) from error
+        self._load_figures(state["figures"])
+        self._load_rates(state)
         return [line for line in lines if line]
+
+    def keep(self) -> Callable[[], None]:
+        """Return what puts back the state of now, in which no step is open."""
+        shared = copied(
+            self._decided_so_far() | {"clock": self.clock.state_dict()}, torch.clone, {}
+        )
+        optimizers = [(one, dict(vars(one))) for one in self._optimizers]
+        others = [action for action in self.actions if action not in self._optimizers]
+        states = [(one, copied(one.state_dict(), torch.clone, {})) for one in others]
+        updated = self._updated
+
+        def put_back() -> None:
+            self._load_shared(shared)
+            self._updated = updated
+            for one, before in optimizers:
+                vars(one).clear()
+                vars(one).update(before)
+            for action, state in states:
+                action.load_state_dict(state)
+            for (action, name), value in zip(self._figures, shared["figures"], strict=True):
+                setattr(action, name, _copied(value))
+
+        return put_back
+
+    def other_optimizers(self, state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield the optimizers that a state fits in no part, each with the reason."""
+        for one in self._optimizers:
+            if (before := state["optimizers"].get(one.name)) is not None:
+                own = state["actions"].get(one.name, {})
+                if (why := one.cannot_continue(before, own)) is not None:
+                    yield one.name, why
+
+    def _load_rates(self, state: Mapping[str, Any]) -> None:
+        """Put the rates of the last step in force: until the next one they are those of the state."""
+        for one in self._optimizers:
+            one.restore_rates(state["rates"]["in_force"])
+
+    def _load_figures(self, saved: Mapping[str, Any]) -> None:
+        """Restore what only summaries show."""
+        for action, name in self._figures:
+            if name in (found := saved.get(action.name, {})):
+                setattr(action, name, _copied(found[name]))
 
     def _unknown_actions(self, state: Mapping[str, Any]) -> list[str]:
         """Return the names of actions that have saved state and are not in this program."""
         return sorted(set(state["actions"]) - {action.name for action in self.actions})
 
     def _load_shared(self, state: Mapping[str, Any]) -> None:
-        """Restore clock, signals and batch size."""
+        """Restore clock, signals and batch size; a step that is open is no longer."""
+        self.current, self._updated = None, False
         self.clock.load_state_dict(state["clock"])
+        self._set_shared(state)
+
+    def _set_shared(self, state: Mapping[str, Any]) -> None:
         self.signals.clear()
         self.signals.update(state["signals"])
         self.batch_size = int(state["batch_size"])
@@ -180,4 +342,9 @@ class StepMachine:
     def _run(self, step: Step, actions: Sequence[Action]) -> None:
         for action in actions:
             if action.is_due(step):
-                action.run(step)
+                action.run_in(step)
+
+
+def _copied(figure: Any) -> Any:
+    """Return a figure as it is now: a number, or a copy of a list."""
+    return list(figure) if isinstance(figure, list) else figure

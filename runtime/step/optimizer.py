@@ -1,67 +1,33 @@
-"""Learning rates, clipping and the update of any torch optimizer, with optimizer state saved by parameter name.
+"""Learning rates and the update of any torch optimizer; how its state is kept is in `runtime/torch_optimizer`.
 
 No policy overwrites a learning rate: the rate of a parameter is `base(clock)` times the named factors of the policies.
-torch saves optimizer state by position; here it is saved and loaded under parameter names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.nn.utils import clip_grad_norm_
 
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.soundness.sound import unsound_tensor
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.step.gradients import GradientNotFinite
 from trainc.runtime.step.held_updates import DecayForm, HeldUpdates, Stepped
 from trainc.runtime.step.record import Step
-
-
-@dataclass(slots=True)
-class LrFactor:
-    """A factor on the learning rate of one or more parameters, set by one policy; `unit` names these parameters.
-
-    While `gate` is closed the parameters keep their rate.
-    """
-
-    policy: str
-    unit: str
-    factor: float = 1.0
-    gate: Gate | None = None
-
-    def at(self, clock: Clock) -> float:
-        """Return the factor in the step at this clock."""
-        return self.factor if self.gate is None or self.gate.fires(clock) else 1.0
-
-
-@dataclass(slots=True)
-class ParamSlot:
-    """A parameter as the optimizer sees it: all or selected entries, its weight decay and rate factors."""
-
-    name: str
-    tensor: Parameter
-    weight_decay: float
-    lr_factors: tuple[LrFactor, ...] = ()
-
-    def factor(self, clock: Clock) -> float:
-        """Return the product of the factors in the step at this clock."""
-        return math.prod((one.at(clock) for one in self.lr_factors), start=1.0)
-
-
-def group_slots(slots: Iterable[ParamSlot]) -> list[list[ParamSlot]]:
-    """Group slots by weight decay and rate factors, in order of first appearance: torch's parameter groups."""
-    groups: dict[tuple[float, tuple[int, ...]], list[ParamSlot]] = {}
-    for slot in slots:
-        key = (slot.weight_decay, tuple(id(lr_factor) for lr_factor in slot.lr_factors))
-        groups.setdefault(key, []).append(slot)
-    return list(groups.values())
+from trainc.runtime.torch_optimizer.compatible_state import load_compatible, spans
+from trainc.runtime.torch_optimizer.modes import has_modes
+from trainc.runtime.torch_optimizer.named_state import NamedState
+from trainc.runtime.torch_optimizer.preconditioner import second_moment_scale
+from trainc.runtime.torch_optimizer.problem import OptimizerProblem, explain_failure, refuse_moved
+from trainc.runtime.torch_optimizer.slots import LrFactor as LrFactor
+from trainc.runtime.torch_optimizer.slots import ParamSlot as ParamSlot
+from trainc.runtime.torch_optimizer.slots import first_refused, group_slots
+from trainc.runtime.torch_optimizer.state_form import OptimizerForm
 
 
 class OptimizerStep(Action):
@@ -69,7 +35,9 @@ class OptimizerStep(Action):
 
     `make(groups)` builds the torch optimizer from parameter-group dicts, on first use: a plan needs no optimizer, and
     building one loads much of torch. Updates that a clause changes are left to `updates`, which adds them later;
-    `decay_form` says how they depend on the weights, None where that is not known.
+    `decay_form` says how they depend on the weights, None where that is not known. With `asks`, `step` is called with
+    the closure of the step; an error in one of its calls leaves the weights as they were before, and clears the state.
+    `steady`: the schedule of the rate is one number, so that an optimizer may change its rate by itself.
     """
 
     phase = Phase.OPTIMIZER
@@ -81,8 +49,14 @@ class OptimizerStep(Action):
         make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         decay_form: DecayForm | None = None,
         updates: HeldUpdates | None = None,
+        *,
+        asks: bool = False,
+        steady: bool = False,
     ) -> None:
         self.name = name
+        self.asks, self.steady = asks, steady
+        self._noted = self.started = False
+        """`started`: whether the torch optimizer has stepped or was loaded, so that it may have state."""
         self.slots = tuple(slots)
         self.groups = group_slots(slots)
         self._make = make
@@ -90,35 +64,163 @@ class OptimizerStep(Action):
         self._updates = updates
 
     @cached_property
+    def named(self) -> NamedState:
+        """Return the torch optimizer with the names of its parameters; one that has modes is in training mode."""
+        slots = {slot.name: slot.tensor for slot in self.slots}
+        groups: list[dict[str, Any]] = [
+            {"params": [slot.tensor for slot in group], "weight_decay": group[0].weight_decay}
+            for group in self.groups
+        ]
+        named = NamedState(self.name, self._make(groups), slots)
+        if has_modes(named.optimizer):
+            named.optimizer.train()
+        return named
+
+    @cached_property
+    def _grouped(self) -> list[list[ParamSlot]]:
+        """The slots of each group of the torch optimizer."""
+        slots = {slot.name: slot for slot in self.slots}
+        return [[slots[name] for name in names if name in slots] for names in self.named.groups]
+
+    def first_refused(self) -> str | None:
+        """Return the first parameter for which alone no torch optimizer can be built; None where that holds for all."""
+        return first_refused(self._make, self.slots)
+
+    @property
     def torch(self) -> torch.optim.Optimizer:
-        """Return the torch optimizer; its groups are in the order of `groups`."""
-        return self._make(
-            [
-                {"params": [slot.tensor for slot in group], "weight_decay": group[0].weight_decay}
-                for group in self.groups
-            ]
-        )
+        """Return the torch optimizer."""
+        return self.named.optimizer
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether the optimizer puts other weights in place for evaluation: it has `train()` and `eval()`."""
+        return has_modes(self.torch)
+
+    def rebuild(self) -> None:
+        """Drop the torch optimizer with all of its state; it is built anew on first use."""
+        self.started = False
+        for made in ("named", "_grouped"):
+            vars(self).pop(made, None)
+
+    def in_groups(self) -> Iterator[tuple[int, dict[str, Any], list[ParamSlot]]]:
+        """Yield number and options of each group of the torch optimizer, and its slots."""
+        pairs = zip(self._grouped, self.torch.param_groups, strict=True)
+        for i, (slots, options) in enumerate(pairs):
+            yield i, options, slots
 
     def run(self, step: Step) -> None:
+        self.started = True
         changed = frozenset() if self._updates is None else self._updates.wanted(step.clock)
         if self._updates is not None and changed:
-            stepped = self._stepped(changed)
-            self._updates.hold(step, self.torch.step, stepped, self._decay_form)
+            self._updates.hold(step, self._step_torch, [*self.trained(changed)], self._decay_form)
+        elif self.asks:
+            self._step_asking(step)
         else:
-            self.torch.step()
+            self._step_torch()
+        self._notice_own_rates(step)
         self.zero_grad()
 
-    def _stepped(self, names: frozenset[str]) -> list[Stepped]:
-        """Return those of the parameters that have a gradient, so that torch steps them."""
-        return [
-            Stepped(slot.name, slot.tensor, options["lr"], slot.weight_decay)
-            for group, options in zip(self.groups, self.torch.param_groups, strict=True)
-            for slot in group
-            if slot.name in names and slot.tensor.grad is not None
-        ]
+    def _step_asking(self, step: Step) -> None:
+        """Step with the step's closure, and count its calls."""
+        closure, calls = step.closure, 0
+        if closure is None:
+            raise RuntimeError(f"{self.name}: this step has no closure, which `program.step` makes")
+
+        def counted() -> Tensor:
+            nonlocal calls
+            calls += 1
+            pairs = zip(self.slots, weights, strict=True)
+            # Some optimizers move the weights before they ask for the first time.
+            moved = calls > 1 or not all(torch.equal(s.tensor, before) for s, before in pairs)
+            return closure(moved)
+
+        weights = [slot.tensor.detach().clone() for slot in self.slots]
+        try:
+            self.torch.step(counted)  # type: ignore[arg-type]  # a loss as a tensor, as in torch's own examples
+            refuse_moved(self.name, self.named.kind, self.slots, weights)
+            found = unsound_tensor((slot.name, slot.tensor) for slot in self.slots)
+            if found is not None and not step.may_be_unsound:
+                raise GradientNotFinite(
+                    f"`{found}` is not finite after {calls} evaluations of `{self.name}`, although the loss was"
+                    f" {step.loss:.6g} before,"
+                )
+        except BaseException:
+            for slot, weight in zip(self.slots, weights, strict=True):
+                slot.tensor.detach().copy_(weight)
+            self.rebuild()
+            raise
+        step.metrics[f"{self.name}.evaluations"] = float(calls)
+
+    def _step_torch(self) -> None:
+        try:
+            self.torch.step()
+        except Exception as error:
+            explain_failure(self.name, self.named.kind, self.slots, error)
+            raise
+
+    # its learning rates
+
+    def set_rate(self, number: int, options: dict[str, Any], rate: float) -> float:
+        """Set the rate of a group to the schedule's, where that has changed, and return the rate in force.
+
+        Raises OptimizerProblem where the optimizer has set another one since.
+        """
+        before = self.named.scheduled[number]
+        if rate != before:
+            if before is not None and float(options["lr"]) != before:
+                raise OptimizerProblem(
+                    self.name,
+                    f"`{self.name}` ({self.named.kind}) set its learning rate to {float(options['lr']):g} by itself,"
+                    f" and the spec changes it from {before:g} to {rate:g}: only one of them can. {_ONE_RATE}",
+                    "lr",
+                )
+            options["lr"] = self.named.scheduled[number] = rate
+        return float(options["lr"])
+
+    def _notice_own_rates(self, step: Step) -> None:
+        """Say once that the optimizer sets its rates itself; raises OptimizerProblem where a schedule would undo it."""
+        for number, options, slots in self.in_groups():
+            rate = self.named.scheduled[number]
+            if rate is None or options["lr"] == rate:
+                continue
+            factors = sorted({factor.policy for slot in slots for factor in slot.lr_factors})
+            if factors or not self.steady:
+                others = f"the factors of `{factors[0]}`" if factors else "the schedule in `lr`"
+                raise OptimizerProblem(
+                    self.name,
+                    f"`{self.name}` ({self.named.kind}) sets its learning rate by itself, from {rate:g} to"
+                    f" {float(options['lr']):g} in this step, which undoes {others}. {_ONE_RATE}",
+                    "lr",
+                )
+            if not self._noted:
+                self._noted = True
+                step.notes.append(
+                    f"{self.name}: the optimizer sets its learning rate by itself, from {rate:g} to"
+                    f" {float(options['lr']):g} in this step: `lr` is where it began"
+                )
+
+    def trained(self, names: frozenset[str]) -> Iterator[Stepped]:
+        """Yield those of the parameters that have a gradient, so that torch steps them."""
+        for _, options, slots in self.in_groups():
+            for slot in slots:
+                if slot.name in names and slot.tensor.grad is not None:
+                    yield Stepped(slot.name, slot.tensor, options["lr"], slot.weight_decay)
+
+    def memory(self) -> int:
+        """Return the bytes of the copies of the weights that a step with `asks` makes."""
+        return sum(slot.tensor.nbytes for slot in self.slots) if self.asks else 0
 
     def zero_grad(self) -> None:
-        self.torch.zero_grad(set_to_none=True)
+        """Free the gradients as torch does, but without its entry in a profile, which takes longer than that.
+
+        Where an optimizer has a `zero_grad` of its own, that is called first: it may leave zeros.
+        """
+        optimizer = self.torch
+        if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
+            optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def state_of(self, name: str) -> Mapping[str, Any]:
         """Return the torch optimizer's state of a parameter, or of its trained entries; empty without one."""
@@ -127,63 +229,93 @@ class OptimizerStep(Action):
         return found
 
     def preconditioner(self, name: str) -> Tensor | None:
-        """Return 1 / (sqrt(v_hat) + eps) from Adam's second moments so far; None without them."""
-        slot, state = self._slot(name), self.state_of(name)
-        if slot is None or "exp_avg_sq" not in state or "step" not in state:
+        """Return 1 / (sqrt(v_hat) + eps) from Adam's second moments so far; None for an optimizer that is not Adam."""
+        if (slot := self._slot(name)) is None:
             return None
-        options = next(
-            g for g in self.torch.param_groups if any(p is slot.tensor for p in g["params"])
-        )
-        beta, steps = options["betas"][1], float(state["step"])
-        if not steps:
-            return None
-        second: Tensor = state["exp_avg_sq"] / (1 - beta**steps)
-        scale: Tensor = 1 / (second.sqrt() + options["eps"])
-        return scale
+        options = next(group for _, group, slots in self.in_groups() if slot in slots)
+        return second_moment_scale(self.torch, options, self.state_of(name))
 
     def _slot(self, name: str) -> ParamSlot | None:
         return next((slot for slot in self.slots if slot.name == name), None)
 
+    # its state
+
     def state_dict(self) -> ActionState:
-        return {
-            f"{slot.name}/{key}": value
-            for slot in self.slots
-            for key, value in self.torch.state.get(slot.tensor, {}).items()
-        }
+        return self.named.state()
+
+    def state_form(self) -> OptimizerForm:
+        return OptimizerForm(self.named, self._make)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        slots = {slot.name: slot for slot in self.slots}
-        found: dict[str, dict[str, Any]] = {}
-        for path, value in state.items():
-            name, _, key = path.rpartition("/")
-            if name not in slots:
-                raise ValueError(
-                    f"{self.name}: the checkpoint has optimizer state of `{name}`, which this clause does not optimize"
-                )
-            found.setdefault(name, {})[key] = _on_device_of(value, slots[name])
-        self.torch.state.clear()
-        for name, entries in found.items():
-            self.torch.state[slots[name].tensor] = entries
+        self.rebuild()
+        if state:
+            self.named.load(state)
+            self.started = True
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the optimizer: its class, and how many entries it trains."""
+        return {"class": self.named.kind, "size": self.named.size}
+
+    def cannot_continue(self, before: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
+        """Return why no part of a state fits: it is of another class, or one vector over other parameters."""
+        if before["class"] != self.named.kind:
+            return f"it was `{before['class']}` and is `{self.named.kind}`"
+        if before["size"] != self.named.size and spans(state, before["size"]):
+            return "it keeps one state for all of its parameters, and they changed"
+        return None
+
+    def restore_rates(self, rates: Mapping[str, float]) -> None:
+        """Put the rates of the last step in force, by parameter, where the optimizer has set none itself."""
+        for number, options, slots in self.in_groups():
+            rate = next((rates[slot.name] for slot in slots if slot.name in rates), None)
+            if rate is not None and self.named.scheduled[number] is None:
+                options["lr"] = rate
+
+    def load_compatible(self, state: Mapping[str, Any]) -> str | None:
+        self.rebuild()
+        self.started = bool(state)
+        return load_compatible(self.state_form().entries, state) if state else None
 
 
-def _on_device_of(value: Any, slot: ParamSlot) -> Any:
-    """Return saved state on the parameter's device; step counters stay on the CPU, where torch keeps them."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    if value.dim() == 0:
-        return value.clone()
-    if value.shape != slot.tensor.shape:
-        raise ValueError(
-            f"`{slot.name}` has shape {tuple(slot.tensor.shape)}, but its saved optimizer"
-            f" state has shape {tuple(value.shape)}"
-        )
-    return value.to(slot.tensor.device, copy=True)
+_ONE_RATE = (
+    "Write a constant `lr`, from which the optimizer begins, and remove clauses and rules that change rates; or turn"
+    " off what sets the rate in the optimizer's own arguments"
+)
+
+
+class OwnOptimizer(OptimizerStep):
+    """Phase 9 of a spec without an optimizer: the gradients stay for the one that the user's own code steps."""
+
+    def __init__(self, slots: Sequence[ParamSlot]) -> None:
+        super().__init__("your optimizer", slots, lambda groups: torch.optim.SGD(groups, lr=0.0))
+        self._left: list[tuple[Tensor, int]] = []
+
+    def run(self, step: Step) -> None:
+        """Leave weights and gradients as they are."""
+        self._left = [(grad, grad._version) for grad in self._gradients()]
+
+    def check_freed(self) -> None:
+        """Raise RuntimeError where a new step would add to the gradients of the last one."""
+        now = {id(grad) for grad in self._gradients()}
+        if any(id(grad) in now and grad._version == version for grad, version in self._left):
+            raise RuntimeError(
+                "the gradients of the last step are still there, and this step would add to them: after"
+                " `program.update()` call `step()` and `zero_grad()` of your optimizer"
+            )
+        self._left = []
+
+    def _gradients(self) -> list[Tensor]:
+        return [slot.tensor.grad for slot in self.slots if slot.tensor.grad is not None]
+
+    def state_dict(self) -> ActionState:
+        return {}
 
 
 class Rates(Action):
     """Phase 2: set every group's learning rate to the schedule's value times the factors of the policies."""
 
     phase = Phase.RATES
+    figures = ("lowest", "highest")
 
     def __init__(self, name: str, base: Callable[[Clock], float], optimizer: OptimizerStep) -> None:
         self.name = name
@@ -197,46 +329,21 @@ class Rates(Action):
             raise ValueError(
                 f"{self.name}: the learning rate is {base}, because a signal in its schedule is not measured yet"
             )
-        rates = []
-        groups = self.optimizer.torch.param_groups
-        for ours, theirs in zip(self.optimizer.groups, groups, strict=True):
-            theirs["lr"] = base * ours[0].factor(step.clock)
-            rates.append(theirs["lr"])
+        rates = [
+            self.optimizer.set_rate(number, options, base * slots[0].factor(step.clock))
+            for number, options, slots in self.optimizer.in_groups()
+            if slots
+        ]
         low, high = min(rates), max(rates)
         step.signals["lr"] = base
         step.metrics["lr_min"] = min(low, step.metrics.get("lr_min", low))
         step.metrics["lr_max"] = max(high, step.metrics.get("lr_max", high))
-        self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
+        self.lowest, self.highest = min(low, self.lowest), max(high, self.highest)
 
     def summary(self) -> str | None:
         if self.lowest > self.highest:
             return None
-        groups = len(self.optimizer.groups)
-        return (
-            f"{self.name}: learning rates from {self.lowest:.3g} to {self.highest:.3g}"
-            f" in {groups} parameter group{'s' * (groups != 1)}"
-        )
-
-
-class Clip(Action):
-    """Phase 8, last: clip all gradients to a global L2 norm of at most `limit`."""
-
-    phase = Phase.GRADIENTS
-
-    def __init__(self, name: str, limit: float, slots: Sequence[ParamSlot]) -> None:
-        self.name = name
-        self.limit = limit
-        self.slots = tuple(slots)
-        self.steps = self.clipped = 0
-
-    def run(self, step: Step) -> None:
-        norm: Tensor = clip_grad_norm_([slot.tensor for slot in self.slots], self.limit)
-        value = float(norm)
-        step.metrics["gradient_norm"] = value
-        self.steps += 1
-        self.clipped += value > self.limit
-
-    def summary(self) -> str | None:
-        if not self.steps:
-            return None
-        return f"{self.name}: clipped {self.clipped} of {self.steps} steps to norm {self.limit:g}"
+        count = len(self.optimizer.groups)
+        groups = f"{count} parameter group{'s' * (count != 1)}"
+        span = f"from {self.lowest:.3g} to {self.highest:.3g}"
+        return f"{self.name}: learning rates {span} in {groups}"

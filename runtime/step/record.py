@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.soundness.gradient_norm import GradientNorms
 
 
 @dataclass(slots=True)
@@ -65,12 +66,33 @@ class Step:
     samples: int = 0
     tokens: int = 0
     loss: float = 0.0
+    gradients: GradientNorms | None = None
+    """The norms of the gradients as the optimizers would read them now; None where they have changed since."""
+    unsound: str | None = None
+    """What of the step is not finite, in words; None for a sound step."""
+    may_be_unsound: bool = False
+    """Whether the step goes on with a loss or a gradient that is not finite."""
+    after_update: bool = False
+    """Whether an update went before, since the program was made or loaded: what its optimizer keeps is there."""
     save: bool = False
     notes: list[str] = field(default_factory=list)
     preconditioners: Sequence[Callable[[str], Tensor | None]] = ()
     optimizer_states: Sequence[Callable[[str], Mapping[str, Any]]] = ()
+    closure: Callable[[bool], Tensor] | None = None
+    """Returns the step's loss at the weights of now and leaves its gradients there; set where an optimizer asks.
+
+    It is told whether a weight was moved since the step's passes.
+    """
     replicas: ReplicaGroup | None = None
     """The other processes that run this program: they average gradients, or exchange after steps; None if alone."""
+
+    def clock_after(self) -> Clock:
+        """Return the clock as it will be when this step is counted, without the seconds that it takes."""
+        clock, before = replace(self.clock, before=None), self.clock.before
+        clock.advance(samples=self.samples, tokens=self.tokens, seconds=0.0)
+        if before is not None and clock.before is not None:
+            clock.before.seconds = before.seconds  # a gate in seconds sees those of the step before
+        return clock
 
     def preconditioner(self, name: str) -> Tensor | None:
         """Return the factors that the optimizer multiplies a parameter's gradient by; None where they are unknown."""

@@ -12,6 +12,7 @@ from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action, ActionState, Phase, StopRun
 from trainc.runtime.step.batch_policy import ROUNDING, round_up
 from trainc.runtime.step.record import Signals, Step
+from trainc.runtime.storage.form import Count, Flag, Form, ListOf, Number, Optional, Record, Text
 
 Values = Mapping[str, float]
 
@@ -113,17 +114,32 @@ class Rule(Action):
 
     def state_dict(self) -> ActionState:
         return {
+            "text": self.text,
             "since": self.since,
             "cooldown_since": self.cooldown_since,
             "fired": list(self.fired),
             "rounding_noted": self.rounding_noted,
         }
 
+    def state_form(self) -> Form:
+        place, fired = Optional(Number()), ListOf(Count())
+        entries = {"since": place, "cooldown_since": place, "fired": fired}
+        return Record({"text": Text([self.text]), **entries, "rounding_noted": Flag()})
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.since = state.get("since")
         self.cooldown_since = state.get("cooldown_since")
         self.fired = list(state.get("fired", []))
         self.rounding_noted = bool(state.get("rounding_noted", False))
+
+    def load_compatible(self, state: Mapping[str, Any]) -> str | None:
+        same = state.get("text", self.text) == self.text
+        self.load_state_dict(state if same else {})
+        return (
+            None
+            if same
+            else f"{self.name}: `{self.text}` has not fired yet, because the rule is another one"
+        )
 
     def summary(self) -> str | None:
         if not self.fired:

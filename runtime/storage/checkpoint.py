@@ -1,5 +1,7 @@
 """Checkpoints: a folder per step with tensors, JSON and a manifest of checksums; never pickle.
 
+Where processes share parameters each writes its parts, by torch.distributed.checkpoint.
+
 A checkpoint is written beside its place and renamed into it, so a kill at any moment leaves the
 ones before. A state is a tree of dicts with string keys, lists, tuples, tensors, numbers, strings,
 booleans and None.
@@ -7,31 +9,47 @@ booleans and None.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import math
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainc.kernels.library import atomic
+from trainc.runtime.storage.foreign_files import (
+    MANIFEST,
+    UnreadableFile,
+    check_manifest,
+    interpreting,
+    read_json,
+    write_manifest,
+)
 
-FORMAT = 2
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+FORMAT = 3
+TENSORS, STATE = "tensors.safetensors", "state.json"
+INDEX = "shards.json"
+"""In place of TENSORS, where several processes wrote parts of them: see runtime/storage/shards.py."""
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
 CheckpointState = dict[str, Any]
 
 
-class DamagedCheckpoint(ValueError):
+PartFor = Callable[[Sequence[str], Sequence[int], torch.dtype], Tensor | None]
+"""Of a tensor's keys in the state, its shape and dtype: an empty DTensor to load it into; None for a whole one."""
+
+
+class DamagedCheckpoint(UnreadableFile):
     """A checkpoint cannot be used; the message names the file."""
 
 
@@ -44,39 +62,95 @@ class FoundCheckpoint:
     damage: tuple[str, ...]
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Save a state under `folder`, remove all but the newest `keep` checkpoints, and return its path.
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Save a state under `folder`, whose parent is there, and return the path of the checkpoint.
 
-    Raises ValueError for a `keep` below 1 and for a state that JSON and tensors cannot hold.
+    Raises ValueError for a state that JSON and tensors cannot hold, and OSError that names the file.
     """
-    if keep < 1:
-        raise ValueError(f"keep = {keep}: expected the number of checkpoints to keep, 1 or more")
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".writing-*"):
-        shutil.rmtree(unfinished)
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "", tensors, {})
+    place = _begin(folder, step)
+    with _removed_on_error(place):
+        with _as_oserror(place / TENSORS):
+            save_file(tensors, place / TENSORS)
+            with safe_open(place / TENSORS, "pt"):  # refuses a file that is shorter than it says
+                pass
+        return _finish(folder, place, step, tree, {TENSORS: None})
+
+
+def save_shards(
+    folder: Path, step: int, state: Mapping[str, Any], decided: Callable[[Callable[[], str]], str]
+) -> Path:
+    """Save a state of which each process holds parts, as DTensors; all processes call this alike.
+
+    `decided` runs a function on rank 0, which keeps the folder, and returns what it gave on all.
+    """
+    from trainc.runtime.storage.shards import write_shards
+
+    tensors: dict[str, Tensor] = {}
+    tree = _flatten(state, "", tensors, {})
+    place = Path(decided(lambda: str(_begin(folder, step))))
+    with _removed_on_error(place):
+        files = write_shards(place, tensors)
+        return Path(
+            decided(lambda: str(_finish(folder, place, step, tree, {INDEX: None, **files})))
+        )
+
+
+def _begin(folder: Path, step: int) -> Path:
+    """Return a new folder for the files of a checkpoint, which is none before it is finished."""
+    # Not its parents: a run whose folder is gone must not make another one.
+    folder.mkdir(exist_ok=True)
+    remove_unfinished(folder)
     place = folder / f".writing-{step}"
     place.mkdir()
-    save_file(tensors, place / TENSORS)
-    (place / STATE).write_text(json.dumps(tree, allow_nan=False))
-    files = {
-        name: {"sha256": _checksum(place / name), "bytes": (place / name).stat().st_size}
-        for name in (TENSORS, STATE)
-    }
-    manifest = {"format": FORMAT, "step": step, "files": files}
-    (place / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (*(place / name for name in (TENSORS, STATE, MANIFEST)), place):
+    return place
+
+
+@contextmanager
+def _removed_on_error(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)  # the disk may be full
+        raise
+
+
+def _finish(
+    folder: Path, place: Path, step: int, tree: Any, files: Mapping[str, dict[str, Any] | None]
+) -> Path:
+    """Write what a checkpoint has besides its tensors, force it to the disk, and put it in its place.
+
+    `files` are those of its tensors, with their checksums where these are known.
+    """
+    text = json.dumps(tree, allow_nan=False)
+    with atomic.naming(place / STATE):
+        (place / STATE).write_text(text)
+    known = {name: found for name, found in files.items() if found is not None}
+    others = [name for name in files if name not in known]
+    write_manifest(place, (*others, STATE), {"format": FORMAT, "step": step}, known)
+    for path in (*(place / name for name in (*others, STATE, MANIFEST)), place):
         atomic.sync(path)
     attempts = [attempt for number, attempt, _ in _checkpoints(folder) if number == step]
-    # A step is saved again only after a resume from before it: the older attempt stays until this
-    # one is in place.
+    # A step is saved again only after a resume from before it: the older attempt stays until
+    # this one is in place.
     suffix = f"-{max(attempts) + 1}" if attempts else ""
     target = folder / f"step-{step:08d}{suffix}"
-    place.rename(target)
+    with atomic.naming(target):
+        place.rename(target)
     atomic.sync(folder)
-    _prune(folder, keep)
     return target
+
+
+@contextmanager
+def _as_oserror(path: Path) -> Iterator[None]:
+    """Turn what safetensors raises for a file that cannot be written into an OSError that names the file."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"(?:code: |os error )(\d+)", str(error))
+        why = os.strerror(int(code[1])) if code else f"it was not written whole ({error})"
+        raise OSError(int(code[1]) if code else errno.EIO, why, str(path)) from error
 
 
 def find_latest(folder: Path) -> FoundCheckpoint:
@@ -92,45 +166,50 @@ def find_latest(folder: Path) -> FoundCheckpoint:
     return FoundCheckpoint(None, 0, tuple(damage))
 
 
-def load_checkpoint(path: Path) -> CheckpointState:
-    """Load a checkpoint on the CPU after checking every file; raises DamagedCheckpoint."""
-    _verify(path)
+def load_checkpoint(
+    path: Path, part_for: PartFor | None = None, *, verified: bool = False
+) -> CheckpointState:
+    """Load a checkpoint on the CPU after checking every file, unless it is `verified`; raises DamagedCheckpoint.
+
+    With `part_for` tensors of which processes wrote parts are loaded into what it gives, a part of them; all processes
+    that hold the other parts do so alike.
+    """
+    if not verified:
+        _verify(path)
     try:
-        tensors = load_file(path / TENSORS)
-    except SafetensorError as problem:
-        raise DamagedCheckpoint(f"{path / TENSORS} cannot be read: {problem}") from problem
-    state: CheckpointState = _restore(json.loads((path / STATE).read_text()), tensors)
+        tree = read_json(path / STATE)
+        if (path / TENSORS).exists():
+            with interpreting(path / TENSORS):
+                tensors = load_file(path / TENSORS)
+        else:
+            from trainc.runtime.storage.shards import read_shards
+
+            tensors = read_shards(path, part_for)
+        with interpreting(path / STATE):
+            state: CheckpointState = _restore(tree, tensors)
+    except UnreadableFile as problem:
+        raise DamagedCheckpoint(str(problem)) from problem
     return state
 
 
 def _verify(path: Path, step: int | None = None) -> None:
     """Raise `DamagedCheckpoint` unless every file is as the manifest says."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        version, found_step, files = manifest["format"], manifest["step"], manifest["files"]
-        expected = {
-            name: (files[name]["sha256"], files[name]["bytes"]) for name in (TENSORS, STATE)
-        }
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise DamagedCheckpoint(f"{path / MANIFEST} is missing or damaged") from problem
-    if version != FORMAT:
-        raise DamagedCheckpoint(
-            f"{path / MANIFEST} has format {version}, but this version of trainc reads {FORMAT}: resume"
-            " with the version that saved it, or start a new run"
-        )
-    if step not in (found_step, None):
-        raise DamagedCheckpoint(
-            f"{path / MANIFEST} says step {found_step}, the folder's name says step {step}"
-        )
-    for name, checked in expected.items():
-        try:
-            found = _checksum(path / name), (path / name).stat().st_size
-        except OSError as problem:
-            raise DamagedCheckpoint(f"{path / name} is missing") from problem
-        if found != checked:
+    for place in (path, *path.iterdir()) if path.is_dir() else (path,):
+        if place.is_symlink():
             raise DamagedCheckpoint(
-                f"{path / name} is damaged: its checksum differs from that in the manifest"
+                f"{place} is a symbolic link, which may lead anywhere: put a copy of the checkpoint in its place"
             )
+    instead = "resume with the version that saved it, or start a new run"
+    try:
+        manifest = check_manifest(path, (STATE,), FORMAT, instead)
+        if not {TENSORS, INDEX} & manifest["files"].keys():
+            raise UnreadableFile(f"{path / MANIFEST} is damaged: it does not list {TENSORS}")
+    except UnreadableFile as problem:
+        raise DamagedCheckpoint(str(problem)) from problem
+    if (found := manifest.get("step")) != step and step is not None:
+        raise DamagedCheckpoint(
+            f"{path / MANIFEST} says step {found}, the folder's name says step {step}"
+        )
 
 
 def _checkpoints(folder: Path) -> Iterator[tuple[int, int, Path]]:
@@ -140,31 +219,53 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, int, Path]]:
             yield int(match[1]), int(match[2] or 0), path
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest attempt of the newest `keep` steps."""
+def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
+    """Remove all but the newest attempt of the newest `keep` steps, up to the one that was just saved.
+
+    Those of later steps stay and do not count: a run that goes on from an earlier step could not use them.
+    Raises ValueError for a `keep` below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep = {keep}: expected the number of checkpoints to keep, 1 or more")
     kept: set[int] = set()
     for step, _, path in sorted(_checkpoints(folder), reverse=True):
+        if step > newest:
+            continue
         if len(kept) < keep and step not in kept:
             kept.add(step)
             continue
         # Renamed first: a kill while it is being removed must not leave what looks like a damaged
         # checkpoint.
-        removed = path.rename(folder / f".writing-{path.name}")
-        shutil.rmtree(removed)
+        if not path.is_symlink():
+            with atomic.naming(path), suppress(FileNotFoundError):  # somebody removed it
+                _remove(path.rename(folder / f".writing-{path.name}"))
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it saved or pruned left in a folder of checkpoints."""
+    for unfinished in folder.glob(".writing-*"):
+        with atomic.naming(unfinished):
+            _remove(unfinished)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file or link that somebody put in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _flatten(
-    value: Any, name: str, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], str]
+    value: Any,
+    name: str,
+    tensors: dict[str, Tensor],
+    seen: dict[tuple[Any, ...], dict[str, Any]],
 ) -> Any:
     """Return the JSON of a state; its tensors go to `tensors` under their path, each once."""
     match value:
         case Tensor():
-            return {"$tensor": _store(value, name, tensors, seen)}
+            return _store(value, name, tensors, seen)
         case None | bool() | int() | str():
             return value
         case float():
@@ -193,22 +294,36 @@ def _flatten(
 
 
 def _store(
-    tensor: Tensor, name: str, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], str]
-) -> str:
-    """Add a tensor and return the name it is stored under; tensors that are the same memory are stored once."""
+    tensor: Tensor,
+    name: str,
+    tensors: dict[str, Tensor],
+    seen: dict[tuple[Any, ...], dict[str, Any]],
+) -> dict[str, Any]:
+    """Add a tensor and return the JSON that stands for it; tensors that are the same memory are stored once."""
     tensor = tensor.detach()
+    if hasattr(tensor, "device_mesh"):  # of which this process holds a part
+        tensors[name] = tensor
+        return {"$tensor": name}
     memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
     if tensor.numel() and memory in seen:
         return seen[memory]
+    found: dict[str, Any] = {"$tensor": name}
+    # The order of the axes in memory decides how products round, and a file has none but the usual one.
+    axes = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
+    if not tensor.is_contiguous() and tensor.permute(axes).is_contiguous():
+        tensor = tensor.permute(axes)
+        found["$axes"] = axes
     # A copy of its own: safetensors takes neither strides nor memory that two tensors share.
     tensors[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
-    seen[memory] = name
-    return name
+    seen[memory] = found
+    return found
 
 
 def _restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Return the state that a JSON tree describes."""
     match value:
+        case {"$tensor": str(name), "$axes": list(axes)}:
+            return tensors[name].permute([axes.index(i) for i in range(len(axes))])
         case {"$tensor": str(name)}:
             return tensors[name]
         case {"$float": str(number)}:

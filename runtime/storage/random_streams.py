@@ -5,8 +5,12 @@ Nothing is kept between calls, so a resumed run draws the numbers of the uninter
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from math import isqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,11 +73,56 @@ def _feistel_network(
     return left * b + right
 
 
-def seed_step(seed: int, step: int, micro: int) -> None:
-    """Seed torch's global generators for one micro-batch of one step."""
-    torch.manual_seed(derive_seed(seed, "step", step, micro))
+def seed_globals(seed: int) -> None:
+    """Seed the global generators of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    # Python's generator is the same algorithm and would begin with the same numbers: a third word sets them apart.
+    np.random.seed([*(seed >> shift & 0xFFFFFFFF for shift in (0, 32)), 1])
+    random.seed(seed)
+
+
+def seed_step(seed: int, step: int, micro: int, rank: int = 0) -> None:
+    """Seed the global generators for one micro-batch of one step, in one of several processes."""
+    seed_globals(derive_seed(seed, "step", step, micro, *([rank] if rank else [])))
 
 
 def seed_data(seed: int, first_sample: int) -> None:
-    """Seed torch's global generators before reading the batch that begins at a sample of the run."""
-    torch.manual_seed(derive_seed(seed, "data", first_sample))
+    """Seed the global generators before reading the batch that begins at a sample of the run."""
+    seed_globals(derive_seed(seed, "data", first_sample))
+
+
+def global_states() -> tuple[torch.Tensor, Any, Any]:
+    """Return the states of the global generators of torch on the CPU, numpy and Python."""
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def same_states(one: Any, two: Any) -> bool:
+    """Compare states of generators, with tensors and arrays in them."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, two)
+    if isinstance(one, tuple | list):
+        return all(map(same_states, one, two))
+    if isinstance(one, dict):
+        return all(same_states(value, two[key]) for key, value in one.items())
+    return bool(one == two)
+
+
+def set_global_states(states: tuple[torch.Tensor, Any, Any]) -> None:
+    """Restore what `global_states` returned."""
+    on_cpu, of_numpy, of_python = states
+    torch.set_rng_state(on_cpu)
+    np.random.set_state(of_numpy)
+    random.setstate(of_python)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators inside a block; afterwards they are as before, those of CUDA aside."""
+    before = global_states()
+    seed_globals(seed)
+    try:
+        yield
+    finally:
+        set_global_states(before)

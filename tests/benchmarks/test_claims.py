@@ -120,3 +120,21 @@ def test_figures_of_known_curves() -> None:
         "1.0 nan",
         "3.0 [0.3141, 3.6859] None",
     ], done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.models
+def test_loops_of_others_are_timed_step_by_step_in_turn() -> None:
+    code = "import json; from benchmarks.loops import SMALL, measure; print(json.dumps(measure([SMALL])))"
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name.partition(",")[0] for name in found["measured"]} == {"Trainer", "DDP"}
+    for one in found["measured"].values():
+        assert one["seconds"].keys() == {"plain", "empty", "gns", "plain again"}
+        assert all(
+            times[clock]["least"] > 0
+            for times in one["seconds"].values()
+            for clock in ("wall", "cpu")
+        )
+        assert one["ratio"].keys() == {"empty", "gns"}

@@ -62,10 +62,7 @@ def test_a_mistake_in_the_spec_is_printed_without_a_traceback(
 
 
 def test_a_missing_file_is_named(check: Verb, capsys: pytest.CaptureFixture[str]) -> None:
-    def body(spec: str) -> None:
-        open(spec).close()  # noqa: PTH123
-
-    assert check(body) == 1
+    assert check(in_trainc("FileNotFoundError(2, 'No such file or directory', spec)")) == 1
     assert capsys.readouterr().err == "trainc: spec.train: No such file or directory\n"
 
 
@@ -85,14 +82,60 @@ def test_an_interrupt_is_said_in_the_exit_code(check: Verb) -> None:
     assert check(body) == 130
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, check: Verb
-) -> None:
-    def body(spec: str) -> None:
-        raise RuntimeError("ours")
+def in_trainc(raises: str) -> Callable[[str], None]:
+    """Return the body of a verb as trainc's own code has it."""
+    scope: dict[str, Callable[[str], None]] = {}
+    file = Path(main.__code__.co_filename).with_name("made_up.py")
+    exec(compile(f"def body(spec: str) -> None:\n    raise {raises}", str(file), "exec"), scope)
+    return scope["body"]
 
-    with pytest.raises(RuntimeError, match="ours"):
-        check(body)
+
+@pytest.mark.parametrize("name", ["KeyError", "AssertionError", "ZeroDivisionError"])
+def test_a_mistake_of_ours_keeps_its_traceback(check: Verb, name: str) -> None:
+    with pytest.raises(Exception, match="ours") as caught:
+        check(in_trainc(f"{name}('ours')"))
+    assert caught.type.__name__ == name
+
+
+@pytest.mark.parametrize("name", ["ValueError", "RuntimeError", "TypeError"])
+def test_what_we_say_is_wrong_is_one_line(
+    check: Verb, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert check(in_trainc(f"{name}('write this instead')")) == 1
+    assert capsys.readouterr().err == "trainc: write this instead\n"
+
+
+def test_the_user_may_ask_for_every_traceback(check: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINC_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="write this"):
+        check(in_trainc("ValueError('write this')"))
+
+
+def test_only_the_users_own_code_shows_its_traceback(
+    check: Verb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def model(width: int) -> float:
+        return 1 / width
+
+    def body(spec: str) -> None:
+        try:
+            model(0)
+        except ZeroDivisionError as error:
+            raise SpecError([]) from error
+
+    assert check(body) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):")
+    assert "in body" in said
+    assert "ZeroDivisionError: division by zero" in said
+    assert "trainc/cli" not in said
+
+
+def test_nobody_reads_the_output(check: Verb) -> None:
+    command = f"{sys.executable} -P -m trainc explain | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)
 
 
 def test_an_unknown_verb_is_a_usage_error(

@@ -1,14 +1,21 @@
 """`trainc report` on noise scales: the figures side by side, layers at the end, and without matplotlib."""
 
 import math
+import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.runtime.noise_runs import NAN, figures, plan, six_steps, step, write_run
 from trainc.cli.app import main
+from trainc.compiler.constructs.noise_scale.gns import Gns
+from trainc.compiler.driver.recorded_clauses import panels_of
+from trainc.runtime.report.axes import Panel
+from trainc.runtime.report.plots import read_runs
 
 PLAN = plan(("noise_scale", "gns", {"example": "row", "level": 0.9}))
 
@@ -60,13 +67,13 @@ def test_runs_with_and_without_calibration_are_side_by_side(
     status, out, _ = report(monkeypatch, capsys, *runs)
     assert status == 0
     assert row(out, "gns, samples") == ["10 [8, 14]", "20 [?]", "-"]
-    assert row(out, "gns of the whole model") == ["15 [9, 21]", "-", "-"]
+    assert row(out, "gns of the whole model, samples") == ["15 [9, 21]", "-", "-"]
 
 
 def test_runs_that_measure_different_examples_share_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = plan(("noise_scale", "gns", {"example": "document", "level": 0.5}))
+    other = plan(("noise_scale", "gns", {"example": "document", "separator": 0, "level": 0.5}))
     runs = [
         write_run(tmp_path / name, [step(1, figures("gns", scale))], written)
         for name, scale, written in (("a", 10.0, PLAN), ("b", 20.0, other))
@@ -81,7 +88,7 @@ def test_two_clauses_have_rows_and_tables_of_their_own(
 ) -> None:
     written = plan(
         ("noise_scale", "early", {"example": "row", "level": 0.9}),
-        ("noise_scale", "late", {"example": "document", "level": 0.9}),
+        ("noise_scale", "late", {"example": "document", "separator": 0, "level": 0.9}),
     )
     series = {"early": {"x": 4.0}, "late": {"y": 5.0}}
     record = step(
@@ -113,7 +120,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(
 def test_a_real_run_records_what_the_report_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainc.runtime.noise_scale.history import last_layers
+    from trainc.runtime.noise_scale.pictures.layer_table import last_layers
     from trainc.runtime.storage.jsonl import read_jsonl
 
     spec = tmp_path / "small.train"
@@ -156,3 +163,86 @@ def test_a_real_run_records_what_the_report_shows(
     assert status == 0
     assert "scale of the whole model" in out
     assert "scale by layer" in out
+
+
+def test_a_clause_whose_construct_is_not_here_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = plan(("observe", "gone", {}), ("noise_scale", "gns", {"level": 0.5, "older": 1}))
+    gone["clauses"][0]["construct"] = "gone"
+    run = write_run(tmp_path / "a", [step(1, figures("gns", 10.0))], gone)
+    status, out, _ = report(monkeypatch, capsys, run)
+    assert status == 0
+    unseen = "its signals, tables and panels are not shown"
+    assert f"gone: {unseen}: `observe gone` is not installed here" in out
+    assert f"gns: {unseen}: `noise_scale gns` has other fields here than when" in out
+    assert "older" in out
+
+
+def test_what_a_construct_fails_to_show_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise KeyError("boom")
+
+    def late(*_: Any) -> Iterator[Panel]:
+        yield Panel("Own", fail)
+        raise KeyError("boom")
+
+    for name, value in (("signal_text", fail), ("tables", fail), ("panels", classmethod(late))):
+        monkeypatch.setattr(Gns, name, value)
+    run = write_run(tmp_path / "a", six_steps(), PLAN)
+    status, out, _ = report(monkeypatch, capsys, run, "--plot", tmp_path / "a.png")
+    assert status == 0
+    assert row(out, "gns, samples") == ["KeyError: 'boom'"]
+    assert "gns: its tables cannot be made: KeyError: 'boom'" in out
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    own, failed = panels_of(read_runs([run]))
+    assert (own.title, failed.title) == ("Own", "gns")
+
+
+DEEP = "[" * 100_000
+WRONG: dict[str, list[str]] = {
+    "metrics.jsonl": [
+        "oops\n", "[1]\n", f"{DEEP}\n", '{"step": 1, "loss": "high"}\n', '{"loss": 1.0}\n',
+        '{"step": 1, "eval_loss": null}\n',
+        '{"step": 1, "samples": 1, "tokens": 1, "epochs": 1, "batch": 1, "loss": 1, "series": {"a": 3}}\n',
+    ],
+    "plan.json": ["{", "[]", DEEP, '{"clauses": 3}', '{"clauses": [3]}', '{"clauses": [{"kind": "run"}]}'],
+    "summary.json": ["", "3", '{"lines": 3}', '{"lines": [3]}', '{"reason": 3}', '{"message": {}}'],
+    "timing.jsonl": ["{}\n", "oops\n", '{"seconds": "long"}\n'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, t) for n, texts in WRONG.items() for t in texts])
+def test_a_damaged_file_is_named_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+) -> None:
+    run = write_run(tmp_path / "a", six_steps(), PLAN)
+    (run / name).write_text(text)
+    status, _, err = report(monkeypatch, capsys, run)
+    assert status in (1, 2)
+    assert name in err
+    assert "Traceback" not in err
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    status, _, err = report(monkeypatch, capsys, run)
+    assert status == 1
+    assert err == f"trainc: {run / name} is not a plain file\n"
+
+
+def test_a_report_imports_nothing_that_a_plan_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "optimizer_of_others.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    fields = {"path": ["path", "optimizer_of_others:Adam"], "lr": ["num", 1.0]}
+    written = plan(("observe", "torch", fields))
+    written["clauses"][0] |= {"kind": "optimizer", "construct": "torch"}
+    run = write_run(tmp_path / "a", six_steps(), written)
+    assert report(monkeypatch, capsys, run)[0] == 0
+    assert "optimizer_of_others" not in sys.modules

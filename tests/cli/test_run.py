@@ -114,7 +114,7 @@ def test_a_run_killed_at_several_points_ends_bit_equal(
     spec: Path, straight: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    for i, at in enumerate((3, 15, 31)):
+    for i, at in enumerate((8, 17, 31)):
         stopped_by(signal.SIGKILL, spec, out, at, *(["--resume"] if i else []))
     done = run(spec, out, "--resume")
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import trainc
 from trainc.cli.app import main
 
 SPEC = """
@@ -51,6 +52,19 @@ def test_plan_prints_tables(
         assert words in out
 
 
+def test_plan_says_what_depends_on_the_division_into_micro_batches(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainc.catalog()["noise_scale", "gns"], "division", "one of its own")
+    line = "gns: depends on how a step is divided into micro-batches: one of its own"
+    spec.write_text(SPEC.replace("batch = 4 samples", "batch = 4 samples, micro = 2 samples"))
+    assert call(monkeypatch, "plan", spec) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    spec.write_text(SPEC)
+    assert call(monkeypatch, "plan", spec) == 0
+    assert line not in capsys.readouterr().out
+
+
 def test_plan_as_json_has_the_hash_of_its_content(
     spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,12 +85,12 @@ def test_plan_shows_what_a_pass_did(
 ) -> None:
     for name, operator in (
         ("add_noise", "trainc.multiplicative_noise"),
-        ("pair_views", "trainc.cross_entropy_consistency"),
+        ("fuse_loss", "trainc.cross_entropy_consistency"),
     ):
         assert call(monkeypatch, "plan", spec, "--diff", name) == 0
         assert operator in capsys.readouterr().out
-    assert call(monkeypatch, "plan", spec, "--diff", "pair_view") == 1
-    assert "did you mean `pair_views`" in capsys.readouterr().err
+    assert call(monkeypatch, "plan", spec, "--diff", "fuse_los") == 1
+    assert "did you mean `fuse_loss`" in capsys.readouterr().err
 
 
 def test_compile_writes_a_program_that_loads(
@@ -180,7 +194,7 @@ def spec_of(kind: str, on: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     (folder / f"{name}.py").write_text(MODELS)
     monkeypatch.syspath_prepend(str(folder))
     lines = [line for line in SPEC.splitlines() if not line.startswith(("model", "regul", "noise"))]
-    lines += [f'model "{name}:model" {{ kind = {kind} }}', f"noise_scale gns on {on}"]
+    lines += [f'model "{name}:model" {{ kind = "{kind}" }}', f"noise_scale gns on {on}"]
     (folder / "own.train").write_text("\n".join(lines))
     return folder / "own.train"
 

@@ -5,9 +5,6 @@ import copy
 import faulthandler
 import functools
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import trainc
 from tests.compiler.exchange_methods import DiLoCo, LeaderSGD
+from tests.processes import run_processes, run_rank
 from trainc.compiler.errors import SiteError
 from trainc.compiler.program.program import Program
 from trainc.dsl.resolve.spec import Spec
@@ -332,38 +330,22 @@ def cases(size: int) -> Iterator[str]:
     yield from (name for name in CASES if name not in skipped)
 
 
-def process(rank: int, size: int, folder: str) -> None:
+def process(rank: int) -> Any:
     faulthandler.dump_traceback_later(LIMIT, exit=True)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
-    )
-    found = {}
+    found, size = {}, dist.get_world_size()
     for name in cases(size):
         try:
             found[name] = CASES[name](rank, size)
         except (ValueError, SiteError, ReplicaLost) as error:
             found[name] = f"{type(error).__name__}: {error}"
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @functools.cache
 def found(size: int) -> list[dict[str, Any]]:
     """Return what each of `size` processes found, by case; they run once for all tests."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-P", __file__]
-        started = [
-            subprocess.Popen(
-                [*command, str(rank), str(size), folder],
-                stderr=subprocess.PIPE,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-            )
-            for rank in range(size)
-        ]
-        errors = [one.communicate(timeout=LIMIT + 60)[1].decode() for one in started]
-        assert not any(one.returncode for one in started), "\n".join(errors)
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(size)]
+        return run_processes(__file__, size, Path(folder), timeout=LIMIT + 60, weights_only=False)
 
 
 def of(name: str, size: int) -> list[Any]:
@@ -372,4 +354,4 @@ def of(name: str, size: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    process(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run_rank(process)

@@ -1,7 +1,8 @@
 """A captured step gives what eager training gives, on the user's own tensors."""
 
 import contextlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from examples import models
+from tests.compiler.image_models import import_library
+from trainc.compiler.execution.capture import CaptureFailed, capture, signature
 from trainc.compiler.graph.dynamo_capture import dynamo_capture
 from trainc.compiler.graph.export_capture import export_capture
 from trainc.compiler.graph.interface import Outputs
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.method.sites import NormSite, Rewrite
-from trainc.compiler.program.capture import CaptureFailed, capture, signature
+from trainc.compiler.method.term import Forward, Term
 from trainc.runtime.data.batch import Batch, compute_logits
 
 
@@ -94,8 +97,12 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
 
 
+def of_parameters(value: Callable[[Forward], Tensor]) -> Rewrite:
+    return Rewrite(terms={"pull": Term("pull", value, "parameters")})
+
+
 def empty(model: nn.Module, batch: Batch, **changes: Any) -> StepGraph:
-    given: dict[str, Any] = {"rewrite": Rewrite(), "penalties": {}, "scalars": {}} | changes
+    given: dict[str, Any] = {"rewrite": Rewrite(), "scalars": {}} | changes
     return capture(model, LOSS, batch, **given)
 
 
@@ -155,7 +162,7 @@ def test_a_gradient_step_shows_in_the_next_run() -> None:
     assert all(same(out.grads[n], grads[n]) for n in grads)
 
 
-def test_the_loss_weight_multiplies_loss_and_penalties() -> None:
+def test_the_loss_weight_multiplies_loss_and_terms() -> None:
     model, batch = models.vit(layers=1, width=32).double().train(), images()
     batch = (batch[0].double(), batch[1])
     scalars = {
@@ -164,17 +171,17 @@ def test_the_loss_weight_multiplies_loss_and_penalties() -> None:
     }
     anchor = {"anchor": torch.randn_like(model.head.weight)}
 
-    def pull(values: Any) -> Tensor:
-        gap = values["head.weight"] - values["anchor"]
-        penalty: Tensor = gap.square().sum() * values["strength"]
-        return penalty
+    def pull(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+        gap: Tensor = parameters["head.weight"] - tensors["anchor"]
+        return gap.square().sum() * tensors["strength"]
 
-    step = empty(model, batch, penalties={"pull": pull}, scalars=scalars | anchor)
+    rewrite = of_parameters(lambda forward: pull(forward.parameters, forward.tensors))
+    step = empty(model, batch, rewrite=rewrite, scalars=scalars | anchor)
     for strength in (0.1, 0.3):
         scalars["strength"] = torch.tensor(strength)
         out = step.run(batch, scalars | anchor)
         loss = LOSS(model(batch[0]), batch[1])
-        total = (loss + pull(dict(model.named_parameters()) | scalars | anchor)) * 0.25
+        total = (loss + pull(dict(model.named_parameters()), scalars | anchor)) * 0.25
         want = torch.autograd.grad(total, list(model.parameters()))
         torch.testing.assert_close(out.total, total.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-12, atol=0)
@@ -182,16 +189,15 @@ def test_the_loss_weight_multiplies_loss_and_penalties() -> None:
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
 
 
-def test_a_penalty_that_bypasses_its_argument_is_refused() -> None:
+def test_a_term_that_bypasses_its_argument_is_refused() -> None:
     model = models.vit(layers=1, width=32).train()
     with pytest.raises(ValueError, match=r"`head\.weight` directly"):
-        empty(model, images(), penalties={"l2": lambda _: model.head.weight.square().sum()})
+        empty(model, images(), rewrite=of_parameters(lambda _: model.head.weight.square().sum()))
+    both = of_parameters(
+        lambda f: f.parameters["head.bias"].sum() * model.head.weight.square().sum()
+    )
     with pytest.raises(ValueError, match=r"`head\.weight` directly"):
-        empty(
-            model,
-            images(),
-            penalties={"l2": lambda v: v["head.bias"].sum() * model.head.weight.square().sum()},
-        )
+        empty(model, images(), rewrite=both)
 
 
 def test_frozen_parameters_get_no_gradient_and_no_backward() -> None:
@@ -236,7 +242,7 @@ def test_dense_gradients_come_from_expanded_ones() -> None:
         return logits.mean() + 0 * targets.sum()
 
     batch = (torch.randn(4, 3), torch.randint(3, (4,)))
-    step = capture(Sum().train(), mean, batch, rewrite=Rewrite(), penalties={}, scalars={})
+    step = capture(Sum().train(), mean, batch, rewrite=Rewrite(), scalars={})
     grad = step.run(batch, {}).grads["w"]
     assert grad is not None
     assert grad.is_contiguous()
@@ -382,6 +388,30 @@ def test_a_model_that_export_refuses_takes_the_second_front_end_with_a_note() ->
     assert torch.equal(step.run(batch, {}).loss, eager(model, batch)[0])
 
 
+class Sized(nn.Module):
+    """Takes as many rows as there are positive numbers, which no graph knows before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("a word of the model", file=sys.stderr)
+        rows = torch.where(x[:, 0] > 0)[0]
+        logits: Tensor = self.layer(x)
+        return logits if len(rows) else logits * 2
+
+
+def test_an_attempt_that_fails_shows_no_graph_and_what_the_model_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    batch = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(CaptureFailed):
+        capture(Sized(), CrossEntropy(), batch, rewrite=Rewrite(), scalars={})
+    said = set(capsys.readouterr().err.splitlines())
+    assert said == {"a word of the model"}
+
+
 def test_a_model_that_no_front_end_can_take_is_refused_with_both_reasons() -> None:
     class Peeks(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -394,7 +424,7 @@ def test_a_model_that_no_front_end_can_take_is_refused_with_both_reasons() -> No
 
 
 def huggingface(name: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_library("transformers")
     shared = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     if name == "gpt2":

@@ -1,16 +1,15 @@
 """The bound module under DistributedDataParallel: two processes give what one process gives on the whole batch."""
 
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import trainc
+from tests.processes import run_processes, run_rank
 
 SPEC = """
 loss cross_entropy
@@ -40,12 +39,8 @@ def data(step: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def replica(rank: int, folder: str) -> None:
+def replica(rank: int) -> Any:
     """Train on one half of every batch; run as a process of its own."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
     own = model()
     program = trainc.compile(SPEC, own)
     program.forward = DistributedDataParallel(own)
@@ -54,21 +49,11 @@ def replica(rank: int, folder: str) -> None:
     for step in range(STEPS):
         inputs, targets = data(step)
         metrics.append(program.step((inputs[half], targets[half])))
-    torch.save({"weights": own.state_dict(), "metrics": metrics}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"weights": own.state_dict(), "metrics": metrics}
 
 
 def test_weights_and_noise_scale_are_those_of_one_process(tmp_path: Path) -> None:
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-P", __file__, str(rank), str(tmp_path)], stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-    replicas = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    replicas = run_processes(__file__, 2, tmp_path)
     alone = model()
     program = trainc.compile(SPEC, alone, executor="module")
     for step in range(STEPS):
@@ -84,4 +69,4 @@ def test_weights_and_noise_scale_are_those_of_one_process(tmp_path: Path) -> Non
 
 
 if __name__ == "__main__":
-    replica(int(sys.argv[1]), sys.argv[2])
+    run_rank(replica)

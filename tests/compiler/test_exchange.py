@@ -179,7 +179,8 @@ def test_turns_are_after_whole_periods(
 def test_the_state_of_an_exchange_is_its_counts() -> None:
     _, machine = turns(None, 3)
     saved = copy.deepcopy(machine.state_dict())
-    assert saved["actions"] == {"c": {"turns": 3, "sent": 24, "last": 3, "replicas": 2}}
+    counts = {"turns": 3, "sent": 24, "last": 3, "replicas": 2, "trained_alone": False}
+    assert saved["figures"]["c"] == counts
     _, fresh = turns(None, 0)
     assert fresh.actions[0].summary() == "c: no exchange"
     fresh.load_state_dict(saved)

@@ -13,14 +13,14 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import trainc
 from trainc.compiler.errors import GraphRefused, PassBug, SiteError
+from trainc.compiler.execution import capture as capture_file
+from trainc.compiler.execution.graph_cache import LIMIT
 from trainc.compiler.graph.dynamo_capture import dynamo_capture
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.graph.trial import TrialResult, difference
-from trainc.compiler.method.sites import NoiseSite, Rewrite
-from trainc.compiler.passes.add_noise import AddNoise
+from trainc.compiler.method.sites import Rewrite
+from trainc.compiler.passes.add_noise import NOISE, AddNoise
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice
-from trainc.compiler.program import capture as capture_file
-from trainc.compiler.program.graph_cache import LIMIT
 from trainc.dsl.text.errors import CompilerBug
 
 BASE = "train 1\nloss cross_entropy\noptimizer sgd { lr = 0.1 }\n"
@@ -257,7 +257,8 @@ def test_saving_removes_a_graph_of_an_earlier_program(tmp_path: Path) -> None:
     (tmp_path / "constants.safetensors").touch()
     assert (tmp_path / "graph.json").exists()
     compiled(BASE, executor="module").save(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", "weights.safetensors"]
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["manifest.json", "plan.json", "weights.safetensors"]
     trainc.load(tmp_path, Small()).step(batch())
 
 
@@ -320,9 +321,10 @@ def test_a_graph_that_computes_something_else_is_a_reason_for_modules(
     right = AddNoise.run
 
     def wrong(step: AddNoise, forward: Any, rewrite: Rewrite) -> list[str]:
-        (site,) = rewrite.noises
-        other = Rewrite(noises=[NoiseSite(site.module, site.index + 1)], pairing=rewrite.pairing)
-        return right(step, forward, other)
+        served = right(step, forward, rewrite)
+        *_, noise = forward.graph.find_nodes(op="call_function", target=NOISE)
+        noise.update_arg(3, noise.args[3] + 1)  # another layer's noise
+        return served
 
     want = compiled(PACE, executor="module").step(batch())
     monkeypatch.setattr(AddNoise, "run", wrong)
@@ -333,6 +335,14 @@ def test_a_graph_that_computes_something_else_is_a_reason_for_modules(
         "the captured graph computes something else than the modules: the loss"
     )
     assert not program.execution.graphs.installed
+    # What was refused is not tried again after a resume, where it may pass: the modules ran, and run on.
+    monkeypatch.undo()
+    resumed = compiled(PACE)
+    resumed.load_state_dict(program.state_dict())
+    assert resumed.step(batch()) == program.step(batch())
+    assert (resumed.graph_refused, resumed.report().notes) == (reason, ())
+    assert resumed.summary()[-1] == program.summary()[-1]
+    assert reason in resumed.summary()[-1]
 
 
 class Everything(nn.Module):
@@ -347,9 +357,30 @@ class Everything(nn.Module):
         return out
 
 
+class Tracking(nn.Module):
+    """Running statistics of what passes, which they do not change: no examples mix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(6))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.get_buffer("running_mean").lerp_(x.detach().mean(0), 0.1)
+            self.get_buffer("num_batches_tracked").add_(1)
+        return x
+
+
+class Measurable(Everything):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = Tracking()  # type: ignore[assignment]
+
+
 def test_the_trial_of_a_graph_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = GNS + 'noise_scale gns as rows on "small.first" { smooth = 2 steps }\n'
-    program = compiled(spec, Everything)
+    program = compiled(spec, Measurable)
     runs: list[StepGraph] = []
     run = StepGraph.run
 
@@ -367,7 +398,7 @@ def test_the_trial_of_a_graph_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert len(runs) == 3
     assert program.graph_refused is None
     end = torch.get_rng_state()
-    modules = compiled(spec, Everything, executor="module")
+    modules = compiled(spec, Measurable, executor="module")
     torch.manual_seed(3)
     for _ in range(2):
         modules.step(batch())
@@ -420,7 +451,7 @@ def test_an_empty_spec_as_a_graph_stays_bit_equal() -> None:
 
 
 def test_a_part_in_eval_mode_stays_in_eval_mode() -> None:
-    program = compiled(GNS, Everything)
+    program = compiled(GNS, Measurable)
     program.step(batch())
     before = program.module.get_buffer("batch_norm.running_mean").clone()
     program.module.get_submodule("batch_norm").eval()
@@ -439,6 +470,12 @@ def test_a_loaded_graph_of_other_modes_is_captured_again(tmp_path: Path) -> None
     before = loaded.module.get_buffer("batch_norm.running_mean").clone()
     loaded.step(batch())
     assert torch.equal(loaded.module.get_buffer("batch_norm.running_mean"), before)
+    (note,) = loaded.report().notes
+    assert note.startswith(
+        "the saved graph was not used: the captured graph computes something else"
+    )
+    loaded.step(batch())
+    assert loaded.report().notes == ()
 
 
 @pytest.mark.parametrize(
@@ -469,6 +506,12 @@ def test_differences_are_found_in_the_loss_the_gradients_and_the_norms() -> None
         "gradient of `w`": modules._replace(gradients={"w": None}),
         "gradient of `v`": modules._replace(gradients={"w": w, "v": w}),
         "norms of `w`": modules._replace(squares={"w": w * 2}),
+        "the loss has the shape [4]": modules._replace(loss=w),
+        "the loss has the shape [] and the dtype torch.complex64": modules._replace(loss=one + 0j),
+        "gradient of `w` is": modules._replace(gradients={"w": torch.ones(5)}),
+        "gradient of `w` is not": modules._replace(gradients={"w": torch.ones(2, 4)}),
+        "the gradient of `w`": modules._replace(gradients={"w": w + 1j}),
+        "the per-example norms of `w`": modules._replace(squares={"w": torch.ones(4, 4)}),
     }
     for text, graph in wrong.items():
         assert text in str(difference(graph, modules, {torch.float32}))
@@ -493,7 +536,8 @@ def test_a_micro_batch_runs_with_its_backward_pass_by_either_executor(executor: 
 # a limited number of captures
 
 
-def test_after_some_shapes_the_modules_run_new_ones() -> None:
+def test_after_some_shapes_the_modules_run_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainc.compiler.execution.graph_cache.ATTEMPTS", 0)  # a graph for each
     program, modules = compiled(GNS), compiled(GNS, executor="module")
     notes: list[str] = []
     for length in [*range(1, LIMIT + 4), 1]:
@@ -507,7 +551,7 @@ def test_after_some_shapes_the_modules_run_new_ones() -> None:
 
 def test_an_explicit_graph_is_captured_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     program = compiled(BASE, executor="graph")
-    monkeypatch.setattr("trainc.compiler.program.execution.LIMIT", 1)
+    monkeypatch.setattr("trainc.compiler.execution.execution.LIMIT", 1)
     for length in range(1, 4):
         program.step(batch(4, length, 6))
 

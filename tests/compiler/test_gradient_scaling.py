@@ -77,7 +77,7 @@ def test_gradients_that_were_set_to_zero_are_refused() -> None:
     made = program()
     halves(made, None)
     made.module.zero_grad(set_to_none=False)
-    with pytest.raises(ValueError, match="is 0 times"):
+    with pytest.raises(RuntimeError, match=r"a gradient of zeros.*`zero_grad\(\)`"):
         made.update()
 
 
@@ -138,16 +138,4 @@ def test_a_mask_and_a_scaler_exclude_each_other() -> None:
     made, scaler = trainc.compile(spec, model), torch.amp.GradScaler("cpu")
     scaler.scale(made.loss(batch())).backward()
     with pytest.raises(ValueError, match="a GradScaler cannot find the gradients of"):
-        made.update(scaler)
-
-
-def test_sharded_parameters_and_a_scaler_exclude_each_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made, scaler = program(), torch.amp.GradScaler("cpu")
-    halves(made, scaler)
-    monkeypatch.setattr(
-        "trainc.compiler.program.step_runner.first_shard", lambda parameters: "head.weight"
-    )
-    with pytest.raises(ValueError, match="may disagree on whether a gradient overflowed"):
         made.update(scaler)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import trainc
+from tests.compiler.image_models import import_library
 from trainc.compiler.driver.verify import compare
 from trainc.runtime.data.batch import Batch
 
@@ -22,7 +23,7 @@ def encoder() -> Built:
 
 
 def hugging_face(name: str, config: dict[str, Any]) -> Built:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_library("transformers")
     settings = getattr(transformers, config.pop("config"))(vocab_size=64, **config)
     model = getattr(transformers, name)(settings)
     ids = torch.randint(0, 64, (3, 9))
@@ -70,7 +71,7 @@ def bert() -> Built:
 
 
 def timm_vit() -> Built:
-    timm = pytest.importorskip("timm", exc_type=ImportError)
+    timm = import_library("timm")
     sizes = {
         "depth": 2,
         "img_size": 16,

@@ -13,6 +13,7 @@ import trainc
 from examples.models import gpt
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.losses import Losses
 
 ALL = """loss cross_entropy optimizer sgd { lr = 0 } run { length = 9 steps, seed = 4 }
 noise_scale gns on all"""
@@ -171,6 +172,16 @@ def test_brute_force_and_calibration_know_shared_positions_from_the_start() -> N
     assert program.signals["gns.noise"] > 0
 
 
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_shared_positions_are_known_where_no_target_of_the_first_step_counts(executor: Any) -> None:
+    model, x, y = made("words, flat positions")
+    text = ALL.replace("seed = 4", "seed = 4, on_nan = skip")
+    program = trainc.compile(text, model, executor=executor)
+    assert program.step((x, torch.full_like(y, -100)))["skipped"] == 1
+    program.step((x, y))
+    assert program.signals["gns.noise"] > 0
+
+
 def test_positions_as_many_as_examples_are_not_taken_for_examples() -> None:
     model, x, y = made("words, flat positions")
     x, y = x.repeat(2, 1)[:6], y.repeat(2, 1)[:6]  # six examples of six tokens
@@ -199,28 +210,21 @@ def test_an_input_without_an_example_axis_is_an_error(executor: Any) -> None:
         program.step((torch.randn(4, 6, 8), torch.randint(5, (4, 6))))
 
 
-class Sum:
+class Sum(Loss):
     """Cross-entropy that is summed over the examples, though its weights say it is a mean."""
 
-    name, ignore_index, label_smoothing = "sum", -100, 0.0
+    name = "sum"
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets, reduction="sum")
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="sum")
 
-    def count(self, targets: Tensor) -> int:
-        return len(targets)
-
-    def weights(self, targets: Tensor) -> Tensor:
-        return torch.full((len(targets),), 1 / len(targets), dtype=torch.float64)
-
-    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        return {}
+    def target_weights(self, targets: Tensor) -> Tensor:
+        return torch.ones_like(targets)
 
 
 def test_a_summed_loss_is_an_error() -> None:
     program = trainc.compile(ALL, nn.Sequential(nn.Linear(4, 3)))
-    loss: Loss = Sum()
-    program.execution.loss_fn = loss
+    program.execution.losses = Losses.of(Sum())
     with pytest.raises(SiteError, match="not a sum"):
         program.step((torch.randn(5, 4), torch.randint(3, (5,))))
 

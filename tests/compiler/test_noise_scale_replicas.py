@@ -6,8 +6,6 @@ Four processes run everything once, in pairs or all together (`replica_processes
 import functools
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +33,7 @@ from tests.compiler.replica_processes import (
     signals,
     unequal,
 )
+from tests.processes import run_processes
 
 pytestmark = pytest.mark.slow
 FIGURES = ("gns.signal", "gns.noise")
@@ -53,14 +52,8 @@ TRAINED = {
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what each of four processes found, by case."""
     folder = tmp_path_factory.mktemp("replicas")
-    command = [sys.executable, "-P", str(replica_processes.__file__)]
-    started = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE)
-        for rank in range(PROCESSES)
-    ]
-    results = [process.communicate(timeout=LIMIT + 60)[1].decode() for process in started]
-    assert not any(process.returncode for process in started), "\n".join(results)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+    file = str(replica_processes.__file__)
+    return run_processes(file, PROCESSES, folder, timeout=LIMIT + 60, weights_only=False)
 
 
 def of_pair(found: list[dict[str, Any]], name: str) -> list[Any]:
@@ -82,10 +75,13 @@ def joined(one: Contribution, other: Contribution) -> Contribution:
     return Contribution(one.weights + other.weights, both)
 
 
-def examples(micros: list[Batch], replicas: int) -> list[list[Contribution]]:
-    """Return one replica's examples by micro-batch; its loss is a mean over its own targets."""
+def targets(micros: list[Batch]) -> int:
+    return sum(int((y >= 0).sum()) for _, y in micros)
+
+
+def examples(micros: list[Batch], total: int) -> list[list[Contribution]]:
+    """Return one replica's examples by micro-batch; the loss is a mean over the `total` of targets."""
     model = net()
-    total = sum(int((y >= 0).sum()) for _, y in micros) * replicas
     made = []
     for x, y in micros:
         contributions = []
@@ -117,7 +113,8 @@ def estimate(
 
 def by_definition(method: str, no_sync: bool, replicas: int) -> dict[str, float]:
     """Return the figures of `unequal` batches, one backward pass per example."""
-    each = [examples(unequal(rank, no_sync), replicas) for rank in range(replicas)]
+    parts = [unequal(rank, no_sync) for rank in range(replicas)]
+    each = [examples(own, sum(map(targets, parts))) for own in parts]
     micros = [micro for own in each for micro in own]
     groups = {
         "all": [[contribution] for micro in micros for contribution in micro],
@@ -148,16 +145,15 @@ def test_estimates_are_those_of_single_examples(found: list[dict[str, Any]], nam
 
 
 @pytest.mark.parametrize("name", ["ddp all", "fsdp all", "four ddp all"])
-def test_losses_are_means_and_samples_are_sums_over_replicas(
+def test_losses_are_means_and_samples_are_sums_over_all_replicas(
     found: list[dict[str, Any]], name: str
 ) -> None:
     results = of_pair(found, name)
-    losses = []
-    for rank in range(len(results)):
-        x, y = batch(rank, 3 + rank % 2, equal=False)
-        losses.append(F.cross_entropy(net()(x).flatten(0, 1), y.flatten()).item())
+    both = [batch(rank, 3 + rank % 2, equal=False) for rank in range(len(results))]
+    x, y = torch.cat([x for x, _ in both]), torch.cat([y for _, y in both])
+    loss = F.cross_entropy(net()(x).flatten(0, 1), y.flatten()).item()
     for one in results:
-        assert one["loss"] == pytest.approx(sum(losses) / len(results), rel=1e-12)
+        assert one["loss"] == pytest.approx(loss, rel=1e-12)
         assert one["samples"] == 3.5 * len(results)
 
 
@@ -204,7 +200,7 @@ def test_a_calibration_takes_the_examples_of_all_replicas_as_one_set(
     contributions = []
     for rank in range(2):
         x, y = batch(rank, equal=False)
-        contributions += examples([(x[:2], y[:2])], 2)[0]
+        contributions += examples([(x[:2], y[:2])], 2 * targets([(x[:2], y[:2])]))[0]
     total, norms = estimate(contributions), estimate(contributions, lambda name: ".norm." in name)
     results = of_pair(found, "calibrates")
     assert repr(results[0]) == repr(results[1])
@@ -233,9 +229,9 @@ def test_an_infinite_gradient_on_one_rank_gives_no_estimate_on_all(
     [
         ("replica", r"micro-batch 1 of 2 was averaged over replicas.*no_sync"),
         ("other", r"do not measure the same: .* rank 1 sends"),
-        ("fsdp micro", r"`words.weight` is sharded .*per_example"),
-        ("fsdp replica", r"`words.weight` is sharded .*per_example"),
-        ("fsdp calibrate", r"`words.weight` is sharded .*remove `calibrate`"),
+        ("fsdp micro", r"`words.weight` is sharded .*measure gradients of examples"),
+        ("fsdp replica", r"`words.weight` is sharded .*measure gradients of examples"),
+        ("fsdp calibrate", r"`words.weight` is sharded .*without calibration"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error_on_every_rank(

@@ -12,12 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 import trainc
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
+from trainc.compiler.method.loss import Loss
+from trainc.compiler.method.losses import Losses
 from trainc.compiler.per_example.batch_slices import (
     InputSlicer,
     first_axis_lengths,
     possible_slicers,
 )
-from trainc.compiler.per_example.preconditions import ExamplesMix
+from trainc.compiler.per_example.mixing import ExamplesMix
 from trainc.compiler.per_example.weight_uses import WeightUsedElsewhere
 from trainc.functional import measured_parameters, per_example_sq_norms
 from trainc.runtime.run.interface import NonFiniteLoss
@@ -291,32 +293,31 @@ def test_only_examples_with_targets_are_checked() -> None:
     model, x, y = made(plainly)
     y[:3] = -100
     program = trainc.compile(f"{RUN}noise_scale gns on all", model)
-    program.execution.loss_fn = Halved(program.execution.loss_fn)
+    program.execution.losses = Losses.of(Halved(program.execution.loss_fn))
     with pytest.raises(SiteError, match="not a sum"):
         program.step((x, y))
 
 
-class Halved:
+class Halved(Loss):
     """A loss that is not the mean its weights say."""
 
-    name, ignore_index, label_smoothing = "sum", -100, 0.0
+    name = "sum"
 
-    def __init__(self, loss_fn: Any) -> None:
+    def __init__(self, loss_fn: Loss) -> None:
         self.loss_fn = loss_fn
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.loss_fn(logits, targets) / (targets >= 0).sum()  # type: ignore[no-any-return]
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss_fn(outputs, targets) / (targets >= 0).sum()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loss_fn, name)
+    def target_weights(self, targets: Tensor) -> Tensor:
+        return self.loss_fn.target_weights(targets)
 
 
 def test_a_model_in_eval_mode_is_an_error_that_says_so() -> None:
     model, x, y = made(plainly)
     program = trainc.compile(f"{RUN}noise_scale gns on all", model.eval())
-    program.loss((x, y)).backward()
     with pytest.raises(SiteError, match=r"in eval mode.*`model.train\(\)`"):
-        program.update()
+        program.loss((x, y))
 
 
 def test_compiled_parts_hide_no_use() -> None:

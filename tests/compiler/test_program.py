@@ -420,3 +420,45 @@ def test_an_error_in_the_update_leaves_nothing_for_the_next_step(executor: Any) 
     handle.remove()
     assert program.step((x, y)) == other.step((x, y))
     assert torch.equal(stopped.weight, whole.weight)
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+@pytest.mark.parametrize("what", ["parameter", "module"])
+def test_what_is_replaced_after_a_step_is_an_error_and_not_left_untrained(
+    what: str, executor: Any
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    program = trainc.compile(EMPTY, model, executor=executor)
+    batch = torch.randn(5, 6), torch.randint(0, 4, (5,))
+    program.step(batch)
+    head: Any = model[2]
+    if what == "module":
+        model[2] = nn.Linear(8, 4)
+    else:
+        head.weight = nn.Parameter(torch.zeros(4, 8))
+    before = weights(model)
+    with pytest.raises(SiteError, match=r"`2\.weight` is no longer in the model .* was replaced"):
+        program.step(batch)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    model[2], head.weight = head, program.execution.parameters["2.weight"]
+    program.step(batch)
+    trainc.compile(EMPTY, model, executor=executor).step(batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: None, "the state of a program is a dict, and this is NoneType"),
+        (lambda s: s["model"], r"tensors alone, .*`program\.module\.load_state_dict\(state\)`"),
+        (lambda s: {"program": s, "order": {}}, "a whole checkpoint: give its entry `program`"),
+        (lambda s: {k: v for k, v in s.items() if k != "clock"}, "has no `clock`"),
+        (lambda s: s | {"history": {}}, "`history/first` is missing: expected a dict"),
+        (lambda s: s | {"rates": 3}, "`rates` is 3: expected a dict"),
+    ],
+)
+def test_what_is_no_state_of_a_program_is_named(change: Any, message: str) -> None:
+    program = trainc.compile("loss mse optimizer sgd { lr = 0.1 }", nn.Linear(3, 2))
+    state = program.state_dict()
+    for load in (program.load_state_dict, program.load_compatible):
+        with pytest.raises(ValueError, match=message):
+            load(change(state))

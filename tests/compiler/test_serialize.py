@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from examples import models
+from tests.compiler.passes.step_cases import noise_site, paired, step_of
+from trainc.compiler.execution.capture import capture
 from trainc.compiler.graph.listing import listing
 from trainc.compiler.graph.serialize import (
     GraphFormatError,
@@ -22,8 +24,8 @@ from trainc.compiler.graph.serialize import (
     step_to_json,
 )
 from trainc.compiler.graph.step_graph import StepGraph
-from trainc.compiler.method.sites import NoiseSite, NormSite, Pairing, Rewrite
-from trainc.compiler.program.capture import capture
+from trainc.compiler.method.sites import NormSite, Rewrite
+from trainc.compiler.method.term import Forward, Term
 from trainc.kernels.noise.philox import pack_key
 from trainc.runtime.data.batch import Batch
 
@@ -42,7 +44,7 @@ class SmoothedCrossEntropy:
 
 @pytest.fixture(scope="module")
 def full() -> tuple[Callable[[], nn.Module], StepGraph, Batch, dict[str, Tensor]]:
-    """A step with every kind of pass, a penalty with a constant, and dropout."""
+    """A step with every kind of pass, a term with a constant, and dropout."""
     torch.set_num_threads(1)
 
     def make() -> nn.Module:
@@ -53,8 +55,7 @@ def full() -> tuple[Callable[[], nn.Module], StepGraph, Batch, dict[str, Tensor]
     names = ["blocks.0.ln1", "blocks.0.ln2", "ln_f"]
     rewrite = Rewrite(
         norms=[NormSite(n, "layer", f"{n}.weight", f"{n}.bias", 1e-5) for n in names],
-        noises=[NoiseSite("blocks.0.mlp.fc", 0)],
-        pairing=Pairing("kl"),
+        hooks=[noise_site("blocks.0.mlp.fc", 0)],
     )
     scalars = {
         "key": pack_key(1, 2),
@@ -64,17 +65,18 @@ def full() -> tuple[Callable[[], nn.Module], StepGraph, Batch, dict[str, Tensor]
     }
     origin = model.get_parameter("head.weight").detach() + 1
 
-    def pull(values: Any) -> Tensor:
-        penalty: Tensor = (values["head.weight"] - origin).square().sum()
-        return penalty
+    def pull(forward: Forward) -> Tensor:
+        gap: Tensor = forward.parameters["head.weight"] - origin
+        return gap.square().sum()
+
+    paired(rewrite, "kl").terms["pull"] = Term("pull", pull, "parameters")
 
     batch = (torch.randint(32, (2, 8)), torch.randint(32, (2, 8)))
-    step = capture(
+    step = step_of(
         model,
-        SmoothedCrossEntropy(),
         batch,
-        rewrite=rewrite,
-        penalties={"pull": pull},
+        rewrite,
+        loss=SmoothedCrossEntropy(),
         scalars=scalars,
     )
     return make, step, batch, scalars
@@ -104,12 +106,12 @@ def test_a_step_survives_json_and_runs_bit_for_bit(full: Any) -> None:
 def test_a_step_needs_its_constants_and_its_model(full: Any) -> None:
     make, step, _, _ = full
     data = step_to_json(step)
-    with pytest.raises(GraphFormatError, match="penalty_constant_0"):
+    with pytest.raises(GraphFormatError, match="term_constant_0"):
         step_from_json(data, make(), {})
     with pytest.raises(GraphFormatError, match=r"the model has no .*`blocks\.0"):
         step_from_json(data, nn.Linear(2, 2), step.constant_tensors())
     with pytest.raises(
-        GraphFormatError, match="format 99, but this version of trainc reads format 3"
+        GraphFormatError, match="format 99, but this version of trainc reads format 7"
     ):
         step_from_json({**data, "format": 99}, make(), step.constant_tensors())
 
@@ -229,7 +231,7 @@ def test_what_cannot_be_loaded_cannot_be_saved() -> None:
 def test_a_listing_reads_like_a_program() -> None:
     model = nn.Sequential(nn.Linear(2, 3))
     batch = (torch.randn(4, 2), torch.randn(4, 3))
-    step = capture(model, F.mse_loss, batch, rewrite=Rewrite(), penalties={}, scalars={})
+    step = capture(model, F.mse_loss, batch, rewrite=Rewrite(), scalars={})
     lines = listing(step.graph).splitlines()
     assert lines[:4] == [
         "input inputs: f32[4, 2]",
@@ -239,5 +241,5 @@ def test_a_listing_reads_like_a_program() -> None:
     ]
     assert lines[-1].startswith("return [%mse_loss, %mse_loss, %mse_loss, %")
     assert listing(capture(
-        model, F.mse_loss, batch, rewrite=Rewrite(), penalties={}, scalars={}
+        model, F.mse_loss, batch, rewrite=Rewrite(), scalars={}
     ).graph) == "\n".join(lines)  # fmt: skip

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import models
+from trainc.compiler.execution.capture import capture
 from trainc.compiler.graph.interface import BatchMismatch
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.method.sites import NormSite, Rewrite
-from trainc.compiler.program.capture import capture
 from trainc.runtime.data.batch import Batch
 
 
@@ -35,9 +35,7 @@ def model() -> nn.Module:
 def captured(model: nn.Module, batch: Batch, **scalars: Tensor) -> StepGraph:
     names = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
     norms = [NormSite(n, "layer", f"{n}.weight", f"{n}.bias", 1e-5) for n in names]
-    return capture(
-        model, F.cross_entropy, batch, rewrite=Rewrite(norms=norms), penalties={}, scalars=scalars
-    )
+    return capture(model, F.cross_entropy, batch, rewrite=Rewrite(norms=norms), scalars=scalars)
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -150,7 +148,7 @@ def test_copied_together_the_model_and_its_step_stay_together() -> None:
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    step = capture(model, loss, batch, rewrite=Rewrite(), penalties={}, scalars={})
+    step = capture(model, loss, batch, rewrite=Rewrite(), scalars={})
     twin, twin_step = copy.deepcopy((model, step))
     for name, parameter in twin.named_parameters(remove_duplicate=False):
         assert twin_step.get_parameter(name) is parameter

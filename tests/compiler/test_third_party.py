@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,35 +15,24 @@ import torch
 from torch import nn
 
 import trainc
+from tests.other_package import FILES, PACKAGE, installed
+from trainc.cli.app import app
 from trainc.cli.check import check_specs
 from trainc.cli.explain import explain_topic
-from trainc.compiler.catalog import GROUP, catalog
+from trainc.compiler.catalog import catalog
+from trainc.compiler.driver.recorded_clauses import panels_of
 from trainc.compiler.driver.train import train
 from trainc.dsl.printing.reference_pages import constructs_page, rules_page
 from trainc.dsl.reading.construct import KINDS
 from trainc.dsl.resolve.resolver import load_spec
+from trainc.runtime.report.plots import read_runs
 from trainc.runtime.storage import checkpoint
 from trainc.runtime.storage.jsonl import read_jsonl
 
-PACKAGE = "othermethods"
-FILES = {
-    "loss": "absolute",
-    "optimizer": "plain",
-    "lr": "slow",
-    "mask": "still",
-    "noise_scale": "spread",
-    "observe": "length",
-    "perturb": "shifted",
-    "regularize": "pull",
-    "distribute": "greeting",
-}
-"""The construct of each kind: the name of its file in tests/third_party."""
 NOT_SERVED = {
     "model": "the driver reads the fields of trainc's own",
     "data": "the driver reads the fields of trainc's own",
     "run": "the driver reads the fields of trainc's own",
-    "normalize": "no mechanism changes how a layer computes",
-    "adapt": "no mechanism adds parameters",
 }
 """The kinds that a package cannot bring a construct of yet, and why. It may only shrink."""
 HEAD = f"""
@@ -55,23 +44,10 @@ BASE = {"loss": "loss mse", "optimizer": "optimizer sgd { lr = 0.1, momentum = 0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Install the package in a folder of its own, as pip would, for the tests of this file."""
-    site = tmp_path_factory.mktemp("site")
-    shutil.copytree(Path(__file__).parents[1] / "third_party", site / PACKAGE)
-    info = site / f"{PACKAGE}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1.0\n")
-    lines = [f"{kind}.{name} = {PACKAGE}.{name}\n" for kind, name in FILES.items()]
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\n" + "".join(lines))
-    sys.path.insert(0, str(site))
-    importlib.invalidate_caches()
-    catalog.cache_clear()
-    yield site
-    sys.path.remove(str(site))
-    catalog.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
-        del sys.modules[name]
+def other_package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Install the package for the tests of this file."""
+    with installed(tmp_path_factory.mktemp("site")):
+        yield
 
 
 def usage(kind: str) -> str:
@@ -160,7 +136,8 @@ def test_a_run_obeys_it_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> No
         known = metrics(plain)[0].keys()
         assert any(row.keys() - known for row in metrics(out))
     else:
-        changed = [n for n, w in weights(out).items() if not torch.equal(w, weights(plain)[n])]
+        got, bare = weights(out), weights(plain)
+        changed = [n for n, w in bare.items() if not torch.equal(w, got[n])]
         assert changed, "the run is the one without it"
     shutil.copytree(out, cut)
     newest = checkpoint.find_latest(cut / "checkpoints").path
@@ -184,6 +161,27 @@ def test_a_saved_program_is_loaded_with_it(kind: str, executor: Any, tmp_path: P
     for _ in range(3):
         assert program.step(batch) == loaded.step(batch)
     assert_same(program.module.state_dict(), loaded.module.state_dict())
+
+
+def test_what_it_measures_is_displayed_reported_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    clauses = "\n".join([*BASE.values(), usage("observe"), usage("noise_scale")])
+    (tmp_path / "spec.train").write_text(HEAD + clauses)
+    train(tmp_path / "spec.train", tmp_path / "run", plain=True)
+    assert re.search(r"^8/8 steps .* length at most \d", capsys.readouterr().out, re.M)
+    with pytest.raises(SystemExit) as left:
+        app(["report", str(tmp_path / "run"), "--plot", str(tmp_path / "run.png")])
+    assert not left.value.code
+    out = capsys.readouterr().out
+    assert re.search(r"^length at most +[\d.]+$", out, re.M)
+    assert re.search(r"^influence +0?\.\d+$", out, re.M)
+    assert re.search(r"^influence undetermined +0 of 2 steps$", out, re.M)
+    assert re.search(r"^of all examples +[\d.e-]+$", out, re.M)
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+    titles = [panel.title for panel in panels_of(read_runs([tmp_path / "run"]))]
+    assert sorted(titles) == ["Influence of all examples", "length at most"]
 
 
 def test_its_own_diagnostic_is_found_everywhere(

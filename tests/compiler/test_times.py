@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ from trainc.compiler import catalog as catalogs
 from trainc.compiler.catalog import catalog, catalog_of
 from trainc.compiler.constructs.regularize.l2_sp import L2Sp
 from trainc.compiler.driver import saved_program
+from trainc.compiler.method.term import Forward
 from trainc.compiler.program.program import Program
 from trainc.dsl.reading.construct import Construct, Effect, Schedule
 from trainc.dsl.resolve.resolver import load_spec
@@ -56,14 +57,12 @@ class PullToZero(Probe):
     effects: ClassVar = (Effect("forward", "penalty", reads=("params",), writes=("loss",)),)
 
     def lower(self, to: Lowering) -> None:
-        key = f"weight:{to.label}"
-
-        def value(parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-            total = torch.stack([p.abs().sum() for p in parameters.values()]).sum()
-            return inputs[key] * total
-
         names = [entry.name for entry in to.parameters()]
-        to.penalty(value, names, {key: to.schedule(self.weight)}, {})
+
+        def value(forward: Forward) -> Tensor:
+            return torch.stack([forward.parameters[name].abs().sum() for name in names]).sum()
+
+        to.term(value, over="parameters", weight=self.weight)
 
 
 class Barrier(Probe):
@@ -72,10 +71,13 @@ class Barrier(Probe):
     effects: ClassVar = PullToZero.effects
 
     def lower(self, to: Lowering) -> None:
-        def value(parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-            return torch.stack([(1 / p).square().sum() for p in parameters.values()]).sum()
+        names = [entry.name for entry in to.parameters()]
 
-        to.penalty(value, [entry.name for entry in to.parameters()], {}, {})
+        def value(forward: Forward) -> Tensor:
+            squares = [(1 / forward.parameters[name]).square().sum() for name in names]
+            return torch.stack(squares).sum()
+
+        to.term(value, over="parameters")
 
 
 class Halve(Probe):
@@ -179,7 +181,7 @@ def test_a_penalty_obeys_its_times(times: str, executor: Any, divided: bool) -> 
     said = [program.step(in_micro_batches(t) if divided else batch(t)) for t in range(STEPS)]
     want, terms = by_hand(TIMES[times], l1)
     assert_close(program, want)
-    assert [one["pulltozero"] for one in said] == pytest.approx(terms, rel=1e-12)
+    assert [STRENGTH * one["pulltozero"] for one in said] == pytest.approx(terms, rel=1e-12)
 
 
 @pytest.mark.parametrize("executor", ["graph", "module"])
@@ -388,9 +390,7 @@ def test_a_saved_program_with_views_obeys_their_times(tmp_path: Path) -> None:
 def test_a_clause_that_could_never_act_is_an_error(clause: str) -> None:
     spec = "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 10 steps } "
     for times in ("from 5 steps until 2 steps", "from 3 steps until 3 steps", "from 50% until 2%"):
-        with pytest.raises(
-            trainc.SpecError, match=r"would never act, because `from .*` is not before `until"
-        ):
+        with pytest.raises(trainc.SpecError, match=r"never acts: `from .*` is not before `until"):
             trainc.compile(spec + clause.format(times), nn.Sequential(nn.Linear(3, 2)))
 
 

@@ -27,6 +27,12 @@ HOSTILE = {
     "many broken statements": ("mask sift on {\n" * 4_500, None),
     "many strange characters": ("§" * 240_000, "syntax"),
     "many strange characters apart": ("§ " * 120_000, "syntax"),
+    "many empty lines": ("\n \n" * 80_000 + "\\", "syntax"),
+    "many single quotes": ("'" * 240_001, None),
+    "many smart quotes": ("\u201c" * 240_001, None),
+    "many dots": ("a" + "." * 240_000, None),
+    "many colons": ("a:" * 20_000, None),
+    "many digits and letters": ("1a" * 100_000, None),
     "many quotes": ('"' * 240_001, None),
     "NUL": ("let a = \0", "syntax"),
     "a huge exponent": ("optimizer adamw { lr = 1e999 }", "bad-value"),
@@ -53,7 +59,9 @@ HOSTILE = {
     "a file that is not there": ('use "no/such/file.train"', "use-not-found"),
     "a file name with NUL": ('use "a\\tb"', "use-not-found"),
     "a very long file name": ('use "' + "a" * 100_000 + '"', "use-not-found"),
-    "a folder": ('use "/"', "use-not-found"),
+    "a folder": ('use "."', "use-not-found"),
+    "the root folder": ('use "/"', "use-outside"),
+    "a file of the system": ('use "/etc/passwd"', "use-outside"),
 }
 
 

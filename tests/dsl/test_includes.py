@@ -1,5 +1,6 @@
 """Files that use each other."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,51 @@ def test_two_files_may_not_define_one_name(tmp_path: Path) -> None:
 def test_the_version_comes_first_in_each_file(tmp_path: Path) -> None:
     main = write(tmp_path, main='train 1\nuse "a.train"\n', a="train 1\nloss mse\n")
     assert check(main).unwrap()
+
+
+def test_use_stays_below_the_folder_of_the_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, folder = tmp_path / "shared", tmp_path / "spec"
+    write(shared, lets="let secret = 3\n")
+    (folder / "parts").mkdir(parents=True)
+    (folder / "link").symlink_to(shared)
+    for where in ("../shared/lets.train", str(shared / "lets.train"), "link/lets.train"):
+        main = write(folder, main=f'use "{where}"\nloss mse\n')
+        (found,) = check(main).diagnostics
+        assert found.rule == "use-outside"
+        assert "TRAINC_USE_PATH" in (found.help or "")
+        assert "secret" not in render_text([found])
+    write(folder, main='use "parts/inner.train"\nloss mse\n')
+    (folder / "parts/inner.train").write_text('use "../more.train"\n')
+    (folder / "more.train").write_text("optimizer sgd { lr = 1 }\n")
+    assert check(main).spec is not None
+    write(folder, main=f'use "{shared}/lets.train"\noptimizer sgd {{ lr = secret }}\n')
+    monkeypatch.setenv("TRAINC_USE_PATH", f"/nowhere:{shared}")
+    assert check(main).spec is not None
+    monkeypatch.setenv("TRAINC_USE_PATH", "")
+    assert check(main).spec is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_not_a_plain_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    odd = tmp_path / "odd.train"
+    if kind == "pipe":
+        os.mkfifo(odd)
+    elif kind == "device":
+        odd = Path("/dev/zero")
+    else:
+        odd.mkdir()
+    with pytest.raises(OSError, match="Is a directory" if kind == "folder" else "Not a plain file"):
+        check(odd)
+    if kind != "device":
+        (found,) = check(write(tmp_path, main='use "odd.train"\n')).diagnostics
+        assert found.rule == "use-not-found"
+
+
+def test_a_huge_file_is_refused_without_being_read(tmp_path: Path) -> None:
+    main = write(tmp_path, main='use "huge.train"\nloss mse\n')
+    with (tmp_path / "huge.train").open("wb") as file:
+        file.truncate(1 << 40)
+    for spec in (main, tmp_path / "huge.train"):
+        assert [d.rule for d in check(spec).diagnostics] == ["too-large"]

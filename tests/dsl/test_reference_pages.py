@@ -18,6 +18,18 @@ def test_every_construct_has_a_page(key: tuple[str, str]) -> None:
     )
 
 
+def test_a_page_prints_what_a_construct_declares_not_to_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cls = catalog()["regularize", "pace"]
+    monkeypatch.setattr(cls, "division", "views are paired in each micro-batch")
+    monkeypatch.setattr(cls, "without_gradient", "a mask holds them")
+    lines = construct_page(cls).splitlines()
+    divided = "Depends on how a step is divided into micro-batches"
+    assert f"{divided}: views are paired in each micro-batch." in lines
+    assert "Leaves parameters without a gradient: a mask holds them." in lines
+
+
 def test_the_reference_lists_everything() -> None:
     assert all(
         f"\n### {cls.heading()}\n" in constructs_page(catalog()) for cls in catalog().values()

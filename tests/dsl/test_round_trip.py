@@ -102,7 +102,10 @@ TREES = st.lists(STATEMENTS, max_size=5).map(lambda s: ast.Tree(tuple(s)))
 
 AMOUNTS = st.one_of(st.integers(0, 10**12), st.floats(0, 1e12, allow_nan=False))
 SIGNED = st.one_of(st.integers(-(10**6), 10**6), st.floats(-1e9, 1e9, allow_nan=False))
-DURATIONS = st.builds(v.Duration, AMOUNTS, st.sampled_from(v.UNITS))
+DURATIONS = st.one_of(
+    st.builds(v.Duration, AMOUNTS, st.sampled_from(v.UNITS[:-1])),
+    st.builds(v.Duration, st.floats(0, 1, allow_nan=False), st.just("run")),
+)
 RANGES = st.tuples(SIGNED, SIGNED).map(lambda pair: v.Range(min(pair), max(pair)))
 _ATOMS = st.one_of(
     AMOUNTS.map(v.Number),

@@ -104,7 +104,9 @@ def test_python_specs_are_checked_too() -> None:
     with pytest.raises(SpecError, match="missing-on"):
         Spec((Clause(pace),))
     with pytest.raises(SpecError, match="duplicate-clause"):
-        Spec((Clause(of("loss", "mse")), Clause(of("loss", "cross_entropy"))))
+        Spec(
+            (Clause(of("run", "run", length="5 steps")), Clause(of("run", "run", length="9 steps")))
+        )
     with pytest.raises(SpecError, match="unknown-name"):
         Spec(rules=(Rule("gns > 2", (Do("stop"),)),))  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="unknown-version"):

@@ -17,8 +17,14 @@ print(json.dumps(loaded))
 """
 
 # A construct's file holds its actions too, and so needs their base classes: short files that import only each other.
-BASE_OF_ACTIONS = {"trainc.runtime", "trainc.runtime.step"} | {
-    f"trainc.runtime.step.{name}" for name in ("action", "around", "exchange", "updates")
+BASE_OF_ACTIONS = {
+    "trainc.runtime",
+    "trainc.runtime.step",
+    "trainc.runtime.storage",
+    "trainc.runtime.storage.form",
+} | {
+    f"trainc.runtime.step.{name}"
+    for name in ("action", "around", "exchange", "observer", "updates")
 }
 
 

@@ -9,6 +9,9 @@ from typing import Any
 import lark
 import pytest
 
+from trainc.compiler.catalog import catalog, check
+from trainc.dsl.printing.formatter import format_source
+from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.syntax import ast, grammar
 from trainc.dsl.syntax.parser import parse, parse_expression
 from trainc.dsl.syntax.tokens import comments_of
@@ -211,3 +214,33 @@ def test_deep_nesting_takes_none_of_pythons_stack() -> None:
     finally:
         sys.setrecursionlimit(limit)
     assert not parsed.found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer adamw on {} {{ lr = 1e-3 }}".format(" | ".join(f'"b{n}"' for n in range(200))),
+        "optimizer adamw {{ lr = {} }}".format(" + ".join(["1e-6"] * 200)),
+        "optimizer adamw {{ lr = 1 {} }}".format("* 1 " * 199),
+        "when {} {{ stop }}".format(" and ".join(["loss > 1"] * 200)),
+        "let many = {}\nmask sift on many {{ density = 1% }}".format(
+            " | ".join(f'"b{n}"' for n in range(200))
+        ),
+    ],
+)
+def test_a_chain_of_one_operator_is_no_nesting(text: str) -> None:
+    spec = check(text).unwrap()
+    assert Spec.from_json(spec.to_json(), catalog()) == spec
+    assert check(format_source(Source("spec.train", text))).unwrap() == spec
+
+
+def test_a_chain_has_a_limit_and_so_have_chains_of_chains() -> None:
+    chain = " + ".join(["1"] * 250)
+    (found,) = check(f"optimizer adamw {{ lr = {chain} }}").diagnostics
+    assert "a chain of more than 200 operators" in found.message
+    part = " + ".join(["1"] * 150)
+    lets = f"let a = {part}\nlet b = a + {part}\n"
+    (found,) = check(lets + "optimizer adamw { lr = b }").diagnostics
+    assert found.rule == "too-deep"
+    assert found.span is not None
+    assert found.span.text == "b"

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,9 +61,11 @@ def test_it_trains_and_resumes_bit_for_bit(
     pytest.importorskip(NEEDS.get(spec.stem, "torch"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     short = tmp_path / spec.name
+    for source in EXAMPLES.glob("*.py"):  # what `text` trains on lies beside the spec
+        shutil.copy(source, tmp_path)
     short.write_text(re.sub("eval_batches = [0-9]+", "eval_batches = 1", spec.read_text()))
     overrides = {"length": f"{STEPS} steps"}
-    if spec.stem == "finetune":
+    if spec.stem in ("finetune", "lora"):
         overrides["start"] = json.dumps(str(pretrained))
     done = train(short, whole, overrides=overrides, quiet=True)
     assert (done.reason, done.steps) == ("finished", STEPS)

@@ -116,10 +116,27 @@ def test_all_targets_ignored(distance: str) -> None:
     targets = torch.full((2,), -100)
     loss, cross_entropy, consistency = cross_entropy_consistency(logits, targets, WEIGHT, distance)
     plain = functional.cross_entropy(logits[:2], targets)
-    assert torch.isnan(torch.stack([loss, cross_entropy, plain])).all()
-    assert torch.isfinite(consistency)
+    assert torch.isnan(torch.stack([loss, cross_entropy, consistency, plain])).all()
     assert not torch.autograd.grad(plain, logits)[0].any()
-    assert not torch.autograd.grad(cross_entropy, logits)[0].any()
+    assert not torch.autograd.grad(loss, logits)[0].any()
+
+
+@pytest.mark.parametrize("held", [0.0, 1e4, -float("inf"), float("nan")])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_ignored_rows_change_nothing_whatever_they_hold(distance: str, held: float) -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 3, 7, dtype=torch.float64)
+    targets, more = torch.tensor([1, 6, 0]), torch.full((2,), -100)
+    short = torch.cat([first, second]).requires_grad_()
+    rest = torch.full((2, 7), held, dtype=torch.float64)
+    long = torch.cat([first, rest, second, rest.neg()]).requires_grad_()
+    want = cross_entropy_consistency(short, targets, WEIGHT.double(), distance)
+    got = cross_entropy_consistency(long, torch.cat([targets, more]), WEIGHT.double(), distance)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    (wanted,) = torch.autograd.grad(want[0], short)
+    (found,) = torch.autograd.grad(got[0], long)
+    torch.testing.assert_close(found[[0, 1, 2, 5, 6, 7]], wanted, rtol=1e-12, atol=0)
+    assert not found[[3, 4, 8, 9]].any()
 
 
 def test_both_views_receive_opposite_consistency_gradients() -> None:

@@ -3,8 +3,6 @@
 One pair of processes runs everything; each test reads its part.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.processes import run_processes, run_rank
 from trainc import functional as operators
 from trainc.kernels.noise.philox import pack_key
 from trainc.kernels.parameter.masked_update import pack
@@ -177,12 +176,8 @@ def shards() -> list[Tensor]:
     return [sums, sharded.full_tensor().detach()]
 
 
-def replica(rank: int, folder: str) -> None:
+def replica(rank: int) -> Any:
     """Everything on one half of the batch; run as a process of its own."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
     found: dict[Any, Any] = {"shards": shards()}
     half = slice(HALF * rank, HALF * (rank + 1))
     for name in SITES:
@@ -191,24 +186,14 @@ def replica(rank: int, folder: str) -> None:
             site = Site(name).to(dtype)
             found[name, wrapper] = differentiate(site, wrapped(site, wrapper), half, dtype)
             torch._dynamo.reset()
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """Return what each of two processes found."""
     folder = tmp_path_factory.mktemp("replicas")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-P", __file__, str(rank), str(folder)], stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_processes(__file__, 2, folder, timeout=300)
 
 
 @pytest.mark.slow
@@ -253,4 +238,4 @@ def test_operators_over_parameters_take_local_shards(replicas: list[dict[Any, An
 
 
 if __name__ == "__main__":
-    replica(int(sys.argv[1]), sys.argv[2])
+    run_rank(replica)

@@ -77,11 +77,8 @@ def test_all_targets_ignored_and_none_given(distance: str, rows: int) -> None:
     loss, cross_entropy, consistency = linear_cross_entropy_consistency(
         *leaves, ignored, weight, distance
     )
-    assert torch.isnan(torch.stack([loss, cross_entropy])).all()
-    assert torch.isfinite(consistency)
-    assert not any(g.any() for g in torch.autograd.grad(cross_entropy, leaves, retain_graph=True))
-    want = torch.autograd.grad(reference(*leaves, targets, weight, distance)[2], leaves)
-    torch.testing.assert_close(torch.autograd.grad(consistency, leaves), want)
+    assert torch.isnan(torch.stack([loss, cross_entropy, consistency])).all()
+    assert not any(g.any() for g in torch.autograd.grad(loss, leaves))
     empty = leaves[0].detach()[:0].requires_grad_()
     nothing = linear_cross_entropy_consistency(empty, *leaves[1:], targets[:0], weight, distance)
     assert torch.isnan(torch.stack(nothing)).all()
@@ -103,7 +100,10 @@ def test_precision_is_no_worse_than_torch(dtype: torch.dtype, distance: str, row
              ((ours, leaves), (low, leaves), (true, exact)))  # fmt: skip
     for mine, torchs, want in ((ours[0], low[0], true[0]), *zip(*found, strict=True)):
         error, allowed = (v.double().sub(want).abs().max() for v in (mine, torchs))
-        assert error <= 2 * allowed + (1e-4 if dtype != torch.float32 else 1e-5)
+        rounding = (5e-5 if dtype != torch.float32 else 1e-6) * max(
+            1.0, float(want.detach().abs().max())
+        )
+        assert error <= 2 * allowed + rounding
         assert mine.dtype == torch.float32 or mine.dtype == dtype
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.compiler.image_models import import_library
 from trainc.kernels.library import contracts
 from trainc.kernels.norm import layer_norm as ln
 from trainc.kernels.norm import rms_norm as rms
@@ -355,7 +356,7 @@ def test_gemma_casting_is_the_transformers_formula(
 
 @pytest.mark.models
 def test_gemma_casting_is_the_transformers_module() -> None:
-    modeling = pytest.importorskip("transformers.models.gemma.modeling_gemma")
+    modeling = import_library("transformers.models.gemma.modeling_gemma")
     for dtype in (torch.float32, torch.bfloat16):
         x, weight, *_ = (p.detach() for p in inputs((4, 6, 32), (32,), dtype))
         module = modeling.GemmaRMSNorm(32, eps=1e-5).to(dtype)

@@ -153,6 +153,12 @@ def test_weights_of_any_precision_are_measured(dtype: torch.dtype) -> None:
     assert alphas([tensor])[0] == pytest.approx(MEDIAN.alpha(by_definition(tensor)), rel=1e-5)
 
 
+def test_complex_weights_have_the_squares_of_their_singular_values() -> None:
+    weight = torch.randn(9, 6, dtype=torch.complex128)
+    expected = torch.linalg.svdvals(weight).square().flip(0)
+    torch.testing.assert_close(spectra([weight])[0], expected)
+
+
 def test_what_cannot_be_measured_is_nan_and_disturbs_nothing_else() -> None:
     torch.manual_seed(0)
     good = torch.randn(64, 64)

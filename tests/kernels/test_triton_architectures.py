@@ -16,6 +16,7 @@ from tests.kernels.test_triton_offline import (
     HALF,
     INDEX,
     SPECS,
+    SPILLS,
     assembled,
     compiled,
     spec,
@@ -25,7 +26,6 @@ pytestmark = [pytest.mark.offline, pytest.mark.filterwarnings("ignore")]
 
 OTHERS = (80, 100)
 REGISTER_FILE = 65536
-SPILLS = 0  # bytes a thread may spill
 # The widths between the narrowest and the widest are compiled for the GPU tuned for alone.
 EXTREMES = [
     one

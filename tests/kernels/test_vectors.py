@@ -46,6 +46,17 @@ def test_parameters_mixed_dtypes_and_nothing_at_all() -> None:
     assert multi_norm([]).shape == (0, 4)
 
 
+def test_complex_tensors_count_as_their_real_and_imaginary_parts() -> None:
+    w, d = torch.randn(2, 3, 70000, dtype=torch.complex128)
+    w.imag[0, 5] = torch.inf
+    got = multi_norm([w[1:], w.conj()], [d[1:], d.conj()])
+    parts = [torch.view_as_real(one[1:].resolve_conj()) for one in (w, d)]
+    assert got[0].tolist() == pytest.approx(norm_reference(parts[:1], parts[1:])[0].tolist())
+    assert got[0, 0] == pytest.approx(float((w[1:].abs() ** 2).sum()))
+    assert got[0, 2] == pytest.approx(float((w[1:].conj() * d[1:]).real.sum()))
+    assert got[:, 3].tolist() == [0, 1]
+
+
 def test_mismatched_deltas_are_refused() -> None:
     with pytest.raises(RuntimeError, match="as many as tensors"):
         multi_norm([torch.ones(3)], [torch.ones(4)])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainc.kernels.library import atomic
-from trainc.runtime.data.batch import Batch
+from trainc.runtime.data.batch import Batch, Evaluated
 from trainc.runtime.run.interface import RunSettings, StepReport
 from trainc.runtime.run.loop import train
 from trainc.runtime.schedule.clock import Clock, RunLength
@@ -111,11 +111,16 @@ class FakeProgram:
             raise StopRun("enough", metrics)
         return metrics
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {}
+
     @torch.no_grad()
-    def evaluate(self, inputs: Any, targets: Tensor) -> tuple[float, int, dict[str, float]]:
+    def evaluate(self, inputs: Any, targets: Tensor) -> Evaluated:
         self.module.eval()
         error = self.module(inputs) - targets
-        return error.square().sum().item(), len(targets), {"error": error.abs().sum().item()}
+        others = {"error": (error.abs().sum().item(), float(len(targets)))}
+        return error.square().sum().item(), len(targets), others
 
     def state_dict(self) -> dict[str, Any]:
         names = [name for name, _ in self.module.named_parameters()]

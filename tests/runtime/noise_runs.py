@@ -47,9 +47,10 @@ def step(
 
 def plan(*clauses: tuple[str, str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the part of a plan that pictures read: clauses as kind, label, fields."""
+    constructs = {"noise_scale": "gns", "observe": "norm_growth"}
     rows = [
-        {"kind": kind, "label": label, "construct": label, "fields": fields, "targets": []}
-        for kind, label, fields in clauses
+        {"kind": k, "label": label, "construct": constructs[k], "fields": fields, "targets": []}
+        for k, label, fields in clauses
     ]
     return {"clauses": rows}
 

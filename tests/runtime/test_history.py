@@ -1,47 +1,24 @@
-"""Noise scales in the records of a run: the clauses, each one's history, and the layers at its end."""
+"""Noise scales in the records of a run: each one's history, and the layers at its end."""
 
 import math
 
-from tests.runtime.noise_runs import NAN, figures, plan, six_steps, step
-from trainc.runtime.noise_scale.history import (
-    NoiseScaleClause,
-    calibration_points,
-    choose_counter,
-    find_clauses,
-    last_layers,
-    read_history,
-)
+from tests.runtime.noise_runs import NAN, figures, six_steps, step
+from trainc.runtime.noise_scale.history import calibration_points
+from trainc.runtime.noise_scale.pictures.layer_table import last_layers
+from trainc.runtime.report.interval_curves import read_history
+from trainc.runtime.report.run_records import choose_counter
 
-
-def test_clauses_are_those_of_the_plan_under_any_label() -> None:
-    records = [step(1, figures("early", 1.0), figures("late", 2.0), {"norm": 3.0})]
-    written = plan(
-        ("observe", "norm", {}),
-        ("noise_scale", "late", {"example": "document", "level": 0.95}),
-        ("noise_scale", "early", {"example": "row", "level": 0.9}),
-        ("noise_scale", "dropped", {}),
-    )
-    late, early = (
-        NoiseScaleClause("late", "documents", 0.95),
-        NoiseScaleClause("early", "samples", 0.9),
-    )
-    assert find_clauses(written, records) == [late, early]
-    # Without a plan, as a loop of one's own may leave it, by what every noise scale is recorded with.
-    assert find_clauses({}, records) == [
-        NoiseScaleClause("early"),
-        NoiseScaleClause("late"),
-    ]
-    assert find_clauses(plan(("observe", "norm", {})), [step(1, {"norm": 3.0})]) == []
+ENDS = ("gns.low", "gns.high")
 
 
 def test_undetermined_intervals_begin_at_the_step_before() -> None:
-    found = read_history(six_steps(), "gns", "tokens")
+    found = read_history(six_steps(), "gns", ENDS, "tokens")
     assert found.positions == [800, 1600, 2400, 3200, 4000, 4800]
     assert found.undetermined() == [(800, 2400), (4000, 4800)]
-    assert read_history(six_steps()[1:], "gns", "tokens").undetermined()[0] == (0, 2400)
+    assert read_history(six_steps()[1:], "gns", ENDS, "tokens").undetermined()[0] == (0, 2400)
     assert found.bounded == [True] * 6
     empty = [step(1, figures("gns", 1.0)), step(2, figures("gns", 1.0, 0.0, math.inf))]
-    assert read_history(empty, "gns", "step").bounded == [False, False]
+    assert read_history(empty, "gns", ENDS, "step").bounded == [False, False]
 
 
 def test_a_run_is_drawn_over_tokens_samples_or_steps() -> None:

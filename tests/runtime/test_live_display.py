@@ -8,10 +8,17 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 
+import pytest
 from rich.console import Console
 
-from trainc.runtime.run.live_display import LiveDisplay, format_count, format_duration, sparkline
+from tests.runtime.noise_runs import plan
+from trainc.compiler.catalog import catalog
+from trainc.compiler.driver.recorded_clauses import shown_signals
+from trainc.runtime.report.number_text import format_loss, sparkline
+from trainc.runtime.report.shown_signal import ShownSignal
+from trainc.runtime.run.live_display import LiveDisplay, format_count, format_duration
 
 FIGURES = {
     "loss": 2.34567,
@@ -48,14 +55,24 @@ class Ticks:
         return self.now
 
 
-def plain(total: float = 200, interval: float = 10.0) -> tuple[LiveDisplay, io.StringIO, Ticks]:
+def plain(
+    total: float = 200, interval: float = 10.0, signals: Sequence[ShownSignal] = ()
+) -> tuple[LiveDisplay, io.StringIO, Ticks]:
     text, ticks = io.StringIO(), Ticks()
     console = Console(file=text, width=40)
-    return LiveDisplay(total, "steps", console=console, interval=interval, clock=ticks), text, ticks
+    display = LiveDisplay(
+        total, "steps", signals=signals, console=console, interval=interval, clock=ticks
+    )
+    return display, text, ticks
+
+
+def noise_scales(*labels: str) -> list[ShownSignal]:
+    """Return what the clauses of a plan show."""
+    return shown_signals(plan(*(("noise_scale", label, {}) for label in labels)))
 
 
 def test_without_a_terminal_there_are_plain_lines_from_time_to_time() -> None:
-    display, text, ticks = plain()
+    display, text, ticks = plain(signals=noise_scales("gns"))
     display.start()
     for step in range(1, 41):
         ticks.now += 1
@@ -65,13 +82,13 @@ def test_without_a_terminal_there_are_plain_lines_from_time_to_time() -> None:
     # At once, every 10 seconds, and the last state: each one line, however narrow the terminal.
     assert [line.split("/")[0] for line in found] == ["1", "11", "21", "31", "40"]
     assert found[-1] == (
-        "40/200 steps  20%  loss 2.3457  lr 0.0001..0.0003  gns 4123 [3012, inf]  batch 32  "
-        "tokens/s 123k  left 0:02:40"
+        "40/200 steps  20%  loss 2.3457  lr 0.0001..0.0003  gns 4123 [3012, inf] samples  "
+        "batch 32  tokens/s 123k  left 0:02:40"
     )
 
 
-def test_noise_scales_are_found_by_the_figures_recorded_with_them() -> None:
-    display, _, _ = plain()
+def test_signals_of_clauses_are_shown_with_units_and_intervals() -> None:
+    display, _, _ = plain(signals=noise_scales("early", "late"))
     parts = {"signal": 1.0, "noise": 12.0, "low": 8.6, "high": 25.2}
     early = {"early": 12.0, **{f"early.{name}": value for name, value in parts.items()}}
     total = {"late.total": 17.5, "late.total_low": 13.1, "late.total_high": 30.0, "late.slope": 1.4}
@@ -79,9 +96,37 @@ def test_noise_scales_are_found_by_the_figures_recorded_with_them() -> None:
     display.update({**early, **late, "batch": 8, "gns": 1.0})
     shown = display.texts()
     assert list(shown) == ["early", "late", "late of the whole model", "batch", "left"]
-    assert shown["early"] == "12 [8.6, 25.2]"
+    assert shown["early"] == "12 [8.6, 25.2] samples"
     assert shown["late"] == "? no estimate"
-    assert shown["late of the whole model"] == "17.5 [13.1, 30]"
+    assert shown["late of the whole model"] == "17.5 [13.1, 30] samples"
+
+
+def test_a_signal_without_a_text_of_its_own_is_shown_in_the_general_form() -> None:
+    ends = ("m.low", "m.high")
+    display, _, _ = plain(
+        signals=[
+            ShownSignal("m.size", "m size", "bytes"),
+            ShownSignal("m", "m", None, ends),
+            ShownSignal("m.late", "m late", "samples", own_text=lambda record: "soon"),
+            ShownSignal("m.none", "m none"),
+        ]
+    )
+    display.update({"m": 2.5, "m.low": 2.0, "m.high": math.inf, "m.size": 1234.0})
+    display.update({"m.late": math.nan})
+    shown = display.texts()
+    shown.pop("left")
+    assert shown == {"m size": "1234 bytes", "m": "2.5 [2, inf]", "m late": "soon"}
+    display.update({"m": math.nan, "m.size": math.nan})
+    assert (display.texts()["m"], display.texts()["m size"]) == ("?", "?")
+
+
+def test_every_construct_declares_its_signals_and_their_intervals() -> None:
+    for construct in catalog().values():
+        declared = construct.declared_signals()
+        for name, signal in declared.items():
+            assert signal.description, construct
+            assert set(signal.ends or ()) <= declared.keys(), construct
+            assert signal.title == "" if not name else signal.title != "", construct
 
 
 def test_notes_are_printed_at_once() -> None:
@@ -195,3 +240,23 @@ def test_a_sparkline_shows_shape_and_gaps() -> None:
     assert sparkline([3, 3]) == "▁▁"
     assert sparkline([]) == ""
     assert len(sparkline([float(i) for i in range(240)])) == 24
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (2.30259, "2.3026"),
+        (0.0, "0.0000"),
+        (1.8e32, "1.8e+32"),
+        (-2.5e7, "-2.5e+07"),
+        (4e-9, "4e-09"),
+        (999_999.0, "999999.0000"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+    ],
+)
+def test_a_loss_is_readable_when_it_explodes(loss: float, text: str) -> None:
+    assert format_loss(loss) == text
+    display = LiveDisplay(9, "steps", plain=True, console=Console(file=io.StringIO()))
+    display.update({"position": 1.0, "loss": loss, "eval_loss": loss})
+    assert display.texts()["loss"] == display.texts()["eval"] == text

@@ -1,6 +1,8 @@
 """The loop: what it writes, what ends it, what it refuses."""
 
 import json
+import math
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 
 from tests.runtime.fake import FakeData, FakeProgram, ReportingProgram
 from tests.runtime.runs import assert_equal_runs, events, run
+from trainc.runtime.data.batch import Evaluated
 from trainc.runtime.run.interface import NonFiniteLoss, ReportsSteps, RunnableProgram
 from trainc.runtime.run.loop import train
 from trainc.runtime.schedule.clock import RunLength
@@ -70,7 +73,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
 
     def stop() -> str | None:
         with pytest.raises(RunExists, match="in use"):
-            run(tmp_path, resume=True)
+            run(tmp_path, overwrite=True)
         return "interrupted"
 
     train(program, FakeData(), out=tmp_path, stop_requested=stop)
@@ -103,6 +106,65 @@ def test_a_run_may_continue_after_a_non_finite_loss(tmp_path: Path) -> None:
     assert {"non-finite-loss", "checkpoint-withheld"} <= set(events(tmp_path))
     saved = [r["step"] for r in read_jsonl(tmp_path / "events.jsonl") if r["event"] == "saved"]
     assert saved == [6, 18, 20]
+
+
+class Checked(FakeProgram):
+    """Says that its state is not sound after the steps of `bad`, and counts steps as skipped from `skip_from` on."""
+
+    def __init__(self, bad: Collection[int] = (), skip_from: int = 99, **given: Any) -> None:
+        super().__init__(**given)
+        self.bad, self.skip_from, self.unsound_steps = bad, skip_from, 0
+
+    def unsound_state(self) -> str | None:
+        return "`w` is not finite" if self.clock.steps in self.bad else None
+
+    def step(self, micro_batches: Any) -> dict[str, float]:
+        metrics = super().step(micro_batches)
+        if self.clock.steps <= self.skip_from:
+            return metrics
+        self.unsound_steps += 1
+        return metrics | {"skipped": 1.0, "gradient_norm": math.nan}
+
+
+def test_a_good_checkpoint_is_never_pruned_for_one_that_is_not_sound(tmp_path: Path) -> None:
+    program = Checked(bad=(12, 18, 20))
+    program.settings = replace(program.settings, keep=1)
+    summary = run(tmp_path, program)
+    assert (summary.reason, summary.exit_code, summary.checkpoint) == ("nan", 3, "step-00000006")
+    assert summary.message.endswith(
+        "but `w` is not finite: it is not saved; the last checkpoint before that is step-00000006"
+    )
+    assert checkpoint.find_latest(tmp_path / "checkpoints").step == 6
+    assert events(tmp_path).count("checkpoint-withheld") == 3
+
+
+def test_a_checkpoint_that_is_not_sound_is_not_continued(tmp_path: Path) -> None:
+    run(tmp_path, Checked(), stop_after=9)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"step-00000009 .*`w` is not finite"):
+        run(tmp_path, Checked(bad=(9,)), resume=True)
+
+
+def test_skipped_steps_are_told_by_summary_and_exit_code(tmp_path: Path) -> None:
+    program = Checked(skip_from=17)
+    program.settings = replace(program.settings, on_nan="skip")
+    summary = run(tmp_path, program)
+    assert (summary.reason, summary.skipped, summary.exit_code) == ("finished", 3, 4)
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped"] == 3
+    told = [e for e in read_jsonl(tmp_path / "events.jsonl") if e["event"] == "non-finite-gradient"]
+    assert [event["step"] for event in told] == [18, 19, 20]
+    assert told[0]["message"].endswith("at step 18: skipped")
+    assert checkpoint.find_latest(tmp_path / "checkpoints").step == 20
+
+
+def test_an_evaluation_that_is_not_finite_is_an_event(tmp_path: Path) -> None:
+    class Divided(FakeProgram):
+        def evaluate(self, inputs: Any, targets: Any) -> Evaluated:
+            return (math.nan if self.clock.steps == 8 else 1.0), len(targets), {}
+
+    assert run(tmp_path, Divided()).reason == "finished"
+    found = [e for e in read_jsonl(tmp_path / "events.jsonl") if e["event"].startswith("non-")]
+    assert [(e["event"], e["step"]) for e in found] == [("non-finite-evaluation", 8)]
+    assert "eval_loss is nan" in found[0]["message"]
 
 
 def test_a_rule_ends_the_run_after_its_step(whole: Path, tmp_path: Path) -> None:

@@ -17,17 +17,24 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from trainc.compiler.driver.recorded_clauses import draw_runs, panels_of
+from trainc.runtime.noise_scale.pictures.panels import WHOLE_MODEL
+from trainc.runtime.report.axes import Panel
+from trainc.runtime.report.interval_curves import BEYOND
 from trainc.runtime.report.layer_map import COLUMNS, MISSING, NAMED, heat_map
-from trainc.runtime.report.noise_scale_plot import BEYOND, WHOLE_MODEL, noise_panels
-from trainc.runtime.report.plots import COLORS, draw, list_panels, read_runs
+from trainc.runtime.report.plots import COLORS, list_panels, read_runs
 
 PLAN = plan(("noise_scale", "gns", {"example": "row", "level": 0.9}))
+
+
+def noise_panels(*folders: Path) -> list[Panel]:
+    return [*panels_of(read_runs(folders))]
 
 
 def drawn(title: str, *folders: Path) -> Axes:
     """Return the axes of one panel, filled."""
     axes = Figure(layout="constrained").subplots()
-    (panel,) = [panel for panel in noise_panels(read_runs(folders)) if panel.title == title]
+    (panel,) = [panel for panel in noise_panels(*folders) if panel.title == title]
     panel.draw(axes)
     return axes
 
@@ -187,7 +194,7 @@ def test_steps_before_the_first_estimate_are_not_marked_as_non_finite(tmp_path: 
 def test_two_clauses_have_panels_of_their_own(tmp_path: Path) -> None:
     written = plan(
         ("noise_scale", "early", {"example": "row", "level": 0.9}),
-        ("noise_scale", "late", {"example": "document", "level": 0.9}),
+        ("noise_scale", "late", {"example": "document", "separator": 0, "level": 0.9}),
     )
     layers = {"a": 1.0, "b": 2.0}
     series = {f"{label}{part}": layers for label in ("early", "late") for part in ("", ".signal")}
@@ -195,7 +202,7 @@ def test_two_clauses_have_panels_of_their_own(tmp_path: Path) -> None:
         step(n, figures("early", 1.0 * n), figures("late", 5.0 * n), series=series) for n in (1, 2)
     ]
     run = write_run(tmp_path / "a", records, written)
-    assert [panel.title for panel in list_panels(read_runs([run]))] == [
+    assert [panel.title for panel in list_panels(read_runs([run]), noise_panels(run))] == [
         "Loss",
         "Noise scale early and batch size",
         "Noise scale early by layer",
@@ -206,7 +213,7 @@ def test_two_clauses_have_panels_of_their_own(tmp_path: Path) -> None:
     axes = drawn("Noise scale late and batch size", run)
     assert line(axes, "late")[1] == [5, 10]
     assert axes.get_ylabel() == "documents; batch size in samples"
-    assert draw([run], tmp_path / "picture.png").stat().st_size > 10_000
+    assert draw_runs([run], tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
@@ -227,7 +234,7 @@ def test_a_noise_scale_that_is_never_determined_is_drawn(tmp_path: Path) -> None
     axes = drawn("Noise scale gns and batch size", run)
     assert intervals(axes, "undetermined") == [(0, 2400)]
     assert names(axes) == ["batch size", "undetermined", "gns"]
-    assert draw([run], tmp_path / "picture.png").exists()
+    assert draw_runs([run], tmp_path / "picture.png").exists()
 
 
 def test_layers_are_a_map_in_the_order_of_the_model(tmp_path: Path) -> None:
@@ -262,7 +269,7 @@ def test_layers_at_the_end_have_intervals_with_arrows_where_they_have_no_bound(
     records = [step(n, figures("gns", 1.0), series=s) for n, s in ((1, known), (2, lost))]
     run = write_run(tmp_path / "a", records, PLAN)
     axes = drawn("Noise scale gns by layer at the end", run)
-    at, rows = line(axes, "_scale")
+    at, rows = line(axes, "_value")
     assert at == pytest.approx([4, 5, NAN, NAN], nan_ok=True)
     assert rows == [0, 1, 2, 3]
     assert line(axes, "_known ends") == ([2, 7, 9], [0, 2, 0])
@@ -278,7 +285,9 @@ def test_layers_at_the_end_have_intervals_with_arrows_where_they_have_no_bound(
     assert axes.yaxis_inverted()
     assert axes.get_xlabel() == "samples, 90% interval"
     # What is drawn here is not drawn again as a figure by layer.
-    assert not [p.title for p in list_panels(read_runs([run])) if "gns.low" in p.title]
+    assert not [
+        p.title for p in list_panels(read_runs([run]), noise_panels(run)) if "gns.low" in p.title
+    ]
 
 
 def test_layers_without_any_bound_have_no_panel_at_the_end(tmp_path: Path) -> None:
@@ -286,7 +295,7 @@ def test_layers_without_any_bound_have_no_panel_at_the_end(tmp_path: Path) -> No
         series = {"gns": NAN, "gns.low": low, "gns.high": high}
         layers = {name: dict.fromkeys("ab", value) for name, value in series.items()}
         run = write_run(tmp_path / str(low), [step(1, figures("gns", 1.0), series=layers)], PLAN)
-        titles = [panel.title for panel in noise_panels(read_runs([run])) if panel.wide]
+        titles = [panel.title for panel in noise_panels(run) if panel.wide]
         assert titles == ["Noise scale gns by layer"]
 
 
@@ -294,12 +303,12 @@ def test_labels_of_the_colour_scale_do_not_overlap(tmp_path: Path) -> None:
     for count in (2, 5, 30):
         layers = {str(i): 10.0 ** (6 * i / (count - 1) - 3) for i in range(count)}
         run = write_run(
-            tmp_path / str(count), [step(1, figures("gns", 1.0), series={"gns": layers})]
+            tmp_path / str(count), [step(1, figures("gns", 1.0), series={"gns": layers})], PLAN
         )
         axes = drawn("Noise scale gns by layer", run)
         (bar,) = [other for other in axes.figure.axes if other is not axes]
         ticks = bar.get_yticks()
-        (panel,) = [p for p in noise_panels(read_runs([run])) if p.wide]
+        (panel,) = [p for p in noise_panels(run) if p.wide]
         apart = np.diff(np.log10(ticks)) / np.ptp(np.log10(bar.get_ylim())) * (panel.height - 1)
         assert len(ticks) >= 2
         assert min(apart) > 0.15
@@ -315,7 +324,7 @@ def test_a_hundred_layers_are_named_and_of_more_only_some(tmp_path: Path) -> Non
         assert len(labels) == named <= NAMED
         assert labels[:2] == ["blocks.0", f"blocks.{count // named}"]
         # Names do not touch: a row of names is at least as high as its letters, in points.
-        (panel,) = [p for p in noise_panels(read_runs([run])) if p.wide]
+        (panel,) = [p for p in noise_panels(run) if p.wide]
         assert 72 * (panel.height - 1.1) / named >= 6
 
 
@@ -334,9 +343,7 @@ def test_a_long_run_has_as_many_columns_as_can_be_seen(tmp_path: Path) -> None:
 
 def test_one_layer_has_no_map(tmp_path: Path) -> None:
     records = [step(n, figures("gns", 1.0), series={"gns": {"head": 1.0}}) for n in (1, 2)]
-    titles = [
-        panel.title for panel in noise_panels(read_runs([write_run(tmp_path / "a", records, PLAN)]))
-    ]
+    titles = [panel.title for panel in noise_panels(write_run(tmp_path / "a", records, PLAN))]
     assert titles == ["Noise scale gns and batch size"]
 
 

@@ -3,7 +3,9 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,12 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trainc.runtime.report.axes import round_numbers
-from trainc.runtime.report.plots import draw, list_panels, read_runs, smooth
+from trainc.compiler.driver.recorded_clauses import draw_runs, panels_of
+from trainc.runtime.report.axes import Panel, round_numbers
+from trainc.runtime.report.plots import list_panels, read_runs, smooth
+from trainc.runtime.report.run_records import RecordedClause
+from trainc.runtime.report.shown_signal import ShownSignal
+from trainc.runtime.report.signal_panels import signal_panels
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -46,13 +52,19 @@ def record_run(folder: Path, steps: int = 300, seed: int = 0, layers: int = 3) -
             lines.append({"step": step, "eval_loss": 4 * step**-0.3})
     text = "".join(json.dumps(encode(line)) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
+    (folder / "plan.json").write_text(json.dumps(plan(("noise_scale", "gns", {}))))
     return folder
+
+
+def panels(*folders: Path) -> list[Panel]:
+    runs = read_runs(folders)
+    return list_panels(runs, [*panels_of(runs)])
 
 
 def fill(*folders: Path) -> dict[str, Axes]:
     """Return the axes of all panels, filled, by title."""
     filled = {}
-    for panel in list_panels(read_runs(folders)):
+    for panel in panels(*folders):
         filled[panel.title] = Figure().subplots()
         panel.draw(filled[panel.title])
     return filled
@@ -141,9 +153,9 @@ def test_round_numbers_are_few() -> None:
 
 def test_one_run_has_a_panel_for_all_it_measured(tmp_path: Path) -> None:
     run = record_run(tmp_path / "a")
-    titles = [panel.title for panel in list_panels(read_runs([run]))]
+    titles = [panel.title for panel in panels(run)]
     assert titles == ["Loss", "Learning rate", "Noise scale gns and batch size", "norm by layer"]
-    output = draw([run], tmp_path / "pictures/run.png")
+    output = draw_runs([run], tmp_path / "pictures/run.png")
     assert output.read_bytes().startswith(PNG)
 
 
@@ -152,29 +164,29 @@ def test_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     loaded = read_runs(runs)
     assert [run.name for run in loaded] == ["a/seed-1", "b/seed-1"]
     assert len({run.color for run in loaded}) == 2
-    assert [panel.title for panel in list_panels(loaded)][3:] == [
+    assert [panel.title for panel in panels(*runs)][3:] == [
         "norm by layer, a/seed-1",
         "norm by layer, b/seed-1",
     ]
-    assert draw(runs, tmp_path / "both.png").read_bytes().startswith(PNG)
+    assert draw_runs(runs, tmp_path / "both.png").read_bytes().startswith(PNG)
 
 
 def test_a_run_with_few_records_is_drawn_too(tmp_path: Path) -> None:
     folder = tmp_path / "short"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    assert [panel.title for panel in list_panels(read_runs([folder]))] == ["Loss"]
-    assert draw([folder], tmp_path / "short.png").exists()
+    assert [panel.title for panel in panels(folder)] == ["Loss"]
+    assert draw_runs([folder], tmp_path / "short.png").exists()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no metrics\.jsonl"):
-        draw([tmp_path], tmp_path / "x.png")
+        draw_runs([tmp_path], tmp_path / "x.png")
     with pytest.raises(ValueError, match="expected the folder of at least one run"):
-        draw([], tmp_path / "x.png")
+        draw_runs([], tmp_path / "x.png")
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no records yet"):
-        draw([tmp_path], tmp_path / "x.png")
+        draw_runs([tmp_path], tmp_path / "x.png")
 
 
 def test_smoothing_starts_unbiased_and_skips_what_is_not_finite() -> None:
@@ -183,3 +195,71 @@ def test_smoothing_starts_unbiased_and_skips_what_is_not_finite() -> None:
     assert math.isnan(found[1])
     assert found[2] == pytest.approx((0.5 * 1 + 3) / 1.5)
     assert smooth([1.0, 5.0], 1) == [1, 5]
+
+
+def test_a_clause_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
+    run = record_run(tmp_path / "a")
+    planned = plan(("noise_scale", "gns", {}))
+    for key, value in (("fields", {"no_such": 1}), ("construct", "no_such"), ("dropped", "why")):
+        changed = {"clauses": [{**planned["clauses"][0], key: value}]}
+        (run / "plan.json").write_text(json.dumps(changed))
+        titles = [panel.title for panel in panels(run)]
+        assert titles == ["Loss", "Learning rate", "norm by layer"]
+
+
+def test_a_signal_has_a_panel_in_the_general_form(tmp_path: Path) -> None:
+    written = plan(("observe", "norm_growth", {}))
+    runs = [
+        write_run(
+            tmp_path / name,
+            [noise_runs.step(n, {"norm_growth.norm": by * n}) for n in (1, 2)],
+            written,
+        )
+        for name, by in (("a", 1.0), ("b", 3.0))
+    ]
+    axes = fill(*runs)["norm_growth norm"]
+    assert [positions(axes, name) for name in ("a", "b")] == [[800, 1600]] * 2
+    (one,) = [line for line in axes.lines if line.get_label() == "b"]
+    assert np.asarray(one.get_ydata()).tolist() == [3, 6]
+    assert axes.get_yscale() == "linear"
+
+
+def test_the_general_form_draws_intervals_and_units(tmp_path: Path) -> None:
+    run = growing(tmp_path / "a")
+    (records,) = read_runs([run])
+    signal = ShownSignal("gns", "gns", "samples", ("gns.low", "gns.high"), logarithmic=True)
+    records = replace(
+        records, records=[r | {"gns.low": 1.0, "gns.high": 4.0} for r in records.records]
+    )
+    (panel,) = signal_panels([RecordedClause(records, "gns", None, (signal,))], [records])
+    axes = Figure().subplots()
+    panel.draw(axes)
+    assert axes.get_ylabel() == "samples"
+    assert axes.get_yscale() == "log"
+    assert len(axes.collections) == 1
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["gns", "interval"]
+
+
+@pytest.mark.parametrize("counter", ["step", "tokens"])
+def test_what_is_measured_in_evaluations_is_drawn_at_the_steps_before_them(
+    counter: str, tmp_path: Path
+) -> None:
+    lines: list[dict[str, Any]] = []
+    for step in range(1, 7):
+        lines.append({"step": step, "loss": 1.0, "samples": 8 * step, "tokens": 100 * step})
+        if step % 3 == 0:
+            lines.append({"step": step, "eval_loss": 1.0, "calibration.ece": 0.1 * step})
+    if counter == "step":
+        lines = [{k: v for k, v in line.items() if k != "tokens"} for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    clause = {"kind": "observe", "label": "calibration", "construct": "calibration", "fields": {}}
+    (tmp_path / "plan.json").write_text(json.dumps({"clauses": [clause]}))
+    (panel,) = [p for p in panels(tmp_path) if p.title == "calibration calibration error"]
+    axes = Figure().add_subplot()
+    panel.draw(axes)
+    (line,) = axes.lines
+    at = [3.0, 6.0] if counter == "step" else [300.0, 600.0]
+    assert np.array_equal(line.get_xdata(), at)
+    assert np.allclose(line.get_ydata(), [0.3, 0.6])

@@ -1,5 +1,6 @@
 """Randomness as a function of seed, purpose and counters."""
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainc.runtime.storage.random_streams import derive_seed, permutation, seed_data, seed_step
+from trainc.runtime.storage.random_streams import (
+    derive_seed,
+    permutation,
+    seed_data,
+    seed_step,
+    seeded,
+)
 
 
 def test_derived_seeds_never_change() -> None:
@@ -90,3 +97,21 @@ def test_seeding_torch_is_a_function_of_the_step() -> None:
     assert len({tuple(draw(step, micro)) for step in range(3) for micro in range(3)}) == 9
     seed_data(7, 3)
     assert torch.rand(4).tolist() != draw(3, 0)
+
+
+def test_seeding_covers_numpy_and_python_and_is_undone_by_the_block() -> None:
+    def draw() -> tuple[float, ...]:
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    seed_step(7, 1, 0)
+    first = draw()
+    with seeded(2**64 - 1):
+        inside = draw()
+    after = draw()
+    seed_step(7, 1, 0)
+    assert draw() == first
+    assert draw() == after
+    with seeded(2**64 - 1):
+        assert draw() == inside
+    seed_data(7, 1)
+    assert not set(draw()) & set(first)

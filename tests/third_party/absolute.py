@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from trainc.compiler.method.loss import Loss
 from trainc.dsl.reading.construct import Construct, Effect
 
 if TYPE_CHECKING:
@@ -12,29 +13,23 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
 
 
-class AbsoluteError:
+class AbsoluteError(Loss):
     """Mean of |output - target| over all entries."""
 
     name = "absolute"
-    ignore_index = -100
-    label_smoothing = 0.0
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return (logits - targets).abs().mean()
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().mean()
 
-    def count(self, targets: Tensor) -> int:
-        """Return the number of entries."""
-        return targets.numel()
-
-    def weights(self, targets: Tensor) -> Tensor:
-        """Return equal weights, shape (examples,)."""
+    def target_weights(self, targets: Tensor) -> Tensor:
+        """Return that every entry counts once."""
         import torch
 
-        return torch.full((len(targets),), 1 / len(targets), dtype=torch.float64)
+        return torch.ones_like(targets)
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        """Return the number of entries that are nearly right."""
-        return {"near": float(((logits - targets).abs() < 0.1).sum())}
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
+        """Return the number of entries that are nearly right, of all."""
+        return {"near": (float(((outputs - targets).abs() < 0.1).sum()), targets.numel())}
 
 
 class Absolute(Construct):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainc.dsl.reading.construct import Construct, Effect
+from trainc.dsl.reading.construct import Construct, Effect, Signal
 from trainc.runtime.step.action import Action, ActionState, Phase
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Length(Construct):
     cite: ClassVar = "nobody"
     usage: ClassVar = "observe length on ndim(2) every 2 steps"
     targets: ClassVar = "parameters"
-    signals: ClassVar = {"most": "largest norm so far"}
+    signals: ClassVar = {"most": Signal("largest norm so far", title="at most")}
     effects: ClassVar = (Effect("observe", "measure", ("params",), ("metrics", "signal:most")),)
 
     def lower(self, to: Lowering) -> None:

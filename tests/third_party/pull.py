@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.method.term import Forward
 
 
 class Pull(Construct):
@@ -41,11 +42,11 @@ class Pull(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Add the term."""
-        key = f"weight:{to.label}"
+        names = [p.name for p in to.parameters()]
 
-        def value(parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        def value(forward: Forward) -> Tensor:
             import torch
 
-            return inputs[key] * torch.stack([p.abs().sum() for p in parameters.values()]).sum()
+            return torch.stack([forward.parameters[name].abs().sum() for name in names]).sum()
 
-        to.penalty(value, [p.name for p in to.parameters()], {key: to.schedule(self.weight)}, {})
+        to.term(value, over="parameters", weight=self.weight)

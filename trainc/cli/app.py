@@ -1,9 +1,10 @@
 """The `trainc` command: imports the module of the verb asked for and no other.
 
 Exit codes: 0 done, 1 a mistake in the spec, its model, data or files, 2 a mistake in the command line,
-130 interrupted.
+3 a run that a loss which is not finite ended, 130 interrupted, 141 nobody reads the output, 143 terminated.
 """
 
+import sys
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from trainc.cli.failures import FAILURES, exit_code
 SUMMARIES = {
     "check": "Report every mistake in a spec.",
     "fmt": "Rewrite a spec in its canonical form.",
-    "explain": "Describe a construct or a diagnostic.",
+    "explain": "Describe a construct, a diagnostic or a word of the language.",
     "plan": "Show what a spec does to its model, without training.",
     "compile": "Save the program that a spec compiles to.",
     "run": "Train the spec's model on its data.",
@@ -40,7 +41,9 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; print errors that users can cause as a message, and exit with their code."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a closed pipe can still be said
+            return result
         except FAILURES as error:
             raise typer.Exit(exit_code(error)) from None
 

@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 Form = Literal["text", "json", "sarif", "github"]
 
 
-def check_specs(names: Sequence[str], settings: Sequence[str] = (), form: Form = "text") -> int:
-    """Check the specs in files, `-` for standard input; print the mistakes and return the exit code."""
+def check_specs(
+    names: Sequence[str], settings: Sequence[str] = (), form: Form = "text", fix: bool = False
+) -> int:
+    """Check the specs in files, `-` for standard input; print the mistakes and return the exit code.
+
+    With `fix` the edits that cannot change what was meant are made in the files first.
+    """
     found: list[Diagnostic] = []
     for name in names:
+        if fix and name != "-":
+            from trainc.dsl.resolve.fixes import fix_file
+
+            for edit in fix_file(Path(name), catalog(), settings):
+                print(f"{edit.span}: {edit}", file=sys.stderr)
         spec = Source("<stdin>", sys.stdin.read()) if name == "-" else Path(name)
         checked = load_spec(spec, catalog(), settings)
         found += checked.diagnostics
@@ -43,12 +53,15 @@ def check_quickly(arguments: Sequence[str]) -> int | None:
     Editors and hooks run it on every save, and importing the framework would take a quarter of the time.
     """
     names: list[str] = []
+    fix = "--fix" in arguments
     given: dict[str, list[str]] = {"--set": [], "--format": []}
     words = iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")
         if option in given:
             given[option].append(value if equals else next(words, ""))
+        elif word == "--fix":
+            continue
         elif word.startswith("-") and word != "-":
             return None
         else:
@@ -58,7 +71,7 @@ def check_quickly(arguments: Sequence[str]) -> int | None:
         return None
     # pydantic would read the metadata of every installed package to find plugins for its schemas.
     environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    return check_specs(names, given["--set"], cast(Form, form))
+    return check_specs(names, given["--set"], cast(Form, form), fix)
 
 
 def _count(number: int, noun: str) -> str:
@@ -73,7 +86,11 @@ def _render(found: Sequence[Diagnostic], form: Form) -> str:
 
     if form == "github":
         return render_github(found)
-    return (render_json if form == "json" else render_sarif)(found) + "\n"
+    if form == "json":
+        return render_json(found) + "\n"
+    from importlib.metadata import version
+
+    return render_sarif(found, version("trainc")) + "\n"
 
 
 def register(app: "typer.Typer") -> None:
@@ -92,6 +109,10 @@ def register(app: "typer.Typer") -> None:
         form: Annotated[
             Form, typer.Option("--format", help="How to print the diagnostics.")
         ] = "text",
+        fix: Annotated[
+            bool,
+            typer.Option("--fix", help="Correct in the files what can mean only one thing."),
+        ] = False,
     ) -> None:
         """Report every mistake in a spec."""
-        raise typer.Exit(check_specs(specs, settings or (), form))
+        raise typer.Exit(check_specs(specs, settings or (), form, fix))

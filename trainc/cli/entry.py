@@ -15,6 +15,7 @@ def main() -> None:
 
         try:
             code = check_quickly(sys.argv[2:])
+            sys.stdout.flush()  # here, where a closed pipe can still be said
         except FAILURES as error:
             code = exit_code(error)
         if code is not None:

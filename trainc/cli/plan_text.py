@@ -7,7 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trainc.compiler.plan.needs import needs_of
 from trainc.compiler.plan.plan import Plan, Row
+from trainc.compiler.plan.shown import checkpoints_text, hardware_text
+from trainc.runtime.memory.needs import format_bytes
 
 ROWS = 40
 """The largest number of rows of a table without `--full`."""
@@ -27,6 +30,9 @@ def print_plan(plan: Plan, full: bool) -> None:
     console.print(
         f"[bold]{plan.model['type']}[/]: {len(plan.parameters)} parameters with {total:,} entries"
     )
+    for line in (hardware_text(plan), checkpoints_text(plan)):
+        if line is not None:
+            console.print(line)
     for clause in plan.clauses:
         if clause["dropped"]:
             console.print(
@@ -37,22 +43,37 @@ def print_plan(plan: Plan, full: bool) -> None:
     def table(title: str, columns: str, rows: Sequence[Sequence[str]]) -> None:
         _print_table(console, title, columns.split(", "), rows, limit)
 
-    columns = "name, count, shape, depth, optimizer, decay, learning rate factors, mask, clauses"
+    columns = (
+        "name, count, shape, depth, level, optimizer, decay, learning rate factors, mask, clauses"
+    )
     table("Parameters", columns, _parameters(plan.parameters, full))
+    shares = [
+        (r["clause"], r["what"], str(r["parameters"]), f"{r['entries']:,}", f"{r['share']:.1%}")
+        for r in plan.shares
+    ]
+    table("What each clause reaches", "clause, what, parameters, entries, of what trains", shares)
     actions = [
         (f"{r['phase']} {r['name']}", r["clause"], r["action"], _join(r["reads"]), _join(r["writes"]), r["every"])
         for r in plan.steps
     ]  # fmt: skip
     table("Actions of a step", "phase, clause, action, reads, writes, when", actions)
     _print_batch(console, plan.settings.get("batch"))
+    for clause, reason in plan.settings.get("division", {}).items():
+        console.print(f"{clause}: depends on how a step is divided into micro-batches: {reason}\n")
+    apart = [(name, f"it {reason}") for name, reason in plan.settings.get("processes", {}).items()]
+    table("What depends on the number of processes", "module, why", apart)
     _print_schedules(console, plan, full)
     sites = _group_rows(plan.sites, "site", ("operator", "pass", "executor"), full)
     rows = [(name, count, r["operator"], r["pass"], r["executor"]) for name, count, r, _ in sites]
     table("Rewritten layers", "site, count, operator, pass, executor", rows)
     kernels = [(k["operator"], k["implementation"], k["reason"] or "") for k in plan.kernels]
     table("Kernels", "operator, implementation, why not Triton", kernels)
-    memory = [(m["what"], _format_bytes(m["bytes"])) for m in plan.memory]
+    memory = [(m["what"], format_bytes(m["bytes"])) for m in plan.memory]
     table("Memory besides weights and gradients", "what, size", memory)
+    if plan.settings["length"] is not None:
+        needs = needs_of(plan)
+        console.print(f"A run takes, of memory, {needs.memory_text()}")
+        console.print(f"A run takes, of disk, {needs.disk_text()}\n")
     console.print(f"plan {plan.hash[:16]}  spec {plan.fingerprint[:16]}")
 
 
@@ -66,14 +87,24 @@ def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
             f"{p['depth']:.2f}"
             if p["depth"] == last["depth"]
             else f"{p['depth']:.2f}..{last['depth']:.2f}",
+            str(p["level"]) if p["level"] == last["level"] else f"{p['level']}..{last['level']}",
             p["optimizer"] or "frozen",
             "" if p["decay"] is None else f"{p['decay']:g}",
-            ", ".join(p["lr_factors"]),
+            ", ".join(map(_lr_factor, p["lr_factors"], p["lr_units"], last["lr_units"])),
             p["mask"] or "",
             ", ".join(p["clauses"]),
         )
         for name, count, p, last in _group_rows(rows, "name", keys, full)
     ]
+
+
+def _lr_factor(policy: str, first: str, last: str) -> str:
+    """Return a policy and its units for one parameter or for the first and the last of several."""
+    if not first.startswith("level "):
+        return policy
+    return (
+        f"{policy} {first}" if first == last else f"{policy} {first}..{last.removeprefix('level ')}"
+    )
 
 
 def _group_rows(
@@ -162,10 +193,3 @@ def _print_table(
         table.add_row(*line)
     console.print(table)
     console.print()
-
-
-def _format_bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

@@ -1,6 +1,7 @@
 """`trainc report`: summarise finished runs, side by side."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainc.cli import noise_tables
-from trainc.runtime.noise_scale.history import find_clauses
-from trainc.runtime.storage.jsonl import Record, read_jsonl
+from trainc.compiler.driver.recorded_clauses import (
+    draw_runs,
+    figure_rows,
+    tables_of,
+    unread_clauses,
+)
+from trainc.compiler.model.import_path import only_trusted
+from trainc.runtime.report import tables
+from trainc.runtime.report.number_text import format_loss
+from trainc.runtime.report.recorded_files import read_seconds, read_summary
+from trainc.runtime.report.run_records import RunRecords
+from trainc.runtime.storage.jsonl import Record
 
 WIDE = 132
 
@@ -28,35 +38,29 @@ class RecordedRun:
     folder: Path
 
     @cached_property
-    def records(self) -> list[Record]:
-        """Return all records, in the order of the steps."""
-        return read_jsonl(self.folder / "metrics.jsonl")
+    def recorded(self) -> RunRecords:
+        """Return its records and its plan."""
+        return RunRecords.of(self.folder, self.folder.name, "")
 
     @cached_property
     def steps(self) -> list[Record]:
         """Return the records of training steps."""
-        return [record for record in self.records if "loss" in record]
+        return self.recorded.steps
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """Return the summary that the run wrote at its end; empty without one."""
-        return self._json("summary.json")
-
-    @cached_property
-    def plan(self) -> dict[str, Any]:
-        """Return the plan that the run was started with; empty without one."""
-        return self._json("plan.json")
+        return read_summary(self.folder / "summary.json")
 
     @property
     def seconds(self) -> float:
         """Return the time of all its steps, those before a resume included."""
-        timing = self.folder / "timing.jsonl"
-        return sum(r["seconds"] for r in read_jsonl(timing)) if timing.exists() else 0.0
+        return read_seconds(self.folder / "timing.jsonl")
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
         """Return the steps at which it was evaluated, with the losses."""
-        return [(r["step"], r["eval_loss"]) for r in self.records if "eval_loss" in r]
+        return [(r["step"], r["eval_loss"]) for r in self.recorded.records if "eval_loss" in r]
 
     @property
     def reason(self) -> str:
@@ -64,28 +68,28 @@ class RecordedRun:
         reason: str = self.summary.get("reason", "not ended")
         return reason
 
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
 
 def _recent(run: RecordedRun) -> str:
-    """Return the mean training loss over the last tenth of the samples."""
-    begin = 0.9 * run.steps[-1]["samples"]
-    late = [record for record in run.steps if record["samples"] > begin]
-    total = sum(record["batch"] for record in late)
-    return f"{sum(record['loss'] * record['batch'] for record in late) / total:.4f}"
+    """Return the mean training loss over the last tenth of the samples, skipped steps left out."""
+    counter = "samples" if all("samples" in record for record in run.steps) else "step"
+    begin = 0.9 * run.steps[-1][counter]
+    late = [r for r in run.steps if r[counter] > begin and not r.get("skipped")]
+    total = sum(record.get("batch", 1) for record in late)
+    if not total:
+        return "none"
+    return format_loss(sum(record["loss"] * record.get("batch", 1) for record in late) / total)
 
 
 def _evaluation(run: RecordedRun) -> str:
-    return f"{run.evaluations[-1][1]:.4f}" if run.evaluations else "none"
+    return format_loss(run.evaluations[-1][1]) if run.evaluations else "none"
 
 
 def _lowest(run: RecordedRun) -> str:
-    if not run.evaluations:
+    known = [one for one in run.evaluations if not math.isnan(one[1])]
+    if not known:
         return "none"
-    step, loss = min(run.evaluations, key=lambda one: one[1])
-    return f"{loss:.4f} at step {step}"
+    step, loss = min(known, key=lambda one: one[1])
+    return f"{format_loss(loss)} at step {step}"
 
 
 def _batches(run: RecordedRun) -> str:
@@ -101,7 +105,8 @@ FIGURES: dict[str, Callable[[RecordedRun], str]] = {
     "epochs": lambda run: f"{run.steps[-1]['epochs']:.3g}",
     "seconds": lambda run: f"{run.seconds:.1f}",
     "batch, samples": _batches,
-    "loss, first step": lambda run: f"{run.steps[0]['loss']:.4f}",
+    "steps skipped": lambda run: f"{sum(bool(record.get('skipped')) for record in run.steps):,}",
+    "loss, first step": lambda run: format_loss(run.steps[0]["loss"]),
     "loss, last 10%": _recent,
     "evaluation loss": _evaluation,
     "lowest evaluation loss": _lowest,
@@ -109,13 +114,24 @@ FIGURES: dict[str, Callable[[RecordedRun], str]] = {
 
 
 def figures(runs: Sequence[RecordedRun], names: Sequence[str]) -> Table:
-    """Return the table of losses, counters and noise scales, with a column for each run."""
+    """Return the table of losses, counters and the signals of clauses, with a column for each run."""
     table = _table("", names)
     for label, figure in FIGURES.items():
         table.add_row(label, *(figure(run) for run in runs))
-    noise_scales = noise_tables.noise_scale_rows([(run.plan, run.steps) for run in runs])
-    for label, texts in noise_scales.items():
+    for label, texts in figure_rows([run.recorded for run in runs]):
         table.add_row(label, *map(Text, texts))
+    return table
+
+
+def _own_table(given: tables.Table) -> Table:
+    """Return the table of a clause for the terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, head in enumerate(given.heads):
+        table.add_column(
+            head, justify="right" if i else "left", overflow="ellipsis" if i else "fold"
+        )
+    for row in given.rows:
+        table.add_row(*row)
     return table
 
 
@@ -129,12 +145,12 @@ def _table(head: str, names: Sequence[str]) -> Table:
 
 def clauses(run: RecordedRun) -> dict[str, str]:
     """Return the clauses of a run as text, by label."""
-    return {clause["label"]: _clause(clause) for clause in run.plan.get("clauses", [])}
+    return {clause["label"]: _clause(clause) for clause in run.recorded.plan.get("clauses", [])}
 
 
 def _clause(clause: dict[str, Any]) -> str:
     fields = {name: value for name, value in clause["fields"].items() if value is not None}
-    return json.dumps([clause["kind"], clause["construct"], clause["targets"], fields])
+    return json.dumps([clause["kind"], clause["construct"], clause.get("targets"), fields])
 
 
 def differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
@@ -174,10 +190,11 @@ def show(runs: Sequence[RecordedRun], console: Console) -> None:
             console.print(Text(f"  {line}"), soft_wrap=True)
         if message := run.summary.get("message"):
             console.print(Text(f"{run.reason}: {message}"), soft_wrap=True)
-        for clause in find_clauses(run.plan, run.steps):
-            if (layers := noise_tables.layer_table(clause, run.steps)) is not None:
-                console.print()
-                console.print(layers)
+        for line in unread_clauses(run.recorded.plan):
+            console.print(Text(line), soft_wrap=True)
+        for own in tables_of(run.recorded):
+            console.print()
+            console.print(_own_table(own))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -207,24 +224,27 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Summarise finished runs, side by side.
 
-        Prints why each run ended, its losses, its noise scales in total and by layer, and the summary
-        of each clause; for several runs also the clauses that differ. `--plot` draws losses,
-        learning rates, noise scales with the batch size, and figures per layer into a PNG file.
+        Prints why each run ended, its losses, what its clauses measured, in total and by layer, and the
+        summary of each clause; for several runs also the clauses that differ. `--plot` draws losses,
+        learning rates, what the clauses measured, and figures per layer into a PNG file.
         """
-        found = [RecordedRun(folder) for folder in runs]
-        for run in found:
-            metrics = run.folder / "metrics.jsonl"
-            if not metrics.exists() or not run.steps:
-                why = "no step is recorded" if metrics.exists() else "there is no metrics.jsonl"
-                raise typer.BadParameter(f"{run.folder} holds no run: {why}", param_hint="RUN")
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = max(console.width, WIDE)
-        show(found, console)
-        if plot is not None:
-            if find_spec("matplotlib") is None:
-                print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
-                raise typer.Exit(1)
-            from trainc.runtime.report.plots import draw
+        with only_trusted(()):
+            _report(runs, plot)
 
-            console.print(Text(f"drew {draw(runs, plot)}"), soft_wrap=True)
+
+def _report(runs: Sequence[Path], plot: Path | None) -> None:
+    found = [RecordedRun(folder) for folder in runs]
+    for run in found:
+        metrics = run.folder / "metrics.jsonl"
+        if not metrics.exists() or not run.steps:
+            why = "no step is recorded" if metrics.exists() else "there is no metrics.jsonl"
+            raise typer.BadParameter(f"{run.folder} holds no run: {why}", param_hint="RUN")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
+    show(found, console)
+    if plot is not None:
+        if find_spec("matplotlib") is None:
+            print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
+            raise typer.Exit(1)
+        console.print(Text(f"drew {draw_runs(runs, plot)}"), soft_wrap=True)

@@ -1,30 +1,56 @@
-"""The data that a spec trains on, named by import path, and the batch size."""
+"""The data that a spec trains on, named by import path."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from trainc.compiler.constructs.data._batch_policy import (
-    BatchSize,
-    Policy,
-    action,
-    check_whole_micro_batches,
-    parse_batch_policy,
+from trainc.compiler.constructs.data._base import DataSource
+from trainc.compiler.model.import_path import (
+    ImportProblem,
+    call,
+    import_attribute,
+    import_callable,
 )
-from trainc.dsl.reading.construct import Construct, Effect, ImportPath, Samples
-from trainc.dsl.values.value_json import Call, Duration
-
-if TYPE_CHECKING:
-    from trainc.compiler.lower.lowering import Lowering
+from trainc.dsl.reading.construct import ImportPath
 
 
-class Data(Construct):
+class Data(DataSource):
     """Calls `module:callable` with the given arguments; it returns the training and evaluation data.
 
-    The object has `train` and `evaluation`, each with `len()` and `batch(indices) -> (inputs, targets)`, and
-    `tokens_per_sample`. Imported only by compile, run and verify; `trainc plan` asks the callable's `describe`.
+    What it may return:
+
+    - Samples, which are trained on: a map-style `torch.utils.data.Dataset`, or anything with `__len__` and
+      `__getitem__`; a data set of Hugging Face's `datasets`, whose columns are then read as tensors unless it has a
+      format; a `DataLoader`, of which the data set and `collate_fn` are used, and order, batch size and workers are
+      not; or a split of your own, with `len()` and `batch(indices) -> (inputs, targets)`, whose targets may be a dict
+      or a tuple of tensors, of which each loss takes one.
+    - Samples that come in an order of their own, one after the other: an `IterableDataset`, or anything whose
+      `__iter__` begins anew; or a loader with `state_dict()` and `load_state_dict()`, such as a `StatefulDataLoader`,
+      whose batches are then the micro-batches. Their position is in checkpoints. What has `state_dict()` goes there by
+      itself when a run is resumed; any other, and an iterable data set of `datasets`, whose state lacks what is in a
+      shuffle buffer, is read up to it again, from the beginning of the pass where it has `set_epoch`, else from the
+      beginning of the run. A resumed run has the same numbers, except those that processes of such a loader draw.
+      Epochs need a `__len__`. The samples have no numbers, so clauses that read sample ids refuse them; `workers` are
+      not for them either.
+    - Training and held-out samples: a pair `(train, evaluation)`; a dict such as a `DatasetDict`, or an object, with
+      `train` and `evaluation`, `validation`, `valid`, `val` or `test`, of which the first that is there is evaluated;
+      an object with `train_dataloader()` and `val_dataloader()`, such as a `LightningDataModule`.
+
+    A sample is a pair `(x, y)`, or a dict in which one field is the target: `label`, `labels`, `target` or `targets`,
+    or the one that `target` names, or several, which are then a dict of targets. The others are inputs: a single tensor
+    is passed to the model as it is, several by name. Under `loss model` the model is given the targets, too. Samples
+    are stacked by torch's `default_collate`, or by `collate`, a function that takes a list of samples and returns
+    `(inputs, targets)` or such a dict. An index is the same sample in every epoch. `tokens_per_sample` of the object,
+    or else the size of the first sample's integer targets, says how many tokens a sample has.
+
+    All random numbers of a sample, from the generators of torch, numpy and Python and from those that the data set
+    holds, are functions of the seed and the sample's position in the run. Those of a split with `batch` are seeded by
+    the position of the batch, and generators that it holds are kept in checkpoints.
+
+    The callable is imported only by compile, run and verify. `trainc plan` asks its `describe`, if it has one:
+    `describe(**arguments)` returns `{"samples": ..., "tokens_per_sample": ...}` without loading the data.
 
     `batch` is an amount, or a policy that sets it before every step, in whole micro-batches:
 
@@ -47,77 +73,54 @@ class Data(Construct):
     )
     usage: ClassVar = 'data "examples.data:stdlib" { batch = 32 samples, context = 128 }'
     open_fields: ClassVar = True
-    effects: ClassVar = (
-        Effect("batch", "set the batch by its policy", ("clock", "batch"), ("batch",)),
-    )
 
     path: ImportPath = Field(description="what to import, as `module:callable`")
-    micro: Samples | None = Field(
+    target: str | tuple[str, ...] | None = Field(
         default=None,
-        description="samples of one forward and backward pass; the batch of a step is a multiple of this. "
-        "Default: the batch, or the smallest batch of a policy",
+        description="the field of dict samples that is the target, or several, as a list of names",
     )
-    batch: BatchSize = Field(
-        description="samples of one optimizer step: an amount, which rules may change, or a policy"
+    collate: ImportPath | None = Field(
+        default=None,
+        description="what makes a batch of a list of samples, as `module:callable`. Default: torch's `default_collate`,"
+        " or the `collate_fn` of a DataLoader",
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the callable"
     )
 
-    @field_validator("micro")
-    @classmethod
-    def _micro_is_whole(cls, value: Duration | None) -> Duration | None:
-        return None if value is None else _whole(value)
+    def load(self) -> Any:
+        """Call the callable, and make data of what it returns; raises WrongData for anything else."""
+        from trainc.runtime.sources.adapt import WrongData, as_data
 
-    @field_validator("batch")
-    @classmethod
-    def _batch_is_whole(cls, value: Duration | Call, info: ValidationInfo) -> Duration | Call:
-        micro = info.data.get("micro")
-        if isinstance(value, Call):
-            if "micro" in info.data:
-                parse_batch_policy(value, micro)
-        elif _whole(value) and micro is not None:
-            check_whole_micro_batches(value, micro)
-        return value
+        found = call(self.path, dict(self.arguments), "data-failed")
+        collate = None if self.collate is None else import_callable(self.collate, "collate")
+        try:
+            return as_data(found, collate, self.target, self.workers)
+        except WrongData as error:
+            name = f"{self.path.module}:{self.path.attribute}"
+            raise ImportProblem(
+                "data-failed",
+                f"`{name}` returns a {type(found).__name__}, which lacks what the data of a run needs",
+                "return a map-style data set of pairs (x, y), or of dicts with a field `label`; a pair (train,"
+                " evaluation) or a dict of them; or an object with `train` and `evaluation`, each with `len()` and"
+                " `batch(indices) -> (inputs, targets)`. `trainc explain data` has all forms",
+                notes=error.problems,
+            ) from error
+
+    def count(self) -> tuple[int | None, int | None]:
+        """Return what the callable's `describe` says, if it has one."""
+        describe = getattr(import_attribute(self.path), "describe", None)
+        if describe is None:
+            return None, None
+        try:
+            described = describe(**self.arguments)
+        except TypeError as error:
+            message = f"`{self.path}` cannot describe the data: {error}"
+            raise ImportProblem("wrong-argument", message) from error
+        return described.get("samples"), described.get("tokens_per_sample")
 
     @property
-    def policy(self) -> Policy | None:
-        """Return the policy that sets the batch; None where the batch is an amount."""
-        return parse_batch_policy(self.batch, self.micro) if isinstance(self.batch, Call) else None
-
-    @property
-    def start_size(self) -> int:
-        """Return the samples of the first step."""
-        if (policy := self.policy) is not None:
-            return -(-policy.start // policy.micro) * policy.micro
-        assert isinstance(self.batch, Duration)
-        return int(self.batch.amount)
-
-    @property
-    def micro_size(self) -> int:
-        """Return the samples of one micro-batch."""
-        if (policy := self.policy) is not None:
-            return policy.micro
-        return int(self.micro.amount) if self.micro is not None else self.start_size
-
-    def performs(self, effect: Effect) -> bool:
-        """Say whether this clause performs an effect: only a policy sets the batch."""
-        return self.policy is not None
-
-    def describe(self, effect: Effect) -> str:
-        """Return the policy as the spec writes it."""
-        return f"batch = {self.batch}"
-
-    def lower(self, to: Lowering) -> None:
-        """Add the action of a policy; an amount is read by the loop."""
-        if (policy := self.policy) is None:
-            return
-        reason = f"a `data` clause takes no times, because `{policy.name}` has times as arguments"
-        to.refuse_times(reason, "from", "until", "every")
-        to.action(action(policy, to))
-
-
-def _whole(value: Duration) -> Duration:
-    if value.unit != "samples" or value.amount != int(value.amount) or value.amount < 1:
-        raise ValueError("expected a whole number of `samples`, such as `32 samples`")
-    return value
+    def count_help(self) -> str:
+        """What to write where the callable has no `describe`."""
+        name = f"{self.path.module}:{self.path.attribute}"
+        return f"give `{name}` a `describe` that returns the number of `samples`, or write steps or samples"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from trainc.dsl.reading.construct import Construct, Effect
+from pydantic import Field
+
+from trainc.compiler.method.loss import Loss, LossMismatch
+from trainc.dsl.reading.construct import Construct, Effect, Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.compiler.method.loss import Loss
 
 
 class LossConstruct(Construct):
@@ -19,13 +21,76 @@ class LossConstruct(Construct):
 
     effects: ClassVar = (Effect("forward", "compute the loss", ("forward",), ("loss",)),)
 
-    @abstractmethod
-    def make_loss(self) -> Loss:
-        """Return the loss."""
+    output: str | Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="which part of the model's output it is of, by name or index; the other parts are left out",
+    )
+
+    target: str | Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="which part of the data's targets it is of, by name or index, where they are several",
+    )
+    weight: Schedule | None = Field(
+        default=None,
+        description="what the loss is multiplied by, in a sum of several; 1 unless given",
+    )
 
     @abstractmethod
-    def reference(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def make_loss(self) -> Loss:
+        """Return the loss of one output and one target."""
+
+    @abstractmethod
+    def reference(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss by definition."""
 
     def lower(self, to: Lowering) -> None:
-        to.loss(self.make_loss())
+        loss = self.make_loss()
+        loss.output, loss.target = self.output, self.target
+        heads = [one for one in to.inventory.modules if "head" in one.roles]
+        loss.linear_head = bool(heads) and all(one.matrix and one.ndim == 2 for one in heads)
+        to.loss(loss, self.weight)
+
+
+class ElementwiseLoss(Loss):
+    """A mean of numbers, one for each entry of output and target, which have one shape."""
+
+    def target_weights(self, targets: Tensor) -> Tensor:
+        import torch
+
+        return torch.ones_like(targets, dtype=torch.float64)
+
+    def count(self, targets: Tensor) -> float:
+        """Return the number of entries."""
+        return targets.numel()
+
+    def weights(self, targets: Tensor) -> Tensor:
+        """Return equal weights, shape (examples,), float64."""
+        import torch
+
+        return torch.full((len(targets),), 1.0 / len(targets), dtype=torch.float64)
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """Return that all entries count."""
+        import torch
+
+        return torch.ones_like(targets, dtype=torch.bool)
+
+    def pair(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both in the wider of their dtypes; raises LossMismatch unless they have one shape."""
+        import torch
+
+        if outputs.shape != targets.shape:
+            raise LossMismatch(
+                f"the model's output has shape {tuple(outputs.shape)} and the targets {tuple(targets.shape)};"
+                f" `loss {self.name}` needs equal shapes{_reshaping(outputs, targets)}"
+            )
+        dtype = torch.promote_types(outputs.dtype, targets.dtype)
+        return outputs.to(dtype), targets.to(dtype)
+
+
+def _reshaping(outputs: Tensor, targets: Tensor) -> str:
+    """Return what to write where only axes of size 1 keep two shapes apart."""
+    wide, narrow = ([n for n in t.shape[1:] if n != 1] for t in (outputs, targets))
+    if outputs.shape[:1] != targets.shape[:1] or wide != narrow:
+        return ""
+    return f": give targets of the output's shape, as `targets.reshape({list(outputs.shape)})`"

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem, Samples
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.storage.form import Count, Form, ListOf, Record
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
@@ -123,6 +124,9 @@ class ScaleWithBatch(Action):
 
     def state_dict(self) -> ActionState:
         return {"seen": list(self.seen)} if self.seen else {}
+
+    def state_form(self) -> Form:
+        return Record({"seen": ListOf(Count(1), 2)})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen = [int(size) for size in state.get("seen", [])]

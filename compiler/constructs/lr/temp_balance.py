@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from trainc.compiler.constructs.lr._balance import Control, Map, Unit, balance, by_unit, controlled
+from trainc.compiler.constructs.lr._groups import BalancedGroup, find_groups
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Range
 from trainc.dsl.values import value_json as v
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.storage.form import AnyNumber, Count, Form, Number, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,20 +27,37 @@ if TYPE_CHECKING:
     from trainc.runtime.step.optimizer import LrFactor
     from trainc.runtime.step.record import Step
 
+Fit = Literal["median", "dks", "peak"]
+
 # How often to measure where the clause does not say.
 EVERY_STEPS = 100
-# A relative spread of the exponents below this is the arithmetic's, not the layers'.
-NO_SPREAD = 1e-5
 
 
 class TempBalance(Construct):
-    """Scales the learning rate of each module by its weight's Hill exponent alpha, mapped linearly onto `range`.
+    """Scales the learning rate of each module by its weight's Hill exponent alpha, mapped onto `range`.
 
     The eigenvalues are the squared singular values of the weight; a convolution uses those of all
     its kh*kw matrices together. alpha = 1 + k / sum(ln(lambda / xmin)) over the k largest of them.
-    The smallest alpha gets the low end of `range`, the largest the high end. Selected vectors of a
-    module, such as its bias, share its factor; where a module has several selected matrices, each
-    has its own factor and the vectors keep their rate.
+    With `map = linear` the smallest alpha gets the low end of `range`, the largest the high end.
+    Selected vectors of a module, such as its bias, share its factor; where a module has several
+    selected matrices, each has its own factor and the vectors keep their rate.
+
+    `fit` says where the tail begins: `median` at a fixed place, `dks` where the power law fits best,
+    `peak` the same near the mode of the spectrum over log10(lambda), with the lower bound that the
+    released code means (it compares the bound's logarithm with eigenvalues). `dks` and `peak` differ
+    a lot between equal layers; `median` does not.
+
+    `map = sqrt` and `log2` give factors in proportion to sqrt(alpha) and log2(alpha), with a mean of
+    1. `step` goes by rank r of n, from 0: low + (high - low) r / n. `sigmoid` is that of model
+    balancing (Liu et al., EMNLP 2024, arXiv:2410.12178): 10^(s (1 / (1 + exp(-10 (alpha - mean))) -
+    1/2)), with `range` its limits below and above the mean.
+
+    With `unit = block`, as model balancing has it, all modules of a block share the factor of their
+    mean alpha, and what stands before the first block or after the last keeps its rate. `control`
+    changes what the factors follow and nothing else: `permuted` gives each unit the alpha of another,
+    drawn anew at every measurement, `reversed` mirrors alpha between the smallest and the largest,
+    and `static` keeps the factors of the first measurement. If a control does as well, the gain is
+    not by the measurement.
 
     Factors are measured at the first step that is due, then `every` so often, by default every 100
     steps; between measurements and after `until` the last factors hold. The factor is 1 if all
@@ -53,6 +73,14 @@ class TempBalance(Construct):
     )
     targets: ClassVar = "parameters"
     identity: ClassVar = {"range": "1..1"}
+    functions: ClassVar = (
+        "trainc.compiler.constructs.lr._balance:balance",
+        "trainc.kernels.parameter.spectral_null:null_alpha",
+        "trainc.kernels.parameter.spectral_null:null_distance",
+        "trainc.kernels.parameter.spectral_windows:farms_alpha",
+        "trainc.kernels.parameter.spectrum:spectrum",
+        "trainc.kernels.parameter.tail_fit:hill_alpha",
+    )
     signals: ClassVar = {
         "spread": "standard deviation of alpha over the measured modules",
         "alpha": "mean alpha over the measured modules",
@@ -66,18 +94,34 @@ class TempBalance(Construct):
         ),
     )
 
+    map: Map = Field(
+        default="linear",
+        description="how factors follow from alpha: `linear`, `sqrt`, `log2`, `step` or `sigmoid`",
+    )
     range: Range = Field(
-        default=v.Range(0.5, 1.5), description="factors of the smallest and the largest alpha"
+        default=v.Range(0.5, 1.5),
+        description="factors of the smallest and the largest alpha; `sqrt` and `log2` do not use it",
+    )
+    fit: Fit = Field(
+        default="median", description="where the tail begins: `median`, `dks` or `peak`"
     )
     xmin_pos: float = Field(
         default=2.0,
         gt=1,
-        description="the tail begins at eigenvalue number n / `xmin_pos` of n in ascending order",
+        description="with `median` the tail begins at eigenvalue number n / `xmin_pos` of n in ascending order",
     )
     convention: Literal["code", "paper"] = Field(
         default="code",
         description="whether xmin is one of the k eigenvalues (`code`, as published) or the one below them"
         " (`paper`)",
+    )
+    unit: Unit = Field(
+        default="module",
+        description="what has an alpha of its own: a `module`, or a `block`, with the mean over its modules",
+    )
+    control: Control = Field(
+        default="none",
+        description="what tells whether the measurement matters: `permuted`, `reversed` or `static` exponents",
     )
     min_eigenvalues: int = Field(
         default=50, ge=2, description="modules with fewer eigenvalues than this keep their rate"
@@ -99,6 +143,19 @@ class TempBalance(Construct):
             raise ValueError(f"a factor of a learning rate cannot be negative: {value.low:g}")
         return value
 
+    @model_validator(mode="after")
+    def _has_fields_of_one_method(self) -> Self:
+        low, high = self.range.low, self.range.high
+        if self.map == "sigmoid" and not 0 < low <= 1 <= high:
+            raise ValueError(
+                f"`map = sigmoid` has limits on both sides of 1, not `range = {low:g}..{high:g}`"
+            )
+        if self.map in ("sqrt", "log2") and "range" in self.model_fields_set:
+            raise ValueError(f"`map = {self.map}` has no `range`: its factors have a mean of 1")
+        if self.fit != "median" and {"xmin_pos", "convention"} & self.model_fields_set:
+            raise ValueError(f"`xmin_pos` and `convention` are of `fit = median`, not `{self.fit}`")
+        return self
+
     def reference(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Return each weight's factor by definition, from singular values in float64."""
         import torch
@@ -108,23 +165,28 @@ class TempBalance(Construct):
             w = weight.detach().double()
             w = w.flatten(2).permute(2, 0, 1) * math.sqrt(0.5) if w.dim() == 4 else w
             ascending = torch.linalg.svdvals(w).square().flatten().sort().values
-            n = len(ascending)
-            if self.convention == "code":
-                k = n - int(n / self.xmin_pos)
-                xmin = ascending[n - k]
-            else:
-                k = int(n - n / self.xmin_pos)
-                xmin = ascending[n - k - 1]
-            found[name] = float(1 + k / (ascending[n - k :].log().sum() - k * xmin.log()))
+            found[name] = self._alpha(ascending)
         return self.balance(found)
 
+    def _alpha(self, ascending: Tensor) -> float:
+        """Return the exponent of a spectrum by definition."""
+        n = len(ascending)
+        if self.fit != "median":
+            from trainc.kernels.parameter.tail_fit import fit_tail
+
+            return fit_tail(ascending, self.fit).alpha
+        if self.convention == "code":
+            k = n - int(n / self.xmin_pos)
+            xmin = ascending[n - k]
+        else:
+            k = int(n - n / self.xmin_pos)
+            xmin = ascending[n - k - 1]
+        return float(1 + k / (ascending[n - k :].log().sum() - k * xmin.log()))
+
     def balance(self, alphas: Mapping[str, float]) -> dict[str, float]:
-        """Map the exponents linearly onto `range`; without a spread all factors are 1."""
-        least, most = min(alphas.values(), default=0.0), max(alphas.values(), default=0.0)
-        if most - least <= NO_SPREAD * abs(most):
-            return dict.fromkeys(alphas, 1.0)
-        slope = (self.range.high - self.range.low) / (most - least)
-        return {name: self.range.low + slope * (alpha - least) for name, alpha in alphas.items()}
+        """Map the exponents to factors; without a spread all are 1."""
+        limits = self.range.low, self.range.high
+        return dict(zip(alphas, balance([*alphas.values()], 1.0, limits, self.map), strict=True))
 
     def groups(
         self, parameters: Iterable[ParameterEntry]
@@ -147,10 +209,12 @@ class TempBalance(Construct):
                 help="exclude them from `on`, for instance with `- type(Embedding) - role(norm)`",
             )
         groups, few = self.groups(bound.parameters)
-        if len(groups) < 2:
+        blocks = {group.block for group in groups if group.block is not None}
+        units = len(groups) if self.unit == "module" else len(blocks)
+        if units < 2:
             yield Problem(
                 "no-effect",
-                f"`lr temp_balance` needs two modules that can be measured, but the selection has {len(groups)}",
+                f"`lr temp_balance` needs two {self.unit}s that can be measured, but the selection has {units}",
                 field="min_eigenvalues" if few else None,
                 notes=tuple(f"`{u.name}` has {u.eigenvalues} eigenvalues" for u in few[:5]),
                 severity="warning",
@@ -169,44 +233,12 @@ class TempBalance(Construct):
         to.action(Balance(to.label, self, groups, lr_factors, few, pace))
 
 
-@dataclass(frozen=True, slots=True)
-class BalancedGroup:
-    """The parameters that share one factor, and the one of them whose spectrum is measured."""
-
-    name: str
-    weight: str
-    eigenvalues: int
-    parameters: tuple[str, ...]
-
-
-def find_groups(
-    parameters: Iterable[ParameterEntry],
-) -> tuple[list[BalancedGroup], list[ParameterEntry]]:
-    """Return the groups of a selection in registration order, and the parameters without a spectrum."""
-    from trainc.kernels.parameter.spectrum import count
-
-    modules: dict[str, list[ParameterEntry]] = {}
-    for parameter in parameters:
-        modules.setdefault(parameter.module, []).append(parameter)
-    groups: list[BalancedGroup] = []
-    unfit: list[ParameterEntry] = []
-    for name, members in modules.items():
-        weights = [p for p in members if p.ndim in (2, 4) and "Embedding" not in p.types]
-        vectors = [p for p in members if p.ndim == 1 and weights]
-        unfit += [p for p in members if p not in weights and p not in vectors]
-        if len(weights) == 1 and name:
-            names = tuple(p.name for p in members if p in weights or p in vectors)
-            groups.append(BalancedGroup(name, weights[0].name, count(weights[0].shape), names))
-        else:
-            groups += [BalancedGroup(p.name, p.name, count(p.shape), (p.name,)) for p in weights]
-    return groups, unfit
-
-
 @dataclass(eq=False)
 class Balance(Action):
     """Phase 2: measure the exponents and set the factors; `pace` is a second gate besides the clause's."""
 
     phase = Phase.RATES
+    reads_shards = True
     name: str
     construct: TempBalance
     groups: Sequence[BalancedGroup]
@@ -218,12 +250,11 @@ class Balance(Action):
     first_spread: float = 0.0
 
     def run(self, step: Step) -> None:
-        from trainc.kernels.parameter.spectrum import Hill, alphas
+        from trainc.runtime.processes.sharded import full
 
         if self.measurements and self.pace is not None and not self.pace.fires(step.clock):
             return
-        hill = Hill(self.construct.xmin_pos, self.construct.convention)
-        measured = alphas([step.parameters[group.weight] for group in self.groups], hill)
+        measured = self._measure([full(step.parameters[group.weight]) for group in self.groups])
         keep, before = self.construct.smooth or 0.0, self.alphas
         self.alphas = {}
         for group, alpha in zip(self.groups, measured, strict=True):
@@ -232,12 +263,32 @@ class Balance(Action):
             elif group.name in before or not self.measurements:
                 reason = "is zero, not finite or of low rank, so its factor is 1"
                 step.notes.append(f"{self.name}: `{group.weight}` {reason}")
-        factors = self.construct.balance(self.alphas)
-        for name, lr_factor in self.lr_factors.items():
-            lr_factor.factor = factors.get(name, 1.0)
+        self._set_factors()
         self.first_spread = self.first_spread if self.measurements else self.spread
         self.measurements += 1
         self._record(step)
+
+    def _set_factors(self) -> None:
+        """Set the factors from the exponents, and let a control change what they follow."""
+        of = self.construct
+        if of.control == "static" and self.measurements:
+            return
+        blocks = {group.name: group.block for group in self.groups} if of.unit == "block" else None
+        units, members = by_unit(self.alphas, blocks)
+        found = of.balance(controlled(units, of.control, self.measurements))
+        factors = {name: found[unit] for unit, names in members.items() for name in names}
+        for name, lr_factor in self.lr_factors.items():
+            lr_factor.factor = factors.get(name, 1.0)
+
+    def _measure(self, weights: Sequence[Tensor]) -> list[float]:
+        """Return the exponent of each weight, NaN where it means nothing."""
+        from trainc.kernels.parameter.spectrum import WHOLE, Hill, alphas, spectra
+        from trainc.kernels.parameter.tail_fit import fit_tail
+
+        of = self.construct
+        if of.fit == "median":
+            return alphas(weights, Hill(of.xmin_pos, of.convention))
+        return [fit_tail(spectrum, of.fit).alpha for spectrum in spectra(weights, WHOLE)]
 
     @property
     def spread(self) -> float:
@@ -260,6 +311,11 @@ class Balance(Action):
         out: ActionState = {"measurements": self.measurements, "first_spread": self.first_spread}
         out |= {f"factor/{name}": lr_factor.factor for name, lr_factor in self.lr_factors.items()}
         return out | {f"alpha/{name}": alpha for name, alpha in self.alphas.items()}
+
+    def state_form(self) -> Form:
+        entries: dict[str, Form] = {"measurements": Count(1), "first_spread": Number(0)}
+        entries |= {f"factor/{name}": Number(0) for name in self.lr_factors}
+        return Record(entries, {f"alpha/{name}": AnyNumber() for name in self.lr_factors})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         named = {key: key.partition("/")[2] for key in state if "/" in key}

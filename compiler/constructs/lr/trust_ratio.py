@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from trainc.dsl.reading.construct import Construct, Effect, Range
 from trainc.runtime.step.action import ActionState
 from trainc.runtime.step.updates import Update, UpdateTransform
+from trainc.runtime.storage.form import Count, Form, Number, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,6 +176,9 @@ class Scale(UpdateTransform):
         state: ActionState = {"steps": self.steps}
         state |= {f"lowest/{name}": ratio for name, ratio in self.lowest.items()}
         return state | {f"highest/{name}": ratio for name, ratio in self.highest.items()}
+
+    def state_form(self) -> Form:
+        return Record({"steps": Count(1)}, more=Number(0))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps = int(state.get("steps", 0))

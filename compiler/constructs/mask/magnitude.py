@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from trainc.compiler.constructs.mask._base import fits_scope, vector_problems
-from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
+from trainc.dsl.reading.construct import (
+    Construct,
+    Effect,
+    Problem,
+    RuleExplanation,
+    Schedule,
+)
 from trainc.dsl.values.value_json import Expr, Number
 
 if TYPE_CHECKING:
@@ -28,8 +34,9 @@ class Magnitude(Construct):
     stays. A step that is skipped keeps its choice. The other entries are exactly zero after every step of any
     optimizer; their gradient and moments are zero, too. The gradual pruning of Zhu and Gupta is `density =
     cubic(to = 10%, over = 50%)` with `every`. Of equal weights the one in the earlier tensor, then at the lower
-    position, is kept; where the density rises, entries come back as zeros. A `noise_scale` on the same layers
-    measures gradients before the mask.
+    position, is kept; where the density rises, entries come back as zeros. A parameter that is frozen in the run
+    keeps its entries until it trains again; with `scope = global` they are compared all the same. A `noise_scale`
+    on the same layers measures gradients before the mask.
     """
 
     cite: ClassVar = (
@@ -56,6 +63,14 @@ class Magnitude(Construct):
         Effect("deltas", "keep the others at zero", ("delta",), ("params",), lasting=True),
     )
 
+    rules: ClassVar = {
+        "zeros-without-norm": RuleExplanation(
+            "A mask sets entries to zero of a tensor that `weight_norm` divides by the norms of its rows.",
+            "A row of which no entry is kept has norm 0, so that its weights are NaN, and the loss with them.",
+            "Exclude the tensor from `on`, or remove the parametrization and prune the weight itself.",
+        ),
+    }
+
     density: Schedule = Field(
         description="fraction of the entries that is kept, above 0%: a number or a schedule of the run"
     )
@@ -81,8 +96,21 @@ class Magnitude(Construct):
         return fits_scope(value, info)
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Report vectors where rows or columns are chosen."""
+        """Report vectors where rows or columns are chosen; warn of rows that are divided by their norm."""
         yield from vector_problems(bound, self.granularity)
+        lists = (
+            m.name.rpartition(".")[0] for m in bound.inventory.modules if "_WeightNorm" in m.types
+        )
+        directions = {f"{name}.original1" for name in lists}
+        divided = [p.name for p in bound.parameters if p.name in directions]
+        if divided:
+            yield Problem(
+                "zeros-without-norm",
+                f"`{divided[0]}` is divided by the norms of its rows (`weight_norm`): a row of zeros makes the loss"
+                " NaN",
+                help="exclude it from `on`, or remove the parametrization",
+                severity="warning",
+            )
 
     def lower(self, to: Lowering) -> None:
         """Mask the selected parameters; the choice reads the weights alone."""

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from trainc.compiler.constructs.mask._base import fits_scope, vector_problems
 from trainc.dsl.reading.construct import Construct, Effect, Fraction, Problem
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.storage.form import Count, Form, Record, Values
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +92,14 @@ class Sift(Construct):
             )
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
         yield from vector_problems(bound, self.granularity)
+        if bound.steps is not None and self.batches >= bound.steps:
+            yield Problem(
+                "never-acts",
+                f"the entries that train are chosen after {self.batches} steps, and {bound.steps:g} steps are left of"
+                " the run: nothing selected would train",
+                field="batches",
+                help="write fewer `batches`",
+            )
 
     def count(self, numel: int) -> int:
         """Return how many of `numel` entries, rows or columns train."""
@@ -221,6 +230,20 @@ class Choose(Action):
             if entries.index is not None:
                 state |= {f"index/{name}": entries.index, f"values/{name}": entries.values.detach()}
         return state
+
+    def state_form(self) -> Form:
+        import torch
+
+        found: dict[str, Form] = {}
+        for name, entries in self.selected.items():
+            whole, some = entries.parameter, entries.values
+            wide = str(torch.promote_types(whole.dtype, torch.float32)).removeprefix("torch.")
+            integer = "int32" if whole.numel() <= torch.iinfo(torch.int32).max else "int64"
+            found[f"seen/{name}"] = Count(1)
+            found[f"sum/{name}"] = Values(whole.shape, wide, finite=True)
+            found[f"index/{name}"] = Values(some.shape, integer, low=0, high=whole.numel() - 1)
+            found[f"values/{name}"] = Values.like(some, finite=True)
+        return Record(optional=found)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         import torch

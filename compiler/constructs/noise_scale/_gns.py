@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trainc.compiler.layers.ghost_batch_norm import batch_norms, ghost_site
+from trainc.compiler.layers.ghost_batch_norm import (
+    GhostBatchNorm,
+    check_momentum,
+    ghost_site,
+)
 from trainc.compiler.layers.registry import site_of
 from trainc.compiler.layers.tied_weights import sites_of
 from trainc.compiler.method.example_units import Documents, ExampleUnits, Groups
 from trainc.compiler.method.sites import MeasuredSite, NormSite
+from trainc.compiler.method.statistic import (
+    OfExamples,
+    OfMicroBatches,
+    OfReplicas,
+    OfSomeExamples,
+)
+from trainc.compiler.model.batch_statistics import batch_norms
 from trainc.dsl.values.value_json import Duration
 from trainc.runtime.noise_scale.action import NoiseScaleAction
 from trainc.runtime.noise_scale.settings import HalfLifeUnit, NoiseScaleSettings
@@ -32,7 +43,7 @@ def lower(rule: Gns, to: Lowering) -> None:
     else:
         measured = _examples(rule, to, trainable)
     if rule.calibrate is not None:
-        to.calibrate(rule.calibrate, rule.calibrate_examples)
+        to.statistic(OfSomeExamples(rule.calibrate, rule.calibrate_examples))
     to.action(NoiseScaleAction(to.label, measured, _settings(rule, to)))
 
 
@@ -42,16 +53,16 @@ def _batch_gradients(rule: Gns, to: Lowering, trainable: set[str]) -> Measured:
         held = (to.inventory.parameter[name].name for name in entry.parameters)
         names = tuple(name for name in held if name in trainable)
         measured |= {entry.name: names} if names else {}
-    every = dict.fromkeys(name for owned in measured.values() for name in owned)
-    to.measure_batch_gradients(every, running=rule.method == "replica")
+    every = tuple(dict.fromkeys(name for owned in measured.values() for name in owned))
+    to.statistic(OfReplicas(every) if rule.method == "replica" else OfMicroBatches(every))
     return measured
 
 
 def _examples(rule: Gns, to: Lowering, trainable: set[str]) -> Measured:
     measured: Measured = {}
-    to.example_units(_example_units(rule))
-    for site in _sites(rule, to):
-        to.measure(site)
+    sites = _sites(rule, to)
+    to.statistic(OfExamples(tuple(sites), _example_units(rule)))
+    for site in sites:
         known = (to.inventory.parameter[n].name for n in site.parameters if n is not None)
         measured[site.module] = tuple(name for name in known if name in trainable)
     return measured
@@ -59,8 +70,7 @@ def _examples(rule: Gns, to: Lowering, trainable: set[str]) -> Measured:
 
 def _sites(rule: Gns, to: Lowering) -> list[MeasuredSite]:
     entries = [entry for entry in to.modules() if entry.parameters]
-    grouped = batch_norms(to.model) if rule.method == "ghost" else []
-    to.ghosts(grouped)
+    grouped = _group_batch_norms(rule, to)
 
     def recognise(name: str, module: nn.Module) -> MeasuredSite:
         return (ghost_site if name in grouped else site_of)(name, module)
@@ -72,6 +82,20 @@ def _sites(rule: Gns, to: Lowering) -> list[MeasuredSite]:
         replace(site, per_example_gradients=gradients) if isinstance(site, NormSite) else site
         for site in sites_of(names, wanted, to.model, to.inventory, recognise)
     ]
+
+
+def _group_batch_norms(rule: Gns, to: Lowering) -> list[str]:
+    """Let BatchNorm layers normalize by groups where these are compared, and return their names."""
+    if rule.method != "ghost":
+        return []
+    grouped = list(batch_norms(to.model))
+    if grouped:
+        reason = f"`{to.label}` changes how layers normalize, in the whole run"
+        to.refuse_times(reason, "from", "until", "every")
+    for name in grouped:
+        check_momentum(name, to.model.get_submodule(name))
+        to.layer(name, GhostBatchNorm(rule.group))
+    return grouped
 
 
 def _example_units(rule: Gns) -> ExampleUnits | None:

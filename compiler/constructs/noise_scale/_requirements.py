@@ -46,9 +46,9 @@ def module_problems(rule: Gns, bound: Targets) -> Iterator[Problem]:
 def _unmeasurable(rule: Gns, module: ModuleEntry, bound: Targets) -> _Reason | None:
     """Return why a module cannot be measured, by names and types alone; None where they allow it."""
     is_norm = _is_norm(module)
-    if "_BatchNorm" in module.types:
-        if rule.method == "ghost":
-            return None
+    if "_BatchNorm" in module.types and rule.method == "ghost":
+        return None
+    if module.batch_statistics:
         help_ = f"{_SELECT_NORMS}, or compare micro-batches: `method = micro_batch`"
         message = "normalizes over the batch, so a single example has no gradient of its own"
         return _Reason("norm-mixes-examples", message, help_)
@@ -107,10 +107,9 @@ def _only_names(module: ModuleEntry, bound: Targets) -> bool:
 
 
 def _layers_holding(parameter: ParameterEntry, bound: Targets) -> dict[str, ModuleEntry]:
-    """Return the layers that hold a parameter, by name; it may have several names."""
-    owners = (name.rpartition(".")[0] for name in (parameter.name, *parameter.aliases))
-    known = bound.inventory.module  # a module with two names is there under its first
-    return {name: known[name] for name in owners if name in known and _is_layer(known[name])}
+    """Return the layers that hold a parameter, each by its first name."""
+    owners = (bound.inventory.module[name] for name in parameter.modules)
+    return {module.name: module for module in owners if _is_layer(module)}
 
 
 def _is_layer(module: ModuleEntry) -> bool:
@@ -135,17 +134,16 @@ def micro_batch_problems(bound: Targets) -> Iterator[Problem]:
         )
 
 
-def calibration_problems(bound: Targets, asked: int | None) -> Iterator[Problem]:
-    """Report calibrations that BatchNorm does not allow, or for which a micro-batch is too small.
-
-    `asked` is `calibrate_examples` where the spec gives it.
-    """
-    if (norm := batch_norm(bound)) is not None:
+def calibration_problems(rule: Gns, bound: Targets) -> Iterator[Problem]:
+    """Report calibrations that a BatchNorm in train mode does not allow, or for which a micro-batch is too small."""
+    asked = rule.calibrate_examples if "calibrate_examples" in rule.model_fields_set else None
+    # Where the clause compares examples itself, that is said of all of it.
+    if rule.method != "per_example" and (norm := batch_norm(bound)) is not None:
         yield Problem(
             "norm-mixes-examples",
-            f"`calibrate` runs one example at a time, which BatchNorm (`{norm}`) does not support",
+            f"`calibrate` runs one example at a time, which BatchNorm (`{norm}`) in train mode does not support",
             field="calibrate",
-            help="remove `calibrate`, or measure all layers: `on all { method = micro_batch }`",
+            help="remove `calibrate`, or put the BatchNorm layers in eval mode before the spec is compiled",
         )
     micro = None if bound.sizes is None else bound.sizes.micro
     if micro == 1:
@@ -165,17 +163,27 @@ def calibration_problems(bound: Targets, asked: int | None) -> Iterator[Problem]
         )
 
 
-def batch_norm_warning(bound: Targets) -> Iterator[Problem]:
-    """Warn of a BatchNorm anywhere in a model whose examples are compared."""
-    if (norm := batch_norm(bound)) is not None:
+def mixing_problems(rule: Gns, bound: Targets) -> Iterator[Problem]:
+    """Report a BatchNorm anywhere in the model that mixes what the method compares."""
+    joined = batch_norm(bound, "SyncBatchNorm")
+    if rule.method == "per_example" and (norm := batch_norm(bound)) is not None:
         yield Problem(
             "norm-mixes-examples",
-            f"`{norm}` normalizes over the batch, so examples influence each other and the noise scale is biased",
-            help="use `method = ghost, group = 8` or `method = micro_batch`",
-            severity="warning",
+            f"`{norm}` normalizes over the batch, so in no layer of the model has an example a gradient of its own",
+            help="write `method = micro_batch` or `method = ghost, group = 8`, or put the BatchNorm layers in eval mode"
+            " before the spec is compiled",
+        )
+    elif rule.method in ("replica", "ghost") and joined is not None:
+        compared = "a replica" if rule.method == "replica" else "a group"
+        yield Problem(
+            "norm-mixes-examples",
+            f"`{joined}` is a SyncBatchNorm, which normalizes the examples of all replicas together, so {compared} has"
+            " no gradient of its own",
+            help="make it a BatchNorm, or put it in eval mode before the spec is compiled",
         )
 
 
-def batch_norm(bound: Targets) -> str | None:
-    """Return the name of the first BatchNorm of the model; None without one."""
-    return next((m.name for m in bound.inventory.modules if "_BatchNorm" in m.types), None)
+def batch_norm(bound: Targets, type_name: str = "_BatchNorm") -> str | None:
+    """Return the name of the model's first BatchNorm that mixes the batch, in its mode of now; None without one."""
+    mixing = (m for m in bound.inventory.modules if m.batch_statistics and type_name in m.types)
+    return next((m.name for m in mixing), None)

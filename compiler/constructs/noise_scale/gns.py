@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem, RuleExplanation
+from trainc.dsl.reading.construct import (
+    Construct,
+    Duration,
+    Effect,
+    Period,
+    Problem,
+    RuleExplanation,
+    Signal,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +24,9 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
     from trainc.runtime.noise_scale.estimate import Estimate
+    from trainc.runtime.report.axes import Panel
+    from trainc.runtime.report.run_records import RecordedClause, RunRecords
+    from trainc.runtime.report.tables import Table
 
 
 class Gns(Construct):
@@ -38,30 +49,41 @@ class Gns(Construct):
     targets: ClassVar = "modules"
     default_on: ClassVar = "role(norm)"
     signals: ClassVar = {
+        "": Signal("noise scale of the measured weights", "samples", ("low", "high"), "", True),
         "signal": "average |G|^2 over the measured weights, in squared units of the gradient",
         "noise": "average tr(Sigma) over the measured weights, in squared units of the gradient",
         "error": "standard error of the noise scale, in samples",
-        "low": "lower end of the noise scale's interval, in samples",
-        "high": "upper end of the noise scale's interval, in samples; may be infinite",
-        "total": "noise scale of the whole model by calibration, in samples; NaN without `calibrate`",
-        "total_low": "lower end of the interval of `total`, in samples",
-        "total_high": "upper end of the interval of `total`, in samples",
+        "low": Signal("lower end of the noise scale's interval", "samples"),
+        "high": Signal("upper end of the noise scale's interval; may be infinite", "samples"),
+        "total": Signal(
+            "noise scale of the whole model by calibration; NaN without `calibrate`",
+            "samples",
+            ("total_low", "total_high"),
+            "of the whole model",
+            True,
+        ),
+        "total_low": Signal("lower end of the interval of `total`", "samples"),
+        "total_high": Signal("upper end of the interval of `total`", "samples"),
         "slope": "ratio of `total` to the noise scale, by calibration",
     }
+    functions: ClassVar = tuple(
+        f"trainc.runtime.noise_scale.estimators:{name}"
+        for name in ("noise_scale", "noise_scale_from_contributions")
+    )
     effects: ClassVar = (
         Effect("backward", "measure per-example gradients", ("loss",), ("probe",)),
         Effect(
             "reduce",
             "estimate the noise scale",
             ("probe", "gradient", "clock"),
-            ("metrics", *(f"signal:{name}" for name in signals)),
+            ("metrics", *(f"signal:{name}" for name in signals if name)),
         ),
     )
     rules: ClassVar = {
         "norm-mixes-examples": RuleExplanation(
-            "Per-example statistics are requested for a layer that mixes examples, such as BatchNorm.",
-            "In such a layer no gradient belongs to one example alone, so the number would mean nothing.",
-            "Select layers that treat examples separately: LayerNorm, RMSNorm, GroupNorm.",
+            "Statistics of examples are requested in a model that mixes them, as a BatchNorm in train mode does.",
+            "No gradient of any layer then belongs to one example alone, so the number would mean nothing.",
+            "Put the layer in eval mode, compare micro-batches or groups, or use LayerNorm, RMSNorm, GroupNorm.",
         ),
         "nothing-to-measure": RuleExplanation(
             "A clause selects something that it cannot measure.",
@@ -113,7 +135,7 @@ class Gns(Construct):
         description="norm of noise and signal: Euclidean, Euclidean after division by the root of Adam's second "
         "moments, or L1 for sign descent; the last two for norm layers only",
     )
-    calibrate: Duration | None = Field(
+    calibrate: Period | None = Field(
         default=None,
         description="how often all layers are measured, one example at a time, to find the noise scale of the whole "
         "model from that of the measured layers",
@@ -188,9 +210,8 @@ class Gns(Construct):
 
     def unit_of(self, signal: str) -> str | None:
         """Return what a signal counts: examples for noise scales and interval ends, else None."""
-        if signal not in ("", "low", "high", "total", "total_low", "total_high"):
-            return None
-        return "documents" if self.example == "document" else "samples"
+        unit = super().unit_of(signal)
+        return "documents" if unit and self.example == "document" else unit
 
     def unmeasured_reason(self, signal: str) -> tuple[str, str] | None:
         """Return that signals of the whole model need `calibrate`; None for the other signals."""
@@ -212,15 +233,36 @@ class Gns(Construct):
         if self.method == "micro_batch":
             yield from _requirements.micro_batch_problems(bound)
         if self.calibrate is not None:
-            asked = "calibrate_examples" in self.model_fields_set
-            examples = self.calibrate_examples if asked else None
-            yield from _requirements.calibration_problems(bound, examples)
-        if self.method in ("micro_batch", "replica"):
-            return
-        problems = list(_requirements.module_problems(self, bound))
+            yield from _requirements.calibration_problems(self, bound)
+        problems: list[Problem] = []
+        if self.method not in ("micro_batch", "replica"):
+            problems = list(_requirements.module_problems(self, bound))
         yield from problems
-        if self.method == "per_example" and not problems:
-            yield from _requirements.batch_norm_warning(bound)
+        if not problems:
+            yield from _requirements.mixing_problems(self, bound)
+
+    def signal_text(self, signal: str, label: str, record: Mapping[str, Any]) -> str | None:
+        """Return a noise scale with its interval, or why it is undetermined."""
+        from trainc.runtime.noise_scale import format
+
+        if signal == "total":
+            return format.format_whole_model(record, label)
+        return None if signal else format.format_noise_scale(record, label)
+
+    @classmethod
+    def panels(
+        cls, clauses: Sequence[RecordedClause], runs: Sequence[RunRecords]
+    ) -> Iterable[Panel]:
+        """Return pictures of noise scales: over the run, by layer, and of calibrations."""
+        from trainc.runtime.noise_scale.pictures.panels import noise_panels
+
+        return noise_panels(clauses, runs)
+
+    def tables(self, label: str, records: Sequence[Mapping[str, Any]]) -> Iterable[Table]:
+        """Return the table of the layers at the end of a run."""
+        from trainc.runtime.noise_scale.pictures.layer_table import layer_tables
+
+        return layer_tables(label, str(self.unit_of("")), records)
 
     def lower(self, to: Lowering) -> None:
         """Have what the method compares measured, and the noise scale estimated from it."""

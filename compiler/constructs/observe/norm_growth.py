@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainc.dsl.reading.construct import Construct, Effect
+from trainc.dsl.reading.construct import Construct, Effect, Signal
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.storage.form import Count, Form, Number, Record, Values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ class NormGrowth(Construct):
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     signals: ClassVar = {
-        "norm": "L2 norm of the selected weights",
+        "norm": Signal("L2 norm of the selected weights", title="norm"),
         "step": "L2 norm of their change since the previous observation",
         "alignment": "cosine of that change and the previous weights, -1 to 1",
         "direction": "cosine of the weights and the previous weights, -1 to 1",
@@ -157,12 +158,26 @@ class Fit:
         return min(1.0, self.xy**2 / spread) if self.count >= POINTS and spread > 0 else None
 
 
+def _sums(weights: Sequence[Tensor], changes: Sequence[Tensor] | None = None) -> Tensor:
+    """Return what `multi_norm` does; of sharded parameters each process has the sums of its shards, which are added."""
+    from trainc.kernels.parameter.multi_norm import multi_norm
+    from trainc.runtime.processes.sharded import local, sum_over_shards
+
+    rows = multi_norm([*map(local, weights)], None if changes is None else [*map(local, changes)])
+    sum_over_shards(rows, weights)
+    return rows
+
+
 class Copies(Action):
     """An action that keeps a copy of its parameters, each in its own dtype."""
 
+    reads_shards = True
+
     def __init__(self, name: str, parameters: Iterable[ParameterEntry]) -> None:
         self.name = name
+        parameters = tuple(parameters)
         self.sizes = {entry.name: entry.bytes for entry in parameters}
+        self.forms = {entry.name: (entry.shape, entry.dtype) for entry in parameters}
         self.copies: dict[str, Tensor] = {}
 
     def memory(self) -> int:
@@ -180,6 +195,9 @@ class Copies(Action):
 
     def state_dict(self) -> ActionState:
         return {f"previous/{name}": tensor for name, tensor in self.copies.items()}
+
+    def state_form(self) -> Form:
+        return Record({f"previous/{n}": Values(s, d) for n, (s, d) in self.forms.items()})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         found = {key.partition("/")[2]: key for key in state if key.startswith("previous/")}
@@ -216,8 +234,6 @@ class Observe(Copies):
         self.first = self.last = 0.0
 
     def run(self, step: Step) -> None:
-        from trainc.kernels.parameter.multi_norm import multi_norm
-
         weights = [step.parameters[name].detach() for name in self.sizes]
         moved = bool(self.copies)
         if moved:
@@ -225,7 +241,7 @@ class Observe(Copies):
             for name, now in zip(self.sizes, weights, strict=True):
                 self.copies[name] = self.copies[name].to(now.device).neg_().add_(now)
         changes = list(self.copies.values()) if moved else None
-        rows = multi_norm(weights, changes).tolist()
+        rows = _sums(weights, changes).tolist()
         sums, broken = {}, []
         for name, (ww, dd, wd, nonfinite) in zip(self.sizes, rows, strict=True):
             sums[name] = Sums(ww, dd, wd, self.squares.get(name, 0.0))
@@ -248,12 +264,10 @@ class Observe(Copies):
                 step.series.setdefault(f"{self.name}.{measure}", {})[name] = value
 
     def _distance(self, step: Step, start: Start) -> None:
-        from trainc.kernels.parameter.multi_norm import multi_norm
-
         distances = {}
         for name, first in start.copies.items():
             now = step.parameters[name].detach()
-            distances[name] = math.sqrt(multi_norm([now - first.to(now.device)])[0, 0].item())
+            distances[name] = math.sqrt(_sums([now - first.to(now.device)])[0, 0].item())
         step.series[f"{self.name}.distance"] = distances
         self._record(step, {"distance": math.hypot(*distances.values())})
 
@@ -285,6 +299,18 @@ class Observe(Copies):
             for law, fit in self.fits.items():
                 out |= {f"fit/{law}/{moment}": value for moment, value in asdict(fit).items()}
         return out
+
+    def state_form(self) -> Form:
+        entries: dict[str, Form] = {
+            f"previous/{n}": Values(*form) for n, form in self.forms.items()
+        }
+        entries |= {"first": Number(0), "last": Number(0)}
+        entries |= {f"squared/{name}": Number(0) for name in self.forms}
+        for law in LAWS:
+            for moment in asdict(Fit()):
+                low = 0 if moment in ("xx", "yy") else -math.inf
+                entries[f"fit/{law}/{moment}"] = Count() if moment == "count" else Number(low)
+        return Record(entries)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

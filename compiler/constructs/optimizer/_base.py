@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from trainc.compiler.errors import FieldError
 from trainc.dsl.reading.construct import Construct, Effect, Schedule, ScopedNumbers, Selector
+from trainc.dsl.values.value_json import Number
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from trainc.runtime.step.held_updates import DecayForm
 
 
-CLIPPING = Effect("gradients", "clip the global gradient norm", ("gradient",), ("gradient",))
+CLIPPING = Effect("gradients", "clip the gradients of its parameters", ("gradient",), ("gradient",))
 
 
 Implementation = Annotated[
@@ -51,22 +53,31 @@ class Optimizer(Construct):
         ),
     )
 
-    moments: ClassVar[int] = 0
-    """How many tensors of the parameter's size the state holds."""
     decay_form: ClassVar[DecayForm | None] = None
     """How the weights are decayed, where the update depends on them by their decay alone; None for any other."""
 
     lr: Schedule = Field(description="learning rate: a number or an expression of the clock")
     weight_decay: ScopedNumbers = Field(
         default=(),
-        description="weight decay, for all parameters or by selector (`0.1 on ndim(2)`)",
+        description="weight decay, for all parameters or by selector (`0.1 on matrices`)",
     )
     clip: float | None = Field(
         default=None,
         gt=0,
-        description="largest global L2 norm of the gradients; they are scaled down to it just before the update",
+        description="largest L2 norm of the gradients of this clause's parameters together; they are scaled down to it"
+        " just before the update. For all optimizers together: `clip` of `run`",
     )
     freeze: Selector | None = Field(default=None, description="parameters that do not train")
+
+    @property
+    def moments(self) -> float:
+        """Return how many tensors of the parameter's size the state holds."""
+        raise NotImplementedError(f"`{self.title}` does not say what its state holds")
+
+    @property
+    def moments_known(self) -> bool:
+        """Return whether `moments` holds for every parameter, and is no guess."""
+        return True
 
     def performs(self, effect: Effect) -> bool:
         """Say whether this clause performs an effect: it clips only when asked to."""
@@ -79,12 +90,40 @@ class Optimizer(Construct):
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Build the torch optimizer over parameter-group dicts that carry `params` and `weight_decay`."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether `step` of the torch optimizer calls a closure for the loss and gradients."""
+        return False
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether the torch optimizer has `train()` and `eval()`, and other weights for evaluation."""
+        return False
+
+    @property
+    def own_decay(self) -> float:
+        """The weight decay of the torch optimizer where `weight_decay` is not written."""
+        return 0.0
+
     def lower(self, to: Lowering) -> None:
         """Claim the selected parameters, with the schedule and the decay of each."""
+        frozen = set()
         if self.freeze is not None:
-            to.freeze(to.select(self.freeze, "parameters"))
-        decay = dict.fromkeys(to.clause.targets, 0.0)
+            frozen = {*to.select(self.freeze, "parameters")}
+            to.freeze(frozen)
+        trained = {name for name in to.clause.targets if name not in frozen}
+        if not trained:
+            raise FieldError("freeze", "`freeze` leaves nothing to train: freeze fewer parameters")
+        unwritten = 0.0 if self.weight_decay else self.own_decay
+        decay = dict.fromkeys(to.clause.targets, unwritten)
         for scoped in self.weight_decay:
             names = to.clause.targets if scoped.on is None else to.select(scoped.on, "parameters")
+            if trained.isdisjoint(names):
+                raise FieldError(
+                    "weight_decay",
+                    f"`{scoped}` decays nothing, because `freeze` selects all of it: remove it",
+                )
             decay |= {name: float(scoped.value) for name in names if name in decay}
-        to.optimizer(self, to.schedule(self.lr), decay)
+        claim = to.closure if self.asks else to.optimizer
+        steady = isinstance(self.lr, Number)
+        claim(self, to.schedule(self.lr), decay, steady=steady, has_modes=self.has_modes)

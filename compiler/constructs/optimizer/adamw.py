@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
 class AdamW(Optimizer):
     """Adam with weight decay that multiplies the weights by `1 - lr * decay` and is not part of the moments.
 
@@ -28,18 +31,22 @@ class AdamW(Optimizer):
     )
     usage: ClassVar = (
         "optimizer adamw {"
-        " lr = 3e-4 * (warmup(5%) then cosine(to = 10%)), weight_decay = 0.1 on ndim(2) }"
+        " lr = 3e-4 * (warmup(5%) then cosine(to = 10%)), weight_decay = 0.1 on matrices }"
     )
-    moments: ClassVar = 2
     decay_form: ClassVar = "decoupled"
 
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         default=(0.9, 0.999), description="decay rates of the two moments, in [0, 1)"
     )
     eps: float = Field(
         default=1e-8, gt=0, description="added to the square root of the second moment"
     )
     implementation: Implementation = "auto"
+
+    @property
+    def moments(self) -> float:
+        """Return 2: the averages of gradients and of their squares."""
+        return 2
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch

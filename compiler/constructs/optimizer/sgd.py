@@ -25,7 +25,6 @@ class SGD(Optimizer):
 
     cite: ClassVar = "Sutskever et al., On the importance of initialization and momentum, ICML 2013"
     usage: ClassVar = "optimizer sgd { lr = 0.1, momentum = 0.9, weight_decay = 5e-4 }"
-    moments: ClassVar = 1
     decay_form: ClassVar = "coupled"
 
     momentum: float = Field(
@@ -42,6 +41,11 @@ class SGD(Optimizer):
         if self.nesterov and not self.momentum:
             raise ValueError("`nesterov = true` needs a `momentum` above 0")
         return self
+
+    @property
+    def moments(self) -> float:
+        """Return 1 with momentum, whose buffer it is."""
+        return 1 if self.momentum else 0
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch

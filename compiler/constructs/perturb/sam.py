@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, ValidationInfo, field_validator
 
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
-from trainc.dsl.values.value_json import Expr, Number, Unary
 from trainc.runtime.step.around import Around, Gradients, KeptWeights
 
 if TYPE_CHECKING:
@@ -63,17 +62,8 @@ class Sam(Construct):
     eta: float | None = Field(
         default=None,
         ge=0,
-        allow_inf_nan=False,
         description=f"with `adaptive`, what is added to the size of a weight; {ETA} unless given",
     )
-
-    @field_validator("rho")
-    @classmethod
-    def _is_not_negative(cls, value: Expr) -> Expr:
-        negated = isinstance(value, Unary) and isinstance(value.x, Number) and value.x.value > 0
-        if negated or (isinstance(value, Number) and value.value < 0):
-            raise ValueError("expected 0 or more")
-        return value
 
     @field_validator("eta")
     @classmethod
@@ -134,6 +124,8 @@ class Sam(Construct):
 class Perturbation(Around):
     """Runs the passes of a step at w + e; keeps nothing from step to step but counts for the summary."""
 
+    figures = ("moved", "not_finite", "low", "high")
+
     def __init__(
         self, name: str, method: Sam, rho: Callable[[Clock], float], sizes: Mapping[str, int]
     ) -> None:
@@ -143,13 +135,8 @@ class Perturbation(Around):
 
     @contextmanager
     def surround(self, step: Step, gradients: Gradients) -> Iterator[None]:
-        """Hold the weights at w + e; raises ValueError where `rho` is negative or not finite now."""
+        """Hold the weights at w + e."""
         rho = self.rho(step.clock)
-        if not 0 <= rho < math.inf:
-            why = " because a signal in it is not measured yet" if math.isnan(rho) else ""
-            raise ValueError(
-                f"{self.name}: `rho` is {rho:g} at step {step.clock.steps}{why}, expected 0 or more"
-            )
         moves = self._moves(step, gradients, rho) if rho else {}
         weights = [step.parameters[name].detach() for name in moves]
         with KeptWeights(weights):

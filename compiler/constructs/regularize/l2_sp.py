@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -10,13 +10,14 @@ from pydantic import Field
 
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.storage.form import Form, Record, Values
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.compiler.method.lowered_method import Inputs
+    from trainc.compiler.method.term import Forward
     from trainc.runtime.step.record import Step
 
 
@@ -62,23 +63,44 @@ class L2Sp(Construct):
         coefficient = f"{to.label}:weight"
         weight = to.schedule(self.weight)
 
-        def value(parameters: Inputs, inputs: Inputs) -> Tensor:
-            anchors = {name: inputs[key] for name, key in keys.items()}
-            return self.reference(parameters, anchors, inputs[coefficient])
+        def value(forward: Forward) -> Tensor:
+            anchors = {name: forward.tensors[key] for name, key in keys.items()}
+            parameters = {name: forward.parameters[name] for name in names}
+            return self.reference(parameters, anchors, forward.tensors[coefficient])
 
         tensors = {keys[name]: tensor for name, tensor in starts.items()}
-        to.penalty(value, names, {coefficient: weight}, tensors)
-        to.action(Anchors(to.label, {name: to.tensor(name) for name in names}, starts))
+        to.term(value, over="parameters", scalars={coefficient: weight}, tensors=tensors)
+
+        def now() -> dict[str, Tensor]:
+            return {name: to.tensor(name) for name in names}  # sharding puts others in their place
+
+        to.action(Anchors(to.label, now, starts))
 
     @staticmethod
-    def reference(parameters: Inputs, anchors: Inputs, weight: Tensor | float) -> Tensor:
+    def reference(
+        parameters: Mapping[str, Tensor], anchors: Mapping[str, Tensor], weight: Tensor | float
+    ) -> Tensor:
         """Return the penalty, 0-d, float32 at least; a parameter without an anchor has its distance from zero."""
         import torch
 
+        from trainc.runtime.processes.sharded import is_sharded, shard_like
+
         total = None
         for name, parameter in parameters.items():
-            apart = parameter - anchors[name] if name in anchors else parameter
-            square = apart.to(torch.promote_types(apart.dtype, torch.float32)).square().sum()
+            start = shard_like(anchors[name], parameter) if name in anchors else None
+            if (
+                start is None
+                or parameter.is_complex()
+                or is_sharded(parameter)
+                or parameter.itemsize < 4
+            ):
+                apart = parameter if start is None else parameter - start
+                if apart.is_complex():
+                    apart = torch.view_as_real(apart)
+                wide = apart.to(torch.promote_types(apart.dtype, torch.float32))
+                square = wide.square().sum()
+            else:  # its backward pass takes the difference again, so that no copy of the weights is kept
+                square = torch.nn.functional.mse_loss(parameter, start, reduction="sum")
             total = square if total is None else total + square
         assert total is not None
         return weight / 2 * total
@@ -90,7 +112,7 @@ class Anchors(Action):
 
     phase = Phase.OBSERVE
     name: str
-    parameters: Mapping[str, Tensor]
+    parameters: Callable[[], Mapping[str, Tensor]]
     starts: Mapping[str, Tensor]
 
     def run(self, step: Step) -> None:
@@ -99,6 +121,11 @@ class Anchors(Action):
     def state_dict(self) -> ActionState:
         return dict(self.starts)
 
+    def state_form(self) -> Form:
+        return Record(
+            {name: Values.like(start, finite=True) for name, start in self.starts.items()}
+        )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the start in place, because the loss term reads these tensors.
 
@@ -106,19 +133,29 @@ class Anchors(Action):
         """
         import torch
 
+        from trainc.runtime.processes.sharded import full, is_sharded, shard_like
+
         odd = sorted(set(state) ^ set(self.starts))
         if state and odd:
             raise ValueError(
                 f"{self.name}: the checkpoint has another selection of parameters; they differ in {', '.join(odd)}"
             )
         with torch.no_grad():
-            for name, start in self.starts.items():
-                start.copy_(state[name] if state else self.parameters[name])
+            for name, found in (state or self.parameters()).items():
+                if (start := self.starts.get(name)) is not None:
+                    start.copy_(shard_like(found, start) if is_sharded(start) else full(found))
 
     def summary(self) -> str | None:
         import torch
 
+        from trainc.runtime.processes.sharded import is_sharded
+
+        now = self.parameters()
+        if any(
+            map(is_sharded, now.values())
+        ):  # to add up the shards all processes would have to ask
+            return None
         with torch.no_grad():
-            distance = float(L2Sp.reference(self.parameters, self.starts, 2.0)) ** 0.5
+            distance = float(L2Sp.reference(now, self.starts, 2.0)) ** 0.5
         where = "their start" if self.starts else "zero"
         return f"{self.name}: the weights ended {distance:.4g} from {where}"

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainc.dsl.reading.construct import Construct, Effect, Problem, RuleExplanation, Schedule
+from trainc.compiler.constructs.regularize import _two_views
+from trainc.compiler.constructs.regularize._noise import Noise
+from trainc.dsl.reading.construct import Construct, Problem, Schedule
 from trainc.dsl.text.vocabulary import PLACES
 from trainc.dsl.values.value_json import Binary, Call, Expr, Name, Quantity, Unary, to_json, walk
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.compiler.model.roles import Place
+    from trainc.compiler.method.term import Forward
+    from trainc.compiler.structure.places import Place
 
 
 class Pace(Construct):
@@ -25,8 +28,9 @@ class Pace(Construct):
 
     The output h of a selected layer becomes z * h with z = 1 + sigma * Normal(0, 1), drawn for each
     step, view, example and channel. Of a frozen layer with an adapter select the adapter:
-    h = h0 + z * dh. The loss is that of the first view plus `weight` times the mean over rows of
-    sum over classes (l1 - l2)^2, or of the symmetric KL divergence. Both views have gradients and
+    h = h0 + z * dh. The loss is that of the first view plus `weight` times the mean over the targets
+    that count of the distance of the two views' logits there: the sum over classes of
+    (l1 - l2)^2, or (KL(p || q) + KL(q || p)) / 2 of their softmaxes. Both views have gradients and
     the same dropout masks; evaluation has no noise. The published linear schedule, without noise in
     block 0, is `1.2 * min(block, 1) * (blocks - block) / (blocks - 1)`.
     """
@@ -41,18 +45,8 @@ class Pace(Construct):
     )
     targets: ClassVar = "modules"
     identity: ClassVar = {"weight": "0", "sigma": "0"}
-    effects: ClassVar = (
-        Effect(
-            "forward", "pass two noisy views", ("inputs", "clock"), ("views", "forward", "loss")
-        ),
-    )
-    rules: ClassVar = {
-        "pair-over-batch-norm": RuleExplanation(
-            "Two passes are compared through a layer whose output depends on the whole batch.",
-            "The passes then also differ by the statistics of the batch, and running averages are updated twice.",
-            "Freeze the BatchNorm layers, or replace them with GroupNorm.",
-        ),
-    }
+    effects: ClassVar = (_two_views.two_views("pass two noisy views"),)
+    rules: ClassVar = _two_views.RULES
 
     sigma: Schedule = Field(
         description="standard deviation of the factor on an output; may use `depth`, `block` and `blocks`"
@@ -63,7 +57,7 @@ class Pace(Construct):
     )
     distance: Literal["mse", "kl"] = Field(
         default="mse",
-        description="squared distance of the logits, or symmetric KL divergence of the softmaxes",
+        description="squared distance of the logits, or mean of the two KL divergences of the softmaxes",
     )
     share: Literal["token", "none"] = Field(
         default="token",
@@ -88,11 +82,7 @@ class Pace(Construct):
                 f"`{inner[0]}` is never called: nn.MultiheadAttention uses its weight directly"
             )
             yield Problem("wrong-target-kind", message, help="exclude it from `on`")
-        norms = [m.name for m in bound.inventory.modules if "_BatchNorm" in m.types]
-        if norms:
-            message = f"BatchNorm (`{norms[0]}`) takes its statistics over both views of the batch"
-            note = f"BatchNorm layers with twice the batch size: {len(norms)}"
-            yield Problem("pair-over-batch-norm", message, notes=(note,), severity="warning")
+        yield from _two_views.batch_norm_problems(bound)
         if bound.modules and all(is_zero(self.sigma, m.place) for m in bound.modules):
             message = "`sigma` is 0 in every selected layer, so the two views are equal"
             yield Problem("no-effect", message, field="sigma", severity="warning")
@@ -101,9 +91,22 @@ class Pace(Construct):
         """Put noise on every layer whose sigma is not always 0, and compare the two views."""
         noisy = [m for m in to.modules() if not is_zero(self.sigma, m.place)]
         for module in noisy:
-            to.noise(module, self.sigma, self.share)
+            sigma = to.schedule(self.sigma, module.place)
+            to.layer(module.name, Noise(self.share), {"sigma": sigma})
         if noisy:
-            to.pair(self.distance, self.weight)
+            from trainc.kernels.loss.consistency import Consistency
+
+            consistency = Consistency(self.distance)
+            to.views(2, share_dropout=True)
+            to.term(
+                lambda forward: consistency(forward.logits, _rows(forward)),
+                over="targets",
+                metric="consistency",
+                weight=self.weight,
+                joint=consistency,
+                of_classes=self.distance == "kl",
+                what=f"distance of the two views (noise at {len(noisy)} layers)",
+            )
 
     def reference(
         self,
@@ -137,6 +140,12 @@ class Pace(Construct):
             return (one - two).square().sum(-1).mean()
         p, q = one.log_softmax(-1), two.log_softmax(-1)
         return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+
+
+def _rows(forward: Forward) -> Tensor | None:
+    """Return which rows of a view's logits count, None for all: where the targets are no class of each row."""
+    counted = forward.counted
+    return counted if counted.shape == forward.view(0).shape[:-1] else None
 
 
 def _multiply(z: Tensor) -> Any:

@@ -1,28 +1,37 @@
 """Cross-entropy against its definition, torch's, and exact weights under unequal counts."""
 
+import itertools
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from trainc.compiler.constructs.loss.cross_entropy import CrossEntropy
+import trainc
+from trainc.compiler.constructs.loss.cross_entropy import ClassAxis, CrossEntropy
+from trainc.compiler.method.loss import LossMismatch
 
 LOGITS = torch.randn(5, 7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(0, 11, (5, 7), generator=torch.Generator().manual_seed(1))
 TARGETS[0, 2:] = -100
+SOFT = LOGITS.flip(0).softmax(-1)
+WEIGHTS = tuple(0.1 * i for i in range(11))
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return loss and gradient, by the task and by definition."""
     compiled: dict[str, Tensor] = {}
     reference: dict[str, Tensor] = {}
-    for smoothing in (0.0, 0.1):
-        loss = CrossEntropy(label_smoothing=smoothing)
+    cases = itertools.product((0.0, 0.1), (None, WEIGHTS), (TARGETS, SOFT))
+    for i, (smoothing, weight, targets) in enumerate(cases):
+        loss = CrossEntropy(label_smoothing=smoothing, class_weight=weight, class_axis="last")
         for out, function in ((compiled, loss.make_loss()), (reference, loss.reference)):
             logits = LOGITS.clone().requires_grad_()
-            value = function(logits, TARGETS)
+            value = function(logits, targets)
             value.backward()
             assert logits.grad is not None
-            out |= {f"loss {smoothing}": value.detach(), f"gradient {smoothing}": logits.grad}
+            out |= {f"loss {i}": value.detach(), f"gradient {i}": logits.grad}
     return compiled, reference
 
 
@@ -45,4 +54,115 @@ def test_weights_are_each_examples_part_of_the_mean() -> None:
 def test_accuracy_counts_only_what_counts() -> None:
     targets = LOGITS.argmax(-1)
     targets[1] = -100
-    assert CrossEntropy().make_loss().metrics(LOGITS, targets) == {"accuracy": 28.0}
+    assert CrossEntropy().make_loss().metrics(LOGITS, targets) == {"accuracy": (28.0, 28.0)}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", [None, (0.5, 1.0, 2.0, 0.0)])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 5, 3)])
+def test_classes_on_axis_1_are_torchs_bit_for_bit(
+    shape: tuple[int, ...], soft: bool, weight: tuple[float, ...] | None, smoothing: float
+) -> None:
+    logits = torch.randn(shape)
+    targets = torch.randn(shape).softmax(1) if soft else torch.randint(4, (6, *shape[2:]))
+    given = None if weight is None else torch.tensor(weight)
+    want = torch.nn.functional.cross_entropy(
+        logits, targets, weight=given, label_smoothing=smoothing
+    )
+    axis: ClassAxis | None = 1 if soft else None  # one reading of indices fits
+    loss = CrossEntropy(class_axis=axis, class_weight=weight, label_smoothing=smoothing)
+    assert torch.equal(loss.make_loss()(logits, targets), want)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("axis", ["last", 1])
+@pytest.mark.parametrize("weight", [None, WEIGHTS])
+def test_examples_add_up_to_the_mean(
+    axis: ClassAxis, soft: bool, weight: tuple[float, ...] | None
+) -> None:
+    logits, targets = LOGITS, SOFT if soft else TARGETS
+    if axis == 1:
+        logits, targets = logits.movedim(-1, 1), SOFT.movedim(-1, 1) if soft else TARGETS
+    loss = CrossEntropy(class_axis=axis, class_weight=weight, label_smoothing=0.1).make_loss()
+    weights = loss.weights(targets)
+    each = [loss(logits[i : i + 1], targets[i : i + 1]) for i in range(5)]
+    assert float(weights.sum()) == pytest.approx(1.0)
+    torch.testing.assert_close((weights * torch.stack(each)).sum(), loss(logits, targets))
+    counts = [loss.count(part) for part in (targets[:2], targets[2:])]
+    halves = [loss(logits[:2], targets[:2]), loss(logits[2:], targets[2:])]
+    both = sum(count * half for count, half in zip(counts, halves, strict=True)) / sum(counts)
+    torch.testing.assert_close(both, loss(logits, targets))
+
+
+@pytest.mark.parametrize(
+    ("fields", "logits", "targets", "says"),
+    [
+        ({}, (2, 4, 4), torch.zeros(2, 4).long(), "two readings: write `class_axis = last`"),
+        ({}, (2, 4, 3), torch.zeros(2, 4, 3), "two readings: write `class_axis = last`"),
+        ({"class_axis": 1}, (2, 4, 3), torch.zeros(2, 4).long(), "write `class_axis = last`"),
+        ({"class_axis": "last"}, (2, 4, 3), torch.zeros(2, 3).long(), "write `class_axis = 1`"),
+        ({}, (2, 4, 3), torch.zeros(2, 5).long(), r"\[2, 4, 3\] and targets \[2, 5\] do not fit"),
+        ({}, (2, 4), torch.zeros(2), "Give class indices as int64"),
+        ({}, (2, 4), torch.zeros(2).int(), r"`targets\.long\(\)`"),
+        ({"ignore_index": 0}, (2, 4), torch.zeros(2, 4), "remove it"),
+        ({"class_weight": (1.0,)}, (2, 4), torch.zeros(2).long(), "one number for each class"),
+    ],
+)
+def test_what_does_not_fit_says_what_to_write(
+    fields: dict[str, Any], logits: tuple[int, ...], targets: Tensor, says: str
+) -> None:
+    with pytest.raises(LossMismatch, match=says):
+        CrossEntropy(**fields).make_loss()(torch.zeros(logits), targets)
+
+
+class Words(torch.nn.Module):
+    """As many classes as positions; the logits with the classes last, or on axis 1 as torch has them."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = torch.nn.Embedding(6, 4), torch.nn.Linear(4, 6)
+        self.transposed = transposed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embedding(ids))
+        return logits.transpose(1, 2) if self.transposed else logits
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_linear_head_says_where_the_classes_are(soft: bool) -> None:
+    ids = torch.randint(0, 6, (3, 6))
+    targets = torch.rand(3, 6, 6).softmax(-1) if soft else torch.randint(0, 6, (3, 6))
+    spec = "loss cross_entropy optimizer sgd { lr = 0.1 }"
+    model = Words(transposed=False)
+    logits = model(ids).detach()
+    found = trainc.compile(spec, model).step((ids, targets))["loss"]
+    rows = targets.flatten(0, 1) if soft else targets.flatten()
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows)
+    assert found == pytest.approx(float(want), rel=1e-6)
+    with pytest.raises(LossMismatch, match="two readings"):
+        trainc.compile(spec, Words(transposed=True)).step((ids, targets))
+
+
+def test_a_batch_that_fits_twice_is_read_as_the_one_before() -> None:
+    loss = CrossEntropy().make_loss()
+    logits, targets = torch.randn(2, 4, 4), torch.randint(4, (2, 4))
+    loss(torch.randn(2, 4, 5), torch.randint(4, (2, 5)))
+    want = torch.nn.functional.cross_entropy(logits, targets)
+    assert torch.equal(loss(logits, targets), want)
+
+
+def test_accuracy_of_probabilities_is_of_the_largest() -> None:
+    loss = CrossEntropy(class_axis="last").make_loss()
+    assert loss.metrics(SOFT, SOFT) == {"accuracy": (35.0, 35.0)}
+
+
+def test_a_step_whose_classes_all_weigh_nothing_is_the_same_in_micro_batches() -> None:
+    text = "loss cross_entropy { class_weight = [1, 0] } optimizer sgd { lr = 1 }"
+    text += " run { length = 9 steps, on_nan = skip }"
+    x, y = torch.ones(4, 3), torch.tensor([-100, -100, 1, -100])
+    whole, divided = (trainc.compile(text, torch.nn.Linear(3, 2)) for _ in range(2))
+    want, got = whole.step((x, y)), divided.step([(x[:2], y[:2]), (x[2:], y[2:])])
+    assert got == pytest.approx(want, nan_ok=True)
+    assert math.isnan(want["gradient_norm"])

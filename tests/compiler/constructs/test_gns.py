@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
+from tests.compiler.image_models import import_library
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.noise_scale.gns import Gns
 from trainc.compiler.errors import SiteError
@@ -285,13 +286,16 @@ def test_a_frozen_weight_is_left_out_of_both_sums() -> None:
 
 
 def test_it_is_measured_before_clipping() -> None:
-    from trainc.runtime.step.optimizer import Clip, ParamSlot
+    from trainc.runtime.step.gradients import Clip
+    from trainc.runtime.step.optimizer import ParamSlot
 
     model = Tiny(nn.LayerNorm)
     action, sites = measure(model, NORMS)
     slots = [ParamSlot(name, p, 0.0) for name, p in model.named_parameters()]
     machine = StepMachine(
-        [Clip("clip", 1e-3, slots), action], Clock(), dict(model.named_parameters())
+        [Clip("clip", 1e-3, slots, "gradient_norm"), action],
+        Clock(),
+        dict(model.named_parameters()),
     )
     step = machine.begin()
     filled = run_step(
@@ -495,11 +499,11 @@ def test_what_computes_something_else_is_refused(module: nn.Module) -> None:
 
 @pytest.mark.models
 def test_the_norms_of_llama_and_gemma_are_taken() -> None:
-    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    assert norm_site("n", LlamaRMSNorm(16)).casting == "llama"
-    assert norm_site("n", GemmaRMSNorm(16)).casting == "gemma"
+    models = "transformers.models"
+    gemma = import_library(f"{models}.gemma.modeling_gemma").GemmaRMSNorm(16)
+    llama = import_library(f"{models}.llama.modeling_llama").LlamaRMSNorm(16)
+    assert norm_site("n", llama).casting == "llama"
+    assert norm_site("n", gemma).casting == "gemma"
 
 
 class Raw(nn.Module):
@@ -546,9 +550,9 @@ def test_what_cannot_be_measured_is_an_error(name: str, rule: str, words: str) -
     assert words in problem.message
 
 
-def test_batch_norm_elsewhere_is_a_warning() -> None:
+def test_batch_norm_elsewhere_is_an_error() -> None:
     (problem,) = problems("ln")
-    assert (problem.rule, problem.severity) == ("norm-mixes-examples", "warning")
+    assert (problem.rule, problem.severity) == ("norm-mixes-examples", "error")
 
 
 @pytest.mark.parametrize("smooth", [Duration(0, "steps"), Duration(5, "seconds")])

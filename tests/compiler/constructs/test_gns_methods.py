@@ -88,7 +88,9 @@ def test_micro_batches_are_compared(kind: type[nn.Module]) -> None:
 def test_replicas_of_one_process_are_refused() -> None:
     model, x, y = made()
     program = compiled(model, "noise_scale gns on all { method = replica }")
-    with pytest.raises(SiteError, match="compares replicas, but this process trains alone: wrap"):
+    with pytest.raises(
+        SiteError, match="gradients of replicas are measured, but this process trains alone: wrap"
+    ):
         program.step([(x[:3], y[:3]), (x[3:], y[3:])])
 
 
@@ -185,7 +187,7 @@ def test_documents_need_token_ids() -> None:
     program = compiled(
         nn.Sequential(nn.LayerNorm(4)), "noise_scale gns { example = document, separator = 0 }"
     )
-    with pytest.raises(SiteError, match="needs an integer input"):
+    with pytest.raises(SiteError, match="need an integer input"):
         program.step((torch.randn(3, 4), torch.randint(4, (3,))))
 
 
@@ -237,6 +239,20 @@ def test_adams_geometry_needs_second_moments() -> None:
     program.step((x, y))
     with pytest.raises(ValueError, match="needs an optimizer with second moments"):
         program.step((x, y))
+
+
+def test_adams_geometry_waits_where_the_first_steps_were_skipped() -> None:
+    model, x, y = made()
+    text = (
+        "loss cross_entropy run { length = 9 steps, on_nan = skip } optimizer adamw { lr = 1e-3 }"
+    )
+    program = trainc.compile(
+        text + ' noise_scale gns on "norm" { geometry = adam, smooth = 1 steps }', model
+    )
+    assert program.step((x, torch.full_like(y, -100)))["skipped"] == 1
+    for _ in range(2):
+        program.step((x, y))
+    assert program.signals["gns.noise"] > 0
 
 
 def test_the_l1_geometry_is_the_published_one() -> None:
@@ -388,7 +404,9 @@ def test_loss_weights_that_do_not_sum_to_one_are_an_error() -> None:
     program = compiled(model, "noise_scale gns")
     for rows in (slice(0, 3), slice(3, 6)):
         (program.loss((x[rows], y[rows])) / 2).backward()
-    with pytest.raises(ValueError, match="sum to 2, not 1: give each its fraction"):
+    with pytest.raises(
+        ValueError, match=r"multiplied by 0\.5, .* `program\.loss\(batch, loss_weight"
+    ):
         program.update()
 
 

@@ -16,6 +16,7 @@ from trainc.compiler.constructs.regularize.l2_sp import Anchors, L2Sp
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.method.term import Forward
 from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.values import value_json as v
 from trainc.runtime.schedule.clock import Clock, RunLength
@@ -63,11 +64,12 @@ def lower(
 
 def penalty(lowered: LoweredMethod, made: nn.Module, clock: Clock | None = None) -> Tensor:
     """Return the loss term as a program computes it."""
-    term = lowered.penalties["l2_sp"]
+    term = lowered.rewrite.terms["l2_sp"]
     now, dtype = clock or Clock(), torch.float64
     scalars = {k: torch.tensor(s(now), dtype=dtype) for k, s in lowered.scalars.items()}
-    parameters = {name: made.get_parameter(name) for name in term.parameters}
-    return term.value(parameters, {**scalars, **lowered.tensors})
+    nothing, parameters = torch.zeros(0), dict(made.named_parameters())
+    tensors = {**scalars, **lowered.tensors}
+    return term.evaluate(Forward(nothing, nothing, nothing, 1, parameters, tensors))
 
 
 def test_the_value_is_the_published_one() -> None:
@@ -103,7 +105,7 @@ def test_the_weight_follows_the_clock_and_the_clause() -> None:
     lowered, *_ = lower(made, l2_sp(weight=ramp), start=v.Duration(3, "steps"))
     (weight,) = lowered.scalars.values()
     assert [weight(Clock(steps=t)) for t in range(5)] == [0.0, 0.0, 0.0, 0.03, 0.04]
-    open_at = [list(lowered.open_penalties(Clock(steps=t))) for t in range(5)]
+    open_at = [list(lowered.rewrite.at(Clock(steps=t)).terms) for t in range(5)]
     assert open_at == [[], [], [], ["l2_sp"], ["l2_sp"]]
 
 
@@ -111,7 +113,8 @@ def test_what_is_frozen_is_left_out() -> None:
     made = model()
     made.get_parameter("1.weight").requires_grad_(False)
     lowered, *_ = lower(made, l2_sp(weight=1.0))
-    assert lowered.penalties["l2_sp"].parameters == ("0.weight", "2.weight")
+    penalty(lowered, made).backward()
+    assert [n for n, p in made.named_parameters() if p.grad is not None] == ["0.weight", "2.weight"]
     made.requires_grad_(False)
     inventory = build_inventory(made)
     (problem,) = l2_sp(weight=1.0).validate_targets(Targets(inventory, (), inventory.parameters))
@@ -126,6 +129,17 @@ def test_half_precision_weights_are_summed_in_float32() -> None:
     value = penalty(lowered, made)
     assert value.dtype != torch.bfloat16
     assert float(value.detach()) > 0
+
+
+def test_complex_weights_have_the_distance_of_their_parts() -> None:
+    weight = torch.randn(3, 4, dtype=torch.complex128, requires_grad=True)
+    start = torch.randn_like(weight)
+    value = L2Sp.reference({"w": weight}, {"w": start}, 0.3)
+    assert float(value.detach()) == pytest.approx(
+        0.15 * float((weight - start).detach().abs().square().sum())
+    )
+    value.backward()
+    torch.testing.assert_close(weight.grad, 0.3 * (weight - start).detach())
 
 
 def test_the_start_survives_a_resume() -> None:

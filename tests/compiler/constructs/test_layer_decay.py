@@ -1,5 +1,7 @@
 """Layer-wise decay against its definition and the convention of BEiT and timm."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -95,7 +97,7 @@ def test_a_decay_of_one_leaves_every_rate_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"decay": 0.0}, {"decay": 1.5}, {"decay": 0.5, "floor": -1.0}])
-def test_fields_have_bounds(wrong: dict[str, float]) -> None:
+def test_fields_have_bounds(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         LayerDecay(**wrong)
 

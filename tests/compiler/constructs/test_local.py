@@ -54,10 +54,14 @@ def simulated(
     for step in range(steps):
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             x, y = data(rank, step, rows)
+            before = [buffer.clone() for buffer in model.buffers()]
             optimizer.zero_grad()
             F.mse_loss(model(x), y).backward()
             if (rank, step) not in skipped:
                 optimizer.step()
+                continue
+            for buffer, kept in zip(model.buffers(), before, strict=True):
+                buffer.copy_(kept)  # nothing of a step that is left out stays
         if step + 1 in turns:
             average([[p for n, p in m.named_parameters() if names(n)] for m in models])
             if buffers:
@@ -258,7 +262,7 @@ def test_the_plan_shows_the_turns() -> None:
         ),
         (
             SGD + "distribute local from 1 epochs every 8 steps",
-            "bad-value",
+            "wrong-unit",
             "epoch",
         ),
         (

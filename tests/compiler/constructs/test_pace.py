@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
+from tests.conformance import divided
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
 from trainc.compiler.constructs.regularize.pace import Pace, is_zero
+from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 from trainc.compiler.layers.bound_modules import replace_layers
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
-from trainc.compiler.model.roles import Place
+from trainc.compiler.structure.places import Place
 from trainc.dsl.values import value_json as v
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 from trainc.kernels.noise.factors import factor
@@ -184,9 +186,9 @@ def test_the_published_schedule_is_an_expression_of_the_block() -> None:
     assert sigmas.pop("sigma:blocks.0.0") == 0.0
     found = {name: lowered.scalars[name](Clock()) for name in sigmas}
     assert found == pytest.approx(sigmas, rel=1e-12)
-    assert [site.module for site in lowered.rewrite.noises] == list(names[1:])
-    assert lowered.rewrite.pairing is not None
-    assert set(lowered.scalars) == {*sigmas, lowered.rewrite.pairing.weight}
+    assert [site.module for site in lowered.rewrite.hooks] == list(names[1:])
+    assert lowered.rewrite.views == 2
+    assert set(lowered.scalars) == {*sigmas, "weight:consistency"}
 
 
 FIRST, MIDDLE, LAST = Place(0, 4, 1, 4), Place(1, 4, 2, 4), Place(3, 4, 4, 4)
@@ -228,7 +230,7 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     rule = pace(sigma=FALLING, weight=0.5)
     x, y = torch.randn(5, 3, 4).double(), torch.randint(0, 4, (5, 3))
     lowered, sites = bound_step(model, rule, names)
-    assert [site.module for site in lowered.rewrite.noises] == list(names[:2])
+    assert [site.module for site in lowered.rewrite.hooks] == list(names[:2])
     scalars = {n: torch.tensor(s(Clock()), dtype=torch.float64) for n, s in lowered.scalars.items()}
     scalars["key"] = pack_key(7, 3)
     sites.activate(ExampleIndex(5), scalars, torch.float64, torch.device("cpu"))
@@ -256,8 +258,7 @@ def test_the_bound_model_is_the_reference_under_its_own_draws() -> None:
     assert all(torch.equal(z[:, 0], z[:, 2]) for z in factors.values())
 
     logits = model(torch.cat([x, x]))
-    assert lowered.rewrite.pairing is not None
-    weight = scalars[lowered.rewrite.pairing.weight]
+    weight = scalars["weight:consistency"]
     found = cross_entropy_consistency(logits, y, weight, "mse")
     with sites.inactive():
         expected = rule.reference(model, x, y, factors, 0.5)
@@ -355,6 +356,135 @@ def test_either_zero_is_no_effect() -> None:
     assert pace(sigma=0.1, weight=0).identity_setting()
     assert pace(sigma=0, weight=1).identity_setting()
     assert not pace(sigma=0.1, weight=1).identity_setting()
+
+
+class Tokens(nn.Module):
+    """A model of tokens that looks at each one alone, so that padding changes no other logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.body = nn.Embedding(12, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 12)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.body(self.embedding(ids))))
+        return logits
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 3]], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize("executor", ["graph", "module"])
+@pytest.mark.parametrize("distance", ["mse", "kl"])
+def test_padding_changes_nothing(distance: str, executor: Any, sizes: list[int]) -> None:
+    made = torch.Generator().manual_seed(1)
+    ids, targets = (torch.randint(1, 12, (4, 6), generator=made) for _ in range(2))
+    targets[0] = -100
+    spec = f"""loss cross_entropy optimizer sgd {{ lr = 1 }} run {{ length = 9 steps, seed = 3 }}
+    regularize pace on "body" {{ sigma = 0.5, weight = 1, distance = {distance} }}"""
+    found = []
+    for width in (0, 5):
+        padded = F.pad(ids, (0, width)), F.pad(targets, (0, width), value=-100)
+        program = trainc.compile(spec, Tokens().double(), executor=executor)
+        metrics = program.step(divided(padded, sizes))
+        found.append((metrics, dict(program.module.named_parameters())))
+    (narrow, weights), (wide, others) = found
+    assert wide == pytest.approx(narrow, rel=1e-12)
+    assert narrow["consistency"] > 0
+    torch.testing.assert_close(others, weights, rtol=1e-12, atol=1e-14)
+
+
+class DropsByFunction(nn.Module):
+    """A model whose dropout is a function, which no module stands for."""
+
+    def __init__(self, function: str, p: float = 0.5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.function, self.p = function, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        if self.function == "attention":
+            one = h[:, None]
+            h = F.scaled_dot_product_attention(one, one, one, dropout_p=self.p)[:, 0]
+        elif self.function == "layer":
+            h = nn.Dropout(self.p)(h)
+        else:
+            h = F.dropout(h, self.p, training=self.training)
+        logits: Tensor = self.head(h)
+        return logits
+
+
+@pytest.mark.parametrize("executor", ["auto", "module"])
+def test_functions_that_draw_for_each_view_apart_are_noted_once(executor: Any) -> None:
+    spec = """loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps }
+    regularize pace on "body" from 1 step { sigma = 0.1, weight = 1 }"""
+    batch = torch.randn(6, 4), torch.randint(3, (6,))
+    for function, name in (("attention", "scaled_dot_product_attention"), ("dropout", "dropout")):
+        for p in (0.5, 0.0):
+            program = trainc.compile(spec, DropsByFunction(function, p), executor=executor)
+            said = []
+            for _ in range(3):
+                program.step(batch)
+                said += [n for n in program.report().notes if "each view of an example apart" in n]
+            # A graph shares the masks of functions of dropout; the modules then differ from it, and run.
+            assert len(said) == (p > 0), (function, p)
+            assert all(name in note for note in said)
+
+
+class Routed(nn.Module):
+    """An expert that gets the examples of which a number is positive, four or five rows of two views of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.expert, self.drop, self.head = nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.where(x[:, 0] > 0)[0]
+        logits: Tensor = self.head(x.index_add(0, rows, self.drop(self.expert(x[rows]))))
+        return logits
+
+
+@pytest.mark.parametrize("executor", ["auto", "module"])
+@pytest.mark.parametrize("routed", [1, 2, 3])
+def test_layers_that_get_other_rows_than_the_examples_are_refused(
+    executor: Any, routed: int
+) -> None:
+    spec = """loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps }
+    regularize pace on "{}" { sigma = 0.1, weight = 1 }"""
+    x = torch.randn(4, 4)
+    x[:, 0] = torch.where(torch.arange(4) < routed, 1.0, -1.0)
+    program = trainc.compile(spec.replace("{}", "expert"), Routed(), executor=executor)
+    with pytest.raises(ExampleAxisUnknown, match=r"`expert` gives .* 4 examples in 2 views"):
+        program.step((x, torch.tensor([0, 1, 2, 0])))
+    model = Routed()
+    model.drop.p = 0.5
+    program = trainc.compile(spec.replace("{}", "head"), model, executor=executor)
+    with pytest.raises(ExampleAxisUnknown, match=r"`drop` gets .* share one dropout mask"):
+        program.step((x, torch.tensor([0, 1, 2, 0])))
+
+
+class Pairs(nn.Module):
+    """Compares every example with all others of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.one(x) @ self.two(x).T
+        return logits
+
+
+@pytest.mark.parametrize("executor", ["auto", "module"])
+def test_a_model_that_compares_the_examples_of_a_batch_has_no_two_views(executor: Any) -> None:
+    spec = """loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps }
+    regularize pace on "one" { sigma = 0.1, weight = 1 }"""
+    program = trainc.compile(spec, Pairs(), executor=executor)
+    with pytest.raises(SiteError, match="second view of an example would change the loss"):
+        program.step((torch.randn(4, 4), torch.arange(4)))
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

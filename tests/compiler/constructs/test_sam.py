@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import trainc
 from examples.models import gpt
+from tests.conformance import divided
 from trainc.compiler.constructs.perturb.sam import Sam
 from trainc.compiler.program.program import Program
 from trainc.runtime.mask.update_mask import SelectedEntries
@@ -39,10 +40,6 @@ def data(seed: int, examples: int = 7, dtype: torch.dtype = torch.float64) -> Ba
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(examples, 6, generator=g, dtype=torch.float64).to(dtype)
     return x, torch.randint(0, 4, (examples,), generator=g)
-
-
-def divided(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
-    return list(zip(batch[0].split(list(sizes)), batch[1].split(list(sizes)), strict=True))
 
 
 # SAM as anybody writes it.
@@ -318,6 +315,38 @@ def test_the_first_pass_leaves_no_gradient_and_no_statistics() -> None:
     assert int(model[1].num_batches_tracked) == 2  # type: ignore[index]
 
 
+class OwnDropout(nn.Module):
+    """Drops features by random numbers of generators of its own: one by itself, others in a list and a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 4).double()
+        made = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        self.generator, self.listed, self.named = made[0], [made[1]], {"third": made[2]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for generator in (self.generator, *self.listed, *self.named.values()):
+            x = x * (torch.rand(x.shape, generator=generator) > 0.3)
+        out: Tensor = self.layer(x)
+        return out
+
+
+def test_both_passes_draw_the_same_from_the_models_own_generators() -> None:
+    theirs, ours = OwnDropout(), OwnDropout()
+    program = trainc.compile(BASE + "perturb sam { rho = 0.3 }", ours)
+    seen: list[Tensor] = []
+    ours.layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    for i in range(3):
+        program.step(data(i))
+        assert torch.equal(*seen)
+        theirs(data(i)[0])  # one pass of the step moves the generators
+        states = [g.get_state() for g in (theirs.generator, *theirs.listed, theirs.named["third"])]
+        own = [g.get_state() for g in (ours.generator, *ours.listed, ours.named["third"])]
+        assert all(map(torch.equal, states, own))
+        seen.clear()
+
+
 def test_both_passes_have_the_same_dropout() -> None:
     def made() -> nn.Module:
         torch.manual_seed(0)
@@ -365,7 +394,10 @@ def words(seed: int) -> Batch:
 
 
 def step_by_loss(program: Program, batch: Batch, rho: float) -> dict[str, float]:
-    """Take one step of SAM with a program without it, by `loss`, `backward` and `update`."""
+    """Take one step of SAM with a program without it, by `loss`, `backward` and `update`.
+
+    Weights are moved through `data`, since a step in which others change weights is an error.
+    """
     model, machine = program.module, program._machine
     program.begin()  # a mask is chosen before the first pass
     clock, weights = copy.deepcopy(machine.clock), kept(model)
@@ -377,11 +409,11 @@ def step_by_loss(program: Program, batch: Batch, rho: float) -> dict[str, float]
         gradients[name] = entries.trained(gradients[name])
     with torch.no_grad():
         for name, move in sam(rho)(weights, gradients).items():
-            model.get_parameter(name).add_(move)
+            model.get_parameter(name).data.add_(move)
     program.loss(batch).backward()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(weights[name])
+            p.data.copy_(weights[name])
     assert machine.clock == clock
     return program.update()
 
@@ -723,14 +755,14 @@ def test_a_rho_that_becomes_negative_is_an_error() -> None:
     program.step(data(0))
     program.step(data(1))
     before = kept(model)
-    with pytest.raises(ValueError, match=r"sam: `rho` is -0.1 at step 2, expected 0 or more"):
+    with pytest.raises(ValueError, match=r"`perturb sam` is -0.1 in step 2: expected 0 or more"):
         program.step(data(2))
     assert_unmoved(model, before)
 
 
 def test_a_rho_that_is_not_measured_yet_says_so() -> None:
     program = trainc.compile(BASE + "perturb sam { rho = 0.1 * loss }", net())
-    with pytest.raises(ValueError, match="is nan at step 0 because a signal in it is not measured"):
+    with pytest.raises(ValueError, match="is nan in step 0: a signal in it is not measured yet"):
         program.step(data(0))
 
 

@@ -1,19 +1,17 @@
 """SAM under DistributedDataParallel: two processes give what a loop by hand gives on both halves of the batch."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import trainc
+from tests.processes import run_processes, run_rank
 from trainc.compiler.errors import SiteError
 from trainc.compiler.lower.lowering import Lowering
 from trainc.dsl.reading.construct import Construct, Effect
@@ -65,12 +63,8 @@ def batches(rank: int, step: int, whole: bool) -> list[Batch]:
     return list(zip(x.split(sizes), y.split(sizes), strict=True))
 
 
-def replica(rank: int, folder: str) -> None:
+def replica(rank: int) -> Any:
     """Run every case; a process of its own."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
     found: dict[str, Any] = {}
     for name, (fields, whole) in CASES.items():
         model = net()
@@ -80,8 +74,7 @@ def replica(rank: int, folder: str) -> None:
         found[name] = {"losses": losses, "weights": model.state_dict()}
     found["inputs"] = input_gradients(rank)
     found |= {f"sharded {when}": sharded(when) for when in ("first", "late")}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 class Look(Construct):
@@ -135,15 +128,14 @@ def sharded(when: str) -> str:
 
 
 def backward(model: nn.Module, step: int, whole: bool) -> float:
-    """Accumulate the gradient of the mean over replicas of their mean losses."""
+    """Accumulate the gradient of the mean loss over the examples of all replicas."""
     total = 0.0
-    for rank in range(RANKS):
-        micro_batches = batches(rank, step, whole)
-        count = sum(len(y) for _, y in micro_batches)
-        for x, y in micro_batches:
-            loss = cross_entropy(model(x), y) * (len(y) / count / RANKS)
-            loss.backward()
-            total += loss.item()
+    of_all = [one for rank in range(RANKS) for one in batches(rank, step, whole)]
+    count = sum(len(y) for _, y in of_all)
+    for x, y in of_all:
+        loss = cross_entropy(model(x), y) * (len(y) / count)
+        loss.backward()
+        total += loss.item()
     return total
 
 
@@ -178,16 +170,7 @@ def by_hand(fields: str, whole: bool) -> tuple[list[float], nn.Module]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("replicas")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-P", __file__, str(rank), str(folder)], stderr=subprocess.PIPE
-        )
-        for rank in range(RANKS)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_processes(__file__, RANKS, folder)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -225,4 +208,4 @@ def test_sharded_parameters_are_refused_at_the_clause_or_at_the_first_step(
 
 
 if __name__ == "__main__":
-    replica(int(sys.argv[1]), sys.argv[2])
+    run_rank(replica)

@@ -21,8 +21,9 @@ from trainc.compiler.model.inventory import build_inventory
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.schedule.unit_conversion import UnitConversion
+from trainc.runtime.step.gradients import Clip
 from trainc.runtime.step.machine import StepMachine
-from trainc.runtime.step.optimizer import Clip, OptimizerStep, ParamSlot
+from trainc.runtime.step.optimizer import OptimizerStep, ParamSlot
 from trainc.runtime.step.record import Signals, Step
 
 CASE = json.loads((Path(__file__).parents[2] / "reference/masks.json").read_text())["sift"]
@@ -98,7 +99,7 @@ class Run:
         self.optimizer = OptimizerStep("optimizer", slots, make)
         actions = [*self.lowered.actions, self.optimizer]
         if clip is not None:
-            actions.append(Clip("clip", clip, slots))
+            actions.append(Clip("clip", clip, slots, "gradient_norm"))
         parameters = dict(self.model.named_parameters())
         self.machine = StepMachine(actions, Clock(), parameters)
 

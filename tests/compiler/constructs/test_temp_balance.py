@@ -5,7 +5,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,13 +14,17 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import trainc
+from examples.models import gpt
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
+from trainc.compiler.constructs.lr._balance import Map
 from trainc.compiler.constructs.lr.temp_balance import Balance, TempBalance
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
+from trainc.dsl.text.render import render_text
 from trainc.dsl.values.value_json import Range
+from trainc.functional import balance
 from trainc.kernels.parameter.spectrum import alphas
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.time_span import TimeSpan
@@ -69,14 +73,19 @@ class Bench:
     """A clause lowered onto a network, its step machine, and the factors its parameters get."""
 
     def __init__(
-        self, net: nn.Module, construct: TempBalance, only: str = "", **timing: Any
+        self,
+        net: nn.Module,
+        construct: TempBalance,
+        only: str = "",
+        leave: tuple[str, ...] = ("norm", "bn"),
+        **timing: Any,
     ) -> None:
         inventory, self.lowered = build_inventory(net), LoweredMethod()
         self.net = net
         names = tuple(
             p.name
             for p in inventory.parameters
-            if only in p.name and "norm" not in p.name and "bn" not in p.name
+            if only in p.name and not any(part in p.name for part in leave)
         )
         clause = BoundClause(construct, "tb", names, **timing)
         construct.lower(
@@ -133,6 +142,120 @@ def test_the_map_is_that_of_the_published_code(low: float, high: float) -> None:
     found = TempBalance(range=Range(low, high)).balance(alphas)
     rates = [factor * known["base_lr"] for factor in found.values()]
     assert rates == pytest.approx(known["tempbalance"][f"tb_linear_map_{low}_{high}"])
+
+
+@pytest.mark.parametrize("map", ["sqrt", "log2", "step"])
+def test_other_maps_are_those_of_the_published_code(map: Any) -> None:
+    known = REFERENCE["assign"]
+    found = balance(known["alphas"], known["base_lr"], map=map)
+    assert found == pytest.approx(known["tempbalance"][f"tb_{map}_0.5_1.5"])
+    assert found == pytest.approx(
+        [0.1 * f for f in TempBalance(map=map).balance(dict(enumerate(known["alphas"]))).values()]  # type: ignore[arg-type]
+    )
+
+
+def test_the_sigmoid_is_the_formula_with_a_strength_for_each_side() -> None:
+    alphas = [1.5, 2.0, 2.2, 3.4]
+    mean = sum(alphas) / 4
+    strengths = [2.0 if alpha <= mean else 1.0 for alpha in alphas]
+    want = [
+        10 ** (s * (1 / (1 + math.exp(-10 * (a - mean))) - 0.5))
+        for s, a in zip(strengths, alphas, strict=True)
+    ]
+    found = balance(alphas, range=(0.1, math.sqrt(10)), map="sigmoid")
+    assert found == pytest.approx(want)
+    assert balance([0.0, 1e9], range=(0.1, 2), map="sigmoid") == pytest.approx([0.1, 2])
+
+
+@pytest.mark.parametrize("map", get_args(Map))
+def test_exponents_without_a_spread_or_a_number_leave_the_rate(map: Any) -> None:
+    limits = (0.5, 1.5)
+    for known in ([], [3.0], [3.0, 3.0, 3.0], [math.nan, 2.0], [math.nan, math.inf]):
+        assert balance(known, 0.1, limits, map) == pytest.approx([0.1] * len(known))
+    with_one = balance([2.0, math.nan, 4.0], 0.1, limits, map)
+    assert with_one[1] == 0.1
+    assert with_one[::2] == pytest.approx(balance([2.0, 4.0], 0.1, limits, map))
+
+
+def test_modules_of_a_block_share_the_factor_of_their_mean() -> None:
+    torch.manual_seed(2)
+    net = gpt(layers=3, width=64, heads=2, context=8, vocabulary=70)
+    bench = Bench(net, TempBalance(unit="block"), only="weight", leave=("embed", "ln"))
+    step = bench.step()
+    alphas_, factors = step.series["tb.alpha"], step.series["tb.lr_factor"]
+    blocks = [[n for n in alphas_ if n.startswith(f"blocks.{i}.")] for i in range(3)]
+    means = [sum(alphas_[n] for n in names) / len(names) for names in blocks]
+    want = balance(means)
+    for names, factor in zip(blocks, want, strict=True):
+        assert len(names) == 4
+        assert [factors[name] for name in names] == pytest.approx([factor] * 4)
+    assert {factors[n] for n in factors if not n.startswith("blocks.")} == {1.0}
+
+
+def test_controls_change_what_the_factors_follow_and_nothing_else() -> None:
+    plain = Bench(same_size(5), TempBalance()).step()
+    alphas_, factors = plain.series["tb.alpha"], plain.series["tb.lr_factor"]
+    mirrored = Bench(same_size(5), TempBalance(control="reversed")).step()
+    assert mirrored.series["tb.alpha"] == alphas_
+    for name, factor in mirrored.series["tb.lr_factor"].items():
+        assert factor == pytest.approx(2.0 - factors[name])
+    seen = []
+    for _ in range(2):
+        bench = Bench(same_size(5), TempBalance(control="permuted"), every=TimeSpan(1, "steps"))
+        first, second = bench.step(), bench.step()
+        assert first.series["tb.alpha"] == alphas_
+        for step in (first, second):
+            found = step.series["tb.lr_factor"]
+            assert sorted(found.values()) == pytest.approx(sorted(factors.values()))
+            assert all(found[name] != pytest.approx(factors[name]) for name in found)
+        assert first.series["tb.lr_factor"] != second.series["tb.lr_factor"]
+        seen.append([first.series["tb.lr_factor"], second.series["tb.lr_factor"]])
+    assert seen[0] == seen[1]
+
+
+def test_a_static_control_keeps_the_factors_of_the_first_measurement() -> None:
+    net = same_size(4)
+    bench = Bench(net, TempBalance(control="static"), every=TimeSpan(1, "steps"))
+    first = bench.step()
+    with torch.no_grad():
+        net.get_parameter("0.weight").copy_(torch.randn(64, 64) ** 5)
+    second = bench.step()
+    assert second.series["tb.alpha"] != first.series["tb.alpha"]
+    assert second.series["tb.lr_factor"] == first.series["tb.lr_factor"]
+
+
+def test_a_single_block_is_told() -> None:
+    net = gpt(layers=1, width=64, heads=2, context=8, vocabulary=70)
+    spec = "loss cross_entropy optimizer adamw { lr = 1e-3 }"
+    clause = 'lr temp_balance on "blocks.**" & ndim(2) { unit = block }'
+    warnings = trainc.compile(f"{spec} {clause}", net).plan.warnings
+    assert "needs two blocks that can be measured, but the selection has 1" in render_text(warnings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("range = 2..3, map = sigmoid", "limits on both sides of 1"),
+        ("map = sqrt, range = 0.5..1.5", "has no `range`"),
+        ("fit = dks, xmin_pos = 3", "are of `fit = median`, not `dks`"),
+        ("fit = mode", "median"),
+        ("map = cubic", "linear"),
+    ],
+)
+def test_fields_of_another_map_or_fit_are_refused(fields: str, said: str) -> None:
+    spec = trainc.check(f"loss mse\noptimizer sgd {{ lr = 0.1 }}\nlr temp_balance {{ {fields} }}")
+    assert said in render_text(spec.errors)
+
+
+@pytest.mark.parametrize("fit", ["dks", "peak"])
+def test_factors_of_other_fits_are_the_definition(fit: Any) -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(70, 60), nn.Conv2d(20, 12, 3), nn.Linear(64, 90))
+    construct = TempBalance(fit=fit, map="log2")
+    bench = Bench(net, construct)
+    step = bench.step()
+    weights = {name: net.get_submodule(name).get_parameter("weight") for name in "012"}
+    assert step.series["tb.lr_factor"] == pytest.approx(construct.reference(weights), rel=1e-3)
 
 
 @pytest.mark.parametrize("case", ["tb_linear_map all equal [3,3,3]", "tb_linear_map single [3]"])

@@ -8,10 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import models
+from trainc.compiler.constructs.regularize._noise import Noise
+from trainc.compiler.execution.capture import capture
 from trainc.compiler.graph.interface import Outputs
 from trainc.compiler.graph.step_graph import StepGraph
-from trainc.compiler.method.sites import NoiseSite, NormSite, Pairing, Rewrite
-from trainc.compiler.program.capture import capture
+from trainc.compiler.layers.bound_modules import replace_layers
+from trainc.compiler.method.layer_hook import LayerHookSite
+from trainc.compiler.method.sites import NormSite, Rewrite, Views
+from trainc.compiler.method.term import Term
+from trainc.kernels.loss.consistency import Consistency
 from trainc.kernels.noise.multiplicative_noise import multiplicative_noise
 from trainc.kernels.noise.philox import pack_key
 from trainc.runtime.data.batch import Batch
@@ -21,6 +26,7 @@ class CrossEntropy:
     name = "cross_entropy"
     ignore_index = -100
     label_smoothing = 0.0
+    is_cross_entropy = True
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
@@ -56,8 +62,16 @@ def norm_sites(model: nn.Module) -> list[NormSite]:
 
 
 def step_of(model: nn.Module, batch: Batch, rewrite: Rewrite, **changes: Any) -> StepGraph:
-    given: dict[str, Any] = {"penalties": {}, "scalars": {}} | changes
-    return capture(model, given.pop("loss", LOSS), batch, rewrite=rewrite, **given)
+    given: dict[str, Any] = {"scalars": {}} | changes
+    sites = replace_layers(model, Rewrite(hooks=rewrite.hooks))
+    try:
+        return capture(model, given.pop("loss", LOSS), batch, rewrite=rewrite, sites=sites, **given)
+    finally:
+        sites.unbind()
+
+
+def noise_site(module: str, index: int, share: Any = "token") -> LayerHookSite:
+    return LayerHookSite(module, Noise(share), index, "", (("sigma", f"sigma:{module}"),))
 
 
 def one_by_one(model: nn.Module, batch: Batch, sites: Sequence[NormSite]) -> dict[str, Tensor]:
@@ -90,20 +104,35 @@ def check_against_eager(model: nn.Module, batch: Batch, out: Outputs) -> None:
 
 def paced(model: nn.Module, distance: Any = "mse") -> tuple[Rewrite, dict[str, Tensor]]:
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    noises = [NoiseSite(n, i, "none" if i % 2 else "token") for i, n in enumerate(names)]
-    scalars = {site.scalar: torch.tensor(0.1 * (i + 1)) for i, site in enumerate(noises)}
+    hooks = [noise_site(n, i, "none" if i % 2 else "token") for i, n in enumerate(names)]
+    scalars = {f"sigma:{name}": torch.tensor(0.1 * (i + 1)) for i, name in enumerate(names)}
     scalars |= {"key": pack_key(7, 3), "weight:consistency": torch.tensor(0.5)}
-    return Rewrite(noises=noises, pairing=Pairing(distance)), scalars
+    return paired(Rewrite(hooks=hooks), distance), scalars
+
+
+def paired(rewrite: Rewrite, distance: str = "mse") -> Rewrite:
+    """Add two views with one dropout mask and the term `consistency` that compares them."""
+    consistency = Consistency(distance)
+    rewrite.view_requests = [Views("consistency", 2, True, False)]
+    rewrite.terms["consistency"] = Term(
+        "consistency",
+        lambda forward: consistency(forward.logits),
+        "examples",
+        "weight:consistency",
+        joint=consistency,
+    )
+    return rewrite
 
 
 def noisy(model: nn.Module, rewrite: Rewrite, scalars: dict[str, Tensor]) -> list[Any]:
     """Add the noise with forward hooks."""
 
-    def hook(site: NoiseSite) -> Callable[..., Tensor]:
+    def hook(site: LayerHookSite) -> Callable[..., Tensor]:
         def add(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-            sigma, key = scalars[site.scalar], scalars["key"]
-            return multiplicative_noise(out, sigma, key, site.index, rewrite.views, site.share)
+            sigma, key = scalars[f"sigma:{site.module}"], scalars["key"]
+            share = site.hook.share  # type: ignore[attr-defined]
+            return multiplicative_noise(out, sigma, key, site.index, rewrite.views, share)
 
         return add
 
-    return [model.get_submodule(s.module).register_forward_hook(hook(s)) for s in rewrite.noises]
+    return [model.get_submodule(s.module).register_forward_hook(hook(s)) for s in rewrite.hooks]

@@ -8,7 +8,7 @@ from tests.compiler.passes.step_cases import noisy, paced, step_of
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.passes.add_noise import AddNoise
 from trainc.compiler.passes.fuse_head import FuseHead
-from trainc.compiler.passes.pair_views import PairViews
+from trainc.compiler.passes.fuse_loss import FuseLoss
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
 
 
@@ -48,8 +48,8 @@ def test_the_loss_through_the_head_is_the_loss_of_its_logits(how: str, distance:
     model = Headed(how).double().train()
     x, targets = torch.randn(4, 6).double(), torch.tensor([3, -100, 1, 4])
     rewrite, scalars = paced(model, distance)
-    rewrite.noises = rewrite.noises[:1]  # noise on the logits would have to be added to them
-    passes = (AddNoise(), PairViews(), FuseHead(always=True))
+    rewrite.hooks = rewrite.hooks[:1]  # noise on the logits would have to be added to them
+    passes = (AddNoise(), FuseLoss(), FuseHead(always=True))
     step = step_of(model, (x, targets), rewrite, scalars=scalars, passes=passes)
     assert head_calls(step) == ["linear_cross_entropy_consistency"]
     assert any("one operator" in note for note in step.notes)
@@ -64,8 +64,8 @@ def test_the_loss_through_the_head_is_the_loss_of_its_logits(how: str, distance:
         handle.remove()
     exact = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     torch.testing.assert_close(got.loss, loss.detach(), rtol=1e-10, atol=0)
-    for one in ("data_loss", "consistency"):
-        torch.testing.assert_close(getattr(got, one), getattr(want, one), rtol=1e-10, atol=0)
+    torch.testing.assert_close(got.data_loss, want.data_loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(got.terms, want.terms, rtol=1e-10, atol=0)
     for grad, expected in zip(got.grads.values(), exact, strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
 
@@ -75,7 +75,7 @@ def test_a_head_whose_logits_are_read_is_left_alone(how: str) -> None:
     model = Headed(how).double().train()
     batch = (torch.randn(4, 6).double(), torch.tensor([3, -100, 1, 4]))
     rewrite, scalars = paced(model)
-    passes = (AddNoise(), PairViews(), FuseHead(always=True))
+    passes = (AddNoise(), FuseLoss(), FuseHead(always=True))
     step = step_of(model, batch, rewrite, scalars=scalars, passes=passes)
     assert head_calls(step) == ["cross_entropy_consistency"]
 
@@ -83,7 +83,7 @@ def test_a_head_whose_logits_are_read_is_left_alone(how: str) -> None:
 def test_only_large_heads_and_batches_are_fused_and_no_logits_are_made() -> None:
     model = Headed("linear", 8192).double().train()
     rewrite, scalars = paced(model)
-    rewrite.noises = []
+    rewrite.hooks = []
     for examples, want in (
         (8, "cross_entropy_consistency"),
         (260, "linear_cross_entropy_consistency"),

@@ -1,0 +1,1 @@
+"""Small random models of many architectures, every construct on each of them, and what is checked of three steps."""

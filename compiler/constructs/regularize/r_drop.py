@@ -1,0 +1,78 @@
+"""R-Drop: two passes of the same examples with dropout of their own should agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from trainc.compiler.constructs.regularize import _two_views
+from trainc.dsl.reading.construct import Construct, Problem, Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.lower.lowering import Lowering
+
+
+class RDrop(Construct):
+    """Passes every example twice, each pass with dropout masks of its own, and adds the divergence of the two.
+
+    With p and q the softmaxes of the two passes' logits, the loss is the mean of the losses of both
+    passes plus `weight` times the mean over the counted targets of (KL(p || q) + KL(q || p)) / 2:
+    both means run over the same targets, and both passes have gradients. In a model without dropout
+    the two passes are equal and the divergence is 0. With `weight = 0` every example passes once.
+    """
+
+    cite: ClassVar = (
+        "Liang, Wu, Li et al., R-Drop: Regularized Dropout for Neural Networks, NeurIPS 2021, "
+        "arXiv:2106.14448"
+    )
+    usage: ClassVar = "regularize r_drop { weight = 1.0 }"
+    identity: ClassVar = {"weight": "0"}
+    effects: ClassVar = (_two_views.two_views("pass two views with dropout of their own"),)
+    rules: ClassVar = _two_views.RULES
+
+    weight: Schedule = Field(
+        description="coefficient of the divergence; the paper has 0.1 to 1 for classifiers, 5 for translation"
+    )
+
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Warn of BatchNorm, and of a model in which no layer is a Dropout."""
+        yield from _two_views.batch_norm_problems(bound)
+        yield from _no_dropout(bound)
+
+    def lower(self, to: Lowering) -> None:
+        """Pass two views, each with its own dropout, and add their divergence over the counted targets."""
+        to.views(2, share_dropout=False, loss="mean")
+        to.term(
+            lambda forward: self.reference(forward.view(0), forward.view(1), forward.counted),
+            over="targets",
+            weight=self.weight,
+            of_classes=True,
+            what="divergence of the two views",
+        )
+
+    @staticmethod
+    def reference(one: Tensor, two: Tensor, counted: Tensor) -> Tensor:
+        """Return (KL(p || q) + KL(q || p)) / 2 of two views' logits (..., classes), 0-d, in float32 at least.
+
+        It is the mean over the targets `counted` (...), bool; without one it is not a number, as the loss is.
+        """
+        import torch
+
+        dtype = torch.promote_types(one.dtype, torch.float32)
+        # Whatever the other rows hold, no gradient meets it.
+        one, two = (view.to(dtype).where(counted.unsqueeze(-1), 0.0) for view in (one, two))
+        log_p, log_q = one.log_softmax(-1), two.log_softmax(-1)
+        each = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
+        return each.sum() / counted.sum()
+
+
+def _no_dropout(bound: Targets) -> Iterator[Problem]:
+    """Yield a warning where no module of the model is a Dropout."""
+    if not any("Dropout" in name for module in bound.inventory.modules for name in module.types):
+        message = "no layer of the model is a Dropout: unless it draws random numbers itself, the two passes are equal"
+        yield Problem("no-effect", message, severity="warning")

@@ -1,0 +1,75 @@
+"""Mechanisms for a clause that keeps another module beside the model, or other weights for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from torch import nn
+
+from trainc.compiler.lower.clause_access import ClauseAccess
+from trainc.runtime.companion.companion import Companion, Since
+from trainc.runtime.companion.module_copy import saved_tensors
+
+
+class CompanionAccess(ClauseAccess):
+    """One clause's access to modules beside the model."""
+
+    # Modules beside the model
+
+    def companion(
+        self,
+        name: str,
+        *,
+        module: nn.Module | None = None,
+        since: Since = "start",
+        parameters: Iterable[str] | None = None,
+        wide: bool = False,
+    ) -> Companion:
+        """Return another module beside the model, in eval mode, with checkpointed values: `module`, or a copy.
+
+        A copy holds the model as it is before the first step of the run (`start`), before the first step in which the
+        clause's gate is open (`from`), or when its `copy` is called (`call`), so that the clause declares an effect in
+        `perturb`, or in `observe`. It has own values of `parameters` that train, of all unless given, and of the
+        buffers beside them; where `wide`, in float32 at least. What trains is no companion: `adapt` adds it, and a term
+        reads its parameters. Raises ValueError for sharded parameters.
+        """
+        for entry in self.inventory.parameters:
+            if self._is_sharded(entry.name):
+                raise ValueError(
+                    f"it keeps a copy of the model, and `{entry.name}` is sharded over processes (FSDP2). Use"
+                    " DistributedDataParallel, or remove the clause"
+                )
+        names = partial(self._held, None if parameters is None else frozenset(parameters))
+        made = Companion(f"{self.label} {name}", self.model, names, module, since, wide=wide)
+        follows_clause = since == "from" and module is None
+        made.gate = self.gate() if follows_clause else None
+        self._method.actions.append(made)
+        return made
+
+    def _held(self, parameters: frozenset[str] | None) -> set[str]:
+        """Return which of these parameters train, and the names of saved buffers in their modules."""
+        trained = {name for part in self._method.optimizers for name in part.targets}
+        trained = {
+            n for n in trained - self._method.frozen if self.inventory.parameter[n].trainable
+        }
+        held = trained if parameters is None else trained & parameters
+        owners = {owner for name in held for owner in self.inventory.parameter[name].modules}
+        return held | {
+            name
+            for name, tensor in saved_tensors(self.model).items()
+            if not isinstance(tensor, nn.Parameter)
+            and (held == trained or name.rpartition(".")[0] in owners)
+        }
+
+    def evaluate_with(self, companion: Companion) -> None:
+        """Let evaluation and saving use a companion's values in place of the trained weights, once it has any.
+
+        Raises ValueError for a companion that is no copy of the model.
+        """
+        if not companion.is_copy:
+            raise ValueError(
+                f"evaluation uses values of the model's own tensors, and `{companion.name}` is another module: give"
+                " `to.companion` no `module`"
+            )
+        self._method.evaluated_with[self.label] = companion

@@ -1,0 +1,179 @@
+"""Mechanisms for the passes of a step: several views of an example, loss terms, and what only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, count
+from typing import Literal
+
+from torch import Tensor, nn
+
+from trainc.compiler.errors import FieldError
+from trainc.compiler.lower.clause_access import ClauseAccess
+from trainc.compiler.method.layer_hook import KeepOutput, LayerHook, LayerHookSite
+from trainc.compiler.method.loss import LOSS_WEIGHT, PARAMETER_WEIGHT
+from trainc.compiler.method.lowered_method import Scheduled
+from trainc.compiler.method.sites import Views
+from trainc.compiler.method.term import SAMPLE_IDS, Forward, JointOperator, Over, Term
+from trainc.dsl.values.value_json import Expr, Selector
+from trainc.runtime.companion.companion import Companion
+from trainc.runtime.step.observer import Observer, Passes
+
+_OF_STEP = ("key", "first_example", LOSS_WEIGHT, PARAMETER_WEIGHT, SAMPLE_IDS)
+"""Names of what every micro-batch has."""
+
+
+class ForwardAccess(ClauseAccess):
+    """One clause's access to the passes of a step."""
+
+    # Layers
+
+    def layer(
+        self, module: str, hook: LayerHook, scalars: Mapping[str, Scheduled] | None = None
+    ) -> None:
+        """Change what a layer does in train mode, by a `LayerHook` that sees `scalars` as they are in each step.
+
+        Hooks of several clauses on one layer act in the order of the spec. While the clause's gate is closed the layer
+        runs as it is. Raises ValueError where another clause replaces its forward pass, too.
+        """
+        hooks, gate = self._method.rewrite.hooks, self.gate()
+        for other in hooks:
+            if hook.replaces and other.hook.replaces and other.module == module:
+                if (other.hook, other.gate, other.scalars) == (hook, gate, ()) and not scalars:
+                    return
+                raise ValueError(
+                    f"`{other.label}` also replaces how `{module}` computes its result: leave the layer out of one of"
+                    " the two clauses"
+                )
+        named = {}
+        for name, value in (scalars or {}).items():
+            named[name] = self._unused(f"{name}:{module}")
+            self._method.scalars[named[name]] = self.while_open(value)
+        alike = sum(other.hook.draws == hook.draws for other in hooks)
+        index = alike if hook.draws else -1 - alike
+        hooks.append(LayerHookSite(module, hook, index, self.label, tuple(named.items()), gate))
+
+    def capture(self, modules: Iterable[str]) -> None:
+        """Keep what these modules give in the passes of a step, for `forward.captured` of terms and observers.
+
+        It is a list by module with one tensor a call, of all views: the result, or the first tensor of a tuple, as it
+        is before what follows changes it in place. Gradients of terms flow through it. While the clause's gate is
+        closed nothing is kept.
+        """
+        for module in modules:
+            self.layer(module, KeepOutput())
+
+    def checkpoint_activations(self, field: str, selector: Selector) -> None:
+        """Keep of the passes of the modules that a field selects their inputs alone, and run them again in backward.
+
+        Numbers stay the same: random numbers and buffers of the second pass are those of the first. Raises FieldError
+        for a module that is never called, such as a list of others.
+        """
+        for name in self.select(selector, "modules"):
+            module = self.model.get_submodule(name)
+            if type(module).forward is nn.Module.forward:
+                raise FieldError(
+                    field,
+                    f"`{name}` ({type(module).__name__}) holds modules and is never called, so it has no activations:"
+                    f' select the modules in it, as in `"{name}.*"`',
+                )
+            if name not in self._method.rewrite.checkpointed:
+                self._method.rewrite.checkpointed.append(name)
+
+    # The loss, and what reads the passes
+
+    def views(
+        self, count: int, *, share_dropout: bool, loss: Literal["first", "mean"] = "first"
+    ) -> None:
+        """Pass every example several times, in one batch; the loss is of the first view, or the mean of all views'.
+
+        While the clause's gate is closed examples pass once. With `share_dropout` the views of an example have one
+        dropout mask. Raises ValueError where another clause asks for other views.
+        """
+        wanted = Views(self.label, count, share_dropout, loss == "mean", self.gate())
+        for other in self._method.rewrite.view_requests:
+            if replace(other, label=wanted.label, gate=wanted.gate) != wanted:
+                raise ValueError(
+                    f"`{other.label}` passes every example {other.count} times"
+                    f" {'with one dropout mask' if other.share_dropout else 'with a dropout mask for each'}, and this"
+                    f" clause {count} times {'with one' if share_dropout else 'with one for each'}; their losses must"
+                    " be those of the same views too: use one of the two clauses"
+                )
+        self._method.rewrite.view_requests.append(wanted)
+
+    def term(
+        self,
+        value: Callable[[Forward], Tensor],
+        *,
+        over: Over,
+        weight: Expr | None = None,
+        metric: str | None = None,
+        scalars: Mapping[str, Scheduled] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        joint: JointOperator | None = None,
+        companions: Sequence[Companion] = (),
+        what: str | None = None,
+        of_classes: bool = False,
+        sample_ids: bool = False,
+    ) -> None:
+        """Add a term to the loss; while the clause's gate is closed it is not computed, and its metric is 0.
+
+        `value(forward)` is 0-d, and a mean `over` counted targets or examples, or a function of parameters: from it
+        accumulation over micro-batches is exact. It is multiplied by `weight`; its metric, named `metric` or as the
+        clause, is the value before. `scalars` and `tensors` reach it as `forward.tensors`, by these names, logits of
+        `companions` by `forward.logits_of`. `joint` is an operator for the term and a cross-entropy together; `what`
+        names the value in the summary of a run. With `of_classes` it reads logits as those of classes, and the clause
+        is an error if the loss has other targets. With `sample_ids` it reads `forward.sample_ids`, and a step without
+        them is an error. Raises ValueError for a second term of one name.
+        """
+        label = metric or self.label
+        if label in (*self._method.rewrite.terms, *(p.label for p in self._method.loss_parts)):
+            raise ValueError(
+                f"two terms of the loss would have the metric `{label}`: give each a `metric` of its own in `to.term`"
+            )
+        of_weight = None
+        several = over == "targets" and self._method.losses.is_sum
+        if weight is not None or over == "examples" or several:
+            of_weight = f"weight:{label}"
+            schedule = (lambda clock: 1.0) if weight is None else self.schedule(weight)
+            self._method.scalars[of_weight] = self.while_open(schedule)
+        named = {}
+        for number, scheduled in (scalars or {}).items():
+            named[number] = self._unused(number)
+            self._method.scalars[named[number]] = self.while_open(scheduled)
+        for given, tensor in (tensors or {}).items():
+            named[given] = self._unused(given)
+            self._method.tensors[named[given]] = tensor
+        of_term = tuple(companions), of_classes, sample_ids, tuple(named.items()), self.label
+        term = Term(label, value, over, of_weight, self.gate(), joint, what, *of_term)
+        self._method.rewrite.terms[label] = term
+
+    def _unused(self, name: str) -> str:
+        """Return a name of a number or tensor in the method that no other clause or call has: `name` where it can."""
+        taken = {*self._method.scalars, *self._method.tensors, *_OF_STEP}
+        candidates = chain(
+            (name, f"{name}:{self.label}"), (f"{name}:{self.label}:{i}" for i in count(2))
+        )
+        return next(one for one in candidates if one not in taken)
+
+    def observe(self, observer: Observer, of: Passes = "training") -> None:
+        """Let `observer` read every micro-batch of the steps in which the clause's gate is open, or of evaluations.
+
+        It sees logits, targets, inputs and parameters, and changes nothing; what it finds are signals of the clause,
+        under the clause's label. While the gate is closed nothing is kept for it. Evaluations are read between `from`
+        and `until`: `every` is then an error. Where its class says `sample_ids` it reads `forward.sample_ids` of
+        training steps. Raises ValueError for one that reads those of evaluations.
+        """
+        observer.of, observer.name = of, self.label
+        if of == "evaluation" and observer.sample_ids:
+            raise ValueError(
+                "sample ids number the training data, and this observer would read those of evaluations: observe"
+                ' `of="training"`'
+            )
+        if of == "evaluation":
+            self.refuse_times("the period of evaluations is `eval` in `run`", "every")
+        observer.gate = self.gate()
+        observers = self._method.evaluation_observers
+        (observers if of == "evaluation" else self._method.rewrite.observers).append(observer)
+        self._method.actions.append(observer)

@@ -1,0 +1,174 @@
+"""Another behaviour of one layer: what a construct gives to `Lowering.layer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainc.compiler.errors import ExampleAxisUnknown, SiteError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from trainc.compiler.method.example_units import ExampleUnits
+    from trainc.runtime.schedule.gate import Gate
+
+
+@dataclass(slots=True)
+class LayerContext:
+    """What a hook may use beside the tensors of its layer, of that `name` in the user's model.
+
+    `index` numbers the hooks that draw random numbers, to tell their draws apart; `views` is how many copies of each
+    example are in the batch, view by view. `scalars` are the numbers of the clock by the names that `Lowering.layer`
+    was given them, 0-d; `key` is the 0-d int64 of the step's random numbers, `first_example` the number of the batch's
+    first example in the step. `captured` says that a graph is being captured: then a hook calls plain operators, which
+    graph passes may fuse.
+    """
+
+    name: str
+    index: int
+    views: int
+    scalars: Mapping[str, Tensor]
+    key: Tensor
+    first_example: Tensor | None
+    captured: bool
+    clause: str = ""
+    rows: int | None = None
+    """The rows of the batch with all views; None where a graph is captured, whose pass compares them."""
+
+    def check_examples(self, y: Tensor, what: str) -> None:
+        """Raise ExampleAxisUnknown unless every view of every example is a row of this tensor of the layer.
+
+        `what` needs that.
+        """
+        if self.rows is not None and y.shape[0] != self.rows:
+            views = f" in {self.views} views" if self.views > 1 else ""
+            raise ExampleAxisUnknown(
+                f"`{self.name}` gives an output of shape {tuple(y.shape)}, but the batch has"
+                f" {self.rows // self.views} examples{views}. {what} needs the examples on the first axis: exclude the"
+                " layer from `on`",
+                self.clause,
+            )
+
+    def error(self, message: str) -> SiteError:
+        """Return an error at the clause of the hook, to raise; the message should name the layer."""
+        return SiteError(message, self.clause)
+
+
+class LayerHook:
+    """What changes in one layer: override `change_input`, `change_output` or `forward`.
+
+    It runs where the layer stands, by the bound modules and while a graph is captured, in train mode only. What it does
+    must be made of tensors: a value that it reads from one with `item()` keeps the step from running as a graph.
+    """
+
+    operator: ClassVar[str | None] = None
+    """The operator of trainc that computes it, for the plan; None for plain PyTorch."""
+    fused_by: ClassVar[str | None] = None
+    """The graph pass that puts the operator in place of what is captured; None where it is captured as it is."""
+    draws: ClassVar[bool] = True
+    """Whether it draws random numbers."""
+    zero_is_identity: ClassVar[bool] = False
+    """Whether the layer is the user's own where every scalar is 0."""
+
+    def change_input(self, x: Tensor, at: LayerContext) -> Tensor:
+        """Return what the layer gets in place of its first input."""
+        return x
+
+    def change_output(self, y: Tensor, at: LayerContext) -> Tensor:
+        """Return what the layer gives in place of its result, or of the first tensor of a tuple."""
+        return y
+
+    def forward(
+        self,
+        layer: nn.Module,
+        call: Callable[..., Any],
+        at: LayerContext,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Return what the layer gives; `call` is its forward pass without this hook."""
+        if args:
+            args = (self.change_input(args[0], at), *args[1:])
+        elif kwargs:
+            first = next(iter(kwargs))
+            kwargs = kwargs | {first: self.change_input(kwargs[first], at)}
+        return _with_first(call(*args, **kwargs), lambda y: self.change_output(y, at))
+
+    def done_by_measuring(self, layer_type: str, units: ExampleUnits | None) -> bool:
+        """Say whether a layer of this type, measured in these units, does what this hook does without it."""
+        return False
+
+    outermost: ClassVar[bool] = False
+    """Whether it runs around the hooks of all clauses."""
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the layer's own forward pass may not run at all."""
+        return type(self).forward is not LayerHook.forward
+
+
+class KeepOutput(LayerHook):
+    """Keeps what a layer gives in one forward pass, a tensor for each call."""
+
+    draws = False
+    zero_is_identity = outermost = True
+
+    def __init__(self) -> None:
+        self._outputs: list[Tensor] | None = None
+
+    def change_output(self, y: Tensor, at: LayerContext) -> Tensor:
+        """Keep a copy of the result, which what follows may change in place, as `nn.ReLU(inplace=True)` does."""
+        if self._outputs is not None:
+            self._outputs.append(y.clone())
+        return y
+
+    def begin(self) -> None:
+        """Keep what is given from now on."""
+        self._outputs = []
+
+    def take(self) -> list[Tensor]:
+        """Return what was kept, and keep nothing more: a checkpoint's second forward pass is not another call."""
+        found, self._outputs = self._outputs or [], None
+        return found
+
+
+def _with_first(result: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a layer's result with its tensor changed, or the first tensor of a tuple or list."""
+    if not isinstance(result, (tuple, list)):
+        return change(result)
+    first, *others = result
+    named: Any = type(result)
+    changed = (change(first), *others)
+    return named(*changed) if hasattr(named, "_fields") else named(changed)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHookSite:
+    """A layer with a hook; `scalars` pairs the hook's name of each number with its name in the method.
+
+    No two hooks of a program have one `index`; it is negative where the hook draws no random numbers.
+    """
+
+    module: str
+    hook: LayerHook
+    index: int
+    label: str = ""
+    scalars: tuple[tuple[str, str], ...] = ()
+    gate: Gate | None = None
+
+    def context(
+        self,
+        views: int,
+        scalars: Mapping[str, Tensor],
+        *,
+        captured: bool = False,
+        rows: int | None = None,
+    ) -> LayerContext:
+        """Return what the hook sees of a micro-batch, whose numbers are given by their names in the method."""
+        own = {name: scalars[full] for name, full in self.scalars}
+        first = scalars.get("first_example")
+        return LayerContext(
+            self.module, self.index, views, own, scalars["key"], first, captured, self.label, rows
+        )

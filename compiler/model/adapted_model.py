@@ -1,0 +1,111 @@
+"""What can be done with the adapters of a trained model: merge them, write them to a folder, load them from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainc.compiler.model.adapter_rule import Adapted, AdapterRule
+from trainc.compiler.model.adapters import FoundAdapter, adapters_of, unfreeze
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Fold every adapter into its layer and remove it; the other parameters train again where they did before.
+
+    Raises ValueError, and changes nothing, where an adapter cannot be folded.
+    """
+    found = _required(model)
+    kept = [
+        (parameter, parameter.detach().clone())
+        for one in found
+        for parameter in one.layer.parameters(recurse=False)
+    ]
+    try:
+        with torch.no_grad():
+            for one in found:
+                _refuse_shared(model, one)
+                _merge(one)
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in reversed(kept):
+                parameter.copy_(value)
+        raise
+    for one in found:
+        one.remove()
+    unfreeze(model)
+
+
+def _merge(one: FoundAdapter) -> None:
+    try:
+        one.adapter.rule.merge(one.layer, one.adapter)
+    except ValueError as error:
+        raise ValueError(f"`{one.full_name}` cannot be merged: {error}") from error
+
+
+def _refuse_shared(model: nn.Module, one: FoundAdapter) -> None:
+    """Raise ValueError where a parameter of the layer is used by another module, which has no adapter."""
+    own = {id(parameter) for parameter in one.layer.parameters(recurse=False)}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if module is not one.layer and id(parameter) in own:
+                raise ValueError(
+                    f"`{one.full_name}` cannot be merged, because `{one.layer_name}` shares a parameter with `{name}`,"
+                    " which would change as well. Give the layer a parameter of its own first"
+                )
+
+
+def silent_adapters(model: nn.Module, masked: Container[str]) -> Iterator[str]:
+    """Yield a note for each adapter that trains and got no gradient; that of a masked parameter is not seen."""
+    for one in adapters_of(model):
+        trained = [
+            parameter
+            for name, parameter in one.adapter.named_parameters()
+            if parameter.requires_grad and f"{one.full_name}.{name}" not in masked
+        ]
+        if trained and all(parameter.grad is None for parameter in trained):
+            yield (
+                f"`{one.full_name}` did not run in the first step: a layer whose weight its parent uses directly is"
+                " never called. Exclude such a layer from `on`"
+            )
+
+
+def write_adapters(model: nn.Module, folder: Path) -> None:
+    """Write the adapters, and what else trains, as their construct does; those of several clauses to subfolders."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(rule: AdapterRule, adapted: Adapted, where: Path) -> None:
+        where.mkdir(exist_ok=True)
+        rule.write(adapted, where)
+
+    _each(model, folder, write)
+
+
+def read_adapters(model: nn.Module, folder: Path) -> None:
+    """Load what `write_adapters` wrote; raises ValueError where it does not fit, and FileNotFoundError without it."""
+    _each(model, folder, lambda rule, adapted, where: rule.read(adapted, where))
+
+
+def _each(
+    model: nn.Module, folder: Path, act: Callable[[AdapterRule, Adapted, Path], None]
+) -> None:
+    by_label: dict[str, list[FoundAdapter]] = {}
+    for one in _required(model):
+        by_label.setdefault(one.adapter.label, []).append(one)
+    for label, found in by_label.items():
+        adapted = Adapted(
+            model,
+            {one.layer_name: one.adapter for one in found},
+            {one.layer_name: one.layer for one in found},
+            found[0].adapter.trained,
+        )
+        act(found[0].adapter.rule, adapted, folder / label if len(by_label) > 1 else folder)
+
+
+def _required(model: nn.Module) -> list[FoundAdapter]:
+    found = adapters_of(model)
+    if not found:
+        raise ValueError("the model has no adapters: no clause of its spec adapts it")
+    return found

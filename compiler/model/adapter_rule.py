@@ -1,0 +1,108 @@
+"""What the construct of an adapter says: how its adapters start, compute, are folded away, written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+FILE = "adapters.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """The adapters of one clause in a model: by the name of their layer, with the layer of each."""
+
+    model: nn.Module
+    adapters: Mapping[str, nn.Module]
+    layers: Mapping[str, nn.Module]
+    trained: tuple[str, ...]
+    """The parameters that train besides those of adapters, by name."""
+
+
+class AdapterRule:
+    """A construct that adds adapters derives from this class, too. An adapter is a child of its layer.
+
+    Only this class says what an adapter computes: the compiler runs `change_output` after the layer.
+    """
+
+    def initialize(self, name: str, tensor: Tensor, generator: Generator) -> None:
+        """Fill a parameter or buffer of an adapter in place, on the CPU; `name` is its name inside the adapter."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how `{name}` starts")
+
+    def run_adapter(self, adapter: Any, *inputs: Tensor) -> Tensor:
+        """Return what an adapter computes of its layer's inputs."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what an adapter computes")
+
+    def change_inputs(
+        self, layer: nn.Module, adapter: nn.Module, inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """Return what the layer is given in place of its inputs, by position; without this method, these."""
+        return inputs
+
+    def change_output(
+        self, layer: nn.Module, adapter: nn.Module, inputs: tuple[Any, ...], output: Any
+    ) -> Any:
+        """Return the output of the adapted layer: without this method its own and the adapter's, added up."""
+        return (output + adapter(*inputs)).to(output.dtype)
+
+    def merge(self, layer: nn.Module, adapter: nn.Module) -> None:
+        """Change the layer's parameters in place, so that it computes without the adapter what it did with it.
+
+        Raises ValueError for a layer or an adapter of which this is impossible; nothing is changed then.
+        """
+        raise ValueError(
+            f"`{getattr(self, 'title', type(self).__name__)}` has no way to merge its adapters: keep them, with"
+            " `program.save` or `program.save_adapters`"
+        )
+
+    def write(self, adapted: Adapted, folder: Path) -> None:
+        """Write the adapters, and what else trains, to a folder that exists."""
+        from safetensors.torch import save_file
+
+        save_file({n: t.detach().contiguous() for n, t in _state(adapted).items()}, folder / FILE)
+
+    def read(self, adapted: Adapted, folder: Path) -> None:
+        """Load what `write` wrote; raises ValueError where it does not fit, and changes nothing then."""
+        from safetensors.torch import load_file
+
+        from trainc.runtime.storage.foreign_files import interpreting
+
+        with interpreting(folder / FILE):
+            found = load_file(str(folder / FILE))
+        here = _state(adapted)
+        load_tensors(here, found, str(folder))
+
+
+def _state(adapted: Adapted) -> dict[str, Tensor]:
+    """Return the tensors of adapters and of what else trains, by their names in the model."""
+    state = adapted.model.state_dict(keep_vars=True)
+    owners = tuple(
+        f"{name}.{key}"
+        for name, layer in adapted.layers.items()
+        for key, child in layer.named_children()
+        if child is adapted.adapters[name]
+    )
+    return {n: t for n, t in state.items() if n in adapted.trained or n.startswith(owners)}
+
+
+def load_tensors(here: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into those of the same names; raises ValueError, before any is changed, where they do not fit."""
+    import torch
+
+    for name in here.keys() | found.keys():
+        if name not in found:
+            raise ValueError(f"{source} has no `{name}`, which this program trains")
+        if name not in here:
+            raise ValueError(f"{source} has `{name}`, which this program does not have")
+        if here[name].shape != found[name].shape:
+            raise ValueError(
+                f"`{name}` is {list(found[name].shape)} in {source}, but {list(here[name].shape)} in this program"
+            )
+    with torch.no_grad():
+        for name, tensor in here.items():
+            tensor.copy_(found[name])

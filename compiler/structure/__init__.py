@@ -1,0 +1,1 @@
+"""What the parts of a model are and where they stand: roles, blocks, and levels from the input to the head."""

@@ -1,0 +1,1 @@
+"""Memory: what there is of it, what a run takes, and passes that run out of it."""

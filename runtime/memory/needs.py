@@ -1,0 +1,82 @@
+"""What a run needs, as far as its plan tells: parts of its memory, and checkpoints on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RECORDS = 700
+"""Bytes that a step takes in the records of a run, about, where it measures little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Memory for one thing, in bytes; `sure` where the run needs no less."""
+
+    what: str
+    bytes: int
+    sure: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The memory of a run without what its passes need, and its disk.
+
+    `state` are the bytes of the optimizers' state in it, `checkpoint` those of one checkpoint; `kept` is how many of
+    these stay, `saves` how many are saved, None where that is not known; `steps` are those of the run, None likewise.
+    """
+
+    memory: tuple[Need, ...]
+    state: int
+    checkpoint: int
+    kept: int
+    saves: float | None = None
+    steps: float | None = None
+
+    @property
+    def least(self) -> int:
+        """Return the bytes of memory that the run cannot do without."""
+        return sum(need.bytes for need in self.memory if need.sure)
+
+    @property
+    def checkpoints(self) -> int:
+        """Return how many checkpoints are on the disk at once: those that are kept, and one that is written."""
+        most = self.kept + 1
+        return most if self.saves is None else min(most, max(1, round(self.saves)))
+
+    @property
+    def disk(self) -> int:
+        """Return the bytes on the disk, about."""
+        return self.checkpoints * self.checkpoint + round((self.steps or 0) * RECORDS)
+
+    def parts(self) -> str:
+        """Return the parts of the memory in words."""
+        return ", ".join(f"{one.what} {format_bytes(one.bytes)}" for one in self.memory)
+
+    def files(self) -> str:
+        """Return in words what is on the disk."""
+        one = "the checkpoint has" if self.checkpoints == 1 else "checkpoints have"
+        written = ", of which one is written" if self.checkpoints > self.kept else ""
+        count = "" if self.checkpoints == 1 else f", up to {self.checkpoints} of them{written}"
+        return f"{one} {format_bytes(self.checkpoint)}{count}"
+
+    def memory_text(self) -> str:
+        """Return what a run takes of memory, for people."""
+        whole = format_bytes(sum(one.bytes for one in self.memory))
+        return (
+            f"{whole} ({self.parts()}) and the activations of a pass, which the first step measures"
+        )
+
+    def disk_text(self) -> str:
+        """Return what a run takes of the disk, for people."""
+        records = (
+            "" if self.steps is None else f", records about {format_bytes(self.steps * RECORDS)}"
+        )
+        return f"about {format_bytes(self.disk)} ({self.files()}{records})"
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes in words."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,1 @@
+"""Pictures and tables of noise scales in finished runs."""

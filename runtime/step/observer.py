@@ -1,0 +1,162 @@
+"""Observers: they read passes without changing them, those of training steps or of evaluations."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from trainc.runtime.step.action import Action, Phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.runtime.processes.replica_group import ReplicaGroup
+    from trainc.runtime.schedule.clock import Clock
+    from trainc.runtime.step.record import Signals, Step
+
+Passes = Literal["training", "evaluation"]
+"""Whose passes are read."""
+
+
+class Seen(Protocol):
+    """What an observer sees of one micro-batch; the tensors carry no gradient, and must not be changed."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits (views * B, ...) of every view, view after view."""
+        ...
+
+    @property
+    def targets(self) -> Tensor:
+        """The targets (B, ...)."""
+        ...
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs of the batch."""
+        ...
+
+    @property
+    def views(self) -> int:
+        """How often every example was passed."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Every parameter by name."""
+        ...
+
+    @property
+    def captured(self) -> Mapping[str, Sequence[Tensor]]:
+        """What captured modules gave, one tensor of all views a call."""
+        ...
+
+    @property
+    def counted(self) -> Tensor:
+        """Which targets the loss counts, bool, of the targets' shape."""
+        ...
+
+    @property
+    def sample_ids(self) -> Tensor:
+        """Which sample of the training data each example is, int64 (B,), where the observer's class asks for it."""
+        ...
+
+    def view(self, index: int) -> Tensor:
+        """Return the logits of one view, (B, ...)."""
+        ...
+
+
+def require_classes(reader: str, forward: Seen, *, indices: bool) -> None:
+    """Raise ValueError unless every target has logits of classes, along their last axis.
+
+    With `indices` the targets must be class indices; else probabilities of classes will do.
+    """
+    if not forward.logits.numel() and forward.logits.dim() == 1:
+        from trainc.runtime.data.batch import no_logits
+
+        raise no_logits(reader)
+    rows, *others = forward.logits.shape
+    wanted = (rows // forward.views, *others[:-1])
+    found = forward.targets if indices else forward.counted
+    if tuple(found.shape) != wanted:
+        raise ValueError(
+            f"`{reader}` reads the logits {[wanted[0], *others]} as those of classes along the last axis, and needs one"
+            f" target for each of the others, {list(wanted)}, but the targets are {list(forward.targets.shape)}: give"
+            " class indices of this shape"
+        )
+
+
+class Observer(Action):
+    """Sees the micro-batches of a step, or the batches of an evaluation, and measures something of all of them."""
+
+    phase = Phase.OBSERVE
+    of: Passes = "training"
+    of_classes: ClassVar[bool] = False
+    """Whether it reads logits as those of classes: with a loss of other targets its clause is an error."""
+    sample_ids: ClassVar[bool] = False
+    """Whether it reads which samples the examples are: a step without sample ids is then an error."""
+
+    def read(self, forward: Seen) -> None:
+        """Let it see one micro-batch; raises ValueError where it reads classes and the logits have none."""
+        if self.of_classes:
+            require_classes(self.name, forward, indices=True)
+        self.see(forward)
+
+    @abstractmethod
+    def see(self, forward: Seen) -> None:
+        """Take in one micro-batch."""
+
+    @abstractmethod
+    def found(self, replicas: ReplicaGroup | None = None) -> Mapping[str, float]:
+        """Return what was measured since `forget`, by signal, over all replicas; empty where nothing was seen."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Forget what was seen: a new step or evaluation begins."""
+
+    def is_due(self, step: Step) -> bool:
+        """Return whether it reads this step."""
+        return self.of == "training" and super().is_due(step)
+
+    def run(self, step: Step) -> None:
+        """Record what was measured in the step."""
+        named = self.named(step.replicas)
+        step.metrics.update(named)
+        step.signals.update(named)
+
+    def named(self, replicas: ReplicaGroup | None = None) -> dict[str, float]:
+        """Return what was measured by full names, and forget what was seen."""
+        found = self.found(replicas)
+        self.forget()
+        return {f"{self.name}.{signal}": value for signal, value in found.items()}
+
+
+class EvaluationObservers:
+    """Lets observers whose clause is open see the batches of evaluations, each of which lasts until the next step."""
+
+    def __init__(self, observers: Sequence[Observer], clock: Clock) -> None:
+        self._observers, self._clock, self._at = observers, clock, -1
+
+    def __bool__(self) -> bool:
+        return bool(self._observers)
+
+    def see(self, forward: Seen) -> None:
+        """Show a batch to the observers; what they saw before the last step is forgotten."""
+        if self._at != self._clock.steps:
+            self._at = self._clock.steps
+            for observer in self._observers:
+                observer.forget()
+        for observer in self._observers:
+            if observer.gate is None or observer.gate.fires(self._clock):
+                observer.read(forward)
+
+    def finish(self, signals: Signals) -> dict[str, float]:
+        """Return what was measured since the evaluation began, and set the signals; the next one begins anew."""
+        found: dict[str, float] = {}
+        if self._at == self._clock.steps:
+            for observer in self._observers:
+                found |= observer.named()
+        self._at = -1
+        signals.update(found)
+        return found

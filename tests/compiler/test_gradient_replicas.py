@@ -1,0 +1,146 @@
+"""Changes of gradients with replicas: they see the mean over two processes; of shards they see single entries only."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import trainc
+from tests.compiler.gradient_methods import (
+    Batch,
+    Lars,
+    Method,
+    Signs,
+    batch,
+    changes,
+    lars,
+    net,
+    spec,
+)
+from tests.conformance import divided
+from tests.processes import run_processes, run_rank
+
+RANKS, STEPS, SIZES = 2, 4, ((3, 4), (2, 3, 2))
+SGD = "loss cross_entropy optimizer sgd { lr = 0.3, momentum = 0.9, clip = 0.02 } "
+GNS = "noise_scale gns on type(LayerNorm) { smooth = 1 steps, method = replica } "
+PLAIN = "loss cross_entropy optimizer sgd { lr = 0.3 } "
+
+
+def micro_batches(rank: int, step: int) -> list[Batch]:
+    return divided(batch(10 * step + rank), SIZES[rank])
+
+
+def trained(text: str, *methods: Method) -> Any:
+    model = net()
+    program = trainc.compile(spec(text, *methods), model)
+    program.forward = DistributedDataParallel(model)
+    metrics = [program.step(micro_batches(dist.get_rank(), step)) for step in range(STEPS)]
+    return {"metrics": metrics, "weights": model.state_dict()}
+
+
+def sharded(method: Method, when: str) -> Any:
+    """Return the weights, or the error, of a model that is sharded before it is compiled, or after."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    try:
+        if when == "first":
+            fully_shard(model)
+        program = trainc.compile(spec(PLAIN, method), model)
+        if when == "late":
+            fully_shard(model)
+        for step in range(STEPS):
+            program.step(batch(10 * step + dist.get_rank()))
+        (change,) = changes(program)
+        entries = sum(g.numel() for _, g in change.seen[0].values())
+    except (trainc.SpecError, ValueError) as error:
+        return str(error)
+    return {n: p.full_tensor() for n, p in model.named_parameters()}, entries  # type: ignore[attr-defined]
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "changed": lambda: trained(SGD, Lars()),
+    "measured": lambda: trained(SGD + GNS, Lars()),
+    "only measured": lambda: trained(SGD + GNS),
+    "whole first": lambda: sharded(Lars(), "first"),
+    "whole late": lambda: sharded(Lars(), "late"),
+    "elementwise": lambda: sharded(Signs(), "first"),
+}
+
+
+def process(rank: int) -> Any:
+    return {name: run() for name, run in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_processes(__file__, RANKS, tmp_path_factory.mktemp("replicas"))
+
+
+def backward(model: nn.Module, step: int, replicas: Sequence[int] = range(RANKS)) -> None:
+    for rank in replicas:
+        for x, y in micro_batches(rank, step):
+            (cross_entropy(model(x), y) * (len(y) / 7 / RANKS)).backward()
+
+
+def test_it_sees_the_mean_over_replicas(found: list[dict[str, Any]]) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    for step in range(STEPS):
+        backward(model, step)
+        with torch.no_grad():
+            for p in model.parameters():
+                assert p.grad is not None
+                lars(p, p.grad, 0.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.02)
+        optimizer.step()
+        optimizer.zero_grad()
+    one, two = (replica["changed"]["weights"] for replica in found)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(one[name], value, rtol=1e-12, atol=1e-12, msg=name)
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_the_noise_scale_of_replicas_does_not_see_it(found: list[dict[str, Any]]) -> None:
+    for replica in found:
+        ours, theirs = (replica[name]["metrics"][0] for name in ("measured", "only measured"))
+        names = [name for name in theirs if name.startswith("gns")]
+        assert len(names) > 2
+        assert {n: str(ours[n]) for n in names} == {n: str(theirs[n]) for n in names}
+        changed = replica["changed"]["weights"]
+        for name, value in replica["measured"]["weights"].items():
+            torch.testing.assert_close(value, changed[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_shard_is_refused_at_the_clause_or_in_the_first_step(found: list[dict[str, Any]]) -> None:
+    for replica in found:
+        assert "`lr lars` cannot be compiled: `0.weight` is sharded" in replica["whole first"]
+        assert replica["whole late"].startswith("lars: `0.weight` is sharded over processes")
+
+
+def test_entries_of_shards_can_be_changed_one_by_one(found: list[dict[str, Any]]) -> None:
+    model = net()
+    for step in range(STEPS):
+        for rank in range(RANKS):
+            x, y = batch(10 * step + rank)
+            (cross_entropy(model(x), y) / RANKS).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                assert p.grad is not None
+                p.sub_(0.3 * p.grad.sign())
+        model.zero_grad()
+    entries = 0
+    for weights, seen in (replica["elementwise"] for replica in found):
+        entries += seen
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(weights[name], value.detach(), rtol=1e-12, atol=1e-12)
+    assert entries == sum(p.numel() for p in model.parameters()), "no process has all"
+
+
+if __name__ == "__main__":
+    run_rank(process)

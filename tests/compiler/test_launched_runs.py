@@ -1,0 +1,106 @@
+"""Runs of two processes under torchrun have the numbers of one process, and each continues the other's."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.compiler.launched_runs import CASES, RESUMED, cut
+from tests.torchrun import torchrun
+from trainc.compiler.driver.train import train
+from trainc.runtime.storage import checkpoint
+from trainc.runtime.storage.jsonl import read_jsonl
+
+FILE = Path(__file__).with_name("launched_runs.py")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of all runs of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun(2, str(FILE), str(folder), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def last_state(out: Path) -> dict[str, Any]:
+    found = checkpoint.find_latest(out / "checkpoints")
+    assert found.damage == ()
+    assert found.path is not None
+    assert not [p for p in found.path.iterdir() if p.suffix not in (".json", ".safetensors")]
+    return checkpoint.load_checkpoint(found.path)
+
+
+def tensors(state: Any, name: str = "") -> dict[str, Tensor]:
+    if isinstance(state, Tensor):
+        return {name: state}
+    if isinstance(state, dict):
+        return {
+            n: t for key, value in state.items() for n, t in tensors(value, f"{name}/{key}").items()
+        }
+    return {}
+
+
+def assert_close_runs(one: Path, two: Path) -> None:
+    lines = [read_jsonl(out / "metrics.jsonl") for out in (one, two)]
+    assert len(lines[0]) == len(lines[1])
+    for want, got in zip(*lines, strict=True):
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            if isinstance(value, float) and math.isfinite(value):
+                assert got[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+            elif not isinstance(value, float | dict):
+                assert got[name] == value, name
+    states = [tensors(last_state(out)["program"]["model"]) for out in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_have_the_numbers_of_one(name: str, two: Path, tmp_path: Path) -> None:
+    train(CASES[name], tmp_path / name, quiet=True)
+    assert_close_runs(tmp_path / name, two / name)
+
+
+@pytest.mark.parametrize("name", [first for first, second in RESUMED.items() if first == second])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name: str, two: Path) -> None:
+    straight, resumed = two / name, two / f"{name} after {name}"
+    assert (straight / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
+    want, got = (tensors(last_state(out)["program"]) for out in (straight, resumed))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[key], value) for key, value in want.items())
+
+
+def test_a_run_goes_on_with_sharded_parameters_and_in_one_process(
+    two: Path, tmp_path: Path
+) -> None:
+    assert_close_runs(two / "plain", two / "sharded after plain")
+    cut(two / "sharded", tmp_path / "alone")
+    train(CASES["sharded"], tmp_path / "alone", resume=True, quiet=True)
+    assert_close_runs(two / "sharded", tmp_path / "alone")
+
+
+def test_random_numbers_that_no_module_tells_of_are_noticed(two: Path) -> None:
+    said = {
+        name: [r.get("message", "") for r in read_jsonl(two / name / "events.jsonl")]
+        for name in ("dropping", "plain")
+    }
+    drawn = {name: sum("draws torch's random numbers" in m for m in said[name]) for name in said}
+    assert drawn == {"dropping": 1, "plain": 0}
+
+
+def test_processes_that_share_parameters_each_write_their_parts(two: Path) -> None:
+    newest = max((two / "sharded/checkpoints").glob("step-*"))
+    assert sorted(path.name for path in newest.iterdir()) == [
+        "manifest.json",
+        "shards.json",
+        "state.json",
+        "tensors-00000-of-00002.safetensors",
+        "tensors-00001-of-00002.safetensors",
+    ]
+    sizes = [path.stat().st_size for path in sorted(newest.glob("tensors-*"))]
+    assert sizes[1] > 0.8 * sizes[0]

@@ -1,0 +1,66 @@
+"""Masks under DistributedDataParallel: replicas choose and train the same entries, those of one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import trainc
+from tests.processes import run_processes, run_rank
+
+SPECS = {
+    "entries": "loss cross_entropy optimizer adamw { lr = 1e-2 } mask sift on ndim(2) { density = 20% }",
+    "zeros": "loss cross_entropy optimizer adamw { lr = 1e-2 } mask magnitude on ndim(2) { density = 50% }",
+}
+STEPS = 3
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).double()
+
+
+def data(step: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 8, generator=g, dtype=torch.float64)
+    return x, torch.randint(0, 4, (8,), generator=g)
+
+
+def replica(rank: int) -> Any:
+    """Train on one half of every batch, in two micro-batches; run as a process of its own."""
+    found = {}
+    for name, spec in SPECS.items():
+        own = model()
+        program = trainc.compile(spec, own)
+        program.forward = DistributedDataParallel(own)
+        for step in range(STEPS):
+            x, y = data(step)
+            rows = [slice(4 * rank + i, 4 * rank + i + 2) for i in (0, 2)]
+            program.step([(x[part], y[part]) for part in rows])
+        found[name] = own.state_dict()
+    return found
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder: Path = tmp_path_factory.mktemp("replicas")
+    return run_processes(__file__, 2, folder)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_replicas_train_the_entries_of_one_process(spec: str, replicas: list[Any]) -> None:
+    alone = model()
+    program = trainc.compile(SPECS[spec], alone, executor="module")
+    for step in range(STEPS):
+        program.step(data(step))
+    for name, wanted in alone.state_dict().items():
+        one, two = (found[spec][name] for found in replicas)
+        assert torch.equal(one, two), name
+        torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-12)
+
+
+if __name__ == "__main__":
+    run_rank(replica)

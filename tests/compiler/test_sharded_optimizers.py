@@ -1,0 +1,73 @@
+"""Optimizers on parameters that FSDP2 shards: what they keep is sharded with them, evaluated, and resumed."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import trainc
+from tests.compiler.test_foreign_optimizers import OURS, batch, net, spec
+from tests.processes import run_processes, run_rank
+
+FIELDS = {
+    f"{OURS}Averaged": "lr = 0.1, weight_decay = 0.1 on ndim(2)",
+    f"{OURS}Swapping": "lr = 0.1",
+    "Adam": "lr = 0.01, amsgrad = true",
+}
+
+
+def whole(state: Any) -> dict[str, Any]:
+    from trainc.runtime.processes.sharded import full
+
+    return {name: full(tensor).detach().clone() for name, tensor in state.items()}
+
+
+def trained(name: str, model: nn.Module, steps: range, state: Any = None) -> tuple[Any, Any, Any]:
+    """Return weights, evaluated weights and the state after these steps, with an evaluation after each."""
+    program = trainc.compile(spec(name, FIELDS[name]), model)
+    if state is not None:
+        program.load_state_dict(state)
+    for step in steps:
+        program.step(batch(step))
+        program.evaluate(*batch(50))
+    with program.evaluation_weights():
+        evaluated = whole(model.state_dict())
+    return whole(model.state_dict()), evaluated, copy.deepcopy(program.state_dict())
+
+
+def sharded() -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model)
+    return model
+
+
+def process(rank: int) -> Any:
+    found: dict[str, Any] = {}
+    for name in FIELDS:
+        straight = trained(name, sharded(), range(5))
+        state = trained(name, sharded(), range(3))[2]
+        resumed = trained(name, sharded(), range(3, 5), state)
+        found[name] = straight[:2], resumed[:2]
+    return found
+
+
+def test_sharded_training_is_that_of_whole_parameters(tmp_path: Path) -> None:
+    one, two = run_processes(__file__, 2, tmp_path)
+    for name in FIELDS:
+        wanted = trained(name, net(), range(5))[:2]
+        straight, resumed = one[name]
+        for kind in (0, 1):
+            for parameter, weight in wanted[kind].items():
+                torch.testing.assert_close(
+                    straight[kind][parameter], weight, msg=f"{name} {parameter}"
+                )
+                assert torch.equal(straight[kind][parameter], resumed[kind][parameter]), name
+                assert torch.equal(straight[kind][parameter], two[name][0][kind][parameter]), name
+
+
+if __name__ == "__main__":
+    run_rank(process)

@@ -1,0 +1,1 @@
+"""Specs in the loops of other libraries, one file each: the library must be installed."""
