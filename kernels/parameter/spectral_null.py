@@ -67,12 +67,24 @@ def null_distance(
     """Return how far `alpha` is from the null of a weight of `shape`, in standard deviations of the null.
 
     `alpha` is by `fit = median`, with this `tail` and `convention`; below 0 the tail is heavier than that of
-    independent entries. Eigenvalue j of n, from the largest, stands at the fraction p = (j - 1/2) / n of the law,
-    where j of the threshold is k (`code`) or k + 1 (`paper`) and k terms are counted: the null is 1 +
-    (null_alpha(q, p) - 1) k / (n p). Its standard deviation is taken as 2.1 (null - 1) / (n sqrt(tail)), over
-    sqrt(kh kw) for a convolution: fitted to Gaussian matrices with 32 to 128 columns, q from 1/16 to 1 and tails of
-    1/3 and 1/2, where it is right within 20 %. Raises ValueError for a shape without a spectrum, or with less than
-    3 eigenvalues.
+    independent entries. The null and its standard deviation are those of
+    `trainc.kernels.parameter.spectral_null.null_law`. Raises ValueError for a shape without a spectrum, or with less
+    than 3 eigenvalues.
+    """
+    centre, spread = null_law(shape, tail, convention)
+    return (alpha - centre) / spread
+
+
+def null_law(
+    shape: tuple[int, ...], tail: float = 0.5, convention: Convention = "code"
+) -> tuple[float, float]:
+    """Return the mean and the standard deviation of alpha for independent entries, by `fit = median`.
+
+    Eigenvalue j of n, from the largest, stands at the fraction p = (j - 1/2) / n of the law, where j of the threshold
+    is k (`code`) or k + 1 (`paper`) and k terms are counted: the mean is 1 + (null_alpha(q, p) - 1) k / (n p). The
+    standard deviation is taken as 2.1 (mean - 1) / (n sqrt(tail)), over sqrt(kh kw) for a convolution: fitted to
+    Gaussian matrices with 32 to 128 columns, q from 1/16 to 1 and tails of 1/3 and 1/2, where it is right within 20 %.
+    Raises ValueError for a shape without a spectrum, or with less than 3 eigenvalues.
     """
     eigenvalues = count(shape)
     if eigenvalues < 3:
@@ -83,5 +95,4 @@ def null_distance(
     _, k = Hill.of_tail(tail, convention).tail(eigenvalues)
     place = min(max(k, 1) + (-0.5 if convention == "code" else 0.5), eigenvalues - 0.5)
     above = null_alpha(short / long, place / eigenvalues) - 1
-    centre = 1 + above * k / place
-    return (alpha - centre) / (SPREAD * above / math.sqrt(short * eigenvalues * tail))
+    return 1 + above * k / place, SPREAD * above / math.sqrt(short * eigenvalues * tail)

@@ -50,11 +50,15 @@ EVALUATION: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3,
 
 def draw(runs: Sequence[RunRecords], own: Sequence[Panel], output: Path) -> Path:
     """Draw runs over each other into a PNG file, with the panels `own` of their clauses, and return its path."""
-    rows = _arrange(list_panels(runs, own))
+    return draw_rows(_arrange(list_panels(runs, own)), output)
+
+
+def draw_rows(rows: Sequence[Sequence[Panel]], output: Path, width: float = 5.6) -> Path:
+    """Draw rows of panels, each `width` inches wide, into a PNG file, and return its path."""
     columns = max(len(row) for row in rows)
     heights = [max(panel.height for panel in row) for row in rows]
     with rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
-        size = (5.6 * columns, sum(heights))
+        size = (width * columns, sum(heights))
         figure = Figure(figsize=size, layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)

@@ -22,7 +22,8 @@ SUMMARIES = {
     "run": "Train the spec's model on its data.",
     "verify": "Compare the compiled model with the original on real input.",
     "report": "Summarise finished runs, side by side.",
-    "tune": "Find the fastest launch settings of the norm kernels on this GPU.",
+    "spectrum": "Show how heavy the tails of the spectra of weights are.",
+    "tune": "Find the fastest launches of the norm kernels on this GPU.",
 }
 
 

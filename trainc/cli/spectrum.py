@@ -1,0 +1,235 @@
+"""`trainc spectrum`: how heavy the tails of the spectra of weights are, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trainc.cli.common import Overrides, overrides
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.cli.weights import FoundWeights
+
+LEAST = 3
+"""The least number of eigenvalues that an exponent says something of."""
+DRAWN = 48
+"""The most spectra in a picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is measured of one weight; NaN where a number means nothing."""
+
+    name: str
+    shape: tuple[int, ...]
+    alpha: float
+    null: float
+    spread: float
+    xmin: float
+    stable_rank: float
+    spectral_norm: float
+    entropy: float
+    eigenvalues: list[float] = field(repr=False)
+
+    @property
+    def distance(self) -> float:
+        """Return how far alpha is from the null, in standard deviations of the null."""
+        return (self.alpha - self.null) / self.spread
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers, None where they mean nothing; without the eigenvalues."""
+        found = asdict(self) | {"distance": self.distance}
+        del found["eigenvalues"], found["xmin"]
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in found.items()
+        }
+
+
+def measure(weights: dict[str, Tensor]) -> list[Row]:
+    """Return a row for each weight, all of shape (out, in) or (out, in, kh, kw)."""
+    from trainc.kernels.parameter.spectrum import WHOLE, spectra
+
+    found = spectra([*weights.values()], WHOLE)
+    return [_row(name, w, s) for (name, w), s in zip(weights.items(), found, strict=True)]
+
+
+def _row(name: str, weight: Tensor, spectrum: Tensor) -> Row:
+    from trainc.kernels.parameter.spectral_null import null_law
+    from trainc.kernels.parameter.tail_fit import fit_tail
+
+    shape = tuple(weight.shape)
+    fit = fit_tail(spectrum)
+    null, spread = null_law(shape)
+    largest, total = float(spectrum[-1]), float(spectrum.sum())
+    rank = total / largest if largest > 0 else math.nan
+    parts = spectrum[spectrum > 0] / total
+    entropy = float(-(parts * parts.log()).sum()) / math.log(len(spectrum)) if rank > 1 else 0.0
+    return Row(
+        name,
+        shape,
+        fit.alpha,
+        null,
+        spread,
+        fit.xmin,
+        rank,
+        math.sqrt(largest) if largest >= 0 else math.nan,
+        entropy if math.isfinite(rank) else math.nan,
+        spectrum.tolist(),
+    )
+
+
+def choose(found: FoundWeights, only: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights with a spectrum, and the other tensors; `only` are patterns of names, all without one."""
+    from trainc.kernels.parameter.spectrum import count
+
+    tensors = {
+        name: tensor
+        for name, tensor in found.tensors.items()
+        if not only or any(fnmatchcase(name, pattern) for pattern in only)
+    }
+    fit = {n: t for n, t in tensors.items() if count(t.shape) >= LEAST and t.is_floating_point()}
+    if not fit:
+        among = ", ".join([*(f"`{name}`" for name in [*found.tensors][:3]), "..."])
+        chosen = f" that `--only {' '.join(only)}` chooses" if only else ""
+        raise ValueError(
+            f"{found.source} has no weight{chosen} with a spectrum: that is a matrix, or the kernel of a 2-D"
+            f" convolution, with {LEAST} eigenvalues or more. Its tensors are {among}"
+        )
+    return fit, {name: tensor for name, tensor in tensors.items() if name not in fit}
+
+
+def _print(rows: Sequence[Row], others: dict[str, Tensor], source: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from trainc.runtime.report.number_text import format_number
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    console.print(Text(f"{source}: {len(rows)} weights"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("weight", overflow="fold")
+    heads = ("shape", "alpha", "null", "distance", "stable rank", "norm", "entropy")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in rows:
+        numbers = (row.stable_rank, row.spectral_norm, row.entropy)
+        table.add_row(
+            Text(row.name),
+            " x ".join(map(str, row.shape)),
+            *(f"{value:.3f}" if math.isfinite(value) else "?" for value in (row.alpha, row.null)),
+            f"{row.distance:+.1f}" if math.isfinite(row.distance) else "?",
+            *map(format_number, numbers),
+        )
+    console.print(table)
+    if unknown := [row.name for row in rows if not math.isfinite(row.alpha)]:
+        console.print(
+            Text(f"? zero, not finite or of low rank: {', '.join(unknown)}"), soft_wrap=True
+        )
+    if left := _without_spectrum(others):
+        console.print(Text(f"without a spectrum: {left}"), soft_wrap=True)
+
+
+def _without_spectrum(others: dict[str, Tensor]) -> str:
+    """Return how many vectors there are, and the names of other tensors."""
+    vectors = sum(tensor.dim() < 2 for tensor in others.values())
+    odd = [f"{n} {list(t.shape)}" for n, t in others.items() if t.dim() >= 2]
+    said = [f"{vectors} vector{'s' * (vectors > 1)}"] if vectors else []
+    return ", ".join([*said, *odd[:5], *(["..."] if len(odd) > 5 else [])])
+
+
+def _draw(rows: Sequence[Row], plot: Path) -> None:
+    if find_spec("matplotlib") is None:
+        print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
+        raise typer.Exit(1)
+    from trainc.runtime.report.spectra import DrawnSpectrum, draw_spectra
+
+    shown = [
+        DrawnSpectrum(
+            row.name,
+            row.eigenvalues,
+            min(row.shape[:2]) / max(row.shape[:2]),
+            row.alpha,
+            row.xmin,
+            row.null,
+            row.spread,
+        )
+        for row in rows[:DRAWN]
+    ]
+    said = f"drew {draw_spectra(shown, plot)}"
+    if len(rows) > DRAWN:
+        said += f", with the first {DRAWN} of {len(rows)} weights: choose others with `--only`"
+    print(said, file=sys.stderr)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command("spectrum")
+    def spectrum(
+        weights: Annotated[
+            str,
+            typer.Argument(
+                metavar="WEIGHTS",
+                help="A run, a checkpoint, a saved program, FILE.safetensors, SPEC.train, or"
+                ' "module:callable { name = value }".',
+            ),
+        ],
+        only: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--only", metavar="NAME", help="Weights to measure, with `*`; may be repeated."
+            ),
+        ] = None,
+        set_: Overrides = None,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print JSON: a list of weights with their numbers.")
+        ] = False,
+        plot: Annotated[
+            Path | None,
+            typer.Option(
+                "--plot", metavar="FILE", dir_okay=False, help="Also draw into this PNG file."
+            ),
+        ] = None,
+    ) -> None:
+        """Show how heavy the tails of the spectra of weights are.
+
+        The spectrum of a weight is its squared singular values. `alpha` is the exponent of the power law that fits
+        their larger half. Training makes tails heavier, and alpha smaller: of the weights of one model, those with the
+        largest alpha are trained least, which is what `lr temp_balance` goes by.
+
+        `null` is alpha of a matrix of this shape with independent entries, as at the start of training, and
+        `distance` is how far alpha is from the null, in standard deviations of the null. From -2 to 2 alpha says
+        nothing of the training; compare distances, not alphas, where shapes differ.
+
+        `stable rank` is the sum of the spectrum over its largest value; `norm` the largest singular value; `entropy`
+        that of the spectrum, 1 where all are equal. A convolution has the spectra of all its kernel positions
+        together, times 1/2.
+
+        For instance: trainc spectrum runs/tonight --only "blocks.*.mlp.*" --plot spectra.png
+        """
+        from trainc.cli.weights import find_weights
+
+        found = find_weights(weights, [f"{n}={v}" for n, v in overrides(set_).items()])
+        fit, others = choose(found, only or ())
+        rows = measure(fit)
+        if as_json:
+            print(json.dumps([row.to_json() for row in rows], indent=1))
+        else:
+            _print(rows, others, found.source)
+        if plot is not None:
+            _draw(rows, plot)

@@ -1,0 +1,122 @@
+"""The weights that a command names: of a model, a spec, a run, a checkpoint, a program or a file of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from trainc.compiler.catalog import catalog
+from trainc.compiler.driver.saved_program import AGAIN
+from trainc.compiler.model.factories import seeded_model
+from trainc.compiler.model.import_path import searching
+from trainc.compiler.program.save import FORMAT, PLAN, WEIGHTS
+from trainc.dsl.resolve.resolver import load_spec
+from trainc.dsl.text.source import Source
+from trainc.runtime.storage.foreign_files import (
+    MANIFEST,
+    UnreadableFile,
+    check_manifest,
+    interpreting,
+    open_file,
+    read_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXPECTED = (
+    "expected a .train file, a .safetensors file, the folder of a run, of a checkpoint or of a"
+    ' program that `trainc compile` saved, or a model as "module:callable"'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundWeights:
+    """Tensors by parameter name, each once; the model that holds them, where there is one; and where they are from."""
+
+    tensors: dict[str, Tensor]
+    model: nn.Module | None
+    source: str
+
+
+def find_weights(given: str, settings: Sequence[str] = ()) -> FoundWeights:
+    """Return the weights that `given` names; `settings` are those of the `let` values of a spec, NAME=VALUE.
+
+    A model is built with the seed of its spec, or 0. Raises SpecError, UnreadableFile, or ValueError for what names
+    nothing.
+    """
+    path = Path(given)
+    if path.is_dir():
+        return _in_folder(path)
+    if path.suffix == ".safetensors":
+        return FoundWeights(_read(path), None, str(path))
+    if path.suffix == ".train":
+        return _of_spec(path, path, settings, f"initial weights of the model in {path}")
+    if path.exists():
+        raise UnreadableFile(f"{path} cannot be read for weights: {EXPECTED}")
+    module, colon, _ = given.partition(":")
+    if not colon or "/" in module or not module.strip():
+        raise ValueError(f"there is no `{given}`: {EXPECTED}")
+    model, brace, arguments = given.partition("{")
+    text = f'train 1\nmodel "{model.strip()}" {brace}{arguments}\n'
+    return _of_spec(Source("<command line>", text), None, (), f"initial weights of {given}")
+
+
+def _of_spec(
+    spec: Path | Source, path: Path | None, settings: Sequence[str], source: str
+) -> FoundWeights:
+    checked = load_spec(spec, catalog(), settings).unwrap()
+    with searching(path):
+        model = seeded_model(checked)
+    return FoundWeights(dict(model.named_parameters()), model, source)
+
+
+def _in_folder(folder: Path) -> FoundWeights:
+    from trainc.runtime.storage.checkpoint import DamagedCheckpoint, find_latest
+
+    if (folder / "checkpoints").is_dir():
+        found = find_latest(folder / "checkpoints")
+        if found.path is None:
+            why = "; ".join(found.damage) or "it has no checkpoint"
+            raise DamagedCheckpoint(f"there are no weights of the run in {folder}: {why}")
+        return _of_checkpoint(found.path)
+    if (folder / WEIGHTS).exists():
+        return _of_program(folder)
+    if (folder / MANIFEST).exists():
+        return _of_checkpoint(folder)
+    raise UnreadableFile(
+        f"{folder} is a folder without a run, a checkpoint or a program: {EXPECTED}"
+    )
+
+
+def _of_checkpoint(path: Path) -> FoundWeights:
+    """Return the parameters in a checkpoint: buffers, such as masks of attention, are no weights."""
+    from trainc.runtime.storage.checkpoint import load_checkpoint
+
+    state = load_checkpoint(path)
+    with interpreting(path):
+        tensors: dict[str, Any] = state["program"]["model"]
+        names = [name for name, *_ in state["program"]["made_by"]["signature"]]
+        found = {name: tensors[name] for name in names}
+    return FoundWeights(found, None, str(path))
+
+
+def _of_program(folder: Path) -> FoundWeights:
+    """Return the parameters of a saved program, of which tied ones are stored under one of their names."""
+    check_manifest(folder, (PLAN, WEIGHTS), FORMAT, AGAIN)
+    tensors = _read(folder / WEIGHTS)
+    with interpreting(folder / PLAN):
+        names = [name for name, *_ in read_json(folder / PLAN)["model"]["signature"]]
+    return FoundWeights({n: tensors[n] for n in names if n in tensors}, None, str(folder))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; those that share memory, as tied weights, stand there once."""
+    from safetensors.torch import load_file
+
+    open_file(path).close()  # says what is wrong with one that is missing or no file
+    with interpreting(path):
+        return load_file(path)
