@@ -53,6 +53,7 @@ ROOMS = {
         "runtime/mask": (
             "kernels/parameter runtime/storage runtime/processes runtime/schedule runtime/torch_optimizer runtime/step"
         ),
+        "runtime/factors": "runtime/processes runtime/schedule runtime/storage runtime/step",
         "runtime/report": "runtime/storage",
         "runtime/noise_scale": "runtime/storage runtime/processes runtime/step runtime/report",
         "runtime/run": (
@@ -87,7 +88,7 @@ ROOMS = {
         "compiler/constructs": (
             "dsl/text dsl/values dsl/reading kernels/loss kernels/noise kernels/parameter runtime/schedule "
             "runtime/sources runtime/storage runtime/data runtime/soundness runtime/processes runtime/step "
-            "runtime/companion runtime/mask "
+            "runtime/companion runtime/mask runtime/factors "
             "runtime/report runtime/noise_scale compiler compiler/structure compiler/model compiler/bind "
             "compiler/method compiler/lower compiler/layers"
         ),

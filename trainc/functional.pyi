@@ -1,6 +1,5 @@
 """Written by `make docs`: the types of what functional.py finds on disk."""
 
-from trainc.compiler.constructs.lr._balance import balance
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
 from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 from trainc.kernels.layer.convolution import convolution
@@ -23,6 +22,7 @@ from trainc.kernels.parameter.spectral_null import null_alpha, null_distance
 from trainc.kernels.parameter.spectral_windows import farms_alpha
 from trainc.kernels.parameter.spectrum import spectrum
 from trainc.kernels.parameter.tail_fit import hill_alpha
+from trainc.runtime.factors.maps import balance
 from trainc.runtime.noise_scale.estimators import noise_scale, noise_scale_from_contributions
 
 __all__ = [

@@ -26,6 +26,8 @@ BASE_OF_ACTIONS = {
     f"trainc.runtime.step.{name}"
     for name in ("action", "around", "exchange", "observer", "updates")
 }
+# What a construct calls to draw factors from figures: functions of numbers.
+BASE_OF_ACTIONS |= {f"trainc.runtime.factors{file}" for file in ("", ".maps", ".units")}
 
 
 def loaded(*texts: str) -> list[set[str]]:

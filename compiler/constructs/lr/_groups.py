@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from trainc.runtime.factors.units import BalancedGroup
 
 if TYPE_CHECKING:
     from trainc.compiler.model.inventory import ParameterEntry
-
-
-@dataclass(frozen=True, slots=True)
-class BalancedGroup:
-    """The parameters that share one factor, and the one of them whose spectrum is measured."""
-
-    name: str
-    weight: str
-    eigenvalues: int
-    parameters: tuple[str, ...]
-    block: int | None = None
-    """The number of its block, from 1; None for what is before the first or after the last."""
 
 
 def find_groups(

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import trainc
 from examples.models import gpt
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.lr._balance import Map
-from trainc.compiler.constructs.lr.temp_balance import Balance, TempBalance
+from trainc.compiler.constructs.lr.temp_balance import TempBalance
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
@@ -26,6 +25,8 @@ from trainc.dsl.text.render import render_text
 from trainc.dsl.values.value_json import Range
 from trainc.functional import balance
 from trainc.kernels.parameter.spectrum import alphas
+from trainc.runtime.factors.action import BalanceFactors
+from trainc.runtime.factors.maps import Map
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.schedule.unit_conversion import UnitConversion
@@ -97,7 +98,7 @@ class Bench:
         )
         self.machine = StepMachine(self.lowered.actions, Clock(), dict(net.named_parameters()))
         (action,) = self.machine.actions
-        assert isinstance(action, Balance)
+        assert isinstance(action, BalanceFactors)
         self.action = action
 
     def step(self) -> Step:

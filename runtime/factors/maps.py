@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Literal, get_args
 
 Map = Literal["linear", "sqrt", "log2", "step", "sigmoid"]
-Unit = Literal["module", "block"]
-Control = Literal["none", "permuted", "reversed", "static"]
 
 # A relative spread of the exponents below this is the arithmetic's, not the layers'.
 NO_SPREAD = 1e-5
@@ -21,7 +18,7 @@ def balance(
     base: float = 1.0,
     range: tuple[float, float] = (0.5, 1.5),  # as the field of constructs is called
     map: Map = "linear",
-    sharpness: float = 10.0,
+    steepness: float = 10.0,
 ) -> list[float]:
     """Return the learning rates of layers from their exponents `alphas`: `base` times factors that grow with them.
 
@@ -29,7 +26,7 @@ def balance(
     * `linear`: from the low end of `range` at the smallest exponent to the high end at the largest;
     * `step`: low + (high - low) r / n for the exponent with rank r of n, from 0, so that none gets the high end;
     * `sqrt`, `log2`: proportional to sqrt(alpha) or log2(alpha), with a mean of 1; `range` has no part in them;
-    * `sigmoid`: 10^(s (1 / (1 + exp(-t (alpha - mean))) - 1/2)), with t = `sharpness` and, below and above the mean,
+    * `sigmoid`: 10^(s (1 / (1 + exp(-t (alpha - mean))) - 1/2)), with t = `steepness` and, below and above the mean,
       the s for which the ends of `range` are its limits.
 
     An exponent that is not finite has no part, and its layer gets `base`; so do all where the others are equal, or
@@ -44,12 +41,12 @@ def balance(
         among = "0 < low <= 1 <= high" if map == "sigmoid" else "0 <= low <= high"
         raise ValueError(f"range = {low:g}..{high:g}: expected {among}")
     known = {i: alpha for i, alpha in enumerate(alphas) if math.isfinite(alpha)}
-    factors = _factors(known, low, high, map, sharpness)
+    factors = _factors(known, low, high, map, steepness)
     return [base * factors.get(i, 1.0) for i, _ in enumerate(alphas)]
 
 
 def _factors(
-    alphas: Mapping[int, float], low: float, high: float, map: Map, sharpness: float
+    alphas: Mapping[int, float], low: float, high: float, map: Map, steepness: float
 ) -> dict[int, float]:
     least, most = min(alphas.values(), default=0.0), max(alphas.values(), default=0.0)
     if most - least <= NO_SPREAD * abs(most):
@@ -62,7 +59,7 @@ def _factors(
         return {i: low + (high - low) * r / len(ranked) for r, i in enumerate(ranked)}
     if map == "sigmoid":
         mean = fmean(alphas.values())
-        return {i: _sigmoid(a - mean, low, high, sharpness) for i, a in alphas.items()}
+        return {i: _sigmoid(a - mean, low, high, steepness) for i, a in alphas.items()}
     if least <= (0 if map == "sqrt" else 1):
         raise ValueError(
             f"map = {map!r}: an exponent is {least:g}, which has no {map}, or none above 0"
@@ -72,43 +69,7 @@ def _factors(
     return {i: scale(alpha) / mean for i, alpha in alphas.items()}
 
 
-def _sigmoid(above: float, low: float, high: float, sharpness: float) -> float:
+def _sigmoid(above: float, low: float, high: float, steepness: float) -> float:
     strength = 2 * abs(math.log10(high if above > 0 else low))
-    place = 1 / (1 + math.exp(min(-sharpness * above, 700.0)))
+    place = 1 / (1 + math.exp(min(-steepness * above, 700.0)))
     return float(10 ** (strength * (place - 0.5)))
-
-
-def by_unit(
-    alphas: Mapping[str, float], blocks: Mapping[str, int | None] | None
-) -> tuple[dict[str, float], dict[str, list[str]]]:
-    """Return the exponent of each unit, and its members: of each name alone, or the mean over a block where given.
-
-    Names without a block have no part.
-    """
-    members: dict[str, list[str]] = {}
-    for name in alphas:
-        if blocks is None:
-            members[name] = [name]
-        elif blocks[name] is not None:
-            members.setdefault(f"block {blocks[name]}", []).append(name)
-    means = {unit: fmean(alphas[name] for name in names) for unit, names in members.items()}
-    return means, members
-
-
-def controlled(alphas: Mapping[str, float], control: Control, measurement: int) -> dict[str, float]:
-    """Return the exponents that a control follows in place of those measured; `measurement` counts from 0.
-
-    A permutation leaves none in its place, where there are two or more: names are put in a random order, and each gets
-    the exponent of the next.
-    """
-    if control == "reversed":
-        ends = min(alphas.values(), default=0.0) + max(alphas.values(), default=0.0)
-        return {name: ends - alpha for name, alpha in alphas.items()}
-    if control != "permuted":
-        return dict(alphas)
-    from trainc.runtime.storage.random_streams import derive_seed
-
-    order = sorted(alphas)
-    random.Random(derive_seed(measurement, "permuted exponents")).shuffle(order)
-    given = dict(zip(order, order[1:] + order[:1], strict=True))
-    return {name: alphas[given[name]] for name in alphas}
