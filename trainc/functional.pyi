@@ -1,5 +1,6 @@
 """Written by `make docs`: the types of what functional.py finds on disk."""
 
+from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
 from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 from trainc.kernels.layer.convolution import convolution
@@ -54,4 +55,5 @@ __all__ = [
     "spectrum",
     "tied_embedding",
     "tied_linear",
+    "trust_ratio",
 ]

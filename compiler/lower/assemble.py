@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
@@ -41,6 +42,8 @@ def assemble(
     found: list[Diagnostic] = []
     by_label: dict[str, list[Action]] = {}
     active = [clause for clause in clauses if clause.dropped is None]
+    optimizers: list[Any] = [clause for clause in active if clause.kind == "optimizer"]
+    method.trained_by = {name: one.construct for one in optimizers for name in one.targets}
     for clause in active:
         before = len(method.actions)
         try:

@@ -14,7 +14,7 @@ from trainc.compiler.lower.lowering_context import (
     refuse_places,
 )
 from trainc.compiler.lower.schedule_field import ScheduleField
-from trainc.compiler.method.lowered_method import LoweredMethod, Scheduled
+from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerConstruct, Scheduled
 from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
 from trainc.compiler.model.select import select
 from trainc.compiler.structure.places import Place
@@ -56,6 +56,10 @@ class ClauseAccess:
     def tensor(self, name: str) -> nn.Parameter:
         """Return the user's parameter object."""
         return self.model.get_parameter(name)
+
+    def optimizer_of(self, name: str) -> OptimizerConstruct | None:
+        """Return the construct of the optimizer clause that selects a parameter; None where none does."""
+        return self._method.trained_by.get(name)
 
     def _is_sharded(self, name: str) -> bool:
         """Say whether a parameter is sharded over processes, or will be in a run of the spec."""

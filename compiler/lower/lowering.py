@@ -173,7 +173,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         """Change the gradients of `parameters` before they are clipped, when the clause's gate is open.
 
         Raises ValueError for a parameter whose gradient will be sparse, and for one that is sharded over processes
-        unless the transform is elementwise.
+        unless the transform is elementwise or takes shards.
         """
         transform.parameters = tuple(parameters)
         for name in transform.parameters:
@@ -182,7 +182,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
                     f"the gradient of `{name}` is sparse, and only dense ones can be changed: build its layer with"
                     " `sparse=False`, or exclude the parameter from `on`"
                 )
-            if self._is_sharded(name) and not transform.elementwise:
+            if self._is_sharded(name) and not (transform.elementwise or transform.takes_shards):
                 raise ValueError(sharded_gradient(name))
         self.action(transform)
 

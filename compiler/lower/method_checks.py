@@ -32,6 +32,7 @@ def problems_between(
     yield from _terms_without_classes(clauses, method)
     yield from _replaced_layers(clauses, method)
     yield from _equal_clips(clauses, method)
+    yield from _clipped_decay(clauses, by_label, method)
     for part in method.optimizers:
         if part.asks:
             yield from _asked_once(part, clauses, by_label, method)
@@ -194,6 +195,37 @@ def _equal_clips(clauses: Sequence[BoundClause], method: LoweredMethod) -> Itera
                 ),
                 help=f"write `run {{ clip = {limit:g} }}` in place of both to clip all gradients together, or give the"
                 " clauses different limits",
+            )
+
+
+def _clipped_decay(
+    clauses: Sequence[BoundClause],
+    by_label: Mapping[str, list[Action]],
+    method: LoweredMethod,
+) -> Iterator[Diagnostic]:
+    """Yield an error where gradients are clipped that a clause changed together with the decay of their weights."""
+    for clause in clauses:
+        coupled = (
+            action
+            for action in by_label.get(clause.label, ())
+            if isinstance(action, GradientTransform) and action.coupled
+        )
+        decayed = {name for action in coupled for name in action.parameters}
+        for part in method.optimizers:
+            limit = method.clip if part.construct.clip is None else part.construct.clip
+            if limit is None or not any(part.decay.get(name) for name in decayed):
+                continue
+            whose = "run" if part.construct.clip is None else part.label
+            at = next((one for one in clauses if whose in (one.label, one.kind)), clause)
+            yield Diagnostic(
+                "conflicting-effects",
+                f"`{clause.title}` scales gradients together with the weight decay of `{part.label}`, so the gradients"
+                f" that are clipped to {limit:g} would hold a part of the decay",
+                labels(
+                    (at.part_span("clip"), "clips the gradients"),
+                    (clause.span, "scales gradients and decay"),
+                ),
+                help="remove `clip`, or the weight decay of what the clause selects",
             )
 
 

@@ -102,6 +102,8 @@ class LoweredMethod:
     """Parameters that do not train, besides those without requires_grad."""
     frozen_by: dict[str, set[str]] = field(default_factory=dict)
     """The parameters that each clause freezes, by its label."""
+    trained_by: dict[str, OptimizerConstruct] = field(default_factory=dict)
+    """The optimizer clause's construct of each parameter, known before any clause is lowered."""
     optimizers: list[OptimizerPart] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
     compiled: bool = False

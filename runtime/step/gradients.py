@@ -47,13 +47,17 @@ class GradientTransform(Action):
     """Phase 8, first: changes the gradients of some parameters. Subclasses write `change`.
 
     Statistics of gradients are taken before, clipping comes after. With `elementwise` every entry is changed by itself,
-    so that parameters that are sharded over processes can be changed, too: a process sees its own entries.
+    so that parameters that are sharded over processes can be changed, too: a process sees its own entries. With
+    `takes_shards` it is given those parameters and their gradients as DTensors. With `coupled` it changes gradients
+    together with the weight decay that the optimizer will add to them.
     The compiler sets the rest: `parameters`, names; `trained`, which gives those of them that have a gradient now;
     `before`, which lets masks zero the gradients of entries that are zero.
     """
 
     phase = Phase.GRADIENTS
     elementwise: ClassVar[bool] = False
+    takes_shards: ClassVar[bool] = False
+    coupled: ClassVar[bool] = False
     parameters: tuple[str, ...] = ()
     trained: Callable[[frozenset[str]], Iterator[Trained]]
     before: Sequence[Callable[[], None]] = ()
@@ -113,7 +117,7 @@ class GradientTransform(Action):
                 f"{self.name}: the gradient of `{one.name}` is sparse, and only dense ones can be changed: build its"
                 " layer with `sparse=False`, or exclude the parameter from `on`"
             )
-        if hasattr(gradient, "device_mesh"):
+        if hasattr(gradient, "device_mesh") and not self.takes_shards:
             if not self.elementwise:
                 raise ValueError(f"{self.name}: {sharded_gradient(one.name)}")
             weight, gradient = weight.to_local(), gradient.to_local()

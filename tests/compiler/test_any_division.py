@@ -66,6 +66,7 @@ ANY = [
     SGD + SIFT,
     SGD + "mask magnitude on ndim(2) every 1 steps { density = 50% }",
     SGD + "lr trust_ratio",
+    SGD + "lr trust_ratio { of = gradient }",
     SGD + "lr batch_scaling { rule = sqrt, reference = 2 samples }",
     SGD + "lr temp_balance on type(Linear) every 1 steps { range = 0.5..1.5, min_eigenvalues = 2 }",
     SGD + "perturb sam { rho = 0.5 }",

@@ -24,7 +24,7 @@ BASE_OF_ACTIONS = {
     "trainc.runtime.storage.form",
 } | {
     f"trainc.runtime.step.{name}"
-    for name in ("action", "around", "exchange", "observer", "updates")
+    for name in ("action", "around", "exchange", "gradients", "observer", "updates")
 }
 # What a construct calls to draw factors from figures: functions of numbers.
 BASE_OF_ACTIONS |= {f"trainc.runtime.factors{file}" for file in ("", ".maps", ".units")}

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import trainc
+from tests.compiler.image_models import import_library
 from tests.processes import run_processes, run_rank
 from trainc.compiler.constructs.lr.layer_decay import LayerDecay
 from trainc.compiler.constructs.lr.trust_ratio import TrustRatio
@@ -22,9 +23,8 @@ from trainc.compiler.program.program import Program
 from trainc.dsl.values.value_json import Number, Range
 from trainc.runtime.mask.update_mask import SelectedEntries
 
-PUBLISHED = json.loads((Path(__file__).parents[2] / "reference/other_methods.json").read_text())[
-    "lamb"
-]
+METHODS = json.loads((Path(__file__).parents[2] / "reference/other_methods.json").read_text())
+PUBLISHED, LARS = METHODS["lamb"], METHODS["lars"]
 ADAMW = "loss mse optimizer adamw { lr = 0.01, weight_decay = 0.1, eps = 1e-6 }"
 
 
@@ -139,6 +139,129 @@ def test_the_published_numbers(fields: str, row: str, implementation: str) -> No
             torch.testing.assert_close(p.detach(), p.new_tensor(wanted), rtol=0, atol=1e-12)
     wanted = [ratio for ratio in PUBLISHED[row]["trust_ratio_step2"] if ratio is not None]
     assert list(ratios(program).values())[: len(wanted)] == pytest.approx(wanted, rel=1e-9)
+
+
+LARS_ROWS = {"paper (v=mu v+lr*lambda*(g+wd w); w-=v)": 1e-12, "timm.Lars": 1e-8}
+"""Rows of the reference file, and how close they are: timm adds 1e-8 to what it divides by."""
+
+
+@pytest.mark.parametrize("row", LARS_ROWS)
+def test_of_gradients_it_is_lars_with_the_published_numbers(row: str) -> None:
+    options = (
+        f"lr = {LARS['lr']}, momentum = {LARS['momentum']}, weight_decay = {LARS['weight_decay']}"
+    )
+    clause = f"lr trust_ratio on all {{ of = gradient, coefficient = {LARS['eta']} }}"
+    program = compiled(f"loss mse optimizer sgd {{ {options} }} {clause}", Published())
+    x = torch.zeros(2, 1, dtype=torch.float64)
+    for step in (1, 2):
+        program.loss((x, x)).backward()
+        gradients = PUBLISHED[f"grads_step{step}"]
+        for p, grad in zip(program.module.parameters(), gradients, strict=True):
+            p.grad = torch.tensor(grad, dtype=torch.float64)
+        program.update()
+        expected = LARS[row][f"params_after_step{step}"]
+        for p, wanted in zip(program.module.parameters(), expected, strict=True):
+            torch.testing.assert_close(
+                p.detach(), p.new_tensor(wanted), rtol=0, atol=LARS_ROWS[row]
+            )
+    wanted = LARS["paper (v=mu v+lr*lambda*(g+wd w); w-=v)"]["trust_ratio_step2"]
+    assert list(ratios(program).values()) == pytest.approx(wanted, rel=1e-12)
+
+
+def lars(w: Tensor, met: Sequence[Tensor], decay: float, phi: Range | None = None) -> Tensor:
+    """Return `w` after one LARS update per gradient, by definition, at a rate of 0.5 with momentum 0.9."""
+    v = torch.zeros_like(w)
+    for g in met:
+        norm = float(w.norm()) if phi is None else min(max(float(w.norm()), phi.low), phi.high)
+        v = 0.9 * v + 0.02 * norm / (g.norm() + decay * w.norm()) * (g + decay * w)
+        w = w - 0.5 * v
+    return w
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_lars_to_rounding(decay: float) -> None:
+    options = f"lr = 0.5, momentum = 0.9, weight_decay = {decay}"
+    clause = "lr trust_ratio { of = gradient, coefficient = 0.02, weight_norm = 0..1.2 }"
+    program, met = trained(f"loss mse optimizer sgd {{ {options} }} {clause}")
+    assert sorted(ratios(program)) == ["first.weight", "second.weight"]
+    for name in ratios(program):
+        start = net().get_parameter(name).detach()
+        expected = lars(start, of(met, name), decay, Range(0.0, 1.2))
+        torch.testing.assert_close(weights(program)[name], expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("rest", "rule", "spans", "said"),
+    [
+        ("optimizer adamw { lr = 1 }", "bad-value", 1, "of = update"),
+        (
+            "optimizer sgd { lr = 1, clip = 1, weight_decay = 0.1 }",
+            "conflicting-effects",
+            2,
+            "decay",
+        ),
+        (
+            "run { length = 3 steps, clip = 1 } optimizer sgd { lr = 1, weight_decay = 0.1 }",
+            "conflicting-effects",
+            2,
+            "decay",
+        ),
+    ],
+)
+def test_lars_needs_decay_in_gradients_that_are_not_clipped(
+    rest: str, rule: str, spans: int, said: str
+) -> None:
+    with pytest.raises(trainc.SpecError) as error:
+        trainc.plan(f"loss mse {rest} lr trust_ratio {{ of = gradient }}", net())
+    (problem,) = error.value.diagnostics
+    assert problem.rule == rule
+    assert len(problem.labels) == spans
+    assert said in problem.message + str(problem.help)
+
+
+def test_gradients_of_lars_may_be_clipped_without_decay() -> None:
+    spec = "loss mse optimizer sgd { lr = 1, clip = 1e-3 } lr trust_ratio { of = gradient }"
+    program, _ = trained(spec, 1)
+    moved = [weights(program)[n] - p.detach() for n, p in net().named_parameters()]
+    assert torch.stack([m.norm() for m in moved]).norm() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_as_a_function_it_is_the_ratio_of_lamb_and_of_lars() -> None:
+    found = trainc.functional.trust_ratio
+    w, u = data(0)[0], data(1)[0]
+    norm, other = float(w.norm()), float(u.norm())
+    assert float(found(w, u)) == pytest.approx(norm / other, rel=1e-14)
+    ratio = found(w, u, weight_decay=0.1, coefficient=1e-3)
+    assert float(ratio) == pytest.approx(1e-3 * norm / (other + 0.1 * norm), rel=1e-14)
+    assert float(found(w, u, weight_norm=(0.0, 2.0))) == pytest.approx(2.0 / other, rel=1e-14)
+    assert float(found(w, u, limits=(3.0, 4.0))) == 3.0
+    zero = torch.zeros_like(w)
+    assert float(found(zero, u)) == float(found(w, zero)) == 1.0
+    with pytest.raises(ValueError, match="expected the same shape"):
+        found(w, u[1:])
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(("kind", "close"), [("Lamb", 1e-12), ("Lars", 1e-8)])
+def test_it_is_what_timm_computes(kind: str, close: float) -> None:
+    timm = import_library("timm.optim")
+    spec = {
+        "Lamb": f"{ADAMW} lr trust_ratio on all",
+        "Lars": "loss mse optimizer sgd { lr = 0.5, momentum = 0.9, weight_decay = 0.1 }"
+        " lr trust_ratio on all { of = gradient }",
+    }[kind]
+    program, met = trained(spec)
+    model = net()
+    options: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
+    if kind == "Lamb":
+        options = {"lr": 0.01, "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": None}
+    theirs = getattr(timm, kind)(model.parameters(), **options)
+    for found in met:
+        for name, p in model.named_parameters():
+            p.grad = found[name].clone()
+        theirs.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(weights(program)[name], p.detach(), rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -508,7 +631,7 @@ def test_the_plan_shows_where_it_acts() -> None:
 @pytest.mark.parametrize("field", ["weight_norm", "limits"])
 def test_negative_limits_are_refused(field: str) -> None:
     with pytest.raises(ValidationError, match="cannot be negative: -1"):
-        TrustRatio(**{field: Range(-1.0, 1.0)})
+        TrustRatio.model_validate({field: Range(-1.0, 1.0)})
     found = trainc.check(f"{ADAMW} lr trust_ratio {{ {field} = -1..1 }}")
     (problem,) = found.diagnostics
     assert problem.labels
@@ -534,9 +657,13 @@ def test_two_clauses_may_not_scale_one_parameter() -> None:
         trainc.plan(f"{ADAMW} lr trust_ratio lr trust_ratio as other {{ limits = 0..1 }}", net())
 
 
-def sharded_spec(optimizer: str) -> str:
-    clause = f"loss mse optimizer {optimizer} {{ lr = 0.01, weight_decay = 0.1 }}"
-    return f"{clause} lr trust_ratio lr layer_decay on all {{ decay = 0.9 }}"
+SHARDED = {"adamw": "update", "sgd": "update", "sgd of gradients": "gradient"}
+
+
+def sharded_spec(case: str) -> str:
+    clause = f"loss mse optimizer {case.split()[0]} {{ lr = 0.01, weight_decay = 0.1 }}"
+    ratio = f"lr trust_ratio {{ of = {SHARDED[case]} }}"
+    return f"{clause} {ratio} lr layer_decay on all {{ decay = 0.9 }}"
 
 
 def shard(rank: int) -> Any:
@@ -545,7 +672,7 @@ def shard(rank: int) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     found = {}
-    for optimizer in ("adamw", "sgd"):
+    for optimizer in SHARDED:
         own: Any = net()
         fully_shard(own, mesh=init_device_mesh("cpu", (2,)))
         program = trainc.compile(sharded_spec(optimizer), own, executor="module")
@@ -561,7 +688,7 @@ def shard(rank: int) -> Any:
 
 def test_sharded_parameters_are_scaled_by_their_whole_norms(tmp_path: Path) -> None:
     replicas = run_processes(__file__, 2, tmp_path)
-    for optimizer in ("adamw", "sgd"):
+    for optimizer in SHARDED:
         alone = compiled(sharded_spec(optimizer))
         for seed in range(4):
             alone.step(data(seed))
