@@ -49,6 +49,7 @@ ROOMS = {
             "runtime/schedule runtime/storage runtime/data runtime/processes runtime/soundness "
             "runtime/torch_optimizer"
         ),
+        "runtime/rules": "runtime/schedule runtime/storage runtime/step",
         "runtime/companion": "runtime/storage runtime/data runtime/processes runtime/torch_optimizer runtime/step",
         "runtime/mask": (
             "kernels/parameter runtime/storage runtime/processes runtime/schedule runtime/torch_optimizer runtime/step"
@@ -71,8 +72,8 @@ ROOMS = {
         "compiler/graph": "compiler runtime/data compiler/method",
         "compiler/lower": (
             "dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/storage runtime/processes "
-            "runtime/soundness runtime/step runtime/companion runtime/mask compiler compiler/structure compiler/model "
-            "compiler/bind compiler/method"
+            "runtime/soundness runtime/step runtime/rules runtime/companion runtime/mask compiler compiler/structure "
+            "compiler/model compiler/bind compiler/method"
         ),
         "compiler/layers": (
             "compiler kernels/norm kernels/batch_norm kernels/layer compiler/model "
@@ -109,8 +110,8 @@ ROOMS = {
         ),
         "compiler/driver": (
             "compiler/method dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/storage runtime/data "
-            "runtime/device runtime/processes runtime/memory runtime/torch_optimizer runtime/step runtime/report "
-            "runtime/run compiler compiler/structure compiler/model compiler/bind compiler/graph "
+            "runtime/device runtime/processes runtime/memory runtime/torch_optimizer runtime/step runtime/rules "
+            "runtime/report runtime/run compiler compiler/structure compiler/model compiler/bind compiler/graph "
             "compiler/lower compiler/passes compiler/plan compiler/execution compiler/program"
         ),
     }.items()

@@ -141,7 +141,7 @@ class _Binder:
             targets = select_targets(clause, construct.targets, inventory, self.report)
             if not targets and clause.optional:
                 dropped = "its selector matches nothing, and the clause is `optional`"
-        if dropped is None and (setting := construct.identity_setting()):
+        if dropped is None and (setting := construct.identity_setting(self._set_later(clause))):
             dropped = f"no effect: `{setting}`"
             message = f"`{construct.title}` has no effect, because `{setting}`"
             self.report.add("no-effect", message, clause, severity="warning")
@@ -162,6 +162,11 @@ class _Binder:
                     problem = problem.replace(severity="warning")
                 self.report.add_problem(problem, clause)
         return bound
+
+    def _set_later(self, clause: Clause) -> list[str]:
+        """Return the fields of a clause that rules set."""
+        names = (name.rpartition(".") for name in self.spec.fields_set)
+        return [field for label, _, field in names if label == clause.name]
 
     def _inventory_of(self, construct: Construct) -> Inventory:
         """Return what the selectors of a construct's clauses are matched against."""

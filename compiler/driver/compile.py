@@ -38,6 +38,7 @@ from trainc.compiler.plan.plan import Plan
 from trainc.compiler.structure.wrappers import name_through, unwrapped
 from trainc.dsl.resolve.spec import Spec
 from trainc.runtime.data.stream import is_stream
+from trainc.runtime.rules.fields import Fields
 from trainc.runtime.step.record import Signals
 
 if TYPE_CHECKING:
@@ -171,8 +172,9 @@ def _lower(
     binding: Binding, model: nn.Module, signals: Signals, *, to_run: bool = True
 ) -> LoweredMethod:
     units = signal_units(binding.clauses)
+    fields = Fields(binding.spec.fields_set)
     context = LoweringContext(
-        model, binding.inventory, binding.units, binding.length, signals, units
+        model, binding.inventory, binding.units, binding.length, signals, units, fields
     )
     method = assemble(binding.clauses, context, to_run=to_run)
     names = {
@@ -181,7 +183,7 @@ def _lower(
         "lr",
         *(name for c in binding.clauses for name, _ in measured_signals(c)),
     }
-    method.actions += when_rules(binding.spec.rules, context, names)
+    method.actions += when_rules(binding, context, names)
     return method
 
 

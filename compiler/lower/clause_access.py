@@ -18,7 +18,7 @@ from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerConstr
 from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
 from trainc.compiler.model.select import select
 from trainc.compiler.structure.places import Place
-from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
+from trainc.dsl.values.value_json import Duration, Expr, Number, Selector, to_json
 from trainc.runtime.processes.sharded import is_sharded
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import Schedules, compile_schedule
@@ -91,9 +91,18 @@ class ClauseAccess:
         """
         field = ScheduleField.of(self.clause, expression)
         try:
-            return field.checked(self._evaluated(expression, place), self._context)
+            checked = field.checked(self._evaluated(expression, place), self._context)
         except ValueError as error:
             raise FieldError(field.name, str(error)) from error
+        if not field.name:
+            return checked
+        fields, name = self._context.fields, f"{field.label}.{field.name}"
+        return fields.add(name, checked, field.check_set, placed=place is not None)
+
+    def is_constant(self, expression: Expr) -> bool:
+        """Say whether a field is one number in the whole run, which no rule sets."""
+        name = f"{self.label}.{ScheduleField.of(self.clause, expression).name}"
+        return isinstance(expression, Number) and name not in self._context.fields.settable
 
     def _evaluated(self, expression: Expr, place: Place | None) -> Scheduled:
         context, data = self._context, to_json(expression)

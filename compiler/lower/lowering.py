@@ -23,7 +23,7 @@ from trainc.compiler.method.lowered_method import (
     Scheduled,
 )
 from trainc.compiler.model.batch_statistics import depend_on_processes
-from trainc.dsl.values.value_json import Expr, Number
+from trainc.dsl.values.value_json import Expr
 from trainc.runtime.mask.mask_actions import (
     Chooser,
     ChooseZeros,
@@ -98,7 +98,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         is of all the parameters, which only the plan reads.
         """
         fraction = self.schedule(density)
-        text = f"{fraction(Clock()):.6g}" if isinstance(density, Number) else str(density)
+        text = f"{fraction(Clock()):.6g}" if self.is_constant(density) else str(density)
         shown = f"density {text}{' of all' * together}"
         names = tuple(names)
         self._refuse_masked_shards(names)

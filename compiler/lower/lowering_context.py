@@ -10,6 +10,7 @@ from torch import nn
 
 from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.text.vocabulary import PLACES
+from trainc.runtime.rules.fields import Fields
 from trainc.runtime.schedule.clock import RunLength
 from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.functions import SCHEDULE_FUNCTIONS
@@ -33,6 +34,8 @@ class LoweringContext:
     signals: Signals
     signal_units: Mapping[str, Unit] = field(default_factory=dict)
     """What the signals of clauses count; those that are not here are plain numbers."""
+    fields: Fields = field(default_factory=Fields)
+    """The scheduled fields of clauses, which rules read and set."""
 
     @property
     def schedule_length(self) -> RunLength:

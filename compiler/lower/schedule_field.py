@@ -61,6 +61,16 @@ class ScheduleField:
                     raise ValueError(self._problem(value, f"after {percent:g}% of the run"))
         return at
 
+    def check_set(self, value: float, clock: Clock, rule: str) -> None:
+        """Raise ValueOutOfRange for a number that the field cannot have, which a rule gives it."""
+        if value < 0 and not self.negative:
+            raise ValueOutOfRange(
+                f"the rule `{rule}` sets `{self.name}` of `{self.title}` to {value:g} in step {clock.steps}: expected 0"
+                " or more",
+                self.label,
+                self.name,
+            )
+
     def _problem(self, value: float, when: str) -> str:
         why = "expected 0 or more"
         if math.isnan(value):

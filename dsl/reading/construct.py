@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -182,10 +182,15 @@ class Construct(BaseModel):
         """Return how messages refer to it."""
         return self.heading()
 
-    def identity_setting(self) -> str | None:
-        """Return the field setting that makes the clause do nothing, such as `weight = 0`; None where it acts."""
+    def identity_setting(self, changing: Container[str] = ()) -> str | None:
+        """Return the field setting that makes the clause do nothing, such as `weight = 0`; None where it acts.
+
+        Fields that are `changing` may have another value later.
+        """
         found = (
-            f"{name} = {text}" for name, text in self.identity.items() if self._equals(name, text)
+            f"{name} = {text}"
+            for name, text in self.identity.items()
+            if name not in changing and self._equals(name, text)
         )
         return next(found, None)
 

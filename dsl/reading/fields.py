@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from trainc.dsl.reading.constants import Unreadable, describe, plain_value, unquoted
 from trainc.dsl.reading.expressions import ANY_NAME, Names
-from trainc.dsl.reading.field_types import FieldType, node_of
+from trainc.dsl.reading.field_types import SCHEDULE, SIGNED_SCHEDULE, FieldType, node_of
 from trainc.dsl.syntax.ast import Ident, Items, Node, Num, Prefix, Str
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.vocabulary import BOOLEANS
@@ -20,6 +20,13 @@ from trainc.dsl.values.value import Value
 def field_type(info: FieldInfo) -> FieldType | None:
     """Return the language's type of a field, or None where it is a plain Python type."""
     return next(iter(_types(info.annotation, info.metadata)), None)
+
+
+def scheduled_fields(fields: Mapping[str, FieldInfo]) -> list[str]:
+    """Return those of a construct's fields that are schedules."""
+    return [
+        name for name, info in fields.items() if field_type(info) in (SCHEDULE, SIGNED_SCHEDULE)
+    ]
 
 
 def untyped_value(annotation: Any, metadata: Iterable[Any] = ()) -> type[Value] | None:

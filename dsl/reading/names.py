@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.expressions import Names
-from trainc.dsl.reading.fields import field_type
+from trainc.dsl.reading.fields import field_type, scheduled_fields
 from trainc.dsl.reading.signal import full_name
 from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
@@ -32,6 +33,14 @@ class Scope(Names):
         self.catalog = catalog or {}
         self.found: list[Diagnostic] = []
         self.used: set[str] = set()
+        self.reads_fields = False
+        """Whether a name may be a scheduled field of a clause."""
+
+    def of_rules(self) -> Scope:
+        """Return this scope for expressions in rules, which may also read the scheduled fields of clauses."""
+        made = copy(self)
+        made.reads_fields = True
+        return made
 
     def check(self, name: ast.Ident) -> None:
         problem = self.problem(name.id, name.span)
@@ -54,7 +63,9 @@ class Scope(Names):
         found = self.constructs[label]
         if len(found) != 1:  # a clause is wrong, or two have this name: that is reported already
             return None
-        signals = found[0].signals
+        signals, fields = found[0].signals, scheduled_fields(found[0].model_fields)
+        if signal in fields and signal not in signals:
+            return None if self.reads_fields else _field_outside_of_rule(name, labels)
         if not signals:
             message = f"`{found[0].heading()}` measures nothing, so `{label}` has no value"
             return Diagnostic("unknown-signal", message, labels)
@@ -94,3 +105,9 @@ class Scope(Names):
             for construct in found
             for signal in construct.signals
         ]
+
+
+def _field_outside_of_rule(name: str, labels: tuple[Label, ...]) -> Diagnostic:
+    message = f"`{name}` is a field of another clause, which only `when` rules read"
+    help = "write its number here as well; a `let` gives both the same"
+    return Diagnostic("unknown-signal", message, labels, (), help)

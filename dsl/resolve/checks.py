@@ -7,16 +7,16 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.fields import field_type
 from trainc.dsl.reading.names import Scope
+from trainc.dsl.resolve.rule_actions import target_problems, verb_problems
 from trainc.dsl.resolve.statements import Assign, Clause, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
-from trainc.dsl.text.vocabulary import ASSIGNABLE, BOOLEANS, BUILT_IN, METRICS, SHAPES, STATES
+from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, METRICS, SHAPES, STATES
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import FUNCTIONS
 
 ONCE = ("model", "data", "run")
-VERBS = {"stop": False, "save": False, "warn": True}
 
 
 def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
@@ -33,11 +33,7 @@ def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diag
                 functions = own.functions if own else ()
                 found += _expression(value, scope, clause.part_span(name), functions)
     for rule in rules:
-        found += _expression(rule.condition, scope, rule.span)
-        for action in rule.actions:
-            found += _action(action, scope, rule.span)
-            if isinstance(action, Assign):
-                found += _set_twice(action, clauses, rule.span)
+        found += _rule_problems(rule, clauses, scope.of_rules())
     return found
 
 
@@ -140,12 +136,17 @@ def _expression(
 _WORDS = {*STATES, *SHAPES, *BOOLEANS}  # names only in form
 
 
-def _action(action: object, scope: Scope, span: Span | None) -> Iterator[Diagnostic]:
-    if isinstance(action, Do):
-        yield from verb_problems(action.verb, action.argument is not None, span)
-    elif isinstance(action, Assign):
-        yield from target_problems(action.target, span)
+def _rule_problems(rule: Rule, clauses: Sequence[Clause], scope: Scope) -> Iterator[Diagnostic]:
+    """Yield the mistakes in a rule that its words alone show."""
+    yield from _expression(rule.condition, scope, rule.part_span("condition"))
+    for i, action in enumerate(rule.actions, 1):
+        span = rule.part_span(f"action {i}")
+        if isinstance(action, Do):
+            yield from verb_problems(action.verb, action.argument is not None, span)
+            continue
+        yield from target_problems(action.target, scope.constructs, span)
         yield from _expression(action.value, scope, span)
+        yield from _set_twice(action, clauses, span)
 
 
 def _set_twice(
@@ -163,32 +164,6 @@ def _set_twice(
             help = f"remove the rule, or give `{target}` of `{construct.title}` a fixed value"
             message = f"a rule and `{construct.title}` both set `{target}`"
             yield Diagnostic("conflicting-effects", message, labels, (), help)
-
-
-def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[Diagnostic]:
-    """Yield the mistake in an action such as `stop` or `warn`."""
-    if verb not in VERBS:
-        known = 'actions are `name = value`, `stop`, `save` and `warn "text"`'
-        message = f"there is no action `{verb}`"
-        yield Diagnostic("unknown-action", message, _at(span), (known,), suggest(verb, VERBS))
-    elif VERBS[verb] != has_argument:
-        message = f"`{verb}` {'needs a text' if VERBS[verb] else 'takes no text'}"
-        help = 'write `warn "what happened"`' if VERBS[verb] else None
-        yield Diagnostic("unknown-action", message, _at(span), (), help)
-
-
-def target_problems(target: str, span: Span | None) -> Iterator[Diagnostic]:
-    """Yield the mistake on the left of `=` in a rule."""
-    if target in ASSIGNABLE:
-        return
-    note = f"rules can set only {', '.join(f'`{t}`' for t in ASSIGNABLE)}"
-    help = suggest(target, ASSIGNABLE)
-    if target == "lr":
-        schedule = "`lr = 1e-3 * (warmup(5%) then cosine())`"
-        help = f"give the optimizer a schedule, {schedule}, or scale its rate with an `lr` clause"
-    elif "." in target:
-        help = "give the field a schedule, or limit the clause in time with `from` and `until`"
-    yield Diagnostic("unknown-target", f"a rule cannot set `{target}`", _at(span), (note,), help)
 
 
 def unknown_construct(kind: str, name: str, catalog: Catalog) -> Diagnostic:

@@ -9,13 +9,14 @@ from trainc.dsl.reading.constants import Unreadable, duration
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.expressions import condition, expression
 from trainc.dsl.reading.names import Scope
-from trainc.dsl.resolve.checks import structure_problems, target_problems, verb_problems
+from trainc.dsl.resolve.checks import structure_problems
 from trainc.dsl.resolve.clause import ClauseResolver, construct_name
 from trainc.dsl.resolve.clause_fields import unreadable_problem, with_use
 from trainc.dsl.resolve.includes import CollectedStatements, read_source
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.never_acts import RunTime, never_acting
 from trainc.dsl.resolve.origin import Origin
+from trainc.dsl.resolve.rule_actions import target_problems, verb_problems
 from trainc.dsl.resolve.spec import VERSION, Spec
 from trainc.dsl.resolve.statements import Action, Assign, Clause, Do, Rule
 from trainc.dsl.syntax import ast
@@ -88,6 +89,7 @@ class Resolver:
         self.lets.check_definitions()
         lost = gathered.lost | self.lets.broken | self.lets.refused
         self.scope = Scope(self._labels(), self.lets.values, lost, catalog)
+        self.rule_scope = self.scope.of_rules()
 
     def checked(self) -> Checked:
         """Return the spec and all diagnostics."""
@@ -177,7 +179,7 @@ class Resolver:
             return Do(tree.target.id, text)
         label = tree.target.id.partition(".")[0]
         if label not in self.scope.lost and "*" not in self.scope.lost:
-            self.found += target_problems(tree.target.id, tree.target.span)
+            self.found += target_problems(tree.target.id, self.scope.constructs, tree.target.span)
         assert tree.value is not None
         value = self._try(
             expression, tree.value, f"invalid value for `{printable(tree.target.id)}`"
@@ -188,7 +190,7 @@ class Resolver:
         """Read a node; report it and return None where it cannot be read."""
         count = len(self.scope.found)
         try:
-            value = read(self.lets.expand(node), *([self.scope] if scoped else []))
+            value = read(self.lets.expand(node), *([self.rule_scope] if scoped else []))
         except Unreadable as error:
             self.found.append(unreadable_problem(error, node.span, message, self.lets))
             return None
@@ -215,7 +217,9 @@ class Resolver:
 def _origin(when: ast.When) -> Origin:
     """Return where a rule and its parts were written."""
     parts = {"condition": when.condition, "for": when.hold, "cooldown": when.cooldown}
-    return Origin(when.span, {}, {word: node.span for word, node in parts.items() if node})
+    spans = {word: node.span for word, node in parts.items() if node}
+    spans |= {f"action {i}": action.span for i, action in enumerate(when.actions, 1)}
+    return Origin(when.span, {}, spans)
 
 
 def _ordered(found: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:

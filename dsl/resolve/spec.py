@@ -41,6 +41,12 @@ class Spec(ComparedByJson):
         """Return the sha256 of the canonical JSON."""
         return hashlib.sha256(self._text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    @cached_property
+    def fields_set(self) -> frozenset[str]:
+        """Return the fields of clauses that rules set, as `label.field`."""
+        actions = (action for rule in self.rules for action in rule.actions)
+        return frozenset(a.target for a in actions if isinstance(a, Assign) and a.label)
+
     def of_kind(self, kind: str) -> tuple[Clause, ...]:
         """Return the clauses of a kind, in the order they were written."""
         return tuple(clause for clause in self.clauses if clause.kind == kind)

@@ -114,13 +114,18 @@ class Clause(ComparedByJson):
 
 
 class Assign(Record):
-    """`target = value`; the target is `batch`."""
+    """`target = value`; the target is `batch`, or a scheduled field of a clause, `label.field`."""
 
     target: str
     value: Expr
 
     def __post_init__(self) -> None:
         self._set("value", EXPRESSION.accept(self.value))
+
+    @property
+    def label(self) -> str:
+        """Return the label of the clause whose field it sets; empty for the batch."""
+        return self.target.rpartition(".")[0]
 
 
 class Do(Record):
@@ -156,7 +161,7 @@ class Rule(ComparedByJson):
         return self.origin.span if self.origin else None
 
     def part_span(self, part: str) -> Span | None:
-        """Return where its `condition`, `for` or `cooldown` was written; the whole rule where it was not."""
+        """Return where `condition`, `for`, `cooldown` or `action 1` was written; the whole rule where it was not."""
         return None if self.origin is None else self.origin.part_span(part)
 
     def to_json(self) -> Any:

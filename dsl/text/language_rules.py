@@ -189,8 +189,8 @@ LANGUAGE_RULES: dict[str, RuleExplanation] = {
     ),
     "unknown-target": RuleExplanation(
         "A rule sets something that rules cannot set.",
-        "Rules set `batch` only. Learning rates and fields of clauses follow schedules.",
-        "Write `batch` on the left of `=`, or give the field a schedule.",
+        "Rules set `batch`, and the fields of clauses that are schedules. All others are fixed for the whole run.",
+        "Write `batch` on the left of `=`, or the clause's name, a dot and the field: `adamw.lr = adamw.lr / 2`.",
     ),
     "no-action": RuleExplanation(
         "A `when` rule has no actions.",

@@ -28,7 +28,7 @@ STATEMENTS = {
     "when": Topic(
         "when CONDITION [for DURATION] [cooldown DURATION] { ACTION, ... }",
         "A rule: acts when its condition is true, or has been true `for` a duration. With a `cooldown` it then rests."
-        ' Actions are `batch = NUMBER`, `stop`, `save` and `warn "TEXT"`.',
+        ' Actions are `batch = NUMBER`, `CLAUSE.FIELD = NUMBER`, `stop`, `save` and `warn "TEXT"`.',
         "when loss is nan { stop }",
     ),
 }

@@ -1,1 +1,1 @@
-"""One optimizer step: actions and their phases, rules, the optimizer, replicas."""
+"""One optimizer step: actions and their phases, the optimizer, replicas."""

@@ -10,11 +10,12 @@ import torch
 
 import trainc
 from trainc.compiler.driver.train import train
+from trainc.runtime.rules.actions import Save, SetBatch, round_to_micro_batches
+from trainc.runtime.rules.rule import Rule
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Signals, Step
-from trainc.runtime.step.when_rules import Rule, RuleAction, round_to_micro_batches
 from trainc.runtime.storage.jsonl import read_jsonl
 
 STEPS = 24
@@ -199,7 +200,7 @@ def rule_of(hold: TimeSpan | None, cooldown: TimeSpan | None, true_at: range = r
     def condition(clock: Clock, values: object) -> bool:
         return clock.steps in true_at
 
-    return Rule("rule 1", "when x", condition, hold, [RuleAction("save")], (), cooldown)
+    return Rule("rule 1", "when x", condition, hold, [Save()], (), cooldown)
 
 
 def steps(amount: int) -> TimeSpan:
@@ -253,7 +254,7 @@ def test_a_rules_batch_lies_between_the_present_one_and_what_it_asks_for(micro: 
 
 
 def asked(value: float, start: int = 8) -> tuple[Rule, StepMachine]:
-    performs = [RuleAction("set", lambda clock, values: value)]
+    performs = [SetBatch(lambda clock, values: value)]
     rule = Rule("rule 1", "when x", lambda clock, values: True, None, performs)
     made = machine_of(rule)
     made.batch_size = start

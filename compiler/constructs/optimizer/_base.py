@@ -9,7 +9,6 @@ from pydantic import Field
 
 from trainc.compiler.errors import FieldError
 from trainc.dsl.reading.construct import Construct, Effect, Schedule, ScopedNumbers, Selector
-from trainc.dsl.values.value_json import Number
 
 if TYPE_CHECKING:
     import torch
@@ -125,5 +124,5 @@ class Optimizer(Construct):
                 )
             decay |= {name: float(scoped.value) for name in names if name in decay}
         claim = to.closure if self.asks else to.optimizer
-        steady = isinstance(self.lr, Number)
+        steady = to.is_constant(self.lr)
         claim(self, to.schedule(self.lr), decay, steady=steady, has_modes=self.has_modes)

@@ -1,36 +1,17 @@
-"""`when` rules: conditions on measured signals that change the batch size, save, warn or stop the run."""
+"""`when` rules: conditions on measured signals, and when they act."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainc.runtime.rules.actions import RuleAction, Values
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.time_span import TimeSpan
-from trainc.runtime.step.action import Action, ActionState, Phase, StopRun
-from trainc.runtime.step.batch_policy import ROUNDING, round_up
+from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.record import Signals, Step
 from trainc.runtime.storage.form import Count, Flag, Form, ListOf, Number, Optional, Record, Text
-
-Values = Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class RuleAction:
-    """One action of a rule: `verb` is `set` (the batch), `stop`, `save` or `warn`."""
-
-    verb: str
-    value: Callable[[Clock, Values], float] | None = None
-    text: str = ""
-
-
-def round_to_micro_batches(wanted: float, present: int, micro: int) -> int:
-    """Round a wanted batch size to whole micro-batches, towards the current size; at least one micro-batch."""
-    if wanted >= present:
-        return max(present, math.floor(wanted / micro + ROUNDING) * micro)
-    return min(present, round_up(wanted, micro))
 
 
 @dataclass(eq=False)
@@ -49,6 +30,8 @@ class Rule(Action):
     performs: Sequence[RuleAction]
     needs: Collection[str] = ()
     cooldown: TimeSpan | None = None
+    more: Callable[[Clock], Values] = lambda clock: {}
+    """Returns what its expressions read besides signals and the batch: fields of clauses."""
     since: float | None = field(default=None, init=False)
     cooldown_since: float | None = field(default=None, init=False)
     fired: list[int] = field(default_factory=list, init=False)
@@ -58,7 +41,8 @@ class Rule(Action):
     def run(self, step: Step) -> None:
         if self._in_cooldown(step.clock):
             return
-        values = Signals(step.signals | {"batch": float(step.batch_size)})
+        batch = {"batch": float(step.batch_size)}
+        values = Signals({**step.signals, **batch, **self.more(step.clock)})
         measured = all(name in values for name in self.needs)
         if not measured or not self.condition(step.clock, values):
             self.since = None
@@ -70,11 +54,14 @@ class Rule(Action):
             if now - self.since < wanted:
                 return
         self.since = None
-        self.fired.append(step.clock.steps)
         if self.cooldown is not None:
             self.cooldown_since = step.clock.position(self.cooldown)[0]
-        for action in self.performs:
-            self._perform(action, step, values)
+        ending = [action for action in self.performs if action.ends]
+        acted = [a.perform(step, values, self) for a in self.performs if not a.ends]
+        if ending or any(acted):
+            self.fired.append(step.clock.steps)
+        for action in ending:
+            action.perform(step, values, self)
 
     def _in_cooldown(self, clock: Clock) -> bool:
         """Return whether the rule fired less than `cooldown` ago."""
@@ -82,35 +69,6 @@ class Rule(Action):
             return False
         now, rest = clock.position(self.cooldown)
         return now - self.cooldown_since < rest
-
-    def _perform(self, action: RuleAction, step: Step, values: Values) -> None:
-        if action.verb == "stop":
-            raise StopRun(f"the rule `{self.text}` stopped the run")
-        if action.verb == "save":
-            step.save = True
-        elif action.verb == "warn":
-            step.notes.append(action.text or self.text)
-        elif action.value is not None:
-            self._set_batch(action.value(step.clock, values), step)
-
-    def _set_batch(self, wanted: float, step: Step) -> None:
-        """Set the batch to the wanted size in whole micro-batches; a size that is not finite changes nothing.
-
-        It is rounded towards the present batch, never past the wanted size. Where that leaves the batch as it is, a
-        note says so once.
-        """
-        if not math.isfinite(wanted):
-            return
-        size = round_to_micro_batches(wanted, step.batch_size, step.micro_size or 1)
-        if size != step.batch_size:
-            step.notes.append(f"batch {step.batch_size} -> {size} samples: {self.text}")
-            step.batch_size = size
-        elif wanted != size and not self.rounding_noted:
-            self.rounding_noted = True
-            step.notes.append(
-                f"batch stays at {size} samples: {wanted:.6g} samples were rounded to micro-batches of"
-                f" {step.micro_size}: {self.text}"
-            )
 
     def state_dict(self) -> ActionState:
         return {
