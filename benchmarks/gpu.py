@@ -1,11 +1,13 @@
-"""Operators on a GPU beside ATen, inductor and Liger: `python benchmarks/gpu.py`, under 8 minutes.
+"""Operators and whole steps on a GPU: `python benchmarks/gpu.py`, under 8 minutes for each of these two parts.
 
-It needs a checkout, torch, triton and numpy, and no install. The most telling case of every operator comes first.
+It needs a checkout, torch, triton and numpy, and no install; whole steps need lark, pydantic and safetensors as well,
+and are left out where these are missing. The most telling case of every operator comes first.
 
-Each operator is first compared with float64 on fresh random inputs and poisoned memory, then timed:
-medians over input sets that together exceed the cache, replayed from graphs where that works.
-Backward is forward-and-backward less forward. Alternatives do not work out per-example norms; the
-composition that does is `by hand`. Rates are fractions of the device's measured copy rate.
+Operators stand beside ATen, inductor and Liger, whole steps beside plain `torch.compile` (whole_steps.py). Each
+operator is first compared with float64 on fresh random inputs and poisoned memory, then timed: medians over input sets
+that together exceed the cache, replayed from graphs where that works. Backward is forward-and-backward less forward.
+Alternatives do not work out per-example norms; the composition that does is `by hand`. Rates are fractions of the
+device's measured copy rate.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import torch
 # Started as a file, Python looks for imports beside the file; ours start at the checkout.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import accuracy, updates
+from benchmarks import accuracy, updates, whole_steps
 from benchmarks.device import Cuda, DryRun, Work, check, copy_rate, spread
 from benchmarks.measure import Json
 from benchmarks.operators import (
@@ -47,6 +49,7 @@ from benchmarks.operators import (
 
 Build = Callable[[Size, torch.dtype, str], Problem]
 BF16, FP32 = torch.bfloat16, torch.float32
+PARTS = ("operators", "steps")
 COPY = 1 << 30
 # Checking needs some ten float64 copies.
 LARGEST_CHECK = 1 << 27
@@ -202,6 +205,10 @@ def line(found: Json, rate: float) -> str:
 def run(device: Cuda, only: list[str], full: bool, budget: float, backend: str) -> Json:
     """Measure the cases in order until the seconds are spent."""
     begin, dry = time.monotonic(), isinstance(device, DryRun)
+    head = " ".join(f"{name:>9}" for name in VERSIONS)
+    print(
+        f"{'operator':38}{'size':>16} {'dtype':9} {head} {'MB':>9} {'fwd':>6} {'bwd':>6}     error"
+    )
     rate = copy_rate(device, 1 << 16 if dry else COPY)
     # Time may run out: every operator's first size comes before any operator's second.
     cases = sorted(
@@ -227,10 +234,10 @@ def run(device: Cuda, only: list[str], full: bool, budget: float, backend: str) 
         except Exception as error:  # one operator's failure leaves the others to measure
             failed.append([name, list(asdict(size).values()), str(dtype)[6:], repr(error)[:500]])
             print(f"{name} {size} {dtype} FAILED: {error!r}", flush=True)
+    print(f"{device.name()}: copy {rate / 1e12:.3f} TB/s; times in us; fractions of the copy rate")
+    if left:
+        print(f"left out for want of time: {len(left)}")
     return {
-        "device": device.name(),
-        "taken": datetime.now(UTC).date().isoformat(),
-        "versions": device.versions(),
         "copy TB/s": round(rate / 1e12, 3),
         "unit": "microseconds",
         "rows": rows,
@@ -242,10 +249,36 @@ def run(device: Cuda, only: list[str], full: bool, budget: float, backend: str) 
 def main(arguments: list[str] | None = None) -> int:
     """Return 0 when every result was right, 1 when one was not, 2 where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[], help="names that operators start with")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        help="what names of operators and of steps' cases start with",
+    )
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--full", action="store_true", help="norms at every size")
-    parser.add_argument("--seconds", type=float, default=420.0, help="start no case after this")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (all)"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=whole_steps.SHAPES,
+        default=[*whole_steps.SHAPES],
+        help="of whole steps (all)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the parameters in whole steps: those of float32 compute in bf16 by autocast (%(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=420.0,
+        help="start no case of a part after this (%(default)s)",
+    )
     parser.add_argument("--accuracy", action="store_true", help="errors on hard inputs as well")
     parser.add_argument("--dry-run", action="store_true", help="try the script on a CPU")
     options: Any = parser.parse_args(arguments)
@@ -256,23 +289,40 @@ def main(arguments: list[str] | None = None) -> int:
     backend = "aot_eager" if options.dry_run else "inductor"
     versions = ", ".join(f"{name} {version}" for name, version in device.versions().items())
     print(f"{device.name()}; {versions}", flush=True)
-    head = " ".join(f"{name:>9}" for name in VERSIONS)
-    print(
-        f"{'operator':38}{'size':>16} {'dtype':9} {head} {'MB':>9} {'fwd':>6} {'bwd':>6}     error"
-    )
-    found = run(device, options.only, options.full, options.seconds, backend)
-    print(
-        f"{found['device']}: copy {found['copy TB/s']} TB/s; times in us; fractions of the copy rate"
-    )
+    found: Json = {
+        "device": device.name(),
+        "taken": datetime.now(UTC).date().isoformat(),
+        "versions": device.versions(),
+    }
+    right = True
+    if "operators" in options.parts:
+        found |= run(device, options.only, options.full, options.seconds, backend)
+        right = not found["failed"] and all(one["passed"] for one in found["rows"])
+    if "steps" in options.parts:
+        found["steps"] = steps(device, options, backend)
+        rows = found["steps"].get("rows", [])
+        right &= all(one["passed"] and "failed" not in one for one in rows)
     if options.accuracy:  # after what is timed: it compiles every kernel for other shapes
         found["accuracy"] = accuracy.run(options.only, draws=1, device=device.kind)
         for name, families in accuracy.worst(found["accuracy"]).items():
             print(f"{name:38} " + "  ".join(f"{k} {v:.2g}" for k, v in families.items()))
-    if found["left out"]:
-        print(f"left out for want of time: {len(found['left out'])}")
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 0 if not found["failed"] and all(one["passed"] for one in found["rows"]) else 1
+    return 0 if right else 1
+
+
+def steps(device: Cuda, options: Any, backend: str) -> Json:
+    """Measure whole steps, or say why not."""
+    weights = getattr(torch, options.weights)
+    autocast = BF16 if weights is FP32 else None
+    way = whole_steps.Way(device.kind, weights, autocast, backend)
+    print(whole_steps.heading(), flush=True)
+    found = whole_steps.measure(device, way, options.models, options.only, options.seconds)
+    if "not measured" in found:
+        print(f"not measured: {found['not measured']}")
+    if found.get("left out"):
+        print(f"left out for want of time: {len(found['left out'])}")
+    return found
 
 
 if __name__ == "__main__":

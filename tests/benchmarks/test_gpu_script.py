@@ -54,7 +54,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_dry_run_checks_and_times_every_operator(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    done = run("-m", "benchmarks.gpu", "--dry-run", "--out", str(out))
+    done = run("-m", "benchmarks.gpu", "--dry-run", "--parts", "operators", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["device"] == "dry run"
@@ -72,6 +72,21 @@ def test_a_dry_run_checks_and_times_every_operator(tmp_path: Path) -> None:
         assert row["repeatable"], row
         assert row["times"]["ours"]["forward"]["median"] > 0
         assert {"aten", "inductor"} <= set(row["times"])
+
+
+@pytest.mark.slow
+def test_a_dry_run_checks_and_times_whole_steps(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    options = ("--dry-run", "--parts", "steps", "--models", "124m", "--only", "plain", "gns")
+    done = run("-m", "benchmarks.gpu", *options, "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["steps"]["rows"]
+    assert [row["case"] for row in rows] == ["plain", "gns on norms"]
+    for row in rows:
+        assert row["passed"], row
+        assert row["uncompiled"] is None, row
+        assert row["tokens/s"] > 0
+        assert row["case"] in done.stdout
 
 
 def test_time_that_is_spent_leaves_cases_out(tmp_path: Path) -> None:
@@ -125,11 +140,14 @@ def test_it_starts_from_a_bare_checkout_where_nothing_of_ours_is_installed(tmp_p
         "cross_entropy_consistency, kl",
     }
     assert found["failed"] == []
+    # Compiling a spec needs more than torch, triton and numpy.
+    assert found["steps"] == {"not measured": "needs lark, pydantic, safetensors"}
+    assert "not measured: needs lark" in done.stdout
 
 
 def test_every_operator_is_measured_once_before_any_is_measured_again(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    options = ("--dry-run", "--seconds", "0", "--out", str(out))
+    options = ("--dry-run", "--parts", "operators", "--seconds", "0", "--out", str(out))
     assert run("-m", "benchmarks.gpu", *options).returncode == 0
     names = [name for name, *_ in json.loads(out.read_text())["left out"]]
     first = names[: len(set(names))]
