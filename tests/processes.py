@@ -1,19 +1,35 @@
 """Start a test's file as several processes that train together, and be one of them."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60
 """Seconds for which a rank that is done waits for the others."""
+
+
+ENVIRONMENT = {
+    # Gloo and torchrun look for the name of the machine: where nothing answers, each look-up takes 10 seconds.
+    "RES_OPTIONS": "timeout:1 attempts:1",
+    "GLOO_SOCKET_IFNAME": next(name for _, name in socket.if_nameindex() if name.startswith("lo")),
+    "PYTHONFAULTHANDLER": "1",
+}
+"""What processes on one machine are started with, beside what they inherit."""
+
+
+class NotEnded(AssertionError):
+    """Processes were not ended after the time they have."""
 
 
 def run_processes(
@@ -23,17 +39,44 @@ def run_processes(
 
     Fails with the errors of all processes unless each ends with 0.
     """
+    path = os.pathsep.join((str(ROOT), *_search_path()))
     started = [
         subprocess.Popen(
             [sys.executable, "-P", str(file), str(rank), str(ranks), str(folder)],
             stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), *_search_path()))},
+            text=True,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+            start_new_session=True,
         )
         for rank in range(ranks)
     ]
-    errors = [process.communicate(timeout=timeout)[1].decode() for process in started]
+    errors = [error for _, error in ended(started, timeout)]
     assert not any(process.returncode for process in started), "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt", weights_only=weights_only) for rank in range(ranks)]
+
+
+def ended(started: Sequence[subprocess.Popen[str]], timeout: float) -> list[tuple[str, str]]:
+    """Wait for processes that lead sessions of their own; return what each wrote to stdout and stderr.
+
+    Where they take longer than `timeout` seconds they are ended, and the error has what they wrote and where each of
+    their threads was.
+    """
+    ends = time.monotonic() + timeout
+    try:
+        return [process.communicate(timeout=max(ends - time.monotonic(), 0)) for process in started]
+    except subprocess.TimeoutExpired:
+        for process in started:
+            for child in (*psutil.Process(process.pid).children(), process):
+                child.send_signal(signal.SIGABRT)
+        written = [process.communicate() for process in started]
+        raise NotEnded(
+            "\n".join(
+                [
+                    f"not ended after {timeout:g} seconds",
+                    *(text or "" for one in written for text in one),
+                ]
+            )
+        ) from None
 
 
 def _search_path() -> list[str]:

@@ -15,31 +15,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.processes import ENVIRONMENT, ROOT, ended
 from trainc.runtime.data.batch import Batch
-
-ROOT = Path(__file__).parents[1]
 
 
 def torchrun(
     ranks: int, *command: str, cwd: Path, restarts: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `-m trainc ...`, or a file, in several processes of this machine."""
+    """Run `-m trainc ...`, or a file, in several processes of this machine; raises NotEnded."""
     program = command if command[0].endswith(".py") else ("-m", *command)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    return subprocess.run(
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
         [
             *(sys.executable, "-P", "-m", "torch.distributed.run"),
-            *("--nproc-per-node", str(ranks), "--master-port", port),
+            *("--nproc-per-node", str(ranks), "--local-addr", "127.0.0.1", "--master-port", port),
             *("--max-restarts", str(restarts), *program),
         ],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
+        env=os.environ | ENVIRONMENT | own | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        start_new_session=True,
     )
+    ((out, error),) = ended([process], timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
 class Net(nn.Module):

@@ -1,6 +1,7 @@
 """Runs of two processes under torchrun have the numbers of one process, and each continues the other's."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.compiler.launched_runs import CASES, RESUMED, cut
+from tests.processes import NotEnded
 from tests.torchrun import torchrun
 from trainc.compiler.driver.train import train
 from trainc.runtime.storage import checkpoint
@@ -19,9 +21,18 @@ FILE = Path(__file__).with_name("launched_runs.py")
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of all runs of two processes."""
+    """Return the folder of all runs of two processes.
+
+    Once in many hundred launches they did not end, and it is not known why: where each thread was is then shown as a
+    warning, and they are launched again.
+    """
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun(2, str(FILE), str(folder), cwd=folder)
+    try:
+        done = torchrun(2, str(FILE), str(folder), cwd=folder)
+    except NotEnded as error:
+        warnings.warn(str(error), stacklevel=1)
+        folder = tmp_path_factory.mktemp("again")
+        done = torchrun(2, str(FILE), str(folder), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
