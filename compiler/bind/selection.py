@@ -77,10 +77,13 @@ class _Place:
     def span(self) -> Span | None:
         """Return where the selector was written: in a list, the entry that holds it."""
         whole = self.clause.part_span(self.part)
-        found = -1 if whole is None else whole.text.find(str(self.selector))
-        if whole is None or found < 0:
-            return whole
-        return whole.part(found, found + len(str(self.selector)))
+        texts = [str(self.selector)]
+        if isinstance(self.selector, Scoped):  # its number may be written in another form
+            texts.append(str(self.selector.on))
+        for text in texts:
+            if whole is not None and (found := whole.text.rfind(text)) >= 0:
+                return whole.part(found, found + len(text))
+        return whole
 
     @property
     def what(self) -> str:

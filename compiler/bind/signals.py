@@ -72,9 +72,9 @@ def _expressions(spec: Spec) -> Iterator[_Use]:
     for clause in spec.clauses:
         for name in type(clause.construct).model_fields:
             value: Any = getattr(clause.construct, name)
-            if isinstance(value, v.Expr):
+            for expression in v.expressions_in(value):
                 sets = clause.kind == "data" and name == "batch"
-                yield _Use(value, clause.part_span(name), sets)
+                yield _Use(expression, clause.part_span(name), sets)
     for rule in spec.rules:
         yield _Use(rule.condition, rule.span)
         for action in rule.actions:

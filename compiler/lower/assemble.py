@@ -27,7 +27,13 @@ from trainc.runtime.step.gradients import (
     Trained,
 )
 from trainc.runtime.step.held_updates import HeldUpdates
-from trainc.runtime.step.optimizer import OptimizerStep, OwnOptimizer, ParamSlot, Rates
+from trainc.runtime.step.optimizer import (
+    LrFactor,
+    OptimizerStep,
+    OwnOptimizer,
+    ParamSlot,
+    Rates,
+)
 from trainc.runtime.step.updates import UpdateTransform
 
 
@@ -141,17 +147,7 @@ def _optimizer_actions(
 ) -> list[Action]:
     """Return the actions of one optimizer clause: set the rates, clip, step."""
     names = [name for name in part.targets if name not in method.frozen]
-    slots = [
-        ParamSlot(
-            name,
-            method.masks[name].values
-            if name in method.masks
-            else context.model.get_parameter(name),
-            part.decay[name],
-            tuple(method.lr_factors.get(name, ())),
-        )
-        for name in names
-    ]
+    slots = [_slot(part, name, method, context) for name in names]
     label, construct = part.label, part.construct
     form = construct.decay_form
     optimizer = OptimizerStep(
@@ -168,12 +164,29 @@ def _optimizer_actions(
         refused = None if isinstance(error, ImportProblem) else optimizer.first_refused()
         message += f" (`{refused}`)" if refused else ""
         raise SpecError([Diagnostic(rule, message, at, help=help_)]) from error
-    actions: list[Action] = [Rates(f"{label} rates", part.base, optimizer), optimizer]
+    actions: list[Action] = [Rates(f"{label} rates", optimizer), optimizer]
     if construct.clip is not None:
         alone = len(method.optimizers) == 1
         metric = None if alone else f"{label}.gradient_norm"
         actions.append(Clip(f"{label} clip", construct.clip, slots, metric))
     return actions
+
+
+def _slot(
+    part: OptimizerPart, name: str, method: LoweredMethod, context: LoweringContext
+) -> ParamSlot:
+    """Return a parameter as its optimizer sees it."""
+    factors: dict[str, tuple[LrFactor, ...]] = {}
+    for factor in method.option_factors.get(name, ()):
+        factors[factor.of] = (*factors.get(factor.of, ()), factor)
+    return ParamSlot(
+        name,
+        method.masks[name].values if name in method.masks else context.model.get_parameter(name),
+        part.option(name, "weight_decay").begin(0.0),
+        tuple(method.lr_factors.get(name, ())),
+        part.options[name],
+        factors,
+    )
 
 
 def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) -> list[Action]:

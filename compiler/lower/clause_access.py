@@ -18,11 +18,23 @@ from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerConstr
 from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
 from trainc.compiler.model.select import select
 from trainc.compiler.structure.places import Place
-from trainc.dsl.values.value_json import Duration, Expr, Number, Selector, to_json
+from trainc.dsl.text.vocabulary import PLACES
+from trainc.dsl.values.value_json import (
+    Duration,
+    Expr,
+    Items,
+    Number,
+    Scoped,
+    Selector,
+    to_json,
+)
 from trainc.runtime.processes.sharded import is_sharded
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import Schedules, compile_schedule
 from trainc.runtime.schedule.time_span import Unit
+from trainc.runtime.step.optimizer import Option, OptionValue
 
 
 class ClauseAccess:
@@ -89,6 +101,10 @@ class ClauseAccess:
         Where the type of its field allows no negative numbers, one in a step is an error of the step, which names the
         field; so is a number that is not finite.
         """
+        return self._scheduled(expression, place, placed=place is not None)
+
+    def _scheduled(self, expression: Expr, place: Place | None, *, placed: bool) -> Scheduled:
+        """Return an expression in a field as a function of the clock; a `placed` one is not of the whole model."""
         field = ScheduleField.of(self.clause, expression)
         try:
             checked = field.checked(self._evaluated(expression, place), self._context)
@@ -97,12 +113,48 @@ class ClauseAccess:
         if not field.name:
             return checked
         fields, name = self._context.fields, f"{field.label}.{field.name}"
-        return fields.add(name, checked, field.check_set, placed=place is not None)
+        return fields.add(name, checked, field.check_set, placed=placed)
 
     def is_constant(self, expression: Expr) -> bool:
         """Say whether a field is one number in the whole run, which no rule sets."""
         name = f"{self.label}.{ScheduleField.of(self.clause, expression).name}"
         return isinstance(expression, Number) and name not in self._context.fields.settable
+
+    def schedules_of(self, field: str) -> dict[str, OptionValue]:
+        """Return what a field of schedules by selector says of each selected parameter that an entry of it is for.
+
+        Parameters of one entry, and of one place where it reads the place, share one object.
+        """
+        found: dict[str, OptionValue] = {}
+        value = getattr(self.clause.construct, field)
+        for entry in value if isinstance(value, tuple) else (Scoped(value),):
+            own = set(self.clause.targets)
+            names = (
+                own if entry.on is None else own.intersection(self.select(entry.on, "parameters"))
+            )
+            reads = set(names_read(to_json(entry.value))) & set(PLACES)
+            made: dict[Place | None, OptionValue] = {}
+            for name in (n for n in self.clause.targets if n in names):
+                place = self.inventory.parameter[name].place if reads else None
+                if place not in made:
+                    made[place] = self._option(entry, place)
+                found[name] = made[place]
+        return found
+
+    def _option(self, entry: Scoped, place: Place | None) -> OptionValue:
+        """Return the number of an entry of a field, or the numbers of its list."""
+        on = "" if entry.on is None else f" on {entry.on}"
+        at = "" if place is None else f" at depth {place.depth:.3g}"
+        value = entry.value
+        assert isinstance(value, Expr)
+        placed = bool(on or at) or isinstance(value, Items)
+
+        def option(expression: Expr) -> Option:
+            schedule = self._scheduled(expression, place, placed=placed)
+            constant = schedule(Clock()) if self.is_constant(expression) else None
+            return Option(schedule, str(expression), constant, on + at)
+
+        return tuple(map(option, value.items)) if isinstance(value, Items) else option(value)
 
     def _evaluated(self, expression: Expr, place: Place | None) -> Scheduled:
         context, data = self._context, to_json(expression)

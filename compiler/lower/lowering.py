@@ -20,7 +20,6 @@ from trainc.compiler.method.lowered_method import (
     LoweredMethod,
     OptimizerConstruct,
     OptimizerPart,
-    Scheduled,
 )
 from trainc.compiler.model.batch_statistics import depend_on_processes
 from trainc.dsl.values.value_json import Expr
@@ -39,7 +38,7 @@ from trainc.runtime.step.around import Around
 from trainc.runtime.step.batches import BatchTransform
 from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.gradients import GradientTransform, sharded_gradient
-from trainc.runtime.step.optimizer import LrFactor
+from trainc.runtime.step.optimizer import LrFactor, OptionValues
 from trainc.runtime.step.updates import UpdateTransform
 
 
@@ -125,13 +124,12 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
     def optimizer(
         self,
         construct: OptimizerConstruct,
-        base: Scheduled,
-        decay: dict[str, float],
+        options: dict[str, OptionValues],
         *,
         steady: bool = False,
         has_modes: bool = False,
     ) -> None:
-        """Claim the selected parameters for a torch optimizer, at the rate `base` and these decays by name.
+        """Claim the selected parameters for a torch optimizer, with these options of each: `lr`, `weight_decay`.
 
         `steady`: the rate is one number, which the optimizer may change by itself. `has_modes`: it has `train()` and
         `eval()`, which puts other weights in place for evaluation.
@@ -139,7 +137,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         clause = self.clause
         self.refuse_times("an optimizer trains in every step", "from", "until", "every")
         self._method.optimizers.append(
-            OptimizerPart(clause.label, clause.targets, clause.span, construct, base, decay)
+            OptimizerPart(clause.label, clause.targets, clause.span, construct, options)
         )
         part = self._method.optimizers[-1]
         part.steady, part.has_modes = steady, has_modes
@@ -147,8 +145,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
     def closure(
         self,
         construct: OptimizerConstruct,
-        base: Scheduled,
-        decay: dict[str, float],
+        options: dict[str, OptionValues],
         **known: bool,
     ) -> None:
         """Claim the selected parameters for an optimizer that asks for loss and gradients several times in a step.
@@ -157,7 +154,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         gradients in `.grad`. Raises ValueError where a parameter is sharded over processes.
         """
         self._refuse_shards("after")
-        self.optimizer(construct, base, decay, **known)
+        self.optimizer(construct, options, **known)
         self._method.optimizers[-1].asks = True
 
     def compile_modules(self) -> None:

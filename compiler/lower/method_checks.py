@@ -213,7 +213,7 @@ def _clipped_decay(
         decayed = {name for action in coupled for name in action.parameters}
         for part in method.optimizers:
             limit = method.clip if part.construct.clip is None else part.construct.clip
-            if limit is None or not any(part.decay.get(name) for name in decayed):
+            if limit is None or not any(map(part.decays, decayed)):
                 continue
             whose = "run" if part.construct.clip is None else part.label
             at = next((one for one in clauses if whose in (one.label, one.kind)), clause)

@@ -12,7 +12,8 @@ from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import Scheduled
 from trainc.dsl.reading.fields import field_type
 from trainc.dsl.text.vocabulary import PLACES
-from trainc.dsl.values.value_json import Expr, to_json
+from trainc.dsl.values.limits import Limits
+from trainc.dsl.values.value_json import Expr, Items, expressions_in, to_json
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.timeline import counters_at
@@ -29,26 +30,28 @@ class ScheduleField:
     title: str
     name: str
     expression: Expr
-    negative: bool
+    limits: Limits | None
 
     @classmethod
     def of(cls, clause: BoundClause, expression: Expr) -> ScheduleField:
         """Return the field of a clause that holds this very expression."""
         for name, info in type(clause.construct).model_fields.items():
-            if getattr(clause.construct, name) is expression:
+            held = expressions_in(getattr(clause.construct, name))
+            parts = (part for one in held for part in (one, *_items(one)))
+            if any(part is expression for part in parts):
                 own = field_type(info)
-                negative = own is None or own.negative
-                return cls(clause.label, clause.title, name, expression, negative)
-        return cls(clause.label, clause.title, "", expression, True)
+                limits = None if own is None else own.limits
+                return cls(clause.label, clause.title, name, expression, limits)
+        return cls(clause.label, clause.title, "", expression, None)
 
     def checked(self, schedule: Scheduled, context: LoweringContext) -> Scheduled:
         """Return the schedule with a check of its numbers; raises ValueError for one that the clock alone will make."""
-        if self.negative:
+        if (limits := self.limits) is None:
             return schedule
 
         def at(clock: Clock) -> float:
             value = schedule(clock)
-            if not 0 <= value < math.inf:
+            if not limits.allow(value):
                 raise ValueOutOfRange(
                     self._problem(value, f"in step {clock.steps}"), self.label, self.name
                 )
@@ -57,27 +60,31 @@ class ScheduleField:
         if not set(names_read(to_json(self.expression))) - set(PLACES):
             for percent, clock in _clocks(context):
                 value = schedule(clock)
-                if not 0 <= value < math.inf:
+                if not limits.allow(value):
                     raise ValueError(self._problem(value, f"after {percent:g}% of the run"))
         return at
 
     def check_set(self, value: float, clock: Clock, rule: str) -> None:
         """Raise ValueOutOfRange for a number that the field cannot have, which a rule gives it."""
-        if value < 0 and not self.negative:
+        if self.limits is not None and not self.limits.allow(value):
             raise ValueOutOfRange(
-                f"the rule `{rule}` sets `{self.name}` of `{self.title}` to {value:g} in step {clock.steps}: expected 0"
-                " or more",
+                f"the rule `{rule}` sets `{self.name}` of `{self.title}` to {value:g} in step {clock.steps}: expected"
+                f" {self.limits.words}",
                 self.label,
                 self.name,
             )
 
     def _problem(self, value: float, when: str) -> str:
-        why = "expected 0 or more"
+        why = f"expected {self.limits.words}" if self.limits else ""
         if math.isnan(value):
             why = "a signal in it is not measured yet, or is not a number"
         elif math.isinf(value):
             why = "expected a finite number"
         return f"`{self.name} = {self.expression}` of `{self.title}` is {value:g} {when}: {why}"
+
+
+def _items(expression: Expr) -> tuple[Expr, ...]:
+    return expression.items if isinstance(expression, Items) else ()
 
 
 def _clocks(context: LoweringContext) -> Iterator[tuple[float, Clock]]:

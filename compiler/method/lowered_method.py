@@ -23,7 +23,7 @@ from trainc.runtime.step.action import Action
 from trainc.runtime.step.batches import BatchTransform
 from trainc.runtime.step.held_updates import DecayForm
 from trainc.runtime.step.observer import Observer
-from trainc.runtime.step.optimizer import LrFactor
+from trainc.runtime.step.optimizer import LrFactor, Option, OptionValues
 
 Scheduled = Callable[["Clock"], float]
 """A number as a function of the clock."""
@@ -56,20 +56,29 @@ class OptimizerConstruct(Protocol):
 
 @dataclass(slots=True)
 class OptimizerPart:
-    """One optimizer clause: the parameters it claims, its learning rate and the decay of each parameter."""
+    """One optimizer clause: the parameters it claims, and the options of each, such as its rate and decay."""
 
     label: str
     targets: tuple[str, ...]
     span: Span | None
     construct: OptimizerConstruct
-    base: Scheduled
-    decay: dict[str, float]
+    options: dict[str, OptionValues]
     asks: bool = False
     """Whether it asks for loss and gradients several times in a step, by a closure."""
     steady: bool = False
     """Whether the learning rate is one number, which an optimizer may change by itself."""
     has_modes: bool = False
     """Whether the torch optimizer has `train()` and `eval()`, and other weights for evaluation."""
+
+    def decays(self, parameter: str) -> bool:
+        """Say whether it decays a parameter in some step."""
+        return parameter in self.options and self.option(parameter, "weight_decay").constant != 0
+
+    def option(self, parameter: str, name: str) -> Option:
+        """Return an option of a parameter that is one number, 0 where it has none."""
+        value = self.options[parameter].get(name)
+        assert not isinstance(value, tuple)
+        return Option.fixed(0.0) if value is None else value
 
 
 @dataclass(slots=True)
@@ -96,6 +105,8 @@ class LoweredMethod:
     """Constants of loss terms, by name."""
     lr_factors: dict[str, list[LrFactor]] = field(default_factory=dict)
     """Factors on the learning rate, by parameter."""
+    option_factors: dict[str, list[LrFactor]] = field(default_factory=dict)
+    """Factors on other options of optimizers, by parameter."""
     masks: dict[str, UpdateMask] = field(default_factory=dict)
     """What trains of each parameter that has a mask."""
     frozen: set[str] = field(default_factory=set)

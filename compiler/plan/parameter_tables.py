@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from trainc.compiler.bind.binding import Binding
-from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
 from trainc.compiler.plan.plan import Row
+from trainc.runtime.step.optimizer import Option, parts_of
 
 
 def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
@@ -15,6 +16,7 @@ def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     factors_of = {factor.policy for found in method.lr_factors.values() for factor in found}
     shown = ("optimizer", "mask")  # in columns of their own, as are factors on rates
     others = [c for c in binding.active if c.kind not in shown and c.label not in factors_of]
+    acting = {action.name for action in method.actions}
     rows = []
     for p in binding.inventory.parameters:
         part = None if p.name in method.frozen else claimed.get(p.name)
@@ -29,9 +31,14 @@ def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
                 "depth": round(p.place.depth, 4),
                 "level": p.place.level,
                 "optimizer": part and part.label,
-                "decay": part and part.decay[p.name],
+                "lr": part and _own_rate(part, p.name),
+                "decay": part and _number(part.option(p.name, "weight_decay")),
                 "lr_factors": [factor.policy for factor in factors],
                 "lr_units": [factor.unit for factor in factors],
+                "lr_values": [
+                    None if factor.schedule or factor.policy in acting else factor.factor
+                    for factor in factors
+                ],
                 "mask": mask and mask.describe(),
                 "clauses": selecting,
             }
@@ -69,13 +76,41 @@ def _reached(binding: Binding, method: LoweredMethod) -> Iterator[tuple[str, str
     for part in method.optimizers:
         own = [name for name in part.targets if name not in method.frozen]
         yield part.label, "trains", set(own)
-        for value in sorted({part.decay[name] for name in own} - {0.0}):
-            yield part.label, f"weight decay {value:g}", {n for n in own if part.decay[n] == value}
+        for what, names in _by_option(part, own):
+            yield part.label, what, names
     if method.frozen:
         yield "", "frozen", set(method.frozen)
     for clause in binding.active:
         if clause.kind != "optimizer" and clause.construct.targets != "none":
             yield clause.label, clause.title, _parameters(binding, clause.targets)
+
+
+def _by_option(part: OptimizerPart, own: Sequence[str]) -> Iterator[tuple[str, set[str]]]:
+    """Yield each weight decay above 0, and the other options of which parameters have different ones."""
+    decays: dict[str | float, set[str]] = {}
+    for name in own:
+        decays.setdefault(_number(part.option(name, "weight_decay")), set()).add(name)
+    for decay in sorted(decays, key=str):
+        if decay:
+            text = decay if isinstance(decay, str) else f"{decay:g}"
+            yield f"weight decay {text}", decays[decay]
+    for option in dict.fromkeys(key for name in own for key in part.options[name]):
+        texts: dict[str, set[str]] = {}
+        for name in own:
+            value = part.options[name].get(option, ())
+            texts.setdefault(", ".join(one.text for one in parts_of(value)), set()).add(name)
+        if option != "weight_decay" and len(texts) > 1:
+            yield from ((f"{option} {text}", names) for text, names in texts.items())
+
+
+def _number(option: Option) -> float | str:
+    return option.text if option.constant is None else option.constant
+
+
+def _own_rate(part: OptimizerPart, name: str) -> str | None:
+    """Return the learning rate of a parameter, as the spec writes it, where it is not that of all."""
+    option = part.option(name, "lr")
+    return option.text if option.part else None
 
 
 def _parameters(binding: Binding, targets: Iterable[str]) -> set[str]:

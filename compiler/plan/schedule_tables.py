@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.errors import ValueOutOfRange
-from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart, Scheduled
 from trainc.compiler.plan.plan import Row
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.timeline import counters_at, counters_under_ramp
 from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
+from trainc.runtime.step.optimizer import Option, parts_of
 
 
 def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
@@ -22,7 +23,7 @@ def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
         return []
     rows = []
     ramp = next((action for action in method.actions if isinstance(action, Ramp)), None)
-    named = [(f"{part.label} lr", part.base) for part in method.optimizers]
+    named = [row for part in method.optimizers for row in _options(part)]
     named += [*method.scalars.items(), *method.schedules.items()]
     if ramp is not None:
         named.append(("batch", ramp.at))
@@ -36,6 +37,21 @@ def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
             {"percent": percent, **found, "values": {n: _value(at, clock) for n, at in named}}
         )
     return rows
+
+
+def _options(part: OptimizerPart) -> Iterator[tuple[str, Scheduled]]:
+    """Yield the learning rates of an optimizer, and those of its other options that change."""
+    seen: dict[int, Option] = {}
+    for options in part.options.values():
+        for field, value in options.items():
+            several = isinstance(value, tuple)
+            for i, option in enumerate(parts_of(value), 1):
+                wanted = field == "lr" or option.constant is None
+                if not wanted or id(option) in seen:
+                    continue
+                seen[id(option)] = option
+                number = f"{field.removesuffix('s')}{i}" if several else field
+                yield f"{part.label} {number}{option.part}", option.at
 
 
 def _value(schedule: Callable[[Clock], float], clock: Clock) -> float:

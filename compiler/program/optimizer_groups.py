@@ -37,7 +37,7 @@ class LiveGroup(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metac
             return self._kept[key]
         if key == "lr" and self._rates is not None and not self._clock.steps:
             slots = next(slots for i, _, slots in self._optimizer.in_groups() if i == self._number)
-            return self._rates.base(self._clock) * slots[0].factor(self._clock)
+            return slots[0].rate(self._clock) * slots[0].factor(self._clock)
         return self._options[key]
 
     def __setitem__(self, key: str, value: Any) -> None:

@@ -17,8 +17,11 @@ from trainc.dsl.reading.field_types import (
     Samples,
     SamplesOrAuto,
     Schedule,
+    ScopedDecayRates,
     ScopedNumbers,
+    ScopedSchedules,
     Selector,
+    ShrinkingFactor,
     SignedSchedule,
 )
 from trainc.dsl.reading.fields import read_field, untyped_value
@@ -47,8 +50,11 @@ __all__ = [
     "Samples",
     "SamplesOrAuto",
     "Schedule",
+    "ScopedDecayRates",
     "ScopedNumbers",
+    "ScopedSchedules",
     "Selector",
+    "ShrinkingFactor",
     "Signal",
     "SignedSchedule",
 ]

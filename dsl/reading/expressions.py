@@ -20,6 +20,7 @@ from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.vocabulary import BOOLEANS, COUNTERS, PLACES, SHAPES, STATES
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import FUNCTIONS, Function
+from trainc.dsl.values.limits import FROM_ZERO, Limits
 from trainc.dsl.values.value_ranges import ANYTHING, Bounds, bounds
 
 _LOGIC = ("and", "or")
@@ -67,22 +68,34 @@ def schedule(node: Node, names: Names = ANY_NAME) -> v.Expr:
     return v.Number(value.duration.amount) if isinstance(value, v.Quantity) else value
 
 
-def schedule_from_zero(node: Node, names: Names = ANY_NAME) -> v.Expr:
-    """Return a schedule whose values are 0 or more, as far as that is known before the run."""
+def schedule_within(node: Node, names: Names = ANY_NAME, limits: Limits = FROM_ZERO) -> v.Expr:
+    """Return a schedule whose values are within limits, as far as that is known before the run."""
     value = schedule(node, names)
-    if problem := negative_problem(value):
+    if problem := outside(value, limits):
         raise Unreadable(node, problem)
     return value
 
 
-def negative_problem(value: v.Expr) -> str | None:
-    """Return what is wrong with a schedule that is negative or not finite whatever happens; None for any other."""
+def pair_within(node: Node, names: Names = ANY_NAME, limits: Limits = FROM_ZERO) -> v.Expr:
+    """Return two schedules in a list, each within limits."""
+    if not isinstance(node, ast.Items) or len(node.items) != 2:
+        found = f"a list of {len(node.items)}" if isinstance(node, ast.Items) else describe(node)
+        raise Unreadable(node, f"expected a list of two, such as `[0.9, 0.95]`, found {found}")
+    return v.Items(tuple(schedule_within(item, names, limits) for item in node.items))
+
+
+def outside(value: v.Expr, limits: Limits = FROM_ZERO) -> str | None:
+    """Return what is wrong with a schedule that leaves its limits whatever happens; None for any other."""
     known = bounds(value, _from_zero)
-    if known.low < 0 and known.high <= 0:
-        found = f", found {known.low:g}" if known.constant else ": this is never above 0"
-        return f"expected 0 or more{found}"
-    if known.constant and not math.isfinite(known.low):
+    if known.constant and math.isinf(known.low):
         return "expected a finite number"
+    if known.constant:
+        found = f", found {known.low:g}"
+        return None if limits.allow(known.low) else f"expected {limits.words}{found}"
+    if known.low < limits.low and known.high <= limits.low:
+        return f"expected {limits.words}: this is never above {limits.low:g}"
+    if known.high > limits.high and known.low >= limits.high:
+        return f"expected {limits.words}: this is never below {limits.high:g}"
     return None
 
 

@@ -14,6 +14,7 @@ from trainc.dsl.syntax.ast import Node, Str
 from trainc.dsl.text.source import Source
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import Function
+from trainc.dsl.values.limits import FROM_ZERO, Limits
 
 Reader = Callable[[Node, Names], Any]
 Selected = Literal["modules", "parameters"]
@@ -24,8 +25,9 @@ class FieldType:
 
     `read` makes a value of a node and raises Unreadable, `coerce` checks any other value and raises
     ValueError. `functions` are those that the whole value may call beside the ones every expression has. `selects` is
-    what its selectors match, None where it has none. Without `negative` its numbers are 0 or more in every step. A
-    `period` is how often something happens in a run.
+    what its selectors match, None where it has none. `limits` hold its numbers in every step, None any finite ones. A
+    `period` is how often something happens in a run. What is `scheduled` is one number in each step, which rules may
+    set.
     """
 
     def __init__(
@@ -36,16 +38,18 @@ class FieldType:
         functions: Mapping[str, Function] | None = None,
         *,
         selects: Selected | None = None,
-        negative: bool = True,
+        limits: Limits | None = None,
         period: bool = False,
+        scheduled: bool = False,
     ) -> None:
         self.title = title
         self.read = read
         self.coerce = coerce
         self.functions = functions or {}
         self.selects = selects
-        self.negative = negative
+        self.limits = limits
         self.period = period
+        self.scheduled = scheduled
 
     def accept(self, raw: Any) -> Any:
         """Return a value of this type from a value, its JSON form, or text in the language."""
@@ -149,11 +153,31 @@ def _schedule(raw: Any) -> v.Expr:
     return value
 
 
-def _not_negative(raw: Any) -> v.Expr:
+def _within(raw: Any, limits: Limits) -> v.Expr:
     value = _schedule(raw)
-    if problem := expressions.negative_problem(value):
+    if problem := expressions.outside(value, limits):
         raise ValueError(problem)
     return value
+
+
+def _pair_within(raw: Any, limits: Limits) -> v.Expr:
+    parts = raw.items if isinstance(raw, v.Items) else raw
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        raise ValueError("expected a list of two, such as `[0.9, 0.95]`")
+    return v.Items(tuple(_within(part, limits) for part in parts))
+
+
+def _scoped(
+    raw: Any, one: Callable[[Any], v.Expr], *, pairs: bool
+) -> v.Expr | tuple[v.Scoped, ...]:
+    """Return an expression, or a list of entries, each a `Scoped` of what `one` returns."""
+    if isinstance(raw, v.Scoped):
+        raw = (raw,)
+    listed = isinstance(raw, list | tuple)
+    if not listed or (pairs and raw and not any(isinstance(x, v.Scoped) for x in raw)):
+        return one(raw)
+    given = (x if isinstance(x, v.Scoped) else v.Scoped(one(x)) for x in raw)
+    return tuple(v.Scoped(one(x.value), x.on) for x in given)
 
 
 def _selector(raw: Any) -> v.Selector:
@@ -166,7 +190,9 @@ def _scoped_numbers(raw: Any) -> tuple[v.Scoped, ...]:
     items = raw if isinstance(raw, list | tuple) else (raw,)
     found = tuple(x if isinstance(x, v.Scoped) else v.Scoped(_number(x)) for x in items)
     for scoped in found:
-        if problem := expressions.negative_problem(v.Number(scoped.value)):
+        if not isinstance(scoped.value, int | float):
+            raise ValueError("expected a number")
+        if problem := expressions.outside(v.Number(scoped.value)):
             raise ValueError(problem)
     return found
 
@@ -187,8 +213,36 @@ IMPORT_PATH = FieldType("import path", _plainly(constants.import_path), _import_
 FRACTION = FieldType("fraction", _plainly(constants.number), _fraction)
 EXPRESSION = FieldType("expression", expressions.expression, _expression)
 CONDITION = FieldType("condition", expressions.condition, _expression)
-SCHEDULE = FieldType("schedule", expressions.schedule_from_zero, _not_negative, negative=False)
-SIGNED_SCHEDULE = FieldType("schedule", expressions.schedule, _schedule)
+
+
+def schedule_type(limits: Limits) -> FieldType:
+    """Return the type of a schedule whose numbers are within limits."""
+    read = partial(expressions.schedule_within, limits=limits)
+    coerce = partial(_within, limits=limits)
+    return FieldType("schedule", read, coerce, limits=limits, scheduled=True)
+
+
+def scoped_schedule_type(limits: Limits, *, pairs: bool = False) -> FieldType:
+    """Return the type of a schedule, or with `pairs` of a list of two, for all parameters or by selector."""
+    within, read = (
+        (_pair_within, expressions.pair_within) if pairs else (_within, expressions.schedule_within)
+    )
+    return FieldType(
+        "pair of schedules, or pair `on` selector"
+        if pairs
+        else "schedule, or schedule `on` selector",
+        partial(selectors.scoped_expressions, read=partial(read, limits=limits), pairs=pairs),
+        partial(_scoped, one=partial(within, limits=limits), pairs=pairs),
+        selects="parameters",
+        limits=limits,
+        scheduled=not pairs,
+    )
+
+
+SCHEDULE = schedule_type(FROM_ZERO)
+SCOPED_SCHEDULES = scoped_schedule_type(FROM_ZERO)
+SCOPED_RATES_OF_DECAY = scoped_schedule_type(Limits(0, 1, open_high=True), pairs=True)
+SIGNED_SCHEDULE = FieldType("schedule", expressions.schedule, _schedule, scheduled=True)
 SELECTOR = FieldType("selector", _plainly(selectors.selector), _selector, selects="parameters")
 MODULE_SELECTOR = FieldType("selector", _plainly(selectors.selector), _selector, selects="modules")
 SCOPED_NUMBERS = FieldType(
@@ -196,7 +250,7 @@ SCOPED_NUMBERS = FieldType(
     _plainly(selectors.scoped_numbers),
     _scoped_numbers,
     selects="parameters",
-    negative=False,
+    limits=FROM_ZERO,
 )
 
 
@@ -232,3 +286,9 @@ Selector = Annotated[v.Selector, SELECTOR]
 """A selection of parameters."""
 ModuleSelector = Annotated[v.Selector, MODULE_SELECTOR]
 ScopedNumbers = Annotated[tuple[v.Scoped, ...], SCOPED_NUMBERS]
+ScopedSchedules = Annotated[v.Expr | tuple[v.Scoped, ...], SCOPED_SCHEDULES]
+"""A number that is 0 or more in every step, or an expression for one; for all parameters, or by selector."""
+ScopedDecayRates = Annotated[v.Expr | tuple[v.Scoped, ...], SCOPED_RATES_OF_DECAY]
+"""A list of two numbers in [0, 1) such as Adam's betas, or expressions for them; also by selector."""
+ShrinkingFactor = Annotated[v.Expr, schedule_type(Limits(0, 1, open_low=True))]
+"""A number above 0 and at most 1 in every step, or an expression for one."""

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from trainc.dsl.reading.constants import Unreadable, describe, plain_value, unquoted
 from trainc.dsl.reading.expressions import ANY_NAME, Names
-from trainc.dsl.reading.field_types import SCHEDULE, SIGNED_SCHEDULE, FieldType, node_of
+from trainc.dsl.reading.field_types import FieldType, node_of
 from trainc.dsl.syntax.ast import Ident, Items, Node, Num, Prefix, Str
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.vocabulary import BOOLEANS
@@ -23,10 +23,9 @@ def field_type(info: FieldInfo) -> FieldType | None:
 
 
 def scheduled_fields(fields: Mapping[str, FieldInfo]) -> list[str]:
-    """Return those of a construct's fields that are schedules."""
-    return [
-        name for name, info in fields.items() if field_type(info) in (SCHEDULE, SIGNED_SCHEDULE)
-    ]
+    """Return those of a construct's fields that are schedules, of one number."""
+    types = {name: field_type(info) for name, info in fields.items()}
+    return [name for name, own in types.items() if own is not None and own.scheduled]
 
 
 def untyped_value(annotation: Any, metadata: Iterable[Any] = ()) -> type[Value] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from trainc.dsl.reading.constants import Unreadable, describe, number, number_range
 from trainc.dsl.reading.expressions import Names, condition
 from trainc.dsl.syntax import ast
@@ -71,6 +73,25 @@ def scoped_numbers(node: Node) -> tuple[v.Scoped, ...]:
     if isinstance(node, ast.Infix) and node.op == "on":
         return (v.Scoped(_from_zero(node.left), selector(node.right)),)
     return (v.Scoped(_from_zero(node)),)
+
+
+def scoped_expressions(
+    node: Node, names: Names, read: Callable[[Node, Names], v.Expr], *, pairs: bool = False
+) -> v.Expr | tuple[v.Scoped, ...]:
+    """Return what `read` makes of a node, or a list of such with the selection that each is for.
+
+    With `pairs` what `read` takes is a list itself.
+    """
+    if isinstance(node, ast.Infix) and node.op == "on":
+        return (v.Scoped(read(node.left, names), selector(node.right)),)
+    if not isinstance(node, ast.Items) or (pairs and not any(map(_is_scoped, node.items))):
+        return read(node, names)
+    entries = (scoped_expressions(item, names, read, pairs=pairs) for item in node.items)
+    return tuple(x[0] if isinstance(x, tuple) else v.Scoped(x) for x in entries)
+
+
+def _is_scoped(node: Node) -> bool:
+    return isinstance(node, ast.Infix) and node.op == "on"
 
 
 def _from_zero(node: Node) -> float:

@@ -28,10 +28,10 @@ def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diag
         found += on_problems(type(construct), clause.on is not None, head, clause.part_span("on"))
         for name, info in type(construct).model_fields.items():
             value = getattr(construct, name)
-            if isinstance(value, v.Expr):
-                own = field_type(info)
-                functions = own.functions if own else ()
-                found += _expression(value, scope, clause.part_span(name), functions)
+            own = field_type(info)
+            functions = own.functions if own else ()
+            for expression in v.expressions_in(value):
+                found += _expression(expression, scope, clause.part_span(name), functions)
     for rule in rules:
         found += _rule_problems(rule, clauses, scope.of_rules())
     return found

@@ -129,8 +129,8 @@ def _fields(clause: Clause, run: RunTime) -> Iterator[Diagnostic]:
     for name, info in type(clause.construct).model_fields.items():
         value, own = getattr(clause.construct, name), field_type(info)
         span = clause.part_span(name)
-        if isinstance(value, v.Expr):
-            yield from _warmups(clause, name, value, run, span)
+        for expression in v.expressions_in(value):
+            yield from _warmups(clause, name, expression, run, span)
         if own is None:
             continue
         if own.period and isinstance(value, v.Duration):

@@ -51,7 +51,7 @@ def _field_problems(
     names = ", ".join(f"`{label}.{name}`" for name in settable)
     note = f"a rule can set {names}" if settable else f"no field of `{title}` is a schedule"
     if field in construct.model_fields:
-        message = f"`{field}` of `{title}` is fixed for the whole run: a rule sets schedules only"
+        message = f"a rule cannot set `{field}` of `{title}`: it sets schedules of one number"
         yield Diagnostic("unknown-target", message, _at(span), (note,))
         return
     message = f"`{title}` has no field `{field}`"

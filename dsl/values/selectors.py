@@ -139,14 +139,22 @@ Selector = (
 
 
 class Scoped(Value):
-    """A number for some parameters, written `0.1 on mats`; `on` None means for all of them."""
+    """A number, or an expression for one, for some parameters: `0.1 on mats`; `on` None means for all of them."""
 
-    value: float
+    value: float | Expr
     on: Selector | None = None
 
     def __post_init__(self) -> None:
-        self._set("value", plain_number(self.value))
+        if not isinstance(self.value, Expr):
+            self._set("value", plain_number(self.value))
+
+    @property
+    def number(self) -> float:
+        """Return its number; raises TypeError where it is an expression."""
+        if isinstance(self.value, Expr):
+            raise TypeError(f"`{self}` is an expression, no number")
+        return self.value
 
     def written(self) -> Written:
-        value = number(self.value)
+        value = self.value.written() if isinstance(self.value, Expr) else number(self.value)
         return value if self.on is None else infix("on", value, self.on.written())

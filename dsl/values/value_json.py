@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from trainc.dsl.values.durations import UNITS as UNITS
@@ -61,6 +62,8 @@ def to_json(value: Any) -> Json:
             return ["call", function, to_json(args), {key: to_json(x) for key, x in kwargs}]
         case Items(items):
             return ["list", *map(to_json, items)]
+        case Scoped(Number(number), on):
+            return ["on", number, to_json(on)]
         case Unary(op, x):
             return [op, to_json(x)]
         case Binary("is", left, Name(state)):
@@ -73,6 +76,17 @@ def to_json(value: Any) -> Json:
         case list() | tuple():
             return [to_json(item) for item in value]
     return value
+
+
+def expressions_in(value: Any) -> Iterator[Expr]:
+    """Yield the expressions that the value of a field holds: itself, or those of its entries."""
+    if isinstance(value, Expr):
+        yield value
+    elif isinstance(value, Scoped):
+        yield from expressions_in(value.value)
+    elif isinstance(value, tuple):
+        for entry in value:
+            yield from expressions_in(entry)
 
 
 def expr_from_json(data: Json) -> Expr:
@@ -140,7 +154,8 @@ def from_json(data: Json) -> Any:
             return _PAIRS[tag](selector_from_json(left), selector_from_json(right))
         case ["expect", selector, int(count)]:
             return Expect(selector_from_json(selector), count)
-        case ["on", number, on]:
-            return Scoped(number, None if on is None else selector_from_json(on))
+        case ["on", value, on]:
+            given = expr_from_json(value) if isinstance(value, list) else value
+            return Scoped(given, None if on is None else selector_from_json(on))
         case _:
             raise ValueError(f"{data!r} is not a value of the language")

@@ -23,10 +23,15 @@ from trainc.runtime.torch_optimizer.compatible_state import load_compatible, spa
 from trainc.runtime.torch_optimizer.modes import has_modes
 from trainc.runtime.torch_optimizer.named_state import NamedState
 from trainc.runtime.torch_optimizer.preconditioner import second_moment_scale
-from trainc.runtime.torch_optimizer.problem import OptimizerProblem, explain_failure, refuse_moved
+from trainc.runtime.torch_optimizer.problem import explain_failure, refuse_moved
+from trainc.runtime.torch_optimizer.scheduled_options import own_rate, set_others, set_rate
 from trainc.runtime.torch_optimizer.slots import LrFactor as LrFactor
+from trainc.runtime.torch_optimizer.slots import Option as Option
+from trainc.runtime.torch_optimizer.slots import OptionValue as OptionValue
+from trainc.runtime.torch_optimizer.slots import OptionValues as OptionValues
 from trainc.runtime.torch_optimizer.slots import ParamSlot as ParamSlot
 from trainc.runtime.torch_optimizer.slots import first_refused, group_slots
+from trainc.runtime.torch_optimizer.slots import parts_of as parts_of
 from trainc.runtime.torch_optimizer.state_form import OptimizerForm
 
 
@@ -68,8 +73,7 @@ class OptimizerStep(Action):
         """Return the torch optimizer with the names of its parameters; one that has modes is in training mode."""
         slots = {slot.name: slot.tensor for slot in self.slots}
         groups: list[dict[str, Any]] = [
-            {"params": [slot.tensor for slot in group], "weight_decay": group[0].weight_decay}
-            for group in self.groups
+            {"params": [slot.tensor for slot in group], **group[0].built()} for group in self.groups
         ]
         named = NamedState(self.name, self._make(groups), slots)
         if has_modes(named.optimizer):
@@ -158,53 +162,21 @@ class OptimizerStep(Action):
             explain_failure(self.name, self.named.kind, self.slots, error)
             raise
 
-    # its learning rates
-
-    def set_rate(self, number: int, options: dict[str, Any], rate: float) -> float:
-        """Set the rate of a group to the schedule's, where that has changed, and return the rate in force.
-
-        Raises OptimizerProblem where the optimizer has set another one since.
-        """
-        before = self.named.scheduled[number]
-        if rate != before:
-            if before is not None and float(options["lr"]) != before:
-                raise OptimizerProblem(
-                    self.name,
-                    f"`{self.name}` ({self.named.kind}) set its learning rate to {float(options['lr']):g} by itself,"
-                    f" and the spec changes it from {before:g} to {rate:g}: only one of them can. {_ONE_RATE}",
-                    "lr",
-                )
-            options["lr"] = self.named.scheduled[number] = rate
-        return float(options["lr"])
-
     def _notice_own_rates(self, step: Step) -> None:
         """Say once that the optimizer sets its rates itself; raises OptimizerProblem where a schedule would undo it."""
         for number, options, slots in self.in_groups():
-            rate = self.named.scheduled[number]
-            if rate is None or options["lr"] == rate:
-                continue
-            factors = sorted({factor.policy for slot in slots for factor in slot.lr_factors})
-            if factors or not self.steady:
-                others = f"the factors of `{factors[0]}`" if factors else "the schedule in `lr`"
-                raise OptimizerProblem(
-                    self.name,
-                    f"`{self.name}` ({self.named.kind}) sets its learning rate by itself, from {rate:g} to"
-                    f" {float(options['lr']):g} in this step, which undoes {others}. {_ONE_RATE}",
-                    "lr",
-                )
-            if not self._noted:
+            note = own_rate(self.named, number, options, slots, steady=self.steady)
+            if note is not None and not self._noted:
                 self._noted = True
-                step.notes.append(
-                    f"{self.name}: the optimizer sets its learning rate by itself, from {rate:g} to"
-                    f" {float(options['lr']):g} in this step: `lr` is where it began"
-                )
+                step.notes.append(note)
 
     def trained(self, names: frozenset[str]) -> Iterator[Stepped]:
         """Yield those of the parameters that have a gradient, so that torch steps them."""
         for _, options, slots in self.in_groups():
             for slot in slots:
                 if slot.name in names and slot.tensor.grad is not None:
-                    yield Stepped(slot.name, slot.tensor, options["lr"], slot.weight_decay)
+                    decay = options.get("weight_decay", slot.weight_decay)
+                    yield Stepped(slot.name, slot.tensor, options["lr"], decay)
 
     def memory(self) -> int:
         """Return the bytes of the copies of the weights that a step with `asks` makes."""
@@ -268,19 +240,13 @@ class OptimizerStep(Action):
         """Put the rates of the last step in force, by parameter, where the optimizer has set none itself."""
         for number, options, slots in self.in_groups():
             rate = next((rates[slot.name] for slot in slots if slot.name in rates), None)
-            if rate is not None and self.named.scheduled[number] is None:
+            if rate is not None and "lr" not in self.named.scheduled[number]:
                 options["lr"] = rate
 
     def load_compatible(self, state: Mapping[str, Any]) -> str | None:
         self.rebuild()
         self.started = bool(state)
         return load_compatible(self.state_form().entries, state) if state else None
-
-
-_ONE_RATE = (
-    "Write a constant `lr`, from which the optimizer begins, and remove clauses and rules that change rates; or turn"
-    " off what sets the rate in the optimizer's own arguments"
-)
 
 
 class OwnOptimizer(OptimizerStep):
@@ -312,29 +278,38 @@ class OwnOptimizer(OptimizerStep):
 
 
 class Rates(Action):
-    """Phase 2: set every group's learning rate to the schedule's value times the factors of the policies."""
+    """Phase 2: set the rate and other options of every group to what schedules give, times the factors of policies."""
 
     phase = Phase.RATES
     figures = ("lowest", "highest")
 
-    def __init__(self, name: str, base: Callable[[Clock], float], optimizer: OptimizerStep) -> None:
+    def __init__(self, name: str, optimizer: OptimizerStep) -> None:
         self.name = name
-        self.base = base
         self.optimizer = optimizer
         self.lowest, self.highest = math.inf, -math.inf
 
+    def base(self, clock: Clock) -> float:
+        """Return the learning rate at a clock without factors: the highest, where parameters have different ones."""
+        bases = [slots[0].rate(clock) for slots in self.optimizer.groups]
+        return next((base for base in bases if math.isnan(base)), max(bases))
+
     def run(self, step: Step) -> None:
-        base = self.base(step.clock)
+        base, clock, named = self.base(step.clock), step.clock, self.optimizer.named
         if not math.isfinite(base):
             raise ValueError(
                 f"{self.name}: the learning rate is {base}, because a signal in its schedule is not measured yet"
             )
-        rates = [
-            self.optimizer.set_rate(number, options, base * slots[0].factor(step.clock))
-            for number, options, slots in self.optimizer.in_groups()
-            if slots
-        ]
+        rates: list[float] = []
+        moved: dict[str, float] = {}
+        for number, options, slots in self.optimizer.in_groups():
+            if not slots:
+                continue
+            rate = slots[0].rate(clock) * slots[0].factor(clock)
+            rates.append(set_rate(named, number, options, rate))
+            for name, value in set_others(named, number, options, slots[0], clock):
+                moved[name] = max(value, moved.get(name, value))
         low, high = min(rates), max(rates)
+        step.metrics.update({f"{self.optimizer.name}.{n}": value for n, value in moved.items()})
         step.signals["lr"] = base
         step.metrics["lr_min"] = min(low, step.metrics.get("lr_min", low))
         step.metrics["lr_max"] = max(high, step.metrics.get("lr_max", high))

@@ -45,8 +45,8 @@ class NamedState:
                 " trains these parameters, each in one group",
                 "path",
             )
-        self.scheduled: list[float | None] = [None] * len(self.groups)
-        """The learning rate that a schedule gave each group last."""
+        self.scheduled: list[Options] = [{} for _ in self.groups]
+        """What schedules gave each group last, by the name of the option."""
         self.attributes = Attributes(optimizer)
         self._made = [copy.deepcopy(_options(group)) for group in optimizer.param_groups]
 
@@ -87,15 +87,14 @@ class NamedState:
             others[ATTRIBUTES] = own
         for i, group in enumerate(self.groups):
             if changed := self._changed(i):
-                record = {"options": changed, "rate": self.scheduled[i]}
+                record = {"options": changed, "rate": self.scheduled[i].get("lr")}
                 state |= {f"{name}/{GROUP}": record for name in group}
         return {**state, OTHERS: others} if others else state
 
     def _changed(self, number: int) -> Options:
         """Return which options of a group the optimizer has changed since it was built: the others are the spec's."""
         before, now = dict(self._made[number]), _options(self.optimizer.param_groups[number])
-        if self.scheduled[number] is not None:
-            before["lr"] = self.scheduled[number]
+        before |= self.scheduled[number]
         return {key: v for key, v in now.items() if key not in before or not same(v, before[key])}
 
     def _is_usual(self, found: Mapping[str, Any]) -> bool:
@@ -155,7 +154,8 @@ class NamedState:
         first = [records.get(group[0] or "", {}) if group else {} for group in self.groups]
         options = [{"lr": one["rate"]} | one["options"] if one else {} for one in first]
         self.put(entries, options, decoded(state.get(OTHERS, {})))
-        self.scheduled = [record.get("rate") for record in first]
+        rates = (record.get("rate") for record in first)
+        self.scheduled = [{} if rate is None else {"lr": rate} for rate in rates]
 
     def split(self, state: Mapping[str, Any]) -> tuple[dict[str, Options], dict[str, Options]]:
         """Return the entries of each parameter and the record of its group, where a saved state has them.

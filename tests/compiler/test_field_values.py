@@ -51,6 +51,10 @@ def problems(text: str) -> list[Diagnostic]:
         ('weight_decay = [0.1 on "blocks.*", 0.2 on ndim(2)]', "claimed-twice", "0.2 on ndim(2)"),
         ("weight_decay = [0.1, 0.2 on ndim(2)]", "claimed-twice", "0.2 on ndim(2)"),
         ("freeze = all", "bad-value", "all"),
+        ("lr = [1e-3 on ndim(2), 2e-3 on ndim(1) | ndim(2)]", "claimed-twice", "ndim(1) | ndim(2)"),
+        ('lr = 1e-3 on "nothing.*"', "selector-matches-nothing", '"nothing.*"'),
+        ('lr = cosine() on "head.*"', "bad-value", 'cosine() on "head.*"'),
+        ("betas = [0.9, 0.99] on ndim(2)", "bad-value", "[0.9, 0.99] on ndim(2)"),
         (
             'weight_decay = 0.1 on "head.*", freeze = "head.*"',
             "bad-value",
@@ -59,7 +63,8 @@ def problems(text: str) -> list[Diagnostic]:
     ],
 )
 def test_a_selector_in_a_field_is_checked(fields: str, rule: str, at: str) -> None:
-    (found,) = problems(f"optimizer adamw {{ lr = 1e-3, {fields} }}")
+    rate = "" if fields.startswith("lr") else "lr = 1e-3, "
+    (found,) = problems(f"optimizer adamw {{ {rate}{fields} }}")
     assert found.rule == rule
     assert found.span is not None
     assert found.span.text == at
@@ -91,7 +96,9 @@ def test_entries_for_different_parameters_are_right() -> None:
         ("lr = min(1, -2) * progress", "min(1, -2) * progress"),
         ("lr = 1e-3, weight_decay = -0.1", "-0.1"),
         ("lr = 1e-3, weight_decay = [0.1 on ndim(2), -0.1 on ndim(1)]", "-0.1"),
-        ("lr = 1e-3, betas = [0.9, -0.5]", "[0.9, -0.5]"),
+        ("lr = 1e-3, betas = [0.9, -0.5]", "-0.5"),
+        ("lr = 1e-3, betas = [0.9, 1]", "1"),
+        ("lr = 1e-3, betas = [0.9 on ndim(2), 0.5 on ndim(1)]", "0.9"),
         ("lr = 1e-3, betas = [0.9]", "[0.9]"),
         ("lr = 1e-3 * linear(to = -10%)", "1e-3 * linear(to = -10%)"),
     ],

@@ -200,7 +200,7 @@ noise_scale gns on "0" { smooth = 4 steps }
     [
         ("pace.wieght = 0", "unknown-target", "pace.wieght", "has no field `wieght`.*did you mean `weight`"),
         ("pase.weight = 0", "unknown-target", "pase.weight", "no clause is called `pase`.*did you mean `pace`"),
-        ("adamw.betas = 0", "unknown-target", "adamw.betas", "`betas` of `optimizer adamw` is fixed"),
+        ("adamw.betas = 0", "unknown-target", "adamw.betas", "cannot set `betas` of `optimizer adamw`"),
         ("gns.smooth = 3", "unknown-target", "gns.smooth", "no field of `noise_scale gns` is a schedule"),
         ("lr = 0.1", "unknown-target", "lr", "name clause and field: `adamw.lr`"),
         ("adamw.lr = depth", "bad-value", "adamw.lr = depth", "the place of a layer"),

@@ -43,4 +43,5 @@ class Plain(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Claim the selected parameters."""
-        to.optimizer(self, to.schedule(self.rate), dict.fromkeys(to.clause.targets, 0.0))
+        rates = to.schedules_of("rate")
+        to.optimizer(self, {name: {"lr": rate} for name, rate in rates.items()})

@@ -43,9 +43,7 @@ def print_plan(plan: Plan, full: bool) -> None:
     def table(title: str, columns: str, rows: Sequence[Sequence[str]]) -> None:
         _print_table(console, title, columns.split(", "), rows, limit)
 
-    columns = (
-        "name, count, shape, depth, level, optimizer, decay, learning rate factors, mask, clauses"
-    )
+    columns = "name, count, shape, depth, level, optimizer, learning rate, decay, learning rate factors, mask, clauses"
     table("Parameters", columns, _parameters(plan.parameters, full))
     shares = [
         (r["clause"], r["what"], str(r["parameters"]), f"{r['entries']:,}", f"{r['share']:.1%}")
@@ -78,7 +76,7 @@ def print_plan(plan: Plan, full: bool) -> None:
 
 
 def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
-    keys = ("shape", "optimizer", "decay", "lr_factors", "mask", "clauses")
+    keys = ("shape", "optimizer", "lr", "decay", "lr_factors", "mask", "clauses")
     return [
         (
             name,
@@ -89,8 +87,9 @@ def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
             else f"{p['depth']:.2f}..{last['depth']:.2f}",
             str(p["level"]) if p["level"] == last["level"] else f"{p['level']}..{last['level']}",
             p["optimizer"] or "frozen",
-            "" if p["decay"] is None else f"{p['decay']:g}",
-            ", ".join(map(_lr_factor, p["lr_factors"], p["lr_units"], last["lr_units"])),
+            p["lr"] or "",
+            _decay(p["decay"]),
+            ", ".join(map(_lr_factor, *(_factors(one) for one in (p, last)))),
             p["mask"] or "",
             ", ".join(p["clauses"]),
         )
@@ -98,13 +97,24 @@ def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
     ]
 
 
-def _lr_factor(policy: str, first: str, last: str) -> str:
-    """Return a policy and its units for one parameter or for the first and the last of several."""
-    if not first.startswith("level "):
-        return policy
-    return (
-        f"{policy} {first}" if first == last else f"{policy} {first}..{last.removeprefix('level ')}"
-    )
+def _decay(decay: float | str | None) -> str:
+    return "" if decay is None else decay if isinstance(decay, str) else f"{decay:g}"
+
+
+def _factors(row: Row) -> list[tuple[str, str, float | None]]:
+    """Return the factors of a parameter: the policy, its unit, and the factor where it is the same in the whole run."""
+    return list(zip(row["lr_factors"], row["lr_units"], row["lr_values"], strict=True))
+
+
+def _lr_factor(first: tuple[str, str, float | None], last: tuple[str, str, float | None]) -> str:
+    """Return a policy, its units and constant factors for one parameter, or for the first and the last of several."""
+    policy, unit, value = first
+    text = policy
+    if unit.startswith("level "):
+        text += f" {unit}" if unit == last[1] else f" {unit}..{last[1].removeprefix('level ')}"
+    if value is None or last[2] is None:
+        return text
+    return f"{text} x{value:.4g}" if value == last[2] else f"{text} x{value:.4g}..{last[2]:.4g}"
 
 
 def _group_rows(
@@ -157,6 +167,9 @@ def _print_schedules(console: Console, plan: Plan, full: bool) -> None:
     every = list(plan.schedules[0]["values"])
     changing = [n for n in every if len({row["values"][n] for row in plan.schedules}) > 1]
     names = every if full else changing
+    constant = [f"{n} {plan.schedules[0]['values'][n]:.4g}" for n in every if n not in changing]
+    if constant:
+        console.print(f"Constant in the whole run: {', '.join(constant)}\n")
     shown = names if full else names[:SCHEDULES]
     units = [
         u for u in ("steps", "samples", "tokens", "epochs") if plan.schedules[-1][u] is not None

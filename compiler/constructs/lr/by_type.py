@@ -41,7 +41,7 @@ class ByType(Construct):
     @classmethod
     def _is_above_zero(cls, value: ScopedNumbers) -> ScopedNumbers:
         for scoped in value:
-            if not scoped.value > 0:
+            if not scoped.number > 0:
                 raise ValueError(
                     f"`{scoped}` stops what it selects from training: write a number above 0, or the selector in"
                     " `freeze` of the optimizer"
@@ -51,12 +51,14 @@ class ByType(Construct):
     def reference(self, matches: Mapping[str, Iterable[str]]) -> dict[str, float]:
         """Return the factor of each name in `matches`, the names by the text of an entry's selector."""
         return {
-            name: float(scoped.value) for scoped in self.factors for name in matches[str(scoped.on)]
+            name: float(scoped.number)
+            for scoped in self.factors
+            for name in matches[str(scoped.on)]
         }
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Warn where every number is 1."""
-        if all(scoped.value == 1 for scoped in self.factors):
+        if all(scoped.number == 1 for scoped in self.factors):
             yield Problem("no-effect", "every factor is 1", field="factors", severity="warning")
 
     def lower(self, to: Lowering) -> None:
@@ -68,4 +70,4 @@ class ByType(Construct):
                 if scoped.on is None
                 else to.select(scoped.on, "parameters")
             )
-            to.lr_factor(str(scoped.on or "all"), names).factor = float(scoped.value)
+            to.lr_factor(str(scoped.on or "all"), names).factor = float(scoped.number)

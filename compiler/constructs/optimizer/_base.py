@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from trainc.compiler.errors import FieldError
-from trainc.dsl.reading.construct import Construct, Effect, Schedule, ScopedNumbers, Selector
+from trainc.dsl.reading.construct import Construct, Effect, ScopedSchedules, Selector
 
 if TYPE_CHECKING:
     import torch
 
     from trainc.compiler.lower.lowering import Lowering
     from trainc.runtime.step.held_updates import DecayForm
+    from trainc.runtime.step.optimizer import OptionValues
 
 
+SHOWN = 3
 CLIPPING = Effect("gradients", "clip the gradients of its parameters", ("gradient",), ("gradient",))
 
 
@@ -26,7 +28,7 @@ Implementation = Annotated[
 ]
 
 
-def implementation_flags(implementation: Implementation) -> dict[str, bool]:
+def implementation_flags(implementation: Implementation) -> dict[str, Any]:
     """Return torch's keyword arguments that choose an implementation; none for `auto`."""
     flags = {
         "fused": {"fused": True},
@@ -55,10 +57,16 @@ class Optimizer(Construct):
     decay_form: ClassVar[DecayForm | None] = None
     """How the weights are decayed, where the update depends on them by their decay alone; None for any other."""
 
-    lr: Schedule = Field(description="learning rate: a number or an expression of the clock")
-    weight_decay: ScopedNumbers = Field(
+    scheduled: ClassVar[tuple[str, ...]] = ()
+    """Fields, besides `lr` and `weight_decay`, that are options of torch's parameter groups and may be schedules."""
+
+    lr: ScopedSchedules = Field(
+        description="learning rate: a number or an expression of the clock and of a parameter's place; for all"
+        " parameters, or by selector, which then have to reach each of them"
+    )
+    weight_decay: ScopedSchedules = Field(
         default=(),
-        description="weight decay, for all parameters or by selector (`0.1 on matrices`)",
+        description="weight decay, a number or an expression, for all parameters or by selector (`0.1 on matrices`)",
     )
     clip: float | None = Field(
         default=None,
@@ -105,7 +113,9 @@ class Optimizer(Construct):
         return 0.0
 
     def lower(self, to: Lowering) -> None:
-        """Claim the selected parameters, with the schedule and the decay of each."""
+        """Claim the selected parameters, with the rate, the decay and other options of each."""
+        from trainc.runtime.step.optimizer import Option
+
         frozen = set()
         if self.freeze is not None:
             frozen = {*to.select(self.freeze, "parameters")}
@@ -113,16 +123,36 @@ class Optimizer(Construct):
         trained = {name for name in to.clause.targets if name not in frozen}
         if not trained:
             raise FieldError("freeze", "`freeze` leaves nothing to train: freeze fewer parameters")
-        unwritten = 0.0 if self.weight_decay else self.own_decay
-        decay = dict.fromkeys(to.clause.targets, unwritten)
-        for scoped in self.weight_decay:
-            names = to.clause.targets if scoped.on is None else to.select(scoped.on, "parameters")
-            if trained.isdisjoint(names):
-                raise FieldError(
-                    "weight_decay",
-                    f"`{scoped}` decays nothing, because `freeze` selects all of it: remove it",
-                )
-            decay |= {name: float(scoped.value) for name in names if name in decay}
+        unwritten = Option.fixed(0.0 if self.weight_decay != () else self.own_decay)
+        options: dict[str, OptionValues] = {
+            name: {"weight_decay": unwritten} for name in to.clause.targets
+        }
+        for field in ("lr", "weight_decay", *self.scheduled):
+            self._refuse_frozen(field, to, trained)
+            given = to.schedules_of(field)
+            left = [name for name in to.clause.targets if name in trained and name not in given]
+            if left and field != "weight_decay":
+                raise FieldError(field, _not_reached(field, left))
+            for name, value in given.items():
+                options[name][field] = value
         claim = to.closure if self.asks else to.optimizer
-        steady = to.is_constant(self.lr)
-        claim(self, to.schedule(self.lr), decay, steady=steady, has_modes=self.has_modes)
+        rates = [options[name]["lr"] for name in sorted(trained)]
+        steady = all(isinstance(rate, Option) and rate.constant is not None for rate in rates)
+        claim(self, options, steady=steady, has_modes=self.has_modes)
+
+    def _refuse_frozen(self, field: str, to: Lowering, trained: set[str]) -> None:
+        """Raise FieldError for an entry of a field that is for frozen parameters alone."""
+        value = getattr(self, field)
+        for entry in value if isinstance(value, tuple) else ():
+            if entry.on is not None and trained.isdisjoint(to.select(entry.on, "parameters")):
+                raise FieldError(
+                    field,
+                    f"`{entry}` of `{field}` does nothing, because `freeze` selects all of it: remove it",
+                )
+
+
+def _not_reached(field: str, names: list[str]) -> str:
+    """Return the message for parameters that no entry of a field is for."""
+    named = ", ".join(f"`{name}`" for name in names[:SHOWN])
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f'no entry of `{field}` is for {named}{more}: add one, such as `... on "{names[0]}"`'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -11,13 +11,12 @@ from trainc.compiler.constructs.optimizer._base import (
     Optimizer,
     implementation_flags,
 )
+from trainc.dsl.reading.construct import ScopedDecayRates
+from trainc.dsl.values.value_json import Items, Number
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamW(Optimizer):
@@ -35,8 +34,12 @@ class AdamW(Optimizer):
     )
     decay_form: ClassVar = "decoupled"
 
-    betas: tuple[DecayRate, DecayRate] = Field(
-        default=(0.9, 0.999), description="decay rates of the two moments, in [0, 1)"
+    scheduled: ClassVar = ("betas",)
+
+    betas: ScopedDecayRates = Field(
+        default=Items((Number(0.9), Number(0.999))),
+        description="decay rates of the two moments, in [0, 1): numbers or expressions, for all parameters or by"
+        " selector. The bias correction is that of the betas of the step, as in torch",
     )
     eps: float = Field(
         default=1e-8, gt=0, description="added to the square root of the second moment"
@@ -54,16 +57,20 @@ class AdamW(Optimizer):
         return torch.optim.AdamW(
             groups,
             lr=1.0,
-            betas=self.betas,
             eps=self.eps,
             **implementation_flags(self.implementation),
         )
 
     def reference(
-        self, w: Tensor, gradients: list[Tensor], lr: float, weight_decay: float = 0.0
+        self,
+        w: Tensor,
+        gradients: list[Tensor],
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> Tensor:
         """Return `w` after one update per gradient, by definition; all of one shape."""
-        b1, b2 = self.betas
+        b1, b2 = betas
         m, v = w.new_zeros(w.shape), w.new_zeros(w.shape)
         for t, g in enumerate(gradients, start=1):
             w = w * (1 - lr * weight_decay)

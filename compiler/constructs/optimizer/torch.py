@@ -11,7 +11,7 @@ from trainc.compiler.constructs.optimizer._base import Optimizer
 from trainc.compiler.errors import FieldError
 from trainc.compiler.model.import_path import ImportProblem, import_attribute
 from trainc.dsl.reading.construct import ImportPath
-from trainc.dsl.values.value_json import Number
+from trainc.dsl.values.value_json import Number, expressions_in
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class Torch(Optimizer):
                 f"`differentiable = true` of `{self.path}` is for updates of tensors that are no parameters, through"
                 " which a gradient passes: remove it",
             )
-        decays = any(float(scoped.value) for scoped in self.weight_decay)
+        decays = any(x != Number(0) for x in expressions_in(self.weight_decay))
         if decays and _default(found, "weight_decay") is None:
             message = f"`{self.path}` has no weight decay: remove `weight_decay`"
             raise ImportProblem("wrong-argument", message)

@@ -31,7 +31,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert model.weight.grad is not None
         gradients.append(model.weight.grad.clone())
         program.update()
-    reference = AdamW(lr=Number(0.1), betas=(0.8, 0.9)).reference(start, gradients, 0.1, 0.2)
+    reference = AdamW(lr=Number(0.1)).reference(start, gradients, 0.1, 0.2, (0.8, 0.9))
     return {"weight": model.weight.detach()}, {"weight": reference}
 
 
