@@ -62,7 +62,7 @@ ROOMS = {
             "runtime/memory runtime/soundness runtime/step runtime/report"
         ),
         "compiler": "dsl/text dsl/reading dsl/resolve",
-        "compiler/structure": "dsl/text",
+        "compiler/structure": "dsl/text kernels/parameter",
         "compiler/model": "dsl/text dsl/values dsl/resolve runtime/storage runtime/data compiler/structure",
         "compiler/bind": "compiler dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule compiler/model",
         "compiler/method": (

@@ -16,6 +16,7 @@ from trainc.kernels.norm.add_rms_norm import add_rms_norm
 from trainc.kernels.norm.group_norm import group_norm
 from trainc.kernels.norm.layer_norm import layer_norm
 from trainc.kernels.norm.rms_norm import rms_norm
+from trainc.kernels.parameter.figures import log_alpha, spectral_entropy, spectral_norm, stable_rank
 from trainc.kernels.parameter.masked_update import masked_update_
 from trainc.kernels.parameter.multi_norm import multi_norm
 from trainc.kernels.parameter.sparse_adamw import sparse_adamw_
@@ -40,6 +41,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy_consistency",
+    "log_alpha",
     "masked_update_",
     "measured_parameters",
     "multi_norm",
@@ -52,7 +54,10 @@ __all__ = [
     "per_example_sq_norms",
     "rms_norm",
     "sparse_adamw_",
+    "spectral_entropy",
+    "spectral_norm",
     "spectrum",
+    "stable_rank",
     "tied_embedding",
     "tied_linear",
     "trust_ratio",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -49,6 +49,13 @@ class AdapterRule:
     ) -> Any:
         """Return the output of the adapted layer: without this method its own and the adapter's, added up."""
         return (output + adapter(*inputs)).to(output.dtype)
+
+    changes_weight: ClassVar[bool] = False
+    """Whether the layer computes with its weight plus `weight_change`."""
+
+    def weight_change(self, layer: nn.Module, adapter: nn.Module) -> Tensor:
+        """Return what the adapter adds to the layer's weight, in its shape."""
+        raise NotImplementedError(f"{type(self).__name__} does not change the weight of a layer")
 
     def merge(self, layer: nn.Module, adapter: nn.Module) -> None:
         """Change the layer's parameters in place, so that it computes without the adapter what it did with it.

@@ -41,6 +41,15 @@ class Adapter(nn.Module):
         return self.rule.run_adapter(self, *inputs)
 
     @property
+    def changes_weight(self) -> bool:
+        """Say whether the layer computes with its weight plus `weight_change`."""
+        return self.rule.changes_weight
+
+    def weight_change(self, layer: nn.Module) -> Tensor:
+        """Return what it adds to the layer's weight, in its shape."""
+        return self.rule.weight_change(layer, self)
+
+    @property
     def form(self) -> dict[str, list[int]]:
         """Return the shapes of its parameters and buffers, by name."""
         return {name: list(tensor.shape) for name, tensor in self.tensors()}

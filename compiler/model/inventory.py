@@ -31,6 +31,7 @@ from trainc.compiler.structure.roles import (
     parameter_roles,
     type_names,
 )
+from trainc.compiler.structure.weights import UsedWeight, find_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,12 @@ class ParameterEntry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All modules and parameters of one model, in registration order."""
+    """All modules and parameters of one model, and its weights that have spectra, in registration order."""
 
     model: str
     modules: tuple[ModuleEntry, ...]
     parameters: tuple[ParameterEntry, ...]
+    weights: tuple[UsedWeight, ...] = ()
 
     @cached_property
     def module(self) -> dict[str, ModuleEntry]:
@@ -130,7 +132,11 @@ def build_inventory(model: nn.Module) -> Inventory:
     names = _names_of(model.named_modules(remove_duplicate=False))
     modules = tuple(_module_entry(names[id(m)], m, where, roles) for m in model.modules())
     inventory = Inventory(own_class(model).__name__, modules, ())
-    return replace(inventory, parameters=tuple(_parameters(model, inventory.module, where, roles)))
+    return replace(
+        inventory,
+        parameters=tuple(_parameters(model, inventory.module, where, roles)),
+        weights=tuple(find_weights(model, roles)),
+    )
 
 
 def _describe(model: nn.Module) -> tuple[dict[str, Place], dict[str, set[str]]]:

@@ -91,13 +91,40 @@ def count(shape: Sequence[int]) -> int:
     return min(shape[:2]) * math.prod(shape[2:]) if len(shape) == 4 else 0
 
 
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """The ascending eigenvalues `values` (n,) of `count` matrices of `rows` x `columns`, float64 on the CPU.
+
+    Rows and columns that are zero in all of the matrices do not count, nor do the eigenvalues that are zero with them.
+    """
+
+    values: Tensor
+    count: int
+    rows: int
+    columns: int
+
+
 def matrices(weight: Tensor) -> Tensor:
-    """Return the weight as a batch of tall matrices, shape (m, long, short)."""
+    """Return a weight, (out, in) or (out, in, kh, kw), as matrices (count, out, in)."""
     if not count(weight.shape):
         raise ValueError(f"a spectrum needs a 2-D or 4-D weight, not shape {tuple(weight.shape)}")
-    linear = weight.dim() == 2
-    batch = weight[None] if linear else weight.flatten(2).permute(2, 0, 1) * math.sqrt(CONV_SCALE)
-    return batch if batch.shape[-2] >= batch.shape[-1] else batch.mT
+    if weight.dim() == 2:
+        return weight[None]
+    # Scaled in float32 at least: 16 bits would round.
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return wide.flatten(2).permute(2, 0, 1) * math.sqrt(CONV_SCALE)
+
+
+def spectra_of(stacks: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Spectrum]:
+    """Return the spectrum of each stack of matrices (count, out, in), exact enough for `hill`.
+
+    All eigenvalues are NaN for matrices that are not finite.
+    """
+    sides = [_sides(stack) for stack in stacks]
+    return [
+        Spectrum(values[len(values) - len(stack) * min(side) :], len(stack), *side)
+        for stack, side, values in zip(stacks, sides, _exact(stacks, hill, sides), strict=True)
+    ]
 
 
 def spectra(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Tensor]:
@@ -105,16 +132,7 @@ def spectra(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Tensor]:
 
     All are NaN for a weight that is not finite.
     """
-    found = _decompose([weight.detach() for weight in weights], torch.float32)
-    again = []
-    for i, spectrum in enumerate(found):
-        index, _ = hill.tail(len(spectrum))
-        if float(spectrum[index]) < GUARD * float(spectrum[-1]):
-            again.append(i)
-    redone = _decompose([weights[i].detach() for i in again], torch.float64)
-    for i, spectrum in zip(again, redone, strict=True):
-        found[i] = spectrum
-    return found
+    return _exact([matrices(weight.detach()) for weight in weights], hill)
 
 
 def spectrum(weight: Tensor) -> Tensor:
@@ -133,28 +151,52 @@ def alphas(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[float]:
     return [hill.alpha(spectrum) for spectrum in spectra(weights, hill)]
 
 
-def _decompose(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _sides(stack: Tensor) -> tuple[int, int]:
+    """Return the numbers of rows and columns that are not zero in all matrices of a stack."""
+    some = (stack != 0).any(0)
+    rows, columns = torch.stack([some.any(1).sum(), some.any(0).sum()]).tolist()
+    return rows, columns
+
+
+def _exact(
+    stacks: Sequence[Tensor], hill: Hill, sides: Sequence[tuple[int, int]] | None = None
+) -> list[Tensor]:
+    """Return ascending spectra: those of which `hill` reads eigenvalues that float32 has not are taken in float64."""
+    found = _decompose(stacks, torch.float32)
+    again = []
+    for i, spectrum in enumerate(found):
+        kept = len(spectrum) if sides is None else len(stacks[i]) * min(sides[i])
+        index, _ = hill.tail(kept)
+        if kept and float(spectrum[len(spectrum) - kept + index]) < GUARD * float(spectrum[-1]):
+            again.append(i)
+    redone = _decompose([stacks[i] for i in again], torch.float64)
+    for i, spectrum in zip(again, redone, strict=True):
+        found[i] = spectrum
+    return found
+
+
+def _decompose(stacks: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return spectra from Gram matrices in `dtype` or better, those of one size together."""
-    found: list[Tensor] = [torch.empty(0)] * len(weights)
+    found: list[Tensor] = [torch.empty(0)] * len(stacks)
     sizes: dict[tuple[torch.device, torch.dtype, int, int], list[int]] = {}
-    for i, weight in enumerate(weights):
-        wide = torch.promote_types(weight.dtype, dtype)
-        key = (weight.device, wide, min(weight.shape[:2]), count(weight.shape))
-        sizes.setdefault(key, []).append(i)
-    for (_, wide, short, eigenvalues), members in sizes.items():
-        step = max(1, BATCH // max(1, short * eigenvalues))
+    for i, stack in enumerate(stacks):
+        wide = torch.promote_types(stack.dtype, dtype)
+        sizes.setdefault((stack.device, wide, min(stack.shape[1:]), len(stack)), []).append(i)
+    for (_, wide, short, number), members in sizes.items():
+        step = max(1, BATCH // max(1, short * short * number))
         for start in range(0, len(members), step):
             chunk = members[start : start + step]
-            for i, spectrum in zip(chunk, _batch([weights[j] for j in chunk], wide), strict=True):
+            for i, spectrum in zip(chunk, _batch([stacks[j] for j in chunk], wide), strict=True):
                 found[i] = spectrum
     return found
 
 
-def _batch(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the spectra of weights whose Gram matrices have one size, shape (weights, n)."""
+def _batch(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the spectra of stacks whose Gram matrices have one size, shape (stacks, n)."""
     grams, squares = [], []
-    for weight in weights:
-        tall = matrices(weight.to(dtype))
+    for stack in stacks:
+        wide = stack.detach().to(dtype)
+        tall = wide if wide.shape[-2] >= wide.shape[-1] else wide.mT
         # Scaled to a largest entry of 1, so that squares neither overflow nor vanish.
         peak = torch.linalg.vector_norm(tall, math.inf)
         tall = torch.where(peak.isfinite() & (peak > 0), tall / peak, 0.0)

@@ -13,7 +13,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainc.kernels.parameter.spectrum import MEDIAN, Hill, alphas, count, spectra
+from trainc.functional import (
+    log_alpha,
+    null_distance,
+    spectral_entropy,
+    spectral_norm,
+    stable_rank,
+)
+from trainc.kernels.parameter.figures import measure
+from trainc.kernels.parameter.spectrum import MEDIAN, Hill, alphas, count, matrices, spectra
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference/layer_rates.json").read_text())
 # (rows of the table) x (positions of xmin): the fits that take the median and its like.
@@ -168,3 +176,57 @@ def test_what_cannot_be_measured_is_nan_and_disturbs_nothing_else() -> None:
     found = alphas([torch.zeros(64, 64), good, low_rank, broken, infinite, torch.eye(64)])
     assert [math.isnan(alpha) for alpha in found] == [True, False, True, True, True, True]
     assert found[1] == alphas([good])[0]
+
+
+@pytest.mark.parametrize("name", REFERENCE["inputs"])
+def test_other_figures_are_those_of_the_published_code(name: str) -> None:
+    known, one = REFERENCE["tempbalance_alpha"][name]["median_x2"], weight(name)
+    (found,) = measure({name: matrices(one)}).values()
+    assert log_alpha(one) == pytest.approx(known["alphahat"], rel=1e-4, abs=1e-6)
+    assert found.log_alpha == pytest.approx(known["alphahat"], rel=1e-4, abs=1e-6)
+    largest, total = known["spectral_norm(=max eig)"], known["norm(=sum eigs)"]
+    assert spectral_norm(one) == pytest.approx(math.sqrt(largest), rel=1e-5)
+    assert found.spectral_norm == pytest.approx(math.sqrt(largest), rel=1e-5)
+    assert stable_rank(one) == pytest.approx(total / largest, rel=1e-5)
+    assert found.stable_rank == pytest.approx(total / largest, rel=1e-5)
+    parts = by_definition(one) / by_definition(one).sum()
+    entropy = -float((parts * parts.log()).sum()) / math.log(len(parts))
+    assert spectral_entropy(one) == pytest.approx(entropy, rel=1e-5)
+    assert found.entropy == pytest.approx(entropy, rel=1e-5)
+    distance = null_distance(found.alpha, tuple(one.shape))
+    assert found.null_distance == pytest.approx(distance, rel=1e-9)
+
+
+def test_figures_have_their_values_where_they_are_known() -> None:
+    equal = measure({"": torch.eye(6)[None] * 3})[""]
+    assert equal.stable_rank == pytest.approx(6)
+    assert equal.entropy == pytest.approx(1)
+    assert equal.spectral_norm == pytest.approx(3)
+    single = measure({"": torch.ones(1, 4, 5)})[""]
+    assert single.stable_rank == pytest.approx(1)
+    assert single.spectral_norm == pytest.approx(math.sqrt(20))
+    assert single.entropy == pytest.approx(0, abs=1e-5)
+    assert math.isnan(single.alpha)
+
+
+def test_rows_and_columns_of_zeros_do_not_count() -> None:
+    torch.manual_seed(0)
+    small = torch.randn(2, 40, 30)
+    padded = torch.zeros(2, 64, 50)
+    rows, columns = torch.randperm(64)[:40], torch.randperm(50)[:30]
+    padded[:, rows[:, None], columns] = small
+    found, expected = measure({"padded": padded, "small": small}).values()
+    assert (found.spectrum.rows, found.spectrum.columns) == (40, 30)
+    assert found.eigenvalues == 60
+    assert found.alpha == pytest.approx(expected.alpha, rel=1e-5)
+    assert found.null_distance == pytest.approx(expected.null_distance, rel=1e-4)
+    nothing = measure({"": torch.zeros(1, 8, 8)})[""]
+    assert nothing.eigenvalues == 0
+    assert all(map(math.isnan, (nothing.alpha, nothing.stable_rank, nothing.entropy)))
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    bad = torch.randn(1, 5, 5)
+    bad[0, 2, 3] = math.inf
+    with pytest.raises(ValueError, match=r"`fc2\.weight` has entries that are not finite"):
+        measure({"fc1.weight": torch.randn(1, 5, 5), "fc2.weight": bad})

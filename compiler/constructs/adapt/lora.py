@@ -46,6 +46,7 @@ class Lora(Construct, AdapterRule):
     usage: ClassVar = 'adapt lora on "blocks.**" & type(Linear) { rank = 8, alpha = 16 }'
     targets: ClassVar = "modules"
     identity: ClassVar = {"alpha": "0"}
+    changes_weight: ClassVar = True
     effects: ClassVar = (
         Effect("forward", "add updates of low rank", ("params", "inputs"), ("forward",)),
     )
@@ -204,10 +205,16 @@ class Lora(Construct, AdapterRule):
                 f"the `forward` of {own.__name__} is not that of nn.Linear, and would change the update, too. Keep the"
                 " adapter, and write it by `program.save_adapters`"
             )
+        layer.weight.copy_(layer.weight + self.weight_change(layer, adapter))
+
+    def weight_change(self, layer: Any, adapter: nn.Module) -> Tensor:
+        """Return `factor * B A`, in the shape of the layer's weight."""
+        from torch import nn
+
         pairs = self.pairs(adapter)
         updates = {p: pair.b.weight @ pair.a.weight * self.factor for p, pair in pairs.items()}
         update = self._joined(updates, 0)
-        layer.weight.copy_(layer.weight + (update if isinstance(layer, nn.Linear) else update.T))
+        return update if isinstance(layer, nn.Linear) else update.T
 
     def _joined(self, values: Mapping[str, Tensor], axis: int) -> Tensor:
         """Return the values of the parts side by side along an axis, zeros for those that are not there."""

@@ -21,6 +21,10 @@ class SpectralPolicy(MeasuredPolicy):
 
     functions: ClassVar[tuple[str, ...]] = (
         *MeasuredPolicy.functions,
+        "trainc.kernels.parameter.figures:log_alpha",
+        "trainc.kernels.parameter.figures:spectral_entropy",
+        "trainc.kernels.parameter.figures:spectral_norm",
+        "trainc.kernels.parameter.figures:stable_rank",
         "trainc.kernels.parameter.spectral_null:null_alpha",
         "trainc.kernels.parameter.spectral_null:null_distance",
         "trainc.kernels.parameter.spectral_windows:farms_alpha",
