@@ -37,8 +37,11 @@ from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.render import render_text
+from trainc.dsl.text.vocabulary import EVALUATED
+from trainc.dsl.values.value_json import Name, walk
 from trainc.runtime.data.batch import WrongBatch, WrongOutput, WrongPick
 from trainc.runtime.data.order import Data
+from trainc.runtime.data.stream import count_samples
 from trainc.runtime.device.hardware import Hardware
 from trainc.runtime.memory.failure import OutOfMemory
 from trainc.runtime.run.live_display import LiveDisplay
@@ -135,10 +138,23 @@ def _compiled(
             executor,
             partial(distribution.prepare, device=hardware.device),
         )
+    _require_evaluations(spec, data)
     program.execution.autocast = hardware.autocast
     require_hardware(program, hardware, spec)
     distribution.join(program, hardware.device)
     return program, data
+
+
+def _require_evaluations(spec: Spec, data: Data) -> None:
+    """Raise SpecError where a rule reads what evaluations measure, and the data has no samples for them."""
+    if data.evaluation is not None and count_samples(data.evaluation) != 0:
+        return
+    for rule in spec.rules:
+        for part, value in rule.expressions():
+            if any(isinstance(x, Name) and x.id.startswith(EVALUATED) for x in walk(value)):
+                message = f"`{value}` reads what evaluations measure, and the data has no samples to evaluate on"
+                at = labels((rule.part_span(part), ""))
+                raise SpecError([Diagnostic("unknown-signal", message, at)])
 
 
 def _display(program: Program, title: str, plain: bool) -> LiveDisplay:

@@ -15,7 +15,7 @@ from trainc.runtime.schedule.clock import RunLength
 from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.functions import SCHEDULE_FUNCTIONS
 from trainc.runtime.schedule.gate import Gate
-from trainc.runtime.schedule.time_span import Duration, Unit
+from trainc.runtime.schedule.time_span import Duration, TimeSpan, Unit
 from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.record import Signals
 
@@ -41,6 +41,13 @@ class LoweringContext:
     def schedule_length(self) -> RunLength:
         """Return the length that schedules are compiled for; without a run it is never reached."""
         return self.length or UNBOUNDED
+
+    def counted(self, duration: Duration) -> TimeSpan:
+        """Return a duration as the clock counts it: a fraction of the run in its unit."""
+        span, length = TimeSpan.of(duration), self.schedule_length
+        if span.unit != "run":
+            return span
+        return TimeSpan(self.units.convert(span, length.unit, self.length), length.unit)
 
     def gate(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
         """Return durations as a clock gate, fractions of the run in its unit and `start` in that of `every`.

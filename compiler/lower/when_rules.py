@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.bind.report import labels
 from trainc.compiler.lower.lowering_context import LoweringContext, refuse_places
+from trainc.compiler.lower.rule_expressions import rule_expressions
 from trainc.dsl.resolve.statements import Assign, Do
 from trainc.dsl.resolve.statements import Rule as RuleClause
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
-from trainc.dsl.values.value_json import Duration, Expr, to_json
-from trainc.runtime.rules.actions import RuleAction, Save, SetBatch, SetField, Stop, Value, Warn
+from trainc.dsl.text.vocabulary import EVALUATED
+from trainc.dsl.values.value_json import Expr, to_json
+from trainc.runtime.rules.actions import RuleAction, Save, SetBatch, SetField, Stop, Warn
+from trainc.runtime.rules.history import History
 from trainc.runtime.rules.rule import Rule
-from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.schedule.expressions import names_read
-from trainc.runtime.schedule.schedules import Schedules, compile_condition
-from trainc.runtime.schedule.time_span import TimeSpan
+from trainc.runtime.schedule.expressions import Compiled, names_read
+from trainc.runtime.schedule.schedules import Condition
 from trainc.runtime.step.action import Action
 
 
@@ -30,23 +31,31 @@ def when_rules(
 
     The clauses are lowered. `clause_signals` are the names of what clauses measure, without what every run has.
     """
+    history = History(context.fields)
     rules = [
-        _RuleCompiler(f"rule {i}", rule, binding, context)
+        _RuleCompiler(f"rule {i}", rule, binding, context, history)
         for i, rule in enumerate(binding.spec.rules, 1)
     ]
     made: list[Action] = [rule.compiled(clause_signals) for rule in rules]
     if found := [problem for rule in rules for problem in rule.found]:
         raise SpecError(found)
-    return [context.fields, *made] if context.fields.settable else made
+    first: list[Action] = [history] if history.memories else []
+    return [*first, *([context.fields] if context.fields.settable else []), *made]
 
 
 class _RuleCompiler:
     """Compiles one rule; `found` are its mistakes."""
 
     def __init__(
-        self, name: str, rule: RuleClause, binding: Binding, context: LoweringContext
+        self,
+        name: str,
+        rule: RuleClause,
+        binding: Binding,
+        context: LoweringContext,
+        history: History,
     ) -> None:
         self.name, self.rule, self.binding, self.context = name, rule, binding, context
+        self.history = history
         self.found: list[Diagnostic] = []
 
     def compiled(self, clause_signals: Collection[str]) -> Rule:
@@ -59,12 +68,14 @@ class _RuleCompiler:
         needs = sorted(
             {name for name in names_read(to_json(self.rule.condition)) if name in clause_signals}
         )
-        waits = (self._wait(wait) for wait in (self.rule.hold, self.rule.cooldown))
-        hold, cooldown = waits
+        waits = (self.rule.hold, self.rule.cooldown)
+        hold, cooldown = (None if wait is None else self.context.counted(wait) for wait in waits)
         acts = [action for action in actions if action is not None]
-        return Rule(
-            self.name, _text(self.rule), condition, hold, acts, needs, cooldown, self._fields_read()
-        )
+        read = dict.fromkeys(names_read(to_json(self.rule.condition)))
+        needs = [n for n in read if n in clause_signals or n.startswith(EVALUATED)]
+        self._read_fields()
+        text, fields = _text(self.rule), self.context.fields
+        return Rule(self.name, text, condition, hold, acts, needs, cooldown, fields)
 
     def _try(self, part: str, compile: Any) -> Any:
         """Return what is compiled; report a mistake in it, at its place, and return None."""
@@ -77,12 +88,9 @@ class _RuleCompiler:
             )
         return None
 
-    def _condition(self) -> Any:
-        condition, context = to_json(self.rule.condition), self.context
-        refuse_places(condition, str(self.rule.condition))
-        return compile_condition(
-            condition, context.units, context.schedule_length, context.signal_units
-        )
+    def _condition(self) -> Condition:
+        refuse_places(to_json(self.rule.condition), str(self.rule.condition))
+        return cast("Condition", self._compile(self.rule.condition).at)
 
     def _action(self, action: Assign | Do) -> RuleAction:
         """Return what an action does; raises ValueError where it has no meaning for this model."""
@@ -92,23 +100,19 @@ class _RuleCompiler:
             return Stop() if action.verb == "stop" else Save()
         refuse_places(to_json(action.value), str(action.value))
         if not action.label:
-            return SetBatch(self._value(action.value)[0])
-        value, unit = self._value(action.value)
-        if unit not in (None, "run"):
+            return SetBatch(self._compile(action.value).at)
+        value = self._compile(action.value)
+        if value.unit not in (None, "run"):
             raise ValueError(
-                f"`{action.target}` is a plain number, and `{action.value}` counts {unit}: divide it by `1 {unit}`"
+                f"`{action.target}` is a plain number, and `{action.value}` counts {value.unit}: divide it by"
+                f" `1 {value.unit}`"
             )
         self._refuse_unread(action.target)
-        return SetField(self.context.fields, action.target, value)
+        return SetField(self.context.fields, action.target, value.at)
 
-    def _value(self, expression: Expr) -> tuple[Value, str | None]:
-        """Return an expression as a function of clock and signals, and what it counts."""
-        context = self.context
-        schedules = Schedules(context.units, context.schedule_length, context.signal_units)
-        found = schedules.compile(to_json(expression))
-        if found.condition:
-            raise ValueError("expected a number, found a condition")
-        return found.at, found.unit
+    def _compile(self, expression: Expr) -> Compiled:
+        """Return an expression as a function of the clock and of what rules read."""
+        return rule_expressions(self.context, self.history).compile(to_json(expression))
 
     def _refuse_unread(self, name: str) -> None:
         """Raise ValueError for a field that no clause in the program reads as a schedule."""
@@ -123,39 +127,19 @@ class _RuleCompiler:
             " action, or give the field a value in the clause"
         )
 
-    def _fields_read(self) -> Any:
-        """Return a function that gives the numbers of the fields that the rule reads."""
+    def _read_fields(self) -> None:
+        """Let the fields that the rule reads be known when it looks; report one with a number for each layer."""
         fields = self.context.fields
-        parts = [
-            self.rule.condition,
-            *(a.value for a in self.rule.actions if isinstance(a, Assign)),
-        ]
-        read = self._readable(dict.fromkeys(n for part in parts for n in names_read(to_json(part))))
-
-        def now(clock: Clock) -> dict[str, float]:
-            return {name: fields.read(name, clock) for name in read}
-
-        return now
-
-    def _readable(self, names: Iterable[str]) -> list[str]:
-        """Return the names that are fields; report one that has a number for each layer."""
-        schedules, placed = self.context.fields.schedules, self.context.fields.placed
-        for name in names:
-            if name in placed:
-                message = f"`{name}` has a number for each layer, so that it has no value in a rule"
-                self.found.append(Diagnostic("bad-value", message, labels((self.rule.span, ""))))
-        return [name for name in names if name in schedules and name not in placed]
-
-    def _wait(self, given: Duration | None) -> TimeSpan | None:
-        """Return a rule's `for` or `cooldown` as the clock counts it."""
-        if given is None:
-            return None
-        wait, length = TimeSpan.of(given), self.context.schedule_length
-        if wait.unit != "run":
-            return wait
-        return TimeSpan(
-            self.context.units.convert(wait, length.unit, self.context.length), length.unit
-        )
+        for part, value in self.rule.expressions():
+            for name in names_read(to_json(value)):
+                if name in fields.placed:
+                    message = (
+                        f"`{name}` has a number for each layer, so that it has no value in a rule"
+                    )
+                    at = labels((self.rule.part_span(part), ""))
+                    self.found.append(Diagnostic("bad-value", message, at))
+                elif name in fields.schedules:
+                    fields.read_by_rules.add(name)
 
 
 def _text(clause: RuleClause) -> str:

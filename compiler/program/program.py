@@ -246,6 +246,23 @@ class Program(LoadableProgram, OwnLoopProgram):
         """End an evaluation: return what clauses measured of it since the last step, and set their signals."""
         return self._observers.finish(self._machine.signals)
 
+    def measured(self, means: Mapping[str, float]) -> None:
+        """Tell the rules of the spec what an evaluation found, such as `{"eval_loss": 0.3}`, before the next step.
+
+        `trainc run` does so itself. Raises ValueError for other names than those of evaluations, RuntimeError inside a
+        step.
+        """
+        if odd := [name for name in means if not name.startswith("eval_")]:
+            raise ValueError(
+                f"`measured` takes what evaluations find, such as `eval_loss`, and got `{odd[0]}`"
+            )
+        if self._machine.current is not None:
+            raise RuntimeError(
+                "`measured` was called inside a step, whose rules have looked already: call it after `update`, or after"
+                " `discard_step`"
+            )
+        self._machine.signals.update(means)
+
     def report(self) -> StepReport:
         """Return what the last step gave besides metrics: series by layer, notes, and whether to save a checkpoint."""
         if (last := self._runner.last) is None:

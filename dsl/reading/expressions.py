@@ -19,7 +19,7 @@ from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.vocabulary import BOOLEANS, COUNTERS, PLACES, SHAPES, STATES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import FUNCTIONS, Function
+from trainc.dsl.values.functions import FUNCTIONS, REMEMBERING, Function
 from trainc.dsl.values.limits import FROM_ZERO, Limits
 from trainc.dsl.values.value_ranges import ANYTHING, Bounds, bounds
 
@@ -28,6 +28,9 @@ _LOGIC = ("and", "or")
 
 class Names:
     """Checks the names in an expression; this base class accepts all, since a whole spec is checked later."""
+
+    functions: Mapping[str, Function] = FUNCTIONS | REMEMBERING
+    """The functions that it may call."""
 
     def check(self, name: ast.Ident) -> None:
         """Report a name that is not defined."""
@@ -169,8 +172,9 @@ def _expression(node: Node, names: Names) -> v.Expr:
     raise Unreadable(node, f"expected a number, found {describe(node)}")
 
 
-def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] = FUNCTIONS) -> v.Expr:
+def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] | None = None) -> v.Expr:
     name = node.function.id
+    functions = names.functions if functions is None else functions
     if name not in functions:
         message = f"there is no function `{name}`"
         help = names.help_for_function(name) or suggest(name, functions)

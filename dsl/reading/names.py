@@ -14,7 +14,7 @@ from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import nearest, suggest
 from trainc.dsl.text.source import Span
 from trainc.dsl.text.vocabulary import BUILT_IN, PLACES
-from trainc.dsl.values.functions import FUNCTIONS, example_call
+from trainc.dsl.values.functions import FUNCTIONS, REMEMBERING, example_call
 
 
 class Scope(Names):
@@ -35,11 +35,12 @@ class Scope(Names):
         self.used: set[str] = set()
         self.reads_fields = False
         """Whether a name may be a scheduled field of a clause."""
+        self.functions = FUNCTIONS
 
     def of_rules(self) -> Scope:
-        """Return this scope for expressions in rules, which may also read the scheduled fields of clauses."""
+        """Return this scope for expressions in rules, which may also read fields of clauses, and what was before."""
         made = copy(self)
-        made.reads_fields = True
+        made.reads_fields, made.functions = True, FUNCTIONS | REMEMBERING
         return made
 
     def check(self, name: ast.Ident) -> None:
@@ -51,10 +52,10 @@ class Scope(Names):
         """Return what is wrong with a name in an expression, or None."""
         label, _, signal = name.partition(".")
         labels = (Label(span),) if span else ()
-        if name in BUILT_IN or label in self.lost or "*" in self.lost:
+        if name in BUILT_IN or name in self.evaluated() or label in self.lost or "*" in self.lost:
             return None
         if label not in self.constructs:
-            options = [*BUILT_IN, *self.lets, *self.signals()]
+            options = [*BUILT_IN, *self.evaluated(), *self.lets, *self.signals()]
             note = f"known names: {', '.join(f'`{n}`' for n in options if n not in PLACES)}"
             help = self._meant(name, options)
             message = f"the name `{name}` is not defined"
@@ -78,6 +79,8 @@ class Scope(Names):
         return None
 
     def help_for_function(self, function: str) -> str | None:
+        if function in REMEMBERING:
+            return f"only `when` rules call `{function}`"
         for cls in self.catalog.values():
             for field, info in cls.model_fields.items():
                 own = field_type(info)
@@ -88,14 +91,22 @@ class Scope(Names):
 
     def _meant(self, name: str, options: Iterable[str]) -> str | None:
         """Return a suggestion for a name that is not defined, or None."""
-        if name in FUNCTIONS:
+        if name in self.functions:
             return f"write a call: `{example_call(name)}`"
         label = name.partition(".")[0]
         for key in self.catalog:
             if key[1] == label and (construct := self.catalog[key]).signals:
                 return f"no clause measures `{label}`: add `{construct.usage}`"
-        near = nearest(name, FUNCTIONS)
+        near = nearest(name, self.functions)
         return suggest(name, options) or (f"did you mean `{example_call(near)}`?" if near else None)
+
+    def evaluated(self) -> list[str]:
+        """Return the names of what evaluations report of the losses, besides `eval_loss`."""
+        losses = {n: c[0] for n, c in self.constructs.items() if c and c[0].kind == "loss"}
+        if len(losses) == 1:
+            return [f"eval_{metric}" for one in losses.values() for metric in one.evaluated]
+        found = [[label, *(f"{label}_{m}" for m in one.evaluated)] for label, one in losses.items()]
+        return [f"eval_{name}" for names in found for name in names]
 
     def signals(self) -> list[str]:
         """Return the names of all signals, such as `label` and `label.low`."""

@@ -12,9 +12,8 @@ from trainc.dsl.resolve.statements import Assign, Clause, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
-from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, METRICS, SHAPES, STATES
+from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, EVALUATED, METRICS, SHAPES, STATES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import FUNCTIONS
 
 ONCE = ("model", "data", "run")
 
@@ -34,6 +33,7 @@ def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diag
                 found += _expression(expression, scope, clause.part_span(name), functions)
     for rule in rules:
         found += _rule_problems(rule, clauses, scope.of_rules())
+    found += _unevaluated(clauses, rules)
     return found
 
 
@@ -127,13 +127,36 @@ def _expression(
             problem = scope.problem(item.id, span)
             if problem:
                 yield problem
-        elif isinstance(item, v.Call) and item.function not in FUNCTIONS:
-            help = suggest(item.function, FUNCTIONS)
+        elif isinstance(item, v.Call) and item.function not in scope.functions:
+            help = scope.help_for_function(item.function) or suggest(item.function, scope.functions)
             message = f"there is no function `{item.function}`"
             yield Diagnostic("unknown-function", message, _at(span), (), help)
 
 
 _WORDS = {*STATES, *SHAPES, *BOOLEANS}  # names only in form
+
+
+def _unevaluated(clauses: Sequence[Clause], rules: Sequence[Rule]) -> Iterator[Diagnostic]:
+    """Yield an error for every rule that reads what evaluations measure, in a run that evaluates at its end only.
+
+    A spec without data is for a loop of the user's own, which tells what its evaluations measured.
+    """
+    run = next((clause.construct for clause in clauses if clause.kind == "run"), None)
+    own_loop = not any(clause.kind == "data" for clause in clauses)
+    acts = (action for rule in rules for action in rule.actions)
+    evaluates = any(isinstance(action, Do) and action.verb == "evaluate" for action in acts)
+    if run is None or own_loop or getattr(run, "eval", None) is not None or evaluates:
+        return
+    for rule in rules:
+        for part, value in rule.expressions():
+            names = (x.id for x in v.walk(value) if isinstance(x, v.Name))
+            name = next((name for name in names if name.startswith(EVALUATED)), None)
+            if name is not None:
+                message = (
+                    f"`{name}` is measured at the end of the run only, when no rule looks at it"
+                )
+                help = "write `eval = 200 steps` in `run`, or let another rule `evaluate`"
+                yield Diagnostic("unknown-signal", message, _at(rule.part_span(part)), (), help)
 
 
 def _rule_problems(rule: Rule, clauses: Sequence[Clause], scope: Scope) -> Iterator[Diagnostic]:

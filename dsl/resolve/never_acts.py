@@ -184,7 +184,9 @@ def _period(
 def _rule(rule: Rule, run: RunTime) -> Iterator[Diagnostic]:
     hold = run.part(rule.hold)
     span = rule.part_span("condition")
-    if not can_be_true(rule.condition, run.bounds_of, run.convert):
+    if (window := next(_long_windows(rule, run), None)) is not None:
+        yield window
+    elif not can_be_true(rule.condition, run.bounds_of, run.convert):
         message = f"this rule never acts: `{rule.condition}` is never true in this run"
         timed = any(isinstance(x, v.Name) and x.id in COUNTERS for x in v.walk(rule.condition))
         help = _for_condition(rule.condition, run)
@@ -194,6 +196,19 @@ def _rule(rule: Rule, run: RunTime) -> Iterator[Diagnostic]:
         yield _never(message, rule.part_span("for"), run, "write a shorter `for`")
     else:
         yield from _equal_by_chance(rule, run, span)
+
+
+def _long_windows(rule: Rule, run: RunTime) -> Iterator[Diagnostic]:
+    """Yield a diagnostic for every mean over a window that the run is not longer than."""
+    for part, value in rule.expressions():
+        for call in v.walk(value):
+            if not (isinstance(call, v.Call) and call.function == "mean"):
+                continue
+            over = call.args[1]
+            length = run.part(over.duration) if isinstance(over, v.Quantity) else None
+            if length is not None and length >= 1:
+                message = f"`{call}` is never known: the run ends before {over} of it have passed"
+                yield _never(message, rule.part_span(part), run, "write a shorter window")
 
 
 def _for_condition(condition: v.Expr, run: RunTime) -> str:

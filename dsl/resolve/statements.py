@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -163,6 +164,13 @@ class Rule(ComparedByJson):
     def part_span(self, part: str) -> Span | None:
         """Return where `condition`, `for`, `cooldown` or `action 1` was written; the whole rule where it was not."""
         return None if self.origin is None else self.origin.part_span(part)
+
+    def expressions(self) -> Iterator[tuple[str, Expr]]:
+        """Yield its condition and the values that it assigns, each with the name of its part."""
+        yield "condition", self.condition
+        for i, action in enumerate(self.actions, 1):
+            if isinstance(action, Assign):
+                yield f"action {i}", action.value
 
     def to_json(self) -> Any:
         return {

@@ -111,6 +111,21 @@ FUNCTIONS = {
     "log": Topic("log(x)", "The natural logarithm; NaN below 0."),
     "exp": Topic("exp(x)", "The exponential function."),
     "abs": Topic("abs(x)", "The number without its sign."),
+    "best": Topic(
+        "best(x)",
+        "The lowest value of a number so far, in a rule. Of what should be high, write `best(-x)`.",
+        "run { length = 9 steps, eval = 1 steps }\nwhen eval_loss > 1.2 * best(eval_loss) { stop }",
+    ),
+    "since_best": Topic(
+        "since_best(x)",
+        "How many steps ago a number had its lowest value so far, in a rule.",
+        "run { length = 9 steps, eval = 1 steps }\nwhen since_best(eval_loss) > 4 steps { stop }",
+    ),
+    "mean": Topic(
+        "mean(x, 100 steps)",
+        "The mean of a number over the steps of a window that ends now, in a rule; unknown before it is full.",
+        "when loss > 2 * mean(loss, 100 steps) { save }",
+    ),
 }
 SELECTORS = {
     "type": Topic("type(CLASS, ...)", "Modules of these classes, and the parameters they own."),
@@ -156,6 +171,7 @@ UNITS = {
 NAMES = {
     "progress": Topic("progress", "The part of the run that is over, from 0 to 1."),
     "loss": Topic("loss", "The loss of the step before."),
+    "eval_loss": Topic("eval_loss", "The loss that the last evaluation measured."),
     "gradient_norm": Topic(
         "gradient_norm",
         "The L2 norm of the whole model's gradient in the step before, before clipping.",

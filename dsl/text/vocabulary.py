@@ -25,8 +25,10 @@ COUNTERS = ("steps", "samples", "tokens", "epochs", "seconds")
 """What the clock counts; durations are in these units or in percent of the run."""
 PLACES = ("depth", "block", "blocks")
 """Where in the model a value is used."""
-SIGNALS = ("loss", "gradient_norm", "batch", "lr", "step", "micro_batch")
+SIGNALS = ("loss", "gradient_norm", "batch", "lr", "step", "micro_batch", "eval_loss")
 """What every run measures."""
+EVALUATED = "eval_"
+"""What the names of what evaluations measure begin with."""
 BUILT_IN = (*PLACES, "progress", *COUNTERS, *SIGNALS)
 """The names every expression may use."""
 METRICS = ("data_loss", "gradient_norm", "lr_min", "lr_max", "skipped")

@@ -44,8 +44,16 @@ FUNCTIONS: dict[str, Function] = {
     "abs": Function({"x": "number"}, 1, 1, schedule=False),
 }
 
+REMEMBERING: dict[str, Function] = {
+    "best": Function({"x": "number"}, 1, 1, schedule=False),
+    "since_best": Function({"x": "number"}, 1, 1, schedule=False),
+    "mean": Function({"x": "number", "over": "duration"}, 2, 2, schedule=False),
+}
+"""Functions of what a number was before, which rules alone may call."""
+
 
 def example_call(name: str) -> str:
     """Return a call of a function with the arguments it must have: `cosine()`, `warmup(over = ...)`."""
-    needed = list(FUNCTIONS[name].arguments)[: FUNCTIONS[name].required]
+    function = (FUNCTIONS | REMEMBERING)[name]
+    needed = list(function.arguments)[: function.required]
     return f"{name}({', '.join(f'{argument} = ...' for argument in needed)})"

@@ -105,6 +105,8 @@ def _call(call: Call, names: BoundsOf) -> Bounds:
         inner = bounds(call.args[0], names)
         ends = abs(inner.low), abs(inner.high)
         return Bounds(0 if inner.low <= 0 <= inner.high else min(ends), max(ends), inner.unit)
+    if call.function == "since_best":
+        return names("step").replace(low=0)
     if call.function in ("sqrt", "exp"):
         return Bounds(0, math.inf)
     given = dict(call.kwargs)

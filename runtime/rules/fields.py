@@ -9,7 +9,7 @@ from typing import Any
 
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action, ActionState, Phase
-from trainc.runtime.step.record import Step
+from trainc.runtime.step.record import Signals, Step
 from trainc.runtime.storage.form import Form, Number, Record
 
 Scheduled = Callable[[Clock], float]
@@ -34,6 +34,7 @@ class Fields(Action):
         """Every scheduled field of the spec's clauses that is one number for the whole model."""
         self.placed: set[str] = set()
         """Those that have a number for each layer."""
+        self.read_by_rules: set[str] = set()
         self._checks: dict[str, Check] = {}
 
     def add(self, name: str, schedule: Scheduled, check: Check, *, placed: bool) -> Scheduled:
@@ -59,6 +60,11 @@ class Fields(Action):
             return self.schedules[name](clock)
         except ValueError:
             return math.nan
+
+    def values_at(self, step: Step) -> Signals:
+        """Return what expressions of rules read at the beginning of a step: signals, the batch, and fields."""
+        read = {name: self.read(name, step.clock) for name in self.read_by_rules}
+        return Signals({**step.signals, "batch": float(step.batch_size), **read})
 
     def set(self, name: str, value: float, step: Step, rule: str) -> bool:
         """Set a field from this step on, say so in the step's notes, and return whether that changes it."""

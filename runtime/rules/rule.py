@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainc.runtime.rules.actions import RuleAction, Values
+from trainc.runtime.rules.fields import Fields
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action, ActionState, Phase
-from trainc.runtime.step.record import Signals, Step
+from trainc.runtime.step.record import Step
 from trainc.runtime.storage.form import Count, Flag, Form, ListOf, Number, Optional, Record, Text
 
 
@@ -30,8 +31,7 @@ class Rule(Action):
     performs: Sequence[RuleAction]
     needs: Collection[str] = ()
     cooldown: TimeSpan | None = None
-    more: Callable[[Clock], Values] = lambda clock: {}
-    """Returns what its expressions read besides signals and the batch: fields of clauses."""
+    fields: Fields = field(default_factory=Fields)
     since: float | None = field(default=None, init=False)
     cooldown_since: float | None = field(default=None, init=False)
     fired: list[int] = field(default_factory=list, init=False)
@@ -41,8 +41,7 @@ class Rule(Action):
     def run(self, step: Step) -> None:
         if self._in_cooldown(step.clock):
             return
-        batch = {"batch": float(step.batch_size)}
-        values = Signals({**step.signals, **batch, **self.more(step.clock)})
+        values = self.fields.values_at(step)
         measured = all(name in values for name in self.needs)
         if not measured or not self.condition(step.clock, values):
             self.since = None

@@ -187,6 +187,14 @@ class MeasuresEvaluations(Protocol):
 
 
 @runtime_checkable
+class ReadsEvaluations(Protocol):
+    """A program whose steps may read what evaluations found."""
+
+    def measured(self, means: Mapping[str, float]) -> None:
+        """Take in the means of an evaluation by name, `eval_loss` among them."""
+
+
+@runtime_checkable
 class ChecksState(Protocol):
     """A program that knows how many of its steps were not sound and skipped, and whether its state is sound."""
 

@@ -25,6 +25,7 @@ from trainc.runtime.run.continuation import explain, require_savable
 from trainc.runtime.run.interface import (
     ChecksState,
     MeasuresEvaluations,
+    ReadsEvaluations,
     ReportsSteps,
     RunnableProgram,
     StepReport,
@@ -261,6 +262,8 @@ class TrainingLoop(SavedRun):
         with kept(self.reader.generators):
             means, others = self.computation.evaluate(self.data, whole=self._evaluates_all)
         bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if isinstance(self.program, ReadsEvaluations):
+            self.program.measured(means)
         if isinstance(self.program, MeasuresEvaluations):
             means |= self.program.evaluation_metrics()
         self.eval_loss, self.evaluated_at = means["eval_loss"], steps

@@ -187,6 +187,113 @@ def test_a_number_that_a_field_cannot_have_is_an_error_of_the_step() -> None:
         program.step(second)
 
 
+# What rules remember
+
+
+def halved_by_torch(patience: int, losses: list[float]) -> list[float]:
+    """Return the rates that torch's own ReduceLROnPlateau gives after each of these evaluations."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=patience, threshold=0.0
+    )
+    rates = []
+    for loss in losses:
+        plateau.step(loss)
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    return rates
+
+
+def test_reduce_on_plateau_is_that_of_torch() -> None:
+    found = [1.0, 0.9, 0.95, 0.92, 0.91, 0.8, 0.85, 0.86, 0.87, 0.88, 0.89, 0.84]
+    program = trainc.compile(
+        HEAD + "optimizer sgd { lr = 0.1 }\n"
+        "when since_best(eval_loss) > 2 steps cooldown 3 steps { sgd.lr = sgd.lr / 2 }",
+        net(),
+    )
+    rates = []
+    for batch, value in zip(batches(), found, strict=True):
+        program.measured({"eval_loss": value})
+        rates.append(program.step(batch)["lr_max"])
+    assert rates == halved_by_torch(2, found)
+    assert len(set(rates)) == 4
+
+
+def rates(spec: str, out: Callable[[int, Program], Program] = lambda step, one: one) -> list[float]:
+    program = trainc.compile(HEAD + spec, net())
+    found = []
+    for step, batch in enumerate(batches()):
+        program = out(step, program)
+        found.append(program.step(batch)["lr_max"])
+    return found
+
+
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_a_mean_is_over_the_steps_of_its_window_once_it_is_full(window: int) -> None:
+    _, losses = by_program("optimizer sgd { lr = 0.1 }")
+    spec = (
+        "optimizer sgd { lr = 0.1 }\nregularize l2_sp as pull on ndim(2) { weight = 0, to = zero }\n"
+        f"when loss < mean(loss, {window} steps) {{ pull.weight = 1e-9 * (steps / 1 steps) }}"
+    )
+    program = trainc.compile(HEAD + spec, net())
+    acted = []
+    for step, batch in enumerate(batches()):
+        program.step(batch)
+        acted += [step] if program.report().notes else []
+    expected = [
+        step
+        for step in range(window, STEPS)
+        if losses[step - 1] < sum(losses[step - window : step]) / window
+    ]
+    assert acted == expected
+    assert expected or window == 1
+
+
+def reloaded(spec: str, left: int) -> Callable[[int, Program], Program]:
+    """Return what puts another program with the state of the one so far in its place, at a step."""
+
+    def at(step: int, program: Program) -> Program:
+        if step != left:
+            return program
+        other = trainc.compile(HEAD + spec, net())
+        other.load_state_dict(copy.deepcopy(program.state_dict()))
+        return other
+
+    return at
+
+
+@pytest.mark.parametrize("left", [1, 4, 6, 9])
+def test_what_rules_remember_goes_on_bit_for_bit(left: int) -> None:
+    spec = (
+        "optimizer sgd { lr = 0.1 }\n"
+        "when since_best(loss) >= 2 steps cooldown 2 steps { sgd.lr = 0.9 * sgd.lr }\n"
+        "when mean(-loss, 40 samples) > best(mean(-loss, 16 samples)) { sgd.lr = sgd.lr + 1e-4 * mean(loss, 25%) }"
+    )
+    whole = rates(spec)
+    assert len(set(whole)) > 4
+    assert rates(spec, reloaded(spec, left)) == whole
+
+
+def test_a_discarded_step_is_remembered_once() -> None:
+    spec = "optimizer sgd { lr = 0.1 }\nwhen steps >= 3 { sgd.lr = 0.1 * mean(loss, 3 steps) }"
+
+    def again(step: int, program: Program) -> Program:
+        for _ in range(step % 3):
+            program.begin()
+            program.discard_step()
+        return program
+
+    assert rates(spec, again) == rates(spec)
+
+
+def test_evaluations_are_told_between_steps_and_by_their_names() -> None:
+    program = trainc.compile(HEAD + "optimizer sgd { lr = 0.1 }", net())
+    with pytest.raises(ValueError, match="such as `eval_loss`, and got `loss`"):
+        program.measured({"loss": 1.0})
+    program.begin()
+    with pytest.raises(RuntimeError, match="call it after `update`"):
+        program.measured({"eval_loss": 1.0})
+
+
 BASE = """loss cross_entropy
 run { length = 12 steps }
 optimizer adamw { lr = 0.01 }
@@ -206,6 +313,10 @@ noise_scale gns on "0" { smooth = 4 steps }
         ("adamw.lr = depth", "bad-value", "adamw.lr = depth", "the place of a layer"),
         ("adamw.lr = batch", "bad-value", "adamw.lr = batch", "`batch` counts samples: divide it by `1 samples`"),
         ("adamw.lr = pace.sigma", "bad-value", "", "`pace.sigma` has a number for each layer"),
+        ("adamw.lr = mean(loss, 12 steps)", "never-acts", "adamw.lr = mean(loss, 12 steps)", "write a shorter window"),
+        ("adamw.lr = mean(loss)", "bad-value", "mean(loss)", "`mean` needs `over`"),
+        ("adamw.lr = eval_accurracy", "unknown-name", "eval_accurracy", "did you mean `eval_accuracy`"),
+        ("adamw.lr = since_best(loss)", "bad-value", "adamw.lr = since_best(loss)", "counts steps: divide it by"),
         ("adamw.lr = adamw.betas", "unknown-signal", "adamw.betas", "measures nothing"),
     ],
 )  # fmt: skip
@@ -215,7 +326,9 @@ def test_a_mistake_in_a_rule_is_told_at_its_place(
     with pytest.raises(SpecError) as raised:
         trainc.compile(f"{BASE}when loss > 2 {{ {rule} }}", net())
     (found,) = raised.value.diagnostics
-    told = " ".join([found.message, *found.notes, found.help or ""])
+    told = " ".join(
+        [found.message, *(x.text for x in found.labels), *found.notes, found.help or ""]
+    )
     assert found.rule == kind
     assert re.search(message, told), told
     assert found.span is not None
@@ -227,6 +340,19 @@ def test_a_field_of_another_clause_is_read_by_rules_alone() -> None:
         trainc.compile(
             HEAD + "optimizer sgd { lr = 0.1 }\nregularize l2_sp on all { weight = sgd.lr }", net()
         )
+
+
+def test_a_run_that_never_evaluates_has_no_evaluations_for_rules() -> None:
+    text = BASE + 'data "m:f" { batch = 8 samples }\nwhen eval_loss > 3 { stop }'
+    (found,) = trainc.check(text).errors
+    assert found.rule == "unknown-signal"
+    assert found.help == "write `eval = 200 steps` in `run`, or let another rule `evaluate`"
+    assert not trainc.check(text.replace("12 steps }", "12 steps, eval = 3 steps }")).errors
+
+
+def test_what_was_before_is_known_to_rules_alone() -> None:
+    with pytest.raises(SpecError, match="only `when` rules call `best`"):
+        trainc.compile(HEAD + "optimizer sgd { lr = best(loss) }", net())
 
 
 def test_a_clause_that_is_not_in_the_program_has_no_fields_to_set() -> None:

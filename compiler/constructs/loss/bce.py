@@ -71,6 +71,7 @@ class BinaryCrossEntropy(LossConstruct):
 
     cite: ClassVar = "Cox, J. R. Stat. Soc. B 20 (1958) 215: the regression of binary sequences"
     usage: ClassVar = "loss bce { pos_weight = 2 }"
+    evaluated: ClassVar = ("accuracy",)
 
     pos_weight: Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...] | None = (
         Field(

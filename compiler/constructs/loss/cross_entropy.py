@@ -240,6 +240,7 @@ class CrossEntropy(LossConstruct):
 
     cite: ClassVar = "Good, J. R. Stat. Soc. B 14 (1952) 107: the logarithmic score"
     usage: ClassVar = "loss cross_entropy { label_smoothing = 0.1 }"
+    evaluated: ClassVar = ("accuracy",)
 
     ignore_index: int = Field(default=-100, description="target value that is left out of the loss")
     label_smoothing: float = Field(
