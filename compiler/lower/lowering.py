@@ -6,6 +6,7 @@ A construct's `lower(to)` calls methods of `Lowering`; it never touches the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from trainc.compiler.method.lowered_method import (
     LoweredMethod,
     OptimizerConstruct,
     OptimizerPart,
+    Scheduled,
 )
 from trainc.compiler.model.batch_statistics import depend_on_processes
 from trainc.dsl.values.value_json import Expr
@@ -38,7 +40,7 @@ from trainc.runtime.step.around import Around
 from trainc.runtime.step.batches import BatchTransform
 from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.gradients import GradientTransform, sharded_gradient
-from trainc.runtime.step.optimizer import LrFactor, OptionValues
+from trainc.runtime.step.optimizer import LrFactor, OptionValue, OptionValues
 from trainc.runtime.step.updates import UpdateTransform
 
 
@@ -52,7 +54,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         self.refuse_times("the loss holds for the whole run", "from", "until", "every")
         schedule = None if weight is None else self.schedule(weight)
         if schedule is not None:
-            self._method.schedules[f"{self.label} weight"] = schedule
+            self.show("weight", schedule)
         self._method.loss_parts.append(LossPart(self.label, loss, schedule))
 
     # The optimizer and its parameters
@@ -73,6 +75,35 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         for name in parameters:
             self._method.lr_factors.setdefault(name, []).append(lr_factor)
         return lr_factor
+
+    def show(self, name: str, schedule: Scheduled) -> None:
+        """Show a number of this clause over the run, in the plan's table of schedules."""
+        self._method.schedules[f"{self.label} {name}"] = schedule
+
+    def option_factor(
+        self, of: Literal["weight_decay", "half_life"], unit: str, parameters: Iterable[str]
+    ) -> LrFactor:
+        """Return a factor of this clause on weight decay, or on the half-life of Adam's second moment; it starts at 1.
+
+        The half-life is the number of steps in which a squared gradient loses half of its weight: a factor f takes
+        the last of the betas to the power 1 / f.
+        """
+        self._times_obeyed = True
+        self.refuse_times(f"`{self.label}` holds for the whole run", "from", "until", "every")
+        factor = LrFactor(self.label, unit, of=of)
+        for name in parameters:
+            self._method.option_factors.setdefault(name, []).append(factor)
+        return factor
+
+    def optimizer_options(self, option: str) -> Callable[[], dict[str, OptionValue]]:
+        """Return a function that gives an option of all optimized parameters by name, once every clause is lowered."""
+        method = self._method
+
+        def found() -> dict[str, OptionValue]:
+            own = {n: o for part in method.optimizers for n, o in part.options.items()}
+            return {n: o[option] for n, o in own.items() if option in o and n not in method.frozen}
+
+        return found
 
     def select_entries(self, sizes: Mapping[str, int]) -> list[SelectedEntries]:
         """Let the optimizer train selected entries of parameters: how many of each, 0 where the choice decides.
@@ -103,7 +134,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         self._refuse_masked_shards(names)
         masks = {name: ZeroMask(name, self.tensor(name), shown) for name in names}
         self._method.masks.update(masks)
-        self._method.schedules[f"{self.label} density"] = fraction
+        self.show("density", fraction)
         setting, window = self.clause.construct.model_dump_json(), self.gate() or Gate()
         frozen = self._method.frozen
         self.action(ChooseZeros(self.label, masks, choose, fraction, window, setting, frozen))

@@ -11,10 +11,10 @@ from trainc.compiler.errors import ValueOutOfRange
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart, Scheduled
 from trainc.compiler.plan.plan import Row
 from trainc.runtime.schedule.clock import Clock, RunLength
-from trainc.runtime.schedule.timeline import counters_at, counters_under_ramp
+from trainc.runtime.schedule.timeline import BatchSize, counters_at, counters_under_ramp
 from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.batch_policy import BatchPolicy, Ramp
-from trainc.runtime.step.optimizer import Option, parts_of
+from trainc.runtime.step.optimizer import OPTION_FACTORS, LrFactor, Option, parts_of
 
 
 def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
@@ -23,7 +23,8 @@ def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
         return []
     rows = []
     ramp = next((action for action in method.actions if isinstance(action, Ramp)), None)
-    named = [row for part in method.optimizers for row in _options(part)]
+    size = None if ramp is None else ramp.at
+    named = [row for part in method.optimizers for row in _options(part, method, size)]
     named += [*method.scalars.items(), *method.schedules.items()]
     if ramp is not None:
         named.append(("batch", ramp.at))
@@ -39,19 +40,46 @@ def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     return rows
 
 
-def _options(part: OptimizerPart) -> Iterator[tuple[str, Scheduled]]:
-    """Yield the learning rates of an optimizer, and those of its other options that change."""
-    seen: dict[int, Option] = {}
-    for options in part.options.values():
+def _options(
+    part: OptimizerPart, method: LoweredMethod, batch: BatchSize | None
+) -> Iterator[tuple[str, Scheduled]]:
+    """Yield the learning rates of an optimizer without factors, those of its other options that change, and factors.
+
+    Factors that follow the batch are known where `batch` gives its size from the clock.
+    """
+    seen: set[object] = set()
+    for name, options in part.options.items():
+        factors = [f for f in method.option_factors.get(name, ()) if f.of_batch]
         for field, value in options.items():
-            several = isinstance(value, tuple)
+            of = [f for f in factors if f.of == OPTION_FACTORS.get(field)]
             for i, option in enumerate(parts_of(value), 1):
-                wanted = field == "lr" or option.constant is None
-                if not wanted or id(option) in seen:
+                last = option is parts_of(value)[-1]
+                own = of if field != "betas" or last else []
+                wanted = field == "lr" or option.constant is None or (own and batch)
+                if not wanted or (key := (option, *map(id, own))) in seen:
                     continue
-                seen[id(option)] = option
-                number = f"{field.removesuffix('s')}{i}" if several else field
-                yield f"{part.label} {number}{option.part}", option.at
+                seen.add(key)
+                number = f"{field.removesuffix('s')}{i}" if isinstance(value, tuple) else field
+                at = option.at if batch is None else _scaled(option, own, batch)
+                yield f"{part.label} {number}{option.part}", at
+        for factor in method.lr_factors.get(name, ()):
+            if factor.of_batch and batch and id(factor) not in seen:
+                seen.add(id(factor))
+                yield f"{factor.policy} x", _scaled(Option.fixed(1.0), [factor], batch)
+
+
+def _scaled(option: Option, factors: Sequence[LrFactor], batch: BatchSize) -> Scheduled:
+    """Return an option times factors that follow the batch; a half-life is a power."""
+
+    def at(clock: Clock) -> float:
+        number = option.at(clock)
+        for factor in factors:
+            assert factor.of_batch is not None
+            own = factor.of_batch(batch(clock))
+            number = number ** (1 / own) if factor.of == "half_life" else number * own
+        return number
+
+    return at
 
 
 def _value(schedule: Callable[[Clock], float], clock: Clock) -> float:

@@ -25,6 +25,7 @@ from trainc.runtime.torch_optimizer.named_state import NamedState
 from trainc.runtime.torch_optimizer.preconditioner import second_moment_scale
 from trainc.runtime.torch_optimizer.problem import explain_failure, refuse_moved
 from trainc.runtime.torch_optimizer.scheduled_options import own_rate, set_others, set_rate
+from trainc.runtime.torch_optimizer.slots import OPTION_FACTORS as OPTION_FACTORS
 from trainc.runtime.torch_optimizer.slots import LrFactor as LrFactor
 from trainc.runtime.torch_optimizer.slots import Option as Option
 from trainc.runtime.torch_optimizer.slots import OptionValue as OptionValue

@@ -37,7 +37,7 @@ def set_others(
     """
     scheduled = named.scheduled[number]
     for name, value in slot.moving(clock):
-        if name not in options:
+        if name not in named.optimizer.defaults:
             message = f"`{named.label}` ({named.kind}) has no `{name}` that a spec could change"
             raise OptimizerProblem(named.label, message, name)
         if name in scheduled and options[name] != scheduled[name]:

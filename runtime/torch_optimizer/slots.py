@@ -29,6 +29,8 @@ class LrFactor:
     gate: Gate | None = None
     schedule: Scheduled | None = None
     of: str = "lr"
+    of_batch: Callable[[int], float] | None = None
+    """What the factor is at a batch of so many samples, where it follows the batch alone; its policy sets it."""
 
     def at(self, clock: Clock) -> float:
         """Return the factor in the step at this clock."""
@@ -74,6 +76,10 @@ OptionValues = dict[str, OptionValue]
 """The options of a parameter by torch's names: `lr`, `weight_decay`, `betas`."""
 
 
+OPTION_FACTORS = {"weight_decay": "weight_decay", "betas": "half_life"}
+"""What factors on an option are of."""
+
+
 def parts_of(value: OptionValue) -> tuple[Option, ...]:
     """Return the numbers of an option: one, or those of a tuple."""
     return value if isinstance(value, tuple) else (value,)
@@ -107,7 +113,7 @@ class ParamSlot:
     def moving(self, clock: Clock) -> Iterator[tuple[str, float | tuple[float, ...]]]:
         """Yield those of the other options that may differ from step to step, and what each is in this one."""
         for name, value in self.options.items():
-            of = {"weight_decay": "weight_decay", "betas": "half_life"}.get(name, "")
+            of = OPTION_FACTORS.get(name, "")
             factors, parts = self.factors.get(of, ()), parts_of(value)
             if name == "lr" or (not factors and all(x.constant is not None for x in parts)):
                 continue

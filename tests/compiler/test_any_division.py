@@ -68,6 +68,7 @@ ANY = [
     SGD + "lr trust_ratio",
     SGD + "lr trust_ratio { of = gradient }",
     SGD + "lr batch_scaling { rule = sqrt, reference = 2 samples }",
+    ADAMW + "lr batch_scaling { reference = 2 samples, beta2 = half_life, decay = linear }",
     SGD + "lr temp_balance on type(Linear) every 1 steps { range = 0.5..1.5, min_eigenvalues = 2 }",
     SGD + "perturb sam { rho = 0.5 }",
     SGD + "observe norm_growth on ndim(2) every 1 steps { from_start = true }",
@@ -95,7 +96,7 @@ OF_TOKENS = [
     SGD + with_(PACE, "}", ", share = none }"),
     SGD + GNS + PACE,
     SGD + with_(GNS, "}", ", example = document, separator = 0 }"),
-    SGD + "lr layer_decay on trainable { decay = 0.5 }",
+    SGD + "lr layer_decay on trainable { decay = 0.5 + 0.4 * progress }",
     SGD + "lr by_type { factors = [2 on type(Embedding), 0.5 on ndim(1)] }",
     with_(SGD, "sgd", 'sgd on "**.lora.**"')
     + 'adapt lora on "blocks.**" & type(Linear) { rank = 2, alpha = 4 }',

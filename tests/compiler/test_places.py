@@ -9,6 +9,7 @@ from torch import nn
 import trainc
 from trainc.compiler.constructs.lr.layer_decay import LayerDecay
 from trainc.compiler.model.inventory import build_inventory
+from trainc.dsl.values.value_json import Number
 from trainc.runtime.step.optimizer import OptimizerStep
 
 
@@ -240,4 +241,4 @@ def test_the_plan_shows_levels_and_how_much_each_clause_reaches() -> None:
 
 
 def test_the_definition_is_by_level() -> None:
-    assert LayerDecay(decay=0.5).reference(0, 7) == 0.5**7
+    assert LayerDecay(decay=Number(0.5)).reference(0, 7, 0.5) == 0.5**7

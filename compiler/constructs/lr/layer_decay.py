@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainc.dsl.reading.construct import Construct, Effect, Problem, Selector
+from trainc.dsl.reading.construct import Construct, Effect, Problem, Selector, ShrinkingFactor
 from trainc.dsl.values.value_json import Glob
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import Inventory
+    from trainc.runtime.schedule.clock import Clock
+
+    Scheduled = Callable[[Clock], float]
 
 SHOWN = 3
 
@@ -30,7 +34,8 @@ class LayerDecay(Construct):
     `levels` gives them instead, from the input to the head: one entry is one level, and an entry with patterns in
     which a part is `*` has a level for each name that they match, in the order of the model:
     `levels = ["stem", "stages.*.blocks.*" | "stages.*.downsample", "head"]`. `trainc plan` shows the level of every
-    parameter. The factors hold for the whole run, so `from`, `until` and `every` are errors.
+    parameter. `decay` may move over the run: `decay = 0.5 + 0.5 * progress` trains the lower layers later. It holds for
+    the whole run, so `from`, `until` and `every` are errors.
     """
 
     cite: ClassVar = "Bao et al., BEiT: BERT Pre-Training of Image Transformers, arXiv:2106.08254"
@@ -40,7 +45,10 @@ class LayerDecay(Construct):
     identity: ClassVar = {"decay": "1"}
     effects: ClassVar = (Effect("rates", "scale rates by level", writes=("rate",)),)
 
-    decay: float = Field(gt=0, le=1, description="factor from one level to the next lower one")
+    decay: ShrinkingFactor = Field(
+        description="factor from one level to the next lower one, above 0 and at most 1: a number or an expression of"
+        " the clock"
+    )
     floor: float = Field(default=0.0, ge=0, le=1, description="smallest factor")
     levels: tuple[Selector, ...] | None = Field(
         default=None,
@@ -48,16 +56,16 @@ class LayerDecay(Construct):
         description="selectors of the levels from the input to the head. Default: by structure",
     )
 
-    def reference(self, level: int, levels: int) -> float:
+    def reference(self, level: int, levels: int, decay: float) -> float:
         """Return the factor of a level by definition: one multiplication for each level above it."""
         factor = 1.0
         for _ in range(levels - level):
-            factor *= self.decay
+            factor *= decay
         return max(factor, self.floor)
 
-    def factor(self, level: int, levels: int) -> float:
-        """Return the factor of a level."""
-        return max(float(self.decay ** (levels - level)), self.floor)
+    def factor(self, level: int, levels: int, decay: float) -> float:
+        """Return the factor of a level where `decay` is what it is now."""
+        return max(float(decay ** (levels - level)), self.floor)
 
     def level_of(self, inventory: Inventory) -> dict[str, tuple[int, int]]:
         """Return the level of each parameter that has one, and the highest level.
@@ -103,21 +111,37 @@ class LayerDecay(Construct):
                 "bad-value", f"`levels` gives no level to {names}{more}", help=help, field="levels"
             )
             return
-        found = [self.factor(*levels[p.name]) for p in bound.parameters]
-        if found and all(factor == 1 for factor in found):
+        highest = all(level == top for level, top in (levels[p.name] for p in bound.parameters))
+        if bound.parameters and (highest or self.floor == 1):
             yield Problem(
                 "no-effect",
-                "every selected parameter is at the highest level, so every factor is 1",
-                help="select blocks and embeddings as well",
+                "every selected parameter is at the highest level, so every factor is 1"
+                if highest
+                else "`floor = 1` makes every factor 1",
+                help="select blocks and embeddings as well" if highest else "write a lower `floor`",
                 severity="warning",
             )
 
     def lower(self, to: Lowering) -> None:
-        """Give every level one factor."""
+        """Give every level one factor, which moves where `decay` does."""
+        from trainc.runtime.schedule.clock import Clock
+
         to.refuse_times(f"`{to.label}` holds for the whole run", "from", "until", "every")
         known = self.level_of(to.inventory)
         levels: dict[tuple[int, int], list[str]] = {}
         for parameter in to.parameters():
             levels.setdefault(known[parameter.name], []).append(parameter.name)
+        decay = to.schedule(self.decay)
+        constant = decay(Clock()) if to.is_constant(self.decay) else None
+        if constant is None:
+            to.show("decay", decay)
         for (level, count), names in levels.items():
-            to.lr_factor(f"level {level}", names).factor = self.factor(level, count)
+            factor = to.lr_factor(f"level {level}", names)
+            if constant is not None:
+                factor.factor = self.factor(level, count, constant)
+            else:
+                factor.schedule = partial(self._at, level, count, decay)
+
+    def _at(self, level: int, levels: int, decay: Scheduled, clock: Clock) -> float:
+        """Return the factor of a level in the step at a clock."""
+        return self.factor(level, levels, decay(clock))

@@ -112,6 +112,11 @@ class Optimizer(Construct):
         """The weight decay of the torch optimizer where `weight_decay` is not written."""
         return 0.0
 
+    @property
+    def own_betas(self) -> tuple[float, ...]:
+        """The decay rates of Adam's moments where no field has them, of an optimizer that corrects their bias."""
+        return ()
+
     def lower(self, to: Lowering) -> None:
         """Claim the selected parameters, with the rate, the decay and other options of each."""
         from trainc.runtime.step.optimizer import Option
@@ -124,9 +129,10 @@ class Optimizer(Construct):
         if not trained:
             raise FieldError("freeze", "`freeze` leaves nothing to train: freeze fewer parameters")
         unwritten = Option.fixed(0.0 if self.weight_decay != () else self.own_decay)
-        options: dict[str, OptionValues] = {
-            name: {"weight_decay": unwritten} for name in to.clause.targets
-        }
+        known: OptionValues = {"weight_decay": unwritten}
+        if betas := self.own_betas:
+            known["betas"] = tuple(map(Option.fixed, betas))
+        options: dict[str, OptionValues] = {name: {**known} for name in to.clause.targets}
         for field in ("lr", "weight_decay", *self.scheduled):
             self._refuse_frozen(field, to, trained)
             given = to.schedules_of(field)

@@ -126,6 +126,17 @@ class Torch(Optimizer):
         return float(default) if isinstance(default, int | float) else 0.0
 
     @property
+    def own_betas(self) -> tuple[float, ...]:
+        """The betas of a class that is Adam, NAdam or RAdam of torch."""
+        import torch
+
+        found = self._known()
+        kinds = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
+        if found is None or not issubclass(found, kinds):
+            return ()
+        return tuple(map(float, self.arguments.get("betas") or _default(found, "betas") or ()))
+
+    @property
     def moments(self) -> float:
         """Return what a step of a small matrix leaves, as a multiple of its size; 2 where none can be made."""
         import torch

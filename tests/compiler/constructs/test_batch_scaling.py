@@ -159,3 +159,121 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         {name: p.detach() for name, p in model.named_parameters()},
         {name: p.detach() for name, p in copy.named_parameters()},
     )
+
+
+HELD = (
+    "lr batch_scaling {{ rule = {rule}, reference = 4 samples, beta2 = half_life, decay = linear }}"
+)
+SIZES = (4, 4, 4, 8, 16, 16, 6, 4, 12)
+
+
+def adam_by_hand(rule: str, sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return weights after AdamW whose average of squares forgets by samples, written down from its definition.
+
+    `u` is the average with its bias corrected. It keeps its value where beta2 changes, and a new square has the weight
+    that it would have had if every step had had the beta2 of now.
+    """
+    model, power = net(), {"sqrt": 0.5, "linear": 1.0, "none": 0.0}[rule]
+    names = dict(model.named_parameters())
+    m = {n: torch.zeros_like(p) for n, p in names.items()}
+    u = {n: torch.zeros_like(p) for n, p in names.items()}
+    for t, size in enumerate(sizes, 1):
+        inputs, targets = examples(size)
+        loss = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        found = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
+        k = size / 4
+        lr, b2 = 1e-2 * k**power, 0.9**k
+        decay = 0.2 * k / k**power
+        for (name, p), g in zip(names.items(), found, strict=True):
+            if g is None:
+                continue
+            m[name] = 0.8 * m[name] + 0.2 * g
+            u[name] = u[name] + (1 - b2) / (1 - b2**t) * (g.square() - u[name])
+            with torch.no_grad():
+                p.mul_(1 - lr * decay).sub_(lr * m[name] / (1 - 0.8**t) / (u[name].sqrt() + 1e-6))
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def held(
+    rule: str, optimizer: str = "adamw { lr = 1e-2, betas = [0.8, 0.9], weight_decay = 0.2 }"
+) -> Program:
+    spec = f"loss cross_entropy\noptimizer {optimizer}\nrun {{ length = 400 samples }}\n"
+    return trainc.compile(spec + HELD.format(rule=rule), net())
+
+
+@pytest.mark.parametrize("rule", ["sqrt", "linear", "none"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw { lr = 1e-2, betas = [0.8, 0.9], weight_decay = 0.2, eps = 1e-6 }",
+        'torch("torch.optim:AdamW") { lr = 1e-2, betas = [0.8, 0.9], weight_decay = 0.2, eps = 1e-6 }',
+    ],
+)
+def test_half_life_and_decay_are_held_in_samples(rule: str, optimizer: str) -> None:
+    program = held(rule, optimizer)
+    for size in SIZES:
+        program.step(examples(size))
+    expected = adam_by_hand(rule, SIZES)
+    for name, weight in program.module.named_parameters():
+        torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_that_stays_is_the_run_without_it_bit_for_bit() -> None:
+    plain = "adamw { lr = 1e-2, betas = [0.8, 0.9], weight_decay = 0.2 }"
+    without = trainc.compile(
+        f"loss cross_entropy optimizer {plain} run {{ length = 9 steps }}", net()
+    )
+    program = held("sqrt", plain)
+    for _ in range(4):
+        metrics = program.step(examples(4))
+        without.step(examples(4))
+    assert (metrics["adamw.beta2"], metrics["adamw.weight_decay"]) == (0.9, 0.2)
+    for a, b in zip(program.module.parameters(), without.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_resumed_run_holds_them_bit_for_bit() -> None:
+    whole, first, second = (held("sqrt") for _ in range(3))
+    for size in SIZES:
+        whole.step(examples(size))
+    for size in SIZES[:5]:
+        first.step(examples(size))
+    second.module.load_state_dict(first.module.state_dict())
+    second.load_state_dict(first.state_dict())
+    for size in SIZES[5:]:
+        second.step(examples(size))
+    for a, b in zip(whole.module.parameters(), second.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_held_is_in_the_step_and_in_the_plan() -> None:
+    """The half-life in samples, and batch / (rate * decay), are those of the reference."""
+    spec = BASE.format(optimizer="adamw").replace(
+        "{ lr = 1e-2 }", "{ lr = 1e-2, betas = [0.8, 0.9], weight_decay = 0.2 }"
+    )
+    data = DATA.format(batch="ramp(4 samples, to = 16 samples, over = 100 samples)")
+    program = trainc.compile(spec + data + HELD.format(rule="sqrt"), net())
+    last = program.plan.schedules[-1]["values"]
+    assert last["batch"] == 16
+    assert last["adamw beta2"] == pytest.approx(0.9**4)
+    assert last["adamw weight_decay"] == pytest.approx(0.2 * 4 / 2)
+    assert last["batch_scaling x"] == 2
+    for _ in range(16):
+        program.begin()
+        size = program.batch_size
+        metrics = program.step(examples(size))
+        half_life = math.log(0.5) / math.log(metrics["adamw.beta2"]) * size
+        assert half_life == pytest.approx(math.log(0.5) / math.log(0.9) * 4)
+        timescale = size / (metrics["lr_max"] * metrics["adamw.weight_decay"])
+        assert timescale == pytest.approx(4 / (1e-2 * 0.2))
+
+
+def test_a_half_life_needs_a_second_moment() -> None:
+    with pytest.raises(trainc.SpecError, match=r"`optimizer sgd`, which trains .* has none"):
+        held("sqrt", "sgd { lr = 1e-2 }")
+
+
+def test_scaling_nothing_is_told() -> None:
+    assert warnings("4 samples", "lr batch_scaling { rule = none, reference = 8 samples }") == [
+        "no-effect"
+    ]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import trainc
 from tests.compiler.image_models import import_library
 from tests.processes import run_processes, run_rank
-from trainc.compiler.constructs.lr.layer_decay import LayerDecay
 from trainc.compiler.constructs.lr.trust_ratio import TrustRatio
 from trainc.compiler.constructs.optimizer.adamw import AdamW
 from trainc.compiler.model.inventory import build_inventory
@@ -410,7 +409,7 @@ def test_factors_and_schedules_multiply_the_rate() -> None:
     for name, w in start.items():
         if w.dim() < 2:
             continue
-        factor = LayerDecay(decay=0.5).factor(places[name].level, places[name].levels)
+        factor = 0.5 ** (places[name].levels - places[name].level)
         m, v = torch.zeros_like(w), torch.zeros_like(w)
         for t, (g, lr) in enumerate(zip(of(met, name), rates, strict=True), start=1):
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
