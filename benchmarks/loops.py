@@ -23,7 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 import trainc
 from benchmarks import ROOT
 from benchmarks.empty_spec import ByHand
-from benchmarks.measure import Json, Times, compared, in_turn, seconds, timed
+from benchmarks.measure import (
+    Json,
+    Times,
+    compared_over,
+    in_processes,
+    in_turn,
+    seconds,
+    timed,
+)
 from benchmarks.zoo.library_models import import_library
 from examples.models import gpt
 
@@ -45,10 +53,12 @@ class Size:
     width: int = 256
     context: int = 128
     samples: int = 8
-    rounds: int = 60
+    rounds: int = 16
+    processes: int = 7
+    """How often all is begun anew, in fresh processes."""
 
 
-SMALL = Size(layers=1, width=16, context=8, samples=2, rounds=2)
+SMALL = Size(layers=1, width=16, context=8, samples=2, rounds=2, processes=2)
 
 
 class StepByStep:
@@ -140,8 +150,12 @@ def _trainer(spec: str | None, size: Size, folder: str) -> Any:
     return trainer
 
 
-def trainers(size: Size) -> Json:
-    """Compare the Trainer with itself under a spec, step by step in turn; gradients are clipped, as by default."""
+def trainers(size: Json) -> dict[str, list[Times]]:
+    """Time the Trainer beside itself under a spec, step by step in turn; gradients are clipped, as by default."""
+    return _trainers(Size(**size))
+
+
+def _trainers(size: Size) -> dict[str, list[Times]]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         steppers = {
@@ -152,7 +166,7 @@ def trainers(size: Size) -> Json:
         times = in_turn(versions, size.rounds, warm_up=5)
         for stepper in steppers.values():
             stepper.end()
-    return _summary(times, size)
+    return times
 
 
 def _program(spec: str, size: Size) -> trainc.Program:
@@ -191,20 +205,21 @@ def replica(rank: int, folder: str, size: Size) -> None:
 
     times = in_turn({name: once(step) for name, step in steps.items()}, size.rounds, warm_up=5)
     if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(_summary(times, size)))
+        found = {name: [(t.wall, t.cpu) for t in every] for name, every in times.items()}
+        Path(folder, "found.json").write_text(json.dumps(found))
     dist.barrier()
 
 
-def replicas(size: Size) -> Json:
-    """Compare a loop with DistributedDataParallel with `program.step`, in two processes of one thread each."""
+def replicas(size: Json) -> dict[str, list[Times]]:
+    """Time a loop with DistributedDataParallel beside `program.step`, in two processes of one thread each."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-P", "-c", _REPLICA, str(ROOT), folder, json.dumps(asdict(size))]
+        words = [sys.executable, "-P", "-c", _REPLICA, str(ROOT), folder, json.dumps(size)]
         started = [subprocess.Popen([*words, str(rank)]) for rank in range(PROCESSES)]
         codes = [process.wait() for process in started]
         if any(codes):
             raise RuntimeError(f"a replica failed: {codes}")
-        found: Json = json.loads(Path(folder, "found.json").read_text())
-    return found
+        found = json.loads(Path(folder, "found.json").read_text())
+    return {name: [Times(*pair) for pair in pairs] for name, pairs in found.items()}
 
 
 _REPLICA = """
@@ -215,28 +230,25 @@ replica(int(sys.argv[4]), sys.argv[2], Size(**json.loads(sys.argv[3])))
 """
 
 
-def _summary(times: dict[str, list[Times]], size: Size) -> Json:
-    def ratio(name: str) -> Json:
-        return compared(times[name], times["plain"])
-
-    return {
-        "size": asdict(size),
-        "seconds": {name: seconds(found) for name, found in times.items()},
-        "ratio": {name: ratio(name) for name in SPECS},
-        "ratio of two equal loops": ratio("plain again"),
-    }
-
-
 def measure(sizes: Sequence[Size] = (Size(),)) -> Json:
     """Measure both kinds of loop; a replica waits for the other, so there the time on the wall counts."""
     found: Json = {}
     met = []
     for size in sizes:
-        name = f"{size.layers} layers of {size.width}"
-        for kind, taken, clock in (
-            ("Trainer", trainers, "cpu"),
-            ("DDP, 2 processes", replicas, "wall"),
+        for kind, function, clock in (
+            ("Trainer", "trainers", "cpu"),
+            ("DDP, 2 processes", "replicas", "wall"),
         ):
-            one = found[f"{kind}, {name}"] = taken(size)
+            times = in_processes(f"benchmarks.loops:{function}", size.processes, size=asdict(size))
+            one = found[f"{kind}, {size.layers} layers of {size.width}"] = _summary(times, size)
             met += [one["ratio"][spec][clock]["median"] <= goal for spec, goal in GOALS.items()]
     return {"expected": EXPECTED, "met": all(met), "measured": found}
+
+
+def _summary(times: Sequence[dict[str, list[Times]]], size: Size) -> Json:
+    return {
+        "size": asdict(size),
+        "seconds": {name: seconds([t for one in times for t in one[name]]) for name in times[0]},
+        "ratio": {name: compared_over(times, name, "plain") for name in SPECS},
+        "ratio of two equal loops": compared_over(times, "plain again", "plain"),
+    }

@@ -4,9 +4,12 @@ Two clocks are read. Wall time includes whatever else the machine does; processo
 on a busy machine with one thread it is the one to trust.
 """
 
+import json
 import os
 import platform
 import random
+import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +78,45 @@ def compared(ours: Sequence[Times], theirs: Sequence[Times]) -> Json:
         clock: _ratio(
             [getattr(a, clock) / getattr(b, clock) for a, b in zip(ours, theirs, strict=True)]
         )
+        for clock in ("wall", "cpu")
+    }
+
+
+def in_processes(function: str, count: int, **options: object) -> list[dict[str, list[Times]]]:
+    """Return what `function`, named "module:function", timed in each of `count` processes, one after the other.
+
+    Where a process places its memory makes all of its times a few percent longer or shorter, in one version more than
+    in another: pairs of one process do not show that, another process does. Raises RuntimeError when one fails.
+    """
+    module, name = function.split(":")
+    code = f"from {module} import {name} as work; from benchmarks.measure import tell; tell(work, {options!r})"
+    found = []
+    for _ in range(count):
+        ran = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+        )
+        if ran.returncode:
+            raise RuntimeError(f"{function} failed with status {ran.returncode}")
+        lists = json.loads(ran.stdout.splitlines()[-1])
+        found.append({key: [Times(*pair) for pair in pairs] for key, pairs in lists.items()})
+    return found
+
+
+def tell(work: Callable[..., Mapping[str, Sequence[Times]]], options: Mapping[str, object]) -> None:
+    """Print what was timed as one line of JSON, for the process that started this one."""
+    found = work(**options)
+    print(json.dumps({key: [(t.wall, t.cpu) for t in times] for key, times in found.items()}))
+
+
+def compared_over(found: Sequence[Mapping[str, Sequence[Times]]], ours: str, theirs: str) -> Json:
+    """Return the ratio of neighbouring times by process: the median of the processes' medians, and these in order."""
+    every = [compared(one[ours], one[theirs]) for one in found]
+    return {
+        clock: {
+            "median": round(median(one[clock]["median"] for one in every), 4),
+            "processes": sorted(one[clock]["median"] for one in every),
+            "pairs": sum(one[clock]["pairs"] for one in every),
+        }
         for clock in ("wall", "cpu")
     }
 
