@@ -33,6 +33,14 @@ class FieldError(ValueError):
         self.field = field
 
 
+class RuleRefused(ValueError):
+    """What rules do with the clause of this label is not possible."""
+
+    def __init__(self, message: str, label: str) -> None:
+        super().__init__(message)
+        self.label = label
+
+
 class ValueOutOfRange(SiteError, ValueError):
     """A number of a field is negative or not finite in a step; the message names field and number."""
 

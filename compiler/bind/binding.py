@@ -13,6 +13,7 @@ from trainc.compiler.bind.claims import overlapping_claims
 from trainc.compiler.bind.effects import changes_batch, conflicts, penalised_measurements
 from trainc.compiler.bind.epochs import uncounted_epochs
 from trainc.compiler.bind.report import Report
+from trainc.compiler.bind.rule_selectors import rule_selector_problems
 from trainc.compiler.bind.run_time import run_problems, steps_left
 from trainc.compiler.bind.selection import check_fields, select_targets
 from trainc.compiler.bind.signals import signal_problems
@@ -103,6 +104,7 @@ class _Binder:
         found += conflicts(active)
         found += penalised_measurements(active, self.inventory)
         found += signal_problems(self.spec, clauses)
+        found += rule_selector_problems(self.spec, self.inventory)
         found += small_data(self.spec, self.facts.samples)
         acting = {clause.label for clause in active}
         written = [clause for clause in self.spec.clauses if clause.name in acting]

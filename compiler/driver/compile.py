@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trainc.compiler.bind.binding import Binding, bind
+from trainc.compiler.bind.rule_selectors import frozen_by_rules
 from trainc.compiler.bind.signals import measured_signals, signal_units
 from trainc.compiler.catalog import catalog, path_of
 from trainc.compiler.driver.adaptation import adapted
@@ -39,6 +40,7 @@ from trainc.compiler.structure.wrappers import name_through, unwrapped
 from trainc.dsl.resolve.spec import Spec
 from trainc.runtime.data.stream import is_stream
 from trainc.runtime.rules.fields import Fields
+from trainc.runtime.rules.switches import Frozen, Switches
 from trainc.runtime.step.record import Signals
 
 if TYPE_CHECKING:
@@ -172,9 +174,18 @@ def _lower(
     binding: Binding, model: nn.Module, signals: Signals, *, to_run: bool = True
 ) -> LoweredMethod:
     units = signal_units(binding.clauses)
-    fields = Fields(binding.spec.fields_set)
+    spec, inventory = binding.spec, binding.inventory
     context = LoweringContext(
-        model, binding.inventory, binding.units, binding.length, signals, units, fields
+        model,
+        inventory,
+        binding.units,
+        binding.length,
+        signals,
+        units,
+        Fields(spec.fields_set),
+        Switches(spec.switched),
+        Frozen(frozen_by_rules(spec, inventory)),
+        spec.switched,
     )
     method = assemble(binding.clauses, context, to_run=to_run)
     names = {

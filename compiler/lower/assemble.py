@@ -8,6 +8,7 @@ from typing import Any
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.effects import step_order
 from trainc.compiler.bind.report import labels
+from trainc.compiler.errors import RuleRefused
 from trainc.compiler.lower.lowering import lower
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.lower.method_checks import problems_between
@@ -18,6 +19,7 @@ from trainc.dsl.reading.construct import PHASES
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import CompilerBug, SpecError
 from trainc.runtime.mask.mask_actions import ZeroGradients
+from trainc.runtime.rules.switches import DropGradients, Frozen
 from trainc.runtime.soundness.gradient_norm import ModelGradient
 from trainc.runtime.step.action import Action, Phase
 from trainc.runtime.step.gradients import (
@@ -59,6 +61,9 @@ def assemble(
             found.append(
                 Diagnostic(problem.rule, str(problem), at, tuple(problem.notes), problem.help)
             )
+        except RuleRefused as refused:
+            at = labels((context.switched_at[refused.label], ""), (clause.span, "of this clause"))
+            found.append(Diagnostic("unknown-target", str(refused), at))
         except (ValueError, ImportError) as error:
             message = f"`{clause.title}` cannot be compiled: {error}"
             at = labels((clause.part_span(getattr(error, "field", "")), ""))
@@ -74,6 +79,8 @@ def assemble(
     if not method.optimizers and to_run:
         _leave_gradients(method, context)
     _connect_gradients(method)
+    if context.frozen.names:
+        _drop_frozen(method, context.frozen)
     _measure_gradients(method)
     if updates is not None:
         last = max(i for i, one in enumerate(method.actions) if isinstance(one, UpdateTransform))
@@ -118,6 +125,21 @@ def _connect_gradients(method: LoweredMethod) -> None:
             masks = (method.masks.get(name) for name in action.parameters)
             action.trained = trained
             action.before = tuple(mask.zero_gradient for mask in masks if mask is not None)
+
+
+def _drop_frozen(method: LoweredMethod, frozen: Frozen) -> None:
+    """Let what rules freeze have no gradient; raises SpecError for an optimizer that asks for gradients itself."""
+    for part in method.optimizers:
+        if part.asks and not frozen.names.isdisjoint(part.targets):
+            message = (
+                f"a rule freezes parameters of `{part.label}`, which asks for gradients several times in a step: no"
+                " rule can freeze those"
+            )
+            raise SpecError([Diagnostic("unknown-target", message, labels((part.span, "")))])
+    steps = [action for action in method.actions if isinstance(action, OptimizerStep)]
+    slots = [slot for step in steps for slot in step.slots if slot.name in frozen.names]
+    before = sum(action.phase < Phase.GRADIENTS for action in method.actions)
+    method.actions.insert(before, DropGradients(frozen, slots))
 
 
 def _measure_gradients(method: LoweredMethod) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.errors import FieldError
+from trainc.compiler.errors import FieldError, RuleRefused
 from trainc.compiler.lower.lowering_context import (
     LoweringContext,
     depends_on_run_length,
@@ -33,6 +33,7 @@ from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.schedule.schedules import Schedules, compile_schedule
+from trainc.runtime.schedule.time_span import Duration as AnyDuration
 from trainc.runtime.schedule.time_span import Unit
 from trainc.runtime.step.optimizer import Option, OptionValue
 
@@ -192,8 +193,13 @@ class ClauseAccess:
     def gate(self) -> Gate | None:
         """Return the clause's `from`, `until` and `every` as a clock gate; None when it has none."""
         self._times_obeyed = True
-        bounds = (self.clause.start, self.clause.stop, self.clause.every)
-        return self._context.gate(*bounds) if any(bounds) else None
+        return self._gate_of(self.clause.every)
+
+    def _gate_of(self, every: AnyDuration | None) -> Gate | None:
+        """Return the gate of the clause with a period; None where it is always open."""
+        bounds = (self.clause.start, self.clause.stop, every)
+        switched = self.label in self._context.switches.names
+        return self._context.gate(*bounds, self.label) if any(bounds) or switched else None
 
     def while_open(self, schedule: Scheduled) -> Scheduled:
         """Return a schedule that is zero outside the clause's `from` and `until`."""
@@ -214,6 +220,8 @@ class ClauseAccess:
 
     def refuse_times(self, reason: str, *words: Literal["from", "until", "every"]) -> None:
         """Raise ValueError if the clause has one of these times, which its construct does not take."""
+        if "until" in words and self.label in self._context.switches.names:
+            raise RuleRefused(f"{reason}: no rule can open or close `{self.label}`", self.label)
         bounds = {"from": self.clause.start, "until": self.clause.stop, "every": self.clause.every}
         for word in words:
             if (bound := bounds[word]) is not None:

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.compiler.errors import RuleRefused
 from trainc.compiler.lower.companions import CompanionAccess
 from trainc.compiler.lower.forward_access import ForwardAccess
 from trainc.compiler.lower.lowering_context import LoweringContext
@@ -68,8 +69,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         window = None
         if not holds:
             self.refuse_times(f"a factor of `{self.label}` holds between its times", "every")
-            bounds = (self.clause.start, self.clause.stop, None)
-            window = self._context.gate(*bounds) if any(bounds) else None
+            window = self._gate_of(None)
             self._times_obeyed = True
         lr_factor = LrFactor(self.label, unit, gate=window)
         for name in parameters:
@@ -267,6 +267,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         then one would wait for the others.
         """
         self.action(action)
+        self._refuse_switch("replicas meet in turns, for which all of them wait")
         for bound in (
             (action.gate.start, action.gate.stop, action.gate.every) if action.gate else ()
         ):
@@ -287,6 +288,11 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         self._refuse_joined()
         self._method.joined_by, self._method.shards = self.label, shards
         self._method.process_dependence.update(depend_on_processes(self.model))
+
+    def _refuse_switch(self, reason: str) -> None:
+        """Raise RuleRefused where a rule opens or closes the clause."""
+        if self.label in self._context.switches.names:
+            raise RuleRefused(f"{reason}: no rule can open or close `{self.label}`", self.label)
 
     def _refuse_joined(self) -> None:
         """Raise ValueError where another clause says already how processes train together."""

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from trainc.compiler.model.inventory import Inventory
+from trainc.dsl.text.source import Span
 from trainc.dsl.text.vocabulary import PLACES
 from trainc.runtime.rules.fields import Fields
+from trainc.runtime.rules.switches import Frozen, Switches
 from trainc.runtime.schedule.clock import RunLength
 from trainc.runtime.schedule.expressions import names_read
 from trainc.runtime.schedule.functions import SCHEDULE_FUNCTIONS
@@ -36,6 +38,12 @@ class LoweringContext:
     """What the signals of clauses count; those that are not here are plain numbers."""
     fields: Fields = field(default_factory=Fields)
     """The scheduled fields of clauses, which rules read and set."""
+    switches: Switches = field(default_factory=Switches)
+    """The clauses that rules open and close."""
+    frozen: Frozen = field(default_factory=Frozen)
+    """The parameters that rules freeze."""
+    switched_at: Mapping[str, Span | None] = field(default_factory=dict)
+    """Where rules open or close clauses, by their labels."""
 
     @property
     def schedule_length(self) -> RunLength:
@@ -49,10 +57,17 @@ class LoweringContext:
             return span
         return TimeSpan(self.units.convert(span, length.unit, self.length), length.unit)
 
-    def gate(self, start: Duration | None, stop: Duration | None, every: Duration | None) -> Gate:
+    def gate(
+        self,
+        start: Duration | None,
+        stop: Duration | None,
+        every: Duration | None,
+        clause: str = "",
+    ) -> Gate:
         """Return durations as a clock gate, fractions of the run in its unit and `start` in that of `every`.
 
-        Raises ValueError where it would never fire, because `stop` is not after `start` in the same unit.
+        It is of the `clause` of this name, which rules may open and close. Raises ValueError where it would never fire,
+        because `stop` is not after `start` in the same unit.
         """
         gate = Gate.resolve(self.units, self.length, start, stop, every)
         first, last = gate.start, gate.stop
@@ -61,7 +76,7 @@ class LoweringContext:
                 f"it would never act, because `from {start}` is not before `until {stop}`: move one of them, or remove"
                 " the clause"
             )
-        return gate
+        return self.switches.gate_of(clause, gate)
 
 
 def refuse_places(expression: Any, text: str) -> None:

@@ -14,6 +14,7 @@ from trainc.compiler.method.statistic import (
     OfSomeExamples,
     Statistic,
 )
+from trainc.runtime.schedule.gate import Gate
 
 
 class StatisticAccess(ClauseAccess):
@@ -28,7 +29,7 @@ class StatisticAccess(ClauseAccess):
         """
         if isinstance(request, OfSomeExamples):
             self.refuse_times(f"calibrations of `{self.label}` have a period of their own", "every")
-            window = self._context.gate(self.clause.start, self.clause.stop, request.every)
+            window = self._gate_of(request.every) or Gate()
             part = CalibrationPart(self.label, window, request.examples)
             self._method.calibrations.append(part)
         elif isinstance(request, OfExamples):

@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any, cast
 
 from trainc.compiler.bind.binding import Binding
+from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.report import labels
+from trainc.compiler.bind.rule_selectors import selected_by
 from trainc.compiler.lower.lowering_context import LoweringContext, refuse_places
 from trainc.compiler.lower.rule_expressions import rule_expressions
 from trainc.dsl.resolve.statements import Assign, Do
@@ -16,7 +18,16 @@ from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.vocabulary import EVALUATED
 from trainc.dsl.values.value_json import Expr, to_json
-from trainc.runtime.rules.actions import RuleAction, Save, SetBatch, SetField, Stop, Warn
+from trainc.runtime.rules.actions import (
+    Freeze,
+    RuleAction,
+    Save,
+    SetBatch,
+    SetField,
+    Stop,
+    Switch,
+    Warn,
+)
 from trainc.runtime.rules.history import History
 from trainc.runtime.rules.rule import Rule
 from trainc.runtime.schedule.expressions import Compiled, names_read
@@ -39,8 +50,13 @@ def when_rules(
     made: list[Action] = [rule.compiled(clause_signals) for rule in rules]
     if found := [problem for rule in rules for problem in rule.found]:
         raise SpecError(found)
-    first: list[Action] = [history] if history.memories else []
-    return [*first, *([context.fields] if context.fields.settable else []), *made]
+    kept: list[tuple[Action, object]] = [
+        (history, history.memories),
+        (context.fields, context.fields.settable),
+        (context.switches, context.switches.names),
+        (context.frozen, context.frozen.names),
+    ]
+    return [*(action for action, needed in kept if needed), *made]
 
 
 class _RuleCompiler:
@@ -95,9 +111,7 @@ class _RuleCompiler:
     def _action(self, action: Assign | Do) -> RuleAction:
         """Return what an action does; raises ValueError where it has no meaning for this model."""
         if isinstance(action, Do):
-            if action.verb == "warn":
-                return Warn(str(action.argument or ""))
-            return Stop() if action.verb == "stop" else Save()
+            return self._verb(action)
         refuse_places(to_json(action.value), str(action.value))
         if not action.label:
             return SetBatch(self._compile(action.value).at)
@@ -110,6 +124,28 @@ class _RuleCompiler:
         self._refuse_unread(action.target)
         return SetField(self.context.fields, action.target, value.at)
 
+    def _verb(self, action: Do) -> RuleAction:
+        context, argument = self.context, action.argument
+        match action.verb:
+            case "warn":
+                return Warn(str(argument or ""))
+            case "stop":
+                return Stop()
+            case "save":
+                return Save()
+            case "open" | "close":
+                self._clause(str(argument))
+                return Switch(context.switches, str(argument), action.verb == "open")
+        names = selected_by(action, context.inventory)
+        return Freeze(context.frozen, names, action.verb == "freeze", str(argument))
+
+    def _clause(self, label: str) -> BoundClause:
+        """Return the clause of a name; raises ValueError for one that is not in the program."""
+        clause = next(c for c in self.binding.clauses if c.label == label)
+        if clause.dropped is not None:
+            raise ValueError(f"`{clause.title}` is not in the program: {clause.dropped}")
+        return clause
+
     def _compile(self, expression: Expr) -> Compiled:
         """Return an expression as a function of the clock and of what rules read."""
         return rule_expressions(self.context, self.history).compile(to_json(expression))
@@ -119,9 +155,7 @@ class _RuleCompiler:
         if name in self.context.fields.schedules:
             return
         label, _, field = name.rpartition(".")
-        clause = next(c for c in self.binding.clauses if c.label == label)
-        if clause.dropped is not None:
-            raise ValueError(f"`{clause.title}` is not in the program: {clause.dropped}")
+        clause = self._clause(label)
         raise ValueError(
             f"`{clause.title}` does not read `{field}` with these fields, so that setting it has no effect: remove the"
             " action, or give the field a value in the clause"

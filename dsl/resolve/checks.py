@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.fields import field_type
 from trainc.dsl.reading.names import Scope
-from trainc.dsl.resolve.rule_actions import target_problems, verb_problems
+from trainc.dsl.resolve.rule_actions import action_problems, target_problems
 from trainc.dsl.resolve.statements import Assign, Clause, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
@@ -165,7 +165,7 @@ def _rule_problems(rule: Rule, clauses: Sequence[Clause], scope: Scope) -> Itera
     for i, action in enumerate(rule.actions, 1):
         span = rule.part_span(f"action {i}")
         if isinstance(action, Do):
-            yield from verb_problems(action.verb, action.argument is not None, span)
+            yield from action_problems(action, scope.constructs, span)
             continue
         yield from target_problems(action.target, scope.constructs, span)
         yield from _expression(action.value, scope, span)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from trainc.dsl.reading.fields import field_type
-from trainc.dsl.resolve.statements import Clause, Rule
+from trainc.dsl.resolve.statements import Clause, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic, Label, Severity
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.source import Span
@@ -80,8 +80,11 @@ def never_acting(
     clauses: Sequence[Clause], rules: Sequence[Rule], run: RunTime
 ) -> Iterator[Diagnostic]:
     """Yield a diagnostic for every line that cannot act: a warning where the end of the run acts in its place."""
+    acts = [a for rule in rules for a in rule.actions if isinstance(a, Do)]
+    opened = {action.argument for action in acts if action.verb == "open"}
     for clause in clauses:
-        yield from _times(clause, run)
+        if clause.name not in opened:
+            yield from _times(clause, run)
         yield from _fields(clause, run)
     for rule in rules:
         yield from _rule(rule, run)

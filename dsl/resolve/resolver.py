@@ -16,7 +16,7 @@ from trainc.dsl.resolve.includes import CollectedStatements, read_source
 from trainc.dsl.resolve.lets import Lets
 from trainc.dsl.resolve.never_acts import RunTime, never_acting
 from trainc.dsl.resolve.origin import Origin
-from trainc.dsl.resolve.rule_actions import target_problems, verb_problems
+from trainc.dsl.resolve.rule_actions import action_problems, read_action, target_problems
 from trainc.dsl.resolve.spec import VERSION, Spec
 from trainc.dsl.resolve.statements import Action, Assign, Clause, Do, Rule
 from trainc.dsl.syntax import ast
@@ -24,6 +24,7 @@ from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.record import Record
 from trainc.dsl.text.source import Source, printable
+from trainc.dsl.text.vocabulary import VERBS
 from trainc.dsl.values.durations import Duration
 
 MAX_DIAGNOSTICS = 100
@@ -174,9 +175,7 @@ class Resolver:
 
     def _action(self, tree: ast.Action) -> Action | None:
         if not tree.assigns:
-            text = tree.value.value if isinstance(tree.value, ast.Str) else None
-            self.found += verb_problems(tree.target.id, text is not None, tree.span)
-            return Do(tree.target.id, text)
+            return self._verb(tree)
         label = tree.target.id.partition(".")[0]
         if label not in self.scope.lost and "*" not in self.scope.lost:
             self.found += target_problems(tree.target.id, self.scope.constructs, tree.target.span)
@@ -185,6 +184,22 @@ class Resolver:
             expression, tree.value, f"invalid value for `{printable(tree.target.id)}`"
         )
         return None if value is None else Assign(tree.target.id, value)
+
+    def _verb(self, tree: ast.Action) -> Do | None:
+        """Return an action that is no assignment, or None where its argument cannot be read."""
+        verb, node = tree.target.id, tree.value
+        try:
+            if node is not None and VERBS.get(verb) == "selector":
+                node = self.lets.expand(node)
+            action = read_action(verb, node)
+        except Unreadable as error:
+            at = tree.span if node is None else node.span
+            self.found.append(unreadable_problem(error, at, f"invalid action `{verb}`", self.lets))
+            return None
+        lost = self.scope.lost
+        if VERBS.get(verb) != "clause" or not ({"*", action.argument} & lost):
+            self.found += action_problems(action, self.scope.constructs, tree.span)
+        return action
 
     def _try(self, read, node: ast.Node, message: str, scoped: bool = True):  # type: ignore[no-untyped-def]
         """Read a node; report it and return None where it cannot be read."""

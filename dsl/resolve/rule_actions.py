@@ -4,28 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from trainc.dsl.reading.constants import Unreadable, describe
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.reading.fields import scheduled_fields
+from trainc.dsl.reading.selectors import selector
+from trainc.dsl.resolve.statements import Do
+from trainc.dsl.syntax import ast
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
-from trainc.dsl.text.vocabulary import ASSIGNABLE
+from trainc.dsl.text.vocabulary import ASSIGNABLE, VERBS
 
-VERBS = {"stop": False, "save": False, "warn": True}
 Constructs = Mapping[str, Sequence[type[Construct]]]
 """The constructs that each label names; not one where a clause is wrong, or two have this name."""
 
 
-def verb_problems(verb: str, has_argument: bool, span: Span | None) -> Iterator[Diagnostic]:
-    """Yield the mistake in an action such as `stop` or `warn`."""
+def action_problems(action: Do, constructs: Constructs, span: Span | None) -> Iterator[Diagnostic]:
+    """Yield the mistake in an action such as `stop`, `warn "text"` or `close pace`."""
+    verb, argument = action.verb, action.argument
     if verb not in VERBS:
-        known = 'actions are `name = value`, `stop`, `save` and `warn "text"`'
+        known = f"actions are `name = value`, {', '.join(f'`{form(one)}`' for one in VERBS)}"
         message = f"there is no action `{verb}`"
         yield Diagnostic("unknown-action", message, _at(span), (known,), suggest(verb, VERBS))
-    elif VERBS[verb] != has_argument:
-        message = f"`{verb}` {'needs a text' if VERBS[verb] else 'takes no text'}"
-        help = 'write `warn "what happened"`' if VERBS[verb] else None
-        yield Diagnostic("unknown-action", message, _at(span), (), help)
+    elif (VERBS[verb] is None) != (argument is None):
+        message = (
+            f"`{verb}` takes nothing" if VERBS[verb] is None else f"`{verb}` needs a {VERBS[verb]}"
+        )
+        yield Diagnostic("unknown-action", message, _at(span), (), f"write `{form(verb)}`")
+    elif VERBS[verb] == "clause" and argument not in constructs:
+        message = f"no clause is called `{argument}`"
+        help = suggest(str(argument), constructs)
+        yield Diagnostic("unknown-target", message, _at(span), (), help)
+
+
+def form(verb: str) -> str:
+    """Return how an action is written."""
+    examples = {"text": ' "what happened"', "clause": " pace", "selector": ' "blocks.*"'}
+    return verb + examples.get(VERBS[verb] or "", "")
+
+
+def read_action(verb: str, node: ast.Node | None) -> Do:
+    """Return an action with its argument; raises Unreadable for one of another kind than the verb takes."""
+    wanted = VERBS.get(verb)
+    if node is None or wanted is None:
+        return Do(verb, None if node is None else describe(node))
+    if wanted == "selector":
+        return Do(verb, selector(node))
+    if wanted == "clause" and isinstance(node, ast.Ident):
+        return Do(verb, node.id)
+    if wanted == "text" and isinstance(node, ast.Str):
+        return Do(verb, node.value)
+    example = f"expected a {wanted}, found {describe(node)}"
+    raise Unreadable(node, example, "unknown-action", f"write `{form(verb)}`")
 
 
 def target_problems(target: str, constructs: Constructs, span: Span | None) -> Iterator[Diagnostic]:

@@ -13,6 +13,8 @@ from trainc.dsl.resolve.checks import spec_problems, unknown_construct
 from trainc.dsl.resolve.statements import Action, Assign, Clause, ComparedByJson, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
+from trainc.dsl.text.source import Span
+from trainc.dsl.text.vocabulary import VERBS
 from trainc.dsl.values.value_json import expr_from_json, selector_from_json
 
 VERSION = 1
@@ -46,6 +48,16 @@ class Spec(ComparedByJson):
         """Return the fields of clauses that rules set, as `label.field`."""
         actions = (action for rule in self.rules for action in rule.actions)
         return frozenset(a.target for a in actions if isinstance(a, Assign) and a.label)
+
+    @cached_property
+    def switched(self) -> dict[str, Span | None]:
+        """Return the names of the clauses that rules open or close, each with the place where the first does."""
+        found: dict[str, Span | None] = {}
+        for rule in self.rules:
+            for i, action in enumerate(rule.actions, 1):
+                if isinstance(action, Do) and VERBS[action.verb] == "clause":
+                    found.setdefault(str(action.argument), rule.part_span(f"action {i}"))
+        return found
 
     def of_kind(self, kind: str) -> tuple[Clause, ...]:
         """Return the clauses of a kind, in the order they were written."""
@@ -92,9 +104,13 @@ def _clause_from_json(data: Any, catalog: Catalog) -> Clause:
     )
 
 
+def _verb(verb: str, argument: Any) -> Do:
+    return Do(verb, selector_from_json(argument) if isinstance(argument, list) else argument)
+
+
 def _rule_from_json(data: Any) -> Rule:
     actions: Iterable[Action] = (
-        Assign(target, expr_from_json(value)) if tag == "assign" else Do(target, value)
+        Assign(target, expr_from_json(value)) if tag == "assign" else _verb(target, value)
         for tag, target, value in data["actions"]
     )
     condition = expr_from_json(data["condition"])

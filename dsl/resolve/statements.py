@@ -12,7 +12,7 @@ from trainc.dsl.reading.field_types import CONDITION, DURATION, EXPRESSION, SELE
 from trainc.dsl.resolve.origin import Origin, Provenance
 from trainc.dsl.text.record import Record, uncompared
 from trainc.dsl.text.source import Span
-from trainc.dsl.text.vocabulary import KINDS
+from trainc.dsl.text.vocabulary import KINDS, VERBS
 from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
 
 
@@ -130,10 +130,14 @@ class Assign(Record):
 
 
 class Do(Record):
-    """`stop`, `save`, or `warn "text"`."""
+    """`stop`, `warn "text"`, `close pace`, `freeze "blocks.*"`: a verb of dsl/resolve/rule_actions.py."""
 
     verb: str
-    argument: str | None = None
+    argument: str | Selector | None = None
+
+    def __post_init__(self) -> None:
+        if VERBS.get(self.verb) == "selector" and self.argument is not None:
+            self._set("argument", SELECTOR.accept(self.argument))
 
 
 Action = Assign | Do
@@ -180,7 +184,11 @@ class Rule(ComparedByJson):
             "actions": [
                 ["assign", a.target, to_json(a.value)]
                 if isinstance(a, Assign)
-                else ["do", a.verb, a.argument]
+                else [
+                    "do",
+                    a.verb,
+                    to_json(a.argument) if isinstance(a.argument, Selector) else a.argument,
+                ]
                 for a in self.actions
             ],
         }

@@ -127,7 +127,7 @@ class ClauseTree(Spanned):
 
 
 class Action(Spanned):
-    """`target = value` (verb None) or `verb "argument"`."""
+    """`target = value`, or a verb that may have an argument: `warn "text"`, `close pace`, `freeze "blocks.*"`."""
 
     target: Ident
     value: Node | None

@@ -128,9 +128,8 @@ class TreeBuilder(Transformer_NonRecursive[Token, Any]):
     def assign(self, meta: Meta, name: ast.Ident, value: ast.Node) -> ast.Action:
         return ast.Action(name, value, True, span=self._at(meta))
 
-    def do(self, meta: Meta, verb: ast.Ident, argument: Token | None = None) -> ast.Action:
-        value = self.string_of(argument) if argument else None
-        return ast.Action(verb, value, False, span=self._at(meta))
+    def do(self, meta: Meta, verb: ast.Ident, argument: ast.Node | None = None) -> ast.Action:
+        return ast.Action(verb, argument, False, span=self._at(meta))
 
     # Expressions
 

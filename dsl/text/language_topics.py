@@ -28,7 +28,7 @@ STATEMENTS = {
     "when": Topic(
         "when CONDITION [for DURATION] [cooldown DURATION] { ACTION, ... }",
         "A rule: acts when its condition is true, or has been true `for` a duration. With a `cooldown` it then rests."
-        ' Actions are `batch = NUMBER`, `CLAUSE.FIELD = NUMBER`, `stop`, `save` and `warn "TEXT"`.',
+        " `trainc explain actions` lists what it can do, besides `batch = NUMBER` and `CLAUSE.FIELD = NUMBER`.",
         "when loss is nan { stop }",
     ),
 }
@@ -77,6 +77,26 @@ ACTIONS = {
         'when CONDITION { warn "TEXT" }',
         "Says the text in the log.",
         'when loss > 10 { warn "high" }',
+    ),
+    "open": Topic(
+        "when CONDITION { open CLAUSE }",
+        "Lets a clause act from now on, whatever its `from` and `until` say.",
+        "regularize l2_sp on all from 100% { weight = 0.1 }\nwhen loss < 1 { open l2_sp }",
+    ),
+    "close": Topic(
+        "when CONDITION { close CLAUSE }",
+        "Ends what a clause does, as its `until` would.",
+        "regularize l2_sp on all { weight = 0.1 }\nwhen loss < 1 { close l2_sp }",
+    ),
+    "freeze": Topic(
+        "when CONDITION { freeze SELECTOR }",
+        "Keeps parameters as they are from now on.",
+        'when steps < 1 { freeze "blocks.**" }',
+    ),
+    "unfreeze": Topic(
+        "when CONDITION { unfreeze SELECTOR }",
+        "Lets parameters train again that a rule froze.",
+        'when loss < 1 { freeze "blocks.**" }\nwhen loss < 0.5 { unfreeze "blocks.**" }',
     ),
 }
 SCHEDULES = {

@@ -34,7 +34,12 @@ BUILT_IN = (*PLACES, "progress", *COUNTERS, *SIGNALS)
 METRICS = ("data_loss", "gradient_norm", "lr_min", "lr_max", "skipped")
 """What steps report besides, which no expression may use and no clause may be called."""
 ASSIGNABLE = ("batch",)
-"""What a rule may set."""
+"""What a rule may set, besides scheduled fields of clauses."""
+VERBS = {
+    "stop": None, "save": None, "warn": "text", "open": "clause", "close": "clause",
+    "freeze": "selector", "unfreeze": "selector",
+}  # fmt: skip
+"""What else a rule may do, and what each is told."""
 
 SHAPES = ("linear", "cosine", "sqrt")
 STATES = ("nan", "inf", "finite")

@@ -63,7 +63,7 @@ class ChooseZeros(Action):
         self.label, self.name, self.metric = label, f"{label} choice", f"{label}.density"
         self.masks = masks
         self.choose, self.density = choose, density
-        self.window, self.span = window, Gate(window.start, window.stop)
+        self.window, self.span = window, window.span()
         self.setting = setting
         self._frozen = frozen
         self._never = {n for n, mask in masks.items() if not mask.parameter.requires_grad}

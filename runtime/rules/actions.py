@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from trainc.runtime.rules.fields import Fields
+from trainc.runtime.rules.switches import Frozen, Switches
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import StopRun
 from trainc.runtime.step.batch_policy import ROUNDING, round_up
@@ -84,6 +85,31 @@ class SetField(RuleAction):
             )
             return False
         return self.fields.set(self.name, value, step, rule.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Switch(RuleAction):
+    """`open label` and `close label`: let a clause act or not, from this step on."""
+
+    switches: Switches
+    clause: str
+    opens: bool
+
+    def perform(self, step: Step, values: Values, rule: Acting) -> bool:
+        return self.switches.switch(self.clause, self.opens, step, rule.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze(RuleAction):
+    """`freeze selector` and `unfreeze selector`, from this step on; `text` is the selector."""
+
+    frozen: Frozen
+    names: Sequence[str]
+    freezes: bool
+    text: str
+
+    def perform(self, step: Step, values: Values, rule: Acting) -> bool:
+        return self.frozen.freeze(self.names, self.freezes, self.text, step, rule.text)
 
 
 def round_to_micro_batches(wanted: float, present: int, micro: int) -> int:

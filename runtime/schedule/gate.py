@@ -58,6 +58,10 @@ class Gate:
         period = convert(every)
         return cls(convert(start, period.unit if period else None), convert(stop), period)
 
+    def span(self) -> Gate:
+        """Return the gate without `every`: open from `start` to `stop`."""
+        return Gate(self.start, self.stop)
+
     def fires(self, clock: Clock) -> bool:
         """Return whether the gate fires at a clock; inside a step that is the clock before the step."""
         if not self._open(clock) or (self.stop is not None and clock.reached(self.stop)):

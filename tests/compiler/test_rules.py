@@ -363,3 +363,109 @@ def test_a_clause_that_is_not_in_the_program_has_no_fields_to_set() -> None:
             "when loss > 2 { l2_sp.weight = 0 }",
             net(),
         )
+
+
+# Clauses that rules open and close, parameters that they freeze
+
+
+def test_a_rule_closes_and_opens_a_clause() -> None:
+    program, losses = by_program(
+        "optimizer adamw { lr = 0.01 }\nregularize l2_sp as pull on ndim(2) { weight = 0.3, to = zero }\n"
+        "when steps >= 3 and steps < 7 { close pull }\nwhen steps >= 7 cooldown 100% { open pull }"
+    )
+
+    def penalty(step: int, model: nn.Module) -> Tensor:
+        weight = 0.0 if 3 <= step < 7 else 0.3
+        return weight / 2 * sum(p.square().sum() for p in model.parameters() if p.ndim == 2)  # type: ignore[return-value]
+
+    model, expected = by_hand(lambda *_: None, penalty)
+    assert losses == pytest.approx(expected, rel=1e-12)
+    same(program, model)
+    assert "opened by rules at the end: pull" in program.summary()
+
+
+def test_a_clause_that_a_rule_opens_may_wait_for_it_beyond_the_end() -> None:
+    program, _ = by_program(
+        "optimizer sgd { lr = 0.1 }\nregularize l2_sp on all from 100% { weight = 1, to = zero }\n"
+        "when loss < 1.15 { open l2_sp }"
+    )
+    assert program.report().notes == ()
+    assert program.signals["loss"] > 0
+    lines = "\n".join(program.summary())
+    assert "when loss < 1.15: fired 1 times" in lines
+
+
+FREEZES = (
+    "optimizer adamw { lr = 0.01, weight_decay = 0.1, clip = 0.2 }\nregularize ema { decay = 0.5 }\n"
+    'when steps < 1 { freeze all - "4.*" }\nwhen steps >= 4 { unfreeze "2.*" }\nwhen steps >= 8 { unfreeze all }'
+)
+
+
+def frozen_by_hand(step: int, optimizer: torch.optim.Optimizer) -> None:
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        parameter.requires_grad_(i >= 4 or step >= 8 or (i >= 2 and step >= 4))
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_gradual_unfreezing_is_that_of_a_loop_with_requires_grad(executor: Any) -> None:
+    program = trainc.compile(HEAD + FREEZES, net(), executor=executor)
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for step, (x, y) in enumerate(batches()):
+        frozen_by_hand(step, optimizer)
+        metrics = program.step((x, y))
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, 0.2)
+        optimizer.step()
+        assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-9)
+    for found, expected in zip(program.module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    assert "fired 1 times, at steps 4" in "\n".join(program.summary())
+
+
+@pytest.mark.parametrize("left", [1, 5, 9])
+def test_what_is_frozen_and_closed_goes_on_bit_for_bit(left: int) -> None:
+    spec = (
+        FREEZES + "\nregularize l2_sp as pull on ndim(2) { weight = 0.3, to = zero }\n"
+        "when loss < 1.1 { close pull }\nwhen loss > 1.2 { open pull }"
+    )
+    found = []
+    for at in (99, left):
+        switch, program = reloaded(spec, at), trainc.compile(HEAD + spec, net())
+        for step, batch in enumerate(batches()):
+            program = switch(step, program)
+            program.step(batch)
+        found.append((program.module.state_dict(), program.summary()[-8:]))
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
+
+
+@pytest.mark.parametrize(
+    ("actions", "kind", "message"),
+    [
+        ("freeze type(Conv3d)", "selector-matches-nothing", "the selector of `freeze` matches nothing"),
+        ("unfreeze all", "no-effect", "no rule freezes what `unfreeze all` selects"),
+        ("freeze ndim(2) expect 7", "selector-count", "matches 3 parameters, not 7"),
+        ("freeze", "unknown-action", "`freeze` needs a selector"),
+        ("close pase", "unknown-target", "no clause is called `pase`.*did you mean `pace`"),
+        ('close "pace"', "unknown-action", "write `close pace`"),
+        ("close adamw", "unknown-target", "an optimizer trains in every step: no rule can open or close `adamw`"),
+        ("close cross_entropy", "unknown-target", "the loss holds for the whole run"),
+        ("warn", "unknown-action", "`warn` needs a text"),
+        ("stop gns", "unknown-action", "`stop` takes nothing"),
+        ("halt", "unknown-action", "there is no action `halt`"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_an_action_is_told_at_its_place(actions: str, kind: str, message: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        trainc.compile(f"{BASE}when loss > 2 {{ {actions} }}", net())
+    (found,) = raised.value.diagnostics
+    told = " ".join(
+        [found.message, *(x.text for x in found.labels), *found.notes, found.help or ""]
+    )
+    assert found.rule == kind, told
+    assert re.search(message, told), told
+    assert found.span is not None
+    assert found.span.text in actions

@@ -10,10 +10,9 @@ from trainc.cli.explain import explain_topic
 from trainc.compiler.catalog import catalog
 from trainc.dsl.reading.fields import field_type
 from trainc.dsl.resolve.resolver import load_spec
-from trainc.dsl.resolve.rule_actions import VERBS
 from trainc.dsl.syntax import ast
 from trainc.dsl.text.language_topics import GROUPS, SCHEDULES
-from trainc.dsl.text.vocabulary import BUILT_IN, COUNTERS, KINDS, ROLES, SELECTOR_FUNCTIONS
+from trainc.dsl.text.vocabulary import BUILT_IN, COUNTERS, KINDS, ROLES, SELECTOR_FUNCTIONS, VERBS
 from trainc.dsl.values.functions import FUNCTIONS
 
 POLICIES = [

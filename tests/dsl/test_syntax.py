@@ -42,7 +42,7 @@ BROKEN: dict[str, list[tuple[str, int, int, str, str]]] = {
     "run { length = 200steps, seed = }": [("syntax", 15, 23, "`200steps` is not a number", "")],
     "noise_scale gns on norms where { smooth = 1 }\nwhen gns > 2 { stop": [
         ("syntax", 31, 32, "unexpected `{`", "expected a value"),
-        ("syntax", 64, 65, "the text ends too early", "expected `,`, `=`, `}` or a string"),
+        ("syntax", 64, 65, "the text ends too early", "expected a value, `,`, `=` or `}`"),
     ],
     'use "a\nlet b = 1': [
         ("syntax", 4, 6, "the string is never closed", 'expected a closing `"` on this line')
