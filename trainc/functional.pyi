@@ -20,17 +20,19 @@ from trainc.kernels.parameter.figures import log_alpha, spectral_entropy, spectr
 from trainc.kernels.parameter.masked_update import masked_update_
 from trainc.kernels.parameter.multi_norm import multi_norm
 from trainc.kernels.parameter.sparse_adamw import sparse_adamw_
-from trainc.kernels.parameter.spectral_null import null_alpha, null_distance
+from trainc.kernels.parameter.spectral_null import calibrated_alpha, null_alpha, null_distance
 from trainc.kernels.parameter.spectral_windows import farms_alpha
 from trainc.kernels.parameter.spectrum import spectrum
 from trainc.kernels.parameter.tail_fit import hill_alpha
 from trainc.runtime.factors.maps import balance
+from trainc.runtime.factors.noise import spread_gain
 from trainc.runtime.noise_scale.estimators import noise_scale, noise_scale_from_contributions
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "balance",
+    "calibrated_alpha",
     "convolution",
     "cross_entropy_consistency",
     "embedding",
@@ -57,6 +59,7 @@ __all__ = [
     "spectral_entropy",
     "spectral_norm",
     "spectrum",
+    "spread_gain",
     "stable_rank",
     "tied_embedding",
     "tied_linear",

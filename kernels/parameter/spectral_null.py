@@ -96,3 +96,27 @@ def null_law(
     place = min(max(k, 1) + (-0.5 if convention == "code" else 0.5), eigenvalues - 0.5)
     above = null_alpha(short / long, place / eigenvalues) - 1
     return 1 + above * k / place, SPREAD * above / math.sqrt(short * eigenvalues * tail)
+
+
+def calibrated_alpha(
+    alpha: float,
+    shape: tuple[int, ...],
+    tail: float = 0.5,
+    convention: Convention = "code",
+) -> float:
+    """Return the exponent that a large square weight has where it is as far from its null as `alpha` is from its own.
+
+    That is 1 + (null_alpha(1, tail) - 1) (alpha - 1) / (null - 1), where null is that of a weight of `shape`, by
+    `fit = median` with this `tail` and `convention`. With independent entries it is 2.12 for every shape, at the
+    `tail` of 1/2. Raises ValueError for a shape without a spectrum, or with less than 3 eigenvalues.
+    """
+    centre, _ = null_law(shape, tail, convention)
+    return 1 + (null_alpha(1.0, tail) - 1) * (alpha - 1) / (centre - 1)
+
+
+def calibrated_spread(
+    shape: tuple[int, ...], tail: float = 0.5, convention: Convention = "code"
+) -> float:
+    """Return the standard deviation of `calibrated_alpha` over weights of `shape` with independent entries."""
+    centre, spread = null_law(shape, tail, convention)
+    return (null_alpha(1.0, tail) - 1) * spread / (centre - 1)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trainc.runtime.factors.units import BalancedGroup, Control, Unit, by_unit, controlled
+from trainc.runtime.factors.course import Course
+from trainc.runtime.factors.units import (
+    BalancedGroup,
+    Control,
+    Unit,
+    by_unit,
+    controlled,
+    unit_means,
+)
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.storage.form import AnyNumber, Count, Form, Number, Record
 
@@ -42,14 +50,26 @@ class Policy(Protocol):
         """Return the figure of each weight, NaN where it means nothing."""
         ...
 
-    def balance(self, figures: Mapping[str, float]) -> dict[str, float]:
+    def gain(
+        self,
+        figures: Mapping[str, float],
+        groups: Sequence[BalancedGroup],
+        members: Mapping[str, list[str]],
+    ) -> float:
+        """Return how much of the factors to keep, by how much of the figures' spread is noise: 1 is all."""
+        ...
+
+    def factors(self, figures: Mapping[str, float], gain: float) -> dict[str, float]:
         """Return the factor of each unit."""
         ...
 
 
 @dataclass(eq=False)
 class BalanceFactors(Action):
-    """Phase 2: measure the exponents and set the factors; `pace` is a second gate besides the clause's."""
+    """Phase 2: measure figures and set the factors; `pace` is a second gate besides the clause's.
+
+    `highest` is the name of the factor that follows the largest one, where there is such a factor.
+    """
 
     phase = Phase.RATES
     reads_shards = True
@@ -59,46 +79,71 @@ class BalanceFactors(Action):
     lr_factors: Mapping[str, LrFactor]
     few: Sequence[BalancedGroup]
     pace: Gate | None
+    course: Course
+    highest: str | None = None
     alphas: dict[str, float] = field(default_factory=dict)
     measurements: int = 0
     first_spread: float = 0.0
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.members = by_unit(self.groups, self.policy.unit)
+
+    def is_due(self, step: Step) -> bool:
+        """Return whether it measures in this step, or a factor is on its way."""
+        return super().is_due(step) or self.course.is_moving(step.clock)
+
+    def _measures(self, step: Step) -> bool:
+        if not super().is_due(step):
+            return False
+        return not self.measurements or self.pace is None or self.pace.fires(step.clock)
 
     def run(self, step: Step) -> None:
+        measures = self._measures(step)
+        if measures:
+            self._measure(step)
+        for name, lr_factor in self.lr_factors.items():
+            lr_factor.factor = self.course.at(name, step.clock)
+        if measures:
+            self._record(step)
+
+    def _measure(self, step: Step) -> None:
+        """Measure all groups, and send their factors where the figures say."""
         from trainc.runtime.processes.sharded import full
 
-        if self.measurements and self.pace is not None and not self.pace.fires(step.clock):
-            return
-        measured = self.policy.measure(
-            [full(step.parameters[group.weight]) for group in self.groups]
-        )
+        figures = self.policy.measure([full(step.parameters[g.weight]) for g in self.groups])
         keep, before = self.policy.smooth or 0.0, self.alphas
         self.alphas = {}
-        for group, alpha in zip(self.groups, measured, strict=True):
-            if math.isfinite(alpha):
-                self.alphas[group.name] = keep * before.get(group.name, alpha) + (1 - keep) * alpha
+        for group, figure in zip(self.groups, figures, strict=True):
+            if math.isfinite(figure):
+                self.alphas[group.name] = (
+                    keep * before.get(group.name, figure) + (1 - keep) * figure
+                )
             elif group.name in before or not self.measurements:
                 reason = "is zero, not finite or of low rank, so its factor is 1"
                 step.notes.append(f"{self.name}: `{group.weight}` {reason}")
-        self._set_factors()
+        if self.policy.control != "static" or not self.measurements:
+            self.course.aim(self._targets(), step.clock)
         self.first_spread = self.first_spread if self.measurements else self.spread
         self.measurements += 1
-        self._record(step)
 
-    def _set_factors(self) -> None:
-        """Set the factors from the exponents, and let a control change what they follow."""
-        of = self.policy
-        if of.control == "static" and self.measurements:
-            return
-        blocks = {group.name: group.block for group in self.groups} if of.unit == "block" else None
-        units, members = by_unit(self.alphas, blocks)
-        found = of.balance(controlled(units, of.control, self.measurements))
-        factors = {name: found[unit] for unit, names in members.items() for name in names}
-        for name, lr_factor in self.lr_factors.items():
-            lr_factor.factor = factors.get(name, 1.0)
+    def _targets(self) -> dict[str, float]:
+        """Return the factors that the figures ask for; a control may change what they follow."""
+        self.gain = self.policy.gain(self.alphas, self.groups, self.members)
+        figures = controlled(
+            unit_means(self.alphas, self.members), self.policy.control, self.measurements
+        )
+        found = self.policy.factors(figures, self.gain)
+        targets = dict.fromkeys(self.lr_factors, 1.0)
+        for unit, names in self.members.items():
+            targets |= {n: found[unit] for n in names if n in self.alphas}
+        if self.highest is not None:
+            targets[self.highest] = max(found.values(), default=1.0)
+        return targets
 
     @property
     def spread(self) -> float:
-        """Return the standard deviation of the exponents over the measured groups."""
+        """Return the standard deviation of the figures over the measured groups."""
         return pstdev(self.alphas.values()) if self.alphas else 0.0
 
     def _record(self, step: Step) -> None:
@@ -107,21 +152,30 @@ class BalanceFactors(Action):
         step.series[f"{self.name}.lr_factor"] = factors
         if self.alphas:
             mean = fmean(self.alphas.values())
-            found = {f"{self.name}.spread": self.spread, f"{self.name}.alpha": mean}
-            step.signals.update(found)
-            step.metrics.update(found)
+            found = {"spread": self.spread, "alpha": mean, "gain": self.gain}
+            named = {f"{self.name}.{signal}": value for signal, value in found.items()}
+            step.signals.update(named)
+            step.metrics.update(named)
 
     def state_dict(self) -> ActionState:
         if not self.measurements:
             return {}
-        out: ActionState = {"measurements": self.measurements, "first_spread": self.first_spread}
-        out |= {f"factor/{name}": lr_factor.factor for name, lr_factor in self.lr_factors.items()}
-        return out | {f"alpha/{name}": alpha for name, alpha in self.alphas.items()}
+        out: ActionState = {
+            "measurements": self.measurements,
+            "first_spread": self.first_spread,
+            "gain": self.gain,
+        }
+        return out | self.course.state() | {f"alpha/{n}": alpha for n, alpha in self.alphas.items()}
 
     def state_form(self) -> Form:
-        entries: dict[str, Form] = {"measurements": Count(1), "first_spread": Number(0)}
-        entries |= {f"factor/{name}": Number(0) for name in self.lr_factors}
-        return Record(entries, {f"alpha/{name}": AnyNumber() for name in self.lr_factors})
+        entries: dict[str, Form] = {
+            "measurements": Count(1),
+            "first_spread": Number(0),
+            "gain": Number(0, 1),
+        }
+        factors, ramps = self.course.form()
+        figures = {f"alpha/{name}": AnyNumber() for name in self.lr_factors}
+        return Record(entries | factors, ramps | figures)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         named = {key: key.partition("/")[2] for key in state if "/" in key}
@@ -131,10 +185,13 @@ class BalanceFactors(Action):
                     f"{self.name}: the checkpoint has a factor for `{name}`, which this clause does not select"
                 )
         self.alphas = {n: float(state[k]) for k, n in named.items() if k.startswith("alpha/")}
+        self.course.load(state)
         for name, lr_factor in self.lr_factors.items():
-            lr_factor.factor = float(state.get(f"factor/{name}", 1.0))
+            # One on a ramp is set in the next step, by the clock.
+            lr_factor.factor = self.course.moves[name].target
         self.measurements = int(state.get("measurements", 0))
         self.first_spread = float(state.get("first_spread", 0.0))
+        self.gain = float(state.get("gain", 1.0))
 
     def summary(self) -> str | None:
         left = ", ".join(f"{group.name} ({group.eigenvalues} eigenvalues)" for group in self.few)
@@ -143,7 +200,8 @@ class BalanceFactors(Action):
             return f"{self.name}: nothing measured{tail}"
         ranked = sorted(self.lr_factors, key=lambda name: self.lr_factors[name].factor)
         low, high = (f"{self.lr_factors[n].factor:.3g} ({n})" for n in (ranked[0], ranked[-1]))
+        kept = "" if self.gain == 1 else f", {self.gain:.0%} of it more than noise"
         return (
-            f"{self.name}: alpha spread {self.first_spread:.3g} -> {self.spread:.3g}, "
+            f"{self.name}: alpha spread {self.first_spread:.3g} -> {self.spread:.3g}{kept}, "
             f"measured {self.measurements}x, factors {low} to {high}{tail}"
         )

@@ -1,14 +1,15 @@
-"""Which figures factors follow: those of modules or of blocks, as measured or as a control changes them."""
+"""Which figures factors follow: those of modules, of blocks or of types of modules, as measured or by a control."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-Unit = Literal["module", "block"]
+Unit = Literal["module", "block", "type"]
 Control = Literal["none", "permuted", "reversed", "static"]
 
 
@@ -18,43 +19,55 @@ class BalancedGroup:
 
     name: str
     weight: str
+    shape: tuple[int, ...]
     eigenvalues: int
     parameters: tuple[str, ...]
     block: int | None = None
     """The number of its block, from 1; None for what is before the first or after the last."""
 
+    def unit(self, unit: Unit) -> str | None:
+        """Return the name of the unit that it belongs to; None for a group outside of all blocks.
 
-def by_unit(
-    alphas: Mapping[str, float], blocks: Mapping[str, int | None] | None
-) -> tuple[dict[str, float], dict[str, list[str]]]:
-    """Return the exponent of each unit, and its members: of each name alone, or the mean over a block where given.
+        Modules are of one type where their names differ in numbers alone: `blocks.*.attn`.
+        """
+        if unit == "module":
+            return self.name
+        if unit == "type":
+            return re.sub(r"(?<![^.])\d+(?![^.])", "*", self.name)
+        return None if self.block is None else f"block {self.block}"
 
-    Names without a block have no part.
-    """
+
+def by_unit(groups: Iterable[BalancedGroup], unit: Unit) -> dict[str, list[str]]:
+    """Return the names of the groups of each unit."""
     members: dict[str, list[str]] = {}
-    for name in alphas:
-        if blocks is None:
-            members[name] = [name]
-        elif blocks[name] is not None:
-            members.setdefault(f"block {blocks[name]}", []).append(name)
-    means = {unit: fmean(alphas[name] for name in names) for unit, names in members.items()}
-    return means, members
+    for group in groups:
+        if (name := group.unit(unit)) is not None:
+            members.setdefault(name, []).append(group.name)
+    return members
 
 
-def controlled(alphas: Mapping[str, float], control: Control, measurement: int) -> dict[str, float]:
-    """Return the exponents that a control follows in place of those measured; `measurement` counts from 0.
+def unit_means(figures: Mapping[str, float], members: Mapping[str, list[str]]) -> dict[str, float]:
+    """Return the mean figure of each unit over those of its groups that have one; units without any are left out."""
+    found = {unit: [figures[n] for n in names if n in figures] for unit, names in members.items()}
+    return {unit: fmean(values) for unit, values in found.items() if values}
+
+
+def controlled(
+    figures: Mapping[str, float], control: Control, measurement: int
+) -> dict[str, float]:
+    """Return the figures that a control follows in place of those measured; `measurement` counts from 0.
 
     A permutation leaves none in its place, where there are two or more: names are put in a random order, and each gets
-    the exponent of the next.
+    the figure of the next.
     """
     if control == "reversed":
-        ends = min(alphas.values(), default=0.0) + max(alphas.values(), default=0.0)
-        return {name: ends - alpha for name, alpha in alphas.items()}
+        ends = min(figures.values(), default=0.0) + max(figures.values(), default=0.0)
+        return {name: ends - figure for name, figure in figures.items()}
     if control != "permuted":
-        return dict(alphas)
+        return dict(figures)
     from trainc.runtime.storage.random_streams import derive_seed
 
-    order = sorted(alphas)
+    order = sorted(figures)
     random.Random(derive_seed(measurement, "permuted exponents")).shuffle(order)
     given = dict(zip(order, order[1:] + order[:1], strict=True))
-    return {name: alphas[given[name]] for name in alphas}
+    return {name: figures[given[name]] for name in figures}

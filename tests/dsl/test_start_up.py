@@ -27,7 +27,7 @@ BASE_OF_ACTIONS = {
     for name in ("action", "around", "exchange", "gradients", "observer", "updates")
 }
 # What a construct calls to draw factors from figures: functions of numbers.
-BASE_OF_ACTIONS |= {f"trainc.runtime.factors{file}" for file in ("", ".maps", ".units")}
+BASE_OF_ACTIONS |= {f"trainc.runtime.factors{file}" for file in ("", ".maps", ".noise", ".units")}
 
 
 def loaded(*texts: str) -> list[set[str]]:

@@ -9,38 +9,46 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from trainc.compiler.constructs.lr._groups import find_groups
-from trainc.dsl.reading.construct import Construct, Effect, Problem, Range
+from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem, Range, Selector
 from trainc.dsl.values import value_json as v
 from trainc.runtime.factors.maps import Map, balance
-from trainc.runtime.factors.units import BalancedGroup, Control, Unit
+from trainc.runtime.factors.noise import noise_of_means, spread_gain
+from trainc.runtime.factors.units import BalancedGroup, Control, Unit, by_unit, unit_means
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.compiler.model.inventory import ParameterEntry
+    from trainc.compiler.model.inventory import Inventory, ParameterEntry
 
 # How often to measure where the clause does not say.
 EVERY_STEPS = 100
 
 
 class MeasuredPolicy(Construct):
-    """Base of the policies that measure weights: `measure` gives a figure of each, and these become factors."""
+    """Base of the policies that measure weights: `measure` gives a figure of each, and these become factors.
+
+    A construct of its own needs `measure`, and `levels` where the noise of its figures is known.
+    """
 
     targets: ClassVar = "parameters"
     identity: ClassVar = {"range": "1..1"}
-    functions: ClassVar[tuple[str, ...]] = ("trainc.runtime.factors.maps:balance",)
+    functions: ClassVar[tuple[str, ...]] = (
+        "trainc.runtime.factors.maps:balance",
+        "trainc.runtime.factors.noise:spread_gain",
+    )
     signals: ClassVar = {
         "spread": "standard deviation of alpha over the measured modules",
         "alpha": "mean alpha over the measured modules",
+        "gain": "how much of the factors is kept: 0 where noise explains the spread of alpha, 1 without noise",
     }
     effects: ClassVar = (
         Effect(
             "rates",
             "measure spectra and set factors",
             ("params", "clock"),
-            ("rate", "metrics", "signal:spread", "signal:alpha"),
+            ("rate", "metrics", "signal:spread", "signal:alpha", "signal:gain"),
         ),
     )
 
@@ -54,7 +62,27 @@ class MeasuredPolicy(Construct):
     )
     unit: Unit = Field(
         default="module",
-        description="what has an alpha of its own: a `module`, or a `block`, with the mean over its modules",
+        description="what has an alpha of its own: a `module`, a `block` or a `type`, with the mean over its modules",
+    )
+    shrink: bool = Field(
+        default=True,
+        description="whether factors come closer to 1 the more of alpha's spread is noise; `false` is as published",
+    )
+    normalize: bool = Field(
+        default=False, description="whether factors are divided by their mean over the units"
+    )
+    limits: Range | None = Field(
+        default=None, description="limits of the factors, after all else. Default: none"
+    )
+    highest: Selector | None = Field(
+        default=None,
+        description="parameters of the selection that are not measured and get the highest factor, such as"
+        " embeddings. Default: none",
+    )
+    follow: bool = Field(
+        default=False,
+        description="whether vectors of modules without a matrix, such as norms, share the factor of the module before"
+        " them in their block",
     )
     control: Control = Field(
         default="none",
@@ -66,6 +94,15 @@ class MeasuredPolicy(Construct):
     smooth: float | None = Field(
         default=None, ge=0, lt=1, description="weight of the previous alpha in the new one"
     )
+    hysteresis: float = Field(
+        default=0.0,
+        ge=0,
+        description="a factor stays until a measurement asks for one that differs by more than this",
+    )
+    ramp: Duration | None = Field(
+        default=None,
+        description="how long a factor takes to its new value, on a straight line. Default: at once",
+    )
     skip_first: bool = Field(
         default=False, description="leave out the first selected module, in registration order"
     )
@@ -73,11 +110,18 @@ class MeasuredPolicy(Construct):
         default=False, description="leave out the last selected module, in registration order"
     )
 
-    @field_validator("range", mode="after")
+    @field_validator("range", "limits", mode="after")
     @classmethod
-    def _is_no_reversal(cls, value: Range) -> Range:
-        if value.low < 0:
+    def _is_not_negative(cls, value: Range | None) -> Range | None:
+        if value is not None and value.low < 0:
             raise ValueError(f"a factor of a learning rate cannot be negative: {value.low:g}")
+        return value
+
+    @field_validator("ramp", mode="after")
+    @classmethod
+    def _takes_time(cls, value: Duration | None) -> Duration | None:
+        if value is not None and not value.amount:
+            raise ValueError("a ramp needs a duration above 0: leave it out for factors that jump")
         return value
 
     @model_validator(mode="after")
@@ -95,34 +139,83 @@ class MeasuredPolicy(Construct):
     def measure(self, weights: Sequence[Tensor]) -> list[float]:
         """Return the figure of each weight, NaN where it means nothing."""
 
-    def balance(self, alphas: Mapping[str, float]) -> dict[str, float]:
-        """Map the exponents to factors; without a spread all are 1."""
-        limits = self.range.low, self.range.high
-        return dict(zip(alphas, balance([*alphas.values()], 1.0, limits, self.map), strict=True))
+    def levels(
+        self, figures: Mapping[str, float], groups: Sequence[BalancedGroup]
+    ) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Return figures that compare over shapes, and their standard deviations by chance; None if not known."""
+        return None
+
+    def gain(
+        self,
+        figures: Mapping[str, float],
+        groups: Sequence[BalancedGroup],
+        members: Mapping[str, list[str]],
+    ) -> float:
+        """Return how much of the factors to keep: see `spread_gain`."""
+        found = self.levels(figures, groups) if self.shrink else None
+        if found is None:
+            return 1.0
+        levels, noise = unit_means(found[0], members), noise_of_means(found[1], members)
+        return spread_gain([*levels.values()], [noise[unit] for unit in levels])
+
+    def factors(self, figures: Mapping[str, float], gain: float = 1.0) -> dict[str, float]:
+        """Return the factor of each unit from its figure: by the map, the gain, `normalize` and `limits`."""
+        range_ = self.range.low, self.range.high
+        mapped = balance([*figures.values()], 1.0, range_, self.map)
+        found = [1 + gain * (factor - 1) for factor in mapped]
+        if self.normalize and (total := sum(found)):
+            found = [factor * len(found) / total for factor in found]
+        if self.limits is not None:
+            low, high = self.limits.low, self.limits.high
+            found = [min(max(factor, low), high) for factor in found]
+        return dict(zip(figures, found, strict=True))
 
     def groups(
-        self, parameters: Iterable[ParameterEntry]
+        self, parameters: Iterable[ParameterEntry], inventory: Inventory
     ) -> tuple[list[BalancedGroup], list[BalancedGroup]]:
         """Return the groups to balance, and those that have too few eigenvalues for it."""
-        groups, _ = find_groups(parameters)
+        groups, _ = self._found(parameters, inventory)
         kept = groups[int(self.skip_first) : len(groups) - int(self.skip_last)]
         few = [group for group in kept if group.eigenvalues < self.min_eigenvalues]
         return [group for group in kept if group not in few], few
 
+    def _found(
+        self, parameters: Iterable[ParameterEntry], inventory: Inventory
+    ) -> tuple[list[BalancedGroup], list[ParameterEntry]]:
+        highest = self._highest(inventory)
+        return find_groups([p for p in parameters if p.name not in highest], self.follow)
+
+    def _highest(self, inventory: Inventory) -> set[str]:
+        """Return the parameters that get the highest factor."""
+        if self.highest is None:
+            return set()
+        from trainc.compiler.model.select import select
+
+        return set(select(self.highest, inventory, "parameters"))
+
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Object to parameters without a spectrum; warn where fewer than two modules are left to balance."""
-        _, unfit = find_groups(bound.parameters)
+        _, unfit = self._found(bound.parameters, bound.inventory)
         if unfit:
             shown = ", ".join(f"`{p.name}` {list(p.shape)}" for p in unfit[:5])
             yield Problem(
                 "wrong-target-kind",
                 f"these parameters have no spectrum: {shown}{', ...' if len(unfit) > 5 else ''}",
                 notes=("a spectrum needs a 2-D or 4-D weight that is not an embedding",),
-                help="exclude them from `on`, for instance with `- type(Embedding) - role(norm)`",
+                help="exclude them from `on`, for instance with `- type(Embedding) - role(norm)`, or write"
+                " `follow = true` for norms and `highest = type(Embedding)` for embeddings",
             )
-        groups, few = self.groups(bound.parameters)
-        blocks = {group.block for group in groups if group.block is not None}
-        units = len(groups) if self.unit == "module" else len(blocks)
+        if self.highest is not None and not any(
+            p.name in self._highest(bound.inventory) for p in bound.parameters
+        ):
+            yield Problem(
+                "no-effect",
+                f"`highest = {self.highest}` selects nothing of what `on` selects",
+                field="highest",
+                help="add it to `on`: `highest` says which of the selected parameters are not measured",
+            )
+        groups, few = self.groups(bound.parameters, bound.inventory)
+        units = len(by_unit(groups, self.unit))
         if units < 2:
             yield Problem(
                 "no-effect",
@@ -135,12 +228,18 @@ class MeasuredPolicy(Construct):
     def lower(self, to: Lowering) -> None:
         """Give every group a factor, and measure before the optimizer's rates are set."""
         from trainc.runtime.factors.action import BalanceFactors
+        from trainc.runtime.factors.course import Course
         from trainc.runtime.schedule.gate import Gate
         from trainc.runtime.schedule.time_span import TimeSpan
 
-        groups, few = self.groups(to.parameters())
-        lr_factors = {
-            group.name: to.lr_factor(group.name, group.parameters, holds=True) for group in groups
-        }
+        groups, few = self.groups(to.parameters(), to.inventory)
+        scaled = {group.name: group.parameters for group in groups}
+        top = None
+        if self.highest is not None:
+            top, given = str(self.highest), self._highest(to.inventory)
+            scaled[top] = tuple(p.name for p in to.parameters() if p.name in given)
+        lr_factors = {unit: to.lr_factor(unit, names, holds=True) for unit, names in scaled.items()}
         pace = None if to.clause.every else Gate(every=TimeSpan(EVERY_STEPS, "steps"))
-        to.action(BalanceFactors(to.label, self, groups, lr_factors, few, pace))
+        ramp = None if self.ramp is None else to.window(None, None, self.ramp).every
+        course = Course(tuple(scaled), self.hysteresis, ramp)
+        to.action(BalanceFactors(to.label, self, groups, lr_factors, few, pace, course, top))

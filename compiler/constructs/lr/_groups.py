@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trainc.runtime.factors.units import BalancedGroup
@@ -12,29 +13,51 @@ if TYPE_CHECKING:
 
 
 def find_groups(
-    parameters: Iterable[ParameterEntry],
+    parameters: Iterable[ParameterEntry], follow: bool = False
 ) -> tuple[list[BalancedGroup], list[ParameterEntry]]:
-    """Return the groups of a selection in registration order, and the parameters without a spectrum."""
+    """Return the groups of a selection in registration order, and the parameters without a spectrum.
+
+    With `follow`, the vectors of a module without a matrix are in the group before them in their block, or else in the
+    first of their block, or, where their block has no group, in the one before them.
+    """
     from trainc.kernels.parameter.spectrum import count
 
     modules: dict[str, list[ParameterEntry]] = {}
     for parameter in parameters:
         modules.setdefault(parameter.module, []).append(parameter)
     groups: list[BalancedGroup] = []
+    followers: list[tuple[int, ParameterEntry]] = []
     unfit: list[ParameterEntry] = []
     for name, members in modules.items():
         weights = [p for p in members if p.ndim in (2, 4) and "Embedding" not in p.types]
-        vectors = [p for p in members if p.ndim == 1 and weights]
-        unfit += [p for p in members if p not in weights and p not in vectors]
+        vectors = [p for p in members if p.ndim == 1]
+        if follow and not weights:
+            followers += [(len(groups), p) for p in vectors]
+        kept = vectors if weights or follow else []
+        unfit += [p for p in members if p not in weights and p not in kept]
         if len(weights) == 1 and name:
-            (one,) = weights
             names = tuple(p.name for p in members if p in weights or p in vectors)
-            groups.append(BalancedGroup(name, one.name, count(one.shape), names, _block(one)))
+            groups.append(_group(name, weights[0], count(weights[0].shape), names))
         else:
-            groups += [
-                BalancedGroup(p.name, p.name, count(p.shape), (p.name,), _block(p)) for p in weights
-            ]
+            groups += [_group(p.name, p, count(p.shape), (p.name,)) for p in weights]
+    for position, parameter in followers:
+        if (i := _followed(groups, position, _block(parameter))) is not None:
+            names = (*groups[i].parameters, parameter.name)
+            groups[i] = replace(groups[i], parameters=names)
     return groups, unfit
+
+
+def _group(
+    name: str, weight: ParameterEntry, eigenvalues: int, names: tuple[str, ...]
+) -> BalancedGroup:
+    return BalancedGroup(name, weight.name, weight.shape, eigenvalues, names, _block(weight))
+
+
+def _followed(groups: list[BalancedGroup], position: int, block: int | None) -> int | None:
+    """Return the number of the group that a vector before the group `position` follows; None where none is near."""
+    inside = [i for i, group in enumerate(groups) if group.block == block]
+    near = [i for i in inside if i < position] or inside[:1]
+    return near[-1] if near else position - 1 if position else None
 
 
 def _block(parameter: ParameterEntry) -> int | None:

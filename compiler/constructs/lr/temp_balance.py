@@ -14,12 +14,23 @@ class TempBalance(SpectralPolicy):
     its kh*kw matrices together. alpha = 1 + k / sum(ln(lambda / xmin)) over the k largest of them.
     With `map = linear` the smallest alpha gets the low end of `range`, the largest the high end.
     Selected vectors of a module, such as its bias, share its factor; where a module has several
-    selected matrices, each has its own factor and the vectors keep their rate.
+    selected matrices, each has its own factor and the vectors keep their rate. With `follow`,
+    norms and the like share that of the module before them in their block.
+
+    Two things differ from the paper by default. `metric = calibrated`: of random weights alpha says
+    the shape alone, 2.12 for a square and 4.5 for 1 to 8, and so factors would. The figure is
+    1 + 1.12 (alpha - 1) / (null - 1), where null is the alpha of independent entries of the shape.
+    `shrink`: independent entries give an alpha that is off by 3/n or so, and a map onto `range`
+    stretches even that to its ends. So a factor f becomes 1 + gain (f - 1). The gain is max(0, 1 - c / Q)
+    with Q = sum((figure - mean)^2 / noise^2) over the m units, and c the 99 % quantile of
+    chi-squared with m - 1 degrees of freedom: 0 at initial weights, near 1 where tails clearly
+    differ. `metric = alpha, shrink = false` is as published.
 
     `fit` says where the tail begins: `median` at a fixed place, `dks` where the power law fits best,
     `peak` the same near the mode of the spectrum over log10(lambda), with the lower bound that the
     released code means (it compares the bound's logarithm with eigenvalues). `dks` and `peak` differ
-    a lot between equal layers; `median` does not.
+    a lot between equal layers; `median` does not. The null of the two is not known: with them nothing
+    is calibrated or shrunk.
 
     `map = sqrt` and `log2` give factors in proportion to sqrt(alpha) and log2(alpha), with a mean of
     1. `step` goes by rank r of n, from 0: low + (high - low) r / n. `sigmoid` is that of model
@@ -27,18 +38,23 @@ class TempBalance(SpectralPolicy):
     1/2)), with `range` its limits below and above the mean.
 
     With `unit = block`, as model balancing has it, all modules of a block share the factor of their
-    mean alpha, and what stands before the first block or after the last keeps its rate. `control`
-    changes what the factors follow and nothing else: `permuted` gives each unit the alpha of another,
-    drawn anew at every measurement, `reversed` mirrors alpha between the smallest and the largest,
-    and `static` keeps the factors of the first measurement. If a control does as well, the gain is
-    not by the measurement.
+    mean alpha, and what stands before the first block or after the last keeps its rate; `unit = type`
+    does so for modules whose names differ in numbers only. `highest` and `ramp` are of the layer-wise
+    recipe of He et al. (ICML 2026, arXiv:2605.22297): embeddings and the head are not measured and
+    get the highest factor, and factors take 50 steps to their new values, in the first 20 % of the run:
+    `until 20% { range = 1..5, highest = type(Embedding) | role(head), ramp = 50 steps }`.
+
+    `control` changes what the factors follow and nothing else: `permuted` gives each unit the alpha of
+    another, drawn anew at every measurement, `reversed` mirrors alpha between the smallest and the
+    largest, and `static` keeps the factors of the first measurement. If a control does as well, the
+    gain is not by the measurement.
 
     Factors are measured at the first step that is due, then `every` so often, by default every 100
     steps; between measurements and after `until` the last factors hold. The factor is 1 if all
     exponents are equal or there is only one (the published code gives the high end), and, with a
     note, for a weight that is zero, not finite or of low rank. Modules with fewer eigenvalues than
-    `min_eigenvalues` keep their rate. Embeddings, and modules without a 2-D or 4-D weight, may not
-    be selected.
+    `min_eigenvalues` keep their rate. Embeddings, and modules without a 2-D or 4-D weight, may be
+    selected by `highest` or `follow` alone.
     """
 
     cite: ClassVar = "Zhou et al., Temperature Balancing, NeurIPS 2023, arXiv:2312.00359"

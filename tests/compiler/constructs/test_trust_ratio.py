@@ -420,7 +420,7 @@ def test_factors_and_schedules_multiply_the_rate() -> None:
 
 def test_it_multiplies_a_measured_factor() -> None:
     """The length of a step is the rate, with TempBalance's factor, times the norm."""
-    spec = f"{ADAMW} lr temp_balance on ndim(2) {{ min_eigenvalues = 2 }} lr trust_ratio"
+    spec = f"{ADAMW} lr temp_balance on ndim(2) {{ min_eigenvalues = 3, shrink = false }} lr trust_ratio"
     program = compiled(spec)
     before = weights(program)
     program.step(data(0))
