@@ -22,6 +22,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from trainc.compiler.driver.compile import compile, resolve_spec
+from trainc.compiler.driver.hardware import hardware_of, placed
 from trainc.compiler.driver.recorded_clauses import shown_signals
 from trainc.compiler.driver.train import SPEC, load_weights
 from trainc.compiler.model.factories import build_data, seeded_model
@@ -30,6 +31,7 @@ from trainc.compiler.program.save import PLAN
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Assign, Rule
 from trainc.dsl.values.value_json import Name, walk
+from trainc.runtime.device.hardware import Hardware
 from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.loop import train
 from trainc.runtime.run.summary import Summary
@@ -76,22 +78,34 @@ def train_spec(spec: Spec, folder: Path, title: str, console: Console) -> Traine
     """Train one spec into a folder, in place of what the demo left there before."""
     if (folder / "metrics.jsonl").exists():
         shutil.rmtree(folder)
-    run = spec.one("run")
+    run, hardware = spec.one("run"), demo_hardware(spec)
     assert run is not None
     with searching(EXAMPLES / "any.train"):
         model = seeded_model(spec)
         if (start := getattr(run.construct, "start", None)) is not None:
             load_weights(model, Path(start), spec)
-        program = compile(spec, model)
+        program = compile(spec, placed(model, hardware, spec))
         data = build_data(spec)
+    program.execution.autocast = hardware.autocast
     length = program.length
     assert length is not None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     signals = shown_signals(program.plan.to_json())
     display = LiveDisplay(length.amount, length.unit, title=title, signals=signals, console=console)
     texts = {PLAN: json.dumps(program.plan.to_json()), SPEC: json.dumps(spec.to_json())}
-    summary = train(program, data, out=folder, display=display, texts=texts)
+    with hardware.products():
+        summary = train(program, data, out=folder, display=display, texts=texts, hardware=hardware)
     return Trained(folder, summary, distance(model, before))
+
+
+def demo_hardware(spec: Spec) -> Hardware:
+    """Return what `trainc run` would train on; in place of MPS, where no gradients can be measured, the CPU."""
+    found = hardware_of(spec)
+    if found.device.type != "mps":
+        return found
+    return Hardware(
+        torch.device("cpu"), about="MPS has no float64, in which gradients are measured"
+    )
 
 
 def distance(model: nn.Module, before: Mapping[str, Tensor]) -> float:

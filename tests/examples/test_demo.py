@@ -12,6 +12,7 @@ from examples import demo
 from examples.demo import EXAMPLES, WITH, WITHOUT, Trained
 from trainc.compiler.driver.compile import resolve_spec
 from trainc.dsl.resolve.spec import Spec
+from trainc.runtime.device import choice
 from trainc.runtime.run.summary import Summary
 from trainc.runtime.storage.jsonl import Record, read_jsonl
 
@@ -58,6 +59,19 @@ def test_rules_on_a_method_go_with_it() -> None:
     assert len(spec.rules) == 2
     assert [demo.mentioned(rule) for rule in spec.rules] == [{"gns", "batch"}, {"loss", "nan"}]
     assert demo.without_methods(spec).rules == spec.rules[1:]
+
+
+def test_it_trains_on_the_gpu_that_there_is_and_says_on_what(
+    shown: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shown[1].count(f"trains on {demo.demo_hardware(spec_of('pretrain'))}") == 6
+    monkeypatch.setattr(choice, "available", lambda: {"mps": "M9", "cpu": "arm64"})
+    assert str(demo.demo_hardware(spec_of("finetune"))) == (
+        "cpu (MPS has no float64, in which gradients are measured) in float32"
+    )
+    monkeypatch.setattr(choice, "available", lambda: {"cuda": "A GPU", "cpu": "x86_64"})
+    found = demo.demo_hardware(spec_of("finetune"))
+    assert (found.device.type, str(found)) == ("cuda", "cuda (A GPU, auto) in float32")
 
 
 def test_both_runs_of_a_pair_see_the_same_tokens(shown: tuple[Path, str]) -> None:
