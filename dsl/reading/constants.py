@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from trainc.dsl.syntax import ast
 from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.source import Span
+from trainc.dsl.text.vocabulary import TIMES, UNITS
 from trainc.dsl.values import value_json as v
 
-_UNITS: dict[str, v.Unit] = {"%": "run", **{u: u for u in v.UNITS}, **{u[:-1]: u for u in v.UNITS}}
+_PLURALS = {word: unit for unit in UNITS for word in (unit, unit[:-1])}
 _SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -58,7 +59,10 @@ def constant(node: Node) -> float | v.Duration:
         case ast.Measure(number, "%"):
             return v.Duration(_hundredth(number), "run")
         case ast.Measure(number, unit):
-            return v.Duration(number_of(number), _UNITS[unit])
+            written = _PLURALS[unit]
+            if written in TIMES:
+                return v.Duration(number_of(number) * TIMES[written], "seconds")
+            return v.Duration(number_of(number), cast(v.Unit, written))
         case ast.Prefix("-", operand):
             return _arithmetic(node, "*", -1, constant(operand))
         case ast.Infix("+" | "-" | "*" | "/" as op, left, right):
@@ -226,7 +230,7 @@ def describe(node: Node) -> str:
         case ast.Num():
             return "a number"
         case ast.Measure(_, unit):
-            return "a percentage" if unit == "%" else f"a duration in {_UNITS[unit]}"
+            return "a percentage" if unit == "%" else f"a duration in {_PLURALS[unit]}"
         case ast.Str():
             return "a string"
         case ast.Ident("true" | "false"):

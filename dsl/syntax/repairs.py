@@ -13,13 +13,14 @@ from lark import Token
 from trainc.dsl.text.diagnostic import Diagnostic, Edit, Label
 from trainc.dsl.text.nearest import nearest
 from trainc.dsl.text.source import Source, Span, printable
+from trainc.dsl.text.vocabulary import UNITS
 
-UNITS = ("steps", "samples", "tokens", "epochs", "seconds")
 _SYNONYMS = {
     "it": "steps", "iter": "steps", "iters": "steps", "iteration": "steps", "iterations": "steps",
     "update": "steps", "updates": "steps", "batches": "steps", "examples": "samples",
     "images": "samples", "rows": "samples", "ep": "epochs", "passes": "epochs", "s": "seconds",
-    "sec": "seconds", "secs": "seconds", "percent": "%", "pct": "%",
+    "sec": "seconds", "secs": "seconds", "min": "minutes", "mins": "minutes", "h": "hours",
+    "hr": "hours", "hrs": "hours", "percent": "%", "pct": "%",
 }  # fmt: skip
 KNOWN_UNITS = f"units are {', '.join(f'`{u}`' for u in UNITS)}, and `%` of the run"
 

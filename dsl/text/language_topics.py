@@ -186,6 +186,8 @@ UNITS = {
     "tokens": Topic("1.5G tokens", "Samples times the tokens that the data says a sample has."),
     "epochs": Topic("3 epochs", "Passes over the training data."),
     "seconds": Topic("3600 seconds", "Time spent training."),
+    "minutes": Topic("10 minutes", "Time spent training, 60 seconds each."),
+    "hours": Topic("2 hours", "Time spent training, 3600 seconds each."),
     "%": Topic("5%", "A part of the run; where a plain number belongs, a hundredth."),
 }
 NAMES = {

@@ -23,6 +23,10 @@ RESOURCES = frozenset(
 
 COUNTERS = ("steps", "samples", "tokens", "epochs", "seconds")
 """What the clock counts; durations are in these units or in percent of the run."""
+TIMES = {"seconds": 1, "minutes": 60, "hours": 3600}
+"""Units of time, in seconds: the clock counts these."""
+UNITS = (*COUNTERS, *(unit for unit in TIMES if unit not in COUNTERS))
+"""The units that durations are written in, beside percent of the run."""
 PLACES = ("depth", "block", "blocks")
 """Where in the model a value is used."""
 SIGNALS = ("loss", "gradient_norm", "batch", "lr", "step", "micro_batch", "eval_loss")

@@ -119,7 +119,7 @@ def test_what_may_mean_another_thing_is_one_message_and_is_left_alone(
         "when loss > 2 stop",
         "when loss > 2 { warn high }",
         "use base.train",
-        "run { length = 2 hours }",
+        "run { length = 2 days }",
         "optimizer adamw { lr = 1e-3; weight_decay = 0.1 }",
         "let loss = 3",
         "optimizer adamw { betas = [0.9, 1, 2], lr = 1 }",

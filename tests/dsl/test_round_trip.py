@@ -21,7 +21,9 @@ NUMBERS = st.one_of(
     st.floats(0, 1e30, allow_nan=False).map(repr),
     st.sampled_from(["3e-4", "1_000", "2k", "1.5M", "7G", "2T", "0.5"]),
 ).map(ast.Num)
-UNITS = st.sampled_from(["step", "steps", "samples", "tokens", "epoch", "seconds", "%"])
+UNITS = st.sampled_from(
+    ["step", "steps", "samples", "tokens", "epoch", "seconds", "minutes", "hour", "%"]
+)
 STRINGS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12).map(ast.Str)
 IDENTS = NAMES.map(ast.Ident)
 LEAVES = st.one_of(NUMBERS, st.builds(ast.Measure, NUMBERS, UNITS), STRINGS, IDENTS)

@@ -11,9 +11,11 @@ from trainc.compiler.bind import binding, effects
 from trainc.compiler.catalog import catalog
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.select import select
+from trainc.dsl.reading.constants import constant
 from trainc.dsl.reading.selectors import selector
 from trainc.dsl.syntax.grammar import GRAMMAR
 from trainc.dsl.syntax.parser import parse_expression
+from trainc.dsl.text.language_topics import UNITS as UNIT_TOPICS
 from trainc.dsl.text.source import Source
 from trainc.dsl.text.vocabulary import (
     ASSIGNABLE,
@@ -28,9 +30,11 @@ from trainc.dsl.text.vocabulary import (
     SHAPES,
     SIGNALS,
     STATES,
+    TIMES,
     WHERE_NAMES,
 )
-from trainc.dsl.values.durations import UNITS
+from trainc.dsl.text.vocabulary import UNITS as WRITTEN_UNITS
+from trainc.dsl.values.durations import UNITS, Duration
 from trainc.dsl.values.functions import FUNCTIONS
 from trainc.runtime.schedule import clock, expressions, functions, operations, time_span
 from trainc.runtime.step.action import Phase
@@ -47,7 +51,7 @@ def words_of(terminal: str) -> list[str]:
 
 def test_the_grammar_knows_the_kinds_and_the_units() -> None:
     assert sorted(words_of("KIND") + words_of("RUN")) == sorted(KINDS)
-    assert [f"{word}s" for word in words_of("UNIT")] == list(COUNTERS)
+    assert [f"{word}s" for word in words_of("UNIT")] == list(WRITTEN_UNITS)
 
 
 def test_the_grammar_is_short_and_knows_no_construct() -> None:
@@ -76,6 +80,17 @@ def test_the_clock_counts_what_durations_are_in() -> None:
     assert clock.COUNTERS == COUNTERS
     assert time_span.UNITS == UNITS == (*COUNTERS, "run")
     assert clock.Clock().counters().keys() == set(COUNTERS)
+
+
+def test_every_unit_has_a_singular_and_a_page_and_times_are_seconds() -> None:
+    assert UNIT_TOPICS.keys() == {*WRITTEN_UNITS, "%"}
+    for unit in WRITTEN_UNITS:
+        counted = Duration(3 * TIMES[unit], "seconds") if unit in TIMES else Duration(3, unit)  # type: ignore[arg-type]
+        for word in (unit, unit[:-1]):
+            node, problems = parse_expression(Source("", f"3 {word}"))
+            assert node is not None
+            assert constant(node) == counted
+            assert not problems
 
 
 def test_the_functions_are_those_of_the_runtime() -> None:

@@ -29,15 +29,17 @@ class Joined(Construct):
 
     timeout: Duration = Field(
         default=Duration(600, "seconds"),
-        description="how long one process may be at one thing, such as a step, while the others wait, in seconds; then"
+        description="how long one process may be at one thing, such as a step, while the others wait, as a time; then"
         " the run ends with an error that names it",
     )
 
     @field_validator("timeout")
     @classmethod
-    def _in_seconds(cls, value: Duration) -> Duration:
+    def _is_a_time(cls, value: Duration) -> Duration:
         if value.unit != "seconds" or value.amount < 1:
-            raise ValueError("expected a time of 1 second or more, such as `600 seconds`")
+            raise ValueError(
+                "expected a time of 1 second or more, such as `600 seconds` or `1 hour`"
+            )
         return value
 
     @property

@@ -103,6 +103,11 @@ def test_what_makes_no_sense_is_refused(clauses: str, message: str) -> None:
         trainc.plan(text, Net())
 
 
+def test_a_timeout_is_written_in_any_unit_of_time() -> None:
+    found = [Ddp(timeout=one).patience for one in ("90 seconds", "1.5 minutes", "1 hour")]  # type: ignore[arg-type]
+    assert found == [90, 90, 3600]
+
+
 def test_processes_that_train_apart_are_refused_under_a_launcher() -> None:
     text = (
         "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 5 steps }"
