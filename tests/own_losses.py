@@ -143,6 +143,11 @@ def each_word(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
+def margin(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over all targets of a loss that refuses what is no class."""
+    return F.multi_margin_loss(logits.flatten(0, -2), targets.flatten())
+
+
 def each_example(outputs: Any, batch: Any) -> Tensor:
     """Return a number for each example, of the whole output and the whole batch."""
     (inputs, targets) = batch

@@ -26,6 +26,10 @@ class LossMismatch(ValueError):
     """The field of its clause that is at fault."""
 
 
+class LossFailed(LossMismatch):
+    """A function of the user's own raised an error, which is the cause: it may refuse the targets that it was given."""
+
+
 class Loss(ABC):
     """A mean over the counted targets of a model's output and targets, without the terms that clauses add.
 

@@ -87,6 +87,7 @@ class _Verdict(LossTrial):
         if given != "examples" and (other := self.other_ignored()) is not None:
             raise self._ignores(f"the targets hold {other}, which is no class")
         found = self.of_ignored() if self.may_ignore() else None
+        refused = found is None and self.failure is not None
         # Where weights are gathered for a pass, all processes have to run it.
         whole = self.of_whole() if self.sharded else None
         if found is not None:
@@ -116,8 +117,9 @@ class _Verdict(LossTrial):
             )
         if given is not None:
             return given
-        if self.indices is not None and self.indices.dim() > 1 and not self.may_ignore():
-            raise self._unknown()
+        untold = refused or not self.may_ignore()
+        if self.indices is not None and self.indices.dim() > 1 and untold:
+            raise self._unknown() from self.failure
         return "targets"
 
     # what is wrong

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.method.loss import LossMismatch
+from trainc.compiler.method.loss import LossFailed, LossMismatch
 from trainc.compiler.method.losses import Losses, LossPart
 from trainc.compiler.method.user_loss import Counting, UserLoss
 from trainc.compiler.per_example.batch_slices import possible_slicers
@@ -74,10 +74,21 @@ class LossTrial:
     # passes
 
     def of_ignored(self) -> tuple[Weighed, dict[Counting, float]] | None:
-        """Return what an example with few targets weighs beside one with more, and what it would by each rule."""
+        """Return what an example with few targets weighs beside one with more, and what it would by each rule.
+
+        Returns None also where the loss refuses a target that is no class: `failure` says how. Then it ignores none.
+        """
         assert self.indices is not None
-        if self.indices.dim() < 2:
-            return self._of_ignored_example()
+        try:
+            return (
+                self._of_ignored_example() if self.indices.dim() < 2 else self._of_ignored_targets()
+            )
+        except LossFailed as error:
+            self.failure = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            return None
+
+    def _of_ignored_targets(self) -> tuple[Weighed, dict[Counting, float]] | None:
+        assert self.indices is not None
         first, second = self._rows()
         targets = self.indices[[first, second]]
         counted = (targets != self.loss.ignore_index).reshape(2, -1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from trainc.compiler.constructs.loss._user import UserLossConstruct
-from trainc.compiler.method.loss import LossMismatch
+from trainc.compiler.method.loss import LossFailed, LossMismatch
 from trainc.compiler.method.user_loss import Counting, UserLoss, check_user_loss
 from trainc.compiler.model.import_path import ImportProblem, import_callable
 from trainc.dsl.reading.construct import ImportPath
@@ -79,7 +79,7 @@ class FunctionLoss(UserLoss):
                 raise
             except Exception as error:
                 reason = (str(error).strip() or "no message").splitlines()[0]
-                raise LossMismatch(
+                raise LossFailed(
                     f"`{self.path}` fails: {type(error).__name__}: {reason}"
                 ) from error
         return self._mean(check_user_loss(value, f"what `{self.path}` returned"), targets)
@@ -166,8 +166,9 @@ class LossFunction(UserLossConstruct):
 
     `counted` says what counts: `examples`, unless it is written; with `reduction = mean` it is found, or confirmed,
     where a step has several micro-batches or measures examples. There the first batch is tried in a few passes of two
-    or three examples. A loss that is no mean over what it counts, such as one that compares examples with each other,
-    is refused there.
+    or three examples. Where the function refuses a target that is no class it ignores none: if each example has one,
+    all of them count; if it has several, `counted` has to be written. A loss that is no mean over what it counts, such
+    as one that compares examples with each other, is refused there.
 
     The function is part of the captured graph. Where it cannot be captured, as one that reads numbers with `.item()`,
     the modules run, and say why. It must compute with torch, and its result must have a gradient.

@@ -19,6 +19,7 @@ from tests.own_losses import (
     batch_of,
     counted,
     gradients,
+    margin,
     of_rule,
     one_by_one,
     rows,
@@ -213,6 +214,49 @@ def test_what_is_no_loss_says_what_to_write(function: str, fields: str, message:
     program = trainc.compile(clause(function, fields) + SGD, Plain())
     with pytest.raises(LossMismatch, match=message):
         program.step(pair())
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "refused"),
+    [
+        ("", (5,), ""),
+        ("counted = targets", (5,), ""),
+        ("counted = targets", (5, 3), ""),
+        ("", (5, 3), r"cannot tell it here \(.*target.*\): write `counted = examples`"),
+    ],
+)
+def test_a_loss_that_refuses_ignored_targets_counts_all(
+    fields: str, shape: tuple[int, ...], refused: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4, dtype=torch.float64)
+    inputs, targets = torch.randn(*shape, 6, dtype=torch.float64), torch.randint(0, 4, shape)
+    want = torch.autograd.grad(margin(model(inputs), targets), [*model.parameters()])
+    before = [p.detach().clone() for p in model.parameters()]
+    program = trainc.compile(clause("margin", fields) + " noise_scale gns on all" + SGD, model)
+    parts = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]
+    if refused:
+        with pytest.raises(LossMismatch, match=refused):
+            program.step(parts)
+        return
+    program.step(parts)
+    for p, old, gradient in zip(model.parameters(), before, want, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.1 * gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_a_list_of_labels_that_ends_in_no_class_is_a_loss_by_examples() -> None:
+    model = nn.Linear(6, 4, dtype=torch.float64)
+    inputs = torch.randn(5, 6, dtype=torch.float64)
+    targets = torch.tensor(
+        [[0, 2, -1, 0], [1, -1, 0, 0], [3, 0, 1, -1], [2, -1, 1, 1], [0, 1, 2, 3]]
+    )
+    want = F.multilabel_margin_loss(model(inputs), targets).item()
+    spec = 'loss call("torch.nn.functional:multilabel_margin_loss")'
+    parts = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]
+    with pytest.raises(LossMismatch, match="`counted = examples`"):
+        trainc.compile(spec + SGD, model).step(parts)
+    program = trainc.compile(f"{spec} {{ counted = examples }}{SGD}", model)
+    assert program.step(parts)["loss"] == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize(
