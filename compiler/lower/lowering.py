@@ -41,7 +41,7 @@ from trainc.runtime.step.around import Around
 from trainc.runtime.step.batches import BatchTransform
 from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.gradients import GradientTransform, sharded_gradient
-from trainc.runtime.step.optimizer import LrFactor, OptionValue, OptionValues
+from trainc.runtime.step.optimizer import LrFactor, OptionValue, OptionValues, parts_of
 from trainc.runtime.step.updates import UpdateTransform
 
 
@@ -104,6 +104,20 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
             return {n: o[option] for n, o in own.items() if option in o and n not in method.frozen}
 
         return found
+
+    def base_rate(self) -> Scheduled:
+        """Return the learning rate as a function of the clock, without factors: the highest of all parameters.
+
+        The function raises ValueError in a spec without an optimizer.
+        """
+        options = self.optimizer_options("lr")
+
+        def rate(clock: Clock) -> float:
+            rates = {id(one): one for value in options().values() for one in parts_of(value)}
+            found = [one.at(clock) for one in rates.values()]
+            return next((x for x in found if x != x), max(found))
+
+        return rate
 
     def select_entries(self, sizes: Mapping[str, int]) -> list[SelectedEntries]:
         """Let the optimizer train selected entries of parameters: how many of each, 0 where the choice decides.

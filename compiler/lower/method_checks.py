@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.report import labels
+from trainc.compiler.lower.factor_checks import factor_problems
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
 from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.text.diagnostic import Diagnostic
@@ -26,13 +27,13 @@ def problems_between(
     if any(clause.kind == "optimizer" for clause in clauses):
         yield from _changes_of_nothing(clauses, by_label, method, inventory)
     else:
-        yield from _without_optimizer(clauses)
+        yield from _without_optimizer(clauses, method)
     yield from _masked_exchanges(clauses, method)
     yield from _evaluations(clauses, method)
     yield from _terms_without_classes(clauses, method)
     yield from _replaced_layers(clauses, method)
     yield from _equal_clips(clauses, method)
-    yield from _option_factors(clauses, method)
+    yield from factor_problems(clauses, by_label, method)
     yield from _clipped_decay(clauses, by_label, method)
     for part in method.optimizers:
         if part.asks:
@@ -41,11 +42,15 @@ def problems_between(
             yield from _second_weights(part, clauses, by_label, method)
 
 
-def _without_optimizer(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
+def _without_optimizer(
+    clauses: Sequence[BoundClause], method: LoweredMethod
+) -> Iterator[Diagnostic]:
     """Yield an error for every clause that acts on rates or updates of an optimizer, in a spec that has none."""
+    scaling = {factor.policy for found in method.lr_factors.values() for factor in found}
     for clause in clauses:
         phases = {e.phase for e in clause.construct.effects if clause.construct.performs(e)}
         acts = phases & {"rates", "deltas", "exchange"} or clause.kind in ("lr", "mask")
+        acts = acts or clause.label in scaling
         if acts:
             yield Diagnostic(
                 "missing-clause",
@@ -172,39 +177,6 @@ def _replaced_layers(clauses: Sequence[BoundClause], method: LoweredMethod) -> I
                 " measures the gradients of this layer's examples",
                 labels((clause.span, "replaces the layer")),
                 help="exclude the layer from one of the two clauses",
-            )
-
-
-def _option_factors(clauses: Sequence[BoundClause], method: LoweredMethod) -> Iterator[Diagnostic]:
-    """Yield an error for a half-life of an optimizer without one, and where two clauses scale rates with the batch."""
-    by_label = {clause.label: clause for clause in clauses}
-    owners = {name: part for part in method.optimizers for name in part.targets}
-    told: set[str] = set()
-    for name, factors in method.option_factors.items():
-        part = owners.get(name)
-        for factor in factors:
-            if part is None or factor.of != "half_life" or "betas" in part.options[name]:
-                continue
-            if factor.policy not in told:
-                told.add(factor.policy)
-                clause, own = by_label[factor.policy], by_label[part.label]
-                yield Diagnostic(
-                    "conflicting-effects",
-                    f"`{clause.title}` holds the half-life of Adam's second moment, and `{own.title}`, which trains"
-                    f" `{name}`, has none",
-                    labels((clause.span, ""), (own.span, "has no second moment that is known")),
-                    help="select parameters that Adam trains, or leave the half-life as it is",
-                )
-    for name, factors in method.lr_factors.items():
-        following = [one.policy for one in factors if one.of_batch is not None]
-        if len(following) > 1 and following[1] not in told:
-            told.add(following[1])
-            second, first = (by_label[label] for label in (following[1], following[0]))
-            yield Diagnostic(
-                "conflicting-effects",
-                f"`{first.title}` and `{second.title}` both scale the learning rate of `{name}` with the batch",
-                labels((second.span, "scales it again here"), (first.span, "scales it here")),
-                help="let one of the two leave the rates, or remove it",
             )
 
 

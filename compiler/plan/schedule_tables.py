@@ -109,8 +109,9 @@ def batch_row(binding: Binding, method: LoweredMethod) -> Row:
         for (given, unit), value in sorted(units.estimates.items())
     ]
     if not isinstance(policy, Ramp):
+        depends = "measured signals" if policy is None else policy.depends
         notes.append(
-            "the batch depends on measured signals, so the table of schedules converts between steps and samples"
+            f"the batch depends on {depends}, so the table of schedules converts between steps and samples"
             " at the starting batch"
         )
     start = None if units.samples_per_step is None else int(units.samples_per_step)

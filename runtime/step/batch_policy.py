@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
@@ -19,6 +19,7 @@ from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.record import Step
 from trainc.runtime.storage.form import Count, Form, Number, Optional, Record
+from trainc.runtime.torch_optimizer.slots import LrFactor
 
 SignalReader = Callable[[Clock], float]
 
@@ -42,10 +43,12 @@ class Bounds:
 class BatchPolicy(Action):
     """Phase 1: sets the batch to the size that `choose` returns; `text` is the policy as the spec has it.
 
-    The batch begins at `start` and is at most `end` samples, in micro-batches of `micro`.
+    The batch begins at `start` and is at most `end` samples, in micro-batches of `micro`. It `depends` on what the plan
+    says.
     """
 
     phase = Phase.BATCH
+    depends: ClassVar[str] = "measured signals"
 
     def __init__(self, name: str, text: str, start: int, end: int, micro: int) -> None:
         self.name, self.text = name, text
@@ -170,3 +173,50 @@ class SignalNoise(BatchPolicy):
             return present
         samples = math.ceil(self.bounds.clip(wanted))
         return max(math.ceil(samples / self.bounds.micro) * self.bounds.micro, present)
+
+
+class Seesaw(BatchPolicy):
+    """Grows the batch where the schedule of the learning rate falls, which then falls by the root of that alone.
+
+    Meterez et al. 2025 (arXiv 2510.14717): where a schedule would halve the rate, the rate is multiplied by 1 / sqrt(2)
+    and the batch doubled. With s the rate of now over the highest so far, the batch is `start / s`, rounded down to
+    micro-batches, and `factor` on the rate is `sqrt(batch / start)`. When the batch is at its largest, the rate falls
+    as scheduled.
+    """
+
+    depends = "the learning rate"
+
+    def __init__(
+        self, name: str, text: str, rate: SignalReader, bounds: Bounds, factor: LrFactor
+    ) -> None:
+        super().__init__(name, text, bounds.low, bounds.high, bounds.micro)
+        self.rate, self.bounds, self.factor = rate, bounds, factor
+        factor.of_batch = self._factor
+        self.highest = 0.0
+
+    def _factor(self, size: int) -> float:
+        return math.sqrt(size / self.start)
+
+    def choose(self, clock: Clock, present: int) -> int:
+        rate = self.rate(clock)
+        if math.isnan(rate):
+            return present
+        self.highest = max(rate, self.highest)
+        wanted = self.start * self.highest / rate if rate else math.inf
+        wanted = self.bounds.clip(wanted)
+        return max(1, math.floor(wanted / self.micro + ROUNDING)) * self.micro
+
+    def run(self, step: Step) -> None:
+        super().run(step)
+        self.factor.factor = self._factor(self.last)
+
+    def state_dict(self) -> ActionState:
+        return {**super().state_dict(), "highest": self.highest}
+
+    def state_form(self) -> Form:
+        return Record({"changes": Count(), "last": Count(1), "highest": Number()})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.highest = float(state.get("highest", 0.0))
+        self.factor.factor = self._factor(self.last)

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
 
 
+WITH_RATES = Effect("batch", "scale the rates with the batch", ("batch", "clock"), ("rate",))
+
+
 class DataSource(Construct):
     """Data in batches: a subclass says what the data is, with `load` and `count`."""
 
     effects: ClassVar = (
         Effect("batch", "set the batch by its policy", ("clock", "batch"), ("batch",)),
+        WITH_RATES,
     )
 
     micro: SamplesOrAuto | None = Field(
@@ -99,12 +103,13 @@ class DataSource(Construct):
         return self.micro == "auto"
 
     def performs(self, effect: Effect) -> bool:
-        """Say whether this clause performs an effect: only a policy sets the batch."""
-        return self.policy is not None
+        """Say whether this clause performs an effect: only a policy sets the batch, and only some the rates."""
+        policy = self.policy
+        return policy is not None and (effect != WITH_RATES or policy.scales_rates)
 
     def describe(self, effect: Effect) -> str:
         """Return the policy as the spec writes it."""
-        return f"batch = {self.batch}"
+        return effect.action if effect == WITH_RATES else f"batch = {self.batch}"
 
     def lower(self, to: Lowering) -> None:
         """Add the action of a policy; an amount is read by the loop."""

@@ -51,6 +51,7 @@ POLICIES: dict[str, Function] = {
         1,
         2,
     ),
+    "seesaw": Function({"max": "samples", "min": "samples"}, 0, 1),
 }
 """The policies that `batch` of `data` can be instead of an amount."""
 
@@ -72,8 +73,9 @@ Arguments = Mapping[str, v.Expr]
 class Policy:
     """The arguments of a batch policy; all sizes in samples.
 
-    The batch begins with `start` and ends with, or is at most, `end`. A ramp has no `signal`, and
-    `pace` is its length; otherwise `pace` is `every`. `strength` is `factor` or `theta`.
+    The batch begins with `start` and ends with, or is at most, `end`. A ramp and a seesaw have no
+    `signal`, and `pace` is the length of a ramp; otherwise `pace` is `every`. `strength` is `factor`
+    or `theta`.
     """
 
     call: v.Call
@@ -91,13 +93,17 @@ class Policy:
     def name(self) -> str:
         return self.call.function
 
+    @property
+    def scales_rates(self) -> bool:
+        """Whether it scales learning rates with the batch."""
+        return self.name == "seesaw"
+
 
 def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
     """Return the arguments of a policy's call; raises ValueError that names the wrong argument."""
     given = _named(call)
     if call.function == "ramp":
         return _ramp(call, given, micro)
-    follows = call.function == "follow"
     low, high = _samples(given, "min"), _samples(given, "max")
     if not low and micro is None:
         raise ValueError(
@@ -114,6 +120,19 @@ def parse_batch_policy(call: v.Call, micro: v.Duration | None) -> Policy:
                 f"`{name} = {size} samples` is not a multiple of the micro-batch of {unit} samples: "
                 f"{near}, or choose a `micro` that divides it"
             )
+    if call.function == "seesaw":
+        if high == start:
+            raise ValueError(
+                f"this batch stays at {start} samples: write `batch = {start} samples`"
+            )
+        return Policy(call, unit, start, high, unit, 1.0, None, None, None, False)
+    return _signalled(call, given, (unit, start, high, grain))
+
+
+def _signalled(call: v.Call, given: Arguments, sizes: tuple[int, int, int, int]) -> Policy:
+    """Return a policy that reads a signal; the sizes are a micro-batch, the first and the largest batch, and a move."""
+    unit, start, high, grain = sizes
+    follows = call.function == "follow"
     signal, word = given["signal"], "factor" if follows else "theta"
     if not any(isinstance(x, v.Name) and x.id not in _NOT_MEASURED for x in v.walk(signal)):
         raise ValueError(
@@ -221,16 +240,19 @@ def _number(given: Arguments, name: str, default: float) -> float:
 
 def action(policy: Policy, to: Lowering) -> BatchPolicy:
     """Return the action of a policy; raises ValueError where the units of time do not allow it."""
-    from trainc.runtime.step.batch_policy import Bounds, Follow, Ramp, SignalNoise
+    from trainc.runtime.step.batch_policy import Bounds, Follow, Ramp, Seesaw, SignalNoise
 
     text = str(policy.call)
+    bounds = Bounds(policy.start, policy.end, policy.micro)
+    if policy.name == "seesaw":
+        names = [entry.name for entry in to.inventory.trainable]
+        return Seesaw(to.label, text, to.base_rate(), bounds, to.lr_factor("batch", names))
     window = to.window(policy.begun, None, policy.pace)
     if policy.signal is None:
         assert window.every is not None
         ends = (policy.start, policy.end)
         return Ramp(to.label, text, ends, policy.micro, window.every, window.start)
     signal = to.amount(policy.signal, "samples")
-    bounds = Bounds(policy.start, policy.end, policy.micro)
     if policy.name == "signal_noise":
         return SignalNoise(to.label, text, signal, bounds, policy.strength, window)
     made = Follow(

@@ -62,6 +62,9 @@ class Data(DataSource):
       `grow_only = true` never to a smaller size.
     - `signal_noise(gns, max = 512 samples, theta = 0.6)` raises it to the noise scale divided by `theta` squared and
       never lowers it. It begins with `min` and looks `every` 100 steps, `from` 15% of the run on.
+    - `seesaw(max = 512 samples, min = 16 samples)` grows it where the schedule of the learning rate falls: to `min`
+      over the rate of now as a part of the highest so far, rounded down. The rate is multiplied by the root of
+      batch / `min`, so that it falls by the root of the scheduled cut. (Meterez et al. 2025, arXiv:2510.14717.)
 
     While the signal is NaN, the batch stays as it is. Learning rates do not follow the batch by themselves: see
     `lr batch_scaling`.

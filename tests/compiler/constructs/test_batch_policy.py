@@ -15,8 +15,8 @@ def test_every_policy_of_the_batch_is_one_that_the_compiler_reads() -> None:
             "switch": v.Name("true"),
         }
         kwargs = {key: given[kind] for key, kind in function.arguments.items()}
-        if name == "ramp":
-            kwargs["to"] = v.Quantity(v.Duration(16, "samples"))
+        end = "to" if name == "ramp" else "max"
+        kwargs[end] = v.Quantity(v.Duration(16, "samples"))
         assert parse_batch_policy(v.called(name, **kwargs), None).name == name
         assert not set(function.arguments) - set(kwargs)
     assert not FUNCTIONS.keys() & POLICIES.keys()
