@@ -20,6 +20,7 @@ from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.losses import LossPart
 from trainc.compiler.method.lowered_method import (
     LoweredMethod,
+    MeasuredWeight,
     OptimizerConstruct,
     OptimizerPart,
     Scheduled,
@@ -237,6 +238,12 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         """Change what the optimizer adds to `parameters`, before it is added, when the clause's gate is open."""
         transform.parameters = tuple(parameters)
         self.action(transform)
+
+    def measures(self, weight: str, parts: Mapping[str, str], reason: str) -> None:
+        """Show in the plan that the clause measures the parts of a weight, each with its size, and why it has these."""
+        self._method.measured.append(
+            MeasuredWeight(self.label, weight, tuple(parts), tuple(parts.values()), reason)
+        )
 
     # The step
 

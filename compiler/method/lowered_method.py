@@ -90,6 +90,17 @@ class CalibrationPart:
     examples: int
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredWeight:
+    """A weight that a clause measures: the names and sizes of the parts that it divides into, and why it does so."""
+
+    clause: str
+    weight: str
+    parts: tuple[str, ...]
+    sizes: tuple[str, ...]
+    reason: str
+
+
 @dataclass(slots=True)
 class LoweredMethod:
     """Everything that the clauses of a spec ask for. `Program` runs it, and the plan is its printed form."""
@@ -134,6 +145,8 @@ class LoweredMethod:
     """Whether they then each hold a part of every parameter."""
     process_dependence: dict[str, str] = field(default_factory=dict)
     """The modules whose numbers depend on how many processes are joined, and why."""
+    measured: list[MeasuredWeight] = field(default_factory=list)
+    """The weights that clauses measure part by part."""
     evaluation_observers: list[Observer] = field(default_factory=list)
     """What reads evaluations."""
     evaluated_with: dict[str, Companion] = field(default_factory=dict)

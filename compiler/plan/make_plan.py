@@ -25,6 +25,7 @@ def make_plan(binding: Binding, method: LoweredMethod) -> Plan:
         clauses=tuple(clause.to_json() for clause in binding.clauses),
         parameters=tuple(parameter_tables.parameter_rows(binding, method)),
         shares=tuple(parameter_tables.share_rows(binding, method)),
+        measured=tuple(parameter_tables.measured_rows(method)),
         steps=tuple(plan_tables.step_rows(binding)),
         schedules=tuple(schedule_tables.schedule_rows(binding, method)),
         sites=tuple(site_tables.site_rows(binding, method)),

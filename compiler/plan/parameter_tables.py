@@ -71,6 +71,20 @@ def share_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     return rows
 
 
+def measured_rows(method: LoweredMethod) -> list[Row]:
+    """Return one row per weight that a clause measures: its parts, their sizes, and why it divides into them."""
+    return [
+        {
+            "clause": one.clause,
+            "weight": one.weight,
+            "parts": list(one.parts),
+            "sizes": list(one.sizes),
+            "reason": one.reason,
+        }
+        for one in method.measured
+    ]
+
+
 def _reached(binding: Binding, method: LoweredMethod) -> Iterator[tuple[str, str, set[str]]]:
     """Yield each clause, what it does, and the parameters that it reaches."""
     for part in method.optimizers:

@@ -13,7 +13,7 @@ from trainc.compiler.plan.shown import counted, plan_text
 from trainc.compiler.public_names import PublicNames
 from trainc.dsl.text.diagnostic import Diagnostic
 
-FORMAT = 3
+FORMAT = 4
 Row = dict[str, Any]
 
 
@@ -22,9 +22,10 @@ class Plan(PublicNames):
     """The printed form of the lowered method: what a spec does to one model, before anything runs.
 
     `spec` and `clauses` rebuild the program without any text; the tables are for reading: `parameters` with the
-    optimizer, decay, mask and clauses of each, `shares` how much of the weights each clause reaches, `steps` what
-    happens in which phase, `schedules` every scheduled number over the run, `sites` the rewritten layers, `kernels`
-    what implements their operators, `memory` the bytes beyond weights and gradients.
+    optimizer, decay, mask and clauses of each, `shares` how much of the weights each clause reaches, `measured` the
+    parts of weights that clauses measure, `steps` what happens in which phase, `schedules` every scheduled number over
+    the run, `sites` the rewritten layers, `kernels` what implements their operators, `memory` the bytes beyond weights
+    and gradients.
     """
 
     spec: Row
@@ -35,6 +36,7 @@ class Plan(PublicNames):
     clauses: tuple[Row, ...]
     parameters: tuple[Row, ...]
     shares: tuple[Row, ...]
+    measured: tuple[Row, ...]
     steps: tuple[Row, ...]
     schedules: tuple[Row, ...]
     sites: tuple[Row, ...]

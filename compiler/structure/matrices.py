@@ -58,10 +58,9 @@ class Division:
         return cuts[0] if len(cuts) == 1 else torch.cat(cuts, axis)
 
     def _matrices(self, weight: Tensor) -> Tensor:
-        if self.layout in ("linear", "stack"):
-            return weight[None]
-        if self.layout in ("transposed", "transposed stack"):
-            return weight.mT[None]
+        if self.layout in ("linear", "transposed", "stack", "transposed stack"):
+            found = weight if weight.dim() == 3 else weight[None]
+            return found.mT if self.layout.startswith("transposed") else found
         # Scaled in float32 at least: 16 bits would round.
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         positions = wide.flatten(2).permute(2, 0, 1) * math.sqrt(CONV_SCALE)

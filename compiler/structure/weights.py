@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainc.compiler.structure.divisions import divide
-from trainc.compiler.structure.matrices import Division, Part
+from trainc.compiler.structure.matrices import WHOLE, Division, Part
 from trainc.compiler.structure.roles import is_matrix, own_parameters
 
+By = Literal["whole", "part", "head"]
+"""How finely weights are divided."""
 _BASE = "base_layer"
 """Where layers of peft keep the layer that they adapt."""
 
@@ -41,10 +43,11 @@ class UsedWeight:
         """Return why the weight is divided as it is, and how it is computed."""
         return "; ".join(filter(None, (self.division.reason, self.computed)))
 
-    def units(self, by_head: bool = False) -> list[MatrixUnit]:
-        """Return its units: a head of attention each where `by_head` says so and there are heads."""
-        parts = (by_head and self.division.heads) or self.division.parts
-        return [MatrixUnit(self, part, *self.division.shape(self.shape, part)) for part in parts]
+    def units(self, by: By = "part") -> list[MatrixUnit]:
+        """Return its units: the weight as one, its parts, or heads of attention where there are any."""
+        division = self.division
+        parts = {"whole": (WHOLE,), "head": division.heads}.get(by) or division.parts
+        return [MatrixUnit(self, part, *division.shape(self.shape, part)) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,12 @@ class MatrixUnit:
     @property
     def eigenvalues(self) -> int:
         return self.count * min(self.outputs, self.inputs)
+
+    @property
+    def size(self) -> str:
+        """Return its size in words: `768x768`, or `9 of 64x32`."""
+        one = f"{self.outputs}x{self.inputs}"
+        return one if self.count == 1 else f"{self.count} of {one}"
 
 
 def find_weights(model: nn.Module, roles: Mapping[str, set[str]]) -> Iterator[UsedWeight]:
@@ -106,9 +115,9 @@ def read_weight(model: nn.Module, weight: UsedWeight) -> Tensor:
     return value.detach()
 
 
-def find_units(weights: Iterable[UsedWeight], by_head: bool = False) -> list[MatrixUnit]:
+def find_units(weights: Iterable[UsedWeight], by: By = "part") -> list[MatrixUnit]:
     """Return the units of weights, in order."""
-    return [unit for weight in weights for unit in weight.units(by_head)]
+    return [unit for weight in weights for unit in weight.units(by)]
 
 
 def read_units(

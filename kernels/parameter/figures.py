@@ -53,16 +53,21 @@ def measure(
     `hill_alpha`. Raises ValueError, which names the unit, where entries are not finite.
     """
     found = spectra_of([*matrices.values()], needed_for(fit, tail, convention))
-    for name, one in zip(matrices, found, strict=True):
-        if not bool(one.values.isfinite().all()):
-            raise ValueError(
-                f"`{name}` has entries that are not finite, so it has no spectrum: lower the learning rate or clip"
-                " gradients, or exclude it"
-            )
+    refuse_not_finite({name: one.values for name, one in zip(matrices, found, strict=True)})
     return {
         name: _figures(one, fit, tail, convention)
         for name, one in zip(matrices, found, strict=True)
     }
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, which names the weight, where one of the tensors by its name is not finite."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"`{name}` has entries that are not finite, so it has no spectrum: lower the learning rate or clip"
+                " gradients, or exclude it"
+            )
 
 
 def _figures(one: Spectrum, fit: Fit, tail: float, convention: Convention) -> Figures:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from trainc.kernels.parameter.spectrum import CONV_SCALE, Convention, Hill, spectra
+from trainc.kernels.parameter.spectrum import Convention, matrices, spectra
 from trainc.kernels.parameter.tail_fit import Fit, fit_tail, needed_for
 
 
@@ -35,35 +36,56 @@ def farms_alpha(
     `fit`, `tail` and `convention` are those of `hill_alpha`. NaN where it means nothing. Raises ValueError for
     another shape, and for a size below 1.
     """
-    if rows < 1 or not aspect > 0 or step < 1 or (ops is not None and ops < 1):
-        raise ValueError(
-            f"rows = {rows}, aspect = {aspect:g}, ops = {ops}, step = {step}: expected numbers above 0"
-        )
-    hill = needed_for(fit, tail, convention)
-    if weight.dim() == 4:
-        pooled = [_pooled(block, hill) * CONV_SCALE for block in _blocks(weight, aspect)]
-    elif weight.dim() == 2:
-        pooled = [_pooled(list(_windows(weight, rows, aspect, ops, step)), hill)]
-    else:
-        raise ValueError(f"a spectrum needs a 2-D or 4-D weight, not shape {tuple(weight.shape)}")
-    fits = (fit_tail(one, fit, tail=tail, convention=convention).alpha for one in pooled)
-    found = [alpha for alpha in fits if math.isfinite(alpha)]
-    return fmean(found) if found else math.nan
+    windows = Windows(rows, aspect, ops, step)
+    blocks = weight.dim() == 4
+    return windows.alpha(matrices(weight), fit, tail, convention, blocks)
 
 
-def _pooled(windows: list[Tensor], hill: Hill) -> Tensor:
-    """Return the eigenvalues of all windows together, ascending."""
-    return torch.cat(spectra(windows, hill)).sort().values
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Which windows are measured: see `farms_alpha`. Raises ValueError for a size below 1."""
 
+    rows: int = 100
+    aspect: float = 1.0
+    ops: int | None = 9
+    step: int = 10
 
-def _windows(
-    weight: Tensor, rows: int, aspect: float, ops: int | None, step: int
-) -> Iterator[Tensor]:
-    """Yield the windows of a matrix."""
-    high, wide = _window(weight.shape[0], weight.shape[1], rows, aspect)
-    for top in _starts(weight.shape[0], high, ops, step):
-        for left in _starts(weight.shape[1], wide, ops, step):
-            yield weight[top : top + high, left : left + wide]
+    def __post_init__(self) -> None:
+        rows, aspect, ops, step = self.rows, self.aspect, self.ops, self.step
+        if rows < 1 or not aspect > 0 or step < 1 or (ops is not None and ops < 1):
+            raise ValueError(
+                f"rows = {rows}, aspect = {aspect:g}, ops = {ops}, step = {step}: expected numbers above 0"
+            )
+
+    def alpha(
+        self,
+        stack: Tensor,
+        fit: Fit,
+        tail: float,
+        convention: Convention,
+        blocks: bool | None = None,
+    ) -> float:
+        """Return the exponent of matrices (count, out, in): of `blocks`, as of a convolution, or else of all windows.
+
+        By default several matrices are those of a convolution.
+        """
+        blocks = len(stack) > 1 if blocks is None else blocks
+        hill = needed_for(fit, tail, convention)
+        sets = _blocks(stack, self.aspect) if blocks else [self._of(stack)]
+        pooled = (torch.cat(spectra(windows, hill)).sort().values for windows in sets)
+        fits = (fit_tail(one, fit, tail=tail, convention=convention).alpha for one in pooled)
+        found = [alpha for alpha in fits if math.isfinite(alpha)]
+        return fmean(found) if found else math.nan
+
+    def _of(self, stack: Tensor) -> list[Tensor]:
+        """Return the windows of matrices."""
+        high, wide = _window(stack.shape[1], stack.shape[2], self.rows, self.aspect)
+        return [
+            one[top : top + high, left : left + wide]
+            for one in stack
+            for top in _starts(stack.shape[1], high, self.ops, self.step)
+            for left in _starts(stack.shape[2], wide, self.ops, self.step)
+        ]
 
 
 def _window(rows: int, columns: int, high: int, aspect: float) -> tuple[int, int]:
@@ -83,10 +105,9 @@ def _starts(size: int, window: int, ops: int | None, step: int) -> list[int]:
     return [min(i * step, room) for i in range(min(ops, room // step + 1))]
 
 
-def _blocks(weight: Tensor, aspect: float) -> Iterator[list[Tensor]]:
-    """Yield the blocks of a convolution's weight: of each the matrices of all kernel positions, (long, short) cut."""
-    positions = weight.flatten(2).permute(2, 0, 1)
-    tall = positions if positions.shape[1] >= positions.shape[2] else positions.mT
+def _blocks(stack: Tensor, aspect: float) -> Iterator[list[Tensor]]:
+    """Yield the blocks along the long side of matrices: of each the same place in all of them."""
+    tall = stack if stack.shape[1] >= stack.shape[2] else stack.mT
     short = tall.shape[2]
     high, wide = (
         (short, max(1, int(short * aspect)))

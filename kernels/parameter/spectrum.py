@@ -120,7 +120,7 @@ def spectra_of(stacks: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Spectrum]:
 
     All eigenvalues are NaN for matrices that are not finite.
     """
-    sides = [_sides(stack) for stack in stacks]
+    sides = _sides(stacks)
     return [
         Spectrum(values[len(values) - len(stack) * min(side) :], len(stack), *side)
         for stack, side, values in zip(stacks, sides, _exact(stacks, hill, sides), strict=True)
@@ -151,11 +151,16 @@ def alphas(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[float]:
     return [hill.alpha(spectrum) for spectrum in spectra(weights, hill)]
 
 
-def _sides(stack: Tensor) -> tuple[int, int]:
+def _sides(stacks: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Return the numbers of rows and columns that are not zero in all matrices of a stack."""
-    some = (stack != 0).any(0)
-    rows, columns = torch.stack([some.any(1).sum(), some.any(0).sum()]).tolist()
-    return rows, columns
+    found = []
+    for stack in stacks:
+        some = (stack.detach() != 0).any(0)
+        found.append(torch.stack([some.any(1).sum(), some.any(0).sum()]))
+    # Read at once where all are on one device, so that the host waits once.
+    one = len({counts.device for counts in found}) == 1
+    read = torch.stack(found).tolist() if one else [counts.tolist() for counts in found]
+    return [(rows, columns) for rows, columns in read]
 
 
 def _exact(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +12,7 @@ from trainc.runtime.factors.course import Course
 from trainc.runtime.factors.units import (
     BalancedGroup,
     Control,
+    MeasuredPart,
     Unit,
     by_unit,
     controlled,
@@ -46,14 +47,17 @@ class Policy(Protocol):
         """Return the weight of the previous figure in the new one."""
         ...
 
-    def measure(self, weights: Sequence[Tensor]) -> list[float]:
-        """Return the figure of each weight, NaN where it means nothing."""
+    def measure(self, matrices: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the figure of each weight, or part of one, from its matrices (count, out, in).
+
+        It is NaN where it means nothing.
+        """
         ...
 
     def gain(
         self,
         figures: Mapping[str, float],
-        groups: Sequence[BalancedGroup],
+        parts: Sequence[MeasuredPart],
         members: Mapping[str, list[str]],
     ) -> float:
         """Return how much of the factors to keep, by how much of the figures' spread is noise: 1 is all."""
@@ -68,13 +72,15 @@ class Policy(Protocol):
 class BalanceFactors(Action):
     """Phase 2: measure figures and set the factors; `pace` is a second gate besides the clause's.
 
-    `highest` is the name of the factor that follows the largest one, where there is such a factor.
+    `read` gives the matrices of weights, or of their parts, as they are now, by their names. `highest` is the name of
+    the factor that follows the largest one, where there is such a factor.
     """
 
     phase = Phase.RATES
     reads_shards = True
     name: str
     policy: Policy
+    read: Callable[[Sequence[str]], dict[str, Tensor]]
     groups: Sequence[BalancedGroup]
     lr_factors: Mapping[str, LrFactor]
     few: Sequence[BalancedGroup]
@@ -87,7 +93,12 @@ class BalanceFactors(Action):
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        self.members = by_unit(self.groups, self.policy.unit)
+        self.parts = {part.name: part for group in self.groups for part in group.parts}
+        self.units = by_unit(self.groups, self.policy.unit)
+        self.members = {
+            unit: [part.name for group in groups for part in group.parts]
+            for unit, groups in self.units.items()
+        }
 
     def is_due(self, step: Step) -> bool:
         """Return whether it measures in this step, or a factor is on its way."""
@@ -108,20 +119,19 @@ class BalanceFactors(Action):
             self._record(step)
 
     def _measure(self, step: Step) -> None:
-        """Measure all groups, and send their factors where the figures say."""
-        from trainc.runtime.processes.sharded import full
-
-        figures = self.policy.measure([full(step.parameters[g.weight]) for g in self.groups])
+        """Measure all parts, and send the factors of groups where the figures say."""
+        figures = self.policy.measure(self.read([part.weight for part in self.parts.values()]))
         keep, before = self.policy.smooth or 0.0, self.alphas
         self.alphas = {}
-        for group, figure in zip(self.groups, figures, strict=True):
+        for name, part in self.parts.items():
+            figure = figures[part.weight]
             if math.isfinite(figure):
-                self.alphas[group.name] = (
-                    keep * before.get(group.name, figure) + (1 - keep) * figure
+                self.alphas[name] = keep * before.get(name, figure) + (1 - keep) * figure
+            elif name in before or not self.measurements:
+                reason = (
+                    "is zero or of low rank, or a mask left too little of it, so it is not measured"
                 )
-            elif group.name in before or not self.measurements:
-                reason = "is zero, not finite or of low rank, so its factor is 1"
-                step.notes.append(f"{self.name}: `{group.weight}` {reason}")
+                step.notes.append(f"{self.name}: `{part.weight}` {reason}")
         if self.policy.control != "static" or not self.measurements:
             self.course.aim(self._targets(), step.clock)
         self.first_spread = self.first_spread if self.measurements else self.spread
@@ -129,21 +139,22 @@ class BalanceFactors(Action):
 
     def _targets(self) -> dict[str, float]:
         """Return the factors that the figures ask for; a control may change what they follow."""
-        self.gain = self.policy.gain(self.alphas, self.groups, self.members)
+        self.gain = self.policy.gain(self.alphas, [*self.parts.values()], self.members)
         figures = controlled(
             unit_means(self.alphas, self.members), self.policy.control, self.measurements
         )
         found = self.policy.factors(figures, self.gain)
         targets = dict.fromkeys(self.lr_factors, 1.0)
-        for unit, names in self.members.items():
-            targets |= {n: found[unit] for n in names if n in self.alphas}
+        for unit, groups in self.units.items():
+            known = (g for g in groups if any(part.name in self.alphas for part in g.parts))
+            targets |= {group.name: found[unit] for group in known}
         if self.highest is not None:
             targets[self.highest] = max(found.values(), default=1.0)
         return targets
 
     @property
     def spread(self) -> float:
-        """Return the standard deviation of the figures over the measured groups."""
+        """Return the standard deviation of the figures over the measured parts."""
         return pstdev(self.alphas.values()) if self.alphas else 0.0
 
     def _record(self, step: Step) -> None:
@@ -174,13 +185,13 @@ class BalanceFactors(Action):
             "gain": Number(0, 1),
         }
         factors, ramps = self.course.form()
-        figures = {f"alpha/{name}": AnyNumber() for name in self.lr_factors}
+        figures = {f"alpha/{name}": AnyNumber() for name in self.parts}
         return Record(entries | factors, ramps | figures)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         named = {key: key.partition("/")[2] for key in state if "/" in key}
         for name in named.values():
-            if name not in self.lr_factors:
+            if name not in self.lr_factors and name not in self.parts:
                 raise ValueError(
                     f"{self.name}: the checkpoint has a factor for `{name}`, which this clause does not select"
                 )

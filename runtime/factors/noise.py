@@ -36,7 +36,7 @@ def chi_squared(degrees: int) -> float:
 def noise_of_means(
     noise: Mapping[str, float], members: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Return the standard deviation of each unit's mean over those of its groups that have a figure."""
+    """Return the standard deviation of each unit's mean over those of its parts that have a figure."""
     found = {unit: [noise[n] for n in names if n in noise] for unit, names in members.items()}
     return {
         unit: math.sqrt(math.fsum(sd**2 for sd in values)) / len(values)

@@ -14,16 +14,32 @@ Control = Literal["none", "permuted", "reversed", "static"]
 
 
 @dataclass(frozen=True, slots=True)
-class BalancedGroup:
-    """The parameters that share one factor, and the one of them that is measured, by its `eigenvalues`."""
+class MeasuredPart:
+    """What has one spectrum, with `eigenvalues`: a weight or a part of it.
+
+    `shape` is that of a weight, (out, in) or (out, in, kh, kw).
+    """
 
     name: str
     weight: str
     shape: tuple[int, ...]
     eigenvalues: int
+
+
+@dataclass(frozen=True, slots=True)
+class BalancedGroup:
+    """The parameters that share one factor, and the parts of their weight that are measured."""
+
+    name: str
+    parts: tuple[MeasuredPart, ...]
     parameters: tuple[str, ...]
     block: int | None = None
     """The number of its block, from 1; None for what is before the first or after the last."""
+
+    @property
+    def eigenvalues(self) -> int:
+        """Return the number of eigenvalues of the part that has most."""
+        return max(part.eigenvalues for part in self.parts)
 
     def unit(self, unit: Unit) -> str | None:
         """Return the name of the unit that it belongs to; None for a group outside of all blocks.
@@ -37,17 +53,17 @@ class BalancedGroup:
         return None if self.block is None else f"block {self.block}"
 
 
-def by_unit(groups: Iterable[BalancedGroup], unit: Unit) -> dict[str, list[str]]:
-    """Return the names of the groups of each unit."""
-    members: dict[str, list[str]] = {}
+def by_unit(groups: Iterable[BalancedGroup], unit: Unit) -> dict[str, list[BalancedGroup]]:
+    """Return the groups of each unit."""
+    members: dict[str, list[BalancedGroup]] = {}
     for group in groups:
         if (name := group.unit(unit)) is not None:
-            members.setdefault(name, []).append(group.name)
+            members.setdefault(name, []).append(group)
     return members
 
 
 def unit_means(figures: Mapping[str, float], members: Mapping[str, list[str]]) -> dict[str, float]:
-    """Return the mean figure of each unit over those of its groups that have one; units without any are left out."""
+    """Return the mean figure of each unit over those of its parts that have one; units without any are left out."""
     found = {unit: [figures[n] for n in names if n in figures] for unit, names in members.items()}
     return {unit: fmean(values) for unit, values in found.items() if values}
 

@@ -160,9 +160,9 @@ LAYERS = {
 }
 
 
-def check(model: nn.Module, expected: Expected, by_head: bool = False) -> None:
+def check(model: nn.Module, expected: Expected, by: Any = "part") -> None:
     """Compare units and their figures with matrices cut by hand, and singular values of these in float64."""
-    units = find_units(build_inventory(model).weights, by_head)
+    units = find_units(build_inventory(model).weights, by)
     found = read_units(model, units)
     assert list(found) == list(expected)
     figures = measure(found)
@@ -188,7 +188,7 @@ def test_layers_divide_as_they_compute(name: str) -> None:
 
 def test_attention_divides_by_head() -> None:
     torch.manual_seed(0)
-    check(*attention(True), by_head=True)
+    check(*attention(True), by="head")
 
 
 def test_a_weight_with_a_lora_adapter_is_measured_with_its_update() -> None:
@@ -311,7 +311,7 @@ def test_models_of_transformers_divide_as_they_compute(made: Callable[[], Made])
 @pytest.mark.models
 def test_heads_of_grouped_queries_are_as_many_as_the_model_has() -> None:
     torch.manual_seed(0)
-    check(*llama_by_head(), by_head=True)
+    check(*llama_by_head(), by="head")
 
 
 @pytest.mark.models
@@ -333,3 +333,24 @@ def test_a_weight_that_peft_adapts_is_measured_with_its_update() -> None:
         name = name.replace("c_attn", "c_attn.base_layer")
         found[f"base_model.model.{name}"] = parts[fused] if fused else weight
     check(adapted, found)
+
+
+def test_a_masked_weight_is_measured_as_it_is_used() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 12))
+    spec = """
+    train 1
+    loss mse
+    mask magnitude on "0.weight" { density = 50%, granularity = row }
+    optimizer sgd { lr = 0.01 }
+    """
+    program = trainc.compile(spec, model)
+    program.step((torch.randn(4, 24), torch.randn(4, 12)))
+    units = find_units(build_inventory(model).weights)
+    found = measure(read_units(model, units))["0.weight"]
+    kept = model[0].weight.detach()
+    kept = kept[kept.any(1)]
+    assert tuple(kept.shape) == (found.spectrum.rows, found.spectrum.columns) == (8, 24)
+    known = torch.linalg.svdvals(kept.double()).square().flip(0)
+    torch.testing.assert_close(found.spectrum.values, known, rtol=1e-5, atol=0)
+    assert found.alpha == pytest.approx(1 + 4 / float((known[4:] / known[4]).log().sum()))

@@ -1,7 +1,7 @@
 """Print a plan as tables."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,8 @@ from trainc.runtime.memory.needs import format_bytes
 
 ROWS = 40
 """The largest number of rows of a table without `--full`."""
+PARTS = 3
+"""The largest number of parts of a weight that are all named."""
 SCHEDULES = 4
 """The largest number of scheduled numbers side by side without `--full`."""
 WIDTH = 132
@@ -50,6 +52,7 @@ def print_plan(plan: Plan, full: bool) -> None:
         for r in plan.shares
     ]
     table("What each clause reaches", "clause, what, parameters, entries, of what trains", shares)
+    table("What is measured", "clause, weight, count, parts, sizes, why", _measured(plan, full))
     actions = [
         (f"{r['phase']} {r['name']}", r["clause"], r["action"], _join(r["reads"]), _join(r["writes"]), r["every"])
         for r in plan.steps
@@ -95,6 +98,27 @@ def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
         )
         for name, count, p, last in _group_rows(rows, "name", keys, full)
     ]
+
+
+def _measured(plan: Plan, full: bool) -> list[Sequence[str]]:
+    keys = ("clause", "parts", "sizes", "reason")
+    return [
+        (
+            row["clause"],
+            name,
+            count,
+            _listed(row["parts"]),
+            _listed(dict.fromkeys(row["sizes"])),
+            row["reason"],
+        )
+        for name, count, row, _ in _group_rows(plan.measured, "weight", keys, full)
+    ]
+
+
+def _listed(words: Collection[str]) -> str:
+    """Return a few words with commas, and the first and the last of many."""
+    found = [*words]
+    return ", ".join(found) if len(found) <= PARTS else f"{found[0]} .. {found[-1]}"
 
 
 def _decay(decay: float | str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -13,7 +14,14 @@ from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem, R
 from trainc.dsl.values import value_json as v
 from trainc.runtime.factors.maps import Map, balance
 from trainc.runtime.factors.noise import noise_of_means, spread_gain
-from trainc.runtime.factors.units import BalancedGroup, Control, Unit, by_unit, unit_means
+from trainc.runtime.factors.units import (
+    BalancedGroup,
+    Control,
+    MeasuredPart,
+    Unit,
+    by_unit,
+    unit_means,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +29,7 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import Inventory, ParameterEntry
+    from trainc.compiler.structure.weights import By, MatrixUnit
 
 # How often to measure where the clause does not say.
 EVERY_STEPS = 100
@@ -63,6 +72,11 @@ class MeasuredPolicy(Construct):
     unit: Unit = Field(
         default="module",
         description="what has an alpha of its own: a `module`, a `block` or a `type`, with the mean over its modules",
+    )
+    split: bool = Field(
+        default=True,
+        description="whether queries, keys and values of a fused projection, experts and gates are measured apart;"
+        " `false` is as published",
     )
     shrink: bool = Field(
         default=True,
@@ -136,11 +150,14 @@ class MeasuredPolicy(Construct):
         return self
 
     @abstractmethod
-    def measure(self, weights: Sequence[Tensor]) -> list[float]:
-        """Return the figure of each weight, NaN where it means nothing."""
+    def measure(self, matrices: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the figure of each weight, or part of one, from its matrices (count, out, in); NaN where it has none.
+
+        Raises ValueError, which names the weight, for entries that are not finite.
+        """
 
     def levels(
-        self, figures: Mapping[str, float], groups: Sequence[BalancedGroup]
+        self, figures: Mapping[str, float], parts: Sequence[MeasuredPart]
     ) -> tuple[dict[str, float], dict[str, float]] | None:
         """Return figures that compare over shapes, and their standard deviations by chance; None if not known."""
         return None
@@ -148,11 +165,11 @@ class MeasuredPolicy(Construct):
     def gain(
         self,
         figures: Mapping[str, float],
-        groups: Sequence[BalancedGroup],
+        parts: Sequence[MeasuredPart],
         members: Mapping[str, list[str]],
     ) -> float:
         """Return how much of the factors to keep: see `spread_gain`."""
-        found = self.levels(figures, groups) if self.shrink else None
+        found = self.levels(figures, parts) if self.shrink else None
         if found is None:
             return 1.0
         levels, noise = unit_means(found[0], members), noise_of_means(found[1], members)
@@ -176,14 +193,20 @@ class MeasuredPolicy(Construct):
         """Return the groups to balance, and those that have too few eigenvalues for it."""
         groups, _ = self._found(parameters, inventory)
         kept = groups[int(self.skip_first) : len(groups) - int(self.skip_last)]
-        few = [group for group in kept if group.eigenvalues < self.min_eigenvalues]
-        return [group for group in kept if group not in few], few
+        least = self.min_eigenvalues
+        few = [group for group in kept if group.eigenvalues < least]
+        return [_without_small_parts(group, least) for group in kept if group not in few], few
 
     def _found(
         self, parameters: Iterable[ParameterEntry], inventory: Inventory
     ) -> tuple[list[BalancedGroup], list[ParameterEntry]]:
         highest = self._highest(inventory)
-        return find_groups([p for p in parameters if p.name not in highest], self.follow)
+        measured = [p for p in parameters if p.name not in highest]
+        return find_groups(measured, inventory, self._by, self.follow)
+
+    @property
+    def _by(self) -> By:
+        return "part" if self.split else "whole"
 
     def _highest(self, inventory: Inventory) -> set[str]:
         """Return the parameters that get the highest factor."""
@@ -201,7 +224,7 @@ class MeasuredPolicy(Construct):
             yield Problem(
                 "wrong-target-kind",
                 f"these parameters have no spectrum: {shown}{', ...' if len(unfit) > 5 else ''}",
-                notes=("a spectrum needs a 2-D or 4-D weight that is not an embedding",),
+                notes=("a spectrum needs a weight of matrices that is not an embedding",),
                 help="exclude them from `on`, for instance with `- type(Embedding) - role(norm)`, or write"
                 " `follow = true` for norms and `highest = type(Embedding)` for embeddings",
             )
@@ -227,12 +250,23 @@ class MeasuredPolicy(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Give every group a factor, and measure before the optimizer's rates are set."""
+        from trainc.compiler.structure.weights import find_units, read_units
         from trainc.runtime.factors.action import BalanceFactors
         from trainc.runtime.factors.course import Course
+        from trainc.runtime.processes.sharded import full
         from trainc.runtime.schedule.gate import Gate
         from trainc.runtime.schedule.time_span import TimeSpan
 
         groups, few = self.groups(to.parameters(), to.inventory)
+        chosen = {part.weight for group in groups for part in group.parts}
+        found = find_units(to.inventory.weights, self._by)
+        units = {unit.name: unit for unit in found if unit.name in chosen}
+        self._show(to, units)
+        model = to.model
+
+        def read(names: Sequence[str]) -> dict[str, Tensor]:
+            return read_units(model, [units[name] for name in names], full)
+
         scaled = {group.name: group.parameters for group in groups}
         top = None
         if self.highest is not None:
@@ -242,4 +276,18 @@ class MeasuredPolicy(Construct):
         pace = None if to.clause.every else Gate(every=TimeSpan(EVERY_STEPS, "steps"))
         ramp = None if self.ramp is None else to.window(None, None, self.ramp).every
         course = Course(tuple(scaled), self.hysteresis, ramp)
-        to.action(BalanceFactors(to.label, self, groups, lr_factors, few, pace, course, top))
+        to.action(BalanceFactors(to.label, self, read, groups, lr_factors, few, pace, course, top))
+
+    def _show(self, to: Lowering, units: Mapping[str, MatrixUnit]) -> None:
+        """Show in the plan what of each weight is measured, and why it is divided so."""
+        used = {unit.weight.name: unit.weight for unit in units.values()}
+        for name, weight in used.items():
+            own = weight.units(self._by)
+            sizes = {unit.part.name: unit.size for unit in own if unit.name in units}
+            small = len(own) - len(sizes)
+            why = "one matrix, as `split = false` says" if not self.split else weight.reason
+            to.measures(name, sizes, f"{why}; {small} too small" if small else why)
+
+
+def _without_small_parts(group: BalancedGroup, least: int) -> BalancedGroup:
+    return replace(group, parts=tuple(p for p in group.parts if p.eigenvalues >= least))

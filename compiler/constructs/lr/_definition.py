@@ -25,6 +25,21 @@ def alpha_of(values: Iterable[float], fit: str, xmin_pos: float, convention: str
     return 1 + k / math.fsum(math.log(value / x[n - k - 1]) for value in x[n - k :])
 
 
+def figure_of(values: Sequence[float], alpha: float, metric: str | None) -> float:
+    """Return a figure of a spectrum; all that follow from alpha and the shape are alpha here."""
+    largest, total = max(values), math.fsum(values)
+    if metric == "log_alpha":
+        return alpha * math.log10(largest)
+    if metric == "stable_rank":
+        return total / largest
+    if metric == "spectral_norm":
+        return math.sqrt(largest)
+    if metric == "entropy":
+        parts = (value / total for value in values)
+        return -math.fsum(p * math.log(p) for p in parts if p > 0) / math.log(len(values))
+    return alpha
+
+
 def hill(x: Sequence[float], i: int) -> float:
     """Return the exponent of the tail that begins at value number `i`."""
     return 1 + (len(x) - i) / math.fsum(math.log(value / x[i]) for value in x[i:])

@@ -17,6 +17,15 @@ class TempBalance(SpectralPolicy):
     selected matrices, each has its own factor and the vectors keep their rate. With `follow`,
     norms and the like share that of the module before them in their block.
 
+    What is measured is a matrix as the model uses it. Queries, keys and values of a fused
+    projection, experts, and gates of recurrent layers have a spectrum each, and their parameter
+    the factor of their mean (`split = false`: one spectrum, as published). A weight with an adapter
+    is W + scale B A, and the factor that of A and B. Tied weights are measured once; rows and
+    columns of zeros, which masks leave, do not count. A mask that is chosen in the step of a
+    measurement is in the next one. The plan lists what is measured, and why it is divided so.
+    `window` takes windows of one aspect in place of the whole (Hu et al., ICML 2025,
+    arXiv:2506.06280): those of released code are `window = 100`.
+
     Two things differ from the paper by default. `metric = calibrated`: of random weights alpha says
     the shape alone, 2.12 for a square and 4.5 for 1 to 8, and so factors would. The figure is
     1 + 1.12 (alpha - 1) / (null - 1), where null is the alpha of independent entries of the shape.
@@ -52,9 +61,10 @@ class TempBalance(SpectralPolicy):
     Factors are measured at the first step that is due, then `every` so often, by default every 100
     steps; between measurements and after `until` the last factors hold. The factor is 1 if all
     exponents are equal or there is only one (the published code gives the high end), and, with a
-    note, for a weight that is zero, not finite or of low rank. Modules with fewer eigenvalues than
-    `min_eigenvalues` keep their rate. Embeddings, and modules without a 2-D or 4-D weight, may be
-    selected by `highest` or `follow` alone.
+    note, for a weight that is zero or of low rank. A weight that is not finite is an error. Parts
+    with fewer eigenvalues than `min_eigenvalues` are not measured, and modules without another part
+    keep their rate. Embeddings, and modules without a matrix, may be selected by `highest` or
+    `follow` alone.
     """
 
     cite: ClassVar = "Zhou et al., Temperature Balancing, NeurIPS 2023, arXiv:2312.00359"

@@ -40,7 +40,7 @@ REFERENCE = json.loads((Path(__file__).parents[2] / "reference/layer_rates.json"
 
 def published(**fields: Any) -> TempBalance:
     """Return the clause as published: it follows alpha itself, all of its spread."""
-    return TempBalance(metric="alpha", shrink=False, **fields)
+    return TempBalance(metric="alpha", shrink=False, split=False, **fields)
 
 
 def mlp() -> nn.Module:
@@ -427,8 +427,11 @@ def test_what_has_no_spectrum_may_not_be_selected() -> None:
     assert problems(net, "fc.0.bias", "fc.1.weight", "fc.2.weight") == [
         ("wrong-target-kind", "error")
     ]
-    conv = nn.ModuleDict({"a": nn.Conv1d(64, 64, 3), "fc": same_size()})
-    assert problems(conv) == [("wrong-target-kind", "error")]
+    table = nn.Module()
+    table.bias = nn.Parameter(torch.randn(1, 4, 64))
+    assert problems(nn.ModuleDict({"a": table, "fc": same_size()})) == [
+        ("wrong-target-kind", "error")
+    ]
 
 
 def test_fewer_than_two_measured_modules_are_told_to_do_nothing() -> None:
