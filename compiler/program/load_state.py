@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainc.compiler.execution.evaluations import Evaluations
 from trainc.compiler.execution.execution import Execution
 from trainc.compiler.model.undisturbed import own_generators
 from trainc.compiler.plan.identity import batch_differs, differences, identity_of
@@ -49,7 +50,8 @@ class Parts:
     machine: StepMachine
     execution: Execution
     history: TermHistory
-    fitting: FittingSize
+    fitting: Mapping[str, FittingSize]
+    """The numbers of samples that fit into memory, by their names in a state."""
 
 
 _PAIR = ListOf(Plain())
@@ -77,7 +79,7 @@ _COMPILED = {
 _TERMS = Record(more=AnyNumber())
 _SKIPPED = Record({name: Count() for name in ("unsound", "in_row", "overflowed")})
 
-_FITTING = Record({name: Count(1) for name in ("size", "failed", "step")})
+_FITTING = Record({"size": Count(1), "failed": Count(1), "step": Count()})
 
 
 def check_shared(state: Mapping[str, Any], machine: StepMachine) -> None:
@@ -112,7 +114,11 @@ def check_shared(state: Mapping[str, Any], machine: StepMachine) -> None:
             "rates": Record(rates),
             "optimizers": Record(more=optimizer),
         },
-        {"evaluation": Record(more=Anything()), "fitting": Optional(_FITTING)},
+        {
+            "evaluation": Record(more=Anything()),
+            "fitting": Optional(_FITTING),
+            "fitting_evaluation": _FITTING,
+        },
     ).check(state, "")
     check_clock(state["clock"], "clock")
 
@@ -206,7 +212,8 @@ def load_parts(state: Mapping[str, Any], parts: Parts, accept: bool) -> list[str
     machine = parts.machine
     lost = (machine.load_compatible if accept else machine.load_state_dict)(state) or []
     parts.history.load_state_dict(state["history"])
-    parts.fitting.load_state_dict(state.get("fitting"))
+    for name, size in parts.fitting.items():
+        size.load_state_dict(state.get(name))
     with reading("execution", "what this program keeps of its executors"):
         parts.execution.load_state_dict(state["execution"], accept=accept)
     return lost
@@ -220,7 +227,7 @@ def unchanged_on_error(parts: Parts) -> Iterator[None]:
         for name, value in parts.module.state_dict().items()
     }
     history, execution = parts.history.state_dict(), parts.execution.state_dict()
-    fitting = parts.fitting.state_dict()
+    fitting = {name: size.state_dict() for name, size in parts.fitting.items()}
     put_back = parts.machine.keep()
     try:
         yield
@@ -229,7 +236,8 @@ def unchanged_on_error(parts: Parts) -> Iterator[None]:
             parts.module.load_state_dict(weights)
         put_back()
         parts.history.load_state_dict(history)
-        parts.fitting.load_state_dict(fitting)
+        for name, size in parts.fitting.items():
+            size.load_state_dict(fitting[name])
         parts.execution.load_state_dict(execution)
         raise
 
@@ -239,6 +247,7 @@ class LoadableProgram(SavableProgram):
 
     settings: RunSettings
     _runner: StepRunner
+    _evaluations: Evaluations
 
     def differences(self, state: Mapping[str, Any]) -> list[Difference]:
         """Return how the spec, model and rates that made a state differ from those of this program.
@@ -271,7 +280,8 @@ class LoadableProgram(SavableProgram):
     def _load(self, state: Mapping[str, Any], *, accept: bool) -> list[str]:
         check_differences(self.differences(state), accept)
         runner = self._runner
-        parts = Parts(self.module, self._machine, self.execution, runner.history, runner.fitting)
+        sizes = {"fitting": runner.fitting, "fitting_evaluation": self._evaluations.size}
+        parts = Parts(self.module, self._machine, self.execution, runner.history, sizes)
         check_state(state, parts, accept, on_nan=self.settings.on_nan)
         self._runner.discard_step()
         if self._runner.last is None:  # parameters may have been sharded since `compile`

@@ -64,6 +64,8 @@ class OpenStep:
     ) -> None:
         self.fitting = FittingSize(goes_on=False) if fitting is None else fitting
         """The number of examples in one pass that fits into memory."""
+        self.notes: list[str] = []
+        """What to say with the next step, of what was between them."""
         self.execution, self.method, self._exchange = execution, method, exchange
         self.machine, self.settings = machine, settings
         self.last: Step | None = None
@@ -107,6 +109,7 @@ class OpenStep:
         step = self.machine.current
         assert step is not None
         try:
+            step.notes, self.notes = [*self.notes, *step.notes], []
             self._finish(step, scaler)
         except BaseException as error:
             self._forget_passes(step)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.execution.distributed import first_shard
+from trainc.compiler.execution.evaluations import Evaluations
 from trainc.compiler.execution.execution import Execution, Executor
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.layers.bound_modules import Sites
@@ -68,6 +69,7 @@ class Program(LoadableProgram, OwnLoopProgram):
         self._method = method
         self._evaluation = EvaluationWeights(model, method.evaluated_with.values(), method.actions)
         self._observers = EvaluationObservers(method.evaluation_observers, self.clock)
+        self._evaluations = Evaluations(self.execution, self._observers, goes_on=halves_micro)
         self._machine = StepMachine(method.actions, self.clock, self.execution.parameters, signals)
         self._machine.set_sizes(batch_size, micro_size)
         exchanges = (ExchangeReplicas(self.execution, one, plan.hash) for one in method.exchanges)
@@ -229,13 +231,16 @@ class Program(LoadableProgram, OwnLoopProgram):
         Where the model computes its own loss, a dict with the labels in it may be given without `targets`.
 
         The model runs in eval mode, with `evaluation_weights`, unchanged by the spec, and without the terms that the
-        spec adds to the loss.
+        spec adds to the loss. Where a pass runs out of memory, it is repeated in parts as the spec's `micro = auto` has
+        it; without that, OutOfMemory says what fits.
         """
         self._runner.refuse_inside_block("evaluate")
         whole = inputs if targets is None else (inputs, targets)
         batch = self.execution.losses.batch(whole)
         with self.evaluation_weights():
-            return self.execution.evaluate(*batch, self._observers, self.fitting_size)
+            found = self._evaluations.run(batch, self.fitting_size)
+        self._runner.notes += self._evaluations.news()
+        return found
 
     @property
     def measures_evaluations(self) -> bool:
@@ -306,13 +311,14 @@ class Program(LoadableProgram, OwnLoopProgram):
         """Return the state with what is sharded over processes as it is, for a checkpoint that all of them write."""
         with self._evaluation.trained() as kept:
             weights, machine = Unwrapped(self.module).state_dict(), kept(self._machine.state_dict())
-        others = self._evaluation.state()
+        others, evaluations = self._evaluation.state(), self._evaluations.size.state_dict()
         return {
             "made_by": identity_of(self.plan),
             "model": weights,
             "history": self._runner.history.state_dict(),
             "execution": self.execution.state_dict(),
             "fitting": self._runner.fitting.state_dict(),
+            **({} if evaluations is None else {"fitting_evaluation": evaluations}),
             **({"evaluation": others} if others else {}),
             **machine,
         }
@@ -332,5 +338,5 @@ class Program(LoadableProgram, OwnLoopProgram):
         actions, reasons = self._machine.actions, self.execution.reasons.values()
         history, steps = self._runner.history, self.clock.steps
         lines = summary_lines(self._method, self.plan.clauses, history, actions, reasons, steps)
-        fitting = self._runner.fitting.summary()
-        return [*lines, *([] if fitting is None else [fitting])]
+        sizes = (self._runner.fitting.summary(), self._evaluations.size.summary())
+        return [*lines, *filter(None, sizes)]

@@ -19,6 +19,12 @@ class FittingSize:
     error names that number.
     """
 
+    a_pass = "a pass"
+    """What ran out of memory, as messages have it."""
+    tried = "this step was tried with them, and nothing of it is left"
+    own_loop = "`program.step` with a list of micro-batches of {count}"
+    """What to call in a loop of the user's own."""
+
     def __init__(self, *, goes_on: bool) -> None:
         self.goes_on = goes_on
         self.size: int | None = None
@@ -46,7 +52,7 @@ class FittingSize:
             first = error
         self.failed = failed = min(self.size or samples, samples)
         if not alone:
-            raise OutOfMemory(f"{_failure(failed, first)}. {_OTHERS_WAIT}") from first
+            raise OutOfMemory(f"{self._failure(failed, first)}. {_OTHERS_WAIT}") from first
         while failed > 1:
             size = -(-failed // 2)
             try:
@@ -55,7 +61,7 @@ class FittingSize:
                 undo()
                 if not ran_out_of_memory(error):
                     why = f"Passes of {size} cannot be tried: {first_line(error)}"
-                    raise OutOfMemory(f"{_failure(self.failed, first)}. {why}") from error
+                    raise OutOfMemory(f"{self._failure(self.failed, first)}. {why}") from error
                 release(error)
                 failed = size
                 continue
@@ -63,14 +69,18 @@ class FittingSize:
                 self.size, self.failed, self._found = size, failed, True
                 return found
             undo()
-            raise OutOfMemory(f"{_failure(self.failed, first)}. {_advice(size)}", size) from first
-        raise OutOfMemory(f"{_failure(self.failed, first)}. {_NOTHING_FITS}") from first
+            why = f"{self._failure(self.failed, first)}. {self._advice(size)}"
+            raise OutOfMemory(why, size) from first
+        raise OutOfMemory(f"{self._failure(self.failed, first)}. {_NOTHING_FITS}") from first
 
     def news(self, step: int) -> str | None:
         """Return what to say of a step where its passes were found to fit with fewer samples only."""
         if not self._found:
             return None
         self._found, self.step = False, step
+        return self._news()
+
+    def _news(self) -> str:
         return (
             f"a pass of {self.failed} samples ran out of memory: this step was repeated with {self.size} in a pass, and"
             " so many have those of the next steps"
@@ -93,8 +103,33 @@ class FittingSize:
         if self.size is None:
             return None
         return (
-            f"micro = auto: {self.size} samples in a pass since step {self.step}, because {self.failed} ran out of"
-            " memory"
+            f"micro = auto: {self.size} samples in {self.a_pass} since step {self.step}, because {self.failed} ran out"
+            " of memory"
+        )
+
+    def _failure(self, samples: int, error: Exception) -> str:
+        return f"{self.a_pass} of {_samples(samples)} ran out of memory. {first_line(error)}"
+
+    def _advice(self, size: int) -> str:
+        count = _samples(size, "1 sample")
+        return (
+            f"Passes of {count} fit: {self.tried}. Write `micro = {count}` in the spec's `data`, or `micro = auto`,"
+            " which finds it and goes on; in a loop of your own without `data` call"
+            f" {self.own_loop.format(count=count)}"
+        )
+
+
+class EvaluationSize(FittingSize):
+    """The same for the passes of evaluations, which may have less memory: other weights, or tensors of observers."""
+
+    a_pass = "a pass of an evaluation"
+    tried = "this evaluation was tried with them"
+    own_loop = "`program.evaluate` with {count} at a time"
+
+    def _news(self) -> str:
+        return (
+            f"a pass of {self.failed} samples of an evaluation ran out of memory: it was repeated with {self.size} in a"
+            " pass, and so many have those of the next evaluations"
         )
 
 
@@ -109,15 +144,5 @@ _OTHERS_WAIT = (
 )
 
 
-def _failure(samples: int, error: Exception) -> str:
-    what = "one sample" if samples == 1 else f"{samples} samples"
-    return f"a pass of {what} ran out of memory. {first_line(error)}"
-
-
-def _advice(size: int) -> str:
-    count = "1 sample" if size == 1 else f"{size} samples"
-    return (
-        f"Passes of {count} fit: this step was tried with them, and nothing of it is left. Write `micro = {count}` in"
-        " the spec's `data`, or `micro = auto`, which finds it and goes on; in a loop of your own without `data` call"
-        f" `program.step` with a list of micro-batches of {count}"
-    )
+def _samples(count: int, one: str = "one sample") -> str:
+    return one if count == 1 else f"{count} samples"

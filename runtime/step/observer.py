@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from trainc.runtime.step.action import Action, Phase
@@ -105,7 +105,7 @@ class Observer(Action):
 
     @abstractmethod
     def see(self, forward: Seen) -> None:
-        """Take in one micro-batch."""
+        """Take in one micro-batch: put new tensors in place of those that it holds, or in its lists and dicts."""
 
     @abstractmethod
     def found(self, replicas: ReplicaGroup | None = None) -> Mapping[str, float]:
@@ -151,6 +151,18 @@ class EvaluationObservers:
             if observer.gate is None or observer.gate.fires(self._clock):
                 observer.read(forward)
 
+    def kept(self) -> Callable[[], None]:
+        """Return what lets the observers forget all that they see from now on: passes may be repeated."""
+        at = self._at
+        held = [(one, {n: _copied(v) for n, v in vars(one).items()}) for one in self._observers]
+
+        def restore() -> None:
+            self._at = at
+            for observer, values in held:
+                vars(observer).update({n: _copied(v) for n, v in values.items()})
+
+        return restore
+
     def finish(self, signals: Signals) -> dict[str, float]:
         """Return what was measured since the evaluation began, and set the signals; the next one begins anew."""
         found: dict[str, float] = {}
@@ -160,3 +172,7 @@ class EvaluationObservers:
         self._at = -1
         signals.update(found)
         return found
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, list | dict | set) else value

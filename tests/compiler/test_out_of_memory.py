@@ -275,6 +275,45 @@ def test_an_evaluation_has_passes_of_that_number_too() -> None:
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
 
 
+def test_an_evaluation_that_runs_out_of_memory_is_repeated_in_halves() -> None:
+    auto, whole = (compiled("auto", "observe calibration { bins = 3 }") for _ in range(2))
+    trained(auto, 1)
+    loaded(whole, auto)
+    expected, measured = whole.evaluate(*batch(9)), whole.evaluation_metrics()
+    Allocator.limit, Allocator.calls, Allocator.only = 4, 0, range(1, 2)
+    auto.evaluate(*batch(9))  # a first half was seen before the pass of the second half fails
+    auto.evaluation_metrics()
+    Allocator.limit, Allocator.calls, Allocator.only = 3, 0, range(2, 3)
+    found = auto.evaluate(*batch(9))
+    assert found[1:] == expected[1:]
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert auto.evaluation_metrics() == pytest.approx(measured)
+    assert auto.fitting_size is None
+    Allocator.limit = Allocator.only = None
+    trained(auto, 1, first=1)
+    notes = [note for note in auto.report().notes if "of an evaluation ran out of memory" in note]
+    assert [("repeated with 4" in note, "repeated with 2" in note) for note in notes] == [
+        (True, False),
+        (False, True),
+    ]
+    resumed = compiled("auto", "observe calibration { bins = 3 }")
+    resumed.load_state_dict(auto.state_dict())
+    assert resumed.evaluate(*batch(9)) == auto.evaluate(*batch(9))
+    line = "micro = auto: 2 samples in a pass of an evaluation since step 1, because 4 ran out of memory"
+    assert [one for one in resumed.summary() if "of an evaluation" in one] == [line]
+
+
+def test_without_auto_an_evaluation_that_does_not_fit_says_what_does() -> None:
+    program = compiled("", "")
+    Allocator.limit = 3
+    with pytest.raises(
+        OutOfMemory, match=r"`micro = 2 samples`.*evaluate` with 2 samples"
+    ) as found:
+        program.evaluate(*batch(9))
+    assert "a pass of an evaluation of 8 samples ran out of memory" in str(found.value)
+    assert program.clock.steps == 0
+
+
 def test_an_evaluation_in_parts_has_the_losses_of_a_sum_of_the_whole() -> None:
     data = 'data "examples.data:stdlib" { batch = 6 samples, micro = auto } '
     (model, batch_), whole = made(), made()[0]
