@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     from trainc.dsl.resolve.spec import Spec as Spec
     from trainc.dsl.resolve.statements import Clause as Clause
     from trainc.dsl.text.errors import SpecError as SpecError
+    from trainc.runtime.step.action import RollBack as RollBack
+    from trainc.runtime.step.action import StopRun as StopRun
 
     __version__: str
 
 _HOME = {
     "Clause": "trainc.dsl.resolve.statements",
     "Program": "trainc.compiler.program.program",
+    "RollBack": "trainc.runtime.step.action",
     "Spec": "trainc.dsl.resolve.spec",
     "SpecError": "trainc.dsl.text.errors",
+    "StopRun": "trainc.runtime.step.action",
     "catalog": "trainc.compiler.catalog",
     "check": "trainc.compiler.catalog",
     "compile": "trainc.compiler.driver.compile",

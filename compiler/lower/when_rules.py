@@ -19,7 +19,9 @@ from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.vocabulary import EVALUATED
 from trainc.dsl.values.value_json import Expr, to_json
 from trainc.runtime.rules.actions import (
+    Evaluate,
     Freeze,
+    GoBack,
     RuleAction,
     Save,
     SetBatch,
@@ -84,8 +86,11 @@ class _RuleCompiler:
         needs = sorted(
             {name for name in names_read(to_json(self.rule.condition)) if name in clause_signals}
         )
-        waits = (self.rule.hold, self.rule.cooldown)
-        hold, cooldown = (None if wait is None else self.context.counted(wait) for wait in waits)
+        waits = {"for": self.rule.hold, "cooldown": self.rule.cooldown}
+        hold, cooldown = (
+            None if wait is None else self._try(part, partial(self.context.counted, wait))
+            for part, wait in waits.items()
+        )
         acts = [action for action in actions if action is not None]
         read = dict.fromkeys(names_read(to_json(self.rule.condition)))
         needs = [n for n in read if n in clause_signals or n.startswith(EVALUATED)]
@@ -133,6 +138,10 @@ class _RuleCompiler:
                 return Stop()
             case "save":
                 return Save()
+            case "evaluate":
+                return Evaluate()
+            case "rollback":
+                return GoBack()
             case "open" | "close":
                 self._clause(str(argument))
                 return Switch(context.switches, str(argument), action.verb == "open")

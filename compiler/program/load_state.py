@@ -269,6 +269,24 @@ class LoadableProgram(SavableProgram):
         self._evaluation.check_outside("load_state_dict")
         self._load(state, accept=False)
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a rule of the spec says `rollback`."""
+        acts = (act for rule in self.plan.spec["rules"] for act in rule["actions"])
+        return any(act[:2] == ["do", "rollback"] for act in acts)
+
+    def roll_back(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned earlier in this training, as after `trainc.RollBack`.
+
+        All is restored but what rules decided since: fields that they set, clauses that they switched, what they froze,
+        and when they acted. Raises what `load_state_dict` raises.
+        """
+        actions = (action for action in self._machine.actions if action.outlasts_rollback)
+        kept = [(action, action.state_dict()) for action in actions]
+        self.load_state_dict(state)
+        for action, decided in kept:
+            action.load_state_dict(decided)
+
     def load_compatible(self, state: Mapping[str, Any]) -> list[str]:
         """Restore the state of another spec on the same model where it fits; return lines on what restarts.
 

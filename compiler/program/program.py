@@ -269,10 +269,12 @@ class Program(LoadableProgram, OwnLoopProgram):
         self._machine.signals.update(means)
 
     def report(self) -> StepReport:
-        """Return what the last step gave besides metrics: series by layer, notes, and whether to save a checkpoint."""
+        """Return what the last step gave besides metrics: series by layer, notes, whether to save and to evaluate."""
         if (last := self._runner.last) is None:
             return StepReport()
-        return StepReport(last.series, tuple(last.notes), last.save, unsound=last.unsound)
+        return StepReport(
+            last.series, tuple(last.notes), last.save, None, last.unsound, last.evaluate
+        )
 
     @property
     def skipped_steps(self) -> int:

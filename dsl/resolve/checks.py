@@ -33,7 +33,7 @@ def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diag
                 found += _expression(expression, scope, clause.part_span(name), functions)
     for rule in rules:
         found += _rule_problems(rule, clauses, scope.of_rules())
-    found += _unevaluated(clauses, rules)
+    found += [*_unevaluated(clauses, rules), *_nothing_to_go_back_to(clauses, rules)]
     return found
 
 
@@ -157,6 +157,36 @@ def _unevaluated(clauses: Sequence[Clause], rules: Sequence[Rule]) -> Iterator[D
                 )
                 help = "write `eval = 200 steps` in `run`, or let another rule `evaluate`"
                 yield Diagnostic("unknown-signal", message, _at(rule.part_span(part)), (), help)
+
+
+def _nothing_to_go_back_to(
+    clauses: Sequence[Clause], rules: Sequence[Rule]
+) -> Iterator[Diagnostic]:
+    """Yield an error for every `rollback` in a run that saves at its end only, or that ends before the rule looks."""
+    run = next((clause.construct for clause in clauses if clause.kind == "run"), None)
+    own_loop = not any(clause.kind == "data" for clause in clauses)
+    acts = [(r, i, a) for r in rules for i, a in enumerate(r.actions, 1) if isinstance(a, Do)]
+    saves = any(action.verb == "save" for _, _, action in acts)
+    for rule, i, action in acts:
+        if action.verb != "rollback" or run is None or own_loop:
+            continue
+        at = _at(rule.part_span(f"action {i}"))
+        if getattr(run, "checkpoint", None) is None and not saves:
+            help = "write `checkpoint = 200 steps` in `run`, or let another rule `save`"
+            yield Diagnostic(
+                "never-acts", "`rollback` has no checkpoint to go back to", at, (), help
+            )
+        tests = (
+            x
+            for x in v.walk(rule.condition)
+            if isinstance(x, v.Binary) and x.op == "is" and x.right != v.Name("finite")
+        )
+        unsound = [x for x in tests if x.left in (v.Name("loss"), v.Name("gradient_norm"))]
+        if getattr(run, "on_nan", None) == "stop" and unsound and unsound == [rule.condition]:
+            message = (
+                f"`rollback` never acts: the run ends at a step of which `{rule.condition}` is true"
+            )
+            yield Diagnostic("never-acts", message, at, (), "write `on_nan = skip` in `run`")
 
 
 def _rule_problems(rule: Rule, clauses: Sequence[Clause], scope: Scope) -> Iterator[Diagnostic]:

@@ -73,6 +73,14 @@ PARTS = {
 ACTIONS = {
     "stop": Topic("when CONDITION { stop }", "Ends the run.", "when loss > 10 { stop }"),
     "save": Topic("when CONDITION { save }", "Writes a checkpoint.", "when loss < 1 { save }"),
+    "evaluate": Topic(
+        "when CONDITION { evaluate }", "Evaluates after the step.", "when loss < 1 { evaluate }"
+    ),
+    "rollback": Topic(
+        "when CONDITION { rollback }",
+        "Goes on from the last checkpoint before this step, with other samples than those that followed it.",
+        "run { length = 9 steps, checkpoint = 3 steps }\nwhen loss > 9 { rollback }",
+    ),
     "warn": Topic(
         'when CONDITION { warn "TEXT" }',
         "Says the text in the log.",

@@ -40,7 +40,7 @@ METRICS = ("data_loss", "gradient_norm", "lr_min", "lr_max", "skipped")
 ASSIGNABLE = ("batch",)
 """What a rule may set, besides scheduled fields of clauses."""
 VERBS = {
-    "stop": None, "save": None, "warn": "text", "open": "clause", "close": "clause",
+    "stop": None, "save": None, "evaluate": None, "rollback": None, "warn": "text", "open": "clause", "close": "clause",
     "freeze": "selector", "unfreeze": "selector",
 }  # fmt: skip
 """What else a rule may do, and what each is told."""

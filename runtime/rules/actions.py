@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 from trainc.runtime.rules.fields import Fields
 from trainc.runtime.rules.switches import Frozen, Switches
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.step.action import StopRun
+from trainc.runtime.step.action import RollBack, StopRun
 from trainc.runtime.step.batch_policy import ROUNDING, round_up
 from trainc.runtime.step.record import Step
 
@@ -47,6 +47,28 @@ class Stop(RuleAction):
 
     def perform(self, step: Step, values: Values, rule: Acting) -> bool:
         raise StopRun(f"the rule `{rule.text}` stopped the run")
+
+
+@dataclass(frozen=True, slots=True)
+class GoBack(RuleAction):
+    """`rollback`: go on from the last good checkpoint, with what rules decided up to now."""
+
+    ends: ClassVar = True
+
+    def perform(self, step: Step, values: Values, rule: Acting) -> bool:
+        raise RollBack(
+            f"the rule `{rule.text}` goes back to the last good checkpoint: in a loop of your own, call"
+            " `program.roll_back(state)` with the state of one"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate(RuleAction):
+    """`evaluate`: ask for an evaluation after this step."""
+
+    def perform(self, step: Step, values: Values, rule: Acting) -> bool:
+        step.evaluate = True
+        return True
 
 
 @dataclass(frozen=True, slots=True)

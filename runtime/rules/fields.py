@@ -28,6 +28,7 @@ class Fields(Action):
     values: dict[str, float] = field(default_factory=dict, init=False)
     phase = Phase.BATCH
     name = "fields set by rules"
+    outlasts_rollback = True
 
     def __post_init__(self) -> None:
         self.schedules: dict[str, Scheduled] = {}

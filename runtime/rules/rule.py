@@ -24,6 +24,7 @@ class Rule(Action):
     """
 
     phase = Phase.BATCH
+    outlasts_rollback = True
     name: str
     text: str
     condition: Callable[[Clock, Values], bool]
@@ -48,7 +49,7 @@ class Rule(Action):
             return
         if self.hold is not None:
             now, wanted = step.clock.position(self.hold)
-            if self.since is None:
+            if self.since is None or self.since > now:  # a rollback has set the clock back
                 self.since = now
             if now - self.since < wanted:
                 return

@@ -19,6 +19,7 @@ class Kept(Action):
     """Phase 1: keeps what rules decided by name, yes or no; nothing of a name that no rule has touched yet."""
 
     phase = Phase.BATCH
+    outlasts_rollback = True
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names = frozenset(names)

@@ -28,6 +28,7 @@ from trainc.runtime.storage.form import (
     Anything,
     Count,
     Form,
+    ListOf,
     Optional,
     Plain,
     Record,
@@ -89,6 +90,7 @@ def read_run(found: Path, program: RunnableProgram, *, verified: bool = False) -
     entries |= {"generators": Record(more=Anything())}
     computation = Record({"scaler": Anything(), "device": Optional(Text())})
     more = {"stopped": Optional(Text()), "stream": Anything(), "computation": computation}
+    more |= {"left_out": Count(), "rollbacks": ListOf(Count()), "good": ListOf(Count())}
     Record(entries, more).check(state, "")
     check_clock(state["clock"], "clock")
     own = state["program"].get("clock", state["clock"])

@@ -118,8 +118,8 @@ class StepReport:
     """What a step reports besides its metrics.
 
     `series[quantity][layer]` are figures per layer, `notes` are shown and go to `events.jsonl`;
-    `save` asks for a checkpoint after this step, `stop` ends the run with a reason; `unsound` says what of the step is
-    not finite.
+    `save` asks for a checkpoint after this step, `evaluate` for an evaluation, `stop` ends the run with a reason;
+    `unsound` says what of the step is not finite.
     """
 
     series: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -127,6 +127,7 @@ class StepReport:
     save: bool = False
     stop: str | None = None
     unsound: str | None = None
+    evaluate: bool = False
 
 
 @runtime_checkable
@@ -192,6 +193,18 @@ class ReadsEvaluations(Protocol):
 
     def measured(self, means: Mapping[str, float]) -> None:
         """Take in the means of an evaluation by name, `eval_loss` among them."""
+
+
+@runtime_checkable
+class RollsBack(Protocol):
+    """A program whose rules may let a run go back to a checkpoint."""
+
+    @property
+    def rolls_back(self) -> bool:
+        """Return whether they do."""
+
+    def roll_back(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave, all but what rules decided since."""
 
 
 @runtime_checkable

@@ -40,7 +40,7 @@ from trainc.runtime.run.summary import Summary
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.soundness.sound import name_unsound, unsound_step
 from trainc.runtime.sources.adapt import as_data
-from trainc.runtime.step.action import StopRun
+from trainc.runtime.step.action import RollBack, StopRun
 from trainc.runtime.storage.checkpoint import prune_checkpoints
 from trainc.runtime.storage.random_streams import seed_step
 from trainc.runtime.storage.run_folder import FollowedFolder, RunFolder
@@ -107,7 +107,6 @@ class TrainingLoop(SavedRun):
     """One run in this process, which may be one of several."""
 
     stop_requested: Callable[[], str | None] = lambda: None
-    evaluated_at: int = field(default=-1, init=False)
     _began: bool = field(default=False, init=False)
 
     def begin(self, texts: Mapping[str, str], notes: Sequence[str] = ()) -> None:
@@ -122,7 +121,7 @@ class TrainingLoop(SavedRun):
             self.saved_at = -1
             self.save()
         elif self.checkpoint is not None and self.team.rank == 0:
-            prune_checkpoints(self.folder.checkpoints, self.keep, self.saved_at)
+            prune_checkpoints(self.folder.checkpoints, self.keep, self.saved_at, self.good)
         if self.checkpoint is None:
             for note in getattr(self.data, "notes", ()):
                 self._event("note", note)
@@ -167,7 +166,8 @@ class TrainingLoop(SavedRun):
         """Run one step and what is due after the step; return reason and message if the run ends."""
         self.folder.check_present()
         clock, program, reader = self.clock, self.program, self.reader
-        first, number, seed = clock.samples, clock.steps, program.settings.seed
+        number, seed = clock.steps, program.settings.seed
+        begun, first = clock.samples, clock.samples + self.left_out
         self.team.at(f"reading the data of step {number + 1}")
         begin = read_at = time.perf_counter()
         batch = 0
@@ -182,27 +182,30 @@ class TrainingLoop(SavedRun):
             seed_step(seed, number, 1, self.team.rank)
             with self._noticing_draws():
                 metrics = self.computation.step(batches, reader, first)
+        except RollBack as request:
+            self._tell(request.notes)
+            return self.go_back(request)
         except StopRun as request:
+            self._tell(request.notes)
             stop = str(request.args[0]) if request.args else "stopped by a `when` rule"
             metrics = request.args[1] if len(request.args) > 1 else {}
             if clock.steps == number:
                 return "nan" if isinstance(request, UnsoundStep) else "stopped", stop
-        if (clock.steps, clock.samples) != (number + 1, first + batch):
+        if (clock.steps, clock.samples) != (number + 1, begun + batch):
             raise RuntimeError(
                 f"the program ran a step of {batch} samples and left the clock at {clock}:"
-                f" expected {number + 1} steps and {first + batch} samples"
+                f" expected {number + 1} steps and {begun + batch} samples"
             )
         self.team.at(f"waiting for the others after step {number + 1}")
         took = self.team.after_step(self.stop_requested, time.perf_counter() - begin)
         if clock.before is not None and clock.seconds == clock.before.seconds:
             clock.seconds += took
         if reader.prefetches:
-            reader.ahead(clock.samples, program.batch_size, program.micro_size)
+            reader.ahead(clock.samples + self.left_out, program.batch_size, program.micro_size)
         report = program.report() if isinstance(program, ReportsSteps) else StepReport()
         self.loss = metrics.get("loss", self.loss)
         self.recorder.step(clock, metrics, report.series, batch, read_at - begin, took)
-        for note in report.notes:
-            self._event("note", note)
+        self._tell(report.notes)
         why = report.unsound or unsound_step(
             metrics.get("loss", 0.0), metrics.get("gradient_norm", 0.0)
         )
@@ -216,6 +219,10 @@ class TrainingLoop(SavedRun):
         elif skipped:
             self._event("skipped-step", f"skipped step {clock.steps}: a gradient overflowed")
         return self.finish_step(report, stop if stop is not None else report.stop)
+
+    def _tell(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self._event("note", note)
 
     @contextlib.contextmanager
     def _noticing_draws(self) -> Iterator[None]:
@@ -237,10 +244,10 @@ class TrainingLoop(SavedRun):
         settings, self.stopped = self.program.settings, stop
         if self.clock.steps == 1:  # not hours later, when the first checkpoint is due
             require_savable(self.program)
-        if self.due(settings.evaluate_every):
+        if report.evaluate or self.due(settings.evaluate_every):
             self.evaluate()
         if report.save or self.due(settings.checkpoint_every):
-            self.save()
+            self.save(due=True)
         return None if stop is None else ("stopped", stop)
 
     def due(self, gate: Gate | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +37,9 @@ class RunRecorder:
 
     def open(self, clock: Clock) -> Record | None:
         """Open the files, cut after the step that the run is at, start the display, and return the last evaluation."""
-        # Times first: where they cannot be written, no line of what was measured is cut.
-        self.timing, self.metrics = (
-            self._opened.enter_context(closing(JsonlWriter(path, clock.steps)))
-            for path in (self.folder.timing, self.folder.metrics)
-        )
+        self._open_records(clock.steps)
+        self._opened.callback(lambda: self.timing.close())
+        self._opened.callback(lambda: self.metrics.close())
         self.folder.write_event("started", clock.steps)
         if self.display:
             self._opened.callback(self.display.stop)
@@ -54,6 +52,23 @@ class RunRecorder:
         if known < clock.steps:
             text = f"metrics.jsonl has {known} of the {clock.steps} steps up to here: the others were removed from it"
             self.event("missing-records", clock.steps, text)
+        return next((record for record in reversed(records) if "eval_loss" in record), None)
+
+    def _open_records(self, step: int) -> None:
+        # Times first: where they cannot be written, no line of what was measured is cut.
+        self.timing = JsonlWriter(self.folder.timing, step)
+        try:
+            self.metrics = JsonlWriter(self.folder.metrics, step)
+        except BaseException:
+            self.timing.close()
+            raise
+
+    def go_back(self, clock: Clock) -> Record | None:
+        """Leave out the records after the step that the run went back to, and return the last evaluation."""
+        self.timing.close()
+        self.metrics.close()
+        self._open_records(clock.steps)
+        records = read_jsonl(self.folder.metrics)
         return next((record for record in reversed(records) if "eval_loss" in record), None)
 
     def log_to(self, logger: NamedLogger | None, clock: Clock) -> None:
@@ -145,6 +160,9 @@ class FollowingRecorder(RunRecorder):
     """Records nothing: rank 0 does."""
 
     def open(self, clock: Clock) -> Record | None:
+        return None
+
+    def go_back(self, clock: Clock) -> Record | None:
         return None
 
     def log_to(self, logger: NamedLogger | None, clock: Clock) -> None:

@@ -26,19 +26,26 @@ from trainc.runtime.run.interface import (
     ChecksState,
     ComparesReplicas,
     HoldsParts,
+    RollsBack,
     RunnableProgram,
 )
 from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.preflight import Preflight
 from trainc.runtime.run.recorder import FollowingRecorder, RunRecorder
 from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.step.action import RollBack
 from trainc.runtime.storage.checkpoint import (
     CheckpointState,
+    find_latest,
     prune_checkpoints,
+    remove_later,
     save_checkpoint,
     save_shards,
 )
 from trainc.runtime.storage.run_folder import RunFolder
+
+ROLLBACK_LIMIT = 10
+"""How often a run may go back to one step: it makes no progress."""
 
 
 @dataclass(eq=False)
@@ -55,6 +62,14 @@ class SavedRun:
     team: Team = field(default_factory=Team)
     loss: float | None = field(default=None, init=False)
     eval_loss: float | None = field(default=None, init=False)
+    evaluated_at: int = field(default=-1, init=False)
+    left_out: int = field(default=0, init=False)
+    """The samples that the run has read and does not count, because it went back from where they ended."""
+    rollbacks: list[int] = field(default_factory=list, init=False)
+    """The steps that the run went back to."""
+    good: list[int] = field(default_factory=list, init=False)
+    """The last two steps at which a checkpoint was due, where a rule may go back to one: no others, since those that an
+    interruption saves are no function of the run."""
     saved_at: int = field(default=-1, init=False)
     checkpoint: Path | None = field(default=None, init=False)
     accepted: bool = field(default=False, init=False)
@@ -108,12 +123,55 @@ class SavedRun:
         self.reader.load_state_dict(state)
         self.loss, self.eval_loss = state["loss"], state["eval_loss"]
         self.saved_at, self.checkpoint = self.clock.steps, found
+        self.left_out, self.rollbacks = state.get("left_out", 0), list(state.get("rollbacks", ()))
+        self.good = list(state.get("good", ()))
         self.stopped = self.team.decided(lambda: unwritten_stop(self.folder, state, self.saved_at))
         self._event("resumed", f"resumed from step {self.clock.steps}", checkpoint=found.name)
         for note in (*notes, *self.computation.load_state_dict(state["computation"])):
             self._event("note", note)
 
-    def save(self) -> None:
+    def go_back(self, request: RollBack) -> tuple[str, str] | None:
+        """Go on from the last intact checkpoint that was due before this step; return why the run ends, where it does.
+
+        The data goes on where it is, so that the samples since then are left out; so do the seconds of the clock. What
+        rules decided holds on. The checkpoint is saved again with that, for a run that is killed and resumed.
+        """
+        asked = str(request).partition(": in a loop")[0]
+        clock, folder = self.clock, self.folder.checkpoints
+        before, seconds = clock.steps, clock.seconds
+        good = [step for step in self.good if step < before]
+        self.team.at(f"going back from step {before}")
+        found = self.team.decided(lambda: str(find_latest(folder, good).path or ""))
+        if not found or not isinstance(self.program, RollsBack):
+            text = f"{asked}, and none was due before step {before}"
+            return (
+                "stopped",
+                f"{text}: let its condition be true later only, as `steps > 500 and ...`",
+            )
+        with continuing(Path(found), self.program):
+            state = read_run(Path(found), self.program, verified=self.team.size > 1)
+            target = int(state["clock"]["steps"])
+            if self.rollbacks.count(target) >= ROLLBACK_LIMIT:
+                return "stopped", f"{asked}, for the {ROLLBACK_LIMIT + 1}th time to step {target}"
+            samples = clock.samples
+            self.program.roll_back(state["program"])
+        self.left_out += samples - clock.samples
+        clock.seconds = seconds
+        self.rollbacks.append(target)
+        self.good = [step for step in good if step <= target]
+        self.loss, self.eval_loss = state["loss"], state["eval_loss"]
+        list(self.computation.load_state_dict(state["computation"]))
+        last = self.team.decided(lambda: self.recorder.go_back(clock))
+        self.evaluated_at = -1 if last is None else last["step"]
+        if self.team.rank == 0:
+            remove_later(folder, target)
+        text = f"{asked}: from step {before} to step {target}; the next samples follow those of step {before}"
+        self._event("rolled-back", text, checkpoint=Path(found).name)
+        self.unsound, self.saved_at = None, -1
+        self.save()
+        return None
+
+    def save(self, *, due: bool = False) -> None:
         """Save a checkpoint, once after each step, unless step, weights or optimizer state are not sound."""
         steps = self.clock.steps
         if self.saved_at == steps:
@@ -126,6 +184,8 @@ class SavedRun:
         if self.withheld is not None:
             self._event("checkpoint-withheld", f"no checkpoint at step {steps}: {self.withheld}")
             return
+        if due and isinstance(self.program, RollsBack) and self.program.rolls_back:
+            self.good = [*(step for step in self.good if step != steps), steps][-2:]
         # The records up to here must be on the disk before the checkpoint.
         self.recorder.sync()
         self.checkpoint = self._saved()
@@ -145,7 +205,7 @@ class SavedRun:
             saved = Path(self.team.decided(lambda: str(save_checkpoint(folder, steps, state))))
         if self.team.rank == 0:
             self.folder.write_event("saved", steps, checkpoint=saved.name)
-            prune_checkpoints(folder, self.keep, steps)
+            prune_checkpoints(folder, self.keep, steps, self.good)
         return saved
 
     def _state(self, program: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +217,8 @@ class SavedRun:
             "stopped": self.stopped,
             "data": self.data_identity,
             **self.reader.state_dict(),
+            **({"left_out": self.left_out, "rollbacks": self.rollbacks} if self.rollbacks else {}),
+            **({"good": self.good} if self.good else {}),
             "computation": self.computation.state_dict(),
         }
 

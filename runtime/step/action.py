@@ -42,6 +42,8 @@ class Action(ABC):
     gate: Gate | None = None
     reads_shards: ClassVar[bool] = False
     """Whether it can read `step.parameters` that are sharded over processes (FSDP2), of which it sees DTensors."""
+    outlasts_rollback: ClassVar[bool] = False
+    """Whether it keeps its state where the run goes back to a checkpoint, as what rules did."""
     figures: tuple[str, ...] = ()
     """Attributes that only the summary shows, numbers or lists of them: a checkpoint keeps them as well."""
 
@@ -131,7 +133,16 @@ def check_phase(action: Action) -> None:
 
 
 class StopRun(Exception):
-    """Raised by an action to end the run after this step; the message is the reason."""
+    """Raised by an action to end the run after this step; the message is the reason.
+
+    One that ends it before the step has the step's `notes`.
+    """
+
+    notes: tuple[str, ...] = ()
+
+
+class RollBack(StopRun):
+    """Raised by a rule, before a step: the run is to go on from its last good checkpoint."""
 
 
 class IncompatibleState(ValueError):

@@ -104,8 +104,8 @@ class StepMachine:
             self._undecided = self._decided_so_far()
             try:
                 self._prepare(self.current)
-            except StopRun:
-                self.current = None
+            except StopRun as stop:
+                stop.notes, self.current = tuple(self.current.notes), None
                 raise
             except BaseException:
                 self.discard_step()  # the next call prepares its step anew

@@ -75,6 +75,7 @@ class Step:
     after_update: bool = False
     """Whether an update went before, since the program was made or loaded: what its optimizer keeps is there."""
     save: bool = False
+    evaluate: bool = False
     notes: list[str] = field(default_factory=list)
     preconditioners: Sequence[Callable[[str], Tensor | None]] = ()
     optimizer_states: Sequence[Callable[[str], Mapping[str, Any]]] = ()

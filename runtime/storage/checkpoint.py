@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,10 +153,11 @@ def _as_oserror(path: Path) -> Iterator[None]:
         raise OSError(int(code[1]) if code else errno.EIO, why, str(path)) from error
 
 
-def find_latest(folder: Path) -> FoundCheckpoint:
-    """Find the newest intact checkpoint under `folder`; skip and list damaged newer ones."""
+def find_latest(folder: Path, among: Collection[int] | None = None) -> FoundCheckpoint:
+    """Find the newest intact checkpoint, of some steps where `among` is given; skip and list damaged newer ones."""
     damage: list[str] = []
-    for step, _, path in sorted(_checkpoints(folder), reverse=True):
+    found = (one for one in _checkpoints(folder) if among is None or one[0] in among)
+    for step, _, path in sorted(found, reverse=True):
         try:
             _verify(path, step)
         except DamagedCheckpoint as problem:
@@ -219,8 +220,15 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, int, Path]]:
             yield int(match[1]), int(match[2] or 0), path
 
 
-def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
-    """Remove all but the newest attempt of the newest `keep` steps, up to the one that was just saved.
+def remove_later(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, which a run that went back does not go on from."""
+    for later, _, path in [*_checkpoints(folder)]:
+        if later > step:
+            _remove_checkpoint(folder, path)
+
+
+def prune_checkpoints(folder: Path, keep: int, newest: int, needed: Collection[int] = ()) -> None:
+    """Remove all but the newest attempt of the newest `keep` steps, and of those `needed`, up to the one just saved.
 
     Those of later steps stay and do not count: a run that goes on from an earlier step could not use them.
     Raises ValueError for a `keep` below 1.
@@ -231,14 +239,17 @@ def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
     for step, _, path in sorted(_checkpoints(folder), reverse=True):
         if step > newest:
             continue
-        if len(kept) < keep and step not in kept:
+        if (len(kept) < keep or step in needed) and step not in kept:
             kept.add(step)
             continue
-        # Renamed first: a kill while it is being removed must not leave what looks like a damaged
-        # checkpoint.
-        if not path.is_symlink():
-            with atomic.naming(path), suppress(FileNotFoundError):  # somebody removed it
-                _remove(path.rename(folder / f".writing-{path.name}"))
+        _remove_checkpoint(folder, path)
+
+
+def _remove_checkpoint(folder: Path, path: Path) -> None:
+    """Remove a checkpoint, renamed first: a kill meanwhile must not leave what looks like a damaged one."""
+    if not path.is_symlink():
+        with atomic.naming(path), suppress(FileNotFoundError):  # somebody removed it
+            _remove(path.rename(folder / f".writing-{path.name}"))
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -335,6 +335,15 @@ def test_a_mistake_in_a_rule_is_told_at_its_place(
     assert found.span.text == place or not place
 
 
+def test_a_part_of_the_run_needs_a_run() -> None:
+    with pytest.raises(SpecError) as raised:
+        trainc.compile("optimizer sgd { lr = 0.1 }\nwhen loss > 2 cooldown 50% { stop }", net())
+    (found,) = raised.value.diagnostics
+    assert "the run has no length" in found.message
+    assert found.span is not None
+    assert found.span.text == "50%"
+
+
 def test_a_field_of_another_clause_is_read_by_rules_alone() -> None:
     with pytest.raises(SpecError, match="which only `when` rules read"):
         trainc.compile(

@@ -477,3 +477,17 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     work(Path(sys.argv[1]))
+
+
+def test_a_rule_lets_the_trainer_evaluate_and_save_and_reads_what_it_found(tmp_path: Path) -> None:
+    rules = "when step < 1 { evaluate, save } when eval_loss > 0 cooldown 9 steps { adamw.lr = adamw.lr / 2 }"
+    trainer, program = by_spec(f"{ADAMW} {rules}", Classifier(), tmp_path, max_steps=3)
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.train()
+    (found,) = (log for log in trainer.state.log_history if "eval_loss" in log)
+    assert found["step"] == 1
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert program.signals["eval_loss"] == found["eval_loss"]
+    assert "fired 1 times, at steps 1" in "\n".join(program.summary())
+    with pytest.raises(ValueError, match="a rule of the spec says `rollback`"):
+        by_spec(f"{ADAMW} when loss > 9 {{ rollback }}", Classifier(), tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from trainc.compiler.driver.compile import compile, resolve_spec
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.program.program import Program
 from trainc.dsl.resolve.spec import Spec
-from trainc.dsl.resolve.statements import Clause
+from trainc.dsl.resolve.statements import Clause, Do
 from trainc.runtime.step.action import StopRun
 
 Say = Callable[[str], object]
@@ -42,9 +42,20 @@ def compile_for(
     overrides: Mapping[str, str] | None,
     clip: FrameworkClip | None,
     say: Say,
+    carries: Collection[str] = (),
 ) -> Program:
-    """Return the program of a spec on a framework's model, with the framework's clip where the spec has none."""
+    """Return the program of a spec on a framework's model, with the framework's clip where the spec has none.
+
+    Raises ValueError where a rule asks for what only a run does, unless the integration `carries` it.
+    """
     checked, path = resolve_spec(spec, overrides)
+    verbs = {a.verb for rule in checked.rules for a in rule.actions if isinstance(a, Do)}
+    for verb in ("save", "evaluate", "rollback"):
+        if verb in verbs and verb not in carries:
+            raise ValueError(
+                f"a rule of the spec says `{verb}`, which `trainc run` does and no rule can ask of this framework:"
+                " remove it, or write the loop yourself with `program.step`"
+            )
     if clip is not None:
         checked = with_clip(checked, clip, say)
     with searching(path):

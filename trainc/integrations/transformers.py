@@ -59,7 +59,8 @@ def use_spec(
     if limit:
         instead = "set `max_grad_norm=0`"
         clip = FrameworkClip(limit, "max_grad_norm", "the TrainingArguments", instead)
-    program = compile_for(trainer.model, spec, overrides, clip, _logger.warning)
+    carries = ("save", "evaluate")
+    program = compile_for(trainer.model, spec, overrides, clip, _logger.warning, carries)
     args = trainer.args = copy.copy(trainer.args)
     args.max_grad_norm = 0.0
     optimizer = program.as_optimizer(args.gradient_accumulation_steps, watch=False)
@@ -148,7 +149,7 @@ class SpecRates(torch.optim.lr_scheduler.LRScheduler):
 
 
 class _Notes(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """Says what the program notes of a step, and where the spec's length is not the Trainer's; ends by its rules."""
+    """Says what the program notes of a step, and lets the Trainer end, save and evaluate as rules of the spec say."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -157,11 +158,20 @@ class _Notes(TrainerCallback):  # type: ignore[misc]  # transformers has no type
         tell_length(self._program, "the Trainer", state.max_steps, _logger.warning)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for note in self._program.report().notes:
+        report = self._program.report()
+        for note in report.notes:
             _logger.warning(note)
+        control.should_save |= report.save
+        control.should_evaluate |= report.evaluate
         if (stop := stop_before_next(self._program)) is not None:
             _logger.warning(f"{stop}, after {state.global_step} steps")
             control.should_training_stop = True
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        found = {n: v for n, v in (metrics or {}).items() if isinstance(v, float | int)}
+        self._program.measured({n: float(v) for n, v in found.items() if n.startswith("eval_")})
 
 
 # the loss of a Trainer
