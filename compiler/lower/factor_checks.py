@@ -20,6 +20,7 @@ def factor_problems(
     """Yield an error for factors on what is not there, for two that follow the batch, and for one that never moves."""
     named = {clause.label: clause for clause in clauses}
     yield from _half_lives(named, method)
+    yield from _undecayed(named, method)
     yield from _scaled_twice(named, method)
     yield from _never_falls(named, by_label, method)
 
@@ -43,6 +44,24 @@ def _half_lives(by_label: Clauses, method: LoweredMethod) -> Iterator[Diagnostic
                     labels((clause.span, ""), (own.span, "has no second moment that is known")),
                     help="select parameters that Adam trains, or leave the half-life as it is",
                 )
+
+
+def _undecayed(by_label: Clauses, method: LoweredMethod) -> Iterator[Diagnostic]:
+    """Yield an error for every clause with measured factors on weight decay that selects nothing that decays."""
+    owners = {name: part for part in method.optimizers for name in part.targets}
+    decaying: dict[str, bool] = {}
+    for name, factors in method.option_factors.items():
+        decays = name in owners and owners[name].decays(name)
+        for factor in factors:
+            if factor.of == "weight_decay" and factor.of_batch is None:
+                decaying[factor.policy] = decaying.get(factor.policy, False) or decays
+    for clause in (by_label[label] for label, decays in decaying.items() if not decays):
+        yield Diagnostic(
+            "no-effect",
+            f"`{clause.title}` scales weight decay, and none of the parameters that it selects decays",
+            labels((clause.span, "")),
+            help="write `weight_decay` in the optimizer, or select parameters that it decays",
+        )
 
 
 def _scaled_twice(by_label: Clauses, method: LoweredMethod) -> Iterator[Diagnostic]:

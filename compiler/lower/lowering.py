@@ -82,15 +82,20 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         self._method.schedules[f"{self.label} {name}"] = schedule
 
     def option_factor(
-        self, of: Literal["weight_decay", "half_life"], unit: str, parameters: Iterable[str]
+        self,
+        of: Literal["weight_decay", "half_life"],
+        unit: str,
+        parameters: Iterable[str],
+        holds: bool = False,
     ) -> LrFactor:
         """Return a factor of this clause on weight decay, or on the half-life of Adam's second moment; it starts at 1.
 
         The half-life is the number of steps in which a squared gradient loses half of its weight: a factor f takes
-        the last of the betas to the power 1 / f.
+        the last of the betas to the power 1 / f. `holds` is that of `lr_factor`.
         """
-        self._times_obeyed = True
-        self.refuse_times(f"`{self.label}` holds for the whole run", "from", "until", "every")
+        if not holds:
+            self._times_obeyed = True
+            self.refuse_times(f"`{self.label}` holds for the whole run", "from", "until", "every")
         factor = LrFactor(self.label, unit, of=of)
         for name in parameters:
             self._method.option_factors.setdefault(name, []).append(factor)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
 from trainc.compiler.plan.plan import Row
-from trainc.runtime.step.optimizer import Option, parts_of
+from trainc.runtime.step.optimizer import LrFactor, Option, parts_of
 
 
 def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     """Return one row per parameter: its optimizer, decay, rate factors, mask, and the other clauses that select it."""
     claimed = {n: part for part in method.optimizers for n in part.targets}
-    factors_of = {factor.policy for found in method.lr_factors.values() for factor in found}
-    shown = ("optimizer", "mask")  # in columns of their own, as are factors on rates
+    every = [*method.lr_factors.values(), *method.option_factors.values()]
+    factors_of = {f.policy for found in every for f in found if f.of in ("lr", "weight_decay")}
+    shown = ("optimizer", "mask")  # in columns of their own, as are factors on rates and decays
     others = [c for c in binding.active if c.kind not in shown and c.label not in factors_of]
     acting = {action.name for action in method.actions}
     rows = []
@@ -22,6 +23,7 @@ def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
         part = None if p.name in method.frozen else claimed.get(p.name)
         mask = method.masks.get(p.name)
         factors = [] if part is None else method.lr_factors.get(p.name, [])
+        decay_factors = [] if part is None else method.option_factors.get(p.name, [])
         selecting = [c.label for c in others if not {p.name, *p.modules}.isdisjoint(c.targets)]
         rows.append(
             {
@@ -35,9 +37,10 @@ def parameter_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
                 "decay": part and _number(part.option(p.name, "weight_decay")),
                 "lr_factors": [factor.policy for factor in factors],
                 "lr_units": [factor.unit for factor in factors],
-                "lr_values": [
-                    None if factor.schedule or factor.policy in acting else factor.factor
-                    for factor in factors
+                "lr_values": [_value(factor, acting) for factor in factors],
+                "decay_factors": [f.policy for f in decay_factors if f.of == "weight_decay"],
+                "decay_values": [
+                    _value(f, acting) for f in decay_factors if f.of == "weight_decay"
                 ],
                 "mask": mask and mask.describe(),
                 "clauses": selecting,
@@ -119,6 +122,13 @@ def _by_option(part: OptimizerPart, own: Sequence[str]) -> Iterator[tuple[str, s
 
 def _number(option: Option) -> float | str:
     return option.text if option.constant is None else option.constant
+
+
+def _value(factor: LrFactor, acting: Container[str]) -> float | str | None:
+    """Return a factor that is the same in the whole run, or the limits of another as text; None where it has none."""
+    if factor.limits is not None:
+        return "{:g}..{:g}".format(*factor.limits)
+    return None if factor.schedule or factor.policy in acting else factor.factor
 
 
 def _own_rate(part: OptimizerPart, name: str) -> str | None:

@@ -160,7 +160,8 @@ class BalanceFactors(Action):
     def _record(self, step: Step) -> None:
         factors = {name: lr_factor.factor for name, lr_factor in self.lr_factors.items()}
         step.series[f"{self.name}.alpha"] = dict(self.alphas)
-        step.series[f"{self.name}.lr_factor"] = factors
+        of = next((one.of for one in self.lr_factors.values()), "lr")
+        step.series[f"{self.name}.{'lr' if of == 'lr' else 'decay'}_factor"] = factors
         if self.alphas:
             mean = fmean(self.alphas.values())
             found = {"spread": self.spread, "alpha": mean, "gain": self.gain}

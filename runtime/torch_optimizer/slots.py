@@ -31,6 +31,8 @@ class LrFactor:
     of: str = "lr"
     of_batch: Callable[[int], float] | None = None
     """What the factor is at a batch of so many samples, where it follows the batch alone; its policy sets it."""
+    limits: tuple[float, float] | None = None
+    """Between which numbers it stays, where its policy knows; only the plan reads them."""
 
     def at(self, clock: Clock) -> float:
         """Return the factor in the step at this clock."""

@@ -70,6 +70,7 @@ ANY = [
     SGD + "lr batch_scaling { rule = sqrt, reference = 2 samples }",
     ADAMW + "lr batch_scaling { reference = 2 samples, beta2 = half_life, decay = linear }",
     SGD + "lr temp_balance on type(Linear) every 1 steps { range = 0.5..1.5, min_eigenvalues = 3 }",
+    ADAMW + "lr alpha_decay on type(Linear) every 1 steps { min_eigenvalues = 3 }",
     SGD + "perturb sam { rho = 0.5 }",
     SGD + "observe norm_growth on ndim(2) every 1 steps { from_start = true }",
     SGD + GNS,

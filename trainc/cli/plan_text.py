@@ -79,7 +79,7 @@ def print_plan(plan: Plan, full: bool) -> None:
 
 
 def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
-    keys = ("shape", "optimizer", "lr", "decay", "lr_factors", "mask", "clauses")
+    keys = ("shape", "optimizer", "lr", "decay", "decay_factors", "lr_factors", "mask", "clauses")
     return [
         (
             name,
@@ -91,7 +91,7 @@ def _parameters(rows: Sequence[Row], full: bool) -> list[Sequence[str]]:
             str(p["level"]) if p["level"] == last["level"] else f"{p['level']}..{last['level']}",
             p["optimizer"] or "frozen",
             p["lr"] or "",
-            _decay(p["decay"]),
+            _decay(p),
             ", ".join(map(_lr_factor, *(_factors(one) for one in (p, last)))),
             p["mask"] or "",
             ", ".join(p["clauses"]),
@@ -121,21 +121,31 @@ def _listed(words: Collection[str]) -> str:
     return ", ".join(found) if len(found) <= PARTS else f"{found[0]} .. {found[-1]}"
 
 
-def _decay(decay: float | str | None) -> str:
-    return "" if decay is None else decay if isinstance(decay, str) else f"{decay:g}"
+def _decay(row: Row) -> str:
+    """Return the weight decay of a parameter, and the factors on it."""
+    decay = row["decay"]
+    if decay is None:
+        return ""
+    factors = zip(row["decay_factors"], row["decay_values"], strict=True)
+    texts = (policy if value is None else f"{policy} {value}" for policy, value in factors)
+    return ", ".join([decay if isinstance(decay, str) else f"{decay:g}", *texts])
 
 
-def _factors(row: Row) -> list[tuple[str, str, float | None]]:
-    """Return the factors of a parameter: the policy, its unit, and the factor where it is the same in the whole run."""
+def _factors(row: Row) -> list[tuple[str, str, float | str | None]]:
+    """Return the factors of a parameter: the policy, its unit, and the factor if constant, or its limits if known."""
     return list(zip(row["lr_factors"], row["lr_units"], row["lr_values"], strict=True))
 
 
-def _lr_factor(first: tuple[str, str, float | None], last: tuple[str, str, float | None]) -> str:
-    """Return a policy, its units and constant factors for one parameter, or for the first and the last of several."""
+def _lr_factor(
+    first: tuple[str, str, float | str | None], last: tuple[str, str, float | str | None]
+) -> str:
+    """Return a policy, its units and its factors or their limits, for one parameter, or the first and last of some."""
     policy, unit, value = first
     text = policy
     if unit.startswith("level "):
         text += f" {unit}" if unit == last[1] else f" {unit}..{last[1].removeprefix('level ')}"
+    if isinstance(value, str):
+        return f"{text} {value}"
     if value is None or last[2] is None:
         return text
     return f"{text} x{value:.4g}" if value == last[2] else f"{text} x{value:.4g}..{last[2]:.4g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import Inventory, ParameterEntry
     from trainc.compiler.structure.weights import By, MatrixUnit
-
-# How often to measure where the clause does not say.
-EVERY_STEPS = 100
+    from trainc.runtime.step.optimizer import LrFactor
 
 
 class MeasuredPolicy(Construct):
@@ -40,6 +38,11 @@ class MeasuredPolicy(Construct):
 
     A construct of its own needs `measure`, and `levels` where the noise of its figures is known.
     """
+
+    scales: ClassVar[Literal["lr", "weight_decay"]] = "lr"
+    """What the factors are on."""
+    every_steps: ClassVar[int] = 100
+    """How often to measure where the clause does not say."""
 
     targets: ClassVar = "parameters"
     identity: ClassVar = {"range": "1..1"}
@@ -52,7 +55,7 @@ class MeasuredPolicy(Construct):
         "alpha": "mean alpha over the measured modules",
         "gain": "how much of the factors is kept: 0 where noise explains the spread of alpha, 1 without noise",
     }
-    effects: ClassVar = (
+    effects: ClassVar[tuple[Effect, ...]] = (
         Effect(
             "rates",
             "measure spectra and set factors",
@@ -128,7 +131,7 @@ class MeasuredPolicy(Construct):
     @classmethod
     def _is_not_negative(cls, value: Range | None) -> Range | None:
         if value is not None and value.low < 0:
-            raise ValueError(f"a factor of a learning rate cannot be negative: {value.low:g}")
+            raise ValueError(f"a factor cannot be negative: {value.low:g}")
         return value
 
     @field_validator("ramp", mode="after")
@@ -272,11 +275,31 @@ class MeasuredPolicy(Construct):
         if self.highest is not None:
             top, given = str(self.highest), self._highest(to.inventory)
             scaled[top] = tuple(p.name for p in to.parameters() if p.name in given)
-        lr_factors = {unit: to.lr_factor(unit, names, holds=True) for unit, names in scaled.items()}
-        pace = None if to.clause.every else Gate(every=TimeSpan(EVERY_STEPS, "steps"))
+        factors = {unit: self._factor(to, unit, names) for unit, names in scaled.items()}
+        pace = None if to.clause.every else Gate(every=TimeSpan(self.every_steps, "steps"))
         ramp = None if self.ramp is None else to.window(None, None, self.ramp).every
         course = Course(tuple(scaled), self.hysteresis, ramp)
-        to.action(BalanceFactors(to.label, self, read, groups, lr_factors, few, pace, course, top))
+        to.action(BalanceFactors(to.label, self, read, groups, factors, few, pace, course, top))
+
+    def _factor(self, to: Lowering, unit: str, names: Iterable[str]) -> LrFactor:
+        """Return the factor of a unit, on what this policy scales."""
+        if self.scales == "lr":
+            factor = to.lr_factor(unit, names, holds=True)
+        else:
+            factor = to.option_factor(self.scales, unit, names, holds=True)
+        factor.limits = self.bounds
+        return factor
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Return between which numbers the factors stay, 1 among them; None where that depends on the figures."""
+        cut = self.limits
+        if self.normalize or self.map in ("sqrt", "log2"):
+            return None if cut is None else (min(cut.low, 1.0), max(cut.high, 1.0))
+        low, high = self.range.low, self.range.high
+        if cut is not None:
+            low, high = (min(max(end, cut.low), cut.high) for end in (low, high))
+        return min(low, 1.0), max(high, 1.0)
 
     def _show(self, to: Lowering, units: Mapping[str, MatrixUnit]) -> None:
         """Show in the plan what of each weight is measured, and why it is divided so."""
