@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainc.compiler.errors import SiteError
 from trainc.compiler.execution.compiled import Compiler
 from trainc.compiler.execution.distributed import (
-    find_wrappers,
+    Wrappers,
     first_shard,
     refuse_tensor_parallel,
     replicas_of,
@@ -52,6 +52,7 @@ class ArmedModel:
         """What forward passes and losses run in; backward passes and the update do not."""
         self.wrappers: list[DistributedDataParallel] = []
         """What averages gradients of the model or of parts of it."""
+        self._wrappers = Wrappers(model)
         self.method = method
         self.losses = method.losses
         self.seed, self.clock = seed, clock
@@ -150,7 +151,7 @@ class ArmedModel:
         refuse_tensor_parallel(self.module)
         if world_size() == 1 or first_shard(self.parameters):
             return
-        self.wrappers = find_wrappers(self.module, self.forward)
+        self.wrappers = self._wrappers.find(self.forward)
         if self.forward is self.module:
             around = (one for one in self.wrappers if unwrapped(one) is self.module)
             self.forward = next(around, self.module)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from trainc.compiler.errors import SiteError
@@ -44,18 +47,53 @@ def replicas_of(
     return None if inside is module else Replicas()
 
 
-def find_wrappers(module: nn.Module, forward: Any) -> list[DistributedDataParallel]:
-    """Return the DistributedDataParallel in `forward`, those of submodules, or else one around the module.
+class Wrappers:
+    """Finds the DistributedDataParallel that averages gradients of a module."""
 
-    That one is found wherever the user keeps it; it may wrap a larger module, which the user's code calls.
-    """
-    given = forward if isinstance(forward, nn.Module) and forward is not module else module
-    if found := _data_parallel(given):
-        return found
-    around = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
-    exact = [one for one in around if unwrapped(one) is module]
-    larger = (one for one in around if any(part is module for part in one.modules()))
-    return exact[-1:] or [*larger][-1:]
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._around: weakref.ref[DistributedDataParallel] | None = None
+        self._searched = -1
+        """How often modules had been put into others when all objects were searched last; -1 for never."""
+
+    def find(self, forward: Any) -> list[DistributedDataParallel]:
+        """Return the DistributedDataParallel in `forward`, those of submodules, or else one around the module.
+
+        That one is found wherever the user keeps it; it may wrap a larger module, which the user's code calls. All
+        objects are searched for it once, and again where a module was put into another since, as every wrapper does
+        with what it wraps, or where the one that was found is gone.
+        """
+        own = isinstance(forward, nn.Module) and forward is not self.module
+        if found := _data_parallel(forward if own else self.module):
+            return found
+        now = _registrations().count
+        known = None if self._around is None else self._around()
+        if self._searched != now or (self._around is not None and not self._holds(known)):
+            self._searched, known = now, self._search()
+            self._around = None if known is None else weakref.ref(known)
+        return [] if known is None else [known]
+
+    def _search(self) -> DistributedDataParallel | None:
+        around = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+        exact = [one for one in around if unwrapped(one) is self.module]
+        return next(reversed(exact or [*filter(self._holds, around)]), None)
+
+    def _holds(self, wrapper: DistributedDataParallel | None) -> bool:
+        return wrapper is not None and any(part is self.module for part in wrapper.modules())
+
+
+class _Registrations:
+    """Counts how often a module was put into another one, anywhere, since this was made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_module_module_registration_hook(self._counted)
+
+    def _counted(self, *_: object) -> None:
+        self.count += 1
+
+
+_registrations = cache(_Registrations)
 
 
 def _data_parallel(module: nn.Module) -> list[DistributedDataParallel]:
