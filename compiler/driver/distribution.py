@@ -53,11 +53,6 @@ class Distribution:
         default = (c for c in catalog().values() if c.joins == "by default")
         return cast(Joining, next(own, None) or next(default)())
 
-    @property
-    def shards(self) -> bool:
-        """Whether each process holds a part of every parameter."""
-        return self.size > 1 and self.joining.shards
-
     def placed(self, hardware: Hardware) -> Hardware:
         """Return the hardware of this process: the GPU of its number among those of its machine."""
         if self.launch is None or hardware.device.type != "cuda":

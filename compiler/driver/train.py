@@ -93,10 +93,7 @@ def train(
         shows = team.rank == 0 and not quiet
         if program.plan.warnings and shows:
             print(render_text(program.plan.warnings).strip("\n"), file=sys.stderr)
-        told = (
-            preflight and not distribution.shards
-        )  # the plan's figures are those of whole tensors
-        takes = preflight_of(program, hardware, out, checked) if told else None
+        takes = preflight_of(program, hardware, out, checked) if preflight else None
         with _reported(program, checked, out), hardware.products():
             return loop(
                 program,

@@ -20,10 +20,6 @@ class Joining(Protocol):
     def patience(self) -> float:
         """How many seconds one process may be at one thing while the others wait."""
 
-    @property
-    def shards(self) -> bool:
-        """Whether each process then holds a part of every parameter."""
-
     def explain(self, error: Exception, model: nn.Module) -> str | None:
         """Return what is wrong with the clause, and what to write, where an error of torch says so."""
 

@@ -10,7 +10,7 @@ import torch
 from trainc.compiler.plan.plan import Plan
 from trainc.compiler.plan.plan_tables import PROBES, state_of
 from trainc.dsl.values.value_json import from_json
-from trainc.runtime.memory.needs import Need, Needs
+from trainc.runtime.memory.needs import Need, Needs, Of
 from trainc.runtime.schedule.clock import RunLength
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.schedule.unit_conversion import UnitConversion
@@ -18,8 +18,8 @@ from trainc.runtime.schedule.unit_conversion import UnitConversion
 
 def needs_of(plan: Plan) -> Needs:
     """Return what a run of the plan needs on the disk, and in memory what its passes need aside."""
-    memory = tuple(_memory(plan))
     labels = {state_of(row["label"]) for row in plan.clauses if row["kind"] == "optimizer"}
+    memory = tuple(_memory(plan, labels))
     state = sum(row["bytes"] for row in plan.memory if row["what"] in labels)
     kept = sum(row["bytes"] for row in plan.memory if row["what"] != PROBES)
     run, length = plan.settings["run"], plan.settings["length"]
@@ -31,16 +31,17 @@ def needs_of(plan: Plan) -> Needs:
     return Needs(memory, state, memory[0].bytes + kept, run.get("keep", 1), saves, steps)
 
 
-def _memory(plan: Plan) -> Iterator[Need]:
-    """Yield what is in memory: weights, gradients, and the plan's own rows."""
+def _memory(plan: Plan, states: set[str]) -> Iterator[Need]:
+    """Yield what is in memory: weights, gradients, and the plan's own rows, among them the optimizers' `states`."""
     weights = (
         math.prod(shape) * getattr(torch, dtype).itemsize
         for _, shape, dtype in plan.model["signature"]
     )
-    yield Need("weights", sum(weights))
-    yield Need("gradients", plan.settings["gradients"])
+    yield Need("weights", sum(weights), of="weights")
+    yield Need("gradients", plan.settings["gradients"], of="trained")
     for row in plan.memory:
-        yield Need(row["what"], row["bytes"], row.get("sure", True))
+        of: Of | None = "trained" if row["what"] in states else None
+        yield Need(row["what"], row["bytes"], row.get("sure", True), of)
 
 
 def _steps(plan: Plan, span: TimeSpan) -> float | None:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 RECORDS = 700
 """Bytes that a step takes in the records of a run, about, where it measures little."""
 
 
+Of = Literal["weights", "trained"]
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Memory for one thing, in bytes; `sure` where the run needs no less."""
+    """Memory for one thing, in bytes; `sure` where the run needs no less.
+
+    `of` says whether it is as large as the weights, or those that train: processes that share these share it.
+    """
 
     what: str
     bytes: int
     sure: bool = True
+    of: Of | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +32,7 @@ class Needs:
 
     `state` are the bytes of the optimizers' state in it, `checkpoint` those of one checkpoint; `kept` is how many of
     these stay, `saves` how many are saved, None where that is not known; `steps` are those of the run, None likewise.
+    `processes` share it, and the memory is that of one of them.
     """
 
     memory: tuple[Need, ...]
@@ -31,6 +41,19 @@ class Needs:
     kept: int
     saves: float | None = None
     steps: float | None = None
+    processes: int = 1
+
+    def of_one(self, parts: Mapping[Of, float], processes: int) -> Needs:
+        """Return the needs of one of several processes, which has these parts of the weights and of those that train.
+
+        The disk is that of all.
+        """
+        memory = tuple(
+            one if one.of is None else replace(one, bytes=round(one.bytes * parts[one.of]))
+            for one in self.memory
+        )
+        state = round(self.state * parts["trained"])
+        return replace(self, memory=memory, state=state, processes=processes)
 
     @property
     def least(self) -> int:
@@ -61,10 +84,11 @@ class Needs:
 
     def memory_text(self) -> str:
         """Return what a run takes of memory, for people."""
-        whole = format_bytes(sum(one.bytes for one in self.memory))
-        return (
-            f"{whole} ({self.parts()}) and the activations of a pass, which the first step measures"
-        )
+        whole, gathered = format_bytes(sum(one.bytes for one in self.memory)), ""
+        if self.processes > 1:
+            whole += f" in this process, one of {self.processes} that share the weights"
+            gathered = ", the weights that a pass gathers,"
+        return f"{whole} ({self.parts()}){gathered} and the activations of a pass, which the first step measures"
 
     def disk_text(self) -> str:
         """Return what a run takes of the disk, for people."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tests.compiler.launched_runs import CASES, RESUMED, cut
 from tests.processes import NotEnded
-from tests.torchrun import torchrun
+from tests.torchrun import Net, torchrun
 from trainc.compiler.driver.train import train
+from trainc.runtime.memory.needs import format_bytes
 from trainc.runtime.storage import checkpoint
 from trainc.runtime.storage.jsonl import read_jsonl
 
@@ -102,6 +103,15 @@ def test_random_numbers_that_no_module_tells_of_are_noticed(two: Path) -> None:
     }
     drawn = {name: sum("draws torch's random numbers" in m for m in said[name]) for name in said}
     assert drawn == {"dropping": 1, "plain": 0}
+
+
+def test_preflight_tells_the_memory_of_one_process(two: Path) -> None:
+    found = read_jsonl(two / "sharded/events.jsonl")
+    memory, *_ = [one["message"] for one in found if one["event"] == "preflight"]
+    own = sum(-(-len(p) // 2) * (p.numel() // len(p)) * 4 for p in Net().parameters())
+    assert "in this process, one of 2 that share the weights" in memory
+    assert f"(weights {format_bytes(own)}, gradients {format_bytes(own)}, adamw" in memory
+    assert "the weights that a pass gathers, and the activations" in memory
 
 
 def test_processes_that_share_parameters_each_write_their_parts(two: Path) -> None:

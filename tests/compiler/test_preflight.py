@@ -77,6 +77,23 @@ def test_it_is_said_before_the_first_step_and_measured_once(
     assert shown.count(" step took") == 2
 
 
+def test_of_what_processes_share_one_has_its_part() -> None:
+    whole = needs_of(plan(spec(GNS)))
+    one = whole.of_one({"weights": 0.5, "trained": 0.25}, 4)
+    parts = {
+        need.what: (need.bytes, own.bytes)
+        for need, own in zip(whole.memory, one.memory, strict=True)
+    }
+    weights, gradients, state, *others = parts.values()
+    assert weights[1] == weights[0] / 2
+    assert (gradients[1], state[1]) == (gradients[0] / 4, round(state[0] / 4))
+    assert one.state == state[1]
+    assert others
+    assert all(before == after for before, after in others)
+    assert one.disk == whole.disk
+    assert "in this process, one of 4 that share the weights (weights" in one.memory_text()
+
+
 def test_a_compiled_run_tells_its_pace_when_it_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
