@@ -112,6 +112,29 @@ def test_schedules_of_the_batch_are_compared_and_runs_are_kept(tmp_path: Path) -
     assert out.with_suffix(".jsonl").read_text() == lines
 
 
+@pytest.mark.slow
+def test_what_is_held_where_the_batch_is_another_one_is_compared(tmp_path: Path) -> None:
+    out = tmp_path / "small_batch.json"
+    found = result(out, "benchmarks.claims.small_batch", "--seeds", "1")
+    runs = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert len(runs) == 4 + 9  # the rates on seed 0, then every policy
+    curves = found["first seed"]
+    assert all(math.isfinite(loss) for curve in curves.values() for loss in curve["loss"])
+    assert all(curve["tokens"][-1] >= 4096 for curve in curves.values())
+    for policy in ("ramp, both", "small, both", "seesaw, both"):
+        held = curves[policy]
+        for size, beta, decay in zip(
+            held["batch"], held["beta2"], held["weight_decay"], strict=True
+        ):
+            assert beta == pytest.approx(0.99 ** (size / 8))
+            scaled = size / 8 if policy.startswith("seesaw") else (size / 8) ** 0.5
+            assert decay == pytest.approx(0.5 * scaled)
+    assert set(curves["small"]["batch"]) == {2.0}
+    assert max(curves["ramp"]["batch"]) > 32
+    assert set(curves["ramp"]["beta2"]) == {0.99}
+    assert len(found["differences of the loss"]) == 8
+
+
 def test_figures_of_known_curves() -> None:
     done = run("-c", FIGURES)
     assert done.stdout.splitlines() == [
