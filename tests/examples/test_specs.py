@@ -17,7 +17,7 @@ from trainc.runtime.storage.jsonl import read_jsonl
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECS = sorted(EXAMPLES.glob("*.train"))
 # The digits come with scikit-learn.
-NEEDS = {"digits_resnet": "sklearn", "digits_vit": "sklearn"}
+NEEDS = dict.fromkeys(("digits_resnet", "digits_vit", "early_stop", "plateau"), "sklearn")
 STEPS = 6
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[path.stem for path in SPECS])
 
@@ -65,7 +65,7 @@ def test_it_trains_and_resumes_bit_for_bit(
         shutil.copy(source, tmp_path)
     short.write_text(re.sub("eval_batches = [0-9]+", "eval_batches = 1", spec.read_text()))
     overrides = {"length": f"{STEPS} steps"}
-    if spec.stem in ("finetune", "lora"):
+    if spec.stem in ("finetune", "lora", "unfreeze"):
         overrides["start"] = json.dumps(str(pretrained))
     done = train(short, whole, overrides=overrides, quiet=True)
     assert (done.reason, done.steps) == ("finished", STEPS)
