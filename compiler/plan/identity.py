@@ -8,7 +8,8 @@ from typing import Any
 
 from trainc.compiler.catalog import catalog
 from trainc.compiler.plan.plan import FORMAT, Plan, Row
-from trainc.dsl.values.value_json import expr_from_json, from_json
+from trainc.dsl.text.vocabulary import VERBS
+from trainc.dsl.values.value_json import expr_from_json, from_json, selector_from_json
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.storage.differences import Difference, samples_differ, tokens_differ
 from trainc.runtime.storage.form import StateProblem
@@ -168,15 +169,18 @@ def _rule(rule: Mapping[str, Any]) -> str:
     """Return a rule as a spec has it."""
     words = [f"when {expr_from_json(rule['condition'])}"]
     words += [f"{word} {_written(rule[word])}" for word in ("for", "cooldown") if rule.get(word)]
-    acts = [
-        f"{target} = {expr_from_json(value)}"
-        if tag == "assign"
-        else f"{target} {json.dumps(value)}"
-        if value is not None
-        else str(target)
-        for tag, target, value in rule["actions"]
-    ]
+    acts = [_act(*action) for action in rule["actions"]]
     return " ".join([*words, "{", "; ".join(acts), "}"])
+
+
+def _act(tag: str, target: str, value: Any) -> str:
+    if tag == "assign":
+        return f"{target} = {expr_from_json(value)}"
+    if value is None:
+        return target
+    if isinstance(value, list):
+        return f"{target} {selector_from_json(value)}"
+    return f"{target} {json.dumps(value) if VERBS.get(target) == 'text' else value}"
 
 
 def _units(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:

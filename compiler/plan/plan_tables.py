@@ -37,11 +37,17 @@ def step_rows(binding: Binding) -> list[Row]:
             rows.append(_step_row(e.phase, c.label, action, e.reads, e.writes, times))
     for i, rule in enumerate(binding.spec.rules):
         actions: Any = rule.actions
-        writes = [getattr(action, "target", None) or action.verb for action in actions]
+        writes = [getattr(action, "target", None) or _written(action) for action in actions]
         condition = f"when {rule.condition}"
         waits = _times({"held for": rule.hold, "cooldown": rule.cooldown}, ", ")
         rows.append(_step_row("batch", f"rule {i + 1}", condition, ("signals",), writes, waits))
     return sorted(rows, key=lambda row: row["phase"])
+
+
+def _written(action: Any) -> str:
+    """Return what a rule does besides setting a number: `stop`, `freeze "blocks.*"`."""
+    named = action.argument is not None and action.verb != "warn"
+    return f"{action.verb} {action.argument}" if named else str(action.verb)
 
 
 _MICRO = "every micro-batch"

@@ -13,6 +13,10 @@ MEASURED = (
     " regularize pace on type(Linear) { sigma = 0.1, weight = 0.5 }"
 )
 SHARDED = 'distribute fsdp2 on "blocks.*" { timeout = 60 seconds }'
+RULES = (
+    " when steps >= 5 cooldown 100% { rollback, adamw.lr = adamw.lr * min(1, loss / 4) }"
+    " when steps < 2 { freeze ndim(2), evaluate } when eval_loss <= best(eval_loss) { unfreeze all, save }"
+)
 CASES = {
     "plain": spec(),
     "measured": spec(MEASURED),
@@ -20,6 +24,8 @@ CASES = {
     "stream": spec("distribute ddp", data="loader"),
     "uneven": spec(batch=7, micro=1),
     "sharded": spec(SHARDED),
+    "ruled": spec(RULES),
+    "ruled shards": spec(SHARDED + RULES),
 }
 """Specs that have the numbers of one process."""
 RESUMED = {"measured": "measured", "uneven": "uneven", "sharded": "sharded", "plain": "sharded"}
