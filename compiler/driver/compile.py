@@ -194,7 +194,7 @@ def _lower(
         "lr",
         *(name for c in binding.clauses for name, _ in measured_signals(c)),
     }
-    method.actions += when_rules(binding, context, names)
+    method.actions += when_rules(binding, context, names, method.exchanges)
     return method
 
 

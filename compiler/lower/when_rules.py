@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -38,11 +38,15 @@ from trainc.runtime.step.action import Action
 
 
 def when_rules(
-    binding: Binding, context: LoweringContext, clause_signals: Collection[str]
+    binding: Binding,
+    context: LoweringContext,
+    clause_signals: Collection[str],
+    exchanges: Sequence[str] = (),
 ) -> list[Action]:
     """Compile the `when` rules of a spec; raises SpecError with every rule that is not valid.
 
-    The clauses are lowered. `clause_signals` are the names of what clauses measure, without what every run has.
+    The clauses are lowered. `clause_signals` are the names of what clauses measure, without what every run has;
+    `exchanges` those of clauses between whose turns each replica trains on its own.
     """
     history = History(context.fields)
     rules = [
@@ -50,6 +54,8 @@ def when_rules(
         for i, rule in enumerate(binding.spec.rules, 1)
     ]
     made: list[Action] = [rule.compiled(clause_signals) for rule in rules]
+    for rule in rules if exchanges else ():
+        rule.refuse_apart(exchanges[0])
     if found := [problem for rule in rules for problem in rule.found]:
         raise SpecError(found)
     kept: list[tuple[Action, object]] = [
@@ -108,6 +114,23 @@ class _RuleCompiler:
                 Diagnostic("bad-value", message, labels((self.rule.part_span(part), "")))
             )
         return None
+
+    def refuse_apart(self, exchange: str) -> None:
+        """Report what replicas that train on their own would decide each in another way, and must do alike."""
+        for i, action in enumerate(self.rule.actions, 1):
+            if isinstance(action, Do) and action.verb in ("stop", "save", "warn"):
+                continue
+            value = [to_json(action.value)] if isinstance(action, Assign) else []
+            read = {n for one in (to_json(self.rule.condition), *value) for n in names_read(one)}
+            same = {"step", "batch", "micro_batch", *self.context.fields.schedules}
+            differs = sorted(n for n in read - same if not n.startswith(EVALUATED))
+            if differs:
+                message = (
+                    f"with `{exchange}` each replica has a `{differs[0]}` of its own, so that this rule would act on"
+                    " some of them only: let it read the clock or evaluations, such as `steps` or `eval_loss`"
+                )
+                at = labels((self.rule.part_span(f"action {i}"), ""))
+                self.found.append(Diagnostic("bad-value", message, at))
 
     def _condition(self) -> Condition:
         refuse_places(to_json(self.rule.condition), str(self.rule.condition))

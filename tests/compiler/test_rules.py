@@ -478,3 +478,35 @@ def test_a_mistake_in_an_action_is_told_at_its_place(actions: str, kind: str, me
     assert re.search(message, told), told
     assert found.span is not None
     assert found.span.text in actions
+
+
+@pytest.mark.parametrize("rule", ["loss > 2 { sgd.lr = 0.1 }", "steps > 2 { sgd.lr = 0.1 * loss }"])
+def test_replicas_that_train_on_their_own_must_decide_alike(rule: str) -> None:
+    spec = f"{HEAD}optimizer sgd {{ lr = 0.1 }}\ndistribute local every 4 steps\nwhen {rule}"
+    with pytest.raises(SpecError, match="with `local` each replica has a `loss` of its own"):
+        trainc.compile(spec, net())
+    trainc.compile(spec.replace("loss >", "steps >").replace("* loss", "* progress"), net())
+
+
+def first_weight(model: nn.Module) -> Tensor:
+    return model.get_parameter("0.weight")
+
+
+def test_an_optimizer_of_the_users_own_and_masks_see_no_frozen_parameter() -> None:
+    rules = 'when steps < 3 { freeze "0.*" }\nwhen steps >= 3 { unfreeze "0.*" }'
+    own, masked = net(), net()
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1, momentum=0.9)
+    sgd = "optimizer sgd { lr = 0.1, momentum = 0.9 }\nmask magnitude on ndim(2) { density = 50% }"
+    programs = [
+        trainc.compile(f"loss cross_entropy\n{rules}", own),
+        trainc.compile(f"{HEAD}{sgd}\n{rules}", masked),
+    ]
+    first = first_weight(own).detach().clone()
+    for step, batch in enumerate(batches(5)):
+        programs[0].step(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        programs[1].step(batch)
+        kept = first_weight(masked) != 0
+        assert torch.equal(first_weight(own), first) == (step < 3)
+        assert torch.equal(first_weight(masked), first * kept) == (step < 3)
