@@ -74,7 +74,7 @@ class ClauseAccess:
         """Return the construct of the optimizer clause that selects a parameter; None where none does."""
         return self._method.trained_by.get(name)
 
-    def _is_sharded(self, name: str) -> bool:
+    def is_sharded(self, name: str) -> bool:
         """Say whether a parameter is sharded over processes, or will be in a run of the spec."""
         return self._method.shards or is_sharded(self.tensor(name))
 

@@ -35,7 +35,7 @@ class CompanionAccess(ClauseAccess):
         reads its parameters. Raises ValueError for sharded parameters.
         """
         for entry in self.inventory.parameters:
-            if self._is_sharded(entry.name):
+            if self.is_sharded(entry.name):
                 raise ValueError(
                     f"it keeps a copy of the model, and `{entry.name}` is sharded over processes (FSDP2). Use"
                     " DistributedDataParallel, or remove the clause"

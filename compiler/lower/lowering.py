@@ -162,7 +162,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
         self.action(ZeroWeights(self.label, masks.values()))
 
     def _refuse_masked_shards(self, names: Iterable[str]) -> None:
-        if (shard := next(filter(self._is_sharded, names), None)) is not None:
+        if (shard := next(filter(self.is_sharded, names), None)) is not None:
             raise ValueError(masked_shard(shard))
 
     def freeze(self, names: Iterable[str]) -> None:
@@ -230,7 +230,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
                     f"the gradient of `{name}` is sparse, and only dense ones can be changed: build its layer with"
                     " `sparse=False`, or exclude the parameter from `on`"
                 )
-            if self._is_sharded(name) and not (transform.elementwise or transform.takes_shards):
+            if self.is_sharded(name) and not (transform.elementwise or transform.takes_shards):
                 raise ValueError(sharded_gradient(name))
         self.action(transform)
 
@@ -267,7 +267,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
     def _refuse_shards(self, when: str) -> None:
         """Raise ValueError for a sharded parameter, whose gradients are averaged in the step's own passes alone."""
         for name in (entry.name for entry in self.inventory.parameters):
-            if self._is_sharded(name):
+            if self.is_sharded(name):
                 raise ValueError(
                     f"it needs gradients {when} the step's passes, and those of `{name}`, which is sharded over"
                     " processes (FSDP2), are not averaged there. Use DistributedDataParallel, or remove the clause"

@@ -35,6 +35,7 @@ def problems_between(
     yield from _equal_clips(clauses, method)
     yield from factor_problems(clauses, by_label, method)
     yield from _clipped_decay(clauses, by_label, method)
+    yield from _masked_wholes(clauses, method)
     for part in method.optimizers:
         if part.asks:
             yield from _asked_once(part, clauses, by_label, method)
@@ -232,6 +233,24 @@ def _clipped_decay(
                     (clause.span, "scales gradients and decay"),
                 ),
                 help="remove `clip`, or the weight decay of what the clause selects",
+            )
+
+
+def _masked_wholes(clauses: Sequence[BoundClause], method: LoweredMethod) -> Iterator[Diagnostic]:
+    """Yield an error for every mask on parameters whose optimizer updates their entries together."""
+    for part in method.optimizers:
+        whole = set() if getattr(part.construct, "entrywise", True) else set(part.targets)
+        own = next((clause for clause in clauses if clause.label == part.label), None)
+        for clause in clauses:
+            if clause.kind != "mask" or own is None or whole.isdisjoint(clause.targets):
+                continue
+            name = next(name for name in clause.targets if name in whole)
+            yield Diagnostic(
+                "conflicting-effects",
+                f"`{clause.title}` lets entries of `{name}` train by themselves, but `{own.title}` makes each entry of"
+                " an update from all gradients of the tensor",
+                labels((clause.span, "chooses entries"), (own.span, "updates whole tensors")),
+                help=f"exclude `{name}` from one of the two clauses",
             )
 
 

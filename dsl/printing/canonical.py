@@ -89,7 +89,12 @@ def _part(part: ast.Part) -> str:
 
 def format_field(item: ast.Field) -> str:
     """Return the text of a field."""
-    return f"{item.name.id} = {format_node(item.value)}"
+    value = item.value
+    if not isinstance(value, ast.Nested):
+        return f"{item.name.id} = {format_node(value)}"
+    path = f"({bracketed(quoted(value.path.value))})" if value.path else ""
+    head = f"{item.name.id} = {value.construct.id}{path}"
+    return braced(head, [*map(format_field, value.fields)])
 
 
 def format_action(action: ast.Action) -> str:
@@ -104,6 +109,7 @@ def braced(head: str, items: list[str]) -> str:
     if not items:
         return f"{head} {{}}"
     line = f"{head} {{ {', '.join(items)} }}"
-    if len(line) <= WIDTH:
+    if len(line) <= WIDTH and "\n" not in line:
         return line
-    return f"{head} {{\n{''.join(f'{_INDENT}{item},{chr(10)}' for item in items)}}}"
+    lines = (item.replace("\n", f"\n{_INDENT}") for item in items)
+    return f"{head} {{\n{''.join(f'{_INDENT}{item},{chr(10)}' for item in lines)}}}"

@@ -113,7 +113,8 @@ class _Writer:
         yield f"{head} {{"
         for text, comments in zip(texts, around, strict=True):
             yield from (f"{_INDENT}{c}" for c in comments.before)
-            yield f"{_INDENT}{text}," + "".join(f"  {c}" for c in comments.beside)
+            inner = text.replace("\n", f"\n{_INDENT}")
+            yield from f"{_INDENT}{inner},{''.join(f'  {c}' for c in comments.beside)}".split("\n")
         yield from (f"{_INDENT}{c}" for c in last)
         yield f"}}{tail}"
 

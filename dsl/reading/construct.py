@@ -12,6 +12,7 @@ from trainc.dsl.reading.field_types import (
     Fraction,
     ImportPath,
     ModuleSelector,
+    NestedClause,
     Period,
     Range,
     Samples,
@@ -43,6 +44,7 @@ __all__ = [
     "Fraction",
     "ImportPath",
     "ModuleSelector",
+    "NestedClause",
     "Period",
     "Problem",
     "Range",
@@ -149,6 +151,9 @@ class Construct(BaseModel):
     the one that does so in a spec that says nothing. Then it has the methods of compiler/method/joining.py."""
     open_fields: ClassVar[bool] = False
     """Whether a clause may have fields that are not declared, such as arguments of a callable."""
+    nests: ClassVar[str | None] = None
+    """The field whose value is a clause of the same kind, on what trains and this clause does not select:
+    `others = name { ... }`. It becomes a clause of its own, and the construct never sees it."""
     functions: ClassVar[tuple[str, ...]] = ()
     """Its arithmetic as plain functions, `module:name`; `trainc.functional` offers them."""
 

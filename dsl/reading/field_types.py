@@ -254,6 +254,19 @@ SCOPED_NUMBERS = FieldType(
 )
 
 
+def _nested(node: Node, names: Names) -> Any:
+    found = constants.describe(node)
+    wanted = "expected a construct with its fields in braces, such as `name { field = 1 }`"
+    raise constants.Unreadable(node, f"{wanted}, found {found}")
+
+
+def _no_value(raw: Any) -> Any:
+    raise ValueError("expected no value: in Python this clause is one of its own")
+
+
+NESTED_CLAUSE = FieldType("clause in braces", _nested, _no_value)
+
+
 def samples_or_call(noun: str, functions: Mapping[str, Function], hint: str) -> FieldType:
     """Return the type of an amount of samples, or a call of one of `functions`.
 
@@ -285,6 +298,8 @@ SamplesOrAuto = Annotated[v.Duration | Literal["auto"], SAMPLES_OR_AUTO]
 Selector = Annotated[v.Selector, SELECTOR]
 """A selection of parameters."""
 ModuleSelector = Annotated[v.Selector, MODULE_SELECTOR]
+NestedClause = Annotated[Any, NESTED_CLAUSE]
+"""A clause of the same kind, which the field's construct never sees: its value is None."""
 ScopedNumbers = Annotated[tuple[v.Scoped, ...], SCOPED_NUMBERS]
 ScopedSchedules = Annotated[v.Expr | tuple[v.Scoped, ...], SCOPED_SCHEDULES]
 """A number that is 0 or more in every step, or an expression for one; for all parameters, or by selector."""

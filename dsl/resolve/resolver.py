@@ -14,6 +14,7 @@ from trainc.dsl.resolve.clause import ClauseResolver, construct_name
 from trainc.dsl.resolve.clause_fields import unreadable_problem, with_use
 from trainc.dsl.resolve.includes import CollectedStatements, read_source
 from trainc.dsl.resolve.lets import Lets
+from trainc.dsl.resolve.nested import UnnestedClauses
 from trainc.dsl.resolve.never_acts import RunTime, never_acting
 from trainc.dsl.resolve.origin import Origin
 from trainc.dsl.resolve.rule_actions import action_problems, read_action, target_problems
@@ -79,9 +80,11 @@ class Resolver:
         self.source = source
         self.catalog = catalog
         gathered = CollectedStatements(source, path)
-        self.placed = gathered.statements
-        self.found = gathered.found
+        unnested = UnnestedClauses(gathered.statements, catalog)
+        self.placed = unnested.statements
         self.unread = bool(gathered.found)
+        self.found = gathered.found
+        self.found += unnested.found
         self.lets = Lets()
         for item in self.placed:
             if isinstance(item.statement, ast.Let):

@@ -78,7 +78,15 @@ class Infix(Spanned):
     right: Node
 
 
-Node = Num | Measure | Str | Ident | Apply | Items | Prefix | Infix
+class Nested(Spanned):
+    """A construct with fields, as the value of a field: `adamw { lr = 1e-3 }`."""
+
+    construct: Ident
+    path: Str | None
+    fields: tuple[Field, ...]
+
+
+Node = Num | Measure | Str | Ident | Apply | Items | Prefix | Infix | Nested
 
 # Statements ----------------------------------------------------------------------------------
 
@@ -177,5 +185,7 @@ def children(node: Node) -> tuple[Node, ...]:
             return (operand,)
         case Infix(_, left, right):
             return (left, right)
+        case Nested(fields=fields):
+            return tuple(field.value for field in fields)
         case _:
             return ()

@@ -110,6 +110,20 @@ class TreeBuilder(Transformer_NonRecursive[Token, Any]):
     def field(self, meta: Meta, name: ast.Ident, value: ast.Node) -> ast.Field:
         return ast.Field(name, value, span=self._at(meta))
 
+    def nested(self, meta: Meta, name: ast.Ident, construct: ast.Ident, *rest: Any) -> ast.Field:
+        *given, fields = rest
+        arguments: Arguments = given[0] if given else ()
+        path = arguments[0].value if len(arguments) == 1 and not arguments[0].name else None
+        if given and not isinstance(path, ast.Str):
+            end = fields[-1].span.end if fields else meta.end_pos
+            label = Label(Span(self.source, construct.span.end, end), "expected a path in quotes")
+            message = f"`{construct.id}` with fields in braces takes one path in brackets"
+            self.found.append(Diagnostic("syntax", message, (label,)))
+        span = Span(self.source, construct.span.start, meta.end_pos)
+        found = path if isinstance(path, ast.Str) else None
+        value = ast.Nested(construct, found, fields, span=span)
+        return ast.Field(name, value, span=self._at(meta))
+
     def rule(self, meta: Meta, condition: ast.Node, *rest: Any) -> ast.When:
         *waits, actions = rest
         given = {part.word: part.value for part in waits}

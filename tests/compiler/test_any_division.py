@@ -60,6 +60,7 @@ def with_(text: str, old: str, new: str) -> str:
 ANY = [
     SGD,
     ADAMW,
+    " optimizer muon on ndim(2) { lr = 0.1, others = sgd { lr = 0.1 } } ",
     ' optimizer torch("torch.optim:LBFGS") { lr = 0.1, max_iter = 3 } ',
     SGD + L2_SP,
     SGD + "regularize ema { decay = 0.5 }",

@@ -131,7 +131,7 @@ class TrustRatio(Construct):
                 raise FieldError(
                     "of",
                     f"`of = gradient` needs an optimizer that adds the weight decay to the gradient, and that of"
-                    f" `{name}` is another one: use `optimizer sgd`, or `of = update`",
+                    f" `{name}` does not: use stochastic gradient descent, or `of = update`",
                 )
         to.gradient(ScaleGradients(to.label, self), names)
 

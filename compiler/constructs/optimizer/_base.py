@@ -57,6 +57,9 @@ class Optimizer(Construct):
     decay_form: ClassVar[DecayForm | None] = None
     """How the weights are decayed, where the update depends on them by their decay alone; None for any other."""
 
+    entrywise: ClassVar[bool] = True
+    """Whether the update of an entry depends on its own gradients alone, so that it can be trained by itself."""
+
     scheduled: ClassVar[tuple[str, ...]] = ()
     """Fields, besides `lr` and `weight_decay`, that are options of torch's parameter groups and may be schedules."""
 
