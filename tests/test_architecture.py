@@ -54,7 +54,7 @@ ROOMS = {
         "runtime/mask": (
             "kernels/parameter runtime/storage runtime/processes runtime/schedule runtime/torch_optimizer runtime/step"
         ),
-        "runtime/factors": "runtime/schedule runtime/storage runtime/step",
+        "runtime/factors": "runtime/schedule runtime/storage runtime/processes runtime/step",
         "runtime/report": "runtime/storage",
         "runtime/noise_scale": "runtime/storage runtime/processes runtime/step runtime/report",
         "runtime/run": (

@@ -68,6 +68,7 @@ class OpenStep:
         """What to say with the next step, of what was between them."""
         self.execution, self.method, self._exchange = execution, method, exchange
         self.machine, self.settings = machine, settings
+        machine.equals = self._equals
         self.last: Step | None = None
         """The step that was updated or skipped last."""
         self.history = TermHistory()
@@ -169,6 +170,10 @@ class OpenStep:
             if opened and self.last is None and (apart := trains_apart(step.replicas)) is not None:
                 step.notes.append(apart)
         return step
+
+    def _equals(self) -> Replicas | None:
+        """Return the processes that hold the same weights: they average gradients, and exchange nothing else."""
+        return None if self._exchange is not None else self.execution.replicas
 
     def _exchange_shares(self, own: Part, replicas: Replicas) -> None:
         """Let each replica know what the others have of the step, before the first of its passes.

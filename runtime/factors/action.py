@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainc.runtime.factors.course import Course
+from trainc.runtime.factors.measuring import Measures, Measuring, Read
 from trainc.runtime.factors.units import (
     BalancedGroup,
     Control,
@@ -22,14 +23,12 @@ from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.storage.form import AnyNumber, Count, Form, Number, Record
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from trainc.runtime.schedule.gate import Gate
     from trainc.runtime.step.optimizer import LrFactor
     from trainc.runtime.step.record import Step
 
 
-class Policy(Protocol):
+class Policy(Measures, Protocol):
     """What decides the factors: how weights are measured, and how factors follow from the figures."""
 
     @property
@@ -45,13 +44,6 @@ class Policy(Protocol):
     @property
     def smooth(self) -> float | None:
         """Return the weight of the previous figure in the new one."""
-        ...
-
-    def measure(self, matrices: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the figure of each weight, or part of one, from its matrices (count, out, in).
-
-        It is NaN where it means nothing.
-        """
         ...
 
     def gain(
@@ -80,13 +72,14 @@ class BalanceFactors(Action):
     reads_shards = True
     name: str
     policy: Policy
-    read: Callable[[Sequence[str]], dict[str, Tensor]]
+    read: Read
     groups: Sequence[BalancedGroup]
     lr_factors: Mapping[str, LrFactor]
     few: Sequence[BalancedGroup]
     pace: Gate | None
     course: Course
     highest: str | None = None
+    measuring: Measuring = field(default_factory=Measuring)
     alphas: dict[str, float] = field(default_factory=dict)
     measurements: int = 0
     first_spread: float = 0.0
@@ -102,10 +95,11 @@ class BalanceFactors(Action):
 
     def is_due(self, step: Step) -> bool:
         """Return whether it measures in this step, or a factor is on its way."""
+        self.measuring.refresh.step()
         return super().is_due(step) or self.course.is_moving(step.clock)
 
     def _measures(self, step: Step) -> bool:
-        if not super().is_due(step):
+        if not (super().is_due(step) and self.measuring.refresh.is_due(step.clock.steps)):
             return False
         return not self.measurements or self.pace is None or self.pace.fires(step.clock)
 
@@ -119,13 +113,16 @@ class BalanceFactors(Action):
             self._record(step)
 
     def _measure(self, step: Step) -> None:
-        """Measure all parts, and send the factors of groups where the figures say."""
-        figures = self.policy.measure(self.read([part.weight for part in self.parts.values()]))
+        """Measure the parts that are due, and send the factors of all groups where the figures say."""
+        shapes = {part.weight: part.shape for part in self.parts.values()}
+        figures = self.measuring.figures(step, shapes, self.read, self.policy)
         keep, before = self.policy.smooth or 0.0, self.alphas
         self.alphas = {}
         for name, part in self.parts.items():
-            figure = figures[part.weight]
-            if math.isfinite(figure):
+            figure = figures.get(part.weight)
+            if figure is None:
+                self.alphas |= {n: before[n] for n in (name,) if n in before}
+            elif math.isfinite(figure):
                 self.alphas[name] = keep * before.get(name, figure) + (1 - keep) * figure
             elif name in before or not self.measurements:
                 reason = (
@@ -177,6 +174,7 @@ class BalanceFactors(Action):
             "first_spread": self.first_spread,
             "gain": self.gain,
         }
+        out |= self.measuring.state()
         return out | self.course.state() | {f"alpha/{n}": alpha for n, alpha in self.alphas.items()}
 
     def state_form(self) -> Form:
@@ -187,10 +185,12 @@ class BalanceFactors(Action):
         }
         factors, ramps = self.course.form()
         figures = {f"alpha/{name}": AnyNumber() for name in self.parts}
-        return Record(entries | factors, ramps | figures)
+        counts, kept = self.measuring.form([part.weight for part in self.parts.values()])
+        return Record(entries | factors | counts, ramps | figures | kept)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        named = {key: key.partition("/")[2] for key in state if "/" in key}
+        kept = ("copy/", "room/")
+        named = {k: k.partition("/")[2] for k in state if "/" in k and not k.startswith(kept)}
         for name in named.values():
             if name not in self.lr_factors and name not in self.parts:
                 raise ValueError(
@@ -198,12 +198,16 @@ class BalanceFactors(Action):
                 )
         self.alphas = {n: float(state[k]) for k, n in named.items() if k.startswith("alpha/")}
         self.course.load(state)
+        self.measuring.load(state)
         for name, lr_factor in self.lr_factors.items():
             # One on a ramp is set in the next step, by the clock.
             lr_factor.factor = self.course.moves[name].target
         self.measurements = int(state.get("measurements", 0))
         self.first_spread = float(state.get("first_spread", 0.0))
         self.gain = float(state.get("gain", 1.0))
+
+    def memory(self) -> int:
+        return self.measuring.memory()
 
     def summary(self) -> str | None:
         left = ", ".join(f"{group.name} ({group.eigenvalues} eigenvalues)" for group in self.few)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action, IncompatibleState, Phase, StopRun, check_phase
 from trainc.runtime.step.around import Around, Gradients
@@ -57,6 +58,8 @@ class StepMachine:
         self._after = [a for a in self.actions if a.phase > Phase.BACKWARD]
         self.clock, self.parameters = clock, parameters
         self.signals = Signals() if signals is None else signals
+        # Set by the program; a machine alone has no other processes.
+        self.equals: Callable[[], ReplicaGroup | None] = lambda: None
         self.batch_size = self.first_batch = self.micro_size = 0
         self.current: Step | None = None
         self._undecided: dict[str, Any] = {}
@@ -65,12 +68,8 @@ class StepMachine:
         """Why no step can be opened any more; None while one can."""
         self._inside: str | None = None
         self._updated = False
-        self._preconditioners = [
-            action.preconditioner for action in actions if isinstance(action, Preconditioner)
-        ]
-        self._optimizer_states = [
-            action.state_of for action in actions if isinstance(action, KeepsOptimizerState)
-        ]
+        self._preconditioners = [a.preconditioner for a in actions if isinstance(a, Preconditioner)]
+        self._optimizer_states = [a.state_of for a in actions if isinstance(a, KeepsOptimizerState)]
 
     def set_sizes(self, batch: int, micro: int) -> None:
         """Set the samples of the first step, and of a micro-batch."""
@@ -100,6 +99,7 @@ class StepMachine:
                 after_update=self._updated,
                 preconditioners=self._preconditioners,
                 optimizer_states=self._optimizer_states,
+                equals=self.equals,
             )
             self._undecided = self._decided_so_far()
             try:

@@ -84,6 +84,8 @@ class Step:
 
     It is told whether a weight was moved since the step's passes.
     """
+    equals: Callable[[], ReplicaGroup | None] = lambda: None
+    """Returns the processes with the weights of this one before every step, itself included; None if it is alone."""
     replicas: ReplicaGroup | None = None
     """The other processes that run this program: they average gradients, or exchange after steps; None if alone."""
 

@@ -161,3 +161,15 @@ def test_loops_of_others_are_timed_step_by_step_in_turn() -> None:
             for clock in ("wall", "cpu")
         )
         assert one["ratio"].keys() == {"empty", "gns"}
+
+
+@pytest.mark.slow
+def test_spectra_are_timed_beside_singular_values(tmp_path: Path) -> None:
+    found = result(tmp_path / "spectra.json", "benchmarks.spectra", "--rounds", "1")
+    assert set(found["measured"]) == {"GPT-2 small", "RoBERTa base"}
+    for one in found["measured"].values():
+        assert one["all"]["faster"] > 0
+        for part in ("blocks", "ends"):
+            assert all(0 <= error < 1e-3 for error in one[part]["alpha error"].values())
+    assert found["met"]["error <= 0.001"]
+    assert all(run["overhead"] > 0 for run in found["runs"].values())

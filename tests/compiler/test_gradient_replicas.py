@@ -24,10 +24,14 @@ from tests.compiler.gradient_methods import (
 )
 from tests.conformance import divided
 from tests.processes import run_processes, run_rank
+from trainc.functional import hill_alpha
+from trainc.runtime.factors.action import BalanceFactors
+from trainc.runtime.processes.sharded import full
 
 RANKS, STEPS, SIZES = 2, 4, ((3, 4), (2, 3, 2))
 SGD = "loss cross_entropy optimizer sgd { lr = 0.3, momentum = 0.9, clip = 0.02 } "
 GNS = "noise_scale gns on type(LayerNorm) { smooth = 1 steps, method = replica } "
+BALANCE = "lr temp_balance on ndim(2) every 1 steps { min_eigenvalues = 3, metric = alpha } "
 PLAIN = "loss cross_entropy optimizer sgd { lr = 0.3 } "
 
 
@@ -63,12 +67,49 @@ def sharded(method: Method, when: str) -> Any:
     return {n: p.full_tensor() for n, p in model.named_parameters()}, entries  # type: ignore[attr-defined]
 
 
+def measured(shards: bool) -> Any:
+    """Return how many weights a policy measured here in each step, its last figures, and these by definition."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    if shards:
+        fully_shard(model)
+    program = trainc.compile(spec(PLAIN + BALANCE), model)
+    if not shards:
+        program.forward = DistributedDataParallel(model)
+    (action,) = (a for a in program.execution.method.actions if isinstance(a, BalanceFactors))
+    policy: Any = Counted(action.policy)
+    action.policy = policy
+    expected = {}
+    for step in range(STEPS):
+        weights = {n: full(p).detach().clone() for n, p in model.named_parameters()}
+        expected = {n: hill_alpha(weights[part.weight]) for n, part in action.parts.items()}
+        program.step(batch(10 * step + dist.get_rank()))
+    return policy.counts, action.alphas, expected
+
+
+class Counted:
+    """A policy that keeps how many weights it was given at a time."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy, self.counts = policy, list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def measure(self, matrices: Any) -> Any:
+        self.counts.append(len(matrices))
+        return self.policy.measure(matrices)
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "changed": lambda: trained(SGD, Lars()),
     "measured": lambda: trained(SGD + GNS, Lars()),
     "only measured": lambda: trained(SGD + GNS),
     "whole first": lambda: sharded(Lars(), "first"),
     "whole late": lambda: sharded(Lars(), "late"),
+    "spectra of copies": lambda: measured(shards=False),
+    "spectra of shards": lambda: measured(shards=True),
     "elementwise": lambda: sharded(Signs(), "first"),
 }
 
@@ -80,6 +121,16 @@ def process(rank: int) -> Any:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_processes(__file__, RANKS, tmp_path_factory.mktemp("replicas"))
+
+
+@pytest.mark.parametrize("case", ["spectra of copies", "spectra of shards"])
+def test_processes_measure_the_spectra_of_one_model_together(
+    case: str, found: list[dict[str, Any]]
+) -> None:
+    for counts, alphas, expected in (one[case] for one in found):
+        assert counts == [1] * STEPS  # of two weights each process measures one
+        assert alphas == pytest.approx(expected, rel=1e-12)
+    assert found[0][case][1] == found[1][case][1]
 
 
 def backward(model: nn.Module, step: int, replicas: Sequence[int] = range(RANKS)) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from trainc.compiler.constructs.lr._cost import MeasuredAtTimes
 from trainc.compiler.constructs.lr._groups import find_groups
-from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem, Range, Selector
+from trainc.dsl.reading.construct import Duration, Effect, Problem, Range, Selector
 from trainc.dsl.values import value_json as v
 from trainc.runtime.factors.maps import Map, balance
 from trainc.runtime.factors.noise import noise_of_means, spread_gain
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from trainc.runtime.step.optimizer import LrFactor
 
 
-class MeasuredPolicy(Construct):
+class MeasuredPolicy(MeasuredAtTimes):
     """Base of the policies that measure weights: `measure` gives a figure of each, and these become factors.
 
     A construct of its own needs `measure`, and `levels` where the noise of its figures is known.
@@ -276,10 +277,12 @@ class MeasuredPolicy(Construct):
             top, given = str(self.highest), self._highest(to.inventory)
             scaled[top] = tuple(p.name for p in to.parameters() if p.name in given)
         factors = {unit: self._factor(to, unit, names) for unit, names in scaled.items()}
-        pace = None if to.clause.every else Gate(every=TimeSpan(self.every_steps, "steps"))
+        own = None if self.budget else Gate(every=TimeSpan(self.every_steps, "steps"))
+        pace = None if to.clause.every else own
         ramp = None if self.ramp is None else to.window(None, None, self.ramp).every
         course = Course(tuple(scaled), self.hysteresis, ramp)
-        to.action(BalanceFactors(to.label, self, read, groups, factors, few, pace, course, top))
+        times = pace, course, top, self.measuring(to.label)
+        to.action(BalanceFactors(to.label, self, read, groups, factors, few, *times))
 
     def _factor(self, to: Lowering, unit: str, names: Iterable[str]) -> LrFactor:
         """Return the factor of a unit, on what this policy scales."""

@@ -82,6 +82,11 @@ class SpectralPolicy(MeasuredPolicy):
     @model_validator(mode="after")
     def _has_fields_of_one_fit(self) -> Self:
         self._check_windows()
+        if self.tolerance is not None and not self._knows_null:
+            raise ValueError(
+                "`tolerance` needs `fit = median` and alpha of whole matrices: how far other figures can have moved is"
+                " not known. Remove it"
+            )
         given = {"fit", "xmin_pos", "convention"} & self.model_fields_set
         if given and self.metric not in (None, *_OF_TAIL):
             raise ValueError(
@@ -153,6 +158,19 @@ class SpectralPolicy(MeasuredPolicy):
             return {n: windows.alpha(m, self.fit, **self._null) for n, m in matrices.items()}
         found = measure(matrices, self.fit, **self._null)
         return {name: self._figure(figures) for name, figures in found.items()}
+
+    def measure_with_room(self, matrices: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+        """Return the figure of each part, and the norm of a change that moves its alpha by `tolerance` at most."""
+        from trainc.kernels.parameter.alpha_bound import allowed_change
+        from trainc.kernels.parameter.figures import measure
+        from trainc.kernels.parameter.tail_fit import needed_for
+
+        found = measure(matrices, self.fit, **self._null)
+        hill, tolerance = needed_for(self.fit, **self._null), self.tolerance or 0.0
+        return {
+            name: (self._figure(one), allowed_change(one.spectrum.values, tolerance, hill))
+            for name, one in found.items()
+        }
 
     def _figure(self, figures: Figures) -> float:
         """Return the figure that factors follow; NaN where too few eigenvalues are left of a masked weight."""

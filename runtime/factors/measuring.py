@@ -1,0 +1,100 @@
+"""The figures of a policy's weights: measured when they are due, where they have changed, by one of the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainc.runtime.factors.refresh import Figures, Refresh, cost, owners, shared
+from trainc.runtime.factors.unmoved import COPY, ROOM, Unmoved
+from trainc.runtime.storage.form import Anything, Count, Form, Number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.runtime.step.record import Step
+
+Read = Callable[[Sequence[str]], dict[str, "Tensor"]]
+
+
+class Measures(Protocol):
+    """What measures weights, or parts of them, given as matrices (count, out, in) by name."""
+
+    def measure(self, matrices: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the figure of each, NaN where it means nothing."""
+        ...
+
+    def measure_with_room(self, matrices: Mapping[str, Tensor]) -> dict[str, Figures]:
+        """Return the figure of each, and the Frobenius norm of a change that moves it by little enough."""
+        ...
+
+
+@dataclass(eq=False)
+class Measuring:
+    """When and which weights are measured; with `unmoved`, not those that it knows to have the figure that they had."""
+
+    refresh: Refresh = field(default_factory=Refresh)
+    unmoved: Unmoved | None = None
+
+    def figures(
+        self, step: Step, shapes: Mapping[str, Sequence[int]], read: Read, policy: Measures
+    ) -> dict[str, float]:
+        """Return the figures of those of the named parts of weights, of these shapes, that are measured in this step.
+
+        `read` gives their matrices.
+        """
+        peers = step.equals()
+        costs = {name: cost(shape) for name, shape in shapes.items()}
+        names = [*shapes]
+        due = [names[i] for i in self.refresh.begin([*costs.values()])]
+        kept: dict[str, Tensor] = {}
+        if self.unmoved is not None:
+            kept = read(due)
+            moved = self.unmoved.moved(kept, peers)
+            due = [name for name in due if name in moved]
+        ranks = owners({name: costs[name] for name in due}, peers)
+        here = 0 if peers is None else peers.rank
+        if self.unmoved is None:
+            # One weight after the other: where it is sharded all gather it, and its owner keeps it.
+            for _, parts in groupby(due, lambda name: name.partition("[")[0]):
+                some = read([*parts])
+                kept |= {name: some[name] for name in some if ranks[name] == here}
+        own = {name: kept[name] for name in due if ranks[name] == here}
+        found = shared(due, ranks, self._measured(own, policy), peers)
+        if self.unmoved is not None:
+            for name, (_, room) in found.items():
+                self.unmoved.measured(name, kept[name], room)
+        if (chosen := self.refresh.end(step.clock.steps, peers)) is not None:
+            step.notes.append(chosen)
+        return {name: figure for name, (figure, _) in found.items()}
+
+    def _measured(self, matrices: Mapping[str, Tensor], policy: Measures) -> dict[str, Figures]:
+        if not matrices:
+            return {}
+        if self.unmoved is not None:
+            return policy.measure_with_room(matrices)
+        return {name: (figure, 0.0) for name, figure in policy.measure(matrices).items()}
+
+    def memory(self) -> int:
+        """Return the bytes that it holds."""
+        return 0 if self.unmoved is None else self.unmoved.memory()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        found: dict[str, Any] = dict(self.refresh.state_dict())
+        return found | ({} if self.unmoved is None else self.unmoved.state_dict())
+
+    def form(self, names: Sequence[str]) -> tuple[dict[str, Form], dict[str, Form]]:
+        """Return what a state of it has, and what it may have, for parts of these names."""
+        optional: dict[str, Form] = {}
+        for name in names if self.unmoved is not None else ():
+            optional |= {f"{ROOM}{name}": Number(0), f"{COPY}{name}": Anything()}
+        return dict.fromkeys(self.refresh.names, Count(0)), optional
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` gave."""
+        self.refresh.load_state_dict(state)
+        if self.unmoved is not None:
+            self.unmoved.load_state_dict(state)
