@@ -66,9 +66,10 @@ HOSTILE = {
 
 
 def check(text: str) -> Checked:
-    started = time.perf_counter()
+    started = time.process_time()
     checked = load_spec(Source("hostile", text), catalog())
-    assert time.perf_counter() - started < 5.0  # a second here; the rest is for busy machines
+    # A second of the processor; what is quadratic in such texts takes minutes.
+    assert time.process_time() - started < 20
     for render in (render_text, render_json, render_sarif, render_github):
         render(checked.diagnostics).encode()
     assert len(render_text(checked.diagnostics)) < 100_000
