@@ -129,7 +129,8 @@ class BalanceFactors(Action):
                     "is zero or of low rank, or a mask left too little of it, so it is not measured"
                 )
                 step.notes.append(f"{self.name}: `{part.weight}` {reason}")
-        if self.policy.control != "static" or not self.measurements:
+        # Of a first spread that is all noise no factor would follow, ever.
+        if self.policy.control != "static" or not (self.measurements and self.gain):
             self.course.aim(self._targets(), step.clock)
         self.first_spread = self.first_spread if self.measurements else self.spread
         self.measurements += 1

@@ -55,8 +55,8 @@ class TempBalance(SpectralPolicy):
 
     `control` changes what the factors follow and nothing else: `permuted` gives each unit the alpha of
     another, drawn anew at every measurement, `reversed` mirrors alpha between the smallest and the
-    largest, and `static` keeps the factors of the first measurement. If a control does as well, the
-    gain is not by the measurement.
+    largest, and `static` keeps the factors of the first measurement whose gain is above 0. If a
+    control does as well, what is gained is not by the measurement.
 
     Factors are measured at the first step that is due, then `every` so often, by default every 100
     steps; between measurements and after `until` the last factors hold. The factor is 1 if all

@@ -232,6 +232,17 @@ def test_a_static_control_keeps_the_factors_of_the_first_measurement() -> None:
     assert second.series["tb.lr_factor"] == first.series["tb.lr_factor"]
 
 
+def test_a_static_control_waits_for_a_spread_that_is_more_than_noise() -> None:
+    bench = Bench(same_size(4), TempBalance(control="static"), every=TimeSpan(1, "steps"))
+    assert set(bench.step().series["tb.lr_factor"].values()) == {1.0}
+    bench.net.load_state_dict(heavy(4).state_dict())
+    found = bench.step().series["tb.lr_factor"]
+    assert found == Bench(heavy(4), TempBalance()).step().series["tb.lr_factor"]
+    assert set(found.values()) != {1.0}
+    bench.net.load_state_dict(same_size(4, seed=1).state_dict())
+    assert bench.step().series["tb.lr_factor"] == found
+
+
 def test_a_single_block_is_told() -> None:
     net = gpt(layers=1, width=64, heads=2, context=8, vocabulary=70)
     spec = "loss cross_entropy optimizer adamw { lr = 1e-3 }"
