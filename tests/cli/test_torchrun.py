@@ -11,7 +11,7 @@ from trainc.compiler.driver.train import train
 from trainc.runtime.storage import checkpoint
 from trainc.runtime.storage.jsonl import read_jsonl
 
-TIMEOUT = "distribute ddp { timeout = 4 seconds }"
+TIMEOUT = "distribute ddp { timeout = 10 seconds }"
 
 
 def events(out: Path) -> list[str]:
@@ -70,7 +70,7 @@ def test_a_rank_that_fails_and_one_that_hangs_are_named(tmp_path: Path) -> None:
     assert "rank 1:\nTraceback" in done.stderr
     assert "rank 1 has failed, so that rank 0 ends as well" in done.stderr
     (line,) = (one for one in done.stderr.splitlines() if "`timeout`" in one)
-    assert "rank 1 has been reading the data of step 6 for 4 seconds, at " in line
+    assert "rank 1 has been reading the data of step 6 for 10 seconds, at " in line
     assert "torchrun.py:" in line
-    assert line.endswith("is 4 seconds: find out what holds the rank up, or write a longer time")
+    assert line.endswith("is 10 seconds: find out what holds the rank up, or write a longer time")
     assert read_jsonl(tmp_path / "out/events.jsonl")[-1]["message"] in line
