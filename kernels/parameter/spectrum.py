@@ -198,15 +198,17 @@ def _decompose(stacks: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _batch(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the spectra of stacks whose Gram matrices have one size, shape (stacks, n)."""
-    grams, squares = [], []
-    for stack in stacks:
+    number, (short, _) = len(stacks[0]), sorted(stacks[0].shape[1:])
+    grams = stacks[0].new_empty((len(stacks), number, short, short), dtype=dtype)
+    squares = []
+    for i, stack in enumerate(stacks):
         wide = stack.detach().to(dtype)
         tall = wide if wide.shape[-2] >= wide.shape[-1] else wide.mT
         # Scaled to a largest entry of 1, so that squares neither overflow nor vanish.
         peak = torch.linalg.vector_norm(tall, math.inf)
         tall = torch.where(peak.isfinite() & (peak > 0), tall / peak, 0.0)
-        grams.append(tall.mH @ tall)
+        torch.matmul(tall.mH, tall, out=grams[i])
         squares.append(torch.where(peak.isfinite(), peak.double().square(), math.nan))
-    values = torch.linalg.eigvalsh(torch.stack(grams)).double().clamp_min(0.0)
+    values = torch.linalg.eigvalsh(grams).double().clamp_min(0.0)
     pooled: Tensor = values.flatten(1).sort(dim=1).values * torch.stack(squares).unsqueeze(1)
     return pooled.cpu()

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from trainc.compiler.structure.weights import By, MatrixUnit
     from trainc.runtime.step.optimizer import LrFactor
 
+Split = Literal["whole", "parts", "heads"]
+_BY: dict[Split, By] = {"whole": "whole", "parts": "part", "heads": "head"}
+
 
 class MeasuredPolicy(MeasuredAtTimes):
     """Base of the policies that measure weights: `measure` gives a figure of each, and these become factors.
@@ -77,10 +80,10 @@ class MeasuredPolicy(MeasuredAtTimes):
         default="module",
         description="what has an alpha of its own: a `module`, a `block` or a `type`, with the mean over its modules",
     )
-    split: bool = Field(
-        default=True,
-        description="whether queries, keys and values of a fused projection, experts and gates are measured apart;"
-        " `false` is as published",
+    split: Split = Field(
+        default="parts",
+        description="what has a spectrum: queries, keys and values of a fused projection, experts and gates each"
+        " (`parts`), also each head of attention (`heads`), or every weight as it is stored (`whole`), as published",
     )
     shrink: bool = Field(
         default=True,
@@ -210,7 +213,7 @@ class MeasuredPolicy(MeasuredAtTimes):
 
     @property
     def _by(self) -> By:
-        return "part" if self.split else "whole"
+        return _BY[self.split]
 
     def _highest(self, inventory: Inventory) -> set[str]:
         """Return the parameters that get the highest factor."""
@@ -311,7 +314,7 @@ class MeasuredPolicy(MeasuredAtTimes):
             own = weight.units(self._by)
             sizes = {unit.part.name: unit.size for unit in own if unit.name in units}
             small = len(own) - len(sizes)
-            why = "one matrix, as `split = false` says" if not self.split else weight.reason
+            why = weight.reason if self.split != "whole" else "one matrix, as `split = whole` says"
             to.measures(name, sizes, f"{why}; {small} too small" if small else why)
 
 

@@ -67,6 +67,23 @@ def test_a_fused_projection_has_the_factor_of_the_mean_over_its_parts() -> None:
     assert whole["self_attn"] == pytest.approx(hill_alpha(net.self_attn.in_proj_weight), rel=1e-5)
 
 
+def test_heads_are_measured_apart() -> None:
+    torch.manual_seed(0)
+    net: Any = nn.MultiheadAttention(64, 4)
+    construct = TempBalance(metric="alpha", shrink=False, split="heads", min_eigenvalues=16)
+    bench = Bench(net, construct)
+    step = bench.step()
+    found = step.series["tb.alpha"]
+    for i, head in enumerate(net.in_proj_weight.split(16)):
+        name = f"in_proj_weight[{'qkv'[i // 4]} head {i % 4}]"
+        assert found[name] == pytest.approx(hill_alpha(head), rel=1e-5)
+    for i, head in enumerate(net.out_proj.weight.split(16, 1)):
+        assert found[f"out_proj[head {i}]"] == pytest.approx(hill_alpha(head), rel=1e-5)
+    means = [sum(a for n, a in found.items() if n.startswith(p)) for p in ("in", "out")]
+    want = construct.factors({"in": means[0] / 12, "out": means[1] / 4})
+    assert list(step.series["tb.lr_factor"].values()) == pytest.approx([*want.values()])
+
+
 def test_experts_are_measured_each_and_small_parts_not_at_all() -> None:
     torch.manual_seed(0)
     net = nn.ModuleDict({"experts": Experts(turned=False), "fc": nn.Linear(8, 8)})

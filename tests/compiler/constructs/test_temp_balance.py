@@ -40,7 +40,7 @@ REFERENCE = json.loads((Path(__file__).parents[2] / "reference/layer_rates.json"
 
 def published(**fields: Any) -> TempBalance:
     """Return the clause as published: it follows alpha itself, all of its spread."""
-    return TempBalance(metric="alpha", shrink=False, split=False, **fields)
+    return TempBalance(metric="alpha", shrink=False, split="whole", **fields)
 
 
 def mlp() -> nn.Module:
