@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainc.runtime.rules.actions import Value
 from trainc.runtime.rules.fields import Fields
@@ -17,7 +18,7 @@ from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.record import Step
-from trainc.runtime.storage.form import Anything, Form, Record
+from trainc.runtime.storage.form import AnyNumber, Anything, Form, Number, Record
 
 State = dict[str, Any]
 
@@ -106,9 +107,8 @@ class Window(Memory):
     def state(self) -> State:
         if math.isnan(self.begun):
             return {}
-        made = {"begun": self.begun, "seen_at": self.seen_at}
-        held = {"values": self.values, "places": self.places}
-        return made | {n: torch.tensor(found, dtype=torch.float64) for n, found in held.items()}
+        held = {"values": _tensor(self.values), "places": _tensor(self.places)}
+        return {"begun": self.begun, "seen_at": self.seen_at, **held}
 
     def load(self, state: Mapping[str, Any]) -> None:
         for name, held in (("values", self.values), ("places", self.places)):
@@ -116,6 +116,19 @@ class Window(Memory):
             held.extend(state[name].tolist() if name in state else ())
         self.begun = float(state.get("begun", math.nan))
         self.seen_at = int(state.get("seen_at", -1))
+
+
+def _tensor(values: array[float]) -> Tensor:
+    """Return a copy, float64 (values,); this runs in every step."""
+    if not values:
+        return torch.empty(0, dtype=torch.float64)
+    return torch.frombuffer(bytearray(values.tobytes()), dtype=torch.float64)
+
+
+_PARTS: Mapping[str, Form] = {
+    "lowest": AnyNumber(), "step": Number(), "begun": Number(), "seen_at": Number(),
+    "values": Anything(), "places": Anything(),
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -140,7 +153,8 @@ class History(Action):
         }
 
     def state_form(self) -> Form:
-        return Record(more=Anything())
+        entries = ((text, part) for text in self.memories for part in _PARTS.items())
+        return Record(optional={f"{text}/{name}": form for text, (name, form) in entries})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for text, memory in self.memories.items():
