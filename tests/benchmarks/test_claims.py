@@ -173,3 +173,25 @@ def test_spectra_are_timed_beside_singular_values(tmp_path: Path) -> None:
             assert all(0 <= error < 1e-3 for error in one[part]["alpha error"].values())
     assert found["met"]["error <= 0.001"]
     assert all(run["overhead"] > 0 for run in found["runs"].values())
+
+
+@pytest.mark.slow
+def test_measured_rates_are_compared_with_their_controls(tmp_path: Path) -> None:
+    out = tmp_path / "temp_balance.json"
+    options = ("benchmarks.claims.temp_balance", "--seeds", "2", "--text-seeds", "1")
+    found = result(out, *options)
+    measured = found["measured"]
+    assert set(measured["digits"]["accuracy, %"]) == {
+        "uniform", "published", "default", "permuted", "reversed", "static",
+    }  # fmt: skip
+    for row in measured["digits"]["accuracy, %"].values():
+        assert all(0 <= one <= 100 for one in row["figure"]["by seed"])
+    told = measured["digits"]["accuracy, %"]["published"]["to uniform"]
+    assert len(told["by seed"]) == 2
+    assert set(measured["text"]["loss"]) == {"uniform", "recipe", "embeddings", "permuted"}
+    assert all(math.isfinite(row["figure"]["mean"]) for row in measured["text"]["loss"].values())
+    assert out.with_suffix(".png").stat().st_size > 1000
+    lines = out.with_suffix(".jsonl").read_text()
+    assert len(lines.splitlines()) == 6 * 2 + 4 * 2
+    assert result(out, *options)["measured"] == measured  # the second time only reads
+    assert out.with_suffix(".jsonl").read_text() == lines
