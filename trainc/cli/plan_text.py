@@ -142,8 +142,9 @@ def _lr_factor(
     """Return a policy, its units and its factors or their limits, for one parameter, or the first and last of some."""
     policy, unit, value = first
     text = policy
-    if unit.startswith("level "):
-        text += f" {unit}" if unit == last[1] else f" {unit}..{last[1].removeprefix('level ')}"
+    word, _, number = last[1].partition(" ")
+    if word in ("level", "block") and unit.startswith(f"{word} "):
+        text += f" {unit}" if unit == last[1] else f" {unit}..{number}"
     if isinstance(value, str):
         return f"{text} {value}"
     if value is None or last[2] is None:

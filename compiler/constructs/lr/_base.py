@@ -279,7 +279,8 @@ class MeasuredPolicy(MeasuredAtTimes):
         if self.highest is not None:
             top, given = str(self.highest), self._highest(to.inventory)
             scaled[top] = tuple(p.name for p in to.parameters() if p.name in given)
-        factors = {unit: self._factor(to, unit, names) for unit, names in scaled.items()}
+        unit_of = {group.name: group.unit(self.unit) or group.name for group in groups}
+        factors = {n: self._factor(to, unit_of.get(n, n), names) for n, names in scaled.items()}
         own = None if self.budget else Gate(every=TimeSpan(self.every_steps, "steps"))
         pace = None if to.clause.every else own
         ramp = None if self.ramp is None else to.window(None, None, self.ramp).every

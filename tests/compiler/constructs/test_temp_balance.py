@@ -529,6 +529,22 @@ def test_norms_follow_and_embeddings_get_the_highest_factor() -> None:
     assert len({series[f"blocks.{i}.attn.qkv"] for i in range(2)}) == 2
 
 
+def test_the_plan_says_where_which_factors_go() -> None:
+    net = gpt(layers=2, width=64, heads=2, context=8, vocabulary=70)
+    spec = "loss cross_entropy optimizer adamw { lr = 1e-3 }"
+    clause = 'lr temp_balance on "blocks.**" & ndim(2) { unit = block, range = 1.2..3 }'
+    rows = {row["name"]: row for row in trainc.compile(f"{spec} {clause}", net).plan.parameters}
+    row = rows["blocks.1.mlp.fc.weight"]
+    assert (row["lr_units"], row["lr_values"]) == (["block 2"], ["1..3"])
+    assert rows["head.weight"]["lr_factors"] == rows["blocks.1.mlp.fc.bias"]["lr_factors"] == []
+    for fields, want in [
+        ({"normalize": True}, None),
+        ({"map": "log2", "limits": Range(0.5, 4)}, (0.5, 4.0)),
+        ({"range": Range(0.2, 3), "limits": Range(0.5, 2)}, (0.5, 2.0)),
+    ]:
+        assert TempBalance(**fields).bounds == want  # type: ignore[arg-type]
+
+
 def test_modules_of_one_type_share_the_factor_of_their_mean() -> None:
     torch.manual_seed(2)
     net = gpt(layers=3, width=64, heads=2, context=8, vocabulary=70)
