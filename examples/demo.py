@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,8 +30,8 @@ from trainc.compiler.model.factories import build_data, seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.program.save import PLAN
 from trainc.dsl.resolve.spec import Spec
-from trainc.dsl.resolve.statements import Assign, Rule
-from trainc.dsl.values.value_json import Name, walk
+from trainc.dsl.resolve.statements import Assign, Clause, Rule
+from trainc.dsl.values.value_json import Duration, Name, walk
 from trainc.runtime.device.hardware import Hardware
 from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.loop import train
@@ -40,7 +41,8 @@ from trainc.runtime.storage.jsonl import Record, read_jsonl
 EXAMPLES = Path(__file__).resolve().parent
 OUT = EXAMPLES.parent / "demo-out"
 METHODS = frozenset({"lr", "regularize", "mask", "noise_scale", "observe"})
-WITH, WITHOUT = "with", "without"
+WITH, FIXED, WITHOUT = "with", "fixed batch, other", "without"
+"""The runs of a comparison; each is followed by `methods` where it is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,31 @@ class Trained:
     def records(self) -> list[Record]:
         """Return what was measured, step by step."""
         return read_jsonl(self.folder / "metrics.jsonl")
+
+
+def with_fixed_batch(spec: Spec) -> Spec:
+    """Return the spec with the batch that its policy begins with, in every step."""
+
+    def fixed(clause: Clause) -> Clause:
+        construct: Any = clause.construct
+        if clause.kind != "data" or construct.policy is None:
+            return clause
+        size = Duration(construct.start_size, "samples")
+        return clause.replace(construct=construct.model_copy(update={"batch": size}))
+
+    return Spec(tuple(map(fixed, spec.clauses)), spec.rules, spec.version)
+
+
+def versions(spec: Spec) -> dict[str, Spec]:
+    """Return what is compared: the spec, without its methods, and with a fixed batch alone if it has a policy of it."""
+    fixed = with_fixed_batch(spec)
+    found = {WITH: spec} | ({} if fixed == spec else {FIXED: fixed})
+    return {**found, WITHOUT: without_methods(fixed)}
+
+
+def folder_of(what: str) -> str:
+    """Return the name of the folder of a run."""
+    return what.partition(",")[0].replace(" ", "-")
 
 
 def without_methods(spec: Spec) -> Spec:
@@ -117,13 +144,13 @@ def distance(model: nn.Module, before: Mapping[str, Tensor]) -> float:
 def pair(
     name: str, overrides: Mapping[str, str], out: Path, console: Console
 ) -> dict[str, Trained]:
-    """Train a spec of this folder with its methods and without them, and tell how both did."""
+    """Train a spec of this folder with its methods, with a fixed batch and without them, and tell how each did."""
     spec, _ = resolve_spec(EXAMPLES / f"{name}.train", overrides)
     found: dict[str, Trained] = {}
-    for what, version in ((WITH, spec), (WITHOUT, without_methods(spec))):
+    for what, version in versions(spec).items():
         title = f"{name}, {what} methods"
         console.rule(Text(title), align="left")
-        found[what] = train_spec(version, out / name / what, title, console)
+        found[what] = train_spec(version, out / name / folder_of(what), title, console)
         if found[what].summary.exit_code:
             console.print(found[what].summary.message)
             sys.exit(found[what].summary.exit_code)
@@ -153,7 +180,7 @@ def last_losses(records: Sequence[Record], share: float = 0.1) -> float:
 
 
 def table(name: str, found: Mapping[str, Trained]) -> Table:
-    """Return both runs' figures side by side."""
+    """Return the figures of the runs side by side."""
     rows = Table(title=name, title_justify="left", box=None, header_style="bold", pad_edge=False)
     rows.add_column("")
     for what in found:
@@ -183,11 +210,18 @@ def verdict(found: Mapping[str, Trained]) -> str:
     end = evaluated[WITH][-1] - evaluated[WITHOUT][-1]
     best = min(evaluated[WITH]) - min(evaluated[WITHOUT])
     times = found[WITH].summary.seconds / found[WITHOUT].summary.seconds
-    return (
+    told = (
         f"With the methods the evaluation loss is {_apart(end)} than without at the end and "
         f"{_apart(best)} at its lowest, in {times:.2f} times the time. "
-        "One seed each: a small difference may be chance."
     )
+    if FIXED in found:
+        ours, fixed = found[WITH].summary, found[FIXED].summary
+        gap = evaluated[WITH][-1] - evaluated[FIXED][-1]
+        told += (
+            f"The batch that follows its policy took {ours.steps:,} steps and the fixed one {fixed.steps:,} for the "
+            f"same tokens, and its evaluation loss is {_apart(gap)} at the end. "
+        )
+    return told + "One seed each: a small difference may be chance."
 
 
 def _apart(gap: float) -> str:
@@ -198,7 +232,7 @@ def demo(out: Path, settings: Mapping[str, Mapping[str, str]], console: Console)
     """Train both pairs and draw them; `settings` replaces `let` values by spec name."""
     begin = time.perf_counter()
     pairs = {"pretrain": pair("pretrain", settings.get("pretrain", {}), out, console)}
-    start = {"start": f'"{(out / "pretrain" / WITH).as_posix()}"'}
+    start = {"start": f'"{(out / "pretrain" / folder_of(WITH)).as_posix()}"'}
     pairs["finetune"] = pair("finetune", start | dict(settings.get("finetune", {})), out, console)
     if find_spec("matplotlib") is None:
         console.print("no pictures: they need matplotlib, `pip install matplotlib`")

@@ -74,7 +74,7 @@ def over_tokens(records: Sequence[Record], name: str) -> tuple[list[float], list
 
 
 def draw_losses(axes: "Axes", found: Pair) -> None:
-    """Draw training losses, smoothed, and evaluation losses of both runs."""
+    """Draw training losses, smoothed, and evaluation losses of the runs."""
     for (what, one), color in zip(found.items(), COLORS, strict=False):
         records = one.records
         x, y = over_tokens(records, "data_loss" if has(records, "data_loss") else "loss")
@@ -91,7 +91,7 @@ def draw_losses(axes: "Axes", found: Pair) -> None:
 
 
 def draw_scale(axes: "Axes", found: Pair) -> None:
-    """Draw the noise scale with its standard error, the batch, and where the rule waits."""
+    """Draw the noise scale with its standard error, and the batch."""
     records = [record for record in found[WITH].records if "gns" in record]
     x, scale = over_tokens(records, "gns")
     errors = [record["gns.error"] for record in records]
@@ -100,7 +100,6 @@ def draw_scale(axes: "Axes", found: Pair) -> None:
     high = [s + e for s, e in zip(scale, errors, strict=True)]
     axes.fill_between(x, low, high, color=COLORS[0], alpha=0.15, linewidth=0)
     axes.plot(x, scale, color=COLORS[0], linewidth=1.4, label="noise scale ± standard error")
-    axes.step(x, [2 * b for b in batch], "--", where="post", color="#777777", label="2 * batch")
     axes.step(x, batch, where="post", color=COLORS[1], linewidth=1.8, label="batch")
     axes.set_yscale("log")
     axes.set_ylim(bottom=max(0.1, min(scale) / 2))

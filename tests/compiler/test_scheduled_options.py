@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import trainc
+from trainc.cli.plan_text import print_plan
 
 STEPS = 8
 SPEC = f"loss mse run {{ length = {STEPS} steps }} "
@@ -209,3 +210,15 @@ def test_an_optimizer_of_another_name_takes_decays_that_move() -> None:
         found,
         by_hand(lambda n, axes, t: {"lr": 0.05, "decay": 0.4 * (1 - t / STEPS) * (axes == 2)}),
     )
+
+
+def test_a_plan_shows_constant_rates_and_factors_without_full(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    optimizer = 'optimizer adamw { lr = [0.01 on "blocks.**", 0.16 * linear() on "head.*"] }'
+    factors = "lr layer_decay { decay = 0.5 } lr by_type { factors = 2 on ndim(1) }"
+    print_plan(trainc.plan(SPEC + optimizer + factors, Net()), full=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert 'Constant in the whole run: adamw lr on "blocks.**" 0.01' in shown
+    assert "layer_decay level 1..3 x0.125..0.5, by_type x2" in shown
+    assert "0.16 * linear()" in shown

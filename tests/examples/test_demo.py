@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from examples import demo
-from examples.demo import EXAMPLES, WITH, WITHOUT, Trained
+from examples.demo import EXAMPLES, FIXED, WITH, WITHOUT, Trained
+from trainc.compiler.catalog import check
 from trainc.compiler.driver.compile import resolve_spec
 from trainc.dsl.resolve.spec import Spec
 from trainc.runtime.device import choice
@@ -46,17 +47,34 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
 def test_the_plain_run_is_the_spec_without_its_methods(name: str) -> None:
-    spec = spec_of(name)
-    plain = demo.without_methods(spec)
+    found = demo.versions(spec_of(name))
+    spec, plain = found.get(FIXED, found[WITH]), found[WITHOUT]
     kinds = [clause.kind for clause in plain.clauses]
     assert kinds == ["model", "data", "loss", "run", "optimizer"]
     assert set(plain.clauses) < set(spec.clauses)
     assert demo.without_methods(plain) == plain
 
 
+def test_the_run_with_a_fixed_batch_has_all_else_of_the_spec() -> None:
+    found = demo.versions(spec_of("pretrain"))
+    apart = [
+        (ours, theirs)
+        for ours, theirs in zip(found[WITH].clauses, found[FIXED].clauses, strict=True)
+        if ours != theirs
+    ]
+    ((ours, theirs),) = apart
+    assert str(ours.construct.batch).startswith("follow(gns")  # type: ignore[attr-defined]
+    assert str(theirs.construct.batch) == "8 samples"  # type: ignore[attr-defined]
+    assert FIXED not in demo.versions(spec_of("finetune"))
+
+
 def test_rules_on_a_method_go_with_it() -> None:
     spec = spec_of("pretrain")
-    assert len(spec.rules) == 2
+    clauses = "optimizer sgd { lr = 1 } noise_scale gns on all "
+    ruled = check(clauses + "when gns > 2 * batch { batch = 2 * batch }").spec
+    assert ruled is not None
+    (own,) = ruled.rules
+    spec = Spec(demo.with_fixed_batch(spec).clauses, (own, *spec.rules), spec.version)
     assert [demo.mentioned(rule) for rule in spec.rules] == [{"gns", "batch"}, {"loss", "nan"}]
     assert demo.without_methods(spec).rules == spec.rules[1:]
 
@@ -64,7 +82,7 @@ def test_rules_on_a_method_go_with_it() -> None:
 def test_it_trains_on_the_gpu_that_there_is_and_says_on_what(
     shown: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shown[1].count(f"trains on {demo.demo_hardware(spec_of('pretrain'))}") == 6
+    assert shown[1].count(f"trains on {demo.demo_hardware(spec_of('pretrain'))}") == 8
     monkeypatch.setattr(choice, "available", lambda: {"mps": "M9", "cpu": "arm64"})
     assert str(demo.demo_hardware(spec_of("finetune"))) == (
         "cpu (MPS has no float64, in which gradients are measured) in float32"
@@ -76,9 +94,10 @@ def test_it_trains_on_the_gpu_that_there_is_and_says_on_what(
 
 def test_both_runs_of_a_pair_see_the_same_tokens(shown: tuple[Path, str]) -> None:
     for name in SHORT:
-        with_methods, without = (records(shown[0] / name / what) for what in (WITH, WITHOUT))
-        assert with_methods[-1]["tokens"] == without[-1]["tokens"]
-        assert ("lr_max" in with_methods[0]) == ("lr_max" in without[0])
+        runs = [records(folder) for folder in sorted((shown[0] / name).iterdir())]
+        assert len(runs) == (3 if name == "pretrain" else 2)
+        assert len({run[-1]["tokens"] for run in runs}) == 1
+        assert all("lr_max" in run[0] for run in runs)
 
 
 def test_the_pretraining_runs_begin_with_the_same_weights(shown: tuple[Path, str]) -> None:
@@ -90,7 +109,8 @@ def test_it_tells_what_each_run_did(shown: tuple[Path, str]) -> None:
     text = shown[1]
     for words in (
         "evaluation loss",
-        "when gns > 2 * batch for 10 steps: never fired",
+        "batch_scaling: factors 1 to 1",
+        "The batch that follows its policy took 12 steps and the fixed one 12",
         "temp_balance: alpha spread",
         "sift: ",
         "l2_sp: the weights ended",

@@ -206,7 +206,13 @@ class ScaleWithBatch(Action):
             return None
         low, high = (self.construct.factor(size, self.reference) for size in self.seen)
         sizes = f"batches from {self.seen[0]} to {self.seen[1]} samples"
-        return f"{self.name}: factors {low:.3g} to {high:.3g}, {sizes}"
+        also = {
+            "the half-life of squares": self.construct.beta2,
+            "the timescale of decay": self.construct.decay,
+        }
+        held = " and ".join(what for what, on in also.items() if on)
+        told = f"{self.name}: factors {low:.3g} to {high:.3g}, {sizes}"
+        return f"{told}; held in samples: {held}" if held else told
 
 
 @dataclass(eq=False)

@@ -268,6 +268,14 @@ def test_what_is_held_is_in_the_step_and_in_the_plan() -> None:
         assert timescale == pytest.approx(4 / (1e-2 * 0.2))
 
 
+def test_the_summary_says_what_was_held() -> None:
+    program = held("sqrt")
+    for size in (4, 16):
+        program.step(examples(size))
+    line = next(line for line in program.summary() if line.startswith("batch_scaling"))
+    assert line.endswith("held in samples: the half-life of squares and the timescale of decay")
+
+
 def test_a_half_life_needs_a_second_moment() -> None:
     with pytest.raises(trainc.SpecError, match=r"`optimizer sgd`, which trains .* has none"):
         held("sqrt", "sgd { lr = 1e-2 }")
