@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.cli.weights import FoundWeights
+    from trainc.kernels.parameter.spectrum import Spectrum
 
 LEAST = 3
 """The least number of eigenvalues that an exponent says something of."""
@@ -57,21 +58,24 @@ class Row:
         }
 
 
-def measure(weights: dict[str, Tensor]) -> list[Row]:
-    """Return a row for each weight, all of shape (out, in) or (out, in, kh, kw)."""
-    from trainc.kernels.parameter.spectrum import WHOLE, spectra
+def measure(stacks: dict[str, Tensor]) -> list[Row]:
+    """Return a row for each weight, given as matrices (count, out, in)."""
+    from trainc.kernels.parameter.spectrum import WHOLE, spectra_of
 
-    found = spectra([*weights.values()], WHOLE)
-    return [_row(name, w, s) for (name, w), s in zip(weights.items(), found, strict=True)]
+    found = spectra_of([*stacks.values()], WHOLE)
+    return [_row(name, w, s) for (name, w), s in zip(stacks.items(), found, strict=True)]
 
 
-def _row(name: str, weight: Tensor, spectrum: Tensor) -> Row:
+def _row(name: str, stack: Tensor, found: Spectrum) -> Row:
     from trainc.kernels.parameter.spectral_null import null_law
     from trainc.kernels.parameter.tail_fit import fit_tail
 
-    shape = tuple(weight.shape)
-    fit = fit_tail(spectrum)
-    null, spread = null_law(shape)
+    shape = tuple(stack.shape)[stack.shape[0] == 1 :]
+    spectrum, fit, null, spread = found.values, fit_tail(found.values), math.nan, math.nan
+    if len(spectrum) >= LEAST:
+        null, spread = null_law((found.rows, found.columns, found.count, 1))
+    if not len(spectrum):
+        spectrum = stack.new_zeros(1)
     largest, total = float(spectrum[-1]), float(spectrum.sum())
     rank = total / largest if largest > 0 else math.nan
     parts = spectrum[spectrum > 0] / total
@@ -90,27 +94,28 @@ def _row(name: str, weight: Tensor, spectrum: Tensor) -> Row:
     )
 
 
-def choose(found: FoundWeights, only: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the weights with a spectrum, and the other tensors; `only` are patterns of names, all without one."""
-    from trainc.kernels.parameter.spectrum import count
+def choose(
+    found: FoundWeights, only: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Return the weights to measure, and the shapes of the others; `only` are patterns of names, all without one."""
 
-    tensors = {
-        name: tensor
-        for name, tensor in found.tensors.items()
-        if not only or any(fnmatchcase(name, pattern) for pattern in only)
-    }
-    fit = {n: t for n, t in tensors.items() if count(t.shape) >= LEAST and t.is_floating_point()}
+    def wanted(name: str) -> bool:
+        return not only or any(fnmatchcase(name, pattern) for pattern in only)
+
+    stacks = {name: stack for name, stack in found.stacks.items() if wanted(name)}
+    small = {n: tuple(s.shape) for n, s in stacks.items() if len(s) * min(s.shape[1:]) < LEAST}
+    fit = {name: stack for name, stack in stacks.items() if name not in small}
     if not fit:
-        among = ", ".join([*(f"`{name}`" for name in [*found.tensors][:3]), "..."])
+        among = ", ".join([*(f"`{n}`" for n in [*found.stacks, *found.others][:3]), "..."])
         chosen = f" that `--only {' '.join(only)}` chooses" if only else ""
         raise ValueError(
             f"{found.source} has no weight{chosen} with a spectrum: that is a matrix, or the kernel of a 2-D"
             f" convolution, with {LEAST} eigenvalues or more. Its tensors are {among}"
         )
-    return fit, {name: tensor for name, tensor in tensors.items() if name not in fit}
+    return fit, {name: shape for name, shape in found.others.items() if wanted(name)} | small
 
 
-def _print(rows: Sequence[Row], others: dict[str, Tensor], source: str) -> None:
+def _print(rows: Sequence[Row], others: dict[str, tuple[int, ...]], source: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -144,10 +149,10 @@ def _print(rows: Sequence[Row], others: dict[str, Tensor], source: str) -> None:
         console.print(Text(f"without a spectrum: {left}"), soft_wrap=True)
 
 
-def _without_spectrum(others: dict[str, Tensor]) -> str:
+def _without_spectrum(others: dict[str, tuple[int, ...]]) -> str:
     """Return how many vectors there are, and the names of other tensors."""
-    vectors = sum(tensor.dim() < 2 for tensor in others.values())
-    odd = [f"{n} {list(t.shape)}" for n, t in others.items() if t.dim() >= 2]
+    vectors = sum(len(shape) < 2 for shape in others.values())
+    odd = [f"{name} {[*shape]}" for name, shape in others.items() if len(shape) >= 2]
     said = [f"{vectors} vector{'s' * (vectors > 1)}"] if vectors else []
     return ", ".join([*said, *odd[:5], *(["..."] if len(odd) > 5 else [])])
 
@@ -162,7 +167,7 @@ def _draw(rows: Sequence[Row], plot: Path) -> None:
         DrawnSpectrum(
             row.name,
             row.eigenvalues,
-            min(row.shape[:2]) / max(row.shape[:2]),
+            min(row.shape[-2:]) / max(row.shape[-2:]),
             row.alpha,
             row.xmin,
             row.null,
@@ -218,7 +223,8 @@ def register(app: typer.Typer) -> None:
 
         `stable rank` is the sum of the spectrum over its largest value; `norm` the largest singular value; `entropy`
         that of the spectrum, 1 where all are equal. A convolution has the spectra of all its kernel positions
-        together, times 1/2.
+        together, times 1/2. Of a model each part of a fused projection has a row, as `lr temp_balance` measures it;
+        a checkpoint does not say what is fused, and has whole weights.
 
         For instance: trainc spectrum runs/tonight --only "blocks.*.mlp.*" --plot spectra.png
         """

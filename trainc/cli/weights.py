@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainc.compiler.catalog import catalog
 from trainc.compiler.driver.saved_program import AGAIN
 from trainc.compiler.model.factories import seeded_model
 from trainc.compiler.model.import_path import searching
+from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.program.save import FORMAT, PLAN, WEIGHTS
+from trainc.compiler.structure.weights import find_units, read_units
 from trainc.dsl.resolve.resolver import load_spec
 from trainc.dsl.text.source import Source
+from trainc.kernels.parameter.spectrum import count, matrices
 from trainc.runtime.storage.foreign_files import (
     MANIFEST,
     UnreadableFile,
@@ -35,10 +38,13 @@ EXPECTED = (
 
 @dataclass(frozen=True, slots=True)
 class FoundWeights:
-    """Tensors by parameter name, each once; the model that holds them, where there is one; and where they are from."""
+    """Weights as matrices (count, out, in) by name, the shapes of what has no spectrum, and where they are from.
 
-    tensors: dict[str, Tensor]
-    model: nn.Module | None
+    The weights of a model are divided as it uses them, such as a fused projection. In a file they are whole.
+    """
+
+    stacks: dict[str, Tensor]
+    others: dict[str, tuple[int, ...]]
     source: str
 
 
@@ -52,7 +58,7 @@ def find_weights(given: str, settings: Sequence[str] = ()) -> FoundWeights:
     if path.is_dir():
         return _in_folder(path)
     if path.suffix == ".safetensors":
-        return FoundWeights(_read(path), None, str(path))
+        return _of_tensors(_read(path), str(path))
     if path.suffix == ".train":
         return _of_spec(path, path, settings, f"initial weights of the model in {path}")
     if path.exists():
@@ -71,7 +77,17 @@ def _of_spec(
     checked = load_spec(spec, catalog(), settings).unwrap()
     with searching(path):
         model = seeded_model(checked)
-    return FoundWeights(dict(model.named_parameters()), model, source)
+    inventory = build_inventory(model)
+    units = find_units(inventory.weights)
+    used = {name for weight in inventory.weights for name in weight.parameters}
+    others = {p.name: p.shape for p in inventory.parameters if p.name not in used}
+    return FoundWeights(read_units(model, units), others, source)
+
+
+def _of_tensors(tensors: dict[str, Tensor], source: str) -> FoundWeights:
+    fit = {n: t for n, t in tensors.items() if count(t.shape) and t.is_floating_point()}
+    others = {n: tuple(t.shape) for n, t in tensors.items() if n not in fit}
+    return FoundWeights({n: matrices(t) for n, t in fit.items()}, others, source)
 
 
 def _in_folder(folder: Path) -> FoundWeights:
@@ -101,7 +117,7 @@ def _of_checkpoint(path: Path) -> FoundWeights:
         tensors: dict[str, Any] = state["program"]["model"]
         names = [name for name, *_ in state["program"]["made_by"]["signature"]]
         found = {name: tensors[name] for name in names}
-    return FoundWeights(found, None, str(path))
+    return _of_tensors(found, str(path))
 
 
 def _of_program(folder: Path) -> FoundWeights:
@@ -110,7 +126,7 @@ def _of_program(folder: Path) -> FoundWeights:
     tensors = _read(folder / WEIGHTS)
     with interpreting(folder / PLAN):
         names = [name for name, *_ in read_json(folder / PLAN)["model"]["signature"]]
-    return FoundWeights({n: tensors[n] for n in names if n in tensors}, None, str(folder))
+    return _of_tensors({n: tensors[n] for n in names if n in tensors}, str(folder))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
