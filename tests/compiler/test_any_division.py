@@ -67,6 +67,8 @@ ANY = [
     SGD + SIFT,
     SGD + "mask magnitude on ndim(2) every 1 steps { density = 50% }",
     SGD + "lr trust_ratio",
+    SGD + "lr mup { base_width = 4 }",
+    SGD + "lr spectral { base_width = 4 }",
     SGD + "lr trust_ratio { of = gradient }",
     SGD + "lr batch_scaling { rule = sqrt, reference = 2 samples }",
     ADAMW + "lr batch_scaling { reference = 2 samples, beta2 = half_life, decay = linear }",

@@ -79,6 +79,13 @@ class Optimizer(Construct):
     )
     freeze: Selector | None = Field(default=None, description="parameters that do not train")
 
+    follows_gradient: ClassVar[bool] = False
+    """Whether the update is in proportion to the gradient."""
+
+    def update_norm(self, out: float, into: float) -> float | None:
+        """Return how the spectral norm of an update grows with the shape, per unit of rate; None where unknown."""
+        return None
+
     @property
     def moments(self) -> float:
         """Return how many tensors of the parameter's size the state holds."""

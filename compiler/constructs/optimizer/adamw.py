@@ -46,6 +46,10 @@ class AdamW(Optimizer):
     )
     implementation: Implementation = "auto"
 
+    def update_norm(self, out: float, into: float) -> float:
+        """Return that of a matrix of ones: the entries of an update are near 1 and -1, and of low rank."""
+        return float((out * into) ** 0.5)
+
     @property
     def moments(self) -> float:
         """Return 2: the averages of gradients and of their squares."""

@@ -81,11 +81,15 @@ class Muon(Optimizer):
         """Return 1, the momentum buffer."""
         return 1
 
-    def scale(self, rows: int, columns: int) -> float:
+    def scale(self, rows: float, columns: float) -> float:
         """Return what the update of a matrix is multiplied by, beside the rate."""
         if self.adjust_lr_fn == "original":
             return float(max(1.0, rows / columns) ** 0.5)
         return float(0.2 * max(rows, columns) ** 0.5)
+
+    def update_norm(self, out: float, into: float) -> float:
+        """Return the scale of the update, whose singular values are equal."""
+        return self.scale(out, into)
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Refuse what is no matrix."""

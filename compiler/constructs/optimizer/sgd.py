@@ -35,6 +35,11 @@ class SGD(Optimizer):
         description="use Nesterov momentum: step along g + momentum b",
     )
     implementation: Implementation = "auto"
+    follows_gradient: ClassVar = True
+
+    def update_norm(self, out: float, into: float) -> float:
+        """Return that of a gradient, which grows with sqrt(fan-in / fan-out)."""
+        return float((into / out) ** 0.5)
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
