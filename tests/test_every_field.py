@@ -22,8 +22,11 @@ from trainc.dsl.reading.field_types import (
     PERIOD,
     RANGE,
     SCHEDULE,
+    SCOPED_DECAY_RATES,
     SCOPED_NUMBERS,
+    SCOPED_SCHEDULES,
     SELECTOR,
+    SHRINKING_FACTOR,
     FieldType,
 )
 from trainc.dsl.reading.fields import field_type
@@ -37,6 +40,7 @@ SIGNED = {("loss", name, "ignore_index") for name in ("cross_entropy", "model", 
 """The fields whose numbers may be negative."""
 CONSTRUCTS = list(catalog().items())
 HIDDEN = ("path", "arguments")
+SCOPED = (SCOPED_NUMBERS, SCOPED_SCHEDULES, SCOPED_DECAY_RATES)
 LENGTH = 40
 
 
@@ -66,8 +70,8 @@ def fields(*wanted: FieldType | str) -> list[Any]:
 def selecting(construct: type[Construct], name: str, selector: str) -> str:
     """Return a value of a field with a selector: with a number, or in a list, where the field takes such."""
     info = construct.model_fields[name]
-    if field_type(info) is SCOPED_NUMBERS:
-        return f"0.1 on {selector}"
+    if (own := field_type(info)) in SCOPED:
+        return f"[0.1, 0.2] on {selector}" if own is SCOPED_DECAY_RATES else f"0.1 on {selector}"
     return f"[{selector}]" if "tuple" in str(info.annotation) else selector
 
 
@@ -128,7 +132,7 @@ def at(found: Sequence[Diagnostic], text: str, rules: Sequence[str] = ()) -> boo
     return any(text in d.span.text for d in places if d.span is not None)
 
 
-@pytest.mark.parametrize(("construct", "name"), fields(SELECTOR, MODULE_SELECTOR, SCOPED_NUMBERS))
+@pytest.mark.parametrize(("construct", "name"), fields(SELECTOR, MODULE_SELECTOR, *SCOPED))
 def test_a_selector_that_matches_nothing(construct: type[Construct], name: str) -> None:
     setup = setup_of(construct)
     value = selecting(construct, name, '"no.such.name"')
@@ -136,7 +140,7 @@ def test_a_selector_that_matches_nothing(construct: type[Construct], name: str) 
     assert at(found, '"no.such.name"', ["selector-matches-nothing"]), found
 
 
-@pytest.mark.parametrize(("construct", "name"), fields(SELECTOR, MODULE_SELECTOR, SCOPED_NUMBERS))
+@pytest.mark.parametrize(("construct", "name"), fields(SELECTOR, MODULE_SELECTOR, *SCOPED))
 def test_an_expect_that_fails(construct: type[Construct], name: str) -> None:
     setup = setup_of(construct)
     value = selecting(construct, name, "ndim(1) expect 999")
@@ -145,11 +149,15 @@ def test_an_expect_that_fails(construct: type[Construct], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("construct", "name"), fields("numbers", FRACTION, SCHEDULE, SCOPED_NUMBERS)
+    ("construct", "name"),
+    fields("numbers", FRACTION, SCHEDULE, SHRINKING_FACTOR, *SCOPED),
 )
 def test_a_negative_number(construct: type[Construct], name: str) -> None:
     setup = setup_of(construct)
-    pair = str(construct.model_fields[name].annotation).startswith("tuple[typing.Ann")
+    info = construct.model_fields[name]
+    pair = field_type(info) is SCOPED_DECAY_RATES or str(info.annotation).startswith(
+        "tuple[typing.Ann"
+    )
     value = "[-1, -1]" if pair else "-1"
     found = problems(construct, with_field(example(construct, setup), name, value), setup)
     assert at(found, "-1"), found

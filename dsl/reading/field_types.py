@@ -240,8 +240,9 @@ def scoped_schedule_type(limits: Limits, *, pairs: bool = False) -> FieldType:
 
 
 SCHEDULE = schedule_type(FROM_ZERO)
+SHRINKING_FACTOR = schedule_type(Limits(0, 1, open_low=True))
 SCOPED_SCHEDULES = scoped_schedule_type(FROM_ZERO)
-SCOPED_RATES_OF_DECAY = scoped_schedule_type(Limits(0, 1, open_high=True), pairs=True)
+SCOPED_DECAY_RATES = scoped_schedule_type(Limits(0, 1, open_high=True), pairs=True)
 SIGNED_SCHEDULE = FieldType("schedule", expressions.schedule, _schedule, scheduled=True)
 SELECTOR = FieldType("selector", _plainly(selectors.selector), _selector, selects="parameters")
 MODULE_SELECTOR = FieldType("selector", _plainly(selectors.selector), _selector, selects="modules")
@@ -303,7 +304,7 @@ NestedClause = Annotated[Any, NESTED_CLAUSE]
 ScopedNumbers = Annotated[tuple[v.Scoped, ...], SCOPED_NUMBERS]
 ScopedSchedules = Annotated[v.Expr | tuple[v.Scoped, ...], SCOPED_SCHEDULES]
 """A number that is 0 or more in every step, or an expression for one; for all parameters, or by selector."""
-ScopedDecayRates = Annotated[v.Expr | tuple[v.Scoped, ...], SCOPED_RATES_OF_DECAY]
+ScopedDecayRates = Annotated[v.Expr | tuple[v.Scoped, ...], SCOPED_DECAY_RATES]
 """A list of two numbers in [0, 1) such as Adam's betas, or expressions for them; also by selector."""
-ShrinkingFactor = Annotated[v.Expr, schedule_type(Limits(0, 1, open_low=True))]
+ShrinkingFactor = Annotated[v.Expr, SHRINKING_FACTOR]
 """A number above 0 and at most 1 in every step, or an expression for one."""
