@@ -25,6 +25,8 @@ CONV_SCALE = 0.5
 # the second, an eigenvalue is the rounding noise of float32 weights.
 GUARD = 1e-5
 RANK = 1e-12
+# Of all eigenvalues above the threshold: mean ln(lambda / xmin) below this is rounding, as of an orthogonal weight.
+NO_SPREAD = 1e-5
 # What rounding may take from a whole number of eigenvalues.
 _ROUNDING = 1e-9
 # Entries of Gram matrices decomposed at once.
@@ -69,7 +71,7 @@ class Hill:
     def alpha(self, spectrum: Tensor) -> float:
         """Return 1 + k / sum(ln(lambda / xmin)) over the k largest of an ascending spectrum (n,).
 
-        NaN where it means nothing: weights that are zero, not finite or of low rank, no spread.
+        NaN where it means nothing: weights that are zero, not finite, of low rank, or orthogonal.
         """
         n = len(spectrum)
         if n < 2:
@@ -79,7 +81,7 @@ class Hill:
         if k < 1 or not (math.isfinite(largest) and largest > 0 and xmin > RANK * largest):
             return math.nan
         total = float((spectrum[n - k :].double() / xmin).log().sum())
-        return 1 + k / total if total > 0 else math.nan
+        return 1 + k / total if total > NO_SPREAD * k else math.nan
 
 
 MEDIAN = Hill()
@@ -111,11 +113,23 @@ def matrices(weight: Tensor) -> Tensor:
     """Return a weight, (out, in) or (out, in, kh, kw), as matrices (count, out, in)."""
     if not count(weight.shape):
         raise ValueError(f"a spectrum needs a 2-D or 4-D weight, not shape {tuple(weight.shape)}")
+    if weight.layout is not torch.strided or weight.is_meta:
+        kind = (
+            "values: it is on the meta device"
+            if weight.is_meta
+            else "dense storage: call `to_dense()`"
+        )
+        raise ValueError(f"a spectrum needs a weight with {kind}")
     if weight.dim() == 2:
         return weight[None]
     # Scaled in float32 at least: 16 bits would round.
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    wide = weight.to(_wider(weight.dtype, torch.float32))
     return wide.flatten(2).permute(2, 0, 1) * math.sqrt(CONV_SCALE)
+
+
+def _wider(dtype: torch.dtype, least: torch.dtype) -> torch.dtype:
+    """Return a type that holds both; PyTorch promotes no 8-bit floats."""
+    return least if dtype.itemsize == 1 else torch.promote_types(dtype, least)
 
 
 def spectra_of(stacks: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Spectrum]:
@@ -188,7 +202,7 @@ def _decompose(stacks: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     found: list[Tensor] = [torch.empty(0)] * len(stacks)
     sizes: dict[tuple[torch.device, torch.dtype, int, int], list[int]] = {}
     for i, stack in enumerate(stacks):
-        wide = torch.promote_types(stack.dtype, dtype)
+        wide = _wider(stack.dtype, dtype)
         sizes.setdefault((stack.device, wide, min(stack.shape[1:]), len(stack)), []).append(i)
     for (_, wide, short, number), members in sizes.items():
         step = max(1, BATCH // max(1, short * short * number))

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainc.kernels.parameter.spectrum import RANK, WHOLE, Convention, Hill, spectra
+from trainc.kernels.parameter.spectrum import NO_SPREAD, RANK, WHOLE, Convention, Hill, spectra
 
 Fit = Literal["median", "dks", "peak"]
 
@@ -32,7 +32,7 @@ class TailFit:
     """The exponent `alpha`, the smallest eigenvalue `xmin` of the tail, its `distance`, and its `count` of eigenvalues.
 
     `distance` is the largest difference between the distribution of the tail and the power law. All are NaN, and
-    the count is 0, where a spectrum has no tail: weights that are zero, not finite or of low rank.
+    the count is 0, where a spectrum has no tail: weights that are zero, not finite, of low rank or orthogonal.
     """
 
     alpha: float
@@ -126,7 +126,7 @@ def _least_distance(values: Tensor, tried: Tensor) -> TailFit:
     logs = values.log()
     sums = logs.flip(0).cumsum(0).flip(0)[tried] - counts * logs[tried]
     alphas = 1 + counts / sums
-    usable = sums > 0
+    usable = sums > NO_SPREAD * counts
     tried, alphas = tried[usable], alphas[usable]
     if not len(tried):
         return NO_FIT

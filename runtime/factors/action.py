@@ -126,7 +126,8 @@ class BalanceFactors(Action):
                 self.alphas[name] = keep * before.get(name, figure) + (1 - keep) * figure
             elif name in before or not self.measurements:
                 reason = (
-                    "is zero or of low rank, or a mask left too little of it, so it is not measured"
+                    "is zero, of low rank or orthogonal, or a mask left too little of it, so it is not"
+                    " measured"
                 )
                 step.notes.append(f"{self.name}: `{part.weight}` {reason}")
         # Of a first spread that is all noise no factor would follow, ever.

@@ -92,7 +92,7 @@ def test_what_has_no_exponent_or_no_spectrum_is_said(
     picture = tmp_path / "new/picture.png"
     status, out, said = spectrum(monkeypatch, capsys, tensors, "--plot", picture)
     assert status == 0
-    assert "? zero, not finite or of low rank: " in out
+    assert "? zero, not finite, of low rank or orthogonal: " in out
     assert "without a spectrum: 1 vector, " in out
     assert "ids [9, 9]" in out
     assert "stack [2, 8, 8]" in out
@@ -165,3 +165,16 @@ def test_what_gives_no_weights_is_a_message(
     assert status == 1
     assert words in said
     assert "Traceback" not in said
+
+
+def test_a_setting_of_what_has_none_and_a_file_of_nothing_are_errors(
+    tensors: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given in (tensors, GPT):
+        status, out, error = spectrum(monkeypatch, capsys, given, "--set", "width=4")
+        assert (status, out) == (1, "")
+        assert "`--set width=4` sets a `let` of a spec" in error
+    save_file({}, tensors)
+    status, _, error = spectrum(monkeypatch, capsys, tensors)
+    assert status == 1
+    assert error.endswith("Its tensors: none\n")

@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainc.functional import (
+    hill_alpha,
     log_alpha,
     null_distance,
     spectral_entropy,
@@ -22,6 +23,7 @@ from trainc.functional import (
 )
 from trainc.kernels.parameter.figures import measure
 from trainc.kernels.parameter.spectrum import MEDIAN, Hill, alphas, count, matrices, spectra
+from trainc.kernels.parameter.tail_fit import Fit
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference/layer_rates.json").read_text())
 # (rows of the table) x (positions of xmin): the fits that take the median and its like.
@@ -155,7 +157,9 @@ def test_equal_shapes_and_transposes_are_measured_together_and_in_order() -> Non
     assert together[1] == pytest.approx(MEDIAN.alpha(by_definition(tensors[1].T)), rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float64]
+)
 def test_weights_of_any_precision_are_measured(dtype: torch.dtype) -> None:
     tensor = weight("gauss_128x64").to(dtype)
     assert alphas([tensor])[0] == pytest.approx(MEDIAN.alpha(by_definition(tensor)), rel=1e-5)
@@ -165,6 +169,23 @@ def test_complex_weights_have_the_squares_of_their_singular_values() -> None:
     weight = torch.randn(9, 6, dtype=torch.complex128)
     expected = torch.linalg.svdvals(weight).square().flip(0)
     torch.testing.assert_close(spectra([weight])[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fit", ["median", "dks", "peak"])
+def test_orthogonal_weights_have_no_tail(fit: Fit, dtype: torch.dtype) -> None:
+    """All their singular values are 1: what these differ by is rounding, of which alpha would be a million."""
+    random = torch.Generator().manual_seed(0)
+    square = nn.init.orthogonal_(torch.empty(96, 96, dtype=dtype), generator=random)
+    assert math.isnan(hill_alpha(3 * square, fit))
+    assert math.isnan(hill_alpha(square[:, :48], fit))
+
+
+def test_weights_without_values_or_storage_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        hill_alpha(torch.ones(8, 8, device="meta"))
+    with pytest.raises(ValueError, match="to_dense"):
+        hill_alpha(torch.eye(8).to_sparse())
 
 
 def test_what_cannot_be_measured_is_nan_and_disturbs_nothing_else() -> None:

@@ -106,11 +106,12 @@ def choose(
     small = {n: tuple(s.shape) for n, s in stacks.items() if len(s) * min(s.shape[1:]) < LEAST}
     fit = {name: stack for name, stack in stacks.items() if name not in small}
     if not fit:
-        among = ", ".join([*(f"`{n}`" for n in [*found.stacks, *found.others][:3]), "..."])
+        names = [f"`{name}`" for name in [*found.stacks, *found.others]]
+        among = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) or "none"
         chosen = f" that `--only {' '.join(only)}` chooses" if only else ""
         raise ValueError(
             f"{found.source} has no weight{chosen} with a spectrum: that is a matrix, or the kernel of a 2-D"
-            f" convolution, with {LEAST} eigenvalues or more. Its tensors are {among}"
+            f" convolution, with {LEAST} eigenvalues or more. Its tensors: {among}"
         )
     return fit, {name: shape for name, shape in found.others.items() if wanted(name)} | small
 
@@ -143,7 +144,8 @@ def _print(rows: Sequence[Row], others: dict[str, tuple[int, ...]], source: str)
     console.print(table)
     if unknown := [row.name for row in rows if not math.isfinite(row.alpha)]:
         console.print(
-            Text(f"? zero, not finite or of low rank: {', '.join(unknown)}"), soft_wrap=True
+            Text(f"? zero, not finite, of low rank or orthogonal: {', '.join(unknown)}"),
+            soft_wrap=True,
         )
     if left := _without_spectrum(others):
         console.print(Text(f"without a spectrum: {left}"), soft_wrap=True)

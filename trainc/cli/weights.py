@@ -55,6 +55,11 @@ def find_weights(given: str, settings: Sequence[str] = ()) -> FoundWeights:
     nothing.
     """
     path = Path(given)
+    if settings and path.suffix != ".train":
+        raise ValueError(
+            f"`--set {settings[0]}` sets a `let` of a spec, and `{given}` is none: leave it out; arguments of a model"
+            ' are written with it, "module:callable { name = value }"'
+        )
     if path.is_dir():
         return _in_folder(path)
     if path.suffix == ".safetensors":

@@ -62,7 +62,7 @@ class TempBalance(SpectralPolicy):
     Factors are measured at the first step that is due, then `every` so often, by default every 100
     steps; between measurements and after `until` the last factors hold. The factor is 1 if all
     exponents are equal or there is only one (the published code gives the high end), and, with a
-    note, for a weight that is zero or of low rank. A weight that is not finite is an error. Parts
+    note, for a weight that is zero, of low rank or orthogonal. A weight that is not finite is an error. Parts
     with fewer eigenvalues than `min_eigenvalues` are not measured, and modules without another part
     keep their rate. Embeddings, and modules without a matrix, may be selected by `highest` or
     `follow` alone.
