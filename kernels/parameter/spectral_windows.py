@@ -52,9 +52,17 @@ class Windows:
 
     def __post_init__(self) -> None:
         rows, aspect, ops, step = self.rows, self.aspect, self.ops, self.step
-        if rows < 1 or not aspect > 0 or step < 1 or (ops is not None and ops < 1):
+        whole = all(isinstance(n, int) for n in (rows, step, 1 if ops is None else ops))
+        if (
+            not whole
+            or rows < 1
+            or not 0 < aspect < math.inf
+            or step < 1
+            or (ops is not None and ops < 1)
+        ):
             raise ValueError(
-                f"rows = {rows}, aspect = {aspect:g}, ops = {ops}, step = {step}: expected numbers above 0"
+                f"rows = {rows}, aspect = {aspect:g}, ops = {ops}, step = {step}: expected numbers above 0,"
+                " whole ones but for `aspect`"
             )
 
     def alpha(

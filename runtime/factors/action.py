@@ -142,7 +142,10 @@ class BalanceFactors(Action):
         figures = controlled(
             unit_means(self.alphas, self.members), self.policy.control, self.measurements
         )
-        found = self.policy.factors(figures, self.gain)
+        try:
+            found = self.policy.factors(figures, self.gain)
+        except ValueError as wrong:
+            raise ValueError(f"{self.name}: {wrong}") from wrong
         targets = dict.fromkeys(self.lr_factors, 1.0)
         for unit, groups in self.units.items():
             known = (g for g in groups if any(part.name in self.alphas for part in g.parts))

@@ -31,8 +31,8 @@ def balance(
 
     An exponent that is not finite has no part, and its layer gets `base`; so do all where the others are equal, or
     one alone (published code gives the high end there). Sources: TempBalance (Zhou et al. 2023) for all but
-    `sigmoid`, which is model balancing's (Liu et al. 2024). Raises ValueError for a map or range that is none of
-    these, and for exponents that `sqrt` and `log2` have no factor for.
+    `sigmoid`, which is model balancing's (Liu et al. 2024). Raises ValueError for a map, range or steepness
+    that is none of these, and for exponents that `sqrt` and `log2` have no factor for.
     """
     low, high = range
     if map not in get_args(Map):
@@ -40,6 +40,8 @@ def balance(
     if not 0 <= low <= high < math.inf or (map == "sigmoid" and not 0 < low <= 1 <= high):
         among = "0 < low <= 1 <= high" if map == "sigmoid" else "0 <= low <= high"
         raise ValueError(f"range = {low:g}..{high:g}: expected {among}")
+    if not 0 < steepness < math.inf:
+        raise ValueError(f"steepness = {steepness:g}: expected a finite number above 0")
     known = {i: alpha for i, alpha in enumerate(alphas) if math.isfinite(alpha)}
     factors = _factors(known, low, high, map, steepness)
     return [base * factors.get(i, 1.0) for i, _ in enumerate(alphas)]
@@ -62,7 +64,8 @@ def _factors(
         return {i: _sigmoid(a - mean, low, high, steepness) for i, a in alphas.items()}
     if least <= (0 if map == "sqrt" else 1):
         raise ValueError(
-            f"map = {map!r}: an exponent is {least:g}, which has no {map}, or none above 0"
+            f"map = {map!r} needs figures above {0 if map == 'sqrt' else 1}, and one is {least:g}: use `linear`,"
+            " `step` or `sigmoid`"
         )
     scale = math.sqrt if map == "sqrt" else math.log2
     mean = fmean(scale(alpha) for alpha in alphas.values())

@@ -16,8 +16,13 @@ def spread_gain(figures: Sequence[float], noise: Sequence[float]) -> float:
     noise^2), where the mean has the weights 1 / noise^2. Where figures differ by noise alone, Q follows the
     chi-squared distribution with m - 1 degrees of freedom. The gain is max(0, 1 - c / Q), where c is the 99 % quantile
     of that, by the formula of Wilson and Hilferty (1931). It is the statistic I^2 of Higgins and Thompson (2002),
-    which has m - 1 in place of c. It is 0 for less than two figures.
+    which has m - 1 in place of c. It is 0 for less than two figures. Raises ValueError for noise that is not above 0,
+    and for another number of it.
     """
+    if len(figures) != len(noise) or not all(0 < sd < math.inf for sd in noise):
+        raise ValueError(
+            f"{len(figures)} figures, noise = {[*noise]}: expected a standard deviation above 0 for each figure"
+        )
     if len(figures) < 2:
         return 0.0
     weights = [1 / sd**2 for sd in noise]

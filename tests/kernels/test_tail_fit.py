@@ -102,8 +102,10 @@ def test_a_wrong_fraction_fit_or_shape_is_named() -> None:
         spectrum(torch.randn(3))
     with pytest.raises(ValueError, match="2-D or 4-D"):
         farms_alpha(torch.randn(3, 3, 3))
-    with pytest.raises(ValueError, match="numbers above 0"):
-        farms_alpha(w, rows=0)
+    wrong: list[dict[str, Any]] = [{"rows": 0}, {"rows": 2.5}, {"aspect": math.inf}, {"ops": 1.5}]
+    for sizes in wrong:
+        with pytest.raises(ValueError, match="numbers above 0"):
+            farms_alpha(w, **sizes)
 
 
 @pytest.mark.parametrize(("name", "key"), WINDOWS)

@@ -244,6 +244,17 @@ class MeasuredPolicy(MeasuredAtTimes):
                 field="highest",
                 help="add it to `on`: `highest` says which of the selected parameters are not measured",
             )
+        if self.bounds is not None and self.hysteresis >= max(
+            1 - self.bounds[0], self.bounds[1] - 1
+        ):
+            low, high = self.bounds
+            yield Problem(
+                "no-effect",
+                f"factors stay 1: between {low:g} and {high:g} none differs from 1 by more than"
+                f" {self.hysteresis:g}",
+                field="hysteresis",
+                help="write a smaller number, such as 0.05",
+            )
         groups, few = self.groups(bound.parameters, bound.inventory)
         units = len(by_unit(groups, self.unit))
         if units < 2:

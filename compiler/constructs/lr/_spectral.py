@@ -87,6 +87,21 @@ class SpectralPolicy(MeasuredPolicy):
                 "`tolerance` needs `fit = median` and alpha of whole matrices: how far other figures can have moved is"
                 " not known. Remove it"
             )
+        if self.metric == "entropy" and self.map == "log2":
+            raise ValueError(
+                "`map = log2` needs figures above 1, and `entropy` is at most 1: write another `map`"
+            )
+        n = self.min_eigenvalues
+        above = (
+            n - int(n / self.xmin_pos) - 1
+            if self.convention == "code"
+            else int(n - n / self.xmin_pos)
+        )
+        if above < 1:
+            raise ValueError(
+                f"`xmin_pos = {self.xmin_pos:g}` leaves no eigenvalue above the threshold, of"
+                f" `min_eigenvalues = {n}`: write a larger `xmin_pos`"
+            )
         given = {"fit", "xmin_pos", "convention"} & self.model_fields_set
         if given and self.metric not in (None, *_OF_TAIL):
             raise ValueError(

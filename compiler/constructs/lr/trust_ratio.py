@@ -168,20 +168,29 @@ def trust_ratio(
     `param` are the weights w, `update` of the same shape what is scaled, u: of LAMB the step per unit of learning rate,
     weight decay included, so that `weight_decay` is 0; of LARS the gradient, with the decay that is added to it. Norms
     are L2 norms over all entries. phi limits |w| to `weight_norm`, (low, high), and is the identity without it; the
-    ratio itself is limited to `limits`. It is 1 where phi(|w|) or the divisor is 0. Sources: LAMB, You et al. 2020;
-    LARS, You, Gitman and Ginsburg 2017, with a `coefficient` of 0.001. Raises ValueError for tensors of other shapes.
+    ratio itself is limited to `limits`. It is 1 where phi(|w|) or the divisor is 0, and NaN where a norm is not finite.
+    Sources: LAMB, You et al. 2020; LARS, You, Gitman and Ginsburg 2017, with a `coefficient` of 0.001. Raises
+    ValueError for tensors of other shapes, for negative numbers, and for limits that are not in order.
     """
     if param.shape != update.shape:
         raise ValueError(
             f"`param` has the shape {tuple(param.shape)} and `update` {tuple(update.shape)}: expected the same shape"
         )
+    if not (weight_decay >= 0 and coefficient > 0):
+        raise ValueError(
+            f"weight_decay = {weight_decay:g}, coefficient = {coefficient:g}: expected 0 or more, and above 0"
+        )
+    for name, ends in (("weight_norm", weight_norm), ("limits", limits)):
+        if ends is not None and not 0 <= ends[0] <= ends[1]:
+            raise ValueError(f"{name} = {ends}: expected 0 <= low <= high")
     from trainc.kernels.parameter.multi_norm import multi_norm
 
     w, u = multi_norm([param], [update])[0, :2].sqrt()
     length = w if weight_norm is None else w.clamp(*weight_norm)
     divisor = u + weight_decay * w
-    known = (length > 0) & (divisor > 0)
-    found: Tensor = (coefficient * length / divisor).where(known, length.new_ones(()))
+    none = (length == 0) | (divisor == 0)
+    found: Tensor = (coefficient * length / divisor).masked_fill(none, 1.0)
+    found = found.masked_fill(~(w.isfinite() & u.isfinite()), float("nan"))
     return found if limits is None else found.clamp(*limits)
 
 

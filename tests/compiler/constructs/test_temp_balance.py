@@ -24,7 +24,7 @@ from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.text.render import render_text
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.value_json import Range
-from trainc.functional import balance, calibrated_alpha, hill_alpha, null_alpha
+from trainc.functional import balance, calibrated_alpha, hill_alpha, null_alpha, spread_gain
 from trainc.kernels.parameter.spectral_null import null_law
 from trainc.kernels.parameter.spectrum import alphas
 from trainc.runtime.factors.action import BalanceFactors
@@ -182,6 +182,10 @@ def test_exponents_without_a_spread_or_a_number_leave_the_rate(map: Any) -> None
         assert balance(known, 0.1, limits, map) == pytest.approx([0.1] * len(known))
     with_one = balance([2.0, math.nan, 4.0], 0.1, limits, map)
     assert with_one[1] == 0.1
+    with pytest.raises(ValueError, match="steepness = -1"):
+        balance([2.0, 4.0], steepness=-1)
+    with pytest.raises(ValueError, match="above 0 for each figure"):
+        spread_gain([2.0, 4.0], [0.1, 0.0])
     assert with_one[::2] == pytest.approx(balance([2.0, 4.0], 0.1, limits, map))
 
 
@@ -243,6 +247,21 @@ def test_a_static_control_waits_for_a_spread_that_is_more_than_noise() -> None:
     assert bench.step().series["tb.lr_factor"] == found
 
 
+def test_what_can_never_move_a_factor_is_an_error() -> None:
+    spec = "loss cross_entropy optimizer adamw { lr = 1e-3 } lr temp_balance on ndim(2)"
+    with pytest.raises(trainc.SpecError, match=r"no-effect.*factors stay 1: between"):
+        trainc.compile(f"{spec} {{ hysteresis = 0.5 }}", same_size(3))
+    trainc.compile(f"{spec} {{ hysteresis = 0.49 }}", same_size(3))
+
+
+def test_a_figure_that_a_map_has_no_factor_for_is_told_with_the_clause() -> None:
+    bench = Bench(same_size(3), TempBalance(metric="spectral_norm", map="log2"))
+    with torch.no_grad():
+        next(bench.net.parameters()).mul_(1e-3)
+    with pytest.raises(ValueError, match="tb: map = 'log2' needs figures above 1, and one is"):
+        bench.step()
+
+
 def test_a_single_block_is_told() -> None:
     net = gpt(layers=1, width=64, heads=2, context=8, vocabulary=70)
     spec = "loss cross_entropy optimizer adamw { lr = 1e-3 }"
@@ -263,6 +282,8 @@ def test_a_single_block_is_told() -> None:
         ("fit = peak, shrink = true", "remove `shrink = true`"),
         ("ramp = 0 steps", "a ramp needs a duration above 0"),
         ("limits = -1..1", "cannot be negative"),
+        ("metric = entropy, map = log2", "`entropy` is at most 1"),
+        ("xmin_pos = 1.01", "leaves no eigenvalue above the threshold"),
     ],
 )
 def test_fields_of_another_map_or_fit_are_refused(fields: str, said: str) -> None:

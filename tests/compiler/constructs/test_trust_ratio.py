@@ -240,6 +240,22 @@ def test_as_a_function_it_is_the_ratio_of_lamb_and_of_lars() -> None:
         found(w, u[1:])
 
 
+def test_as_a_function_it_hides_nothing_that_is_wrong() -> None:
+    w, u = torch.ones(3), torch.tensor([1.0, math.inf, 2.0])
+    trust_ratio = trainc.functional.trust_ratio
+    assert trust_ratio(w, u).isnan()
+    assert trust_ratio(u - math.inf, w).isnan()
+    wrong: list[dict[str, Any]] = [
+        {"limits": (5, 1)},
+        {"weight_norm": (-5, -1)},
+        {"weight_decay": -1},
+        {"coefficient": math.nan},
+    ]
+    for fields in wrong:
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            trust_ratio(w, w, **fields)
+
+
 @pytest.mark.models
 @pytest.mark.parametrize(("kind", "close"), [("Lamb", 1e-12), ("Lars", 1e-8)])
 def test_it_is_what_timm_computes(kind: str, close: float) -> None:
