@@ -47,13 +47,13 @@ def _half_lives(by_label: Clauses, method: LoweredMethod) -> Iterator[Diagnostic
 
 
 def _undecayed(by_label: Clauses, method: LoweredMethod) -> Iterator[Diagnostic]:
-    """Yield an error for every clause with measured factors on weight decay that selects nothing that decays."""
+    """Yield an error for every clause with factors on weight decay that selects nothing that decays."""
     owners = {name: part for part in method.optimizers for name in part.targets}
     decaying: dict[str, bool] = {}
     for name, factors in method.option_factors.items():
         decays = name in owners and owners[name].decays(name)
         for factor in factors:
-            if factor.of == "weight_decay" and factor.of_batch is None:
+            if factor.of == "weight_decay":
                 decaying[factor.policy] = decaying.get(factor.policy, False) or decays
     for clause in (by_label[label] for label, decays in decaying.items() if not decays):
         yield Diagnostic(

@@ -64,12 +64,11 @@ class ScheduleField:
                     raise ValueError(self._problem(value, f"after {percent:g}% of the run"))
         return at
 
-    def check_set(self, value: float, clock: Clock, rule: str) -> None:
-        """Raise ValueOutOfRange for a number that the field cannot have, which a rule gives it."""
+    def check_set(self, value: float, who: str, when: str) -> None:
+        """Raise ValueOutOfRange for a number that the field cannot have; `who` sets it, and `when`."""
         if self.limits is not None and not self.limits.allow(value):
             raise ValueOutOfRange(
-                f"the rule `{rule}` sets `{self.name}` of `{self.title}` to {value:g} in step {clock.steps}: expected"
-                f" {self.limits.words}",
+                f"{who} sets `{self.name}` of `{self.title}` to {value:g}{when}: expected {self.limits.words}",
                 self.label,
                 self.name,
             )

@@ -17,7 +17,7 @@ from trainc.dsl.resolve.statements import Rule as RuleClause
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.vocabulary import EVALUATED
-from trainc.dsl.values.value_json import Expr, to_json
+from trainc.dsl.values.value_json import Call, Expr, Name, to_json, walk
 from trainc.runtime.rules.actions import (
     Evaluate,
     Freeze,
@@ -32,6 +32,7 @@ from trainc.runtime.rules.actions import (
 )
 from trainc.runtime.rules.history import History
 from trainc.runtime.rules.rule import Rule
+from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.expressions import Compiled, names_read
 from trainc.runtime.schedule.schedules import Condition
 from trainc.runtime.step.action import Action
@@ -150,6 +151,8 @@ class _RuleCompiler:
                 f" `1 {value.unit}`"
             )
         self._refuse_unread(action.target)
+        if not any(isinstance(part, Name | Call) for part in walk(action.value)):
+            self.context.fields.check(action.target, value.at(Clock(), {}))
         return SetField(self.context.fields, action.target, value.at)
 
     def _verb(self, action: Do) -> RuleAction:
@@ -203,7 +206,8 @@ class _RuleCompiler:
                         f"`{name}` has a number for each layer, so that it has no value in a rule"
                     )
                     at = labels((self.rule.part_span(part), ""))
-                    self.found.append(Diagnostic("bad-value", message, at))
+                    help = "give the field one number for all, or write a number in its place"
+                    self.found.append(Diagnostic("bad-value", message, at, (), help))
                 elif name in fields.schedules:
                     fields.read_by_rules.add(name)
 

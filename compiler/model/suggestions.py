@@ -47,8 +47,13 @@ def _torch_classes() -> frozenset[str]:
 def _for_part(part: Selector, inventory: Inventory, target: Target) -> str | None:
     if isinstance(part, OfType):
         types = {name for module in inventory.modules for name in module.types}
-        found = [near for name in part.names if (near := nearest(name, types))]
-        return f"did you mean `type({', '.join(found)})`?" if found else None
+        unknown = [name for name in part.names if name not in types]
+        found = [near for name in unknown if (near := nearest(name, types))]
+        if found:
+            return f"did you mean `type({', '.join(found)})`?"
+        if not unknown and target == "parameters":
+            return f"the modules that `{part}` matches have no parameters of their own"
+        return None
     if not isinstance(part, Glob):
         return None
     near = _nearest_glob(part.pattern, [m.name.split(".") for m in inventory.modules if m.name])

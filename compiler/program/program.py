@@ -338,7 +338,7 @@ class Program(LoadableProgram, OwnLoopProgram):
     def summary(self) -> list[str]:
         """Return lines of text: what the loss and each clause of the spec did in this run."""
         actions, reasons = self._machine.actions, self.execution.reasons.values()
-        history, steps = self._runner.history, self.clock.steps
-        lines = summary_lines(self._method, self.plan.clauses, history, actions, reasons, steps)
+        history, clock = self._runner.history, self.clock
+        lines = summary_lines(self._method, self.plan.clauses, history, actions, reasons, clock)
         sizes = (self._runner.fitting.summary(), self._evaluations.size.summary())
         return [*lines, *filter(None, sizes)]

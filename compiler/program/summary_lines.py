@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.plan.plan import Row
 from trainc.compiler.program.step_totals import TermHistory
+from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action
 
 Terms = Mapping[str, float]
@@ -18,12 +19,12 @@ def summary_lines(
     history: TermHistory,
     actions: Iterable[Action],
     reasons: Iterable[str],
-    steps: int,
+    clock: Clock,
 ) -> Iterator[str]:
-    """Yield lines of text: what the loss and each clause of the spec did in a run of so many steps."""
-    yield from loss_lines(method, history.first, history.last, steps)
-    yield from history.skipped.lines(steps)
-    yield from factor_lines(method)
+    """Yield lines of text: what the loss and each clause of the spec did in a run up to now."""
+    yield from loss_lines(method, history.first, history.last, clock.steps)
+    yield from history.skipped.lines(clock.steps)
+    yield from factor_lines(method, clock.before)
     yield from (line for action in actions if (line := action.summary()) is not None)
     yield from executor_lines(reasons, clauses)
 
@@ -50,13 +51,21 @@ def executor_lines(reasons: Iterable[str], clauses: Iterable[Row]) -> Iterator[s
             yield f"{c['kind']} {c['construct']}: not in the program: {c['dropped']}"
 
 
-def factor_lines(method: LoweredMethod) -> Iterator[str]:
-    """Yield the factors of learning rate policies that never change, and so have no action."""
+def factor_lines(method: LoweredMethod, clock: Clock | None) -> Iterator[str]:
+    """Yield the factors of learning rate policies without an action; of those that move, what they were at a clock."""
     with_action = {action.name for action in method.actions}
     factors: dict[str, list[float]] = {}
+    moving = set[str]()
     for lr_factors in method.lr_factors.values():
-        for lr_factor in lr_factors:
-            if lr_factor.policy not in with_action:
-                factors.setdefault(lr_factor.policy, []).append(lr_factor.factor)
+        for one in lr_factors:
+            if one.policy in with_action:
+                continue
+            if one.schedule is None:
+                factors.setdefault(one.policy, []).append(one.factor)
+            elif clock is not None:
+                moving.add(one.policy)
+                factors.setdefault(one.policy, []).append(one.schedule(clock))
     for policy, values in factors.items():
-        yield f"{policy}: factors {min(values):.3g} to {max(values):.3g} on {len(values)} parameters"
+        when = " in the last step" if policy in moving else ""
+        span = f"{min(values):.3g} to {max(values):.3g}"
+        yield f"{policy}: factors {span}{when} on {len(values)} parameters"

@@ -13,8 +13,8 @@ from trainc.runtime.step.record import Signals, Step
 from trainc.runtime.storage.form import Form, Number, Record
 
 Scheduled = Callable[[Clock], float]
-Check = Callable[[float, Clock, str], None]
-"""Raises an error for a number that a field cannot have; told the number, the clock, and the rule that sets it."""
+Check = Callable[[float, str, str], None]
+"""Raises an error for a number that a field cannot have; told the number, what sets it, and when."""
 
 
 @dataclass(eq=False)
@@ -62,6 +62,12 @@ class Fields(Action):
         except ValueError:
             return math.nan
 
+    def check(self, name: str, value: float) -> None:
+        """Raise ValueError for a number that no rule can set a field to."""
+        if not math.isfinite(value):
+            raise ValueError(f"it sets `{name}` to {value}: write a finite number")
+        self._checks[name](value, "it", "")
+
     def values_at(self, step: Step) -> Signals:
         """Return what expressions of rules read at the beginning of a step: signals, the batch, and fields."""
         read = {name: self.read(name, step.clock) for name in self.read_by_rules}
@@ -72,7 +78,7 @@ class Fields(Action):
         before = None if name in self.placed else self.read(name, step.clock)
         if self.values.get(name) == value:
             return False
-        self._checks[name](value, step.clock, rule)
+        self._checks[name](value, f"the rule `{rule}`", f" in step {step.clock.steps}")
         self.values[name] = value
         was = "" if before is None else f"{before:.6g} -> "
         step.notes.append(f"{name} {was}{value:.6g}: {rule}")

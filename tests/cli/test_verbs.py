@@ -52,6 +52,18 @@ def test_plan_prints_tables(
         assert words in out
 
 
+def test_plan_says_which_numbers_rules_set(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rule, how in (
+        ("stop", "in the whole run"),
+        ("pace.weight = 0", "until rules set pace.weight"),
+    ):
+        spec.write_text(f"{SPEC}when loss < 1 {{ {rule} }}")
+        assert call(monkeypatch, "plan", spec) == 0
+        assert f"Constant {how}: " in capsys.readouterr().out
+
+
 def test_plan_says_what_depends_on_the_division_into_micro_batches(
     spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

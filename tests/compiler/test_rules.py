@@ -312,11 +312,13 @@ noise_scale gns on "0" { smooth = 4 steps }
         ("lr = 0.1", "unknown-target", "lr", "name clause and field: `adamw.lr`"),
         ("adamw.lr = depth", "bad-value", "adamw.lr = depth", "the place of a layer"),
         ("adamw.lr = batch", "bad-value", "adamw.lr = batch", "`batch` counts samples: divide it by `1 samples`"),
-        ("adamw.lr = pace.sigma", "bad-value", "", "`pace.sigma` has a number for each layer"),
+        ("adamw.lr = pace.sigma", "bad-value", "", "`pace.sigma` has a number for each.*write a number"),
         ("adamw.lr = mean(loss, 12 steps)", "never-acts", "adamw.lr = mean(loss, 12 steps)", "write a shorter window"),
         ("adamw.lr = mean(loss)", "bad-value", "mean(loss)", "`mean` needs `over`"),
         ("adamw.lr = eval_accurracy", "unknown-name", "eval_accurracy", "did you mean `eval_accuracy`"),
         ("adamw.lr = since_best(loss)", "bad-value", "adamw.lr = since_best(loss)", "counts steps: divide it by"),
+        ("adamw.lr = 1e-3 * (2 - 3)", "bad-value", "adamw.lr = 1e-3 * (2 - 3)", "to -0.001: expected 0 or more"),
+        ("adamw.lr = 1 / 0", "bad-value", "adamw.lr = 1 / 0", "to inf: write a finite number"),
         ("adamw.lr = adamw.betas", "unknown-signal", "adamw.betas", "measures nothing"),
     ],
 )  # fmt: skip
@@ -455,6 +457,7 @@ def test_what_is_frozen_and_closed_goes_on_bit_for_bit(left: int) -> None:
     ("actions", "kind", "message"),
     [
         ("freeze type(Conv3d)", "selector-matches-nothing", "the selector of `freeze` matches nothing"),
+        ("freeze type(Tanh)", "selector-matches-nothing", r"`type\(Tanh\)` matches have no parameters of their own"),
         ("unfreeze all", "no-effect", "no rule freezes what `unfreeze all` selects"),
         ("freeze ndim(2) expect 7", "selector-count", "matches 3 parameters, not 7"),
         ("freeze", "unknown-action", "`freeze` needs a selector"),

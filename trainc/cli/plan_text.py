@@ -196,6 +196,13 @@ def _print_batch(console: Console, row: Row | None) -> None:
     console.print()
 
 
+def _set_by_rules(plan: Plan) -> list[str]:
+    """Return the fields that rules set, `label.field`, in the order of the spec."""
+    actions = [action for rule in plan.spec["rules"] for action in rule["actions"]]
+    targets = [action[1] for action in actions if action[0] == "assign"]
+    return [target for target in dict.fromkeys(targets) if "." in target]
+
+
 def _print_schedules(console: Console, plan: Plan, full: bool) -> None:
     if not plan.schedules:
         return
@@ -203,8 +210,10 @@ def _print_schedules(console: Console, plan: Plan, full: bool) -> None:
     changing = [n for n in every if len({row["values"][n] for row in plan.schedules}) > 1]
     names = every if full else changing
     constant = [f"{n} {plan.schedules[0]['values'][n]:.4g}" for n in every if n not in changing]
+    ruled = ", ".join(_set_by_rules(plan))
     if constant:
-        console.print(f"Constant in the whole run: {', '.join(constant)}\n")
+        how = f"until rules set {ruled}" if ruled else "in the whole run"
+        console.print(f"Constant {how}: {', '.join(constant)}\n")
     shown = names if full else names[:SCHEDULES]
     units = [
         u for u in ("steps", "samples", "tokens", "epochs") if plan.schedules[-1][u] is not None
@@ -218,7 +227,8 @@ def _print_schedules(console: Console, plan: Plan, full: bool) -> None:
         for r in plan.schedules
         if full or r["percent"] % 10 == 0 or r["percent"] == 5
     ]
-    _print_table(console, "Schedules", ("run", *units, *shown), rows, 10**9)
+    title = f"Schedules, until rules set {ruled}" if ruled else "Schedules"
+    _print_table(console, title, ("run", *units, *shown), rows, 10**9)
     if len(names) > len(shown):
         console.print(f"  and {len(names) - len(shown)} more schedules (--full)")
 

@@ -281,6 +281,11 @@ def test_a_half_life_needs_a_second_moment() -> None:
         held("sqrt", "sgd { lr = 1e-2 }")
 
 
+def test_the_timescale_of_decay_needs_decay() -> None:
+    with pytest.raises(trainc.SpecError, match=r"scales weight decay, and none of the parameters"):
+        warnings("4 samples", "lr batch_scaling { reference = 8 samples, decay = linear }")
+
+
 def test_scaling_nothing_is_told() -> None:
     assert warnings("4 samples", "lr batch_scaling { rule = none, reference = 8 samples }") == [
         "no-effect"

@@ -144,6 +144,8 @@ def test_a_decay_that_moves_is_the_definition_in_every_step() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     last = program.plan.schedules[-1]["values"]
     assert last["layer_decay decay"] == 1.0
+    told = next(line for line in program.summary() if line.startswith("layer_decay"))
+    assert f"factors {0.875**4:.3g} to 1 in the last step on" in told
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
