@@ -71,8 +71,19 @@ CONCEPTS = re.compile(
     re.IGNORECASE,
 )
 """What methods are about, in words that no file outside constructs and kernels needs."""
-NAME_AN_OPERATOR = {"compiler/plan/site_tables.py", "compiler/passes/fuse_head.py"}
+NAME_AN_OPERATOR = {
+    "compiler/plan/site_tables.py",
+    "compiler/passes/fuse_head.py",
+    "compiler/structure/matrices.py",
+}
 """Files that write one of these words because an operator of `kernels` has it in its name."""
+SHOW_SPECTRA = {
+    "runtime/report/spectra.py",
+    "trainc/cli/app.py",
+    "trainc/cli/spectrum.py",
+    "trainc/cli/weights.py",
+}
+"""The files of `trainc spectrum`, which measures weights of which no spec tells."""
 
 
 def strings(tree: ast.Module) -> Iterator[str]:
@@ -187,4 +198,4 @@ def test_what_methods_are_about_is_written_by_nobody_else() -> None:
         if not file.startswith(own)
         if CONCEPTS.search((ROOT / file).read_text(encoding="utf-8"))
     }
-    assert found == NAME_AN_OPERATOR
+    assert found == NAME_AN_OPERATOR | SHOW_SPECTRA

@@ -99,7 +99,7 @@ class ParameterEntry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All modules and parameters of one model, and its weights that have spectra, in registration order."""
+    """All modules and parameters of one model, and its weights that are matrices, in registration order."""
 
     model: str
     modules: tuple[ModuleEntry, ...]

@@ -48,7 +48,7 @@ _GATES = {"LSTM": "ifgo", "GRU": "rzn"}
 def divide(
     leaf: str, shape: Sequence[int], layer: nn.Module, segment: str, parent: nn.Module | None
 ) -> Division | None:
-    """Return how the weight `leaf` of a layer is divided; None for a shape without a spectrum.
+    """Return how the weight `leaf` of a layer is divided; None for a shape that is no matrix.
 
     `segment` is the layer's name in its `parent`. The weight is taken to be a matrix, or several.
     """

@@ -1,4 +1,4 @@
-"""The matrices of a weight: which of its entries map inputs to outputs together, so that they have one spectrum."""
+"""The matrices of a weight: which of its entries map inputs to outputs together, so that they are one matrix."""
 
 from __future__ import annotations
 

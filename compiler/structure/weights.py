@@ -1,4 +1,4 @@
-"""The weights of a model as it uses them, and the units of spectral methods: the matrices that they consist of.
+"""The weights of a model as it uses them, and the units that are measured: the matrices that they consist of.
 
 A weight may be computed: of a parametrization, of `torch.nn.utils.prune`, or as a sum with updates of low rank beside
 it, W + s B A. A tied weight is there once, under its first name.
@@ -26,7 +26,7 @@ _BASE = "base_layer"
 
 @dataclass(frozen=True, slots=True)
 class UsedWeight:
-    """A weight that has spectra: its name, its layer's, its shape, and the parameters that it is computed of.
+    """A weight that is a matrix, or several: its name, its layer's, its shape, and the parameters that it is computed of.
 
     `computed` says how, in words; it is empty for a parameter as it is.
     """
@@ -52,7 +52,7 @@ class UsedWeight:
 
 @dataclass(frozen=True, slots=True)
 class MatrixUnit:
-    """What has one spectrum: `count` matrices of `outputs` x `inputs`, a part of a weight."""
+    """What is measured together: `count` matrices of `outputs` x `inputs`, a part of a weight."""
 
     weight: UsedWeight
     part: Part
@@ -77,7 +77,7 @@ class MatrixUnit:
 
 
 def find_weights(model: nn.Module, roles: Mapping[str, set[str]]) -> Iterator[UsedWeight]:
-    """Yield the weights that have spectra, in registration order; `roles` are those of modules and parameters."""
+    """Yield the weights that are matrices, in registration order; `roles` are those of modules and parameters."""
     modules = dict(model.named_modules())
     updates = dict(_updates(modules))
     inside = {name for names, _ in updates.values() for name in names}

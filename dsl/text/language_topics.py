@@ -89,12 +89,10 @@ ACTIONS = {
     "open": Topic(
         "when CONDITION { open CLAUSE }",
         "Lets a clause act from now on, whatever its `from` and `until` say.",
-        "regularize l2_sp on all from 100% { weight = 0.1 }\nwhen loss < 1 { open l2_sp }",
     ),
     "close": Topic(
         "when CONDITION { close CLAUSE }",
         "Ends what a clause does, as its `until` would.",
-        "regularize l2_sp on all { weight = 0.1 }\nwhen loss < 1 { close l2_sp }",
     ),
     "freeze": Topic(
         "when CONDITION { freeze SELECTOR }",

@@ -32,7 +32,7 @@ def divided(costs: Sequence[float], parts: int) -> list[list[int]]:
 
 
 def cost(shape: Sequence[int]) -> float:
-    """Return about how long the spectrum of a weight takes, in any unit: its Gram matrix, and the eigenvalues of it.
+    """Return about how long it takes to measure a weight, in any unit: its Gram matrix, and the eigenvalues of it.
 
     Eigenvalues run at about a tenth of the speed of products.
     """

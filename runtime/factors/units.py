@@ -15,7 +15,7 @@ Control = Literal["none", "permuted", "reversed", "static"]
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPart:
-    """What has one spectrum, with `eigenvalues`: a weight or a part of it.
+    """What is measured together, with `eigenvalues`: a weight or a part of it.
 
     `shape` is that of a weight, (out, in) or (out, in, kh, kw).
     """

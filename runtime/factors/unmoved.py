@@ -36,7 +36,7 @@ class Unmoved:
             return True
         before = self.copies[name] = self.copies[name].to(matrices.device)
         change = torch.linalg.vector_norm(matrices - before, dtype=torch.float64)
-        # Rows that are zero do not count, so that one more or less is another spectrum.
+        # Rows that are zero do not count, so that one more or less is another matrix.
         return not (change <= self.rooms[name] and torch.equal(matrices == 0, before == 0))
 
     def measured(self, name: str, matrices: Tensor, room: float) -> None:
