@@ -46,6 +46,12 @@ SPECS = {
     "a followed signal": HEAD + GNS + DATA.replace(
         "BATCH", "follow(gns, factor = 4, min = 2 samples, max = 8 samples, every = 2 steps)"
     ) + "optimizer adamw { lr = 1e-2 } distribute local every 2 steps { rule = average }",
+    "rules": PLAIN + """
+        optimizer adamw { lr = 1e-2 }
+        regularize l2_sp on ndim(2) { weight = 0.01 }
+        when steps > 2 { adamw.lr = lr / 2, freeze "head" }
+        when steps > 5 { close l2_sp }
+    """,
     "a grown batch": HEAD + GNS + DATA.replace(
         "BATCH", "signal_noise(gns, max = 8 samples, min = 2 samples, every = 2 steps, from = 20%)"
     ) + "optimizer adamw { lr = 1e-2 }",
