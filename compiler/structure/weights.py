@@ -26,7 +26,7 @@ _BASE = "base_layer"
 
 @dataclass(frozen=True, slots=True)
 class UsedWeight:
-    """A weight that is a matrix, or several: its name, its layer's, its shape, and the parameters that it is computed of.
+    """A weight that is a matrix, or several: its name, its layer's, its shape, and the parameters it is computed of.
 
     `computed` says how, in words; it is empty for a parameter as it is.
     """

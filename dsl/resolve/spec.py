@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from trainc.dsl.reading.construct import Catalog
+from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.resolve.checks import spec_problems, unknown_construct
 from trainc.dsl.resolve.statements import Action, Assign, Clause, ComparedByJson, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic
@@ -94,7 +94,7 @@ def _clause_from_json(data: Any, catalog: Catalog) -> Clause:
     if key not in catalog:
         raise SpecError([unknown_construct(*key, catalog)])
     return Clause(
-        catalog[key].model_validate(data["fields"]),
+        catalog[key].model_validate(_written(data["fields"], catalog[key])),
         None if data["on"] is None else selector_from_json(data["on"]),
         data["from"],
         data["until"],
@@ -102,6 +102,12 @@ def _clause_from_json(data: Any, catalog: Catalog) -> Clause:
         data["optional"],
         data["label"],
     )
+
+
+def _written(fields: dict[str, Any], construct: type[Construct]) -> dict[str, Any]:
+    """Return the fields that a user must have written: a field that another one forbids may have its default."""
+    defaults = construct.model_construct().model_dump(mode="json")
+    return {n: value for n, value in fields.items() if n not in defaults or defaults[n] != value}
 
 
 def _verb(verb: str, argument: Any) -> Do:

@@ -203,16 +203,17 @@ def other_checkpoint(rank: int, size: int) -> Any:
 
 
 def other_batch(rank: int, size: int) -> Any:
-    """A rule that reads the loss of its own replica."""
+    """A rule that reads an evaluation, which is of other data in each process."""
     text = f"""
     data "examples.data:stdlib" {{ batch = 4 samples, context = 8, limit_bytes = 30_000 }}
     loss mse optimizer sgd {{ lr = 0.1 }} {EVERY_3}
-    when loss > 100 {{ batch = 2 * batch }}
+    when eval_loss > 0.5 {{ batch = 2 * batch }}
     """
     program = trainc.compile(text, net())
     for step in range(4):
+        program.measured({"eval_loss": float(rank)})
         x, y = data(rank, step, 4)
-        program.step([(x, y + 100 * rank)])
+        program.step([(x, y)])
 
 
 def other_tensors(rank: int, size: int) -> Any:
