@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainc.compiler.bind.bound_clause import BoundClause, Sizes, Targets
-from trainc.compiler.bind.claims import overlapping_claims
+from trainc.compiler.bind.claims import frozen_by_fields, overlapping_claims
 from trainc.compiler.bind.effects import changes_batch, conflicts, penalised_measurements
 from trainc.compiler.bind.epochs import uncounted_epochs
 from trainc.compiler.bind.report import Report
@@ -83,6 +83,7 @@ class _Binder:
     ) -> None:
         self.spec, self.inventory, self.base = spec, inventory, base
         self.report, self.facts = Report(), facts
+        self.frozen: set[str] = set()
         data, run = self._construct("data"), self._construct("run")
         self.trial = RunTime.of(spec.clauses).trial
         self.units = UnitConversion(
@@ -96,6 +97,8 @@ class _Binder:
         self.sizes = Sizes(data.micro_size, data.start_size, changing) if data else None
 
     def run(self) -> Binding:
+        constructs = (clause.construct for clause in self.spec.clauses)
+        self.frozen = frozen_by_fields(constructs, self.inventory)
         clauses = [self._bound(clause) for clause in self.spec.clauses]
         clauses.sort(key=lambda bound: ORDER.index(bound.kind))
         active = [clause for clause in clauses if clause.dropped is None]
@@ -141,6 +144,9 @@ class _Binder:
         inventory = self._inventory_of(construct)
         if construct.targets != "none":
             targets = select_targets(clause, construct.targets, inventory, self.report)
+            if construct.kind == "lr":
+                # A policy that compares parameters must not compare those that train at no time.
+                targets = tuple(n for n in targets if n not in self.frozen) or targets
             if not targets and clause.optional:
                 dropped = "its selector matches nothing, and the clause is `optional`"
         if dropped is None and (setting := construct.identity_setting(self._set_later(clause))):

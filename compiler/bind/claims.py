@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.report import labels, shared_note
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.model.select import select
+from trainc.dsl.reading.construct import Construct
 from trainc.dsl.text.diagnostic import Diagnostic
 
 SHOWN = 3
@@ -53,12 +54,15 @@ def _overlaps(
                 )
 
 
+def frozen_by_fields(constructs: Iterable[Construct], inventory: Inventory) -> set[str]:
+    """Return the parameters that the `freeze` of optimizers selects: they train at no time."""
+    freeze = (getattr(construct, "freeze", None) for construct in constructs)
+    return {n for one in freeze if one is not None for n in select(one, inventory, "parameters")}
+
+
 def _unclaimed(optimizers: Sequence[BoundClause], inventory: Inventory) -> Iterator[Diagnostic]:
     claimed = {name for clause in optimizers for name in clause.targets}
-    for clause in optimizers:
-        freeze = getattr(clause.construct, "freeze", None)
-        if freeze is not None:
-            claimed.update(select(freeze, inventory, "parameters"))
+    claimed |= frozen_by_fields((clause.construct for clause in optimizers), inventory)
     left = [p.name for p in inventory.trainable if p.name not in claimed]
     if not left:
         return

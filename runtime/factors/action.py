@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainc.runtime.factors.course import Course
+from trainc.runtime.factors.maps import NO_SPREAD
 from trainc.runtime.factors.measuring import Measures, Measuring, Read
 from trainc.runtime.factors.units import (
     BalancedGroup,
@@ -130,11 +131,23 @@ class BalanceFactors(Action):
                     " measured"
                 )
                 step.notes.append(f"{self.name}: `{part.weight}` {reason}")
+        if not (self.measurements or self._differ()):
+            step.notes.append(
+                f"{self.name}: fewer than two {self.policy.unit}s have a figure of their own, or all have the same, so"
+                " that all factors are 1"
+            )
         # Of a first spread that is all noise no factor would follow, ever.
         if self.policy.control != "static" or not (self.measurements and self.gain):
             self.course.aim(self._targets(), step.clock)
         self.first_spread = self.first_spread if self.measurements else self.spread
         self.measurements += 1
+
+    def _differ(self) -> bool:
+        """Say whether there are figures of units that differ."""
+        found = unit_means(self.alphas, self.members).values()
+        return max(found, default=0.0) - min(found, default=0.0) > NO_SPREAD * max(
+            map(abs, found), default=0.0
+        )
 
     def _targets(self) -> dict[str, float]:
         """Return the factors that the figures ask for; a control may change what they follow."""

@@ -264,6 +264,9 @@ class MeasuredPolicy(MeasuredAtTimes):
                 field="min_eigenvalues" if few else None,
                 notes=tuple(f"`{u.name}` has {u.eigenvalues} eigenvalues" for u in few[:5]),
                 severity="warning",
+                help="write a smaller number"
+                if few
+                else "select more in `on`, or remove the clause",
             )
 
     def lower(self, to: Lowering) -> None:

@@ -262,6 +262,25 @@ def test_a_figure_that_a_map_has_no_factor_for_is_told_with_the_clause() -> None
         bench.step()
 
 
+def test_what_a_field_freezes_takes_no_part() -> None:
+    """The smallest and the largest alpha are those of modules that train."""
+    net = heavy(4)
+    spec = "loss cross_entropy optimizer adamw { lr = 1e-3%s } lr temp_balance on ndim(2)"
+    names = [name for name, p in net.named_parameters() if p.ndim == 2]
+    program = trainc.compile(spec % f', freeze = "{names[0]}"', net)
+    assert list(program.begin().series["temp_balance.alpha"]) == ["1", "2", "3"]
+
+
+def test_equal_figures_are_told() -> None:
+    net = same_size(3)
+    for i in range(3):
+        net.get_submodule(str(i)).load_state_dict(net.get_submodule("0").state_dict())
+    bench = Bench(net, published())
+    assert "all have the same, so that all factors are 1" in bench.step().notes[0]
+    assert set(bench.factors().values()) == {1.0}
+    assert not bench.step().notes
+
+
 def test_a_single_block_is_told() -> None:
     net = gpt(layers=1, width=64, heads=2, context=8, vocabulary=70)
     spec = "loss cross_entropy optimizer adamw { lr = 1e-3 }"
