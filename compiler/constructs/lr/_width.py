@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,24 @@ USUAL = (0.25, 4.0)
 
 
 def fans(entry: ParameterEntry) -> tuple[int, int]:
-    """Return fan-out and fan-in of a parameter; vectors have a fan-in of 1, tables one row for each input."""
+    """Return fan-out and fan-in of a parameter; vectors have a fan-in of 1, tables one row for each input.
+
+    Those of a stack, such as of experts, are those of one of its matrices, as (out, in).
+    """
     if entry.ndim < 2:
         return entry.numel, 1
+    if is_stack(entry):
+        return entry.shape[-2], entry.shape[-1]
     swapped = any(name in ("Embedding", "EmbeddingBag", "Conv1D") for name in entry.types)
     swapped |= any(name.startswith("ConvTranspose") for name in entry.types)
     first, second, *kernel = entry.shape
     out, into = (second, first) if swapped else (first, second)
     return out, into * math.prod(kernel)
+
+
+def is_stack(entry: ParameterEntry) -> bool:
+    """Say whether a parameter holds several matrices, such as those of experts."""
+    return entry.ndim > 2 and not any("Conv" in name for name in entry.types)
 
 
 def update_norm(to: Lowering, name: str, out: float, into: float) -> float:
@@ -63,6 +73,8 @@ class StartingNorms(Action):
     """By name what the norm should be near, and what the weight is called."""
     remark: str = ""
     """What else is said in the first step."""
+    stacks: Collection[str] = ()
+    """The weights that hold several matrices, of which the largest norm counts."""
     found: dict[str, list[float]] = field(default_factory=dict)
     """The smallest and the largest by what the weights are called."""
 
@@ -75,7 +87,11 @@ class StartingNorms(Action):
             step.notes.append(f"{self.name}: {self.remark}")
         unusual: dict[str, dict[str, float]] = {}
         for name, (wanted, kind) in self.weights.items():
-            norm = _largest(full(step.parameters[name])) / wanted
+            weight = full(step.parameters[name]).detach()
+            norm = (
+                _largest(weight.flatten(0, -3) if name in self.stacks else weight.flatten(1))
+                / wanted
+            )
             low, high = self.found.get(kind, [norm, norm])
             self.found[kind] = [min(low, norm), max(high, norm)]
             if norm and not USUAL[0] <= norm <= USUAL[1]:
@@ -104,12 +120,12 @@ class StartingNorms(Action):
         return f"{self.name}: norms at the start, over sqrt(fan-out / fan-in): {', '.join(shown)}"
 
 
-def _largest(weight: Tensor) -> float:
-    """Return the largest singular value of a matrix, of a kernel with its positions as inputs."""
+def _largest(matrices: Tensor) -> float:
+    """Return the largest singular value of a matrix, or of several, (count, out, in)."""
     import torch
 
     with torch.no_grad():
-        matrix = weight.detach().flatten(1).float()
-        tall = matrix if matrix.size(0) >= matrix.size(1) else matrix.T
-        square = float(torch.linalg.eigvalsh(tall.T @ tall)[-1])
+        wide = matrices.float()
+        tall = wide if wide.size(-2) >= wide.size(-1) else wide.mT
+        square = float(torch.linalg.eigvalsh(tall.mT @ tall).max())
     return math.sqrt(max(square, 0.0))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainc.compiler.constructs.lr._width import StartingNorms, condition, fans
+from trainc.compiler.constructs.lr._width import StartingNorms, condition, fans, is_stack
 from trainc.dsl.reading.construct import Construct, Effect, Problem
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ class Mup(Construct):
         """Return the width of the model: `width`, or the fan-in of each head."""
         if self.width is not None:
             return {self.width}
-        return {fans(entry)[1] for entry in entries if self.part(entry) == "output"}
+        heads = [entry for entry in entries if self.part(entry) == "output"]
+        # The outputs of a table are the inputs of the head that it is tied to.
+        return {fans(head)[0 if "embedding" in head.roles else 1] for head in heads}
 
     def reference(self, part: Part, m: float, updates: str) -> float:
         """Return the factor of a part by the table, for updates that are `adaptive` or follow the `gradient`."""
@@ -139,7 +141,10 @@ class Mup(Construct):
             remark = f"the model has to multiply its logits by {1 / m:.6g}, which its weights do not show"
             to.action(
                 StartingNorms(
-                    f"{to.label} norms", weights, remark if self.output == "multiplier" else ""
+                    f"{to.label} norms",
+                    weights,
+                    remark if self.output == "multiplier" else "",
+                    [entry.name for entry in to.parameters() if is_stack(entry)],
                 )
             )
 

@@ -117,6 +117,29 @@ def test_what_cannot_be_meant_is_said(clause: str, rule: str) -> None:
     assert rule in [one.rule for one in found]
 
 
+class Experts(nn.Module):
+    """Three matrices in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 32, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight @ x.T).sum(0).T
+
+
+def test_a_stack_has_the_norms_of_its_matrices() -> None:
+    torch.manual_seed(0)
+    experts = Experts()
+    model = nn.Sequential(nn.Linear(8, 16), experts, nn.Linear(32, 10))
+    spec = "loss cross_entropy optimizer adamw { lr = 1 } lr mup { base_width = 4 }"
+    program = trainc.compile(spec, model)
+    program.begin()
+    (action,) = [a for a in program._method.actions if type(a).__name__ == "StartingNorms"]
+    norms = torch.linalg.matrix_norm(experts.weight.detach().double(), 2) / math.sqrt(32 / 16)
+    assert action.state_dict()["hidden"] == pytest.approx([float(norms.max())] * 2, rel=1e-5)
+
+
 def test_an_optimizer_that_says_nothing_of_its_updates_is_refused() -> None:
     spec = 'loss cross_entropy optimizer torch("torch.optim:RMSprop") { lr = 1 } lr mup { base_width = 2 }'
     with pytest.raises(trainc.SpecError, match="not known of its optimizer"):
@@ -131,7 +154,9 @@ def test_a_tied_head_needs_a_multiplier() -> None:
             "loss cross_entropy optimizer adamw { lr = 1 } lr mup { base_width = 4 }", model
         )
     found = factors(
-        "optimizer adamw { lr = 1 } lr mup { base_width = 4, width = 16, output = multiplier }",
+        "optimizer adamw { lr = 1 } lr mup { base_width = 4, output = multiplier }",
         model,
     )
     assert found["embed.token.weight"] == pytest.approx(1.0)
+    # The width is that of the features, 16, not the number of tokens, 24.
+    assert found["blocks.0.mlp.fc.weight"] == pytest.approx(1 / 4)
