@@ -103,7 +103,7 @@ class _RuleCompiler:
         needs = [n for n in read if n in clause_signals or n.startswith(EVALUATED)]
         self._read_fields()
         text, fields = _text(self.rule), self.context.fields
-        return Rule(self.name, text, condition, hold, acts, needs, cooldown, fields)
+        return Rule(self.name, text, str(self.rule), condition, hold, acts, needs, cooldown, fields)
 
     def _try(self, part: str, compile: Any) -> Any:
         """Return what is compiled; report a mistake in it, at its place, and return None."""

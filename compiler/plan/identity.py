@@ -68,13 +68,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     ]
 
 
-def batch_differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Say whether the spec has another batch, so that the one that a state holds is out of date."""
+def batch_is_stale(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return why the batch of a state is out of date, "" where the spec has another one; None where it is not."""
     old, new = (
         [c["fields"].get("batch") for c in identity["clauses"] if c["kind"] == "data"]
         for identity in (before, now)
     )
-    return old != new
+    if old != new:
+        return ""
+    acts = ([act for rule in one["rules"] for act in rule["actions"]] for one in (before, now))
+    was, is_now = (any(act[:2] == ["assign", "batch"] for act in found) for found in acts)
+    return "no rule sets it" if was and not is_now else None
 
 
 def _parameters(before: list[Any], now: list[Any]) -> Iterator[Difference]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from trainc.compiler.execution.evaluations import Evaluations
 from trainc.compiler.execution.execution import Execution
 from trainc.compiler.model.undisturbed import own_generators
-from trainc.compiler.plan.identity import batch_differs, differences, identity_of
+from trainc.compiler.plan.identity import batch_is_stale, differences, identity_of
 from trainc.compiler.program.save import SavableProgram
 from trainc.compiler.program.step_runner import StepRunner
 from trainc.compiler.program.step_totals import TermHistory
@@ -21,6 +22,7 @@ from trainc.compiler.structure.wrappers import Unwrapped
 from trainc.runtime.memory.fitting import FittingSize
 from trainc.runtime.processes.sharded import is_sharded, shard_state
 from trainc.runtime.run.interface import RunSettings
+from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.storage.clock_form import check_clock
 from trainc.runtime.storage.differences import Difference, check_differences
@@ -242,6 +244,33 @@ def unchanged_on_error(parts: Parts) -> Iterator[None]:
         raise
 
 
+def rate_differences(machine: StepMachine, state: Mapping[str, Any]) -> list[Difference]:
+    """Return the optimizers whose schedule gives another rate at the clock of a state than when it was made.
+
+    What rules decided before holds on where rules of this program decide on it.
+    """
+    clock = Clock(samples_per_epoch=machine.clock.samples_per_epoch)
+    clock.load_state_dict(state["clock"])
+    decided = [(one, one.state_dict()) for one in machine.actions if one.outlasts_rollback]
+    try:
+        # What is damaged is named when the state is loaded.
+        with suppress(ValueError, TypeError, AttributeError):
+            for action, _ in decided:
+                action.load_compatible(state["actions"].get(action.name, {}))
+        rates = machine.scheduled_rates(clock)
+    finally:
+        for action, own in decided:
+            action.load_state_dict(own)
+    before = state["rates"]["schedules"]
+    pairs = ((name, before.get(name, math.nan), rate) for name, rate in rates.items())
+    told = "the next step of `{}` had learning rate {:.6g} and has {:.6g}, before factors"
+    return [
+        Difference(told.format(name, was, rate))
+        for name, was, rate in pairs
+        if all(map(math.isfinite, (was, rate))) and not math.isclose(was, rate, rel_tol=1e-9)
+    ]
+
+
 class LoadableProgram(SavableProgram):
     """Base of `Program`: how its state is compared and loaded."""
 
@@ -257,7 +286,7 @@ class LoadableProgram(SavableProgram):
         check_shared(state, self._machine)
         with reading("made_by", "what made the state"):
             found = differences(state["made_by"], identity_of(self.plan))
-            return found and [*found, *self._machine.rate_differences(state)]
+        return found and [*found, *rate_differences(self._machine, state)]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, and forget the open step if there is one.
@@ -307,8 +336,9 @@ class LoadableProgram(SavableProgram):
         state = _sharded(state, self.module)
         with unchanged_on_error(parts):
             lost = load_parts(state, parts, accept)
-            if batch_differs(state["made_by"], identity_of(self.plan)):
-                self._machine.batch_size = self._machine.first_batch
+            if (stale := batch_is_stale(state["made_by"], identity_of(self.plan))) is not None:
+                self._machine.batch_size = first = self._machine.first_batch
+                lost += [f"batch: {first} samples again, because {stale}"] if stale else []
             for mask in self._method.masks.values():
                 mask.read()
         return lost

@@ -27,6 +27,8 @@ class Rule(Action):
     outlasts_rollback = True
     name: str
     text: str
+    """Its text without its actions."""
+    whole: str
     condition: Callable[[Clock, Values], bool]
     hold: TimeSpan | None
     performs: Sequence[RuleAction]
@@ -72,7 +74,7 @@ class Rule(Action):
 
     def state_dict(self) -> ActionState:
         return {
-            "text": self.text,
+            "text": self.whole,
             "since": self.since,
             "cooldown_since": self.cooldown_since,
             "fired": list(self.fired),
@@ -82,7 +84,7 @@ class Rule(Action):
     def state_form(self) -> Form:
         place, fired = Optional(Number()), ListOf(Count())
         entries = {"since": place, "cooldown_since": place, "fired": fired}
-        return Record({"text": Text([self.text]), **entries, "rounding_noted": Flag()})
+        return Record({"text": Text([self.whole]), **entries, "rounding_noted": Flag()})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.since = state.get("since")
@@ -91,7 +93,7 @@ class Rule(Action):
         self.rounding_noted = bool(state.get("rounding_noted", False))
 
     def load_compatible(self, state: Mapping[str, Any]) -> str | None:
-        same = state.get("text", self.text) == self.text
+        same = state.get("text", self.whole) == self.whole
         self.load_state_dict(state if same else {})
         return (
             None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.nn import Parameter
 
@@ -20,6 +20,8 @@ class Kept(Action):
 
     phase = Phase.BATCH
     outlasts_rollback = True
+    let_go: ClassVar[str]
+    """What holds of names that rules decided on, and that they do not know any more."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names = frozenset(names)
@@ -41,7 +43,17 @@ class Kept(Action):
 
     def load_compatible(self, state: Mapping[str, Any]) -> str | None:
         self.load_state_dict({name: value for name, value in state.items() if name in self.names})
-        return None
+        lost = sorted(
+            name for name, value in state.items() if name not in self.names and self.matters(value)
+        )
+        if not lost:
+            return None
+        others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        return f"{self.name}: {self.let_go}: {lost[0]}{others}"
+
+    def matters(self, value: bool) -> bool:
+        """Say whether what was decided is not what holds without rules."""
+        return True
 
     def shown(self, wanted: bool) -> str:
         """Return the names of which this was decided, as text."""
@@ -52,6 +64,7 @@ class Switches(Kept):
     """Which clauses rules have opened or closed; the others go by their times."""
 
     name = "clauses switched by rules"
+    let_go = "no rule switches these any more, and they act by their times"
 
     def switch(self, clause: str, opens: bool, step: Step, rule: str) -> bool:
         """Open or close a clause from this step on, say so in the step's notes, and return whether that is new."""
@@ -94,6 +107,10 @@ class Frozen(Kept):
     """Which parameters rules have frozen."""
 
     name = "parameters frozen by rules"
+    let_go = "no rule freezes these any more, and they train"
+
+    def matters(self, value: bool) -> bool:
+        return value
 
     def freeze(self, names: Iterable[str], freezes: bool, text: str, step: Step, rule: str) -> bool:
         """Freeze or unfreeze parameters from this step on, say so in its notes, and return whether that is new."""

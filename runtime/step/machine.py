@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,7 +16,6 @@ from trainc.runtime.step.around import Around, Gradients
 from trainc.runtime.step.batches import BatchTransform
 from trainc.runtime.step.optimizer import OptimizerStep, Rates
 from trainc.runtime.step.record import KeepsOptimizerState, Preconditioner, Signals, Step
-from trainc.runtime.storage.differences import Difference
 from trainc.runtime.storage.form import reading
 from trainc.runtime.torch_optimizer.nested import copied
 
@@ -225,18 +223,6 @@ class StepMachine:
     def scheduled_rates(self, clock: Clock) -> dict[str, float]:
         """Return the rate that each optimizer's schedule gives at a clock, without factors."""
         return {a.optimizer.name: a.base(clock) for a in self.actions if isinstance(a, Rates)}
-
-    def rate_differences(self, state: Mapping[str, Any]) -> Iterator[Difference]:
-        """Yield the schedules that give another learning rate at the clock of a state than when it was made."""
-        clock = Clock(samples_per_epoch=self.clock.samples_per_epoch)
-        clock.load_state_dict(state["clock"])
-        before = state["rates"]["schedules"]
-        for name, rate in self.scheduled_rates(clock).items():
-            was = before.get(name, math.nan)
-            if all(map(math.isfinite, (was, rate))) and not math.isclose(was, rate, rel_tol=1e-9):
-                yield Difference(
-                    f"the next step of `{name}` had learning rate {was:.6g} and has {rate:.6g}, before factors"
-                )
 
     def _rates(self) -> dict[str, float]:
         """Return the learning rate of the last step by parameter, all factors in it; empty before the first."""

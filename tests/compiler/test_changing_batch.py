@@ -200,7 +200,7 @@ def rule_of(hold: TimeSpan | None, cooldown: TimeSpan | None, true_at: range = r
     def condition(clock: Clock, values: object) -> bool:
         return clock.steps in true_at
 
-    return Rule("rule 1", "when x", condition, hold, [Save()], (), cooldown)
+    return Rule("rule 1", "when x", "when x { save }", condition, hold, [Save()], (), cooldown)
 
 
 def steps(amount: int) -> TimeSpan:
@@ -255,7 +255,7 @@ def test_a_rules_batch_lies_between_the_present_one_and_what_it_asks_for(micro: 
 
 def asked(value: float, start: int = 8) -> tuple[Rule, StepMachine]:
     performs = [SetBatch(lambda clock, values: value)]
-    rule = Rule("rule 1", "when x", lambda clock, values: True, None, performs)
+    rule = Rule("rule 1", "when x", "when x {}", lambda clock, values: True, None, performs)
     made = machine_of(rule)
     made.batch_size = start
     return rule, made

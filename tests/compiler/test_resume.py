@@ -217,6 +217,14 @@ def test_a_batch_that_a_rule_set_survives_other_changes(tmp_path: Path) -> None:
     assert last(tmp_path)["batch"] == 6
 
 
+def test_a_batch_that_no_rule_sets_any_more_is_that_of_the_spec(tmp_path: Path) -> None:
+    carry_out(SMALL + "when step > 4 cooldown 100 steps { batch = 6 samples }", tmp_path)
+    longer = SMALL.replace("12 steps", "20 steps")
+    noted = carry_out(longer, tmp_path, resume=True, accept=True)["note"]
+    assert "batch: 4 samples again, because no rule sets it" in noted
+    assert last(tmp_path)["batch"] == 4
+
+
 def test_a_changed_rule_starts_anew(tmp_path: Path) -> None:
     rule = 'when step > 4 cooldown 100 steps { warn "one" }'
     carry_out(SMALL + rule, tmp_path)

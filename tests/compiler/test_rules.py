@@ -513,3 +513,43 @@ def test_an_optimizer_of_the_users_own_and_masks_see_no_frozen_parameter() -> No
         kept = first_weight(masked) != 0
         assert torch.equal(first_weight(own), first) == (step < 3)
         assert torch.equal(first_weight(masked), first * kept) == (step < 3)
+
+
+CHANGED = "optimizer sgd { lr = 0.1 }\nregularize l2_sp as pull on all { weight = 0.1 }\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("sgd.lr = 0.05", "sgd.lr = sgd.lr / 2", "rule 1: .* has not fired yet, because the rule is another one"),
+        ('freeze "0.*"', 'freeze "2.*"', "no rule freezes these any more, and they train: 0.bias and 1 more"),
+        ("close pull", "close more", "no rule switches these any more, and they act by their times: pull"),
+    ],
+)  # fmt: skip
+def test_a_state_under_changed_rules_says_what_it_lets_go(
+    before: str, after: str, said: str
+) -> None:
+    """What rules of the new spec decide on holds on; the rules themselves begin anew."""
+    base = HEAD + CHANGED + "regularize l2_sp as more on all { weight = 0.1 }\n"
+    first, second = (
+        trainc.compile(f"{base}when steps >= 2 cooldown 100% {{ {action} }}", net())
+        for action in (before, after)
+    )
+    data = list(batches())
+    for batch in data[:4]:
+        first.step(batch)
+    state = copy.deepcopy(first.state_dict())
+    assert not [one.text for one in second.differences(state) if "learning rate" in one.text]
+    lines = second.load_compatible(state)
+    assert [line for line in lines if re.search(said, line)], lines
+    rate = second.step(data[4])["lr_max"]
+    assert rate == (0.025 if "sgd.lr" in before else 0.1)
+
+
+def test_a_rate_that_no_rule_holds_any_more_is_a_difference() -> None:
+    first = trainc.compile(f"{HEAD}{CHANGED}when steps >= 2 {{ sgd.lr = 0.05 }}", net())
+    for batch in batches(4):
+        first.step(batch)
+    second = trainc.compile(HEAD + CHANGED, net())
+    told = [one.text for one in second.differences(first.state_dict())]
+    assert "the next step of `sgd` had learning rate 0.05 and has 0.1, before factors" in told
