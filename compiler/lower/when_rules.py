@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, cast
@@ -142,16 +143,20 @@ class _RuleCompiler:
         if isinstance(action, Do):
             return self._verb(action)
         refuse_places(to_json(action.value), str(action.value))
-        if not action.label:
-            return SetBatch(self._compile(action.value).at)
         value = self._compile(action.value)
+        plain = not any(isinstance(part, Name | Call) for part in walk(action.value))
+        if not action.label:
+            size = value.at(Clock(), {}) if plain else 1.0
+            if not 0 < size < math.inf:
+                raise ValueError(f"it sets `batch` to {size:g} samples: write one or more")
+            return SetBatch(value.at)
         if value.unit not in (None, "run"):
             raise ValueError(
                 f"`{action.target}` is a plain number, and `{action.value}` counts {value.unit}: divide it by"
                 f" `1 {value.unit}`"
             )
         self._refuse_unread(action.target)
-        if not any(isinstance(part, Name | Call) for part in walk(action.value)):
+        if plain:
             self.context.fields.check(action.target, value.at(Clock(), {}))
         return SetField(self.context.fields, action.target, value.at)
 

@@ -200,6 +200,22 @@ def _rule_problems(rule: Rule, clauses: Sequence[Clause], scope: Scope) -> Itera
         yield from target_problems(action.target, scope.constructs, span)
         yield from _expression(action.value, scope, span)
         yield from _set_twice(action, clauses, span)
+    yield from _never_reached(rule)
+
+
+def _never_reached(rule: Rule) -> Iterator[Diagnostic]:
+    """Yield an error for every action that another one of the rule leaves no step or no turn for."""
+    verbs = [(i, a.verb) for i, a in enumerate(rule.actions, 1) if isinstance(a, Do)]
+    ends = [(i, verb) for i, verb in verbs if verb in ("stop", "rollback")]
+    for i, verb in verbs:
+        if ends and (i, verb) in ends[1:]:
+            why = f"`{ends[0][1]}` of the same rule comes first"
+        elif ends and ends[0][1] == "rollback" and verb in ("save", "evaluate"):
+            why = "it acts after the step, and `rollback` goes back before it"
+        else:
+            continue
+        at = _at(rule.part_span(f"action {i}"))
+        yield Diagnostic("no-effect", f"`{verb}` never acts: {why}", at, (), "remove it")
 
 
 def _set_twice(

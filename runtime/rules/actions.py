@@ -25,7 +25,7 @@ class Acting(Protocol):
     text: str
     """Its text without its actions."""
     rounding_noted: bool
-    """Whether a note has said that rounding to micro-batches keeps the batch size."""
+    """Whether a note has said why the batch size stays."""
 
 
 class RuleAction(ABC):
@@ -145,8 +145,8 @@ def round_to_micro_batches(wanted: float, present: int, micro: int) -> int:
 class SetBatch(RuleAction):
     """`batch = value`: set the batch in whole micro-batches; a size that is not finite changes nothing.
 
-    It is rounded towards the present batch, never past the wanted size. Where that leaves the batch as it is, a note
-    says so once.
+    It is rounded towards the present batch, never past the wanted size. Where that, or its value, leaves the
+    batch as it is, a note says so once.
     """
 
     value: Value
@@ -154,7 +154,12 @@ class SetBatch(RuleAction):
     def perform(self, step: Step, values: Values, rule: Acting) -> bool:
         wanted = self.value(step.clock, values)
         if not math.isfinite(wanted):
-            return True
+            if not rule.rounding_noted:
+                rule.rounding_noted = True
+                step.notes.append(
+                    f"batch stays as it is, because its value is {wanted}: {rule.text}"
+                )
+            return False
         size = round_to_micro_batches(wanted, step.batch_size, step.micro_size or 1)
         if size != step.batch_size:
             step.notes.append(f"batch {step.batch_size} -> {size} samples: {rule.text}")

@@ -39,7 +39,7 @@ class Rule(Action):
     cooldown_since: float | None = field(default=None, init=False)
     fired: list[int] = field(default_factory=list, init=False)
     rounding_noted: bool = field(default=False, init=False)
-    """Whether a note has said that rounding to micro-batches keeps the batch size."""
+    """Whether a note has said why the batch size stays."""
 
     def run(self, step: Step) -> None:
         if self._in_cooldown(step.clock):

@@ -288,10 +288,11 @@ def test_a_rule_that_asks_for_what_there_is_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_batch_that_is_no_number_changes_nothing(value: float) -> None:
-    _, made = asked(value)
-    assert notes(made, 2) == []
+def test_a_batch_that_is_no_number_changes_nothing_and_is_told_once(value: float) -> None:
+    rule, made = asked(value)
+    assert notes(made, 2) == [f"batch stays as it is, because its value is {value}: when x"]
     assert made.batch_size == 8
+    assert rule.fired == []
 
 
 def test_a_rule_grows_the_batch_up_to_its_bound_and_no_further(tmp_path: Path) -> None:
