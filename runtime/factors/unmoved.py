@@ -35,7 +35,8 @@ class Unmoved:
         if name not in self.copies:
             return True
         before = self.copies[name] = self.copies[name].to(matrices.device)
-        change = torch.linalg.vector_norm(matrices - before, dtype=torch.float64)
+        wide = torch.promote_types(matrices.dtype, torch.float64)
+        change = torch.linalg.vector_norm(matrices - before, dtype=wide)
         # Rows that are zero do not count, so that one more or less is another matrix.
         return not (change <= self.rooms[name] and torch.equal(matrices == 0, before == 0))
 

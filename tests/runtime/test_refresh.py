@@ -14,6 +14,7 @@ from trainc.compiler.constructs.lr.temp_balance import TempBalance
 from trainc.functional import hill_alpha
 from trainc.runtime.factors.action import BalanceFactors
 from trainc.runtime.factors.refresh import LEAST, Refresh, cost, divided, owners, shared
+from trainc.runtime.factors.unmoved import Unmoved
 from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.record import Signals, Step
@@ -212,3 +213,11 @@ def test_limits_of_the_fields(wrong: str) -> None:
     found = trainc.check(SPEC % ("", f", {wrong}"))
     assert [d.rule for d in found.diagnostics] in (["bad-value"], ["out-of-range"])
     assert Refresh().is_due(0)
+
+
+def test_complex_weights_are_known_not_to_have_moved() -> None:
+    kept = Unmoved()
+    weight = torch.randn(1, 8, 8, dtype=torch.complex64)
+    kept.measured("w", weight, 0.1)
+    assert kept.moved({"w": weight + 0.1j / 16}, None) == set()
+    assert kept.moved({"w": weight + 0.1j / 4}, None) == {"w"}

@@ -126,7 +126,7 @@ def _print(rows: Sequence[Row], others: dict[str, tuple[int, ...]], source: str)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 200)
-    console.print(Text(f"{source}: {len(rows)} weights"), soft_wrap=True)
+    console.print(Text(f"{source}: {len(rows)} weight{'s' * (len(rows) != 1)}"), soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("weight", overflow="fold")
     heads = ("shape", "alpha", "null", "distance", "stable rank", "norm", "entropy")

@@ -64,7 +64,7 @@ class SpectralPolicy(MeasuredPolicy):
         default=None,
         ge=1,
         description="rows of windows of one aspect, whose spectra are taken together in place of the weight's own, as"
-        " FARMS does; the published number is 100. Default: none",
+        " FARMS does; the published number is 100. A kernel of one position counts as a matrix. Default: none",
     )
     window_aspect: float = Field(default=1.0, gt=0, description="columns of a window over its rows")
     window_ops: int | None = Field(

@@ -125,7 +125,7 @@ def _largest(matrices: Tensor) -> float:
     import torch
 
     with torch.no_grad():
-        wide = matrices.float()
+        wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
         tall = wide if wide.size(-2) >= wide.size(-1) else wide.mT
-        square = float(torch.linalg.eigvalsh(tall.mT @ tall).max())
+        square = float(torch.linalg.eigvalsh(tall.mH @ tall).max())
     return math.sqrt(max(square, 0.0))

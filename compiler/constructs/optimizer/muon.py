@@ -115,10 +115,14 @@ class Muon(Optimizer):
             )
 
     def lower(self, to: Lowering) -> None:
-        """Claim the matrices; raises FieldError for one that is sharded, or has sparse gradients."""
+        """Claim the matrices; raises FieldError for one that is sharded or complex, or has sparse gradients."""
         for name in to.clause.targets:
             if to.is_sharded(name):
                 raise FieldError("on", _sharded(f"`{name}`"))
+            if to.tensor(name).is_complex():
+                raise FieldError(
+                    "on", f"`{name}` is complex, and Muon takes real matrices: leave it to `others`"
+                )
             if to.has_sparse_gradient(name):
                 raise FieldError(
                     "on",

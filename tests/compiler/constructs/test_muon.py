@@ -215,6 +215,12 @@ def test_the_trust_ratio_scales_its_whole_update() -> None:
     torch.testing.assert_close(moved, 0.1 * before.norm(), rtol=1e-12, atol=0)
 
 
+def test_complex_matrices_are_refused_before_the_first_step() -> None:
+    model = nn.Linear(4, 3, bias=False, dtype=torch.complex64)
+    with pytest.raises(trainc.SpecError, match="`weight` is complex, and Muon takes real matrices"):
+        trainc.plan("loss mse optimizer muon on all { lr = 0.1 }", model)
+
+
 def test_it_is_formatted_with_its_braces_and_comments() -> None:
     text = (
         "optimizer muon { lr = 0.02,\n# for the rest\nothers = adamw { # as before\nlr = 3e-4 * (warmup(5%) then"

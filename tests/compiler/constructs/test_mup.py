@@ -140,6 +140,17 @@ def test_a_stack_has_the_norms_of_its_matrices() -> None:
     assert action.state_dict()["hidden"] == pytest.approx([float(norms.max())] * 2, rel=1e-5)
 
 
+def test_complex_weights_have_norms_of_their_own() -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(16, 16, dtype=torch.complex64), nn.Linear(16, 16, dtype=torch.complex64)
+    model = nn.Sequential(*layers, nn.Linear(16, 4, dtype=torch.complex64))
+    program = trainc.compile("optimizer sgd { lr = 1 } lr mup { base_width = 4 }", model)
+    program.begin()
+    (action,) = [a for a in program._method.actions if type(a).__name__ == "StartingNorms"]
+    norm = float(torch.linalg.matrix_norm(layers[1].weight.detach(), 2))
+    assert action.state_dict()["hidden"] == pytest.approx([norm] * 2, rel=1e-5)
+
+
 def test_an_optimizer_that_says_nothing_of_its_updates_is_refused() -> None:
     spec = 'loss cross_entropy optimizer torch("torch.optim:RMSprop") { lr = 1 } lr mup { base_width = 2 }'
     with pytest.raises(trainc.SpecError, match="not known of its optimizer"):
