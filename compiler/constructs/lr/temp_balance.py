@@ -22,8 +22,9 @@ class TempBalance(SpectralPolicy):
     the factor of their mean. `split = heads` takes each head of attention apart, where the model
     says how many there are; `split = whole` takes weights as they are stored, as published. A weight
     with an adapter is W + scale B A, and the factor that of A and B. Tied weights are measured once; rows and
-    columns of zeros, which masks leave, do not count. A mask that is chosen in the step of a
-    measurement is in the next one. The plan lists what is measured, and why it is divided so.
+    columns of zeros, which masks leave, do not count, but with `metric = alpha` the noise is taken
+    to be that of the whole shape. A mask that is chosen in the step of a measurement is in the next
+    one. The plan lists what is measured, and why it is divided so.
     `window` takes windows of one aspect in place of the whole (Hu et al., ICML 2025,
     arXiv:2506.06280): those of released code are `window = 100`.
 
