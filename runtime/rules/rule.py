@@ -105,4 +105,6 @@ class Rule(Action):
         if not self.fired:
             return f"{self.text}: never fired"
         shown = ", ".join(map(str, self.fired[:5])) + (", ..." if len(self.fired) > 5 else "")
+        if len(self.fired) == 1:
+            return f"{self.text}: fired once, at step {shown}"
         return f"{self.text}: fired {len(self.fired)} times, at steps {shown}"

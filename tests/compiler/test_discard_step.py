@@ -128,7 +128,7 @@ def test_a_skipped_step_counts_and_its_rule_has_fired() -> None:
     assert program.batch_size == 8
     program.step(batch(3, 8))
     (line,) = fired(program)
-    assert "fired 1 times, at steps 2" in line
+    assert "fired once, at step 2" in line
 
 
 def test_inside_a_step_it_is_an_error() -> None:

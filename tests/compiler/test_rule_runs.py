@@ -145,7 +145,7 @@ def test_a_run_goes_back_with_a_smaller_rate_and_other_samples(tmp_path: Path) -
     (told,) = events(tmp_path / "run", "rolled-back")
     assert "from step 8 to step 6; the next samples follow those of step 8" in told
     assert any("sgd.lr 0.2 -> 0.05" in note for note in events(tmp_path / "run", "note"))
-    assert f"{rules.partition(' {')[0]}: fired 1 times, at steps 8" in summary.lines
+    assert f"{rules.partition(' {')[0]}: fired once, at step 8" in summary.lines
 
 
 RULES = (

@@ -403,7 +403,7 @@ def test_a_clause_that_a_rule_opens_may_wait_for_it_beyond_the_end() -> None:
     assert program.report().notes == ()
     assert program.signals["loss"] > 0
     lines = "\n".join(program.summary())
-    assert "when loss < 1.15: fired 1 times" in lines
+    assert "when loss < 1.15: fired once" in lines
 
 
 FREEZES = (
@@ -433,7 +433,7 @@ def test_gradual_unfreezing_is_that_of_a_loop_with_requires_grad(executor: Any) 
         assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-9)
     for found, expected in zip(program.module.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    assert "fired 1 times, at steps 4" in "\n".join(program.summary())
+    assert "fired once, at step 4" in "\n".join(program.summary())
 
 
 @pytest.mark.parametrize("left", [1, 5, 9])

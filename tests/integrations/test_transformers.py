@@ -488,6 +488,6 @@ def test_a_rule_lets_the_trainer_evaluate_and_save_and_reads_what_it_found(tmp_p
     assert found["step"] == 1
     assert (tmp_path / "checkpoint-1").is_dir()
     assert program.signals["eval_loss"] == found["eval_loss"]
-    assert "fired 1 times, at steps 1" in "\n".join(program.summary())
+    assert "fired once, at step 1" in "\n".join(program.summary())
     with pytest.raises(ValueError, match="a rule of the spec says `rollback`"):
         by_spec(f"{ADAMW} when loss > 9 {{ rollback }}", Classifier(), tmp_path)
