@@ -21,7 +21,7 @@ data "examples.data:stdlib" { batch = 2 samples, micro = 1 samples }
 loss cross_entropy
 run { length = 500 steps }
 """
-ADAMW = "optimizer adamw { lr = 1e-3 } "
+ADAMW = "optimizer adamw { lr = 1e-3, weight_decay = 0.1 } "
 GNS = "noise_scale gns on type(LayerNorm) "
 TEMP_BALANCE = 'lr temp_balance on "blocks.**" & ndim(2) every 1 steps { range = 0.5..1.5 } '
 # BatchNorm alone has ghost batches, and the others say what is trained and on what.

@@ -93,17 +93,10 @@ def test_without_data_only_what_a_step_counts_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["block", "depth", "blocks"])
-@pytest.mark.parametrize(
-    "rest",
-    [
-        "optimizer adamw { lr = 1e-3 * (1 + %s) }",
-        f"{ADAM} regularize r_drop {{ weight = 0.1 * %s }}",
-    ],
-)
-def test_the_place_of_a_layer_in_a_number_of_the_whole_model_is_an_error(
-    name: str, rest: str
-) -> None:
-    (found,) = errors(f"loss cross_entropy run {{ length = 20 steps }} {rest % name}")
+def test_the_place_of_a_layer_in_a_number_of_the_whole_model_is_an_error(name: str) -> None:
+    (found,) = errors(
+        f"loss cross_entropy run {{ length = 20 steps }} {ADAM} regularize r_drop {{ weight = 0.1 * {name} }}"
+    )
     assert f"`{name}`" in found.message
     assert name in written(found)
     assert "one number for the whole model" in found.message
