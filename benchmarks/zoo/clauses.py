@@ -13,7 +13,10 @@ from trainc.dsl.text.source import Source
 BATCH = 4
 """The examples of a step."""
 SMALL = 2
-"""What whole numbers are in the clauses, such as ranks and sizes of groups: no layer of the zoo is too small for it."""
+"""What whole numbers are in the clauses, such as ranks and sizes of groups: no layer of the zoo is too small for it.
+
+A field that has to be larger has the least that it may be.
+"""
 SELECTIONS = {
     "modules": (
         "role(norm)",
@@ -74,7 +77,8 @@ def _small(info: Any, written: bool) -> str | None:
     if own is not None and own.period and written:
         return "1 steps"
     large = isinstance(info.default, int) and info.default > SMALL
-    return str(SMALL) if info.annotation is int and (written or large) else None
+    least = max((getattr(limit, "ge", SMALL) for limit in info.metadata), default=SMALL)
+    return str(max(SMALL, least)) if info.annotation is int and (written or large) else None
 
 
 def _with_part(tree: ast.ClauseTree, word: str, value: str) -> ast.ClauseTree:
