@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import trainc
+from trainc.compiler.catalog import catalog
 from trainc.compiler.driver.train import train
 from trainc.runtime.run import loop
 from trainc.runtime.step.action import Action
@@ -49,6 +50,7 @@ SPECS = {
     "rules": PLAIN + """
         optimizer adamw { lr = 1e-2 }
         regularize l2_sp on ndim(2) { weight = 0.01 }
+        lr mup on "blocks.**" { base_width = 16 }
         when steps > 2 { adamw.lr = lr / 2, freeze "head" }
         when steps > 5 { close l2_sp }
     """,
@@ -98,6 +100,7 @@ def concrete(of: Any) -> Iterator[type[Action]]:
 
 
 def test_the_specs_above_have_every_action_that_says_something() -> None:
+    assert all(construct.usage for construct in catalog().values())  # all are imported
     used = {
         type(action).summary
         for text in SPECS.values()

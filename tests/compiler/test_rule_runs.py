@@ -244,7 +244,7 @@ def test_a_step_that_is_not_finite_is_gone_back_from(tmp_path: Path) -> None:
 
 
 def test_a_loop_of_the_users_own_is_told_what_only_a_run_does(tmp_path: Path) -> None:
-    rule = "when steps >= 2 cooldown 9 steps { rollback, evaluate, sgd.lr = 0.05 }"
+    rule = "when steps >= 2 cooldown 9 steps { rollback, sgd.lr = 0.05 }"
     spec = f"loss cross_entropy\noptimizer sgd {{ lr = 0.1 }}\n{rule}"
     program = trainc.compile(spec, first_model(tmp_path))
     data = batches(tmp_path, 0)
