@@ -205,11 +205,11 @@ def _train(
 
 
 @cache
-def logits_shape(architecture: Architecture) -> tuple[int, ...]:
+def logits_shape(architecture: Architecture, examples: int = BATCH) -> tuple[int, ...]:
     """Return the shape of an architecture's logits for a batch; nothing where it computes its own loss."""
     if architecture.labels is not None:
         return ()
-    inputs = architecture.inputs(torch.Generator().manual_seed(0), BATCH)
+    inputs = architecture.inputs(torch.Generator().manual_seed(0), examples)
     with torch.no_grad():
         return tuple(compute_logits(architecture.model(), inputs).shape)
 
