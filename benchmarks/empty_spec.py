@@ -11,7 +11,7 @@ from examples.models import gpt
 
 EXPECTED = "median ratio of step times at most 1.01"
 GOAL = 1.01
-PROCESSES = 7
+PROCESSES = 5
 SPEC = """train 1
 data "examples.data:stdlib" { batch = %d samples, context = %d }
 run { length = 100k steps }

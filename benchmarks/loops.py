@@ -53,8 +53,8 @@ class Size:
     width: int = 256
     context: int = 128
     samples: int = 8
-    rounds: int = 16
-    processes: int = 7
+    rounds: int = 10
+    processes: int = 5
     """How often all is begun anew, in fresh processes."""
 
 
