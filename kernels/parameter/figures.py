@@ -55,7 +55,7 @@ def measure(
     found = spectra_of([*matrices.values()], needed_for(fit, tail, convention))
     refuse_not_finite({name: one.values for name, one in zip(matrices, found, strict=True)})
     return {
-        name: _figures(one, fit, tail, convention)
+        name: figures_of(one, fit, tail, convention)
         for name, one in zip(matrices, found, strict=True)
     }
 
@@ -70,7 +70,10 @@ def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _figures(one: Spectrum, fit: Fit, tail: float, convention: Convention) -> Figures:
+def figures_of(
+    one: Spectrum, fit: Fit = "median", tail: float = 0.5, convention: Convention = "code"
+) -> Figures:
+    """Return the figures of one spectrum; `fit`, `tail` and `convention` are those of `hill_alpha`."""
     fitted = fit_tail(one.values, fit, tail=tail, convention=convention)
     distance = math.nan
     if fit == "median" and len(one.values) > 2 and math.isfinite(fitted.alpha):

@@ -67,30 +67,24 @@ def measure(stacks: dict[str, Tensor]) -> list[Row]:
 
 
 def _row(name: str, stack: Tensor, found: Spectrum) -> Row:
+    from trainc.kernels.parameter.figures import figures_of
     from trainc.kernels.parameter.spectral_null import null_law
-    from trainc.kernels.parameter.tail_fit import fit_tail
 
     shape = tuple(stack.shape)[stack.shape[0] == 1 :]
-    spectrum, fit, null, spread = found.values, fit_tail(found.values), math.nan, math.nan
-    if len(spectrum) >= LEAST:
+    figures, null, spread = figures_of(found), math.nan, math.nan
+    if figures.eigenvalues >= LEAST:
         null, spread = null_law((found.rows, found.columns, found.count, 1))
-    if not len(spectrum):
-        spectrum = stack.new_zeros(1)
-    largest, total = float(spectrum[-1]), float(spectrum.sum())
-    rank = total / largest if largest > 0 else math.nan
-    parts = spectrum[spectrum > 0] / total
-    entropy = float(-(parts * parts.log()).sum()) / math.log(len(spectrum)) if rank > 1 else 0.0
     return Row(
         name,
         shape,
-        fit.alpha,
+        figures.alpha,
         null,
         spread,
-        fit.xmin,
-        rank,
-        math.sqrt(largest) if largest >= 0 else math.nan,
-        entropy if math.isfinite(rank) else math.nan,
-        spectrum.tolist(),
+        figures.xmin,
+        figures.stable_rank,
+        figures.spectral_norm,
+        0.0 if figures.stable_rank == 1 else figures.entropy,
+        found.values.tolist() or [0.0],
     )
 
 
