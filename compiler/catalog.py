@@ -103,10 +103,11 @@ def _is_file(text: str) -> bool:
 
 def _on_disk() -> dict[tuple[str, str], str]:
     found = {}
-    for path in sorted(Path(__file__).with_name("constructs").glob("*/*.py")):
+    constructs = Path(__file__).with_name("constructs")
+    for path in sorted(constructs.glob("*/**/*.py")):
         if not path.name.startswith("_"):
-            kind, name = path.parent.name, path.stem
-            found[kind, name] = f"{_HERE}.{kind}.{name}"
+            kind, *folders, name = path.relative_to(constructs).with_suffix("").parts
+            found[kind, name] = ".".join((_HERE, kind, *folders, name))
     return found
 
 

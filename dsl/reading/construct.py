@@ -158,11 +158,15 @@ class Construct(BaseModel):
     """Its arithmetic as plain functions, `module:name`; `trainc.functional` offers them."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Take kind and name from the file, `.../regularize/pace.py`; raise ValueError for unknown words."""
+        """Take kind and name from the file, `.../regularize/outputs/pace.py`; raise ValueError for unknown words.
+
+        The kind is the folder, or the one around it.
+        """
         super().__init_subclass__(**options)
-        *_, folder, file = ("", *cls.__module__.split("."))
-        if folder in KINDS and "kind" not in vars(cls):
-            cls.kind, cls.name = folder, file
+        *_, outer, folder, file = ("", "", *cls.__module__.split("."))
+        kind = next((one for one in (folder, outer) if one in KINDS), None)
+        if kind is not None and "kind" not in vars(cls):
+            cls.kind, cls.name = kind, file
         if cls.targets not in SELECTED:
             raise ValueError(
                 f"`targets` of `{cls.__name__}` is `{cls.targets}`: write one of {', '.join(SELECTED)}"

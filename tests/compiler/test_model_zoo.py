@@ -71,7 +71,9 @@ def test_a_crash_and_a_refusal_without_a_place_are_wrong(monkeypatch: pytest.Mon
     def broken(*_: object) -> None:
         raise KeyError("0.weight")
 
-    monkeypatch.setattr("trainc.compiler.constructs.regularize.l2_sp.L2Sp.reference", broken)
+    monkeypatch.setattr(
+        "trainc.compiler.constructs.regularize.weights.l2_sp.L2Sp.reference", broken
+    )
     found = examine(ARCHITECTURES["mlp"], clause)
     assert found.status == "wrong"
     assert found.detail.startswith("KeyError: '0.weight' (")

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import trainc
 from trainc.compiler import catalog as catalogs
 from trainc.compiler.catalog import catalog, catalog_of
-from trainc.compiler.constructs.regularize.l2_sp import L2Sp
+from trainc.compiler.constructs.regularize.weights.l2_sp import L2Sp
 from trainc.compiler.driver import saved_program
 from trainc.compiler.method.term import Forward
 from trainc.compiler.program.program import Program

@@ -1,1 +1,1 @@
-"""Regularizers: terms added to the loss and noise added to the forward pass."""
+"""Regularizers, in folders by what they act on."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import trainc
 from tests.conformance import divided
-from trainc.compiler.constructs.regularize.distill import Distill
+from trainc.compiler.constructs.regularize.outputs.distill import Distill
 from trainc.runtime.data.batch import Batch
 
 REFERENCE = Path(__file__).parents[2] / "reference/more_methods.json"

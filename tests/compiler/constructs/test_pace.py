@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import trainc
 from tests.conformance import divided
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.regularize.pace import Pace, is_zero
+from trainc.compiler.constructs.regularize.outputs.pace import Pace, is_zero
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 from trainc.compiler.layers.bound_modules import replace_layers
 from trainc.compiler.lower.lowering import Lowering

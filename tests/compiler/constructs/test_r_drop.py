@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import trainc
 from tests.conformance import divided
-from trainc.compiler.constructs.regularize.r_drop import RDrop
+from trainc.compiler.constructs.regularize.outputs.r_drop import RDrop
 from trainc.compiler.program.program import Program
 from trainc.runtime.data.batch import Batch
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import models
-from trainc.compiler.constructs.regularize._noise import Noise
+from trainc.compiler.constructs.regularize.outputs._noise import Noise
 from trainc.compiler.execution.capture import capture
 from trainc.compiler.graph.interface import Outputs
 from trainc.compiler.graph.step_graph import StepGraph

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainc.compiler.constructs.regularize import _two_views
-from trainc.compiler.constructs.regularize._noise import Noise
+from trainc.compiler.constructs.regularize.outputs import _two_views
+from trainc.compiler.constructs.regularize.outputs._noise import Noise
 from trainc.dsl.reading.construct import Construct, Problem, Schedule
 from trainc.dsl.text.vocabulary import PLACES
 from trainc.dsl.values.value_json import Binary, Call, Expr, Name, Quantity, Unary, to_json, walk

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.constructs.regularize import _two_views
+from trainc.compiler.constructs.regularize.outputs import _two_views
 from trainc.dsl.reading.construct import Construct, Problem, Schedule
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Regularizers of the weights: penalties, averages and changes of them."""
