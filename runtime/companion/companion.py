@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -137,6 +137,27 @@ class Companion(Action):
         self._follow_device()
         now = held_at(self._places)
         return {name: (self.values[name], tensor.detach()) for name, tensor in now.items()}
+
+    @torch.no_grad()
+    def follow(self, decay: float, copied: Container[str] = ()) -> None:
+        """Move the values towards the model's of now, `decay * value + (1 - decay) * now`; counters and `copied` copy.
+
+        The sums are taken in the values' own precision.
+        """
+        averages: dict[tuple[Any, Any], tuple[list[Tensor], list[Tensor]]] = {}
+        for name, (value, now) in self.pairs().items():
+            if (
+                decay == 0
+                or name in copied
+                or not (value.is_floating_point() or value.is_complex())
+            ):
+                value.copy_(now)
+                continue
+            group = averages.setdefault((value.device, value.dtype), ([], []))
+            group[0].append(value)
+            group[1].append(now.to(value.dtype))
+        for ours, theirs in averages.values():
+            torch._foreach_lerp_(ours, theirs, 1 - decay)
 
     def sources(self) -> dict[str, Tensor]:
         """Return the model's own tensors of which this holds values, by name, detached."""

@@ -36,6 +36,7 @@ MLP = '"**.blocks.*.mlp.**" & type(Linear)'
 PACE = f"regularize pace on {MLP} {{ sigma = 0.8, weight = 0.5 }} "
 GNS = "noise_scale gns on type(LayerNorm) { smooth = 2 steps } "
 R_DROP = "regularize r_drop { weight = 1 } "
+CONSISTENCY = "regularize consistency { target = ema, decay = 0.5, weight = 0.5 } "
 DISTILL = "regularize distill { weight = 0.5, temperature = 2 } "
 L2_SP = "regularize l2_sp on ndim(2) { weight = 0.01 } "
 SIFT = "mask sift on ndim(2) - type(Embedding) { density = 40% } "
@@ -90,6 +91,9 @@ OF_CLASSES = [
     SGD + R_DROP,
     SGD + DISTILL,
     SGD + with_(DISTILL, "temperature = 2", "top = 2"),
+    SGD + CONSISTENCY,
+    SGD + with_(CONSISTENCY, "}", ", over = examples, measure = js }"),
+    SGD + "regularize z_loss { weight = 0.1 }",
     SGD + GNS + R_DROP,
     SGD + GNS + DISTILL + "spread",
     SGD + "observe calibration { of = training, bins = 3 }",

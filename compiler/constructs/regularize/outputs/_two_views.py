@@ -31,3 +31,10 @@ def batch_norm_problems(bound: Targets) -> Iterator[Problem]:
         message = f"BatchNorm (`{norms[0]}`) takes its statistics over both views of the batch"
         note = f"BatchNorm layers with twice the batch size: {len(norms)}"
         yield Problem("pair-over-batch-norm", message, notes=(note,), severity="warning")
+
+
+def no_dropout(bound: Targets) -> Iterator[Problem]:
+    """Yield a warning where no module of the model is a Dropout."""
+    if not any("Dropout" in name for module in bound.inventory.modules for name in module.types):
+        message = "no layer of the model is a Dropout: unless it draws random numbers itself, the two passes are equal"
+        yield Problem("no-effect", message, severity="warning")

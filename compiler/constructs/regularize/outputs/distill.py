@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from trainc.compiler.constructs.regularize.outputs._divergence import (
+    Direction,
+    counted_mean,
+    counted_rows,
+    kl,
+)
 from trainc.dsl.reading.construct import Construct, Effect, Schedule
 
 if TYPE_CHECKING:
@@ -44,7 +50,7 @@ class Distill(Construct):
         gt=0,
         description="what both logits are divided by; the term is multiplied by its square",
     )
-    direction: Literal["forward", "reverse", "symmetric"] = Field(
+    direction: Direction = Field(
         default="forward",
         description="KL from the teacher to the model, from the model to the teacher, or half of both",
     )
@@ -79,21 +85,11 @@ class Distill(Construct):
 
         It is the mean over the targets `counted` (...), bool; without one it is not a number, as the loss is.
         """
-        import torch
-
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        # Whatever the other rows hold, no gradient meets it.
-        rows = (one.to(dtype).where(counted.unsqueeze(-1), 0.0) for one in (teacher, student))
+        rows = counted_rows(counted, teacher, student)
         log_p, log_q = ((one / self.temperature).log_softmax(-1) for one in rows)
         if self.top is not None and self.top < log_p.shape[-1]:
             log_p, log_q = _top_and_rest(log_p, log_q, self.top)
-        p, q = log_p.exp(), log_q.exp()
-        factors = {"forward": p, "reverse": -q, "symmetric": (p - q) / 2}
-        # A class that is masked by -inf has no probability and adds nothing.
-        absent = {"forward": p == 0, "reverse": q == 0, "symmetric": (p == 0) & (q == 0)}
-        gap = (log_p - log_q).masked_fill(absent[self.direction], 0.0)
-        each = (factors[self.direction] * gap).sum(-1)
-        return each.sum() / counted.sum() * self.temperature**2
+        return counted_mean(kl(log_p, log_q, self.direction), counted) * self.temperature**2
 
 
 def _top_and_rest(log_p: Tensor, log_q: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from trainc.compiler.constructs.regularize.outputs import _two_views
+from trainc.compiler.constructs.regularize.outputs._divergence import counted_mean, counted_rows, kl
 from trainc.dsl.reading.construct import Construct, Problem, Schedule
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class RDrop(Construct):
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Warn of BatchNorm, and of a model in which no layer is a Dropout."""
         yield from _two_views.batch_norm_problems(bound)
-        yield from _no_dropout(bound)
+        yield from _two_views.no_dropout(bound)
 
     def lower(self, to: Lowering) -> None:
         """Pass two views, each with its own dropout, and add their divergence over the counted targets."""
@@ -61,18 +62,6 @@ class RDrop(Construct):
 
         It is the mean over the targets `counted` (...), bool; without one it is not a number, as the loss is.
         """
-        import torch
-
-        dtype = torch.promote_types(one.dtype, torch.float32)
-        # Whatever the other rows hold, no gradient meets it.
-        one, two = (view.to(dtype).where(counted.unsqueeze(-1), 0.0) for view in (one, two))
-        log_p, log_q = one.log_softmax(-1), two.log_softmax(-1)
-        each = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
-        return each.sum() / counted.sum()
-
-
-def _no_dropout(bound: Targets) -> Iterator[Problem]:
-    """Yield a warning where no module of the model is a Dropout."""
-    if not any("Dropout" in name for module in bound.inventory.modules for name in module.types):
-        message = "no layer of the model is a Dropout: unless it draws random numbers itself, the two passes are equal"
-        yield Problem("no-effect", message, severity="warning")
+        one, two = counted_rows(counted, one, two)
+        each = kl(one.log_softmax(-1), two.log_softmax(-1), "symmetric")
+        return counted_mean(each, counted)

@@ -128,27 +128,13 @@ class Average(Action):
             )
         if self.held.made:
             decay = self.rule.decay_at(self.updates, decay)
-            self._update(decay)
+            own = self.held.values.keys() - self.held.parameters
+            self.held.follow(decay, copied=own if self.rule.buffers == "copy" else ())
         else:
             self.updates, decay = 0, self.rule.decay_at(0, decay)
             self.held.copy()
         self.updates += 1
         step.metrics[f"{self.name}.decay"] = decay
-
-    def _update(self, decay: float) -> None:
-        import torch
-
-        averages: dict[tuple[Any, Any], tuple[list[Tensor], list[Tensor]]] = {}
-        for name, (average, now) in self.held.pairs().items():
-            copied = self.rule.buffers == "copy" and name not in self.held.parameters
-            if decay == 0 or copied or not (average.is_floating_point() or average.is_complex()):
-                average.copy_(now)
-                continue
-            group = averages.setdefault((average.device, average.dtype), ([], []))
-            group[0].append(average)
-            group[1].append(now.to(average.dtype))
-        for ours, theirs in averages.values():
-            torch._foreach_lerp_(ours, theirs, 1 - decay)
 
     def state_dict(self) -> ActionState:
         return {"updates": self.updates} if self.updates else {}
