@@ -272,9 +272,15 @@ class Program(LoadableProgram, OwnLoopProgram):
         """Return what the last step gave besides metrics: series by layer, notes, whether to save and to evaluate."""
         if (last := self._runner.last) is None:
             return StepReport()
-        return StepReport(
-            last.series, tuple(last.notes), last.save, None, last.unsound, last.evaluate
-        )
+        asks = last.save, None, last.unsound, last.evaluate
+        return StepReport(last.series, tuple(last.notes), *asks, last.decided)
+
+    def recall(self, decided: Mapping[int, Mapping[str, int]]) -> None:
+        """Decide as reported before (`StepReport.decided`, by the number of the step) where these steps run again.
+
+        `trainc run` does so itself, with what it recorded: the interval of a `budget` follows from times.
+        """
+        self._machine.decided |= decided
 
     @property
     def skipped_steps(self) -> int:

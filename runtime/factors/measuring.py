@@ -66,7 +66,7 @@ class Measuring:
         if self.unmoved is not None:
             for name, (_, room) in found.items():
                 self.unmoved.measured(name, kept[name], room)
-        if (chosen := self.refresh.end(step.clock.steps, peers)) is not None:
+        if (chosen := self.refresh.end(step, peers)) is not None:
             step.notes.append(chosen)
         return {name: figure for name, (figure, _) in found.items()}
 

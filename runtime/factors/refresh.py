@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainc.runtime.processes.replica_group import ReplicaGroup
+
+if TYPE_CHECKING:
+    from trainc.runtime.step.record import Step
 
 LEAST = 10
 """The least number of steps between two measurements under a budget."""
 SEEN = 64
 """How many steps, the last ones, the time of a step is taken from."""
+SAME = 0.2
+"""By which part of itself an interval may differ from what a budget asks for, before another is chosen."""
 
 
 def divided(costs: Sequence[float], parts: int) -> list[list[int]]:
@@ -73,10 +80,11 @@ def owners(costs: Mapping[str, float], peers: ReplicaGroup | None) -> dict[str, 
 class Refresh:
     """When a policy measures, and what: all at first, then one of `parts` parts a time, in turn.
 
-    With a `budget`, a fraction of the time of the steps, the steps between two measurements are chosen once, at the
-    second measurement, from the time that this took and that of the steps before, and stay: they are part of the state,
-    so that a resumed run measures when an uninterrupted one does. Of several processes rank 0 chooses. `now` reads
-    seconds.
+    With a `budget`, a fraction of the time of the steps, the steps between two measurements are chosen at the second
+    measurement and at each one after it, from the time that this took and that of the steps before. They stay where
+    others would be within `SAME` of them. They are part of the state, and each choice is a decision of its step, so
+    that a resumed run measures when an uninterrupted one does. Of several processes with the same weights rank 0
+    chooses; replicas with weights of their own choose each for themselves. `now` reads seconds.
     """
 
     name: str = ""
@@ -88,16 +96,16 @@ class Refresh:
     """The steps that had run at the last measurement."""
     interval: int | None = field(default=None, init=False)
     """The steps between two measurements, once they were chosen."""
-    _steps: list[float] = field(default_factory=list, init=False)
+    _steps: deque[float] = field(default_factory=lambda: deque(maxlen=SEEN), init=False)
     _before: float | None = field(default=None, init=False)
     _begun: float = field(default=0.0, init=False)
 
     def step(self) -> None:
         """Notice that a step begins."""
-        if self.budget is not None and self.interval is None:
+        if self.budget is not None:
             now = self.now()
             if self._before is not None:
-                self._steps = [*self._steps[1 - SEEN :], now - self._before]
+                self._steps.append(now - self._before)
             self._before = now
 
     def is_due(self, steps: int) -> bool:
@@ -113,23 +121,37 @@ class Refresh:
             return [*range(len(costs))]
         return divided(costs, self.parts)[self.turn]
 
-    def end(self, steps: int, peers: ReplicaGroup | None) -> str | None:
-        """Count a measurement after so many steps; return in words what was chosen, where something was."""
+    def end(self, step: Step, peers: ReplicaGroup | None) -> str | None:
+        """Count a measurement in a step; return in words what was chosen, where it is another interval."""
         took, first = self.now() - self._begun, self.last is None
         self.turn = 0 if first else (self.turn + 1) % self.parts
-        self.last = steps
-        if self.budget is None or self.interval is not None or first or not self._steps:
+        self.last = step.clock.steps
+        if self.budget is None or first:
             return None
-        step = median(self._steps)
-        chosen = max(LEAST, math.ceil(took / (self.budget * step))) if step > 0 else LEAST
+        before = self.interval
+        chosen, again = step.decide(self.name, partial(self._choose, took))
         if peers is not None:
             chosen = int(peers.gather_rows([chosen])[0, 0])
         self.interval = chosen
-        self._steps, self._before = [], None
-        return (
-            f"{self.name}: measures every {chosen} steps: a measurement takes {took:.3g} s, a step {step:.3g} s,"
+        if chosen == before:
+            return None
+        why = (
+            "as this run decided before it was resumed"
+            if again
+            else f"a measurement takes {took:.3g} s, a step {median(self._steps or [0.0]):.3g} s,"
             f" and the budget is {100 * self.budget:g} %"
         )
+        return f"{self.name}: measures every {chosen} steps: {why}"
+
+    def _choose(self, took: float) -> int:
+        """Return the steps between two measurements that the budget allows, for one that took so long."""
+        step = median(self._steps or [0.0])
+        if self.budget is None or step <= 0:
+            return self.interval or LEAST
+        wanted = max(LEAST, math.ceil(took / (self.budget * step)))
+        if self.interval is not None and abs(wanted - self.interval) <= SAME * self.interval:
+            return self.interval
+        return wanted
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,4 +168,5 @@ class Refresh:
         self.turn = int(state.get("turn", 0)) % self.parts
         self.last = int(state["last"]) if "last" in state else None
         self.interval = int(state.get("interval", 0)) or None
-        self._steps, self._before = [], None
+        self._steps.clear()
+        self._before = None

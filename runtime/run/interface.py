@@ -119,7 +119,8 @@ class StepReport:
 
     `series[quantity][layer]` are figures per layer, `notes` are shown and go to `events.jsonl`;
     `save` asks for a checkpoint after this step, `evaluate` for an evaluation, `stop` ends the run with a reason;
-    `unsound` says what of the step is not finite.
+    `unsound` says what of the step is not finite; `decided` has numbers that are no function of the run, by who
+    decided.
     """
 
     series: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -128,6 +129,7 @@ class StepReport:
     stop: str | None = None
     unsound: str | None = None
     evaluate: bool = False
+    decided: Mapping[str, int] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -161,6 +163,14 @@ class ReportsSteps(Protocol):
 
     def report(self) -> StepReport:
         """Return the report of the last step."""
+
+
+@runtime_checkable
+class Decides(Protocol):
+    """A program whose steps may decide by what is no function of the run, such as times."""
+
+    def recall(self, decided: Mapping[int, Mapping[str, int]]) -> None:
+        """Decide as it was reported before, by the number of the step, where these steps run again."""
 
 
 @runtime_checkable

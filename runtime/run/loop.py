@@ -206,6 +206,8 @@ class TrainingLoop(SavedRun):
         self.loss = metrics.get("loss", self.loss)
         self.recorder.step(clock, metrics, report.series, batch, read_at - begin, took)
         self._tell(report.notes)
+        if report.decided:
+            self.folder.write_event("decided", clock.steps, numbers=report.decided)
         why = report.unsound or unsound_step(
             metrics.get("loss", 0.0), metrics.get("gradient_norm", 0.0)
         )

@@ -25,6 +25,7 @@ from trainc.runtime.run.continuation import (
 from trainc.runtime.run.interface import (
     ChecksState,
     ComparesReplicas,
+    Decides,
     HoldsParts,
     RollsBack,
     RunnableProgram,
@@ -126,6 +127,10 @@ class SavedRun:
         self.left_out, self.rollbacks = state.get("left_out", 0), list(state.get("rollbacks", ()))
         self.good = list(state.get("good", ()))
         self.stopped = self.team.decided(lambda: unwritten_stop(self.folder, state, self.saved_at))
+        if self.accepted:
+            self.folder.write_event("decided", self.clock.steps, numbers={}, anew=True)
+        elif isinstance(self.program, Decides) and self.team.rank == 0:
+            self.program.recall(self.folder.decided())
         self._event("resumed", f"resumed from step {self.clock.steps}", checkpoint=found.name)
         for note in (*notes, *self.computation.load_state_dict(state["computation"])):
             self._event("note", note)

@@ -62,6 +62,8 @@ class StepMachine:
         self.current: Step | None = None
         self._undecided: dict[str, Any] = {}
         """Signals, figures, batch size and the states of what chooses it, from before the open step."""
+        self.decided: dict[int, Mapping[str, int]] = {}
+        """What was decided in steps, by their numbers, which count from 1."""
         self.ended: str | None = None
         """Why no step can be opened any more; None while one can."""
         self._inside: str | None = None
@@ -98,6 +100,7 @@ class StepMachine:
                 preconditioners=self._preconditioners,
                 optimizer_states=self._optimizer_states,
                 equals=self.equals,
+                recorded=self.decided.get(self.clock.steps + 1, {}),
             )
             self._undecided = self._decided_so_far()
             try:
@@ -177,6 +180,8 @@ class StepMachine:
     def _count(self, step: Step) -> None:
         """Advance the clock, and let rules and schedules see what happened."""
         self.clock.advance(samples=step.samples, tokens=step.tokens, seconds=0.0)
+        if step.decided:
+            self.decided[self.clock.steps] = step.decided
         self.signals["loss"] = step.loss
         if "gradient_norm" in step.metrics:
             self.signals["gradient_norm"] = step.metrics["gradient_norm"]

@@ -77,6 +77,10 @@ class Step:
     save: bool = False
     evaluate: bool = False
     notes: list[str] = field(default_factory=list)
+    recorded: Mapping[str, int] = field(default_factory=dict)
+    """What was decided in this step when it ran before, in a run that was resumed or went back since."""
+    decided: dict[str, int] = field(default_factory=dict)
+    """What was decided in this step, by who decided."""
     preconditioners: Sequence[Callable[[str], Tensor | None]] = ()
     optimizer_states: Sequence[Callable[[str], Mapping[str, Any]]] = ()
     closure: Callable[[bool], Tensor] | None = None
@@ -96,6 +100,16 @@ class Step:
         if before is not None and clock.before is not None:
             clock.before.seconds = before.seconds  # a gate in seconds sees those of the step before
         return clock
+
+    def decide(self, name: str, choose: Callable[[], int]) -> tuple[int, bool]:
+        """Return a number that is no function of the run, such as one that follows from times, and if it is recorded.
+
+        It is what was recorded for `name` in this step, or else what `choose` returns. A run records it, and takes it
+        again where it runs this step again.
+        """
+        again = name in self.recorded
+        self.decided[name] = self.recorded[name] if again else choose()
+        return self.decided[name], again
 
     def preconditioner(self, name: str) -> Tensor | None:
         """Return the factors that the optimizer multiplies a parameter's gradient by; None where they are unknown."""

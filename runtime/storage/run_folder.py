@@ -17,7 +17,7 @@ from typing import IO, Any, Self
 from trainc.kernels.library.atomic import UNFINISHED, write_text
 from trainc.runtime.storage.checkpoint import remove_unfinished
 from trainc.runtime.storage.foreign_files import UnreadableFile, open_file, require_plain
-from trainc.runtime.storage.jsonl import JsonlWriter, damaged_records, encode
+from trainc.runtime.storage.jsonl import JsonlWriter, damaged_records, encode, read_jsonl
 
 FILES = ("metrics.jsonl", "timing.jsonl", "events.jsonl", "summary.json", "checkpoints")
 
@@ -178,6 +178,24 @@ class RunFolder:
         """Append an event to `events.jsonl`, with the time of day."""
         assert self._events is not None, "events can be written only inside `with folder:`"
         self._events.write({"time": round(time.time(), 3), "step": step, "event": event, **details})
+
+    def decided(self) -> dict[int, dict[str, int]]:
+        """Return what steps decided by times, by their numbers, as `events.jsonl` has it: what was written last counts.
+
+        An event that begins the run `anew`, under another spec, ends what was decided for the steps after it.
+        """
+        found: dict[int, dict[str, int]] = {}
+        for record in read_jsonl(self.path / "events.jsonl"):
+            numbers, step = record.get("numbers"), record.get("step")
+            if record.get("event") != "decided" or not isinstance(step, int):
+                continue
+            if record.get("anew"):
+                found = {number: one for number, one in found.items() if number <= step}
+            if isinstance(numbers, dict) and all(
+                type(n) is int and n > 0 for n in numbers.values()
+            ):
+                found[step] = numbers
+        return found
 
     def sync_events(self) -> None:
         """Force all events to the disk."""

@@ -1,5 +1,6 @@
 """When policies measure, and what: parts in turn, a budget of time, and processes that each measure a part."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.constructs.lr.temp_balance import TempBalance
+from trainc.compiler.driver.train import train
 from trainc.functional import hill_alpha
 from trainc.runtime.factors.action import BalanceFactors
 from trainc.runtime.factors.refresh import LEAST, Refresh, cost, divided, owners, shared
@@ -19,6 +21,7 @@ from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.record import Signals, Step
 from trainc.runtime.storage.checkpoint import load_checkpoint, save_checkpoint
+from trainc.runtime.storage.jsonl import read_jsonl
 
 SPEC = """train 1
 loss cross_entropy
@@ -86,22 +89,83 @@ def test_a_part_at_a_time_is_measured_in_turn_and_the_rest_is_as_it_was() -> Non
             assert action.alphas[parts[i].name] == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_budget_sets_the_interval_once_and_says_so() -> None:
+def test_the_budget_sets_the_interval_and_again_where_times_have_changed() -> None:
     made, action = program("", ", budget = 2%")
-    ticks = Ticks(0.1, 0.5)
+    ticks = Ticks(0.125, 0.0625)
     ticks.attach(action)
     said: list[str] = []
-    at: list[int] = []
-    for number in range(300):
+    at: dict[int, int] = {}
+    for number in range(143):
+        if number == 35:
+            ticks.each, ticks.measurement = 0.0625, 0.0703125
         made.step((BATCH[0].double(), BATCH[1]))
         ticks.time += ticks.each
         report = made.report()
         said += report.notes
-        at += [number] * bool(report.series)
-    assert at == [0, LEAST, LEAST + 250]  # 0.5 s is 2 % of 250 steps of 0.1 s
+        if report.series:
+            at[number] = report.decided.get("temp_balance", 0)
+    # 1/16 s is 2 % of 25 steps of 1/8 s; an eighth more changes nothing, until most steps seen are those of 1/16 s.
+    assert at == {0: 0, LEAST: 25, 35: 25, 60: 25, 85: 57, 142: 57}
     assert said == [
-        "temp_balance: measures every 250 steps: a measurement takes 0.5 s, a step 0.1 s, and the budget is 2 %"
+        f"temp_balance: measures every {steps} steps: {times} s, and the budget is 2 %"
+        for steps, times in (
+            (25, "a measurement takes 0.0625 s, a step 0.125"),
+            (57, "a measurement takes 0.0703 s, a step 0.0625"),
+        )
     ]
+
+
+PARTS = """
+import torch
+from torch import nn
+
+class Split:
+    def __len__(self):
+        return 32
+    def batch(self, indices):
+        return torch.randn(len(indices), 24), torch.tensor(indices) % 8
+
+class data:
+    tokens_per_sample, train, evaluation = 1, Split(), None
+
+def model():
+    return nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 16), nn.Linear(16, 8))
+"""
+RUN = """model "parts:model"
+data "parts:data" { batch = 8 samples }
+loss cross_entropy
+run { length = 60 steps, seed = 1, checkpoint = 30 steps, keep = 9 }
+optimizer sgd { lr = 0.1 }
+lr temp_balance on ndim(2) { min_eigenvalues = 4, metric = alpha, budget = 2% }
+"""
+
+
+def test_a_run_killed_before_its_save_decides_as_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    (tmp_path / "spec.train").write_text(RUN)
+    chosen = iter([12, 15, *[90] * 9])
+    monkeypatch.setattr(Refresh, "_choose", lambda *_: next(chosen))
+    out = tmp_path / "out"
+
+    def trained(**options: Any) -> list[int]:
+        train(tmp_path / "spec.train", out, quiet=True, **options)
+        return [r["step"] - 1 for r in read_jsonl(out / "metrics.jsonl") if "series" in r]
+
+    assert trained() == [0, 10, 22, 37]
+    metrics = (out / "metrics.jsonl").read_bytes()
+    chosen = iter([11] * 9)  # by the times of a faster machine, which the run does not ask
+    shutil.rmtree(out / "checkpoints" / "step-00000060")
+    assert trained(resume=True) == [0, 10, 22, 37]
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+    # Under another spec it decides anew, and then goes on so.
+    shutil.rmtree(out / "checkpoints" / "step-00000060")
+    (tmp_path / "spec.train").write_text(RUN.replace("2%", "3%"))
+    assert trained(resume=True, accept=True) == [0, 10, 22, 37, 48, 59]
+    shutil.rmtree(out / "checkpoints" / "step-00000060")
+    chosen = iter([90] * 9)
+    assert trained(resume=True) == [0, 10, 22, 37, 48, 59]
 
 
 def test_a_measurement_is_no_more_often_than_the_clause_says() -> None:
@@ -125,15 +189,20 @@ def test_a_resumed_run_measures_what_an_uninterrupted_one_does(fields: str, tmp_
         return one, action, ticks
 
     whole, action, ticks = made()
-    other, resumed, slow = made()
-    slow.measurement = 3.0  # what was chosen stays, whatever the machine does after
+    decided = {}
     for number in range(130):
         if number == 45:
             state = load_checkpoint(save_checkpoint(tmp_path, number, whole.state_dict()))
-            other.load_state_dict(state)
-        for one, clock in [(whole, ticks), *([(other, slow)] if number >= 45 else [])]:
-            one.step((BATCH[0].double(), BATCH[1]))
-            clock.time += clock.each
+        whole.step((BATCH[0].double(), BATCH[1]))
+        ticks.time += ticks.each
+        decided[number + 1] = whole.report().decided
+    other, resumed, slow = made()
+    slow.measurement = 3.0  # what was chosen stays, whatever the machine does after
+    other.load_state_dict(state)
+    other.recall(decided)
+    for _ in range(45, 130):
+        other.step((BATCH[0].double(), BATCH[1]))
+        slow.time += slow.each
     assert action.measurements == resumed.measurements > 1
     assert action.alphas == resumed.alphas
     assert action.measuring.refresh.state_dict() == resumed.measuring.refresh.state_dict()

@@ -27,10 +27,9 @@ class MeasuredAtTimes(Construct):
     )
     budget: Fraction | None = Field(
         default=None,
-        description="the largest fraction of the steps' time that measurements may take: the second one decides how"
-        " many steps there are between them. Default: none",
+        description="the largest fraction of the steps' time that measurements may take: from the second on each"
+        " decides how many steps there are to the next, at least 10. Default: none",
     )
-
     tolerance: float | None = Field(
         default=None,
         gt=0,
