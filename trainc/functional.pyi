@@ -1,5 +1,6 @@
 """Written by `make docs`: the types of what functional.py finds on disk."""
 
+from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
 from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
@@ -54,6 +55,7 @@ __all__ = [
     "null_alpha",
     "null_distance",
     "per_example_sq_norms",
+    "ranked_loss",
     "rms_norm",
     "sparse_adamw_",
     "spectral_entropy",

@@ -116,6 +116,8 @@ LOSSES = {
     "smooth tokens": "loss cross_entropy { label_smoothing = 0.1, ignore_index = 0 }",
     "classes": "loss cross_entropy",
     "weighted classes": "loss cross_entropy { class_weight = [1, 2, 0, 0.5, 1, 3, 1] }",
+    "focal classes": "loss focal { gamma = 1.5 }",
+    "preferences": "loss ranked",
     "probabilities": "loss cross_entropy",
     "yes or no": "loss bce { pos_weight = 2 }",
     "numbers": "loss mse",
@@ -202,7 +204,7 @@ def batch_of(kind: str, seed: int, ignored: Sequence[Sequence[bool]]) -> Batch:
         left_out = 0 if "smooth" in kind else -100
         return ids[:, :-1], ids[:, 1:].masked_fill(torch.tensor(ignored), left_out)
     x = torch.randn(EXAMPLES, 6, generator=made, dtype=torch.float64)
-    if "classes" in kind:
+    if "classes" in kind or kind == "preferences":
         mask = torch.tensor([row[0] for row in ignored])
         y = torch.randint(CLASSES, (EXAMPLES,), generator=made).masked_fill(mask, -100)
         return x, y
