@@ -53,6 +53,12 @@ class ExampleAxisUnknown(SiteError):
     rule = "example-axis-unknown"
 
 
+class NoResidualBranch(SiteError):
+    """A layer must be a residual branch, and what it gives is added to nothing."""
+
+    rule = "wrong-target-kind"
+
+
 class GraphRefused(SiteError):
     """A step cannot run as a graph; the message says why.
 

@@ -20,6 +20,7 @@ from trainc.dsl.reading.field_types import (
     FRACTION,
     MODULE_SELECTOR,
     PERIOD,
+    PROBABILITY,
     RANGE,
     SCHEDULE,
     SCOPED_DECAY_RATES,
@@ -151,7 +152,7 @@ def test_an_expect_that_fails(construct: type[Construct], name: str) -> None:
 
 @pytest.mark.parametrize(
     ("construct", "name"),
-    fields("numbers", FRACTION, SCHEDULE, SHRINKING_FACTOR, *SCOPED),
+    fields("numbers", FRACTION, SCHEDULE, SHRINKING_FACTOR, PROBABILITY, *SCOPED),
 )
 def test_a_negative_number(construct: type[Construct], name: str) -> None:
     setup = setup_of(construct)

@@ -78,7 +78,7 @@ class ArmedModel:
         self._settled = not any(isinstance(part.loss, UserLoss) for part in self.losses.parts)
         self.covered = not (method.rewrite or method.rewrite.checkpointed)
         """Whether a pass has shown that every site of the plan runs. Compiled code can run from then on."""
-        self.watched = self._checked = self._views_checked = False
+        self.watched = self._checked = self._views_checked = self._branches_checked = False
         self.batch_norms = BatchNorms(model)
         self.whole = False
         """Whether no parameter is sharded, as the first step finds."""
@@ -86,7 +86,7 @@ class ArmedModel:
     def look_again(self) -> None:
         """Check in the next step what is checked once, since the model has other modules or tensors now."""
         self.covered = not (self.method.rewrite or self.method.rewrite.checkpointed)
-        self.watched = self._checked = self._views_checked = False
+        self.watched = self._checked = self._views_checked = self._branches_checked = False
         self.batch_norms = BatchNorms(self.module)
 
     def refuse_mixing(self) -> None:
@@ -275,10 +275,14 @@ class ArmedModel:
         return torch.float64 if double else torch.float32
 
     def activate(
-        self, index: ExampleIndex, scalars: Mapping[str, Tensor], device: torch.device
+        self,
+        index: ExampleIndex,
+        scalars: Mapping[str, Tensor],
+        device: torch.device,
+        inputs: Any = None,
     ) -> None:
-        """Arm the sites of this step for a micro-batch of these examples."""
-        self.sites.activate(index, scalars, self._dtype(), device, self.rewrite)
+        """Arm the sites of this step for a micro-batch of these examples, and its inputs where they are known."""
+        self.sites.activate(index, scalars, self._dtype(), device, self.rewrite, inputs)
 
 
 def _refuse_own_inputs(model: nn.Module, losses: Losses, batch: Batch) -> None:

@@ -35,6 +35,7 @@ from trainc.compiler.per_example.micro_batch import (
     slices_of_examples,
 )
 from trainc.compiler.per_example.preconditions import check_preconditions, check_views
+from trainc.compiler.per_example.residual_branches import check_branches
 from trainc.runtime.data.batch import (
     Batch,
     copy_inputs,
@@ -119,6 +120,11 @@ class ModuleRunner(ArmedModel):
             with self.autocast(), self.apart():
                 check_views(self.module, self.sites, batch, self.losses)
             self._views_checked = True
+        if not self._branches_checked and self.module.training:
+            with self.autocast(), self.apart():
+                run = partial(self.losses.call, self.module, copy_inputs(batch))
+                check_branches(self.module, self.sites, self.method.rewrite, run)
+            self._branches_checked = True
         measures = calibrating or bool(self.rewrite.measured)
         if not self._checked and self.module.training and measures:
             with self.autocast(), self.apart():
@@ -297,4 +303,4 @@ class ModuleRunner(ArmedModel):
     def _activate(self, batch: Batch, scalars: Mapping[str, Tensor]) -> None:
         units, targets = self.rewrite.example_units, one_of(batch[1])
         index = ExampleIndex(len(targets)) if units is None else units.divide(batch)
-        self.activate(index, scalars, targets.device)
+        self.activate(index, scalars, targets.device, batch[0])

@@ -27,11 +27,12 @@ PREFIX = "user"
 class HooksInPlace:
     """The hooks that stand in the model while it is captured.
 
-    `open` lets them run with these scalars; `scalars` are the names of those that they use, `modules` the layers whose
-    behaviour they change. `captures` keep the results of layers; `calls` is then how often each ran in the last pass.
+    `open` lets them run with these scalars and inputs; `scalars` are the names of those that they use, `modules` the
+    layers whose behaviour they change. `captures` keep the results of layers; `calls` is then how often each ran in the
+    last pass.
     """
 
-    open: Callable[[Mapping[str, Tensor]], None]
+    open: Callable[[Mapping[str, Tensor], Any], None]
     scalars: tuple[str, ...]
     modules: tuple[str, ...]
     captures: Mapping[str, KeepOutput] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class WrappedModel(nn.Module):
         `scalars` are those of the hooks.
         """
         if self.hooks is not None:
-            self.hooks.open(dict(zip(self.hooks.scalars, scalars, strict=True)))
+            self.hooks.open(dict(zip(self.hooks.scalars, scalars, strict=True)), inputs)
             self.hooks.begin()
         if not isinstance(self.loss, Losses):
             output = call_model(self.user, repeat_views(inputs, self.views))

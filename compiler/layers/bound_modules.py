@@ -100,14 +100,17 @@ class Sites:
         dtype: torch.dtype,
         device: torch.device,
         now: Rewrite | None = None,
+        inputs: Any = None,
     ) -> None:
         """Give every site fresh probes and this step's scalars; call before each forward pass.
 
-        `now` has the hooks and the views of this step, which may be fewer than those of the rewrite.
+        `now` has the hooks and the views of this step, which may be fewer than those of the rewrite. `inputs` are those
+        of the model, for hooks that read them.
         """
         now = self.rewrite if now is None else now
         rows = now.views * example_index.all_rows
-        self.open_hooks(now.views, {site.index for site in now.hooks}, scalars, rows=rows)
+        which = {site.index for site in now.hooks}
+        self.open_hooks(now.views, which, scalars, inputs, rows=rows)
         measuring = {site.module for site in now.measured}
         for module in self.layers:
             state = module.trainc
@@ -126,15 +129,18 @@ class Sites:
         views: int,
         which: Collection[int],
         scalars: Mapping[str, Tensor],
+        inputs: Any = None,
         *,
         captured: bool = False,
         rows: int | None = None,
     ) -> None:
         """Let the hooks of these indices run, and no others, with these numbers; torch.compile can trace it."""
+        shared = views > 1 and self.rewrite.share_dropout
+        seen = {"captured": captured, "rows": rows, "shared": shared, "inputs": inputs}
         for module in self.layers:
             state = module.trainc
             state.open = tuple(
-                (site.hook, site.context(views, scalars, captured=captured, rows=rows))
+                (site.hook, site.context(views, scalars, **seen))
                 for site in state.hooks
                 if site.index in which
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 
@@ -32,10 +32,14 @@ class LayerContext:
     scalars: Mapping[str, Tensor]
     key: Tensor
     first_example: Tensor | None
-    captured: bool
+    captured: bool = False
     clause: str = ""
     rows: int | None = None
     """The rows of the batch with all views; None where a graph is captured, whose pass compares them."""
+    shared: bool = False
+    """Whether the views of an example share what is drawn at random, as their dropout masks."""
+    inputs: Any = None
+    """What the model is called with, one view of it; None where code of the user's own calls it."""
 
     def check_examples(self, y: Tensor, what: str) -> None:
         """Raise ExampleAxisUnknown unless every view of every example is a row of this tensor of the layer.
@@ -51,13 +55,40 @@ class LayerContext:
                 self.clause,
             )
 
-    def error(self, message: str) -> SiteError:
-        """Return an error at the clause of the hook, to raise; the message should name the layer."""
-        return SiteError(message, self.clause)
+    def draw(self, draw: Drawing, like: Tensor, share: str = "token") -> Tensor:
+        """Return random numbers for `like` (views * B, ..., C), a row for each of its rows.
+
+        `draw` is a function of trainc.kernels.noise, such as `uniform`. Rows of views that share what is drawn are
+        equal.
+        """
+        import torch
+
+        views = 1 if self.shared else self.views
+        rows = like.shape[0] // self.views * views
+        found = draw(like[:rows], self.key, self.index, views, share, self.first_example)
+        return torch.cat([found] * self.views) if views < self.views else found
+
+    def error(self, message: str, field: str = "") -> SiteError:
+        """Return an error at the clause of the hook, or at a field of it; the message should name the layer."""
+        return SiteError(message, self.clause, field)
+
+
+class Drawing(Protocol):
+    """A function that draws random numbers for the rows of a tensor by key, site, views, share and first example."""
+
+    def __call__(
+        self,
+        like: Tensor,
+        key: Tensor,
+        site: int,
+        views: int,
+        share: str = "token",
+        first_example: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class LayerHook:
-    """What changes in one layer: override `change_input`, `change_output` or `forward`.
+    """What changes in one layer: override `change_input`, `change_output`, `change_output_of` or `forward`.
 
     It runs where the layer stands, by the bound modules and while a graph is captured, in train mode only. What it does
     must be made of tensors: a value that it reads from one with `item()` keeps the step from running as a graph.
@@ -69,6 +100,11 @@ class LayerHook:
     """The graph pass that puts the operator in place of what is captured; None where it is captured as it is."""
     draws: ClassVar[bool] = True
     """Whether it draws random numbers."""
+    of_branch: ClassVar[str] = ""
+    """What the hook does, if the layer must be a residual branch: the result is added to another tensor of its shape.
+
+    The first step looks where the result goes, and is an error, which says this, where it is added to nothing.
+    """
     zero_is_identity: ClassVar[bool] = False
     """Whether the layer is the user's own where every scalar is 0."""
 
@@ -80,6 +116,10 @@ class LayerHook:
         """Return what the layer gives in place of its result, or of the first tensor of a tuple."""
         return y
 
+    def change_output_of(self, x: Any, y: Tensor, at: LayerContext) -> Tensor:
+        """Do what `change_output` does, where the layer was given the first input `x`; None where it has none."""
+        return self.change_output(y, at)
+
     def forward(
         self,
         layer: nn.Module,
@@ -89,12 +129,15 @@ class LayerHook:
         **kwargs: Any,
     ) -> Any:
         """Return what the layer gives; `call` is its forward pass without this hook."""
+        x = None
         if args:
-            args = (self.change_input(args[0], at), *args[1:])
+            x = self.change_input(args[0], at)
+            args = (x, *args[1:])
         elif kwargs:
             first = next(iter(kwargs))
-            kwargs = kwargs | {first: self.change_input(kwargs[first], at)}
-        return _with_first(call(*args, **kwargs), lambda y: self.change_output(y, at))
+            x = self.change_input(kwargs[first], at)
+            kwargs = kwargs | {first: x}
+        return _with_first(call(*args, **kwargs), lambda y: self.change_output_of(x, y, at))
 
     def done_by_measuring(self, layer_type: str, units: ExampleUnits | None) -> bool:
         """Say whether a layer of this type, measured in these units, does what this hook does without it."""
@@ -162,13 +205,14 @@ class LayerHookSite:
         self,
         views: int,
         scalars: Mapping[str, Tensor],
-        *,
-        captured: bool = False,
-        rows: int | None = None,
+        **seen: Any,
     ) -> LayerContext:
-        """Return what the hook sees of a micro-batch, whose numbers are given by their names in the method."""
+        """Return what the hook sees of a micro-batch, whose numbers are given by their names in the method.
+
+        `seen` are fields of the context.
+        """
         own = {name: scalars[full] for name, full in self.scalars}
-        first = scalars.get("first_example")
+        first, key = scalars.get("first_example"), scalars["key"]
         return LayerContext(
-            self.module, self.index, views, own, scalars["key"], first, captured, self.label, rows
+            self.module, self.index, views, own, key, first, clause=self.label, **seen
         )

@@ -20,6 +20,7 @@ from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.loss import NoLoss
 from trainc.compiler.method.term import Forward, Term, add_terms
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice
+from trainc.compiler.per_example.residual_branches import checking_branches
 from trainc.compiler.per_example.weight_uses import check_single_uses
 from trainc.runtime.step.machine import StepMachine
 
@@ -118,8 +119,9 @@ class OwnLoss:
         unchecked = runs.module.training and not runs.covered
         counting: AbstractContextManager[dict[str, int]]
         counting = runs.sites.count_calls() if unchecked else nullcontext({})
+        branches = checking_branches(runs.module, rewrite) if unchecked else nullcontext()
         try:
-            with counting as counts, runs.reading() as captured:
+            with counting as counts, branches, runs.reading() as captured:
                 yield
             runs.sites.check_coverage(counts)
             runs.covered |= unchecked

@@ -1,0 +1,1 @@
+"""Regularizers of the inputs and activations: noise on them, and mixtures of them."""
