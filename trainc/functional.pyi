@@ -2,6 +2,7 @@
 
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
+from trainc.compiler.constructs.regularize.outputs.contrast import supcon
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
 from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 from trainc.kernels.layer.convolution import convolution
@@ -63,6 +64,7 @@ __all__ = [
     "spectrum",
     "spread_gain",
     "stable_rank",
+    "supcon",
     "tied_embedding",
     "tied_linear",
     "trust_ratio",

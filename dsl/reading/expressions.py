@@ -121,10 +121,20 @@ def samples_or_call(
     if not isinstance(node, ast.Apply):
         return samples(node)
     name = node.function.id
+    if name not in functions and name in FUNCTIONS:
+        raise Unreadable(node, f"expected an amount such as `32 samples`, or a {noun}", help=hint)
+    return own_call(node, names, noun, functions, "")
+
+
+def own_call(
+    node: Node, names: Names, noun: str, functions: Mapping[str, Function], example: str
+) -> v.Expr:
+    """Return the call of one of a field's own `functions`; each is called a `noun`, as in `example`."""
+    if not isinstance(node, ast.Apply):
+        raise Unreadable(node, f"expected a {noun} such as `{example}`, found {describe(node)}")
+    name = node.function.id
     if name in functions:
         return _call(node, names, functions)
-    if name in FUNCTIONS:
-        raise Unreadable(node, f"expected an amount such as `32 samples`, or a {noun}", help=hint)
     message = f"there is no {noun} `{name}`"
     raise Unreadable(node.function, "", "unknown-function", suggest(name, functions), message)
 

@@ -276,14 +276,28 @@ def samples_or_call(noun: str, functions: Mapping[str, Function], hint: str) -> 
     """
 
     def accept(raw: Any) -> v.Duration | v.Call:
-        if not isinstance(raw, v.Call):
-            return _duration(raw)
-        if raw.function not in functions:
-            raise ValueError(f"there is no {noun} `{raw.function}`")
-        return raw
+        return _own_call(raw, noun, functions) if isinstance(raw, v.Call) else _duration(raw)
 
     read = partial(expressions.samples_or_call, noun=noun, functions=functions, hint=hint)
     return FieldType(f"samples, or a {noun}", read, accept, functions)
+
+
+def call_of(noun: str, functions: Mapping[str, Function], example: str) -> FieldType:
+    """Return the type of a call of one of `functions`; messages call each a `noun`, as in `example`."""
+    read = partial(expressions.own_call, noun=noun, functions=functions, example=example)
+
+    def accept(raw: Any) -> v.Call:
+        if not isinstance(raw, v.Call):
+            raise ValueError(f"expected a {noun} such as `{example}`")
+        return _own_call(raw, noun, functions)
+
+    return FieldType(f"a {noun}", read, accept, functions)
+
+
+def _own_call(raw: v.Call, noun: str, functions: Mapping[str, Function]) -> v.Call:
+    if raw.function not in functions:
+        raise ValueError(f"there is no {noun} `{raw.function}`")
+    return raw
 
 
 Duration = Annotated[v.Duration, DURATION]
