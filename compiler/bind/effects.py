@@ -35,6 +35,16 @@ def conflicts(clauses: Sequence[BoundClause]) -> Iterator[Diagnostic]:
                     labels((clause.span, _actions(clause)), (other.span, _actions(other))),
                     help="remove one of the two clauses",
                 )
+    for clause in clauses:
+        for resource, (together, setting) in clause.construct.opt_in().items():
+            for other in clauses:
+                if other is not clause and resource in _writes(other.construct):
+                    yield Diagnostic(
+                        "conflicting-effects",
+                        f"`{clause.title}` and `{other.title}` {together}",
+                        labels((clause.span, _actions(clause)), (other.span, _actions(other))),
+                        help=f"write `{setting}` in `{clause.title}` to accept this, or remove one of the two clauses",
+                    )
 
 
 def penalised_measurements(

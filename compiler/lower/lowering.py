@@ -16,6 +16,7 @@ from trainc.compiler.lower.companions import CompanionAccess
 from trainc.compiler.lower.forward_access import ForwardAccess
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.lower.statistics import StatisticAccess
+from trainc.compiler.lower.step_access import StepAccess
 from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.losses import LossPart
 from trainc.compiler.method.lowered_method import (
@@ -37,16 +38,13 @@ from trainc.runtime.mask.mask_actions import (
 from trainc.runtime.mask.update_mask import SelectedEntries, ZeroMask, masked_shard
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
-from trainc.runtime.step.action import Action, check_phase
-from trainc.runtime.step.around import Around
-from trainc.runtime.step.batches import BatchTransform
 from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.gradients import GradientTransform, sharded_gradient
 from trainc.runtime.step.optimizer import LrFactor, OptionValue, OptionValues, parts_of
 from trainc.runtime.step.updates import UpdateTransform
 
 
-class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
+class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
     """One clause's access to the mechanisms: what it may ask for, beside its selection and its times."""
 
     # The loss, and what reads the passes
@@ -250,41 +248,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess):
             MeasuredWeight(self.label, weight, tuple(parts), tuple(parts.values()), reason)
         )
 
-    # The step
-
-    def batch(self, transform: BatchTransform) -> None:
-        """Change inputs and targets of each micro-batch before its first pass, when the clause's gate is open."""
-        self.action(transform)
-
-    def around(self, hook: Around) -> None:
-        """Surround the passes of a step, when the clause's gate is open; `hook` may ask for the step's gradients.
-
-        Raises ValueError where a parameter is sharded over processes.
-        """
-        self._refuse_shards("before")
-        self.action(hook)
-
-    def _refuse_shards(self, when: str) -> None:
-        """Raise ValueError for a sharded parameter, whose gradients are averaged in the step's own passes alone."""
-        for name in (entry.name for entry in self.inventory.parameters):
-            if self.is_sharded(name):
-                raise ValueError(
-                    f"it needs gradients {when} the step's passes, and those of `{name}`, which is sharded over"
-                    " processes (FSDP2), are not averaged there. Use DistributedDataParallel, or remove the clause"
-                )
-
-    def action(self, action: Action) -> None:
-        """Run an action in every step, in its phase, when the clause's gate is open.
-
-        One without a `name` gets the clause's label; what has state in a checkpoint needs a name of its own there.
-        Raises ValueError for the phases `forward` and `backward`, in which a step runs no actions.
-        """
-        if not hasattr(action, "name"):
-            action.name = self.label
-        check_phase(action)
-        if action.gate is None:
-            action.gate = self.gate()
-        self._method.actions.append(action)
+    # Several processes
 
     def exchange(self, action: Exchange) -> None:
         """Give an action a turn with the other replicas after the steps at which the clause's gate fires.

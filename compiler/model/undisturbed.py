@@ -48,14 +48,19 @@ def gradients_of(
     """Return the gradients of a loss, and leave `.grad` as it is.
 
     A function with a backward pass inside its own, as reversible layers have one, adds to `.grad` instead of giving
-    gradients on: what it adds there is counted, and taken away again.
+    gradients on: what it adds there is counted, and taken away again. So do sharded parameters, whose gradients are
+    averaged over processes in a whole backward pass alone.
     """
     kept = [(leaf, leaf.grad) for leaf in parameters]
     leaves = {id(one): one for one in (*tensors, *(leaf for leaf, _ in kept)) if one.is_leaf}
     for leaf in leaves.values():
         leaf.grad = None
     try:
-        found = torch.autograd.grad(total, tensors, allow_unused=True)
+        found: Sequence[Tensor | None] = [None] * len(tensors)
+        if any(hasattr(leaf, "device_mesh") for leaf, _ in kept):
+            total.backward()
+        else:
+            found = torch.autograd.grad(total, tensors, allow_unused=True)
         added = [leaves[id(one)].grad if id(one) in leaves else None for one in tensors]
     finally:
         for leaf, gradient in kept:

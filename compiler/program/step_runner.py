@@ -325,7 +325,8 @@ class StepRunner(OpenStep):
         if self._asking is not None and counted:
             step.closure = StepClosure(self.execution, self._asking, counted)
         if self.machine.around and counted:
-            with self._surrounded.surround(step, counted, scaler) as parts:
+            passes = 0 if self._shares is None else self._shares.passes
+            with self._surrounded.surround(step, counted, scaler, passes) as parts:
                 self._pass_all(step, parts, scaler)
         else:
             self._pass_all(step, counted, scaler)

@@ -235,6 +235,13 @@ class Construct(BaseModel):
         """Return what it measures, by name."""
         return {n: Signal(s) if isinstance(s, str) else s for n, s in cls.signals.items()}
 
+    def opt_in(self) -> Mapping[str, tuple[str, str]]:
+        """Say which resources another clause may write only where a field of this one accepts it.
+
+        By resource: what both together do, in words after the clauses' titles, and the field setting to write.
+        """
+        return {}
+
     def unit_of(self, signal: str) -> str | None:
         """Return what one of its signals counts with these fields, such as `samples`; None for a plain number."""
         return self.declared_signals()[signal].unit

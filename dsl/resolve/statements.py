@@ -12,7 +12,7 @@ from trainc.dsl.reading.field_types import CONDITION, DURATION, EXPRESSION, SELE
 from trainc.dsl.resolve.origin import Origin, Provenance
 from trainc.dsl.text.record import Record, uncompared
 from trainc.dsl.text.source import Span
-from trainc.dsl.text.vocabulary import KINDS, VERBS
+from trainc.dsl.text.vocabulary import KINDS, METRICS, VERBS
 from trainc.dsl.values.value_json import Duration, Expr, Selector, to_json
 
 
@@ -66,10 +66,12 @@ class Clause(ComparedByJson):
     def name(self) -> str:
         """Return the name that conditions use: the label, or the name of the construct.
 
-        A construct that is called as a kind has its own kind behind it: `model_loss` of `loss model`.
+        A construct that is called as a kind, or as what every run measures, has its own kind behind it: `model_loss`
+        of `loss model`.
         """
         name, kind = self.construct.name, self.construct.kind
-        return self.label or (f"{name}_{kind}" if name in KINDS and name != kind else name)
+        taken = name in (*KINDS, *METRICS) and name != kind
+        return self.label or (f"{name}_{kind}" if taken else name)
 
     @property
     def title(self) -> str:

@@ -79,8 +79,16 @@ class UpdateMask(ABC):
         """Move the selected entries of the gradient to where the optimizer reads them."""
 
     @abstractmethod
+    def picked(self, tensor: Tensor) -> Tensor:
+        """Return of a tensor in the parameter's shape what the optimizer has of the parameter."""
+
+    @abstractmethod
+    def whole(self, values: Tensor) -> Tensor:
+        """Return what the optimizer has of the parameter in its shape, with zeros at entries that do not train."""
+
     def trained(self, grad: Tensor) -> Tensor:
         """Return a dense gradient with zeros at the entries that do not train; all of it before the choice."""
+        return self.whole(self.picked(grad))
 
     @abstractmethod
     def gradient(self) -> Tensor | None:
@@ -140,12 +148,15 @@ class SelectedEntries(UpdateMask):
             picked = grad.reshape(-1).index_select(0, self.index).to(self.values.dtype)
             self.values.grad = picked if self.values.grad is None else self.values.grad.add_(picked)
 
-    def trained(self, grad: Tensor) -> Tensor:
+    def picked(self, tensor: Tensor) -> Tensor:
+        return tensor if self.index is None else tensor.reshape(-1)[self.index]
+
+    def whole(self, values: Tensor) -> Tensor:
         if self.index is None:
-            return grad
-        kept = torch.zeros_like(grad).reshape(-1)
-        kept[self.index] = grad.reshape(-1)[self.index]
-        return kept.view(grad.shape)
+            return values
+        spread = values.new_zeros(self.parameter.numel())
+        spread[self.index] = values
+        return spread.view(self.parameter.shape)
 
     def gradient(self) -> Tensor | None:
         return self.parameter.grad if self.index is None else self.values.grad
@@ -242,8 +253,11 @@ class ZeroMask(UpdateMask):
         """Return the fraction of the entries that trains; 1 for a tensor without entries."""
         return self.count / self.parameter.numel() if self.parameter.numel() else 1.0
 
-    def trained(self, grad: Tensor) -> Tensor:
-        return grad if self.kept is None else grad.masked_fill(~self.kept_entries(), 0)
+    def picked(self, tensor: Tensor) -> Tensor:
+        return tensor if self.kept is None else tensor.masked_fill(~self.kept_entries(), 0)
+
+    def whole(self, values: Tensor) -> Tensor:
+        return values
 
     def gradient(self) -> Tensor | None:
         grad = self.parameter.grad

@@ -80,9 +80,25 @@ def squared_norms(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32)
     Each process squares its shards, in `dtype` at least; one all-reduce for each axis of a mesh adds them up.
     """
     shards: list[Any] = [_reduced(tensor) for tensor in tensors]
-    found = torch.stack([_square(local(p), dtype) for p in shards])
+    found = _stacked([_square(local(p), dtype) for p in shards])
     sum_over_shards(found, shards)
     return found
+
+
+def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Return the inner product of each pair, (len(left),), in float64, equal on all processes that share the tensors.
+
+    Both tensors of a pair are sharded alike. One all-reduce for each axis of a mesh adds the products up.
+    """
+    pairs = zip(map(local, left), map(local, right), strict=True)
+    found = _stacked([(a.double() * b.double()).sum() for a, b in pairs])
+    sum_over_shards(found, left)
+    return found
+
+
+def _stacked(numbers: Sequence[Tensor]) -> Tensor:
+    """Return numbers as one tensor on the device of the first."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
 def _sum_over(mesh: DeviceMesh, axis: int, found: Tensor, shards: Sequence[Any]) -> None:

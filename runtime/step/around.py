@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, overload
 
 from trainc.runtime.step.action import Action, Phase
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from trainc.runtime.step.record import Step
@@ -36,6 +37,16 @@ class Gradients(Protocol):
         floating point. Raises ValueError where none of the inputs is.
         """
 
+    def watch(self, *, averaged: bool = False) -> Callable[[], dict[str, Tensor]]:
+        """Return a function that gives, after the step's own passes, the gradients that these found, by parameter.
+
+        They are this process's own, whose mean over replicas the step has; `averaged`: they are that mean. Raises
+        ValueError for own ones of parameters that are sharded over processes, which no process has.
+        """
+
+    def draw(self, name: str, device: torch.device, *, own: bool = True) -> torch.Generator:
+        """Return a stream of random numbers for an action of this name in this step; `own`: of this replica alone."""
+
 
 class Around(Action):
     """An action in two halves: `surround` is entered before the passes of a step, and left after the last of them.
@@ -45,6 +56,8 @@ class Around(Action):
     """
 
     phase = Phase.PERTURB
+    takes_shards: ClassVar[bool] = False
+    """Whether it can move parameters that are sharded over processes (FSDP2), and their gradients, as DTensors."""
 
     @abstractmethod
     def surround(self, step: Step, gradients: Gradients) -> AbstractContextManager[object]:

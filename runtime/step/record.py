@@ -120,6 +120,15 @@ class Step:
         """Return what the optimizer keeps for a parameter, by torch's names; empty before its first update."""
         return next((found for read in self.optimizer_states if (found := read(name))), {})
 
+    def running_mean(self, name: str) -> Tensor | None:
+        """Return the running mean, or sum, of a parameter's gradients that the optimizer keeps; None without one.
+
+        It is the first moment of Adam or the momentum buffer of SGD, by whichever of these names torch has it.
+        """
+        state = self.optimizer_state(name)
+        kept = (state.get(key) for key in ("exp_avg", "momentum_buffer"))
+        return next((one for one in kept if isinstance(one, Tensor)), None)
+
 
 @runtime_checkable
 class Preconditioner(Protocol):

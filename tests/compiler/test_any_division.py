@@ -76,6 +76,9 @@ ANY = [
     SGD + "lr temp_balance on type(Linear) every 1 steps { range = 0.5..1.5, min_eigenvalues = 3 }",
     ADAMW + "lr alpha_decay on type(Linear) every 1 steps { min_eigenvalues = 3 }",
     SGD + "perturb sam { rho = 0.5 }",
+    SGD + "perturb msam { rho = 0.5 }",
+    SGD + "perturb gradient_norm { radius = 0.5, alpha = 0.7 }",
+    SGD + "perturb looksam { rho = 0.5, alpha = 0.7, refresh = 2 steps }",
     SGD + "observe norm_growth on ndim(2) every 1 steps { from_start = true }",
     SGD + GNS,
     SGD + with_(GNS, "type(LayerNorm)", "all"),
@@ -129,7 +132,7 @@ LOSSES = {
 CASES = [(k, c) for k in LOSSES for c in ANY]
 CASES += [(k, c) for k in LOSSES if "token" in k or "class" in k for c in OF_CLASSES]
 CASES += [(k, c) for k in LOSSES if "token" in k for c in OF_TOKENS]
-WHOLE_ONLY = ("perturb sam", "LBFGS")
+WHOLE_ONLY = ("perturb ", "LBFGS")
 """What `program.loss` refuses, because it needs all micro-batches of a step."""
 MODULES_ONLY = ("interval = jackknife", "geometry", "example = document")
 """What no graph runs."""

@@ -96,6 +96,11 @@ class Optimizer(Construct):
         """Return whether `moments` holds for every parameter, and is no guess."""
         return True
 
+    @property
+    def averages_gradients(self) -> bool | None:
+        """Whether a parameter's state has a running mean of its gradients; None where only a step shows it."""
+        return None
+
     def performs(self, effect: Effect) -> bool:
         """Say whether this clause performs an effect: it clips only when asked to."""
         return effect != CLIPPING or self.clip is not None

@@ -51,6 +51,11 @@ class AdamW(Optimizer):
         return float((out * into) ** 0.5)
 
     @property
+    def averages_gradients(self) -> bool:
+        """True: the first moment."""
+        return True
+
+    @property
     def moments(self) -> float:
         """Return 2: the averages of gradients and of their squares."""
         return 2

@@ -77,6 +77,11 @@ class Muon(Optimizer):
     )
 
     @property
+    def averages_gradients(self) -> bool:
+        """True: the momentum buffer."""
+        return True
+
+    @property
     def moments(self) -> float:
         """Return 1, the momentum buffer."""
         return 1

@@ -48,6 +48,11 @@ class SGD(Optimizer):
         return self
 
     @property
+    def averages_gradients(self) -> bool:
+        """Whether there is momentum."""
+        return self.momentum != 0
+
+    @property
     def moments(self) -> float:
         """Return 1 with momentum, whose buffer it is."""
         return 1 if self.momentum else 0

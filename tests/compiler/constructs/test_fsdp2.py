@@ -51,7 +51,6 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         ("mask sift on ndim(2) { density = 20% }", "a mask needs whole tensors"),
         ("mask magnitude on ndim(2) { density = 20% }", "a mask needs whole tensors"),
         ("regularize ema { decay = 0.9 }", "it keeps a copy of the model"),
-        ("perturb sam { rho = 0.1 }", "it needs gradients before the step's passes"),
         ("distribute ddp", "says already how processes train together"),
     ],
 )

@@ -435,7 +435,8 @@ CLAUSES["noise"] = CLAUSES["noise"].replace(
 def test_other_clauses_see_the_second_gradient_alone(executor: Any, clause: str) -> None:
     theirs, ours = small_gpt(), small_gpt()
     plain = trainc.compile(BASE + clause, theirs, executor="module")
-    program = trainc.compile(f"{BASE}{clause} perturb sam {{ rho = 0.3 }}", ours, executor=executor)
+    sam = "perturb sam { rho = 0.3, with_views = true }"
+    program = trainc.compile(f"{BASE}{clause} {sam}", ours, executor=executor)
     for i in range(4):
         want, got = step_by_loss(plain, words(i), 0.3), program.step(words(i))
         for name, value in want.items():

@@ -1,4 +1,4 @@
-"""SAM under DistributedDataParallel: two processes give what a loop by hand gives on both halves of the batch."""
+"""SAM and its family in two processes, replicas or shards: what a loop by hand gives on both halves of the batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import trainc
+from tests.compiler.perturbed_loops import CLAUSES, Loop
 from tests.processes import run_processes, run_rank
 from trainc.compiler.errors import SiteError
 from trainc.compiler.lower.lowering import Lowering
 from trainc.dsl.reading.construct import Construct, Effect
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
+from trainc.runtime.processes.sharded import full
 from trainc.runtime.step.around import Around, Gradients
 from trainc.runtime.step.record import Step
 
@@ -24,14 +26,13 @@ Batch = tuple[Tensor, Tensor]
 SPEC = """
 loss cross_entropy
 optimizer sgd { lr = 0.3, momentum = 0.9, clip = 0.4 }
-perturb sam { rho = 0.5FIELDS }
 """
 RANKS, STEPS = 2, 4
 CASES = {
-    "accumulates": ("", True),
-    "adaptive": (", adaptive = true, eta = 0.1", True),
-    "unused": ("", False),
+    f"{method}, {wrapper}": (method, wrapper) for method in CLAUSES for wrapper in ("ddp", "fsdp2")
 }
+CASES["sam, unused"] = ("sam", "unused")
+"""The method, and how processes train together; `unused`: one of them leaves out a layer."""
 
 
 class Net(nn.Module):
@@ -65,15 +66,22 @@ def batches(rank: int, step: int, whole: bool) -> list[Batch]:
 
 def replica(rank: int) -> Any:
     """Run every case; a process of its own."""
+    from torch.distributed.fsdp import fully_shard
+
     found: dict[str, Any] = {}
-    for name, (fields, whole) in CASES.items():
-        model = net()
-        program = trainc.compile(SPEC.replace("FIELDS", fields), model)
-        program.forward = DistributedDataParallel(model, find_unused_parameters=not whole)
+    for name, (method, wrapper) in CASES.items():
+        model, whole = net(), wrapper != "unused"
+        program = trainc.compile(SPEC + CLAUSES[method], model)
+        if wrapper == "fsdp2":
+            fully_shard(model.body)
+            fully_shard(model)
+        else:
+            program.forward = DistributedDataParallel(model, find_unused_parameters=not whole)
         losses = [program.step(batches(rank, i, whole))["loss"] for i in range(STEPS)]
-        found[name] = {"losses": losses, "weights": model.state_dict()}
+        weights = {n: full(p).detach().clone() for n, p in model.state_dict().items()}
+        found[name] = {"losses": losses, "weights": weights}
     found["inputs"] = input_gradients(rank)
-    found |= {f"sharded {when}": sharded(when) for when in ("first", "late")}
+    found["sharded"] = sharded()
     return found
 
 
@@ -100,10 +108,15 @@ class Looking(Around):
         yield
 
 
-def input_gradients(rank: int) -> list[Tensor]:
-    model, base = net(), trainc.check("loss cross_entropy optimizer sgd { lr = 0.3 }").spec
+def looking() -> Spec:
+    base = trainc.check("loss cross_entropy optimizer sgd { lr = 0.3 }").spec
     assert base is not None
-    program = trainc.compile(Spec((*base.clauses, Clause(Look()))), model)
+    return Spec((*base.clauses, Clause(Look())))
+
+
+def input_gradients(rank: int) -> list[Tensor]:
+    model = net()
+    program = trainc.compile(looking(), model)
     program.forward = DistributedDataParallel(model)
     program.step(batches(rank, 0, True))
     (action,) = program._machine.around
@@ -111,59 +124,42 @@ def input_gradients(rank: int) -> list[Tensor]:
     return action.found
 
 
-def sharded(when: str) -> str:
-    """Return the error for a model that is sharded before it is compiled, or after."""
+def sharded() -> list[str]:
+    """Return the errors of an action that takes no shards, on a model sharded before it is compiled, and after."""
     from torch.distributed.fsdp import fully_shard
 
-    model = net()
+    said, first, late = list[str](), net(), net()
+    fully_shard(first)
     try:
-        if when == "first":
-            fully_shard(model)
-        program = trainc.compile(SPEC.replace("FIELDS", ""), model)
-        fully_shard(model)
+        trainc.compile(looking(), first)
+    except trainc.SpecError as error:
+        said.append(str(error))
+    program = trainc.compile(looking(), late)
+    fully_shard(late)
+    try:
         program.step(batches(0, 0, True))
-    except (trainc.SpecError, SiteError) as error:
-        return str(error)
-    return "no error"
+    except SiteError as error:
+        said.append(str(error))
+    return said
 
 
-def backward(model: nn.Module, step: int, whole: bool) -> float:
-    """Accumulate the gradient of the mean loss over the examples of all replicas."""
-    total = 0.0
-    of_all = [one for rank in range(RANKS) for one in batches(rank, step, whole)]
-    count = sum(len(y) for _, y in of_all)
-    for x, y in of_all:
-        loss = cross_entropy(model(x), y) * (len(y) / count)
-        loss.backward()
-        total += loss.item()
-    return total
-
-
-@torch.no_grad()
-def perturb(named: dict[str, Tensor], fields: str) -> None:
-    scale = {n: p.abs() + 0.1 if fields else torch.ones_like(p) for n, p in named.items()}
-    scaled = {n: scale[n] * p.grad for n, p in named.items() if p.grad is not None}
-    norm = torch.cat([g.flatten() for g in scaled.values()]).norm()
-    for name, gradient in scaled.items():
-        named[name].add_(0.5 * scale[name] * gradient / (norm + 1e-12))
-
-
-def by_hand(fields: str, whole: bool) -> tuple[list[float], nn.Module]:
+def by_hand(method: str, whole: bool) -> tuple[list[float], nn.Module]:
+    """Return losses and model of the loop on the examples of all replicas."""
     model, losses = net(), []
-    named = dict(model.named_parameters())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    loop = Loop(method, model, torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9), 0.4)
     for step in range(STEPS):
-        weights = {name: p.detach().clone() for name, p in named.items()}
-        backward(model, step, whole)
-        perturb(dict(named), fields)
-        optimizer.zero_grad()
-        losses.append(backward(model, step, whole))
-        with torch.no_grad():
-            for name, p in named.items():
-                p.copy_(weights[name])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.4)
-        optimizer.step()
-        optimizer.zero_grad()
+        of_all = [one for rank in range(RANKS) for one in batches(rank, step, whole)]
+        count = sum(len(y) for _, y in of_all)
+
+        def passes(of_all: list[Batch] = of_all, count: int = count) -> float:
+            total = 0.0
+            for x, y in of_all:
+                loss = cross_entropy(model(x), y) * (len(y) / count)
+                loss.backward()
+                total += loss.item()
+            return total
+
+        losses.append(loop.step(passes))
     return losses, model
 
 
@@ -175,7 +171,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_replicas_are_the_loop_written_by_hand(case: str, found: list[dict[str, Any]]) -> None:
-    losses, model = by_hand(*CASES[case])
+    method, wrapper = CASES[case]
+    losses, model = by_hand(method, wrapper != "unused")
     one, two = (replica[case] for replica in found)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(one["weights"][name], value, rtol=1e-12, atol=1e-12, msg=name)
@@ -195,16 +192,14 @@ def test_gradients_of_inputs_are_of_the_mean_over_replicas(found: list[dict[str,
             torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-15)
 
 
-def test_sharded_parameters_are_refused_at_the_clause_or_at_the_first_step(
+def test_an_action_that_takes_no_shards_is_refused_at_the_clause_or_at_the_first_step(
     found: list[dict[str, Any]],
 ) -> None:
     for replica in found:
-        assert (
-            "`perturb sam` cannot be compiled: it needs gradients before"
-            in replica["sharded first"]
-        )
-        assert "which is sharded over processes (FSDP2)" in replica["sharded first"]
-        assert "the gradients that `sam` needs before the step's passes" in replica["sharded late"]
+        first, late = replica["sharded"]
+        assert "`perturb look` cannot be compiled: it needs gradients before" in first
+        assert "which is sharded over processes (FSDP2)" in first
+        assert "the gradients that `look` needs before the step's passes" in late
 
 
 if __name__ == "__main__":
