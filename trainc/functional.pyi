@@ -3,6 +3,7 @@
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
 from trainc.compiler.constructs.regularize.outputs.contrast import supcon
+from trainc.compiler.constructs.regularize.outputs.distill import distill_loss
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
 from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 from trainc.kernels.layer.convolution import convolution
@@ -37,6 +38,7 @@ __all__ = [
     "calibrated_alpha",
     "convolution",
     "cross_entropy_consistency",
+    "distill_loss",
     "embedding",
     "farms_alpha",
     "ghost_batch_norm",

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 from trainc.compiler.bind.report import labels
@@ -50,9 +49,8 @@ from trainc.runtime.run.loop import train as loop
 from trainc.runtime.run.preflight import DoesNotFit
 from trainc.runtime.run.summary import Summary
 from trainc.runtime.step.action import IncompatibleState
-from trainc.runtime.storage import checkpoint
 from trainc.runtime.storage.differences import ChangedRun
-from trainc.runtime.storage.foreign_files import interpreting, open_file
+from trainc.runtime.storage.saved_weights import read_weights
 from trainc.runtime.torch_optimizer.problem import OptimizerProblem
 
 SPEC, SPEC_TEXT = "spec.json", "spec.train"
@@ -219,16 +217,7 @@ def load_weights(model: nn.Module, source: Path, spec: Spec) -> None:
     model as the spec adapts it. Raises SpecError where there are none or they do not fit the model.
     """
     try:
-        if source.is_dir():
-            found = checkpoint.find_latest(source / "checkpoints")
-            if found.path is None:
-                why = found.damage[0] if found.damage else "the folder has no checkpoint"
-                raise ValueError(why)
-            program = checkpoint.load_checkpoint(found.path)["program"]
-            weights = program["model"] | program.get("evaluation", {})
-        else:
-            with interpreting(source), open_file(source):
-                weights = load_file(str(source))
+        weights = read_weights(source)
         if weights.keys() - model.state_dict().keys():
             with adapted(spec, model):  # the adapters stay, and `compile` finds them
                 model.load_state_dict(weights)

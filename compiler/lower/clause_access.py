@@ -92,6 +92,12 @@ class ClauseAccess:
         size = self._context.units.samples_per_step
         return None if size is None else int(size)
 
+    @property
+    def tokens_per_sample(self) -> int | None:
+        """Return the tokens of one sample of the data, 1 where it has none; None in a spec that names no data."""
+        size = self._context.units.tokens_per_sample
+        return None if size is None else int(size)
+
     def steps(self, duration: Duration) -> float:
         """Return a duration in optimizer steps, at the declared batch size."""
         return self._context.units.convert(duration, "steps", self._context.length)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trainc.compiler.lower.clause_access import ClauseAccess
-from trainc.runtime.companion.companion import Companion, Since
+from trainc.runtime.companion.companion import Companion, Since, Through
 from trainc.runtime.companion.module_copy import saved_tensors
 
 
@@ -25,14 +26,18 @@ class CompanionAccess(ClauseAccess):
         since: Since = "start",
         parameters: Iterable[str] | None = None,
         wide: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+        through: Through | None = None,
     ) -> Companion:
         """Return another module beside the model, in eval mode, with checkpointed values: `module`, or a copy.
 
         A copy holds the model as it is before the first step of the run (`start`), before the first step in which the
         clause's gate is open (`from`), or when its `copy` is called (`call`), so that the clause declares an effect in
         `perturb`, or in `observe`. It has own values of `parameters` that train, of all unless given, and of the
-        buffers beside them; where `wide`, in float32 at least. What trains is no companion: `adapt` adds it, and a term
-        reads its parameters. Raises ValueError for sharded parameters.
+        buffers beside them; where `wide`, in float32 at least. With `weights`, a state dict of the model, it has these.
+        `through` gives its logits of what runs it on other inputs, and of the inputs of the batch. What trains is no
+        companion: `adapt` adds it, and a term reads its parameters. Raises ValueError for sharded parameters, and for
+        weights of another model.
         """
         for entry in self.inventory.parameters:
             if self.is_sharded(entry.name):
@@ -41,11 +46,33 @@ class CompanionAccess(ClauseAccess):
                     " DistributedDataParallel, or remove the clause"
                 )
         names = partial(self._held, None if parameters is None else frozenset(parameters))
-        made = Companion(f"{self.label} {name}", self.model, names, module, since, wide=wide)
+        if weights is not None:
+            weights = self._fitting(weights)
+            names = partial(set, weights)
+        given: Any = {"wide": wide, "weights": weights, "through": through}
+        made = Companion(f"{self.label} {name}", self.model, names, module, since, **given)
         follows_clause = since == "from" and module is None
         made.gate = self.gate() if follows_clause else None
         self._method.actions.append(made)
         return made
+
+    def _fitting(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights by the first name of each tensor; raises ValueError unless they are of this model."""
+        own, saved = self.model.state_dict(keep_vars=True), saved_tensors(self.model)
+        given = {id(tensor): weights[name] for name, tensor in own.items() if name in weights}
+        odd = sorted(weights.keys() - own.keys())
+        missing = [name for name, tensor in saved.items() if id(tensor) not in given]
+        if odd or missing:
+            reason = f"the model has no `{odd[0]}`" if odd else f"they have no `{missing[0]}`"
+            raise ValueError(f"the weights are of another model: {reason}")
+        found = {name: given[id(tensor)] for name, tensor in saved.items()}
+        for name, tensor in saved.items():
+            if tensor.shape != found[name].shape:
+                raise ValueError(
+                    f"the weights are of another model: `{name}` has shape {list(found[name].shape)}, and the model's"
+                    f" {list(tensor.shape)}"
+                )
+        return found
 
     def _held(self, parameters: frozenset[str] | None) -> set[str]:
         """Return which of these parameters train, and the names of saved buffers in their modules."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -82,7 +82,8 @@ def _read(annotation: Any, metadata: Any, node: Node, names: Names) -> Any:
 def _plain(allowed: tuple[Any, ...], node: Node, names: Names) -> Any:
     """Return a plain value; raise Unreadable where pydantic would silently convert it to another type."""
     kinds = set(allowed) - {NoneType}
-    if str in kinds and isinstance(node, Ident) and node.id not in BOOLEANS:
+    words = {word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)}
+    if str in kinds and isinstance(node, Ident) and node.id not in (*BOOLEANS, *words):
         raise unquoted(node)
     if bool in kinds and isinstance(node, Ident) and node.id in ("True", "False"):
         raise unquoted(node)

@@ -31,14 +31,17 @@ from trainc.runtime.storage.form import Form, Record, Values
 
 Since = Literal["start", "from", "call"]
 """When a copy of the model is made: before the first step, before the first in which the clause acts, or by `copy`."""
+Run = Callable[[Any], Tensor]
+Through = Callable[[Run, Any], Tensor]
+"""Gives logits in place of a module's own: of what runs the module on other inputs, and the inputs of the batch."""
 
 
 class Companion(Action):
     """A module beside the user's model: a copy of it, or another one. No optimizer, selector or replica knows it.
 
-    A copy holds values of the tensors that `names` gives: parameters and saved buffers of the model. The others are the
-    model's own. Where `wide`, values of 16-bit tensors are in float32. The module is in eval mode, on the model's
-    device, and its parameters require no grad.
+    A copy holds values of the tensors that `names` gives: parameters and saved buffers of the model, or of these names
+    in `weights`. The others are the model's own. Where `wide`, values of 16-bit tensors are in float32. The module is
+    in eval mode, on the model's device, and its parameters require no grad.
     """
 
     def __init__(
@@ -50,8 +53,11 @@ class Companion(Action):
         since: Since = "start",
         *,
         wide: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+        through: Through | None = None,
     ) -> None:
         self.name, self.model, self.names = name, model, names
+        self.weights, self.through = weights, through
         self.since, self.wide = since, wide
         self.phase = Phase.OBSERVE if since == "call" else Phase.PERTURB
         self.values: dict[str, Tensor] = {}
@@ -104,7 +110,7 @@ class Companion(Action):
         """Return the module's logits in eval mode, without gradient; no random number is drawn.
 
         With `output` it is this part of what the module returns. It is given `labels` by name where it takes them: a
-        decoder may make its inputs of them.
+        decoder may make its inputs of them. With `through` they are what it gives, without labels.
         Unless its copy is made by `copy`, one that is not made yet is made now.
         """
         self._make()
@@ -112,20 +118,34 @@ class Companion(Action):
         devices = {t.device for t in module.parameters() if t.device.type == "cuda"}
         with torch.random.fork_rng(sorted(device.index or 0 for device in devices)):
             copies = map_tensors(torch.clone, inputs)
-            if labels and labels.keys() <= inspect.signature(module.forward).parameters.keys():
-                found = find_logits(call_model(module, copies, labels), output)
-                if found is None:
-                    raise no_logits(self.name)
-            else:
-                found = compute_logits(module, copies, output)
-        return found.detach()
+            if self.through is not None:
+                return self.through(lambda given: self._run(module, given, output), copies).detach()
+            return self._run(module, copies, output, labels).detach()
+
+    def _run(
+        self,
+        module: nn.Module,
+        inputs: Any,
+        output: Pick,
+        labels: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        if labels and labels.keys() <= inspect.signature(module.forward).parameters.keys():
+            found = find_logits(call_model(module, inputs, labels), output)
+            if found is None:
+                raise no_logits(self.name)
+            return found
+        return compute_logits(module, inputs, output)
 
     @torch.no_grad()
     def copy(self) -> None:
         """Take the model's present values; raises ValueError where parameters are sharded over processes."""
         if self._own is not None:
             raise ValueError(f"`{self.name}` is a module of its own, not a copy of the model")
-        self.values = {name: self._like(tensor) for name, tensor in self.sources().items()}
+        own, given = self.sources(), self.weights
+        self.values = {
+            name: self._like(tensor) if given is None else given[name].to(tensor)
+            for name, tensor in own.items()
+        }
         places = saved_places(self.model)
         self._places = {name: places[name] for name in self.values}
         now = held_at(self._places).items()

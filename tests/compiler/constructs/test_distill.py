@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from tests.conformance import divided
+from tests.conformance import divided, tiny_gpt, tokens
+from trainc import functional
+from trainc.compiler.constructs.regularize.outputs._prefix import Prefixed
 from trainc.compiler.constructs.regularize.outputs.distill import Distill
+from trainc.compiler.errors import SiteError
 from trainc.runtime.data.batch import Batch
 
 REFERENCE = Path(__file__).parents[2] / "reference/more_methods.json"
@@ -148,9 +152,127 @@ def test_a_resumed_run_has_the_same_teacher() -> None:
         assert torch.equal(got, want)
 
 
-def test_top_in_another_direction_is_an_error() -> None:
-    with pytest.raises(trainc.SpecError, match="`top` is defined for `direction = forward` alone"):
-        trainc.plan(SPEC + " { weight = 1, top = 3, direction = reverse }", model())
+def prompted() -> nn.Module:
+    return tiny_gpt().double()
+
+
+@pytest.mark.parametrize(
+    ("executor", "sizes"), [("graph", ()), ("module", (1, 2, 3))], ids=["graph", "module"]
+)
+def test_a_teacher_that_reads_a_prefix_is_a_loop_by_hand(
+    executor: Any, sizes: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "prompt").write_bytes(bytes([3, 1]))
+    batches = [(x[:, :5], y[:, :5]) for x, y in map(tokens, range(3))]
+    wanted = prompted()
+    teacher = copy.deepcopy(wanted).eval()
+    clause = f' {{ weight = 0.7, prefix = "{tmp_path / "prompt"}" }}'
+    program = trainc.compile(SPEC + clause, prompted(), executor=executor)
+    for x, y in batches:
+        program.step(divided((x, y), sizes) if sizes else (x, y))
+        wanted.zero_grad()
+        with torch.no_grad():
+            fixed = teacher(torch.cat([torch.tensor([[3, 1]]).expand(6, 2), x], 1))[:, 2:]
+        logits = wanted(x)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        (loss + 0.7 * kl(fixed, logits, y != -100, 1.0)).backward()
+        torch.optim.SGD(wanted.parameters(), 0.5).step()
+    for got, want in zip(program.module.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+
+
+def test_masks_and_positions_of_a_dict_are_those_of_the_whole_text() -> None:
+    x = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    given = {"input_ids": x, "attention_mask": mask, "position_ids": torch.arange(3).expand(2, 3)}
+    seen: dict[str, Any] = {}
+
+    def run(inputs: dict[str, Any]) -> Tensor:
+        seen.update(inputs)
+        found: Tensor = inputs["input_ids"].double()[..., None]
+        return found
+
+    logits = Prefixed((1, 2), 5, "distill")(run, {**given, "use_cache": False})
+    assert torch.equal(logits[..., 0], x.double())
+    assert seen["input_ids"].tolist() == [[1, 2, 5, 6, 7], [1, 2, 8, 9, 0]]
+    assert seen["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert seen["position_ids"].tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert seen["use_cache"] is False
+    with pytest.raises(SiteError, match="`bias` has a value for each token"):
+        Prefixed((1, 2), None, "distill")(run, {**given, "bias": mask})
+    with pytest.raises(SiteError, match="prefix needs logits at every token"):
+        Prefixed((1,), None, "distill")(lambda _: torch.zeros(2, 4), given)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("prefix = [1, 2, 3, 4, 5, 6, 7, 8]", "shorten the prefix to 7 tokens"),
+        ('prefix = "no-such-file"', "the prefix cannot be read"),
+        ("prefix = []", "`prefix` is empty"),
+        ('tokenizer = "m:f"', "name one, or remove `tokenizer`"),
+        ('teacher = "no-such-folder"', "the teacher's weights cannot be read"),
+        ("top = 3, direction = reverse", "`top` is defined for `direction = forward` alone"),
+    ],
+)
+def test_what_cannot_be_is_an_error_of_the_plan(fields: str, said: str) -> None:
+    with pytest.raises(trainc.SpecError, match=said) as caught:
+        trainc.plan(SPEC + f" {{ weight = 1, {fields} }}", tiny_gpt())
+    assert caught.value.diagnostics[0].labels
+
+
+def test_a_prefix_that_does_not_fit_before_a_sample_is_a_located_error_of_the_step() -> None:
+    program = trainc.compile(SPEC + " { weight = 1, prefix = [1, 2] }", tiny_gpt())
+    said = r"`prefix` has 2 tokens and a sample 8, and the model reads 8 at most"
+    with pytest.raises(SiteError, match=said) as caught:
+        program.step(tokens(0))
+    assert (caught.value.clause, caught.value.field) == ("distill", "prefix")
+    other = trainc.compile(SPEC + " { weight = 1, prefix = [1, 2] }", model())
+    with pytest.raises(SiteError, match="needs inputs of tokens"):
+        other.step(batch(0))
+
+
+def test_a_teacher_of_other_weights_is_read_from_a_file(tmp_path: Path) -> None:
+    other = model()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    save_model(other, str(tmp_path / "other.safetensors"))
+    clause = f' {{ weight = 0.7, teacher = "{tmp_path / "other.safetensors"}" }}'
+    program, own = trainc.compile(SPEC + clause, model()), model()
+    x, y = batch(0)
+    torch.manual_seed(3)
+    said = program.step((x, y))
+    torch.manual_seed(3)
+    apart = kl(other.eval()(x), own(x), y != -100, 1.0)
+    assert said["distill"] == pytest.approx(float(apart.detach()), rel=1e-10)
+    with pytest.raises(trainc.SpecError, match="the weights are of another model") as caught:
+        trainc.plan(SPEC + clause, nn.Linear(4, 5))
+    assert caught.value.diagnostics[0].labels
+
+
+def test_the_function_is_the_published_loss_and_says_what_it_cannot_take() -> None:
+    row = json.loads(REFERENCE.read_text())["distill_topk"]
+    teacher, student = published()
+    teacher.requires_grad_()
+    student.requires_grad_()
+    found = functional.distill_loss(teacher, student, top=3)
+    assert float(found.detach()) == pytest.approx(row["topk3"], rel=1e-9)
+    found.backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+    assert student.grad[0].tolist() == pytest.approx(row["grad"], abs=1e-6)
+    p, q = (torch.cat([one, 2 * one]).detach() for one in (teacher, student))
+    rows = functional.distill_loss(p, q, reduce="none", temperature=2.0, direction="symmetric")
+    assert rows.shape == (2,)
+    summed = functional.distill_loss(p, q, reduce="sum", temperature=2.0, direction="symmetric")
+    torch.testing.assert_close(summed, rows.sum())
+    wrong: Any
+    for wrong in ({"top": 0}, {"top": 2, "direction": "reverse"}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="expected"):
+            functional.distill_loss(teacher, student, **wrong)
+    with pytest.raises(ValueError, match="expected one shape"):
+        functional.distill_loss(teacher, student[:, :2])
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
