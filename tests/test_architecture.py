@@ -79,8 +79,10 @@ ROOMS = {
             "compiler kernels/norm kernels/batch_norm kernels/layer compiler/model "
             "compiler/method compiler/graph"
         ),
+        "compiler/patterns": "compiler/graph",
         "compiler/passes": (
-            "compiler kernels/norm kernels/loss kernels/noise compiler/method compiler/graph compiler/layers"
+            "compiler kernels/norm kernels/loss kernels/noise compiler/method compiler/graph compiler/layers "
+            "compiler/patterns"
         ),
         "compiler/per_example": (
             "compiler dsl/reading runtime/schedule runtime/data runtime/processes runtime/soundness runtime/step "

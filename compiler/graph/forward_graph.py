@@ -230,7 +230,7 @@ class ForwardGraph:
 
         Symbols of sizes among the arguments become nodes that compute them.
         """
-        args = pytree.tree_map_only(torch.SymInt, lambda size: self._size(size.node.expr), args)
+        args = pytree.tree_map_only(torch.SymInt, lambda size: self.size(size.node.expr), args)
         node = self.graph.call_function(target, args)
         if "nn_module_stack" in like.meta:
             node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
@@ -241,7 +241,7 @@ class ForwardGraph:
             node.meta["val"] = target(*values)
         return node
 
-    def _size(self, expression: Any) -> Any:
+    def size(self, expression: Any) -> Any:
         """Return the number, or a node that computes it, of an expression over the symbols of sizes."""
         if expression.is_Integer:
             return int(expression)
@@ -255,7 +255,7 @@ class ForwardGraph:
             (node,) = self.graph.find_nodes(op="placeholder", target=name)
             return self._size_call(aten.sym_size.int, node, axis)
         function = _SIZE_ARITHMETIC[expression.func.__name__]
-        operands = [self._size(operand) for operand in expression.args]
+        operands = [self.size(operand) for operand in expression.args]
         return reduce(partial(self._size_call, function), operands)
 
     def _size_call(self, function: Any, *operands: Any) -> Any:

@@ -89,7 +89,8 @@ class ForwardAccess(ClauseAccess):
         """Pass every example several times, in one batch; the loss is of the first view, or the mean of all views'.
 
         While the clause's gate is closed examples pass once. With `share_dropout` the views of an example have one
-        dropout mask. Raises ValueError where another clause asks for other views.
+        dropout mask. A graph runs what the views have in common once (`pair_late`); the bound modules pass all views
+        through the whole model, with the same numbers. Raises ValueError where another clause asks for other views.
         """
         wanted = Views(self.label, count, share_dropout, loss == "mean", self.gate())
         for other in self._method.rewrite.view_requests:

@@ -11,9 +11,9 @@ from torch import fx
 from trainc.compiler.errors import SiteMissing, SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph, arguments, call_site
 from trainc.compiler.method.sites import NormSite, Rewrite
-from trainc.compiler.passes.norm_patterns import NormCall, norm_calls
 from trainc.compiler.passes.pass_base import NormPass
 from trainc.compiler.passes.site_checks import check_weight_uses
+from trainc.compiler.patterns.norm_calls import NormCall, norm_calls
 from trainc.kernels.norm import layer_norm as _layer_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm.rms_norm import default_eps
 

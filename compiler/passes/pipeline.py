@@ -21,6 +21,7 @@ from trainc.compiler.passes.fuse_norms import FuseNorms
 from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
 from trainc.compiler.passes.instrument_layers import InstrumentLayers
 from trainc.compiler.passes.instrument_norms import InstrumentNorms
+from trainc.compiler.passes.pair_late import PairLate
 from trainc.compiler.passes.pass_base import Pass
 from trainc.compiler.passes.share_dropout import ShareDropout
 
@@ -31,6 +32,7 @@ PIPELINE: tuple[Pass, ...] = (
     InstrumentLayers(),
     ShareDropout(),
     AddNoise(),
+    PairLate(),
     FuseLoss(),
     FuseHead(),
 )

@@ -143,13 +143,13 @@ def test_leaving_a_pass_out_leaves_its_sites_unserved(name: str) -> None:
     check_against_eager(model, batch, out)
 
 
-@pytest.mark.parametrize("name", ["share_dropout", "add_noise", "fuse_loss"])
+@pytest.mark.parametrize("name", ["share_dropout", "add_noise", "pair_late", "fuse_loss"])
 def test_dropout_noise_and_pairing_are_left_out_one_by_one(name: str) -> None:
     model = gpt(dropout=0.1)
     rewrite, scalars = paced(model)
     step = step_of(model, tokens(), rewrite, scalars=scalars, without=frozenset([name]))
     changed = {report.name for report in step.reports if report.diff}
-    assert changed == {"share_dropout", "add_noise", "fuse_loss"} - {name}
+    assert changed == {"share_dropout", "add_noise", "pair_late", "fuse_loss"} - {name}
 
 
 def test_leaving_out_a_pass_that_does_not_exist_is_refused_with_a_suggestion() -> None:

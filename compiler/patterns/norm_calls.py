@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from trainc.compiler.graph.forward_graph import CAST, arguments, strip_casts
-from trainc.compiler.passes.arithmetic_patterns import (
+from trainc.compiler.patterns.arithmetic import (
     POWER,
     is_biased_variance,
     is_mean,
