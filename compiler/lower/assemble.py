@@ -110,7 +110,11 @@ def _held_updates(method: LoweredMethod, inventory: Inventory) -> HeldUpdates | 
         for name in transform.parameters
         if name in claimed
     }
-    return HeldUpdates(transforms, sum(sizes.values()))
+    return HeldUpdates(
+        transforms,
+        sum(sizes.values()),
+        lambda name: getattr(method.masks.get(name), "index", None),
+    )
 
 
 def _connect_gradients(method: LoweredMethod) -> None:
@@ -217,7 +221,7 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
         (clause.label, effect.phase): i
         for i, (clause, effect) in reversed(list(enumerate(step_order(clauses))))
     }
-    placed: list[tuple[int, bool, int, Action]] = []
+    placed: list[tuple[int, int, int, Action]] = []
     for clause in clauses:
         for action in by_label.get(clause.label, ()):
             phase = PHASES[action.phase - 1]
@@ -227,6 +231,7 @@ def _ordered(clauses: Sequence[BoundClause], by_label: dict[str, list[Action]]) 
                     f"has an action in phase `{phase}`, which its effects do not declare",
                 )
             # What clips gradients must find them changed, and what reads the weights after the optimizer updated ones.
-            later = not isinstance(action, GradientTransform | UpdateTransform)
+            changes = isinstance(action, GradientTransform | UpdateTransform)
+            later = int(getattr(action, "of_rate", False)) if changes else 2
             placed.append((int(action.phase), later, rank[clause.label, phase], action))
     return [action for *_, action in sorted(placed, key=lambda row: row[:3])]

@@ -50,12 +50,14 @@ class Division:
 
     def stack(self, weight: Tensor, part: Part) -> Tensor:
         """Return a part of a weight as matrices (count, outputs, inputs), whose eigenvalues are pooled."""
+        cuts = self.views(weight, part)
+        return cuts[0] if len(cuts) == 1 else torch.cat(cuts, -2 if part.axis == "outputs" else -1)
+
+    def views(self, weight: Tensor, part: Part) -> list[Tensor]:
+        """Return a part of a weight as views (count, outputs, inputs) of it, one a range; of convolutions copies."""
         found = self._matrices(weight if part.index is None else weight[part.index])
-        if not part.ranges:
-            return found
         axis = -2 if part.axis == "outputs" else -1
-        cuts = [_cut(found, axis, r) for r in part.ranges]
-        return cuts[0] if len(cuts) == 1 else torch.cat(cuts, axis)
+        return [_cut(found, axis, r) for r in part.ranges] or [found]
 
     def _matrices(self, weight: Tensor) -> Tensor:
         if self.layout in ("linear", "transposed", "stack", "transposed stack"):

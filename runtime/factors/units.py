@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
-Unit = Literal["module", "block", "type"]
+Unit = Literal["module", "block", "type", "part"]
 Control = Literal["none", "permuted", "reversed", "static"]
 
 
@@ -46,11 +46,20 @@ class BalancedGroup:
 
         Modules are of one type where their names differ in numbers alone: `blocks.*.attn`.
         """
-        if unit == "module":
+        if unit in ("module", "part"):
             return self.name
         if unit == "type":
             return re.sub(r"(?<![^.])\d+(?![^.])", "*", self.name)
         return None if self.block is None else f"block {self.block}"
+
+
+def apart(groups: Iterable[BalancedGroup], unit: Unit) -> list[BalancedGroup]:
+    """Return the groups that have a factor each: with `unit = part` one for each measured part, under its name."""
+    if unit != "part":
+        return [*groups]
+    return [
+        replace(group, name=part.name, parts=(part,)) for group in groups for part in group.parts
+    ]
 
 
 def by_unit(groups: Iterable[BalancedGroup], unit: Unit) -> dict[str, list[BalancedGroup]]:

@@ -39,14 +39,22 @@ class Stepped:
 
 
 class HeldUpdates(Action):
-    """Phase 10, after the transforms: adds the updates that optimizers left to the weights; they take `size` bytes."""
+    """Phase 10, after the transforms: adds the updates that optimizers left to the weights; they take `size` bytes.
+
+    `index` says which entries of a parameter a mask has selected, None for all.
+    """
 
     phase = Phase.DELTAS
     name = "held updates"
 
-    def __init__(self, transforms: Sequence[UpdateTransform], size: int = 0) -> None:
+    def __init__(
+        self,
+        transforms: Sequence[UpdateTransform],
+        size: int = 0,
+        index: Callable[[str], Tensor | None] = lambda name: None,
+    ) -> None:
         self.transforms = tuple(transforms)
-        self._size = size
+        self._size, self._index = size, index
         self._held: dict[str, Update] = {}
         self._step: Step | None = None
         self._noted = False
@@ -76,7 +84,8 @@ class HeldUpdates(Action):
             else:
                 found = _steps_from_zero(optimizer, stepped, form)
         for one, change in zip(stepped, found, strict=True):
-            self._held[one.name] = Update(one.name, one.tensor.detach(), change, one.lr)
+            known = one.name, one.tensor.detach(), change, one.lr
+            self._held[one.name] = Update(*known, self._index(one.name))
 
     def memory(self) -> int:
         return self._size

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Update:
     """What the optimizer adds to one parameter in a step.
 
-    `before` are the weights before the step, to be read only; where a mask selects entries, those entries (k,).
+    `before` are the weights before the step, to be read only; where a mask selects entries, those entries (k,), and
+    `index` (k,) says where they are among all, in order.
     `change`, of the same shape and dtype, is what will be added to them: transforms change it in place. `lr` is the
     learning rate of the step, with all of its factors.
     """
@@ -28,6 +29,7 @@ class Update:
     before: Tensor
     change: Tensor
     lr: float
+    index: Tensor | None = None
 
 
 class UpdateTransform(Action):
@@ -38,6 +40,8 @@ class UpdateTransform(Action):
 
     phase = Phase.DELTAS
     parameters: tuple[str, ...] = ()
+    of_rate: bool = False
+    """Whether what it does is a part of the learning rate: then it runs after all that changes updates."""
     held: Mapping[str, Update]
 
     @abstractmethod

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import trainc
+from examples.models import gpt
 from tests.compiler.gradient_methods import (
     Batch,
     Lars,
@@ -32,6 +33,9 @@ RANKS, STEPS, SIZES = 2, 4, ((3, 4), (2, 3, 2))
 SGD = "loss cross_entropy optimizer sgd { lr = 0.3, momentum = 0.9, clip = 0.02 } "
 GNS = "noise_scale gns on type(LayerNorm) { smooth = 1 steps, method = replica } "
 BALANCE = "lr temp_balance on ndim(2) every 1 steps { min_eigenvalues = 3, metric = alpha } "
+SLICES = BALANCE.replace("ndim", '"blocks.**" & ndim').replace(
+    "metric", "unit = part, shrink = false, metric"
+)
 PLAIN = "loss cross_entropy optimizer sgd { lr = 0.3 } "
 
 
@@ -88,6 +92,23 @@ def measured(shards: bool) -> Any:
     return policy.counts, action.alphas, expected
 
 
+def sliced(shards: bool) -> dict[str, Tensor]:
+    """Return the weights after steps in which the parts of a fused projection have a rate each."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model: nn.Module = gpt(layers=1, width=12, heads=2, context=4, vocabulary=7).double()
+    if shards:
+        fully_shard(model)
+    program = trainc.compile(PLAIN + SLICES, model)
+    if not shards:
+        program.forward = DistributedDataParallel(model)
+    for step in range(2):
+        ids = torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(step))
+        program.step((ids[:, :-1], ids[:, 1:]))
+    return {n: full(p).detach().clone() for n, p in model.named_parameters()}
+
+
 class Counted:
     """A policy that keeps how many weights it was given at a time."""
 
@@ -110,6 +131,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "whole late": lambda: sharded(Lars(), "late"),
     "spectra of copies": lambda: measured(shards=False),
     "spectra of shards": lambda: measured(shards=True),
+    "slices of copies": lambda: sliced(shards=False),
+    "slices of shards": lambda: sliced(shards=True),
     "elementwise": lambda: sharded(Signs(), "first"),
 }
 
@@ -131,6 +154,18 @@ def test_processes_measure_the_spectra_of_one_model_together(
         assert counts == [1] * STEPS  # of two weights each process measures one
         assert alphas == pytest.approx(expected, rel=1e-12)
     assert found[0][case][1] == found[1][case][1]
+
+
+def test_slices_of_shards_have_the_rates_of_those_of_whole_weights(
+    found: list[dict[str, Any]],
+) -> None:
+    torch.manual_seed(0)
+    start = gpt(layers=1, width=12, heads=2, context=4, vocabulary=7).double().state_dict()
+    for replica in found:
+        for name, weight in replica["slices of copies"].items():
+            assert not torch.equal(weight, start[name])
+            shards = replica["slices of shards"][name]
+            torch.testing.assert_close(shards, weight, rtol=1e-12, atol=1e-12, msg=name)
 
 
 def backward(model: nn.Module, step: int, replicas: Sequence[int] = range(RANKS)) -> None:

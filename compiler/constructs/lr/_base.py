@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from trainc.compiler.constructs.lr._cost import MeasuredAtTimes
-from trainc.compiler.constructs.lr._groups import find_groups
+from trainc.compiler.constructs.lr._groups import find_groups, show_measured, slice_factors
 from trainc.dsl.reading.construct import Duration, Effect, Problem, Range, Selector
 from trainc.dsl.values import value_json as v
 from trainc.runtime.factors.maps import Map, balance
@@ -20,6 +20,7 @@ from trainc.runtime.factors.units import (
     Control,
     MeasuredPart,
     Unit,
+    apart,
     by_unit,
     unit_means,
 )
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import Inventory, ParameterEntry
-    from trainc.compiler.structure.weights import By, MatrixUnit
+    from trainc.compiler.structure.weights import By
     from trainc.runtime.step.optimizer import LrFactor
 
 Split = Literal["whole", "parts", "heads"]
+_STORED = "one matrix, as `split = whole` says"
 _BY: dict[Split, By] = {"whole": "whole", "parts": "part", "heads": "head"}
 
 
@@ -66,6 +68,7 @@ class MeasuredPolicy(MeasuredAtTimes):
             ("params", "clock"),
             ("rate", "metrics", "signal:spread", "signal:alpha", "signal:gain"),
         ),
+        Effect("deltas", "scale slices of updates", ("delta", "rate"), ("delta",)),
     )
 
     map: Map = Field(
@@ -78,7 +81,8 @@ class MeasuredPolicy(MeasuredAtTimes):
     )
     unit: Unit = Field(
         default="module",
-        description="what has an alpha of its own: a `module`, a `block` or a `type`, with the mean over its modules",
+        description="what has a factor of its own: a `module`, a `block` or a `type`, with the mean over all that is"
+        " measured in it, or each `part` that `split` measures, such as a head",
     )
     split: Split = Field(
         default="parts",
@@ -152,9 +156,20 @@ class MeasuredPolicy(MeasuredAtTimes):
             raise ValueError(
                 f"`map = sigmoid` has limits on both sides of 1, not `range = {low:g}..{high:g}`"
             )
+        if self.unit == "part" and (self.split == "whole" or self.scales != "lr"):
+            what = (
+                "`split = whole` has one part"
+                if self.scales == "lr"
+                else "a parameter has one decay"
+            )
+            raise ValueError(f"{what}: write `unit = module` in place of `unit = part`")
         if self.map in ("sqrt", "log2") and "range" in self.model_fields_set:
             raise ValueError(f"`map = {self.map}` has no `range`: its factors have a mean of 1")
         return self
+
+    def performs(self, effect: Effect) -> bool:
+        """Say whether this clause performs an effect: it changes updates where parts have factors of their own."""
+        return effect.phase != "deltas" or self.unit == "part"
 
     @abstractmethod
     def measure(self, matrices: Mapping[str, Tensor]) -> dict[str, float]:
@@ -256,7 +271,7 @@ class MeasuredPolicy(MeasuredAtTimes):
                 help="write a smaller number, such as 0.05",
             )
         groups, few = self.groups(bound.parameters, bound.inventory)
-        units = len(by_unit(groups, self.unit))
+        units = len(by_unit(apart(groups, self.unit), self.unit))
         if units < 2:
             yield Problem(
                 "no-effect",
@@ -282,19 +297,26 @@ class MeasuredPolicy(MeasuredAtTimes):
         chosen = {part.weight for group in groups for part in group.parts}
         found = find_units(to.inventory.weights, self._by)
         units = {unit.name: unit for unit in found if unit.name in chosen}
-        self._show(to, units)
+        show_measured(to, units.values(), self._by, "" if self.split != "whole" else _STORED)
         model = to.model
 
         def read(names: Sequence[str]) -> dict[str, Tensor]:
             return read_units(model, [units[name] for name in names], full)
 
+        of_parts: dict[str, LrFactor] = {}
+        if self.unit == "part":
+            of_parts = slice_factors(to, groups, units, self._by, self.bounds)
+        groups = apart(groups, self.unit)
         scaled = {group.name: group.parameters for group in groups}
         top = None
         if self.highest is not None:
             top, given = str(self.highest), self._highest(to.inventory)
             scaled[top] = tuple(p.name for p in to.parameters() if p.name in given)
         unit_of = {group.name: group.unit(self.unit) or group.name for group in groups}
-        factors = {n: self._factor(to, unit_of.get(n, n), names) for n, names in scaled.items()}
+        factors = {
+            name: of_parts.get(name) or self._factor(to, unit_of.get(name, name), names)
+            for name, names in scaled.items()
+        }
         own = None if self.budget else Gate(every=TimeSpan(self.every_steps, "steps"))
         pace = None if to.clause.every else own
         ramp = None if self.ramp is None else to.window(None, None, self.ramp).every
@@ -321,16 +343,6 @@ class MeasuredPolicy(MeasuredAtTimes):
         if cut is not None:
             low, high = (min(max(end, cut.low), cut.high) for end in (low, high))
         return min(low, 1.0), max(high, 1.0)
-
-    def _show(self, to: Lowering, units: Mapping[str, MatrixUnit]) -> None:
-        """Show in the plan what of each weight is measured, and why it is divided so."""
-        used = {unit.weight.name: unit.weight for unit in units.values()}
-        for name, weight in used.items():
-            own = weight.units(self._by)
-            sizes = {unit.part.name: unit.size for unit in own if unit.name in units}
-            small = len(own) - len(sizes)
-            why = weight.reason if self.split != "whole" else "one matrix, as `split = whole` says"
-            to.measures(name, sizes, f"{why}; {small} too small" if small else why)
 
 
 def _without_small_parts(group: BalancedGroup, least: int) -> BalancedGroup:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from trainc.compiler.errors import FieldError
 from trainc.runtime.factors.units import BalancedGroup, MeasuredPart
 
 if TYPE_CHECKING:
+    from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import Inventory, ParameterEntry
     from trainc.compiler.structure.weights import By, MatrixUnit, UsedWeight
+    from trainc.runtime.factors.slices import Slices
+    from trainc.runtime.schedule.clock import Clock
+    from trainc.runtime.step.optimizer import LrFactor
 
 
 def find_groups(
@@ -53,6 +59,61 @@ def find_groups(
             names = (*groups[i].parameters, parameter.name)
             groups[i] = replace(groups[i], parameters=names)
     return groups, unfit
+
+
+def show_measured(to: Lowering, units: Collection[MatrixUnit], by: By, why: str = "") -> None:
+    """Show in the plan which units of each weight are measured, and `why`, or else why it is divided so."""
+    names = {unit.name for unit in units}
+    for name, weight in {unit.weight.name: unit.weight for unit in units}.items():
+        own = weight.units(by)
+        sizes = {unit.part.name: unit.size for unit in own if unit.name in names}
+        small, reason = len(own) - len(sizes), why or weight.reason
+        to.measures(name, sizes, f"{reason}; {small} too small" if small else reason)
+
+
+def slice_factors(
+    to: Lowering,
+    groups: Iterable[BalancedGroup],
+    units: Mapping[str, MatrixUnit],
+    by: By,
+    limits: tuple[float, float] | None,
+) -> dict[str, LrFactor]:
+    """Return a factor for each part of the groups whose weight divides, by the part's name; the others are left out.
+
+    What else is in such a group, such as a bias, has the mean of them. Raises FieldError for a weight that is computed.
+    """
+    from trainc.runtime.factors.slices import ScaleSlices, Slices
+    from trainc.runtime.step.optimizer import LrFactor
+
+    found: dict[str, LrFactor] = {}
+    slices: dict[str, Slices] = {}
+    for group in groups:
+        weight = units[group.parts[0].weight].weight
+        every = weight.units(by)
+        if len(every) < 2:
+            continue
+        name = weight.parameters[0]
+        if len(weight.parameters) > 1 or to.inventory.parameter[name].shape != weight.shape:
+            raise FieldError(
+                "unit",
+                f"`{weight.name}` is computed of {len(weight.parameters)} parameters ({weight.computed}), which have no"
+                " slices that are its parts: write another `unit`, or exclude it",
+            )
+        own = {part.weight: part.name for part in group.parts}
+        # A part that is too small to be measured keeps the rate.
+        factors = [(one, LrFactor(to.label, own.get(one.name, one.name))) for one in every]
+        found |= {own[one.name]: factor for one, factor in factors if one.name in own}
+        cuts = ((partial(weight.division.views, part=one.part), factor) for one, factor in factors)
+        slices[name] = Slices(weight.shape, tuple(cuts))
+        whole = to.lr_factor(group.name, group.parameters, holds=True)
+        whole.schedule, whole.limits = partial(_mean, slices[name]), limits
+    if slices:
+        to.delta(ScaleSlices(f"{to.label} slices", slices), slices)
+    return found
+
+
+def _mean(slices: Slices, clock: Clock) -> float:
+    return slices.mean
 
 
 def _owners(inventory: Inventory) -> dict[str, UsedWeight]:

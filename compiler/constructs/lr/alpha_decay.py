@@ -16,9 +16,9 @@ class AlphaDecay(SpectralPolicy):
 
     It is `lr temp_balance` on the decay: a module with a heavy tail, which has learned more, decays
     less, one with a light tail more. All fields mean what they do there, `metric`, `shrink` and
-    `control` too; as published are `metric = alpha, shrink = false`. The paper has the ranges 0.67..3
-    and 0.67..5, `fit = median`, and a measurement every 500 steps, the default here; any interval up to
-    that gives the same.
+    `control` too; `unit = part` is of rates alone. As published are `metric = alpha, shrink = false`. The
+    paper has the ranges 0.67..3 and 0.67..5, `fit = median`, and a measurement every 500 steps, the
+    default here; any interval up to that gives the same.
 
     The factors multiply the `weight_decay` of the optimizer, a number or a schedule, and parameters
     without decay keep none. The kind is `lr` because that is the kind of clauses that put a named factor
@@ -33,6 +33,7 @@ class AlphaDecay(SpectralPolicy):
     effects: ClassVar = tuple(
         Effect(e.phase, "measure spectra and set factors of weight decay", e.reads, e.writes)
         for e in SpectralPolicy.effects
+        if e.phase == "rates"
     )
 
     range: Range = Field(

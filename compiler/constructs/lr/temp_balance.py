@@ -48,6 +48,10 @@ class TempBalance(SpectralPolicy):
     balancing (Liu et al., EMNLP 2024, arXiv:2410.12178): 10^(s (1 / (1 + exp(-10 (alpha - mean))) -
     1/2)), with `range` its limits below and above the mean.
 
+    With `unit = part` each of these has a factor of its own, such as each head with `split = heads`: its
+    slice of the update is multiplied, after `lr trust_ratio` and the like. Vectors of the module have the
+    mean. A weight that is computed of several parameters has no slices: it is an error there.
+
     With `unit = block`, as model balancing has it, all modules of a block share the factor of their
     mean alpha, and what stands before the first block or after the last keeps its rate; `unit = type`
     does so for modules whose names differ in numbers only. `highest` and `ramp` are of the layer-wise
