@@ -251,9 +251,10 @@ class GraphCache:
     def _shapes(self, batch: Batch, scalars: Mapping[str, Tensor]) -> Shapes:
         """Return the shapes of a batch, of its sample ids, and of what companions made of it."""
         of_batch = {
-            one.name: tuple(scalars[one.name].shape)
+            name: tuple(tensor.shape)
             for term in self._rewrite.terms.values()
             for one in term.companions
+            for name, tensor in one.of(scalars).items()
         }
         if SAMPLE_IDS in scalars:
             of_batch[SAMPLE_IDS] = tuple(scalars[SAMPLE_IDS].shape)

@@ -59,13 +59,16 @@ def read_by_terms(
     output: Pick,
     labels: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> dict[str, Tensor]:
-    """Return by name what terms read of a micro-batch besides its pass: this output of companions, and sample ids.
+    """Return by name what terms read of a micro-batch besides its pass: what companions give, and sample ids.
 
-    `labels` are what the model is given of the targets; a companion that takes them is given them, too.
+    `output` is the part of a companion's output that is its logits. `labels` are what the model is given of the
+    targets; a companion that takes them is given them, too.
     """
     asked = [one for term in terms for one in term.companions]
     named = labels() if asked else {}
-    found = {one.name: one.logits(batch[0], output, named) for one in asked}
+    found: dict[str, Tensor] = {}
+    for one in asked:
+        found |= one.read(batch[0], output, named)
     if any(term.sample_ids for term in terms):
         assert where.sample_ids is not None
         found[SAMPLE_IDS] = where.sample_ids

@@ -28,6 +28,7 @@ class CompanionAccess(ClauseAccess):
         wide: bool = False,
         weights: Mapping[str, Tensor] | None = None,
         through: Through | None = None,
+        capture: Iterable[str] = (),
     ) -> Companion:
         """Return another module beside the model, in eval mode, with checkpointed values: `module`, or a copy.
 
@@ -35,9 +36,9 @@ class CompanionAccess(ClauseAccess):
         clause's gate is open (`from`), or when its `copy` is called (`call`), so that the clause declares an effect in
         `perturb`, or in `observe`. It has own values of `parameters` that train, of all unless given, and of the
         buffers beside them; where `wide`, in float32 at least. With `weights`, a state dict of the model, it has these.
-        `through` gives its logits of what runs it on other inputs, and of the inputs of the batch. What trains is no
-        companion: `adapt` adds it, and a term reads its parameters. Raises ValueError for sharded parameters, and for
-        weights of another model.
+        `through` gives its logits of what runs it on other inputs, and of the inputs of the batch; `capture` names
+        modules of which a term reads `forward.captured_of` it. What trains is no companion: `adapt` adds it, and a term
+        reads its parameters. Raises ValueError for sharded parameters, and for weights of another model.
         """
         for entry in self.inventory.parameters:
             if self.is_sharded(entry.name):
@@ -49,7 +50,7 @@ class CompanionAccess(ClauseAccess):
         if weights is not None:
             weights = self._fitting(weights)
             names = partial(set, weights)
-        given: Any = {"wide": wide, "weights": weights, "through": through}
+        given: Any = {"wide": wide, "weights": weights, "through": through, "capture": capture}
         made = Companion(f"{self.label} {name}", self.model, names, module, since, **given)
         follows_clause = since == "from" and module is None
         made.gate = self.gate() if follows_clause else None

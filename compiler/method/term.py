@@ -64,6 +64,10 @@ class Forward:
         found = self.tensors[companion.name]
         return found if self.loss is None else self.loss.classes_last(found, self.targets)
 
+    def captured_of(self, companion: Companion) -> dict[str, list[Tensor]]:
+        """Return what the captured modules of a companion gave on the inputs, one tensor a call, without gradient."""
+        return {name: companion.calls(self.tensors, name) for name in companion.captured}
+
     @property
     def sample_ids(self) -> Tensor:
         """Which sample of the training data each example is, int64 (B,); raises RuntimeError where nothing asked."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from itertools import count, takewhile
 from typing import Any, Literal
 
 import torch
@@ -55,9 +58,10 @@ class Companion(Action):
         wide: bool = False,
         weights: Mapping[str, Tensor] | None = None,
         through: Through | None = None,
+        capture: Iterable[str] = (),
     ) -> None:
         self.name, self.model, self.names = name, model, names
-        self.weights, self.through = weights, through
+        self.weights, self.through, self.captured = weights, through, tuple(capture)
         self.since, self.wide = since, wide
         self.phase = Phase.OBSERVE if since == "call" else Phase.PERTURB
         self.values: dict[str, Tensor] = {}
@@ -102,6 +106,44 @@ class Companion(Action):
             self._module = self._build()
         self._round(self._module)
         return self._module
+
+    def read(
+        self, inputs: Any, output: Pick = None, labels: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the logits by its name, and what each call of its captured modules gave, by `output_name`.
+
+        Of a module that gives a tuple it is the first tensor.
+        """
+        self._make()
+        found: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            for name in self.captured:
+                keep = partial(self._keep, found, name)
+                module = self.module.get_submodule(name)
+                hooks.callback(module.register_forward_hook(keep).remove)
+            found[self.name] = self.logits(inputs, output, labels)
+        return found
+
+    def of(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of named tensors that it gave."""
+        own = self.name, f"{self.name}/"
+        return {n: t for n, t in named.items() if n == own[0] or n.startswith(own[1])}
+
+    def calls(self, named: Mapping[str, Tensor], module: str) -> list[Tensor]:
+        """Return what each call of one of its captured modules gave, of named tensors."""
+        names = (self.output_name(module, call) for call in count())
+        return [named[name] for name in takewhile(named.__contains__, names)]
+
+    def output_name(self, module: str, call: int) -> str:
+        """Return the name of what a call of one of its captured modules gave."""
+        return f"{self.name}/{module}/{call}"
+
+    def _keep(
+        self, found: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Any
+    ) -> None:
+        call = len(self.calls(found, name))
+        first = output[0] if isinstance(output, tuple | list) else output
+        found[self.output_name(name, call)] = first.detach().clone()
 
     @torch.no_grad()
     def logits(
