@@ -78,7 +78,8 @@ class ArmedModel:
         self._settled = not any(isinstance(part.loss, UserLoss) for part in self.losses.parts)
         self.covered = not (method.rewrite or method.rewrite.checkpointed)
         """Whether a pass has shown that every site of the plan runs. Compiled code can run from then on."""
-        self.watched = self._checked = self._views_checked = self._branches_checked = False
+        self.watched = self._checked = self._views_checked = False
+        self._branches_checked = self._weights_checked = False
         self.batch_norms = BatchNorms(model)
         self.whole = False
         """Whether no parameter is sharded, as the first step finds."""
@@ -86,7 +87,8 @@ class ArmedModel:
     def look_again(self) -> None:
         """Check in the next step what is checked once, since the model has other modules or tensors now."""
         self.covered = not (self.method.rewrite or self.method.rewrite.checkpointed)
-        self.watched = self._checked = self._views_checked = self._branches_checked = False
+        self.watched = self._checked = self._views_checked = False
+        self._branches_checked = self._weights_checked = False
         self.batch_norms = BatchNorms(self.module)
 
     def refuse_mixing(self) -> None:

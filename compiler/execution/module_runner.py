@@ -34,7 +34,11 @@ from trainc.compiler.per_example.micro_batch import (
     MicroBatchSlice,
     slices_of_examples,
 )
-from trainc.compiler.per_example.preconditions import check_preconditions, check_views
+from trainc.compiler.per_example.preconditions import (
+    check_changed_weights,
+    check_preconditions,
+    check_views,
+)
 from trainc.compiler.per_example.residual_branches import check_branches
 from trainc.runtime.data.batch import (
     Batch,
@@ -125,6 +129,11 @@ class ModuleRunner(ArmedModel):
                 run = partial(self.losses.call, self.module, copy_inputs(batch))
                 check_branches(self.module, self.sites, self.method.rewrite, run)
             self._branches_checked = True
+        changes = not self._weights_checked and any(site.weight for site in self.rewrite.hooks)
+        if changes and self.module.training:
+            with self.autocast(), self.apart():
+                check_changed_weights(self.module, self.sites, batch, self.losses)
+            self._weights_checked = True
         measures = calibrating or bool(self.rewrite.measured)
         if not self._checked and self.module.training and measures:
             with self.autocast(), self.apart():

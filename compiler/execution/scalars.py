@@ -36,6 +36,7 @@ def scheduled_scalars(
         for name, value in method.scalars.items()
     }
     scalars |= method.tensors
+    scalars |= {name: make().to(device) for name, make in method.live_tensors.items()}
     for label, weight in method.losses.weights_now(clock).items():
         if share := where.share_of(label):  # without a number the loss counts no target here
             scalars[LOSS + label] = torch.tensor(weight * share, dtype=dtype, device=device)

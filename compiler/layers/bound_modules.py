@@ -7,7 +7,7 @@ by name, and survive torch.compile, checkpointing, wrapping and deepcopy.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
@@ -26,6 +26,7 @@ from trainc.compiler.layers.random_layers import BoundDropout
 from trainc.compiler.layers.registry import bound_class
 from trainc.compiler.layers.site_state import BoundLayer, SiteState
 from trainc.compiler.method.example_units import ExampleIndex
+from trainc.compiler.method.layer_hook import LayerHookSite
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.model.eager import uncompiled
 
@@ -70,13 +71,28 @@ def replace_layers(model: nn.Module, rewrite: Rewrite) -> Sites:
         if site.tied is not None:
             wanted[site.module][1].partner = wanted[site.tied][1]
     for name, (classes, state) in wanted.items():
-        state.hooks.sort(key=lambda site: (not site.hook.replaces, site.hook.outermost))
+        state.hooks = _inside_out(state.hooks)
         module = model.get_submodule(name)
         if isinstance(module, BoundLayer):
             raise SiteError(f"`{name}` is part of another program: call its `unbind` first")
         module.__class__ = _subclass(tuple(classes), cast("Any", type(module)))
         module.trainc = state  # type: ignore[assignment]
     return Sites(model, rewrite)
+
+
+def _inside_out(hooks: Sequence[LayerHookSite]) -> list[LayerHookSite]:
+    """Return a layer's hooks, the innermost first: what replaces its forward pass, then the first clause's.
+
+    Of those that change one weight the last clause's is innermost: it is given what the others made of the weight.
+    """
+
+    def place(numbered: tuple[int, LayerHookSite]) -> tuple[bool, bool, bool, int]:
+        number, site = numbered
+        hook = site.hook
+        order = -number if hook.for_weight else number
+        return not hook.replaces, hook.outermost, not hook.for_weight, order
+
+    return [site for _, site in sorted(enumerate(hooks), key=place)]
 
 
 class Sites:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trainc.compiler.bind.bound_clause import BoundClause
@@ -13,6 +14,7 @@ from trainc.compiler.lower.lowering import lower
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.lower.method_checks import problems_between
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
+from trainc.compiler.method.weight_hook import TRAINED, WeightHook
 from trainc.compiler.model.import_path import ImportProblem
 from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.reading.construct import PHASES
@@ -69,6 +71,7 @@ def assemble(
             at = labels((clause.part_span(getattr(error, "field", "")), ""))
             found.append(Diagnostic("bad-value", message, at))
         by_label[clause.label] = method.actions[before:]
+    _keep_untrained_entries(method)
     found += problems_between(active, by_label, method, context.inventory)
     if found:
         raise SpecError(found)
@@ -86,6 +89,18 @@ def assemble(
         last = max(i for i, one in enumerate(method.actions) if isinstance(one, UpdateTransform))
         method.actions.insert(last + 1, updates)
     return method
+
+
+def _keep_untrained_entries(method: LoweredMethod) -> None:
+    """Tell what changes weights, and leaves entries that do not train as they are, where masks let entries train."""
+    hooks = method.rewrite.hooks
+    for at, site in enumerate(hooks):
+        if not isinstance(site.hook, WeightHook) or site.hook.of_untrained or site.weight is None:
+            continue
+        if (mask := method.masks.get(site.weight.name)) is not None:
+            name = f"{TRAINED}:{site.weight.name}"
+            method.live_tensors[name] = mask.trained_entries
+            hooks[at] = replace(site, scalars=(*site.scalars, (TRAINED, name)))
 
 
 def _leave_gradients(method: LoweredMethod, context: LoweringContext) -> None:

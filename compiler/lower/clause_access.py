@@ -84,6 +84,11 @@ class ClauseAccess:
         """Return the names that the selector in a field matches; `target` is what the field's type says."""
         return select(selector, self.inventory, target)
 
+    def has_sparse_gradient(self, name: str) -> bool:
+        """Say whether a parameter is the weight of a layer that gives it a sparse gradient."""
+        owners = map(self.model.get_submodule, self.inventory.parameter[name].modules)
+        return any(isinstance(o, nn.Embedding | nn.EmbeddingBag) and o.sparse for o in owners)
+
     # Times and numbers of the clock
 
     @property

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 
 from trainc.compiler.errors import FieldError
 from trainc.compiler.lower.clause_access import ClauseAccess
-from trainc.compiler.method.layer_hook import KeepOutput, LayerHook, LayerHookSite
+from trainc.compiler.method.layer_hook import (
+    KeepOutput,
+    LayerHook,
+    LayerHookSite,
+    WeightSite,
+)
 from trainc.compiler.method.loss import LOSS_WEIGHT, PARAMETER_WEIGHT
 from trainc.compiler.method.lowered_method import Scheduled
 from trainc.compiler.method.sites import Views
 from trainc.compiler.method.term import SAMPLE_IDS, Forward, JointOperator, Over, Term
+from trainc.compiler.method.weight_hook import WeightHook
 from trainc.dsl.values.value_json import Expr, Selector
 from trainc.runtime.companion.companion import Companion
 from trainc.runtime.step.observer import Observer, Passes
@@ -46,13 +52,71 @@ class ForwardAccess(ClauseAccess):
                     f"`{other.label}` also replaces how `{module}` computes its result: leave the layer out of one of"
                     " the two clauses"
                 )
+        self._hook(module, hook, self._numbers(module, scalars))
+
+    def weight(
+        self,
+        parameter: str,
+        hook: WeightHook,
+        scalars: Mapping[str, Scheduled] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Let layers compute in train mode with a function of a parameter in its place, by a `WeightHook`.
+
+        The hook sees `scalars` as they are in each step, and `tensors`, by these names in `at.scalars`. Hooks of
+        several clauses on one parameter act in the order of the spec. While the clause's gate is closed layers have the
+        parameter itself. A use of the parameter outside of the layers that hold it is an error of the first step.
+        """
+        self._refuse_unchangeable(parameter)
+        named = self._numbers(parameter, scalars)
+        for given, tensor in (tensors or {}).items():
+            named[given] = self._unused(f"{given}:{parameter}")
+            self._method.tensors[named[given]] = tensor
+        stored, index = self.tensor(parameter), None
+        for module in self.inventory.parameter[parameter].modules:
+            own = self.model.get_submodule(module)._parameters
+            for attribute in [name for name, one in own.items() if one is stored]:
+                site = self._hook(module, hook, named)
+                index = site.index if index is None else index
+                changed = replace(site, weight=WeightSite(parameter, attribute, index))
+                self._method.rewrite.hooks[-1] = changed
+
+    def _refuse_unchangeable(self, parameter: str) -> None:
+        """Raise ValueError for a parameter that layers cannot compute with another tensor in place of."""
+        stored, owners = self.tensor(parameter), self.inventory.parameter[parameter].modules
+        if not stored.is_floating_point():
+            raise ValueError(
+                f"`{parameter}` has entries of {stored.dtype}, and only real floating-point weights can be changed:"
+                " exclude it from `on`"
+            )
+        if self.has_sparse_gradient(parameter):
+            raise ValueError(
+                f"the gradient of `{parameter}` is sparse, and a changed weight has a dense one: build its layer with"
+                " `sparse=False`, or exclude it from `on`"
+            )
+        layers = map(self.model.get_submodule, owners)
+        if any(getattr(layer, "max_norm", None) is not None for layer in layers):
+            raise ValueError(
+                f"the layer of `{parameter}` writes to its weight while it runs (`max_norm`), and would write to a"
+                " changed copy: build it without `max_norm`, or exclude it from `on`"
+            )
+
+    def _numbers(self, place: str, scalars: Mapping[str, Scheduled] | None) -> dict[str, str]:
+        """Return names in the method for the numbers of a hook at a place, which become those of the clock."""
         named = {}
         for name, value in (scalars or {}).items():
-            named[name] = self._unused(f"{name}:{module}")
+            named[name] = self._unused(f"{name}:{place}")
             self._method.scalars[named[name]] = self.while_open(value)
+        return named
+
+    def _hook(self, module: str, hook: LayerHook, named: Mapping[str, str]) -> LayerHookSite:
+        """Add a hook to a layer."""
+        hooks = self._method.rewrite.hooks
         alike = sum(other.hook.draws == hook.draws for other in hooks)
         index = alike if hook.draws else -1 - alike
-        hooks.append(LayerHookSite(module, hook, index, self.label, tuple(named.items()), gate))
+        site = LayerHookSite(module, hook, index, self.label, tuple(named.items()), self.gate())
+        hooks.append(site)
+        return site
 
     def capture(self, modules: Iterable[str]) -> None:
         """Keep what these modules give in the passes of a step, for `forward.captured` of terms and observers.

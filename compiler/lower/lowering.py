@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.errors import RuleRefused
@@ -231,11 +231,6 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
             if self.is_sharded(name) and not (transform.elementwise or transform.takes_shards):
                 raise ValueError(sharded_gradient(name))
         self.action(transform)
-
-    def has_sparse_gradient(self, name: str) -> bool:
-        """Say whether a parameter is the weight of a layer that gives it a sparse gradient."""
-        owners = map(self.model.get_submodule, self.inventory.parameter[name].modules)
-        return any(isinstance(o, nn.Embedding | nn.EmbeddingBag) and o.sparse for o in owners)
 
     def delta(self, transform: UpdateTransform, parameters: Iterable[str]) -> None:
         """Change what the optimizer adds to `parameters`, before it is added, when the clause's gate is open."""

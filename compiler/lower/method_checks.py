@@ -32,6 +32,7 @@ def problems_between(
     yield from _evaluations(clauses, method)
     yield from _terms_without_classes(clauses, method)
     yield from _replaced_layers(clauses, method)
+    yield from _changed_weights(clauses, method)
     yield from _equal_clips(clauses, method)
     yield from factor_problems(clauses, by_label, method)
     yield from _clipped_decay(clauses, by_label, method)
@@ -178,6 +179,22 @@ def _replaced_layers(clauses: Sequence[BoundClause], method: LoweredMethod) -> I
                 " measures the gradients of this layer's examples",
                 labels((clause.span, "replaces the layer")),
                 help="exclude the layer from one of the two clauses",
+            )
+
+
+def _changed_weights(clauses: Sequence[BoundClause], method: LoweredMethod) -> Iterator[Diagnostic]:
+    """Yield an error for every clause that changes a weight of a layer whose examples' gradients are measured."""
+    measured = {name for site in method.rewrite.measured for name in site.parameters}
+    weights = ((site.label, site.weight) for site in method.rewrite.hooks)
+    changed = {label: w.name for label, w in weights if w is not None and w.name in measured}
+    for clause in clauses:
+        if (name := changed.get(clause.label)) is not None:
+            yield Diagnostic(
+                "conflicting-effects",
+                f"`{clause.title}` changes `{name}` where its layer computes, and another clause measures the gradients"
+                " that examples give it: they would be those of the changed weight",
+                labels((clause.span, "changes the weight")),
+                help=f"exclude `{name}` from one of the two clauses",
             )
 
 

@@ -40,6 +40,8 @@ class LayerContext:
     """Whether the views of an example share what is drawn at random, as their dropout masks."""
     inputs: Any = None
     """What the model is called with, one view of it; None where code of the user's own calls it."""
+    weight: str = ""
+    """The parameter that a `WeightHook` changes, by its name in the layer; `name` is then its name in the model."""
 
     def check_examples(self, y: Tensor, what: str) -> None:
         """Raise ExampleAxisUnknown unless every view of every example is a row of this tensor of the layer.
@@ -145,6 +147,8 @@ class LayerHook:
 
     outermost: ClassVar[bool] = False
     """Whether it runs around the hooks of all clauses."""
+    for_weight: ClassVar[bool] = False
+    """Whether it changes a weight that the layer computes with."""
 
     @property
     def replaces(self) -> bool:
@@ -188,6 +192,18 @@ def _with_first(result: Any, change: Callable[[Any], Any]) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightSite:
+    """A parameter that a hook changes: its name in the model and in the layer, and its random stream.
+
+    Layers that share the parameter have one `index`.
+    """
+
+    name: str
+    attribute: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayerHookSite:
     """A layer with a hook; `scalars` pairs the hook's name of each number with its name in the method.
 
@@ -200,6 +216,8 @@ class LayerHookSite:
     label: str = ""
     scalars: tuple[tuple[str, str], ...] = ()
     gate: Gate | None = None
+    weight: WeightSite | None = None
+    """The parameter that the hook changes, where it is a `WeightHook`."""
 
     def context(
         self,
@@ -213,6 +231,9 @@ class LayerHookSite:
         """
         own = {name: scalars[full] for name, full in self.scalars}
         first, key = scalars.get("first_example"), scalars["key"]
-        return LayerContext(
-            self.module, self.index, views, own, key, first, clause=self.label, **seen
-        )
+        name, index, attribute = self.module, self.index, ""
+        if self.weight is not None:
+            name, index, attribute = self.weight.name, self.weight.index, self.weight.attribute
+        at = LayerContext(name, index, views, own, key, first, clause=self.label, **seen)
+        at.weight = attribute
+        return at

@@ -36,6 +36,7 @@ from trainc.compiler.per_example.weight_uses import run_checking_uses
 from trainc.runtime.data.batch import (
     Batch,
     call_model,
+    copy_inputs,
     extract_logits,
     find_logits,
     map_tensors,
@@ -78,6 +79,21 @@ def check_preconditions(model: nn.Module, sites: Sites, batch: Batch, losses: Lo
             if not isinstance(part.loss, UserLoss):  # of these `settle` has asked it
                 _check_loss(part.loss, outputs[part.label], part.targets(own_targets))
     return True
+
+
+def check_changed_weights(model: nn.Module, sites: Sites, batch: Batch, losses: Losses) -> None:
+    """Raise WeightUsedElsewhere where a weight that a clause changes in its layers is used outside of them."""
+    changed = [site for site in sites.rewrite.hooks if site.weight is not None]
+    modules = {site.module: model.get_submodule(site.module) for site in changed}
+    # A shared parameter has a name in each of its layers.
+    names = {f"{s.module}.{s.weight.attribute}".removeprefix(".") for s in changed if s.weight}
+    reason = "A clause changes a weight in the layers that hold it, and this use would have the stored one"
+    with sites.inactive(), undisturbed(model), torch.enable_grad():
+
+        def run() -> Tensor:
+            return _joined(losses, losses.run(model, copy_inputs(batch)).of, batch[1])
+
+        run_checking_uses(run, modules, names, reason)
 
 
 def check_views(model: nn.Module, sites: Sites, batch: Batch, losses: Losses) -> None:

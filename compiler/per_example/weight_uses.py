@@ -1,4 +1,4 @@
-"""Find measured weights that are also used outside their layer, where the layer's norms would be incomplete.
+"""Find weights that are also used outside their layer: a layer's norms, or what changes its weight, would miss that.
 
 While a layer runs, other Parameters replace its own. A result that still depends on its own Parameters uses them
 elsewhere: a weight passed to a function, or read by another module.
@@ -7,7 +7,7 @@ elsewhere: a weight passed to a function, or read by another module.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,26 +37,34 @@ _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in .*\n\s*(?P<tex
 _NOT_THE_USERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 
+_MEASURED = "Per-example norms need a weight to be used by one layer only"
+
+
 class WeightUsedElsewhere(SiteError):
-    """A measured weight is used outside its layer."""
+    """A weight that is measured or changed is used outside its layer."""
 
     rule = "weight-used-elsewhere"
 
 
-def run_checking_uses(run: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> Tensor:
-    """Return `run()`, the logits or the loss, if only `modules` use the weights of `modules`.
+def run_checking_uses(
+    run: Callable[[], Tensor],
+    modules: Mapping[str, nn.Module],
+    names: Collection[str] | None = None,
+    reason: str = _MEASURED,
+) -> Tensor:
+    """Return `run()`, the logits or the loss, if only `modules` use the weights of `modules`, or those of `names`.
 
     Raises WeightUsedElsewhere otherwise. Gradients have to be enabled. Compiled and checkpointed parts run as they
     are written, so that nothing is hidden.
     """
     with _replaced(modules) as owned:
         result = run()
-    if not _elsewhere(result, owned):
+    if not _elsewhere(result, owned, names):
         return result
     # Again, with the line recorded that each operation comes from.
     with torch.autograd.set_detect_anomaly(True, check_nan=False), _replaced(modules) as owned:
         result = run()  # held until the error is made: its operations go with it
-        raise _error(_elsewhere(result, owned))
+        raise _error(_elsewhere(result, owned, names), reason)
 
 
 def check_single_uses(loss: Tensor, layers: Mapping[str, tuple[nn.Parameter, int]]) -> None:
@@ -122,23 +130,26 @@ def _replaced_in(name: str, module: nn.Module, owned: Owned) -> Iterator[None]:
             vars(module)["forward"] = before
 
 
-def _elsewhere(result: Tensor, owned: Owned) -> list[tuple[_Held, Node]]:
+def _elsewhere(
+    result: Tensor, owned: Owned, names: Collection[str] | None
+) -> list[tuple[_Held, Node]]:
     """Return the Parameters of `owned` that a result depends on, each with the operation that reads it."""
-    return [
+    found = [
         (owned[id(variable)], node)
         for node in operations_of(result)
         for source, _ in node.next_functions
         if id(variable := getattr(source, "variable", None)) in owned
     ]
+    return [(held, node) for held, node in found if names is None or held.name in names]
 
 
-def _error(found: list[tuple[_Held, Node]]) -> WeightUsedElsewhere:
+def _error(found: list[tuple[_Held, Node]], reason: str) -> WeightUsedElsewhere:
     held, node = found[0]
     others = {other.name for other, _ in found} - {held.name}
-    more = f" (so are {len(others)} more measured weights)" if others else ""
+    more = f" (so are {len(others)} more such weights)" if others else ""
     message = (
-        f"`{held.name}` is also used outside `{held.module}`, {_place(node)}{more}. Per-example norms need a weight to"
-        f" be used by one layer only: exclude `{held.module}` from `on`"
+        f"`{held.name}` is also used outside `{held.module}`, {_place(node)}{more}. {reason}: exclude `{held.module}`"
+        " from `on`"
     )
     if isinstance(held.layer, nn.Embedding):
         message += (

@@ -14,6 +14,7 @@ from trainc.compiler.plan.plan import Row
 
 _TRITON = {
     "layer_norm", "rms_norm", "linear", "embedding", "ghost_batch_norm", "multiplicative_noise",
+    "random_entries",
     "cross_entropy_consistency",
 }  # fmt: skip
 """The operators with a Triton kernel; the others are compositions of ATen operators on every device."""

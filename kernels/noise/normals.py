@@ -1,4 +1,4 @@
-"""Draw standard normals by their coordinates, on any device; `philox` has the counters."""
+"""Draw standard normals, or uniforms, by their coordinates, on any device; `philox` has the counters."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from trainc.kernels.noise.philox import (
     MAX_SITES,
     MAX_TOKENS,
     MAX_VIEWS,
+    TOP,
     Key,
     normal_pair,
     pack_key,
@@ -32,6 +33,32 @@ def normal(
 
     `first_example` is the index, within the step's batch, of the first example asked for.
     """
+    return _drawn(True, key, site, views, examples, channels, tokens, first_example, device)
+
+
+def uniform(
+    key: Key,
+    site: int,
+    views: int,
+    examples: int,
+    channels: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniforms in [0, 1), multiples of 2^-24 in float32, (views, examples, channels): channel c is word c % 4."""
+    return _drawn(False, key, site, views, examples, channels, None, 0, device)
+
+
+def _drawn(
+    as_normals: bool,
+    key: Key,
+    site: int,
+    views: int,
+    examples: int,
+    channels: int,
+    tokens: int | None,
+    first_example: Tensor | int,
+    device: torch.device | str | None,
+) -> Tensor:
     if not (0 <= site < MAX_SITES and views <= MAX_VIEWS and (tokens or 0) <= MAX_TOKENS):
         raise ValueError(
             f"site {site}, {views} views and {tokens} tokens do not fit the noise counters: "
@@ -42,14 +69,16 @@ def normal(
     key = pack_key(*key) if isinstance(key, tuple) else key
     extents = (views, examples, 1 if tokens is None else tokens, (channels + 3) // 4)
     if torch.device(device).type == "cpu" and philox_numpy.available():
-        noise = philox_numpy.normal(int(key), site, *extents, int(first_example))
+        draw = philox_numpy.normal if as_normals else philox_numpy.uniform
+        noise = draw(int(key), site, *extents, int(first_example))
     else:
-        noise = _normal(key.to(device), site, *extents, first_example)
+        noise = _by_torch(as_normals, key.to(device), site, *extents, first_example)
     shape = (views, examples, channels) if tokens is None else (views, examples, tokens, channels)
     return noise[:, :channels].reshape(shape)
 
 
-def _normal(
+def _by_torch(
+    as_normals: bool,
     key: Tensor,
     site: int,
     views: int,
@@ -58,7 +87,7 @@ def _normal(
     groups: int,
     first: Tensor | int,
 ) -> Tensor:
-    """(views * examples * tokens, 4 * groups) normals of any device, `first` added to examples."""
+    """(views * examples * tokens, 4 * groups) numbers of any device, `first` added to examples."""
     device, shape = key.device, (views, examples, tokens)
     view, example, token, group = (torch.arange(n, device=device) for n in (*shape, groups))
     rows = (example + first).view(1, -1, 1).expand(shape).reshape(-1, 1)
@@ -70,5 +99,10 @@ def _normal(
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
         w0, w1, w2, w3 = philox(key, group.unsqueeze(0), rows[part], where[part], place)
-        normal_pair(torch.stack((w0, w2)), torch.stack((w1, w3)), *lanes[:, :, part])
+        pairs = torch.stack((w0, w2)), torch.stack((w1, w3))
+        if as_normals:
+            normal_pair(*pairs, *lanes[:, :, part])
+        else:
+            for word, lane in zip(pairs, lanes[:, :, part], strict=True):
+                torch.mul(word.bitwise_and_(TOP), 2.0**-32, out=lane)
     return noise.flatten(1)

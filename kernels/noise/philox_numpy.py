@@ -8,6 +8,7 @@ are read in place. Nothing is imported: where torch has no NumPy, `available()` 
 
 import math
 import sys
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -114,10 +115,36 @@ def _write_normals(words: tuple[Any, Any], cosine: Tensor, sine: Tensor) -> None
     torch.mul(angle.sin_(), radius, out=sine)
 
 
+def _write_uniforms(words: tuple[Any, Any], even: Tensor, odd: Tensor) -> None:
+    """The top 24 bits of stacked words over 2^24, written to (2, R, G)."""
+    for word, lane in zip(words, (even, odd), strict=True):
+        torch.mul(torch.from_numpy((word & TOP).astype("float32")), 2.0**-32, out=lane)
+
+
 def normal(
     key: int, site: int, views: int, examples: int, tokens: int, groups: int, first: int
 ) -> Tensor:
     """(views * examples * tokens, 4 * groups) normals, `first` added to examples."""
+    return _drawn(_write_normals, key, site, views, examples, tokens, groups, first)
+
+
+def uniform(
+    key: int, site: int, views: int, examples: int, tokens: int, groups: int, first: int
+) -> Tensor:
+    """(views * examples * tokens, 4 * groups) uniforms in [0, 1), `first` added to examples."""
+    return _drawn(_write_uniforms, key, site, views, examples, tokens, groups, first)
+
+
+def _drawn(
+    write: Callable[..., None],
+    key: int,
+    site: int,
+    views: int,
+    examples: int,
+    tokens: int,
+    groups: int,
+    first: int,
+) -> Tensor:
     if not groups:
         return torch.empty((views * examples * tokens, 0))
     example, by_row, by_group = _counters(views, examples, tokens, groups)
@@ -129,5 +156,5 @@ def normal(
     for start in range(0, example.shape[0], step):
         part = slice(start, start + step)
         words = _words(key, site, example[part], by_row[part], by_group)
-        _write_normals(words, *lanes[:, :, part].unbind())
+        write(words, *lanes[:, :, part].unbind())
     return noise

@@ -90,6 +90,10 @@ class UpdateMask(ABC):
         """Return a dense gradient with zeros at the entries that do not train; all of it before the choice."""
         return self.whole(self.picked(grad))
 
+    def trained_entries(self) -> Tensor:
+        """Return which entries train, bool in the parameter's shape; all of them before the choice."""
+        return self.trained(torch.ones_like(self.parameter, requires_grad=False)) != 0
+
     @abstractmethod
     def gradient(self) -> Tensor | None:
         """Return the gradient of the entries that train; all of it before the choice, None where there is none."""

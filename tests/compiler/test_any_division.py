@@ -65,6 +65,7 @@ ANY = [
     ' optimizer torch("torch.optim:LBFGS") { lr = 0.1, max_iter = 3 } ',
     SGD + L2_SP,
     SGD + "regularize ema { decay = 0.5 }",
+    SGD + "regularize drop_connect on ndim(2) { p = 0.4 }",
     SGD + SIFT,
     SGD + "mask magnitude on ndim(2) every 1 steps { density = 50% }",
     SGD + "lr trust_ratio",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trainc.kernels.noise import factors, normals, philox, philox_numpy
 from trainc.kernels.noise import multiplicative_noise as noise
+from trainc.kernels.noise.random_entries import matrix_shape, random_entries
 
 KEY = philox.pack_key(seed=123456789, step=42)
 SIGMA = torch.tensor(0.8)
@@ -58,6 +59,35 @@ def test_drawing_without_numpy_gives_the_same_bits(
         monkeypatch.setattr(normals, "CHUNK", chunk)
         draws.append(normals.normal(KEY, 2**32 - 1, *shape, tokens, torch.tensor(2**31 + 3)))
     assert all(torch.equal(draws[0], other) for other in draws[1:])
+
+
+@pytest.mark.parametrize("shape", [(7, 11), (3, 2, 5), (6,), (0, 4), (1, 1)], ids=str)
+def test_entries_of_a_parameter_are_words_of_their_counters(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    got = random_entries(like, KEY, 5, "uniform")
+    assert (got.shape, got.dtype, got.requires_grad) == (like.shape, torch.float64, False)
+    rows, columns = matrix_shape(like)
+    for r, row in enumerate(got.reshape(rows, columns).tolist()):
+        for c, value in enumerate(row):
+            words = philox.philox(KEY, *(torch.tensor([n]) for n in (c // 4, r, 0, 5)))
+            assert value == (int(words[c % 4]) >> 8) / 2**24
+    normal = random_entries(like.float(), KEY, 5, "normal")
+    assert torch.equal(normal, normals.normal(KEY, 5, 1, rows, columns).reshape(shape))
+    monkeypatch.setattr(philox_numpy, "available", lambda: False)
+    assert torch.equal(random_entries(like, KEY, 5, "uniform"), got)
+
+
+def test_random_entries_are_refused_outside_of_their_contract() -> None:
+    for arguments, message in (
+        ((torch.zeros(3, dtype=torch.int64), KEY, 0, "normal"), "of a floating tensor"),
+        ((torch.zeros(3), KEY, 0, "cauchy"), "must be one of"),
+        ((torch.zeros(3), KEY, -1, "normal"), "site must be"),
+        ((torch.zeros(3), KEY.float(), 0, "normal"), "key must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            random_entries(*arguments)
 
 
 def test_backward_takes_what_forward_drew(monkeypatch: pytest.MonkeyPatch) -> None:

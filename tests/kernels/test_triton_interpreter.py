@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainc.kernels.loss import cross_entropy_consistency as consistency
-from trainc.kernels.noise import multiplicative_noise, philox
+from trainc.kernels.noise import multiplicative_noise, philox, random_entries
 from trainc.kernels.norm import layer_norm, rms_norm
 
 pytestmark = pytest.mark.interpreter
@@ -152,6 +152,17 @@ def test_noise(share: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         close([got], [multiplicative_noise.eager_multiply(*arguments)], dtype)
         got = triton_noise.noisy_add(h0, *arguments)
         close([got], [multiplicative_noise.eager_add(h0, *arguments)], dtype)
+
+
+@pytest.mark.parametrize("distribution", random_entries.DISTRIBUTIONS)
+@pytest.mark.parametrize("shape", [(5, 40), (3, 2, 127), (9,), (1, 1)], ids=str)
+def test_random_entries(distribution: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from trainc.kernels.noise import triton_random_entries
+
+    arguments = torch.zeros(shape, dtype=dtype), KEY, 2**32 - 2, distribution
+    got, want = triton_random_entries.random_entries(*arguments), random_entries.eager(*arguments)
+    close([got], [want], torch.float32)
+    assert distribution == "normal" or torch.equal(got, want)
 
 
 def test_zero_sigma_is_the_identity_bit_for_bit(dtype: torch.dtype) -> None:

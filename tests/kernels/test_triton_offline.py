@@ -52,6 +52,7 @@ WIDE_ROWS = f"X:{HALF} W:{HALF} DY:{HALF} {NORM} ALONG:{FULL} LEVEL:{FULL} width
 WIDE_COLUMNS = f"{BACKWARD} ALONG:{FULL} LEVEL:{FULL} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
 NOISE = f"H0:{HALF} X:{HALF} Y:{HALF} SIGMA:{FULL} KEY:{INDEX} FIRST:{INDEX} site:i32 "
 NOISE += "examples:i32 tokens:i32 channels:i32 program_tokens:i32"
+ENTRIES = f"Y:{FULL} KEY:{INDEX} site:i32 columns:i32"
 LOSS = f"L:{HALF} TARGETS:{INDEX} CROSS_ENTROPY:{FULL} DISTANCE:{FULL} KEPT:{FULL} "
 LOSS_BACK = (
     f"L:{HALF} TARGETS:{INDEX} D:{HALF} KEPT:{FULL} ON_CROSS_ENTROPY:{FULL} ON_DISTANCE:{FULL} "
@@ -121,6 +122,10 @@ SPECS = [
         )
         for h0 in (False, True)
         for shared in (False, True)
+    ),
+    *(
+        spec("noise.triton_random_entries", "entries", ENTRIES, NORMAL=normal, BLOCK_G=256)
+        for normal in (False, True)
     ),
     *(
         spec("loss.triton_cross_entropy_consistency", name, arguments + TAIL, KL=kl, BLOCK_V=2048, warps=4)
@@ -195,7 +200,8 @@ def test_compiles_without_spills_and_with_vector_access(
     ptx = compiled(function, arguments, options, warps).asm["ptx"]
     spilled, registers = assembled(ptx)
     assert spilled <= SPILLS
-    assert re.search(r"ld\.global\.\S*v4|cp\.async\.cg.*, 0x10", ptx), "no 128-bit load"
+    if name != "entries":  # it reads nothing but the key
+        assert re.search(r"ld\.global\.\S*v4|cp\.async\.cg.*, 0x10", ptx), "no 128-bit load"
     if name == "norm_backward_split" and TUNED:
         # What the launch table says fits a processor does: registers come in eights a thread.
         resident = tiles.default("backward", torch.bfloat16, options["BLOCK_C"]).resident
