@@ -5,7 +5,8 @@ import math
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -76,20 +77,21 @@ def examine(architecture: Architecture, clause: str, *, graph: bool = False) -> 
     Without `graph` only clauses that change the forward pass, the loss or the optimizer run by it: for others it is the
     same graph.
     """
-    return _outcome(lambda: _examined(architecture, clause, graph))
+    return attempt(lambda: _examined(architecture, clause, graph))
 
 
 def examine_without_effect(architecture: Architecture, clause: str) -> Outcome:
     """Compare a clause that declares that it does nothing with a loop of plain torch, bit for bit."""
-    return _outcome(lambda: _compared(architecture, clause))
+    return attempt(lambda: _compared(architecture, clause))
 
 
 def examine_run(architecture: Architecture) -> Outcome:
     """Plan without weights, train twice by spec alone, as `trainc run` does, and compare."""
-    return _outcome(lambda: _run(architecture))
+    return attempt(lambda: _run(architecture))
 
 
-def _outcome(work: Callable[[], Outcome]) -> Outcome:
+def attempt(work: Callable[[], Outcome]) -> Outcome:
+    """Return what some work found; a refusal, a wrong result or a crash, where it ended with one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -108,7 +110,7 @@ def _outcome(work: Callable[[], Outcome]) -> Outcome:
 
 def _refused(error: trainc.SpecError) -> Outcome:
     """Return a refusal; one that does not say where is wrong."""
-    first = error.diagnostics[0]
+    first = next(one for one in error.diagnostics if one.severity == "error")
     if first.span is None:
         return Outcome("wrong", f"{first.rule} without a place: {first.message}")
     place = first.span.text.splitlines()[0]
@@ -183,12 +185,25 @@ def _train(
         action.torch.register_step_pre_hook(note_gradients(action, with_gradient))
     shape, classes = logits_shape(architecture), program.loss_fn.of_classes
     metrics: list[dict[str, float]] = []
-    try:
+    with located(program, spec):
         for seed in range(STEPS):
             torch.manual_seed(seed)
             metrics.append(program.step(architecture.batch(seed, BATCH, classes, shape)))
         last = architecture.batch(STEPS, BATCH, classes, shape)
         total, count, _ = program.evaluate(*(last if isinstance(last, tuple) else (last,)))
+    if not math.isfinite(total) or count <= 0:
+        raise Wrong(f"the loss of an evaluation is {total} over {count} targets")
+    measured = {name for name, value in program.signals.items() if not math.isnan(value)}
+    measured |= {*program.evaluation_metrics(), *(name for one in metrics for name in one)}
+    program.summary()
+    return Trained(program, metrics, before, measured, with_gradient)
+
+
+@contextmanager
+def located(program: Program, spec: Spec) -> Iterator[None]:
+    """Raise errors of the losses with their places in the spec, as `trainc run` does."""
+    try:
+        yield
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         if (
             isinstance(error, SiteError)
@@ -196,12 +211,6 @@ def _train(
         ):
             raise
         raise trainc.SpecError([found]) from error
-    if not math.isfinite(total) or count <= 0:
-        raise Wrong(f"the loss of an evaluation is {total} over {count} targets")
-    measured = {name for name, value in program.signals.items() if not math.isnan(value)}
-    measured |= {*program.evaluation_metrics(), *(name for one in metrics for name in one)}
-    program.summary()
-    return Trained(program, metrics, before, measured, with_gradient)
 
 
 @cache

@@ -96,17 +96,17 @@ def _named(tokens: list[Token]) -> list[Token]:
 
     It stands behind another kind, and nothing follows that would name a construct of its own kind.
     """
-    after = [*tokens[1:], None][: len(tokens)]
-    before = [None, *tokens[:-1]][: len(tokens)]
-    return [
-        Token("NAME", one.value, one.start_pos, end_pos=one.end_pos)
-        if one.type == "KIND"
-        and last is not None
-        and last.type == "KIND"
-        and (following is None or following.type not in ("NAME", "STRING", "UNIT"))
-        else one
-        for last, one, following in zip(before, tokens, after, strict=True)
-    ]
+    named: list[Token] = []
+    for one, following in zip(tokens, [*tokens, None][1:], strict=True):
+        behind_a_kind = bool(named) and named[-1].type == "KIND"
+        if one.type == "KIND" and behind_a_kind and _names_no_other(following):
+            one = Token("NAME", one.value, one.start_pos, end_pos=one.end_pos)
+        named.append(one)
+    return named
+
+
+def _names_no_other(following: Token | None) -> bool:
+    return following is None or following.type not in ("NAME", "STRING", "UNIT")
 
 
 def comments_of(source: Source) -> list[Span]:

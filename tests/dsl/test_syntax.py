@@ -244,3 +244,8 @@ def test_a_chain_has_a_limit_and_so_have_chains_of_chains() -> None:
     assert found.rule == "too-deep"
     assert found.span is not None
     assert found.span.text == "b"
+
+
+def test_kinds_that_name_constructs_may_follow_each_other() -> None:
+    (problem,) = check("loss model\nloss model").diagnostics
+    assert problem.rule == "duplicate-label"

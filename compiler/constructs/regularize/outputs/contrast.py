@@ -161,7 +161,13 @@ class Contrast(Construct, AdapterRule):
             features = self.project(features, [(own[w], own[b]) for w, b in names])
             return supcon(features, labels, self.temperature, self.singles, counted)
 
-        to.term(value, over="targets", weight=self.weight, what="contrast of the features")
+        to.term(
+            value,
+            over="targets",
+            weight=self.weight,
+            of_classes=True,
+            what="contrast of the features",
+        )
 
     def reference(self, features: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
         """Return the term by definition, anchor by anchor: features (N, D), classes (N,), which count (N,)."""
