@@ -2,8 +2,10 @@
 
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
+from trainc.compiler.constructs.regularize.outputs._distances import consistency
 from trainc.compiler.constructs.regularize.outputs.contrast import supcon
 from trainc.compiler.constructs.regularize.outputs.distill import distill_loss
+from trainc.compiler.constructs.regularize.outputs.pace import pace_sigma
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
 from trainc.kernels.batch_norm.ghost_batch_norm import ghost_batch_norm
 from trainc.kernels.layer.convolution import convolution
@@ -36,6 +38,7 @@ __all__ = [
     "add_rms_norm",
     "balance",
     "calibrated_alpha",
+    "consistency",
     "convolution",
     "cross_entropy_consistency",
     "distill_loss",
@@ -57,6 +60,7 @@ __all__ = [
     "noisy_add",
     "null_alpha",
     "null_distance",
+    "pace_sigma",
     "per_example_sq_norms",
     "ranked_loss",
     "rms_norm",

@@ -155,7 +155,8 @@ def _hooks(rewrite: Rewrite, sites: Sites | None, scalars: Mapping[str, Tensor])
     used = [full for site in rewrite.hooks for _, full in site.scalars]
     used += [name for name in ("key", "first_example") if name in scalars]
     captures = rewrite.captures
-    modules = [site.module for site in rewrite.hooks if not isinstance(site.hook, KeepOutput)]
+    must_run = (site for site in rewrite.hooks if not site.hook.of_views)
+    modules = [site.module for site in must_run if not isinstance(site.hook, KeepOutput)]
     return HooksInPlace(
         partial(
             sites.open_hooks,

@@ -16,7 +16,6 @@ from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.layers.bound_modules import Sites
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.method.sites import Rewrite
-from trainc.compiler.method.term import SAMPLE_IDS
 from trainc.compiler.model.undisturbed import in_mode, keep_state
 from trainc.runtime.data.batch import Batch, WrongOutput
 from trainc.runtime.memory.failure import ran_out_of_memory
@@ -249,15 +248,18 @@ class GraphCache:
         return graph
 
     def _shapes(self, batch: Batch, scalars: Mapping[str, Tensor]) -> Shapes:
-        """Return the shapes of a batch, of its sample ids, and of what companions made of it."""
+        """Return the shapes of a batch, and of what terms read of its samples and of companions."""
         of_batch = {
             name: tuple(tensor.shape)
             for term in self._rewrite.terms.values()
             for one in term.companions
             for name, tensor in one.of(scalars).items()
         }
-        if SAMPLE_IDS in scalars:
-            of_batch[SAMPLE_IDS] = tuple(scalars[SAMPLE_IDS].shape)
+        of_batch |= {
+            name: tuple(scalars[name].shape)
+            for term in self._rewrite.terms.values()
+            for name in term.by_sample
+        }
         return {**shapes_of(describe_batch(batch)[1]), **of_batch}
 
     def _next(

@@ -24,6 +24,7 @@ from trainc.compiler.method.total_loss import loss_without_targets, nothing_of, 
 from trainc.compiler.model.undisturbed import (
     ChangingBuffers,
     gradients_of,
+    in_mode,
     keep_state,
     random_states,
     undisturbed,
@@ -306,8 +307,17 @@ class ModuleRunner(ArmedModel):
         terms, output = self.rewrite.terms.values(), self.loss_fn.logits_output
         with self.autocast():  # terms may read what another model makes of the batch
             labels = partial(self.losses.keywords, self.module, batch)
-            read = read_by_terms(terms, batch, where, output, labels)
+            shape = partial(self._shape_of_logits, batch)
+            read = read_by_terms(terms, batch, where, output, shape, labels)
         return self.numbers(where, one_of(batch[1]).device) | read
+
+    def _shape_of_logits(self, batch: Batch) -> Sequence[int]:
+        """Return the shape of one example's logits, by a pass in eval mode that changes nothing."""
+        one = copy_inputs(split_batch(batch, 1)[0])
+        alone = self.apart(), undisturbed(self.module), in_mode(self.module, training=False)
+        with alone[0], alone[1], alone[2], self.sites.inactive(), torch.no_grad():
+            read = self.losses.run(self.module, one)
+        return self.read(read.logits, one).logits.shape[1:]
 
     def _activate(self, batch: Batch, scalars: Mapping[str, Tensor]) -> None:
         units, targets = self.rewrite.example_units, one_of(batch[1])

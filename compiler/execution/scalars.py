@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -58,21 +58,24 @@ def read_by_terms(
     batch: Batch,
     where: MicroBatchSlice,
     output: Pick,
+    shape: Callable[[], Sequence[int]],
     labels: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> dict[str, Tensor]:
-    """Return by name what terms read of a micro-batch besides its pass: what companions give, and sample ids.
+    """Return by name what terms read of a micro-batch besides its pass: of companions, of histories, and sample ids.
 
-    `output` is the part of a companion's output that is its logits. `labels` are what the model is given of the
-    targets; a companion that takes them is given them, too.
+    `output` is the part of a companion's output that is its logits; `shape` gives that of one example's logits.
+    `labels` are what the model is given of the targets; a companion that takes them is given them, too.
     """
     asked = [one for term in terms for one in term.companions]
     named = labels() if asked else {}
     found: dict[str, Tensor] = {}
     for one in asked:
         found |= one.read(batch[0], output, named)
-    if any(term.sample_ids for term in terms):
-        assert where.sample_ids is not None
-        found[SAMPLE_IDS] = where.sample_ids
+    if where.sample_ids is not None:
+        if any(term.sample_ids for term in terms):
+            found[SAMPLE_IDS] = where.sample_ids
+        for history in (one for term in terms for one in term.histories):
+            found[history.name] = history.recall(where.sample_ids, shape)
     return found
 
 

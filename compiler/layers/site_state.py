@@ -64,14 +64,17 @@ class SiteState:
         """Return what happens to the layer, in words."""
         measured = ["measured"] if self.measured is not None else []
         shared = ["one mask for all views"] if self.shares_mask else []
-        changed = [f"changed by {hook.label}" if hook.label else "observed" for hook in self.hooks]
+        shared += ["one mask for all views" for hook in self.hooks if hook.hook.of_views]
+        own = (hook.label for hook in self.hooks if not hook.hook.of_views)
+        changed = [f"changed by {label}" if label else "observed" for label in own]
         again = ["activations computed again"] if self.checkpoint else []
         return ", ".join(dict.fromkeys([*measured, *changed, *shared, *again]))
 
     @property
     def delivers(self) -> bool:
         """Whether this site must run in every step: it measures, has a hook, or is a checkpoint."""
-        return self.measured is not None or bool(self.hooks) or self.checkpoint is not None
+        hooks = any(not site.hook.of_views for site in self.hooks)
+        return self.measured is not None or hooks or self.checkpoint is not None
 
     def run_once(self) -> None:
         """Raise SiteError where a measured layer runs again in one forward pass; a checkpoint's repetition is none."""

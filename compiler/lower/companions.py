@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trainc.compiler.errors import FieldError
 from trainc.compiler.lower.clause_access import ClauseAccess
+from trainc.compiler.structure.roles import HEAD
 from trainc.runtime.companion.companion import Companion, Since, Through
+from trainc.runtime.companion.history import History
 from trainc.runtime.companion.module_copy import saved_tensors
 
 
@@ -74,6 +77,32 @@ class CompanionAccess(ClauseAccess):
                     f" {list(tensor.shape)}"
                 )
         return found
+
+    def history(self, limit: float) -> History:
+        """Return what keeps the logits that each sample had last, in 16 bits, which terms read by `forward.previous`.
+
+        It keeps those of the steps in which the clause's gate is open, of the first view, and of all replicas alike.
+        Checkpoints hold it. Raises ValueError where it would take more than `limit` GiB.
+        """
+        made = History(self.label, limit, self._table_shape())
+        if made.expected and made.memory() > made.limit:
+            raise FieldError("mode", made.too_large(made.expected))
+        made.gate = self.gate()
+        self._method.rewrite.observers.append(made)
+        self._method.actions.append(made)
+        return made
+
+    def _table_shape(self) -> tuple[int, ...]:
+        """Return samples, tokens where there are several, and classes, as far as data and head tell; else ()."""
+        units = self._context.units
+        heads = [m for m in self.inventory.modules if HEAD in m.roles and m.ndim == 2]
+        if not heads or units.samples_per_epoch is None:
+            return ()
+        weights = (self.inventory.parameter[name] for name in heads[-1].parameters)
+        classes = next((weight.shape[0] for weight in weights if weight.ndim == 2), 0)
+        tokens = int(units.tokens_per_sample or 1)
+        of_sample = (tokens, classes) if tokens > 1 else (classes,)
+        return (int(units.samples_per_epoch), *of_sample) if classes else ()
 
     def _held(self, parameters: frozenset[str] | None) -> set[str]:
         """Return which of these parameters train, and the names of saved buffers in their modules."""

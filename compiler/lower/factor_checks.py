@@ -1,4 +1,4 @@
-"""Mistakes in factors on the options of optimizers, which only the lowered method shows."""
+"""Mistakes in factors on the options of optimizers and in decay, which only the lowered method shows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.runtime.step.action import Action
 from trainc.runtime.step.batch_policy import Seesaw
+from trainc.runtime.step.gradients import GradientTransform
 
 Clauses = Mapping[str, BoundClause]
 
@@ -17,12 +18,15 @@ Clauses = Mapping[str, BoundClause]
 def factor_problems(
     clauses: Sequence[BoundClause], by_label: Mapping[str, list[Action]], method: LoweredMethod
 ) -> Iterator[Diagnostic]:
-    """Yield an error for factors on what is not there, for two that follow the batch, and for one that never moves."""
+    """Yield an error for factors on what is not there, for two that follow the batch, for one that never
+    moves, and for decay that is clipped.
+    """
     named = {clause.label: clause for clause in clauses}
     yield from _half_lives(named, method)
     yield from _undecayed(named, method)
     yield from _scaled_twice(named, method)
     yield from _never_falls(named, by_label, method)
+    yield from _clipped_decay(clauses, by_label, method)
 
 
 def _half_lives(by_label: Clauses, method: LoweredMethod) -> Iterator[Diagnostic]:
@@ -96,4 +100,35 @@ def _never_falls(
                     (by_label[part.label].part_span("lr"), "constant"),
                 ),
                 help="write a schedule that falls, such as `lr = 1e-3 * cosine()`, or a fixed `batch`",
+            )
+
+
+def _clipped_decay(
+    clauses: Sequence[BoundClause],
+    by_label: Mapping[str, list[Action]],
+    method: LoweredMethod,
+) -> Iterator[Diagnostic]:
+    """Yield an error where gradients are clipped that a clause changed together with the decay of their weights."""
+    for clause in clauses:
+        coupled = (
+            action
+            for action in by_label.get(clause.label, ())
+            if isinstance(action, GradientTransform) and action.coupled
+        )
+        decayed = {name for action in coupled for name in action.parameters}
+        for part in method.optimizers:
+            limit = method.clip if part.construct.clip is None else part.construct.clip
+            if limit is None or not any(map(part.decays, decayed)):
+                continue
+            whose = "run" if part.construct.clip is None else part.label
+            at = next((one for one in clauses if whose in (one.label, one.kind)), clause)
+            yield Diagnostic(
+                "conflicting-effects",
+                f"`{clause.title}` scales gradients together with the weight decay of `{part.label}`, so the gradients"
+                f" that are clipped to {limit:g} would hold a part of the decay",
+                labels(
+                    (at.part_span("clip"), "clips the gradients"),
+                    (clause.span, "scales gradients and decay"),
+                ),
+                help="remove `clip`, or the weight decay of what the clause selects",
             )

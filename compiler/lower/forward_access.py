@@ -19,11 +19,15 @@ from trainc.compiler.method.layer_hook import (
 )
 from trainc.compiler.method.loss import LOSS_WEIGHT, PARAMETER_WEIGHT
 from trainc.compiler.method.lowered_method import Scheduled
+from trainc.compiler.method.shared_mask import SharedMask
 from trainc.compiler.method.sites import Views
 from trainc.compiler.method.term import SAMPLE_IDS, Forward, JointOperator, Over, Term
 from trainc.compiler.method.weight_hook import WeightHook
 from trainc.dsl.values.value_json import Expr, Selector
 from trainc.runtime.companion.companion import Companion
+from trainc.runtime.companion.history import History
+from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.observer import Observer, Passes
 
 _OF_STEP = ("key", "first_example", LOSS_WEIGHT, PARAMETER_WEIGHT, SAMPLE_IDS)
@@ -148,15 +152,22 @@ class ForwardAccess(ClauseAccess):
     # The loss, and what reads the passes
 
     def views(
-        self, count: int, *, share_dropout: bool, loss: Literal["first", "mean"] = "first"
+        self,
+        count: int,
+        *,
+        share_dropout: bool,
+        loss: Literal["first", "mean"] = "first",
+        every: int | None = None,
     ) -> None:
         """Pass every example several times, in one batch; the loss is of the first view, or the mean of all views'.
 
-        While the clause's gate is closed examples pass once. With `share_dropout` the views of an example have one
-        dropout mask. A graph runs what the views have in common once (`pair_late`); the bound modules pass all views
-        through the whole model, with the same numbers. Raises ValueError where another clause asks for other views.
+        While the clause's gate is closed examples pass once, with `every` in all but one of that many steps, too. With
+        `share_dropout` the views of an example have one mask in each dropout and drop path. A graph runs what the views
+        have in common once (`pair_late`); the bound modules pass all views through the whole model, with the same
+        numbers. Raises ValueError where another clause asks for other views.
         """
-        wanted = Views(self.label, count, share_dropout, loss == "mean", self.gate())
+        gate = self._gate_in(every)
+        wanted = Views(self.label, count, share_dropout, loss == "mean", gate)
         for other in self._method.rewrite.view_requests:
             if replace(other, label=wanted.label, gate=wanted.gate) != wanted:
                 raise ValueError(
@@ -166,6 +177,28 @@ class ForwardAccess(ClauseAccess):
                     " be those of the same views too: use one of the two clauses"
                 )
         self._method.rewrite.view_requests.append(wanted)
+        if share_dropout:
+            self._share_masks()
+
+    def _share_masks(self) -> None:
+        """Let the views of an example share what is dropped by layers that multiply by a random mask."""
+        hooks = self._method.rewrite.hooks
+        known = {site.module for site in hooks if isinstance(site.hook, SharedMask)}
+        for name, module in self.model.named_modules():
+            if name not in known and SharedMask.fits(module):
+                alike = sum(not other.hook.draws for other in hooks)
+                hooks.append(LayerHookSite(name, SharedMask(), -1 - alike))
+
+    def _gate_in(self, every: int | None) -> Gate | None:
+        """Return the clause's gate, or one that is open in one of `every` steps of those where the clause's is.
+
+        Raises ValueError where the clause has an `every` of its own as well.
+        """
+        if every is None:
+            return self.gate()
+        self.refuse_times(f"`{self.label}` says itself in which steps it acts", "every")
+        self._times_obeyed = True
+        return self._gate_of(TimeSpan(every, "steps"))
 
     def term(
         self,
@@ -181,6 +214,8 @@ class ForwardAccess(ClauseAccess):
         what: str | None = None,
         of_classes: bool = False,
         sample_ids: bool = False,
+        histories: Sequence[History] = (),
+        every: int | None = None,
     ) -> None:
         """Add a term to the loss; while the clause's gate is closed it is not computed, and its metric is 0.
 
@@ -189,8 +224,9 @@ class ForwardAccess(ClauseAccess):
         clause, is the value before. `scalars` and `tensors` reach it as `forward.tensors`, by these names, logits of
         `companions` by `forward.logits_of`. `joint` is an operator for the term and a cross-entropy together; `what`
         names the value in the summary of a run. With `of_classes` it reads logits as those of classes, and the clause
-        is an error if the loss has other targets. With `sample_ids` it reads `forward.sample_ids`, and a step without
-        them is an error. Raises ValueError for a second term of one name.
+        is an error if the loss has other targets. With `sample_ids` it reads `forward.sample_ids`, and of `histories`
+        the last logits of each sample by `forward.previous`: a step without sample ids is then an error. With `every`
+        it is computed in one of that many steps. Raises ValueError for a second term of one name.
         """
         label = metric or self.label
         if label in (*self._method.rewrite.terms, *(p.label for p in self._method.loss_parts)):
@@ -211,7 +247,8 @@ class ForwardAccess(ClauseAccess):
             named[given] = self._unused(given)
             self._method.tensors[named[given]] = tensor
         of_term = tuple(companions), of_classes, sample_ids, tuple(named.items()), self.label
-        term = Term(label, value, over, of_weight, self.gate(), joint, what, *of_term)
+        gate = self._gate_in(every)
+        term = Term(label, value, over, of_weight, gate, joint, what, *of_term, tuple(histories))
         self._method.rewrite.terms[label] = term
 
     def _unused(self, name: str) -> str:

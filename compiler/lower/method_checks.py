@@ -33,9 +33,9 @@ def problems_between(
     yield from _terms_without_classes(clauses, method)
     yield from _replaced_layers(clauses, method)
     yield from _changed_weights(clauses, method)
+    yield from _mixed_views(clauses, method, inventory)
     yield from _equal_clips(clauses, method)
     yield from factor_problems(clauses, by_label, method)
-    yield from _clipped_decay(clauses, by_label, method)
     yield from _masked_wholes(clauses, method)
     for part in method.optimizers:
         if part.asks:
@@ -146,6 +146,26 @@ def _evaluations(clauses: Sequence[BoundClause], method: LoweredMethod) -> Itera
         )
 
 
+def _mixed_views(
+    clauses: Sequence[BoundClause], method: LoweredMethod, inventory: Inventory
+) -> Iterator[Diagnostic]:
+    """Yield an error for clauses that compare views where a BatchNorm mixes them; by groups it keeps them apart."""
+    apart = {site.module for site in method.rewrite.hooks if site.hook.replaces}
+    apart |= {site.module for site in method.rewrite.measured}
+    norms = [m.name for m in inventory.modules if m.batch_statistics and m.name not in apart]
+    asking = {request.label for request in method.rewrite.view_requests}
+    for clause in clauses if norms else ():
+        if clause.label in asking:
+            yield Diagnostic(
+                "views-over-batch-norm",
+                f"`{clause.title}` compares passes of the same examples, which the BatchNorm `{norms[0]}` would"
+                " normalize together, in train mode",
+                labels((clause.span, "")),
+                (f"BatchNorm layers in train mode: {len(norms)}",),
+                help="keep them in eval mode, also in the model's own `train()`, or use GroupNorm or LayerNorm",
+            )
+
+
 def _terms_without_classes(
     clauses: Sequence[BoundClause], method: LoweredMethod
 ) -> Iterator[Diagnostic]:
@@ -219,37 +239,6 @@ def _equal_clips(clauses: Sequence[BoundClause], method: LoweredMethod) -> Itera
                 ),
                 help=f"write `run {{ clip = {limit:g} }}` in place of both to clip all gradients together, or give the"
                 " clauses different limits",
-            )
-
-
-def _clipped_decay(
-    clauses: Sequence[BoundClause],
-    by_label: Mapping[str, list[Action]],
-    method: LoweredMethod,
-) -> Iterator[Diagnostic]:
-    """Yield an error where gradients are clipped that a clause changed together with the decay of their weights."""
-    for clause in clauses:
-        coupled = (
-            action
-            for action in by_label.get(clause.label, ())
-            if isinstance(action, GradientTransform) and action.coupled
-        )
-        decayed = {name for action in coupled for name in action.parameters}
-        for part in method.optimizers:
-            limit = method.clip if part.construct.clip is None else part.construct.clip
-            if limit is None or not any(map(part.decays, decayed)):
-                continue
-            whose = "run" if part.construct.clip is None else part.label
-            at = next((one for one in clauses if whose in (one.label, one.kind)), clause)
-            yield Diagnostic(
-                "conflicting-effects",
-                f"`{clause.title}` scales gradients together with the weight decay of `{part.label}`, so the gradients"
-                f" that are clipped to {limit:g} would hold a part of the decay",
-                labels(
-                    (at.part_span("clip"), "clips the gradients"),
-                    (clause.span, "scales gradients and decay"),
-                ),
-                help="remove `clip`, or the weight decay of what the clause selects",
             )
 
 

@@ -107,6 +107,8 @@ class LayerHook:
 
     The first step looks where the result goes, and is an error, which says this, where it is added to nothing.
     """
+    of_views: ClassVar[bool] = False
+    """Whether it acts only where every example passes several times, and the layer need not run."""
     zero_is_identity: ClassVar[bool] = False
     """Whether the layer is the user's own where every scalar is 0."""
 

@@ -15,6 +15,7 @@ from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.method.statistic import BatchGradient
 from trainc.dsl.text.source import Span
 from trainc.runtime.companion.companion import Companion
+from trainc.runtime.companion.history import History
 from trainc.runtime.mask.update_mask import UpdateMask
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
@@ -157,9 +158,10 @@ class LoweredMethod:
     @property
     def id_readers(self) -> tuple[str, ...]:
         """The labels of the clauses that read, in some step, which samples the examples are."""
-        terms = [term.clause for term in self.rewrite.terms.values() if term.sample_ids]
+        terms = [term.clause for term in self.rewrite.terms.values() if term.reads_ids]
         kinds = (Observer, BatchTransform)
-        actions = [one.name for one in self.actions if isinstance(one, kinds) and one.sample_ids]
+        asking = (one for one in self.actions if isinstance(one, kinds) and one.sample_ids)
+        actions = [one.name for one in asking if not isinstance(one, History)]  # of such a term
         return tuple(dict.fromkeys([*terms, *actions]))
 
     @property

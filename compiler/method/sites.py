@@ -199,6 +199,7 @@ class Rewrite:
             self._measures(site, clock) for site in self.measured
         ):
             return self
+        views = [one for one in self.view_requests if _is_open(one.gate, clock)]
         norms = [site for site in self.norms if self._measures(site, clock)]
         layers = [site for site in self.layers if self._measures(site, clock)]
         return replace(
@@ -206,8 +207,12 @@ class Rewrite:
             norms=norms,
             layers=layers,
             example_units=self.example_units if norms or layers else None,
-            hooks=[site for site in self.hooks if _is_open(site.gate, clock)],
-            view_requests=[one for one in self.view_requests if _is_open(one.gate, clock)],
+            hooks=[
+                site
+                for site in self.hooks
+                if _is_open(site.gate, clock) and (views or not site.hook.of_views)
+            ],
+            view_requests=views,
             terms={n: term for n, term in self.terms.items() if _is_open(term.gate, clock)},
             observers=[one for one in self.observers if _is_open(one.gate, clock)],
         )

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from trainc.compiler.method.loss import LOSS_WEIGHT, PARAMETER_WEIGHT, Loss
 from trainc.runtime.companion.companion import Companion
+from trainc.runtime.companion.history import History
 from trainc.runtime.data.batch import no_logits
 from trainc.runtime.processes.sharded import full
 from trainc.runtime.schedule.gate import Gate
@@ -67,6 +68,16 @@ class Forward:
     def captured_of(self, companion: Companion) -> dict[str, list[Tensor]]:
         """Return what the captured modules of a companion gave on the inputs, one tensor a call, without gradient."""
         return {name: companion.calls(self.tensors, name) for name in companion.captured}
+
+    def previous(self, history: History) -> tuple[Tensor, Tensor]:
+        """Return the logits (B, ...) that each sample had when it was last seen, and for which it was, bool (B,).
+
+        Those of the others are 0. Raises ValueError where the logits had another shape then.
+        """
+        found = self.tensors[history.name]
+        history.check_shapes([found.shape[1:], self.view(0).shape[1:]])
+        known = ~found.flatten(1).isnan().any(1) if found.dim() > 1 else ~found.isnan()
+        return found.nan_to_num(0.0), known
 
     @property
     def sample_ids(self) -> Tensor:
@@ -155,6 +166,19 @@ class Term:
     """The term's own name of each of its numbers and tensors, and the one in the method."""
     clause: str = ""
     """The label of its clause, where the metric has another name."""
+    histories: tuple[History, ...] = ()
+    """What keeps the last logits of every sample, which the value reads."""
+
+    @property
+    def by_sample(self) -> tuple[str, ...]:
+        """The names of the tensors, a row for each example, that it reads of the samples."""
+        ids = (SAMPLE_IDS,) if self.sample_ids else ()
+        return (*ids, *(one.name for one in self.histories))
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether it needs to know which samples the examples are."""
+        return self.sample_ids or bool(self.histories)
 
     @property
     def of_parameters(self) -> bool:

@@ -63,6 +63,9 @@ class Adapter(nn.Module):
 class AdapterHook:
     """A hook of an adapter: it finds the adapter by name, so that copies of a layer run their own."""
 
+    part_of_model = True
+    """Copies of the model have it."""
+
     def __init__(self, name: str) -> None:
         self.name = name
 

@@ -25,6 +25,7 @@ _UNSHARED = {
     aten.bernoulli.default,
     aten.bernoulli.p,
     aten.bernoulli_.float,
+    aten.bernoulli_.Tensor,
     aten.rand_like.default,
     aten.randn_like.default,
 }
@@ -43,13 +44,20 @@ class ShareDropout(Pass):
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite every dropout, and warn of other operators that draw random numbers for each view."""
         for node in forward.calls():
-            # Attention draws only where it drops.
-            if node.target in _UNSHARED and arguments(node).get("dropout_p") != 0.0:
+            if _draws_for_each_view(forward, node):
                 where = call_site(node) or "the model"
                 forward.warnings.append(drawn_apart(f"`{where}` calls {node.target}, which"))
             if node.target in _DROPOUT and node.args[2] and node.args[1] != 0.0:
                 _share_mask(forward, node)
         return [LOSS]
+
+
+def _draws_for_each_view(forward: ForwardGraph, node: fx.Node) -> bool:
+    """Say whether an operator draws the mask of each view apart; a mask of one view has fewer rows."""
+    if node.target not in _UNSHARED or arguments(node).get("dropout_p") == 0.0:
+        return False
+    shape = node.meta["val"].shape
+    return bool(shape) and same_size(shape[0] % forward.rows, 0) and not same_size(shape[0], 0)
 
 
 def _share_mask(forward: ForwardGraph, node: fx.Node) -> None:

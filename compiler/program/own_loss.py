@@ -175,9 +175,10 @@ class OwnLoss:
         logits = absent if read.logits is None else read.logits
         targets = absent if read.targets is None else read.targets
         terms, batch = rewrite.terms.values(), (read.inputs, targets)
+        seen = logits if isinstance(loss_fn, NoLoss) else loss_fn.classes_last(logits, targets)
         scalars: Mapping[str, Tensor] = {
             **runs.numbers(own.where, loss.device),
-            **read_by_terms(terms, batch, own.where, loss_fn.output),
+            **read_by_terms(terms, batch, own.where, loss_fn.output, lambda: seen.shape[1:]),
         }
         others = read.inputs, 1, runs.parameters, scalars, loss_fn.ignore_index, own.captured
         if read.logits is None or read.targets is None or isinstance(loss_fn, NoLoss):

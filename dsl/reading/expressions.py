@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from trainc.dsl.reading.constants import (
     Unreadable,
@@ -137,6 +137,30 @@ def own_call(
         return _call(node, names, functions)
     message = f"there is no {noun} `{name}`"
     raise Unreadable(node.function, "", "unknown-function", suggest(name, functions), message)
+
+
+def word_or_call(
+    node: Node, names: Names, noun: str, words: Collection[str], functions: Mapping[str, Function]
+) -> str | v.Expr:
+    """Return one of `words`, or the call of one of a field's own `functions`; each is called a `noun`."""
+    if isinstance(node, ast.Apply) and node.function.id in functions:
+        return _call(node, names, functions)
+    if isinstance(node, ast.Ident) and node.id in words:
+        return node.id
+    given = node.function.id if isinstance(node, ast.Apply) else getattr(node, "id", None)
+    help = None if given is None else suggest(given, (*words, *functions))
+    text = f"expected a {noun}: {listed(words, functions)}"
+    raise Unreadable(node, text, help=help)
+
+
+def listed(words: Iterable[str], functions: Mapping[str, Function]) -> str:
+    """Return words and calls as a message lists them: "`a`, `b` or `f(n = ...)`"."""
+    calls = (
+        f"{name}({', '.join(f'{argument} = ...' for argument in function.arguments)})"
+        for name, function in functions.items()
+    )
+    *most, last = [f"`{one}`" for one in (*words, *calls)]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def is_condition(value: v.Expr) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -298,6 +298,21 @@ def _own_call(raw: v.Call, noun: str, functions: Mapping[str, Function]) -> v.Ca
     if raw.function not in functions:
         raise ValueError(f"there is no {noun} `{raw.function}`")
     return raw
+
+
+def word_or_call(noun: str, words: Collection[str], functions: Mapping[str, Function]) -> FieldType:
+    """Return the type of one of `words`, or a call of one of `functions`; messages call each a `noun`."""
+    known = expressions.listed(words, functions)
+
+    def accept(raw: Any) -> str | v.Call:
+        if isinstance(raw, v.Call) and raw.function in functions:
+            return raw
+        if isinstance(raw, str) and raw in words:
+            return raw
+        raise ValueError(f"expected a {noun}: {known}")
+
+    read = partial(expressions.word_or_call, noun=noun, words=words, functions=functions)
+    return FieldType(f"one of {known}", read, accept, functions)
 
 
 Duration = Annotated[v.Duration, DURATION]

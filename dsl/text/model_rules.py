@@ -148,6 +148,13 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "Remove the operation that mixes examples along the first axis, put BatchNorm in eval mode, or measure "
         "micro-batches.",
     ),
+    "views-over-batch-norm": RuleExplanation(
+        "Two passes of the same examples are compared through a BatchNorm layer in train mode.",
+        "Each pass is then normalized with the statistics of both, so that it depends on the other one, and running "
+        "averages are updated with both.",
+        "Keep the BatchNorm layers in eval mode, take their statistics of parts of a batch by `normalize`, or replace "
+        "them with GroupNorm.",
+    ),
     "loss-not-a-mean": RuleExplanation(
         "The loss of a batch is not the weighted mean of the losses of its examples.",
         "A statistic of examples is of what each of them adds to a mean. A summed or a contrastive loss is not such a "

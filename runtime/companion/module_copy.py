@@ -99,7 +99,9 @@ def _owner(hook: Any) -> Any:
 
 
 def _is_ours(hook: Any) -> bool:
-    """Return whether a hook is a function of this package."""
+    """Return whether a hook is a function of this package, and not part of what the model computes."""
+    if getattr(hook, "part_of_model", False):
+        return False
     while isinstance(hook, partial):
         hook = hook.func
     return str(getattr(hook, "__module__", "")).partition(".")[0] == "trainc"

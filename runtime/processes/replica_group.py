@@ -109,6 +109,15 @@ class ReplicaGroup:
         """Return the numbers of all replicas, shape (replicas, numbers), float64, the same on each."""
         return torch.stack(self._gather(torch.tensor(numbers, dtype=torch.float64)))
 
+    def gather_examples(self, own: Tensor) -> Tensor:
+        """Return the rows (n, numbers) of all replicas, rank by rank, the same on each; n may differ, and be 0."""
+        shapes = self.gather_rows(own.shape)
+        most, numbers = (int(one) for one in shapes.max(0).values)
+        padded = own.new_zeros(most, numbers)
+        padded[: own.shape[0], : own.shape[1]] = own
+        counts = shapes[:, 0].int().tolist()
+        return torch.cat([r[:n] for r, n in zip(self._gather(padded), counts, strict=True)])
+
     def split(self, size: int) -> ReplicaGroup:
         """Return this process's part of the group, `size` neighbouring ranks; ValueError if `size` does not divide.
 

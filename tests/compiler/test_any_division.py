@@ -107,6 +107,7 @@ OF_TOKENS = [
     SGD + PACE,
     SGD + with_(PACE, "}", ", distance = kl }"),
     SGD + with_(PACE, "}", ", share = none }"),
+    SGD + with_(PACE, "}", ", mode = lazy(2) }"),
     SGD + GNS + PACE,
     SGD + with_(GNS, "}", ", example = document, separator = 0 }"),
     SGD + "lr layer_decay on trainable { decay = 0.5 + 0.4 * progress }",

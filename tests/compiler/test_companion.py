@@ -110,7 +110,12 @@ def compiled(
     base = trainc.check(BASE + rest).spec
     assert base is not None
     spec = Spec((*base.clauses, *clauses), base.rules)
-    return trainc.compile(spec, net() if model is None else model, **given)
+    if model is None:
+        made = net()
+        if rest == NOISY:
+            made[1] = nn.Identity()
+        model = made
+    return trainc.compile(spec, model, **given)
 
 
 def companion_of(program: Program) -> Companion:
@@ -138,7 +143,7 @@ def in_eval(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("rest", ["", NOISY, "noise_scale gns on all { method = per_example }"])
 def test_the_copy_is_the_model_at_the_start(rest: str, executor: Any) -> None:
     model = net()
-    if "gns" in rest:
+    if rest:
         model[1] = nn.Identity()
     start, x = copy.deepcopy(model), batch(50)[0]
     program = compiled(Clause(Frozen()), model=model, rest=rest, executor=executor)

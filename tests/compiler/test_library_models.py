@@ -118,6 +118,9 @@ def test_noise_and_two_views_agree_between_graph_and_modules(build: Callable[[],
     torch.manual_seed(0)
     model, batch, loss = build()
     model.double().train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
     sites = 'type(Linear) - "**.out_proj" - "lm_head" - "cls.**" - "head"'
     spec = f"{loss} optimizer sgd {{ lr = 0.1 }} regularize pace on {sites} optional {{ sigma = 0.3, weight = 0.5 }}"
     program = trainc.compile(spec, model, executor="graph")

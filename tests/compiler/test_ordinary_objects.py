@@ -52,8 +52,8 @@ def batch() -> tuple[Tensor, Tensor]:
 def bound(name: str, **options: Any) -> tuple[Any, Words]:
     torch.manual_seed(0)
     model = Words(**options)
-    if name == "measured":
-        model.batch.eval()  # in train mode it mixes examples
+    if name in ("measured", "noise"):
+        model.batch.eval()  # in train mode it mixes examples, and views
     rest = CLAUSES[name].replace("type(BatchNorm1d)", '"batch"')
     return trainc.compile(HEADER + rest, model, executor="module"), model
 

@@ -293,7 +293,7 @@ def test_running_statistics_are_those_of_before_where_a_graph_runs_the_step() ->
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
     program = trainc.compile(
-        run() + ADAM + 'regularize pace on "3" { sigma = 0.1, weight = 0.1 }',
+        run() + ADAM + 'normalize ghost_batch on "1" { size = 2 }',
         model,
         executor="graph",
     )

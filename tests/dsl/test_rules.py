@@ -70,9 +70,9 @@ def test_a_construct_reports_rules_of_its_own() -> None:
 def test_a_construct_may_not_report_the_rule_of_another() -> None:
     assert "odd-thing" not in rules_of(catalog())
     with pytest.raises(
-        TypeError, match="`pair-over-batch-norm`, which is not a rule of the language"
+        TypeError, match="`layer-without-adapter`, which is not a rule of the language"
     ):
-        Report().add_problem(Problem("pair-over-batch-norm", "no"), Clause(Odd()))
+        Report().add_problem(Problem("layer-without-adapter", "no"), Clause(Odd()))
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ class Rule(Construct):
 
 
 def test_rules_of_one_construct_are_not_the_languages() -> None:
-    assert {"pair-over-batch-norm", "norm-mixes-examples", "nothing-to-measure"}.isdisjoint(RULES)
-    for rule in ("pair-over-batch-norm", "norm-mixes-examples"):
+    assert {"layer-without-adapter", "norm-mixes-examples", "nothing-to-measure"}.isdisjoint(RULES)
+    for rule in ("layer-without-adapter", "norm-mixes-examples"):
         page = explain_topic([rule])
         assert page is not None
         assert page.startswith(f"# {rule}\n")

@@ -302,8 +302,8 @@ def test_another_selection_completes_the_average() -> None:
 
 
 def test_graph_and_modules_agree() -> None:
-    noisy = 'regularize pace on "0" { sigma = 0.3, weight = 0.3 }'
-    text = f"regularize ema {{ decay = 0.9 }} {noisy}"
+    ghosts = 'normalize ghost_batch on "1" { size = 2 }'
+    text = f"regularize ema {{ decay = 0.9 }} {ghosts}"
     by_graph, by_modules = compiled(text, executor="graph"), compiled(text, executor="module")
     for step in range(4):
         by_graph.step(data(step))

@@ -320,9 +320,9 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize(
     ("names", "found"),
     [
-        (("fc",), ["pair-over-batch-norm"]),
-        (("fc", "ln"), ["wrong-target-kind", "pair-over-batch-norm"]),
-        (("attention.out_proj",), ["wrong-target-kind", "pair-over-batch-norm"]),
+        (("fc",), []),
+        (("fc", "ln"), ["wrong-target-kind"]),
+        (("attention.out_proj",), ["wrong-target-kind"]),
     ],
 )
 def test_what_cannot_be_noisy_is_an_error(names: tuple[str, ...], found: list[str]) -> None:
@@ -330,8 +330,42 @@ def test_what_cannot_be_noisy_is_an_error(names: tuple[str, ...], found: list[st
     targets = Targets(inventory, tuple(inventory.module[n] for n in names), ())
     problems = list(pace(sigma=0.1, weight=1).validate_targets(targets))
     assert [p.rule for p in problems] == found
-    severity = {"wrong-target-kind": "error", "pair-over-batch-norm": "warning"}
-    assert all(p.severity == severity[p.rule] for p in problems)
+    assert all(p.severity == "error" for p in problems)
+
+
+class Normed(nn.Sequential):
+    """A BatchNorm between two layers, which may be kept in eval mode."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        self.frozen = frozen
+        self.train()
+
+    def train(self, mode: bool = True) -> "Normed":
+        super().train(mode)
+        self[1].train(mode and not self.frozen)
+        return self
+
+
+@pytest.mark.parametrize(
+    "clause",
+    [
+        'regularize pace on "2" { sigma = 0.1, weight = 1 }',
+        'regularize pace on "2" { sigma = 0.1, weight = 1, mode = lazy(2) }',
+        "regularize r_drop { weight = 1 }",
+        "regularize consistency { target = view, weight = 1 }",
+    ],
+)
+def test_views_over_a_batch_norm_in_train_mode_are_refused(clause: str) -> None:
+    spec = f"loss cross_entropy optimizer sgd {{ lr = 0.1 }} run {{ length = 9 steps }}\n{clause}"
+    with pytest.raises(trainc.SpecError, match=r"BatchNorm `1` .*in train mode") as caught:
+        trainc.compile(spec, Normed(False))
+    (problem,) = caught.value.diagnostics
+    assert problem.labels[0].span is not None
+    assert "keep them in eval mode" in str(problem.help)
+    trainc.compile(spec, Normed(True)).step((torch.randn(4, 4), torch.arange(4) % 3))
+    if "pace" in clause and "lazy" not in clause:
+        trainc.compile(spec.replace("weight = 1", "weight = 1, mode = history"), Normed(False))
 
 
 def test_silence_everywhere_is_a_warning_and_no_pair() -> None:

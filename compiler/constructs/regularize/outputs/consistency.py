@@ -68,7 +68,6 @@ class Consistency(Construct):
     )
     identity: ClassVar = {"weight": "0"}
     effects: ClassVar = (_COPY, _VIEWS, _COMPARE, _FOLLOW)
-    rules: ClassVar = _two_views.RULES
 
     target: Literal["view", "ema", "start"] = Field(
         description="what the outputs are compared with: a second pass, an average of the weights, or the start"
@@ -149,9 +148,8 @@ class Consistency(Construct):
         return effect in own[self.target]
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Warn of BatchNorm under two views, and where two passes are equal because no layer is a Dropout."""
+        """Warn where two passes are equal because no layer is a Dropout."""
         if self.target == "view":
-            yield from _two_views.batch_norm_problems(bound)
             yield from _two_views.no_dropout(bound)
 
     def lower(self, to: Lowering) -> None:

@@ -34,15 +34,13 @@ class RDrop(Construct):
     usage: ClassVar = "regularize r_drop { weight = 1.0 }"
     identity: ClassVar = {"weight": "0"}
     effects: ClassVar = (_two_views.two_views("pass two views with dropout of their own"),)
-    rules: ClassVar = _two_views.RULES
 
     weight: Schedule = Field(
         description="coefficient of the divergence; the paper has 0.1 to 1 for classifiers, 5 for translation"
     )
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Warn of BatchNorm, and of a model in which no layer is a Dropout."""
-        yield from _two_views.batch_norm_problems(bound)
+        """Warn of a model in which no layer is a Dropout."""
         yield from _two_views.no_dropout(bound)
 
     def lower(self, to: Lowering) -> None:

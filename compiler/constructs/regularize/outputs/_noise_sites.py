@@ -1,0 +1,119 @@
+"""Where noise on the output of a linear layer goes: to the layer's own output, or to that of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainc.dsl.reading.construct import Problem
+
+if TYPE_CHECKING:
+    from trainc.compiler.model.inventory import Inventory, ModuleEntry
+
+LINEAR = frozenset(("Linear", "Conv1D"))
+"""Class names of layers whose output has the channels on its last axis; Conv1D is that of transformers."""
+_PEFT = "BaseTunerLayer"
+"""The class of peft that every layer with one of its adapters has among its bases."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSite:
+    """A module whose output is h, or the dh that an adapter adds to a layer's."""
+
+    module: ModuleEntry
+    of_adapter: bool = False
+
+
+class _Unfit(Exception):
+    """A layer has an adapter of which the output is no part of the layer's own."""
+
+    def __init__(self, message: str, help: str) -> None:
+        super().__init__(message)
+        self.help = help
+
+
+def noise_sites(selected: Iterable[ModuleEntry], inventory: Inventory) -> list[NoiseSite]:
+    """Return the sites of the selected linear layers, each once; what cannot have noise is left out.
+
+    A layer with adapters, selected itself or by a module inside it, stands for their outputs.
+    """
+    found: dict[str, NoiseSite] = {}
+    for entry in selected:
+        try:
+            for site in _sites_of(entry, inventory):
+                found.setdefault(site.module.name, site)
+        except _Unfit:
+            continue
+    return [*found.values()]
+
+
+def site_problems(selected: Iterable[ModuleEntry], inventory: Inventory) -> Iterator[Problem]:
+    """Yield a problem for the selected modules that cannot have noise, and why."""
+    wrong = []
+    for entry in selected:
+        try:
+            if not _sites_of(entry, inventory):
+                wrong.append(entry)
+        except _Unfit as unfit:
+            yield Problem("wrong-target-kind", str(unfit), help=unfit.help)
+            return
+    if wrong:
+        message = (
+            f"`{wrong[0].name}` is a {wrong[0].types[0]}; noise is supported for Linear and transformers' Conv1D"
+            " layers only"
+        )
+        more = (f"other selected modules that are neither: {len(wrong) - 1}",) if wrong[1:] else ()
+        help = "select linear layers: `& type(Linear, Conv1D)`"
+        yield Problem("wrong-target-kind", message, notes=more, help=help)
+    inner = [m.name for m in selected if "NonDynamicallyQuantizableLinear" in m.types]
+    if inner:
+        message = f"`{inner[0]}` is never called: nn.MultiheadAttention uses its weight directly"
+        yield Problem("wrong-target-kind", message, help="exclude it from `on`")
+
+
+def _sites_of(entry: ModuleEntry, inventory: Inventory) -> list[NoiseSite]:
+    """Return the sites that a selected module stands for: none where it cannot have noise."""
+    for name in _with_ancestors(entry.name):
+        if adapters := _adapters(inventory.module[name], inventory):
+            return [NoiseSite(adapter, of_adapter=True) for adapter in adapters]
+    return [NoiseSite(entry)] if LINEAR.intersection(entry.types) else []
+
+
+def _with_ancestors(name: str) -> Iterator[str]:
+    """Yield the name of a module, and those of the modules around it, outwards."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _adapters(layer: ModuleEntry, inventory: Inventory) -> list[ModuleEntry]:
+    """Return the modules whose outputs adapters add to a linear layer's; raises _Unfit where none is such a module."""
+    if not LINEAR.intersection(layer.types):
+        return []
+    if _PEFT in layer.types:
+        return _peft_adapters(layer, inventory)
+    return [m for m in _children(layer.name, inventory) if "Adapter" in m.types]
+
+
+def _peft_adapters(layer: ModuleEntry, inventory: Inventory) -> list[ModuleEntry]:
+    """Return the second factors of peft's LoRA, whose outputs times constants are dh: those that train."""
+    kind = next((name for name in layer.types if name.endswith("Layer")), _PEFT)
+    if any(_children(f"{layer.name}.lora_magnitude_vector", inventory)):
+        kind = "DoRA"
+    factors = [*_children(f"{layer.name}.lora_B", inventory)]
+    if not factors or kind == "DoRA":
+        raise _Unfit(
+            f"the adapter of `{layer.name}` is of peft's {kind}, which does not add a term of its own to the layer's"
+            " output; noise is supported for adapters of LoRA",
+            "select layers without such adapters, or use LoRA",
+        )
+    return [factor for factor in factors if factor.trainable] or factors
+
+
+def _children(name: str, inventory: Inventory) -> Iterator[ModuleEntry]:
+    prefix = f"{name}."
+    for entry in inventory.modules:
+        inside = entry.name.removeprefix(prefix)
+        if entry.name.startswith(prefix) and "." not in inside:
+            yield entry
