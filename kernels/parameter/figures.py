@@ -74,7 +74,7 @@ def figures_of(
     one: Spectrum, fit: Fit = "median", tail: float = 0.5, convention: Convention = "code"
 ) -> Figures:
     """Return the figures of one spectrum; `fit`, `tail` and `convention` are those of `hill_alpha`."""
-    fitted = fit_tail(one.values, fit, tail=tail, convention=convention)
+    fitted = fit_tail(one.values, fit, tail=tail, convention=convention, spread=one.spread)
     distance = math.nan
     if fit == "median" and len(one.values) > 2 and math.isfinite(fitted.alpha):
         shape = (one.rows, one.columns, one.count, 1)

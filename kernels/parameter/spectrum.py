@@ -68,10 +68,11 @@ class Hill:
         k = int(n - n / self.xmin_pos + _ROUNDING)
         return n - k - 1, k
 
-    def alpha(self, spectrum: Tensor) -> float:
+    def alpha(self, spectrum: Tensor, spread: float = NO_SPREAD) -> float:
         """Return 1 + k / sum(ln(lambda / xmin)) over the k largest of an ascending spectrum (n,).
 
-        NaN where it means nothing: weights that are zero, not finite, of low rank, or orthogonal.
+        NaN where it means nothing: weights that are zero, not finite, of low rank, or orthogonal: the mean of
+        ln(lambda / xmin) is below `spread` then.
         """
         n = len(spectrum)
         if n < 2:
@@ -81,7 +82,7 @@ class Hill:
         if k < 1 or not (math.isfinite(largest) and largest > 0 and xmin > RANK * largest):
             return math.nan
         total = float((spectrum[n - k :].double() / xmin).log().sum())
-        return 1 + k / total if total > NO_SPREAD * k else math.nan
+        return 1 + k / total if total > spread * k else math.nan
 
 
 MEDIAN = Hill()
@@ -101,12 +102,22 @@ class Spectrum:
     """The ascending eigenvalues `values` (n,) of `count` matrices of `rows` x `columns`, float64 on the CPU.
 
     Rows and columns that are zero in all of the matrices do not count, nor do the eigenvalues that are zero with them.
+    `spread` is that of `no_spread` for the entries.
     """
 
     values: Tensor
     count: int
     rows: int
     columns: int
+    spread: float = NO_SPREAD
+
+
+def no_spread(dtype: torch.dtype) -> float:
+    """Return below which mean ln(lambda / xmin) the spread of eigenvalues is that of rounded entries of this type.
+
+    It is eps of a type of 16 bits: rounding moves the singular values of an orthogonal weight by less than half of it.
+    """
+    return max(NO_SPREAD, torch.finfo(dtype).eps)
 
 
 def matrices(weight: Tensor) -> Tensor:
@@ -139,7 +150,12 @@ def spectra_of(stacks: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Spectrum]:
     """
     sides = _sides(stacks)
     return [
-        Spectrum(values[len(values) - len(stack) * min(side) :], len(stack), *side)
+        Spectrum(
+            values[len(values) - len(stack) * min(side) :],
+            len(stack),
+            *side,
+            no_spread(stack.dtype),
+        )
         for stack, side, values in zip(stacks, sides, _exact(stacks, hill, sides), strict=True)
     ]
 
@@ -165,7 +181,8 @@ def spectrum(weight: Tensor) -> Tensor:
 
 def alphas(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[float]:
     """Return each weight's Hill exponent, NaN where it cannot be measured."""
-    return [hill.alpha(spectrum) for spectrum in spectra(weights, hill)]
+    pairs = zip(weights, spectra(weights, hill), strict=True)
+    return [hill.alpha(spectrum, no_spread(weight.dtype)) for weight, spectrum in pairs]
 
 
 def _sides(stacks: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -16,7 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainc.kernels.parameter.spectrum import NO_SPREAD, RANK, WHOLE, Convention, Hill, spectra
+from trainc.kernels.parameter.spectrum import (
+    NO_SPREAD,
+    RANK,
+    WHOLE,
+    Convention,
+    Hill,
+    no_spread,
+    spectra,
+)
 
 Fit = Literal["median", "dks", "peak"]
 
@@ -51,17 +59,19 @@ def fit_tail(
     tail: float = 0.5,
     convention: Convention = "code",
     published_bound: bool = False,
+    spread: float = NO_SPREAD,
 ) -> TailFit:
     """Fit the tail of an ascending spectrum (n,).
 
     `tail` is the fraction of the eigenvalues that `median` takes, in (0, 1). `convention` says what xmin is for it:
     the least of the tail (`code`, as released implementations have it), or the eigenvalue below (`paper`).
     `published_bound` is for `peak`: released code compares the logarithm of the lower bound with eigenvalues, so
-    that nearly all below the peak are tried. Raises ValueError for a `tail` or `fit` that is none of these.
+    that nearly all below the peak are tried. A tail whose mean ln(lambda / xmin) is below `spread` is none. Raises
+    ValueError for a `tail` or `fit` that is none of these.
     """
     hill = Hill.of_tail(tail, convention)
     if fit == "median":
-        return _at_fraction(spectrum, hill)
+        return _at_fraction(spectrum, hill, spread)
     if fit not in ("dks", "peak"):
         raise ValueError(f"fit = {fit!r}: expected 'median', 'dks' or 'peak'")
     values = spectrum.double()
@@ -70,7 +80,7 @@ def fit_tail(
     values = values[values > RANK * values[-1]]
     if len(values) < 2:
         return NO_FIT
-    return _least_distance(values, _candidates(values, fit, published_bound))
+    return _least_distance(values, _candidates(values, fit, published_bound), spread)
 
 
 def needed_for(fit: Fit, tail: float, convention: Convention) -> Hill:
@@ -88,11 +98,12 @@ def hill_alpha(
     for another shape.
     """
     (spectrum,) = spectra([weight], needed_for(fit, tail, convention))
-    return fit_tail(spectrum, fit, tail=tail, convention=convention).alpha
+    spread = no_spread(weight.dtype)
+    return fit_tail(spectrum, fit, tail=tail, convention=convention, spread=spread).alpha
 
 
-def _at_fraction(spectrum: Tensor, hill: Hill) -> TailFit:
-    alpha = hill.alpha(spectrum)
+def _at_fraction(spectrum: Tensor, hill: Hill, spread: float) -> TailFit:
+    alpha = hill.alpha(spectrum, spread)
     if not math.isfinite(alpha):
         return NO_FIT
     index, k = hill.tail(len(spectrum))
@@ -119,14 +130,14 @@ def _candidates(values: Tensor, fit: Fit, published_bound: bool) -> Tensor:
     return some[(tried >= low) & (tried <= NEAR_PEAK[1] * edge)]
 
 
-def _least_distance(values: Tensor, tried: Tensor) -> TailFit:
+def _least_distance(values: Tensor, tried: Tensor, spread: float) -> TailFit:
     """Return the fit at the threshold with the least distance; the first of several."""
     n = len(values)
     counts = (n - tried).double()
     logs = values.log()
     sums = logs.flip(0).cumsum(0).flip(0)[tried] - counts * logs[tried]
     alphas = 1 + counts / sums
-    usable = sums > NO_SPREAD * counts
+    usable = sums > spread * counts
     tried, alphas = tried[usable], alphas[usable]
     if not len(tried):
         return NO_FIT

@@ -171,14 +171,20 @@ def test_complex_weights_have_the_squares_of_their_singular_values() -> None:
     torch.testing.assert_close(spectra([weight])[0], expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fit", ["median", "dks", "peak"])
 def test_orthogonal_weights_have_no_tail(fit: Fit, dtype: torch.dtype) -> None:
     """All their singular values are 1: what these differ by is rounding, of which alpha would be a million."""
     random = torch.Generator().manual_seed(0)
-    square = nn.init.orthogonal_(torch.empty(96, 96, dtype=dtype), generator=random)
+    wide = torch.promote_types(dtype, torch.float32)
+    square = nn.init.orthogonal_(torch.empty(96, 96, dtype=wide), generator=random).to(dtype)
     assert math.isnan(hill_alpha(3 * square, fit))
     assert math.isnan(hill_alpha(square[:, :48], fit))
+    figures = measure({"wide": square[None, :48]}, fit)["wide"]
+    assert math.isnan(figures.alpha)
+    assert figures.stable_rank == pytest.approx(48, rel=0.01)
+    # A spread that training makes counts, also in 16 bits.
+    assert math.isfinite(hill_alpha(square * torch.linspace(1, 1.1, 96).to(dtype), fit))
 
 
 def test_weights_without_values_or_storage_are_refused_in_words() -> None:
