@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainc.kernels.parameter.spectral_null import null_distance
-from trainc.kernels.parameter.spectrum import Convention, Spectrum, spectra_of, spectrum
+from trainc.kernels.parameter.spectrum import Convention, Gram, Spectrum, spectra_of, spectrum
 from trainc.kernels.parameter.tail_fit import Fit, fit_tail, hill_alpha, needed_for
 
 Metric = Literal["alpha", "null_distance", "log_alpha", "stable_rank", "spectral_norm", "entropy"]
@@ -42,12 +42,13 @@ class Figures:
 
 
 def measure(
-    matrices: Mapping[str, Tensor],
+    matrices: Mapping[str, Tensor | Gram],
     fit: Fit = "median",
     tail: float = 0.5,
     convention: Convention = "code",
 ) -> dict[str, Figures]:
-    """Return the figures of units by name, each given as matrices (count, out, in) whose eigenvalues are pooled.
+    """Return the figures of units by name, each given as matrices (count, out, in) whose eigenvalues are pooled, or as
+    the Gram matrix of one.
 
     Rows and columns of zeros, which masks leave, do not count. `fit`, `tail` and `convention` are those of
     `hill_alpha`. Raises ValueError, which names the unit, where entries are not finite.

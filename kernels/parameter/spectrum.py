@@ -112,6 +112,31 @@ class Spectrum:
     spread: float = NO_SPREAD
 
 
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """The Gram matrix `values` (n, n), in float64, of a matrix with n columns, `rows` that are not zero, and a `dtype`.
+
+    It is what is known of a matrix whose rows are in several places: the sum of the Gram matrices of them.
+    """
+
+    values: Tensor
+    rows: int
+    dtype: torch.dtype
+
+    def spectrum(self) -> Spectrum:
+        """Return its eigenvalues, as the spectrum of the matrix."""
+        columns = int((self.values.diagonal() != 0).sum())
+        n = min(self.rows, columns)
+        finite = bool(self.values.isfinite().all())
+        found = (
+            torch.linalg.eigvalsh(self.values).clamp_min(0.0)
+            if finite
+            else self.values.new_full((len(self.values),), math.nan).real
+        )
+        values = found.double().cpu()[len(found) - n :]
+        return Spectrum(values, 1, self.rows, columns, no_spread(self.dtype))
+
+
 def no_spread(dtype: torch.dtype) -> float:
     """Return below which mean ln(lambda / xmin) the spread of eigenvalues is that of rounded entries of this type.
 
@@ -143,13 +168,14 @@ def _wider(dtype: torch.dtype, least: torch.dtype) -> torch.dtype:
     return least if dtype.itemsize == 1 else torch.promote_types(dtype, least)
 
 
-def spectra_of(stacks: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Spectrum]:
-    """Return the spectrum of each stack of matrices (count, out, in), exact enough for `hill`.
+def spectra_of(given: Sequence[Tensor | Gram], hill: Hill = MEDIAN) -> list[Spectrum]:
+    """Return the spectrum of each stack of matrices (count, out, in) or Gram matrix, exact enough for `hill`.
 
     All eigenvalues are NaN for matrices that are not finite.
     """
+    stacks = [one for one in given if isinstance(one, Tensor)]
     sides = _sides(stacks)
-    return [
+    found = (
         Spectrum(
             values[len(values) - len(stack) * min(side) :],
             len(stack),
@@ -157,7 +183,8 @@ def spectra_of(stacks: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Spectrum]:
             no_spread(stack.dtype),
         )
         for stack, side, values in zip(stacks, sides, _exact(stacks, hill, sides), strict=True)
-    ]
+    )
+    return [one.spectrum() if isinstance(one, Gram) else next(found) for one in given]
 
 
 def spectra(weights: Sequence[Tensor], hill: Hill = MEDIAN) -> list[Tensor]:

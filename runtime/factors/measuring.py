@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from trainc.runtime.step.record import Step
 
-Read = Callable[[Sequence[str]], dict[str, "Tensor"]]
+Read = Callable[[Sequence[str]], dict[str, Any]]
+"""Returns what is measured of parts, by name: their matrices (count, out, in), or what the policy takes for those."""
 
 
 class Measures(Protocol):
     """What measures weights, or parts of them, given as matrices (count, out, in) by name."""
 
-    def measure(self, matrices: Mapping[str, Tensor]) -> dict[str, float]:
+    def measure(self, matrices: Mapping[str, Any]) -> dict[str, float]:
         """Return the figure of each, NaN where it means nothing."""
         ...
 
@@ -49,7 +50,7 @@ class Measuring:
         costs = {name: cost(shape) for name, shape in shapes.items()}
         names = [*shapes]
         due = [names[i] for i in self.refresh.begin([*costs.values()])]
-        kept: dict[str, Tensor] = {}
+        kept: dict[str, Any] = {}
         if self.unmoved is not None:
             kept = read(due)
             moved = self.unmoved.moved(kept, peers)
@@ -57,7 +58,7 @@ class Measuring:
         ranks = owners({name: costs[name] for name in due}, peers)
         here = 0 if peers is None else peers.rank
         if self.unmoved is None:
-            # One weight after the other: where it is sharded all gather it, and its owner keeps it.
+            # One weight after the other: where it is sharded all gather or sum it, and its owner keeps it.
             for _, parts in groupby(due, lambda name: name.partition("[")[0]):
                 some = read([*parts])
                 kept |= {name: some[name] for name in some if ranks[name] == here}
@@ -70,7 +71,7 @@ class Measuring:
             step.notes.append(chosen)
         return {name: figure for name, (figure, _) in found.items()}
 
-    def _measured(self, matrices: Mapping[str, Tensor], policy: Measures) -> dict[str, Figures]:
+    def _measured(self, matrices: Mapping[str, Any], policy: Measures) -> dict[str, Figures]:
         if not matrices:
             return {}
         if self.unmoved is not None:

@@ -66,6 +66,31 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole, given.device_mesh, given.placements, src_data_rank=None)
 
 
+def held_rows(tensor: Tensor) -> tuple[Tensor, range] | None:
+    """Return the rows that this process holds of a DTensor, and which of all they are; None where it has no rows apart.
+
+    That is a DTensor that is sharded along its first axis, over a mesh of one axis, as FSDP2 does.
+    """
+    given: Any = tensor
+    if not is_sharded(tensor) or given.device_mesh.ndim != 1:
+        return None
+    from torch.distributed.tensor import Shard
+
+    if type(given.placements[0]) is not Shard or given.placements[0].dim != 0:
+        return None
+    mesh, rows = given.device_mesh, tensor.shape[0]
+    each = -(-rows // mesh.size())
+    start = min(mesh.get_local_rank() * each, rows)
+    held = range(start, min(start + each, rows))
+    return local(tensor), held
+
+
+def sum_over_processes(found: Tensor, like: Tensor) -> None:
+    """Add up in place what each process of a DTensor's mesh of one axis has."""
+    given: Any = like
+    dist.all_reduce(found, group=given.device_mesh.get_group())
+
+
 def sum_over_shards(found: Tensor, tensors: Sequence[Tensor]) -> None:
     """Add up in place rows that each process has of its shards of some tensors, (len(tensors), ...)."""
     shards: Sequence[Any] = tensors

@@ -25,7 +25,11 @@ from tests.compiler.gradient_methods import (
 )
 from tests.conformance import divided
 from tests.processes import run_processes, run_rank
+from trainc.compiler.constructs.lr._cost import read
+from trainc.compiler.model.inventory import build_inventory
+from trainc.compiler.structure.weights import find_units, read_units
 from trainc.functional import hill_alpha
+from trainc.kernels.parameter.spectrum import WHOLE, Gram, spectra_of
 from trainc.runtime.factors.action import BalanceFactors
 from trainc.runtime.processes.sharded import full
 
@@ -109,6 +113,29 @@ def sliced(shards: bool) -> dict[str, Tensor]:
     return {n: full(p).detach().clone() for n, p in model.named_parameters()}
 
 
+def summed() -> tuple[list[str], list[Any], list[Any]]:
+    """Return which units of a sharded model were summed up, their spectra, and those of the whole weights."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model: nn.Module = gpt(layers=1, width=9, heads=3, context=4, vocabulary=7)
+    with torch.no_grad():
+        model.get_parameter("blocks.0.attn.qkv.weight")[7:11] = (
+            0  # of q and k, on the first process
+        )
+        model.get_parameter("blocks.0.mlp.fc.weight")[:, 4] = 0
+    units = find_units(build_inventory(model).weights, "part")
+    units = [unit for unit in units if unit.name.startswith("blocks")]
+    expected = read_units(model, units)
+    fully_shard(model)
+    found = read(model, units, takes_grams=True)
+    grams = [name for name, one in found.items() if isinstance(one, Gram)]
+    whole = [expected[name].double() for name in grams]
+    pairs = (spectra_of([found[name] for name in grams], WHOLE), spectra_of(whole, WHOLE))
+    ours, exact = ([(o.values, o.rows, o.columns, o.count) for o in one] for one in pairs)
+    return grams, ours, exact
+
+
 class Counted:
     """A policy that keeps how many weights it was given at a time."""
 
@@ -131,6 +158,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "whole late": lambda: sharded(Lars(), "late"),
     "spectra of copies": lambda: measured(shards=False),
     "spectra of shards": lambda: measured(shards=True),
+    "sums of shards": summed,
     "slices of copies": lambda: sliced(shards=False),
     "slices of shards": lambda: sliced(shards=True),
     "elementwise": lambda: sharded(Signs(), "first"),
@@ -154,6 +182,19 @@ def test_processes_measure_the_spectra_of_one_model_together(
         assert counts == [1] * STEPS  # of two weights each process measures one
         assert alphas == pytest.approx(expected, rel=1e-12)
     assert found[0][case][1] == found[1][case][1]
+
+
+def test_grams_of_shards_are_summed_in_place_of_gathering_the_weight(
+    found: list[dict[str, Any]],
+) -> None:
+    tall = [*(f"attn.qkv.weight[{part}]" for part in "qkv"), "attn.proj.weight", "mlp.fc.weight"]
+    for names, spectra, expected in (replica["sums of shards"] for replica in found):
+        assert names == [f"blocks.0.{name}" for name in tall]  # and not `mlp.proj`, which is wide
+        for (values, *sides), (exact, *others) in zip(spectra, expected, strict=True):
+            torch.testing.assert_close(values, exact, rtol=1e-9, atol=1e-15)
+            assert sides == others
+        assert [rows for _, rows, _, _ in spectra[:3]] == [7, 7, 9]
+        assert spectra[-1][2] == 8
 
 
 def test_slices_of_shards_have_the_rates_of_those_of_whole_weights(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from trainc.compiler.constructs.lr._cost import MeasuredAtTimes
+from trainc.compiler.constructs.lr._cost import MeasuredAtTimes, read
 from trainc.compiler.constructs.lr._groups import find_groups, show_measured, slice_factors
 from trainc.dsl.reading.construct import Duration, Effect, Problem, Range, Selector
 from trainc.dsl.values import value_json as v
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import Inventory, ParameterEntry
     from trainc.compiler.structure.weights import By
+    from trainc.kernels.parameter.spectrum import Gram
     from trainc.runtime.step.optimizer import LrFactor
 
 Split = Literal["whole", "parts", "heads"]
@@ -172,7 +173,7 @@ class MeasuredPolicy(MeasuredAtTimes):
         return effect.phase != "deltas" or self.unit == "part"
 
     @abstractmethod
-    def measure(self, matrices: Mapping[str, Tensor]) -> dict[str, float]:
+    def measure(self, matrices: Mapping[str, Any]) -> dict[str, float]:
         """Return the figure of each weight, or part of one, from its matrices (count, out, in); NaN where it has none.
 
         Raises ValueError, which names the weight, for entries that are not finite.
@@ -286,10 +287,9 @@ class MeasuredPolicy(MeasuredAtTimes):
 
     def lower(self, to: Lowering) -> None:
         """Give every group a factor, and measure before the optimizer's rates are set."""
-        from trainc.compiler.structure.weights import find_units, read_units
+        from trainc.compiler.structure.weights import find_units
         from trainc.runtime.factors.action import BalanceFactors
         from trainc.runtime.factors.course import Course
-        from trainc.runtime.processes.sharded import full
         from trainc.runtime.schedule.gate import Gate
         from trainc.runtime.schedule.time_span import TimeSpan
 
@@ -298,10 +298,10 @@ class MeasuredPolicy(MeasuredAtTimes):
         found = find_units(to.inventory.weights, self._by)
         units = {unit.name: unit for unit in found if unit.name in chosen}
         show_measured(to, units.values(), self._by, "" if self.split != "whole" else _STORED)
-        model = to.model
+        model, grams = to.model, self.takes_grams
 
-        def read(names: Sequence[str]) -> dict[str, Tensor]:
-            return read_units(model, [units[name] for name in names], full)
+        def read_parts(names: Sequence[str]) -> dict[str, Tensor | Gram]:
+            return read(model, [units[name] for name in names], grams)
 
         of_parts: dict[str, LrFactor] = {}
         if self.unit == "part":
@@ -322,7 +322,7 @@ class MeasuredPolicy(MeasuredAtTimes):
         ramp = None if self.ramp is None else to.window(None, None, self.ramp).every
         course = Course(tuple(scaled), self.hysteresis, ramp)
         times = pace, course, top, self.measuring(to.label)
-        to.action(BalanceFactors(to.label, self, read, groups, factors, few, *times))
+        to.action(BalanceFactors(to.label, self, read_parts, groups, factors, few, *times))
 
     def _factor(self, to: Lowering, unit: str, names: Iterable[str]) -> LrFactor:
         """Return the factor of a unit, on what this policy scales."""

@@ -1,9 +1,9 @@
-"""What measuring may cost: the fields that say how much at a time, and how often."""
+"""What measuring may cost: the fields that say how much at a time, and how often, and what is read for it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
@@ -11,8 +11,10 @@ from pydantic import Field, field_validator
 from trainc.dsl.reading.construct import Construct, Fraction
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from trainc.compiler.structure.weights import MatrixUnit
+    from trainc.kernels.parameter.spectrum import Gram
     from trainc.runtime.factors.measuring import Measuring
 
 
@@ -53,6 +55,56 @@ class MeasuredAtTimes(Construct):
         unmoved = None if self.tolerance is None else Unmoved()
         return Measuring(Refresh(label, self.parts, self.budget), unmoved)
 
+    @property
+    def takes_grams(self) -> bool:
+        """Whether `measure` takes Gram matrices in place of matrices, so that sharded weights are not gathered."""
+        return False
+
     @abstractmethod
     def measure_with_room(self, matrices: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
         """Return the figure of each part, and the Frobenius norm of a change that moves it by `tolerance` at most."""
+
+
+def read(
+    model: nn.Module, units: Iterable[MatrixUnit], takes_grams: bool
+) -> dict[str, Tensor | Gram]:
+    """Return the matrices of units by name; all processes call this alike.
+
+    Weights that are sharded over processes are gathered. With `takes_grams`, those with rows on each, and at least as
+    many rows as columns, are not: the Gram matrices of the rows are added up.
+    """
+    from trainc.compiler.structure.weights import read_units
+    from trainc.runtime.processes.sharded import full
+
+    units = [*units]
+    found: dict[str, Tensor | Gram] = {}
+    for unit in units if takes_grams else ():
+        if (gram := _summed(model, unit)) is not None:
+            found[unit.name] = gram
+    return found | read_units(model, [unit for unit in units if unit.name not in found], full)
+
+
+def _summed(model: nn.Module, unit: MatrixUnit) -> Gram | None:
+    """Return the Gram matrix of a unit whose rows are on several processes; None where these are not its outputs."""
+    import torch
+
+    from trainc.compiler.structure.weights import read_weight
+    from trainc.kernels.parameter.spectrum import Gram
+    from trainc.runtime.processes.sharded import held_rows, sum_over_processes
+
+    part, weight = unit.part, unit.weight
+    by_rows = weight.division.layout == "linear" and part.axis == "outputs"
+    if weight.computed or not by_rows or part.index is not None or unit.outputs < unit.inputs:
+        return None
+    value = read_weight(model, weight)
+    if (shard := held_rows(value)) is None:
+        return None
+    rows, held = shard
+    if part.ranges:
+        index = [i - held.start for r in part.ranges for i in r if i in held]
+        rows = rows[torch.tensor(index, dtype=torch.long, device=rows.device)]
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float64))
+    both = torch.cat([wide.mH @ wide, wide.new_zeros(1, unit.inputs)])
+    both[-1, 0] = (rows != 0).any(1).sum()
+    sum_over_processes(both, value)
+    return Gram(both[:-1], int(both[-1, 0].real), rows.dtype)

@@ -164,7 +164,11 @@ class SpectralPolicy(MeasuredPolicy):
         """Return which null is that of alpha, for a shape."""
         return {"tail": 1 - 1 / self.xmin_pos, "convention": self.convention}
 
-    def measure(self, matrices: Mapping[str, Tensor]) -> dict[str, float]:
+    @property
+    def takes_grams(self) -> bool:
+        return self.window is None and self.tolerance is None
+
+    def measure(self, matrices: Mapping[str, Any]) -> dict[str, float]:
         """Return the figure of each part, NaN where it means nothing."""
         from trainc.kernels.parameter.figures import measure, refuse_not_finite
 

@@ -25,6 +25,8 @@ class TempBalance(SpectralPolicy):
     columns of zeros, which masks leave, do not count, but with `metric = alpha` the noise is taken
     to be that of the whole shape. A mask that is chosen in the step of a measurement is in the next
     one. The plan lists what is measured, and why it is divided so.
+    Processes with equal weights measure a part each. Of a weight that FSDP2 shards by rows, no fewer than its
+    columns, the Gram matrices of the shards are added up; another is gathered, one at a time.
     `window` takes windows of one aspect in place of the whole (Hu et al., ICML 2025,
     arXiv:2506.06280): those of released code are `window = 100`.
 
