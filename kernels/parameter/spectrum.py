@@ -268,7 +268,7 @@ def _batch(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         # Scaled to a largest entry of 1, so that squares neither overflow nor vanish.
         peak = _peak(wide)
         known = peak.isfinite()
-        _lower_gram(tall / torch.where(known & (peak > 0), peak, 1.0), grams[i])
+        lower_gram(tall / torch.where(known & (peak > 0), peak, 1.0), grams[i])
         grams[i].masked_fill_(~known, 0.0)
         squares.append(torch.where(known, peak.double().square(), math.nan))
     values = torch.linalg.eigvalsh(grams, UPLO="L").double().clamp_min(0.0)
@@ -285,7 +285,7 @@ def _peak(matrices: Tensor) -> Tensor:
     return torch.maximum(high, -low)
 
 
-def _lower_gram(tall: Tensor, gram: Tensor) -> None:
+def lower_gram(tall: Tensor, gram: Tensor) -> None:
     """Write the Gram matrices of tall ones into their lower triangle, by blocks: the rest is the same again."""
     n = tall.shape[-1]
     ends = [n * i // BLOCKS for i in range(BLOCKS + 1)] if n >= BLOCKED else [0, n]
