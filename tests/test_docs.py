@@ -82,7 +82,7 @@ def test_the_guide_says_what_each_part_of_a_construct_does(monkeypatch: pytest.M
     assert all(text.endswith(".") for text in written.values())
     rows = "\n".join(guide.part_rows())
     assert "| `lower(to)` |" in rows
-    assert "identity_setting" not in rows, "no construct overrides it"
+    assert "`heading(" not in rows, "no construct overrides it"
 
 
 def test_the_construct_of_the_guide_works_as_it_stands(

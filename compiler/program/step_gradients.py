@@ -162,7 +162,8 @@ class StepGradients:
             return lambda: self._trained(self._accumulated())
         if (shard := first_shard(execution.parameters)) is not None:
             raise ValueError(
-                f"`{shard}` is sharded over processes (FSDP2), which average its gradient inside the backward pass"
+                f"`{shard}` is sharded over processes (FSDP2), which average its gradient inside the backward pass: no"
+                " process has its own. Use DistributedDataParallel, or the gradient of all processes"
             )
 
         def take(name: str, gradient: Tensor) -> None:

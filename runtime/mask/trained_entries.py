@@ -24,6 +24,10 @@ class TrainedEntries:
         """Return of a tensor in the shape of parameter `name` what the optimizer has of it."""
         return self.masks[name].picked(tensor) if name in self.masks else tensor
 
+    def trained(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor in the shape of parameter `name` with zeros at entries that do not train."""
+        return self.masks[name].trained(tensor) if name in self.masks else tensor
+
     def whole(self, name: str, values: Tensor) -> Tensor:
         """Return what the optimizer has of parameter `name` in its shape, with zeros at entries that do not train."""
         return self.masks[name].whole(values) if name in self.masks else values

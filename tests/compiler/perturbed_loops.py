@@ -18,6 +18,8 @@ CLAUSES = {
     "asam": f"perturb sam {{ rho = {RHO}, adaptive = true, eta = 0.1 }}",
     "msam": f"perturb msam {{ rho = {RHO} }}",
     "gradient_norm": f"perturb gradient_norm {{ radius = {RHO}, alpha = {ALPHA} }}",
+    "extrapolate": f"perturb extrapolate {{ direction = past_gradient, rate = {RHO},"
+    " look_ahead = 0.9 * lr, scope = all }",
     "looksam": f"perturb looksam {{ rho = {RHO}, alpha = {ALPHA}, refresh = 3 steps }}",
 }
 
@@ -60,12 +62,15 @@ class Loop:
 
     def wanted(self, passes: Passes) -> tuple[float, Tensors]:
         """Return the loss that a step reports, and the gradient it updates with."""
+        state: Any = self.optimizer.state
+        keys = ("momentum_buffer", "exp_avg")
+        means = {n: state[p].get(k) for n, p in self.named.items() for k in keys if k in state[p]}
+        if self.method == "extrapolate":
+            ahead = 0.9 * self.optimizer.param_groups[0]["lr"]
+            moves = {n: -RHO * g - ahead * means[n] for n, g in self.kept.items()}
+            loss, self.kept = self.moved(passes, moves)
+            return loss, {n: g.clone() for n, g in self.kept.items()}
         if self.method == "msam":
-            state: Any = self.optimizer.state
-            keys = ("momentum_buffer", "exp_avg")
-            means = {
-                n: state[p].get(k) for n, p in self.named.items() for k in keys if k in state[p]
-            }
             return self.moved(passes, {n: -RHO * v / norm(means) for n, v in means.items()})
         loss, first = self.gradients(passes)
         if self.method == "looksam" and self.steps % 3:

@@ -78,6 +78,7 @@ ANY = [
     ADAMW + "lr alpha_decay on type(Linear) every 1 steps { min_eigenvalues = 3 }",
     SGD + "perturb sam { rho = 0.5 }",
     SGD + "perturb msam { rho = 0.5 }",
+    SGD + "perturb extrapolate { direction = past_gradient, rate = 0.2, look_ahead = 0.9 * lr }",
     SGD + "perturb gradient_norm { radius = 0.5, alpha = 0.7 }",
     SGD + "perturb looksam { rho = 0.5, alpha = 0.7, refresh = 2 steps }",
     SGD + "observe norm_growth on ndim(2) every 1 steps { from_start = true }",

@@ -136,9 +136,9 @@ class MovedWeights(Around):
     ) -> dict[str, Tensor]:
         """Return what to add to each weight."""
 
-    def is_wanted(self, step: Step) -> bool:
+    def is_wanted(self, step: Step, length: float) -> bool:
         """Return whether weights move in this step, in which the clause's gate is open."""
-        return True
+        return bool(length)
 
     def forget(self) -> None:
         """Forget what directions left: the weights do not move in this step."""
@@ -147,7 +147,7 @@ class MovedWeights(Around):
     def surround(self, step: Step, gradients: Gradients) -> Iterator[None]:
         """Hold the weights at other values."""
         length = self.length(step.clock)
-        moves = self._moves(step, gradients, length) if length and self.is_wanted(step) else {}
+        moves = self._moves(step, gradients, length) if self.is_wanted(step, length) else {}
         if not moves:
             self.forget()
         weights = [step.parameters[name].detach() for name in moves]

@@ -104,9 +104,9 @@ class RefreshedAscent(KeptAscent):
         super().__init__(name, rho, sizes)
         self.due = due
 
-    def is_wanted(self, step: Step) -> bool:
+    def is_wanted(self, step: Step, length: float) -> bool:
         """Return whether this step is a refresh."""
-        return not self.added.parts or self.due.fires(step.clock)
+        return bool(length) and (not self.added.parts or self.due.fires(step.clock))
 
 
 class Added(GradientTransform):

@@ -17,7 +17,7 @@ from trainc.compiler.constructs.perturb.looksam import LookSam
 
 SGD = "loss cross_entropy optimizer sgd { lr = 0.3, momentum = 0.9, clip = 0.4 } "
 ADAMW = "loss cross_entropy optimizer adamw { lr = 0.01 } "
-FAMILY = ["msam", "gradient_norm", "looksam"]
+FAMILY = ["msam", "gradient_norm", "looksam", "extrapolate"]
 
 
 def loop(method: str, model: nn.Module, base: str) -> Loop:

@@ -81,6 +81,7 @@ def replica(rank: int) -> Any:
         weights = {n: full(p).detach().clone() for n, p in model.state_dict().items()}
         found[name] = {"losses": losses, "weights": weights}
     found["inputs"] = input_gradients(rank)
+    found["local"] = local(rank)
     found["sharded"] = sharded()
     return found
 
@@ -106,6 +107,29 @@ class Looking(Around):
     def surround(self, step: Step, gradients: Gradients) -> Iterator[None]:
         self.found = gradients(of="inputs")
         yield
+
+
+LOCAL = "perturb extrapolate { direction = past_gradient, rate = 0.5 }"
+
+
+def local(rank: int) -> Any:
+    """Return the weights of a method in which each replica moves by its own gradient, and its error on shards."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, other = net(), net()
+    program = trainc.compile(SPEC + LOCAL, model)
+    program.forward = DistributedDataParallel(model)
+    for i in range(STEPS):
+        program.step(batches(rank, i, True))
+    assert "extrapolate" not in program._machine.state_dict()["actions"]
+    late = trainc.compile(SPEC + LOCAL, other)
+    fully_shard(other)
+    try:
+        late.step(batches(rank, 0, True))
+        said = "no error"
+    except ValueError as error:
+        said = str(error)
+    return model.state_dict(), said
 
 
 def looking() -> Spec:
@@ -178,6 +202,34 @@ def test_two_replicas_are_the_loop_written_by_hand(case: str, found: list[dict[s
         torch.testing.assert_close(one["weights"][name], value, rtol=1e-12, atol=1e-12, msg=name)
         assert torch.equal(one["weights"][name], two["weights"][name]), name
     assert one["losses"] == two["losses"] == pytest.approx(losses, rel=1e-12)
+
+
+def test_each_replica_extrapolates_by_its_own_gradient(found: list[dict[str, Any]]) -> None:
+    model = net()
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    past: list[dict[str, Tensor]] = [{}, {}]
+    for step in range(STEPS):
+        start = {n: p.detach().clone() for n, p in named.items()}
+        count = sum(len(y) for rank in range(RANKS) for _, y in batches(rank, step, True))
+        for rank in range(RANKS):
+            with torch.no_grad():
+                for n, p in named.items():
+                    p.copy_(start[n] - 0.5 * past[rank].get(n, torch.zeros_like(p)))
+            own = batches(rank, step, True)
+            losses = [cross_entropy(model(x), y) * (RANKS * len(y) / count) for x, y in own]
+            found_ = torch.autograd.grad(torch.stack(losses).sum(), [*named.values()])
+            past[rank] = dict(zip(named, found_, strict=True))
+        with torch.no_grad():
+            for n, p in named.items():
+                p.copy_(start[n])
+                p.grad = (past[0][n] + past[1][n]) / RANKS
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.4)
+        optimizer.step()
+    for weights, error in (one["local"] for one in found):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-12, atol=1e-12, msg=name)
+        assert "FSDP2" in error
 
 
 def test_gradients_of_inputs_are_of_the_mean_over_replicas(found: list[dict[str, Any]]) -> None:
