@@ -108,6 +108,13 @@ class Loss(ABC):
         """Return which targets count, bool."""
         return self.target_weights(targets) > 0
 
+    def weights_for_terms(self, targets: Tensor) -> Tensor:
+        """Return what each target weighs in terms over targets, as in the loss, so that both add up: 0 where ignored.
+
+        It is bool where all that count weigh the same.
+        """
+        return self.counted(targets)
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, tuple[float, float]]:
         """Return means that an evaluation reports with the loss, such as `accuracy`, each as a sum and its count."""
         return {}

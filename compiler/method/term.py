@@ -114,6 +114,15 @@ class Forward:
             return torch.ones_like(self.targets, dtype=torch.bool)
         return self.targets != self.ignore_index
 
+    @property
+    def target_weights(self) -> Tensor:
+        """What each target weighs in a mean over targets: 0 where it is not counted, and else as in the loss.
+
+        It is `counted` itself where all that count weigh the same. A mean that weighs otherwise would not add up over
+        micro-batches.
+        """
+        return self.counted if self.loss is None else self.loss.weights_for_terms(self.targets)
+
 
 def captured_outputs(named: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     """Return what modules gave, by module, from the outputs of a graph by name."""

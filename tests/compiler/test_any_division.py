@@ -96,7 +96,7 @@ OF_CLASSES = [
     SGD + R_DROP,
     SGD + DISTILL,
     SGD + with_(DISTILL, "temperature = 2", "top = 2"),
-    SGD + 'regularize delta on "blocks.*" { weight = 0.1 }',
+    SGD + "regularize delta on type(LayerNorm) { weight = 0.1 }",
     SGD + CONSISTENCY,
     SGD + with_(CONSISTENCY, "}", ", over = examples, measure = js }"),
     SGD + "regularize z_loss { weight = 0.1 }",

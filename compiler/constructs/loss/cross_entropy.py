@@ -218,6 +218,11 @@ class CrossEntropyLoss(Loss):
             return self.target_weights(targets) > 0
         return targets != self.ignore_index
 
+    def weights_for_terms(self, targets: Tensor) -> Tensor:
+        """Return the weight of each target's class."""
+        weighted = self.class_weight is not None and not targets.is_floating_point()
+        return self.target_weights(targets) if weighted else self.counted(targets)
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, tuple[float, float]]:
         """Return how many of the counted targets were predicted, as `accuracy`."""
         counted, logits = self.counted(targets), self.classes_last(outputs, targets)

@@ -63,6 +63,19 @@ def test_training_is_a_loop_by_hand(executor: Any, sizes: Any) -> None:
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
+def test_targets_weigh_what_they_weigh_in_the_loss_so_that_micro_batches_add_up() -> None:
+    weights, (x, y) = (0.5, 2.0, 0.0, 1.0, 4.0), batch(2)
+    spec = SPEC.replace("entropy", f"entropy {{ class_weight = {list(weights)} }}")
+    rows = model()(x)[y != -100].logsumexp(-1).square()
+    own = torch.tensor(weights, dtype=torch.float64)[y[y != -100]]
+    wanted = float(((rows * own).sum() / own.sum()).detach())
+    for sizes in ((6,), (1, 2, 3)):
+        for executor in ("graph", "module"):
+            program = trainc.compile(spec, model(), executor=executor)
+            said = program.step(divided((x, y), sizes))
+            assert said["z_loss"] == pytest.approx(wanted, rel=1e-12)
+
+
 def test_a_loss_without_classes_is_an_error() -> None:
     spec = "loss mse optimizer sgd { lr = 0.1 } regularize z_loss { weight = 1 }"
     with pytest.raises(trainc.SpecError, match="use a loss of classes"):

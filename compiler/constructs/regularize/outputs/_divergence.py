@@ -16,8 +16,8 @@ Direction = Literal["forward", "reverse", "symmetric"]
 DIRECTIONS = "`forward`, `reverse` or `symmetric`"
 
 
-def counted_rows(counted: Tensor, *logits: Tensor) -> Iterator[Tensor]:
-    """Yield the logits in float32 at least, with zeros outside the targets `counted` (...), bool.
+def counted_rows(weights: Tensor, *logits: Tensor) -> Iterator[Tensor]:
+    """Yield the logits in float32 at least, with zeros where the weight of a target, (...), bool or a number, is 0.
 
     Whatever the other rows hold, no gradient meets it.
     """
@@ -25,12 +25,16 @@ def counted_rows(counted: Tensor, *logits: Tensor) -> Iterator[Tensor]:
 
     for one in logits:
         dtype = torch.promote_types(one.dtype, torch.float32)
-        yield one.to(dtype).where(counted.unsqueeze(-1), 0.0)
+        yield one.to(dtype).where((weights != 0).unsqueeze(-1), 0.0)
 
 
-def counted_mean(each: Tensor, counted: Tensor) -> Tensor:
-    """Return the mean of `each` (...) over the targets `counted`; without one it is not a number, as the loss is."""
-    return each.sum() / counted.sum()
+def weighted_mean(each: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of `each` (...) by the targets' weights; without a target it is not a number, as the loss is."""
+    import torch
+
+    if weights.dtype == torch.bool:
+        return each.where(weights, 0.0).sum() / weights.sum()
+    return (each * weights.to(each.dtype)).sum() / weights.sum().to(each.dtype)
 
 
 def kl(log_p: Tensor, log_q: Tensor, direction: Direction = "forward") -> Tensor:

@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from trainc.compiler.constructs.regularize.outputs import _two_views
 from trainc.compiler.constructs.regularize.outputs._divergence import (
     Direction,
-    counted_mean,
     counted_rows,
     jensen_shannon,
     kl,
+    weighted_mean,
 )
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
 from trainc.dsl.values.value_json import Number
@@ -50,8 +50,9 @@ class Consistency(Construct):
     With a the target's logits, b the model's, p and q their softmaxes, the distance of one target is, summed over the
     classes (or with `reduction = mean` divided by their number), (a - b)^2 (`mse`, or with `space = probabilities` (p -
     q)^2); KL(p || q) (`kl`, `forward`), KL(q || p) (`reverse`) or half of both (`symmetric`); or (KL(p || m) + KL(q ||
-    m)) / 2 with m = (p + q) / 2 (`js`, at most ln 2). The term is its mean over the targets that the loss counts, or
-    with `over = examples` over all, also those without a label. Of a loss that is of no classes it is a mean over all.
+    m)) / 2 with m = (p + q) / 2 (`js`, at most ln 2). The term is its mean over the targets that the loss counts,
+    weighed as there, or with `over = examples` over all, also those without a label. Of a loss that is of no classes it
+    is a mean over all.
 
     UDA is `{ measure = kl, confidence = 0.8, sharpen = 0.4 }`, FixMatch `{ measure = kl, confidence = 0.95, sharpen =
     0 }`, without their second stream of augmented inputs. Mean Teacher's ramp is `weight = 100 * warmup(over =
@@ -175,13 +176,13 @@ class Consistency(Construct):
         )
 
     def _rows(self, forward: Forward) -> Tensor | None:
-        """Return which rows of the logits are compared; None for all."""
-        counted = forward.counted
-        fits = counted.shape == forward.view(0).shape[:-1]
-        return counted if fits and self.over == "targets" else None
+        """Return what each row of the logits weighs; None where all weigh the same."""
+        weights = forward.target_weights
+        fits = weights.shape == forward.view(0).shape[:-1]
+        return weights if fits and self.over == "targets" else None
 
-    def reference(self, target: Tensor, own: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Return the mean distance of logits (..., classes) over the targets `counted` (...), bool, or over all.
+    def reference(self, target: Tensor, own: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the mean distance of logits (..., classes) by the targets' `weights` (...), or over all.
 
         It is 0-d, in float32 at least; without a target it is not a number, as the loss is.
         """
@@ -191,13 +192,13 @@ class Consistency(Construct):
             target = target.detach()
         if own.dim() == 1:
             target, own = target.unsqueeze(-1), own.unsqueeze(-1)
-        if counted is None:
-            counted = torch.ones(own.shape[:-1], dtype=torch.bool, device=own.device)
-        target, own = counted_rows(counted, target, own)
+        if weights is None:
+            weights = torch.ones(own.shape[:-1], dtype=torch.bool, device=own.device)
+        target, own = counted_rows(weights, target, own)
         each = self._distance(target, own)
         if self.confidence is not None:
             each = each.where(target.softmax(-1).amax(-1) >= self.confidence, 0.0)
-        mean = counted_mean(each, counted)
+        mean = weighted_mean(each, weights)
         return mean / own.shape[-1] if self.reduction == "mean" else mean
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from trainc.compiler.constructs.regularize.outputs import _prefix
 from trainc.compiler.constructs.regularize.outputs._divergence import (
     DIRECTIONS,
     Direction,
-    counted_mean,
     counted_rows,
     kl,
+    weighted_mean,
 )
 from trainc.compiler.errors import FieldError
 from trainc.dsl.reading.construct import Construct, Effect, ImportPath, Schedule
@@ -115,7 +115,9 @@ class Distill(Construct):
             raise FieldError("teacher", f"{self.teacher}: {error}") from error
 
         def value(forward: Forward) -> Tensor:
-            return self.reference(forward.logits_of(teacher), forward.view(0), forward.counted)
+            return self.reference(
+                forward.logits_of(teacher), forward.view(0), forward.target_weights
+            )
 
         to.term(
             value,
@@ -145,14 +147,14 @@ class Distill(Construct):
             raise FieldError("prefix", _prefix.too_long(len(ids), sample, context))
         return _prefix.Prefixed(tuple(ids), context, to.label)
 
-    def reference(self, teacher: Tensor, student: Tensor, counted: Tensor) -> Tensor:
+    def reference(self, teacher: Tensor, student: Tensor, weights: Tensor) -> Tensor:
         """Return the divergence of logits (..., classes) times temperature^2, 0-d, in float32 at least.
 
-        It is the mean over the targets `counted` (...), bool; without one it is not a number, as the loss is.
+        It is the mean by the targets' `weights` (...), bool or numbers; without one it is not a number, as the loss is.
         """
-        teacher, student = counted_rows(counted, teacher, student)
+        teacher, student = counted_rows(weights, teacher, student)
         each = _divergences(teacher, student, self.top, self.temperature, self.direction)
-        return counted_mean(each, counted)
+        return weighted_mean(each, weights)
 
 
 def distill_loss(

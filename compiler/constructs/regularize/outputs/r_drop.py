@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from trainc.compiler.constructs.regularize.outputs import _two_views
-from trainc.compiler.constructs.regularize.outputs._divergence import counted_mean, counted_rows, kl
+from trainc.compiler.constructs.regularize.outputs._divergence import (
+    counted_rows,
+    kl,
+    weighted_mean,
+)
 from trainc.dsl.reading.construct import Construct, Problem, Schedule
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ class RDrop(Construct):
 
     With p and q the softmaxes of the two passes' logits, the loss is the mean of the losses of both
     passes plus `weight` times the mean over the counted targets of (KL(p || q) + KL(q || p)) / 2:
-    both means run over the same targets, and both passes have gradients. In a model without dropout
+    both means weigh the same targets alike, and both passes have gradients. In a model without dropout
     the two passes are equal and the divergence is 0. With `weight = 0` every example passes once.
     """
 
@@ -47,7 +51,9 @@ class RDrop(Construct):
         """Pass two views, each with its own dropout, and add their divergence over the counted targets."""
         to.views(2, share_dropout=False, loss="mean")
         to.term(
-            lambda forward: self.reference(forward.view(0), forward.view(1), forward.counted),
+            lambda forward: self.reference(
+                forward.view(0), forward.view(1), forward.target_weights
+            ),
             over="targets",
             weight=self.weight,
             of_classes=True,
@@ -55,11 +61,11 @@ class RDrop(Construct):
         )
 
     @staticmethod
-    def reference(one: Tensor, two: Tensor, counted: Tensor) -> Tensor:
+    def reference(one: Tensor, two: Tensor, weights: Tensor) -> Tensor:
         """Return (KL(p || q) + KL(q || p)) / 2 of two views' logits (..., classes), 0-d, in float32 at least.
 
-        It is the mean over the targets `counted` (...), bool; without one it is not a number, as the loss is.
+        It is the mean by the targets' `weights` (...), bool or numbers; without one it is not a number, as the loss is.
         """
-        one, two = counted_rows(counted, one, two)
+        one, two = counted_rows(weights, one, two)
         each = kl(one.log_softmax(-1), two.log_softmax(-1), "symmetric")
-        return counted_mean(each, counted)
+        return weighted_mean(each, weights)

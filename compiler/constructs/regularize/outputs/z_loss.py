@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.constructs.regularize.outputs._divergence import counted_mean, counted_rows
+from trainc.compiler.constructs.regularize.outputs._divergence import counted_rows, weighted_mean
 from trainc.dsl.reading.construct import Construct, Effect, Schedule
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ZLoss(Construct):
     def lower(self, to: Lowering) -> None:
         """Add the mean square over the counted targets."""
         to.term(
-            lambda forward: self.reference(forward.view(0), forward.counted),
+            lambda forward: self.reference(forward.view(0), forward.target_weights),
             over="targets",
             weight=self.weight,
             of_classes=True,
@@ -46,11 +46,11 @@ class ZLoss(Construct):
         )
 
     @staticmethod
-    def reference(logits: Tensor, counted: Tensor) -> Tensor:
-        """Return the mean of logsumexp(logits)^2 over the targets `counted` (...), of logits (..., classes).
+    def reference(logits: Tensor, weights: Tensor) -> Tensor:
+        """Return the mean of logsumexp(logits)^2 by the targets' `weights` (...), of logits (..., classes).
 
         It is 0-d, in float32 at least; without a target it is not a number, as the loss is.
         """
-        (rows,) = counted_rows(counted, logits)
-        each = rows.logsumexp(-1).square().where(counted, 0.0)
-        return counted_mean(each, counted)
+        (rows,) = counted_rows(weights, logits)
+        each = rows.logsumexp(-1).square()
+        return weighted_mean(each, weights)
