@@ -78,15 +78,16 @@ class CompanionAccess(ClauseAccess):
                 )
         return found
 
-    def history(self, limit: float) -> History:
+    def history(self, limit: float, field: str, instead: str) -> History:
         """Return what keeps the logits that each sample had last, in 16 bits, which terms read by `forward.previous`.
 
         It keeps those of the steps in which the clause's gate is open, of the first view, and of all replicas alike.
-        Checkpoints hold it. Raises ValueError where it would take more than `limit` GiB.
+        Checkpoints hold it. Raises FieldError for `field` where it would take more than `limit` GiB; its message says
+        what to do `instead`.
         """
-        made = History(self.label, limit, self._table_shape())
+        made = History(self.label, limit, instead, self._table_shape())
         if made.expected and made.memory() > made.limit:
-            raise FieldError("mode", made.too_large(made.expected))
+            raise FieldError(field, made.too_large(made.expected))
         made.gate = self.gate()
         self._method.rewrite.observers.append(made)
         self._method.actions.append(made)

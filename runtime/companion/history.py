@@ -23,13 +23,16 @@ class History(Observer):
     """A table with a row for each sample, in float16, and which samples were seen; rows are numbered by sample ids.
 
     It reads every training step in which its gate is open, and writes at its end: rows of all replicas, by rank, so
-    that each of these has the same table. `expected` is the shape that the table will have, as far as it is known.
+    that each of these has the same table. `expected` is the shape that the table will have, as far as it is known;
+    `instead` is what to do without a table, for messages.
     """
 
     sample_ids = True
 
-    def __init__(self, clause: str, limit: float, expected: Sequence[int] = ()) -> None:
-        self.clause, self.name = clause, f"{clause} history"
+    def __init__(
+        self, clause: str, limit: float, instead: str, expected: Sequence[int] = ()
+    ) -> None:
+        self.clause, self.name, self.instead = clause, f"{clause} history", instead
         self.limit, self.expected = limit * GIB, tuple(expected)
         self.rows = torch.zeros(0, 0, dtype=torch.float16)
         """Flat logits by sample, (samples, numbers)."""
@@ -84,7 +87,7 @@ class History(Observer):
                 raise ValueError(
                     f"`{self.clause}` compares each sample's logits with those of its last visit, and they have"
                     f" different shapes, {list(first)} and {list(other)}: give every sample the same number of tokens,"
-                    " or use `mode = lazy(4)`"
+                    f" or {self.instead}"
                 )
 
     def _write(self, ids: Tensor, logits: Tensor) -> None:
@@ -122,7 +125,7 @@ class History(Observer):
         size = _BYTES * math.prod(shape) / GIB
         return (
             f"`{self.clause}` keeps the last logits of every sample, a table of {list(shape)} that takes"
-            f" {size:.3g} GiB in 16 bits, more than `max_table` = {self.limit / GIB:g}: use `mode = lazy(4)`, which"
+            f" {size:.3g} GiB in 16 bits, more than `max_table` = {self.limit / GIB:g}: {self.instead}, which"
             " keeps none, or raise `max_table`"
         )
 

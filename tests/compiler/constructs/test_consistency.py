@@ -164,6 +164,35 @@ def test_training_is_a_loop_by_hand(target: str, executor: Any, sizes: Any, over
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(("executor", "sizes"), [("graph", ()), ("module", (1, 2, 3))])
+def test_a_history_compares_with_the_last_visit_and_adds_nothing_at_the_first(
+    executor: Any, sizes: Any
+) -> None:
+    fields = "target = history, weight = 0.7, measure = js, over = examples"
+    program = trainc.compile(f"{SPEC} {{ {fields} }}", model(), executor=executor)
+    wanted, table = model(), dict[int, Tensor]()
+    for seed, first in enumerate((0, 3, 2)):
+        (x, y), ids = batch(seed), torch.arange(first, first + 6)
+        given: Any = {"sample_ids": list(ids.split(sizes)) if sizes else ids}
+        torch.manual_seed(seed)
+        said = program.step(divided((x, y), sizes) if sizes else (x, y), **given)
+        torch.manual_seed(seed)
+        logits = torch.cat([wanted(part) for part in (x.split(sizes) if sizes else [x])])
+        q, term = logits.softmax(-1), torch.zeros((), dtype=torch.float64)
+        for row, i in enumerate(ids.tolist()):
+            if i in table:
+                p = table[i].softmax(-1)
+                middle = (p + q[row]) / 2
+                term = term + (kl(p, middle) + kl(q[row], middle)) / 2 * 3 / 18
+        table |= {i: z.detach().half().double() for i, z in zip(ids.tolist(), logits, strict=True)}
+        assert said["consistency"] == pytest.approx(float(term.detach()), rel=1e-6, abs=1e-12)
+        wanted.zero_grad()
+        (F.cross_entropy(logits.flatten(0, 1), y.flatten()) + 0.7 * term).backward()
+        torch.optim.SGD(wanted.parameters(), 0.5).step()
+    for got, want in zip(program.module.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
 def test_a_resumed_run_has_the_same_average() -> None:
     spec = SPEC + " { target = ema, weight = 0.7, decay = 0.5 }"
     program = trainc.compile(spec, model())
@@ -203,6 +232,7 @@ def test_a_loss_of_numbers_has_the_distance_of_outputs_alone(measure: str) -> No
     ("fields", "said"),
     [
         ("target = view, decay = 0.9", "`decay` needs `target = ema`"),
+        ("target = ema, max_table = 1", "`max_table` needs `target = history`"),
         ("target = ema, decay = 1", "must be below 1"),
         ("target = ema, measure = kl, space = logits", "remove `space = logits`"),
         ("target = ema, measure = js, direction = reverse", "remove `direction`"),

@@ -207,7 +207,7 @@ def test_replicas_keep_one_table() -> None:
         sent.append([torch.tensor([float(len(ids)), 3.0], dtype=torch.float64), padded])
     tables = []
     for rank, (ids, rows) in enumerate(parts):
-        history = History("pace", 1.0)
+        history = History("pace", 1.0, "use another mode")
         history.see(Saw(ids, rows))  # type: ignore[arg-type]
         history.found(Two(rank, sent[1 - rank]))
         tables.append(history)

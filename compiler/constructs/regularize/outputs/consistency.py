@@ -1,4 +1,4 @@
-"""Consistency: the model's outputs stay near those of a second pass, of an average of its weights, or of its start."""
+"""Consistency: outputs stay near those of a second pass, an average of the weights, the start, or the last visit."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ _COPY = Effect("perturb", "copy the model as the target", ("params",))
 _COMPARE = Effect(
     "forward", "compare with the target's outputs", ("inputs", "forward", "clock"), ("loss",)
 )
+_KEEP = Effect("observe", "keep the logits of every sample", ("forward",), ("metrics",))
 _FOLLOW = Effect(
     "observe", "move the target towards the weights", ("params", "clock"), ("metrics",)
 )
@@ -43,9 +44,12 @@ class Consistency(Construct):
     """Adds `weight` times the distance of the model's outputs from a target's to the loss.
 
     The target is a second pass of the same examples with dropout of its own (`view`: the loss is that of the first
-    pass); an average of the weights, e <- d e + (1 - d) w after every step (`ema`: Mean Teacher); or the model as it is
-    before the first step in which the clause acts (`start`). The last two begin as such a copy, run in evaluation mode
-    on the same inputs, and have no gradient. With `every 10 steps` an average is updated after these steps.
+    pass); an average of the weights, e <- d e + (1 - d) w after every step (`ema`: Mean Teacher); the model as it is
+    before the first step in which the clause acts (`start`); or the outputs that the sample had when it was last seen
+    (`history`: none at first, which adds 0). Averages begin as a copy like that of the start; both run in evaluation
+    mode on the same inputs. Only the second pass has a gradient. With `every 10 steps` an average is updated, and
+    outputs are kept, in these steps. Those of a history are kept in 16 bits, by sample ids: a loop of your own gives
+    these to `program.step`.
 
     With a the target's logits, b the model's, p and q their softmaxes, the distance of one target is, summed over the
     classes (or with `reduction = mean` divided by their number), (a - b)^2 (`mse`, or with `space = probabilities` (p -
@@ -68,10 +72,11 @@ class Consistency(Construct):
         "regularize consistency { target = ema, decay = 0.99, weight = 0.5, space = probabilities }"
     )
     identity: ClassVar = {"weight": "0"}
-    effects: ClassVar = (_COPY, _VIEWS, _COMPARE, _FOLLOW)
+    effects: ClassVar = (_COPY, _VIEWS, _COMPARE, _KEEP, _FOLLOW)
 
-    target: Literal["view", "ema", "start"] = Field(
-        description="what the outputs are compared with: a second pass, an average of the weights, or the start"
+    target: Literal["view", "ema", "start", "history"] = Field(
+        description="what the outputs are compared with: a second pass, an average of the weights, the start, or the"
+        " sample's last outputs"
     )
     weight: Schedule = Field(description="coefficient of the distance in the loss")
     measure: Literal["mse", "kl", "js"] = Field(
@@ -113,6 +118,10 @@ class Consistency(Construct):
         description="what the target's logits are divided by, after `confidence`; 0 makes its largest class the label",
     )
 
+    max_table: float | None = Field(
+        default=None, gt=0, description="of `history`: its largest table, in GiB. Default: 4"
+    )
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Consistency:
         divergence = self.measure != "mse"
@@ -126,6 +135,10 @@ class Consistency(Construct):
             )
         if self.decay is not None and self.target != "ema":
             raise ValueError(f"`decay` needs `target = ema`, not `{self.target}`: remove `decay`")
+        if self.max_table is not None and self.target != "history":
+            raise ValueError(
+                f"`max_table` needs `target = history`, not `{self.target}`: remove `max_table`"
+            )
         if isinstance(self.decay, Number) and self.decay.value >= 1:
             raise ValueError("`decay` must be below 1: with 1 the average would never change")
         if self.detach is False and self.target != "view":
@@ -145,8 +158,7 @@ class Consistency(Construct):
 
     def performs(self, effect: Effect) -> bool:
         """Say whether this clause has an effect, by its target."""
-        own = {"view": (_VIEWS,), "ema": (_COPY, _COMPARE, _FOLLOW), "start": (_COPY, _COMPARE)}
-        return effect in own[self.target]
+        return effect in _EFFECTS[self.target]
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Warn where two passes are equal because no layer is a Dropout."""
@@ -155,22 +167,32 @@ class Consistency(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Make the target, and add the distance from it."""
-        target = None if self.target == "view" else to.companion("target", since="from")
-        if target is None:
+        companions, histories = [], []
+        if self.target == "view":
             to.views(2, share_dropout=False)
-        if target is not None and self.target == "ema":
+        elif self.target == "history":
+            limit = 4.0 if self.max_table is None else self.max_table
+            histories.append(to.history(limit, "target", "use `target = ema`"))
+        else:
+            companions.append(to.companion("target", since="from"))
+        if self.target == "ema":
             decay = Number(0.999) if self.decay is None else self.decay
-            to.action(Follow(to.label, target, to.schedule(decay)))
+            to.action(Follow(to.label, companions[0], to.schedule(decay)))
 
         def value(forward: Forward) -> Tensor:
-            other = forward.view(1) if target is None else forward.logits_of(target)
-            return self.reference(other, forward.view(0), self._rows(forward))
+            known = None
+            if histories:
+                other, known = forward.previous(histories[0])
+            else:
+                other = forward.logits_of(companions[0]) if companions else forward.view(1)
+            return self.reference(other, forward.view(0), self._rows(forward), known)
 
         to.term(
             value,
             over=self.over,
             weight=self.weight,
-            companions=[] if target is None else [target],
+            companions=companions,
+            histories=histories,
             of_classes=self.of_probabilities,
             what=f"distance from {_OTHER[self.target]}",
         )
@@ -181,10 +203,17 @@ class Consistency(Construct):
         fits = weights.shape == forward.view(0).shape[:-1]
         return weights if fits and self.over == "targets" else None
 
-    def reference(self, target: Tensor, own: Tensor, weights: Tensor | None = None) -> Tensor:
+    def reference(
+        self,
+        target: Tensor,
+        own: Tensor,
+        weights: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor:
         """Return the mean distance of logits (..., classes) by the targets' `weights` (...), or over all.
 
-        It is 0-d, in float32 at least; without a target it is not a number, as the loss is.
+        It is 0-d, in float32 at least; without a target it is not a number, as the loss is. Of an example that is not
+        `known` (B,) it is 0.
         """
         import torch
 
@@ -198,6 +227,8 @@ class Consistency(Construct):
         each = self._distance(target, own)
         if self.confidence is not None:
             each = each.where(target.softmax(-1).amax(-1) >= self.confidence, 0.0)
+        if known is not None:
+            each = each.where(known.view(-1, *[1] * (each.dim() - 1)), 0.0)
         mean = weighted_mean(each, weights)
         return mean / own.shape[-1] if self.reduction == "mean" else mean
 
@@ -223,7 +254,18 @@ class Consistency(Construct):
         return (a if self.sharpen == 1 else a / self.sharpen).log_softmax(-1)
 
 
-_OTHER = {"view": "the second view", "ema": "the average of the weights", "start": "the start"}
+_OTHER = {
+    "view": "the second view",
+    "ema": "the average of the weights",
+    "start": "the start",
+    "history": "the sample's last outputs",
+}
+_EFFECTS = {
+    "view": (_VIEWS,),
+    "ema": (_COPY, _COMPARE, _FOLLOW),
+    "start": (_COPY, _COMPARE),
+    "history": (_COMPARE, _KEEP),
+}
 
 
 class Follow(Action):

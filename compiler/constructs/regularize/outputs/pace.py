@@ -172,7 +172,7 @@ class Pace(Construct):
         )
 
     def _compare_with_history(self, to: Lowering, noisy: Sequence[NoiseSite]) -> None:
-        history = to.history(self.max_table)
+        history = to.history(self.max_table, "mode", "use `mode = lazy(4)`")
 
         def value(forward: Forward) -> Tensor:
             last, known = forward.previous(history)
