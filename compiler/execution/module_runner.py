@@ -21,6 +21,7 @@ from trainc.compiler.layers.random_layers import UnsharedDraws
 from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.term import Forward
 from trainc.compiler.method.total_loss import loss_without_targets, nothing_of, total_loss
+from trainc.compiler.model.eager import eager_operations
 from trainc.compiler.model.undisturbed import (
     ChangingBuffers,
     gradients_of,
@@ -139,6 +140,13 @@ class ModuleRunner(ArmedModel):
         if not self._checked and self.module.training and measures:
             with self.autocast(), self.apart():
                 self._checked = check_preconditions(self.module, self.sites, batch, self.losses)
+
+    def count_classes(self, batch: Batch) -> int:
+        """Return how many classes the logits of the first loss have, by a pass that leaves nothing behind."""
+        with self.sites.inactive(), undisturbed(self.module), torch.no_grad(), eager_operations():
+            with self.autocast(), self.apart():
+                read = self.losses.run(self.module, copy_inputs(batch))
+            return self.loss_fn.classes_last(read.logits, one_of(batch[1])).shape[-1]
 
     def _run_forward(
         self, model: Any, batch: Batch, loss_weight: float, scalars: Mapping[str, Tensor]

@@ -36,7 +36,7 @@ from trainc.runtime.memory.failure import OutOfMemory, first_line, ran_out_of_me
 from trainc.runtime.memory.fitting import FittingSize
 from trainc.runtime.run.interface import RunSettings
 from trainc.runtime.soundness.own_loop import OwnLoop
-from trainc.runtime.step.batches import change_batch
+from trainc.runtime.step.batches import BatchTransform, change_batch
 from trainc.runtime.step.gradients import GradientNotFinite, ShortSteps
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OwnOptimizer
@@ -207,10 +207,18 @@ class OpenStep:
         if not (transforms and self.execution.module.training):
             return micro_batches
         changed, seed = [], self.execution.seed
+        self._tell_classes(transforms, step, micro_batches[0])
         for batch, ids in zip(micro_batches, sample_ids, strict=True):
             changed.append(change_batch(transforms, batch, step, seed, first, ids))
             first += len(one_of(batch[1]))
         return changed
+
+    def _tell_classes(self, transforms: Sequence[BatchTransform], step: Step, batch: Batch) -> None:
+        """Let transforms that mix classes know how many there are."""
+        for one in transforms:
+            asks = one.mixes_classes and one.classes is None and one.is_due(step)
+            if asks and self.execution.loss_fn.of_classes:
+                one.classes = self.execution.count_classes(batch)
 
     def _calibrate(self, step: Step, batch: Batch, where: MicroBatchSlice) -> None:
         """Measure all layers on the step's first micro-batch when a clause asks for it now."""

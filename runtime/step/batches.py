@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,32 @@ if TYPE_CHECKING:
     from trainc.runtime.step.record import Step
 
 
+@dataclass(frozen=True, slots=True)
+class StepDraws:
+    """Streams of random numbers of one clause and step, the same for all of its micro-batches.
+
+    `seed` is the program's, `first_example` the number of the micro-batch's first example in the step of its replica.
+    """
+
+    seed: int
+    clause: str
+    replica: int
+    step: int
+    first_example: int
+
+    def of_step(self) -> np.random.Generator:
+        """Return a stream that all micro-batches and replicas of the step begin anew."""
+        return self._stream("step")
+
+    def of_examples(self) -> np.random.Generator:
+        """Return the same of this replica: draw for all examples up to the micro-batch's last, in order."""
+        return self._stream("examples", self.replica)
+
+    def _stream(self, *purpose: str | int) -> np.random.Generator:
+        seed = derive_seed(self.seed, "batch", self.clause, *purpose, self.step)
+        return np.random.Generator(np.random.Philox(seed))
+
+
 class BatchTransform(Action):
     """Changes the inputs and targets of every micro-batch of a step, before its first pass, in train mode.
 
@@ -26,6 +54,12 @@ class BatchTransform(Action):
     phase = Phase.PERTURB
     sample_ids: ClassVar[bool] = False
     """Whether it reads which samples the examples are: a step without sample ids is then an error."""
+    mixes_classes: ClassVar[bool] = False
+    """Whether its targets are probabilities of classes (B, classes) where it was given indices (B,)."""
+    classes: int | None = None
+    """How many classes the model has logits of, where it mixes them and the loss is of classes."""
+    draws: StepDraws
+    """Streams that do not depend on how the step is divided, set for each micro-batch."""
 
     @abstractmethod
     def change(
@@ -35,8 +69,8 @@ class BatchTransform(Action):
 
         `draw` is a stream of random numbers for this clause, step and micro-batch, on the device of the targets.
         `sample_ids` say which sample each example is, where the class asks for them. The inputs may get other shapes
-        and dtypes. The targets keep their dtype, the number of their axes, and the examples along the first, in their
-        order.
+        and dtypes. The targets keep the examples along the first axis, in their order, their dtype and the number of
+        their axes, unless the class `mixes_classes`.
         """
 
     def run(self, step: Step) -> None:
@@ -74,13 +108,15 @@ def change_batch(
             draw = torch.Generator(targets.device)
             place = step.clock.steps, first_example
             draw.manual_seed(derive_seed(seed, "batch", one.name, rank, *place))
+            one.draws = StepDraws(seed, one.name, rank, *place)
             ids = sample_ids if one.sample_ids else None
-            changed = _checked(one.name, one.change(changed, step, draw, ids), targets)
+            changed = _checked(one, one.change(changed, step, draw, ids), changed[1])
     return changed
 
 
-def _checked(name: str, found: Batch, before: Tensor) -> Batch:
+def _checked(one: BatchTransform, found: Batch, before: Tensor) -> Batch:
     """Return a changed batch; raises ValueError where its targets have another form than those before."""
+    name = one.name
     try:
         inputs, targets = check_batch(found)
     except TypeError as error:
@@ -90,10 +126,13 @@ def _checked(name: str, found: Batch, before: Tensor) -> Batch:
             f"{name}: {len(before)} examples became {len(targets)}: a change of a batch must keep their number, which"
             " the clock counts"
         )
-    if (targets.dtype, targets.dim()) != (before.dtype, before.dim()):
+    mixed = one.mixes_classes and targets.is_floating_point() and targets.dim() == 2
+    indices = before.dim() == 1 and not before.is_floating_point()
+    if (targets.dtype, targets.dim()) != (before.dtype, before.dim()) and not (mixed and indices):
         raise ValueError(
             f"{name}: the targets became {_form(targets)}, and the loss takes {_form(before)}: return targets of the"
-            " same dtype and number of axes. Mixtures of classes, as probabilities or as pairs, are not supported"
+            " same dtype and number of axes. A class that turns class indices into probabilities of classes says"
+            " `mixes_classes = True`"
         )
     return inputs, targets
 

@@ -339,7 +339,7 @@ class Nothing(Method):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Soft, r"soft: the targets became float64\[7, 4\], and the loss takes int64\[7\].* Mixtures of classes"),
+        (Soft, r"soft: the targets became float64\[7, 4\], and the loss takes int64\[7\].* says `mixes_classes"),
         (Fewer, "fewer: 7 examples became 3: a change of a batch must keep their number"),
         (Nothing, "nothing: a batch is NoneType: expected a pair"),
     ],
