@@ -53,8 +53,7 @@ class ForwardAccess(ClauseAccess):
                 if (other.hook, other.gate, other.scalars) == (hook, gate, ()) and not scalars:
                     return
                 raise ValueError(
-                    f"`{other.label}` also replaces how `{module}` computes its result: leave the layer out of one of"
-                    " the two clauses"
+                    f"`{other.label}` also replaces how `{module}` computes its result: {hook.conflict(other.hook)}"
                 )
         self._hook(module, hook, self._numbers(module, scalars))
 

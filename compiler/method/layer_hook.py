@@ -147,6 +147,10 @@ class LayerHook:
         """Say whether a layer of this type, measured in these units, does what this hook does without it."""
         return False
 
+    def conflict(self, other: LayerHook) -> str:
+        """Return what to write where another clause's hook replaces the forward pass of the layer, too."""
+        return "leave the layer out of one of the two clauses"
+
     outermost: ClassVar[bool] = False
     """Whether it runs around the hooks of all clauses."""
     for_weight: ClassVar[bool] = False

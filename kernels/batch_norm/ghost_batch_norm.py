@@ -1,5 +1,7 @@
 """Batch normalisation by statistics of ghost batches: slices of x, so nothing is transposed or copied."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,6 +13,7 @@ from trainc.kernels.library.contracts import (
     accumulation_dtype,
     composition_is_cheaper,
     lazy,
+    require,
 )
 from trainc.kernels.library.register import register
 
@@ -31,6 +34,7 @@ def ghost_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     remainder: str = "error",
+    running: str = "in_order",
 ) -> Tensor:
     """Normalize `x` by the statistics of ghost batches of n = `ghost_size` examples; in evaluation, by running ones.
 
@@ -42,13 +46,17 @@ def ghost_batch_norm(
 
       r <- (1 - a)^S r + sum_i a (1 - a)^(S-1-i) s_i
 
-    `remainder` says what B % n != 0 does: "error", or "merge_last", where the last ghost also takes the examples left
-    over. Without `training` this is F.batch_norm by the running statistics, by the whole batch's where they are None.
+    With `running` "mean" they are updated once, by the mean of the ghosts' means and biased variances.
 
-    Returns a tensor of x's shape and dtype. Raises RuntimeError for other shapes, dtypes and remainders and for a ghost
+    `remainder` says what B % n != 0 does: "error"; "merge_last", where the last ghost also takes the examples left
+    over; "smaller", where these are a ghost of their own; or "even", where all ghosts get fewer examples, as
+    torch.chunk divides a batch into ceil(B / n) parts. Without `training` this is F.batch_norm by the running
+    statistics, by the whole batch's where they are None.
+
+    Returns a tensor of x's shape and dtype. Raises RuntimeError for other shapes, dtypes and rules and for a ghost
     batch of one value per channel; torch's own calls, in evaluation and below, also ValueError. In training, second
     derivatives raise RuntimeError and forward-mode ones NotImplementedError, except where F.batch_norm itself serves:
-    up to 262144 elements on a CPU, uncompiled, all tensors float32 or all float64.
+    up to 262144 elements on a CPU, uncompiled, all tensors float32 or all float64, and `running` "in_order".
 
     Source: Hoffer et al. 2017, arXiv:1705.08741.
     """
@@ -58,28 +66,65 @@ def ghost_batch_norm(
         return functional.batch_norm(
             x, running_mean, running_var, weight, bias, running_mean is None, 0.0, eps
         )
-    for running in (running_mean, running_var):
-        if running is not None and running.shape != x.shape[1:2]:
-            raise RuntimeError(
-                f"running statistics must have the shape {tuple(x.shape[1:2])}, not {tuple(running.shape)}"
-            )
+    _check_running(x, running, running_mean, running_var)
+    if x.dim() >= 2:
+        ghost_size, remainder = ghost_batches.resolve(x.shape[0], ghost_size, remainder)
     # In 16 bits torch would keep the statistics in 16 bits.
-    if x.dtype not in REDUCED and composition_is_cheaper(
-        SMALL, x, running_mean, running_var, weight, bias
-    ):
-        ghost_batches.check(x, weight, bias, ghost_size, remainder)
-        each = [
-            functional.batch_norm(
-                part, running_mean, running_var, weight, bias, True, momentum, eps
-            )
-            for (part,) in ghost_batches.parts(ghost_size, x)
-        ]
-        return torch.cat(each) if len(each) > 1 else each[0] if each else x.clone()
+    plain = x.dtype not in REDUCED and running == "in_order"
+    if plain and composition_is_cheaper(SMALL, x, running_mean, running_var, weight, bias):
+        rules = ghost_size, momentum, eps, remainder
+        return _ghost_by_ghost(x, running_mean, running_var, weight, bias, *rules)
     y, mean, _, var = _forward_op(x, weight, bias, ghost_size, eps, remainder)
     with torch.no_grad():
+        if running == "mean" and len(mean):
+            mean, var = _mean_statistics(x, ghost_size, mean, var)
         advance_(running_mean, running_var, mean, var, momentum)
     result: Tensor = y
     return result
+
+
+def _ghost_by_ghost(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ghost_size: int,
+    momentum: float,
+    eps: float,
+    remainder: str,
+) -> Tensor:
+    """The same by one call of torch's batch norm for each ghost batch."""
+    ghost_batches.check(x, weight, bias, ghost_size, remainder)
+    ghosts = ghost_batches.count(x, ghost_size, remainder)
+    each = [
+        functional.batch_norm(part, running_mean, running_var, weight, bias, True, momentum, eps)
+        for (part,) in ghost_batches.parts(ghosts, ghost_size, x)
+    ]
+    return torch.cat(each) if len(each) > 1 else each[0] if each else x.clone()
+
+
+def _check_running(x: Tensor, running: str, *statistics: Tensor | None) -> None:
+    """Reject a rule that does not exist, and running statistics of another shape than (C,)."""
+    require(
+        running in ghost_batches.RUNNING,
+        lambda: f"running must be one of {ghost_batches.RUNNING}, not {running!r}",
+    )
+    for kept in statistics:
+        if kept is not None and kept.shape != x.shape[1:2]:
+            raise RuntimeError(
+                f"running statistics must have the shape {tuple(x.shape[1:2])}, not {tuple(kept.shape)}"
+            )
+
+
+def _mean_statistics(
+    x: Tensor, ghost_size: int, mean: Tensor, var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The means over ghosts (1, C) of their means and biased variances, from unbiased ones (S, C)."""
+    ghosts, each = mean.shape[0], math.prod(x.shape[2:])
+    values = torch.full((ghosts, 1), ghost_size * each, dtype=var.dtype, device=var.device)
+    values[-1] = (x.shape[0] - ghost_size * (ghosts - 1)) * each
+    return mean.mean(0, keepdim=True), (var * (values - 1) / values).mean(0, keepdim=True)
 
 
 def advance_(
@@ -145,7 +190,7 @@ def eager_forward(
     ghost_batches.check(x, weight, bias, ghost_size, remainder)
     x = ghost_batches.laid_out(x)
     y = torch.empty_like(x)
-    shape = (ghost_batches.count(x, ghost_size), x.shape[1])
+    shape = (ghost_batches.count(x, ghost_size, remainder), x.shape[1])
     # Results may not share memory.
     mean, rstd, var = (x.new_zeros(shape, dtype=accumulation_dtype(x.dtype)) for _ in range(3))
     weight = _affine(x, weight)
@@ -153,7 +198,7 @@ def eager_forward(
     unused = torch.zeros_like(mean[0]) if shape[0] else None
     statistics = zip(mean.unbind(), rstd.unbind(), var.unbind(), strict=True)
     for (here, to), (own_mean, own_rstd, own_var) in zip(
-        ghost_batches.parts(ghost_size, x, y), statistics, strict=True
+        ghost_batches.parts(shape[0], ghost_size, x, y), statistics, strict=True
     ):
         # With momentum 1 ATen's running statistics are this batch's, the variance unbiased.
         torch.native_batch_norm(
@@ -167,7 +212,7 @@ def fake_forward(
     ghost_size: int, eps: float, remainder: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ghost_batches.check(x, weight, bias, ghost_size, remainder)
-    shape = (ghost_batches.count(x, ghost_size), x.shape[1])
+    shape = (ghost_batches.count(x, ghost_size, remainder), x.shape[1])
     mean, rstd, var = (x.new_empty(shape, dtype=accumulation_dtype(x.dtype)) for _ in range(3))
     return torch.empty_like(ghost_batches.laid_out(x)), mean, rstd, var
 
@@ -185,7 +230,7 @@ def eager_backward(
     dx = torch.empty_like(x) if mask[0] else absent(x)
     gains, shifts = [], []
     for (here, along, to), own_mean, own_rstd in zip(
-        ghost_batches.parts(ghost_size, x, dy.contiguous(), dx if mask[0] else x),
+        ghost_batches.parts(len(rstd), ghost_size, x, dy.contiguous(), dx if mask[0] else x),
         mean.unbind(), rstd.unbind(), strict=True,
     ):  # fmt: skip
         part, gain, shift = torch.ops.aten.native_batch_norm_backward(

@@ -7,21 +7,31 @@ from torch import Tensor
 
 from trainc.kernels.library.contracts import check_affine, require
 
-REMAINDERS = ("error", "merge_last")
+REMAINDERS = ("error", "merge_last", "smaller", "even")
+RUNNING = ("in_order", "mean")
 
 
-def count(x: Tensor, ghost_size: int) -> int:
+def resolve(examples: int, ghost_size: int, remainder: str) -> tuple[int, str]:
+    """The size and the rule of ghost batches as operators take them: `even` ones are as torch.chunk gives them."""
+    if remainder != "even" or ghost_size < 1 or examples <= ghost_size:
+        return ghost_size, remainder
+    ghosts = -(-examples // ghost_size)
+    return -(-examples // ghosts), "smaller"
+
+
+def count(x: Tensor, ghost_size: int, remainder: str) -> int:
     """How many ghost batches x has: a batch smaller than one is one, an empty batch none."""
     examples = x.shape[0]
-    return examples // ghost_size if examples >= ghost_size else min(examples, 1)
+    if examples < ghost_size:
+        return min(examples, 1)
+    return -(-examples // ghost_size) if remainder == "smaller" else examples // ghost_size
 
 
-def parts(ghost_size: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of each ghost batch's examples, tensor beside tensor; the last takes the remainder."""
-    ghosts, examples = count(x, ghost_size), x.shape[0]
+def parts(ghosts: int, ghost_size: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views of each ghost batch's examples, tensor beside tensor; the last takes what is left, more or less."""
     if ghosts < 2:
         return [(x, *others)] * ghosts
-    sizes = [ghost_size] * (ghosts - 1) + [examples - ghost_size * (ghosts - 1)]
+    sizes = [ghost_size] * (ghosts - 1) + [x.shape[0] - ghost_size * (ghosts - 1)]
     return list(zip(*(tensor.split(sizes) for tensor in (x, *others)), strict=True))
 
 
@@ -43,7 +53,10 @@ def check(
                 'change one of them, or let the last ghost batch take the rest with remainder="merge_last"'
             ),
         )
-    least = min(ghost_size, x.shape[0]) * math.prod(x.shape[2:])
+    least = min(ghost_size, x.shape[0])
+    if remainder in ("smaller", "even") and x.shape[0] > ghost_size:
+        least = x.shape[0] - ghost_size * (count(x, ghost_size, "smaller") - 1)
+    least *= math.prod(x.shape[2:])
     require(
         x.shape[0] == 0 or least > 1,
         lambda: "a ghost batch must have more than one value per channel, or it has no variance",

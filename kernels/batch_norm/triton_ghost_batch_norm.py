@@ -198,11 +198,10 @@ def tile(size: int, channels: int, width: int, held: int) -> Tile:
     return Tile(samples, block, positions, once, warps)
 
 
-def _sizes(x: Tensor, ghost_size: int) -> tuple[int, int, int, int, int]:
+def _sizes(x: Tensor, count: int, ghost_size: int) -> tuple[int, int, int, int, int]:
     """Examples, channels, width, ghosts and the ghost size of dense x in memory order."""
     examples, channels, *rest = x.shape
-    count, width = ghost_batches.count(x, ghost_size), math.prod(rest)
-    size = min(ghost_size, examples)
+    width, size = math.prod(rest), min(ghost_size, examples)
     if x.is_contiguous():
         return examples, channels, width, count, size
     return examples * width, channels, 1, count, size * width
@@ -211,7 +210,7 @@ def _sizes(x: Tensor, ghost_size: int) -> tuple[int, int, int, int, int]:
 def _launch(kernel, pointers, sizes, held, *scalars, **flags) -> None:
     """Run a kernel over channel blocks and ghosts."""
     examples, channels, width, count, size = sizes
-    chosen = tile(examples - (count - 1) * size, channels, width, held)
+    chosen = tile(max(size, examples - (count - 1) * size), channels, width, held)
     kernel[(triton.cdiv(channels, chosen.channels) * count,)](
         *pointers, examples, channels, width, count, size, *scalars,
         **flags, ONCE=chosen.once, BLOCK_N=chosen.samples, BLOCK_C=chosen.channels,
@@ -229,7 +228,7 @@ def ghost_batch_norm(
         return operators.eager_forward(x, weight, bias, ghost_size, eps, remainder)
     ghost_batches.check(x, weight, bias, ghost_size, remainder)
     x = ghost_batches.laid_out(x)
-    sizes = _sizes(x, ghost_size)
+    sizes = _sizes(x, ghost_batches.count(x, ghost_size, remainder), ghost_size)
     y = torch.empty_like(x)
     shape = (sizes[3], x.shape[1])
     mean, rstd, var = (x.new_empty(shape, dtype=torch.float32) for _ in range(3))
@@ -257,7 +256,7 @@ def ghost_batch_norm_backward(
     _launch(
         ghost_backward,
         (dy, x, x if weight is None else weight.contiguous(), mean, rstd, dx, *parts),
-        _sizes(x, ghost_size), BACKWARD_HELD, HAS_W=weight is not None, WRITE_DX=mask[0],
+        _sizes(x, len(rstd), ghost_size), BACKWARD_HELD, HAS_W=weight is not None, WRITE_DX=mask[0],
     )  # fmt: skip
     gain, shift = (
         part.sum(0) if wanted else absent(rstd)

@@ -44,11 +44,19 @@ def fresh(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("shape", [(8, 3), (12, 5, 3, 4), (9, 4, 7), (3, 2, 2), (127, 1)], ids=str)
 @pytest.mark.parametrize("affine", [True, False])
-def test_it_is_batch_norm_ghost_by_ghost(shape: tuple[int, ...], affine: bool) -> None:
+@pytest.mark.parametrize("remainder", ["merge_last", "smaller", "even"])
+def test_it_is_batch_norm_ghost_by_ghost(
+    shape: tuple[int, ...], affine: bool, remainder: str
+) -> None:
     x, weight, bias = inputs(shape, torch.float32)
     size = 4
-    count = max(1, shape[0] // size)
-    sizes = [size] * (count - 1) + [shape[0] - size * (count - 1)]
+    if remainder == "merge_last":
+        count = max(1, shape[0] // size)
+        sizes = [size] * (count - 1) + [shape[0] - size * (count - 1)]
+    elif remainder == "smaller":
+        sizes = [len(part) for part in x.split(size)]
+    else:
+        sizes = [len(part) for part in x.chunk(-(-shape[0] // size))]
     results = []
     for ours in (True, False):
         leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
@@ -56,7 +64,7 @@ def test_it_is_batch_norm_ghost_by_ghost(shape: tuple[int, ...], affine: bool) -
         running = fresh(shape[1], torch.float32)
         if ours:
             y = ghost_batch_norm(
-                leaves[0], *running, given[0], given[1], size, True, 0.3, remainder="merge_last"
+                leaves[0], *running, given[0], given[1], size, True, 0.3, remainder=remainder
             )
         else:
             y = sequential(leaves[0], running, given[0], given[1], sizes)
@@ -124,6 +132,7 @@ def test_an_empty_batch_leaves_the_running_statistics() -> None:
         ((9, 3), 4, "error", "does not divide"),
         ((8, 3), 1, "error", "no variance"),
         ((1, 3), 4, "merge_last", "no variance"),
+        ((9, 3), 4, "smaller", "no variance"),
         ((8, 3), 4, "drop", "remainder must be one of"),
         ((8, 3), 0, "merge_last", "must be at least 1"),
         ((8,), 4, "error", "must be \\(B, C"),
@@ -154,3 +163,55 @@ def test_stored_numbers(stored: Callable[[str], Any]) -> None:
         torch.testing.assert_close(got, torch.tensor(want[name], dtype=torch.float64))
     for got, name in zip(running, ("mean", "var"), strict=True):
         torch.testing.assert_close(got, torch.tensor(closed[name], dtype=torch.float64))
+
+
+def test_stored_numbers_of_other_implementations(stored: Callable[[str], Any]) -> None:
+    case = stored("other_methods")["ghost_bn"]
+    x = torch.tensor(case["x"], dtype=torch.float64)
+
+    def run(size: int, **rules: Any) -> dict[str, Tensor]:
+        running = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+        y = ghost_batch_norm(x, *running, None, None, size, True, 0.1, case["eps"], **rules)
+        return dict(zip(("y", "running_mean", "running_var"), (y, *running), strict=True))
+
+    plain, mean = run(8), run(4, running="mean")
+    for name, found in plain.items():
+        want = torch.tensor(case["plain_BN_batch8"][name], dtype=torch.float64)
+        torch.testing.assert_close(found, want)
+    for name, found in mean.items():
+        want = torch.tensor(case["epfml_GhostBatchNorm2d_ghost4"][name], dtype=torch.float64)
+        torch.testing.assert_close(found, want)
+    ragged = torch.cat([x, x[:1]])
+    parts = [ghost.shape[0] for ghost in ragged.chunk(-(-9 // 4))]
+    assert f"chunks {parts}" == case["ragged_batch9_ghost4_tabnet"]
+    even = ghost_batch_norm(ragged, None, None, None, None, 4, True, remainder="even")
+    each = [
+        functional.batch_norm(p, None, None, None, None, True, 0.1, 1e-5)
+        for p in ragged.split(parts)
+    ]
+    torch.testing.assert_close(even, torch.cat(each), rtol=1e-12, atol=1e-12)
+    with pytest.raises(
+        RuntimeError, match="no variance"
+    ):  # as the stored error of 101 examples in tens
+        ghost_batch_norm(x.new_zeros(101, 3), None, None, None, None, 10, True, remainder="even")
+
+
+def test_the_mean_of_ghosts_of_several_sizes() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(10, 3, 2, dtype=torch.float64)
+    running = fresh(3, torch.float64)
+    rules = {"remainder": "smaller", "running": "mean"}
+    ghost_batch_norm(x, *running, None, None, 4, True, 0.3, **rules)  # type: ignore[arg-type]
+    ghosts = x.split(4)
+    for got, before, own in zip(
+        running,
+        fresh(3, torch.float64),
+        (
+            [g.mean((0, 2)) for g in ghosts],
+            [g.var((0, 2), correction=0) for g in ghosts],
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, 0.7 * before + 0.3 * torch.stack(own).mean(0))
+    with pytest.raises(RuntimeError, match="running must be one of"):
+        ghost_batch_norm(x, None, None, None, None, 5, True, running="last")

@@ -49,7 +49,10 @@ def _unmeasurable(rule: Gns, module: ModuleEntry, bound: Targets) -> _Reason | N
     if "_BatchNorm" in module.types and rule.method == "ghost":
         return None
     if module.batch_statistics:
-        help_ = f"{_SELECT_NORMS}, or compare micro-batches: `method = micro_batch`"
+        help_ = (
+            f"{_SELECT_NORMS}, or compare what BatchNorm normalizes together: micro-batches, `method = micro_batch`, or"
+            " groups of a micro-batch, `method = ghost, group = 8`"
+        )
         message = "normalizes over the batch, so a single example has no gradient of its own"
         return _Reason("norm-mixes-examples", message, help_)
     if f"{module.name}.parametrizations".lstrip(".") in bound.inventory.module:

@@ -23,8 +23,10 @@ class GhostBatch(Construct):
     at most `size` examples is one ghost batch, and BatchNorm as it is. The running statistics are those
     after one BatchNorm call per ghost batch, in order: with momentum a, S ghost batches and their
     statistics s_i they become (1 - a)^S r + sum_i a (1 - a)^(S - 1 - i) s_i. Evaluation uses them
-    without groups. Of a method that passes every example several times each view has ghost batches of
-    its own. Without `remainder`, a micro-batch that `size` does not divide is an error.
+    without groups. With `running = mean` they are updated once for a micro-batch, by the mean over its ghost
+    batches of their means and biased variances, as some implementations do. Of a method that passes every
+    example several times each view has ghost batches of its own. Without `remainder`, a micro-batch that
+    `size` does not divide is an error.
 
     Under DistributedDataParallel a ghost batch has examples of one replica. Running statistics are what
     those of a BatchNorm are there: each replica updates its own, and takes those of rank 0 in their place
@@ -47,9 +49,14 @@ class GhostBatch(Construct):
     )
 
     size: int = Field(ge=2, description="examples that are normalized together")
-    remainder: Literal["error", "merge_last"] = Field(
+    remainder: Literal["error", "merge_last", "smaller", "even"] = Field(
         default="error",
-        description="what becomes of examples that are left over: an error, or part of the last ghost batch",
+        description="what becomes of examples that are left over: an error; part of the last ghost batch; a smaller one"
+        " of their own; or, with `even`, all ghost batches get fewer, as torch.chunk divides into ceil(B / size) parts",
+    )
+    running: Literal["in_order", "mean"] = Field(
+        default="in_order",
+        description="how running statistics take those of ghost batches: one after the other, or their mean at once",
     )
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
@@ -81,7 +88,8 @@ class GhostBatch(Construct):
                 "bad-value",
                 f"a micro-batch of {micro} samples cannot be divided into ghost batches of {self.size}",
                 field="size",
-                help=f"set `micro` in `data` to a multiple of {self.size}, or write `remainder = merge_last`",
+                help=f"set `micro` in `data` to a multiple of {self.size}, or write `remainder = merge_last`,"
+                " `smaller` or `even`",
             )
 
     def lower(self, to: Lowering) -> None:
@@ -90,12 +98,26 @@ class GhostBatch(Construct):
 
         for module in to.modules():
             check_momentum(module.name, to.model.get_submodule(module.name))
-            to.layer(module.name, GhostBatchNorm(self.size, self.remainder))
+            to.layer(module.name, GhostBatchNorm(self.size, self.remainder, self.running))
 
     def reference(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return `x` through a BatchNorm, one call per ghost batch, in order; the last takes what is left over."""
+        """Return `x` through a BatchNorm, one call per ghost batch, in order, however the rest is divided."""
         import torch
 
-        count = max(len(x) // self.size, 1)
+        return torch.cat([layer(part) for part in x.split(self.sizes(len(x)))])
+
+    def sizes(self, examples: int) -> list[int]:
+        """Return the sizes of the ghost batches of so many examples."""
+        if self.remainder == "even":
+            count = -(-examples // self.size)
+            return even_sizes(examples, -(-examples // count))
+        if self.remainder == "smaller":
+            return even_sizes(examples, self.size)
+        count = max(examples // self.size, 1)
         sizes = [self.size] * (count - 1)
-        return torch.cat([layer(part) for part in x.split([*sizes, len(x) - sum(sizes)])])
+        return [*sizes, examples - sum(sizes)]
+
+
+def even_sizes(examples: int, size: int) -> list[int]:
+    """Return parts of `size`, the last of which has what is left."""
+    return [min(size, examples - start) for start in range(0, examples, size)]

@@ -129,12 +129,46 @@ def test_sizes_differ_by_clause_and_other_layers_stay_as_they_are(executor: Any)
 
 @pytest.mark.parametrize("executor", ["graph", "module"])
 @pytest.mark.parametrize("examples", [5, 7])
-def test_the_last_ghost_batch_takes_what_is_left_over(examples: int, executor: Any) -> None:
+@pytest.mark.parametrize("remainder", ["merge_last", "smaller", "even"])
+def test_what_is_left_over_is_divided_as_the_rule_says(
+    examples: int, remainder: str, executor: Any
+) -> None:
     model = net()
-    want = train_by_hand(by_hand(model, {"first": 3, "second": 3}), [batch(0, examples)])
-    spec = BASE + "normalize ghost_batch { size = 3, remainder = merge_last }"
+    hand = by_hand(model, {"first": 3, "second": 3}, remainder=remainder)
+    want = train_by_hand(hand, [batch(0, examples)])
+    spec = BASE + f"normalize ghost_batch {{ size = 3, remainder = {remainder} }}"
     trainc.compile(spec, model, executor=executor).step(batch(0, examples))
     assert_same_state(model, want)
+
+
+def test_sizes_of_ghost_batches() -> None:
+    sizes = {
+        rule: GhostBatch(size=4, remainder=rule).sizes(9)
+        for rule in ("merge_last", "smaller", "even")
+    }
+    assert sizes == {"merge_last": [4, 5], "smaller": [4, 4, 1], "even": [3, 3, 3]}
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_running_statistics_of_the_mean_ghost(executor: Any) -> None:
+    model = net()
+    first = copy.deepcopy(model.first)
+    x, y = batch(0)
+    spec = BASE + 'normalize ghost_batch on "first" { size = 2, running = mean }'
+    trainc.compile(spec, model, executor=executor).step((x, y))
+    ghosts = x.split(2)
+    mean = torch.stack([g.mean((0, 2, 3)) for g in ghosts]).mean(0)
+    var = torch.stack([g.var((0, 2, 3), correction=0) for g in ghosts]).mean(0)
+    torch.testing.assert_close(model.first.running_mean, 0.9 * first.running_mean + 0.1 * mean)
+    torch.testing.assert_close(model.first.running_var, 0.9 * first.running_var + 0.1 * var)
+    assert int(model.first.num_batches_tracked) == 1
+
+
+def test_one_example_left_over_has_no_variance() -> None:
+    spec = BASE + "normalize ghost_batch { size = 4, remainder = smaller }"
+    program = trainc.compile(spec, net(0), executor="module")
+    with pytest.raises(SiteError, match="the last group has one, which has no variance: write"):
+        program.step(batch(0, 9, 0))
 
 
 @pytest.mark.parametrize(
@@ -241,6 +275,7 @@ def test_a_micro_batch_that_does_not_divide_is_an_error_where_it_is_met() -> Non
         (8, {"size": 4}, []),
         (10, {"size": 4}, [("bad-value", "error")]),
         (10, {"size": 4, "remainder": "merge_last"}, []),
+        (10, {"size": 4, "remainder": "even"}, []),
         (4, {"size": 4}, [("no-effect", "warning")]),
         (3, {"size": 4}, [("no-effect", "warning")]),
     ],
@@ -286,11 +321,44 @@ def test_layers_that_a_noise_scale_groups_alike_are_grouped_once() -> None:
     one = trainc.compile(BASE + GROUPED % 2, models[1])
     for seed in range(3):
         assert both.step(batch(seed)) == one.step(batch(seed))
+        found = {n: v for n, v in both.signals.items() if n in ("gns.signal", "gns.noise")}
+        assert found == {n: one.signals[n] for n in found}
+        assert len(found) == 2
     assert_same_state(models[0], models[1].state_dict())
 
 
+def test_ghost_gradients_are_the_small_batches_of_a_noise_scale() -> None:
+    """B_small is the ghost size: by hand, one backward pass per ghost batch of a step in two micro-batches."""
+    model = net()
+    hand, parts = copy.deepcopy(model), []
+    x, y = batch(0, 12)
+    for rows in torch.arange(12).split(3):
+        loss = cross_entropy(hand(x[rows]), y[rows]) / 4
+        parts.append(torch.autograd.grad(loss, list(hand.parameters())))
+    flat = torch.stack([torch.cat([g.flatten() for g in part]) for part in parts])
+    small, whole = 4 * float(flat.square().sum()), float(flat.sum(0).square().sum())
+    noise = (small - whole) / (1 / 3 - 1 / 12)
+    signal = (12 * whole - 3 * small) / (12 - 3)
+    text = (
+        "normalize ghost_batch { size = 3 }\nnoise_scale gns on all { method = ghost, group = 3 }\n"
+    )
+    program = trainc.compile(BASE + text, model)
+    program.step([(x[:6], y[:6]), (x[6:], y[6:])])
+    assert program.signals["gns.noise"] == pytest.approx(noise, rel=1e-9)
+    assert program.signals["gns.signal"] == pytest.approx(signal, rel=1e-9)
+
+
+def test_a_noise_scale_of_examples_says_that_groups_can_be_compared() -> None:
+    text = BASE + "normalize ghost_batch { size = 3 }\nnoise_scale gns on %s { smooth = 1 steps }\n"
+    for selected in ('"first"', '"head"'):
+        with pytest.raises(trainc.SpecError, match="`method = ghost, group = 8`") as error:
+            trainc.plan(text % selected, net())
+        assert "norm-mixes-examples" in str(error.value)
+
+
 def test_other_groups_of_a_noise_scale_are_a_conflict() -> None:
-    with pytest.raises(trainc.SpecError, match="also replaces how `first`"):
+    message = "also replaces how `first` computes its result: give both groups of one size, 2 or 3"
+    with pytest.raises(trainc.SpecError, match=message):
         trainc.plan(BASE + "normalize ghost_batch { size = 2 }\n" + GROUPED % 3, net())
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
-
 from trainc.compiler.errors import SiteError
 from trainc.runtime.step.batches import BatchTransform
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from trainc.compiler.constructs.regularize.activations._mixtures import Share
     from trainc.compiler.method.lowered_method import Scheduled
     from trainc.runtime.data.batch import Batch
     from trainc.runtime.step.record import Step
 
-Mix = Callable[[str, list[Tensor], Tensor, Tensor], list[Tensor]]
+Mix = Callable[[str, "list[Tensor]", "Tensor", "Tensor"], "list[Tensor]"]
 """Returns which part of each example stays, (1,) or (B,), and the mixed inputs, for the clause of a name.
 
 It is given the inputs, the partners (B,), and numbers (1 or B, 3): a draw of Beta(alpha, alpha) and two in [0, 1).
@@ -40,6 +39,8 @@ class MixPairs(BatchTransform):
         self, batch: Batch, step: Step, draw: torch.Generator, sample_ids: Tensor | None
     ) -> Batch:
         """Return the mixed micro-batch; raises SiteError for inputs and targets that cannot be mixed."""
+        import torch
+
         inputs, targets = batch
         alpha, of_step = self.alpha(step.clock), self.draws.of_step()
         if alpha == 0 or of_step.random() >= self.probability:
@@ -56,13 +57,15 @@ class MixPairs(BatchTransform):
         )[-rows:].to(targets.device)
         order = torch.randperm(rows, generator=draw, device=targets.device)
         kept, *mixed = self.mix(self.name, given, order, numbers)
-        made: Any = mixed[0] if isinstance(inputs, Tensor) else tuple(mixed)
+        made: Any = mixed[0] if isinstance(inputs, torch.Tensor) else tuple(mixed)
         if isinstance(inputs, Mapping):
             made = dict(zip(inputs, mixed, strict=True))
         return made, self._targets(targets, order, kept, given[0].dtype)
 
     def _tensors(self, inputs: Any) -> list[Tensor]:
         """Return the inputs as a list; raises SiteError for one that is no floating-point tensor."""
+        from torch import Tensor
+
         if isinstance(inputs, Tensor):
             parts: dict[Any, Any] = {"": inputs}
         else:
@@ -80,6 +83,9 @@ class MixPairs(BatchTransform):
 
     def _targets(self, targets: Tensor, order: Tensor, kept: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the mixed targets: numbers in their own dtype, class indices as probabilities."""
+        import torch
+        from torch.nn.functional import one_hot
+
         if not targets.is_floating_point():
             self._check_indices(targets)
             targets = one_hot(targets.long(), self.classes or 0)
