@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from trainc.compiler.layers.site_state import (
     join_views,
     separate_views,
 )
+from trainc.compiler.method.example_units import ExampleUnits
+from trainc.compiler.method.layer_hook import LayerContext, LayerHook
 from trainc.compiler.method.sites import NormSite
 from trainc.kernels.norm.layer_norm import layer_norm
 from trainc.kernels.norm.rms_norm import rms_norm
@@ -71,6 +75,47 @@ class BoundNormGradients(BoundLayer):
         if bias is not None:
             y = y + bias.to(dtype) + _of_example(self.trainc, 1, x, shape)
         return y.to(normal.dtype)
+
+
+@dataclass(frozen=True)
+class FusedNorm(LayerHook):
+    """Computes a norm by one operator, with its backward pass: in a captured graph the passes put it in place."""
+
+    fused_by: ClassVar = "fuse_norms"
+    draws: ClassVar = False
+    zero_is_identity: ClassVar = True
+
+    norm: NormSite
+
+    @property
+    def operator(self) -> str:  # type: ignore[override]
+        """The operator of trainc that computes it."""
+        return f"{self.norm.layer_type}_norm"
+
+    def forward(
+        self,
+        layer: nn.Module,
+        call: Callable[..., Any],
+        at: LayerContext,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the normalized input."""
+        if at.captured:
+            return call(*args, **kwargs)
+        (x,) = (*args, *kwargs.values())
+        own, site = cast(nn.LayerNorm, layer), self.norm
+        if site.layer_type == "layer":
+            return layer_norm(x, list(own.normalized_shape), own.weight, own.bias, None, own.eps)
+        weight = cast("Tensor | None", getattr(own, "weight", None))
+        shape = list(
+            getattr(own, "normalized_shape", [x.shape[-1]] if weight is None else weight.shape)
+        )
+        return rms_norm(x, shape, weight, None, site.eps, site.casting)
+
+    def done_by_measuring(self, layer_type: str, units: ExampleUnits | None) -> bool:
+        """Say whether the layer is measured as a norm: then that computes it by the same operator."""
+        return layer_type in ("layer", "rms") and units is None
 
 
 def _of_example(state: SiteState, column: int, x: Tensor, shape: list[int]) -> Tensor:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainc.compiler.method.example_units import ExampleUnits
+    from trainc.compiler.method.sites import NormSite
     from trainc.runtime.schedule.gate import Gate
 
 
@@ -100,6 +101,8 @@ class LayerHook:
     """The operator of trainc that computes it, for the plan; None for plain PyTorch."""
     fused_by: ClassVar[str | None] = None
     """The graph pass that puts the operator in place of what is captured; None where it is captured as it is."""
+    norm: NormSite | None = None
+    """The norm that graph passes turn into one operator, where that is what the hook does."""
     draws: ClassVar[bool] = True
     """Whether it draws random numbers."""
     of_branch: ClassVar[str] = ""

@@ -121,6 +121,13 @@ class Rewrite:
         """Return every measured layer."""
         return (*self.norms, *self.layers)
 
+    @property
+    def fused_norms(self) -> tuple[NormSite, ...]:
+        """Return every norm that passes turn into one operator: those that are measured, and those of hooks."""
+        measured = {site.module for site in self.norms}
+        of_hooks = {s.module: s.hook.norm for s in self.hooks if s.module not in measured}
+        return (*self.norms, *(norm for norm in of_hooks.values() if norm is not None))
+
     def replaced(self) -> Iterator[tuple[LayerHookSite, bool]]:
         """Yield the hooks that replace measured layers, and whether measuring does what the hook does."""
         layer_types = {site.module: site.layer_type for site in self.measured}

@@ -11,14 +11,14 @@ from torch import fx
 from trainc.compiler.errors import SiteMissing, SiteUnfit
 from trainc.compiler.graph.forward_graph import ForwardGraph, arguments, call_site
 from trainc.compiler.method.sites import NormSite, Rewrite
-from trainc.compiler.passes.pass_base import NormPass
+from trainc.compiler.passes.pass_base import FusingPass
 from trainc.compiler.passes.site_checks import check_weight_uses
 from trainc.compiler.patterns.norm_calls import NormCall, norm_calls
 from trainc.kernels.norm import layer_norm as _layer_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm.rms_norm import default_eps
 
 
-class FuseNorms(NormPass):
+class FuseNorms(FusingPass):
     """Replaces each selected norm by one operator, whichever operators compute it."""
 
     name = "fuse_norms"
@@ -27,11 +27,11 @@ class FuseNorms(NormPass):
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite every norm site."""
         found = locate(forward, rewrite)
-        missing = [site.module for site in rewrite.norms if site.module not in found]
+        missing = [site.module for site in rewrite.fused_norms if site.module not in found]
         if missing:
             raise SiteMissing(self.name, missing)
         fused: dict[fx.Node, fx.Node] = {}
-        for site in rewrite.norms:
+        for site in rewrite.fused_norms:
             call = found[site.module]
             fused[call.result] = self.fuse(forward, site, call, fused.get(call.x, call.x))
         return list(found)
@@ -78,7 +78,7 @@ def locate(forward: ForwardGraph, rewrite: Rewrite) -> dict[str, NormCall]:
     """Return the one call of each norm site, found by its weight, else by its module."""
     calls = list(norm_calls(forward.graph))
     found: dict[str, NormCall] = {}
-    for site in rewrite.norms:
+    for site in rewrite.fused_norms:
         mine = [
             call
             for call in calls

@@ -13,7 +13,7 @@ from trainc.compiler.graph.forward_graph import ForwardGraph
 from trainc.compiler.graph.sizes import same_shape
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.fuse_norms import fused_norm
-from trainc.compiler.passes.pass_base import NormPass
+from trainc.compiler.passes.pass_base import FusingPass
 from trainc.kernels.norm import add_layer_norm as _add_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm import add_rms_norm as _add_rms_norm  # noqa: F401  (registers the operator)
 
@@ -24,12 +24,12 @@ WITH_SUM: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class FuseResidualAdds(NormPass):
+class FuseResidualAdds(FusingPass):
     """Replaces a sum and the fused norm of it by one operator; with `always`, on any device.
 
     On CUDA this saves reading the sum in forward, and its gradient in backward. On a CPU the
     operator makes the two calls that it replaces, so there the graph stays as it is. Loss and
-    gradients keep every bit either way. Two views of an example are joined before a norm, so their sums stay.
+    gradients keep every bit either way. Two views of an example are joined before a measured norm, so its sum stays.
     """
 
     always: bool = False
@@ -40,13 +40,17 @@ class FuseResidualAdds(NormPass):
 
     def run(self, forward: ForwardGraph, rewrite: Rewrite) -> list[str]:
         """Rewrite every fused norm whose input is a sum of two tensors of its shape."""
-        count = 0
-        for site in rewrite.norms:
-            norm = fused_norm(forward, site, WITH_SUM)
-            if norm is not None and forward.views == 1:
-                count += self.fuse(forward, norm)
-        if count:
-            forward.notes.append(f"{count} residual sums are computed by the norms that read them")
+        measured, fused = {site.module for site in rewrite.norms}, []
+        for site in rewrite.fused_norms:
+            joined = forward.views > 1 and site.module in measured
+            norm = None if joined else fused_norm(forward, site, WITH_SUM)
+            if norm is not None and self.fuse(forward, norm):
+                fused.append(site.module)
+        if fused:
+            names = ", ".join(f"`{name}`" for name in fused)
+            forward.notes.append(
+                f"{len(fused)} residual sums are computed by the norms that read them: {names}"
+            )
         return list(self.wants(rewrite))
 
     def fuse(self, forward: ForwardGraph, norm: fx.Node) -> bool:

@@ -42,6 +42,14 @@ class NormPass(Pass):
         return tuple(site.module for site in rewrite.norms)
 
 
+class FusingPass(Pass):
+    """A pass that serves the norms which are one operator each, whether they are measured or not."""
+
+    def wants(self, rewrite: Rewrite) -> tuple[str, ...]:
+        """Return the norm sites."""
+        return tuple(site.module for site in rewrite.fused_norms)
+
+
 class LossPass(Pass):
     """A pass that serves a loss which one operator computes with a term of two views."""
 

@@ -82,6 +82,7 @@ ANY = [
     SGD + "perturb gradient_norm { radius = 0.5, alpha = 0.7 }",
     SGD + "perturb looksam { rho = 0.5, alpha = 0.7, refresh = 2 steps }",
     SGD + "observe norm_growth on ndim(2) every 1 steps { from_start = true }",
+    SGD + "normalize fuse on type(LayerNorm)",
     SGD + GNS,
     SGD + with_(GNS, "type(LayerNorm)", "all"),
     SGD + with_(GNS, "}", ", interval = jackknife }"),
