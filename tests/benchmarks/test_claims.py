@@ -195,3 +195,18 @@ def test_measured_rates_are_compared_with_their_controls(tmp_path: Path) -> None
     assert len(lines.splitlines()) == 6 * 2 + 4 * 2
     assert result(out, *options)["measured"] == measured  # the second time only reads
     assert out.with_suffix(".jsonl").read_text() == lines
+
+
+@pytest.mark.slow
+def test_remedies_of_a_large_batch_are_compared(tmp_path: Path) -> None:
+    out = tmp_path / "ghost.json"
+    found = result(out, "benchmarks.claims.ghost", "--seeds", "2")
+    steps = found["steps"]
+    assert steps["plain"] == steps["sqrt"] == steps["ghost"] < steps["longer"]
+    assert steps["longer"] == steps["ghost, longer"] == steps["small"]
+    for row in found["held-out accuracy"].values():
+        assert len(row["by seed"]) == 2
+        assert all(0 <= one <= 100 for one in row["by seed"])
+    assert len(found["differences of the held-out accuracy, in points"]) == 7
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 4 + 6 * 2
