@@ -69,7 +69,7 @@ class MeasuredPolicy(MeasuredAtTimes):
             ("params", "clock"),
             ("rate", "metrics", "signal:spread", "signal:alpha", "signal:gain"),
         ),
-        Effect("deltas", "scale slices of updates", ("delta", "rate"), ("delta",)),
+        Effect("deltas", "scale slices of updates", ("params", "delta"), ("delta",), lasting=True),
     )
 
     map: Map = Field(
@@ -297,7 +297,8 @@ class MeasuredPolicy(MeasuredAtTimes):
         chosen = {part.weight for group in groups for part in group.parts}
         found = find_units(to.inventory.weights, self._by)
         units = {unit.name: unit for unit in found if unit.name in chosen}
-        show_measured(to, units.values(), self._by, "" if self.split != "whole" else _STORED)
+        stored = "" if self.split != "whole" else _STORED
+        show_measured(to, units.values(), self._by, stored, apart=self.unit == "part")
         model, grams = to.model, self.takes_grams
 
         def read_parts(names: Sequence[str]) -> dict[str, Tensor | Gram]:

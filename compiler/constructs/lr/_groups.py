@@ -61,14 +61,22 @@ def find_groups(
     return groups, unfit
 
 
-def show_measured(to: Lowering, units: Collection[MatrixUnit], by: By, why: str = "") -> None:
-    """Show in the plan which units of each weight are measured, and `why`, or else why it is divided so."""
+def show_measured(
+    to: Lowering, units: Collection[MatrixUnit], by: By, why: str, *, apart: bool
+) -> None:
+    """Show in the plan which units of each weight are measured, and `why`, or else why it is divided so.
+
+    Several units of a weight have a factor each where they are `apart`, else that of their mean.
+    """
     names = {unit.name for unit in units}
     for name, weight in {unit.weight.name: unit.weight for unit in units}.items():
         own = weight.units(by)
         sizes = {unit.part.name: unit.size for unit in own if unit.name in names}
-        small, reason = len(own) - len(sizes), why or weight.reason
-        to.measures(name, sizes, f"{reason}; {small} too small" if small else reason)
+        factor = "a factor each" if apart else "the factor of their mean"
+        said = [why or weight.reason, factor * (len(sizes) > 1)]
+        if small := len(own) - len(sizes):
+            said.append(f"{small} too small")
+        to.measures(name, sizes, "; ".join(filter(None, said)))
 
 
 def slice_factors(

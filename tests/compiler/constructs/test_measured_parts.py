@@ -133,12 +133,14 @@ def test_the_plan_lists_parts_and_why() -> None:
     model "examples.models:gpt" { layers = 1, width = 64, heads = 2, context = 8 }
     loss cross_entropy
     optimizer adamw { lr = 1e-3 }
-    lr temp_balance on "blocks.**" & matrices
+    lr temp_balance on "blocks.**" & matrices%s
     """
-    rows = {row["weight"]: row for row in trainc.plan(spec).measured}
+    apart = trainc.plan(spec % " { unit = part }").measured
+    assert apart[0]["reason"] == "queries, keys and values apart; a factor each"
+    rows = {row["weight"]: row for row in trainc.plan(spec % "").measured}
     fused = rows["blocks.0.attn.qkv.weight"]
     assert (fused["parts"], fused["sizes"]) == (["q", "k", "v"], ["64x64"] * 3)
-    assert fused["reason"] == "queries, keys and values apart"
+    assert fused["reason"] == "queries, keys and values apart; the factor of their mean"
     assert rows["blocks.0.mlp.fc.weight"]["reason"] == "one matrix"
 
 
