@@ -34,6 +34,14 @@ print(slope_through_origin([1, 2], [3, 6]), over_seeds([1.0, 2.0, 3.0])["interva
 """
 
 
+PACED = """
+from benchmarks.pace import *
+
+turns = {name: [asdict(one) for one in every] for name, every in times(asdict(SMALL)).items()}
+print(json.dumps([turns, memory("ours", SMALL)]))
+"""
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in the checkout, where the benchmarks are a package."""
     command = [sys.executable, "-W", "ignore", *arguments]
@@ -68,6 +76,22 @@ def test_the_cost_of_a_noise_scale_is_taken_beside_plain_steps(tmp_path: Path) -
         "all layers <= 1.1",
         "Opacus / trainc >= 2.0",
     }
+
+
+def test_pace_is_timed_beside_the_plain_step_and_the_published_pair() -> None:
+    done = run("-c", PACED)
+    assert done.returncode == 0, done.stderr
+    times, memory = json.loads(done.stdout)
+    assert times.keys() == {
+        "plain",
+        "published pair",
+        "ours",
+        "ours, upper half",
+        "history",
+        "lazy",
+    }
+    assert all(len(every) == 2 and every[0]["cpu"] > 0 for every in times.values())
+    assert memory.keys() == {"whole", "of a step"}
 
 
 def test_norms_that_are_wrong_are_noticed() -> None:
