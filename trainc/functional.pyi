@@ -2,8 +2,9 @@
 
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
+from trainc.compiler.constructs.regularize.features.contrast import supcon
+from trainc.compiler.constructs.regularize.features.dr_tune import dr_calibrate, dr_rotation
 from trainc.compiler.constructs.regularize.outputs._distances import consistency
-from trainc.compiler.constructs.regularize.outputs.contrast import supcon
 from trainc.compiler.constructs.regularize.outputs.distill import distill_loss
 from trainc.compiler.constructs.regularize.outputs.pace import pace_sigma
 from trainc.compiler.per_example.functional import measured_parameters, per_example_sq_norms
@@ -42,6 +43,8 @@ __all__ = [
     "convolution",
     "cross_entropy_consistency",
     "distill_loss",
+    "dr_calibrate",
+    "dr_rotation",
     "embedding",
     "farms_alpha",
     "ghost_batch_norm",

@@ -207,7 +207,7 @@ class ForwardAccess(ClauseAccess):
         weight: Expr | None = None,
         metric: str | None = None,
         scalars: Mapping[str, Scheduled] | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Tensor | Callable[[], Tensor]] | None = None,
         joint: JointOperator | None = None,
         companions: Sequence[Companion] = (),
         what: str | None = None,
@@ -221,11 +221,12 @@ class ForwardAccess(ClauseAccess):
         `value(forward)` is 0-d, and a mean `over` counted targets or examples, or a function of parameters: from it
         accumulation over micro-batches is exact. It is multiplied by `weight`; its metric, named `metric` or as the
         clause, is the value before. `scalars` and `tensors` reach it as `forward.tensors`, by these names, logits of
-        `companions` by `forward.logits_of`. `joint` is an operator for the term and a cross-entropy together; `what`
-        names the value in the summary of a run. With `of_classes` it reads logits as those of classes, and the clause
-        is an error if the loss has other targets. With `sample_ids` it reads `forward.sample_ids`, and of `histories`
-        the last logits of each sample by `forward.previous`: a step without sample ids is then an error. With `every`
-        it is computed in one of that many steps. Raises ValueError for a second term of one name.
+        `companions` by `forward.logits_of`. A function among `tensors` is asked in every micro-batch, as for a buffer.
+        `joint` is an operator for the term and a cross-entropy together; `what` names the value in the summary of a
+        run. With `of_classes` it reads logits as those of classes, and the clause is an error if the loss has other
+        targets. With `sample_ids` it reads `forward.sample_ids`, and of `histories` the last logits of each sample by
+        `forward.previous`: a step without sample ids is then an error. With `every` it is computed in one of that many
+        steps. Raises ValueError for a second term of one name.
         """
         label = metric or self.label
         if label in (*self._method.rewrite.terms, *(p.label for p in self._method.loss_parts)):
@@ -244,7 +245,10 @@ class ForwardAccess(ClauseAccess):
             self._method.scalars[named[number]] = self.while_open(scheduled)
         for given, tensor in (tensors or {}).items():
             named[given] = self._unused(given)
-            self._method.tensors[named[given]] = tensor
+            if callable(tensor):
+                self._method.live_tensors[named[given]] = tensor
+            else:
+                self._method.tensors[named[given]] = tensor
         of_term = tuple(companions), of_classes, sample_ids, tuple(named.items()), self.label
         gate = self._gate_in(every)
         term = Term(label, value, over, of_weight, gate, joint, what, *of_term, tuple(histories))
@@ -252,7 +256,8 @@ class ForwardAccess(ClauseAccess):
 
     def _unused(self, name: str) -> str:
         """Return a name of a number or tensor in the method that no other clause or call has: `name` where it can."""
-        taken = {*self._method.scalars, *self._method.tensors, *_OF_STEP}
+        held = self._method.scalars, self._method.tensors, self._method.live_tensors
+        taken = {*chain(*held), *_OF_STEP}
         candidates = chain(
             (name, f"{name}:{self.label}"), (f"{name}:{self.label}:{i}" for i in count(2))
         )

@@ -116,7 +116,7 @@ class LoweredMethod:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Constants of loss terms, by name."""
     live_tensors: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    """What gives tensors that hooks read as they are now, by name."""
+    """What gives tensors that hooks and terms read as they are now, by name."""
     lr_factors: dict[str, list[LrFactor]] = field(default_factory=dict)
     """Factors on the learning rate, by parameter."""
     option_factors: dict[str, list[LrFactor]] = field(default_factory=dict)

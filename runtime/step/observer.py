@@ -52,6 +52,10 @@ class Seen(Protocol):
         """What captured modules gave, one tensor of all views a call."""
         ...
 
+    def captured_of(self, companion: Any) -> Mapping[str, Sequence[Tensor]]:
+        """Return what captured modules of a companion gave, where a term of the clause reads it, one tensor a call."""
+        ...
+
     @property
     def counted(self) -> Tensor:
         """Which targets the loss counts, bool, of the targets' shape."""

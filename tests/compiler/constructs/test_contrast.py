@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import trainc
 from tests.conformance import divided
 from trainc import functional
-from trainc.compiler.constructs.regularize.outputs.contrast import Contrast
+from trainc.compiler.constructs.regularize.features.contrast import Contrast
 from trainc.runtime.data.batch import Batch
 
 REFERENCE = Path(__file__).parents[2] / "reference/more_methods.json"

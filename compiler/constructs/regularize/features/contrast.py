@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainc.compiler.constructs.regularize.outputs import _features
+from trainc.compiler.constructs.regularize.features import _features
 from trainc.compiler.model.adapter_rule import AdapterRule
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
 from trainc.dsl.reading.field_types import call_of
@@ -56,7 +56,7 @@ class Contrast(Construct, AdapterRule):
     identity: ClassVar = {"weight": "0"}
     effects: ClassVar = (Effect("forward", "contrast features", ("forward", "clock"), ("loss",)),)
     division: ClassVar = "a feature is compared with the others of its own micro-batch alone"
-    functions: ClassVar = ("trainc.compiler.constructs.regularize.outputs.contrast:supcon",)
+    functions: ClassVar = ("trainc.compiler.constructs.regularize.features.contrast:supcon",)
 
     weight: Schedule = Field(description="coefficient of the term")
     temperature: float = Field(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainc.compiler.bind.bound_clause import Targets
-    from trainc.compiler.method.term import Forward
+    from trainc.runtime.step.observer import Seen
 
 _WIDTHS = ("out_features", "num_features", "out_channels", "num_channels", "embedding_dim")
 """Attributes of layers that say how wide what they give is."""
@@ -34,7 +34,7 @@ def width_of(module: nn.Module) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def rows_of(forward: Forward, module: str, label: str) -> tuple[Tensor, Tensor, Tensor]:
+def rows_of(forward: Seen, module: str, label: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the features (N, D) of a captured module, the class of each (N,), and which count; of every view.
 
     Raises ValueError where the module gives no vector for each target, or a target is no class.

@@ -1,0 +1,1 @@
+"""Regularizers of features: terms on the vectors that one layer gives for each target."""
