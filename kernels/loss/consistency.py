@@ -22,24 +22,28 @@ class Consistency:
 
     distance: str
 
-    def __call__(self, logits: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Return the distance, 0-d, in float32 at least, over the rows `counted`, (B, ...) bool, or over all.
+    def __call__(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the distance, 0-d, in float32 at least: a mean by the rows' `weights` (B, ...), bool or numbers.
 
-        `cross_entropy_consistency` has the formulas.
+        Without them all rows weigh the same. `cross_entropy_consistency` has the formulas.
         """
         one, two = logits.to(accumulation_dtype(logits.dtype)).chunk(2)
-        if (
-            counted is not None
-        ):  # before anything else, so that no gradient meets what other rows hold
-            one, two = (half.where(counted.unsqueeze(-1), 0.0) for half in (one, two))
+        if weights is not None:
+            # Before anything else, so that no gradient meets what rows without a weight hold.
+            used = (weights != 0).unsqueeze(-1)
+            one, two = (half.where(used, 0.0) for half in (one, two))
         if self.distance == "mse":
             squares = (one - two).square()
             each = squares.sum(-1) if squares.dim() > 1 else squares
         else:
             log_p, log_q = one.log_softmax(-1), two.log_softmax(-1)
             each = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
-        mean: Tensor = each.mean() if counted is None else each.sum() / counted.sum()
-        return mean
+        if weights is None:
+            return each.mean()
+        if weights.dtype != torch.bool:
+            weights = weights.to(each.dtype)
+            each = each * weights
+        return each.sum() / weights.sum()
 
     @property
     def target(self) -> Any:

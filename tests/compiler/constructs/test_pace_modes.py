@@ -130,6 +130,20 @@ def test_every_mode_is_its_definition(mode: str, tokens: tuple[int, ...], execut
     assert mode != "history" or term > 0
 
 
+@pytest.mark.parametrize("mode", ["pair", "history"])
+def test_under_weights_of_classes_micro_batches_add_up(mode: str) -> None:
+    rest = REST.replace("entropy", "entropy { class_weight = [0.5, 3, 0] }")
+    (x, y), given = samples(6), torch.arange(6)
+    whole, parts = (trainc.compile(spec(mode, rest=rest), model()) for _ in range(2))
+    for _ in range(2):
+        one = whole.step((x, y), sample_ids=given)
+        other = parts.step(divided((x, y), (1, 2, 3)), sample_ids=list(given.split((1, 2, 3))))
+        assert other["consistency"] == pytest.approx(one["consistency"], rel=1e-10)
+    assert one["consistency"] > 0
+    for got, want in zip(parts.module.parameters(), whole.module.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
 def test_a_lazy_step_passes_the_whole_batch_once() -> None:
     x, y = samples()
     program = trainc.compile(spec("lazy(2)", rest=REST), model())

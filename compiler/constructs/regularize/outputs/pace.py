@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from trainc.compiler.constructs.regularize.outputs import _two_views
+from trainc.compiler.constructs.regularize.outputs._divergence import weighted_mean
 from trainc.compiler.constructs.regularize.outputs._noise import Noise
 from trainc.compiler.constructs.regularize.outputs._noise_sites import (
     NoiseSite,
@@ -221,11 +222,11 @@ class Pace(Construct):
         return consistency(one, two, measure=self.distance)
 
     def history_distance(
-        self, logits: Tensor, last: Tensor, known: Tensor, counted: Tensor | None = None
+        self, logits: Tensor, last: Tensor, known: Tensor, weights: Tensor | None = None
     ) -> Tensor:
         """Return the distance of logits (B, ..., C) from those of the samples' last visits, 0-d, in float32 at least.
 
-        `last` has no gradient. The mean runs over all rows, or those that are `counted` (B, ...); a sample that is not
+        `last` has no gradient. The mean runs over all rows, or by their `weights` (B, ...); a sample that is not
         `known` (B,) adds 0.
         """
         import torch
@@ -236,12 +237,12 @@ class Pace(Construct):
         if logits.dim() == 1:
             logits, last = logits.unsqueeze(-1), last.unsqueeze(-1)
         rows = known.view(-1, *[1] * (logits.dim() - 2)).expand(logits.shape[:-1])
-        counts = torch.ones_like(rows) if counted is None else counted
+        weights = torch.ones_like(rows) if weights is None else weights
         # Whatever the other rows hold, no gradient meets it.
-        used = (rows & counts).unsqueeze(-1)
+        used = (rows & (weights != 0)).unsqueeze(-1)
         one, two = (x.to(dtype).where(used, 0.0) for x in (logits, last.detach()))
         each = consistency(one, two, measure=self.distance, reduce="none")
-        return each.sum() / counts.sum()
+        return weighted_mean(each, weights)
 
 
 def pace_sigma(depths: int | Sequence[int], sigma: float, skip: int = 0) -> list[float]:
@@ -276,9 +277,9 @@ def _where(noisy: Sequence[NoiseSite]) -> str:
 
 
 def _rows(forward: Forward) -> Tensor | None:
-    """Return which rows of a view's logits count, None for all: where the targets are no class of each row."""
-    counted = forward.counted
-    return counted if counted.shape == forward.view(0).shape[:-1] else None
+    """Return what each row of a view's logits weighs, None where all weigh the same: the targets are none of rows."""
+    weights = forward.target_weights
+    return weights if weights.shape == forward.view(0).shape[:-1] else None
 
 
 def _multiply(z: Tensor) -> Any:
