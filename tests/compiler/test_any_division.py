@@ -114,8 +114,8 @@ OF_TOKENS = [
     SGD + with_(GNS, "}", ", example = document, separator = 0 }"),
     SGD + "lr layer_decay on trainable { decay = 0.5 + 0.4 * progress }",
     SGD + "lr by_type { factors = [2 on type(Embedding), 0.5 on ndim(1)] }",
-    SGD + 'regularize drop_path on "blocks.*.attn" | "blocks.*.mlp" { p = 0.4 }',
-    SGD + 'regularize neftune on "embed.token" { alpha = 5 }',
+    SGD + 'regularize drop_path on "**.blocks.*.attn" | "**.blocks.*.mlp" { p = 0.4 }',
+    SGD + 'regularize neftune on "**.embed.token" { alpha = 5 }',
     with_(SGD, "sgd", 'sgd on "**.lora.**"')
     + 'adapt lora on "blocks.**" & type(Linear) { rank = 2, alpha = 4 }',
 ]
