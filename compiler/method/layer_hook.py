@@ -114,6 +114,8 @@ class LayerHook:
     """Whether it acts only where every example passes several times, and the layer need not run."""
     zero_is_identity: ClassVar[bool] = False
     """Whether the layer is the user's own where every scalar is 0."""
+    modules_only: ClassVar[str | None] = None
+    """Why no graph runs it; None where one can."""
 
     def change_input(self, x: Tensor, at: LayerContext) -> Tensor:
         """Return what the layer gets in place of its first input."""

@@ -114,7 +114,8 @@ class Rewrite:
             return "examples that are not rows of the batch need bound modules"
         if any(site.per_example_gradients for site in self.norms):
             return "per-example gradients, beyond their norms, need bound modules"
-        return None
+        reasons = (site.hook.modules_only for site in self.hooks)
+        return next((reason for reason in reasons if reason is not None), None)
 
     @property
     def measured(self) -> tuple[MeasuredSite, ...]:

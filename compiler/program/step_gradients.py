@@ -104,6 +104,20 @@ class StepGradients:
         self._of_the_others()
         return trees
 
+    def of_tensors(self, begin: Callable[[int], Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Return the gradients by tensors of the passes; see `runtime.step.around.Gradients`."""
+        torch.clear_autocast_cache()
+        execution, trees = self._execution, []
+        scale = 1 if execution.replicas is None else execution.replicas.size
+        with keep_state(execution.module), differentiable_checkpoints(), torch.enable_grad():
+            for batch, where in self.micro_batches:
+                leaves = begin(where.first_example)
+                _, found = execution.gradients(batch, where, self._scaler, leaves)
+                zeros = {n: torch.zeros_like(t) for n, t in leaves.items() if n not in found}
+                trees.append(zeros | {n: self._unscaled(g) / scale for n, g in found.items()})
+            self._of_the_others()
+        return trees
+
     def _of_the_others(self) -> dict[str, Tensor]:
         """Take part in the passes that other processes have more of; return what these add to the shards here."""
         if not self._more:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, overload
 
@@ -35,6 +35,13 @@ class Gradients(Protocol):
         They are by parameter; those of inputs are a list of one tree for each micro-batch, with the tensors of the
         inputs replaced by their gradients, zeros where they have no effect, and None for tensors that are not of
         floating point. Raises ValueError where none of the inputs is.
+        """
+
+    def of_tensors(self, begin: Callable[[int], Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Return the gradients by other tensors, by name, of each micro-batch.
+
+        Before the passes of one, `begin` is called with the number of its first example in the step. It returns a
+        mapping that has the tensors after the forward pass, in which they may be made.
         """
 
     def watch(self, *, averaged: bool = False) -> Callable[[], dict[str, Tensor]]:

@@ -104,6 +104,7 @@ OF_CLASSES = [
     SGD + GNS + R_DROP,
     SGD + GNS + DISTILL + "spread",
     SGD + "observe calibration { of = training, bins = 3 }",
+    SGD + "observe margin { of = training }",
 ]
 OF_TOKENS = [
     SGD + PACE,

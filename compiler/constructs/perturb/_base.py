@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from pydantic import Field
 
 from trainc.dsl.reading.construct import Construct, Effect, Problem
 from trainc.runtime.step.around import Around, Gradients, KeptWeights
+from trainc.runtime.step.gradients import GradientTransform, ParameterGradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,22 +46,26 @@ class WeightPerturbation(Construct):
             yield Problem("no-effect", message, help=help_, severity="warning")
 
 
-class TwoPasses(WeightPerturbation):
-    """Base of those whose direction is a gradient of the same step, from passes before its own."""
+class RepeatedPasses(Construct):
+    """Base of the constructs that run the passes of a step several times."""
 
     with_views: bool = Field(
         default=False,
-        description="accept a clause that passes each example in several views: the passes of all views run twice",
+        description="accept a clause that passes each example in several views: the passes of all views are repeated",
     )
 
     def opt_in(self) -> Mapping[str, tuple[str, str]]:
-        """Say that several views of an example have to be accepted, since their passes run twice."""
+        """Say that several views of an example have to be accepted, since their passes are repeated."""
         if self.with_views:
             return {}
         together = (
             "make a step at least four passes long: several views of each example, each twice"
         )
         return {"views": (together, "with_views = true")}
+
+
+class TwoPasses(RepeatedPasses, WeightPerturbation):
+    """Base of those that move weights along a gradient of the same step, from passes before its own."""
 
 
 def sizes_of(to: Lowering) -> dict[str, int]:
@@ -233,3 +238,30 @@ class KeptAscent(Ascent):
 def trained_names(to: Lowering) -> list[str]:
     """Return the parameters that train, selected or not."""
     return [entry.name for entry in to.inventory.parameters if entry.trainable]
+
+
+class KeepsFirst(Protocol):
+    """What has the gradients of passes before the step's own, in the parameters' shapes; none where there were none."""
+
+    first: dict[str, Tensor]
+
+    def forget(self) -> None: ...
+
+
+class Mix(GradientTransform):
+    """Mixes the gradients of the step's own passes with those of passes before them."""
+
+    takes_shards = True
+
+    def __init__(self, name: str, alpha: float, kept: KeepsFirst, entries: TrainedEntries) -> None:
+        self.name, self.alpha, self.kept, self.entries = name, alpha, kept, entries
+
+    def change(self, gradients: Sequence[ParameterGradient], step: Step) -> None:
+        """Make each gradient (1 - alpha) g(w) + alpha g; leave it where nothing moved."""
+        first = self.kept.first
+        for one in gradients if first else ():
+            one.gradient.mul_(self.alpha)
+            if one.name in first:
+                clean = self.entries.picked(one.name, first[one.name])
+                one.gradient.add_(clean.to(one.gradient.dtype), alpha=1 - self.alpha)
+        self.kept.forget()

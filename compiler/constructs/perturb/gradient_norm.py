@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -10,19 +9,17 @@ from pydantic import Field
 from trainc.compiler.constructs.perturb._base import (
     UNDO,
     KeptAscent,
+    Mix,
     TwoPasses,
     sizes_of,
     trained_names,
 )
 from trainc.dsl.reading.construct import Effect, Schedule
-from trainc.runtime.step.gradients import GradientTransform, ParameterGradient
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.mask.trained_entries import TrainedEntries
-    from trainc.runtime.step.record import Step
 
 
 class GradientNorm(TwoPasses):
@@ -69,24 +66,3 @@ class GradientNorm(TwoPasses):
     def reference(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the mixed gradient of those at w and at the moved weights, by definition."""
         return (1 - self.alpha) * first + self.alpha * second
-
-
-class Mix(GradientTransform):
-    """Mixes the gradients of the step's own passes with the first."""
-
-    takes_shards = True
-
-    def __init__(
-        self, name: str, alpha: float, ascent: KeptAscent, entries: TrainedEntries
-    ) -> None:
-        self.name, self.alpha, self.ascent, self.entries = name, alpha, ascent, entries
-
-    def change(self, gradients: Sequence[ParameterGradient], step: Step) -> None:
-        """Make each gradient (1 - alpha) g(w) + alpha g; leave it where the weights did not move."""
-        first = self.ascent.first
-        for one in gradients if first else ():
-            one.gradient.mul_(self.alpha)
-            if one.name in first:
-                kept = self.entries.picked(one.name, first[one.name])
-                one.gradient.add_(kept.to(one.gradient.dtype), alpha=1 - self.alpha)
-        self.ascent.forget()

@@ -1,0 +1,93 @@
+"""Margins: brute force over classes, distances of linear models, and what runs and replicas report."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import trainc
+from tests.conformance import divided
+from trainc.compiler.constructs.observe.margin import Margin
+
+BASE = "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 20 steps } observe margin "
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+
+def batch(examples: int = 12) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(3)
+    y = torch.randint(5, (examples, 3), generator=made)
+    y[0, 1:], y[4, 0] = -100, -100
+    return torch.randn(examples, 3, 4, generator=made, dtype=torch.float64), y
+
+
+def by_hand(model: nn.Module, x: Tensor, y: Tensor, q: float | None = None) -> list[float]:
+    """Return the margin of every target that counts, class by class."""
+    weight, found = model[-1].weight.detach(), []  # type: ignore[index]
+    for z, target in zip(model(x).detach()[y != -100], y[y != -100], strict=True):
+        gaps = []
+        for j in range(len(z)):
+            if j != target:
+                length = 1.0 if q is None else float((weight[target] - weight[j]).norm(q))
+                gaps.append(float(z[target] - z[j]) / length)
+        found.append(min(gaps))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fields", "q"),
+    [("", None), (', layer = "2"', 2.0), (', layer = "2", norm = linf', 1.0)],
+)
+@pytest.mark.parametrize("sizes", [(12,), (5, 7)])
+def test_it_is_the_margin_class_by_class(
+    fields: str, q: float | None, sizes: tuple[int, ...]
+) -> None:
+    model = net()
+    program = trainc.compile(f"{BASE} {{ of = training{fields} }}", model)
+    wanted = by_hand(model, *batch(), q)
+    found = program.step(divided(batch(), sizes))
+    assert found["margin.min"] == pytest.approx(min(wanted), rel=1e-12)
+    assert found["margin.mean"] == pytest.approx(sum(wanted) / len(wanted), rel=1e-12)
+
+
+def test_evaluations_are_the_default() -> None:
+    model = net()
+    program = trainc.compile(BASE, model)
+    program.evaluate(batch())
+    found, wanted = program.evaluation_metrics(), by_hand(model, *batch())
+    assert found["margin.min"] == pytest.approx(min(wanted), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("layer = type(Linear)", "selects 2 modules: select one Linear layer"),
+        ('layer = "1"', "`1`, which is no linear layer"),
+    ],
+)
+def test_a_layer_must_be_one_linear_layer(fields: str, said: str) -> None:
+    with pytest.raises(trainc.SpecError, match=said):
+        trainc.plan(f"{BASE} {{ {fields} }}", net())
+
+
+def test_a_layer_must_give_the_logits() -> None:
+    program = trainc.compile(f'{BASE} {{ of = training, layer = "0" }}', net())
+    with pytest.raises(ValueError, match="let `layer` be the layer that gives the logits"):
+        program.step(batch())
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    model = net()
+    program = trainc.compile(f'{BASE} {{ of = training, layer = "2" }}', model)
+    x, y = batch()
+    logits, weight = model(x).detach()[y != -100], model[2].weight.detach()  # type: ignore[index]
+    margins = Margin(norm="l2").reference(logits, y[y != -100], weight)
+    found = program.step((x, y))
+    return (
+        {n: torch.tensor(found[f"margin.{n}"], dtype=torch.float64) for n in ("min", "mean")},
+        {"min": margins.min(), "mean": margins.mean()},
+    )
