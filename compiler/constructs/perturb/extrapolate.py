@@ -173,7 +173,10 @@ class Ahead(MovedWeights):
             return self._momentum
         if self.method.direction == "noise":
             return self._noise(step, gradients)
-        return {name: self.entries.trained(name, g) for name, g in self.past.items()}
+        from trainc.runtime.processes.sharded import shard_like
+
+        past = {n: shard_like(g, step.parameters[n].detach()) for n, g in self.past.items()}
+        return {name: self.entries.trained(name, g) for name, g in past.items()}
 
     def _noise(self, step: Step, gradients: Gradients) -> dict[str, Tensor]:
         import torch

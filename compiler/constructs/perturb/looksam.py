@@ -143,7 +143,10 @@ class Added(GradientTransform):
             self.parts = {n: self.entries.whole(n, v).clone() for n, v in parts.items()}
 
     def _add(self, now: Mapping[str, Tensor]) -> None:
-        parts = {n: self.entries.picked(n, self.parts[n]) for n in now if n in self.parts}
+        from trainc.runtime.processes.sharded import shard_like
+
+        kept = {n: self.entries.picked(n, self.parts[n]) for n in now if n in self.parts}
+        parts = {n: shard_like(part, now[n]) for n, part in kept.items()}
         length = norm_of(parts.values()) if parts else 0.0
         if not length:
             return
