@@ -67,7 +67,7 @@ ROOMS = {
         "compiler/bind": "compiler dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule compiler/model",
         "compiler/method": (
             "dsl/text runtime/schedule runtime/processes runtime/soundness runtime/step runtime/companion runtime/mask "
-            "compiler runtime/data kernels/noise"
+            "compiler compiler/model runtime/data kernels/noise"
         ),
         "compiler/graph": "compiler runtime/data compiler/method",
         "compiler/lower": (

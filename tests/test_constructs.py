@@ -56,8 +56,10 @@ def construct(request: pytest.FixtureRequest) -> type[Construct]:
 
 @cache
 def companion(construct: type[Construct]) -> ModuleType:
-    """Import tests/compiler/constructs/test_<name>.py."""
-    path = Path(__file__).parent / "compiler/constructs" / f"test_{construct.name}.py"
+    """Import tests/compiler/constructs/test_<name>.py, or test_<kind>_<name>.py where two kinds have the name."""
+    folder = Path(__file__).parent / "compiler/constructs"
+    path = folder / f"test_{construct.kind}_{construct.name}.py"
+    path = path if path.exists() else folder / f"test_{construct.name}.py"
     assert path.exists(), f"{construct.title} has no test module {path.name}"
     loaded = importlib.util.spec_from_file_location(f"of_{construct.name}", path)
     assert loaded is not None

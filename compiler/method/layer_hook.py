@@ -43,6 +43,17 @@ class LayerContext:
     """What the model is called with, one view of it; None where code of the user's own calls it."""
     weight: str = ""
     """The parameter that a `WeightHook` changes, by its name in the layer; `name` is then its name in the model."""
+    layer: Any = None
+    """The layer of that parameter."""
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the weight of a `WeightHook` with what adapters of its layer add to it."""
+        from trainc.compiler.model.adapters import Adapter
+
+        for adapter in self.layer.children() if self.weight == "weight" else ():
+            if isinstance(adapter, Adapter) and adapter.changes_weight:
+                weight = weight + adapter.weight_change(self.layer)
+        return weight
 
     def check_examples(self, y: Tensor, what: str) -> None:
         """Raise ExampleAxisUnknown unless every view of every example is a row of this tensor of the layer.

@@ -49,6 +49,7 @@ class WeightHook(LayerHook):
     ) -> Any:
         """Run the layer with the changed weight."""
         stored: Tensor = getattr(layer, at.weight)
+        at.layer = layer
         changed = self.change_weight(stored, at)
         trained = at.scalars.get(TRAINED)
         if trained is not None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.regularize.weights.l2_sp import Anchors, L2Sp
+from trainc.compiler.constructs.regularize.weights._start import Anchors
+from trainc.compiler.constructs.regularize.weights.l2_sp import L2Sp
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
