@@ -2,6 +2,7 @@
 
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
+from trainc.compiler.constructs.perturb.pac_noise import pac_kl
 from trainc.compiler.constructs.regularize.features.contrast import supcon
 from trainc.compiler.constructs.regularize.features.dr_tune import dr_calibrate, dr_rotation
 from trainc.compiler.constructs.regularize.outputs._distances import consistency
@@ -63,6 +64,7 @@ __all__ = [
     "noisy_add",
     "null_alpha",
     "null_distance",
+    "pac_kl",
     "pace_sigma",
     "per_example_sq_norms",
     "ranked_loss",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.report import labels
@@ -60,10 +60,16 @@ class Adapting:
         """Return the user's module of a name."""
         return self.model.get_submodule(name)
 
-    def add(self, layer_name: str, parts: Callable[[], Parts]) -> None:
+    def add(
+        self,
+        layer_name: str,
+        parts: Callable[[], Parts],
+        start: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Add an adapter to a layer: a child with the construct's name, made of modules and parameters.
 
-        `parts` makes them, without values, which the construct's `initialize` gives. They have the dtype of the layer,
+        `parts` makes them, without values, which the construct's `initialize` gives, or `start` of the layer, by name.
+        They have the dtype of the layer,
         float32 where that is shorter. An adapter of the same form that is there already keeps its values.
 
         Raises ValueError where the layer has another adapter or attribute of the name, or is sharded.
@@ -102,6 +108,9 @@ class Adapting:
             if like.device.type != "meta":
                 seed_of = partial(derive_seed, self._seed, "adapter", full_name)
                 made = materialize(made, seed_of, like.device)
+                with torch.no_grad():
+                    for own, value in ({} if start is None else start(layer)).items():
+                        made.get_parameter(own).copy_(value)
             attach(layer, name, made)
         self.added.append(full_name)
 

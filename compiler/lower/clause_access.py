@@ -103,6 +103,12 @@ class ClauseAccess:
         size = self._context.units.tokens_per_sample
         return None if size is None else int(size)
 
+    @property
+    def training_samples(self) -> int | None:
+        """Return the samples of the training data; None where the data does not say, or the spec names none."""
+        count = self._context.units.samples_per_epoch
+        return None if count is None else int(count)
+
     def steps(self, duration: Duration) -> float:
         """Return a duration in optimizer steps, at the declared batch size."""
         return self._context.units.convert(duration, "steps", self._context.length)

@@ -70,6 +70,7 @@ ANY = [
     SGD + "regularize orthogonal on ndim(2) { weight = 0.1, form = srip }",
     SGD + "regularize spectral on ndim(2) { weight = 0.1 }",
     SGD + "perturb noise on all { sigma = 0.1, scale = row_norm }",
+    SGD + "perturb pac_noise on type(Linear) { samples = 9 }",
     SGD + SIFT,
     SGD + "mask magnitude on ndim(2) every 1 steps { density = 50% }",
     SGD + "lr trust_ratio",

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.regularize.weights._start import Anchors
 from trainc.compiler.constructs.regularize.weights.l2_sp import L2Sp
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
@@ -20,6 +19,7 @@ from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.method.term import Forward
 from trainc.compiler.model.inventory import build_inventory
 from trainc.dsl.values import value_json as v
+from trainc.runtime.companion.start import Anchors
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.schedule.unit_conversion import UnitConversion

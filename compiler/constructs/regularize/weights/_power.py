@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainc.dsl.reading.construct import Problem
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.storage.form import Form, Record, Values
-from trainc.runtime.storage.random_streams import derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,6 +108,8 @@ class PowerVectors(Action):
 def _start(name: str, weight: Tensor) -> Tensor:
     """Return a random unit vector, the same for the same name."""
     import torch
+
+    from trainc.runtime.storage.random_streams import derive_seed
 
     rows, columns = weight.shape[0], weight[0].numel()
     drawn = torch.Generator().manual_seed(derive_seed(0, f"power iteration of {name}"))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainc.compiler.constructs.regularize.weights._start import Anchors, squared_distance
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
+from trainc.runtime.companion.start import Anchors, squared_distance
 
 if TYPE_CHECKING:
     from torch import Tensor

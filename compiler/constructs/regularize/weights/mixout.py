@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.constructs.regularize.weights._start import Anchors
 from trainc.compiler.method.weight_hook import WeightHook
 from trainc.dsl.reading.construct import Construct, Effect, Probability
+from trainc.runtime.companion.start import Anchors
 
 if TYPE_CHECKING:
     from torch import Tensor
