@@ -38,7 +38,9 @@ from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.render import render_text
 from trainc.dsl.text.vocabulary import EVALUATED
 from trainc.dsl.values.value_json import Name, walk
-from trainc.runtime.data.batch import WrongBatch, WrongOutput, WrongPick
+from trainc.runtime.data.batch import Batch, WrongBatch, WrongOutput, WrongPick
+from trainc.runtime.data.evaluation import read_in_order
+from trainc.runtime.data.generators import find_generators, kept
 from trainc.runtime.data.order import Data
 from trainc.runtime.data.stream import count_samples
 from trainc.runtime.device.hardware import Hardware
@@ -50,6 +52,7 @@ from trainc.runtime.run.preflight import DoesNotFit
 from trainc.runtime.run.summary import Summary
 from trainc.runtime.step.action import IncompatibleState
 from trainc.runtime.storage.differences import ChangedRun
+from trainc.runtime.storage.random_streams import derive_seed
 from trainc.runtime.storage.saved_weights import read_weights
 from trainc.runtime.torch_optimizer.problem import OptimizerProblem
 
@@ -137,7 +140,16 @@ def _compiled(
     program.execution.autocast = hardware.autocast
     require_hardware(program, hardware, spec)
     distribution.join(program, hardware.device)
+    program.estimate_from(partial(_training_batches, program, data, hardware))
     return program, data
+
+
+def _training_batches(program: Program, data: Data, hardware: Hardware) -> Iterator[Batch]:
+    """Yield the batches of the training data as it stands; what the data draws at random goes on as before."""
+    size, seed = program.micro_size or program.batch_size, program.settings.seed
+    with kept(find_generators(data)):
+        for read in read_in_order(data.train, 0, size, derive_seed(seed, "statistics"), 0):
+            yield hardware.place(read.batch)
 
 
 def _require_evaluations(spec: Spec, data: Data) -> None:

@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+
 from trainc.compiler.execution.distributed import first_shard
 from trainc.compiler.execution.execution import Execution
-from trainc.compiler.model.undisturbed import random_states
-from trainc.runtime.data.batch import Batch, Evaluated, one_of
+from trainc.compiler.model.batch_statistics import batch_norms
+from trainc.compiler.model.undisturbed import in_mode, random_states
+from trainc.runtime.data.batch import Batch, Evaluated, copy_inputs, one_of
 from trainc.runtime.memory.fitting import EvaluationSize
 from trainc.runtime.step.observer import EvaluationObservers
+
+
+@torch.no_grad()
+def estimate_statistics(
+    execution: Execution, batches: Callable[[], Iterable[Any]], count: int, of: set[int]
+) -> None:
+    """Set the running statistics of BatchNorm layers to means over batches, `count` of them or all for 0.
+
+    They are those of the tensors `of`, by `id`. Each batch is normalized by its own statistics; other layers are in
+    eval mode. Raises ValueError without a batch.
+    """
+    model, rewind = execution.module, random_states(execution.module)
+    norms = [one for one in batch_norms(model).values() if id(one.running_mean) in of]
+    momenta = [one.momentum for one in norms]
+    seen = 0
+    try:
+        with in_mode(model, training=False), execution.sites.inactive():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over all batches
+                norm.train()
+            for given in islice(batches(), count or None):
+                batch = execution.losses.batch(given)
+                with execution.autocast():
+                    execution.losses.run(model, copy_inputs(batch))
+                seen += 1
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        rewind()
+    if not seen:
+        raise ValueError(
+            "running statistics are estimated from training batches, and there were none"
+        )
 
 
 class Evaluations:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from trainc.compiler.execution.distributed import first_shard
+from trainc.compiler.execution.evaluations import estimate_statistics
 from trainc.compiler.execution.execution import Execution
 from trainc.compiler.graph.serialize import step_to_json
 from trainc.compiler.graph.step_graph import StepGraph
@@ -52,6 +54,14 @@ class SavableProgram(ShownProgram):
         everyone: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
         return next((one for one in everyone if one is not None), None)
+
+    def estimate_from(self, batches: Callable[[], Iterable[Any]]) -> None:
+        """Say where training batches are, from which clauses that average weights estimate running statistics.
+
+        `batches()` is called before an evaluation or a save that needs them, as `lambda: loader`; each batch is what
+        `step` takes. `trainc run` says so itself.
+        """
+        self._evaluation.estimate = partial(estimate_statistics, self.execution, batches)
 
     def require_savable(self) -> None:
         """Raise OptimizerProblem, a ValueError, where an optimizer has state that no checkpoint can hold."""

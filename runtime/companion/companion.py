@@ -69,6 +69,10 @@ class Companion(Action):
         self.parameters: frozenset[str] = frozenset()
         """Which of these are parameters."""
         self.made = module is not None
+        self.estimates: int | None = None
+        """From how many batches evaluation estimates running statistics, 0 for all; None where they stay."""
+        self.estimated = False
+        """Whether this was done since the values changed."""
         self._module = module
         self._own = module
         self._versions: dict[str, int] = {}

@@ -33,6 +33,8 @@ class EvaluationWeights:
         self._model, self._source = model, next(iter(companions), None)
         steps = [action for action in actions if isinstance(action, OptimizerStep)]
         self._optimizers = tuple(step for step in steps if step.has_modes)
+        self.estimate: Callable[[int, set[int]], None] | None = None
+        """Estimates running statistics, of these tensors by `id`, from this many training batches, 0 for all."""
         self._trained: Weights | None = None
         self._thread = 0
 
@@ -61,6 +63,7 @@ class EvaluationWeights:
         self._thread = get_ident()
         try:
             self._replace(self._trained)
+            self._estimate()
             yield
         finally:
             trained, self._trained = self._trained, None
@@ -76,6 +79,31 @@ class EvaluationWeights:
             put([(t, values[name].to(t.device, t.dtype)) for name, t in self._live()])
             return
         self._switch(trained, training=False)
+
+    def _estimate(self) -> None:
+        """Estimate the running statistics of a companion's weights where it asks for that and has none.
+
+        Raises RuntimeError where nobody said what from.
+        """
+        held = self._companion
+        if held is None or held.estimates is None or held.estimated or not self._statistics():
+            return
+        if self.estimate is None:
+            raise RuntimeError(
+                f"`{held.name}` has running statistics that must be estimated from training batches before it is"
+                " evaluated or saved: say where they are, as in `program.estimate_from(lambda: loader)`, or write"
+                " `statistics = copy`"
+            )
+        self.estimate(held.estimates, {id(tensor) for _, tensor in self._live()})
+        held.estimated = True
+        with torch.no_grad():
+            for name, tensor in self._live():
+                if not isinstance(tensor, nn.Parameter):
+                    held.values[name].copy_(tensor)
+
+    def _statistics(self) -> bool:
+        """Say whether a layer of the model has running statistics."""
+        return any(getattr(m, "running_mean", None) is not None for m in self._model.modules())
 
     def _put_back(self, weights: Weights) -> None:
         try:
@@ -138,6 +166,9 @@ class EvaluationWeights:
         if self.name is None:
             return {}
         if self._companion is not None:
+            if self.estimate is not None and not self._companion.estimated:
+                with self.used():
+                    pass
             values = {id(tensor): self._companion.values[name] for name, tensor in self._live()}
         else:
             with self.used():

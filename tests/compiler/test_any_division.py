@@ -65,6 +65,7 @@ ANY = [
     ' optimizer torch("torch.optim:LBFGS") { lr = 0.1, max_iter = 3 } ',
     SGD + L2_SP,
     SGD + "regularize ema { decay = 0.5 }",
+    SGD + "regularize swa",
     SGD + "regularize drop_connect on ndim(2) { p = 0.4 }",
     SGD + "regularize mixout on ndim(2) { p = 0.4 }",
     SGD + "regularize orthogonal on ndim(2) { weight = 0.1, form = srip }",

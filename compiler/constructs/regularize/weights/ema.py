@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from trainc.compiler.constructs.regularize.weights._average import Average
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
 from trainc.dsl.values.value_json import Expr, Number
-from trainc.runtime.step.action import Action, ActionState, Phase
-from trainc.runtime.storage.form import Count, Form, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.compiler.method.lowered_method import Scheduled
-    from trainc.runtime.companion.companion import Companion
     from trainc.runtime.step.record import Step
 
 Warmup = Literal["none", "ratio", "power"]
@@ -86,7 +83,17 @@ class Ema(Construct):
         names = [entry.name for entry in to.parameters()]
         held = to.companion("average", since="call", parameters=names, wide=True)
         to.evaluate_with(held)
-        to.action(Average(to.label, held, to.schedule(self.decay), self))
+        decay = to.schedule(self.decay)
+
+        def decay_at(step: Step, update: int) -> float:
+            now = decay(step.clock)
+            if not 0 <= now <= 1:
+                raise ValueError(
+                    f"{to.label}: the decay is {now:g} at step {step.clock.steps}: expected 0 or more, at most 1"
+                )
+            return self.decay_at(update, now)
+
+        to.action(Average(to.label, held, decay_at, copies_buffers=self.buffers == "copy"))
 
     def decay_at(self, update: int, decay: float) -> float:
         """Return d of update n, 0 of the first, which copies."""
@@ -105,61 +112,3 @@ class Ema(Construct):
             d = self.decay_at(n, decay)
             average = d * average + (1 - d) * now
         return average
-
-
-class Average(Action):
-    """Phase 12, when masks have set zeros and replicas have exchanged: updates the average."""
-
-    phase = Phase.OBSERVE
-
-    def __init__(self, label: str, held: Companion, decay: Scheduled, rule: Ema) -> None:
-        self.name, self.held, self.decay, self.rule = label, held, decay, rule
-        self.updates = 0
-
-    def is_due(self, step: Step) -> bool:
-        """Return whether the gate fires at the clock that counts this step."""
-        return self.gate is None or self.gate.fires(step.clock_after())
-
-    def run(self, step: Step) -> None:
-        decay = self.decay(step.clock)
-        if not 0 <= decay <= 1:
-            raise ValueError(
-                f"{self.name}: the decay is {decay:g} at step {step.clock.steps}: expected 0 or more, at most 1"
-            )
-        if self.held.made:
-            decay = self.rule.decay_at(self.updates, decay)
-            own = self.held.values.keys() - self.held.parameters
-            self.held.follow(decay, copied=own if self.rule.buffers == "copy" else ())
-        else:
-            self.updates, decay = 0, self.rule.decay_at(0, decay)
-            self.held.copy()
-        self.updates += 1
-        step.metrics[f"{self.name}.decay"] = decay
-
-    def state_dict(self) -> ActionState:
-        return {"updates": self.updates} if self.updates else {}
-
-    def state_form(self) -> Form:
-        return Record({"updates": Count(1)})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.updates = int(state.get("updates", 0))
-
-    def summary(self) -> str | None:
-        if not self.updates:
-            return f"{self.name}: no average was made, so evaluation used the trained weights"
-        from trainc.kernels.parameter.multi_norm import multi_norm
-
-        apart = size = 0.0
-        for name, (average, now) in self.held.pairs().items():
-            if name in self.held.parameters:
-                # One at a time: the differences of all take as much memory as the model.
-                apart += float(multi_norm([average - now.to(average.dtype)])[0, 0])
-                size += float(multi_norm([now])[0, 0])
-        distance, norm = apart**0.5, size**0.5
-        part = f" ({distance / norm:.2g} of their norm)" if norm else ""
-        updates = f"{self.updates} update{'s' * (self.updates > 1)}"
-        return (
-            f"{self.name}: evaluation and saving use the average of {updates}, {distance:.4g} from the trained weights"
-            f"{part}"
-        )
