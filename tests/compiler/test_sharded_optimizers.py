@@ -52,11 +52,26 @@ def process(rank: int) -> Any:
         state = trained(name, sharded(), range(3))[2]
         resumed = trained(name, sharded(), range(3, 5), state)
         found[name] = straight[:2], resumed[:2]
+    found["changed"] = changed(sharded())
     return found
+
+
+def changed(model: nn.Module) -> dict[str, Any]:
+    """Return weights after steps in which layers compute with changed ones."""
+    clauses = "regularize drop_connect on ndim(2) { p = 0.3 } perturb noise on all { sigma = 0.1, scale = row_norm }"
+    program = trainc.compile(
+        "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps } " + clauses, model
+    )
+    for step in range(3):
+        program.step(batch(step))
+    return whole(model.state_dict())
 
 
 def test_sharded_training_is_that_of_whole_parameters(tmp_path: Path) -> None:
     one, two = run_processes(__file__, 2, tmp_path)
+    for parameter, weight in changed(net()).items():
+        for found in (one, two):
+            torch.testing.assert_close(found["changed"][parameter], weight, msg=parameter)
     for name in FIELDS:
         wanted = trained(name, net(), range(5))[:2]
         straight, resumed = one[name]

@@ -13,7 +13,6 @@ from trainc.compiler.errors import FieldError
 from trainc.compiler.method.weight_hook import WeightHook
 from trainc.compiler.model.adapter_rule import AdapterRule
 from trainc.dsl.reading.construct import Construct, Duration, Effect, Problem
-from trainc.runtime.companion.start import Anchors
 from trainc.runtime.step.action import Action, Phase
 
 if TYPE_CHECKING:
@@ -156,6 +155,8 @@ class PacNoise(Construct, AdapterRule):
 
     def lower(self, to: Lowering) -> None:
         """Change the weights where layers compute with them, and add the bound to the loss."""
+        from trainc.runtime.companion.start import Anchors
+
         owners = {n: e.name for e in to.modules() for n in _own(e, to.inventory)}
         if (shard := next(filter(to.is_sharded, owners), None)) is not None:
             raise ValueError(

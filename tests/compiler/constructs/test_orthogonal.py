@@ -30,7 +30,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         gram = weight.T @ weight
         for i, row in enumerate(gram):
             for j, entry in enumerate(row):
-                wanted = wanted + 0.3 * (entry - (i == j)).square()
+                wanted = wanted + 0.3 * (entry - float(i == j)).square()
     results = []
     for value in (penalty, wanted):
         weights = [named["0.weight"], named["1.weight"]]

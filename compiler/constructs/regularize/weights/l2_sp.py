@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
-from trainc.runtime.companion.start import Anchors, squared_distance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +51,8 @@ class L2Sp(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Add the penalty on the selected parameters that train, and keep their start in the program's state."""
+        from trainc.runtime.companion.start import Anchors
+
         names = [entry.name for entry in to.parameters() if entry.trainable]
         starts: dict[str, Tensor] = {}
         if self.to == "start":
@@ -78,4 +79,6 @@ class L2Sp(Construct):
         parameters: Mapping[str, Tensor], anchors: Mapping[str, Tensor], weight: Tensor | float
     ) -> Tensor:
         """Return the penalty, 0-d, float32 at least; a parameter without an anchor has its distance from zero."""
+        from trainc.runtime.companion.start import squared_distance
+
         return weight / 2 * squared_distance(parameters, anchors)

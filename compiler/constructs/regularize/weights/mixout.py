@@ -8,7 +8,6 @@ from pydantic import Field
 
 from trainc.compiler.method.weight_hook import WeightHook
 from trainc.dsl.reading.construct import Construct, Effect, Probability
-from trainc.runtime.companion.start import Anchors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +41,8 @@ class Mixout(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Keep the start, and change the selected parameters where layers compute with them."""
+        from trainc.runtime.companion.start import Anchors
+
         names = [entry.name for entry in to.parameters()]
         if (shard := next(filter(to.is_sharded, names), None)) is not None:
             raise ValueError(
