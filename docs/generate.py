@@ -38,6 +38,7 @@ def pages() -> dict[Path, str]:
         HERE / "constructs.md": constructs_page(catalog()),
         HERE / "diagnostics.md": rules_page(catalog()),
         HERE / "adding-a-construct.md": run_path(str(HERE / "guide.py"))["guide_page"](),
+        HERE / "claims.md": run_path(str(HERE / "claims.py"))["claims_page"](),
         HERE / "composition.md": run_path(str(HERE / "composition.py"))["composition_page"](),
         HERE / "measured.md": run_path(str(HERE / "measured.py"))["measured_page"](),
     }
