@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from trainc.compiler.graph.sizes import same_size
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.passes.pass_base import LOSS, Pass
 from trainc.compiler.patterns.operator_axes import Block, BlockCall, block_call, divides, shape_of
+from trainc.compiler.patterns.shared_memory import families, is_fresh, shared_operands, writes
 
 aten = torch.ops.aten
 
@@ -71,7 +71,7 @@ class _Common:
 
     def find(self) -> None:
         """Fill `calls` and `sources`, in the order of the graph."""
-        self.changed = _written(self.forward)
+        self.changed = _written(self.forward.graph)
         reached: set[fx.Node] = set()
         for node in self.forward.calls():
             if source := self._repeated(node):
@@ -196,47 +196,21 @@ class _Common:
             yield call_site(reader)
 
 
-def _written(forward: ForwardGraph) -> set[fx.Node]:
+def _written(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that share memory with what an operator writes to, in another way than `_in_turn`."""
-    families: dict[fx.Node, set[fx.Node]] = {}
-    writers: list[fx.Node] = []
-    for node in forward.graph.nodes:
-        families[node] = {node}
-        for source in _shared(node):
-            joined = families[node] | families[source]
-            families |= dict.fromkeys(joined, joined)
-        if node.op == "call_function" and _writes(node):
-            writers.append(node)
     found: set[fx.Node] = set()
-    for node in writers:
-        if not _in_turn(sorted(families[node])):
-            found |= families[node]
+    related = families(graph)
+    for node in graph.nodes:
+        if node.op == "call_function" and writes(node) and not _in_turn(sorted(related[node])):
+            found |= related[node]
     return found
 
 
 def _in_turn(family: list[fx.Node]) -> bool:
     """Say whether all writing is done by operators in a row, from memory that is new, with no other reader between."""
-    last = max(at for at, node in enumerate(family) if at and _writes(node))
-    fresh = family[0].op == "call_function" and family[0].target is not aten.cat.default
+    last = max((at for at, node in enumerate(family) if at and writes(node)), default=0)
+    fresh = is_fresh(family[0]) and family[0].target is not aten.cat.default
     return fresh and all(
-        _writes(after) and _shared(after) == [before] and max(before.users) is after
+        writes(after) and shared_operands(after) == [before] and max(before.users) is after
         for before, after in itertools.pairwise(family[: last + 1])
     )
-
-
-def _shared(node: fx.Node) -> list[fx.Node]:
-    """Return the operands with which a result may share memory."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return [] if node.op == "output" else node.all_input_nodes
-    if torch.Tag.maybe_aliasing_or_mutating in node.target.tags:
-        return node.all_input_nodes
-    given = arguments(node)
-    shared = [given[a.name] for a in node.target._schema.arguments if a.alias_info is not None]
-    return [one for one in pytree.tree_leaves(shared) if isinstance(one, fx.Node)]
-
-
-def _writes(node: fx.Node) -> bool:
-    """Say whether a call may write to its operands; of what is no operator nothing is known."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    return node.target is not operator.getitem and shape_of(node) is not None

@@ -1,1 +1,1 @@
-"""What operators of a captured graph compute: elementary arithmetic, norms, and each part of an axis from parts."""
+"""What operators of a captured graph compute: arithmetic, norms, parts of an axis, and the memory they share."""
