@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from trainc.compiler.method.loss import LOSS_WEIGHT, PARAMETER_WEIGHT, Loss
 from trainc.runtime.companion.companion import Companion
 from trainc.runtime.companion.history import History
-from trainc.runtime.data.batch import no_logits
+from trainc.runtime.data.batch import compute_logits, map_tensors, no_logits
 from trainc.runtime.processes.sharded import full
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.observer import require_classes
@@ -68,6 +68,19 @@ class Forward:
     def captured_of(self, companion: Companion) -> dict[str, list[Tensor]]:
         """Return what the captured modules of a companion gave on the inputs, one tensor a call, without gradient."""
         return {name: companion.calls(self.tensors, name) for name in companion.captured}
+
+    def logits_of_module(self, module: nn.Module) -> Tensor:
+        """Return the logits (B, ...) that a module like the model gives of the inputs.
+
+        Raises ValueError where these are not known.
+        """
+        if self.inputs is None:
+            raise ValueError(
+                "a clause passes the inputs once more, and only your code has them: give `inputs` to `backward` too"
+            )
+        output = None if self.loss is None else self.loss.logits_output
+        found = compute_logits(module, map_tensors(torch.clone, self.inputs), output)
+        return found if self.loss is None else self.loss.classes_last(found, self.targets)
 
     def previous(self, history: History) -> tuple[Tensor, Tensor]:
         """Return the logits (B, ...) that each sample had when it was last seen, and for which it was, bool (B,).

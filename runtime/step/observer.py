@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from trainc.runtime.step.action import Action, Phase
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from trainc.runtime.processes.replica_group import ReplicaGroup
     from trainc.runtime.schedule.clock import Clock
@@ -68,6 +68,10 @@ class Seen(Protocol):
 
     def view(self, index: int) -> Tensor:
         """Return the logits of one view, (B, ...)."""
+        ...
+
+    def logits_of_module(self, module: nn.Module) -> Tensor:
+        """Return the logits (B, ...) that a module like the model gives of the inputs."""
         ...
 
 

@@ -117,6 +117,7 @@ OF_TOKENS = [
     SGD + with_(PACE, "}", ", distance = kl }"),
     SGD + with_(PACE, "}", ", share = none }"),
     SGD + with_(PACE, "}", ", mode = lazy(2) }"),
+    SGD + f"observe consistency on {MLP} {{ sigma = 0.1 }}",
     SGD + GNS + PACE,
     SGD + with_(GNS, "}", ", example = document, separator = 0 }"),
     SGD + "lr layer_decay on trainable { decay = 0.5 + 0.4 * progress }",

@@ -154,6 +154,25 @@ def test_noise(share: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         close([got], [multiplicative_noise.eager_add(h0, *arguments)], dtype)
 
 
+@pytest.mark.parametrize("share", multiplicative_noise.SHARES)
+@pytest.mark.parametrize(("groups", "tokens", "program"), [(1, 1, 1), (2, 4, 8), (16, 2, 64)])
+def test_noise_is_the_same_for_any_tiling(
+    share: str, groups: int, tokens: int, program: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On ones the result is the factor itself: the same bits, however programs divide it, as on the CPU."""
+    from trainc.kernels.noise import triton_noise
+
+    arguments = (torch.tensor(0.7), KEY, 7, 2, share, torch.tensor(3))
+    ones = torch.ones(4, 11, 38)
+    whole = triton_noise.multiplicative_noise(ones, *arguments)
+    for name, size in (("GROUPS", groups), ("TOKENS", tokens)):
+        monkeypatch.setattr(triton_noise, f"BLOCK_{name}", size)
+    monkeypatch.setattr(triton_noise, "PROGRAM_TOKENS", program)
+    tiled = triton_noise.multiplicative_noise(ones, *arguments)
+    assert torch.equal(tiled, whole)
+    close([tiled], [multiplicative_noise.eager_multiply(ones, *arguments)], torch.float32)
+
+
 @pytest.mark.parametrize("distribution", random_entries.DISTRIBUTIONS)
 @pytest.mark.parametrize("shape", [(5, 40), (3, 2, 127), (9,), (1, 1)], ids=str)
 def test_random_entries(distribution: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from trainc.compiler.bind.linear_outputs import (
+    LinearOutput,
+    linear_outputs,
+    output_problems,
+)
 from trainc.compiler.constructs.regularize.outputs import _two_views
 from trainc.compiler.constructs.regularize.outputs._divergence import weighted_mean
 from trainc.compiler.constructs.regularize.outputs._noise import Noise
-from trainc.compiler.constructs.regularize.outputs._noise_sites import (
-    NoiseSite,
-    noise_sites,
-    site_problems,
-)
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
 from trainc.dsl.reading.field_types import word_or_call
 from trainc.dsl.text.vocabulary import PLACES
@@ -137,15 +137,15 @@ class Pace(Construct):
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report layers that cannot have noise; warn of a sigma that is 0."""
-        yield from site_problems(bound.modules, bound.inventory)
-        sites = noise_sites(bound.modules, bound.inventory)
+        yield from output_problems(bound.modules, bound.inventory, "noise")
+        sites = linear_outputs(bound.modules, bound.inventory)
         if sites and all(is_zero(self.sigma, site.module.place) for site in sites):
             message = "`sigma` is 0 in every selected layer, so the two views are equal"
             yield Problem("no-effect", message, field="sigma", severity="warning")
 
     def lower(self, to: Lowering) -> None:
         """Put noise on every layer whose sigma is not always 0, and compare the two views."""
-        sites = noise_sites(to.modules(), to.inventory)
+        sites = linear_outputs(to.modules(), to.inventory)
         noisy = [site for site in sites if not is_zero(self.sigma, site.module.place)]
         for site in noisy:
             sigma = to.schedule(self.sigma, site.module.place)
@@ -155,7 +155,7 @@ class Pace(Construct):
         elif noisy:
             self._compare_views(to, noisy)
 
-    def _compare_views(self, to: Lowering, noisy: Sequence[NoiseSite]) -> None:
+    def _compare_views(self, to: Lowering, noisy: Sequence[LinearOutput]) -> None:
         from trainc.kernels.loss.consistency import Consistency
 
         consistency = Consistency(self.distance)
@@ -172,7 +172,7 @@ class Pace(Construct):
             every=every,
         )
 
-    def _compare_with_history(self, to: Lowering, noisy: Sequence[NoiseSite]) -> None:
+    def _compare_with_history(self, to: Lowering, noisy: Sequence[LinearOutput]) -> None:
         history = to.history(self.max_table, "mode", "use `mode = lazy(4)`")
 
         def value(forward: Forward) -> Tensor:
@@ -269,7 +269,7 @@ def pace_sigma(depths: int | Sequence[int], sigma: float, skip: int = 0) -> list
     return [sigma * (blocks - b) / (blocks - skip) if b >= skip else 0.0 for b in given]
 
 
-def _where(noisy: Sequence[NoiseSite]) -> str:
+def _where(noisy: Sequence[LinearOutput]) -> str:
     """Return where the noise is, for the plan and the summary."""
     adapters = sum(site.of_adapter for site in noisy)
     of_these = f", at {adapters} on the output of the adapter" if adapters else ""

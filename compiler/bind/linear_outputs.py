@@ -1,4 +1,4 @@
-"""Where noise on the output of a linear layer goes: to the layer's own output, or to that of its adapters."""
+"""Where a change of the output of a linear layer acts: on the layer's own output, or on that of its adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PEFT = "BaseTunerLayer"
 
 
 @dataclass(frozen=True, slots=True)
-class NoiseSite:
+class LinearOutput:
     """A module whose output is h, or the dh that an adapter adds to a layer's."""
 
     module: ModuleEntry
@@ -33,12 +33,12 @@ class _Unfit(Exception):
         self.help = help
 
 
-def noise_sites(selected: Iterable[ModuleEntry], inventory: Inventory) -> list[NoiseSite]:
-    """Return the sites of the selected linear layers, each once; what cannot have noise is left out.
+def linear_outputs(selected: Iterable[ModuleEntry], inventory: Inventory) -> list[LinearOutput]:
+    """Return the sites of the selected linear layers, each once; other layers are left out.
 
     A layer with adapters, selected itself or by a module inside it, stands for their outputs.
     """
-    found: dict[str, NoiseSite] = {}
+    found: dict[str, LinearOutput] = {}
     for entry in selected:
         try:
             for site in _sites_of(entry, inventory):
@@ -48,19 +48,22 @@ def noise_sites(selected: Iterable[ModuleEntry], inventory: Inventory) -> list[N
     return [*found.values()]
 
 
-def site_problems(selected: Iterable[ModuleEntry], inventory: Inventory) -> Iterator[Problem]:
-    """Yield a problem for the selected modules that cannot have noise, and why."""
+def output_problems(
+    selected: Iterable[ModuleEntry], inventory: Inventory, what: str
+) -> Iterator[Problem]:
+    """Yield a problem for the selected modules that have no such output, and why; `what` is what acts on it."""
     wrong = []
     for entry in selected:
         try:
             if not _sites_of(entry, inventory):
                 wrong.append(entry)
         except _Unfit as unfit:
-            yield Problem("wrong-target-kind", str(unfit), help=unfit.help)
+            message = f"{unfit}; {what} is supported for adapters of LoRA"
+            yield Problem("wrong-target-kind", message, help=unfit.help)
             return
     if wrong:
         message = (
-            f"`{wrong[0].name}` is a {wrong[0].types[0]}; noise is supported for Linear and transformers' Conv1D"
+            f"`{wrong[0].name}` is a {wrong[0].types[0]}; {what} is supported for Linear and transformers' Conv1D"
             " layers only"
         )
         more = (f"other selected modules that are neither: {len(wrong) - 1}",) if wrong[1:] else ()
@@ -72,12 +75,12 @@ def site_problems(selected: Iterable[ModuleEntry], inventory: Inventory) -> Iter
         yield Problem("wrong-target-kind", message, help="exclude it from `on`")
 
 
-def _sites_of(entry: ModuleEntry, inventory: Inventory) -> list[NoiseSite]:
-    """Return the sites that a selected module stands for: none where it cannot have noise."""
+def _sites_of(entry: ModuleEntry, inventory: Inventory) -> list[LinearOutput]:
+    """Return the sites that a selected module stands for: none where it is no linear layer."""
     for name in _with_ancestors(entry.name):
         if adapters := _adapters(inventory.module[name], inventory):
-            return [NoiseSite(adapter, of_adapter=True) for adapter in adapters]
-    return [NoiseSite(entry)] if LINEAR.intersection(entry.types) else []
+            return [LinearOutput(adapter, of_adapter=True) for adapter in adapters]
+    return [LinearOutput(entry)] if LINEAR.intersection(entry.types) else []
 
 
 def _with_ancestors(name: str) -> Iterator[str]:
@@ -105,7 +108,7 @@ def _peft_adapters(layer: ModuleEntry, inventory: Inventory) -> list[ModuleEntry
     if not factors or kind == "DoRA":
         raise _Unfit(
             f"the adapter of `{layer.name}` is of peft's {kind}, which does not add a term of its own to the layer's"
-            " output; noise is supported for adapters of LoRA",
+            " output",
             "select layers without such adapters, or use LoRA",
         )
     return [factor for factor in factors if factor.trainable] or factors
