@@ -175,13 +175,19 @@ class OwnLoss:
         logits = absent if read.logits is None else read.logits
         targets = absent if read.targets is None else read.targets
         terms, batch = rewrite.terms.values(), (read.inputs, targets)
-        seen = logits if isinstance(loss_fn, NoLoss) else loss_fn.classes_last(logits, targets)
+        given = read.logits is not None and read.targets is not None
+        of_loss = given and not isinstance(loss_fn, NoLoss)
+
+        def shape() -> Sequence[int]:
+            last = loss_fn.classes_last(logits, targets) if of_loss else logits
+            return last.shape[1:]
+
         scalars: Mapping[str, Tensor] = {
             **runs.numbers(own.where, loss.device),
-            **read_by_terms(terms, batch, own.where, loss_fn.output, lambda: seen.shape[1:]),
+            **read_by_terms(terms, batch, own.where, loss_fn.output, shape),
         }
         others = read.inputs, 1, runs.parameters, scalars, loss_fn.ignore_index, own.captured
-        if read.logits is None or read.targets is None or isinstance(loss_fn, NoLoss):
+        if not of_loss:
             return Forward(logits, targets, *others)
         return Forward.of_loss(loss_fn, logits, targets, *others)
 
