@@ -97,8 +97,8 @@ class MixPairs(BatchTransform):
         """Raise SiteError for integers that are not one class an example, each of them a class."""
         if self.classes is None:
             raise SiteError(
-                f"`{self.name}` mixes targets, and these are integers, which only `loss cross_entropy` reads as"
-                " classes: let the data give floating-point targets, or remove the clause",
+                f"`{self.name}` mixes targets, and these are integers, which the spec's loss does not"
+                " read as classes: let the data give floating-point targets, or remove the clause",
                 self.name,
             )
         if targets.dim() != 1:
