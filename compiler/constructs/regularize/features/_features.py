@@ -43,7 +43,7 @@ def rows_of(forward: Seen, module: str, label: str) -> tuple[Tensor, Tensor, Ten
     if targets.is_floating_point():
         raise ValueError(
             f"`{label}` compares features by their classes, and the targets are floating-point numbers: it needs a loss"
-            " of class indices, such as `loss cross_entropy`"
+            " of class indices, such as cross-entropy"
         )
     calls = forward.captured[module]
     if len(calls) != 1:
