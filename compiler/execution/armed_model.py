@@ -79,6 +79,8 @@ class ArmedModel:
         self.covered = not (method.rewrite or method.rewrite.checkpointed)
         """Whether a pass has shown that every site of the plan runs. Compiled code can run from then on."""
         self.watched = self._checked = self._views_checked = False
+        self.drawn_apart: tuple[str, ...] = ()
+        """Notes on what drew for each view apart in the last pass."""
         self._branches_checked = self._weights_checked = False
         self.batch_norms = BatchNorms(model)
         self.whole = False

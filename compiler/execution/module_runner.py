@@ -17,7 +17,7 @@ from trainc.compiler.execution.distributed import refuse_shards
 from trainc.compiler.execution.scalars import read_by_terms
 from trainc.compiler.graph.step_graph import no_autocast
 from trainc.compiler.graph.trial import TrialResult
-from trainc.compiler.layers.random_layers import UnsharedDraws
+from trainc.compiler.layers.random_layers import SharedDropout
 from trainc.compiler.method.example_units import ExampleIndex
 from trainc.compiler.method.term import Forward
 from trainc.compiler.method.total_loss import loss_without_targets, nothing_of, total_loss
@@ -82,10 +82,7 @@ class ModuleRunner(ArmedModel):
         unchecked = self.module.training and not self.covered
         counting: AbstractContextManager[dict[str, int]]
         counting = self.sites.count_calls() if unchecked else nullcontext({})
-        draws = None
-        if rewrite.share_dropout and self.module.training and not self.watched:
-            draws, self.watched = UnsharedDraws(len(one_of(batch[1]))), True
-        with counting as counts, nullcontext() if draws is None else draws.watch():
+        with counting as counts:
             total, loss, terms, forward = self._run_forward(
                 self.forward, batch, where.loss_weight, scalars
             )
@@ -96,7 +93,8 @@ class ModuleRunner(ArmedModel):
         self.observe(forward, where)
         self.covered |= unchecked
         result = self._result(batch, where, loss, terms)
-        result.notes = () if draws is None else draws.notes
+        result.notes = () if self.watched else self.drawn_apart
+        self.watched |= self._shares
         if self.compiler is not None:
             result.notes += self.compiler.notes()
         if self.statistics.wanted:
@@ -104,6 +102,16 @@ class ModuleRunner(ArmedModel):
             result.synchronised = self.exchanges_now
             self.statistics.watch(result, total)
         return total, result
+
+    @property
+    def _shares(self) -> bool:
+        return self.rewrite.share_dropout and self.module.training
+
+    def _dropout(self, batch: Batch) -> SharedDropout | None:
+        """Return what shares the masks of functions between views; compiled code is only watched, and once."""
+        if not self._shares or (self.watched and self.compiler is not None):
+            return None
+        return SharedDropout(len(one_of(batch[1])), self.rewrite.views, share=self.compiler is None)
 
     def run_without_part(self, batch: Batch) -> None:
         """Run forward and backward of a pass that other processes wait for: it adds zeros, and no state changes."""
@@ -206,9 +214,10 @@ class ModuleRunner(ArmedModel):
 
     def _pass(self, model: Any, batch: Batch, scalars: Mapping[str, Tensor]) -> Forward:
         """Run the model on every view, and return what terms and observers read."""
-        views = self.rewrite.views
-        with self.reading() as captured:
+        views, dropout = self.rewrite.views, self._dropout(batch)
+        with self.reading() as captured, nullcontext() if dropout is None else dropout.watch():
             read = self.losses.run(model, batch, views, self.rewrite.mean_loss)
+        self.drawn_apart = () if dropout is None else dropout.notes
         forward = self.read(read.logits, batch, scalars, views, captured)
         return replace(forward, outputs=read.of, all_targets=batch[1])
 

@@ -34,22 +34,35 @@ class BoundDropout(BoundLayer):
                 " `p` to 0, or give it every example"
             )
         half = x.shape[0] // state.views
-        mask = nn.functional.dropout(torch.ones_like(x[:half]), own.p, training=True)
+        mask = torch.dropout(torch.ones_like(x[:half]), own.p, True)
         return x * torch.cat([mask] * self.trainc.views)
 
 
-class UnsharedDraws(TorchFunctionMode):
-    """Notices functions that draw random numbers for each view of an example apart: no module stands for them."""
+class SharedDropout(TorchFunctionMode):
+    """Lets the views of an example share the mask of a call of `F.dropout`, and notices what draws for each apart.
 
-    def __init__(self, rows: int) -> None:
+    A part of the model that is run again for its backward pass, under activation checkpointing, draws for each view
+    apart: there this mode would no longer be active.
+    """
+
+    def __init__(self, rows: int, views: int, share: bool) -> None:
         super().__init__()
-        self.rows, self.found = rows, set[str]()
+        self.rows, self.views, self.share, self.found = rows, views, share, set[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        if _draws(func, args, given) and args and len(args[0]) % self.rows == 0:
+        if _draws(func, args, given) and args and len(args[0]) % (self.rows * self.views) == 0:
+            if func is F.dropout and self.share and not _runs_again():
+                return self._shared(*args, **given)
             self.found.add(func.__name__)
         return func(*args, **given)
+
+    def _shared(
+        self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        mask = torch.dropout(torch.ones_like(x[: len(x) // self.views]), p, training)
+        masks = torch.cat([mask] * self.views)
+        return x.mul_(masks) if inplace else x * masks
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -59,8 +72,14 @@ class UnsharedDraws(TorchFunctionMode):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return a note for each of these functions."""
+        """Return a note for each of the functions that draw for each view apart."""
         return tuple(drawn_apart(f"`{name}`") for name in sorted(self.found))
+
+
+def _runs_again() -> bool:
+    """Say whether what runs now is run again in the backward pass."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None or not torch.is_grad_enabled()
 
 
 def _draws(func: Any, args: Any, given: Any) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import trainc
 from tests.conformance import divided
@@ -454,16 +455,52 @@ def test_functions_that_draw_for_each_view_apart_are_noted_once(executor: Any) -
     spec = """loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps }
     regularize pace on "body" from 1 step { sigma = 0.1, weight = 1 }"""
     batch = torch.randn(6, 4), torch.randint(3, (6,))
-    for function, name in (("attention", "scaled_dot_product_attention"), ("dropout", "dropout")):
-        for p in (0.5, 0.0):
-            program = trainc.compile(spec, DropsByFunction(function, p), executor=executor)
-            said = []
-            for _ in range(3):
-                program.step(batch)
-                said += [n for n in program.report().notes if "each view of an example apart" in n]
-            # A graph shares the masks of functions of dropout; the modules then differ from it, and run.
-            assert len(said) == (p > 0), (function, p)
-            assert all(name in note for note in said)
+    for function, p in (("attention", 0.5), ("attention", 0.0), ("dropout", 0.5)):
+        program = trainc.compile(spec, DropsByFunction(function, p), executor=executor)
+        said = []
+        for _ in range(3):
+            program.step(batch)
+            said += [n for n in program.report().notes if "each view of an example apart" in n]
+        assert len(said) == (function == "attention" and p > 0), (function, p)
+        assert all("scaled_dot_product_attention" in note for note in said)
+
+
+def test_views_share_the_masks_of_functions_of_dropout_by_every_executor() -> None:
+    spec = """loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps }
+    regularize pace on "body" { sigma = 1e-9, weight = 1 }"""
+    batch = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    found = {}
+    for executor in ("graph", "module"):
+        model = DropsByFunction("dropout").double()
+        program = trainc.compile(spec, model, executor=executor)
+        torch.manual_seed(0)
+        found[executor] = [program.step(batch) for _ in range(3)]
+        assert all(one["consistency"] < 1e-12 for one in found[executor])
+    for one, two in zip(found["graph"], found["module"], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-12)
+
+
+class Again(DropsByFunction):
+    """Runs its layers again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return logits
+
+
+def test_what_runs_again_for_its_backward_pass_draws_for_each_view_apart() -> None:
+    spec = """loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps }
+    regularize pace on "body" { sigma = 1e-9, weight = 1 }"""
+    batch = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    found = []
+    for model in (Again("dropout"), DropsByFunction("dropout")):
+        program = trainc.compile(spec, model.double(), executor="module")
+        torch.manual_seed(0)
+        found.append((program.step(batch), program.report().notes))
+    (again, notes), (shared, none) = found
+    assert again["consistency"] > 1e-3 > shared["consistency"]
+    assert len(notes) == 1 + len(none)
+    assert "`dropout` draws" in notes[-1]
 
 
 class Routed(nn.Module):
