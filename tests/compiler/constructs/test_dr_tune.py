@@ -15,6 +15,7 @@ import trainc
 from tests.conformance import divided
 from trainc import functional
 from trainc.compiler.constructs.regularize.features.dr_tune import DrTune, Enqueue
+from trainc.compiler.errors import SiteError
 from trainc.runtime.companion.bank import Bank
 from trainc.runtime.data.batch import Batch
 from trainc.runtime.processes.replica_group import ReplicaGroup
@@ -191,5 +192,5 @@ def test_the_bank_has_the_rows_of_all_replicas() -> None:
     ],
 )
 def test_a_clause_that_does_not_fit_says_what_to_write(clause: str, says: str) -> None:
-    with pytest.raises((trainc.SpecError, ValueError), match=says):
+    with pytest.raises((trainc.SpecError, SiteError), match=says):
         trainc.compile(SPEC + "regularize dr_tune " + clause, net()).step(batch(0))

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -259,6 +258,8 @@ def linear() -> nn.Module:
 
 
 def with_peft(config: Any = None) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
     config = config or LoraConfig(target_modules=["fc"], r=2, init_lora_weights="gaussian")
     tuned: nn.Module = get_peft_model(Blocks(linear).double(), config)
     return tuned
@@ -414,6 +415,8 @@ def test_a_lazy_clause_has_no_period_of_its_own() -> None:
 
 
 def test_an_adapter_that_adds_nothing_of_its_own_is_refused() -> None:
+    from peft import LoHaConfig, LoraConfig
+
     for config, kind in (
         (LoHaConfig(target_modules=["fc"], r=2), "LoHaLayer"),
         (LoraConfig(target_modules=["fc"], r=2, use_dora=True), "DoRA"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from trainc.compiler.errors import SiteError
 from trainc.dsl.reading.construct import Problem
 
 if TYPE_CHECKING:
@@ -37,28 +38,31 @@ def width_of(module: nn.Module) -> int | None:
 def rows_of(forward: Seen, module: str, label: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the features (N, D) of a captured module, the class of each (N,), and which count; of every view.
 
-    Raises ValueError where the module gives no vector for each target, or a target is no class.
+    Raises SiteError where the module gives no vector for each target, or a target is no class.
     """
     targets, counted = forward.targets, forward.counted
     if targets.is_floating_point():
-        raise ValueError(
+        raise SiteError(
             f"`{label}` compares features by their classes, and the targets are floating-point numbers: it needs a loss"
-            " of class indices, such as cross-entropy"
+            " of class indices, such as cross-entropy",
+            label,
         )
     calls = forward.captured[module]
     if len(calls) != 1:
-        raise ValueError(
+        raise SiteError(
             f"`{label}` reads the features of `{module}`, which runs {len(calls)} times in a pass: select a module that"
-            " runs once"
+            " runs once",
+            label,
         )
     features = calls[0]
     if targets.dim() == 1 and features.dim() > 2 and all(n == 1 for n in features.shape[2:]):
         features = features.flatten(1)
     if features.dim() != targets.dim() + 1 or features.shape[1:-1] != targets.shape[1:]:
-        raise ValueError(
+        raise SiteError(
             f"`{label}` needs a vector for each target, and `{module}` gives {list(features.shape)} for targets"
             f" {list(targets.shape)}: select a module that gives {[*targets.shape, 'width']}, such as the layer before"
-            " the head"
+            " the head",
+            label,
         )
     views = forward.views
     return (

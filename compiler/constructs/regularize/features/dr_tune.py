@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from trainc.compiler.constructs.regularize.features import _features
+from trainc.compiler.errors import SiteError
 from trainc.dsl.reading.construct import (
     Construct,
     Effect,
@@ -119,9 +120,10 @@ class DrTune(Construct):
         def value(forward: Forward) -> Tensor:
             features, _, counted = _features.rows_of(forward, module, to.label)
             if features.shape[1] != width:
-                raise ValueError(
+                raise SiteError(
                     f"`{module}` gives features of width {features.shape[1]}, and the head `{weight}` takes {width}:"
-                    " select the module whose output the head is given, or name the head by `head`"
+                    " select the module whose output the head is given, or name the head by `head`",
+                    to.label,
                 )
             own = {name: forward.tensors[name] for name in kept}
             given = forward.parameters
