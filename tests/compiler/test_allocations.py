@@ -5,6 +5,7 @@ Counted by torch's own allocator at a small size, in bytes for each weight, so t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -24,8 +25,13 @@ run { length = 500 steps }
 ADAMW = "optimizer adamw { lr = 1e-3, weight_decay = 0.1 } "
 GNS = "noise_scale gns on type(LayerNorm) "
 TEMP_BALANCE = 'lr temp_balance on "blocks.**" & ndim(2) every 1 steps { range = 0.5..1.5 } '
-# BatchNorm alone has ghost batches, and the others say what is trained and on what.
-LEFT_OUT = {("normalize", "ghost_batch")}
+# BatchNorm alone has ghost batches, some are of images, and the others say what is trained and on what.
+LEFT_OUT = {
+    ("normalize", "ghost_batch"),
+    ("perturb", "adversarial"),
+    ("regularize", "cutmix"),
+    ("regularize", "mixup"),
+}
 WHOLE = ("model", "data", "run", "loss")
 METHODS = [key for key in catalog() if key[0] not in WHOLE and key not in LEFT_OUT]
 
@@ -61,14 +67,16 @@ def plain() -> Allocated:
 
 @pytest.mark.parametrize(("kind", "name"), METHODS, ids=str)
 def test_what_stays_is_what_the_plan_declares(kind: str, name: str, plain: Allocated) -> None:
-    usage = str(catalog()[kind, name].usage)
+    usage = re.sub(r" from \d+%", "", str(catalog()[kind, name].usage))
+    usage = re.sub(r"\d+ steps", "1 steps", usage)
     weights, program, (made, step, later) = run(usage if kind == "optimizer" else ADAMW + usage)
     held, declared = made.kept + step.kept + later.kept, needs_of(program.plan).memory
     adapters = declared[0].bytes - 4 * weights
     kept = sum(one.bytes for one in declared[2:] if one.what != "probes") + adapters
     assert held < kept + 0.15 * weights
     # Some is there during a step only, such as copies of the weights that it moves.
-    assert kept < held + max(later.peak - 4 * weights, 0) + 0.15 * weights
+    passing = max(one.peak - one.kept for one in (step, later)) - 4 * weights
+    assert kept < held + max(passing, 0) + 0.15 * weights
     # Gradients, and at most one more number for each weight at a time, such as the gradients of one micro-batch.
     assert step.peak < max(plain.peak, kept + 9.5 * weights) + 0.5 * weights
 

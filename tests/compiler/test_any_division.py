@@ -120,6 +120,7 @@ OF_TOKENS = [
     SGD + f"observe consistency on {MLP} {{ sigma = 0.1 }}",
     SGD + GNS + PACE,
     SGD + with_(GNS, "}", ", example = document, separator = 0 }"),
+    SGD + 'perturb adversarial { norm = l2, radius = 0.1, at = "**.token" }',
     SGD + "lr layer_decay on trainable { decay = 0.5 + 0.4 * progress }",
     SGD + "lr by_type { factors = [2 on type(Embedding), 0.5 on ndim(1)] }",
     SGD + 'regularize drop_path on "**.blocks.*.attn" | "**.blocks.*.mlp" { p = 0.4 }',
@@ -147,7 +148,7 @@ CASES += [(k, c) for k in LOSSES if "token" in k or "class" in k for c in OF_CLA
 CASES += [(k, c) for k in LOSSES if "token" in k for c in OF_TOKENS]
 WHOLE_ONLY = ("perturb ", "LBFGS")
 """What `program.loss` refuses, because it needs all micro-batches of a step."""
-MODULES_ONLY = ("interval = jackknife", "geometry", "example = document")
+MODULES_ONLY = ("interval = jackknife", "geometry", "example = document", "adversarial")
 """What no graph runs."""
 
 
