@@ -60,6 +60,7 @@ def _example(construct: type[Construct]) -> ast.ClauseTree:
 
 def _acting_at_once(construct: type[Construct], tree: ast.ClauseTree) -> ast.ClauseTree:
     """Return a clause that acts in every step, with numbers that a batch of the zoo has room for."""
+    tree = tree.replace(parts=tuple(part for part in tree.parts if part.word != "from"))
     if any(part.word == "every" for part in tree.parts):
         tree = _with_part(tree, "every", "1 steps")
     written = {field.name.id: field for field in tree.fields or ()}

@@ -54,6 +54,12 @@ SPECS = {
         when steps > 2 { adamw.lr = lr / 2, freeze "head" }
         when steps > 5 { close l2_sp }
     """,
+    "moved inputs": PLAIN + """
+        optimizer adamw { lr = 1e-2 }
+        perturb adversarial { norm = linf, radius = 0.03, at = "embed.token" }
+        observe margin { of = training }
+        observe consistency on "blocks.*.mlp.**" & type(Linear) every 2 steps { sigma = 0.5 }
+    """,
     "a grown batch": HEAD + GNS + DATA.replace(
         "BATCH", "signal_noise(gns, max = 8 samples, min = 2 samples, every = 2 steps, from = 20%)"
     ) + "optimizer adamw { lr = 1e-2 }",
