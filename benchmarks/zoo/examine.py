@@ -185,6 +185,7 @@ def _train(
         action.torch.register_step_pre_hook(note_gradients(action, with_gradient))
     shape, classes = logits_shape(architecture), program.loss_fn.of_classes
     metrics: list[dict[str, float]] = []
+    program.estimate_from(lambda: [architecture.batch(0, BATCH, classes, shape)])
     with located(program, spec):
         for seed in range(STEPS):
             torch.manual_seed(seed)
