@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from pydantic import Field
 
+from trainc.compiler.errors import SiteError
 from trainc.dsl.reading.construct import Construct, Effect, Problem
 from trainc.runtime.step.around import Around, Gradients, KeptWeights
 from trainc.runtime.step.gradients import GradientTransform, ParameterGradient
@@ -88,7 +89,7 @@ def running_means(
 ) -> dict[str, Tensor] | None:
     """Return the optimizers' running means of gradients in the parameters' shapes; None before the first update.
 
-    Raises ValueError where an optimizer has updated parameters and keeps none.
+    Raises SiteError where an optimizer has updated parameters and keeps none.
     """
     found, without = {}, None
     for name in names:
@@ -98,9 +99,10 @@ def running_means(
         elif step.optimizer_state(name):
             without = name
     if without is not None and not found:
-        raise ValueError(
+        raise SiteError(
             f"`{clause}` moves along the momentum of the optimizer, but that of `{without}` keeps none (no `exp_avg`"
-            " or `momentum_buffer`): use SGD with momentum, Adam or Muon, or remove the clause"
+            " or `momentum_buffer`): use SGD with momentum, Adam or Muon, or remove the clause",
+            clause,
         )
     return found or None
 
