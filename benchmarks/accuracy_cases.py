@@ -11,6 +11,7 @@ from benchmarks import updates
 from benchmarks.accuracy_problems import (
     Build,
     chosen_adamw,
+    chunked_head,
     convolution,
     ghost_operator,
     group_norm,
@@ -103,6 +104,8 @@ CASES: tuple[Case, ...] = (
     *(Case("linear_cross_entropy_consistency", distance, head(distance, smoothing), Size(4, 3, 32),
            (*LOSSES[:3], "dx", "dweight", "dbias", "dlambda"))
       for distance, smoothing in (("mse", 0.1), ("kl", 0.0))),
+    Case("linear_cross_entropy", "", chunked_head, Size(4, 3, 32),
+         ("loss", "dx", "dweight", "dbias")),
     Case("multi_norm", "", split_columns, Size(3, 90, 500), ("squares", "products", "broken"), ALL,
          each=("squares",)),
     Case("sparse_adamw_", "blocks", updates.sparse_adamw, Size(1, 128, 64),

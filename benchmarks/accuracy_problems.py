@@ -26,6 +26,7 @@ from benchmarks.operators import (
 from trainc.kernels.batch_norm import ghost_batch_norm as ghosts
 from trainc.kernels.library.contracts import accumulation_dtype
 from trainc.kernels.loss import cross_entropy_consistency as consistency
+from trainc.kernels.loss import linear_cross_entropy as chunked
 from trainc.kernels.loss import linear_cross_entropy_consistency as heads
 from trainc.kernels.noise.factors import factor
 from trainc.kernels.norm import group_norm as groups_of
@@ -135,6 +136,25 @@ def head(distance: str, smoothing: float) -> Build:
         return Problem(arguments, fused, aten, (0, 0), exact=exact)
 
     return build
+
+
+def chunked_head(size: Size, dtype: torch.dtype, device: str) -> Problem:
+    """The cross-entropy through a head whose logits are not held, in three chunks."""
+    make, (examples, rows, width) = Make(dtype, device), (size.examples, size.rows, size.width)
+    targets, classes = make.whole(2 * width, examples, rows), 2 * width
+    wide = accumulation_dtype(dtype)
+
+    def fused(hidden: Tensor, head: Tensor, bias: Tensor) -> Any:
+        return (
+            ours.linear_cross_entropy(hidden, head, bias, targets, label_smoothing=0.1, chunks=3),
+        )
+
+    def aten(hidden: Tensor, head: Tensor, bias: Tensor) -> Any:
+        return (chunked.reference(hidden, head, bias, targets, -100, 0.1).to(wide),)
+
+    hidden, bias = make.normal(examples, rows, width), make.normal(classes)
+    matrix = (make.normal(classes, width, grad=False) / width**0.5).requires_grad_()
+    return Problem([hidden, matrix, bias], fused, aten, (0, 0))
 
 
 def exactly(

@@ -204,4 +204,26 @@ def _memory(path: Path) -> list[str]:
         f"{big['peak'] / 2**30:.1f} GiB at that of the next ones. It may have {limit:.0f} GiB of",
         f"addresses (`ulimit -v`), and took {big['addresses'] / 2**30:.1f}.",
         "",
+        *(_head(found["head"]) if "head" in found else []),
+    ]
+
+
+def _head(found: Json) -> list[str]:
+    """Return the table of a loss of many classes, whole and in chunks."""
+    sizes, rows = found["sizes"], found["chunks"]
+    logits = 4 * sizes["context"] * sizes["vocabulary"]
+    return [
+        f"`python -m benchmarks.memory --head`: {_where(found)}. {sizes['layers']} block of width {sizes['width']}",
+        f"under a head of {sizes['vocabulary']} classes, micro-batches of {sizes['context']} tokens, whose logits are",
+        f"{logits / 2**20:.0f} MiB; MiB in all, by `chunks` of `loss cross_entropy`. The first step compares the graph",
+        "with the modules, which hold all logits.",
+        "",
+        *_table(
+            ["chunks", "peak of a step", "peak of the first"],
+            [
+                [name, *(f"{row[when] / 2**20:.0f}" for when in ("peak", "first"))]
+                for name, row in rows.items()
+            ],
+        ),
+        "",
     ]

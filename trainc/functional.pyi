@@ -16,6 +16,7 @@ from trainc.kernels.layer.linear import linear
 from trainc.kernels.layer.tied_embedding import tied_embedding
 from trainc.kernels.layer.tied_linear import tied_linear
 from trainc.kernels.loss.cross_entropy_consistency import cross_entropy_consistency
+from trainc.kernels.loss.linear_cross_entropy import linear_cross_entropy
 from trainc.kernels.loss.linear_cross_entropy_consistency import linear_cross_entropy_consistency
 from trainc.kernels.noise.multiplicative_noise import multiplicative_noise, noisy_add
 from trainc.kernels.norm.add_layer_norm import add_layer_norm
@@ -53,6 +54,7 @@ __all__ = [
     "hill_alpha",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "linear_cross_entropy_consistency",
     "log_alpha",
     "masked_update_",

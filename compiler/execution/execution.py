@@ -33,6 +33,7 @@ from trainc.runtime.step.action import Action
 from trainc.runtime.step.observer import EvaluationObservers
 
 Executor = Literal["auto", "graph", "module"]
+_NOT_COMPARED = "the captured graph was not compared with the modules, which hold all logits and ran out of memory"
 
 
 class Execution(ModuleRunner):
@@ -298,7 +299,13 @@ class Execution(ModuleRunner):
         """Run a graph beside the bound modules, changing nothing; raises GraphRefused where it fails or differs."""
         with undisturbed(self.module), eager_operations():
             scalars = self._graph_scalars(batch, where)
-            modules = self._trial_modules(copy_inputs(batch), scalars)
+            try:
+                modules = self._trial_modules(copy_inputs(batch), scalars)
+            except Exception as error:
+                if self.rewrite.chunks is None or not ran_out_of_memory(error):
+                    raise
+                graph.warnings += (_NOT_COMPARED,)
+                return
         self._plain_values.leave_out_changed()
         try:
             with undisturbed(self.module):

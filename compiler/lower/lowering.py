@@ -55,6 +55,12 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
         schedule = None if weight is None else self.schedule(weight)
         if schedule is not None:
             self.show("weight", schedule)
+        if loss.chunks is not None:
+            if self._method.loss_parts:
+                raise ValueError(
+                    "`chunks` is for the first loss of a sum: remove it, or write this clause before other losses"
+                )
+            self._method.rewrite.chunks = loss.chunks
         self._method.loss_parts.append(LossPart(self.label, loss, schedule))
 
     # The optimizer and its parameters

@@ -49,6 +49,9 @@ class Loss(ABC):
     is_cross_entropy: bool = False
     """Whether it may be the plain cross-entropy of class indices, which operators compute with terms of clauses."""
 
+    chunks: int | None = None
+    """Into how many parts of rows a graph is to divide its logits, 0 where their size decides; None: they are whole."""
+
     linear_head: bool = False
     """Whether a linear layer is the model's head: its results have the classes on the last axis."""
 

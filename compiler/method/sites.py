@@ -102,6 +102,9 @@ class Rewrite:
     example_units: ExampleUnits | None = None
     """What one example is, if it is not a row of the batch."""
 
+    chunks: int | None = None
+    """Into how many parts of rows the head's logits are divided, 0 where their size decides; None: they are whole."""
+
     checkpointed: list[str] = field(default_factory=list)
     """Modules whose activations are not kept, but computed again in the backward pass."""
 
@@ -236,7 +239,7 @@ class Rewrite:
         self.terms = {label: replace(term, gate=None) for label, term in self.terms.items()}
 
     def __bool__(self) -> bool:
-        return bool(self.measured or self.hooks or self.view_requests)
+        return bool(self.measured or self.hooks or self.view_requests or self.chunks is not None)
 
 
 def fires_any(gates: Iterable[Gate | None], clock: Clock) -> bool:

@@ -9,7 +9,7 @@ import torch
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.method.sites import LayerSite, NormSite
-from trainc.compiler.method.term import JointOperator, Term
+from trainc.compiler.method.term import Term
 from trainc.compiler.plan.plan import Row
 
 _TRITON = {
@@ -53,7 +53,9 @@ def site_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
             continue
         rows.append(row("loss", _name(term.joint.target), "fuse_loss"))
         if modules_only is None:  # which of the two, the captured logits decide
-            rows.append(row("loss", _head_operator(term.joint), "fuse_head"))
+            rows.append(row("loss", _head_operator(_name(term.joint.head_target)), "fuse_head"))
+    if rewrite.chunks is not None and joint is None:
+        rows.append(row("loss", _chunked_head(rewrite.chunks), "fuse_head"))
     return rows
 
 
@@ -65,6 +67,7 @@ def kernel_rows(method: LoweredMethod) -> list[Row]:
     names += sorted({s.hook.operator for s in rewrite.hooks if s.hook.operator})
     joint = _joint(method)
     names += [_name(joint.joint.target)] if joint is not None and joint.joint is not None else []
+    names += ["linear_cross_entropy"] if rewrite.chunks is not None and joint is None else []
     return [_kernel_row(name) for name in dict.fromkeys(names)]
 
 
@@ -104,10 +107,18 @@ def _with_affine(operator: str) -> str:
     return f"{operator}, weight and bias applied by ATen operators"
 
 
-def _head_operator(joint: JointOperator) -> str:
+def _chunked_head(chunks: int) -> str:
+    """Return the operator of a loss without logits, as a number of chunks or their size decides."""
+    if not chunks:
+        return _head_operator("linear_cross_entropy")
+    parts = f"{chunks} chunk{'s' * (chunks > 1)}"
+    return f"linear_cross_entropy in {parts}, where logits of a linear layer are read by the loss alone"
+
+
+def _head_operator(name: str) -> str:
     from trainc.compiler.passes.fuse_head import CLASSES
 
-    return f"{_name(joint.head_target)}, where the logits come from a head of {CLASSES} classes or more"
+    return f"{name}, where the logits come from a head of {CLASSES} classes or more"
 
 
 def _joint(method: LoweredMethod) -> Term | None:

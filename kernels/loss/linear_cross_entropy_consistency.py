@@ -105,10 +105,15 @@ def _check(
     label_smoothing: float,
 ) -> None:
     plain.check((*hidden.shape[:-1], head.shape[0]), targets, weight, distance, label_smoothing)
+    check_head(hidden, head, bias, "(2B, ..., K)")
+
+
+def check_head(hidden: Tensor, head: Tensor, bias: Tensor | None, shape: str) -> None:
+    """Reject a head and bias that do not fit hidden states, whose shape messages write as `shape`."""
     require(
         head.dim() == 2 and head.shape[1] == hidden.shape[-1],
         lambda: (
-            f"head must be (C, K) for hidden (2B, ..., K), not {tuple(head.shape)} for {tuple(hidden.shape)}"
+            f"head must be (C, K) for hidden {shape}, not {tuple(head.shape)} for {tuple(hidden.shape)}"
         ),
     )
     check_bias(bias, head)
@@ -174,7 +179,7 @@ def fake_forward(
     return plain.fake_results(hidden, targets, distance)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left.T @ right to `total`, in its dtype."""
     if left.dtype not in REDUCED:
         total.addmm_(left.t(), right)
@@ -207,7 +212,7 @@ def eager_backward(
         if mask[0]:
             dhidden[:, part] = torch.mm(logits, head).view(2, -1, width)
         if mask[1]:
-            _add_product(dhead, logits, x)
+            add_product(dhead, logits, x)
         if mask[2]:
             dbias.add_(logits.sum(0, dtype=dtype))
     shaped = dhidden.view(hidden.shape) if mask[0] else dhidden

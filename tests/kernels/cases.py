@@ -10,7 +10,7 @@ from tests.kernels.case import Case, probe, randn
 from tests.kernels.layer_cases import LAYERS
 from trainc.kernels.batch_norm import ghost_batch_norm
 from trainc.kernels.loss import cross_entropy_consistency as consistency
-from trainc.kernels.loss import linear_cross_entropy_consistency
+from trainc.kernels.loss import linear_cross_entropy, linear_cross_entropy_consistency
 from trainc.kernels.noise import multiplicative_noise, philox
 from trainc.kernels.norm import add_layer_norm, rms_norm
 
@@ -106,6 +106,23 @@ def head_arguments(
         return hidden, randn(5, 7, dtype=dtype), bias, *rest
 
     return build
+
+
+def chunked_arguments(
+    smoothing: float, middle: tuple[int, ...], with_bias: bool
+) -> Callable[[torch.dtype, int], tuple[Any, ...]]:
+    plain = head_arguments("mse", smoothing, middle, with_bias)
+
+    def build(dtype: torch.dtype, examples: int) -> tuple[Any, ...]:
+        hidden, head, bias, targets, _, _, *options = plain(dtype, examples)
+        one = hidden.detach()[:examples].requires_grad_()
+        return one, head, bias, targets, *options, 2, [True, True, with_bias]
+
+    return build
+
+
+def chunked_reference(*arguments: Any) -> tuple[Tensor, ...]:
+    return (linear_cross_entropy.reference(*arguments[:-2]),)
 
 
 def linear_arguments(
@@ -255,6 +272,17 @@ CASES = [
             ("mse", 0.1, (3,), True),
             ("kl", 0.0, (), False),
         )
+    ),
+    *(
+        Case(
+            f"linear_cross_entropy-{smoothing}",
+            "linear_cross_entropy",
+            chunked_arguments(smoothing, middle, with_bias),
+            chunked_reference,
+            None,
+            "linear_cross_entropy_backward",
+        )
+        for smoothing, middle, with_bias in ((0.1, (3,), True), (0.0, (), False))
     ),
     *(
         Case(

@@ -97,6 +97,10 @@ LAYERS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Any, ...]]]] = {
         operators.linear_cross_entropy_consistency,
         lambda make: (make(4, 5), make(6, 5), None, torch.tensor([0, 1]), HALF),
     ),
+    "linear_cross_entropy": (
+        operators.linear_cross_entropy,
+        lambda make: (make(2, 5), make(6, 5), None, torch.tensor([0, 1])),
+    ),
 }
 
 

@@ -40,6 +40,11 @@ def through_head(site: "Site", h: Tensor) -> Tensor:
     )[0]
 
 
+def in_chunks(site: "Site", h: Tensor) -> Tensor:
+    targets = torch.arange(h.shape[0]) % WIDTH
+    return operators.linear_cross_entropy(h[:, 0], site.matrix, site.bias, targets, chunks=2)
+
+
 # What each operator makes of h (B, 4, WIDTH), and the columns of its probe, if it has one.
 SITES: dict[str, tuple[Apply, int]] = {
     "layer_norm": (
@@ -84,6 +89,7 @@ SITES: dict[str, tuple[Apply, int]] = {
     ),
     "cross_entropy_consistency": (consistency, 0),
     "linear_cross_entropy_consistency": (through_head, 0),
+    "linear_cross_entropy": (in_chunks, 0),
     "ghost_batch_norm": (
         lambda s, h: operators.ghost_batch_norm(
             h.transpose(1, 2), None, None, s.weight, s.bias, 2, True
@@ -204,7 +210,7 @@ def test_two_processes_find_what_one_finds(
 ) -> None:
     site = Site(name).double()
     gradients, norms = differentiate(site, site, slice(0, BATCH), torch.float64)
-    if name.endswith("entropy_consistency"):  # targets count from the half's first example
+    if "cross_entropy" in name:  # targets count from the half's first example
         halves = []
         for rank in range(2):
             one = Site(name).double()

@@ -47,7 +47,7 @@ def detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     ("dtype", "examples"), [(torch.float32, 0), (torch.float32, 3), (torch.bfloat16, 3)], ids=str
 )
 def test_opcheck(case: Any, dtype: torch.dtype, examples: int) -> None:
-    if examples == 0 and case.operator.endswith("entropy_consistency"):
+    if examples == 0 and "cross_entropy" in case.operator:
         # A mean over nothing is nan, which opcheck does not find equal to itself.
         assert all(one.isnan() for one in case.call(*case.arguments(dtype, examples)))
         return

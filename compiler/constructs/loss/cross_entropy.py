@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from trainc.compiler.constructs.loss._base import LossConstruct
 from trainc.compiler.method.loss import Loss, LossMismatch
@@ -32,6 +32,7 @@ class CrossEntropyLoss(Loss):
     label_smoothing: float = 0.0
     class_axis: ClassAxis | None = None
     class_weight: tuple[float, ...] | None = None
+    chunks: int | None = None
     _found: dict[int, ClassAxis] = field(default_factory=dict, init=False, repr=False)
     """The axis that the first batch had, by the number of the logits' axes, where no field says it."""
     _classes: int | None = field(default=None, init=False, repr=False)
@@ -241,6 +242,12 @@ class CrossEntropy(LossConstruct):
     Floating-point targets of the logits' shape are probabilities of the classes. With `class_weight`
     a target counts as often as its class weighs: the mean is divided by the sum of the weights, as in
     torch.
+
+    With `chunks` the step runs as a graph, in which the pass `fuse_head` lets one operator compute
+    the head's product, the loss and its gradients, chunk by chunk. It acts where a linear layer gives
+    the logits and the loss alone reads them; the plan lists the operator, and a run says where it
+    does not act. Modules, such as those under DistributedDataParallel or FSDP2, hold all logits, and
+    so does the one comparison of a new graph with the modules.
     """
 
     cite: ClassVar = "Good, J. R. Stat. Soc. B 14 (1952) 107: the logarithmic score"
@@ -261,10 +268,35 @@ class CrossEntropy(LossConstruct):
     class_weight: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         default=None, description="weight of each class, torch's `weight`"
     )
+    chunks: Literal["off", "auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="off",
+        description="number of parts of rows that pass the head and the loss one after another, so that the logits"
+        " of a large vocabulary are never held at once; `auto`: by their size",
+    )
+
+    @field_validator("chunks", mode="before")
+    @classmethod
+    def _chunks_are_parts(cls, value: Any) -> Any:
+        if value not in ("off", "auto") and not (type(value) is int and value >= 1):
+            raise ValueError("expected `off`, `auto`, or a whole number of parts, 1 or more")
+        return value
+
+    @model_validator(mode="after")
+    def _chunks_fit(self) -> Self:
+        for name, given in (("class_weight", self.class_weight), ("class_axis", self.class_axis)):
+            if self.chunks != "off" and given not in (None, "last"):
+                raise ValueError(
+                    f"`chunks` is for classes on the last axis that weigh the same: remove it, or `{name}`"
+                )
+        return self
 
     def make_loss(self) -> Loss:
         return CrossEntropyLoss(
-            self.ignore_index, self.label_smoothing, self.class_axis, self.class_weight
+            self.ignore_index,
+            self.label_smoothing,
+            self.class_axis,
+            self.class_weight,
+            None if self.chunks == "off" else 0 if self.chunks == "auto" else self.chunks,
         )
 
     def reference(self, outputs: Tensor, targets: Tensor) -> Tensor:

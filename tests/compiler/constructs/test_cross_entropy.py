@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import trainc
 from trainc.compiler.constructs.loss.cross_entropy import ClassAxis, CrossEntropy
+from trainc.compiler.execution.execution import Execution
 from trainc.compiler.method.loss import LossMismatch
 
 LOGITS = torch.randn(5, 7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -166,3 +168,65 @@ def test_a_step_whose_classes_all_weigh_nothing_is_the_same_in_micro_batches() -
     want, got = whole.step((x, y)), divided.step([(x[:2], y[:2]), (x[2:], y[2:])])
     assert got == pytest.approx(want, nan_ok=True)
     assert math.isnan(want["gradient_norm"])
+
+
+def steps_of(fields: str) -> tuple[list[float], trainc.Program]:
+    """Return the losses of two steps of a small model of words, two micro-batches each, and the program."""
+    torch.manual_seed(0)
+    nn = torch.nn
+    model = nn.Sequential(nn.Embedding(19, 8), nn.Tanh(), nn.Linear(8, 19)).double()
+    text = (
+        f"loss cross_entropy {{ label_smoothing = 0.1 {fields} }} optimizer adamw {{ lr = 0.01 }}"
+    )
+    program, found = trainc.compile(text, model), []
+    for length in (8, 5):
+        ids, targets = torch.randint(19, (2, 4, length))
+        targets[1, 2:] = -100
+        found.append(program.step([(ids[:2], targets[:2]), (ids[2:], targets[2:])])["loss"])
+    return found, program
+
+
+def test_in_chunks_it_trains_as_it_does_whole() -> None:
+    (whole, plain), (found, program) = steps_of(""), steps_of(", chunks = 3")
+    assert found == pytest.approx(whole, rel=1e-12)
+    assert any("linear_cross_entropy" in str(node.target) for node in program.graph.graph.nodes)
+    (row,) = program.plan.sites
+    assert (row["site"], row["pass"]) == ("loss", "fuse_head")
+    assert "linear_cross_entropy in 3 chunks" in row["operator"]
+    assert not plain.plan.sites
+    for mine, want in zip(program.module.parameters(), plain.module.parameters(), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_graph_in_chunks_is_used_where_modules_have_no_memory_to_compare_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def spent(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Execution, "_trial_modules", spent)
+    program = trainc.compile(
+        "loss cross_entropy { chunks = 2 } optimizer sgd { lr = 1 }", torch.nn.Linear(3, 2)
+    )
+    program.step((torch.ones(4, 3), torch.tensor([0, 1, 1, 0])))
+    assert any("was not compared" in note for note in program.report().notes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("chunks = 0", "expected `off`, `auto`, or a whole number of parts"),
+        ("chunks = 2, class_axis = 1", "remove it, or `class_axis`"),
+        ("chunks = auto, class_weight = [1, 2]", "remove it, or `class_weight`"),
+    ],
+)
+def test_chunks_that_do_not_fit_are_refused(fields: str, message: str) -> None:
+    text = f"loss cross_entropy {{ {fields} }} optimizer sgd {{ lr = 1 }}"
+    with pytest.raises(trainc.SpecError, match=re.escape(message)):
+        trainc.compile(text, torch.nn.Linear(3, 2))
+
+
+def test_only_the_first_loss_of_a_sum_may_be_in_chunks() -> None:
+    text = "loss mse { output = 0, target = 0 } loss cross_entropy { output = 1, target = 1, chunks = 2 }"
+    with pytest.raises(trainc.SpecError, match="first loss of a sum"):
+        trainc.compile(f"{text} optimizer sgd {{ lr = 1 }}", torch.nn.Linear(3, 2))
