@@ -21,6 +21,7 @@ from trainc.dsl.reading.field_types import (
     MODULE_SELECTOR,
     PERIOD,
     PROBABILITY,
+    PROPORTION,
     RANGE,
     SCHEDULE,
     SCOPED_DECAY_RATES,
@@ -152,7 +153,7 @@ def test_an_expect_that_fails(construct: type[Construct], name: str) -> None:
 
 @pytest.mark.parametrize(
     ("construct", "name"),
-    fields("numbers", FRACTION, SCHEDULE, SHRINKING_FACTOR, PROBABILITY, *SCOPED),
+    fields("numbers", FRACTION, SCHEDULE, SHRINKING_FACTOR, PROBABILITY, PROPORTION, *SCOPED),
 )
 def test_a_negative_number(construct: type[Construct], name: str) -> None:
     setup = setup_of(construct)

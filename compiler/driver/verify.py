@@ -94,6 +94,7 @@ def _against_original(
     with program.sites.inactive(), keep_buffers(program.module):
         losses, weights = program.execution.losses, program.loss_weights
         read = losses.run(program.module, batch)
+        losses.use(losses.numbers_now(program.execution.clock))
         found = losses_of_views(losses, read.of, targets, 1, False)
         loss = torch.stack([weights.get(name, 1.0) * one for name, one in found.items()]).sum()
         want = _gradients(program, loss)

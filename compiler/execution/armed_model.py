@@ -71,7 +71,12 @@ class ArmedModel:
         # Of inputs without gradient a reentrant checkpoint gives results without one: nothing in it would be trained.
         self._freezes = bool(method.frozen or adapters_of(model))
         more = method.batch_gradients or method.rewrite.observers or self._freezes
-        more = more or self.losses.is_sum or bool(method.rewrite.checkpointed or method.compiled)
+        more = (
+            more
+            or self.losses.is_sum
+            or bool(self.losses.scalars)
+            or bool(method.rewrite.checkpointed or method.compiled)
+        )
         self._unchanged = not (method.rewrite or method.rewrite.terms or more)
         self._counts = _counts_targets(method)
         self._weighs_evaluations = self._looked = False

@@ -315,7 +315,9 @@ class ModuleRunner(ArmedModel):
     def _scalars(self, batch: Batch, where: MicroBatchSlice) -> dict[str, Tensor]:
         """Return the numbers of modules by name: none in a whole step that nothing rewrites or adds to now."""
         rewrite = self.rewrite
-        if where.loss_weight == 1.0 and not (rewrite or rewrite.terms or self.losses.is_sum):
+        if where.loss_weight == 1.0 and not (
+            rewrite or rewrite.terms or self.losses.is_sum or self.losses.scalars
+        ):
             return {}
         return self._graph_scalars(batch, where)
 

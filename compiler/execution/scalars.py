@@ -35,6 +35,10 @@ def scheduled_scalars(
         name: torch.tensor(value(clock), dtype=dtype, device=device)
         for name, value in method.scalars.items()
     }
+    scalars |= {
+        name: torch.tensor(value, dtype=dtype, device=device)
+        for name, value in method.losses.numbers_now(clock).items()
+    }
     scalars |= method.tensors
     scalars |= {name: make().to(device) for name, make in method.live_tensors.items()}
     for label, weight in method.losses.weights_now(clock).items():

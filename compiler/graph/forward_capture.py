@@ -31,6 +31,7 @@ from trainc.compiler.graph.wrapped_model import (
     LossFunction,
     WrappedModel,
 )
+from trainc.compiler.method.losses import Losses
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.method.term import CAPTURED
 from trainc.runtime.data.batch import Batch
@@ -54,8 +55,9 @@ def capture_forward(
     """
     batch = _distinct(batch, copies=bool(axes))
     structure, ports, given = describe_batch(batch)
-    numbers = {name: scalars[name].clone() for name in hooks.scalars} if hooks else {}
-    wrapped = WrappedModel(model, loss, rewrite.views, rewrite.mean_loss, hooks)
+    used = (*(hooks.scalars if hooks else ()), *(loss.scalars if isinstance(loss, Losses) else ()))
+    numbers = {name: scalars[name].clone() for name in used}
+    wrapped = WrappedModel(model, loss, rewrite.views, rewrite.mean_loss, hooks, used)
     arguments = (*batch, *numbers.values())
     if axes:
         shapes = open_shapes(batch, ports, len(numbers), axes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class WrappedModel(nn.Module):
         views: int,
         mean_loss: bool = False,
         hooks: HooksInPlace | None = None,
+        numbers: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.user = model
@@ -67,15 +68,17 @@ class WrappedModel(nn.Module):
         self.views = views
         self.mean_loss = mean_loss
         self.hooks = hooks
+        self.numbers = tuple(numbers)
         self.training = model.training
 
     def forward(self, inputs: Any, targets: Any, *scalars: Tensor) -> tuple[Tensor, ...]:
         """Return the first loss, its logits of every view, the other losses, and what is captured.
 
-        `scalars` are those of the hooks.
+        `scalars` are the `numbers` of the hooks and the losses.
         """
+        given = dict(zip(self.numbers, scalars, strict=True))
         if self.hooks is not None:
-            self.hooks.open(dict(zip(self.hooks.scalars, scalars, strict=True)), inputs)
+            self.hooks.open({name: given[name] for name in self.hooks.scalars}, inputs)
             self.hooks.begin()
         if not isinstance(self.loss, Losses):
             output = call_model(self.user, repeat_views(inputs, self.views))
@@ -85,6 +88,7 @@ class WrappedModel(nn.Module):
             return loss, logits, *captured
         read = self.loss.run(self.user, (inputs, targets), self.views, self.mean_loss)
         captured = [] if self.hooks is None else self.hooks.take()
+        self.loss.use(given)
         found = losses_of_views(self.loss, read.of, targets, self.views, self.mean_loss)
         first, *others = found.values()
         return first, read.logits, *others, *captured

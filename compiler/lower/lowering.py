@@ -55,6 +55,11 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
         schedule = None if weight is None else self.schedule(weight)
         if schedule is not None:
             self.show("weight", schedule)
+        for name, number in loss.numbers.items():
+            self.show(name, number)
+            loss.is_cross_entropy = False  # operators take its numbers as constants
+            if loss.chunks is not None:
+                raise ValueError(f"`chunks` needs one number in the whole run as `{name}`")
         if loss.chunks is not None:
             if self._method.loss_parts:
                 raise ValueError(

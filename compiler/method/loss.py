@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from trainc.runtime.schedule.clock import Clock
 
 LOSS_WEIGHT = "loss_weight"
 """The name of the 0-d tensor that carries a micro-batch's weight in the loss of its step."""
@@ -52,6 +55,10 @@ class Loss(ABC):
     chunks: int | None = None
     """Into how many parts of rows a graph is to divide its logits, 0 where their size decides; None: they are whole."""
 
+    numbers: Mapping[str, Callable[[Clock], float]] = MappingProxyType({})
+    """Its numbers that change in the run, by name."""
+    now: Mapping[str, Any] = MappingProxyType({})
+    """What these are in the pass that is computed: 0-d tensors, or in an evaluation numbers."""
     linear_head: bool = False
     """Whether a linear layer is the model's head: its results have the classes on the last axis."""
 

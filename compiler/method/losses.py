@@ -113,6 +113,11 @@ class Losses:
         return self.parts[0].loss
 
     @cached_property
+    def scalars(self) -> tuple[str, ...]:
+        """The numbers of losses that change in the run, by the names of a graph's inputs."""
+        return tuple(f"{p.scalar}.{name}" for p in self.parts for name in p.loss.numbers)
+
+    @cached_property
     def is_sum(self) -> bool:
         """Whether there are several losses, or one with a weight: each is then reported by its name."""
         return len(self.parts) > 1 or any(part.weight is not None for part in self.parts)
@@ -194,6 +199,17 @@ class Losses:
         ]
         return sum(weighted[1:], start=weighted[0])
 
+    def numbers_now(self, clock: Clock) -> dict[str, float]:
+        """Return the numbers of losses that change in the run, as they are now, by the names of a graph's inputs."""
+        schedules = [one for part in self.parts for one in part.loss.numbers.values()]
+        return {n: schedule(clock) for n, schedule in zip(self.scalars, schedules, strict=True)}
+
+    def use(self, numbers: Mapping[str, Any]) -> None:
+        """Let the losses compute with these numbers, which may be among others."""
+        for part in self.parts:
+            if part.loss.numbers:
+                part.loss.now = {n: numbers[f"{part.scalar}.{n}"] for n in part.loss.numbers}
+
     def counts_now(self, part: LossPart, scalars: Mapping[str, Tensor]) -> bool:
         """Say whether a loss counts a target in a micro-batch: it has a number, or is alone."""
         return not self.is_sum or part.scalar in scalars
@@ -211,6 +227,7 @@ class Losses:
         """
         others: dict[str, tuple[float, float]] = {}
         total, own = 0.0, (0.0, 0.0)
+        self.use(self.numbers_now(clock))
         for part in self.parts:
             of_part = part.targets(targets)
             count, value = part.loss.count_evaluated(of_part), outputs[part.label]

@@ -44,6 +44,7 @@ def total_loss(
     where there is one.
     """
     scalars, targets = forward.tensors, forward.targets
+    losses.use(scalars)
     first, loss_fn = losses.parts[0], losses.first
     output, joint = forward.outputs[first.label], rewrite.joint
     counts = losses.counts_now(first, scalars)

@@ -242,6 +242,7 @@ def scoped_schedule_type(limits: Limits, *, pairs: bool = False) -> FieldType:
 SCHEDULE = schedule_type(FROM_ZERO)
 SHRINKING_FACTOR = schedule_type(Limits(0, 1, open_low=True))
 PROBABILITY = schedule_type(Limits(0, 1, open_high=True))
+PROPORTION = schedule_type(Limits(0, 1))
 SCOPED_SCHEDULES = scoped_schedule_type(FROM_ZERO)
 SCOPED_DECAY_RATES = scoped_schedule_type(Limits(0, 1, open_high=True), pairs=True)
 SIGNED_SCHEDULE = FieldType("schedule", expressions.schedule, _schedule, scheduled=True)
@@ -339,4 +340,5 @@ ScopedDecayRates = Annotated[v.Expr | tuple[v.Scoped, ...], SCOPED_DECAY_RATES]
 ShrinkingFactor = Annotated[v.Expr, SHRINKING_FACTOR]
 """A number above 0 and at most 1 in every step, or an expression for one."""
 Probability = Annotated[v.Expr, PROBABILITY]
+Proportion = Annotated[v.Expr, PROPORTION]
 """A number that is 0 or more and below 1 in every step, or an expression for one."""

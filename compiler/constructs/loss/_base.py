@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.schedule.clock import Clock
 
 
 class LossConstruct(Construct):
@@ -39,12 +41,17 @@ class LossConstruct(Construct):
     def make_loss(self) -> Loss:
         """Return the loss of one output and one target."""
 
+    def numbers(self, to: Lowering) -> Mapping[str, Callable[[Clock], float]]:
+        """Return its numbers that change in the run, by name, which `Loss.now` has in each pass."""
+        return {}
+
     @abstractmethod
     def reference(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss by definition."""
 
     def lower(self, to: Lowering) -> None:
         loss = self.make_loss()
+        loss.numbers = self.numbers(to)
         loss.output, loss.target = self.output, self.target
         heads = [one for one in to.inventory.modules if "head" in one.roles]
         loss.linear_head = bool(heads) and all(one.matrix and one.ndim == 2 for one in heads)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from trainc.compiler.constructs.loss._base import LossConstruct
 from trainc.compiler.method.loss import Loss, LossMismatch
+from trainc.dsl.reading.construct import Proportion
+from trainc.dsl.values.value_json import Number
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.schedule.clock import Clock
 
 ClassAxis = Literal["last", 1]
 
@@ -53,13 +59,19 @@ class CrossEntropyLoss(Loss):
         if self._axis(logits, targets) == "last" and logits.dim() != 2:
             logits = logits.reshape(-1, logits.shape[-1])
             targets = targets.reshape(logits.shape if targets.is_floating_point() else -1)
-        return cross_entropy(
+        smoothed: Callable[..., Tensor] = partial(
+            cross_entropy,
             logits,
             targets,
             weight=None if self.class_weight is None else self._class_weight(logits),
             ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
         )
+        smoothing = self.now.get("label_smoothing", self.label_smoothing)
+        if isinstance(smoothing, float):
+            return smoothed(label_smoothing=smoothing)
+        hard, uniform = smoothed(), smoothed(label_smoothing=1.0)
+        mixed: Tensor = hard + smoothing * (uniform - hard)
+        return mixed
 
     def _class_weight(self, logits: Tensor) -> Tensor:
         """Return the weights of the classes, which are on axis 1 of the logits."""
@@ -241,7 +253,7 @@ class CrossEntropy(LossConstruct):
     the shapes tell which; where they fit both, a linear head does, and else `class_axis` must.
     Floating-point targets of the logits' shape are probabilities of the classes. With `class_weight`
     a target counts as often as its class weighs: the mean is divided by the sum of the weights, as in
-    torch.
+    torch. The label smoothing may be a schedule, also in evaluations.
 
     With `chunks` the step runs as a graph, in which the pass `fuse_head` lets one operator compute
     the head's product, the loss and its gradients, chunk by chunk. It acts where a linear layer gives
@@ -255,10 +267,8 @@ class CrossEntropy(LossConstruct):
     evaluated: ClassVar = ("accuracy",)
 
     ignore_index: int = Field(default=-100, description="target value that is left out of the loss")
-    label_smoothing: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
+    label_smoothing: Proportion = Field(
+        default=Number(0.0),
         description="weight of the uniform distribution mixed into the target, in [0, 1]",
     )
     class_axis: ClassAxis | None = Field(
@@ -290,10 +300,22 @@ class CrossEntropy(LossConstruct):
                 )
         return self
 
+    @property
+    def smoothing(self) -> float:
+        """The label smoothing where it is one number; 0 where it is a schedule."""
+        constant = self.label_smoothing
+        return float(constant.value) if isinstance(constant, Number) else 0.0
+
+    def numbers(self, to: Lowering) -> Mapping[str, Callable[[Clock], float]]:
+        """Return the label smoothing where it changes."""
+        if to.is_constant(self.label_smoothing):
+            return {}
+        return {"label_smoothing": to.schedule(self.label_smoothing)}
+
     def make_loss(self) -> Loss:
         return CrossEntropyLoss(
             self.ignore_index,
-            self.label_smoothing,
+            self.smoothing,
             self.class_axis,
             self.class_weight,
             None if self.chunks == "off" else 0 if self.chunks == "auto" else self.chunks,
@@ -312,6 +334,6 @@ class CrossEntropy(LossConstruct):
             p[range(len(flat)), flat] = 1
         weight = rows.new_tensor(self.class_weight or [1.0] * classes)
         log_p = rows - rows.logsumexp(1, keepdim=True)
-        smooth = (1 - self.label_smoothing) * p + self.label_smoothing / classes
+        smooth = (1 - self.smoothing) * p + self.smoothing / classes
         count = len(p) if targets.is_floating_point() else (p * weight).sum()
         return -(weight * smooth * log_p).sum() / count

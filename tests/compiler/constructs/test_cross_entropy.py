@@ -1,5 +1,6 @@
 """Cross-entropy against its definition, torch's, and exact weights under unequal counts."""
 
+import copy
 import itertools
 import math
 import re
@@ -11,8 +12,9 @@ from torch import Tensor
 
 import trainc
 from trainc.compiler.constructs.loss.cross_entropy import ClassAxis, CrossEntropy
-from trainc.compiler.execution.execution import Execution
+from trainc.compiler.execution.execution import Execution, Executor
 from trainc.compiler.method.loss import LossMismatch
+from trainc.dsl.values.value_json import Number
 
 LOGITS = torch.randn(5, 7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(0, 11, (5, 7), generator=torch.Generator().manual_seed(1))
@@ -27,7 +29,9 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     reference: dict[str, Tensor] = {}
     cases = itertools.product((0.0, 0.1), (None, WEIGHTS), (TARGETS, SOFT))
     for i, (smoothing, weight, targets) in enumerate(cases):
-        loss = CrossEntropy(label_smoothing=smoothing, class_weight=weight, class_axis="last")
+        loss = CrossEntropy(
+            label_smoothing=Number(smoothing), class_weight=weight, class_axis="last"
+        )
         for out, function in ((compiled, loss.make_loss()), (reference, loss.reference)):
             logits = LOGITS.clone().requires_grad_()
             value = function(logits, targets)
@@ -73,7 +77,7 @@ def test_classes_on_axis_1_are_torchs_bit_for_bit(
         logits, targets, weight=given, label_smoothing=smoothing
     )
     axis: ClassAxis | None = 1 if soft else None  # one reading of indices fits
-    loss = CrossEntropy(class_axis=axis, class_weight=weight, label_smoothing=smoothing)
+    loss = CrossEntropy(class_axis=axis, class_weight=weight, label_smoothing=Number(smoothing))
     assert torch.equal(loss.make_loss()(logits, targets), want)
 
 
@@ -86,7 +90,9 @@ def test_examples_add_up_to_the_mean(
     logits, targets = LOGITS, SOFT if soft else TARGETS
     if axis == 1:
         logits, targets = logits.movedim(-1, 1), SOFT.movedim(-1, 1) if soft else TARGETS
-    loss = CrossEntropy(class_axis=axis, class_weight=weight, label_smoothing=0.1).make_loss()
+    loss = CrossEntropy(
+        class_axis=axis, class_weight=weight, label_smoothing=Number(0.1)
+    ).make_loss()
     weights = loss.weights(targets)
     each = [loss(logits[i : i + 1], targets[i : i + 1]) for i in range(5)]
     assert float(weights.sum()) == pytest.approx(1.0)
@@ -229,4 +235,50 @@ def test_chunks_that_do_not_fit_are_refused(fields: str, message: str) -> None:
 def test_only_the_first_loss_of_a_sum_may_be_in_chunks() -> None:
     text = "loss mse { output = 0, target = 0 } loss cross_entropy { output = 1, target = 1, chunks = 2 }"
     with pytest.raises(trainc.SpecError, match="first loss of a sum"):
+        trainc.compile(f"{text} optimizer sgd {{ lr = 1 }}", torch.nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("executor", ["module", "graph"])
+def test_label_smoothing_may_be_a_schedule(executor: Executor) -> None:
+    text = "loss cross_entropy { label_smoothing = linear(0, from = 0.4, over = 4 steps), class_weight = [1, 2, 3] }"
+    x, y = torch.randn(6, 2).double(), torch.tensor([0, 1, 2, 0, -100, 1])
+    model = torch.nn.Linear(2, 3).double()
+    program = trainc.compile(
+        f"{text} optimizer sgd {{ lr = 0.1 }}", copy.deepcopy(model), executor=executor
+    )
+    weight = torch.tensor([1.0, 2.0, 3.0]).double()
+    for step in range(3):
+        smoothing = 0.4 - 0.1 * step
+        loss = torch.nn.functional.cross_entropy(model(x), y, weight, label_smoothing=smoothing)
+        batch = [(x[:2], y[:2]), (x[2:], y[2:])] if step else (x, y)
+        assert program.step(batch)["loss"] == pytest.approx(float(loss.detach()), rel=1e-12)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, grad in zip(model.parameters(), grads, strict=True):
+                parameter.sub_(0.1 * grad)
+        want = torch.nn.functional.cross_entropy(
+            model(x), y, weight, label_smoothing=smoothing - 0.1
+        )
+        total, count, _ = program.evaluate((x, y))
+        assert total / count == pytest.approx(float(want.detach()), rel=1e-12)
+
+
+def test_a_rule_sets_the_label_smoothing() -> None:
+    rule = "when loss > 0 { cross_entropy.label_smoothing = 1 }"
+    x, y = torch.randn(4, 2).double(), torch.tensor([0, 1, 2, 0])
+    model = torch.nn.Linear(2, 3).double()
+    program = trainc.compile(f"loss cross_entropy optimizer sgd {{ lr = 0 }} {rule}", model)
+    hard, uniform = (
+        float(torch.nn.functional.cross_entropy(model(x), y, label_smoothing=e).detach())
+        for e in (0, 1)
+    )
+    found = [program.step((x, y))["loss"] for _ in range(2)]
+    assert found == pytest.approx([hard, uniform], rel=1e-12)
+
+
+def test_a_schedule_and_chunks_are_refused_together() -> None:
+    text = (
+        "loss cross_entropy { label_smoothing = linear(0, from = 0.4, over = 4 steps), chunks = 2 }"
+    )
+    with pytest.raises(trainc.SpecError, match="one number in the whole run as `label_smoothing`"):
         trainc.compile(f"{text} optimizer sgd {{ lr = 1 }}", torch.nn.Linear(3, 2))
