@@ -82,7 +82,8 @@ def measures_gradients(construct: Construct) -> bool:
 
 
 def _actions(clause: BoundClause) -> str:
-    return "; ".join(effect.action for effect in clause.construct.effects)
+    construct = clause.construct
+    return "; ".join(construct.describe(e) for e in construct.effects if construct.performs(e))
 
 
 def _writes(construct: Construct) -> set[str]:
