@@ -24,6 +24,7 @@ from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.storage.form import AnyNumber, Count, Form, Number, Record
 
 if TYPE_CHECKING:
+    from trainc.runtime.schedule.clock import Clock
     from trainc.runtime.schedule.gate import Gate
     from trainc.runtime.step.optimizer import LrFactor
     from trainc.runtime.step.record import Step
@@ -95,9 +96,10 @@ class BalanceFactors(Action):
         }
 
     def is_due(self, step: Step) -> bool:
-        """Return whether it measures in this step, or a factor is on its way."""
+        """Return whether it measures in this step, or a factor is on its way, or a measurement has failed."""
         self.measuring.refresh.step()
-        return super().is_due(step) or self.course.is_moving(step.clock)
+        failed = self.measuring.failed is not None
+        return failed or super().is_due(step) or self.course.is_moving(step.clock)
 
     def _measures(self, step: Step) -> bool:
         if not (super().is_due(step) and self.measuring.refresh.is_due(step.clock.steps)):
@@ -105,18 +107,28 @@ class BalanceFactors(Action):
         return not self.measurements or self.pace is None or self.pace.fires(step.clock)
 
     def run(self, step: Step) -> None:
-        measures = self._measures(step)
-        if measures:
-            self._measure(step)
-        for name, lr_factor in self.lr_factors.items():
-            lr_factor.factor = self.course.at(name, step.clock)
-        if measures:
+        self.measuring.raise_failure()
+        if self._measures(step):
+            shapes = {part.weight: part.shape for part in self.parts.values()}
+            self.measuring.begin(step, shapes, self.read, self.policy)
+            if not self.measuring.beside:
+                self.end(step, step.clock)
+                return
+        self._set_factors(step.clock)
+
+    def end(self, step: Step, clock: Clock) -> None:
+        """End a measurement: its factors act from the step at a clock on."""
+        if (figures := self.measuring.end(step)) is not None:
+            self._follow(figures, step.notes, clock)
+            self._set_factors(clock)
             self._record(step)
 
-    def _measure(self, step: Step) -> None:
-        """Measure the parts that are due, and send the factors of all groups where the figures say."""
-        shapes = {part.weight: part.shape for part in self.parts.values()}
-        figures = self.measuring.figures(step, shapes, self.read, self.policy)
+    def _set_factors(self, clock: Clock) -> None:
+        for name, lr_factor in self.lr_factors.items():
+            lr_factor.factor = self.course.at(name, clock)
+
+    def _follow(self, figures: Mapping[str, float], notes: list[str], clock: Clock) -> None:
+        """Send the factors of all groups where the figures of the parts that were measured say."""
         keep, before = self.policy.smooth or 0.0, self.alphas
         self.alphas = {}
         for name, part in self.parts.items():
@@ -130,15 +142,15 @@ class BalanceFactors(Action):
                     "is zero, of low rank or orthogonal, or a mask left too little of it, so it is not"
                     " measured"
                 )
-                step.notes.append(f"{self.name}: `{part.weight}` {reason}")
+                notes.append(f"{self.name}: `{part.weight}` {reason}")
         if not (self.measurements or self._differ()):
-            step.notes.append(
+            notes.append(
                 f"{self.name}: fewer than two {self.policy.unit}s have a figure of their own, or all have the same, so"
                 " that all factors are 1"
             )
         # Of a first spread that is all noise no factor would follow, ever.
         if self.policy.control != "static" or not (self.measurements and self.gain):
-            self.course.aim(self._targets(), step.clock)
+            self.course.aim(self._targets(), clock)
         self.first_spread = self.first_spread if self.measurements else self.spread
         self.measurements += 1
 
@@ -239,3 +251,25 @@ class BalanceFactors(Action):
             f"{self.name}: alpha spread {self.first_spread:.3g} -> {self.spread:.3g}{kept}, "
             f"measured {self.measurements}x, factors {low} to {high}{tail}"
         )
+
+
+@dataclass(eq=False)
+class AwaitFigures(Action):
+    """Phase 11, which skipped steps have, too: end the measurement that a policy began beside the passes.
+
+    So all figures are in a checkpoint, which one process alone may save, and no thread outlives its step.
+    """
+
+    phase = Phase.EXCHANGE
+    reads_shards = True
+    balance: BalanceFactors
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.balance.name} figures"
+
+    def is_due(self, step: Step) -> bool:
+        """Return whether a measurement began in this step."""
+        return self.balance.measuring.has_begun(step)
+
+    def run(self, step: Step) -> None:
+        self.balance.end(step, step.clock_after())

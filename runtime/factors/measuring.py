@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trainc.runtime.factors.beside import copied, in_thread
 from trainc.runtime.factors.refresh import Figures, Refresh, cost, owners, shared
 from trainc.runtime.factors.unmoved import COPY, ROOM, Unmoved
 from trainc.runtime.storage.form import Anything, Count, Form, Number
@@ -32,17 +34,38 @@ class Measures(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Begun:
+    """What is measured in the step after `steps`: the parts `due`, each by the process of its rank in `ranks`.
+
+    `result` gives the figures of those that this process measures, and `kept` are the matrices that it holds.
+    """
+
+    steps: int
+    due: Sequence[str]
+    ranks: Mapping[str, int]
+    kept: Mapping[str, Any]
+    result: Callable[[], dict[str, Figures]]
+
+
 @dataclass(eq=False)
 class Measuring:
-    """When and which weights are measured; with `unmoved`, not those that it knows to have the figure that they had."""
+    """When and which weights are measured; with `unmoved`, not those that it knows to have the figure that they had.
+
+    A measurement has a beginning and an end, in one step. With `beside` a thread works between the two, on copies. What
+    fails there is raised in the step after.
+    """
 
     refresh: Refresh = field(default_factory=Refresh)
     unmoved: Unmoved | None = None
+    beside: bool = False
+    failed: Exception | None = field(default=None, init=False)
+    _begun: Begun | None = field(default=None, init=False)
 
-    def figures(
+    def begin(
         self, step: Step, shapes: Mapping[str, Sequence[int]], read: Read, policy: Measures
-    ) -> dict[str, float]:
-        """Return the figures of those of the named parts of weights, of these shapes, that are measured in this step.
+    ) -> None:
+        """Begin to measure those of the named parts of weights, of these shapes, that are due in this step.
 
         `read` gives their matrices.
         """
@@ -55,6 +78,7 @@ class Measuring:
             kept = read(due)
             moved = self.unmoved.moved(kept, peers)
             due = [name for name in due if name in moved]
+            kept = {name: kept[name] for name in due}
         ranks = owners({name: costs[name] for name in due}, peers)
         here = 0 if peers is None else peers.rank
         if self.unmoved is None:
@@ -62,16 +86,47 @@ class Measuring:
             for _, parts in groupby(due, lambda name: name.partition("[")[0]):
                 some = read([*parts])
                 kept |= {name: some[name] for name in some if ranks[name] == here}
+        if self.beside:
+            kept = copied(kept)
         own = {name: kept[name] for name in due if ranks[name] == here}
-        found = shared(due, ranks, self._measured(own, policy), peers)
+        measure = partial(self._measured, policy)
+        result = in_thread(measure, own) if self.beside else partial(measure, own)
+        self._begun = Begun(step.clock.steps, due, ranks, kept, result)
+
+    def has_begun(self, step: Step) -> bool:
+        """Say whether a measurement began in this step and has not ended."""
+        return self._begun is not None and self._begun.steps == step.clock.steps
+
+    def end(self, step: Step) -> dict[str, float] | None:
+        """Return the figures of what was measured since `begin`; None where a thread failed, as `failed` then says."""
+        begun, self._begun = self._begun, None
+        assert begun is not None
+        peers, own = step.equals(), dict[str, Figures]()
+        try:
+            own = begun.result()
+        except Exception as error:
+            if not self.beside:
+                raise
+            self.failed = error
+        if self.failed is not None and peers is None:
+            return None
+        found = shared(begun.due, begun.ranks, own, peers)
+        if self.failed is not None:
+            return None
         if self.unmoved is not None:
             for name, (_, room) in found.items():
-                self.unmoved.measured(name, kept[name], room)
+                self.unmoved.measured(name, begun.kept[name], room)
         if (chosen := self.refresh.end(step, peers)) is not None:
             step.notes.append(chosen)
         return {name: figure for name, (figure, _) in found.items()}
 
-    def _measured(self, matrices: Mapping[str, Any], policy: Measures) -> dict[str, Figures]:
+    def raise_failure(self) -> None:
+        """Raise what failed in the thread of the step before, once."""
+        failed, self.failed = self.failed, None
+        if failed is not None:
+            raise failed
+
+    def _measured(self, policy: Measures, matrices: Mapping[str, Any]) -> dict[str, Figures]:
         if not matrices:
             return {}
         if self.unmoved is not None:
@@ -96,6 +151,7 @@ class Measuring:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` gave."""
+        self._begun = self.failed = None
         self.refresh.load_state_dict(state)
         if self.unmoved is not None:
             self.unmoved.load_state_dict(state)

@@ -41,6 +41,10 @@ class BalancedGroup:
         """Return the number of eigenvalues of the part that has most."""
         return max(part.eigenvalues for part in self.parts)
 
+    def without_small_parts(self, least: int) -> BalancedGroup:
+        """Return this group without the parts that have fewer eigenvalues than `least`."""
+        return replace(self, parts=tuple(p for p in self.parts if p.eigenvalues >= least))
+
     def unit(self, unit: Unit) -> str | None:
         """Return the name of the unit that it belongs to; None for a group outside of all blocks.
 

@@ -75,14 +75,15 @@ def sharded(method: Method, when: str) -> Any:
     return {n: p.full_tensor() for n, p in model.named_parameters()}, entries  # type: ignore[attr-defined]
 
 
-def measured(shards: bool) -> Any:
+def measured(shards: bool, fields: str = "") -> Any:
     """Return how many weights a policy measured here in each step, its last figures, and these by definition."""
     from torch.distributed.fsdp import fully_shard
 
     model = net()
     if shards:
         fully_shard(model)
-    program = trainc.compile(spec(PLAIN + BALANCE), model)
+    balance = BALANCE.replace("metric", f"{fields}metric")
+    program = trainc.compile(spec(PLAIN + balance), model)
     if not shards:
         program.forward = DistributedDataParallel(model)
     (action,) = (a for a in program.execution.method.actions if isinstance(a, BalanceFactors))
@@ -158,6 +159,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "whole late": lambda: sharded(Lars(), "late"),
     "spectra of copies": lambda: measured(shards=False),
     "spectra of shards": lambda: measured(shards=True),
+    "copies beside": lambda: measured(shards=False, fields="beside = true, "),
+    "shards beside": lambda: measured(shards=True, fields="beside = true, "),
     "sums of shards": summed,
     "slices of copies": lambda: sliced(shards=False),
     "slices of shards": lambda: sliced(shards=True),
@@ -174,7 +177,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_processes(__file__, RANKS, tmp_path_factory.mktemp("replicas"))
 
 
-@pytest.mark.parametrize("case", ["spectra of copies", "spectra of shards"])
+@pytest.mark.parametrize(
+    "case", ["spectra of copies", "spectra of shards", "copies beside", "shards beside"]
+)
 def test_processes_measure_the_spectra_of_one_model_together(
     case: str, found: list[dict[str, Any]]
 ) -> None:

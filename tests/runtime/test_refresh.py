@@ -25,7 +25,7 @@ from trainc.runtime.storage.jsonl import read_jsonl
 
 SPEC = """train 1
 loss cross_entropy
-run { length = 1000 steps }
+run { length = 1000 steps, on_nan = skip }
 optimizer sgd { lr = 0.5 }
 lr temp_balance on ndim(2) %s { min_eigenvalues = 4, metric = alpha %s }
 """

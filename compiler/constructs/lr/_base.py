@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 Split = Literal["whole", "parts", "heads"]
 _STORED = "one matrix, as `split = whole` says"
+_WRITTEN = ("rate", "metrics", "signal:spread", "signal:alpha", "signal:gain")
 _BY: dict[Split, By] = {"whole": "whole", "parts": "part", "heads": "head"}
 
 
@@ -63,13 +63,9 @@ class MeasuredPolicy(MeasuredAtTimes):
         "gain": "how much of the factors is kept: 0 where noise explains the spread of alpha, 1 without noise",
     }
     effects: ClassVar[tuple[Effect, ...]] = (
-        Effect(
-            "rates",
-            "measure spectra and set factors",
-            ("params", "clock"),
-            ("rate", "metrics", "signal:spread", "signal:alpha", "signal:gain"),
-        ),
+        Effect("rates", "measure spectra and set factors", ("params", "clock"), _WRITTEN),
         Effect("deltas", "scale slices of updates", ("params", "delta"), ("delta",), lasting=True),
+        Effect("exchange", "wait for what is measured beside the step", ("clock",), _WRITTEN),
     )
 
     map: Map = Field(
@@ -169,8 +165,8 @@ class MeasuredPolicy(MeasuredAtTimes):
         return self
 
     def performs(self, effect: Effect) -> bool:
-        """Say whether this clause performs an effect: it changes updates where parts have factors of their own."""
-        return effect.phase != "deltas" or self.unit == "part"
+        """Say whether this clause performs an effect: parts have factors of their own, or it measures beside steps."""
+        return {"deltas": self.unit == "part", "exchange": self.beside}.get(effect.phase, True)
 
     @abstractmethod
     def measure(self, matrices: Mapping[str, Any]) -> dict[str, float]:
@@ -218,7 +214,7 @@ class MeasuredPolicy(MeasuredAtTimes):
         kept = groups[int(self.skip_first) : len(groups) - int(self.skip_last)]
         least = self.min_eigenvalues
         few = [group for group in kept if group.eigenvalues < least]
-        return [_without_small_parts(group, least) for group in kept if group not in few], few
+        return [group.without_small_parts(least) for group in kept if group not in few], few
 
     def _found(
         self, parameters: Iterable[ParameterEntry], inventory: Inventory
@@ -288,7 +284,7 @@ class MeasuredPolicy(MeasuredAtTimes):
     def lower(self, to: Lowering) -> None:
         """Give every group a factor, and measure before the optimizer's rates are set."""
         from trainc.compiler.structure.weights import find_units
-        from trainc.runtime.factors.action import BalanceFactors
+        from trainc.runtime.factors.action import AwaitFigures, BalanceFactors
         from trainc.runtime.factors.course import Course
         from trainc.runtime.schedule.gate import Gate
         from trainc.runtime.schedule.time_span import TimeSpan
@@ -323,7 +319,10 @@ class MeasuredPolicy(MeasuredAtTimes):
         ramp = None if self.ramp is None else to.window(None, None, self.ramp).every
         course = Course(tuple(scaled), self.hysteresis, ramp)
         times = pace, course, top, self.measuring(to.label)
-        to.action(BalanceFactors(to.label, self, read_parts, groups, factors, few, *times))
+        action = BalanceFactors(to.label, self, read_parts, groups, factors, few, *times)
+        to.action(action)
+        if self.beside:
+            to.action(AwaitFigures(action))
 
     def _factor(self, to: Lowering, unit: str, names: Iterable[str]) -> LrFactor:
         """Return the factor of a unit, on what this policy scales."""
@@ -344,7 +343,3 @@ class MeasuredPolicy(MeasuredAtTimes):
         if cut is not None:
             low, high = (min(max(end, cut.low), cut.high) for end in (low, high))
         return min(low, 1.0), max(high, 1.0)
-
-
-def _without_small_parts(group: BalancedGroup, least: int) -> BalancedGroup:
-    return replace(group, parts=tuple(p for p in group.parts if p.eigenvalues >= least))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from trainc.dsl.reading.construct import Construct, Fraction
+from trainc.dsl.reading.construct import Construct, Effect, Fraction
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +38,11 @@ class MeasuredAtTimes(Construct):
         description="a weight whose change since it was measured cannot have moved alpha by more than this is not"
         " measured again. Needs memory for a copy of each measured weight. Default: all are",
     )
+    beside: bool = Field(
+        default=False,
+        description="whether a thread measures copies of the weights while the step runs, on CUDA in a stream of its"
+        " own; factors then act from the next step on. Needs memory for these copies. Not measured on a GPU",
+    )
 
     @field_validator("budget", mode="after")
     @classmethod
@@ -46,6 +51,20 @@ class MeasuredAtTimes(Construct):
             raise ValueError(f"a budget is above 0% and below 100%, not {100 * value:g}%")
         return value
 
+    @model_validator(mode="after")
+    def _has_one_remedy(self) -> Self:
+        if self.beside and self.budget is not None:
+            raise ValueError(
+                "`budget` is of the time that steps wait for a measurement, and with `beside` its cost is that the"
+                " passes run more slowly, which nothing measures: remove one of the two"
+            )
+        return self
+
+    def describe(self, effect: Effect) -> str:
+        """Return the words for an effect in the plan's table of the step, and from when on factors act."""
+        later = self.beside and effect.phase == "rates"
+        return f"{effect.action} of the next step, beside this one" if later else effect.action
+
     def measuring(self, label: str) -> Measuring:
         """Return what decides when a clause with these fields measures, and what."""
         from trainc.runtime.factors.measuring import Measuring
@@ -53,7 +72,7 @@ class MeasuredAtTimes(Construct):
         from trainc.runtime.factors.unmoved import Unmoved
 
         unmoved = None if self.tolerance is None else Unmoved()
-        return Measuring(Refresh(label, self.parts, self.budget), unmoved)
+        return Measuring(Refresh(label, self.parts, self.budget), unmoved, self.beside)
 
     @property
     def takes_grams(self) -> bool:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from trainc.compiler.constructs.lr._spectral import SpectralPolicy
-from trainc.dsl.reading.construct import Effect, Range
+from trainc.dsl.reading.construct import Range
 from trainc.dsl.values import value_json as v
 
 
@@ -31,9 +31,9 @@ class AlphaDecay(SpectralPolicy):
     scales: ClassVar = "weight_decay"
     every_steps: ClassVar = 500
     effects: ClassVar = tuple(
-        Effect(e.phase, "measure spectra and set factors of weight decay", e.reads, e.writes)
+        e.replace(action=e.action.replace("factors", "factors of weight decay"))
         for e in SpectralPolicy.effects
-        if e.phase == "rates"
+        if e.phase != "deltas"
     )
 
     range: Range = Field(

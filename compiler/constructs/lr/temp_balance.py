@@ -66,6 +66,12 @@ class TempBalance(SpectralPolicy):
     largest, and `static` keeps the factors of the first measurement whose gain is above 0. If a
     control does as well, what is gained is not by the measurement.
 
+    With `beside` a step copies what it measures, and a thread measures the copies while the step runs
+    its passes. The step waits for the figures at its end, after the update, and their factors act from
+    the next step on: one step later than without, on every machine. So every checkpoint has the figures.
+    A step that is skipped waits, too. What fails in the thread is raised by the next step. On the CPU
+    the thread shares the cores with the passes; on CUDA it has a stream of its own, not measured on a GPU.
+
     Factors are measured at the first step that is due, then `every` so often, by default every 100
     steps; between measurements and after `until` the last factors hold. The factor is 1 if all
     exponents are equal or there is only one (the published code gives the high end), and, with a
