@@ -38,7 +38,7 @@ from trainc.dsl.syntax.parser import parse
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.source import Source
 
-OF_INDICES = ("cross_entropy", "focal", "ranked", "model", "call")
+OF_INDICES = ("cross_entropy", "focal", "ranked", "dpo", "model", "call")
 SIGNED = {("loss", name, "ignore_index") for name in OF_INDICES}
 """The fields whose numbers may be negative."""
 CONSTRUCTS = list(catalog().items())

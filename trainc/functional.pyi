@@ -1,5 +1,6 @@
 """Written by `make docs`: the types of what functional.py finds on disk."""
 
+from trainc.compiler.constructs.loss.dpo import dpo_loss
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
 from trainc.compiler.constructs.perturb.pac_noise import pac_kl
@@ -45,6 +46,7 @@ __all__ = [
     "convolution",
     "cross_entropy_consistency",
     "distill_loss",
+    "dpo_loss",
     "dr_calibrate",
     "dr_rotation",
     "embedding",

@@ -39,7 +39,7 @@ def capture_program(
     with searching(path):
         program, batch = program_and_batch(checked, without, "graph")
     try:
-        program.execution.capture(batch)
+        program.execution.capture(program.execution.prepare(batch))
     except (CaptureFailed, SiteMissing, SiteUnfit) as error:
         raise SpecError([Diagnostic("capture-failed", str(error))]) from error
     return program

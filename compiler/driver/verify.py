@@ -70,6 +70,7 @@ def verify(
 def compare(program: Program, batch: Batch) -> list[Comparison]:
     """Compare a program with its own model on one batch; gradients and the clock stay as they are."""
     _silence_dropout(program.module)
+    batch = program.execution.prepare(batch)
     dtype = next(p.dtype for p in program.module.parameters())
     allowed = ALLOWED.get(dtype, 3e-2)
     rewrite = program.execution.method.rewrite

@@ -100,7 +100,7 @@ class Execution(ModuleRunner):
         require_loss(self.loss_fn)
         self.settle_for_evaluation((inputs, targets))
         parts = split_batch((inputs, targets), size or 0)
-        found = [self._evaluated(part, observers) for part in parts]
+        found = [self._evaluated(self.prepare(part), observers) for part in parts]
         return found[0] if len(found) == 1 else self.losses.joined(found, self.clock)
 
     def _evaluated(self, batch: Batch, observers: EvaluationObservers) -> Evaluated:

@@ -55,6 +55,11 @@ from trainc.runtime.step.replicas import Replicas
 class ModuleRunner(ArmedModel):
     """Runs micro-batches of one program by the modules of its model."""
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Return a micro-batch with what its losses read of it besides output and targets, before its first pass."""
+        with self.autocast(), self.losses.naming_classes([batch]):
+            return self.losses.prepare(batch)
+
     def run_unchanged(self, batch: Batch) -> MicroBatchResult | None:
         """Run forward and backward of a whole step where no clause changes or measures them; None where one does.
 

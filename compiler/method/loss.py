@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainc.runtime.companion.companion import Companion
     from trainc.runtime.schedule.clock import Clock
 
 LOSS_WEIGHT = "loss_weight"
 """The name of the 0-d tensor that carries a micro-batch's weight in the loss of its step."""
 PARAMETER_WEIGHT = "parameter_weight"
 """The same of terms over parameters, where it is another: each process has the whole gradient of its shards."""
+_PREPARED = "prepared:"
+"""What stands before the name of a loss in the name of what it has prepared, among the targets of a batch."""
+_PLACE = "place:"
+"""What stands before the number of a target that had no name, where others stand beside it."""
 
 
 class LossMismatch(ValueError):
@@ -59,12 +64,22 @@ class Loss(ABC):
     """Its numbers that change in the run, by name."""
     now: Mapping[str, Any] = MappingProxyType({})
     """What these are in the pass that is computed: 0-d tensors, or in an evaluation numbers."""
+    companions: tuple[Companion, ...] = ()
+    """Modules beside the model that it reads: of each batch it is then given what `prepare` returns, too."""
     linear_head: bool = False
     """Whether a linear layer is the model's head: its results have the classes on the last axis."""
 
     @abstractmethod
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean, 0-d. Raises LossMismatch where the two do not fit each other."""
+
+    def prepare(self, inputs: Any, targets: Tensor) -> Tensor:
+        """Return what it reads of a micro-batch besides, (examples, ...), without gradient.
+
+        It is computed once, before the passes of a step or of an evaluation: from then on the loss is given a pair of
+        the targets and this, and before it the targets alone, to count them.
+        """
+        raise NotImplementedError
 
     # the model's output
 
@@ -176,3 +191,25 @@ def require_loss(loss: Loss) -> None:
     """Raise ValueError where the spec has no loss."""
     if isinstance(loss, NoLoss):
         raise loss.missing()
+
+
+def with_prepared(targets: Any, prepared: Mapping[str, Tensor]) -> Any:
+    """Return targets of a batch with what losses have prepared, by their names; the targets alone without any."""
+    if not prepared:
+        return targets
+    if not isinstance(targets, Mapping):
+        several = isinstance(targets, tuple | list)
+        places = {f"{_PLACE}{i}": one for i, one in enumerate(targets)} if several else {}
+        targets = places or {_PLACE: targets}
+    return {**targets, **{_PREPARED + name: one for name, one in prepared.items()}}
+
+
+def without_prepared(targets: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Return targets as the data gave them, and what losses have prepared, by their names."""
+    if not isinstance(targets, Mapping):
+        return targets, {}
+    of = {n.removeprefix(_PREPARED): one for n, one in targets.items() if n.startswith(_PREPARED)}
+    own = {name: one for name, one in targets.items() if not name.startswith(_PREPARED)}
+    if not of or not all(name.startswith(_PLACE) for name in own):
+        return own if of else targets, of
+    return own.get(_PLACE, tuple(own.values())), of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainc.compiler.method.loss import Loss, LossMismatch
+from trainc.compiler.method.loss import Loss, LossMismatch, with_prepared, without_prepared
 from trainc.compiler.method.user_loss import UserLoss
 from trainc.runtime.data.batch import (
     Batch,
@@ -47,8 +47,13 @@ class LossPart:
     def targets(self, targets: Any) -> Any:
         """Return the part of a batch's targets that the loss is of; raises LossMismatch where there is none.
 
-        It is a tensor, or several for a loss that takes them together.
+        It is a tensor, or several for a loss that takes them together; with what the loss has prepared, a pair of both.
         """
+        given, prepared = without_prepared(targets)
+        found = self._chosen(given)
+        return (found, prepared[self.label]) if self.label in prepared else found
+
+    def _chosen(self, targets: Any) -> Any:
         pick = self.loss.target
         if isinstance(self.loss, UserLoss) and pick is None:
             return self.loss.choose(targets)
@@ -127,13 +132,30 @@ class Losses:
     def batch(self, batch: Any) -> Batch:
         """Return a batch as (inputs, targets): a dict is divided where the model computes a loss of what it holds.
 
+        With the first one the losses' companions are copied, before a clause changes weights for passes or evaluations.
         Raises WrongBatch, a TypeError, where it is no batch.
         """
+        for companion in (one for part in self.parts for one in part.loss.companions):
+            if not companion.made:
+                companion.copy()
         if isinstance(batch, Mapping):
             for part in self.parts:
                 if isinstance(part.loss, UserLoss) and part.loss.in_model:
                     return check_batch(part.loss.divide(batch))
         return check_batch(batch)
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Batch:
+        """Return a micro-batch whose targets hold what losses read of it besides; raises LossMismatch as these do."""
+        prepared: dict[str, Tensor] = {}
+        for part in self.parts:
+            if part.loss.companions:
+                try:
+                    prepared[part.label] = part.loss.prepare(batch[0], part.targets(batch[1]))
+                except (LossMismatch, WrongPick) as error:
+                    error.label = part.label
+                    raise
+        return (batch[0], with_prepared(batch[1], prepared)) if prepared else batch
 
     def run(
         self, model: Callable[..., Any], batch: Batch, views: int = 1, mean_loss: bool = False
@@ -185,7 +207,7 @@ class Losses:
     def targets_to_read(self, targets: Any) -> Tensor:
         """Return the targets that clauses read: those of the first loss."""
         part = self.parts[0]
-        found = part.targets(targets)
+        found = part.targets(without_prepared(targets)[0])
         return part.loss.aligned(found) if isinstance(part.loss, UserLoss) else found
 
     def add(self, values: Mapping[str, Tensor], scalars: Mapping[str, Tensor]) -> Tensor:

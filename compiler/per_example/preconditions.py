@@ -267,18 +267,19 @@ def _joined(losses: Losses, outputs: Mapping[str, Any], targets: Any) -> Tensor:
     return torch.cat([one.flatten() for one in (first, *others)]) if others else first
 
 
-def _check_loss(loss_fn: Loss, logits: Tensor, targets: Tensor) -> None:
+def _check_loss(loss_fn: Loss, logits: Tensor, targets: Any) -> None:
     weights = loss_fn.weights(targets)
     loss = float(loss_fn(logits, targets))
     weighted = [
-        float(weight) * float(loss_fn(logits[b : b + 1], targets[b : b + 1]))
+        float(weight)
+        * float(loss_fn(logits[b : b + 1], map_tensors(itemgetter(slice(b, b + 1)), targets)))
         for b, weight in enumerate(weights)
         if weight
     ]
     mean = sum(weighted)
     if abs(loss - mean) > _MEAN_TOLERANCE * max(abs(loss), abs(mean), 1e-6):
         raise LossNotAMean(
-            f"the loss of {len(targets)} examples is {loss:.4g}, but the weighted mean of their single losses is"
+            f"the loss of {len(weights)} examples is {loss:.4g}, but the weighted mean of their single losses is"
             f" {mean:.4g}. Statistics of examples need a loss that is a mean over examples or targets, not a sum, and"
             " one that does not compare examples with each other"
         )

@@ -69,7 +69,7 @@ class StepRunner(OpenStep):
         if self.machine.batch_transforms and not self._results:
             counted = partial(losses.counts, changed[1])
             self._share_again(Part.of_micro_batch(examples, counted, loss_weight, fraction))
-        checked = changed
+        checked = self.execution.prepare(changed)
         where = MicroBatchSlice(loss_weight, fraction, step.samples, ids)
         where = self._in_step(where.of_batch(checked, losses))
         self._calibrate(step, checked, where)
@@ -132,7 +132,7 @@ class StepRunner(OpenStep):
         size: int | None,
     ) -> Step:
         """Open the step and run its passes, of at most `size` examples each where it is given."""
-        losses = self.execution.losses
+        losses, prepare = self.execution.losses, self.execution.prepare
         step = self._open(Part.of_step(micro_batches, losses))
         if self.machine.batch_transforms:
             micro_batches = self._changed(step, micro_batches, ids)
@@ -141,10 +141,10 @@ class StepRunner(OpenStep):
             micro_batches, ids = split_batches(micro_batches, ids, size)
             self.execution.settle(micro_batches, divided=len(micro_batches) > 1)
         places = map(self._in_step, slices(micro_batches, losses, step.samples, ids))
-        counted = self._to_run(step, list(zip(micro_batches, places, strict=True)))
+        to_run = self._to_run(step, list(zip(micro_batches, places, strict=True)))
         try:
             with losses.naming_classes(micro_batches):
-                self._pass_counted(step, counted, scaler)
+                self._pass_counted(step, [(prepare(one), at) for one, at in to_run], scaler)
         except BaseException:
             self._forget_passes(step)
             raise

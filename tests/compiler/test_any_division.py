@@ -6,6 +6,7 @@ Steps are drawn with targets that do not count, single ones, all of an example, 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -137,6 +138,7 @@ LOSSES = {
     "weighted classes": "loss cross_entropy { class_weight = [1, 2, 0, 0.5, 1, 3, 1] }",
     "focal classes": "loss focal { gamma = 1.5 }",
     "preferences": "loss ranked",
+    "pairs of answers": "loss dpo",
     "probabilities": "loss cross_entropy",
     "yes or no": "loss bce { pos_weight = 2 }",
     "numbers": "loss mse",
@@ -177,10 +179,10 @@ class WithLoss(nn.Module):
         return {"logits": logits} if loss is None else {"logits": logits, "loss": loss}
 
 
-def net() -> nn.Module:
+def net(*shape: int) -> nn.Module:
     torch.manual_seed(0)
-    layers = nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, CLASSES)
-    return nn.Sequential(*layers).double()
+    layers = nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, math.prod(shape))
+    return nn.Sequential(*layers, *([nn.Unflatten(1, shape)] if shape[1:] else [])).double()
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,9 @@ def batch_of(kind: str, seed: int, ignored: Sequence[Sequence[bool]]) -> Batch:
         mask = torch.tensor([row[0] for row in ignored])
         y = torch.randint(CLASSES, (EXAMPLES,), generator=made).masked_fill(mask, -100)
         return x, y
+    if kind == "pairs of answers":
+        mask = torch.tensor([(row[:2], row[1:3]) for row in ignored])
+        return x, torch.randint(3, (EXAMPLES, 2, 2), generator=made).masked_fill(mask, -100)
     numbers = torch.randn(EXAMPLES, CLASSES, generator=made, dtype=torch.float64)
     if kind == "probabilities":
         return x, numbers.softmax(-1)
@@ -237,7 +242,8 @@ class Trained:
     """A program that steps from its first state each time, and what its steps left."""
 
     def __init__(self, kind: str, clauses: str, executor: Any) -> None:
-        model = WithLoss() if "own" in kind else words() if "tokens" in kind else net()
+        shape = (2, 2, 3) if kind == "pairs of answers" else (CLASSES,)
+        model = WithLoss() if "own" in kind else words() if "tokens" in kind else net(*shape)
         checked = trainc.check(LOSSES[kind] + RUN + clauses.removesuffix("spread")).unwrap()
         spread = [Clause(Spread())] if clauses.endswith("spread") else []
         spec = Spec((*checked.clauses, *spread))

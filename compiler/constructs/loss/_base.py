@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class LossConstruct(Construct):
     """Base of the loss constructs; `make_loss` builds the loss that is differentiated."""
 
-    effects: ClassVar = (Effect("forward", "compute the loss", ("forward",), ("loss",)),)
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect("forward", "compute the loss", ("forward",), ("loss",)),
+    )
 
     output: str | Annotated[int, Field(ge=0)] | None = Field(
         default=None,
@@ -55,7 +57,11 @@ class LossConstruct(Construct):
         loss.output, loss.target = self.output, self.target
         heads = [one for one in to.inventory.modules if "head" in one.roles]
         loss.linear_head = bool(heads) and all(one.matrix and one.ndim == 2 for one in heads)
+        self.equip(loss, to)
         to.loss(loss, self.weight)
+
+    def equip(self, loss: Loss, to: Lowering) -> None:
+        """Give the loss what it needs of the mechanisms besides: nothing, unless a construct says more."""
 
 
 class ElementwiseLoss(Loss):
