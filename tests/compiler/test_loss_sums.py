@@ -194,7 +194,8 @@ def test_the_division_of_a_step_changes_nothing_with_a_term() -> None:
     found = []
     for parts in DIVISIONS:
         model, batch = made()
-        clause = 'regularize pace on "trunk" { sigma = 0.3, weight = 0.5 } perturb sam { rho = 0.05, with_views = true }'
+        clause = 'regularize pace on "trunk" { sigma = 0.3, weight = 0.5 }'
+        clause += " perturb sam { rho = 0.05, with_views = true }"
         program = trainc.compile(RUN + SUM + clause, model)
         metrics = [program.step(rows(batch, parts) if parts[1:] else batch) for _ in range(2)]
         found.append(metrics)
