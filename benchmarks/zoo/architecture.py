@@ -24,6 +24,8 @@ class Architecture:
     """Whether it computes parts in float32 whatever it is given."""
     labels: Inputs | None = None
     """What it is given besides, of which it computes a loss of its own: batches are then dicts with both."""
+    tokens_as_targets: bool = False
+    """Whether the targets are a class at each place, also for a loss that is of no classes."""
     example_targets: bool = False
     """Whether the right class of an example is its number in the batch, as where two towers are compared."""
 
@@ -41,7 +43,7 @@ class Architecture:
             return inputs | self.labels(generator, count)
         if self.example_targets and classes:
             return inputs, torch.arange(count)
-        if classes:
+        if classes or self.tokens_as_targets:
             return inputs, torch.randint(0, shape[-1], (count, *shape[1:-1]), generator=generator)
         return inputs, torch.rand((count, *shape[1:]), generator=generator, dtype=self.dtype)
 
@@ -56,11 +58,12 @@ class Architecture:
         return torch.float32 if self.rounds else torch.float64
 
 
-def tokens(length: int, vocabulary: int, name: str | None = None) -> Inputs:
-    """Return sequences of tokens, as the only argument or by name."""
+def tokens(length: int, vocabulary: int, name: str | None = None, answers: int = 0) -> Inputs:
+    """Return sequences of tokens, as the only argument or by name; `answers` of each example, if any."""
 
     def draw(generator: torch.Generator, count: int) -> Any:
-        ids = torch.randint(2, vocabulary, (count, length), generator=generator)
+        shape = (count, answers, length) if answers else (count, length)
+        ids = torch.randint(2, vocabulary, shape, generator=generator)
         return ids if name is None else {name: ids}
 
     return draw

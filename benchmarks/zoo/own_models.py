@@ -201,6 +201,18 @@ def _repeated_text() -> nn.Module:
     return TiedText(nn.ModuleList([Block()] * 2))
 
 
+class Answers(nn.Module):
+    """A language model that is given two answers an example, one below the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = gpt(1, WIDTH, heads=2, context=LENGTH, vocabulary=WORDS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.model(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
+        return found
+
+
 _TEXT, _FEATURES, _IMAGE = tokens(LENGTH, WORDS), numbers(8), numbers(3, 16, 16)
 
 
@@ -228,5 +240,13 @@ ARCHITECTURES = (
         tokens(LENGTH, WORDS, "input_ids"),
         loss="model",
         labels=labels_of_tokens(LENGTH, WORDS),
+    ),
+    Architecture(
+        "text_of_answers",
+        "torch",
+        Answers,
+        tokens(LENGTH, WORDS, answers=2),
+        loss="dpo { beta = 0.1 }",
+        tokens_as_targets=True,
     ),
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import trainc
+from benchmarks.zoo import own_models
 from benchmarks.zoo.architecture import Architecture, labels_of_tokens, numbers, tokens
 from benchmarks.zoo.checks import Trained, Wrong, check_equal, check_finite
 from benchmarks.zoo.clauses import BATCH, clauses
@@ -100,6 +101,7 @@ MODELS = (
         loss="model",
         labels=labels_of_tokens(LENGTH, WORDS),
     ),
+    *(one for one in own_models.ARCHITECTURES if one.name == "text_of_answers"),
 )
 """Where pairs are tried; a construct that none of them fits is told by name."""
 
