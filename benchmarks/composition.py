@@ -48,10 +48,10 @@ def main() -> int:
         rows[found.first, found.second] = _row(found)
         if found.outcome.status == "wrong":
             print(f"{found.first} x {found.second}: {found.outcome.detail}", flush=True)
-        if done % 100 == 0:
+        if done % 100 == 0:  # what was found is kept if the rest is interrupted
             print(f"{done} of {len(chosen)}", flush=True)
-    known = set(pairs())
-    _write({pair: row for pair, row in sorted(rows.items()) if pair in known}, options.out)
+            _write(rows, options.out)
+    _write(rows, options.out)
     return int(any(row["status"] == "wrong" for row in rows.values()))
 
 
@@ -83,8 +83,10 @@ def _read(path: Path) -> Rows:
     return {tuple(name.split(" x ")): row for name, row in cases.items()}
 
 
-def _write(rows: Rows, out: Path) -> None:
-    """Write one line for each pair."""
+def _write(found: Rows, out: Path) -> None:
+    """Write one line for each pair of constructs that there are."""
+    known = set(pairs())
+    rows = {pair: row for pair, row in sorted(found.items()) if pair in known}
     statuses = [row["status"] for row in rows.values()]
     head: dict[str, Any] = {
         "benchmark": "composition",
