@@ -27,7 +27,7 @@ class FieldType:
     ValueError. `functions` are those that the whole value may call beside the ones every expression has. `selects` is
     what its selectors match, None where it has none. `limits` hold its numbers in every step, None any finite ones. A
     `period` is how often something happens in a run. What is `scheduled` is one number in each step, which rules may
-    set.
+    set. One of `words` is a value as it stands, which needs no parser.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class FieldType:
         limits: Limits | None = None,
         period: bool = False,
         scheduled: bool = False,
+        words: Collection[str] = (),
     ) -> None:
         self.title = title
         self.read = read
@@ -50,11 +51,12 @@ class FieldType:
         self.limits = limits
         self.period = period
         self.scheduled = scheduled
+        self.words = words
 
     def accept(self, raw: Any) -> Any:
         """Return a value of this type from a value, its JSON form, or text in the language."""
         if isinstance(raw, str):
-            raw = self._from_text(raw)
+            raw = raw if raw in self.words else self._from_text(raw)
         elif isinstance(raw, list) and raw and isinstance(raw[0], str):
             raw = v.from_json(raw)
         elif isinstance(raw, list):
@@ -313,7 +315,7 @@ def word_or_call(noun: str, words: Collection[str], functions: Mapping[str, Func
         raise ValueError(f"expected a {noun}: {known}")
 
     read = partial(expressions.word_or_call, noun=noun, words=words, functions=functions)
-    return FieldType(f"one of {known}", read, accept, functions)
+    return FieldType(f"one of {known}", read, accept, functions, words=words)
 
 
 Duration = Annotated[v.Duration, DURATION]
