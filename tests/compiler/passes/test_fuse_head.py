@@ -156,7 +156,9 @@ def test_16_bit_logits_that_are_cast_for_the_loss_are_not_held() -> None:
     assert (head_calls(step), head_calls(kept)) == (["linear_cross_entropy"], [])
     got, want = (one.run(batch, {}) for one in (step, kept))
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(got.grads, want.grads, rtol=2e-2, atol=1e-3)
+    for name, gradient in want.grads.items():  # sums of 16-bit numbers, in another order
+        near = 2e-2 * float(gradient.abs().max())
+        torch.testing.assert_close(got.grads[name], gradient, rtol=2e-2, atol=near, msg=name)
 
 
 def test_a_frozen_head_gets_no_gradient() -> None:
