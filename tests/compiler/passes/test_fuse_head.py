@@ -157,6 +157,7 @@ def test_16_bit_logits_that_are_cast_for_the_loss_are_not_held() -> None:
     got, want = (one.run(batch, {}) for one in (step, kept))
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=0)
     for name, gradient in want.grads.items():  # sums of 16-bit numbers, in another order
+        assert gradient is not None, name
         near = 2e-2 * float(gradient.abs().max())
         torch.testing.assert_close(got.grads[name], gradient, rtol=2e-2, atol=near, msg=name)
 
