@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainc.compiler.errors import SiteError
 from trainc.compiler.layers.bound_model import replaced_parameter, untrained_parameter
+from trainc.compiler.method.lowered_method import NeedsWhole
 from trainc.compiler.per_example.micro_batch import MicroBatchResult
 from trainc.compiler.structure.wrappers import inner_wrappers, unwrapped, wrapped_in
 from trainc.runtime.mask.update_mask import masked_shard
@@ -187,6 +188,15 @@ def refuse_tensor_parallel(module: nn.Module) -> None:
                 f"`{name}` is distributed over processes as {placed.placements}, but no `fully_shard` did that."
                 f" {_TENSOR_PARALLEL}"
             )
+
+
+def whole_or_refused(parameters: Mapping[str, Tensor], needed: Iterable[NeedsWhole]) -> bool:
+    """Return whether no parameter is sharded; raises SiteError for one that a clause needs whole."""
+    for need in needed:
+        for name in need.parameters:
+            if name in parameters and is_sharded(parameters[name]):
+                raise SiteError(f"`{need.clause}`: {need.why(name)}", need.clause)
+    return first_shard(parameters) is None
 
 
 def refuse_shards(

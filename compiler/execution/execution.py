@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trainc.compiler.errors import CompilerBug, GraphRefused
 from trainc.compiler.execution.compiled import is_compiled, state_of
-from trainc.compiler.execution.distributed import first_shard, rebind_parameters
+from trainc.compiler.execution.distributed import first_shard, rebind_parameters, whole_or_refused
 from trainc.compiler.execution.graph_cache import LIMIT, GraphCache
 from trainc.compiler.execution.module_runner import ModuleRunner
 from trainc.compiler.execution.plain_values import PlainValues
@@ -123,7 +123,7 @@ class Execution(ModuleRunner):
             self.module, self.parameters, self.trained, actions
         )
         if first_step:
-            self.whole = first_shard(self.parameters) is None
+            self.whole = whole_or_refused(self.parameters, self.method.needs_whole)
             self.method.model_gradient.bind()
         if self.whole:
             moved |= self._bound.changed()

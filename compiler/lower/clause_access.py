@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from torch import nn
@@ -14,7 +15,12 @@ from trainc.compiler.lower.lowering_context import (
     refuse_places,
 )
 from trainc.compiler.lower.schedule_field import ScheduleField
-from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerConstruct, Scheduled
+from trainc.compiler.method.lowered_method import (
+    LoweredMethod,
+    NeedsWhole,
+    OptimizerConstruct,
+    Scheduled,
+)
 from trainc.compiler.model.inventory import ModuleEntry, ParameterEntry
 from trainc.compiler.model.select import select
 from trainc.compiler.structure.places import Place
@@ -77,6 +83,16 @@ class ClauseAccess:
     def is_sharded(self, name: str) -> bool:
         """Say whether a parameter is sharded over processes, or will be in a run of the spec."""
         return self._method.shards or is_sharded(self.tensor(name))
+
+    def refuse_shards(self, names: Iterable[str], why: Callable[[str], str]) -> None:
+        """Raise ValueError where a parameter is sharded over processes; the first step asks again.
+
+        `why` is given the name, and returns the message.
+        """
+        names = tuple(names)
+        if (shard := next(filter(self.is_sharded, names), None)) is not None:
+            raise ValueError(why(shard))
+        self._method.needs_whole.append(NeedsWhole(self.label, names, why))
 
     def select(
         self, selector: Selector, target: Literal["modules", "parameters"]

@@ -102,11 +102,21 @@ class MeasuredWeight:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class NeedsWhole:
+    """Parameters that a clause needs whole on each process, and what is said of one that is sharded."""
+
+    clause: str
+    parameters: tuple[str, ...]
+    why: Callable[[str], str]
+
+
 @dataclass(slots=True)
 class LoweredMethod:
     """Everything that the clauses of a spec ask for. `Program` runs it, and the plan is its printed form."""
 
     rewrite: Rewrite = field(default_factory=Rewrite)
+    needs_whole: list[NeedsWhole] = field(default_factory=list)
     loss_parts: list[LossPart] = field(default_factory=list)
     """The losses, in the order of the spec."""
     scalars: dict[str, Scheduled] = field(default_factory=dict)

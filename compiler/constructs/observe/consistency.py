@@ -43,7 +43,8 @@ class Consistency(Construct):
     drawn anew each time: the mean of (sum_t h_tc d(v f)/dh_tc)^2 over the signs is the sum over all
     logits. `low` and `high` are the ends of a 95% interval over examples and signs; a step of one example
     has none. `share = none` is of noise that each token has for itself: then the sum over t is outside of
-    the square.
+    the square. Replicas draw signs by the places of examples in each: another estimate than that of one
+    process.
     """
 
     cite: ClassVar = (

@@ -158,11 +158,13 @@ class PacNoise(Construct, AdapterRule):
         from trainc.runtime.companion.start import Anchors
 
         owners = {n: e.name for e in to.modules() for n in _own(e, to.inventory)}
-        if (shard := next(filter(to.is_sharded, owners), None)) is not None:
-            raise ValueError(
+        to.refuse_shards(
+            owners,
+            lambda shard: (
                 f"it keeps the start of whole weights, and `{shard}` is sharded over processes (FSDP2). Use"
                 " DistributedDataParallel, or remove the clause"
-            )
+            ),
+        )
         samples = self.samples or to.training_samples
         if samples is None:
             raise FieldError(

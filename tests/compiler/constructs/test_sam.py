@@ -563,7 +563,7 @@ def test_a_first_gradient_that_is_not_finite_moves_nothing() -> None:
     assert_unmoved(model, before)
     assert program.report().notes == ("sam: the gradient is not finite, so no weight moved",)
     program.step(data(1))
-    assert program.summary()[-1].endswith("not in 1 whose gradient was not finite")
+    assert program.summary()[-1].endswith("not in 1 in which the gradient was not finite")
 
 
 @pytest.mark.parametrize("call", ["state_dict", "save"])

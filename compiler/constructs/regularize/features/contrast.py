@@ -147,12 +147,13 @@ class Contrast(Construct, AdapterRule):
         (module,) = (entry.name for entry in to.modules())
         prefix = f"{module}.{self.name}.layers".removeprefix(".")
         names = [(f"{prefix}.{i}.weight", f"{prefix}.{i}.bias") for i in range(len(self.widths))]
-        for name in (name for pair in names for name in pair):
-            if to.is_sharded(name):
-                raise ValueError(
-                    f"`{name}` is sharded over processes (FSDP2), and the head runs outside of the layer: remove"
-                    " `head`, or use DistributedDataParallel"
-                )
+        to.refuse_shards(
+            (name for pair in names for name in pair),
+            lambda shard: (
+                f"`{shard}` is sharded over processes (FSDP2), and the head runs outside of the layer: remove `head`,"
+                " or use DistributedDataParallel"
+            ),
+        )
         to.capture([module])
 
         def value(forward: Forward) -> Tensor:

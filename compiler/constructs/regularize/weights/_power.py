@@ -135,9 +135,11 @@ def only_matrices(bound: Targets) -> Iterable[Problem]:
 def trained_matrices(to: Lowering) -> list[str]:
     """Return the selected parameters that train; raises ValueError for one that is sharded."""
     names = [entry.name for entry in to.parameters() if entry.trainable]
-    if (shard := next(filter(to.is_sharded, names), None)) is not None:
-        raise ValueError(
+    to.refuse_shards(
+        names,
+        lambda shard: (
             f"its penalty is of whole matrices, and `{shard}` is sharded over processes (FSDP2). Use"
             " DistributedDataParallel, or remove the clause"
-        )
+        ),
+    )
     return names

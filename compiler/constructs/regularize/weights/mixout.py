@@ -44,11 +44,13 @@ class Mixout(Construct):
         from trainc.runtime.companion.start import Anchors
 
         names = [entry.name for entry in to.parameters()]
-        if (shard := next(filter(to.is_sharded, names), None)) is not None:
-            raise ValueError(
+        to.refuse_shards(
+            names,
+            lambda shard: (
                 f"it keeps the start of whole weights, and `{shard}` is sharded over processes (FSDP2). Use"
                 " DistributedDataParallel, or remove the clause"
-            )
+            ),
+        )
         starts = {name: to.tensor(name).detach().clone() for name in names}
         p = to.schedule(self.p)
         for name, start in starts.items():
