@@ -130,7 +130,7 @@ def test_processes_train_as_one_or_say_why_not(key: tuple[str, str], pair: list[
         (what, said), other = (one[*key, wrapper] for one in pair)
         assert other[0] == what, other
         if what == "refused":
-            assert re.search(r"FSDP2|DistributedDataParallel|fully_shard", said), said
+            assert re.search(r"FSDP|DistributedDataParallel|fully_shard", said), said
             assert re.search(r"[Uu]se |train with|remove|compile before|leave|Change", said), said
         elif what == "differs":  # as it does over micro-batches, which its page and the plan say
             assert FOUND[key].division is not None or key in ESTIMATES, f"{wrapper}: {said}"

@@ -154,6 +154,7 @@ class Expected(Observer):
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 logits = forward.logits_of_module(module)
+                self._require(probes)
                 counted = _rows_counted(forward.counted, logits)
                 total = (logits * self._signs(logits) * counted).sum()
                 gradients = torch.autograd.grad(total, [*probes.values()])
@@ -166,6 +167,18 @@ class Expected(Observer):
         self.squares.append(torch.stack([by_name[name] for name in self.sigmas], 1))
         rows = counted.expand(*logits.shape[:-1], 1) if logits.dim() > 1 else counted
         self.counts.append(rows.reshape(examples, -1).sum(1).to(wide))
+
+    def _require(self, probes: Mapping[str, Tensor]) -> None:
+        """Raise SiteError for a layer that the pass did not call, such as one whose weight is another's to use."""
+        from trainc.compiler.errors import SiteError
+
+        missing = next((name for name in self.sigmas if name not in probes), None)
+        if missing is not None:
+            raise SiteError(
+                f"`{missing}` is not called in a pass of the copy of the model that is measured, so its output has no"
+                " derivative: exclude it from `on`, or remove the clause that runs the layer in another way",
+                self.name,
+            )
 
     def _scale(
         self,
