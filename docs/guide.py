@@ -165,8 +165,8 @@ def _bases_to_write(function: FunctionType) -> str:
     words = []
     for annotation in (text for name, text in function.__annotations__.items() if name != "return"):
         hint = function.__globals__.get(annotation)
-        called_with = re.match(r"Callable\[\[(\w+)\]", annotation)
-        if given := called_with and function.__globals__.get(called_with[1]):
+        if called_with := re.match(r"Callable\[\[(\w+)\]", annotation):
+            given = function.__globals__[called_with[1]]
             words.append(f" Its argument is a {_link(given)}.")
         elif getattr(hint, "_is_protocol", False):
             words.append(f" Implement {_link(hint)}.")

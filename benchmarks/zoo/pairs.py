@@ -7,7 +7,7 @@ by the graph, with equal numbers, and goes on from a saved state bit for bit.
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import trainc
 from benchmarks.zoo import own_models
-from benchmarks.zoo.architecture import Architecture, labels_of_tokens, numbers, tokens
+from benchmarks.zoo.architecture import Architecture, numbers, tokens
 from benchmarks.zoo.checks import Trained, Wrong, check_equal, check_finite
 from benchmarks.zoo.clauses import BATCH, clauses
 from benchmarks.zoo.examine import Outcome, attempt, located, logits_shape
@@ -88,20 +88,17 @@ def _images_over_batches() -> nn.Module:
     return Images(lambda: nn.BatchNorm2d(4))
 
 
+def _of_zoo(name: str) -> Architecture:
+    return next(one for one in own_models.ARCHITECTURES if one.name == name)
+
+
 _TEXT, _IMAGE = tokens(LENGTH, WORDS), numbers(3, 8, 8)
 MODELS = (
     Architecture("text", "torch", _text, _TEXT),
     Architecture("images", "torch", _images, _IMAGE),
     Architecture("images with BatchNorm", "torch", _images_over_batches, _IMAGE),
-    Architecture(
-        "text with its own loss",
-        "torch",
-        _text_with_loss,
-        tokens(LENGTH, WORDS, "input_ids"),
-        loss="model",
-        labels=labels_of_tokens(LENGTH, WORDS),
-    ),
-    *(one for one in own_models.ARCHITECTURES if one.name == "text_of_answers"),
+    replace(_of_zoo("text_own_loss"), name="text with its own loss", build=_text_with_loss),
+    _of_zoo("text_of_answers"),
 )
 """Where pairs are tried; a construct that none of them fits is told by name."""
 

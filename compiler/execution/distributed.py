@@ -195,7 +195,7 @@ def whole_or_refused(parameters: Mapping[str, Tensor], needed: Iterable[NeedsWho
     for need in needed:
         for name in need.parameters:
             if name in parameters and is_sharded(parameters[name]):
-                raise SiteError(f"`{need.clause}`: {need.why(name)}", need.clause)
+                raise SiteError(f"`{need.clause}`: {need.message(name)}", need.clause)
     return first_shard(parameters) is None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import nn
@@ -84,15 +84,15 @@ class ClauseAccess:
         """Say whether a parameter is sharded over processes, or will be in a run of the spec."""
         return self._method.shards or is_sharded(self.tensor(name))
 
-    def refuse_shards(self, names: Iterable[str], why: Callable[[str], str]) -> None:
+    def refuse_shards(self, names: Iterable[str], why: str, instead: str) -> None:
         """Raise ValueError where a parameter is sharded over processes; the first step asks again.
 
-        `why` is given the name, and returns the message.
+        `why` is the reason to need it whole, and `instead` a sentence on what to do.
         """
-        names = tuple(names)
-        if (shard := next(filter(self.is_sharded, names), None)) is not None:
-            raise ValueError(why(shard))
-        self._method.needs_whole.append(NeedsWhole(self.label, names, why))
+        need = NeedsWhole(self.label, tuple(names), why, instead)
+        if (shard := next(filter(self.is_sharded, need.parameters), None)) is not None:
+            raise ValueError(need.message(shard))
+        self._method.needs_whole.append(need)
 
     def select(
         self, selector: Selector, target: Literal["modules", "parameters"]

@@ -104,11 +104,16 @@ class MeasuredWeight:
 
 @dataclass(frozen=True, slots=True)
 class NeedsWhole:
-    """Parameters that a clause needs whole on each process, and what is said of one that is sharded."""
+    """Parameters that a clause needs whole on each process, why, and what to do where one is sharded."""
 
     clause: str
     parameters: tuple[str, ...]
-    why: Callable[[str], str]
+    why: str
+    instead: str
+
+    def message(self, shard: str) -> str:
+        """Return what is said of a parameter that is sharded."""
+        return f"{self.why}, and `{shard}` is sharded over processes (FSDP2). {self.instead}"
 
 
 @dataclass(slots=True)

@@ -160,10 +160,8 @@ class PacNoise(Construct, AdapterRule):
         owners = {n: e.name for e in to.modules() for n in _own(e, to.inventory)}
         to.refuse_shards(
             owners,
-            lambda shard: (
-                f"it keeps the start of whole weights, and `{shard}` is sharded over processes (FSDP2). Use"
-                " DistributedDataParallel, or remove the clause"
-            ),
+            "it keeps the start of whole weights",
+            "Use DistributedDataParallel, or remove the clause",
         )
         samples = self.samples or to.training_samples
         if samples is None:

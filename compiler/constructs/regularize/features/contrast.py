@@ -149,10 +149,8 @@ class Contrast(Construct, AdapterRule):
         names = [(f"{prefix}.{i}.weight", f"{prefix}.{i}.bias") for i in range(len(self.widths))]
         to.refuse_shards(
             (name for pair in names for name in pair),
-            lambda shard: (
-                f"`{shard}` is sharded over processes (FSDP2), and the head runs outside of the layer: remove `head`,"
-                " or use DistributedDataParallel"
-            ),
+            "its head runs outside of the layer",
+            "Remove `head`, or use DistributedDataParallel",
         )
         to.capture([module])
 

@@ -137,9 +137,7 @@ def trained_matrices(to: Lowering) -> list[str]:
     names = [entry.name for entry in to.parameters() if entry.trainable]
     to.refuse_shards(
         names,
-        lambda shard: (
-            f"its penalty is of whole matrices, and `{shard}` is sharded over processes (FSDP2). Use"
-            " DistributedDataParallel, or remove the clause"
-        ),
+        "its penalty is of whole matrices",
+        "Use DistributedDataParallel, or remove the clause",
     )
     return names

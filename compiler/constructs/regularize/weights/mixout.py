@@ -46,10 +46,8 @@ class Mixout(Construct):
         names = [entry.name for entry in to.parameters()]
         to.refuse_shards(
             names,
-            lambda shard: (
-                f"it keeps the start of whole weights, and `{shard}` is sharded over processes (FSDP2). Use"
-                " DistributedDataParallel, or remove the clause"
-            ),
+            "it keeps the start of whole weights",
+            "Use DistributedDataParallel, or remove the clause",
         )
         starts = {name: to.tensor(name).detach().clone() for name in names}
         p = to.schedule(self.p)
