@@ -62,8 +62,8 @@ class Loss(ABC):
 
     numbers: Mapping[str, Callable[[Clock], float]] = MappingProxyType({})
     """Its numbers that change in the run, by name."""
-    now: Mapping[str, Any] = MappingProxyType({})
-    """What these are in the pass that is computed: 0-d tensors, or in an evaluation numbers."""
+    now: Mapping[str, Any] | None = None
+    """What these are in the pass that is computed: 0-d tensors, or in an evaluation numbers. None: there are none."""
     companions: tuple[Companion, ...] = ()
     """Modules beside the model that it reads: of each batch it is then given what `prepare` returns, too."""
     linear_head: bool = False

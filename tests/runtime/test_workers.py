@@ -113,7 +113,8 @@ def test_a_generator_that_each_worker_would_have_its_own_of_is_refused() -> None
 
 
 def test_no_process_is_left_behind() -> None:
+    before = set(multiprocessing.active_children())
     given = as_data((Augmented(), Augmented()), workers=2)
     read(given, [8, 12], 4)
     list(itertools.islice(read_in_order(given.evaluation, 0, 4, 9, 2), 2))  # given up in the midst
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before

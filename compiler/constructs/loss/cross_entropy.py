@@ -66,7 +66,7 @@ class CrossEntropyLoss(Loss):
             weight=None if self.class_weight is None else self._class_weight(logits),
             ignore_index=self.ignore_index,
         )
-        smoothing = self.now.get("label_smoothing", self.label_smoothing)
+        smoothing = self.label_smoothing if self.now is None else self.now["label_smoothing"]
         if isinstance(smoothing, float):
             return smoothed(label_smoothing=smoothing)
         hard, uniform = smoothed(), smoothed(label_smoothing=1.0)
