@@ -9,7 +9,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks/results/composition.json"
 HEAD = """# Which constructs go together
 
 Written by `make docs` from `benchmarks/results/composition.json`, which `benchmarks/composition.py` writes. It puts
-every two constructs into one spec, each as its own example has it, on the first of four small models on which each of
+every two constructs into one spec, each as its own example has it, on the first of five small models on which each of
 the two trains alone. Together they train three steps in float64 by the modules and by the graph, with equal numbers,
 and go on from a saved state bit for bit; or trainc refuses them, and says where and why.
 """

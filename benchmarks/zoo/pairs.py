@@ -99,6 +99,7 @@ MODELS = (
     Architecture("images with BatchNorm", "torch", _images_over_batches, _IMAGE),
     replace(_of_zoo("text_own_loss"), name="text with its own loss", build=_text_with_loss),
     _of_zoo("text_of_answers"),
+    _of_zoo("encoder"),
 )
 """Where pairs are tried; a construct that none of them fits is told by name."""
 

@@ -104,6 +104,18 @@ class StepGradients:
         self._of_the_others()
         return trees
 
+    def of_changed(self, change: Callable[[Sequence[Batch]], Sequence[Batch]]) -> dict[str, Tensor]:
+        """Return the gradients of other micro-batches; see `runtime.step.around.Gradients`."""
+        own = self.micro_batches
+        copies = [map_tensors(torch.clone, batch) for batch, _ in own]
+        self.micro_batches = [
+            (batch, where) for batch, (_, where) in zip(change(copies), own, strict=True)
+        ]
+        try:
+            return self()
+        finally:
+            self.micro_batches = own
+
     def of_tensors(self, begin: Callable[[int], Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Return the gradients by tensors of the passes; see `runtime.step.around.Gradients`."""
         torch.clear_autocast_cache()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, overload
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trainc.runtime.data.batch import Batch
     from trainc.runtime.step.record import Step
 
 
@@ -42,6 +43,12 @@ class Gradients(Protocol):
 
         Before the passes of one, `begin` is called with the number of its first example in the step. It returns a
         mapping that has the tensors after the forward pass, in which they may be made.
+        """
+
+    def of_changed(self, change: Callable[[Sequence[Batch]], Sequence[Batch]]) -> dict[str, Tensor]:
+        """Return the gradients by parameter of micro-batches as `change` makes them from copies of the step's own.
+
+        It returns as many, with the same examples; the step's own passes run those of the step.
         """
 
     def watch(self, *, averaged: bool = False) -> Callable[[], dict[str, Tensor]]:

@@ -129,6 +129,7 @@ OF_TOKENS = [
     with_(SGD, "sgd", 'sgd on "**.lora.**"')
     + 'adapt lora on "blocks.**" & type(Linear) { rank = 2, alpha = 4 }',
 ]
+OF_NUMBERS = [SGD + "perturb targets { noise = normal(0.3), weight = 0.5 }"]
 LOSSES = {
     "tokens": "loss cross_entropy",
     "own tokens": "loss model",
@@ -148,6 +149,7 @@ LOSSES = {
 CASES = [(k, c) for k in LOSSES for c in ANY]
 CASES += [(k, c) for k in LOSSES if "token" in k or "class" in k for c in OF_CLASSES]
 CASES += [(k, c) for k in LOSSES if "token" in k for c in OF_TOKENS]
+CASES += [(k, c) for k in ("numbers", "near numbers", "distances") for c in OF_NUMBERS]
 WHOLE_ONLY = ("perturb ", "LBFGS")
 """What `program.loss` refuses, because it needs all micro-batches of a step."""
 MODULES_ONLY = ("interval = jackknife", "geometry", "example = document", "adversarial")

@@ -60,6 +60,14 @@ SPECS = {
         observe margin { of = training }
         observe consistency on "blocks.*.mlp.**" & type(Linear) every 2 steps { sigma = 0.5 }
     """,
+    "numbers": """
+        model "examples.models:teacher_student"
+        data "examples.data:teacher" { batch = 4 samples, samples = 64 }
+        loss mse
+        run { length = 9 steps, seed = 3 }
+        optimizer sgd { lr = 1e-2 }
+        perturb targets every 2 steps { noise = normal(0.3), weight = 0.1 }
+    """,
     "a grown batch": HEAD + GNS + DATA.replace(
         "BATCH", "signal_noise(gns, max = 8 samples, min = 2 samples, every = 2 steps, from = 20%)"
     ) + "optimizer adamw { lr = 1e-2 }",
