@@ -29,6 +29,7 @@ from trainc.runtime.step.action import Action
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OptimizerStep
 from trainc.runtime.storage.foreign_files import MANIFEST, write_manifest
+from trainc.runtime.storage.weight_delta import apply_delta, entries_of, read_delta, write_delta
 
 FORMAT = 1
 PLAN, GRAPH = "plan.json", "graph.json"
@@ -140,6 +141,42 @@ class SavableProgram(ShownProgram):
         self._evaluation.check_outside("load_adapters")
         self._require_whole("load_adapters")
         read_adapters(self.module, Path(folder))
+
+    # what training changed
+
+    def save_delta(self, file: str | Path) -> Path:
+        """Write the entries that masks let train, and whole what else trains, to a file, and return it.
+
+        `load_delta` puts them into another copy of the weights that this program started from, exactly, as does
+        `trainc delta --apply`. The weights are those that evaluation uses: see `evaluation_weights`.
+        """
+        self._machine.check_outside("save_delta")
+        self._require_whole("save_delta")
+        require_sound(self.unsound_state(), file)
+        masks = self._method.masks.items()
+        indices = {n: i for n, mask in masks if (i := getattr(mask, "index", None)) is not None}
+        with self._evaluation.used():
+            tensors = Unwrapped(self.module).state_dict()
+            parameters = {p.data_ptr() for p in self.module.parameters()}
+            trained = {name for name, t in tensors.items() if t.data_ptr() not in parameters}
+            for action in self._machine.actions:
+                if isinstance(action, OptimizerStep):
+                    trained |= {slot.name for slot in action.slots}
+            write_delta(Path(file), entries_of(tensors, trained, indices))
+        return Path(file)
+
+    def load_delta(self, file: str | Path) -> None:
+        """Put what `save_delta` or `trainc delta` wrote into the weights of this program.
+
+        Raises ValueError, and changes nothing, where these are not the weights that were trained.
+        """
+        self._machine.check_outside("load_delta")
+        self._evaluation.check_outside("load_delta")
+        self._require_whole("load_delta")
+        tensors = Unwrapped(self.module).state_dict()
+        apply_delta(tensors, read_delta(Path(file)), "the model")
+        for mask in self._method.masks.values():
+            mask.read()
 
     def unbind(self) -> None:
         """Give the model's layers their own classes back; this program cannot train afterwards."""

@@ -1,14 +1,17 @@
-"""The weights that a run or a program left on disk, by name."""
+"""The weights that a run or a program left on disk, by name; and what a run changed of those it started from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from trainc.runtime.storage import checkpoint
-from trainc.runtime.storage.foreign_files import interpreting, open_file
+from trainc.runtime.storage.foreign_files import MANIFEST, interpreting, open_file
+from trainc.runtime.storage.weight_delta import TensorDelta, entries_of
 
 
 def read_weights(source: Path) -> dict[str, Tensor]:
@@ -19,9 +22,46 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     if not source.is_dir():
         with interpreting(source), open_file(source):
             return load_file(str(source))
-    found = checkpoint.find_latest(source / "checkpoints")
-    if found.path is None:
-        raise ValueError(found.damage[0] if found.damage else "the folder has no checkpoint")
-    program = checkpoint.load_checkpoint(found.path)["program"]
+    program = _program_in(source)
     weights: dict[str, Tensor] = program["model"] | program.get("evaluation", {})
     return weights
+
+
+def read_changes(source: Path, base: Path | None = None) -> list[TensorDelta]:
+    """Return what a run changed of its weights, of a run's folder or of a checkpoint.
+
+    Where a mask chose the entries of a parameter that train, these are its entries; other parameters that an optimizer
+    trained, and buffers, are whole. With `base`, a .safetensors file or another run, they are those that differ from
+    it. Raises ValueError or OSError where there is no run, or `base` does not fit.
+    """
+    program = _program_in(source)
+    before = None if base is None else read_weights(base)
+    with interpreting(source):
+        tensors: dict[str, Tensor] = program["model"] | program.get("evaluation", {})
+        parameters = {name for name, *_ in program["made_by"]["signature"]}
+        aliases = {id(program["model"][name]) for name in parameters}
+        buffers = {n for n, t in program["model"].items() if id(t) not in aliases}
+        trained = {*program["rates"]["in_force"], *buffers}
+        indices = _chosen(program["actions"])
+    return entries_of(tensors, trained, indices, before, str(base))
+
+
+def _program_in(source: Path) -> dict[str, Any]:
+    """Return the state of the program in a checkpoint, or in the newest one of a run."""
+    if not (source / MANIFEST).exists():
+        found = checkpoint.find_latest(source / "checkpoints")
+        if found.path is None:
+            raise ValueError(found.damage[0] if found.damage else "the folder has no checkpoint")
+        source = found.path
+    program: dict[str, Any] = checkpoint.load_checkpoint(source)["program"]
+    return program
+
+
+def _chosen(actions: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return the positions that masks chose, by parameter: a mask keeps them under `index/` in its state."""
+    return {
+        key.removeprefix("index/"): value
+        for state in actions.values()
+        for key, value in state.items()
+        if key.startswith("index/") and isinstance(value, Tensor)
+    }

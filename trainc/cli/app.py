@@ -20,6 +20,7 @@ SUMMARIES = {
     "plan": "Show what a spec does to its model, without training.",
     "compile": "Save the program that a spec compiles to.",
     "run": "Train the spec's model on its data.",
+    "delta": "Export what a run changed of its weights, or apply it.",
     "verify": "Compare the compiled model with the original on real input.",
     "report": "Summarise finished runs, side by side.",
     "spectrum": "Show how heavy the tails of the spectra of weights are.",
