@@ -175,6 +175,7 @@ def _lower(
 ) -> LoweredMethod:
     units = signal_units(binding.clauses)
     spec, inventory = binding.spec, binding.inventory
+    run: Any = binding.one("run")
     context = LoweringContext(
         model,
         inventory,
@@ -186,6 +187,7 @@ def _lower(
         Switches(spec.switched),
         Frozen(frozen_by_rules(spec, inventory)),
         spec.switched,
+        run.construct.seed if run else 0,
     )
     method = assemble(binding.clauses, context, to_run=to_run)
     names = {

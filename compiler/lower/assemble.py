@@ -21,13 +21,14 @@ from trainc.dsl.reading.construct import PHASES
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import CompilerBug, SpecError
 from trainc.runtime.mask.mask_actions import ZeroGradients
-from trainc.runtime.rules.switches import DropGradients, Frozen
 from trainc.runtime.soundness.gradient_norm import ModelGradient
 from trainc.runtime.step.action import Action, Phase
 from trainc.runtime.step.gradients import (
     Clip,
+    DropGradients,
     GradientTransform,
     MeasureChanged,
+    Pausing,
     Trained,
 )
 from trainc.runtime.step.held_updates import HeldUpdates
@@ -82,8 +83,9 @@ def assemble(
     if not method.optimizers and to_run:
         _leave_gradients(method, context)
     _connect_gradients(method)
-    if context.frozen.names:
-        _drop_frozen(method, context.frozen)
+    every: tuple[Pausing, ...] = (context.frozen, *method.paused)
+    if pausing := [one for one in every if one.names]:
+        _drop_paused(method, pausing)
     _measure_gradients(method)
     if updates is not None:
         last = max(i for i, one in enumerate(method.actions) if isinstance(one, UpdateTransform))
@@ -146,19 +148,21 @@ def _connect_gradients(method: LoweredMethod) -> None:
             action.before = tuple(mask.zero_gradient for mask in masks if mask is not None)
 
 
-def _drop_frozen(method: LoweredMethod, frozen: Frozen) -> None:
-    """Let what rules freeze have no gradient; raises SpecError for an optimizer that asks for gradients itself."""
-    for part in method.optimizers:
-        if part.asks and not frozen.names.isdisjoint(part.targets):
-            message = (
-                f"a rule freezes parameters of `{part.label}`, which asks for gradients several times in a step: no"
-                " rule can freeze those"
-            )
-            raise SpecError([Diagnostic("unknown-target", message, labels((part.span, "")))])
+def _drop_paused(method: LoweredMethod, pausing: Sequence[Pausing]) -> None:
+    """Let paused parameters have no gradient; raises SpecError for an optimizer that asks for gradients itself."""
+    for one in pausing:
+        for part in method.optimizers:
+            if part.asks and not one.names.isdisjoint(part.targets):
+                message = (
+                    f"{one.who} freezes parameters of `{part.label}`, which asks for gradients several times in a step:"
+                    " those cannot be frozen during a run"
+                )
+                raise SpecError([Diagnostic("unknown-target", message, labels((part.span, "")))])
+    names = {name for one in pausing for name in one.names}
     steps = [action for action in method.actions if isinstance(action, OptimizerStep)]
-    slots = [slot for step in steps for slot in step.slots if slot.name in frozen.names]
+    slots = [slot for step in steps for slot in step.slots if slot.name in names]
     before = sum(action.phase < Phase.GRADIENTS for action in method.actions)
-    method.actions.insert(before, DropGradients(frozen, slots))
+    method.actions.insert(before, DropGradients(pausing, slots))
 
 
 def _measure_gradients(method: LoweredMethod) -> None:

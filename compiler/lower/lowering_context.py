@@ -44,6 +44,8 @@ class LoweringContext:
     """The parameters that rules freeze."""
     switched_at: Mapping[str, Span | None] = field(default_factory=dict)
     """Where rules open or close clauses, by their labels."""
+    seed: int = 0
+    """The seed of the run."""
 
     @property
     def schedule_length(self) -> RunLength:

@@ -248,9 +248,10 @@ def _masked_wholes(clauses: Sequence[BoundClause], method: LoweredMethod) -> Ite
         whole = set() if getattr(part.construct, "entrywise", True) else set(part.targets)
         own = next((clause for clause in clauses if clause.label == part.label), None)
         for clause in clauses:
-            if clause.kind != "mask" or own is None or whole.isdisjoint(clause.targets):
+            masked = [name for name in clause.targets if name in whole and name in method.masks]
+            if clause.kind != "mask" or own is None or not masked:
                 continue
-            name = next(name for name in clause.targets if name in whole)
+            name = masked[0]
             yield Diagnostic(
                 "conflicting-effects",
                 f"`{clause.title}` lets entries of `{name}` train by themselves, but `{own.title}` makes each entry of"

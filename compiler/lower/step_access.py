@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from trainc.compiler.lower.clause_access import ClauseAccess
 from trainc.runtime.mask.trained_entries import TrainedEntries
 from trainc.runtime.step.action import Action, check_phase
 from trainc.runtime.step.around import Around
 from trainc.runtime.step.batches import BatchTransform
+from trainc.runtime.step.gradients import Paused
+from trainc.runtime.storage.random_streams import derive_seed
 
 
 class StepAccess(ClauseAccess):
@@ -39,6 +43,21 @@ class StepAccess(ClauseAccess):
         if action.gate is None:
             action.gate = self.gate()
         self._method.actions.append(action)
+
+    def pause(self, parameters: Iterable[str], held: float = 1.0) -> Paused:
+        """Return which of these parameters do not train: an action of the clause sets `now` before the gradients.
+
+        A paused parameter has no gradient, so that its optimizer leaves it and its state as they are. Its gradient is
+        computed all the same. Rules may freeze the same parameters. Optimizers hold state for the fraction `held` of
+        these parameters at a time, at most, because the action lets them forget the others.
+        """
+        paused = Paused(f"`{self.label}`", frozenset(parameters), held)
+        self._method.paused.append(paused)
+        return paused
+
+    def seed(self, *purpose: int | str) -> int:
+        """Return a 64-bit seed of this clause, from that of the run and a purpose, such as the number of a step."""
+        return derive_seed(self._context.seed, self.label, *purpose)
 
     def trained_entries(self) -> TrainedEntries:
         """Return what tells entries of a parameter that a mask trains from the whole parameter."""

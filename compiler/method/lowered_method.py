@@ -22,6 +22,7 @@ from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.soundness.gradient_norm import ModelGradient
 from trainc.runtime.step.action import Action
 from trainc.runtime.step.batches import BatchTransform
+from trainc.runtime.step.gradients import Paused
 from trainc.runtime.step.held_updates import DecayForm
 from trainc.runtime.step.observer import Observer
 from trainc.runtime.step.optimizer import LrFactor, Option, OptionValues
@@ -142,6 +143,8 @@ class LoweredMethod:
     """Parameters that do not train, besides those without requires_grad."""
     frozen_by: dict[str, set[str]] = field(default_factory=dict)
     """The parameters that each clause freezes, by its label."""
+    paused: list[Paused] = field(default_factory=list)
+    """Parameters that clauses keep from training in some steps."""
     trained_by: dict[str, OptimizerConstruct] = field(default_factory=dict)
     """The optimizer clause's construct of each parameter, known before any clause is lowered."""
     optimizers: list[OptimizerPart] = field(default_factory=list)

@@ -83,9 +83,11 @@ def memory_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
 
 def _memory(binding: Binding, method: LoweredMethod) -> Iterator[tuple[str, int]]:
     inventory, masks = binding.inventory, method.masks
+    held = {name: one.held for one in method.paused for name in one.names}
     for part in method.optimizers:
         sizes = [
-            masks[name].values.nbytes if name in masks else inventory.parameter[name].bytes
+            (masks[name].values.nbytes if name in masks else inventory.parameter[name].bytes)
+            * held.get(name, 1)
             for name in part.targets
             if name not in method.frozen
         ]

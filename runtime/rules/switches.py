@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-
-from torch.nn import Parameter
 
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
@@ -107,6 +105,7 @@ class Frozen(Kept):
     """Which parameters rules have frozen."""
 
     name = "parameters frozen by rules"
+    who = "a rule"
     let_go = "no rule freezes these any more, and they train"
 
     def matters(self, value: bool) -> bool:
@@ -131,25 +130,3 @@ class Frozen(Kept):
         if not frozen:
             return None
         return f"frozen by rules at the end: {len(frozen)} parameters, `{min(frozen)}` among them"
-
-
-@dataclass(eq=False)
-class DropGradients(Action):
-    """Phase 8, first: a frozen parameter has no gradient, so that its optimizer leaves it and its state as they are."""
-
-    frozen: Frozen
-    slots: Sequence[Any]
-    """The parameters as the optimizers see them: `name`, and the `tensor` that has the gradient."""
-    phase = Phase.GRADIENTS
-    name = "drop gradients"
-    reads_shards = True
-
-    def is_due(self, step: Step) -> bool:
-        return any(self.frozen.decided.values())
-
-    def run(self, step: Step) -> None:
-        now = self.frozen.now
-        for slot in self.slots:
-            if slot.name in now:
-                tensor: Parameter = slot.tensor
-                tensor.grad = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -41,6 +41,57 @@ class Trained(Protocol):
     tensor: Parameter
     lr: float
     weight_decay: float
+
+
+class Pausing(Protocol):
+    """Who decides which of some parameters do not train in a step."""
+
+    who: str
+    """Who it is, at the start of a sentence."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The parameters that it may decide on."""
+        ...
+
+    @property
+    def now(self) -> Set[str]:
+        """Those that do not train in this step."""
+        ...
+
+
+@dataclass(eq=False)
+class Paused:
+    """Parameters that a clause's action pauses: it sets `now`, before the gradients of a step are read.
+
+    Optimizers hold state for the fraction `held` of them at a time, at most.
+    """
+
+    who: str
+    names: frozenset[str]
+    held: float = 1.0
+    now: frozenset[str] = frozenset()
+
+
+@dataclass(eq=False)
+class DropGradients(Action):
+    """Phase 8, first: a paused parameter has no gradient, so that its optimizer leaves it and its state as they are."""
+
+    pausing: Sequence[Pausing]
+    slots: Sequence[Slot]
+    """The parameters as the optimizers see them."""
+    phase = Phase.GRADIENTS
+    name = "drop gradients"
+    reads_shards = True
+
+    def is_due(self, step: Step) -> bool:
+        return any(one.now for one in self.pausing)
+
+    def run(self, step: Step) -> None:
+        now = {name for one in self.pausing for name in one.now}
+        for slot in self.slots:
+            if slot.name in now:
+                slot.tensor.grad = None
 
 
 class GradientTransform(Action):

@@ -69,7 +69,9 @@ class StepMachine:
         self._inside: str | None = None
         self._updated = False
         self._preconditioners = [a.preconditioner for a in actions if isinstance(a, Preconditioner)]
-        self._optimizer_states = [a.state_of for a in actions if isinstance(a, KeepsOptimizerState)]
+        keeping = [action for action in actions if isinstance(action, KeepsOptimizerState)]
+        self._optimizer_states = [action.state_of for action in keeping]
+        self._forget_states = [action.forget for action in keeping]
 
     def set_sizes(self, batch: int, micro: int) -> None:
         """Set the samples of the first step, and of a micro-batch."""
@@ -99,6 +101,7 @@ class StepMachine:
                 after_update=self._updated,
                 preconditioners=self._preconditioners,
                 optimizer_states=self._optimizer_states,
+                forget_states=self._forget_states,
                 equals=self.equals,
                 recorded=self.decided.get(self.clock.steps + 1, {}),
             )

@@ -201,6 +201,11 @@ class OptimizerStep(Action):
         found: Mapping[str, Any] = {} if slot is None else self.torch.state.get(slot.tensor, {})
         return found
 
+    def forget(self, name: str) -> None:
+        """Drop the torch optimizer's state of a parameter, or of its trained entries."""
+        if (slot := self._slot(name)) is not None:
+            self.torch.state.pop(slot.tensor, None)
+
     def preconditioner(self, name: str) -> Tensor | None:
         """Return 1 / (sqrt(v_hat) + eps) from Adam's second moments so far; None for an optimizer that is not Adam."""
         if (slot := self._slot(name)) is None:

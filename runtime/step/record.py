@@ -83,6 +83,7 @@ class Step:
     """What was decided in this step, by who decided."""
     preconditioners: Sequence[Callable[[str], Tensor | None]] = ()
     optimizer_states: Sequence[Callable[[str], Mapping[str, Any]]] = ()
+    forget_states: Sequence[Callable[[str], None]] = ()
     closure: Callable[[bool], Tensor] | None = None
     """Returns the step's loss at the weights of now and leaves its gradients there; set where an optimizer asks.
 
@@ -120,6 +121,11 @@ class Step:
         """Return what the optimizer keeps for a parameter, by torch's names; empty before its first update."""
         return next((found for read in self.optimizer_states if (found := read(name))), {})
 
+    def forget_optimizer_state(self, name: str) -> None:
+        """Let the optimizer begin anew with a parameter, as before its first update, and free what it keeps for it."""
+        for forget in self.forget_states:
+            forget(name)
+
     def running_mean(self, name: str) -> Tensor | None:
         """Return the running mean, or sum, of a parameter's gradients that the optimizer keeps; None without one.
 
@@ -142,3 +148,5 @@ class KeepsOptimizerState(Protocol):
     """An action that updates parameters and keeps a state for each."""
 
     def state_of(self, name: str) -> Mapping[str, Any]: ...
+
+    def forget(self, name: str) -> None: ...

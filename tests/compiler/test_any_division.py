@@ -75,6 +75,8 @@ ANY = [
     SGD + "perturb pac_noise on type(Linear) { samples = 9 }",
     SGD + SIFT,
     SGD + "mask magnitude on ndim(2) every 1 steps { density = 50% }",
+    SGD + "mask bitfit",
+    SGD + "mask lisa every 1 steps { active = 1 }",
     SGD + "lr trust_ratio",
     SGD + "lr mup { base_width = 4 }",
     SGD + "lr spectral { base_width = 4 }",

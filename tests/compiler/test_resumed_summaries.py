@@ -44,6 +44,10 @@ SPECS = {
         lr batch_scaling { rule = sqrt, reference = 4 samples }
         mask sift on "blocks.*.mlp.**" & ndim(2) { density = 20% }
     """,
+    "frozen blocks": PLAIN.replace("layers = 1", "layers = 2") + """
+        optimizer adamw { lr = 1e-2 }
+        mask lisa every 2 steps
+    """,
     "a followed signal": HEAD + GNS + DATA.replace(
         "BATCH", "follow(gns, factor = 4, min = 2 samples, max = 8 samples, every = 2 steps)"
     ) + "optimizer adamw { lr = 1e-2 } distribute local every 2 steps { rule = average }",
@@ -59,6 +63,7 @@ SPECS = {
         perturb adversarial { norm = linf, radius = 0.03, at = "embed.token" }
         observe margin { of = training }
         observe consistency on "blocks.*.mlp.**" & type(Linear) every 2 steps { sigma = 0.5 }
+        mask bitfit
     """,
     "numbers": """
         model "examples.models:teacher_student"
