@@ -72,9 +72,11 @@ class Adapting:
         They have the dtype of the layer,
         float32 where that is shorter. An adapter of the same form that is there already keeps its values.
 
-        Raises ValueError where the layer has another adapter or attribute of the name, or is sharded.
+        Raises ValueError where the layer has another adapter or attribute of the name, runs or holds its children as a
+        list, or is sharded.
         """
         layer, name = self.module(layer_name), self.clause.construct.name
+        _refuse_containers(layer_name, layer)
         rule = cast(AdapterRule, self.clause.construct)
         full_name = f"{layer_name}.{name}".removeprefix(".")
         like = next((p for p in layer.parameters() if p.is_floating_point()), None)
@@ -87,7 +89,7 @@ class Adapting:
                 f"`{layer_name}` is sharded over processes (FSDP2) already: compile before you shard the model"
             )
         dtype = torch.float32 if like.dtype in _HALF else like.dtype
-        made = build_adapter(rule, self.label, parts, dtype)
+        made = build_adapter(rule, self.label, layer_name, parts, dtype)
         earlier = layer._modules.get(name)
         if isinstance(earlier, Adapter):
             for part in sorted(made.form.keys() | earlier.form.keys()):
@@ -164,6 +166,20 @@ def adapt_model(
         raise SpecError(found)
     if trained is not None:
         freeze(model, frozenset(p.name for p in base.parameters if p.name not in trained))
+
+
+def _refuse_containers(layer_name: str, layer: nn.Module) -> None:
+    """Raise ValueError for a module of which an adapter would be one more item, or that is never called."""
+    own = getattr(type(layer), "unbound", type(layer))
+    if issubclass(own, (nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(
+            f"`{layer_name}` is a list of modules and never called: select those in it"
+        )
+    if issubclass(own, nn.Sequential) and own.forward is nn.Sequential.forward:
+        raise ValueError(
+            f"`{layer_name}` is an nn.Sequential, which would run its adapter as one more layer: select a layer in it,"
+            " or the module around it"
+        )
 
 
 def _refuse_times(clause: BoundClause) -> None:

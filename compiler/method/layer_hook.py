@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trainc.compiler.errors import ExampleAxisUnknown, SiteError
+from trainc.compiler.model.adapter_rule import with_first
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -157,7 +158,7 @@ class LayerHook:
             first = next(iter(kwargs))
             x = self.change_input(kwargs[first], at)
             kwargs = kwargs | {first: x}
-        return _with_first(call(*args, **kwargs), lambda y: self.change_output_of(x, y, at))
+        return with_first(call(*args, **kwargs), lambda y: self.change_output_of(x, y, at))
 
     def done_by_measuring(self, layer_type: str, units: ExampleUnits | None) -> bool:
         """Say whether a layer of this type, measured in these units, does what this hook does without it."""
@@ -201,16 +202,6 @@ class KeepOutput(LayerHook):
         """Return what was kept, and keep nothing more: a checkpoint's second forward pass is not another call."""
         found, self._outputs = self._outputs or [], None
         return found
-
-
-def _with_first(result: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a layer's result with its tensor changed, or the first tensor of a tuple or list."""
-    if not isinstance(result, (tuple, list)):
-        return change(result)
-    first, *others = result
-    named: Any = type(result)
-    changed = (change(first), *others)
-    return named(*changed) if hasattr(named, "_fields") else named(changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,16 +39,23 @@ class AdapterRule:
         raise NotImplementedError(f"{type(self).__name__} does not say what an adapter computes")
 
     def change_inputs(
-        self, layer: nn.Module, adapter: nn.Module, inputs: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
-        """Return what the layer is given in place of its inputs, by position; without this method, these."""
-        return inputs
+        self, layer: nn.Module, adapter: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the layer is given in place of its inputs, by position and by name; without this method, these.
+
+        Raises SiteError for inputs with which the adapter cannot run.
+        """
+        return args, named
 
     def change_output(
         self, layer: nn.Module, adapter: nn.Module, inputs: tuple[Any, ...], output: Any
     ) -> Any:
-        """Return the output of the adapted layer: without this method its own and the adapter's, added up."""
-        return (output + adapter(*inputs)).to(output.dtype)
+        """Return the output of the adapted layer: without this method its own and the adapter's, added up.
+
+        `inputs` are those that the layer was given, the named ones last, in the order of the call. Of a tuple or list
+        the first tensor is changed.
+        """
+        return with_first(output, lambda y: (y + adapter(*inputs)).to(y.dtype))
 
     changes_weight: ClassVar[bool] = False
     """Whether the layer computes with its weight plus `weight_change`."""
@@ -83,6 +90,16 @@ class AdapterRule:
             found = load_file(str(folder / FILE))
         here = _state(adapted)
         load_tensors(here, found, str(folder))
+
+
+def with_first(result: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a layer's result with its tensor changed, or the first one of a tuple or list."""
+    if not isinstance(result, (tuple, list)):
+        return change(result)
+    first, *others = result
+    named: Any = type(result)
+    changed = (change(first), *others)
+    return named(*changed) if hasattr(named, "_fields") else named(changed)
 
 
 def _state(adapted: Adapted) -> dict[str, Tensor]:

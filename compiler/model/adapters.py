@@ -25,9 +25,9 @@ Parts = Mapping[str, nn.Module | nn.Parameter]
 class Adapter(nn.Module):
     """The modules and parameters that a clause adds to a layer; called with the layer's inputs."""
 
-    def __init__(self, rule: AdapterRule, label: str, parts: Parts) -> None:
+    def __init__(self, rule: AdapterRule, label: str, layer_name: str, parts: Parts) -> None:
         super().__init__()
-        self.rule, self.label = rule, label
+        self.rule, self.label, self.layer_name = rule, label, layer_name
         self.trained: tuple[str, ...] = ()
         """The parameters that train besides those of adapters, as far as the same clause says so."""
         for name, part in parts.items():
@@ -87,7 +87,8 @@ class PrepareAdapter(AdapterHook):
         self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         adapter = getattr(layer, self.name)
-        return adapter.rule.change_inputs(layer, adapter, (*inputs, *named.values())), {}
+        args, kwargs = adapter.rule.change_inputs(layer, adapter, inputs, named)
+        return args, kwargs
 
 
 _TABLES = (
@@ -183,11 +184,15 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def build_adapter(
-    rule: AdapterRule, label: str, parts: Callable[[], Parts], dtype: torch.dtype
+    rule: AdapterRule,
+    label: str,
+    layer_name: str,
+    parts: Callable[[], Parts],
+    dtype: torch.dtype,
 ) -> Adapter:
     """Return an adapter without values, on the meta device; no random number is drawn."""
     with torch.device("meta"), SkipInitialization():
-        return Adapter(rule, label, parts()).to(dtype)
+        return Adapter(rule, label, layer_name, parts()).to(dtype)
 
 
 def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:

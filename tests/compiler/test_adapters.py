@@ -338,9 +338,11 @@ class Prompt(Construct, AdapterRule):
     def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         nn.init.normal_(tensor, generator=generator)
 
-    def change_inputs(self, layer: Any, adapter: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        (x,) = inputs
-        return (torch.cat([adapter.tokens.expand(len(x), -1, -1), x], 1),)
+    def change_inputs(
+        self, layer: Any, adapter: Any, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (x,) = args
+        return (torch.cat([adapter.tokens.expand(len(x), -1, -1), x], 1),), named
 
     def change_output(self, layer: Any, adapter: Any, inputs: Any, output: Tensor) -> Tensor:
         assert inputs[0].shape[1] == output.shape[1]
