@@ -35,6 +35,7 @@ from trainc.kernels.parameter.spectrum import spectrum
 from trainc.kernels.parameter.tail_fit import hill_alpha
 from trainc.runtime.factors.maps import balance
 from trainc.runtime.factors.noise import spread_gain
+from trainc.runtime.mask.entry_choice import topk_mask
 from trainc.runtime.noise_scale.estimators import noise_scale, noise_scale_from_contributions
 
 __all__ = [
@@ -82,5 +83,6 @@ __all__ = [
     "supcon",
     "tied_embedding",
     "tied_linear",
+    "topk_mask",
     "trust_ratio",
 ]

@@ -28,16 +28,7 @@ from trainc.compiler.method.lowered_method import (
 )
 from trainc.compiler.model.batch_statistics import depend_on_processes
 from trainc.dsl.values.value_json import Expr
-from trainc.runtime.mask.mask_actions import (
-    Chooser,
-    ChooseZeros,
-    WriteBack,
-    ZeroGradients,
-    ZeroWeights,
-)
-from trainc.runtime.mask.update_mask import SelectedEntries, ZeroMask, masked_shard
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.exchange import Exchange
 from trainc.runtime.step.gradients import GradientTransform, sharded_gradient
 from trainc.runtime.step.optimizer import LrFactor, OptionValue, OptionValues, parts_of
@@ -133,46 +124,6 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
             return next((x for x in found if x != x), max(found))
 
         return rate
-
-    def select_entries(self, sizes: Mapping[str, int]) -> list[SelectedEntries]:
-        """Let the optimizer train selected entries of parameters: how many of each, 0 where the choice decides.
-
-        They are chosen once, so that `until` and `every` are errors.
-        """
-        for name in sizes:
-            reason = f"the entries of `{name}` that train are chosen once, for the rest of the run"
-            self.refuse_times(reason, "until", "every")
-        self._refuse_masked_shards(sizes)
-        selected = {n: SelectedEntries(n, self.tensor(n), size) for n, size in sizes.items()}
-        self._method.masks.update(selected)
-        self.action(WriteBack(self.label, selected.values()))
-        return [*selected.values()]
-
-    def mask(
-        self, names: Iterable[str], choose: Chooser, density: Expr, *, together: bool = False
-    ) -> None:
-        """Train a fraction of the entries of parameters and keep the others at zero; chosen at the clause's times.
-
-        `choose(step, fraction)` runs before the forward pass, at `from` and again `every`. With `together` the fraction
-        is of all the parameters, which only the plan reads.
-        """
-        fraction = self.schedule(density)
-        text = f"{fraction(Clock()):.6g}" if self.is_constant(density) else str(density)
-        shown = f"density {text}{' of all' * together}"
-        names = tuple(names)
-        self._refuse_masked_shards(names)
-        masks = {name: ZeroMask(name, self.tensor(name), shown) for name in names}
-        self._method.masks.update(masks)
-        self.show("density", fraction)
-        setting, window = self.clause.construct.model_dump_json(), self.gate() or Gate()
-        frozen = self._method.frozen
-        self.action(ChooseZeros(self.label, masks, choose, fraction, window, setting, frozen))
-        self.action(ZeroGradients(self.label, masks.values()))
-        self.action(ZeroWeights(self.label, masks.values()))
-
-    def _refuse_masked_shards(self, names: Iterable[str]) -> None:
-        if (shard := next(filter(self.is_sharded, names), None)) is not None:
-            raise ValueError(masked_shard(shard))
 
     def freeze(self, names: Iterable[str]) -> None:
         """Leave parameters untrained in the whole run, also before `from`."""

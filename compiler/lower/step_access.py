@@ -1,11 +1,26 @@
-"""The mechanisms for what a step does besides its passes: actions, and what surrounds the passes."""
+"""The mechanisms for what a step does besides its passes: actions, what surrounds the passes, and masks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from trainc.compiler.lower.clause_access import ClauseAccess
+from trainc.dsl.values.value_json import Expr
+from trainc.runtime.mask.choose_entries import ChooseEntries
+from trainc.runtime.mask.entry_choice import Choice
+from trainc.runtime.mask.mask_actions import (
+    Chooser,
+    ChooseZeros,
+    WriteBack,
+    ZeroGradients,
+    ZeroWeights,
+)
+from trainc.runtime.mask.scores import Score, SummedScores
 from trainc.runtime.mask.trained_entries import TrainedEntries
+from trainc.runtime.mask.update_mask import SelectedEntries, masked_shard
+from trainc.runtime.mask.zero_mask import ZeroMask
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action, check_phase
 from trainc.runtime.step.around import Around
 from trainc.runtime.step.batches import BatchTransform
@@ -62,6 +77,77 @@ class StepAccess(ClauseAccess):
     def trained_entries(self) -> TrainedEntries:
         """Return what tells entries of a parameter that a mask trains from the whole parameter."""
         return TrainedEntries(self._method.masks)
+
+    # Masks
+
+    def select_entries(
+        self,
+        names: Iterable[str],
+        score: Score | SummedScores,
+        choice: Choice,
+        density: float,
+        *,
+        batches: int = 1,
+    ) -> None:
+        """Let the optimizer train entries of parameters that `choice` takes by a score; the others stay as they are.
+
+        They are chosen at `from`, and again `every`, until `until`: by a score of the weights before a step, by scores
+        that are summed over the gradients of `batches` steps after it. Entries that stay chosen keep what the optimizer
+        has of them.
+        """
+        if self.clause.every is None:
+            self.refuse_times(
+                "the entries that train are chosen once, for the rest of the run", "until"
+            )
+        names = tuple(names)
+        self._refuse_masked_shards(names)
+        shapes = {name: self.inventory.parameter[name].shape for name in names}
+        sizes = choice.sizes(shapes, density)
+        selected = {n: SelectedEntries(n, self.tensor(n), size) for n, size in sizes.items()}
+        self._method.masks.update(selected)
+        self.action(WriteBack(self.label, selected.values()))
+        window = self.gate() or Gate()
+        chooser = ChooseEntries(
+            self.label, [*selected.values()], score, choice, density, window, batches
+        )
+        for turn in chooser.turns():
+            self.action(turn)
+
+    def mask(
+        self,
+        names: Iterable[str],
+        choose: Chooser,
+        density: Expr,
+        *,
+        together: bool = False,
+        once: bool = False,
+    ) -> list[ZeroMask]:
+        """Train a fraction of the entries of parameters and keep the others at zero; chosen at the clause's times.
+
+        `choose(step, fraction)` runs before the forward pass, at `from` and, unless `once`, again `every`. With
+        `together` the fraction is of all the parameters, which only the plan reads. The masks that are returned can be
+        changed in later steps.
+        """
+        fraction = self.schedule(density)
+        text = f"{fraction(Clock()):.6g}" if self.is_constant(density) else str(density)
+        shown = f"density {text}{' of all' * together}"
+        names = tuple(names)
+        self._refuse_masked_shards(names)
+        masks = {name: ZeroMask(name, self.tensor(name), shown) for name in names}
+        self._method.masks.update(masks)
+        self._method.schedules[f"{self.label} density"] = fraction
+        setting, window = self.clause.construct.model_dump_json(), self.gate() or Gate()
+        if once:
+            setting, window = str(density), Gate(window.start)
+        frozen = self._method.frozen
+        self.action(ChooseZeros(self.label, masks, choose, fraction, window, setting, frozen))
+        self.action(ZeroGradients(self.label, masks.values()))
+        self.action(ZeroWeights(self.label, masks.values()))
+        return [*masks.values()]
+
+    def _refuse_masked_shards(self, names: Iterable[str]) -> None:
+        if (shard := next(filter(self.is_sharded, names), None)) is not None:
+            raise ValueError(masked_shard(shard))
 
     def _refuse_shards(self, when: str) -> None:
         """Raise ValueError for a sharded parameter, whose gradients are averaged in the step's own passes alone."""

@@ -1,54 +1,60 @@
-"""Choose entries of tensors by their scores: single ones, or whole rows or columns."""
+"""Choose entries of tensors by their scores, under a structure and a budget: the same ones on every machine."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Granularity = Literal["element", "row", "column"]
+from trainc.runtime.mask.budget import Allocation, Count, kept_count, shares
+from trainc.runtime.mask.structures import ELEMENT, Reduce, Structure, l2_norm
 
 
 @dataclass(frozen=True, slots=True)
-class Choices:
-    """What can be chosen in a tensor of `shape`: `count` elements, rows or columns of `size` entries each."""
+class Choice:
+    """Which entries the largest scores choose: of each tensor by itself, or of all `together`.
 
-    granularity: Granularity
-    shape: tuple[int, ...]
+    `allocate` gives each tensor a density of its own. `count` says how many of a number of units a density is, and
+    `reduce` what the score of a unit is.
+    """
 
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape) // self.size
+    structure: Structure = ELEMENT
+    together: bool = False
+    allocate: Allocation | None = None
+    count: Count = kept_count
+    reduce: Reduce = l2_norm
 
-    @property
-    def size(self) -> int:
-        axis = {"row": 0, "column": 1}.get(self.granularity)
-        return 1 if axis is None else math.prod(self.shape) // self.shape[axis]
+    def masks(self, scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+        """Return where the chosen entries are, bool in the shape of each tensor's scores; no score is NaN."""
+        if self.structure.kind == "n_m":
+            return {name: self.structure.largest_of_each(score) for name, score in scores.items()}
+        shapes = {name: tuple(score.shape) for name, score in scores.items()}
+        units = [self.structure.scores(score, self.reduce) for score in scores.values()]
+        if self.together:
+            chosen = largest(units, self.count(sum(map(len, units)), density))
+        else:
+            counts = self.counts(shapes, density).values()
+            chosen = [largest([one], n)[0] for one, n in zip(units, counts, strict=True)]
+        pairs = zip(shapes.items(), chosen, strict=True)
+        return {name: self.structure.mask(found, shape) for (name, shape), found in pairs}
 
-    def score(self, tensor: Tensor) -> Tensor:
-        """Return the magnitude of each element, or the L2 norm of each row or column, shape (count,)."""
-        if self.granularity == "element":
-            return tensor.flatten().abs()
-        across = tensor if self.granularity == "row" else tensor.transpose(0, 1)
-        wide = across.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32))
-        return wide.abs().square().sum(1).sqrt()
+    def counts(self, shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
+        """Return how many units of each tensor are chosen, where that does not depend on scores."""
+        units = {name: self.structure.count(shape) for name, shape in shapes.items()}
+        if self.structure.density is not None:
+            return {name: round(self.structure.density * n) for name, n in units.items()}
+        if self.allocate is None:
+            return {name: self.count(n, density) for name, n in units.items()}
+        return shares(units, self.allocate(shapes, density), self.count)
 
-    def mask(self, chosen: Tensor) -> Tensor:
-        """Return where the entries of some choices are, bool of `shape`."""
-        axis = int(self.granularity == "column")
-        shape = (self.count,) if self.granularity == "element" else self.shape
-        mask = torch.zeros(shape, dtype=torch.bool, device=chosen.device)
-        return mask.index_fill_(axis, chosen, True).view(self.shape)
-
-    def entries(self, chosen: Tensor) -> Tensor:
-        """Return the sorted flat positions of the entries of some choices."""
-        return (
-            chosen if self.granularity == "element" else self.mask(chosen).flatten().nonzero()[:, 0]
-        )
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
+        """Return how many entries of each tensor are chosen; 0 where that depends on scores."""
+        if self.together:
+            return dict.fromkeys(shapes, 0)
+        counts = self.counts(shapes, density)
+        return {name: n * self.structure.unit(shapes[name]) for name, n in counts.items()}
 
 
 def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -69,3 +75,28 @@ def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
         left -= len(equal)
         chosen.append(torch.cat([found, equal]).sort().values)
     return chosen
+
+
+def topk_mask(score: Tensor, *, density: float, structure: str | Structure = "element") -> Tensor:
+    """Return where the entries with the largest scores are, bool of the shape of `score`.
+
+    `density` is the fraction that is chosen: of n units n - round((1 - density) n), and one at least. `structure` says
+    what a unit is: `"element"`, `"row"` (an index of axis 0), `"column"` (one of axis 1) or `"block(r, c)"`, whose
+    score is the L2 norm of its entries' scores; or `"n_m(n, m)"`, also `"n:m"`, which takes the n largest of each m
+    consecutive entries along axis 1, where `density` has to be n / m. Of equal scores the lower position goes first.
+
+    Raises ValueError for a `density` that is not above 0 and at most 1, for a structure that does not exist or does not
+    divide the shape, and for a score that is NaN.
+    """
+    one = Structure.of(structure) if isinstance(structure, str) else structure
+    if not 0 < density <= 1:
+        raise ValueError(f"`density` is {density:g}: expected a fraction above 0, at most 1")
+    if one.density is not None and density != one.density:
+        raise ValueError(
+            f"`{one}` chooses {one.density:g} of the entries: write `density={one.density:g}`"
+        )
+    if (problem := one.problem(tuple(score.shape))) is not None:
+        raise ValueError(f"the score {problem}")
+    if score.is_floating_point() and bool(score.isnan().any()):
+        raise ValueError("a score is NaN, which is neither larger nor smaller than another")
+    return Choice(one).masks({"": score}, density)[""]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainc.runtime.mask.update_mask import SelectedEntries, ZeroMask
+from trainc.runtime.mask.update_mask import SelectedEntries
+from trainc.runtime.mask.zero_mask import ZeroMask
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action, ActionState, Phase

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -18,7 +18,6 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trainc.kernels.parameter.masked_update import masked_update_, pack, unpack
 from trainc.runtime.processes.sharded import is_sharded
 from trainc.runtime.torch_optimizer.nested import leaves
 
@@ -136,20 +135,28 @@ class SelectedEntries(UpdateMask):
         values = Parameter(torch.zeros(count, dtype=dtype, device=parameter.device))
         super().__init__(name, parameter, values)
         self.index: Tensor | None = None
+        self.keeps_dense = False
+        """Whether the dense gradient of a step stays in `parameter.grad`, since the next choice depends on it."""
         self._handle: RemovableHandle | None = None
+
+    @property
+    def density(self) -> float:
+        """Return the fraction of the entries that trains; 1 for a tensor without entries."""
+        numel = self.parameter.numel()
+        return self.values.numel() / numel if numel else 1.0
 
     # gradients
 
     def take(self, grad: Tensor) -> None:
-        """Add a dense gradient: all of it before a selection is chosen, else its selected entries."""
+        """Add a dense gradient: its selected entries, or all of it where a choice depends on it."""
         if grad.is_sparse:
             grad = grad.to_dense()
         grad = grad.detach()
-        if self.index is None:
+        if self.index is None or self.keeps_dense:
             held = self.parameter.grad
             self.parameter.grad = grad if held is None else held + grad
         elif self.index.numel():
-            picked = grad.reshape(-1).index_select(0, self.index).to(self.values.dtype)
+            picked = self.picked(grad).to(self.values.dtype)
             self.values.grad = picked if self.values.grad is None else self.values.grad.add_(picked)
 
     def picked(self, tensor: Tensor) -> Tensor:
@@ -168,27 +175,56 @@ class SelectedEntries(UpdateMask):
     def gather(self) -> None:
         """Move the selected entries of `parameter.grad` to `values.grad` and free the rest."""
         grad = self.parameter.grad
-        if grad is not None and self.index is not None:
-            self.parameter.grad = None
-            self.take(grad)
+        if grad is None or self.index is None:
+            return
+        if self.keeps_dense:  # it holds all that the step has added
+            dense = grad.to_dense() if grad.is_sparse else grad
+            self.values.grad = self.picked(dense).to(self.values.dtype)
+            return
+        self.parameter.grad = None
+        self.take(grad)
 
     def _gather_now(self, _: Tensor) -> None:
-        """Gather as soon as the backward pass has the gradient, unless it is to be averaged first."""
-        if not self.averages_first:
+        """Gather as soon as the backward pass has the gradient, unless all of it is needed first."""
+        if not (self.averages_first or self.keeps_dense):
             self.gather()
 
     # entries
 
-    def choose(self, index: Tensor) -> None:
-        """Set the selection, sorted flat positions of shape (k,), and copy the weights there."""
+    def choose(self, index: Tensor, state: Iterable[Any] = ()) -> int | None:
+        """Set the selection, sorted flat positions of shape (k,), and copy the weights there.
+
+        `state` is what the optimizer holds for the selection of now, of any nesting: its vectors (k,) keep the numbers
+        of entries that stay selected, and have 0 for the others. Return how many stay; None for the first selection.
+        """
         small = self.parameter.numel() <= torch.iinfo(torch.int32).max
+        old = self.index
         self.index = index.to(self.parameter.device, torch.int32 if small else torch.int64)
-        if self.values.numel() != index.numel():
+        stayed = None
+        if old is not None:
+            found = [leaf for value in state for _, leaf in leaves(value, "")]
+            own = [t for t in found if isinstance(t, Tensor) and t.shape == self.values.shape]
+            stayed = self._carry(old, [self.values, *own])
+        elif self.values.numel() != index.numel():
             self.values.data = self.values.data.new_zeros(index.numel())
         if self._handle is None:
             register: Any = self.parameter.register_post_accumulate_grad_hook
             self._handle = register(self._gather_now)
         self.read()
+        return stayed
+
+    def _carry(self, old: Tensor, tensors: Sequence[Tensor]) -> int:
+        """Make vectors of the entries `old` ones of the entries of now, with 0 for new ones; return how many stay."""
+        assert self.index is not None
+        place = torch.searchsorted(old, self.index).clamp_(max=max(0, len(old) - 1))
+        stays = old[place] == self.index if len(old) else torch.zeros_like(place, dtype=torch.bool)
+        for tensor in tensors:
+            before = tensor.detach()
+            now = before.new_zeros(len(self.index))
+            now[stays] = before[place[stays]]
+            tensor.data = now
+        self.values.grad = None
+        return int(stays.sum())
 
     def forget(self) -> None:
         """Drop the selection, so that another can be chosen."""
@@ -231,106 +267,3 @@ class SelectedEntries(UpdateMask):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-
-
-class ZeroMask(UpdateMask):
-    """Some entries train as ever; the others are zero, in the weights, their gradient and the optimizer's state.
-
-    `kept` holds one bit per entry, uint8 (ceil(numel / 8),), set where entries train; None where all do. `count` is how
-    many train, `text` what the plan says of them before they are chosen.
-    """
-
-    def __init__(self, name: str, parameter: Parameter, text: str) -> None:
-        super().__init__(name, parameter, parameter)
-        self.text = text
-        self.kept: Tensor | None = None
-        self.count = parameter.numel()
-
-    def take(self, grad: Tensor) -> None:
-        """Add a dense gradient; one that is masked in place is copied, as a graph may use its memory elsewhere."""
-        held = self.parameter.grad
-        own = grad if self.kept is None else grad.clone()
-        self.parameter.grad = own if held is None else held.add_(grad)
-
-    @property
-    def density(self) -> float:
-        """Return the fraction of the entries that trains; 1 for a tensor without entries."""
-        return self.count / self.parameter.numel() if self.parameter.numel() else 1.0
-
-    def picked(self, tensor: Tensor) -> Tensor:
-        return tensor if self.kept is None else tensor.masked_fill(~self.kept_entries(), 0)
-
-    def whole(self, values: Tensor) -> Tensor:
-        return values
-
-    def gradient(self) -> Tensor | None:
-        grad = self.parameter.grad
-        if grad is not None and grad.is_sparse:
-            self.zero_gradient()
-            return self.parameter.grad
-        return None if grad is None else self.trained(grad)
-
-    def choose(self, kept: Tensor, state: Iterable[Any] = ()) -> None:
-        """Keep the entries where `kept`, bool in the parameter's shape, and zero the others.
-
-        `state` is what the optimizer holds for the parameter, of any nesting; tensors in its shape, or in its shape
-        made flat, are zeroed alike. Others, such as sums over rows, are no entries' own.
-        """
-        self.count = int(kept.sum())
-        self.kept = None if self.count == kept.numel() else pack(kept)
-        shapes = (self.parameter.shape, (self.parameter.numel(),))
-        found = (leaf for value in state for _, leaf in leaves(value, ""))
-        tensors = (leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point())
-        # A counter of steps is a 0-d tensor, also where the parameter is.
-        own = [t for t in tensors if t.dim() and t.shape in shapes and not t.is_sparse]
-        self._zero(self.parameter.detach(), *own)
-
-    def zero_gradient(self) -> None:
-        """Zero the gradient of the entries that are zero."""
-        grad = self.parameter.grad
-        if grad is None or self.kept is None:
-            return
-        if not grad.is_sparse:
-            self._zero(grad)
-            return
-        self.parameter.grad = grad = grad.coalesce()
-        kept = self.kept_entries()[tuple(grad.indices())]
-        grad.values().masked_fill_(~kept, 0)
-
-    def write(self) -> None:
-        """Zero the weights that are to be zero, whatever an optimizer made of them."""
-        if self.kept is not None:
-            self._zero(self.parameter.detach())
-
-    def kept_entries(self) -> Tensor:
-        """Return where entries train, bool in the parameter's shape."""
-        if self.kept is None:
-            return torch.ones_like(self.parameter, dtype=torch.bool)
-        return unpack(self.kept, self.parameter.numel()).view(self.parameter.shape)
-
-    def restore(self, kept: Tensor | None, count: int) -> None:
-        """Set the mask to what a checkpoint holds; None: all entries train."""
-        entries = self.parameter.numel()
-        found = entries if kept is None else int(unpack(kept, entries).sum())
-        if found != count:
-            raise ValueError(
-                f"the mask of `{self.name}` keeps {found} entries, but its count is {count}"
-            )
-        self.kept = None if kept is None else kept.to(self.parameter.device, copy=True)
-        self.count = count
-
-    def read(self) -> None:
-        """Do nothing: the weights are what the optimizer updates."""
-
-    def remove(self) -> None:
-        """Do nothing: gradients pass through no hook."""
-
-    def describe(self) -> str:
-        return self.text
-
-    def memory(self) -> int:
-        return (self.parameter.numel() + 7) // 8
-
-    def _zero(self, *tensors: Tensor) -> None:
-        if self.kept is not None:
-            masked_update_(tensors, self.kept)

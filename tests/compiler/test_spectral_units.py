@@ -341,7 +341,7 @@ def test_a_masked_weight_is_measured_as_it_is_used() -> None:
     spec = """
     train 1
     loss mse
-    mask magnitude on "0.weight" { density = 50%, granularity = row }
+    mask magnitude on "0.weight" { density = 50%, structure = row }
     optimizer sgd { lr = 0.01 }
     """
     program = trainc.compile(spec, model)

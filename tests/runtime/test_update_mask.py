@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainc.runtime.mask.entry_choice import largest
-from trainc.runtime.mask.update_mask import SelectedEntries, ZeroMask
+from trainc.runtime.mask.update_mask import SelectedEntries
+from trainc.runtime.mask.zero_mask import ZeroMask
 
 
 def by_sorting(scores: list[Tensor], count: int) -> list[list[int]]:

@@ -1,32 +1,144 @@
-"""What masks share that choose entries, rows or columns of the selected parameters."""
+"""What masks share that choose entries of the selected parameters: a structure, and what a density is of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from trainc.dsl.reading.construct import Problem
+from pydantic import Field, model_validator
+
+from trainc.dsl.reading.construct import Construct, Problem
+from trainc.dsl.reading.field_types import word_or_call
+from trainc.dsl.values.functions import Function
+from trainc.dsl.values.value_json import Call, Number
 
 if TYPE_CHECKING:
-    from pydantic import ValidationInfo
-
     from trainc.compiler.bind.bound_clause import Targets
+    from trainc.runtime.mask.entry_choice import Choice
+    from trainc.runtime.mask.structures import Structure
 
-Granularity = TypeVar("Granularity", bound=str)
+_CALLS = {
+    "block": Function({"rows": "plain", "columns": "plain"}, 2, 2),
+    "n_m": Function({"n": "plain", "m": "plain"}, 2, 2),
+}
+StructureField = Annotated[
+    str | Call, word_or_call("structure", ("element", "row", "column", "layer"), _CALLS)
+]
 
 
-def fits_scope(granularity: Granularity, info: ValidationInfo) -> Granularity:
-    """Return the granularity; raises ValueError for rows or columns of all tensors together."""
-    if granularity != "element" and info.data.get("scope") == "global":
-        raise ValueError(
-            "rows and columns of different tensors differ in length: use `scope = tensor`"
-        )
-    return granularity
+def structure_of(value: str | Call) -> Structure:
+    """Return the structure that a field names; raises ValueError for sizes that make no sense."""
+    from trainc.runtime.mask.structures import Structure
+
+    return Structure.of(value if isinstance(value, str) else call_text(value))
 
 
-def vector_problems(bound: Targets, granularity: str) -> Iterator[Problem]:
-    """Report vectors where rows or columns are chosen."""
-    flat = [p.name for p in bound.parameters if p.ndim < 2]
-    if flat and granularity != "element":
-        message = f"`{flat[0]}` is not a matrix, so it has no {granularity}s"
-        yield Problem("wrong-target-kind", message, help="select among `ndim(2)`")
+def call_text(call: Call) -> str:
+    """Return `block(1, 16)`, however its arguments are given; raises ValueError unless both are whole numbers."""
+    names = {"block": ("rows", "columns"), "n_m": ("n", "m")}[call.function]
+    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    sizes = [given.get(name) for name in names]
+    whole = [
+        int(s.value)
+        for s in sizes
+        if isinstance(s, Number) and s.value == int(s.value) and s.value >= 1
+    ]
+    if len(whole) < 2:
+        raise ValueError(f"`{call}`: expected two whole numbers, 1 or more, as in `block(1, 16)`")
+    return f"{call.function}({whole[0]}, {whole[1]})"
+
+
+class ChoosingMask(Construct):
+    """Base of the masks that choose entries of tensors by a score, under a structure and a budget.
+
+    A subclass has a field `density`, a number or an expression, or None where the structure says it.
+    """
+
+    targets: ClassVar = "parameters"
+    functions: ClassVar[tuple[str, ...]] = ("trainc.runtime.mask.entry_choice:topk_mask",)
+
+    scope: Literal["tensor", "global", "erk"] = Field(
+        default="tensor",
+        description="whether `density` is a fraction of each tensor, of all selected tensors together, or of all by"
+        " Erdos-Renyi-Kernel: denser in tensors that are small",
+    )
+    structure: StructureField = Field(
+        default="element",
+        description="what is chosen as one: single entries; whole rows (an index of axis 0), columns (of axis 1) or"
+        " blocks of r rows and c columns, by the L2 norm of their scores; n of each m consecutive entries along"
+        " axis 1; whole tensors, by the root mean square",
+    )
+
+    if TYPE_CHECKING:
+        density: Any
+
+    @model_validator(mode="after")
+    def _structure_fits(self) -> Self:
+        kind = self.structure.function if isinstance(self.structure, Call) else self.structure
+        exact = self.exact
+        if exact is None and self.density is None:
+            raise ValueError("write `density`, the fraction of the entries that is chosen")
+        given = self.density.value if isinstance(self.density, Number) else self.density
+        if exact is not None and given not in (None, exact):
+            raise ValueError(
+                f"`structure = {self.structure}` is a density of {exact:.4g}: remove `density`"
+            )
+        if exact is not None and self.scope != "tensor":
+            raise ValueError(f"`structure = {self.structure}` is for each tensor: remove `scope`")
+        if kind == "layer" and self.scope != "global":
+            raise ValueError("whole tensors are chosen among all selected: write `scope = global`")
+        if kind in ("row", "column") and self.scope == "global":
+            raise ValueError(
+                "rows and columns of different tensors differ in length: use `scope = tensor`"
+            )
+        return self
+
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Report tensors that the structure does not fit."""
+        yield from structure_problems(bound, self.structure)
+
+    @property
+    def exact(self) -> float | None:
+        """Return the density that the structure says; None where `density` does."""
+        return n_of_m(self.structure)
+
+    def choice(self, **how: Any) -> Choice:
+        """Return the choice by this structure and scope; `how` are further fields of it."""
+        from trainc.runtime.mask.budget import erk_densities
+        from trainc.runtime.mask.entry_choice import Choice
+        from trainc.runtime.mask.structures import rms
+
+        if self.structure == "layer":
+            how.setdefault("reduce", rms)
+        if self.scope == "erk":
+            how.setdefault("allocate", erk_densities)
+        return Choice(structure_of(self.structure), self.scope == "global", **how)
+
+
+def n_of_m(structure: str | Call) -> float | None:
+    """Return the density of `n_m(n, m)`, None of others; raises ValueError for sizes that make no sense."""
+    if not isinstance(structure, Call):
+        return None
+    text = call_text(structure)
+    first, second = map(int, text.partition("(")[2].rstrip(")").split(","))
+    if structure.function != "n_m":
+        return None
+    if first > second:
+        raise ValueError(f"`{structure}`: expected at most {second} of {second}")
+    return first / second
+
+
+def structure_problems(bound: Targets, structure: str | Call) -> Iterator[Problem]:
+    """Report the first tensor that has no such units."""
+    if structure == "element":
+        return
+    one = structure_of(structure)
+    for parameter in bound.parameters:
+        if (problem := one.problem(parameter.shape)) is not None:
+            help = (
+                "select among `ndim(2)`"
+                if parameter.ndim < 2
+                else "exclude it from `on`, or choose other sizes"
+            )
+            yield Problem("wrong-target-kind", f"`{parameter.name}` {problem}", help=help)
+            return

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-from trainc.compiler.constructs.mask._base import fits_scope, vector_problems
+from trainc.compiler.constructs.mask._base import ChoosingMask
 from trainc.dsl.reading.construct import (
-    Construct,
     Effect,
     Problem,
     RuleExplanation,
@@ -23,10 +22,9 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.step.record import Step
 
 
-class Magnitude(Construct):
+class Magnitude(ChoosingMask):
     """Keeps the largest weights of each tensor and sets the others to zero, where they stay.
 
     Of n entries, n - round((1 - density) n) are kept, at least one. They are chosen by the weights at `from`,
@@ -44,7 +42,6 @@ class Magnitude(Construct):
         "To prune, or not to prune, arXiv:1710.01878"
     )
     usage: ClassVar = "mask magnitude on ndim(2) every 100 steps { density = cubic(from = 80%, to = 10%, over = 50%) }"
-    targets: ClassVar = "parameters"
     identity: ClassVar = {"density": "100%"}
     effects: ClassVar = (
         Effect(
@@ -71,33 +68,22 @@ class Magnitude(Construct):
         ),
     }
 
-    density: Schedule = Field(
-        description="fraction of the entries that is kept, above 0%: a number or a schedule of the run"
-    )
-    scope: Literal["tensor", "global"] = Field(
-        default="tensor",
-        description="whether `density` is a fraction of each tensor, or of all selected tensors together",
-    )
-    granularity: Literal["element", "row", "column"] = Field(
-        default="element",
-        description="what is kept: single entries, or whole rows or columns by their L2 norm",
+    density: Schedule | None = Field(
+        default=None,
+        description="fraction of the entries that is kept, above 0%: a number or a schedule of the run;"
+        " `n_m(n, m)` needs none, others do",
     )
 
     @field_validator("density")
     @classmethod
-    def _is_a_fraction(cls, value: Expr) -> Expr:
+    def _is_a_fraction(cls, value: Expr | None) -> Expr | None:
         if isinstance(value, Number) and not 0 < value.value <= 1:
             raise ValueError("expected a fraction above 0%, at most 100%")
         return value
 
-    @field_validator("granularity")
-    @classmethod
-    def _fits_scope(cls, value: str, info: ValidationInfo) -> str:
-        return fits_scope(value, info)
-
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Report vectors where rows or columns are chosen; warn of rows that are divided by their norm."""
-        yield from vector_problems(bound, self.granularity)
+        """Report tensors that the structure does not fit; warn of rows that are divided by their norm."""
+        yield from super().validate_targets(bound)
         lists = (
             m.name.rpartition(".")[0] for m in bound.inventory.modules if "_WeightNorm" in m.types
         )
@@ -114,19 +100,16 @@ class Magnitude(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Mask the selected parameters; the choice reads the weights alone."""
+        from trainc.runtime.mask.scores import ScoredChoice, magnitude
+
         names = [entry.name for entry in to.parameters()]
-        to.mask(
-            names, Largest(to.label, names, self), self.density, together=self.scope == "global"
-        )
+        density = self.density or Number(self.exact or 1)
+        choose = ScoredChoice(to.label, names, magnitude, self.choice())
+        to.mask(names, choose, density, together=self.scope != "tensor")
 
     def groups(self, names: Sequence[str]) -> list[list[str]]:
         """Return the names that are compared with each other."""
         return [list(names)] if self.scope == "global" else [[name] for name in names]
-
-    @staticmethod
-    def count(numel: int, density: float) -> int:
-        """Return how many of `numel` entries, rows or columns are kept; one at least if there is one."""
-        return max(min(1, numel), numel - round((1 - density) * numel))
 
     def reference(
         self,
@@ -164,7 +147,7 @@ class Magnitude(Construct):
         """Return masks of ones and zeros by sorting all (magnitude, place) pairs."""
         import torch
 
-        axis = {"row": 0, "column": 1}.get(self.granularity)
+        axis = {"row": 0, "column": 1}.get(str(self.structure))
         out = {n: torch.zeros_like(w) for n, w in weights.items()}
         for group in self.groups(list(weights)):
             ranked = []
@@ -172,34 +155,9 @@ class Magnitude(Construct):
                 w = weights[n] if axis is None else weights[n].transpose(0, axis).flatten(1)
                 sizes = (w.abs().flatten() if axis is None else w.square().sum(1).sqrt()).tolist()
                 ranked += [(-size, i, place) for place, size in enumerate(sizes)]
-            for _, i, place in sorted(ranked)[: self.count(len(ranked), density)]:
+            kept = max(1, len(ranked) - round((1 - density) * len(ranked)))
+            for _, i, place in sorted(ranked)[:kept]:
                 tensor = out[group[i]]
                 where = tensor.view(-1) if axis is None else tensor.transpose(0, axis)
                 where[place] = 1
         return out
-
-
-class Largest:
-    """The choice of the largest weights: see `Lowering.mask`."""
-
-    def __init__(self, label: str, names: Sequence[str], rule: Magnitude) -> None:
-        self.label, self.names, self.rule = label, names, rule
-
-    def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
-        from trainc.runtime.mask.entry_choice import Choices, largest
-
-        weights = {name: step.parameters[name].detach() for name in self.names}
-        broken = next((n for n, w in weights.items() if not w.isfinite().all()), None)
-        if broken is not None:
-            step.notes.append(
-                f"{self.label}: `{broken}` has entries that are not finite, so nothing is chosen in this step"
-            )
-            return None
-        kept = {}
-        for group in self.rule.groups(self.names):
-            choices = [Choices(self.rule.granularity, tuple(weights[n].shape)) for n in group]
-            scores = [one.score(weights[n]) for n, one in zip(group, choices, strict=True)]
-            count = self.rule.count(sum(len(score) for score in scores), density)
-            for name, one, chosen in zip(group, choices, largest(scores, count), strict=True):
-                kept[name] = one.mask(chosen)
-        return kept

@@ -1,16 +1,17 @@
-"""SIFT: train only the entries whose gradient is largest at the start."""
+"""SIFT: train only the entries with the largest gradients, or with the largest of another score."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-from trainc.compiler.constructs.mask._base import fits_scope, vector_problems
-from trainc.dsl.reading.construct import Construct, Effect, Fraction, Problem
-from trainc.runtime.step.action import Action, ActionState, Phase
-from trainc.runtime.storage.form import Count, Form, Record, Values
+from trainc.compiler.constructs.mask._base import ChoosingMask
+from trainc.dsl.reading.construct import Effect, Fraction, Problem
+from trainc.dsl.reading.field_types import word_or_call
+from trainc.dsl.values.functions import Function
+from trainc.dsl.values.value_json import Call, Number
 
 if TYPE_CHECKING:
     import torch
@@ -18,81 +19,123 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.mask.update_mask import SelectedEntries
-    from trainc.runtime.schedule.gate import Gate
-    from trainc.runtime.step.record import Step
+    from trainc.runtime.mask.entry_choice import Choice
+    from trainc.runtime.mask.scores import Score, SummedScores
 
-Granularity = Literal["element", "row", "column"]
+_BY_GRADIENTS = ("gradient", "movement")
+Select = Annotated[
+    str | Call,
+    word_or_call(
+        "score",
+        (*_BY_GRADIENTS, "magnitude", "random"),
+        {"principal": Function({"rank": "plain"}, 1, 1)},
+    ),
+]
 
 
-class Sift(Construct):
+def rank_of(select: Call) -> int:
+    """Return r of `principal(rank = r)`; raises ValueError unless it is a whole number, 1 or more."""
+    given = [*select.args, *dict(select.kwargs).values()][0]
+    if not isinstance(given, Number) or given.value < 1 or given.value != int(given.value):
+        raise ValueError(f"`{select}`: expected a whole number, 1 or more, as in `principal(128)`")
+    return int(given.value)
+
+
+class Sift(ChoosingMask):
     """Trains the k entries of each tensor whose accumulated gradient g is largest in magnitude.
 
-    k = min(int(density * numel) + 1, numel), as published. g is the sum over the first `batches`
-    steps, in which the selected tensors do not change. From the next step on, the optimizer has
-    these k entries only: its moments, weight decay and clipping act on them, and the other entries
-    never change. Of equal gradients, the one at the lower position is chosen.
+    k = min(int(density * numel) + 1, numel), as published; of `structure = n_m(n, m)` n of each m. g is the sum over
+    the first `batches` steps, in which the selected tensors do not change. From the next step on, the optimizer has
+    these k entries only: its moments, weight decay and clipping act on them, and the other entries never change. Of
+    equal gradients, the one at the lower position is chosen.
+
+    `select` takes another score: `movement`, the sum of - w g over these steps, largest where weights move away from
+    zero; or of the weights alone, which are chosen before the first step and train in it: `magnitude`, |w|;
+    `principal(rank)`, the magnitude in the best approximation of that rank, as LIFT does; `random`, numbers that
+    follow from the seed and the parameter's name. With `every` the entries are chosen again until `until`: those that
+    stay keep their moments, and the moments of new ones start at 0. While gradients are summed for that, the entries of
+    before train. Rows, columns and blocks are chosen by the L2 norm of their scores, with `movement` by the mean.
     """
 
     cite: ClassVar = (
         "Song et al., Sparse is Enough in Fine-tuning Pre-trained Large Language Models, "
-        "ICML 2024, arXiv:2312.11875"
+        "ICML 2024, arXiv:2312.11875; of `principal`: Liu et al., LIFT, ICML 2025, arXiv:2506.00772"
     )
     usage: ClassVar = "mask sift on ndim(2) - type(Embedding) { density = 1% }"
-    targets: ClassVar = "parameters"
     identity: ClassVar = {"density": "100%"}
     effects: ClassVar = (
-        Effect("gradients", "choose the entries that train", ("gradient", "params"), ("gradient",)),
+        Effect(
+            "perturb",
+            "see when entries are to be chosen, and choose them by weights",
+            ("params", "clock"),
+            ("optimizer_state", "metrics"),
+        ),
+        Effect(
+            "gradients",
+            "gather the entries that train",
+            ("gradient", "params"),
+            ("gradient",),
+            lasting=True,
+        ),
         Effect(
             "deltas",
-            "write the trained entries into the weights",
-            ("delta",),
-            ("params", "metrics"),
+            "write the trained entries into the weights, choose others by gradients",
+            ("delta", "gradient"),
+            ("params", "optimizer_state", "metrics"),
+            lasting=True,
         ),
     )
 
-    density: Fraction = Field(
-        description="fraction of the entries of a tensor that trains, above 0%"
+    density: Fraction | None = Field(
+        default=None,
+        description="fraction of the entries that trains, above 0%; `n_m(n, m)` needs none, others do",
+    )
+    select: Select = Field(
+        default="gradient",
+        description="by what entries are chosen: the largest |sum of g|, -sum of w g (`movement`), |w| (`magnitude`),"
+        " entries of the approximation of a rank (`principal(rank)`), or none (`random`)",
     )
     batches: int = Field(
-        default=1, ge=1, description="optimizer steps whose gradients are summed before the choice"
-    )
-    scope: Literal["tensor", "global"] = Field(
-        default="tensor",
-        description="whether `density` is a fraction of each tensor, or of all selected tensors together",
+        default=1, ge=1, description="optimizer steps whose gradients are summed before a choice"
     )
     rest: Literal["train", "freeze"] = Field(
         default="train", description="whether parameters that are not selected train or are frozen"
     )
-    granularity: Granularity = Field(
-        default="element",
-        description="what is chosen: single entries, or whole rows or columns by the L2 norm of their gradient",
-    )
 
     @field_validator("density")
     @classmethod
-    def _is_positive(cls, value: float) -> float:
-        if value <= 0:
+    def _is_positive(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
             raise ValueError(
                 "expected a fraction above 0%; to train nothing, freeze the parameters"
             )
         return value
 
-    @field_validator("granularity")
+    @field_validator("select")
     @classmethod
-    def _fits_scope(cls, value: Granularity, info: ValidationInfo) -> Granularity:
-        return fits_scope(value, info)
+    def _has_a_rank(cls, value: str | Call) -> str | Call:
+        if isinstance(value, Call):
+            rank_of(value)
+        return value
+
+    @property
+    def by_gradients(self) -> bool:
+        """Say whether the score is of gradients, not of the weights alone."""
+        return self.select in _BY_GRADIENTS
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Report frozen parameters, and vectors where rows or columns are chosen."""
+        """Report frozen parameters, tensors that the structure does not fit, and choices that come too late."""
         frozen = [p.name for p in bound.parameters if not p.trainable]
         if frozen:
-            message = (
-                f"`{frozen[0]}` is frozen, so it has no gradient by which entries could be chosen"
-            )
+            message = f"`{frozen[0]}` is frozen, so none of its entries can train"
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
-        yield from vector_problems(bound, self.granularity)
-        if bound.steps is not None and self.batches >= bound.steps:
+        yield from super().validate_targets(bound)
+        if not self.by_gradients and self.batches != 1:
+            message = (
+                f"`select = {self.select}` reads the weights alone, and `batches` counts gradients"
+            )
+            yield Problem("bad-value", message, field="batches", help="remove `batches`")
+        if bound.steps is not None and self.by_gradients and self.batches >= bound.steps:
             yield Problem(
                 "never-acts",
                 f"the entries that train are chosen after {self.batches} steps, and {bound.steps:g} steps are left of"
@@ -101,25 +144,37 @@ class Sift(Construct):
                 help="write fewer `batches`",
             )
 
-    def count(self, numel: int) -> int:
-        """Return how many of `numel` entries, rows or columns train."""
-        return min(int(self.density * numel) + 1, numel)
+    def count(self, units: int, density: float) -> int:
+        """Return how many of `units` entries, rows, columns or blocks train."""
+        return min(int(density * units) + 1, units)
 
     def lower(self, to: Lowering) -> None:
-        """Give the optimizer selected entries in place of the tensors, and choose the entries when due."""
-        from trainc.runtime.mask.entry_choice import Choices
-
-        to.refuse_times(f"`{to.label}` chooses once, for the rest of the run", "until", "every")
-        sizes = {}
-        for entry in to.parameters():
-            choices = Choices(self.granularity, entry.shape)
-            known = self.scope == "tensor"
-            sizes[entry.name] = self.count(choices.count) * choices.size if known else 0
-        selected = to.select_entries(sizes)
+        """Give the optimizer selected entries in place of the tensors, chosen when due."""
+        names = [entry.name for entry in to.parameters()]
+        density = self.exact or self.density
+        assert density is not None
+        to.select_entries(
+            names, self._score(to.seed()), self._choice(), density, batches=self.batches
+        )
         if self.rest == "freeze":
-            kept = {entry.name for entry in to.parameters()}
-            to.freeze(p.name for p in to.inventory.trainable if p.name not in kept)
-        to.action(Choose(to.label, selected, self, to.gate()))
+            to.freeze(p.name for p in to.inventory.trainable if p.name not in {*names})
+
+    def _choice(self) -> Choice:
+        from trainc.runtime.mask.structures import mean
+
+        signed = {"reduce": mean} if self.select == "movement" else {}
+        return self.choice(count=self.count, **signed)
+
+    def _score(self, seed: int) -> Score | SummedScores:
+        from trainc.runtime.mask import scores
+
+        if isinstance(self.select, Call):
+            return scores.Principal(rank_of(self.select))
+        if self.select == "random":
+            return scores.Random(seed)
+        if self.select == "magnitude":
+            return scores.magnitude
+        return scores.summed_gradients() if self.select == "gradient" else scores.summed_movement()
 
     def reference(
         self,
@@ -139,7 +194,8 @@ class Sift(Construct):
         mask: dict[str, Tensor] = {}
         for names in groups:
             scores = torch.cat([chosen[n].flatten() for n in names])
-            order = scores.argsort(descending=True, stable=True)[: self.count(len(scores))]
+            k = self.count(len(scores), self.density or 0)
+            order = scores.argsort(descending=True, stable=True)[:k]
             flat = torch.zeros(len(scores), dtype=torch.bool).scatter_(0, order, True)
             parts = flat.split([chosen[n].numel() for n in names])
             mask |= {n: p.view(weights[n].shape) for n, p in zip(names, parts, strict=True)}
@@ -152,124 +208,3 @@ class Sift(Construct):
             for n, w in trained.items():
                 w.data = torch.where(mask[n], w.data, weights[n])
         return {n: w.detach() for n, w in trained.items()}
-
-
-class Choose(Action):
-    """Phase 8, before clipping: sum gradients until the entries are chosen, then gather those entries only."""
-
-    phase = Phase.GRADIENTS
-
-    def __init__(
-        self, label: str, selected: Sequence[SelectedEntries], rule: Sift, start: Gate | None
-    ) -> None:
-        from trainc.runtime.schedule.gate import Gate
-
-        self.label, self.name = label, f"{label} choice"
-        self.selected = {entries.name: entries for entries in selected}
-        self.rule = rule
-        self.start = start
-        # The weights wait for `from` as well, so the action itself always runs.
-        self.gate = Gate()
-        self.sums: dict[str, Tensor] = {}
-        self.seen = dict.fromkeys(self.selected, 0)
-
-    def run(self, step: Step) -> None:
-        import torch
-
-        for entries in self.selected.values():
-            entries.read()
-        waiting = [c for c in self.selected.values() if c.index is None]
-        found = {c.name: g for c in waiting if (g := c.parameter.grad) is not None}
-        for entries in waiting:
-            entries.discard()
-        if not found or (self.start is not None and not self.start.fires(step.clock)):
-            return
-        dense = {n: g.to_dense() if g.is_sparse else g for n, g in found.items()}
-        if not torch.stack([g.isfinite().all() for g in dense.values()]).all():
-            step.notes.append(f"{self.name}: a gradient is not finite, so this step is not counted")
-            return
-        self._add(dense)
-        groups = [waiting] if self.rule.scope == "global" else [[c] for c in waiting]
-        for group in groups:
-            if all(self.seen[entries.name] >= self.rule.batches for entries in group):
-                self._choose(group)
-
-    def _add(self, found: Mapping[str, Tensor]) -> None:
-        import torch
-
-        for name, gradient in found.items():
-            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            self.sums[name] = self.sums[name] + wide if name in self.sums else wide
-        for name in self.selected if self.rule.scope == "global" else found:
-            self.seen[name] += 1
-
-    def _choose(self, group: Sequence[SelectedEntries]) -> None:
-        import torch
-
-        from trainc.runtime.mask.entry_choice import Choices, largest
-
-        choices = [Choices(self.rule.granularity, tuple(c.parameter.shape)) for c in group]
-        sums = [self.sums.pop(c.name, None) for c in group]
-        scores = [
-            torch.zeros(some.count, device=c.parameter.device) if s is None else some.score(s)
-            for c, some, s in zip(group, choices, sums, strict=True)
-        ]
-        count = self.rule.count(sum(len(score) for score in scores))
-        for entries, some, chosen in zip(group, choices, largest(scores, count), strict=True):
-            entries.choose(some.entries(chosen))
-
-    def memory(self) -> int:
-        """Return the bytes held besides the weights."""
-        sums = sum(tensor.numel() * tensor.element_size() for tensor in self.sums.values())
-        return sums + sum(entries.memory() for entries in self.selected.values())
-
-    def state_dict(self) -> ActionState:
-        state: ActionState = {f"sum/{name}": tensor for name, tensor in self.sums.items()}
-        state |= {f"seen/{name}": seen for name, seen in self.seen.items() if seen}
-        for name, entries in self.selected.items():
-            if entries.index is not None:
-                state |= {f"index/{name}": entries.index, f"values/{name}": entries.values.detach()}
-        return state
-
-    def state_form(self) -> Form:
-        import torch
-
-        found: dict[str, Form] = {}
-        for name, entries in self.selected.items():
-            whole, some = entries.parameter, entries.values
-            wide = str(torch.promote_types(whole.dtype, torch.float32)).removeprefix("torch.")
-            integer = "int32" if whole.numel() <= torch.iinfo(torch.int32).max else "int64"
-            found[f"seen/{name}"] = Count(1)
-            found[f"sum/{name}"] = Values(whole.shape, wide, finite=True)
-            found[f"index/{name}"] = Values(some.shape, integer, low=0, high=whole.numel() - 1)
-            found[f"values/{name}"] = Values.like(some, finite=True)
-        return Record(optional=found)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        import torch
-
-        foreign = {key.partition("/")[2] for key in state} - set(self.selected)
-        if foreign:
-            raise ValueError(
-                f"{self.name}: the checkpoint has a mask of `{min(foreign)}`, which this clause does not select"
-            )
-        self.seen = {name: int(state.get(f"seen/{name}", 0)) for name in self.selected}
-        self.sums = {}
-        for name, entries in self.selected.items():
-            device = entries.parameter.device
-            if f"sum/{name}" in state:
-                self.sums[name] = state[f"sum/{name}"].to(device, copy=True)
-            if f"index/{name}" not in state:
-                entries.forget()
-                continue
-            entries.choose(state[f"index/{name}"])
-            with torch.no_grad():
-                entries.values.copy_(state[f"values/{name}"])
-
-    def summary(self) -> str | None:
-        numel = sum(entries.parameter.numel() for entries in self.selected.values())
-        chosen = [c for c in self.selected.values() if c.index is not None]
-        trained = sum(entries.values.numel() for entries in chosen)
-        waiting = len(self.selected) - len(chosen)
-        tail = f"; {waiting} had no gradient to choose by and did not train" if waiting else ""
-        return f"{self.label}: {trained} of {numel} entries in {len(chosen)} tensors train{tail}"

@@ -76,12 +76,10 @@ def test_the_choice_is_that_of_torch_for_all_tensors_together() -> None:
         assert torch.equal(layer.weight_mask.bool(), mask)
 
 
-@pytest.mark.parametrize(("granularity", "axis"), [("row", 0), ("column", 1)])
-def test_whole_rows_or_columns_are_chosen_as_torch_does(granularity: str, axis: int) -> None:
+@pytest.mark.parametrize(("structure", "axis"), [("row", 0), ("column", 1)])
+def test_whole_rows_or_columns_are_chosen_as_torch_does(structure: str, axis: int) -> None:
     model = net()
-    program = compiled(
-        f"mask magnitude on ndim(2) {{ density = 50%, granularity = {granularity} }}"
-    )
+    program = compiled(f"mask magnitude on ndim(2) {{ density = 50%, structure = {structure} }}")
     program.begin()
     for name, mask in masks(program).items():
         layer: Any = model.get_submodule(name.removesuffix(".weight"))
@@ -535,10 +533,10 @@ def test_module_and_saved_program_hold_the_zeros(tmp_path: Path) -> None:
         ("mask magnitude on ndim(2) { density = 0 }", "expected a fraction above 0%, at most 100%"),
         ("mask magnitude on ndim(2) { density = 150% }", "expected a fraction above 0%"),
         (
-            "mask magnitude on ndim(2) { density = 9%, scope = global, granularity = row }",
+            "mask magnitude on ndim(2) { density = 9%, scope = global, structure = row }",
             "scope = tensor",
         ),
-        ("mask magnitude on all { density = 9%, granularity = row }", "`0.bias` is not a matrix"),
+        ("mask magnitude on all { density = 9%, structure = row }", "`0.bias` is not a matrix"),
         (f"{ONCE} mask sift on ndim(2) {{ density = 1% }}", "two `mask` clauses select `0.weight`"),
         (
             f"{ONCE} distribute local every 2 steps {{ rule = average }}",
@@ -620,8 +618,8 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     cases: Sequence[tuple[str, str, Callable[..., Any], dict[int, float]]] = [
         (GRADUAL, ADAMW, adamw, {t: 0.2 + 0.8 * max(0.0, 1 - t / 5) ** 3 for t in gradual}),
         (ONCE.replace("}", ", scope = global }"), sgd_text, sgd, {0: 0.3}),
-        (ONCE.replace("}", ", granularity = row }"), ADAMW, adamw, {0: 0.3}),
-        (ONCE.replace("}", ", granularity = column }"), sgd_text, sgd, {0: 0.3}),
+        (ONCE.replace("}", ", structure = row }"), ADAMW, adamw, {0: 0.3}),
+        (ONCE.replace("}", ", structure = column }"), sgd_text, sgd, {0: 0.3}),
     ]
     ours: dict[str, Tensor] = {}
     theirs: dict[str, Tensor] = {}

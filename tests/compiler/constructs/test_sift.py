@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause, Targets
-from trainc.compiler.constructs.mask.sift import Choose, Sift
+from trainc.compiler.constructs.mask.sift import Sift
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
+from trainc.runtime.mask.choose_entries import ChooseEntries
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.schedule.unit_conversion import UnitConversion
@@ -78,6 +79,7 @@ class Run:
         decay: float = 0.0,
         clip: float | None = None,
         start: TimeSpan | None = None,
+        every: TimeSpan | None = None,
     ) -> None:
         self.model = model or Net()
         self.lowered = LoweredMethod()
@@ -88,7 +90,7 @@ class Run:
             RunLength(9, "steps"),
             Signals(),
         )
-        clause = BoundClause(rule, "sift", tuple(names), start)
+        clause = BoundClause(rule, "sift", tuple(names), start, every=every)
         rule.lower(Lowering(clause, context, self.lowered))
         self.selected: Any = self.lowered.masks
         slots = [
@@ -104,8 +106,8 @@ class Run:
         self.machine = StepMachine(actions, Clock(), parameters)
 
     @property
-    def choice(self) -> Choose:
-        (action,) = (a for a in self.lowered.actions if isinstance(a, Choose))
+    def choice(self) -> ChooseEntries:
+        (action,) = (a for a in self.lowered.actions if isinstance(a, ChooseEntries))
         return action
 
     def step(self, *micro: Batch, backward: Callable[[Tensor], None] = Tensor.backward) -> Step:
@@ -351,21 +353,21 @@ def test_the_rest_trains_or_not(rest: Any) -> None:
     assert run.lowered.frozen == (set() if rest == "train" else {"fc1.weight"})
 
 
-@pytest.mark.parametrize(("granularity", "units"), [("row", (1, 4)), ("column", (1, 5))])
+@pytest.mark.parametrize(("structure", "units"), [("row", (1, 4)), ("column", (1, 5))])
 def test_whole_rows_or_columns_are_chosen_by_their_norm(
-    granularity: Any, units: tuple[int, int]
+    structure: Any, units: tuple[int, int]
 ) -> None:
-    run = Run(Sift(density=0.1, granularity=granularity), names=["fc2.weight"])
+    run = Run(Sift(density=0.1, structure=structure), names=["fc2.weight"])
     batch = batches()[0]
     gradient = dense_gradients(run, batch)["fc2.weight"]
     run.step(batch)
     index = run.selected["fc2.weight"].index
     assert index is not None
     mask = torch.zeros(20, dtype=torch.bool).scatter_(0, index.long(), True).view(4, 5)
-    norms = gradient.norm(dim=1 if granularity == "row" else 0)
-    full = mask.all(1) if granularity == "row" else mask.all(0)
+    norms = gradient.norm(dim=1 if structure == "row" else 0)
+    full = mask.all(1) if structure == "row" else mask.all(0)
     assert full.nonzero()[:, 0].tolist() == [int(norms.argmax())]
-    assert int(mask.sum()) == units[0] * (5 if granularity == "row" else 4)
+    assert int(mask.sum()) == units[0] * (5 if structure == "row" else 4)
 
 
 def test_everything_is_no_mask_bit_for_bit() -> None:
@@ -409,7 +411,7 @@ def test_what_cannot_train_is_an_error() -> None:
         Sift(density=0.1).validate_targets(Targets(inventory, (), inventory.parameters))
     )
     assert [(p.rule, p.severity) for p in problems] == [("selector-matches-frozen", "error")]
-    rows = Sift(density=0.1, granularity="row")
+    rows = Sift(density=0.1, structure="row")
     chosen = tuple(p for p in inventory.parameters if p.trainable)
     (problem,) = rows.validate_targets(Targets(inventory, (), chosen))
     assert problem.rule == "wrong-target-kind"
@@ -421,7 +423,7 @@ def test_what_cannot_train_is_an_error() -> None:
     [
         ({"density": 0}, "above 0%"),
         ({"density": 1.5}, "between 0 and 1"),
-        ({"density": 0.1, "scope": "global", "granularity": "row"}, "scope = tensor"),
+        ({"density": 0.1, "scope": "global", "structure": "row"}, "scope = tensor"),
     ],
 )
 def test_fields_that_mean_nothing_are_refused(fields: dict[str, Any], words: str) -> None:
@@ -429,15 +431,55 @@ def test_fields_that_mean_nothing_are_refused(fields: dict[str, Any], words: str
         Sift(**fields)
 
 
-def test_a_choice_is_for_good() -> None:
+def test_a_choice_without_every_is_for_good() -> None:
     model = Net()
     context = LoweringContext(
         model, build_inventory(model), UnitConversion(8), RunLength(9, "steps"), Signals()
     )
     rule = Sift(density=0.1)
     clause = BoundClause(rule, "sift", NAMES, stop=TimeSpan(2, "steps"))
-    with pytest.raises(ValueError, match=r"chooses once.*remove `until 2 steps`"):
+    with pytest.raises(ValueError, match=r"chosen once.*remove `until 2 steps`"):
         rule.lower(Lowering(clause, context, LoweredMethod()))
+
+
+@pytest.mark.parametrize("select", ["gradient", "magnitude", "movement", "random", "principal(1)"])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_entries_that_stay_keep_their_moments(select: Any, scope: Any) -> None:
+    """Dense AdamW by hand, whose moments are set to 0 where an entry is not chosen."""
+    rule = Sift(density=0.2, select=select, scope=scope, batches=1)
+    run = Run(rule, decay=0.1, every=TimeSpan(2, "steps"))
+    wanted = run.weights()
+    m = {n: torch.zeros_like(w) for n, w in wanted.items()}
+    v, mask = {n: w.clone() for n, w in m.items()}, {n: w.bool() for n, w in m.items()}
+    t, moved = dict.fromkeys(m, 0), 0
+    for i, batch in enumerate(batches()):
+        gradients = dense_gradients(run, batch)
+        before = mask
+        run.step(batch)
+        after = {n: one.trained_entries() for n, one in run.selected.items()}
+        by_weights = select not in ("gradient", "movement")
+        if i % 2 == 0 and by_weights:
+            mask = after
+        for n, w in wanted.items():
+            moved += int((mask[n] & ~before[n]).sum()) if i else 0
+            m[n], v[n] = m[n] * (before[n] & mask[n]), v[n] * (before[n] & mask[n])
+            if not mask[n].any():
+                continue
+            t[n] += 1
+            g = gradients[n]
+            m[n] = torch.where(mask[n], 0.9 * m[n] + 0.1 * g, 0)
+            v[n] = torch.where(mask[n], 0.999 * v[n] + 0.001 * g * g, 0)
+            m_hat, v_hat = m[n] / (1 - 0.9 ** t[n]), v[n] / (1 - 0.999 ** t[n])
+            new = w * (1 - 0.01 * 0.1) - 0.01 * m_hat / (v_hat.sqrt() + 1e-8)
+            wanted[n] = torch.where(mask[n], new, w)
+        if i % 2 == 0 and not by_weights:
+            mask, old = after, mask
+            for n in m:
+                m[n], v[n] = m[n] * (old[n] & mask[n]), v[n] * (old[n] & mask[n])
+                moved += int((mask[n] & ~old[n]).sum()) if i else 0
+        for n, w in run.weights().items():
+            torch.testing.assert_close(w, wanted[n], rtol=1e-5, atol=1e-7)
+    assert moved or select in ("magnitude", "principal(1)")
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

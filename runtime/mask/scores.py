@@ -1,0 +1,119 @@
+"""Scores of the entries of parameters: the larger a score, the sooner its entry is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainc.runtime.mask.entry_choice import Choice
+from trainc.runtime.step.record import Step
+from trainc.runtime.storage.random_streams import derive_seed
+
+Score = Callable[[Step, str], Tensor]
+"""Given the step and the name of a parameter, the score of each of its entries, in its shape."""
+
+
+def magnitude(step: Step, name: str) -> Tensor:
+    """Return |w|."""
+    return step.parameters[name].detach().abs()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least, detached and dense."""
+    dense = tensor.to_dense() if tensor.is_sparse else tensor
+    return dense.detach().to(torch.promote_types(dense.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Principal:
+    """|W_r| of W_r, the best approximation of rank r of a weight W as a matrix: axis 0 by all other axes.
+
+    Source: Liu et al., LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused
+    Supervised Fine-Tuning, ICML 2025, arXiv:2506.00772.
+    """
+
+    rank: int
+
+    def __call__(self, step: Step, name: str) -> Tensor:
+        weight = step.parameters[name]
+        return truncated(wide(weight), self.rank).abs()
+
+
+def truncated(weight: Tensor, rank: int) -> Tensor:
+    """Return the best approximation of a rank of a weight as a matrix, in the weight's shape; a vector as it is."""
+    if weight.dim() < 2 or not weight.numel():
+        return weight
+    u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    found: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return found.view(weight.shape)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform numbers, from a stream for each parameter and step: the same on any machine, in any process."""
+
+    seed: int
+
+    def __call__(self, step: Step, name: str) -> Tensor:
+        weight = step.parameters[name]
+        made = torch.Generator().manual_seed(derive_seed(self.seed, "mask", name, step.clock.steps))
+        return torch.rand(weight.shape, generator=made).to(weight.device)
+
+
+class SummedScores:
+    """Scores that are summed over steps: of each, a function of a weight and its gradient, in float32 at least."""
+
+    def __init__(
+        self, of: Callable[[Tensor, Tensor], Tensor], final: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._of, self._final = of, final
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, step: Step, gradients: Mapping[str, Tensor]) -> None:
+        """Add what the gradients of a step say of the entries."""
+        for name, gradient in gradients.items():
+            found = self._of(wide(step.parameters[name]), wide(gradient))
+            self.sums[name] = self.sums[name] + found if name in self.sums else found
+
+    def take(self, step: Step, name: str) -> Tensor:
+        """Return the score of a parameter's entries, and forget its sum; zeros where it had no gradient."""
+        if name not in self.sums:
+            return torch.zeros_like(wide(step.parameters[name]))
+        return self._final(self.sums.pop(name))
+
+
+def summed_gradients() -> SummedScores:
+    """Return |sum of g| over steps."""
+    return SummedScores(lambda weight, gradient: gradient, torch.abs)
+
+
+def summed_movement() -> SummedScores:
+    """Return - sum of w g over steps: positive where a weight moves away from zero.
+
+    Source: Sanh, Wolf and Rush, Movement Pruning, NeurIPS 2020, arXiv:2005.07683, equation 4, at rate 1.
+    """
+    return SummedScores(lambda weight, gradient: -(weight * gradient), lambda total: total)
+
+
+@dataclass(frozen=True)
+class ScoredChoice:
+    """Chooses entries of parameters by a score: see `Lowering.mask`."""
+
+    label: str
+    names: Sequence[str]
+    score: Score
+    choice: Choice
+
+    def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
+        """Return which entries are chosen, bool by parameter; None, with a note, where a score is not finite."""
+        scores = {name: self.score(step, name) for name in self.names}
+        broken = next((name for name, one in scores.items() if not one.isfinite().all()), None)
+        if broken is not None:
+            step.notes.append(
+                f"{self.label}: `{broken}` has entries that are not finite, so nothing is chosen in this step"
+            )
+            return None
+        return self.choice.masks(scores, density)
