@@ -184,6 +184,39 @@ def _describe_digits(evaluation_share: float = 0.2, seed: int = 0) -> dict[str, 
 digits.describe = _describe_digits  # type: ignore[attr-defined]
 
 
+def some_digits(first: int = 0, images: int = 0, seed: int = 0) -> Data:
+    """Load the digits of five classes from `first` on, numbered from 0: images (B, 1, 8, 8), mean 0, deviation 1.
+
+    `images` of each class train, drawn by `seed`, and the others are held out; with 0 nine tenths train. Mean and
+    deviation are those of all ten classes.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    pictures = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
+    pictures = (pictures - pictures.mean()) / pictures.std()
+    labels = torch.as_tensor(classes, dtype=torch.long) - first
+    source = torch.Generator().manual_seed(seed)
+    parts: list[list[Tensor]] = [[], []]
+    for label in range(5):
+        own = (labels == label).nonzero().flatten()
+        own = own[torch.randperm(len(own), generator=source)]
+        middle = images or _cut(len(own), 0.1)
+        for part, at in zip(parts, (own[:middle], own[middle:]), strict=True):
+            part.append(at)
+    train, held_out = (torch.cat(part) for part in parts)
+    mixed = held_out[torch.randperm(len(held_out), generator=source)]
+    return Data(Examples(pictures[train], labels[train]), Examples(pictures[mixed], labels[mixed]))
+
+
+def _describe_some_digits(first: int = 0, images: int = 0, seed: int = 0) -> dict[str, int]:
+    samples = 5 * images or len(some_digits(first, images, seed).train)
+    return {"samples": samples, "tokens_per_sample": 1}
+
+
+some_digits.describe = _describe_some_digits  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Teacher(Data):
     """Regression on a linear teacher: y = x . weight + noise * e, with x and e standard normal."""

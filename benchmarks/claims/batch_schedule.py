@@ -16,7 +16,6 @@ grows linearly in tokens. What is compared was fixed before any run was looked a
   policy does not save against it too, a smaller fixed batch would have saved as well.
 """
 
-import argparse
 import json
 import math
 from dataclasses import dataclass, replace
@@ -27,11 +26,12 @@ import torch
 
 from benchmarks.claims.figures import LEVEL, first_crossing, over_seeds, trailing_mean
 from benchmarks.claims.training import (
-    RESULTS,
     HeldOut,
     Model,
     Records,
+    definition,
     key_of,
+    parser,
     seeds,
     text,
     train,
@@ -210,7 +210,7 @@ def measure(setting: Setting, count: int, records: Path, optimizers: list[str]) 
         "met": {name: _met(one) for name, one in measured.items()},
         "level of the intervals": LEVEL,
         "setting": key_of(setting),
-        "definition": (__doc__ or "").partition("\n\n")[2].split("\n"),
+        "definition": definition(__doc__),
         "measured": measured,
     }
 
@@ -256,17 +256,12 @@ def _summary(records: list[Json], fixed: list[Json]) -> Json:
 
 def main() -> None:
     """Take the runs and write the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="seeds that are compared (5)")
-    parser.add_argument("--tokens", type=int, default=FULL.tokens, help="tokens of a run")
-    parser.add_argument(
+    options = parser(__doc__, NAME, 5)
+    options.add_argument("--tokens", type=int, default=FULL.tokens, help="tokens of a run")
+    options.add_argument(
         "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS)
     )
-    parser.add_argument("--small", action="store_true", help="a toy size, to try the script")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
-    parser.add_argument("--records", type=Path, help="finished runs, JSON lines beside the result")
-    parser.add_argument("--note", help="what a reader of the result should know of the machine")
-    given = parser.parse_args()
+    given = options.parse_args()
     setting = SMALL if given.small else replace(FULL, tokens=given.tokens, look=given.tokens // 40)
     records = given.records or given.out.with_suffix(".jsonl")
     found = measure(setting, given.seeds, records, given.optimizers)

@@ -1,11 +1,15 @@
 """What claims report: means over seeds with intervals, crossings of curves, lines through the origin."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from benchmarks.measure import Json
 from trainc.runtime.noise_scale.interval import student_t_quantile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LEVEL = 0.9
 """The probability of every interval."""
@@ -24,6 +28,37 @@ def over_seeds(values: Sequence[float], level: float = LEVEL) -> Json:
         else [round(mean - margin, 4), round(mean + margin, 4)],
         "by seed": [round(value, 4) for value in values],
     }
+
+
+def beyond(figure: Json, side: int) -> bool | None:
+    """Say whether an interval lies above 0, or below it for a negative side; None without one."""
+    interval = figure["interval"]
+    return None if interval is None else min(side * end for end in interval) > 0
+
+
+def to_others(
+    found: Mapping[str, Sequence[float]], against: Sequence[str]
+) -> dict[str, dict[str, Json]]:
+    """Return for each method its figures over seeds, and their differences from those of other methods."""
+    told: dict[str, dict[str, Json]] = {}
+    for name, values in found.items():
+        told[name] = {"figure": over_seeds(values)}
+        for other in against:
+            if other != name:
+                pairs = zip(values, found[other], strict=True)
+                told[name][f"to {other}"] = over_seeds([a - b for a, b in pairs])
+    return told
+
+
+def draw_rows(axes: "Axes", rows: Mapping[str, Json]) -> None:
+    """Draw figures over seeds below each other: means, intervals, and the seeds as pale dots."""
+    for place, row in enumerate(rows.values()):
+        low, high = row["interval"] or (row["mean"], row["mean"])
+        axes.plot(row["by seed"], [place] * len(row["by seed"]), ".", color="lightgray")
+        axes.plot([low, high], [place, place], color="tab:blue", linewidth=2)
+        axes.plot(row["mean"], place, "o", color="tab:blue")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
 
 
 def trailing_mean(values: Sequence[float], count: int) -> list[float]:

@@ -15,7 +15,6 @@ compared was fixed before any run of the compared seeds was looked at; the lengt
 - The rate is the one that is best for `small` on seed 0, which is not compared.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Mapping
@@ -27,12 +26,10 @@ import torch
 from torch import nn
 
 import trainc
-from benchmarks.claims.figures import LEVEL, over_seeds
-from benchmarks.claims.training import RESULTS, Records, key_of, seeds, write
+from benchmarks.claims.figures import LEVEL, beyond, draw_rows, over_seeds
+from benchmarks.claims.training import Records, definition, key_of, parser, seeds, steps, write
 from benchmarks.measure import Json
 from examples.data import Data, digits
-from trainc.runtime.data.order import Order
-from trainc.runtime.data.reader import Reader
 
 NAME = "ghost"
 EXPECTED = (
@@ -126,13 +123,9 @@ def carry_out(run: Run) -> Json:
     data: Data = digits(HELD_OUT, run.seed)
     model = net(run.setting.channels, run.seed)
     program = trainc.compile(run.spec, model, executor="module")
-    reader, length = Reader(data, Order(run.seed, len(data.train))), program.length
-    assert length is not None
     begin, loss = time.process_time(), 0.0
-    while not length.done(program.clock):
-        program.begin()
-        first, size = program.clock.samples, program.batch_size
-        loss = program.step(reader.read(first, size, program.micro_size))["loss"]
+    for metrics in steps(program, data, run.seed):
+        loss = metrics["loss"]
     return {
         "seconds": round(time.process_time() - begin, 2),
         "steps": program.clock.steps,
@@ -174,11 +167,11 @@ def measure(setting: Setting, count: int, records: Records) -> Json:
     }
     return {
         "expected": EXPECTED,
-        "met": {what: _beyond(gaps[what], -1) for what in BELOW}
-        | {what: _beyond(gaps[what], 1) for what in ABOVE},
+        "met": {what: beyond(gaps[what], -1) for what in BELOW}
+        | {what: beyond(gaps[what], 1) for what in ABOVE},
         "level of the intervals": LEVEL,
         "setting": key_of(setting),
-        "definition": (__doc__ or "").partition("\n\n")[2].split("\n"),
+        "definition": definition(__doc__),
         "rate": first.rate,
         "held-out accuracy of the small batch by rate, seed 0": {str(r): a for r, a in sweep.items()},
         "held-out accuracy": {policy: over_seeds(values) for policy, values in ends.items()},
@@ -189,12 +182,6 @@ def measure(setting: Setting, count: int, records: Records) -> Json:
     }  # fmt: skip
 
 
-def _beyond(figure: Json, side: int) -> bool:
-    """Say whether an interval lies above 0, or below it for a negative side."""
-    interval = figure["interval"]
-    return interval is not None and min(side * end for end in interval) > 0
-
-
 def draw(found: Json, out: Path) -> None:
     """Draw accuracies and differences with their intervals; needs matplotlib."""
     from matplotlib.figure import Figure
@@ -202,14 +189,7 @@ def draw(found: Json, out: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     parts = "held-out accuracy", "differences of the held-out accuracy, in points"
     for axes, part in zip(figure.subplots(2, 1), parts, strict=True):
-        rows = found[part]
-        for place, row in enumerate(rows.values()):
-            low, high = row["interval"] or (row["mean"], row["mean"])
-            axes.plot([low, high], [place, place], color="tab:blue")
-            axes.plot(row["by seed"], [place] * len(row["by seed"]), ".", color="lightgray")
-            axes.plot(row["mean"], place, "o", color="tab:blue")
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.invert_yaxis()
+        draw_rows(axes, found[part])
         axes.set_xlabel(f"{part}: means over seeds, {100 * LEVEL:.0f}% intervals")
     figure.axes[1].axvline(0, color="gray", linewidth=0.8)
     figure.savefig(out, dpi=110)
@@ -217,13 +197,7 @@ def draw(found: Json, out: Path) -> None:
 
 def main() -> None:
     """Take the runs, write the result and draw it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=10, help="seeds that are compared (10)")
-    parser.add_argument("--small", action="store_true", help="a toy size, to try the script")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
-    parser.add_argument("--records", type=Path, help="finished runs, JSON lines beside the result")
-    parser.add_argument("--note", help="what a reader of the result should know of the machine")
-    given = parser.parse_args()
+    given = parser(__doc__, NAME, 10).parse_args()
     records = Records(given.records or given.out.with_suffix(".jsonl"))
     found = measure(SMALL if given.small else FULL, given.seeds, records)
     write(given.out, NAME, found, given.note)

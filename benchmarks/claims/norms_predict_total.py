@@ -13,7 +13,6 @@ What is computed was fixed before any run was looked at:
   left of the logarithms when a line in the logarithm of the step is taken out of each.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -25,7 +24,17 @@ from typing import cast
 import torch
 
 from benchmarks.claims.figures import LEVEL, correlation, over_seeds, slope_through_origin
-from benchmarks.claims.training import RESULTS, Model, Records, key_of, seeds, text, train, write
+from benchmarks.claims.training import (
+    Model,
+    Records,
+    definition,
+    key_of,
+    parser,
+    seeds,
+    text,
+    train,
+    write,
+)
 from benchmarks.measure import Json
 from examples.data import Data
 from examples.models import Norm
@@ -170,7 +179,7 @@ def measure(size: Run, count: int, records: Path) -> tuple[Json, dict[str, list[
         "met": {name: _met(one) for name, one in measured.items()},
         "level of the intervals": LEVEL,
         "setting": key_of(size),
-        "definition": (__doc__ or "").partition("\n\n")[2].split("\n"),
+        "definition": definition(__doc__),
         "measured": measured,
     }
     return found, runs
@@ -218,14 +227,9 @@ def draw(runs: dict[str, list[Json]], out: Path) -> None:
 
 def main() -> None:
     """Take the runs, write the result and draw it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="seeds of each kind of norm (5)")
-    parser.add_argument("--steps", type=int, default=FULL.steps, help="steps of a run")
-    parser.add_argument("--small", action="store_true", help="a toy size, to try the script")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
-    parser.add_argument("--records", type=Path, help="finished runs, JSON lines beside the result")
-    parser.add_argument("--note", help="what a reader of the result should know of the machine")
-    given = parser.parse_args()
+    options = parser(__doc__, NAME, 5)
+    options.add_argument("--steps", type=int, default=FULL.steps, help="steps of a run")
+    given = options.parse_args()
     size = SMALL if given.small else replace(FULL, steps=given.steps)
     found, runs = measure(size, given.seeds, given.records or given.out.with_suffix(".jsonl"))
     write(given.out, NAME, found, given.note)

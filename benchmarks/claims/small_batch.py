@@ -15,7 +15,6 @@ any run was looked at:
 - The rate is the one that is best for `fixed` on seed 0, which is not compared.
 """
 
-import argparse
 import json
 import math
 from dataclasses import dataclass, replace
@@ -24,13 +23,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.claims.figures import LEVEL, over_seeds, trailing_mean
+from benchmarks.claims.figures import LEVEL, beyond, over_seeds, trailing_mean
 from benchmarks.claims.training import (
-    RESULTS,
     HeldOut,
     Model,
     Records,
+    definition,
     key_of,
+    parser,
     seeds,
     text,
     train,
@@ -185,10 +185,10 @@ def measure(setting: Setting, count: int, records: Path) -> Json:
     }
     return {
         "expected": EXPECTED,
-        "met": {what: _below_zero(gaps[what]) for what in TOLD},
+        "met": {what: beyond(gaps[what], -1) for what in TOLD},
         "level of the intervals": LEVEL,
         "setting": key_of(setting),
-        "definition": (__doc__ or "").partition("\n\n")[2].split("\n"),
+        "definition": definition(__doc__),
         "rate": first.rate,
         "loss of the fixed batch by rate, seed 0": {str(rate): x for rate, x in sweep.items()},
         "loss at the end": {policy: over_seeds(losses) for policy, losses in ends.items()},
@@ -198,19 +198,9 @@ def measure(setting: Setting, count: int, records: Path) -> Json:
     }
 
 
-def _below_zero(figure: Json) -> bool:
-    return figure["interval"] is not None and figure["interval"][1] < 0
-
-
 def main() -> None:
     """Take the runs and write the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="seeds that are compared (5)")
-    parser.add_argument("--small", action="store_true", help="a toy size, to try the script")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
-    parser.add_argument("--records", type=Path, help="finished runs, JSON lines beside the result")
-    parser.add_argument("--note", help="what a reader of the result should know of the machine")
-    given = parser.parse_args()
+    given = parser(__doc__, NAME, 5).parse_args()
     records = given.records or given.out.with_suffix(".jsonl")
     found = measure(SMALL if given.small else FULL, given.seeds, records)
     write(given.out, NAME, found, given.note)

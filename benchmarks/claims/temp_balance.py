@@ -17,9 +17,8 @@ arXiv:2605.22297), that they help pre-training.
 A difference is that of a run to the one of its seed that it is compared with; intervals are Student's over seeds.
 """
 
-import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +28,14 @@ import torch
 from torch import Tensor, nn
 
 import trainc
-from benchmarks.claims.figures import LEVEL, over_seeds
+from benchmarks.claims.figures import LEVEL, beyond, draw_rows, over_seeds, to_others
 from benchmarks.claims.training import (
-    RESULTS,
     HeldOut,
     Model,
     Records,
+    definition,
     key_of,
+    parser,
     seeds,
     text,
     train,
@@ -180,20 +180,6 @@ def on_text(run: TextRun) -> Json:
     return {"loss": found[0]}
 
 
-def differences(
-    found: Mapping[str, Sequence[float]], against: Sequence[str]
-) -> dict[str, dict[str, Json]]:
-    """Return for each method its figures over seeds, and their differences from those of other methods."""
-    told: dict[str, dict[str, Json]] = {}
-    for name, values in found.items():
-        told[name] = {"figure": over_seeds(values)}
-        for other in against:
-            if other != name:
-                pairs = zip(values, found[other], strict=True)
-                told[name][f"to {other}"] = over_seeds([a - b for a, b in pairs])
-    return told
-
-
 def measure(digits: DigitsRun, words: TextRun, count: int, few: int, records: Path) -> Json:
     """Take all runs and return what was found."""
     torch.set_num_threads(1)
@@ -217,16 +203,16 @@ def measure(digits: DigitsRun, words: TextRun, count: int, few: int, records: Pa
                 losses[name][rate].append(take(one, partial(on_text, one))["loss"])
     best = {name: min((sum(by[rate]), rate) for rate in by)[1] for name, by in losses.items()}
     accuracy = {name: [r["accuracy"] for r in runs] for name, runs in on.items()}
-    told = differences(accuracy, ("uniform", "permuted"))
+    told = to_others(accuracy, ("uniform", "permuted"))
     return {
         "expected": EXPECTED,
         "met": {
-            f"{name} above {other}": _above(told[name][f"to {other}"])
+            f"{name} above {other}": beyond(told[name][f"to {other}"], 1)
             for name in ("published", "default")
             for other in ("uniform", "permuted")
         },
         "level of the intervals": LEVEL,
-        "definition": (__doc__ or "").partition("\n\n")[2].split("\n"),
+        "definition": definition(__doc__),
         "measured": {
             "digits": {
                 "accuracy, %": told,
@@ -236,17 +222,13 @@ def measure(digits: DigitsRun, words: TextRun, count: int, few: int, records: Pa
             },
             "text": {
                 "rate": best,
-                "loss": differences(
+                "loss": to_others(
                     {name: losses[name][rate] for name, rate in best.items()},
                     ("uniform", "embeddings"),
                 ),
             },
         },
     }
-
-
-def _above(found: Json) -> bool | None:
-    return None if found["interval"] is None else bool(found["interval"][0] > 0)
 
 
 def table(found: Json) -> str:
@@ -274,28 +256,17 @@ def draw(found: Json, out: Path) -> None:
     )
     for axes, (title, told) in zip(figure.subplots(1, 2), panels, strict=True):
         rows = {name: row["to uniform"] for name, row in told.items() if name != "uniform"}
-        for i, one in enumerate(rows.values()):
-            low, high = one["interval"] or (one["mean"], one["mean"])
-            axes.plot([low, high], [i, i], color="C0", lw=2)
-            axes.plot(one["by seed"], [i] * len(one["by seed"]), ".", color="C0", ms=4, alpha=0.3)
-            axes.plot(one["mean"], i, "o", color="C0")
+        draw_rows(axes, rows)
         axes.axvline(0, color="black", lw=0.8)
-        axes.set_yticks(range(len(rows)), [*rows])
-        axes.invert_yaxis()
         axes.set_title(title, fontsize=10)
     figure.savefig(out, dpi=120)
 
 
 def main() -> None:
     """Take the runs, write the result and draw it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=24, help="seeds on digits (24)")
-    parser.add_argument("--text-seeds", type=int, default=3, help="seeds on text (3)")
-    parser.add_argument("--small", action="store_true", help="toy sizes, to try the script")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
-    parser.add_argument("--records", type=Path, help="finished runs, JSON lines beside the result")
-    parser.add_argument("--note", help="what a reader of the result should know of the machine")
-    given = parser.parse_args()
+    options = parser(__doc__, NAME, 24)
+    options.add_argument("--text-seeds", type=int, default=3, help="seeds on text (3)")
+    given = options.parse_args()
     digits, words = DigitsRun("uniform", 1), TextRun("uniform", 1, RATES[0], Model(2, 64, 48))
     if given.small:
         digits = replace(digits, epochs=2, width=64)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -46,19 +47,25 @@ def train(spec: str, model: Model, data: Data, seed: int, look: Look) -> float:
     called after every step, off the clock.
     """
     program = trainc.compile(spec, model.build(seed))
-    reader = Reader(data, Order(seed, len(data.train)))
-    spent, length = 0.0, program.length
-    assert length is not None
-    while not length.done(program.clock):
-        begin = time.process_time()
-        seed_step(seed, program.clock.steps, 0)
-        program.begin()
-        first, size = program.clock.samples, program.batch_size
-        metrics = program.step(reader.read(first, size, program.micro_size))
+    spent, begin = 0.0, time.process_time()
+    for metrics in steps(program, data, seed):
         if program.clock.steps > 1:
             spent += time.process_time() - begin
         look(program, {**metrics, "seconds": spent})
+        begin = time.process_time()
     return spent
+
+
+def steps(program: Program, data: Data, seed: int) -> Iterator[dict[str, float]]:
+    """Train a program to its length, and yield what each step measured."""
+    reader, length = Reader(data, Order(seed, len(data.train))), program.length
+    assert length is not None
+    while not length.done(program.clock):
+        seed_step(seed, program.clock.steps, 0)
+        program.begin()
+        wanted = program.clock.samples, program.batch_size, program.micro_size
+        batches = reader.read(*wanted)
+        yield program.step(batches, sample_ids=reader.sample_ids(*wanted))
 
 
 class HeldOut:
@@ -80,24 +87,44 @@ def text(context: int) -> Data:
 
 
 class Records:
-    """Finished runs, one JSON line each: what is there is not run again."""
+    """Finished runs, one JSON line each: what is there is not run again. Several processes may share a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.found: list[Json] = [json.loads(line) for line in lines]
+        self.found: list[Json] = []
 
     def get(self, key: Json, make: Callable[[], Json]) -> Json:
         """Return the record of a run with this key, made and written now if there is none."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.found += map(json.loads, lines[len(self.found) :])
         for record in self.found:
             if record["run"] == key:
                 return record
         record = {"run": key, **make(), "load average": load()}
-        self.found.append(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         return record
+
+
+def parser(about: str | None, name: str, count: int) -> ArgumentParser:
+    """Return a parser of what every claim's command line has: seeds, a toy size, files, and a note.
+
+    `about` is the script's docstring, and `count` how many seeds are compared unless told.
+    """
+    made = ArgumentParser(description=(about or "").partition("\n")[0])
+    made.add_argument("--seeds", type=int, default=count, help=f"seeds that are compared ({count})")
+    made.add_argument("--small", action="store_true", help="a toy size, to try the script")
+    made.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    made.add_argument("--records", type=Path, help="finished runs, JSON lines beside the result")
+    made.add_argument("--note", help="what a reader of the result should know of the machine")
+    return made
+
+
+def definition(about: str | None) -> list[str]:
+    """Return what a script's docstring says after its first line."""
+    return (about or "").partition("\n\n")[2].split("\n")
 
 
 def key_of(run: object, **more: object) -> Json:

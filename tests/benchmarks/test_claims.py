@@ -35,10 +35,16 @@ print(slope_through_origin([1, 2], [3, 6]), over_seeds([1.0, 2.0, 3.0])["interva
 
 
 PACED = """
+from benchmarks.claims import adaptation
+from benchmarks.claims.pace import METHODS, Run, Trials, Records, runs_of
 from benchmarks.pace import *
+from dataclasses import replace
 
 turns = {name: [asdict(one) for one in every] for name, every in times(asdict(SMALL)).items()}
-print(json.dumps([turns, memory("ours", SMALL)]))
+still = Run(adaptation.SMALL, 1e-20, METHODS["PACE, pair"][0], 1)
+trials = Trials(Records(Path(sys.argv[1])))
+learnt = [trials(one) for one in (still, replace(still, rate=0.1), still)]
+print(json.dumps([turns, memory("ours", SMALL), learnt]))
 """
 
 
@@ -78,10 +84,10 @@ def test_the_cost_of_a_noise_scale_is_taken_beside_plain_steps(tmp_path: Path) -
     }
 
 
-def test_pace_is_timed_beside_the_plain_step_and_the_published_pair() -> None:
-    done = run("-c", PACED)
+def test_pace_is_timed_beside_others_and_what_it_learns_is_measured(tmp_path: Path) -> None:
+    done = run("-c", PACED, str(tmp_path / "records.jsonl"))
     assert done.returncode == 0, done.stderr
-    times, memory = json.loads(done.stdout)
+    times, memory, (still, moved, again) = json.loads(done.stdout.splitlines()[-1])
     assert times.keys() == {
         "plain",
         "published pair",
@@ -92,6 +98,14 @@ def test_pace_is_timed_beside_the_plain_step_and_the_published_pair() -> None:
     }
     assert all(len(every) == 2 and every[0]["cpu"] > 0 for every in times.values())
     assert memory.keys() == {"whole", "of a step"}
+    assert again == still  # the second time only reads
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2
+    for figure in ("distance", "distance of weights"):
+        assert still[figure] < 1e-6 < moved[figure]
+    for one in (still, moved):
+        assert 0 <= one["accuracy"] <= 100
+        assert one["gradient"] > 0
+        assert one["gradient of outputs"] > 0
 
 
 def test_norms_that_are_wrong_are_noticed() -> None:

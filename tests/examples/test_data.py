@@ -17,6 +17,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "code, all": (data.stdlib, {"limit_bytes": 10**9, "evaluation_share": 0.5}),
     "digits": (data.digits, {}),
     "digits, more held out": (data.digits, {"evaluation_share": 0.35, "seed": 3}),
+    "some digits": (data.some_digits, {}),
+    "some digits, few": (data.some_digits, {"first": 5, "images": 8, "seed": 1}),
     "teacher": (data.teacher, {"samples": 100, "dimension": 5}),
 }
 every_source = pytest.mark.parametrize(("load", "arguments"), CASES.values(), ids=CASES)
@@ -51,6 +53,15 @@ def test_a_batch_is_its_examples(load: Any, arguments: dict[str, Any]) -> None:
         alone = part.batch([index])
         assert torch.equal(inputs[row], alone[0][0])
         assert torch.equal(targets[row], alone[1][0])
+
+
+def test_few_digits_are_as_many_of_each_class_and_the_rest_is_held_out() -> None:
+    loaded = data.some_digits(first=5, images=8)
+    _, classes = loaded.train.batch(range(len(loaded.train)))
+    assert classes.bincount().tolist() == [8] * 5
+    images, held_out = loaded.evaluation.batch(range(len(loaded.evaluation)))
+    assert len(images) == 896 - 40
+    assert held_out.unique().tolist() == [*range(5)]
 
 
 @pytest.mark.parametrize("part", ["code", "prose"])
