@@ -1,5 +1,6 @@
 """Written by `make docs`: the types of what functional.py finds on disk."""
 
+from trainc.compiler.constructs.adapt.apt import approximated_prompts
 from trainc.compiler.constructs.loss.dpo import dpo_loss
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
@@ -41,6 +42,7 @@ from trainc.runtime.noise_scale.estimators import noise_scale, noise_scale_from_
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "approximated_prompts",
     "balance",
     "calibrated_alpha",
     "consistency",

@@ -130,7 +130,10 @@ OF_TOKENS = [
     SGD + 'regularize neftune on "**.embed.token" { alpha = 5 }',
     with_(SGD, "sgd", 'sgd on "**.lora.**"')
     + 'adapt lora on "blocks.**" & type(Linear) { rank = 2, alpha = 4 }',
-    with_(SGD, "sgd", 'sgd on "**.parallel.**"') + 'adapt parallel on "blocks.*.mlp" { rank = 2 }',
+    with_(SGD, "sgd", 'sgd on "**.parallel.**" | "**.apt" | "**.prompt"')
+    + 'adapt parallel on "blocks.*.mlp" { rank = 2 } '
+    + 'adapt apt on "blocks.*.attn" { tokens = 2 } '
+    + 'adapt prompt on "blocks.*" { tokens = 2 }',
 ]
 OF_NUMBERS = [SGD + "perturb targets { noise = normal(0.3), weight = 0.5 }"]
 LOSSES = {

@@ -1,0 +1,233 @@
+"""`adapt prompt`: by definition, masks and positions of real blocks, and where prompts have no place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import trainc
+from examples.models import gpt, vit
+from trainc.compiler.constructs.adapt._longer import Longer
+from trainc.compiler.errors import SiteError
+from trainc.compiler.model.adapters import adapters_of
+from trainc.compiler.program.program import Program
+
+BASE = "loss cross_entropy run { length = 10 steps, seed = 3 } optimizer sgd { lr = 0.5 }\n"
+IDS = torch.randint(0, 24, (4, 8), generator=torch.Generator().manual_seed(1))
+IMAGES = torch.linspace(-1, 1, 256, dtype=torch.float64).sin().view(4, 1, 8, 8)
+REFERENCE = json.loads(
+    (Path(__file__).parents[2] / "reference/more_methods.json").read_text(encoding="utf-8")
+)["forecast_peft"]
+
+
+def language_model() -> nn.Module:
+    torch.manual_seed(0)
+    return gpt(layers=2, width=16, heads=2, context=8, vocabulary=24).double()
+
+
+def image_model() -> nn.Module:
+    torch.manual_seed(0)
+    return vit(layers=3, width=16, heads=2, patch=4).double()
+
+
+CASES: dict[str, tuple[Any, str, list[int]]] = {
+    "deep": (language_model, 'on "blocks.*" { tokens = 3 }', [0, 1]),
+    "shallow": (language_model, 'on "blocks.*" { tokens = 3, mode = shallow }', [0, 1]),
+    "behind a class token": (image_model, 'on "blocks.*" { tokens = 2, at = 1 }', [0, 1, 2]),
+    "the middle": (image_model, 'on "blocks.[12]" { tokens = 2, mode = shallow, at = 1 }', [1, 2]),
+}
+
+
+def trained(make: Any, clause: str, steps: int = 3) -> Program:
+    program = trainc.compile(BASE + f"adapt prompt {clause}", make())
+    batch = (IDS, IDS.roll(-1, 1)) if make is language_model else (IMAGES, torch.arange(4))
+    for _ in range(steps):
+        program.step(batch)
+    return program
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compare what selected blocks give, after training, with the bare blocks on lists of tokens."""
+    compiled, reference = {}, {}
+    x = torch.linspace(-1, 1, 160, dtype=torch.float64).view(2, 5, 16)
+    for name, (make, clause, at) in CASES.items():
+        module: Any = trained(make, clause).module
+        rule: Any = adapters_of(module)[0].adapter.rule
+        prompts = [p.detach() for n, p in module.named_parameters() if n.endswith("prompts")]
+        assert len(prompts) == (1 if rule.mode == "shallow" else len(at))
+        with torch.no_grad():
+            y = x
+            for i in at:
+                y = module.blocks[i](y)
+            compiled[name] = y
+            bare = make()
+            reference[name] = rule.reference(x, [bare.blocks[i] for i in at], prompts)
+    return compiled, reference
+
+
+def test_the_published_bound_of_their_start() -> None:
+    module = gpt(layers=1, width=128, heads=2, context=8, vocabulary=8)
+    clause = 'adapt prompt on "blocks.0" { tokens = 50, init = uniform }'
+    trainc.compile(BASE + clause, module)
+    values = module.get_parameter("blocks.0.prompt.prompts").detach()
+    bound = REFERENCE["prompt_bound"]
+    assert 0.99 * bound < float(values.abs().max()) <= bound
+
+
+# masks
+
+
+def longer(at: int, layer: nn.Module | None = None, length: int = 4) -> Any:
+    layer = nn.Linear(2, 2) if layer is None else layer
+    adapter: Any = nn.Module()
+    adapter.layer_name, adapter.label = "block", "prompt"
+    return Longer(layer, adapter, at, 2, torch.zeros(3, length, 2), 0)
+
+
+def sees(causal: bool, padded: int, at: int) -> list[list[bool]]:
+    """Return which of 4 tokens and 2 prompts from `at` on see which: rows see columns."""
+    order = [("token", i) for i in range(4)]
+    order[at:at] = [("prompt", 0), ("prompt", 1)]
+    return [
+        [(not causal or j <= i) and (two[0] == "prompt" or two[1] < 4 - padded) for j, two in enumerate(order)]
+        for i in range(6)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_of_attention_has_prompts_in_their_order(causal: bool, at: int) -> None:
+    token = torch.ones(3, 1, 4, 4, dtype=torch.bool)
+    token = token.tril() if causal else token
+    token[1, ..., 3:] = False
+    want = torch.tensor([sees(causal, padded, at) for padded in (0, 1, 0)])[:, None]
+    assert torch.equal(longer(at)._mask("attention_mask", token), want)
+    added = torch.where(token, 0.0, float("-inf"))
+    assert torch.equal(longer(at)._mask("attention_mask", added) > -1, want)
+    layer = nn.TransformerEncoderLayer(2, 1, 2, batch_first=True)
+    hidden = ~token[0, 0]
+    assert torch.equal(~longer(at, layer)._mask("src_mask", hidden), want[0, 0])
+
+
+def test_masks_of_padding_and_positions_have_entries_for_prompts() -> None:
+    kept = torch.tensor([[1, 1, 1, 0]])
+    assert longer(1)._mask("attention_mask", kept).tolist() == [[1, 1, 1, 1, 1, 0]]
+    assert longer(0)._mask("key_padding_mask", kept == 0).tolist() == [[0, 0, 0, 0, 0, 1]]
+    assert longer(0)._mask("mask", kept[:, None, None]).shape == (1, 1, 1, 6)
+    places = torch.arange(4)
+    assert longer(2)._fitting("position_ids", places).tolist() == [0, 1, 1, 1, 2, 3]
+    rotary = places[None, :, None] * torch.ones(2)
+    both = longer(0)._fitting("position_embeddings", (rotary, rotary))
+    assert both[0][0, :, 0].tolist() == [0, 0, 0, 1, 2, 3]
+
+
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0, use_cache=False,
+    )  # fmt: skip
+    model: nn.Module = transformers.LlamaForCausalLM(config).double()
+    return model
+
+
+@pytest.mark.parametrize("mode", ["deep", "shallow"])
+def test_a_language_model_of_transformers_stays_causal_and_sees_no_padding(mode: str) -> None:
+    clause = f'adapt prompt on "model.layers.*" {{ tokens = 3, mode = {mode} }}'
+    module: Any = trainc.compile(BASE.replace("cross_entropy", "model") + clause, llama()).module
+    with torch.no_grad():
+        for one in adapters_of(module):
+            for parameter in one.adapter.parameters():
+                parameter.copy_(torch.arange(48.0).sin().view(3, 16))
+        whole = module(input_ids=IDS).logits
+        assert whole.shape == (4, 8, 24)
+        other = IDS.clone()
+        other[:, 5] = (other[:, 5] + 1) % 24
+        torch.testing.assert_close(module(input_ids=other).logits[:, :5], whole[:, :5])
+        mask = torch.ones(4, 8, dtype=torch.long)
+        mask[1, 6:] = 0
+        padded = module(input_ids=IDS, attention_mask=mask).logits
+        torch.testing.assert_close(padded[1, :6], module(input_ids=IDS[1:2, :6]).logits[0])
+        torch.testing.assert_close(padded[0], whole[0])
+        assert not torch.allclose(whole, llama()(input_ids=IDS).logits)
+        with pytest.raises(SiteError, match="cache is not supported"):
+            module.generate(IDS[:, :4], max_new_tokens=3, use_cache=True)
+        text = module.generate(IDS[:1, :4], max_new_tokens=2, use_cache=False, do_sample=False)
+        assert torch.equal(text[:, 4], module(input_ids=IDS[:1, :4]).logits[:, -1].argmax(-1))
+
+
+# refused
+
+
+class Blocks(nn.Module):
+    """Blocks that a sequence may not fit."""
+
+    def __init__(self, first: bool = True) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=first) for _ in range(3)
+        )
+        self.pool = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        found: Tensor = self.pool(x.mean(1))
+        return found
+
+
+X = torch.linspace(-1, 1, 96).view(2, 6, 8)
+PAIR = "loss mse optimizer sgd { lr = 0.1 }\n"
+
+
+@pytest.mark.parametrize(
+    ("clause", "message"),
+    [
+        ('on "blocks.0" | "blocks.2" { tokens = 2, mode = shallow }', "`blocks.2` does not follow `blocks.0`"),
+        ('on "blocks.0" | "blocks.0.linear1" { tokens = 2 }', "`blocks.0.linear1` is inside `blocks.0`"),
+        ('on "blocks" { tokens = 2 }', "`blocks` is a list of modules"),
+        ('on "blocks.0" until 2 steps { tokens = 2 }', "remove `until 2 steps`"),
+        ('on "blocks.0" { tokens = -1 }', "tokens"),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_for_prompts_is_refused_where_it_is_written(
+    clause: str, message: str
+) -> None:
+    with pytest.raises(trainc.SpecError) as raised:
+        trainc.compile(PAIR + "adapt prompt " + clause, Blocks())
+    assert message in str(raised.value)
+    assert all(d.labels for d in raised.value.diagnostics)
+
+
+@pytest.mark.parametrize(
+    ("clause", "message"),
+    [
+        ('on "pool" { tokens = 2 }', r"`pool` gets \(2, 8\) first"),
+        ('on "blocks.*" { tokens = 2, width = 9 }', "gets 8 channels, but its prompts have 9"),
+        ('on "blocks.*" { tokens = 2, at = 7 }', "gets 6 tokens, and `at` is 7"),
+    ],
+)
+def test_what_only_a_pass_shows_is_refused_there(clause: str, message: str) -> None:
+    program = trainc.compile(PAIR + "adapt prompt " + clause, Blocks())
+    with pytest.raises(SiteError, match=message) as raised:
+        program.step((X, torch.zeros(2, 8)))
+    assert raised.value.clause == "prompt"
+
+
+def test_examples_must_be_on_the_first_axis() -> None:
+    program = trainc.compile(PAIR + 'adapt prompt on "blocks.*" { tokens = 2 }', Blocks(False))
+    with pytest.raises(SiteError, match="batch_first=True"):
+        program.step((X, torch.zeros(2, 8)))
+
+
+def test_an_input_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(SiteError, match="gets `pair_bias` of shape"):
+        longer(0)._fitting("pair_bias", torch.zeros(4, 4))
+    with pytest.raises(SiteError, match="gets `attention_mask`, a str"):
+        longer(0)._fitting("attention_mask", "block mask")
