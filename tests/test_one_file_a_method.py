@@ -33,6 +33,8 @@ OTHER_MEANINGS = {
     # Measuring every parameter on a few examples.
     "runtime/noise_scale/action.py": {"calibration"},
     "runtime/noise_scale/resume.py": {"calibration"},
+    # A parameter that a model itself puts in the sequence.
+    "compiler/structure/roles.py": {"prompt"},
     # What to call for a loss.
     "compiler/program/step_totals.py": {"call"},
     "runtime/soundness/own_loop.py": {"call"},

@@ -1,4 +1,7 @@
-"""Where a change of the output of a linear layer acts: on the layer's own output, or on that of its adapters."""
+"""Where a change of the output of a linear layer acts: on the layer's own output, or on that of its adapters.
+
+Adapters beside another module, such as a block, are such places, too.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ class _Unfit(Exception):
 def linear_outputs(selected: Iterable[ModuleEntry], inventory: Inventory) -> list[LinearOutput]:
     """Return the sites of the selected linear layers, each once; other layers are left out.
 
-    A layer with adapters, selected itself or by a module inside it, stands for their outputs.
+    A layer with adapters, selected itself or by a module inside it, stands for their outputs. Of another module that
+    has adapters beside it, these are selected by itself or by what is inside them.
     """
     found: dict[str, LinearOutput] = {}
     for entry in selected:
@@ -78,7 +82,10 @@ def output_problems(
 def _sites_of(entry: ModuleEntry, inventory: Inventory) -> list[LinearOutput]:
     """Return the sites that a selected module stands for: none where it is no linear layer."""
     for name in _with_ancestors(entry.name):
-        if adapters := _adapters(inventory.module[name], inventory):
+        adapters = _adapters(inventory.module[name], inventory)
+        if name != entry.name and not LINEAR.intersection(inventory.module[name].types):
+            adapters = [one for one in adapters if one.name in _with_ancestors(entry.name)]
+        if adapters:
             return [LinearOutput(adapter, of_adapter=True) for adapter in adapters]
     return [LinearOutput(entry)] if LINEAR.intersection(entry.types) else []
 
@@ -93,7 +100,7 @@ def _with_ancestors(name: str) -> Iterator[str]:
 def _adapters(layer: ModuleEntry, inventory: Inventory) -> list[ModuleEntry]:
     """Return the modules whose outputs adapters add to a linear layer's; raises _Unfit where none is such a module."""
     if not LINEAR.intersection(layer.types):
-        return []
+        return [m for m in _children(layer.name, inventory) if "ChannelAdapter" in m.types]
     if _PEFT in layer.types:
         return _peft_adapters(layer, inventory)
     return [m for m in _children(layer.name, inventory) if "Adapter" in m.types]

@@ -57,6 +57,12 @@ class AdapterRule:
         """
         return with_first(output, lambda y: (y + adapter(*inputs)).to(y.dtype))
 
+    adds_channels: ClassVar[bool] = False
+    """Whether what it computes is added to the output of any module, with the channels on the last axis.
+
+    Then an adapted module, selected by another clause, stands for that sum's second part, as an adapted linear layer.
+    """
+
     changes_weight: ClassVar[bool] = False
     """Whether the layer computes with its weight plus `weight_change`."""
 

@@ -60,6 +60,10 @@ class Adapter(nn.Module):
         yield from self.named_buffers()
 
 
+class ChannelAdapter(Adapter):
+    """An adapter that adds an output with the channels on the last axis, whatever its layer is."""
+
+
 class AdapterHook:
     """A hook of an adapter: it finds the adapter by name, so that copies of a layer run their own."""
 
@@ -192,7 +196,8 @@ def build_adapter(
 ) -> Adapter:
     """Return an adapter without values, on the meta device; no random number is drawn."""
     with torch.device("meta"), SkipInitialization():
-        return Adapter(rule, label, layer_name, parts()).to(dtype)
+        kind = ChannelAdapter if rule.adds_channels else Adapter
+        return kind(rule, label, layer_name, parts()).to(dtype)
 
 
 def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 class Beside(Construct, AdapterRule):
     """Base of adapters beside a module: `make_parts` makes one, `added` says what it computes."""
+
+    adds_channels: ClassVar = True
 
     width: int | None = Field(
         default=None,

@@ -28,7 +28,7 @@ class Parallel(Beside):
 
     The parameters are `LAYER.parallel.down.weight`, `LAYER.parallel.up.weight` and their biases. What it computes is
     not linear, so that it cannot be merged. Initial values depend on the run's seed and the parameter's name alone.
-    For noise of `regularize pace` on what the adapters add, select `"**.parallel.up"`.
+    Noise of `regularize pace` on an adapted module acts on what the adapter adds.
     """
 
     cite: ClassVar = (

@@ -24,6 +24,11 @@ REFERENCE = json.loads(
 )["forecast_peft"]
 
 
+EXECUTORS: tuple[Any, ...] = ("graph", "module")
+MLPS = 'on "**.mlp"'
+NOISE = 'regularize pace on "blocks.0.mlp" | "blocks.1.mlp.fc" { sigma = 0.3, weight = 0.1 }'
+
+
 def language_model() -> nn.Module:
     torch.manual_seed(0)
     return gpt(layers=2, width=16, heads=2, context=8, vocabulary=24).double()
@@ -101,6 +106,20 @@ def test_drop_path_by_graph_is_that_of_the_modules() -> None:
         torch.manual_seed(3)
         losses.append(trained(DROPPED, executor, steps=0).step(BATCH)["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["parallel { rank = 2, init = xavier }", "apt { tokens = 2 }"])
+def test_noise_of_an_adapted_module_is_on_what_its_adapter_adds(name: str) -> None:
+    """And on the layers inside it, where these are selected, on their own outputs."""
+    site = {"blocks.0.mlp": f"blocks.0.mlp.{name.split()[0]}", "blocks.1.mlp.fc": "blocks.1.mlp.fc"}
+    clause = f"adapt {name.replace(' {', chr(32) + MLPS + ' {', 1)} " + NOISE
+    programs = [trainc.compile(BASE + clause, language_model(), executor=e) for e in EXECUTORS]
+    for _ in range(3):
+        one, two = (program.step(BATCH) for program in programs)
+        assert one == pytest.approx(two, rel=1e-10)
+    assert one["consistency"] > 0
+    hooked = {h.module for h in programs[0].execution.method.rewrite.hooks}
+    assert hooked == set(site.values())
 
 
 class Mixer(nn.Module):
