@@ -167,7 +167,8 @@ def _bases_to_write(function: FunctionType) -> str:
         hint = function.__globals__.get(annotation)
         if called_with := re.match(r"Callable\[\[(\w+)\]", annotation):
             given = function.__globals__[called_with[1]]
-            words.append(f" Its argument is a {_link(given)}.")
+            if given.__module__.startswith("trainc."):
+                words.append(f" Its argument is a {_link(given)}.")
         elif getattr(hint, "_is_protocol", False):
             words.append(f" Implement {_link(hint)}.")
         elif isinstance(hint, type) and (inspect.isabstract(hint) or hint.__subclasses__()):

@@ -4,6 +4,8 @@ from trainc.compiler.constructs.adapt.apt import approximated_prompts
 from trainc.compiler.constructs.loss.dpo import dpo_loss
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
+from trainc.compiler.constructs.mask.sparsegpt import sparsegpt
+from trainc.compiler.constructs.mask.wanda import wanda_mask
 from trainc.compiler.constructs.perturb.pac_noise import pac_kl
 from trainc.compiler.constructs.regularize.features.contrast import supcon
 from trainc.compiler.constructs.regularize.features.dr_tune import dr_calibrate, dr_rotation
@@ -77,6 +79,7 @@ __all__ = [
     "ranked_loss",
     "rms_norm",
     "sparse_adamw_",
+    "sparsegpt",
     "spectral_entropy",
     "spectral_norm",
     "spectrum",
@@ -87,4 +90,5 @@ __all__ = [
     "tied_linear",
     "topk_mask",
     "trust_ratio",
+    "wanda_mask",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainc.compiler.errors import FieldError
 from trainc.compiler.lower.clause_access import ClauseAccess
 from trainc.compiler.method.layer_hook import (
+    KeepInput,
     KeepOutput,
     LayerHook,
     LayerHookSite,
@@ -130,6 +131,23 @@ class ForwardAccess(ClauseAccess):
         """
         for module in modules:
             self.layer(module, KeepOutput())
+
+    def capture_inputs(
+        self, modules: Iterable[str], of: Callable[[Tensor], Tensor], gate: Gate | None = None
+    ) -> dict[str, str]:
+        """Keep a function of what these modules are given, for `forward.captured`; return its name there, by module.
+
+        `of` maps the first input of a call, of all views, to what is kept, without gradient; `forward.captured` has a
+        list with a tensor for each call. While `gate` is closed, the clause's unless given, nothing is kept.
+        """
+        keys = {}
+        for module in modules:
+            hook = KeepInput(of, self.label)
+            site = self._hook(module, hook, {})
+            if gate is not None:
+                self._method.rewrite.hooks[-1] = replace(site, gate=gate)
+            keys[module] = hook.key(module)
+        return keys
 
     def checkpoint_activations(self, field: str, selector: Selector) -> None:
         """Keep of the passes of the modules that a field selects their inputs alone, and run them again in backward.
@@ -263,13 +281,15 @@ class ForwardAccess(ClauseAccess):
         )
         return next(one for one in candidates if one not in taken)
 
-    def observe(self, observer: Observer, of: Passes = "training") -> None:
+    def observe(
+        self, observer: Observer, of: Passes = "training", gate: Gate | None = None
+    ) -> None:
         """Let `observer` read every micro-batch of the steps in which the clause's gate is open, or of evaluations.
 
         It sees logits, targets, inputs and parameters, and changes nothing; what it finds are signals of the clause,
-        under the clause's label. While the gate is closed nothing is kept for it. Evaluations are read between `from`
-        and `until`: `every` is then an error. Where its class says `sample_ids` it reads `forward.sample_ids` of
-        training steps. Raises ValueError for one that reads those of evaluations.
+        under the clause's label. While the gate is closed nothing is kept for it; `gate` may take its place.
+        Evaluations are read between `from` and `until`: `every` is then an error. Where its class says `sample_ids` it
+        reads `forward.sample_ids` of training steps. Raises ValueError for one that reads those of evaluations.
         """
         observer.of, observer.name = of, self.label
         if of == "evaluation" and observer.sample_ids:
@@ -279,7 +299,7 @@ class ForwardAccess(ClauseAccess):
             )
         if of == "evaluation":
             self.refuse_times("the period of evaluations is `eval` in `run`", "every")
-        observer.gate = self.gate()
+        observer.gate = gate or self.gate()
         observers = self._method.evaluation_observers
         (observers if of == "evaluation" else self._method.rewrite.observers).append(observer)
         self._method.actions.append(observer)

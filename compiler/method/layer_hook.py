@@ -194,6 +194,10 @@ class KeepOutput(LayerHook):
             self._outputs.append(y.clone())
         return y
 
+    def key(self, module: str) -> str:
+        """Return the name of what is kept of a module."""
+        return module
+
     def begin(self) -> None:
         """Keep what is given from now on."""
         self._outputs = []
@@ -202,6 +206,27 @@ class KeepOutput(LayerHook):
         """Return what was kept, and keep nothing more: a checkpoint's second forward pass is not another call."""
         found, self._outputs = self._outputs or [], None
         return found
+
+
+class KeepInput(KeepOutput):
+    """Keeps a function of the first input of a layer, without gradient, a tensor for each call."""
+
+    def __init__(self, of: Callable[[Tensor], Tensor], clause: str) -> None:
+        super().__init__()
+        self._of, self._clause = of, clause
+
+    def change_input(self, x: Tensor, at: LayerContext) -> Tensor:
+        """Keep a function of the input."""
+        if self._outputs is not None:
+            self._outputs.append(self._of(x.detach()))
+        return x
+
+    def change_output(self, y: Tensor, at: LayerContext) -> Tensor:
+        """Keep nothing of the result."""
+        return y
+
+    def key(self, module: str) -> str:
+        return f"input of {module} for {self._clause}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,8 +142,9 @@ class Rewrite:
 
     @property
     def captures(self) -> dict[str, KeepOutput]:
-        """Return what keeps the results of captured modules, by module."""
-        return {s.module: s.hook for s in self.hooks if isinstance(s.hook, KeepOutput)}
+        """Return what keeps the results of captured modules, by module, and what keeps of their inputs, by its key."""
+        keeping = ((s.hook, s.module) for s in self.hooks if isinstance(s.hook, KeepOutput))
+        return {hook.key(module): hook for hook, module in keeping}
 
     @property
     def leaves_checkpoints(self) -> bool:
