@@ -1,9 +1,9 @@
 """Written by `make docs`: the types of what functional.py finds on disk."""
 
-from trainc.compiler.constructs.adapt.apt import approximated_prompts
 from trainc.compiler.constructs.loss.dpo import dpo_loss
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
+from trainc.compiler.constructs.mask.n_m import sr_ste
 from trainc.compiler.constructs.mask.sparsegpt import sparsegpt
 from trainc.compiler.constructs.mask.wanda import wanda_mask
 from trainc.compiler.constructs.perturb.pac_noise import pac_kl
@@ -38,13 +38,14 @@ from trainc.kernels.parameter.spectrum import spectrum
 from trainc.kernels.parameter.tail_fit import hill_alpha
 from trainc.runtime.factors.maps import balance
 from trainc.runtime.factors.noise import spread_gain
+from trainc.runtime.mask.allocation import allocate
 from trainc.runtime.mask.entry_choice import topk_mask
 from trainc.runtime.noise_scale.estimators import noise_scale, noise_scale_from_contributions
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
-    "approximated_prompts",
+    "allocate",
     "balance",
     "calibrated_alpha",
     "consistency",
@@ -84,6 +85,7 @@ __all__ = [
     "spectral_norm",
     "spectrum",
     "spread_gain",
+    "sr_ste",
     "stable_rank",
     "supcon",
     "tied_embedding",

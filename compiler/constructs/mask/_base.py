@@ -55,7 +55,10 @@ class ChoosingMask(Construct):
     """
 
     targets: ClassVar = "parameters"
-    functions: ClassVar[tuple[str, ...]] = ("trainc.runtime.mask.entry_choice:topk_mask",)
+    functions: ClassVar[tuple[str, ...]] = (
+        "trainc.runtime.mask.allocation:allocate",
+        "trainc.runtime.mask.entry_choice:topk_mask",
+    )
 
     scope: Literal["tensor", "global", "erk"] = Field(
         default="tensor",

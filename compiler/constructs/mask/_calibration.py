@@ -151,6 +151,12 @@ class InputSums(Observer):
         """Whether all steps of the calibration are seen."""
         return self.steps >= self.batches
 
+    def ready(self) -> bool:
+        """Return whether the sums can be read; where they were released before, they are summed anew."""
+        if self.done and not self.sums:
+            self.steps = 0
+        return self.done
+
     def see(self, forward: Seen) -> None:
         for module, key in self.keys.items():
             for share in forward.captured.get(key, ()):
@@ -196,6 +202,14 @@ class InputSums(Observer):
             )
         self.steps = int(state.get("steps", 0))
         self.sums = {m: state[f"sum/{m}"] for m in self.forms if f"sum/{m}" in state}
+
+    def load_compatible(self, state: Mapping[str, Any]) -> str | None:
+        kept = {key.partition("/")[2] for key in state} - {""}
+        if not kept or kept == self.forms.keys():
+            self.load_state_dict(state)
+            return None
+        self.load_state_dict({})
+        return f"{self.label}: sums the inputs of layers anew, because its selection changed"
 
 
 def calibrate(to: Lowering, batches: int, of: Callable[[Tensor], Tensor], axes: int) -> InputSums:

@@ -127,7 +127,7 @@ class ByProducts:
         self.rule, self.entries, self.sums = rule, entries, sums
 
     def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
-        if not self.sums.done:
+        if not self.sums.ready():
             return None
         found = {}
         for entry in self.entries:

@@ -118,7 +118,7 @@ class ByInputs:
         self.entries, self.sums, self.structure = entries, sums, structure
 
     def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
-        if not self.sums.done:
+        if not self.sums.ready():
             return None
         found = {}
         for entry in self.entries:

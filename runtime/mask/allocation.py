@@ -1,0 +1,51 @@
+"""Densities of layers by the heavy tails of their spectra, as AlphaPruning allocates them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def allocate(
+    alphas: Sequence[float], numel: Sequence[int], density: float, spread: float = 0.2
+) -> list[float]:
+    """Return a density for each layer, more where alpha is smaller, whose mean over all entries is `density` exactly.
+
+    The sparsity 1 - d of a layer is in proportion to a number from 1 - `spread`, for the smallest of `alphas`, to
+    1 + `spread`, for the largest, linear in between; where all alphas are equal, so are the sparsities. `numel` are the
+    entries of each layer. No layer is more than empty: what the sparsities of emptied layers lack is shared by the
+    others in proportion, again and again until the total is exact, where published code cuts them off and misses it.
+
+    Raises ValueError for lists of different lengths, alphas that are not finite, layers without entries, a density that
+    is not above 0 and at most 1, and a spread that is not from 0 to 1. Source: Lu et al., AlphaPruning, NeurIPS 2024,
+    arXiv:2410.10912, equation 2.
+    """
+    if len(alphas) != len(numel) or not alphas:
+        raise ValueError(
+            f"expected an alpha and a size for each layer, not {len(alphas)} and {len(numel)}"
+        )
+    if not all(map(math.isfinite, alphas)):
+        raise ValueError("an alpha is not finite: leave its layer out")
+    if min(numel) < 1:
+        raise ValueError("a layer has no entries: leave it out")
+    if not 0 < density <= 1:
+        raise ValueError(f"`density` is {density:g}: expected a fraction above 0, at most 1")
+    if not 0 <= spread <= 1:
+        raise ValueError(f"`spread` is {spread:g}: expected a number from 0 to 1")
+    low, high = min(alphas), max(alphas)
+    wide = high - low or 1.0
+    ratios = [1 - spread + 2 * spread * (a - low) / wide if high > low else 1.0 for a in alphas]
+    return [max(0.0, 1 - one) for one in _filled(ratios, numel, 1 - density)]
+
+
+def _filled(ratios: Sequence[float], sizes: Sequence[int], mean: float) -> list[float]:
+    """Return numbers in proportion to ratios, none above 1, with this mean over all entries (water-filling)."""
+    full: set[int] = set()
+    while True:
+        others = [i for i in range(len(ratios)) if i not in full]
+        left = mean * sum(sizes) - sum(sizes[i] for i in full)
+        scale = left / total if (total := sum(ratios[i] * sizes[i] for i in others)) else 0.0
+        above = {i for i in others if scale * ratios[i] > 1}
+        if not above:
+            return [1.0 if i in full else scale * ratio for i, ratio in enumerate(ratios)]
+        full |= above
