@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import trainc
 from trainc.dsl.printing.canonical import format_statement
 from trainc.dsl.reading.construct import Construct
 from trainc.dsl.reading.fields import field_type
@@ -59,7 +60,10 @@ def _example(construct: type[Construct]) -> ast.ClauseTree:
 
 
 def _acting_at_once(construct: type[Construct], tree: ast.ClauseTree) -> ast.ClauseTree:
-    """Return a clause that acts in every step, with numbers that a batch of the zoo has room for."""
+    """Return a clause that acts in every step, with numbers that a batch of the zoo has room for.
+
+    Where these do not fit together, it has those of the example.
+    """
     tree = tree.replace(parts=tuple(part for part in tree.parts if part.word != "from"))
     if any(part.word == "every" for part in tree.parts):
         tree = _with_part(tree, "every", "1 steps")
@@ -69,7 +73,8 @@ def _acting_at_once(construct: type[Construct], tree: ast.ClauseTree) -> ast.Cla
         for name, info in construct.model_fields.items()
         if (value := _small(info, name in written)) is not None
     }
-    return tree.replace(fields=tuple(fields.values())) if fields else tree
+    small = tree.replace(fields=tuple(fields.values())) if fields else tree
+    return small if trainc.check(format_statement(small)).spec is not None else tree
 
 
 def _small(info: Any, written: bool) -> str | None:
