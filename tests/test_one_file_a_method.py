@@ -38,6 +38,9 @@ OTHER_MEANINGS = {
     # What to call for a loss.
     "compiler/program/step_totals.py": {"call"},
     "runtime/soundness/own_loop.py": {"call"},
+    # What of a tensor is chosen as one.
+    "runtime/mask/entry_choice.py": {"n_m"},
+    "runtime/mask/structures.py": {"n_m"},
     # A distance of two views of an example.
     "kernels/loss/consistency.py": {"mse"},
     "kernels/loss/cross_entropy_consistency.py": {"mse"},

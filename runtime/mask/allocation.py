@@ -1,4 +1,4 @@
-"""Densities of layers by the heavy tails of their spectra, as AlphaPruning allocates them."""
+"""Densities of layers by their alphas, the exponents of heavy tails, as AlphaPruning allocates them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.time_span import Duration, TimeSpan, Unit
@@ -79,3 +80,14 @@ class Gate:
         origin = clock.position(self.start)[1] if self.start else 0.0
         # The small term undoes rounding where a period is a fraction of a unit, such as 0.1 epochs.
         return math.floor((now - origin) / period + 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class UntilDone(Gate):
+    """Another gate, closed while something is done: of a run that is resumed, what is done is in its state."""
+
+    other: Gate = field(default_factory=Gate)
+    done: Callable[[], bool] = lambda: False
+
+    def fires(self, clock: Clock) -> bool:
+        return not self.done() and self.other.fires(clock)

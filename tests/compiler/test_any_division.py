@@ -76,7 +76,7 @@ ANY = [
     SGD + SIFT,
     SGD + "mask magnitude on ndim(2) every 1 steps { density = 50% }",
     SGD + "mask bitfit",
-    SGD + 'mask rows on "embed.token" { last = 3 }',
+    SGD + 'mask embedding_rows on "embed.token" { last = 3 }',
     SGD + 'mask n_m on "**.fc.weight"',
     SGD + 'mask wanda on "**.fc.weight" { density = 50%, batches = 1 }',
     SGD + 'mask sparsegpt on "**.fc.weight" { density = 50%, batches = 1 }',

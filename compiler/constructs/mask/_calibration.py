@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from trainc.compiler.constructs.mask._base import StructureField, n_of_m, structure_of
 from trainc.dsl.reading.construct import Construct, Fraction, Problem
-from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import ActionState
 from trainc.runtime.step.observer import Observer
 from trainc.runtime.storage.form import Count, Form, Record, Values
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import ParameterEntry
     from trainc.runtime.processes.replica_group import ReplicaGroup
-    from trainc.runtime.schedule.clock import Clock
     from trainc.runtime.step.observer import Seen
 
 UNCALLED = "NonDynamicallyQuantizableLinear"
@@ -122,17 +119,6 @@ def inputs_last(entry: ParameterEntry) -> bool:
     return "Conv1D" not in entry.types
 
 
-@dataclass(frozen=True, slots=True)
-class UntilDone(Gate):
-    """Another gate, until something is done for good."""
-
-    other: Gate = field(default_factory=Gate)
-    done: Callable[[], bool] = lambda: False
-
-    def fires(self, clock: Clock) -> bool:
-        return not self.done() and self.other.fires(clock)
-
-
 class InputSums(Observer):
     """Phase 12: sums a function of the inputs of layers over the examples of the first steps of the clause's time.
 
@@ -217,6 +203,8 @@ def calibrate(to: Lowering, batches: int, of: Callable[[Tensor], Tensor], axes: 
 
     `of` maps inputs (..., features) to a tensor with `axes` axes of that length, a sum over all others.
     """
+    from trainc.runtime.schedule.gate import Gate, UntilDone
+
     to.refuse_times("entries are chosen once, for the rest of the run", "until", "every")
     forms = {}
     for entry in to.parameters():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainc.runtime.step.record import Step
 
 
-class Rows(Construct):
+class EmbeddingRows(Construct):
     """Trains some rows of each selected parameter, indices of its axis 0: of an embedding, the vectors of some tokens.
 
     `rows` lists them, from 0 on, or `last` says how many there are at the end, where `resize_token_embeddings` and its
@@ -31,7 +31,7 @@ class Rows(Construct):
         " nlp.stanford.edu/~johnhew/vocab-expansion.html, for rows that are new; the mask is that of Song et al.,"
         " arXiv:2312.11875, with rows that are given"
     )
-    usage: ClassVar = 'mask rows on "embed.token" { last = 2 }'
+    usage: ClassVar = 'mask embedding_rows on "embed.token" { last = 2 }'
     targets: ClassVar = "parameters"
     effects: ClassVar = (
         Effect(

@@ -7,7 +7,7 @@ from torch import Tensor
 import trainc
 from examples.models import gpt
 from tests.conformance import Setup, run_step, train_double
-from trainc.compiler.constructs.mask.rows import Rows
+from trainc.compiler.constructs.mask.embedding_rows import EmbeddingRows
 
 REST = "loss cross_entropy optimizer {} run {{ length = 9 steps }} "
 SGD = "sgd { lr = 0.1, momentum = 0.9, weight_decay = 0.1 }"
@@ -16,7 +16,7 @@ SGD = "sgd { lr = 0.1, momentum = 0.9, weight_decay = 0.1 }"
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A program's embedding, and that of a loop in which its rows are a tensor of their own."""
     setup, name = Setup(), "embed.token.weight"
-    text = REST.format(SGD) + 'mask rows on "embed.token" { rows = [3, 17, 5] }'
+    text = REST.format(SGD) + 'mask embedding_rows on "embed.token" { rows = [3, 17, 5] }'
     spec = trainc.check(text).spec
     assert spec is not None
     start = setup.model().double().get_parameter(name).detach().clone()
@@ -26,7 +26,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         whole = torch.zeros_like(start)
         whole[[3, 5, 17]] = gradient[name].view(3, -1)
         given.append(whole)
-    want = Rows(rows=(3, 17, 5)).reference(
+    want = EmbeddingRows(rows=(3, 17, 5)).reference(
         start,
         given,
         lambda tensors: torch.optim.SGD(tensors, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -40,7 +40,9 @@ def test_rows_of_new_tokens_alone_move_and_nothing_else_decays(tied: bool) -> No
     model = gpt(layers=1, width=8, heads=2, context=8, vocabulary=24, tied=tied)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     text = REST.format("adamw { lr = 0.1, weight_decay = 0.1 }")
-    program = trainc.compile(text + 'mask rows on "embed.token" { last = 2, rest = freeze }', model)
+    program = trainc.compile(
+        text + 'mask embedding_rows on "embed.token" { last = 2, rest = freeze }', model
+    )
     for seed in range(3):
         run_step(program, Setup().batch(seed))
     for name, parameter in model.named_parameters():
@@ -64,7 +66,7 @@ def test_rows_of_new_tokens_alone_move_and_nothing_else_decays(tied: bool) -> No
 )
 def test_rows_that_are_not_there_are_said_at_the_clause(clause: str, said: str) -> None:
     with pytest.raises(trainc.SpecError) as found:
-        trainc.plan(REST.format(SGD) + "mask rows on " + clause, Setup().model())
+        trainc.plan(REST.format(SGD) + "mask embedding_rows on " + clause, Setup().model())
     assert said in str(found.value)
 
 
@@ -82,7 +84,9 @@ def test_a_sparse_gradient_gives_what_a_dense_one_does() -> None:
     found = []
     for sparse in (False, True):
         program = trainc.compile(
-            REST.format(SGD) + 'mask rows on "embed" { last = 2 }', Bag(sparse), executor="module"
+            REST.format(SGD) + 'mask embedding_rows on "embed" { last = 2 }',
+            Bag(sparse),
+            executor="module",
         )
         batch = torch.tensor([[4, 5], [5, 0]]), torch.tensor([0, 2])
         for _ in range(2):
