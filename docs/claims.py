@@ -9,6 +9,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 TITLES = {
     "temp_balance": "Rates by the tails of spectra",
     "small_batch": "The half-life of Adam's second moment, held in tokens",
+    "allocation": "Sparsity of blocks by the tails of their spectra",
     "ghost": "Ghost batches and the generalization gap",
     "pace": "Consistency under noise, for adaptation with few images",
 }

@@ -236,6 +236,17 @@ def test_measured_rates_are_compared_with_their_controls(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_allocations_of_sparsity_are_compared(tmp_path: Path) -> None:
+    out = tmp_path / "allocation.json"
+    found = result(out, "benchmarks.claims.allocation", "--seeds", "2")
+    assert len(found["perplexity"]) == 8
+    for row in found["perplexity"].values():
+        assert {len(one["by seed"]) for one in row.values()} == {2}
+        assert all(one["mean"] > 1 for one in row.values())
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.slow
 def test_remedies_of_a_large_batch_are_compared(tmp_path: Path) -> None:
     out = tmp_path / "ghost.json"
     found = result(out, "benchmarks.claims.ghost", "--seeds", "2")
