@@ -1,5 +1,6 @@
 """Written by `make docs`: the types of what functional.py finds on disk."""
 
+from trainc.compiler.constructs.adapt.apt import approximated_prompts
 from trainc.compiler.constructs.loss.dpo import dpo_loss
 from trainc.compiler.constructs.loss.ranked import ranked_loss
 from trainc.compiler.constructs.lr.trust_ratio import trust_ratio
@@ -46,6 +47,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "allocate",
+    "approximated_prompts",
     "balance",
     "calibrated_alpha",
     "consistency",
