@@ -35,8 +35,12 @@ class AdapterRule:
         raise NotImplementedError(f"{type(self).__name__} does not say how `{name}` starts")
 
     def run_adapter(self, adapter: Any, *inputs: Tensor) -> Tensor:
-        """Return what an adapter computes of its layer's inputs."""
+        """Return what an adapter computes of its layer's inputs: by itself, what is added to the layer's output."""
         raise NotImplementedError(f"{type(self).__name__} does not say what an adapter computes")
+
+    def run_beside(self, adapter: Any, layer: Any, output: Any, *inputs: Tensor) -> Tensor:
+        """Return what an adapter computes that needs its layer, or the layer's own output, besides the inputs."""
+        return self.run_adapter(adapter, *inputs)
 
     def change_inputs(
         self, layer: nn.Module, adapter: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
@@ -55,7 +59,9 @@ class AdapterRule:
         `inputs` are those that the layer was given, the named ones last, in the order of the call. Of a tuple or list
         the first tensor is changed.
         """
-        return with_first(output, lambda y: (y + adapter(*inputs)).to(y.dtype))
+        return with_first(
+            output, lambda y: (y + adapter(*inputs, layer=layer, output=y)).to(y.dtype)
+        )
 
     adds_channels: ClassVar[bool] = False
     """Whether what it computes is added to the output of any module, with the channels on the last axis.

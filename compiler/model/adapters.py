@@ -36,9 +36,11 @@ class Adapter(nn.Module):
             else:
                 self.add_module(name, part)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return what the adapter computes of the layer's inputs."""
-        return self.rule.run_adapter(self, *inputs)
+    def forward(self, *inputs: Tensor, layer: Any = None, output: Any = None) -> Tensor:
+        """Return what the adapter computes of the layer's inputs, and of the layer and its output if it is given."""
+        if layer is None:
+            return self.rule.run_adapter(self, *inputs)
+        return self.rule.run_beside(self, layer, output, *inputs)
 
     @property
     def changes_weight(self) -> bool:

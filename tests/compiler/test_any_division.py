@@ -138,6 +138,8 @@ OF_TOKENS = [
     + 'adapt parallel on "blocks.*.mlp" { rank = 2 } '
     + 'adapt apt on "blocks.*.attn" { tokens = 2 } '
     + 'adapt prompt on "blocks.*" { tokens = 2 }',
+    SGD + 'adapt dora on "blocks.**" & type(Linear) { rank = 2, alpha = 4 }',
+    SGD + 'adapt lora_mul on "blocks.**" & type(Linear) { rank = 2 }',
 ]
 OF_NUMBERS = [SGD + "perturb targets { noise = normal(0.3), weight = 0.5 }"]
 LOSSES = {

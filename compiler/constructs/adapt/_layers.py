@@ -1,0 +1,127 @@
+"""The layers that multiply by a weight: which they are, and what they compute with another weight.
+
+`rows` of a weight are its outputs, whatever the axis that the layer has them on: (out, in), or (out, in * kernel).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trainc.dsl.reading.construct import Problem, RuleExplanation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.compiler.model.inventory import Inventory, ModuleEntry
+
+LINEAR = ("Linear", "Conv1D")
+KINDS = (*LINEAR, "Conv1d", "Conv2d", "Conv3d", "Embedding")
+"""Class names of layers that multiply by a weight; Conv1D is that of transformers."""
+RULES = {
+    "layer-without-adapter": RuleExplanation(
+        "A selected layer cannot have an adapter of this kind.",
+        "An adapter of low rank changes a product with a weight. A layer of another kind, or one that is never called,"
+        " would get an adapter that does nothing.",
+        "Select layers of the kinds that the message names, or exclude the layer from `on`.",
+    )
+}
+
+
+def layer_problem(
+    entry: ModuleEntry, inventory: Inventory, kinds: tuple[str, ...]
+) -> Problem | None:
+    """Return why a module is no layer of these kinds with a plain weight of floating-point numbers; None if it is."""
+    if "NonDynamicallyQuantizableLinear" in entry.types:
+        return Problem(
+            "layer-without-adapter",
+            f"`{entry.name}` cannot have an adapter: it is the output projection of an nn.MultiheadAttention,"
+            " which uses the weight directly and never calls the layer",
+            help="exclude it: `- type(NonDynamicallyQuantizableLinear)`",
+        )
+    name = f"{entry.name}.weight".removeprefix(".")
+    plain = name in entry.parameters and inventory.parameter[name].dtype.startswith(
+        ("float", "bfloat")
+    )
+    if plain and not set(kinds).isdisjoint(entry.types):
+        return None
+    named = [f"nn.{kind}" for kind in kinds if kind != "Conv1D"]
+    return Problem(
+        "layer-without-adapter",
+        f"`{entry.name}` cannot have an adapter: it is no {', no '.join(named)} and no Conv1D of transformers with a"
+        " plain weight of floating-point numbers",
+        help=f"select such layers only, as by `& type({', '.join(kinds)})`",
+    )
+
+
+def refuse_options(name: str, layer: Any) -> None:
+    """Raise ValueError for a layer with an option under which it is no plain product with its weight."""
+    if is_convolution(layer) and layer.groups > 1:
+        raise ValueError(
+            f"`{name}` is a convolution in {layer.groups} groups, whose weight holds no product of two smaller ones:"
+            " exclude it from `on`"
+        )
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(
+            f"`{name}` is an embedding with `max_norm`, which changes its weight whenever it runs: exclude it from"
+            " `on`, or build the model without `max_norm`"
+        )
+
+
+def refuse_own_forward(layer: Any) -> None:
+    """Raise ValueError for a layer whose class computes something else than torch's of its kind."""
+    from torch import nn
+
+    own = getattr(type(layer), "unbound", type(layer))
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    kind = next((k for k in kinds if isinstance(layer, k)), None)
+    if kind is not None and own.forward is not kind.forward:
+        raise ValueError(
+            f"the `forward` of {own.__name__} is not that of nn.{kind.__name__}, and would change the update, too. Keep"
+            " the adapter, and write it by `program.save_adapters`"
+        )
+
+
+def is_convolution(layer: Any) -> bool:
+    """Say whether a layer is one of torch's convolutions."""
+    from torch import nn
+
+    return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def is_transposed(layer: Any) -> bool:
+    """Say whether the weight has the outputs on its last axis, as that of an embedding."""
+    from torch import nn
+
+    return not isinstance(layer, nn.Linear) and not is_convolution(layer)
+
+
+def output_count(layer: Any) -> int:
+    """Return the outputs of a layer: the rows of its weight."""
+    return int(layer.weight.shape[-1 if is_transposed(layer) else 0])
+
+
+def rows_of(layer: Any, weight: Tensor) -> Tensor:
+    """Return a weight of a layer by rows."""
+    return weight.T if is_transposed(layer) else weight.flatten(1)
+
+
+def from_rows(layer: Any, rows: Tensor) -> Tensor:
+    """Return rows in the shape of the layer's weight."""
+    return rows.T if is_transposed(layer) else rows.view(layer.weight.shape)
+
+
+def by_output(layer: Any, values: Tensor) -> Tensor:
+    """Return a number for each output (out,) in a shape that broadcasts with the layer's output."""
+    if is_convolution(layer):
+        return values.view(-1, *[1] * (layer.weight.dim() - 2))
+    return values
+
+
+def apply_weight(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what a layer that is no embedding gives of an input with another weight, and this bias or none."""
+    from torch.nn import functional
+
+    if is_convolution(layer):
+        found: Tensor = layer._conv_forward(x, weight, bias)
+        return found
+    return functional.linear(x, weight.T if is_transposed(layer) else weight, bias)
