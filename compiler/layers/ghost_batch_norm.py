@@ -52,6 +52,7 @@ class GhostBatchNorm(LayerHook):
         layer: nn.Module,
         call: Callable[..., Any],
         at: LayerContext,
+        /,
         *args: Tensor,
         **kwargs: Tensor,
     ) -> Tensor:

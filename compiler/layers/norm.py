@@ -97,6 +97,7 @@ class FusedNorm(LayerHook):
         layer: nn.Module,
         call: Callable[..., Any],
         at: LayerContext,
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:

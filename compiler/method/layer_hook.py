@@ -146,6 +146,7 @@ class LayerHook:
         layer: nn.Module,
         call: Callable[..., Any],
         at: LayerContext,
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:

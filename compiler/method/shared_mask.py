@@ -37,6 +37,7 @@ class SharedMask(LayerHook):
         layer: nn.Module,
         call: Callable[..., Any],
         at: LayerContext,
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:

@@ -44,6 +44,7 @@ class WeightHook(LayerHook):
         layer: nn.Module,
         call: Callable[..., Any],
         at: LayerContext,
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
