@@ -19,6 +19,7 @@ import trainc
 from tests import other_package
 from tests.conformance import Setup, assert_close_steps, in_double, run_step, train_double
 from trainc.compiler.driver.compile import resolve_spec
+from trainc.compiler.model.adapter_rule import AdapterRule
 from trainc.compiler.program.program import Program
 from trainc.dsl.reading.construct import PHASES, Construct
 from trainc.dsl.reading.fields import read_field
@@ -33,6 +34,12 @@ with TemporaryDirectory() as _site, other_package.installed(Path(_site)):
     """All constructs, with those of somebody else's package, which every test finds installed anew."""
     OWN = [key for key, c in FOUND.items() if not c.__module__.startswith(other_package.PACKAGE)]
     CAN_BE_OFF = [key for key, c in FOUND.items() if c.identity]
+    MERGED = [
+        key
+        for key, c in FOUND.items()
+        if issubclass(c, AdapterRule) and c.merge is not AdapterRule.merge
+    ]
+    """Constructs whose adapters can be folded into the layers."""
 ALL = list(FOUND)
 COMPUTING = [key for key in ALL if key[0] not in WORDS_ONLY]
 REFERENCES = [key for key in COMPUTING if key in OWN]
@@ -290,6 +297,22 @@ def test_every_trainable_parameter_has_a_gradient_by_step_2(construct: type[Cons
         assert trainable - given == set()
 
     assert_unless_exempt(construct.without_gradient, check)
+
+
+@each(MERGED)
+def test_a_merged_model_computes_what_it_did_with_its_adapters(
+    construct: type[Construct],
+) -> None:
+    setup = setup_of(construct)
+    program = trained(spec_around(trained_clause(construct), setup), construct, 3, double=True)
+    inputs = in_double(setup.batch(9))[0]
+    model = program.module.eval()
+    with torch.no_grad():
+        before = model(inputs)
+        torch.testing.assert_close(program.merge()(inputs), before, rtol=1e-11, atol=1e-11)
+    assert [n for n, _ in model.named_parameters()] == [
+        n for n, _ in setup.model().named_parameters()
+    ]
 
 
 @each(COMPUTING)

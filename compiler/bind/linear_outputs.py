@@ -107,12 +107,15 @@ def _adapters(layer: ModuleEntry, inventory: Inventory) -> list[ModuleEntry]:
 
 
 def _peft_adapters(layer: ModuleEntry, inventory: Inventory) -> list[ModuleEntry]:
-    """Return the second factors of peft's LoRA, whose outputs times constants are dh: those that train."""
+    """Return those that train of the modules of peft's LoRA and DoRA whose outputs, times constants, are dh."""
     kind = next((name for name in layer.types if name.endswith("Layer")), _PEFT)
-    if any(_children(f"{layer.name}.lora_magnitude_vector", inventory)):
-        kind = "DoRA"
-    factors = [*_children(f"{layer.name}.lora_B", inventory)]
-    if not factors or kind == "DoRA":
+    by_adapter = {
+        entry.name.rpartition(".")[2]: entry
+        for held in ("lora_B", "lora_magnitude_vector")
+        for entry in _children(f"{layer.name}.{held}", inventory)
+    }
+    factors = [*by_adapter.values()]
+    if not factors:
         raise _Unfit(
             f"the adapter of `{layer.name}` is of peft's {kind}, which does not add a term of its own to the layer's"
             " output",

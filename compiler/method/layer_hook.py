@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from trainc.compiler.method.example_units import ExampleUnits
     from trainc.compiler.method.sites import NormSite
+    from trainc.compiler.model.adapters import Adapter
     from trainc.runtime.schedule.gate import Gate
 
 
@@ -49,12 +50,25 @@ class LayerContext:
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return the weight of a `WeightHook` with what adapters of its layer add to it."""
-        from trainc.compiler.model.adapters import Adapter
-
-        for adapter in self.layer.children() if self.weight == "weight" else ():
-            if isinstance(adapter, Adapter) and adapter.changes_weight:
+        for adapter in self._adapters():
+            if adapter.changes_weight:
                 weight = weight + adapter.weight_change(self.layer)
         return weight
+
+    def unmerged(self, change: Tensor) -> Tensor:
+        """Return the change of the weight of a `WeightHook` by which its layer with adapters has this change."""
+        for adapter in self._adapters():
+            factor = adapter.rule.output_factor(self.layer, adapter)
+            if factor is not None:
+                change = change / factor.where(factor != 0, 1)
+        return change
+
+    def _adapters(self) -> Iterator[Adapter]:
+        from trainc.compiler.model.adapters import Adapter
+
+        for child in self.layer.children() if self.weight == "weight" else ():
+            if isinstance(child, Adapter):
+                yield child
 
     def check_examples(self, y: Tensor, what: str) -> None:
         """Raise ExampleAxisUnknown unless every view of every example is a row of this tensor of the layer.

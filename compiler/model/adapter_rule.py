@@ -76,6 +76,10 @@ class AdapterRule:
         """Return what the adapter adds to the layer's weight, in its shape."""
         raise NotImplementedError(f"{type(self).__name__} does not change the weight of a layer")
 
+    def output_factor(self, layer: Any, adapter: Any) -> Tensor | None:
+        """Return what the layer's own output is multiplied by, in a shape that broadcasts with its weight; None: 1."""
+        return None
+
     def merge(self, layer: nn.Module, adapter: nn.Module) -> None:
         """Change the layer's parameters in place, so that it computes without the adapter what it did with it.
 

@@ -117,6 +117,13 @@ def by_output(layer: Any, values: Tensor) -> Tensor:
     return values
 
 
+def along_rows(layer: Any, values: Tensor) -> Tensor:
+    """Return a number for each row (out,) in a shape that broadcasts with the layer's weight."""
+    if is_transposed(layer):
+        return values
+    return values.view(-1, *[1] * (layer.weight.dim() - 1))
+
+
 def apply_weight(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return what a layer that is no embedding gives of an input with another weight, and this bias or none."""
     from torch.nn import functional

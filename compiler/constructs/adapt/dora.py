@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from trainc.compiler.constructs.adapt._layers import (
+    along_rows,
     apply_weight,
     by_output,
     from_rows,
@@ -89,6 +90,12 @@ class Dora(LowRank):
             own = own if bias is None else own - by_output(layer, bias)
         found: Tensor = (factors - 1) * own + factors * self.factor * pair.b(pair.a(x))
         return found
+
+    def output_factor(self, layer: Any, adapter: Any) -> Tensor | None:
+        """Return m / |V| where the layer's own output is used again, as it is without dropout."""
+        if self.dropout and adapter.training:
+            return None
+        return along_rows(layer, self.row_factors(layer, adapter))
 
     def weight_change(self, layer: Any, adapter: Any) -> Tensor:
         """Return `m * V / |V| - W`, in the shape of the layer's weight."""

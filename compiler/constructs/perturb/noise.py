@@ -102,7 +102,7 @@ class Noisy(WeightHook):
         spread = at.scalars["sigma"].to(noise.dtype)
         if self.scale != "absolute":
             spread = spread * self.size(at.merged(weight).detach().to(noise.dtype))
-        return weight + spread * noise
+        return weight + at.unmerged(spread * noise)
 
     def size(self, weight: Tensor) -> Tensor:
         """Return the root mean square of a weight, or of each of its rows, of a shape that broadcasts with it."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import trainc
 from tests.compiler.test_weight_hooks import key_of
 from trainc.compiler.constructs.perturb.noise import Noise
+from trainc.compiler.model.adapters import adapters_of
 from trainc.compiler.program.program import Program
 from trainc.kernels.noise.random_entries import random_entries
 
@@ -49,19 +50,26 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return results
 
 
-def test_the_ramp_is_that_of_flat_lora_and_the_weights_are_merged() -> None:
+@pytest.mark.parametrize(
+    "adapter", ["lora { alpha = 4, rank = 2", "dora { alpha = 4, rank = 2", "lora_mul { rank = 2"]
+)
+def test_the_ramp_is_that_of_flat_lora_and_the_weights_are_merged(adapter: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
+    adapt = adapter.replace(" {", ' on "0" {') + (
+        ", terms = [weight] }" if "mul" in adapter else " }"
+    )
     text = (
-        'loss mse optimizer sgd { lr = 0.5 } run { length = 8 steps } adapt lora on "0" { alpha = 4, rank = 2 }'
+        f"loss mse optimizer sgd {{ lr = 0.5 }} run {{ length = 8 steps }} adapt {adapt}"
         ' perturb noise on "0.weight" { sigma = 0.05, scale = row_norm, ramp = cosine }'
     )
     program = trainc.compile(text, model)
     x, y = data()
     base = model.get_parameter("0.weight").detach().clone()
     for step in range(5):
-        a, b = (model.get_parameter(f"0.lora.{name}.weight").detach() for name in "ab")
-        merged = base + 2 * b @ a
+        one = adapters_of(model)[0]
+        with torch.no_grad():
+            merged = base + one.adapter.weight_change(one.layer)
         sigma = 0.05 * (1 - math.cos(math.pi * step / 8)) / 2 * merged.norm(dim=1) / 4**0.5
         changed = merged + sigma[:, None] * drawn(program, "0.weight")
         want = float(torch.nn.functional.mse_loss(x @ changed.T, y))

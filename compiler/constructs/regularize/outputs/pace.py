@@ -65,7 +65,7 @@ class Pace(Construct):
     """Passes every example twice, with noise on the selected outputs, and penalizes the difference of the results.
 
     The output h of a selected linear layer becomes z * h with z = 1 + sigma * Normal(0, 1), drawn for
-    each step, view, example and channel. A layer with an adapter, of `adapt` or of peft's LoRA, becomes
+    each step, view, example and channel. A layer with an adapter, of `adapt` or of peft's LoRA or DoRA, is
     h0 + z * dh with dh of the adapter; so it is where a module inside such a layer is selected. A head
     is a layer like others. The loss is that of the first view plus `weight` times the mean over the
     targets that count of the distance of the two views' logits there: the sum over classes of
