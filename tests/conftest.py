@@ -1,5 +1,6 @@
 """Set-up shared by all tests; it runs before anything imports torch or triton."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -53,3 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, (able, reason) in reasons.items():
             if not able and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what stays for all tests out of the garbage collector, which else walks through it again and again."""
+    gc.collect()
+    gc.freeze()
