@@ -121,12 +121,12 @@ class StepAccess(ClauseAccess):
         *,
         together: bool = False,
         once: bool = False,
-    ) -> list[ZeroMask]:
+    ) -> ChooseZeros:
         """Train a fraction of the entries of parameters and keep the others at zero; chosen at the clause's times.
 
         `choose(step, fraction)` runs before the forward pass, at `from` and, unless `once`, again `every`. With
-        `together` the fraction is of all the parameters, which only the plan reads. The masks that are returned can be
-        changed in later steps.
+        `together` the fraction is of all the parameters, which only the plan reads. Return the action that chooses: its
+        `masks` may be changed in later steps.
         """
         fraction = self.schedule(density)
         text = f"{fraction(Clock()):.6g}" if self.is_constant(density) else str(density)
@@ -140,10 +140,11 @@ class StepAccess(ClauseAccess):
         if once:
             setting, window = str(density), Gate(window.start)
         frozen = self._method.frozen
-        self.action(ChooseZeros(self.label, masks, choose, fraction, window, setting, frozen))
+        chooser = ChooseZeros(self.label, masks, choose, fraction, window, setting, frozen)
+        self.action(chooser)
         self.action(ZeroGradients(self.label, masks.values()))
         self.action(ZeroWeights(self.label, masks.values()))
-        return [*masks.values()]
+        return chooser
 
     def _refuse_masked_shards(self, names: Iterable[str]) -> None:
         if (shard := next(filter(self.is_sharded, names), None)) is not None:

@@ -72,6 +72,8 @@ class ChooseZeros(Action):
         self.chosen = False
         self.due: set[str] = set()
         """The parameters whose entries are to be chosen as soon as they can be."""
+        self.fresh: set[str] = set()
+        """The parameters whose entries were chosen in this step."""
         self.gate = Gate()  # `window` is read below, because a mask stays when it is over
 
     @property
@@ -86,6 +88,7 @@ class ChooseZeros(Action):
 
     def run(self, step: Step) -> None:
         self._check_parameters(step)
+        self.fresh = set()
         if self.window.fires(step.clock):
             self.due |= set(self.masks if self.window.every is not None or not self.chosen else ())
         if self.due and self.span.fires(step.clock):
@@ -113,8 +116,15 @@ class ChooseZeros(Action):
         found = self.choose(step, density)
         if found is None:
             return
+        overlap = {}
         for name in trained:
+            before = self.masks[name].kept_entries() if self.chosen else None
             self.masks[name].choose(found[name], step.optimizer_state(name).values())
+            if before is not None:
+                overlap[name] = float((before & found[name]).sum()) / max(1, self.masks[name].count)
+        if overlap:
+            step.series[f"{self.label}.overlap"] = overlap
+        self.fresh = set(trained)
         self.chosen = True
         self.due.difference_update(trained)
         self._note_frozen(step)

@@ -78,11 +78,17 @@ class SummedScores:
             found = self._of(wide(step.parameters[name]), wide(gradient))
             self.sums[name] = self.sums[name] + found if name in self.sums else found
 
-    def take(self, step: Step, name: str) -> Tensor:
-        """Return the score of a parameter's entries, and forget its sum; zeros where it had no gradient."""
+    def so_far(self, step: Step, name: str) -> Tensor:
+        """Return the score of a parameter's entries; zeros where it had no gradient."""
         if name not in self.sums:
             return torch.zeros_like(wide(step.parameters[name]))
-        return self._final(self.sums.pop(name))
+        return self._final(self.sums[name])
+
+    def take(self, step: Step, name: str) -> Tensor:
+        """Return the score of a parameter's entries, and forget its sum."""
+        found = self.so_far(step, name)
+        self.sums.pop(name, None)
+        return found
 
 
 def summed_gradients() -> SummedScores:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainc.dsl.reading.construct import Construct, Problem
+from trainc.dsl.reading.construct import Construct, Effect, Problem
 from trainc.dsl.reading.field_types import word_or_call
 from trainc.dsl.values.functions import Function
-from trainc.dsl.values.value_json import Call, Number
+from trainc.dsl.values.value_json import Call, Expr, Number
 
 if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
@@ -46,6 +46,28 @@ def call_text(call: Call) -> str:
     if len(whole) < 2:
         raise ValueError(f"`{call}`: expected two whole numbers, 1 or more, as in `block(1, 16)`")
     return f"{call.function}({whole[0]}, {whole[1]})"
+
+
+ZEROS = (
+    Effect(
+        "perturb",
+        "choose the entries that train, zero the others",
+        ("params", "clock"),
+        ("params", "optimizer_state", "metrics"),
+    ),
+    Effect(
+        "gradients", "zero the gradient of the others", ("gradient",), ("gradient",), lasting=True
+    ),
+    Effect("deltas", "keep the others at zero", ("delta",), ("params",), lasting=True),
+)
+"""What masks do that keep entries at zero."""
+
+
+def kept_fraction(value: Expr | None) -> Expr | None:
+    """Return a density; raises ValueError for a number that is none."""
+    if isinstance(value, Number) and not 0 < value.value <= 1:
+        raise ValueError("expected a fraction above 0%, at most 100%")
+    return value
 
 
 class ChoosingMask(Construct):

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
-from trainc.compiler.constructs.mask._base import ChoosingMask
+from trainc.compiler.constructs.mask._base import ZEROS, ChoosingMask, kept_fraction
 from trainc.dsl.reading.construct import (
-    Effect,
     Problem,
     RuleExplanation,
     Schedule,
@@ -43,22 +42,7 @@ class Magnitude(ChoosingMask):
     )
     usage: ClassVar = "mask magnitude on ndim(2) every 100 steps { density = cubic(from = 80%, to = 10%, over = 50%) }"
     identity: ClassVar = {"density": "100%"}
-    effects: ClassVar = (
-        Effect(
-            "perturb",
-            "choose the entries that train, zero the others",
-            ("params", "clock"),
-            ("params", "optimizer_state", "metrics"),
-        ),
-        Effect(
-            "gradients",
-            "zero the gradient of the others",
-            ("gradient",),
-            ("gradient",),
-            lasting=True,
-        ),
-        Effect("deltas", "keep the others at zero", ("delta",), ("params",), lasting=True),
-    )
+    effects: ClassVar = ZEROS
 
     rules: ClassVar = {
         "zeros-without-norm": RuleExplanation(
@@ -77,9 +61,7 @@ class Magnitude(ChoosingMask):
     @field_validator("density")
     @classmethod
     def _is_a_fraction(cls, value: Expr | None) -> Expr | None:
-        if isinstance(value, Number) and not 0 < value.value <= 1:
-            raise ValueError("expected a fraction above 0%, at most 100%")
-        return value
+        return kept_fraction(value)
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report tensors that the structure does not fit; warn of rows that are divided by their norm."""

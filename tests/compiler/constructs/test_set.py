@@ -1,0 +1,29 @@
+"""SET: a run by hand, and the same draws in every process."""
+
+import torch
+from torch import Tensor
+
+from tests.compiler.constructs.test_rigl import by_hand, compiled, data
+from trainc.runtime.storage.random_streams import derive_seed
+
+
+def draw(step: int, name: str, gradient: Tensor) -> Tensor:
+    """Return the growth of every entry, from the seed, the name and the step alone."""
+    seed = derive_seed(derive_seed(0, "set", "growth"), "mask", name, step)
+    made = torch.Generator().manual_seed(seed)
+    return torch.rand(gradient.shape, generator=made)
+
+
+def test_two_programs_grow_the_same_entries() -> None:
+    mask = "mask set on ndim(2) every 1 steps { density = 40%, replace = 30% }"
+    one, two = compiled(mask), compiled(mask)
+    for step in range(3):
+        one.step(data(step))
+        two.step(data(step))
+    for name, held in one._method.masks.items():
+        assert torch.equal(held.kept, two._method.masks[name].kept)
+
+
+def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return weights after seven steps, by the program and by hand."""
+    return by_hand("set", draw)
