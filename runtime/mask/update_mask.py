@@ -200,13 +200,13 @@ class SelectedEntries(UpdateMask):
         small = self.parameter.numel() <= torch.iinfo(torch.int32).max
         old = self.index
         self.index = index.to(self.parameter.device, torch.int32 if small else torch.int64)
-        stayed = None
-        if old is not None:
-            found = [leaf for value in state for _, leaf in leaves(value, "")]
-            own = [t for t in found if isinstance(t, Tensor) and t.shape == self.values.shape]
-            stayed = self._carry(old, [self.values, *own])
-        elif self.values.numel() != index.numel():
-            self.values.data = self.values.data.new_zeros(index.numel())
+        found = (leaf for value in state for _, leaf in leaves(value, ""))
+        own = [t for t in found if isinstance(t, Tensor) and t.shape == self.values.shape]
+        stayed = None if old is None else self._carry(old, [self.values, *own])
+        if self.values.numel() != index.numel():
+            # An optimizer may have made its state before it was known how many are chosen.
+            for tensor in (self.values, *own):
+                tensor.data = tensor.detach().new_zeros(index.numel())
         if self._handle is None:
             register: Any = self.parameter.register_post_accumulate_grad_hook
             self._handle = register(self._gather_now)

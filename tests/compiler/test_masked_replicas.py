@@ -11,11 +11,19 @@ from torch.nn.parallel import DistributedDataParallel
 import trainc
 from tests.processes import run_processes, run_rank
 
-SPECS = {
-    "entries": "loss cross_entropy optimizer adamw { lr = 1e-2 } mask sift on ndim(2) { density = 20% }",
-    "zeros": "loss cross_entropy optimizer adamw { lr = 1e-2 } mask magnitude on ndim(2) { density = 50% }",
+MASKS = {
+    "entries": "sift on ndim(2) { density = 20% }",
+    "entries chosen again": "sift on ndim(2) every 2 steps { density = 20%, scope = global }",
+    "random entries": "sift on ndim(2) every 2 steps { density = 20%, scope = erk, select = random }",
+    "zeros": "magnitude on ndim(2) { density = 50% }",
+    "zeros by gradients": "movement on ndim(2) every 1 steps { density = 50% }",
+    "zeros that grow": "rigl on ndim(2) every 1 steps { density = 50%, replace = 30% }",
 }
-STEPS = 3
+STEPS = 4
+
+
+def spec_of(name: str) -> str:
+    return f"loss cross_entropy optimizer adamw {{ lr = 1e-2 }} mask {MASKS[name]}"
 
 
 def model() -> nn.Module:
@@ -32,9 +40,9 @@ def data(step: int) -> tuple[Tensor, Tensor]:
 def replica(rank: int) -> Any:
     """Train on one half of every batch, in two micro-batches; run as a process of its own."""
     found = {}
-    for name, spec in SPECS.items():
+    for name in MASKS:
         own = model()
-        program = trainc.compile(spec, own)
+        program = trainc.compile(spec_of(name), own)
         program.forward = DistributedDataParallel(own)
         for step in range(STEPS):
             x, y = data(step)
@@ -50,10 +58,10 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return run_processes(__file__, 2, folder)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", MASKS)
 def test_replicas_train_the_entries_of_one_process(spec: str, replicas: list[Any]) -> None:
     alone = model()
-    program = trainc.compile(SPECS[spec], alone, executor="module")
+    program = trainc.compile(spec_of(spec), alone, executor="module")
     for step in range(STEPS):
         program.step(data(step))
     for name, wanted in alone.state_dict().items():
