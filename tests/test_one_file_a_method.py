@@ -23,7 +23,7 @@ FILES = [
 OUTSIDE = [file for file in FILES if not file.startswith(OWN)]
 NAMES = {name: kind for kind, name in catalog() if name not in KINDS}
 """The kind of each construct by name; `data`, `model` and `run` are words of the language as well."""
-ORDINARY = {"tokens", "text", "call", "local", "gradient_norm", "noise", "delta", "targets"}
+ORDINARY = {"tokens", "text", "call", "local", "gradient_norm", "noise", "delta", "targets", "set"}
 """Names that are words of every other file, too: they count only behind their kind, as in `data text`."""
 
 OTHER_MEANINGS = {

@@ -119,13 +119,15 @@ class StepAccess(ClauseAccess):
         choose: Chooser,
         density: Expr,
         *,
+        choice: Choice | None = None,
         together: bool = False,
         once: bool = False,
     ) -> ChooseZeros:
         """Train a fraction of the entries of parameters and keep the others at zero; chosen at the clause's times.
 
         `choose(step, fraction)` runs before the forward pass, at `from` and, unless `once`, again `every`. With
-        `together` the fraction is of all the parameters, which only the plan reads. Return the action that chooses: its
+        `together` the fraction is of all the parameters, and `choice` says which is of each, which only the plan reads.
+        Return the action that chooses: its
         `masks` may be changed in later steps.
         """
         fraction = self.schedule(density)
@@ -133,7 +135,16 @@ class StepAccess(ClauseAccess):
         shown = f"density {text}{' of all' * together}"
         names = tuple(names)
         self._refuse_masked_shards(names)
-        masks = {name: ZeroMask(name, self.tensor(name), shown) for name in names}
+        each: dict[str, float] = {}
+        if choice is not None and choice.allocate is not None and self.is_constant(density):
+            shapes = {name: self.inventory.parameter[name].shape for name in names}
+            each = choice.densities(shapes, fraction(Clock()))
+        masks = {
+            name: ZeroMask(
+                name, self.tensor(name), f"density {each[name]:.4g}" if name in each else shown
+            )
+            for name in names
+        }
         self._method.masks.update(masks)
         self._method.schedules[f"{self.label} density"] = fraction
         setting, window = self.clause.construct.model_dump_json(), self.gate() or Gate()

@@ -49,6 +49,11 @@ class Choice:
             return {name: self.count(n, density) for name, n in units.items()}
         return shares(units, self.allocate(shapes, density), self.count)
 
+    def densities(self, shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
+        """Return which fraction of the units of each tensor is chosen; none where that depends on scores."""
+        counts = {} if self.together else self.counts(shapes, density)
+        return {name: n / max(1, self.structure.count(shapes[name])) for name, n in counts.items()}
+
     def sizes(self, shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
         """Return how many entries of each tensor are chosen; 0 where that depends on scores."""
         if self.together:

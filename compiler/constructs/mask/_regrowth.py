@@ -78,7 +78,7 @@ class Regrowing(Construct):
         names = [entry.name for entry in to.parameters()]
         choice = Choice(allocate=erk_densities if self.scope == "erk" else None)
         first = ScoredChoice(to.label, names, Random(to.seed("start")), choice)
-        zeros = to.mask(names, first, Number(self.density), together=self.scope == "erk", once=True)
+        zeros = to.mask(names, first, Number(self.density), choice=choice, once=True)
         fraction = to.schedule(self.replace)
         to.show("replace", fraction)
         pace = None if to.clause.every else Gate(every=TimeSpan(EVERY_STEPS, "steps"))

@@ -86,8 +86,9 @@ class Magnitude(ChoosingMask):
 
         names = [entry.name for entry in to.parameters()]
         density = self.density or Number(self.exact or 1)
-        choose = ScoredChoice(to.label, names, magnitude, self.choice())
-        to.mask(names, choose, density, together=self.scope != "tensor")
+        choice = self.choice()
+        choose = ScoredChoice(to.label, names, magnitude, choice)
+        to.mask(names, choose, density, choice=choice, together=self.scope != "tensor")
 
     def groups(self, names: Sequence[str]) -> list[list[str]]:
         """Return the names that are compared with each other."""

@@ -64,13 +64,14 @@ class Movement(ChoosingMask):
 
         names = [entry.name for entry in to.parameters()]
         score = summed_movement()
-        scored = ScoredChoice(to.label, names, score.so_far, self.choice(reduce=mean))
+        choice = self.choice(reduce=mean)
+        scored = ScoredChoice(to.label, names, score.so_far, choice)
 
         def choose(step: Step, density: float) -> dict[str, Tensor] | None:
             return scored(step, density) if score.sums else None
 
         density = self.density or Number(self.exact or 1)
-        to.mask(names, choose, density, together=self.scope != "tensor")
+        to.mask(names, choose, density, choice=choice, together=self.scope != "tensor")
         sums = SumScores(to.label, score, {name: to.tensor(name) for name in names})
         sums.gate = Gate()
         to.action(sums)

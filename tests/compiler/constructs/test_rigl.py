@@ -125,6 +125,8 @@ def test_its_share_falls_and_its_sizes_are_those_of_erk() -> None:
     assert stayed[10] is stayed[11] is None
     assert all(one >= 0.7 for one in stayed[1:10])
     assert sum(mask.count for mask in action.choice.masks.values()) == 36
+    shown = [row["mask"] for row in program.plan.parameters if row["name"] in NAMES]
+    assert shown == [f"density {mask.density:.4g}" for mask in action.choice.masks.values()]
 
 
 @pytest.mark.parametrize(
