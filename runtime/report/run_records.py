@@ -19,7 +19,7 @@ from trainc.runtime.storage.jsonl import Record
 class RunRecords:
     """The metrics of one run and its plan, with the name and the colour that it is drawn with.
 
-    `counter` is the quantity of the horizontal axis: `tokens`, `samples` or `step`.
+    `counter` is the quantity of the horizontal axis: `tokens`, `samples` or `step`; `folder` is where the run lies.
     """
 
     name: str
@@ -27,6 +27,7 @@ class RunRecords:
     color: str
     plan: Mapping[str, Any] = field(default_factory=dict)
     counter: str = "step"
+    folder: Path | None = None
 
     @classmethod
     def of(cls, folder: Path, name: str, color: str) -> RunRecords:
@@ -35,7 +36,7 @@ class RunRecords:
         plan = read_json(path) if path.exists() else {}
         with interpreting(path):
             check_plan(plan)
-        return cls(name, read_metrics(folder / "metrics.jsonl"), color, plan)
+        return cls(name, read_metrics(folder / "metrics.jsonl"), color, plan, folder=folder)
 
     @property
     def steps(self) -> list[Record]:

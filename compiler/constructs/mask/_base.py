@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.runtime.mask.entry_choice import Choice
     from trainc.runtime.mask.structures import Structure
+    from trainc.runtime.report.axes import Panel
+    from trainc.runtime.report.run_records import RecordedClause, RunRecords
 
 _CALLS = {
     "block": Function({"rows": "plain", "columns": "plain"}, 2, 2),
@@ -70,7 +72,20 @@ def kept_fraction(value: Expr | None) -> Expr | None:
     return value
 
 
-class ChoosingMask(Construct):
+class PicturedMask(Construct):
+    """Base of the masks whose entries a checkpoint holds: a report shows those of the largest tensor."""
+
+    @classmethod
+    def panels(
+        cls, clauses: Sequence[RecordedClause], runs: Sequence[RunRecords]
+    ) -> Iterable[Panel]:
+        """Return a picture of the mask of the largest tensor of each run."""
+        from trainc.compiler.constructs.mask._picture import mask_panels
+
+        return mask_panels(clauses)
+
+
+class ChoosingMask(PicturedMask):
     """Base of the masks that choose entries of tensors by a score, under a structure and a budget.
 
     A subclass has a field `density`, a number or an expression, or None where the structure says it.

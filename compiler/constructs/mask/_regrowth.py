@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainc.compiler.constructs.mask._base import ZEROS, kept_fraction
-from trainc.dsl.reading.construct import Construct, Effect, Fraction, Problem, Proportion
+from trainc.compiler.constructs.mask._base import ZEROS, PicturedMask, kept_fraction
+from trainc.dsl.reading.construct import Effect, Fraction, Problem, Proportion
 from trainc.dsl.values.value_json import Binary, Call, Number
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ EVERY_STEPS = 100
 """How often entries are replaced where a clause does not say."""
 
 
-class Regrowing(Construct):
+class Regrowing(PicturedMask):
     """Base of the masks that drop the smallest entries and let others train; `growth` says which."""
 
     targets: ClassVar = "parameters"
