@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from trainc.compiler.constructs.mask.rigl import Rigl
+from trainc.compiler.constructs.mask.dynamic.rigl import Rigl
 from trainc.runtime.mask.regrow import Regrow, regrown
 
 CASE = json.loads((Path(__file__).parents[2] / "reference/masks.json").read_text())["relatives"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from trainc.compiler.constructs.mask._regrowth import Regrowing
+from trainc.compiler.constructs.mask.dynamic._regrowth import Regrowing
 
 if TYPE_CHECKING:
     from torch import Tensor
