@@ -31,14 +31,14 @@ from benchmarks.zoo.checks import (
 )
 from benchmarks.zoo.clauses import BATCH
 from trainc.compiler.driver.compile import resolve_spec
-from trainc.compiler.driver.site_diagnostics import loss_diagnostic
+from trainc.compiler.driver.site_diagnostics import clause_diagnostic, loss_diagnostic
 from trainc.compiler.driver.train import train
 from trainc.compiler.errors import GraphRefused, SiteError
 from trainc.compiler.program.program import Program
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.runtime.data.batch import WrongBatch, WrongOutput, compute_logits
-from trainc.runtime.step.action import StopRun
+from trainc.runtime.step.action import ClauseFailed, StopRun
 
 STEPS = 3
 LR, MOMENTUM = 0.02, 0.9
@@ -206,6 +206,8 @@ def located(program: Program, spec: Spec) -> Iterator[None]:
     """Raise errors of the losses with their places in the spec, as `trainc run` does."""
     try:
         yield
+    except ClauseFailed as error:
+        raise trainc.SpecError([clause_diagnostic(error, spec)]) from error
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         if (
             isinstance(error, SiteError)

@@ -8,6 +8,7 @@ from trainc.compiler.method.loss import LossMismatch
 from trainc.compiler.method.losses import Losses
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.runtime.step.action import ClauseFailed
 from trainc.runtime.torch_optimizer.problem import OptimizerProblem
 
 
@@ -21,6 +22,13 @@ def site_diagnostic(error: SiteError, spec: Spec) -> Diagnostic:
     clauses += [c for c in spec.clauses if any("forward" in e.writes for e in c.construct.effects)]
     spans = [span for clause in clauses if (span := clause.part_span(error.field))]
     return Diagnostic(error.rule, str(error), tuple(Label(span) for span in spans[:1]))
+
+
+def clause_diagnostic(error: ClauseFailed, spec: Spec) -> Diagnostic:
+    """Return the diagnostic of what a clause cannot do in a step, at this clause."""
+    clause = next((clause for clause in spec.clauses if clause.name == error.clause), None)
+    span = clause.span if clause else None
+    return Diagnostic("clause-failed", str(error), (Label(span),) if span else ())
 
 
 def optimizer_diagnostic(error: OptimizerProblem, spec: Spec) -> Diagnostic:

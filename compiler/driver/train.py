@@ -21,6 +21,7 @@ from trainc.compiler.driver.recorded_clauses import shown_signals
 from trainc.compiler.driver.resume import cannot_resume, changed_run
 from trainc.compiler.driver.run_logger import run_logger
 from trainc.compiler.driver.site_diagnostics import (
+    clause_diagnostic,
     loss_diagnostic,
     optimizer_diagnostic,
     site_diagnostic,
@@ -50,7 +51,7 @@ from trainc.runtime.run.loggers import Logger
 from trainc.runtime.run.loop import train as loop
 from trainc.runtime.run.preflight import DoesNotFit
 from trainc.runtime.run.summary import Summary
-from trainc.runtime.step.action import IncompatibleState
+from trainc.runtime.step.action import ClauseFailed, IncompatibleState
 from trainc.runtime.storage.differences import ChangedRun
 from trainc.runtime.storage.random_streams import derive_seed
 from trainc.runtime.storage.saved_weights import read_weights
@@ -177,6 +178,8 @@ def _reported(program: Program, spec: Spec, out: Path) -> Iterator[None]:
         yield
     except SiteError as error:
         raise SpecError([site_diagnostic(error, spec)]) from error
+    except ClauseFailed as error:
+        raise SpecError([clause_diagnostic(error, spec)]) from error
     except OptimizerProblem as error:
         raise SpecError([optimizer_diagnostic(error, spec)]) from error
     except ChangedRun as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainc.compiler.driver.compile import resolve_spec
 from trainc.compiler.driver.inspect import program_and_batch
-from trainc.compiler.driver.site_diagnostics import site_diagnostic
+from trainc.compiler.driver.site_diagnostics import clause_diagnostic, site_diagnostic
 from trainc.compiler.errors import SiteError, SiteMissing, SiteUnfit
 from trainc.compiler.execution.capture import CaptureFailed
 from trainc.compiler.method.total_loss import losses_of_views
@@ -22,6 +22,7 @@ from trainc.compiler.program.program import Program
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.runtime.data.batch import Batch, map_tensors
+from trainc.runtime.step.action import ClauseFailed
 
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-9}
 
@@ -63,6 +64,8 @@ def verify(
         return compare(program, batch)
     except SiteError as error:
         raise SpecError([site_diagnostic(error, checked)]) from error
+    except ClauseFailed as error:
+        raise SpecError([clause_diagnostic(error, checked)]) from error
     except (CaptureFailed, SiteMissing, SiteUnfit) as error:
         raise SpecError([Diagnostic("capture-failed", str(error))]) from error
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.report import labels
 from trainc.compiler.lower.factor_checks import factor_problems
+from trainc.compiler.lower.reading_checks import reading_problems
 from trainc.compiler.method.lowered_method import LoweredMethod, OptimizerPart
 from trainc.compiler.model.inventory import Inventory
 from trainc.dsl.text.diagnostic import Diagnostic
@@ -30,10 +31,9 @@ def problems_between(
         yield from _without_optimizer(clauses, method)
     yield from _masked_exchanges(clauses, method)
     yield from _evaluations(clauses, method)
-    yield from _terms_without_classes(clauses, method)
+    yield from reading_problems(clauses, by_label, method, inventory)
     yield from _replaced_layers(clauses, method)
     yield from _changed_weights(clauses, method)
-    yield from _mixed_views(clauses, method, inventory)
     yield from _equal_clips(clauses, method)
     yield from factor_problems(clauses, by_label, method)
     yield from _masked_wholes(clauses, method)
@@ -144,48 +144,6 @@ def _evaluations(clauses: Sequence[BoundClause], method: LoweredMethod) -> Itera
             labels((clause.span, "sets them again here"), (first.span, "first set here")),
             help="remove one of the two clauses",
         )
-
-
-def _mixed_views(
-    clauses: Sequence[BoundClause], method: LoweredMethod, inventory: Inventory
-) -> Iterator[Diagnostic]:
-    """Yield an error for clauses that compare views where a BatchNorm mixes them; by groups it keeps them apart."""
-    apart = {site.module for site in method.rewrite.hooks if site.hook.replaces}
-    apart |= {site.module for site in method.rewrite.measured}
-    norms = [m.name for m in inventory.modules if m.batch_statistics and m.name not in apart]
-    asking = {request.label for request in method.rewrite.view_requests}
-    for clause in clauses if norms else ():
-        if clause.label in asking:
-            yield Diagnostic(
-                "views-over-batch-norm",
-                f"`{clause.title}` compares passes of the same examples, which the BatchNorm `{norms[0]}` would"
-                " normalize together, in train mode",
-                labels((clause.span, "")),
-                (f"BatchNorm layers in train mode: {len(norms)}",),
-                help="keep them in eval mode, also in the model's own `train()`, or use GroupNorm or LayerNorm",
-            )
-
-
-def _terms_without_classes(
-    clauses: Sequence[BoundClause], method: LoweredMethod
-) -> Iterator[Diagnostic]:
-    """Yield an error for every clause whose loss term or observer reads classes where the loss has none."""
-    loss = method.loss
-    if loss is None or loss.of_classes:
-        return
-    readers = [*method.rewrite.observers, *method.evaluation_observers]
-    of_classes = {one.name for one in readers if one.of_classes} | {
-        term.clause for term in method.rewrite.terms.values() if term.of_classes
-    }
-    for clause in clauses:
-        if clause.label in of_classes:
-            yield Diagnostic(
-                "bad-value",
-                f"`{clause.title}` reads probabilities of classes, and the targets of `loss {loss.name}` are no"
-                " classes",
-                labels((clause.span, "needs logits of classes")),
-                help="use a loss of classes, such as cross-entropy, or remove the clause",
-            )
 
 
 def _replaced_layers(clauses: Sequence[BoundClause], method: LoweredMethod) -> Iterator[Diagnostic]:

@@ -18,6 +18,7 @@ from trainc.runtime.companion.history import History
 from trainc.runtime.data.batch import compute_logits, map_tensors, no_logits
 from trainc.runtime.processes.sharded import full
 from trainc.runtime.schedule.gate import Gate
+from trainc.runtime.step.action import failures_of
 from trainc.runtime.step.observer import require_classes
 
 Over = Literal["targets", "examples", "parameters"]
@@ -208,11 +209,15 @@ class Term:
         return self.over == "parameters"
 
     def evaluate(self, forward: Forward, owners: Mapping[int, str] | None = None) -> Tensor:
-        """Return the value; raises ValueError unless it is 0-d, or where it reads classes and the logits have none.
+        """Return the value; raises ClauseFailed unless it is 0-d, or where it reads classes and the logits have none.
 
         With `owners`, the names of the user's tensors by `id`, also where one of them is used that does not come from
         `forward`.
         """
+        with failures_of(self.clause or self.label):
+            return self._value(forward, owners)
+
+    def _value(self, forward: Forward, owners: Mapping[int, str] | None) -> Tensor:
         if self.of_classes:
             require_classes(self.label, forward, indices=False)
         own = {name: forward.tensors[full] for name, full in self.named if name != full}

@@ -120,6 +120,11 @@ MODEL_RULES: dict[str, RuleExplanation] = {
         "be lost when the run is resumed.",
         "The message says what the optimizer did, and what to write instead.",
     ),
+    "clause-failed": RuleExplanation(
+        "What a clause does in a step is not possible with this batch or model.",
+        "Shapes and targets are known only when the clause sees a batch: a margin, for one, needs class indices.",
+        "The message says what the clause found, and what to write instead.",
+    ),
     "capture-failed": RuleExplanation(
         "The model could not be turned into a graph.",
         "`trainc compile` and `plan --diff` need the graph of a step. The message says where the capture stopped.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +33,25 @@ class Phase(IntEnum):
 
 
 ActionState = dict[str, Any]
+
+
+class ClauseFailed(ValueError):
+    """What a clause does in a step is not possible; `clause` is its label, and the message says why."""
+
+    def __init__(self, clause: str, message: str) -> None:
+        super().__init__(message)
+        self.clause = clause
+
+
+@contextmanager
+def failures_of(name: str) -> Iterator[None]:
+    """Raise a ValueError of this block as ClauseFailed of the clause that named an action so."""
+    try:
+        yield
+    except ValueError as error:
+        if hasattr(error, "clause"):  # it says already where it is
+            raise
+        raise ClauseFailed(name.partition(".")[0], str(error)) from error
 
 
 class Action(ABC):

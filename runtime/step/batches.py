@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainc.runtime.data.batch import Batch, check_batch, copy_inputs, describe_parts
-from trainc.runtime.step.action import Action, Phase
+from trainc.runtime.step.action import Action, Phase, failures_of
 from trainc.runtime.storage.random_streams import derive_seed
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def change_batch(
     """Return a micro-batch as the transforms that are due make it, one after the other.
 
     The random numbers follow from the seed, the clause, the replica, the step and the number of the micro-batch's first
-    example in it, so that a resumed run draws those of the uninterrupted one. Raises ValueError where a transform gives
-    the targets another form.
+    example in it, so that a resumed run draws those of the uninterrupted one. Raises ClauseFailed where a transform
+    gives the targets another form.
     """
     due = [transform for transform in transforms if transform.is_due(step)]
     if not due:
@@ -110,7 +110,8 @@ def change_batch(
             draw.manual_seed(derive_seed(seed, "batch", one.name, rank, *place))
             one.draws = StepDraws(seed, one.name, rank, *place)
             ids = sample_ids if one.sample_ids else None
-            changed = _checked(one, one.change(changed, step, draw, ids), changed[1])
+            with failures_of(one.name):
+                changed = _checked(one, one.change(changed, step, draw, ids), changed[1])
     return changed
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from trainc.runtime.step.action import Action, Phase
+from trainc.runtime.step.action import Action, Phase, failures_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,6 +86,12 @@ def require_classes(reader: str, forward: Seen, *, indices: bool) -> None:
         raise no_logits(reader)
     rows, *others = forward.logits.shape
     wanted = (rows // forward.views, *others[:-1])
+    if indices and forward.targets.is_floating_point() and forward.targets.dim() > len(wanted):
+        raise ValueError(
+            f"`{reader}` needs class indices, and the targets of this batch are probabilities of classes"
+            f" {list(forward.targets.shape)}, as a clause that mixes examples makes them: read evaluations, or let one"
+            " of the two clauses begin when the other has ended. If the data gives them, remove the clause"
+        )
     found = forward.targets if indices else forward.counted
     if tuple(found.shape) != wanted:
         raise ValueError(
@@ -106,10 +112,11 @@ class Observer(Action):
     """Whether it reads which samples the examples are: a step without sample ids is then an error."""
 
     def read(self, forward: Seen) -> None:
-        """Let it see one micro-batch; raises ValueError where it reads classes and the logits have none."""
-        if self.of_classes:
-            require_classes(self.name, forward, indices=True)
-        self.see(forward)
+        """Let it see one micro-batch; raises ClauseFailed where it reads classes and the logits have none."""
+        with failures_of(self.name):
+            if self.of_classes:
+                require_classes(self.name, forward, indices=True)
+            self.see(forward)
 
     @abstractmethod
     def see(self, forward: Seen) -> None:
@@ -135,7 +142,8 @@ class Observer(Action):
 
     def named(self, replicas: ReplicaGroup | None = None) -> dict[str, float]:
         """Return what was measured by full names, and forget what was seen."""
-        found = self.found(replicas)
+        with failures_of(self.name):
+            found = self.found(replicas)
         self.forget()
         return {f"{self.name}.{signal}": value for signal, value in found.items()}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import trainc
+from trainc.compiler.driver.site_diagnostics import clause_diagnostic
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.program.program import Program
 from trainc.dsl.reading.construct import Construct, Effect
@@ -18,6 +19,7 @@ from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.errors import SpecError
 from trainc.runtime.data.batch import Batch
+from trainc.runtime.step.action import ClauseFailed
 
 BASE = "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps, seed = 2 } "
 PACE = BASE + "regularize pace on type(Linear) { sigma = 0.5, weight = 0.7 }"
@@ -51,6 +53,17 @@ class Twice(Construct):
     def lower(self, to: Lowering) -> None:
         for _ in range(2):
             to.term(lambda f: f.logits.square().mean(), over="examples")
+
+
+class NotOne(Construct):
+    """Adds a number of each example."""
+
+    kind: ClassVar = "regularize"
+    name: ClassVar = "not_one"
+    effects: ClassVar = (Effect("forward", "read logits", ("forward",), ("loss",)),)
+
+    def lower(self, to: Lowering) -> None:
+        to.term(lambda f: f.logits.square().mean(1), over="examples")
 
 
 class Model(nn.Module):
@@ -119,14 +132,32 @@ def test_predictions_need_one_target_each(executor: Any) -> None:
     program = trainc.compile(BASE + clause, Model().double(), executor=executor)
     x, y = batch(0)
     probabilities = torch.nn.functional.one_hot(y, 6).double()
-    with pytest.raises(ValueError, match=r"one target for each of the others, \[6\]"):
+    with pytest.raises(
+        ClauseFailed, match=r"needs class indices, .* probabilities of classes"
+    ) as it:
         program.step((x, probabilities))
+    assert it.value.clause == "calibration"
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_a_term_that_fails_in_a_step_says_at_which_clause(executor: Any) -> None:
+    program = trainc.compile(
+        spec(Clause(NotOne(), label="wide")), Model().double(), executor=executor
+    )
+    with pytest.raises(ClauseFailed, match=r"0-d tensor, but returned shape \[6\]") as it:
+        program.step(batch(0))
+    assert it.value.clause == "wide"
+    text = BASE + "observe calibration { of = training }"
+    checked = trainc.check(text).unwrap()
+    found = clause_diagnostic(ClauseFailed("calibration", "why"), checked)
+    assert found.span is not None
+    assert (found.rule, found.span.text) == ("clause-failed", text.removeprefix(BASE))
 
 
 def test_predictions_of_an_evaluation_need_one_target_each() -> None:
     program = trainc.compile(BASE + "observe calibration", Model().double())
     x, y = batch(0)
-    with pytest.raises(ValueError, match="one target for each"):
+    with pytest.raises(ClauseFailed, match="needs class indices"):
         program.evaluate(x, torch.nn.functional.one_hot(y, 6).double())
 
 

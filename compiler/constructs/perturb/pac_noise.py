@@ -120,9 +120,10 @@ class PacNoise(Construct, AdapterRule):
 
         made = {}
         for own, shape in shapes.items():
-            size = tuple(shape) if self.levels == "per_parameter" else ()
+            # `fully_shard` takes no 0-d parameters, and would fail before the clause can say why it is refused.
+            size = tuple(shape) if self.levels == "per_parameter" and shape else (1,)
             made[f"log_sigma_{own}"] = nn.Parameter(torch.empty(size))
-            made[f"log_prior_{own}"] = nn.Parameter(torch.empty(()))
+            made[f"log_prior_{own}"] = nn.Parameter(torch.empty(1))
         return made
 
     def first(self, names: Iterable[str], layer: nn.Module) -> dict[str, Tensor]:
@@ -179,7 +180,8 @@ class PacNoise(Construct, AdapterRule):
             found, now = [], forward.parameters
             for name, (sigma, prior) in levels.items():
                 weight, start = now[name].detach(), forward.tensors[keys[name]]
-                found.append(pac_kl([weight], [start], [now[sigma]], [now[prior]]))
+                size = now[sigma] if now[sigma].shape == weight.shape else now[sigma].squeeze()
+                found.append(pac_kl([weight], [start], [size], [now[prior].squeeze()]))
             kl: Tensor = sum(found[1:], start=found[0])
             return kl / (self.gamma * samples) * forward.tensors["learning"]
 
@@ -247,6 +249,8 @@ class LearnedNoise(WeightHook):
         """Return the weight with noise."""
         log_sigma = getattr(getattr(at.layer, self.held_as), f"log_sigma_{at.weight}")
         noise = self.random(weight, at, "normal").clip(-2, 2)
+        if log_sigma.shape != weight.shape:
+            log_sigma = log_sigma.squeeze()
         changed: Tensor = weight + log_sigma.to(noise.dtype).exp() * noise
         return changed
 

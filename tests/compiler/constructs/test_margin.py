@@ -74,6 +74,16 @@ def test_a_layer_must_be_one_linear_layer(fields: str, said: str) -> None:
         trainc.plan(f"{BASE} {{ {fields} }}", net())
 
 
+def test_examples_that_another_clause_mixes_have_no_margin() -> None:
+    mixes = " regularize mixup { alpha = 0.2 }"
+    with pytest.raises(trainc.SpecError) as failed:
+        trainc.plan(f"{BASE} {{ of = training }}{mixes}", net())
+    (found,) = failed.value.diagnostics
+    assert found.rule == "conflicting-effects"
+    assert [label.span.text.split()[1] for label in found.labels] == ["margin", "mixup"]
+    trainc.plan(f"{BASE}{mixes}", net())  # evaluations mix nothing
+
+
 def test_a_layer_must_give_the_logits() -> None:
     program = trainc.compile(f'{BASE} {{ of = training, layer = "0" }}', net())
     with pytest.raises(ValueError, match="let `layer` be the layer that gives the logits"):

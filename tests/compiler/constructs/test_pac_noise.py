@@ -80,6 +80,7 @@ def test_sizes_start_from_the_weights() -> None:
         for of in ("sigma", "prior"):
             found = program.module.get_parameter(f"0.pac_noise.log_{of}_weight")
             assert float(found.detach().exp()) == pytest.approx(mean**power)
+        assert all(p.dim() for p in program.module.parameters())  # `fully_shard` takes no other
     zeros = nn.Sequential(nn.Linear(4, 3))
     nn.init.zeros_(zeros.get_parameter("0.bias"))
     made = trainc.compile(f'{SPEC} perturb pac_noise on "0" {{ samples = 9 }}', zeros).module
