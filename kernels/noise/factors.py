@@ -75,7 +75,9 @@ def factor_once(x: Tensor, *noise: Any) -> Tensor:
         return factor(x, *noise)
     sigma, key, site, views, share, first_example = noise
     numbers = (t if t is None else t.item() for t in (sigma, key, first_example))
-    drawn_for = (*numbers, site, views, share, x.shape, accumulation_dtype(x.dtype))
+    # Shared by the tokens it does not depend on them: one of the two calls may have a factor, the other all tokens.
+    shape = x.shape if share == "none" else (x.shape[0], x.shape[-1])
+    drawn_for = (*numbers, site, views, share, *shape, accumulation_dtype(x.dtype))
     z = _kept.take(drawn_for)
     if z is None:
         z = factor(x, *noise)

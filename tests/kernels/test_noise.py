@@ -107,6 +107,11 @@ def test_backward_takes_what_forward_drew(monkeypatch: pytest.MonkeyPatch) -> No
         assert factors._kept.held == 0
     assert len(draws) == 1 + 2
     assert torch.equal(*gradients)
+    # A graph that multiplies in place draws the factor alone, and one for all tokens in backward.
+    monkeypatch.setattr(factors, "_kept", factors.FactorCache(1 << 20))
+    z = noise.multiplicative_noise(torch.ones(4, 1, 5), SIGMA, KEY, 3, 2)
+    assert torch.equal(noise.multiplicative_noise(torch.ones(4, 3, 5), SIGMA, KEY, 3, 2)[:, :1], z)
+    assert len(draws) == 1 + 2 + 1
 
 
 def test_factors_are_kept_within_a_limit_and_given_out_once() -> None:
