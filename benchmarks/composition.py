@@ -1,7 +1,8 @@
 """Every two constructs of the catalog in one spec: they train as they should, or are refused with a reason.
 
 A pair trains three steps by the modules and by the graph, with equal numbers, and goes on from a saved state bit for
-bit. With `--only` the pairs of one construct are tried, and take the place of those in the file.
+bit. With `--only` the pairs of one construct are tried, and take the place of those in the file; with `--missing` those
+that the file does not have.
 """
 
 import argparse
@@ -32,23 +33,25 @@ def main() -> int:
     """Try the pairs, and write what became of each; return 1 where one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", metavar="NAME", help="pairs with this construct, such as pace")
+    parser.add_argument("--missing", action="store_true", help="pairs that the file does not have")
     parser.add_argument("--sample", action="store_true", help="the pairs that the tests try")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    rows = _read(options.out) if options.only or options.missing else {}
     chosen = [
         pair
         for pair in (sample() if options.sample else pairs())
         if not options.only or options.only in " ".join(pair).split()
+        if not options.missing or pair not in rows
     ]
-    if not chosen:
-        parser.error(f"nothing is called `{options.only}`")
-    rows = _read(options.out) if options.only else {}
+    if options.only and not chosen:
+        parser.error(f"nothing is called `{options.only}`, or all of its pairs are known")
     for done, found in enumerate(_found(chosen, options.processes), 1):
         rows[found.first, found.second] = _row(found)
         if found.outcome.status == "wrong":
             print(f"{found.first} x {found.second}: {found.outcome.detail}", flush=True)
-        if done % 100 == 0:  # what was found is kept if the rest is interrupted
+        if done % 20 == 0:  # what was found is kept if the rest is interrupted
             print(f"{done} of {len(chosen)}", flush=True)
             _write(rows, options.out)
     _write(rows, options.out)

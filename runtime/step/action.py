@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,7 +52,10 @@ def failures_of(name: str) -> Iterator[None]:
     except ValueError as error:
         if hasattr(error, "clause"):  # it says already where it is
             raise
-        raise ClauseFailed(name.partition(".")[0], str(error)) from error
+        label = re.split(r"\W", name)[
+            0
+        ]  # an action is called as its clause, and more where this has several
+        raise ClauseFailed(label, str(error)) from error
 
 
 class Action(ABC):

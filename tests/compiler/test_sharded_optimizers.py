@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import trainc
 from tests.compiler.test_foreign_optimizers import OURS, batch, net, spec
@@ -16,6 +17,9 @@ FIELDS = {
     f"{OURS}Swapping": "lr = 0.1",
     "Adam": "lr = 0.01, amsgrad = true",
 }
+HISTORY = "regularize pace on type(Linear) { sigma = 0.4, weight = 0.5, mode = history }"
+MIXUP = "regularize mixup { alpha = 0.7 }"
+"""Each process mixes its own examples, so that shards are compared with replicas."""
 
 
 def whole(state: Any) -> dict[str, Any]:
@@ -53,6 +57,12 @@ def process(rank: int) -> Any:
         resumed = trained(name, sharded(), range(3, 5), state)
         found[name] = straight[:2], resumed[:2]
     found["changed"] = changed(sharded())
+    rows = slice(3 * rank, 3 * rank + 3)
+    found["apart"] = {
+        (clause, by): apart(clause, by, rows)
+        for clause in (HISTORY, MIXUP)
+        for by in ("shards", "replicas")
+    }
     return found
 
 
@@ -67,11 +77,32 @@ def changed(model: nn.Module) -> dict[str, Any]:
     return whole(model.state_dict())
 
 
+def apart(clause: str, by: str, rows: slice) -> dict[str, Any]:
+    """Return weights after steps of which each process has some examples."""
+    model = sharded() if by == "shards" else net()
+    text = "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps } " + clause
+    program = trainc.compile(text, model)
+    if by == "replicas":
+        program.forward = DistributedDataParallel(model)
+    for step in range(4):
+        x, y = batch(step)
+        ids = torch.arange(len(y)).roll(step)[rows] if program.reads_sample_ids else None
+        program.step((x[rows], y[rows]), sample_ids=ids)
+    return whole(model.state_dict())
+
+
 def test_sharded_training_is_that_of_whole_parameters(tmp_path: Path) -> None:
     one, two = run_processes(__file__, 2, tmp_path)
     for parameter, weight in changed(net()).items():
         for found in (one, two):
             torch.testing.assert_close(found["changed"][parameter], weight, msg=parameter)
+    kept = apart(HISTORY, "one process", slice(0, 6))
+    for found in (one, two):
+        by_shards, by_replicas = (found["apart"][MIXUP, by] for by in ("shards", "replicas"))
+        for parameter, weight in kept.items():
+            for by in ("shards", "replicas"):
+                torch.testing.assert_close(found["apart"][HISTORY, by][parameter], weight)
+            torch.testing.assert_close(by_shards[parameter], by_replicas[parameter])
     for name in FIELDS:
         wanted = trained(name, net(), range(5))[:2]
         straight, resumed = one[name]

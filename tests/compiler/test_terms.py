@@ -19,7 +19,7 @@ from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.errors import SpecError
 from trainc.runtime.data.batch import Batch
-from trainc.runtime.step.action import ClauseFailed
+from trainc.runtime.step.action import ClauseFailed, failures_of
 
 BASE = "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps, seed = 2 } "
 PACE = BASE + "regularize pace on type(Linear) { sigma = 0.5, weight = 0.7 }"
@@ -146,6 +146,9 @@ def test_a_term_that_fails_in_a_step_says_at_which_clause(executor: Any) -> None
     )
     with pytest.raises(ClauseFailed, match=r"0-d tensor, but returned shape \[6\]") as it:
         program.step(batch(0))
+    assert it.value.clause == "wide"
+    with pytest.raises(ClauseFailed, match="why") as it, failures_of("wide second stage"):
+        raise ValueError("why")
     assert it.value.clause == "wide"
     text = BASE + "observe calibration { of = training }"
     checked = trainc.check(text).unwrap()

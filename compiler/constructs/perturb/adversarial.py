@@ -37,7 +37,8 @@ class Adversarial(RepeatedPasses):
     classes one step finds the maximum: its loss is softplus(-(y w.x - radius |w|_q)), 1/p + 1/q = 1.
 
     With `at` d is added to what these layers give in place of the inputs, such as the embeddings of
-    tokens; then the modules run, not a graph. The weights are updated with (1 - mix) g(x) +
+    tokens; then the modules run, not a graph. What `forward` computes between layers has no name: an
+    nn.Identity there can be selected. The weights are updated with (1 - mix) g(x) +
     mix g(x + d): with `mix` = 1, its default, by the adversarial loss alone. The loss reported is
     that at x + d. All passes have the same dropout and noise, and BatchNorm takes its running
     statistics from the last. A step costs `steps` + 1, with `mix` below 1 one more.
