@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -12,13 +13,13 @@ from trainc.compiler.bind.bound_clause import BoundClause
 from trainc.compiler.bind.report import labels
 from trainc.compiler.bind.rule_selectors import selected_by
 from trainc.compiler.lower.lowering_context import LoweringContext, refuse_places
-from trainc.compiler.lower.rule_expressions import rule_expressions
 from trainc.dsl.resolve.statements import Assign, Do
 from trainc.dsl.resolve.statements import Rule as RuleClause
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.vocabulary import EVALUATED
-from trainc.dsl.values.value_json import Call, Expr, Name, to_json, walk
+from trainc.dsl.values.functions import REMEMBERING
+from trainc.dsl.values.value_json import Call, Expr, Name, expr_from_json, to_json, walk
 from trainc.runtime.rules.actions import (
     Evaluate,
     Freeze,
@@ -31,11 +32,12 @@ from trainc.runtime.rules.actions import (
     Switch,
     Warn,
 )
-from trainc.runtime.rules.history import History
+from trainc.runtime.rules.history import Best, History, Window
 from trainc.runtime.rules.rule import Rule
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.expressions import Compiled, names_read
-from trainc.runtime.schedule.schedules import Condition
+from trainc.runtime.schedule.schedules import Condition, Schedules
+from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.step.action import Action
 
 
@@ -221,3 +223,45 @@ def _text(clause: RuleClause) -> str:
     """Return a rule's text without its actions: `when loss < 2 for 10 steps`."""
     waits = (("for", clause.hold), ("cooldown", clause.cooldown))
     return f"when {clause.condition}" + "".join(f" {w} {d}" for w, d in waits if d is not None)
+
+
+@dataclass
+class RuleExpressions(Schedules):
+    """Schedules, and calls of `best`, `since_best` and `mean`, for which `history` remembers numbers."""
+
+    context: LoweringContext = field(kw_only=True)
+    history: History = field(kw_only=True)
+
+    def call(
+        self, name: str, args: Sequence[Any], options: Mapping[str, Any], start: float
+    ) -> Compiled:
+        """Compile a call."""
+        if name not in REMEMBERING:
+            return super().call(name, args, options, start)
+        read = self._number(args[0], start)
+        memories, number = self.history.memories, expr_from_json(args[0])
+        if name == "mean":
+            span = self._window(args[1])
+            made = Window(f"mean({number}, {expr_from_json(args[1])})", read.at, span)
+            window = memories.setdefault(made.text, made)
+            assert isinstance(window, Window)
+            return Compiled(lambda clock, values: window.mean(clock), unit=read.unit)
+        lowest = Best(f"best({number})", read.at)
+        best = memories.setdefault(lowest.text, lowest)
+        assert isinstance(best, Best)
+        if name == "best":
+            return Compiled(lambda clock, values: best.lowest, unit=read.unit)
+        return Compiled(lambda clock, values: clock.steps - best.step, unit="steps")
+
+    def _window(self, duration: Any) -> TimeSpan:
+        """Return the window of a mean as the clock counts it."""
+        span = TimeSpan(float(duration[1]), duration[2])
+        if not span.amount > 0:
+            raise ValueError("the window of a mean must be longer than 0")
+        return self.context.counted(span)
+
+
+def rule_expressions(context: LoweringContext, history: History) -> RuleExpressions:
+    """Return what compiles the rules of one spec."""
+    known = context.units, context.schedule_length, context.signal_units
+    return RuleExpressions(*known, context=context, history=history)

@@ -224,15 +224,22 @@ def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] | Non
                 count = function.positional
                 only = f"only {count}" if count else "no"
                 text = f"`{name}` takes {only} argument{'s' * (count != 1)} without a name"
+                listing = f"the arguments are {', '.join(f'`{k}`' for k in order)}"
+                all_given = len(order) == function.positional
                 raise Unreadable(
                     argument.value,
-                    text,
-                    help=f"write its name: the arguments are {', '.join(f'`{k}`' for k in order)}",
+                    f"`{name}` takes {len(order)} argument{'s' * (len(order) != 1)}"
+                    if all_given
+                    else text,
+                    help=listing if all_given else f"write its name: {listing}",
                 )
             key = order[0] if many else order[len(args)]
         else:
             key = argument.name.id
-            if key not in order or not function.schedule:
+            if key in order and not function.schedule:
+                text = f"`{name}` takes its arguments without names"
+                raise Unreadable(argument.name, text, help=f"write `{name}(...)`")
+            if key not in order:
                 help = (
                     suggest(key, order) or f"the arguments are {', '.join(f'`{k}`' for k in order)}"
                 )
@@ -245,7 +252,7 @@ def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] | Non
             args.append(value)
     missing = [key for key in order[: function.required] if key not in given]
     if missing:
-        example = f"`{name}({missing[0]} = ...)`"
+        example = f"`{name}({missing[0]} = ...)`" if function.schedule else f"`{name}(...)`"
         raise Unreadable(node, f"`{name}` needs `{missing[0]}`: {example}")
     named = {a.name.id: given[a.name.id] for a in node.arguments if a.name}
     return v.Call(name, tuple(args), tuple(named.items()))

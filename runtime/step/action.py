@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -68,6 +68,8 @@ class Action(ABC):
     """Whether it can read `step.parameters` that are sharded over processes (FSDP2), of which it sees DTensors."""
     outlasts_rollback: ClassVar[bool] = False
     """Whether it keeps its state where the run goes back to a checkpoint, as what rules did."""
+    runs_model: ClassVar[bool] = False
+    """Whether it runs the model and the loss, as an optimizer's closure does, whose errors are not its own."""
     figures: tuple[str, ...] = ()
     """Attributes that only the summary shows, numbers or lists of them: a checkpoint keeps them as well."""
 
@@ -81,7 +83,8 @@ class Action(ABC):
         if not self.reads_shards:
             step.parameters = WholeParameters(every, self.name)
         try:
-            self.run(step)
+            with nullcontext() if self.runs_model else failures_of(self.name):
+                self.run(step)
         finally:
             step.parameters = every
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,14 +11,7 @@ from torch.nn import Parameter
 
 from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.step.action import (
-    Action,
-    IncompatibleState,
-    Phase,
-    StopRun,
-    check_phase,
-    failures_of,
-)
+from trainc.runtime.step.action import Action, IncompatibleState, Phase, StopRun, check_phase
 from trainc.runtime.step.around import Around, Gradients
 from trainc.runtime.step.batches import BatchTransform
 from trainc.runtime.step.optimizer import OptimizerStep, Rates
@@ -343,9 +336,7 @@ class StepMachine:
     def _run(self, step: Step, actions: Sequence[Action]) -> None:
         for action in actions:
             if action.is_due(step):
-                # An optimizer's closure runs model and loss, whose errors are not its own.
-                with nullcontext() if action in self._optimizers else failures_of(action.name):
-                    action.run_in(step)
+                action.run_in(step)
 
 
 def _copied(figure: Any) -> Any:

@@ -46,7 +46,7 @@ class OptimizerStep(Action):
     `steady`: the schedule of the rate is one number, so that an optimizer may change its rate by itself.
     """
 
-    phase = Phase.OPTIMIZER
+    runs_model, phase = True, Phase.OPTIMIZER
 
     def __init__(
         self,

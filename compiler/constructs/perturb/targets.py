@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from trainc.runtime.step.record import Step
 
 NOISES = {
-    "normal": Function({"sigma": "number"}, 1, 1, schedule=False),
-    "relative": Function({"sigma": "number"}, 1, 1, schedule=False),
+    "normal": Function({"sigma": "number"}, 1, 1),
+    "relative": Function({"sigma": "number"}, 1, 1),
     "box": Function({"sigmas": "numbers"}, 1, 1, schedule=False),
     "centered_box": Function({"sigmas": "numbers"}, 1, 1, schedule=False),
 }

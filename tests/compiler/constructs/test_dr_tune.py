@@ -63,6 +63,8 @@ def test_the_rotation_is_one_and_finds_another() -> None:
     turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=made))[0]
     turn[:, 0] *= torch.linalg.det(turn)
     found = functional.dr_rotation(down @ turn, down)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(functional.dr_rotation(down @ turn, down), found)
     torch.testing.assert_close(found, turn)
     torch.testing.assert_close(torch.linalg.det(found), torch.ones(()).double())
 

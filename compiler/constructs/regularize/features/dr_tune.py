@@ -281,12 +281,14 @@ def dr_rotation(pre: Tensor, down: Tensor, filled: Tensor | None = None) -> Tens
         filled = pre.new_ones(len(pre), dtype=torch.bool)
     if int(filled.sum()) < 2:
         return torch.eye(pre.shape[1], dtype=pre.dtype, device=pre.device)
-    one, two = (_centered(_unit(rows)[filled]) for rows in (pre, down))
-    u, _, vt = torch.linalg.svd(one.T @ two)
-    v = vt.T.clone()
-    v[:, -1] *= torch.linalg.det(v @ u.T)
-    turn: Tensor = v @ u.T
-    return turn
+    wide = torch.promote_types(pre.dtype, torch.float32)
+    with torch.autocast(pre.device.type, enabled=False):
+        one, two = (_centered(_unit(rows.to(wide))[filled]) for rows in (pre, down))
+        u, _, vt = torch.linalg.svd(one.T @ two)
+        v = vt.T.clone()
+        v[:, -1] *= torch.linalg.det(v @ u.T)
+        turn: Tensor = v @ u.T
+    return turn.to(pre.dtype)
 
 
 def dr_calibrate(
