@@ -36,6 +36,7 @@ from trainc.compiler.per_example.mixing import BatchNorms
 from trainc.compiler.per_example.statistics import Statistics
 from trainc.compiler.structure.wrappers import name_through, unwrapped
 from trainc.runtime.data.batch import Batch, one_of
+from trainc.runtime.mask.replica_entries import ReplicaEntries
 from trainc.runtime.mask.update_mask import mask_of
 from trainc.runtime.processes.replica_group import ReplicaGroup, world_size
 from trainc.runtime.schedule.clock import Clock
@@ -63,8 +64,7 @@ class ArmedModel:
         refuse_tensor_parallel(model)
         self.sites: Sites = replace_layers(model, method.rewrite)
         self.compiler = Compiler(self.sites.layers) if method.compiled else None
-        for mask in method.masks.values():
-            mask.claim()
+        self.masked = ReplicaEntries(model, method.masks)
         self.exchange_group: ReplicaGroup | None = None
         """The processes that this one exchanges with after steps; their gradients are their own."""
         self.statistics = Statistics(method, self.parameters, clock)

@@ -226,7 +226,7 @@ class Execution(ModuleRunner):
             raise GraphRefused("the modules run micro-batches whose `loss_weight` is 0")
         graph = self._trusted(batch, where)
         scalars = self._graph_scalars(batch, where)
-        out = self._run_compiled(graph, batch, scalars)
+        out = self._run_compiled(graph, batch, scalars, early=True)
         self.covered = True
         for name, gradient in out.grads.items():
             if gradient is not None:
@@ -245,11 +245,11 @@ class Execution(ModuleRunner):
         return out.total, result
 
     def _run_compiled(
-        self, graph: StepGraph, batch: Batch, scalars: Mapping[str, Tensor]
+        self, graph: StepGraph, batch: Batch, scalars: Mapping[str, Tensor], *, early: bool = False
     ) -> Outputs:
-        """Return what a graph computes, by compiled code where the spec asks for it."""
+        """Return what a graph computes, by compiled code where the spec asks; masks may get their gradients early."""
         if self.compiler is None:
-            return graph.run(batch, scalars)
+            return graph.run(batch, scalars, take=self.method.taken_early if early else None)
         state = state_of("the step graph", self.module, batch, self.rewrite)
         run = partial(graph.run, batch, scalars)
         return self.compiler.run(graph.forward, state, self.kept_state, run)

@@ -17,6 +17,9 @@ from trainc.compiler.method.losses import LOSS
 from trainc.compiler.method.term import TERM, captured_outputs
 from trainc.runtime.data.batch import Batch
 
+Take = Mapping[str, Callable[[Tensor], object]]
+"""By parameter, what gets its gradient as soon as it is computed."""
+
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
@@ -70,6 +73,7 @@ class StepGraph(fx.GraphModule):
             register_tensor(self, name, tensor, persistent=False)
         self.constants = tuple(constants)
         self.graph = graph
+        self._handed: dict[Any, Callable[..., Any]] = {}
 
     @property
     def installed(self) -> bool:
@@ -106,10 +110,12 @@ class StepGraph(fx.GraphModule):
         batch: Batch,
         scalars: Mapping[str, Tensor],
         forward: Callable[..., Any] | None = None,
+        take: Take | None = None,
     ) -> Outputs:
         """Execute the step on a batch; buffers such as running means are updated in place.
 
-        `forward` is what the graph's own function was compiled to.
+        `forward` is what the graph's own function was compiled to. The gradients in `take` are handed over where
+        they are computed: the graph keeps none of them, and the outputs have none.
         """
         interface = self.interface
         if interface is None:
@@ -128,7 +134,8 @@ class StepGraph(fx.GraphModule):
             ) from None
         # Autocast's casts are nodes of the graph already.
         with torch.no_grad(), no_autocast(value.device.type for value in values):
-            flat = (forward or self.forward)(*(value.contiguous() for value in values), *numbers)
+            run = forward or (self._handing_over(take) if take else self.forward)
+            flat = run(*(value.contiguous() for value in values), *numbers)
         found = dict(zip(interface.outputs, flat, strict=True))
         grads = {n[5:]: v for n, v in found.items() if n.startswith("grad:")}
         probes = {n[6:]: v for n, v in found.items() if n.startswith("probe:") and v is not None}
@@ -139,6 +146,13 @@ class StepGraph(fx.GraphModule):
         return Outputs(
             loss, total, data_loss, terms, losses, found.get("logits"), kept, grads, probes
         )
+
+    def _handing_over(self, take: Take) -> Callable[..., Any]:
+        """Return the graph's function for a `take`, which is written once."""
+        key = tuple(take.items())
+        if key not in self._handed:
+            self._handed = {key: handing_over(self, take)}
+        return self._handed[key]
 
     def _misfits(self, batch: Batch) -> list[str]:
         return (
@@ -160,12 +174,28 @@ class StepGraph(fx.GraphModule):
             setattr(new, name, getattr(self, name))
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             new.__dict__[table] = copy.deepcopy(self.__dict__[table], memo)
-        new.graph = copy.deepcopy(self.graph)
+        new.graph, new._handed = copy.deepcopy(self.graph), {}
         new.on_call = copy.deepcopy(self.on_call, memo)
         return new
 
     def __reduce__(self) -> Any:
         raise TypeError("a step graph cannot be pickled: save it as JSON with `step_to_json`")
+
+
+def handing_over(step: StepGraph, take: Take) -> Callable[..., Any]:
+    """Return the function of a graph that hands gradients over where they are computed, and then frees them."""
+    assert step.interface is not None
+    graph = copy.deepcopy(step.graph)
+    output = graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    for at, name in enumerate(step.interface.outputs):
+        node = results[at]
+        if name.startswith("grad:") and name[5:] in take and isinstance(node, fx.Node):
+            with graph.inserting_after(node):
+                graph.call_function(take[name[5:]], (node,))
+            results[at] = None
+    output.args = (tuple(results),)
+    return fx.GraphModule(step, graph).forward
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from trainc.compiler.bind.bound_clause import BoundClause
@@ -21,6 +22,7 @@ from trainc.dsl.reading.construct import PHASES
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import CompilerBug, SpecError
 from trainc.runtime.mask.mask_actions import ZeroGradients
+from trainc.runtime.mask.selected_entries import SelectedEntries
 from trainc.runtime.soundness.gradient_norm import ModelGradient
 from trainc.runtime.step.action import Action, Phase
 from trainc.runtime.step.gradients import (
@@ -33,6 +35,7 @@ from trainc.runtime.step.gradients import (
 )
 from trainc.runtime.step.held_updates import HeldUpdates
 from trainc.runtime.step.optimizer import (
+    EntryUpdate,
     LrFactor,
     OptimizerStep,
     OwnOptimizer,
@@ -195,8 +198,16 @@ def _optimizer_actions(
     slots = [_slot(part, name, method, context) for name in names]
     label, construct = part.label, part.construct
     form = construct.decay_form
+    entries = _entry_updates(part, names, method)
     optimizer = OptimizerStep(
-        label, slots, construct.make, form, updates, asks=part.asks, steady=part.steady
+        label,
+        slots,
+        construct.make,
+        form,
+        updates,
+        asks=part.asks,
+        steady=part.steady,
+        entries=entries,
     )
     try:
         construct.examine()
@@ -215,6 +226,31 @@ def _optimizer_actions(
         metric = None if alone else f"{label}.gradient_norm"
         actions.append(Clip(f"{label} clip", construct.clip, slots, metric))
     return actions
+
+
+def _entry_updates(
+    part: OptimizerPart, names: Sequence[str], method: LoweredMethod
+) -> dict[str, EntryUpdate]:
+    """Return what steps the chosen entries of parameters in place, where the optimizer has an operator for them.
+
+    It serves no parameter of which a clause reads weights or updates at the step.
+    """
+    construct: Any = part.construct
+    if part.asks or not getattr(construct, "steps_entries", False):  # one from another package
+        return {}
+    changed = {
+        name
+        for action in method.actions
+        if isinstance(action, UpdateTransform | GradientTransform)
+        for name in action.parameters
+    }
+    found: dict[str, EntryUpdate] = {}
+    for name in names:
+        mask = method.masks.get(name)
+        if isinstance(mask, SelectedEntries) and name not in changed:
+            mask.update_in_place()
+            found[name] = partial(mask.update, construct.entry_operator)
+    return found
 
 
 def _slot(

@@ -183,6 +183,13 @@ class LoweredMethod:
         return tuple(dict.fromkeys([*terms, *actions]))
 
     @property
+    def taken_early(self) -> dict[str, Callable[[Tensor], object]]:
+        """What gets gradients where a graph computes them: masks that keep a part, and free the rest at once."""
+        masks = self.masks.items()
+        measured = self.batch_gradients
+        return {n: mask.take for n, mask in masks if mask.frees_gradient and n not in measured}
+
+    @property
     def loss(self) -> Loss | None:
         """The first loss, of whose output and targets terms are; None without any."""
         return self.loss_parts[0].loss if self.loss_parts else None

@@ -161,8 +161,7 @@ class OpenStep:
             self._opened = step
             step.may_be_unsound = self.settings.on_nan == "continue"
             self._buffers.keep()
-        for mask in self.method.masks.values():
-            mask.averages_first = replicas is not None
+        self.execution.masked.begin(replicas, self.execution.wrappers)
         if step.replicas is None:
             if self._exchange is not None:
                 self.execution.exchange_group = self._exchange.join()
@@ -275,6 +274,7 @@ class OpenStep:
             step.closure.keep(self._results)
         for mask in self.method.masks.values():
             mask.gather()
+        self.execution.masked.average(replicas)
         gradients = self.method.model_gradient.measure()
         weight, factors = add_results(
             step,

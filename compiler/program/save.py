@@ -181,8 +181,7 @@ class SavableProgram(ShownProgram):
     def unbind(self) -> None:
         """Give the model's layers their own classes back; this program cannot train afterwards."""
         self.execution.sites.unbind()
-        for mask in self._method.masks.values():
-            mask.release()
+        self.execution.masked.release()
         self._machine.ended = (
             "this program was unbound from its model: compile a spec again to train it"
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainc.runtime.mask.entry_choice import Choice
 from trainc.runtime.mask.scores import Score, ScoredChoice, SummedScores
-from trainc.runtime.mask.update_mask import SelectedEntries
+from trainc.runtime.mask.selected_entries import SelectedEntries
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.record import Step
@@ -60,7 +60,7 @@ class ChooseEntries(Action):
     def _begin(self, step: Step) -> None:
         """See what is due; choose it by the weights, or keep the gradients that the choice needs."""
         if self.start.fires(step.clock):
-            self.due |= {name for name, one in self.selected.items() if one.index is None}
+            self.due |= {name for name, one in self.selected.items() if not one.is_chosen}
         if self.window.every is not None and self.window.fires(step.clock):
             self.due |= set(self.selected)
         if not isinstance(self.score, SummedScores):
@@ -139,10 +139,8 @@ class ChooseEntries(Action):
         state: ActionState = {f"sum/{name}": tensor for name, tensor in self._sums().items()}
         state |= {f"seen/{name}": seen for name, seen in self.seen.items() if seen}
         for name, entries in self.selected.items():
-            if entries.index is None:
-                continue
-            state |= {f"index/{name}": entries.index, f"values/{name}": entries.values.detach()}
-            if name in self.due:
+            state |= entries.state()
+            if entries.is_chosen and name in self.due:
                 state[f"due/{name}"] = True
         return state
 
@@ -172,16 +170,11 @@ class ChooseEntries(Action):
         for name, entries in self.selected.items():
             if f"sum/{name}" in state:
                 sums[name] = state[f"sum/{name}"].to(entries.parameter.device, copy=True)
-            if f"index/{name}" not in state:
-                entries.forget()
-                continue
-            entries.choose(state[f"index/{name}"])
-            with torch.no_grad():
-                entries.values.copy_(state[f"values/{name}"])
+            entries.load(state)
 
     def summary(self) -> str | None:
         numel = sum(entries.parameter.numel() for entries in self.selected.values())
-        chosen = [c for c in self.selected.values() if c.index is not None]
+        chosen = [c for c in self.selected.values() if c.is_chosen]
         trained = sum(entries.values.numel() for entries in chosen)
         waiting = len(self.selected) - len(chosen)
         tail = f"; {waiting} had no gradient to choose by and did not train" if waiting else ""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainc.runtime.mask.update_mask import SelectedEntries
+from trainc.runtime.mask.selected_entries import SelectedEntries
 from trainc.runtime.mask.zero_mask import ZeroMask
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
@@ -33,7 +33,7 @@ class WriteBack(Action):
         self.gate = Gate()
 
     def run(self, step: Step) -> None:
-        chosen = [entries for entries in self.selected if entries.index is not None]
+        chosen = [entries for entries in self.selected if entries.is_chosen]
         changed = [entries.write() for entries in chosen]
         total = sum(entries.values.numel() for entries in chosen)
         # Entries of 16-bit weights may stay where they are although their master copy moves.

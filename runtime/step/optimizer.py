@@ -35,6 +35,9 @@ from trainc.runtime.torch_optimizer.slots import first_refused, group_slots
 from trainc.runtime.torch_optimizer.slots import parts_of as parts_of
 from trainc.runtime.torch_optimizer.state_form import OptimizerForm
 
+EntryUpdate = Callable[[Mapping[str, Any], dict[str, Any]], None]
+"""Given the options of a group and the state of a parameter, as torch has it: steps its trained entries."""
+
 
 class OptimizerStep(Action):
     """Phase 9: call `step()` of a torch optimizer over the slots, then free the gradients.
@@ -43,7 +46,8 @@ class OptimizerStep(Action):
     building one loads much of torch. Updates that a clause changes are left to `updates`, which adds them later;
     `decay_form` says how they depend on the weights, None where that is not known. With `asks`, `step` is called with
     the closure of the step; an error in one of its calls leaves the weights as they were before, and clears the state.
-    `steady`: the schedule of the rate is one number, so that an optimizer may change its rate by itself.
+    `steady`: the schedule of the rate is one number, so that an optimizer may change its rate by itself. `entries` has
+    by parameter what steps its trained entries in place of the torch optimizer, whose state it keeps.
     """
 
     runs_model, phase = True, Phase.OPTIMIZER
@@ -58,8 +62,10 @@ class OptimizerStep(Action):
         *,
         asks: bool = False,
         steady: bool = False,
+        entries: Mapping[str, EntryUpdate] | None = None,
     ) -> None:
         self.name = name
+        self._entries = entries or {}
         self.asks, self.steady = asks, steady
         self._noted = self.started = False
         """`started`: whether the torch optimizer has stepped or was loaded, so that it may have state."""
@@ -158,10 +164,20 @@ class OptimizerStep(Action):
 
     def _step_torch(self) -> None:
         try:
+            if self._entries:
+                self._step_entries()
             self.torch.step()
         except Exception as error:
             explain_failure(self.name, self.named.kind, self.slots, error)
             raise
+
+    def _step_entries(self) -> None:
+        """Step the entries that have an operator of their own, which frees their gradients."""
+        for _, options, slots in self.in_groups():
+            for slot in slots:
+                if slot.name in self._entries and slot.tensor.grad is not None:
+                    with torch.no_grad():
+                        self._entries[slot.name](options, self.torch.state[slot.tensor])
 
     def _notice_own_rates(self, step: Step) -> None:
         """Say once that the optimizer sets its rates itself; raises OptimizerProblem where a schedule would undo it."""

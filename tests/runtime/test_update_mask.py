@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from trainc.compiler.catalog import catalog
+from trainc.dsl.resolve.resolver import load_spec
+from trainc.dsl.text.source import Source
 from trainc.runtime.mask.entry_choice import largest
-from trainc.runtime.mask.update_mask import SelectedEntries
+from trainc.runtime.mask.selected_entries import SelectedEntries
 from trainc.runtime.mask.zero_mask import ZeroMask
 
 
@@ -180,14 +183,63 @@ def test_the_number_of_entries_may_be_decided_with_the_choice() -> None:
     assert int(none.write()) == 0
 
 
-def test_indices_take_four_bytes() -> None:
-    parameter = made()
-    compact = SelectedEntries("w", parameter, 3)
-    assert compact.memory() == 12
-    compact.choose(torch.tensor([1, 2, 3]))
-    assert compact.memory() == 24
+@pytest.mark.parametrize(
+    ("numel", "count"), [(20, 3), (20, 1), (200_000, 5000), (200_000, 7), (65536, 0)]
+)
+def test_positions_take_two_bytes_where_that_is_less(numel: int, count: int) -> None:
+    parameter = nn.Parameter(torch.zeros(numel))
+    compact = SelectedEntries("w", parameter, count)
+    index = torch.randperm(numel, generator=torch.Generator().manual_seed(1))[:count].sort().values
+    blocks = -(-numel // 65536)
+    expected = 4 * count + min(4 * count, 2 * count + 4 * blocks)
+    assert compact.memory() == expected
+    compact.choose(index)
+    assert compact.memory() == expected
     assert compact.index is not None
     assert compact.index.dtype == torch.int32
+    assert torch.equal(compact.index.long(), index)
+
+
+def adamw(options: Any, state: dict[str, Any], like: Tensor) -> Any:
+    source = Source("t", "train 1\noptimizer adamw { lr = 0.1 }\nloss cross_entropy")
+    clause: Any = load_spec(source, catalog()).unwrap().one("optimizer")
+    return clause.construct.entry_operator(options, state, like)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_entries_that_are_updated_in_place_are_those_of_torch(dtype: torch.dtype) -> None:
+    """To the bit: the moments, the weights, and the master copy of 16-bit ones; others hold no copy."""
+    own, other = (SelectedEntries("w", made(dtype), 3) for _ in range(2))
+    own.update_in_place()
+    for compact in (own, other):
+        compact.choose(torch.tensor([0, 6, 13]))
+    optimizer = torch.optim.AdamW([other.values], lr=0.1, weight_decay=0.5)
+    state: dict[str, Any] = {}
+    for step in range(4):
+        grad = torch.randn(4, 5, generator=torch.Generator().manual_seed(step)).to(dtype)
+        for compact in (own, other):
+            compact.read()
+            compact.take(grad)
+        own.update(adamw, optimizer.param_groups[0], state)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert own.values.grad is None
+        assert int(own.write()) == int(other.write())
+        assert torch.equal(own.parameter, other.parameter)
+    theirs = optimizer.state[other.values]
+    assert state.keys() == theirs.keys()
+    assert all(torch.equal(state[key], theirs[key]) for key in state)
+    if dtype == torch.bfloat16:
+        assert torch.equal(own.values, other.values)
+    else:
+        assert own.memory() == other.memory() - other.values.nbytes
+        assert own.state().keys() == {"index/w"}
+        assert own.values.isnan().all()
+    restored = SelectedEntries("w", own.parameter, 3)
+    restored.load(own.state())
+    assert torch.equal(restored.values, other.values)
+    restored.load({})
+    assert not restored.is_chosen
 
 
 def test_a_removed_mask_leaves_gradients_alone() -> None:

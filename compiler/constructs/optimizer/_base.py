@@ -11,9 +11,13 @@ from trainc.compiler.errors import FieldError
 from trainc.dsl.reading.construct import Construct, Effect, ScopedSchedules, Selector
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
+    from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.mask.selected_entries import EntryOperator
     from trainc.runtime.step.held_updates import DecayForm
     from trainc.runtime.step.optimizer import OptionValues
 
@@ -111,6 +115,20 @@ class Optimizer(Construct):
     @abstractmethod
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Build the torch optimizer over parameter-group dicts that carry `params` and `weight_decay`."""
+
+    def entry_operator(
+        self, options: Mapping[str, Any], state: dict[str, Any], like: Tensor
+    ) -> EntryOperator:
+        """Return what steps chosen entries of a weight in place, with torch's `options` and `state` of them.
+
+        `like` has the shape and dtype of their moments. Only where `steps_entries`.
+        """
+        raise NotImplementedError(f"`{self.title}` has no operator for chosen entries")
+
+    @property
+    def steps_entries(self) -> bool:
+        """Whether `entry_operator` takes the step of entries that a mask has chosen."""
+        return False
 
     @property
     def asks(self) -> bool:

@@ -15,8 +15,12 @@ from trainc.dsl.reading.construct import ScopedDecayRates
 from trainc.dsl.values.value_json import Items, Number
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
+
+    from trainc.runtime.mask.selected_entries import EntryOperator
 
 
 class AdamW(Optimizer):
@@ -69,6 +73,45 @@ class AdamW(Optimizer):
             eps=self.eps,
             **implementation_flags(self.implementation),
         )
+
+    @property
+    def steps_entries(self) -> bool:
+        """True, unless the spec says which of torch's implementations runs."""
+        return self.implementation == "auto"
+
+    def entry_operator(
+        self, options: Mapping[str, Any], state: dict[str, Any], like: Tensor
+    ) -> EntryOperator:
+        """Return one step by the operator for chosen entries; the state is that of torch.optim.AdamW."""
+        import torch
+
+        from trainc.kernels.parameter.sparse_adamw import sparse_adamw_
+
+        if not state:
+            wide = torch.get_default_dtype() == torch.float64
+            state["step"] = torch.tensor(0.0, dtype=torch.float64 if wide else torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
+        state["step"] += 1
+        beta1, beta2 = options["betas"]
+
+        def step(weight: Tensor, grad: Tensor, index: Tensor, master: Tensor | None) -> None:
+            sparse_adamw_(
+                weight,
+                grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                index,
+                lr=options["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=options["eps"],
+                weight_decay=options["weight_decay"],
+                step=state["step"],
+                gathered=True,
+                master=master,
+            )
+
+        return step
 
     def reference(
         self,

@@ -19,7 +19,7 @@ from examples.models import gpt
 from tests.conformance import divided
 from trainc.compiler.constructs.perturb.sam import Sam
 from trainc.compiler.program.program import Program
-from trainc.runtime.mask.update_mask import SelectedEntries
+from trainc.runtime.mask.selected_entries import SelectedEntries
 from trainc.runtime.run.interface import NonFiniteLoss
 
 Batch = tuple[Tensor, Tensor]

@@ -396,11 +396,14 @@ def test_how_many_stored_weights_moved_is_reported() -> None:
 def test_memory_is_that_of_entries_and_sums() -> None:
     run = Run(Sift(density=RATE, batches=2))
     first, second, *_ = batches()
-    assert run.choice.memory() == 4 * 15
+    held = 4 * 15 + (
+        2 * 15 + 3 * 4
+    )  # values, 16-bit offsets, and the counts of a block of each tensor
+    assert run.choice.memory() == held
     run.step(first)
-    assert run.choice.memory() == 4 * (15 + 62)
+    assert run.choice.memory() == held + 4 * 62
     run.step(second)
-    assert run.choice.memory() == (4 + 4) * 15
+    assert run.choice.memory() == held
 
 
 def test_what_cannot_train_is_an_error() -> None:

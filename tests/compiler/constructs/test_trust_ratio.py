@@ -20,7 +20,7 @@ from trainc.compiler.constructs.optimizer.adamw import AdamW
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.program.program import Program
 from trainc.dsl.values.value_json import Number, Range
-from trainc.runtime.mask.update_mask import SelectedEntries
+from trainc.runtime.mask.selected_entries import SelectedEntries
 
 METHODS = json.loads((Path(__file__).parents[2] / "reference/other_methods.json").read_text())
 PUBLISHED, LARS = METHODS["lamb"], METHODS["lars"]

@@ -1,0 +1,260 @@
+"""Masks by which selected entries of a parameter train, and the others stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from trainc.runtime.mask.positions import Positions, size_of
+from trainc.runtime.mask.update_mask import UpdateMask
+from trainc.runtime.torch_optimizer.nested import leaves
+
+EntryOperator = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+"""Updates entries of a weight, given the weight, their gradient (k,), their positions (k,), and what is updated in the
+place of the weight, which then gets it rounded: (k,), or None where that is the weight."""
+EntryOptimizer = Callable[[Mapping[str, Any], dict[str, Any], Tensor], EntryOperator]
+"""Makes it of the options and the state that torch has, and of the gradient."""
+
+
+class SelectedEntries(UpdateMask):
+    """Selected entries train, as a vector of their own; the others stay as they are.
+
+    A dense gradient is freed once its entries are gathered. `index` (k,) holds sorted flat positions, int32 where they
+    fit, or is None until they are chosen; until then the dense gradient stays in `parameter.grad` and nothing trains.
+    `values` (k,) is what the optimizer updates, in float32 at least: a master copy of 16-bit weights. Where an operator
+    updates the weights themselves (`update`), others need no copy, and `values` holds none.
+    """
+
+    def __init__(self, name: str, parameter: Parameter, count: int) -> None:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        values = Parameter(torch.zeros(count, dtype=dtype, device=parameter.device))
+        super().__init__(name, parameter, values)
+        self._positions: Positions | None = None
+        self.keeps_dense = False
+        """Whether the dense gradient of a step stays in `parameter.grad`, since the next choice depends on it."""
+        self._handle: RemovableHandle | None = None
+        self._in_place = False
+        self._moved: Tensor | None = None
+
+    @property
+    def index(self) -> Tensor | None:
+        """The sorted flat positions (k,) of the selection, made from what is held; None until it is chosen."""
+        return None if self._positions is None else self._positions.index()
+
+    @index.setter
+    def index(self, index: Tensor | None) -> None:
+        numel = self.parameter.numel()
+        self._positions = None if index is None else Positions.of(index, numel)
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether there is a selection."""
+        return self._positions is not None
+
+    @property
+    def density(self) -> float:
+        """Return the fraction of the entries that trains; 1 for a tensor without entries."""
+        numel = self.parameter.numel()
+        return self.values.numel() / numel if numel else 1.0
+
+    # gradients
+
+    @property
+    def frees_gradient(self) -> bool:
+        return self.is_chosen and not self.keeps_dense
+
+    def accumulated(self) -> Tensor | None:
+        """Return what holds the gradient of the open step: all of it where a choice depends on it, else its entries."""
+        return self.values.grad if self.frees_gradient else self.parameter.grad
+
+    def take(self, grad: Tensor) -> None:
+        """Add a dense gradient: its selected entries, or all of it where a choice depends on it."""
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        grad = grad.detach()
+        index = self.index
+        if index is None or self.keeps_dense:
+            held = self.parameter.grad
+            self.parameter.grad = grad if held is None else held + grad
+        elif index.numel():
+            picked = grad.reshape(-1).index_select(0, index).to(self.values.dtype)
+            self.values.grad = picked if self.values.grad is None else self.values.grad.add_(picked)
+
+    def picked(self, tensor: Tensor) -> Tensor:
+        index = self.index
+        return tensor if index is None else tensor.reshape(-1).index_select(0, index)
+
+    def whole(self, values: Tensor) -> Tensor:
+        index = self.index
+        if index is None:
+            return values
+        spread = values.new_zeros(self.parameter.numel())
+        spread[index] = values
+        return spread.view(self.parameter.shape)
+
+    def gradient(self) -> Tensor | None:
+        return self.values.grad if self.is_chosen else self.parameter.grad
+
+    def gather(self) -> None:
+        """Move the selected entries of `parameter.grad` to `values.grad` and free the rest."""
+        grad = self.parameter.grad
+        if grad is None or not self.is_chosen:
+            return
+        if self.keeps_dense:  # it holds all that the step has added
+            dense = grad.to_dense() if grad.is_sparse else grad
+            self.values.grad = self.picked(dense).to(self.values.dtype)
+            return
+        self.parameter.grad = None
+        self.take(grad)
+
+    def _gather_now(self, _: Tensor) -> None:
+        """Gather as soon as the backward pass has the gradient, unless all of it is needed first."""
+        if not (self.averages_first or self.keeps_dense):
+            self.gather()
+
+    # entries
+
+    def choose(self, index: Tensor, state: Iterable[Any] = ()) -> int | None:
+        """Set the selection, sorted flat positions of shape (k,), and copy the weights there.
+
+        `state` is what the optimizer holds for the selection of now, of any nesting: its vectors (k,) keep the numbers
+        of entries that stay selected, and have 0 for the others. Return how many stay; None for the first selection.
+        """
+        small = self.parameter.numel() <= torch.iinfo(torch.int32).max
+        old = self.index
+        self.index = index.to(self.parameter.device, torch.int32 if small else torch.int64)
+        found = (leaf for value in state for _, leaf in leaves(value, ""))
+        own = [t for t in found if isinstance(t, Tensor) and t.shape == self.values.shape]
+        stayed = None if old is None else self._carry(old, [self.values, *own])
+        if self.values.numel() != index.numel():
+            # An optimizer may have made its state before it was known how many are chosen.
+            for tensor in (self.values, *own):
+                tensor.data = tensor.detach().new_zeros(index.numel())
+        if self._handle is None:
+            register: Any = self.parameter.register_post_accumulate_grad_hook
+            self._handle = register(self._gather_now)
+        self.read()
+        return stayed
+
+    def _carry(self, old: Tensor, tensors: Sequence[Tensor]) -> int:
+        """Make vectors of the entries `old` ones of the entries of now, with 0 for new ones; return how many stay."""
+        assert self.index is not None
+        place = torch.searchsorted(old, self.index).clamp_(max=max(0, len(old) - 1))
+        stays = old[place] == self.index if len(old) else torch.zeros_like(place, dtype=torch.bool)
+        for tensor in tensors:
+            before = tensor.detach()
+            now = before.new_zeros(len(self.index))
+            now[stays] = before[place[stays]]
+            tensor.data = now
+        self.values.grad = None
+        return int(stays.sum())
+
+    def forget(self) -> None:
+        """Drop the selection, so that another can be chosen."""
+        self.index = None
+        self.values.data = torch.zeros_like(self.values, memory_format=torch.contiguous_format)
+        self.remove()
+
+    def read(self) -> None:
+        """Copy the weights to `values`; a value that still rounds to its weight is kept."""
+        index = self.index
+        if index is None:
+            return
+        if self._is_empty:
+            # Of the right size, and loud where somebody reads it.
+            self.values.data = self.values.new_full((1,), torch.nan).expand(len(index))
+            return
+        with torch.no_grad():
+            now = self.parameter.detach().reshape(-1).index_select(0, index)
+            stale = self.values.detach().to(now.dtype) != now
+            self.values.copy_(torch.where(stale, now.to(self.values.dtype), self.values))
+
+    def write(self) -> Tensor:
+        """Write `values` into the parameter; return how many weights changed, 0-d."""
+        index, moved = self.index, self._moved
+        self._moved = None
+        if moved is not None:
+            return moved
+        if index is None or self._is_empty:
+            return torch.zeros((), dtype=torch.int64, device=self.values.device)
+        with torch.no_grad():
+            weights = self.parameter.detach()
+            new = self.values.detach().to(weights.dtype)
+            changed = (weights.reshape(-1).index_select(0, index) != new).sum()
+            if weights.is_contiguous():
+                weights.view(-1)[index] = new
+            else:
+                weights[torch.unravel_index(index.long(), weights.shape)] = new
+        return changed
+
+    # the update of the weights themselves
+
+    def update_in_place(self) -> None:
+        """Say that `update` takes every step, so that weights which are precise enough need no copy."""
+        self._in_place = True
+        self.read()
+
+    @property
+    def _is_empty(self) -> bool:
+        """Whether `values` has a size and nothing else."""
+        return self._in_place and self.is_chosen and self.values.dtype == self.parameter.dtype
+
+    def update(
+        self, make: EntryOptimizer, options: Mapping[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Let an optimizer's operator update the selected entries in place, and free their gradient."""
+        index, grad = self.index, self.values.grad
+        if index is None or grad is None:
+            return
+        weight = self.parameter.detach()
+        before = weight.reshape(-1).index_select(0, index)
+        operator = make(options, state, grad)
+        operator(weight, grad, index, None if self._is_empty else self.values.detach())
+        self._moved = (weight.reshape(-1).index_select(0, index) != before).sum()
+        self.values.grad = None
+
+    # what a checkpoint holds
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the positions, and the values where the weights are not all of them; nothing before the choice.
+
+        `trainc delta` finds the positions by their key, `index/` and the name of the parameter.
+        """
+        index = self.index
+        if index is None:
+            return {}
+        found = {f"index/{self.name}": index}
+        return found if self._is_empty else found | {f"values/{self.name}": self.values.detach()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Set the selection and its values to what `state` gave, whose weights are in the parameter already."""
+        index, values = (state.get(f"{key}/{self.name}") for key in ("index", "values"))
+        if index is None:
+            self.forget()
+            return
+        self.choose(index)
+        if values is not None and not self._is_empty:
+            with torch.no_grad():
+                self.values.copy_(values)
+
+    def describe(self) -> str:
+        return f"{self.values.numel()} of {self.parameter.numel()}"
+
+    def memory(self) -> int:
+        copied = not self._in_place or self.values.dtype != self.parameter.dtype
+        held = self._positions
+        positions = (
+            size_of(self.values.numel(), self.parameter.numel()) if held is None else held.nbytes
+        )
+        return positions + self.values.nbytes * copied
+
+    def remove(self) -> None:
+        """Leave the parameter's gradients to others."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
