@@ -41,14 +41,20 @@ class ForwardAccess(ClauseAccess):
     # Layers
 
     def layer(
-        self, module: str, hook: LayerHook, scalars: Mapping[str, Scheduled] | None = None
+        self,
+        module: str,
+        hook: LayerHook,
+        scalars: Mapping[str, Scheduled] | None = None,
+        *,
+        lasting: bool = False,
     ) -> None:
         """Change what a layer does in train mode, by a `LayerHook` that sees `scalars` as they are in each step.
 
         Hooks of several clauses on one layer act in the order of the spec. While the clause's gate is closed the layer
-        runs as it is. Raises ValueError where another clause replaces its forward pass, too.
+        runs as it is, unless the hook is `lasting`. Raises ValueError where another clause replaces its forward pass,
+        too.
         """
-        hooks, gate = self._method.rewrite.hooks, self.gate()
+        hooks, gate = self._method.rewrite.hooks, None if lasting else self.gate()
         for other in hooks:
             if hook.replaces and other.hook.replaces and other.module == module:
                 if (other.hook, other.gate, other.scalars) == (hook, gate, ()) and not scalars:
@@ -56,7 +62,8 @@ class ForwardAccess(ClauseAccess):
                 raise ValueError(
                     f"`{other.label}` also replaces how `{module}` computes its result: {hook.conflict(other.hook)}"
                 )
-        self._hook(module, hook, self._numbers(module, scalars))
+        site = self._hook(module, hook, self._numbers(module, scalars))
+        hooks[-1] = replace(site, gate=gate)
 
     def weight(
         self,

@@ -82,13 +82,15 @@ class Magnitude(ChoosingMask):
 
     def lower(self, to: Lowering) -> None:
         """Mask the selected parameters; the choice reads the weights alone."""
+        from trainc.compiler.constructs.mask._semi_structured import compute_sparse
         from trainc.runtime.mask.scores import ScoredChoice, magnitude
 
         names = [entry.name for entry in to.parameters()]
         density = self.density or Number(self.exact or 1)
-        choice = self.choice()
+        choice, together = self.choice(), self.scope != "tensor"
         choose = ScoredChoice(to.label, names, magnitude, choice)
-        to.mask(names, choose, density, choice=choice, together=self.scope != "tensor")
+        found = to.mask(names, choose, density, choice=choice, together=together)
+        compute_sparse(to, found.masks.values(), choice.structure)
 
     def groups(self, names: Sequence[str]) -> list[list[str]]:
         """Return the names that are compared with each other."""
