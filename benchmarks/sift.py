@@ -21,7 +21,7 @@ from benchmarks.measure import Times, compared, in_turn, seconds, timed
 
 WIDTH, INNER, LAYERS, TOKENS, CLASSES = 640, 1720, 4, 32, 64
 """A 1/6.4 of 4096 and 11008, and 4 of 32 layers."""
-ROUNDS = 24
+ROUNDS = 12
 MIB = 2**20
 CASES = {
     "dense": "",

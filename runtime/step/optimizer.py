@@ -163,15 +163,19 @@ class OptimizerStep(Action):
         step.metrics[f"{self.name}.evaluations"] = float(calls)
 
     def _step_torch(self) -> None:
+        handle = None
+        if self._entries:  # behind the hooks of others, which see all gradients
+            handle = self.torch.register_step_pre_hook(self._step_entries)
         try:
-            if self._entries:
-                self._step_entries()
             self.torch.step()
         except Exception as error:
             explain_failure(self.name, self.named.kind, self.slots, error)
             raise
+        finally:
+            if handle is not None:
+                handle.remove()
 
-    def _step_entries(self) -> None:
+    def _step_entries(self, *given: object) -> None:
         """Step the entries that have an operator of their own, which frees their gradients."""
         for _, options, slots in self.in_groups():
             for slot in slots:
