@@ -79,11 +79,6 @@ ANY = [
     SGD + "mask rigl on ndim(2) every 1 steps { density = 50%, replace = 30% }",
     SGD + "mask set on ndim(2) every 1 steps { density = 50%, replace = 30% }",
     SGD + "mask bitfit",
-    SGD + 'mask embedding_rows on "embed.token" { last = 3 }',
-    SGD + 'mask n_m on "**.fc.weight"',
-    SGD + 'mask wanda on "**.fc.weight" { density = 50%, batches = 1 }',
-    SGD + 'mask sparsegpt on "**.fc.weight" { density = 50%, batches = 1 }',
-    SGD + "mask lisa every 1 steps { active = 1 }",
     SGD + "lr trust_ratio",
     SGD + "lr mup { base_width = 4 }",
     SGD + "lr spectral { base_width = 4 }",
@@ -142,6 +137,11 @@ OF_TOKENS = [
     + 'adapt apt on "blocks.*.attn" { tokens = 2 } '
     + 'adapt prompt on "blocks.*" { tokens = 2 }',
     SGD + 'adapt dora on "blocks.**" & type(Linear) { rank = 2, alpha = 4 }',
+    SGD + 'mask embedding_rows on "**.embed.token" { last = 3 }',
+    SGD + 'mask n_m on "**.fc.weight"',
+    SGD + 'mask wanda on "**.fc.weight" { density = 50%, batches = 1 }',
+    SGD + 'mask sparsegpt on "**.fc.weight" { density = 50%, batches = 1 }',
+    SGD + "mask lisa every 1 steps { active = 1 }",
     SGD + 'adapt lora_mul on "blocks.**" & type(Linear) { rank = 2 }',
 ]
 OF_NUMBERS = [SGD + "perturb targets { noise = normal(0.3), weight = 0.5 }"]
