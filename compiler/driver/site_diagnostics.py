@@ -27,7 +27,7 @@ def site_diagnostic(error: SiteError, spec: Spec) -> Diagnostic:
 def clause_diagnostic(error: ClauseFailed, spec: Spec) -> Diagnostic:
     """Return the diagnostic of what a clause cannot do in a step, at this clause."""
     clause = next((clause for clause in spec.clauses if clause.name == error.clause), None)
-    span = clause.span if clause else None
+    span = clause.part_span(error.field) if clause else None
     return Diagnostic("clause-failed", str(error), (Label(span),) if span else ())
 
 

@@ -37,11 +37,14 @@ ActionState = dict[str, Any]
 
 
 class ClauseFailed(ValueError):
-    """What a clause does in a step is not possible; `clause` is its label, and the message says why."""
+    """What a clause does in a step is not possible; `clause` is its label, and the message says why.
 
-    def __init__(self, clause: str, message: str) -> None:
+    `field` is the field that it is about, or empty.
+    """
+
+    def __init__(self, clause: str, message: str, field: str = "") -> None:
         super().__init__(message)
-        self.clause = clause
+        self.clause, self.field = clause, field
 
 
 @contextmanager
@@ -52,10 +55,9 @@ def failures_of(name: str) -> Iterator[None]:
     except ValueError as error:
         if hasattr(error, "clause"):  # it says already where it is
             raise
-        label = re.split(r"\W", name)[
-            0
-        ]  # an action is called as its clause, and more where this has several
-        raise ClauseFailed(label, str(error)) from error
+        # An action is called as its clause, and more where this has several.
+        label = re.split(r"\W", name)[0]
+        raise ClauseFailed(label, str(error), getattr(error, "field", "")) from error
 
 
 class Action(ABC):

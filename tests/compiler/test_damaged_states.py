@@ -31,7 +31,8 @@ regularize ema { decay = 0.9 }
 mask sift on "blocks.*.mlp.**" & ndim(2) { density = 20%, batches = 8 }
 """
 )
-STATES = {**SPECS, "other optimizers": OTHERS}
+OF_TOKENS = {name: spec for name, spec in SPECS.items() if "examples.data:teacher" not in spec}
+STATES = {**OF_TOKENS, "other optimizers": OTHERS}
 REPLACED: tuple[Any, ...] = (
     None, True, False, 0, -1, 3, 1 << 70, 0.5, -2.5, math.nan, math.inf, "", "x", [], [1, "x"], (), {}, {"a": 1},
     {"(dtype)": "load"}, {"(items)": [1]}, torch.zeros(3), torch.tensor(-1), torch.tensor(math.nan),

@@ -384,11 +384,11 @@ def test_the_trial_of_a_graph_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     runs: list[StepGraph] = []
     run = StepGraph.run
 
-    def counted(graph: StepGraph, *arguments: Any) -> Any:
+    def counted(graph: StepGraph, *arguments: Any, **named: Any) -> Any:
         if not runs:  # the trial
             assert all(p.grad is None for p in program.module.parameters())
         runs.append(graph)
-        return run(graph, *arguments)
+        return run(graph, *arguments, **named)
 
     monkeypatch.setattr(StepGraph, "run", counted)
     torch.manual_seed(3)

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 import trainc
 from tests.conformance import divided
 from trainc.compiler.constructs.regularize.outputs.delta import Delta
-from trainc.compiler.errors import ExampleAxisUnknown, FieldError, SiteError
+from trainc.compiler.errors import ExampleAxisUnknown, SiteError
 from trainc.runtime.data.batch import Batch
+from trainc.runtime.step.action import ClauseFailed
 
 SPEC = "loss cross_entropy optimizer sgd { lr = 0.3 } run { length = 20 steps, seed = 1 } regularize delta"
 ON = ' on "conv" | "norm" '
@@ -97,7 +98,7 @@ def test_training_is_a_loop_by_hand(executor: Any, sizes: Any, fields: str) -> N
 @pytest.mark.parametrize(
     ("on", "fields", "error", "said"),
     [
-        ('"conv"', f', omega = "{__name__}:too_few"', FieldError, "2 weights for 3 channels"),
+        ('"conv"', f', omega = "{__name__}:too_few"', ClauseFailed, "2 weights for 3 channels"),
         ('"unused"', "", SiteError, "`unused` was not called"),
     ],
 )
