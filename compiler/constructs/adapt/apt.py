@@ -127,8 +127,9 @@ def approximated_prompts(
 
     `output` (..., C) is what the module gave, `inputs` (..., C) what it was given, `prompts` T are (r, C), and `a`
     (h, C) and `b` (C, h) change the keys `T + (T a^T) b^T`. A = relu(inputs keys^T) weighs the prompts, and w is the
-    largest weight of a token, without gradient. `log_scale` is 0-d or a number; `gate` 1 is the published form. Raises ValueError for shapes that do
-    not fit each other. Source: Wu et al., arXiv:2306.15706.
+    largest weight of a token, without gradient. `log_scale` is 0-d or a number, and `gate` 1 the published form.
+
+    Raises ValueError for shapes that do not fit each other. Source: Wu et al., arXiv:2306.15706.
     """
     import torch
 
