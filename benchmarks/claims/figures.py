@@ -51,11 +51,11 @@ def to_others(
 
 
 def draw_rows(axes: "Axes", rows: Mapping[str, Json]) -> None:
-    """Draw figures over seeds below each other: means, intervals, and the seeds as pale dots."""
+    """Draw figures over seeds below each other: means, intervals, and the seeds as gray dots."""
     for place, row in enumerate(rows.values()):
         low, high = row["interval"] or (row["mean"], row["mean"])
-        axes.plot(row["by seed"], [place] * len(row["by seed"]), ".", color="lightgray")
         axes.plot([low, high], [place, place], color="tab:blue", linewidth=2)
+        axes.plot(row["by seed"], [place] * len(row["by seed"]), ".", color="gray", alpha=0.6)
         axes.plot(row["mean"], place, "o", color="tab:blue")
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
