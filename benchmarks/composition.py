@@ -41,7 +41,7 @@ def main() -> int:
     rows = _read(options.out) if options.only or options.missing else {}
     chosen = [
         pair
-        for pair in (sample() if options.sample else pairs())
+        for pair in ([one[:2] for one in sample()] if options.sample else pairs())
         if not options.only or options.only in " ".join(pair).split()
         if not options.missing or pair not in rows
     ]

@@ -328,11 +328,14 @@ def test_graph_and_modules_agree(construct: type[Construct]) -> None:
 def test_any_division_into_micro_batches_agrees(construct: type[Construct]) -> None:
     setup = setup_of(construct)
     spec = spec_around(trained_clause(construct), setup)
-    whole = train_double(spec, setup)
+    whole = train_double(spec, setup, executor="module")
 
     def check() -> None:
         for sizes in ((2, 4), (3, 1, 2)):
-            parts = train_double(spec, setup, sizes=sizes)
+            parts = train_double(spec, setup, executor="module", sizes=sizes)
             assert_close_steps(parts, whole, metrics=False)
+        # Of one size, so that one capture serves.
+        parts = train_double(spec, setup, sizes=(3, 3))
+        assert_close_steps(parts, whole, metrics=False)
 
     assert_unless_exempt(construct.division, check)

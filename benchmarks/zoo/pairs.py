@@ -38,8 +38,8 @@ OTHERS = {
     "run": f"run {{ length = {STEPS} steps, seed = 3 }}",
 }
 """What a spec needs besides the two clauses, by kind."""
-SMALLEST_SHARE = 20
-"""One in so many of the pairs that share nothing is tried by the tests."""
+SMALLEST_SHARE, SHARE_BY_GRAPH = 20, 4
+"""One in so many is tried by tests: of the pairs that share nothing; by the graph, of those that share its forward."""
 
 
 class Branch(nn.Module):
@@ -124,11 +124,17 @@ def pairs() -> Iterator[tuple[str, str]]:
     yield from itertools.combinations_with_replacement(constructs(), 2)
 
 
-def sample() -> Iterator[tuple[str, str]]:
-    """Yield the pairs that change the same thing, and a few of the others: what tests can afford."""
+def sample() -> Iterator[tuple[str, str, bool]]:
+    """Yield the pairs that change the same thing, and a few of the others: what tests can afford.
+
+    The third says whether it is tried by the graph, too: a share of those of which both change the forward pass.
+    """
+    forward = 0
     for number, (one, two) in enumerate(pairs()):
-        if _written(one) & _written(two) or number % SMALLEST_SHARE == 0:
-            yield one, two
+        shared = _written(one) & _written(two)
+        forward += "forward" in shared
+        if shared or number % SMALLEST_SHARE == 0:
+            yield one, two, "forward" in shared and forward % SHARE_BY_GRAPH == 0
 
 
 def _written(name: str) -> set[str]:
@@ -143,7 +149,7 @@ def _construct(name: str) -> type[Construct]:
 def examine_pair(one: str, two: str, *, graph: bool = True) -> Found:
     """Try two constructs on the first model on which each of them trains alone.
 
-    Without `graph` only pairs that change the forward pass or the loss run by it: for others it is the same graph.
+    Without `graph` the modules alone run them.
     """
     for model in MODELS:
         texts = [alone(model.name, name) for name in (one, two)]
@@ -196,7 +202,7 @@ def _examined(architecture: Architecture, text: str, by_graph: bool) -> Outcome:
     modules, notes = _trained(architecture, text, "module"), []
     check_finite(modules)
     _check_resumed(architecture, text, modules)
-    if by_graph or modules.program.execution.method.rewrite:
+    if by_graph:
         try:
             graph = _trained(architecture, text, "graph")
         except GraphRefused as error:

@@ -5,9 +5,12 @@ import pytest
 from benchmarks.zoo import pairs
 
 
-@pytest.mark.parametrize("pair", list(pairs.sample()), ids=" x ".join)
-def test_two_constructs_train_together_or_are_refused(pair: tuple[str, str]) -> None:
-    found = pairs.examine_pair(*pair, graph=False)
+@pytest.mark.parametrize(
+    ("one", "two", "graph"),
+    [pytest.param(*given, id=f"{given[0]} x {given[1]}") for given in pairs.sample()],
+)
+def test_two_constructs_train_together_or_are_refused(one: str, two: str, graph: bool) -> None:
+    found = pairs.examine_pair(one, two, graph=graph)
     assert found.outcome.status in ("works", "refused"), found.outcome.detail
     assert found.outcome.status == "works" or found.outcome.detail
 

@@ -164,7 +164,7 @@ class NoisedBranch(Around):
         self.found = {}
 
     def _noised(self, gradients: Gradients, number: int, batches: Sequence[Batch]) -> list[Batch]:
-        """Return all micro-batches of a step with noise, which does not depend on how it is divided."""
+        """Return all micro-batches of a step with noise: that of its replica, however the step is divided."""
         import torch
 
         values = [self._values(*batch) for batch in batches]
