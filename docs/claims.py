@@ -11,6 +11,7 @@ TITLES = {
     "small_batch": "The half-life of Adam's second moment, held in tokens",
     "allocation": "Sparsity of blocks by the tails of their spectra",
     "ghost": "Ghost batches and the generalization gap",
+    "sift_claim": "Which entries to train in fine-tuning",
     "pace": "Consistency under noise, for adaptation with few images",
 }
 """What each result is about, by its file."""
@@ -31,14 +32,19 @@ def claims_page() -> str:
     for name, title in TITLES.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
-            lines += _claim(name, title, json.loads(path.read_text(encoding="utf-8")))
+            lines += _claim(title, json.loads(path.read_text(encoding="utf-8")))
     return "\n".join(lines)
 
 
-def _claim(name: str, title: str, found: Json) -> list[str]:
+def _claim(title: str, found: Json) -> list[str]:
     level = f"{100 * found['level of the intervals']:.0f}"
     met = [f"- {what}: {'yes' if is_met else '**no**'}" for what, is_met in found["met"].items()]
-    lines = [f"## {title}", "", f"`{name}`, taken {found['taken']}; intervals of {level} %.", ""]
+    lines = [
+        f"## {title}",
+        "",
+        f"`{found['benchmark']}`, taken {found['taken']}; intervals of {level} %.",
+        "",
+    ]
     lines += [*found["definition"], f"Expected: {found['expected']}. Found:", "", *met, ""]
     for path, table in _tables((), found):
         lines += [f"{path[:1].upper()}{path[1:]}:" if path else "", "", *table, ""]

@@ -133,7 +133,8 @@ class StepAccess(ClauseAccess):
         """
         fraction = self.schedule(density)
         text = f"{fraction(Clock()):.6g}" if self.is_constant(density) else str(density)
-        shown = f"density {text}{' of all' * together}"
+        by = f", by {choice.measured}" if choice is not None and choice.measured else ""
+        shown = f"density {text}{' of all' * together}{by}"
         names = tuple(names)
         self._refuse_masked_shards(names)
         each: dict[str, float] = {}

@@ -116,6 +116,16 @@ class Inventory:
         """Return parameters by every name they have."""
         return {name: p for p in self.parameters for name in (p.name, *p.aliases)}
 
+    @cached_property
+    def with_spectrum(self) -> dict[str, UsedWeight]:
+        """Return the weights whose spectra say something, all but embeddings, by the parameters that make them."""
+        return {
+            name: used
+            for used in self.weights
+            if "Embedding" not in self.parameter[used.parameters[0]].types
+            for name in used.parameters
+        }
+
     @property
     def trainable(self) -> tuple[ParameterEntry, ...]:
         return tuple(p for p in self.parameters if p.trainable)

@@ -33,6 +33,11 @@ class Place:
     def depth(self) -> float:
         return self.block / (self.blocks - 1) if self.blocks > 1 else 0.0
 
+    @property
+    def inner_level(self) -> int | None:
+        """Return the level of a part of a block; None for what is before the first or after the last."""
+        return self.level if 0 < self.level < self.levels else None
+
 
 def lowest(places: Iterable[Place]) -> Place:
     """Return the place nearest to the input: the first of those with the lowest level."""

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+
+from trainc.runtime.mask.budget import Shapes
+
+Alphas = Callable[[Iterable[str]], Mapping[str, Sequence[float]]]
+"""Measures the alphas of the matrices that each of some tensors consists of."""
 
 
 def allocate(
@@ -49,3 +55,33 @@ def _filled(ratios: Sequence[float], sizes: Sequence[int], mean: float) -> list[
         if not above:
             return [1.0 if i in full else scale * ratio for i, ratio in enumerate(ratios)]
         full |= above
+
+
+class DensitiesByAlpha:
+    """Densities of tensors by alphas that are measured when they are asked for: an `Allocation`.
+
+    The tensors of a unit share the mean over all of their matrices. An alpha that means nothing, as of a weight of low
+    rank, is left out of it, and a unit without any has the mean of the others.
+    """
+
+    def __init__(self, measure: Alphas, units: Sequence[Sequence[str]], spread: float) -> None:
+        self.measure, self.units, self.spread = measure, units, spread
+
+    def __call__(self, shapes: Shapes, density: float) -> dict[str, float]:
+        """Return the density of each tensor; together they have `density` of all entries exactly."""
+        alphas = self.alphas(shapes)
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        found = allocate([alphas[name] for name in shapes], sizes, density, self.spread)
+        return dict(zip(shapes, found, strict=True))
+
+    def alphas(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the alpha of each tensor."""
+        measured = self.measure(names)
+        found: dict[str, float] = {}
+        for unit in self.units:
+            own = [name for name in unit if name in measured]
+            finite = [alpha for name in own for alpha in measured[name] if math.isfinite(alpha)]
+            found |= dict.fromkeys(own, fmean(finite) if finite else math.nan)
+        known = [alpha for alpha in found.values() if math.isfinite(alpha)]
+        middle = fmean(known) if known else 0.0
+        return {n: alpha if math.isfinite(alpha) else middle for n, alpha in found.items()}

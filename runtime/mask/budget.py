@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 Shapes = Mapping[str, tuple[int, ...]]
 
 Allocation = Callable[[Shapes, float], Mapping[str, float]]
-"""Gives each tensor a density of its own, from the shapes of all and their common density."""
+"""Gives each tensor a density of its own, from the shapes of all and their common density, or from weights, too."""
 
 Count = Callable[[int, float], int]
 """How many of a number of units a density is."""

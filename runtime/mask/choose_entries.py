@@ -148,8 +148,8 @@ class ChooseEntries(Action):
         found: dict[str, Form] = {}
         for name, entries in self.selected.items():
             whole = entries.parameter
-            # How many there are is a matter of the scores where tensors are compared with each other.
-            length = [None] if self.choice.together else entries.values.shape
+            # How many there are is a matter of scores or of weights where shapes alone do not say it.
+            length = entries.values.shape if self.choice.known else [None]
             integer = "int32" if whole.numel() <= torch.iinfo(torch.int32).max else "int64"
             found[f"seen/{name}"], found[f"due/{name}"] = Count(1), Flag()
             found[f"sum/{name}"] = Values(whole.shape, _dtype(whole), finite=True)

@@ -16,8 +16,8 @@ from trainc.runtime.mask.structures import ELEMENT, Reduce, Structure, l2_norm
 class Choice:
     """Which entries the largest scores choose: of each tensor by itself, or of all `together`.
 
-    `allocate` gives each tensor a density of its own. `count` says how many of a number of units a density is, and
-    `reduce` what the score of a unit is.
+    `allocate` gives each tensor a density of its own, and `measured` says by what of the weights, where it reads them.
+    `count` says how many of a number of units a density is, and `reduce` what the score of a unit is.
     """
 
     structure: Structure = ELEMENT
@@ -25,6 +25,12 @@ class Choice:
     allocate: Allocation | None = None
     count: Count = kept_count
     reduce: Reduce = l2_norm
+    measured: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Return whether shapes alone say how many entries of each tensor are chosen."""
+        return not (self.together or self.measured)
 
     def masks(self, scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
         """Return where the chosen entries are, bool in the shape of each tensor's scores; no score is NaN."""
@@ -41,7 +47,10 @@ class Choice:
         return {name: self.structure.mask(found, shape) for (name, shape), found in pairs}
 
     def counts(self, shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
-        """Return how many units of each tensor are chosen, where that does not depend on scores."""
+        """Return how many units of each tensor are chosen, where that does not depend on scores.
+
+        What is `measured` is read from the weights as they are now.
+        """
         units = {name: self.structure.count(shape) for name, shape in shapes.items()}
         if self.structure.density is not None:
             return {name: round(self.structure.density * n) for name, n in units.items()}
@@ -50,13 +59,13 @@ class Choice:
         return shares(units, self.allocate(shapes, density), self.count)
 
     def densities(self, shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
-        """Return which fraction of the units of each tensor is chosen; none where that depends on scores."""
-        counts = {} if self.together else self.counts(shapes, density)
+        """Return which fraction of the units of each tensor is chosen; none where shapes alone do not say."""
+        counts = self.counts(shapes, density) if self.known else {}
         return {name: n / max(1, self.structure.count(shapes[name])) for name, n in counts.items()}
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
-        """Return how many entries of each tensor are chosen; 0 where that depends on scores."""
-        if self.together:
+        """Return how many entries of each tensor are chosen; 0 where shapes alone do not say."""
+        if not self.known:
             return dict.fromkeys(shapes, 0)
         counts = self.counts(shapes, density)
         return {name: n * self.structure.unit(shapes[name]) for name, n in counts.items()}

@@ -21,6 +21,11 @@ def magnitude(step: Step, name: str) -> Tensor:
     return step.parameters[name].detach().abs()
 
 
+def smallness(step: Step, name: str) -> Tensor:
+    """Return -|w|."""
+    return -magnitude(step, name)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 at least, detached and dense."""
     dense = tensor.to_dense() if tensor.is_sparse else tensor

@@ -35,7 +35,7 @@ print(slope_through_origin([1, 2], [3, 6]), over_seeds([1.0, 2.0, 3.0])["interva
 
 
 PACED = """
-from benchmarks.claims import adaptation
+from benchmarks.claims import adaptation, sift
 from benchmarks.claims.pace import METHODS, Run, Trials, Records, runs_of
 from benchmarks.pace import *
 from dataclasses import replace
@@ -44,7 +44,9 @@ turns = {name: [asdict(one) for one in every] for name, every in times(asdict(SM
 still = Run(adaptation.SMALL, 1e-20, METHODS["PACE, pair"][0], 1)
 trials = Trials(Records(Path(sys.argv[1])))
 learnt = [trials(one) for one in (still, replace(still, rate=0.1), still)]
-print(json.dumps([turns, memory("ours", SMALL), learnt]))
+few = [sift.carry_out(sift.Run(sift.SMALL, method, 1e-3, 1)) for method in (sift.SIFT, sift.LORA, sift.FULL)]
+few.append(sift.shares([torch.tensor([3.0] + 299 * [0.0]), torch.tensor([0.0] + 299 * [0.5])]))
+print(json.dumps([turns, memory("ours", SMALL), learnt, few]))
 """
 
 
@@ -87,7 +89,7 @@ def test_the_cost_of_a_noise_scale_is_taken_beside_plain_steps(tmp_path: Path) -
 def test_pace_is_timed_beside_others_and_what_it_learns_is_measured(tmp_path: Path) -> None:
     done = run("-c", PACED, str(tmp_path / "records.jsonl"))
     assert done.returncode == 0, done.stderr
-    times, memory, (still, moved, again) = json.loads(done.stdout.splitlines()[-1])
+    times, memory, (still, moved, again), few = json.loads(done.stdout.splitlines()[-1])
     assert times.keys() == {
         "plain",
         "published pair",
@@ -106,6 +108,16 @@ def test_pace_is_timed_beside_others_and_what_it_learns_is_measured(tmp_path: Pa
         assert 0 <= one["accuracy"] <= 100
         assert one["gradient"] > 0
         assert one["gradient of outputs"] > 0
+    entries, adapters, full, shares = few
+    assert adapters["trained"] == 512  # in + out of four layers, of 12288 entries
+    assert 512 < entries["trained"] <= 512 + 4
+    assert full["trained"] > 12288
+    assert all(0 < one[loss] < 6 for one in few[:3] for loss in ("loss", "loss on the old text"))
+    # 6 of 600 entries are 1 %: 3.0 and five of 0.5; of each tensor three of 300.
+    each = (1 + (3 / 299) ** 0.5) / 2
+    assert shares == pytest.approx(
+        {"together": ((9 + 5 / 4) / (9 + 299 / 4)) ** 0.5, "each matrix": each}
+    )
 
 
 def test_norms_that_are_wrong_are_noticed() -> None:

@@ -48,6 +48,19 @@ SPECS = {
         optimizer adamw { lr = 1e-2 }
         mask lisa every 2 steps
     """,
+    "masks that move": PLAIN + """
+        optimizer adamw { lr = 1e-2 }
+        mask movement on "**.mlp.fc.weight" every 2 steps { density = 50% }
+        mask rigl on "**.mlp.proj.weight" every 2 steps { density = 40% }
+        mask set on "**.attn.proj.weight" every 2 steps { density = 40% }
+        mask n_m on "**.qkv.weight"
+    """,
+    "masks by inputs": PLAIN + """
+        optimizer adamw { lr = 1e-2 }
+        mask wanda on "blocks.*.mlp.**" & ndim(2) { density = 50%, batches = 4, scope = alpha, unit = tensor }
+        mask sparsegpt on "blocks.*.attn.**" & ndim(2) { density = 50%, batches = 2 }
+        mask embedding_rows on "embed.token" { rows = [97, 101, 110] }
+    """,
     "a followed signal": HEAD + GNS + DATA.replace(
         "BATCH", "follow(gns, factor = 4, min = 2 samples, max = 8 samples, every = 2 steps)"
     ) + "optimizer adamw { lr = 1e-2 } distribute local every 2 steps { rule = average }",

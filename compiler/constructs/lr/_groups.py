@@ -13,7 +13,7 @@ from trainc.runtime.factors.units import BalancedGroup, MeasuredPart
 if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import Inventory, ParameterEntry
-    from trainc.compiler.structure.weights import By, MatrixUnit, UsedWeight
+    from trainc.compiler.structure.weights import By, MatrixUnit
     from trainc.runtime.factors.slices import Slices
     from trainc.runtime.schedule.clock import Clock
     from trainc.runtime.step.optimizer import LrFactor
@@ -28,7 +28,7 @@ def find_groups(
     vectors of a module without a matrix are in the group before them in their block, or else in the first of their
     block, or, where their block has no group, in the one before them.
     """
-    owners = _owners(inventory)
+    owners = inventory.with_spectrum
     modules: dict[str, list[ParameterEntry]] = {}
     for parameter in parameters:
         owner = owners.get(parameter.name)
@@ -52,10 +52,10 @@ def find_groups(
             group = name if len(weights) == 1 and name else used.name
             names = tuple(p.name for p in members if p in own or p in shared)
             groups.append(
-                BalancedGroup(group, _parts(group, used.units(by)), names, _block(own[0]))
+                BalancedGroup(group, _parts(group, used.units(by)), names, own[0].place.inner_level)
             )
     for position, parameter in followers:
-        if (i := _followed(groups, position, _block(parameter))) is not None:
+        if (i := _followed(groups, position, parameter.place.inner_level)) is not None:
             names = (*groups[i].parameters, parameter.name)
             groups[i] = replace(groups[i], parameters=names)
     return groups, unfit
@@ -124,16 +124,6 @@ def _mean(slices: Slices, clock: Clock) -> float:
     return slices.mean
 
 
-def _owners(inventory: Inventory) -> dict[str, UsedWeight]:
-    """Return the weights with spectra, without tables of embeddings, by the names of the parameters that make them."""
-    return {
-        name: used
-        for used in inventory.weights
-        if "Embedding" not in inventory.parameter[used.parameters[0]].types
-        for name in used.parameters
-    }
-
-
 def _parts(group: str, units: Iterable[MatrixUnit]) -> tuple[MeasuredPart, ...]:
     return tuple(
         MeasuredPart(
@@ -151,8 +141,3 @@ def _followed(groups: list[BalancedGroup], position: int, block: int | None) -> 
     inside = [i for i, group in enumerate(groups) if group.block == block]
     near = [i for i in inside if i < position] or inside[:1]
     return near[-1] if near else position - 1 if position else None
-
-
-def _block(parameter: ParameterEntry) -> int | None:
-    place = parameter.place
-    return place.level if 0 < place.level < place.levels else None

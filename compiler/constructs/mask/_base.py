@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,7 +14,12 @@ from trainc.dsl.values.functions import Function
 from trainc.dsl.values.value_json import Call, Expr, Number
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.model.inventory import ParameterEntry
+    from trainc.compiler.structure.weights import UsedWeight
     from trainc.runtime.mask.entry_choice import Choice
     from trainc.runtime.mask.structures import Structure
     from trainc.runtime.report.axes import Panel
@@ -65,6 +71,15 @@ ZEROS = (
 """What masks do that keep entries at zero."""
 
 
+BY_SPECTRA = ("alpha", "farms", "calibrated")
+SCOPES = (
+    "by alpha as AlphaPruning has it (`alpha`, arXiv:2410.10912, its tail from the peak of the spectrum), of windows"
+    " (`farms`, arXiv:2506.06280), or beside that of random weights of the shape (`calibrated`; both from the median)."
+    " Alphas are measured at each choice"
+)
+"""What is said of the scopes by spectra."""
+
+
 def kept_fraction(value: Expr | None) -> Expr | None:
     """Return a density; raises ValueError for a number that is none."""
     if isinstance(value, Number) and not 0 < value.value <= 1:
@@ -85,22 +100,135 @@ class PicturedMask(Construct):
         return mask_panels(clauses)
 
 
-class ChoosingMask(PicturedMask):
+class SpectralMask(PicturedMask):
+    """Base of the masks that may give each tensor a density of its own by the spectra of weights.
+
+    A subclass has a field `scope`, which has the words of `BY_SPECTRA`.
+    """
+
+    targets: ClassVar = "parameters"
+    functions: ClassVar[tuple[str, ...]] = ("trainc.runtime.mask.allocation:allocate",)
+
+    spread: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="with a `scope` by spectra: sparsities are in proportion to numbers from 1 - `spread`, for the"
+        " smallest alpha, to 1 + `spread`, for the largest",
+    )
+    unit: Literal["block", "tensor"] = Field(
+        default="block",
+        description="with a `scope` by spectra: whether the weights of a block share the mean of their alphas, as"
+        " published, or each has its own; what is in no block has its own",
+    )
+    window: int = Field(
+        default=100, ge=1, description="with `scope = farms`: rows of the windows that are measured"
+    )
+
+    if TYPE_CHECKING:
+        scope: str
+
+    @model_validator(mode="after")
+    def _has_fields_of_its_scope(self) -> Self:
+        given = self.model_fields_set
+        if self.by_spectra and self.scope == "farms":
+            return self
+        if "window" in given:
+            raise ValueError("`window` is of `scope = farms`: write that, or remove `window`")
+        if not self.by_spectra and (unread := {"spread", "unit"} & given):
+            raise ValueError(
+                f"`{min(unread)}` is of a `scope` by spectra: add `scope = alpha`, or remove `{min(unread)}`"
+            )
+        return self
+
+    @property
+    def by_spectra(self) -> bool:
+        """Say whether densities follow from the spectra of the weights."""
+        return self.scope in BY_SPECTRA
+
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Report what has no spectrum, and warn where there is nothing to share out."""
+        if not self.by_spectra:
+            return
+        weights = bound.inventory.with_spectrum
+        unfit = [p.name for p in bound.parameters if p.name not in weights]
+        if unfit:
+            yield Problem(
+                "wrong-target-kind",
+                f"`{unfit[0]}` has no spectrum that a density could follow: it is no matrix, or an embedding",
+                field="scope",
+                help="exclude it from `on`, for instance with `- type(Embedding)`, or write another `scope`",
+            )
+        elif len(_units(bound.parameters, self.unit)) < 2:
+            yield Problem(
+                "no-effect",
+                f"all that is selected is one {self.unit}, so that it has one density",
+                field="scope",
+                severity="warning",
+                help="select more in `on`, write `unit = tensor`, or remove `scope`",
+            )
+
+    def shared(self, to: Lowering) -> dict[str, Any]:
+        """Return the fields of a choice that say how its density is shared by spectra; none for another scope."""
+        from trainc.runtime.mask.allocation import DensitiesByAlpha
+
+        if not self.by_spectra:
+            return {}
+        weights = {p.name: to.inventory.with_spectrum[p.name] for p in to.parameters()}
+        units = [*_units(to.parameters(), self.unit).values()]
+        densities = DensitiesByAlpha(partial(self._alphas, to.model, weights), units, self.spread)
+        return {"allocate": densities, "measured": f"alphas ({self.scope})"}
+
+    def _alphas(
+        self, model: nn.Module, weights: Mapping[str, UsedWeight], names: Iterable[str]
+    ) -> dict[str, list[float]]:
+        """Return the alphas of the matrices that each of these weights consists of."""
+        from trainc.compiler.structure.weights import read_units
+        from trainc.kernels.parameter.figures import measure, refuse_not_finite
+        from trainc.kernels.parameter.spectral_null import calibrated_alpha
+        from trainc.kernels.parameter.spectral_windows import Windows
+
+        units = {name: weights[name].units() for name in names}
+        every = [unit for own in units.values() for unit in own]
+        matrices = read_units(model, every)
+        if self.scope == "farms":
+            refuse_not_finite(matrices)
+            windows = Windows(self.window)
+            alphas = {n: windows.alpha(m, "median", 0.5, "code") for n, m in matrices.items()}
+        else:
+            figures = measure(matrices, "peak" if self.scope == "alpha" else "median")
+            alphas = {name: one.alpha for name, one in figures.items()}
+        if self.scope == "calibrated":
+            shapes = {unit.name: (unit.outputs, unit.inputs, unit.count, 1) for unit in every}
+            alphas = {name: calibrated_alpha(a, shapes[name]) for name, a in alphas.items()}
+        return {name: [alphas[unit.name] for unit in own] for name, own in units.items()}
+
+
+def _units(parameters: Iterable[ParameterEntry], unit: str) -> dict[object, list[str]]:
+    """Return the names of the parameters that share a density."""
+    found: dict[object, list[str]] = {}
+    for entry in parameters:
+        block = entry.place.inner_level if unit == "block" else None
+        found.setdefault(entry.name if block is None else block, []).append(entry.name)
+    return found
+
+
+class ChoosingMask(SpectralMask):
     """Base of the masks that choose entries of tensors by a score, under a structure and a budget.
 
     A subclass has a field `density`, a number or an expression, or None where the structure says it.
     """
 
-    targets: ClassVar = "parameters"
     functions: ClassVar[tuple[str, ...]] = (
-        "trainc.runtime.mask.allocation:allocate",
+        *SpectralMask.functions,
         "trainc.runtime.mask.entry_choice:topk_mask",
     )
 
-    scope: Literal["tensor", "global", "erk"] = Field(
+    scope: Literal["tensor", "global", "erk", "alpha", "farms", "calibrated"] = Field(
         default="tensor",
-        description="whether `density` is a fraction of each tensor, of all selected tensors together, or of all by"
-        " Erdos-Renyi-Kernel: denser in tensors that are small",
+        description="whether `density` is a fraction of each tensor or of all selected tensors together: the largest"
+        " of all (`global`); by Erdos-Renyi-Kernel, denser in tensors that are small (`erk`); or denser where the"
+        f" spectra of weights have heavier tails, {SCOPES}",
     )
     structure: StructureField = Field(
         default="element",
@@ -134,7 +262,8 @@ class ChoosingMask(PicturedMask):
         return self
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Report tensors that the structure does not fit."""
+        """Report tensors that the structure does not fit, or that have no spectrum."""
+        yield from super().validate_targets(bound)
         yield from structure_problems(bound, self.structure)
 
     @property
@@ -142,7 +271,7 @@ class ChoosingMask(PicturedMask):
         """Return the density that the structure says; None where `density` does."""
         return n_of_m(self.structure)
 
-    def choice(self, **how: Any) -> Choice:
+    def choice(self, to: Lowering, **how: Any) -> Choice:
         """Return the choice by this structure and scope; `how` are further fields of it."""
         from trainc.runtime.mask.budget import erk_densities
         from trainc.runtime.mask.entry_choice import Choice
@@ -152,6 +281,7 @@ class ChoosingMask(PicturedMask):
             how.setdefault("reduce", rms)
         if self.scope == "erk":
             how.setdefault("allocate", erk_densities)
+        how |= self.shared(to)
         return Choice(structure_of(self.structure), self.scope == "global", **how)
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from trainc.compiler.constructs.mask._base import StructureField, n_of_m, structure_of
-from trainc.dsl.reading.construct import Construct, Fraction, Problem
+from trainc.compiler.constructs.mask._base import (
+    SCOPES,
+    SpectralMask,
+    StructureField,
+    n_of_m,
+    structure_of,
+)
+from trainc.dsl.reading.construct import Fraction, Problem
 from trainc.runtime.step.action import ActionState
 from trainc.runtime.step.observer import Observer
 from trainc.runtime.storage.form import Count, Form, Record, Values
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import ParameterEntry
+    from trainc.runtime.mask.entry_choice import Choice
     from trainc.runtime.processes.replica_group import ReplicaGroup
     from trainc.runtime.step.observer import Seen
 
@@ -27,10 +34,9 @@ UNCALLED = "NonDynamicallyQuantizableLinear"
 """The output projection of an nn.MultiheadAttention, which uses its weight and never calls it."""
 
 
-class CalibratedMask(Construct):
+class CalibratedMask(SpectralMask):
     """Base of the masks that choose entries of the weights of linear layers by what these are given at first."""
 
-    targets: ClassVar = "parameters"
     identity: ClassVar = {"density": "100%"}
 
     density: Fraction | None = Field(
@@ -40,6 +46,11 @@ class CalibratedMask(Construct):
         default="element",
         description="`element`, or `n_m(n, m)`: n of each m consecutive inputs of a row are kept, and `density` is left"
         " out",
+    )
+    scope: Literal["tensor", "alpha", "farms", "calibrated"] = Field(
+        default="tensor",
+        description="whether `density` is a fraction of each weight, or of all: denser where the spectra of weights"
+        f" have heavier tails, {SCOPES}",
     )
     batches: int = Field(
         default=4, ge=1, description="steps whose inputs are summed before entries are chosen"
@@ -63,6 +74,8 @@ class CalibratedMask(Construct):
             raise ValueError(
                 f"`structure = {self.structure}` is a density of {exact:.4g}: remove `density`"
             )
+        if exact is not None and self.by_spectra:
+            raise ValueError(f"`structure = {self.structure}` is for each tensor: remove `scope`")
         return self
 
     @property
@@ -75,6 +88,7 @@ class CalibratedMask(Construct):
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report what is no weight of a linear layer, groups that do not fit, and too many steps of calibration."""
         yield from _unfit_layers(bound)
+        yield from super().validate_targets(bound)
         one = structure_of(self.structure)
         for entry in bound.parameters:
             shape = entry.shape if inputs_last(entry) else entry.shape[::-1]
@@ -93,6 +107,12 @@ class CalibratedMask(Construct):
                 field="batches",
                 help="write fewer `batches`",
             )
+
+    def choice(self, to: Lowering) -> Choice:
+        """Return how the density is shared."""
+        from trainc.runtime.mask.entry_choice import Choice
+
+        return Choice(**self.shared(to))
 
 
 def _unfit_layers(bound: Targets) -> Iterator[Problem]:
@@ -216,6 +236,17 @@ def calibrate(to: Lowering, batches: int, of: Callable[[Tensor], Tensor], axes: 
     sums.keys = to.capture_inputs(forms, of, gate)
     to.observe(sums, gate=gate)
     return sums
+
+
+def densities_of(
+    choice: Choice, entries: Iterable[ParameterEntry], density: float
+) -> Mapping[str, float]:
+    """Return the density of each weight, at least that of one entry."""
+    shapes = {entry.name: entry.shape for entry in entries}
+    if choice.allocate is None:
+        return dict.fromkeys(shapes, density)
+    found = choice.allocate(shapes, density)
+    return {name: max(found[name], 1 / math.prod(shape)) for name, shape in shapes.items()}
 
 
 def wide_rows(x: Tensor) -> Tensor:

@@ -113,8 +113,8 @@ def blocks(parameters: Iterable[ParameterEntry]) -> list[tuple[str, ...]]:
     """Return the parameters of each block, from the input on; those of no block are left out."""
     found: dict[int, list[str]] = {}
     for entry in parameters:
-        if 0 < entry.place.level < entry.place.levels:
-            found.setdefault(entry.place.level, []).append(entry.name)
+        if entry.place.inner_level is not None:
+            found.setdefault(entry.place.inner_level, []).append(entry.name)
     return [tuple(found[level]) for level in sorted(found)]
 
 

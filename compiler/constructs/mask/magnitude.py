@@ -87,7 +87,7 @@ class Magnitude(ChoosingMask):
 
         names = [entry.name for entry in to.parameters()]
         density = self.density or Number(self.exact or 1)
-        choice, together = self.choice(), self.scope != "tensor"
+        choice, together = self.choice(to), self.scope != "tensor"
         choose = ScoredChoice(to.label, names, magnitude, choice)
         found = to.mask(names, choose, density, choice=choice, together=together)
         compute_sparse(to, found.masks.values(), choice.structure)

@@ -64,7 +64,7 @@ class Movement(ChoosingMask):
 
         names = [entry.name for entry in to.parameters()]
         score = summed_movement()
-        choice = self.choice(reduce=mean)
+        choice = self.choice(to, reduce=mean)
         scored = ScoredChoice(to.label, names, score.so_far, choice)
 
         def choose(step: Step, density: float) -> dict[str, Tensor] | None:

@@ -27,7 +27,7 @@ Select = Annotated[
     str | Call,
     word_or_call(
         "score",
-        (*_BY_GRADIENTS, "magnitude", "random"),
+        (*_BY_GRADIENTS, "magnitude", "smallest", "random"),
         {"principal": Function({"rank": "plain"}, 1, 1)},
     ),
 ]
@@ -51,15 +51,17 @@ class Sift(ChoosingMask):
 
     `select` takes another score: `movement`, the sum of - w g over these steps, largest where weights move away from
     zero; or of the weights alone, which are chosen before the first step and train in it: `magnitude`, |w|;
-    `principal(rank)`, the magnitude in the best approximation of that rank, as LIFT does; `random`, numbers that
-    follow from the seed and the parameter's name. With `every` the entries are chosen again until `until`: those that
-    stay keep their moments, and the moments of new ones start at 0. While gradients are summed for that, the entries of
-    before train. Rows, columns and blocks are chosen by the L2 norm of their scores, with `movement` by the mean.
+    `smallest`, -|w|, as PaFi does; `principal(rank)`, the magnitude in the best approximation of that rank, as LIFT
+    does; `random`, numbers that follow from the seed and the parameter's name. With `every` the entries are chosen
+    again until `until`: those that stay keep their moments, and the moments of new ones start at 0. While gradients are
+    summed for that, the entries of before train. Rows, columns and blocks are chosen by the L2 norm of their scores,
+    with `movement` and `smallest` by the mean.
     """
 
     cite: ClassVar = (
         "Song et al., Sparse is Enough in Fine-tuning Pre-trained Large Language Models, "
-        "ICML 2024, arXiv:2312.11875; of `principal`: Liu et al., LIFT, ICML 2025, arXiv:2506.00772"
+        "ICML 2024, arXiv:2312.11875; of `principal`: Liu et al., LIFT, ICML 2025, arXiv:2506.00772; of `smallest`:"
+        " Liao, Meng and Monz, Parameter-Efficient Fine-Tuning without Introducing New Latency, ACL 2023"
     )
     usage: ClassVar = "mask sift on ndim(2) - type(Embedding) { density = 1% }"
     identity: ClassVar = {"density": "100%"}
@@ -93,7 +95,7 @@ class Sift(ChoosingMask):
     select: Select = Field(
         default="gradient",
         description="by what entries are chosen: the largest |sum of g|, -sum of w g (`movement`), |w| (`magnitude`),"
-        " entries of the approximation of a rank (`principal(rank)`), or none (`random`)",
+        " -|w| (`smallest`), entries of the approximation of a rank (`principal(rank)`), or none (`random`)",
     )
     batches: int = Field(
         default=1, ge=1, description="optimizer steps whose gradients are summed before a choice"
@@ -154,16 +156,16 @@ class Sift(ChoosingMask):
         density = self.exact or self.density
         assert density is not None
         to.select_entries(
-            names, self._score(to.seed()), self._choice(), density, batches=self.batches
+            names, self._score(to.seed()), self._choice(to), density, batches=self.batches
         )
         if self.rest == "freeze":
             to.freeze(p.name for p in to.inventory.trainable if p.name not in {*names})
 
-    def _choice(self) -> Choice:
+    def _choice(self, to: Lowering) -> Choice:
         from trainc.runtime.mask.structures import mean
 
-        signed = {"reduce": mean} if self.select == "movement" else {}
-        return self.choice(count=self.count, **signed)
+        signed = {"reduce": mean} if self.select in ("movement", "smallest") else {}
+        return self.choice(to, count=self.count, **signed)
 
     def _score(self, seed: int) -> Score | SummedScores:
         from trainc.runtime.mask import scores
@@ -172,8 +174,8 @@ class Sift(ChoosingMask):
             return scores.Principal(rank_of(self.select))
         if self.select == "random":
             return scores.Random(seed)
-        if self.select == "magnitude":
-            return scores.magnitude
+        if self.select in ("magnitude", "smallest"):
+            return scores.magnitude if self.select == "magnitude" else scores.smallness
         return scores.summed_gradients() if self.select == "gradient" else scores.summed_movement()
 
     def reference(

@@ -12,6 +12,7 @@ from trainc.compiler.constructs.mask._calibration import (
     CalibratedMask,
     InputSums,
     calibrate,
+    densities_of,
     inputs_last,
     kept_of,
     wide_rows,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import ParameterEntry
+    from trainc.runtime.mask.entry_choice import Choice
     from trainc.runtime.step.record import Step
 
 
@@ -46,7 +48,10 @@ class Sparsegpt(CalibratedMask):
     usage: ClassVar = (
         "mask sparsegpt on ndim(2) & type(Linear) - role(head) { density = 50%, batches = 1 }"
     )
-    functions: ClassVar = ("trainc.compiler.constructs.mask.sparsegpt:sparsegpt",)
+    functions: ClassVar = (
+        *CalibratedMask.functions,
+        "trainc.compiler.constructs.mask.sparsegpt:sparsegpt",
+    )
     effects: ClassVar = (
         Effect(
             "perturb",
@@ -84,8 +89,9 @@ class Sparsegpt(CalibratedMask):
         """Sum products of inputs; choose, and move the weights, when they are known."""
         entries = to.parameters()
         sums = calibrate(to, self.batches, products, axes=2)
-        choose = ByProducts(self, entries, sums)
-        to.mask([e.name for e in entries], choose, Number(self.kept))
+        choice = self.choice(to)
+        choose, names = ByProducts(self, entries, sums, choice), [e.name for e in entries]
+        to.mask(names, choose, Number(self.kept), choice=choice, together=self.by_spectra)
 
     def reference(self, weight: Tensor, inputs: Tensor) -> Tensor:
         """Return the pruned weight (out, in) for inputs (n, in) by explicit inverses, entry by entry, in float64."""
@@ -123,19 +129,23 @@ def products(x: Tensor) -> Tensor:
 class ByProducts:
     """The choice by weights and products of inputs, which moves the weights: see `Lowering.mask`."""
 
-    def __init__(self, rule: Sparsegpt, entries: Sequence[ParameterEntry], sums: InputSums) -> None:
-        self.rule, self.entries, self.sums = rule, entries, sums
+    def __init__(
+        self, rule: Sparsegpt, entries: Sequence[ParameterEntry], sums: InputSums, choice: Choice
+    ) -> None:
+        self.rule, self.entries, self.sums, self.choice = rule, entries, sums, choice
 
     def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
         if not self.sums.ready():
             return None
-        found = {}
+        found, densities = {}, densities_of(self.choice, self.entries, density)
+        structure = str(self.rule.structure)
         for entry in self.entries:
             weight = step.parameters[entry.name].detach()
             rows = weight if inputs_last(entry) else weight.T
             hessian = self.sums.sums[entry.module]
+            own = densities[entry.name]
             moved, kept = sparsegpt(
-                rows, hessian, density, str(self.rule.structure), self.rule.block, self.rule.damping
+                rows, hessian, own, structure, self.rule.block, self.rule.damping
             )
             rows.copy_(moved)
             found[entry.name] = kept if inputs_last(entry) else kept.T.contiguous()

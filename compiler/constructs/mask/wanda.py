@@ -9,6 +9,7 @@ from trainc.compiler.constructs.mask._calibration import (
     CalibratedMask,
     InputSums,
     calibrate,
+    densities_of,
     inputs_last,
     kept_of,
     wide_rows,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import ParameterEntry
+    from trainc.runtime.mask.entry_choice import Choice
     from trainc.runtime.step.record import Step
 
 
@@ -42,7 +44,10 @@ class Wanda(CalibratedMask):
     usage: ClassVar = (
         "mask wanda on ndim(2) & type(Linear) - role(head) { density = 50%, batches = 1 }"
     )
-    functions: ClassVar = ("trainc.compiler.constructs.mask.wanda:wanda_mask",)
+    functions: ClassVar = (
+        *CalibratedMask.functions,
+        "trainc.compiler.constructs.mask.wanda:wanda_mask",
+    )
     effects: ClassVar = (
         Effect(
             "perturb",
@@ -65,11 +70,10 @@ class Wanda(CalibratedMask):
         """Sum squares of inputs, and choose when they are known."""
         entries = to.parameters()
         sums = calibrate(to, self.batches, squares, axes=1)
-        to.mask(
-            [e.name for e in entries],
-            ByInputs(entries, sums, str(self.structure)),
-            Number(self.kept),
-        )
+        choice = self.choice(to)
+        choose = ByInputs(entries, sums, str(self.structure), choice)
+        names = [e.name for e in entries]
+        to.mask(names, choose, Number(self.kept), choice=choice, together=self.by_spectra)
 
     def reference(
         self,
@@ -114,22 +118,21 @@ def squares(x: Tensor) -> Tensor:
 class ByInputs:
     """The choice by weights and norms of inputs: see `Lowering.mask`."""
 
-    def __init__(self, entries: Sequence[ParameterEntry], sums: InputSums, structure: str) -> None:
-        self.entries, self.sums, self.structure = entries, sums, structure
+    def __init__(
+        self, entries: Sequence[ParameterEntry], sums: InputSums, structure: str, choice: Choice
+    ) -> None:
+        self.entries, self.sums, self.structure, self.choice = entries, sums, structure, choice
 
     def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
         if not self.sums.ready():
             return None
-        found = {}
+        found, densities = {}, densities_of(self.choice, self.entries, density)
         for entry in self.entries:
-            weight = step.parameters[entry.name].detach()
+            weight, own = step.parameters[entry.name].detach(), densities[entry.name]
             norm = self.sums.sums[entry.module].sqrt()
-            if inputs_last(entry):
-                found[entry.name] = wanda_mask(weight, norm, density, self.structure)
-            else:
-                found[entry.name] = wanda_mask(
-                    weight.T, norm, density, self.structure
-                ).T.contiguous()
+            rows = weight if inputs_last(entry) else weight.T
+            kept = wanda_mask(rows, norm, own, self.structure)
+            found[entry.name] = kept if inputs_last(entry) else kept.T.contiguous()
         self.sums.release()
         return found
 
