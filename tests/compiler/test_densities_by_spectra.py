@@ -31,7 +31,7 @@ def net() -> nn.Sequential:
     model = nn.Sequential(*(nn.Linear(inputs, outputs) for outputs, inputs in SHAPES))
     with torch.no_grad():
         for i, layer in enumerate(model):
-            u, s, vh = torch.linalg.svd(layer.weight, full_matrices=False)  # type: ignore[arg-type]
+            u, s, vh = torch.linalg.svd(layer.weight, full_matrices=False)
             layer.weight.copy_(u * s * torch.arange(1.0, len(s) + 1) ** (-0.4 * i) @ vh)  # type: ignore[operator]
     return model
 
