@@ -109,20 +109,22 @@ class SpectralMask(PicturedMask):
     targets: ClassVar = "parameters"
     functions: ClassVar[tuple[str, ...]] = ("trainc.runtime.mask.allocation:allocate",)
 
-    spread: float = Field(
-        default=0.2,
+    spread: float | None = Field(
+        default=None,
         gt=0,
         le=1,
         description="with a `scope` by spectra: sparsities are in proportion to numbers from 1 - `spread`, for the"
-        " smallest alpha, to 1 + `spread`, for the largest",
+        " smallest alpha, to 1 + `spread`, for the largest. Default: 0.2",
     )
-    unit: Literal["block", "tensor"] = Field(
-        default="block",
+    unit: Literal["block", "tensor"] | None = Field(
+        default=None,
         description="with a `scope` by spectra: whether the weights of a block share the mean of their alphas, as"
-        " published, or each has its own; what is in no block has its own",
+        " published, or each has its own; what is in no block has its own. Default: `block`",
     )
-    window: int = Field(
-        default=100, ge=1, description="with `scope = farms`: rows of the windows that are measured"
+    window: int | None = Field(
+        default=None,
+        ge=1,
+        description="with `scope = farms`: rows of the windows that are measured. Default: 100",
     )
 
     if TYPE_CHECKING:
@@ -130,15 +132,13 @@ class SpectralMask(PicturedMask):
 
     @model_validator(mode="after")
     def _has_fields_of_its_scope(self) -> Self:
-        given = self.model_fields_set
-        if self.by_spectra and self.scope == "farms":
-            return self
-        if "window" in given:
+        if self.window is not None and self.scope != "farms":
             raise ValueError("`window` is of `scope = farms`: write that, or remove `window`")
-        if not self.by_spectra and (unread := {"spread", "unit"} & given):
-            raise ValueError(
-                f"`{min(unread)}` is of a `scope` by spectra: add `scope = alpha`, or remove `{min(unread)}`"
-            )
+        for name in ("spread", "unit") if not self.by_spectra else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` is of a `scope` by spectra: add `scope = alpha`, or remove `{name}`"
+                )
         return self
 
     @property
@@ -159,10 +159,10 @@ class SpectralMask(PicturedMask):
                 field="scope",
                 help="exclude it from `on`, for instance with `- type(Embedding)`, or write another `scope`",
             )
-        elif len(_units(bound.parameters, self.unit)) < 2:
+        elif len(self._units(bound.parameters)) < 2:
             yield Problem(
                 "no-effect",
-                f"all that is selected is one {self.unit}, so that it has one density",
+                f"all that is selected is one {self.unit or 'block'}, so that it has one density",
                 field="scope",
                 severity="warning",
                 help="select more in `on`, write `unit = tensor`, or remove `scope`",
@@ -175,9 +175,17 @@ class SpectralMask(PicturedMask):
         if not self.by_spectra:
             return {}
         weights = {p.name: to.inventory.with_spectrum[p.name] for p in to.parameters()}
-        units = [*_units(to.parameters(), self.unit).values()]
-        densities = DensitiesByAlpha(partial(self._alphas, to.model, weights), units, self.spread)
+        measure, units = partial(self._alphas, to.model, weights), self._units(to.parameters())
+        densities = DensitiesByAlpha(measure, units, self.spread or 0.2)
         return {"allocate": densities, "measured": f"alphas ({self.scope})"}
+
+    def _units(self, parameters: Iterable[ParameterEntry]) -> list[list[str]]:
+        """Return the names of the parameters that share a density."""
+        found: dict[object, list[str]] = {}
+        for entry in parameters:
+            block = None if self.unit == "tensor" else entry.place.inner_level
+            found.setdefault(entry.name if block is None else block, []).append(entry.name)
+        return [*found.values()]
 
     def _alphas(
         self, model: nn.Module, weights: Mapping[str, UsedWeight], names: Iterable[str]
@@ -193,7 +201,7 @@ class SpectralMask(PicturedMask):
         matrices = read_units(model, every)
         if self.scope == "farms":
             refuse_not_finite(matrices)
-            windows = Windows(self.window)
+            windows = Windows(self.window or 100)
             alphas = {n: windows.alpha(m, "median", 0.5, "code") for n, m in matrices.items()}
         else:
             figures = measure(matrices, "peak" if self.scope == "alpha" else "median")
@@ -202,15 +210,6 @@ class SpectralMask(PicturedMask):
             shapes = {unit.name: (unit.outputs, unit.inputs, unit.count, 1) for unit in every}
             alphas = {name: calibrated_alpha(a, shapes[name]) for name, a in alphas.items()}
         return {name: [alphas[unit.name] for unit in own] for name, own in units.items()}
-
-
-def _units(parameters: Iterable[ParameterEntry], unit: str) -> dict[object, list[str]]:
-    """Return the names of the parameters that share a density."""
-    found: dict[object, list[str]] = {}
-    for entry in parameters:
-        block = entry.place.inner_level if unit == "block" else None
-        found.setdefault(entry.name if block is None else block, []).append(entry.name)
-    return found
 
 
 class ChoosingMask(SpectralMask):
