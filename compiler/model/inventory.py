@@ -117,8 +117,8 @@ class Inventory:
         return {name: p for p in self.parameters for name in (p.name, *p.aliases)}
 
     @cached_property
-    def with_spectrum(self) -> dict[str, UsedWeight]:
-        """Return the weights whose spectra say something, all but embeddings, by the parameters that make them."""
+    def weight_of(self) -> dict[str, UsedWeight]:
+        """Return the weights that map inputs, all but embeddings, by the names of the parameters that make them."""
         return {
             name: used
             for used in self.weights

@@ -28,7 +28,7 @@ def find_groups(
     vectors of a module without a matrix are in the group before them in their block, or else in the first of their
     block, or, where their block has no group, in the one before them.
     """
-    owners = inventory.with_spectrum
+    owners = inventory.weight_of
     modules: dict[str, list[ParameterEntry]] = {}
     for parameter in parameters:
         owner = owners.get(parameter.name)

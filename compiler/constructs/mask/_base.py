@@ -150,7 +150,7 @@ class SpectralMask(PicturedMask):
         """Report what has no spectrum, and warn where there is nothing to share out."""
         if not self.by_spectra:
             return
-        weights = bound.inventory.with_spectrum
+        weights = bound.inventory.weight_of
         unfit = [p.name for p in bound.parameters if p.name not in weights]
         if unfit:
             yield Problem(
@@ -174,7 +174,7 @@ class SpectralMask(PicturedMask):
 
         if not self.by_spectra:
             return {}
-        weights = {p.name: to.inventory.with_spectrum[p.name] for p in to.parameters()}
+        weights = {p.name: to.inventory.weight_of[p.name] for p in to.parameters()}
         measure, units = partial(self._alphas, to.model, weights), self._units(to.parameters())
         densities = DensitiesByAlpha(measure, units, self.spread or 0.2)
         return {"allocate": densities, "measured": f"alphas ({self.scope})"}
