@@ -13,12 +13,13 @@ TITLES = {
     "ghost": "Ghost batches and the generalization gap",
     "sift_claim": "Which entries to train in fine-tuning",
     "pace": "Consistency under noise, for adaptation with few images",
+    "demo_search": "Which methods help to adapt with few images",
 }
 """What each result is about, by its file."""
 HEAD = """# Published claims, tried
 
-Written by `make docs` from `benchmarks/results/`. Each is `python -m benchmarks.claims.NAME`: small models, minutes on
-one core, many seeds, and what is compared was fixed before it was looked at. Do not carry the numbers over to large
+Written by `make docs` from `benchmarks/results/`. Each is `python -m benchmarks.claims.NAME`, the search at the end
+`python -m benchmarks.demo_search`: small models, minutes on one core, many seeds, and what is compared was fixed before it was looked at. Do not carry the numbers over to large
 models. Figures are means over seeds with their intervals. Two more claims, on the noise scale, are in
 [noise-scale.md](noise-scale.md).
 """
@@ -51,6 +52,10 @@ def _claim(title: str, found: Json) -> list[str]:
     return lines
 
 
+def _share_columns(rows: Json) -> bool:
+    return len(rows) == 1 or bool(set.intersection(*map(set, rows.values())))
+
+
 def _tables(path: tuple[str, ...], node: Json) -> Iterator[tuple[str, list[str]]]:
     """Yield each group of figures as a table, with the names that lead to it."""
     parts = {key: one for key, one in node.items() if isinstance(one, dict) and key not in SKIPPED}
@@ -58,7 +63,7 @@ def _tables(path: tuple[str, ...], node: Json) -> Iterator[tuple[str, list[str]]
     if parts and all(map(_is_figure, parts.values())):
         rows = [f"| {key} | {_cell(one)} |" for key, one in parts.items()]
         yield ", ".join(path), ["| | mean |", "|---|---|", *rows]
-    elif len(path) > 1 and figures and all(map(_is_figure, figures)):
+    elif len(path) > 1 and figures and all(map(_is_figure, figures)) and _share_columns(parts):
         yield ", ".join(path), _wide(parts)
     else:
         for key, one in parts.items():

@@ -1,9 +1,10 @@
-"""The demo's pictures: runs with and without methods in one frame, over tokens."""
+"""The demo's pictures: runs with and without methods in one frame."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import linear_regression
+from statistics import fmean, linear_regression
 from typing import TYPE_CHECKING, Protocol
 
 from trainc.compiler.constructs.observe.norm_growth import LAWS
@@ -17,44 +18,74 @@ WITH, WITHOUT = "with", "without"
 
 
 class Drawable(Protocol):
-    """What is drawn of a run: its records and how far its weights went in all."""
+    """What is drawn of a run: its records."""
 
     @property
     def records(self) -> list[Record]:
         """Return what was measured, step by step."""
 
-    @property
-    def distance(self) -> float:
-        """Return the L2 norm of the weights' change over the run."""
-
 
 Pair = Mapping[str, Drawable]
 
 
-def draw(pairs: Mapping[str, Pair], out: Path) -> list[Path]:
-    """Draw one picture per pair and return their files; needs matplotlib."""
+def draw(found: Pair, out: Path) -> Path:
+    """Draw the runs of the first half and return the file; needs matplotlib."""
+    panels = [panel for panel in PANELS if has(found[WITH].records, panel.needs)]
+    with picture(out / "pretrain.png", len(panels)) as places:
+        for axes, panel in zip(places, panels, strict=True):
+            panel.fill(axes, found)
+            axes.set_title(panel.title)
+            axes.set_xlabel("thousand tokens")
+            axes.margins(x=0.01)
+            if axes.get_legend() is None:
+                axes.legend()
+    return out / "pretrain.png"
+
+
+def draw_adaptation(found: Mapping[str, Sequence[Drawable]], out: Path) -> Path:
+    """Draw the runs of the second half, of every seed, and return the file; needs matplotlib."""
+    file = out / "digits_adapt.png"
+    with picture(file, 2) as (left, right):
+        ends = {
+            what: [100 * values(run.records, "eval_accuracy")[-1] for run in runs]
+            for what, runs in found.items()
+        }
+        for plain, ours in zip(ends[WITHOUT], ends[WITH], strict=True):
+            left.plot([0, 1], [plain, ours], "o-", color="#999999", linewidth=1, markersize=4)
+        means = [fmean(ends[WITHOUT]), fmean(ends[WITH])]
+        left.plot([0, 1], means, "o-", color=COLORS[0], linewidth=2.2, label="mean over seeds")
+        left.set_xticks([0, 1], ["without methods", "with methods"])
+        left.set_xlim(-0.3, 1.3)
+        left.set_ylabel("accuracy on held-out images, %")
+        left.set_title("Each seed, without and with")
+        left.legend()
+        for (what, runs), color in zip(found.items(), COLORS, strict=False):
+            for run in runs:
+                steps = values([r for r in run.records if "eval_loss" in r], "step")
+                label = f"{what} methods" if run is runs[0] else None
+                loss = values(run.records, "eval_loss")
+                right.plot(steps, loss, "o-", color=color, alpha=0.7, markersize=3, label=label)
+        right.set_title("Evaluation loss, each seed")
+        right.set_xlabel("step")
+        right.set_ylabel("cross entropy, nats")
+        right.legend()
+    return file
+
+
+@contextmanager
+def picture(file: Path, count: int) -> Iterator[list["Axes"]]:
+    """Give panels, two in a row, and write them to a file at the end."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    files = []
-    for name, found in pairs.items():
-        panels = [panel for panel in PANELS if has(found[WITH].records, panel.needs)]
-        with rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
-            size = (5.6 * min(2, len(panels)), 3.4 * -(-len(panels) // 2))
-            figure = Figure(figsize=size, layout="constrained", dpi=150)
-            FigureCanvasAgg(figure)
-            for index, panel in enumerate(panels):
-                axes = figure.add_subplot(-(-len(panels) // 2), 2, index + 1)
-                panel.fill(axes, found)
-                axes.set_title(panel.title)
-                axes.set_xlabel("thousand tokens")
-                axes.margins(x=0.01)
-                if axes.get_legend() is None:
-                    axes.legend()
-            files.append(out / f"{name}.png")
-            figure.savefig(files[-1], format="png", facecolor="white")
-    return files
+    with rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
+        rows = -(-count // 2)
+        size = (5.6 * min(2, count), 3.4 * rows)
+        figure = Figure(figsize=size, layout="constrained", dpi=150)
+        FigureCanvasAgg(figure)
+        yield [figure.add_subplot(rows, 2, index + 1) for index in range(count)]
+        figure.savefig(file, format="png", facecolor="white")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,25 +172,9 @@ def draw_norm(axes: "Axes", found: Pair) -> None:
     axes.set_ylabel("L2 norm")
 
 
-def draw_consistency(axes: "Axes", found: Pair) -> None:
-    """Draw how far the two noisy views are apart."""
-    x, y = over_tokens(found[WITH].records, "consistency")
-    axes.plot(x, y, color=COLORS[0], alpha=0.25, linewidth=0.7)
-    axes.plot(x, smooth(y, len(y) // 15), color=COLORS[0], linewidth=1.6, label="running mean")
-    axes.set_ylabel("squared distance of the logits")
-    axes.set_ylim(bottom=0)
-
-
-def draw_distance(axes: "Axes", found: Pair) -> None:
-    """Draw how far the selected weights went from where they began."""
-    x, y = over_tokens(found[WITH].records, "norm_growth.distance")
-    axes.plot(x, y, color=COLORS[0], linewidth=1.6, label="with methods")
-    plain = found[WITHOUT]
-    end = [over_tokens(plain.records, "loss")[0][-1]]
-    axes.plot(end, [plain.distance], "o", color=COLORS[1], label="without, at the end")
-    axes.set_ylabel("L2 distance of all weights")
-    axes.set_ylim(0, 1.1 * max(*y, plain.distance))
-    axes.legend(loc="lower right")
+def values(records: Sequence[Record], name: str) -> list[float]:
+    """Return the values of a figure, of the records that have it."""
+    return [record[name] for record in records if name in record]
 
 
 def has(records: Sequence[Record], name: str) -> bool:
@@ -172,6 +187,4 @@ PANELS = (
     Panel("Noise scale and batch", "gns", draw_scale),
     Panel("Factor of the learning rate, by layer", "temp_balance.spread", draw_factors),
     Panel("Norm of the observed weights", "norm_growth.fit", draw_norm),
-    Panel("Distance of the two noisy views", "consistency", draw_consistency),
-    Panel("Distance from the pretrained weights", "norm_growth.distance", draw_distance),
 )

@@ -189,10 +189,10 @@ class Trials:
         """Return the mean accuracy of a run over seeds."""
         return fmean(self(replace(run, seed=seed))["accuracy"] for seed in seeds)
 
-    def gain(self, run: Run, plain: Run, seeds: Iterable[int]) -> Json:
-        """Return how much more accurate a run is than another of the same seed, over seeds, in points."""
+    def difference(self, run: Run, plain: Run, seeds: Iterable[int], figure: str) -> Json:
+        """Return how much larger a figure is than in another run of the same seed, over seeds."""
         pairs = [(self(replace(run, seed=s)), self(replace(plain, seed=s))) for s in seeds]
-        return over_seeds([one["accuracy"] - other["accuracy"] for one, other in pairs])
+        return over_seeds([one[figure] - other[figure] for one, other in pairs])
 
     def choose(self, runs: Sequence[Run]) -> tuple[Run, list[Json]]:
         """Return the most accurate of some runs on `TUNING`, and what each had."""

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,17 +19,25 @@ from trainc.runtime.storage.jsonl import read_jsonl
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECS = sorted(EXAMPLES.glob("*.train"))
 # The digits come with scikit-learn.
-NEEDS = dict.fromkeys(("digits_resnet", "digits_vit", "early_stop", "plateau"), "sklearn")
+NEEDS = dict.fromkeys(
+    ("digits_resnet", "digits_vit", "digits_known", "digits_adapt", "early_stop", "plateau"),
+    "sklearn",
+)
 STEPS = 6
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[path.stem for path in SPECS])
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run that the fine-tuning can start from."""
-    folder = tmp_path_factory.mktemp("pretrain")
-    train(EXAMPLES / "pretrain.train", folder, overrides={"length": "1 steps"}, quiet=True)
-    return folder
+def started(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives a run of an example, which another can start from."""
+
+    @cache
+    def run(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        train(EXAMPLES / f"{name}.train", folder, overrides={"length": "1 steps"}, quiet=True)
+        return folder
+
+    return run
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
@@ -56,7 +66,7 @@ def test_it_plans_on_the_meta_device(spec: Path) -> None:
 
 @every_spec
 def test_it_trains_and_resumes_bit_for_bit(
-    spec: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: Path, started: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(NEEDS.get(spec.stem, "torch"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -65,8 +75,8 @@ def test_it_trains_and_resumes_bit_for_bit(
         shutil.copy(source, tmp_path)
     short.write_text(re.sub("eval_batches = [0-9]+", "eval_batches = 1", spec.read_text()))
     overrides = {"length": f"{STEPS} steps"}
-    if "let start = " in spec.read_text():
-        overrides["start"] = json.dumps(str(pretrained))
+    if start := re.search('let start = "runs/(.+)"', spec.read_text()):
+        overrides["start"] = json.dumps(str(started(start[1])))
     done = train(short, whole, overrides=overrides, quiet=True)
     assert (done.reason, done.steps) == ("finished", STEPS)
     assert done.eval_loss is not None
