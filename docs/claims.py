@@ -19,9 +19,9 @@ TITLES = {
 HEAD = """# Published claims, tried
 
 Written by `make docs` from `benchmarks/results/`. Each is `python -m benchmarks.claims.NAME`, the search at the end
-`python -m benchmarks.demo_search`: small models, minutes on one core, many seeds, and what is compared was fixed before it was looked at. Do not carry the numbers over to large
-models. Figures are means over seeds with their intervals. Two more claims, on the noise scale, are in
-[noise-scale.md](noise-scale.md).
+`python -m benchmarks.demo_search`: small models, minutes on one core, many seeds, and what is compared was fixed before
+it was looked at. Do not carry the numbers over to large models. Figures are means over seeds with their intervals. Two
+more claims, on the noise scale, are in [noise-scale.md](noise-scale.md).
 """
 SKIPPED = ("machine", "setting", "seconds", "first seed", "steps")
 Json = dict[str, Any]
