@@ -1,5 +1,6 @@
 """Masks whose densities follow from spectra: equal to `allocate` on alphas, exact in total, or an error."""
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -157,3 +158,24 @@ def test_a_single_unit_is_warned_of() -> None:
     clause = 'mask magnitude on "0.weight" { density = 30%, scope = farms }'
     (warning,) = trainc.plan(REST + clause, net()).warnings
     assert (warning.rule, "is one block" in warning.message) == ("no-effect", True)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "magnitude on ndim(2) every 2 steps { density = 60%, scope = calibrated, unit = tensor }",
+        "sift on ndim(2) every 3 steps { density = 20%, scope = alpha, unit = tensor }",
+    ],
+)
+def test_a_resumed_run_measures_what_the_other_measures(mask: str) -> None:
+    batches = [(torch.randn(8, 16), torch.randint(0, 10, (8,))) for _ in range(8)]
+    straight = trainc.compile(f"{REST}mask {mask}", net(), executor="module")
+    for batch in batches[:5]:
+        straight.step(batch)
+    resumed = trainc.compile(f"{REST}mask {mask}", net(), executor="module")
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+    for program in (straight, resumed):
+        for batch in batches[5:]:
+            program.step(batch)
+    found = zip(straight.module.parameters(), resumed.module.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in found)
