@@ -12,7 +12,7 @@ TITLES = {
     "allocation": "Sparsity of blocks by the tails of their spectra",
     "ghost": "Ghost batches and the generalization gap",
     "sift_claim": "Which entries to train in fine-tuning",
-    "pace": "Consistency under noise, for adaptation with few images",
+    "pace_claim": "Consistency under noise, for adaptation with few images",
     "demo_search": "Which methods help to adapt with few images",
 }
 """What each result is about, by its file."""

@@ -153,7 +153,7 @@ def draw(found: Json, out: Path) -> None:
 
 def main() -> None:
     """Take the runs, write the result and draw it."""
-    given = parser(__doc__, NAME, 12).parse_args()
+    given = parser(__doc__, f"{NAME}_claim", 12).parse_args()
     trials = Trials(Records(given.records or given.out.with_name("adaptation.jsonl")))
     found = measure(SMALL if given.small else Setting(), given.seeds, trials)
     write(given.out, NAME, found, given.note)
