@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from trainc.compiler.constructs.mask._base import call_text
+from trainc.compiler.constructs.mask._base import ZEROS, call_text, structure_of
 from trainc.compiler.constructs.mask._calibration import (
     CalibratedMask,
     InputSums,
@@ -59,14 +59,7 @@ class Sparsegpt(CalibratedMask):
             ("params", "clock"),
             ("params", "optimizer_state", "metrics"),
         ),
-        Effect(
-            "gradients",
-            "zero the gradient of the others",
-            ("gradient",),
-            ("gradient",),
-            lasting=True,
-        ),
-        Effect("deltas", "keep the others at zero", ("delta",), ("params",), lasting=True),
+        *ZEROS[1:],
         Effect("observe", "sum the products of the layers' inputs", ("forward",)),
     )
 
@@ -87,11 +80,14 @@ class Sparsegpt(CalibratedMask):
 
     def lower(self, to: Lowering) -> None:
         """Sum products of inputs; choose, and move the weights, when they are known."""
+        from trainc.compiler.constructs.mask._semi_structured import compute_sparse
+
         entries = to.parameters()
         sums = calibrate(to, self.batches, products, axes=2)
         choice = self.choice(to)
         choose, names = ByProducts(self, entries, sums, choice), [e.name for e in entries]
-        to.mask(names, choose, Number(self.kept), choice=choice, together=self.by_spectra)
+        found = to.mask(names, choose, Number(self.kept), choice=choice, together=self.by_spectra)
+        compute_sparse(to, found.masks.values(), structure_of(self.structure))
 
     def reference(self, weight: Tensor, inputs: Tensor) -> Tensor:
         """Return the pruned weight (out, in) for inputs (n, in) by explicit inverses, entry by entry, in float64."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from trainc.compiler.constructs.mask._base import ZEROS, structure_of
 from trainc.compiler.constructs.mask._calibration import (
     CalibratedMask,
     InputSums,
@@ -49,31 +50,21 @@ class Wanda(CalibratedMask):
         "trainc.compiler.constructs.mask.wanda:wanda_mask",
     )
     effects: ClassVar = (
-        Effect(
-            "perturb",
-            "choose the entries that train, zero the others",
-            ("params", "clock"),
-            ("params", "optimizer_state", "metrics"),
-        ),
-        Effect(
-            "gradients",
-            "zero the gradient of the others",
-            ("gradient",),
-            ("gradient",),
-            lasting=True,
-        ),
-        Effect("deltas", "keep the others at zero", ("delta",), ("params",), lasting=True),
+        *ZEROS,
         Effect("observe", "sum the squares of the layers' inputs", ("forward",)),
     )
 
     def lower(self, to: Lowering) -> None:
         """Sum squares of inputs, and choose when they are known."""
+        from trainc.compiler.constructs.mask._semi_structured import compute_sparse
+
         entries = to.parameters()
         sums = calibrate(to, self.batches, squares, axes=1)
         choice = self.choice(to)
         choose = ByInputs(entries, sums, str(self.structure), choice)
         names = [e.name for e in entries]
-        to.mask(names, choose, Number(self.kept), choice=choice, together=self.by_spectra)
+        found = to.mask(names, choose, Number(self.kept), choice=choice, together=self.by_spectra)
+        compute_sparse(to, found.masks.values(), structure_of(self.structure))
 
     def reference(
         self,
