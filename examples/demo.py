@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # `python -P` leaves it out
+if find_spec("examples") is None:  # `python -P` leaves the checkout out
     sys.path.append(str(ROOT))
 
 from examples.demo_adaptation import SEEDS, adapt  # noqa: E402
