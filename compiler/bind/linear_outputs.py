@@ -73,7 +73,7 @@ def output_problems(
         more = (f"other selected modules that are neither: {len(wrong) - 1}",) if wrong[1:] else ()
         help = "select linear layers: `& type(Linear, Conv1D)`"
         yield Problem("wrong-target-kind", message, notes=more, help=help)
-    inner = [m.name for m in selected if "NonDynamicallyQuantizableLinear" in m.types]
+    inner = [m.name for m in selected if m.is_never_called]
     if inner:
         message = f"`{inner[0]}` is never called: nn.MultiheadAttention uses its weight directly"
         yield Problem("wrong-target-kind", message, help="exclude it from `on`")

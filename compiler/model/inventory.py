@@ -33,6 +33,9 @@ from trainc.compiler.structure.roles import (
 )
 from trainc.compiler.structure.weights import UsedWeight, find_weights
 
+_UNCALLED = "NonDynamicallyQuantizableLinear"
+"""The class of the output projection of an nn.MultiheadAttention, whose weight is used without a call."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleEntry:
@@ -58,6 +61,11 @@ class ModuleEntry:
     def place(self) -> Place:
         return lowest(self.places)
 
+    @property
+    def is_never_called(self) -> bool:
+        """Whether it is the output projection of an nn.MultiheadAttention, which uses its weight directly."""
+        return _UNCALLED in self.types
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterEntry:
@@ -77,6 +85,11 @@ class ParameterEntry:
     matrix: bool
     trainable: bool
     aliases: tuple[str, ...]
+
+    @property
+    def is_never_called(self) -> bool:
+        """Whether it is of a layer that is never called, which is the output projection of an nn.MultiheadAttention."""
+        return _UNCALLED in self.types
 
     @property
     def module(self) -> str:

@@ -31,7 +31,7 @@ def layer_problem(
     entry: ModuleEntry, inventory: Inventory, kinds: tuple[str, ...]
 ) -> Problem | None:
     """Return why a module is no layer of these kinds with a plain weight of floating-point numbers; None if it is."""
-    if "NonDynamicallyQuantizableLinear" in entry.types:
+    if entry.is_never_called:
         return Problem(
             "layer-without-adapter",
             f"`{entry.name}` cannot have an adapter: it is the output projection of an nn.MultiheadAttention,"

@@ -57,7 +57,7 @@ def width_problems(bound: Targets, width: int | None) -> Iterator[Problem]:
     """Yield a problem for each selected module without a known width, and for a `width` that is not the layer's."""
     for entry in bound.modules:
         own = _of_layer(entry, bound.inventory)
-        if "NonDynamicallyQuantizableLinear" in entry.types:
+        if entry.is_never_called:
             yield Problem(
                 "wrong-target-kind",
                 f"`{entry.name}` is never called: nn.MultiheadAttention uses its weight directly",

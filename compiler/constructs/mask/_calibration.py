@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -16,6 +16,7 @@ from trainc.compiler.constructs.mask._base import (
     structure_of,
 )
 from trainc.dsl.reading.construct import Fraction, Problem
+from trainc.dsl.values.value_json import Number
 from trainc.runtime.step.action import ActionState
 from trainc.runtime.step.observer import Observer
 from trainc.runtime.storage.form import Count, Form, Record, Values
@@ -29,9 +30,13 @@ if TYPE_CHECKING:
     from trainc.runtime.mask.entry_choice import Choice
     from trainc.runtime.processes.replica_group import ReplicaGroup
     from trainc.runtime.step.observer import Seen
+    from trainc.runtime.step.record import Step
 
-UNCALLED = "NonDynamicallyQuantizableLinear"
-"""The output projection of an nn.MultiheadAttention, which uses its weight and never calls it."""
+Keep = Callable[["Tensor", "Tensor", float], "Tensor"]
+"""Given a weight (out, in), the sum over its layer's inputs and a density, where entries are kept, bool (out, in).
+
+It may move the weight in place.
+"""
 
 
 class CalibratedMask(SpectralMask):
@@ -108,11 +113,21 @@ class CalibratedMask(SpectralMask):
                 help="write fewer `batches`",
             )
 
-    def choice(self, to: Lowering) -> Choice:
-        """Return how the density is shared."""
+    def prune(self, to: Lowering, of: Callable[[Tensor], Tensor], axes: int, keep: Keep) -> None:
+        """Sum a function of inputs, as `calibrate` does, and choose by the sums when they are known."""
+        from trainc.compiler.constructs.mask._semi_structured import compute_sparse
         from trainc.runtime.mask.entry_choice import Choice
 
-        return Choice(**self.shared(to))
+        entries, sums = to.parameters(), calibrate(to, self.batches, of, axes)
+        choice = Choice(**self.shared(to))
+        found = to.mask(
+            [entry.name for entry in entries],
+            ByInputs(entries, sums, choice, keep),
+            Number(self.kept),
+            choice=choice,
+            together=self.by_spectra,
+        )
+        compute_sparse(to, found.masks.values(), structure_of(self.structure))
 
 
 def _unfit_layers(bound: Targets) -> Iterator[Problem]:
@@ -123,7 +138,7 @@ def _unfit_layers(bound: Targets) -> Iterator[Problem]:
             what = "is not the weight of a linear layer, and entries are compared by what such a layer is given"
         elif len(entry.modules) > 1:
             what = f"is shared by `{entry.modules[0]}` and `{entry.modules[1]}`, which are given different inputs"
-        elif UNCALLED in entry.types:
+        elif entry.is_never_called:
             what = "is the output projection of an nn.MultiheadAttention, whose inputs are not seen"
         if what is not None:
             yield Problem(
@@ -216,6 +231,27 @@ class InputSums(Observer):
             return None
         self.load_state_dict({})
         return f"{self.label}: sums the inputs of layers anew, because its selection changed"
+
+
+class ByInputs:
+    """The choice by weights and sums over inputs: see `Lowering.mask`."""
+
+    def __init__(
+        self, entries: Sequence[ParameterEntry], sums: InputSums, choice: Choice, keep: Keep
+    ) -> None:
+        self.entries, self.sums, self.choice, self.keep = entries, sums, choice, keep
+
+    def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
+        if not self.sums.ready():
+            return None
+        found, densities = {}, densities_of(self.choice, self.entries, density)
+        for entry in self.entries:
+            weight, last = step.parameters[entry.name].detach(), inputs_last(entry)
+            rows = weight if last else weight.T
+            kept = self.keep(rows, self.sums.sums[entry.module], densities[entry.name])
+            found[entry.name] = kept if last else kept.T.contiguous()
+        self.sums.release()
+        return found
 
 
 def calibrate(to: Lowering, batches: int, of: Callable[[Tensor], Tensor], axes: int) -> InputSums:

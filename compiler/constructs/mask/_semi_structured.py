@@ -60,6 +60,7 @@ class SemiStructured(LayerHook):
         layer: nn.Module,
         call: Callable[..., Any],
         at: LayerContext,
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from trainc.compiler.constructs.mask._base import ZEROS, call_text, structure_of
+from trainc.compiler.constructs.mask._base import ZEROS, call_text
 from trainc.compiler.constructs.mask._calibration import (
     CalibratedMask,
-    InputSums,
-    calibrate,
-    densities_of,
-    inputs_last,
     kept_of,
     wide_rows,
 )
 from trainc.dsl.reading.construct import Effect
-from trainc.dsl.values.value_json import Call, Number
+from trainc.dsl.values.value_json import Call
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.compiler.model.inventory import ParameterEntry
-    from trainc.runtime.mask.entry_choice import Choice
-    from trainc.runtime.step.record import Step
 
 
 class Sparsegpt(CalibratedMask):
@@ -80,14 +72,14 @@ class Sparsegpt(CalibratedMask):
 
     def lower(self, to: Lowering) -> None:
         """Sum products of inputs; choose, and move the weights, when they are known."""
-        from trainc.compiler.constructs.mask._semi_structured import compute_sparse
+        self.prune(to, products, 2, self.keep)
 
-        entries = to.parameters()
-        sums = calibrate(to, self.batches, products, axes=2)
-        choice = self.choice(to)
-        choose, names = ByProducts(self, entries, sums, choice), [e.name for e in entries]
-        found = to.mask(names, choose, Number(self.kept), choice=choice, together=self.by_spectra)
-        compute_sparse(to, found.masks.values(), structure_of(self.structure))
+    def keep(self, weight: Tensor, hessian: Tensor, density: float) -> Tensor:
+        """Prune a weight (out, in) in place and return which entries are kept, by sums of products (in, in)."""
+        structure = str(self.structure)
+        moved, kept = sparsegpt(weight, hessian, density, structure, self.block, self.damping)
+        weight.copy_(moved)
+        return kept
 
     def reference(self, weight: Tensor, inputs: Tensor) -> Tensor:
         """Return the pruned weight (out, in) for inputs (n, in) by explicit inverses, entry by entry, in float64."""
@@ -120,33 +112,6 @@ def products(x: Tensor) -> Tensor:
     rows = wide_rows(x)
     exact = rows.double()  # which no autocast rounds
     return (exact.T @ exact).to(rows.dtype)
-
-
-class ByProducts:
-    """The choice by weights and products of inputs, which moves the weights: see `Lowering.mask`."""
-
-    def __init__(
-        self, rule: Sparsegpt, entries: Sequence[ParameterEntry], sums: InputSums, choice: Choice
-    ) -> None:
-        self.rule, self.entries, self.sums, self.choice = rule, entries, sums, choice
-
-    def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
-        if not self.sums.ready():
-            return None
-        found, densities = {}, densities_of(self.choice, self.entries, density)
-        structure = str(self.rule.structure)
-        for entry in self.entries:
-            weight = step.parameters[entry.name].detach()
-            rows = weight if inputs_last(entry) else weight.T
-            hessian = self.sums.sums[entry.module]
-            own = densities[entry.name]
-            moved, kept = sparsegpt(
-                rows, hessian, own, structure, self.rule.block, self.rule.damping
-            )
-            rows.copy_(moved)
-            found[entry.name] = kept if inputs_last(entry) else kept.T.contiguous()
-        self.sums.release()
-        return found
 
 
 def sparsegpt(

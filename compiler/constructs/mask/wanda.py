@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from trainc.compiler.constructs.mask._base import ZEROS, structure_of
+from trainc.compiler.constructs.mask._base import ZEROS
 from trainc.compiler.constructs.mask._calibration import (
     CalibratedMask,
-    InputSums,
-    calibrate,
-    densities_of,
-    inputs_last,
     kept_of,
     wide_rows,
 )
 from trainc.dsl.reading.construct import Effect
-from trainc.dsl.values.value_json import Number
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.compiler.model.inventory import ParameterEntry
-    from trainc.runtime.mask.entry_choice import Choice
-    from trainc.runtime.step.record import Step
 
 
 class Wanda(CalibratedMask):
@@ -56,15 +48,11 @@ class Wanda(CalibratedMask):
 
     def lower(self, to: Lowering) -> None:
         """Sum squares of inputs, and choose when they are known."""
-        from trainc.compiler.constructs.mask._semi_structured import compute_sparse
+        self.prune(to, squares, 1, self.keep)
 
-        entries = to.parameters()
-        sums = calibrate(to, self.batches, squares, axes=1)
-        choice = self.choice(to)
-        choose = ByInputs(entries, sums, str(self.structure), choice)
-        names = [e.name for e in entries]
-        found = to.mask(names, choose, Number(self.kept), choice=choice, together=self.by_spectra)
-        compute_sparse(to, found.masks.values(), structure_of(self.structure))
+    def keep(self, weight: Tensor, squares: Tensor, density: float) -> Tensor:
+        """Return which entries of a weight (out, in) are kept, by sums of squares (in,)."""
+        return wanda_mask(weight, squares.sqrt(), density, str(self.structure))
 
     def reference(
         self,
@@ -104,28 +92,6 @@ class Wanda(CalibratedMask):
 def squares(x: Tensor) -> Tensor:
     """Return the sum of squares of each feature of inputs (..., features)."""
     return wide_rows(x).square().sum(0)
-
-
-class ByInputs:
-    """The choice by weights and norms of inputs: see `Lowering.mask`."""
-
-    def __init__(
-        self, entries: Sequence[ParameterEntry], sums: InputSums, structure: str, choice: Choice
-    ) -> None:
-        self.entries, self.sums, self.structure, self.choice = entries, sums, structure, choice
-
-    def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
-        if not self.sums.ready():
-            return None
-        found, densities = {}, densities_of(self.choice, self.entries, density)
-        for entry in self.entries:
-            weight, own = step.parameters[entry.name].detach(), densities[entry.name]
-            norm = self.sums.sums[entry.module].sqrt()
-            rows = weight if inputs_last(entry) else weight.T
-            kept = wanda_mask(rows, norm, own, self.structure)
-            found[entry.name] = kept if inputs_last(entry) else kept.T.contiguous()
-        self.sums.release()
-        return found
 
 
 def wanda_mask(
