@@ -21,6 +21,7 @@ from trainc.kernels.batch_norm import ghost_batch_norm as operators
 from trainc.kernels.batch_norm import ghost_batches
 from trainc.kernels.library.contracts import absent
 from trainc.kernels.library.grid import supported
+from trainc.kernels.library.launch import launch
 
 # Elements of a ghost batch and its channels that a program holds in registers: forward keeps x,
 # backward x and dy. Larger ones are walked by tiles of WALKED, twice.
@@ -211,7 +212,8 @@ def _launch(kernel, pointers, sizes, held, *scalars, **flags) -> None:
     """Run a kernel over channel blocks and ghosts."""
     examples, channels, width, count, size = sizes
     chosen = tile(max(size, examples - (count - 1) * size), channels, width, held)
-    kernel[(triton.cdiv(channels, chosen.channels) * count,)](
+    launch(
+        kernel, (triton.cdiv(channels, chosen.channels) * count,),
         *pointers, examples, channels, width, count, size, *scalars,
         **flags, ONCE=chosen.once, BLOCK_N=chosen.samples, BLOCK_C=chosen.channels,
         BLOCK_S=chosen.positions, num_warps=chosen.warps,

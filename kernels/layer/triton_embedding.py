@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainc.kernels.layer import embedding as operator
 from trainc.kernels.library.grid import supported
+from trainc.kernels.library.launch import launch
 
 # Most runs are of one row: a few at a time cost the others nothing, as masked rows are not read.
 ROWS = 8
@@ -64,7 +65,8 @@ def norms(dy: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
     squares = torch.empty(
         (examples * rows, triton.cdiv(width, block)), dtype=torch.float32, device=dy.device
     )
-    run_squares[squares.shape](
+    launch(
+        run_squares, squares.shape,
         dy.contiguous(), keys.contiguous(), order.contiguous(), squares, rows, width, padding_idx,
         BLOCK_R=ROWS, BLOCK_C=block, num_warps=4,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from trainc.kernels.layer import linear, linear_norms
 from trainc.kernels.layer import triton_linear as kernels
 from trainc.kernels.library.contracts import REDUCED
 from trainc.kernels.library.grid import cdiv, power_of_2, resident_programs
+from trainc.kernels.library.launch import launch
 
 # Triton before this version cannot compile 16-bit products for Blackwell's first GPUs (compute capability 10): its
 # compiler fails in one of its passes, in 3.6 for `weight_gradient` and most of `gram`, in 3.7 for the first alone.
@@ -148,7 +149,8 @@ def weight_gradient(
         (groups, outputs, inputs), dtype=dtype if groups == 1 else torch.float32, device=x.device
     )
     squares = x.new_empty((examples, tiles_l * tiles_k), dtype=torch.float32)
-    kernels.weight_gradient[(tiles_l * tiles_k, groups)](
+    launch(
+        kernels.weight_gradient, (tiles_l * tiles_k, groups),
         x, dy, totals, squares, examples, rows, inputs, outputs, tiles_l, tiles_k, each,
         OPERAND=OPERANDS[x.dtype], PRECISION=precision(x.dtype), STAGES=STAGES, GROUP=GROUP,
         BLOCK_T=shape.rows, BLOCK_L=shape.outputs, BLOCK_K=shape.inputs, num_warps=shape.warps,
@@ -175,7 +177,8 @@ def gram(x: Tensor, dy: Tensor) -> Tensor:
     block = gram_rows(rows, float32)
     tiles = cdiv(rows, block)
     partial = x.new_empty((examples, _pairs(tiles)), dtype=torch.float32)
-    kernels.gram[(partial.numel(),)](
+    launch(
+        kernels.gram, (partial.numel(),),
         x, dy, partial, rows, inputs, outputs, tiles, partial.shape[1],
         OPERAND=OPERANDS[x.dtype], PRECISION=precision(x.dtype), STAGES=STAGES,
         BLOCK_T=block, BLOCK_C=32 if float32 else 64, num_warps=gram_warps(block, float32),

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainc.kernels.library.grid import supported
+from trainc.kernels.library.launch import launch
 from trainc.kernels.loss import cross_entropy_consistency as operators
 
 # Four warps: their reductions are short, and 4 to 8 programs a processor have 32 to 64 KB in flight.
@@ -209,7 +210,8 @@ def row_losses(
     count, classes = labels.shape[0], rows.shape[1]
     cross_entropies = torch.empty(count, dtype=torch.float32, device=rows.device)
     distances = torch.empty_like(cross_entropies)
-    loss_forward[(count,)](
+    launch(
+        loss_forward, (count,),
         rows, labels, cross_entropies, distances, statistics,
         count, classes, ignore_index, label_smoothing,
         KL=distance == "kl", BLOCK_V=block(classes), num_warps=WARPS,
@@ -233,7 +235,8 @@ def write_gradients(
     `statistics` are `row_losses`'s. `out` may be `rows` itself: an entry is read before it is written.
     """
     count, classes = labels.shape[0], rows.shape[1]
-    loss_backward[(count, triton.cdiv(classes, block(classes)))](
+    launch(
+        loss_backward, (count, triton.cdiv(classes, block(classes))),
         rows, labels, out, statistics, on_cross_entropy, on_distance,
         count, classes, ignore_index, label_smoothing,
         KL=distance == "kl", BLOCK_V=block(classes), num_warps=WARPS,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainc.kernels.library.grid import supported
+from trainc.kernels.library.launch import launch
 from trainc.kernels.noise import multiplicative_noise as operators
 from trainc.kernels.noise.philox import MAX_VIEWS
 
@@ -85,7 +86,7 @@ def noise(
         tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
 
 
-def launch(
+def multiplied(
     h0: Tensor | None,
     x: Tensor,
     sigma: Tensor,
@@ -103,7 +104,8 @@ def launch(
     groups = min(BLOCK_GROUPS, triton.next_power_of_2(triton.cdiv(channels, 4)))
     groups = max(groups, triton.next_power_of_2(triton.cdiv(channels, 4 * SIDE)))
     chunks, blocks = triton.cdiv(tokens, PROGRAM_TOKENS), triton.cdiv(channels, 4 * groups)
-    noise[(x.shape[0] * chunks, blocks)](
+    launch(
+        noise, (x.shape[0] * chunks, blocks),
         x if h0 is None else h0, x, y,
         sigma.to(x.device), key.to(x.device),
         key if first_example is None else first_example.to(x.device),
@@ -119,7 +121,7 @@ def multiplicative_noise(x: Tensor, *noise: Any) -> Tensor:
     if not supported(x):
         return operators.eager_multiply(x, *noise)
     operators.check(x, *noise)
-    return launch(None, x, *noise)
+    return multiplied(None, x, *noise)
 
 
 def noisy_add(h0: Tensor, delta: Tensor, *noise: Any) -> Tensor:
@@ -127,4 +129,4 @@ def noisy_add(h0: Tensor, delta: Tensor, *noise: Any) -> Tensor:
     if not supported(h0, delta):
         return operators.eager_add(h0, delta, *noise)
     operators.check_pair(h0, delta, *noise)
-    return launch(h0, delta, *noise)
+    return multiplied(h0, delta, *noise)

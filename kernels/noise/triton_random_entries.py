@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trainc.kernels.library.contracts import accumulation_dtype
 from trainc.kernels.library.grid import supported
+from trainc.kernels.library.launch import launch
 from trainc.kernels.noise import random_entries as operators
 from trainc.kernels.noise.triton_noise import SIDE, _normals
 
@@ -43,7 +44,8 @@ def random_entries(like: Tensor, key: Tensor, site: int, distribution: str) -> T
     rows, columns = operators.matrix_shape(like)
     groups = min(BLOCK_GROUPS, triton.next_power_of_2(triton.cdiv(columns, 4)))
     groups = max(groups, triton.next_power_of_2(triton.cdiv(columns, 4 * SIDE)))
-    entries[(rows, triton.cdiv(columns, 4 * groups))](
+    launch(
+        entries, (rows, triton.cdiv(columns, 4 * groups)),
         y, key.to(y.device), site - (site >> 31 << 32), columns,
         NORMAL=distribution == "normal", BLOCK_G=groups,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainc.kernels.library.contracts import absent
 from trainc.kernels.library.grid import resident_programs, supported
+from trainc.kernels.library.launch import launch
 from trainc.kernels.norm import tiles, tuned_tiles
 from trainc.kernels.norm import triton_norm as kernels
 from trainc.kernels.norm import triton_wide_norm as wide_rows
@@ -86,7 +87,8 @@ def forward(
         wide_rows.forward(pointers, width, eps, flags)
         return y, mean, rstd
     shape = tile or tuned_tiles.choose("forward", rms, x.dtype, rows, width, x.device)
-    kernels.norm_forward[(triton.cdiv(rows, shape.rows),)](
+    launch(
+        kernels.norm_forward, (triton.cdiv(rows, shape.rows),),
         *pointers, rows, width, eps, BLOCK_R=shape.rows, BLOCK_C=shape.columns,
         num_warps=shape.warps, **flags,
     )  # fmt: skip
@@ -160,21 +162,24 @@ def _sums(
     pointers = (*inputs, partials[0], partials[-1])
     if config.regime == "split":
         # Without ROW_NORMS nothing is stored through NORMS.
-        kernels.norm_backward_split[(config.programs,)](
+        launch(
+            kernels.norm_backward_split, (config.programs,),
             *pointers, rstd, rows, width, config.chunks, triton.cdiv(rows, config.chunks),
             ROW_NORMS=False, **options,
         )  # fmt: skip
         return finish(partials, folded, config.chunks, flags)
     norms = x.new_zeros((examples, columns), dtype=torch.float32)
     if config.regime == "rows":
-        kernels.norm_backward_split[(config.programs,)](
+        launch(
+            kernels.norm_backward_split, (config.programs,),
             *pointers, norms, examples, width, config.programs,
             triton.cdiv(examples, config.programs), ROW_NORMS=True, **options,
         )  # fmt: skip
     else:
-        kernels.norm_backward_whole[(config.programs,)](
-            *pointers, norms, examples, rows, width, config.programs, **options
-        )
+        launch(
+            kernels.norm_backward_whole, (config.programs,),
+            *pointers, norms, examples, rows, width, config.programs, **options,
+        )  # fmt: skip
     totals = partials.sum(1)
     return totals[0], totals[-1], norms
 
@@ -192,7 +197,8 @@ def finish(
     each = partials.new_empty((columns, examples, width))
     squares = partials.new_zeros((examples, columns, blocks))
     if present:
-        kernels.norm_finish[(examples * blocks, len(present))](
+        launch(
+            kernels.norm_finish, (examples * blocks, len(present)),
             partials, each, squares, examples, chunks, width, present[0], COLUMNS=columns,
             BLOCK_S=min(FINISH_CHUNKS, triton.next_power_of_2(chunks)), BLOCK_C=FINISH_COLUMNS,
         )  # fmt: skip

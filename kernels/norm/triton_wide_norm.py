@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainc.kernels.library.grid import power_of_2, resident_programs
+from trainc.kernels.library.launch import launch
 from trainc.kernels.norm import tiles
 from trainc.kernels.norm.rows import Folded
 
@@ -173,7 +174,10 @@ def wide_columns(
 def forward(pointers: tuple[Tensor, ...], width: int, eps: float, flags: dict[str, Any]) -> None:
     """Fill y and the statistics, and with ADD the total, of rows of any width."""
     rows = pointers[-1].numel()
-    wide_forward[(rows,)](*pointers, width, eps, BLOCK_C=ROW_COLUMNS, num_warps=ROW_WARPS, **flags)
+    launch(
+        wide_forward, (rows,),
+        *pointers, width, eps, BLOCK_C=ROW_COLUMNS, num_warps=ROW_WARPS, **flags,
+    )  # fmt: skip
 
 
 def backward(
@@ -188,7 +192,8 @@ def backward(
     examples, rows, width = folded.shape
     along, level = torch.empty_like(rstd), torch.empty_like(rstd)
     if flags["WRITE_DX"]:
-        wide_rows[(examples * rows,)](
+        launch(
+            wide_rows, (examples * rows,),
             x, weight, dy, mean, rstd, along, level, width,
             RMS=flags["RMS"], OFFSET=flags["OFFSET"], HAS_W=flags["HAS_W"],
             BLOCK_C=ROW_COLUMNS, num_warps=ROW_WARPS,
@@ -200,7 +205,8 @@ def backward(
     chunk_rows = triton.cdiv(rows, chunks)
     chunks = triton.cdiv(rows, chunk_rows)
     partials = x.new_empty((columns, examples * chunks, width), dtype=torch.float32)
-    wide_columns[(examples * chunks * blocks,)](
+    launch(
+        wide_columns, (examples * chunks * blocks,),
         *inputs, along, level, partials[0], partials[-1], rows, width, chunks, chunk_rows,
         STAGES=TILE.stages, BLOCK_R=block, BLOCK_C=TILE.columns,
         num_warps=TILE.warps, **flags,

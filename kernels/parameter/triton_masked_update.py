@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainc.kernels.library.launch import launch
 from trainc.kernels.parameter import masked_update as operator
 
 BLOCK = 2048
@@ -43,6 +44,7 @@ def masked_update_(tensors: Sequence[Tensor], mask: Tensor) -> None:
     operator.eager([t for t in tensors if not t.is_contiguous()], mask)
     bits = mask.contiguous() if packed else mask.contiguous().view(torch.uint8)
     for tensor in dense:
-        zero_outside[(triton.cdiv(tensor.numel(), BLOCK),)](
-            tensor, bits, tensor.numel(), PACKED=packed, BLOCK=BLOCK, num_warps=4
-        )
+        launch(
+            zero_outside, (triton.cdiv(tensor.numel(), BLOCK),),
+            tensor, bits, tensor.numel(), PACKED=packed, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainc.kernels.library.contracts import REDUCED
+from trainc.kernels.library.launch import launch
 from trainc.kernels.parameter import multi_norm as operator
 
 BLOCK = 2048
@@ -113,12 +114,13 @@ def _sums(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     partial = torch.empty((ends[-1], operator.COLUMNS), dtype=torch.float64, device=device)
     out = torch.empty((len(tensors), operator.COLUMNS), dtype=torch.float64, device=device)
     if ends[-1]:
-        partial_sums[(ends[-1],)](
+        launch(
+            partial_sums, (ends[-1],),
             left, right, sizes, owners, first, partial,
             W=TYPES[tensors[0].dtype], D=TYPES[others[0].dtype], PAIRED=paired, ALIGNED=aligned,
             CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-    add_partials[(len(tensors),)](partial, last, out, BLOCK=64, num_warps=4)
+    launch(add_partials, (len(tensors),), partial, last, out, BLOCK=64, num_warps=4)
     return out
 
 

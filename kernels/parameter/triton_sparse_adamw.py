@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainc.kernels.library.contracts import REDUCED
+from trainc.kernels.library.launch import launch
 from trainc.kernels.parameter import sparse_adamw as operator
 
 BLOCK = 1024
@@ -85,7 +86,8 @@ def sparse_adamw_(*arguments: Any) -> None:
         return
     operator.check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
     factors = coefficients(lr, weight_decay, step, beta1, beta2, weight.device)
-    adamw[(triton.cdiv(exp_avg.numel(), BLOCK),)](
+    launch(
+        adamw, (triton.cdiv(exp_avg.numel(), BLOCK),),
         weight, grad.contiguous(), exp_avg, exp_avg_sq, exp_avg if master is None else master,
         index.contiguous(), factors, exp_avg.numel(), weight.numel() // block, beta1, beta2, eps,
         GATHERED=gathered, HAS_MASTER=master is not None, WIDTH=block, BLOCK=BLOCK, num_warps=4,

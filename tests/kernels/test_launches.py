@@ -1,31 +1,38 @@
 """What the launchers ask of a device, with none at hand: grids within its limits, and kernels it can be given."""
 
+import ast
 import math
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from trainc.kernels.library.launch import PINNED
+
 # Triton's interpreter calls kernels in another way; what is recorded here is the same in both.
 pytest.importorskip("triton")
 
 # Programs along the axes of a grid, by CUDA's limits.
 LIMITS = (2**31 - 1, 65535, 65535)
+SOURCES = Path(__file__).parents[2] / "kernels"
+LAUNCHER = SOURCES / "library" / "launch.py"
 
 
 class Recorder:
-    """Stands in for a kernel: keeps the grid of each launch, and runs nothing."""
+    """Stands in for a kernel: keeps the grid and options of each launch, and runs nothing."""
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []
+        self.options: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         self.grids.append(tuple(grid))
-        return lambda *arguments, **options: None
+        return lambda *arguments, **options: self.options.append(options)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -53,9 +60,9 @@ def norm(*shape: int, tail: int) -> Any:
 
 
 def noise(*shape: int) -> Any:
-    launch = import_module("trainc.kernels.noise.triton_noise").launch
+    multiplied = import_module("trainc.kernels.noise.triton_noise").multiplied
     sigma, key = meta(dtype=torch.float32), meta(dtype=torch.int64)
-    return lambda: launch(None, meta(*shape), sigma, key, 0, 1, "none", None)
+    return lambda: multiplied(None, meta(*shape), sigma, key, 0, 1, "none", None)
 
 
 def ghosts(*shape: int) -> Any:
@@ -123,6 +130,33 @@ def test_no_grid_exceeds_a_device(
     for grid in kernels.grids:
         assert all(count <= limit for count, limit in zip(grid, LIMITS, strict=False)), grid
         assert math.prod(grid) > 0
+    assert all(options.items() >= PINNED.items() for options in kernels.options)
+
+
+def own_launches(source: str) -> list[int]:
+    """The lines on which a module of kernels runs one by itself: `kernel[grid](..)`, or the methods below that."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imports = (node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
+    if not any("triton" in ast.unparse(one) for one in imports):
+        return []
+    return [
+        call.lineno
+        for call in nodes
+        if isinstance(call, ast.Call)
+        and (
+            isinstance(call.func, ast.Subscript)
+            or (isinstance(call.func, ast.Attribute) and call.func.attr in ("run", "warmup"))
+        )
+    ]
+
+
+def test_no_launch_forgets_the_compilers_options() -> None:
+    assert own_launches("import triton\nnoise[(rows,)](x, y)\ngram.run(x, grid=(1,))") == [2, 3]
+    assert PINNED == {"enable_fp_fusion": True}
+    paths = [path for path in SOURCES.rglob("*.py") if path != LAUNCHER]
+    assert sum("launch(" in path.read_text() for path in paths) >= 11
+    found = {path.name: own_launches(path.read_text()) for path in paths}
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 @pytest.fixture

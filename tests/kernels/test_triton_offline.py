@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from trainc.kernels.library.launch import PINNED
 from trainc.kernels.norm import tiles
 
 pytestmark = pytest.mark.offline
@@ -166,7 +167,7 @@ def compiled(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(source, target=target, options={"num_warps": warps, **PINNED})
 
 
 def assembled(ptx: str, architecture: int = ARCHITECTURE) -> tuple[int, int]:

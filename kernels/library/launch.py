@@ -1,0 +1,16 @@
+"""The one place from which Triton kernels are launched, with the compiler options that decide bits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+# Every option of the compiler that changes results and whose default is not the same in all versions of Triton:
+# from 3.10 on a product and a sum are no longer one rounded operation unless a launch asks for it.
+PINNED = {"enable_fp_fusion": True}
+
+
+def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
+    """Run a `triton.jit` kernel over a grid of programs, compiled with `PINNED`; the interpreter ignores those.
+
+    `options` are the kernel's constexprs and the launch's own, `num_warps` and `num_stages` among them.
+    """
+    kernel[tuple(grid)](*arguments, **options, **PINNED)
