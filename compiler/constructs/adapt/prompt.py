@@ -6,14 +6,22 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from trainc.compiler.constructs.adapt._embedded import (
+    Embedded,
+    PromptFormat,
+    embedded_width,
+    without_prompts,
+)
 from trainc.compiler.constructs.adapt._longer import Longer
+from trainc.compiler.constructs.adapt._peft import CONFIG
 from trainc.compiler.constructs.adapt._widths import width_problems, widths_of
 from trainc.compiler.errors import SiteError
-from trainc.compiler.model.adapter_rule import AdapterRule, with_first
+from trainc.compiler.model.adapter_rule import Adapted, AdapterRule, with_first
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Selector
 
 if TYPE_CHECKING:
@@ -41,6 +49,12 @@ class Prompt(Construct, AdapterRule):
     they see the tokens; where the mask is causal, a token sees the prompts before it, and they what is before them.
     Generating with a cache of keys is not supported.
 
+    With `mode = input`, `on` selects one model of transformers, such as `"model"` in LlamaForCausalLM, and the prompts
+    are in front of its embeddings, as in peft's prompt tuning: they have the first positions, and tokens the ones
+    behind them. Its states are those of the T tokens. `program.save_adapters(folder)` writes the folder that peft's
+    `PeftModel.from_pretrained` reads then, and `program.load_adapters(folder)` reads one of peft's PROMPT_TUNING or
+    P_TUNING, with `train` for its `modules_to_save`. The other modes keep positions, for which peft has no method.
+
     The parameters are `BLOCK.prompt.prompts`, one for each block, or one at the first. Prompts cannot be merged.
     """
 
@@ -56,11 +70,16 @@ class Prompt(Construct, AdapterRule):
     )
 
     tokens: int = Field(ge=0, description="prompts in a sequence; 0: none, and nothing is frozen")
-    mode: Literal["deep", "shallow"] = Field(
+    mode: Literal["deep", "shallow", "input"] = Field(
         default="deep",
-        description="whether each block has prompts of its own, or those of the first pass through all",
+        description="whether each block has prompts of its own, those of the first pass through all, or they are in"
+        " front of the embeddings of a model of transformers",
     )
-    at: int = Field(default=0, ge=0, description="tokens in front of the prompts; 1: a class token")
+    at: int = Field(
+        default=0,
+        ge=0,
+        description="tokens in front of the prompts; 1: a class token. Not with `mode = input`",
+    )
     init: Literal["normal", "uniform"] = Field(
         default="normal",
         description="how they start: with deviation 0.02, or uniform in +-sqrt(6 / (fan + C))",
@@ -86,8 +105,23 @@ class Prompt(Construct, AdapterRule):
         default=None, description="parameters that train as well, such as those of a new head"
     )
 
+    @model_validator(mode="after")
+    def _fits_its_mode(self) -> Prompt:
+        if self.mode == "input" and (self.at or self.width is not None):
+            field = "at" if self.at else "width"
+            raise ValueError(f"`mode = input` has no `{field}`: remove `{field}`")
+        return self
+
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report blocks of unknown width, one inside another, and with `shallow` blocks that are not consecutive."""
+        if self.mode == "input":
+            if len(bound.modules) > 1:
+                yield Problem(
+                    "wrong-target-kind",
+                    f"`mode = input` needs one model, and `on` selects {len(bound.modules)} modules",
+                    help='select the model around the blocks, such as `on "model"`',
+                )
+            return
         yield from width_problems(bound, self.width)
         names = [entry.name for entry in bound.modules]
         for name in names:
@@ -118,6 +152,8 @@ class Prompt(Construct, AdapterRule):
         to.train_only([] if self.train is None else to.select(self.train, "parameters"))
 
     def _width(self, entry: ModuleEntry, to: Adapting) -> int:
+        if self.mode == "input":
+            return embedded_width(entry.name, to.module(entry.name))
         found = widths_of(entry, to.base, self.width) or (0, 0)
         return found[0]
 
@@ -126,7 +162,7 @@ class Prompt(Construct, AdapterRule):
         import torch
         from torch import nn
 
-        deep, made = self.mode == "deep", dict[str, Any]()
+        deep, made = self.mode != "shallow", dict[str, Any]()
         if deep or first:
             made["prompts"] = nn.Parameter(torch.empty(self.tokens, width))
             made |= {"dropout": nn.Dropout(self.dropout)} if self.dropout else {}
@@ -147,6 +183,9 @@ class Prompt(Construct, AdapterRule):
         self, layer: nn.Module, adapter: Any, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put the prompts in the sequence where they begin, and make what else the block is given fit."""
+        if self.mode == "input":
+            found = Embedded(layer, adapter, self.tokens, args, named)
+            return (), found.with_all(self._dropped(adapter))
         if not args and not named:
             raise SiteError(f"`{adapter.layer_name}` is called without inputs", adapter.label)
         key = None if args else next(iter(named))
@@ -156,8 +195,13 @@ class Prompt(Construct, AdapterRule):
             layer, adapter, self.at, self.tokens, x, 0 if prompts is not None else self.tokens
         )
         if prompts is not None:
-            x = longer.with_prompts(x, adapter.dropout(prompts) if self.dropout else prompts)
+            x = longer.with_prompts(x, self._dropped(adapter))
         return longer.inputs(x, key, args, named)
+
+    def _dropped(self, adapter: Any) -> Tensor:
+        """Return the prompts of an adapter, in training with its dropout."""
+        prompts: Tensor = adapter.prompts
+        return adapter.dropout(prompts) if self.dropout else prompts
 
     def change_output(
         self, layer: nn.Module, adapter: Any, inputs: tuple[Any, ...], output: Any
@@ -166,6 +210,8 @@ class Prompt(Construct, AdapterRule):
         import torch
 
         length = inputs[0].shape[1]
+        if self.mode == "input":
+            return without_prompts(adapter, output, length, self.tokens)
 
         def change(y: Any) -> Any:
             if not isinstance(y, torch.Tensor) or y.dim() != 3 or y.shape[1] != length:
@@ -181,6 +227,25 @@ class Prompt(Construct, AdapterRule):
             return torch.cat([y[:, : self.at], behind], 1) if self.at else behind
 
         return with_first(output, change)
+
+    def write(self, adapted: Adapted, folder: Path) -> None:
+        """Write the prompts: with `mode = input` as files of peft."""
+        if self.mode == "input":
+            PromptFormat(self.title, adapted).write(folder)
+        else:
+            super().write(adapted, folder)
+
+    def read(self, adapted: Adapted, folder: Path) -> None:
+        """Load the prompts; raises ValueError where they do not fit, and changes nothing then."""
+        if self.mode == "input":
+            PromptFormat(self.title, adapted).read(folder)
+            return
+        if (folder / CONFIG).exists():
+            raise ValueError(
+                f"{folder} is of peft, whose prompts shift the positions of the tokens: write `mode = input`, and"
+                " select the model around the blocks"
+            )
+        super().read(adapted, folder)
 
     def reference(
         self, x: Tensor, blocks: Sequence[Callable[[Tensor], Tensor]], prompts: Sequence[Tensor]

@@ -162,6 +162,159 @@ def test_a_language_model_of_transformers_stays_causal_and_sees_no_padding(mode:
         assert torch.equal(text[:, 4], module(input_ids=IDS[:1, :4]).logits[:, -1].argmax(-1))
 
 
+# in front of the embeddings, as peft has them
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=24, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
+    )  # fmt: skip
+    model: nn.Module = transformers.GPT2LMHeadModel(config)
+    return model
+
+
+def classifier() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=24, num_labels=3, **SMALL)
+    model: nn.Module = transformers.BertForSequenceClassification(config)
+    return model
+
+
+PEFT: dict[str, tuple[Any, str]] = {
+    "rotary": (lambda: llama().float(), 'on "model" { tokens = 3, mode = input }'),
+    "learned positions": (gpt2, 'on "transformer" { tokens = 3, mode = input }'),
+    "the whole model": (gpt2, "on type(GPT2LMHeadModel) { tokens = 3, mode = input }"),
+    "a frozen head": (classifier, 'on "bert" { tokens = 3, mode = input }'),
+    "a trained head": (classifier, 'on "bert" { tokens = 3, mode = input, train = "classifier" }'),
+}
+
+
+def batch_of(make: Any) -> tuple[Tensor, Tensor]:
+    return IDS, torch.tensor([0, 1, 2, 0]) if make is classifier else IDS.roll(-1, 1)
+
+
+def in_front(make: Any, clause: str, executor: Any = "auto") -> Program:
+    program = trainc.compile(BASE + f"adapt prompt {clause}", make(), executor=executor)
+    for _ in range(2):
+        program.step(batch_of(make))
+    program.module.eval()
+    return program
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(("make", "clause"), PEFT.values(), ids=PEFT)
+def test_prompts_in_front_of_the_embeddings_are_those_of_peft(
+    make: Any, clause: str, tmp_path: Path
+) -> None:
+    peft: Any = pytest.importorskip("peft", reason="peft is not installed")
+    program = in_front(make, clause)
+    module: Any = program.module
+    program.save_adapters(tmp_path / "mine")
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "mine").eval()
+    mask = torch.ones_like(IDS)
+    mask[1, 5:] = 0
+
+    def both() -> tuple[Tensor, Tensor]:
+        found: Tensor = theirs(input_ids=IDS, attention_mask=mask).logits
+        return module(input_ids=IDS, attention_mask=mask).logits, (
+            found[:, 3:] if found.dim() == 3 else found
+        )
+
+    with torch.no_grad():
+        assert torch.equal(*both())
+        theirs.prompt_encoder["default"].embedding.weight.add_(0.5)
+        theirs.save_pretrained(tmp_path / "theirs")
+        program.load_adapters(tmp_path / "theirs")
+        assert torch.equal(*both())
+
+
+@pytest.mark.parametrize(("make", "clause"), PEFT.values(), ids=PEFT)
+def test_prompts_in_front_train_the_same_by_graph_and_by_modules(make: Any, clause: str) -> None:
+    states = [in_front(make, clause, e).module.state_dict() for e in ("graph", "module")]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], msg=name)
+
+
+def test_positions_of_prompts_come_first() -> None:
+    module: Any = gpt2()
+    trainc.compile(BASE + f"adapt prompt {PEFT['learned positions'][1]}", module)
+    with torch.no_grad():
+        want = module(input_ids=IDS).logits
+        assert torch.equal(module(IDS, position_ids=torch.arange(8)[None]).logits, want)
+        text = module.generate(IDS[:1, :4], max_new_tokens=2, use_cache=False, do_sample=False)
+        assert torch.equal(text[:, 4], module(IDS[:1, :4]).logits[:, -1].argmax(-1))
+        states = module(IDS, output_hidden_states=True).hidden_states
+        assert {len(state[0]) for state in states} == {8}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": IDS.repeat(1, 2)}, "has 16 positions .*, and needs 19"),
+        ({"input_ids": IDS, "labels": IDS}, "select `transformer` inside it"),
+        ({"input_ids": IDS, "past_key_values": ((),)}, "cache is not supported"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(4, 3)}, "cache is not supported"),
+        ({}, "prompts need a sequence"),
+    ],
+)
+def test_what_a_model_cannot_be_given_with_prompts_in_front(
+    given: dict[str, Any], message: str
+) -> None:
+    module: Any = gpt2()
+    trainc.compile(BASE + f"adapt prompt {PEFT['the whole model'][1]}", module)
+    with pytest.raises(SiteError, match=message):
+        module(**given)
+
+
+def test_states_without_a_sequence_are_refused() -> None:
+    clause = "adapt prompt on type(BertForSequenceClassification) { tokens = 2, mode = input }"
+    program = trainc.compile(BASE + clause, classifier())
+    with pytest.raises(SiteError, match="select the model whose states its head uses"):
+        program.step(batch_of(classifier))
+
+
+@pytest.mark.parametrize(
+    ("clause", "message"),
+    [
+        ('on "model.layers.*" { tokens = 2, mode = input }', "selects 2 modules"),
+        ('on "model.layers.0" { tokens = 2, mode = input }', "takes no `inputs_embeds`"),
+        ('on "model" { tokens = 2, mode = input, at = 1 }', "remove `at`"),
+        ('on "model" { tokens = 2, mode = input, width = 16 }', "remove `width`"),
+    ],
+)
+def test_only_one_model_takes_prompts_in_front(clause: str, message: str) -> None:
+    with pytest.raises(trainc.SpecError) as raised:
+        trainc.compile(BASE + "adapt prompt " + clause, llama())
+    assert message in str(raised.value)
+    assert all(d.labels for d in raised.value.diagnostics)
+
+
+def test_files_of_other_adapters_are_refused_with_what_to_write(tmp_path: Path) -> None:
+    program = in_front(gpt2, PEFT["learned positions"][1])
+    program.save_adapters(tmp_path)
+    more = trainc.compile(
+        BASE + 'adapt prompt on "transformer" { tokens = 4, mode = input }', gpt2()
+    )
+    with pytest.raises(ValueError, match="write `tokens = 3`"):
+        more.load_adapters(tmp_path)
+    blocks = 'adapt prompt on "transformer.h.*" { tokens = 3, mode = shallow }'
+    with pytest.raises(ValueError, match="write `mode = input`"):
+        trainc.compile(BASE + blocks, gpt2()).load_adapters(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace("PROMPT_TUNING", "PREFIX_TUNING"))
+    with pytest.raises(ValueError, match="of the type PREFIX_TUNING"):
+        program.load_adapters(tmp_path)
+
+
 # refused
 
 
