@@ -88,6 +88,14 @@ def _unmeasured_reason(clause: BoundClause, signal: str) -> tuple[str, str] | No
     if clause.dropped is not None:
         help = "remove the expression, or correct the selector of the clause"
         return f"`{clause.title}` is not in the program: {clause.dropped}", help
+    if signal in clause.construct.repeated and clause.every is None:
+        why = (
+            f"`{clause.title}` measures it from its second time on, and without `every` it has one"
+        )
+        return (
+            why,
+            "write how often the clause acts, as `every 100 steps`, or remove the expression",
+        )
     return clause.construct.unmeasured_reason(signal)
 
 

@@ -89,12 +89,13 @@ class StepAccess(ClauseAccess):
         density: float,
         *,
         batches: int = 1,
+        master: bool = True,
     ) -> None:
         """Let the optimizer train entries of parameters that `choice` takes by a score; the others stay as they are.
 
         They are chosen at `from`, and again `every`, until `until`: by a score of the weights before a step, by scores
         that are summed over the gradients of `batches` steps after it. Entries that stay chosen keep what the optimizer
-        has of them.
+        has of them. Of 16-bit weights, a `master` copy in float32 is what it updates.
         """
         if self.clause.every is None:
             self.refuse_times(
@@ -104,7 +105,9 @@ class StepAccess(ClauseAccess):
         self._refuse_masked_shards(names)
         shapes = {name: self.inventory.parameter[name].shape for name in names}
         sizes = choice.sizes(shapes, density)
-        selected = {n: SelectedEntries(n, self.tensor(n), size) for n, size in sizes.items()}
+        selected = {
+            n: SelectedEntries(n, self.tensor(n), size, master) for n, size in sizes.items()
+        }
         self._method.masks.update(selected)
         self.action(WriteBack(self.label, selected.values()))
         window = self.gate() or Gate()

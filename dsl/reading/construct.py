@@ -136,6 +136,8 @@ class Construct(BaseModel):
     """What it measures, for `when` rules: `label.signal`, and `label` for the signal with the empty name. A text, or
     `Signal(description, unit, ends, title, logarithmic)`: with a title the display and `trainc report` show it with
     unit and interval, in rows and as a curve."""
+    repeated: ClassVar[tuple[str, ...]] = ()
+    """The signals that a clause measures from its second time on, so that it needs an `every`."""
     evaluated: ClassVar[tuple[str, ...]] = ()
     """What evaluations report of a loss besides its mean, such as `accuracy`: rules read it as `eval_accuracy`."""
     effects: ClassVar[tuple[Effect, ...]] = ()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainc.runtime.mask.entry_choice import Choice
+from trainc.runtime.mask.mask_actions import record_overlap
 from trainc.runtime.mask.scores import Score, ScoredChoice, SummedScores
 from trainc.runtime.mask.selected_entries import SelectedEntries
 from trainc.runtime.schedule.gate import Gate
@@ -38,7 +39,7 @@ class ChooseEntries(Action):
         window: Gate,
         batches: int = 1,
     ) -> None:
-        self.label, self.name, self.metric = label, f"{label} choice", f"{label}.overlap"
+        self.label, self.name = label, f"{label} choice"
         self.selected = {entries.name: entries for entries in selected}
         self.score, self.choice, self.density, self.batches = score, choice, density, batches
         self.window, self.start = window, Gate(window.start)
@@ -49,6 +50,8 @@ class ChooseEntries(Action):
         """The parameters whose entries are to be chosen as soon as they can be."""
         self.seen = dict.fromkeys(self.selected, 0)
         """How many steps each has summed."""
+        self._overlap: dict[str, tuple[int, int]] = {}
+        """How many entries stayed of those chosen again in this step, and how many were chosen, by parameter."""
 
     def turns(self) -> Iterator[Action]:
         """Return the actions by which this one acts, in the order of a step."""
@@ -59,6 +62,7 @@ class ChooseEntries(Action):
 
     def _begin(self, step: Step) -> None:
         """See what is due; choose it by the weights, or keep the gradients that the choice needs."""
+        self._overlap = {}
         if self.start.fires(step.clock):
             self.due |= {name for name, one in self.selected.items() if not one.is_chosen}
         if self.window.every is not None and self.window.fires(step.clock):
@@ -120,12 +124,13 @@ class ChooseEntries(Action):
             return
         for name, mask in masks.items():
             entries, index = self.selected[name], mask.flatten().nonzero()[:, 0]
-            stayed = entries.choose(index, step.optimizer_state(name).values())
+            stayed = entries.choose(index, *step.optimizer_entries(name))
             if stayed is not None:
-                step.series.setdefault(self.metric, {})[name] = stayed / max(1, len(index))
+                self._overlap[name] = stayed, len(index)
             step.series.setdefault(f"{self.label}.density", {})[name] = entries.density
             entries.keeps_dense = False
         self.due.difference_update(masks)
+        record_overlap(step, self.label, self._overlap)
 
     def memory(self) -> int:
         """Return the bytes held besides the weights."""

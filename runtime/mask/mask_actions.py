@@ -20,6 +20,19 @@ Chooser = Callable[[Step, float], Mapping[str, Tensor] | None]
 """Given the step and the fraction to keep, where entries train: bool by parameter; None to choose in a later step."""
 
 
+def record_overlap(step: Step, label: str, found: Mapping[str, tuple[int, int]]) -> None:
+    """Record which fraction of the entries chosen in this step trained before: of each tensor, and as a signal of all.
+
+    `found` has by parameter how many of its entries stay, and how many are chosen.
+    """
+    if not found:
+        return
+    name = f"{label}.overlap"
+    step.series[name] = {n: stayed / max(1, count) for n, (stayed, count) in found.items()}
+    stayed, count = (sum(numbers) for numbers in zip(*found.values(), strict=True))
+    step.metrics[name] = step.signals[name] = stayed / max(1, count)
+
+
 class WriteBack(Action):
     """Phase 10: put the updated entries into the weights."""
 
@@ -119,11 +132,10 @@ class ChooseZeros(Action):
         overlap = {}
         for name in trained:
             before = self.masks[name].kept_entries() if self.chosen else None
-            self.masks[name].choose(found[name], step.optimizer_state(name).values())
+            self.masks[name].choose(found[name], *step.optimizer_entries(name))
             if before is not None:
-                overlap[name] = float((before & found[name]).sum()) / max(1, self.masks[name].count)
-        if overlap:
-            step.series[f"{self.label}.overlap"] = overlap
+                overlap[name] = int((before & found[name]).sum()), self.masks[name].count
+        record_overlap(step, self.label, overlap)
         self.fresh = set(trained)
         self.chosen = True
         self.due.difference_update(trained)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainc.runtime.mask.entry_choice import largest
-from trainc.runtime.mask.mask_actions import ChooseZeros
+from trainc.runtime.mask.mask_actions import ChooseZeros, record_overlap
 from trainc.runtime.mask.scores import SummedScores
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
@@ -64,7 +64,7 @@ class Regrow(Action):
     """Phase 7, at times of the clause and of `pace`: drop the smallest entries that train, let as many others train.
 
     `fraction` of each tensor's entries is dropped, rounded down. The dense gradient is read before masks change it. A
-    new entry is 0, and so is what the optimizer has of it. In this step the optimizer leaves the tensor as it is.
+    new entry is 0, and the optimizer begins it as it begins a parameter. In this step it leaves the tensor as it is.
     """
 
     phase = Phase.REDUCE
@@ -77,7 +77,7 @@ class Regrow(Action):
         fraction: Callable[[Clock], float],
         pace: Gate | None = None,
     ) -> None:
-        self.label, self.name, self.metric = label, f"{label} regrowth", f"{label}.overlap"
+        self.label, self.name = label, f"{label} regrowth"
         self.choice, self.growth, self.fraction = choice, growth, fraction
         self.pace = pace
 
@@ -90,6 +90,7 @@ class Regrow(Action):
                 f"{self.label}: the fraction of entries to replace is {fraction:g} at step {step.clock.steps}: expected"
                 " 0 to 1"
             )
+        overlap = {}
         for name, mask in self.choice.masks.items():
             grad, count = mask.parameter.grad, int(fraction * mask.count)
             if grad is None or mask.kept is None or not count or name in self.choice.fresh:
@@ -102,11 +103,11 @@ class Regrow(Action):
                 continue
             kept = mask.kept_entries()
             new = regrown(mask.parameter.detach(), kept, self.growth(step, name, dense), count)
-            stayed = float((kept & new).sum()) / max(1, mask.count)
-            mask.choose(new, step.optimizer_state(name).values())
+            overlap[name] = int((kept & new).sum()), mask.count
+            mask.choose(new, *step.optimizer_entries(name))
             mask.parameter.grad = None
             step.gradients = None
-            step.series.setdefault(self.metric, {})[name] = stayed
+        record_overlap(step, self.label, overlap)
 
 
 def regrown(weight: Tensor, kept: Tensor, growth: Tensor, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from trainc.runtime.mask.update_mask import UpdateMask
-from trainc.runtime.torch_optimizer.nested import leaves
+from trainc.runtime.mask.update_mask import Begin, UpdateMask, leaves_of, no_state, own_tensors
 
 EntryOperator = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
 """Updates entries of a weight, given the weight, their gradient (k,), their positions (k,), and what is updated in the
@@ -26,14 +25,16 @@ class SelectedEntries(UpdateMask):
 
     A dense gradient is freed once its entries are gathered. `index` (k,) holds sorted flat positions, int32 where they
     fit, or is None until they are chosen; until then the dense gradient stays in `parameter.grad` and nothing trains.
-    `values` (k,) is what the optimizer updates, in float32 at least: a master copy of 16-bit weights. Where an operator
-    updates the weights themselves (`update`), others need no copy, and `values` holds none.
+    `values` (k,) is what the optimizer updates, in float32 at least: a master copy of 16-bit weights, or without
+    `master` a copy that is made of them before every update. Where an operator updates the weights themselves
+    (`update`), those that have no master copy need none, and `values` holds nothing.
     """
 
-    def __init__(self, name: str, parameter: Parameter, count: int) -> None:
+    def __init__(self, name: str, parameter: Parameter, count: int, master: bool = True) -> None:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         values = Parameter(torch.zeros(count, dtype=dtype, device=parameter.device))
         super().__init__(name, parameter, values)
+        self._has_master = master and dtype != parameter.dtype
         self._positions: Positions | None = None
         self.keeps_dense = False
         """Whether the dense gradient of a step stays in `parameter.grad`, since the next choice depends on it."""
@@ -119,40 +120,57 @@ class SelectedEntries(UpdateMask):
 
     # entries
 
-    def choose(self, index: Tensor, state: Iterable[Any] = ()) -> int | None:
+    def choose(
+        self, index: Tensor, state: Mapping[str, Any] | None = None, begin: Begin = no_state
+    ) -> int | None:
         """Set the selection, sorted flat positions of shape (k,), and copy the weights there.
 
         `state` is what the optimizer holds for the selection of now, of any nesting: its vectors (k,) keep the numbers
-        of entries that stay selected, and have 0 for the others. Return how many stay; None for the first selection.
+        of entries that stay selected, and have those of `begin` for the others. Return how many stay; None for the
+        first selection.
         """
         small = self.parameter.numel() <= torch.iinfo(torch.int32).max
-        old = self.index
+        old, held = self.index, self.values.shape
         self.index = index.to(self.parameter.device, torch.int32 if small else torch.int64)
-        found = (leaf for value in state for _, leaf in leaves(value, ""))
-        own = [t for t in found if isinstance(t, Tensor) and t.shape == self.values.shape]
-        stayed = None if old is None else self._carry(old, [self.values, *own])
-        if self.values.numel() != index.numel():
+        own = own_tensors(state or {}, (held,))
+        stays, place = self._staying(old)
+        if old is not None or held != index.shape:
             # An optimizer may have made its state before it was known how many are chosen.
-            for tensor in (self.values, *own):
-                tensor.data = tensor.detach().new_zeros(index.numel())
+            fresh = leaves_of(begin(self._weights().to(self.values.dtype)) if own else {})
+            for key, tensor in own.items():
+                self._carry(tensor, fresh.get(key), stays, place)
+            self._carry(self.values, None, stays, place)
+        if old is not None:
+            self.values.grad = None
         if self._handle is None:
             register: Any = self.parameter.register_post_accumulate_grad_hook
             self._handle = register(self._gather_now)
         self.read()
-        return stayed
+        return None if old is None else int(stays.sum())
 
-    def _carry(self, old: Tensor, tensors: Sequence[Tensor]) -> int:
-        """Make vectors of the entries `old` ones of the entries of now, with 0 for new ones; return how many stay."""
+    def _staying(self, old: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return which of the entries of now were chosen before, bool (k,), and where they stood then."""
         assert self.index is not None
-        place = torch.searchsorted(old, self.index).clamp_(max=max(0, len(old) - 1))
-        stays = old[place] == self.index if len(old) else torch.zeros_like(place, dtype=torch.bool)
-        for tensor in tensors:
-            before = tensor.detach()
-            now = before.new_zeros(len(self.index))
-            now[stays] = before[place[stays]]
-            tensor.data = now
-        self.values.grad = None
-        return int(stays.sum())
+        if old is None or not len(old):
+            none = torch.zeros_like(self.index, dtype=torch.bool)
+            return none, none.long()
+        place = torch.searchsorted(old, self.index).clamp_(max=len(old) - 1)
+        return old[place] == self.index, place
+
+    def _carry(self, tensor: Tensor, first: Tensor | None, stays: Tensor, place: Tensor) -> None:
+        """Make a vector of the entries of before one of those of now: new ones have what is in `first`, or 0."""
+        before = tensor.detach()
+        fits = first is not None and first.shape == stays.shape and not first.is_sparse
+        now = before.new_zeros(len(stays))
+        if first is not None and fits:
+            now.copy_(first.detach())
+        now[stays] = before[place[stays]]
+        tensor.data = now
+
+    def _weights(self) -> Tensor:
+        """Return the selected weights, (k,)."""
+        assert self.index is not None
+        return self.parameter.detach().reshape(-1).index_select(0, self.index)
 
     def forget(self) -> None:
         """Drop the selection, so that another can be chosen."""
@@ -161,7 +179,7 @@ class SelectedEntries(UpdateMask):
         self.remove()
 
     def read(self) -> None:
-        """Copy the weights to `values`; a value that still rounds to its weight is kept."""
+        """Copy the weights to `values`; a value of a master copy that still rounds to its weight is kept."""
         index = self.index
         if index is None:
             return
@@ -170,7 +188,10 @@ class SelectedEntries(UpdateMask):
             self.values.data = self.values.new_full((1,), torch.nan).expand(len(index))
             return
         with torch.no_grad():
-            now = self.parameter.detach().reshape(-1).index_select(0, index)
+            now = self._weights()
+            if not self._has_master:
+                self.values.copy_(now)
+                return
             stale = self.values.detach().to(now.dtype) != now
             self.values.copy_(torch.where(stale, now.to(self.values.dtype), self.values))
 
@@ -202,7 +223,7 @@ class SelectedEntries(UpdateMask):
     @property
     def _is_empty(self) -> bool:
         """Whether `values` has a size and nothing else."""
-        return self._in_place and self.is_chosen and self.values.dtype == self.parameter.dtype
+        return self._in_place and self.is_chosen and not self._has_master
 
     def update(
         self, make: EntryOptimizer, options: Mapping[str, Any], state: dict[str, Any]
@@ -221,7 +242,7 @@ class SelectedEntries(UpdateMask):
     # what a checkpoint holds
 
     def state(self) -> dict[str, Tensor]:
-        """Return the positions, and the values where the weights are not all of them; nothing before the choice.
+        """Return the positions, and the master copy where there is one; nothing before the choice.
 
         `trainc delta` finds the positions by their key, `index/` and the name of the parameter.
         """
@@ -229,7 +250,7 @@ class SelectedEntries(UpdateMask):
         if index is None:
             return {}
         found = {f"index/{self.name}": index}
-        return found if self._is_empty else found | {f"values/{self.name}": self.values.detach()}
+        return found | {f"values/{self.name}": self.values.detach()} if self._has_master else found
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Set the selection and its values to what `state` gave, whose weights are in the parameter already."""
@@ -238,7 +259,7 @@ class SelectedEntries(UpdateMask):
             self.forget()
             return
         self.choose(index)
-        if values is not None and not self._is_empty:
+        if values is not None and self._has_master:
             with torch.no_grad():
                 self.values.copy_(values)
 
@@ -246,7 +267,7 @@ class SelectedEntries(UpdateMask):
         return f"{self.values.numel()} of {self.parameter.numel()}"
 
     def memory(self) -> int:
-        copied = not self._in_place or self.values.dtype != self.parameter.dtype
+        copied = not self._in_place or self._has_master
         held = self._positions
         positions = (
             size_of(self.values.numel(), self.parameter.numel()) if held is None else held.nbytes

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 from weakref import ref
 
 import torch
@@ -16,6 +18,32 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from trainc.runtime.processes.sharded import is_sharded
+from trainc.runtime.torch_optimizer.nested import leaves
+
+Begin = Callable[[Tensor], Mapping[str, Any]]
+"""Given values of entries, the state with which the optimizer begins them, as `Step.first_optimizer_state` has it."""
+
+
+def no_state(values: Tensor) -> Mapping[str, Any]:
+    """Return the state of an optimizer that begins with zeros."""
+    return {}
+
+
+def leaves_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state of any nesting, by their places."""
+    found = (pair for key, value in state.items() for pair in leaves(value, key))
+    return {place: leaf for place, leaf in found if isinstance(leaf, Tensor)}
+
+
+def own_tensors(state: Mapping[str, Any], shapes: Collection[tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return the tensors of a state that have a number for each entry, which are those of these shapes."""
+    return {
+        place: leaf
+        for place, leaf in leaves_of(state).items()
+        # A counter of steps is a 0-d tensor, also where the parameter is.
+        if leaf.dim() and tuple(leaf.shape) in {*map(tuple, shapes)} and not leaf.is_sparse
+    }
+
 
 _MASKS = WeakIdKeyDictionary()
 """The mask of each parameter that has one, as a weak reference."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from trainc.kernels.parameter.masked_update import masked_update_, pack, unpack
-from trainc.runtime.mask.update_mask import UpdateMask
-from trainc.runtime.torch_optimizer.nested import leaves
+from trainc.runtime.mask.update_mask import Begin, UpdateMask, leaves_of, no_state, own_tensors
 
 
 class ZeroMask(UpdateMask):
@@ -51,20 +50,33 @@ class ZeroMask(UpdateMask):
             return self.parameter.grad
         return None if grad is None else self.trained(grad)
 
-    def choose(self, kept: Tensor, state: Iterable[Any] = ()) -> None:
+    def choose(
+        self, kept: Tensor, state: Mapping[str, Any] | None = None, begin: Begin = no_state
+    ) -> None:
         """Keep the entries where `kept`, bool in the parameter's shape, and zero the others.
 
         `state` is what the optimizer holds for the parameter, of any nesting; tensors in its shape, or in its shape
-        made flat, are zeroed alike. Others, such as sums over rows, are no entries' own.
+        made flat, are zeroed alike, and have the numbers of `begin` where entries are new. Others, such as sums over
+        rows, are no entries' own.
         """
+        shapes = (self.parameter.shape, (self.parameter.numel(),))
+        own = {n: t for n, t in own_tensors(state or {}, shapes).items() if t.is_floating_point()}
+        if own and self.kept is not None:
+            self._begin(own, kept & ~self.kept_entries(), begin)
         self.count = int(kept.sum())
         self.kept = None if self.count == kept.numel() else pack(kept)
-        shapes = (self.parameter.shape, (self.parameter.numel(),))
-        found = (leaf for value in state for _, leaf in leaves(value, ""))
-        tensors = (leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point())
-        # A counter of steps is a 0-d tensor, also where the parameter is.
-        own = [t for t in tensors if t.dim() and t.shape in shapes and not t.is_sparse]
-        self._zero(self.parameter.detach(), *own)
+        self._zero(self.parameter.detach(), *own.values())
+
+    def _begin(self, own: Mapping[str, Tensor], new: Tensor, begin: Begin) -> None:
+        """Give the optimizer's tensors the numbers with which it begins, where entries are new."""
+        if not new.any():
+            return
+        fresh = leaves_of(begin(self.parameter))
+        for place, tensor in own.items():
+            first = fresh.get(place)
+            if first is not None and first.shape == tensor.shape:
+                where = new.view(tensor.shape)
+                tensor.detach().copy_(torch.where(where, first.detach().to(tensor.dtype), tensor))
 
     def zero_gradient(self) -> None:
         """Zero the gradient of the entries that are zero."""

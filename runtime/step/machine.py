@@ -72,6 +72,7 @@ class StepMachine:
         keeping = [action for action in actions if isinstance(action, KeepsOptimizerState)]
         self._optimizer_states = [action.state_of for action in keeping]
         self._forget_states = [action.forget for action in keeping]
+        self._first_states = [action.first_state for action in keeping]
 
     def set_sizes(self, batch: int, micro: int) -> None:
         """Set the samples of the first step, and of a micro-batch."""
@@ -102,6 +103,7 @@ class StepMachine:
                 preconditioners=self._preconditioners,
                 optimizer_states=self._optimizer_states,
                 forget_states=self._forget_states,
+                first_states=self._first_states,
                 equals=self.equals,
                 recorded=self.decided.get(self.clock.steps + 1, {}),
             )

@@ -19,12 +19,19 @@ from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.gradients import GradientNotFinite
 from trainc.runtime.step.held_updates import DecayForm, HeldUpdates, Stepped
 from trainc.runtime.step.record import Step
-from trainc.runtime.torch_optimizer.compatible_state import load_compatible, spans
+from trainc.runtime.torch_optimizer.beginning import first_state, make_missing
+from trainc.runtime.torch_optimizer.compatible_state import load_compatible, other_state
+from trainc.runtime.torch_optimizer.gradients import free_gradients
 from trainc.runtime.torch_optimizer.modes import has_modes
 from trainc.runtime.torch_optimizer.named_state import NamedState
 from trainc.runtime.torch_optimizer.preconditioner import second_moment_scale
 from trainc.runtime.torch_optimizer.problem import explain_failure, refuse_moved
-from trainc.runtime.torch_optimizer.scheduled_options import own_rate, set_others, set_rate
+from trainc.runtime.torch_optimizer.scheduled_options import (
+    own_rate,
+    put_rates,
+    set_others,
+    set_rate,
+)
 from trainc.runtime.torch_optimizer.slots import OPTION_FACTORS as OPTION_FACTORS
 from trainc.runtime.torch_optimizer.slots import LrFactor as LrFactor
 from trainc.runtime.torch_optimizer.slots import Option as Option
@@ -121,6 +128,7 @@ class OptimizerStep(Action):
 
     def run(self, step: Step) -> None:
         self.started = True
+        make_missing(self.named, self._make, self.in_groups())
         changed = frozenset() if self._updates is None else self._updates.wanted(step.clock)
         if self._updates is not None and changed:
             self._updates.hold(step, self._step_torch, [*self.trained(changed)], self._decay_form)
@@ -204,16 +212,8 @@ class OptimizerStep(Action):
         return sum(slot.tensor.nbytes for slot in self.slots) if self.asks else 0
 
     def zero_grad(self) -> None:
-        """Free the gradients as torch does, but without its entry in a profile, which takes longer than that.
-
-        Where an optimizer has a `zero_grad` of its own, that is called first: it may leave zeros.
-        """
-        optimizer = self.torch
-        if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
-            optimizer.zero_grad(set_to_none=True)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        """Free the gradients, as the optimizer's own `zero_grad` says, too."""
+        free_gradients(self.torch)
 
     def state_of(self, name: str) -> Mapping[str, Any]:
         """Return the torch optimizer's state of a parameter, or of its trained entries; empty without one."""
@@ -225,6 +225,13 @@ class OptimizerStep(Action):
         """Drop the torch optimizer's state of a parameter, or of its trained entries."""
         if (slot := self._slot(name)) is not None:
             self.torch.state.pop(slot.tensor, None)
+
+    def first_state(self, name: str, values: Tensor) -> Mapping[str, Any]:
+        """Return the state with which the torch optimizer begins these values of a parameter; empty without one."""
+        if (slot := self._slot(name)) is None:
+            return {}
+        options = next(group for _, group, slots in self.in_groups() if slot in slots)
+        return first_state(self._make, values, options)
 
     def preconditioner(self, name: str) -> Tensor | None:
         """Return 1 / (sqrt(v_hat) + eps) from Adam's second moments so far; None for an optimizer that is not Adam."""
@@ -256,18 +263,11 @@ class OptimizerStep(Action):
 
     def cannot_continue(self, before: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
         """Return why no part of a state fits: it is of another class, or one vector over other parameters."""
-        if before["class"] != self.named.kind:
-            return f"it was `{before['class']}` and is `{self.named.kind}`"
-        if before["size"] != self.named.size and spans(state, before["size"]):
-            return "it keeps one state for all of its parameters, and they changed"
-        return None
+        return other_state(self.named, before, state)
 
     def restore_rates(self, rates: Mapping[str, float]) -> None:
         """Put the rates of the last step in force, by parameter, where the optimizer has set none itself."""
-        for number, options, slots in self.in_groups():
-            rate = next((rates[slot.name] for slot in slots if slot.name in rates), None)
-            if rate is not None and "lr" not in self.named.scheduled[number]:
-                options["lr"] = rate
+        put_rates(self.named, rates, self.in_groups())
 
     def load_compatible(self, state: Mapping[str, Any]) -> str | None:
         self.rebuild()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -84,6 +85,7 @@ class Step:
     preconditioners: Sequence[Callable[[str], Tensor | None]] = ()
     optimizer_states: Sequence[Callable[[str], Mapping[str, Any]]] = ()
     forget_states: Sequence[Callable[[str], None]] = ()
+    first_states: Sequence[Callable[[str, Tensor], Mapping[str, Any]]] = ()
     closure: Callable[[bool], Tensor] | None = None
     """Returns the step's loss at the weights of now and leaves its gradients there; set where an optimizer asks.
 
@@ -121,6 +123,16 @@ class Step:
         """Return what the optimizer keeps for a parameter, by torch's names; empty before its first update."""
         return next((found for read in self.optimizer_states if (found := read(name))), {})
 
+    def first_optimizer_state(self, name: str, values: Tensor) -> Mapping[str, Any]:
+        """Return what the optimizer keeps for these values of a parameter, or of entries of it, as it begins them."""
+        return next((found for make in self.first_states if (found := make(name, values))), {})
+
+    def optimizer_entries(
+        self, name: str
+    ) -> tuple[Mapping[str, Any], Callable[[Tensor], Mapping[str, Any]]]:
+        """Return what the optimizer keeps for a parameter, and what makes that of entries that it begins."""
+        return self.optimizer_state(name), partial(self.first_optimizer_state, name)
+
     def forget_optimizer_state(self, name: str) -> None:
         """Let the optimizer begin anew with a parameter, as before its first update, and free what it keeps for it."""
         for forget in self.forget_states:
@@ -150,3 +162,5 @@ class KeepsOptimizerState(Protocol):
     def state_of(self, name: str) -> Mapping[str, Any]: ...
 
     def forget(self, name: str) -> None: ...
+
+    def first_state(self, name: str, values: Tensor) -> Mapping[str, Any]: ...

@@ -42,6 +42,17 @@ def load_compatible(forms: EntryForms, state: Mapping[str, Any]) -> str | None:
     return f"{named.label}: {'; '.join(lines)}" if lines else None
 
 
+def other_state(
+    named: NamedState, before: Mapping[str, Any], state: Mapping[str, Any]
+) -> str | None:
+    """Return why no part of a state fits, by what `before` says of its optimizer; None where a part may."""
+    if before["class"] != named.kind:
+        return f"it was `{before['class']}` and is `{named.kind}`"
+    if before["size"] != named.size and spans(state, before["size"]):
+        return "it keeps one state for all of its parameters, and they changed"
+    return None
+
+
 def spans(state: Mapping[str, Any], size: int) -> bool:
     """Say whether a saved state has a vector over all parameters, which have `size` entries together."""
     parts = (leaf for value in state.values() for _, leaf in leaves(value, ""))

@@ -47,6 +47,8 @@ class NamedState:
             )
         self.scheduled: list[Options] = [{} for _ in self.groups]
         """What schedules gave each group last, by the name of the option."""
+        self.built_with_state = bool(optimizer.state)
+        """Whether the optimizer had state of parameters before its first step, or its first load."""
         self.attributes = Attributes(optimizer)
         self._made = [copy.deepcopy(_options(group)) for group in optimizer.param_groups]
 

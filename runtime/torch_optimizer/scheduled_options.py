@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.torch_optimizer.named_state import NamedState, Options
 from trainc.runtime.torch_optimizer.problem import OptimizerProblem
-from trainc.runtime.torch_optimizer.slots import ParamSlot
+from trainc.runtime.torch_optimizer.slots import Group, ParamSlot
 
 
 def set_rate(named: NamedState, number: int, options: Options, rate: float) -> float:
@@ -26,6 +26,14 @@ def set_rate(named: NamedState, number: int, options: Options, rate: float) -> f
             )
         options["lr"] = named.scheduled[number]["lr"] = rate
     return float(options["lr"])
+
+
+def put_rates(named: NamedState, rates: Mapping[str, float], groups: Iterable[Group]) -> None:
+    """Put rates in force, by parameter, in the groups in which no schedule has set one."""
+    for number, options, slots in groups:
+        rate = next((rates[slot.name] for slot in slots if slot.name in rates), None)
+        if rate is not None and "lr" not in named.scheduled[number]:
+            options["lr"] = rate
 
 
 def set_others(

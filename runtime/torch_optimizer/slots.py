@@ -144,6 +144,10 @@ class ParamSlot:
         return self.weight_decay, tuple(map(id, self.lr_factors)), tuple(options), tuple(factors)
 
 
+Group = tuple[int, dict[str, Any], list[ParamSlot]]
+"""Number and options of a group of a torch optimizer, and its parameters."""
+
+
 def _product(factors: Sequence[LrFactor], clock: Clock) -> float:
     return math.prod((one.at(clock) for one in factors), start=1.0) if factors else 1.0
 

@@ -274,7 +274,7 @@ def test_zeroed_entries_are_zero_everywhere_and_the_others_keep_their_bits(
     before, moment = parameter.detach().clone(), torch.full_like(parameter, torch.nan)
     factors, counter = torch.ones(5), torch.tensor(3.0)
     mask, kept = zeroed(parameter, 1, 7, 19)
-    mask.choose(kept, [moment, factors, counter])
+    mask.choose(kept, {"moment": moment, "factors": factors, "counter": counter})
     assert torch.equal(parameter.detach(), torch.where(kept, before, 0))
     assert torch.equal(moment.isnan(), kept)
     assert bool((moment[~kept] == 0).all())
@@ -313,7 +313,7 @@ def test_a_graphs_gradient_is_masked_in_a_copy() -> None:
 def test_a_counter_of_steps_is_no_moment_of_a_scalar() -> None:
     parameter, counter = nn.Parameter(torch.tensor(2.0)), torch.tensor(5.0)
     mask = ZeroMask("w", parameter, "density")
-    mask.choose(torch.tensor(False), [counter])
+    mask.choose(torch.tensor(False), {"counter": counter})
     assert parameter == 0
     assert counter == 5
 

@@ -71,6 +71,16 @@ ZEROS = (
 """What masks do that keep entries at zero."""
 
 
+OVERLAP = {
+    "overlap": "fraction of the entries chosen last that trained before, of all tensors together, 0 to 1"
+}
+"""The signal of masks that choose again and again."""
+ZEROS_AGAIN = (
+    Effect("perturb", ZEROS[0].action, ZEROS[0].reads, (*ZEROS[0].writes, "signal:overlap")),
+    *ZEROS[1:],
+)
+"""What masks do that keep entries at zero, and choose again and again which."""
+
 BY_SPECTRA = ("alpha", "farms", "calibrated")
 SCOPES = (
     "by alpha as AlphaPruning has it (`alpha`, arXiv:2410.10912, its tail from the peak of the spectrum), of windows"
@@ -98,6 +108,31 @@ class PicturedMask(Construct):
         from trainc.compiler.constructs.mask._picture import mask_panels
 
         return mask_panels(clauses)
+
+
+class EntryMask(PicturedMask):
+    """Base of the masks whose entries train as a vector of their own, the others staying as they are."""
+
+    master: bool | None = Field(
+        default=None,
+        description="whether 16-bit weights that train are kept in float32 besides, so that small updates add up. With"
+        " `false` every update is rounded to the weight, and an optimizer that steps entries in place, as `adamw` does,"
+        " holds 4 bytes an entry less. Default: `true`",
+    )
+
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Warn of a choice that makes no difference to any selected parameter."""
+        yield from super().validate_targets(bound)
+        if self.master is None or {"float16", "bfloat16"} & {p.dtype for p in bound.parameters}:
+            return
+        one = bound.parameters[0]
+        yield Problem(
+            "no-effect",
+            f"no selected parameter has 16 bits: `{one.name}` is {one.dtype}",
+            field="master",
+            severity="warning",
+            help="remove `master`",
+        )
 
 
 class SpectralMask(PicturedMask):
@@ -222,6 +257,8 @@ class ChoosingMask(SpectralMask):
         *SpectralMask.functions,
         "trainc.runtime.mask.entry_choice:topk_mask",
     )
+    signals: ClassVar = OVERLAP
+    repeated: ClassVar = ("overlap",)
 
     scope: Literal["tensor", "global", "erk", "alpha", "farms", "calibrated"] = Field(
         default="tensor",

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainc.dsl.reading.construct import Construct, Effect, Problem
+from trainc.compiler.constructs.mask._base import EntryMask
+from trainc.dsl.reading.construct import Effect, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from trainc.runtime.step.record import Step
 
 
-class EmbeddingRows(Construct):
+class EmbeddingRows(EntryMask):
     """Trains some rows of each selected parameter, indices of its axis 0: of an embedding, the vectors of some tokens.
 
     `rows` lists them, from 0 on, or `last` says how many there are at the end, where `resize_token_embeddings` and its
@@ -78,6 +79,7 @@ class EmbeddingRows(Construct):
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report parameters that are frozen or have no such rows."""
+        yield from super().validate_targets(bound)
         field = "last" if self.rows is None else "rows"
         largest = self.last if self.last is not None else 1 + max(self.rows or (0,))
         for entry in bound.parameters:
@@ -110,7 +112,8 @@ class EmbeddingRows(Construct):
         # All have as many rows that train, however many they have.
         count = self.last or len(self.rows or ())
         choice = Choice(Structure("row"), count=lambda units, density: count)
-        to.select_entries([entry.name for entry in entries], self.score, choice, 1.0)
+        names = [entry.name for entry in entries]
+        to.select_entries(names, self.score, choice, 1.0, master=self.master is not False)
         if self.rest == "freeze":
             kept = {entry.name for entry in entries}
             to.freeze(p.name for p in to.inventory.trainable if p.name not in kept)

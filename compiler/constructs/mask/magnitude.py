@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
-from trainc.compiler.constructs.mask._base import ZEROS, ChoosingMask, kept_fraction
+from trainc.compiler.constructs.mask._base import ZEROS_AGAIN, ChoosingMask, kept_fraction
 from trainc.dsl.reading.construct import (
     Problem,
     RuleExplanation,
@@ -42,7 +42,7 @@ class Magnitude(ChoosingMask):
     )
     usage: ClassVar = "mask magnitude on ndim(2) every 100 steps { density = cubic(from = 80%, to = 10%, over = 50%) }"
     identity: ClassVar = {"density": "100%"}
-    effects: ClassVar = ZEROS
+    effects: ClassVar = ZEROS_AGAIN
 
     rules: ClassVar = {
         "zeros-without-norm": RuleExplanation(

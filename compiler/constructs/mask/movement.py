@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
-from trainc.compiler.constructs.mask._base import ZEROS, ChoosingMask, kept_fraction
+from trainc.compiler.constructs.mask._base import ZEROS_AGAIN, ChoosingMask, kept_fraction
 from trainc.dsl.reading.construct import Effect, Schedule
 from trainc.dsl.values.value_json import Expr, Number
 
@@ -35,7 +35,7 @@ class Movement(ChoosingMask):
     usage: ClassVar = "mask movement on ndim(2) every 100 steps { density = cubic(from = 80%, to = 15%, over = 50%) }"
     identity: ClassVar = {"density": "100%"}
     effects: ClassVar = (
-        *ZEROS,
+        *ZEROS_AGAIN,
         Effect(
             "reduce",
             "sum how far gradients move weights from zero",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainc.compiler.constructs.mask._base import ZEROS, PicturedMask, kept_fraction
+from trainc.compiler.constructs.mask._base import OVERLAP, ZEROS_AGAIN, PicturedMask, kept_fraction
 from trainc.dsl.reading.construct import Effect, Fraction, Problem, Proportion
 from trainc.dsl.values.value_json import Binary, Call, Number
 
@@ -28,13 +28,14 @@ class Regrowing(PicturedMask):
 
     targets: ClassVar = "parameters"
     identity: ClassVar = {"density": "100%"}
+    signals: ClassVar = OVERLAP
     effects: ClassVar = (
-        *ZEROS,
+        *ZEROS_AGAIN,
         Effect(
             "reduce",
             "drop the smallest entries, let others train",
             ("gradient", "params", "optimizer_state", "clock"),
-            ("params", "optimizer_state", "gradient"),
+            ("params", "optimizer_state", "gradient", "metrics", "signal:overlap"),
         ),
     )
 

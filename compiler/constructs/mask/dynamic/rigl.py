@@ -16,10 +16,10 @@ class Rigl(Regrowing):
     The others are zero. Every 100 steps, or `every`, but not at `from`, a fraction `replace` of the entries of each
     tensor that train, rounded down, is dropped: those with the smallest |w|. As many grow: of all entries that do not
     train then, those with the largest |g|, where g is the dense gradient of this step. A dropped entry may grow again
-    at once, and keeps what it has; a new one is 0 and so are its moments, of any optimizer. As published, this step
-    updates no weights of these tensors. `replace` falls by half a cosine over the run unless it says otherwise; after
-    `until` the mask stays. Of equal entries the lower position trains. Passes compute the dense gradient in every step,
-    so that zeros save no time.
+    at once, and keeps what it has; a new one is 0, and the optimizer begins it as it begins a parameter, but for its
+    count of steps, which is the tensor's. As published, this step updates no weights of these tensors. `replace` falls
+    by half a cosine over the run unless it says otherwise; after `until` the mask stays. Of equal entries the lower
+    position trains. Passes compute the dense gradient in every step, so that zeros save no time.
     """
 
     cite: ClassVar = (
