@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainc.compiler.method.loss import Loss, LossMismatch, with_prepared, without_prepared
 from trainc.compiler.method.user_loss import UserLoss
+from trainc.compiler.model.adapted_model import explaining_failures
 from trainc.runtime.data.batch import (
     Batch,
     Evaluated,
@@ -172,7 +173,8 @@ class Losses:
         Of every view with `mean_loss`; else such a loss is of the first.
         """
         named = self.keywords(model, batch, views, mean_loss)
-        return call_model(model, repeat_views(batch[0], views), named)
+        with explaining_failures():
+            return call_model(model, repeat_views(batch[0], views), named)
 
     def keywords(
         self, model: Any, batch: Batch, views: int = 1, mean_loss: bool = True

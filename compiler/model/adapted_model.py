@@ -1,15 +1,23 @@
-"""What can be done with the adapters of a trained model: merge them, write them to a folder, load them from one."""
+"""What can be done with the adapters of a model: merge, write and load them, and explain where a layer fails."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 
 import torch
 from torch import nn
 
 from trainc.compiler.model.adapter_rule import Adapted, AdapterRule
-from trainc.compiler.model.adapters import FoundAdapter, adapters_of, unfreeze
+from trainc.compiler.model.adapters import (
+    Adapter,
+    FoundAdapter,
+    PrepareAdapter,
+    adapters_of,
+    unfreeze,
+)
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -55,6 +63,32 @@ def _refuse_shared(model: nn.Module, one: FoundAdapter) -> None:
                     f"`{one.full_name}` cannot be merged, because `{one.layer_name}` shares a parameter with `{name}`,"
                     " which would change as well. Give the layer a parameter of its own first"
                 )
+
+
+@contextmanager
+def explaining_failures() -> Iterator[None]:
+    """Raise what an adapter's rule makes of an error inside a layer whose inputs the adapter changed.
+
+    Running out of memory stays what it is.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        for adapter in () if "memory" in str(error) else _preparing(error):
+            if (found := adapter.rule.failure(adapter, error)) is not None:
+                raise found from error
+        raise
+
+
+def _preparing(error: Exception) -> Iterator[Adapter]:
+    """Yield the adapters that changed the inputs of the layers in which an error was raised, outermost first."""
+    for frame, _ in walk_tb(error.__traceback__):
+        layer = frame.f_locals.get("self")
+        if isinstance(layer, nn.Module) and frame.f_code.co_name == "forward":
+            for hook in layer._forward_pre_hooks.values():
+                adapter = layer._modules.get(getattr(hook, "name", ""))
+                if isinstance(hook, PrepareAdapter) and isinstance(adapter, Adapter):
+                    yield adapter
 
 
 def silent_adapters(model: nn.Module, masked: Container[str]) -> Iterator[str]:

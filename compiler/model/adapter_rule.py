@@ -63,6 +63,10 @@ class AdapterRule:
             output, lambda y: (y + adapter(*inputs, layer=layer, output=y)).to(y.dtype)
         )
 
+    def failure(self, adapter: Any, error: Exception) -> Exception | None:
+        """Return what to raise in place of an error in a layer whose inputs `change_inputs` changed; None: as it is."""
+        return None
+
     adds_channels: ClassVar[bool] = False
     """Whether what it computes is added to the output of any module, with the channels on the last axis.
 

@@ -228,6 +228,17 @@ class Prompt(Construct, AdapterRule):
 
         return with_first(output, change)
 
+    def failure(self, adapter: Any, error: Exception) -> Exception | None:
+        """Return what a block may need that fails on a longer sequence."""
+        if isinstance(error, SiteError):
+            return None
+        return SiteError(
+            f"`{adapter.layer_name}` fails on a sequence with {self.tokens} prompts more: {error}. A block that makes"
+            " an image or windows of its tokens expects a square number of them, or another that is fixed: exclude it"
+            " from `on`, or write `adapt parallel` or `adapt lora`, which keep the number of tokens",
+            adapter.label,
+        )
+
     def write(self, adapted: Adapted, folder: Path) -> None:
         """Write the prompts: with `mode = input` as files of peft."""
         if self.mode == "input":

@@ -373,6 +373,43 @@ def test_what_only_a_pass_shows_is_refused_there(clause: str, message: str) -> N
     assert raised.value.clause == "prompt"
 
 
+class Grid(nn.Module):
+    """A block that lays its tokens out as a square image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = int(x.shape[1] ** 0.5)
+        image = self.fc(x.view(len(x), side, side, 8))
+        found: Tensor = image.flatten(1, 2)
+        return found
+
+
+@pytest.mark.parametrize("executor", ["auto", "module"])
+def test_a_block_that_makes_an_image_of_its_tokens_is_named(executor: Any) -> None:
+    model = nn.Sequential(Grid(), nn.Flatten(), nn.Linear(72, 3))
+    clause = 'adapt prompt on "0" { tokens = 2 }'
+    program = trainc.compile(BASE + clause, model, executor=executor)
+    batch = torch.zeros(2, 9, 8), torch.tensor([0, 1])
+    message = "`0` fails on a sequence with 2 prompts more: .*expects a square number.*`adapt lora`"
+    for run in (program.step, lambda pair: program.evaluate(*pair)):
+        with pytest.raises(SiteError, match=message) as raised:
+            run(batch)
+        assert raised.value.clause == "prompt"
+        assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def test_a_fault_in_another_layer_stays_what_it_is() -> None:
+    model = nn.Sequential(
+        nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)), nn.Linear(9, 3)
+    )
+    program = trainc.compile(BASE + 'adapt prompt on "0.0" { tokens = 2 }', model)
+    with pytest.raises(RuntimeError, match="Expected size for first two"):
+        program.step((torch.zeros(2, 9, 8), torch.zeros(2, 9, dtype=torch.long)))
+
+
 def test_examples_must_be_on_the_first_axis() -> None:
     program = trainc.compile(PAIR + 'adapt prompt on "blocks.*" { tokens = 2 }', Blocks(False))
     with pytest.raises(SiteError, match="batch_first=True"):
