@@ -19,7 +19,7 @@ from trainc.dsl.syntax.ast import Node
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.vocabulary import BOOLEANS, COUNTERS, PLACES, SHAPES, STATES
 from trainc.dsl.values import value_json as v
-from trainc.dsl.values.functions import FUNCTIONS, REMEMBERING, Function
+from trainc.dsl.values.functions import FUNCTIONS, REMEMBERING, ArgumentKind, CallOf, Function
 from trainc.dsl.values.limits import FROM_ZERO, Limits
 from trainc.dsl.values.value_ranges import ANYTHING, Bounds, bounds
 
@@ -258,7 +258,9 @@ def _call(node: ast.Apply, names: Names, functions: Mapping[str, Function] | Non
     return v.Call(name, tuple(args), tuple(named.items()))
 
 
-def _read_argument(node: Node, kind: str, names: Names) -> v.Expr:
+def _read_argument(node: Node, kind: ArgumentKind | CallOf, names: Names) -> v.Expr:
+    if isinstance(kind, CallOf):
+        return own_call(node, names, kind.noun, kind.functions, kind.example)
     if kind == "duration":
         return v.Quantity(duration(node))
     if kind == "points":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.fields import field_type
@@ -14,8 +14,10 @@ from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
 from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, EVALUATED, METRICS, SHAPES, STATES
 from trainc.dsl.values import value_json as v
+from trainc.dsl.values.functions import CallOf, Function
 
 ONCE = ("model", "data", "run")
+_NONE: Mapping[str, Function] = {}
 
 
 def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diagnostic]:
@@ -28,7 +30,7 @@ def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diag
         for name, info in type(construct).model_fields.items():
             value = getattr(construct, name)
             own = field_type(info)
-            functions = own.functions if own else ()
+            functions = own.functions if own else {}
             for expression in v.expressions_in(value):
                 found += _expression(expression, scope, clause.part_span(name), functions)
     for rule in rules:
@@ -115,11 +117,12 @@ def on_problems(
 
 
 def _expression(
-    value: v.Expr, scope: Scope, span: Span | None, own: Container[str] = ()
+    value: v.Expr, scope: Scope, span: Span | None, own: Mapping[str, Function] = _NONE
 ) -> Iterator[Diagnostic]:
     """Yield the names and functions of an expression that are not defined; it may be a call of one of `own`."""
+    known = [*_own_calls(value, own)]
     for item in v.walk(value):
-        if item is value and isinstance(item, v.Call) and item.function in own:
+        if any(item is one for one in known):
             continue
         if isinstance(item, v.Binary) and item.op == "is":
             continue
@@ -131,6 +134,18 @@ def _expression(
             help = scope.help_for_function(item.function) or suggest(item.function, scope.functions)
             message = f"there is no function `{item.function}`"
             yield Diagnostic("unknown-function", message, _at(span), (), help)
+
+
+def _own_calls(value: v.Expr, own: Mapping[str, Function]) -> Iterator[v.Expr]:
+    """Yield a call of one of `own`, and the calls that its arguments are by its signature."""
+    if not isinstance(value, v.Call) or value.function not in own:
+        return
+    yield value
+    kinds = own[value.function].arguments
+    given = dict(zip(kinds, value.args, strict=False)) | dict(value.kwargs)
+    for name, argument in given.items():
+        if isinstance(kind := kinds.get(name), CallOf):
+            yield from _own_calls(argument, kind.functions)
 
 
 _WORDS = {*STATES, *SHAPES, *BOOLEANS}  # names only in form

@@ -11,16 +11,27 @@ ArgumentKind = Literal[
 ]
 
 
-class Function(Record):
-    """A signature: arguments in order, how many may be positional, and how many are required."""
+class CallOf(Record):
+    """The kind of an argument that is a call: messages call its functions a `noun`, as in `example`."""
 
-    arguments: dict[str, ArgumentKind]
+    noun: str
+    functions: dict[str, Function]
+    example: str
+
+
+class Function(Record):
+    """A signature: arguments in order, how many may be positional, and how many are required.
+
+    An argument whose kind is a `CallOf` is itself the call of one of some functions.
+    """
+
+    arguments: dict[str, ArgumentKind | CallOf]
     positional: int
     required: int
     schedule: bool = True
 
 
-_DECAY: dict[str, ArgumentKind] = {"to": "number", "over": "duration", "from": "number"}
+_DECAY: dict[str, ArgumentKind | CallOf] = {"to": "number", "over": "duration", "from": "number"}
 
 FUNCTIONS: dict[str, Function] = {
     "warmup": Function({"over": "duration", "from": "number"}, 1, 1),

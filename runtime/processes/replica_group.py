@@ -7,6 +7,7 @@ makes of them. All processes of the group must call a method alike.
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -125,11 +126,21 @@ class ReplicaGroup:
         """
         if size < 1 or self.size % size:
             raise ValueError(f"{self.size} replicas cannot be divided into groups of {size}")
-        ranks = dist.get_process_group_ranks(self.group)
-        parts = [dist.new_group(ranks[i : i + size]) for i in range(0, self.size, size)]
-        own = ReplicaGroup(parts[self.rank // size])
-        own._traffic = self._traffic
-        return own
+        return self._part([rank // size for rank in range(self.size)])
+
+    def split_by_machine(self) -> ReplicaGroup:
+        """Return this process's part of the group: those that run on machines of the same name, of any number.
+
+        Make it once and keep it.
+        """
+        names: list[str] = [""] * self.size
+        dist.all_gather_object(names, socket.gethostname(), group=self.group)
+        return self._part([names.index(name) for name in names])
+
+    def ranks_in(self, whole: ReplicaGroup) -> list[int]:
+        """Return the ranks that the processes of this group have in a larger one, in order."""
+        every = dist.get_process_group_ranks(whole.group)
+        return [every.index(rank) for rank in dist.get_process_group_ranks(self.group)]
 
     def agree(self, when: str, facts: Sequence[Fact]) -> None:
         """Check that all replicas have the same facts; `when` is a moment of the run, such as `after step 8`.
@@ -152,6 +163,17 @@ class ReplicaGroup:
             self._raise_disagreement(when, facts)
 
     # inside
+
+    def _part(self, part_of: Sequence[int]) -> ReplicaGroup:
+        """Return the group of the processes with this one's number, of the numbers of all ranks."""
+        ranks = dist.get_process_group_ranks(self.group)
+        parts = {
+            number: dist.new_group([ranks[i] for i in range(self.size) if part_of[i] == number])
+            for number in sorted(set(part_of))
+        }
+        own = ReplicaGroup(parts[part_of[self.rank]])
+        own._traffic = self._traffic
+        return own
 
     def _raise_disagreement(self, when: str, facts: Sequence[Fact]) -> None:
         everyone: list[list[Fact]] = [[] for _ in range(self.size)]

@@ -22,7 +22,7 @@ class Exchange(Action):
     """
 
     phase = Phase.EXCHANGE
-    figures = ("turns", "sent", "last", "replicas", "trained_alone")
+    figures: tuple[str, ...] = ("turns", "sent", "last", "replicas", "trained_alone")
 
     def __init__(self, label: str, name: str | None = None) -> None:
         self.label, self.name = label, name or label

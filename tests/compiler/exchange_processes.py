@@ -12,65 +12,35 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import trainc
-from tests.compiler.exchange_methods import DiLoCo, LeaderSGD
+from tests.compiler.exchange_cases import (
+    EVERY_3,
+    LATE_OUTER,
+    LEADERS,
+    ONE_LEADER,
+    OUTER,
+    SGD,
+    STATE_TOO,
+    data,
+    leader,
+    net,
+    on_machines,
+    resumes,
+    state,
+    trains,
+)
 from tests.processes import run_processes, run_rank
 from trainc.compiler.errors import SiteError
-from trainc.compiler.program.program import Program
-from trainc.dsl.resolve.spec import Spec
-from trainc.dsl.resolve.statements import Clause
-from trainc.dsl.values.value_json import Duration
 from trainc.runtime.processes.replica_group import ReplicaGroup, ReplicaLost
 
-Batch = tuple[Tensor, Tensor]
-Weights = dict[str, Tensor]
-ROOT = Path(__file__).parents[2]
 LIMIT = 240
 """Seconds after which a process that waits for the others says where, and ends."""
-SGD = "loss mse optimizer sgd { lr = 0.1, momentum = 0.9 } "
-ADAMW = "loss mse optimizer adamw { lr = 0.01, weight_decay = 0.1 } "
-EVERY_3 = "distribute local every 3 steps"
-
-
-def net(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(seed)
-    layers = [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)]
-    return nn.Sequential(*layers).to(dtype)
-
-
-def data(rank: int, step: int, rows: int = 5) -> Batch:
-    g = torch.Generator().manual_seed(100 * step + rank)
-    x = torch.randn(rows, 4, generator=g, dtype=torch.float64)
-    return x + rank, torch.randn(rows, 3, generator=g, dtype=torch.float64)
-
-
-def state(program: Program) -> Weights:
-    return {name: t.detach().clone() for name, t in program.module.state_dict().items()}
 
 
 # What a process does in each case; `rank` and `size` are of the world.
-
-
-def trains(spec: str, steps: int = 7, rows: int = 5) -> Callable[[int, int], Any]:
-    """Return weights and buffers after every step, the metrics of the steps, and the summary."""
-
-    def run(rank: int, size: int) -> Any:
-        program = trainc.compile(spec, net())
-        metrics, weights = [], []
-        for step in range(steps):
-            metrics.append(program.step(data(rank, step, rows)))
-            weights.append(state(program))
-        return {
-            "weights": weights,
-            "metrics": metrics,
-            "signals": dict(program.signals),
-            "summary": program.summary(),
-        }
-
-    return run
 
 
 def accumulates(spec: str) -> Callable[[int, int], Any]:
@@ -89,25 +59,6 @@ def accumulates(spec: str) -> Callable[[int, int], Any]:
         return {"weights": weights}
 
     return run
-
-
-def resumes(rank: int, size: int) -> Any:
-    """Save after step 4, between the turns after 3 and 6, and go on in a program on other weights."""
-    spec = ADAMW + EVERY_3 + " { optimizer_state = average }"
-    straight = trainc.compile(spec, net())
-    for step in range(4):
-        straight.step(data(rank, step))
-    saved = copy.deepcopy(straight.state_dict())
-    expected = [straight.step(data(rank, step)) for step in range(4, 8)]
-    later = trainc.compile(spec, net(seed=9))
-    later.load_state_dict(saved)
-    found = [later.step(data(rank, step)) for step in range(4, 8)]
-    same = all(torch.equal(a, b) for a, b in zip(*map(values, (straight, later)), strict=True))
-    return found == expected, same, straight.summary()[1:] == later.summary()[1:], found[1]
-
-
-def values(program: Program) -> list[Tensor]:
-    return [*state(program).values()]
 
 
 def a_loss_that_is_nan(rank: int, size: int) -> Any:
@@ -223,41 +174,6 @@ def other_tensors(rank: int, size: int) -> Any:
         program.step(data(rank, step))
 
 
-def diloco(rank: int, size: int) -> Any:
-    program = trainc.compile(with_clause(Clause(DiLoCo(), every=Duration(3, "steps"))), net())
-    for step in range(7):
-        program.step(data(rank, step))
-    return {"weights": [state(program)]}
-
-
-class Quadratic(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.sin(1.7 * torch.arange(3, dtype=torch.float64) + 0.3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.w
-
-
-def leader(rank: int, size: int) -> Any:
-    """The quadratic of the reference: its gradient is a (w - c) + 0.1 sin(1.7 i + t + rank)."""
-    spec = with_clause(Clause(LeaderSGD()), "loss mse optimizer sgd { lr = 0.05 }")
-    program = trainc.compile(spec, Quadratic())
-    a, i = torch.tensor([1, 0.5, 2.0]).double(), torch.arange(3).double()
-    c = torch.tensor([1, -1, 0.5]).double() * (1 + 0.2 * rank)
-    x = (1.5 * a).sqrt()
-    for t in range(12):
-        y = x * (c - 0.1 * torch.sin(1.7 * i + t + rank) / a)
-        program.step((x[None], y[None]))
-    return state(program)["w"], program.summary()
-
-
-def with_clause(clause: Clause, base: str = SGD) -> Spec:
-    spec = trainc.check(base).spec
-    assert spec is not None
-    return Spec((*spec.clauses, clause))
-
-
 def collectives(rank: int, size: int) -> Any:
     """Every method of a group on small numbers."""
     group = ReplicaGroup()
@@ -287,7 +203,6 @@ def alone_at_the_turn(rank: int, size: int) -> Any:
 
 
 AVERAGED = SGD + EVERY_3
-STATE_TOO = ADAMW + EVERY_3 + " { optimizer_state = average }"
 OWN_BUFFERS = AVERAGED + " { buffers = local }"
 HEAD_ONLY = SGD + 'distribute local on "4.**" every 3 steps'
 LATE = SGD + "distribute local from 2 steps until 6 steps every 2 steps"
@@ -302,13 +217,21 @@ CASES: dict[str, Callable[[int, int], Any]] = {
     "every step": trains(EVERY_STEP),
     "with others": trains(AVERAGED + WITH_OTHERS),
     "accumulates": accumulates(AVERAGED),
-    "resumes": resumes,
+    "resumes": resumes(STATE_TOO),
+    "outer resumes": resumes(OUTER),
+    "leader resumes": resumes(LEADERS),
     "nan": a_loss_that_is_nan,
     "noise": noise_of_two_views,
     "measures": measures,
     "compiled": compiled,
     "gradients averaged": gradients_averaged,
-    "diloco": diloco,
+    "outer": trains(OUTER),
+    "late outer": trains(LATE_OUTER),
+    "leaders": trains(LEADERS),
+    "one group": trains(LEADERS),
+    "one leader": trains(ONE_LEADER),
+    "on machines": on_machines,
+    "groups of three": trains(LEADERS.replace("groups = 2", "groups = 3")),
     "collectives": collectives,
     "refused wrapper": wrapped,
     "refused shards": sharded,
@@ -322,8 +245,8 @@ CASES: dict[str, Callable[[int, int], Any]] = {
     "lost": alone_at_the_turn,
 }
 ONLY_TWO = ("state too", "own buffers", "head only", "late", "with others", "accumulates", "nan", "noise", "measures",
-            "compiled", "lost")  # fmt: skip
-ONLY_FOUR = ("leader",)
+            "compiled", "lost", "one group", "late outer")  # fmt: skip
+ONLY_FOUR = ("leader", "leaders", "on machines", "one leader")
 
 
 def cases(size: int) -> Iterator[str]:
@@ -338,7 +261,8 @@ def process(rank: int) -> Any:
         try:
             found[name] = CASES[name](rank, size)
         except (ValueError, SiteError, ReplicaLost) as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            field = getattr(error, "field", "")
+            found[name] = f"{type(error).__name__}: {error}" + f" ({field})" * bool(field)
     return found
 
 

@@ -1,143 +1,288 @@
-"""Local SGD: replicas train on their own and average their weights now and then."""
+"""Local SGD and its relatives: replicas train on their own and exchange weights now and then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from trainc.dsl.reading.construct import Construct, Effect, Problem
-from trainc.runtime.step.exchange import Exchange
+from trainc.compiler.constructs.distribute._average import Average, Exchanged
+from trainc.compiler.constructs.distribute._leader import (
+    Lead,
+    MeetLeaders,
+    Near,
+    ScoreField,
+    Strengths,
+    span_of,
+)
+from trainc.compiler.constructs.distribute._outer import AgreedStart, Outer, OuterSgd, Rule
+from trainc.dsl.reading.construct import Construct, Effect, Problem, RuleExplanation
+from trainc.dsl.values.value_json import Call
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.processes.replica_group import ReplicaGroup
-    from trainc.runtime.step.record import Step
 
 Replaced = Literal["average", "local"]
+Part = Annotated[float, Field(ge=0, le=1)]
+Parts = Part | tuple[Part, Part]
+WEIGHTS = Effect(
+    "exchange",
+    "exchange the weights between replicas",
+    ("params", "clock"),
+    ("params", "metrics", "signal:bytes"),
+)
 STATE = Effect(
     "exchange",
     "average the optimizer's state over replicas",
     ("optimizer_state",),
     ("optimizer_state",),
 )
+START = Effect("reduce", "keep the weights that replicas start from", ("params",), lasting=True)
+NEAR = Effect(
+    "deltas",
+    "draw the weights to stored leaders",
+    ("params", "clock"),
+    ("params",),
+    lasting=True,
+)
+OF_LEADER = ("groups", "global_every", "pull", "prox", "score")
 
 
 class Local(Construct):
-    """Lets every process train on data of its own and averages the weights of all of them every few steps.
+    """Lets every process train on data of its own, and exchanges weights between them every few steps.
 
     Start several processes with torch.distributed, compile the same spec in each, give each its own batches, and leave
-    `program.forward` as it is: after steps n, 2n, ... of `every n steps` each selected parameter is the mean over all
-    processes, w <- (w_1 + ... + w_R) / R, the same bits on each. 16-bit weights are averaged in float32. A step that is
-    skipped keeps its turn. One process trains as without the clause and says so in a note.
+    `program.forward` as it is. The turns are after steps n, 2n, ... of `every n steps`; a step that is skipped keeps
+    its turn. One process trains as without the clause and says so in a note. What becomes of the weights in a turn:
 
-    Between two turns the replicas differ: each saves and resumes its own checkpoint, and evaluates its own weights.
-    Loss, batch, clock, signals and noise scales are those of a replica. A `when` rule or a batch policy must come to
-    the same batch on all: let it read the clock. This is checked at every turn, as are the step and the tensors that
-    are sent; plan and starting weights are compared before the first step. A replica that stops on its own leaves the
-    others waiting until the timeout of the process group, or until its process ends.
+    `rule = average`: each selected parameter is the mean over all processes, w <- (w_1 + ... + w_R) / R, the same bits
+    on each. 16-bit weights are averaged in float32.
 
-    `buffers = average` also averages the saved floating-point buffers, such as the running statistics of batch norm,
-    so that all replicas are one model after a turn: means are then those of all data; variances lack what the means of
-    the replicas differ by. `optimizer_state = average` averages the optimizer's tensors, such as momentum, but not its
+    `rule = outer(sgd(lr = 0.7, momentum = 0.9, nesterov = true))` is DiLoCo: an optimizer of turns takes delta
+    = last agreed weights - mean as a gradient, and all go on from what it gives: m <- momentum m + delta, and
+    agreed - lr (delta + momentum m), or agreed - lr m without `nesterov`. With lr 1 alone it is the average.
+    Agreed on are first the weights at the start of the run; with a later `from`, or on from a run without the
+    clause, the first turn averages.
+
+    `rule = leader` is leader SGD: w <- w + pull (leader - w), where the leader is the process with the lowest
+    mean loss of its last steps, `score`, over the steps that there were. `groups` have leaders of their own,
+    and every `global_every` turns the weights are drawn to the leader of all, too, after that of the group.
+    After every step w <- w + prox / n (stored leader - w), where n is the number of steps between two of its
+    turns; before the first turn the stored leaders are the weights at the start. `pull` and `prox` are [of
+    groups, of all]. The optimizer's state and running statistics stay with their process, as published. The
+    published program lets each process do as many steps as it can between two turns; here all do the same
+    number, so that runs can be repeated.
+
+    Between two turns the replicas differ, with `leader` always: each saves and resumes its own checkpoint, and
+    evaluates its own weights. Loss, batch, clock, signals and noise scales are those of a replica. A `when`
+    rule or a batch policy must come to the same batch on all: let it read the clock. This is checked at every
+    turn, as are the step and the tensors that are sent; plan and starting weights are compared before the first
+    step. A replica that stops on its own leaves the others waiting until the timeout of the process group, or
+    until its process ends.
+
+    `buffers = average` also averages the saved floating-point buffers, such as the running statistics of batch norm:
+    means are then those of all data; variances lack what the means of the replicas differ by. With `leader` this is in
+    the turns of all. `optimizer_state = average` averages the optimizer's tensors, such as momentum, but not its
     counters of steps. DistributedDataParallel, FSDP2 and `mask` clauses are refused: averaged gradients, shards and
     entries chosen by each replica do not fit weights that a replica trains on its own.
     """
 
     cite: ClassVar = (
         "McMahan et al., Communication-Efficient Learning, AISTATS 2017, arXiv:1602.05629; Stich, Local SGD Converges"
-        " Fast and Communicates Little, ICLR 2019, arXiv:1805.09767"
+        " Fast and Communicates Little, ICLR 2019, arXiv:1805.09767; leader: Teng et al., Leader Stochastic Gradient"
+        " Descent, NeurIPS 2019, arXiv:1905.10395; outer: Douillard et al., DiLoCo, arXiv:2311.08105"
     )
     usage: ClassVar = "distribute local every 16 steps { rule = average }"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     signals: ClassVar = {"bytes": "bytes that this process sent in the last turn"}
-    effects: ClassVar = (
-        Effect(
-            "exchange",
-            "average the weights over replicas",
-            ("params", "clock"),
-            ("params", "metrics", "signal:bytes"),
-        ),
-        STATE,
-    )
+    effects: ClassVar = (START, NEAR, WEIGHTS, STATE)
+    rules: ClassVar = {
+        "own-statistics": RuleExplanation(
+            "Processes that follow a leader keep running statistics of their own, such as those of batch norm.",
+            "Weights are drawn to those of another process, whose activations had other statistics.",
+            "Write `buffers = local` to say that this is meant, or `buffers = average`.",
+        )
+    }
 
-    rule: Literal["average"] = Field(
-        default="average", description="what becomes of the weights in a turn: their mean"
+    rule: Rule = Field(
+        default="average",
+        description="what becomes of the weights in a turn: their mean, a step of an optimizer on the change of the"
+        " mean, or a pull to the best process",
+    )
+    groups: Literal["node"] | int | None = Field(
+        default=None,
+        description="with `leader`: processes that have a leader of their own beside that of all: those on one machine"
+        " (`node`), or so many neighbouring ranks. Default: none",
+    )
+    global_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="with `groups`: turns of groups from one turn of all to the next, which comes with the last of"
+        " them. Default: 4",
+    )
+    pull: Parts | None = Field(
+        default=None,
+        description="with `leader`: the part of the way to a leader that weights go in a turn; for groups and all, or"
+        " `[of groups, of all]`. Default: 0.1",
+    )
+    prox: Parts | None = Field(
+        default=None,
+        description="with `leader`: the part of the way to a stored leader that weights go over the steps between two"
+        " turns; for groups and all, or `[of groups, of all]`. Default: 0.1",
+    )
+    score: ScoreField | None = Field(
+        default=None,
+        description="with `leader`: by what the best process is found, such as `mean(loss, 16 steps)`. Default: the"
+        " mean loss of as many steps as there are from turn to turn",
     )
     optimizer_state: Replaced = Field(
         default="local", description="whether the optimizer's state is averaged or left as it is"
     )
-    buffers: Replaced = Field(
-        default="average",
-        description="whether saved floating-point buffers, such as running statistics, are averaged or left alone",
+    buffers: Replaced | None = Field(
+        default=None,
+        description="whether saved floating-point buffers, such as running statistics, are averaged or left alone."
+        " Default: `average`, with `leader` `local`",
     )
 
+    @field_validator("rule")
+    @classmethod
+    def _outer_numbers(cls, value: str | Call) -> str | Call:
+        if isinstance(value, Call):
+            OuterSgd.of(value)
+        return value
+
+    @field_validator(*OF_LEADER)
+    @classmethod
+    def _needs_leader(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("rule", "leader") != "leader":
+            raise ValueError(
+                "no other rule than `leader` reads it: write `rule = leader`, or remove it"
+            )
+        return value
+
+    @field_validator("groups")
+    @classmethod
+    def _of_several(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 2:
+            raise ValueError("expected 2 processes or more in a group, or `node`")
+        return value
+
+    @field_validator("global_every", "pull", "prox")
+    @classmethod
+    def _needs_groups(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("groups", "node") is not None or value is None:
+            return value
+        if info.field_name == "global_every":
+            raise ValueError(
+                "without `groups` every turn is one of all: write `groups`, or remove it"
+            )
+        if isinstance(value, tuple):
+            raise ValueError(
+                f"without `groups` there is one leader: write one number, such as {value[1]:g}, or `groups`"
+            )
+        return value
+
+    @field_validator("score")
+    @classmethod
+    def _of_the_loss(cls, value: Call | None) -> Call | None:
+        if value is not None:
+            span_of(value)
+        return value
+
+    @field_validator("optimizer_state")
+    @classmethod
+    def _follows_no_leader(cls, value: Replaced, info: ValidationInfo) -> Replaced:
+        if value == "average" and info.data.get("rule") == "leader":
+            raise ValueError(
+                "with `rule = leader` each process keeps its optimizer's state: write `local`, or another rule"
+            )
+        return value
+
+    @property
+    def averages_buffers(self) -> bool:
+        """Whether saved buffers become means."""
+        return self.buffers == "average" or (self.buffers is None and self.rule != "leader")
+
     def performs(self, effect: Effect) -> bool:
-        """Say whether this clause performs an effect: it averages the optimizer's state only when asked to."""
-        return effect != STATE or self.optimizer_state == "average"
+        """Say whether this clause performs an effect, which depends on its rule."""
+        if effect == STATE:
+            return self.optimizer_state == "average"
+        if effect == NEAR:
+            return self.rule == "leader"
+        return effect != START or self.rule != "average"
+
+    def describe(self, effect: Effect) -> str:
+        """Return what a turn does with the weights by this rule."""
+        if effect != WEIGHTS:
+            return effect.action
+        words = {
+            "average": "average the weights over replicas",
+            "leader": "pull the weights to leaders",
+        }
+        return words.get(str(self.rule), f"step the agreed weights by {self.rule}")
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
-        """Report frozen parameters: they are the same on all replicas."""
+        """Report frozen parameters, the same on all replicas, and running statistics beside weights of a leader."""
         frozen = [p.name for p in bound.parameters if not p.trainable]
         if frozen:
             message = f"`{frozen[0]}` is frozen, so all replicas have the same values of it"
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
+        norms = [module.name for module in bound.inventory.modules if module.batch_statistics]
+        if norms and self.rule == "leader" and self.buffers is None:
+            yield Problem(
+                "own-statistics",
+                f"`{norms[0]}` keeps running statistics of its own process, and weights are drawn to those of others",
+                field="rule",
+                help="write `buffers = local` to say that this is meant, or `buffers = average`",
+                severity="warning",
+            )
 
     def lower(self, to: Lowering) -> None:
-        """Average in turns after the steps at which the clause's gate fires."""
-        names = [entry.name for entry in to.parameters()]
-        buffers = to.buffers() if self.buffers == "average" else dict
-        to.exchange(Average(to.label, names, buffers, self.optimizer_state == "average"))
+        """Exchange in turns after the steps at which the clause's gate fires."""
+        parameters = {entry.name: to.tensor(entry.name) for entry in to.parameters()}
+        buffers = to.buffers() if self.averages_buffers else dict
+        of = Exchanged(parameters, buffers, self.optimizer_state == "average")
+        if self.rule == "average":
+            to.exchange(Average(to.label, of))
+        elif isinstance(self.rule, Call):
+            outer = Outer(to.label, of, OuterSgd.of(self.rule))
+            to.action(AgreedStart(outer))
+            to.exchange(outer)
+        else:
+            self._lead(to, of)
+
+    def _lead(self, to: Lowering, of: Exchanged) -> None:
+        """Add what finds leaders in turns, and what acts between these."""
+        from trainc.runtime.schedule.gate import Gate
+        from trainc.runtime.schedule.time_span import TimeSpan
+
+        gate = to.gate() or Gate()
+        period = gate.every.amount if gate.every else 1.0
+        turns = 1 if self.groups is None else self.global_every or 4
+        steps = math.ceil(period) if self.score is None else int(span_of(self.score).amount)
+        strengths = Strengths(_both(self.pull), _both(self.prox), (period, period * turns))
+        lead = Lead(to.label, of, strengths, self.groups, steps)
+        to.exchange(lead)
+        lead.turns_of_all = Gate(gate.start, gate.stop, TimeSpan(period * turns, "steps"))
+        to.action(MeetLeaders(lead, gate.span()))
+        to.action(Near(lead, gate.span()))
 
     def reference(self, replicas: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return what a turn makes of the tensors of all replicas, by name: their means."""
+        """Return what a turn by `average` makes of the tensors of all replicas, by name: their means."""
         import torch
 
         return {name: torch.stack([one[name] for one in replicas]).mean(0) for name in replicas[0]}
 
 
-class Average(Exchange):
-    """Phase 11: replace weights, and what else is asked for, by their means over all replicas."""
-
-    def __init__(
-        self,
-        label: str,
-        names: Sequence[str],
-        buffers: Callable[[], Mapping[str, Tensor]],
-        optimizer_state: bool,
-    ) -> None:
-        super().__init__(label)
-        self.names, self.buffers, self.optimizer_state = tuple(names), buffers, optimizer_state
-
-    def turn(self, step: Step, replicas: ReplicaGroup) -> None:
-        import torch
-
-        replicas.mean_in_place([tensor for _, tensor in self._trained(step)])
-        # In float64 the mean of equal numbers is that number: constants stay what they are.
-        replicas.mean_in_place(list(self.buffers().values()), torch.float64)
-
-    def layout(self, step: Step) -> list[str]:
-        """Return name, dtype and shape of every tensor that is averaged."""
-        both = (*self._trained(step), *self.buffers().items())
-        return [f"`{name}` {tensor.dtype} {list(tensor.shape)}" for name, tensor in both]
-
-    def _trained(self, step: Step) -> Iterator[tuple[str, Tensor]]:
-        """Yield the selected parameters that train, and their optimizer state where it is averaged."""
-        for name in self.names:
-            if not (parameter := step.parameters[name]).requires_grad:
-                continue
-            yield name, parameter.detach()
-            state: Mapping[str, Any] = step.optimizer_state(name) if self.optimizer_state else {}
-            for key in sorted(state):
-                if _is_averaged(state[key]):
-                    yield f"{name}/{key}", state[key]
-
-
-def _is_averaged(value: Any) -> bool:
-    """Say whether a value of the optimizer's state is a tensor of numbers, not a counter."""
-    return getattr(value, "ndim", 0) > 0 and bool(value.is_floating_point())
+def _both(value: Any) -> tuple[float, float]:
+    """Return the numbers of groups and of all."""
+    if isinstance(value, tuple):
+        return value
+    number = 0.1 if value is None else float(value)
+    return number, number

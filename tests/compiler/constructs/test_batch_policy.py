@@ -14,7 +14,7 @@ def test_every_policy_of_the_batch_is_one_that_the_compiler_reads() -> None:
             "plain": v.Number(0.5),
             "switch": v.Name("true"),
         }
-        kwargs = {key: given[kind] for key, kind in function.arguments.items()}
+        kwargs = {key: given[str(kind)] for key, kind in function.arguments.items()}
         end = "to" if name == "ramp" else "max"
         kwargs[end] = v.Quantity(v.Duration(16, "samples"))
         assert parse_batch_policy(v.called(name, **kwargs), None).name == name

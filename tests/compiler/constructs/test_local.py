@@ -9,18 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from tests.compiler.exchange_processes import (
-    ADAMW,
-    AVERAGED,
-    EVERY_3,
-    SGD,
-    WITH_OTHERS,
-    Weights,
-    data,
-    net,
-    of,
-    state,
-)
+from tests.compiler.exchange_cases import ADAMW, EVERY_3, SGD, Weights, data, net, state
+from tests.compiler.exchange_processes import AVERAGED, WITH_OTHERS, of
 from trainc.compiler.constructs.distribute.local import Local
 from trainc.dsl.text.errors import SpecError
 from trainc.runtime.step.action import Phase

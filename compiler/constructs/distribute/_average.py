@@ -1,0 +1,146 @@
+"""What turns of all rules share, and the one in which replicas come to means of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainc.runtime.step.action import ActionState
+from trainc.runtime.step.exchange import Exchange
+from trainc.runtime.storage.form import Form, Record, Values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainc.runtime.processes.replica_group import ReplicaGroup
+    from trainc.runtime.step.record import Step
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What a turn is about: the selected parameters by name, the model's buffers, and if the optimizer's state is.
+
+    `buffers` returns those that become means, none where each process keeps its own.
+    """
+
+    parameters: Mapping[str, Tensor]
+    buffers: Callable[[], Mapping[str, Tensor]]
+    optimizer_state: bool
+
+    def weights(self, step: Step) -> dict[str, Tensor]:
+        """Return the selected parameters that train."""
+        found = ((name, step.parameters[name]) for name in self.parameters)
+        return {name: p.detach() for name, p in found if p.requires_grad}
+
+    def states(self, step: Step) -> dict[str, Tensor]:
+        """Return the optimizer's tensors of these where they are exchanged, by parameter and key."""
+        return dict(self._states(step)) if self.optimizer_state else {}
+
+    def _states(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+        for name in self.weights(step):
+            state = step.optimizer_state(name)
+            for key in sorted(state):
+                if _is_averaged(state[key]):
+                    yield f"{name}/{key}", state[key]
+
+
+class Turn(Exchange):
+    """Phase 11: a turn that is about weights; subclasses say in `kept` which attributes hold some from turn to turn.
+
+    Each is a dict of tensors by the names of parameters, of their shapes, and float32 at least where it is in `wide`.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ()
+    wide: ClassVar[bool] = False
+
+    def __init__(self, label: str, of: Exchanged) -> None:
+        super().__init__(label)
+        self.of = of
+        for what in self.kept:
+            setattr(self, what, {})
+
+    def average_the_rest(self, step: Step, replicas: ReplicaGroup) -> None:
+        """Average the optimizer's state and the buffers where this is asked for."""
+        import torch
+
+        replicas.mean_in_place([*self.of.states(step).values()])
+        # In float64 the mean of equal numbers is that number: constants stay what they are.
+        replicas.mean_in_place([*self.of.buffers().values()], torch.float64)
+
+    def layout(self, step: Step) -> list[str]:
+        """Return name, dtype and shape of every tensor that is exchanged."""
+        every = self.of.weights(step) | self.of.states(step) | dict(self.of.buffers())
+        return [f"`{name}` {tensor.dtype} {list(tensor.shape)}" for name, tensor in every.items()]
+
+    def copied(self, step: Step) -> dict[str, Tensor]:
+        """Return copies of the weights as this action keeps them."""
+        return {name: self._kept_form(w) for name, w in self.of.weights(step).items()}
+
+    def memory(self) -> int:
+        return sum(tensor.nbytes for tensor in self._by_key().values())
+
+    def state_dict(self) -> ActionState:
+        return self._by_key()
+
+    def state_form(self) -> Form:
+        """Return that each kept tensor is like its parameter; before the first turn there may be none."""
+        like = {
+            name: Values.like(p, True, self._dtype(p)) for name, p in self.of.parameters.items()
+        }
+        return Record(
+            optional={f"{what} {name}": form for what in self.kept for name, form in like.items()}
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what was kept; without it the rule begins as in a run that has had no turn."""
+        for what in self.kept:
+            setattr(self, what, {})
+        for key, tensor in state.items():
+            what, _, name = key.partition(" ")
+            if what not in self.kept or name not in self.of.parameters:
+                raise ValueError(
+                    f"the checkpoint has `{key}`, which another rule or selection of this clause kept"
+                )
+            own = self.of.parameters[name]
+            getattr(self, what)[name] = tensor.to(own.device, self._dtype(own), copy=True)
+
+    def load_compatible(self, state: Mapping[str, Any]) -> str | None:
+        """Load what is of parameters that this rule keeps, too."""
+        known = {k: v for k, v in state.items() if self._fits(k, v)}
+        self.load_state_dict(known)
+        dropped = len(state) - len(known)
+        return (
+            f"{self.name}: {dropped} tensors that another rule or selection kept are dropped"
+            if dropped
+            else None
+        )
+
+    def _fits(self, key: str, value: Any) -> bool:
+        what, _, name = key.partition(" ")
+        own = self.of.parameters.get(name)
+        return what in self.kept and own is not None and own.shape == value.shape
+
+    def _by_key(self) -> dict[str, Tensor]:
+        return {f"{what} {n}": t for what in self.kept for n, t in getattr(self, what).items()}
+
+    def _kept_form(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self._dtype(tensor), copy=True)
+
+    def _dtype(self, tensor: Tensor) -> Any:
+        import torch
+
+        return torch.promote_types(tensor.dtype, torch.float32) if self.wide else tensor.dtype
+
+
+class Average(Turn):
+    """Phase 11: replace weights, and what else is asked for, by their means over all replicas."""
+
+    def turn(self, step: Step, replicas: ReplicaGroup) -> None:
+        replicas.mean_in_place([*self.of.weights(step).values()])
+        self.average_the_rest(step, replicas)
+
+
+def _is_averaged(value: Any) -> bool:
+    """Say whether a value of the optimizer's state is a tensor of numbers, not a counter."""
+    return getattr(value, "ndim", 0) > 0 and bool(value.is_floating_point())
