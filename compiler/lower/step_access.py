@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from trainc.compiler.errors import FieldError
 from trainc.compiler.lower.clause_access import ClauseAccess
 from trainc.dsl.values.value_json import Expr
 from trainc.runtime.mask.choose_entries import ChooseEntries
@@ -101,6 +102,14 @@ class StepAccess(ClauseAccess):
             self.refuse_times(
                 "the entries that train are chosen once, for the rest of the run", "until"
             )
+        elif isinstance(score, SummedScores):
+            between = self._context.units.convert(self.clause.every, "steps", self._context.length)
+            if batches > between:
+                raise FieldError(
+                    "batches",
+                    f"gradients of {batches} steps are summed before a choice, and entries are chosen `every"
+                    f" {self.clause.every}`: write a longer `every`, or fewer `batches`",
+                )
         names = tuple(names)
         self._refuse_masked_shards(names)
         shapes = {name: self.inventory.parameter[name].shape for name in names}

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from trainc.dsl.reading.field_types import (
+    Density,
     Duration,
     Fraction,
     ImportPath,
@@ -41,6 +42,7 @@ __all__ = [
     "RESOURCES",
     "Catalog",
     "Construct",
+    "Density",
     "Duration",
     "Effect",
     "Fraction",

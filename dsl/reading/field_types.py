@@ -341,6 +341,9 @@ ScopedDecayRates = Annotated[v.Expr | tuple[v.Scoped, ...], SCOPED_DECAY_RATES]
 """A list of two numbers in [0, 1) such as Adam's betas, or expressions for them; also by selector."""
 ShrinkingFactor = Annotated[v.Expr, SHRINKING_FACTOR]
 """A number above 0 and at most 1 in every step, or an expression for one."""
+Density = ShrinkingFactor
+"""A fraction of entries above 0, at most 1, in every step, or an expression for one."""
 Probability = Annotated[v.Expr, PROBABILITY]
-Proportion = Annotated[v.Expr, PROPORTION]
 """A number that is 0 or more and below 1 in every step, or an expression for one."""
+Proportion = Annotated[v.Expr, PROPORTION]
+"""A number that is 0 or more and at most 1 in every step, or an expression for one."""

@@ -107,6 +107,8 @@ class FieldResolver:
                 name = str(detail["loc"][0]) if detail["loc"] else ""
                 # A misspelling is one mistake: it is reported where it was written.
                 known = name in self.failed or (_is_missing(detail) and name in blamed)
+                # Fields that could not be read are not among those that were compared.
+                known = known or (not name and bool(self.failed))
                 if not known and _is_missing(detail) and self.unmatched:
                     self._blame(name)
                     continue

@@ -150,3 +150,35 @@ def test_a_rule_on_an_overlap_that_is_never_measured_is_an_error() -> None:
     with pytest.raises(trainc.SpecError, match=r"`sift\.overlap` is never measured") as caught:
         made(spec)
     assert "every 100 steps" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (
+            "magnitude on ndim(2) every 1 steps { density = linear(from = 100%, to = 0%, over = 9 steps) }",
+            r"`density = .*` of `mask magnitude` is 0 after .*: expected a number above 0, at most 1",
+        ),
+        (
+            "movement on ndim(2) { density = 150% }",
+            r"expected a number above 0, at most 1, found 1\.5",
+        ),
+        (
+            "sift on ndim(2) every 2 steps { density = 10%, batches = 3 }",
+            r"gradients of 3 steps are summed before a choice, .* `every 2 steps`",
+        ),
+    ],
+)
+def test_what_cannot_be_chosen_is_one_located_error_before_the_run(mask: str, said: str) -> None:
+    with pytest.raises(trainc.SpecError, match=said) as caught:
+        made(f"optimizer sgd {{ lr = 0.1 }} mask {mask}")
+    (problem,) = caught.value.diagnostics
+    assert problem.labels
+
+
+def test_a_rank_that_approximates_nothing_is_a_warning() -> None:
+    spec = "loss cross_entropy optimizer sgd { lr = 0.1 } mask sift on ndim(2) { density = 10%, select = principal(R) }"
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 4))
+    (warning,) = trainc.plan(spec.replace("R", "6"), model).warnings
+    assert "no selected parameter has a higher rank than 6" in warning.message
+    assert not trainc.plan(spec.replace("R", "5"), model).warnings

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from trainc.dsl.reading.construct import Construct, Effect, Problem
 from trainc.dsl.reading.field_types import word_or_call
 from trainc.dsl.values.functions import Function
-from trainc.dsl.values.value_json import Call, Expr, Number
+from trainc.dsl.values.value_json import Call, Number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,13 +88,6 @@ SCOPES = (
     " Alphas are measured at each choice"
 )
 """What is said of the scopes by spectra."""
-
-
-def kept_fraction(value: Expr | None) -> Expr | None:
-    """Return a density; raises ValueError for a number that is none."""
-    if isinstance(value, Number) and not 0 < value.value <= 1:
-        raise ValueError("expected a fraction above 0%, at most 100%")
-    return value
 
 
 class PicturedMask(Construct):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from trainc.compiler.constructs.mask._base import ZEROS_AGAIN, ChoosingMask, kept_fraction
+from trainc.compiler.constructs.mask._base import ZEROS_AGAIN, ChoosingMask
 from trainc.dsl.reading.construct import (
+    Density,
     Problem,
     RuleExplanation,
-    Schedule,
 )
-from trainc.dsl.values.value_json import Expr, Number
+from trainc.dsl.values.value_json import Number
 
 if TYPE_CHECKING:
     import torch
@@ -52,16 +52,11 @@ class Magnitude(ChoosingMask):
         ),
     }
 
-    density: Schedule | None = Field(
+    density: Density | None = Field(
         default=None,
         description="fraction of the entries that is kept, above 0%: a number or a schedule of the run;"
         " `n_m(n, m)` needs none, others do",
     )
-
-    @field_validator("density")
-    @classmethod
-    def _is_a_fraction(cls, value: Expr | None) -> Expr | None:
-        return kept_fraction(value)
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report tensors that the structure does not fit; warn of rows that are divided by their norm."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from trainc.compiler.constructs.mask._base import ZEROS_AGAIN, ChoosingMask, kept_fraction
-from trainc.dsl.reading.construct import Effect, Schedule
-from trainc.dsl.values.value_json import Expr, Number
+from trainc.compiler.constructs.mask._base import ZEROS_AGAIN, ChoosingMask
+from trainc.dsl.reading.construct import Density, Effect
+from trainc.dsl.values.value_json import Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,16 +44,11 @@ class Movement(ChoosingMask):
         ),
     )
 
-    density: Schedule | None = Field(
+    density: Density | None = Field(
         default=None,
         description="fraction of the entries that is kept, above 0%: a number or a schedule of the run;"
         " `n_m(n, m)` needs none, others do",
     )
-
-    @field_validator("density")
-    @classmethod
-    def _is_a_fraction(cls, value: Expr | None) -> Expr | None:
-        return kept_fraction(value)
 
     def lower(self, to: Lowering) -> None:
         """Sum scores in every step, and mask the selected parameters by them."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.compiler.model.inventory import ParameterEntry
     from trainc.runtime.mask.entry_choice import Choice
     from trainc.runtime.mask.scores import Score, SummedScores
 
@@ -39,6 +40,12 @@ def rank_of(select: Call) -> int:
     if not isinstance(given, Number) or given.value < 1 or given.value != int(given.value):
         raise ValueError(f"`{select}`: expected a whole number, 1 or more, as in `principal(128)`")
     return int(given.value)
+
+
+def _rank(parameter: ParameterEntry) -> int:
+    """Return the highest rank of a parameter as a matrix: axis 0 by all other axes."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return min(rows, parameter.numel // max(1, rows))
 
 
 class Sift(EntryMask, ChoosingMask):
@@ -136,6 +143,17 @@ class Sift(EntryMask, ChoosingMask):
             message = f"`{frozen[0]}` is frozen, so none of its entries can train"
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
         yield from super().validate_targets(bound)
+        if isinstance(self.select, Call) and all(
+            rank_of(self.select) >= _rank(p) for p in bound.parameters
+        ):
+            yield Problem(
+                "no-effect",
+                f"no selected parameter has a higher rank than {rank_of(self.select)}, so that each is its own"
+                " approximation",
+                field="select",
+                severity="warning",
+                help="write a smaller rank, or `select = magnitude`",
+            )
         if not self.by_gradients and self.batches != 1:
             message = (
                 f"`select = {self.select}` reads the weights alone, and `batches` counts gradients"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainc.compiler.constructs.mask._base import OVERLAP, ZEROS_AGAIN, PicturedMask, kept_fraction
+from trainc.compiler.constructs.mask._base import OVERLAP, ZEROS_AGAIN, PicturedMask
 from trainc.dsl.reading.construct import Effect, Fraction, Problem, Proportion
 from trainc.dsl.values.value_json import Binary, Call, Number
 
@@ -53,7 +53,8 @@ class Regrowing(PicturedMask):
     @field_validator("density")
     @classmethod
     def _is_positive(cls, value: float) -> float:
-        kept_fraction(Number(value))
+        if value <= 0:
+            raise ValueError("expected a fraction above 0%")
         return value
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
