@@ -18,7 +18,7 @@ from examples.demo_runs import EXAMPLES, WITH, WITHOUT, Trained, spec_of, train_
 from trainc.compiler.model.factories import seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.dsl.resolve.spec import Spec
-from trainc.runtime.noise_scale.interval import student_t_quantile
+from trainc.runtime.report.student_t import student_t_quantile
 from trainc.runtime.storage.saved_weights import read_weights
 
 KNOWN, NAME = "digits_known", "digits_adapt"

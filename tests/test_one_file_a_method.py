@@ -46,6 +46,8 @@ OTHER_MEANINGS = {
     "kernels/loss/cross_entropy_consistency.py": {"mse"},
     "kernels/loss/linear_cross_entropy_consistency.py": {"mse"},
     "kernels/loss/row_losses.py": {"mse"},
+    # Of a spectrum from that of random weights.
+    "trainc/cli/spectrum.py": {"distance"},
 }
 """Files that write a string which is the name of a construct and means something else there."""
 

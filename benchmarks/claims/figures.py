@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from benchmarks.measure import Json
-from trainc.runtime.noise_scale.interval import student_t_quantile
+from trainc.runtime.report.student_t import student_t_quantile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

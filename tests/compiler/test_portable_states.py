@@ -23,7 +23,8 @@ REST = " run { length = 9 steps, seed = 3 } "
 ADAM = "loss cross_entropy optimizer adamw { lr = 1e-2, weight_decay = 0.1 } "
 SPECS = {
     "measured": ADAM
-    + "noise_scale gns on type(LayerNorm) { smooth = 3 steps } observe norm_growth on ndim(2) { from_start = true }"
+    + "noise_scale gns on type(LayerNorm) { smooth = 3 steps }"
+    + " observe norm_growth on ndim(2) observe distance on ndim(2)"
     + " regularize l2_sp on ndim(2) { weight = 0.1 } when gns.noise > 0 cooldown 2 steps { batch = 2 * batch }"
     + REST,
     "average": ADAM + "regularize ema { decay = 0.9 }" + REST,

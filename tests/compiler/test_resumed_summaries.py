@@ -26,7 +26,8 @@ SPECS = {
     "one optimizer": PLAIN + GNS + """
         optimizer adamw { lr = 1e-2 * (warmup(20%) then cosine()), clip = 0.4 }
         lr temp_balance on ndim(2) - type(Embedding) every 3 steps { range = 0.5..1.5 }
-        observe norm_growth on ndim(2) every 2 steps { from_start = true }
+        observe norm_growth on ndim(2) every 2 steps
+        observe distance every 2 steps
         observe calibration { bins = 5 }
         regularize l2_sp on ndim(2) { weight = 0.01 }
         regularize ema { decay = 0.9 }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.runtime.calibrated_runs import NORMS, REST, Outcome, Squares, simulate
 from trainc.runtime.noise_scale.calibration import Calibration
 from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate
-from trainc.runtime.noise_scale.interval import student_t_quantile
+from trainc.runtime.report.student_t import student_t_quantile
 
 Row = tuple[float, float, float, float]
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.runtime import known
 from trainc.runtime.noise_scale.estimate import UNDETERMINED, Estimate, Uncertainty
-from trainc.runtime.noise_scale.interval import ratio_interval, student_t_quantile
+from trainc.runtime.noise_scale.interval import ratio_interval
+from trainc.runtime.report.student_t import student_t_quantile
 
 
 @pytest.mark.parametrize(

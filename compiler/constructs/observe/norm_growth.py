@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from trainc.compiler.constructs.observe._copies import Copies, note_non_finite, record, sums
+from trainc.compiler.constructs.observe._laws import LAWS, Fits
+from trainc.compiler.errors import FieldError
 from trainc.dsl.reading.construct import Construct, Effect, Signal
-from trainc.runtime.step.action import Action, ActionState, Phase
-from trainc.runtime.storage.form import Count, Form, Number, Record, Values
+from trainc.runtime.step.action import ActionState, Phase
+from trainc.runtime.storage.form import Form, Number, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
     from trainc.compiler.model.inventory import ParameterEntry
+    from trainc.runtime.report.axes import Panel
+    from trainc.runtime.report.run_records import RecordedClause, RunRecords
+    from trainc.runtime.report.tables import Table
     from trainc.runtime.step.record import Step
-
-# Laws a norm may follow, as functions of t, the number of updates.
-LAWS: dict[str, Callable[[float], float]] = {
-    "sqrt": math.sqrt,
-    "linear": float,
-    "log": math.log,
-    "root4": lambda t: float(t**0.25),
-}
 
 
 class NormGrowth(Construct):
@@ -36,15 +34,20 @@ class NormGrowth(Construct):
     the selection: norm |w|, step |d|, alignment cos(d, v), direction cos(w, v). A cosine with a
     zero vector is 0, and the first observation has norms only. The norm of the selection is fitted
     by least squares to a + b f(t) with f(t) = sqrt(t), t, ln(t) and t^(1/4), where t counts
-    updates; from three observations on, `fit` is the best r2. Weights whose steps are along
-    themselves grow exponentially; steps at right angles to the weights, with rates of 1/sqrt(t),
-    give sqrt(t).
+    updates; from three observations on, `fit` is the best r2, and `slope` is b of that law. Weights
+    whose steps are along themselves grow exponentially; steps at right angles to the weights, with
+    rates of 1/sqrt(t), give sqrt(t).
+
+    The 95% interval of a slope is that of least squares with Student's t, for as many independent
+    observations as n (1 - r) / (1 + r), where r is the correlation of neighbouring residuals: norms
+    of one run follow each other, and an interval for n independent ones would be far too narrow.
+    Where a law does not hold, neither does its interval. `trainc report` has the table of all laws.
     """
 
     cite: ClassVar = (
         "Merrill et al., Effects of Parameter Norm Growth, EMNLP 2021, arXiv:2010.09697"
     )
-    usage: ClassVar = "observe norm_growth on ndim(2) every 50 steps { from_start = true }"
+    usage: ClassVar = "observe norm_growth every 100 steps { params = encoder }"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     signals: ClassVar = {
@@ -53,10 +56,11 @@ class NormGrowth(Construct):
         "alignment": "cosine of that change and the previous weights, -1 to 1",
         "direction": "cosine of the weights and the previous weights, -1 to 1",
         "fit": "largest r2 of the fits of the norm, 0 to 1",
-        "distance": "with `from_start`, L2 distance from the weights at the start",
+        "slope": "slope of the law that fits best",
+        "slope_low": "lower end of the 95% interval of `slope`",
+        "slope_high": "upper end of the 95% interval of `slope`",
     }
     effects: ClassVar = (
-        Effect("rates", "keep the weights at the start", ("params",)),
         Effect(
             "observe",
             "measure norms and steps",
@@ -65,14 +69,11 @@ class NormGrowth(Construct):
         ),
     )
 
-    from_start: bool = Field(
-        default=False,
-        description="report the distance from the starting weights, which needs one more copy of the weights",
+    params: Literal["all", "encoder"] = Field(
+        default="all",
+        description="which of the selected parameters: all, or, as published, those of the encoder, which are neither"
+        " in an embedding nor in the head, and have an axis",
     )
-
-    def performs(self, effect: Effect) -> bool:
-        """Say whether this clause performs an effect: it keeps the start only when asked to."""
-        return effect.phase != "rates" or self.from_start
 
     def reference(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
         """Return the four measures of a selection by definition, in float64."""
@@ -89,16 +90,35 @@ class NormGrowth(Construct):
         }
 
     def lower(self, to: Lowering) -> None:
-        """Observe after updates; with `from_start`, also copy the weights before the first update."""
+        """Observe after updates; raises FieldError where nothing of the selection is in the encoder."""
         parameters = to.parameters()
-        start = Start(f"{to.label}.start", parameters) if self.from_start else None
-        if start is not None:
-            to.action(start)
-        to.action(Observe(to.label, parameters, start))
+        if self.params == "encoder":
+            outside = {"embedding", "head"}
+            found = [one for one in parameters if one.ndim and not outside & one.roles]
+            if parameters and not found:
+                raise FieldError(
+                    "params",
+                    f"all {len(parameters)} selected parameters are in embeddings or the head, or have no axis: select"
+                    " others, or write `params = all`",
+                )
+            parameters = tuple(found)
+        to.action(Observe(to.label, parameters))
 
+    @classmethod
+    def panels(
+        cls, clauses: Sequence[RecordedClause], runs: Sequence[RunRecords]
+    ) -> Iterable[Panel]:
+        """Return pictures of the norm with its laws, and of the cosines."""
+        from trainc.compiler.constructs.observe._law_pictures import cosine_panel, law_panel
 
-# A line fits two points exactly, so r2 needs three.
-POINTS = 3
+        yield from law_panel(clauses, runs, "norm", [*LAWS])
+        yield from cosine_panel(clauses, runs, ("alignment", "direction"))
+
+    def tables(self, label: str, records: Sequence[Mapping[str, Any]]) -> Iterable[Table]:
+        """Return the table of the laws at the end of a run."""
+        from trainc.compiler.constructs.observe._law_pictures import law_table
+
+        return law_table(label, "norm", [*LAWS], records)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,107 +150,15 @@ def _cosine(dot: float, left: float, right: float) -> float:
     return math.copysign(1.0, cosine) if abs(cosine) > 1 else cosine
 
 
-@dataclass(slots=True)
-class Fit:
-    """Least squares of y on x: running means, and sums of squares and products around them."""
-
-    count: int = 0
-    mean_x: float = 0.0
-    mean_y: float = 0.0
-    xx: float = 0.0
-    yy: float = 0.0
-    xy: float = 0.0
-
-    def add(self, x: float, y: float) -> None:
-        """Add one point (Welford's update)."""
-        self.count += 1
-        dx, dy = x - self.mean_x, y - self.mean_y
-        self.mean_x += dx / self.count
-        self.mean_y += dy / self.count
-        self.xx += dx * (x - self.mean_x)
-        self.yy += dy * (y - self.mean_y)
-        self.xy += dx * (y - self.mean_y)
-
-    @property
-    def r2(self) -> float | None:
-        """Return the fraction of y's variance that the line explains; None with too few or equal points."""
-        spread = self.xx * self.yy
-        return min(1.0, self.xy**2 / spread) if self.count >= POINTS and spread > 0 else None
-
-
-def _sums(weights: Sequence[Tensor], changes: Sequence[Tensor] | None = None) -> Tensor:
-    """Return what `multi_norm` does; of sharded parameters each process has the sums of its shards, which are added."""
-    from trainc.kernels.parameter.multi_norm import multi_norm
-    from trainc.runtime.processes.sharded import local, sum_over_shards
-
-    rows = multi_norm([*map(local, weights)], None if changes is None else [*map(local, changes)])
-    sum_over_shards(rows, weights)
-    return rows
-
-
-class Copies(Action):
-    """An action that keeps a copy of its parameters, each in its own dtype."""
-
-    reads_shards = True
-
-    def __init__(self, name: str, parameters: Iterable[ParameterEntry]) -> None:
-        self.name = name
-        parameters = tuple(parameters)
-        self.sizes = {entry.name: entry.bytes for entry in parameters}
-        self.forms = {entry.name: (entry.shape, entry.dtype) for entry in parameters}
-        self.copies: dict[str, Tensor] = {}
-
-    def memory(self) -> int:
-        """Return the bytes of the copies."""
-        return sum(self.sizes.values())
-
-    def keep(self, step: Step) -> None:
-        """Copy the parameters as they are now."""
-        for name in self.sizes:
-            now = step.parameters[name].detach()
-            if name in self.copies:
-                self.copies[name].copy_(now)
-            else:
-                self.copies[name] = now.clone()
-
-    def state_dict(self) -> ActionState:
-        return {f"previous/{name}": tensor for name, tensor in self.copies.items()}
-
-    def state_form(self) -> Form:
-        return Record({f"previous/{n}": Values(s, d) for n, (s, d) in self.forms.items()})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        found = {key.partition("/")[2]: key for key in state if key.startswith("previous/")}
-        if found and found.keys() != self.sizes.keys():
-            names = ", ".join(sorted(found.keys() ^ self.sizes.keys()))
-            raise ValueError(
-                f"{self.name}: the checkpoint has another selection of parameters; they differ in {names}"
-            )
-        self.copies = {name: state[found[name]].clone() for name in self.sizes if found}
-
-
-class Start(Copies):
-    """Phase 2: copy the parameters the first time, before that step's update."""
-
-    phase = Phase.RATES
-
-    def run(self, step: Step) -> None:
-        if not self.copies:
-            self.keep(step)
-
-
 class Observe(Copies):
     """Phase 12: one pass over the weights and their changes, then keep the weights."""
 
     phase = Phase.OBSERVE
 
-    def __init__(
-        self, name: str, parameters: Iterable[ParameterEntry], start: Start | None
-    ) -> None:
+    def __init__(self, name: str, parameters: Iterable[ParameterEntry]) -> None:
         super().__init__(name, parameters)
-        self.start = start
         self.squares: dict[str, float] = {}
-        self.fits = {law: Fit() for law in LAWS}
+        self.fits = Fits([*LAWS])
         self.first = self.last = 0.0
 
     def run(self, step: Step) -> None:
@@ -241,90 +169,52 @@ class Observe(Copies):
             for name, now in zip(self.sizes, weights, strict=True):
                 self.copies[name] = self.copies[name].to(now.device).neg_().add_(now)
         changes = list(self.copies.values()) if moved else None
-        rows = _sums(weights, changes).tolist()
-        sums, broken = {}, []
+        rows = sums(weights, changes).tolist()
+        found, broken = {}, []
         for name, (ww, dd, wd, nonfinite) in zip(self.sizes, rows, strict=True):
-            sums[name] = Sums(ww, dd, wd, self.squares.get(name, 0.0))
+            found[name] = Sums(ww, dd, wd, self.squares.get(name, 0.0))
             broken += [name] if nonfinite else []
-        if broken:
-            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-            step.notes.append(f"{self.name}: entries that are not finite in `{broken[0]}`{more}")
-        self._measure(step, sums, moved)
-        if self.start is not None and self.start.copies:
-            self._distance(step, self.start)
-        self._fit(step, math.sqrt(sum(one.ww for one in sums.values())))
-        self.squares = {name: one.ww for name, one in sums.items()}
+        note_non_finite(step, self.name, broken)
+        self._measure(step, found, moved)
+        self._fit(step, math.sqrt(sum(one.ww for one in found.values())))
+        self.squares = {name: one.ww for name, one in found.items()}
         self.keep(step)
 
-    def _measure(self, step: Step, sums: Mapping[str, Sums], moved: bool) -> None:
-        columns = zip(*((one.ww, one.dd, one.wd, one.vv) for one in sums.values()), strict=True)
-        self._record(step, Sums(*map(sum, columns)).measures(moved))
-        for name, one in sums.items():
+    def _measure(self, step: Step, found: Mapping[str, Sums], moved: bool) -> None:
+        columns = zip(*((one.ww, one.dd, one.wd, one.vv) for one in found.values()), strict=True)
+        record(step, self.name, Sums(*map(sum, columns)).measures(moved))
+        for name, one in found.items():
             for measure, value in one.measures(moved).items():
                 step.series.setdefault(f"{self.name}.{measure}", {})[name] = value
 
-    def _distance(self, step: Step, start: Start) -> None:
-        distances = {}
-        for name, first in start.copies.items():
-            now = step.parameters[name].detach()
-            distances[name] = math.sqrt(_sums([now - first.to(now.device)])[0, 0].item())
-        step.series[f"{self.name}.distance"] = distances
-        self._record(step, {"distance": math.hypot(*distances.values())})
-
     def _fit(self, step: Step, norm: float) -> None:
+        # The clock counts the update just made only after this phase.
+        self.fits.add(step.clock.steps + 1, norm)
         if math.isfinite(norm):
-            # The clock counts the update just made only after this phase.
-            for law, f in LAWS.items():
-                self.fits[law].add(f(step.clock.steps + 1), norm)
             self.first, self.last = (self.first if self.squares else norm), norm
-        if found := self.r2:
-            self._record(step, {"fit": max(found.values())})
-            step.metrics.update({f"{self.name}.fit.{law}": r2 for law, r2 in found.items()})
-
-    @property
-    def r2(self) -> dict[str, float]:
-        """Return each law's r2, empty before there are three observations."""
-        return {law: r2 for law, fit in self.fits.items() if (r2 := fit.r2) is not None}
-
-    def _record(self, step: Step, found: Mapping[str, float]) -> None:
-        named = {f"{self.name}.{measure}": value for measure, value in found.items()}
-        step.metrics.update(named)
-        step.signals.update(named)
+        record(step, self.name, self.fits.signals())
+        step.metrics.update({f"{self.name}.fit.{law}": r2 for law, r2 in self.fits.r2.items()})
 
     def state_dict(self) -> ActionState:
         out = super().state_dict()
         if out:
             out |= {"first": self.first, "last": self.last}
             out |= {f"squared/{name}": value for name, value in self.squares.items()}
-            for law, fit in self.fits.items():
-                out |= {f"fit/{law}/{moment}": value for moment, value in asdict(fit).items()}
+            out |= self.fits.state_dict()
         return out
 
     def state_form(self) -> Form:
-        entries: dict[str, Form] = {
-            f"previous/{n}": Values(*form) for n, form in self.forms.items()
-        }
-        entries |= {"first": Number(0), "last": Number(0)}
+        entries = self.copied_forms() | {"first": Number(0), "last": Number(0)}
         entries |= {f"squared/{name}": Number(0) for name in self.forms}
-        for law in LAWS:
-            for moment in asdict(Fit()):
-                low = 0 if moment in ("xx", "yy") else -math.inf
-                entries[f"fit/{law}/{moment}"] = Count() if moment == "count" else Number(low)
-        return Record(entries)
+        return Record(entries | self.fits.state_form())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.squares = {name: float(state[f"squared/{name}"]) for name in self.copies}
         self.first, self.last = float(state.get("first", 0.0)), float(state.get("last", 0.0))
-        for law in LAWS:
-            moments = {m: state[f"fit/{law}/{m}"] for m in asdict(Fit())} if state else {}
-            self.fits[law] = Fit(**moments)
+        self.fits.load_state_dict(state)
 
     def summary(self) -> str | None:
         if not self.copies:
             return None
-        line = f"{self.name}: norm {self.first:.4g} -> {self.last:.4g}"
-        if found := self.r2:
-            best = max(found, key=lambda law: found[law])
-            line += f", best fit {best} (r2 {found[best]:.4f})"
-        return line
+        return f"{self.name}: norm {self.first:.4g} -> {self.last:.4g}{self.fits.summary()}"

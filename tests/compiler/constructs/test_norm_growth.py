@@ -8,15 +8,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.constructs.observe.norm_growth import LAWS, Copies, Fit, NormGrowth
+from trainc.compiler.constructs.observe._copies import Copies
+from trainc.compiler.constructs.observe._laws import LAWS, Fit
+from trainc.compiler.constructs.observe.norm_growth import NormGrowth
+from trainc.compiler.errors import FieldError
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.inventory import build_inventory
+from trainc.runtime.report.run_records import RecordedClause, RunRecords
+from trainc.runtime.report.student_t import student_t_quantile
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.time_span import TimeSpan
 from trainc.runtime.schedule.unit_conversion import UnitConversion
@@ -93,7 +99,7 @@ def test_the_change_is_that_since_the_observation_before() -> None:
 def test_observing_changes_no_weight_and_no_random_number() -> None:
     results = []
     for observed in (False, True):
-        m = machine(net(), NormGrowth(from_start=True)) if observed else None
+        m = machine(net(), NormGrowth()) if observed else None
         m = m or StepMachine([], Clock(), dict(net().named_parameters()))
         torch.manual_seed(1)
         for _ in range(4):
@@ -173,33 +179,23 @@ def test_running_moments_give_the_r2_of_a_regression(points: list[tuple[float, f
     assert fit.r2 == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("from_start", [False, True])
-def test_resuming_is_bit_equal(from_start: bool) -> None:
+def test_resuming_is_bit_equal() -> None:
     def continued(m: StepMachine) -> list[dict[str, float]]:
         torch.manual_seed(5)
         return [update(m, noise).metrics for _ in range(6)]
 
-    m = machine(net(), NormGrowth(from_start=from_start), every=2)
+    m = machine(net(), NormGrowth(), every=2)
     for _ in range(5):
         update(m, noise)
     saved, values = copy.deepcopy(m.state_dict()), weights(m)
     expected = continued(m)
-    fresh = machine(net(1), NormGrowth(from_start=from_start), every=2)
+    fresh = machine(net(1), NormGrowth(), every=2)
     fresh.load_state_dict(saved)
     with torch.no_grad():
         for parameter, value in zip(fresh.parameters.values(), values, strict=True):
             parameter.copy_(value)
     assert continued(fresh) == expected
     assert fresh.actions[-1].summary() == m.actions[-1].summary()
-
-
-def test_the_distance_is_from_the_weights_before_the_first_update() -> None:
-    m = machine(net(), NormGrowth(from_start=True), every=2)
-    start = weights(m)
-    for _ in range(3):
-        step = update(m, noise)
-    moved = torch.cat([(w - v).flatten() for w, v in zip(weights(m), start, strict=True)])
-    assert step.metrics["ng.distance"] == pytest.approx(float(moved.norm()), rel=1e-5)
 
 
 def test_copies_are_counted() -> None:
@@ -209,7 +205,113 @@ def test_copies_are_counted() -> None:
         return [action.memory() for action in m.actions if isinstance(action, Copies)]
 
     assert memory(machine(net(), NormGrowth())) == [size]
-    assert memory(machine(net(), NormGrowth(from_start=True))) == [size, size]
+
+
+def regression(x: Tensor, y: Tensor) -> tuple[float, float, float]:
+    """Return the slope with the ends of its interval by definition: residuals, their correlation, Student's t."""
+    design = torch.stack([torch.ones_like(x), x], 1)
+    a, b = torch.linalg.lstsq(design, y[:, None]).solution[:, 0]
+    residual = y - a - b * x
+    r = max(0.0, float((residual[1:] * residual[:-1]).sum() / residual.square().sum()))
+    freedom = len(x) * (1 - r) / (1 + r) - 2
+    error = (residual.square().sum() / freedom / (x - x.mean()).square().sum()).sqrt()
+    apart = student_t_quantile(0.95, freedom) * float(error)
+    return float(b), float(b) - apart, float(b) + apart
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.8, 0.97])
+def test_the_interval_of_a_slope_is_that_of_a_regression_with_correlated_residuals(
+    drift: float,
+) -> None:
+    drawn = torch.randn(60, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    noise, last = torch.zeros_like(drawn), 0.0
+    for i in range(60):
+        noise[i] = last = drift * last + float(drawn[i])
+    x = torch.arange(1, 61, dtype=torch.float64).sqrt()
+    y = 40 + 3 * x + noise
+    fit = Fit()
+    for one, other in zip(x.tolist(), y.tolist(), strict=True):
+        fit.add(one, other)
+    assert fit.interval is not None
+    assert (fit.slope, *fit.interval) == pytest.approx(regression(x, y), rel=1e-8)
+
+
+def test_independent_residuals_have_the_interval_of_the_textbook() -> None:
+    """Of (1, 2, 3, 4, 5) and (1, 3, 2, 5, 4): slope 0.8, residual sum 3.6, standard error sqrt(1.2 / 10)."""
+    fit = Fit()
+    for x, y in enumerate((1.0, 3.0, 2.0, 5.0, 4.0), start=1):
+        fit.add(float(x), y)
+    assert fit.correlation == 0  # neighbours are on opposite sides
+    apart = 3.182446 * math.sqrt(1.2 / 10)  # Student's t, 3 degrees of freedom
+    assert fit.interval == pytest.approx((0.8 - apart, 0.8 + apart), rel=1e-6)
+
+
+def test_residuals_that_all_follow_each_other_have_no_interval() -> None:
+    fit = Fit()
+    for t in range(1, 31):
+        fit.add(float(t), float(t * t))
+    assert fit.r2 is not None
+    assert fit.interval is None
+
+
+def test_the_slope_is_that_of_the_best_law() -> None:
+    m = machine(nn.Linear(1, 1, bias=False).double(), NormGrowth())
+    torch.manual_seed(0)
+    for t in range(1, 40):
+        shift = 1e-3 * float(torch.randn(()))
+        step = update(m, lambda w, t=t, shift=shift: 2 + 3 * math.sqrt(t) + shift - w)
+    found = {name: step.signals[f"ng.{name}"] for name in ("slope", "slope_low", "slope_high")}
+    assert found["slope_low"] < 3 < found["slope_high"]
+    assert found["slope"] == pytest.approx(3, rel=1e-2)
+    assert f"slope {found['slope']:.4g} [" in (m.actions[-1].summary() or "")
+
+
+class Encoder(nn.Module):
+    """What has an embedding, a block, a head and a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.scale = nn.Parameter(torch.ones(()))
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) * self.scale
+        for block in self.blocks:
+            h = h + block(h)
+        out: Tensor = self.head(self.norm(h))
+        return out
+
+
+def test_the_encoder_is_without_embeddings_the_head_and_scalars() -> None:
+    m = machine(Encoder(), NormGrowth(params="encoder"))
+    step = update(m, noise)
+    assert [*step.series["ng.norm"]] == [
+        *(f"blocks.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")),
+        "norm.weight",
+        "norm.bias",
+    ]
+    with pytest.raises(FieldError, match="in embeddings or the head"):
+        machine(Encoder(), NormGrowth(params="encoder"), only="embed")
+
+
+def test_pictures_and_the_table_are_of_the_recorded_norms() -> None:
+    records = [
+        {"step": t, "loss": 1.0, "ng.norm": 3 - math.sqrt(t), "ng.alignment": 0.1}
+        for t in range(1, 30)
+    ]
+    (table,) = NormGrowth().tables("ng", records)
+    assert ("sqrt", "1.0000", "-1 [-1, -1]") in table.rows
+    runs = [RunRecords(name, records, "#000000") for name in ("a", "b")]
+    clauses = [RecordedClause(run, "ng", NormGrowth()) for run in runs]
+    for some in (1, 2):
+        norm, cosines = NormGrowth.panels(clauses[:some], runs[:some])
+        axes = Figure().add_subplot()
+        norm.draw(axes)
+        assert len(axes.lines) == (5 if some == 1 else 4)  # all laws of one run, the best of two
+        cosines.draw(Figure().add_subplot())
+    assert [*NormGrowth().tables("ng", records[:2])] == []
 
 
 def test_still_weights_have_no_alignment() -> None:

@@ -1,0 +1,1 @@
+"""Pictures of what several clauses measure: fitted curves, cosines."""
