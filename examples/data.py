@@ -299,3 +299,37 @@ def _describe_sums(count: int = 4000, length: int = 24) -> dict[str, int]:
 
 
 sums.describe = _describe_sums  # type: ignore[attr-defined]
+
+
+def curve(
+    points: int = 64, amplitudes: Sequence[float] = (1.0, 0.6, 0.4)
+) -> tuple[Examples, Examples]:
+    """Return points of sin x, sin 3x and sin 5x with these amplitudes on a uniform grid of [-pi, pi), twice.
+
+    What is held out is what trains: how well the curve between points is guessed is not the question.
+    """
+    inputs, targets = curve_points(points, amplitudes)
+    return Examples(inputs, targets), Examples(inputs, targets)
+
+
+def curve_points(
+    points: int = 64, amplitudes: Sequence[float] = (1.0, 0.6, 0.4)
+) -> tuple[Tensor, Tensor]:
+    """Return the inputs (points, 1) and the targets (points, 1) of `curve`."""
+    x = torch.arange(points, dtype=torch.float64)[:, None] / points * 2 * torch.pi - torch.pi
+    y = sum((a * (k * x).sin() for a, k in zip(amplitudes, (1, 3, 5), strict=True)), 0 * x)
+    return x.float(), y.float()
+
+
+def rising_curve_points() -> tuple[Tensor, Tensor]:
+    """Return the points of a curve whose amplitudes rise with the frequency."""
+    return curve_points(amplitudes=(0.4, 0.6, 1.0))
+
+
+def _describe_curve(
+    points: int = 64, amplitudes: Sequence[float] = (1.0, 0.6, 0.4)
+) -> dict[str, int]:
+    return {"samples": points, "tokens_per_sample": 1}
+
+
+curve.describe = _describe_curve  # type: ignore[attr-defined]

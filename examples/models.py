@@ -332,3 +332,8 @@ def teacher_student(dimension: int = 32) -> nn.Linear:
     student = nn.Linear(dimension, 1, bias=False)
     nn.init.zeros_(student.weight)
     return student
+
+
+def tanh_net(width: int = 12) -> nn.Sequential:
+    """Build a network with one hidden layer for `examples.data:curve`: (B, 1) to (B, 1)."""
+    return nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1))

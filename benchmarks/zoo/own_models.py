@@ -186,6 +186,10 @@ def _encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
+def _curve() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+
+
 def _weight_norm() -> nn.Module:
     normed = nn.utils.parametrizations.weight_norm
     return nn.Sequential(
@@ -225,6 +229,7 @@ ARCHITECTURES = (
     Architecture("lstm", "torch", Classifier, _TEXT),
     Architecture("cnn_group_norm", "torch", _group_norm, _IMAGE),
     Architecture("encoder", "torch", _encoder, numbers(LENGTH, WIDTH), loss="mse"),
+    Architecture("curve", "torch", _curve, numbers(1), loss="mse"),
     Architecture("tied_fused_qkv", "torch", _fused_text, _TEXT),
     Architecture("repeated_block", "torch", _repeated_text, _TEXT),
     Architecture("unet", "torch", Unet, _IMAGE, loss="mse"),

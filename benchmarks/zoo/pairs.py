@@ -100,6 +100,7 @@ MODELS = (
     replace(_of_zoo("text_own_loss"), name="text with its own loss", build=_text_with_loss),
     _of_zoo("text_of_answers"),
     _of_zoo("encoder"),
+    _of_zoo("curve"),
 )
 """Where pairs are tried; a construct that none of them fits is told by name."""
 

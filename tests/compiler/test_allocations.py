@@ -28,6 +28,7 @@ TEMP_BALANCE = 'lr temp_balance on "blocks.**" & ndim(2) every 1 steps { range =
 # BatchNorm alone has ghost batches, some are of images or numbers, and the others say what is trained and on what.
 LEFT_OUT = {
     ("normalize", "ghost_batch"),
+    ("observe", "frequency"),
     ("perturb", "adversarial"),
     ("perturb", "targets"),
     ("regularize", "cutmix"),

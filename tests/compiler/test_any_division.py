@@ -145,7 +145,11 @@ OF_TOKENS = [
     SGD + "mask lisa every 1 steps { active = 1 }",
     SGD + 'adapt lora_mul on "blocks.**" & type(Linear) { rank = 2 }',
 ]
-OF_NUMBERS = [SGD + "perturb targets { noise = normal(0.3), weight = 0.5 }"]
+OF_NUMBERS = [
+    SGD + "perturb targets { noise = normal(0.3), weight = 0.5 }",
+    SGD
+    + 'observe frequency { probe = "tests.compiler.test_any_division:probe", method = projection }',
+]
 LOSSES = {
     "tokens": "loss cross_entropy",
     "own tokens": "loss model",
@@ -177,6 +181,12 @@ def test_every_construct_takes_part_or_says_why_not() -> None:
     for (kind, name), construct in trainc.catalog().items():
         if kind not in ("model", "data", "run", "distribute"):  # the last needs processes
             assert f"{kind} {name}" in texts or construct.division, name
+
+
+def probe() -> Batch:
+    """Return inputs and targets whose spectrum is compared."""
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
+    return x, x.sum(1, keepdim=True).sin().expand(9, CLASSES)
 
 
 def words() -> nn.Module:

@@ -87,6 +87,14 @@ SPECS = {
         optimizer sgd { lr = 1e-2 }
         perturb targets every 2 steps { noise = normal(0.3), weight = 0.1 }
     """,
+    "a curve": """
+        model "examples.models:tanh_net"
+        data "examples.data:curve" { batch = 32 samples }
+        loss mse
+        run { length = 9 steps, seed = 3 }
+        optimizer adamw { lr = 3e-2 }
+        observe frequency every 2 steps { probe = "examples.data:curve_points", threshold = 0.9 }
+    """,
     "a grown batch": HEAD + GNS + DATA.replace(
         "BATCH", "signal_noise(gns, max = 8 samples, min = 2 samples, every = 2 steps, from = 20%)"
     ) + "optimizer adamw { lr = 1e-2 }",

@@ -1,0 +1,60 @@
+"""Curves of a family of figures that fall below a limit one by one, and the times at which they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+
+from trainc.runtime.report.axes import curve, legend_below, set_run_axis
+from trainc.runtime.report.run_records import RunRecords
+
+NAMED = 6
+"""The most curves that a legend names."""
+
+
+def draw_family(
+    axes: Axes,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    limit: float,
+    label: str,
+    runs: Sequence[RunRecords],
+) -> None:
+    """Draw a curve for each name, from dark to light in their order, and the limit as a line."""
+    for i, (name, (at, values)) in enumerate(series.items()):
+        color = colormaps["viridis"](0.9 * i / max(1, len(series) - 1))
+        named = name if len(series) <= NAMED else "_"
+        curve(axes, at, values, color=color, linewidth=1.4, label=named)
+    axes.axhline(limit, color="0.5", linewidth=0.8, linestyle="--")
+    set_run_axis(axes, runs)
+    axes.set_yscale("log")
+    axes.set_ylabel(label)
+    if len(series) <= NAMED:
+        legend_below(axes)
+
+
+def draw_times(
+    axes: Axes,
+    names: Sequence[str],
+    sizes: Sequence[float],
+    times: Sequence[float | None],
+    labels: tuple[str, str, str],
+) -> None:
+    """Draw sizes as bars and times as points on an axis of their own; None is a time that is not reached.
+
+    `labels` are those of the horizontal axis, of the sizes and of the times.
+    """
+    axes.bar(range(len(names)), sizes, color="0.8")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    points = axes.twinx()
+    reached = [(i, at) for i, at in enumerate(times) if at is not None]
+    points.plot([i for i, _ in reached], [at for _, at in reached], "o", color="#2166AC")
+    for i in [i for i, at in enumerate(times) if at is None]:
+        points.annotate(
+            "not yet", (i, 1), xycoords=("data", "axes fraction"), ha="center", va="top"
+        )
+    points.set_ylim(bottom=0)
+    points.set_ylabel(labels[2])
