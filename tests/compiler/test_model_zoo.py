@@ -17,8 +17,8 @@ from tests.compiler.image_models import import_library
 SOME = ("mlp", "tied_fused_qkv", "text_own_loss")
 """One with BatchNorm and dropout, one with attention, other norms and a tied head, and one that computes its loss."""
 ELSE = ("text_of_answers", "encoder", "curve")
-"""One with two answers an example, one whose targets are numbers, and one that maps a number to a number, for what trains
-on none of these."""
+"""One with two answers an example, one whose targets are numbers, and one from a number to a number, for what trains on
+none of these."""
 METHODS = list(constructs())
 
 

@@ -102,7 +102,7 @@ class Frequency(Construct):
     )
     peaks: Literal["local", "all"] | None = Field(
         default=None,
-        description="which frequencies: those where the target's amplitude has a local maximum, or all; of either those of at"
+        description="which frequencies: those at local maxima of the target's amplitude, or all; of either those of at"
         " least 1% of the largest amplitude. Default: `local` with `grid`, `all` with `projection`",
     )
     highest: int | None = Field(

@@ -156,7 +156,8 @@ def test_spearman_counts_ties_with_their_mean_rank() -> None:
 
 def test_first_times_are_kept_and_the_order_follows() -> None:
     program = trainc.compile(BASE + f"observe frequency {{ {PROBE}, threshold = 0.6 }}", net())
-    found, made = {}, construct()
+    made = construct()
+    found: dict[str, int] = {}
     for step in range(1, 121):
         program.step(curve_points())
         x, y = curve_points()
