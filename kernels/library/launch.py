@@ -14,3 +14,13 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
     `options` are the kernel's constexprs and the launch's own, `num_warps` and `num_stages` among them.
     """
     kernel[tuple(grid)](*arguments, **options, **PINNED)
+
+
+def compiled(kernel: Any, *arguments: Any, **options: Any) -> Any:
+    """The compiled kernel that `launch` would run with these arguments, loaded on the current device, not run.
+
+    Its `n_regs`, `n_spills` and `metadata.shared` say what a program takes.
+    """
+    found = kernel.warmup(*arguments, grid=(1,), **options, **PINNED)
+    found.run  # noqa: B018  (reading it loads the binary, in every version from 3.6 on)
+    return found

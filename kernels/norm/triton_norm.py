@@ -5,7 +5,7 @@ gradient that reached the sum (DTOTAL) before writing it. OFFSET adds one to the
 
 Backward reads x and dy once and writes dx once, whatever is measured. Rows of one example never
 share a program with rows of another, so a program's weight sum belongs to one example and its
-square is that example's. Three regimes, all without atomics and so deterministic:
+square is that example's. Three regimes:
 
   rows    one row an example: its square is a sum along the row, and programs walk over many rows
   whole   many examples: a program walks over whole examples, squares each example's sum in
@@ -13,12 +13,20 @@ square is that example's. Three regimes, all without atomics and so deterministi
   split   few examples: (example, chunk) programs leave partial rows that `norm_finish` adds per
           example and squares
 
-STAGES 2 copies the next tile to shared memory while this one is reduced.
+All of them end with `norm_finish`: two launches a backward pass, and one where no sum is asked for. SUM_W and SUM_B are
+the sums asked for. STAGES 2 copies the next tile to shared memory while this one is reduced.
+
+SCRATCH is float32: HEAD numbers, of which the first counts programs; COLUMNS x lines x width of partial rows, a line
+a program; and the squares of `norm_finish`. Results are deterministic: what is added is added in a fixed order, and
+the only atomic operation counts programs.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 import triton
 import triton.language as tl
+
+# Numbers before the partial rows, which so start at a cache line.
+HEAD = tl.constexpr(32)
 
 
 @triton.jit
@@ -91,57 +99,88 @@ def _tile(
 
 
 @triton.jit
-def norm_backward_whole(
-    X, W, DY, DTOTAL, DX, MEAN, RSTD, PW, PB, NORMS, examples, rows, width, programs,
-    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
-    HAS_W: tl.constexpr, HAS_B: tl.constexpr, WRITE_DX: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+def gain(
+    W, column, in_column, HAS_W: tl.constexpr, OFFSET: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,): whole examples pid, pid + programs, ..; partial rows (programs, width)."""
-    pid = tl.program_id(0)
-    column = tl.arange(0, BLOCK_C)
-    in_column = column < width
+    """What the normalised value is multiplied by."""
     w = tl.full((BLOCK_C,), 1.0, tl.float32)
     if HAS_W:
         w = tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)
         if OFFSET:
             w += 1.0
-    total_w = tl.zeros((BLOCK_C,), tl.float32)
-    total_b = tl.zeros((BLOCK_C,), tl.float32)
-    for example in range(pid, examples, programs):
-        sum_w = tl.zeros((BLOCK_C,), tl.float32)
-        sum_b = tl.zeros((BLOCK_C,), tl.float32)
-        first = (tl.full((), 0, tl.int64) + example) * rows
-        for start in tl.range(0, rows, BLOCK_R, num_stages=STAGES):
-            row = start + tl.arange(0, BLOCK_R)
-            part_w, part_b = _tile(
-                X, DY, DTOTAL, DX, MEAN, RSTD, w, first, row, rows, column, width,
-                ADD, RMS, LLAMA, WRITE_DX,
-            )  # fmt: skip
-            sum_w += tl.sum(part_w, 0)
-            if HAS_B:
-                sum_b += tl.sum(part_b, 0)
-        if HAS_W:
-            tl.store(NORMS + example * COLUMNS, tl.sum(sum_w * sum_w, 0))
-        if HAS_B:
-            tl.store(NORMS + example * COLUMNS + 1, tl.sum(sum_b * sum_b, 0))
-        total_w += sum_w
-        total_b += sum_b
-    out = pid.to(tl.int64) * width + column
-    if HAS_W:
-        tl.store(PW + out, total_w, mask=in_column)
-    if HAS_B:
-        tl.store(PB + out, total_b, mask=in_column)
+    return w
 
 
 @triton.jit
-def norm_backward_split(
-    X, W, DY, DTOTAL, DX, MEAN, RSTD, PW, PB, NORMS, rows, width, chunks, chunk_rows,
+def leave_sums(
+    SCRATCH, line, lines, width, sum_w, sum_b, column, in_column,
+    SUM_W: tl.constexpr, SUM_B: tl.constexpr,
+):  # fmt: skip
+    """Store partial rows, the bias's behind all lines of the weight's; the first program sets `norm_finish`'s count."""
+    line = line.to(tl.int64)
+    if SUM_W:
+        tl.store(SCRATCH + HEAD + line * width + column, sum_w, mask=in_column)
+    if SUM_B:
+        tl.store(SCRATCH + HEAD + (lines + line) * width + column, sum_b, mask=in_column)
+    if SUM_W or SUM_B:
+        first = tl.program_id(0) == 0
+        if first:
+            tl.store(SCRATCH, 0.0)
+
+
+@triton.jit(do_not_specialize=["examples", "rows"])
+def norm_backward_whole(
+    X, W, DY, DTOTAL, DX, MEAN, RSTD, SCRATCH, NORMS, examples, rows, width,
     ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
-    HAS_W: tl.constexpr, HAS_B: tl.constexpr, WRITE_DX: tl.constexpr, ROW_NORMS: tl.constexpr,
+    HAS_W: tl.constexpr, SUM_W: tl.constexpr, SUM_B: tl.constexpr, WRITE_DX: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (examples * chunks,): a chunk of an example; partials (examples, chunks, width).
+    """Grid (programs,): whole examples pid, pid + programs, .. in one loop over their tiles."""
+    example, programs = tl.program_id(0), tl.num_programs(0)
+    column = tl.arange(0, BLOCK_C)
+    in_column = column < width
+    w = gain(W, column, in_column, HAS_W, OFFSET, BLOCK_C)
+    sum_w = tl.zeros((BLOCK_C,), tl.float32)
+    sum_b = tl.zeros((BLOCK_C,), tl.float32)
+    total_w = tl.zeros((BLOCK_C,), tl.float32)
+    total_b = tl.zeros((BLOCK_C,), tl.float32)
+    start = 0
+    steps = tl.cdiv(examples - example, programs) * tl.cdiv(rows, BLOCK_R)
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        row = start + tl.arange(0, BLOCK_R)
+        part_w, part_b = _tile(
+            X, DY, DTOTAL, DX, MEAN, RSTD, w, example.to(tl.int64) * rows, row, rows, column, width,
+            ADD, RMS, LLAMA, WRITE_DX,
+        )  # fmt: skip
+        if SUM_W:
+            sum_w += tl.sum(part_w, 0)
+        if SUM_B:
+            sum_b += tl.sum(part_b, 0)
+        start += BLOCK_R
+        if start >= rows:
+            norms = NORMS + example.to(tl.int64) * COLUMNS
+            tl.store(norms, tl.sum(sum_w * sum_w, 0))
+            if COLUMNS == 2:
+                tl.store(norms + 1, tl.sum(sum_b * sum_b, 0))
+            total_w += sum_w
+            total_b += sum_b
+            sum_w = tl.zeros((BLOCK_C,), tl.float32)
+            sum_b = tl.zeros((BLOCK_C,), tl.float32)
+            start = 0
+            example += programs
+    line = tl.program_id(0)
+    leave_sums(SCRATCH, line, programs, width, total_w, total_b, column, in_column, SUM_W, SUM_B)
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "chunk_rows"])
+def norm_backward_split(
+    X, W, DY, DTOTAL, DX, MEAN, RSTD, SCRATCH, NORMS, rows, width, chunks, chunk_rows,
+    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
+    HAS_W: tl.constexpr, SUM_W: tl.constexpr, SUM_B: tl.constexpr, WRITE_DX: tl.constexpr,
+    ROW_NORMS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (examples * chunks,): a chunk of an example a program.
 
     With ROW_NORMS there is one example in name, and each of its rows stores norms of its own.
     """
@@ -149,11 +188,7 @@ def norm_backward_split(
     example, chunk = pid // chunks, pid % chunks
     column = tl.arange(0, BLOCK_C)
     in_column = column < width
-    w = tl.full((BLOCK_C,), 1.0, tl.float32)
-    if HAS_W:
-        w = tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)
-        if OFFSET:
-            w += 1.0
+    w = gain(W, column, in_column, HAS_W, OFFSET, BLOCK_C)
     sum_w = tl.zeros((BLOCK_C,), tl.float32)
     sum_b = tl.zeros((BLOCK_C,), tl.float32)
     first = example.to(tl.int64) * rows
@@ -165,45 +200,122 @@ def norm_backward_split(
             X, DY, DTOTAL, DX, MEAN, RSTD, w, first, row, high, column, width,
             ADD, RMS, LLAMA, WRITE_DX,
         )  # fmt: skip
-        sum_w += tl.sum(part_w, 0)
-        if HAS_B:
+        if SUM_W:
+            sum_w += tl.sum(part_w, 0)
+        if SUM_B:
             sum_b += tl.sum(part_b, 0)
         if ROW_NORMS:
             norms = NORMS + (first + row) * COLUMNS
-            if HAS_W:
-                tl.store(norms, tl.sum(part_w * part_w, 1), mask=row < high)
-            if HAS_B:
-                tl.store(norms + 1, tl.sum(part_b * part_b, 1), mask=row < high)
-    out = pid.to(tl.int64) * width + column
-    if HAS_W:
-        tl.store(PW + out, sum_w, mask=in_column)
-    if HAS_B:
-        tl.store(PB + out, sum_b, mask=in_column)
+            square = tl.zeros((BLOCK_R,), tl.float32)
+            if SUM_W:
+                square = tl.sum(part_w * part_w, 1)
+            tl.store(norms, square, mask=row < high)
+            if COLUMNS == 2:
+                square = tl.zeros((BLOCK_R,), tl.float32)
+                if SUM_B:
+                    square = tl.sum(part_b * part_b, 1)
+                tl.store(norms + 1, square, mask=row < high)
+    lines = tl.num_programs(0)
+    leave_sums(SCRATCH, pid, lines, width, sum_w, sum_b, column, in_column, SUM_W, SUM_B)
 
 
 @triton.jit
-def norm_finish(
-    PARTIAL, EACH, SQUARES, examples, chunks, width, first,
-    COLUMNS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+def add_norms(
+    SQUARES, NORMS, low, lines, blocks, SUM_W: tl.constexpr, SUM_B: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (examples * column blocks, kinds): sums over chunks, and their squares.
+    """Lines [low, lines) of NORMS (examples, COLUMNS), from SQUARES of as many lines and a column for each block."""
+    for first in range(low, lines, BLOCK_L):
+        line = (first + tl.arange(0, BLOCK_L)).to(tl.int64)
+        parts = tl.zeros((BLOCK_L, BLOCK_K), tl.float32)
+        given = line < lines
+        if not SUM_W:  # a sum that was not asked for left no squares
+            given = given & (line % COLUMNS == 1)
+        if COLUMNS == 2 and not SUM_B:
+            given = given & (line % COLUMNS == 0)
+        for start in range(0, blocks, BLOCK_K):
+            block = start + tl.arange(0, BLOCK_K)
+            mask = given[:, None] & (block < blocks)[None, :]
+            at = line[:, None] * blocks + block[None, :]
+            # Other programs wrote them: past the first cache.
+            parts += tl.load(SQUARES + at, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(NORMS + line, tl.sum(parts, 1), mask=line < lines)
 
-    PARTIAL is (COLUMNS, examples, chunks, width), EACH (COLUMNS, examples, width) and SQUARES
-    (examples, COLUMNS, column blocks); `first` is the first kind there is: 0 weight, 1 bias.
-    """
-    pid, kind = tl.program_id(0), tl.program_id(1) + first
-    example, block = pid % examples, pid // examples
+
+@triton.jit
+def finish_columns(
+    SCRATCH, DW, DB, NORMS, block, blocks, kind, examples, chunks, width,
+    SUM_W: tl.constexpr, SUM_B: tl.constexpr, STORE_W: tl.constexpr, STORE_B: tl.constexpr,
+    SQUARED: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add a block of columns of one kind's partial rows, 0 weight and 1 bias, of which lines are (examples, chunks)."""
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_column = column < width
-    line = kind.to(tl.int64) * examples + example
-    parts = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    for start in range(0, chunks, BLOCK_S):
-        chunk = start + tl.arange(0, BLOCK_S)
-        mask = (chunk < chunks)[:, None] & in_column[None, :]
-        at = (line * chunks + chunk)[:, None] * width + column[None, :]
-        parts += tl.load(PARTIAL + at, mask=mask, other=0.0).to(tl.float32)
-    each = tl.sum(parts, 0)
-    tl.store(EACH + line * width + column, each, mask=in_column)
-    blocks = tl.cdiv(width, BLOCK_C)
-    square = SQUARES + (example.to(tl.int64) * COLUMNS + kind) * blocks + block
-    tl.store(square, tl.sum(each * each, 0))
+    lines = examples * chunks
+    partial = SCRATCH + HEAD + kind.to(tl.int64) * lines * width
+    squares = SCRATCH + HEAD + tl.full((), COLUMNS, tl.int64) * lines * width
+    total = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
+    for first in range(0, examples, BLOCK_E):
+        example = first + tl.arange(0, BLOCK_E)
+        parts = tl.zeros((BLOCK_E, BLOCK_S, BLOCK_C), tl.float32)
+        for start in range(0, chunks, BLOCK_S * UNROLL):
+            for part in tl.static_range(UNROLL):
+                chunk = start + part * BLOCK_S + tl.arange(0, BLOCK_S)
+                line = (example[:, None] * chunks + chunk[None, :]).to(tl.int64)
+                mask = (example < examples)[:, None] & (chunk < chunks)[None, :]
+                mask = mask[:, :, None] & in_column[None, None, :]
+                at = line[:, :, None] * width + column[None, None, :]
+                parts += tl.load(partial + at, mask=mask, other=0.0)
+        each = tl.sum(parts, 1)
+        if SQUARED:
+            at = (example.to(tl.int64) * COLUMNS + kind) * blocks + block
+            tl.store(squares + at, tl.sum(each * each, 1), mask=example < examples)
+        total += each
+    found = tl.sum(total, 0)
+    if STORE_W:
+        tl.store(
+            DW + column, found.to(DW.dtype.element_ty), mask=column < tl.where(kind == 0, width, 0)
+        )
+    if STORE_B:
+        tl.store(
+            DB + column, found.to(DB.dtype.element_ty), mask=column < tl.where(kind == 1, width, 0)
+        )
+    if SQUARED:
+        # All threads have stored before the program is counted, and none reads before it was.
+        tl.debug_barrier()
+        before = tl.atomic_add(SCRATCH, 1.0, sem="acq_rel")
+        if before == blocks * (SUM_W + SUM_B) - 1.0:
+            tl.debug_barrier()
+            add_norms(
+                squares,
+                NORMS,
+                0,
+                examples * COLUMNS,
+                blocks,
+                SUM_W,
+                SUM_B,
+                COLUMNS,
+                BLOCK_L,
+                BLOCK_K,
+            )
+
+
+@triton.jit(do_not_specialize=["examples", "chunks"])
+def norm_finish(
+    SCRATCH, DW, DB, NORMS, examples, chunks, width,
+    SUM_W: tl.constexpr, SUM_B: tl.constexpr, STORE_W: tl.constexpr, STORE_B: tl.constexpr,
+    SQUARED: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (column blocks, sums): gradients in their final dtypes; with SQUARED the examples' norms.
+
+    The program that is counted last adds the squares of all blocks, always in the same order.
+    """
+    kind = tl.program_id(1)
+    if not SUM_W:
+        kind += 1
+    finish_columns(
+        SCRATCH, DW, DB, NORMS, tl.program_id(0), tl.num_programs(0), kind, examples, chunks, width,
+        SUM_W, SUM_B, STORE_W, STORE_B, SQUARED, COLUMNS, UNROLL, BLOCK_E, BLOCK_S, BLOCK_C, BLOCK_L, BLOCK_K,
+    )  # fmt: skip

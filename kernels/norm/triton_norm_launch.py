@@ -5,22 +5,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from trainc.kernels.library.contracts import absent
-from trainc.kernels.library.grid import resident_programs, supported
+from trainc.kernels.library.grid import cdiv, resident_programs, supported
 from trainc.kernels.library.launch import launch
+from trainc.kernels.library.occupancy import Fit, fitted
 from trainc.kernels.norm import tiles, tuned_tiles
 from trainc.kernels.norm import triton_norm as kernels
 from trainc.kernels.norm import triton_wide_norm as wide_rows
 from trainc.kernels.norm.norm_operator import NormOperator, backward_arguments, empty_total
+from trainc.kernels.norm.partial_sums import Sums
 from trainc.kernels.norm.rows import Folded, fold, statistic_shape
 from trainc.kernels.norm.tiles import Tile
-
-# Sums over chunks are read by many small programs: one per 32 columns, 64 chunks at a time.
-FINISH_COLUMNS = 32
-FINISH_CHUNKS = 64
 
 
 def operator_forward(operator: NormOperator, *arguments: Any) -> tuple[Tensor, ...]:
@@ -48,14 +45,13 @@ def operator_backward(operator: NormOperator, *arguments: Any) -> tuple[Tensor, 
     if not supported(x):
         return operator.eager_backward(*arguments)  # type: ignore[no-any-return]
     statistics, parameters, options, mask, with_norms = backward_arguments(operator.norm, rest)
-    weight, bias = (*parameters, None)[:2]
-    dx, dweight, dbias, norms = backward(
-        dy, x, normalized_shape, statistics[0], statistics[-1], weight, bias is not None, mask[0],
-        "mean" not in operator.norm.statistics, (*options, "none")[0], dtotal=dtotal,
+    count = len(parameters)
+    dx, *gradients, norms = backward(
+        dy, x, normalized_shape, statistics[0], statistics[-1], (*parameters, None)[:2],
+        (*mask, False)[:3], "mean" not in operator.norm.statistics, (*options, "none")[0],
+        with_norms=with_norms, dtotal=dtotal,
     )  # fmt: skip
-    totals = zip((dweight, dbias), parameters, mask[1:], strict=False)
-    gradients = (finished(total, parameter, wanted, x) for total, parameter, wanted in totals)
-    return dx, *gradients, norms if with_norms else absent(statistics[-1])
+    return dx, *gradients[:count], norms
 
 
 def forward(
@@ -82,25 +78,20 @@ def forward(
         x, contiguous(residual, x), x if residual is None or total is None else total,
         contiguous(weight, x), contiguous(bias, x), y, mean, rstd,
     )  # fmt: skip
-    flags = _flags(residual is not None, rms, casting, weight is not None, bias is not None)
+    flags = {
+        "ADD": residual is not None, "RMS": rms, "LLAMA": casting == "llama", "OFFSET": casting == "gemma",
+        "HAS_W": weight is not None, "HAS_B": bias is not None,
+    }  # fmt: skip
     if width > tiles.MAX_WIDTH and tile is None:
         wide_rows.forward(pointers, width, eps, flags)
         return y, mean, rstd
     shape = tile or tuned_tiles.choose("forward", rms, x.dtype, rows, width, x.device)
     launch(
-        kernels.norm_forward, (triton.cdiv(rows, shape.rows),),
+        kernels.norm_forward, (cdiv(rows, shape.rows),),
         *pointers, rows, width, eps, BLOCK_R=shape.rows, BLOCK_C=shape.columns,
         num_warps=shape.warps, **flags,
     )  # fmt: skip
     return y, mean, rstd
-
-
-def _flags(add: bool, rms: bool, casting: str, has_weight: bool, has_bias: bool) -> dict[str, Any]:
-    """What the kernels are compiled for."""
-    return {
-        "ADD": add, "RMS": rms, "LLAMA": casting == "llama", "OFFSET": casting == "gemma",
-        "HAS_W": has_weight, "HAS_B": has_bias,
-    }  # fmt: skip
 
 
 def contiguous(parameter: Tensor | None, stand_in: Tensor) -> Tensor:
@@ -114,100 +105,96 @@ def backward(
     normalized_shape: Sequence[int],
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    has_bias: bool,
-    write_dx: bool,
+    parameters: Sequence[Tensor | None],
+    mask: Sequence[bool],
     rms: bool,
     casting: str = "none",
+    with_norms: bool = True,
     programs: int | None = None,
     dtotal: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (+ dtotal), float32 gradients of weight and bias (width,), norms (examples, columns)."""
+    """dx (+ dtotal), gradients of weight and bias, norms (examples, columns); what is not asked for is empty."""
     x, dy = x.contiguous(), dy.contiguous()
+    sums = Sums(parameters, mask[1:], 1 if rms else 2, with_norms, x)
     folded = fold(x, normalized_shape)
-    columns = 1 if rms else 2
-    flags = _flags(dtotal is not None, rms, casting, weight is not None, has_bias)
-    flags["WRITE_DX"] = write_dx
-    dx = torch.empty_like(x) if write_dx else absent(x)
+    norms = x.new_empty(
+        (folded.examples, sums.columns) if with_norms else (0,), dtype=torch.float32
+    )
+    if not sums.squared:  # any rows may share a program
+        folded = Folded(1, folded.examples * folded.rows, folded.width)
+    dx = torch.empty_like(x) if mask[0] else absent(x)
+    weight = parameters[0]
     inputs = (x, contiguous(weight, x), dy, contiguous(dtotal, dy), dx, mean, rstd)
+    flags = {
+        "ADD": dtotal is not None, "RMS": rms, "LLAMA": casting == "llama",
+        "OFFSET": casting == "gemma", "HAS_W": weight is not None, "WRITE_DX": mask[0],
+    }  # fmt: skip
     if folded.width > tiles.HELD and tile is None:
-        partials, chunks = wide_rows.backward(inputs, folded, columns, flags, programs)
-        return dx, *finish(partials, folded, chunks, flags)
-    lines = folded.examples if folded.rows == 1 else folded.rows
-    tile = tile or tuned_tiles.choose("backward", rms, x.dtype, lines, folded.width, x.device)
-    return dx, *_sums(inputs, folded, columns, flags, tile, programs)
+        wide_rows.backward(inputs, folded, sums, norms, flags, programs)
+    else:
+        lines = folded.examples if folded.rows == 1 else folded.rows
+        tile = tile or tuned_tiles.choose("backward", rms, x.dtype, lines, folded.width, x.device)
+        _held(inputs, folded, sums, norms, flags, tile, programs)
+    return dx, sums.gradients[0], sums.gradients[1], norms
 
 
-def _sums(
+def _held(
     inputs: tuple[Tensor, ...],
     folded: Folded,
-    columns: int,
+    sums: Sums,
+    norms: Tensor,
     flags: dict[str, Any],
     tile: Tile,
     programs: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx; return gradients of weight and bias (width,) and norms, by the regime that costs least."""
-    x, rstd = inputs[0], inputs[-1]
+) -> None:
+    """Write everything, by the regime that costs least."""
+    x = inputs[0]
     examples, rows, width = folded.shape
-    slots = resident_programs(x.device, tile.resident) if programs is None else programs
-    # Two more sums of the widest rows would not fit the registers.
-    few = tiles.FEW_ROWS if tile.columns < tiles.HELD else 0
-    config = tiles.launch_config(examples, rows, tile.rows, slots, few)
-    options = flags | {
-        "COLUMNS": columns, "STAGES": tile.stages, "BLOCK_R": tile.rows, "BLOCK_C": tile.columns,
+    options = flags | sums.flags | {
+        "COLUMNS": sums.columns, "STAGES": tile.stages, "BLOCK_R": tile.rows, "BLOCK_C": tile.columns,
         "num_warps": tile.warps,
     }  # fmt: skip
-    partials = x.new_empty((columns, config.programs, width), dtype=torch.float32)
-    pointers = (*inputs, partials[0], partials[-1])
-    if config.regime == "split":
-        # Without ROW_NORMS nothing is stored through NORMS.
+    by_rows = {"ROW_NORMS": sums.squared and rows == 1}
+
+    def slots(kernel: Any, numbers: tuple[int, ...], more: dict[str, bool]) -> tuple[int, Fit]:
+        """Programs of a kernel that run at once."""
+        if programs is not None:
+            return programs, Fit()
+        if tile.resident:
+            return resident_programs(x.device, tile.resident), Fit()
+        # Norms stand in for the scratch memory, which is float32 as well.
+        found = fitted(kernel, (*inputs, norms, norms, *numbers), options | more)
+        return resident_programs(x.device, found.programs), found
+
+    split, fit = slots(kernels.norm_backward_split, (16, width, 16, 16), by_rows)
+    whole, whole_fit = 0, Fit()
+    # Two more sums of the widest rows would not fit the registers.
+    if sums.squared and 1 < rows < tiles.FEW_ROWS and tile.columns < tiles.HELD:
+        whole, whole_fit = slots(kernels.norm_backward_whole, (16, 16, width), {})
+    config = tiles.launch_config(examples, rows, tile.rows, split, whole)
+    squared = sums.squared and config.regime == "split"
+    lines = (examples, config.chunks) if squared else (1, config.programs)
+    blocks, step = sums.step(*lines, width, squared, x.device) if sums.count else (0, {})
+    scratch = sums.scratch(config.programs, examples * blocks if squared else 0, width, x)
+    pointers, grid = (*inputs, scratch, norms), (config.programs,)
+    if config.regime == "whole":
         launch(
-            kernels.norm_backward_split, (config.programs,),
-            *pointers, rstd, rows, width, config.chunks, triton.cdiv(rows, config.chunks),
-            ROW_NORMS=False, **options,
-        )  # fmt: skip
-        return finish(partials, folded, config.chunks, flags)
-    norms = x.new_zeros((examples, columns), dtype=torch.float32)
-    if config.regime == "rows":
-        launch(
-            kernels.norm_backward_split, (config.programs,),
-            *pointers, norms, examples, width, config.programs,
-            triton.cdiv(examples, config.programs), ROW_NORMS=True, **options,
+            kernels.norm_backward_whole, grid, *pointers, examples, rows, width,
+            **options, **whole_fit.options,
         )  # fmt: skip
     else:
+        # One row an example: one example in name.
+        length, chunks = (examples, config.programs) if rows == 1 else (rows, config.chunks)
         launch(
-            kernels.norm_backward_whole, (config.programs,),
-            *pointers, norms, examples, rows, width, config.programs, **options,
+            kernels.norm_backward_split, grid, *pointers, length, width, chunks, cdiv(length, chunks),
+            **options, **by_rows, **fit.options,
         )  # fmt: skip
-    totals = partials.sum(1)
-    return totals[0], totals[-1], norms
-
-
-def finish(
-    partials: Tensor, folded: Folded, chunks: int, flags: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight and bias gradients (width,) and norms (examples, columns) of partial rows.
-
-    `partials` is (columns, examples * chunks, width) in float32.
-    """
-    columns, examples, width = partials.shape[0], folded.examples, folded.width
-    blocks = triton.cdiv(width, FINISH_COLUMNS)
-    present = [column for column, has in enumerate((flags["HAS_W"], flags["HAS_B"])) if has]
-    each = partials.new_empty((columns, examples, width))
-    squares = partials.new_zeros((examples, columns, blocks))
-    if present:
+    if not sums.count:
+        if norms.numel():
+            norms.zero_()
+    else:
         launch(
-            kernels.norm_finish, (examples * blocks, len(present)),
-            partials, each, squares, examples, chunks, width, present[0], COLUMNS=columns,
-            BLOCK_S=min(FINISH_CHUNKS, triton.next_power_of_2(chunks)), BLOCK_C=FINISH_COLUMNS,
+            kernels.norm_finish, (blocks, sums.count),
+            scratch, *sums.gradients, norms, *lines, width, **step,
         )  # fmt: skip
-    totals = each[:, 0] if examples == 1 else each.sum(1)
-    return totals[0], totals[-1], squares.sum(2)
-
-
-def finished(total: Tensor, parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
-    """A gradient in its parameter's dtype and shape, or an empty tensor if it is not requested."""
-    if parameter is None or not wanted:
-        return absent(x)
-    return total.to(parameter.dtype).view(parameter.shape)

@@ -1,10 +1,10 @@
 """The Triton norm kernels for rows too wide for a program's registers.
 
 Forward walks over a row twice: once for its statistics, once to write y; the second reading finds
-most of the row in cache. Backward is two kernels instead of one: the first reduces each row to the
-two means its dx needs, the second walks down a block of columns, writing dx and adding up the
-weight's and the bias's sums. The inputs are read twice, as ATen reads them at every width: 10 bytes
-an element in 16 bits instead of 6.
+most of the row in cache. Backward is two launches, as for narrower rows. The first goes by blocks of columns, and
+leaves partial rows of the weight's and the bias's sums, and of every row what its block adds to the two means that
+dx needs. The second has programs that finish the sums and programs that write dx. The inputs are read twice, as ATen
+reads them at every width: 10 bytes an element in 16 bits instead of 6.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -15,14 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainc.kernels.library.grid import power_of_2, resident_programs
+from trainc.kernels.library.grid import cdiv, power_of_2, resident_programs
 from trainc.kernels.library.launch import launch
+from trainc.kernels.library.occupancy import fitted
 from trainc.kernels.norm import tiles
+from trainc.kernels.norm.partial_sums import Sums
 from trainc.kernels.norm.rows import Folded
+from trainc.kernels.norm.triton_norm import HEAD, add_norms, finish_columns, gain, leave_sums
 
 ROW_COLUMNS, ROW_WARPS = 4096, 8
-# 32 elements a thread; nothing is reduced across threads, so programs need no barrier.
-TILE = tiles.Tile(rows=4, columns=1024, warps=4, stages=2, resident=4)
+# 32 elements a thread.
+TILE = tiles.Tile(rows=4, columns=1024, warps=4, stages=2)
+# Programs of a row that write dx, at most: each adds up the row's means again.
+ROW_PROGRAMS = 128
 
 
 @triton.jit
@@ -87,56 +92,28 @@ def wide_forward(
         tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def wide_rows(
-    X, W, DY, MEAN, RSTD, ALONG, LEVEL, width,
-    RMS: tl.constexpr, OFFSET: tl.constexpr, HAS_W: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "chunks", "chunk_rows"])
+def wide_sums(
+    X, W, DY, MEAN, RSTD, MEANS, SCRATCH, rows, width, chunks, chunk_rows,
+    RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr, HAS_W: tl.constexpr,
+    SUM_W: tl.constexpr, SUM_B: tl.constexpr, WRITE_DX: tl.constexpr, ROW_NORMS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows,): means over the row of dy * weight * unit and of dy * weight."""
-    row = tl.program_id(0).to(tl.int64)
-    rstd = tl.load(RSTD + row).to(tl.float32)
-    mean = tl.full((), 0.0, tl.float32)
-    if not RMS:
-        mean = tl.load(MEAN + row).to(tl.float32)
-    along = tl.zeros((BLOCK_C,), tl.float32)
-    level = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, width, BLOCK_C):
-        column = start + tl.arange(0, BLOCK_C)
-        mask = column < width
-        x = tl.load(X + row * width + column, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(DY + row * width + column, mask=mask, other=0.0).to(tl.float32)
-        if HAS_W:
-            w = tl.load(W + column, mask=mask, other=0.0).to(tl.float32)
-            if OFFSET:
-                w += 1.0
-            g = g * w
-        along += g * ((x - mean) * rstd)
-        level += g
-    tl.store(ALONG + row, tl.sum(along, 0) / width)
-    if not RMS:
-        tl.store(LEVEL + row, tl.sum(level, 0) / width)
+    """Grid (examples * chunks * column blocks,): partial rows, and MEANS (all rows, 2, blocks).
 
-
-@triton.jit
-def wide_columns(
-    X, W, DY, DTOTAL, DX, MEAN, RSTD, ALONG, LEVEL, PW, PB, rows, width, chunks, chunk_rows,
-    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
-    HAS_W: tl.constexpr, HAS_B: tl.constexpr, WRITE_DX: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Grid (examples * chunks * column blocks,): dx, and partials (examples, chunks, width)."""
-    parts = tl.num_programs(0) // tl.cdiv(width, BLOCK_C)
-    pid, block = tl.program_id(0) % parts, tl.program_id(0) // parts
+    MEANS are sums along a block of dy * weight * unit and of dy * weight. With ROW_NORMS there is one example in name,
+    and every row leaves the squares (rows, COLUMNS, blocks) of its block behind the partial rows.
+    """
+    blocks = tl.cdiv(width, BLOCK_C)
+    lines = tl.num_programs(0) // blocks
+    pid, block = tl.program_id(0) % lines, tl.program_id(0) // lines
     example, chunk = pid // chunks, pid % chunks
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_column = column < width
-    w = tl.full((BLOCK_C,), 1.0, tl.float32)
-    if HAS_W:
-        w = tl.load(W + column, mask=in_column, other=0.0).to(tl.float32)
-        if OFFSET:
-            w += 1.0
+    w = gain(W, column, in_column, HAS_W, OFFSET, BLOCK_C)
     sum_w = tl.zeros((BLOCK_C,), tl.float32)
     sum_b = tl.zeros((BLOCK_C,), tl.float32)
+    squares = SCRATCH + HEAD + tl.full((), COLUMNS, tl.int64) * lines * width
     low = chunk * chunk_rows
     high = tl.minimum(low + chunk_rows, rows)
     for start in tl.range(low, high, BLOCK_R, num_stages=STAGES):
@@ -152,23 +129,97 @@ def wide_columns(
             unit -= tl.load(MEAN + absolute, mask=in_row, other=0.0).to(tl.float32)[:, None]
         unit *= rstd[:, None]
         if WRITE_DX:
-            dx = dy * w[None, :] - unit * tl.load(ALONG + absolute, mask=in_row, other=0.0)[:, None]
+            g = dy * w[None, :]
+            means = MEANS + absolute * 2 * blocks + block
+            tl.store(means, tl.sum(g * unit, 1), mask=in_row)
             if not RMS:
-                dx -= tl.load(LEVEL + absolute, mask=in_row, other=0.0)[:, None]
-            dx *= rstd[:, None]
-            if ADD:
-                dx += tl.load(DTOTAL + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=mask)
+                tl.store(means + blocks, tl.sum(g, 1), mask=in_row)
         if LLAMA:
             unit = unit.to(X.dtype.element_ty).to(tl.float32)
-        sum_w += tl.sum(dy * unit, 0)
-        if HAS_B:
+        part = dy * unit
+        if SUM_W:
+            sum_w += tl.sum(part, 0)
+        if SUM_B:
             sum_b += tl.sum(dy, 0)
-    out = pid.to(tl.int64) * width + column
-    if HAS_W:
-        tl.store(PW + out, sum_w, mask=in_column)
-    if HAS_B:
-        tl.store(PB + out, sum_b, mask=in_column)
+        if ROW_NORMS:
+            square = squares + absolute * COLUMNS * blocks + block
+            if SUM_W:
+                tl.store(square, tl.sum(part * part, 1), mask=in_row)
+            if SUM_B:
+                tl.store(square + blocks, tl.sum(dy * dy, 1), mask=in_row)
+    leave_sums(SCRATCH, pid, lines, width, sum_w, sum_b, column, in_column, SUM_W, SUM_B)
+
+
+@triton.jit
+def _row_gradient(
+    X, W, DY, DTOTAL, DX, MEAN, RSTD, MEANS, row, low, width, span, blocks,
+    ADD: tl.constexpr, RMS: tl.constexpr, OFFSET: tl.constexpr, HAS_W: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """Write dx of a row's columns from `low` on, `span` of them."""
+    along = tl.zeros((BLOCK_X,), tl.float32)
+    level = tl.zeros((BLOCK_X,), tl.float32)
+    means = MEANS + row * 2 * blocks
+    for start in range(0, blocks, BLOCK_X):
+        block = start + tl.arange(0, BLOCK_X)
+        along += tl.load(means + block, mask=block < blocks, other=0.0)
+        if not RMS:
+            level += tl.load(means + blocks + block, mask=block < blocks, other=0.0)
+    rstd = tl.load(RSTD + row).to(tl.float32)
+    mean = tl.full((), 0.0, tl.float32)
+    if not RMS:
+        mean = tl.load(MEAN + row).to(tl.float32)
+    along_row, level_row = tl.sum(along, 0) / width, tl.sum(level, 0) / width
+    for start in range(low, tl.minimum(low + span, width), BLOCK_X):
+        column = start + tl.arange(0, BLOCK_X)
+        mask = column < width
+        at = row * width + column
+        unit = (tl.load(X + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        g = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
+        g *= gain(W, column, mask, HAS_W, OFFSET, BLOCK_X)
+        dx = (g - unit * along_row - level_row) * rstd
+        if ADD:
+            dx += tl.load(DTOTAL + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["normed", "examples", "chunks", "finishing", "norming", "blocks"])
+def wide_finish(
+    X, W, DY, DTOTAL, DX, MEAN, RSTD, MEANS, SCRATCH, DW, DB, NORMS,
+    normed, examples, chunks, width, blocks, finishing, norming, span,
+    ADD: tl.constexpr, RMS: tl.constexpr, OFFSET: tl.constexpr, HAS_W: tl.constexpr,
+    SUM_W: tl.constexpr, SUM_B: tl.constexpr, STORE_W: tl.constexpr, STORE_B: tl.constexpr,
+    WRITE_DX: tl.constexpr, SQUARED: tl.constexpr, COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """Grid (finishing + norming + rows * spans,): programs that add sums, those that add norms, those that write dx.
+
+    The sums are of (examples, chunks) lines, as in `norm_finish`. The `normed` norms are of rows, which have `blocks`
+    squares each of every sum; they are zero where there is no sum.
+    """
+    pid = tl.program_id(0)
+    if pid < finishing:
+        if SUM_W or SUM_B:
+            across = finishing // (SUM_W + SUM_B)
+            kind = pid // across
+            if not SUM_W:
+                kind += 1
+            finish_columns(
+                SCRATCH, DW, DB, NORMS, pid % across, across, kind, examples, chunks, width,
+                SUM_W, SUM_B, STORE_W, STORE_B, SQUARED, COLUMNS, UNROLL, BLOCK_E, BLOCK_S, BLOCK_C, BLOCK_L, BLOCK_K,
+            )  # fmt: skip
+    elif pid < finishing + norming:
+        squares = SCRATCH + HEAD + tl.full((), COLUMNS, tl.int64) * chunks * width
+        first = (pid - finishing) * BLOCK_L
+        last = tl.minimum(first + BLOCK_L, normed)
+        add_norms(squares, NORMS, first, last, blocks, SUM_W, SUM_B, COLUMNS, BLOCK_L, BLOCK_K)
+    elif WRITE_DX:
+        rest = pid - finishing - norming
+        spans = tl.cdiv(width, span)
+        _row_gradient(
+            X, W, DY, DTOTAL, DX, MEAN, RSTD, MEANS, (rest // spans).to(tl.int64), rest % spans * span, width,
+            span, blocks, ADD, RMS, OFFSET, HAS_W, BLOCK_X,
+        )  # fmt: skip
 
 
 def forward(pointers: tuple[Tensor, ...], width: int, eps: float, flags: dict[str, Any]) -> None:
@@ -183,32 +234,51 @@ def forward(pointers: tuple[Tensor, ...], width: int, eps: float, flags: dict[st
 def backward(
     inputs: tuple[Tensor, ...],
     folded: Folded,
-    columns: int,
+    sums: Sums,
+    norms: Tensor,
     flags: dict[str, Any],
     programs: int | None,
-) -> tuple[Tensor, int]:
-    """Write dx; return partial rows (columns, examples * chunks, width) and chunks an example."""
-    x, weight, dy, _, _, mean, rstd = inputs
+) -> None:
+    """Write dx, the sums' gradients and norms."""
+    x, weight, dy, dtotal, dx, mean, rstd = inputs
     examples, rows, width = folded.shape
-    along, level = torch.empty_like(rstd), torch.empty_like(rstd)
-    if flags["WRITE_DX"]:
-        launch(
-            wide_rows, (examples * rows,),
-            x, weight, dy, mean, rstd, along, level, width,
-            RMS=flags["RMS"], OFFSET=flags["OFFSET"], HAS_W=flags["HAS_W"],
-            BLOCK_C=ROW_COLUMNS, num_warps=ROW_WARPS,
-        )  # fmt: skip
-    blocks = triton.cdiv(width, TILE.columns)
-    slots = resident_programs(x.device, TILE.resident) if programs is None else programs
-    block = min(TILE.rows, power_of_2(rows))
-    chunks = min(triton.cdiv(rows, block), max(1, slots // (examples * blocks)))
-    chunk_rows = triton.cdiv(rows, chunks)
-    chunks = triton.cdiv(rows, chunk_rows)
-    partials = x.new_empty((columns, examples * chunks, width), dtype=torch.float32)
+    by_rows = sums.squared and rows == 1
+    if by_rows:  # one example in name
+        examples, rows = 1, examples
+    add = {"ADD": flags["ADD"]}
+    shared = {name: flags[name] for name in ("RMS", "OFFSET", "HAS_W", "WRITE_DX")}
+    shared |= {"COLUMNS": sums.columns, **sums.flags}
+    blocks, block = cdiv(width, TILE.columns), min(TILE.rows, power_of_2(rows))
+    options = shared | {
+        "LLAMA": flags["LLAMA"], "ROW_NORMS": by_rows, "STAGES": TILE.stages, "BLOCK_R": block, "BLOCK_C": TILE.columns,
+        "num_warps": TILE.warps,
+    }  # fmt: skip
+    means = torch.empty((examples * rows, 2, blocks), dtype=torch.float32, device=x.device)
+    read = (x, weight, dy, mean, rstd, means)
+    fit = fitted(wide_sums, (*read, means, 16, width, 16, 16), options)
+    slots = resident_programs(x.device, fit.programs) if programs is None else programs
+    chunks = min(cdiv(rows, block), max(1, slots // (examples * blocks)))
+    chunk_rows = cdiv(rows, chunks)
+    chunks = cdiv(rows, chunk_rows)
+    squared = sums.squared and not by_rows
+    lines = (examples, chunks) if squared else (1, examples * chunks)
+    across, step = sums.step(*lines, width, squared, x.device)
+    squares = rows * blocks if by_rows else examples * across if squared else 0
+    scratch = sums.scratch(examples * chunks, squares, width, x)
     launch(
-        wide_columns, (examples * chunks * blocks,),
-        *inputs, along, level, partials[0], partials[-1], rows, width, chunks, chunk_rows,
-        STAGES=TILE.stages, BLOCK_R=block, BLOCK_C=TILE.columns,
-        num_warps=TILE.warps, **flags,
+        wide_sums, (examples * chunks * blocks,), *read, scratch, rows, width, chunks, chunk_rows,
+        **options, **fit.options,
     )  # fmt: skip
-    return partials, chunks
+    normed = 0 if squared else norms.numel()
+    if normed:
+        step["BLOCK_K"] = min(power_of_2(blocks), tiles.FINISH_ELEMENTS // 2)
+        step["BLOCK_L"] = tiles.FINISH_ELEMENTS // 2 // step["BLOCK_K"]
+    finishing, norming = across * sums.count, cdiv(normed, step["BLOCK_L"])
+    span = ROW_COLUMNS * cdiv(cdiv(width, ROW_COLUMNS), ROW_PROGRAMS)
+    writing = examples * rows * cdiv(width, span) if flags["WRITE_DX"] else 0
+    launch(
+        wide_finish, (finishing + norming + writing,),
+        x, weight, dy, dtotal, dx, mean, rstd, means, scratch, *sums.gradients, norms,
+        normed, *lines, width, blocks, finishing, norming, span, BLOCK_X=ROW_COLUMNS,
+        **(shared | add | step | {"num_warps": ROW_WARPS}),
+    )  # fmt: skip

@@ -40,9 +40,9 @@ class Measured:
     before: float
 
 
-def candidates(direction: Direction, dtype: torch.dtype, columns: int) -> list[Tile]:
+def candidates(direction: Direction, columns: int) -> list[Tile]:
     """The table's tile, then those to compare with it."""
-    first = table.default(direction, dtype, columns)
+    first = table.default(direction, columns)
     found = [first]
     for each in THREAD_ELEMENTS:
         for warps in (4, 8, 16):
@@ -73,8 +73,9 @@ def runner(
             :: 2 if rms else 1
         ]
     _, mean, rstd = kernels.forward(x, tail, weight, shift, 1e-5, dtype, rms)
+    given, mask = (weight, shift), [True, True, not rms]
     return lambda tile: kernels.backward(
-        dy, x, tail, rstd if rms else mean, rstd, weight, not rms, True, rms, tile=tile
+        dy, x, tail, rstd if rms else mean, rstd, given, mask, rms, tile=tile
     )
 
 
@@ -92,7 +93,7 @@ def tune(
                 for rms in (False, True):
                     run = runner(direction, rms, dtype, columns, device, elements)
                     key = tuned_tiles.key(direction, rms, dtype, columns)
-                    yield _best(key, run, candidates(direction, dtype, columns), timer)
+                    yield _best(key, run, candidates(direction, columns), timer)
 
 
 def _best(

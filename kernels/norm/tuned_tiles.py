@@ -21,7 +21,7 @@ def choose(
     """The tile for rows of this width, tuned where `trainc tune` ran on the device."""
     columns = power_of_2(width)
     found = tuned(device).get(key(direction, rms, dtype, columns))
-    tile = found or default(direction, dtype, columns)
+    tile = found or default(direction, columns)
     fewer = min(tile.rows, power_of_2(max(rows, 1)))
     return Tile(fewer, columns, tile.warps, tile.stages, tile.resident)
 

@@ -54,7 +54,9 @@ def norm(*shape: int, tail: int) -> Any:
 
     def run() -> None:
         launch.forward(x, normalized, weight, weight, 1e-5, x.dtype, rms=False)
-        launch.backward(x, x, normalized, statistics, statistics, weight, True, True, rms=False)
+        launch.backward(
+            x, x, normalized, statistics, statistics, (weight, weight), [True] * 3, rms=False
+        )
 
     return run
 

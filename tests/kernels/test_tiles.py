@@ -25,7 +25,7 @@ SIZES = st.integers(1, 5000)
 
 @given(examples=SIZES, rows=SIZES, block=st.sampled_from([1, 2, 4, 16]), slots=st.integers(1, 600))
 def test_chunks_cover_every_row_once(examples: int, rows: int, block: int, slots: int) -> None:
-    config = tiles.launch_config(examples, rows, block, slots)
+    config = tiles.launch_config(examples, rows, block, slots, slots)
     if config.regime == "rows":
         assert rows == 1
         assert config.programs <= slots
@@ -54,9 +54,19 @@ def test_work_is_even_over_the_programs_that_run_at_once(
 def test_regimes() -> None:
     assert tiles.launch_config(8, 2048, 4, 396).regime == "split"
     assert tiles.launch_config(4096, 1, 4, 396) == tiles.LaunchConfig("rows", 396, 1)
-    assert tiles.launch_config(4096, 8, 4, 396).regime == "whole"
-    assert tiles.launch_config(4096, 8, 4, 396, few=0).regime == "split"
-    assert tiles.launch_config(64, 8, 4, 396).regime == "split"
+    assert tiles.launch_config(64, 8, 4, 396, 264).regime == "split"
+    assert tiles.launch_config(4096, 8, 4, 396).regime == "split"
+    assert tiles.launch_config(4096, 16, 4, 396, 264).regime == "split"
+
+
+@pytest.mark.parametrize(
+    ("examples", "programs"), [(264, 264), (265, 133), (528, 264), (4096, 256), (1_000_000, 264)]
+)
+def test_whole_examples_are_shared_out_evenly(examples: int, programs: int) -> None:
+    """In one wave, from as many examples as there are programs of that form at once."""
+    config = tiles.launch_config(examples, 8, 4, 396, 264)
+    assert config == tiles.LaunchConfig("whole", programs, 1)
+    assert cdiv(examples, programs) == cdiv(examples, 264)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -79,7 +89,7 @@ def test_tuned_tiles_replace_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     assert path == tmp_path / "launch.json"
     device = torch.device("cuda")
     assert tuned_tiles.choose("backward", True, torch.bfloat16, 99, 1000, device) == tile
-    table = tiles.default("backward", torch.bfloat16, 1024)
+    table = tiles.default("backward", 1024)
     assert tuned_tiles.choose("backward", False, torch.bfloat16, 99, 1000, device) == table
     assert tuned_tiles.choose("backward", True, torch.bfloat16, 99, 1000, CPU) == table
 
@@ -106,11 +116,13 @@ def both(shape: tuple[int, ...], rms: bool, **options: Any) -> tuple[Any, Any]:
     x, dy, weight, bias = (torch.randn(s) for s in (shape, shape, width, width))
     if rms:
         _, rstd = rms_norm.eager_forward(x, [width], weight, None, 1e-5, "none")
-        got = launcher.backward(dy, x, [width], rstd, rstd, weight, False, True, True, **options)
+        mask = [True, True, False]
+        got = launcher.backward(dy, x, [width], rstd, rstd, (weight, None), mask, True, **options)
         want = rms_norm.eager_backward(dy, x, [width], rstd, weight, "none", [True, True], True)
         return (got[0], got[1], got[3]), want
     _, mean, rstd = torch.native_layer_norm(x, [width], weight, bias, 1e-5)
-    got = launcher.backward(dy, x, [width], mean, rstd, weight, True, True, False, **options)
+    given, mask = (weight, bias), [True] * 3
+    got = launcher.backward(dy, x, [width], mean, rstd, given, mask, False, **options)
     return got, layer_norm.eager_backward(dy, x, [width], mean, rstd, weight, bias, [True] * 3)
 
 

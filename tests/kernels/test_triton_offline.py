@@ -6,13 +6,14 @@ This catches type errors the interpreter accepts, register spills and scalar loa
 import re
 import subprocess
 import tempfile
+from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from trainc.kernels.library import occupancy
 from trainc.kernels.library.launch import PINNED
 from trainc.kernels.norm import tiles
 
@@ -32,6 +33,8 @@ def triton_version() -> tuple[int, ...]:
 # The launch table is made for this version of Triton; others that are supported may spill a few bytes a thread.
 TUNED = triton_version() == (3, 9)
 SPILLS = 0 if TUNED else 32
+# Programs of the backward pass that an H100's processor holds, by columns.
+RESIDENT = {1024: 3, 2048: 4, 4096: 2, 8192: 1}
 HALF, FULL, INDEX = "*bf16", "*fp32", "*i64"
 
 
@@ -44,13 +47,17 @@ def spec(module: str, function: str, arguments: str, **options: Any) -> Any:
 
 NORM = f"MEAN:{FULL} RSTD:{FULL} "
 FORWARD = f"X:{HALF} RESIDUAL:{HALF} TOTAL:{HALF} W:{HALF} B:{HALF} Y:{HALF} {NORM} rows:i32 width:i32 eps:fp32"
-BACKWARD = f"X:{HALF} W:{HALF} DY:{HALF} DTOTAL:{HALF} DX:{HALF} {NORM} PW:{FULL} PB:{FULL}"
-WHOLE = f"{BACKWARD} NORMS:{FULL} examples:i32 rows:i32 width:i32 programs:i32"
-SPLIT = f"{BACKWARD} NORMS:{FULL} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
-FINISH = f"PARTIAL:{FULL} EACH:{FULL} SQUARES:{FULL} examples:i32 chunks:i32 width:i32 first:i32"
+BACKWARD = (
+    f"X:{HALF} W:{HALF} DY:{HALF} DTOTAL:{HALF} DX:{HALF} {NORM} SCRATCH:{FULL} NORMS:{FULL} "
+)
+WHOLE = f"{BACKWARD} examples:i32 rows:i32 width:i32"
+SPLIT = f"{BACKWARD} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
+FINISH = f"SCRATCH:{FULL} DW:{HALF} DB:{HALF} NORMS:{FULL} examples:i32 chunks:i32 width:i32"
 WIDE_FORWARD = FORWARD.replace("rows:i32 ", "")
-WIDE_ROWS = f"X:{HALF} W:{HALF} DY:{HALF} {NORM} ALONG:{FULL} LEVEL:{FULL} width:i32"
-WIDE_COLUMNS = f"{BACKWARD} ALONG:{FULL} LEVEL:{FULL} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
+WIDE_SUMS = f"X:{HALF} W:{HALF} DY:{HALF} {NORM} MEANS:{FULL} SCRATCH:{FULL} "
+WIDE_SUMS += "rows:i32 width:i32 chunks:i32 chunk_rows:i32"
+WIDE_FINISH = f"X:{HALF} W:{HALF} DY:{HALF} DTOTAL:{HALF} DX:{HALF} {NORM} MEANS:{FULL} {FINISH} "
+WIDE_FINISH += "normed:i32 blocks:i32 finishing:i32 norming:i32 span:i32"
 NOISE = f"H0:{HALF} X:{HALF} Y:{HALF} SIGMA:{FULL} KEY:{INDEX} FIRST:{INDEX} site:i32 "
 NOISE += "examples:i32 tokens:i32 channels:i32 program_tokens:i32"
 ENTRIES = f"Y:{FULL} KEY:{INDEX} site:i32 columns:i32"
@@ -70,16 +77,33 @@ KINDS: list[dict[str, Any]] = [
 
 def tile(direction: tiles.Direction, columns: int) -> dict[str, Any]:
     """A tile of the launch table as options."""
-    found = tiles.default(direction, torch.bfloat16, columns)
+    found = tiles.default(direction, columns)
     options: dict[str, Any] = {"BLOCK_R": found.rows, "BLOCK_C": columns, "warps": found.warps}
     return options if direction == "forward" else {**options, "STAGES": found.stages}
 
 
+def summed(norm: dict[str, Any]) -> dict[str, Any]:
+    """The sums of a norm's backward."""
+    return {"SUM_W": True, "SUM_B": not norm["RMS"], "COLUMNS": 2 - norm["RMS"]}
+
+
+def finish(norm: dict[str, Any], examples: int, chunks: int, width: int) -> dict[str, Any]:
+    """The options of the launch that finishes a norm's sums."""
+    step = tiles.finish(examples, chunks, width, summed(norm)["COLUMNS"], True, 132)
+    names = ("UNROLL", "BLOCK_E", "BLOCK_S", "BLOCK_C", "BLOCK_L", "BLOCK_K")
+    options = dict(zip(names, astuple(step), strict=True)) | {"SQUARED": True, **summed(norm)}
+    return options | {"STORE_W": True, "STORE_B": not norm["RMS"], "warps": step.warps}
+
+
+def without(norm: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A kind of norm without some of its options."""
+    return {name: value for name, value in norm.items() if name not in names}
+
+
 def backward(name: str, arguments: str, norm: dict[str, Any], columns: int, **more: Any) -> Any:
     """One compilation of a norm's backward."""
-    sums = 1 if norm["RMS"] else 2
     return spec(
-        "norm.triton_norm", name, arguments, **norm, WRITE_DX=True, COLUMNS=sums, **more,
+        "norm.triton_norm", name, arguments, **without(norm, "HAS_B"), **summed(norm), WRITE_DX=True, **more,
         **tile("backward", columns),
     )  # fmt: skip
 
@@ -97,11 +121,15 @@ SPECS = [
     *(backward("norm_backward_split", SPLIT, KINDS[0], c, ROW_NORMS=False) for c in (2048, 8192)),
     *(backward("norm_backward_split", SPLIT, KINDS[0], c, ROW_NORMS=True) for c in (1024, 8192)),
     *(backward("norm_backward_whole", WHOLE, k, c) for k in KINDS for c in (1024, 4096)),
-    spec("norm.triton_norm", "norm_finish", FINISH, COLUMNS=2, BLOCK_S=64, BLOCK_C=32),
+    *(
+        spec("norm.triton_norm", "norm_finish", FINISH, **finish(k, *lines))
+        for k in KINDS[1:3]
+        for lines in ((1, 264, 4096), (8, 49, 768), (64, 4, 4096), (256, 1, 4096))
+    ),
     *(
         spec(
-            "norm.triton_wide_norm", "wide_rows", WIDE_ROWS, RMS=k["RMS"], OFFSET=k["OFFSET"], HAS_W=True,
-            BLOCK_C=4096, warps=8,
+            "norm.triton_wide_norm", "wide_finish", WIDE_FINISH, WRITE_DX=True, BLOCK_X=4096,
+            **without(k, "HAS_B", "LLAMA"), **finish(k, 8, 4, 16384) | {"warps": 8},
         )
         for k in KINDS[1:3]
     ),
@@ -111,10 +139,11 @@ SPECS = [
     ),
     *(
         spec(
-            "norm.triton_wide_norm", "wide_columns", WIDE_COLUMNS, **k, WRITE_DX=True, STAGES=2,
-            BLOCK_R=4, BLOCK_C=1024,
+            "norm.triton_wide_norm", "wide_sums", WIDE_SUMS, **without(k, "HAS_B", "ADD"), **summed(k),
+            WRITE_DX=True, ROW_NORMS=by_rows, STAGES=2, BLOCK_R=4, BLOCK_C=1024,
         )
         for k in KINDS[1:3]
+        for by_rows in (False, True)
     ),
     *(
         spec(
@@ -155,7 +184,7 @@ def compiled(
     assert set(names) == set(signature)
     divisible = [
         name for name, kind in signature.items()
-        if kind.startswith("*") or name in ("width", "channels", "classes", "count")
+        if kind.startswith("*") or name in ("width", "channels", "classes", "count", "span")
     ]  # fmt: skip
     source = ASTSource(
         fn=function,
@@ -198,12 +227,14 @@ def test_compiles_without_spills_and_with_vector_access(
     import importlib
 
     function = getattr(importlib.import_module(f"trainc.kernels.{module}"), name)
-    ptx = compiled(function, arguments, options, warps).asm["ptx"]
+    kernel = compiled(function, arguments, options, warps)
+    ptx = kernel.asm["ptx"]
     spilled, registers = assembled(ptx)
     assert spilled <= SPILLS
     if name != "entries":  # it reads nothing but the key
         assert re.search(r"ld\.global\.\S*v4|cp\.async\.cg.*, 0x10", ptx), "no 128-bit load"
     if name == "norm_backward_split" and TUNED:
-        # What the launch table says fits a processor does: registers come in eights a thread.
-        resident = tiles.default("backward", torch.bfloat16, options["BLOCK_C"]).resident
-        assert resident * -(-registers // 8) * 8 * warps * 32 <= 65536
+        found = occupancy.Resources(registers, kernel.metadata.shared)
+        assert (
+            occupancy.resident(found, warps, occupancy.Processor()) >= RESIDENT[options["BLOCK_C"]]
+        )

@@ -17,8 +17,8 @@ RESULT = (torch.ones(2),)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("columns", tune.WIDTHS)
 def test_the_tables_tile_comes_first_and_nothing_twice(direction: Direction, columns: int) -> None:
-    tiles = tune.candidates(direction, torch.bfloat16, columns)
-    assert tiles[0] == table.default(direction, torch.bfloat16, columns)
+    tiles = tune.candidates(direction, columns)
+    assert tiles[0] == table.default(direction, columns)
     assert len(tiles) == len(set(tiles)) > 2
     assert all(tile.columns == columns and tile.rows >= 1 for tile in tiles)
 
