@@ -343,8 +343,7 @@ class Program(LoadableProgram, OwnLoopProgram):
 
     def summary(self) -> list[str]:
         """Return lines of text: what the loss and each clause of the spec did in this run."""
-        actions, reasons = self._machine.actions, self.execution.reasons.values()
-        history, clock = self._runner.history, self.clock
-        lines = summary_lines(self._method, self.plan.clauses, history, actions, reasons, clock)
+        reasons, history = self.execution.reasons.values(), self._runner.history
+        lines = summary_lines(self._method, self.plan.clauses, history, self._machine, reasons)
         sizes = (self._runner.fitting.summary(), self._evaluations.size.summary())
         return [*lines, *filter(None, sizes)]

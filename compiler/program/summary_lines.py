@@ -1,14 +1,20 @@
-"""Summary lines that belong to no action: losses, constant rate factors, and what did not run."""
+"""Summary lines that belong to no action: losses, constant rate factors, memory, and what did not run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from torch import Tensor
+
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.plan.plan import Row
 from trainc.compiler.program.step_totals import TermHistory
+from trainc.runtime.memory.needs import format_bytes
+from trainc.runtime.processes.sharded import is_sharded
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action
+from trainc.runtime.step.machine import StepMachine
+from trainc.runtime.step.optimizer import OptimizerStep
 
 Terms = Mapping[str, float]
 
@@ -17,15 +23,16 @@ def summary_lines(
     method: LoweredMethod,
     clauses: Iterable[Row],
     history: TermHistory,
-    actions: Iterable[Action],
+    machine: StepMachine,
     reasons: Iterable[str],
-    clock: Clock,
 ) -> Iterator[str]:
     """Yield lines of text: what the loss and each clause of the spec did in a run up to now."""
+    clock, found = machine.clock, (action.summary() for action in machine.actions)
     yield from loss_lines(method, history.first, history.last, clock.steps)
     yield from history.skipped.lines(clock.steps)
     yield from factor_lines(method, clock.before)
-    yield from (line for action in actions if (line := action.summary()) is not None)
+    yield from (line for line in found if line is not None)
+    yield from memory_lines(machine.actions, machine.parameters.values())
     yield from executor_lines(reasons, clauses)
 
 
@@ -49,6 +56,30 @@ def executor_lines(reasons: Iterable[str], clauses: Iterable[Row]) -> Iterator[s
     for c in clauses:
         if c["dropped"]:
             yield f"{c['kind']} {c['construct']}: not in the program: {c['dropped']}"
+
+
+def memory_lines(actions: Iterable[Action], parameters: Iterable[Tensor]) -> Iterator[str]:
+    """Yield what optimizers hold where not all of a model trains, as measured, beside what all of it would take.
+
+    That is computed from the state of an entry that has one. Counters, which are 0-d, are not counted.
+    """
+    steps = [one for one in actions if isinstance(one, OptimizerStep) and one.started]
+    slots = [(one, slot) for one in steps for slot in one.slots]
+    whole = [*parameters]
+    if not slots or any(map(is_sharded, whole)):
+        return
+    state = {s.name: one.named.nbytes(s.name) for one, s in slots}
+    trained = sum(slot.tensor.numel() for _, slot in slots)
+    kept = sum(slot.tensor.numel() for _, slot in slots if state[slot.name])
+    every, held = sum(p.numel() for p in whole), sum(state.values())
+    if min(trained, kept or trained) >= every:
+        return
+    gradients = sum(slot.tensor.nbytes for _, slot in slots)
+    own, other = format_bytes(gradients), format_bytes(sum(p.nbytes for p in whole))
+    if held:
+        own += f" and the optimizer's state {format_bytes(held)}"
+        other += f" and {format_bytes(held * every / kept)}"
+    yield f"memory: gradients of the {trained} entries that train take {own}; of all {every} they would take {other}"
 
 
 def factor_lines(method: LoweredMethod, clock: Clock | None) -> Iterator[str]:

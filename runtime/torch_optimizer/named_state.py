@@ -137,6 +137,11 @@ class NamedState:
                 single = not isinstance(leaf, Tensor) or leaf.dim() == 0
                 yield place, leaf, shared or single
 
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of what the optimizer has of a parameter now, without counters, which are 0-d."""
+        found = (leaf for _, leaf in leaves(self.entries(name), name))
+        return sum(leaf.nbytes for leaf in found if isinstance(leaf, Tensor) and leaf.dim())
+
     def entries(self, name: str) -> Options:
         """Return the state that the optimizer has of a parameter now."""
         found: Options = self.optimizer.state.get(self.parameters[name], {})

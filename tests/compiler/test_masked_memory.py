@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainc
+from trainc.runtime.memory.needs import format_bytes
 
 WIDTH = 24
 SPEC = """train 1
@@ -64,3 +65,37 @@ def test_one_dense_gradient_is_alive_at_a_time(executor: Any) -> None:
     with DenseAlive(model) as counted:
         nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
     assert counted.most == 4
+
+
+@pytest.mark.parametrize(
+    ("clause", "trained", "state", "of_each"),
+    [
+        ('mask sift on "stack.*" { density = 5% }', 4 * 29 + 100, 4 * 29 + 100, 8),
+        ("mask bitfit", 4, 4, 8),
+        ('mask embedding_rows on "stack.0.weight" { rows = [1], rest = freeze }', 24, 24, 4),
+        ('mask lisa on "stack.*" every 1 steps', 2404, 676, 8),
+        ('adapt lora on "stack.*" { rank = 2, alpha = 2 }', 4 * 2 * 48, 4 * 2 * 48, 8),
+    ],
+)
+def test_the_summary_says_what_optimizers_hold_and_would_hold(
+    clause: str, trained: int, state: int, of_each: int
+) -> None:
+    """By counting: a float32 gradient has 4 bytes, two moments of AdamW 8, the momentum of SGD 4."""
+    rule = "adamw { lr = 1e-3 }" if of_each == 8 else "sgd { lr = 1e-3, momentum = 0.9 }"
+    spec = f"loss cross_entropy\noptimizer {rule}\n{clause}\nrun {{ length = 9 steps }}"
+    torch.manual_seed(0)
+    program = trainc.compile(spec, Net())
+    every = sum(p.numel() for p in program.module.parameters())
+    for _ in range(3):
+        program.step((torch.randn(5, WIDTH), torch.randint(4, (5,))))
+    assert (
+        f"memory: gradients of the {trained} entries that train take {format_bytes(4 * trained)} and the optimizer's"
+        f" state {format_bytes(of_each * state)}; of all {every} they would take {format_bytes(4 * every)} and"
+        f" {format_bytes(of_each * every)}"
+    ) in program.summary()
+
+
+def test_a_model_that_trains_as_a_whole_says_nothing_of_it() -> None:
+    program = trainc.compile(SPEC.replace("sift", "magnitude"), Net())
+    program.step((torch.randn(5, WIDTH), torch.randint(4, (5,))))
+    assert not any(line.startswith("memory") for line in program.summary())
