@@ -44,6 +44,8 @@ class Problem:
     statistics: Callable[[list[Any], list[Tensor]], Tensor] | None = None
     # In float64, where the composition computes another function, as one that draws its own noise.
     exact: Forward | None = None
+    # From the same: one function that makes all gradients and the norms, and its arguments, for a compiler to fuse.
+    rival: Callable[[list[Any], list[Tensor]], tuple[Forward, list[Tensor]]] | None = None
     # The name Liger's kernels give the operator.
     liger: str | None = None
     cotangents: list[Tensor] = field(default_factory=list)
@@ -115,6 +117,46 @@ def _norm_statistics(rms: bool, add: bool, eps: float) -> Callable[..., Tensor]:
     return statistics
 
 
+def _norm_rival(rms: bool, add: bool, eps: float) -> Callable[..., Any]:
+    """Backward with per-example norms in plain operations, from the statistics that forward keeps."""
+
+    def backward(
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor,
+        dy: Tensor,
+        dtotal: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        wide, slope = x.float(), dy.float()
+        unit = (wide if mean is None else wide - mean) * rstd
+        g = slope * weight.float()
+        dx = g - unit * (g * unit).mean(-1, keepdim=True)
+        dx = rstd * (dx if mean is None else dx - g.mean(-1, keepdim=True))
+        dx = dx if dtotal is None else dx + dtotal.float()
+        each = [(slope * unit).sum(1)] if mean is None else [(slope * unit).sum(1), slope.sum(1)]
+        norms = torch.stack([one.square().sum(1) for one in each], 1)
+        return dx.to(x.dtype), *(one.sum(0).to(weight.dtype) for one in each), norms
+
+    def prepare(arguments: list[Any], cotangents: list[Tensor]) -> tuple[Forward, list[Any]]:
+        with torch.no_grad():
+            x = arguments[0] + arguments[1] if add else arguments[0].detach()
+            mean = None if rms else x.float().mean(-1, keepdim=True)
+            centred = x.float() if mean is None else x.float() - mean
+            rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+        dtotal = cotangents[0] if add else None
+        return backward, [
+            x,
+            arguments[2 if add else 1].detach(),
+            mean,
+            rstd,
+            cotangents[-1],
+            dtotal,
+        ]
+
+    return prepare
+
+
 def norm(rms: bool, add: bool, probed: bool) -> Callable[[Size, torch.dtype, str], Problem]:
     """LayerNorm or RMSNorm, plain or of a residual sum, with or without a probe."""
     eps = 1e-5
@@ -143,6 +185,7 @@ def norm(rms: bool, add: bool, probed: bool) -> Callable[[Size, torch.dtype, str
             [*inputs, *affine, *probe], fused, aten,
             _traffic(make, math.prod(shape), 4 if add else 2, 4 if add else 3),
             statistics=_norm_statistics(rms, add, eps) if probed else None,
+            rival=_norm_rival(rms, add, eps) if probed else None,
             liger=None if add else name,
         )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Whole steps of a GPT, for `benchmarks/gpu.py`: plain `torch.compile` beside programs with `compile = inductor`.
+"""Whole steps of a GPT, for `benchmarks/gpu.py`: plain `torch.compile` beside programs with `compile = inductor`, each
+as it is and with its passes in CUDA graphs.
 
 Each case is checked first, on a small GPT: in float32 weights and noise after three steps against float64, by hand
 where the spec changes no step and by the uncompiled modules elsewhere; in the precision that is timed, the losses. Then
@@ -10,8 +11,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from statistics import median, quantiles
 from typing import Any
@@ -20,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.device import Cuda, DryRun
+from benchmarks.device import Cuda
 from benchmarks.measure import Json
+from benchmarks.on_gpu.record import Row
 
 NEEDS = ("lark", "pydantic", "safetensors")
 """What compiling a spec imports beside torch and numpy."""
@@ -38,6 +41,11 @@ CLAUSES = {
 }
 CHANGES_NO_STEP = ("gns on norms",)
 SIGNALS = ("gns.signal", "gns.noise")
+GRAPHS = ", graphs"
+"""Of a case: its compiled passes are replayed as CUDA graphs by inductor, where inductor finds nothing against it."""
+FIRST = (PLAIN, "gns on norms", f"plain{GRAPHS}", f"gns on norms{GRAPHS}")
+CASES = (*FIRST, *(one for one in CLAUSES if one not in FIRST))
+SECONDS = 60.0
 STEPS = 3
 """Steps of a check."""
 TOLERANCE = 1e-2
@@ -74,6 +82,7 @@ class Way:
     autocast: torch.dtype | None = torch.bfloat16
     backend: str | None = "inductor"
     """What torch.compile is given; None compiles nothing."""
+    graphs: bool = False
 
 
 def missing() -> list[str]:
@@ -87,51 +96,40 @@ def missing() -> list[str]:
     return found
 
 
-def measure(
-    device: Cuda, way: Way, models: Sequence[str], only: Sequence[str], budget: float
-) -> Json:
-    """Check and time plain steps and those of each spec, model by model, until the seconds are spent.
-
-    `only` holds what the names of the cases that are wanted start with; empty for all.
-    """
-    if absent := missing():
-        return {"not measured": f"needs {', '.join(absent)}"}
-    begin, dry = time.monotonic(), isinstance(device, DryRun)
-    found: Json = {"way": {key: str(value) for key, value in asdict(way).items()}}
-    rows, left = [], []
-    cases = [one for one in (PLAIN, *CLAUSES) if not only or one.startswith(tuple(only))]
-    checks: dict[str, Json] = {}
+def rows(models: Sequence[str], cases: Sequence[str], weights: str, backend: str) -> Iterator[Row]:
+    """Yield a row for every case of every model."""
     for model in models:
-        shape = (TINY if dry else SHAPES)[model]
         for case in cases:
-            if time.monotonic() - begin > budget:
-                left.append([model, case])
-                continue
-            if case not in checks:
-                checks[case] = checked(way, case)
-            row = {"model": model, "case": case, **checks[case]}
-            row |= _timed(device, way, shape, case, rounds=2 if dry else 20)
-            rows.append(row)
-            print(line(row, rows), flush=True)
-    return {
-        **found,
-        "shapes": {m: asdict(SHAPES[m]) for m in models},
-        "rows": rows,
-        "left out": left,
-    }
+            yield Row(
+                "steps", f"{model} {case}", SECONDS, partial(_row, model, case, weights, backend)
+            )
+
+
+def _row(model: str, case: str, weights: str, backend: str, device: Cuda, until: float) -> Json:
+    """Check and time the steps of a case, or say why not."""
+    if absent := missing():
+        return {"passed": True, "not measured": f"needs {', '.join(absent)}"}
+    autocast = torch.bfloat16 if weights == "float32" else None
+    way = Way(device.kind, getattr(torch, weights), autocast, backend, case.endswith(GRAPHS))
+    shape = SHAPES[model] if device.large else TINY[model]
+    row = {"model": model, "case": case, "way": {k: str(v) for k, v in asdict(way).items()}}
+    row |= {"shape": asdict(shape), **checked(way, case.removesuffix(GRAPHS))}
+    return row | _timed(device, way, shape, case.removesuffix(GRAPHS), 20 if device.large else 2)
 
 
 def heading() -> str:
     """Return the names of the columns of `line`."""
     return (
-        f"{'whole steps':8} {'case':14}{'tokens/s':>12}{'of plain':>10}{'ms a step':>11}{'peak GiB':>10}"
+        f"{'whole steps':11} {'case':22}{'tokens/s':>12}{'of plain':>10}{'ms a step':>11}{'peak GiB':>10}"
         f"{'first, s':>10}{'off by':>10}"
     )
 
 
 def line(row: Json, rows: Sequence[Json]) -> str:
     """Return one row of the table; `rows` has the plain steps that it is compared with."""
-    begin = f"{row['model']:11} {row['case']:14}"
+    if "not measured" in row:
+        return f"{row['name']:34} not measured: {row['not measured']}"
+    begin = f"{row['model']:11} {row['case']:22}"
     verdict = f"{row['off by']:10.1e} {'ok' if row['passed'] else 'WRONG'}"
     if (why := row.get("failed") or row.get("does not fit")) is not None:
         what = "FAILED" if "failed" in row else "does not fit"
@@ -140,14 +138,17 @@ def line(row: Json, rows: Sequence[Json]) -> str:
         (
             r["tokens/s"]
             for r in rows
-            if r["model"] == row["model"] and r["case"] == PLAIN and "tokens/s" in r
+            if r["key"] == f"steps: {row['model']} {PLAIN}" and "tokens/s" in r
         ),
         math.nan,
     )
     peak = f"{row['peak bytes'] / 2**30:10.2f}" if row["peak bytes"] else f"{'-':>10}"
     uncompiled = f" not compiled: {row['uncompiled']}" if row["uncompiled"] else ""
+    if row["graphs refused"]:
+        uncompiled += f" graphs refused: {row['graphs refused']}"
     return (
-        f"{begin}{row['tokens/s']:12.0f}{row['tokens/s'] / plain:10.3f}{row['seconds']['median'] * 1e3:11.1f}{peak}"
+        f"{begin}{row['tokens/s']:12.0f}{row['tokens/s'] / plain:10.3f}"
+        f"{row['seconds a step']['median'] * 1e3:11.1f}{peak}"
         f"{row['seconds of the first steps']:10.1f}{verdict}{uncompiled}"
     )
 
@@ -194,13 +195,14 @@ class Plain:
     def __init__(self, way: Way, model: nn.Module) -> None:
         self.way = way
         self.forward: Any = (
-            model if way.backend is None else torch.compile(model, backend=way.backend)
+            model if way.backend is None else torch.compile(model, backend=_backend(way))
         )
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
 
     def step(self, batch: Batch) -> float:
         """Train on a batch and return its loss."""
         inputs, targets = batch
+        torch.compiler.cudagraph_mark_step_begin()
         with _autocast(self.way):
             loss = cross_entropy(self.forward(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
@@ -220,10 +222,12 @@ class Ours:
         self.way, self.program = way, trainc.compile(text, model, executor=executor)
         self.measured: Mapping[str, float] = {}
         if (compiler := self.program.execution.compiler) is not None and way.backend is not None:
-            compiler.backend = way.backend
+            # Any callable is a backend to torch; the program's own is a name.
+            compiler.backend = _backend(way)
 
     def step(self, batch: Batch) -> float:
         """Train on a batch and return the loss of its targets."""
+        torch.compiler.cudagraph_mark_step_begin()
         with _autocast(self.way):
             metrics = self.program.step(batch)
         self.measured = {n: metrics[n] for n in SIGNALS if n in metrics}
@@ -234,6 +238,15 @@ class Ours:
         """Why nothing is compiled any more; None where all is."""
         compiler = self.program.execution.compiler
         return None if compiler is None else compiler.refused
+
+
+def _backend(way: Way) -> Any:
+    """Return what torch.compile is given: inductor's passes as CUDA graphs where a case says so."""
+    if not way.graphs or way.backend != "inductor":
+        return way.backend
+    patches = {"fallback_random": True, "triton.cudagraphs": True}
+    inductor: Any = torch._dynamo.lookup_backend("inductor")
+    return partial(inductor, config_patches=patches)
 
 
 def trained_by(way: Way, case: str, model: nn.Module) -> Plain | Ours:
@@ -255,6 +268,7 @@ def _timed(device: Cuda, way: Way, shape: Shape, case: str, rounds: int) -> Json
 
 
 def _steps(device: Cuda, way: Way, shape: Shape, case: str, rounds: int) -> Json:
+    torch._dynamo.utils.counters.clear()
     model = _model(shape, way)
     step = trained_by(way, case, model)
     batches = [_text(shape, way.device, seed) for seed in range(4)]
@@ -278,10 +292,11 @@ def _steps(device: Cuda, way: Way, shape: Shape, case: str, rounds: int) -> Json
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens a step": tokens,
         "tokens/s": round(tokens / median(times), 1),
-        "seconds": {"median": median(times), "quartiles": [low, high], "steps": rounds},
+        "seconds a step": {"median": median(times), "quartiles": [low, high], "steps": rounds},
         "peak bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "seconds of the first steps": round(first, 1),
         "uncompiled": step.uncompiled,
+        "graphs refused": int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]),
     }
 
 

@@ -40,59 +40,73 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def _gpu(path: Path) -> list[str]:
     title = ["## Operators on a GPU", ""]
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if "rows" not in found:
+    if not path.exists():
         return [*title, NOT_ON_A_GPU, ""]
-    versions = ("ours", "aten", "inductor", "liger", "by hand")
-    rows = []
-    for one in found["rows"]:
-        times = [one["times"].get(version, {}) for version in versions]
-        phases = [time.get("both") or time.get("forward") or {} for time in times]
-        rows.append(
-            [one["operator"], "x".join(map(str, one["size"])), one["dtype"]]
-            + [str(phase.get("median", "")) for phase in phases]
-            + [f"{sum(one['bytes'].values()) / 1e6:.0f}", "yes" if one["passed"] else "NO"]
-        )
-    what = (
-        f"{found['device']}, {found['versions']}, copy {found['copy TB/s']} TB/s, {found['taken']}."
-    )
-    head = ["operator", "size", "dtype", *(f"{v}, us" for v in versions), "MB", "right"]
-    return [*title, what, "", *_table(head, rows), ""]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    versions = ("ours", "one graph", "inductor", "aten", "by hand", "liger")
+    rows = [
+        [
+            one["name"],
+            *(_phases(one["times"].get(version, {})) for version in versions),
+            one["times"]["ours"]["forward"]["how"],
+            "yes" if one["passed"] else "NO",
+        ]
+        for one in found["rows"]
+        if one["part"] == "operators" and "failed" not in one
+    ]
+    rates = ", ".join(f"{one['copy TB/s']} at {one['when']}" for one in found["conditions"])
+    judged = [
+        [one["what"], one["kind"], _bounds(one), str(one["measured"]), one["verdict"]]
+        for one in found["predictions"]
+    ]
+    return [
+        *title,
+        f"{found['device']}, {found['versions']}, commit {found['commit']}, {found['taken']}; copy, TB/s: {rates}.",
+        "Microseconds forward + backward. `one graph` is backward with the norms as one function under inductor.",
+        "",
+        *_table(["operator", *versions, "run", "right"], rows),
+        "",
+        "What was predicted before any GPU was at hand, and what the kernels were built to reach:",
+        "",
+        *_table(["figure", "kind", "bound", "measured", "verdict"], judged),
+        "",
+    ]
+
+
+def _phases(times: Json) -> str:
+    return " + ".join(str(one["median"]) for one in times.values() if isinstance(one, dict))
+
+
+def _bounds(prediction: Json) -> str:
+    return " ".join(f"at {n} {prediction[n]}" for n in ("least", "most") if n in prediction)
 
 
 def _whole_steps(path: Path) -> list[str]:
     title = ["## Whole steps on a GPU", ""]
     about = [
         "A GPT of 124M parameters and one of 1.0B, bf16: plain `torch.compile` beside `compile = inductor` with the",
-        "noise scale on norms, with PACE, and with a SIFT mask.",
+        "noise scale on norms, with PACE, and with a SIFT mask; `graphs` has the passes replayed as CUDA graphs.",
         "",
     ]
-    found = json.loads(path.read_text(encoding="utf-8")).get("steps", {}) if path.exists() else {}
-    if "rows" not in found:
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    steps = [one for one in found if one["part"] == "steps" and "not measured" not in one]
+    if not steps:
         return [*title, *about, NOT_ON_A_GPU, ""]
-    head = [
-        "model",
-        "case",
-        "tokens a second",
-        "ms a step",
-        "peak GiB",
-        "first 3 steps, s",
-        "right",
-    ]
+    head = ["case", "tokens a second", "ms a step", "peak GiB", "first 3 steps, s", "right"]
     rows = []
-    for row in found["rows"]:
+    for row in steps:
         failed, peak = row.get("failed") or row.get("does not fit"), row.get("peak bytes")
         figures = (
             [
                 f"{row['tokens/s']:.0f}",
-                f"{row['seconds']['median'] * 1e3:.1f}",
+                f"{row['seconds a step']['median'] * 1e3:.1f}",
                 f"{peak / 2**30:.2f}" if peak else "",
                 f"{row['seconds of the first steps']:.0f}",
             ]
             if not failed
             else [failed, "", "", ""]
         )
-        rows.append([row["model"], row["case"], *figures, "yes" if row["passed"] else "NO"])
+        rows.append([row["name"], *figures, "yes" if row.get("passed") else "NO"])
     return [*title, *about, *_table(head, rows), ""]
 
 
