@@ -208,15 +208,29 @@ def _changes(model: nn.Module, path: str) -> Iterator[Tensor]:
         if not adapted.merged and not adapted.disable_adapters:
             for name in adapted.active_adapters:
                 if name in adapted.scaling:
-                    yield adapted.get_delta_weight(name)
+                    yield _delta(adapted, name)
+
+
+def _delta(layer: Any, name: str) -> Tensor:
+    """Return what an adapter of peft adds to the weight of its layer: s B A, or of DoRA m V / |V| - W."""
+    if name not in (variants := getattr(layer, "lora_variant", {})):
+        found: Tensor = layer.get_delta_weight(name)
+        return found
+    held: dict[str, Any] = getattr(layer, "_caches", {})
+    weight, kept = layer.get_base_layer().weight, dict(held)
+    change: Tensor = variants[name].merge_safe(layer, name, weight) - weight
+    held.clear()  # of the norm that it keeps to undo a merger
+    held.update(kept)
+    return change
 
 
 def _is_peft(layer: nn.Module) -> bool:
-    """Say whether a module is a layer of peft whose weight is that of another plus updates of low rank."""
+    """Say whether a module is a layer of peft whose weight is that of another plus updates of low rank, or DoRA's."""
     held: Any = layer
+    rescaled = getattr(held, "lora_magnitude_vector", {})
     return (
         isinstance(layer._modules.get(_BASE), nn.Module)
         and "lora_A" in layer._modules
         and hasattr(layer, "get_delta_weight")
-        and not getattr(held, "lora_variant", None)  # such as DoRA, which scales the sum
+        and all(name in rescaled for name in getattr(held, "lora_variant", ()))
     )

@@ -315,24 +315,34 @@ def test_heads_of_grouped_queries_are_as_many_as_the_model_has() -> None:
 
 
 @pytest.mark.models
-def test_a_weight_that_peft_adapts_is_measured_with_its_update() -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_weight_that_peft_adapts_is_measured_with_its_update(dora: bool) -> None:
     peft = import_library("peft")
     torch.manual_seed(0)
     model, expected = gpt2()
-    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=dora
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft calls what transformers has renamed
         adapted = peft.get_peft_model(model, config)
     layer = adapted.base_model.model.transformer.h[0].attn.c_attn
     nn.init.normal_(layer.lora_B["default"].weight)
     update = 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    parts = dict(zip("qkv", (layer.base_layer.weight.T + update).split(12), strict=True))
+    used = layer.base_layer.weight.T + update
+    if dora:
+        sizes = layer.lora_magnitude_vector["default"].weight
+        nn.init.uniform_(sizes, 1, 2)
+        used = sizes[:, None] * used / used.norm(dim=1, keepdim=True)
+    parts = dict(zip("qkv", used.split(12), strict=True))
     found: Expected = {}
     for name, weight in expected.items():
         fused = name.partition("[")[2].removesuffix("]")
         name = name.replace("c_attn", "c_attn.base_layer")
         found[f"base_model.model.{name}"] = parts[fused] if fused else weight
+    kept = [dict(m._caches) for m in adapted.modules() if hasattr(m, "_caches")]
     check(adapted, found)
+    assert kept == [m._caches for m in adapted.modules() if hasattr(m, "_caches")]
 
 
 def test_a_masked_weight_is_measured_as_it_is_used() -> None:
