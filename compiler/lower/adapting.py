@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -25,6 +25,7 @@ from trainc.compiler.model.adapters import (
 )
 from trainc.compiler.model.inventory import Inventory, ModuleEntry
 from trainc.compiler.model.select import Target, select
+from trainc.compiler.structure.wrappers import unwrapped
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.values.value_json import Selector
@@ -37,9 +38,16 @@ _HALF = (torch.float16, torch.bfloat16)
 class Adapting:
     """One clause's access to a model that it adapts. Names and selectors are those of the model without adapters."""
 
-    def __init__(self, clause: BoundClause, model: nn.Module, base: Inventory, seed: int) -> None:
+    def __init__(
+        self,
+        clause: BoundClause,
+        model: nn.Module,
+        base: Inventory,
+        seed: int,
+        taken: Container[str] = (),
+    ) -> None:
         self.clause, self.model, self.base = clause, model, base
-        self._seed = seed
+        self._seed, self._taken = seed, taken
         self.added: list[str] = []
         self.trained: set[str] | None = None
 
@@ -57,8 +65,8 @@ class Adapting:
         return select(selector, self.base, target)
 
     def module(self, name: str) -> nn.Module:
-        """Return the user's module of a name."""
-        return self.model.get_submodule(name)
+        """Return the user's module of a name, inside of what `torch.compile` put around it."""
+        return unwrapped(self.model.get_submodule(name))
 
     def add(
         self,
@@ -79,6 +87,9 @@ class Adapting:
         _refuse_containers(layer_name, layer)
         rule = cast(AdapterRule, self.clause.construct)
         full_name = f"{layer_name}.{name}".removeprefix(".")
+        self.added.append(full_name)
+        if full_name in self._taken:
+            return  # by another clause, which is said of both
         like = next((p for p in layer.parameters() if p.is_floating_point()), None)
         if like is None:
             raise ValueError(
@@ -114,7 +125,6 @@ class Adapting:
                     for own, value in ({} if start is None else start(layer)).items():
                         made.get_parameter(own).copy_(value)
             attach(layer, name, made)
-        self.added.append(full_name)
 
     def train_only(self, names: Iterable[str]) -> None:
         """Freeze the base, but for parameters of these names and those that another clause names here.
@@ -146,7 +156,7 @@ def adapt_model(
     owners: dict[str, BoundClause] = {}
     trained: set[str] | None = None
     for clause in active:
-        to = Adapting(clause, model, base, seed)
+        to = Adapting(clause, model, base, seed, owners)
         try:
             _refuse_times(clause)
             clause.construct.adapt(to)

@@ -52,7 +52,7 @@ class LayerContext:
         """Return the weight of a `WeightHook` with what adapters of its layer add to it."""
         for adapter in self._adapters():
             if adapter.changes_weight:
-                weight = weight + adapter.weight_change(self.layer)
+                weight = adapter.used_weight(self.layer, weight)
         return weight
 
     def unmerged(self, change: Tensor) -> Tensor:

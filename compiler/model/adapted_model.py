@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from traceback import walk_tb
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainc.compiler.model.adapter_rule import Adapted, AdapterRule
 from trainc.compiler.model.adapters import (
@@ -18,6 +19,7 @@ from trainc.compiler.model.adapters import (
     adapters_of,
     unfreeze,
 )
+from trainc.compiler.model.undisturbed import in_mode
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -35,7 +37,8 @@ def merge_adapters(model: nn.Module) -> None:
         with torch.no_grad():
             for one in found:
                 _refuse_shared(model, one)
-                _merge(one)
+            for _, several in groupby(found, lambda one: one.layer_name):
+                _merge(list(several))
     except BaseException:
         with torch.no_grad():
             for parameter, value in reversed(kept):
@@ -46,11 +49,29 @@ def merge_adapters(model: nn.Module) -> None:
     unfreeze(model)
 
 
-def _merge(one: FoundAdapter) -> None:
-    try:
-        one.adapter.rule.merge(one.layer, one.adapter)
-    except ValueError as error:
-        raise ValueError(f"`{one.full_name}` cannot be merged: {error}") from error
+def _merge(adapters: list[FoundAdapter]) -> None:
+    """Fold the adapters of one layer into it, in the order in which they run; each computes with the first weight."""
+    own = dict(adapters[0].layer.named_parameters(recurse=False))
+    first = {name: parameter.clone() for name, parameter in own.items()}
+    folded: dict[str, Tensor] = {}
+    for one in adapters:
+        for name, parameter in own.items():
+            parameter.copy_(first[name])
+        with in_mode(one.adapter, training=False):
+            factor = one.adapter.rule.output_factor(one.layer, one.adapter)
+            try:
+                one.adapter.rule.merge(one.layer, one.adapter)
+            except ValueError as error:
+                raise ValueError(f"`{one.full_name}` cannot be merged: {error}") from error
+        for name, parameter in own.items():
+            change: Tensor | float = 0.0
+            if name in folded:
+                change = folded[name] - first[name]
+                if factor is not None:
+                    change = change * (factor if name == "weight" else factor.flatten())
+            folded[name] = parameter + change
+    for name, parameter in own.items():
+        parameter.copy_(folded[name])
 
 
 def _refuse_shared(model: nn.Module, one: FoundAdapter) -> None:

@@ -44,12 +44,15 @@ class Adapter(nn.Module):
 
     @property
     def changes_weight(self) -> bool:
-        """Say whether the layer computes with its weight plus `weight_change`."""
+        """Say whether the layer computes with another weight, `used_weight`."""
         return self.rule.changes_weight
 
-    def weight_change(self, layer: nn.Module) -> Tensor:
-        """Return what it adds to the layer's weight, in its shape."""
-        return self.rule.weight_change(layer, self)
+    def used_weight(self, layer: nn.Module, before: Tensor) -> Tensor:
+        """Return the weight that the layer computes with, where it is `before` with the adapters that run earlier."""
+        held: Any = layer
+        found: Tensor = before + self.rule.weight_change(layer, self)
+        factor = self.rule.output_factor(layer, self)
+        return found if factor is None else found + (factor - 1) * (before - held.weight)
 
     @property
     def form(self) -> dict[str, list[int]]:

@@ -110,9 +110,7 @@ def read_weight(model: nn.Module, weight: UsedWeight) -> Tensor:
             if f"{leaf}_orig" in layer._parameters
             else getattr(layer, leaf)
         )
-        for change in _changes(model, weight.module):
-            value = value + change
-    return value.detach()
+        return _updated(model, weight.module, value).detach()
 
 
 def find_units(weights: Iterable[UsedWeight], by: By = "part") -> list[MatrixUnit]:
@@ -196,19 +194,20 @@ def _updates(
                 yield f"{path}.weight".removeprefix("."), (own, "with the update of its adapter")
 
 
-def _changes(model: nn.Module, path: str) -> Iterator[Tensor]:
-    """Yield what is added to the weight of a layer."""
+def _updated(model: nn.Module, path: str, value: Tensor) -> Tensor:
+    """Return the weight of a layer with its updates."""
     layer: Any = model.get_submodule(path)
     for module in layer._modules.values():
         if getattr(module, "changes_weight", False):
-            yield module.weight_change(layer)
+            value = module.used_weight(layer, value)
     above, _, segment = path.rpartition(".")
     if segment == _BASE and _is_peft(around := model.get_submodule(above)):
         adapted: Any = around
         if not adapted.merged and not adapted.disable_adapters:
             for name in adapted.active_adapters:
                 if name in adapted.scaling:
-                    yield _delta(adapted, name)
+                    value = value + _delta(adapted, name)
+    return value
 
 
 def _delta(layer: Any, name: str) -> Tensor:

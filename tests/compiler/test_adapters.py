@@ -23,6 +23,7 @@ from trainc.compiler.model.adapter_rule import AdapterRule
 from trainc.compiler.model.adapters import adapters_of
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.model.undisturbed import undisturbed
+from trainc.compiler.structure.weights import read_weight
 from trainc.dsl.reading.construct import Construct, Effect
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
@@ -528,6 +529,55 @@ def test_adapters_of_several_clauses_are_written_to_folders_of_their_names(tmp_p
     (tmp_path / "out/heads/adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
         fresh.load_adapters(tmp_path / "out")
+
+
+PAIRS = {
+    "lora, dora": ("lora { rank = 2, alpha = 2, bias = update }", "dora { rank = 3, alpha = 2 }"),
+    "dora, lora": ("dora { rank = 3, alpha = 2 }", "lora { rank = 2, alpha = 2, bias = update }"),
+    "lora, lora_mul": ("lora { rank = 2, alpha = 2, bias = update }", "lora_mul { rank = 3 }"),
+    "lora_mul, dora": ("lora_mul { rank = 3 }", "dora { rank = 3, alpha = 2, dropout = 0.5 }"),
+}
+
+
+@pytest.mark.parametrize("clauses", PAIRS.values(), ids=PAIRS)
+def test_two_adapters_of_a_layer_merge_to_what_they_compute(clauses: tuple[str, str]) -> None:
+    spec = BASE + "".join(f"adapt {c} ".replace(" {", ' on "**.fc" {') for c in clauses)
+    program = trainc.compile(spec, model().double())
+    for _ in range(4):
+        program.step(BATCH)
+    module: Any = program.module.eval()
+    with torch.no_grad():
+        before = module(IDS)
+        read = read_weight(
+            module, next(w for w in build_inventory(module).weights if ".fc." in w.name)
+        )
+        program.module.train()
+        program.merge()
+        torch.testing.assert_close(module.eval()(IDS), before, rtol=1e-13, atol=1e-13)
+    assert not torch.allclose(before, model().double()(IDS), rtol=1e-3)
+    torch.testing.assert_close(read, module.blocks[0].mlp.fc.weight.detach())
+
+
+def test_two_clauses_of_one_kind_on_a_layer_are_named() -> None:
+    spec = SPEC + LORA.replace("lora on", "lora as more on").replace("rank = 2", "rank = 3")
+    with pytest.raises(trainc.SpecError) as raised:
+        trainc.compile(spec, model())
+    assert {d.rule for d in raised.value.diagnostics} == {"claimed-twice"}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo
+@pytest.mark.parametrize("clause", ["prompt { tokens = 2 }", "parallel { rank = 2 }"])
+def test_an_adapter_of_a_compiled_block_is_that_of_the_block(clause: str) -> None:
+    clause = f"adapt {clause}".replace(" {", ' on "blocks.0" {')
+    plain, compiled = model(), model()
+    blocks: Any = compiled.get_submodule("blocks")
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    losses = []
+    for module in (plain, compiled):
+        program = trainc.compile(BASE + clause, module)
+        losses.append([program.step(BATCH)["loss"] for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][0] != losses[0][2]
 
 
 def test_what_evaluation_uses_is_merged_and_written(tmp_path: Path) -> None:
