@@ -69,7 +69,7 @@ def test_the_ramp_is_that_of_flat_lora_and_the_weights_are_merged(adapter: str) 
     for step in range(5):
         one = adapters_of(model)[0]
         with torch.no_grad():
-            merged = base + one.adapter.weight_change(one.layer)
+            merged = one.adapter.used_weight(one.layer, base)
         sigma = 0.05 * (1 - math.cos(math.pi * step / 8)) / 2 * merged.norm(dim=1) / 4**0.5
         changed = merged + sigma[:, None] * drawn(program, "0.weight")
         want = float(torch.nn.functional.mse_loss(x @ changed.T, y))
