@@ -1,9 +1,9 @@
 """Triton kernels for cross-entropy with a consistency term, and their launchers; imported by first use.
 
-Forward: one program owns one row of both views and reads each logit once. A softmax's sum, and for
-"kl" the means of log p - log q under both softmaxes, are carried along while the largest entry is
-still being found. What backward needs of a row it keeps: 2 or 8 numbers. Backward is then elementwise,
-reads both views once and writes both gradients. Per-row sums are added by PyTorch: deterministic.
+Forward: one program owns one row of both views and reads each logit once. A block of classes adds to sums that every
+thread keeps for itself, measured from the largest entry so far; only where a larger one turns up, a few times a row,
+are they measured anew. What backward needs of a row it keeps: 2 or 8 numbers. Backward is then elementwise, reads both
+views once and writes both gradients. Per-row sums are added by PyTorch: deterministic.
 
 Classes may be masked by -inf, wherever they stand: nothing that is carried is measured from a -inf.
 """
@@ -16,183 +16,241 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainc.kernels.library.grid import supported
+from trainc.kernels.library.grid import resident_programs, supported
 from trainc.kernels.library.launch import launch
 from trainc.kernels.loss import cross_entropy_consistency as operators
+from trainc.kernels.loss.triton_rows import (
+    _VECTOR,
+    VECTOR,
+    VIEWS,
+    both_views,
+    entries_of,
+    is_whole,
+    lay,
+    vectors,
+    vectors_of_row,
+)
 
-# Four warps: their reductions are short, and 4 to 8 programs a processor have 32 to 64 KB in flight.
-BLOCK, WARPS = 2048, 4
+# Classes a program takes at once, by its warps. A warp that has a row to itself waits for no other; where rows are too
+# few to fill a device with them, each gets more.
+BLOCKS = {1: 512, 4: 2048}
+RESIDENT = 16
+BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
+_LOG2E = tl.constexpr(1.4426950408889634)
+# What sums are measured from until an entry is met.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def _level(x):
-    """x, or 0 for a -inf: what other entries are measured from."""
-    return tl.where(x == float("-inf"), 0.0, x)
-
-
-@triton.jit
-def _carried(
-    L, across, x, y, column, mask, start, top, beside, place, own, rest, along, KL: tl.constexpr
-):
-    """Add a block of one view to its running sums; `across` is the other view's row.
-
-    top is the largest entry, at `place`, where the other view has `beside`. With weights exp(x - top),
-    rest is the sum of all but that entry's own, and along the sum of weights times v, where
-    v = (x - top) - (y - beside) is log p - log q counted from that entry. Counted from there, and with
-    the entry's 1 apart, neither loses anything where one class is all but certain. An entry that is -inf in
-    either view adds nothing to along: `_masked` has what it does to a distance.
-    """
-    highest, where = tl.max(tl.where(mask, x, float("-inf")), 0, return_indices=True)
-    higher = highest > top
-    place = tl.where(higher, start + where, place)
-    new_top = tl.where(higher, highest, top)
-    level = _level(new_top)
-    shrunk = tl.exp(top - level)
-    weight = tl.where(mask & (column != place), tl.exp(x - level), 0.0)
+def _added(view, x, gap, KL: tl.constexpr):
+    """The sums of one view after a block without a larger entry than before."""
+    top, beside, own, rest, along = view
+    weight = tl.exp2((x - top) * _LOG2E)
+    rest += tl.sum(weight, 1)
     if KL:
-        new_beside = tl.load(L + across + place).to(tl.float32)
-        met = top != float("-inf")  # else every entry so far was -inf, and nothing is carried
-        moved = (top - level) - (_level(beside) - _level(new_beside))
-        along = tl.where(higher & met, shrunk * (along + (rest + own) * moved), along)
-        counts = (x != float("-inf")) & (y != float("-inf"))
-        ratio = (x - level) - (y - _level(new_beside))
-        along += tl.sum(tl.where(counts, weight * ratio, 0.0), 0)
+        along += tl.sum(weight * (gap - beside), 1)
+    return top, beside, own, rest, along
+
+
+@triton.jit
+def _measured_anew(view, x, gap, place, valid, KL: tl.constexpr):
+    """The sums of one view after any block.
+
+    top is the largest entry and beside the gap, first view less second, at its place. With weights exp(x - top) the
+    rest is the sum of all but that entry's own, and along the sum of weights times gap - beside: log p - log q counted
+    from that entry. Counted from there, and with the entry's 1 apart, neither loses anything where one class is all but
+    certain. own is 0 until an entry is met. An entry of -inf makes along inf or nan, and nothing else.
+    """
+    top, beside, own, rest, along = view
+    highest = tl.max(tl.where(valid, x, float("-inf")))
+    higher = highest > top
+    last: tl.constexpr = 2147483647
+    chosen = tl.where(higher, tl.min(tl.where(valid & (x == highest), place, last)), last)
+    first = tl.arange(0, rest.shape[0]) == 0
+    was = tl.where(first, tl.where(higher, own, 0.0), 0.0)
+    new_top = tl.where(higher, highest, top)
+    # Nothing is left of a weight long before the difference of two numbers overflows.
+    shrunk = tl.exp2(tl.maximum(top - new_top, -256.0) * _LOG2E)
+    weight = tl.where(valid & (place != chosen), tl.exp2((x - new_top) * _LOG2E), 0.0)
+    if KL:
+        found = tl.sum(tl.where(place == chosen, gap, 0.0))
+        new_beside = tl.where(higher, found, beside)
+        along = shrunk * (along + (rest + was) * (beside - new_beside))
+        along += tl.sum(tl.where(valid, weight * (gap - new_beside), 0.0), 1)
         beside = new_beside
-    rest = tl.where(higher, shrunk * (rest + own), rest) + tl.sum(weight, 0)
-    return new_top, beside, place, rest, along
+    # Beside an entry of inf nothing has a weight, and no sum of them is a number.
+    rest = shrunk * (rest + was) + tl.sum(weight, 1) + tl.where(first, new_top - new_top, 0.0)
+    return new_top, beside, tl.where(higher, 1.0, own), rest, along
 
 
 @triton.jit
-def _masked(x, y):
-    """What entries of -inf make of a divergence: inf where one view alone has them, nan where both do."""
-    either = (x == float("-inf")) | (y == float("-inf"))
-    return tl.sum(tl.where(either, tl.abs(x - y), 0.0), 0)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x), also where 1 + x is 1."""
-    above = 1.0 + x
+def _log_sum(own, rest):
+    """log(own + rest) for an own of 1 or 0, also where 1 + rest is 1."""
+    above = own + rest
     rounded = tl.where(above == 1.0, 1.0, above - 1.0)
-    return tl.where(above == 1.0, x, tl.log(above) * (x / rounded))
+    kept = tl.where(above == 1.0, rest, tl.log(above) * (rest / rounded))
+    return tl.where(own == 0.0, tl.log(tl.where(own == 0.0, rest, 1.0)), kept)
 
 
 @triton.jit
-def _difference(p, q, w):
-    """p - q for q = p exp(w), by a series where they are close."""
-    close = w * (1.0 + w / 2 * (1.0 + w / 3 * (1.0 + w / 4 * (1.0 + w / 5 * (1.0 + w / 6)))))
-    return tl.where(tl.abs(w) < 0.25, -p * close, p - q)
+def _masked(L, one, two, classes, BLOCK: tl.constexpr):
+    """What entries of -inf make of a divergence: inf where one view alone has them, nan where both do, else 0."""
+    found = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, classes, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(L + one + column, mask=column < classes, other=0.0).to(tl.float32)
+        y = tl.load(L + two + column, mask=column < classes, other=0.0).to(tl.float32)
+        either = (x == float("-inf")) | (y == float("-inf"))
+        found += tl.where(either, tl.abs(x - y), 0.0)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def _divergence(L, KEPT, row, rows, classes, first, second, BLOCK: tl.constexpr):
+    """The row's divergence; keeps what backward needs beside the first view's largest entry and sum."""
+    _, beside, own, rest, along = first
+    other_top, other_beside, other_own, other_rest, other_along = second
+    rest, other_rest = tl.sum(rest, 0), tl.sum(other_rest, 0)
+    mean, other_mean = tl.sum(along, 0), -tl.sum(other_along, 0)
+    if ~((tl.abs(mean) < float("inf")) & (tl.abs(other_mean) < float("inf"))):
+        masked = _masked(L, row * classes, (row + rows) * classes, classes, BLOCK)
+        mean = tl.where(masked != 0.0, masked, mean)
+        other_mean = tl.where(masked != 0.0, masked, other_mean)
+    mean, other_mean = mean / (own + rest), other_mean / (other_own + other_rest)
+    distance = 0.5 * ((beside - other_beside) + (mean + other_mean))
+    tl.store(KEPT + row * 8 + 2, beside)
+    tl.store(KEPT + row * 8 + 3, mean)
+    tl.store(KEPT + row * 8 + 4, other_top)
+    tl.store(KEPT + row * 8 + 5, _log_sum(other_own, other_rest))
+    tl.store(KEPT + row * 8 + 6, other_beside)
+    tl.store(KEPT + row * 8 + 7, other_mean)
+    return distance
 
 
 @triton.jit
 def loss_forward(
     L, TARGETS, CROSS_ENTROPY, DISTANCE, KEPT, rows, classes, ignore_index, smoothing,
-    KL: tl.constexpr, BLOCK_V: tl.constexpr,
+    KL: tl.constexpr, SMOOTHED: tl.constexpr, LAY: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows,): the row's cross-entropy and distance, 0 when ignored, and what backward needs."""
     row = tl.program_id(0).to(tl.int64)
-    one, two = row * classes, (row + rows) * classes
     target = tl.load(TARGETS + row)
     kept = target != ignore_index
-    top = tl.load(L + one).to(tl.float32)
-    anchor, other_beside = _level(top), top
-    beside = tl.load(L + two).to(tl.float32)
-    other_top = beside
-    place, other_place = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-    own = tl.full((), 0.0, tl.float32)  # an entry's own weight counts once it has been met
-    rest, along, other_rest, other_along, above, distance = own, own, own, own, own, own
-    masked = own
-    for start in range(0, classes, BLOCK_V):
-        column = start + tl.arange(0, BLOCK_V)
-        mask = column < classes
-        x = tl.load(L + one + column, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(L + two + column, mask=mask, other=0.0).to(tl.float32)
-        top, beside, place, rest, along = _carried(
-            L, two, x, y, column, mask, start, top, beside, place, own, rest, along, KL
-        )
-        above += tl.sum(tl.where(mask, x - anchor, 0.0), 0)
+    one, two, before = vectors_of_row(row, rows, classes, LAY)
+    none, each = tl.full((), 0.0, tl.float32), tl.zeros((V,), tl.float32)
+    first = (tl.full((), _LOWEST, tl.float32), none, none, each, each)
+    second, apart, below = first, tl.zeros((V, _VECTOR), tl.float32), each
+    for block in range(tl.cdiv(before + classes, V * _VECTOR)):
+        whole = is_whole(block, before, classes, V)
+        place, valid, loaded = entries_of(block, before, classes, LAY, V)
+        x, y = both_views(L, one, two, place, loaded, whole)
+        gap = x - y
+        over = x - first[0]
         if KL:
-            other_top, other_beside, other_place, other_rest, other_along = _carried(
-                L, one, y, x, column, mask, start,
-                other_top, other_beside, other_place, own, other_rest, other_along, KL,
-            )  # fmt: skip
-            masked += _masked(x, y)
+            over = tl.maximum(over, y - second[0])
+        if whole & (tl.max(over) <= 0.0):
+            if SMOOTHED:
+                below += tl.sum(x - first[0], 1)
+            first = _added(first, x, gap, KL)
+            if KL:
+                second = _added(second, y, gap, KL)
+            else:
+                apart = tl.fma(gap, gap, apart)
         else:
-            distance += tl.sum((x - y) * (x - y), 0)
-        own = tl.full((), 1.0, tl.float32)
-    log_sum = _log1p(rest)
+            top = first[0]
+            first = _measured_anew(first, x, gap, place, valid, KL)
+            if SMOOTHED:
+                # The mean is measured from the largest entry, too.
+                met = tl.maximum(block * V * _VECTOR - before, 0)
+                moved = tl.where(met > 0, met * (top - first[0]), 0.0)
+                below += tl.where(tl.arange(0, V) == 0, moved, 0.0)
+                below += tl.sum(tl.where(valid, x - first[0], 0.0), 1)
+            if KL:
+                second = _measured_anew(second, y, gap, place, valid, KL)
+            else:
+                kept_gap = tl.where(valid, gap, 0.0)
+                apart += kept_gap * kept_gap
+    top, _, own, rest, _ = first
+    log_sum = _log_sum(own, tl.sum(rest, 0))
     # No class of this number: nan, for a device cannot raise, and another row's logit would pass.
     known = (target >= 0) & (target < classes)
-    chosen = tl.load(L + one + target, mask=kept & known, other=float("nan")).to(tl.float32)
-    mean = (anchor - top) + above / classes
-    spread = tl.where(smoothing != 0.0, smoothing * mean, 0.0)  # -inf masks classes
-    cross_entropy = log_sum + (1.0 - smoothing) * (top - chosen) - spread
+    chosen = tl.load(L + row * classes + target, mask=kept & known, other=float("nan"))
+    cross_entropy = log_sum + (1.0 - smoothing) * (top - chosen.to(tl.float32))
+    if SMOOTHED:
+        cross_entropy -= smoothing * (tl.sum(below, 0) / classes)
     tl.store(CROSS_ENTROPY + row, tl.where(kept, cross_entropy, 0.0))
     if KL:
-        along = along / (1.0 + rest) + masked
-        other_along = other_along / (1.0 + other_rest) + masked
-        apart = (other_top - beside) + (top - other_beside)
-        distance = 0.5 * (apart + (along + other_along))
+        distance = _divergence(L, KEPT, row, rows, classes, first, second, V * _VECTOR)
         tl.store(KEPT + row * 8, top)
         tl.store(KEPT + row * 8 + 1, log_sum)
-        tl.store(KEPT + row * 8 + 2, beside)
-        tl.store(KEPT + row * 8 + 3, along)
-        tl.store(KEPT + row * 8 + 4, other_top)
-        tl.store(KEPT + row * 8 + 5, _log1p(other_rest))
-        tl.store(KEPT + row * 8 + 6, other_beside)
-        tl.store(KEPT + row * 8 + 7, other_along)
     else:
+        distance = tl.sum(apart)
         tl.store(KEPT + row * 2, top)
         tl.store(KEPT + row * 2 + 1, log_sum)
     tl.store(DISTANCE + row, tl.where(kept, distance, 0.0))
 
 
 @triton.jit
+def _difference(p, q, w):
+    """p - q for q = p exp(w), by a series where they are close."""
+    close = w * (1.0 + w * (0.5 + w * (1 / 6 + w * (1 / 24 + w * (1 / 120 + w * (1 / 720))))))
+    return tl.where(tl.abs(w) < 0.25, -p * close, p - q)
+
+
+@triton.jit
+def _pull_and_push(row, KEPT, x, y, p, on_distance, KL: tl.constexpr, D: tl.constexpr):
+    """The distance's gradient of the first view, and of the second."""
+    gap = x - y
+    if KL:
+        top, log_sum = tl.load(KEPT + row * 8), tl.load(KEPT + row * 8 + 1)
+        beside, mean = tl.load(KEPT + row * 8 + 2), tl.load(KEPT + row * 8 + 3)
+        other_top, other_log_sum = tl.load(KEPT + row * 8 + 4), tl.load(KEPT + row * 8 + 5)
+        other_beside, other_mean = tl.load(KEPT + row * 8 + 6), tl.load(KEPT + row * 8 + 7)
+        q = tl.exp2((y - other_top) * _LOG2E - other_log_sum * _LOG2E)
+        apart = _difference(p, q, ((top - other_top) + (log_sum - other_log_sum)) - gap)
+        half = 0.5 * on_distance
+        pull = half * (p * ((gap - beside) - mean) + apart)
+        return pull, half * (q * ((other_beside - gap) - other_mean) - apart)
+    # Opposites after rounding too: the gradient of a bias of the logits is their sum, which must be zero.
+    pull = ((2.0 * on_distance) * gap).to(D).to(tl.float32)
+    return pull, -pull
+
+
+@triton.jit
 def loss_backward(
     L, TARGETS, D, KEPT, ON_CROSS_ENTROPY, ON_DISTANCE, rows, classes, ignore_index, smoothing,
-    KL: tl.constexpr, BLOCK_V: tl.constexpr,
+    KL: tl.constexpr, SMOOTHED: tl.constexpr, LAY: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, blocks of classes): the gradient of both views' rows."""
-    row = tl.program_id(0).to(tl.int64)
-    one, two = row * classes, (row + rows) * classes
+    """Grid (rows, blocks of vectors): the gradient of both views' rows."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    one, two, before = vectors_of_row(row, rows, classes, LAY)
+    place, valid, loaded = entries_of(block, before, classes, LAY, V)
+    whole = is_whole(block, before, classes, V)
     target = tl.load(TARGETS + row)
-    kept = target != ignore_index
-    on_cross_entropy = tl.where(kept, tl.load(ON_CROSS_ENTROPY).to(tl.float32), 0.0)
-    on_distance = tl.where(kept, tl.load(ON_DISTANCE).to(tl.float32), 0.0)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask = column < classes
-    x = tl.load(L + one + column, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(L + two + column, mask=mask, other=0.0).to(tl.float32)
-    width: tl.constexpr = 8 if KL else 2
-    top = tl.load(KEPT + row * width)
-    log_p = (x - top) - tl.load(KEPT + row * width + 1)
-    p = tl.exp(log_p)
-    if KL:
-        beside, along = tl.load(KEPT + row * 8 + 2), tl.load(KEPT + row * 8 + 3)
-        other_top, other_log_sum = tl.load(KEPT + row * 8 + 4), tl.load(KEPT + row * 8 + 5)
-        other_beside, other_along = tl.load(KEPT + row * 8 + 6), tl.load(KEPT + row * 8 + 7)
-        log_q = (y - other_top) - other_log_sum
-        q = tl.exp(log_q)
-        apart = _difference(p, q, log_q - log_p)
-        pull = 0.5 * on_distance * (p * (((x - top) - (y - beside)) - along) + apart)
-        push = (
-            0.5 * on_distance * (q * (((y - other_top) - (x - other_beside)) - other_along) - apart)
-        )
+    pull = tl.zeros((V, _VECTOR), tl.float32)
+    push = pull
+    if target != ignore_index:
+        x, y = both_views(L, one, two, place, loaded, whole)
+        on_cross_entropy = tl.load(ON_CROSS_ENTROPY).to(tl.float32)
+        on_distance = tl.load(ON_DISTANCE).to(tl.float32)
+        width: tl.constexpr = 8 if KL else 2
+        top, log_sum = tl.load(KEPT + row * width), tl.load(KEPT + row * width + 1)
+        p = tl.exp2((x - top) * _LOG2E - log_sum * _LOG2E)
+        # Without a distance the difference of two -inf, which mask classes, does not count.
+        if on_distance != 0.0:
+            pull, push = _pull_and_push(row, KEPT, x, y, p, on_distance, KL, D.dtype.element_ty)
+        hit = target + before - block * V * _VECTOR
+        if (hit >= 0) & (hit < V * _VECTOR):
+            p -= tl.where(place == target + before, 1.0 - smoothing, 0.0)
+        if SMOOTHED:
+            p -= smoothing / classes
+        pull += on_cross_entropy * p
+    if whole:
+        tl.store(D + one + place, pull.to(D.dtype.element_ty))
+        tl.store(D + two + place, push.to(D.dtype.element_ty))
     else:
-        # Opposites after rounding too: the gradient of a bias of the logits is their sum, which must be zero.
-        pull = (2.0 * on_distance * (x - y)).to(D.dtype.element_ty).to(tl.float32)
-        push = -pull
-    # Without a distance the difference of two -inf, which mask classes, does not count.
-    pull, push = tl.where(on_distance != 0.0, pull, 0.0), tl.where(on_distance != 0.0, push, 0.0)
-    hit = tl.where(column == target, 1.0 - smoothing, 0.0)
-    pull += tl.where(kept, on_cross_entropy * (p - hit - smoothing / classes), 0.0)
-    tl.store(D + one + column, pull.to(D.dtype.element_ty), mask=mask)
-    tl.store(D + two + column, push.to(D.dtype.element_ty), mask=mask)
-
-
-def block(classes: int) -> int:
-    """Classes a program holds at once."""
-    return min(BLOCK, int(triton.next_power_of_2(classes)))
+        tl.store(D + one + place, pull.to(D.dtype.element_ty), mask=valid)
+        tl.store(D + two + place, push.to(D.dtype.element_ty), mask=valid)
 
 
 def row_losses(
@@ -210,11 +268,13 @@ def row_losses(
     count, classes = labels.shape[0], rows.shape[1]
     cross_entropies = torch.empty(count, dtype=torch.float32, device=rows.device)
     distances = torch.empty_like(cross_entropies)
+    warps = 1 if count >= resident_programs(rows.device, RESIDENT) else max(BLOCKS)
     launch(
         loss_forward, (count,),
         rows, labels, cross_entropies, distances, statistics,
         count, classes, ignore_index, label_smoothing,
-        KL=distance == "kl", BLOCK_V=block(classes), num_warps=WARPS,
+        KL=distance == "kl", SMOOTHED=label_smoothing != 0.0, LAY=lay(count, classes),
+        V=vectors(BLOCKS[warps], classes), num_warps=warps,
     )  # fmt: skip
     return cross_entropies, distances
 
@@ -235,11 +295,14 @@ def write_gradients(
     `statistics` are `row_losses`'s. `out` may be `rows` itself: an entry is read before it is written.
     """
     count, classes = labels.shape[0], rows.shape[1]
+    lies, each = lay(count, classes), vectors(BACKWARD_BLOCK, classes)
+    most = classes if lies != VIEWS else classes + VECTOR - 1  # from a row's first vector on
     launch(
-        loss_backward, (count, triton.cdiv(classes, block(classes))),
+        loss_backward, (count, triton.cdiv(most, each * VECTOR)),
         rows, labels, out, statistics, on_cross_entropy, on_distance,
         count, classes, ignore_index, label_smoothing,
-        KL=distance == "kl", BLOCK_V=block(classes), num_warps=WARPS,
+        KL=distance == "kl", SMOOTHED=label_smoothing != 0.0, LAY=lies,
+        V=each, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
 
 

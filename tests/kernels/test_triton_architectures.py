@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.offline.machine_code import compiled
+from benchmarks.offline.machine_code import resources as taken_by
 from tests.kernels.test_triton_offline import (
     ARCHITECTURE,
     FULL,
@@ -17,8 +19,7 @@ from tests.kernels.test_triton_offline import (
     INDEX,
     SPECS,
     SPILLS,
-    assembled,
-    compiled,
+    sizes,
     spec,
 )
 
@@ -78,13 +79,13 @@ def resources(
 ) -> str:
     """Compile, check and record what a program takes, and return its PTX."""
     function = getattr(import_module(f"trainc.kernels.{module}"), name)
-    ptx: str = compiled(function, arguments, options, warps, architecture).asm["ptx"]
-    spilled, registers = assembled(ptx, architecture)
-    record("registers", registers)
-    record("spilled", spilled)
-    assert spilled <= SPILLS
-    assert registers * 32 * warps <= REGISTER_FILE
-    return ptx
+    kernel = compiled(function, arguments, options, warps, architecture, divisible=sizes(options))
+    found = taken_by(kernel, architecture)
+    record("registers", found.registers)
+    record("spilled", found.spilled)
+    assert found.spilled <= SPILLS
+    assert found.registers * 32 * warps <= REGISTER_FILE
+    return str(kernel.asm["ptx"])
 
 
 @pytest.mark.parametrize("architecture", OTHERS)

@@ -200,13 +200,23 @@ def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
     close([gradient], [other], dtype)
 
 
-def test_loss_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("count", "classes", "lay"), [(2, 128, "ROWS"), (2, 124, "VIEWS"), (2, 127, "APART"), (3, 9, "APART")]
+)  # fmt: skip
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_in_several_blocks(
+    count: int, classes: int, lay: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
+    from trainc.kernels.loss import triton_rows
 
-    monkeypatch.setattr(triton_loss, "BLOCK", 32)
+    assert triton_rows.lay(count, classes) == getattr(triton_rows, lay)
+    monkeypatch.setattr(triton_loss, "BLOCKS", {1: 32, 4: 32})
+    monkeypatch.setattr(triton_loss, "BACKWARD_BLOCK", 32)
     for distance in consistency.DISTANCES:
-        logits, targets = torch.randn(4, 127), torch.tensor([3, 126])
-        options: Any = (distance, -100, 0.0)
+        logits, targets = torch.randn(2 * count, classes), torch.tensor([3, classes - 1, 0])[:count]
+        logits[0, 5] = 6.0  # nothing larger comes after
+        options: Any = (distance, -100, smoothing)
         arguments = (logits, targets, torch.tensor(0.4), *options)
         *got, kept = triton_loss.forward(*arguments)
         *want, nothing = consistency.eager_forward(*arguments)

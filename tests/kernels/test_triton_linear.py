@@ -1,24 +1,21 @@
 """The Triton sources of linear and embedding layers: by the interpreter, and compiled without a GPU."""
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.offline.machine_code import compiled, disassembled, resources
 from tests.kernels.test_triton_architectures import OTHERS, REGISTER_FILE
 from tests.kernels.test_triton_offline import (
     ARCHITECTURE,
     FULL,
     INDEX,
     SPILLS,
-    assembled,
     spec,
     triton_version,
 )
@@ -27,6 +24,8 @@ from trainc.kernels.layer import embedding, linear, linear_norms
 NAMES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNITS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# What a launch finds divisible by 16 most of the time.
+SIZES = ("inputs", "outputs", "width")
 interpreter = pytest.mark.interpreter
 
 
@@ -239,36 +238,8 @@ PRODUCTS = [
 RUNS = spec(
     "layer.triton_embedding", "run_squares",
     f"DY:*bf16 SORTED:{INDEX} ORDER:{INDEX} SQUARES:{FULL} rows:i32 width:i32 padding:i32",
-    BLOCK_R=8, BLOCK_C=512,
+    BLOCK_R=4, BLOCK_C=512, warps=1,
 )  # fmt: skip
-
-
-def built(
-    module: str, name: str, arguments: str, options: dict[str, Any], warps: int, architecture: int
-) -> Any:
-    """Compile with pointers and widths divisible by 16, as a launch finds most of them."""
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    function = getattr(import_module(f"trainc.kernels.{module}"), name)
-    names = [parameter.name for parameter in function.params]
-    given = dict(part.split(":") for part in arguments.split())
-    given |= dict.fromkeys(options, "constexpr")
-    assert set(names) == set(given)
-    even = [n for n, k in given.items() if k[0] == "*" or n in ("inputs", "outputs", "width")]
-    source = ASTSource(
-        fn=function,
-        signature={n: given[n] for n in names},
-        constexprs={
-            (names.index(n),): getattr(tl, value) if n == "OPERAND" else value
-            for n, value in options.items()
-        },
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in even},
-    )
-    target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps})
 
 
 @pytest.mark.offline
@@ -285,13 +256,13 @@ def test_kernels_fit_registers_and_take_the_tensor_cores(
     old = triton_version() < launch.PRODUCTS_FROM
     if old and in_16_bits and architecture // 10 == launch.BLACKWELL:
         return  # no launch asks for it: `compiles` says no
-    code = built(module, name, arguments, options, warps, architecture).asm
-    ptx = code["ptx"]
-    spilled, registers = assembled(ptx, architecture)
-    record_property("registers", registers)
-    record_property("spilled", spilled)
-    assert spilled <= SPILLS
-    assert registers * 32 * warps <= REGISTER_FILE
+    function = getattr(import_module(f"trainc.kernels.{module}"), name)
+    code = compiled(function, arguments, options, warps, architecture, SIZES)
+    ptx, taken = code.asm["ptx"], resources(code, architecture)
+    record_property("registers", taken.registers)
+    record_property("spilled", taken.spilled)
+    assert taken.spilled <= SPILLS
+    assert taken.registers * 32 * warps <= REGISTER_FILE
     assert re.search(r"ld\.global\.\S*v4|cp\.async\.cg.*, 0x10", ptx), "no 128-bit load"
     # Tiles of fewer than 64 rows are too low for the units of a warp group.
     low = name == "gram" and options["BLOCK_T"] < 64
@@ -299,15 +270,4 @@ def test_kernels_fit_registers_and_take_the_tensor_cores(
     # Float32 is multiplied exactly, as ATen multiplies it, on no tensor core.
     assert (unit in ptx) == in_16_bits
     if in_16_bits and not low and architecture == ARCHITECTURE:
-        assert "HGMMA" in disassembled(code["cubin"])
-
-
-def disassembled(cubin: bytes) -> str:
-    """A kernel's instructions as the assembler left them."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        return subprocess.run([tool, file], capture_output=True, text=True, check=True).stdout
+        assert disassembled(code).count("HGMMA")

@@ -14,24 +14,26 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-BLOCK, CLASSES = 4, 9
+# Rows begin at several places within a vector of 8.
+BLOCK, CLASSES, ROWS = 8, 18, 4
 INF = float("inf")
 FACTORS = torch.tensor(0.9), torch.tensor(0.3)
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The launch module with blocks of 4 classes: a row has three, the last of them not full."""
+    """The launch module with blocks of 8 classes: a row has three, the first or the last of them not full."""
     from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
-    monkeypatch.setattr(triton_loss, "BLOCK", BLOCK)
+    monkeypatch.setattr(triton_loss, "BLOCKS", {1: BLOCK, 4: BLOCK})
+    monkeypatch.setattr(triton_loss, "BACKWARD_BLOCK", BLOCK)
     return triton_loss
 
 
 def every_run(length: int) -> Tensor:
-    """(CLASSES, CLASSES) bool: row i masks `length` classes from the i-th on, around the end."""
+    """(ROWS, CLASSES) bool: row i masks `length` classes from the 5 i-th on, around the end."""
     one = torch.arange(CLASSES) < length
-    return torch.stack([one.roll(i) for i in range(CLASSES)])
+    return torch.stack([one.roll(5 * i) for i in range(ROWS)])
 
 
 def results(
@@ -60,14 +62,14 @@ def both(launched: Any, logits: Tensor, *rest: Any) -> tuple[Any, Any]:
     )  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 5, CLASSES - 1])
+@pytest.mark.parametrize("length", [1, 8, 9, CLASSES - 1])
 @pytest.mark.parametrize("distance", operator.DISTANCES)
 def test_classes_masked_in_one_view_or_both_wherever_they_stand(
     launched: Any, distance: str, length: int
 ) -> None:
     torch.manual_seed(0)
-    plain = torch.randn(2, CLASSES, CLASSES)
-    masks, none = every_run(length), torch.zeros(CLASSES, CLASSES, dtype=torch.bool)
+    plain = torch.randn(2, ROWS, CLASSES)
+    masks, none = every_run(length), torch.zeros(ROWS, CLASSES, dtype=torch.bool)
     labels = (~masks).int().argmax(1)
     for smoothing, *masked in (
         (0.0, masks, masks), (0.0, masks, none), (0.0, none, masks), (0.1, masks, masks),
@@ -96,10 +98,12 @@ def test_rows_of_masked_classes_alone_are_not_finite(launched: Any, distance: st
 def test_one_bad_logit_is_never_read_over(launched: Any, distance: str, bad: float) -> None:
     torch.manual_seed(0)
     for view in range(2):
-        logits = torch.randn(2, CLASSES, CLASSES)
-        logits[view].fill_diagonal_(bad)
-        labels = torch.arange(CLASSES).add(1).remainder(CLASSES)
-        losses, distances, *_ = both(launched, logits.view(-1, CLASSES), labels, distance, 0.0)[0]
+        logits = torch.randn(2, ROWS, CLASSES)
+        logits[view].view(-1)[:: CLASSES + 2] = bad
+        labels = torch.arange(ROWS).mul(2).add(1)
+        found, want = both(launched, logits.view(-1, CLASSES), labels, distance, 0.0)
+        losses, distances, *_ = found
+        assert torch.equal(losses.isnan(), want[0].isnan())
         assert not distances.isfinite().any()
         assert losses.isfinite().all() == (view == 1)
 
@@ -133,3 +137,17 @@ def test_ignored_rows_change_nothing_whatever_they_hold(
     found = found.view(2, 5, CLASSES)
     torch.testing.assert_close(found[:, :3].flatten(0, 1), wanted, rtol=0, atol=0)
     assert not found[:, 3:].any()
+
+
+@pytest.mark.parametrize("distance", operator.DISTANCES)
+def test_classes_masked_by_the_least_number_there_is(launched: Any, distance: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2 * ROWS, CLASSES)
+    logits[::2, :9] = torch.finfo(torch.float32).min
+    logits[[1, 1 + ROWS]] = torch.finfo(torch.float32).min  # every class: a uniform distribution
+    labels = torch.tensor([9, 3, 17, 0])
+    got, want = both(launched, logits, labels, distance, 0.0)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[3], want[3], rtol=1e-5, atol=1e-6)
+    if distance == "kl":  # squared differences of such numbers are inf
+        torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,1 @@
+"""What Triton kernels compile to, told with no GPU at hand."""
