@@ -58,6 +58,14 @@ def composition_is_cheaper(limit: int, x: Tensor, *others: Tensor | None) -> boo
     return alike and x.device.type == "cpu" and not is_compiling() and x.numel() <= limit
 
 
+def compiler_fuses(x: Tensor) -> bool:
+    """Whether this is being compiled for CUDA, where inductor fuses torch's own operations with what is around them.
+
+    Operators it cannot look into, so there they are for what needs them.
+    """
+    return x.device.type == "cuda" and is_compiling()
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are carried in: float64 for float64, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from trainc.kernels.library.contracts import compiler_fuses
 from trainc.kernels.norm import layer_norm
 from trainc.kernels.norm.norm_operator import NormOperator, check_pair
 
@@ -43,7 +44,8 @@ def add_layer_norm(
 
     Source: Ba et al. 2016, arXiv:1607.06450; the norms: Gray et al. 2024, arXiv:2411.00999.
     """
-    if probe is None and x.device.type == "cpu":  # nothing to gain from an operator there
+    # Nothing to gain from an operator on a CPU, nor where a compiler fuses the sum with the norm.
+    if probe is None and (x.device.type == "cpu" or compiler_fuses(x)):
         check_pair(x, residual)
         summed = x + residual
         return summed, layer_norm.layer_norm(summed, normalized_shape, weight, bias, None, eps)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainc.kernels.library.contracts import compiler_fuses
 from trainc.kernels.norm import rms_norm
 from trainc.kernels.norm.norm_operator import NormOperator, check_pair
 
@@ -40,7 +41,8 @@ def add_rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the norms: Gray et al. 2024, arXiv:2411.00999.
     """
-    if probe is None and x.device.type == "cpu":  # nothing to gain from an operator there
+    # Nothing to gain from an operator on a CPU, nor where a compiler fuses the sum with the norm.
+    if probe is None and (x.device.type == "cpu" or compiler_fuses(x)):
         check_pair(x, residual)
         summed = x + residual
         return summed, rms_norm.rms_norm(summed, normalized_shape, weight, None, eps, casting)

@@ -10,6 +10,7 @@ from trainc.kernels.library.contracts import (
     REDUCED,
     absent,
     accumulation_dtype,
+    compiler_fuses,
     composition_is_cheaper,
 )
 from trainc.kernels.norm.norm_operator import Norm, NormOperator
@@ -52,19 +53,41 @@ def rms_norm(
 
     Returns a tensor of x's shape, in x's dtype but for "llama" ("none" under CUDA's autocast: float32). Raises
     RuntimeError for other shapes, dtypes and castings. Second derivatives raise RuntimeError and forward-mode ones
-    NotImplementedError, except for up to 65536 elements of one dtype on a CPU, uncompiled, with no probe or casting.
+    NotImplementedError, except without a probe: for up to 65536 elements of one dtype on a CPU, uncompiled and with no
+    casting, and in code compiled for CUDA, where this is torch's own operations.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the norms: Gray et al. 2024, arXiv:2411.00999.
     """
-    if probe is None and casting == "none" and composition_is_cheaper(SMALL, x, weight):
-        try:
-            return functional.rms_norm(x, list(normalized_shape), weight, eps)
-        except RuntimeError:
-            check_norm(x, normalized_shape, (weight,), None)  # names what is wrong
-            raise
+    fuses = probe is None and compiler_fuses(x)
+    if casting == "none":
+        alike = weight is None or weight.dtype == x.dtype
+        if (fuses and alike) or (probe is None and composition_is_cheaper(SMALL, x, weight)):
+            try:
+                return functional.rms_norm(x, list(normalized_shape), weight, eps)
+            except RuntimeError:
+                check_norm(x, normalized_shape, (weight,), None)  # names what is wrong
+                raise
+        fuses = False  # torch has no rule for mixed dtypes here, and under autocast another one
     eps = default_eps(x.dtype) if eps is None else eps
+    if fuses:
+        return composition(x, normalized_shape, weight, eps, casting)
     y: Tensor = OPERATOR.forward_op(x, list(normalized_shape), weight, probe, eps, casting)[0]
     return y
+
+
+def composition(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float, casting: str
+) -> Tensor:
+    """The norm in torch's own operations, as modules of the castings "llama" and "gemma" spell it."""
+    check(x, normalized_shape, weight, None, eps, casting)
+    value = x.to(accumulation_dtype(x.dtype))
+    dims = list(range(-len(normalized_shape), 0))
+    unit = value * torch.rsqrt(value.square().mean(dims, keepdim=True) + eps)
+    if casting == "llama":
+        return unit.to(x.dtype) if weight is None else unit.to(x.dtype) * weight
+    if weight is not None:
+        unit = unit * factor(weight, unit.dtype, casting)
+    return unit.to(x.dtype)
 
 
 def reference(

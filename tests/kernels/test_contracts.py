@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import trainc.functional as operators
+from trainc.kernels.library import contracts
 
 randn, zeros = torch.randn, torch.zeros
 HALF = torch.tensor(0.5)
@@ -289,3 +290,58 @@ def test_sums_of_two_tensors_are_compiled_without_a_probe() -> None:
         compiled: Any = torch.compile(function, fullgraph=True, backend="eager")
         x = randn(2, 5)
         torch.testing.assert_close(compiled(x, x, (5,)), function(x, x, (5,)))
+
+
+NORMS: dict[str, Callable[..., Any]] = {
+    "layer_norm": lambda x, r, w, probe: operators.layer_norm(x, (5,), w, None, probe),
+    "rms_norm": lambda x, r, w, probe: operators.rms_norm(x, (5,), w, probe),
+    "rms_norm, llama": lambda x, r, w, probe: operators.rms_norm(x, (5,), w, probe, None, "llama"),
+    "rms_norm, gemma": lambda x, r, w, probe: operators.rms_norm(x, (5,), w, probe, None, "gemma"),
+    "add_layer_norm": lambda x, r, w, probe: operators.add_layer_norm(x, r, (5,), w, None, probe),
+    "add_rms_norm": lambda x, r, w, probe: operators.add_rms_norm(x, r, (5,), w, probe),
+    "add_rms_norm, llama": lambda x, r, w, probe: operators.add_rms_norm(
+        x, r, (5,), w, probe, None, "llama"
+    ),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_without_a_probe_is_compiled_in_torchs_operations(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For CUDA, which is here what a CPU is taken for; with a probe there is the operator."""
+    for module in ("rms_norm", "add_rms_norm", "add_layer_norm"):
+        name = f"trainc.kernels.norm.{module}.compiler_fuses"
+        monkeypatch.setattr(name, lambda x: torch.compiler.is_compiling())
+    targets: list[str] = []
+
+    def graph_only(graph: Any, inputs: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    for columns in (None, 2 if "layer" in norm else 1):
+        probe = None if columns is None else torch.zeros(3, columns, requires_grad=True)
+        results = []
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            parts = [randn(3, 4, 5).requires_grad_(), randn(3, 4, 5), randn(5).requires_grad_()]
+            function: Any = NORMS[norm]
+            if compiled:
+                torch.compiler.reset()
+                function = torch.compile(function, fullgraph=True, backend=graph_only)
+            found = function(*parts, probe)
+            y = found[-1] if isinstance(found, tuple) else found
+            y.square().sum().backward()
+            results.append((y, parts[0].grad, parts[2].grad))
+        torch.testing.assert_close(*results)
+        assert any("trainc" in name for name in targets) == (probe is not None)
+        targets.clear()
+
+
+def test_what_is_refused_is_refused_in_compiled_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainc.kernels.norm.rms_norm.compiler_fuses", lambda x: True)
+    with pytest.raises(RuntimeError, match="casting must be one of"):
+        operators.rms_norm(randn(2, 5), (5,), None, None, None, "other")
+    with pytest.raises(RuntimeError, match="must end in normalized_shape"):
+        operators.rms_norm(randn(2, 5), (4,), None, None, None, "gemma")
+    assert not contracts.compiler_fuses(randn(2))
