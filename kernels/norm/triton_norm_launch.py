@@ -139,6 +139,21 @@ def backward(
     return dx, sums.gradients[0], sums.gradients[1], norms
 
 
+def _slots(
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    tile: Tile,
+    programs: int | None,
+) -> tuple[int, Fit]:
+    """Programs of a kernel that run at once on the arguments' device, with what they are launched with."""
+    if programs is not None:
+        return programs, Fit()
+    device = arguments[0].device
+    found = Fit(tile.resident) if tile.resident else fitted(kernel, arguments, options)
+    return resident_programs(device, found.programs), found
+
+
 def _held(
     inputs: tuple[Tensor, ...],
     folded: Folded,
@@ -155,23 +170,21 @@ def _held(
         "COLUMNS": sums.columns, "STAGES": tile.stages, "BLOCK_R": tile.rows, "BLOCK_C": tile.columns,
         "num_warps": tile.warps,
     }  # fmt: skip
-    by_rows = {"ROW_NORMS": sums.squared and rows == 1}
+    by_rows: dict[str, int] = {"ROW_NORMS": sums.squared and rows == 1}
 
-    def slots(kernel: Any, numbers: tuple[int, ...], more: dict[str, bool]) -> tuple[int, Fit]:
-        """Programs of a kernel that run at once."""
-        if programs is not None:
-            return programs, Fit()
-        if tile.resident:
-            return resident_programs(x.device, tile.resident), Fit()
-        # Norms stand in for the scratch memory, which is float32 as well.
-        found = fitted(kernel, (*inputs, norms, norms, *numbers), options | more)
-        return resident_programs(x.device, found.programs), found
-
-    split, fit = slots(kernels.norm_backward_split, (16, width, 16, 16), by_rows)
+    # Norms stand in for the scratch memory, which is float32 as well.
+    shared = (*inputs, norms, norms)
+    split, fit = _slots(
+        kernels.norm_backward_split, (*shared, 16, width, 16, 16), options | by_rows, tile, programs
+    )
+    # Fewer of its programs fit a processor, so each has a tile more under way.
+    stages: dict[str, int] = {"STAGES": tile.stages + 1} if tile.stages > 1 else {}
     whole, whole_fit = 0, Fit()
     # Two more sums of the widest rows would not fit the registers.
     if sums.squared and 1 < rows < tiles.FEW_ROWS and tile.columns < tiles.HELD:
-        whole, whole_fit = slots(kernels.norm_backward_whole, (16, 16, width), {})
+        whole, whole_fit = _slots(
+            kernels.norm_backward_whole, (*shared, 16, 16, width), options | stages, tile, programs
+        )
     config = tiles.launch_config(examples, rows, tile.rows, split, whole)
     squared = sums.squared and config.regime == "split"
     lines = (examples, config.chunks) if squared else (1, config.programs)
@@ -181,7 +194,7 @@ def _held(
     if config.regime == "whole":
         launch(
             kernels.norm_backward_whole, grid, *pointers, examples, rows, width,
-            **options, **whole_fit.options,
+            **(options | stages), **whole_fit.options,
         )  # fmt: skip
     else:
         # One row an example: one example in name.
