@@ -8,7 +8,7 @@ import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -39,6 +39,8 @@ class Data:
     evaluation: Part
     tokens_per_sample: int = 1
     sha256: str = ""
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Returns the text of ids of tokens, where samples have some."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def stdlib(
         Windows(ids[middle:], context),
         tokens_per_sample=context,
         sha256=hashlib.sha256(text).hexdigest(),
+        decode=lambda ids: bytes(ids).decode("utf-8", "replace"),
     )
 
 

@@ -116,6 +116,10 @@ ROOMS = {
             "runtime/report runtime/run compiler compiler/structure compiler/model compiler/bind compiler/graph "
             "compiler/lower compiler/passes compiler/plan compiler/execution compiler/program"
         ),
+        "compiler/influence": (
+            "dsl/values dsl/reading dsl/resolve runtime/storage runtime/data runtime/device compiler "
+            "compiler/structure compiler/model compiler/program compiler/driver"
+        ),
     }.items()
 }
 # Loaded by `trainc check`, which starts in a blink: torch only inside functions.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trainc.compiler.driver.compile import compile as compile
     from trainc.compiler.driver.compile import plan as plan
     from trainc.compiler.driver.saved_program import load as load
+    from trainc.compiler.influence.recorded_run import checkpoint_loader as checkpoint_loader
     from trainc.compiler.program.program import Program as Program
     from trainc.dsl.resolve.spec import Spec as Spec
     from trainc.dsl.resolve.statements import Clause as Clause
@@ -31,6 +32,7 @@ _HOME = {
     "StopRun": "trainc.runtime.step.action",
     "catalog": "trainc.compiler.catalog",
     "check": "trainc.compiler.catalog",
+    "checkpoint_loader": "trainc.compiler.influence.recorded_run",
     "compile": "trainc.compiler.driver.compile",
     "load": "trainc.compiler.driver.saved_program",
     "plan": "trainc.compiler.driver.compile",

@@ -27,6 +27,11 @@ def bytes_of(paths: Sequence[Path]) -> InMemory:
     return InMemory(np.frombuffer(whole, np.uint8))
 
 
+def text_of_bytes(ids: Sequence[int]) -> str:
+    """Return the text of some bytes; what is no UTF-8 is replaced."""
+    return bytes(ids).decode("utf-8", "replace")
+
+
 def ids_of(paths: Sequence[Path], tokenizer: Tokenizer) -> InMemory:
     """Return the ids that a tokenizer gives for the text of each file, in a row.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -85,7 +85,10 @@ def split_windows(samples: int, fraction: float) -> int:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Windows to train on, and held-out ones; reading them draws no random numbers."""
+    """Windows to train on, and held-out ones; reading them draws no random numbers.
+
+    `decode` returns the text of some ids, where that is known.
+    """
 
     train: Windows
     evaluation: Windows | None
@@ -93,6 +96,7 @@ class TokenData:
     fingerprint: str
     workers: int = 0
     prefetch: bool = True
+    decode: Callable[[Sequence[int]], str] | None = None
 
 
 def token_data(

@@ -131,7 +131,7 @@ def _finish(
     write_manifest(place, (*others, STATE), {"format": FORMAT, "step": step}, known)
     for path in (*(place / name for name in (*others, STATE, MANIFEST)), place):
         atomic.sync(path)
-    attempts = [attempt for number, attempt, _ in _checkpoints(folder) if number == step]
+    attempts = [attempt for number, attempt, _ in checkpoints_in(folder) if number == step]
     # A step is saved again only after a resume from before it: the older attempt stays until
     # this one is in place.
     suffix = f"-{max(attempts) + 1}" if attempts else ""
@@ -156,7 +156,7 @@ def _as_oserror(path: Path) -> Iterator[None]:
 def find_latest(folder: Path, among: Collection[int] | None = None) -> FoundCheckpoint:
     """Find the newest intact checkpoint, of some steps where `among` is given; skip and list damaged newer ones."""
     damage: list[str] = []
-    found = (one for one in _checkpoints(folder) if among is None or one[0] in among)
+    found = (one for one in checkpoints_in(folder) if among is None or one[0] in among)
     for step, _, path in sorted(found, reverse=True):
         try:
             _verify(path, step)
@@ -213,8 +213,8 @@ def _verify(path: Path, step: int | None = None) -> None:
         )
 
 
-def _checkpoints(folder: Path) -> Iterator[tuple[int, int, Path]]:
-    """Yield step, attempt and path of every checkpoint."""
+def checkpoints_in(folder: Path) -> Iterator[tuple[int, int, Path]]:
+    """Yield step, attempt and path of every checkpoint in a folder of them, intact or not."""
     for path in folder.glob("step-*"):
         if match := _NAME.fullmatch(path.name):
             yield int(match[1]), int(match[2] or 0), path
@@ -222,7 +222,7 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, int, Path]]:
 
 def remove_later(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps, which a run that went back does not go on from."""
-    for later, _, path in [*_checkpoints(folder)]:
+    for later, _, path in [*checkpoints_in(folder)]:
         if later > step:
             _remove_checkpoint(folder, path)
 
@@ -236,7 +236,7 @@ def prune_checkpoints(folder: Path, keep: int, newest: int, needed: Collection[i
     if keep < 1:
         raise ValueError(f"keep = {keep}: expected the number of checkpoints to keep, 1 or more")
     kept: set[int] = set()
-    for step, _, path in sorted(_checkpoints(folder), reverse=True):
+    for step, _, path in sorted(checkpoints_in(folder), reverse=True):
         if step > newest:
             continue
         if (len(kept) < keep or step in needed) and step not in kept:

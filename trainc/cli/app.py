@@ -23,6 +23,7 @@ SUMMARIES = {
     "delta": "Export what a run changed of its weights, or apply it.",
     "verify": "Compare the compiled model with the original on real input.",
     "report": "Summarise finished runs, side by side.",
+    "influence": "Show which training samples a run's losses owe most to.",
     "spectrum": "Show how heavy the tails of the spectra of weights are.",
     "tune": "Find the fastest launches of the norm kernels on this GPU.",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -37,13 +38,14 @@ class Text(Files):
 
     def load(self) -> Any:
         """Return the windows of the texts, which are read and cut into tokens here."""
+        from trainc.runtime.sources.texts import text_of_bytes
         from trainc.runtime.sources.windows import count_windows, token_data
 
         train, held_out = self.files()
         tokens, others = self._tokens(train), self._tokens(held_out)
         counts = [count_windows(one.length, self.context) for one in (tokens, others)]
         self.require_windows(self.trained(counts[0]), counts[1] if held_out else None)
-        return token_data(
+        found = token_data(
             [tokens],
             [others] if held_out else [],
             self.fraction,
@@ -51,6 +53,7 @@ class Text(Files):
             fingerprint(train),
             self.workers,
         )
+        return replace(found, decode=text_of_bytes) if self.tokenizer == "bytes" else found
 
     def count(self) -> tuple[int | None, int | None]:
         """Return the number of samples of bytes by the sizes of the files."""

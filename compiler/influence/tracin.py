@@ -1,0 +1,152 @@
+"""TracInCP: the influence of training examples on the loss of others, summed over checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainc.compiler.influence.example_gradients import ExampleGradients, Gradients
+from trainc.compiler.influence.recorded_run import RecordedRun
+from trainc.compiler.model.inventory import Inventory
+from trainc.runtime.data.order import Split, read_batch_at
+from trainc.runtime.storage.random_streams import derive_seed
+
+ROOM = 2**28
+"""Bytes of the gradients that are held at once."""
+MOST = 64
+"""The most examples that pass together."""
+
+Tell = Callable[[int, int], None]
+"""Called with how many examples are done, and of how many."""
+
+
+@dataclass(eq=False)
+class Influence:
+    """Scores (others, training examples) and self-influences (training examples,), float64, and losses of both.
+
+    The losses are those at the last checkpoint, NaN for an example of which no target counts.
+    """
+
+    steps: list[int]
+    rates: list[tuple[float, float]]
+    """The lowest and the highest rate of a checkpoint."""
+    skipped: list[int]
+    """Checkpoints from before the first step, which had no rates."""
+    scores: Tensor
+    own: Tensor
+    losses: Tensor
+    train_losses: Tensor
+    together: bool = False
+
+
+class Sketch:
+    """A count sketch: every entry of a gradient is added, with a random sign, to one of `size` sums.
+
+    The products of sketches have the products of the gradients as means, with a standard deviation of about |g| |g'| /
+    sqrt(size). Source: Charikar, Chen, Farach-Colton, Finding Frequent Items in Data Streams, ICALP 2002; of gradients:
+    Weinberger et al., Feature Hashing for Large Scale Multitask Learning, ICML 2009.
+    """
+
+    def __init__(self, size: int, entries: Mapping[str, int], seed: int) -> None:
+        self.size = size
+        draw = torch.Generator().manual_seed(derive_seed(seed, "influence", "sketch"))
+        self._place = {n: torch.randint(size, (k,), generator=draw) for n, k in entries.items()}
+        self._sign = {
+            n: torch.randint(2, (k,), generator=draw) * 2.0 - 1 for n, k in entries.items()
+        }
+
+    def __call__(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sketches of gradients by parameter, as one entry of the same kind."""
+        some = next(iter(rows.values()))
+        total = some.new_zeros(len(some), self.size)
+        for name, values in rows.items():
+            place, sign = (one[name].to(values.device) for one in (self._place, self._sign))
+            total.index_add_(1, place, values * sign.to(values.dtype))
+        return {"": total}
+
+
+@dataclass(eq=False)
+class TracIn:
+    """Sums the rate times the product of two examples' gradients over checkpoints, each parameter with its own rate.
+
+    Source: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent, NeurIPS 2020,
+    arXiv:2002.08484, equation of TracInCP.
+    """
+
+    run: RecordedRun
+    names: Sequence[str]
+    inventory: Inventory
+    projected: int | None = None
+    tell: Tell = field(default=lambda done, of: None)
+
+    def measure(
+        self, train: Sequence[int], others: tuple[Split, Sequence[int]] | None = None
+    ) -> Influence:
+        """Return the influence of training examples on others, and on themselves."""
+        gradients = ExampleGradients(self.run.program, self.names, self.inventory)
+        sizes = {name: p.numel() for name, p in gradients.parameters.items()}
+        seed = self.run.program.settings.seed
+        sketch = Sketch(self.projected, sizes, seed) if self.projected else None
+        split, ids = others or (_whole(self.run.data.train), [])
+        found = Influence(
+            [],
+            [],
+            [],
+            torch.zeros(len(ids), len(train), dtype=torch.float64),
+            torch.zeros(len(train), dtype=torch.float64),
+            torch.full((len(ids),), torch.nan, dtype=torch.float64),
+            torch.full((len(train),), torch.nan, dtype=torch.float64),
+        )
+        done, total = 0, (len(train) + len(ids)) * len(self.run.checkpoints)
+        for step in self.run.checkpoints:
+            every = self.run.load(step)
+            rates = {name: every.get(name, 0.0) for name in self.names}
+            if not any(rates.values()):
+                found.skipped.append(step)
+                done += len(train) + len(ids)
+                continue
+            found.steps.append(step)
+            found.rates.append((min(rates.values()), max(rates.values())))
+            of_others: list[dict[str, Tensor]] = []
+            for part, one in self._read(split, ids, gradients):
+                scaled = {n: rows * rates[n] for n, rows in one.rows.items()}
+                of_others.append(sketch(scaled) if sketch else scaled)
+                found.losses[part] = one.losses.double()
+                done += part.stop - part.start
+                self.tell(done, total)
+            for part, one in self._read(_whole(self.run.data.train), train, gradients):
+                squares = [r * one.rows[n].double().square().sum(1) for n, r in rates.items()]
+                found.own[part] += torch.stack(squares).sum(0).cpu()
+                found.train_losses[part] = one.losses.double()
+                rows = sketch(one.rows) if sketch and ids else one.rows
+                if ids:
+                    products = [_products(other, rows) for other in of_others]
+                    found.scores[:, part] += torch.cat(products).cpu()
+                done += part.stop - part.start
+                self.tell(done, total)
+        found.together = gradients.together
+        return found
+
+    def _read(
+        self, split: Split, ids: Sequence[int], gradients: ExampleGradients
+    ) -> Iterator[tuple[slice, Gradients]]:
+        """Yield the gradients of examples, as many at once as there is room for, and their places among the ids."""
+        place, seed = self.run.hardware.place, self.run.program.settings.seed
+        size = max(1, min(MOST, ROOM // (8 * gradients.entries)))
+        for first in range(0, len(ids), size):
+            part = slice(first, min(first + size, len(ids)))
+            batch = read_batch_at(split, list(ids[part]), seed, 0)
+            yield part, gradients.of(self.run.program.execution.losses.batch(place(batch)))
+
+
+def _whole(split: object) -> Split:
+    assert hasattr(split, "batch")
+    return split  # type: ignore[return-value]
+
+
+def _products(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Tensor:
+    """Return the products of every row with every other row, over all parameters, float64."""
+    return torch.stack([(rows.double() @ others[n].double().mT) for n, rows in some.items()]).sum(0)

@@ -1,0 +1,50 @@
+"""Pictures of examples in rows: one, and those that are shown beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+INCHES = 1.15
+"""The side of a picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnExample:
+    """A picture (H, W) or (H, W, 3) with values from 0 to 1, and a line above it; `color` marks its frame."""
+
+    pixels: NDArray[np.float32]
+    title: str
+    color: str = "none"
+
+
+def draw_examples(rows: Sequence[Sequence[DrawnExample]], path: Path) -> Path:
+    """Draw rows of examples into a PNG file and return its path."""
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(columns * INCHES, len(rows) * (INCHES + 0.3)), layout="tight")
+    every = figure.subplots(len(rows), columns, squeeze=False)
+    for row, cells in zip(rows, every, strict=True):
+        for i, cell in enumerate(cells):
+            _draw(cell, row[i] if i < len(row) else None)
+    figure.savefig(path, dpi=160)
+    return path
+
+
+def _draw(cell: Axes, example: DrawnExample | None) -> None:
+    cell.set_xticks([])
+    cell.set_yticks([])
+    for side in cell.spines.values():
+        side.set_visible(example is not None and example.color != "none")
+    if example is None:
+        return
+    cell.imshow(example.pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    cell.set_title(example.title, fontsize=6)
+    for side in cell.spines.values():
+        side.set_color(example.color if example.color != "none" else "black")
+        side.set_linewidth(1.5)
