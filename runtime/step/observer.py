@@ -124,7 +124,10 @@ class Observer(Action):
 
     @abstractmethod
     def found(self, replicas: ReplicaGroup | None = None) -> Mapping[str, float]:
-        """Return what was measured since `forget`, by signal, over all replicas; empty where nothing was seen."""
+        """Return what was measured since `forget`, by signal, over all replicas; empty where nothing was seen.
+
+        The main signal, which is called as the clause, has the empty name.
+        """
 
     @abstractmethod
     def forget(self) -> None:
@@ -145,7 +148,7 @@ class Observer(Action):
         with failures_of(self.name):
             found = self.found(replicas)
         self.forget()
-        return {f"{self.name}.{signal}": value for signal, value in found.items()}
+        return {f"{self.name}.{signal}".rstrip("."): value for signal, value in found.items()}
 
 
 class EvaluationObservers:

@@ -117,6 +117,8 @@ OF_CLASSES = [
     SGD + GNS + DISTILL + "spread",
     SGD + "observe calibration { of = training, bins = 3 }",
     SGD + "observe margin { of = training }",
+    SGD + "observe saturation { c = 20, layers = type(LayerNorm) }",
+    SGD + "observe homogeneity { layers = type(LayerNorm) }",
 ]
 OF_TOKENS = [
     SGD + PACE,

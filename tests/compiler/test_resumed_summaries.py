@@ -76,6 +76,8 @@ SPECS = {
         optimizer adamw { lr = 1e-2 }
         perturb adversarial { norm = linf, radius = 0.03, at = "embed.token" }
         observe margin { of = training }
+        observe saturation every 2 steps { layers = "blocks.*", heads = true }
+        observe homogeneity every 2 steps
         observe consistency on "blocks.*.mlp.**" & type(Linear) every 2 steps { sigma = 0.5 }
         mask bitfit
     """,
