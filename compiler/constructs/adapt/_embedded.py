@@ -35,15 +35,17 @@ _TASKS = {
 def embedded_width(name: str, layer: Any) -> int:
     """Return the channels of a model's embeddings; raises ValueError for a model that prompts cannot be in front of."""
     own = getattr(type(layer), "unbound", type(layer))
+    takes = inspect.signature(own.forward).parameters
     found = getattr(layer, "get_input_embeddings", None)
-    if not callable(found) or _EMBEDDED not in inspect.signature(own.forward).parameters:
+    named = f"`{name}`" if name else "the model itself"
+    if not callable(found) or _EMBEDDED not in takes:
         raise ValueError(
-            f"`{name}` takes no `{_EMBEDDED}`, as `mode = input` needs: select a model of transformers, such as"
+            f"{named} takes no `{_EMBEDDED}`, as `mode = input` needs: select a model of transformers, such as"
             ' `"model"` in LlamaForCausalLM, or its blocks with `mode = shallow`'
         )
-    if getattr(getattr(layer, "config", None), "is_encoder_decoder", False):
+    if "decoder_input_ids" in takes:
         raise ValueError(
-            f"`{name}` has an encoder and a decoder: select one of them, such as `encoder`"
+            f"{named} has an encoder and a decoder: select one of them, such as `encoder`"
         )
     return int(found().weight.shape[1])
 

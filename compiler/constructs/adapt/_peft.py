@@ -129,7 +129,8 @@ class PeftFormat:
         for name in _NOT_OURS:
             if given.get(name):
                 raise ValueError(
-                    f"{folder} uses peft's `{name}`, which `{self.rule.title}` does not have"
+                    f"{folder} uses peft's `{name}`, which `{self.rule.title}` does not have: compile the model that"
+                    " `PeftModel.from_pretrained` makes of it, without `adapt`, and its adapters train as they are"
                 )
         start = given.get("init_lora_weights", True)
         if isinstance(start, str) and start not in _KEEP_BASE:

@@ -298,6 +298,23 @@ def test_only_one_model_takes_prompts_in_front(clause: str, message: str) -> Non
     assert all(d.labels for d in raised.value.diagnostics)
 
 
+def test_an_encoder_takes_prompts_in_front_and_both_halves_do_not() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=24, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config)
+    base = BASE.replace("cross_entropy", "model")
+    whole = "adapt prompt on type(T5ForConditionalGeneration) { tokens = 2, mode = input }"
+    with pytest.raises(trainc.SpecError, match="the model itself has an encoder and a decoder"):
+        trainc.compile(base + whole, model)
+    program = trainc.compile(base + 'adapt prompt on "encoder" { tokens = 2, mode = input }', model)
+    before = program.module.get_parameter("encoder.prompt.prompts").detach().clone()
+    program.step({"input_ids": IDS, "labels": IDS})
+    assert not torch.equal(before, program.module.get_parameter("encoder.prompt.prompts"))
+
+
 def test_files_of_other_adapters_are_refused_with_what_to_write(tmp_path: Path) -> None:
     program = in_front(gpt2, PEFT["learned positions"][1])
     program.save_adapters(tmp_path)
