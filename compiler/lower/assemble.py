@@ -260,13 +260,15 @@ def _slot(
     factors: dict[str, tuple[LrFactor, ...]] = {}
     for factor in method.option_factors.get(name, ()):
         factors[factor.of] = (*factors.get(factor.of, ()), factor)
+    mask = method.masks.get(name)
     return ParamSlot(
         name,
-        method.masks[name].values if name in method.masks else context.model.get_parameter(name),
+        context.model.get_parameter(name) if mask is None else mask.values,
         part.option(name, "weight_decay").begin(0.0),
         tuple(method.lr_factors.get(name, ())),
         part.options[name],
         factors,
+        isinstance(mask, SelectedEntries) and not mask.is_counted,
     )
 
 

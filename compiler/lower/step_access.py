@@ -115,7 +115,8 @@ class StepAccess(ClauseAccess):
         shapes = {name: self.inventory.parameter[name].shape for name in names}
         sizes = choice.sizes(shapes, density)
         selected = {
-            n: SelectedEntries(n, self.tensor(n), size, master) for n, size in sizes.items()
+            n: SelectedEntries(n, self.tensor(n), size, master, choice.known)
+            for n, size in sizes.items()
         }
         self._method.masks.update(selected)
         self.action(WriteBack(self.label, selected.values()))

@@ -30,11 +30,20 @@ class SelectedEntries(UpdateMask):
     (`update`), those that have no master copy need none, and `values` holds nothing.
     """
 
-    def __init__(self, name: str, parameter: Parameter, count: int, master: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameter: Parameter,
+        count: int,
+        master: bool = True,
+        is_counted: bool = True,
+    ) -> None:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         values = Parameter(torch.zeros(count, dtype=dtype, device=parameter.device))
         super().__init__(name, parameter, values)
         self._has_master = master and dtype != parameter.dtype
+        self.is_counted = is_counted
+        """Whether `count` is how many entries every choice takes."""
         self._positions: Positions | None = None
         self.keeps_dense = False
         """Whether the dense gradient of a step stays in `parameter.grad`, since the next choice depends on it."""

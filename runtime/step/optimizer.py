@@ -212,7 +212,7 @@ class OptimizerStep(Action):
         return sum(slot.tensor.nbytes for slot in self.slots) if self.asks else 0
 
     def zero_grad(self) -> None:
-        """Free the gradients, as the optimizer's own `zero_grad` says, too."""
+        """Free the gradients."""
         free_gradients(self.torch)
 
     def state_of(self, name: str) -> Mapping[str, Any]:
@@ -249,7 +249,7 @@ class OptimizerStep(Action):
         return self.named.state()
 
     def state_form(self) -> OptimizerForm:
-        return OptimizerForm(self.named, self._make)
+        return OptimizerForm(self.named, self._make, {s.name for s in self.slots if s.any_length})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rebuild()

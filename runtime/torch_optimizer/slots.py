@@ -101,6 +101,8 @@ class ParamSlot:
     options: OptionValues = field(default_factory=dict)
     factors: Mapping[str, tuple[LrFactor, ...]] = field(default_factory=dict)
     """Factors on other options than the rate, by what they are of."""
+    any_length: bool = False
+    """Whether `tensor` has selected entries, and their number is known when they are chosen."""
 
     def factor(self, clock: Clock) -> float:
         """Return the product of the factors on the rate in the step at this clock."""

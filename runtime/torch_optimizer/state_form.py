@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ class OptimizerForm(Form):
 
     named: NamedState
     make: Make
+    of_any_length: Set[str] = frozenset()
+    """The parameters whose vectors may have any length: scores or weights say how many of their entries train."""
 
     def fits(self, value: Any, partial: bool) -> bool:
         return isinstance(value, Mapping) and all(type(key) is str for key in value)
@@ -129,7 +131,8 @@ class OptimizerForm(Form):
                 f"{path}/{odd[0]}", f"the entries {', '.join(map(str, forms))}", found
             )
         for key, value in own.items():
-            form = forms[key].of_any_length() if partial else forms[key]
+            free = partial or name in self.of_any_length
+            form = forms[key].of_any_length() if free else forms[key]
             form.check(value, f"{path}/{key}")
 
     @property

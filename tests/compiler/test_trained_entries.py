@@ -182,3 +182,24 @@ def test_a_rank_that_approximates_nothing_is_a_warning() -> None:
     (warning,) = trainc.plan(spec.replace("R", "6"), model).warnings
     assert "no selected parameter has a higher rank than 6" in warning.message
     assert not trainc.plan(spec.replace("R", "5"), model).warnings
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["global", "calibrated, unit = tensor"])
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_entries_that_only_a_choice_counts_resume_bit_equal(
+    optimizer: str, scope: str, at: int
+) -> None:
+    """A new program does not know how many entries of each tensor a checkpoint has, nor those of their moments."""
+    spec = f"mask sift on ndim(2) every 2 steps {{ density = 30%, batches = 2, scope = {scope} }}"
+    spec += f" optimizer {OPTIMIZERS[optimizer].replace('RATE', '0.05')}"
+    whole, resumed = made(spec, torch.float32), made(spec, torch.float32)
+    for step in range(at):
+        whole.step(data(step, torch.float32))
+    resumed.module.load_state_dict({n: w.clone() for n, w in whole.module.state_dict().items()})
+    resumed.load_state_dict(whole.state_dict())
+    for step in range(at, 7):
+        whole.step(data(step, torch.float32))
+        resumed.step(data(step, torch.float32))
+    for one, other in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(one, other)
