@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARIES = {
     "dsl": {"lark", "pydantic"},
     "kernels": {"torch", "triton"},
-    "runtime": {"torch", "numpy", "safetensors", "rich", "matplotlib"},
+    "runtime": {"torch", "numpy", "scipy", "safetensors", "rich", "matplotlib"},
     "compiler": {"torch", "pydantic", "safetensors"},
 }
 # The rooms from the ground up, and which rooms each may import: only rooms above it in this table. Imports inside
@@ -44,6 +44,7 @@ ROOMS = {
         "runtime/processes": "",
         "runtime/memory": "",
         "runtime/soundness": "runtime/processes",
+        "runtime/vector_optimizer": "",
         "runtime/torch_optimizer": "runtime/schedule runtime/storage runtime/processes",
         "runtime/step": (
             "runtime/schedule runtime/storage runtime/data runtime/processes runtime/soundness "
@@ -91,7 +92,7 @@ ROOMS = {
         "compiler/constructs": (
             "dsl/text dsl/values dsl/reading kernels/loss kernels/noise kernels/parameter runtime/schedule "
             "runtime/sources runtime/storage runtime/data runtime/soundness runtime/processes runtime/step "
-            "runtime/companion runtime/mask runtime/factors "
+            "runtime/companion runtime/mask runtime/factors runtime/vector_optimizer "
             "runtime/report runtime/noise_scale compiler compiler/structure compiler/model compiler/bind "
             "compiler/method compiler/lower compiler/layers"
         ),

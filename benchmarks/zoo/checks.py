@@ -94,17 +94,23 @@ def _close(one: float, two: float, near: float) -> bool:
     return both_nan or math.isclose(one, two, rel_tol=near, abs_tol=near)
 
 
+def stays(optimizer: Any) -> bool:
+    """Say whether a step of an optimizer may leave the weights where they are."""
+    return bool(getattr(optimizer, "may_stay", False))
+
+
 def check_moves(trained: Trained) -> None:
     """Raise Wrong where a parameter without an optimizer moved, or one with a gradient and an optimizer did not."""
     method = trained.program.execution.method
     claimed = {slot.name for action in optimizer_steps(trained.program) for slot in action.slots}
+    may_stay = {n for part in method.optimizers if stays(part.construct) for n in part.targets}
     for name, tensor in trained.program.module.named_parameters():
         changed = tensor.detach() != trained.before[name]
         mask: Any = method.masks.get(name)
         if name not in claimed and changed.any():
             raise Wrong(f"`{name}` has no optimizer, and moved")
         if mask is None:
-            if name in claimed & trained.with_gradient and not changed.any():
+            if name in claimed & trained.with_gradient - may_stay and not changed.any():
                 raise Wrong(f"`{name}` has a gradient and an optimizer, and did not move")
         elif mask.separate:
             if int(changed.sum()) > mask.values.numel():

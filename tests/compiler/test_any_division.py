@@ -64,6 +64,8 @@ ANY = [
     ADAMW,
     " optimizer muon on ndim(2) { lr = 0.1, others = sgd { lr = 0.1 } } ",
     ' optimizer torch("torch.optim:LBFGS") { lr = 0.1, max_iter = 3 } ',
+    ' optimizer scipy { method = "CG", lr = 0.1 } ',
+    " optimizer swarm { particles = 3, spread = 0.1 } ",
     SGD + L2_SP,
     SGD + "regularize ema { decay = 0.5 }",
     SGD + "regularize swa",
@@ -172,7 +174,7 @@ CASES = [(k, c) for k in LOSSES for c in ANY]
 CASES += [(k, c) for k in LOSSES if "token" in k or "class" in k for c in OF_CLASSES]
 CASES += [(k, c) for k in LOSSES if "token" in k for c in OF_TOKENS]
 CASES += [(k, c) for k in ("numbers", "near numbers", "distances") for c in OF_NUMBERS]
-WHOLE_ONLY = ("perturb ", "LBFGS")
+WHOLE_ONLY = ("perturb ", "LBFGS", "scipy", "swarm")
 """What `program.loss` refuses, because it needs all micro-batches of a step."""
 MODULES_ONLY = ("interval = jackknife", "geometry", "example = document", "adversarial")
 """What no graph runs."""

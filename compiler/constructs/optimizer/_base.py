@@ -83,6 +83,9 @@ class Optimizer(Construct):
     )
     freeze: Selector | None = Field(default=None, description="parameters that do not train")
 
+    may_stay: ClassVar[bool] = False
+    """Whether a step may leave the weights where they are, because it found no better ones."""
+
     follows_gradient: ClassVar[bool] = False
     """Whether the update is in proportion to the gradient."""
 

@@ -1,0 +1,1 @@
+"""Optimizers that move all parameters as one vector: searches along lines, and particles."""
