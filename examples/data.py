@@ -336,3 +336,19 @@ def _describe_curve(
 
 
 curve.describe = _describe_curve  # type: ignore[attr-defined]
+
+
+def sines(task: int = 0, points: int = 10) -> tuple[Examples, Examples]:
+    """Return points of a sine wave of the task's own amplitude and phase, to train on and others to evaluate on."""
+    source = torch.Generator().manual_seed(task)
+    height, phase = (float(one) for one in torch.rand(2, generator=source))
+    x = 10 * torch.rand(2 * points, 1, generator=source) - 5
+    y = (0.1 + 4.9 * height) * (x + torch.pi * phase).sin()
+    return Examples(x[:points], y[:points]), Examples(x[points:], y[points:])
+
+
+def _describe_sines(task: int = 0, points: int = 10) -> dict[str, int]:
+    return {"samples": points, "tokens_per_sample": 1}
+
+
+sines.describe = _describe_sines  # type: ignore[attr-defined]

@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from trainc.compiler.driver.adaptation import load_weights
 from trainc.compiler.driver.compile import compile, resolve_spec
 from trainc.compiler.driver.hardware import hardware_of, placed
 from trainc.compiler.driver.recorded_clauses import shown_signals
-from trainc.compiler.driver.train import SPEC, load_weights
+from trainc.compiler.driver.train import SPEC
 from trainc.compiler.model.factories import build_data, seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.program.save import PLAN

@@ -121,6 +121,10 @@ ROOMS = {
             "dsl/values dsl/reading dsl/resolve runtime/storage runtime/data runtime/device compiler "
             "compiler/structure compiler/model compiler/program compiler/driver"
         ),
+        "compiler/learn": (
+            "dsl/text dsl/resolve runtime/storage runtime/data runtime/step compiler/model compiler/bind "
+            "compiler/driver"
+        ),
     }.items()
 }
 # Loaded by `trainc check`, which starts in a blink: torch only inside functions.

@@ -1,18 +1,25 @@
-"""Adapt the model of a spec before it is bound, and put it back where the spec turns out to be wrong."""
+"""The model of a spec before it is bound: adapted, with the weights that it starts with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from trainc.compiler.bind.binding import bind_adapters
 from trainc.compiler.bind.bound_clause import BoundClause
+from trainc.compiler.bind.report import labels
 from trainc.compiler.lower.adapting import adapt_model
 from trainc.compiler.model.adapters import base_of, restored_on_error
+from trainc.compiler.model.factories import seeded_model
 from trainc.compiler.model.inventory import Inventory, build_inventory
 from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.errors import SpecError
+from trainc.runtime.storage.saved_weights import read_origin, read_weights
 
 
 @contextmanager
@@ -39,3 +46,54 @@ def base_inventory(model: nn.Module) -> Inventory:
     """Return the inventory of a model without its adapters."""
     with base_of(model):
         return build_inventory(model)
+
+
+def started_model(spec: Spec) -> nn.Module:
+    """Return the spec's model with the initial weights of its seed, or those that its `init` names.
+
+    Raises SpecError where these do not fit, and where `start` of `run` would put others in their place.
+    """
+    model, source = seeded_model(spec), _init_of(spec)
+    if source is not None:
+        run: Any = spec.one("run")
+        if run is not None and run.construct.start is not None:
+            at = labels((run.part_span("start"), ""), (spec.one("model").part_span("init"), "here"))  # type: ignore[union-attr]
+            message = "`start` of `run` would put its weights in place of those of `init`: remove one of the two"
+            raise SpecError([Diagnostic("bad-value", message, at)])
+        load_weights(model, source, spec, "model", "init")
+    return model
+
+
+def origins(spec: Spec) -> list[str]:
+    """Return what a run says of the weights that the model of its spec starts with, where `init` names them."""
+    source = _init_of(spec)
+    return [] if source is None else [f"the model starts with {source}: {read_origin(source)}"]
+
+
+def _init_of(spec: Spec) -> Path | None:
+    clause: Any = spec.one("model")
+    source = None if clause is None else clause.construct.init
+    return None if source is None else Path(source)
+
+
+def load_weights(
+    model: nn.Module, source: Path, spec: Spec, kind: str = "run", field: str = "start"
+) -> None:
+    """Load weights from the newest checkpoint of a run's folder or from a .safetensors file.
+
+    Of a run they are the weights that it evaluated with. Weights with more names than the model has are loaded into the
+    model as the spec adapts it. Raises SpecError, at a field of the clause of this kind, where there are none or they
+    do not fit the model.
+    """
+    try:
+        weights = read_weights(source)
+        if weights.keys() - model.state_dict().keys():
+            with adapted(spec, model):  # the adapters stay, and `compile` finds them
+                model.load_state_dict(weights)
+        else:
+            model.load_state_dict(weights)
+    except (ValueError, OSError, LookupError, TypeError, RuntimeError) as error:
+        message = f"the weights in {source} cannot be loaded into this model: {error}"
+        clause = spec.one(kind)
+        at = labels((clause.part_span(field) if clause else None, ""))
+        raise SpecError([Diagnostic("model-failed", message, at)]) from error

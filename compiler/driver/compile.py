@@ -14,7 +14,7 @@ from trainc.compiler.bind.binding import Binding, bind
 from trainc.compiler.bind.rule_selectors import frozen_by_rules
 from trainc.compiler.bind.signals import measured_signals, signal_units
 from trainc.compiler.catalog import catalog, path_of
-from trainc.compiler.driver.adaptation import adapted
+from trainc.compiler.driver.adaptation import adapted, started_model
 from trainc.compiler.lower.assemble import assemble
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.lower.when_rules import when_rules
@@ -29,7 +29,6 @@ from trainc.compiler.model.factories import (
     data_facts,
     facts_of,
     missing_clause,
-    seeded_model,
     unnumbered_samples,
 )
 from trainc.compiler.model.import_path import searching
@@ -71,7 +70,7 @@ def compile(
     """
     checked, path = resolve_spec(spec, overrides)
     with searching(path):
-        built = seeded_model(checked) if model is None else model
+        built = started_model(checked) if model is None else model
         return compile_model(checked, built, data_facts(checked), without, executor)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from trainc.compiler.driver.adaptation import started_model
 from trainc.compiler.driver.compile import compile_with_data, require_clauses, resolve_spec
 from trainc.compiler.errors import SiteMissing, SiteUnfit
 from trainc.compiler.execution.capture import CaptureFailed
 from trainc.compiler.execution.execution import Executor
-from trainc.compiler.model.factories import seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.passes.pipeline import check_names
 from trainc.compiler.program.program import Program
@@ -25,7 +25,7 @@ def program_and_batch(
 ) -> tuple[Program, Batch]:
     """Return the program of a checked spec on its own model, and the first micro-batch of its training samples."""
     require_clauses(spec, "loss")
-    program, data = compile_with_data(spec, seeded_model(spec), without, executor)
+    program, data = compile_with_data(spec, started_model(spec), without, executor)
     program.execution.method.rewrite.ignore_times()
     return program, first_batch(data, program.micro_size)
 

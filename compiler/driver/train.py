@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from trainc.compiler.bind.report import labels
-from trainc.compiler.driver.adaptation import adapted
+from trainc.compiler.driver.adaptation import load_weights, origins, started_model
 from trainc.compiler.driver.compile import compile_with_data, require_clauses, resolve_spec
 from trainc.compiler.driver.distribution import Distribution
 from trainc.compiler.driver.hardware import hardware_of, placed, require_hardware
@@ -28,7 +26,7 @@ from trainc.compiler.driver.site_diagnostics import (
 )
 from trainc.compiler.errors import SiteError
 from trainc.compiler.execution.execution import Executor
-from trainc.compiler.model.factories import missing_clause, seeded_model
+from trainc.compiler.model.factories import missing_clause
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.program.program import Program
 from trainc.compiler.program.save import PLAN, json_text
@@ -54,7 +52,6 @@ from trainc.runtime.run.summary import Summary
 from trainc.runtime.step.action import ClauseFailed, IncompatibleState
 from trainc.runtime.storage.differences import ChangedRun
 from trainc.runtime.storage.random_streams import derive_seed
-from trainc.runtime.storage.saved_weights import read_weights
 from trainc.runtime.torch_optimizer.problem import OptimizerProblem
 
 SPEC, SPEC_TEXT = "spec.json", "spec.train"
@@ -111,7 +108,7 @@ def train(
                 logger=logger,
                 preflight=takes,
                 team=team,
-                notes=distribution.notes,
+                notes=(*distribution.notes, *origins(checked)),
             )
 
 
@@ -126,7 +123,7 @@ def _compiled(
     """Return the program of a spec with its model on the hardware, joined with the other processes, and its data."""
     run: Any = spec.one("run")
     with searching(path):
-        model = seeded_model(spec)
+        model = started_model(spec)
         start: str | None = run.construct.start
         if start is not None:
             load_weights(model, Path(start), spec)
@@ -223,23 +220,3 @@ def _texts(program: Program, spec: Spec, path: Path | None) -> dict[str, str]:
     """Return the files that say what a run trains with, by name."""
     texts = {PLAN: json_text(program.plan.to_json()), SPEC: json_text(spec.to_json())}
     return texts if path is None else texts | {SPEC_TEXT: path.read_text()}
-
-
-def load_weights(model: nn.Module, source: Path, spec: Spec) -> None:
-    """Load weights from the newest checkpoint of a run's folder or from a .safetensors file.
-
-    Of a run they are the weights that it evaluated with. Weights with more names than the model has are loaded into the
-    model as the spec adapts it. Raises SpecError where there are none or they do not fit the model.
-    """
-    try:
-        weights = read_weights(source)
-        if weights.keys() - model.state_dict().keys():
-            with adapted(spec, model):  # the adapters stay, and `compile` finds them
-                model.load_state_dict(weights)
-        else:
-            model.load_state_dict(weights)
-    except (ValueError, OSError, LookupError, TypeError, RuntimeError) as error:
-        message = f"the weights in {source} cannot be loaded into this model: {error}"
-        run = spec.one("run")
-        at = labels((run.part_span("start") if run else None, ""))
-        raise SpecError([Diagnostic("model-failed", message, at)]) from error

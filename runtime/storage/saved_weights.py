@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,6 +28,24 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     program = _program_in(source)
     weights: dict[str, Tensor] = program["model"] | program.get("evaluation", {})
     return weights
+
+
+ORIGIN = "trainc"
+"""The entry of a .safetensors file's metadata that says how its weights were made: JSON."""
+
+
+def read_origin(source: Path) -> str:
+    """Return what is known of the weights in a .safetensors file or a run's folder, as a phrase."""
+    if source.is_dir():
+        return "weights that a run evaluated with"
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    with interpreting(source), safe_open(str(source), "pt") as file:
+        about = (file.metadata() or {}).get(ORIGIN)
+    made = ""
+    if about is not None:
+        with interpreting(source):
+            made = f", {json.loads(about)['what']}"
+    return f"sha256 {digest}{made}"
 
 
 def read_changes(source: Path, base: Path | None = None) -> list[TensorDelta]:

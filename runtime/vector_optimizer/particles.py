@@ -56,4 +56,5 @@ class Particles(VectorOptimizer):
             keep(state, name, array)
         keep(state, "values", values)
         state["moved"] = moved + 1
-        return own[int(values.argmin())]
+        found: Vector = own[int(values.argmin())]
+        return found

@@ -163,7 +163,11 @@ def test_help_says_what_each_verb_does(
 
 def test_every_verb_on_disk_is_dispatched() -> None:
     folder = Path(__file__).parents[2] / "trainc/cli"
-    on_disk = {path.stem for path in folder.glob("*.py") if "def register(" in path.read_text()}
+    on_disk = {
+        path.stem.replace("_", "-")
+        for path in folder.glob("*.py")
+        if "def register(" in path.read_text()
+    }
     assert on_disk == set(SUMMARIES)
 
 

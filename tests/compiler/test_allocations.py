@@ -25,10 +25,13 @@ run { length = 500 steps }
 ADAMW = "optimizer adamw { lr = 1e-3, weight_decay = 0.1 } "
 GNS = "noise_scale gns on type(LayerNorm) "
 TEMP_BALANCE = 'lr temp_balance on "blocks.**" & ndim(2) every 1 steps { range = 0.5..1.5 } '
+# Some are of few parameters.
 # BatchNorm alone has ghost batches, some are of images or numbers, and the others say what is trained and on what.
 LEFT_OUT = {
     ("normalize", "ghost_batch"),
     ("observe", "frequency"),
+    ("optimizer", "scipy"),
+    ("optimizer", "swarm"),
     ("perturb", "adversarial"),
     ("perturb", "targets"),
     ("regularize", "cutmix"),

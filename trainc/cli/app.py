@@ -21,6 +21,7 @@ SUMMARIES = {
     "compile": "Save the program that a spec compiles to.",
     "run": "Train the spec's model on its data.",
     "delta": "Export what a run changed of its weights, or apply it.",
+    "learn-init": "Learn the initial weights of a model over tasks.",
     "verify": "Compare the compiled model with the original on real input.",
     "report": "Summarise finished runs, side by side.",
     "influence": "Show which training samples a run's losses owe most to.",
@@ -53,7 +54,7 @@ class Verbs(TyperGroup):
 
 def _load(verb: str) -> Any:
     scope = typer.Typer(rich_markup_mode=None)
-    import_module(f"trainc.cli.{verb}").register(scope)
+    import_module(f"trainc.cli.{verb.replace('-', '_')}").register(scope)
     return typer.main.get_group(scope).commands[verb]
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trainc.compiler.catalog import catalog
+from trainc.compiler.driver.adaptation import started_model
 from trainc.compiler.driver.saved_program import AGAIN
-from trainc.compiler.model.factories import seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.model.inventory import build_inventory
 from trainc.compiler.program.save import FORMAT, PLAN, WEIGHTS
@@ -81,7 +81,7 @@ def _of_spec(
 ) -> FoundWeights:
     checked = load_spec(spec, catalog(), settings).unwrap()
     with searching(path):
-        model = seeded_model(checked)
+        model = started_model(checked)
     inventory = build_inventory(model)
     units = find_units(inventory.weights)
     used = {name for weight in inventory.weights for name in weight.parameters}

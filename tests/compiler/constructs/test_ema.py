@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import trainc
 from tests.processes import run_processes, run_rank
 from trainc.compiler.constructs.regularize.weights.ema import Ema
-from trainc.compiler.driver.train import load_weights, train
+from trainc.compiler.driver.adaptation import load_weights
+from trainc.compiler.driver.train import train
 from trainc.compiler.program.program import Program
 from trainc.runtime.companion.companion import Companion
 from trainc.runtime.storage import checkpoint

@@ -49,7 +49,7 @@ def minimized(method: Any, steps: int) -> tuple[LineSearches, nn.Parameter]:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss: Tensor = bowl(x)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     for _ in range(steps):
@@ -87,7 +87,7 @@ def test_a_quadratic_bowl_is_minimized(method: str) -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = x @ matrix @ x / 2
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     losses = [float(optimizer.step(closure)) for _ in range(25)]

@@ -43,8 +43,10 @@ def by_hand(steps: int) -> Tensor:
             weights = drawn.random((2, len(start)))
             for j in range(len(start)):
                 drawn_here = float(weights[0, j]), float(weights[1, j])
-                numbers = (float(one[j]) for one in (places[i], speeds[i], own[i], best))
-                places[i, j], speeds[i, j] = rule.reference(*numbers, drawn_here)
+                place, speed, mine, shared = (
+                    float(one[j]) for one in (places[i], speeds[i], own[i], best)
+                )
+                places[i, j], speeds[i, j] = rule.reference(place, speed, mine, shared, drawn_here)
             value = loss_at(model, places[i])
             if value < values[i]:
                 own[i], values[i] = places[i], value

@@ -1,0 +1,165 @@
+"""The tasks of a spec: its data callable takes `task = i`, and each is trained for a few steps from one start."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainc.compiler.bind.report import labels
+from trainc.compiler.driver.adaptation import started_model
+from trainc.compiler.driver.compile import compile_with_data, require_clauses, resolve_spec
+from trainc.compiler.model.factories import build_data, missing_clause, seed_of
+from trainc.compiler.model.import_path import searching
+from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
+from trainc.dsl.text.diagnostic import Diagnostic
+from trainc.dsl.text.errors import SpecError
+from trainc.runtime.data.evaluation import read_in_order
+from trainc.runtime.data.order import Data, Order
+from trainc.runtime.data.reader import Reader
+from trainc.runtime.data.stream import is_stream
+from trainc.runtime.step.action import StopRun
+from trainc.runtime.storage.random_streams import derive_seed, seeded
+
+Weights = dict[str, Tensor]
+
+TASK = "task"
+"""The argument of the data callable."""
+
+
+class Tasks:
+    """Trains tasks one after the other by the spec's own optimizer and clauses, each from the first state of a program.
+
+    Raises SpecError for a spec whose data takes no `task`, comes as a stream, or has a batch that changes.
+    """
+
+    def __init__(
+        self, spec: str | Path, overrides: dict[str, str] | None = None, seed: int | None = None
+    ) -> None:
+        self.spec, self.path = resolve_spec(spec, overrides)
+        require_clauses(self.spec, "loss", "optimizer")
+        if self.spec.one("run") is None:
+            raise missing_clause("the spec has no run", "write `run { length = 100 steps }`")
+        self.seed = seed_of(self.spec) if seed is None else seed
+        self._data_clause = _data_clause(self.spec)
+        with self._searching():
+            with seeded(derive_seed(self.seed, "start")):
+                model = started_model(self.spec)
+            self.program, first = compile_with_data(self._of_task(0), model)
+        if is_stream(first.train):
+            raise _at(self._data_clause, "path", "tasks need data sets, and this data is a stream")
+        self._first = copy.deepcopy(self.program.state_dict())
+
+    @contextmanager
+    def _searching(self) -> Iterator[None]:
+        with searching(self.path):
+            yield
+
+    def start(self) -> Weights:
+        """Return the weights and buffers that the program begins with, by name."""
+        return _copied(self._first_weights())
+
+    def _first_weights(self) -> Weights:
+        self.program.load_state_dict(copy.deepcopy(self._first))
+        return dict(self.program.module.state_dict())
+
+    def train(self, task: int, start: Weights, steps: int) -> tuple[Weights, float, float]:
+        """Return where some steps on a task lead from a start, and the losses of the first and of the last step."""
+        program, data = self.program, self._load(task)
+        self._first_weights()
+        program.module.load_state_dict(start)
+        reader = Reader(data, Order(derive_seed(self.seed, "task", task), len(data.train)))  # type: ignore[arg-type]
+        losses, at = [], 0
+        for step in range(steps):
+            size, micro = program.batch_size, program.micro_size
+            with seeded(derive_seed(self.seed, "step", task, step)):
+                batches = reader.read(at, size, micro)
+                more: Any = {}
+                if program.reads_sample_ids:
+                    more["sample_ids"] = reader.sample_ids(at, size, micro)
+                try:
+                    losses.append(program.step(batches, **more)["loss"])
+                except StopRun as stop:
+                    raise ValueError(f"task {task} ends at step {step}: {stop}") from stop
+            at += size
+        return _copied(dict(program.module.state_dict())), losses[0], losses[-1]
+
+    def value(self, task: int) -> float:
+        """Return the mean loss on the held-out samples of the task that was trained last.
+
+        Where it has none, it is that on the samples that train.
+        """
+        data, total, count = self._load(task), 0.0, 0.0
+        samples = data.train if data.evaluation is None else data.evaluation
+        for read in read_in_order(samples, 0, self.program.micro_size, self.seed, 0):
+            loss, counted, _ = self.program.evaluate(*read.batch)
+            total, count = total + loss, count + counted
+        return total / count if count else float("nan")
+
+    def _load(self, task: int) -> Data:
+        with self._searching():
+            return build_data(self._of_task(task))
+
+    def _of_task(self, task: int) -> Spec:
+        """Return the spec with the data of a task."""
+        old = self._data_clause
+        construct: Any = old.construct
+        arguments = {**construct.arguments, TASK: task}
+        new = construct.model_copy(update={"arguments": arguments})
+        clauses = tuple(_with(one, new) if one is old else one for one in self.spec.clauses)
+        return Spec(clauses, self.spec.rules)
+
+
+def _with(clause: Clause, construct: Any) -> Clause:
+    return Clause(
+        construct,
+        clause.on,
+        clause.start,
+        clause.stop,
+        clause.every,
+        clause.optional,
+        clause.label,
+        origin=clause.origin,
+    )
+
+
+def _data_clause(spec: Spec) -> Clause:
+    clause = spec.one("data")
+    if clause is None:
+        raise missing_clause(
+            "the spec has no `data` clause", 'write `data "module:callable" { batch = 10 samples }`'
+        )
+    construct: Any = clause.construct
+    if not hasattr(construct, "arguments"):
+        raise _at(
+            clause,
+            "head",
+            'tasks need `data "module:callable" { ... }`, whose callable takes `task`',
+        )
+    if construct.policy is not None:
+        raise _at(clause, "batch", "a task has few steps, and its batch is an amount of samples")
+    return clause
+
+
+def _at(clause: Clause, field: str, message: str) -> SpecError:
+    at = labels((clause.part_span(field) or clause.span, ""))
+    return SpecError([Diagnostic("data-failed", message, at)])
+
+
+def _copied(weights: Weights) -> Weights:
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+@torch.no_grad()
+def moved(start: Weights, end: Weights, fraction: float) -> Weights:
+    """Return start + fraction (end - start); what is no floating-point number is that of the end."""
+    return {
+        name: torch.lerp(tensor, end[name], fraction) if tensor.is_floating_point() else end[name]
+        for name, tensor in start.items()
+    }

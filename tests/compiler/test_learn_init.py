@@ -1,0 +1,190 @@
+"""Learned starts against the rule by hand, interrupted runs, the choice by value, and `init` of a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import trainc
+from examples.data import sines
+from examples.models import tanh_net
+from tests.cli.test_app import command
+from trainc.compiler.driver.train import train
+from trainc.compiler.learn.learn_init import choose_start, learn_start
+from trainc.compiler.learn.tasks import Tasks
+from trainc.runtime.data.order import Order
+from trainc.runtime.storage.random_streams import derive_seed
+
+SPEC = """train 1
+model "examples.models:tanh_net" { width = 8 }
+data "examples.data:sines" { batch = 5 samples }
+loss mse
+optimizer sgd { lr = 0.05, momentum = 0.9 }
+run { length = 4 steps, seed = 3, device = cpu }
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "family.train"
+    path.write_text(SPEC)
+    return path
+
+
+def test_it_is_reptile_by_hand(spec: Path) -> None:
+    """theta + e (phi - theta), with momentum that begins anew on each task, and e from 0.5 to 0."""
+    found, done = learn_start(spec, tasks=3, inner=4, rate=0.5)
+    assert done == 3
+    model = tanh_net(8)
+    model.load_state_dict(Tasks(spec).start())
+    for task in range(3):
+        start = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        samples, _ = sines(task)
+        order = Order(derive_seed(3, "task", task), len(samples))
+        for step in range(4):
+            x, y = samples.batch(order.indices(5 * step, 5))
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        with torch.no_grad():
+            for parameter, before in zip(model.parameters(), start, strict=True):
+                parameter.copy_(before + 0.5 * (1 - task / 3) * (parameter - before))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_numbers(spec: Path) -> None:
+    whole, _ = learn_start(spec, tasks=6, inner=2, rate=0.7)
+    asked = iter(range(9))
+    begin = learn_start(spec, tasks=6, inner=2, rate=0.7, stopped=lambda: next(asked) == 2)
+    assert begin[1] == 2
+    rest, done = learn_start(spec, tasks=6, inner=2, rate=0.7, begin=begin)
+    assert done == 6
+    assert all(torch.equal(value, rest[name]) for name, value in whole.items())
+
+
+def test_a_learned_start_fits_new_tasks_faster_than_a_random_one(spec: Path) -> None:
+    learned, _ = learn_start(spec, tasks=150, inner=4, rate=0.5)
+    tasks = Tasks(spec)
+    random = tasks.start()
+    values = []
+    for start in (learned, random):
+        found = []
+        for task in range(1000, 1020):
+            tasks.train(task, start, 4)
+            found.append(tasks.value(task))
+        values.append(sum(found) / len(found))
+    assert values[0] < values[1]
+
+
+def test_the_best_of_several_starts_has_the_least_loss(spec: Path) -> None:
+    best, values = choose_start(spec, starts=3, tasks=2, inner=3)
+    number = values.index(min(values))
+    assert len(values) == 3
+    assert all(
+        torch.equal(value, best[name]) for name, value in Tasks(spec, None, number).start().items()
+    )
+    tasks = Tasks(spec, None, number)
+    means = []
+    for task in range(2):
+        tasks.train(task, best, 3)
+        _, held_out = sines(task)
+        x, y = held_out.batch(range(10))
+        means.append(float(nn.functional.mse_loss(tasks.program.module(x), y).detach()))
+    assert values[number] == pytest.approx(sum(means) / 2, rel=1e-6)
+
+
+def test_masks_and_regularizers_take_part(spec: Path) -> None:
+    spec.write_text(
+        SPEC + "regularize ema { decay = 0.5 }\nmask magnitude on ndim(2) { density = 50% }\n"
+    )
+    found, _ = learn_start(spec, tasks=2, inner=2, rate=1.0)
+    assert all(bool(value.isfinite().all()) for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("examples.data:sines", "examples.data:curve", "argument .task"),
+        (
+            "batch = 5 samples",
+            "batch = ramp(2 samples, to = 4 samples, over = 50%)",
+            "amount of samples",
+        ),
+        ("loss mse\n", "", "loss"),
+    ],
+)
+def test_a_spec_without_tasks_is_refused(spec: Path, old: str, new: str, said: str) -> None:
+    spec.write_text(SPEC.replace(old, new))
+    with pytest.raises(trainc.SpecError, match=said):
+        learn_start(spec, tasks=1, inner=1, rate=0.5)
+
+
+def test_steps_that_diverge_are_an_error(spec: Path) -> None:
+    spec.write_text(SPEC.replace("lr = 0.05", "lr = 1e30"))
+    with pytest.raises(ValueError, match="task 0 ends at step 1: the loss is inf"):
+        learn_start(spec, tasks=2, inner=4, rate=0.5)
+
+
+def test_the_verb_writes_a_file_with_which_a_model_starts(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = tmp_path / "init.safetensors"
+    given = ["learn-init", str(spec), "--tasks", "3", "--inner", "2", "--to", str(init)]
+    assert command(monkeypatch, *given) == 0
+    assert "3 of 3 tasks" in capsys.readouterr().out
+    text = SPEC.replace("width = 8", f'width = 8, init = "{init}"')
+    program = trainc.compile(text)
+    for name, value in load_file(str(init)).items():
+        assert torch.equal(program.module.state_dict()[name], value)
+    other = tmp_path / "other.train"
+    other.write_text(text)
+    train(other, tmp_path / "run", quiet=True)
+    notes = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "learned over 3 of 3 tasks of 2 steps at rate 0.5 (Reptile)" in notes
+    assert command(monkeypatch, *given[:-1], str(tmp_path / "x.bin")) == 2
+    assert command(monkeypatch, *given, "--rate", "0.25", "--resume") == 2
+
+
+def test_the_verb_chooses_by_value(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = tmp_path / "init.safetensors"
+    given = [
+        "--tasks",
+        "1",
+        "--inner",
+        "1",
+        "--select",
+        "value",
+        "--starts",
+        "2",
+        "--to",
+        str(init),
+    ]
+    assert command(monkeypatch, "learn-init", str(spec), *given) == 0
+    assert capsys.readouterr().out.count("seed ") == 3
+    assert load_file(str(init))
+
+
+def test_weights_that_do_not_fit_are_an_error_at_init(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"0.weight": torch.zeros(2, 2)}, wrong)
+    text = SPEC.replace("width = 8", f'width = 8, init = "{wrong}"')
+    with pytest.raises(trainc.SpecError, match="cannot be loaded into this model") as failed:
+        trainc.compile(text)
+    (found,) = failed.value.diagnostics
+    assert json.loads(found.labels[0].span.text) == str(wrong)
+
+
+def test_init_and_start_together_are_an_error(tmp_path: Path) -> None:
+    text = SPEC.replace("width = 8", 'width = 8, init = "a.safetensors"')
+    text = text.replace("seed = 3", 'seed = 3, start = "b.safetensors"')
+    with pytest.raises(trainc.SpecError, match="in place of those of `init`"):
+        trainc.compile(text)
