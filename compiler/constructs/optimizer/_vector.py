@@ -45,7 +45,7 @@ class OfVector(Optimizer):
         if any(value != Number(0) for value in expressions_in(self.weight_decay)):
             raise FieldError(
                 "weight_decay",
-                f"`{self.title}` minimizes the loss as it is: add the penalty as a clause, such as `regularize l2_sp`,"
+                f"`{self.title}` minimizes the loss as it is: add a penalty as a `regularize` clause,"
                 " and remove `weight_decay`",
             )
         frozen = set() if self.freeze is None else {*to.select(self.freeze, "parameters")}
