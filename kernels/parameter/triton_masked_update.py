@@ -16,11 +16,22 @@ from trainc.kernels.library.launch import launch
 from trainc.kernels.parameter import masked_update as operator
 
 BLOCK = 2048
+# A weight and its two moments.
+TOGETHER = 3
 
 
 @triton.jit
-def zero_outside(TENSOR, MASK, count, PACKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (blocks of count,)."""
+def _zero(TENSOR, at, inside, kept):
+    x = tl.load(TENSOR + at, mask=inside, other=0.0)
+    tl.store(TENSOR + at, tl.where(kept != 0, x, tl.zeros_like(x)), mask=inside)
+
+
+@triton.jit
+def zero_outside(
+    FIRST, SECOND, THIRD, MASK, count,
+    TENSORS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of count,): in one to three tensors, by one reading of the mask."""
     if PACKED:
         byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
         bit = tl.arange(0, 8)
@@ -32,8 +43,11 @@ def zero_outside(TENSOR, MASK, count, PACKED: tl.constexpr, BLOCK: tl.constexpr)
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < count
         kept = tl.load(MASK + at, mask=inside, other=0).to(tl.int32)
-    x = tl.load(TENSOR + at, mask=inside, other=0.0)
-    tl.store(TENSOR + at, tl.where(kept != 0, x, tl.zeros_like(x)), mask=inside)
+    _zero(FIRST, at, inside, kept)
+    if TENSORS > 1:
+        _zero(SECOND, at, inside, kept)
+    if TENSORS > 2:
+        _zero(THIRD, at, inside, kept)
 
 
 def masked_update_(tensors: Sequence[Tensor], mask: Tensor) -> None:
@@ -43,8 +57,11 @@ def masked_update_(tensors: Sequence[Tensor], mask: Tensor) -> None:
     dense = [t for t in tensors if t.is_contiguous() and t.numel()]
     operator.eager([t for t in tensors if not t.is_contiguous()], mask)
     bits = mask.contiguous() if packed else mask.contiguous().view(torch.uint8)
-    for tensor in dense:
+    for start in range(0, len(dense), TOGETHER):
+        some = dense[start : start + TOGETHER]
+        count = some[0].numel()
         launch(
-            zero_outside, (triton.cdiv(tensor.numel(), BLOCK),),
-            tensor, bits, tensor.numel(), PACKED=packed, BLOCK=BLOCK, num_warps=4,
+            zero_outside, (triton.cdiv(count, BLOCK),),
+            *some, *[some[0]] * (TOGETHER - len(some)), bits, count,
+            TENSORS=len(some), PACKED=packed, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

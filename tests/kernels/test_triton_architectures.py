@@ -53,9 +53,11 @@ VECTORS = [
     ),
     *(
         spec(
-            "parameter.triton_masked_update", "zero_outside", f"TENSOR:{HALF} MASK:*u8 count:i32",
-            PACKED=packed, BLOCK=2048,
+            "parameter.triton_masked_update", "zero_outside",
+            f"FIRST:{HALF} SECOND:{FULL} THIRD:{FULL} MASK:*u8 count:i32",
+            TENSORS=tensors, PACKED=packed, BLOCK=2048,
         )
+        for tensors in (1, 3)
         for packed in (False, True)
     ),
 ]  # fmt: skip

@@ -109,13 +109,14 @@ def test_sparse_adamw_leaves_what_it_does_not_take_to_pytorch() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_masked_update(packed: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("moments", [0, 1, 2, 3])
+def test_masked_update(packed: bool, dtype: torch.dtype, moments: int) -> None:
     from trainc.kernels.parameter import triton_masked_update
 
     for shape in ((40, 9), (3,), (0,)):
         mask = torch.rand(shape) < 0.5
         tensors = [torch.randn(shape).to(dtype), torch.randn(shape[::-1]).permute(
-            *reversed(range(len(shape))))]  # fmt: skip
+            *reversed(range(len(shape)))), *(torch.randn(shape) for _ in range(moments))]  # fmt: skip
         want = [t.where(mask, 0) for t in tensors]
         triton_masked_update.masked_update_(tensors, masked_update.pack(mask) if packed else mask)
         assert all(torch.equal(*pair) for pair in zip(tensors, want, strict=True))
