@@ -1,6 +1,6 @@
 """Triton kernels for the sums of many tensors in one launch; imported by the first CUDA call.
 
-A table of addresses on the device names the tensors; a program takes one chunk of one tensor and
+A table of addresses on the device names the tensors (`triton_tables`); a program takes one chunk of one tensor and
 leaves four float64 partial sums, which a second kernel adds tensor by tensor, so results are
 deterministic. Tensors of one pair of dtypes share a launch. Addresses read from a table carry no
 alignment, so aligned tensors get kernels that say so, and full blocks go without a mask: loads
@@ -19,10 +19,10 @@ from torch import Tensor
 from trainc.kernels.library.contracts import REDUCED
 from trainc.kernels.library.launch import launch
 from trainc.kernels.parameter import multi_norm as operator
+from trainc.kernels.parameter.triton_tables import aligned, owner_of, table
 
 BLOCK = 2048
 CHUNK = 1 << 15
-ALIGNMENT = 16
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -39,23 +39,23 @@ def _add(w, d, sums, broken, PAIRED: tl.constexpr):
     return (ww, dd, wd), broken
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def partial_sums(
-    LEFT, RIGHT, SIZES, TENSORS, STARTS, OUT,
+    TABLE, OUT, tensors,
     W: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks,): OUT (chunks, 4) from tensor TENSORS[pid], entries from STARTS[pid] on."""
+    """Grid (chunks,): OUT (chunks, 4). TABLE is `_listed`'s."""
     pid = tl.program_id(0)
-    tensor = tl.load(TENSORS + pid)
-    start = tl.load(STARTS + pid)
-    size = tl.load(SIZES + tensor)
-    left = tl.load(LEFT + tensor).to(tl.pointer_type(W))
-    right = tl.load(RIGHT + tensor).to(tl.pointer_type(D))
+    ENDS = TABLE + 4 * tensors
+    tensor = owner_of(ENDS, pid, tensors)
+    start = (pid - tl.load(ENDS + tensor)) * CHUNK
+    size = tl.load(TABLE + 2 * tensors + tensor)
+    left = tl.load(TABLE + tensor).to(tl.pointer_type(W))
+    right = tl.load(TABLE + tensors + tensor).to(tl.pointer_type(D))
     if ALIGNED:
         left = tl.multiple_of(left, 16)
         right = tl.multiple_of(right, 16)
-        start = tl.multiple_of(start, 16)
     lane = tl.arange(0, BLOCK)
     zero = tl.zeros((BLOCK,), tl.float32)
     sums = (zero, zero, zero)
@@ -84,44 +84,45 @@ def partial_sums(
     tl.store(out + 3, tl.sum(broken, 0).to(tl.float64))
 
 
-@triton.jit
-def add_partials(PARTIAL, ENDS, OUT, BLOCK: tl.constexpr):
-    """Grid (tensors,): OUT (tensors, 4), row i the sum of PARTIAL rows ENDS[i - 1] to ENDS[i]."""
+@triton.jit(do_not_specialize=["tensors"])
+def add_partials(PARTIAL, TABLE, OUT, tensors, BLOCK: tl.constexpr):
+    """Grid (tensors,): the sum of each tensor's rows of PARTIAL in its row of OUT."""
     pid = tl.program_id(0)
-    first = tl.load(ENDS + pid)
-    last = tl.load(ENDS + pid + 1)
+    first = tl.load(TABLE + 4 * tensors + pid)
+    last = tl.load(TABLE + 4 * tensors + pid + 1)
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, 4)[None, :]
     total = tl.zeros((BLOCK, 4), tl.float64)
     for start in range(first, last, BLOCK):
         mask = (start + row < last) & (column < 4)
         total += tl.load(PARTIAL + (start + row) * 4 + column, mask=mask, other=0.0)
-    tl.store(OUT + pid * 4 + tl.arange(0, 4), tl.sum(total, 0))
+    out = OUT + tl.load(TABLE + 3 * tensors + pid) * 4
+    tl.store(out + tl.arange(0, 4), tl.sum(total, 0))
 
 
-def _sums(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-    """(n, 4) for contiguous tensors of one pair of dtypes, all aligned or treated as if not."""
-    device, paired = tensors[0].device, bool(deltas)
-    others = deltas if paired else tensors
-    aligned = all(t.data_ptr() % ALIGNMENT == 0 for t in (*tensors, *others))
-    starts = [range(0, t.numel(), CHUNK) for t in tensors]
-    ends = [0, *accumulate(map(len, starts))]
-    names = [index for index, every in enumerate(starts) for _ in every]
-    # One copy to the device carries every table.
-    lists = [[t.data_ptr() for t in tensors], [t.data_ptr() for t in others]]
-    lists += [[t.numel() for t in tensors], names, [s for every in starts for s in every], ends]
-    tables = torch.tensor([n for part in lists for n in part], dtype=torch.int64, device=device)
-    left, right, sizes, owners, first, last = tables.split([len(part) for part in lists])
-    partial = torch.empty((ends[-1], operator.COLUMNS), dtype=torch.float64, device=device)
-    out = torch.empty((len(tensors), operator.COLUMNS), dtype=torch.float64, device=device)
-    if ends[-1]:
+def _listed(tensors: Sequence[Tensor], others: Sequence[Tensor], rows: Sequence[int]) -> list[int]:
+    """Addresses of the tensors and of the others, sizes, rows of the result, and the chunk each tensor begins with."""
+    sizes = [one.numel() for one in tensors]
+    ends = accumulate((triton.cdiv(size, CHUNK) for size in sizes), initial=0)
+    addresses = [one.data_ptr() for one in (*tensors, *others)]
+    return [*addresses, *sizes, *rows, *ends]
+
+
+def _sums(
+    tensors: Sequence[Tensor], deltas: Sequence[Tensor], rows: Sequence[int], out: Tensor
+) -> None:
+    """Fill rows of `out` for contiguous tensors of one pair of dtypes, all aligned or treated as if not."""
+    paired, others = bool(deltas), deltas or tensors
+    numbers = _listed(tensors, others, rows)
+    listed, chunks = table(numbers, out.device), numbers[-1]
+    partial = torch.empty((chunks, operator.COLUMNS), dtype=torch.float64, device=out.device)
+    if chunks:
         launch(
-            partial_sums, (ends[-1],),
-            left, right, sizes, owners, first, partial,
-            W=TYPES[tensors[0].dtype], D=TYPES[others[0].dtype], PAIRED=paired, ALIGNED=aligned,
-            CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
+            partial_sums, (chunks,),
+            listed, partial, len(tensors),
+            W=TYPES[tensors[0].dtype], D=TYPES[others[0].dtype], PAIRED=paired,
+            ALIGNED=aligned((*tensors, *others)), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-    launch(add_partials, (len(tensors),), partial, last, out, BLOCK=64, num_warps=4)
-    return out
+    launch(add_partials, (len(tensors),), partial, listed, out, len(tensors), BLOCK=64, num_warps=4)
 
 
 def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
@@ -137,7 +138,9 @@ def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     for dtypes, members in groups.items():
         left = [tensors[i].contiguous() for i in members]
         right = [deltas[i].contiguous() for i in members] if deltas else []
-        narrow = all(dtype in (torch.float32, *REDUCED) for dtype in dtypes)
-        found = _sums(left, right) if narrow else operator.eager(left, right)
-        result[torch.tensor(members, device=result.device)] = found
+        if all(dtype in (torch.float32, *REDUCED) for dtype in dtypes):
+            _sums(left, right, members, result)
+            continue
+        for member, sums in zip(members, operator.eager(left, right), strict=True):
+            result[member].copy_(sums)
     return result

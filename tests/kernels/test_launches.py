@@ -89,6 +89,11 @@ def loss(rows: int, classes: int) -> Any:
     return run
 
 
+def norms(*shapes: tuple[int, ...]) -> Any:
+    multi_norm = import_module("trainc.kernels.parameter.triton_multi_norm").multi_norm
+    return lambda: multi_norm([meta(*shape) for shape in shapes], [])
+
+
 LAUNCHES = {
     "layer.triton_linear": {
         "long": lambda: gram(1 << 20, 2), "many": lambda: gram(48_000, 400),
@@ -108,6 +113,9 @@ LAUNCHES = {
         "rows": lambda: ghosts(1 << 20, 64), "channels": lambda: ghosts(8, 1 << 20, 4),
     },
     "layer.triton_embedding": {"ids": lambda: embedding(64, 1 << 20, 1024)},
+    "parameter.triton_multi_norm": {
+        "many": lambda: norms(*[(64, 64)] * 70_000), "large": lambda: norms((1 << 20, 1 << 20)),
+    },
     "loss.triton_cross_entropy_consistency": {"rows": lambda: loss(1 << 21, 262_144)},
 }  # fmt: skip
 CASES = [

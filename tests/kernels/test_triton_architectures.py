@@ -34,7 +34,7 @@ EXTREMES = [
     if one.values[0] != "norm.triton_norm" or one.values[3]["BLOCK_C"] not in (2048, 4096)
 ]
 
-SUMS = f"LEFT:{INDEX} RIGHT:{INDEX} SIZES:{INDEX} TENSORS:{INDEX} STARTS:{INDEX} OUT:*fp64"
+SUMS = f"TABLE:{INDEX} OUT:*fp64 tensors:i32"
 ADAMW = f"WEIGHT:{HALF} GRAD:{HALF} MEAN:{FULL} SQUARE:{FULL} MASTER:{FULL} INDEX:*i32 "
 ADAMW += f"SCALARS:{FULL} count:i32 blocks:i32 beta1:fp32 beta2:fp32 eps:fp32"
 ALIGNED: dict[str, Any] = {"W": "bfloat16", "D": "float32", "CHUNK": 1 << 15, "BLOCK": 2048}
@@ -65,7 +65,8 @@ VECTORS = [
 SCALAR = [
     spec("parameter.triton_multi_norm", "partial_sums", SUMS, PAIRED=True, **ALIGNED | {"ALIGNED": False}),
     spec(
-        "parameter.triton_multi_norm", "add_partials", f"PARTIAL:*fp64 ENDS:{INDEX} OUT:*fp64", BLOCK=64
+        "parameter.triton_multi_norm", "add_partials", f"PARTIAL:*fp64 TABLE:{INDEX} OUT:*fp64 tensors:i32",
+        BLOCK=64,
     ),
 ]  # fmt: skip
 

@@ -53,6 +53,46 @@ def test_multi_norm_of_mixed_dtypes_odd_addresses_and_broken_entries() -> None:
     assert got[:, 3].tolist() == [2, 1, 0, 0]
 
 
+def test_a_program_finds_its_tensor_among_empty_ones() -> None:
+    from trainc.kernels.parameter import triton_multi_norm
+
+    torch.manual_seed(0)
+    tensors = [torch.randn(size) for size in (0, 0, 300, 0, 128, 1, 0, 129, 0, 0)]
+    got, want = triton_multi_norm.multi_norm(tensors, []), multi_norm.eager(tensors, [])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    nothing = triton_multi_norm.multi_norm(tensors[:2], [])
+    assert torch.equal(nothing, torch.zeros(2, 4, dtype=torch.float64))
+
+
+def test_a_table_does_not_grow_with_the_tensors() -> None:
+    from trainc.kernels.parameter import triton_multi_norm
+
+    large = [torch.empty(1).expand(7, 1 << 30) for _ in range(3)]  # 28 GB each, were it there
+    numbers = triton_multi_norm._listed(large, large, [4, 1, 2])
+    assert len(numbers) == 5 * 3 + 1
+    assert numbers[9:12] == [4, 1, 2]
+    assert numbers[-1] == -(-3 * 7 * (1 << 30) // triton_multi_norm.CHUNK)
+
+
+def test_a_table_is_sent_once_or_written_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainc.kernels.parameter import triton_tables
+
+    device = torch.device("cpu")
+    # The interpreter takes numbers from 2^31 to 2^32 for what they are not.
+    for numbers in ([5], [2**62, -1, 0, 1, 2**31 - 1, *range(2**32, 2**32 + 12)]):
+        found = triton_tables.table(numbers, device)
+        assert found.tolist() == numbers
+        assert triton_tables.table(list(numbers), device) is found
+        by_kernels = triton_tables.written(numbers, device)
+        assert by_kernels.tolist()[: len(numbers)] == numbers
+        assert not any(by_kernels.tolist()[len(numbers) :])
+    # While a graph is captured nothing is copied, and nothing is kept that the graph would miss.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(triton_tables, "_sent", None)
+    monkeypatch.setattr(triton_tables, "written", lambda numbers, device: (numbers, device))
+    assert triton_tables.table([3], torch.device("cuda:0")) == ([3], torch.device("cuda:0"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize("gathered", [False, True])

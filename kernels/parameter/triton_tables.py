@@ -1,0 +1,79 @@
+"""Tables of numbers on a device, for kernels that take many tensors: addresses, sizes and where each begins.
+
+A table holds a few numbers a tensor, however large the tensors are: a program finds its tensor by halving. What was
+sent once is kept for calls with the same tensors. A CUDA graph may be replayed when nobody keeps anything, so while one
+is captured a table is written by kernels that bring the numbers with them: host memory takes no part in it.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainc.kernels.library.launch import launch
+
+# Numbers that one launch writes.
+TOGETHER = 8
+# Calls whose tables are kept: a few places of a step, with its few sets of tensors each.
+KEPT = 64
+ALIGNMENT = 16
+
+
+@triton.jit(do_not_specialize=[f"n{place}" for place in range(TOGETHER)] + ["at"])
+def write(
+    TABLE, at: tl.int64, n0: tl.int64, n1: tl.int64, n2: tl.int64, n3: tl.int64,
+    n4: tl.int64, n5: tl.int64, n6: tl.int64, n7: tl.int64,
+):  # fmt: skip
+    """Grid (1,): eight numbers from a place on."""
+    tl.store(TABLE + at, n0)
+    tl.store(TABLE + at + 1, n1)
+    tl.store(TABLE + at + 2, n2)
+    tl.store(TABLE + at + 3, n3)
+    tl.store(TABLE + at + 4, n4)
+    tl.store(TABLE + at + 5, n5)
+    tl.store(TABLE + at + 6, n6)
+    tl.store(TABLE + at + 7, n7)
+
+
+@triton.jit
+def owner_of(ENDS, pid, tensors):
+    """The tensor that a program belongs to: the last of those that begin with it or before; some may be empty."""
+    low, high = pid * 0, pid * 0 + tensors
+    while high - low > 1:
+        middle = (low + high) // 2
+        begun = tl.load(ENDS + middle) <= pid
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    return low
+
+
+def table(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers as int64 on the device, without waiting for it."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return written(numbers, device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _sent(tuple(numbers), device, stream)
+
+
+def written(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers as int64, and zeros behind them, put there by kernels alone."""
+    padded = [*numbers, *[0] * (-len(numbers) % TOGETHER)]
+    found = torch.empty(len(padded), dtype=torch.int64, device=device)
+    for start in range(0, len(padded), TOGETHER):
+        launch(write, (1,), found, start, *padded[start : start + TOGETHER], num_warps=1)
+    return found
+
+
+@lru_cache(maxsize=KEPT)
+def _sent(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """The same by a copy; kept for each stream, which orders the copy and what reads it."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether every tensor starts where loads can be 16 bytes wide."""
+    return all(one.data_ptr() % ALIGNMENT == 0 for one in tensors)
