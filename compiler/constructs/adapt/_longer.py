@@ -108,6 +108,8 @@ class Longer:
         square = mask.dim() > 2 or (of_torch and "key_padding" not in name)
         if square and mask.shape[-2] == self.length:
             return self._attention(mask, visible, hides)
+        if mask.dim() == 2 and not hides:  # 1 for tokens and 0 for padding, in whatever dtype
+            return self._with(mask, mask.new_ones(len(mask), self.tokens), 1)
         column = visible.new_ones(()).expand(*mask.shape[:-1], self.tokens)
         return self._with(mask, _in_form(column, mask, hides), -1)
 

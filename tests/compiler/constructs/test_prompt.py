@@ -114,6 +114,14 @@ def test_a_mask_of_attention_has_prompts_in_their_order(causal: bool, at: int) -
     assert torch.equal(~longer(at, layer)._mask("src_mask", hidden), want[0, 0])
 
 
+def test_a_mask_of_ones_and_zeros_shows_prompts_to_a_block_in_any_dtype() -> None:
+    mask = torch.tensor([[1, 1, 1, 0]])
+    for dtype in (torch.int64, torch.float32, torch.bool):
+        found = longer(1)._fitting("attention_mask", mask.to(dtype))
+        assert found.dtype == dtype
+        assert found.tolist() == torch.tensor([[1, 1, 1, 1, 1, 0]]).to(dtype).tolist()
+
+
 def test_masks_of_padding_and_positions_have_entries_for_prompts() -> None:
     kept = torch.tensor([[1, 1, 1, 0]])
     assert longer(1)._mask("attention_mask", kept).tolist() == [[1, 1, 1, 1, 1, 0]]
@@ -242,6 +250,19 @@ def test_prompts_in_front_train_the_same_by_graph_and_by_modules(make: Any, clau
     states = [in_front(make, clause, e).module.state_dict() for e in ("graph", "module")]
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_a_mask_of_padding_shows_prompts_in_any_dtype(dtype: torch.dtype) -> None:
+    module: Any = in_front(gpt2, PEFT["learned positions"][1]).module
+    mask = torch.ones_like(IDS)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        whole = module(IDS).logits
+        found = module(IDS, attention_mask=mask.to(dtype)).logits
+        assert torch.equal(found, module(IDS, attention_mask=mask).logits)
+    torch.testing.assert_close(found[0], whole[0])
+    torch.testing.assert_close(found[1, :5], whole[1, :5])
 
 
 def test_positions_of_prompts_come_first() -> None:
