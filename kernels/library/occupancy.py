@@ -17,8 +17,8 @@ from trainc.kernels.library.launch import compiled
 WARP = 32
 # Registers come in groups of 8 a thread; each program takes 1 KB of shared memory beside what it asks for.
 GROUP, RESERVED = 8, 1024
-# Of its registers, a kernel gives up a sixth at most for another program a processor.
-GIVEN_UP = 1 / 6
+# Of its registers, a kernel gives up a fifth at most for another program a processor.
+GIVEN_UP = 1 / 5
 
 
 @dataclass(frozen=True, slots=True)
