@@ -57,6 +57,7 @@ ROOMS = {
         ),
         "runtime/factors": "runtime/schedule runtime/storage runtime/processes runtime/step",
         "runtime/report": "runtime/storage",
+        "runtime/fits": "runtime/report",
         "runtime/noise_scale": "runtime/storage runtime/processes runtime/step runtime/report",
         "runtime/run": (
             "runtime/schedule runtime/storage runtime/data runtime/device runtime/sources runtime/processes "

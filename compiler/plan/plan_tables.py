@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 from trainc.compiler.bind.binding import Binding
@@ -13,7 +14,9 @@ from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.plan.plan import Row
 from trainc.compiler.plan.schedule_tables import batch_row
 from trainc.dsl.reading.construct import PHASES
+from trainc.dsl.text.vocabulary import ROLES
 
+EMBEDDING = ROLES[2]
 PROBES = "probes"
 """What the plan calls the statistics of examples that a step keeps."""
 
@@ -119,6 +122,15 @@ def _gradients(binding: Binding, method: LoweredMethod) -> int:
     )
 
 
+def _sizes(binding: Binding) -> Row:
+    """Return the number of weights, and of those that are no embedding, as laws of scale count them."""
+    counts = [(prod(p.shape), EMBEDDING in p.roles) for p in binding.inventory.parameters]
+    return {
+        "weights": sum(count for count, _ in counts),
+        "without_embeddings": sum(count for count, embedding in counts if not embedding),
+    }
+
+
 def settings_row(binding: Binding, method: LoweredMethod) -> Row:
     """Return the length, settings, units and gradients of the run, and what sets the batch where it changes."""
     run, data, units = binding.one("run"), binding.one("data"), binding.units
@@ -135,6 +147,7 @@ def settings_row(binding: Binding, method: LoweredMethod) -> Row:
         **({"batch": batch_row(binding, method)} if units.changing else {}),
         "micro_batch": data.construct.micro_size if data else None,  # type: ignore[attr-defined]
         "gradients": _gradients(binding, method),
+        "sizes": _sizes(binding),
         **({"division": divided} if divided else {}),
         **({"compiled": _compiled_part(method.rewrite)} if method.compiled else {}),
         **({"checkpointed": again} if (again := method.rewrite.checkpointed) else {}),

@@ -21,6 +21,7 @@ SUMMARIES = {
     "compile": "Save the program that a spec compiles to.",
     "run": "Train the spec's model on its data.",
     "delta": "Export what a run changed of its weights, or apply it.",
+    "fit": "Fit laws to several runs.",
     "learn-init": "Learn the initial weights of a model over tasks.",
     "verify": "Compare the compiled model with the original on real input.",
     "report": "Summarise finished runs, side by side.",

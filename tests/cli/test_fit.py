@@ -1,0 +1,112 @@
+"""`trainc fit` on runs of its own: what it reads of them, and errors that name a run and what it lacks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_app import command
+from trainc.cli.fit import fit_batch_of, losses_of, reached, trained
+from trainc.compiler.driver.train import train
+from trainc.runtime.report.run_records import RunRecords
+
+SPEC = """train 1
+model "examples.models:gpt" { layers = 1, width = 16, heads = 2, context = 16 }
+data "examples.data:stdlib" { batch = BATCH samples, context = 16, limit_bytes = 30_000 }
+loss cross_entropy
+noise_scale gns on type(LayerNorm) { smooth = 4 steps }
+optimizer adamw { lr = 1e-2 }
+run { length = 24 steps, device = cpu, eval = 4 steps, eval_batches = 2START }
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with runs of two batch sizes, and one that began with the weights of another."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, batch, start in (("b4", 4, ""), ("b16", 16, ""), ("tuned", 4, "b4")):
+        spec = folder / f"{name}.train"
+        begun = f', start = "{folder / start}"' if start else ""
+        spec.write_text(SPEC.replace("BATCH", str(batch)).replace("START", begun))
+        train(spec, folder / name, quiet=True, preflight=False)
+    return folder
+
+
+def records(folder: Path) -> RunRecords:
+    return RunRecords.of(folder, str(folder), "")
+
+
+def test_a_run_says_its_size_its_data_and_whether_it_began_pretrained(runs: Path) -> None:
+    one, other = (trained(records(runs / name)) for name in ("b4", "tuned"))
+    block = 16 * 48 + 48 + 16 * 16 + 16 + 16 * 64 + 64 + 64 * 16 + 16 + 3 * 32
+    assert one.size == block + 256 * 16  # the head counts, the embeddings do not
+    assert one.data == 24 * 4 * 16  # less than an epoch: what it has seen
+    assert not one.pretrained
+    assert other.pretrained
+    losses = [r["eval_loss"] for r in records(runs / "b4").records if "eval_loss" in r]
+    assert one.loss == min(losses)
+
+
+def test_the_batch_law_is_of_the_loss_that_all_reached(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    law, of = fit_batch_of([runs / "b4", runs / "b16"])
+    assert of == "evaluation"
+    assert law.loss == max(trained(records(runs / name)).loss for name in ("b4", "b16"))
+    assert [round(point.batch) for point in law.points] == [4, 16]
+    assert all(dict(point.noise)["gns"] > 0 for point in law.points)
+    assert command(monkeypatch, "fit", "batch", str(runs / "b4"), str(runs / "b16")) == 0
+    assert "critical batch" in capsys.readouterr().out
+
+
+def test_a_loss_between_two_evaluations_is_interpolated(runs: Path) -> None:
+    run = records(runs / "b4")
+    course = losses_of(run, True)
+    (at, samples, high), (then, _, low) = course[:2]
+    found = reached(run, course, (high + low) / 2)
+    assert found.steps == pytest.approx((at + then) / 2)
+    assert found.samples == pytest.approx(samples + 4 * (then - at) / 2)
+
+
+def test_training_losses_are_running_means(runs: Path) -> None:
+    run = records(runs / "b4")
+    steps = [r["loss"] for r in run.steps]
+    assert [loss for *_, loss in losses_of(run, False)] == pytest.approx(steps)  # of 24 / 20 steps
+
+
+@pytest.mark.parametrize(
+    ("damage", "verb", "said"),
+    [
+        ("evaluations", "transfer", "lacks an evaluation"),
+        ("sizes", "transfer", "lacks the number of its parameters"),
+        ("units", "transfer", "lacks the size of its data"),
+        ("loss", "batch", "lacks the loss 0.001"),
+        ("empty", "batch", "no step is recorded"),
+    ],
+)
+def test_what_a_run_lacks_is_told_with_its_name(
+    runs: Path,
+    tmp_path: Path,
+    damage: str,
+    verb: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(runs / "b4", bad)
+    plan = json.loads((bad / "plan.json").read_text())
+    plan["settings"].pop(damage, None)
+    (bad / "plan.json").write_text(json.dumps(plan))
+    lines = (bad / "metrics.jsonl").read_text().splitlines()
+    if damage == "evaluations":
+        lines = [line for line in lines if "eval_loss" not in line]
+    (bad / "metrics.jsonl").write_text("" if damage == "empty" else "\n".join(lines) + "\n")
+    more = ["--loss", "0.001"] if damage == "loss" else []
+    assert command(monkeypatch, "fit", verb, str(bad), str(runs / "b16"), *more) == 1
+    shown = capsys.readouterr().err
+    assert str(bad) in shown
+    assert said in shown
