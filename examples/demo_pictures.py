@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, linear_regression
 from typing import TYPE_CHECKING, Protocol
 
-from trainc.compiler.constructs.observe._laws import LAWS
+from trainc.compiler.constructs.observe.weights._laws import LAWS
 from trainc.runtime.report.plots import COLORS, STYLE, smooth
 from trainc.runtime.storage.jsonl import Record
 

@@ -117,7 +117,7 @@ OF_CLASSES = [
     SGD + "regularize z_loss { weight = 0.1 }",
     SGD + GNS + R_DROP,
     SGD + GNS + DISTILL + "spread",
-    SGD + "observe calibration { of = training, bins = 3 }",
+    SGD + "observe calibration { of = training, bins = 3, temperature = true }",
     SGD + "observe margin { of = training }",
     SGD + "observe saturation { c = 20, layers = type(LayerNorm) }",
     SGD + "observe homogeneity { layers = type(LayerNorm) }",

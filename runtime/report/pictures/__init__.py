@@ -1,1 +1,1 @@
-"""Pictures of what several clauses measure: fitted curves, cosines."""
+"""Pictures of what clauses measure: fitted curves, cosines, reliability."""

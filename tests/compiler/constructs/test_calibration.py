@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import trainc
 from tests.conformance import divided
-from trainc.compiler.constructs.observe.calibration import Calibration
+from trainc.compiler.constructs.observe._temperature import slopes, temperature
+from trainc.compiler.constructs.observe.calibration import Calibration, Predictions
+from trainc.compiler.method.term import Forward
 from trainc.runtime.data.batch import Batch
+from trainc.runtime.report.run_records import RecordedClause, RunRecords
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "reference/other_methods.json").read_text())
 ROW = REFERENCE["calibration"]
@@ -62,6 +66,14 @@ def predictions(made: nn.Module, batches: list[Batch]) -> tuple[Tensor, Tensor]:
     return torch.cat([c for c, _ in rows]), torch.cat([r for _, r in rows])
 
 
+def measures(bins: int, made: nn.Module, batches: list[Batch]) -> dict[str, float]:
+    """Return what is measured of batches by definition."""
+    logs = torch.cat([made(x).log_softmax(-1)[y != -100].detach() for x, y in batches])
+    targets = torch.cat([y[y != -100] for _, y in batches])
+    found = Calibration(bins=bins).reference(*predictions(made, batches))
+    return found | {"nll": float(nn.functional.nll_loss(logs, targets))}
+
+
 def test_bins_of_equal_counts_give_the_published_numbers() -> None:
     found = Calibration(bins=4).reference(*published())
     ece, rms = ROW["ece_equal_mass4"]
@@ -69,12 +81,107 @@ def test_bins_of_equal_counts_give_the_published_numbers() -> None:
     assert found["brier"] == pytest.approx(ROW["brier"], rel=1e-12)
 
 
-@pytest.mark.parametrize("bins", [10, 15])
-def test_bins_of_equal_widths_give_the_published_numbers(bins: int) -> None:
-    rule = Calibration(bins=bins, binning="equal_width")
-    ece, _, rms = ROW["ece10_left_open_guo" if bins == 10 else "ece15_left_open"]
+@pytest.mark.parametrize(
+    ("bins", "closed", "name"),
+    [
+        (10, "right", "ece10_left_open_guo"),
+        (15, "right", "ece15_left_open"),
+        (10, "left", "ece10_left_closed"),
+    ],
+)
+def test_bins_of_equal_widths_give_the_published_numbers(bins: int, closed: Any, name: str) -> None:
+    rule = Calibration(bins=bins, binning="equal_width", closed=closed)
     found = rule.reference(*published())
-    assert (found["ece"], found["rms"]) == pytest.approx((ece, rms), rel=1e-12)
+    wanted = pytest.approx(ROW[name], rel=1e-12)
+    assert [found["ece"], found["mce"], found["rms"]] == wanted
+
+
+def test_an_edge_belongs_to_the_bin_below_it_or_above_it() -> None:
+    for i in range(1, 20):
+        one = torch.tensor([i / 20], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        for closed, bin_of_it in (("right", i - 1), ("left", i)):
+            rule = Calibration(bins=20, binning="equal_width", closed=closed)  # type: ignore[arg-type]
+            assert int(rule.bins_of(*one)[0].argmax()) == bin_of_it
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for closed in ("right", "left"):
+        rule = Calibration(bins=4, binning="equal_width", closed=closed)  # type: ignore[arg-type]
+        assert rule.bins_of(ends, ends)[0].tolist() == [1, 0, 0, 1]
+    with pytest.raises(ValueError, match="add `binning = equal_width`"):
+        Calibration(closed="left")
+
+
+def two_classes() -> tuple[Tensor, Tensor]:
+    """Return logits and targets of two classes, the second with the published confidences."""
+    confidence, right = published()
+    odds = torch.logit(confidence, eps=1e-15)
+    return torch.stack([torch.zeros_like(odds), odds], -1), right.long()
+
+
+def test_nll_is_the_published_one_and_that_of_torch() -> None:
+    logits, targets = two_classes()
+    observer = Predictions("calibration", Calibration())
+    observer.see(Forward(logits, targets, None, 1, {}, {}))
+    assert observer.found()["nll"] == pytest.approx(ROW["nll"], abs=1e-12)
+    wanted = nn.functional.cross_entropy(logits, targets)
+    assert observer.found()["nll"] == pytest.approx(float(wanted), rel=1e-12)
+
+
+def best_temperature(logits: Tensor, targets: Tensor) -> float:
+    """Return the temperature of the smallest cross-entropy, by bisection of its slope in 1 / T."""
+    low, high = 1e-3, 1e3
+    for _ in range(100):
+        beta = torch.tensor(math.sqrt(low * high), dtype=torch.float64, requires_grad=True)
+        nn.functional.cross_entropy(logits * beta, targets).backward()
+        assert beta.grad is not None
+        low, high = (low, float(beta.detach())) if beta.grad > 0 else (float(beta.detach()), high)
+    return 1 / low
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_the_temperature_is_that_of_the_smallest_cross_entropy(scale: float) -> None:
+    made = torch.Generator().manual_seed(4)
+    logits = scale * torch.randn(300, 6, generator=made, dtype=torch.float64)
+    drawn = torch.rand(300, generator=made) < 0.3
+    targets = torch.where(drawn, logits.argmax(-1), torch.randint(6, (300,), generator=made))
+    found = temperature(slopes(logits, targets))
+    assert found == pytest.approx(best_temperature(logits, targets), rel=1e-4)
+    masked = torch.cat([logits, torch.full((300, 1), -torch.inf, dtype=torch.float64)], -1)
+    assert temperature(slopes(masked, targets)) == pytest.approx(found, rel=1e-9)
+    halves = slopes(logits[:120], targets[:120]) + slopes(logits[120:], targets[120:])
+    assert temperature(halves) == pytest.approx(found, rel=1e-9)
+
+
+def test_there_is_no_temperature_where_all_are_right_or_the_best_is_none() -> None:
+    logits = torch.randn(50, 4, dtype=torch.float64)
+    assert temperature(slopes(logits, logits.argmax(-1))) is None
+    assert temperature(slopes(logits, logits.argmin(-1))) is None
+
+
+def test_the_temperature_is_measured_where_it_is_asked_for() -> None:
+    made = model()
+    program = trainc.compile(SPEC + " { of = training, temperature = true }", made)
+    x, y = batch(0)
+    logits = made(x).detach()[y != -100]
+    found = program.step((x, y))["calibration.temperature"]
+    assert found == pytest.approx(best_temperature(logits, y[y != -100]), rel=1e-4)
+    assert Calibration().unmeasured_reason("temperature") is not None
+
+
+def test_the_picture_is_of_the_last_evaluation() -> None:
+    program = trainc.compile(SPEC + " { bins = 6 }", model())
+    records = []
+    for seed in (1, 2):
+        program.evaluate(*batch(seed))
+        records.append({"step": seed, "loss": 1.0, **program.evaluation_metrics()})
+    run = RunRecords("run", records, "#000000")
+    clause = RecordedClause(run, "calibration", Calibration(bins=6))
+    panel = [*Calibration.panels([clause], [run])][-1]
+    axes = Figure().add_subplot()
+    panel.draw(axes)
+    sizes, gaps, sums = Calibration(bins=6).bins_of(*predictions(model(), [batch(2)]))
+    drawn = axes.lines[1]
+    torch.testing.assert_close(torch.as_tensor(drawn.get_xdata()), sums / sizes)
+    torch.testing.assert_close(torch.as_tensor(drawn.get_ydata()), (sums + gaps) / sizes)
 
 
 @pytest.mark.parametrize("bins", [1, 3, 7, 50])
@@ -105,8 +212,10 @@ def test_an_evaluation_is_measured_over_all_its_batches() -> None:
     for inputs, targets in batches:
         program.evaluate(inputs, targets)
     found = program.evaluation_metrics()
-    wanted = Calibration(bins=6).reference(*predictions(program.module.eval(), batches))
+    wanted = measures(6, program.module.eval(), batches)
+    bins = {name: found.pop(name) for name in [*found] if ".bin" in name}
     assert found == pytest.approx({f"calibration.{n}": v for n, v in wanted.items()}, rel=1e-12)
+    assert sum(v for n, v in bins.items() if n.endswith(".size")) == 12 * 3 + 5 * 3 - 6
     assert program.signals["calibration.ece"] == found["calibration.ece"]
     assert program.evaluation_metrics() == {}
     program.module.train()
@@ -126,7 +235,7 @@ def test_training_steps_are_measured_at_the_times_of_the_clause(executor: Any, s
     plain = trainc.compile(SPEC.replace(" observe calibration", ""), model(), executor=executor)
     for step in range(4):
         parts = divided(batch(step), sizes) if sizes else [batch(step)]
-        wanted = Calibration(bins=5).reference(*predictions(program.module, parts))
+        wanted = measures(5, program.module, parts)
         metrics, others = program.step(parts), plain.step(parts)
         assert {n: v for n, v in metrics.items() if "calibration" not in n} == others
         if step in (1, 3):
@@ -170,7 +279,7 @@ def test_the_summary_survives_a_resume() -> None:
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the measures of one step, by the graph and by definition."""
     program = trainc.compile(SPEC + " { of = training, bins = 4 }", model(), executor="graph")
-    wanted = Calibration(bins=4).reference(*predictions(model(), [batch(0)]))
+    wanted = measures(4, model(), [batch(0)])
     metrics = program.step(batch(0))
     named = {n: torch.tensor(v, dtype=torch.float64) for n, v in wanted.items()}
     found = {n: torch.tensor(metrics[f"calibration.{n}"], dtype=torch.float64) for n in wanted}

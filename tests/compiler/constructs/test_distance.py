@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.constructs.observe._copies import Copies
-from trainc.compiler.constructs.observe.distance import Distance
+from trainc.compiler.constructs.observe.weights._copies import Copies
+from trainc.compiler.constructs.observe.weights.distance import Distance
 from trainc.compiler.driver.train import train
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import trainc
-from trainc.compiler.constructs.observe.homogeneity import Homogeneity
+from trainc.compiler.constructs.observe.weights.homogeneity import Homogeneity
 
 REST = "loss cross_entropy optimizer sgd on trainable { lr = 0.1 } run { length = 4000 steps }"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,3 +103,21 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         {n: torch.tensor(found[f"margin.{n}"], dtype=torch.float64) for n in ("min", "mean")},
         {"min": margins.min(), "mean": margins.mean()},
     )
+
+
+def test_adversarial_training_reaches_the_largest_margin_sooner() -> None:
+    """The largest margin of these points is |(0.5, 1)| = 1.118, by the direction of the nearest pair."""
+    x = torch.tensor([[0.5, 1.0], [3.0, -0.2], [-0.5, -1.0], [-3.0, 0.2]], dtype=torch.float64)
+    y, best = torch.tensor([0, 0, 1, 1]), math.sqrt(1.25)
+    found = []
+    for clause in ("", "perturb adversarial { norm = l2, radius = 0.8 }"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 2, bias=False)).double()
+        spec = f'{BASE.replace("20 steps", "900 steps")} {{ of = training, layer = "0" }} {clause}'
+        program = trainc.compile(spec, model, executor="module")
+        margins = [program.step((x, y))["margin.min"] for _ in range(400)]
+        program = trainc.compile(f'{BASE} {{ of = training, layer = "0" }}', model)
+        found.append(program.step((x, y))["margin.min"])
+        assert max(margins) <= best + 1e-9
+    clean, adversarial = found
+    assert clean < adversarial <= best + 1e-9

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import trainc
 from trainc.compiler.bind.bound_clause import BoundClause
-from trainc.compiler.constructs.observe._copies import Copies
-from trainc.compiler.constructs.observe._laws import LAWS, Fit
-from trainc.compiler.constructs.observe.norm_growth import NormGrowth
+from trainc.compiler.constructs.observe.weights._copies import Copies
+from trainc.compiler.constructs.observe.weights._laws import LAWS, Fit
+from trainc.compiler.constructs.observe.weights.norm_growth import NormGrowth
 from trainc.compiler.errors import FieldError
 from trainc.compiler.lower.lowering import Lowering
 from trainc.compiler.lower.lowering_context import LoweringContext

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trainc
-from trainc.compiler.constructs.observe.saturation import Saturation
+from trainc.compiler.constructs.observe.weights.saturation import Saturation
 from trainc.compiler.driver.train import train
 from trainc.dsl.text.errors import SpecError
 from trainc.runtime.companion.attention_weights import AttentionWeights, weights_of

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trainc.compiler.constructs.observe._laws import LAWS, Fits, slope_text
+from trainc.compiler.constructs.observe.weights._laws import LAWS, Fits, slope_text
 from trainc.dsl.reading.signal import full_name
 
 if TYPE_CHECKING:

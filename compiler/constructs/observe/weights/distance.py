@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainc.compiler.constructs.observe._copies import Start, note_non_finite, record
-from trainc.compiler.constructs.observe._laws import Fits
+from trainc.compiler.constructs.observe.weights._copies import Start, note_non_finite, record
+from trainc.compiler.constructs.observe.weights._laws import Fits
 from trainc.dsl.reading.construct import Construct, Effect, Signal
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.storage.form import Form, Number, Record
@@ -83,13 +83,13 @@ class Distance(Construct):
         cls, clauses: Sequence[RecordedClause], runs: Sequence[RunRecords]
     ) -> Iterable[Panel]:
         """Return the picture of the distance with its laws."""
-        from trainc.compiler.constructs.observe._law_pictures import law_panel
+        from trainc.compiler.constructs.observe.weights._law_pictures import law_panel
 
         return law_panel(clauses, runs, "", LAWS, from_first=True)
 
     def tables(self, label: str, records: Sequence[Mapping[str, Any]]) -> Iterable[Table]:
         """Return the table of the laws at the end of a run."""
-        from trainc.compiler.constructs.observe._law_pictures import law_table
+        from trainc.compiler.constructs.observe.weights._law_pictures import law_table
 
         return law_table(label, "", LAWS, records, from_first=True)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.constructs.observe._scaled import OUTPUT, Scaled, layers_to_compare
+from trainc.compiler.constructs.observe.weights._scaled import OUTPUT, Scaled, layers_to_compare
 from trainc.dsl.reading.construct import Construct, Effect, ModuleSelector, Signal
 
 if TYPE_CHECKING:

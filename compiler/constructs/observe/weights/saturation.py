@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.constructs.observe._scaled import OUTPUT, Scaled, layers_to_compare
+from trainc.compiler.constructs.observe.weights._scaled import OUTPUT, Scaled, layers_to_compare
 from trainc.compiler.errors import FieldError
 from trainc.dsl.reading.construct import Construct, Effect, ModuleSelector, Signal
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainc.compiler.constructs.observe._copies import Copies, note_non_finite, record, sums
-from trainc.compiler.constructs.observe._laws import LAWS, Fits
+from trainc.compiler.constructs.observe.weights._copies import Copies, note_non_finite, record, sums
+from trainc.compiler.constructs.observe.weights._laws import LAWS, Fits
 from trainc.compiler.errors import FieldError
 from trainc.dsl.reading.construct import Construct, Effect, Signal
 from trainc.runtime.step.action import ActionState, Phase
@@ -109,14 +109,14 @@ class NormGrowth(Construct):
         cls, clauses: Sequence[RecordedClause], runs: Sequence[RunRecords]
     ) -> Iterable[Panel]:
         """Return pictures of the norm with its laws, and of the cosines."""
-        from trainc.compiler.constructs.observe._law_pictures import cosine_panel, law_panel
+        from trainc.compiler.constructs.observe.weights._law_pictures import cosine_panel, law_panel
 
         yield from law_panel(clauses, runs, "norm", [*LAWS])
         yield from cosine_panel(clauses, runs, ("alignment", "direction"))
 
     def tables(self, label: str, records: Sequence[Mapping[str, Any]]) -> Iterable[Table]:
         """Return the table of the laws at the end of a run."""
-        from trainc.compiler.constructs.observe._law_pictures import law_table
+        from trainc.compiler.constructs.observe.weights._law_pictures import law_table
 
         return law_table(label, "norm", [*LAWS], records)
 
