@@ -15,9 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import trainc
 from tests.compiler.test_resumed_summaries import PLAIN, SPECS
+from trainc.compiler.driver.adaptation import started_model
+from trainc.compiler.driver.compile import compile_with_data, resolve_spec
 from trainc.compiler.program.program import Program
+from trainc.runtime.data.order import Split
+from trainc.runtime.data.stream import with_access
 from trainc.runtime.noise_scale.averages import Averages
 from trainc.runtime.storage.form import StateProblem
 from trainc.runtime.torch_optimizer.nested import same
@@ -31,8 +34,7 @@ regularize ema { decay = 0.9 }
 mask sift on "blocks.*.mlp.**" & ndim(2) { density = 20%, batches = 8 }
 """
 )
-OF_TOKENS = {name: spec for name, spec in SPECS.items() if "examples.data:teacher" not in spec}
-STATES = {**OF_TOKENS, "other optimizers": OTHERS}
+STATES = {**SPECS, "other optimizers": OTHERS}
 REPLACED: tuple[Any, ...] = (
     None, True, False, 0, -1, 3, 1 << 70, 0.5, -2.5, math.nan, math.inf, "", "x", [], [1, "x"], (), {}, {"a": 1},
     {"(dtype)": "load"}, {"(items)": [1]}, torch.zeros(3), torch.tensor(-1), torch.tensor(math.nan),
@@ -42,9 +44,10 @@ SHAPED = ("cut", "longer", "axis", "integer", "double", "half", "nan", "infinite
 
 @dataclass
 class Made:
-    """A program after some steps, its state there, and that of one step later."""
+    """A program after some steps of its spec's data, its state there, and that of one step later."""
 
     program: Program
+    samples: Split
     state: dict[str, Any]
     later: dict[str, Any]
 
@@ -52,26 +55,33 @@ class Made:
         self.paths = [path for path, _ in places(self.state) if path]
 
     def step(self) -> float:
-        return step(self.program)
+        return step(self.program, self.samples)
 
 
-def step(program: Program) -> float:
-    """Run a step on tokens that follow from its number."""
+def step(program: Program, samples: Split) -> float:
+    """Run a step on samples that follow from its number."""
     program.begin()
     draw = torch.Generator().manual_seed(program.clock.steps)
-    tokens = torch.randint(0, 60, (program.batch_size or 4, 17), generator=draw)
+    taken = torch.randint(0, len(samples), (program.batch_size or 4,), generator=draw)
     torch.manual_seed(program.clock.steps)
-    return program.step((tokens[:, :-1], tokens[:, 1:]))["loss"]
+    return program.step(samples.batch(taken.tolist()))["loss"]
+
+
+def compiled(spec: str) -> tuple[Program, Split]:
+    """Return the program of a spec on its own model, and the samples that the spec trains on."""
+    checked, _ = resolve_spec(spec)
+    program, data = compile_with_data(checked, started_model(checked), executor="module")
+    return program, with_access(data.train)
 
 
 @cache
 def made(name: str) -> Made:
-    program = trainc.compile(STATES[name], executor="module")
+    program, samples = compiled(STATES[name])
     for _ in range(5):
-        step(program)
+        step(program, samples)
     state = copy.deepcopy(program.state_dict())
-    step(program)
-    return Made(program, state, copy.deepcopy(program.state_dict()))
+    step(program, samples)
+    return Made(program, samples, state, copy.deepcopy(program.state_dict()))
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -141,13 +151,13 @@ def assert_named_or_finite(one: Made, damaged: dict[str, Any], path: tuple[Any, 
         assert any(str(key) in said for key in path) or "made by another" in said
         assert torch.equal(drawn, torch.get_rng_state())
         assert same(program.state_dict(), before), f"changed by a refused load: {path}"
-        step(program)
+        one.step()
         assert same(program.state_dict(), one.later), (
             f"trains otherwise after a refused load: {path}"
         )
     else:
-        assert math.isfinite(step(program))
-        assert math.isfinite(step(program))
+        assert math.isfinite(one.step())
+        assert math.isfinite(one.step())
 
 
 def assert_accepts(one: Made, damaged: dict[str, Any], path: tuple[Any, ...]) -> None:
@@ -158,14 +168,14 @@ def assert_accepts(one: Made, damaged: dict[str, Any], path: tuple[Any, ...]) ->
     if refusal(program.load_compatible, damaged) is not None:
         assert same(program.state_dict(), before), f"changed by a refused load: {path}"
     else:
-        assert math.isfinite(step(program))
+        assert math.isfinite(one.step())
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_in_order_loads(name: str) -> None:
     one = made(name)
     one.program.load_state_dict(one.state)
-    step(one.program)
+    one.step()
     assert same(one.program.state_dict(), one.later)
 
 
@@ -224,7 +234,7 @@ def test_an_open_step_survives_a_refused_load() -> None:
     with pytest.raises(StateProblem):
         one.program.load_state_dict(changed(one.state, ("clock", "steps"), -1))
     assert one.program.begin() is opened
-    step(one.program)
+    one.step()
     assert same(one.program.state_dict(), one.later)
 
 
@@ -241,21 +251,21 @@ def test_a_vector_of_another_length_restarts_its_parameter_where_that_is_accepte
     kept = one.program.state_dict()["actions"]["adamw"]
     assert not [key for key in kept if key.startswith("ln_f.bias/exp")]
     assert same(kept["ln_f.weight/exp_avg"], one.state["actions"]["adamw"]["ln_f.weight/exp_avg"])
-    assert math.isfinite(step(one.program))
+    assert math.isfinite(one.step())
 
 
 def test_an_option_that_asks_for_more_restarts_its_parameters() -> None:
     """AdamW with `amsgrad` reads an entry that a state without it does not have."""
     clause = 'optimizer torch("torch.optim:AdamW") { lr = 1e-2, amsgrad = %s }'
-    before, after, again = (
-        trainc.compile(PLAIN + clause % on, executor="module") for on in ("false", "true", "false")
+    (before, samples), (after, _), (again, _) = (
+        compiled(PLAIN + clause % on) for on in ("false", "true", "false")
     )
-    step(before)
+    step(before, samples)
     said = after.load_compatible(before.state_dict())
     assert any("begins without state of" in line for line in said)
-    assert math.isfinite(step(after))
+    assert math.isfinite(step(after, samples))
     again.load_compatible(after.state_dict())
-    step(again)
+    step(again, samples)
     again.load_state_dict(again.state_dict())
 
 

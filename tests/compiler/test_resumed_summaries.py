@@ -97,6 +97,10 @@ SPECS = {
         optimizer adamw { lr = 3e-2 }
         observe frequency every 2 steps { probe = "examples.data:curve_points", threshold = 0.9 }
     """,
+    "a leader": PLAIN + """
+        optimizer adamw { lr = 1e-2 }
+        distribute local every 2 steps { rule = leader }
+    """,
     "a grown batch": HEAD + GNS + DATA.replace(
         "BATCH", "signal_noise(gns, max = 8 samples, min = 2 samples, every = 2 steps, from = 20%)"
     ) + "optimizer adamw { lr = 1e-2 }",
