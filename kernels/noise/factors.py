@@ -25,7 +25,7 @@ def factor(
 ) -> Tensor:
     """The factor z for x: (views * B, 1 or T, C) with T tokens, in float32, or float64 for float64 x."""
     examples = x.shape[0] // views
-    tokens = math.prod(x.shape[1:-1]) if share == "none" else None
+    tokens = math.prod(x.shape[1:-1]) if share != "token" else None
     noise = normal(
         key, site, views, examples, x.shape[-1], tokens,
         0 if first_example is None else first_example.to(x.device), x.device,
@@ -76,7 +76,7 @@ def factor_once(x: Tensor, *noise: Any) -> Tensor:
     sigma, key, site, views, share, first_example = noise
     numbers = (t if t is None else t.item() for t in (sigma, key, first_example))
     # Shared by the tokens it does not depend on them: one of the two calls may have a factor, the other all tokens.
-    shape = x.shape if share == "none" else (x.shape[0], x.shape[-1])
+    shape = x.shape if share != "token" else (x.shape[0], x.shape[-1])
     drawn_for = (*numbers, site, views, share, *shape, accumulation_dtype(x.dtype))
     z = _kept.take(drawn_for)
     if z is None:

@@ -14,7 +14,7 @@ from trainc.kernels.noise.philox import MAX_SITES, MAX_TOKENS, MAX_VIEWS
 
 __all__ = ["multiplicative_noise", "noisy_add"]
 
-SHARES = ("token", "none")
+SHARES = ("token", "none", "none_fast")
 
 
 def multiplicative_noise(
@@ -32,8 +32,11 @@ def multiplicative_noise(
     is 0-d, the noise's standard deviation; at 0 the result is x bit for bit. `key` is the 0-d int64 of
     `philox.pack_key(seed, step)`, and `site`, in [0, 2^32), numbers the place in the model. `share` "token" draws eps
     per (view, example, channel), the same for all middle dims; "none" draws per token too, a token being an index of
-    the flattened middle dims, of which there are 2^24 at most. `first_example` (0-d int64, or None for 0) is the index
-    of x's first example in the step's batch, so that micro-batches draw the noise of the whole batch.
+    the flattened middle dims, of which there are 2^24 at most. "none_fast" is "none" with the approximate logarithms,
+    sines and cosines of a CUDA device, in half the instructions: not bit-equal to a CPU's, nor to "none". By what is
+    said of these functions eps is off by some 1e-6, and by 1e-3 at most; on a CPU it is "none". `first_example` (0-d
+    int64, or None for 0) is the index of x's first example in the step's batch, so that micro-batches draw the noise
+    of the whole batch.
 
     Returns a tensor of x's shape and dtype. Of the tensors x alone gets a gradient, z * dy, which can be differentiated
     again. Raises RuntimeError for arguments outside of this, and NotImplementedError for forward-mode derivatives.
@@ -56,7 +59,7 @@ def composed_noise(
     """The same numbers in plain operators: the factor, which is the noise on ones, times x."""
     if x.dim() < 2 or not x.is_floating_point():  # the noise on ones checks the rest
         raise RuntimeError(_wrong_x(x))
-    shape = [x.shape[0], *(x.shape[1:-1] if share == "none" else [1] * (x.dim() - 2)), x.shape[-1]]
+    shape = [x.shape[0], *(x.shape[1:-1] if share != "token" else [1] * (x.dim() - 2)), x.shape[-1]]
     ones = torch.ones(shape, dtype=accumulation_dtype(x.dtype), device=x.device)
     z = multiplicative_noise(ones, sigma, key, site, views, share, first_example)
     y = x * z
@@ -78,8 +81,8 @@ def noisy_add(
     `h0` and `delta` are floating tensors of one shape (views * B, ..., C), in one or two dtypes, rows ordered view by
     view. z = 1 + `sigma` * eps, with `sigma`, `key`, `site`, `views`, `share` and `first_example` as there: the
     standard deviation (0-d), seed and step (0-d int64), the place, views 1 to 256 that divide the rows, eps shared by
-    all tokens of an example ("token") or not ("none"), and where delta's first example is in the step's batch
-    (0-d int64, or None for 0).
+    all tokens of an example ("token") or not ("none", "none_fast"), and where delta's first example is in the step's
+    batch (0-d int64, or None for 0).
 
     Returns their shape in the promoted dtype. h0 gets dy for its gradient and delta z * dy, which can be differentiated
     again. Raises RuntimeError for arguments outside of this, and NotImplementedError for forward-mode derivatives.
@@ -106,7 +109,7 @@ def reference(
     for row in range(x.shape[0]):
         view, example = divmod(row, examples)
         flat = x[row].reshape(-1, x.shape[-1])
-        tokens = flat.shape[0] if share == "none" else None
+        tokens = flat.shape[0] if share != "token" else None
         every = normal(
             (seed, step), site, view + 1, 1, x.shape[-1], tokens, first_example + example
         )
@@ -135,7 +138,7 @@ def check(
         lambda: f"views must divide the rows of x, {x.shape[0]}, and {views} does not",
     )
     require(0 <= site < MAX_SITES, lambda: f"site must be in [0, 2^32), not {site}")
-    tokens = math.prod(x.shape[1:-1]) if share == "none" else 1
+    tokens = math.prod(x.shape[1:-1]) if share != "token" else 1
     require(tokens <= MAX_TOKENS, lambda: f"an example must have at most 2^24 tokens, not {tokens}")
     require(
         first_example is None

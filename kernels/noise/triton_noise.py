@@ -26,6 +26,10 @@ PROGRAM_TOKENS = 64
 SIDE = 65535
 
 
+# The interpreter has no assembler's instructions: there, approximations are what they approximate.
+_ASSEMBLED = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
 @triton.jit
 def _normal_pair(first, second):
     """Box-Muller on the top 24 bits of two words, as philox.normal_pair."""
@@ -37,19 +41,46 @@ def _normal_pair(first, second):
 
 
 @triton.jit
-def _normals(key, group, example, view_token, site):
+def _approximate(name: tl.constexpr, x):
+    """One instruction of the device's unit for such functions."""
+    return tl.inline_asm_elementwise(
+        name + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _fast_normal_pair(first, second):
+    """The same by approximations: off by some 1e-6, and by 1e-3 for radii near 0, where the logarithm is near 0."""
+    unit: tl.constexpr = 5.9604644775390625e-08
+    tau: tl.constexpr = 6.283185307179586
+    uniform = (first >> 8).to(tl.float32) * unit + unit
+    angle = (second >> 8).to(tl.float32) * (unit * tau)
+    if _ASSEMBLED:
+        squared = _approximate("lg2", uniform) * -1.3862943611198906
+        radius = _approximate("sqrt", tl.maximum(squared, 0.0))
+        return _approximate("cos", angle) * radius, _approximate("sin", angle) * radius
+    radius = tl.sqrt(tl.maximum(tl.log2(uniform) * -1.3862943611198906, 0.0))
+    return tl.cos(angle) * radius, tl.sin(angle) * radius
+
+
+@triton.jit
+def _normals(key, group, example, view_token, site, FAST: tl.constexpr = False):
     """Normals of four neighbouring channels per group; the last axis becomes channels."""
     w0, w1, w2, w3 = tl.philox(key, group, example, view_token, site)
-    z0, z1 = _normal_pair(w0, w1)
-    z2, z3 = _normal_pair(w2, w3)
+    if FAST:
+        z0, z1 = _fast_normal_pair(w0, w1)
+        z2, z3 = _fast_normal_pair(w2, w3)
+    else:
+        z0, z1 = _normal_pair(w0, w1)
+        z2, z3 = _normal_pair(w2, w3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
 @triton.jit(do_not_specialize=["site"])
 def noise(
     H0, X, Y, SIGMA, KEY, FIRST, site, examples, tokens, channels, program_tokens,
-    HAS_H0: tl.constexpr, HAS_FIRST: tl.constexpr, SHARED: tl.constexpr, VIEWS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+    HAS_H0: tl.constexpr, HAS_FIRST: tl.constexpr, SHARED: tl.constexpr, FAST: tl.constexpr,
+    VIEWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Grid (view * example * token chunks, channel blocks)."""
     chunks = tl.cdiv(tokens, program_tokens)
@@ -79,7 +110,9 @@ def noise(
             where = view + token[:, None] * VIEWS
             full = zero + where * 0
             y = x * (
-                1.0 + sigma * _normals(key, full + group, full + example, full + where, full + site)
+                1.0
+                + sigma
+                * _normals(key, full + group, full + example, full + where, full + site, FAST)
             )
         if HAS_H0:
             y += tl.load(H0 + at, mask=mask, other=0.0).to(tl.float32)
@@ -110,7 +143,7 @@ def multiplied(
         sigma.to(x.device), key.to(x.device),
         key if first_example is None else first_example.to(x.device),
         site - (site >> 31 << 32), x.shape[0] // views, tokens, channels, PROGRAM_TOKENS,
-        HAS_H0=h0 is not None, HAS_FIRST=first_example is not None, SHARED=share == "token",
+        HAS_H0=h0 is not None, HAS_FIRST=first_example is not None, SHARED=share == "token", FAST=share == "none_fast",
         VIEWS=MAX_VIEWS, BLOCK_T=min(BLOCK_TOKENS, triton.next_power_of_2(tokens)), BLOCK_G=groups,
     )  # fmt: skip
     return y

@@ -23,7 +23,7 @@ def uniform(
     They are of `like`'s shape, or with `share = "token"` the same for all middle dims, which then have size 1. `key`,
     `site`, `views` and `first_example` are those of `multiplicative_noise`.
     """
-    middle = like.shape[1:-1] if share == "none" else [1] * (like.dim() - 2)
+    middle = like.shape[1:-1] if share != "token" else [1] * (like.dim() - 2)
     ones = torch.ones([like.shape[0], *middle, like.shape[-1]], device=like.device)
     one = torch.ones((), device=like.device)
     eps = multiplicative_noise(ones, one, key, site, views, share, first_example) - 1

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.offline.machine_code import compiled, parsed, per_element, resources
-from tests.kernels.test_triton_offline import FULL, HALF, INDEX, LOSS, TAIL, TUNED
+from tests.kernels.test_triton_offline import FULL, HALF, INDEX, LOSS, NOISE, TAIL, TUNED
 
 LISTING = """
         .section        .text.kernel,"ax",@progbits
@@ -88,3 +88,19 @@ def test_a_run_of_one_row_is_read_straight() -> None:
     )
     found = kernel("layer.triton_embedding", "run_squares", arguments, 1, BLOCK_R=4, BLOCK_C=512)
     assert per_element(found, 512, loop=False) <= 12.5
+
+
+@pytest.mark.offline
+@pytest.mark.filterwarnings("ignore")
+def test_fast_noise_takes_half_the_instructions() -> None:
+    each = [
+        per_element(
+            kernel(
+                "noise.triton_noise", "noise", NOISE, 4, HAS_H0=True, HAS_FIRST=True, SHARED=False,
+                FAST=fast, VIEWS=256, BLOCK_T=8, BLOCK_G=64,
+            ),
+            2048,
+        )
+        for fast in (False, True)
+    ]  # fmt: skip
+    assert 2 * each[1] <= each[0]

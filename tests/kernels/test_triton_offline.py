@@ -144,11 +144,11 @@ SPECS = [
     ),
     *(
         spec(
-            "noise.triton_noise", "noise", NOISE, HAS_H0=h0, HAS_FIRST=True, SHARED=shared, VIEWS=256,
-            BLOCK_T=8, BLOCK_G=64,
+            "noise.triton_noise", "noise", NOISE, HAS_H0=h0, HAS_FIRST=True, SHARED=shared, FAST=fast,
+            VIEWS=256, BLOCK_T=8, BLOCK_G=64,
         )
         for h0 in (False, True)
-        for shared in (False, True)
+        for shared, fast in ((False, False), (False, True), (True, False))
     ),
     *(
         spec("noise.triton_random_entries", "entries", ENTRIES, NORMAL=normal, BLOCK_G=256)
