@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainc.compiler.model.adapters import base_of
+from trainc.compiler.model.adapters import Adapter, adapters_of, base_of
 from trainc.compiler.model.batch_statistics import uses_batch_statistics
 from trainc.compiler.model.undisturbed import keep_state
 from trainc.compiler.structure.blocks import find_blocks
 from trainc.compiler.structure.places import Place, find_places, lowest
 from trainc.compiler.structure.roles import (
+    ADAPTER,
     HEAD,
     NORM,
     find_roles,
+    is_adapted_by_peft,
     is_matrix,
     looks_like_end,
     own_class,
@@ -177,7 +179,22 @@ def _describe(model: nn.Module) -> tuple[dict[str, Place], dict[str, set[str]]]:
             for leaf, parameter in own_parameters(module).items():
                 own = parameter_roles(leaf, parameter, module, outside=False)
                 where[f"{name}.{leaf}"], roles[f"{name}.{leaf}"] = where[name], roles[name] | own
+    _mark_adapters(model, roles)
     return where, roles
+
+
+def _mark_adapters(model: nn.Module, roles: Mapping[str, set[str]]) -> None:
+    """Mark the layers that have an adapter, and the parameters of the adapters."""
+    ours = {id(found.layer) for found in adapters_of(model)}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        of_peft = is_adapted_by_peft(layer)
+        if not of_peft and id(layer) not in ours:
+            continue
+        roles[name].add(ADAPTER)
+        for child, part in layer.named_children():
+            if child != "base_layer" if of_peft else isinstance(part, Adapter):
+                for leaf, _ in part.named_parameters(remove_duplicate=False):
+                    roles[f"{name}.{child}.{leaf}".removeprefix(".")].add(ADAPTER)
 
 
 def _names_of(named: Iterable[tuple[str, object]]) -> dict[int, list[str]]:

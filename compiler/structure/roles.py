@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainc.dsl.text.vocabulary import ROLES
 
-NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD = ROLES
+NORM, BIAS, EMBEDDING, ATTENTION, MLP, HEAD, ADAPTER = ROLES
 
 _NAMES = {
     ATTENTION: {"attn", "attention", "self_attn", "self_attention", "cross_attn", "mha"},
@@ -165,6 +165,11 @@ def _own_roles(segment: str, module: nn.Module, in_block: bool, is_block: bool) 
 
 def _is_not_linear(module: nn.Module) -> bool:
     return bool(own_parameters(module)) and not is_linear(module)
+
+
+def is_adapted_by_peft(module: nn.Module) -> bool:
+    """Say whether a module is a layer of peft that holds the layer it adapts."""
+    return "BaseTunerLayer" in type_names(module) and "base_layer" in module._modules
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -185,6 +185,10 @@ ROLES = {
     "head": Topic(
         "role(head)", "What gives the model's output: linear layers behind the last block."
     ),
+    "adapter": Topic(
+        "role(adapter)",
+        "Of modules the layers with an adapter, of `adapt` or of peft; of parameters those of the adapters.",
+    ),
 }
 UNITS = {
     "steps": Topic("200 steps", "Updates of the weights."),

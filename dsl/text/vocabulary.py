@@ -51,6 +51,6 @@ BOOLEANS = ("false", "true")
 
 SELECTOR_WORDS = ("all", "trainable", "matrices")
 SELECTOR_FUNCTIONS = ("type", "ndim", "role", "depth")
-ROLES = ("norm", "bias", "embedding", "attention", "mlp", "head")
+ROLES = ("norm", "bias", "embedding", "attention", "mlp", "head", "adapter")
 WHERE_NAMES = ("numel", "ndim", "depth", "block")
 """What a `where` condition may compare."""

@@ -22,9 +22,13 @@ from trainc.compiler.lower.adapting import Adapting
 from trainc.compiler.model.adapter_rule import AdapterRule
 from trainc.compiler.model.adapters import adapters_of
 from trainc.compiler.model.inventory import build_inventory
+from trainc.compiler.model.select import select
 from trainc.compiler.model.undisturbed import undisturbed
+from trainc.compiler.structure.roles import ADAPTER
 from trainc.compiler.structure.weights import read_weight
 from trainc.dsl.reading.construct import Construct, Effect
+from trainc.dsl.reading.field_types import node_of
+from trainc.dsl.reading.selectors import selector
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.values.value_json import Glob
@@ -67,6 +71,38 @@ def trainable(module: nn.Module) -> set[str]:
 # where they are, and what is selected
 
 
+def by_role(module: nn.Module) -> tuple[set[str], set[str]]:
+    """Return the modules and the parameters that `role(adapter)` selects."""
+    chosen, inventory = selector(node_of("role(adapter)")), build_inventory(module)
+    return set(select(chosen, inventory, "modules")), set(select(chosen, inventory, "parameters"))
+
+
+def test_the_role_of_adapters_is_their_layers_and_their_parameters() -> None:
+    program = trainc.compile(SPEC, model())
+    names = {f"{layer}.lora.{part}.weight" for layer in ADAPTED for part in ("a", "b")}
+    assert by_role(program.module) == (set(ADAPTED), names & trainable(program.module))
+    assert len(trainable(program.module)) == 8
+
+
+def test_the_role_of_adapters_finds_those_of_peft() -> None:
+    peft = pytest.importorskip("peft")
+    net = nn.ModuleDict({"fc": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    tuned = peft.get_peft_model(net, peft.LoraConfig(target_modules=["fc"]))
+    layer = "base_model.model.fc"
+    names = {f"{layer}.lora_{part}.default.weight" for part in "AB"}
+    assert by_role(tuned) == ({layer}, names)
+
+
+def test_noise_is_where_the_adapters_are() -> None:
+    text = "regularize pace on role(adapter) { sigma = 1, weight = 1 }"
+    program = trainc.compile(SPEC + text, model())
+    assert [site.module for site in program._runner.execution.rewrite.hooks] == [
+        f"{layer}.lora" for layer in ADAPTED
+    ]
+    assert program.step(BATCH)["consistency"] == 0
+    assert program.step(BATCH)["consistency"] > 0
+
+
 def test_an_adapter_is_a_child_of_its_layer_and_the_rest_is_frozen() -> None:
     module = model()
     bare = copy.deepcopy(module)
@@ -98,7 +134,7 @@ def test_the_base_keeps_its_places_and_roles() -> None:
     for entry in before.modules:
         assert (entry.place, entry.roles) == (
             after.module[entry.name].place,
-            after.module[entry.name].roles,
+            after.module[entry.name].roles - {ADAPTER},
         )
     assert after.module["2.lora.b"].place == before.module["2"].place
     assert after.module["2.lora.b"].roles == frozenset()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import trainc
 from trainc.compiler.bind import binding, effects
 from trainc.compiler.catalog import catalog
 from trainc.compiler.model.inventory import build_inventory
@@ -138,7 +139,12 @@ class _Gpt(nn.Module):
 def test_selections_know_every_name_role_and_function(text: str) -> None:
     node, _ = parse_expression(Source("<text>", text))
     assert node is not None
-    assert select(selector(node), build_inventory(_Gpt()), "parameters")
+    model = _Gpt()
+    trainc.compile(
+        "loss cross_entropy optimizer sgd { lr = 0.1 } adapt lora on type(Linear) { rank = 2, alpha = 2 }",
+        model,
+    )
+    assert select(selector(node), build_inventory(model), "parameters")
 
 
 def test_every_selector_function_is_tried() -> None:
