@@ -13,6 +13,8 @@ TITLES = {
     "ghost": "Ghost batches and the generalization gap",
     "sift_claim": "Which entries to train in fine-tuning",
     "pace_claim": "Consistency under noise, for adaptation with few images",
+    "influence": "Wrong labels, found by the influence of examples on themselves",
+    "leader": "Processes that follow the best of them, average, or take outer steps",
     "demo_search": "Which methods help to adapt with few images",
 }
 """What each result is about, by its file."""

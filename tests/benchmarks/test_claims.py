@@ -271,3 +271,42 @@ def test_remedies_of_a_large_batch_are_compared(tmp_path: Path) -> None:
     assert len(found["differences of the held-out accuracy, in points"]) == 7
     assert out.with_suffix(".png").stat().st_size > 1000
     assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 4 + 6 * 2
+
+
+@pytest.mark.slow
+def test_rankings_of_wrong_labels_are_compared(tmp_path: Path) -> None:
+    out = tmp_path / "influence.json"
+    found = result(out, "benchmarks.claims.influence", "--seeds", "2")
+    rows = found["wrong labels found, %"]
+    assert len(rows) == 6
+    for row in rows.values():
+        assert row.keys() == {"area", "first 10%", "first 20%"}
+        assert all(0 <= x <= 100 for one in row.values() for x in one["by seed"])
+        assert all(
+            a <= b for a, b in zip(*(row[f"first {n}0%"]["by seed"] for n in (1, 2)), strict=True)
+        )
+    assert len(found["differences of the area, in points"]) == 5
+    assert out.with_suffix(".png").stat().st_size > 1000
+    lines = out.with_suffix(".jsonl").read_text()
+    assert len(lines.splitlines()) == 2
+    assert result(out, "benchmarks.claims.influence", "--seeds", "2")["met"] == found["met"]
+    assert out.with_suffix(".jsonl").read_text() == lines
+
+
+@pytest.mark.slow
+def test_rules_of_exchange_are_compared_at_equal_communication(tmp_path: Path) -> None:
+    out = tmp_path / "leader.json"
+    found = result(out, "benchmarks.claims.leader", "--seeds", "2")
+    rows = found["held-out digits"]
+    assert len(rows) == 7
+    for row in rows.values():
+        assert all(math.isfinite(x) for one in row.values() for x in one["by seed"])
+    average, every = rows["average"], rows["plain, every step"]
+    # After the last turn of averages, and where gradients are averaged, all processes have the mean's weights.
+    for row in (average, every):
+        assert row["loss"]["by seed"] == pytest.approx(
+            row["loss of a process"]["by seed"], abs=1e-4
+        )
+    assert rows["alone"]["loss"] != rows["alone"]["loss of a process"]
+    assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 7 + 7 * 2
+    assert out.with_suffix(".png").stat().st_size > 1000
