@@ -118,7 +118,7 @@ class TracIn:
                 done += part.stop - part.start
                 self.tell(done, total)
             for part, one in self._read(_whole(self.run.data.train), train, gradients):
-                squares = [r * one.rows[n].double().square().sum(1) for n, r in rates.items()]
+                squares = [r * _wide(one.rows[n]).square().sum(1) for n, r in rates.items()]
                 found.own[part] += torch.stack(squares).sum(0).cpu()
                 found.train_losses[part] = one.losses.double()
                 rows = sketch(one.rows) if sketch and ids else one.rows
@@ -149,4 +149,9 @@ def _whole(split: object) -> Split:
 
 def _products(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Tensor:
     """Return the products of every row with every other row, over all parameters, float64."""
-    return torch.stack([(rows.double() @ others[n].double().mT) for n, rows in some.items()]).sum(0)
+    return torch.stack([_wide(rows) @ _wide(others[n]).mT for n, rows in some.items()]).sum(0)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """Return gradients in float64, which MPS does not have."""
+    return (rows.cpu() if rows.device.type == "mps" else rows).double()

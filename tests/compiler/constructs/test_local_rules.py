@@ -299,3 +299,20 @@ def test_a_state_of_another_rule_is_refused_or_dropped_by_name() -> None:
     saved["actions"]["local"] = {"agreed 0.weight": net()[0].weight.detach()}  # type: ignore[index]
     with pytest.raises(ValueError, match=r"agreed 0\.weight"):
         program.load_state_dict(saved)
+
+
+def test_what_another_rule_kept_is_dropped_by_name() -> None:
+    before = trainc.compile(OUTER, net())
+    saved: dict[str, Any] = copy.deepcopy(before.state_dict())
+    kept = {f"agreed {name}": p.detach().clone() for name, p in net().named_parameters()}
+    saved["actions"]["local"] = kept
+    later = trainc.compile(LEADERS, net())
+    lines = later.load_compatible(saved)
+    assert any(
+        f"local: {len(kept)} tensors that another rule or selection kept are dropped" in one
+        for one in lines
+    )
+    same = trainc.compile(OUTER, net())
+    same.load_compatible(saved)
+    again = same.state_dict()["actions"]["local"]
+    assert all(torch.equal(again[key], value) for key, value in kept.items())
