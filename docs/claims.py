@@ -15,6 +15,8 @@ TITLES = {
     "pace_claim": "Consistency under noise, for adaptation with few images",
     "influence": "Wrong labels, found by the influence of examples on themselves",
     "leader": "Processes that follow the best of them, average, or take outer steps",
+    "frequency": "Low frequencies first, by amplitude and without gradients",
+    "learned_init": "A start that Reptile learns, and joint training with as many steps",
     "demo_search": "Which methods help to adapt with few images",
 }
 """What each result is about, by its file."""

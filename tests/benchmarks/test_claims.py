@@ -310,3 +310,24 @@ def test_rules_of_exchange_are_compared_at_equal_communication(tmp_path: Path) -
     assert rows["alone"]["loss"] != rows["alone"]["loss of a process"]
     assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 7 + 7 * 2
     assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_order_of_frequencies_is_taken_with_both_profiles(tmp_path: Path) -> None:
+    out = tmp_path / "frequency.json"
+    found = result(out, "benchmarks.claims.frequency", "--seeds", "2")
+    assert found["order"].keys() == {"falling", "rising"}
+    for methods in found["order"].values():
+        assert methods.keys() == {"Adam", "CG", "BFGS", "Powell", "swarm"}
+        assert all(-1 <= value <= 1 for one in methods.values() for value in one["by seed"])
+    assert len(found["met"]) == 10
+    for runs in found["learned at step"]["rising"].values():
+        assert all(one.keys() == {"k = 1", "k = 3", "k = 5"} for one in runs)
+    assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 20
+
+
+def test_learned_starts_are_compared_at_equal_gradient_steps(tmp_path: Path) -> None:
+    found = result(tmp_path / "learned.json", "benchmarks.claims.learned_init", "--seeds", "2")
+    assert found["errors"]["by start"].keys() == {"Reptile", "joint", "random"}
+    for one in found["errors"]["by start"].values():
+        assert all(0 < value < 100 for figure in one.values() for value in figure["by seed"])
+    assert found["setting"]["rates"].keys() == {"Reptile", "joint"}
