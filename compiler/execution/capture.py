@@ -33,7 +33,7 @@ from trainc.compiler.layers.bound_modules import Sites
 from trainc.compiler.method.layer_hook import KeepOutput
 from trainc.compiler.method.loss import LossMismatch
 from trainc.compiler.method.sites import Rewrite
-from trainc.compiler.passes.multiply_in_place import multiply_in_place
+from trainc.compiler.passes.after_differentiation import add_in_norms, multiply_in_place
 from trainc.compiler.passes.pass_base import Pass
 from trainc.compiler.passes.pipeline import PIPELINE, check_names, check_order, run_passes
 from trainc.runtime.data.batch import Batch, WrongOutput
@@ -123,6 +123,7 @@ def _differentiated(
     try:
         terms = [*rewrite.terms.values()]
         flat = differentiate(forward, trained, terms, bool(rewrite.observers))
+        add_in_norms(flat.graph)
         multiply_in_place(flat.graph)
         _check_constants(flat.constants)
         fulfil = conditions(forward.first_targets, forward.sizes) if axes else ()

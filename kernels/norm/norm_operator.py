@@ -6,6 +6,7 @@ out, what the fake kernels return, what forward saves and which gradients there 
   forward   x, (residual,) normalized_shape, *parameters, probe, eps, *options -> (total,) y, *statistics
   backward  (dtotal,) dy, x or total, normalized_shape, *statistics, *parameters, *options, output_mask, with_norms
             -> dx, a gradient for each parameter, norms
+  backward_of_sum  the same for two or three gradients of y, which stand behind one another
 
 A norm has as many statistics as parameters, and its norms a column for each.
 """
@@ -60,6 +61,14 @@ class NormOperator:
             cuda=self.cuda_backward,
             fake=_fake_backward(norm, residual),
             schema=backward,
+        )
+        dy = "Tensor? dtotal, Tensor dy" if residual else "Tensor dy"
+        self.backward_of_sum_op = register(
+            f"{name}_backward_of_sum",
+            cpu=_of_sum(self.eager_backward, residual),
+            cuda=lazy("norm.triton_norm_launch", "operator_backward_of_sum", self),
+            fake=_of_sum(_fake_backward(norm, residual), residual),
+            schema=backward.replace(dy, f"{dy}, Tensor second, Tensor? third", 1),
         )
         setup_context, differentiate = _gradients(self)
         self.forward_op = register(
@@ -127,6 +136,17 @@ def _to_sum(backward: Kernel) -> Kernel:
         return dx, *others
 
     return eager_backward
+
+
+def _of_sum(backward: Kernel, residual: bool) -> Kernel:
+    """A backward kernel for two or three gradients of y, added as autograd adds them: two, then the third."""
+
+    def of_sum(*arguments: Any) -> tuple[Tensor, ...]:
+        before, (dy, second, third, *rest) = arguments[:residual], arguments[residual:]
+        dy = dy + second if third is None else dy + second + third
+        return backward(*before, dy, *rest)  # type: ignore[no-any-return]
+
+    return of_sum
 
 
 def backward_arguments(norm: Norm, rest: Sequence[Any]) -> tuple[Any, Any, Any, Any, bool]:

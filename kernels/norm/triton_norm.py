@@ -1,5 +1,8 @@
 """Triton kernels for LayerNorm and RMSNorm; imported by the first CUDA call of either.
 
+DY2 and DY3 are further gradients of y where TERMS is 2 or 3, one from each part of the model that read it; their sum is
+rounded as autograd rounds it.
+
 With ADD the input is a residual sum: forward adds and stores it, and backward adds to dx the
 gradient that reached the sum (DTOTAL) before writing it. OFFSET adds one to the weight.
 
@@ -68,8 +71,8 @@ def norm_forward(
 
 @triton.jit
 def _tile(
-    X, DY, DTOTAL, DX, MEAN, RSTD, w, first, row, last, column, width,
-    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, WRITE_DX: tl.constexpr,
+    X, DY, DY2, DY3, DTOTAL, DX, MEAN, RSTD, w, first, row, last, column, width,
+    TERMS: tl.constexpr, ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, WRITE_DX: tl.constexpr,
 ):  # fmt: skip
     """Write dx for rows [row, last) of the example at `first`; return dy * unit and dy."""
     in_row, in_column = row < last, column < width
@@ -78,6 +81,12 @@ def _tile(
     at = absolute[:, None] * width + column[None, :]
     x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
+    if TERMS > 1:
+        dy += tl.load(DY2 + at, mask=mask, other=0.0).to(tl.float32)
+        dy = dy.to(DY.dtype.element_ty).to(tl.float32)  # as sums of tensors are rounded
+    if TERMS > 2:
+        dy += tl.load(DY3 + at, mask=mask, other=0.0).to(tl.float32)
+        dy = dy.to(DY.dtype.element_ty).to(tl.float32)
     rstd = tl.load(RSTD + absolute, mask=in_row, other=0.0).to(tl.float32)
     if not RMS:
         mean = tl.load(MEAN + absolute, mask=in_row, other=0.0).to(tl.float32)
@@ -130,8 +139,8 @@ def leave_sums(
 
 @triton.jit(do_not_specialize=["examples", "rows"])
 def norm_backward_whole(
-    X, W, DY, DTOTAL, DX, MEAN, RSTD, SCRATCH, NORMS, examples, rows, width,
-    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
+    X, W, DY, DY2, DY3, DTOTAL, DX, MEAN, RSTD, SCRATCH, NORMS, examples, rows, width,
+    TERMS: tl.constexpr, ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
     HAS_W: tl.constexpr, SUM_W: tl.constexpr, SUM_B: tl.constexpr, WRITE_DX: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -149,8 +158,8 @@ def norm_backward_whole(
     for _ in tl.range(0, steps, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_R)
         part_w, part_b = _tile(
-            X, DY, DTOTAL, DX, MEAN, RSTD, w, example.to(tl.int64) * rows, row, rows, column, width,
-            ADD, RMS, LLAMA, WRITE_DX,
+            X, DY, DY2, DY3, DTOTAL, DX, MEAN, RSTD, w, example.to(tl.int64) * rows, row, rows, column, width,
+            TERMS, ADD, RMS, LLAMA, WRITE_DX,
         )  # fmt: skip
         if SUM_W:
             sum_w += tl.sum(part_w, 0)
@@ -174,8 +183,8 @@ def norm_backward_whole(
 
 @triton.jit(do_not_specialize=["rows", "chunks", "chunk_rows"])
 def norm_backward_split(
-    X, W, DY, DTOTAL, DX, MEAN, RSTD, SCRATCH, NORMS, rows, width, chunks, chunk_rows,
-    ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
+    X, W, DY, DY2, DY3, DTOTAL, DX, MEAN, RSTD, SCRATCH, NORMS, rows, width, chunks, chunk_rows,
+    TERMS: tl.constexpr, ADD: tl.constexpr, RMS: tl.constexpr, LLAMA: tl.constexpr, OFFSET: tl.constexpr,
     HAS_W: tl.constexpr, SUM_W: tl.constexpr, SUM_B: tl.constexpr, WRITE_DX: tl.constexpr,
     ROW_NORMS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -197,8 +206,8 @@ def norm_backward_split(
     for start in tl.range(low, high, BLOCK_R, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_R)
         part_w, part_b = _tile(
-            X, DY, DTOTAL, DX, MEAN, RSTD, w, first, row, high, column, width,
-            ADD, RMS, LLAMA, WRITE_DX,
+            X, DY, DY2, DY3, DTOTAL, DX, MEAN, RSTD, w, first, row, high, column, width,
+            TERMS, ADD, RMS, LLAMA, WRITE_DX,
         )  # fmt: skip
         if SUM_W:
             sum_w += tl.sum(part_w, 0)

@@ -39,19 +39,33 @@ def operator_forward(operator: NormOperator, *arguments: Any) -> tuple[Tensor, .
     return *([] if residual is None else [total]), y, *(mean, rstd)[-count:]
 
 
-def operator_backward(operator: NormOperator, *arguments: Any) -> tuple[Tensor, ...]:
-    """The CUDA kernel of a norm's backward."""
+def operator_backward(
+    operator: NormOperator, *arguments: Any, more: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """The CUDA kernel of a norm's backward; `more` are gradients of y beside the first."""
     dtotal, dy, x, normalized_shape, *rest = arguments if operator.residual else (None, *arguments)
     if not supported(x):
-        return operator.eager_backward(*arguments)  # type: ignore[no-any-return]
+        first, *others = arguments[operator.residual :]
+        given = (*arguments[: operator.residual], sum(more, first), *others)
+        return operator.eager_backward(*given)  # type: ignore[no-any-return]
     statistics, parameters, options, mask, with_norms = backward_arguments(operator.norm, rest)
     count = len(parameters)
     dx, *gradients, norms = backward(
         dy, x, normalized_shape, statistics[0], statistics[-1], (*parameters, None)[:2],
         (*mask, False)[:3], "mean" not in operator.norm.statistics, (*options, "none")[0],
-        with_norms=with_norms, dtotal=dtotal,
+        with_norms=with_norms, dtotal=dtotal, more=more,
     )  # fmt: skip
     return dx, *gradients[:count], norms
+
+
+def operator_backward_of_sum(operator: NormOperator, *arguments: Any) -> tuple[Tensor, ...]:
+    """The CUDA kernel of a norm's backward for several gradients of y."""
+    dtotal, dy, second, third, *rest = arguments if operator.residual else (None, *arguments)
+    more = [one for one in (second, third) if one is not None]
+    if not all(one.dtype == dy.dtype for one in more):
+        dy, more = sum(more, dy), []
+    given = (dtotal, dy, *rest) if operator.residual else (dy, *rest)
+    return operator_backward(operator, *given, more=more)
 
 
 def forward(
@@ -113,9 +127,17 @@ def backward(
     programs: int | None = None,
     dtotal: Tensor | None = None,
     tile: Tile | None = None,
+    more: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (+ dtotal), gradients of weight and bias, norms (examples, columns); what is not asked for is empty."""
-    x, dy = x.contiguous(), dy.contiguous()
+    """dx (+ dtotal), gradients of weight and bias, norms (examples, columns); what is not asked for is empty.
+
+    `more` are up to two gradients to be added to dy, in its dtype.
+    """
+    wide = math.prod(normalized_shape) > tiles.HELD and tile is None
+    if wide:
+        dy, more = sum(more, dy), ()
+    x, dy, terms = x.contiguous(), dy.contiguous(), 1 + len(more)
+    second, third = (*(one.contiguous() for one in more), dy, dy)[:2]
     sums = Sums(parameters, mask[1:], 1 if rms else 2, with_norms, x)
     folded = fold(x, normalized_shape)
     norms = x.new_empty(
@@ -125,16 +147,18 @@ def backward(
         folded = Folded(1, folded.examples * folded.rows, folded.width)
     dx = torch.empty_like(x) if mask[0] else absent(x)
     weight = parameters[0]
-    inputs = (x, contiguous(weight, x), dy, contiguous(dtotal, dy), dx, mean, rstd)
-    flags = {
+    read = (x, contiguous(weight, x), dy)
+    rest = (contiguous(dtotal, dy), dx, mean, rstd)
+    flags: dict[str, int] = {
         "ADD": dtotal is not None, "RMS": rms, "LLAMA": casting == "llama",
         "OFFSET": casting == "gemma", "HAS_W": weight is not None, "WRITE_DX": mask[0],
     }  # fmt: skip
-    if folded.width > tiles.HELD and tile is None:
-        wide_rows.backward(inputs, folded, sums, norms, flags, programs)
+    if wide:
+        wide_rows.backward((*read, *rest), folded, sums, norms, flags, programs)
     else:
         lines = folded.examples if folded.rows == 1 else folded.rows
         tile = tile or tuned_tiles.choose("backward", rms, x.dtype, lines, folded.width, x.device)
+        inputs, flags = (*read, second, third, *rest), flags | {"TERMS": terms}
         _held(inputs, folded, sums, norms, flags, tile, programs)
     return dx, sums.gradients[0], sums.gradients[1], norms
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from trainc.kernels.library.grid import cdiv
-from trainc.kernels.norm import layer_norm, rms_norm, tiles
+from trainc.kernels.norm import add_layer_norm, layer_norm, rms_norm, tiles
 from trainc.kernels.norm.tiles import Tile
 
 # Operations of ATen that give memory or another view of it, and launch nothing on a device.
@@ -161,6 +161,48 @@ def compare(
         torch.testing.assert_close(got[3], want[3], rtol=1e-4, atol=2e-5)
     else:
         assert got[3].numel() == 0
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("terms", [2, 3])
+@pytest.mark.parametrize("form", ["split", "whole", "rows", "wide"])
+def test_several_gradients_are_one_as_autograd_adds_them(
+    form: str, terms: int, dtype: torch.dtype, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and without a launch for the sums, but for wide rows."""
+    backward: Any = import_module("trainc.kernels.norm.triton_norm_launch").backward
+    shape, programs, wide = FORMS[form]
+    if wide:
+        narrow(monkeypatch)
+    torch.manual_seed(0)
+    x, *parts = (torch.randn(shape).to(dtype) for _ in range(1 + terms))
+    weight = torch.randn(shape[-1]).to(dtype)
+    total = sum(parts[1:], parts[0])
+    arguments, _ = layer(x, parts[0], weight, weight, ASKED["all"])
+    with launches:
+        got = backward(*arguments, programs=programs, more=parts[1:])
+    assert len(launches.found) == 2 + (terms - 1 if wide else 0)
+    for one, other in zip(got, backward(total, *arguments[1:], programs=programs), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("operator", [layer_norm.OPERATOR, add_layer_norm.OPERATOR], ids=str)
+def test_the_operator_of_several_gradients_adds_them(operator: Any) -> None:
+    torch.manual_seed(0)
+    x, dtotal, *parts = (torch.randn(2, 3, 5) for _ in range(5))
+    weight, bias = torch.randn(5), torch.randn(5)
+    _, mean, rstd = layer_norm.eager_forward(x, [5], weight, bias, torch.zeros(2, 2), 1e-5)
+    rest: tuple[Any, ...] = (x, [5], mean, rstd, weight, bias, [True] * 3)
+    before: tuple[Any, ...] = (dtotal,) if operator.residual else ()
+    rest += (True,) if operator.residual else ()
+    for third in (None, parts[2]):
+        total = parts[0] + parts[1] if third is None else parts[0] + parts[1] + third
+        want = operator.backward_op(*before, total, *rest)
+        given = (*before, *parts[:2], third, *rest)
+        for one, other in zip(operator.backward_of_sum_op(*given), want, strict=True):
+            assert torch.equal(one, other)
+        torch.library.opcheck(operator.backward_of_sum_op, given)
 
 
 @pytest.mark.interpreter

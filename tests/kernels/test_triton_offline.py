@@ -44,9 +44,8 @@ def spec(module: str, function: str, arguments: str, **options: Any) -> Any:
 
 NORM = f"MEAN:{FULL} RSTD:{FULL} "
 FORWARD = f"X:{HALF} RESIDUAL:{HALF} TOTAL:{HALF} W:{HALF} B:{HALF} Y:{HALF} {NORM} rows:i32 width:i32 eps:fp32"
-BACKWARD = (
-    f"X:{HALF} W:{HALF} DY:{HALF} DTOTAL:{HALF} DX:{HALF} {NORM} SCRATCH:{FULL} NORMS:{FULL} "
-)
+BACKWARD = f"X:{HALF} W:{HALF} DY:{HALF} DY2:{HALF} DY3:{HALF} DTOTAL:{HALF} DX:{HALF} "
+BACKWARD += f"{NORM} SCRATCH:{FULL} NORMS:{FULL} "
 WHOLE = f"{BACKWARD} examples:i32 rows:i32 width:i32"
 SPLIT = f"{BACKWARD} rows:i32 width:i32 chunks:i32 chunk_rows:i32"
 FINISH = f"SCRATCH:{FULL} DW:{HALF} DB:{HALF} NORMS:{FULL} examples:i32 chunks:i32 width:i32"
@@ -101,7 +100,7 @@ def backward(name: str, arguments: str, norm: dict[str, Any], columns: int, **mo
     """One compilation of a norm's backward."""
     return spec(
         "norm.triton_norm", name, arguments, **without(norm, "HAS_B"), **summed(norm), WRITE_DX=True,
-        **(tile("backward", columns) | more),
+        **(tile("backward", columns) | {"TERMS": 1} | more),
     )  # fmt: skip
 
 
@@ -118,6 +117,8 @@ SPECS = [
     *(backward("norm_backward_split", SPLIT, KINDS[0], c, ROW_NORMS=False) for c in (2048, 8192)),
     *(backward("norm_backward_split", SPLIT, KINDS[0], c, ROW_NORMS=True) for c in (1024, 8192)),
     *(backward("norm_backward_whole", WHOLE, k, c, STAGES=3) for k in KINDS for c in (1024, 4096)),
+    *(backward("norm_backward_split", SPLIT, k, c, ROW_NORMS=False, TERMS=terms)
+        for k in KINDS[:3:2] for c, terms in ((1024, 2), (1024, 3), (4096, 2), (4096, 3))),
     *(
         spec("norm.triton_norm", "norm_finish", FINISH, **finish(k, *lines))
         for k in KINDS[1:3]
@@ -203,7 +204,12 @@ def test_two_programs_of_4096_columns_fit_a_processor_in_every_version(
     from trainc.kernels.norm import triton_norm
 
     norm = without(KINDS[0], "HAS_B") | {"ADD": added}
-    options = norm | summed(norm) | {"WRITE_DX": True, "ROW_NORMS": False} | tile("backward", 4096)
+    options = (
+        norm
+        | summed(norm)
+        | {"WRITE_DX": True, "ROW_NORMS": False, "TERMS": 1}
+        | tile("backward", 4096)
+    )
     warps = options.pop("warps")
 
     def takes(**more: Any) -> occupancy.Resources:
