@@ -123,7 +123,7 @@ ROOMS = {
             "compiler/structure compiler/model compiler/program compiler/driver"
         ),
         "compiler/learn": (
-            "dsl/text dsl/resolve runtime/storage runtime/data runtime/step compiler/model compiler/bind "
+            "dsl/text dsl/resolve runtime/storage runtime/data runtime/run runtime/step compiler/model compiler/bind "
             "compiler/driver"
         ),
     }.items()

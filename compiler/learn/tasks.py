@@ -14,6 +14,7 @@ from torch import Tensor
 from trainc.compiler.bind.report import labels
 from trainc.compiler.driver.adaptation import started_model
 from trainc.compiler.driver.compile import compile_with_data, require_clauses, resolve_spec
+from trainc.compiler.driver.hardware import hardware_of, placed, require_hardware
 from trainc.compiler.model.factories import build_data, missing_clause, seed_of
 from trainc.compiler.model.import_path import searching
 from trainc.dsl.resolve.spec import Spec
@@ -24,6 +25,7 @@ from trainc.runtime.data.evaluation import read_in_order
 from trainc.runtime.data.order import Data, Order
 from trainc.runtime.data.reader import Reader
 from trainc.runtime.data.stream import is_stream
+from trainc.runtime.run.computation import Computation
 from trainc.runtime.step.action import StopRun
 from trainc.runtime.storage.random_streams import derive_seed, seeded
 
@@ -51,7 +53,12 @@ class Tasks:
         with self._searching():
             with seeded(derive_seed(self.seed, "start")):
                 model = started_model(self.spec)
+            hardware = hardware_of(self.spec)
+            model = placed(model, hardware, self.spec)
             self.program, first = compile_with_data(self._of_task(0), model)
+            self.program.execution.autocast = hardware.autocast
+            require_hardware(self.program, hardware, self.spec)
+            self._hardware = hardware
         if is_stream(first.train):
             raise _at(self._data_clause, "path", "tasks need data sets, and this data is a stream")
         self._first = copy.deepcopy(self.program.state_dict())
@@ -75,16 +82,14 @@ class Tasks:
         self._first_weights()
         program.module.load_state_dict(start)
         reader = Reader(data, Order(derive_seed(self.seed, "task", task), len(data.train)))  # type: ignore[arg-type]
+        computation = Computation(program, self._hardware)
         losses, at = [], 0
         for step in range(steps):
-            size, micro = program.batch_size, program.micro_size
-            with seeded(derive_seed(self.seed, "step", task, step)):
-                batches = reader.read(at, size, micro)
-                more: Any = {}
-                if program.reads_sample_ids:
-                    more["sample_ids"] = reader.sample_ids(at, size, micro)
+            size = program.batch_size
+            with seeded(derive_seed(self.seed, "step", task, step)), self._hardware.products():
+                batches = reader.read(at, size, program.micro_size)
                 try:
-                    losses.append(program.step(batches, **more)["loss"])
+                    losses.append(computation.step(batches, reader, at)["loss"])
                 except StopRun as stop:
                     raise ValueError(f"task {task} ends at step {step}: {stop}") from stop
             at += size
@@ -98,7 +103,7 @@ class Tasks:
         data, total, count = self._load(task), 0.0, 0.0
         samples = data.train if data.evaluation is None else data.evaluation
         for read in read_in_order(samples, 0, self.program.micro_size, self.seed, 0):
-            loss, counted, _ = self.program.evaluate(*read.batch)
+            loss, counted, _ = self.program.evaluate(*self._hardware.place(read.batch))
             total, count = total + loss, count + counted
         return total / count if count else float("nan")
 
@@ -153,7 +158,7 @@ def _at(clause: Clause, field: str, message: str) -> SpecError:
 
 
 def _copied(weights: Weights) -> Weights:
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
 
 
 @torch.no_grad()

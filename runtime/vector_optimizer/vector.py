@@ -52,12 +52,12 @@ class Landscape:
         begin = 0
         for parameter in self._parameters:
             part = torch.from_numpy(x[begin : begin + parameter.numel()])
-            parameter.copy_(part.view(parameter.shape))
+            parameter.copy_(part.to(parameter.dtype).view(parameter.shape))
             begin += parameter.numel()
 
 
 def _numbers(tensor: Tensor) -> Vector:
-    found: Vector = tensor.detach().double().cpu().numpy().reshape(-1)
+    found: Vector = tensor.detach().cpu().double().numpy().reshape(-1)  # MPS has no float64
     return found
 
 

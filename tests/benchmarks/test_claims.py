@@ -312,6 +312,7 @@ def test_rules_of_exchange_are_compared_at_equal_communication(tmp_path: Path) -
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_order_of_frequencies_is_taken_with_both_profiles(tmp_path: Path) -> None:
     out = tmp_path / "frequency.json"
     found = result(out, "benchmarks.claims.frequency", "--seeds", "2")
@@ -325,6 +326,7 @@ def test_the_order_of_frequencies_is_taken_with_both_profiles(tmp_path: Path) ->
     assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 20
 
 
+@pytest.mark.slow
 def test_learned_starts_are_compared_at_equal_gradient_steps(tmp_path: Path) -> None:
     found = result(tmp_path / "learned.json", "benchmarks.claims.learned_init", "--seeds", "2")
     assert found["errors"]["by start"].keys() == {"Reptile", "joint", "random"}

@@ -100,10 +100,9 @@ def test_the_best_of_several_starts_has_the_least_loss(spec: Path) -> None:
     assert values[number] == pytest.approx(sum(means) / 2, rel=1e-6)
 
 
-def test_masks_and_regularizers_take_part(spec: Path) -> None:
-    spec.write_text(
-        SPEC + "regularize ema { decay = 0.5 }\nmask magnitude on ndim(2) { density = 50% }\n"
-    )
+def test_masks_regularizers_and_the_precision_take_part(spec: Path) -> None:
+    clauses = "regularize ema { decay = 0.5 }\nmask magnitude on ndim(2) { density = 50% }\n"
+    spec.write_text(SPEC.replace("device = cpu", "device = cpu, precision = bf16") + clauses)
     found, _ = learn_start(spec, tasks=2, inner=2, rate=1.0)
     assert all(bool(value.isfinite().all()) for value in found.values())
 

@@ -47,7 +47,7 @@ class Probe:
         """
         import torch
 
-        columns, targets = output.detach().double().cpu().reshape(len(output), -1), self.targets
+        columns, targets = output.detach().cpu().double().reshape(len(output), -1), self.targets
         if self.of_classes:
             columns = columns.softmax(-1)
             more = max(0, columns.shape[1] - targets.shape[1])
@@ -97,7 +97,7 @@ def as_columns(y: Tensor) -> Tensor:
     import torch
 
     if y.is_floating_point():
-        return y.detach().double().cpu().reshape(len(y), -1)
+        return y.detach().cpu().double().reshape(len(y), -1)
     if y.dim() != 1 or int(y.min()) < 0:
         raise ValueError("integer targets of a probe are class indices, 0 and up, one a sample")
     return torch.nn.functional.one_hot(y.detach().cpu().long()).double()
@@ -105,7 +105,7 @@ def as_columns(y: Tensor) -> Tensor:
 
 def as_rows(x: Tensor) -> Tensor:
     """Return inputs as float64 (n, d)."""
-    return x.detach().double().cpu().reshape(len(x), -1)
+    return x.detach().cpu().double().reshape(len(x), -1)
 
 
 def grid(rows: Tensor, highest: int | None) -> tuple[list[str], Parts]:
