@@ -11,6 +11,8 @@ TITLES = {
     "small_batch": "The half-life of Adam's second moment, held in tokens",
     "allocation": "Sparsity of blocks by the tails of their spectra",
     "ghost": "Ghost batches and the generalization gap",
+    "norm_growth": "The law by which the norm of weights grows",
+    "saturation": "Saturation as the norm grows",
     "sift_claim": "Which entries to train in fine-tuning",
     "pace_claim": "Consistency under noise, for adaptation with few images",
     "influence": "Wrong labels, found by the influence of examples on themselves",

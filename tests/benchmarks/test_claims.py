@@ -48,6 +48,22 @@ few = [sift.carry_out(sift.Run(sift.SMALL, method, 1e-3, 1)) for method in (sift
 few.append(sift.shares([torch.tensor([3.0] + 299 * [0.0]), torch.tensor([0.0] + 299 * [0.5])]))
 print(json.dumps([turns, memory("ours", SMALL), learnt, few]))
 """
+GROWING = """
+import json
+import torch
+from benchmarks.claims.growing import pairs, tenth
+from benchmarks.claims.norm_growth import by_alignment, laws_of
+
+at = list(range(1, 400, 7))
+one = {"norm": {"at": at, "norm": [3 + 2 * t**0.5 for t in at]}}
+two = {"norm": {"at": at, "norm": [5 + 3 * t**0.5 for t in at]}}
+moved = {"norm": {"norm": [3.0, 5.0, 7.0], "step": [3.0, 4.0]}}
+torch.manual_seed(0)
+model = torch.nn.Linear(64, 64, bias=False)
+seen = pairs(model, torch.randn(6, 5, 64))
+ends = [tenth(range(1, 21), 0), tenth(range(1, 21), -1)]
+print(json.dumps([laws_of([one, two]), by_alignment(moved), seen["same token"], seen["another token"], ends]))
+"""
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -333,3 +349,47 @@ def test_learned_starts_are_compared_at_equal_gradient_steps(tmp_path: Path) -> 
     for one in found["errors"]["by start"].values():
         assert all(0 < value < 100 for figure in one.values() for value in figure["by seed"])
     assert found["setting"]["rates"].keys() == {"Reptile", "joint"}
+
+
+@pytest.mark.slow
+def test_growing_norms_and_saturation_are_seen_in_the_same_runs(tmp_path: Path) -> None:
+    norms = result(tmp_path / "norm_growth.json", "benchmarks.claims.norm_growth", "--seeds", "2")
+    lines = (tmp_path / "growing.jsonl").read_text()
+    runs = [json.loads(line) for line in lines.splitlines()]
+    assert len(runs) == 2 * 2 * 2
+    for one in runs:
+        assert one["norm"]["at"] == [1, 3, 5, 7, 9, 11]
+        assert one["saturation"]["at"] == [0, 2, 4, 6, 8, 10]
+        # 2 w.d + d.d of every change d is how far the squared norm moves
+        norm, steps, cosines = (one["norm"][name] for name in ("norm", "step", "alignment"))
+        for before, now, step, cosine in zip(norm, norm[1:], steps, cosines, strict=False):
+            moved = 2 * before * step * cosine + step**2
+            assert now**2 - before**2 == pytest.approx(moved, rel=1e-2, abs=1e-3)
+        assert all(-1 <= value <= 1 for value in one["saturation"]["output"])
+        assert one["held out"]["at"] == [0, 3, 5, 7, 9, 11]
+    for laws in norms["fits"].values():
+        assert set(laws) == {"sqrt", "linear", "log", "root4"}
+        assert all(0 <= r2 <= 1 for law in laws.values() for r2 in law["r2"]["by seed"])
+    assert len(norms["met"]) == 4 * 4
+    saturated = result(tmp_path / "saturation.json", "benchmarks.claims.saturation", "--seeds", "2")
+    assert (tmp_path / "growing.jsonl").read_text() == lines  # no run is carried out twice
+    assert set(saturated["measured"]) == {"logits", "hidden", "held-out text"}
+    starts = [row["at the start"]["by seed"] for row in saturated["measured"]["logits"].values()]
+    assert all(row == starts[0] for row in starts)  # of the same weights and the same batch
+    assert len(saturated["met"]) == 1 + 3 * 4
+    assert all(
+        (tmp_path / f"{one}.png").stat().st_size > 1000 for one in ("norm_growth", "saturation")
+    )
+
+
+def test_fits_and_cosines_of_growing_norms_are_those_of_known_ones() -> None:
+    done = run("-c", GROWING)
+    assert done.returncode == 0, done.stderr
+    laws, part, own, other, ends = json.loads(done.stdout.splitlines()[-1])
+    assert laws["sqrt"]["r2"]["by seed"] == [1.0, 1.0]
+    assert laws["sqrt"]["slope"]["mean"] == 2.5
+    assert laws["linear"]["r2"]["mean"] < 0.99
+    assert part == pytest.approx(1 - (9 + 16) / (49 - 9))
+    assert own == pytest.approx(1, abs=1e-6)  # a model without biases is saturated from the start
+    assert abs(other) < 0.5
+    assert ends == [1.5, 19.5]
