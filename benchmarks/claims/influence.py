@@ -9,8 +9,8 @@ fixed before any run was looked at:
 - Examples are ranked by their self-influence, of all parameters and of the last layer; by their loss at the last
   checkpoint; by the mean of their losses at all five, which costs as many passes as the self-influence; and at random.
 - A ranking is judged by the part of the wrong labels that is among the first tenth and fifth of it, in percent, and by
-  the area under the curve of that part over the part of the examples that was looked at, 50 % for chance. Runs of one
-  seed share the labels, the model and the order of the data.
+  the area under the curve of that part over the part of the examples that was looked at: 50 % for chance, 95 % where
+  all wrong ones come first. Runs of one seed share the labels, the model and the order of the data.
 - The area with `half the run` is of the first three checkpoints: later ones are of a model that may know all labels.
 
 Rates and length were set once, so that the run ends with labels learnt in part, and the same for all seeds.
@@ -184,9 +184,11 @@ def measure(setting: Setting, count: int, records: Path) -> Json:
         "level of the intervals": LEVEL,
         "setting": key_of(setting),
         "definition": definition(__doc__),
-        "wrong labels found, %": {
-            name: {figure: over_seeds(values[name]) for figure, values in told.items()}
-            for name in names
+        "measured": {
+            "wrong labels found, %": {
+                name: {figure: over_seeds(values[name]) for figure, values in told.items()}
+                for name in names
+            }
         },
         "differences of the area, in points": gaps,
         "seconds": over_seeds([run["seconds"] for run in runs]),
@@ -197,7 +199,7 @@ def draw(found: Json, path: Path) -> None:
     """Draw the parts that each ranking finds."""
     from matplotlib.figure import Figure
 
-    rows = found["wrong labels found, %"]
+    rows = found["measured"]["wrong labels found, %"]
     figures = [*rows[ALL]]
     figure = Figure(figsize=(12, 3), layout="tight")
     for axes, name in zip(figure.subplots(1, len(figures), sharey=True), figures, strict=True):

@@ -246,9 +246,11 @@ def measure(setting: Setting, count: int, records: Path) -> Json:
         "loss by rate, seed 0": {
             m: {str(r): x for r, x in one.items()} for m, one in swept.items()
         },
-        "held-out digits": {
-            method: {figure: over_seeds(values) for figure, values in one.items()}
-            for method, one in ends.items()
+        "measured": {
+            "held-out digits": {
+                method: {figure: over_seeds(values) for figure, values in one.items()}
+                for method, one in ends.items()
+            }
         },
         "differences of the loss": gaps,
     }
@@ -259,7 +261,7 @@ def draw(found: Json, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3), layout="tight")
-    rows = found["held-out digits"]
+    rows = found["measured"]["held-out digits"]
     for axes, name in zip(figure.subplots(1, 3, sharey=True), FIGURES[:3], strict=True):
         draw_rows(axes, {method: row[name] for method, row in rows.items()})
         axes.set_xlabel(f"held-out {name}")

@@ -293,7 +293,7 @@ def test_remedies_of_a_large_batch_are_compared(tmp_path: Path) -> None:
 def test_rankings_of_wrong_labels_are_compared(tmp_path: Path) -> None:
     out = tmp_path / "influence.json"
     found = result(out, "benchmarks.claims.influence", "--seeds", "2")
-    rows = found["wrong labels found, %"]
+    rows = found["measured"]["wrong labels found, %"]
     assert len(rows) == 6
     for row in rows.values():
         assert row.keys() == {"area", "first 10%", "first 20%"}
@@ -313,7 +313,7 @@ def test_rankings_of_wrong_labels_are_compared(tmp_path: Path) -> None:
 def test_rules_of_exchange_are_compared_at_equal_communication(tmp_path: Path) -> None:
     out = tmp_path / "leader.json"
     found = result(out, "benchmarks.claims.leader", "--seeds", "2")
-    rows = found["held-out digits"]
+    rows = found["measured"]["held-out digits"]
     assert len(rows) == 7
     for row in rows.values():
         assert all(math.isfinite(x) for one in row.values() for x in one["by seed"])
