@@ -2,7 +2,7 @@
 
 The claim is that of Merrill et al. (EMNLP 2021, arXiv:2010.09697): the norm of a transformer's weights is a + b sqrt(t)
 after t updates, T5's with r2 = 1.00, while the cosine of an update and the weights rises a little and then falls to
-about 0. What is compared was fixed before any run was looked at to its end:
+about 0. What is compared was fixed when of one run the first 60 steps had been looked at, and nothing else:
 
 - A GPT over bytes of 2 layers is trained on the sources of Python's standard library for 1200 steps of AdamW. The rate
   is constant, or falls as 1 / sqrt(t + 50), the `1/sqrt(t) rate`; weight decay is 0 or 0.1, on matrices. Runs of one
