@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 NAMES = (
     "check_cold", "plan_100", "empty_spec", "rewrites", "pace", "noise_scale", "compiled", "loops",
-    "sift",
+    "sift", "observers",
 )  # fmt: skip
 ON_REQUEST = ("kills", "compiled_constructs")
 """Those that take long and measure no time."""

@@ -53,7 +53,7 @@ class Consistency(Construct):
         "Hutchinson, Communications in Statistics 19 (1990) 433"
     )
     usage: ClassVar = (
-        'observe consistency on "blocks.*.mlp.**" & type(Linear) every 50 steps '
+        'observe consistency on "blocks.*.mlp.**" & type(Linear) every 100 steps '
         "{ sigma = 1.2 * (1 - depth) }"
     )
     targets: ClassVar = "modules"

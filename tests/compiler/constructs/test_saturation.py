@@ -391,6 +391,43 @@ def _step(spec: str, model: nn.Module, given: tuple[Tensor, Tensor]) -> None:
     trainc.compile(spec, model).step(given)
 
 
+class Together:
+    """What replicas gather: the rows of this one, and those of others that are known already."""
+
+    def __init__(self, others: list[Tensor]) -> None:
+        self.others, self.own = others, torch.zeros(0, 0)
+
+    def gather_examples(self, own: Tensor) -> Tensor:
+        self.own = own
+        rows = [one for one in (own, *self.others) if len(one)]
+        return torch.cat(rows) if rows else own
+
+
+@pytest.mark.parametrize("clause", ['saturation { heads = true, layers = "out" }', "homogeneity"])
+def test_replicas_measure_as_one_process_also_one_that_saw_no_examples(clause: str) -> None:
+    x = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(2))
+    found: list[Any] = []
+    rows: list[Tensor] = []
+
+    def observer() -> tuple[Any, Any]:
+        program = trainc.compile(f"{REST} observe {clause}", Attention(leaks=False).double())
+        return program, next(a for a in program._machine.actions if a.name in clause)
+
+    program, whole = observer()
+    read = program._runner.execution.read
+    with torch.no_grad():
+        for part in (slice(0, 4), slice(0, 1), slice(1, 4)):
+            _, one = observer()
+            one.see(read(program.module(x[part]), (x[part], x[part])))
+            group = Together(rows[1:])
+            found.append(one.found(group))
+            rows.append(group.own)
+    assert found[2] == pytest.approx(found[0], rel=1e-9)
+    _, idle = observer()
+    assert idle.found(Together(rows[1:])) == pytest.approx(found[0], rel=1e-9)
+    assert whole.found(Together([])) == {}
+
+
 def test_numbers_that_overflow_are_left_out_and_said() -> None:
     torch.manual_seed(0)
     deep = nn.Sequential(*(nn.Linear(4, 4) for _ in range(16)))  # 1000^16 is no float32

@@ -127,11 +127,11 @@ class Observe(Action):
         from trainc.kernels.parameter.multi_norm import multi_norm
         from trainc.runtime.processes.sharded import local, sum_over_shards
 
-        rows = []
+        rows, copies = [], self.start.copies
         for name, now in weights.items():  # one by one: a copy of all of them is not needed
             wide = torch.promote_types(now.dtype, torch.float32)
-            apart = local(now.to(wide) - self.start.copies[name].to(now.device))
-            rows.append(multi_norm([apart]))
+            copies[name] = copies[name].to(now.device)
+            rows.append(multi_norm([local(now.to(wide) - copies[name])]))
         found = torch.cat([row.to(rows[0].device) for row in rows])
         sum_over_shards(found, [*weights.values()])
         return {
