@@ -46,12 +46,12 @@ NOTHING = 1e-9
 class Frequency(Construct):
     """Reports which frequencies of a target function the model has learned, and when; changes nothing.
 
-    `probe` is a function of your own that returns inputs x and targets y, the same ones each time. The model
-    passes them in evaluation mode, and with F and Y the transforms of its outputs and of the targets the error
-    of a frequency k is |F_k - Y_k| / (1e-5 + |Y_k|), where |.| is over all outputs together; with
-    `compare = magnitudes` it is ||F_k| - |Y_k|| / (1e-5 + |Y_k|), as published, which a wrong phase leaves at 0.
-    Targets that are class indices are compared with the probabilities of the softmax. The report shows the
-    amplitude |Y_k| beside the order: where the amplitudes fall with k the order may be theirs.
+    `probe` is a function of your own that returns inputs x and targets y. It is called when the spec is compiled; what
+    it draws at random is the same in every run. The model passes the inputs in evaluation mode, and with F and Y the
+    transforms of its outputs and of the targets the error of a frequency k is |F_k - Y_k| / (1e-5 + |Y_k|), where |.|
+    is over all outputs together; with `compare = magnitudes` it is ||F_k| - |Y_k|| / (1e-5 + |Y_k|), as published,
+    which a wrong phase leaves at 0. Targets that are class indices are compared with the probabilities of the softmax.
+    The report shows the amplitude |Y_k| beside the order: where the amplitudes fall with k the order may be theirs.
 
     `method` says what a frequency is:
 
@@ -136,11 +136,14 @@ class Frequency(Construct):
         to.action(Spectrum(to.label, self, probe, twin))
 
     def made_probe(self) -> Probe:
-        """Call the probe's function; raises FieldError for what is no probe of the method."""
+        """Call the probe's function, which may draw random numbers; raises FieldError for what is no probe."""
         import torch
 
+        from trainc.runtime.storage.random_streams import seeded
+
         try:
-            found = import_callable(self.probe, "probe")()
+            with seeded(0):
+                found = import_callable(self.probe, "probe")()
         except ImportProblem as error:
             raise FieldError("probe", str(error)) from error
         except Exception as error:  # whatever the user's function raises

@@ -187,6 +187,25 @@ def test_it_changes_no_weight_no_statistic_and_no_random_number() -> None:
     assert all(torch.equal(value, observed[name]) for name, value in plain.items())
 
 
+def drawn() -> tuple[Tensor, Tensor]:
+    x = torch.randn(20, 1)
+    return x, x.sin()
+
+
+def test_a_probe_that_draws_is_the_same_again_and_moves_no_stream() -> None:
+    spec = BASE + f'observe frequency {{ probe = "{HERE}:drawn", method = projection }}'
+    found = []
+    for seed in (1, 2):
+        model = net()
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        program = trainc.compile(spec, model)
+        assert torch.equal(before, torch.get_rng_state())
+        program.step(curve_points())
+        found.append(program.signals["frequency.low"])
+    assert found[0] == found[1]
+
+
 def test_resuming_is_bit_equal() -> None:
     spec = BASE + f"observe frequency every 2 steps {{ {PROBE}, threshold = 0.8 }}"
     program = trainc.compile(spec, net())
