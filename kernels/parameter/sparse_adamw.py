@@ -5,6 +5,8 @@ Memory moves in sectors of 32 bytes, so single entries cost up to 16 times their
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +19,11 @@ __all__ = ["sparse_adamw_"]
 
 
 def sparse_adamw_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    index: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    grad: Tensor | Sequence[Tensor],
+    exp_avg: Tensor | Sequence[Tensor],
+    exp_avg_sq: Tensor | Sequence[Tensor],
+    index: Tensor | Sequence[Tensor],
     *,
     lr: Tensor | float,
     beta1: float,
@@ -31,7 +33,7 @@ def sparse_adamw_(
     step: Tensor | int,
     gathered: bool = False,
     block: int = 1,
-    master: Tensor | None = None,
+    master: Tensor | Sequence[Tensor] | None = None,
 ) -> None:
     """Take one AdamW step on k entries of `weight`, in place, and leave the other entries untouched.
 
@@ -40,15 +42,17 @@ def sparse_adamw_(
     `exp_avg` and `exp_avg_sq` are (k,), of one floating dtype, in which the arithmetic is done, and are updated: 16-bit
     weights with float32 state round once, when stored. `grad` has the shape of the weight, or with `gathered` is the
     (k,) gradient of those entries. `master` is None or the (k,) entries in the state's dtype: then these are what is
-    updated, and the weight gets them rounded.
+    updated, and the weight gets them rounded. Lists of weights, with as many of each of the others (`master` None or a
+    list, too), take one step together: on CUDA in a launch or two for all of them.
 
     `lr`, `weight_decay` (decoupled: entries are multiplied by 1 - lr * weight_decay) and `step` (counted from 1) are
-    numbers or 0-d tensors, `beta1`, `beta2` and `eps` numbers. Entries and state end up as torch.optim.AdamW would
-    leave them. Returns None; there is no gradient.
+    numbers or 0-d tensors, `beta1`, `beta2` and `eps` numbers. On CUDA a number becomes part of the launch, and a
+    graph that captures it keeps it: what changes between replays must be a tensor on the device. Entries and state end
+    up as torch.optim.AdamW would leave them. Returns None; there is no gradient.
 
-    Raises RuntimeError for other shapes and dtypes, and on a CPU, before anything is written, for a `step` below 1 and
-    an index outside of the weight. CUDA's kernel does not wait to look: such an index makes its state nan and touches
-    no weight.
+    Raises RuntimeError for other shapes and dtypes and for lists of several lengths, and on a CPU, before anything is
+    written, for a `step` below 1 and an index outside of the weight. CUDA's kernel does not wait to look: such an index
+    makes its state nan and touches no weight.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; on chosen entries: SIFT, Song et al. 2024, arXiv:2312.11875.
     """
@@ -56,21 +60,14 @@ def sparse_adamw_(
         value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         for value in (lr, weight_decay, step)
     ]
+    several = [_listed(one) for one in (weight, grad, exp_avg, exp_avg_sq, index)]
+    masters = [] if master is None else _listed(master)
     with torch.no_grad():
-        _operator(
-            weight,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            index,
-            *scalars,
-            beta1,
-            beta2,
-            eps,
-            gathered,
-            block,
-            master,
-        )
+        _operator(*several, *scalars, beta1, beta2, eps, gathered, block, masters)
+
+
+def _listed(given: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [given] if isinstance(given, Tensor) else list(given)
 
 
 def reference(
@@ -148,12 +145,39 @@ def check(
     )
 
 
+def each(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    gathered: bool,
+    block: int,
+    masters: Sequence[Tensor],
+) -> list[Any]:
+    """One weight's tensors after another's, checked: weight, grad, exp_avg, exp_avg_sq, index, and master or None."""
+    lists = (weights, grads, exp_avgs, exp_avg_sqs, indices)
+    lengths = {len(one) for one in (*lists, *([masters] if masters else []))}
+    require(
+        len(lengths) == 1,
+        lambda: (
+            "weight, grad, exp_avg, exp_avg_sq, index and master must be lists of one length, "
+            f"not {[len(one) for one in (*lists, masters)]}"
+        ),
+    )
+    held: Sequence[Tensor | None] = masters or [None] * len(weights)
+    found = list(zip(*lists, held, strict=True))
+    for weight, grad, exp_avg, exp_avg_sq, index, master in found:
+        check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
+    return found
+
+
 def eager(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    index: Tensor,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    indices: Sequence[Tensor],
     lr: Tensor,
     weight_decay: Tensor,
     step: Tensor,
@@ -162,17 +186,34 @@ def eager(
     eps: float,
     gathered: bool,
     block: int,
-    master: Tensor | None,
+    masters: Sequence[Tensor],
 ) -> None:
-    check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
+    found = each(weights, grads, exp_avgs, exp_avg_sqs, indices, gathered, block, masters)
     rate, decay, count = lr.item(), weight_decay.item(), step.item()
     require(count >= 1, lambda: f"step must count from 1, and is {count}")
-    if index.numel():  # before anything is written
-        low, high, blocks = int(index.min()), int(index.max()), weight.numel() // block
-        require(
-            low >= 0 and high < blocks,
-            lambda: f"index must be in [0, {blocks}), and {low if low < 0 else high} is not",
-        )
+    for weight, _, _, _, index, _ in found:  # before anything is written
+        if index.numel():
+            low, high, blocks = int(index.min()), int(index.max()), weight.numel() // block
+            require(
+                low >= 0 and high < blocks,
+                partial(_outside, low, high, blocks),
+            )
+    numbers = (rate, decay, 1 - beta1**count, math.sqrt(1 - beta2**count), beta1, beta2, eps)
+    for tensors in found:
+        every: Any = (*tensors, *numbers, gathered, block)
+        _update(*every)
+
+
+def _outside(low: int, high: int, blocks: int) -> str:
+    return f"index must be in [0, {blocks}), and {low if low < 0 else high} is not"
+
+
+def _update(
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, index: Tensor,
+    master: Tensor | None, rate: float, decay: float, first: float, second: float,
+    beta1: float, beta2: float, eps: float, gathered: bool, block: int,
+) -> None:  # fmt: skip
+    """One weight's step; `first` and `second` undo what the moments lack in early steps."""
     where = index.long()
     if block > 1:
         within = torch.arange(block, device=index.device)
@@ -183,8 +224,8 @@ def eager(
     values.mul_(1 - rate * decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    root = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**count)).add_(eps)
-    values.addcdiv_(exp_avg, root, value=-rate / (1 - beta1**count))
+    root = exp_avg_sq.sqrt().div_(second).add_(eps)
+    values.addcdiv_(exp_avg, root, value=-rate / first)
     values = values.to(weight.dtype)
     if weight.is_contiguous():
         weight.view(-1).scatter_(0, where, values)
@@ -200,8 +241,7 @@ def _chosen(tensor: Tensor, where: Tensor) -> Tensor:
 
 
 def fake(*arguments: Any) -> None:
-    weight, grad, exp_avg, exp_avg_sq, index, *_, gathered, block, master = arguments
-    check(weight, grad, exp_avg, exp_avg_sq, index, gathered, block, master)
+    each(*arguments[:5], *arguments[-3:])
 
 
 _operator = register_update(
@@ -209,5 +249,5 @@ _operator = register_update(
     cpu=eager,
     cuda=lazy("parameter.triton_sparse_adamw", "sparse_adamw_"),
     fake=fake,
-    mutates=("weight", "exp_avg", "exp_avg_sq", "master"),
+    mutates=("weights", "exp_avgs", "exp_avg_sqs", "masters"),
 )

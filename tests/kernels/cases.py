@@ -178,7 +178,8 @@ def sparse_adamw_arguments(dtype: torch.dtype, examples: int) -> tuple[Any, ...]
     state = [randn(examples, dtype=dtype, grad=False).square() for _ in range(2)]
     index = torch.randperm(63)[:examples].int()
     scalars = [torch.tensor(value) for value in (1e-2, 0.1, 4)]
-    return weight, grad, *state, index, *scalars, 0.9, 0.999, 1e-8, False, 1, None
+    lists = [[one] for one in (weight, grad, *state, index)]
+    return *lists, *scalars, 0.9, 0.999, 1e-8, False, 1, []
 
 
 NORMS = {"2d": ((), (7,)), "3d": ((4,), (7,)), "4d": ((2, 3), (5,)), "tail": ((3,), (2, 5))}

@@ -175,8 +175,8 @@ def test_an_index_outside_the_weight_breaks_its_state_alone() -> None:
 
     weight, grad, mean, square = zeros(4, 4), torch.ones(4, 4), zeros(3), zeros(3)
     scalars = [torch.tensor(value) for value in (0.1, 0.0, 1)]
-    options: Any = (torch.tensor([1, 16, -1]), *scalars, 0.9, 0.999, 1e-8, False, 1, None)
-    triton_sparse_adamw.sparse_adamw_(weight, grad, mean, square, *options)
+    lists = [[one] for one in (weight, grad, mean, square, torch.tensor([1, 16, -1]))]
+    triton_sparse_adamw.sparse_adamw_(*lists, *scalars, 0.9, 0.999, 1e-8, False, 1, [])
     assert weight.flatten().nonzero().flatten().tolist() == [1]
     assert mean.isnan().tolist() == [False, True, True]
 

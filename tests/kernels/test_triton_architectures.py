@@ -36,7 +36,9 @@ EXTREMES = [
 
 SUMS = f"TABLE:{INDEX} OUT:*fp64 tensors:i32"
 ADAMW = f"WEIGHT:{HALF} GRAD:{HALF} MEAN:{FULL} SQUARE:{FULL} MASTER:{FULL} INDEX:*i32 "
-ADAMW += f"SCALARS:{FULL} count:i32 blocks:i32 beta1:fp32 beta2:fp32 eps:fp32"
+NUMBERS = "decay:fp32 rate:fp32 root:fp32 "
+ADAMW += f"SCALARS:{FULL} {NUMBERS} count:i32 blocks:i32 beta1:fp32 beta2:fp32 eps:fp32"
+TOGETHER = f"TABLE:{INDEX} SCALARS:{FULL} tensors:i32 {NUMBERS} beta1:fp32 beta2:fp32 eps:fp32"
 ALIGNED: dict[str, Any] = {"W": "bfloat16", "D": "float32", "CHUNK": 1 << 15, "BLOCK": 2048}
 VECTORS = [
     *(
@@ -45,11 +47,19 @@ VECTORS = [
     ),
     *(
         spec(
-            "parameter.triton_sparse_adamw", "adamw", ADAMW, GATHERED=False, HAS_MASTER=master,
-            WIDTH=width, BLOCK=1024,
+            "parameter.triton_sparse_adamw", "adamw", ADAMW, ON_DEVICE=master, GATHERED=False,
+            HAS_MASTER=master, WIDTH=width, BLOCK=1024,
         )
         for master in (False, True)
         for width in (1, 16)
+    ),
+    *(
+        spec(
+            "parameter.triton_sparse_adamw", "adamw_together", TOGETHER, ON_DEVICE=False, W="bfloat16",
+            G="bfloat16", TYPE="int32", ALIGNED=True, GATHERED=gathered, HAS_MASTER=False, WIDTH=width,
+            BLOCK=1024,
+        )
+        for gathered, width in ((False, 16), (True, 1))
     ),
     *(
         spec(

@@ -113,13 +113,65 @@ def test_sparse_adamw(dtype: torch.dtype, block: int, gathered: bool, with_maste
         state = torch.randn(count), torch.rand(count)
         master = torch.randn(count) if with_master else None
         mine = weight.clone()
-        arguments: list[Any] = [mine, grad, *state, index, *scalars, 0.9, 0.95, 1e-8, gathered]
-        kernel(*arguments, block, master)
+        lists = [[one] for one in (mine, grad, *state, index)]
+        masters = [] if master is None else [master]
+        kernel(*lists, *scalars, 0.9, 0.95, 1e-8, gathered, block, masters)
         results.append([mine.float(), *state, *([] if master is None else [master])])
     for place, (want, got) in enumerate(zip(*results, strict=True)):
         # The interpreter truncates where a device rounds; only the weight is stored in 16 bits.
         loose = 1e-2 if place == 0 and dtype != torch.float32 else 1e-5
         torch.testing.assert_close(got, want, rtol=loose, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("with_master", [False, True])
+def test_sparse_adamw_of_many_weights(block: int, gathered: bool, with_master: bool) -> None:
+    from trainc.kernels.parameter import triton_sparse_adamw
+
+    torch.manual_seed(0)
+    # Two dtypes, one weight without entries, one address that is not aligned, one dtype PyTorch takes.
+    counts, dtypes = (
+        (160, 0, 80, 64, 16),
+        (torch.float32, *[torch.float32] * 2, torch.bfloat16, torch.float64),
+    )
+    whole = [torch.randn(385).to(dtype) for dtype in dtypes]
+    weights = [one[1:] if place == 2 else one[:384] for place, one in enumerate(whole)]
+    indices = [torch.randperm(384 // block)[: count // block].int() for count in counts]
+    lengths = counts if gathered else [384] * len(counts)
+    grads = [torch.randn(n).to(d) for n, d in zip(lengths, dtypes, strict=True)]
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (1e-2, 0.1, 3)]
+    results: list[Any] = []
+    kernels: list[Any] = [sparse_adamw.eager, triton_sparse_adamw.sparse_adamw_]
+    for kernel in kernels:
+        torch.manual_seed(1)
+        wide = [torch.float64 if d == torch.float64 else torch.float32 for d in dtypes]
+        state = [[torch.rand(n).to(d) for n, d in zip(counts, wide, strict=True)] for _ in range(3)]
+        masters = state[2] if with_master else []
+        mine = [one.clone() for one in whole]
+        views = [one[1:] if place == 2 else one[:384] for place, one in enumerate(mine)]
+        lists = (views, grads, *state[:2], indices)
+        kernel(*lists, *scalars, 0.9, 0.95, 1e-8, gathered, block, masters)
+        results.append([*(one.float() for one in mine), *state[0], *state[1], *masters])
+    for place, (want, got) in enumerate(zip(*results, strict=True)):
+        loose = 1e-2 if place == 3 else 1e-5
+        torch.testing.assert_close(got, want, rtol=loose, atol=1e-6)
+    assert any((after != before).any() for after, before in zip(mine, whole, strict=True))
+    assert weights[2].data_ptr() % 16
+
+
+def test_scalars_are_numbers_of_the_launch_or_stay_on_the_device() -> None:
+    from trainc.kernels.parameter.triton_sparse_adamw import coefficients
+
+    scalars = [torch.tensor(value) for value in (1e-2, 0.1, 3)]
+    found = coefficients(scalars[0], scalars[1], scalars[2], 0.9, 0.95, torch.device("cpu"))
+    want = (1 - 1e-3, 1e-2 / (1 - 0.9**3), (1 - 0.95**3) ** 0.5)
+    assert found == pytest.approx(want, rel=1e-6)
+    for elsewhere in range(3):  # a tensor that nobody may read
+        given = [one.to("meta") if at == elsewhere else one for at, one in enumerate(scalars)]
+        kept = coefficients(given[0], given[1], given[2], 0.9, 0.95, torch.device("meta"))
+        assert isinstance(kept, torch.Tensor)
+        assert (kept.dtype, kept.shape, kept.device.type) == (torch.float32, (3,), "meta")
 
 
 def test_sparse_adamw_leaves_what_it_does_not_take_to_pytorch() -> None:
@@ -130,20 +182,8 @@ def test_sparse_adamw_leaves_what_it_does_not_take_to_pytorch() -> None:
         index, grad = torch.tensor([1, 5]), torch.randn(8, 6).to(weight.dtype)
         state = [torch.zeros(2, dtype=weight.dtype) for _ in range(2)]
         before = weight.clone()
-        arguments: list[Any] = [
-            weight,
-            grad,
-            *state,
-            index,
-            *scalars,
-            0.9,
-            0.95,
-            1e-8,
-            False,
-            1,
-            None,
-        ]
-        triton_sparse_adamw.sparse_adamw_(*arguments)
+        lists = [[one] for one in (weight, grad, *state, index)]
+        triton_sparse_adamw.sparse_adamw_(*lists, *scalars, 0.9, 0.95, 1e-8, False, 1, [])
         assert (weight != before).sum() == 2
 
 

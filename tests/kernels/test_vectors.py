@@ -151,3 +151,38 @@ def test_a_master_copy_keeps_what_rounding_would_lose() -> None:
             weight, torch.ones(8), *state, index, lr=1e-4, weight_decay=0.0, step=1,
             master=torch.ones(3), **OPTIONS,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("with_master", [False, True])
+def test_sparse_adamw_of_lists_is_one_weight_after_another(with_master: bool) -> None:
+    torch.manual_seed(0)
+    options: Any = {
+        "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 2,
+    }  # fmt: skip
+    results = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        weights, grads = ([torch.randn(4, n) for n in (5, 3, 2)] for _ in range(2))
+        means, squares, masters = ([torch.rand(n) for n in (6, 3, 0)] for _ in range(3))
+        indices = [torch.randperm(4 * n)[:k] for n, k in ((5, 6), (3, 3), (2, 0))]
+        given = [weights, grads, means, squares, indices]
+        if together:
+            sparse_adamw_(*given, **options, master=masters if with_master else None)
+        else:
+            for *one, master in zip(*given, masters, strict=True):
+                sparse_adamw_(*one, **options, master=master if with_master else None)
+        results.append([*weights, *means, *squares, *masters])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_sparse_adamw_of_lists_refuses_before_it_writes() -> None:
+    options: Any = {
+        "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 2,
+    }  # fmt: skip
+    weights, grads, means, squares = ([torch.ones(4) for _ in range(2)] for _ in range(4))
+    indices = [torch.arange(4), torch.arange(1, 5)]
+    with pytest.raises(RuntimeError, match=r"index must be in \[0, 4\), and 4 is not"):
+        sparse_adamw_(weights, grads, means, squares, indices, **options)
+    with pytest.raises(RuntimeError, match="lists of one length"):
+        sparse_adamw_(weights, grads[:1], means, squares, indices, **options)
+    assert all(bool((one == 1).all()) for one in (*weights, *means, *squares))
