@@ -110,3 +110,42 @@ def test_what_a_run_lacks_is_told_with_its_name(
     shown = capsys.readouterr().err
     assert str(bad) in shown
     assert said in shown
+
+
+def recorded(folder: Path, size: float, data: float, loss: float, start: str | None) -> str:
+    """Write what a run would leave, and return its folder."""
+    folder.mkdir()
+    clause = {"kind": "run", "construct": "run", "label": "run", "fields": {"start": start}}
+    units = {"samples_per_epoch": data / 16, "tokens_per_sample": 16.0}
+    settings = {"sizes": {"without_embeddings": size}, "units": units}
+    (folder / "plan.json").write_text(json.dumps({"clauses": [clause], "settings": settings}))
+    rows = [
+        {"step": 1, "samples": 2 * data / 16, "loss": loss},
+        {"step": 1, "eval_loss": loss},
+        {"step": 2, "samples": 4 * data / 16, "loss": loss},
+        {"step": 2, "eval_loss": 1.5 * loss},  # it overfits: the lowest counts
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_transfer_of_recorded_runs_is_the_law_that_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    folders = []
+    for size in (1e5, 1e6, 1e7):
+        for i, data in enumerate((1e4, 1e6, 1e8, 1e10)):
+            name = tmp_path / f"scratch-{size:g}-{i}"
+            folders.append(recorded(name, size, data, (1e13 / data) ** 0.09, None))
+        for i, data in enumerate((1e4, 1e5, 1e6)):
+            effective = data + 1.9e4 * data**0.18 * size**0.38
+            name = tmp_path / f"tuned-{size:g}-{i}"
+            folders.append(recorded(name, size, data, (1e13 / effective) ** 0.09, "weights"))
+    plot = tmp_path / "transfer.png"
+    assert command(monkeypatch, "fit", "transfer", *folders, "--plot", str(plot)) == 0
+    shown = capsys.readouterr().out
+    for line in ("k      1.9e+04", "alpha  0.18", "beta   0.38", "r2     1.0000", "9 runs"):
+        assert line in shown
+    assert "N 100,000 to 10,000,000 and D_F 10,000 to 1,000,000" in shown
+    assert plot.exists()

@@ -299,6 +299,20 @@ def test_a_run_records_amplitudes_and_draws_them(tmp_path: Path) -> None:
     assert draw_runs([tmp_path / "run"], tmp_path / "picture.png").exists()
 
 
+def test_a_rule_ends_a_run_without_gradients_when_the_lowest_frequency_is_learned(
+    tmp_path: Path,
+) -> None:
+    spec = tmp_path / "curve.train"
+    spec.write_text(
+        'model "examples.models:tanh_net"\ndata "examples.data:curve" { batch = 64 samples }\n'
+        'loss mse\noptimizer scipy { method = "Powell" }\nrun { length = 30 steps, device = cpu }\n'
+        f"observe frequency {{ {PROBE} }}\nwhen frequency.low < 0.2 {{ stop }}\n"
+    )
+    summary = train(spec, tmp_path / "run", quiet=True)
+    assert summary.reason == "stopped"
+    assert summary.steps < 30
+
+
 def conformance() -> Setup:
     """Return a curve in place of the language model."""
 
