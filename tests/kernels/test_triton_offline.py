@@ -195,10 +195,11 @@ def test_compiles_without_spills_and_with_vector_access(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("terms", [1, 2, 3])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("dtype", [HALF, FULL])
 def test_two_programs_of_4096_columns_fit_a_processor_in_every_version(
-    dtype: str, added: bool
+    dtype: str, added: bool, terms: int
 ) -> None:
     """Of some kernels only with a limit on registers: 146 a thread in float32, by Triton 3.9, and 148 by 3.6."""
     from trainc.kernels.norm import triton_norm
@@ -207,7 +208,7 @@ def test_two_programs_of_4096_columns_fit_a_processor_in_every_version(
     options = (
         norm
         | summed(norm)
-        | {"WRITE_DX": True, "ROW_NORMS": False, "TERMS": 1}
+        | {"WRITE_DX": True, "ROW_NORMS": False, "TERMS": terms}
         | tile("backward", 4096)
     )
     warps = options.pop("warps")
@@ -222,5 +223,5 @@ def test_two_programs_of_4096_columns_fit_a_processor_in_every_version(
     processor = occupancy.Processor()
     found = occupancy.fit(takes(), lambda limit: takes(maxnreg=limit), warps, processor)
     assert found.programs == 2
-    if TUNED:
+    if TUNED and terms == 1:
         assert (found.limit is not None) == (added and dtype == FULL)
