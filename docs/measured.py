@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -21,6 +22,9 @@ def measured_page() -> str:
             "",
             *_gpu(RESULTS / "gpu.json"),
             *_whole_steps(RESULTS / "gpu.json"),
+            *run_path(str(Path(__file__).with_name("offline.py")))["offline_section"](
+                _read("offline_kernels.json"), _where, _table
+            ),
             *_cpu(_read("kernels_cpu.json")),
             *_accuracy(_read("accuracy_cpu.json")),
             *_memory(RESULTS / "memory.json"),
