@@ -20,9 +20,6 @@ from trainc.kernels.library.grid import resident_programs, supported
 from trainc.kernels.library.launch import launch
 from trainc.kernels.loss import cross_entropy_consistency as operators
 from trainc.kernels.loss.triton_rows import (
-    _VECTOR,
-    VECTOR,
-    VIEWS,
     both_views,
     entries_of,
     is_whole,
@@ -130,19 +127,19 @@ def _divergence(L, KEPT, row, rows, classes, first, second, BLOCK: tl.constexpr)
 @triton.jit
 def loss_forward(
     L, TARGETS, CROSS_ENTROPY, DISTANCE, KEPT, rows, classes, ignore_index, smoothing,
-    KL: tl.constexpr, SMOOTHED: tl.constexpr, LAY: tl.constexpr, V: tl.constexpr,
+    KL: tl.constexpr, SMOOTHED: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows,): the row's cross-entropy and distance, 0 when ignored, and what backward needs."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
     kept = target != ignore_index
-    one, two, before = vectors_of_row(row, rows, classes, LAY)
+    one, two, before = vectors_of_row(row, rows, classes, W)
     none, each = tl.full((), 0.0, tl.float32), tl.zeros((V,), tl.float32)
     first = (tl.full((), _LOWEST, tl.float32), none, none, each, each)
-    second, apart, below = first, tl.zeros((V, _VECTOR), tl.float32), each
-    for block in range(tl.cdiv(before + classes, V * _VECTOR)):
-        whole = is_whole(block, before, classes, V)
-        place, valid, loaded = entries_of(block, before, classes, LAY, V)
+    second, apart, below = first, tl.zeros((V, W), tl.float32), each
+    for block in range(tl.cdiv(before + classes, V * W)):
+        whole = is_whole(block, before, classes, V * W)
+        place, valid, loaded = entries_of(block, before, classes, W, EVEN, V)
         x, y = both_views(L, one, two, place, loaded, whole)
         gap = x - y
         over = x - first[0]
@@ -161,7 +158,7 @@ def loss_forward(
             first = _measured_anew(first, x, gap, place, valid, KL)
             if SMOOTHED:
                 # The mean is measured from the largest entry, too.
-                met = tl.maximum(block * V * _VECTOR - before, 0)
+                met = tl.maximum(block * V * W - before, 0)
                 moved = tl.where(met > 0, met * (top - first[0]), 0.0)
                 below += tl.where(tl.arange(0, V) == 0, moved, 0.0)
                 below += tl.sum(tl.where(valid, x - first[0], 0.0), 1)
@@ -180,7 +177,7 @@ def loss_forward(
         cross_entropy -= smoothing * (tl.sum(below, 0) / classes)
     tl.store(CROSS_ENTROPY + row, tl.where(kept, cross_entropy, 0.0))
     if KL:
-        distance = _divergence(L, KEPT, row, rows, classes, first, second, V * _VECTOR)
+        distance = _divergence(L, KEPT, row, rows, classes, first, second, V * W)
         tl.store(KEPT + row * 8, top)
         tl.store(KEPT + row * 8 + 1, log_sum)
     else:
@@ -219,15 +216,15 @@ def _pull_and_push(row, KEPT, x, y, p, on_distance, KL: tl.constexpr, D: tl.cons
 @triton.jit
 def loss_backward(
     L, TARGETS, D, KEPT, ON_CROSS_ENTROPY, ON_DISTANCE, rows, classes, ignore_index, smoothing,
-    KL: tl.constexpr, SMOOTHED: tl.constexpr, LAY: tl.constexpr, V: tl.constexpr,
+    KL: tl.constexpr, SMOOTHED: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, blocks of vectors): the gradient of both views' rows."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    one, two, before = vectors_of_row(row, rows, classes, LAY)
-    place, valid, loaded = entries_of(block, before, classes, LAY, V)
-    whole = is_whole(block, before, classes, V)
+    one, two, before = vectors_of_row(row, rows, classes, W)
+    place, valid, loaded = entries_of(block, before, classes, W, EVEN, V)
+    whole = is_whole(block, before, classes, V * W)
     target = tl.load(TARGETS + row)
-    pull = tl.zeros((V, _VECTOR), tl.float32)
+    pull = tl.zeros((V, W), tl.float32)
     push = pull
     if target != ignore_index:
         x, y = both_views(L, one, two, place, loaded, whole)
@@ -239,8 +236,8 @@ def loss_backward(
         # Without a distance the difference of two -inf, which mask classes, does not count.
         if on_distance != 0.0:
             pull, push = _pull_and_push(row, KEPT, x, y, p, on_distance, KL, D.dtype.element_ty)
-        hit = target + before - block * V * _VECTOR
-        if (hit >= 0) & (hit < V * _VECTOR):
+        hit = target + before - block * V * W
+        if (hit >= 0) & (hit < V * W):
             p -= tl.where(place == target + before, 1.0 - smoothing, 0.0)
         if SMOOTHED:
             p -= smoothing / classes
@@ -269,12 +266,13 @@ def row_losses(
     cross_entropies = torch.empty(count, dtype=torch.float32, device=rows.device)
     distances = torch.empty_like(cross_entropies)
     warps = 1 if count >= resident_programs(rows.device, RESIDENT) else max(BLOCKS)
+    lies = lay(count, classes)
     launch(
         loss_forward, (count,),
         rows, labels, cross_entropies, distances, statistics,
         count, classes, ignore_index, label_smoothing,
-        KL=distance == "kl", SMOOTHED=label_smoothing != 0.0, LAY=lay(count, classes),
-        V=vectors(BLOCKS[warps], classes), num_warps=warps,
+        KL=distance == "kl", SMOOTHED=label_smoothing != 0.0, **lies,
+        V=vectors(BLOCKS[warps], classes, lies["W"]), num_warps=warps,
     )  # fmt: skip
     return cross_entropies, distances
 
@@ -295,13 +293,15 @@ def write_gradients(
     `statistics` are `row_losses`'s. `out` may be `rows` itself: an entry is read before it is written.
     """
     count, classes = labels.shape[0], rows.shape[1]
-    lies, each = lay(count, classes), vectors(BACKWARD_BLOCK, classes)
-    most = classes if lies != VIEWS else classes + VECTOR - 1  # from a row's first vector on
+    lies = lay(count, classes)
+    width = lies["W"]
+    each = vectors(BACKWARD_BLOCK, classes, width)
+    most = classes if lies["EVEN"] else classes + width - 1  # from a row's first vector on
     launch(
-        loss_backward, (count, triton.cdiv(most, each * VECTOR)),
+        loss_backward, (count, triton.cdiv(most, each * width)),
         rows, labels, out, statistics, on_cross_entropy, on_distance,
         count, classes, ignore_index, label_smoothing,
-        KL=distance == "kl", SMOOTHED=label_smoothing != 0.0, LAY=lies,
+        KL=distance == "kl", SMOOTHED=label_smoothing != 0.0, **lies,
         V=each, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Rows of two views read by whole vectors, for the Triton kernels of losses.
 
-Loads are of `VECTOR` logits that start at multiples of it in memory, wherever a row starts: 16 bytes in 16 bits, the
-most a thread loads at once. What a row's first and last vector hold of its neighbours is masked after it is loaded.
+Loads are of up to `VECTOR` logits that start at multiples of their number in memory, wherever a row starts: 16 bytes in
+16 bits, the most a thread loads at once. What a row's first and last vector hold of its neighbours is masked after it
+is loaded.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -11,52 +12,47 @@ import triton.language as tl
 from trainc.kernels.library.grid import power_of_2
 
 VECTOR = 8
-# How rows lie to vectors. ROWS: each starts and ends with one. VIEWS: both views of a row begin at the same place
-# within one. APART: neither, and every logit is loaded by itself.
-APART, VIEWS, ROWS = 0, 1, 2
-_VECTOR = tl.constexpr(VECTOR)
-_ROWS, _APART = tl.constexpr(ROWS), tl.constexpr(APART)
 
 
-def lay(count: int, classes: int) -> int:
-    """How the rows of logits (2 * count, classes) lie to vectors that start at multiples of `VECTOR`."""
-    if classes % VECTOR == 0:
-        return ROWS
-    return VIEWS if count * classes % VECTOR == 0 else APART
+def lay(count: int, classes: int) -> dict[str, int]:
+    """How the rows of logits (2 * count, classes) lie in memory, as options of a kernel.
+
+    W is the width of a vector: the most for which both views of a row begin at the same place within one. EVEN says
+    that each row starts and ends with a vector.
+    """
+    width = VECTOR
+    while count * classes % width:
+        width //= 2
+    return {"W": width, "EVEN": classes % width == 0}
 
 
-def vectors(block: int, classes: int) -> int:
+def vectors(block: int, classes: int, width: int) -> int:
     """Vectors a program takes at once: `block` classes, or a whole row where that is less."""
-    return max(1, min(block, power_of_2(classes + VECTOR - 1)) // VECTOR)
+    return max(1, min(block, power_of_2(classes + width - 1)) // width)
 
 
 @triton.jit
-def vectors_of_row(row, rows, classes, LAY: tl.constexpr):
+def vectors_of_row(row, rows, classes, W: tl.constexpr):
     """Where both views' vectors begin, and how many entries before the row the first has."""
     one, two = row * classes, (row + rows) * classes
-    if LAY == _APART:
-        return one, two, tl.full((), 0, tl.int32)
-    return one // _VECTOR * _VECTOR, two // _VECTOR * _VECTOR, (one % _VECTOR).to(tl.int32)
+    return one // W * W, two // W * W, (one % W).to(tl.int32)
 
 
 @triton.jit
-def entries_of(block, before, classes, LAY: tl.constexpr, V: tl.constexpr):
+def entries_of(block, before, classes, W: tl.constexpr, EVEN: tl.constexpr, V: tl.constexpr):
     """For a block of V vectors: each entry's place from the first vector on, which are the row's, and which to load."""
     vector = block * V + tl.arange(0, V)
-    place = vector[:, None] * _VECTOR + tl.arange(0, _VECTOR)[None, :]
-    begun = tl.broadcast_to((vector * _VECTOR < before + classes)[:, None], [V, _VECTOR])
-    if LAY == _ROWS:
+    place = vector[:, None] * W + tl.arange(0, W)[None, :]
+    begun = tl.broadcast_to((vector * W < before + classes)[:, None], [V, W])
+    if EVEN:
         return place, begun, begun
-    valid = (place >= before) & (place < before + classes)
-    if LAY == _APART:
-        return place, valid, valid
-    return place, valid, begun
+    return place, (place >= before) & (place < before + classes), begun
 
 
 @triton.jit
-def is_whole(block, before, classes, V: tl.constexpr):
-    """Whether every entry of a block is the row's."""
-    return (block * V * _VECTOR >= before) & ((block + 1) * V * _VECTOR <= before + classes)
+def is_whole(block, before, classes, SPAN: tl.constexpr):
+    """Whether every entry of a block of SPAN entries is the row's."""
+    return (block * SPAN >= before) & ((block + 1) * SPAN <= before + classes)
 
 
 @triton.jit

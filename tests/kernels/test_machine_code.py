@@ -66,15 +66,16 @@ def kernel(module: str, name: str, arguments: str, warps: int, **options: Any) -
 @pytest.mark.offline
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kl", "most"), [(False, 8.0), (True, 12.0)])
-@pytest.mark.parametrize(("lay", "warps"), [(2, 1), (1, 1), (0, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("width", "even", "warps"), [(8, True, 1), (8, False, 1), (4, False, 1), (2, False, 1), (8, True, 4)]
+)  # fmt: skip
 def test_loss_forward_is_not_bound_by_its_instructions(
-    kl: bool, most: float, lay: int, warps: int
+    kl: bool, most: float, width: int, even: bool, warps: int
 ) -> None:
-    # Rows that lie apart are loaded entry by entry.
-    most *= 2.5 if lay == 0 else 1.0
+    most += 4.0 if width < 8 else 0.0  # more loads, narrower, and more sums a thread
     found = kernel(
         "loss.triton_cross_entropy_consistency", "loss_forward", LOSS + TAIL, warps,
-        KL=kl, SMOOTHED=False, LAY=lay, V=64 * warps,
+        KL=kl, SMOOTHED=False, W=width, EVEN=even, V=512 * warps // width,
     )  # fmt: skip
     assert per_element(found, warps * 64 * 8 * 2) <= most
     assert resources(found).spilled == 0 or not TUNED

@@ -201,16 +201,22 @@ def test_loss(distance: str, classes: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "classes", "lay"), [(2, 128, "ROWS"), (2, 124, "VIEWS"), (2, 127, "APART"), (3, 9, "APART")]
+    ("count", "classes", "width", "even"),
+    [(2, 128, 8, True), (2, 124, 8, False), (2, 126, 4, False), (2, 127, 2, False), (3, 9, 1, True)],
 )  # fmt: skip
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_in_several_blocks(
-    count: int, classes: int, lay: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    classes: int,
+    width: int,
+    even: bool,
+    smoothing: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
     from trainc.kernels.loss import triton_rows
 
-    assert triton_rows.lay(count, classes) == getattr(triton_rows, lay)
+    assert triton_rows.lay(count, classes) == {"W": width, "EVEN": even}
     monkeypatch.setattr(triton_loss, "BLOCKS", {1: 32, 4: 32})
     monkeypatch.setattr(triton_loss, "BACKWARD_BLOCK", 32)
     for distance in consistency.DISTANCES:
