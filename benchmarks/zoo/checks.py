@@ -126,6 +126,8 @@ def check_signals(trained: Trained, clause: Clause) -> None:
     construct = clause.construct
     for signal in type(construct).declared_signals():
         name = full_name(clause.name, signal)
+        if signal in construct.repeated and clause.every is None:
+            continue
         if name not in trained.measured and construct.unmeasured_reason(signal) is None:
             raise Wrong(f"`{name}` is declared, and was never measured")
 
