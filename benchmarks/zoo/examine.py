@@ -186,11 +186,13 @@ def _train(
         action.torch.register_step_pre_hook(note_gradients(action, with_gradient))
     shape, classes = logits_shape(architecture), program.loss_fn.of_classes
     metrics: list[dict[str, float]] = []
+    notes: list[str] = []
     program.estimate_from(lambda: [architecture.batch(0, BATCH, classes, shape)])
     with located(program, spec):
         for seed in range(STEPS):
             torch.manual_seed(seed)
             metrics.append(program.step(architecture.batch(seed, BATCH, classes, shape)))
+            notes += program.report().notes
         last = architecture.batch(STEPS, BATCH, classes, shape)
         total, count, _ = program.evaluate(*(last if isinstance(last, tuple) else (last,)))
     if not math.isfinite(total) or count <= 0:
@@ -198,7 +200,7 @@ def _train(
     measured = {name for name, value in program.signals.items() if not math.isnan(value)}
     measured |= {*program.evaluation_metrics(), *(name for one in metrics for name in one)}
     program.summary()
-    return Trained(program, metrics, before, measured, with_gradient)
+    return Trained(program, metrics, before, measured, with_gradient, notes)
 
 
 @contextmanager

@@ -204,7 +204,8 @@ def test_chunks_by_triton_in_place(
     monkeypatch.setattr(operators, "chunk_rows", lambda *_: 2)
     from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
-    monkeypatch.setattr(triton_loss, "BLOCK", 16)
+    monkeypatch.setattr(triton_loss, "BLOCKS", {1: 16, 4: 16})
+    monkeypatch.setattr(triton_loss, "BACKWARD_BLOCK", 16)
     leaves, targets, _ = problem((3,), 5, 37, dtype)
     results, grads = [], []
     for rowwise in (triton_loss, row_losses):

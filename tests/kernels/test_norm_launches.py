@@ -187,7 +187,9 @@ def test_several_gradients_are_one_as_autograd_adds_them(
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("operator", [layer_norm.OPERATOR, add_layer_norm.OPERATOR], ids=str)
+@pytest.mark.parametrize(
+    "operator", [layer_norm.OPERATOR, add_layer_norm.OPERATOR], ids=["layer_norm", "add_layer_norm"]
+)
 def test_the_operator_of_several_gradients_adds_them(operator: Any) -> None:
     torch.manual_seed(0)
     x, dtotal, *parts = (torch.randn(2, 3, 5) for _ in range(5))
