@@ -78,10 +78,11 @@ def add_in_norms(graph: fx.Graph, always: bool = False) -> None:
         if not (isinstance(dy, fx.Node) and (always or dy.meta["val"].device.type == "cuda")):
             continue
         parts, sums = _summands(dy)
-        if not sums or _written_between(sums[-1], node):
+        before, after = node.args[:place], node.args[place + 1 :]
+        # One gradient may reach both the sum that was normalised and its norm.
+        if not sums or dy in (*before, *after) or _written_between(sums[-1], node):
             continue
         third = parts[2] if len(parts) > 2 else None
-        before, after = node.args[:place], node.args[place + 1 :]
         with graph.inserting_before(node):
             several = graph.call_function(
                 operator.backward_of_sum_op, (*before, *parts[:2], third, *after)

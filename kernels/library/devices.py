@@ -1,4 +1,8 @@
-"""CUDA kernels run on the device of their tensors, whichever device is the current one."""
+"""CUDA kernels run on the device of their tensors, whichever device is the current one.
+
+torch calls AMD's GPUs CUDA devices too. The Triton kernels are not for these: they ask for options, properties and
+instructions of NVIDIA's, and rely on its order of memory. There the ATen composition runs.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +10,11 @@ from typing import Any
 import torch
 
 from trainc.kernels.library.calls import tensors
+
+
+def cuda_kernel(name: str, cpu: Callable[..., Any], cuda: Callable[..., Any]) -> Callable[..., Any]:
+    """What trainc::name runs on CUDA tensors: its CUDA kernel, or, on AMD's GPUs, what it runs on a CPU."""
+    return on_device_of_tensors(name, cuda if torch.version.hip is None else cpu)
 
 
 def on_device_of_tensors(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from trainc.kernels.library.devices import on_device_of_tensors
+from trainc.kernels.library.devices import cuda_kernel
 
 LIBRARY = torch.library.Library("trainc", "FRAGMENT")
 
@@ -70,7 +70,7 @@ def register(
     """Define trainc::name; return its overload. The schema is that of `cpu` where none is given."""
     schema = schema or torch.library.infer_schema(cpu, mutates_args=())
     operator = _define(name, schema, fake)
-    cuda = on_device_of_tensors(name, cuda)
+    cuda = cuda_kernel(name, cpu, cuda)
     _dispatch.add_kernels(LIBRARY, operator, cpu, cuda, setup_context, backward)
     return operator
 
@@ -90,7 +90,7 @@ def register_update(
     operator = _define(name, torch.library.infer_schema(cpu, mutates_args=mutates), fake)
     names = list(inspect.signature(cpu).parameters)
     written = [names.index(argument) for argument in mutates]
-    cuda = on_device_of_tensors(name, cuda)
+    cuda = cuda_kernel(name, cpu, cuda)
     _dispatch.add_update_kernels(LIBRARY, operator, cpu, cuda, written)
     return operator
 

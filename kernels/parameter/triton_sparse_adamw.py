@@ -128,7 +128,8 @@ def coefficients(
     """
     given: Any = (lr, weight_decay, step)
     rate, decay, count = (
-        value.item() if value.device.type == "cpu" else value.double() for value in given
+        value.item() if value.device.type == "cpu" else value.to(device, torch.float64)
+        for value in given
     )
     every = 1 - rate * decay, rate / (1 - beta1**count), (1 - beta2**count) ** 0.5
     if not any(isinstance(one, Tensor) for one in every):

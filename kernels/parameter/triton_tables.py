@@ -1,13 +1,13 @@
 """Tables of numbers on a device, for kernels that take many tensors: addresses, sizes and where each begins.
 
-A table holds a few numbers a tensor, however large the tensors are: a program finds its tensor by halving. What was
-sent once is kept for calls with the same tensors. A CUDA graph may be replayed when nobody keeps anything, so while one
-is captured a table is written by kernels that bring the numbers with them: host memory takes no part in it.
+A table holds a few numbers a tensor, however large the tensors are: a program finds its tensor by halving. It is made
+for a call, and its memory is free afterwards: a call may run in the memory pool of a CUDA graph that is yet to be
+captured, and what outlived it there would be overwritten. While a graph is captured a table is written by kernels that
+bring the numbers with them: a replay finds no host memory.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -18,8 +18,6 @@ from trainc.kernels.library.launch import launch
 
 # Numbers that one launch writes.
 TOGETHER = 8
-# Calls whose tables are kept: a few places of a step, with its few sets of tensors each.
-KEPT = 64
 ALIGNMENT = 16
 
 
@@ -53,10 +51,13 @@ def owner_of(ENDS, pid, tensors):
 
 def table(numbers: Sequence[int], device: torch.device) -> Tensor:
     """The numbers as int64 on the device, without waiting for it."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+    if torch.cuda.is_current_stream_capturing():
         return written(numbers, device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _sent(tuple(numbers), device, stream)
+    # A copy from memory that is not pinned waits for the stream.
+    pinned = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+    return pinned.to(device, non_blocking=True)
 
 
 def written(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -66,12 +67,6 @@ def written(numbers: Sequence[int], device: torch.device) -> Tensor:
     for start in range(0, len(padded), TOGETHER):
         launch(write, (1,), found, start, *padded[start : start + TOGETHER], num_warps=1)
     return found
-
-
-@lru_cache(maxsize=KEPT)
-def _sent(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """The same by a copy; kept for each stream, which orders the copy and what reads it."""
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:

@@ -92,3 +92,13 @@ def test_no_operator_adds_a_cuda_kernel_past_the_registration() -> None:
     sources = [file for file in rooms.rglob("*.py") if file.parent.name != "library"]
     assert sources
     assert not [file for file in sources if '"CUDA"' in file.read_text()]
+
+
+@pytest.mark.parametrize(("hip", "runs"), [(None, "cuda"), ("6.4", "cpu")])
+def test_the_gpus_of_amd_run_no_triton_kernels(
+    hip: str | None, runs: str, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    kernel = devices.cuda_kernel("some", lambda *given: "cpu", lambda *given: "cuda")
+    assert kernel(placed("cuda:1", 2)) == runs
+    assert asked == ["cuda:1", "left"]

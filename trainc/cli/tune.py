@@ -34,6 +34,9 @@ def register(app: typer.Typer) -> None:
         if not torch.cuda.is_available():
             print("trainc tune: this machine has no CUDA device", file=sys.stderr)
             raise typer.Exit(1)
+        if torch.version.hip is not None:
+            print("trainc tune: AMD's GPUs run no Triton kernels of trainc's", file=sys.stderr)
+            raise typer.Exit(1)
         from trainc.kernels.norm.tune import WIDTHS, seconds
         from trainc.kernels.norm.tune import tune as measured
 

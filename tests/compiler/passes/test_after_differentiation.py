@@ -112,6 +112,37 @@ def test_a_norm_adds_the_gradients_of_all_that_read_it(
     assert before.count("aten.add.Tensor") - after.count("aten.add.Tensor") == 6
 
 
+class Beside(nn.Module):
+    """A norm of a sum beside the sum itself: one gradient reaches both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(64, 8), nn.LayerNorm(8)
+        self.one, self.two, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        x = x + F.silu(x)
+        x = x + self.norm(x)
+        return self.head(F.silu(self.one(x)) * self.two(x))  # type: ignore[no-any-return]
+
+
+def test_a_sum_that_a_norm_reads_twice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = Beside(), tokens()
+    passes = (FuseNorms(), FuseResidualAdds(always=True), InstrumentNorms())
+    results = []
+    for patched in (lambda graph: None, partial(add_in_norms, always=True)):
+        monkeypatch.setattr(capture, "add_in_norms", patched)
+        step = step_of(model, batch, Rewrite(norms=norm_sites(model)), passes=passes)
+        (node,) = [one for one in step.graph.nodes if "norm_backward" in str(one.target)]
+        results.append((step.run(batch, {}), node))
+    (plain, before), (joined, after) = results
+    assert before.args[0] is before.args[1]  # of the sum and of the norm
+    assert before.target is after.target
+    torch.testing.assert_close(plain.grads, joined.grads, rtol=0, atol=0)
+
+
 def test_on_a_cpu_the_graph_stays_as_it_is() -> None:
     model, batch = Blocks(nn.LayerNorm), tokens()
     step = step_of(model, batch, Rewrite(norms=norm_sites(model)))
