@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from trainc.compiler.bind.bound_clause import BoundClause
@@ -25,6 +24,7 @@ from trainc.runtime.mask.mask_actions import ZeroGradients
 from trainc.runtime.mask.selected_entries import SelectedEntries
 from trainc.runtime.soundness.gradient_norm import ModelGradient
 from trainc.runtime.step.action import Action, Phase
+from trainc.runtime.step.entry_updates import EntryMask, EntryUpdates
 from trainc.runtime.step.gradients import (
     Clip,
     DropGradients,
@@ -35,7 +35,6 @@ from trainc.runtime.step.gradients import (
 )
 from trainc.runtime.step.held_updates import HeldUpdates
 from trainc.runtime.step.optimizer import (
-    EntryUpdate,
     LrFactor,
     OptimizerStep,
     OwnOptimizer,
@@ -230,27 +229,27 @@ def _optimizer_actions(
 
 def _entry_updates(
     part: OptimizerPart, names: Sequence[str], method: LoweredMethod
-) -> dict[str, EntryUpdate]:
+) -> EntryUpdates | None:
     """Return what steps the chosen entries of parameters in place, where the optimizer has an operator for them.
 
     It serves no parameter of which a clause reads weights or updates at the step.
     """
     construct: Any = part.construct
     if part.asks or not getattr(construct, "steps_entries", False):  # one from another package
-        return {}
+        return None
     changed = {
         name
         for action in method.actions
         if isinstance(action, UpdateTransform | GradientTransform)
         for name in action.parameters
     }
-    found: dict[str, EntryUpdate] = {}
+    found: dict[str, EntryMask] = {}
     for name in names:
         mask = method.masks.get(name)
         if isinstance(mask, SelectedEntries) and name not in changed:
             mask.update_in_place()
-            found[name] = partial(mask.update, construct.entry_operator)
-    return found
+            found[name] = mask
+    return EntryUpdates(found, construct.update_entries) if found else None
 
 
 def _slot(

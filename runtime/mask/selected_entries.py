@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from trainc.runtime.mask.update_mask import Begin, UpdateMask, leaves_of, no_state, own_tensors
-
-EntryOperator = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
-"""Updates entries of a weight, given the weight, their gradient (k,), their positions (k,), and what is updated in the
-place of the weight, which then gets it rounded: (k,), or None where that is the weight."""
-EntryOptimizer = Callable[[Mapping[str, Any], dict[str, Any], Tensor], EntryOperator]
-"""Makes it of the options and the state that torch has, and of the gradient."""
+from trainc.runtime.step.entry_updates import Chosen
 
 
 class SelectedEntries(UpdateMask):
@@ -49,6 +44,7 @@ class SelectedEntries(UpdateMask):
         """Whether the dense gradient of a step stays in `parameter.grad`, since the next choice depends on it."""
         self._handle: RemovableHandle | None = None
         self._in_place = False
+        self._before: Tensor | None = None
         self._moved: Tensor | None = None
 
     @property
@@ -225,7 +221,7 @@ class SelectedEntries(UpdateMask):
     # the update of the weights themselves
 
     def update_in_place(self) -> None:
-        """Say that `update` takes every step, so that weights which are precise enough need no copy."""
+        """Say that an operator takes every step, so that weights which are precise enough need no copy."""
         self._in_place = True
         self.read()
 
@@ -234,18 +230,18 @@ class SelectedEntries(UpdateMask):
         """Whether `values` has a size and nothing else."""
         return self._in_place and self.is_chosen and not self._has_master
 
-    def update(
-        self, make: EntryOptimizer, options: Mapping[str, Any], state: dict[str, Any]
-    ) -> None:
-        """Let an optimizer's operator update the selected entries in place, and free their gradient."""
+    def open_update(self, state: dict[str, Any]) -> Chosen | None:
         index, grad = self.index, self.values.grad
         if index is None or grad is None:
-            return
+            return None
         weight = self.parameter.detach()
-        before = weight.reshape(-1).index_select(0, index)
-        operator = make(options, state, grad)
-        operator(weight, grad, index, None if self._is_empty else self.values.detach())
-        self._moved = (weight.reshape(-1).index_select(0, index) != before).sum()
+        self._before = weight.reshape(-1).index_select(0, index)
+        return Chosen(weight, grad, index, None if self._is_empty else self.values.detach(), state)
+
+    def close_update(self, chosen: Chosen) -> None:
+        before, self._before = self._before, None
+        assert before is not None
+        self._moved = (chosen.weight.reshape(-1).index_select(0, chosen.index) != before).sum()
         self.values.grad = None
 
     # what a checkpoint holds

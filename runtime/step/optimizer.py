@@ -16,6 +16,7 @@ from torch import Tensor
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.soundness.sound import unsound_tensor
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.step.entry_updates import EntryUpdates
 from trainc.runtime.step.gradients import GradientNotFinite
 from trainc.runtime.step.held_updates import DecayForm, HeldUpdates, Stepped
 from trainc.runtime.step.record import Step
@@ -42,9 +43,6 @@ from trainc.runtime.torch_optimizer.slots import first_refused, group_slots
 from trainc.runtime.torch_optimizer.slots import parts_of as parts_of
 from trainc.runtime.torch_optimizer.state_form import OptimizerForm
 
-EntryUpdate = Callable[[Mapping[str, Any], dict[str, Any]], None]
-"""Given the options of a group and the state of a parameter, as torch has it: steps its trained entries."""
-
 
 class OptimizerStep(Action):
     """Phase 9: call `step()` of a torch optimizer over the slots, then free the gradients.
@@ -53,8 +51,8 @@ class OptimizerStep(Action):
     building one loads much of torch. Updates that a clause changes are left to `updates`, which adds them later;
     `decay_form` says how they depend on the weights, None where that is not known. With `asks`, `step` is called with
     the closure of the step; an error in one of its calls leaves the weights as they were before, and clears the state.
-    `steady`: the schedule of the rate is one number, so that an optimizer may change its rate by itself. `entries` has
-    by parameter what steps its trained entries in place of the torch optimizer, whose state it keeps.
+    `steady`: the schedule of the rate is one number, so that an optimizer may change its rate by itself. `entries`
+    steps the trained entries of some parameters in place of the torch optimizer, whose state it keeps.
     """
 
     runs_model, phase = True, Phase.OPTIMIZER
@@ -69,10 +67,10 @@ class OptimizerStep(Action):
         *,
         asks: bool = False,
         steady: bool = False,
-        entries: Mapping[str, EntryUpdate] | None = None,
+        entries: EntryUpdates | None = None,
     ) -> None:
         self.name = name
-        self._entries = entries or {}
+        self._entries = entries
         self.asks, self.steady = asks, steady
         self._noted = self.started = False
         """`started`: whether the torch optimizer has stepped or was loaded, so that it may have state."""
@@ -172,7 +170,7 @@ class OptimizerStep(Action):
 
     def _step_torch(self) -> None:
         handle = None
-        if self._entries:  # behind the hooks of others, which see all gradients
+        if self._entries is not None:  # behind the hooks of others, which see all gradients
             handle = self.torch.register_step_pre_hook(self._step_entries)
         try:
             self.torch.step()
@@ -185,11 +183,12 @@ class OptimizerStep(Action):
 
     def _step_entries(self, *given: object) -> None:
         """Step the entries that have an operator of their own, which frees their gradients."""
+        entries, state = self._entries, self.torch.state
+        assert entries is not None
         for _, options, slots in self.in_groups():
-            for slot in slots:
-                if slot.name in self._entries and slot.tensor.grad is not None:
-                    with torch.no_grad():
-                        self._entries[slot.name](options, self.torch.state[slot.tensor])
+            found = [s for s in slots if s.name in entries and s.tensor.grad is not None]
+            with torch.no_grad():
+                entries.step(options, {slot.name: state[slot.tensor] for slot in found})
 
     def _notice_own_rates(self, step: Step) -> None:
         """Say once that the optimizer sets its rates itself; raises OptimizerProblem where a schedule would undo it."""

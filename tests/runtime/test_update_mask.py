@@ -14,6 +14,7 @@ from trainc.dsl.text.source import Source
 from trainc.runtime.mask.entry_choice import largest
 from trainc.runtime.mask.selected_entries import SelectedEntries
 from trainc.runtime.mask.zero_mask import ZeroMask
+from trainc.runtime.step.entry_updates import EntryUpdates
 
 
 def by_sorting(scores: list[Tensor], count: int) -> list[list[int]]:
@@ -200,10 +201,10 @@ def test_positions_take_two_bytes_where_that_is_less(numel: int, count: int) -> 
     assert torch.equal(compact.index.long(), index)
 
 
-def adamw(options: Any, state: dict[str, Any], like: Tensor) -> Any:
+def adamw() -> Any:
     source = Source("t", "train 1\noptimizer adamw { lr = 0.1 }\nloss cross_entropy")
     clause: Any = load_spec(source, catalog()).unwrap().one("optimizer")
-    return clause.construct.entry_operator(options, state, like)
+    return clause.construct.update_entries
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -220,7 +221,7 @@ def test_entries_that_are_updated_in_place_are_those_of_torch(dtype: torch.dtype
         for compact in (own, other):
             compact.read()
             compact.take(grad)
-        own.update(adamw, optimizer.param_groups[0], state)
+        EntryUpdates({"w": own}, adamw()).step(optimizer.param_groups[0], {"w": state})
         optimizer.step()
         optimizer.zero_grad()
         assert own.values.grad is None

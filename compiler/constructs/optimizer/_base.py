@@ -11,13 +11,12 @@ from trainc.compiler.errors import FieldError
 from trainc.dsl.reading.construct import Construct, Effect, ScopedSchedules, Selector
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
-    from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.mask.selected_entries import EntryOperator
+    from trainc.runtime.step.entry_updates import Chosen
     from trainc.runtime.step.held_updates import DecayForm
     from trainc.runtime.step.optimizer import OptionValues
 
@@ -119,18 +118,16 @@ class Optimizer(Construct):
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Build the torch optimizer over parameter-group dicts that carry `params` and `weight_decay`."""
 
-    def entry_operator(
-        self, options: Mapping[str, Any], state: dict[str, Any], like: Tensor
-    ) -> EntryOperator:
-        """Return what steps chosen entries of a weight in place, with torch's `options` and `state` of them.
+    def update_entries(self, options: Mapping[str, Any], entries: Sequence[Chosen]) -> None:
+        """Step chosen entries of weights in place, with torch's `options` and state of them.
 
-        `like` has the shape and dtype of their moments. Only where `steps_entries`.
+        Only where `steps_entries`.
         """
         raise NotImplementedError(f"`{self.title}` has no operator for chosen entries")
 
     @property
     def steps_entries(self) -> bool:
-        """Whether `entry_operator` takes the step of entries that a mask has chosen."""
+        """Whether `update_entries` takes the step of entries that a mask has chosen."""
         return False
 
     @property

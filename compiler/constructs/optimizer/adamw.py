@@ -15,12 +15,12 @@ from trainc.dsl.reading.construct import ScopedDecayRates
 from trainc.dsl.values.value_json import Items, Number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor
 
-    from trainc.runtime.mask.selected_entries import EntryOperator
+    from trainc.runtime.step.entry_updates import Chosen
 
 
 class AdamW(Optimizer):
@@ -79,39 +79,41 @@ class AdamW(Optimizer):
         """True, unless the spec says which of torch's implementations runs."""
         return self.implementation == "auto"
 
-    def entry_operator(
-        self, options: Mapping[str, Any], state: dict[str, Any], like: Tensor
-    ) -> EntryOperator:
-        """Return one step by the operator for chosen entries; the state is that of torch.optim.AdamW."""
+    def update_entries(self, options: Mapping[str, Any], entries: Sequence[Chosen]) -> None:
+        """Step all that have taken as many steps by one call; the state is that of torch.optim.AdamW."""
         import torch
 
         from trainc.kernels.parameter.sparse_adamw import sparse_adamw_
 
-        if not state:
-            wide = torch.get_default_dtype() == torch.float64
-            state["step"] = torch.tensor(0.0, dtype=torch.float64 if wide else torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
-        state["step"] += 1
+        wide = torch.get_default_dtype() == torch.float64
+        together: dict[tuple[Any, ...], list[Chosen]] = {}
+        for one in entries:
+            if not one.state:
+                first = torch.tensor(0.0, dtype=torch.float64 if wide else torch.float32)
+                moments = torch.zeros_like(one.grad), torch.zeros_like(one.grad)
+                one.state.update(
+                    zip(("step", "exp_avg", "exp_avg_sq"), (first, *moments), strict=True)
+                )
+            one.state["step"] += 1
+            key = one.weight.device, float(one.state["step"]), one.master is None
+            together.setdefault(key, []).append(one)
         beta1, beta2 = options["betas"]
-
-        def step(weight: Tensor, grad: Tensor, index: Tensor, master: Tensor | None) -> None:
+        for group in together.values():
             sparse_adamw_(
-                weight,
-                grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                index,
+                [one.weight for one in group],
+                [one.grad for one in group],
+                [one.state["exp_avg"] for one in group],
+                [one.state["exp_avg_sq"] for one in group],
+                [one.index for one in group],
                 lr=options["lr"],
                 beta1=beta1,
                 beta2=beta2,
                 eps=options["eps"],
                 weight_decay=options["weight_decay"],
-                step=state["step"],
+                step=group[0].state["step"],
                 gathered=True,
-                master=master,
+                master=[one.master for one in group if one.master is not None] or None,
             )
-
-        return step
 
     def reference(
         self,
