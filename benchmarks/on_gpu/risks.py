@@ -92,6 +92,7 @@ def rows(large: bool) -> Iterator[Row]:
     yield _row("norm of more than 2^31 entries", partial(_far_norm, large), 20.0)
     yield _row("loss of more than 2^31 logits", partial(_far_loss, large), 20.0)
     yield _row("random numbers after a capture that fails", _random_numbers)
+    yield _row("multi_norm in inductor's CUDA graphs", _in_a_pool, 20.0)
 
 
 def fit(size: Size, large: bool) -> Size:
@@ -225,3 +226,20 @@ def _random_numbers(device: Cuda) -> Json:
         "passed": bool(drawn.isfinite().all()) and (failed or device.kind != "cuda"),
         "the capture failed": failed,
     }
+
+
+def _in_a_pool(device: Cuda) -> Json:
+    """Inductor's graphs warm up in their own memory: nothing that a call leaves there may be read by the next one."""
+
+    def sums(tensors: list[Tensor]) -> Tensor:
+        return ours.multi_norm([one * 2 for one in tensors])
+
+    graphs: Any = {"triton.cudagraphs": True}
+    graphed = torch.compile(sums, options=graphs) if device.kind == "cuda" else sums
+    pairs = []
+    for call in range(5):
+        given = [torch.full((999 + place,), float(call), device=device.kind) for place in range(20)]
+        pairs.append((graphed(given).clone(), sums(given)))
+        # Eager calls between find other tensors at the same addresses.
+        ours.multi_norm([one[:9] for one in given])
+    return _apart(*pairs)
