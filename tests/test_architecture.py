@@ -119,7 +119,7 @@ ROOMS = {
             "compiler/lower compiler/passes compiler/plan compiler/execution compiler/program"
         ),
         "compiler/influence": (
-            "dsl/values dsl/reading dsl/resolve runtime/storage runtime/data runtime/device compiler "
+            "dsl/values dsl/reading dsl/resolve runtime/storage runtime/data runtime/device runtime/memory compiler "
             "compiler/structure compiler/model compiler/program compiler/driver"
         ),
         "compiler/learn": (

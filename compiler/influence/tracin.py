@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,10 +13,11 @@ from trainc.compiler.influence.example_gradients import ExampleGradients, Gradie
 from trainc.compiler.influence.recorded_run import RecordedRun
 from trainc.compiler.model.inventory import Inventory
 from trainc.runtime.data.order import Split, read_batch_at
+from trainc.runtime.memory.usable import usable_memory, used_memory
 from trainc.runtime.storage.random_streams import derive_seed
 
 ROOM = 2**28
-"""Bytes of the gradients that are held at once."""
+"""Bytes of the gradients of training examples that are held at once."""
 MOST = 64
 """The most examples that pass together."""
 
@@ -27,14 +29,14 @@ Tell = Callable[[int, int], None]
 class Influence:
     """Scores (others, training examples) and self-influences (training examples,), float64, and losses of both.
 
-    The losses are those at the last checkpoint, NaN for an example of which no target counts.
+    The losses are those at the last checkpoint of `steps`, NaN for an example of which no target counts.
     """
 
     steps: list[int]
     rates: list[tuple[float, float]]
     """The lowest and the highest rate of a checkpoint."""
     skipped: list[int]
-    """Checkpoints from before the first step, which had no rates."""
+    """Checkpoints at which no rate was above 0: from before the first step, or at the end of a schedule."""
     scores: Tensor
     own: Tensor
     losses: Tensor
@@ -85,12 +87,16 @@ class TracIn:
     def measure(
         self, train: Sequence[int], others: tuple[Split, Sequence[int]] | None = None
     ) -> Influence:
-        """Return the influence of training examples on others, and on themselves."""
+        """Return the influence of training examples on others, and on themselves.
+
+        Raises ValueError where no checkpoint counts, and where the gradients of the others do not fit into memory.
+        """
         gradients = ExampleGradients(self.run.program, self.names, self.inventory)
         sizes = {name: p.numel() for name, p in gradients.parameters.items()}
         seed = self.run.program.settings.seed
-        sketch = Sketch(self.projected, sizes, seed) if self.projected else None
         split, ids = others or (_whole(self.run.data.train), [])
+        self._require_memory(gradients, len(ids), len(train))
+        sketch = Sketch(self.projected, sizes, seed) if self.projected else None
         found = Influence(
             [],
             [],
@@ -127,8 +133,35 @@ class TracIn:
                     found.scores[:, part] += torch.cat(products).cpu()
                 done += part.stop - part.start
                 self.tell(done, total)
+        if not found.steps:
+            steps = ", ".join(map(str, found.skipped))
+            raise ValueError(
+                f"{self.run.folder}: at its checkpoints (step {steps}) no rate is above 0, and a step of rate 0 has no"
+                " influence: write `checkpoint = 100 steps` and `keep = 5` in its `run`, and train again, so that some"
+                " are of the part in which the loss fell"
+            )
         found.together = gradients.together
         return found
+
+    def _require_memory(self, gradients: ExampleGradients, others: int, train: int) -> None:
+        """Raise ValueError where gradients that are held until all are compared do not fit, or are not made smaller."""
+        entries = gradients.entries
+        if self.projected and self.projected >= entries:
+            raise ValueError(
+                f"`--projected {self.projected}`: the gradients have {entries:,} entries, which take less memory as"
+                " they are: leave it out, or write a smaller number"
+            )
+        width = max(p.element_size() for p in gradients.parameters.values())
+        device = next(iter(gradients.parameters.values())).device
+        held = others * (self.projected or entries) * width
+        usable = usable_memory(device)
+        free = math.inf if usable is None else usable.bytes - used_memory(device)
+        if held > free:
+            raise ValueError(
+                f"the gradients of {others:,} samples take {held / 2**30:,.1f} GiB, and there are {free / 2**30:,.1f}"
+                f" GiB: name fewer samples with `--on`, fewer parameters with `--layers` or `--last-layer`, or compare"
+                f" projections of them with `--projected {_smaller(self.projected or entries, held, free)}`"
+            )
 
     def _read(
         self, split: Split, ids: Sequence[int], gradients: ExampleGradients
@@ -140,6 +173,11 @@ class TracIn:
             part = slice(first, min(first + size, len(ids)))
             batch = read_batch_at(split, list(ids[part]), seed, 0)
             yield part, gradients.of(self.run.program.execution.losses.batch(place(batch)))
+
+
+def _smaller(entries: int, held: float, free: float) -> int:
+    """Return a power of two of entries that take half of what is free, at least one."""
+    return 1 << int(math.log2(max(entries * free / held / 2, 1)))
 
 
 def _whole(split: object) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +66,11 @@ def choose_start(
 ) -> tuple[Weights, list[float]]:
     """Return the random start with the least mean loss after short runs on each task, and the means of all.
 
-    It is the loss on the task's held-out samples, or on those that train where there are no others; NaN is the worst.
+    It is the loss on the task's held-out samples, or on those that train where there are no others. A mean that is not
+    finite is never the least; ValueError where none is finite.
     """
-    found: list[tuple[float, Weights]] = []
+    found: list[Weights] = []
+    means: list[float] = []
     for number in range(starts):
         learned = Tasks(spec, overrides, number)
         start, values = learned.start(), []
@@ -80,11 +82,22 @@ def choose_start(
             told(Progress(number * tasks + task + 1, starts * tasks, before, after))
         if len(values) < tasks:
             break
-        mean = sum(values) / len(values)
-        found.append((math.inf if math.isnan(mean) else mean, start))
+        means.append(sum(values) / len(values))
+        found.append(start)
     if not found:
         raise ValueError("no start was tried to its end: there is nothing to choose from")
-    return min(found, key=lambda one: one[0])[1], [value for value, _ in found]
+    return found[least(means)], means
+
+
+def least(values: Sequence[float]) -> int:
+    """Return the place of the least finite value; raises ValueError where none is finite."""
+    finite = [i for i, value in enumerate(values) if math.isfinite(value)]
+    if not finite:
+        raise ValueError(
+            f"after the steps on the tasks no loss of {len(values)} starts is finite: use a lower learning rate, or"
+            " fewer steps"
+        )
+    return min(finite, key=values.__getitem__)
 
 
 def _require_finite(weights: Weights, task: int) -> None:

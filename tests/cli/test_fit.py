@@ -149,3 +149,14 @@ def test_transfer_of_recorded_runs_is_the_law_that_made_them(
         assert line in shown
     assert "N 100,000 to 10,000,000 and D_F 10,000 to 1,000,000" in shown
     assert plot.exists()
+
+
+def test_a_run_that_is_given_twice_is_an_error(runs: Path) -> None:
+    again = runs / "b16" / ".." / "b4"
+    with pytest.raises(ValueError, match=r"b4 is given twice, as .*b4 before"):
+        fit_batch_of([runs / "b4", runs / "b16", again])
+
+
+def test_a_loss_that_runs_begin_with_is_an_error(runs: Path) -> None:
+    with pytest.raises(ValueError, match=r"b4 has the loss .* already where its records begin"):
+        fit_batch_of([runs / "b4", runs / "b16"], 1e9)

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.influenced import REFERENCE, reference_run, run, spec
 from trainc.cli.app import main
+from trainc.runtime.memory.usable import Usable
 
 TEXT = """train 1
 model "examples.models:gpt" { layers = 1, width = 8, heads = 2, context = 16 }
@@ -91,7 +93,7 @@ def test_images_are_drawn(
     pytest.importorskip("matplotlib")
     folder = run(tmp_path, spec())
     for more in (("--on", "0..1"), ("--on", "train:3"), ()):
-        picture = tmp_path / "found.png"
+        picture = tmp_path / "new/found.png"
         words = (folder, *more, "--last-layer", "--plot", picture)
         status, _, error = influence(monkeypatch, capsys, *words)
         assert (status, error) == (0, f"drew {picture}\n")
@@ -100,6 +102,8 @@ def test_images_are_drawn(
 
 
 WRONG = {
+    "--projected 5": "each gradient is compared with itself alone",
+    "--on 0 --projected 10000000000000": "the gradients have 47 entries",
     "--on 7": "there is no sample 7: the evaluation data has samples 0 to 3",
     "--on first": "names no samples: expected numbers and ranges",
     "--on test:1": "before `:` write `evaluation` or `train`",
@@ -144,3 +148,60 @@ def test_data_that_changed_since_is_said(
     assert status == 1
     assert "was made with another model or data" in error
     assert "the number of training samples was 9 and is 8" in error
+
+
+def test_what_is_no_image_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = (reference_run(tmp_path), "--plot", tmp_path / "x.png")
+    status, out, error = influence(monkeypatch, capsys, *words)
+    assert (status, out) == (1, "")
+    assert "--plot draws samples whose inputs are images" in error
+
+
+def test_json_has_no_number_that_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight = torch.full((1, 2), 1e300, dtype=torch.float64)
+    weights = {"weight": weight, "bias": torch.zeros(1, dtype=torch.float64)}
+    folder = reference_run(tmp_path, [(weights, 0.1)])
+    status, out, _ = influence(monkeypatch, capsys, folder, "--on", "0", "--json")
+    assert status == 0
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    told = json.loads(out, parse_constant=refuse)
+    assert None in told["self_influence"]
+    assert None in told["train_losses"]
+
+
+def test_checkpoints_without_a_rate_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {n: torch.ones(s, dtype=torch.float64) for n, s in (("weight", (1, 2)), ("bias", 1))}
+    folder = reference_run(tmp_path / "a", [(weights, 0.1), (weights, 0.0)])
+    status, out, _ = influence(monkeypatch, capsys, folder, "--on", "0")
+    assert status == 0
+    assert "1 checkpoints (step 1 at rate 0.1)" in out
+    assert "left out, as no rate was above 0 in the step before: step 2" in out
+    folder = reference_run(tmp_path / "b", [(weights, 0.0)])
+    status, out, error = influence(monkeypatch, capsys, folder, "--on", "0")
+    assert (status, out) == (1, "")
+    assert "at its checkpoints (step 1) no rate is above 0" in error
+
+
+def test_gradients_that_do_not_fit_into_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path, spec())
+    place = "trainc.compiler.influence.tracin"
+    monkeypatch.setattr(f"{place}.used_memory", lambda device: 2000)
+    monkeypatch.setattr(f"{place}.usable_memory", lambda device: Usable(3000, "a test"))
+    status, out, error = influence(monkeypatch, capsys, folder, "--on", "0..3")
+    assert (status, out) == (1, "")
+    assert "the gradients of 4 samples take" in error
+    assert "with `--projected 8`" in error
+    status, *_ = influence(monkeypatch, capsys, folder, "--on", "0..3", "--projected", "8")
+    assert status == 0

@@ -15,7 +15,7 @@ from examples.data import sines
 from examples.models import tanh_net
 from tests.cli.test_app import command
 from trainc.compiler.driver.train import train
-from trainc.compiler.learn.learn_init import choose_start, learn_start
+from trainc.compiler.learn.learn_init import choose_start, learn_start, least
 from trainc.compiler.learn.tasks import Tasks
 from trainc.runtime.data.order import Order
 from trainc.runtime.storage.random_streams import derive_seed
@@ -187,3 +187,57 @@ def test_init_and_start_together_are_an_error(tmp_path: Path) -> None:
     text = text.replace("seed = 3", 'seed = 3, start = "b.safetensors"')
     with pytest.raises(trainc.SpecError, match="in place of those of `init`"):
         trainc.compile(text)
+
+
+LEFT_OUT = {
+    "--rate 0": "at 0 nothing is learned",
+    "--rate 2": "--rate",
+    "--rate nan": "--rate",
+    "--starts 3": "without --select there is one start",
+    "--select value --rate 0.5": "--select learns nothing",
+    "--select value --resume": "--select begins anew",
+    "--resume": "is missing, so there is nothing to go on with",
+}
+
+
+@pytest.mark.parametrize("words", LEFT_OUT)
+def test_options_that_do_nothing_are_errors(
+    spec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+) -> None:
+    init = tmp_path / "init.safetensors"
+    given = ["learn-init", str(spec), "--tasks", "1", "--inner", "1", "--to", str(init)]
+    assert command(monkeypatch, *given, *words.split()) == 2
+    assert LEFT_OUT[words] in " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert not init.exists()
+
+
+def test_the_folder_of_the_file_is_made_before_anything_is_learned(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = tmp_path / "new/folder/init.safetensors"
+    given = ["learn-init", str(spec), "--tasks", "1", "--inner", "1", "--to", str(init)]
+    assert command(monkeypatch, *given) == 0
+    assert load_file(str(init))
+
+
+def test_a_start_whose_loss_is_not_finite_is_never_the_best(
+    spec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert least([float("nan"), 3.0, 2.0, float("-inf")]) == 2
+    with pytest.raises(ValueError, match="no loss of 2 starts is finite"):
+        least([float("nan"), float("inf")])
+    values = iter([float("nan"), 1.0])
+    monkeypatch.setattr(Tasks, "value", lambda self, task: next(values))
+    init = tmp_path / "init.safetensors"
+    given = ["--tasks", "1", "--inner", "1", "--select", "value", "--starts", "2", "--to"]
+    assert command(monkeypatch, "learn-init", str(spec), *given, str(init)) == 0
+    assert "seed 1: loss 1 *" in capsys.readouterr().out
+    wanted = Tasks(spec, None, 1).start()
+    assert all(torch.equal(value, wanted[name]) for name, value in load_file(str(init)).items())

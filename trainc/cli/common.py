@@ -1,5 +1,7 @@
 """Options that several verbs share."""
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -25,3 +27,10 @@ def overrides(given: list[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"expected NAME=VALUE, found `{text}`", param_hint="--set")
         pairs[name.strip()] = value.strip()
     return pairs
+
+
+def require_drawable(plot: Path | None) -> None:
+    """Say what is missing, and exit with 1, where a picture is asked for that cannot be drawn."""
+    if plot is not None and find_spec("matplotlib") is None:
+        print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
+        raise typer.Exit(1)

@@ -25,14 +25,17 @@ class DrawnExample:
 
 
 def draw_examples(rows: Sequence[Sequence[DrawnExample]], path: Path) -> Path:
-    """Draw rows of examples into a PNG file and return its path."""
-    columns = max(map(len, rows))
+    """Draw rows of examples into a PNG file and return its path; raises ValueError where there is none."""
+    columns = max(map(len, rows), default=0)
+    if not columns:
+        raise ValueError("no sample has an influence above 0: there is nothing to draw")
     figure = Figure(figsize=(columns * INCHES, len(rows) * (INCHES + 0.3)), layout="tight")
     every = figure.subplots(len(rows), columns, squeeze=False)
     for row, cells in zip(rows, every, strict=True):
         for i, cell in enumerate(cells):
             _draw(cell, row[i] if i < len(row) else None)
-    figure.savefig(path, dpi=160)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=160)
     return path
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from trainc.cli.common import require_drawable
 
 if TYPE_CHECKING:
     from trainc.runtime.fits.batch import BatchLaw, Reached
@@ -30,11 +30,16 @@ Plot = Annotated[
 
 
 def _read(folders: Sequence[Path]) -> list[RunRecords]:
-    """Return the records of runs; raises ValueError for a folder without steps."""
+    """Return the records of runs; raises ValueError for a folder without steps, and for one that is given twice."""
     from trainc.runtime.report.run_records import RunRecords
 
     found = []
+    seen: dict[Path, Path] = {}
     for folder in folders:
+        if (before := seen.setdefault(folder.resolve(), folder)) is not folder:
+            raise ValueError(
+                f"{folder} is given twice, as {before} before: a law counts each run once, so leave one out"
+            )
         if not (folder / "metrics.jsonl").exists():
             raise ValueError(f"{folder} holds no run: there is no metrics.jsonl")
         run = RunRecords.of(folder, str(folder), "")
@@ -98,6 +103,11 @@ def reached(run: RunRecords, course: Sequence[tuple[float, float, float]], loss:
     from trainc.runtime.fits.batch import Reached
 
     before: tuple[float, float, float] | None = None
+    if course and course[0][2] <= loss:
+        raise ValueError(
+            f"{run.name} has the loss {course[0][2]:.6g} already where its records begin, so it is not known when it"
+            f" came to {loss:.6g}: give a lower `--loss`, or evaluate more often at its start"
+        )
     for point in course:
         if point[2] <= loss:
             break
@@ -108,9 +118,9 @@ def reached(run: RunRecords, course: Sequence[tuple[float, float, float]], loss:
             f"{run.name} lacks the loss {loss:.6g}: its lowest is {lowest:.6g}. Train it longer, or give a higher"
             " `--loss`"
         )
-    part = 1.0 if before is None else (before[2] - loss) / (before[2] - point[2])
-    start = (0.0, 0.0) if before is None else before[:2]
-    steps, samples = (a + part * (b - a) for a, b in zip(start, point[:2], strict=True))
+    assert before is not None
+    part = (before[2] - loss) / (before[2] - point[2])
+    steps, samples = (a + part * (b - a) for a, b in zip(before[:2], point[:2], strict=True))
     noise = []
     for signal in shown_signals(run.plan):
         if signal.unit == "samples" and signal.main:
@@ -163,12 +173,6 @@ def _print_batch(law: BatchLaw, of: str) -> None:
         print("no intervals: they need three runs or more")
 
 
-def _require_matplotlib(plot: Path | None) -> None:
-    if plot is not None and find_spec("matplotlib") is None:
-        print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
-        raise typer.Exit(1)
-
-
 def fit_batch_of(folders: Sequence[Path], loss: float | None = None) -> tuple[BatchLaw, str]:
     """Return the law of the batch of runs, and of what the loss is: `evaluation`, where all have two, or `training`."""
     from trainc.runtime.fits.batch import fit_batch
@@ -204,7 +208,7 @@ def register(app: typer.Typer) -> None:
         """
         from trainc.runtime.fits.transfer import fit_transfer
 
-        _require_matplotlib(plot)
+        require_drawable(plot)
         law = fit_transfer([trained(run) for run in _read(runs)])
         _print_transfer(law)
         if plot is not None:
@@ -229,7 +233,7 @@ def register(app: typer.Typer) -> None:
 
         For instance: trainc fit batch runs/batch-* --loss 2.1 --plot batch.png
         """
-        _require_matplotlib(plot)
+        require_drawable(plot)
         law, of = fit_batch_of(runs, loss)
         _print_batch(law, of)
         if plot is not None:

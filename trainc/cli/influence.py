@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from trainc.cli.common import require_drawable
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +53,7 @@ def register(app: typer.Typer) -> None:
                 "--projected",
                 metavar="D",
                 min=1,
-                help="Compare random projections of the gradients to D numbers, which take less memory.",
+                help="With --on: compare random projections of the gradients to D numbers, which take less memory.",
             ),
         ] = None,
         among: Annotated[
@@ -108,7 +109,7 @@ def register(app: typer.Typer) -> None:
 
         For instance: trainc influence runs/tonight --on 0..3 --last-layer --plot found.png
         """
-        from trainc.cli.influence_text import Report
+        from trainc.cli.influence_text import Report, require_images
         from trainc.compiler.influence.recorded_run import RecordedRun
         from trainc.compiler.influence.selection import (
             examples_of,
@@ -121,14 +122,19 @@ def register(app: typer.Typer) -> None:
             raise typer.BadParameter(
                 "write one of --last-layer and --layers", param_hint="--layers"
             )
-        if plot is not None and find_spec("matplotlib") is None:
-            print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
-            raise typer.Exit(1)
+        if projected is not None and on is None:
+            raise typer.BadParameter(
+                "without --on each gradient is compared with itself alone, which needs no projection: leave it out",
+                param_hint="--projected",
+            )
+        require_drawable(plot)
         found = RecordedRun.read(run, spec, device)
         train = training_samples(among, found.data)
         others = None if on is None else examples_of(on, found.data)
         names, inventory = parameters_of(found, layers, last_layer)
         measure = TracIn(found, names, inventory, projected, tell=_progress)
+        if plot is not None:
+            require_images(found, train, others)
         measured = measure.measure(train, others and (others.split, others.ids))
         report = Report(found, names, train, others, measured, top)
         if as_json:

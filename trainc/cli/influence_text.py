@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,7 @@ class Report:
         return console
 
     def to_json(self) -> dict[str, Any]:
-        """Return all scores, with the samples, checkpoints and parameters they are of; None for a loss of no target."""
+        """Return all scores, with the samples, checkpoints and parameters they are of; None where one is not finite."""
         found = self.found
         told: dict[str, Any] = {
             "run": str(self.run.folder),
@@ -55,7 +56,7 @@ class Report:
                 for step, rates in zip(found.steps, found.rates, strict=True)
             ],
             "train": [*self.train],
-            "self_influence": found.own.tolist(),
+            "self_influence": _numbers(found.own),
             "train_losses": _numbers(found.train_losses),
         }
         if self.others is not None:
@@ -63,7 +64,7 @@ class Report:
                 "part": self.others.part,
                 "samples": self.others.ids,
                 "losses": _numbers(found.losses),
-                "influence": found.scores.tolist(),
+                "influence": [_numbers(row) for row in found.scores],
                 "proponents": [self._ids(self._best(row)) for row in found.scores],
                 "opponents": [self._ids(self._best(-row)) for row in found.scores],
             }
@@ -75,7 +76,9 @@ class Report:
         spans = [f"step {s} at {_span(r)}" for s, r in zip(found.steps, found.rates, strict=True)]
         self._say(f"{self.run.folder}: {len(found.steps)} checkpoints ({', '.join(spans)})")
         if found.skipped:
-            self._say(f"left out, as no step was before it: step {found.skipped[0]}")
+            many = "s" * (len(found.skipped) > 1)
+            steps = ", ".join(map(str, found.skipped))
+            self._say(f"left out, as no rate was above 0 in the step before: step{many} {steps}")
         self._say(f"gradients of {len(self.names)} parameters: {_some(self.names)}")
         if self.others is None:
             self.console.print()
@@ -125,15 +128,9 @@ class Report:
         train = split_of(self.run.data.train)
 
         def drawn(split: Any, sample: int, title: str, color: str = "none") -> DrawnExample:
-            batch = self._read(split, sample)
-            pixels = picture(batch[0])
-            if pixels is None:
-                raise ValueError(
-                    "--plot draws samples whose inputs are images, (channels, height, width) with 1 or 3 channels:"
-                    " these are not, so leave --plot out; the tables show them as text"
-                )
+            batch = _read(self.run, split, sample)
             target = text_of(batch, None)
-            return DrawnExample(pixels.numpy(), f"{title}\n{target}", color)
+            return DrawnExample(_pixels(batch).numpy(), f"{title}\n{target}", color)
 
         def row(scores: Tensor, order: Sequence[int], color: str) -> list[DrawnExample]:
             return [
@@ -157,15 +154,35 @@ class Report:
             rows.append([first, *row(scores, best, "tab:green"), *row(scores, worst, "tab:red")])
         return draw_examples(rows, path)
 
-    def _read(self, split: Any, sample: int) -> Batch:
-        batch = read_batch_at(split, [sample], self.run.program.settings.seed, 0)
-        return self.run.program.execution.losses.batch(batch)
-
     def _text(self, split: Any, sample: int) -> str:
-        return text_of(self._read(split, sample), getattr(self.run.data, "decode", None))
+        batch = _read(self.run, split, sample)
+        return text_of(batch, getattr(self.run.data, "decode", None))
 
     def _say(self, line: str) -> None:
         self.console.print(Text(line), soft_wrap=True)
+
+
+def require_images(run: RecordedRun, train: Sequence[int], others: Examples | None) -> None:
+    """Raise ValueError unless the first of the samples that would be drawn are images."""
+    _pixels(_read(run, split_of(run.data.train), train[0]))
+    if others is not None:
+        _pixels(_read(run, others.split, others.ids[0]))
+
+
+def _read(run: RecordedRun, split: Any, sample: int) -> Batch:
+    batch = read_batch_at(split, [sample], run.program.settings.seed, 0)
+    return run.program.execution.losses.batch(batch)
+
+
+def _pixels(batch: Batch) -> Tensor:
+    """Return the input of one example as a picture; raises ValueError where it is none."""
+    pixels = picture(batch[0])
+    if pixels is None:
+        raise ValueError(
+            "--plot draws samples whose inputs are images, (channels, height, width) with 1 or 3 channels: these are"
+            " not, so leave --plot out; the tables show them as text"
+        )
+    return pixels
 
 
 def _span(rates: tuple[float, float]) -> str:
@@ -178,4 +195,5 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _numbers(values: Tensor) -> list[float | None]:
-    return [None if x != x else x for x in values.tolist()]
+    """Return numbers as JSON has them: None for a loss of no target, and for what overflowed."""
+    return [x if math.isfinite(x) else None for x in values.tolist()]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SAVED = 100
 """Tasks between two times at which the file is written."""
+FRACTION, STARTS = 0.5, 10
+"""What `--rate` and `--starts` are unless they are given."""
 
 
 def _write(target: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -111,7 +113,7 @@ def _choose(
     spec: Path, to: Path, starts: int, tasks: int, inner: int, given: dict[str, str]
 ) -> int:
     """Write the best of several random starts, and return the exit code."""
-    from trainc.compiler.learn.learn_init import choose_start
+    from trainc.compiler.learn.learn_init import choose_start, least
     from trainc.runtime.run.stop_signals import StopSignals
 
     with StopSignals() as signals:
@@ -125,7 +127,7 @@ def _choose(
             stopped=lambda: signals.requested() is not None,
         )
         reason = signals.requested()
-    best = values.index(min(values))
+    best = least(values)
     what = f"the best of {len(values)} random starts after {inner} steps on each of {tasks:,} tasks (seed {best})"
     _write(to, weights, {"what": what, "values": values})
     for seed, value in enumerate(values):
@@ -147,11 +149,13 @@ def register(app: typer.Typer) -> None:
         tasks: Annotated[int, typer.Option("--tasks", min=1, help="Number of tasks.")],
         inner: Annotated[int, typer.Option("--inner", min=1, help="Steps on each task.")] = 8,
         rate: Annotated[
-            float,
+            float | None,
             typer.Option(
-                "--rate", min=0, max=1, help="Fraction of the way to a task's end, at first."
+                "--rate",
+                max=1,
+                help=f"Fraction of the way to a task's end, at first, above 0. Default: {FRACTION}.",
             ),
-        ] = 0.5,
+        ] = None,
         select: Annotated[
             Literal["value"] | None,
             typer.Option(
@@ -160,8 +164,13 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         starts: Annotated[
-            int, typer.Option("--starts", min=2, help="With --select: number of random starts.")
-        ] = 10,
+            int | None,
+            typer.Option(
+                "--starts",
+                min=2,
+                help=f"With --select: number of random starts. Default: {STARTS}.",
+            ),
+        ] = None,
         resume: Annotated[
             bool, typer.Option("--resume", help="Go on with the file of an interrupted run.")
         ] = False,
@@ -177,13 +186,35 @@ def register(app: typer.Typer) -> None:
 
         For instance: trainc learn-init family.train --tasks 1000 --inner 8 --rate 0.5 --to init.safetensors
         """
-        if to.suffix != ".safetensors":
-            raise typer.BadParameter("expected FILE.safetensors", param_hint="--to")
         given = overrides(set_)
         if select is not None:
-            if resume:
-                raise typer.BadParameter(
-                    "`--select` begins anew: leave it out", param_hint="--resume"
-                )
-            raise typer.Exit(_choose(spec, to, starts, tasks, inner, given))
+            _not_beside("--select begins anew", resume or None, "--resume")
+            _not_beside("--select learns nothing", rate, "--rate")
+            _require_file(to, resume)
+            raise typer.Exit(_choose(spec, to, starts or STARTS, tasks, inner, given))
+        _not_beside("without --select there is one start", starts, "--starts")
+        if rate is not None and not rate > 0:
+            raise typer.BadParameter(
+                "at 0 nothing is learned: expected more than 0", param_hint="--rate"
+            )
+        _require_file(to, resume)
+        rate = FRACTION if rate is None else rate
         raise typer.Exit(_learn(spec, to, tasks, inner, rate, given, resume))
+
+
+def _require_file(to: Path, resume: bool) -> None:
+    """Raise BadParameter where the file cannot be written at the end, or is to be gone on with and is not there."""
+    if to.suffix != ".safetensors":
+        raise typer.BadParameter("expected FILE.safetensors", param_hint="--to")
+    if resume and not to.exists():
+        raise typer.BadParameter(
+            f"{to} is missing, so there is nothing to go on with: leave out --resume",
+            param_hint="--resume",
+        )
+    to.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _not_beside(why: str, given: object, option: str) -> None:
+    """Raise BadParameter for an option that does nothing beside others."""
+    if given is not None:
+        raise typer.BadParameter(f"{why}: leave it out", param_hint=option)

@@ -2,11 +2,9 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trainc.cli.common import require_drawable
 from trainc.compiler.driver.recorded_clauses import (
     draw_runs,
     figure_rows,
@@ -244,7 +243,5 @@ def _report(runs: Sequence[Path], plot: Path | None) -> None:
         console.width = max(console.width, WIDE)
     show(found, console)
     if plot is not None:
-        if find_spec("matplotlib") is None:
-            print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
-            raise typer.Exit(1)
+        require_drawable(plot)
         console.print(Text(f"drew {draw_runs(runs, plot)}"), soft_wrap=True)

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainc.cli.common import Overrides, overrides
+from trainc.cli.common import Overrides, overrides, require_drawable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,9 +153,7 @@ def _without_spectrum(others: dict[str, tuple[int, ...]]) -> str:
 
 
 def _draw(rows: Sequence[Row], plot: Path) -> None:
-    if find_spec("matplotlib") is None:
-        print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
-        raise typer.Exit(1)
+    require_drawable(plot)
     from trainc.runtime.report.spectra import DrawnSpectrum, draw_spectra
 
     shown = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -56,9 +56,10 @@ class Strengths:
 class Lead(Turn):
     """Phase 11: find the leaders, keep copies of them, and pull the weights there.
 
-    A leader is the process with the lowest mean loss of its last steps, of equal ones that of the lowest rank. `groups`
-    is the number of neighbouring ranks in a group, `node` for those of one machine, or None. Where one group has all
-    processes, its leader is that of all, and the turns of groups are left out.
+    A leader is the process with the lowest mean loss of its last steps, of equal ones that of the lowest rank; one
+    whose mean is not finite never leads. `groups` is the number of neighbouring ranks in a group, `node` for those of
+    one machine, or None. Where one group has all processes, its leader is that of all, and the turns of groups are left
+    out.
     """
 
     kept: ClassVar = ("of_group", "of_all")
@@ -88,9 +89,9 @@ class Lead(Turn):
 
     @property
     def score(self) -> float:
-        """The mean of the losses that there are; infinite without one, and for what is no number."""
+        """The mean of the losses that there are; infinite without one, and where it is not finite."""
         mean = sum(self.losses) / len(self.losses) if self.losses else math.inf
-        return math.inf if math.isnan(mean) else mean
+        return mean if math.isfinite(mean) else math.inf
 
     def begin(self, step: Step, replicas: ReplicaGroup) -> None:
         """Form the groups, and keep the weights of now unless leaders are kept already."""
@@ -126,14 +127,25 @@ class Lead(Turn):
             return
         scores = replicas.gather_rows([self.score])[:, 0].tolist()
         if self._part is not None:
-            best = min(range(self._part.size), key=lambda i: scores[self._ranks[i]])
-            self.of_group = self._follow(step, self._part, best, self.strengths.pull[0])
+            best = self._best(step, "of the group", [scores[rank] for rank in self._ranks])
+            if best is not None:
+                self.of_group = self._follow(step, self._part, best, self.strengths.pull[0])
         if of_all:
-            best = min(range(replicas.size), key=scores.__getitem__)
-            self.of_all = self._follow(step, replicas, best, self.strengths.pull[1])
-            self.led = self.led or [0] * replicas.size
-            self.led[best] += 1
+            best = self._best(step, "of all", scores)
+            if best is not None:
+                self.of_all = self._follow(step, replicas, best, self.strengths.pull[1])
+                self.led += [0] * (replicas.size - len(self.led))
+                self.led[best] += 1
             self.average_the_rest(step, replicas)
+
+    def _best(self, step: Step, of: str, scores: Sequence[float]) -> int | None:
+        """Return the place of the lowest score; None, and a note, where there is none: all weights stay as they are."""
+        if not any(map(math.isfinite, scores)):
+            step.notes.append(
+                f"{self.name}: no process {of} has a finite loss at step {step.clock.steps + 1}, so none leads"
+            )
+            return None
+        return min(range(len(scores)), key=scores.__getitem__)
 
     def _follow(
         self, step: Step, group: ReplicaGroup, source: int, pull: float

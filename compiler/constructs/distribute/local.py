@@ -70,13 +70,15 @@ class Local(Construct):
     clause, the first turn averages.
 
     `rule = leader` is leader SGD: w <- w + pull (leader - w), where the leader is the process with the lowest
-    mean loss of its last steps, `score`, over the steps that there were. `groups` have leaders of their own,
-    and every `global_every` turns the weights are drawn to the leader of all, too, after that of the group.
-    After every step w <- w + prox / n (stored leader - w), where n is the number of steps between two of its
-    turns; before the first turn the stored leaders are the weights at the start. `pull` and `prox` are [of
-    groups, of all]. The optimizer's state and running statistics stay with their process, as published. The
-    published program lets each process do as many steps as it can between two turns; here all do the same
-    number, so that runs can be repeated.
+    mean loss of its last steps, `score`, over the steps that there were; of equal ones that with the lowest rank.
+    One whose mean is not finite never leads: where this is so of all, nothing is pulled, and a note says it.
+    `groups` have leaders of their own, and every `global_every` turns the weights are drawn to the leader of all,
+    too, after that of the group. After every step w <- w + prox / n (stored leader - w), where n is the number of
+    steps between two of its turns; before the first turn the stored leaders are the weights at the start. `pull`
+    and `prox` are [of groups, of all]. 16-bit weights are drawn in float32 and rounded: a change of less than half
+    their last bit is lost, as those of a small `prox / n` are. The optimizer's state and running statistics stay
+    with their process, as published. The published program lets each process do as many steps as it can between
+    two turns; here all do the same number, so that runs can be repeated.
 
     Between two turns the replicas differ, with `leader` always: each saves and resumes its own checkpoint, and
     evaluates its own weights. Loss, batch, clock, signals and noise scales are those of a replica. A `when`
