@@ -53,15 +53,32 @@ def started_model(spec: Spec) -> nn.Module:
 
     Raises SpecError where these do not fit, and where `start` of `run` would put others in their place.
     """
+    require_one_start(spec)
     model, source = seeded_model(spec), _init_of(spec)
     if source is not None:
-        run: Any = spec.one("run")
-        if run is not None and run.construct.start is not None:
-            at = labels((run.part_span("start"), ""), (spec.one("model").part_span("init"), "here"))  # type: ignore[union-attr]
-            message = "`start` of `run` would put its weights in place of those of `init`: remove one of the two"
-            raise SpecError([Diagnostic("bad-value", message, at)])
         load_weights(model, source, spec, "model", "init")
     return model
+
+
+def require_one_start(spec: Spec) -> None:
+    """Raise SpecError where `start` of `run` would put its weights in place of those of `init`."""
+    run, model = spec.one("run"), spec.one("model")
+    start = None if run is None else run.construct.start  # type: ignore[attr-defined]
+    if run is not None and model is not None and start is not None and _init_of(spec) is not None:
+        at = labels((run.part_span("start"), ""), (model.part_span("init"), "here"))
+        message = "`start` of `run` would put its weights in place of those of `init`: remove one of the two"
+        raise SpecError([Diagnostic("bad-value", message, at)])
+
+
+def unused_init(spec: Spec) -> list[Diagnostic]:
+    """Return a warning for initial weights of a spec's model that a model which is passed does not get."""
+    clause = spec.one("model")
+    if clause is None or _init_of(spec) is None:
+        return []
+    message = "`init` has no effect: the model was passed, and trains from the weights that it has"
+    help_ = "load them into the model before, or pass none, and the spec builds it"
+    at = labels((clause.part_span("init"), ""))
+    return [Diagnostic("no-effect", message, at, (), help_, "warning")]
 
 
 def origins(spec: Spec) -> list[str]:
@@ -93,7 +110,8 @@ def load_weights(
         else:
             model.load_state_dict(weights)
     except (ValueError, OSError, LookupError, TypeError, RuntimeError) as error:
-        message = f"the weights in {source} cannot be loaded into this model: {error}"
+        why = " ".join(str(error).split())  # torch writes a line for each name
+        message = f"the weights in {source} cannot be loaded into this model: {why}"
         clause = spec.one(kind)
         at = labels((clause.part_span(field) if clause else None, ""))
         raise SpecError([Diagnostic("model-failed", message, at)]) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,12 @@ from trainc.compiler.bind.binding import Binding, bind
 from trainc.compiler.bind.rule_selectors import frozen_by_rules
 from trainc.compiler.bind.signals import measured_signals, signal_units
 from trainc.compiler.catalog import catalog, path_of
-from trainc.compiler.driver.adaptation import adapted, started_model
+from trainc.compiler.driver.adaptation import (
+    adapted,
+    require_one_start,
+    started_model,
+    unused_init,
+)
 from trainc.compiler.lower.assemble import assemble
 from trainc.compiler.lower.lowering_context import LoweringContext
 from trainc.compiler.lower.when_rules import when_rules
@@ -37,6 +43,7 @@ from trainc.compiler.plan.make_plan import make_plan
 from trainc.compiler.plan.plan import Plan
 from trainc.compiler.structure.wrappers import name_through, unwrapped
 from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.runtime.data.stream import is_stream
 from trainc.runtime.rules.fields import Fields
 from trainc.runtime.rules.switches import Frozen, Switches
@@ -71,7 +78,8 @@ def compile(
     checked, path = resolve_spec(spec, overrides)
     with searching(path):
         built = started_model(checked) if model is None else model
-        return compile_model(checked, built, data_facts(checked), without, executor)
+        said = () if model is None else unused_init(checked)
+        return compile_model(checked, built, data_facts(checked), without, executor, warnings=said)
 
 
 def compile_model(
@@ -81,10 +89,11 @@ def compile_model(
     without: Iterable[str] = (),
     executor: Executor = "auto",
     prepare: Prepare | None = None,
+    warnings: Iterable[Diagnostic] = (),
 ) -> Program:
     """Return the program of a checked spec on a model, with what is known of the data.
 
-    `prepare` may change the model once it is bound, before the clauses are lowered.
+    `prepare` may change the model once it is bound, before the clauses are lowered; `warnings` join those of the plan.
     """
     from trainc.compiler.passes.pipeline import check_names
 
@@ -94,7 +103,7 @@ def compile_model(
     name_through(own)
     release_copies(own)
     with adapted(spec, own) as base:
-        binding = bind(spec, build_inventory(own), facts, base)
+        binding = _with_warnings(bind(spec, build_inventory(own), facts, base), warnings)
         if prepare is not None:
             prepare(binding, own)
         program = build_program(binding, own, disabled, executor)
@@ -139,15 +148,22 @@ def plan(
     from trainc.compiler.model.meta_device import SkipInitialization, on_meta
 
     checked, path = resolve_spec(spec, overrides)
+    said = () if model is None else unused_init(checked)
     with searching(path):
         if model is None:
+            require_one_start(checked)
             with torch.device("meta"), SkipInitialization():
                 model = build_model(checked)
         else:
             model = on_meta(unwrapped(model))
         with adapted(checked, model) as base:
-            binding = bind(checked, build_inventory(model), data_facts(checked), base)
+            bound = bind(checked, build_inventory(model), data_facts(checked), base)
+            binding = _with_warnings(bound, said)
             return make_plan(binding, _lower(binding, model, _first_signals(binding), to_run=False))
+
+
+def _with_warnings(binding: Binding, warnings: Iterable[Diagnostic]) -> Binding:
+    return replace(binding, warnings=(*binding.warnings, *warnings))
 
 
 def resolve_spec(

@@ -26,7 +26,7 @@ from trainc.compiler.driver.site_diagnostics import (
 )
 from trainc.compiler.errors import SiteError
 from trainc.compiler.execution.execution import Executor
-from trainc.compiler.model.factories import missing_clause
+from trainc.compiler.model.factories import missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.program.program import Program
 from trainc.compiler.program.save import PLAN, json_text
@@ -52,6 +52,7 @@ from trainc.runtime.run.summary import Summary
 from trainc.runtime.step.action import ClauseFailed, IncompatibleState
 from trainc.runtime.storage.differences import ChangedRun
 from trainc.runtime.storage.random_streams import derive_seed
+from trainc.runtime.storage.run_folder import RunFolder
 from trainc.runtime.torch_optimizer.problem import OptimizerProblem
 
 SPEC, SPEC_TEXT = "spec.json", "spec.train"
@@ -88,7 +89,10 @@ def train(
     logger, distribution = run_logger(checked, log), Distribution.of(checked)
     hardware = distribution.placed(hardware_of(checked, device))
     with distribution.team(hardware) as team:
-        program, data = _compiled(checked, path, hardware, distribution, without, executor)
+        goes_on = resume and not accept and RunFolder(out).has_checkpoint
+        program, data = _compiled(
+            checked, path, hardware, distribution, without, executor, starts=not goes_on
+        )
         shows = team.rank == 0 and not quiet
         if program.plan.warnings and shows:
             print(render_text(program.plan.warnings).strip("\n"), file=sys.stderr)
@@ -108,7 +112,7 @@ def train(
                 logger=logger,
                 preflight=takes,
                 team=team,
-                notes=(*distribution.notes, *origins(checked)),
+                notes=(*distribution.notes, *([] if goes_on else origins(checked))),
             )
 
 
@@ -119,13 +123,17 @@ def _compiled(
     distribution: Distribution,
     without: Iterable[str],
     executor: Executor,
+    starts: bool,
 ) -> tuple[Program, Data]:
-    """Return the program of a spec with its model on the hardware, joined with the other processes, and its data."""
+    """Return the program of a spec with its model on the hardware, joined with the other processes, and its data.
+
+    Where it `starts`, the model has the weights that the spec names; one that goes on takes those of its checkpoint.
+    """
     run: Any = spec.one("run")
     with searching(path):
-        model = started_model(spec)
+        model = started_model(spec) if starts else seeded_model(spec)
         start: str | None = run.construct.start
-        if start is not None:
+        if starts and start is not None:
             load_weights(model, Path(start), spec)
         program, data = compile_with_data(
             spec,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from trainc.compiler.learn.learn_init import choose_start, learn_start, least
 from trainc.compiler.learn.tasks import Tasks
 from trainc.runtime.data.order import Order
 from trainc.runtime.storage.random_streams import derive_seed
+from trainc.runtime.storage.saved_weights import read_weights
 
 SPEC = """train 1
 model "examples.models:tanh_net" { width = 8 }
@@ -187,6 +189,41 @@ def test_init_and_start_together_are_an_error(tmp_path: Path) -> None:
     text = text.replace("seed = 3", 'seed = 3, start = "b.safetensors"')
     with pytest.raises(trainc.SpecError, match="in place of those of `init`"):
         trainc.compile(text)
+    with pytest.raises(trainc.SpecError, match="in place of those of `init`"):
+        trainc.plan(text)
+
+
+@pytest.mark.parametrize("field", ["init", "start"])
+def test_a_resumed_run_does_not_read_its_first_weights_again(tmp_path: Path, field: str) -> None:
+    init = tmp_path / "init.safetensors"
+    save_file(dict(tanh_net(8).state_dict()), init)
+    old, new = ("width = 8", "width = 8, ") if field == "init" else ("seed = 3", "seed = 3, ")
+    path = tmp_path / "one.train"
+    text = SPEC.replace(old, f'{new}{field} = "{init}"')
+    text = text.replace("device = cpu", "device = cpu, checkpoint = 2 steps, keep = 9")
+    path.write_text(text + "regularize l2_sp on all { weight = 0.1 }\n")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(path, whole, quiet=True)
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints/step-00000004")
+    (parts / "summary.json").unlink()
+    init.unlink()
+    train(path, parts, quiet=True, resume=True)
+    found, wanted = (read_weights(run) for run in (parts, whole))
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    events = (parts / "events.jsonl").read_text()
+    assert events.count("the model starts with") == (field == "init")
+
+
+def test_init_beside_a_model_that_is_passed_is_warned_of() -> None:
+    text = SPEC.replace("width = 8", 'width = 8, init = "a.safetensors"')
+    for made in (trainc.compile(text, tanh_net(8)).plan, trainc.plan(text, tanh_net(8))):
+        (warning,) = made.warnings
+        assert warning.rule == "no-effect"
+        assert "`init` has no effect" in warning.message
+        assert warning.span is not None
+        assert warning.span.text == '"a.safetensors"'
+    assert not trainc.compile(SPEC, tanh_net(8)).plan.warnings
 
 
 LEFT_OUT = {

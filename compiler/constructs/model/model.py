@@ -20,7 +20,8 @@ class Model(Construct):
     rates and schedules are those of the spec. Of two, `init` is for what a model is, `start` of `run` for a run that
     goes on from another; both together are an error.
 
-    Where a model is passed to `trainc.compile`, path, arguments and `init` are not used.
+    A run that is resumed takes the weights of its checkpoint, and does not read the file again. Where a model is passed
+    to `trainc.compile`, path, arguments and `init` are not used; the plan warns of the last.
 
     Imported only by plan, compile, run and verify; `trainc plan` calls it on the meta device. Where the model is
     passed (`trainc.compile(spec, model)`) the clause may be left out.
