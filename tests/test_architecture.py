@@ -119,8 +119,8 @@ ROOMS = {
             "compiler/lower compiler/passes compiler/plan compiler/execution compiler/program"
         ),
         "compiler/influence": (
-            "dsl/values dsl/reading dsl/resolve runtime/storage runtime/data runtime/device runtime/memory compiler "
-            "compiler/structure compiler/model compiler/program compiler/driver"
+            "dsl/values dsl/reading dsl/resolve runtime/storage runtime/data runtime/device runtime/memory "
+            "runtime/rules compiler compiler/structure compiler/model compiler/program compiler/driver"
         ),
         "compiler/learn": (
             "dsl/text dsl/resolve runtime/storage runtime/data runtime/run runtime/step compiler/model compiler/bind "

@@ -19,6 +19,7 @@ from trainc.dsl.resolve.spec import Spec
 from trainc.runtime.data.identity import data_differences, data_identity
 from trainc.runtime.data.order import Data
 from trainc.runtime.device.hardware import Hardware
+from trainc.runtime.rules.switches import Frozen
 from trainc.runtime.storage.checkpoint import checkpoints_in, load_checkpoint
 from trainc.runtime.storage.differences import ChangedRun, check_differences
 from trainc.runtime.storage.foreign_files import interpreting, read_json
@@ -79,8 +80,14 @@ class RecordedRun:
 
 
 def rates_of(program: dict[str, Any]) -> dict[str, float]:
-    """Return the learning rates of the last step before a program was saved, by parameter, all factors in them."""
-    return {name: float(rate) for name, rate in program["rates"]["in_force"].items()}
+    """Return the learning rates of the last step before a program was saved, by parameter, all factors in them.
+
+    They are 0 for parameters that a rule had frozen, which did not move in that step.
+    """
+    frozen = Frozen()
+    frozen.load_state_dict(program["actions"].get(frozen.name, {}))
+    rates = program["rates"]["in_force"].items()
+    return {name: 0.0 if name in frozen.now else float(rate) for name, rate in rates}
 
 
 def checkpoint_loader(model: nn.Module, checkpoint: str | Path) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,9 @@ def read_origin(source: Path) -> str:
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     with interpreting(source), safe_open(str(source), "pt") as file:
         about = (file.metadata() or {}).get(ORIGIN)
-    made = ""
-    if about is not None:
-        with interpreting(source):
-            made = f", {json.loads(about)['what']}"
-    return f"sha256 {digest}{made}"
+    with suppress(ValueError, LookupError, TypeError):  # of another program, it says nothing
+        return f"sha256 {digest}, {json.loads(about or '')['what']}"
+    return f"sha256 {digest}"
 
 
 def read_changes(source: Path, base: Path | None = None) -> list[TensorDelta]:

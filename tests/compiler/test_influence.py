@@ -201,3 +201,13 @@ def test_the_loader_says_what_one_rate_does_not_stand_for(tmp_path: Path) -> Non
     (path / "state.json").write_text("{}")
     with pytest.raises(DamagedCheckpoint, match=r"state\.json"):
         trainc.checkpoint_loader(reference_model(), path)
+
+
+def test_parameters_that_a_rule_has_frozen_have_no_rate(tmp_path: Path) -> None:
+    rule = 'when step >= 3 { freeze "head.*" }'
+    recorded = RecordedRun.read(run(tmp_path, spec(more=rule)))
+    rates = {step: recorded.load(step) for step in recorded.checkpoints}
+    assert [found["head.weight"] for found in rates.values()] == [0.1, 0, 0]
+    assert [found["body.weight"] for found in rates.values()] == [0.1, 0.1, 0.1]
+    names, inventory = parameters_of(recorded, "head", False)
+    assert TracIn(recorded, names, inventory).measure([0, 1]).steps == [2]

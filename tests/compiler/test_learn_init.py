@@ -184,6 +184,18 @@ def test_weights_that_do_not_fit_are_an_error_at_init(tmp_path: Path) -> None:
     assert json.loads(found.labels[0].span.text) == str(wrong)
 
 
+@pytest.mark.parametrize("about", ["[1]", "{}", "made by hand"])
+def test_weights_of_which_another_program_says_something_are_read(
+    tmp_path: Path, about: str
+) -> None:
+    init = tmp_path / "init.safetensors"
+    save_file(dict(tanh_net(8).state_dict()), init, {"trainc": about})
+    path = tmp_path / "one.train"
+    path.write_text(SPEC.replace("width = 8", f'width = 8, init = "{init}"'))
+    train(path, tmp_path / "run", quiet=True)
+    assert f"the model starts with {init}: sha256" in (tmp_path / "run/events.jsonl").read_text()
+
+
 def test_init_and_start_together_are_an_error(tmp_path: Path) -> None:
     text = SPEC.replace("width = 8", 'width = 8, init = "a.safetensors"')
     text = text.replace("seed = 3", 'seed = 3, start = "b.safetensors"')
