@@ -144,13 +144,8 @@ class TracIn:
         return found
 
     def _require_memory(self, gradients: ExampleGradients, others: int, train: int) -> None:
-        """Raise ValueError where gradients that are held until all are compared do not fit, or are not made smaller."""
+        """Raise ValueError where gradients that are held until all are compared do not fit into memory."""
         entries = gradients.entries
-        if self.projected and self.projected >= entries:
-            raise ValueError(
-                f"`--projected {self.projected}`: the gradients have {entries:,} entries, which take less memory as"
-                " they are: leave it out, or write a smaller number"
-            )
         width = max(p.element_size() for p in gradients.parameters.values())
         device = next(iter(gradients.parameters.values())).device
         held = others * (self.projected or entries) * width

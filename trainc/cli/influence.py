@@ -133,6 +133,13 @@ def register(app: typer.Typer) -> None:
         others = None if on is None else examples_of(on, found.data)
         names, inventory = parameters_of(found, layers, last_layer)
         measure = TracIn(found, names, inventory, projected, tell=_progress)
+        entries = sum(found.program.execution.parameters[name].numel() for name in names)
+        if projected is not None and projected >= entries:
+            raise typer.BadParameter(
+                f"the gradients have {entries:,} entries, which take less memory as they are: leave it out, or write a"
+                " smaller number",
+                param_hint="--projected",
+            )
         if plot is not None:
             require_images(found, train, others)
         measured = measure.measure(train, others and (others.split, others.ids))
