@@ -57,8 +57,15 @@ class CompanionAccess(ClauseAccess):
         made = Companion(f"{self.label} {name}", self.model, names, module, since, **given)
         follows_clause = since == "from" and module is None
         made.gate = self.gate() if follows_clause else None
+        if module is None:
+            made.output = self._logits_output
         self._method.actions.append(made)
         return made
+
+    def _logits_output(self) -> str | int | None:
+        """Return which part of the model's output has the logits, once all clauses are lowered."""
+        loss = self._method.loss
+        return None if loss is None else loss.logits_output
 
     def _fitting(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return weights by the first name of each tensor; raises ValueError unless they are of this model."""

@@ -94,7 +94,12 @@ def _memory(binding: Binding, method: LoweredMethod) -> Iterator[tuple[str, int]
             for name in part.targets
             if name not in method.frozen
         ]
-        yield state_of(part.label), round(part.construct.moments * sum(sizes))
+        entries = sum(inventory.parameter[n].numel for n in part.targets if n not in method.frozen)
+        together = getattr(part.construct, "state_bytes", None)  # where it is no multiple of sizes
+        known = (
+            round(part.construct.moments * sum(sizes)) if together is None else together(entries)
+        )
+        yield state_of(part.label), known
     for action in method.actions:
         yield action.name, action.memory()
     constants = sum(t.numel() * t.element_size() for t in method.tensors.values())

@@ -31,6 +31,7 @@ from trainc.runtime.processes.sharded import is_sharded
 from trainc.runtime.step.action import Action, ActionState, Phase
 from trainc.runtime.step.record import Step
 from trainc.runtime.storage.form import Form, Record, Values
+from trainc.runtime.storage.random_streams import kept_streams
 
 Since = Literal["start", "from", "call"]
 """When a copy of the model is made: before the first step, before the first in which the clause acts, or by `copy`."""
@@ -69,6 +70,7 @@ class Companion(Action):
         self.parameters: frozenset[str] = frozenset()
         """Which of these are parameters."""
         self.made = module is not None
+        self.output: Callable[[], Pick] = lambda: None  # of its logits, unless a reader names it
         self.estimates: int | None = None
         """From how many batches evaluation estimates running statistics, 0 for all; None where they stay."""
         self.estimated = False
@@ -153,16 +155,16 @@ class Companion(Action):
     def logits(
         self, inputs: Any, output: Pick = None, labels: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Return the module's logits in eval mode, without gradient; no random number is drawn.
+        """Return the module's logits in eval mode, without gradient; no global random number is drawn.
 
-        With `output` it is this part of what the module returns. It is given `labels` by name where it takes them: a
-        decoder may make its inputs of them. With `through` they are what it gives, without labels.
+        They are the part `output` of what it returns, or that of its own `output`. It is given `labels` by name where
+        it takes them: a decoder may make inputs of them. With `through` they are what that gives, without labels.
         Unless its copy is made by `copy`, one that is not made yet is made now.
         """
         self._make()
-        module = self.module
+        module, output = self.module, self.output() if output is None else output
         devices = {t.device for t in module.parameters() if t.device.type == "cuda"}
-        with torch.random.fork_rng(sorted(device.index or 0 for device in devices)):
+        with torch.random.fork_rng(sorted(device.index or 0 for device in devices)), kept_streams():
             copies = map_tensors(torch.clone, inputs)
             if self.through is not None:
                 return self.through(lambda given: self._run(module, given, output), copies).detach()

@@ -41,7 +41,7 @@ def draw_times(
     times: Sequence[float | None],
     labels: tuple[str, str, str],
 ) -> None:
-    """Draw sizes as bars and times as points on an axis of their own; None is a time that is not reached.
+    """Draw sizes as bars and times as points on an axis of their own, with a cross at its top for None, not reached.
 
     `labels` are those of the horizontal axis, of the sizes and of the times.
     """
@@ -52,9 +52,11 @@ def draw_times(
     points = axes.twinx()
     reached = [(i, at) for i, at in enumerate(times) if at is not None]
     points.plot([i for i, _ in reached], [at for _, at in reached], "o", color="#2166AC")
-    for i in [i for i, at in enumerate(times) if at is None]:
-        points.annotate(
-            "not yet", (i, 1), xycoords=("data", "axes fraction"), ha="center", va="top"
-        )
     points.set_ylim(bottom=0)
     points.set_ylabel(labels[2])
+    if missing := [i for i, at in enumerate(times) if at is None]:
+        top, place = [1.0] * len(missing), points.get_xaxis_transform()
+        points.plot(
+            missing, top, "x", color="#2166AC", transform=place, clip_on=False, label="not yet"
+        )
+        legend_below(points)

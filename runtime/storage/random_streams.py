@@ -118,11 +118,18 @@ def set_global_states(states: tuple[torch.Tensor, Any, Any]) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators inside a block; afterwards they are as before, those of CUDA aside."""
+def kept_streams() -> Iterator[None]:
+    """Let the global generators be after a block as they were before it, those of CUDA aside."""
     before = global_states()
-    seed_globals(seed)
     try:
         yield
     finally:
         set_global_states(before)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators inside a block; afterwards they are as before, those of CUDA aside."""
+    with kept_streams():
+        seed_globals(seed)
+        yield

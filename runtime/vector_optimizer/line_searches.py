@@ -13,6 +13,8 @@ from trainc.runtime.vector_optimizer.vector import Landscape, Vector, VectorOpti
 Method = Literal["Powell", "CG", "BFGS"]
 TOLERANCE = 1e-2
 """To which fraction of a step the minimum on a line is found, without gradients."""
+BLOCK = 1_000_000
+"""How many numbers of an inverse Hessian are updated at a time."""
 CURVATURE = {"CG": 0.4, "BFGS": 0.9}
 """The constant of the second Wolfe condition."""
 
@@ -81,6 +83,10 @@ def _descend(at: Landscape, state: dict[str, Any], method: Method) -> Vector:
     value, gradient = at.value(x), at.gradient(x).copy()
     last_x, last_gradient = kept(state, "x", (n,)), kept(state, "gradient", (n,))
     last_value = state.get("value")
+    if (
+        last_value == value
+    ):  # nothing moved, as at a rate of 0: the change says nothing on how far to go
+        last_value = None
     direction = -gradient
     if last_x is not None and last_gradient is not None:
         direct = _of_inverse if method == "BFGS" else _conjugate
@@ -119,8 +125,10 @@ def _of_inverse(state: dict[str, Any], moved: Vector, last: Vector, now: Vector)
     if curvature > 1e-12 * float(np.linalg.norm(moved) * np.linalg.norm(changed)):
         applied = inverse @ changed
         scale = (1 + float(changed @ applied) / curvature) / curvature
-        inverse += scale * np.outer(moved, moved)
-        inverse -= (np.outer(applied, moved) + np.outer(moved, applied)) / curvature
+        for some in np.array_split(np.arange(n), -(-n * n // BLOCK)):  # beside n times n numbers
+            inverse[some] += scale * np.outer(moved[some], moved)
+            both = np.outer(applied[some], moved) + np.outer(moved[some], applied)
+            inverse[some] -= both / curvature
     keep(state, "inverse", inverse)
     direction: Vector = -(inverse @ now)
     return direction if float(direction @ now) < 0 else -now

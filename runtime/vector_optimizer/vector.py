@@ -62,7 +62,10 @@ def _numbers(tensor: Tensor) -> Vector:
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Vector:
-    return np.zeros(parameter.numel()) if parameter.grad is None else _numbers(parameter.grad)
+    found = parameter.grad
+    if found is None:
+        return np.zeros(parameter.numel())
+    return _numbers(found.to_dense() if found.is_sparse else found)
 
 
 class VectorOptimizer(torch.optim.Optimizer):

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from trainc.compiler.driver.recorded_clauses import draw_runs, panels_of
 from trainc.runtime.report.axes import Panel, round_numbers
+from trainc.runtime.report.families import draw_times
 from trainc.runtime.report.plots import list_panels, read_runs, smooth
 from trainc.runtime.report.run_records import RecordedClause
 from trainc.runtime.report.shown_signal import ShownSignal
@@ -256,10 +257,25 @@ def test_what_is_measured_in_evaluations_is_drawn_at_the_steps_before_them(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     clause = {"kind": "observe", "label": "calibration", "construct": "calibration", "fields": {}}
     (tmp_path / "plan.json").write_text(json.dumps({"clauses": [clause]}))
-    (panel,) = [p for p in panels(tmp_path) if p.title == "calibration calibration error"]
+    (panel,) = [p for p in panels(tmp_path) if p.title == "calibration error"]
     axes = Figure().add_subplot()
     panel.draw(axes)
     (line,) = axes.lines
     at = [3.0, 6.0] if counter == "step" else [300.0, 600.0]
     assert np.array_equal(line.get_xdata(), at)
     assert np.allclose(line.get_ydata(), [0.3, 0.6])
+
+
+def test_times_that_are_not_reached_are_marked_once_in_words() -> None:
+    """Words at each of them ran into each other."""
+    axes = Figure().add_subplot()
+    names = [*map(str, range(40))]
+    draw_times(axes, names, [1.0] * 40, [3.0, *[None] * 39], ("frequency", "size", "step"))
+    (points,) = [one for one in axes.figure.axes if one is not axes]
+    assert not points.texts
+    reached, missing = points.lines
+    assert np.array_equal(reached.get_xydata(), [[0, 3]])
+    assert np.array_equal(missing.get_xdata(), range(1, 40))
+    legend = points.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["not yet"]

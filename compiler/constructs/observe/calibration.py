@@ -58,7 +58,7 @@ class Calibration(Construct):
     )
     usage: ClassVar = "observe calibration { bins = 15 }"
     signals: ClassVar = {
-        "ece": Signal("expected calibration error, 0 to 1", title="calibration error"),
+        "ece": Signal("expected calibration error, 0 to 1", title="error"),
         "rms": "root mean square of the calibration error, 0 to 1",
         "mce": "largest calibration error of a bin, 0 to 1",
         "brier": Signal("mean square of confidence minus right, 0 to 1", title="Brier score"),

@@ -61,7 +61,7 @@ class Consistency(Construct):
         "expected": Signal(
             "expected squared distance of two noisy passes' logits, to first order",
             ends=("low", "high"),
-            title="expected consistency",
+            title="expected",
             logarithmic=True,
         ),
         "low": "lower end of the interval of `expected`",
@@ -140,6 +140,8 @@ class Expected(Observer):
     def see(self, forward: Seen) -> None:
         import torch
 
+        from trainc.compiler.model.undisturbed import keep_state
+
         if not self.squares:
             self.twin.copy()  # of buffers; the parameters are the model's own
         module = self.twin.module
@@ -152,7 +154,7 @@ class Expected(Observer):
             for name in self.sigmas
         ]
         try:
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            with torch.enable_grad(), keep_state(module):
                 logits = forward.logits_of_module(module)
                 self._require(probes)
                 counted = _rows_counted(forward.counted, logits)

@@ -28,7 +28,8 @@ class Margin(Construct):
     distance to the nearest example of another class: min over j of (z_y - z_j) / |W_y - W_j|_q,
     where distances of what the layer is given are in the norm p of `norm` and 1/p + 1/q = 1. For a
     linear model that is the distance of the inputs, and no change of an input that is shorter than
-    `min` makes the prediction wrong. Targets that do not count are left out.
+    `min` makes the prediction wrong. A class whose weights are those of y is at no distance where
+    z_j = z_y, as all are in a head of zeros, else infinitely far. Targets that do not count are left out.
     """
 
     cite: ClassVar = (
@@ -37,8 +38,8 @@ class Margin(Construct):
     )
     usage: ClassVar = "observe margin { of = training }"
     signals: ClassVar = {
-        "min": Signal("smallest margin", title="smallest margin"),
-        "mean": Signal("mean margin", title="mean margin"),
+        "min": Signal("smallest margin", title="smallest"),
+        "mean": Signal("mean margin", title="mean"),
     }
     effects: ClassVar = (
         Effect(
@@ -88,7 +89,8 @@ class Margin(Construct):
         if weight is not None:
             q = 2.0 if self.norm == "l2" else 1.0
             between = torch.cdist(weight, weight, p=q, compute_mode="donot_use_mm_for_euclid_dist")
-            gaps = gaps / between[targets]
+            distances = gaps / between[targets]
+            gaps = distances.masked_fill((gaps == 0) & (between[targets] == 0), 0)  # both the same
         own = torch.nn.functional.one_hot(targets, logits.shape[1]).bool()
         return gaps.masked_fill(own, float("inf")).amin(1)
 

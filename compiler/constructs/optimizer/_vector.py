@@ -37,8 +37,17 @@ class OfVector(Optimizer):
 
     @property
     def moments_known(self) -> bool:
-        """False: the state depends on the number of parameters together."""
-        return False
+        """True: the state is that of all parameters together."""
+        return True
+
+    @property
+    def matrices(self) -> int:
+        """Return how many matrices of n times n numbers are kept, for n parameters."""
+        return 0
+
+    def state_bytes(self, entries: int) -> int:
+        """Return the bytes of the state of so many numbers together, in float64 whatever the weights are."""
+        return round(8 * entries * (self.moments + self.matrices * entries))
 
     def lower(self, to: Lowering) -> None:
         """Claim the parameters; raises FieldError for too many, or complex ones, and for a weight decay."""

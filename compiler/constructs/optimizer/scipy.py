@@ -24,9 +24,11 @@ class Scipy(OfVector):
 
     - `Powell` uses no gradient. It searches along each of n directions in turn, at first the axes, and then along the
       way that all of these went: about 10 n evaluations a step. That way may take the place of a direction, which is
-      as in `scipy.optimize.minimize`.
+      as in `scipy.optimize.minimize`. The directions are n times n numbers.
     - `CG` goes along conjugate gradients of Polak and Ribiere, or along -g where these do not descend.
-    - `BFGS` keeps an estimate of the inverse Hessian, n times n numbers, 800 MB at 10,000 parameters.
+    - `BFGS` keeps an estimate of the inverse Hessian, n times n numbers.
+
+    At 10,000 parameters n times n numbers take 800 MB, in memory and in checkpoints, and twice that during a step.
 
     The last two go along a line until both Wolfe conditions hold, and stay where they are if no such point is found.
     Their curvature is that of the gradients of two steps: between different batches it is noise. Each evaluation costs
@@ -47,6 +49,11 @@ class Scipy(OfVector):
     def moments(self) -> float:
         """Return the vectors that are kept beside directions and inverse Hessian."""
         return 1 if self.method == "Powell" else 3
+
+    @property
+    def matrices(self) -> int:
+        """Return how many matrices are kept: directions, or the inverse Hessian."""
+        return 0 if self.method == "CG" else 1
 
     def examine(self) -> None:
         """Raise ImportProblem where scipy is not installed."""

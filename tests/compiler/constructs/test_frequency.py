@@ -271,6 +271,32 @@ def test_a_model_of_other_inputs_is_an_error_at_the_probe() -> None:
     assert failed.value.field == "probe"  # type: ignore[attr-defined]
 
 
+class Named(nn.Module):
+    """A model whose outputs have names, and more than one could be meant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x, "curve": self.inner(x)}
+
+
+@pytest.mark.parametrize("loss_first", [True, False])
+def test_the_output_is_the_one_that_the_loss_reads(loss_first: bool) -> None:
+    clause = f"observe frequency {{ {PROBE} }} "
+    plain = trainc.compile(BASE + clause, net())
+    named = BASE.replace("loss mse", "")
+    loss = 'loss mse { output = "curve" } '
+    text = loss + named + clause if loss_first else clause + named + loss
+    program = trainc.compile(text, Named())
+    for one in (plain, program):
+        one.step(curve_points())
+    for name, value in plain.signals.items():
+        if name.startswith("frequency"):
+            assert program.signals[name] == value
+
+
 def test_a_run_records_amplitudes_and_draws_them(tmp_path: Path) -> None:
     spec = tmp_path / "curve.train"
     spec.write_text(

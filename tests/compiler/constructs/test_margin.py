@@ -86,6 +86,20 @@ def test_examples_that_another_clause_mixes_have_no_margin() -> None:
     trainc.plan(f"{BASE}{mixes}", net())  # evaluations mix nothing
 
 
+def test_classes_of_equal_weights_are_at_no_distance_where_their_logits_are_equal() -> None:
+    """A head begins with zeros where a model is fine-tuned, and an infinite distance is that to no class."""
+    model = net()
+    with torch.no_grad():
+        model[2].weight.zero_(), model[2].bias.zero_()  # type: ignore[index]
+    found = trainc.compile(f'{BASE} {{ of = training, layer = "2" }}', model).step(batch())
+    assert found["margin.min"] == found["margin.mean"] == 0
+    logits, weight = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[1.0], [1.0], [3.0]])
+    margins = [Margin().reference(logits, torch.tensor([y]), weight) for y in range(3)]
+    assert torch.cat(margins).tolist() == [-0.5, -0.5, 0.5]
+    wrong = Margin().reference(torch.tensor([[0.0, 2.0]]), torch.tensor([0]), torch.ones(2, 1))
+    assert wrong.tolist() == [-math.inf]
+
+
 def test_a_layer_must_give_the_logits() -> None:
     program = trainc.compile(f'{BASE} {{ of = training, layer = "0" }}', net())
     with pytest.raises(ValueError, match="let `layer` be the layer that gives the logits"):

@@ -437,6 +437,29 @@ def test_numbers_that_overflow_are_left_out_and_said() -> None:
     assert any("not finite numbers" in note for note in program.report().notes)
 
 
+class Flat(nn.Sequential):
+    """One logit an example, without an axis of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x[:, 0]
+
+
+@pytest.mark.parametrize("clause", ["saturation", "homogeneity"])
+def test_one_logit_an_example_is_measured_with_and_without_an_axis(clause: str) -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1)
+    x, y = torch.randn(5, 4), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    rest = REST.replace("cross_entropy", "bce")
+    found = []
+    for model, targets in ((nn.Sequential(*layers), y[:, None]), (Flat(*layers), y)):
+        program = trainc.compile(f"{rest} observe {clause}", copy.deepcopy(model))
+        found.append({n: v for n, v in program.step((x, targets)).items() if clause in n})
+    assert found[0]
+    assert found[0] == found[1]
+
+
 def test_a_signal_that_needs_a_field_is_told_so() -> None:
     for signal, field in (("hidden", "layers"), ("attended", "heads")):
         reason = Saturation().unmeasured_reason(signal)

@@ -15,6 +15,7 @@ import trainc
 from examples.data import curve_points
 from tests.conformance import Setup
 from trainc.compiler.constructs.optimizer.scipy import Scipy
+from trainc.runtime.vector_optimizer import line_searches
 from trainc.runtime.vector_optimizer.line_searches import LineSearches
 
 BASE = "loss mse run { length = 40 steps } "
@@ -127,6 +128,69 @@ def test_a_rate_goes_a_part_of_the_way() -> None:
     trainc.compile(spec("CG", ", lr = 0.25"), part).step(batch())
     for a, b, c in zip(start, whole.parameters(), part.parameters(), strict=True):
         torch.testing.assert_close(a + 0.25 * (b - a), c, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["CG", "BFGS"])
+def test_it_goes_on_after_steps_at_a_rate_of_0(method: str) -> None:
+    """A loss that did not change says nothing on how far to go: scipy's search ends at once where it is told so."""
+    late, now = net(), net()
+    program = trainc.compile(spec(method, ", lr = max(0, min(1, step - 1))"), late)
+    for _ in range(3):
+        program.step(batch())
+    trainc.compile(spec(method), now).step(batch())
+    moved = [
+        (a - b).abs().max() for a, b in zip(late.parameters(), net().parameters(), strict=True)
+    ]
+    assert max(moved) > 0
+    for a, b in zip(late.parameters(), now.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class Words(nn.Module):
+    """An embedding whose gradient is sparse, and a line."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.line = nn.Embedding(6, 2, sparse=sparse), nn.Linear(2, 1)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.line(self.words(ids))
+        return found
+
+
+@pytest.mark.parametrize("clause", [*(f'scipy {{ method = "{m}" }}' for m in METHODS), "swarm"])
+def test_sparse_gradients_are_those_of_dense_ones(clause: str) -> None:
+    ids = torch.arange(5)
+    batch = ids, torch.sin(ids.double())[:, None]
+    sparse, dense = Words(True), Words(False)
+    for model in (sparse, dense):
+        program = trainc.compile(BASE + "optimizer " + clause, model)
+        for _ in range(3):
+            program.step(batch)
+    for a, b in zip(sparse.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_the_plan_counts_the_state_of_all_parameters_together() -> None:
+    """By hand: 99 * 100 + 100 = 10,000 numbers in float64, whatever the weights are."""
+    n, largest = 10_000, nn.Linear(99, 100)
+    clauses = {spec("CG"): 3 * n, spec("BFGS"): 3 * n + n * n, spec("Powell"): n + n * n}
+    for text, numbers in clauses.items():
+        state = {"what": "scipy: optimizer state", "bytes": 8 * numbers}
+        assert trainc.plan(text, largest).memory[0] == state
+    rows = trainc.plan(BASE + "optimizer swarm { particles = 7 }", largest).memory
+    assert rows[0]["bytes"] == 8 * 3 * 7 * n
+
+
+def test_an_inverse_hessian_is_updated_in_parts_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, whole = minimized("BFGS", 6)
+    monkeypatch.setattr(line_searches, "BLOCK", 5)
+    _, parts = minimized("BFGS", 6)
+    assert torch.equal(whole, parts)
 
 
 def test_frozen_parameters_stay() -> None:

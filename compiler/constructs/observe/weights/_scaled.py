@@ -228,7 +228,11 @@ def _rows(output: Tensor, counted: Tensor) -> Iterator[Tensor]:
         rows = output[counted]
     elif output.dim() and len(output) == len(counted):
         of_examples = output[counted.flatten(1).any(1) if counted.dim() > 1 else counted]
-        rows = of_examples.flatten(0, 1) if output.dim() == 3 else of_examples.flatten(1)
+        rows = (
+            of_examples.flatten(0, 1)
+            if output.dim() == 3
+            else of_examples.reshape(len(of_examples), -1)
+        )
     else:  # the examples are not on the first axis: all rows
         rows = output.reshape(-1, shape[-1] if output.dim() else 1)
     for some in rows.split(ROWS):
