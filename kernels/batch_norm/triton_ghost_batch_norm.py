@@ -29,6 +29,9 @@ FORWARD_HELD, BACKWARD_HELD = 1 << 14, 1 << 13
 WALKED = 1 << 12
 # More samples beside RUN channels take twice the registers in addresses, and spill in backward.
 WALKED_SAMPLES = 64
+# Registers a thread of backward, for 2048 elements in rows of these lengths, where the assembler for sm_100 spills.
+# A processor holds at most one program less. Longer and shorter rows spill nothing.
+LIMITED, BACKWARD_REGISTERS = (256, 512), 96
 # Neighbours in memory a program should find in one sample: 32 bytes and more.
 RUN = 16
 
@@ -208,15 +211,23 @@ def _sizes(x: Tensor, count: int, ghost_size: int) -> tuple[int, int, int, int, 
     return examples * width, channels, 1, count, size * width
 
 
+def limits(chosen: Tile) -> dict[str, int]:
+    """The launch options of backward for a tile besides its own."""
+    elements = chosen.samples * chosen.channels * chosen.positions
+    limited = chosen.once and elements == 2048 and chosen.positions in LIMITED
+    return {"maxnreg": BACKWARD_REGISTERS} if limited else {}
+
+
 def _launch(kernel, pointers, sizes, held, *scalars, **flags) -> None:
     """Run a kernel over channel blocks and ghosts."""
     examples, channels, width, count, size = sizes
     chosen = tile(max(size, examples - (count - 1) * size), channels, width, held)
+    more = limits(chosen) if kernel is ghost_backward else {}
     launch(
         kernel, (triton.cdiv(channels, chosen.channels) * count,),
         *pointers, examples, channels, width, count, size, *scalars,
         **flags, ONCE=chosen.once, BLOCK_N=chosen.samples, BLOCK_C=chosen.channels,
-        BLOCK_S=chosen.positions, num_warps=chosen.warps,
+        BLOCK_S=chosen.positions, num_warps=chosen.warps, **more,
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from trainc.kernels.noise.philox import MAX_VIEWS
 
 BLOCK_GROUPS = 64
 BLOCK_TOKENS = 8
+# Exact noise of each token takes more registers: of 8 tokens some compilers spill a few.
+BLOCK_TOKENS_ALONE = 4
 PROGRAM_TOKENS = 64
 # What the second axis of a grid may count: beyond, blocks are larger.
 SIDE = 65535
@@ -136,6 +138,7 @@ def multiplied(
     x, h0 = x.contiguous(), None if h0 is None else h0.contiguous()
     groups = min(BLOCK_GROUPS, triton.next_power_of_2(triton.cdiv(channels, 4)))
     groups = max(groups, triton.next_power_of_2(triton.cdiv(channels, 4 * SIDE)))
+    together = BLOCK_TOKENS_ALONE if share == "none" else BLOCK_TOKENS
     chunks, blocks = triton.cdiv(tokens, PROGRAM_TOKENS), triton.cdiv(channels, 4 * groups)
     launch(
         noise, (x.shape[0] * chunks, blocks),
@@ -144,7 +147,7 @@ def multiplied(
         key if first_example is None else first_example.to(x.device),
         site - (site >> 31 << 32), x.shape[0] // views, tokens, channels, PROGRAM_TOKENS,
         HAS_H0=h0 is not None, HAS_FIRST=first_example is not None, SHARED=share == "token", FAST=share == "none_fast",
-        VIEWS=MAX_VIEWS, BLOCK_T=min(BLOCK_TOKENS, triton.next_power_of_2(tokens)), BLOCK_G=groups,
+        VIEWS=MAX_VIEWS, BLOCK_T=min(together, triton.next_power_of_2(tokens)), BLOCK_G=groups,
     )  # fmt: skip
     return y
 

@@ -98,10 +98,10 @@ def test_fast_noise_takes_half_the_instructions() -> None:
         per_element(
             kernel(
                 "noise.triton_noise", "noise", NOISE, 4, HAS_H0=True, HAS_FIRST=True, SHARED=False,
-                FAST=fast, VIEWS=256, BLOCK_T=8, BLOCK_G=64,
+                FAST=fast, VIEWS=256, BLOCK_T=tokens, BLOCK_G=64,
             ),
-            2048,
+            256 * tokens,
         )
-        for fast in (False, True)
+        for fast, tokens in ((False, 4), (True, 8))
     ]  # fmt: skip
     assert 2 * each[1] <= each[0]

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.offline.machine_code import compiled
+from benchmarks.offline.machine_code import resources as taken_by
 from tests.kernels.test_triton_architectures import OTHERS, resources
 from tests.kernels.test_triton_interpreter import close
-from tests.kernels.test_triton_offline import ARCHITECTURE, FULL, HALF, spec
+from tests.kernels.test_triton_offline import ARCHITECTURE, FULL, HALF, SPILLS, spec
 from trainc.kernels.batch_norm import ghost_batch_norm as operators
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -132,6 +134,29 @@ def test_the_compiled_tiles_are_those_of_the_launcher() -> None:
         found = {module.tile(*size, held) for size in sizes}
         for expected in TILES[name]:
             assert module.Tile(*expected) in found
+
+
+@pytest.mark.offline
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, *OTHERS])
+@pytest.mark.parametrize(("samples", "positions"), [(8, 196), (4, 400)])
+def test_backward_spills_nothing_where_rows_are_long_and_of_any_length(
+    samples: int, positions: int, architecture: int
+) -> None:
+    module: Any = import_module("trainc.kernels.batch_norm.triton_ghost_batch_norm")
+    chosen = module.tile(samples, 64, positions, module.BACKWARD_HELD)
+    options = FLAGS["ghost_backward"] | {
+        "ONCE": chosen.once,
+        "BLOCK_N": chosen.samples,
+        "BLOCK_C": chosen.channels,
+        "BLOCK_S": chosen.positions,
+    }
+    more = module.limits(chosen)
+    assert more == {"maxnreg": 96}
+    kernel = compiled(
+        module.ghost_backward, BACKWARD, options, chosen.warps, architecture, (), **more
+    )
+    assert taken_by(kernel, architecture).spilled <= SPILLS
 
 
 @pytest.mark.offline

@@ -145,11 +145,11 @@ SPECS = [
     ),
     *(
         spec(
-            "noise.triton_noise", "noise", NOISE, HAS_H0=h0, HAS_FIRST=True, SHARED=shared, FAST=fast,
-            VIEWS=256, BLOCK_T=8, BLOCK_G=64,
+            "noise.triton_noise", "noise", NOISE, HAS_H0=h0, HAS_FIRST=h0, SHARED=shared, FAST=fast,
+            VIEWS=256, BLOCK_T=tokens, BLOCK_G=64,
         )
         for h0 in (False, True)
-        for shared, fast in ((False, False), (False, True), (True, False))
+        for shared, fast, tokens in ((False, False, 4), (False, True, 8), (True, False, 8))
     ),
     *(
         spec("noise.triton_random_entries", "entries", ENTRIES, NORMAL=normal, BLOCK_G=256)
