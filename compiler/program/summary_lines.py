@@ -63,7 +63,10 @@ def memory_lines(actions: Iterable[Action], parameters: Iterable[Tensor]) -> Ite
 
     That is computed from the state of an entry that has one. Counters, which are 0-d, are not counted.
     """
-    steps = [one for one in actions if isinstance(one, OptimizerStep) and one.started]
+    steps = [one for one in actions if isinstance(one, OptimizerStep)]
+    if not any(one.started for one in steps):
+        return
+    # Of an optimizer without state, a resumed run does not know that it began.
     slots = [(one, slot) for one in steps for slot in one.slots]
     whole = [*parameters]
     if not slots or any(map(is_sharded, whole)):
