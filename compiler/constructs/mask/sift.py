@@ -64,8 +64,9 @@ class Sift(EntryMask, ChoosingMask):
     moments of 0, Rprop with steps of the rate. Only its count of steps is the tensor's, so that Adam corrects the bias
     of new moments as if they were old: with betas 0.9 and 0.999 an entry whose gradient stays the same moves by 3.2
     times the rate at first, and by up to 6.6 times, twelve steps later. While gradients are summed for a choice, the
-    entries of before train. Rows, columns and blocks are chosen by the L2 norm of their scores, with `movement` and
-    `smallest` by the mean.
+    entries of before train, and the dense gradients of all selected tensors are held at once; in other steps one is.
+    A choice by weights alone never needs them. Rows, columns and blocks are chosen by the L2 norm of their scores, with
+    `movement` and `smallest` by the mean.
     """
 
     cite: ClassVar = (
