@@ -125,6 +125,18 @@ def test_an_output_that_turns_round_has_no_degree() -> None:
     assert Homogeneity().reference(*outputs(Turns(), 2))[0] is None
 
 
+def test_outputs_of_zero_are_nothing_to_compare_and_that_is_said() -> None:
+    model = mlp(2)
+    nn.init.zeros_(model[2].weight)
+    program = trainc.compile(f"{REST} observe homogeneity", model)
+    assert "homogeneity" not in program.step(batch())
+    assert any(
+        "homogeneity: nothing to compare, because" in note for note in program.report().notes
+    )
+    assert "homogeneity" in program.step(batch())
+    assert not program.report().notes
+
+
 def test_training_is_bit_equal_with_and_without() -> None:
     states = []
     for clause in ("", 'observe homogeneity { layers = "0" }'):

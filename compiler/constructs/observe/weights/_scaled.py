@@ -179,6 +179,10 @@ class Scaled(Observer):
                 f"{self.name}: with weights times {self.factor:g} some outputs are not finite numbers; they are left"
                 " out. A smaller `c` avoids it"
             )
+        elif self.name not in step.metrics:
+            step.notes.append(
+                f"{self.name}: nothing to compare, because all counted outputs of this step are zero"
+            )
 
     def remember(self, value: float | None) -> None:
         """Keep what was measured first and last, for the summary."""

@@ -32,8 +32,9 @@ class Homogeneity(Construct):
 
     Both passes are of the step's examples, without gradient, by a copy of the model in eval mode that
     shares its weights: the model, its weights, BatchNorm's statistics and random numbers stay as they are,
-    bit for bit. The multiplied weights take as much memory as the parameters while the pass runs. BatchNorm
-    normalizes by running statistics, which are not multiplied; one that keeps none is an error.
+    bit for bit. Forward hooks of your own run in both as well. The multiplied weights take as much memory
+    as the parameters while the pass runs. BatchNorm normalizes by running statistics, which are not
+    multiplied; one that keeps none is an error.
     """
 
     cite: ClassVar = (
