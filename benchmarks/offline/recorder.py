@@ -39,7 +39,10 @@ main(theirs, *rest)
 NO_LAUNCH = ("empty", "new_empty", "detach", "alias", "lift_fresh")
 # A tile's elements, for kernels that take several of an entry's numbers or views at once; others are their blocks.
 TIMES = {"loss_forward": 2, "loss_backward": 2, "noise": 4, "entries": 4}
-UNCOUNTED = ("gram", "weight_gradient", "norm_finish", "wide_finish", "add_partials", "run_squares")
+UNCOUNTED = (
+    "gram", "weight_gradient", "norm_finish", "wide_finish", "add_partials", "run_squares",
+    "loss_means", "loss_factors",
+)  # fmt: skip
 """Kernels whose work is not by elements, is of few, or ends within a turn of their loop."""
 LOADED = ("loss_forward",)
 """Kernels whose loops do nothing but read 16-bit elements once."""

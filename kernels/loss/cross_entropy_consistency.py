@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainc.kernels.library.contracts import accumulation_dtype, lazy, require
@@ -109,24 +108,6 @@ def no_statistics(rows: Tensor, distance: str) -> Tensor:
     return rows.new_zeros(shape, dtype=accumulation_dtype(rows.dtype))
 
 
-def means(
-    cross_entropies: Tensor, distances: Tensor, labels: Tensor, weight: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, cross_entropy, consistency) from the cross-entropies and distances of the rows."""
-    kept = (labels != ignore_index).sum()
-    cross_entropy, consistency = cross_entropies.sum() / kept, distances.sum() / kept
-    loss = torch.add(cross_entropy, consistency * weight.to(cross_entropy.dtype))
-    return loss, cross_entropy, consistency
-
-
-def row_factors(
-    cross_entropy_factor: Tensor, consistency_factor: Tensor, labels: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Each row's factors in the two means over rows that are not ignored."""
-    kept = (labels != ignore_index).sum().clamp_(min=1)
-    return cross_entropy_factor / kept, consistency_factor / kept
-
-
 def fake_results(
     like: Tensor, targets: Tensor, distance: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -145,7 +126,7 @@ def eager_forward(
     check(logits.shape, targets, weight, distance, label_smoothing)
     rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     found = row_losses.row_losses(rows, labels, distance, ignore_index, label_smoothing)
-    return *means(*found, labels, weight, ignore_index), no_statistics(rows, distance)
+    return *row_losses.means(*found, labels, weight, ignore_index), no_statistics(rows, distance)
 
 
 def fake_forward(
@@ -163,7 +144,7 @@ def eager_backward(
     """The gradient of cross_entropy_factor * cross_entropy + consistency_factor * consistency, like the logits."""
     rows, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     result = rows.new_empty(rows.shape)
-    factors = row_factors(cross_entropy_factor, consistency_factor, labels, ignore_index)
+    factors = row_losses.row_factors(cross_entropy_factor, consistency_factor, labels, ignore_index)
     row_losses.write_gradients(
         rows, labels, *factors, distance, ignore_index, label_smoothing, out=result
     )

@@ -148,8 +148,8 @@ def _chunks(
 
 
 def _rowwise(like: Tensor) -> Any:
-    """The module whose `row_losses` and `write_gradients` serve these logits."""
-    if like.is_cuda and like.dtype != torch.float64:
+    """The module whose `row_losses`, `means`, `row_factors` and `write_gradients` serve these logits."""
+    if like.is_cuda and torch.version.hip is None and like.dtype != torch.float64:
         return import_module("trainc.kernels.loss.triton_cross_entropy_consistency")
     return row_losses
 
@@ -168,7 +168,7 @@ def eager_forward(
         cross_entropies[part], distances[part] = kernels.row_losses(
             logits, labels[part], distance, ignore_index, label_smoothing, statistics[part]
         )
-    return *plain.means(cross_entropies, distances, labels, weight, ignore_index), statistics
+    return *kernels.means(cross_entropies, distances, labels, weight, ignore_index), statistics
 
 
 def fake_forward(
@@ -203,7 +203,7 @@ def eager_backward(
     dhidden = hidden.new_empty((2, count, width) if mask[0] else (0,))
     dhead = head.new_zeros((classes, width) if mask[1] else (0,), dtype=dtype)
     dbias = head.new_zeros((classes,) if mask[2] else (0,), dtype=dtype)
-    factors = plain.row_factors(cross_entropy_factor, consistency_factor, labels, ignore_index)
+    factors = kernels.row_factors(cross_entropy_factor, consistency_factor, labels, ignore_index)
     options = (distance, ignore_index, label_smoothing)
     for part, x, logits in _chunks(hidden, head, bias, count):
         kernels.write_gradients(

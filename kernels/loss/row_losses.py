@@ -113,6 +113,24 @@ def write_gradients(
         torch.addcmul(pull, p, each[here], out=out[here])
 
 
+def means(
+    cross_entropies: Tensor, distances: Tensor, labels: Tensor, weight: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, cross_entropy, consistency) from the cross-entropies and distances of the rows."""
+    kept = (labels != ignore_index).sum()
+    cross_entropy, consistency = cross_entropies.sum() / kept, distances.sum() / kept
+    loss = torch.add(cross_entropy, consistency * weight.to(cross_entropy.dtype))
+    return loss, cross_entropy, consistency
+
+
+def row_factors(
+    cross_entropy_factor: Tensor, consistency_factor: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Each row's factors in the two means over rows that are not ignored."""
+    kept = (labels != ignore_index).sum().clamp_(min=1)
+    return cross_entropy_factor / kept, consistency_factor / kept
+
+
 def _divergence_gradients(
     first: Tensor,
     second: Tensor,

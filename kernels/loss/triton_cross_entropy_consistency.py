@@ -19,6 +19,7 @@ from torch import Tensor
 from trainc.kernels.library.grid import resident_programs, supported
 from trainc.kernels.library.launch import launch
 from trainc.kernels.loss import cross_entropy_consistency as operators
+from trainc.kernels.loss.triton_means import means, row_factors
 from trainc.kernels.loss.triton_rows import (
     both_views,
     entries_of,
@@ -315,9 +316,10 @@ def forward(
         return operators.eager_forward(logits, targets, weight, *options)
     operators.check(logits.shape, targets, weight, distance, label_smoothing)
     rows, labels = logits.contiguous().view(-1, logits.shape[-1]), targets.contiguous().view(-1)
-    statistics = operators.no_statistics(rows, distance)
+    shape = (len(labels), operators.STATISTICS[distance])
+    statistics = torch.empty(shape, dtype=torch.float32, device=rows.device)
     found = row_losses(rows, labels, distance, ignore_index, label_smoothing, statistics)
-    return *operators.means(*found, labels, weight, ignore_index), statistics
+    return *means(*found, labels, weight, ignore_index), statistics
 
 
 def backward(
@@ -331,7 +333,7 @@ def backward(
     rows, labels = logits.contiguous().view(-1, logits.shape[-1]), targets.contiguous().view(-1)
     gradient = torch.empty_like(rows)
     distance, ignore_index, label_smoothing = options
-    factors = operators.row_factors(*given, labels, ignore_index)
+    factors = row_factors(*given, labels, ignore_index)
     write_gradients(
         rows, labels, *factors, distance, ignore_index, label_smoothing, statistics, out=gradient
     )

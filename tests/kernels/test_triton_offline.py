@@ -61,6 +61,14 @@ LOSS = f"L:{HALF} TARGETS:{INDEX} CROSS_ENTROPY:{FULL} DISTANCE:{FULL} KEPT:{FUL
 LOSS_BACK = (
     f"L:{HALF} TARGETS:{INDEX} D:{HALF} KEPT:{FULL} ON_CROSS_ENTROPY:{FULL} ON_DISTANCE:{FULL} "
 )
+MEANS = (
+    f"CROSS_ENTROPY:{FULL} DISTANCE:{FULL} TARGETS:{INDEX} WEIGHT:{FULL} LOSS:{FULL} MEAN_CROSS_ENTROPY:{FULL} "
+    f"MEAN_DISTANCE:{FULL} rows:i32 ignore_index:i32"
+)
+FACTORS = (
+    f"TARGETS:{INDEX} ON_CROSS_ENTROPY:{FULL} ON_DISTANCE:{FULL} ROW_CROSS_ENTROPY:{FULL} ROW_DISTANCE:{FULL} "
+    "rows:i32 ignore_index:i32"
+)
 TAIL = "rows:i32 classes:i32 ignore_index:i32 smoothing:fp32"
 
 KINDS: list[dict[str, Any]] = [
@@ -166,6 +174,10 @@ SPECS = [
         for kl in (False, True)
         for smoothed, width, even in ((False, 8, True), (True, 8, False))
     ),
+    *(
+        spec("loss.triton_means", name, arguments, BLOCK=2048, warps=8)
+        for name, arguments in (("loss_means", MEANS), ("loss_factors", FACTORS))
+    ),
 ]  # fmt: skip
 
 
@@ -185,7 +197,8 @@ def test_compiles_without_spills_and_with_vector_access(
     kernel = compiled(function, arguments, options, warps, divisible=sizes(options))
     ptx, taken = kernel.asm["ptx"], resources(kernel)
     assert taken.spilled <= SPILLS
-    if name != "entries":  # it reads nothing but the key
+    # One reads nothing but the key, the others few numbers, once.
+    if name not in ("entries", "loss_means", "loss_factors"):
         assert re.search(r"ld\.global\.\S*v4|cp\.async\.cg.*, 0x10", ptx), "no 128-bit load"
     if name == "norm_backward_split" and TUNED:
         found = occupancy.Resources(taken.registers, kernel.metadata.shared)
