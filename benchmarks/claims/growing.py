@@ -3,10 +3,12 @@
 `norm_growth` and `saturation` read one file of records, so that each run is carried out once.
 """
 
+import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -15,7 +17,17 @@ from torch.func import functional_call
 from torch.nn.functional import cosine_similarity
 
 import trainc
-from benchmarks.claims.training import HeldOut, Model, Records, key_of, seeds, steps, text
+from benchmarks.claims.training import (
+    HeldOut,
+    Model,
+    Records,
+    key_of,
+    parser,
+    seeds,
+    steps,
+    text,
+    write,
+)
 from benchmarks.measure import Json
 
 RECORDS = "growing.jsonl"
@@ -161,3 +173,18 @@ def tenth(values: Sequence[float], place: int) -> float:
     """Return the mean of the first tenth of some numbers, place 0, or of the last, place -1."""
     count = max(1, len(values) // 10)
     return fmean(values[:count] if place == 0 else values[-count:])
+
+
+def take_claim(
+    page: str | None,
+    name: str,
+    measure: Callable[[Setting, int, Records], Json],
+    draw: Callable[[Json, Path], None],
+) -> None:
+    """Take the runs that are not there yet, write a claim's result and draw it; `page` is its definition."""
+    given = parser(page, name, 5).parse_args()
+    records = Records(given.records or given.out.with_name(RECORDS))
+    found = measure(SMALL if given.small else Setting(), given.seeds, records)
+    write(given.out, name, found, given.note)
+    draw(found, given.out.with_suffix(".png"))
+    print(json.dumps(found["met"], indent=1))

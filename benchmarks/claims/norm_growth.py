@@ -22,14 +22,13 @@ decay, the squared norm would grow as t at a constant rate, and as log(t) at one
 Student's over seeds.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from benchmarks.claims.figures import LEVEL, beyond, over_seeds
-from benchmarks.claims.growing import RECORDS, SMALL, Setting, of_all, tenth
-from benchmarks.claims.training import Records, definition, key_of, parser, write
+from benchmarks.claims.growing import Setting, of_all, take_claim, tenth
+from benchmarks.claims.training import Records, definition, key_of
 from benchmarks.measure import Json
 from trainc.compiler.constructs.observe.weights._laws import LAWS, Fits
 
@@ -147,12 +146,7 @@ def draw(found: Json, out: Path) -> None:
 
 def main() -> None:
     """Take the runs, write the result and draw it."""
-    given = parser(__doc__, NAME, 5).parse_args()
-    records = Records(given.records or given.out.with_name(RECORDS))
-    found = measure(SMALL if given.small else Setting(), given.seeds, records)
-    write(given.out, NAME, found, given.note)
-    draw(found, given.out.with_suffix(".png"))
-    print(json.dumps(found["met"], indent=1))
+    take_claim(__doc__, NAME, measure, draw)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,12 @@ looked at, from 0.12 at the first to 0.98 at the 21st, and nothing else:
 A rise is that of a run from its first observation to its end; intervals are Student's over seeds.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.claims.figures import LEVEL, beyond, correlation, over_seeds
-from benchmarks.claims.growing import RECORDS, SMALL, Setting, of_all, tenth
-from benchmarks.claims.training import Records, definition, key_of, parser, write
+from benchmarks.claims.growing import Setting, of_all, take_claim, tenth
+from benchmarks.claims.training import Records, definition, key_of
 from benchmarks.measure import Json
 
 NAME = "saturation"
@@ -116,12 +115,7 @@ def draw(found: Json, out: Path) -> None:
 
 def main() -> None:
     """Take the runs that are not there yet, write the result and draw it."""
-    given = parser(__doc__, NAME, 5).parse_args()
-    records = Records(given.records or given.out.with_name(RECORDS))
-    found = measure(SMALL if given.small else Setting(), given.seeds, records)
-    write(given.out, NAME, found, given.note)
-    draw(found, given.out.with_suffix(".png"))
-    print(json.dumps(found["met"], indent=1))
+    take_claim(__doc__, NAME, measure, draw)
 
 
 if __name__ == "__main__":

@@ -176,11 +176,11 @@ def _attempt(row: Row, device: Cuda, finish: float) -> Json:
     torch.manual_seed(time.time_ns() % (1 << 31))  # fresh inputs, every run
     try:
         found |= row.run(device, min(begin + row.seconds, finish))
-    except Exception as error:
+    except Exception as error:  # a row that fails is a result, and costs itself alone
         found |= {"passed": False, "failed": first_line(error)}
     try:
         device.clear()
-    except Exception as error:
+    except Exception as error:  # the device is lost, whatever it raises
         found |= {"passed": False, "failed": found.get("failed", first_line(error)), "lost": True}
     return {**found, "seconds": round(time.monotonic() - begin, 1)}
 

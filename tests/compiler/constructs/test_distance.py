@@ -3,7 +3,6 @@
 import copy
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,55 +10,19 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import trainc
-from trainc.compiler.bind.bound_clause import BoundClause
+from tests.compiler.observed_weights import machine as machine_of
+from tests.compiler.observed_weights import net, noise, update, weights
 from trainc.compiler.constructs.observe.weights._copies import Copies
 from trainc.compiler.constructs.observe.weights.distance import Distance
 from trainc.compiler.driver.train import train
-from trainc.compiler.lower.lowering import Lowering
-from trainc.compiler.lower.lowering_context import LoweringContext
-from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import build_inventory
 from trainc.runtime.report.run_records import RecordedClause, RunRecords
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.schedule.time_span import TimeSpan
-from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.machine import StepMachine
-from trainc.runtime.step.record import Signals, Step
 
 
 def machine(net: nn.Module, every: int | None = None, start: int | None = None) -> StepMachine:
-    inventory, lowered = build_inventory(net), LoweredMethod()
-    clause = BoundClause(
-        Distance(),
-        "d",
-        tuple(p.name for p in inventory.parameters),
-        start=TimeSpan(start, "steps") if start else None,
-        every=TimeSpan(every, "steps") if every else None,
-    )
-    context = LoweringContext(net, inventory, UnitConversion(), None, Signals())
-    Distance().lower(Lowering(clause, context, lowered))
-    return StepMachine(lowered.actions, Clock(), dict(net.named_parameters()))
-
-
-def net(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
-
-
-def update(m: StepMachine, change: Any) -> Step:
-    m.begin()
-    with torch.no_grad():
-        for parameter in m.parameters.values():
-            parameter.add_(change(parameter))
-    return m.finish()
-
-
-def weights(m: StepMachine) -> list[Tensor]:
-    return [p.detach().clone() for p in m.parameters.values()]
-
-
-def noise(parameter: Tensor) -> Tensor:
-    return 0.1 * torch.randn_like(parameter)
+    """Return the machine of a distance of all parameters."""
+    return machine_of(net, Distance(), "d", every, start)
 
 
 def test_the_distance_is_from_the_weights_before_the_first_update() -> None:

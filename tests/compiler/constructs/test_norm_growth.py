@@ -2,7 +2,6 @@
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -12,61 +11,23 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import trainc
-from trainc.compiler.bind.bound_clause import BoundClause
+from tests.compiler.observed_weights import machine as machine_of
+from tests.compiler.observed_weights import net, noise, update, weights
 from trainc.compiler.constructs.observe.weights._copies import Copies
 from trainc.compiler.constructs.observe.weights._laws import LAWS, Fit
 from trainc.compiler.constructs.observe.weights.norm_growth import NormGrowth
 from trainc.compiler.errors import FieldError
-from trainc.compiler.lower.lowering import Lowering
-from trainc.compiler.lower.lowering_context import LoweringContext
-from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.model.inventory import build_inventory
 from trainc.runtime.report.run_records import RecordedClause, RunRecords
 from trainc.runtime.report.student_t import student_t_quantile
 from trainc.runtime.schedule.clock import Clock
-from trainc.runtime.schedule.time_span import TimeSpan
-from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.machine import StepMachine
-from trainc.runtime.step.record import Signals, Step
 
 
 def machine(
     net: nn.Module, construct: NormGrowth, every: int | None = None, only: str = ""
 ) -> StepMachine:
-    inventory, lowered = build_inventory(net), LoweredMethod()
-    clause = BoundClause(
-        construct,
-        "ng",
-        tuple(p.name for p in inventory.parameters if only in p.name),
-        every=TimeSpan(every, "steps") if every else None,
-    )
-    construct.lower(
-        Lowering(
-            clause, LoweringContext(net, inventory, UnitConversion(), None, Signals()), lowered
-        )
-    )
-    return StepMachine(lowered.actions, Clock(), dict(net.named_parameters()))
-
-
-def net(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
-
-
-def update(m: StepMachine, change: Any) -> Step:
-    m.begin()
-    with torch.no_grad():
-        for parameter in m.parameters.values():
-            parameter.add_(change(parameter))
-    return m.finish()
-
-
-def weights(m: StepMachine) -> list[Tensor]:
-    return [p.detach().clone() for p in m.parameters.values()]
-
-
-def noise(parameter: Tensor) -> Tensor:
-    return 0.1 * torch.randn_like(parameter)
+    """Return the machine of an observer of the parameters with `only` in their names."""
+    return machine_of(net, construct, "ng", every, only=only)
 
 
 def test_measures_are_their_definitions_per_selection_and_per_parameter() -> None:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from trainc.compiler.errors import FieldError
 from trainc.runtime.step.action import ActionState
@@ -68,16 +68,34 @@ def _no_forward() -> Any:
     return nn.Module.forward
 
 
-class Scaled(Observer):
+class Multiplying(Protocol):
+    """A construct that multiplies all parameters by `c`, and compares the outputs of `layers` besides the logits."""
+
+    c: float
+    layers: Selector | None
+
+
+C = TypeVar("C", bound=Multiplying)
+
+
+class Scaled(Observer, Generic[C]):
     """Phase 12: passes each micro-batch twice more, once with weights times `factor`, and adds up what it compares."""
 
     measured: str
     """What is measured, in words of the summary."""
 
+    @classmethod
+    def reading(cls, to: Lowering, construct: C) -> Self:
+        """Return one that reads steps with a copy of the model that has the model's own weights."""
+        layers = layers_to_compare(to, construct.layers)
+        size = sum(entry.bytes for entry in to.inventory.parameters)
+        return cls(construct, to.companion("twin", since="call", parameters=()), layers, size)
+
     def __init__(
-        self, factor: float, twin: Companion, layers: Sequence[str], parameter_bytes: int
+        self, construct: C, twin: Companion, layers: Sequence[str], parameter_bytes: int
     ) -> None:
-        self.factor, self.twin, self.layers = factor, twin, tuple(layers)
+        self.construct, self.factor = construct, construct.c
+        self.twin, self.layers = twin, tuple(layers)
         self.parameter_bytes = parameter_bytes
         self.parts = [OUTPUT, *layers]
         """What is compared: the output, the layers, and perhaps more that passes show."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.constructs.observe.weights._scaled import OUTPUT, Scaled, layers_to_compare
+from trainc.compiler.constructs.observe.weights._scaled import OUTPUT, Scaled
 from trainc.dsl.reading.construct import Construct, Effect, ModuleSelector, Signal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.companion.companion import Companion
     from trainc.runtime.processes.replica_group import ReplicaGroup
 
 
@@ -66,10 +65,7 @@ class Homogeneity(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Read the steps with a copy of the model that has the model's own weights."""
-        layers = layers_to_compare(to, self.layers)
-        size = sum(entry.bytes for entry in to.inventory.parameters)
-        twin = to.companion("twin", since="call", parameters=())
-        to.observe(Homogeneous(self, twin, layers, size))
+        to.observe(Homogeneous.reading(to, self))
 
     def reference(self, plain: Tensor, scaled: Tensor) -> tuple[float | None, float]:
         """Return the degree and the relative error of outputs f(x; theta) and f(x; c theta), of any one shape."""
@@ -79,16 +75,10 @@ class Homogeneity(Construct):
         return degree, float((g - power * f).norm() / g.norm())
 
 
-class Homogeneous(Scaled):
+class Homogeneous(Scaled[Homogeneity]):
     """Adds up the products of two outputs by layer."""
 
     measured = "distance from a homogeneous network"
-
-    def __init__(
-        self, construct: Homogeneity, twin: Companion, layers: Sequence[str], parameter_bytes: int
-    ) -> None:
-        super().__init__(construct.c, twin, layers, parameter_bytes)
-        self.construct = construct
 
     def compare(self, plain: Tensor, scaled: Tensor) -> Tensor:
         import torch

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainc.compiler.constructs.observe.weights._scaled import OUTPUT, Scaled, layers_to_compare
+from trainc.compiler.constructs.observe.weights._scaled import OUTPUT, Scaled
 from trainc.compiler.errors import FieldError
 from trainc.dsl.reading.construct import Construct, Effect, ModuleSelector, Signal
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.companion.companion import Companion
     from trainc.runtime.processes.replica_group import ReplicaGroup
     from trainc.runtime.step.observer import Seen
 
@@ -86,10 +85,7 @@ class Saturation(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Read the steps with a copy of the model that has the model's own weights."""
-        layers = layers_to_compare(to, self.layers)
-        size = sum(entry.bytes for entry in to.inventory.parameters)
-        twin = to.companion("twin", since="call", parameters=())
-        to.observe(Saturated(self, twin, layers, size))
+        to.observe(Saturated.reading(to, self))
 
     @staticmethod
     def reference(plain: Tensor, saturated: Tensor) -> Tensor:
@@ -104,16 +100,10 @@ class Saturation(Construct):
         return torch.nn.functional.cosine_similarity(a, b, dim=-1)
 
 
-class Saturated(Scaled):
+class Saturated(Scaled[Saturation]):
     """Adds up cosines by layer, and the positions that heads attend to."""
 
     measured = "saturation of the output"
-
-    def __init__(
-        self, construct: Saturation, twin: Companion, layers: Sequence[str], parameter_bytes: int
-    ) -> None:
-        super().__init__(construct.c, twin, layers, parameter_bytes)
-        self.construct = construct
 
     def compare(self, plain: Tensor, scaled: Tensor) -> Tensor:
         import torch
