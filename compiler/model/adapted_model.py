@@ -128,7 +128,7 @@ def silent_adapters(model: nn.Module, masked: Container[str]) -> Iterator[str]:
 
 
 def write_adapters(model: nn.Module, folder: Path) -> None:
-    """Write the adapters, and what else trains, as their construct does; those of several clauses to subfolders."""
+    """Write the adapters, and what else trains, as their construct does; to subfolders where clauses share no files."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(rule: AdapterRule, adapted: Adapted, where: Path) -> None:
@@ -149,14 +149,23 @@ def _each(
     by_label: dict[str, list[FoundAdapter]] = {}
     for one in _required(model):
         by_label.setdefault(one.adapter.label, []).append(one)
+    together: list[tuple[str, list[FoundAdapter]]] = []
     for label, found in by_label.items():
+        rule = found[0].adapter.rule
+        for _, first in together:
+            if first[0].adapter.rule.shares_files(rule):
+                first += found
+                break
+        else:
+            together.append((label, found))
+    for label, found in together:
         adapted = Adapted(
             model,
             {one.layer_name: one.adapter for one in found},
             {one.layer_name: one.layer for one in found},
-            found[0].adapter.trained,
+            tuple(sorted({name for one in found for name in one.adapter.trained})),
         )
-        act(found[0].adapter.rule, adapted, folder / label if len(by_label) > 1 else folder)
+        act(found[0].adapter.rule, adapted, folder / label if len(together) > 1 else folder)
 
 
 def _required(model: nn.Module) -> list[FoundAdapter]:

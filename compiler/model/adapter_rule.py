@@ -15,7 +15,7 @@ FILE = "adapters.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """The adapters of one clause in a model: by the name of their layer, with the layer of each."""
+    """The adapters of one clause, or of several that share files: by the name of their layer."""
 
     model: nn.Module
     adapters: Mapping[str, nn.Module]
@@ -93,6 +93,10 @@ class AdapterRule:
             f"`{getattr(self, 'title', type(self).__name__)}` has no way to merge its adapters: keep them, with"
             " `program.save` or `program.save_adapters`"
         )
+
+    def shares_files(self, other: AdapterRule) -> bool:
+        """Say whether `write` puts the adapters of another clause into the same files as those of this one."""
+        return False
 
     def write(self, adapted: Adapted, folder: Path) -> None:
         """Write the adapters, and what else trains, to a folder that exists."""

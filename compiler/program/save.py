@@ -121,9 +121,10 @@ class SavableProgram(ShownProgram):
     def save_adapters(self, folder: str | Path) -> Path:
         """Write the adapters, and what else their clause trains, to `folder`, and return it.
 
-        The construct says in which format; where several clauses adapt the model, each has a subfolder of its name.
-        The weights are those that evaluation uses: see `evaluation_weights`. Raises ValueError where there are no
-        adapters, or the format cannot hold them.
+        The construct says in which format. Where several clauses adapt the model, each has a subfolder of its name;
+        those of one construct whose format holds them together share one, of the name of the first, or `folder` itself
+        if no others are there. The weights are those that evaluation uses: see `evaluation_weights`. Raises ValueError
+        where there are no adapters, or the format cannot hold them.
         """
         self._machine.check_outside("save_adapters")
         self._require_whole("save_adapters")

@@ -552,7 +552,7 @@ def test_a_run_starts_from_a_bare_run_and_goes_on_from_an_adapted_one(tmp_path: 
 
 
 def test_adapters_of_several_clauses_are_written_to_folders_of_their_names(tmp_path: Path) -> None:
-    two = SPEC + 'adapt lora as heads on "head" { rank = 1, alpha = 1, train = "ln_f" }'
+    two = SPEC + 'adapt dora as heads on "head" { rank = 1, alpha = 1, train = "ln_f" }'
     program, fresh = (trainc.compile(two, model()) for _ in range(2))
     program.step(BATCH)
     assert program.save_adapters(tmp_path / "out") == tmp_path / "out"

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainc.dsl.reading.construct import Problem, RuleExplanation
@@ -12,6 +14,7 @@ from trainc.dsl.reading.construct import Problem, RuleExplanation
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.model.inventory import Inventory, ModuleEntry
 
 LINEAR = ("Linear", "Conv1D")
@@ -51,6 +54,36 @@ def layer_problem(
         " plain weight of floating-point numbers",
         help=f"select such layers only, as by `& type({', '.join(kinds)})`",
     )
+
+
+def excess_rank(
+    bound: Targets, rank: int, kinds: tuple[str, ...], parts: int = 1
+) -> Iterator[Problem]:
+    """Yield a warning where a product of this rank is no more than one of a smaller rank, as the weight is small.
+
+    `parts` are the equal parts of the outputs that have a product each.
+    """
+    small: list[tuple[str, int]] = []
+    for entry in bound.modules:
+        if layer_problem(entry, bound.inventory, kinds) is None:
+            shape = bound.inventory.parameter[f"{entry.name}.weight".removeprefix(".")].shape
+            sizes = (shape[0], math.prod(shape[1:]))
+            inputs, outputs = sizes if {"Conv1D", "Embedding"} & {*entry.types} else sizes[::-1]
+            if rank > (most := min(inputs, outputs // parts)):
+                small.append((entry.name, most))
+    if small:
+        name, most = small[0]
+        more = f" ({len(small)} of the {len(bound.modules)} selected layers have such)" * (
+            len(bound.modules) > 1
+        )
+        yield Problem(
+            "no-effect",
+            f"ranks above {most} give `{name}` no change that rank {most} does not: its weight is not larger{more}",
+            field="rank",
+            help=f"write `rank = {most}` or less, with the same ratio of `alpha`, or select these layers by a clause of"
+            " their own",
+            severity="warning",
+        )
 
 
 def refuse_options(name: str, layer: Any) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 from trainc.compiler.constructs.adapt._layers import (
     KINDS,
     RULES,
+    excess_rank,
     from_rows,
     is_convolution,
     layer_problem,
@@ -71,6 +72,11 @@ class LowRank(Construct, AdapterRule):
 
     # what it adapts
 
+    @property
+    def fused_parts(self) -> int:
+        """Return how many equal parts of a layer's outputs have an A and B each."""
+        return 1
+
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report layers that cannot have an adapter."""
         for entry in bound.modules:
@@ -90,6 +96,15 @@ class LowRank(Construct, AdapterRule):
                     field="bias",
                     help="remove `bias`, or select layers that have one",
                 )
+        yield from excess_rank(bound, self.rank, KINDS, self.fused_parts)
+        if "init" in self.model_fields_set and all("Embedding" in e.types for e in bound.modules):
+            yield Problem(
+                "no-effect",
+                "`init` is of A, which is zero at the start of an embedding's adapter; B is drawn, with deviation 1",
+                field="init",
+                help="remove `init`",
+                severity="warning",
+            )
         if self.bias == "adapted" and not any(
             is_bias(n) for e in bound.modules for n in e.parameters
         ):
@@ -206,6 +221,12 @@ class LowRank(Construct, AdapterRule):
             layer.bias.add_(bias * self.factor)
 
     # files
+
+    def shares_files(self, other: AdapterRule) -> bool:
+        """Say whether another clause differs in what peft knows by layer, rank and alpha, alone."""
+        return type(self) is type(other) and all(
+            getattr(self, name) == getattr(other, name) for name in ("scale", "dropout", "bias")
+        )
 
     def write(self, adapted: Adapted, folder: Path) -> None:
         """Write peft's files; raises ValueError for what they cannot hold."""

@@ -5,25 +5,37 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trainc.compiler.constructs.adapt._fused import fuse, split
 from trainc.compiler.constructs.adapt._layers import by_output, is_convolution
 from trainc.compiler.model.adapter_rule import Adapted, load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = ("q", "k", "v")
-"""The equal parts of a fused projection, in the order of its outputs."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_NOT_OURS = ("rank_pattern", "alpha_pattern", "layer_replication")
+_NOT_OURS = (
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
 """Settings of peft that give adapters of another kind."""
-_STRENGTH = "write the same rank, alpha and scale in the clause"
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+"""Settings of peft that a layer may have a value of its own of, and where this stands, by patterns of names."""
+_DEFAULT = 8
+"""The value of both where a file leaves them out."""
 _SAME: dict[str, tuple[Any, str]] = {
-    "r": (8, _STRENGTH),
-    "lora_alpha": (8, _STRENGTH),
-    "use_rslora": (False, _STRENGTH),
+    "use_rslora": (False, "write the same `scale` in the clause"),
     "use_dora": (
         False,
         "`adapt dora` trains lengths of rows beside A and B, `adapt lora` A and B alone",
@@ -61,25 +73,22 @@ class LowRankRule(Protocol):
 
 
 class PeftFormat:
-    """The adapters of one clause as files of peft.
+    """The adapters of clauses that share files, as files of peft: each layer has the rank and alpha of its clause.
 
     The parts of a fused projection are there one adapter of their common rank, whose B is zero elsewhere.
     """
 
     def __init__(self, rule: LowRankRule, adapted: Adapted) -> None:
         self.rule, self.adapted = rule, adapted
-        adapter = next(iter(adapted.adapters.values()))
-        self._parts = tuple(filter(None, rule.pairs(adapter)))
-        self._has_magnitude = rule.magnitude(adapter) is not None
+        self._has_magnitude = rule.magnitude(next(iter(adapted.adapters.values()))) is not None
 
     def write(self, folder: Path) -> None:
         """Write the configuration and the tensors."""
         from safetensors.torch import save_file
 
         found = {name: t.detach().cpu().contiguous() for name, t in self._tensors().items()}
-        if self._parts:
-            for layer in self.adapted.adapters:
-                self._fuse(found, _prefix(layer))
+        for layer, adapter in self.adapted.adapters.items():
+            fuse(found, _prefix(layer), _parts(adapter))
         save_file(found, folder / WEIGHTS, {"format": "pt"})
         text = json.dumps(self._config(), indent=2, sort_keys=True)
         (folder / CONFIG).write_text(text + "\n")
@@ -94,22 +103,27 @@ class PeftFormat:
         self._check(read_json(folder / CONFIG), folder)
         with interpreting(folder / WEIGHTS):
             found = load_file(str(folder / WEIGHTS))
-        if self._parts:
-            for layer in self.adapted.adapters:
-                self._split(found, _prefix(layer), folder)
+        for layer, adapter in self.adapted.adapters.items():
+            split(found, _prefix(layer), _parts(adapter), _rule(adapter).rank, folder)
         load_tensors(self._tensors(), found, str(folder))
 
     def _config(self) -> dict[str, Any]:
-        rule = self.rule
-        count = len(self._parts) or 1
-        alpha = rule.alpha * (math.sqrt(count) if rule.scale == "rslora" else count)
+        rule, of_layers = self.rule, self._strengths()
+        whole = next(iter(of_layers.values()))
         return {
             "peft_type": "LORA",
             "task_type": None,
             "base_model_name_or_path": None,
             "inference_mode": True,
-            "r": rule.rank * count,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            **whole,
+            **{
+                pattern: {
+                    self._pattern(layer): own[name]
+                    for layer, own in of_layers.items()
+                    if own[name] != whole[name]
+                }
+                for name, pattern in _PATTERNS.items()
+            },
             "use_rslora": rule.scale == "rslora",
             "use_dora": self._has_magnitude,
             "lora_bias": rule.bias == "update",
@@ -120,6 +134,38 @@ class PeftFormat:
             "target_modules": self._target_modules(),
             "modules_to_save": self._saved_modules() or None,
         }
+
+    def _strengths(self) -> dict[str, dict[str, float]]:
+        """Return peft's `r` and `lora_alpha` of each layer: of parts, those of the one adapter that they are there."""
+        found = {}
+        for layer, adapter in self.adapted.adapters.items():
+            rule = _rule(adapter)
+            count = len(_parts(adapter)) or 1
+            alpha = rule.alpha * (math.sqrt(count) if rule.scale == "rslora" else count)
+            found[layer] = {
+                "r": rule.rank * count,
+                "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            }
+        return found
+
+    def _pattern(self, layer: str) -> str:
+        """Return a pattern that peft finds in the name of this layer alone: the name itself where it is one."""
+        others = [name for name in self.adapted.adapters if name != layer]
+        alone = not any(map(_matcher(layer), others))
+        return layer if alone else f"^{re.escape(layer)}"
+
+    def _check_strengths(self, given: dict[str, Any], folder: Path) -> None:
+        """Raise ValueError where a layer has another rank or alpha in a configuration than in its clause."""
+        for layer, own in self._strengths().items():
+            there = {name: _of_layer(given, name, layer, folder) for name in _PATTERNS}
+            for name, value in there.items():
+                if value != own[name]:
+                    wanted = ", ".join(f"`{key}` = {one}" for key, one in there.items())
+                    raise ValueError(
+                        f"{folder} has `{name}` = {value} for `{layer}`, but this program has {own[name]}: write the"
+                        f" rank and alpha that give {wanted} in the clause that adapts it, and a clause of their own"
+                        " for layers with others"
+                    )
 
     def _check(self, given: dict[str, Any], folder: Path) -> None:
         """Raise ValueError where a configuration gives adapters of another kind or strength than the clause."""
@@ -138,6 +184,7 @@ class PeftFormat:
                 f"{folder} has `init_lora_weights` = {start}, which changes the model's own weights, too: save it by"
                 " peft's `path_initial_model_for_weight_conversion`, which gives adapters of the model as it was"
             )
+        self._check_strengths(given, folder)
         for name, (default, advice) in _SAME.items():
             if (value := given.get(name, default)) != own[name]:
                 raise ValueError(
@@ -185,7 +232,7 @@ class PeftFormat:
         for path, module in adapted.layers.items():
             _refuse_form(path, module)
         for path, adapter in adapted.adapters.items():
-            for part, pair in rule.pairs(adapter).items():
+            for part, pair in _rule(adapter).pairs(adapter).items():
                 found |= _factors(_prefix(path) + (f"{part}." if part else ""), pair)
             if (size := rule.magnitude(adapter)) is not None:
                 size = by_output(adapted.layers[path], size.detach())
@@ -206,39 +253,34 @@ class PeftFormat:
                 found[f"{_prefix(layer)}bias"] = parameter
         return found
 
-    def _fuse(self, tensors: dict[str, Tensor], prefix: str) -> None:
-        """Put the A and B of the parts of a layer in one A and one B."""
-        import torch
 
-        parts = self._parts
-        a = [tensors.pop(f"{prefix}{part}.lora_A.weight") for part in parts]
-        b = [tensors.pop(f"{prefix}{part}.lora_B.weight") for part in parts]
-        whole = b[0].new_zeros(len(PARTS) * len(b[0]), len(parts) * self.rule.rank)
-        for i, part in enumerate(parts):
-            whole[self._block(part, i, len(b[0]))] = b[i]
-        tensors[f"{prefix}lora_A.weight"], tensors[f"{prefix}lora_B.weight"] = torch.cat(a), whole
+def _rule(adapter: Any) -> LowRankRule:
+    """Return the fields of the clause that an adapter is of."""
+    found: LowRankRule = adapter.rule
+    return found
 
-    def _split(self, tensors: dict[str, Tensor], prefix: str, folder: Path) -> None:
-        """Undo `_fuse`; raises ValueError where B is not zero outside of the parts."""
-        a, b = (tensors.pop(f"{prefix}lora_{letter}.weight", None) for letter in "AB")
-        if a is None or b is None:
-            return
-        rank, rest = self.rule.rank, b.clone()
-        for i, part in enumerate(self._parts):
-            block = self._block(part, i, len(b) // len(PARTS))
-            tensors[f"{prefix}{part}.lora_A.weight"] = a[i * rank : (i + 1) * rank]
-            tensors[f"{prefix}{part}.lora_B.weight"] = b[block]
-            rest[block] = 0
-        if rest.any():
-            raise ValueError(
-                f"`{prefix}lora_B.weight` in {folder} also changes outputs outside of `parts`: remove `parts`, and"
-                " write the rank and alpha of that file"
-            )
 
-    def _block(self, part: str, index: int, size: int) -> tuple[slice, slice]:
-        """Return where the B of a part stands in the fused one: its outputs, and its ranks."""
-        first, rank = PARTS.index(part) * size, self.rule.rank
-        return slice(first, first + size), slice(index * rank, (index + 1) * rank)
+def _parts(adapter: Any) -> tuple[str, ...]:
+    """Return the parts of its layer that an adapter has factors of; none where it is one for all outputs."""
+    return tuple(filter(None, _rule(adapter).pairs(adapter)))
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """Return whether peft finds a pattern in a name: at its end, from a dot or the beginning on."""
+    found = re.compile(rf"(.*\.)?({pattern})$")
+    return lambda name: found.match(name) is not None
+
+
+def _of_layer(given: dict[str, Any], name: str, layer: str, folder: Path) -> Any:
+    """Return a setting for one layer: of the first pattern that peft finds in its name, or else that of all."""
+    patterns = given.get(_PATTERNS[name]) or {}
+    try:
+        own = next((value for key, value in patterns.items() if _matcher(key)(layer)), None)
+    except (AttributeError, re.error) as error:
+        raise ValueError(
+            f"`{_PATTERNS[name]}` in {folder} is no table of patterns of names: {error}"
+        ) from error
+    return given.get(name, _DEFAULT) if own is None else own
 
 
 def _factors(prefix: str, pair: Any) -> dict[str, Tensor]:

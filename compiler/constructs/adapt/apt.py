@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from trainc.compiler.constructs.adapt._beside import Beside
-from trainc.dsl.reading.construct import Effect
+from trainc.dsl.reading.construct import Effect, Problem
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
+
+    from trainc.compiler.bind.bound_clause import Targets
 
 _DEVIATION = 0.02
 
@@ -54,6 +57,18 @@ class Apt(Beside):
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="probability that a weight of a is dropped in training"
     )
+
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Report modules that do not say how wide they are, and a rank that the keys cannot have."""
+        yield from super().validate_targets(bound)
+        if self.tokens and self.rank > self.tokens:
+            yield Problem(
+                "no-effect",
+                f"the keys of {self.tokens} prompts have no change of a rank above {self.tokens}",
+                field="rank",
+                help=f"write `rank = {self.tokens}` or less",
+                severity="warning",
+            )
 
     def make_parts(self, inputs: int, outputs: int) -> dict[str, Any]:
         """Return the prompts, the map of the keys, scale and gate of one module."""

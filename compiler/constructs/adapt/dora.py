@@ -34,7 +34,8 @@ class Dora(LowRank):
 
     Every step computes B A and |V|, of the size of W. `program.merge()` writes `m * V / |V|` to W and removes the
     adapters. `program.save_adapters(folder)` writes the folder that peft's `PeftModel.from_pretrained` reads, with
-    `use_dora`, and `program.load_adapters(folder)` reads one of peft.
+    `use_dora`, and `program.load_adapters(folder)` reads one of peft. Layers with another rank or alpha have a clause
+    of their own.
     """
 
     cite: ClassVar = (

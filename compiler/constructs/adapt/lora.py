@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from trainc.compiler.constructs.adapt._fused import PARTS
 from trainc.compiler.constructs.adapt._layers import LINEAR, output_count
 from trainc.compiler.constructs.adapt._low_rank import UPDATE, LowRank, product
-from trainc.compiler.constructs.adapt._peft import PARTS
 from trainc.dsl.reading.construct import Problem
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class Lora(LowRank):
     B starts at zero, so that the first output is the model's own, bit for bit. The layer keeps its class, its
     parameters and their names; A and B are `LAYER.lora.a.weight` and `LAYER.lora.b.weight`. Other clauses select them
     by name: `optimizer adamw on "**.lora.**" { ... }`, and LoRA+ is `lr by_type { factors = 16 on "**.lora.b.*" }`.
-    Layers with another rank or alpha have a clause of their own: `adapt lora as wide on "**.mlp.**" { rank = 32 ... }`.
+    Layers with another rank or alpha have a clause of their own, `adapt lora as wide on "**.mlp.**" { rank = 32 ... }`;
+    where nothing else but `on` and `train` differs, peft's files hold them together, as its `rank_pattern`.
 
     Layers are nn.Linear, transformers' Conv1D, convolutions and nn.Embedding. A of a convolution is one of its form
     with `rank` outputs, and B is 1x1. Those of an embedding are `LAYER.lora.embedding.a` and `.b`, of which A, a row of
@@ -72,6 +73,11 @@ class Lora(LowRank):
                 " `bias = adapted`"
             )
         return self
+
+    @property
+    def fused_parts(self) -> int:
+        """Return how many equal parts of a layer's outputs have an A and B each."""
+        return 1 if self.parts is None else len(PARTS)
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report layers that cannot have an adapter, or no parts."""

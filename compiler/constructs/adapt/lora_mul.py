@@ -12,6 +12,7 @@ from trainc.compiler.constructs.adapt._layers import (
     LINEAR,
     RULES,
     apply_weight,
+    excess_rank,
     from_rows,
     layer_problem,
     output_count,
@@ -83,6 +84,8 @@ class LoraMul(Construct, AdapterRule):
         for entry in bound.modules:
             if (problem := layer_problem(entry, bound.inventory, LINEAR)) is not None:
                 yield problem
+        if "weight" in self.terms:
+            yield from excess_rank(bound, self.rank, LINEAR)
 
     def adapt(self, to: Adapting) -> None:
         """Add the adapters, and freeze the rest."""

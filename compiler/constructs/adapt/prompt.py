@@ -110,6 +110,10 @@ class Prompt(Construct, AdapterRule):
         if self.mode == "input" and (self.at or self.width is not None):
             field = "at" if self.at else "width"
             raise ValueError(f"`mode = input` has no `{field}`: remove `{field}`")
+        if self.fan is not None and self.init == "normal":
+            raise ValueError(
+                "`fan` is the width of a uniform start: write `init = uniform`, or remove `fan`"
+            )
         return self
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:

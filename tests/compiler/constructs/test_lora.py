@@ -428,12 +428,13 @@ def test_peft_finds_a_layer_whose_name_is_the_end_of_another(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": 4}, "`r` = 4, but this program has 2"),
-        ({"lora_alpha": 8}, "`lora_alpha` = 8, but this program has 4"),
+        ({"r": 4}, r"`r` = 4 for `blocks\.0\.attn\.qkv`, but this program has 2"),
+        ({"lora_alpha": 8}, "`lora_alpha` = 8 for .*, but this program has 4"),
         ({"use_rslora": True}, "`use_rslora` = True"),
         ({"use_dora": True}, "`use_dora` = True.*`adapt dora` trains lengths"),
         ({"lora_bias": True}, "`lora_bias` = True.*`bias = update`"),
-        ({"rank_pattern": {"x": 3}}, "uses peft's `rank_pattern`"),
+        ({"layer_replication": [[0, 1]]}, "uses peft's `layer_replication`"),
+        ({"alora_invocation_tokens": [3]}, "uses peft's `alora_invocation_tokens`"),
         ({"init_lora_weights": "pissa"}, "pissa, which changes the model"),
         ({"init_lora_weights": "olora"}, "olora, which changes the model"),
         ({"peft_type": "IA3"}, "an adapter of the type IA3"),
