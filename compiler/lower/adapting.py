@@ -181,15 +181,16 @@ def adapt_model(
 def _refuse_containers(layer_name: str, layer: nn.Module) -> None:
     """Raise ValueError for a module of which an adapter would be one more item, or that is never called."""
     own = getattr(type(layer), "unbound", type(layer))
-    if issubclass(own, (nn.ModuleList, nn.ModuleDict)):
-        raise ValueError(
-            f"`{layer_name}` is a list of modules and never called: select those in it"
-        )
-    if issubclass(own, nn.Sequential) and own.forward is nn.Sequential.forward:
-        raise ValueError(
-            f"`{layer_name}` is an nn.Sequential, which would run its adapter as one more layer: select a layer in it,"
-            " or the module around it"
-        )
+    if not issubclass(own, (nn.ModuleList, nn.ModuleDict)):
+        return
+    why = "never called"
+    if "forward" in {
+        name for one in own.__mro__[: own.__mro__.index(nn.Module)] for name in vars(one)
+    }:
+        why = "its adapter would be one more of them"
+    raise ValueError(
+        f"`{layer_name}` is a list of modules and {why}: select those in it, or the module around it"
+    )
 
 
 def _refuse_times(clause: BoundClause) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainc.compiler.model.adapter_rule import AdapterRule
 from trainc.compiler.model.meta_device import SkipInitialization
+from trainc.compiler.structure.sequences import has_items_alone, keep_items
 
 _FROZEN = "trainc_frozen"
 """The attribute of a module that names its own parameters which adapting the model froze."""
@@ -24,6 +25,9 @@ Parts = Mapping[str, nn.Module | nn.Parameter]
 
 class Adapter(nn.Module):
     """The modules and parameters that a clause adds to a layer; called with the layer's inputs."""
+
+    beside_items = True
+    """It is no item of a sequence that it is a child of."""
 
     def __init__(self, rule: AdapterRule, label: str, layer_name: str, parts: Parts) -> None:
         super().__init__()
@@ -130,6 +134,7 @@ class FoundAdapter:
             if isinstance(hook, AdapterHook) and hook.name == self.name:
                 for table in _TABLES:
                     getattr(self.layer, table).pop(key, None)
+        has_items_alone(self.layer)
 
 
 def adapters_of(model: nn.Module) -> list[FoundAdapter]:
@@ -185,6 +190,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
             attributes.pop(_FROZEN, None)
             if record is not None:
                 attributes[_FROZEN] = record
+        for module in model.modules():
+            has_items_alone(module)
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         for adapter, label, names in settings:
@@ -210,6 +217,7 @@ def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
 
     Forward hooks of the user run after it: they get the output that the layer has once the adapter is folded into it.
     """
+    keep_items(layer)
     layer.add_module(name, adapter.train(layer.training))
     if type(adapter.rule).change_inputs is not AdapterRule.change_inputs:
         layer.register_forward_pre_hook(PrepareAdapter(name), with_kwargs=True)

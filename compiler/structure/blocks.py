@@ -178,7 +178,7 @@ def _is_composite(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return own_class(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _is_sequence(module: nn.Module) -> bool:

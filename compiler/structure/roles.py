@@ -63,10 +63,15 @@ _MULTIPLIES = {"linear", "matmul", "mm", "addmm"}
 
 
 def own_class(module: object) -> type:
-    """Return the class that the user gave a module: `fully_shard` puts another in its place, which is named FSDP...."""
+    """Return the class that the user gave a module: `fully_shard` puts another in its place, which is named FSDP....
+
+    So do children beside the items of a sequence (`sequences.keep_items`).
+    """
     found = type(module)
-    shards = len(found.__bases__) == 2 and found.__bases__[0].__name__ == "FSDPModule"
-    return found.__bases__[1] if shards else found
+    if len(found.__bases__) == 2 and found.__bases__[0].__name__ == "FSDPModule":
+        found = found.__bases__[1]
+    own: type = vars(found).get("own_class", found)
+    return own
 
 
 def type_names(module: object) -> tuple[str, ...]:

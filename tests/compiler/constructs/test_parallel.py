@@ -175,7 +175,6 @@ def test_of_a_tuple_the_first_tensor_is_changed() -> None:
         ('on "mix"', "`mix` (Conv1d) has no linear layer"),
         ('on "attention.out_proj"', "is never called"),
         ('on "layers.0" { width = 9 }', "`layers.0` takes 8 channels, not 9"),
-        ('on "layers"', "`layers` is an nn.Sequential"),
         ('on "layers.0" every 2 steps', "remove `every 2 steps`"),
     ],
 )
