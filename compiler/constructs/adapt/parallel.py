@@ -20,11 +20,11 @@ class Parallel(Beside):
     """Trains `scale * (W2 act(W1 norm(u) + b1) + b2)` beside each selected module of the input u; the rest is frozen.
 
     The module is a block, an attention, an MLP, also as an nn.Sequential, or a linear layer, and its output y, or the
-    first tensor of a tuple, becomes the sum of the two. W1 is (rank, in), W2 is (out, rank). A module around several layers gives as many
-    channels as it takes. W2 and both biases start at zero, so that the first output is the model's own, bit for bit,
-    while W2 has a gradient in the first step and W1 in the second. `init = xavier` draws both, as in the released code
-    of Forecast-PEFT, and changes the first output. A whole block of a pre-norm model takes an input without norm:
-    there `norm = layer` gives the adapter one of its own.
+    first tensor of a tuple, becomes the sum of the two. W1 is (rank, in), W2 is (out, rank). A module around several
+    layers gives as many channels as it takes. W2 and both biases start at zero, so that the first output is the model's
+    own, bit for bit, while W2 has a gradient in the first step and W1 in the second. `init = xavier` draws both, as in
+    the released code of Forecast-PEFT, and changes the first output. A whole block of a pre-norm model takes an input
+    without norm: there `norm = layer` gives the adapter one of its own.
 
     The parameters are `LAYER.parallel.down.weight`, `LAYER.parallel.up.weight` and their biases. What it computes is
     not linear, so that it cannot be merged. Initial values depend on the run's seed and the parameter's name alone.
