@@ -16,6 +16,7 @@ from trainc.compiler.execution.distributed import first_shard, rebind_parameters
 from trainc.compiler.execution.graph_cache import LIMIT, GraphCache
 from trainc.compiler.execution.module_runner import ModuleRunner
 from trainc.compiler.execution.plain_values import PlainValues
+from trainc.compiler.execution.silent_adapters import explaining_silence
 from trainc.compiler.graph.interface import Outputs
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.graph.trial import TrialResult, difference
@@ -61,6 +62,7 @@ class Execution(ModuleRunner):
         self.reasons: dict[str, str] = {}
         """Every such reason, and the message that it had first."""
 
+    @explaining_silence
     def run(
         self, batch: Batch, where: MicroBatchSlice, scaler: torch.amp.GradScaler | None = None
     ) -> MicroBatchResult:
@@ -310,7 +312,7 @@ class Execution(ModuleRunner):
         try:
             with undisturbed(self.module):
                 scalars = self._graph_scalars(batch, where)
-                found = self._trial_graph(graph, copy_inputs(batch), scalars)
+                found = self._found(graph.run(copy_inputs(batch), scalars))
         except CompilerBug:
             raise
         except Exception as error:
@@ -338,13 +340,8 @@ class Execution(ModuleRunner):
             scalars |= {n: torch.full_like(scalars[n], strength) for n in self.method.scalars}
         self._check_preconditions(batch)
         if executor == "graph":
-            return self._trial_graph(self.capture(batch), batch, scalars)
+            return self._found(self.capture(batch).run(batch, scalars))
         return self._trial_modules(batch, scalars)
-
-    def _trial_graph(
-        self, graph: StepGraph, batch: Batch, scalars: Mapping[str, Tensor]
-    ) -> TrialResult:
-        return self._found(graph.run(batch, scalars))
 
     def _found(self, out: Outputs) -> TrialResult:
         return TrialResult(out.total, out.grads, self.statistics.squares(out.probes))

@@ -190,15 +190,29 @@ class PromptFormat:
             "num_virtual_tokens": len(self.prompts),
             "token_dim": self.prompts.shape[1],
             "num_transformer_submodules": 1,
+            **self._sizes(),
             "prompt_tuning_init": "RANDOM",
             "modules_to_save": self._saved_modules() or None,
         }
 
+    def _sizes(self) -> dict[str, int]:
+        """Return what peft asks of every model: it finds each under some names, and under no others."""
+        config = getattr(self.adapted.layers[self.layer_name], "config", None)
+        names = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
+        found = {name: getattr(config, own, None) for name, own in names.items()}
+        return {name: value for name, value in found.items() if isinstance(value, int)}
+
     def _task(self) -> str:
-        """Return what peft calls the task of the model around the prompts."""
+        """Return what peft calls the task of the model around the prompts; raises ValueError where it has none."""
         parts = self.layer_name.split(".")
         for path in (".".join(parts[:i]) for i in range(len(parts) + 1)):
             module: nn.Module = self.adapted.model.get_submodule(path)
+            own = getattr(type(module), "unbound", type(module))
+            if "decoder_input_ids" in inspect.signature(own.forward).parameters:
+                raise ValueError(
+                    "peft has no place for prompts of an encoder or a decoder alone: there the decoder sees those of"
+                    " the encoder. Use `program.save`, which keeps every parameter"
+                )
             for kind in getattr(type(module), "unbound", type(module)).__mro__:
                 for end, task in _TASKS.items():
                     if kind.__name__.endswith(end):

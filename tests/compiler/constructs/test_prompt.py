@@ -197,9 +197,34 @@ def classifier() -> nn.Module:
     return model
 
 
+def opt() -> nn.Module:
+    """Return a model that calls what is inside of its `model`."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=24, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
+        max_position_embeddings=16, dropout=0.0, word_embed_proj_dim=8, use_cache=False,
+    )  # fmt: skip
+    model: nn.Module = transformers.OPTForCausalLM(config)
+    return model
+
+
+def mpt() -> nn.Module:
+    """Return a model with biases by distance, whose sizes have other names."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MptConfig(
+        vocab_size=24, d_model=16, n_heads=2, n_layers=2, max_seq_len=16, use_cache=False
+    )
+    model: nn.Module = transformers.MptForCausalLM(config)
+    return model
+
+
 PEFT: dict[str, tuple[Any, str]] = {
     "rotary": (lambda: llama().float(), 'on "model" { tokens = 3, mode = input }'),
     "learned positions": (gpt2, 'on "transformer" { tokens = 3, mode = input }'),
+    "a decoder": (opt, 'on "model.decoder" { tokens = 3, mode = input }'),
+    "distances": (mpt, 'on "transformer" { tokens = 3, mode = input }'),
     "the whole model": (gpt2, "on type(GPT2LMHeadModel) { tokens = 3, mode = input }"),
     "a frozen head": (classifier, 'on "bert" { tokens = 3, mode = input }'),
     "a trained head": (classifier, 'on "bert" { tokens = 3, mode = input, train = "classifier" }'),
@@ -250,6 +275,28 @@ def test_prompts_in_front_train_the_same_by_graph_and_by_modules(make: Any, clau
     states = [in_front(make, clause, e).module.state_dict() for e in ("graph", "module")]
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], msg=name)
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_a_model_that_is_never_called_is_named(executor: Any) -> None:
+    with pytest.raises(SiteError, match=r"`model\.prompt` takes no part in the loss") as raised:
+        in_front(opt, 'on "model" { tokens = 3, mode = input }', executor)
+    assert raised.value.clause == "prompt"
+
+
+def test_peft_has_no_place_for_prompts_of_an_encoder_alone(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=24, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, pad_token_id=0,
+        decoder_start_token_id=0, dropout_rate=0.0, use_cache=False,
+    )  # fmt: skip
+    module = transformers.T5ForConditionalGeneration(config)
+    program = trainc.compile(
+        BASE + 'adapt prompt on "encoder" { tokens = 3, mode = input }', module
+    )
+    program.step(({"input_ids": IDS, "decoder_input_ids": IDS}, IDS.roll(-1, 1)))
+    with pytest.raises(ValueError, match=r"an encoder or a decoder alone.*`program\.save`"):
+        program.save_adapters(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
