@@ -120,7 +120,7 @@ ROOMS = {
         ),
         "compiler/influence": (
             "dsl/values dsl/reading dsl/resolve runtime/storage runtime/data runtime/device runtime/memory "
-            "runtime/rules compiler compiler/structure compiler/model compiler/program compiler/driver"
+            "runtime/soundness compiler compiler/structure compiler/model compiler/program compiler/driver"
         ),
         "compiler/learn": (
             "dsl/text dsl/resolve runtime/storage runtime/data runtime/run runtime/step compiler/model compiler/bind "

@@ -19,7 +19,6 @@ from trainc.dsl.resolve.spec import Spec
 from trainc.runtime.data.identity import data_differences, data_identity
 from trainc.runtime.data.order import Data
 from trainc.runtime.device.hardware import Hardware
-from trainc.runtime.rules.switches import Frozen
 from trainc.runtime.storage.checkpoint import checkpoints_in, load_checkpoint
 from trainc.runtime.storage.differences import ChangedRun, check_differences
 from trainc.runtime.storage.foreign_files import interpreting, read_json
@@ -82,12 +81,16 @@ class RecordedRun:
 def rates_of(program: dict[str, Any]) -> dict[str, float]:
     """Return the learning rates of the last step before a program was saved, by parameter, all factors in them.
 
-    They are 0 for parameters that a rule had frozen, which did not move in that step.
+    They are 0 for parameters that did not move in that step, since a rule or a clause had paused them.
     """
-    frozen = Frozen()
-    frozen.load_state_dict(program["actions"].get(frozen.name, {}))
-    rates = program["rates"]["in_force"].items()
-    return {name: 0.0 if name in frozen.now else float(rate) for name, rate in rates}
+    paused, rates = program["rates"].get("paused", ()), program["rates"]["in_force"].items()
+    return {name: 0.0 if name in paused else float(rate) for name, rate in rates}
+
+
+def masked_in(program: dict[str, Any]) -> list[str]:
+    """Return the parameters of which masks chose entries: they keep these as `index/` or `kept/` in their state."""
+    keys = (key.partition("/") for state in program["actions"].values() for key in state)
+    return sorted(name for kind, _, name in keys if kind in ("index", "kept") and name)
 
 
 def checkpoint_loader(model: nn.Module, checkpoint: str | Path) -> float:
@@ -95,11 +98,17 @@ def checkpoint_loader(model: nn.Module, checkpoint: str | Path) -> float:
 
     The model is of the run's own kind, with its adapters where it has some; the rate is that of the last step before
     the checkpoint was saved. It is what captum's TracInCP takes as `checkpoints_load_func`. Raises ValueError where the
-    parameters had several rates, for which one number does not stand, or none yet; DamagedCheckpoint for a file that
-    was changed; RuntimeError, from torch, where the weights are of another model.
+    parameters had several rates, for which one number does not stand, or none yet, and where a mask lets some entries
+    train, since captum takes gradients of all; DamagedCheckpoint for a file that was changed; RuntimeError, from torch,
+    where the weights are of another model.
     """
     path = Path(checkpoint)
     program = load_checkpoint(path)["program"]
+    if masked := masked_in(program):
+        raise ValueError(
+            f"{path}: a mask lets only some entries of `{masked[0]}` train, and the gradients that are taken with this"
+            " loader are of all: use `trainc influence`, which takes those that trained"
+        )
     rates = {*rates_of(program).values()}
     if len(rates) != 1:
         found = (

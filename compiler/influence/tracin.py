@@ -55,18 +55,26 @@ class Sketch:
     def __init__(self, size: int, entries: Mapping[str, int], seed: int) -> None:
         self.size = size
         draw = torch.Generator().manual_seed(derive_seed(seed, "influence", "sketch"))
-        self._place = {n: torch.randint(size, (k,), generator=draw) for n, k in entries.items()}
+        self._place = {
+            n: torch.randint(size, (k,), generator=draw, dtype=torch.int32)
+            for n, k in entries.items()
+        }
         self._sign = {
-            n: torch.randint(2, (k,), generator=draw) * 2.0 - 1 for n, k in entries.items()
+            n: torch.randint(2, (k,), generator=draw, dtype=torch.int8) * 2 - 1
+            for n, k in entries.items()
         }
 
-    def __call__(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sketches of gradients by parameter, as one entry of the same kind."""
+    def __call__(self, rows: Mapping[str, Tensor], rates: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the sketches of gradients by parameter, each times a rate, as one entry of the same kind.
+
+        They are in float64: many entries add up, and those of 16-bit weights would be lost in sums of their kind.
+        """
         some = next(iter(rows.values()))
-        total = some.new_zeros(len(some), self.size)
+        total = _wide(some.new_zeros(len(some), self.size))
         for name, values in rows.items():
+            values = _wide(values)
             place, sign = (one[name].to(values.device) for one in (self._place, self._sign))
-            total.index_add_(1, place, values * sign.to(values.dtype))
+            total.index_add_(1, place, values * (sign * rates[name]))
         return {"": total}
 
 
@@ -106,6 +114,7 @@ class TracIn:
             torch.full((len(ids),), torch.nan, dtype=torch.float64),
             torch.full((len(train),), torch.nan, dtype=torch.float64),
         )
+        ones = dict.fromkeys(self.names, 1.0)
         done, total = 0, (len(train) + len(ids)) * len(self.run.checkpoints)
         for step in self.run.checkpoints:
             every = self.run.load(step)
@@ -118,8 +127,7 @@ class TracIn:
             found.rates.append((min(rates.values()), max(rates.values())))
             of_others: list[dict[str, Tensor]] = []
             for part, one in self._read(split, ids, gradients):
-                scaled = {n: rows * rates[n] for n, rows in one.rows.items()}
-                of_others.append(sketch(scaled) if sketch else scaled)
+                of_others.append(sketch(one.rows, rates) if sketch else one.rows)
                 found.losses[part] = one.losses.double()
                 done += part.stop - part.start
                 self.tell(done, total)
@@ -127,9 +135,11 @@ class TracIn:
                 squares = [r * _wide(one.rows[n]).square().sum(1) for n, r in rates.items()]
                 found.own[part] += torch.stack(squares).sum(0).cpu()
                 found.train_losses[part] = one.losses.double()
-                rows = sketch(one.rows) if sketch and ids else one.rows
                 if ids:
-                    products = [_products(other, rows) for other in of_others]
+                    rows, scales = (
+                        (sketch(one.rows, ones), {"": 1.0}) if sketch else (one.rows, rates)
+                    )
+                    products = [_products(other, rows, scales) for other in of_others]
                     found.scores[:, part] += torch.cat(products).cpu()
                 done += part.stop - part.start
                 self.tell(done, total)
@@ -147,6 +157,7 @@ class TracIn:
         """Raise ValueError where gradients that are held until all are compared do not fit into memory."""
         entries = gradients.entries
         width = max(p.element_size() for p in gradients.parameters.values())
+        width = 8 if self.projected else width
         device = next(iter(gradients.parameters.values())).device
         held = others * (self.projected or entries) * width
         usable = usable_memory(device)
@@ -180,9 +191,12 @@ def _whole(split: object) -> Split:
     return split  # type: ignore[return-value]
 
 
-def _products(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Tensor:
-    """Return the products of every row with every other row, over all parameters, float64."""
-    return torch.stack([_wide(rows) @ _wide(others[n]).mT for n, rows in some.items()]).sum(0)
+def _products(
+    some: Mapping[str, Tensor], others: Mapping[str, Tensor], rates: Mapping[str, float]
+) -> Tensor:
+    """Return the products of every row with every other row, over all parameters times their rates, float64."""
+    products = [rates[n] * (_wide(rows) @ _wide(others[n]).mT) for n, rows in some.items()]
+    return torch.stack(products).sum(0)
 
 
 def _wide(rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.runtime.data.evaluation import read_in_order
-from trainc.runtime.data.order import Data, Order
-from trainc.runtime.data.reader import Reader
+from trainc.runtime.data.order import Data
+from trainc.runtime.data.reader import make_reader
 from trainc.runtime.data.stream import is_stream
 from trainc.runtime.run.computation import Computation
 from trainc.runtime.step.action import StopRun
@@ -38,7 +38,8 @@ TASK = "task"
 class Tasks:
     """Trains tasks one after the other by the spec's own optimizer and clauses, each from the first state of a program.
 
-    Raises SpecError for a spec whose data takes no `task`, comes as a stream, or has a batch that changes.
+    Optimizer, clock and batch begin anew on each task, and so do samples that come in an order of their own.
+    Raises SpecError for a spec whose data takes no `task`.
     """
 
     def __init__(
@@ -55,12 +56,10 @@ class Tasks:
                 model = started_model(self.spec)
             hardware = hardware_of(self.spec)
             model = placed(model, hardware, self.spec)
-            self.program, first = compile_with_data(self._of_task(0), model)
+            self.program, _ = compile_with_data(self._of_task(0), model)
             self.program.execution.autocast = hardware.autocast
             require_hardware(self.program, hardware, self.spec)
             self._hardware = hardware
-        if is_stream(first.train):
-            raise _at(self._data_clause, "path", "tasks need data sets, and this data is a stream")
         self._first = copy.deepcopy(self.program.state_dict())
 
     @contextmanager
@@ -81,28 +80,32 @@ class Tasks:
         program, data = self.program, self._load(task)
         self._first_weights()
         program.module.load_state_dict(start)
-        reader = Reader(data, Order(derive_seed(self.seed, "task", task), len(data.train)))  # type: ignore[arg-type]
+        reader = make_reader(data, derive_seed(self.seed, "task", task))
         computation = Computation(program, self._hardware)
         losses, at = [], 0
-        for step in range(steps):
-            size = program.batch_size
-            with seeded(derive_seed(self.seed, "step", task, step)), self._hardware.products():
-                batches = reader.read(at, size, program.micro_size)
-                try:
-                    losses.append(computation.step(batches, reader, at)["loss"])
-                except StopRun as stop:
-                    raise ValueError(f"task {task} ends at step {step}: {stop}") from stop
-            at += size
+        with closing(reader):
+            for step in range(steps):
+                with seeded(derive_seed(self.seed, "step", task, step)), self._hardware.products():
+                    try:
+                        program.begin()  # rules and policies set the batch
+                        size = program.batch_size
+                        batches = reader.read(at, size, program.micro_size)
+                        losses.append(computation.step(batches, reader, at)["loss"])
+                    except StopRun as stop:
+                        raise ValueError(f"task {task} ends at step {step}: {stop}") from stop
+                at += size
         return _copied(dict(program.module.state_dict())), losses[0], losses[-1]
 
     def value(self, task: int) -> float:
         """Return the mean loss on the held-out samples of the task that was trained last.
 
-        Where it has none, it is that on the samples that train.
+        Where it has none, it is that on the samples that train. Of samples in an order of their own, which may have no
+        end, it is on the first `eval_batches` batches.
         """
         data, total, count = self._load(task), 0.0, 0.0
         samples = data.train if data.evaluation is None else data.evaluation
-        for read in read_in_order(samples, 0, self.program.micro_size, self.seed, 0):
+        batches = self.program.settings.evaluation_batches if is_stream(samples) else 0
+        for read in read_in_order(samples, batches, self.program.micro_size, self.seed, 0):
             loss, counted, _ = self.program.evaluate(*self._hardware.place(read.batch))
             total, count = total + loss, count + counted
         return total / count if count else float("nan")
@@ -147,8 +150,6 @@ def _data_clause(spec: Spec) -> Clause:
             "head",
             'tasks need `data "module:callable" { ... }`, whose callable takes `task`',
         )
-    if construct.policy is not None:
-        raise _at(clause, "batch", "a task has few steps, and its batch is an amount of samples")
     return clause
 
 

@@ -113,7 +113,7 @@ def check_shared(state: Mapping[str, Any], machine: StepMachine) -> None:
             "batch_size": size,
             "actions": Record(more=Record(more=Anything())),
             "figures": Record(more=Record(more=Plain())),
-            "rates": Record(rates),
+            "rates": Record(rates, {"paused": ListOf(Text())}),
             "optimizers": Record(more=optimizer),
         },
         {

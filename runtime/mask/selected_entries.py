@@ -63,6 +63,10 @@ class SelectedEntries(UpdateMask):
         return self._positions is not None
 
     @property
+    def waits(self) -> bool:
+        return not self.is_chosen
+
+    @property
     def density(self) -> float:
         """Return the fraction of the entries that trains; 1 for a tensor without entries."""
         numel = self.parameter.numel()

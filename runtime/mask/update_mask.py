@@ -95,6 +95,11 @@ class UpdateMask(ABC):
         return self.values is not self.parameter
 
     @property
+    def waits(self) -> bool:
+        """Say whether nothing of the parameter trains until its entries are chosen."""
+        return False
+
+    @property
     def frees_gradient(self) -> bool:
         """Whether `take` keeps a part of a dense gradient, so that the rest can be freed at once."""
         return False

@@ -94,6 +94,13 @@ class DropGradients(Action):
                 slot.tensor.grad = None
 
 
+def paused_in(actions: Iterable[Action]) -> dict[str, list[str]]:
+    """Return, as `paused`, the names of parameters that were paused in the last step; empty where none were."""
+    drops = (action for action in actions if isinstance(action, DropGradients))
+    names = sorted({name for drop in drops for one in drop.pausing for name in one.now})
+    return {"paused": names} if names else {}
+
+
 class GradientTransform(Action):
     """Phase 8, first: changes the gradients of some parameters. Subclasses write `change`.
 

@@ -14,6 +14,7 @@ from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action, IncompatibleState, Phase, StopRun, check_phase
 from trainc.runtime.step.around import Around, Gradients
 from trainc.runtime.step.batches import BatchTransform
+from trainc.runtime.step.gradients import paused_in
 from trainc.runtime.step.optimizer import OptimizerStep, Rates
 from trainc.runtime.step.record import KeepsOptimizerState, Preconditioner, Signals, Step
 from trainc.runtime.storage.form import reading
@@ -221,7 +222,7 @@ class StepMachine:
             "batch_size": before["batch_size"],
             "actions": {name: state for name, state in states.items() if state},
             "figures": figures,
-            "rates": {"schedules": self.scheduled_rates(self.clock), "in_force": self._rates()},
+            "rates": {**self._rates(), **paused_in(self.actions)},
             "optimizers": {one.name: one.describe() for one in self._optimizers},
         }
 
@@ -234,13 +235,13 @@ class StepMachine:
         """Return the rate that each optimizer's schedule gives at a clock, without factors."""
         return {a.optimizer.name: a.base(clock) for a in self.actions if isinstance(a, Rates)}
 
-    def _rates(self) -> dict[str, float]:
-        """Return the learning rate of the last step by parameter, all factors in it; empty before the first."""
+    def _rates(self) -> dict[str, dict[str, float]]:
+        """Return the rates of schedules, and those of the last step by parameter, with all factors; none before it."""
         found: dict[str, float] = {}
         for action in self._optimizers if self.clock.steps else ():
             for _, options, slots in action.in_groups():
                 found |= {slot.name: float(options["lr"]) for slot in slots}
-        return found
+        return {"schedules": self.scheduled_rates(self.clock), "in_force": found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if unknown := self._unknown_actions(state):

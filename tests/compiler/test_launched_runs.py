@@ -13,6 +13,9 @@ from tests.compiler.launched_runs import CASES, RESUMED, cut
 from tests.processes import NotEnded
 from tests.torchrun import Net, torchrun
 from trainc.compiler.driver.train import train
+from trainc.compiler.influence.recorded_run import RecordedRun
+from trainc.compiler.influence.selection import examples_of, parameters_of, training_samples
+from trainc.compiler.influence.tracin import TracIn
 from trainc.runtime.memory.needs import format_bytes
 from trainc.runtime.storage import checkpoint
 from trainc.runtime.storage.jsonl import read_jsonl
@@ -54,6 +57,20 @@ def tensors(state: Any, name: str = "") -> dict[str, Tensor]:
             n: t for key, value in state.items() for n, t in tensors(value, f"{name}/{key}").items()
         }
     return {}
+
+
+def test_influence_is_that_of_one_process(two: Path, tmp_path: Path) -> None:
+    train(CASES["plain"], tmp_path / "one", quiet=True)
+    scores = []
+    for folder in (tmp_path / "one", two / "plain", two / "sharded"):
+        run = RecordedRun.read(folder)
+        others = examples_of("0..4", run.data)
+        measured = TracIn(run, *parameters_of(run, None, False))
+        found = measured.measure(training_samples("0..19", run.data), (others.split, others.ids))
+        assert found.steps == [9, 10]
+        scores.append(found.scores)
+    for one in scores[1:]:
+        torch.testing.assert_close(one, scores[0], rtol=1e-4, atol=1e-7)
 
 
 def assert_close_runs(one: Path, two: Path) -> None:

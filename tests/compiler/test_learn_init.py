@@ -19,6 +19,7 @@ from trainc.compiler.driver.train import train
 from trainc.compiler.learn.learn_init import choose_start, learn_start, least
 from trainc.compiler.learn.tasks import Tasks
 from trainc.runtime.data.order import Order
+from trainc.runtime.data.reader import Reader
 from trainc.runtime.storage.random_streams import derive_seed
 from trainc.runtime.storage.saved_weights import read_weights
 
@@ -59,6 +60,84 @@ def test_it_is_reptile_by_hand(spec: Path) -> None:
                 parameter.copy_(before + 0.5 * (1 - task / 3) * (parameter - before))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+BATCHES = {
+    "batch = ramp(2 samples, to = 6 samples, over = 50%), micro = 2 samples": (2, 4, 6, 6),
+    "batch = 2 samples": (2, 2, 6, 6),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_batch_that_changes_begins_anew_on_each_task(
+    spec: Path, batch: str, streamed: bool
+) -> None:
+    """By policies and by rules, of data sets and of samples in an order of their own: by hand."""
+    sizes = BATCHES[batch]
+    text = SPEC.replace("batch = 5 samples", batch).replace(", momentum = 0.9", "")
+    if streamed:
+        text = text.replace("examples.data:sines", "tests.learned_tasks:endless")
+    if sizes == (2, 2, 6, 6):
+        text += "when step >= 2 { batch = 6 samples }\n"
+    spec.write_text(text)
+    tasks = Tasks(spec)
+    for task in range(2):
+        start = tasks.start()
+        found, _, _ = tasks.train(task, start, 4)
+        model = tanh_net(8)
+        model.load_state_dict(start)
+        samples, _ = sines(task)
+        order = Order(derive_seed(3, "task", task), len(samples))
+        at = 0
+        for size in sizes:
+            places = [i % 10 for i in range(at, at + size)] if streamed else order.indices(at, size)
+            x, y = samples.batch(places)
+            model.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.05 * parameter.grad
+            at += size
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_stream_draws_is_the_tasks_own(spec: Path) -> None:
+    spec.write_text(SPEC.replace("examples.data:sines", "tests.learned_tasks:noisy"))
+    whole, _ = learn_start(spec, tasks=3, inner=2, rate=0.7)
+    begin = learn_start(spec, tasks=3, inner=2, rate=0.7, stopped=iter([False, True]).__next__)
+    rest, _ = learn_start(spec, tasks=3, inner=2, rate=0.7, begin=begin)
+    assert all(torch.equal(value, rest[name]) for name, value in whole.items())
+
+
+def test_starts_are_chosen_by_held_out_samples_without_an_end(spec: Path) -> None:
+    """By `eval_batches` batches of them: here the ten samples once."""
+    _, wanted = choose_start(spec, starts=2, tasks=1, inner=2)
+    text = SPEC.replace("device = cpu", "device = cpu, eval_batches = 2")
+    spec.write_text(text.replace("examples.data:sines", "tests.learned_tasks:endless"))
+    _, found = choose_start(spec, starts=2, tasks=1, inner=2)
+    assert len(found) == 2
+    assert found != wanted  # other samples train first
+
+
+def test_what_reads_a_task_is_closed(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr(Reader, "close", lambda self: closed.append(self))
+    learn_start(spec, tasks=3, inner=1, rate=0.5)
+    assert len(closed) == 3
+
+
+@pytest.mark.parametrize("select", ["gradient", "magnitude"])
+def test_a_mask_begins_with_the_weights_of_the_start(spec: Path, select: str) -> None:
+    """Where entries of 16-bit weights have values of their own, which an optimizer updates."""
+    text = SPEC.replace("examples.models:tanh_net", "tests.learned_tasks:in_16_bits")
+    text = text.replace("lr = 0.05", "lr = 1e-9")
+    spec.write_text(text + f"mask sift on ndim(2) {{ density = 50%, select = {select} }}\n")
+    tasks = Tasks(spec)
+    start = {name: value + 1 for name, value in tasks.start().items()}
+    end, _, _ = tasks.train(0, start, 3)
+    assert all(torch.equal(value, start[name]) for name, value in end.items())
 
 
 def test_an_interrupted_run_goes_on_with_the_same_numbers(spec: Path) -> None:
@@ -113,11 +192,6 @@ def test_masks_regularizers_and_the_precision_take_part(spec: Path) -> None:
     ("old", "new", "said"),
     [
         ("examples.data:sines", "examples.data:curve", "argument .task"),
-        (
-            "batch = 5 samples",
-            "batch = ramp(2 samples, to = 4 samples, over = 50%)",
-            "amount of samples",
-        ),
         ("loss mse\n", "", "loss"),
     ],
 )
@@ -247,6 +321,24 @@ LEFT_OUT = {
     "--select value --resume": "--select begins anew",
     "--resume": "is missing, so there is nothing to go on with",
 }
+
+
+def test_several_processes_are_refused(
+    spec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    launched = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    init = tmp_path / "init.safetensors"
+    given = ["learn-init", str(spec), "--tasks", "1", "--to", str(init)]
+    assert command(monkeypatch, *given) == 1
+    said = "works in one process, and a launcher started 2"
+    assert f"`trainc learn-init` {said}" in capsys.readouterr().err
+    assert command(monkeypatch, "influence", str(tmp_path)) == 1
+    assert f"`trainc influence` {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", LEFT_OUT)

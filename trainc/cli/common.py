@@ -34,3 +34,14 @@ def require_drawable(plot: Path | None) -> None:
     if plot is not None and find_spec("matplotlib") is None:
         print("trainc: --plot needs matplotlib: pip install trainc[plots]", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def require_one_process(verb: str) -> None:
+    """Raise ValueError where a launcher started several processes: each would do the same, and write the same files."""
+    from trainc.runtime.processes.launch import find_launch
+
+    launch = find_launch()
+    if launch is not None and launch.size > 1:
+        raise ValueError(
+            f"`trainc {verb}` works in one process, and a launcher started {launch.size}: start it without the launcher"
+        )

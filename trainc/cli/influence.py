@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trainc.cli.common import require_drawable
+from trainc.cli.common import require_drawable, require_one_process
 
 
 def register(app: typer.Typer) -> None:
@@ -128,6 +128,7 @@ def register(app: typer.Typer) -> None:
                 param_hint="--projected",
             )
         require_drawable(plot)
+        require_one_process("influence")
         found = RecordedRun.read(run, spec, device)
         train = training_samples(among, found.data)
         others = None if on is None else examples_of(on, found.data)

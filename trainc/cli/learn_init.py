@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trainc.cli.common import Overrides, SpecFile, overrides
+from trainc.cli.common import Overrides, SpecFile, overrides, require_one_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,6 +186,7 @@ def register(app: typer.Typer) -> None:
 
         For instance: trainc learn-init family.train --tasks 1000 --inner 8 --rate 0.5 --to init.safetensors
         """
+        require_one_process("learn-init")
         given = overrides(set_)
         if select is not None:
             _not_beside("--select begins anew", resume or None, "--resume")
