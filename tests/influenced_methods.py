@@ -46,7 +46,8 @@ class Tokens(nn.Module):
 
     def _mixed(self, x: Tensor, block: nn.Module) -> Tensor:
         before = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
-        return x + self.drop(block(before).tanh())
+        found: Tensor = x + self.drop(block(before).tanh())
+        return found
 
 
 def token_data() -> Data:
@@ -138,7 +139,8 @@ def two_targets(only: str = "") -> Data:
 def with_inputs(outputs: Tensor, batch: Any) -> Tensor:
     """A loss that reads the inputs too."""
     x, y = batch
-    return ((outputs - y).square().mean(1) * (1 + x[:, 0].square())).mean()
+    found: Tensor = ((outputs - y).square().mean(1) * (1 + x[:, 0].square())).mean()
+    return found
 
 
 class Answers(nn.Module):

@@ -116,7 +116,7 @@ class ExampleGradients:
         every = [*self._execution.module.parameters()]
         before = [p.grad for p in every]
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()

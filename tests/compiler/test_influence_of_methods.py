@@ -59,7 +59,11 @@ class Case(NamedTuple):
         )
 
 
-OWN = {"data": "labelled", "text": "loss model", "kinds": ((None, False), ("head", False))}
+OWN: dict[str, Any] = {
+    "data": "labelled",
+    "text": "loss model",
+    "kinds": ((None, False), ("head", False)),
+}
 
 
 def own(model: nn.Module, x: Any, y: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ def of_two(model: nn.Module, x: Tensor, y: dict[str, Tensor]) -> Tensor:
     return loss
 
 
-def plainly(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def plainly(model: Any, x: Tensor, y: Tensor) -> Tensor:
     """The loss without activation checkpoints, which know no `autograd.grad` where they are reentrant."""
     model.reentrant, before = None, model.reentrant
     loss = cross_entropy(model, x, y)

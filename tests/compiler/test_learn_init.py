@@ -97,7 +97,8 @@ def test_a_batch_that_changes_begins_anew_on_each_task(
             nn.functional.mse_loss(model(x), y).backward()
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter -= 0.05 * parameter.grad
+                    assert parameter.grad is not None
+                    parameter.sub_(0.05 * parameter.grad)
             at += size
         for name, value in model.state_dict().items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
