@@ -187,11 +187,14 @@ def _trainable(
     """Return the parameters that are not frozen; to select only frozen ones is a mistake."""
     frozen = {name for name in names if not inventory.parameter[name].trainable}
     if frozen and len(frozen) == len(names):
+        way = "set `requires_grad = True` on these parameters"
+        if inventory.has_adapters:
+            way += ", name them in `train` of the clause that adds adapters, which freezes the rest"
         report.add(
             "selector-matches-frozen",
             f"all {len(frozen)} selected parameters are frozen",
             clause,
             part="on",
-            help="set `requires_grad = True` on these parameters, or select others",
+            help=f"{way}, or select others",
         )
     return tuple(name for name in names if name not in frozen)

@@ -145,6 +145,10 @@ class Inventory:
     def trainable(self) -> tuple[ParameterEntry, ...]:
         return tuple(p for p in self.parameters if p.trainable)
 
+    @property
+    def has_adapters(self) -> bool:
+        return any(ADAPTER in p.roles for p in self.parameters)
+
     @cached_property
     def signature(self) -> list[list[object]]:
         """Return names, shapes and dtypes: what a saved program checks before it binds to a model."""

@@ -272,6 +272,21 @@ def test_a_mistake_is_located_and_leaves_the_model_as_it_was(
         assert state_of(module) == before
 
 
+def test_what_a_clause_froze_is_named_in_its_train() -> None:
+    with pytest.raises(trainc.SpecError) as raised:
+        trainc.plan(SPEC + "mask bitfit", model())
+    (found,) = raised.value.diagnostics
+    assert "name them in `train` of the clause that adds adapters" in (found.help or "")
+    mine = SPEC.replace("alpha = 4", "alpha = 4, train = role(bias)")
+    program = trainc.compile(mine + "mask bitfit on role(bias)", model())
+    program.step(BATCH)
+    frozen = model()
+    frozen.requires_grad_(False)
+    with pytest.raises(trainc.SpecError) as raised:
+        trainc.plan(BASE + "mask bitfit", frozen)
+    assert not any("`train`" in (one.help or "") for one in raised.value.diagnostics)
+
+
 def test_a_name_that_the_layer_has_is_not_taken() -> None:
     module: Any = model()
     module.blocks[1].mlp.fc.lora = 3
