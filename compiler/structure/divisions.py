@@ -34,6 +34,8 @@ _BY_GROUP = {"query_key_value"}
 """For each head of keys, its heads of queries, then the keys, then the values."""
 _OTHER_ORDER = {"CodeGenAttention", "MiniMaxLightningAttention"}
 """Classes with a fused projection of a usual name in an order of their own."""
+UNKNOWN_ORDER = "one matrix: the order of its queries, keys and values is not known"
+"""The reason for the division of a fused projection of which this is so."""
 _KEYS_VALUES = {"kv", "to_kv", "wkv", "key_value"}
 _GATED = {"gate_up_proj"}
 
@@ -155,7 +157,7 @@ def _attends(holder: nn.Module) -> bool:
 
 def _fused(layout: Layout, name: str, outputs: int, holder: nn.Module) -> Division:
     """Return the division of a fused projection into queries, keys and values."""
-    unknown = Division(layout, "one matrix: the order of its queries, keys and values is not known")
+    unknown = Division(layout, UNKNOWN_ORDER)
     heads, key_heads = head_counts(holder)
     if own_class(holder).__name__ in _OTHER_ORDER:
         return unknown

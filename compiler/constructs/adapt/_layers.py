@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainc.dsl.reading.construct import Problem, RuleExplanation
@@ -41,7 +41,7 @@ def layer_problem(
             " which uses the weight directly and never calls the layer",
             help="exclude it: `- type(NonDynamicallyQuantizableLinear)`",
         )
-    name = f"{entry.name}.weight".removeprefix(".")
+    name = weight_name(entry)
     plain = name in entry.parameters and inventory.parameter[name].dtype.startswith(
         ("float", "bfloat")
     )
@@ -56,20 +56,35 @@ def layer_problem(
     )
 
 
+def weight_name(entry: ModuleEntry) -> str:
+    """Return the name of a layer's weight."""
+    return f"{entry.name}.weight".removeprefix(".")
+
+
+def sizes(entry: ModuleEntry, inventory: Inventory) -> tuple[int, int]:
+    """Return how many outputs and inputs the weight of a layer has."""
+    shape = inventory.parameter[weight_name(entry)].shape
+    found = shape[0], math.prod(shape[1:])
+    return found[::-1] if {"Conv1D", "Embedding"} & {*entry.types} else found
+
+
 def excess_rank(
-    bound: Targets, rank: int, kinds: tuple[str, ...], parts: int = 1
+    bound: Targets,
+    rank: int,
+    kinds: tuple[str, ...],
+    smallest: Callable[[ModuleEntry, Inventory], int] = lambda entry, inventory: sizes(
+        entry, inventory
+    )[0],
 ) -> Iterator[Problem]:
     """Yield a warning where a product of this rank is no more than one of a smaller rank, as the weight is small.
 
-    `parts` are the equal parts of the outputs that have a product each.
+    `smallest` gives the fewest outputs of a layer that have a product of their own.
     """
     small: list[tuple[str, int]] = []
     for entry in bound.modules:
         if layer_problem(entry, bound.inventory, kinds) is None:
-            shape = bound.inventory.parameter[f"{entry.name}.weight".removeprefix(".")].shape
-            sizes = (shape[0], math.prod(shape[1:]))
-            inputs, outputs = sizes if {"Conv1D", "Embedding"} & {*entry.types} else sizes[::-1]
-            if rank > (most := min(inputs, outputs // parts)):
+            most = min(sizes(entry, bound.inventory)[1], smallest(entry, bound.inventory))
+            if rank > most:
                 small.append((entry.name, most))
     if small:
         name, most = small[0]

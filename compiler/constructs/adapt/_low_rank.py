@@ -20,6 +20,8 @@ from trainc.compiler.constructs.adapt._layers import (
     output_count,
     refuse_options,
     refuse_own_forward,
+    sizes,
+    weight_name,
 )
 from trainc.compiler.constructs.adapt._peft import PeftFormat, is_bias
 from trainc.compiler.model.adapter_rule import Adapted, AdapterRule
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.adapting import Adapting
+    from trainc.compiler.model.inventory import Inventory, ModuleEntry
+    from trainc.compiler.structure.weights import UsedWeight
 
 EMBEDDING = "embedding"
 """What holds the factors of an embedding, in which A starts at zero and B at random."""
@@ -72,10 +76,9 @@ class LowRank(Construct, AdapterRule):
 
     # what it adapts
 
-    @property
-    def fused_parts(self) -> int:
-        """Return how many equal parts of a layer's outputs have an A and B each."""
-        return 1
+    def smallest_part(self, entry: ModuleEntry, inventory: Inventory) -> int:
+        """Return the fewest outputs of a layer that have an A and B of their own."""
+        return sizes(entry, inventory)[0]
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report layers that cannot have an adapter."""
@@ -96,7 +99,7 @@ class LowRank(Construct, AdapterRule):
                     field="bias",
                     help="remove `bias`, or select layers that have one",
                 )
-        yield from excess_rank(bound, self.rank, KINDS, self.fused_parts)
+        yield from excess_rank(bound, self.rank, KINDS, self.smallest_part)
         if "init" in self.model_fields_set and all("Embedding" in e.types for e in bound.modules):
             yield Problem(
                 "no-effect",
@@ -122,13 +125,20 @@ class LowRank(Construct, AdapterRule):
         for entry in layers:
             layer = to.module(entry.name)
             refuse_options(entry.name, layer)
-            to.add(entry.name, partial(self.make_parts, layer), self.first_values)
+            weight = to.base.weight_of.get(weight_name(entry))
+            to.add(entry.name, partial(self.make_adapter, layer, weight), self.first_values)
         trained = set() if self.train is None else {*to.select(self.train, "parameters")}
         if self.bias == "all":
             trained |= {p.name for p in to.base.parameters if is_bias(p.name)}
         elif self.bias == "adapted":
             trained |= {name for entry in layers for name in entry.parameters if is_bias(name)}
         to.train_only(trained)
+
+    def make_adapter(
+        self, layer: Any, weight: UsedWeight | None
+    ) -> dict[str, nn.Module | nn.Parameter]:
+        """Return the modules and parameters of the adapter of a layer, by name; `weight` tells of the layer's."""
+        return self.make_parts(layer)
 
     def make_parts(self, layer: Any) -> dict[str, nn.Module | nn.Parameter]:
         """Return the modules and parameters of the adapter of a layer, by name."""

@@ -88,7 +88,8 @@ class PeftFormat:
 
         found = {name: t.detach().cpu().contiguous() for name, t in self._tensors().items()}
         for layer, adapter in self.adapted.adapters.items():
-            fuse(found, _prefix(layer), _parts(adapter))
+            if parts := _parts(adapter):
+                fuse(found, _prefix(layer), parts)
         save_file(found, folder / WEIGHTS, {"format": "pt"})
         text = json.dumps(self._config(), indent=2, sort_keys=True)
         (folder / CONFIG).write_text(text + "\n")
@@ -104,7 +105,8 @@ class PeftFormat:
         with interpreting(folder / WEIGHTS):
             found = load_file(str(folder / WEIGHTS))
         for layer, adapter in self.adapted.adapters.items():
-            split(found, _prefix(layer), _parts(adapter), _rule(adapter).rank, folder)
+            if parts := _parts(adapter):
+                split(found, _prefix(layer), parts, _rule(adapter).rank, folder)
         load_tensors(self._tensors(), found, str(folder))
 
     def _config(self) -> dict[str, Any]:
@@ -260,9 +262,9 @@ def _rule(adapter: Any) -> LowRankRule:
     return found
 
 
-def _parts(adapter: Any) -> tuple[str, ...]:
-    """Return the parts of its layer that an adapter has factors of; none where it is one for all outputs."""
-    return tuple(filter(None, _rule(adapter).pairs(adapter)))
+def _parts(adapter: Any) -> dict[str, Any]:
+    """Return the factors of an adapter by part of its layer; none where it is one for all outputs."""
+    return {part: pair for part, pair in _rule(adapter).pairs(adapter).items() if part}
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:

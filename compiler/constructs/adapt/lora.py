@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainc.compiler.constructs.adapt._fused import PARTS
-from trainc.compiler.constructs.adapt._layers import LINEAR, output_count
+from trainc.compiler.constructs.adapt._fused import PARTS, count, rows_of_parts, spread
+from trainc.compiler.constructs.adapt._layers import LINEAR, output_count, sizes, weight_name
 from trainc.compiler.constructs.adapt._low_rank import UPDATE, LowRank, product
 from trainc.dsl.reading.construct import Problem
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainc.compiler.bind.bound_clause import Targets
+    from trainc.compiler.model.inventory import Inventory, ModuleEntry
+    from trainc.compiler.structure.weights import UsedWeight
 
 
 class Lora(LowRank):
@@ -30,8 +32,10 @@ class Lora(LowRank):
 
     Layers are nn.Linear, transformers' Conv1D, convolutions and nn.Embedding. A of a convolution is one of its form
     with `rank` outputs, and B is 1x1. Those of an embedding are `LAYER.lora.embedding.a` and `.b`, of which A, a row of
-    `rank` numbers for each id, starts at zero. With `parts`, the layer is a fused projection whose outputs are queries,
-    keys and values of equal size, in this order; each named part has its own A and B, and the others have none.
+    `rank` numbers for each id, starts at zero. With `parts`, the layer is a fused projection of queries, keys and
+    values; each named part has its own A and B, and the others have none. Which outputs they are, the layer's name and
+    the numbers of heads beside it tell, as for grouped heads, or where each head has its own (`query_key_value`); of
+    another name, they are equal thirds in this order.
     PACE's LoRAadd is `rank = 10, alpha = 10, init = xavier, bias = update`.
 
     Initial values depend on the run's seed and the parameter's name alone. A model that has the adapters already
@@ -74,41 +78,57 @@ class Lora(LowRank):
             )
         return self
 
-    @property
-    def fused_parts(self) -> int:
-        """Return how many equal parts of a layer's outputs have an A and B each."""
-        return 1 if self.parts is None else len(PARTS)
+    def smallest_part(self, entry: ModuleEntry, inventory: Inventory) -> int:
+        """Return the fewest outputs of a layer that have an A and B of their own."""
+        outputs = sizes(entry, inventory)[0]
+        if self.parts is None:
+            return outputs
+        rows = rows_of_parts(inventory.weight_of.get(weight_name(entry)), outputs)
+        return min(count(rows[part]) for part in self.parts)
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report layers that cannot have an adapter, or no parts."""
-        yield from super().validate_targets(bound)
-        for entry in bound.modules if self.parts is not None else ():
-            weight = bound.inventory.parameter.get(f"{entry.name}.weight".removeprefix("."))
-            if weight is None:
-                continue
-            if set(LINEAR).isdisjoint(entry.types):
-                message = f"`{entry.name}` is no linear layer, and so no fused projection"
-            elif (outputs := weight.shape[0 if "Linear" in entry.types else 1]) % len(PARTS):
-                message = f"`{entry.name}` has {outputs} outputs, which are not queries, keys and values of equal size"
-            else:
-                continue
-            yield Problem(
+        found = [
+            Problem(
                 "layer-without-adapter",
-                message,
+                f"`{entry.name}` {why}",
                 field="parts",
-                help="select fused query-key-value projections only, or remove `parts`",
+                help="select projections that are fused of queries, keys and values, or remove `parts`",
             )
+            for entry in bound.modules
+            if (why := self._without_parts(entry, bound.inventory))
+        ]
+        yield from found or super().validate_targets(bound)
 
-    def make_parts(self, layer: Any) -> dict[str, nn.Module | nn.Parameter]:
+    def _without_parts(self, entry: ModuleEntry, inventory: Inventory) -> str:
+        """Return why a layer has not the parts that are to be adapted, in words that begin with a verb."""
+        name = weight_name(entry)
+        if self.parts is None or name not in inventory.parameter:
+            return ""
+        if set(LINEAR).isdisjoint(entry.types):
+            return "is no linear layer, and so no fused projection"
+        try:
+            rows = rows_of_parts(inventory.weight_of.get(name), sizes(entry, inventory)[0])
+        except ValueError as error:
+            return str(error)
+        missing = [part for part in self.parts if part not in rows]
+        return f"has {' and '.join(rows)} alone, and no {missing[0]}" if missing else ""
+
+    def make_adapter(
+        self, layer: Any, weight: UsedWeight | None
+    ) -> dict[str, nn.Module | nn.Parameter]:
         """Return the modules of one adapter, by name."""
         from torch import nn
 
         if self.parts is None:
-            return super().make_parts(layer)
-        size = output_count(layer) // len(PARTS)
-        held: dict[str, nn.Module | nn.Parameter] = {
-            part: nn.ModuleDict(self.make_pair(layer, size)) for part in self.parts
-        }
+            return super().make_adapter(layer, weight)
+        outputs = output_count(layer)
+        rows = rows_of_parts(weight, outputs)
+        held: dict[str, nn.Module | nn.Parameter] = {}
+        for part in self.parts:
+            pair: Any = nn.ModuleDict(self.make_pair(layer, count(rows[part])))
+            pair.rows, pair.outputs = rows[part], outputs
+            held[part] = pair
         return {"dropout": nn.Dropout(self.dropout), **held} if self.dropout else held
 
     def pairs(self, adapter: Any) -> dict[str, Any]:
@@ -121,21 +141,14 @@ class Lora(LowRank):
         """Return `factor * B A x`, with zeros for the parts that have no A and B."""
         x = self.input_of(adapter, inputs[0])
         pairs = self.pairs(adapter)
-        return self._joined({p: pair.b(pair.a(x)) * self.factor for p, pair in pairs.items()}, -1)
+        found = {part: pair.b(pair.a(x)) * self.factor for part, pair in pairs.items()}
+        return found[""] if self.parts is None else spread(found, pairs, -1)
 
     def update_rows(self, adapter: Any) -> Tensor:
         """Return `factor * B A`, (out, in), with zeros for the parts that have no A and B."""
         pairs = self.pairs(adapter)
-        return self._joined({p: product(pair) * self.factor for p, pair in pairs.items()}, 0)
-
-    def _joined(self, values: Mapping[str, Tensor], axis: int) -> Tensor:
-        """Return the values of the parts side by side along an axis, zeros for those that are not there."""
-        import torch
-
-        if "" in values:
-            return values[""]
-        zeros = torch.zeros_like(next(iter(values.values())))
-        return torch.cat([values.get(part, zeros) for part in PARTS], axis)
+        found = {part: product(pair) * self.factor for part, pair in pairs.items()}
+        return found[""] if self.parts is None else spread(found, pairs, 0)
 
     def reference(
         self, x: Tensor, weight: Tensor, bias: Tensor, pairs: Mapping[str, tuple[Tensor, Tensor]]
