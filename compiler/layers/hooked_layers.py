@@ -12,18 +12,32 @@ from torch.utils.checkpoint import checkpoint
 
 from trainc.compiler.errors import SiteError
 from trainc.compiler.layers.site_state import BoundLayer, SiteState
+from trainc.compiler.model.adapters import with_adapters
 from trainc.compiler.model.undisturbed import own_generators
 
 
 class BoundHooks(BoundLayer):
-    """Runs the open hooks around the layer: what replaces its forward pass is innermost, then the first clause's."""
+    """Runs the open hooks around the layer, from the inside out as `SiteState.open` has them.
+
+    The layer's adapters are part of what hooks change and see; those of its weight, and what replaces its own forward
+    pass, are inside of them.
+    """
+
+    @property
+    def runs_adapters(self) -> bool:
+        """Whether adapters run inside of `forward` now, and not in the module hooks that they are."""
+        own = cast(nn.Module, self)
+        return own.training and any(not hook.below_adapters for hook, _ in self.trainc.open)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the outermost hook gives; in evaluation mode, what the layer gives."""
         call = super().forward
         own = cast(nn.Module, self)
         if own.training:
+            adapted = False
             for hook, at in self.trainc.open:
+                if not (adapted or hook.below_adapters):
+                    call, adapted = with_adapters(own, call), True
                 call = partial(hook.forward, own, call, at)
         return call(*args, **kwargs)
 

@@ -193,6 +193,11 @@ class LayerHook:
         """Whether the layer's own forward pass may not run at all."""
         return type(self).forward is not LayerHook.forward
 
+    @property
+    def below_adapters(self) -> bool:
+        """Whether it concerns the layer without what adapters add: its own forward pass, or its weight."""
+        return self.replaces or self.for_weight
+
 
 class KeepOutput(LayerHook):
     """Keeps what a layer gives in one forward pass, a tensor for each call."""

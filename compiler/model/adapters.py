@@ -1,6 +1,7 @@
 """Adapters: children of layers, which clauses add to a model. Make, add, find, hide and remove them; freeze the rest.
 
-An adapter runs in a forward hook of its layer, so the layer keeps its class, its parameters and their names.
+An adapter runs in a forward hook of its layer, so the layer keeps its class, its parameters and their names. A layer
+that runs its adapters itself says so by `runs_adapters`.
 """
 
 from __future__ import annotations
@@ -89,6 +90,12 @@ class RunAdapter(AdapterHook):
     def __call__(
         self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> Any:
+        return None if _runs_adapters(layer) else self.apply(layer, inputs, named, output)
+
+    def apply(
+        self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> Any:
+        """Return what the layer gives with the adapter, of its inputs and of what it gives without."""
         adapter = getattr(layer, self.name)
         return adapter.rule.change_output(layer, adapter, (*inputs, *named.values()), output)
 
@@ -98,10 +105,36 @@ class PrepareAdapter(AdapterHook):
 
     def __call__(
         self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return None if _runs_adapters(layer) else self.apply(layer, inputs, named)
+
+    def apply(
+        self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the layer is given in place of its inputs."""
         adapter = getattr(layer, self.name)
         args, kwargs = adapter.rule.change_inputs(layer, adapter, inputs, named)
         return args, kwargs
+
+
+def _runs_adapters(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "runs_adapters", False))
+
+
+def with_adapters(layer: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what a layer computes with its adapters, where `call` is its forward pass without them."""
+    before = [one for one in layer._forward_pre_hooks.values() if isinstance(one, PrepareAdapter)]
+    after = [one for one in layer._forward_hooks.values() if isinstance(one, RunAdapter)]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for prepare in before:
+            args, kwargs = prepare.apply(layer, args, kwargs)
+        output = call(*args, **kwargs)
+        for add in after:
+            output = add.apply(layer, args, kwargs, output)
+        return output
+
+    return run if before or after else call
 
 
 _TABLES = (

@@ -126,6 +126,40 @@ def test_an_output_without_the_examples_first_is_an_error() -> None:
         program.step((torch.randn(6, 3, 4), torch.zeros(6, dtype=torch.long)))
 
 
+def test_outputs_of_other_shapes_in_evaluation_mode_are_an_error() -> None:
+    class Shorter(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if self.training else x[:, :1]
+
+    class Sequences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Shorter(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.body(x).mean(1))
+            return out
+
+    program = trainc.compile(SPEC + ' on "body" { weight = 1 }', Sequences(), executor="module")
+    with pytest.raises(SiteError, match=r"\[\[6, 5, 8\]\].* \[\[6, 1, 8\]\].* Exclude it"):
+        program.step((torch.randn(6, 5, 8), torch.zeros(6, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_an_adapter_of_the_layer_is_part_of_its_output(executor: Any) -> None:
+    made = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    spec = SPEC.replace("lr = 0.3", "lr = 0.01") + ' on "0" { weight = 2 }'
+    spec += ' adapt lora on "0" { rank = 2, alpha = 8 }'
+    x, y = torch.linspace(-1, 1, 24).double().sin().view(6, 4), torch.arange(6) % 3
+    start = made[0](x).detach()
+    program = trainc.compile(spec, made, executor=executor)
+    for step in range(3):
+        with torch.no_grad():
+            distance = (program.module.get_submodule("0")(x) - start).square().sum(1).mean()
+        assert program.step((x, y))["delta"] == pytest.approx(float(distance), rel=1e-12)
+        assert bool(distance) == (step > 0)
+
+
 def test_bad_values_are_located_errors_of_the_plan() -> None:
     for clause, said in (
         (f'{ON}{{ weight = 1, omega = "{__name__}:batch" }}', "batch"),

@@ -186,3 +186,27 @@ def test_the_check_leaves_the_run_as_it_is() -> None:
 def test_bad_input(clause: str, message: str) -> None:
     with pytest.raises(trainc.SpecError, match=message):
         trainc.compile(BASE + "regularize drop_path " + clause, net())
+
+
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_what_adapters_add_to_a_branch_is_dropped_with_it(executor: Any) -> None:
+    adapted = 'adapt lora on "one" | "two" { rank = 2, alpha = 6 } '
+    program = trainc.compile(BASE + adapted + DROP, net(), executor=executor)
+    with torch.no_grad():
+        for name, one in program.module.named_parameters():
+            if name.endswith("lora.b.weight"):
+                one.copy_(torch.linspace(-1, 1, one.numel()).sin().view_as(one))
+    twin, merged = net(), program.module
+    with torch.no_grad():
+        for name in ("one", "two"):
+            a, b = (merged.get_parameter(f"{name}.lora.{letter}.weight") for letter in "ab")
+            twin.get_parameter(f"{name}.weight").add_(3 * b @ a)
+    x, y = batch(0)
+    for site, name in enumerate(("one", "two")):
+
+        def drop(_: Any, given: Any, branch: Tensor, site: int = site) -> Tensor:
+            return DropPath.reference(branch, kept(0, site), P)
+
+        twin.get_submodule(name).register_forward_hook(drop)
+    expected = float(cross_entropy(twin(x), y).detach())
+    assert program.step((x, y))["loss"] == pytest.approx(expected, rel=1e-12)

@@ -85,6 +85,7 @@ class Delta(Construct):
                     raise SiteError(
                         f"`{name}` was not called in the pass: exclude it from `on`", to.label
                     )
+                _require_pairs(own, fixed[name], name, to.label)
                 omega = forward.tensors.get(f"omega:{name}")
                 for pair in zip(own, fixed[name], strict=True):
                     one = self.reference(*pair, omega)
@@ -157,3 +158,14 @@ def _first(output: Tensor, name: str, rows: int, views: int, clause: str) -> Ten
             clause,
         )
     return output[:rows]
+
+
+def _require_pairs(own: list[Tensor], start: list[Tensor], name: str, clause: str) -> None:
+    """Raise SiteError unless a module gives as many outputs, of the same shapes, as it gave at the start."""
+    now, then = ([list(one.shape) for one in outputs] for outputs in (own, start))
+    if now != then:
+        raise SiteError(
+            f"`{name}` gives outputs of the shapes {now}, and in the model of the start, which is in evaluation mode,"
+            f" {then}: these have no distance. Exclude it from `on`",
+            clause,
+        )
