@@ -113,7 +113,10 @@ def _preparing(error: Exception) -> Iterator[Adapter]:
 
 
 def silent_adapters(model: nn.Module, masked: Container[str]) -> Iterator[str]:
-    """Yield a note for each adapter that trains and got no gradient; that of a masked parameter is not seen."""
+    """Yield a note for each adapter that trains and got no gradient, or one of zero.
+
+    That of a masked parameter is not seen, and of a sharded one only that there is none.
+    """
     for one in adapters_of(model):
         trained = [
             parameter
@@ -125,6 +128,21 @@ def silent_adapters(model: nn.Module, masked: Container[str]) -> Iterator[str]:
                 f"`{one.full_name}` did not run in the first step: a layer whose weight its parent uses directly is"
                 " never called. Exclude such a layer from `on`"
             )
+        elif trained and not any(map(_is_moved, trained)):
+            yield (
+                f"`{one.full_name}` had a gradient of 0 in the first step: what it changes does not reach the loss, as"
+                " where a module computes each token by itself and others are added. Select another module, unless"
+                " dropout left it out of this step"
+            )
+
+
+def _is_moved(parameter: nn.Parameter) -> bool:
+    """Say whether a gradient is not zero, or is a shard or sparse, which may not tell."""
+    gradient = parameter.grad
+    if gradient is None:
+        return False
+    whole = type(gradient) is Tensor and gradient.layout == torch.strided
+    return not whole or bool(gradient.any())
 
 
 def write_adapters(model: nn.Module, folder: Path) -> None:

@@ -126,7 +126,7 @@ def without_prompts(adapter: Any, output: Any, length: int, tokens: int) -> Any:
         if isinstance(value, torch.Tensor):
             whole = value.dim() == 3 and value.shape[1] == length
             found += whole or (value.dim() == 3 and value.shape[1] == 1)  # the last token alone
-            return value[:, tokens:] if whole else value
+            return value[:, tokens:].contiguous() if whole else value
         if isinstance(value, Mapping) and hasattr(value, "to_tuple"):
             return type(value)(**{name: cut(one) for name, one in value.items()})
         return tuple(map(cut, value)) if type(value) is tuple else value

@@ -38,6 +38,12 @@ def widths_of(
     return None
 
 
+def is_one_layer(entry: ModuleEntry, inventory: Inventory) -> bool:
+    """Say whether a module is a linear layer or a norm, which computes each token by itself."""
+    attends = any(name.rpartition(".")[2] == "in_proj_weight" for name in entry.parameters)
+    return not attends and _of_layer(entry, inventory) is not None
+
+
 def _of_layer(entry: ModuleEntry, inventory: Inventory) -> tuple[int, int] | None:
     """Return the widths of a linear layer, a norm, or torch's attention; None for another module."""
     own = {name.rpartition(".")[2]: inventory.parameter[name] for name in entry.parameters}

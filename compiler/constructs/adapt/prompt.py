@@ -19,7 +19,7 @@ from trainc.compiler.constructs.adapt._embedded import (
 )
 from trainc.compiler.constructs.adapt._longer import Longer
 from trainc.compiler.constructs.adapt._peft import CONFIG
-from trainc.compiler.constructs.adapt._widths import width_problems, widths_of
+from trainc.compiler.constructs.adapt._widths import is_one_layer, width_problems, widths_of
 from trainc.compiler.errors import SiteError
 from trainc.compiler.model.adapter_rule import Adapted, AdapterRule, with_first
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Selector
@@ -139,6 +139,14 @@ class Prompt(Construct, AdapterRule):
                     help="select blocks alone, such as `blocks.*`",
                 )
                 return
+        for entry in bound.modules:
+            if is_one_layer(entry, bound.inventory):
+                yield Problem(
+                    "wrong-target-kind",
+                    f"`{entry.name}` ({entry.types[0]}) computes each token by itself, so that none would see a prompt",
+                    help="select blocks or attentions, such as `blocks.*`",
+                )
+                return
         if self.mode == "shallow" and (pair := _gap(names)) is not None:
             yield Problem(
                 "wrong-target-kind",
@@ -227,7 +235,7 @@ class Prompt(Construct, AdapterRule):
                 )
             if not hasattr(adapter, "end"):
                 return y
-            behind = y[:, self.at + self.tokens :]
+            behind = y[:, self.at + self.tokens :].contiguous()  # as blocks give it
             return torch.cat([y[:, : self.at], behind], 1) if self.at else behind
 
         return with_first(output, change)

@@ -277,6 +277,44 @@ def test_prompts_in_front_train_the_same_by_graph_and_by_modules(make: Any, clau
         torch.testing.assert_close(value, states[1][name], msg=name)
 
 
+@pytest.mark.parametrize("mode", ["deep", "input"])
+@pytest.mark.parametrize("make", [llama, mpt])
+def test_what_comes_behind_may_ask_for_states_in_one_piece(make: Any, mode: str) -> None:
+    module: Any = make()
+    where = "model" if make is llama else "transformer"
+    selected = (
+        where if mode == "input" else f"{where}.layers.*" if make is llama else f"{where}.blocks.*"
+    )
+    seen: list[torch.Size] = []
+
+    def view(_: Any, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0].view(-1).shape)
+
+    head: Any = module.lm_head
+    head.register_forward_pre_hook(view)
+    norm: Any = module.model.norm if make is llama else module.transformer.norm_f
+    norm.register_forward_pre_hook(view)
+    text = BASE + f'adapt prompt on "{selected}" {{ tokens = 3, mode = {mode} }}'
+    trainc.compile(text, module, executor="module").step((IDS, IDS.roll(-1, 1)))
+    assert len(seen) >= 2
+
+
+@pytest.mark.parametrize("selected", ["role(norm)", '"**.fc"', '"head"'])
+def test_prompts_that_no_token_would_see_are_refused(selected: str) -> None:
+    with pytest.raises(trainc.SpecError, match="computes each token by itself") as raised:
+        trainc.plan(BASE + f"adapt prompt on {selected} {{ tokens = 2 }}", language_model())
+    assert raised.value.diagnostics[0].labels
+
+
+def test_prompts_that_no_token_saw_are_told_of() -> None:
+    program = trainc.compile(BASE + 'adapt prompt on "**.mlp" { tokens = 2 }', language_model())
+    program.step((IDS, IDS.roll(-1, 1)))
+    assert any("`blocks.1.mlp.prompt` had a gradient of 0" in n for n in program.report().notes)
+    program = trainc.compile(BASE + 'adapt prompt on "blocks.*" { tokens = 2 }', language_model())
+    program.step((IDS, IDS.roll(-1, 1)))
+    assert not any("gradient of 0" in note for note in program.report().notes)
+
+
 @pytest.mark.parametrize("executor", ["graph", "module"])
 def test_a_model_that_is_never_called_is_named(executor: Any) -> None:
     with pytest.raises(SiteError, match=r"`model\.prompt` takes no part in the loss") as raised:
@@ -411,7 +449,7 @@ class Blocks(nn.Module):
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=first) for _ in range(3)
         )
-        self.pool = nn.Linear(8, 8)
+        self.pool = nn.Sequential(nn.Linear(8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -491,7 +529,7 @@ def test_a_fault_in_another_layer_stays_what_it_is() -> None:
         nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)), nn.Linear(9, 3)
     )
     program = trainc.compile(BASE + 'adapt prompt on "0.0" { tokens = 2 }', model)
-    with pytest.raises(RuntimeError, match="Expected size for first two"):
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
         program.step((torch.zeros(2, 9, 8), torch.zeros(2, 9, dtype=torch.long)))
 
 
