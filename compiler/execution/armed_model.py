@@ -125,7 +125,7 @@ class ArmedModel:
         with self.autocast(), self.apart():
             few, peers = next(several, batches[0]), None
             if together:
-                peers = self.exchange_group or self.replicas
+                peers = self.replicas or self.exchange_group
             self._settled = settle(self.module, self.sites, self.losses, few, peers)
 
     def settle_for_evaluation(self, batch: Batch) -> None:

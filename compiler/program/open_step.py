@@ -68,7 +68,7 @@ class OpenStep:
         """What to say with the next step, of what was between them."""
         self.execution, self.method, self._exchange = execution, method, exchange
         self.machine, self.settings = machine, settings
-        machine.equals = self._equals
+        machine.equals = lambda: execution.replicas
         self.last: Step | None = None
         """The step that was updated or skipped last."""
         self.history = TermHistory()
@@ -162,17 +162,13 @@ class OpenStep:
             step.may_be_unsound = self.settings.on_nan == "continue"
             self._buffers.keep()
         self.execution.masked.begin(replicas, self.execution.wrappers)
-        if step.replicas is None:
-            if self._exchange is not None:
-                self.execution.exchange_group = self._exchange.join()
-            step.replicas = self.execution.exchange_group or replicas
-            if opened and self.last is None and (apart := trains_apart(step.replicas)) is not None:
-                step.notes.append(apart)
+        step.replicas = step.replicas or replicas
+        if self._exchange is not None and step.exchange_group is None:
+            step.exchange_group = self.execution.exchange_group = self._exchange.join()
+        peers = step.exchange_group or step.replicas
+        if opened and self.last is None and (apart := trains_apart(peers)) is not None:
+            step.notes.append(apart)
         return step
-
-    def _equals(self) -> Replicas | None:
-        """Return the processes that hold the same weights: they average gradients, and exchange nothing else."""
-        return None if self._exchange is not None else self.execution.replicas
 
     def _exchange_shares(self, own: Part, replicas: Replicas) -> None:
         """Let each replica know what the others have of the step, before the first of its passes.
@@ -193,10 +189,12 @@ class OpenStep:
 
         A framework's is not `shared`: it differentiates a loss that it divides itself.
         """
+        exchange = self.execution.exchange_group
         if self._shares is not None and shared:
-            return self._shares.apply(where, sharded=not self.execution.whole)
-        peers = self.execution.exchange_group or self._replicas
-        return where if peers is None else replace(where, stream=peers.rank)
+            where = self._shares.apply(where, sharded=not self.execution.whole)
+            return where if exchange is None else replace(where, stream=exchange.rank)
+        peers = exchange or self._replicas
+        return where if peers is None else replace(where, stream=peers.process)
 
     def _changed(
         self, step: Step, micro_batches: list[Batch], sample_ids: Sequence[Tensor | None]

@@ -52,8 +52,10 @@ class SavableProgram(ShownProgram):
         found = unsound_state(self.module, self._machine.actions, self._evaluation.state())
         if first_shard(self.execution.parameters) is None:
             return found
-        everyone: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, found)
+        if (peers := self.execution.replicas) is None:
+            return found
+        everyone: list[str | None] = [None] * peers.size
+        dist.all_gather_object(everyone, found, group=peers.group)
         return next((one for one in everyone if one is not None), None)
 
     def estimate_from(self, batches: Callable[[], Iterable[Any]]) -> None:
@@ -72,7 +74,7 @@ class SavableProgram(ShownProgram):
         """Write plan, graph and weights to `folder` and return it; `trainc.load` binds them to a model again.
 
         The weights are those that evaluation uses: see `evaluation_weights`. Where FSDP2 shards parameters all
-        processes call this, and the first of them writes whole weights.
+        processes that they are sharded over call this, and the first of these writes whole weights.
         """
         self._machine.check_outside("save")
         require_sound(self.unsound_state(), folder)
@@ -82,9 +84,11 @@ class SavableProgram(ShownProgram):
             if first_shard(state) is None:
                 return save(Path(folder), self.plan, Unwrapped(self.module), graph)
             gathered = _Gathered(state)
-        if dist.get_rank() == 0:
+        peers = self.execution.replicas
+        if peers is None or peers.rank == 0:
             save(Path(folder), self.plan, gathered, graph)
-        dist.barrier()
+        if peers is not None:
+            dist.barrier(peers.group)
         return Path(folder)
 
     # adapters

@@ -220,7 +220,7 @@ class StepGradients:
         """Return a stream of random numbers; see `runtime.step.around.Gradients`."""
         execution = self._execution
         peers = execution.exchange_group or execution.replicas
-        rank = peers.rank if own and peers is not None else 0
+        rank = peers.process if own and peers is not None else 0
         made = torch.Generator(device)
         key = "around", name, rank, execution.clock.steps
         return made.manual_seed(derive_seed(execution.seed, *key))

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainc.runtime.processes.sharded import local
+
 BUCKET = 2**25
 """Bytes that are joined into one message, so that many small tensors cost few messages."""
 
@@ -62,6 +64,11 @@ class ReplicaGroup:
         self._traffic = _Traffic()
 
     @property
+    def process(self) -> int:
+        """The number of this process among those of all replicas."""
+        return self.rank
+
+    @property
     def sent(self) -> int:
         """The bytes that this process has sent so far, in this group and in the parts of it."""
         return self._traffic.sent
@@ -84,9 +91,10 @@ class ReplicaGroup:
     def mean_in_place(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
         """Replace each tensor by its mean over all replicas, the same bits on each.
 
-        Sums are taken in `dtype`, by default that of the tensor but float32 for 16 bits.
+        Sums are taken in `dtype`, by default that of the tensor but float32 for 16 bits. Of a DTensor it is what each
+        process holds.
         """
-        for bucket in _buckets(tensors):
+        for bucket in _buckets([*map(local, tensors)]):
             wide = dtype or torch.promote_types(bucket[0].dtype, torch.float32)
             flat = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in bucket])
             sent = flat.to(self._device(flat))
@@ -95,10 +103,16 @@ class ReplicaGroup:
             for tensor, mean in zip(bucket, parts, strict=True):
                 tensor.copy_(mean.view(tensor.shape))
 
+    def mean_of_processes(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> None:
+        """Do so over all processes, also where a replica has several."""
+        self.mean_in_place(tensors, dtype)
+
     @torch.no_grad()
     def copy_from(self, source: int, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by that of the replica with rank `source`."""
-        for tensor in tensors:
+        """Replace each tensor by that of the replica with rank `source`; of a DTensor, what this process holds."""
+        for tensor in filter(Tensor.numel, map(local, tensors)):
             sent = tensor.detach().to(self._device(tensor)).contiguous()
             dist.broadcast(sent, group=self.group, group_src=source)
             if self.rank == source:

@@ -101,14 +101,13 @@ def change_batch(
             f"{due[0].name} changes the targets of a batch, and needs one tensor of them: the data gives"
             f" {describe_parts(targets)}. Remove the clause"
         )
-    rank = 0 if step.replicas is None else step.replicas.rank
     changed = copy_inputs(batch)[0], targets.clone()
     with torch.no_grad():
         for one in due:
             draw = torch.Generator(targets.device)
             place = step.clock.steps, first_example
-            draw.manual_seed(derive_seed(seed, "batch", one.name, rank, *place))
-            one.draws = StepDraws(seed, one.name, rank, *place)
+            draw.manual_seed(derive_seed(seed, "batch", one.name, step.process, *place))
+            one.draws = StepDraws(seed, one.name, step.process, *place)
             ids = sample_ids if one.sample_ids else None
             with failures_of(one.name):
                 changed = _checked(one, one.change(changed, step, draw, ids), changed[1])

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from trainc.runtime.step.record import Step
 
 
+_ALONE = (
+    "this process trains alone, so nothing is exchanged; start several, for example with"
+    " `torchrun --nproc-per-node 4`, and call `torch.distributed.init_process_group()` in each"
+)
+_ONE_REPLICA = (
+    "the parameters are sharded over all {} processes, which makes them one replica, so nothing is exchanged; for"
+    " several give `fully_shard` the rows of a mesh, such as"
+    ' `init_device_mesh("cuda", (2, 4), mesh_dim_names=("replicate", "shard"))["shard"]`'
+)
+
+
 class Exchange(Action):
     """Phase 11: a turn with the other replicas, after a step at which the gate fires.
 
@@ -41,7 +52,7 @@ class Exchange(Action):
         return self.gate is None or self.gate.fires(step.clock_after())
 
     def run(self, step: Step) -> None:
-        replicas, number = step.replicas, step.clock.steps + 1
+        replicas, number = step.exchange_group, step.clock.steps + 1
         if replicas is None:
             self._say_alone(step)
             return
@@ -61,11 +72,9 @@ class Exchange(Action):
     def _say_alone(self, step: Step) -> None:
         self._record(step, 0)
         if not self.trained_alone:
-            step.notes.append(
-                f"{self.name}: this process trains alone, so nothing is exchanged; start several, for example with"
-                " `torchrun --nproc-per-node 4`, and call `torch.distributed.init_process_group()` in each"
-            )
-        self.trained_alone = True
+            alone = _ALONE if step.replicas is None else _ONE_REPLICA.format(step.replicas.size)
+            step.notes.append(f"{self.name}: {alone}")
+        self.trained_alone, self.replicas = True, int(step.replicas is not None)
 
     def _facts(self, step: Step, number: int) -> list[Fact]:
         from trainc.runtime.processes.replica_group import MEETING, Fact
@@ -95,8 +104,9 @@ class Exchange(Action):
         if self.turns:
             times = f"{self.turns} exchange{'s' * (self.turns > 1)}"
             return (
-                f"{self.name}: {times} between {self.replicas} replicas, {self.sent} bytes sent by this one, the last"
-                f" after step {self.last}; since then the replicas differ"
+                f"{self.name}: {times} between {self.replicas} replicas, {self.sent} bytes sent by this process, the"
+                f" last after step {self.last}; since then the replicas differ"
             )
         alone = ": this process trained alone" if self.trained_alone else ""
+        alone = ": all processes were one replica" if alone and self.replicas else alone
         return f"{self.name}: no exchange{alone}"

@@ -94,7 +94,15 @@ class Step:
     equals: Callable[[], ReplicaGroup | None] = lambda: None
     """Returns the processes with the weights of this one before every step, itself included; None if it is alone."""
     replicas: ReplicaGroup | None = None
-    """The other processes that run this program: they average gradients, or exchange after steps; None if alone."""
+    """The processes that average gradients with this one, itself included; None if it trains alone."""
+    exchange_group: ReplicaGroup | None = None
+    """The replicas that this one exchanges with after steps; between these each trains on its own. None without."""
+
+    @property
+    def process(self) -> int:
+        """Return the number of this process among all that run this program."""
+        peers = self.exchange_group or self.replicas
+        return 0 if peers is None else peers.process
 
     def clock_after(self) -> Clock:
         """Return the clock as it will be when this step is counted, without the seconds that it takes."""

@@ -117,15 +117,6 @@ def gradients_averaged(rank: int, size: int) -> Any:
     return replicas and replicas.size
 
 
-def sharded(rank: int, size: int) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = net()
-    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
-    trainc.compile(SGD + EVERY_3, model).step(data(rank, 0))
-
-
 def other_plan(rank: int, size: int) -> Any:
     every = 2 if rank else 3
     trainc.compile(SGD + f"distribute local every {every} steps", net()).step(data(rank, 0))
@@ -234,7 +225,6 @@ CASES: dict[str, Callable[[int, int], Any]] = {
     "groups of three": trains(LEADERS.replace("groups = 2", "groups = 3")),
     "collectives": collectives,
     "refused wrapper": wrapped,
-    "refused shards": sharded,
     "other plan": other_plan,
     "other weights": other_weights,
     "other step": other_step,

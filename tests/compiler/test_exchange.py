@@ -19,13 +19,12 @@ from trainc.runtime.step.record import Signals, Step
 
 REFUSED = {
     "refused wrapper": r"SiteError: .*wrapper of the model, `DistributedDataParallel`, that averages gradients",
-    "refused shards": r"SiteError: `0\.weight` is sharded over processes \(FSDP2\)",
     "other plan": r"from the start, because they differ in their plan: rank 0 has the plan \w+, rank 1 has the plan \w",
     "other weights": r"from the start, because they differ in their starting weights: rank 0 has `0\.weight`",
     "other step": r"they differ in the step: rank 0 has step 6, rank 1 has step 3\. Run the same number of steps",
     "other checkpoint": r"they differ in the step: rank 0 has done 5 steps, rank 1 has done 6 steps\. Resume all",
     "other batch": r"after step 3, because they differ in the size of the batch: rank 0 has 4 samples, rank 1 has",
-    "groups of three": r"ClauseFailed: \d processes cannot be divided into groups of 3: write a number .* \(groups\)$",
+    "groups of three": r"ClauseFailed: \d replicas cannot be divided into groups of 3: write a number .* \(groups\)$",
     "other tensors": r"differ in what is sent: rank 0 has `4\.bias` torch\.float64 \[3\], rank 1 has `1\.running_mean`",
 }
 
@@ -120,7 +119,7 @@ def turns(gate: Gate | None, steps: int) -> tuple[list[str], StepMachine]:
     action.gate = gate
     machine = StepMachine([action], Clock(), {}, Signals())
     for _ in range(steps):
-        machine.begin().replicas = group  # type: ignore[assignment]
+        machine.begin().exchange_group = group  # type: ignore[assignment]
         machine.finish()
     return group.asked, machine
 

@@ -51,6 +51,7 @@ class Turn(Exchange):
     Each is a dict of tensors by the names of parameters, of their shapes, and float32 at least where it is in `wide`.
     """
 
+    reads_shards: ClassVar = True
     kept: ClassVar[tuple[str, ...]] = ()
     wide: ClassVar[bool] = False
 
@@ -66,19 +67,25 @@ class Turn(Exchange):
 
         replicas.mean_in_place([*self.of.states(step).values()])
         # In float64 the mean of equal numbers is that number: constants stay what they are.
-        replicas.mean_in_place([*self.of.buffers().values()], torch.float64)
+        # Where a replica is sharded, each of its processes has buffers of its own.
+        replicas.mean_of_processes([*self.of.buffers().values()], torch.float64)
 
     def layout(self, step: Step) -> list[str]:
-        """Return name, dtype and shape of every tensor that is exchanged."""
+        """Return name, dtype and shape of every tensor that is exchanged, and along which axis it is sharded."""
         every = self.of.weights(step) | self.of.states(step) | dict(self.of.buffers())
-        return [f"`{name}` {tensor.dtype} {list(tensor.shape)}" for name, tensor in every.items()]
+        return [
+            f"`{name}` {tensor.dtype} {list(tensor.shape)}" + _placed(tensor)
+            for name, tensor in every.items()
+        ]
 
     def copied(self, step: Step) -> dict[str, Tensor]:
         """Return copies of the weights as this action keeps them."""
         return {name: self._kept_form(w) for name, w in self.of.weights(step).items()}
 
     def memory(self) -> int:
-        return sum(tensor.nbytes for tensor in self._by_key().values())
+        from trainc.runtime.processes.sharded import local
+
+        return sum(local(tensor).nbytes for tensor in self._by_key().values())
 
     def state_dict(self) -> ActionState:
         return self._by_key()
@@ -89,7 +96,7 @@ class Turn(Exchange):
             name: Values.like(p, True, self._dtype(p)) for name, p in self.of.parameters.items()
         }
         return Record(
-            optional={f"{what} {name}": form for what in self.kept for name, form in like.items()}
+            optional={f"{what}/{name}": form for what in self.kept for name, form in like.items()}
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -97,7 +104,7 @@ class Turn(Exchange):
         for what in self.kept:
             setattr(self, what, {})
         for key, tensor in state.items():
-            what, _, name = key.partition(" ")
+            what, _, name = key.partition("/")
             if what not in self.kept or name not in self.of.parameters:
                 raise ValueError(
                     f"the checkpoint has `{key}`, which another rule or selection of this clause kept"
@@ -117,12 +124,12 @@ class Turn(Exchange):
         )
 
     def _fits(self, key: str, value: Any) -> bool:
-        what, _, name = key.partition(" ")
+        what, _, name = key.partition("/")
         own = self.of.parameters.get(name)
         return what in self.kept and own is not None and own.shape == value.shape
 
     def _by_key(self) -> dict[str, Tensor]:
-        return {f"{what} {n}": t for what in self.kept for n, t in getattr(self, what).items()}
+        return {f"{what}/{n}": t for what in self.kept for n, t in getattr(self, what).items()}
 
     def _kept_form(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self._dtype(tensor), copy=True)
@@ -139,6 +146,12 @@ class Average(Turn):
     def turn(self, step: Step, replicas: ReplicaGroup) -> None:
         replicas.mean_in_place([*self.of.weights(step).values()])
         self.average_the_rest(step, replicas)
+
+
+def _placed(tensor: Tensor) -> str:
+    """Return how a DTensor is sharded, in words; nothing of another tensor."""
+    places = getattr(tensor, "placements", ())
+    return f" sharded as {', '.join(map(str, places))}" if places else ""
 
 
 def _is_averaged(value: Any) -> bool:

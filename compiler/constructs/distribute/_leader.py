@@ -56,10 +56,9 @@ class Strengths:
 class Lead(Turn):
     """Phase 11: find the leaders, keep copies of them, and pull the weights there.
 
-    A leader is the process with the lowest mean loss of its last steps, of equal ones that of the lowest rank; one
-    whose mean is not finite never leads. `groups` is the number of neighbouring ranks in a group, `node` for those of
-    one machine, or None. Where one group has all processes, its leader is that of all, and the turns of groups are left
-    out.
+    A leader is the replica with the lowest mean loss of its last steps, of equal ones that of the lowest rank; one
+    whose mean is not finite never leads. `groups` is the number of neighbouring replicas in a group, `node` for those
+    of one machine, or None. Where one group has all, its leader is that of all, and the turns of groups are left out.
     """
 
     kept: ClassVar = ("of_group", "of_all")
@@ -82,7 +81,7 @@ class Lead(Turn):
         self.losses: list[float] = []
         """Those of the last steps that were taken, at most `steps` of them."""
         self.led: list[int] = []
-        """The turns in which each rank was the leader of all."""
+        """The turns in which each replica was the leader of all."""
         self._met = False
         self._part: ReplicaGroup | None = None
         self._ranks: list[int] = []
@@ -110,8 +109,8 @@ class Lead(Turn):
             if replicas.size % self.groups:
                 raise ClauseFailed(
                     self.label,
-                    f"{replicas.size} processes cannot be divided into groups of {self.groups}: write a number that"
-                    f" divides {replicas.size}, or start another number of processes",
+                    f"{replicas.size} replicas cannot be divided into groups of {self.groups}: write a number that"
+                    f" divides {replicas.size}, or start another number of them",
                     "groups",
                 )
             part = replicas.split(self.groups)
@@ -142,7 +141,7 @@ class Lead(Turn):
         """Return the place of the lowest score; None, and a note, where there is none: all weights stay as they are."""
         if not any(map(math.isfinite, scores)):
             step.notes.append(
-                f"{self.name}: no process {of} has a finite loss at step {step.clock.steps + 1}, so none leads"
+                f"{self.name}: no replica {of} has a finite loss at step {step.clock.steps + 1}, so none leads"
             )
             return None
         return min(range(len(scores)), key=scores.__getitem__)
@@ -188,34 +187,34 @@ class Lead(Turn):
         if not sum(self.led):
             return line
         best = max(range(len(self.led)), key=self.led.__getitem__)
-        return (
-            f"{line}; rank {best} led all most often, in {self.led[best]} of {sum(self.led)} turns"
-        )
+        return f"{line}; replica {best} led all most often, in {self.led[best]} of {sum(self.led)} turns"
 
 
 class MeetLeaders(Action):
     """Phase 7: forms the groups before anything is updated, and keeps the weights at the start."""
 
     phase = Phase.REDUCE
+    reads_shards: ClassVar = True
 
     def __init__(self, lead: Lead, gate: Gate | None) -> None:
         self.name, self.lead, self.gate = f"{lead.label} start", lead, gate
 
     def run(self, step: Step) -> None:
-        if step.replicas is not None:
-            self.lead.begin(step, step.replicas)
+        if step.exchange_group is not None:
+            self.lead.begin(step, step.exchange_group)
 
 
 class Near(Action):
     """Phase 10, after every step: draws the weights to the stored leaders, and notes the loss of the step."""
 
     phase = Phase.DELTAS
+    reads_shards: ClassVar = True
 
     def __init__(self, lead: Lead, gate: Gate | None) -> None:
         self.name, self.lead, self.gate = f"{lead.label} near", lead, gate
 
     def run(self, step: Step) -> None:
-        if step.replicas is None:
+        if step.exchange_group is None:
             return
         lead, strengths = self.lead, self.lead.strengths
         lead.losses = [*lead.losses, step.loss][-lead.steps :]

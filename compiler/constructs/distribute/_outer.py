@@ -94,6 +94,7 @@ class AgreedStart(Action):
     """Phase 7: keeps the weights that all replicas start from, which are agreed on before the first turn."""
 
     phase = Phase.REDUCE
+    reads_shards: ClassVar = True
 
     def __init__(self, outer: Outer) -> None:
         self.name, self.outer = f"{outer.label} start", outer
@@ -101,7 +102,7 @@ class AgreedStart(Action):
     def is_due(self, step: Step) -> bool:
         """Return whether this is the first step of the run and of the clause, and other processes train, too."""
         opens = self.gate is None or self.gate.span().fires(step.clock)
-        return opens and step.clock.steps == 0 and step.replicas is not None
+        return opens and step.clock.steps == 0 and step.exchange_group is not None
 
     def run(self, step: Step) -> None:
         self.outer.agreed = self.outer.copied(step)

@@ -54,13 +54,13 @@ OF_LEADER = ("groups", "global_every", "pull", "prox", "score")
 
 
 class Local(Construct):
-    """Lets every process train on data of its own, and exchanges weights between them every few steps.
+    """Lets every replica train on data of its own, and exchanges weights between them every few steps.
 
     Start several processes with torch.distributed, compile the same spec in each, give each its own batches, and leave
     `program.forward` as it is. The turns are after steps n, 2n, ... of `every n steps`; a step that is skipped keeps
     its turn. One process trains as without the clause and says so in a note. What becomes of the weights in a turn:
 
-    `rule = average`: each selected parameter is the mean over all processes, w <- (w_1 + ... + w_R) / R, the same bits
+    `rule = average`: each selected parameter is the mean over all replicas, w <- (w_1 + ... + w_R) / R, the same bits
     on each. 16-bit weights are averaged in float32.
 
     `rule = outer(sgd(lr = 0.7, momentum = 0.9, nesterov = true))` is DiLoCo: an optimizer of turns takes delta
@@ -69,7 +69,7 @@ class Local(Construct):
     Agreed on are first the weights at the start of the run; with a later `from`, or on from a run without the
     clause, the first turn averages.
 
-    `rule = leader` is leader SGD: w <- w + pull (leader - w), where the leader is the process with the lowest
+    `rule = leader` is leader SGD: w <- w + pull (leader - w), where the leader is the replica with the lowest
     mean loss of its last steps, `score`, over the steps that there were; of equal ones that with the lowest rank.
     One whose mean is not finite never leads: where this is so of all, nothing is pulled, and a note says it.
     `groups` have leaders of their own, and every `global_every` turns the weights are drawn to the leader of all,
@@ -77,7 +77,7 @@ class Local(Construct):
     steps between two of its turns; before the first turn the stored leaders are the weights at the start. `pull`
     and `prox` are [of groups, of all]. 16-bit weights are drawn in float32 and rounded: a change of less than half
     their last bit is lost, as those of a small `prox / n` are. The optimizer's state and running statistics stay
-    with their process, as published. The published program lets each process do as many steps as it can between
+    with their replica, as published. The published program lets each process do as many steps as it can between
     two turns; here all do the same number, so that runs can be repeated.
 
     Between two turns the replicas differ, with `leader` always: each saves and resumes its own checkpoint, and
@@ -90,8 +90,16 @@ class Local(Construct):
     `buffers = average` also averages the saved floating-point buffers, such as the running statistics of batch norm:
     means are then those of all data; variances lack what the means of the replicas differ by. With `leader` this is in
     the turns of all. `optimizer_state = average` averages the optimizer's tensors, such as momentum, but not its
-    counters of steps. DistributedDataParallel, FSDP2 and `mask` clauses are refused: averaged gradients, shards and
-    entries chosen by each replica do not fit weights that a replica trains on its own.
+    counters of steps. DistributedDataParallel and `mask` clauses are refused: averaged gradients and entries chosen
+    by each replica do not fit weights that a replica trains on its own.
+
+    A replica is a process, or several that FSDP2 shards it over, in a loop of your own: with a mesh of two axes,
+    `init_device_mesh("cuda", (2, 4), mesh_dim_names=("replicate", "shard"))`, call `fully_shard(model,
+    mesh=mesh["shard"])`. Then each process exchanges its shards with those that hold the same ones in the other
+    replicas, and nothing is gathered. The loss and `score` are means over the replica's processes, `groups` counts
+    replicas (of one machine: with processes on the same machines), and `buffers = average` is over all processes.
+    Replicas are learned from the meshes of the parameters, and must be equal parts of all processes. One replica
+    trains as without the clause and says so. The whole mesh (HSDP) is refused: it averages in every step.
     """
 
     cite: ClassVar = (
@@ -106,8 +114,8 @@ class Local(Construct):
     effects: ClassVar = (START, NEAR, WEIGHTS, STATE)
     rules: ClassVar = {
         "own-statistics": RuleExplanation(
-            "Processes that follow a leader keep running statistics of their own, such as those of batch norm.",
-            "Weights are drawn to those of another process, whose activations had other statistics.",
+            "Replicas that follow a leader keep running statistics of their own, such as those of batch norm.",
+            "Weights are drawn to those of another replica, whose activations had other statistics.",
             "Write `buffers = local` to say that this is meant, or `buffers = average`.",
         )
     }
@@ -115,12 +123,12 @@ class Local(Construct):
     rule: Rule = Field(
         default="average",
         description="what becomes of the weights in a turn: their mean, a step of an optimizer on the change of the"
-        " mean, or a pull to the best process",
+        " mean, or a pull to the best replica",
     )
     groups: Literal["node"] | int | None = Field(
         default=None,
-        description="with `leader`: processes that have a leader of their own beside that of all: those on one machine"
-        " (`node`), or so many neighbouring ranks. Default: none",
+        description="with `leader`: replicas that have a leader of their own beside that of all: those on one machine"
+        " (`node`), or so many neighbouring ones by rank. Default: none",
     )
     global_every: int | None = Field(
         default=None,
@@ -140,7 +148,7 @@ class Local(Construct):
     )
     score: ScoreField | None = Field(
         default=None,
-        description="with `leader`: by what the best process is found, such as `mean(loss, 16 steps)`. Default: the"
+        description="with `leader`: by what the best replica is found, such as `mean(loss, 16 steps)`. Default: the"
         " mean loss of as many steps as there are from turn to turn",
     )
     optimizer_state: Replaced = Field(
@@ -172,7 +180,7 @@ class Local(Construct):
     @classmethod
     def _of_several(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 2:
-            raise ValueError("expected 2 processes or more in a group, or `node`")
+            raise ValueError("expected 2 replicas or more in a group, or `node`")
         return value
 
     @field_validator("global_every", "pull", "prox")
@@ -202,7 +210,7 @@ class Local(Construct):
     def _follows_no_leader(cls, value: Replaced, info: ValidationInfo) -> Replaced:
         if value == "average" and info.data.get("rule") == "leader":
             raise ValueError(
-                "with `rule = leader` each process keeps its optimizer's state: write `local`, or another rule"
+                "with `rule = leader` each replica keeps its optimizer's state: write `local`, or another rule"
             )
         return value
 
@@ -239,7 +247,7 @@ class Local(Construct):
         if norms and self.rule == "leader" and self.buffers is None:
             yield Problem(
                 "own-statistics",
-                f"`{norms[0]}` keeps running statistics of its own process, and weights are drawn to those of others",
+                f"`{norms[0]}` keeps running statistics of its own replica, and weights are drawn to those of others",
                 field="rule",
                 help="write `buffers = local` to say that this is meant, or `buffers = average`",
                 severity="warning",

@@ -36,6 +36,8 @@ class OneOfMany:
     def mean_in_place(self, tensors: list[Tensor], dtype: torch.dtype | None = None) -> None:
         assert not tensors
 
+    mean_of_processes = mean_in_place
+
 
 def led(losses: list[float], others: list[float], led: list[int] | None = None) -> Any:
     """Return the turn of a process with these losses: whom it followed, its weight, its notes, who led how often."""
@@ -72,7 +74,7 @@ def test_where_no_loss_is_finite_none_leads_and_a_note_says_it(losses: list[floa
     assert found.sources == []
     assert found.weight == 1
     (note,) = found.notes
-    assert note == "local: no process of all has a finite loss at step 2, so none leads"
+    assert note == "local: no replica of all has a finite loss at step 2, so none leads"
 
 
 def test_of_equal_ones_the_lowest_rank_leads() -> None:

@@ -266,12 +266,12 @@ RULES = {
     "rule = leader, pull = 2": "1 or less",
     "rule = leader, pull = [0.1, 0.2]": "there is one leader: write one number, such as 0.2",
     "rule = leader, global_every = 2": "without `groups` every turn is one of all",
-    "rule = leader, groups = 1": "2 processes or more",
+    "rule = leader, groups = 1": "2 replicas or more",
     "rule = leader, groups = rack": "node",
     "rule = leader, score = mean(batch, 16 steps)": "expected the loss of the process",
     "rule = leader, score = mean(loss, 16 samples)": "expected 1 step or more",
     "rule = leader, score = best(loss)": "no score `best`",
-    "rule = leader, optimizer_state = average": "each process keeps its optimizer's state",
+    "rule = leader, optimizer_state = average": "each replica keeps its optimizer's state",
 }
 
 
@@ -296,15 +296,15 @@ def test_running_statistics_beside_a_leader_are_warned_of() -> None:
 def test_a_state_of_another_rule_is_refused_or_dropped_by_name() -> None:
     program = trainc.compile(ONE_LEADER, net())
     saved: dict[str, Any] = copy.deepcopy(program.state_dict())
-    saved["actions"]["local"] = {"agreed 0.weight": net()[0].weight.detach()}  # type: ignore[index]
-    with pytest.raises(ValueError, match=r"agreed 0\.weight"):
+    saved["actions"]["local"] = {"agreed/0.weight": net()[0].weight.detach()}  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"agreed/0\.weight"):
         program.load_state_dict(saved)
 
 
 def test_what_another_rule_kept_is_dropped_by_name() -> None:
     before = trainc.compile(OUTER, net())
     saved: dict[str, Any] = copy.deepcopy(before.state_dict())
-    kept = {f"agreed {name}": p.detach().clone() for name, p in net().named_parameters()}
+    kept = {f"agreed/{name}": p.detach().clone() for name, p in net().named_parameters()}
     saved["actions"]["local"] = kept
     later = trainc.compile(LEADERS, net())
     lines = later.load_compatible(saved)
