@@ -108,6 +108,11 @@ def refuse_options(name: str, layer: Any) -> None:
             f"`{name}` is a convolution in {layer.groups} groups, whose weight holds no product of two smaller ones:"
             " exclude it from `on`"
         )
+    if _changed_kind(layer) == "Embedding" and output_scale(layer) is None:
+        raise ValueError(
+            f"`{name}` is an embedding whose class, {_own(layer).__name__}, has a `forward` of its own, which may"
+            f" look up something else than its input: exclude it from `on`, as by `- type({_own(layer).__name__})`"
+        )
     if getattr(layer, "max_norm", None) is not None:
         raise ValueError(
             f"`{name}` is an embedding with `max_norm`, which changes its weight whenever it runs: exclude it from"
@@ -117,16 +122,42 @@ def refuse_options(name: str, layer: Any) -> None:
 
 def refuse_own_forward(layer: Any) -> None:
     """Raise ValueError for a layer whose class computes something else than torch's of its kind."""
-    from torch import nn
-
-    own = getattr(type(layer), "unbound", type(layer))
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-    kind = next((k for k in kinds if isinstance(layer, k)), None)
-    if kind is not None and own.forward is not kind.forward:
+    kind = _changed_kind(layer)
+    if kind is not None and output_scale(layer) is None:
         raise ValueError(
-            f"the `forward` of {own.__name__} is not that of nn.{kind.__name__}, and would change the update, too. Keep"
+            f"the `forward` of {_own(layer).__name__} is not that of nn.{kind}, and would change the update, too. Keep"
             " the adapter, and write it by `program.save_adapters`"
         )
+
+
+def output_scale(layer: Any) -> Any:
+    """Return what an embedding of transformers multiplies what it looks up by; None for other layers."""
+    return getattr(layer, "embed_scale", None) if _changed_kind(layer) == "Embedding" else None
+
+
+def scaled(layer: Any, change: Tensor) -> Tensor:
+    """Return what a change of a layer's products adds to its output."""
+    import torch
+
+    scale = output_scale(layer)
+    if scale is None:
+        return change
+    return change * torch.as_tensor(scale, dtype=change.dtype, device=change.device)
+
+
+def _own(layer: Any) -> type:
+    own: type = getattr(type(layer), "unbound", type(layer))
+    return own
+
+
+def _changed_kind(layer: Any) -> str | None:
+    """Return which of torch's layers a layer is that has a `forward` of its own; None where it has torch's."""
+    from torch import nn
+
+    own: Any = _own(layer)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    kind = next((k for k in kinds if isinstance(layer, k)), None)
+    return None if kind is None or own.forward is kind.forward else kind.__name__
 
 
 def is_convolution(layer: Any) -> bool:

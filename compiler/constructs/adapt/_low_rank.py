@@ -20,6 +20,7 @@ from trainc.compiler.constructs.adapt._layers import (
     output_count,
     refuse_options,
     refuse_own_forward,
+    scaled,
     sizes,
     weight_name,
 )
@@ -212,6 +213,10 @@ class LowRank(Construct, AdapterRule):
         x = x.to(next(adapter.parameters()).dtype)
         dropped: Tensor = adapter.dropout(x) if self.dropout else x
         return dropped
+
+    def run_beside(self, adapter: Any, layer: Any, output: Any, *inputs: Tensor) -> Tensor:
+        """Return what is added to the layer's output, with the scale of an embedding that has one."""
+        return scaled(layer, self.run_adapter(adapter, *inputs))
 
     def update_rows(self, adapter: Any) -> Tensor:
         """Return `factor * B A`, (out, in)."""

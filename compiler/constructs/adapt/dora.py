@@ -14,6 +14,7 @@ from trainc.compiler.constructs.adapt._layers import (
     from_rows,
     output_count,
     rows_of,
+    scaled,
 )
 from trainc.compiler.constructs.adapt._low_rank import UPDATE, LowRank
 
@@ -89,7 +90,8 @@ class Dora(LowRank):
             bias = getattr(layer, "bias", None)
             own = output.to(factors.dtype)
             own = own if bias is None else own - by_output(layer, bias)
-        found: Tensor = (factors - 1) * own + factors * self.factor * pair.b(pair.a(x))
+        change = scaled(layer, pair.b(pair.a(x)))
+        found: Tensor = (factors - 1) * own + factors * self.factor * change
         return found
 
     def output_factor(self, layer: Any, adapter: Any) -> Tensor | None:

@@ -91,7 +91,7 @@ def test_a_row_of_zeros_trains_once_its_update_does() -> None:
     torch.testing.assert_close(logits(program.merge()), before, rtol=1e-12, atol=1e-12)
 
 
-DORA = {name: CASES[name] for name in ("biases", "mixed", "conv1d")}
+DORA = {name: CASES[name] for name in ("biases", "mixed", "scaled", "conv1d")}
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

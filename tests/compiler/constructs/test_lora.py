@@ -62,6 +62,24 @@ def mixed() -> nn.Module:
     return Mixed().double()
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Multiplies what it looks up, as Gemma's."""
+
+    embed_scale: Tensor
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__(count, width)
+        self.register_buffer("embed_scale", torch.tensor(width**0.5), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
+
+
+def scaled() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(ScaledEmbedding(24, 16), nn.Tanh(), nn.Linear(16, 24)).double()
+
+
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
     found = model(ids)
     result: Tensor = getattr(found, "logits", found)
@@ -250,6 +268,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         mixed,
         "on type(Conv2d, Linear) { rank = 2, alpha = 2, init = xavier, bias = update }",
     ),
+    "scaled": (scaled, "on type(Embedding, Linear) { rank = 3, alpha = 5 }"),
     "conv1d": (gpt2, "on type(Conv1D) { rank = 3, alpha = 5 }"),
     "fused conv1d": (
         gpt2,
@@ -486,6 +505,13 @@ def test_what_peft_cannot_hold_is_said(tmp_path: Path) -> None:
 # refused
 
 
+class Positions(nn.Embedding):
+    """Looks up places of the ids that it is given, as those of BART and OPT."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.arange(ids.shape[1]))
+
+
 def test_a_weight_that_is_computed_from_others_is_refused() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     with pytest.raises(trainc.SpecError, match="with a plain weight"):
@@ -525,6 +551,11 @@ def test_bad_input_is_an_error_at_its_place(clause: str, message: str) -> None:
         (nn.Conv1d(8, 8, 3, groups=2), "alpha = 4", "a convolution in 2 groups"),
         (nn.Embedding(24, 8, max_norm=1.0), "alpha = 4", "an embedding with `max_norm`"),
         (nn.Embedding(24, 8), "alpha = 4, dropout = 0.1", "inputs are ids"),
+        (
+            Positions(24, 8),
+            "alpha = 4",
+            r"class, Positions, has a `forward` of its own.*type\(Positions\)",
+        ),
         (nn.Linear(8, 8, bias=False), "alpha = 4, bias = update", "has no bias, into which"),
         (nn.Conv1d(8, 9, 3), "alpha = 4, parts = [q]", "is no linear layer"),
         (nn.ConvTranspose1d(8, 8, 3), "alpha = 4", "it is no nn.Linear, no nn.Conv1d"),
