@@ -63,7 +63,8 @@ def _draw_batch(
     axes.plot(batches, values, "o", color=COLORS[0], label="runs")
     axes.axvline(law.critical.value, color=COLORS[1], linewidth=1, label="critical batch")
     if law.critical.low == law.critical.low:
-        axes.axvspan(law.critical.low, law.critical.high, color=COLORS[1], alpha=0.12)
+        ends = np.clip([law.critical.low, law.critical.high], at[0], at[-1])
+        axes.axvspan(*ends, color=COLORS[1], alpha=0.12)
     measured = {
         name: np.mean([dict(p.noise)[name] for p in law.points if name in dict(p.noise)])
         for p in law.points

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainc.runtime.fits.least_squares import Array, Interval, fit_with_intervals, r2
+from trainc.runtime.fits.least_squares import Array, Interval, exponential, fit_with_intervals, r2
 
 SATURATED = 0.99
 """At this fraction of the best performance of a size more data would change little."""
@@ -144,6 +144,6 @@ def _fit(points: Sequence[Transferred], left_out: Sequence[str]) -> TransferLaw:
         found: Array = np.linalg.lstsq(matrix, values, rcond=None)[0]
         return found
 
-    numbers = [lambda p: math.exp(p[0]), lambda p: float(p[1]), lambda p: float(p[2])]
+    numbers = [lambda p: exponential(p[0]), lambda p: float(p[1]), lambda p: float(p[2])]
     (k, alpha, beta), fitted = fit_with_intervals(solve, lambda p: matrix @ p, y, numbers)
     return TransferLaw(k, alpha, beta, r2(y, matrix @ fitted), tuple(points), tuple(left_out))

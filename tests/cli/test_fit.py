@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -110,6 +111,52 @@ def test_what_a_run_lacks_is_told_with_its_name(
     shown = capsys.readouterr().err
     assert str(bad) in shown
     assert said in shown
+
+
+def smooth(folder: Path, batch: int, length: int, losses: str = "", weights: int = 9) -> Path:
+    """Write a run with the loss exp(-s / (100 + 6000 / batch)), which is not finite in no, some or all steps."""
+    folder.mkdir()
+    settings = {"sizes": {"weights": weights}, "units": {"tokens_per_sample": 1.0}}
+    (folder / "plan.json").write_text(json.dumps({"settings": settings}))
+    rows = []
+    for step in range(1, length + 1):
+        loss = math.exp(-step / (100 + 6000 / batch))
+        if losses == "never" or (losses == "sevenths" and step % 7 == 0):
+            loss = math.nan
+        rows.append({"step": step, "samples": step * batch, "loss": loss})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("losses", ["", "sevenths"])
+def test_training_losses_of_runs_of_any_length_give_the_law(tmp_path: Path, losses: str) -> None:
+    """A mean is a little more than the loss at its middle; at the end of its steps it would be 10% late in S_min."""
+    lengths = {8: 4000, 32: 700, 128: 600, 512: 1200}
+    folders = [smooth(tmp_path / str(b), b, n, losses) for b, n in lengths.items()]
+    law, of = fit_batch_of(folders, math.exp(-1))
+    assert of == "training"
+    assert law.steps.value == pytest.approx(100, rel=0.02)
+    assert law.samples.value == pytest.approx(6000, rel=0.02)
+    assert law.critical.value == pytest.approx(60, rel=0.02)
+
+
+def test_odd_runs_of_the_batch_law_are_named(tmp_path: Path) -> None:
+    good = [smooth(tmp_path / str(b), b, 900) for b in (32, 64, 128)]
+    never = smooth(tmp_path / "never", 16, 20, "never")
+    larger = smooth(tmp_path / "larger", 16, 900, weights=10)
+    for loss in (None, 0.5):
+        with pytest.raises(ValueError, match="never has no finite loss: leave it out"):
+            fit_batch_of([*good, never], loss)
+    with pytest.raises(
+        ValueError, match=r"128 has 9 weights, and .*larger has 10: the law is of one model"
+    ):
+        fit_batch_of([good[2], good[0], larger])
+    with pytest.raises(ValueError, match="no run comes to a loss of nan"):
+        fit_batch_of(good, math.nan)
+    with pytest.raises(ValueError, match="32 lacks the loss 1e-09"):
+        fit_batch_of(good, 1e-9)
+    with pytest.raises(ValueError, match="two different batch sizes"):
+        fit_batch_of(good[:1])
 
 
 def recorded(folder: Path, size: float, data: float, loss: float, start: str | None) -> str:

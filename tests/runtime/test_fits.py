@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainc.runtime.fits import least_squares
 from trainc.runtime.fits.batch import Reached, fit_batch
 from trainc.runtime.fits.transfer import Trained, fit_transfer
 
@@ -132,6 +133,62 @@ def test_the_interval_of_the_critical_batch_holds_it() -> None:
     law = fit_batch(1.0, points(100, 6000, noise=0.05))
     assert law.critical.low < 60 < law.critical.high
     assert law.critical.high / law.critical.low < 3
+
+
+@pytest.mark.parametrize("count", [3, 4, 6, 12])
+def test_intervals_of_few_points_hold_the_numbers_as_often_as_they_say(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Of 300 lines through points with normal noise 95 in 100 hold the slope; without Student's t 65 of four points."""
+    monkeypatch.setattr(least_squares, "RESAMPLED", 300)
+    matrix = np.stack([np.ones(count), np.arange(count)], 1)
+    solved = np.linalg.pinv(matrix)
+    drawn = np.random.default_rng(4)
+    held = 0
+    for _ in range(300):
+        y = matrix @ np.array([1.0, 2.0]) + drawn.standard_normal(count)
+        (slope,), _ = least_squares.fit_with_intervals(
+            lambda values: solved @ values, lambda p: matrix @ p, y, [lambda p: float(p[1])]
+        )
+        held += slope.low <= 2 <= slope.high
+    assert 0.91 < held / 300 < 0.99
+
+
+def test_a_number_that_overflows_is_infinite() -> None:
+    assert least_squares.exponential(1.0) == math.e
+    assert least_squares.exponential(1e3) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("steps", "samples", "says"),
+    [
+        (0.0, 4096.0, "the steps fall as much as the batch grows: all are below"),
+        (100.0, 0.0, "the steps do not fall as the batch grows: all are beyond"),
+    ],
+)
+def test_batches_on_one_side_of_the_critical_one_do_not_show_it(
+    steps: float, samples: float, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        fit_batch(1.0, points(steps, samples))
+
+
+def test_an_interval_of_the_critical_batch_may_have_no_end() -> None:
+    """Where resampled fits leave it open whether the steps fall as much as the batch grows."""
+    steps = [1000.0, 510, 240, 130]
+    law = fit_batch(
+        1.0, [Reached(str(b), s, s * b) for b, s in zip((1, 2, 4, 8), steps, strict=True)]
+    )
+    assert 8 < law.critical.value < math.inf
+    assert law.critical.high == math.inf
+    assert law.steps.low == 0
+    assert law.samples.low > 800
+
+
+def test_steps_that_grow_with_the_batch_follow_no_law() -> None:
+    grown = [Reached(str(b), 10.0 * b, 10.0 * b * b) for b in (8, 16, 32)]
+    with pytest.raises(ValueError, match="do not fall as the batch grows"):
+        fit_batch(1.0, grown)
 
 
 def test_one_batch_size_has_no_law() -> None:

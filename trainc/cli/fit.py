@@ -82,15 +82,20 @@ def trained(run: RunRecords) -> Trained:
 
 
 def losses_of(run: RunRecords, evaluated: bool) -> list[tuple[float, float, float]]:
-    """Return steps, samples and losses over a run: of evaluations, or running means of the training loss."""
+    """Return steps, samples and losses over a run: of evaluations, or running means of the training loss.
+
+    A mean stands at the middle of its steps: at their end it would be late, and more so in a longer run.
+    """
     if not evaluated:
         steps = [r for r in run.steps if math.isfinite(r["loss"])]
         width = max(1, len(steps) // SMOOTHED)
         found = []
         for end in range(width, len(steps) + 1):
             part = steps[end - width : end]
-            mean = sum(one["loss"] for one in part) / width
-            found.append((part[-1]["step"], part[-1]["samples"], mean))
+            step, samples, mean = (
+                sum(one[what] for one in part) / width for what in ("step", "samples", "loss")
+            )
+            found.append((step, samples, mean))
         return found
     samples = {r["step"]: r["samples"] for r in run.steps}
     rows = [r for r in run.records if math.isfinite(r.get("eval_loss", math.nan))]
@@ -173,14 +178,41 @@ def _print_batch(law: BatchLaw, of: str) -> None:
         print("no intervals: they need three runs or more")
 
 
+def _require_alike(runs: Sequence[RunRecords]) -> None:
+    """Raise ValueError for runs of models of different sizes, or with samples of different lengths."""
+    places = {
+        "weights": ("sizes", "weights"),
+        "tokens a sample": ("units", "tokens_per_sample"),
+    }
+    for what, keys in places.items():
+        seen: dict[Any, str] = {}
+        for run in runs:
+            found: Any = run.plan.get("settings", {})
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            if found is not None:
+                seen.setdefault(found, run.name)
+        if len(seen) > 1:
+            (one, first), (other, second) = [*seen.items()][:2]
+            raise ValueError(
+                f"{first} has {one:,.0f} {what}, and {second} has {other:,.0f}: the law is of one model on one sort of"
+                " samples, so leave one of them out"
+            )
+
+
 def fit_batch_of(folders: Sequence[Path], loss: float | None = None) -> tuple[BatchLaw, str]:
     """Return the law of the batch of runs, and of what the loss is: `evaluation`, where all have two, or `training`."""
     from trainc.runtime.fits.batch import fit_batch
 
+    if loss is not None and not math.isfinite(loss):
+        raise ValueError(f"no run comes to a loss of {loss}: give a number as `--loss`")
     runs = _read(folders)
     for run in runs:
         if not all("samples" in record for record in run.steps):
             raise ValueError(f"{run.name} lacks the samples of its steps: it was no `trainc run`")
+        if not any(math.isfinite(record["loss"]) for record in run.steps):
+            raise ValueError(f"{run.name} has no finite loss: leave it out")
+    _require_alike(runs)
     evaluated = all(len(losses_of(run, True)) >= 2 for run in runs)
     courses = [losses_of(run, evaluated) for run in runs]
     target = loss if loss is not None else max(min(v for *_, v in course) for course in courses)
