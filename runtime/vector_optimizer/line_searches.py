@@ -15,6 +15,10 @@ TOLERANCE = 1e-2
 """To which fraction of a step the minimum on a line is found, without gradients."""
 BLOCK = 1_000_000
 """How many numbers of an inverse Hessian are updated at a time."""
+DECREASE = 1e-4
+"""The constant of the first Wolfe condition."""
+EXACT = 1e-3
+"""What is left of the slope along a line, as a fraction of that at its beginning, where its minimum is found."""
 CURVATURE = {"CG": 0.4, "BFGS": 0.9}
 """The constant of the second Wolfe condition."""
 
@@ -94,6 +98,8 @@ def _descend(at: Landscape, state: dict[str, Any], method: Method) -> Vector:
     elif method == "BFGS":
         keep(state, "inverse", np.eye(n))
     size = _wolfe(at, direction, gradient, value, last_value, CURVATURE[method])
+    if size is not None and method == "CG":
+        size = _at_the_bottom(at, direction, gradient, value, size)
     if size is None and not np.array_equal(direction, -gradient):
         direction = -gradient
         if method == "BFGS":
@@ -154,3 +160,22 @@ def _wolfe(
             at.value, at.gradient, at.start, direction, gradient, value, before, c2=curvature
         )[0]
     return None if size is None else float(size)
+
+
+def _at_the_bottom(
+    at: Landscape, direction: Vector, gradient: Vector, value: float, size: float
+) -> float:
+    """Return where a parabola with the slopes at both ends has its minimum, where both Wolfe conditions hold there too.
+
+    Directions are conjugate as far as searches along them are exact: on a quadratic this one is, and n steps end it.
+    """
+    end = at.start + size * direction
+    lower = at.value(end)
+    first, last = float(gradient @ direction), float(at.gradient(end) @ direction)
+    if abs(last) <= EXACT * abs(first) or not first < last:
+        return size
+    found = size * first / (first - last)
+    there = at.start + found * direction
+    if at.value(there) > min(lower, value + DECREASE * found * first):
+        return size
+    return found if abs(float(at.gradient(there) @ direction)) <= abs(last) else size

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.dsl.values.selectors import Selector
     from trainc.runtime.processes.replica_group import ReplicaGroup
 
 
@@ -64,21 +65,31 @@ class Margin(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Read evaluations or training steps; raises FieldError unless `layer` is one linear layer that is whole."""
-        weight = None
-        if self.layer is not None:
-            found = to.select(self.layer, "modules")
-            held = to.inventory.module[found[0]] if len(found) == 1 else None
-            if held is None or "Linear" not in held.types:
-                raise FieldError(
-                    "layer", f"`layer` selects {_said(found)}: select one Linear layer"
-                )
-            weight = f"{found[0]}.weight" if found[0] else "weight"
-            if to.is_sharded(weight):
-                raise FieldError(
-                    "layer",
-                    f"`{weight}` is sharded over processes (FSDP2): remove `layer`, or use DistributedDataParallel",
-                )
+        weight = None if self.layer is None else self._weight(to, self.layer)
         to.observe(Margins(to.label, self, weight), self.of)
+
+    def _weight(self, to: Lowering, layer: Selector) -> str:
+        """Return the name of the weight of the layer; raises FieldError where the logits are not of a whole weight."""
+        found = to.select(layer, "modules")
+        held = to.inventory.module[found[0]] if len(found) == 1 else None
+        if held is None or "Linear" not in held.types:
+            raise FieldError("layer", f"`layer` selects {_said(found)}: select one Linear layer")
+        called = f"{found[0]}.weight" if found[0] else "weight"
+        every = to.inventory.parameters
+        weight = next((p.name for p in every if called in (p.name, *p.aliases)), None)
+        if weight is None or "adapter" in held.roles:
+            made = "computed" if weight is None else "changed by an adapter"
+            raise FieldError(
+                "layer",
+                f"the weight of `{found[0]}` is {made}, and distances are by a weight that is there: remove `layer`, or"
+                " let a plain Linear layer give the logits",
+            )
+        if to.is_sharded(weight):
+            raise FieldError(
+                "layer",
+                f"`{weight}` is sharded over processes (FSDP2): remove `layer`, or use DistributedDataParallel",
+            )
+        return weight
 
     def reference(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the margin of each prediction, (n,), of logits (n, C), targets (n,) and weights (C, features)."""

@@ -25,7 +25,8 @@ class Scipy(OfVector):
     - `Powell` uses no gradient. It searches along each of n directions in turn, at first the axes, and then along the
       way that all of these went: about 10 n evaluations a step. That way may take the place of a direction, which is
       as in `scipy.optimize.minimize`. The directions are n times n numbers.
-    - `CG` goes along conjugate gradients of Polak and Ribiere, or along -g where these do not descend.
+    - `CG` goes along conjugate gradients of Polak and Ribiere, or along -g where these do not descend. From the point
+      that a search finds it goes on to the bottom of a parabola: on a quadratic n steps are enough.
     - `BFGS` keeps an estimate of the inverse Hessian, n times n numbers.
 
     At 10,000 parameters n times n numbers take 800 MB, in memory and in checkpoints, and twice that during a step.

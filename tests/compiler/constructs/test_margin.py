@@ -76,6 +76,41 @@ def test_a_layer_must_be_one_linear_layer(fields: str, said: str) -> None:
         trainc.plan(f"{BASE} {{ {fields} }}", net())
 
 
+class Tied(nn.Module):
+    """Tokens whose head is their embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids).tanh())  # type: ignore[no-any-return]
+
+
+def test_the_weight_of_a_layer_may_be_called_by_another_name() -> None:
+    model, ids = Tied(), torch.arange(10).view(2, 5) % 5
+    program = trainc.compile(f'{BASE} {{ layer = "head" }}', model)
+    program.evaluate(ids, (ids + 1) % 5)
+    found = program.evaluation_metrics()["margin.mean"]
+    wanted = Margin(layer='"head"').reference(  # type: ignore[arg-type] # as text
+        model(ids).flatten(0, 1), (ids + 1).flatten() % 5, model.embed.weight
+    )
+    assert found == pytest.approx(float(wanted.detach().mean()), rel=1e-12)
+
+
+def test_a_weight_that_is_computed_or_adapted_gives_no_distances() -> None:
+    model = net()
+    nn.utils.parametrizations.weight_norm(model[2])  # type: ignore[index]
+    with pytest.raises(trainc.SpecError, match="the weight of `2` is computed, and distances are"):
+        trainc.compile(f'{BASE} {{ layer = "2" }}', model)
+    adapted = f'{BASE} {{ layer = "2" }} adapt lora on "2" {{ rank = 1, alpha = 1 }}'
+    with pytest.raises(trainc.SpecError, match="the weight of `2` is changed by an adapter"):
+        trainc.compile(adapted, net())
+
+
 def test_examples_that_another_clause_mixes_have_no_margin() -> None:
     mixes = " regularize mixup { alpha = 0.2 }"
     with pytest.raises(trainc.SpecError) as failed:

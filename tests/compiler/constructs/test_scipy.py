@@ -96,6 +96,28 @@ def test_a_quadratic_bowl_is_minimized(method: str) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_conjugate_gradients_end_on_a_quadratic_after_as_many_steps_as_it_has_numbers() -> None:
+    """Hestenes and Stiefel; with searches that only meet both Wolfe conditions it takes more than 40 steps here."""
+    drawn = np.random.default_rng(0)
+    root = drawn.standard_normal((8, 8))
+    matrix = torch.from_numpy(root @ root.T + 0.1 * np.eye(8))
+    x = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    optimizer = LineSearches([{"params": [x]}], "CG")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = x @ matrix @ x / 2 + x.sum()
+        loss.backward()
+        return loss
+
+    for _ in range(8):
+        optimizer.step(closure)
+    assert float((matrix @ x.detach() + 1).abs().max()) < 1e-6
+    for _ in range(8):  # also when there is nothing left to gain
+        optimizer.step(closure)
+    assert float((matrix @ x.detach() + 1).abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_program_descends_and_resumes_bit_for_bit(method: str) -> None:
     program = trainc.compile(spec(method), net().float())
