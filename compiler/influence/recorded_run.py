@@ -12,6 +12,7 @@ from trainc.compiler.catalog import catalog
 from trainc.compiler.driver.compile import compile_with_data, require_clauses
 from trainc.compiler.driver.hardware import hardware_of, placed
 from trainc.compiler.driver.train import SPEC
+from trainc.compiler.influence.streamed import NumberedData
 from trainc.compiler.model.factories import seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.program.program import Program
@@ -31,8 +32,11 @@ class RecordedRun:
     folder: Path
     program: Program
     data: Data
+    """Its samples by number, also those of a stream."""
     hardware: Hardware
     checkpoints: dict[int, Path]
+    identity: dict[str, Any]
+    """What checkpoints keep of the data."""
 
     @classmethod
     def read(cls, folder: Path, spec: Path | None = None, device: str | None = None) -> RecordedRun:
@@ -57,7 +61,8 @@ class RecordedRun:
         with searching(spec):
             model = placed(seeded_model(checked), hardware, checked)
             program, data = compile_with_data(checked, model)
-        return cls(folder, program, data, hardware, found)
+        numbered: Data = NumberedData(data, program.settings.seed)
+        return cls(folder, program, numbered, hardware, found, data_identity(data))
 
     def load(self, step: int) -> dict[str, float]:
         """Give the program the state of a checkpoint; return the rates in force by parameter, none before a step."""
@@ -65,7 +70,7 @@ class RecordedRun:
         state = load_checkpoint(path)
         with interpreting(path):
             program, data = state["program"], state.get("data")
-        changes = [] if data is None else [*data_differences(data, data_identity(self.data))]
+        changes = [] if data is None else [*data_differences(data, self.identity)]
         try:
             check_differences(changes, accept=False)
             self.program.load_state_dict(program)

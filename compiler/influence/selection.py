@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from trainc.compiler.influence.recorded_run import RecordedRun
+from trainc.compiler.influence.streamed import StreamedSamples
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.model.select import expectations, select
 from trainc.compiler.structure.roles import HEAD
 from trainc.dsl.reading.field_types import SELECTOR
 from trainc.dsl.values.selectors import Selector
 from trainc.runtime.data.order import Data, Split
-from trainc.runtime.data.stream import is_stream
 
 _ITEM = re.compile(r"(\d+)(?:\.\.(\d+))?")
 _GLOB = re.compile(r"[\w.*?-]+")
@@ -31,7 +31,8 @@ class Examples(NamedTuple):
 def examples_of(text: str, data: Data) -> Examples:
     """Return the samples that a text such as `0..7`, `3,12,40..42` or `train:5` names; `..` includes both ends.
 
-    Without `train:` they are held-out ones. Raises ValueError where there are none of that number.
+    Without `train:` they are held-out ones. Those of a stream are numbered as it gives them from its beginning. Raises
+    ValueError where there are none of that number.
     """
     part, colon, numbers = text.rpartition(":")
     part = part.strip() if colon else EVALUATION
@@ -44,19 +45,26 @@ def examples_of(text: str, data: Data) -> Examples:
         raise ValueError(
             f"`{text}`: the data has no samples to evaluate on. Write `{TRAIN}:` before"
         )
-    if is_stream(split):
-        raise ValueError(
-            f"`{text}`: the {part} samples are a stream, of which none can be read by number. Influence needs data with"
-            " random access"
-        )
     known = split_of(split)
-    return Examples(part, known, _numbers(numbers, len(known), text, part))
+    found = _numbers(numbers, text)
+    last = max(found)
+    has = known.has(last) if isinstance(known, StreamedSamples) else last < len(known)
+    if not has:
+        raise ValueError(
+            f"`{text}`: there is no sample {last}: the {part} data has samples 0 to {len(known) - 1}"
+        )
+    return Examples(part, known, found)
 
 
 def training_samples(text: str | None, data: Data) -> list[int]:
     """Return the training samples that are compared: those that a text names, or all."""
     if text is None:
-        return examples_of(f"{TRAIN}:0..{max(_size(data) - 1, 0)}", data).ids
+        if isinstance(data.train, StreamedSamples):
+            raise ValueError(
+                "the training samples are a stream, of which there may be any number: say which of them are compared,"
+                " such as `--among 0..999`"
+            )
+        return examples_of(f"{TRAIN}:0..{max(len(split_of(data.train)) - 1, 0)}", data).ids
     found = examples_of(text if ":" in text else f"{TRAIN}:{text}", data)
     if found.part != TRAIN:
         raise ValueError(
@@ -65,17 +73,13 @@ def training_samples(text: str | None, data: Data) -> list[int]:
     return found.ids
 
 
-def _size(data: Data) -> int:
-    return 1 if is_stream(data.train) else len(split_of(data.train))
-
-
 def split_of(part: object) -> Split:
     """Return a part of the data that can be read by number."""
     assert hasattr(part, "batch")
     return part  # type: ignore[return-value]
 
 
-def _numbers(text: str, size: int, whole: str, part: str) -> list[int]:
+def _numbers(text: str, whole: str) -> list[int]:
     found: list[int] = []
     for item in text.split(","):
         if not (match := _ITEM.fullmatch(item.strip())):
@@ -86,10 +90,6 @@ def _numbers(text: str, size: int, whole: str, part: str) -> list[int]:
         if last < first:
             raise ValueError(
                 f"`{whole}`: `{item.strip()}` is empty, because it ends before it begins"
-            )
-        if last >= size:
-            raise ValueError(
-                f"`{whole}`: there is no sample {last}: the {part} data has samples 0 to {size - 1}"
             )
         found += range(first, last + 1)
     return list(dict.fromkeys(found))

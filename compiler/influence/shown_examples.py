@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from trainc.runtime.data.batch import Batch, one_of
 
 LENGTH = 60
 """The most characters of an example's text."""
+TEXTS = 4
+"""The most texts of an example that are shown."""
 SIDE = 4
 """The shortest side of a picture, in pixels."""
 
@@ -37,26 +39,31 @@ def text_of(batch: Batch, decode: Decode | None) -> str:
     inputs, targets = batch
     tokens = _tokens(inputs)
     said = []
-    if tokens is not None:
-        text = " ".join(map(str, tokens)) if decode is None else decode(tokens)
+    for ids in tokens:
+        text = " ".join(map(str, ids)) if decode is None else decode(ids)
         said.append(_short(text if decode is None else repr(text)))
-    target = one_of(targets)[0]
-    if target.dim() == 0:
-        value = target.item()
-        said.append(f"target {value:.4g}" if isinstance(value, float) else f"target {value}")
-    elif tokens is None and target.numel() <= 8:
-        said.append(f"target {[round(float(x), 4) for x in target.flatten()]}")
-    return ", ".join(said)
+    named = targets if isinstance(targets, Mapping) else {"target": one_of(targets)}
+    for name, values in named.items():
+        target = values[0]
+        if target.dim() == 0:
+            value = target.item()
+            said.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        elif not tokens and target.numel() <= 8:
+            said.append(f"{name} {[round(float(x), 4) for x in target.flatten()]}")
+    return ", ".join(said) or "neither tokens nor a few numbers"
 
 
-def _tokens(inputs: Any) -> list[int] | None:
-    """Return the ids of an example's tokens, where an input is one."""
+def _tokens(inputs: Any) -> list[list[int]]:
+    """Return the ids of an example's tokens, where an input is one: of each of its texts, if it has several."""
     values = inputs.values() if isinstance(inputs, dict) else inputs
     every = [inputs] if isinstance(inputs, Tensor) else values
     for one in every:
-        if isinstance(one, Tensor) and one.dim() == 2 and one.dtype in (torch.int32, torch.int64):
-            return [int(i) for i in one[0]]
-    return None
+        if isinstance(one, Tensor) and one.dtype in (torch.int32, torch.int64):
+            if one.dim() == 2:
+                return [[int(i) for i in one[0]]]
+            if one.dim() == 3 and one.shape[1] <= TEXTS:
+                return [[int(i) for i in text] for text in one[0]]
+    return []
 
 
 def _short(text: str) -> str:

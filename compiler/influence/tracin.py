@@ -175,6 +175,7 @@ class TracIn:
         """Yield the gradients of examples, as many at once as there is room for, and their places among the ids."""
         place, seed = self.run.hardware.place, self.run.program.settings.seed
         size = max(1, min(MOST, ROOM // (8 * gradients.entries)))
+        size = 1 if getattr(split, "alone", False) else size
         for first in range(0, len(ids), size):
             part = slice(first, min(first + size, len(ids)))
             batch = read_batch_at(split, list(ids[part]), seed, 0)
