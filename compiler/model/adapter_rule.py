@@ -142,15 +142,26 @@ def load_tensors(here: Mapping[str, Tensor], found: Mapping[str, Tensor], source
     """Copy tensors into those of the same names; raises ValueError, before any is changed, where they do not fit."""
     import torch
 
-    for name in here.keys() | found.keys():
-        if name not in found:
-            raise ValueError(f"{source} has no `{name}`, which this program trains")
+    first: dict[int, str] = {}
+    for name, tensor in here.items():
+        if name in found:
+            first.setdefault(id(tensor), name)
+    for name in sorted(here.keys() | found.keys()):
         if name not in here:
             raise ValueError(f"{source} has `{name}`, which this program does not have")
+        if (same := first.get(id(here[name]))) is None:
+            raise ValueError(f"{source} has no `{name}`, which this program trains")
+        if name not in found:
+            continue  # it is there by another name
         if here[name].shape != found[name].shape:
             raise ValueError(
                 f"`{name}` is {list(found[name].shape)} in {source}, but {list(here[name].shape)} in this program"
             )
+        if same != name and not torch.equal(found[same], found[name]):
+            raise ValueError(
+                f"`{name}` and `{same}` differ in {source}, but are one parameter in this program: load it into a model"
+                " in which they are not tied"
+            )
     with torch.no_grad():
-        for name, tensor in here.items():
-            tensor.copy_(found[name])
+        for name in here.keys() & found.keys():
+            here[name].copy_(found[name])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainc.compiler.constructs.adapt._longer import Longer
-from trainc.compiler.constructs.adapt._peft import CONFIG, WEIGHTS
+from trainc.compiler.constructs.adapt._peft import CONFIG, WEIGHTS, all_names, to_store
 from trainc.compiler.errors import SiteError
 from trainc.compiler.model.adapter_rule import Adapted, load_tensors
 
@@ -153,8 +153,7 @@ class PromptFormat:
         """Write the configuration and the tensors; raises ValueError where a parameter of the model itself trains."""
         from safetensors.torch import save_file
 
-        found = {n: t.detach().cpu().contiguous() for n, t in self._tensors().items()}
-        save_file(found, folder / WEIGHTS, {"format": "pt"})
+        save_file(to_store(self._tensors()), folder / WEIGHTS, {"format": "pt"})
         text = json.dumps(self._config(), indent=2, sort_keys=True)
         (folder / CONFIG).write_text(text + "\n")
 
@@ -221,7 +220,15 @@ class PromptFormat:
 
     def _saved_modules(self) -> list[str]:
         """Return the modules whose parameters are in the files, too: those that train, and heads that peft keeps."""
-        names = [name.rpartition(".")[0] for name in self.adapted.trained]
+        trained = all_names(self.adapted.model, self.adapted.trained)
+        names = [name.rpartition(".")[0] for name in trained]
+        layer: Any = self.adapted.layers[self.layer_name]
+        embedding = layer.get_input_embeddings().weight
+        if any(self.adapted.model.get_parameter(name) is embedding for name in trained):
+            raise ValueError(
+                "peft has no place for token embeddings that train beside prompts: it looks up the frozen ones. Use"
+                " `program.save`, which keeps every parameter"
+            )
         if "" in names:
             raise ValueError(
                 "peft has no place for a trained parameter of the model itself: use `program.save`, which keeps every"

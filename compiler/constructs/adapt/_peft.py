@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ from trainc.compiler.constructs.adapt._layers import by_output, is_convolution
 from trainc.compiler.model.adapter_rule import Adapted, load_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NOT_OURS = (
@@ -86,7 +86,7 @@ class PeftFormat:
         """Write the configuration and the tensors."""
         from safetensors.torch import save_file
 
-        found = {name: t.detach().cpu().contiguous() for name, t in self._tensors().items()}
+        found = to_store(self._tensors())
         for layer, adapter in self.adapted.adapters.items():
             if parts := _parts(adapter):
                 fuse(found, _prefix(layer), parts)
@@ -217,6 +217,7 @@ class PeftFormat:
         """Return the modules whose own parameters train besides adapters, and besides the biases of `bias`."""
         adapted, rule = self.adapted, self.rule
         names = [n for n in adapted.trained if rule.bias not in _OF_MODEL or not is_bias(n)]
+        names = all_names(adapted.model, names)
         for name in names:
             module = name.rpartition(".")[0]
             if module == "" or module in adapted.adapters:
@@ -283,6 +284,27 @@ def _of_layer(given: dict[str, Any], name: str, layer: str, folder: Path) -> Any
             f"`{_PATTERNS[name]}` in {folder} is no table of patterns of names: {error}"
         ) from error
     return given.get(name, _DEFAULT) if own is None else own
+
+
+def all_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return names of parameters with all others of the same ones: peft unties what it saves a module of."""
+    wanted = [*map(model.get_parameter, names)]
+    found: dict[int, list[str]] = {id(parameter): [] for parameter in wanted}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            found.get(id(parameter), []).append(name)
+    return [name for parameter in wanted for name in found[id(parameter)]]
+
+
+def to_store(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as safetensors stores them: each with memory of its own."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        kept = tensor.detach().cpu().contiguous()
+        found[name] = kept.clone() if id(tensor) in seen else kept
+        seen.add(id(tensor))
+    return found
 
 
 def _factors(prefix: str, pair: Any) -> dict[str, Tensor]:

@@ -30,11 +30,11 @@ def language_model() -> nn.Module:
     return gpt(layers=2, width=16, heads=2, context=8, vocabulary=24).double()
 
 
-def gpt2() -> nn.Module:
+def gpt2(positions: int = 8) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=8, resid_pdrop=0.0,
+        vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=positions, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model: nn.Module = transformers.GPT2LMHeadModel(config).double()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import trainc
+from examples.models import gpt
 from tests.compiler.constructs.test_lora import (
     BATCH,
     IDS,
@@ -267,3 +268,42 @@ def test_settings_of_another_start_are_said() -> None:
     assert warnings_of(clause.replace("Embedding", "Embedding, Linear"), language_model()) == []
     with pytest.raises(trainc.SpecError, match="`fan` is the width of a uniform start"):
         trainc.plan(spec('adapt prompt on "blocks.*" { tokens = 2, fan = 9 }'), language_model())
+
+
+# parameters with several names
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    return gpt(layers=1, width=16, heads=2, context=8, vocabulary=24, tied=True).double()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("name", ["head", "embed.token"])
+def test_a_trained_head_that_is_tied_is_in_both_places_in_peft(name: str, tmp_path: Path) -> None:
+    text = f'adapt lora on "**.fc" {{ rank = 2, alpha = 2, train = "{name}" }}'
+    program = trained(text, tied())
+    program.save_adapters(tmp_path / "mine")
+    theirs = with_peft(tied(), tmp_path / "mine")
+    assert not torch.equal(logits(program.module), logits(tied()))
+    assert torch.equal(logits(theirs), logits(program.module))
+    again = trainc.compile(spec(text), tied())
+    theirs.save_pretrained(tmp_path / "theirs")
+    again.load_adapters(tmp_path / "theirs")
+    assert torch.equal(logits(again.module), logits(program.module))
+    one, two = (again.module.get_submodule(n).weight for n in ("head", "embed.token"))
+    assert one is two
+    with torch.no_grad():
+        theirs.base_model.model.head.modules_to_save["default"].weight.add_(1)
+    theirs.save_pretrained(tmp_path / "apart")
+    before = logits(again.module)
+    with pytest.raises(ValueError, match=r"differ in .*, but are one parameter"):
+        again.load_adapters(tmp_path / "apart")
+    assert torch.equal(logits(again.module), before)
+
+
+def test_prompts_beside_trained_token_embeddings_have_no_place_in_peft(tmp_path: Path) -> None:
+    text = 'adapt prompt on "transformer" { tokens = 2, mode = input, train = "lm_head" }'
+    program = trained(text, gpt2(16))
+    with pytest.raises(ValueError, match="token embeddings that train beside prompts"):
+        program.save_adapters(tmp_path)
