@@ -155,7 +155,7 @@ def adapt_model(
     found: list[Diagnostic] = []
     owners: dict[str, BoundClause] = {}
     trained: set[str] | None = None
-    for clause in active:
+    for order, clause in enumerate(active):
         to = Adapting(clause, model, base, seed, owners)
         try:
             _refuse_times(clause)
@@ -165,7 +165,7 @@ def adapt_model(
             found.append(Diagnostic("bad-value", message, labels((clause.span, ""))))
         for one in adapters_of(model):
             if one.full_name in to.added:
-                one.adapter.trained = tuple(sorted(to.trained or ()))
+                one.adapter.trained, one.adapter.order = tuple(sorted(to.trained or ())), order
         found += [_added_twice(name, clause, owners[name]) for name in to.added if name in owners]
         owners |= {name: owners.get(name, clause) for name in to.added}
         if to.trained is not None:

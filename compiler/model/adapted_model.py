@@ -165,7 +165,7 @@ def _each(
     model: nn.Module, folder: Path, act: Callable[[AdapterRule, Adapted, Path], None]
 ) -> None:
     by_label: dict[str, list[FoundAdapter]] = {}
-    for one in _required(model):
+    for one in sorted(_required(model), key=lambda one: one.adapter.order):
         by_label.setdefault(one.adapter.label, []).append(one)
     together: list[tuple[str, list[FoundAdapter]]] = []
     for label, found in by_label.items():

@@ -35,6 +35,8 @@ class Adapter(nn.Module):
         self.rule, self.label, self.layer_name = rule, label, layer_name
         self.trained: tuple[str, ...] = ()
         """The parameters that train besides those of adapters, as far as the same clause says so."""
+        self.order = 0
+        """The place of its clause among those that adapt the model."""
         for name, part in parts.items():
             if isinstance(part, nn.Parameter):
                 self.register_parameter(name, part)
@@ -209,7 +211,9 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for table in (module._modules, *(getattr(module, name) for name in _TABLES))
     ]
-    settings = [(one.adapter, one.adapter.label, one.adapter.trained) for one in adapters_of(model)]
+    settings = [
+        (a, a.label, a.trained, a.order) for a in (one.adapter for one in adapters_of(model))
+    ]
     records = [(module.__dict__, module.__dict__.get(_FROZEN)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -227,8 +231,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
             has_items_alone(module)
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
-        for adapter, label, names in settings:
-            adapter.label, adapter.trained = label, names
+        for adapter, label, names, order in settings:
+            adapter.label, adapter.trained, adapter.order = label, names, order
         raise
 
 

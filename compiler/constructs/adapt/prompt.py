@@ -144,7 +144,7 @@ class Prompt(Construct, AdapterRule):
                 yield Problem(
                     "wrong-target-kind",
                     f"`{entry.name}` ({entry.types[0]}) computes each token by itself, so that none would see a prompt",
-                    help="select blocks or attentions, such as `blocks.*`",
+                    help="select blocks, such as `blocks.*`",
                 )
                 return
         if self.mode == "shallow" and (pair := _gap(names)) is not None:

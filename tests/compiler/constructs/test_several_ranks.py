@@ -113,7 +113,13 @@ def saved(text: str, folder: Path, make: Callable[[], nn.Module] = nested) -> di
 
 
 def test_patterns_are_names_but_where_a_name_is_the_end_of_another(tmp_path: Path) -> None:
-    found = saved(CASES["the end of another's name"][1], tmp_path)  # the model has `inner` first
+    one, two = 'on "fc" { rank = 3, alpha = 5 }', 'on "inner.fc" { rank = 2, alpha = 6 }'
+    found = saved(
+        f"lora {one} lora as wide {two}", tmp_path
+    )  # the first clause gives what holds for all
+    assert (found["r"], found["lora_alpha"]) == (3, 5)
+    assert (found["rank_pattern"], found["alpha_pattern"]) == ({"inner.fc": 2}, {"inner.fc": 6})
+    found = saved(f"lora {two} lora as wide {one}", tmp_path)
     assert (found["r"], found["lora_alpha"]) == (2, 6)
     assert (found["rank_pattern"], found["alpha_pattern"]) == ({"^fc": 3}, {"^fc": 5})
     found = saved(
@@ -168,6 +174,15 @@ def test_what_peft_knows_of_all_layers_alone_needs_a_folder_of_its_own(
     again = trainc.compile(spec(text), language_model())
     again.load_adapters(tmp_path)
     assert torch.equal(logits(again.module.eval()), logits(program.module.eval()))
+
+
+def test_a_folder_of_several_clauses_has_the_name_of_the_first(tmp_path: Path) -> None:
+    text = (
+        'adapt lora as one on "head" { rank = 2, alpha = 3 } adapt lora as two on "**.fc" { alpha = 3 }'
+        ' adapt parallel on "**.mlp" { rank = 2 }'
+    )
+    trained(text, language_model()).save_adapters(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "parallel"]
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
