@@ -1,6 +1,7 @@
 """Checkpoints: a folder per step with tensors, JSON and a manifest of checksums; never pickle.
 
-Where processes share parameters each writes its parts, by torch.distributed.checkpoint.
+Where processes share parameters each writes its parts, by torch.distributed.checkpoint; where each trains a replica of
+its own, each writes all that it has.
 
 A checkpoint is written beside its place and renamed into it, so a kill at any moment leaves the
 ones before. A state is a tree of dicts with string keys, lists, tuples, tensors, numbers, strings,
@@ -11,13 +12,13 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from trainc.runtime.storage.foreign_files import (
     read_json,
     write_manifest,
 )
+from trainc.runtime.storage.replica_files import read_replica, write_replica
+from trainc.runtime.storage.state_tree import flatten, restore
 
 FORMAT = 3
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -67,15 +70,18 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
 
     Raises ValueError for a state that JSON and tensors cannot hold, and OSError that names the file.
     """
-    tensors: dict[str, Tensor] = {}
-    tree = _flatten(state, "", tensors, {})
+    tree, tensors = flatten(state)
     place = _begin(folder, step)
     with _removed_on_error(place):
-        with _as_oserror(place / TENSORS):
-            save_file(tensors, place / TENSORS)
-            with safe_open(place / TENSORS, "pt"):  # refuses a file that is shorter than it says
-                pass
+        _write_tensors(place, tensors)
         return _finish(folder, place, step, tree, {TENSORS: None})
+
+
+def _write_tensors(place: Path, tensors: dict[str, Tensor]) -> None:
+    with _as_oserror(place / TENSORS):
+        save_file(tensors, place / TENSORS)
+        with safe_open(place / TENSORS, "pt"):  # refuses a file that is shorter than it says
+            pass
 
 
 def save_shards(
@@ -87,14 +93,39 @@ def save_shards(
     """
     from trainc.runtime.storage.shards import write_shards
 
-    tensors: dict[str, Tensor] = {}
-    tree = _flatten(state, "", tensors, {})
+    tree, tensors = flatten(state)
     place = Path(decided(lambda: str(_begin(folder, step))))
     with _removed_on_error(place):
         files = write_shards(place, tensors)
         return Path(
             decided(lambda: str(_finish(folder, place, step, tree, {INDEX: None, **files})))
         )
+
+
+def save_replicas(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    rank: int,
+    decided: Callable[[Callable[[], str]], str],
+    each: Callable[[Any], list[Any]],
+) -> Path:
+    """Save the states of replicas, of which each process has one; all processes call this alike.
+
+    `decided` is as in `save_shards`; `each` returns a value of all processes, by rank.
+    """
+    tree, tensors = flatten(state)
+    place = Path(decided(lambda: str(_begin(folder, step))))
+    with _removed_on_error(place):
+        own: dict[str, Any] = {}
+        if rank:
+            own = write_replica(place, rank, tree, tensors)
+        else:
+            _write_tensors(place, tensors)
+        every = each(own)
+        files = {TENSORS: None} | {name: found for one in every for name, found in one.items()}
+        finish = partial(_finish, folder, place, step, tree, files, replicas=len(every))
+        return Path(decided(lambda: str(finish())))
 
 
 def _begin(folder: Path, step: int) -> Path:
@@ -117,18 +148,23 @@ def _removed_on_error(place: Path) -> Iterator[None]:
 
 
 def _finish(
-    folder: Path, place: Path, step: int, tree: Any, files: Mapping[str, dict[str, Any] | None]
+    folder: Path,
+    place: Path,
+    step: int,
+    tree: Any,
+    files: Mapping[str, dict[str, Any] | None],
+    **facts: int,
 ) -> Path:
     """Write what a checkpoint has besides its tensors, force it to the disk, and put it in its place.
 
-    `files` are those of its tensors, with their checksums where these are known.
+    `files` are those of its tensors, with their checksums where these are known; the manifest has the `facts`, too.
     """
     text = json.dumps(tree, allow_nan=False)
     with atomic.naming(place / STATE):
         (place / STATE).write_text(text)
     known = {name: found for name, found in files.items() if found is not None}
     others = [name for name in files if name not in known]
-    write_manifest(place, (*others, STATE), {"format": FORMAT, "step": step}, known)
+    write_manifest(place, (*others, STATE), {"format": FORMAT, "step": step, **facts}, known)
     for path in (*(place / name for name in (*others, STATE, MANIFEST)), place):
         atomic.sync(path)
     attempts = [attempt for number, attempt, _ in checkpoints_in(folder) if number == step]
@@ -167,27 +203,38 @@ def find_latest(folder: Path, among: Collection[int] | None = None) -> FoundChec
     return FoundCheckpoint(None, 0, tuple(damage))
 
 
+def replicas_in(path: Path) -> int:
+    """Return how many replicas wrote a checkpoint that was found intact; 1 for that of a model that all train."""
+    count = read_json(path / MANIFEST).get("replicas", 1)
+    if type(count) is not int or count < 1:
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: it says {count!r} replicas")
+    return count
+
+
 def load_checkpoint(
-    path: Path, part_for: PartFor | None = None, *, verified: bool = False
+    path: Path, part_for: PartFor | None = None, *, verified: bool = False, rank: int = 0
 ) -> CheckpointState:
     """Load a checkpoint on the CPU after checking every file, unless it is `verified`; raises DamagedCheckpoint.
 
     With `part_for` tensors of which processes wrote parts are loaded into what it gives, a part of them; all processes
-    that hold the other parts do so alike.
+    that hold the other parts do so alike. Of several replicas' states it is that of `rank`.
     """
     if not verified:
         _verify(path)
     try:
-        tree = read_json(path / STATE)
-        if (path / TENSORS).exists():
+        if rank:
+            tree, tensors = read_replica(path, rank)
+        elif (path / TENSORS).exists():
+            tree = read_json(path / STATE)
             with interpreting(path / TENSORS):
                 tensors = load_file(path / TENSORS)
         else:
             from trainc.runtime.storage.shards import read_shards
 
+            tree = read_json(path / STATE)
             tensors = read_shards(path, part_for)
         with interpreting(path / STATE):
-            state: CheckpointState = _restore(tree, tensors)
+            state: CheckpointState = restore(tree, tensors)
     except UnreadableFile as problem:
         raise DamagedCheckpoint(str(problem)) from problem
     return state
@@ -265,84 +312,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _flatten(
-    value: Any,
-    name: str,
-    tensors: dict[str, Tensor],
-    seen: dict[tuple[Any, ...], dict[str, Any]],
-) -> Any:
-    """Return the JSON of a state; its tensors go to `tensors` under their path, each once."""
-    match value:
-        case Tensor():
-            return _store(value, name, tensors, seen)
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else {"$float": str(value)}
-        case list() | tuple():
-            items = [_flatten(v, f"{name}/{i}", tensors, seen) for i, v in enumerate(value)]
-            return items if isinstance(value, list) else {"$tuple": items}
-        case Mapping():
-            for key in value:
-                if not isinstance(key, str) or key.startswith("$"):
-                    raise ValueError(
-                        f"the state at `{name or '.'}` has the key {key!r}: expected a string"
-                        " that does not begin with $"
-                    )
-            prefix = f"{name}/" if name else ""
-            return {
-                key: _flatten(
-                    inner, prefix + key.replace("~", "~0").replace("/", "~1"), tensors, seen
-                )
-                for key, inner in value.items()
-            }
-    raise ValueError(
-        f"the state at `{name or '.'}` is a {type(value).__name__}: a checkpoint holds tensors, numbers, strings,"
-        " booleans, None, and lists, tuples and dicts of these"
-    )
-
-
-def _store(
-    tensor: Tensor,
-    name: str,
-    tensors: dict[str, Tensor],
-    seen: dict[tuple[Any, ...], dict[str, Any]],
-) -> dict[str, Any]:
-    """Add a tensor and return the JSON that stands for it; tensors that are the same memory are stored once."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "device_mesh"):  # of which this process holds a part
-        tensors[name] = tensor
-        return {"$tensor": name}
-    memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-    if tensor.numel() and memory in seen:
-        return seen[memory]
-    found: dict[str, Any] = {"$tensor": name}
-    # The order of the axes in memory decides how products round, and a file has none but the usual one.
-    axes = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
-    if not tensor.is_contiguous() and tensor.permute(axes).is_contiguous():
-        tensor = tensor.permute(axes)
-        found["$axes"] = axes
-    # A copy of its own: safetensors takes neither strides nor memory that two tensors share.
-    tensors[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
-    seen[memory] = found
-    return found
-
-
-def _restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the state that a JSON tree describes."""
-    match value:
-        case {"$tensor": str(name), "$axes": list(axes)}:
-            return tensors[name].permute([axes.index(i) for i in range(len(axes))])
-        case {"$tensor": str(name)}:
-            return tensors[name]
-        case {"$float": str(number)}:
-            return float(number)
-        case {"$tuple": list(items)}:
-            return tuple(_restore(item, tensors) for item in items)
-        case dict():
-            return {key: _restore(inner, tensors) for key, inner in value.items()}
-        case list():
-            return [_restore(item, tensors) for item in value]
-    return value
