@@ -90,6 +90,7 @@ class _Binder:
             samples_per_step=float(data.start_size) if data else None,
             tokens_per_sample=_number(facts.tokens_per_sample),
             samples_per_epoch=_number(facts.samples),
+            replicas=facts.replicas,
             changing=changes_batch(spec),
         )
         self.length = RunLength(run.length.amount, run.length.unit) if run else None

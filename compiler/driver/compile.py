@@ -118,18 +118,18 @@ def compile_with_data(
     without: Iterable[str] = (),
     executor: Executor = "auto",
     prepare: Prepare | None = None,
+    replicas: int = 1,
 ) -> tuple[Program, Data]:
     """Return the program of a checked spec on a model, and the data that the spec names.
 
-    Data that describes itself is loaded when nothing else is wrong; any other has to be counted first.
+    Data that describes itself is loaded when nothing else is wrong; any other has to be counted first. `replicas` is
+    how many processes divide it, each with steps of its own.
     """
     facts = data_facts(spec)
-    if facts.samples is not None:
-        program = compile_model(spec, model, facts, without, executor, prepare)
-        data = build_data(spec)
-    else:
-        data = build_data(spec)
-        program = compile_model(spec, model, facts_of(data), without, executor, prepare)
+    data = None if facts.samples is not None else build_data(spec)
+    known = replace(facts if data is None else facts_of(data), replicas=replicas)
+    program = compile_model(spec, model, known, without, executor, prepare)
+    data = build_data(spec) if data is None else data
     if program.id_readers and is_stream(data.train):
         raise unnumbered_samples(spec, program.id_readers)
     return program, data
@@ -232,7 +232,6 @@ def build_program(
     data: Any = binding.one("data")
     batch = data.construct.start_size if data else 0
     micro = data.construct.micro_size if data else 0
-    epoch = binding.units.samples_per_epoch
     return Program(
         make_plan(binding, method),
         model,
@@ -243,7 +242,7 @@ def build_program(
         batch_size=batch,
         micro_size=micro,
         halves_micro=bool(data and data.construct.halves_micro),
-        samples_per_epoch=int(epoch) if epoch else None,
+        clock=binding.units.clock(),
         executor=executor,
         without=without,
     )

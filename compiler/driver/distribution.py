@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,13 +18,19 @@ from trainc.compiler.method.joining import Joining
 from trainc.compiler.model.batch_statistics import depend_on_processes
 from trainc.compiler.program.program import Program
 from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
+from trainc.runtime.data.order import Data
+from trainc.runtime.data.stream import count_samples
 from trainc.runtime.device.hardware import Hardware
+from trainc.runtime.processes.apart import Apart
 from trainc.runtime.processes.launch import Launch, find_launch, joined, lasting
 from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.processes.team import Ranks, Team
 from trainc.runtime.processes.watch import Watch, follows_from_another
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.step.exchange import Exchange
 
 
 @dataclass(eq=False)
@@ -45,6 +52,17 @@ class Distribution:
     def size(self) -> int:
         """How many processes there are."""
         return 1 if self.launch is None else self.launch.size
+
+    @property
+    def apart(self) -> Clause | None:
+        """The clause by which each process trains a replica of its own; None where all train one model."""
+        clauses = (c for c in self.spec.clauses if c.construct.joins == "apart")
+        return next(clauses, None) if self.size > 1 else None
+
+    @property
+    def replicas(self) -> int:
+        """How many processes have steps of their own."""
+        return 1 if self.apart is None else self.size
 
     @property
     def joining(self) -> Joining:
@@ -78,8 +96,9 @@ class Distribution:
                 return
             watch = Watch(store, self.launch.rank, self.size, seconds)
             watch.start()
+            kind = Ranks if self.apart is None else Apart
             try:
-                yield Ranks(ReplicaGroup(), watch, lasting(store))
+                yield kind(ReplicaGroup(), watch, lasting(store))
             except BaseException as error:
                 if isinstance(error, RuntimeError) and (why := self._explained(error)) is not None:
                     watch.fail()
@@ -93,21 +112,25 @@ class Distribution:
 
     def prepare(self, binding: Binding, model: nn.Module, device: torch.device) -> None:
         """Let the construct change the model, before the clauses are lowered for it."""
-        if self.size == 1:
+        if self.size == 1 or self.apart is not None:
             return
         joins = (clause for clause in binding.active if clause.construct.joins != "no")
         targets = next((clause.targets for clause in joins), ())
         modules = {name: model.get_submodule(name) for name in targets}
         self.joining.prepare(model, modules, device)
 
-    def join(self, program: Program, device: torch.device) -> None:
-        """Let the program train with the other processes; raises SpecError where its clauses have them train apart."""
+    def join(self, program: Program, data: Data, device: torch.device) -> None:
+        """Let the program train with the other processes; raises SpecError where its clauses do not have it so."""
         if self.size == 1:
+            return
+        if self.apart is not None:
+            self._require_samples(program, data)
+            self.notes += apart_notes(self.apart, self.size, program)
             return
         if apart := program.execution.method.exchanges:
             raise self._error(
-                f"`{apart[0]}` lets each process train on data of its own, and `trainc run` trains one model on one"
-                " order of the data: remove the clause, or start the processes with a loop of your own",
+                f"`{apart[0]}` lets each process train on data of its own, and does not say that `trainc run` divides"
+                " the data for it (`joins`): remove the clause, or start the processes with a loop of your own",
                 apart[0],
             )
         self._model, joining = program.module, self.joining
@@ -127,6 +150,18 @@ class Distribution:
                 f" {next(iter(differ.values()))}"
             )
 
+    def _require_samples(self, program: Program, data: Data) -> None:
+        """Raise SpecError where a step of all replicas would have some samples twice."""
+        samples, batch = count_samples(data.train), program.batch_size
+        if samples is not None and batch * self.size > samples:
+            clause = self.spec.one("data")
+            message = (
+                f"{self.size} replicas with {batch} samples each take more in a step than the training data has,"
+                f" {samples}: write at most `{samples // self.size} samples`, or start fewer processes"
+            )
+            at = labels((clause.part_span("batch") if clause else None, ""))
+            raise SpecError([Diagnostic("processes", message, at)])
+
     def _explained(self, error: RuntimeError) -> str | None:
         return None if self._model is None else self.joining.explain(error, self._model)
 
@@ -136,3 +171,25 @@ class Distribution:
         clause = next(joins, None)
         at = labels((clause.span if clause else None, ""))
         return SpecError([Diagnostic("processes", message, at)])
+
+
+def apart_notes(clause: Clause, size: int, program: Program) -> list[str]:
+    """Return what to say of replicas that train apart when their run begins."""
+    batch = program.batch_size
+    text = (
+        f"{size} processes train a replica each by `{clause.construct.title}`: {batch} samples a step each,"
+        f" {size * batch} together; an epoch is one pass over the data by all of them. Shown, recorded and evaluated is"
+        " the replica of rank 0"
+    )
+    found = [text]
+    length, last = program.length, Clock()
+    if length is not None and length.unit == "steps":
+        last.steps = math.ceil(length.amount)
+        last.before = Clock(last.steps - 1)
+        exchanges = (a for a in program.execution.method.actions if isinstance(a, Exchange))
+        if any(a.gate is not None and not a.gate.fires(last) for a in exchanges):
+            found.append(
+                f"the last step, {last.steps}, has no turn of `{clause.name}`: the run ends with replicas that differ"
+                " since the turn before, and its model is that of rank 0"
+            )
+    return found

@@ -22,12 +22,17 @@ from trainc.runtime.run.preflight import DoesNotFit, Preflight
 _FIELDS = {"memory": (("data", "micro"), ("data", "batch")), "disk": (("run", "keep"), ("run", ""))}
 
 
-def preflight_of(program: Program, hardware: Hardware, out: Path, spec: Spec) -> Preflight:
-    """Return what says how much a run takes; raises SpecError where its plan tells that it does not fit."""
+def preflight_of(
+    program: Program, hardware: Hardware, out: Path, spec: Spec, replicas: int = 1
+) -> Preflight:
+    """Return what says how much a run takes; raises SpecError where its plan tells that it does not fit.
+
+    A checkpoint holds as many `replicas`.
+    """
     needs, length = needs_of(program.plan), program.length
     assert length is not None
     buffers = sum(buffer.nbytes for buffer in program.module.buffers())
-    needs = replace(needs, checkpoint=needs.checkpoint + buffers)
+    needs = replace(needs, checkpoint=replicas * (needs.checkpoint + buffers))
     if program.is_sharded:
         needs = needs.of_one(_parts(program), world_size())
     if world_size() > 1:  # a process may have a part of each tensor only: its first step tells

@@ -47,6 +47,7 @@ from trainc.runtime.memory.failure import OutOfMemory
 from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.loggers import Logger
 from trainc.runtime.run.loop import train as loop
+from trainc.runtime.run.meetings import BatchesDiffer
 from trainc.runtime.run.preflight import DoesNotFit
 from trainc.runtime.run.summary import Summary
 from trainc.runtime.step.action import ClauseFailed, IncompatibleState
@@ -96,7 +97,8 @@ def train(
         shows = team.rank == 0 and not quiet
         if program.plan.warnings and shows:
             print(render_text(program.plan.warnings).strip("\n"), file=sys.stderr)
-        takes = preflight_of(program, hardware, out, checked) if preflight else None
+        stored = distribution.replicas
+        takes = preflight_of(program, hardware, out, checked, stored) if preflight else None
         with _reported(program, checked, out), hardware.products():
             return loop(
                 program,
@@ -141,11 +143,12 @@ def _compiled(
             without,
             executor,
             partial(distribution.prepare, device=hardware.device),
+            distribution.replicas,
         )
     _require_evaluations(spec, data)
     program.execution.autocast = hardware.autocast
     require_hardware(program, hardware, spec)
-    distribution.join(program, hardware.device)
+    distribution.join(program, data, hardware.device)
     program.estimate_from(partial(_training_batches, program, data, hardware))
     return program, data
 
@@ -188,13 +191,15 @@ def _reported(program: Program, spec: Spec, out: Path) -> Iterator[None]:
     except OptimizerProblem as error:
         raise SpecError([optimizer_diagnostic(error, spec)]) from error
     except ChangedRun as error:
-        raise changed_run(out, error) from error
+        raise changed_run(out, error, spec) from error
     except IncompatibleState as error:
         raise cannot_resume(out, error) from error
     except DoesNotFit as error:
         raise too_large(error, spec) from error
     except OutOfMemory as error:
         raise _at_field(spec.one("data"), ("micro", "batch"), "out-of-memory", error) from None
+    except BatchesDiffer as error:
+        raise _at_field(spec.one("data"), ("batch",), "processes", error) from error
     except WrongBatch as error:
         raise _at_path(spec.one("data"), "data-failed", error) from error
     except WrongPick as error:

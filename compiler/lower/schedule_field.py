@@ -93,10 +93,9 @@ def _clocks(context: LoweringContext) -> Iterator[tuple[float, Clock]]:
     units = replace(
         context.units, estimates={}
     )  # the plan says what it converts, not what this looks at
-    epoch = int(units.samples_per_epoch or 0) or None
     for point in range(POINTS):
         fraction = point / POINTS
-        clock = Clock(samples_per_epoch=epoch)
+        clock = units.clock()
         for unit, value in counters_at(units, context.length, fraction).items():
             if unit != "epochs" and value is not None:
                 setattr(clock, unit, value)

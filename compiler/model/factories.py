@@ -25,6 +25,8 @@ class DataFacts:
 
     samples: int | None = None
     tokens_per_sample: int | None = None
+    replicas: int = 1
+    """How many processes divide the samples, each with a step of its own."""
 
 
 def seeded_model(spec: Spec) -> nn.Module:

@@ -18,6 +18,7 @@ from trainc.runtime.storage.form import StateProblem
 _SAFE = {
     "run": {"eval", "eval_batches", "checkpoint", "keep", "device", "log"},
     "data": {"workers"},
+    "distribute": {"timeout"},
 }
 _HASHED = ("format", "model", "signature", "clauses", "rules", "units")
 _TIMES = {"start": "from", "stop": "until", "every": "every"}
@@ -112,7 +113,7 @@ def _clauses(before: list[Any], now: list[Any]) -> Iterator[Difference]:
 def _joins(clause: Mapping[str, Any]) -> bool:
     """Say whether a clause only says how processes train together, which changes no number beyond its rounding."""
     known = catalog().get((clause["kind"], clause["construct"]))
-    return known is not None and known.joins != "no"
+    return known is not None and known.joins not in ("no", "apart")
 
 
 def _joining(before: list[Any], now: list[Any]) -> Iterator[Difference]:

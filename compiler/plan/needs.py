@@ -47,7 +47,10 @@ def _memory(plan: Plan, states: set[str]) -> Iterator[Need]:
 def _steps(plan: Plan, span: TimeSpan) -> float | None:
     """Return the steps of a time span of the run; None where they are not known before it."""
     names = ("samples_per_step", "tokens_per_sample", "samples_per_epoch")
-    conversion = UnitConversion(**{name: plan.settings["units"][name] for name in names})
+    units = plan.settings["units"]
+    conversion = UnitConversion(
+        **{name: units[name] for name in names}, replicas=units.get("replicas", 1)
+    )
     try:
         return conversion.convert(span, "steps", RunLength.from_json(plan.settings["length"]))
     except ValueError:

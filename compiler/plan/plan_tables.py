@@ -147,6 +147,7 @@ def settings_row(binding: Binding, method: LoweredMethod) -> Row:
             "samples_per_step": units.samples_per_step,
             "tokens_per_sample": units.tokens_per_sample,
             "samples_per_epoch": units.samples_per_epoch,
+            **({"replicas": units.replicas} if units.replicas > 1 else {}),
             **({"changing": True} if units.changing else {}),
         },
         **({"batch": batch_row(binding, method)} if units.changing else {}),
@@ -157,7 +158,22 @@ def settings_row(binding: Binding, method: LoweredMethod) -> Row:
         **({"compiled": _compiled_part(method.rewrite)} if method.compiled else {}),
         **({"checkpointed": again} if (again := method.rewrite.checkpointed) else {}),
         **({"processes": dict(apart)} if (apart := method.process_dependence) else {}),
+        **({"replicas": text} if (text := _replicas(binding)) else {}),
     }
+
+
+def _replicas(binding: Binding) -> str | None:
+    """Return what a clause means for a run by which each process trains a replica of its own; None without one."""
+    clause = next((c for c in binding.active if c.construct.joins == "apart"), None)
+    size, count = binding.units.samples_per_step, binding.units.replicas
+    if clause is None or size is None:
+        return None
+    many = f"{count} processes" if count > 1 else "R processes"
+    all_of = f"{size * count:g}" if count > 1 else f"R x {size:g}"
+    return (
+        f"`{clause.label}`: with {many} each trains a replica of its own, and a step takes {size:g} samples in each,"
+        f" {all_of} together; an epoch is one pass over the data by all of them"
+    )
 
 
 def _compiled_part(rewrite: Rewrite) -> str:

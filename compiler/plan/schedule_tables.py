@@ -31,7 +31,7 @@ def schedule_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
     percents = range(0, 101, 5)
     counters = _counters(ramp, binding.units, binding.length, [p / 100 for p in percents])
     for percent, found in zip(percents, counters, strict=True):
-        clock = Clock(samples_per_epoch=int(binding.units.samples_per_epoch or 0) or None)
+        clock = binding.units.clock()
         for unit in ("steps", "samples", "tokens", "seconds"):
             setattr(clock, unit, found[unit] or 0)
         rows.append(

@@ -68,6 +68,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield line
     if (line := checkpoints_text(plan)) is not None:
         yield line
+    if (replicas := plan.settings.get("replicas")) is not None:
+        yield replicas
     for name, reason in plan.settings.get("processes", {}).items():
         yield f"`{name}` depends on the number of processes: it {reason}"
     yield "clauses"

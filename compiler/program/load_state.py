@@ -249,7 +249,9 @@ def rate_differences(machine: StepMachine, state: Mapping[str, Any]) -> list[Dif
 
     What rules decided before holds on where rules of this program decide on it.
     """
-    clock = Clock(samples_per_epoch=machine.clock.samples_per_epoch)
+    clock = Clock(
+        samples_per_epoch=machine.clock.samples_per_epoch, replicas=machine.clock.replicas
+    )
     clock.load_state_dict(state["clock"])
     decided = [(one, one.state_dict()) for one in machine.actions if one.outlasts_rollback]
     try:

@@ -34,7 +34,7 @@ from trainc.compiler.program.step_totals import (
 from trainc.runtime.data.batch import Batch, count_tokens, one_of
 from trainc.runtime.memory.failure import OutOfMemory, first_line, ran_out_of_memory
 from trainc.runtime.memory.fitting import FittingSize
-from trainc.runtime.run.interface import RunSettings
+from trainc.runtime.run.interface import Meet, RunSettings
 from trainc.runtime.soundness.own_loop import OwnLoop
 from trainc.runtime.step.batches import BatchTransform, change_batch
 from trainc.runtime.step.gradients import GradientNotFinite, ShortSteps
@@ -66,6 +66,8 @@ class OpenStep:
         """The number of examples in one pass that fits into memory."""
         self.notes: list[str] = []
         """What to say with the next step, of what was between them."""
+        self.meet: Meet | None = None
+        """Lets other replicas know of a step before its update; it raises StopRun where one of them ends the run."""
         self.execution, self.method, self._exchange = execution, method, exchange
         self.machine, self.settings = machine, settings
         machine.equals = lambda: execution.replicas
@@ -250,6 +252,10 @@ class OpenStep:
         self.last = step
         overflowed = scaler is not None and not math.isfinite(step.metrics["gradient_norm"])
         goes_on = not overflowed and (step.unsound is None or step.may_be_unsound)
+        if self.meet is not None:
+            counts = not goes_on and not self._is_of_scale(step, scaler)
+            ends = self.history.skipped.ending(step, self.settings) if counts else None
+            self.meet(step, ends, not goes_on)
         if goes_on:
             try:
                 self.machine.finish()
@@ -319,14 +325,10 @@ class OpenStep:
             observer.forget()
 
     def _skip_step(self, step: Step, scaler: torch.amp.GradScaler | None) -> None:
-        """Leave out a step that is not sound; raises NonFiniteLoss or NonFiniteGradient where that ends the run.
-
-        The scale of a GradScaler is no fault of the step. At 1 or below, an overflow is of the gradient itself.
-        """
+        """Leave out a step that is not sound; raises NonFiniteLoss or NonFiniteGradient where that ends the run."""
         free_gradients(self.method)
         self._forget_observations()
-        scaled = scaler is not None and (step.may_be_unsound or scaler.get_scale() > 1)
-        if scaled and (step.may_be_unsound or math.isfinite(step.loss)):
+        if self._is_of_scale(step, scaler):
             self.history.skipped.overflowed += 1
             step.unsound = None
         else:
@@ -334,3 +336,9 @@ class OpenStep:
             self.history.skipped.add(step, self.settings)
         self.machine.skip_step(step)
         step.metrics["skipped"] = 1.0
+
+    @staticmethod
+    def _is_of_scale(step: Step, scaler: torch.amp.GradScaler | None) -> bool:
+        """Say whether a GradScaler's scale made a step overflow; at 1 or below, it is the gradient itself."""
+        scaled = scaler is not None and (step.may_be_unsound or scaler.get_scale() > 1)
+        return scaled and (step.may_be_unsound or math.isfinite(step.loss))

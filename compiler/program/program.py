@@ -30,8 +30,8 @@ from trainc.runtime.data.batch import Evaluated, GivenBatch
 from trainc.runtime.data.sample_ids import SampleIds
 from trainc.runtime.memory.fitting import FittingSize
 from trainc.runtime.processes.replica_group import ReplicaGroup
-from trainc.runtime.processes.sharded import is_sharded, whole
-from trainc.runtime.run.interface import RunSettings, StepReport
+from trainc.runtime.processes.sharded import whole
+from trainc.runtime.run.interface import Meet, RunSettings, StepReport
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.observer import EvaluationObservers
@@ -57,14 +57,14 @@ class Program(LoadableProgram, OwnLoopProgram):
         batch_size: int = 0,
         micro_size: int = 0,
         halves_micro: bool = False,
-        samples_per_epoch: int | None = None,
+        clock: Clock | None = None,
         executor: Executor = "auto",
         without: frozenset[str] = frozenset(),
     ) -> None:
         for name in method.frozen:
             model.get_parameter(name).requires_grad_(False)
         self.plan, self.module, self.settings, self.length = plan, model, settings, length
-        self.clock = Clock(samples_per_epoch=samples_per_epoch)
+        self.clock = Clock() if clock is None else clock
         self.execution = Execution(model, method, settings.seed, self.clock, executor, without)
         self._method = method
         self._evaluation = EvaluationWeights(model, method.evaluated_with.values(), method.actions)
@@ -304,6 +304,15 @@ class Program(LoadableProgram, OwnLoopProgram):
         state = self.own_state_dict()
         return whole(state) if self.is_sharded else state
 
+    @property
+    def exchanges(self) -> str | None:
+        """The clause by which each of several processes trains a replica of its own; None where there is none."""
+        return next(iter(self._method.exchanges), None)
+
+    def meet_with(self, meet: Meet) -> None:
+        """Let the other replicas know of each step before its update, as `trainc run` does."""
+        self._runner.meet = meet
+
     def agree(self, replicas: ReplicaGroup) -> None:
         """Check that all replicas that average gradients have the same weights; raises ValueError where they differ."""
         remedy = "Updates must be the same on all: an optimizer that draws random numbers needs a generator of its own"
@@ -330,16 +339,6 @@ class Program(LoadableProgram, OwnLoopProgram):
             **({"evaluation": others} if others else {}),
             **machine,
         }
-
-    def part_for(
-        self, keys: Sequence[str], shape: Sequence[int], dtype: torch.dtype
-    ) -> Tensor | None:
-        """Return an empty part of the tensor at some keys of a state, as its parameter is sharded; None for others."""
-        named = dict(self.module.named_parameters(remove_duplicate=False))
-        owner = next((named[key] for key in keys if key in named), None)
-        if owner is None or not is_sharded(owner) or tuple(owner.shape) != tuple(shape):
-            return None
-        return torch.empty_like(owner, dtype=dtype, requires_grad=False)
 
     def summary(self) -> list[str]:
         """Return lines of text: what the loss and each clause of the spec did in this run."""

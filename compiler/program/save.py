@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
@@ -57,6 +58,16 @@ class SavableProgram(ShownProgram):
         everyone: list[str | None] = [None] * peers.size
         dist.all_gather_object(everyone, found, group=peers.group)
         return next((one for one in everyone if one is not None), None)
+
+    def part_for(
+        self, keys: Sequence[str], shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Return an empty part of the tensor at some keys of a state, as its parameter is sharded; None for others."""
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        owner = next((named[key] for key in keys if key in named), None)
+        if owner is None or not is_sharded(owner) or tuple(owner.shape) != tuple(shape):
+            return None
+        return torch.empty_like(owner, dtype=dtype, requires_grad=False)
 
     def estimate_from(self, batches: Callable[[], Iterable[Any]]) -> None:
         """Say where training batches are, from which clauses that average weights estimate running statistics.

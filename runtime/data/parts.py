@@ -11,10 +11,18 @@ from trainc.runtime.data.batch import Batch, WrongBatch, map_tensors, one_of
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one of `size` processes has of things in order: neighbours, of which all have as many but for one."""
+    """What one of `size` processes has of things in order: neighbours, of which all have as many but for one.
+
+    Where they train `apart`, a step of the run is one of each of them, and its samples are those of all.
+    """
 
     rank: int = 0
     size: int = 1
+    apart: bool = False
+
+    def whole(self, first: int, count: int) -> tuple[int, int]:
+        """Return where in the run the samples of all processes begin, and how many they are, in a step of this one."""
+        return (first * self.size, count * self.size) if self.apart else (first, count)
 
     def of(self, count: int) -> range:
         """Return which of `count` things are this process's."""

@@ -34,7 +34,8 @@ class Reader:
     Python are seeded before each micro-batch, so that random augmentations are functions of the run too.
 
     One of several processes reads its `part` of each step alone. Where random numbers are drawn for micro-batches as a
-    whole, it reads all of them and cuts them, so that the numbers are those of a run in one process.
+    whole, it reads all of them and cuts them, so that the numbers are those of a run in one process. Processes that
+    train apart have micro-batches of their own, and do so only where the data holds the generator.
     """
 
     def __init__(self, data: Data, order: Order, part: Part = WHOLE) -> None:
@@ -65,6 +66,7 @@ class Reader:
 
     def read(self, first_sample: int, count: int, micro_size: int) -> list[Batch]:
         """Return the micro-batches of the step that begins at a sample of the run, or this process's part of them."""
+        first_sample, count = self._part.whole(first_sample, count)
         wanted = (first_sample, count, micro_size)
         if self._part.size == 1:
             return self._read_step(*wanted)
@@ -88,14 +90,14 @@ class Reader:
         """Return the samples `own` of a step, read alone; None where random numbers are drawn for whole batches."""
         if self._workers is not None:
             batches = self._workers.read(first_sample, count, micro_size)
-            return None if self._workers.drew else batches
+            return None if self._workers.drew and not self._part.apart else batches
         place = first_sample + own.start
         if self._pool is not None:
             return self._read_step(place, len(own), micro_size)
         found = []
         for indices in split_indices(self.order.indices(place, len(own)), micro_size):
             batch, drew = read_batch_noticing(self.split, indices, self.order.seed, place)
-            if drew:
+            if drew and not self._part.apart:
                 return None
             found.append(batch)
             place += len(indices)
@@ -129,6 +131,7 @@ class Reader:
 
         Call it between `read` and `ahead`, while the thread is at rest.
         """
+        first_sample, count = self._part.whole(first_sample, count)
         own, first = self._part.of(count), 0
         found = []
         if not self._cuts:
@@ -149,6 +152,7 @@ class Reader:
     def ahead(self, first_sample: int, count: int, micro_size: int) -> None:
         """Begin to read the micro-batches that the next step is likely to need."""
         if self._pool is not None:
+            first_sample, count = self._part.whole(first_sample, count)
             own = self._part.of(count)
             wanted = (first_sample + own.start, len(own), micro_size)
             self._ahead = wanted, self._pool.submit(self._read, *wanted)

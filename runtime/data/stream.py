@@ -62,6 +62,7 @@ class StreamReader:
 
     def read(self, first_sample: int, count: int, micro_size: int) -> list[Batch]:
         """Return the micro-batches of the next step; one of several processes reads all and keeps its part."""
+        _, count = self._part.whole(first_sample, count)
         own = self._part.of_step(count)
         batches = [
             require_count(self.stream.next_batch(size, self.seed), size)

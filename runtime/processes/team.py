@@ -14,13 +14,16 @@ from trainc.runtime.processes.watch import Watch
 
 Found = TypeVar("Found")
 _CLAIM = "the folder of the run"
-_REQUESTS = (None, "interrupted", "terminated")
+REQUESTS = (None, "interrupted", "terminated")
+"""What a process may be asked for; of two requests the later one here counts."""
 
 
 class Team:
     """A run in one process, which is its whole team."""
 
     rank, size = 0, 1
+    apart = False
+    """Whether each process trains a replica of its own, with steps and weights of its own: then it is an `Apart`."""
 
     def __init__(self, store: Any = None) -> None:
         self._store = store
@@ -70,6 +73,10 @@ class Team:
         """Return the values of all processes by rank, as JSON can hold them."""
         return [value]
 
+    def of_first(self, found: dict[str, float]) -> dict[str, float]:
+        """Return the numbers of rank 0 where each process measured its own; else all have the same."""
+        return found
+
 
 class Ranks(Team):
     """A run in several processes."""
@@ -103,8 +110,8 @@ class Ranks(Team):
         return self._text_from(int(has.argmax()), found or "")
 
     def after_step(self, requested: Callable[[], str | None], seconds: float) -> float:
-        rows = self.group.gather_rows([float(_REQUESTS.index(requested())), seconds])
-        self._requested = _REQUESTS[int(rows[:, 0].max())]
+        rows = self.group.gather_rows([float(REQUESTS.index(requested())), seconds])
+        self._requested = REQUESTS[int(rows[:, 0].max())]
         return float(rows[0, 1])
 
     def requested(self, own: Callable[[], str | None]) -> str | None:

@@ -71,14 +71,16 @@ def continuing(found: Path, program: RunnableProgram) -> Iterator[None]:
         )
 
 
-def read_run(found: Path, program: RunnableProgram, *, verified: bool = False) -> CheckpointState:
+def read_run(
+    found: Path, program: RunnableProgram, *, verified: bool = False, rank: int = 0
+) -> CheckpointState:
     """Return the state in a checkpoint; raises StateProblem unless it is that of a run.
 
-    Where processes hold parts of the program's tensors, each reads its own parts.
+    Where processes hold parts of the program's tensors, each reads its own parts; of replicas it is that of `rank`.
     """
     shared = isinstance(program, HoldsParts) and program.is_sharded
     part_for = program.part_for if shared and isinstance(program, HoldsParts) else None
-    state = load_checkpoint(found, part_for, verified=verified)
+    state = load_checkpoint(found, part_for, verified=verified, rank=rank)
     data = {
         "train": Optional(Count()),
         "evaluation": Optional(Count()),

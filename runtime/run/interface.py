@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import StopRun
+from trainc.runtime.step.record import Step
 from trainc.runtime.storage.differences import Difference
 
 SKIP_LIMIT = 10
@@ -138,6 +139,22 @@ class ComparesReplicas(Protocol):
 
     def agree(self, replicas: ReplicaGroup) -> None:
         """Check that all of them have the same weights; raises ValueError where they differ."""
+
+
+Meet = Callable[[Step, StopRun | None, bool], None]
+"""Of a step, before its update: with what it ends the run, and whether it is skipped."""
+
+
+@runtime_checkable
+class TrainsApart(Protocol):
+    """A program of which each of several processes may train a replica of its own."""
+
+    @property
+    def exchanges(self) -> str | None:
+        """Return the clause by which they do; None where the spec has none."""
+
+    def meet_with(self, meet: Meet) -> None:
+        """Call this in every step, before anything is updated; where it raises StopRun, nothing is."""
 
 
 @runtime_checkable

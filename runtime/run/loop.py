@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 from trainc.runtime.data.generators import kept
 from trainc.runtime.data.stream import count_samples
 from trainc.runtime.device.hardware import Hardware
+from trainc.runtime.processes.apart import Apart, Met
 from trainc.runtime.processes.team import Team
 from trainc.runtime.run.continuation import explain, require_savable
 from trainc.runtime.run.interface import (
@@ -29,10 +30,12 @@ from trainc.runtime.run.interface import (
     ReportsSteps,
     RunnableProgram,
     StepReport,
+    TrainsApart,
     UnsoundStep,
 )
 from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.loggers import NamedLogger
+from trainc.runtime.run.meetings import Meetings
 from trainc.runtime.run.preflight import Preflight
 from trainc.runtime.run.saved_run import SavedRun
 from trainc.runtime.run.stop_signals import StopSignals
@@ -90,7 +93,7 @@ def train(
             team.decided(lambda: team.claim(out))
             options = display, keep, hardware, preflight, team
             loop = TrainingLoop(program, as_data(data), folder, *options)
-            loop.stop_requested = stop_requested
+            loop.asks_for_stops(stop_requested)
             team.watched(stop_requested, loop.ended)
             loop.restore(accept)
             with loop:
@@ -108,6 +111,15 @@ class TrainingLoop(SavedRun):
 
     stop_requested: Callable[[], str | None] = lambda: None
     _began: bool = field(default=False, init=False)
+    _meetings: Meetings | None = field(default=None, init=False)
+    """Where each process trains a replica of its own."""
+
+    def asks_for_stops(self, stop_requested: Callable[[], str | None]) -> None:
+        """Ask by this function whether to stop, between steps, and in those of replicas."""
+        self.stop_requested = stop_requested
+        if isinstance(self.team, Apart) and isinstance(self.program, TrainsApart):
+            self._meetings = Meetings(self.team, stop_requested)
+            self.program.meet_with(self._meetings.meet)
 
     def begin(self, texts: Mapping[str, str], notes: Sequence[str] = ()) -> None:
         """Open the records at the step that the run is at, tell notes, and keep the texts that it is started with."""
@@ -172,6 +184,9 @@ class TrainingLoop(SavedRun):
         begin = read_at = time.perf_counter()
         batch = 0
         stop: str | None = None
+        meetings = self._meetings
+        if meetings is not None:
+            meetings.begin()
         try:
             seed_step(seed, number, 0)
             program.begin()
@@ -182,11 +197,11 @@ class TrainingLoop(SavedRun):
             seed_step(seed, number, 1, self.team.rank)
             with self._noticing_draws():
                 metrics = self.computation.step(batches, reader, first)
-        except RollBack as request:
-            self._tell(request.notes)
-            return self.go_back(request)
-        except StopRun as request:
-            self._tell(request.notes)
+        except StopRun as asked:
+            self._tell(asked.notes)
+            request = asked if meetings is None else meetings.ending(asked)
+            if isinstance(request, RollBack):
+                return self.go_back(request)
             stop = str(request.args[0]) if request.args else "stopped by a `when` rule"
             metrics = request.args[1] if len(request.args) > 1 else {}
             if clock.steps == number:
@@ -203,6 +218,8 @@ class TrainingLoop(SavedRun):
         if reader.prefetches:
             reader.ahead(clock.samples + self.left_out, program.batch_size, program.micro_size)
         report = program.report() if isinstance(program, ReportsSteps) else StepReport()
+        if meetings is not None and meetings.met is not None:
+            report, metrics = self._with_others(report, metrics, meetings.met)
         self.loss = metrics.get("loss", self.loss)
         self.recorder.step(clock, metrics, report.series, batch, read_at - begin, took)
         self._tell(report.notes)
@@ -222,6 +239,15 @@ class TrainingLoop(SavedRun):
             self._event("skipped-step", f"skipped step {clock.steps}: a gradient overflowed")
         return self.finish_step(report, stop if stop is not None else report.stop)
 
+    def _with_others(
+        self, report: StepReport, metrics: dict[str, float], met: Met
+    ) -> tuple[StepReport, dict[str, float]]:
+        """Return what a step gave, with what other replicas had in it."""
+        others = [rank for rank in met.skipping if rank != self.team.rank]
+        notes = [f"rank {rank} skips step {self.clock.steps}" for rank in others]
+        joined = replace(report, save=report.save or met.saves, notes=(*report.notes, *notes))
+        return joined, {**metrics, "mean_loss": met.loss}
+
     def _tell(self, notes: Sequence[str]) -> None:
         for note in notes:
             self._event("note", note)
@@ -229,7 +255,7 @@ class TrainingLoop(SavedRun):
     @contextlib.contextmanager
     def _noticing_draws(self) -> Iterator[None]:
         """Tell, in the first step of several processes, that the model draws torch's random numbers."""
-        if self.team.size == 1 or self._began:
+        if self.team.size == 1 or self.team.apart or self._began:
             yield
             return
         self._began, before = True, torch.get_rng_state()
@@ -260,7 +286,11 @@ class TrainingLoop(SavedRun):
     def _evaluates_all(self) -> bool:
         """Whether this process must evaluate all batches, also where it is one of several."""
         program, drawn = self.program, bool(self.reader.generators)
-        return drawn or (isinstance(program, MeasuresEvaluations) and program.measures_evaluations)
+        return (
+            drawn
+            or self.team.apart
+            or (isinstance(program, MeasuresEvaluations) and program.measures_evaluations)
+        )
 
     def evaluate(self) -> None:
         """Measure the loss on the held-out samples, once after each step."""
@@ -270,11 +300,14 @@ class TrainingLoop(SavedRun):
         # A run of another length evaluates elsewhere, and must draw the same for its steps.
         with kept(self.reader.generators):
             means, others = self.computation.evaluate(self.data, whole=self._evaluates_all)
+        own, means = means["eval_loss"], self.team.of_first(means)
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if isinstance(self.program, ReadsEvaluations):
             self.program.measured(means)
         if isinstance(self.program, MeasuresEvaluations):
             means |= self.program.evaluation_metrics()
+        if isinstance(self.team, Apart):
+            means["mean_eval_loss"] = self.team.mean(own)
         self.eval_loss, self.evaluated_at = means["eval_loss"], steps
         self.recorder.evaluation(steps, means, others)
         if bad:
@@ -294,6 +327,8 @@ class TrainingLoop(SavedRun):
         clock, lines = self.clock, self.computation.summary()
         counted = (clock.steps, clock.samples, clock.tokens, clock.epochs, self.recorder.seconds)
         skipped = self.program.unsound_steps if isinstance(self.program, ChecksState) else 0
+        if isinstance(self.team, Apart):
+            skipped = round(self.team.group.total(skipped))
         summary = Summary(
             reason, message, *counted, self.loss, self.eval_loss, name, lines, skipped
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from trainc.runtime.run.interface import (
     HoldsParts,
     RollsBack,
     RunnableProgram,
+    TrainsApart,
 )
 from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.preflight import Preflight
@@ -40,9 +41,12 @@ from trainc.runtime.storage.checkpoint import (
     find_latest,
     prune_checkpoints,
     remove_later,
+    replicas_in,
     save_checkpoint,
+    save_replicas,
     save_shards,
 )
+from trainc.runtime.storage.differences import Difference, OtherReplicas
 from trainc.runtime.storage.run_folder import RunFolder
 
 ROLLBACK_LIMIT = 10
@@ -91,7 +95,7 @@ class SavedRun:
         self.recorder = recorder(self.folder, self.display, unit, tokens, preflight)
         self.data_identity = data_identity(self.data)
         self.computation = Computation(self.program, self.hardware, self.team)
-        part = Part(self.team.rank, self.team.size)
+        part = Part(self.team.rank, self.team.size, apart=self.team.apart)
         self.reader = make_reader(self.data, self.program.settings.seed, part)
 
     @property
@@ -112,13 +116,20 @@ class SavedRun:
         self.team.at("loading a checkpoint")
         with continuing(found, self.program):
             # All read it, and rank 0 has just compared its checksums.
-            state = read_run(found, self.program, verified=self.team.size > 1)
+            state = self._read(found)
             self._continue(found, state, accept)
+
+    def _read(self, found: Path) -> CheckpointState:
+        """Return the state in a checkpoint: of this replica, where so many replicas wrote it, else that of rank 0."""
+        own = self.team.apart and replicas_in(found) == self.team.size
+        rank = self.team.rank if own else 0
+        return read_run(found, self.program, verified=self.team.size > 1, rank=rank)
 
     def _continue(self, found: Path, state: CheckpointState, accept: bool) -> None:
         """Load the state of a checkpoint into program, clock and data."""
         changes = [*data_differences(state["data"], self.data_identity)]
         changes += generator_differences(state["generators"], self.reader.generators)
+        changes += self._other_replicas(replicas_in(found))
         self.accepted, notes = load_program(self.program, state["program"], changes, accept)
         self.clock.load_state_dict(state["clock"])
         self.reader.load_state_dict(state)
@@ -134,6 +145,30 @@ class SavedRun:
         self._event("resumed", f"resumed from step {self.clock.steps}", checkpoint=found.name)
         for note in (*notes, *self.computation.load_state_dict(state["computation"])):
             self._event("note", note)
+
+    def _other_replicas(self, before: int) -> Iterator[Difference]:
+        """Yield the difference between the numbers of replicas that train each on their own, then and now.
+
+        Raises OtherReplicas where states of several would be left without one.
+        """
+        now = self.team.size if self.team.apart else 1
+        if before == now:
+            return
+        text = (
+            f"the checkpoint is of {_replicas(before)}, and the run goes on with {_replicas(now)}"
+        )
+        program = self.program
+        still = isinstance(program, TrainsApart) and program.exchanges is not None
+        if before > 1 and still:
+            text += (
+                f": start {before} processes, since each replica has weights and optimizer state of its own; a number"
+                " of your choice can begin with the weights of rank 0"
+            )
+            raise OtherReplicas([Difference(text, "impossible")])
+        elif before > 1:
+            yield Difference(f"{text}: it goes on from the replica of rank 0")
+        else:
+            yield Difference(f"{text}: all of them begin with its state")
 
     def go_back(self, request: RollBack) -> tuple[str, str] | None:
         """Go on from the last intact checkpoint that was due before this step; return why the run ends, where it does.
@@ -154,7 +189,7 @@ class SavedRun:
                 f"{text}: let its condition be true later only, as `steps > 500 and ...`",
             )
         with continuing(Path(found), self.program):
-            state = read_run(Path(found), self.program, verified=self.team.size > 1)
+            state = self._read(Path(found))
             target = int(state["clock"]["steps"])
             if self.rollbacks.count(target) >= ROLLBACK_LIMIT:
                 return "stopped", f"{asked}, for the {ROLLBACK_LIMIT + 1}th time to step {target}"
@@ -183,9 +218,10 @@ class SavedRun:
             return
         self.team.at(f"saving step {steps}")
         self.folder.check_present()
-        self.withheld = self.unsound
-        if self.withheld is None and isinstance(self.program, ChecksState):
-            self.withheld = self.team.first(self.program.unsound_state())
+        unsound = self.unsound
+        if unsound is None and isinstance(self.program, ChecksState):
+            unsound = self.program.unsound_state()
+        self.withheld = self.team.first(unsound)
         if self.withheld is not None:
             self._event("checkpoint-withheld", f"no checkpoint at step {steps}: {self.withheld}")
             return
@@ -203,6 +239,9 @@ class SavedRun:
         if isinstance(self.program, HoldsParts) and self.program.is_sharded:
             state = self._state(self.program.own_state_dict())
             saved = save_shards(folder, steps, state, self.team.decided)
+        elif self.team.apart:
+            state, rank = self._state(self.program.state_dict()), self.team.rank
+            saved = save_replicas(folder, steps, state, rank, self.team.decided, self.team.each)
         else:
             if isinstance(self.program, ComparesReplicas):
                 self.team.compare(self.program.agree)
@@ -229,3 +268,7 @@ class SavedRun:
 
     def _event(self, event: str, text: str, **details: str) -> None:
         self.recorder.event(event, self.clock.steps, text, **details)
+
+
+def _replicas(count: int) -> str:
+    return "one model" if count == 1 else f"{count} replicas"

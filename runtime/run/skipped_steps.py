@@ -6,7 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from trainc.runtime.run.interface import NonFiniteGradient, NonFiniteLoss, RunSettings
+from trainc.runtime.run.interface import (
+    NonFiniteGradient,
+    NonFiniteLoss,
+    RunSettings,
+    UnsoundStep,
+)
 from trainc.runtime.step.record import Step
 
 
@@ -28,15 +33,20 @@ class SkippedSteps:
 
     def add(self, step: Step, settings: RunSettings) -> None:
         """Count a step that is not sound; raises NonFiniteLoss or NonFiniteGradient where the run ends at it."""
+        if (error := self.ending(step, settings)) is not None:
+            raise error
+        self.unsound += 1
+        self.in_row += 1
+
+    def ending(self, step: Step, settings: RunSettings) -> UnsoundStep | None:
+        """Return the error with which the run ends at a step that is not sound; None where it is to be skipped."""
         before = ""
         if settings.on_nan == "skip":
             if self.in_row < settings.skip_limit:
-                self.unsound += 1
-                self.in_row += 1
-                return
+                return None
             before = f", and the {self.in_row} steps before it were skipped (`skip_limit`)"
         error = NonFiniteGradient if math.isfinite(step.loss) else NonFiniteLoss
-        raise error(
+        return error(
             f"{step.unsound} at step {step.clock.steps}{before}: the run stops with the weights from before this step"
         )
 

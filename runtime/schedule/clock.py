@@ -15,7 +15,8 @@ COUNTERS: tuple[Unit, ...] = ("steps", "samples", "tokens", "epochs", "seconds")
 class Clock:
     """Counts optimizer steps, samples, tokens, epochs and seconds of training; all start at 0.
 
-    `before` is the clock one step ago, so that a gate needs nothing but the clock.
+    `before` is the clock one step ago, so that a gate needs nothing but the clock. Where `replicas` share the data,
+    each of them reads only so many parts of an epoch, and counts what it reads itself.
     """
 
     steps: int = 0
@@ -23,17 +24,24 @@ class Clock:
     tokens: int = 0
     seconds: float = 0.0
     samples_per_epoch: int | None = None
+    replicas: int = 1
     before: Clock | None = field(default=None, repr=False, compare=False)
 
     @property
     def epochs(self) -> float:
         """Return the passes over the training data; 0 where its size is unknown."""
-        return self.samples / self.samples_per_epoch if self.samples_per_epoch else 0.0
+        epoch = self.samples_per_epoch
+        return self.samples * self.replicas / epoch if epoch else 0.0
 
     def advance(self, samples: int, tokens: int, seconds: float) -> None:
         """Count one optimizer step: its samples, its tokens and the seconds it took."""
         self.before = Clock(
-            self.steps, self.samples, self.tokens, self.seconds, self.samples_per_epoch
+            self.steps,
+            self.samples,
+            self.tokens,
+            self.seconds,
+            self.samples_per_epoch,
+            self.replicas,
         )
         self.steps += 1
         self.samples += samples
@@ -53,7 +61,7 @@ class Clock:
     def position(self, span: TimeSpan) -> tuple[float, float]:
         """Return the clock's counter and a time span's amount, both in one unit; epochs are counted in samples."""
         if span.unit == "epochs" and self.samples_per_epoch:
-            return self.samples, snap(span.amount * self.samples_per_epoch)
+            return self.samples, snap(span.amount * self.samples_per_epoch / self.replicas)
         return self.read(span.unit), span.amount
 
     def reached(self, span: TimeSpan) -> bool:
@@ -71,13 +79,13 @@ class Clock:
         return {**own, "before": self.before.state_dict() if self.before else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave; `samples_per_epoch` is not part of it."""
+        """Restore what `state_dict` gave; `samples_per_epoch` and `replicas` are not part of it."""
         for name in ("steps", "samples", "tokens"):
             setattr(self, name, int(state[name]))
         self.seconds = float(state["seconds"])
         self.before = None
         if state["before"] is not None:
-            self.before = Clock(samples_per_epoch=self.samples_per_epoch)
+            self.before = Clock(samples_per_epoch=self.samples_per_epoch, replicas=self.replicas)
             self.before.load_state_dict(state["before"])
 
 

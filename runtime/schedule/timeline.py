@@ -39,7 +39,7 @@ def counters_under_ramp(
     run. Unknown counters are None. Raises ValueError where the number of steps does not follow from
     the length, as in a run measured in seconds.
     """
-    clock = Clock(samples_per_epoch=int(units.samples_per_epoch or 0) or None)
+    clock = units.clock()
     rows: list[dict[str, float | None]] = []
     for fraction in fractions:
         _advance(clock, size, units, TimeSpan(snap(fraction * length.amount), length.unit))

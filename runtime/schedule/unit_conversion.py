@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trainc.runtime.schedule.clock import RunLength
+from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.schedule.time_span import Duration, TimeSpan, Unit, snap
 
 
@@ -12,7 +12,8 @@ from trainc.runtime.schedule.time_span import Duration, TimeSpan, Unit, snap
 class UnitConversion:
     """Converts time spans from one unit to another; None for a number that is unknown.
 
-    `samples_per_step` is the batch that the run starts with, and conversions hold for that batch.
+    `samples_per_step` is the batch that the run starts with, and conversions hold for that batch. Where `replicas`
+    share the data, a step is one of a single replica, and an epoch what each of them reads of the samples.
     Where the batch is `changing`, conversions between steps and another unit are estimates and kept
     in `estimates`, by the time span and the unit.
     """
@@ -20,6 +21,7 @@ class UnitConversion:
     samples_per_step: float | None = None
     tokens_per_sample: float | None = None
     samples_per_epoch: float | None = None
+    replicas: int = 1
     changing: bool = False
     estimates: dict[tuple[str, Unit], float] = field(
         default_factory=dict, compare=False, repr=False
@@ -51,6 +53,12 @@ class UnitConversion:
         samples = span.amount * self._samples_in(span.unit, span, unit)
         return snap(samples / self._samples_in(unit, span, unit))
 
+    def clock(self) -> Clock:
+        """Return a clock at the start of a run that counts as this converts."""
+        return Clock(
+            samples_per_epoch=int(self.samples_per_epoch or 0) or None, replicas=self.replicas
+        )
+
     def step(self, unit: Unit) -> float:
         """Return the size of one step in `unit`; 0 where it is unknown before the run."""
         if unit == "seconds" or (unit != "steps" and self.samples_per_step is None):
@@ -66,7 +74,7 @@ class UnitConversion:
         if unit == "tokens" and self.tokens_per_sample:
             return 1.0 / self.tokens_per_sample
         if unit == "epochs" and self.samples_per_epoch:
-            return self.samples_per_epoch
+            return self.samples_per_epoch / self.replicas
         missing = {
             "steps": "the batch size is unknown",
             "tokens": "the number of tokens per sample is unknown",

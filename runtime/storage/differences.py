@@ -57,6 +57,10 @@ class ChangedRun(ValueError):
         return any(one.effect == "impossible" for one in self.differences)
 
 
+class OtherReplicas(ChangedRun):
+    """A checkpoint holds another number of replicas than there are now, each with a state of its own."""
+
+
 def check_differences(differences: Sequence[Difference], accept: bool) -> None:
     """Raise ChangedRun where a difference is impossible, or is not safe and not accepted."""
     effects = {difference.effect for difference in differences}

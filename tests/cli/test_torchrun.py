@@ -74,3 +74,33 @@ def test_a_rank_that_fails_and_one_that_hangs_are_named(tmp_path: Path) -> None:
     assert "torchrun.py:" in line
     assert line.endswith("is 10 seconds: find out what holds the rank up, or write a longer time")
     assert read_jsonl(tmp_path / "out/events.jsonl")[-1]["message"] in line
+
+
+def test_replicas_that_train_apart_resume_from_a_kill_and_a_signal_with_the_bits_of_a_run_without(
+    tmp_path: Path,
+) -> None:
+    text = spec("distribute local every 3 steps { timeout = 60 seconds }", data="failing", batch=6)
+    (tmp_path / "a.train").write_text(text)
+    accidents = "0 1 9 kill,1 0 5 terminate"  # at step 5, and 3 steps after the resume from step 3
+    done = [
+        torchrun(
+            2, "trainc", "run", "a.train", "--out", out,
+            cwd=tmp_path, restarts=2, ACCIDENTS=plan,
+        )
+        for out, plan in (("disturbed", accidents), ("straight", ""))
+    ]  # fmt: skip
+    for one in done:
+        assert one.returncode == 0, one.stdout + one.stderr
+        assert one.stdout.count("finished: the run has reached its length") == 1
+    found = events(tmp_path / "disturbed")
+    assert found.count("resumed") == 2
+    assert found.count("terminated") == found.count("finished") == 1
+    one, other = (tmp_path / name / "metrics.jsonl" for name in ("disturbed", "straight"))
+    assert one.read_bytes() == other.read_bytes()
+    for rank in range(2):
+        states = [
+            checkpoint.load_checkpoint(tmp_path / name / "checkpoints/step-00000010", rank=rank)
+            for name in ("disturbed", "straight")
+        ]
+        want, got = (state["program"]["model"] for state in states)
+        assert all(torch.equal(got[name], weight) for name, weight in want.items())

@@ -124,6 +124,37 @@ def test_the_parts_of_all_processes_are_the_steps_of_one(name: str) -> None:
         assert torch.equal(torch.cat(parts), one)
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_processes_that_train_apart_divide_one_order_over_their_own_steps(name: str) -> None:
+    steps, size = [(0, COUNT - 3), (COUNT - 3, COUNT - 3), (2 * COUNT - 6, COUNT + 1)], 2
+    alone = make_reader(SOURCES[name](), 7)
+    wanted = [rows(alone.read(first * size, count * size, MICRO)) for first, count in steps]
+    alone.close()
+    found: list[list[Tensor]] = [[] for _ in steps]
+    for rank in range(size):
+        reader = make_reader(SOURCES[name](), 7, Part(rank, size, apart=True))
+        for own, (first, count) in zip(found, steps, strict=True):
+            batches = reader.read(first, count, MICRO)
+            assert [len(y) for _, y in batches] == [MICRO] * (count // MICRO)
+            own.append(rows(batches))
+            if name != "a stream":
+                ids = torch.cat(list(reader.sample_ids(first, count, MICRO)))
+                assert torch.equal(ids, own[-1][:, 1].long())
+            reader.ahead(first + count, count, MICRO)
+        reader.close()
+    for one, parts in zip(wanted, found, strict=True):
+        assert torch.equal(torch.cat(parts), one)
+
+
+def test_processes_that_train_apart_read_their_own_samples_alone() -> None:
+    """Also where numbers are drawn for whole batches: a replica has batches, and numbers, of its own."""
+    data = Pair(Augmented)
+    reader = make_reader(data, 7, Part(1, 4, apart=True))
+    for step in range(5):
+        reader.read(step * 8, 8, 2)
+    assert data.train.read == 40
+
+
 def test_a_process_reads_no_more_than_its_part() -> None:
     data = Pair(Plain)
     reader = make_reader(data, 7, Part(1, 4))

@@ -61,6 +61,8 @@ def print_plan(plan: Plan, full: bool) -> None:
     _print_batch(console, plan.settings.get("batch"))
     for clause, reason in plan.settings.get("division", {}).items():
         console.print(f"{clause}: depends on how a step is divided into micro-batches: {reason}\n")
+    if (replicas := plan.settings.get("replicas")) is not None:
+        console.print(f"Under torchrun, {replicas}\n")
     apart = [(name, f"it {reason}") for name, reason in plan.settings.get("processes", {}).items()]
     table("What depends on the number of processes", "module, why", apart)
     _print_schedules(console, plan, full)

@@ -16,16 +16,8 @@ if TYPE_CHECKING:
     from trainc.compiler.lower.lowering import Lowering
 
 
-class Joined(Construct):
-    """Divides every step over the processes that torchrun started. One process trains as without the clause."""
-
-    effects: ClassVar = (
-        Effect("reduce", "average gradients over processes", ("gradient",), ("gradient",)),
-    )
-
-    joins: ClassVar[str] = "by clause"
-    shards: ClassVar[bool] = False
-    """Whether each process holds a part of every parameter."""
+class Launched(Construct):
+    """Says what the processes do that torchrun started for `trainc run`."""
 
     timeout: Duration = Field(
         default=Duration(600, "seconds"),
@@ -59,6 +51,18 @@ class Joined(Construct):
     def wrap(self, model: nn.Module, device: torch.device) -> Any:
         """Return what is called in place of the model in training steps."""
         return model
+
+
+class Joined(Launched):
+    """Divides every step over the processes that torchrun started. One process trains as without the clause."""
+
+    effects: ClassVar = (
+        Effect("reduce", "average gradients over processes", ("gradient",), ("gradient",)),
+    )
+
+    joins: ClassVar[str] = "by clause"
+    shards: ClassVar[bool] = False
+    """Whether each process holds a part of every parameter."""
 
     def lower(self, to: Lowering) -> None:
         """Let `trainc run` join the processes."""

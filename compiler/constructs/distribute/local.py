@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from trainc.compiler.constructs.distribute._average import Average, Exchanged
+from trainc.compiler.constructs.distribute._base import Launched
 from trainc.compiler.constructs.distribute._leader import (
     Lead,
     MeetLeaders,
@@ -18,7 +19,7 @@ from trainc.compiler.constructs.distribute._leader import (
     span_of,
 )
 from trainc.compiler.constructs.distribute._outer import AgreedStart, Outer, OuterSgd, Rule
-from trainc.dsl.reading.construct import Construct, Effect, Problem, RuleExplanation
+from trainc.dsl.reading.construct import Effect, Problem, RuleExplanation
 from trainc.dsl.values.value_json import Call
 
 if TYPE_CHECKING:
@@ -53,12 +54,16 @@ NEAR = Effect(
 OF_LEADER = ("groups", "global_every", "pull", "prox", "score")
 
 
-class Local(Construct):
+class Local(Launched):
     """Lets every replica train on data of its own, and exchanges weights between them every few steps.
 
-    Start several processes with torch.distributed, compile the same spec in each, give each its own batches, and leave
-    `program.forward` as it is. The turns are after steps n, 2n, ... of `every n steps`; a step that is skipped keeps
-    its turn. One process trains as without the clause and says so in a note. What becomes of the weights in a turn:
+    `torchrun --nproc-per-node 4 -m trainc run spec.train --out FOLDER` divides the one order of the data over four
+    replicas without overlap, `batch` samples a step each, and saves all of them in one checkpoint (docs/processes.md).
+    In a loop of your own, start several processes with torch.distributed, compile the same spec in each, give each its
+    own batches, and leave `program.forward` as it is.
+
+    The turns are after steps n, 2n, ... of `every n steps`; a step that is skipped keeps its turn. One process
+    trains as without the clause and says so in a note. What becomes of the weights in a turn:
 
     `rule = average`: each selected parameter is the mean over all replicas, w <- (w_1 + ... + w_R) / R, the same bits
     on each. 16-bit weights are averaged in float32.
@@ -80,12 +85,14 @@ class Local(Construct):
     with their replica, as published. The published program lets each process do as many steps as it can between
     two turns; here all do the same number, so that runs can be repeated.
 
-    Between two turns the replicas differ, with `leader` always: each saves and resumes its own checkpoint, and
-    evaluates its own weights. Loss, batch, clock, signals and noise scales are those of a replica. A `when`
-    rule or a batch policy must come to the same batch on all: let it read the clock. This is checked at every
-    turn, as are the step and the tensors that are sent; plan and starting weights are compared before the first
-    step. A replica that stops on its own leaves the others waiting until the timeout of the process group, or
-    until its process ends.
+    Between two turns the replicas differ, with `leader` always: each evaluates its own weights, and in a loop of
+    your own saves and resumes its own checkpoint. What `trainc run` shows, and the model that other commands take
+    from its folder, is the replica of rank 0: after a turn of `average` or `outer` it is that of all. Loss, batch,
+    clock, signals and noise scales are those of a replica. A `when` rule or a batch policy must come to the same
+    batch on all: let it read the clock, or in `trainc run` evaluations. This is checked at every turn, as are the
+    step and the tensors that are sent; plan and starting weights are compared before the first step. In a loop of
+    your own a replica that stops leaves the others waiting until the timeout of the process group, or until its
+    process ends; in `trainc run` all stop with it.
 
     `buffers = average` also averages the saved floating-point buffers, such as the running statistics of batch norm:
     means are then those of all data; variances lack what the means of the replicas differ by. With `leader` this is in
@@ -112,6 +119,7 @@ class Local(Construct):
     default_on: ClassVar = "trainable"
     signals: ClassVar = {"bytes": "bytes that this process sent in the last turn"}
     effects: ClassVar = (START, NEAR, WEIGHTS, STATE)
+    joins: ClassVar[str] = "apart"
     rules: ClassVar = {
         "own-statistics": RuleExplanation(
             "Replicas that follow a leader keep running statistics of their own, such as those of batch norm.",

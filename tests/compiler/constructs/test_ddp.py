@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import trainc
 from tests.processes import run_processes, run_rank
-from tests.torchrun import Net, spec
+from tests.torchrun import Net, points, spec
 from trainc.compiler.constructs.distribute.ddp import Ddp
+from trainc.compiler.constructs.distribute.local import Local
 from trainc.compiler.driver.distribution import Distribution
 from trainc.compiler.driver.train import train
 from trainc.dsl.text.errors import SpecError
@@ -108,7 +109,9 @@ def test_a_timeout_is_written_in_any_unit_of_time() -> None:
     assert found == [90, 90, 3600]
 
 
-def test_processes_that_train_apart_are_refused_under_a_launcher() -> None:
+def test_a_construct_that_exchanges_and_does_not_say_how_the_data_is_divided_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     text = (
         "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 5 steps }"
         " distribute local every 2 steps"
@@ -116,8 +119,9 @@ def test_processes_that_train_apart_are_refused_under_a_launcher() -> None:
     program = trainc.compile(text, Net())
     checked = trainc.check(text).spec
     assert checked is not None
+    monkeypatch.setattr(Local, "joins", "no")
     with pytest.raises(SpecError, match="`local` lets each process train on data of its own"):
-        Distribution(checked, Launch(0, 2, 0)).join(program, torch.device("cpu"))
+        Distribution(checked, Launch(0, 2, 0)).join(program, points(), torch.device("cpu"))
 
 
 def test_a_launch_without_its_variables_is_refused(
