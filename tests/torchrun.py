@@ -20,7 +20,12 @@ from trainc.runtime.data.batch import Batch
 
 
 def torchrun(
-    ranks: int, *command: str, cwd: Path, restarts: int = 0, **environment: str
+    ranks: int,
+    *command: str,
+    cwd: Path,
+    restarts: int = 0,
+    timeout: float = 200,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run `-m trainc ...`, or a file, in several processes of this machine; raises NotEnded."""
     program = command if command[0].endswith(".py") else ("-m", *command)
@@ -41,7 +46,7 @@ def torchrun(
         text=True,
         start_new_session=True,
     )
-    ((out, error),) = ended([process], timeout=200)
+    ((out, error),) = ended([process], timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 

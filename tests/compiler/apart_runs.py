@@ -109,7 +109,7 @@ CASES = {
     "adapted": apart(more='adapt lora on "blocks.**" & type(Linear) { rank = 2, alpha = 4 }'),
 }
 """Specs whose runs have the numbers of a loop of one's own over the same samples."""
-GROUPS = {"groups": apart(LEADER)}
+GROUPS = {"groups": apart(LEADER).replace("length", "on_nan = skip, length")}
 """The same, of four processes."""
 READ = {
     "singles": apart(data="tests.compiler.apart_runs:singles"),

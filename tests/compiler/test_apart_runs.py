@@ -27,7 +27,7 @@ FILE = Path(__file__).with_name("apart_runs.py")
 
 def launched(size: int, folder: Path) -> list[dict[str, Any]]:
     """Run all cases in several processes; return what each found."""
-    done = torchrun(size, str(FILE), str(folder), cwd=folder)
+    done = torchrun(size, str(FILE), str(folder), cwd=folder, timeout=900)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
@@ -161,7 +161,7 @@ def test_each_evaluates_its_own_weights_and_rank_0_is_shown(two: Any) -> None:
     assert_same(weights, state(out, 0)["program"]["model"])
     assert not torch.equal(weights["head.weight"], state(out, 1)["program"]["model"]["head.weight"])
     program = trainc.compile(CASES["leader"])
-    program.load_state_dict(state(out, 0)["program"])
+    program.module.load_state_dict(weights)
     points = Points(37, 2)
     total, count, _ = program.evaluate(points.x[:8], points.y[:8])
     assert total / count == pytest.approx(found[-1]["eval_loss"], rel=1e-5)
@@ -261,6 +261,15 @@ def test_a_damaged_file_of_a_replica_is_found(two: Any, tmp_path: Path) -> None:
     found = checkpoint.find_latest(tmp_path / "out/checkpoints")
     assert found.step == 9
     assert "replica-00001.safetensors is damaged" in found.damage[0]
+
+
+def test_a_plan_says_what_a_step_of_all_replicas_takes() -> None:
+    text = f"{trainc.plan(CASES['average'])!s}"
+    assert (
+        "`local`: with R processes each trains a replica of its own, and a step takes 4 samples"
+        in text
+    )
+    assert "4 samples in each, R x 4 together; an epoch is one pass over the data by all" in text
 
 
 def test_the_run_says_what_it_does(two: Any) -> None:

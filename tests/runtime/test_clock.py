@@ -45,6 +45,21 @@ def test_the_clock_has_five_counters() -> None:
     }
 
 
+def test_replicas_that_share_the_data_read_an_epoch_together() -> None:
+    units = UnitConversion(samples_per_step=4, samples_per_epoch=101, replicas=3)
+    assert units.convert(TimeSpan(3, "epochs"), "samples") == 101
+    assert units.convert(TimeSpan(1, "steps"), "epochs") == pytest.approx(12 / 101, rel=1e-15)
+    clock, length, ends = units.clock(), RunLength(6, "epochs"), 0
+    while not length.done(clock):
+        clock.advance(samples=4, tokens=4, seconds=0.1)
+        ends += 1
+    assert ends == -(-202 // 4)  # each reads two thirds of 303 samples
+    assert clock.epochs == 4 * ends * 3 / 101
+    assert clock.before is not None
+    assert clock.before.epochs == 4 * (ends - 1) * 3 / 101
+    assert Gate(every=TimeSpan(1, "epochs")).fires(clock)
+
+
 def test_its_state_is_json_and_restores_the_clock_one_step_ago_too() -> None:
     clock = clocks([3, 4, 5])[-1]
     copy = Clock(samples_per_epoch=100)
