@@ -95,8 +95,8 @@ def test_replicas_that_train_apart_resume_from_a_kill_and_a_signal_with_the_bits
     found = events(tmp_path / "disturbed")
     assert found.count("resumed") == 2
     assert found.count("terminated") == found.count("finished") == 1
-    one, other = (tmp_path / name / "metrics.jsonl" for name in ("disturbed", "straight"))
-    assert one.read_bytes() == other.read_bytes()
+    lines = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("disturbed", "straight")]
+    assert lines[0] == lines[1]
     for rank in range(2):
         states = [
             checkpoint.load_checkpoint(tmp_path / name / "checkpoints/step-00000010", rank=rank)
