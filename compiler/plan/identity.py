@@ -18,7 +18,6 @@ from trainc.runtime.storage.form import StateProblem
 _SAFE = {
     "run": {"eval", "eval_batches", "checkpoint", "keep", "device", "log"},
     "data": {"workers"},
-    "distribute": {"timeout"},
 }
 _HASHED = ("format", "model", "signature", "clauses", "rules", "units")
 _TIMES = {"start": "from", "stop": "until", "every": "every"}
@@ -132,7 +131,8 @@ def _title(clause: Mapping[str, Any]) -> str:
 
 
 def _fields(label: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
-    safe = _SAFE.get(before["kind"], set())
+    known = catalog().get((before["kind"], before["construct"]))
+    safe = _SAFE.get(before["kind"], set()) | set(() if known is None else known.harmless)
     for name in sorted(before["fields"].keys() | now["fields"].keys()):
         a, b = before["fields"].get(name), now["fields"].get(name)
         if a != b:

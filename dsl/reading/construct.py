@@ -158,6 +158,8 @@ class Construct(BaseModel):
     """Whether it joins the processes that a launcher started for `trainc run`: `no`, `by clause`, or `by default`, for
     the one that does so in a spec that says nothing. Then it has the methods of compiler/method/joining.py. `apart`:
     each of them trains a replica of its own, on steps of its own."""
+    harmless: ClassVar[tuple[str, ...]] = ()
+    """Fields that change no number of a run, so that one which is resumed may have others."""
     open_fields: ClassVar[bool] = False
     """Whether a clause may have fields that are not declared, such as arguments of a callable."""
     nests: ClassVar[str | None] = None

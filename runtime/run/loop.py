@@ -225,19 +225,23 @@ class TrainingLoop(SavedRun):
         self._tell(report.notes)
         if report.decided:
             self.folder.write_event("decided", clock.steps, numbers=report.decided)
-        why = report.unsound or unsound_step(
-            metrics.get("loss", 0.0), metrics.get("gradient_norm", 0.0)
-        )
+        if (why := self._ends_unsound(report, metrics)) is not None:
+            return "nan", why
+        return self.finish_step(report, stop if stop is not None else report.stop)
+
+    def _ends_unsound(self, report: StepReport, metrics: Mapping[str, float]) -> str | None:
+        """Tell of a step that is not sound, or was skipped; return why the run ends at it, where it does."""
+        steps, loss = self.clock.steps, metrics.get("loss", 0.0)
+        why = report.unsound or unsound_step(loss, metrics.get("gradient_norm", 0.0))
         skipped = bool(metrics.get("skipped"))
         self.unsound = None if skipped else why
         if why is not None:
-            text = f"{why} at step {clock.steps}{': skipped' * skipped}"
-            self._event(name_unsound(metrics.get("loss", 0.0)), text)
-            if not skipped and program.settings.on_nan == "stop":
-                return "nan", f"{why} at step {clock.steps}"
+            self._event(name_unsound(loss), f"{why} at step {steps}{': skipped' * skipped}")
+            if not skipped and self.program.settings.on_nan == "stop":
+                return f"{why} at step {steps}"
         elif skipped:
-            self._event("skipped-step", f"skipped step {clock.steps}: a gradient overflowed")
-        return self.finish_step(report, stop if stop is not None else report.stop)
+            self._event("skipped-step", f"skipped step {steps}: a gradient overflowed")
+        return None
 
     def _with_others(
         self, report: StepReport, metrics: dict[str, float], met: Met

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Launched(Construct):
     """Says what the processes do that torchrun started for `trainc run`."""
 
+    harmless: ClassVar = ("timeout",)
+
     timeout: Duration = Field(
         default=Duration(600, "seconds"),
         description="how long one process may be at one thing, such as a step, while the others wait, as a time; then"
