@@ -141,7 +141,7 @@ def require_exchanged(
         f"gradients were not exchanged between processes, which would train different models: that of `{name}` has a"
         f" norm from {min(found):.6g} to {max(found):.6g}. Run the model by its wrapper (set `program.forward` to it,"
         " or call it in the `micro_batch` block), run the last micro-batch of a step outside of `no_sync()`, and"
-        " wrap or shard all parameters that train"
+        " wrap or shard all parameters that train: a wrapper from before `compile` has none of those that this adds"
     )
 
 

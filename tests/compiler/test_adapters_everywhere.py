@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import trainc
 from tests.processes import run_processes, run_rank
+from trainc.compiler.errors import SiteError
 
 BASE = (
     "loss cross_entropy optimizer sgd { lr = 0.5, momentum = 0.9, clip = 1.0 }"
@@ -77,10 +78,20 @@ def trained(
     return losses, whole(net.state_dict())
 
 
+def wrapped_before(rows: slice) -> str:
+    """Return the error of a step whose wrapper has been there before the adapters."""
+    net = model()
+    program = trainc.compile(BASE + CLAUSES["lora"], DistributedDataParallel(net))
+    with pytest.raises(SiteError) as raised:
+        program.step((IDS[rows], TARGETS[rows]))
+    return str(raised.value)
+
+
 def process(rank: int) -> Any:
     warnings.simplefilter("ignore")
     rows = slice(0, 3) if rank == 0 else slice(3, 4)
-    return {(name, way): trained(CLAUSES[name], *WAYS[way](rows)) for name, way in CASES}
+    found: dict[Any, Any] = {"wrapped before": wrapped_before(rows)}
+    return found | {(name, way): trained(CLAUSES[name], *WAYS[way](rows)) for name, way in CASES}
 
 
 WAYS: dict[str, Any] = {
@@ -118,6 +129,12 @@ def test_two_processes_train_adapters_as_one_does(found: list[Any], name: str, w
     assert_same(one, wanted)
     assert one[0] == two[0]
     assert all(torch.equal(one[1][key], two[1][key]) for key in one[1])
+
+
+def test_a_wrapper_that_has_no_adapters_is_an_error(found: list[Any]) -> None:
+    for rank in found:
+        assert "a wrapper from before `compile` has none of those" in rank["wrapped before"]
+        assert ".lora." in rank["wrapped before"]
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
