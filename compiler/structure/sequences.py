@@ -42,9 +42,10 @@ def keep_items(module: nn.Module) -> None:
 
 
 def has_items_alone(module: nn.Module) -> None:
-    """Give a sequence that has no child beside its items its own class back."""
-    if isinstance(module, _Items) and len(_items(module)) == len(module._modules):
-        object.__setattr__(module, "__class__", module.own_class)
+    """Give a sequence that has no child beside its items its own class back, unless a program has changed it since."""
+    own = vars(type(module)).get("own_class")
+    if own is not None and len(_items(module)) == len(module._modules):
+        object.__setattr__(module, "__class__", own)
 
 
 def _items(module: Any) -> dict[str, nn.Module]:

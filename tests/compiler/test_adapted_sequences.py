@@ -167,6 +167,20 @@ def test_copies_and_pickles_of_an_adapted_sequence_run_their_own_adapter() -> No
         assert torch.equal(twin(IDS), model()(IDS))
 
 
+def test_a_sequence_that_a_program_checkpoints_stays_its_own_when_its_adapter_goes() -> None:
+    text = on(CLAUSES["parallel"]).replace(
+        "seed = 3", 'seed = 3, checkpoint_activations = "1.*.mlp"'
+    )
+    plain, program = trainc.compile(on(CLAUSES["parallel"]), model()), trainc.compile(text, model())
+    assert [program.step(BATCH)["loss"] for _ in range(3)] == [
+        plain.step(BATCH)["loss"] for _ in range(3)
+    ]
+    for one in adapters_of(program.module):
+        one.remove()
+    program.unbind()
+    assert torch.equal(program.module(IDS), model()(IDS))
+
+
 def test_a_mistake_gives_the_sequence_its_class_back() -> None:
     net: Any = model()
     with pytest.raises(trainc.SpecError):
