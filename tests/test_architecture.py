@@ -123,8 +123,8 @@ ROOMS = {
             "runtime/soundness compiler compiler/structure compiler/model compiler/program compiler/driver"
         ),
         "compiler/learn": (
-            "dsl/text dsl/resolve runtime/storage runtime/data runtime/run runtime/step compiler/model compiler/bind "
-            "compiler/driver"
+            "dsl/text dsl/values dsl/resolve runtime/storage runtime/data runtime/run runtime/step compiler/model "
+            "compiler/bind compiler/driver"
         ),
     }.items()
 }

@@ -145,7 +145,7 @@ def _compiled(
             partial(distribution.prepare, device=hardware.device),
             distribution.replicas,
         )
-    _require_evaluations(spec, data)
+    require_evaluations(spec, data)
     program.execution.autocast = hardware.autocast
     require_hardware(program, hardware, spec)
     distribution.join(program, data, hardware.device)
@@ -161,7 +161,7 @@ def _training_batches(program: Program, data: Data, hardware: Hardware) -> Itera
             yield hardware.place(read.batch)
 
 
-def _require_evaluations(spec: Spec, data: Data) -> None:
+def require_evaluations(spec: Spec, data: Data) -> None:
     """Raise SpecError where a rule reads what evaluations measure, and the data has no samples for them."""
     if data.evaluation is not None and count_samples(data.evaluation) != 0:
         return

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from trainc.compiler.learn.tasks import Tasks, Weights, moved
 
 Keep = Callable[[Weights, int], None]
@@ -67,13 +69,18 @@ def choose_start(
     """Return the random start with the least mean loss after short runs on each task, and the means of all.
 
     It is the loss on the task's held-out samples, or on those that train where there are no others. A mean that is not
-    finite is never the least; ValueError where none is finite.
+    finite is never the least; ValueError where none is finite, and where all starts are the same.
     """
     found: list[Weights] = []
     means: list[float] = []
     for number in range(starts):
         learned = Tasks(spec, overrides, number)
         start, values = learned.start(), []
+        if found and all(torch.equal(value, found[0][name]) for name, value in start.items()):
+            raise ValueError(
+                "random starts are compared, and the model has the same weights for every seed: let it draw them, and"
+                " remove `init` of `model` or `start` of `run`"
+            )
         for task in range(tasks):
             if stopped():
                 break

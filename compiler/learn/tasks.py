@@ -6,21 +6,25 @@ import copy
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainc.compiler.bind.report import labels
-from trainc.compiler.driver.adaptation import started_model
+from trainc.compiler.driver.adaptation import load_weights, started_model
 from trainc.compiler.driver.compile import compile_with_data, require_clauses, resolve_spec
 from trainc.compiler.driver.hardware import hardware_of, placed, require_hardware
+from trainc.compiler.driver.train import require_evaluations
 from trainc.compiler.model.factories import build_data, missing_clause, seed_of
 from trainc.compiler.model.import_path import searching
 from trainc.dsl.resolve.spec import Spec
 from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
+from trainc.dsl.text.vocabulary import EVALUATED
+from trainc.dsl.values.value_json import Name, walk
 from trainc.runtime.data.evaluation import read_in_order
 from trainc.runtime.data.order import Data
 from trainc.runtime.data.reader import make_reader
@@ -47,19 +51,25 @@ class Tasks:
     ) -> None:
         self.spec, self.path = resolve_spec(spec, overrides)
         require_clauses(self.spec, "loss", "optimizer")
-        if self.spec.one("run") is None:
+        run = self.spec.one("run")
+        if run is None:
             raise missing_clause("the spec has no run", "write `run { length = 100 steps }`")
         self.seed = seed_of(self.spec) if seed is None else seed
         self._data_clause = _data_clause(self.spec)
+        drawn = _of_seed(self.spec, run, self.seed)
         with self._searching():
-            with seeded(derive_seed(self.seed, "start")):
-                model = started_model(self.spec)
+            model = started_model(drawn)
+            begun = getattr(run.construct, "start", None)
+            if begun is not None:
+                load_weights(model, Path(begun), self.spec)
             hardware = hardware_of(self.spec)
             model = placed(model, hardware, self.spec)
-            self.program, _ = compile_with_data(self._of_task(0), model)
+            self.program, first = compile_with_data(self._of_task(0, drawn), model)
+            require_evaluations(self.spec, first)
             self.program.execution.autocast = hardware.autocast
             require_hardware(self.program, hardware, self.spec)
             self._hardware = hardware
+        self._evaluates = reads_evaluations(self.spec)
         self._first = copy.deepcopy(self.program.state_dict())
 
     @contextmanager
@@ -86,6 +96,7 @@ class Tasks:
         with closing(reader):
             for step in range(steps):
                 with seeded(derive_seed(self.seed, "step", task, step)), self._hardware.products():
+                    begun = perf_counter()
                     try:
                         program.begin()  # rules and policies set the batch
                         size = program.batch_size
@@ -93,8 +104,19 @@ class Tasks:
                         losses.append(computation.step(batches, reader, at)["loss"])
                     except StopRun as stop:
                         raise ValueError(f"task {task} ends at step {step}: {stop}") from stop
+                    if program.clock.before is not None:
+                        program.clock.seconds += perf_counter() - begun
+                    self._evaluate(computation, data)
                 at += size
         return _copied(dict(program.module.state_dict())), losses[0], losses[-1]
+
+    def _evaluate(self, computation: Computation, data: Data) -> None:
+        """Evaluate where a rule reads what evaluations measure, and the last step or the spec asks for one."""
+        program, gate = self.program, self.program.settings.evaluate_every
+        due = gate is not None and gate.fires(program.clock)
+        if self._evaluates and (due or program.report().evaluate):
+            means, _ = computation.evaluate(data, whole=True)
+            program.measured(means)
 
     def value(self, task: int) -> float:
         """Return the mean loss on the held-out samples of the task that was trained last.
@@ -114,14 +136,32 @@ class Tasks:
         with self._searching():
             return build_data(self._of_task(task))
 
-    def _of_task(self, task: int) -> Spec:
-        """Return the spec with the data of a task."""
+    def _of_task(self, task: int, spec: Spec | None = None) -> Spec:
+        """Return the spec, or one with the same data clause, with the data of a task."""
         old = self._data_clause
         construct: Any = old.construct
         arguments = {**construct.arguments, TASK: task}
         new = construct.model_copy(update={"arguments": arguments})
-        clauses = tuple(_with(one, new) if one is old else one for one in self.spec.clauses)
-        return Spec(clauses, self.spec.rules)
+        return _replaced(spec or self.spec, old, new)
+
+
+def reads_evaluations(spec: Spec) -> bool:
+    """Say whether a rule reads what evaluations measure."""
+    values = (value for rule in spec.rules for _, value in rule.expressions())
+    names = (x for value in values for x in walk(value) if isinstance(x, Name))
+    return any(name.id.startswith(EVALUATED) for name in names)
+
+
+def _of_seed(spec: Spec, run: Clause, seed: int) -> Spec:
+    """Return the spec with another seed, from which its model, adapters and noise are drawn."""
+    construct: Any = run.construct
+    return _replaced(spec, run, construct.model_copy(update={"seed": seed}))
+
+
+def _replaced(spec: Spec, old: Clause, new: Any) -> Spec:
+    """Return a spec with another construct in one of its clauses."""
+    clauses = tuple(_with(one, new) if one is old else one for one in spec.clauses)
+    return Spec(clauses, spec.rules)
 
 
 def _with(clause: Clause, construct: Any) -> Clause:

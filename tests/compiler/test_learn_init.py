@@ -122,6 +122,46 @@ def test_starts_are_chosen_by_held_out_samples_without_an_end(spec: Path) -> Non
     assert found != wanted  # other samples train first
 
 
+def test_it_starts_with_the_weights_that_the_run_would(spec: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    weights = {name: torch.randn_like(value) for name, value in tanh_net(8).state_dict().items()}
+    save_file(weights, tmp_path / "begun.safetensors")
+    spec.write_text(SPEC.replace("seed = 3", f'seed = 3, start = "{tmp_path}/begun.safetensors"'))
+    start = Tasks(spec).start()
+    assert all(torch.equal(value, start[name]) for name, value in weights.items())
+    with pytest.raises(ValueError, match="the same weights for every seed: let it draw them"):
+        choose_start(spec, starts=2, tasks=1, inner=1)
+    spec.write_text(SPEC.replace("seed = 3", 'seed = 3, start = "nowhere"'))
+    with pytest.raises(trainc.SpecError, match="nowhere"):
+        Tasks(spec)
+
+
+@pytest.mark.parametrize("how", ["eval", "rule"])
+def test_rules_read_the_evaluations_of_a_task(spec: Path, how: str) -> None:
+    """From the first evaluation on, after two steps, the rate is 0."""
+    text = SPEC if how == "rule" else SPEC.replace("seed = 3", "seed = 3, eval = 2 steps")
+    text += "when eval_loss < 1e9 { sgd.lr = 0 }\n"
+    if how == "rule":
+        text += "when step >= 1 { evaluate }\n"
+    spec.write_text(text.replace(", momentum = 0.9", ""))
+    tasks = Tasks(spec)
+    ends = [tasks.train(0, tasks.start(), steps)[0] for steps in (2, 3, 4)]
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name])
+        assert torch.equal(value, ends[2][name])
+    plain = SPEC.replace(", momentum = 0.9", "")
+    spec.write_text(plain)
+    free, _, _ = Tasks(spec).train(0, tasks.start(), 4)
+    assert any(not torch.equal(value, ends[2][name]) for name, value in free.items())
+
+
+def test_rules_that_read_evaluations_need_held_out_samples(spec: Path) -> None:
+    text = SPEC.replace("examples.data:sines", "tests.learned_tasks:noisy")
+    spec.write_text(text + "when eval_loss < 1 { sgd.lr = 0 }\nwhen step >= 1 { evaluate }\n")
+    with pytest.raises(trainc.SpecError, match="the data has no samples to evaluate on"):
+        Tasks(spec)
+
+
 def test_what_reads_a_task_is_closed(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[object] = []
     monkeypatch.setattr(Reader, "close", lambda self: closed.append(self))
@@ -166,6 +206,11 @@ def test_a_learned_start_fits_new_tasks_faster_than_a_random_one(spec: Path) -> 
 
 
 def test_the_best_of_several_starts_has_the_least_loss(spec: Path) -> None:
+    drawn = [Tasks(spec, None, number).start()["0.weight"] for number in range(3)]
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+    torch.manual_seed(1)
+    assert torch.equal(drawn[1], tanh_net(8).state_dict()["0.weight"])
     best, values = choose_start(spec, starts=3, tasks=2, inner=3)
     number = values.index(min(values))
     assert len(values) == 3
