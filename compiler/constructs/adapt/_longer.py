@@ -35,7 +35,7 @@ class Longer:
             raise self.error(
                 "has its examples on the second axis: build it with `batch_first=True`"
             )
-        self.length = x.shape[1] - already
+        self.examples, self.length = x.shape[0], x.shape[1] - already
         if at > self.length:
             raise self.error(f"gets {self.length} tokens, and `at` is {at}", "at")
 
@@ -95,25 +95,29 @@ class Longer:
         """Return a mask of padding (B, T), or of attention (..., T, T) or (..., 1, T), for the longer sequence."""
         import torch
 
+        kinds = (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
         of_torch = isinstance(
-            self.layer, (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
+            self.layer, (*kinds, torch.nn.TransformerEncoder, torch.nn.TransformerDecoder)
         )
-        hides = "key_padding" in name or of_torch
+        hides: bool | Tensor = "key_padding" in name or of_torch
         if mask.shape[-1] != self.length:
             raise self.error(
                 f"gets `{name}` of shape {tuple(mask.shape)} with {self.length} tokens: generating with a cache is not"
                 " supported (`use_cache=False`)"
             )
-        visible = _visible(mask, hides)
-        square = mask.dim() > 2 or (of_torch and "key_padding" not in name)
+        of_tokens = of_torch or mask.shape[0] != self.examples
+        square = mask.dim() > 2 or (of_tokens and "key_padding" not in name)
         if square and mask.shape[-2] == self.length:
-            return self._attention(mask, visible, hides)
+            if mask.dtype == torch.bool and not of_torch:  # a token sees itself
+                hides = ~mask.diagonal(dim1=-2, dim2=-1).any()
+            return self._attention(mask, _visible(mask, hides), hides)
+        visible = _visible(mask, hides)
         if mask.dim() == 2 and not hides:  # 1 for tokens and 0 for padding, in whatever dtype
             return self._with(mask, mask.new_ones(len(mask), self.tokens), 1)
         column = visible.new_ones(()).expand(*mask.shape[:-1], self.tokens)
         return self._with(mask, _in_form(column, mask, hides), -1)
 
-    def _attention(self, mask: Tensor, visible: Tensor, hides: bool) -> Tensor:
+    def _attention(self, mask: Tensor, visible: Tensor, hides: bool | Tensor) -> Tensor:
         """Return a mask (..., T, T) with rows and columns of the prompts; where it is causal, in their order."""
         import torch
 
@@ -154,21 +158,21 @@ class Longer:
         return torch.cat([first, more, rest], axis)
 
 
-def _visible(mask: Tensor, hides: bool) -> Tensor:
+def _visible(mask: Tensor, hides: bool | Tensor) -> Tensor:
     """Return where a mask lets see: where it is true, or false if it `hides`; of numbers to add where they are not
     hugely negative."""
     import torch
 
     if mask.is_floating_point():
         return mask > torch.finfo(mask.dtype).min / 2
-    return (mask == 0) if hides else (mask != 0)
+    return (mask != 0) ^ hides
 
 
-def _in_form(visible: Tensor, mask: Tensor, hides: bool) -> Tensor:
+def _in_form(visible: Tensor, mask: Tensor, hides: bool | Tensor) -> Tensor:
     """Return what lets see where `visible` is true, in the dtype and sense of a mask."""
     import torch
 
     if mask.is_floating_point():
         hidden = torch.finfo(mask.dtype).min
-        return torch.where(visible, 0.0, hidden).to(mask.dtype)
-    return (~visible if hides else visible).to(mask.dtype)
+        return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, hidden)
+    return (visible ^ hides).to(mask.dtype)

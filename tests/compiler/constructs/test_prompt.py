@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -544,3 +545,89 @@ def test_an_input_that_nobody_knows_is_refused() -> None:
         longer(0)._fitting("pair_bias", torch.zeros(4, 4))
     with pytest.raises(SiteError, match="gets `attention_mask`, a str"):
         longer(0)._fitting("attention_mask", "block mask")
+
+
+# masks of models that nobody told of
+
+
+class Attends(nn.Module):
+    """A block of attention whose mask is torch's: where it is true, a token is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        y = self.norm(x)
+        found: Tensor = x + self.attention(y, y, y, attn_mask=attn_mask, need_weights=False)[0]
+        return found
+
+
+class Sees(nn.Module):
+    """A block of attention whose mask is that of sdpa: where it is true, a token is visible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        y = self.qkv(self.norm(x))
+        attend = nn.functional.scaled_dot_product_attention
+        return x + attend(y, y, y, attn_mask=attn_mask)
+
+
+class Masked(nn.Module):
+    """A language model with a causal mask, of numbers to add or true and false."""
+
+    def __init__(self, block: nn.Module, added: bool, shows: bool) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Embedding(24, 16), block, nn.Linear(16, 24)
+        self.added, self.shows = added, shows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        size = ids.shape[1]
+        hidden = torch.ones(size, size, dtype=torch.bool).triu(1)
+        mask = torch.zeros(size, size).double().masked_fill(hidden, -torch.inf)
+        if not self.added:
+            mask = ~hidden if self.shows else hidden
+        found: Tensor = self.head(self.block(self.embed(ids), mask))
+        return found
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize(
+    ("block", "executor"),
+    [
+        (encoder, "module"),  # torch's encoder looks into its mask, which no graph can
+        *((one, executor) for one in (Attends, Sees) for executor in ("graph", "module")),
+    ],
+)
+def test_a_mask_means_the_same_whichever_way_it_is_written(block: Any, executor: Any) -> None:
+    losses = []
+    for added in (False, True):
+        torch.manual_seed(0)
+        module = Masked(block(), added, block is Sees).double()
+        text = BASE + 'adapt prompt on "block" { tokens = 2 }'
+        program = trainc.compile(text, module, executor=executor)
+        losses.append([program.step((IDS, IDS.roll(-1, 1)))["loss"] for _ in range(3)])
+        other = IDS.clone()
+        other[:, 5] = (other[:, 5] + 1) % 24
+        with torch.no_grad():
+            one, two = module(IDS), module(other)
+        torch.testing.assert_close(one[:, :5], two[:, :5], rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(one[:, 5:], two[:, 5:])
+        assert not torch.allclose(one, Masked.forward(bare(module), IDS))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert len(set(losses[0])) == 3
+
+
+def bare(module: nn.Module) -> Any:
+    found = copy.deepcopy(module)
+    for one in adapters_of(found):
+        one.remove()
+    return found
