@@ -207,8 +207,10 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
 
     # Several processes
 
-    def exchange(self, action: Exchange) -> None:
+    def exchange(self, action: Exchange, *, elastic: bool = False) -> None:
         """Give an action a turn with the other replicas after the steps at which the clause's gate fires.
+
+        `elastic`: replicas may leave and join. The action is then an ElasticExchange.
 
         Raises ValueError for a time that is not counted in steps: replicas may count different numbers of the rest, and
         then one would wait for the others.
@@ -225,6 +227,8 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
                 )
         self._refuse_joined()
         self._method.exchanges.append(self.label)
+        if elastic:
+            self._method.elastic.add(self.label)
 
     def join(self, *, shards: bool = False) -> None:
         """Let `trainc run` join the processes that a launcher started: see compiler/method/joining.py.

@@ -160,6 +160,8 @@ class LoweredMethod:
     calibrations: list[CalibrationPart] = field(default_factory=list)
     exchanges: list[str] = field(default_factory=list)
     """Labels of the clauses that exchange with other replicas after steps, between which each trains on its own."""
+    elastic: set[str] = field(default_factory=set)
+    """Labels of those of them whose replicas may leave and join."""
     joined_by: str | None = None
     """The label of the clause that joins the processes of a launched run."""
     shards: bool = False

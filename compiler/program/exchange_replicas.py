@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,29 @@ from torch import Tensor
 from trainc.compiler.errors import SiteError
 from trainc.compiler.execution.distributed import first_shard
 from trainc.compiler.execution.execution import Execution
+from trainc.compiler.method.lowered_method import LoweredMethod
+from trainc.runtime.processes.elastic_group import ElasticGroup
 from trainc.runtime.processes.replica_group import MEETING, Fact, ReplicaGroup, world_size
 from trainc.runtime.processes.sharded import is_sharded, local, sum_over_shards
 from trainc.runtime.processes.sharded_replicas import ShardedReplicas, replicas_among
+from trainc.runtime.processes.torchft_connection import LIGHTHOUSE, NUMBER, Connection, find_place
+from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.step.action import failures_of
+from trainc.runtime.step.exchange import ElasticExchange
+from trainc.runtime.step.record import Step
+
+_TRIES = 3
+"""How often a replica tries to meet the others before its first step, since one may be lost meanwhile."""
+_OWN = ("execution", "fitting", "fitting_evaluation")
+"""What of a program's state is of its own process and hardware: a replica that takes over a state keeps its own."""
+
+
+class HasState(Protocol):
+    """A program, as far as replicas hand its state on."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class ExchangeReplicas:
@@ -27,6 +48,10 @@ class ExchangeReplicas:
         self.execution, self.label, self.plan_hash = execution, label, plan_hash
         self._group: ReplicaGroup | None = None
         self._met = False
+
+    def enter(self, step: Step) -> bool:
+        """Meet the others before the first pass of a step; return whether the program has the state of another now."""
+        return False
 
     def join(self) -> ReplicaGroup | None:
         """Return the replicas to exchange with, None for a single one; called in every step, before its forward pass.
@@ -106,20 +131,102 @@ class ExchangeReplicas:
                 )
         return None
 
+    @property
+    def _plan(self) -> Fact:
+        remedy = "Compile the same spec with the same model on every process"
+        return Fact("their plan", f"the plan {self.plan_hash[:12]}", remedy)
+
     def _facts(self, steps: int) -> list[Fact]:
         facts = [
             Fact(MEETING, "the first step of a program", "Run the same steps on every process"),
-            Fact(
-                "their plan",
-                f"the plan {self.plan_hash[:12]}",
-                "Compile the same spec with the same model on every process",
-            ),
+            self._plan,
             Fact("the step", f"done {steps} steps", "Resume all from checkpoints of one step"),
         ]
         if not steps:
             remedy = "Build the model with the same seed on every process, or load the same weights"
             facts.append(weights_fact("their starting weights", self.execution.parameters, remedy))
         return facts
+
+
+class ElasticReplicas(ExchangeReplicas):
+    """Replicas of one program that may leave and join, each a process of its own; `action` has their turns."""
+
+    def __init__(
+        self, execution: Execution, action: ElasticExchange, plan_hash: str, program: HasState
+    ) -> None:
+        super().__init__(execution, action.label, plan_hash)
+        self.action, self._program = action, program
+        self._entered = self._took_over = False
+
+    def enter(self, step: Step) -> bool:
+        """Meet the others before the first step, and go on with the state of one of them where this one is behind.
+
+        Raises ClauseFailed where no meeting comes about, or this process cannot be a replica of theirs.
+        """
+        if self._entered:
+            return False
+        with failures_of(self.label):
+            self._refuse_several()
+            self.action.alone = (
+                "this process trains alone, so nothing is exchanged; start a lighthouse with `torchft_lighthouse"
+                f" --min_replicas 1`, and in each process set {LIGHTHOUSE} to its address and {NUMBER} to a number of"
+                " its own"
+            )
+            if (place := find_place()) is not None:
+                connection = Connection(*place)
+                group = ElasticGroup(connection, place[1], self._give, self._take, [self._plan])
+                self._meet_first(step, group)
+                self._group = group
+        self._entered = True
+        return self._took_over
+
+    def join(self) -> ReplicaGroup | None:
+        if (refused := self._refusal()) is not None:
+            raise SiteError(refused, self.label)
+        return self._group
+
+    def _meet_first(self, step: Step, group: ElasticGroup) -> None:
+        for _ in range(_TRIES):
+            if (why := self.action.meet(step, group, trains=False)) is None:
+                return
+            if not group.stands:
+                break
+        group.leave()
+        raise ValueError(
+            f"no meeting with other replicas came about: {why}. Start a lighthouse with `torchft_lighthouse"
+            f" --min_replicas 1` where all can reach it, and set {LIGHTHOUSE} to the address that it shows"
+        )
+
+    def _refuse_several(self) -> None:
+        if (size := world_size()) > 1:
+            raise ValueError(
+                f"this process is one of {size} of torch.distributed, and with `membership = torchft` every replica is"
+                " one process: start each by itself, without `init_process_group`, or remove `membership`"
+            )
+
+    def _give(self, clock: Clock) -> dict[str, Any]:
+        """Return a copy of the program's state for another replica, at a clock."""
+        state = copy.deepcopy(self._program.state_dict())
+        return {**state, "clock": clock.state_dict()}
+
+    def _take(self, state: dict[str, Any]) -> None:
+        own = self._program.state_dict()
+        kept = {key: own[key] for key in _OWN if key in own}
+        others = {key: value for key, value in state.items() if key not in _OWN}
+        self._program.load_state_dict(others | kept)
+        self._took_over = True
+
+
+def exchange_of(
+    execution: Execution, method: LoweredMethod, plan_hash: str, program: HasState
+) -> ExchangeReplicas | None:
+    """Return what joins a program to those that it exchanges with; None where no clause exchanges."""
+    label = next(iter(method.exchanges), None)
+    if label is None or label not in method.elastic:
+        return None if label is None else ExchangeReplicas(execution, label, plan_hash)
+    turns = (one for one in method.actions if isinstance(one, ElasticExchange))
+    action = next(one for one in turns if one.label == label)
+    return ElasticReplicas(execution, action, plan_hash, program)
 
 
 def weights_fact(what: str, weights: Mapping[str, Tensor], remedy: str) -> Fact:

@@ -133,6 +133,18 @@ class OpenStep:
         self._shares = None
         free_gradients(self.method)
 
+    def begin(self) -> Step:
+        """Open the step unless it is open, before the first with what replicas that train already hand over."""
+        step = self.machine.begin()
+        if self._exchange is None:
+            return step
+        batch = 0 if self.machine.micro_size else self.machine.batch_size
+        if self._exchange.enter(step):
+            self.notes += step.notes
+            self.machine.batch_size = batch or self.machine.batch_size
+            step = self.machine.begin()
+        return step
+
     def _open(self, own: Part) -> Step:
         """Open the step unless it is open; where the spec names no data, its batch size follows from its examples.
 
@@ -158,7 +170,7 @@ class OpenStep:
         samples = own.examples if self._shares is None else self._shares.samples
         if first and not self.machine.micro_size and not math.isnan(samples):
             self.machine.batch_size = round(samples)
-        step = self.machine.begin()
+        step = self.begin()
         if opened := step is not self._opened:
             self._opened = step
             step.may_be_unsound = self.settings.on_nan == "continue"

@@ -19,7 +19,7 @@ from trainc.compiler.method.loss import Loss
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.plan.identity import identity_of
 from trainc.compiler.plan.plan import Plan
-from trainc.compiler.program.exchange_replicas import ExchangeReplicas, weights_fact
+from trainc.compiler.program.exchange_replicas import exchange_of, weights_fact
 from trainc.compiler.program.load_state import LoadableProgram
 from trainc.compiler.program.own_loop import OwnLoopProgram
 from trainc.compiler.program.step_runner import StepRunner
@@ -72,8 +72,7 @@ class Program(LoadableProgram, OwnLoopProgram):
         self._evaluations = Evaluations(self.execution, self._observers, goes_on=halves_micro)
         self._machine = StepMachine(method.actions, self.clock, self.execution.parameters, signals)
         self._machine.set_sizes(batch_size, micro_size)
-        exchanges = (ExchangeReplicas(self.execution, one, plan.hash) for one in method.exchanges)
-        exchange = next(exchanges, None)
+        exchange = exchange_of(self.execution, method, plan.hash, self)
         fitting = FittingSize(goes_on=halves_micro)
         self._runner = StepRunner(
             self.execution, method, self._machine, settings, exchange, fitting
@@ -152,9 +151,11 @@ class Program(LoadableProgram, OwnLoopProgram):
     # the step
 
     def begin(self) -> Step:
-        """Open the step: rules set the batch size, policies the rates. `loss` calls `begin` if you did not."""
+        """Open the step: rules set the batch size, policies the rates. `loss` calls `begin` if you did not.
+        Before its first step a replica that joins others takes over their state here, with the clock.
+        """
         self._evaluation.check_outside("begin")
-        return self._machine.begin()
+        return self._runner.begin()
 
     def loss(
         self,

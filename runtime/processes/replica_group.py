@@ -49,7 +49,7 @@ class ReplicaLost(RuntimeError):
 
 
 @dataclass(slots=True)
-class _Traffic:
+class Traffic:
     """The bytes that this process has sent, shared by a group and its parts."""
 
     sent: int = 0
@@ -61,7 +61,7 @@ class ReplicaGroup:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self._traffic = _Traffic()
+        self._traffic = Traffic()
 
     @property
     def process(self) -> int:
@@ -193,14 +193,10 @@ class ReplicaGroup:
         everyone: list[list[Fact]] = [[] for _ in range(self.size)]
         dist.all_gather_object(everyone, list(facts), group=self.group)
         rank, others = next((i, f) for i, f in enumerate(everyone) if f != everyone[0])
-        first, other = next(
-            pair for pair in zip(everyone[0], others, strict=False) if pair[0] != pair[1]
-        )
-        lines = zip_longest(first.value.split("\n"), other.value.split("\n"), fillvalue="nothing")
-        ours, theirs = next(pair for pair in lines if pair[0] != pair[1])
+        fact, ours, theirs = first_difference(everyone[0], others)
         raise ValueError(
-            f"the replicas cannot exchange {when}, because they differ in {first.what}: rank 0 has {ours}, rank {rank}"
-            f" has {theirs}. {first.remedy}"
+            f"the replicas cannot exchange {when}, because they differ in {fact.what}: rank 0 has {ours}, rank {rank}"
+            f" has {theirs}. {fact.remedy}"
         )
 
     def _all_reduce(self, tensor: Tensor) -> None:
@@ -226,6 +222,13 @@ class ReplicaGroup:
         if backend == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return tensor.device
+
+
+def first_difference(own: Sequence[Fact], other: Sequence[Fact]) -> tuple[Fact, str, str]:
+    """Return the first fact in which two replicas differ, and the first lines of it that do."""
+    ours, theirs = next(pair for pair in zip(own, other, strict=False) if pair[0] != pair[1])
+    lines = zip_longest(ours.value.split("\n"), theirs.value.split("\n"), fillvalue="nothing")
+    return ours, *next(pair for pair in lines if pair[0] != pair[1])
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -48,6 +48,12 @@ class Clock:
         self.tokens += tokens
         self.seconds += seconds
 
+    def before_step(self, samples: int, tokens: int) -> None:
+        """Go back by a step of so many samples and tokens, which `advance` counts again."""
+        self.steps -= 1
+        self.samples -= samples
+        self.tokens -= tokens
+
     def read(self, unit: Unit) -> float:
         """Return the counter of `unit`."""
         if unit == "run":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainc.runtime.step.action import ActionState
-from trainc.runtime.step.exchange import Exchange
+from trainc.runtime.step.exchange import ElasticExchange
 from trainc.runtime.storage.form import Form, Record, Values
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Exchanged:
                     yield f"{name}/{key}", state[key]
 
 
-class Turn(Exchange):
+class Turn(ElasticExchange):
     """Phase 11: a turn that is about weights; subclasses say in `kept` which attributes hold some from turn to turn.
 
     Each is a dict of tensors by the names of parameters, of their shapes, and float32 at least where it is in `wide`.
@@ -70,13 +70,29 @@ class Turn(Exchange):
         # Where a replica is sharded, each of its processes has buffers of its own.
         replicas.mean_of_processes([*self.of.buffers().values()], torch.float64)
 
+    def keep(self, step: Step) -> Callable[[], None]:
+        changed = [*self._exchanged(step).values()]
+        before = [tensor.clone() for tensor in changed]
+        kept = {what: dict(getattr(self, what)) for what in self.kept}
+
+        def put_back() -> None:
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
+            for what, tensors in kept.items():
+                setattr(self, what, tensors)
+
+        return put_back
+
     def layout(self, step: Step) -> list[str]:
         """Return name, dtype and shape of every tensor that is exchanged, and along which axis it is sharded."""
-        every = self.of.weights(step) | self.of.states(step) | dict(self.of.buffers())
+        every = self._exchanged(step)
         return [
             f"`{name}` {tensor.dtype} {list(tensor.shape)}" + _placed(tensor)
             for name, tensor in every.items()
         ]
+
+    def _exchanged(self, step: Step) -> dict[str, Tensor]:
+        return self.of.weights(step) | self.of.states(step) | dict(self.of.buffers())
 
     def copied(self, step: Step) -> dict[str, Tensor]:
         """Return copies of the weights as this action keeps them."""

@@ -35,7 +35,7 @@ WEIGHTS = Effect(
     "exchange",
     "exchange the weights between replicas",
     ("params", "clock"),
-    ("params", "metrics", "signal:bytes"),
+    ("params", "metrics", "signal:bytes", "signal:replicas"),
 )
 STATE = Effect(
     "exchange",
@@ -117,7 +117,10 @@ class Local(Launched):
     usage: ClassVar = "distribute local every 16 steps { rule = average }"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
-    signals: ClassVar = {"bytes": "bytes that this process sent in the last turn"}
+    signals: ClassVar = {
+        "bytes": "bytes that this process sent in the last turn",
+        "replicas": "replicas in the last turn, 0 where it failed",
+    }
     effects: ClassVar = (START, NEAR, WEIGHTS, STATE)
     joins: ClassVar[str] = "apart"
     rules: ClassVar = {
@@ -166,6 +169,12 @@ class Local(Launched):
         default=None,
         description="whether saved floating-point buffers, such as running statistics, are averaged or left alone."
         " Default: `average`, with `leader` `local`",
+    )
+
+    membership: Literal["fixed", "torchft"] = Field(
+        default="fixed",
+        description="whether the replicas are those that torch.distributed started together, or may leave and join"
+        " while others go on, which torchft has them do",
     )
 
     @field_validator("rule")
@@ -222,6 +231,16 @@ class Local(Launched):
             )
         return value
 
+    @field_validator("membership")
+    @classmethod
+    def _has_no_ranks(cls, value: str, info: ValidationInfo) -> str:
+        if value == "torchft" and info.data.get("rule") == "leader":
+            raise ValueError(
+                "with `rule = leader` the replicas are `fixed`: groups are of ranks, and leaders are kept from turn to"
+                " turn. Write `rule = average` or `outer(...)`, or `membership = fixed`"
+            )
+        return value
+
     @property
     def averages_buffers(self) -> bool:
         """Whether saved buffers become means."""
@@ -266,14 +285,29 @@ class Local(Launched):
         parameters = {entry.name: to.tensor(entry.name) for entry in to.parameters()}
         buffers = to.buffers() if self.averages_buffers else dict
         of = Exchanged(parameters, buffers, self.optimizer_state == "average")
+        elastic = self.membership == "torchft"
+        if elastic:
+            self._require_torchft()
         if self.rule == "average":
-            to.exchange(Average(to.label, of))
+            to.exchange(Average(to.label, of), elastic=elastic)
         elif isinstance(self.rule, Call):
             outer = Outer(to.label, of, OuterSgd.of(self.rule))
             to.action(AgreedStart(outer))
-            to.exchange(outer)
+            to.exchange(outer, elastic=elastic)
         else:
             self._lead(to, of)
+
+    def _require_torchft(self) -> None:
+        from trainc.compiler.model.import_path import ImportProblem
+        from trainc.runtime.processes.torchft_connection import has_library
+
+        if not has_library():
+            raise ImportProblem(
+                "missing-library",
+                "`membership = torchft` needs torchft, which is not installed",
+                help="install it: pip install trainc[torchft]",
+                field="membership",
+            )
 
     def _lead(self, to: Lowering, of: Exchanged) -> None:
         """Add what finds leaders in turns, and what acts between these."""
