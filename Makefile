@@ -38,7 +38,7 @@ test: $(VENV)/.dev
 
 # timm needs torchvision, whose build for CUDA breaks transformers beside a CPU torch: they have a folder of their own.
 # Where they cannot be installed, their models are left out. So are Lightning, which would bring a torch of its own, and
-# TensorBoard.
+# TensorBoard, and torchft, of which there is no build for every system.
 models: $(VENV)/.dev
 	@test -d $(VENV)/models || $(PIP) --no-deps --target $(VENV)/models timm torchvision \
 		|| { rm -rf $(VENV)/models; echo "timm cannot be installed: its models are left out"; }
@@ -46,8 +46,11 @@ models: $(VENV)/.dev
 		lightning pytorch-lightning lightning-utilities torchmetrics \
 		tensorboard tensorboard-data-server absl-py grpcio markdown protobuf werkzeug \
 		|| { rm -rf $(VENV)/frameworks; echo "Lightning and TensorBoard cannot be installed: they are left out"; }
+	@test -d $(VENV)/torchft || { $(PIP) --target $(VENV)/torchft opentelemetry-sdk opentelemetry-exporter-otlp-proto-http \
+		&& $(PIP) --no-deps --target $(VENV)/torchft torchft; } \
+		|| { rm -rf $(VENV)/torchft; echo "torchft cannot be installed: its tests are left out"; }
 	@echo "Testing models and frameworks of other libraries"
-	@PYTHONPATH=$(VENV)/models:$(VENV)/frameworks $(RUN) -m pytest -q -n 2 -m models
+	@PYTHONPATH=$(VENV)/models:$(VENV)/frameworks:$(VENV)/torchft $(RUN) -m pytest -q -n 2 -m models
 
 lint: $(VENV)/.dev
 	@echo "Linting"

@@ -28,6 +28,7 @@ from trainc.runtime.processes.apart import Apart
 from trainc.runtime.processes.launch import Launch, find_launch, joined, lasting
 from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.processes.team import Ranks, Team
+from trainc.runtime.processes.torchft_connection import has_lighthouse
 from trainc.runtime.processes.watch import Watch, follows_from_another
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.exchange import Exchange
@@ -121,6 +122,14 @@ class Distribution:
 
     def join(self, program: Program, data: Data, device: torch.device) -> None:
         """Let the program train with the other processes; raises SpecError where its clauses do not have it so."""
+        if (elastic := sorted(program.execution.method.elastic)) and (
+            self.size > 1 or has_lighthouse()
+        ):
+            raise self._error(
+                f"`{elastic[0]}` lets replicas leave and join, and `trainc run` divides its data over those that are"
+                " started together: remove `membership`, or train in a loop of your own",
+                elastic[0],
+            )
         if self.size == 1:
             return
         if self.apart is not None:

@@ -45,6 +45,11 @@ def has_library() -> bool:
     return found is not None and found.origin is not None
 
 
+def has_lighthouse() -> bool:
+    """Return whether the environment names a lighthouse, so that this process is to be one of several replicas."""
+    return bool(os.environ.get(LIGHTHOUSE))
+
+
 def find_place(environment: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
     """Return the address of the lighthouse and this replica's number, from the environment; None without lighthouse.
 

@@ -22,7 +22,7 @@ from trainc.runtime.processes.elastic_group import ElasticGroup
 ELASTIC = " { membership = torchft"
 AVERAGED = SGD + "distribute local every 3 steps"
 SPECS = {"averaged": AVERAGED, "state too": STATE_TOO, "outer": OUTER}
-LIMIT = 120
+LIMIT = 300
 """Seconds after which a process says where it is, and ends."""
 
 
@@ -174,9 +174,9 @@ def be_lighthouse(least: int, port: int) -> None:
     server = LighthouseServer(
         bind=f"0.0.0.0:{port}",
         min_replicas=least,
-        join_timeout_ms=2000,
+        join_timeout_ms=5000,
         quorum_tick_ms=20,
-        heartbeat_timeout_ms=1000,
+        heartbeat_timeout_ms=3000,
     )
     print(server.address(), flush=True)
     time.sleep(2 * LIMIT)
@@ -184,8 +184,8 @@ def be_lighthouse(least: int, port: int) -> None:
 
 def environment(more: dict[str, str]) -> dict[str, str]:
     path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
-    times = {"TORCHFT_TIMEOUT_SEC": "10", "TORCHFT_QUORUM_TIMEOUT_SEC": "60"}
-    connect = {"TORCHFT_CONNECT_TIMEOUT_SEC": "3"}
+    times = {"TORCHFT_TIMEOUT_SEC": "40", "TORCHFT_QUORUM_TIMEOUT_SEC": "120"}
+    connect = {"TORCHFT_CONNECT_TIMEOUT_SEC": "5"}
     return dict(os.environ) | ENVIRONMENT | times | connect | {"PYTHONPATH": path} | more
 
 

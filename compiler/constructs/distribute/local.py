@@ -18,6 +18,7 @@ from trainc.compiler.constructs.distribute._leader import (
     Strengths,
     span_of,
 )
+from trainc.compiler.constructs.distribute._membership import Membership, require_library
 from trainc.compiler.constructs.distribute._outer import AgreedStart, Outer, OuterSgd, Rule
 from trainc.dsl.reading.construct import Effect, Problem, RuleExplanation
 from trainc.dsl.values.value_json import Call
@@ -93,6 +94,14 @@ class Local(Launched):
     step and the tensors that are sent; plan and starting weights are compared before the first step. In a loop of
     your own a replica that stops leaves the others waiting until the timeout of the process group, or until its
     process ends; in `trainc run` all stop with it.
+
+    `membership = torchft` lets replicas leave and join while others go on, by `average` or `outer`, in a loop of
+    your own: each is one process, found through a lighthouse; docs/replicas.md says how they are started. The mean
+    of a turn is over those that are there. A turn in which one is lost changes nothing, and a note says so. One that
+    is behind waits for a turn, and goes on with weights, agreed weights, momenta, optimizer, rules and clock of
+    another; what it had does not count in that turn. `replicas` is how many there were, 0 where a turn failed. In
+    place of what is compared with fixed replicas, each turn compares plan, batch and what is sent, and one that
+    differs from most leaves with an error. One alone has turns as several do: `outer` takes its step.
 
     `buffers = average` also averages the saved floating-point buffers, such as the running statistics of batch norm:
     means are then those of all data; variances lack what the means of the replicas differ by. With `leader` this is in
@@ -171,7 +180,7 @@ class Local(Launched):
         " Default: `average`, with `leader` `local`",
     )
 
-    membership: Literal["fixed", "torchft"] = Field(
+    membership: Membership = Field(
         default="fixed",
         description="whether the replicas are those that torch.distributed started together, or may leave and join"
         " while others go on, which torchft has them do",
@@ -285,9 +294,8 @@ class Local(Launched):
         parameters = {entry.name: to.tensor(entry.name) for entry in to.parameters()}
         buffers = to.buffers() if self.averages_buffers else dict
         of = Exchanged(parameters, buffers, self.optimizer_state == "average")
-        elastic = self.membership == "torchft"
-        if elastic:
-            self._require_torchft()
+        elastic = self.membership != "fixed"
+        require_library(self.membership)
         if self.rule == "average":
             to.exchange(Average(to.label, of), elastic=elastic)
         elif isinstance(self.rule, Call):
@@ -296,18 +304,6 @@ class Local(Launched):
             to.exchange(outer, elastic=elastic)
         else:
             self._lead(to, of)
-
-    def _require_torchft(self) -> None:
-        from trainc.compiler.model.import_path import ImportProblem
-        from trainc.runtime.processes.torchft_connection import has_library
-
-        if not has_library():
-            raise ImportProblem(
-                "missing-library",
-                "`membership = torchft` needs torchft, which is not installed",
-                help="install it: pip install trainc[torchft]",
-                field="membership",
-            )
 
     def _lead(self, to: Lowering, of: Exchanged) -> None:
         """Add what finds leaders in turns, and what acts between these."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 import trainc
 from tests.compiler.exchange_cases import EVERY_3, OUTER, SGD, STATE_TOO, data, net, state
 from tests.compiler.members import Died, Meeting, Member, Members, stand_in
+from trainc.compiler.driver.train import train
 from trainc.compiler.errors import SiteError
 from trainc.compiler.program import exchange_replicas
 from trainc.compiler.program.program import Program
@@ -446,6 +448,25 @@ def test_several_processes_of_torch_distributed_are_refused(
         (ClauseFailed, SiteError), match=r"this process is one of 2 of torch\.distributed, and with"
     ):
         program.step(data(0, 0))
+
+
+def test_trainc_run_has_fixed_replicas_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stand_in(monkeypatch, None)
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://a:1")
+    text = """
+    model "tests.compiler.exchange_cases:net"
+    data "tests.compiler.test_loggers:data" { batch = 4 samples }
+    run { length = 4 steps }
+    """
+    with pytest.raises(SpecError) as caught:
+        train(text + AVERAGE, out=tmp_path / "run")
+    (told,) = caught.value.diagnostics
+    assert told.message.startswith(
+        "`local` lets replicas leave and join, and `trainc run` divides its data over"
+    )
+    assert told.labels[0].span is not None
 
 
 def test_torchft_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
