@@ -18,7 +18,13 @@ from trainc.runtime.processes.elastic_group import ElasticGroup
 from trainc.runtime.processes.replica_group import MEETING, Fact, ReplicaGroup, world_size
 from trainc.runtime.processes.sharded import is_sharded, local, sum_over_shards
 from trainc.runtime.processes.sharded_replicas import ShardedReplicas, replicas_among
-from trainc.runtime.processes.torchft_connection import LIGHTHOUSE, NUMBER, Connection, find_place
+from trainc.runtime.processes.torchft_connection import (
+    LIGHTHOUSE,
+    NUMBER,
+    WAIT,
+    Connection,
+    find_place,
+)
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import failures_of
 from trainc.runtime.step.exchange import ElasticExchange
@@ -194,7 +200,8 @@ class ElasticReplicas(ExchangeReplicas):
         group.leave()
         raise ValueError(
             f"no meeting with other replicas came about: {why}. Start a lighthouse with `torchft_lighthouse"
-            f" --min_replicas 1` where all can reach it, and set {LIGHTHOUSE} to the address that it shows"
+            f" --min_replicas 1` where all can reach it, and set {LIGHTHOUSE} to the address that it shows; where turns"
+            f" are further apart than this replica waits, set {WAIT} to more seconds"
         )
 
     def _refuse_several(self) -> None:

@@ -23,9 +23,11 @@ from trainc.runtime.processes.replica_group import ReplicaLost
 
 LIGHTHOUSE, NUMBER = "TORCHFT_LIGHTHOUSE", "REPLICA_GROUP_ID"
 """The environment variables of torchft that name the lighthouse, and number the replicas from 0."""
+WAIT = "TORCHFT_QUORUM_TIMEOUT_SEC"
+"""That which says for how many seconds a replica waits for others to meet."""
 _TIMES = {
     "TORCHFT_TIMEOUT_SEC": 60,
-    "TORCHFT_QUORUM_TIMEOUT_SEC": 3600,
+    WAIT: 600,
     "TORCHFT_CONNECT_TIMEOUT_SEC": 60,
 }
 """Seconds that an exchange, the wait for others, and a connection may take, by the variable that says otherwise."""

@@ -18,6 +18,7 @@ from tests.compiler.exchange_cases import OUTER, SGD, STATE_TOO, Weights, data, 
 from tests.processes import ENVIRONMENT, ROOT, run_rank
 from trainc.compiler.program.program import Program
 from trainc.runtime.processes.elastic_group import ElasticGroup
+from trainc.runtime.processes.torchft_connection import Connection
 
 ELASTIC = " { membership = torchft"
 AVERAGED = SGD + "distribute local every 3 steps"
@@ -78,8 +79,25 @@ def stays(number: int, folder: Path, *_: str) -> Any:
     return found
 
 
+def connects(folder: Path, name: str, *others: str) -> None:
+    """Let this process, once it is connected, say so by a file and wait for those of others: none meets before that."""
+    connected = Connection._connected
+
+    def together(self: Connection) -> Any:
+        manager = connected(self)
+        if not (folder / name).exists():
+            (folder / name).touch()
+            for other in others:
+                wait_for(folder / other)
+            time.sleep(1)  # for the lighthouse to hear of all of them
+        return manager
+
+    Connection._connected = together  # type: ignore[method-assign]
+
+
 def dies_between(number: int, folder: Path, *_: str) -> Any:
     """The last of three ends after step 4."""
+    connects(folder, f"is {number}", "is 0", "is 1", "is 2")
     run = Trained(trainc.compile(elastic(STATE_TOO), net()), number)
     for done in run.steps(7):
         if (number, done) == (2, 4):
@@ -89,16 +107,16 @@ def dies_between(number: int, folder: Path, *_: str) -> Any:
 
 def dies_in_turn(number: int, folder: Path, *again: str) -> Any:
     """Of three, number 1 ends in the turn after step 6, and is started again: then it begins on other weights."""
-    run = Trained(trainc.compile(elastic(OUTER), net(9 if again else 0)), number)
     if again:
-        (folder / "again").touch()
+        connects(folder, "again")
+    else:
+        connects(folder, f"is {number}", "is 0", "is 1", "is 2")
+    run = Trained(trainc.compile(elastic(OUTER), net(9 if again else 0)), number)
     for done in run.steps(18):
         if (number, done) == (1, 5) and not again:
             ElasticGroup._all_reduce = lambda self, tensor: os._exit(9)  # type: ignore[method-assign]
         if done == 10:
             wait_for(folder / "again")
-        if done >= 10:
-            time.sleep(0.3)
     return run.found()
 
 
@@ -116,6 +134,7 @@ def differs(number: int, folder: Path, *_: str) -> Any:
 
 def alone(number: int, folder: Path, *_: str) -> Any:
     """The lighthouse is away in the turn after step 6, and there again for that after step 9."""
+    os.environ["TORCHFT_QUORUM_TIMEOUT_SEC"] = "10"
     run = Trained(trainc.compile(elastic(OUTER), net()), number)
     for done in run.steps(10):
         if done == 4:
