@@ -28,6 +28,7 @@ from trainc.runtime.processes.torchft_connection import (
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import failures_of
 from trainc.runtime.step.exchange import ElasticExchange
+from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Step
 
 _TRIES = 3
@@ -55,9 +56,9 @@ class ExchangeReplicas:
         self._group: ReplicaGroup | None = None
         self._met = False
 
-    def enter(self, step: Step) -> bool:
-        """Meet the others before the first pass of a step; return whether the program has the state of another now."""
-        return False
+    def opened(self, step: Step, machine: StepMachine, notes: list[str]) -> Step:
+        """Return the step to run in place of one that was opened: another where the program has another state now."""
+        return step
 
     def join(self) -> ReplicaGroup | None:
         """Return the replicas to exchange with, None for a single one; called in every step, before its forward pass.
@@ -164,13 +165,20 @@ class ElasticReplicas(ExchangeReplicas):
         self.action, self._program = action, program
         self._entered = self._took_over = False
 
-    def enter(self, step: Step) -> bool:
+    def opened(self, step: Step, machine: StepMachine, notes: list[str]) -> Step:
         """Meet the others before the first step, and go on with the state of one of them where this one is behind.
 
         Raises ClauseFailed where no meeting comes about, or this process cannot be a replica of theirs.
         """
-        if self._entered:
-            return False
+        batch = 0 if machine.micro_size else machine.batch_size
+        if self._entered or not self._enter(step):
+            return step
+        notes += step.notes
+        machine.batch_size = batch or machine.batch_size
+        return machine.begin()
+
+    def _enter(self, step: Step) -> bool:
+        """Meet the others; return whether the program has the state of another now."""
         with failures_of(self.label):
             self._refuse_several()
             self.action.alone = (

@@ -135,15 +135,8 @@ class OpenStep:
 
     def begin(self) -> Step:
         """Open the step unless it is open, before the first with what replicas that train already hand over."""
-        step = self.machine.begin()
-        if self._exchange is None:
-            return step
-        batch = 0 if self.machine.micro_size else self.machine.batch_size
-        if self._exchange.enter(step):
-            self.notes += step.notes
-            self.machine.batch_size = batch or self.machine.batch_size
-            step = self.machine.begin()
-        return step
+        step, exchange = self.machine.begin(), self._exchange
+        return step if exchange is None else exchange.opened(step, self.machine, self.notes)
 
     def _open(self, own: Part) -> Step:
         """Open the step unless it is open; where the spec names no data, its batch size follows from its examples.
