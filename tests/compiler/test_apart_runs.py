@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import trainc
 from tests.compiler.apart_runs import CASES, ENDED, READ, SAMPLES, SEED, STEPS
 from tests.compiler.test_launched_runs import tensors
 from tests.torchrun import Points, torchrun
+from trainc.cli.app import main
 from trainc.compiler.driver.train import train
 from trainc.dsl.text.errors import SpecError
 from trainc.runtime.data.order import Order
@@ -165,6 +167,32 @@ def test_each_evaluates_its_own_weights_and_rank_0_is_shown(two: Any) -> None:
     points = Points(37, 2)
     total, count, _ = program.evaluate(points.x[:8], points.y[:8])
     assert total / count == pytest.approx(found[-1]["eval_loss"], rel=1e-5)
+
+
+def test_other_commands_take_the_replica_of_rank_0(
+    two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = two[0] / "leader"
+    monkeypatch.chdir(tmp_path)
+    said = {
+        "report": "3 exchanges between 2 replicas",
+        "influence --on 0 --last-layer": "proponents",
+        "delta --out change.safetensors": "change.safetensors",
+    }
+    for words, text in said.items():
+        command, *options = words.split()
+        monkeypatch.setattr(sys, "argv", ["trainc", command, str(out), *options])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code
+        assert text in capsys.readouterr().out
+    first = state(out, 0)["program"]["model"]
+    alone = CASES["leader"][: CASES["leader"].index("distribute local")]
+    started = alone.replace("run {", f'run {{ start = "{out}", ').replace("= 10 steps", "= 1 steps")
+    started = started.replace("eval = 4 steps, checkpoint = 3 steps, ", "").replace("1e-2", "0.0")
+    train(started, tmp_path / "on", quiet=True)
+    got = state(tmp_path / "on", 0)["program"]["model"]
+    assert torch.equal(got["head.weight"], first["head.weight"])
 
 
 @pytest.mark.parametrize("name", READ)
