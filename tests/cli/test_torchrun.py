@@ -79,13 +79,14 @@ def test_a_rank_that_fails_and_one_that_hangs_are_named(tmp_path: Path) -> None:
 def test_replicas_that_train_apart_resume_from_a_kill_and_a_signal_with_the_bits_of_a_run_without(
     tmp_path: Path,
 ) -> None:
-    text = spec("distribute local every 3 steps { timeout = 60 seconds }", data="failing", batch=6)
+    clause = "distribute local every 3 steps { timeout = 60 seconds }"
+    text = spec(clause, data="failing", batch=12, micro=6)
     (tmp_path / "a.train").write_text(text)
     accidents = "0 1 9 kill,1 0 5 terminate"  # at step 5, and 3 steps after the resume from step 3
     done = [
         torchrun(
             2, "trainc", "run", "a.train", "--out", out,
-            cwd=tmp_path, restarts=2, ACCIDENTS=plan,
+            cwd=tmp_path, restarts=2, timeout=600, ACCIDENTS=plan,
         )
         for out, plan in (("disturbed", accidents), ("straight", ""))
     ]  # fmt: skip
