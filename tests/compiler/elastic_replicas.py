@@ -112,11 +112,15 @@ def dies_in_turn(number: int, folder: Path, *again: str) -> Any:
     else:
         connects(folder, f"is {number}", "is 0", "is 1", "is 2")
     run = Trained(trainc.compile(elastic(OUTER), net(9 if again else 0)), number)
-    for done in run.steps(18):
+    for done in run.steps(90):
+        if done > 6 and run.metrics.get(done, {}).get("local.replicas") == 3:
+            break  # all are there again
         if (number, done) == (1, 5) and not again:
             ElasticGroup._all_reduce = lambda self, tensor: os._exit(9)  # type: ignore[method-assign]
         if done == 10:
             wait_for(folder / "again")
+        if done >= 10:
+            time.sleep(0.2)
     return run.found()
 
 
