@@ -18,8 +18,7 @@ from trainc.runtime.mask.mask_actions import (
 )
 from trainc.runtime.mask.scores import Score, SummedScores
 from trainc.runtime.mask.selected_entries import SelectedEntries
-from trainc.runtime.mask.trained_entries import TrainedEntries
-from trainc.runtime.mask.update_mask import masked_shard
+from trainc.runtime.mask.update_mask import TrainedEntries, masked_shard
 from trainc.runtime.mask.zero_mask import ZeroMask
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.compiler.lower.lowering import Lowering
-    from trainc.runtime.mask.trained_entries import TrainedEntries
+    from trainc.runtime.mask.update_mask import TrainedEntries
     from trainc.runtime.schedule.clock import Clock
     from trainc.runtime.schedule.gate import Gate
     from trainc.runtime.step.record import Step
