@@ -53,7 +53,8 @@ ROOMS = {
         "runtime/rules": "runtime/schedule runtime/storage runtime/step",
         "runtime/companion": "runtime/storage runtime/data runtime/processes runtime/torch_optimizer runtime/step",
         "runtime/mask": (
-            "kernels/parameter runtime/storage runtime/processes runtime/schedule runtime/torch_optimizer runtime/step"
+            "kernels/parameter runtime/storage runtime/processes runtime/schedule runtime/soundness "
+            "runtime/torch_optimizer runtime/step"
         ),
         "runtime/factors": "runtime/schedule runtime/storage runtime/processes runtime/step",
         "runtime/report": "runtime/storage",

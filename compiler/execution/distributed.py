@@ -130,7 +130,9 @@ def require_exchanged(
     gradients: GradientNorms, name_of: Callable[[nn.Parameter], str], replicas: Replicas
 ) -> None:
     """Raise SiteError that names the first parameter whose gradient differs between processes; all call this."""
-    norms = squared_norms(gradients.gradients).sqrt().tolist() if gradients.gradients else []
+    # Replicas free no gradient before it is exchanged.
+    held = [one for one in gradients.gradients if isinstance(one, Tensor)]
+    norms = squared_norms(held).sqrt().tolist() if held else []
     own = dict(zip(map(name_of, gradients.owners), norms, strict=True))
     everyone: list[dict[str, float]] = [{}] * replicas.size
     dist.all_gather_object(everyone, own, group=replicas.group)

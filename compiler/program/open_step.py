@@ -13,6 +13,7 @@ from torch import Tensor
 from trainc.compiler.execution.distributed import refuse_join, trains_apart
 from trainc.compiler.execution.execution import Execution
 from trainc.compiler.execution.replica_shares import Part, ReplicaShares
+from trainc.compiler.execution.step_passes import StepPasses
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.adapted_model import silent_adapters
 from trainc.compiler.model.undisturbed import ChangingBuffers
@@ -96,6 +97,12 @@ class OpenStep:
         """Whether every pass of the model in train mode is a micro-batch that a framework runs."""
         own = (action for action in method.actions if isinstance(action, OwnOptimizer))
         self._own_optimizer = next(own, None)
+        readers = [
+            *machine.around,
+            *asking,
+            *([self._own_optimizer] if self._own_optimizer else []),
+        ]
+        self._passes = StepPasses(execution, self._forget_pass, readers)
         self.id_readers = method.id_readers
         """The labels of the clauses that read sample ids: every step must then be given them."""
 
@@ -314,16 +321,20 @@ class OpenStep:
 
         It stays open: the rules and rates of this step have been decided.
         """
-        free_gradients(self.method)
-        self._buffers.restore()
+        self._forget_pass()
         self._results.clear()
         self._loop.clear()
         self.own = None
+        step.calibrations.clear()
+        step.samples = step.tokens = 0
+
+    def _forget_pass(self) -> None:
+        """Leave nothing of a first pass that failed."""
+        free_gradients(self.method)
+        self._buffers.restore()
         self.execution.statistics.close()
         self.execution.sites.deactivate()
         self._forget_observations()
-        step.calibrations.clear()
-        step.samples = step.tokens = 0
 
     def _forget_observations(self) -> None:
         for observer in self.method.rewrite.observers:

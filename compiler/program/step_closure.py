@@ -68,3 +68,11 @@ class StepClosure:
             if replicas is None
             else loss.new_tensor(replicas.total(float(loss)) / replicas.size)
         )
+
+
+def needs_whole_step(why: str, called: str) -> str:
+    """Return what is said where a clause needs all micro-batches of a step and `called` gives it one."""
+    return (
+        f"{why} needs all of its micro-batches, and `{called}` gets one: in place of `{called}`, `backward` and"
+        " `update` call `program.step(batch)`, or `program.step([first, second, ...])` with all micro-batches"
+    )

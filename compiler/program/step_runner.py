@@ -23,7 +23,7 @@ from trainc.compiler.per_example.micro_batch import (
 )
 from trainc.compiler.program.open_step import OpenStep
 from trainc.compiler.program.own_loss import OwnMicroBatch, Read, check_loss
-from trainc.compiler.program.step_closure import StepClosure
+from trainc.compiler.program.step_closure import StepClosure, needs_whole_step
 from trainc.compiler.program.step_totals import require_train_mode, usable_scaler, without_part
 from trainc.runtime.data.batch import Batch, GivenBatch, one_of, split_batch
 from trainc.runtime.data.sample_ids import SampleIds, ids_of, split_batches
@@ -310,10 +310,7 @@ class StepRunner(OpenStep):
             why = f"`{self._asking}` asks for the loss and gradients of a step several times and"
         else:
             return
-        raise ValueError(
-            f"{why} needs all of its micro-batches, and `{called}` gets one: in place of `{called}`, `backward` and"
-            " `update` call `program.step(batch)`, or `program.step([first, second, ...])` with all micro-batches"
-        )
+        raise ValueError(needs_whole_step(why, called))
 
     def _pass_counted(
         self,
@@ -338,12 +335,13 @@ class StepRunner(OpenStep):
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         """Run forward and backward passes of all micro-batches."""
+        alone = len(micro_batches) == 1
         for i, (one, where) in enumerate(micro_batches):
             if self.method.calibrations:
                 self._calibrate(step, one, where)
             last = i == len(micro_batches) - 1  # in its backward pass replicas average gradients
             with nullcontext() if last else self.execution.no_sync():
-                self._keep(step, one, self.execution.run(one, where, scaler))
+                self._keep(step, one, self._passes.run(step, one, where, scaler, alone))
         if self._shares is not None and self.execution.meets_in_passes:
             # The others gather weights and exchange gradients in as many passes as they have.
             for _ in range(self._shares.passes - len(micro_batches)):

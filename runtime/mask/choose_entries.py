@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from trainc.runtime.mask.entry_choice import Choice
 from trainc.runtime.mask.mask_actions import record_overlap
-from trainc.runtime.mask.scores import Score, ScoredChoice, SummedScores
+from trainc.runtime.mask.positions import Arrived, Positions
+from trainc.runtime.mask.scores import Score, ScoredChoice, SummedScores, not_finite
 from trainc.runtime.mask.selected_entries import SelectedEntries
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action, ActionState, Phase
@@ -73,38 +75,81 @@ class ChooseEntries(Action):
                 self._choose(step, ScoredChoice(self.label, names, self.score, self.choice))
             return
         for name, entries in self.selected.items():
-            entries.keeps_dense = name in self.due
+            due = name in self.due
+            at_once = due and self._chooses_alone(entries)
+            arrival = partial(self._find, self.score, step, name) if at_once else None
+            entries.open_step(keeps_dense=due, arrival=arrival)
+
+    def _chooses_alone(self, entries: SelectedEntries) -> bool:
+        """Say whether the gradient of this step completes a choice that depends on no other tensor.
+
+        That of a vector of which nothing is chosen is kept: the norms of vectors are measured together.
+        """
+        is_last = self.seen[entries.name] + 1 >= self.batches
+        is_measured = entries.is_chosen or entries.parameter.dim() != 1
+        return is_last and is_measured and not self._joint
+
+    def _find(self, score: SummedScores, step: Step, name: str, dense: Tensor) -> Arrived:
+        """Return what is to be chosen by the step's whole gradient, which can be freed then; `_end` chooses it."""
+        if not dense.isfinite().all():
+            return Arrived(finite=False, positions=None)
+        scores = score.with_last(name, score.of(step, name, dense))
+        if not scores.isfinite().all():
+            return Arrived(finite=True, positions=None)
+        (mask,) = self.choice.masks({name: scores}, self.density).values()
+        return Arrived(finite=True, positions=Positions.of(_index(mask), mask.numel()))
 
     def run(self, step: Step) -> None:
-        """Follow weights that were set from outside, and sum the gradients of what is due."""
-        found: dict[str, Tensor] = {}
-        for name, entries in self.selected.items():
+        """Follow weights that were set from outside, and free gradients, but for what choices that are due need."""
+        for entries in self.selected.values():
             entries.read()
-            entries.gather()
-            grad = entries.parameter.grad
-            if grad is not None and name in self.due:
-                found[name] = grad
-            entries.parameter.grad = None
-        if found and isinstance(self.score, SummedScores):
-            self._add(self.score, step, found)
-
-    def _add(self, score: SummedScores, step: Step, found: Mapping[str, Tensor]) -> None:
-        dense = {n: g.to_dense() if g.is_sparse else g for n, g in found.items()}
-        if not torch.stack([g.isfinite().all() for g in dense.values()]).all():
+            entries.close_passes()
+        waiting = [entries for entries in self.selected.values() if entries.kept is not None]
+        if not _are_finite([entries.kept for entries in waiting]):
             step.notes.append(f"{self.name}: a gradient is not finite, so this step is not counted")
+            for entries in waiting:
+                entries.kept = None
             return
-        score.add(step, dense)
-        for name in self.due if self._joint else found:
-            self.seen[name] += 1
+        for entries in waiting:
+            if isinstance(self.score, SummedScores) and isinstance(entries.kept, Tensor):
+                find = entries.arrival or partial(self.score.of, step, entries.name)
+                entries.kept = find(entries.kept)
 
     def _end(self, step: Step) -> None:
-        """Choose what has seen enough steps."""
-        assert isinstance(self.score, SummedScores)
+        """Add what the step says of the choices that are due, and choose what has seen enough steps."""
+        score = self.score
+        assert isinstance(score, SummedScores)
         for group in self._groups():
-            if all(self.seen[entries.name] >= self.batches for entries in group):
-                names = [entries.name for entries in group]
-                self._choose(step, ScoredChoice(self.label, names, self.score.take, self.choice))
+            names = [entries.name for entries in group]
+            if isinstance(arrived := group[0].kept, Arrived):
+                self._take(step, score, group[0], arrived)
+                continue
+            added = [self._add(score, entries) for entries in group]
+            if any(added):
+                self.seen.update({name: self.seen[name] + 1 for name in names})
+            if all(self.seen[name] >= self.batches for name in names):
+                self._choose(step, ScoredChoice(self.label, names, score.take, self.choice))
                 self.seen.update(dict.fromkeys(names, 0))
+
+    def _take(
+        self, step: Step, score: SummedScores, entries: SelectedEntries, arrived: Arrived
+    ) -> None:
+        """Choose what was found as the gradient arrived."""
+        entries.kept = None
+        score.sums.pop(entries.name, None)
+        self.seen[entries.name] = 0
+        if arrived.positions is None:
+            step.notes.append(not_finite(self.label, entries.name))
+        else:
+            self._switch(step, {entries.name: arrived.positions.index()})
+
+    def _add(self, score: SummedScores, entries: SelectedEntries) -> bool:
+        """Add what the step says of a tensor to its score, and return whether it had a gradient."""
+        found, entries.kept = entries.kept, None
+        if not isinstance(found, Tensor):
+            return False
+        score.add_found(entries.name, found)
+        return True
 
     def _groups(self) -> list[list[SelectedEntries]]:
         """Return what is due, in groups that are compared with each other."""
@@ -120,16 +165,19 @@ class ChooseEntries(Action):
 
     def _choose(self, step: Step, choose: ScoredChoice) -> None:
         masks = choose(step, self.density)
-        if masks is None:
-            return
-        for name, mask in masks.items():
-            entries, index = self.selected[name], mask.flatten().nonzero()[:, 0]
+        if masks is not None:
+            self._switch(step, {name: _index(mask) for name, mask in masks.items()})
+
+    def _switch(self, step: Step, chosen: Mapping[str, Tensor]) -> None:
+        """Train the entries at these sorted flat positions (k,) from now on, by parameter."""
+        for name, index in chosen.items():
+            entries = self.selected[name]
             stayed = entries.choose(index, *step.optimizer_entries(name))
             if stayed is not None:
                 self._overlap[name] = stayed, len(index)
             step.series.setdefault(f"{self.label}.density", {})[name] = entries.density
             entries.keeps_dense = False
-        self.due.difference_update(masks)
+        self.due.difference_update(chosen)
         record_overlap(step, self.label, self._overlap)
 
     def memory(self) -> int:
@@ -195,6 +243,19 @@ class Turn(Action):
 
     def run(self, step: Step) -> None:
         self._act(step)
+
+
+def _index(mask: Tensor) -> Tensor:
+    """Return the sorted flat positions of what a mask chooses, (k,)."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def _are_finite(kept: Sequence[Tensor | Arrived | None]) -> bool:
+    """Say whether all gradients are finite; those that are held are read in one transfer."""
+    if not all(one.finite for one in kept if isinstance(one, Arrived)):
+        return False
+    held = [one.isfinite().all() for one in kept if isinstance(one, Tensor)]
+    return not held or bool(torch.stack(held).all())
 
 
 def _dtype(parameter: Tensor) -> str:

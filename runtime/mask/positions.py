@@ -1,4 +1,4 @@
-"""Sorted positions of entries in a tensor, where they take the least memory."""
+"""Sorted positions of entries in a tensor, held where they take the least memory, and what others make of them."""
 
 from __future__ import annotations
 
@@ -45,6 +45,40 @@ class Positions:
     @property
     def nbytes(self) -> int:
         return self.offsets.nbytes + (0 if self.counts is None else self.counts.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """What a choice keeps of a gradient as soon as it arrives, in place of it.
+
+    `finite` says whether all of it is; `positions` are what would be chosen by it, None where a score is not finite.
+    """
+
+    finite: bool
+    positions: Positions | None
+
+
+def staying(old: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of the positions `index` (k,) were among the `old` ones, bool (k,), and where they stood there."""
+    if old is None or not len(old):
+        none = torch.zeros_like(index, dtype=torch.bool)
+        return none, none.long()
+    place = torch.searchsorted(old, index).clamp_(max=len(old) - 1)
+    return old[place] == index, place
+
+
+def carry(tensor: Tensor, first: Tensor | None, stays: Tensor, place: Tensor) -> None:
+    """Make a vector of the entries of before one of those of now: new ones have what is in `first`, or 0.
+
+    `stays` and `place`, (k,), are as `staying` returns them.
+    """
+    before = tensor.detach()
+    fits = first is not None and first.shape == stays.shape and not first.is_sparse
+    now = before.new_zeros(len(stays))
+    if first is not None and fits:
+        now.copy_(first.detach())
+    now[stays] = before[place[stays]]
+    tensor.data = now
 
 
 def size_of(count: int, numel: int) -> int:

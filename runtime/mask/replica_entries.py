@@ -6,14 +6,15 @@ attribute of the module that it wraps; this exchanges those itself, once a step,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainc.runtime.mask.selected_entries import SelectedEntries
+from trainc.runtime.mask.selected_entries import ComesInParts, SelectedEntries
 from trainc.runtime.mask.update_mask import UpdateMask
 from trainc.runtime.processes.replica_group import ReplicaGroup
 
@@ -68,6 +69,35 @@ class ReplicaEntries:
         if replicas is not None and self._own and not self._begun:
             replicas.copy_from(0, [entries.parameter.detach() for entries in self._own])
         self._begun = True
+
+    @property
+    def awaits(self) -> bool:
+        """Whether a choice can be made as soon as a gradient of the open step is there."""
+        masks = self._masks.values()
+        return any(isinstance(one, SelectedEntries) and one.arrival is not None for one in masks)
+
+    @contextmanager
+    def arriving(self, read: Collection[str]) -> Iterator[None]:
+        """Let gradients that arrive in this block be chosen by at once: they are whole, and nobody else reads them.
+
+        Those of the parameters `read` are read. Raises ComesInParts for one that was not whole: free all gradients
+        then, and run the passes again outside of this block.
+        """
+        alone = [
+            mask
+            for name, mask in self._masks.items()
+            if isinstance(mask, SelectedEntries) and mask.arrival is not None and name not in read
+        ]
+        for mask in alone:
+            mask.is_whole = True
+        try:
+            yield
+        finally:
+            for mask in alone:
+                mask.is_whole = False
+        for mask in alone:
+            if mask.kept is not None and mask.parameter.grad is not None:
+                raise ComesInParts(mask.name)
 
     def average(self, replicas: ReplicaGroup | None) -> None:
         """Average the gradients that the wrappers left out: those of chosen entries, and dense ones before a choice."""

@@ -80,8 +80,22 @@ class SummedScores:
     def add(self, step: Step, gradients: Mapping[str, Tensor]) -> None:
         """Add what the gradients of a step say of the entries."""
         for name, gradient in gradients.items():
-            found = self._of(wide(step.parameters[name]), wide(gradient))
-            self.sums[name] = self.sums[name] + found if name in self.sums else found
+            self.sums[name] = self._sum_with(name, self.of(step, name, gradient))
+
+    def of(self, step: Step, name: str, gradient: Tensor) -> Tensor:
+        """Return what the gradient of a step says of the entries, by the weights of now."""
+        return self._of(wide(step.parameters[name]), wide(gradient))
+
+    def add_found(self, name: str, found: Tensor) -> None:
+        """Add what `of` returned."""
+        self.sums[name] = self._sum_with(name, found)
+
+    def with_last(self, name: str, found: Tensor) -> Tensor:
+        """Return what `take` would if what `of` returned were added, which it is not."""
+        return self._final(self._sum_with(name, found))
+
+    def _sum_with(self, name: str, found: Tensor) -> Tensor:
+        return self.sums[name] + found if name in self.sums else found
 
     def so_far(self, step: Step, name: str) -> Tensor:
         """Return the score of a parameter's entries; zeros where it had no gradient."""
@@ -123,8 +137,11 @@ class ScoredChoice:
         scores = {name: self.score(step, name) for name in self.names}
         broken = next((name for name, one in scores.items() if not one.isfinite().all()), None)
         if broken is not None:
-            step.notes.append(
-                f"{self.label}: `{broken}` has entries that are not finite, so nothing is chosen in this step"
-            )
+            step.notes.append(not_finite(self.label, broken))
             return None
         return self.choice.masks(scores, density)
+
+
+def not_finite(label: str, name: str) -> str:
+    """Return the note on a score that chooses nothing."""
+    return f"{label}: `{name}` has entries that are not finite, so nothing is chosen in this step"

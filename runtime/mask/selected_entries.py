@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,16 +10,22 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from trainc.runtime.mask.positions import Positions, size_of
+from trainc.runtime.mask.positions import Arrived, Positions, carry, size_of, staying
 from trainc.runtime.mask.update_mask import Begin, UpdateMask, leaves_of, no_state, own_tensors
+from trainc.runtime.soundness.gradient_norm import FreedGradient
 from trainc.runtime.step.entry_updates import Chosen
+
+
+class ComesInParts(Exception):
+    """More of a gradient came after what was taken for the whole of it; the message is the parameter's name."""
 
 
 class SelectedEntries(UpdateMask):
     """Selected entries train, as a vector of their own; the others stay as they are.
 
     A dense gradient is freed once its entries are gathered. `index` (k,) holds sorted flat positions, int32 where they
-    fit, or is None until they are chosen; until then the dense gradient stays in `parameter.grad` and nothing trains.
+    fit, or is None until they are chosen; until then nothing trains. While a choice depends on dense gradients, that of
+    the step stays in `parameter.grad`, unless it is known to be whole as it arrives: then it is chosen by at once.
     `values` (k,) is what the optimizer updates, in float32 at least: a master copy of 16-bit weights, or without
     `master` a copy that is made of them before every update. Where an operator updates the weights themselves
     (`update`), those that have no master copy need none, and `values` holds nothing.
@@ -41,7 +47,14 @@ class SelectedEntries(UpdateMask):
         """Whether `count` is how many entries every choice takes."""
         self._positions: Positions | None = None
         self.keeps_dense = False
-        """Whether the dense gradient of a step stays in `parameter.grad`, since the next choice depends on it."""
+        """Whether the next choice depends on the dense gradient of the open step."""
+        self.arrival: Callable[[Tensor], Arrived] | None = None
+        """What the next choice keeps of a whole dense gradient; None where it needs the gradient itself."""
+        self.is_whole = False
+        """Whether a gradient that arrives now is that of the whole step, which nobody else reads."""
+        self.kept: Tensor | Arrived | None = None
+        """What the open step says of the next choice: its dense gradient, what a score makes of it, or the choice."""
+        self._is_gathered = False
         self._handle: RemovableHandle | None = None
         self._in_place = False
         self._before: Tensor | None = None
@@ -76,7 +89,29 @@ class SelectedEntries(UpdateMask):
 
     @property
     def frees_gradient(self) -> bool:
-        return self.is_chosen and not self.keeps_dense
+        return self._chooses_now or (self.is_chosen and not self.keeps_dense)
+
+    @property
+    def _chooses_now(self) -> bool:
+        """Whether the next gradient is chosen by as it arrives."""
+        return self.arrival is not None and self.is_whole
+
+    def open_step(
+        self, *, keeps_dense: bool, arrival: Callable[[Tensor], Arrived] | None = None
+    ) -> None:
+        """Say, before the passes of a step, whether a choice depends on its gradients, and what it keeps of them."""
+        self.keeps_dense, self.arrival = keeps_dense, arrival
+        self.kept, self.freed, self._is_gathered = None, None, False
+        if arrival is not None:
+            self._listen()
+
+    def close_passes(self) -> None:
+        """Gather the step's gradient, unless that was done, and free what no choice depends on."""
+        if not (self.keeps_dense and self._is_gathered):  # those were, and may be changed since
+            self.gather()
+        grad, self.parameter.grad, self.freed = self.parameter.grad, None, None
+        if grad is not None and self.keeps_dense:
+            self.kept = grad.to_dense() if grad.is_sparse else grad
 
     def accumulated(self) -> Tensor | None:
         """Return what holds the gradient of the open step: all of it where a choice depends on it, else its entries."""
@@ -87,6 +122,9 @@ class SelectedEntries(UpdateMask):
         if grad.is_sparse:
             grad = grad.to_dense()
         grad = grad.detach()
+        if self._chooses_now:
+            self._arrive(grad)
+            return
         index = self.index
         if index is None or self.keeps_dense:
             held = self.parameter.grad
@@ -112,6 +150,7 @@ class SelectedEntries(UpdateMask):
 
     def gather(self) -> None:
         """Move the selected entries of `parameter.grad` to `values.grad` and free the rest."""
+        self._is_gathered = True
         grad = self.parameter.grad
         if grad is None or not self.is_chosen:
             return
@@ -124,8 +163,38 @@ class SelectedEntries(UpdateMask):
 
     def _gather_now(self, _: Tensor) -> None:
         """Gather as soon as the backward pass has the gradient, unless all of it is needed first."""
-        if not (self.averages_first or self.keeps_dense):
+        grad = self.parameter.grad
+        if self._chooses_now and grad is not None:
+            self.parameter.grad = None
+            self._arrive(grad)
+        elif not (self.averages_first or self.keeps_dense):
             self.gather()
+
+    def _arrive(self, grad: Tensor) -> None:
+        """Keep of the whole gradient what trains now, what the next choice is by it, and its norm, and no more.
+
+        Raises ComesInParts for a second one.
+        """
+        if self.kept is not None:
+            raise ComesInParts(self.name)
+        assert self.arrival is not None
+        with torch.no_grad():
+            dense = grad.to_dense() if grad.is_sparse else grad
+            if self.is_chosen:
+                self.values.grad = self.picked(dense).to(self.values.dtype)
+            else:
+                self.freed = FreedGradient.of(grad)
+            self.kept = self.arrival(dense)
+
+    def discard(self) -> None:
+        super().discard()
+        self.kept, self._is_gathered = None, False
+
+    def _listen(self) -> None:
+        """Have gradients from now on as soon as a backward pass has accumulated them."""
+        if self._handle is None:
+            register: Any = self.parameter.register_post_accumulate_grad_hook
+            self._handle = register(self._gather_now)
 
     # entries
 
@@ -142,39 +211,19 @@ class SelectedEntries(UpdateMask):
         old, held = self.index, self.values.shape
         self.index = index.to(self.parameter.device, torch.int32 if small else torch.int64)
         own = own_tensors(state or {}, (held,))
-        stays, place = self._staying(old)
+        assert self.index is not None
+        stays, place = staying(old, self.index)
         if old is not None or held != index.shape:
             # An optimizer may have made its state before it was known how many are chosen.
             fresh = leaves_of(begin(self._weights().to(self.values.dtype)) if own else {})
             for key, tensor in own.items():
-                self._carry(tensor, fresh.get(key), stays, place)
-            self._carry(self.values, None, stays, place)
+                carry(tensor, fresh.get(key), stays, place)
+            carry(self.values, None, stays, place)
         if old is not None:
             self.values.grad = None
-        if self._handle is None:
-            register: Any = self.parameter.register_post_accumulate_grad_hook
-            self._handle = register(self._gather_now)
+        self._listen()
         self.read()
         return None if old is None else int(stays.sum())
-
-    def _staying(self, old: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return which of the entries of now were chosen before, bool (k,), and where they stood then."""
-        assert self.index is not None
-        if old is None or not len(old):
-            none = torch.zeros_like(self.index, dtype=torch.bool)
-            return none, none.long()
-        place = torch.searchsorted(old, self.index).clamp_(max=len(old) - 1)
-        return old[place] == self.index, place
-
-    def _carry(self, tensor: Tensor, first: Tensor | None, stays: Tensor, place: Tensor) -> None:
-        """Make a vector of the entries of before one of those of now: new ones have what is in `first`, or 0."""
-        before = tensor.detach()
-        fits = first is not None and first.shape == stays.shape and not first.is_sparse
-        now = before.new_zeros(len(stays))
-        if first is not None and fits:
-            now.copy_(first.detach())
-        now[stays] = before[place[stays]]
-        tensor.data = now
 
     def _weights(self) -> Tensor:
         """Return the selected weights, (k,)."""

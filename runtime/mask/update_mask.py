@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from trainc.runtime.processes.sharded import is_sharded
+from trainc.runtime.soundness.gradient_norm import FreedGradient
 from trainc.runtime.torch_optimizer.nested import leaves
 
 Begin = Callable[[Tensor], Mapping[str, Any]]
@@ -78,6 +79,8 @@ class UpdateMask(ABC):
         self.name = name
         self.parameter = parameter
         self.values = values
+        self.freed: FreedGradient | None = None
+        """What was measured of the open step's gradient where it is freed although nothing is chosen of it yet."""
         self.averages_first = False
         """Whether gradients are averaged over replicas after the backward pass: until then all of them are kept."""
 
@@ -147,6 +150,7 @@ class UpdateMask(ABC):
         """Free the gradients of the open step."""
         self.parameter.grad = None
         self.values.grad = None
+        self.freed = None
 
     @abstractmethod
     def read(self) -> None:

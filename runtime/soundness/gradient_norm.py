@@ -21,6 +21,29 @@ _DOUBTFUL = 1e-15
 """A float32 norm below this may have lost the squares of its entries to rounding."""
 
 
+@dataclass(frozen=True, slots=True)
+class FreedGradient:
+    """A gradient that was measured as soon as it was there, and then freed.
+
+    `number` is what `GradientNorms` would have measured of it, 0-d, and `exact` its norm from float64 where that one is
+    doubtful. No vector is freed: vectors are measured together.
+    """
+
+    number: Tensor
+    exact: float | None = None
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> FreedGradient:
+        """Measure a gradient, which is no vector; this reads its device."""
+        (number,) = _norms([gradient])
+        exact = None if _DOUBTFUL < float(number) < math.inf else exact_norm(gradient)
+        return cls(number, exact)
+
+    def norm(self) -> float:
+        """Return the norm, as exact as it is known."""
+        return float(self.number) if self.exact is None else self.exact
+
+
 class Places(NamedTuple):
     """The places of vectors, such as biases, in a list of tensors, and those of all others."""
 
@@ -28,8 +51,8 @@ class Places(NamedTuple):
     others: list[int]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Places:
-        axes = [tensor.dim() for tensor in tensors]
+    def of(cls, tensors: Sequence[Tensor | FreedGradient]) -> Places:
+        axes = [0 if isinstance(one, FreedGradient) else one.dim() for one in tensors]
         one = [i for i, count in enumerate(axes) if count == 1]
         return cls(one, [i for i, count in enumerate(axes) if count != 1])
 
@@ -43,7 +66,7 @@ class GradientNorms:
     """
 
     owners: Sequence[Parameter]
-    gradients: Sequence[Tensor]
+    gradients: Sequence[Tensor | FreedGradient]
     numbers: Sequence[Tensor]
     each: bool = True
     total: float = math.nan
@@ -52,16 +75,22 @@ class GradientNorms:
     """The norm of each, where it is known."""
 
     @classmethod
-    def of(cls, owners: Sequence[Parameter], gradients: Sequence[Tensor]) -> GradientNorms:
+    def of(
+        cls, owners: Sequence[Parameter], gradients: Sequence[Tensor | FreedGradient]
+    ) -> GradientNorms:
         """Measure the norm of each on its device, without reading it."""
         return cls(owners, gradients, _norms(gradients))
 
     @classmethod
     def of_all(
-        cls, owners: Sequence[Parameter], gradients: Sequence[Tensor], places: Places
+        cls,
+        owners: Sequence[Parameter],
+        gradients: Sequence[Tensor | FreedGradient],
+        places: Places,
     ) -> GradientNorms:
         """Measure what the norm of all together needs: one norm for all vectors, one for each other gradient."""
-        norm = _joined_norm([gradients[i] for i in places.vectors])
+        vectors = (gradients[i] for i in places.vectors)
+        norm = _joined_norm([one for one in vectors if not isinstance(one, FreedGradient)])
         if norm is None:
             return cls.of(owners, gradients)
         numbers = [norm, *_norms([gradients[i] for i in places.others])]
@@ -82,12 +111,13 @@ class GradientNorms:
 
     def _exact(self, found: Sequence[float]) -> list[float]:
         """Return the norm of each gradient, computed again where it is doubtful."""
-        if self.gradients and any(map(is_sharded, self.gradients)):
-            exact: list[float] = squared_norms(self.gradients, torch.float64).sqrt().tolist()
+        held = [one for one in self.gradients if not isinstance(one, FreedGradient)]
+        if any(map(is_sharded, held)):  # masks free none of a model that is sharded
+            exact: list[float] = squared_norms(held, torch.float64).sqrt().tolist()
             return exact
         known = found if self.each else [math.nan] * len(self.gradients)
         pairs = zip(known, self.gradients, strict=True)
-        return [one if _DOUBTFUL < one < math.inf else exact_norm(g) for one, g in pairs]
+        return [one if _DOUBTFUL < one < math.inf else _exact_norm(g) for one, g in pairs]
 
     def select(self, owners: Iterable[Parameter]) -> GradientNorms:
         """Return the norms of those of `owners` that have a gradient here; each has to be measured by itself."""
@@ -123,6 +153,7 @@ class HasGradient(Protocol):
     """What keeps the gradient of a parameter of which some entries train."""
 
     values: Parameter
+    freed: FreedGradient | None
 
     def gradient(self) -> Tensor | None: ...
 
@@ -152,21 +183,24 @@ class ModelGradient:
     def measure(self) -> GradientNorms:
         """Measure the norms of the gradients that there are, without reading them from the device."""
         owners, places = self._owners, self._places
+        gradients: list[Tensor | FreedGradient]
         gradients = [g for owner in owners if (g := owner.grad) is not None]
         if self._masks or len(gradients) < len(owners):
             owners, gradients = self._found()
             places = Places.of(gradients)
         # A small model feels every call: its vectors have few entries, which are copied faster than measured one by
         # one. Other devices than a CPU measure all of them by one call.
-        if self.each or not (len(places.vectors) > 1 and gradients[0].is_cpu):
+        if self.each or not (len(places.vectors) > 1 and _is_on_cpu(gradients[0])):
             return GradientNorms.of(owners, gradients)
         return GradientNorms.of_all(owners, gradients, places)
 
-    def _found(self) -> tuple[list[Parameter], list[Tensor]]:
-        """Return the parameters that have a gradient, and these; masks keep some elsewhere."""
+    def _found(self) -> tuple[list[Parameter], list[Tensor | FreedGradient]]:
+        """Return the parameters that have a gradient, and these; masks keep some elsewhere, and free others."""
         masks = self._masks or [None] * len(self._owners)
         pairs = zip(self._owners, masks, strict=True)
-        found = [(owner, owner.grad if m is None else m.gradient()) for owner, m in pairs]
+        found = [
+            (owner, owner.grad if m is None else m.freed or m.gradient()) for owner, m in pairs
+        ]
         held = [(owner, gradient) for owner, gradient in found if gradient is not None]
         return [owner for owner, _ in held], [gradient for _, gradient in held]
 
@@ -209,8 +243,24 @@ def _joined_norm(vectors: list[Tensor]) -> Tensor | None:
     return norm
 
 
-def _norms(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+def _is_on_cpu(gradient: Tensor | FreedGradient) -> bool:
+    return gradient.number.is_cpu if isinstance(gradient, FreedGradient) else gradient.is_cpu
+
+
+def _exact_norm(gradient: Tensor | FreedGradient) -> float:
+    return gradient.norm() if isinstance(gradient, FreedGradient) else exact_norm(gradient)
+
+
+def _norms(gradients: Sequence[Tensor | FreedGradient]) -> Sequence[Tensor]:
     """Return the norm of each gradient, 0-d, in float32 at least."""
+    held = [one for one in gradients if not isinstance(one, FreedGradient)]
+    if len(held) == len(gradients):
+        return _norms_of(held)
+    live = iter(_norms_of(held))
+    return [one.number if isinstance(one, FreedGradient) else next(live) for one in gradients]
+
+
+def _norms_of(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     if not gradients:
         return []
     # One call for all, which is felt by small models; the rare cases are found by its failure.
