@@ -20,9 +20,9 @@ mask sift on "stack.*" { density = 5% }
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 4) -> None:
         super().__init__()
-        self.stack = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.stack = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers))
         self.head = nn.Linear(WIDTH, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,6 +65,46 @@ def test_one_dense_gradient_is_alive_at_a_time(executor: Any) -> None:
     with DenseAlive(model) as counted:
         nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
     assert counted.most == 4
+
+
+@pytest.mark.parametrize("times", ["from 1 steps", "every 1 steps"])
+@pytest.mark.parametrize("executor", ["graph", "module"])
+def test_so_it_is_in_the_step_that_chooses(executor: Any, times: str) -> None:
+    """Beside a gradient there are its score, and where entries are finite: of one layer, however many there are."""
+    batch = (torch.randn(5, WIDTH), torch.randint(4, (5,)))
+    rule = SPEC.replace("{ density = 5% }", times + " { density = 5% }")
+    found = []
+    for layers in (9, 12):
+        torch.manual_seed(0)
+        model = Net(layers)
+        program = trainc.compile(rule, model, executor=executor)
+        program.step(batch)  # a graph is compared with the modules in it
+        with DenseAlive(model) as counted:
+            program.step(batch)
+        found.append(counted.most)
+        assert program.report().notes == ()
+    assert found[0] == found[1] < 9
+
+
+def test_micro_batches_are_summed_in_gradients_of_all_tensors() -> None:
+    """How many there are is known to a step, and not to a loop of one's own, which may go on with another."""
+    torch.manual_seed(0)
+    batch = (torch.randn(6, WIDTH), torch.randint(4, (6,)))
+    rule = SPEC.replace("{ density = 5% }", "every 1 steps { density = 5% }")
+    program = trainc.compile(rule, model := Net(9))
+
+    def by_hand() -> None:
+        program.loss(batch).backward()
+        program.update()
+
+    def in_two() -> None:
+        x, y = batch
+        program.step([(x[:3], y[:3]), (x[3:], y[3:])])
+
+    for step in (by_hand, in_two):
+        with DenseAlive(model) as counted:
+            step()
+        assert counted.most >= 9
 
 
 @pytest.mark.parametrize(

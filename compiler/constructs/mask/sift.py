@@ -64,9 +64,16 @@ class Sift(EntryMask, ChoosingMask):
     moments of 0, Rprop with steps of the rate. Only its count of steps is the tensor's, so that Adam corrects the bias
     of new moments as if they were old: with betas 0.9 and 0.999 an entry whose gradient stays the same moves by 3.2
     times the rate at first, and by up to 6.6 times, twelve steps later. While gradients are summed for a choice, the
-    entries of before train, and the dense gradients of all selected tensors are held at once; in other steps one is.
-    A choice by weights alone never needs them. Rows, columns and blocks are chosen by the L2 norm of their scores, with
-    `movement` and `smallest` by the mean.
+    entries of before train.
+
+    One dense gradient is held at a time, also in a step that chooses: entries are found as a gradient arrives, and
+    switched to after the update, unless the step is left out. It holds those of all selected tensors at once where a
+    choice needs them: with `scope = global`, `erk` or by spectra; in all but the last of `batches`, whose sums are held
+    besides; in a step of several micro-batches, which are summed, and in a loop of your own, which may have more of
+    them (`trainc run` and `program.step` know); with replicas; beside clauses that run passes before the step's; and of
+    tensors that a `noise_scale` measures, or that get their gradient in parts, as from a reentrant checkpoint, which a
+    note says. A choice by weights alone needs none. Rows, columns and blocks are chosen by the L2 norm of their scores,
+    with `movement` and `smallest` by the mean.
     """
 
     cite: ClassVar = (
