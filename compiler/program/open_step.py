@@ -95,14 +95,9 @@ class OpenStep:
         """What lets a step of a framework have fewer micro-batches than their losses are divided by."""
         self.watched = False
         """Whether every pass of the model in train mode is a micro-batch that a framework runs."""
-        own = (action for action in method.actions if isinstance(action, OwnOptimizer))
-        self._own_optimizer = next(own, None)
-        readers = [
-            *machine.around,
-            *asking,
-            *([self._own_optimizer] if self._own_optimizer else []),
-        ]
-        self._passes = StepPasses(execution, self._forget_pass, readers)
+        own = [action for action in method.actions if isinstance(action, OwnOptimizer)]
+        self._own_optimizer = next(iter(own), None)
+        self._passes = StepPasses(execution, self._forget_pass, (*machine.around, *asking, *own))
         self.id_readers = method.id_readers
         """The labels of the clauses that read sample ids: every step must then be given them."""
 
