@@ -23,7 +23,7 @@ class StepPasses:
     """
 
     def __init__(
-        self, execution: Execution, undo: Callable[[], None], readers: Sequence[object]
+        self, execution: Execution, undo: Callable[[Step], None], readers: Sequence[object]
     ) -> None:
         self._execution, self._undo = execution, undo
         self._waits = bool(readers)
@@ -47,7 +47,11 @@ class StepPasses:
                     return self._execution.run(batch, where)
             except ComesInParts as found:
                 self._waits = True
-                self._undo()
+                # What was counted and calibrated before the pass is not of it.
+                samples, tokens, calibrations = step.samples, step.tokens, dict(step.calibrations)
+                self._undo(step)
+                step.samples, step.tokens = samples, tokens
+                step.calibrations.update(calibrations)
                 rewind()
                 step.notes.append(_IN_PARTS.format(found))
         return self._execution.run(batch, where, scaler)

@@ -97,7 +97,8 @@ class OpenStep:
         """Whether every pass of the model in train mode is a micro-batch that a framework runs."""
         own = [action for action in method.actions if isinstance(action, OwnOptimizer)]
         self._own_optimizer = next(iter(own), None)
-        self._passes = StepPasses(execution, self._forget_pass, (*machine.around, *asking, *own))
+        readers = (*machine.around, *asking, *own)
+        self._passes = StepPasses(execution, self._forget_passes, readers)
         self.id_readers = method.id_readers
         """The labels of the clauses that read sample ids: every step must then be given them."""
 
@@ -316,20 +317,16 @@ class OpenStep:
 
         It stays open: the rules and rates of this step have been decided.
         """
-        self._forget_pass()
+        free_gradients(self.method)
+        self._buffers.restore()
         self._results.clear()
         self._loop.clear()
         self.own = None
-        step.calibrations.clear()
-        step.samples = step.tokens = 0
-
-    def _forget_pass(self) -> None:
-        """Leave nothing of a first pass that failed."""
-        free_gradients(self.method)
-        self._buffers.restore()
         self.execution.statistics.close()
         self.execution.sites.deactivate()
         self._forget_observations()
+        step.calibrations.clear()
+        step.samples = step.tokens = 0
 
     def _forget_observations(self) -> None:
         for observer in self.method.rewrite.observers:
