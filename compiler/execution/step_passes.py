@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -11,23 +11,29 @@ from trainc.compiler.model.undisturbed import random_states
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice
 from trainc.runtime.data.batch import Batch
 from trainc.runtime.mask.selected_entries import ComesInParts
+from trainc.runtime.step.machine import StepMachine
+from trainc.runtime.step.optimizer import OwnOptimizer
 from trainc.runtime.step.record import Step
 
 
 class StepPasses:
     """Runs the passes of steps, and lets masks free gradients early where nobody else wants them.
 
-    `readers` want those of all parameters. A reentrant checkpoint, and any function with a backward pass of its own,
-    may add to the gradient of a parameter several times in one pass. It is found when more comes: then `undo` is called
-    and the pass is run again with the same random numbers, and from then on masks wait for the end of the passes.
+    Clauses around the passes do, and so do an optimizer that asks for gradients and one of the user's own. A reentrant
+    checkpoint, and any function with a backward pass of its own, may add to the gradient of a parameter several times
+    in one pass. It is found when more comes: then `undo` is called and the pass is run again with the same random
+    numbers, and from then on masks wait for the end of the passes.
     """
 
     def __init__(
-        self, execution: Execution, undo: Callable[[Step], None], readers: Sequence[object]
+        self, execution: Execution, machine: StepMachine, undo: Callable[[Step], None]
     ) -> None:
         self._execution, self._undo = execution, undo
-        self._waits = bool(readers)
         method = execution.method
+        own = any(isinstance(action, OwnOptimizer) for action in machine.actions)
+        asking = any(part.asks for part in method.optimizers)
+        self._waits = own or asking or bool(machine.around)
+        """Whether others than masks want the gradients of all parameters, or they come in parts."""
         self._measured = frozenset([*execution.statistics.parameters, *method.batch_gradients])
         """The parameters whose gradients are read at the end of the passes."""
 

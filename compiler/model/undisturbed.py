@@ -143,6 +143,11 @@ class ChangingBuffers:
         self._settled = self._restored = False
         """Whether a step has shown which buffers change, and whether the last one was undone."""
 
+    @classmethod
+    def two(cls, model: nn.Module) -> tuple[ChangingBuffers, ChangingBuffers]:
+        """Return two of one model, which keep values of different times."""
+        return cls(model), cls(model)
+
     def keep(self) -> None:
         """Keep the values of now."""
         if self._places is None:

@@ -76,9 +76,8 @@ class OpenStep:
         """The step that was updated or skipped last."""
         self.history = TermHistory()
         self._results: list[MicroBatchResult] = []
-        self._buffers = ChangingBuffers(execution.module)
-        self._between = ChangingBuffers(execution.module)
-        """The buffers after the micro-batches that have run, for one that fails in a loop of the user's own."""
+        self._buffers, self._between = ChangingBuffers.two(execution.module)
+        """The buffers before the step, and after the micro-batches that have run: one of a loop by hand may fail."""
         entries = {n: mask.values for n, mask in method.masks.items() if mask.separate}
         self._loop = OwnLoop(execution.parameters, entries)
         self._opened: Step | None = None
@@ -95,10 +94,9 @@ class OpenStep:
         """What lets a step of a framework have fewer micro-batches than their losses are divided by."""
         self.watched = False
         """Whether every pass of the model in train mode is a micro-batch that a framework runs."""
-        own = [action for action in method.actions if isinstance(action, OwnOptimizer)]
-        self._own_optimizer = next(iter(own), None)
-        readers = (*machine.around, *asking, *own)
-        self._passes = StepPasses(execution, self._forget_passes, readers)
+        own = (action for action in method.actions if isinstance(action, OwnOptimizer))
+        self._own_optimizer = next(own, None)
+        self._passes = StepPasses(execution, machine, self._forget_passes)
         self.id_readers = method.id_readers
         """The labels of the clauses that read sample ids: every step must then be given them."""
 
@@ -157,8 +155,7 @@ class OpenStep:
                 for companion in self.method.evaluated_with.values():
                     companion.sources()  # raises for shards, before anything has changed
             if self.execution.follow_model(self.machine.actions, first_step=self.last is None):
-                self._buffers = ChangingBuffers(self.execution.module)
-                self._between = ChangingBuffers(self.execution.module)
+                self._buffers, self._between = ChangingBuffers.two(self.execution.module)
         self._replicas = replicas = self.execution.replicas
         if replicas is not None:
             refuse_join(self.execution.wrappers)
