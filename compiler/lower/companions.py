@@ -43,12 +43,11 @@ class CompanionAccess(ClauseAccess):
         modules of which a term reads `forward.captured_of` it. What trains is no companion: `adapt` adds it, and a term
         reads its parameters. Raises ValueError for sharded parameters, and for weights of another model.
         """
-        for entry in self.inventory.parameters:
-            if self.is_sharded(entry.name):
-                raise ValueError(
-                    f"it keeps a copy of the model, and `{entry.name}` is sharded over processes (FSDP2). Use"
-                    " DistributedDataParallel, or remove the clause"
-                )
+        self.refuse_shards(
+            (entry.name for entry in self.inventory.parameters),
+            "it keeps a copy of the model",
+            "Use DistributedDataParallel, or remove the clause",
+        )
         names = partial(self._held, None if parameters is None else frozenset(parameters))
         if weights is not None:
             weights = self._fitting(weights)

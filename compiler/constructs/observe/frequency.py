@@ -62,7 +62,8 @@ class Frequency(Construct):
     - `filter`: x is real, of any shape, at most 2000 samples; the low part of y is its mean over all samples with
       the weights exp(-|x_i - x_j|^2 / (2 width^2)), the high part is the rest, and the errors are relative L2 errors.
 
-    A probe of token ids is refused: none of the three has a meaning there.
+    A probe of token ids is refused: none of the three has a meaning there. Of several processes that average
+    gradients all report what the first one finds: running statistics of a batch norm are each process's own.
     """
 
     cite: ClassVar = (
@@ -241,6 +242,8 @@ class Spectrum(Action):
 
     def run(self, step: Step) -> None:
         self.last = self.construct.errors(self.probe, self._outputs(step))
+        if step.replicas is not None:  # running statistics are each process's own; rules read these
+            self.last = step.replicas.gather_rows(self.last)[0].tolist()
         for name, error in zip(self.probe.names, self.last, strict=True):
             if error < self.construct.threshold and name not in self.below:
                 self.below[name] = (

@@ -89,6 +89,8 @@ class Margin(Construct):
                 "layer",
                 f"`{weight}` is sharded over processes (FSDP2): remove `layer`, or use DistributedDataParallel",
             )
+        instead = "Remove `layer`, or use DistributedDataParallel"
+        to.refuse_shards((weight,), "`layer` reads its weight", instead)
         return weight
 
     def reference(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
