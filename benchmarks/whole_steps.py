@@ -29,7 +29,7 @@ from benchmarks.on_gpu.record import Row
 NEEDS = ("lark", "pydantic", "safetensors")
 """What compiling a spec imports beside torch and numpy."""
 SPEC = """train 1
-run { length = 100k steps, seed = 1, compile = %s }
+run { length = 100k steps, seed = 1, compile = %s, graphs = %s }
 loss cross_entropy
 optimizer adamw { lr = 1e-4, weight_decay = 0.1 }
 """
@@ -42,7 +42,7 @@ CLAUSES = {
 CHANGES_NO_STEP = ("gns on norms",)
 SIGNALS = ("gns.signal", "gns.noise")
 GRAPHS = ", graphs"
-"""Of a case: its compiled passes are replayed as CUDA graphs by inductor, where inductor finds nothing against it."""
+"""Of a case: its compiled passes are replayed as CUDA graphs, plain ones by inductor and ours by `graphs = true`."""
 FIRST = (PLAIN, "gns on norms", f"plain{GRAPHS}", f"gns on norms{GRAPHS}")
 CASES = (*FIRST, *(one for one in CLAUSES if one not in FIRST))
 SECONDS = 60.0
@@ -192,6 +192,11 @@ class Plain:
     measured: Mapping[str, float] = {}
     uncompiled: str | None = None
 
+    @property
+    def refused(self) -> int:
+        """How many graphs inductor found something against."""
+        return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
+
     def __init__(self, way: Way, model: nn.Module) -> None:
         self.way = way
         self.forward: Any = (
@@ -217,17 +222,16 @@ class Ours:
     def __init__(self, way: Way, case: str, model: nn.Module) -> None:
         import trainc
 
-        text = SPEC % ("off" if way.backend is None else "inductor") + CLAUSES[case]
+        graphs = "true" if way.graphs else "false"
+        text = SPEC % ("off" if way.backend is None else "inductor", graphs) + CLAUSES[case]
         executor: Any = "module" if way.backend is None else "auto"
         self.way, self.program = way, trainc.compile(text, model, executor=executor)
         self.measured: Mapping[str, float] = {}
         if (compiler := self.program.execution.compiler) is not None and way.backend is not None:
-            # Any callable is a backend to torch; the program's own is a name.
-            compiler.backend = _backend(way)
+            compiler.backend = way.backend
 
     def step(self, batch: Batch) -> float:
         """Train on a batch and return the loss of its targets."""
-        torch.compiler.cudagraph_mark_step_begin()
         with _autocast(self.way):
             metrics = self.program.step(batch)
         self.measured = {n: metrics[n] for n in SIGNALS if n in metrics}
@@ -238,6 +242,11 @@ class Ours:
         """Why nothing is compiled any more; None where all is."""
         compiler = self.program.execution.compiler
         return None if compiler is None else compiler.refused
+
+    @property
+    def refused(self) -> int:
+        """Whether no pass is replayed any more, as 0 or 1."""
+        return int(self.program.execution.replays.refused is not None)
 
 
 def _backend(way: Way) -> Any:
@@ -296,7 +305,7 @@ def _steps(device: Cuda, way: Way, shape: Shape, case: str, rounds: int) -> Json
         "peak bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "seconds of the first steps": round(first, 1),
         "uncompiled": step.uncompiled,
-        "graphs refused": int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]),
+        "graphs refused": step.refused,
     }
 
 

@@ -104,9 +104,9 @@ ROOMS = {
             "compiler/bind compiler/method compiler/passes runtime/step"
         ),
         "compiler/execution": (
-            "kernels/noise runtime/schedule runtime/storage runtime/data runtime/processes runtime/memory "
-            "runtime/soundness runtime/step runtime/mask compiler compiler/structure compiler/model compiler/method "
-            "compiler/graph compiler/layers compiler/passes compiler/per_example"
+            "kernels/library kernels/noise runtime/schedule runtime/storage runtime/data runtime/processes "
+            "runtime/memory runtime/soundness runtime/step runtime/mask compiler compiler/structure compiler/model "
+            "compiler/method compiler/graph compiler/layers compiler/patterns compiler/passes compiler/per_example"
         ),
         "compiler/program": (
             "runtime/schedule runtime/storage runtime/data runtime/processes runtime/memory runtime/soundness "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -73,6 +74,19 @@ def require_hardware(program: Program, hardware: Hardware, spec: Spec) -> None:
         usable_scaler(scaler, asking, program.execution.executor)
     except ValueError as error:
         raise _at(spec, "precision", error) from error
+
+
+def hardware_warnings(program: Program, hardware: Hardware, spec: Spec) -> Iterator[Diagnostic]:
+    """Yield a warning where the spec asks for CUDA graphs, and the hardware that was found has none."""
+    clause, device = spec.one("run"), hardware.device.type
+    assert clause is not None
+    run: Any = clause.construct
+    if not run.graphs or device == "cuda" or run.device in ("cpu", "mps"):  # then the plan says it
+        return
+    message = f"`graphs` has no effect: the run is on {device}, and only CUDA has CUDA graphs"
+    yield Diagnostic(
+        "no-effect", message, labels((clause.part_span("graphs"), "")), severity="warning"
+    )
 
 
 def _at(spec: Spec, field: str, error: Exception) -> SpecError:

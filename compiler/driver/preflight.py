@@ -38,7 +38,7 @@ def preflight_of(
     if world_size() > 1:  # a process may have a part of each tensor only: its first step tells
         needs = replace(needs, memory=tuple(replace(need, sure=False) for need in needs.memory))
     samples = program.fitting_size or program.micro_size
-    compiled = program.execution.compiler is not None
+    compiled = program.execution.compiler is not None or program.execution.replays.wanted
     found = Preflight(needs, length, hardware.device, out, samples, compiled=compiled)
     try:
         found.check()

@@ -13,7 +13,12 @@ from trainc.compiler.bind.report import labels
 from trainc.compiler.driver.adaptation import load_weights, origins, started_model
 from trainc.compiler.driver.compile import compile_with_data, require_clauses, resolve_spec
 from trainc.compiler.driver.distribution import Distribution
-from trainc.compiler.driver.hardware import hardware_of, placed, require_hardware
+from trainc.compiler.driver.hardware import (
+    hardware_of,
+    hardware_warnings,
+    placed,
+    require_hardware,
+)
 from trainc.compiler.driver.preflight import preflight_of, too_large
 from trainc.compiler.driver.recorded_clauses import shown_signals
 from trainc.compiler.driver.resume import cannot_resume, changed_run
@@ -95,8 +100,9 @@ def train(
             checked, path, hardware, distribution, without, executor, starts=not goes_on
         )
         shows = team.rank == 0 and not quiet
-        if program.plan.warnings and shows:
-            print(render_text(program.plan.warnings).strip("\n"), file=sys.stderr)
+        warnings = (*program.plan.warnings, *hardware_warnings(program, hardware, checked))
+        if warnings and shows:
+            print(render_text(warnings).strip("\n"), file=sys.stderr)
         stored = distribution.replicas
         takes = preflight_of(program, hardware, out, checked, stored) if preflight else None
         with _reported(program, checked, out), hardware.products():

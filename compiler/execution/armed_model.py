@@ -19,6 +19,7 @@ from trainc.compiler.execution.distributed import (
     refuse_tensor_parallel,
     replicas_of,
 )
+from trainc.compiler.execution.replayed import Replays
 from trainc.compiler.execution.scalars import noise_scalars, scheduled_scalars
 from trainc.compiler.layers.bound_modules import Sites, replace_layers
 from trainc.compiler.method.example_units import ExampleIndex, Groups
@@ -64,29 +65,24 @@ class ArmedModel:
         refuse_tensor_parallel(model)
         self.sites: Sites = replace_layers(model, method.rewrite)
         self.compiler = Compiler(self.sites.layers) if method.compiled else None
+        self.replays = Replays(model, wanted=method.replayed)
         self.masked = ReplicaEntries(model, method.masks)
         self.exchange_group: ReplicaGroup | None = None
         """The processes that this one exchanges with after steps; their gradients are their own."""
         self.statistics = Statistics(method, self.parameters, clock)
         # Of inputs without gradient a reentrant checkpoint gives results without one: nothing in it would be trained.
         self._freezes = bool(method.frozen or adapters_of(model))
-        more = method.batch_gradients or method.rewrite.observers or self._freezes
-        more = (
-            more
-            or self.losses.is_sum
-            or bool(self.losses.scalars)
-            or bool(method.rewrite.checkpointed or method.compiled)
-        )
-        self._unchanged = not (method.rewrite or method.rewrite.terms or more)
+        more = [method.batch_gradients, method.rewrite.observers, self._freezes, self.losses.is_sum]
+        more += [self.losses.scalars, method.rewrite.checkpointed, method.compiled, method.replayed]
+        self._unchanged = not (method.rewrite or method.rewrite.terms or any(more))
         self._counts = _counts_targets(method)
-        self._weighs_evaluations = self._looked = False
+        self._weighs_evaluations = self._looked = self._weights_checked = False
         self._settled = not any(isinstance(part.loss, UserLoss) for part in self.losses.parts)
         self.covered = not (method.rewrite or method.rewrite.checkpointed)
         """Whether a pass has shown that every site of the plan runs. Compiled code can run from then on."""
-        self.watched = self._checked = self._views_checked = False
+        self.watched = self._checked = self._views_checked = self._branches_checked = False
         self.drawn_apart: tuple[str, ...] = ()
         """Notes on what drew for each view apart in the last pass."""
-        self._branches_checked = self._weights_checked = False
         self.batch_norms = BatchNorms(model)
         self.whole = False
         """Whether no parameter is sharded, as the first step finds."""
@@ -203,6 +199,11 @@ class ArmedModel:
         with checkpoints, self.sites.in_pass() if rewrite else nullcontext():
             yield captured
         captured |= {module: keep.take() for module, keep in captures.items()}
+
+    def news(self, modules: str = "") -> tuple[str, ...]:
+        """Return what is to say of compiled and replayed passes; `modules` is why these ran a pass, "" for a graph."""
+        self.replays.explain(modules)
+        return (() if self.compiler is None else self.compiler.notes()) + self.replays.notes()
 
     def runs_without_targets(self, where: MicroBatchSlice) -> bool:
         """Say whether a micro-batch has no part in the loss but for terms over examples: then the modules run it."""

@@ -10,9 +10,10 @@ import torch
 
 from trainc.compiler.execution.distributed import first_shard
 from trainc.compiler.execution.execution import Execution
+from trainc.compiler.method.loss import require_loss
 from trainc.compiler.model.batch_statistics import batch_norms
 from trainc.compiler.model.undisturbed import in_mode, random_states
-from trainc.runtime.data.batch import Batch, Evaluated, copy_inputs, one_of
+from trainc.runtime.data.batch import Batch, Evaluated, copy_inputs, one_of, split_batch
 from trainc.runtime.memory.fitting import EvaluationSize
 from trainc.runtime.step.observer import EvaluationObservers
 
@@ -51,6 +52,32 @@ def estimate_statistics(
         )
 
 
+def evaluated(
+    execution: Execution, batch: Batch, observers: EvaluationObservers, size: int | None
+) -> Evaluated:
+    """Return the loss summed over the counted targets, their number, and metrics; see `Program.evaluate`.
+
+    The passes are of at most `size` examples each where it is given.
+    """
+    require_loss(execution.loss_fn)
+    execution.settle_for_evaluation(batch)
+    parts = split_batch(batch, size or 0)
+    found = [_pass(execution, execution.prepare(part), observers) for part in parts]
+    return found[0] if len(found) == 1 else execution.losses.joined(found, execution.clock)
+
+
+def _pass(execution: Execution, batch: Batch, observers: EvaluationObservers) -> Evaluated:
+    losses, targets = execution.losses, batch[1]
+    with in_mode(execution.module, training=False):
+        with execution.autocast():
+            read = losses.run(execution.module, batch)
+        if observers:
+            observers.see(execution.read(read.logits, batch))
+    losses.check_values(targets)
+    with execution.autocast(), losses.naming_classes([batch]):
+        return losses.evaluated(read.of, targets, execution.clock)
+
+
 class Evaluations:
     """Evaluates batches, and repeats those that run out of memory in smaller passes where the spec lets it."""
 
@@ -71,7 +98,7 @@ class Evaluations:
 
         def attempt(size: int | None) -> Evaluated:
             most = min(filter(None, (size, trained)), default=None)
-            return self.execution.evaluate(*batch, self.observers, most)
+            return evaluated(self.execution, batch, self.observers, most)
 
         def undo() -> None:
             forget()

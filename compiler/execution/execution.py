@@ -21,17 +21,15 @@ from trainc.compiler.graph.interface import Outputs
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.graph.trial import TrialResult, difference
 from trainc.compiler.layers.bound_model import BoundModel
-from trainc.compiler.method.loss import require_loss
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.model.eager import eager_operations
-from trainc.compiler.model.undisturbed import in_mode, own_generators, undisturbed
+from trainc.compiler.model.undisturbed import own_generators, set_own_generators, undisturbed
 from trainc.compiler.model.user_hooks import UserHooks
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice
-from trainc.runtime.data.batch import Batch, Evaluated, copy_inputs, one_of, split_batch
+from trainc.runtime.data.batch import Batch, copy_inputs, one_of
 from trainc.runtime.memory.failure import ran_out_of_memory
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.step.action import Action
-from trainc.runtime.step.observer import EvaluationObservers
 
 Executor = Literal["auto", "graph", "module"]
 _NOT_COMPARED = "the captured graph was not compared with the modules, which hold all logits and ran out of memory"
@@ -68,9 +66,9 @@ class Execution(ModuleRunner):
     ) -> MicroBatchResult:
         """Run forward and backward of a micro-batch, add to `.grad`, and return the results.
 
-        It runs as a graph where the executor is `graph`, or is `auto` and the forward pass is rewritten; by the bound
-        modules otherwise, with a `scaler` of the loss, and where no graph can run it: then the results have a note that
-        says why. Raises GraphRefused in the last case if the executor is `graph`.
+        It runs as a graph where the executor is `graph`, or is `auto` and the forward pass is rewritten or passes are
+        replayed; by the bound modules otherwise, with a `scaler` of the loss, and where no graph can run it: then the
+        results have a note that says why. Raises GraphRefused in the last case if the executor is `graph`.
         """
         whole = scaler is None and where.loss_weight == 1.0
         if whole and self.executor != "graph" and (done := self.run_unchanged(batch)) is not None:
@@ -86,35 +84,12 @@ class Execution(ModuleRunner):
                 if self.executor == "graph":
                     raise
                 notes = self._record_reason(error)
-        total, result = self.run_modules(batch, where)
+        why = "a GradScaler scales the loss" if scaler is not None else self.refused
+        total, result = self.run_modules(batch, where, why or self._why_modules())
         with nullcontext() if self.compiler is None else self.compiler.backward():
             (total if scaler is None else scaler.scale(total)).backward()
         result.total, result.notes = total.detach(), (*notes, *result.notes)
         return result
-
-    def evaluate(
-        self, inputs: Any, targets: Tensor, observers: EvaluationObservers, size: int | None
-    ) -> Evaluated:
-        """Return the loss summed over the counted targets, their number, and metrics; see `Program.evaluate`.
-
-        The passes are of at most `size` examples each where it is given.
-        """
-        require_loss(self.loss_fn)
-        self.settle_for_evaluation((inputs, targets))
-        parts = split_batch((inputs, targets), size or 0)
-        found = [self._evaluated(self.prepare(part), observers) for part in parts]
-        return found[0] if len(found) == 1 else self.losses.joined(found, self.clock)
-
-    def _evaluated(self, batch: Batch, observers: EvaluationObservers) -> Evaluated:
-        targets = batch[1]
-        with in_mode(self.module, training=False):
-            with self.autocast():
-                read = self.losses.run(self.module, batch)
-            if observers:
-                observers.see(self.read(read.logits, batch))
-        self.losses.check_values(targets)
-        with self.autocast(), self.losses.naming_classes([batch]):
-            return self.losses.evaluated(read.of, targets, self.clock)
 
     def follow_model(self, actions: Sequence[Action], *, first_step: bool) -> bool:
         """Take over what the user changed in the model since the last step, and return whether there is something.
@@ -141,6 +116,7 @@ class Execution(ModuleRunner):
         self._plain_values.forget()
         if self.compiler is not None:
             self.compiler.forget()
+        self.replays.forget()
         self.graphs.forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,21 +132,23 @@ class Execution(ModuleRunner):
         refused = None if accept else state["refused"]
         self.graphs.refused = None if refused is None else (str(refused[0]), str(refused[1]))
         self.load_compiled(state, accept=accept)
-        found = own_generators(self.module)
-        if len(found) != len(state["generators"]):
-            raise ValueError(
-                f"the model has {len(found)} random generators of its own, but the checkpoint has"
-                f" {len(state['generators'])}"
-            )
-        for generator, own in zip(found, state["generators"], strict=True):
-            generator.set_state(own)
+        set_own_generators(self.module, state["generators"])
 
     @property
     def _wants_graph(self) -> bool:
         if self.executor == "auto":
             alone = self.forward is self.module and not (self.wrappers or is_compiled(self.module))
-            return bool(self.rewrite) and self.module.training and alone
+            wanted = bool(self.rewrite) or self.replays.here(self.device)
+            return wanted and self.module.training and alone
         return self.executor == "graph"
+
+    def _why_modules(self) -> str:
+        """Return why no graph was wanted."""
+        if self.executor == "module":
+            return 'the program was compiled with `executor = "module"`'
+        if is_compiled(self.module):
+            return "your own code has compiled the model"
+        return self._reason_for_modules() or "a loss counts no target in a micro-batch"
 
     def _record_reason(self, error: GraphRefused) -> tuple[str, ...]:
         """Keep the reason why modules run, and return the notes that say it: none the second time."""
@@ -228,7 +206,7 @@ class Execution(ModuleRunner):
             raise GraphRefused("the modules run micro-batches whose `loss_weight` is 0")
         graph = self._trusted(batch, where)
         scalars = self._graph_scalars(batch, where)
-        out = self._run_compiled(graph, batch, scalars, early=True)
+        out = self._run_compiled(graph, batch, scalars, adds=True)
         self.covered = True
         for name, gradient in out.grads.items():
             if gradient is not None:
@@ -240,21 +218,35 @@ class Execution(ModuleRunner):
             views = self.rewrite.views
             self.observe(self.read(out.logits, batch, scalars, views, out.captured), where)
         result = self._result(batch, where, out.loss, terms)
-        result.notes = self.graphs.notes()
-        if self.compiler is not None:
-            result.notes += self.compiler.notes()
+        result.notes = self.graphs.notes() + self.news()
         self.statistics.record_graph(result, out.probes, out.grads)
         return out.total, result
 
     def _run_compiled(
-        self, graph: StepGraph, batch: Batch, scalars: Mapping[str, Tensor], *, early: bool = False
+        self, graph: StepGraph, batch: Batch, scalars: Mapping[str, Tensor], *, adds: bool = False
     ) -> Outputs:
-        """Return what a graph computes, by compiled code where the spec asks; masks may get their gradients early."""
+        """Return what a graph computes, by compiled code and by replays where the spec asks.
+
+        With `adds` gradients are added to those there are, and masks may get theirs early.
+        """
+
+        def run(forward: Any) -> Outputs:
+            replayed = self.replays.around(
+                graph, forward, partial(self._dtypes, batch), self._to_add if adds else tuple
+            )
+            if adds and self.compiler is None and replayed is None:
+                return graph.run(batch, scalars, take=self.method.taken_early)
+            return graph.run(batch, scalars, replayed or forward)
+
         if self.compiler is None:
-            return graph.run(batch, scalars, take=self.method.taken_early if early else None)
+            return run(graph.forward)
         state = state_of("the step graph", self.module, batch, self.rewrite)
-        run = partial(graph.run, batch, scalars)
         return self.compiler.run(graph.forward, state, self.kept_state, run)
+
+    def _to_add(self) -> set[str]:
+        """Return which of a graph's outputs are gradients that are added to others, and kept by nobody."""
+        has = (name for name, p in self.parameters.items() if p.grad is not None)
+        return {f"grad:{name}" for name in has if name not in self.method.masks}
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
         """Accumulate a parameter's gradient where the optimizer reads it."""
@@ -320,12 +312,14 @@ class Execution(ModuleRunner):
                 raise
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise GraphRefused("the captured graph fails when it runs", what) from error
-        dtypes = {p.dtype for p in self.parameters.values()}
-        device = one_of(batch[1]).device.type
-        if torch.is_autocast_enabled(device):
-            dtypes.add(torch.get_autocast_dtype(device))
-        if (gap := difference(found, modules, dtypes)) is not None:
+        if (gap := difference(found, modules, self._dtypes(batch))) is not None:
             raise GraphRefused("the captured graph computes something else than the modules", gap)
+
+    def _dtypes(self, batch: Batch) -> set[torch.dtype]:
+        """Return the dtypes of a pass: of its parameters, and autocast's."""
+        device = one_of(batch[1]).device.type
+        casts = {torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set()
+        return casts | {p.dtype for p in self.parameters.values()}
 
     def trial(
         self, batch: Batch, executor: Literal["graph", "module"], strength: float | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from trainc.compiler.execution.armed_model import ArmedModel
 from trainc.compiler.execution.compiled import state_of
 from trainc.compiler.execution.distributed import refuse_shards
+from trainc.compiler.execution.replayed import OWN_LOOP
 from trainc.compiler.execution.scalars import read_by_terms
 from trainc.compiler.graph.step_graph import no_autocast
 from trainc.compiler.graph.trial import TrialResult
@@ -42,12 +43,7 @@ from trainc.compiler.per_example.preconditions import (
     check_views,
 )
 from trainc.compiler.per_example.residual_branches import check_branches
-from trainc.runtime.data.batch import (
-    Batch,
-    copy_inputs,
-    one_of,
-    split_batch,
-)
+from trainc.runtime.data.batch import Batch, copy_inputs, one_of, split_batch
 from trainc.runtime.step.record import CalibrationSample
 from trainc.runtime.step.replicas import Replicas
 
@@ -75,8 +71,10 @@ class ModuleRunner(ArmedModel):
         value = loss.detach()
         return MicroBatchResult(None, value, {}, total=value)
 
-    def run_modules(self, batch: Batch, where: MicroBatchSlice) -> tuple[Tensor, MicroBatchResult]:
-        """Return the loss to differentiate, and the micro-batch's results, complete after the backward pass."""
+    def run_modules(
+        self, batch: Batch, where: MicroBatchSlice, why: str = OWN_LOOP
+    ) -> tuple[Tensor, MicroBatchResult]:
+        """Return the loss to differentiate, and results that are complete after its backward pass; `why` by modules."""
         whose = "a micro-batch's or replica's own"
         instead = "measure gradients of examples, which needs no such gradient"
         refuse_shards(whose, self.statistics.batch_gradients, self.parameters, instead)
@@ -100,8 +98,7 @@ class ModuleRunner(ArmedModel):
         result = self._result(batch, where, loss, terms)
         result.notes = () if self.watched else self.drawn_apart
         self.watched |= self._shares
-        if self.compiler is not None:
-            result.notes += self.compiler.notes()
+        result.notes += self.news(why)
         if self.statistics.wanted:
             result.probes = self.sites.probes()
             result.synchronised = self.exchanges_now

@@ -49,12 +49,40 @@ def difference(
     )
 
 
-def _worst(
-    got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None], allowed: float
+def disagreement(
+    got: Mapping[str, Tensor | None],
+    want: Mapping[str, Tensor | None],
+    dtypes: Iterable[torch.dtype],
 ) -> str | None:
-    """Return the name of the tensor that differs most; None where none differs by more than is allowed."""
+    """Return the name of the result of one pass that differs most in another of the same; None where rounding explains.
+
+    Results whose names begin alike up to a colon are compared as of one size. Entries that are not finite must be the
+    same.
+    """
+    allowed = max((_ALLOWED.get(dtype, 0.1) for dtype in dtypes), default=0.1)
+    groups: dict[str, list[str]] = {}
+    for name in want:
+        groups.setdefault(name.partition(":")[0], []).append(name)
+    found = (
+        _worst({n: got.get(n) for n in names}, {n: want[n] for n in names}, allowed, finite=True)
+        for names in groups.values()
+    )
+    return next(filter(None, found), None)
+
+
+def _worst(
+    got: Mapping[str, Tensor | None],
+    want: Mapping[str, Tensor | None],
+    allowed: float,
+    *,
+    finite: bool = False,
+) -> str | None:
+    """Return the name of the tensor that differs most; None where none differs by more than is allowed.
+
+    With `finite` entries that are not finite in both are left out.
+    """
     names = list(dict.fromkeys([*want, *got]))
-    pairs = [_norms(got.get(name), want.get(name)) for name in names]
+    pairs = [_norms(got.get(name), want.get(name), finite=finite) for name in names]
     if not pairs:
         return None
     gaps, norms = torch.stack(pairs).unbind(1)
@@ -64,7 +92,7 @@ def _worst(
     return names[worst] if relative[worst] > allowed else None
 
 
-def _norms(got: Tensor | None, want: Tensor | None) -> Tensor:
+def _norms(got: Tensor | None, want: Tensor | None, *, finite: bool) -> Tensor:
     """Return the norm of the difference and of what is wanted, on the CPU in float64; None counts as zeros."""
     like = want if got is None else got
     if like is None:
@@ -72,6 +100,9 @@ def _norms(got: Tensor | None, want: Tensor | None) -> Tensor:
     one, two = (_dense(tensor, like) for tensor in (got, want))
     if not _comparable(one, two):
         return torch.tensor([torch.inf, 1.0], dtype=torch.float64)
+    if finite:
+        same = (one == two) | (one.isnan() & two.isnan())
+        one, two = (x.masked_fill(same & ~x.isfinite(), 0) for x in (one, two))
     return torch.stack([(one - two).norm(), two.norm()]).double().cpu()
 
 

@@ -172,6 +172,10 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
         """Let torch compile the modules of the model, for the passes that `step` and `loss` of a program run."""
         self._method.compiled = True
 
+    def replay_passes(self) -> None:
+        """Let passes of step graphs be recorded and replayed as CUDA graphs, in what `step` of a program runs."""
+        self._method.replayed = True
+
     def clip(self, limit: float) -> None:
         """Scale the gradients of all optimizers down to an L2 norm of at most `limit`, all together, in every step."""
         self.refuse_times("the gradients of the whole run are clipped", "from", "until", "every")

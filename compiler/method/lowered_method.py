@@ -151,6 +151,8 @@ class LoweredMethod:
     actions: list[Action] = field(default_factory=list)
     compiled: bool = False
     """Whether torch compiles the modules."""
+    replayed: bool = False
+    """Whether the passes of step graphs are recorded and replayed where the device can do it."""
     clip: float | None = None
     """The L2 norm that the gradients of all optimizers together are scaled down to; None to leave them."""
     model_gradient: ModelGradient = field(default_factory=ModelGradient)

@@ -113,6 +113,17 @@ def own_generators(model: nn.Module) -> list[torch.Generator]:
     return [*found.values()]
 
 
+def set_own_generators(model: nn.Module, states: Sequence[Tensor]) -> None:
+    """Give the generators that `own_generators` finds their states; raises ValueError for another number of them."""
+    found = own_generators(model)
+    if len(found) != len(states):
+        raise ValueError(
+            f"the model has {len(found)} random generators of its own, but the checkpoint has {len(states)}"
+        )
+    for generator, state in zip(found, states, strict=True):
+        generator.set_state(state)
+
+
 @contextmanager
 def keep_buffers(model: nn.Module) -> Iterator[None]:
     """Give buffers, such as running means, their values back afterwards, also where a pass puts new tensors there."""

@@ -6,6 +6,7 @@ from trainc.compiler.bind.binding import Binding
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.plan import parameter_tables, plan_tables, schedule_tables, site_tables
 from trainc.compiler.plan.plan import Plan
+from trainc.compiler.plan.replays import replay_warnings
 
 
 def make_plan(binding: Binding, method: LoweredMethod) -> Plan:
@@ -31,5 +32,5 @@ def make_plan(binding: Binding, method: LoweredMethod) -> Plan:
         sites=tuple(site_tables.site_rows(binding, method)),
         kernels=tuple(site_tables.kernel_rows(method)),
         memory=tuple(plan_tables.memory_rows(binding, method)),
-        warnings=binding.warnings,
+        warnings=(*binding.warnings, *replay_warnings(binding, method)),
     )

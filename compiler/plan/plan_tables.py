@@ -9,9 +9,10 @@ from typing import Any
 from trainc.compiler.bind.binding import Binding
 from trainc.compiler.bind.effects import step_order
 from trainc.compiler.method.lowered_method import LoweredMethod
-from trainc.compiler.method.sites import MeasuredSite, Rewrite
+from trainc.compiler.method.sites import MeasuredSite
 from trainc.compiler.model.inventory import Inventory
 from trainc.compiler.plan.plan import Row
+from trainc.compiler.plan.replays import replayed_text
 from trainc.compiler.plan.schedule_tables import batch_row
 from trainc.dsl.reading.construct import PHASES
 from trainc.dsl.text.vocabulary import ROLES
@@ -155,7 +156,8 @@ def settings_row(binding: Binding, method: LoweredMethod) -> Row:
         "gradients": _gradients(binding, method),
         "sizes": _sizes(binding),
         **({"division": divided} if divided else {}),
-        **({"compiled": _compiled_part(method.rewrite)} if method.compiled else {}),
+        **({"compiled": _compiled_part(method)} if method.compiled else {}),
+        **({"graphs": replayed_text(method)} if method.replayed else {}),
         **({"checkpointed": again} if (again := method.rewrite.checkpointed) else {}),
         **({"processes": dict(apart)} if (apart := method.process_dependence) else {}),
         **({"replicas": text} if (text := _replicas(binding)) else {}),
@@ -176,10 +178,13 @@ def _replicas(binding: Binding) -> str | None:
     )
 
 
-def _compiled_part(rewrite: Rewrite) -> str:
+def _compiled_part(method: LoweredMethod) -> str:
     """Return what is compiled where the model can be captured: what runs the steps."""
-    graph = bool(rewrite) and rewrite.modules_only is None
-    return "the step graph" if graph else "the modules"
+    if method.rewrite.modules_only is not None:
+        return "the modules"
+    if method.rewrite:
+        return "the step graph"
+    return "the step graph on CUDA, elsewhere the modules" if method.replayed else "the modules"
 
 
 def _division(binding: Binding) -> dict[str, str]:

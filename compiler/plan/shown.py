@@ -48,8 +48,9 @@ def hardware_text(plan: Plan) -> str | None:
         return None
     part = plan.settings.get("compiled")
     compiled = f"; {run['compile']} compiles {part}" if part else ""
+    graphs = f"; CUDA graphs {replayed}" if (replayed := plan.settings.get("graphs")) else ""
     products = f", {run['matmul']} precision of float32 products" if run["matmul"] else ""
-    return f"`trainc run`: device {run['device']}, precision {run['precision']}{products}{compiled}"
+    return f"`trainc run`: device {run['device']}, precision {run['precision']}{products}{compiled}{graphs}"
 
 
 def checkpoints_text(plan: Plan) -> str | None:

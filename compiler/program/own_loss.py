@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainc.compiler.errors import SiteError
 from trainc.compiler.execution.execution import Execution
+from trainc.compiler.execution.replayed import OWN_LOOP
 from trainc.compiler.execution.replica_shares import Part
 from trainc.compiler.execution.scalars import read_by_terms
 from trainc.compiler.method.example_units import ExampleIndex
@@ -154,6 +155,7 @@ class OwnLoss:
         if runs.compiler is not None and not self._told:
             self._told = True
             result.notes += (_NOT_COMPILED,)
+        result.notes += runs.news(OWN_LOOP)
         if runs.statistics.wanted:
             runs.statistics.weigh_rows(result, own.weights, own.where.loss_weight)
             result.probes = runs.sites.probes()

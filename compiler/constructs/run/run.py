@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from trainc.dsl.reading.construct import Construct, Duration, Effect, ModuleSelector, Period
+from trainc.dsl.reading.construct import (
+    Construct,
+    Duration,
+    Effect,
+    ModuleSelector,
+    Period,
+    Problem,
+)
 
 if TYPE_CHECKING:
+    from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
 
 
@@ -18,7 +27,7 @@ class Run(Construct):
     The order of the data and all random numbers are functions of the seed and the clock, so a
     resumed run equals an uninterrupted one bit for bit. `device`, `precision` and `matmul` are for
     `trainc run`: in a loop of your own the model stays where you put it, and `torch.autocast` around
-    the loop is yours. `clip`, `compile` and `checkpoint_activations` hold there, too. On another device
+    the loop is yours. `clip`, `compile`, `graphs` and `checkpoint_activations` hold there, too. On another device
     numbers differ by rounding, and so do those that the model draws at random, such as dropout.
     """
 
@@ -59,6 +68,11 @@ class Run(Construct):
         default="off",
         description="`inductor` compiles the step graph, or the modules where none runs, by torch.compile; numbers"
         " differ from those of `off` by rounding",
+    )
+    graphs: bool = Field(
+        default=False,
+        description="whether passes of the step graph are replayed as CUDA graphs, each kind from its third on, so that"
+        " no kernel is launched by itself; gradients are held twice. On other devices it has no effect",
     )
     checkpoint_activations: ModuleSelector | None = Field(
         default=None,
@@ -124,15 +138,33 @@ class Run(Construct):
             )
         return self
 
+    def validate_targets(self, bound: Targets) -> Iterable[Problem]:
+        """Warn of CUDA graphs where this clause keeps all passes from being replayed."""
+        if not self.graphs:
+            return
+        if self.device in ("cpu", "mps"):
+            message = (
+                f"`graphs` has no effect with `device = {self.device}`: only CUDA has CUDA graphs"
+            )
+            yield Problem("no-effect", message, "graphs", severity="warning")
+        elif self.precision == "fp16":
+            message = (
+                "`graphs` has no effect with `precision = fp16`, whose GradScaler runs the modules"
+            )
+            help_ = "write `precision = bf16`, which scales no loss"
+            yield Problem("no-effect", message, "graphs", help=help_, severity="warning")
+
     def performs(self, effect: Effect) -> bool:
         """Say whether this clause performs an effect: it clips only when asked to."""
         return self.clip is not None
 
     def lower(self, to: Lowering) -> None:
-        """Clip, compile and checkpoint activations where asked to; the loop reads the other settings."""
+        """Clip, compile, replay and checkpoint activations where asked to; the loop reads the other settings."""
         if self.clip is not None:
             to.clip(self.clip)
         if self.compile == "inductor":
             to.compile_modules()
+        if self.graphs:
+            to.replay_passes()
         if self.checkpoint_activations is not None:
             to.checkpoint_activations("checkpoint_activations", self.checkpoint_activations)

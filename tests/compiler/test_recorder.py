@@ -1,0 +1,199 @@
+"""What records CUDA graphs, by a stand-in for torch's CUDA; and what of a graph no recording can keep."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from trainc.compiler.execution.recorded_pass import WrittenBuffers, copies
+from trainc.compiler.execution.recorder import CudaRecorder
+from trainc.compiler.graph.trial import disagreement
+from trainc.compiler.patterns.replayable import host_draws, host_reads, written
+
+
+class State:
+    """A generator's state, and the graphs that are registered with it."""
+
+    def __init__(self) -> None:
+        self.captured = False
+        self.graphs: list[Graph] = []
+
+
+class Generator:
+    def __init__(self) -> None:
+        self.state = State()
+
+    def graphsafe_get_state(self) -> State:
+        return self.state
+
+    def graphsafe_set_state(self, state: Any) -> None:
+        self.state = getattr(state, "state", state)
+
+    def clone_state(self) -> Generator:
+        return Generator()
+
+
+class Graph:
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class Cuda:
+    """torch.cuda of one device: captures mark the generator's state, and `fails` says which of them fail."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, fails: set[int]) -> None:
+        self.generator, self.fails = Generator(), fails
+        self.pools: list[Any] = []
+        self.left: list[Any] = []
+        self.streams = ["own"]
+        self.captures = 0
+        for name, stand_in in {
+            "Stream": lambda device: "side", "graph_pool_handle": lambda: (0, 1), "CUDAGraph": Graph,
+            "current_device": lambda: 0, "default_generators": [self.generator],
+            "device": lambda device: nullcontext(), "current_stream": lambda: self.streams[-1],
+            "stream": self.stream, "graph": self.graph,
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, stand_in)
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", self.leave, raising=False)
+
+    def leave(self, device: int, pool: Any) -> None:
+        self.left.append(pool)
+
+    @contextmanager
+    def stream(self, stream: str) -> Any:
+        depth = len(self.streams)
+        self.streams.append(stream)
+        try:
+            yield
+        finally:
+            del self.streams[depth:]
+
+    def graph(
+        self, graph: Graph, pool: Any, stream: str, mode: str
+    ) -> AbstractContextManager[None]:
+        assert mode == "thread_local"
+        self.pools.append(pool)
+        return self.capture(graph, stream)
+
+    @contextmanager
+    def capture(self, graph: Graph, stream: str) -> Any:
+        """As torch's: what fails leaves the stream, and the generator's state, as a capture has them."""
+        state = self.generator.state
+        self.captures += 1
+        state.captured = True
+        self.streams.append(stream)
+        yield
+        if self.captures in self.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        state.captured = False
+        state.graphs.append(graph)
+        self.streams.pop()
+
+
+def test_every_graph_is_registered_with_the_devices_own_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = Cuda(monkeypatch, fails=set())
+    own, recorder = cuda.generator.state, CudaRecorder(torch.device("cuda", 0))
+    made = [recorder.record(lambda: [torch.ones(1)]) for _ in range(2)]
+    assert cuda.generator.state is own
+    assert len(own.graphs) == 2
+    assert set(cuda.pools) == {(0, 1)}
+    for one in made:
+        one.replay()
+    assert [graph.replays for graph in own.graphs] == [1, 1]
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_capture_that_fails_leaves_random_numbers_stream_and_pool(
+    fails: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = Cuda(monkeypatch, fails={fails})
+    own, recorder = cuda.generator.state, CudaRecorder(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="during capture"):
+        recorder.record(lambda: [torch.ones(1)])
+    assert not cuda.generator.state.captured
+    assert (cuda.generator.state is own) == (fails == 1)  # else it was captured, and is not usable
+    assert cuda.streams == ["own"]
+    assert cuda.left == [(0, 1)]
+
+
+# what no recording keeps
+
+
+def traced(function: Any, *given: Tensor) -> torch.fx.Graph:
+    return make_fx(function, tracing_mode="fake")(*given).graph
+
+
+NUMBERS, IDS = torch.ones(4), torch.tensor([0, 2])
+
+
+def test_what_the_host_reads_is_found() -> None:
+    assert host_reads(traced(lambda x, ids: x[ids] + x.cumsum(0)[:2], NUMBERS, IDS)) == []
+    assert host_reads(traced(lambda x: x.clone().index_put_((x > 0,), x.sum()), NUMBERS)) == []
+
+    def puts(x: Tensor) -> Tensor:
+        return x.clone().index_put_((x > 0,), x)
+
+    assert host_reads(traced(puts, NUMBERS)) == ["aten.index_put_.default"]
+    square = torch.eye(2)
+    assert host_reads(traced(torch.linalg.inv, square)) == ["aten._linalg_check_errors.default"]
+
+
+def test_what_the_host_draws_is_found() -> None:
+    graph = traced(lambda x: x + torch.rand(4), NUMBERS)
+    assert host_draws(graph, "cpu") == []
+    assert host_draws(graph, "cuda") == ["aten.rand.default"]
+    assert host_draws(traced(lambda x: x * 2, NUMBERS), "cuda") == []
+
+
+def test_writes_to_inputs_are_found_also_through_views() -> None:
+    assert written(traced(lambda x: x.clone().mul_(2), NUMBERS)) == []
+    (found,) = written(traced(lambda x, y: x[1:].mul_(2) + y[1:], NUMBERS.clone(), NUMBERS))
+    assert found.op == "placeholder"
+
+
+def test_buffers_that_change_are_found_and_given_back() -> None:
+    norm = nn.BatchNorm1d(2)
+    tensors = dict(norm.state_dict(keep_vars=True)) | {"constant": torch.tensor([float("nan"), 1])}
+    buffers = WrittenBuffers(tensors, [])
+    before = buffers.clones()
+    norm(torch.randn(3, 2))
+    buffers.find_changed(before)
+    assert sorted(buffers.changed) == ["num_batches_tracked", "running_mean", "running_var"]
+    buffers.restore(before)
+    assert torch.equal(norm.get_buffer("running_mean"), torch.zeros(2))
+    assert sorted(buffers.clones()) == sorted(buffers.changed)
+
+
+def test_copies_share_nothing_but_what_is_lent() -> None:
+    one, wide = torch.ones(3), torch.ones(1).expand(3)
+    sparse = torch.eye(3).to_sparse()
+    found = copies([one, None, wide, sparse, one], [True, False, False, False, False])
+    assert found[0] is one
+    assert found[1] is None
+    assert all(
+        new is not None and new.data_ptr() != old.data_ptr()
+        for new, old in ((found[2], wide), (found[4], one))
+    )
+    assert found[3] is not None
+    assert torch.equal(found[3].to_dense(), torch.eye(3))
+
+
+def test_results_disagree_beyond_rounding_alone() -> None:
+    bad = float("nan")
+    want = {"total": torch.tensor(1.0), "grad:a": torch.tensor([1.0, bad]), "grad:b": None}
+    near = {"total": torch.tensor(1.0001), "grad:a": torch.tensor([1.0, bad]), "grad:b": None}
+    assert disagreement(near, want, [torch.float32]) is None
+    assert disagreement(near, want, [torch.float64]) == "total"
+    other = want | {"grad:a": torch.tensor([1.0, 2.0])}
+    assert disagreement(other, want, [torch.float32]) == "grad:a"
+    assert disagreement(want | {"grad:b": torch.ones(1)}, want, [torch.float32]) == "grad:b"
