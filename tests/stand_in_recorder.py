@@ -60,7 +60,7 @@ class StandIn:
 
     def watching(self) -> AbstractContextManager[Any]:
         """Refuse what the host reads inside this block."""
-        return HostReads() if self.watches else nullcontext()
+        return HostReads() if self.watches else nullcontext()  # type: ignore[no-untyped-call]
 
     def replay_of(self, run: Run, outputs: Sequence[Tensor | None]) -> Callable[[], None]:
         """Return what replays a pass."""

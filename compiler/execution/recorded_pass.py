@@ -17,18 +17,18 @@ class RecordedPass:
 
     def __init__(self, graph: StepGraph, given: Sequence[Tensor]) -> None:
         assert graph.interface is not None
-        tensors = tensors_of(graph)
+        self._tensors = tensors_of(graph)
         self._names = graph.interface.outputs
         self._of_batch = len(graph.interface.ports)
-        self._model = [*tensors.values()]
-        writing = [str(node.target) for node in written(graph.graph) if node.op == "get_attr"]
-        self.buffers = WrittenBuffers(tensors, writing)
+        self._model = [*self._tensors.values()]
+        self._writing = [str(one.target) for one in written(graph.graph) if one.op == "get_attr"]
         self.recording: Recording | None = None
         self._always_copied: set[int] = set()
         self._begin(given)
 
     def _begin(self, given: Sequence[Tensor]) -> None:
         self.recording = None
+        self.buffers = WrittenBuffers(self._tensors, self._writing)
         self._places = [tensor.data_ptr() for tensor in self._model]
         # Constants of a method are the same tensors each time, and may be as large as the model: they are not copied.
         self._standing = {

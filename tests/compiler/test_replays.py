@@ -107,7 +107,7 @@ class Small(nn.Module):
 class Normed(Small):
     def __init__(self) -> None:
         super().__init__()
-        self.norm: nn.Module = nn.BatchNorm1d(6)
+        self.norm = nn.BatchNorm1d(6)  # type: ignore[assignment]
 
 
 class Tied(nn.Module):
@@ -305,8 +305,8 @@ def test_weights_that_moved_are_recorded_again() -> None:
         if step == 3:
             weight.data = weight.data.clone()
 
-    got, notes = trained(ON, 7, change=move)
-    assert_equal(got.module, trained(OFF, 7)[0].module)
+    got, notes = trained(ON, 7, Normed, change=move)
+    assert_equal(got.module, trained(OFF, 7, Normed)[0].module)
     assert_replayed(got)
     (again,) = [note for note in notes if "is recorded again" in note]
     assert "moved in memory (1 of at most 8 times)" in again
@@ -329,7 +329,7 @@ def test_a_replaced_module_is_recorded_anew() -> None:
     def replace(step: int, program: trainc.Program) -> None:
         if step == 3:
             drop = nn.Dropout(0.5)
-            program.module.drop = drop  # type: ignore[assignment]
+            program.module.drop = drop
 
     got, notes = trained(ON, 7, change=replace)
     assert_equal(got.module, trained(OFF, 7, change=replace)[0].module)
