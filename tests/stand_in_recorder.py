@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainc.compiler.execution.recorder import Recording, Run
+from trainc.compiler.replay.recorder import Recording, Run
 
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 

@@ -103,15 +103,16 @@ ROOMS = {
             "compiler/model "
             "compiler/bind compiler/method compiler/passes runtime/step"
         ),
+        "compiler/replay": "kernels/library runtime/memory compiler compiler/model compiler/graph compiler/patterns",
         "compiler/execution": (
-            "kernels/library kernels/noise runtime/schedule runtime/storage runtime/data runtime/processes "
+            "kernels/noise runtime/schedule runtime/storage runtime/data runtime/processes "
             "runtime/memory runtime/soundness runtime/step runtime/mask compiler compiler/structure compiler/model "
-            "compiler/method compiler/graph compiler/layers compiler/patterns compiler/passes compiler/per_example"
+            "compiler/method compiler/graph compiler/replay compiler/layers compiler/passes compiler/per_example"
         ),
         "compiler/program": (
             "runtime/schedule runtime/storage runtime/data runtime/processes runtime/memory runtime/soundness "
             "runtime/step runtime/companion runtime/run compiler compiler/structure compiler/model compiler/method "
-            "compiler/graph compiler/layers compiler/per_example compiler/plan compiler/execution"
+            "compiler/graph compiler/replay compiler/layers compiler/per_example compiler/plan compiler/execution"
         ),
         "compiler/driver": (
             "compiler/method dsl/text dsl/values dsl/reading dsl/resolve runtime/schedule runtime/storage runtime/data "

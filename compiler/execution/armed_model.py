@@ -19,7 +19,6 @@ from trainc.compiler.execution.distributed import (
     refuse_tensor_parallel,
     replicas_of,
 )
-from trainc.compiler.execution.replayed import Replays
 from trainc.compiler.execution.scalars import noise_scalars, scheduled_scalars
 from trainc.compiler.layers.bound_modules import Sites, replace_layers
 from trainc.compiler.method.example_units import ExampleIndex, Groups
@@ -35,6 +34,7 @@ from trainc.compiler.per_example.loss_counting import settle
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice
 from trainc.compiler.per_example.mixing import BatchNorms
 from trainc.compiler.per_example.statistics import Statistics
+from trainc.compiler.replay.replayed import Replays
 from trainc.compiler.structure.wrappers import name_through, unwrapped
 from trainc.runtime.data.batch import Batch, one_of
 from trainc.runtime.mask.replica_entries import ReplicaEntries

@@ -14,7 +14,6 @@ from torch import Tensor
 from trainc.compiler.execution.armed_model import ArmedModel
 from trainc.compiler.execution.compiled import state_of
 from trainc.compiler.execution.distributed import refuse_shards
-from trainc.compiler.execution.replayed import OWN_LOOP
 from trainc.compiler.execution.scalars import read_by_terms
 from trainc.compiler.graph.step_graph import no_autocast
 from trainc.compiler.graph.trial import TrialResult
@@ -43,6 +42,7 @@ from trainc.compiler.per_example.preconditions import (
     check_views,
 )
 from trainc.compiler.per_example.residual_branches import check_branches
+from trainc.compiler.replay.replayed import OWN_LOOP
 from trainc.runtime.data.batch import Batch, copy_inputs, one_of, split_batch
 from trainc.runtime.step.record import CalibrationSample
 from trainc.runtime.step.replicas import Replicas

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from trainc.compiler.errors import SiteError
 from trainc.compiler.execution.execution import Execution
-from trainc.compiler.execution.replayed import OWN_LOOP
 from trainc.compiler.execution.replica_shares import Part
 from trainc.compiler.execution.scalars import read_by_terms
 from trainc.compiler.method.example_units import ExampleIndex
@@ -23,6 +22,7 @@ from trainc.compiler.method.term import Forward, Term, add_terms
 from trainc.compiler.per_example.micro_batch import MicroBatchResult, MicroBatchSlice
 from trainc.compiler.per_example.residual_branches import checking_branches
 from trainc.compiler.per_example.weight_uses import check_single_uses
+from trainc.compiler.replay.replayed import OWN_LOOP
 from trainc.runtime.step.machine import StepMachine
 
 Asked = Callable[[Sequence[str]], str]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from trainc.compiler.execution.recorded_pass import WrittenBuffers, copies
-from trainc.compiler.execution.recorder import CudaRecorder
 from trainc.compiler.graph.trial import disagreement
 from trainc.compiler.patterns.replayable import host_draws, host_reads, written
+from trainc.compiler.replay.recorded_pass import WrittenBuffers, copies
+from trainc.compiler.replay.recorder import CudaRecorder
 
 
 class State:

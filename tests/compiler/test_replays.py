@@ -16,11 +16,11 @@ import trainc
 from tests.conformance import Trained, train_double
 from tests.stand_in_recorder import StandIn
 from tests.test_constructs import COMPUTING, OWN, setup_of, spec_around, trained_clause
-from trainc.compiler.execution import replayed as replayed_file
 from trainc.compiler.execution.compiled import Compiler
 from trainc.compiler.execution.execution import Executor
-from trainc.compiler.execution.recorder import Recording, Run
-from trainc.compiler.execution.replayed import Replays
+from trainc.compiler.replay import replayed as replayed_file
+from trainc.compiler.replay.recorder import Recording, Run
+from trainc.compiler.replay.replayed import Replays
 from trainc.dsl.resolve.spec import Spec
 
 IN_PASSES = {"forward", "backward", "undo", "perturb"}

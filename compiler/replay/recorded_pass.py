@@ -7,9 +7,9 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainc.compiler.execution.recorder import Recording
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.patterns.replayable import written
+from trainc.compiler.replay.recorder import Recording
 
 
 class RecordedPass:

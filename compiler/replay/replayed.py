@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from trainc.compiler.errors import listed
-from trainc.compiler.execution.recorded_pass import (
+from trainc.compiler.graph.step_graph import StepGraph
+from trainc.compiler.graph.trial import disagreement
+from trainc.compiler.model.undisturbed import own_generators, random_states
+from trainc.compiler.patterns.replayable import host_draws, host_reads, written
+from trainc.compiler.replay.recorded_pass import (
     RecordedPass,
     copies,
     form_of,
     launch_settings,
     tensors_of,
 )
-from trainc.compiler.execution.recorder import CudaRecorder, Recorder
-from trainc.compiler.graph.step_graph import StepGraph
-from trainc.compiler.graph.trial import disagreement
-from trainc.compiler.model.undisturbed import own_generators, random_states
-from trainc.compiler.patterns.replayable import host_draws, host_reads, written
+from trainc.compiler.replay.recorder import CudaRecorder, Recorder
 from trainc.runtime.memory.failure import first_line, ran_out_of_memory
 
 LIMIT = 8
