@@ -83,10 +83,7 @@ class Code:
             one = self.instructions[place]
             target = self._target(one)
             following = [target] if target is not None and first < target <= last else []
-            always = one.predicate == "" and not one.operands.lstrip().startswith(
-                ("P", "!P", "U", "!U")
-            )
-            if not (one.name.startswith(("BRA", "EXIT")) and always):
+            if not _always_leaves(one):
                 following.append(place + 1)
             for after in following:
                 if lengths[place] + 1 < lengths.get(after, len(self.instructions)):
@@ -97,6 +94,12 @@ class Code:
         while turn[-1] != first:
             turn.append(came[turn[-1]])
         return tuple(self.instructions[place] for place in reversed(turn))
+
+
+def _always_leaves(one: Instruction) -> bool:
+    """Whether nothing goes on behind it: BRA.DIV and BRA.CONV ask of a warp's threads, others of a predicate."""
+    asks = one.predicate or one.operands.lstrip().startswith(("P", "!P", "U", "!U"))
+    return one.name in ("BRA", "BRA.U", "EXIT") and not asks
 
 
 @dataclass(frozen=True, slots=True)

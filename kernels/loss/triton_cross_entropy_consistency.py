@@ -28,6 +28,15 @@ from trainc.kernels.loss.triton_rows import (
     vectors,
     vectors_of_row,
 )
+from trainc.kernels.loss.triton_sums import (
+    added,
+    adds_up,
+    log_sum,
+    measured_anew,
+    no_sums,
+    powers,
+    settled,
+)
 
 # Classes a program takes at once, by its warps. A warp that has a row to itself waits for no other; where rows are too
 # few to fill a device with them, each gets more.
@@ -35,59 +44,6 @@ BLOCKS = {1: 512, 4: 2048}
 RESIDENT = 16
 BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 _LOG2E = tl.constexpr(1.4426950408889634)
-# What sums are measured from until an entry is met.
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-
-@triton.jit
-def _added(view, x, gap, KL: tl.constexpr):
-    """The sums of one view after a block without a larger entry than before."""
-    top, beside, own, rest, along = view
-    weight = tl.exp2((x - top) * _LOG2E)
-    rest += tl.sum(weight, 1)
-    if KL:
-        along += tl.sum(weight * (gap - beside), 1)
-    return top, beside, own, rest, along
-
-
-@triton.jit
-def _measured_anew(view, x, gap, place, valid, KL: tl.constexpr):
-    """The sums of one view after any block.
-
-    top is the largest entry and beside the gap, first view less second, at its place. With weights exp(x - top) the
-    rest is the sum of all but that entry's own, and along the sum of weights times gap - beside: log p - log q counted
-    from that entry. Counted from there, and with the entry's 1 apart, neither loses anything where one class is all but
-    certain. own is 0 until an entry is met. An entry of -inf makes along inf or nan, and nothing else.
-    """
-    top, beside, own, rest, along = view
-    highest = tl.max(tl.where(valid, x, float("-inf")))
-    higher = highest > top
-    last: tl.constexpr = 2147483647
-    chosen = tl.where(higher, tl.min(tl.where(valid & (x == highest), place, last)), last)
-    first = tl.arange(0, rest.shape[0]) == 0
-    was = tl.where(first, tl.where(higher, own, 0.0), 0.0)
-    new_top = tl.where(higher, highest, top)
-    # Nothing is left of a weight long before the difference of two numbers overflows.
-    shrunk = tl.exp2(tl.maximum(top - new_top, -256.0) * _LOG2E)
-    weight = tl.where(valid & (place != chosen), tl.exp2((x - new_top) * _LOG2E), 0.0)
-    if KL:
-        found = tl.sum(tl.where(place == chosen, gap, 0.0))
-        new_beside = tl.where(higher, found, beside)
-        along = shrunk * (along + (rest + was) * (beside - new_beside))
-        along += tl.sum(tl.where(valid, weight * (gap - new_beside), 0.0), 1)
-        beside = new_beside
-    # Beside an entry of inf nothing has a weight, and no sum of them is a number.
-    rest = shrunk * (rest + was) + tl.sum(weight, 1) + tl.where(first, new_top - new_top, 0.0)
-    return new_top, beside, tl.where(higher, 1.0, own), rest, along
-
-
-@triton.jit
-def _log_sum(own, rest):
-    """log(own + rest) for an own of 1 or 0, also where 1 + rest is 1."""
-    above = own + rest
-    rounded = tl.where(above == 1.0, 1.0, above - 1.0)
-    kept = tl.where(above == 1.0, rest, tl.log(above) * (rest / rounded))
-    return tl.where(own == 0.0, tl.log(tl.where(own == 0.0, rest, 1.0)), kept)
 
 
 @triton.jit
@@ -106,10 +62,12 @@ def _masked(L, one, two, classes, BLOCK: tl.constexpr):
 @triton.jit
 def _divergence(L, KEPT, row, rows, classes, first, second, BLOCK: tl.constexpr):
     """The row's divergence; keeps what backward needs beside the first view's largest entry and sum."""
-    _, beside, own, rest, along = first
-    other_top, other_beside, other_own, other_rest, other_along = second
-    rest, other_rest = tl.sum(rest, 0), tl.sum(other_rest, 0)
-    mean, other_mean = tl.sum(along, 0), -tl.sum(other_along, 0)
+    _, _, beside, own, _, _ = first
+    other_top, _, other_beside, other_own, _, _ = second
+    rest, mean = settled(first)
+    other_rest, other_along = settled(second)
+    # Along is counted from the first view's entry, and this from the second's own.
+    other_mean = -(other_along + other_rest * (beside - other_beside))
     if ~((tl.abs(mean) < float("inf")) & (tl.abs(other_mean) < float("inf"))):
         masked = _masked(L, row * classes, (row + rows) * classes, classes, BLOCK)
         mean = tl.where(masked != 0.0, masked, mean)
@@ -119,7 +77,7 @@ def _divergence(L, KEPT, row, rows, classes, first, second, BLOCK: tl.constexpr)
     tl.store(KEPT + row * 8 + 2, beside)
     tl.store(KEPT + row * 8 + 3, mean)
     tl.store(KEPT + row * 8 + 4, other_top)
-    tl.store(KEPT + row * 8 + 5, _log_sum(other_own, other_rest))
+    tl.store(KEPT + row * 8 + 5, log_sum(other_own, other_rest))
     tl.store(KEPT + row * 8 + 6, other_beside)
     tl.store(KEPT + row * 8 + 7, other_mean)
     return distance
@@ -135,28 +93,31 @@ def loss_forward(
     target = tl.load(TARGETS + row)
     kept = target != ignore_index
     one, two, before = vectors_of_row(row, rows, classes, W)
-    none, each = tl.full((), 0.0, tl.float32), tl.zeros((V,), tl.float32)
-    first = (tl.full((), _LOWEST, tl.float32), none, none, each, each)
-    second, apart, below = first, tl.zeros((V, W), tl.float32), each
+    first, second = no_sums(V), no_sums(V)
+    apart, below = tl.zeros((V, W), tl.float32), tl.zeros((V,), tl.float32)
     for block in range(tl.cdiv(before + classes, V * W)):
         whole = is_whole(block, before, classes, V * W)
-        place, valid, loaded = entries_of(block, before, classes, W, EVEN, V)
-        x, y = both_views(L, one, two, place, loaded, whole)
+        x, y = both_views(L, one, two, block, before, classes, whole, W, V, True)
         gap = x - y
-        over = x - first[0]
+        power = powers(x, first)
+        most = power
         if KL:
-            over = tl.maximum(over, y - second[0])
-        if whole & (tl.max(over) <= 0.0):
+            other_power = powers(y, second)
+            most = tl.maximum(power, other_power, propagate_nan=tl.PropagateNan.ALL)
+        if whole & adds_up(most):
             if SMOOTHED:
                 below += tl.sum(x - first[0], 1)
-            first = _added(first, x, gap, KL)
             if KL:
-                second = _added(second, y, gap, KL)
+                from_base = gap - first[2]
+                first = added(first, power, from_base, KL)
+                second = added(second, other_power, from_base, KL)
             else:
+                first = added(first, power, gap, KL)
                 apart = tl.fma(gap, gap, apart)
         else:
-            top = first[0]
-            first = _measured_anew(first, x, gap, place, valid, KL)
+            place, valid = entries_of(block, before, classes, W, EVEN, V)
+            top, base = first[0], first[2]
+            first = measured_anew(first, (base, base), x, gap, place, valid, KL, True)
             if SMOOTHED:
                 # The mean is measured from the largest entry, too.
                 met = tl.maximum(block * V * W - before, 0)
@@ -164,27 +125,28 @@ def loss_forward(
                 below += tl.where(tl.arange(0, V) == 0, moved, 0.0)
                 below += tl.sum(tl.where(valid, x - first[0], 0.0), 1)
             if KL:
-                second = _measured_anew(second, y, gap, place, valid, KL)
+                base = (base, first[2])
+                second = measured_anew(second, base, y, gap, place, valid, KL, False)
             else:
                 kept_gap = tl.where(valid, gap, 0.0)
                 apart += kept_gap * kept_gap
-    top, _, own, rest, _ = first
-    log_sum = _log_sum(own, tl.sum(rest, 0))
+    top, own = first[0], first[3]
+    log_total = log_sum(own, settled(first)[0])
     # No class of this number: nan, for a device cannot raise, and another row's logit would pass.
     known = (target >= 0) & (target < classes)
     chosen = tl.load(L + row * classes + target, mask=kept & known, other=float("nan"))
-    cross_entropy = log_sum + (1.0 - smoothing) * (top - chosen.to(tl.float32))
+    cross_entropy = log_total + (1.0 - smoothing) * (top - chosen.to(tl.float32))
     if SMOOTHED:
         cross_entropy -= smoothing * (tl.sum(below, 0) / classes)
     tl.store(CROSS_ENTROPY + row, tl.where(kept, cross_entropy, 0.0))
     if KL:
         distance = _divergence(L, KEPT, row, rows, classes, first, second, V * W)
         tl.store(KEPT + row * 8, top)
-        tl.store(KEPT + row * 8 + 1, log_sum)
+        tl.store(KEPT + row * 8 + 1, log_total)
     else:
         distance = tl.sum(apart)
         tl.store(KEPT + row * 2, top)
-        tl.store(KEPT + row * 2 + 1, log_sum)
+        tl.store(KEPT + row * 2 + 1, log_total)
     tl.store(DISTANCE + row, tl.where(kept, distance, 0.0))
 
 
@@ -222,13 +184,13 @@ def loss_backward(
     """Grid (rows, blocks of vectors): the gradient of both views' rows."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     one, two, before = vectors_of_row(row, rows, classes, W)
-    place, valid, loaded = entries_of(block, before, classes, W, EVEN, V)
+    place, valid = entries_of(block, before, classes, W, EVEN, V)
     whole = is_whole(block, before, classes, V * W)
     target = tl.load(TARGETS + row)
     pull = tl.zeros((V, W), tl.float32)
     push = pull
     if target != ignore_index:
-        x, y = both_views(L, one, two, place, loaded, whole)
+        x, y = both_views(L, one, two, block, before, classes, whole, W, V, False)
         on_cross_entropy = tl.load(ON_CROSS_ENTROPY).to(tl.float32)
         on_distance = tl.load(ON_DISTANCE).to(tl.float32)
         width: tl.constexpr = 8 if KL else 2

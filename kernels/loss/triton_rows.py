@@ -40,13 +40,12 @@ def vectors_of_row(row, rows, classes, W: tl.constexpr):
 
 @triton.jit
 def entries_of(block, before, classes, W: tl.constexpr, EVEN: tl.constexpr, V: tl.constexpr):
-    """For a block of V vectors: each entry's place from the first vector on, which are the row's, and which to load."""
+    """For a block of V vectors: each entry's place from the first vector on, and which are the row's."""
     vector = block * V + tl.arange(0, V)
     place = vector[:, None] * W + tl.arange(0, W)[None, :]
-    begun = tl.broadcast_to((vector * W < before + classes)[:, None], [V, W])
     if EVEN:
-        return place, begun, begun
-    return place, (place >= before) & (place < before + classes), begun
+        return place, tl.broadcast_to((vector * W < before + classes)[:, None], [V, W])
+    return place, (place >= before) & (place < before + classes)
 
 
 @triton.jit
@@ -56,12 +55,41 @@ def is_whole(block, before, classes, SPAN: tl.constexpr):
 
 
 @triton.jit
-def both_views(L, one, two, place, loaded, whole):
-    """The entries of both views in float32; a block that is whole is loaded without a mask."""
+def _loaded(P, vector, end, whole, V: tl.constexpr, W: tl.constexpr):
+    """Vectors of W numbers each from P on: of a block that is whole all, else those that begin before the end."""
+    place = vector[:, None] * W + tl.arange(0, W)[None, :]
     if whole:
-        x = tl.load(L + one + place).to(tl.float32)
-        y = tl.load(L + two + place).to(tl.float32)
+        found = tl.load(P + place)
     else:
-        x = tl.load(L + one + place, mask=loaded, other=0.0).to(tl.float32)
-        y = tl.load(L + two + place, mask=loaded, other=0.0).to(tl.float32)
-    return x, y
+        begun = tl.broadcast_to((vector * W < end)[:, None], [V, W])
+        found = tl.load(P + place, mask=begun, other=0)
+    return found
+
+
+@triton.jit
+def _one_view(L, at, vector, end, whole, W: tl.constexpr, V: tl.constexpr, WORDS: tl.constexpr):
+    if (not WORDS) or (L.dtype.element_ty != tl.bfloat16) or (W == 1):
+        return _loaded(L + at, vector, end, whole, V, W).to(tl.float32)
+    # Two bfloat16 are the halves of a word: one instruction makes each a float32, where a number apart takes two.
+    words = (L + at).to(tl.pointer_type(tl.int32), bitcast=True)
+    word = _loaded(words, vector, (end + 1) // 2, whole, V, W // 2)
+    low, high = word << 16, word & -65536
+    both = tl.join(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
+    return tl.reshape(both, [V, W])
+
+
+@triton.jit
+def both_views(
+    L, one, two, block, before, classes, whole,
+    W: tl.constexpr, V: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """The entries of a block of V vectors of both views in float32; a block that is whole is loaded without a mask.
+
+    WORDS has them read as words where there are two in one: for kernels that write nothing to the same places, which
+    would otherwise be counted twice.
+    """
+    vector, end = block * V + tl.arange(0, V), before + classes
+    return (
+        _one_view(L, one, vector, end, whole, W, V, WORDS),
+        _one_view(L, two, vector, end, whole, W, V, WORDS),
+    )

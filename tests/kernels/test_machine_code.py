@@ -53,6 +53,14 @@ def test_a_branch_that_is_always_taken_has_no_way_past_it() -> None:
     assert len(straight.main_loop) == 6
 
 
+@pytest.mark.parametrize("branch", ["BRA.DIV ~URZ,", "BRA.DIV UR12,", "BRA.CONV ~URZ,"])
+def test_a_branch_that_asks_the_threads_of_a_warp_may_be_passed(branch: str) -> None:
+    listing = LISTING.replace("FADD R1, R4, R5", f"{branch} `(.L_x_2)")
+    assert len(parsed(listing).main_loop) == 4
+    whole = listing.replace("@P0 BRA `(.L_x_1)", "NOP")
+    assert len(parsed(whole).main_loop) == 6
+
+
 def test_no_loop_is_no_main_loop() -> None:
     assert parsed("        /*0000*/                   EXIT ;").main_loop == ()
 
@@ -65,7 +73,7 @@ def kernel(module: str, name: str, arguments: str, warps: int, **options: Any) -
 # A device of 4.3 TB/s has time for some 10 instructions while two bytes come.
 @pytest.mark.offline
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kl", "most"), [(False, 8.0), (True, 12.0)])
+@pytest.mark.parametrize(("kl", "most"), [(False, 6.0), (True, 9.5)])
 @pytest.mark.parametrize(
     ("width", "even", "warps"), [(8, True, 1), (8, False, 1), (4, False, 1), (2, False, 1), (8, True, 4)]
 )  # fmt: skip

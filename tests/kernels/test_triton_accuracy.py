@@ -19,6 +19,8 @@ NORM_FAMILIES = ("normal", "large mean", "tiny variance", "denormal", "huge entr
 # Units by which the loss's results may be off, and the multiple of the composition's error: views
 # that are equal but for rounding differ by their last bits alone.
 KNOWN = {"tiny variance": (4.0, 16.0)}
+# As many rows as make the largest error a matter of the arithmetic, not of the draw.
+LABELS = torch.tensor([1, 4, 20] * 4)
 LOSS_FAMILIES = ("normal", "large mean", "tiny variance", "confident")
 
 
@@ -75,7 +77,7 @@ def composed(logits: Tensor, distance: str, smoothing: float) -> tuple[Tensor, .
     """Loss, cross-entropy, consistency and the gradient of the logits by the definition."""
     leaf = logits.detach().clone().requires_grad_()
     weight = torch.tensor(0.5, dtype=logits.dtype)
-    found = consistency.reference(leaf, torch.tensor([1, 4, 20]), weight, distance, -100, smoothing)
+    found = consistency.reference(leaf, LABELS, weight, distance, -100, smoothing)
     return *(one.detach() for one in found), *torch.autograd.grad(found[0], leaf)
 
 
@@ -85,7 +87,7 @@ def composed(logits: Tensor, distance: str, smoothing: float) -> tuple[Tensor, .
 def test_loss(family: str, distance: str, smoothing: float) -> None:
     from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
-    logits, targets = made(family, 6, 33), torch.tensor([1, 4, 20])
+    logits, targets = made(family, 2 * len(LABELS), 33), LABELS
     options = (distance, -100, smoothing)
     *results, kept = triton_loss.forward(logits, targets, torch.tensor(0.5), *options)
     gradient = triton_loss.backward(
@@ -121,3 +123,33 @@ def test_the_divergence_of_two_sure_views_keeps_its_gradient(
         unit = exact.abs().amax(1, keepdim=True)
         # One class in 3e12 has the gradient; the logits' own rounding moves it by some 1e-5.
         assert ((got - exact) / unit).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("shift", [0.0, 3000.0, -60.0])
+@pytest.mark.parametrize("step", [0.01, 0.6, 2.0])
+def test_sums_that_rising_entries_add_to(
+    shift: float, step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block has larger entries than the last, some of them within what is added without a new measure."""
+    from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
+
+    monkeypatch.setattr(triton_loss, "BLOCKS", {1: 16, 4: 16})
+    torch.manual_seed(1)
+    rising = step * (torch.arange(96) // 16) + 0.1 * torch.randn(6, 96)
+    logits, targets = rising + shift, torch.tensor([1, 40, 95])
+    other = logits.clone()
+    other[3:, 90] += 9.0  # the second view is sure of another class
+    for given in (logits, other):
+        for distance in consistency.DISTANCES:
+            options = (distance, -100, 0.0)
+            *results, kept = triton_loss.forward(given, targets, torch.tensor(0.5), *options)
+            gradient = triton_loss.backward(
+                given, targets, kept, torch.tensor(1.0), torch.tensor(0.5), *options
+            )
+            wide = given.double().requires_grad_()
+            exact = consistency.reference(wide, targets, torch.tensor(0.5), *options)
+            (slope,) = torch.autograd.grad(exact[0], wide)
+            found, true = (*results, gradient), [*(one.detach() for one in exact), slope]
+            for got, want, units in zip(found, true, (8.0, 8.0, 16.0, 24.0), strict=True):
+                rows = [one.reshape(one.shape[0] if one.dim() else 1, -1) for one in (got, want)]
+                assert float(errors(*rows).max()) <= units
