@@ -80,7 +80,7 @@ def kernel(module: str, name: str, arguments: str, warps: int, **options: Any) -
 def test_loss_forward_is_not_bound_by_its_instructions(
     kl: bool, most: float, width: int, even: bool, warps: int
 ) -> None:
-    most += 4.0 if width < 8 else 0.0  # more loads, narrower, and more sums a thread
+    most += 6.0 if width < 8 else 0.0  # more loads, narrower, and more sums a thread
     found = kernel(
         "loss.triton_cross_entropy_consistency", "loss_forward", LOSS + TAIL, warps,
         KL=kl, SMOOTHED=False, W=width, EVEN=even, V=512 * warps // width,

@@ -234,3 +234,20 @@ def test_loss_in_several_blocks(
             rtol=1e-5,
             atol=1e-6,
         )
+
+
+@pytest.mark.parametrize(("count", "classes"), [(2, 64), (2, 60), (2, 62), (2, 63)])
+def test_pairs_of_logits_read_as_words_are_those_read_apart(
+    count: int, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
+
+    monkeypatch.setattr(triton_loss, "BLOCKS", {1: 32, 4: 32})
+    torch.manual_seed(0)
+    logits = torch.randn(2 * count, classes).bfloat16()
+    targets = torch.tensor([5, classes - 1])
+    got, want = (
+        triton_loss.forward(given, targets, torch.tensor(0.4), "kl", -100, 0.1)
+        for given in (logits, logits.float())
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
