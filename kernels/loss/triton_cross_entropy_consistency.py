@@ -84,6 +84,14 @@ def _divergence(L, KEPT, row, rows, classes, first, second, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def _below_another(below, met, top, new_top, x, valid):
+    """What the mean needs, measured from the largest entry too: of `met` entries so far and of a block."""
+    moved = tl.where(met > 0, met * (top - new_top), 0.0)
+    below += tl.where(tl.arange(0, below.shape[0]) == 0, moved, 0.0)
+    return below + tl.sum(tl.where(valid, x - new_top, 0.0), 1)
+
+
+@triton.jit
 def loss_forward(
     L, TARGETS, CROSS_ENTROPY, DISTANCE, KEPT, rows, classes, ignore_index, smoothing,
     KL: tl.constexpr, SMOOTHED: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, V: tl.constexpr,
@@ -119,11 +127,8 @@ def loss_forward(
             top, base = first[0], first[2]
             first = measured_anew(first, (base, base), x, gap, place, valid, KL, True)
             if SMOOTHED:
-                # The mean is measured from the largest entry, too.
                 met = tl.maximum(block * V * W - before, 0)
-                moved = tl.where(met > 0, met * (top - first[0]), 0.0)
-                below += tl.where(tl.arange(0, V) == 0, moved, 0.0)
-                below += tl.sum(tl.where(valid, x - first[0], 0.0), 1)
+                below = _below_another(below, met, top, first[0], x, valid)
             if KL:
                 base = (base, first[2])
                 second = measured_anew(second, base, y, gap, place, valid, KL, False)
