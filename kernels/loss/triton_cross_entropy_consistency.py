@@ -130,8 +130,7 @@ def loss_forward(
                 met = tl.maximum(block * V * W - before, 0)
                 below = _below_another(below, met, top, first[0], x, valid)
             if KL:
-                base = (base, first[2])
-                second = measured_anew(second, base, y, gap, place, valid, KL, False)
+                second = measured_anew(second, (base, first[2]), y, gap, place, valid, KL, False)
             else:
                 kept_gap = tl.where(valid, gap, 0.0)
                 apart += kept_gap * kept_gap
