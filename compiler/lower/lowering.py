@@ -125,9 +125,13 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
 
         return rate
 
-    def freeze(self, names: Iterable[str]) -> None:
-        """Leave parameters untrained in the whole run, also before `from`."""
-        self.refuse_times("a frozen parameter is frozen in the whole run", "until", "every")
+    def freeze(self, names: Iterable[str], *, rest: bool = False) -> None:
+        """Leave parameters untrained in the whole run, also before `from`.
+
+        With `rest` they are those that the clause leaves out, and its times are of what it does to the others.
+        """
+        if not rest:
+            self.refuse_times("a frozen parameter is frozen in the whole run", "until", "every")
         given = set(names)
         self._method.frozen |= given
         self._method.frozen_by.setdefault(self.label, set()).update(given)

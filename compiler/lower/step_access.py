@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+
+from torch import Tensor
 
 from trainc.compiler.errors import FieldError
 from trainc.compiler.lower.clause_access import ClauseAccess
@@ -159,6 +162,8 @@ class StepAccess(ClauseAccess):
             )
             for name in names
         }
+        for name, mask in masks.items():
+            mask.averages = partial(self._averages, name)
         self._method.masks.update(masks)
         self._method.schedules[f"{self.label} density"] = fraction
         setting, window = self.clause.construct.model_dump_json(), self.gate() or Gate()
@@ -170,6 +175,11 @@ class StepAccess(ClauseAccess):
         self.action(ZeroGradients(self.label, masks.values()))
         self.action(ZeroWeights(self.label, masks.values()))
         return chooser
+
+    def _averages(self, name: str) -> list[Tensor]:
+        """Return the values of a parameter that evaluation uses in its place now."""
+        held = (companion.values for companion in self._method.evaluated_with.values())
+        return [values[name] for values in held if name in values]
 
     def _refuse_masked_shards(self, names: Iterable[str]) -> None:
         if (shard := next(filter(self.is_sharded, names), None)) is not None:

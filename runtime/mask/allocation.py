@@ -26,6 +26,7 @@ def allocate(
     is not above 0 and at most 1, and a spread that is not from 0 to 1. Source: Lu et al., AlphaPruning, NeurIPS 2024,
     arXiv:2410.10912, equation 2.
     """
+    alphas, numel = [*map(float, alphas)], [*map(int, numel)]  # from arrays and tensors, too
     if len(alphas) != len(numel) or not alphas:
         raise ValueError(
             f"expected an alpha and a size for each layer, not {len(alphas)} and {len(numel)}"
@@ -50,7 +51,13 @@ def _filled(ratios: Sequence[float], sizes: Sequence[int], mean: float) -> list[
     while True:
         others = [i for i in range(len(ratios)) if i not in full]
         left = mean * sum(sizes) - sum(sizes[i] for i in full)
-        scale = left / total if (total := sum(ratios[i] * sizes[i] for i in others)) else 0.0
+        total = sum(ratios[i] * sizes[i] for i in others)
+        if (
+            not total and left > 0
+        ):  # all that is left is of ratio 0, as with the smallest alpha at a spread of 1
+            share = min(1.0, left / sum(sizes[i] for i in others))
+            return [1.0 if i in full else share for i in range(len(ratios))]
+        scale = left / total if total else 0.0
         above = {i for i in others if scale * ratios[i] > 1}
         if not above:
             return [1.0 if i in full else scale * ratio for i, ratio in enumerate(ratios)]

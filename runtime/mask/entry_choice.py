@@ -99,8 +99,8 @@ def topk_mask(score: Tensor, *, density: float, structure: str | Structure = "el
     score is the L2 norm of its entries' scores; or `"n_m(n, m)"`, also `"n:m"`, which takes the n largest of each m
     consecutive entries along axis 1, where `density` has to be n / m. Of equal scores the lower position goes first.
 
-    Raises ValueError for a `density` that is not above 0 and at most 1, for a structure that does not exist or does not
-    divide the shape, and for a score that is NaN.
+    Raises ValueError for a `density` that is not above 0 and at most 1, for a structure that does not exist, does not
+    divide the shape or is `"layer"`, of which a tensor has one, and for scores that are NaN or complex.
     """
     one = Structure.of(structure) if isinstance(structure, str) else structure
     if not 0 < density <= 1:
@@ -109,8 +109,17 @@ def topk_mask(score: Tensor, *, density: float, structure: str | Structure = "el
         raise ValueError(
             f"`{one}` chooses {one.density:g} of the entries: write `density={one.density:g}`"
         )
+    if one.kind == "layer":
+        raise ValueError(
+            "one tensor is one layer, so that there is nothing to choose among: compare the norms of the scores of"
+            " several, or write another `structure`"
+        )
     if (problem := one.problem(tuple(score.shape))) is not None:
         raise ValueError(f"the score {problem}")
+    if score.is_complex():
+        raise ValueError("complex scores have no order: give their absolute values")
+    if score.dtype == torch.bool:
+        score = score.to(torch.uint8)
     if score.is_floating_point() and bool(score.isnan().any()):
         raise ValueError("a score is NaN, which is neither larger nor smaller than another")
     return Choice(one).masks({"": score}, density)[""]

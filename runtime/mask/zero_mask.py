@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class ZeroMask(UpdateMask):
         self.text = text
         self.kept: Tensor | None = None
         self.count = parameter.numel()
+        self.averages: Callable[[], Iterable[Tensor]] = tuple
+        """Gives averages of the weights, in the parameter's shape, which are zeroed where it is."""
 
     def take(self, grad: Tensor) -> None:
         """Add a dense gradient; one that is masked in place is copied, as a graph may use its memory elsewhere."""
@@ -66,6 +68,7 @@ class ZeroMask(UpdateMask):
         self.count = int(kept.sum())
         self.kept = None if self.count == kept.numel() else pack(kept)
         self._zero(self.parameter.detach(), *own.values())
+        self._zero_averages()
 
     def _begin(self, own: Mapping[str, Tensor], new: Tensor, begin: Begin) -> None:
         """Give the optimizer's tensors the numbers with which it begins, where entries are new."""
@@ -77,6 +80,14 @@ class ZeroMask(UpdateMask):
             if first is not None and first.shape == tensor.shape:
                 where = new.view(tensor.shape)
                 tensor.detach().copy_(torch.where(where, first.detach().to(tensor.dtype), tensor))
+
+    def _zero_averages(self) -> None:
+        """Zero averages, too: from now on they follow zeros, and else would go on with what was there before."""
+        if self.kept is None:
+            return
+        left_out = ~self.kept_entries()
+        for average in self.averages():
+            average.masked_fill_(left_out.to(average.device), 0)
 
     def zero_gradient(self) -> None:
         """Zero the gradient of the entries that are zero."""

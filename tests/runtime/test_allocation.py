@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trainc.runtime.mask.allocation import allocate
 
@@ -44,6 +45,20 @@ def test_the_total_is_exact_for_layers_of_any_size() -> None:
         assert all(-1e-12 <= d <= 1 + 1e-12 for d in found)
         order = sorted(range(count), key=alphas.__getitem__)
         assert all(found[a] >= found[b] - 1e-12 for a, b in itertools.pairwise(order))
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.9])
+def test_the_total_is_exact_where_the_smallest_alpha_would_keep_all(density: float) -> None:
+    """At a spread of 1 its sparsity is in proportion to 0, until the others are empty."""
+    sizes = [10, 20, 50, 1]
+    found = allocate([1.0, 2.0, 3.0, 9.0], sizes, density, 1.0)
+    assert sum(d * n for d, n in zip(found, sizes, strict=True)) == pytest.approx(density * 81)
+    assert found[0] == pytest.approx(min(1, density * 8.1)) or density > 0.2
+
+
+def test_alphas_may_be_of_an_array() -> None:
+    listed = allocate([2.0, 5.0], [4, 8], 0.3, 0.5)
+    assert allocate(torch.tensor([2.0, 5.0]), torch.tensor([4, 8]), 0.3, 0.5) == listed  # type: ignore[arg-type]
 
 
 def test_equal_alphas_have_equal_densities() -> None:

@@ -77,6 +77,7 @@ def test_elements_are_chosen_by_value_then_place(density: float) -> None:
         ({"density": 0.3, "structure": "block(4, 4)"}, "6 is no multiple of 4"),
         ({"density": 0.6, "structure": "3:5"}, "8 columns, and 8 is no multiple of 5"),
         ({"density": 0.3, "structure": "5:4"}, "at most 4 of 4"),
+        ({"density": 0.3, "structure": "layer"}, "one tensor is one layer"),
     ],
 )
 def test_what_makes_no_sense_is_an_error(given: Any, words: str) -> None:
@@ -84,8 +85,15 @@ def test_what_makes_no_sense_is_an_error(given: Any, words: str) -> None:
         topk_mask(scores(6, 8), **given)
     with pytest.raises(ValueError, match="NaN"):
         topk_mask(torch.tensor([1.0, math.nan]), density=0.5)
+    with pytest.raises(ValueError, match="complex scores have no order"):
+        topk_mask(torch.ones(2, dtype=torch.complex64), density=0.5)
     with pytest.raises(ValueError, match="is not a matrix, so it has no rows"):
         topk_mask(scores(6), density=0.5, structure="row")
+
+
+def test_scores_may_be_true_or_false() -> None:
+    found = topk_mask(torch.tensor([False, True, False, True]), density=0.75)
+    assert found.tolist() == [True, True, False, True]
 
 
 def test_erk_is_exact_and_dense_where_it_would_be_more() -> None:

@@ -169,9 +169,12 @@ def sr_ste(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float) -> Tens
     It is `gradient` + `decay` * (1 - `mask`) * `weight`: `gradient`, of one shape with the others, is that of the
     masked weight, taken as that of all weights; `mask` is bool, True where weights were not zero.
 
-    Raises ValueError for shapes that differ. Source: Zhou et al., arXiv:2102.04010, equation 9.
+    Raises ValueError for shapes that differ and for a `mask` that is not bool. Source: Zhou et al., arXiv:2102.04010,
+    equation 9.
     """
     if not gradient.shape == weight.shape == mask.shape:
         shapes = [list(t.shape) for t in (gradient, weight, mask)]
         raise ValueError(f"expected one shape of gradient, weight and mask, not {shapes}")
+    if str(mask.dtype) != "torch.bool":
+        raise ValueError(f"expected a bool mask, not {mask.dtype}: write `mask != 0`")
     return gradient + decay * weight.detach().masked_fill(mask, 0)

@@ -194,7 +194,8 @@ class Sift(EntryMask, ChoosingMask):
             master=self.master is not False,
         )
         if self.rest == "freeze":
-            to.freeze(p.name for p in to.inventory.trainable if p.name not in {*names})
+            others = (p.name for p in to.inventory.trainable if p.name not in {*names})
+            to.freeze(others, rest=True)
 
     def _choice(self, to: Lowering) -> Choice:
         from trainc.runtime.mask.structures import mean

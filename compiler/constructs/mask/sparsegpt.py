@@ -129,12 +129,19 @@ def sparsegpt(
     together; with the `structure` `"n_m(n, m)"`, also `"n:m"`, n of each m consecutive inputs of a row are kept. It is
     computed in float32 at least.
 
-    Raises ValueError for a Hessian of another shape or with entries that are not finite, for a density that is not
-    above 0 and at most 1, and for groups that do not divide the inputs or the block. Source: Frantar and Alistarh,
-    arXiv:2301.00774, algorithm 1.
+    Raises ValueError for a weight that is no matrix, for a Hessian of another shape or that is no such sum, for entries
+    of either that are not finite, for a density that is not above 0 and at most 1, for a block below 1 or a damping
+    below 0, and for groups that do not divide the inputs or the block. Source: Frantar and Alistarh, arXiv:2301.00774,
+    algorithm 1.
     """
     import torch
 
+    if weight.dim() != 2 or not weight.isfinite().all():
+        raise ValueError(f"expected a finite weight (out, in), not one of shape {[*weight.shape]}")
+    if block < 1 or damping < 0:
+        raise ValueError(
+            f"`block` is {block} and `damping` {damping:g}: expected 1 or more, and 0 or more"
+        )
     rows, columns = weight.shape
     if hessian.shape != (columns, columns) or not hessian.isfinite().all():
         raise ValueError(
@@ -165,7 +172,12 @@ def _inverse_root(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     dead = diagonal == 0
     diagonal[dead] = 1
     diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    if failed:
+        raise ValueError(
+            "the damped Hessian is not positive definite: expected a sum of x x^T over inputs, or a larger `damping`"
+        )
+    inverse = torch.cholesky_inverse(factor)
     return torch.linalg.cholesky(inverse, upper=True), dead
 
 

@@ -106,8 +106,9 @@ def wanda_mask(
     the `structure` `"n_m(n, m)"`, also `"n:m"`, n of each m consecutive ones; of equal ones those at lower positions.
     `weight` is (out, in), `activation_norm` (in,) the L2 norm of each input, up to a factor.
 
-    Raises ValueError for norms of another shape, for a density that is not above 0 and at most 1, and for groups that
-    do not divide the inputs. Source: Sun et al., arXiv:2306.11695, equation 1.
+    Raises ValueError for norms of another shape or below 0, for a weight or norm that is NaN, for a density that is not
+    above 0 and at most 1, and for groups that do not divide the inputs. Source: Sun et al., arXiv:2306.11695,
+    equation 1.
     """
     import torch
 
@@ -118,6 +119,10 @@ def wanda_mask(
         )
     wide = torch.promote_types(weight.dtype, torch.float32)
     score = weight.detach().abs().to(wide) * activation_norm.to(weight.device, wide)
+    if bool(score.isnan().any()) or bool((activation_norm < 0).any()):
+        raise ValueError(
+            "a weight times its norm is NaN, or a norm is below 0: entries cannot be compared by such numbers"
+        )
     kept, of = kept_of(weight.shape[1], density, structure)
     groups = score.reshape(-1, of)
     order = groups.argsort(dim=1, descending=True, stable=True)[:, :kept]

@@ -353,6 +353,22 @@ def test_the_rest_trains_or_not(rest: Any) -> None:
     assert run.lowered.frozen == (set() if rest == "train" else {"fc1.weight"})
 
 
+def test_the_rest_is_frozen_whatever_the_times_of_the_choice_are() -> None:
+    """As LIFT has it: entries are chosen again and again, and nothing else trains."""
+    model = Net()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    program = trainc.compile(
+        'loss cross_entropy optimizer adamw { lr = 0.01 } mask sift on "fc2" every 2 steps until 5 steps'
+        " { density = 20%, select = principal(1), rest = freeze }",
+        model,
+        executor="module",
+    )
+    for batch in batches():
+        program.step(batch)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {"fc2.weight"}
+
+
 @pytest.mark.parametrize(("structure", "units"), [("row", (1, 4)), ("column", (1, 5))])
 def test_whole_rows_or_columns_are_chosen_by_their_norm(
     structure: Any, units: tuple[int, int]

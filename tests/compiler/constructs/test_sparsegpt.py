@@ -54,11 +54,16 @@ def test_two_of_four_are_kept_and_the_output_is_nearer_than_without_the_moves() 
         ({"structure": "2:4", "block": 6}, "a block of 6 inputs is no multiple of 4"),
         ({"density": 0.5, "hessian": torch.eye(3)}, "expected a finite Hessian"),
         ({"density": 0.5, "hessian": torch.full((8, 8), torch.nan)}, "expected a finite Hessian"),
+        ({"density": 0.5, "hessian": -torch.eye(8)}, "not positive definite"),
+        ({"density": 0.5, "weight": torch.ones(8)}, "expected a finite weight"),
+        ({"density": 0.5, "weight": torch.full((4, 8), torch.nan)}, "expected a finite weight"),
+        ({"density": 0.5, "block": 0}, "`block` is 0"),
+        ({"density": 0.5, "damping": -1.0}, "`damping` -1"),
     ],
 )
 def test_what_makes_no_sense_is_an_error(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        sparsegpt(torch.ones(4, 8), **{"hessian": torch.eye(8), **given})
+        sparsegpt(**{"weight": torch.ones(4, 8), "hessian": torch.eye(8), **given})
 
 
 class Linear(nn.Module):

@@ -1,6 +1,7 @@
 """Wanda: published masks, a run by hand, both executors, and what is not the weight of a linear layer."""
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,13 @@ def test_masks_are_those_of_the_published_code() -> None:
         ({"density": 0.4, "structure": "2:4"}, "keeps 0.5 of the entries"),
         ({"density": 0.5, "structure": "row"}, "not by `row`"),
         ({"density": 0.5, "norm": 3}, "one norm for each input"),
+        ({"density": 0.5, "value": math.nan}, "is NaN"),
+        ({"density": 0.5, "value": -1.0}, "below 0"),
     ],
 )
 def test_what_makes_no_sense_is_an_error(given: dict[str, Any], said: str) -> None:
-    norm = torch.ones(given.pop("norm", 8))
+    given = dict(given)
+    norm = torch.full((given.pop("norm", 8),), given.pop("value", 1.0))
     with pytest.raises(ValueError, match=said):
         wanda_mask(torch.ones(4, 8), norm, **given)
 

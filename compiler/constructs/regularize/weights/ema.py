@@ -32,8 +32,8 @@ class Ema(Construct):
 
     Parameters that nothing trains and those that are not selected are the model's own. Saved buffers, such as running
     statistics, are averaged alike, or with `buffers = copy` those of the model at the last update; counters are copied.
-    Averages of 16-bit weights are held in float32, and rounded where they are used. An entry that a mask holds at zero
-    from the first update on is zero in e. Replicas that average gradients have the same e; under `distribute` each has
+    Averages of 16-bit weights are held in float32, and rounded where they are used. Entries that a mask sets
+    to zero become zero in e with them. Replicas that average gradients have the same e; under `distribute` each has
     its own.
 
     `program.evaluate`, `program.save`, `trainc run` and a later `run { start = ... }` use e; `program.module` and the

@@ -22,7 +22,8 @@ class Swa(Construct):
 
     An update follows each step between `from` and `until`, or with `every 1 epoch` each epoch: write `from 75%` and a
     high rate for the window. The first update copies. Parameters that nothing trains and those that are not selected
-    are the model's own. Averages of 16-bit weights are held in float32, and rounded where they are used.
+    are the model's own. Averages of 16-bit weights are held in float32, and rounded where they are used. Entries that
+    a mask sets to zero become zero in e with them.
 
     The running statistics of BatchNorm layers are not those of e. Before e is evaluated or saved they are estimated
     anew, as means over training batches that pass through e, each normalized by its own statistics (`statistics =
