@@ -30,6 +30,7 @@ from trainc.runtime.step.action import Action
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.optimizer import OptimizerStep
 from trainc.runtime.storage.foreign_files import MANIFEST, write_manifest
+from trainc.runtime.storage.saved_weights import read_weights
 from trainc.runtime.storage.weight_delta import apply_delta, entries_of, read_delta, write_delta
 
 FORMAT = 1
@@ -160,16 +161,22 @@ class SavableProgram(ShownProgram):
 
     # what training changed
 
-    def save_delta(self, file: str | Path) -> Path:
+    def save_delta(self, file: str | Path, base: str | Path | None = None) -> Path:
         """Write the entries that masks let train, and whole what else trains, to a file, and return it.
 
         `load_delta` puts them into another copy of the weights that this program started from, exactly, as does
-        `trainc delta --apply`. The weights are those that evaluation uses: see `evaluation_weights`.
+        `trainc delta --apply`. The weights are those that evaluation uses: see `evaluation_weights`. With `base`, the
+        weights of the start as a .safetensors file or a run's folder, it writes every entry that differs from them.
+        Raises ValueError for a `base` that does not fit, and without one where a mask has chosen more than once.
         """
         self._machine.check_outside("save_delta")
         self._require_whole("save_delta")
         require_sound(self.unsound_state(), file)
-        masks = self._method.masks.items()
+        before, masks = (
+            None if base is None else read_weights(Path(base)),
+            self._method.masks.items(),
+        )
+        left = [n for n, mask in masks if getattr(mask, "left", False)]
         indices = {n: i for n, mask in masks if (i := getattr(mask, "index", None)) is not None}
         with self._evaluation.used():
             tensors = Unwrapped(self.module).state_dict()
@@ -178,7 +185,7 @@ class SavableProgram(ShownProgram):
             for action in self._machine.actions:
                 if isinstance(action, OptimizerStep):
                     trained |= {slot.name for slot in action.slots}
-            write_delta(Path(file), entries_of(tensors, trained, indices))
+            write_delta(Path(file), entries_of(tensors, trained, indices, before, str(base), left))
         return Path(file)
 
     def load_delta(self, file: str | Path) -> None:

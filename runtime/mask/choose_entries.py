@@ -172,9 +172,11 @@ class ChooseEntries(Action):
         """Train the entries at these sorted flat positions (k,) from now on, by parameter."""
         for name, index in chosen.items():
             entries = self.selected[name]
+            before = entries.values.numel()
             stayed = entries.choose(index, *step.optimizer_entries(name))
             if stayed is not None:
                 self._overlap[name] = stayed, len(index)
+                entries.left |= stayed < before
             step.series.setdefault(f"{self.label}.density", {})[name] = entries.density
             entries.keeps_dense = False
         self.due.difference_update(chosen)
@@ -195,6 +197,8 @@ class ChooseEntries(Action):
             state |= entries.state()
             if entries.is_chosen and name in self.due:
                 state[f"due/{name}"] = True
+            if entries.left:  # `trainc delta` finds it by this key
+                state[f"left/{name}"] = True
         return state
 
     def state_form(self) -> Form:
@@ -204,7 +208,8 @@ class ChooseEntries(Action):
             # How many there are is a matter of scores or of weights where shapes alone do not say it.
             length = entries.values.shape if self.choice.known else [None]
             integer = "int32" if whole.numel() <= torch.iinfo(torch.int32).max else "int64"
-            found[f"seen/{name}"], found[f"due/{name}"] = Count(1), Flag()
+            found[f"seen/{name}"] = Count(1)
+            found[f"due/{name}"] = found[f"left/{name}"] = Flag()
             found[f"sum/{name}"] = Values(whole.shape, _dtype(whole), finite=True)
             found[f"index/{name}"] = Values(length, integer, low=0, high=whole.numel() - 1)
             found[f"values/{name}"] = Values(length, _dtype(whole), finite=True)
@@ -224,6 +229,7 @@ class ChooseEntries(Action):
             if f"sum/{name}" in state:
                 sums[name] = state[f"sum/{name}"].to(entries.parameter.device, copy=True)
             entries.load(state)
+            entries.left = bool(state.get(f"left/{name}"))
 
     def summary(self) -> str | None:
         numel = sum(entries.parameter.numel() for entries in self.selected.values())

@@ -46,6 +46,8 @@ class SelectedEntries(UpdateMask):
         self.is_counted = is_counted
         """Whether `count` is how many entries every choice takes."""
         self._positions: Positions | None = None
+        self.left = False
+        """Whether entries that trained before do not any more, so that others than those of now have changed."""
         self.keeps_dense = False
         """Whether the next choice depends on the dense gradient of the open step."""
         self.arrival: Callable[[Tensor], Arrived] | None = None

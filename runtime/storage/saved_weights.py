@@ -52,7 +52,8 @@ def read_changes(source: Path, base: Path | None = None) -> list[TensorDelta]:
 
     Where a mask chose the entries of a parameter that train, these are its entries; other parameters that an optimizer
     trained, and buffers, are whole. With `base`, a .safetensors file or another run, they are those that differ from
-    it. Raises ValueError or OSError where there is no run, or `base` does not fit.
+    it. Raises ValueError or OSError where there is no run, where `base` does not fit, and where there is none although
+    a mask has chosen other entries before.
     """
     program = _program_in(source)
     before = None if base is None else read_weights(base)
@@ -62,8 +63,9 @@ def read_changes(source: Path, base: Path | None = None) -> list[TensorDelta]:
         aliases = {id(program["model"][name]) for name in parameters}
         buffers = {n for n, t in program["model"].items() if id(t) not in aliases}
         trained = {*program["rates"]["in_force"], *buffers}
-        indices = _chosen(program["actions"])
-    return entries_of(tensors, trained, indices, before, str(base))
+        indices = _kept_under("index/", program["actions"])
+        left = _kept_under("left/", program["actions"])
+    return entries_of(tensors, trained, indices, before, str(base), left)
 
 
 def _program_in(source: Path) -> dict[str, Any]:
@@ -77,11 +79,11 @@ def _program_in(source: Path) -> dict[str, Any]:
     return program
 
 
-def _chosen(actions: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return the positions that masks chose, by parameter: a mask keeps them under `index/` in its state."""
+def _kept_under(prefix: str, actions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what masks keep in their states by parameter: under `index/` the positions that they chose."""
     return {
-        key.removeprefix("index/"): value
+        key.removeprefix(prefix): value
         for state in actions.values()
         for key, value in state.items()
-        if key.startswith("index/") and isinstance(value, Tensor)
+        if key.startswith(prefix)
     }

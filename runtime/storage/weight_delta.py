@@ -1,9 +1,9 @@
 """What training changed of weights, as entries and their values: a file of tensors, exact and small.
 
-A file has `positions`, bytes, and `values.<dtype>`, each of all tensors in turn. Its metadata say of each tensor:
-names, shape, dtype, how many entries follow, the bytes of a gap, and a digest of the entries that are not in the file.
-A gap is the distance of a position to the one before (the first: to 0), 1 or 2 bytes: 255, or 65535, adds itself to
-the gap that follows. Gaps of 0 bytes say that every entry is in the file.
+A file has `positions`, bytes, and `values.<dtype>`, each of all tensors in turn, and `table`, JSON packed by zlib,
+which says of each tensor: names, shape, dtype, how many entries follow, the bytes of a gap, and a digest of the entries
+that are not in the file. A gap is the distance of a position to the one before (the first: to 0), 1 or 2 bytes: 255, or
+65535, adds itself to the gap that follows. Gaps of 0 bytes say that every entry is in the file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ from torch import Tensor
 from trainc.kernels.library import atomic
 from trainc.runtime.storage.foreign_files import UnreadableFile, interpreting, open_file
 
-FORMAT = "1"
+FORMAT = "2"
 _KEY = "trainc_delta"
+_LARGEST_TABLE = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +116,9 @@ def write_delta(path: Path, deltas: Iterable[TensorDelta]) -> None:
         )
     tensors = {f"values.{dtype}": torch.cat(parts) for dtype, parts in values.items()}
     tensors["positions"] = torch.cat(positions)
-    about = {_KEY: FORMAT, "tensors": json.dumps(rows, separators=(",", ":"))}
-    atomic.write_bytes(path, save(tensors, about))
+    table = zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 9)
+    tensors["table"] = torch.frombuffer(bytearray(table), dtype=torch.uint8)
+    atomic.write_bytes(path, save(tensors, {_KEY: FORMAT}))
 
 
 def read_delta(path: Path) -> list[TensorDelta]:
@@ -128,7 +131,8 @@ def read_delta(path: Path) -> list[TensorDelta]:
                 f"{path} is no delta that `trainc delta RUN --out FILE` of this version wrote"
             )
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        rows = json.loads(about["tensors"])
+        table = tensors.pop("table").numpy().tobytes()
+        rows = json.loads(zlib.decompressobj().decompress(table, _LARGEST_TABLE))
         left = {key: tensor.view(-1) for key, tensor in tensors.items()}
         found = []
         for names, shape, dtype, count, width, rest in rows:
@@ -213,12 +217,19 @@ def entries_of(
     indices: Mapping[str, Tensor],
     base: Mapping[str, Tensor] | None = None,
     source: str = "",
+    left: Collection[str] = (),
 ) -> list[TensorDelta]:
     """Return what a run changed of its `tensors`; those that are the same memory are one, of several names.
 
     Of the `trained` these are the entries that `indices` has, and all where it has none; with `base`, the weights
-    before, what differs from those. Raises ValueError, which calls `base` by `source`, where it is of another model.
+    before, what differs from those. Raises ValueError, which calls `base` by `source`, where it is of another model,
+    and without `base` for parameters that have `left` entries behind which trained, too.
     """
+    if base is None and left:
+        raise ValueError(
+            f"`{min(left)}` has trained entries that were not chosen last, because its mask chose more than once:"
+            " give the weights that the run started from, as `--base` or `base`, so that all that differs is found"
+        )
     names: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in tensors.items():
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)

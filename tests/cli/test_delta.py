@@ -72,6 +72,42 @@ def test_a_run_comes_back_from_its_delta(
     assert torch.equal(load_file(start)["0.weight"], expected["0.weight"])
 
 
+def test_a_run_that_chose_again_needs_the_weights_of_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Entries of earlier choices differ, too, also in a run that was resumed since."""
+    spec = SPEC.replace("ndim(2)", "ndim(2) every 2 steps").replace("REST", ", rest = freeze")
+    program = trainc.compile(spec, model())
+    torch.manual_seed(2)
+    batches = [(torch.randn(8, 16), torch.randint(4, (8,))) for _ in range(6)]
+    for batch in batches[:4]:
+        program.step(batch)
+    resumed = trainc.compile(spec.replace("every 2", "every 99"), model())
+    resumed.load_compatible(program.state_dict())
+    resumed.step(batches[4])
+    start, file = tmp_path / "start.safetensors", tmp_path / "d"
+    save_file(model().state_dict(), start)
+    with pytest.raises(
+        ValueError, match=r"has trained entries that were not chosen last.*`--base`"
+    ):
+        resumed.save_delta(file)
+    run = tmp_path / "run"
+    run.mkdir()
+    save_checkpoint(run / "checkpoints", 5, {"program": resumed.state_dict()})
+    status, _, error = delta(monkeypatch, capsys, run, "--out", file)
+    assert status == 1
+    assert "because its mask chose more than once" in error
+    status, _, error = delta(monkeypatch, capsys, run, "--out", file, "--base", start)
+    assert (status, error) == (0, "")
+    found = file.read_bytes()
+    resumed.save_delta(file, base=start)
+    assert file.read_bytes() == found
+    other = trainc.compile(spec, model())
+    other.load_delta(file)
+    expected = resumed.module.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in other.module.state_dict().items())
+
+
 def test_what_does_not_fit_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

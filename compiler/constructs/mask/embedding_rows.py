@@ -108,6 +108,7 @@ class EmbeddingRows(EntryMask):
         from trainc.runtime.mask.entry_choice import Choice
         from trainc.runtime.mask.structures import Structure
 
+        to.refuse_times("the rows that train are listed, once for all", "every")
         entries = to.parameters()
         # All have as many rows that train, however many they have.
         count = self.last or len(self.rows or ())

@@ -62,6 +62,10 @@ def test_rows_of_new_tokens_alone_move_and_nothing_else_decays(tied: bool) -> No
         ('"embed.token" { rows = [1, 1] }', "row 1 is listed twice"),
         ('"embed.token" { rows = [1], last = 1 }', "write either `rows`"),
         ('"ln_f.bias" { last = 1 }', "`ln_f.bias` is not a matrix, so it has no rows"),
+        (
+            '"embed.token" every 2 steps { last = 1 }',
+            "listed, once for all: remove `every 2 steps`",
+        ),
     ],
 )
 def test_rows_that_are_not_there_are_said_at_the_clause(clause: str, said: str) -> None:
