@@ -1,4 +1,5 @@
-"""What of a graph's operators a recording of its kernels would lose: what the host reads, draws or writes to inputs."""
+"""What of a graph's operators a recording of its kernels would lose: what the host reads, draws or copies, and
+what is written to inputs."""
 
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ _INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe
 """Operators that read the host's memory only where an index is a mask."""
 _CHECKED = ("aten::_linalg_check_errors",)
 """Operators without a tag that read a number on the host."""
+_COPIES = ("aten::_to_copy", "aten::copy", "aten::copy_", "prims::device_put")
+_OF_ITS_FORM = ("aten::new_", "_like")
+"""How names of operators begin or end that read of an operand its form alone."""
 
 
 def host_reads(graph: fx.Graph) -> list[str]:
@@ -28,6 +32,15 @@ def host_draws(graph: fx.Graph, device: str) -> list[str]:
     seeded = torch.Tag.nondeterministic_seeded
     drawing = (node for node in _calls(graph) if seeded in node.target.tags)  # type: ignore[union-attr]
     return list(dict.fromkeys(str(node.target) for node in drawing if _is_elsewhere(node, device)))
+
+
+def host_copies(graph: fx.Graph, device: str) -> list[str]:
+    """Return the operators that copy between the host's memory and a device of this type, each once.
+
+    A recording would keep the address of memory that the host frees after the pass. A 0-d tensor of the host that an
+    operator computes with is none of these: a number goes with the kernel.
+    """
+    return list(dict.fromkeys(str(node.target) for node in _calls(graph) if _copies(node, device)))
 
 
 def written(graph: fx.Graph) -> list[fx.Node]:
@@ -66,6 +79,22 @@ def _by_mask(node: fx.Node) -> bool:
 def _is_elsewhere(node: fx.Node, device: str) -> bool:
     results = [one for one in pytree.tree_leaves(node.meta.get("val")) if isinstance(one, Tensor)]
     return bool(results) and results[0].device.type != device
+
+
+def _copies(node: fx.Node, device: str) -> bool:
+    name = node.target._schema.name  # type: ignore[union-attr]
+    copies, by_form = (
+        name in _COPIES,
+        name.startswith(_OF_ITS_FORM[0]) or name.endswith(_OF_ITS_FORM[1]),
+    )
+    results = pytree.tree_leaves(node.meta.get("val"))
+    here = [one.device.type == device for one in results if isinstance(one, Tensor)]
+    operands = [value for one in node.all_input_nodes if (value := _value(one)) is not None]
+    if not here or by_form:
+        return False
+    if here[0]:
+        return any(one.device.type != device and (copies or one.dim() > 0) for one in operands)
+    return copies and any(one.device.type == device for one in operands)
 
 
 def _targets(node: fx.Node) -> Iterator[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ class WrittenBuffers:
     def find_changed(self, before: Mapping[str, Tensor]) -> None:
         """Find what the pass changed since `before`, which `clones` gave."""
         for name, tensor in self._every.items():
-            if not torch.equal(tensor.nan_to_num(), before[name].nan_to_num()):
+            if not torch.equal(_comparable(tensor), _comparable(before[name])):
                 self.changed[name] = tensor
         self._found = True
 
@@ -114,6 +115,11 @@ class WrittenBuffers:
         with torch.no_grad():
             for name, tensor in self.changed.items():
                 tensor.copy_(values[name])
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """Return a tensor whose nan are equal; torch compares no numbers of 8 bits, but their bytes."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor.nan_to_num()
 
 
 def copies(
@@ -154,7 +160,8 @@ def form_of(tensor: Tensor) -> Hashable:
 
 def launch_settings() -> Hashable:
     """Return the settings of torch that a kernel is chosen by when it is launched."""
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    cuda = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
     return (
         cuda.matmul.fp32_precision,
         cuda.matmul.allow_fp16_reduced_precision_reduction,
@@ -164,6 +171,8 @@ def launch_settings() -> Hashable:
         cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
         cudnn.fp32_precision,
+        cudnn.conv.fp32_precision,
+        cudnn.rnn.fp32_precision,
         cudnn.enabled,
         cudnn.benchmark,
         cudnn.deterministic,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ class CudaRecorder:
         self.device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        # A graph of nothing holds the pool, come and go what may: torch takes no pool whose last graph is gone while
+        # something, such as a workspace of cuBLAS, is still in it.
+        self._holder: torch.cuda.CUDAGraph | None = None
 
     def record(self, run: Run) -> Recording:
         """Return the recording of what `run` does; see `Recorder`.
@@ -61,14 +65,15 @@ class CudaRecorder:
         So it is rehearsed on a copy of the state, and only what succeeded is captured with the state itself.
         """
         with torch.cuda.device(self.device):
-            rehearsal = self._rehearsed(run)
+            if self._holder is None:
+                self._holder = self._rehearsed(lambda: ())
+            self._rehearsed(run)
             spare = self._generator.clone_state()
             try:
                 graph, outputs = self._captured(run)
             except BaseException:
                 self._generator.graphsafe_set_state(spare)
                 raise
-            del rehearsal  # until now it kept the pool from being given back
         return Recording(graph.replay, outputs)
 
     @property
@@ -88,14 +93,19 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         # What other threads do meanwhile, such as to pin memory for the next batch, is no matter of this one.
         capture = torch.cuda.graph(graph, self._pool, self._stream, "thread_local")
-        with _cleared(self._pool), capture:
-            outputs = run()
+        with _cleared(self._pool), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+            with capture:
+                outputs = run()
         return graph, outputs
 
 
 @contextmanager
 def _cleared(pool: tuple[int, int]) -> Iterator[None]:
-    """Leave the stream and the memory pool of a capture where it fails, which torch stays in."""
+    """Leave the stream and the memory pool of a capture where it fails, which torch stays in.
+
+    The capture's share in the pool is given up, too: else its memory would be neither free nor used from then on.
+    """
     device = torch.cuda.current_device()
     with torch.cuda.stream(torch.cuda.current_stream()):
         try:
@@ -104,4 +114,5 @@ def _cleared(pool: tuple[int, int]) -> Iterator[None]:
             # Where the capture came to its end in spite of the error, torch has left the pool, and says so.
             with suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(device, pool)
+                torch._C._cuda_releasePool(device, pool)
             raise

@@ -13,7 +13,7 @@ from trainc.compiler.errors import listed
 from trainc.compiler.graph.step_graph import StepGraph
 from trainc.compiler.graph.trial import disagreement
 from trainc.compiler.model.undisturbed import own_generators, random_states
-from trainc.compiler.patterns.replayable import host_draws, host_reads, written
+from trainc.compiler.patterns.replayable import host_copies, host_draws, host_reads, written
 from trainc.compiler.replay.recorded_pass import (
     RecordedPass,
     copies,
@@ -135,6 +135,11 @@ class Replays:
             return f"the host reads what {listed(found)} computes, in the middle of the pass"
         if found := host_draws(graph.graph, self._device.type):
             return f"{listed(found)} draws random numbers on the host"
+        if found := host_copies(graph.graph, self._device.type):
+            return (
+                f"{listed(found)} copies between the host's memory and the device's in the middle of the pass. Make"
+                " such tensors on the device, or keep them in buffers"
+            )
         inputs = [node.name for node in written(graph.graph) if node.op == "placeholder"]
         return f"the pass writes to its input `{inputs[0]}`" if inputs else None
 
@@ -187,7 +192,9 @@ class Replays:
                 return self._record(found, forward, dtypes(), given)
             return found.replay(given, lent())
         except Exception as error:
-            if ran_out_of_memory(error) and self._passes:
+            # Where nothing is recorded yet, recordings are not to blame: smaller micro-batches may have them.
+            recorded = any(one.recording is not None for one in self._passes.values())
+            if recorded and ran_out_of_memory(error):
                 self._refuse("memory ran out, of which each recording keeps what its pass needs")
             raise
 

@@ -21,6 +21,7 @@ from trainc.kernels.library.launch import launch
 from trainc.kernels.loss import cross_entropy_consistency as operators
 from trainc.kernels.loss.triton_means import means, row_factors
 from trainc.kernels.loss.triton_rows import (
+    WORD,
     both_views,
     entries_of,
     is_whole,
@@ -233,7 +234,7 @@ def row_losses(
     cross_entropies = torch.empty(count, dtype=torch.float32, device=rows.device)
     distances = torch.empty_like(cross_entropies)
     warps = 1 if count >= resident_programs(rows.device, RESIDENT) else max(BLOCKS)
-    lies = lay(count, classes)
+    lies = lay(count, classes, odd=rows.data_ptr() % WORD != 0)
     launch(
         loss_forward, (count,),
         rows, labels, cross_entropies, distances, statistics,

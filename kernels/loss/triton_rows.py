@@ -12,15 +12,18 @@ import triton.language as tl
 from trainc.kernels.library.grid import power_of_2
 
 VECTOR = 8
+# Bytes of a word; a device reads none from other places than multiples of this.
+WORD = 4
 
 
-def lay(count: int, classes: int) -> dict[str, int]:
+def lay(count: int, classes: int, *, odd: bool = False) -> dict[str, int]:
     """How the rows of logits (2 * count, classes) lie in memory, as options of a kernel.
 
     W is the width of a vector: the most for which both views of a row begin at the same place within one. EVEN says
-    that each row starts and ends with a vector.
+    that each row starts and ends with a vector. `odd` says that the logits begin within a word, as of a slice they may:
+    then no two are read as one.
     """
-    width = VECTOR
+    width = 1 if odd else VECTOR
     while count * classes % width:
         width //= 2
     return {"W": width, "EVEN": classes % width == 0}

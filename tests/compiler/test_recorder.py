@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from trainc.compiler.graph.trial import disagreement
-from trainc.compiler.patterns.replayable import host_draws, host_reads, written
+from trainc.compiler.patterns.replayable import host_copies, host_draws, host_reads, written
 from trainc.compiler.replay.recorded_pass import WrittenBuffers, copies
 from trainc.compiler.replay.recorder import CudaRecorder
 
@@ -21,7 +23,7 @@ class State:
 
     def __init__(self) -> None:
         self.captured = False
-        self.graphs: list[Graph] = []
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
 
 
 class Generator:
@@ -53,6 +55,8 @@ class Cuda:
         self.generator, self.fails = Generator(), fails
         self.pools: list[Any] = []
         self.left: list[Any] = []
+        self.users, self.remains = 0, False
+        """The graphs of the pool, and whether something else is in it, as cuBLAS leaves a workspace there."""
         self.streams = ["own"]
         self.captures = 0
         for name, stand_in in {
@@ -63,9 +67,13 @@ class Cuda:
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(torch._C, "_cuda_endAllocateToPool", self.leave, raising=False)
+        patch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
 
     def leave(self, device: int, pool: Any) -> None:
         self.left.append(pool)
+
+    def release(self, *_: Any) -> None:
+        self.users -= 1
 
     @contextmanager
     def stream(self, stream: str) -> Any:
@@ -87,6 +95,8 @@ class Cuda:
     def capture(self, graph: Graph, stream: str) -> Any:
         """As torch's: what fails leaves the stream, and the generator's state, as a capture has them."""
         state = self.generator.state
+        assert self.users or not self.remains, "INTERNAL ASSERT FAILED: use_count > 0"
+        self.users += 1
         self.captures += 1
         state.captured = True
         self.streams.append(stream)
@@ -94,7 +104,9 @@ class Cuda:
         if self.captures in self.fails:
             raise RuntimeError("operation failed due to a previous error during capture")
         state.captured = False
-        state.graphs.append(graph)
+        state.graphs.add(graph)
+        weakref.finalize(graph, self.release)
+        self.remains = True
         self.streams.pop()
 
 
@@ -112,7 +124,17 @@ def test_every_graph_is_registered_with_the_devices_own_state(
     assert [graph.replays for graph in own.graphs] == [1, 1]
 
 
-@pytest.mark.parametrize("fails", [1, 2])
+def test_a_pool_outlives_its_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch, fails=set())
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    for _ in range(3):  # each is dropped before the next one, as where weights have moved
+        recorder.record(lambda: [torch.ones(1)])
+    assert cuda.users == 1
+    del recorder
+    assert cuda.users == 0
+
+
+@pytest.mark.parametrize("fails", [2, 3])
 def test_a_capture_that_fails_leaves_random_numbers_stream_and_pool(
     fails: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,9 +143,10 @@ def test_a_capture_that_fails_leaves_random_numbers_stream_and_pool(
     with pytest.raises(RuntimeError, match="during capture"):
         recorder.record(lambda: [torch.ones(1)])
     assert not cuda.generator.state.captured
-    assert (cuda.generator.state is own) == (fails == 1)  # else it was captured, and is not usable
+    assert (cuda.generator.state is own) == (fails == 2)  # else it was captured, and is not usable
     assert cuda.streams == ["own"]
     assert cuda.left == [(0, 1)]
+    assert cuda.users == 1  # what holds the pool
 
 
 # what no recording keeps
@@ -155,6 +178,36 @@ def test_what_the_host_draws_is_found() -> None:
     assert host_draws(traced(lambda x: x * 2, NUMBERS), "cuda") == []
 
 
+def test_copies_between_the_hosts_memory_and_the_devices_are_found() -> None:
+    aten = torch.ops.aten
+    mode = FakeTensorMode()
+
+    def on(device: str, *shape: int) -> Tensor:
+        return FakeTensor(mode, torch.empty(shape, device="meta"), torch.device(device))
+
+    def found(operator: Any, result: str, *given: tuple[Any, ...]) -> list[str]:
+        """What is found of one operator, given operands of a device and a shape."""
+        graph = torch.fx.Graph()
+        operands = [graph.placeholder(f"x{at}") for at in range(len(given))]
+        for node, (device, *shape) in zip(operands, given, strict=True):
+            node.meta["val"] = on(device, *shape)
+        called = graph.call_function(operator, tuple(operands))
+        called.meta["val"] = on(result, 4)
+        return host_copies(graph, "cuda")
+
+    host, device, number = ("cpu", 4), ("cuda:0", 4), ("cpu",)
+    assert found(aten._to_copy.default, "cuda:0", host) == ["aten._to_copy.default"]
+    assert found(aten._to_copy.default, "cuda:0", number) == ["aten._to_copy.default"]
+    assert found(aten._to_copy.default, "cpu", device) == ["aten._to_copy.default"]
+    assert found(aten.gather.default, "cuda:0", device, host) == ["aten.gather.default"]
+    for nothing in (
+        found(aten._to_copy.default, "cuda:0", device), found(aten.mul.Tensor, "cuda:0", device, number),
+        found(aten.mul.Tensor, "cpu", host, host), found(aten.zeros_like.default, "cuda:0", host),
+        found(aten.new_zeros.default, "cuda:0", host),
+    ):  # fmt: skip
+        assert nothing == []
+
+
 def test_writes_to_inputs_are_found_also_through_views() -> None:
     assert written(traced(lambda x: x.clone().mul_(2), NUMBERS)) == []
     (found,) = written(traced(lambda x, y: x[1:].mul_(2) + y[1:], NUMBERS.clone(), NUMBERS))
@@ -164,6 +217,7 @@ def test_writes_to_inputs_are_found_also_through_views() -> None:
 def test_buffers_that_change_are_found_and_given_back() -> None:
     norm = nn.BatchNorm1d(2)
     tensors = dict(norm.state_dict(keep_vars=True)) | {"constant": torch.tensor([float("nan"), 1])}
+    tensors["bytes"] = torch.tensor([float("nan"), 1]).to(torch.float8_e4m3fn)
     buffers = WrittenBuffers(tensors, [])
     before = buffers.clones()
     norm(torch.randn(3, 2))

@@ -19,6 +19,7 @@ from tests.test_constructs import COMPUTING, OWN, setup_of, spec_around, trained
 from trainc.compiler.execution.compiled import Compiler
 from trainc.compiler.execution.execution import Executor
 from trainc.compiler.replay import replayed as replayed_file
+from trainc.compiler.replay.recorded_pass import RecordedPass
 from trainc.compiler.replay.recorder import Recording, Run
 from trainc.compiler.replay.replayed import Replays
 from trainc.dsl.resolve.spec import Spec
@@ -340,12 +341,15 @@ def test_a_replaced_module_is_recorded_anew() -> None:
 def test_a_setting_of_torch_is_another_kind_of_pass() -> None:
     def switch(step: int, program: trainc.Program) -> None:
         torch.use_deterministic_algorithms(step >= 3)
+        torch.backends.cudnn.allow_tf32 = step < 6
 
+    allowed = torch.backends.cudnn.allow_tf32
     try:
-        got, _ = trained(ON, 7, change=switch)
+        got, _ = trained(ON, 9, change=switch)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_replayed(got, 2)
+        torch.backends.cudnn.allow_tf32 = allowed
+    assert_replayed(got, 3)
 
 
 def test_further_kinds_than_the_limit_run_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,6 +450,22 @@ def test_memory_that_runs_out_beside_recordings_ends_them() -> None:
     program.step(batch(3))
     assert "memory ran out" in str(program.execution.replays.refused)
     assert not program.execution.replays._passes
+
+
+def test_memory_that_runs_out_before_anything_is_recorded_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, _ = trained(ON, 1)
+
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordedPass, "place", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            program.step(batch(1))
+    program.step(batch(1))
+    assert_replayed(program)
 
 
 class OwnGenerator(Small):

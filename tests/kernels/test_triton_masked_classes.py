@@ -62,6 +62,28 @@ def both(launched: Any, logits: Tensor, *rest: Any) -> tuple[Any, Any]:
     )  # type: ignore[return-value]
 
 
+def test_logits_that_begin_within_a_word_are_not_read_by_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
+
+    launch, widths = vars(triton_loss)["launch"], []
+
+    def seen(*arguments: Any, **options: Any) -> None:
+        widths.append(options["W"])
+        launch(*arguments, **options)
+
+    monkeypatch.setattr(triton_loss, "launch", seen)
+    torch.manual_seed(0)
+    held = torch.randn(2 * ROWS * CLASSES + 2).bfloat16()
+    for start, width in ((0, 8), (1, 1), (2, 8)):  # a bfloat16 is half a word
+        logits = held[start : start + 2 * ROWS * CLASSES].view(-1, CLASSES)
+        got, want = both(triton_loss, logits, torch.arange(ROWS), "kl", 0.0)
+        assert widths[0] == width
+        torch.testing.assert_close(got[:2], want[:2], rtol=1e-4, atol=1e-4)
+        widths.clear()
+
+
 @pytest.mark.parametrize("length", [1, 8, 9, CLASSES - 1])
 @pytest.mark.parametrize("distance", operator.DISTANCES)
 def test_classes_masked_in_one_view_or_both_wherever_they_stand(
