@@ -110,7 +110,7 @@ class Exchange(Action):
             times = f"{self.turns} exchange{'s' * (self.turns > 1)}"
             return (
                 f"{self.name}: {times} between {self.replicas} replicas, {self.sent} bytes sent by this process, the"
-                f" last after step {self.last}; since then the replicas differ"
+                f" last after step {self.last}: any later step was each replica's own"
             )
         alone = ": this process trained alone" if self.trained_alone else ""
         alone = ": all processes were one replica" if alone and self.replicas else alone
