@@ -207,3 +207,16 @@ def test_a_run_that_is_given_twice_is_an_error(runs: Path) -> None:
 def test_a_loss_that_runs_begin_with_is_an_error(runs: Path) -> None:
     with pytest.raises(ValueError, match=r"b4 has the loss .* already where its records begin"):
         fit_batch_of([runs / "b4", runs / "b16"], 1e9)
+
+
+@pytest.mark.parametrize("law", ["batch", "transfer"])
+def test_a_run_of_replicas_that_trained_apart_is_an_error(
+    runs: Path, law: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart = runs / f"apart-{law}"
+    shutil.copytree(runs / "b16", apart)
+    lines = [json.loads(line) for line in (apart / "metrics.jsonl").read_text().splitlines()]
+    told = [{**line, "mean_loss": line["loss"]} if "loss" in line else line for line in lines]
+    (apart / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    assert command(monkeypatch, "fit", law, str(runs / "b4"), str(apart)) == 1
+    assert f"apart-{law} is of replicas" in " ".join(capsys.readouterr().err.split())

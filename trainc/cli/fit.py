@@ -30,7 +30,7 @@ Plot = Annotated[
 
 
 def _read(folders: Sequence[Path]) -> list[RunRecords]:
-    """Return the records of runs; raises ValueError for a folder without steps, and for one that is given twice."""
+    """Return the records of runs; raises ValueError for a folder without steps, of replicas, or given twice."""
     from trainc.runtime.report.run_records import RunRecords
 
     found = []
@@ -45,6 +45,11 @@ def _read(folders: Sequence[Path]) -> list[RunRecords]:
         run = RunRecords.of(folder, str(folder), "")
         if not run.steps:
             raise ValueError(f"{folder} holds no run: no step is recorded")
+        if any("mean_loss" in record for record in run.steps):
+            raise ValueError(
+                f"{folder} is of replicas that trained apart: its losses, steps and samples are those of the replica of"
+                " rank 0, while its weights have learned from the samples of all. Leave it out"
+            )
         found.append(run)
     return found
 

@@ -29,11 +29,11 @@ class Homogeneity(Construct):
     smaller errors are, the more the directions of gradients are those of the saturated network, which
     `observe saturation` measures.
 
-    Both passes are of the step's examples, without gradient, by a copy of the model in eval mode that
-    shares its weights: the model, its weights, BatchNorm's statistics and random numbers stay as they are,
-    bit for bit. Forward hooks of your own run in both as well. The multiplied weights take as much memory
-    as the parameters while the pass runs. BatchNorm normalizes by running statistics, which are not
-    multiplied; one that keeps none is an error.
+    Both passes are of the step's examples and of the weights before its update, without gradient, by a copy
+    of the model in eval mode that shares its weights: the model, its weights, BatchNorm's statistics and
+    random numbers stay as they are, bit for bit. Forward hooks of your own run in both as well. The
+    multiplied weights take as much memory as the parameters while the pass runs. BatchNorm normalizes by
+    running statistics, which are not multiplied; one that keeps none is an error.
     """
 
     cite: ClassVar = (

@@ -33,11 +33,11 @@ class Saturation(Construct):
     targets are of examples; the mean over these is the saturation, 1 where the network is saturated. It is
     reported for the logits, and as `hidden` for the mean over `layers`, each of which is in the records.
 
-    Both passes are of the step's examples, without gradient, by a copy of the model in eval mode that
-    shares its weights: the model, its weights, BatchNorm's statistics and random numbers stay as they are,
-    bit for bit. Forward hooks of your own run in both as well. The multiplied weights take as much memory
-    as the parameters while the pass runs. BatchNorm normalizes by running statistics, which are not
-    multiplied; one that keeps none is an error.
+    Both passes are of the step's examples and of the weights before its update, without gradient, by a copy
+    of the model in eval mode that shares its weights: the model, its weights, BatchNorm's statistics and
+    random numbers stay as they are, bit for bit. Forward hooks of your own run in both as well. The
+    multiplied weights take as much memory as the parameters while the pass runs. BatchNorm normalizes by
+    running statistics, which are not multiplied; one that keeps none is an error.
 
     With `heads` the saturated pass shows to how many positions each attention head attends: those with a
     weight above 1e-5, where ties share it. `attended` is the mean number over heads and counted queries,
