@@ -72,7 +72,10 @@ class _Counted(TorchDispatchMode):
         # Schemas say of `to` and `contiguous` that they may be views: whether they are is seen by their memory.
         held = {one.untyped_storage().data_ptr() for one in given}
         views = all(one.untyped_storage().data_ptr() in held for one in made)
-        if not name.startswith(NO_LAUNCH) and (function._schema.is_mutable or not views):
+        # A copy of the same dtype is how the host's numbers are sent: no kernel's.
+        sent = name == "_to_copy" and made[0].dtype == given[0].dtype
+        counts = not sent and not name.startswith(NO_LAUNCH)
+        if counts and (function._schema.is_mutable or not views):
             self.found.aten.append(name)
             self.found.bytes += _bytes([*given, *made])
         return result

@@ -6,7 +6,7 @@ and nothing that is finite in 16 or 32 bits overflows (one float32 norm of 16 mi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None
 
     Raises RuntimeError for deltas that do not match the tensors in number and shapes.
     """
-    tensors = [_parts(w) for w in tensors]
-    deltas = None if deltas is None else [_parts(d) for d in deltas]
     if deltas is not None and len(deltas) != len(tensors):
         raise RuntimeError(
             f"deltas must be as many as tensors: there are {len(deltas)} deltas and {len(tensors)} tensors"
@@ -41,15 +39,23 @@ def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None
     if not tensors:
         return torch.zeros((0, COLUMNS), dtype=torch.float64)
     with torch.no_grad():
-        sums: Tensor = _operator(tensors, [] if deltas is None else deltas)
+        sums: Tensor = _operator(_parts(tensors), [] if deltas is None else _parts(deltas))
     return sums
 
 
-def _parts(tensor: Tensor) -> Tensor:
-    """Return a complex tensor's real and imaginary parts along a new last axis, and any other as it is."""
-    if not tensor.is_complex():
-        return tensor
-    return torch.view_as_real(tensor.detach().resolve_conj())
+def _parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the tensors, complex ones as their real and imaginary parts along a new last axis."""
+    if not any_complex([one.dtype for one in tensors]):
+        return tensors
+    return [
+        torch.view_as_real(one.detach().resolve_conj()) if one.is_complex() else one
+        for one in tensors
+    ]
+
+
+def any_complex(dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether one of the dtypes is complex: many tensors have few dtypes, and each is asked once."""
+    return any(dtype.is_complex for dtype in set(dtypes))
 
 
 def reference(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None) -> Tensor:
@@ -65,16 +71,19 @@ def reference(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None)
 
 def check(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
     """Reject deltas that do not match the tensors, and complex tensors."""
+    check_real([one.dtype for one in (*tensors, *deltas)])
+    check_shapes(tensors, deltas)
+
+
+def check_real(dtypes: Iterable[torch.dtype]) -> None:
+    """Reject complex dtypes."""
+    require(not any_complex(dtypes), lambda: "tensors and deltas must be real, not complex")
+
+
+def check_shapes(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+    """Reject deltas that do not match the tensors in number and shapes."""
     require(
-        not any(t.is_complex() for t in (*tensors, *deltas)),
-        lambda: "tensors and deltas must be real, not complex",
-    )
-    require(
-        not deltas
-        or (
-            len(deltas) == len(tensors)
-            and all(w.shape == d.shape for w, d in zip(tensors, deltas, strict=True))
-        ),
+        not deltas or [w.shape for w in tensors] == [d.shape for d in deltas],
         lambda: "deltas must be as many as tensors, and each of the shape of its tensor",
     )
 

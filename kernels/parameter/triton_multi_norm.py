@@ -9,17 +9,18 @@ under a mask of unknown length stay scalar.
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainc.kernels.library.contracts import REDUCED
 from trainc.kernels.library.launch import launch
 from trainc.kernels.parameter import multi_norm as operator
-from trainc.kernels.parameter.triton_tables import aligned, owner_of, table
+from trainc.kernels.parameter.triton_tables import Numbers, aligned, owner_of, pieces
 
 BLOCK = 2048
 CHUNK = 1 << 15
@@ -99,48 +100,94 @@ def add_partials(PARTIAL, TABLE, OUT, tensors, BLOCK: tl.constexpr):
     tl.store(out + tl.arange(0, 4), tl.sum(total, 0))
 
 
-def _listed(tensors: Sequence[Tensor], others: Sequence[Tensor], rows: Sequence[int]) -> list[int]:
+class _Group(NamedTuple):
+    """Tensors of one pair of dtypes: their places, their table and how many chunks it lists; without one, ATen's."""
+
+    places: list[int]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    aligned: bool = False
+    table: Numbers | None = None
+    chunks: int = 0
+
+
+def _listed(
+    tensors: Sequence[int], others: Sequence[int], sizes: Sequence[int], rows: Sequence[int],
+    chunk: int,
+) -> list[int]:  # fmt: skip
     """Addresses of the tensors and of the others, sizes, rows of the result, and the chunk each tensor begins with."""
-    sizes = [one.numel() for one in tensors]
-    ends = accumulate((triton.cdiv(size, CHUNK) for size in sizes), initial=0)
-    addresses = [one.data_ptr() for one in (*tensors, *others)]
-    return [*addresses, *sizes, *rows, *ends]
+    ends = accumulate((pieces(size, chunk) for size in sizes), initial=0)
+    return [*tensors, *others, *sizes, *rows, *ends]
 
 
-def _sums(
-    tensors: Sequence[Tensor], deltas: Sequence[Tensor], rows: Sequence[int], out: Tensor
-) -> None:
-    """Fill rows of `out` for contiguous tensors of one pair of dtypes, all aligned or treated as if not."""
-    paired, others = bool(deltas), deltas or tensors
-    numbers = _listed(tensors, others, rows)
-    listed, chunks = table(numbers, out.device), numbers[-1]
-    partial = torch.empty((chunks, operator.COLUMNS), dtype=torch.float64, device=out.device)
-    if chunks:
+def groups(
+    tensors: tuple[int, ...], others: tuple[int, ...], sizes: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...], other_dtypes: tuple[torch.dtype, ...], chunk: int,
+) -> tuple[_Group, ...]:  # fmt: skip
+    """What is launched for contiguous tensors at these addresses, with as many entries and of these dtypes.
+
+    It follows from nothing but these numbers. So it may be kept: another tensor that has come to an address, in the
+    place of one that was moved, resized or freed, is there with its own size and dtype, or is read just as the first.
+    """
+    operator.check_real((*dtypes, *other_dtypes))
+    members: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for place, pair in enumerate(zip(dtypes, other_dtypes or dtypes, strict=True)):
+        members.setdefault(pair, []).append(place)
+    found = []
+    for pair, places in members.items():
+        if not all(dtype in TYPES for dtype in pair):
+            found.append(_Group(places, pair))
+            continue
+        left = [tensors[place] for place in places]
+        right = [others[place] for place in places] if others else left
+        numbers = _listed(left, right, [sizes[place] for place in places], places, chunk)
+        wide = aligned((*left, *right))
+        found.append(_Group(places, pair, wide, Numbers(numbers), numbers[-1]))
+    return tuple(found)
+
+
+# The least recently used goes first. Entries are few, for one holds a few numbers a tensor; lists of few tensors, which
+# may be many (a parameter at a time) and cost little, would only push out those that are worth keeping.
+_kept_groups = lru_cache(maxsize=16)(groups)
+FEW = 8
+
+
+def _sums(group: _Group, table: Numbers, paired: bool, out: Tensor) -> None:
+    """Fill a group's rows of `out`."""
+    listed, tensors = table.on(out.device), len(group.places)
+    partial = torch.empty((group.chunks, operator.COLUMNS), dtype=torch.float64, device=out.device)
+    if group.chunks:
+        left, right = group.dtypes
         launch(
-            partial_sums, (chunks,),
-            listed, partial, len(tensors),
-            W=TYPES[tensors[0].dtype], D=TYPES[others[0].dtype], PAIRED=paired,
-            ALIGNED=aligned((*tensors, *others)), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
+            partial_sums, (group.chunks,),
+            listed, partial, tensors,
+            W=TYPES[left], D=TYPES[right], PAIRED=paired,
+            ALIGNED=group.aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-    launch(add_partials, (len(tensors),), partial, listed, out, len(tensors), BLOCK=64, num_warps=4)
+    launch(add_partials, (tensors,), partial, listed, out, tensors, BLOCK=64, num_warps=4)
+
+
+def _described(
+    tensors: Sequence[Tensor],
+) -> tuple[list[Tensor], tuple[int, ...], tuple[torch.dtype, ...]]:
+    """The tensors, contiguous, with their addresses and dtypes."""
+    dense = [one.contiguous() for one in tensors]
+    return dense, tuple([one.data_ptr() for one in dense]), tuple([one.dtype for one in dense])
 
 
 def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     """The CUDA kernel of trainc::multi_norm."""
-    operator.check(tensors, deltas)
-    result = torch.empty(
-        (len(tensors), operator.COLUMNS), dtype=torch.float64, device=tensors[0].device
-    )
-    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        key = (tensor.dtype, deltas[index].dtype) if deltas else (tensor.dtype,)
-        groups.setdefault(key, []).append(index)
-    for dtypes, members in groups.items():
-        left = [tensors[i].contiguous() for i in members]
-        right = [deltas[i].contiguous() for i in members] if deltas else []
-        if all(dtype in (torch.float32, *REDUCED) for dtype in dtypes):
-            _sums(left, right, members, result)
+    operator.check_shapes(tensors, deltas)
+    left, addresses, dtypes = _described(tensors)
+    right, others, other_dtypes = _described(deltas)
+    sizes = tuple([one.numel() for one in left])
+    found = _kept_groups if len(left) > FEW else groups
+    size, device = (len(left), operator.COLUMNS), left[0].device
+    result = torch.empty(size, dtype=torch.float64, device=device)
+    for group in found(addresses, others, sizes, dtypes, other_dtypes, CHUNK):
+        if group.table is not None:
+            _sums(group, group.table, bool(deltas), result)
             continue
-        for member, sums in zip(members, operator.eager(left, right), strict=True):
-            result[member].copy_(sums)
+        mine, other = ([one[i] for i in group.places] if one else [] for one in (left, right))
+        for place, sums in zip(group.places, operator.eager(mine, other), strict=True):
+            result[place].copy_(sums)
     return result

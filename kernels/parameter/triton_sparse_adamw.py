@@ -17,7 +17,7 @@ from torch import Tensor
 from trainc.kernels.library.contracts import REDUCED
 from trainc.kernels.library.launch import launch
 from trainc.kernels.parameter import sparse_adamw as operator
-from trainc.kernels.parameter.triton_tables import aligned, owner_of, table
+from trainc.kernels.parameter.triton_tables import Numbers, aligned, owner_of, pieces
 
 BLOCK = 1024
 TYPES = {
@@ -157,7 +157,7 @@ def _table_of(group: Sequence[tuple[Any, ...]], block: int) -> list[int]:
     addresses = [one.data_ptr() for kind in kinds for one in kind]
     counts = [tensors[2].numel() for tensors in group]
     blocks = [tensors[0].numel() // block for tensors in group]
-    ends = accumulate((triton.cdiv(count, BLOCK) for count in counts), initial=0)
+    ends = accumulate((pieces(count, BLOCK) for count in counts), initial=0)
     return [*addresses, *counts, *blocks, *ends]
 
 
@@ -175,7 +175,8 @@ def sparse_adamw_(*arguments: Any) -> None:
             operator.eager(*alone)
             continue
         tensors = (weight, grad.contiguous(), mean, square, index.contiguous())
-        key = (weight.dtype, grad.dtype, index.dtype, aligned((*tensors, *state[2:])))
+        addresses = (one.data_ptr() for one in (*tensors, *state[2:]))
+        key = (weight.dtype, grad.dtype, index.dtype, aligned(addresses))
         groups.setdefault(key, []).append((*tensors, mean if master is None else master))
     for key, group in groups.items():
         device = group[0][0].device
@@ -190,7 +191,7 @@ def sparse_adamw_(*arguments: Any) -> None:
         if len(group) == 1:
             tensors = group[0]
             launch(
-                adamw, (triton.cdiv(tensors[2].numel(), BLOCK),),
+                adamw, (pieces(tensors[2].numel(), BLOCK),),
                 *tensors, held, *numbers, tensors[2].numel(),
                 tensors[0].numel() // block, beta1, beta2, eps, **options,
             )  # fmt: skip
@@ -198,6 +199,6 @@ def sparse_adamw_(*arguments: Any) -> None:
         listed = _table_of(group, block)
         launch(
             adamw_together, (listed[-1],),
-            table(listed, device), held, len(group), *numbers, beta1, beta2, eps,
+            Numbers(listed).on(device), held, len(group), *numbers, beta1, beta2, eps,
             W=TYPES[key[0]], G=TYPES[key[1]], TYPE=TYPES[key[2]], ALIGNED=key[3], **options,
         )  # fmt: skip

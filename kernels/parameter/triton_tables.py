@@ -1,13 +1,13 @@
 """Tables of numbers on a device, for kernels that take many tensors: addresses, sizes and where each begins.
 
-A table holds a few numbers a tensor, however large the tensors are: a program finds its tensor by halving. It is made
-for a call, and its memory is free afterwards: a call may run in the memory pool of a CUDA graph that is yet to be
-captured, and what outlived it there would be overwritten. While a graph is captured a table is written by kernels that
-bring the numbers with them: a replay finds no host memory.
+A table holds a few numbers a tensor, however large the tensors are: a program finds its tensor by halving. Its memory
+on the device is a call's own, and free afterwards: a call may run in the memory pool of a CUDA graph that is yet to be
+captured, and what outlived it there would be overwritten. The host's `Numbers` may be kept and sent again. While a
+graph is captured a table is written by kernels that bring the numbers with them: a replay finds no host memory.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
@@ -49,15 +49,22 @@ def owner_of(ENDS, pid, tensors):
     return low
 
 
-def table(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """The numbers as int64 on the device, without waiting for it."""
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return written(numbers, device)
-    # A copy from memory that is not pinned waits for the stream.
-    pinned = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
-    return pinned.to(device, non_blocking=True)
+class Numbers:
+    """A table's numbers, and the host's memory that they are sent from, which nothing ever changes."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+        self._sent_from: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """The numbers as int64 in fresh memory of the device, without waiting for it."""
+        cuda = device.type == "cuda"
+        if cuda and torch.cuda.is_current_stream_capturing():
+            return written(self.numbers, device)
+        if self._sent_from is None:
+            # A copy from memory that is not pinned waits for the stream.
+            self._sent_from = torch.tensor(self.numbers, dtype=torch.int64, pin_memory=cuda)
+        return self._sent_from.to(device, non_blocking=True, copy=True)
 
 
 def written(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -69,6 +76,11 @@ def written(numbers: Sequence[int], device: torch.device) -> Tensor:
     return found
 
 
-def aligned(tensors: Sequence[Tensor]) -> bool:
-    """Whether every tensor starts where loads can be 16 bytes wide."""
-    return all(one.data_ptr() % ALIGNMENT == 0 for one in tensors)
+def aligned(addresses: Iterable[int]) -> bool:
+    """Whether all that starts at these addresses can be loaded 16 bytes at a time."""
+    return all(address % ALIGNMENT == 0 for address in addresses)
+
+
+def pieces(size: int, piece: int) -> int:
+    """How many pieces hold `size` entries; `triton.cdiv` takes two microseconds, and tables are of many tensors."""
+    return -(-size // piece)

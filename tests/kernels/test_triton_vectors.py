@@ -69,11 +69,12 @@ def test_a_program_finds_its_tensor_among_empty_ones() -> None:
 def test_a_table_does_not_grow_with_the_tensors() -> None:
     from trainc.kernels.parameter import triton_multi_norm
 
-    large = [torch.empty(1).expand(7, 1 << 30) for _ in range(3)]  # 28 GB each, were it there
-    numbers = triton_multi_norm._listed(large, large, [4, 1, 2])
+    addresses, size = [512, 1024, 4096], 7 << 30  # 28 GB each, were it there
+    chunk = triton_multi_norm.CHUNK
+    numbers = triton_multi_norm._listed(addresses, addresses, [size] * 3, [4, 1, 2], chunk)
     assert len(numbers) == 5 * 3 + 1
     assert numbers[9:12] == [4, 1, 2]
-    assert numbers[-1] == -(-3 * 7 * (1 << 30) // triton_multi_norm.CHUNK)
+    assert numbers[-1] == -(-3 * 7 * (1 << 30) // chunk)
 
 
 def test_a_table_is_sent_or_written_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_a_table_is_sent_or_written_by_kernels(monkeypatch: pytest.MonkeyPatch) 
     device = torch.device("cpu")
     # The interpreter takes numbers from 2^31 to 2^32 for what they are not.
     for numbers in ([5], [2**62, -1, 0, 1, 2**31 - 1, *range(2**32, 2**32 + 12)]):
-        found = triton_tables.table(numbers, device)
+        found = triton_tables.Numbers(numbers).on(device)
         assert found.tolist() == numbers
         by_kernels = triton_tables.written(numbers, device)
         assert by_kernels.tolist()[: len(numbers)] == numbers
@@ -90,14 +91,14 @@ def test_a_table_is_sent_or_written_by_kernels(monkeypatch: pytest.MonkeyPatch) 
     # While a graph is captured nothing is copied.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(triton_tables, "written", lambda numbers, device: (numbers, device))
-    assert triton_tables.table([3], torch.device("cuda:0")) == ([3], torch.device("cuda:0"))
+    assert triton_tables.Numbers([3]).on(torch.device("cuda:0")) == ([3], torch.device("cuda:0"))
 
 
 def test_nothing_of_a_table_outlives_its_call() -> None:
     """A call may warm up in the memory of a graph: what is kept there, the graph's next run writes over."""
     from trainc.kernels.parameter import triton_tables
 
-    found = triton_tables.table([5, 6], torch.device("cpu"))
+    found = triton_tables.Numbers([5, 6]).on(torch.device("cpu"))
     memory = weakref.ref(found)
     del found
     assert memory() is None
