@@ -59,7 +59,12 @@ def test_a_list_of_tensors_is_written_down_once(
 ) -> None:
     listed: list[int] = []
     original = kernels()._listed
-    monkeypatch.setattr(kernels(), "_listed", lambda *given: listed.append(1) or original(*given))
+
+    def counted(*given: Any) -> Any:
+        listed.append(1)
+        return original(*given)
+
+    monkeypatch.setattr(kernels(), "_listed", counted)
     _, tensors, deltas = lists()
     for step in range(3):
         right(tensors, deltas if paired else [])
