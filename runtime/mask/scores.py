@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from trainc.runtime.mask.allocation import Alphas
 from trainc.runtime.mask.entry_choice import Choice
 from trainc.runtime.step.record import Step
 from trainc.runtime.storage.random_streams import derive_seed
@@ -54,6 +57,18 @@ def truncated(weight: Tensor, rank: int) -> Tensor:
     u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
     found: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
     return found.view(weight.shape)
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """The alpha of a weight, the mean of those of its matrices, for each of its entries; 0 where it has none."""
+
+    measure: Alphas
+
+    def __call__(self, step: Step, name: str) -> Tensor:
+        weight = wide(step.parameters[name])
+        finite = [alpha for alpha in self.measure([name])[name] if math.isfinite(alpha)]
+        return weight.new_tensor(fmean(finite) if finite else 0.0).expand_as(weight)
 
 
 @dataclass(frozen=True)

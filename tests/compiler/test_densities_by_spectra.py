@@ -129,6 +129,19 @@ def test_chosen_entries_share_their_number() -> None:
     assert all(abs(trained[n] - d * sizes[n]) <= 1 for n, d in zip(sizes, wanted, strict=True))
 
 
+def test_whole_tensors_train_whose_alpha_is_largest() -> None:
+    model = net()
+    start = weights_of(model)
+    fields = "density = 40%, select = alpha, structure = layer, scope = global, rest = freeze"
+    clause = f"mask sift on ndim(2) {{ {fields} }}"
+    program = trainc.compile(REST + clause, model)
+    for _ in range(2):
+        program.step((torch.randn(5, 16), torch.randint(10, (5,))))
+    moved = {n for n, w in weights_of(model).items() if not torch.equal(w, start[n])}
+    alphas = {n: hill_alpha(w) for n, w in start.items()}
+    assert moved == {*sorted(alphas, key=alphas.__getitem__, reverse=True)[:2]}  # int(0.4 * 4) + 1
+
+
 def test_alphas_that_mean_nothing_are_those_of_the_others() -> None:
     alphas = {"a": [2.0, 4.0], "b": [math.nan], "c": [6.0, math.nan], "d": [1.0]}
     units = [["a"], ["b"], ["c", "d"]]
@@ -145,7 +158,12 @@ def test_alphas_that_mean_nothing_are_those_of_the_others() -> None:
         ("magnitude on ndim(2) { density = 30%, scope = alpha, window = 8 }", "`window` is of `scope = farms`"),
         ("magnitude on ndim(2) { density = 30%, scope = alpha, spread = 0 }", "spread"),
         ("wanda on ndim(2) { scope = alpha, structure = n_m(2, 4) }", "is for each tensor: remove `scope`"),
-        ("magnitude on all { density = 30%, scope = alpha }", "has no spectrum that a density could follow"),
+        ("sift on ndim(2) { density = 30%, select = alpha }", "a spectrum is of a whole tensor"),
+        (
+            "sift on all { density = 30%, select = alpha, structure = layer, scope = global }",
+            "has no spectrum that `select` could follow",
+        ),
+        ("magnitude on all { density = 30%, scope = alpha }", "has no spectrum that `scope` could follow"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_shared_is_said_at_the_clause(clause: str, said: str) -> None:

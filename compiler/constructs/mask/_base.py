@@ -178,16 +178,9 @@ class SpectralMask(PicturedMask):
         """Report what has no spectrum, and warn where there is nothing to share out."""
         if not self.by_spectra:
             return
-        weights = bound.inventory.weight_of
-        unfit = [p.name for p in bound.parameters if p.name not in weights]
-        if unfit:
-            yield Problem(
-                "wrong-target-kind",
-                f"`{unfit[0]}` has no spectrum that a density could follow: it is no matrix, or an embedding",
-                field="scope",
-                help="exclude it from `on`, for instance with `- type(Embedding)`, or write another `scope`",
-            )
-        elif len(self._units(bound.parameters)) < 2:
+        unfit = [*self.without_spectrum(bound, "scope")]
+        yield from unfit
+        if not unfit and len(self._units(bound.parameters)) < 2:
             yield Problem(
                 "no-effect",
                 f"all that is selected is one {self.unit or 'block'}, so that it has one density",
@@ -195,6 +188,15 @@ class SpectralMask(PicturedMask):
                 severity="warning",
                 help="select more in `on`, write `unit = tensor`, or remove `scope`",
             )
+
+    def without_spectrum(self, bound: Targets, field: str) -> Iterator[Problem]:
+        """Report the first parameter without a spectrum, which a field would follow."""
+        for name in [p.name for p in bound.parameters if p.name not in bound.inventory.weight_of][
+            :1
+        ]:
+            message = f"`{name}` has no spectrum that `{field}` could follow: it is no matrix, or an embedding"
+            help = "exclude it from `on`, for instance with `- type(Embedding)`, or write another"
+            yield Problem("wrong-target-kind", message, field=field, help=f"{help} `{field}`")
 
     def shared(self, to: Lowering) -> dict[str, Any]:
         """Return the fields of a choice that say how its density is shared by spectra; none for another scope."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainc.compiler.constructs.mask._base import ChoosingMask, EntryMask
 from trainc.dsl.reading.construct import Effect, Fraction, Problem
@@ -28,7 +29,7 @@ Select = Annotated[
     str | Call,
     word_or_call(
         "score",
-        (*_BY_GRADIENTS, "magnitude", "smallest", "random"),
+        (*_BY_GRADIENTS, "magnitude", "smallest", "random", "alpha"),
         {"principal": Function({"rank": "plain"}, 1, 1)},
     ),
 ]
@@ -59,12 +60,13 @@ class Sift(EntryMask, ChoosingMask):
     `select` takes another score: `movement`, the sum of - w g over these steps, largest where weights move away from
     zero; or of the weights alone, which are chosen before the first step and train in it: `magnitude`, |w|;
     `smallest`, -|w|; `principal(rank)`, the magnitude in the best approximation of that rank, as LIFT does; `random`,
-    numbers that follow from the seed and the parameter's name. With `every` the entries are chosen again until `until`:
-    those that stay keep what the optimizer has of them, and it begins new ones as it begins a parameter: Adam with
-    moments of 0, Rprop with steps of the rate. Only its count of steps is the tensor's, so that Adam corrects the bias
-    of new moments as if they were old: with betas 0.9 and 0.999 an entry whose gradient stays the same moves by 3.2
-    times the rate at first, and by up to 6.6 times, twelve steps later. While gradients are summed for a choice, the
-    entries of before train.
+    numbers that follow from the seed and the parameter's name; and for whole tensors `alpha`, the exponent of the tail
+    of the spectrum, from its median: largest where training has formed a weight least. With `every` the entries are
+    chosen again until `until`: those that stay keep what the optimizer has of them, and it begins new ones as it begins
+    a parameter: Adam with moments of 0, Rprop with steps of the rate. Only its count of steps is the tensor's, so that
+    Adam corrects the bias of new moments as if they were old: with betas 0.9 and 0.999 an entry whose gradient stays
+    the same moves by 3.2 times the rate at first, and by up to 6.6 times, twelve steps later. While gradients are
+    summed for a choice, the entries of before train.
 
     One dense gradient is held at a time, also in a step that chooses: entries are found as a gradient arrives, and
     switched to after the update, unless the step is left out. It holds those of all selected tensors at once where a
@@ -114,7 +116,8 @@ class Sift(EntryMask, ChoosingMask):
     select: Select = Field(
         default="gradient",
         description="by what entries are chosen: the largest |sum of g|, -sum of w g (`movement`), |w| (`magnitude`),"
-        " -|w| (`smallest`), entries of the approximation of a rank (`principal(rank)`), or none (`random`)",
+        " -|w| (`smallest`), entries of the approximation of a rank (`principal(rank)`), tails of spectra (`alpha`), or"
+        " none (`random`)",
     )
     batches: int = Field(
         default=1, ge=1, description="optimizer steps whose gradients are summed before a choice"
@@ -139,6 +142,15 @@ class Sift(EntryMask, ChoosingMask):
             rank_of(value)
         return value
 
+    @model_validator(mode="after")
+    def _spectra_are_of_whole_tensors(self) -> Self:
+        if self.select == "alpha" and self.structure != "layer":
+            raise ValueError(
+                "a spectrum is of a whole tensor: add `structure = layer` and `scope = global`, or select by another"
+                " score"
+            )
+        return self
+
     @property
     def by_gradients(self) -> bool:
         """Say whether the score is of gradients, not of the weights alone."""
@@ -151,6 +163,8 @@ class Sift(EntryMask, ChoosingMask):
             message = f"`{frozen[0]}` is frozen, so none of its entries can train"
             yield Problem("selector-matches-frozen", message, help="select among `trainable`")
         yield from super().validate_targets(bound)
+        if self.select == "alpha":
+            yield from self.without_spectrum(bound, "select")
         if isinstance(self.select, Call) and all(
             rank_of(self.select) >= _rank(p) for p in bound.parameters
         ):
@@ -187,7 +201,7 @@ class Sift(EntryMask, ChoosingMask):
         assert density is not None
         to.select_entries(
             names,
-            self._score(to.seed()),
+            self._score(to),
             self._choice(to),
             density,
             batches=self.batches,
@@ -203,13 +217,16 @@ class Sift(EntryMask, ChoosingMask):
         signed = {"reduce": mean} if self.select in ("movement", "smallest") else {}
         return self.choice(to, count=self.count, **signed)
 
-    def _score(self, seed: int) -> Score | SummedScores:
+    def _score(self, to: Lowering) -> Score | SummedScores:
         from trainc.runtime.mask import scores
 
         if isinstance(self.select, Call):
             return scores.Principal(rank_of(self.select))
         if self.select == "random":
-            return scores.Random(seed)
+            return scores.Random(to.seed())
+        if self.select == "alpha":
+            weights = {p.name: to.inventory.weight_of[p.name] for p in to.parameters()}
+            return scores.Alpha(partial(self._alphas, to.model, weights))
         if self.select in ("magnitude", "smallest"):
             return scores.magnitude if self.select == "magnitude" else scores.smallness
         return scores.summed_gradients() if self.select == "gradient" else scores.summed_movement()
