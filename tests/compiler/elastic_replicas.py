@@ -126,6 +126,7 @@ def dies_in_turn(number: int, folder: Path, *again: str) -> Any:
 
 def differs(number: int, folder: Path, *_: str) -> Any:
     """Of three, number 2 has another spec, and says why it leaves."""
+    connects(folder, f"is {number}", "is 0", "is 1", "is 2")
     spec = SGD.replace("0.1", "0.2") if number == 2 else SGD
     run = Trained(trainc.compile(elastic(spec + "distribute local every 3 steps"), net()), number)
     try:
