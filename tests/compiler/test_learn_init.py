@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from trainc.compiler.learn.learn_init import choose_start, learn_start, least
 from trainc.compiler.learn.tasks import Tasks
 from trainc.runtime.data.order import Order
 from trainc.runtime.data.reader import Reader
+from trainc.runtime.processes import launch
 from trainc.runtime.storage.random_streams import derive_seed
 from trainc.runtime.storage.saved_weights import read_weights
 
@@ -378,6 +380,7 @@ def test_several_processes_are_refused(
     launched = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
     for name, value in launched.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(launch, "_CONNECT", timedelta(seconds=0.1))  # the other one is not there
     init = tmp_path / "init.safetensors"
     given = ["learn-init", str(spec), "--tasks", "1", "--to", str(init)]
     assert command(monkeypatch, *given) == 1
