@@ -23,12 +23,6 @@ class BoundHooks(BoundLayer):
     pass, are inside of them.
     """
 
-    @property
-    def runs_adapters(self) -> bool:
-        """Whether adapters run inside of `forward` now, and not in the module hooks that they are."""
-        own = cast(nn.Module, self)
-        return own.training and any(not hook.below_adapters for hook, _ in self.trainc.open)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the outermost hook gives; in evaluation mode, what the layer gives."""
         call = super().forward

@@ -54,6 +54,11 @@ class SiteState:
         self.lookup: tuple[Tensor, Tensor] | None = None
         """The auxiliary rows and the ids of an embedding's forward pass, for the head that shares its weight."""
 
+    @property
+    def surrounds_adapters(self) -> bool:
+        """Whether a hook that runs now has the layer's adapters inside of it."""
+        return any(not hook.below_adapters for hook, _ in self.open)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SiteState:
         """Copy all but what a forward pass left here for the next layer, which is part of that pass's graph."""
         twin = memo[id(self)] = SiteState.__new__(SiteState)

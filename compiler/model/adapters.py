@@ -1,7 +1,7 @@
 """Adapters: children of layers, which clauses add to a model. Make, add, find, hide and remove them; freeze the rest.
 
 An adapter runs in a forward hook of its layer, so the layer keeps its class, its parameters and their names. A layer
-that runs its adapters itself says so by `runs_adapters`.
+that a clause's hooks surround runs them itself, inside of these.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ class PrepareAdapter(AdapterHook):
 
 
 def _runs_adapters(layer: nn.Module) -> bool:
-    return bool(getattr(layer, "runs_adapters", False))
+    """Say whether a layer runs its adapters itself now: one that clauses have bound says so in what it carries."""
+    bound = vars(layer).get("trainc")
+    return layer.training and bool(getattr(bound, "surrounds_adapters", False))
 
 
 def with_adapters(layer: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:

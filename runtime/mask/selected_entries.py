@@ -104,7 +104,7 @@ class SelectedEntries(UpdateMask):
         """Say, before the passes of a step, whether a choice depends on its gradients, and what it keeps of them."""
         self.keeps_dense, self.arrival = keeps_dense, arrival
         self.kept, self.freed, self._is_gathered = None, None, False
-        if arrival is not None:
+        if arrival is not None and self.parameter.requires_grad:
             self._listen()
 
     def close_passes(self) -> None:
