@@ -31,7 +31,7 @@ from trainc.runtime.processes.sharded import full
 
 WRAPPERS = ("ddp", "fsdp2", "fsdp2 late")
 STEPS = 2
-LIMIT = 240
+LIMIT = 480
 ESTIMATES = {("observe", "consistency"), ("perturb", "targets")}
 """What draws random numbers by an example's place in its replica: another estimate of the same."""
 FOURS = [
