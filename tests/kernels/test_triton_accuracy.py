@@ -19,13 +19,14 @@ NORM_FAMILIES = ("normal", "large mean", "tiny variance", "denormal", "huge entr
 # Units by which the loss's results may be off, and the multiple of the composition's error: views
 # that are equal but for rounding differ by their last bits alone.
 KNOWN = {"tiny variance": (4.0, 16.0)}
-# As many rows as make the largest error a matter of the arithmetic, not of the draw.
-LABELS = torch.tensor([1, 4, 20] * 4)
+# Of one sum, a processor's rounding may hit it by luck: as many draws as make the error a matter of the arithmetic.
+DRAWS = {"tiny variance": 8}
+LABELS = torch.tensor([1, 4, 20])
 LOSS_FAMILIES = ("normal", "large mean", "tiny variance", "confident")
 
 
-def made(family: str, *shape: int) -> Tensor:
-    torch.manual_seed(0)
+def made(family: str, *shape: int, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
     return LOGITS[family](torch.randn(shape, dtype=torch.float64), torch.float32).float()
 
 
@@ -38,10 +39,14 @@ def errors(got: Tensor, exact: Tensor) -> Tensor:
 def no_worse(got: Any, theirs: Any, exact: Any, units: float = 4.0, factor: float = 2.0) -> None:
     """Off by so many units at most, or by a multiple of what the other results are off."""
     for place, three in enumerate(zip(got, theirs, exact, strict=True)):
-        rows = [one.reshape(one.shape[0] if one.dim() > 1 else 1, -1) for one in three]
-        mine, other = (float(errors(one, rows[2]).max()) for one in rows[:2])
-        assert rows[0].isfinite().all(), place
+        mine, other = largest_errors(*three)
         assert mine <= max(units, factor * other), (place, mine, other)
+
+
+def largest_errors(got: Tensor, theirs: Tensor, exact: Tensor) -> tuple[float, float]:
+    rows = [one.reshape(one.shape[0] if one.dim() > 1 else 1, -1) for one in (got, theirs, exact)]
+    assert rows[0].isfinite().all()
+    return float(errors(rows[0], rows[2]).max()), float(errors(rows[1], rows[2]).max())
 
 
 @pytest.mark.parametrize("family", NORM_FAMILIES)
@@ -85,17 +90,28 @@ def composed(logits: Tensor, distance: str, smoothing: float) -> tuple[Tensor, .
 @pytest.mark.parametrize("family", LOSS_FAMILIES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss(family: str, distance: str, smoothing: float) -> None:
+    units, factor = KNOWN.get(family, (4.0, 2.0))
+    draws = range(DRAWS.get(family, 2))
+    found = torch.tensor([loss_errors(family, distance, smoothing, seed) for seed in draws])
+    for place, (mine, other) in enumerate(found.square().mean(0).sqrt().tolist()):
+        assert mine <= max(units, factor * other), (place, mine, other)
+
+
+def loss_errors(
+    family: str, distance: str, smoothing: float, seed: int
+) -> list[tuple[float, float]]:
+    """Errors of the kernels and of the composition, in units, for each result of one draw."""
     from trainc.kernels.loss import triton_cross_entropy_consistency as triton_loss
 
-    logits, targets = made(family, 2 * len(LABELS), 33), LABELS
-    options = (distance, -100, smoothing)
-    *results, kept = triton_loss.forward(logits, targets, torch.tensor(0.5), *options)
-    gradient = triton_loss.backward(
-        logits, targets, kept, torch.tensor(1.0), torch.tensor(0.5), *options
-    )
+    logits, options = made(family, 2 * len(LABELS), 33, seed=seed), (distance, -100, smoothing)
+    *results, kept = triton_loss.forward(logits, LABELS, torch.tensor(0.5), *options)
+    scales = (torch.tensor(1.0), torch.tensor(0.5))
+    gradient = triton_loss.backward(logits, LABELS, kept, *scales, *options)
     theirs = composed(logits, distance, smoothing)
     exact = composed(logits.double(), distance, smoothing)
-    no_worse((*results, gradient), theirs, exact, *KNOWN.get(family, (4.0, 2.0)))
+    return [
+        largest_errors(*three) for three in zip((*results, gradient), theirs, exact, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("ahead", [5.0, 15.0, 30.0])
