@@ -218,14 +218,23 @@ class DryRun(Cuda):
 
 
 def _clocks() -> Json:
-    """Clocks in MHz, temperature and power as the driver's own tool says, or why it does not."""
-    names = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    """Clocks in MHz, temperature and power of the device as the driver's own tool says, or why it does not."""
+    names = ("uuid", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return {"clocks": f"unknown: {type(error).__name__}"}
-    return dict(zip(names, done.stdout.splitlines()[0].split(", "), strict=False))
+    return clocks_of(str(torch.cuda.get_device_properties().uuid), done.stdout.splitlines(), names)
+
+
+def clocks_of(device: str, lines: Sequence[str], names: Sequence[str]) -> Json:
+    """Figures of the device with this UUID, or of the only one: the tool lists also those that CUDA does not see."""
+    mine = [line for line in lines if device in line] or lines
+    if len(mine) != 1:
+        return {"clocks": "unknown: none of several devices is this one"}
+    found = dict(zip(names, mine[0].split(", "), strict=False))
+    return {name: value for name, value in found.items() if name != "uuid"}
 
 
 def spread(times: Sequence[float]) -> Json:

@@ -1,13 +1,13 @@
 """Operators and whole steps on a GPU: `python benchmarks/gpu.py --out FILE`, under 8 minutes for what matters most.
 
-It needs a checkout, torch, triton and numpy, and no install; whole steps need lark, pydantic and safetensors as well,
-and say so where these are missing.
+It needs a checkout, torch, triton and numpy, and no install; whole steps of ours need lark, pydantic and safetensors as
+well, and say so where these are missing.
 
 Rows run in the order of what they are worth (on_gpu/catalogue.py): first whether results are right, against float64,
 on unaligned and on transposed memory, captured, beyond 2^31 entries; then what was predicted (on_gpu/predictions.py)
 and whether the device confirms or refutes it; then everything else. FILE is written after every row. A second start
-runs what has no result yet, where device, versions and sources are the same. A row that hangs or loses the device is
-a result, and the next one gets a new process.
+runs what has no result yet, where device, versions and sources are the same; else FILE is set aside. A row that hangs
+or loses the device is a result, and the next one gets a new process.
 
 Times are of the device: medians over graphs of many calls on input sets that together exceed the cache, backward by
 itself. Rates are fractions of the device's measured copy rate, which is taken, with its clocks, at start and end.
@@ -28,7 +28,7 @@ from benchmarks.device import Cuda, DryRun
 from benchmarks.measure import Json
 from benchmarks.on_gpu import catalogue
 from benchmarks.on_gpu.predictions import verdicts
-from benchmarks.on_gpu.supervisor import cuda, supervise
+from benchmarks.on_gpu.supervisor import Unusable, cuda, supervise
 from benchmarks.on_gpu.timed import VERSIONS
 
 HEADS = {
@@ -83,7 +83,7 @@ def _operator(row: Json, found: Json) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0 when every result was right, 1 when one was not, 2 where there is no GPU."""
+    """Return 0 when every result was right, 1 when one was not or measuring broke off, 2 where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="what names of rows start with")
     parser.add_argument(
@@ -99,7 +99,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="dtype of the parameters in whole steps: those of float32 compute in bf16 by autocast (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=float, default=450.0, help="start no row after this (%(default)s)"
+        "--seconds",
+        type=float,
+        default=450.0,
+        help="start no row that is expected to end after this (%(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="try the script on a CPU")
     options: Any = parser.parse_args(arguments)
@@ -108,11 +111,18 @@ def main(arguments: list[str] | None = None) -> int:
     every = catalogue.rows(not dry, backend, options.full, options.weights, options.only)
     rows = [row for row in every if row.part in options.parts]
     device: Callable[[], Cuda] = DryRun if dry else cuda
-    found = supervise(rows, device, options.out, options.seconds, show(), verdicts)
+    try:
+        found = supervise(rows, device, options.out, options.seconds, show(), verdicts)
+    except Unusable as error:
+        print(f"Nothing was measured: {error}.", file=sys.stderr)
+        return 1
     if found is None:
         print("There is no CUDA device: nothing was measured.", file=sys.stderr)
         return 2
     finish(found)
+    if "stopped" in found:
+        print(f"Not all was measured: {found['stopped']}.", file=sys.stderr)
+        return 1
     keys = {row.key for row in rows}
     return 0 if all(one.get("passed") for one in found["rows"] if one["key"] in keys) else 1
 

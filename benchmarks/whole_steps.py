@@ -107,7 +107,7 @@ def rows(models: Sequence[str], cases: Sequence[str], weights: str, backend: str
 
 def _row(model: str, case: str, weights: str, backend: str, device: Cuda, until: float) -> Json:
     """Check and time the steps of a case, or say why not."""
-    if absent := missing():
+    if case.removesuffix(GRAPHS) != PLAIN and (absent := missing()):
         return {"passed": True, "not measured": f"needs {', '.join(absent)}"}
     autocast = torch.bfloat16 if weights == "float32" else None
     way = Way(device.kind, getattr(torch, weights), autocast, backend, case.endswith(GRAPHS))
@@ -145,7 +145,7 @@ def line(row: Json, rows: Sequence[Json]) -> str:
     peak = f"{row['peak bytes'] / 2**30:10.2f}" if row["peak bytes"] else f"{'-':>10}"
     uncompiled = f" not compiled: {row['uncompiled']}" if row["uncompiled"] else ""
     if row["graphs refused"]:
-        uncompiled += f" graphs refused: {row['graphs refused']}"
+        uncompiled += f" no graphs: {row['graphs refused']}"
     return (
         f"{begin}{row['tokens/s']:12.0f}{row['tokens/s'] / plain:10.3f}"
         f"{row['seconds a step']['median'] * 1e3:11.1f}{peak}"
@@ -193,9 +193,10 @@ class Plain:
     uncompiled: str | None = None
 
     @property
-    def refused(self) -> int:
-        """How many graphs inductor found something against."""
-        return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
+    def refused(self) -> str | None:
+        """Why not all passes are replayed where a case says so; None where they are."""
+        skips = int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
+        return f"inductor skipped {skips}" if skips and self.way.graphs else None
 
     def __init__(self, way: Way, model: nn.Module) -> None:
         self.way = way
@@ -244,9 +245,12 @@ class Ours:
         return None if compiler is None else compiler.refused
 
     @property
-    def refused(self) -> int:
-        """Whether no pass is replayed any more, as 0 or 1."""
-        return int(self.program.execution.replays.refused is not None)
+    def refused(self) -> str | None:
+        """Why not all passes are replayed where a case says so; None where they are."""
+        replays = self.program.execution.replays
+        if not self.way.graphs or (replays.recorded and not replays.reasons):
+            return None
+        return "; ".join(replays.reasons) or "none was recorded"
 
 
 def _backend(way: Way) -> Any:

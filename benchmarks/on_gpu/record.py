@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,14 @@ class Record:
         self.found: Json = {**about, "conditions": [], "rows": [], "left out": []}
         if path is not None and path.exists():
             earlier = json.loads(path.read_text(encoding="utf-8"))
-            if all(earlier.get(name) == about[name] for name in SAME):
+            other = [name for name in SAME if earlier.get(name) != about[name]]
+            if other:
+                kept = _set_aside(path)
+                print(
+                    f"{path} is of other {' and '.join(other)}: it is {kept} now, and every row is measured anew",
+                    file=sys.stderr,
+                )
+            else:
                 self.found |= {name: earlier[name] for name in ("conditions", "rows")}
 
     def outstanding(self, rows: Sequence[Row]) -> list[str]:
@@ -86,6 +94,12 @@ class Record:
         self.found["predictions"] = self.judge(self.found)
         if self.path is not None:
             write(self.path, self.found)
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a file a name of its own and return that: what was measured is not written over."""
+    own = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return path.replace(path.with_name(f"{path.stem}.before-{own}{path.suffix}"))
 
 
 def write(path: Path, found: Json) -> None:

@@ -200,10 +200,11 @@ def _far_loss(large: bool, device: Cuda) -> Json:
 
 
 def _apart(*pairs: tuple[Tensor, Tensor]) -> Json:
-    errors = [
-        float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
-        for a, b in pairs
-    ]
+    with torch.no_grad():
+        errors = [
+            float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+            for a, b in pairs
+        ]
     return {"passed": all(error < 1e-2 for error in errors), "error": max(errors)}
 
 

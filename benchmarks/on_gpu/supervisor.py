@@ -35,16 +35,24 @@ def supervise(
     say: Say,
     judge: Judge,
 ) -> Json | None:
-    """Run the rows that do not stand yet, until the seconds are spent; None where there is no device.
+    """Run the rows that do not stand yet, as long as they end before the seconds do; None where there is no device.
 
-    `say(row, found)` is called with every row and with all that is known, also for rows of an earlier start.
+    `say(row, found)` is called with every row and with all that is known, also for rows of an earlier start. What ended
+    a process in which no row ran is `stopped` in what is returned. Raises Unusable where that was at the first start.
     """
     finish = time.monotonic() + seconds
     record: Record | None = None
     tried: set[str] = set()
     while True:
         with _Worker(rows, device, finish) as worker:
-            about = worker.about()
+            try:
+                about = worker.about()
+            except Unusable as error:
+                if record is None:
+                    raise
+                record.found["stopped"] = str(error)
+                record.write()
+                return record.found
             if about is None:
                 return None
             if record is None:
@@ -64,7 +72,7 @@ class _Worker:
 
     def __init__(self, rows: Sequence[Row], device: Callable[[], Cuda], finish: float) -> None:
         context = multiprocessing.get_context("fork")
-        self.rows = {row.key: row for row in rows}
+        self.rows, self.finish = {row.key: row for row in rows}, finish
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, self.rows, device, finish))
         self.process.start()
@@ -81,10 +89,15 @@ class _Worker:
         self.connection.close()
 
     def about(self) -> Json | None:
-        """Return what the process says of its device."""
+        """Return what the process says of its device; raises Unusable where it says nothing."""
         if not self.connection.poll(START):
-            raise TimeoutError(f"The device was not ready within {START:.0f} s.")
-        found: Json | None = self.connection.recv()[1]
+            raise Unusable(f"the device was not ready within {START:.0f} s")
+        try:
+            found: Json | None = self.connection.recv()[1]
+        except (EOFError, ConnectionResetError):
+            raise Unusable(
+                f"{self._end()} before it named its device; its own message stands above"
+            ) from None
         return found
 
     def run(self, keys: list[str], record: Record, tried: set[str], say: Say) -> bool:
@@ -97,12 +110,10 @@ class _Worker:
             try:
                 kind, what = self.connection.recv()
             except (EOFError, ConnectionResetError):
-                self.process.join(timeout=5)
-                code = self.process.exitcode
-                name = signal.Signals(-code).name if code is not None and code < 0 else code
-                return self._lost(key, f"its process ended with {name}", record, say)
+                return self._lost(key, self._end(), record, say)
             if kind == "begin":
-                key, limit = what, 2 * self.rows[what].seconds + GRACE
+                left = max(0.0, self.finish - time.monotonic())
+                key, limit = what, min(2 * self.rows[what].seconds, left) + GRACE
                 tried.add(key)
             elif kind == "end":
                 record.add(what)
@@ -112,14 +123,21 @@ class _Worker:
                 key, limit = None, START
             elif kind == "done":
                 return True
-            else:
+            elif what not in record.found[kind]:
                 record.found[kind].append(what)
                 record.write()
 
+    def _end(self) -> str:
+        """Say how the process ended."""
+        self.process.join(timeout=5)
+        code = self.process.exitcode
+        return f"its process ended with {signal.Signals(-code).name if code is not None and code < 0 else code}"
+
     def _lost(self, key: str | None, why: str, record: Record, say: Say) -> bool:
-        """Say of the row that ran what ended it; where none ran, there is no use in going on."""
+        """Say of the row that ran what ended it; where none ran, there is no use in going on, which is said too."""
         self.process.kill()
         if key is None:
+            record.found["stopped"] = f"{why}, while no row ran"
             return True
         row = self.rows[key]
         record.add({"key": key, "part": row.part, "name": row.name, "failed": why})
@@ -143,7 +161,7 @@ def _work(
         with here.side_stream():
             parent.send(("conditions", here.conditions("start")))
             for key in keys:
-                if time.monotonic() > finish:
+                if time.monotonic() + rows[key].seconds > finish:
                     parent.send(("left out", key))
                     continue
                 parent.send(("begin", key))
@@ -157,6 +175,10 @@ def _work(
 
 class NoDevice(Exception):
     """There is nothing to measure on."""
+
+
+class Unusable(Exception):
+    """The process that measures did not get as far as its device."""
 
 
 def _about(device: Cuda) -> Json:

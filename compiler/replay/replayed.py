@@ -51,7 +51,7 @@ class Replays:
         self._fits: dict[StepGraph, bool] = {}
         self._moves = 0
         self._notes: list[str] = []
-        self._told: set[str] = set()
+        self._told: dict[str, None] = {}
 
     def here(self, device: torch.device) -> bool:
         """Say whether passes on this device are to be replayed."""
@@ -91,6 +91,16 @@ class Replays:
 
     # what is told
 
+    @property
+    def recorded(self) -> int:
+        """How many kinds of passes are recorded now."""
+        return sum(one.recording is not None for one in self._passes.values())
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Everything that was said against replaying some pass."""
+        return tuple(self._told)
+
     def explain(self, modules: str = "") -> None:
         """Say once why a pass was not replayed: `modules` is why these ran it, "" where a graph did."""
         if not self.wanted:
@@ -110,7 +120,7 @@ class Replays:
 
     def _say(self, text: str) -> None:
         if text not in self._told:
-            self._told.add(text)
+            self._told[text] = None
             self._notes.append(text)
 
     def _refuse(self, reason: str) -> None:
@@ -193,8 +203,7 @@ class Replays:
             return found.replay(given, lent())
         except Exception as error:
             # Where nothing is recorded yet, recordings are not to blame: smaller micro-batches may have them.
-            recorded = any(one.recording is not None for one in self._passes.values())
-            if recorded and ran_out_of_memory(error):
+            if self.recorded and ran_out_of_memory(error):
                 self._refuse("memory ran out, of which each recording keeps what its pass needs")
             raise
 
@@ -247,6 +256,10 @@ class Replays:
         except Exception as error:  # whatever stands in the way of a recording, the pass has run
             why = "no memory is left for it" if ran_out_of_memory(error) else first_line(error)
             self._refuse(f"a pass cannot be recorded: {why}")
+        except BaseException:  # an interrupted capture may have cost other recordings the generator that they draw from
+            self.forget()
+            self._recorder = None
+            raise
         finally:
             restore(after)
         if gap is not None:
@@ -262,10 +275,9 @@ class Replays:
         return self._recorder
 
     def _tell(self, seconds: float) -> None:
-        count = sum(one.recording is not None for one in self._passes.values())
         self._notes.append(
-            f"a CUDA graph of a pass was recorded, in {seconds:.1f} s; it replays the next ones ({count} of at most"
-            f" {LIMIT})"
+            f"a CUDA graph of a pass was recorded, in {seconds:.1f} s; it replays the next ones ({self.recorded} of at"
+            f" most {LIMIT})"
         )
 
 

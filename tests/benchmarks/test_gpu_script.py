@@ -1,18 +1,23 @@
 """The GPU benchmark, tried on a CPU: all but graphs and events runs; it notices mistakes and survives failures."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.device import DryRun, Work, clocks_of
 from benchmarks.measure import Json
-from benchmarks.on_gpu import catalogue
+from benchmarks.on_gpu import catalogue, timed
 from benchmarks.on_gpu.predictions import verdicts
+from benchmarks.operators import Size, norm
+from benchmarks.whole_steps import GRAPHS
 
 ROOT = Path(__file__).parents[2]
 SABOTAGE = """
@@ -46,7 +51,9 @@ sys.path[:] = [one for one in sys.path if one]
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-CHECKOUT = ("benchmarks", "compiler", "dsl", "kernels", "runtime", "trainc", "pyproject.toml")
+CHECKOUT = (
+    "benchmarks", "compiler", "dsl", "examples", "kernels", "runtime", "trainc", "pyproject.toml",
+)  # fmt: skip
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -107,6 +114,9 @@ def test_a_dry_run_checks_and_times_whole_steps(tmp_path: Path) -> None:
         assert row["uncompiled"] is None, row
         assert row["tokens/s"] > 0
         assert row["case"] in done.stdout
+    # What replayed nothing says so, and is not taken for what did.
+    assert rows["steps: 124m gns on norms"]["graphs refused"] is None
+    assert "the model is on cpu" in rows["steps: 124m gns on norms, graphs"]["graphs refused"]
     judged = {one["what"]: one for one in json.loads(out.read_text())["predictions"]}
     step = judged["compiled step with gns on norms: to plain compiled"]
     assert step["verdict"] in ("confirmed", "refuted")
@@ -131,8 +141,101 @@ def test_time_that_is_spent_leaves_rows_out_and_a_second_start_takes_them_up(
     assert done.stdout.count("ok    layer_norm") == len(first)
     # Of another state of the sources nothing stands.
     out.write_text(json.dumps(json.loads(out.read_text()) | {"sources": "other"}))
-    assert run("-m", "benchmarks.gpu", *options, "--seconds", "0").returncode == 0
+    done = run("-m", "benchmarks.gpu", *options, "--seconds", "0")
+    assert done.returncode == 0
     assert rows_of(out) == {}
+    # It is not lost either.
+    (aside,) = tmp_path.glob("gpu.before-*.json")
+    assert rows_of(aside) == first
+    assert f"of other sources: it is {aside} now" in done.stderr
+
+
+SHORT = """
+import json, sys
+from benchmarks.device import DryRun
+from benchmarks.on_gpu import supervisor
+from benchmarks.on_gpu.record import Row
+
+class Fails(DryRun):
+    def conditions(self, when):
+        if when == sys.argv[1]:
+            raise RuntimeError("no memory for a copy")
+        return {"when": when}
+
+class Unfit(DryRun):
+    def versions(self):
+        raise ImportError("No module named 'triton'")
+
+right = lambda device, until: {"passed": True}
+rows = [Row("part", "short", 0.1, right), Row("part", "long", 100.0, right), Row("part", "last", 0.1, right)]
+device = Unfit if sys.argv[1] == "unfit" else Fails
+try:
+    found = supervisor.supervise(rows, device, None, 60.0, lambda row, all: None, lambda all: [])
+except supervisor.Unusable as error:
+    found = {"stopped": str(error), "rows": [], "left out": []}
+print(json.dumps([[row["name"] for row in found["rows"]], found["left out"], found.get("stopped")]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "rows", "why"),
+    [
+        ("nowhere", ["short", "last"], None),
+        ("start", [], "its process ended with 1, while no row ran"),
+        ("end", ["short", "last"], "its process ended with 1, while no row ran"),
+        ("unfit", [], "its process ended with 1 before it named its device"),
+    ],
+)
+def test_no_row_starts_that_ends_too_late_and_what_breaks_off_between_rows_is_said(
+    where: str, rows: list[str], why: str | None
+) -> None:
+    done = run("-c", SHORT, where)
+    assert done.returncode == 0, done.stderr
+    names, left_out, stopped = json.loads(done.stdout)
+    assert names == rows
+    assert left_out == (["part: long"] if rows else [])
+    assert (stopped or "").startswith(why or "")
+    assert (stopped is None) == (why is None)
+
+
+BROKEN_OFF = """
+from benchmarks import gpu
+
+found = {"rows": [], "conditions": [], "predictions": [], "left out": []}
+gpu.supervise = lambda *_: found
+print(gpu.main(["--dry-run"]))
+found["stopped"] = "its process ended with 1, while no row ran"
+print(gpu.main(["--dry-run"]))
+"""
+
+
+def test_measuring_that_breaks_off_is_no_success() -> None:
+    done = run("-c", BROKEN_OFF)
+    assert done.stdout.splitlines() == ["0", "1"]
+    assert done.stderr == "Not all was measured: its process ended with 1, while no row ran.\n"
+
+
+def test_a_profiler_that_fails_costs_the_names_of_kernels_alone() -> None:
+    class Blind(DryRun):
+        def kernels(self, works: Sequence[Work]) -> Json:
+            raise RuntimeError("CUPTI is not there")
+
+    build, size = norm(rms=True, add=False, probed=True), Size(2, 3, 8)
+    found = timed.measure(Blind(), build, size, torch.float32, ["ours"], math.inf, "aot_eager")
+    assert found["profiler"] == "RuntimeError: CUPTI is not there"
+    assert found["passed"]
+    assert found["times"]["ours"]["backward"]["median"] > 0
+
+
+def test_clocks_are_those_of_the_device_that_is_measured() -> None:
+    names = "uuid", "clocks.sm", "power.draw"
+    one, two = "GPU-1234, 1980, 700", "GPU-5678, 210, 70"
+    assert clocks_of("5678", [one, two], names) == {"clocks.sm": "210", "power.draw": "70"}
+    # A part of a device has a UUID of its own.
+    assert clocks_of("abcd", [one], names) == {"clocks.sm": "1980", "power.draw": "700"}
+    assert clocks_of("abcd", [one, two], names) == {
+        "clocks": "unknown: none of several devices is this one"
+    }
 
 
 HANGS = """
@@ -187,16 +290,18 @@ def test_a_row_that_fails_hangs_dies_or_loses_the_device_leaves_the_others(tmp_p
     assert conditions == ["start"] * 4 + ["end"]
 
 
-def full_table(seconds: float) -> Json:
+def full_table(seconds: float, how: str = "graph", refused: str | None = None) -> Json:
     """Return results in which each row of the real catalogue took the same time."""
-    phase = {"median": seconds, "how": "graph"}
-    versions = {
+    phase = {"median": seconds, "how": how}
+    versions: Json = {
         name: {"forward": phase, "backward": phase} for name in ("ours", "inductor", "aten")
     }
+    versions["one graph"] = {"backward": phase}
     rows = [
         {
             "key": row.key, "name": row.name, "times": versions, "bytes": {"forward": 1e9, "backward": 2e9},
             "kernels": {"norm_finish": {"us": seconds, "a call": 1}}, "seconds a step": phase,
+            "ours": {"forward": seconds}, "graphs refused": refused if row.name.endswith(GRAPHS) else None,
         }
         for row in catalogue.rows(large=True, backend="inductor", full=False, weights="float32", only=())
     ]  # fmt: skip
@@ -215,6 +320,23 @@ def test_every_prediction_is_of_rows_that_there_are_and_can_be_refuted() -> None
     assert [one["measured"] for one in slow if one["what"].startswith("layer_norm forward")] == [
         0.25
     ]
+
+
+def test_what_no_graph_ran_confirms_and_refutes_nothing() -> None:
+    """Where the host's time may hide the device's, or a step of graphs was none."""
+    judged = [
+        {one["what"]: one["verdict"] for one in verdicts(full_table(4.0, *how))}
+        for how in ((), ("eager",), ("graph", "the host reads"))
+    ]
+    all_known, eager, refused = judged
+    unknown = [{n for n in all_known if one[n] == "not measured"} for one in judged]
+    by_profiler = {n for n in all_known if "norm_finish" in n or "launches" in n}
+    steps = {n for n in all_known if "step" in n or "in CUDA graphs" in n}
+    assert len(by_profiler) == len(steps) == 2
+    assert unknown == [
+        set(), all_known.keys() - by_profiler - steps, {"the same, both with passes in CUDA graphs"},
+    ]  # fmt: skip
+    assert {*eager.values()} == {*refused.values()} == {"confirmed", "not measured"}
 
 
 def test_what_is_right_is_found_out_first_and_what_was_predicted_next() -> None:
@@ -265,6 +387,7 @@ def test_it_starts_from_a_bare_checkout_where_nothing_of_ours_is_installed(tmp_p
             "rms_norm",
             "cross_entropy",
             "124m plain",
+            "124m gns",
             "--out",
             str(out),
         ],
@@ -282,7 +405,12 @@ def test_it_starts_from_a_bare_checkout_where_nothing_of_ours_is_installed(tmp_p
     assert any(name.startswith("cross_entropy_consistency, kl") for name in names)
     assert not [row for row in found["rows"] if "failed" in row]
     assert found["commit"] is None
-    # Compiling a spec needs more than torch, triton and numpy.
-    steps = {row["not measured"] for row in found["rows"] if row["part"] == "steps"}
-    assert steps == {"needs lark, pydantic, safetensors"}
+    # Compiling a spec needs more than torch, triton and numpy; plain steps do not.
+    steps = {
+        row["name"]: row.get("not measured") for row in found["rows"] if row["part"] == "steps"
+    }
+    needs = "needs lark, pydantic, safetensors"
+    assert steps == {
+        "124m plain": None, "124m plain, graphs": None, "124m gns on norms": needs, "124m gns on norms, graphs": needs,
+    }  # fmt: skip
     assert "not measured: needs lark" in done.stdout
