@@ -189,6 +189,11 @@ class LayerHook:
     """Whether it changes a weight that the layer computes with."""
 
     @property
+    def algorithm(self) -> str:
+        """How `operator` computes it, for the plan; empty where there is one way alone."""
+        return ""
+
+    @property
     def replaces(self) -> bool:
         """Whether the layer's own forward pass may not run at all."""
         return type(self).forward is not LayerHook.forward

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trainc.compiler.bind.binding import Binding
+from trainc.compiler.method.layer_hook import LayerHookSite
 from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.method.sites import LayerSite, NormSite
 from trainc.compiler.method.term import Term
@@ -39,7 +40,7 @@ def site_rows(binding: Binding, method: LoweredMethod) -> list[Row]:
         rows.append(row(s.module, _layer_operator(s, binding), "instrument_layers", how))
     done = [site for site, done in rewrite.replaced() if done]
     rows += [
-        row(s.module, s.hook.operator or s.label, s.hook.fused_by or "-")
+        row(s.module, _hook_operator(s), s.hook.fused_by or "-")
         for s in rewrite.hooks
         if s not in done
     ]
@@ -103,6 +104,11 @@ def _layer_operator(site: LayerSite, binding: Binding) -> str:
     )
 
 
+def _hook_operator(site: LayerHookSite) -> str:
+    name = site.hook.operator or site.label
+    return f"{name}, {site.hook.algorithm}" if site.hook.algorithm else name
+
+
 def _with_affine(operator: str) -> str:
     return f"{operator}, weight and bias applied by ATen operators"
 
@@ -142,4 +148,6 @@ def _why_no_triton() -> str | None:
 
     if not torch.cuda.is_available():
         return "no CUDA device"
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA's GPUs"
     return None if find_spec("triton") else "triton is not installed"

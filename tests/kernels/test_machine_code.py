@@ -102,14 +102,15 @@ def test_a_run_of_one_row_is_read_straight() -> None:
 @pytest.mark.offline
 @pytest.mark.filterwarnings("ignore")
 def test_fast_noise_takes_half_the_instructions() -> None:
-    each = [
-        per_element(
-            kernel(
-                "noise.triton_noise", "noise", NOISE, 4, HAS_H0=True, HAS_FIRST=True, SHARED=False,
-                FAST=fast, VIEWS=256, BLOCK_T=tokens, BLOCK_G=64,
-            ),
-            256 * tokens,
+    exact, fast = (
+        kernel(
+            "noise.triton_noise", "noise", NOISE, 4, HAS_H0=True, HAS_FIRST=True, SHARED=False,
+            FAST=fast, VIEWS=256, BLOCK_T=tokens, BLOCK_G=64,
         )
         for fast, tokens in ((False, 4), (True, 8))
-    ]  # fmt: skip
-    assert 2 * each[1] <= each[0]
+    )  # fmt: skip
+    assert 2 * per_element(fast, 256 * 8) <= per_element(exact, 256 * 4)
+    # The device's own functions, for which there are bounds of the error, and no others.
+    for name in ("lg2", "sqrt", "cos", "sin"):
+        assert f"{name}.approx.ftz.f32" in fast.asm["ptx"]
+    assert "cos.approx" not in exact.asm["ptx"]

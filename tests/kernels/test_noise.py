@@ -204,6 +204,20 @@ def test_tokens_share_noise_or_not(share: str) -> None:
     assert not torch.equal(z[0], z[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_on_a_cpu_fast_noise_is_that_of_each_token_bit_for_bit(dtype: torch.dtype) -> None:
+    found = []
+    for share in ("none", "none_fast"):
+        torch.manual_seed(0)
+        h0, x = (torch.randn(4, 3, 5).to(dtype).requires_grad_() for _ in range(2))
+        one = noise.multiplicative_noise(x, SIGMA, KEY, 3, 2, share, torch.tensor(7))
+        two = noise.noisy_add(h0, x, SIGMA, KEY, 4, 2, share)
+        found.append([one, two, *torch.autograd.grad((one * two).sum(), (h0, x))])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    shared = noise.multiplicative_noise(x, SIGMA, KEY, 3, 2, "token", torch.tensor(7))
+    assert not torch.equal(found[0][0], shared)
+
+
 def test_micro_batches_draw_the_noise_of_the_whole_batch(share: str) -> None:
     views = torch.randn(2, 12, 3, 8)
     whole = noise.multiplicative_noise(views.flatten(0, 1), SIGMA, KEY, 3, 2, share)

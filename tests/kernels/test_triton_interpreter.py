@@ -153,12 +153,84 @@ def test_noise_is_the_same_for_any_tiling(
     arguments = (torch.tensor(0.7), KEY, 7, 2, share, torch.tensor(3))
     ones = torch.ones(4, 11, 38)
     whole = triton_noise.multiplicative_noise(ones, *arguments)
-    for name, size in (("GROUPS", groups), ("TOKENS", tokens)):
+    for name, size in (("GROUPS", groups), ("TOKENS", tokens), ("TOKENS_ALONE", tokens)):
         monkeypatch.setattr(triton_noise, f"BLOCK_{name}", size)
     monkeypatch.setattr(triton_noise, "PROGRAM_TOKENS", program)
     tiled = triton_noise.multiplicative_noise(ones, *arguments)
     assert torch.equal(tiled, whole)
     close([tiled], [multiplicative_noise.eager_multiply(ones, *arguments)], torch.float32)
+
+
+@pytest.mark.parametrize("share", multiplicative_noise.SHARES)
+def test_every_pass_multiplies_by_the_same_bits(share: str) -> None:
+    """Forward by both operators, backward on another gradient, recomputed, and by micro-batches."""
+    from trainc.kernels.noise import triton_noise
+
+    arguments = (torch.tensor(0.7), KEY, 7, 2, share)
+    ones = torch.ones(2, 5, 3, 12)
+    z = triton_noise.multiplicative_noise(ones.flatten(0, 1), *arguments, None)
+    assert torch.equal(triton_noise.noisy_add(0 * z, ones.flatten(0, 1), *arguments, None), z)
+    assert torch.equal(
+        triton_noise.multiplicative_noise(4 * ones.flatten(0, 1), *arguments, None), 4 * z
+    )
+    for start, end in ((0, 2), (2, 3), (3, 5)):
+        part = ones[:, start:end].flatten(0, 1)
+        got = triton_noise.multiplicative_noise(part, *arguments, torch.tensor(start))
+        assert torch.equal(got.view(2, -1, 3, 12), z.view(2, 5, 3, 12)[:, start:end])
+
+
+def test_the_fast_pair_is_box_muller_on_all_of_its_words() -> None:
+    """In exact functions; a radius near 0 and the largest one are among the words."""
+    import triton
+    import triton.language as tl
+
+    from trainc.kernels.noise import triton_noise
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def draw(words, out, PAIR: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        lane = tl.arange(0, BLOCK)
+        cosine, sine = PAIR(tl.load(words + lane), tl.load(words + BLOCK + lane))
+        tl.store(out + lane, cosine)
+        tl.store(out + BLOCK + lane, sine)
+
+    edges = torch.tensor([0, 255, 256, 2**31 - 1, 2**31, 2**32 - 512, 2**32 - 256, 2**32 - 1])
+    edges = torch.cat(
+        [edges, torch.randint(2**32, (56,), generator=torch.Generator().manual_seed(0))]
+    )
+    words = torch.cartesian_prod(edges, edges).T.contiguous()
+    out = torch.empty(words.shape)
+    draw[(1,)](
+        words.to(torch.uint32), out, PAIR=triton_noise._fast_normal_pair, BLOCK=words.shape[1]
+    )
+    first, second = (words >> 8).double() / 2**24
+    radius, angle = (-2 * (first + 2.0**-24).log()).sqrt(), 2 * torch.pi * second
+    want = torch.stack([radius * angle.cos(), radius * angle.sin()])
+    # An angle of nearly 2 pi in float32 is off by 4e-7, and radii go up to 5.8.
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-6)
+    assert float(want.abs().max()) > 5.7
+
+
+def test_fast_noise_has_the_moments_and_the_distribution_of_a_normal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within four standard errors, and by Kolmogorov's distance at one in a thousand; one large program."""
+    from trainc.kernels.noise import triton_noise
+
+    for name, size in (("BLOCK_GROUPS", 1024), ("BLOCK_TOKENS", 64), ("PROGRAM_TOKENS", 64)):
+        monkeypatch.setattr(triton_noise, name, size)
+    arguments = (torch.ones(1, 64, 4096), torch.tensor(1.0), KEY, 3, 1)
+    drawn = triton_noise.multiplicative_noise(*arguments, "none_fast", None)
+    exact = multiplicative_noise.eager_multiply(*arguments, "none", None)
+    torch.testing.assert_close(drawn, exact, rtol=0, atol=5e-6)
+    eps = (drawn.double() - 1).flatten().sort().values
+    count = len(eps)
+    assert abs(float(eps.mean())) < 4 / count**0.5
+    assert abs(float(eps.var()) - 1) < 4 * (2 / count) ** 0.5
+    assert abs(float(eps.pow(4).mean()) - 3) < 4 * (96 / count) ** 0.5
+    below = torch.arange(count + 1) / count
+    cdf = torch.special.ndtr(eps)
+    distance = torch.maximum(below[1:] - cdf, cdf - below[:-1]).max()
+    assert float(distance) < 1.95 / count**0.5
 
 
 @pytest.mark.parametrize("distribution", random_entries.DISTRIBUTIONS)

@@ -81,7 +81,8 @@ class Consistency(Construct):
     )
     share: Literal["token", "none"] = Field(
         default="token",
-        description="whether the tokens of an example share the noise, or each has its own",
+        description="whether the tokens of an example share the noise, or each has its own; nothing is drawn, so"
+        " there is no `none_fast`",
     )
 
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:

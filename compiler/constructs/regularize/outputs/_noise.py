@@ -10,6 +10,9 @@ from trainc.compiler.method.layer_hook import LayerContext, LayerHook
 if TYPE_CHECKING:
     from torch import Tensor
 
+Share = Literal["token", "none", "none_fast"]
+"""Which tokens of an example have one noise: all, or none; fast, by a device's approximate functions."""
+
 
 @dataclass(frozen=True)
 class Noise(LayerHook):
@@ -19,7 +22,13 @@ class Noise(LayerHook):
     fused_by: ClassVar = "add_noise"
     zero_is_identity: ClassVar = True
 
-    share: Literal["token", "none"] = "token"
+    share: Share = "token"
+
+    @property
+    def algorithm(self) -> str:
+        """Where the noise is approximate."""
+        fast = "none_fast by the Triton kernel, none elsewhere"
+        return fast if self.share == "none_fast" else ""
 
     def change_output(self, y: Tensor, at: LayerContext) -> Tensor:
         """Return the noisy output."""

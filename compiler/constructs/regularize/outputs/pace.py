@@ -15,7 +15,7 @@ from trainc.compiler.bind.linear_outputs import (
 )
 from trainc.compiler.constructs.regularize.outputs import _two_views
 from trainc.compiler.constructs.regularize.outputs._divergence import weighted_mean
-from trainc.compiler.constructs.regularize.outputs._noise import Noise
+from trainc.compiler.constructs.regularize.outputs._noise import Noise, Share
 from trainc.dsl.reading.construct import Construct, Effect, Problem, Schedule
 from trainc.dsl.reading.field_types import word_or_call
 from trainc.dsl.text.vocabulary import PLACES
@@ -115,9 +115,10 @@ class Pace(Construct):
         default="mse",
         description="squared distance of the logits, or mean of the two KL divergences of the softmaxes",
     )
-    share: Literal["token", "none"] = Field(
+    share: Share = Field(
         default="token",
-        description="whether the tokens of an example share the noise, or each has its own",
+        description="whether the tokens of an example share the noise, or each has its own; `none_fast` is `none` by"
+        " approximate functions on CUDA, in half the instructions, where Normal is off by 6e-6, and by 6e-4 near 0",
     )
     max_table: float = Field(
         default=4.0, gt=0, description="largest table of `mode = history`, in GiB"
