@@ -70,7 +70,7 @@ def capture_forward(
     captured, spec = _captured(hooks) if hooks else (), LossSpec.of(loss)
     _check_calls(graph, hooks.modules if hooks else ())
     inputs = graph.find_nodes(op="placeholder")
-    holder = fx.GraphModule(module, fx.Graph())
+    holder = _Interpreted(module, fx.Graph())
     for name, child in module.named_children():
         if isinstance(child, fx.GraphModule):
             holder.add_module(name, child)
@@ -93,6 +93,13 @@ def capture_forward(
         scalars=dict(zip(numbers, inputs[len(ports) :], strict=True)),
         sizes=sizes,
     )
+
+
+class _Interpreted(fx.GraphModule):
+    """A graph with its modules that is interpreted node by node, and for which no Python is ever written."""
+
+    def recompile(self) -> Any:
+        """Do nothing."""
 
 
 def _fake_values(

@@ -40,7 +40,7 @@ class StepGraph(fx.GraphModule):
     """A training step as a `torch.fx.GraphModule` over the user's own parameters and buffers.
 
     It may exist before its graph does: `install` fills it. Calling it goes to `on_call`, which its
-    owner sets.
+    owner sets. The Python function of the graph is written when it is first needed.
     """
 
     def __init__(
@@ -74,6 +74,24 @@ class StepGraph(fx.GraphModule):
         self.constants = tuple(constants)
         self.graph = graph
         self._handed: dict[Any, Callable[..., Any]] = {}
+
+    def recompile(self) -> Any:
+        """Let the function of the graph be written anew at its next use: of most graphs it is never used."""
+        if "forward" in vars(type(self)):  # the class is this module's own
+            del type(self).forward
+
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """The function of the graph."""
+        super().recompile()  # puts the function in the place of this property
+        return self.forward
+
+    @property
+    def code(self) -> str:
+        """The text of the graph's function."""
+        if "forward" not in vars(type(self)):
+            super().recompile()
+        return super().code
 
     @property
     def installed(self) -> bool:

@@ -98,7 +98,6 @@ def _run(
             raise PassBug(step.name, reason, before)
         forward.graph.lint()
         remove_dead(forward.graph)
-        forward.module.recompile()
         forward.propagate()
     except (SiteMissing, SiteUnfit, PassBug):
         raise
