@@ -53,48 +53,51 @@ class Wrappers:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._around: weakref.ref[DistributedDataParallel] | None = None
-        self._searched = -1
-        """How often modules had been put into others when all objects were searched last; -1 for never."""
+        self._known: list[weakref.ref[DistributedDataParallel]] | None = None
+        """Those that there were when all objects were searched; None before that."""
+        _made()  # notices what is made from now on
 
     def find(self, forward: Any) -> list[DistributedDataParallel]:
         """Return the DistributedDataParallel in `forward`, those of submodules, or else one around the module.
 
         That one is found wherever the user keeps it; it may wrap a larger module, which the user's code calls. All
-        objects are searched for it once, and again where a module was put into another since, as every wrapper does
-        with what it wraps, or where the one that was found is gone.
+        objects are searched for it once, since a copy of one, or one that was read from a file, is not made as others
+        are; those that are made later make themselves known.
         """
         own = isinstance(forward, nn.Module) and forward is not self.module
         if found := _data_parallel(forward if own else self.module):
             return found
-        now = _registrations().count
-        known = None if self._around is None else self._around()
-        if self._searched != now or (self._around is not None and not self._holds(known)):
-            self._searched, known = now, self._search()
-            self._around = None if known is None else weakref.ref(known)
-        return [] if known is None else [known]
+        if self._known is None:
+            self._known = [*map(weakref.ref, _all_wrappers())]
+        newest_first = (*reversed(_made().refs), *reversed(self._known))
+        every = [one for ref in newest_first if (one := ref()) is not None]
+        exact = [one for one in every if unwrapped(one) is self.module]
+        return (exact or [one for one in every if self._holds(one)])[:1]
 
-    def _search(self) -> DistributedDataParallel | None:
-        around = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
-        exact = [one for one in around if unwrapped(one) is self.module]
-        return next(reversed(exact or [*filter(self._holds, around)]), None)
-
-    def _holds(self, wrapper: DistributedDataParallel | None) -> bool:
-        return wrapper is not None and any(part is self.module for part in wrapper.modules())
+    def _holds(self, wrapper: DistributedDataParallel) -> bool:
+        return any(part is self.module for part in wrapper.modules())
 
 
-class _Registrations:
-    """Counts how often a module was put into another one, anywhere, since this was made."""
+def _all_wrappers() -> list[DistributedDataParallel]:
+    return [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+
+
+class _Made:
+    """Every DistributedDataParallel that was made since this was, as long as it is used, in this order.
+
+    Each puts what it wraps into itself, as one module into another.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
-        register_module_module_registration_hook(self._counted)
+        self.refs: list[weakref.ref[DistributedDataParallel]] = []
+        register_module_module_registration_hook(self._noticed)
 
-    def _counted(self, *_: object) -> None:
-        self.count += 1
+    def _noticed(self, outer: nn.Module, *_: object) -> None:
+        if isinstance(outer, DistributedDataParallel):
+            self.refs.append(weakref.ref(outer, self.refs.remove))
 
 
-_registrations = cache(_Registrations)
+_made = cache(_Made)
 
 
 def _data_parallel(module: nn.Module) -> list[DistributedDataParallel]:

@@ -1,7 +1,8 @@
-"""The DistributedDataParallel around a module is found as it is now, by a search where there may be a new one."""
+"""The DistributedDataParallel around a module is found as it is now, by one search and by what is made later."""
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,25 +34,42 @@ def searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[i
     dist.destroy_process_group()
 
 
-def test_wrappers_are_searched_once_and_again_where_one_may_be_new(searches: list[int]) -> None:
+def test_wrappers_are_searched_once_and_later_ones_make_themselves_known(
+    searches: list[int],
+) -> None:
     module, larger = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
     found = Wrappers(module)
     assert [found.find(module) for _ in range(3)] == [[], [], []]
-    assert len(searches) == 1
     other = DistributedDataParallel(larger)  # not around it, so far
     assert found.find(module) == []
     larger.append(module)
     assert [found.find(module) for _ in range(3)] == [[other]] * 3
-    assert len(searches) == 3
+    first = DistributedDataParallel(module)
     exact = DistributedDataParallel(module)
     assert [found.find(module) for _ in range(3)] == [[exact]] * 3
-    assert len(searches) == 4
     del exact
+    gc.collect()
+    assert found.find(module) == [first]
+    del first
     gc.collect()
     assert found.find(module) == [other]
     del larger[1]
     assert [found.find(module) for _ in range(2)] == [[], []]
-    assert len(searches) == 6
+    assert len(searches) == 1
+
+
+def test_a_wrapper_that_was_not_made_as_others_are_is_found_by_the_search(
+    searches: list[int],
+) -> None:
+    wrapper = DistributedDataParallel(nn.Sequential(nn.Linear(2, 2)))
+    copied, shared = copy.deepcopy(wrapper), copy.copy(wrapper)
+    assert Wrappers(copied.module[0]).find(copied.module[0]) == [copied]
+    module = wrapper.module
+    assert Wrappers(module).find(module)[0] in (wrapper, shared)
+    del wrapper
+    gc.collect()
+    assert Wrappers(module).find(module) == [shared]
+    assert len(searches) == 3
 
 
 def test_a_wrapper_that_is_given_or_inside_needs_no_search(searches: list[int]) -> None:
