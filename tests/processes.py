@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
+
+from tests.forks import Forked, fork
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60
@@ -39,23 +42,16 @@ def run_processes(
 
     Fails with the errors of all processes unless each ends with 0.
     """
-    path = os.pathsep.join((str(ROOT), *_search_path()))
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-P", str(file), str(rank), str(ranks), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
+    commands = [[str(file), str(rank), str(ranks), str(folder)] for rank in range(ranks)]
+    started = fork(commands, environment())
     errors = [error for _, error in ended(started, timeout)]
     assert not any(process.returncode for process in started), "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt", weights_only=weights_only) for rank in range(ranks)]
 
 
-def ended(started: Sequence[subprocess.Popen[str]], timeout: float) -> list[tuple[str, str]]:
+def ended(
+    started: Sequence[subprocess.Popen[str] | Forked], timeout: float
+) -> list[tuple[str | None, str]]:
     """Wait for processes that lead sessions of their own; return what each wrote to stdout and stderr.
 
     Where they take longer than `timeout` seconds they are ended, and the error has what they wrote and where each of
@@ -66,8 +62,9 @@ def ended(started: Sequence[subprocess.Popen[str]], timeout: float) -> list[tupl
         return [process.communicate(timeout=max(ends - time.monotonic(), 0)) for process in started]
     except subprocess.TimeoutExpired:
         for process in started:
-            for child in (*psutil.Process(process.pid).children(), process):
-                child.send_signal(signal.SIGABRT)
+            with suppress(psutil.NoSuchProcess):  # it has ended by now
+                for child in (*psutil.Process(process.pid).children(), process):
+                    child.send_signal(signal.SIGABRT)
         written = [process.communicate() for process in started]
         raise NotEnded(
             "\n".join(
@@ -79,9 +76,10 @@ def ended(started: Sequence[subprocess.Popen[str]], timeout: float) -> list[tupl
         ) from None
 
 
-def _search_path() -> list[str]:
-    """Return the folders in which this process finds libraries beside those of its environment."""
-    return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+def environment() -> dict[str, str]:
+    """Return what a process that is one of several is started with: it finds libraries where this one does."""
+    own = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join((str(ROOT), *own))}
 
 
 def run_rank(work: Callable[[int], Any]) -> NoReturn:
