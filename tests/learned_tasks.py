@@ -61,3 +61,17 @@ class In16Bits(nn.Module):
 def in_16_bits(width: int) -> nn.Module:
     """Build such a net."""
     return In16Bits(width)
+
+
+def odd(task: int) -> TensorDataset:
+    """Tasks of which one does not fit the model: the classes of task 1, or the inputs of task 2."""
+    generator = torch.Generator().manual_seed(task)
+    width, classes = (2 if task == 2 else 1), (4 if task == 1 else 3)
+    x = torch.randn(20, width, generator=generator)
+    y = torch.arange(20) % classes
+    return TensorDataset(x, y)
+
+
+def classes() -> nn.Module:
+    """A linear model of one input and three classes."""
+    return nn.Linear(1, 3)

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 from trainc.compiler.bind.effects import measures_gradients
+from trainc.compiler.bind.report import labels
 from trainc.compiler.errors import SiteError
 from trainc.compiler.method.loss import LossMismatch
 from trainc.compiler.method.losses import Losses
 from trainc.dsl.resolve.spec import Spec
+from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic, Label
+from trainc.dsl.text.errors import SpecError
+from trainc.runtime.data.batch import WrongBatch, WrongOutput, WrongPick
+from trainc.runtime.memory.failure import OutOfMemory
 from trainc.runtime.step.action import ClauseFailed
 from trainc.runtime.torch_optimizer.problem import OptimizerProblem
+
+
+@contextmanager
+def explained(losses: Losses, spec: Spec) -> Iterator[None]:
+    """Turn errors of steps and evaluations that a clause of the spec explains into a SpecError at this clause."""
+    try:
+        yield
+    except SiteError as error:
+        raise SpecError([site_diagnostic(error, spec)]) from error
+    except ClauseFailed as error:
+        raise SpecError([clause_diagnostic(error, spec)]) from error
+    except OptimizerProblem as error:
+        raise SpecError([optimizer_diagnostic(error, spec)]) from error
+    except OutOfMemory as error:
+        raise at_field(spec.one("data"), ("micro", "batch"), "out-of-memory", error) from None
+    except WrongBatch as error:
+        raise at_field(spec.one("data"), ("path",), "data-failed", error) from error
+    except WrongPick as error:
+        named = (one for one in spec.of_kind("loss") if one.name == error.label)
+        clause = next(named, spec.one("loss"))
+        at = labels((clause.part_span("output") or clause.span if clause else None, ""))
+        raise SpecError([Diagnostic("loss-mismatch", str(error), at)]) from error
+    except WrongOutput as error:
+        raise at_field(spec.one("model"), ("path",), "model-failed", error) from error
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if (found := loss_diagnostic(error, losses, spec)) is None:
+            raise
+        raise SpecError([found]) from error
+
+
+def at_field(clause: Clause | None, names: Sequence[str], rule: str, error: Exception) -> SpecError:
+    """Return an error at the first of these fields that the clause has."""
+    spans = (clause.part_span(name) for name in names) if clause else ()
+    at = labels((next(filter(None, spans), None), ""))
+    return SpecError([Diagnostic(rule, str(error), at)])
 
 
 def site_diagnostic(error: SiteError, spec: Spec) -> Diagnostic:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,43 +23,34 @@ from trainc.compiler.driver.preflight import preflight_of, too_large
 from trainc.compiler.driver.recorded_clauses import shown_signals
 from trainc.compiler.driver.resume import cannot_resume, changed_run
 from trainc.compiler.driver.run_logger import run_logger
-from trainc.compiler.driver.site_diagnostics import (
-    clause_diagnostic,
-    loss_diagnostic,
-    optimizer_diagnostic,
-    site_diagnostic,
-)
-from trainc.compiler.errors import SiteError
+from trainc.compiler.driver.site_diagnostics import at_field, explained
 from trainc.compiler.execution.execution import Executor
 from trainc.compiler.model.factories import missing_clause, seeded_model
 from trainc.compiler.model.import_path import searching
 from trainc.compiler.program.program import Program
 from trainc.compiler.program.save import PLAN, json_text
 from trainc.dsl.resolve.spec import Spec
-from trainc.dsl.resolve.statements import Clause
 from trainc.dsl.text.diagnostic import Diagnostic
 from trainc.dsl.text.errors import SpecError
 from trainc.dsl.text.render import render_text
 from trainc.dsl.text.vocabulary import EVALUATED
 from trainc.dsl.values.value_json import Name, walk
-from trainc.runtime.data.batch import Batch, WrongBatch, WrongOutput, WrongPick
+from trainc.runtime.data.batch import Batch
 from trainc.runtime.data.evaluation import read_in_order
 from trainc.runtime.data.generators import find_generators, kept
 from trainc.runtime.data.order import Data
 from trainc.runtime.data.stream import count_samples
 from trainc.runtime.device.hardware import Hardware
-from trainc.runtime.memory.failure import OutOfMemory
 from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.loggers import Logger
 from trainc.runtime.run.loop import train as loop
 from trainc.runtime.run.meetings import BatchesDiffer
 from trainc.runtime.run.preflight import DoesNotFit
 from trainc.runtime.run.summary import Summary
-from trainc.runtime.step.action import ClauseFailed, IncompatibleState
+from trainc.runtime.step.action import IncompatibleState
 from trainc.runtime.storage.differences import ChangedRun
 from trainc.runtime.storage.random_streams import derive_seed
 from trainc.runtime.storage.run_folder import RunFolder
-from trainc.runtime.torch_optimizer.problem import OptimizerProblem
 
 SPEC, SPEC_TEXT = "spec.json", "spec.train"
 
@@ -187,52 +178,18 @@ def _display(program: Program, title: str, plain: bool) -> LiveDisplay:
 
 @contextmanager
 def _reported(program: Program, spec: Spec, out: Path) -> Iterator[None]:
-    """Turn errors of a run that a clause of the spec explains into a SpecError at this clause."""
+    """Turn errors of a run that its folder or a clause of the spec explains into a SpecError at this clause."""
     try:
-        yield
-    except SiteError as error:
-        raise SpecError([site_diagnostic(error, spec)]) from error
-    except ClauseFailed as error:
-        raise SpecError([clause_diagnostic(error, spec)]) from error
-    except OptimizerProblem as error:
-        raise SpecError([optimizer_diagnostic(error, spec)]) from error
+        with explained(program.execution.losses, spec):
+            yield
     except ChangedRun as error:
         raise changed_run(out, error, spec) from error
     except IncompatibleState as error:
         raise cannot_resume(out, error) from error
     except DoesNotFit as error:
         raise too_large(error, spec) from error
-    except OutOfMemory as error:
-        raise _at_field(spec.one("data"), ("micro", "batch"), "out-of-memory", error) from None
     except BatchesDiffer as error:
-        raise _at_field(spec.one("data"), ("batch",), "processes", error) from error
-    except WrongBatch as error:
-        raise _at_path(spec.one("data"), "data-failed", error) from error
-    except WrongPick as error:
-        named = (one for one in spec.of_kind("loss") if one.name == error.label)
-        clause = next(named, spec.one("loss"))
-        at = labels((clause.part_span("output") or clause.span if clause else None, ""))
-        raise SpecError([Diagnostic("loss-mismatch", str(error), at)]) from error
-    except WrongOutput as error:
-        raise _at_path(spec.one("model"), "model-failed", error) from error
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if (found := loss_diagnostic(error, program.execution.losses, spec)) is None:
-            raise
-        raise SpecError([found]) from error
-
-
-def _at_path(clause: Clause | None, rule: str, error: Exception) -> SpecError:
-    """Return the error of what a clause imported, at its path."""
-    return _at_field(clause, ("path",), rule, error)
-
-
-def _at_field(
-    clause: Clause | None, names: Sequence[str], rule: str, error: Exception
-) -> SpecError:
-    """Return an error at the first of these fields that the clause has."""
-    spans = (clause.part_span(name) for name in names) if clause else ()
-    at = labels((next(filter(None, spans), None), ""))
-    return SpecError([Diagnostic(rule, str(error), at)])
+        raise at_field(spec.one("data"), ("batch",), "processes", error) from error
 
 
 def _texts(program: Program, spec: Spec, path: Path | None) -> dict[str, str]:

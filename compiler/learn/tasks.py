@@ -16,6 +16,7 @@ from trainc.compiler.bind.report import labels
 from trainc.compiler.driver.adaptation import load_weights, started_model
 from trainc.compiler.driver.compile import compile_with_data, require_clauses, resolve_spec
 from trainc.compiler.driver.hardware import hardware_of, placed, require_hardware
+from trainc.compiler.driver.site_diagnostics import explained
 from trainc.compiler.driver.train import require_evaluations
 from trainc.compiler.model.factories import build_data, missing_clause, seed_of
 from trainc.compiler.model.import_path import searching
@@ -85,8 +86,26 @@ class Tasks:
         self.program.load_state_dict(copy.deepcopy(self._first))
         return dict(self.program.module.state_dict())
 
+    @contextmanager
+    def _task(self, task: int) -> Iterator[None]:
+        """Turn errors of a task into ones that name it, at the clause that explains them where one does."""
+        try:
+            with explained(self.program.execution.losses, self.spec):
+                yield
+        except SpecError as error:
+            raise SpecError([_in_task(task, one) for one in error.diagnostics]) from error
+        except StopRun as stop:
+            step = self.program.clock.steps
+            raise ValueError(f"task {task} ends at step {step}: {stop}") from stop
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise ValueError(f"task {task}: {error}") from error
+
     def train(self, task: int, start: Weights, steps: int) -> tuple[Weights, float, float]:
         """Return where some steps on a task lead from a start, and the losses of the first and of the last step."""
+        with self._task(task):
+            return self._train(task, start, steps)
+
+    def _train(self, task: int, start: Weights, steps: int) -> tuple[Weights, float, float]:
         program, data = self.program, self._load(task)
         self._first_weights()
         program.module.load_state_dict(start)
@@ -97,13 +116,10 @@ class Tasks:
             for step in range(steps):
                 with seeded(derive_seed(self.seed, "step", task, step)), self._hardware.products():
                     begun = perf_counter()
-                    try:
-                        program.begin()  # rules and policies set the batch
-                        size = program.batch_size
-                        batches = reader.read(at, size, program.micro_size)
-                        losses.append(computation.step(batches, reader, at)["loss"])
-                    except StopRun as stop:
-                        raise ValueError(f"task {task} ends at step {step}: {stop}") from stop
+                    program.begin()  # rules and policies set the batch
+                    size = program.batch_size
+                    batches = reader.read(at, size, program.micro_size)
+                    losses.append(computation.step(batches, reader, at)["loss"])
                     if program.clock.before is not None:
                         program.clock.seconds += perf_counter() - begun
                     self._evaluate(computation, data)
@@ -124,12 +140,14 @@ class Tasks:
         Where it has none, it is that on the samples that train. Of samples in an order of their own, which may have no
         end, it is on the first `eval_batches` batches.
         """
-        data, total, count = self._load(task), 0.0, 0.0
-        samples = data.train if data.evaluation is None else data.evaluation
-        batches = self.program.settings.evaluation_batches if is_stream(samples) else 0
-        for read in read_in_order(samples, batches, self.program.micro_size, self.seed, 0):
-            loss, counted, _ = self.program.evaluate(*self._hardware.place(read.batch))
-            total, count = total + loss, count + counted
+        total, count = 0.0, 0.0
+        with self._task(task):
+            data = self._load(task)
+            samples = data.train if data.evaluation is None else data.evaluation
+            batches = self.program.settings.evaluation_batches if is_stream(samples) else 0
+            for read in read_in_order(samples, batches, self.program.micro_size, self.seed, 0):
+                loss, counted, _ = self.program.evaluate(*self._hardware.place(read.batch))
+                total, count = total + loss, count + counted
         return total / count if count else float("nan")
 
     def _load(self, task: int) -> Data:
@@ -196,6 +214,13 @@ def _data_clause(spec: Spec) -> Clause:
 def _at(clause: Clause, field: str, message: str) -> SpecError:
     at = labels((clause.part_span(field) or clause.span, ""))
     return SpecError([Diagnostic("data-failed", message, at)])
+
+
+def _in_task(task: int, found: Diagnostic) -> Diagnostic:
+    """Return a diagnostic with a note that says in which task it was found."""
+    notes = (*found.notes, f"in task {task}, whose data is that of `{TASK} = {task}`")
+    parts = (found.help, found.severity, found.edit, found.explanation)
+    return Diagnostic(found.rule, found.message, found.labels, notes, *parts)
 
 
 def _copied(weights: Weights) -> Weights:

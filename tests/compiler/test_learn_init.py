@@ -15,6 +15,7 @@ from torch import nn
 import trainc
 from examples.data import sines
 from examples.models import tanh_net
+from tests import learned_tasks
 from tests.cli.test_app import command
 from trainc.compiler.driver.train import train
 from trainc.compiler.learn.learn_init import choose_start, learn_start, least
@@ -22,6 +23,7 @@ from trainc.compiler.learn.tasks import Tasks
 from trainc.runtime.data.order import Order
 from trainc.runtime.data.reader import Reader
 from trainc.runtime.processes import launch
+from trainc.runtime.run.stop_signals import StopSignals
 from trainc.runtime.storage.random_streams import derive_seed
 from trainc.runtime.storage.saved_weights import read_weights
 
@@ -431,3 +433,89 @@ def test_a_start_whose_loss_is_not_finite_is_never_the_best(
     assert "seed 1: loss 1 *" in capsys.readouterr().out
     wanted = Tasks(spec, None, 1).start()
     assert all(torch.equal(value, wanted[name]) for name, value in load_file(str(init)).items())
+
+
+ODD = """train 1
+model "tests.learned_tasks:classes" {}
+data "tests.learned_tasks:odd" { batch = 20 samples }
+loss cross_entropy
+optimizer sgd { lr = 0.1 }
+run { length = 2 steps, device = cpu }
+"""
+
+
+@pytest.mark.parametrize("select", [(), ("--select", "value", "--starts", "2")])
+def test_what_is_wrong_in_a_task_is_told_with_its_clause_and_its_number(
+    spec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    select: tuple[str, ...],
+) -> None:
+    spec.write_text(ODD)
+    given = ["learn-init", str(spec), "--tasks", "3", "--to", str(tmp_path / "x.safetensors")]
+    assert command(monkeypatch, *given, *select) == 1
+    said = capsys.readouterr().err
+    assert "error[loss-mismatch]: a target is the class 3" in said
+    assert "family.train:4:1" in said
+    assert "in task 1, whose data is that of `task = 1`" in said
+
+
+def test_what_was_learned_before_an_error_is_kept(
+    spec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What no clause explains has the number of its task; with mended data `--resume` gives the same numbers."""
+    init, whole = tmp_path / "init.safetensors", tmp_path / "whole.safetensors"
+    spec.write_text(ODD)
+
+    def given(to: Path) -> list[str]:
+        return ["learn-init", str(spec), "--tasks", "3", "--inner", "2", "--to", str(to)]
+
+    good = learned_tasks.odd
+
+    def wide(task: int) -> object:
+        return good(2 * (task == 2))
+
+    monkeypatch.setattr(learned_tasks, "odd", wide)
+    assert command(monkeypatch, *given(init)) == 1
+    said = capsys.readouterr().err
+    assert f"{init}: 2 of 3 tasks, before this error" in said
+    assert "task 2: mat1 and mat2 shapes cannot be multiplied" in said
+    monkeypatch.setattr(learned_tasks, "odd", lambda task: good(0))
+    assert command(monkeypatch, *given(init), "--resume") == 0
+    assert command(monkeypatch, *given(whole)) == 0
+    for name, value in load_file(str(whole)).items():
+        assert torch.equal(load_file(str(init))[name], value)
+
+
+def test_a_file_that_was_chosen_by_value_is_not_gone_on_with(
+    spec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    init = tmp_path / "init.safetensors"
+    given = ["learn-init", str(spec), "--tasks", "1", "--inner", "1", "--to", str(init)]
+    assert command(monkeypatch, *given, "--select", "value", "--starts", "2") == 0
+    assert command(monkeypatch, *given, "--resume") == 2
+    said = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "is not of an interrupted `learn-init`" in said
+
+
+def test_an_interrupted_choice_says_of_how_many_starts_it_is(
+    spec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = iter([None, "interrupted"])
+    monkeypatch.setattr(StopSignals, "requested", lambda self: next(asked, "interrupted"))
+    given = ["learn-init", str(spec), "--tasks", "1", "--inner", "1", "--to"]
+    init = str(tmp_path / "init.safetensors")
+    assert command(monkeypatch, *given, init, "--select", "value", "--starts", "3") == 130
+    found = capsys.readouterr()
+    assert "interrupted: 1 of 3 starts were tried" in found.err
+    assert "the best of 1 random starts" in found.out

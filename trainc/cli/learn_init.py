@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from trainc.cli.common import Overrides, SpecFile, overrides, require_one_proces
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainc.compiler.learn.learn_init import Progress
+    from trainc.compiler.learn.learn_init import Keep, Progress
 
 SAVED = 100
 """Tasks between two times at which the file is written."""
@@ -44,6 +45,11 @@ def _begun(target: Path, wanted: dict[str, Any]) -> tuple[dict[str, Tensor], int
 
     with interpreting(target), safe_open(str(target), "pt") as file:
         about = json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
+    if "done" not in about:
+        raise typer.BadParameter(
+            f"{target} is not of an interrupted `learn-init`, so there is nothing to go on with: leave out --resume",
+            param_hint="--resume",
+        )
     other = [name for name, value in wanted.items() if about.get(name) != value]
     if other:
         raise typer.BadParameter(
@@ -71,6 +77,25 @@ def _teller() -> Callable[[Progress], None]:
     return tell
 
 
+@contextmanager
+def _kept_on_errors(to: Path, tasks: int, write: Callable[..., None]) -> Iterator[Keep]:
+    """Yield what is called after each task; on an error it writes what was learned until then, and says so."""
+    last: list[tuple[dict[str, Tensor], int]] = []
+
+    def keep(weights: dict[str, Tensor], done: int) -> None:
+        last[:] = [(weights, done)]
+        write(weights, done)
+
+    try:
+        yield keep
+    except Exception:
+        if last:
+            write(*last[0], now=True)
+            text = f"{to}: {last[0][1]:,} of {tasks:,} tasks, before this error; the same command with --resume goes on"
+            print(text, file=sys.stderr)
+        raise
+
+
 def _learn(
     spec: Path, to: Path, tasks: int, inner: int, rate: float, given: dict[str, str], resume: bool
 ) -> int:
@@ -88,7 +113,7 @@ def _learn(
             what = f"learned over {done:,} of {tasks:,} tasks of {inner} steps at rate {rate:g} (Reptile)"
             _write(to, weights, {"what": what, "done": done, **wanted})
 
-    with StopSignals() as signals:
+    with StopSignals() as signals, _kept_on_errors(to, tasks, keep) as keep_last:
         weights, done = learn_start(
             spec,
             tasks=tasks,
@@ -98,7 +123,7 @@ def _learn(
             begin=begin,
             told=_teller(),
             stopped=lambda: signals.requested() is not None,
-            keep=keep,
+            keep=keep_last,
         )
         keep(weights, done, now=True)
         reason = signals.requested()
@@ -127,6 +152,8 @@ def _choose(
             stopped=lambda: signals.requested() is not None,
         )
         reason = signals.requested()
+    if reason is not None:
+        print(f"{reason}: {len(values)} of {starts} starts were tried", file=sys.stderr)
     best = least(values)
     what = f"the best of {len(values)} random starts after {inner} steps on each of {tasks:,} tasks (seed {best})"
     _write(to, weights, {"what": what, "values": values})
