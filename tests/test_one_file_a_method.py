@@ -91,8 +91,8 @@ SHOW_SPECTRA = {
     "trainc/cli/weights.py",
 }
 """The files of `trainc spectrum`, which measures weights of which no spec tells."""
-READ_A_LIBRARY = {"compiler/bind/linear_outputs.py"}
-"""The file that knows by which names peft holds the factors of its adapters."""
+READ_A_LIBRARY = {"compiler/bind/linear_outputs.py", "compiler/structure/computed_weights.py"}
+"""The files that know the names by which peft holds the factors of its adapters, and torch what computes weights."""
 
 
 def strings(tree: ast.Module) -> Iterator[str]:

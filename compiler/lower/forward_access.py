@@ -24,6 +24,7 @@ from trainc.compiler.method.shared_mask import SharedMask
 from trainc.compiler.method.sites import Views
 from trainc.compiler.method.term import SAMPLE_IDS, Forward, JointOperator, Over, Term
 from trainc.compiler.method.weight_hook import WeightHook
+from trainc.compiler.structure.computed_weights import refuse_computed
 from trainc.dsl.values.value_json import Expr, Selector
 from trainc.runtime.companion.companion import Companion
 from trainc.runtime.companion.history import History
@@ -94,6 +95,7 @@ class ForwardAccess(ClauseAccess):
 
     def _refuse_unchangeable(self, parameter: str) -> None:
         """Raise ValueError for a parameter that layers cannot compute with another tensor in place of."""
+        refuse_computed(self.model, parameter)
         stored, owners = self.tensor(parameter), self.inventory.parameter[parameter].modules
         if not stored.is_floating_point():
             raise ValueError(

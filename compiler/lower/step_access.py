@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainc.compiler.errors import FieldError
 from trainc.compiler.lower.clause_access import ClauseAccess
+from trainc.compiler.structure.computed_weights import refuse_lost_zeros
 from trainc.dsl.values.value_json import Expr
 from trainc.runtime.mask.choose_entries import ChooseEntries
 from trainc.runtime.mask.entry_choice import Choice
@@ -152,6 +153,8 @@ class StepAccess(ClauseAccess):
         shown = f"density {text}{' of all' * together}{by}"
         names = tuple(names)
         self._refuse_masked_shards(names)
+        for name in names:
+            refuse_lost_zeros(self.model, name)
         each: dict[str, float] = {}
         if choice is not None and choice.allocate is not None and self.is_constant(density):
             shapes = {name: self.inventory.parameter[name].shape for name in names}

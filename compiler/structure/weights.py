@@ -1,7 +1,7 @@
 """The weights of a model as it uses them, and the units that are measured: the matrices that they consist of.
 
-A weight may be computed: of a parametrization, of `torch.nn.utils.prune`, or as a sum with updates of low rank beside
-it, W + s B A. A tied weight is there once, under its first name.
+A weight may be computed: of a parametrization, by a hook of its layer (`computed_weights.py`), or as a sum with updates
+of low rank beside it, W + s B A. A tied weight is there once, under its first name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trainc.compiler.structure.computed_weights import (
+    compute_weight,
+    hooked_weights,
+    parametrized_weights,
+)
 from trainc.compiler.structure.divisions import divide
 from trainc.compiler.structure.matrices import WHOLE, Division, Part
 from trainc.compiler.structure.roles import is_matrix, own_parameters
@@ -105,12 +110,7 @@ def read_weight(model: nn.Module, weight: UsedWeight) -> Tensor:
     """Return a weight as the model uses it now, without a graph."""
     layer, leaf = model.get_submodule(weight.module), weight.name.rpartition(".")[2]
     with torch.no_grad(), _not_training(layer):
-        value: Tensor = (
-            getattr(layer, f"{leaf}_orig") * getattr(layer, f"{leaf}_mask")
-            if f"{leaf}_orig" in layer._parameters
-            else getattr(layer, leaf)
-        )
-        return _updated(model, weight.module, value).detach()
+        return _updated(model, weight.module, compute_weight(layer, leaf)).detach()
 
 
 def find_units(weights: Iterable[UsedWeight], by: By = "part") -> list[MatrixUnit]:
@@ -136,19 +136,19 @@ def _own_weights(
     path: str, layer: nn.Module
 ) -> Iterator[tuple[str, tuple[int, ...], list[str], str]]:
     """Yield the weights of a layer itself: last name, shape, the parameters it is computed of, and how."""
-    lists: Any = layer._modules.get("parametrizations")
-    for leaf, chain in lists.items() if isinstance(lists, nn.ModuleDict) else ():
+    prefix = f"{path}." if path else ""
+    for leaf, names in parametrized_weights(layer).items():
         with torch.no_grad(), _not_training(layer):
             shape = tuple(getattr(layer, leaf).shape)
-        names = [
-            f"{path}.parametrizations.{leaf}.{n}".lstrip(".") for n, _ in chain.named_parameters()
-        ]
-        yield leaf, shape, names, "as parametrized"
+        yield leaf, shape, [f"{prefix}{name}" for name in names], "as parametrized"
+    inside = set()
+    for leaf, hooked in hooked_weights(layer).items():
+        inside |= set(hooked.parameters)
+        shape = tuple(layer.get_parameter(hooked.parameters[-1]).shape)
+        yield leaf, shape, [f"{prefix}{name}" for name in hooked.parameters], hooked.words
     for own, parameter in own_parameters(layer).items():
-        leaf = own.removesuffix("_orig")
-        pruned = leaf != own and f"{leaf}_mask" in layer._buffers
-        name = f"{path}.{own}".removeprefix(".")
-        yield leaf if pruned else own, tuple(parameter.shape), [name], "as pruned" * pruned
+        if own not in inside:
+            yield own, tuple(parameter.shape), [f"{prefix}{own}"], ""
 
 
 def _place(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, nn.Module | None]:

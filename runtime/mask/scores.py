@@ -46,8 +46,12 @@ class Principal:
     rank: int
 
     def __call__(self, step: Step, name: str) -> Tensor:
-        weight = step.parameters[name]
-        return truncated(wide(weight), self.rank).abs()
+        weight = wide(step.parameters[name])
+        if (
+            not weight.isfinite().all()
+        ):  # it has no singular values: the choice says whose score is not finite
+            return weight.abs()
+        return truncated(weight, self.rank).abs()
 
 
 def truncated(weight: Tensor, rank: int) -> Tensor:

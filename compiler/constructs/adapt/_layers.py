@@ -47,6 +47,15 @@ def layer_problem(
     )
     if plain and not set(kinds).isdisjoint(entry.types):
         return None
+    used = next((one for one in inventory.weights if one.name == name != one.parameters[0]), None)
+    if used is not None and not set(kinds).isdisjoint(entry.types):
+        return Problem(
+            "layer-without-adapter",
+            f"`{entry.name}` cannot have an adapter: its weight is computed of `{used.parameters[0]}` in every pass"
+            f" ({used.computed})",
+            help="remove the parametrization, by `torch.nn.utils.parametrize.remove_parametrizations` or"
+            ' `torch.nn.utils.prune.remove(layer, "weight")`, or exclude the layer from `on`',
+        )
     named = [f"nn.{kind}" for kind in kinds if kind != "Conv1D"]
     return Problem(
         "layer-without-adapter",

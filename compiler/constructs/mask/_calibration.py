@@ -17,7 +17,7 @@ from trainc.compiler.constructs.mask._base import (
 )
 from trainc.dsl.reading.construct import Fraction, Problem
 from trainc.dsl.values.value_json import Number
-from trainc.runtime.step.action import ActionState
+from trainc.runtime.step.action import ActionState, ClauseFailed
 from trainc.runtime.step.observer import Observer
 from trainc.runtime.storage.form import Count, Form, Record, Values
 
@@ -172,6 +172,14 @@ class InputSums(Observer):
         """Whether all steps of the calibration are seen."""
         return self.steps >= self.batches
 
+    def first_broken(self) -> str | None:
+        """Return the first layer whose sums are not finite; None where all are."""
+        return next((m for m, total in self.sums.items() if not total.isfinite().all()), None)
+
+    def restart(self) -> None:
+        """Sum anew, from the next step on."""
+        self.sums, self.steps = {}, 0
+
     def ready(self) -> bool:
         """Return whether the sums can be read; where they were released before, they are summed anew."""
         if self.done and not self.sums:
@@ -242,16 +250,37 @@ class ByInputs:
         self.entries, self.sums, self.choice, self.keep = entries, sums, choice, keep
 
     def __call__(self, step: Step, density: float) -> dict[str, Tensor] | None:
-        if not self.sums.ready():
+        if not self.sums.ready() or self._finds_broken(step):
             return None
         found, densities = {}, densities_of(self.choice, self.entries, density)
         for entry in self.entries:
             weight, last = step.parameters[entry.name].detach(), inputs_last(entry)
             rows = weight if last else weight.T
-            kept = self.keep(rows, self.sums.sums[entry.module], densities[entry.name])
+            try:
+                kept = self.keep(rows, self.sums.sums[entry.module], densities[entry.name])
+            except ValueError as error:
+                raise ClauseFailed(self.sums.label, f"`{entry.name}`: {error}") from error
             found[entry.name] = kept if last else kept.T.contiguous()
         self.sums.release()
         return found
+
+    def _finds_broken(self, step: Step) -> bool:
+        """Note the first weight or sum that is not finite, by which nothing can be chosen; say if there is one."""
+        from trainc.runtime.mask.scores import not_finite
+
+        label, module = self.sums.label, self.sums.first_broken()
+        if module is not None:
+            self.sums.restart()
+            step.notes.append(
+                f"{label}: `{module}` was given inputs that are not finite, so nothing is chosen in this step, and"
+                f" inputs are summed anew over {self.sums.batches} steps"
+            )
+            return True
+        names = (entry.name for entry in self.entries)
+        name = next((n for n in names if not step.parameters[n].detach().isfinite().all()), None)
+        if name is not None:
+            step.notes.append(not_finite(label, name))
+        return name is not None
 
 
 def calibrate(to: Lowering, batches: int, of: Callable[[Tensor], Tensor], axes: int) -> InputSums:

@@ -92,9 +92,12 @@ class NM(Construct):
 
     def lower(self, to: Lowering) -> None:
         """Change weights where layers compute, their gradients, and what evaluation uses."""
+        from trainc.compiler.structure.computed_weights import refuse_lost_zeros
+
         to.refuse_times("the weights of the end are masked", "until", "every")
         names = [entry.name for entry in to.parameters()]
         for name in names:
+            refuse_lost_zeros(to.model, name)
             to.weight(name, Masked(self.structure))
         decay = to.schedule(self.decay)
         to.gradient(DecayLeftOut(self.structure, decay), names)

@@ -523,3 +523,21 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
     reference = Sift(density=0.2, batches=2).reference(first, gradients, make)
     return {name: model.get_parameter(name).detach() for name in names}, reference
+
+
+def test_a_weight_without_singular_values_chooses_nothing_by_them() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model.get_parameter("0.weight")[0, 0] = torch.nan
+    program = trainc.compile(
+        "run { length = 9 steps, on_nan = continue } loss mse optimizer sgd { lr = 0 }"
+        " mask sift on ndim(2) { density = 20%, select = principal(1) }",
+        model,
+    )
+    batch = torch.randn(4, 6), torch.randn(4, 3)
+    program.step(batch)
+    assert program.report().notes[0].startswith("sift: `0.weight` has entries that are not finite")
+    with torch.no_grad():
+        model.get_parameter("0.weight")[0, 0] = 0.1
+    program.step(batch)
+    assert not any("not finite" in one for one in program.report().notes)

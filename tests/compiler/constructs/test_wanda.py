@@ -100,6 +100,64 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {n: model.get_parameter(n).detach() for n in names}, want
 
 
+@pytest.mark.parametrize("mask", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("scope", ["tensor", "alpha"])
+def test_weights_and_inputs_that_are_not_finite_choose_nothing_until_they_are(
+    mask: str, scope: str
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    program = trainc.compile(
+        "run { length = 9 steps, on_nan = continue } loss mse optimizer sgd { lr = 0 }"
+        f" mask {mask} on ndim(2) {{ density = 50%, batches = 2, scope = {scope} }}",
+        model,
+    )
+    (x, y), notes = (torch.randn(5, 8), torch.zeros(5, 3)), []
+
+    def step(inputs: Tensor) -> None:
+        program.step((inputs, y))
+        notes.append([one for one in program.report().notes if one.startswith(f"{mask}:")])
+
+    first, last = model.get_parameter("0.weight"), model.get_parameter("2.weight")
+    step(x)
+    step(torch.full_like(x, torch.inf))
+    with torch.no_grad():  # the gradient of that step broke them
+        for parameter in model.parameters():
+            parameter.nan_to_num_(0.1)
+    step(x)
+    (note,) = notes[-1]
+    assert note.startswith(
+        f"{mask}: `0` was given inputs that are not finite, so nothing is chosen"
+    )
+    assert note.endswith("inputs are summed anew over 2 steps")
+    step(x)
+    with torch.no_grad():
+        last[0, 0] = torch.nan
+    step(x)
+    assert notes[-1] == [
+        f"{mask}: `2.weight` has entries that are not finite, so nothing is chosen in this step"
+    ]
+    assert int((first == 0).sum()) == 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.nan_to_num_(0.1)
+    step(x)
+    assert notes[-1] == []
+    assert int((first == 0).sum()) + int((last == 0).sum()) == 33
+
+
+def test_what_a_choice_by_inputs_cannot_do_names_the_weight() -> None:
+    model = nn.Sequential(nn.Linear(8, 6))
+    program = trainc.compile(
+        "run { length = 9 steps } loss mse optimizer sgd { lr = 0 }"
+        " mask sparsegpt on ndim(2) { density = 50%, batches = 1, damping = 1e-300 }",
+        model,
+    )
+    x = torch.ones(5, 8)  # all inputs alike: their products are of rank one
+    program.step((x, torch.zeros(5, 6)))
+    with pytest.raises(ValueError, match=r"`0\.weight`: .*not positive definite"):
+        program.step((x, torch.zeros(5, 6)))
+
+
 @pytest.mark.parametrize(
     ("on", "more", "said"),
     [

@@ -133,8 +133,12 @@ def only_matrices(bound: Targets) -> Iterable[Problem]:
 
 
 def trained_matrices(to: Lowering) -> list[str]:
-    """Return the selected parameters that train; raises ValueError for one that is sharded."""
+    """Return the selected parameters that train; raises ValueError for one that is sharded, or no weight itself."""
+    from trainc.compiler.structure.computed_weights import refuse_other_singular_values
+
     names = [entry.name for entry in to.parameters() if entry.trainable]
+    for name in names:
+        refuse_other_singular_values(to.model, name)
     to.refuse_shards(
         names,
         "its penalty is of whole matrices",
