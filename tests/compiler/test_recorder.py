@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.stand_in_recorder import StandIn
 from trainc.compiler.graph.trial import disagreement
 from trainc.compiler.patterns.replayable import host_copies, host_draws, host_reads, written
 from trainc.compiler.replay.recorded_pass import WrittenBuffers, copies
-from trainc.compiler.replay.recorder import CudaRecorder
+from trainc.compiler.replay.recorder import CudaRecorder, Run
 
 
 class State:
@@ -147,6 +148,47 @@ def test_a_capture_that_fails_leaves_random_numbers_stream_and_pool(
     assert cuda.streams == ["own"]
     assert cuda.left == [(0, 1)]
     assert cuda.users == 1  # what holds the pool
+
+
+# the stand-in of other tests: what a device would refuse, or would compute of what was
+
+
+def test_the_stand_in_refuses_what_waits_for_a_device() -> None:
+    def record(run: Run) -> None:
+        StandIn(torch.device("cpu")).record(run)
+
+    mask = NUMBERS > 0
+    record(lambda: [NUMBERS[IDS], NUMBERS.clone().index_put_((mask,), torch.tensor(0.0))])
+    reads: list[Run] = [
+        lambda: [NUMBERS * NUMBERS.sum().item()], lambda: [NUMBERS[mask]], lambda: [mask.nonzero()],
+        lambda: [NUMBERS.clone().index_put_((mask,), NUMBERS)], lambda: [torch.linalg.inv(torch.eye(2))],
+    ]  # fmt: skip
+    for run in reads:
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            record(run)
+
+
+def test_the_stand_in_refuses_what_a_recording_would_not_follow() -> None:
+    """Numbers of the host and addresses are those of the recording for good."""
+    x, other, number = NUMBERS.clone(), [NUMBERS.clone()], [2.0]
+    follows = StandIn(torch.device("cpu")).record(lambda: [x * 2.0 + x.cumsum(0), None])
+    recordings = [
+        StandIn(torch.device("cpu")).record(run)
+        for run in (
+            lambda: [x * number[0]],
+            lambda: [x + other[0]],
+            lambda: [x] if number[0] == 2 else [x.exp()],
+        )
+    ]
+    x += 1
+    for one in (follows, *recordings):
+        one.replay()
+    assert follows.outputs[0] is not None
+    assert torch.equal(follows.outputs[0], x * 2 + x.cumsum(0))
+    number[0], other[0] = 3.0, other[0].clone()
+    for one in recordings:
+        with pytest.raises(AssertionError, match="a recording"):
+            one.replay()
 
 
 # what no recording keeps

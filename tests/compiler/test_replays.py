@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch.nn import functional as F
 
 import trainc
 from tests.conformance import Trained, train_double
-from tests.stand_in_recorder import StandIn
+from tests.stand_in_recorder import Launch, StandIn
 from tests.test_constructs import COMPUTING, OWN, setup_of, spec_around, trained_clause
 from trainc.compiler.execution.compiled import Compiler
 from trainc.compiler.execution.execution import Executor
 from trainc.compiler.replay import replayed as replayed_file
-from trainc.compiler.replay.recorded_pass import RecordedPass
+from trainc.compiler.replay.recorded_pass import RecordedPass, launch_settings
 from trainc.compiler.replay.recorder import Recording, Run
 from trainc.compiler.replay.replayed import Replays
 from trainc.dsl.resolve.spec import Spec
@@ -352,6 +353,39 @@ def test_a_setting_of_torch_is_another_kind_of_pass() -> None:
     assert_replayed(got, 3)
 
 
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
+    "16-bit sums": (
+        lambda: torch.backends.cuda.matmul.allow_fp16_accumulation,
+        lambda value: setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", value), True,
+    ),
+    "16-bit sums in attention": (
+        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed,
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, True,
+    ),
+    "the precision of everything": (
+        lambda: torch.backends.fp32_precision, lambda value: setattr(torch.backends, "fp32_precision", value), "tf32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_every_setting_that_chooses_kernels_is_told_from_others(what: str) -> None:
+    get, change, other = SETTINGS[what]
+    before, own = launch_settings(), get()
+    try:
+        change(other)
+        assert launch_settings() != before
+    finally:
+        change(own)
+    assert launch_settings() == before
+
+
+def test_the_library_of_products_is_one_of_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = launch_settings()
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda: "another")
+    assert launch_settings() != before
+
+
 def test_further_kinds_than_the_limit_run_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replayed_file, "LIMIT", 2)
 
@@ -396,10 +430,12 @@ class NoMemory(StandIn):
 class Stale(StandIn):
     """Replays what one number was while it recorded."""
 
-    def replay_of(self, run: Run, outputs: Sequence[Tensor | None]) -> Callable[[], None]:
+    def replay_of(
+        self, run: Run, outputs: Sequence[Tensor | None], recorded: Sequence[Launch]
+    ) -> Callable[[], None]:
         def replay() -> None:
             torch.manual_seed(99)
-            super(Stale, self).replay_of(run, outputs)()
+            super(Stale, self).replay_of(run, outputs, recorded)()
 
         return replay
 
@@ -407,10 +443,12 @@ class Stale(StandIn):
 class DrawsNothing(StandIn):
     """Leaves the state of random numbers as it is."""
 
-    def replay_of(self, run: Run, outputs: Sequence[Tensor | None]) -> Callable[[], None]:
+    def replay_of(
+        self, run: Run, outputs: Sequence[Tensor | None], recorded: Sequence[Launch]
+    ) -> Callable[[], None]:
         def replay() -> None:
             state = torch.get_rng_state()
-            super(DrawsNothing, self).replay_of(run, outputs)()
+            super(DrawsNothing, self).replay_of(run, outputs, recorded)()
             torch.set_rng_state(state)
 
         return replay
@@ -435,6 +473,34 @@ def test_what_cannot_be_replayed_runs_as_usual_and_says_so_once(
     (note,) = notes
     assert note.startswith(f"no CUDA graph replays passes from now on: {why}")
     assert note.endswith("Write `graphs = false`")
+
+
+def test_an_interrupt_while_a_pass_is_recorded_drops_all_recordings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They may draw from a generator's state that the device has no longer."""
+
+    class Interrupted(StandIn):
+        def record(self, run: Run) -> Recording:
+            run()
+            raise KeyboardInterrupt
+
+    program, _ = trained(ON, 3, Normed)
+    replays = program.execution.replays
+    assert replays.recorded == 1
+    program.step(batch(3, 5))
+    assert replays._recorder is not None
+    record = partial(Interrupted.record, Interrupted(torch.device("cpu")))
+    with monkeypatch.context() as patch:
+        patch.setattr(replays._recorder, "record", record)
+        with pytest.raises(KeyboardInterrupt):
+            program.step(batch(4, 5))
+    assert replays.refused is None
+    assert not replays._passes
+    assert replays._recorder is None
+    for seed in range(4):
+        program.step(batch(seed))
+    assert_replayed(program)
 
 
 def test_memory_that_runs_out_beside_recordings_ends_them() -> None:
