@@ -353,6 +353,7 @@ def test_a_setting_of_torch_is_another_kind_of_pass() -> None:
     assert_replayed(got, 3)
 
 
+BACKENDS: Any = torch.backends
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
     "16-bit sums": (
         lambda: torch.backends.cuda.matmul.allow_fp16_accumulation,
@@ -363,7 +364,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, True,
     ),
     "the precision of everything": (
-        lambda: torch.backends.fp32_precision, lambda value: setattr(torch.backends, "fp32_precision", value), "tf32",
+        lambda: BACKENDS.fp32_precision, lambda value: setattr(BACKENDS, "fp32_precision", value), "tf32",
     ),
 }  # fmt: skip
 
