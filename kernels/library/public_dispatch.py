@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from trainc.kernels.library.calls import (
@@ -17,6 +18,7 @@ from trainc.kernels.library.calls import (
 )
 
 Kernel = Callable[..., Any]
+Prepare = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 def add_kernels(
@@ -66,6 +68,15 @@ def add_update_kernels(
 
     library.impl(operator, without_gradients(cpu), "CPU")
     library.impl(operator, without_gradients(cuda), "CUDA")
+
+
+def on_lists(operator: Any, kernels: dict[str, Kernel], prepare: Prepare) -> Kernel:
+    """A function that gives lists of tensors to an operator."""
+
+    def call(*lists: Sequence[Tensor]) -> Any:
+        return operator(*map(prepare, lists))
+
+    return call
 
 
 def without_autocast(kernel: Kernel) -> Kernel:

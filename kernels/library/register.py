@@ -20,6 +20,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainc.kernels.library.devices import cuda_kernel
 
@@ -35,6 +36,9 @@ PRIVATE_NAMES = (
     "torch._C:_after_autograd_keyset",
     "torch._C:_any_requires_grad",
     "torch._C:_are_functorch_transforms_active",
+    "torch._C:_len_torch_dispatch_stack",
+    "torch._C:_len_torch_function_stack",
+    "torch._C._dynamo.guards:TensorGuards",
     "torch._functorch.utils:enable_single_level_autograd_function",
     "torch._ops:OpOverload.redispatch",
     "torch.autograd.forward_ad:_current_level",
@@ -93,6 +97,24 @@ def register_update(
     cuda = cuda_kernel(name, cpu, cuda)
     _dispatch.add_update_kernels(LIBRARY, operator, cpu, cuda, written)
     return operator
+
+
+def on_lists(
+    operator: Any,
+    *,
+    cuda: Callable[..., Any],
+    prepare: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+) -> Any:
+    """A function that calls an operator of lists of tensors, none of them written to, below the cost of a dispatch.
+
+    The operator's lists are what `prepare` makes of those given; it returns a list itself where there is nothing to do.
+    `cuda` is its CUDA kernel and may get another argument behind the lists: a dict, the same one as long as the lists
+    are of the same tensors, in which it keeps what follows from their addresses, dtypes, shapes and strides. Then its
+    tensors may say that they are negated, as the imaginary part of a conjugate does. Call it under `torch.no_grad()`.
+    """
+    # AMD's GPUs have the operator's other kernel.
+    kernels = {"cuda": cuda} if torch.version.hip is None else {}
+    return _dispatch.on_lists(operator, kernels, prepare)
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:

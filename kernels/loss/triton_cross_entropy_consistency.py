@@ -26,6 +26,7 @@ from trainc.kernels.loss.triton_rows import (
     entries_of,
     is_whole,
     lay,
+    lay_to_read,
     vectors,
     vectors_of_row,
 )
@@ -95,18 +96,19 @@ def _below_another(below, met, top, new_top, x, valid):
 @triton.jit
 def loss_forward(
     L, TARGETS, CROSS_ENTROPY, DISTANCE, KEPT, rows, classes, ignore_index, smoothing,
-    KL: tl.constexpr, SMOOTHED: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, V: tl.constexpr,
+    KL: tl.constexpr, SMOOTHED: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, OTHER: tl.constexpr,
+    V: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows,): the row's cross-entropy and distance, 0 when ignored, and what backward needs."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
     kept = target != ignore_index
-    one, two, before = vectors_of_row(row, rows, classes, W)
+    one, two, before = vectors_of_row(row, rows, classes, W, OTHER)
     first, second = no_sums(V), no_sums(V)
     apart, below = tl.zeros((V, W), tl.float32), tl.zeros((V,), tl.float32)
     for block in range(tl.cdiv(before + classes, V * W)):
         whole = is_whole(block, before, classes, V * W)
-        x, y = both_views(L, one, two, block, before, classes, whole, W, V, True)
+        x, y = both_views(L, one, two, block, before, classes, whole, W, OTHER, V, True)
         gap = x - y
         power = powers(x, first)
         most = power
@@ -188,14 +190,14 @@ def loss_backward(
 ):  # fmt: skip
     """Grid (rows, blocks of vectors): the gradient of both views' rows."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    one, two, before = vectors_of_row(row, rows, classes, W)
+    one, two, before = vectors_of_row(row, rows, classes, W, W)
     place, valid = entries_of(block, before, classes, W, EVEN, V)
     whole = is_whole(block, before, classes, V * W)
     target = tl.load(TARGETS + row)
     pull = tl.zeros((V, W), tl.float32)
     push = pull
     if target != ignore_index:
-        x, y = both_views(L, one, two, block, before, classes, whole, W, V, False)
+        x, y = both_views(L, one, two, block, before, classes, whole, W, W, V, False)
         on_cross_entropy = tl.load(ON_CROSS_ENTROPY).to(tl.float32)
         on_distance = tl.load(ON_DISTANCE).to(tl.float32)
         width: tl.constexpr = 8 if KL else 2
@@ -234,7 +236,7 @@ def row_losses(
     cross_entropies = torch.empty(count, dtype=torch.float32, device=rows.device)
     distances = torch.empty_like(cross_entropies)
     warps = 1 if count >= resident_programs(rows.device, RESIDENT) else max(BLOCKS)
-    lies = lay(count, classes, odd=rows.data_ptr() % WORD != 0)
+    lies = lay_to_read(count, classes, odd=rows.data_ptr() % WORD != 0)
     launch(
         loss_forward, (count,),
         rows, labels, cross_entropies, distances, statistics,

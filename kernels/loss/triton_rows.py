@@ -29,16 +29,32 @@ def lay(count: int, classes: int, *, odd: bool = False) -> dict[str, int]:
     return {"W": width, "EVEN": classes % width == 0}
 
 
+def lay_to_read(count: int, classes: int, *, odd: bool = False) -> dict[str, int]:
+    """As `lay`, for a kernel that only reads: the first view's vectors are whole wherever the second one's lie.
+
+    OTHER is how many of the second view's logits are read at once in their place: as many as `lay` has in a vector. A
+    vector of the first view may end in the second one, which has as many numbers, but not behind it.
+    """
+    lies = lay(count, classes, odd=odd)
+    width = lies["W"] if odd or count * classes < VECTOR else VECTOR
+    return {"W": width, "EVEN": classes % width == 0, "OTHER": lies["W"]}
+
+
 def vectors(block: int, classes: int, width: int) -> int:
     """Vectors a program takes at once: `block` classes, or a whole row where that is less."""
     return max(1, min(block, power_of_2(classes + width - 1)) // width)
 
 
 @triton.jit
-def vectors_of_row(row, rows, classes, W: tl.constexpr):
-    """Where both views' vectors begin, and how many entries before the row the first has."""
-    one, two = row * classes, (row + rows) * classes
-    return one // W * W, two // W * W, (one % W).to(tl.int32)
+def vectors_of_row(row, rows, classes, W: tl.constexpr, OTHER: tl.constexpr):
+    """Where both views' vectors begin, and how many entries before the row the first has.
+
+    The second view's begin at a multiple of OTHER, and its row at the same entry of them.
+    """
+    one = row * classes
+    before = one % W
+    two = (row + rows) * classes - before
+    return one // W * W, two // OTHER * OTHER, before.to(tl.int32)
 
 
 @triton.jit
@@ -58,33 +74,44 @@ def is_whole(block, before, classes, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _loaded(P, vector, end, whole, V: tl.constexpr, W: tl.constexpr):
-    """Vectors of W numbers each from P on: of a block that is whole all, else those that begin before the end."""
+def _loaded(P, vector, end, whole, V: tl.constexpr, W: tl.constexpr, APART: tl.constexpr):
+    """Vectors of W numbers each from P on: of a block that is whole all, else those that begin before the end.
+
+    APART has each number asked for itself: a vector that lies across multiples of its size may end behind the memory.
+    """
     place = vector[:, None] * W + tl.arange(0, W)[None, :]
     if whole:
         found = tl.load(P + place)
     else:
-        begun = tl.broadcast_to((vector * W < end)[:, None], [V, W])
+        begun = place < end if APART else tl.broadcast_to((vector * W < end)[:, None], [V, W])
         found = tl.load(P + place, mask=begun, other=0)
     return found
 
 
 @triton.jit
-def _one_view(L, at, vector, end, whole, W: tl.constexpr, V: tl.constexpr, WORDS: tl.constexpr):
-    if (not WORDS) or (L.dtype.element_ty != tl.bfloat16) or (W == 1):
-        return _loaded(L + at, vector, end, whole, V, W).to(tl.float32)
-    # Two bfloat16 are the halves of a word: one instruction makes each a float32, where a number apart takes two.
-    words = (L + at).to(tl.pointer_type(tl.int32), bitcast=True)
-    word = _loaded(words, vector, (end + 1) // 2, whole, V, W // 2)
-    low, high = word << 16, word & -65536
-    both = tl.join(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
-    return tl.reshape(both, [V, W])
+def _one_view(
+    L, at, vector, end, whole,
+    W: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Vectors of W logits from `at` on, a multiple of ALIGNED."""
+    apart: tl.constexpr = ALIGNED < W
+    # What stands behind a `return` is compiled, too; the other branch of what is known is not.
+    if WORDS and L.dtype.element_ty == tl.bfloat16 and ALIGNED > 1:
+        # Two bfloat16 are the halves of a word: one instruction makes each a float32, where a number apart takes two.
+        words = (L + at).to(tl.pointer_type(tl.int32), bitcast=True)
+        word = _loaded(words, vector, (end + 1) // 2, whole, V, W // 2, apart)
+        low, high = word << 16, word & -65536
+        both = tl.join(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
+        found = tl.reshape(both, [V, W])
+    else:
+        found = _loaded(L + at, vector, end, whole, V, W, apart).to(tl.float32)
+    return found
 
 
 @triton.jit
 def both_views(
     L, one, two, block, before, classes, whole,
-    W: tl.constexpr, V: tl.constexpr, WORDS: tl.constexpr,
+    W: tl.constexpr, OTHER: tl.constexpr, V: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """The entries of a block of V vectors of both views in float32; a block that is whole is loaded without a mask.
 
@@ -93,6 +120,6 @@ def both_views(
     """
     vector, end = block * V + tl.arange(0, V), before + classes
     return (
-        _one_view(L, one, vector, end, whole, W, V, WORDS),
-        _one_view(L, two, vector, end, whole, W, V, WORDS),
+        _one_view(L, one, vector, end, whole, W, V, W, WORDS and OTHER > 1),
+        _one_view(L, two, vector, end, whole, W, V, OTHER, WORDS),
     )

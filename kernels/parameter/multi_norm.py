@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainc.kernels.library.contracts import lazy, require
-from trainc.kernels.library.register import register_update
+from trainc.kernels.library.register import on_lists, register_update
 
 __all__ = ["multi_norm"]
 
@@ -39,7 +39,7 @@ def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor] | None = None
     if not tensors:
         return torch.zeros((0, COLUMNS), dtype=torch.float64)
     with torch.no_grad():
-        sums: Tensor = _operator(_parts(tensors), [] if deltas is None else _parts(deltas))
+        sums: Tensor = _call(tensors, [] if deltas is None else deltas)
     return sums
 
 
@@ -127,9 +127,6 @@ def fake(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     return tensors[0].new_empty((len(tensors), COLUMNS), dtype=torch.float64)
 
 
-_operator = register_update(
-    "multi_norm",
-    cpu=eager,
-    cuda=lazy("parameter.triton_multi_norm", "multi_norm"),
-    fake=fake,
-)
+_cuda = lazy("parameter.triton_multi_norm", "multi_norm")
+_operator = register_update("multi_norm", cpu=eager, cuda=_cuda, fake=fake)
+_call = on_lists(_operator, cuda=_cuda, prepare=_parts)

@@ -1,8 +1,8 @@
 """Triton kernels for the sums of many tensors in one launch; imported by the first CUDA call.
 
 A table of addresses on the device names the tensors (`triton_tables`); a program takes one chunk of one tensor and
-leaves four float64 partial sums, which a second kernel adds tensor by tensor, so results are
-deterministic. Tensors of one pair of dtypes share a launch. Addresses read from a table carry no
+leaves four float64 partial sums. The program that is counted last of its tensor adds them, in one order whoever is
+last, so results are deterministic. Tensors of one pair of dtypes share a launch. Addresses read from a table carry no
 alignment, so aligned tensors get kernels that say so, and full blocks go without a mask: loads
 under a mask of unknown length stay scalar.
 """
@@ -11,7 +11,8 @@ under a mask of unknown length stay scalar.
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,8 @@ from trainc.kernels.parameter.triton_tables import Numbers, aligned, owner_of, p
 
 BLOCK = 2048
 CHUNK = 1 << 15
+ROWS = 128
+"""Partial sums that are loaded at once: 50,000 embeddings of 4096 numbers leave 6250."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -40,13 +43,27 @@ def _add(w, d, sums, broken, PAIRED: tl.constexpr):
     return (ww, dd, wd), broken
 
 
+@triton.jit
+def _add_partials(PARTIAL, OUT, first, last, ROWS: tl.constexpr):
+    """The four sums of rows [first, last) of PARTIAL in OUT."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, 4)[None, :]
+    total = tl.zeros((ROWS, 4), tl.float64)
+    for start in range(first, last, ROWS):
+        mask = (start + row < last) & (column < 4)
+        # Other programs wrote them: past the first cache.
+        total += tl.load(
+            PARTIAL + (start + row) * 4 + column, mask=mask, other=0.0, cache_modifier=".cg"
+        )
+    tl.store(OUT + tl.arange(0, 4), tl.sum(total, 0))
+
+
 @triton.jit(do_not_specialize=["tensors"])
 def partial_sums(
-    TABLE, OUT, tensors,
+    TABLE, PARTIAL, OUT, tensors,
     W: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks,): OUT (chunks, 4). TABLE is `_listed`'s."""
+    """Grid (chunks,): PARTIAL (chunks, 4), and each tensor's sum of them in its row of OUT. TABLE is `_listed`'s."""
     pid = tl.program_id(0)
     ENDS = TABLE + 4 * tensors
     tensor = owner_of(ENDS, pid, tensors)
@@ -77,27 +94,20 @@ def partial_sums(
             d = tl.load(right + at, mask=at < end, other=0.0).to(tl.float32)
         sums, broken = _add(w, d, sums, broken, PAIRED)
     ww, dd, wd = sums
-    out = OUT + pid * 4
+    part = PARTIAL + pid.to(tl.int64) * 4
     # A lane holds few terms, whose float32 sum is good; across lanes it would add their errors.
-    tl.store(out, tl.sum(ww.to(tl.float64), 0))
-    tl.store(out + 1, tl.sum(dd.to(tl.float64), 0))
-    tl.store(out + 2, tl.sum(wd.to(tl.float64), 0))
-    tl.store(out + 3, tl.sum(broken, 0).to(tl.float64))
-
-
-@triton.jit(do_not_specialize=["tensors"])
-def add_partials(PARTIAL, TABLE, OUT, tensors, BLOCK: tl.constexpr):
-    """Grid (tensors,): the sum of each tensor's rows of PARTIAL in its row of OUT."""
-    pid = tl.program_id(0)
-    first = tl.load(TABLE + 4 * tensors + pid)
-    last = tl.load(TABLE + 4 * tensors + pid + 1)
-    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, 4)[None, :]
-    total = tl.zeros((BLOCK, 4), tl.float64)
-    for start in range(first, last, BLOCK):
-        mask = (start + row < last) & (column < 4)
-        total += tl.load(PARTIAL + (start + row) * 4 + column, mask=mask, other=0.0)
-    out = OUT + tl.load(TABLE + 3 * tensors + pid) * 4
-    tl.store(out + tl.arange(0, 4), tl.sum(total, 0))
+    tl.store(part, tl.sum(ww.to(tl.float64), 0))
+    tl.store(part + 1, tl.sum(dd.to(tl.float64), 0))
+    tl.store(part + 2, tl.sum(wd.to(tl.float64), 0))
+    tl.store(part + 3, tl.sum(broken, 0).to(tl.float64))
+    # All threads have stored before the program is counted, and none reads before it was.
+    tl.debug_barrier()
+    before = tl.atomic_add(ENDS + tensors + 1 + tensor, 1, sem="acq_rel")
+    first, last = tl.load(ENDS + tensor), tl.load(ENDS + tensor + 1)
+    if before == last - first - 1:
+        tl.debug_barrier()
+        out = OUT + tl.load(TABLE + 3 * tensors + tensor) * 4
+        _add_partials(PARTIAL, out, first, last, ROWS)
 
 
 class _Group(NamedTuple):
@@ -114,9 +124,13 @@ def _listed(
     tensors: Sequence[int], others: Sequence[int], sizes: Sequence[int], rows: Sequence[int],
     chunk: int,
 ) -> list[int]:  # fmt: skip
-    """Addresses of the tensors and of the others, sizes, rows of the result, and the chunk each tensor begins with."""
-    ends = accumulate((pieces(size, chunk) for size in sizes), initial=0)
-    return [*tensors, *others, *sizes, *rows, *ends]
+    """Addresses of the tensors and of the others, sizes, rows of the result, and the chunk each tensor begins with.
+
+    Behind them is how many of each tensor's programs are done, which the kernel counts. An empty tensor has a chunk,
+    too: its sums are written like others.
+    """
+    ends = accumulate((max(1, pieces(size, chunk)) for size in sizes), initial=0)
+    return [*tensors, *others, *sizes, *rows, *ends, *[0] * len(tensors)]
 
 
 def groups(
@@ -141,7 +155,7 @@ def groups(
         right = [others[place] for place in places] if others else left
         numbers = _listed(left, right, [sizes[place] for place in places], places, chunk)
         wide = aligned((*left, *right))
-        found.append(_Group(places, pair, wide, Numbers(numbers), numbers[-1]))
+        found.append(_Group(places, pair, wide, Numbers(numbers), numbers[5 * len(places)]))
     return tuple(found)
 
 
@@ -153,37 +167,44 @@ FEW = 8
 
 def _sums(group: _Group, table: Numbers, paired: bool, out: Tensor) -> None:
     """Fill a group's rows of `out`."""
-    listed, tensors = table.on(out.device), len(group.places)
     partial = torch.empty((group.chunks, operator.COLUMNS), dtype=torch.float64, device=out.device)
-    if group.chunks:
-        left, right = group.dtypes
-        launch(
-            partial_sums, (group.chunks,),
-            listed, partial, tensors,
-            W=TYPES[left], D=TYPES[right], PAIRED=paired,
-            ALIGNED=group.aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
-    launch(add_partials, (tensors,), partial, listed, out, tensors, BLOCK=64, num_warps=4)
+    left, right = group.dtypes
+    launch(
+        partial_sums, (group.chunks,),
+        table.on(out.device), partial, out, len(group.places),
+        W=TYPES[left], D=TYPES[right], PAIRED=paired, ALIGNED=group.aligned,
+        CHUNK=CHUNK, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
 
 
-def _described(
-    tensors: Sequence[Tensor],
-) -> tuple[list[Tensor], tuple[int, ...], tuple[torch.dtype, ...]]:
-    """The tensors, contiguous, with their addresses and dtypes."""
-    dense = [one.contiguous() for one in tensors]
-    return dense, tuple([one.data_ptr() for one in dense]), tuple([one.dtype for one in dense])
-
-
-def multi_norm(tensors: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-    """The CUDA kernel of trainc::multi_norm."""
-    operator.check_shapes(tensors, deltas)
-    left, addresses, dtypes = _described(tensors)
-    right, others, other_dtypes = _described(deltas)
+def _groups_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[_Group, ...]:
+    """What is launched for contiguous tensors and deltas."""
+    addresses, others = (tuple([one.data_ptr() for one in every]) for every in (left, right))
+    dtypes, other_dtypes = (tuple([one.dtype for one in every]) for every in (left, right))
     sizes = tuple([one.numel() for one in left])
     found = _kept_groups if len(left) > FEW else groups
+    return found(addresses, others, sizes, dtypes, other_dtypes, CHUNK)
+
+
+def multi_norm(
+    tensors: Sequence[Tensor], deltas: Sequence[Tensor], kept: dict[str, Any] | None = None
+) -> Tensor:
+    """The CUDA kernel of trainc::multi_norm; `kept` is what it left in a call with these same tensors."""
+    left, right = tensors, deltas
+    known = None if kept is None else kept.get("groups")
+    if known is None:
+        operator.check_shapes(tensors, deltas)
+        # A square has no sign, but a product has.
+        left, right = (
+            [one.resolve_neg().contiguous() for one in every] for every in (tensors, deltas)
+        )
+        known = _groups_of(left, right)
+        as_given = all(map(is_, (*left, *right), (*tensors, *deltas)))
+        if kept is not None and as_given:
+            kept["groups"] = known
     size, device = (len(left), operator.COLUMNS), left[0].device
     result = torch.empty(size, dtype=torch.float64, device=device)
-    for group in found(addresses, others, sizes, dtypes, other_dtypes, CHUNK):
+    for group in known:
         if group.table is not None:
             _sums(group, group.table, bool(deltas), result)
             continue

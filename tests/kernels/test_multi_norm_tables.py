@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainc.kernels.library import private_dispatch
 from trainc.kernels.parameter import multi_norm
 
 pytestmark = pytest.mark.interpreter
@@ -23,6 +24,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = kernels()
     monkeypatch.setattr(module, "BLOCK", 16)
     monkeypatch.setattr(module, "CHUNK", 32)
+    monkeypatch.setattr(module, "ROWS", 1)
     module._kept_groups.cache_clear()
     yield
     module._kept_groups.cache_clear()
@@ -125,6 +127,35 @@ def test_tensors_that_are_others_are_read_as_they_are(change: Any, paired: bool)
     right(change(tensors), sized if paired else [])
     right(tensors, deltas if paired else [])
     assert found() >= 1
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("change", CHANGES, ids=[one.__name__ for one in CHANGES])
+def test_calls_that_pass_a_dispatch_read_tensors_as_they_are(change: Any, paired: bool) -> None:
+    read = kernels().multi_norm
+    call = private_dispatch.on_lists(read, {"cpu": read}, multi_norm._parts)
+    _, tensors, deltas = lists()
+    both = [
+        (tensors, deltas),
+        (change(tensors), [torch.randn(one.shape) for one in change(tensors)]),
+    ]
+    with torch.no_grad():
+        for left, right in (both[0], both[0], both[1], both[0]):
+            right = right if paired else []
+            got, want = call(left, right), multi_norm.reference(left, right or None)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [None, {}])
+def test_a_product_with_what_is_negated_has_its_sign(kept: dict[str, Any] | None) -> None:
+    _, tensors, _ = lists()
+    negated = [torch._neg_view(one.float()) for one in tensors]
+    for _ in range(2):
+        got = kernels().multi_norm(tensors, negated, kept)
+        torch.testing.assert_close(
+            got, multi_norm.reference(tensors, negated), rtol=1e-5, atol=1e-5
+        )
+    assert not kept
 
 
 def test_a_new_tensor_at_a_freed_address_is_the_one_that_is_read() -> None:

@@ -34,12 +34,14 @@ EXTREMES = [
     if one.values[0] != "norm.triton_norm" or one.values[3]["BLOCK_C"] not in (2048, 4096)
 ]
 
-SUMS = f"TABLE:{INDEX} OUT:*fp64 tensors:i32"
+SUMS = f"TABLE:{INDEX} PARTIAL:*fp64 OUT:*fp64 tensors:i32"
 ADAMW = f"WEIGHT:{HALF} GRAD:{HALF} MEAN:{FULL} SQUARE:{FULL} MASTER:{FULL} INDEX:*i32 "
 NUMBERS = "decay:fp32 rate:fp32 root:fp32 "
 ADAMW += f"SCALARS:{FULL} {NUMBERS} count:i32 blocks:i32 beta1:fp32 beta2:fp32 eps:fp32"
 TOGETHER = f"TABLE:{INDEX} SCALARS:{FULL} tensors:i32 {NUMBERS} beta1:fp32 beta2:fp32 eps:fp32"
-ALIGNED: dict[str, Any] = {"W": "bfloat16", "D": "float32", "CHUNK": 1 << 15, "BLOCK": 2048}
+ALIGNED: dict[str, Any] = {
+    "W": "bfloat16", "D": "float32", "CHUNK": 1 << 15, "BLOCK": 2048, "ROWS": 128,
+}  # fmt: skip
 VECTORS = [
     *(
         spec("parameter.triton_multi_norm", "partial_sums", SUMS, PAIRED=paired, ALIGNED=True, **ALIGNED)
@@ -74,10 +76,6 @@ VECTORS = [
 # Addresses that are only known to be those of their type, and float64 partial sums.
 SCALAR = [
     spec("parameter.triton_multi_norm", "partial_sums", SUMS, PAIRED=True, **ALIGNED | {"ALIGNED": False}),
-    spec(
-        "parameter.triton_multi_norm", "add_partials", f"PARTIAL:*fp64 TABLE:{INDEX} OUT:*fp64 tensors:i32",
-        BLOCK=64,
-    ),
 ]  # fmt: skip
 
 

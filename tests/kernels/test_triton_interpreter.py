@@ -289,6 +289,10 @@ def test_loss_in_several_blocks(
     from trainc.kernels.loss import triton_rows
 
     assert triton_rows.lay(count, classes) == {"W": width, "EVEN": even}
+    read = triton_rows.lay_to_read(count, classes)
+    assert read == {"W": 8, "EVEN": classes % 8 == 0, "OTHER": width}
+    tiny = triton_rows.lay_to_read(1, 7)  # eight numbers may not be there
+    assert tiny == {"W": 1, "EVEN": True, "OTHER": 1}
     monkeypatch.setattr(triton_loss, "BLOCKS", {1: 32, 4: 32})
     monkeypatch.setattr(triton_loss, "BACKWARD_BLOCK", 32)
     for distance in consistency.DISTANCES:

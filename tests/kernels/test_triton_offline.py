@@ -167,6 +167,7 @@ SPECS = [
         spec(
             "loss.triton_cross_entropy_consistency", name, arguments + TAIL, KL=kl, SMOOTHED=smoothed,
             W=width, EVEN=even, V=warps * 512 // width, warps=warps,
+            **({"OTHER": width} if name == "loss_forward" else {}),
         )
         for name, arguments, warps in (
             ("loss_forward", LOSS, 1), ("loss_forward", LOSS, 4), ("loss_backward", LOSS_BACK, 4),

@@ -25,6 +25,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton_multi_norm, "BLOCK", 64)
     monkeypatch.setattr(triton_multi_norm, "CHUNK", 128)
+    monkeypatch.setattr(triton_multi_norm, "ROWS", 2)
     monkeypatch.setattr(triton_sparse_adamw, "BLOCK", 64)
     monkeypatch.setattr(triton_masked_update, "BLOCK", 128)
 
@@ -72,9 +73,10 @@ def test_a_table_does_not_grow_with_the_tensors() -> None:
     addresses, size = [512, 1024, 4096], 7 << 30  # 28 GB each, were it there
     chunk = triton_multi_norm.CHUNK
     numbers = triton_multi_norm._listed(addresses, addresses, [size] * 3, [4, 1, 2], chunk)
-    assert len(numbers) == 5 * 3 + 1
+    assert len(numbers) == 6 * 3 + 1
     assert numbers[9:12] == [4, 1, 2]
-    assert numbers[-1] == -(-3 * 7 * (1 << 30) // chunk)
+    assert numbers[15] == -(-3 * 7 * (1 << 30) // chunk)
+    assert numbers[16:] == [0, 0, 0]  # programs that are done
 
 
 def test_a_table_is_sent_or_written_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
