@@ -96,8 +96,7 @@ def _below_another(below, met, top, new_top, x, valid):
 @triton.jit
 def loss_forward(
     L, TARGETS, CROSS_ENTROPY, DISTANCE, KEPT, rows, classes, ignore_index, smoothing,
-    KL: tl.constexpr, SMOOTHED: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, OTHER: tl.constexpr,
-    V: tl.constexpr,
+    KL: tl.constexpr, SMOOTHED: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, OTHER: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows,): the row's cross-entropy and distance, 0 when ignored, and what backward needs."""
     row = tl.program_id(0).to(tl.int64)
