@@ -30,7 +30,8 @@ from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.processes.team import Ranks, Team
 from trainc.runtime.processes.torchft_connection import has_lighthouse
 from trainc.runtime.processes.watch import Watch, follows_from_another
-from trainc.runtime.schedule.clock import Clock
+from trainc.runtime.schedule.clock import Clock, RunLength
+from trainc.runtime.schedule.unit_conversion import UnitConversion
 from trainc.runtime.step.exchange import Exchange
 
 
@@ -43,6 +44,7 @@ class Distribution:
     notes: list[str] = field(default_factory=list)
     """What to say of it when the run begins."""
     _model: nn.Module | None = field(default=None, init=False)
+    _units: UnitConversion = field(default_factory=UnitConversion, init=False)
 
     @classmethod
     def of(cls, spec: Spec) -> Distribution:
@@ -113,6 +115,7 @@ class Distribution:
 
     def prepare(self, binding: Binding, model: nn.Module, device: torch.device) -> None:
         """Let the construct change the model, before the clauses are lowered for it."""
+        self._units = binding.units
         if self.size == 1 or self.apart is not None:
             return
         joins = (clause for clause in binding.active if clause.construct.joins != "no")
@@ -134,7 +137,7 @@ class Distribution:
             return
         if self.apart is not None:
             self._require_samples(program, data)
-            self.notes += apart_notes(self.apart, self.size, program)
+            self.notes += apart_notes(self.apart, self.size, program, self._units)
             return
         if apart := program.execution.method.exchanges:
             raise self._error(
@@ -182,7 +185,7 @@ class Distribution:
         return SpecError([Diagnostic("processes", message, at)])
 
 
-def apart_notes(clause: Clause, size: int, program: Program) -> list[str]:
+def apart_notes(clause: Clause, size: int, program: Program, units: UnitConversion) -> list[str]:
     """Return what to say of replicas that train apart when their run begins."""
     batch = program.batch_size
     text = (
@@ -191,14 +194,22 @@ def apart_notes(clause: Clause, size: int, program: Program) -> list[str]:
         " the replica of rank 0"
     )
     found = [text]
-    length, last = program.length, Clock()
-    if length is not None and length.unit == "steps":
-        last.steps = math.ceil(length.amount)
-        last.before = Clock(last.steps - 1)
+    if (steps := _last_step(program.length, units)) is not None:
+        last = Clock(steps, before=Clock(steps - 1))
         exchanges = (a for a in program.execution.method.actions if isinstance(a, Exchange))
         if any(a.gate is not None and not a.gate.fires(last) for a in exchanges):
             found.append(
-                f"the last step, {last.steps}, has no turn of `{clause.name}`: the run ends with replicas that differ"
+                f"the last step, {steps}, has no turn of `{clause.name}`: the run ends with replicas that differ"
                 " since the turn before, and its model is that of rank 0"
             )
     return found
+
+
+def _last_step(length: RunLength | None, units: UnitConversion) -> int | None:
+    """Return the number of the last step of a run; None where that shows only as it runs."""
+    if length is None or (units.changing and length.unit != "steps"):
+        return None
+    try:
+        return math.ceil(units.convert(length, "steps"))
+    except ValueError:
+        return None

@@ -34,6 +34,9 @@ class Met:
     text: str
     loss: float
     """The mean over the replicas that do not skip the step; NaN where all do."""
+    lowest: float
+    highest: float
+    """The ends of these losses."""
     skipping: tuple[int, ...]
     saves: bool
     batches: Mapping[int, int]
@@ -73,6 +76,8 @@ class Apart(Ranks):
             NOTHING if ends is None else kinds[ends],
             text,
             sum(losses) / len(losses) if losses else math.nan,
+            min(losses, default=math.nan),
+            max(losses, default=math.nan),
             tuple(rank for rank, row in enumerate(rows) if row[5]),
             any(row[6] for row in rows),
             {
@@ -97,6 +102,7 @@ class Apart(Ranks):
     def of_first(self, found: dict[str, float]) -> dict[str, float]:
         return self.decided(lambda: found)
 
-    def mean(self, number: float) -> float:
-        """Return the mean of a number over all replicas."""
-        return self.group.total(number) / self.size
+    def spread(self, number: float) -> tuple[float, float, float]:
+        """Return the mean of a number over all replicas, the lowest and the highest; NaN where one is."""
+        numbers = self.group.gather_rows([number])[:, 0]
+        return float(numbers.mean()), float(numbers.min()), float(numbers.max())

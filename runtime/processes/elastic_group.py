@@ -67,6 +67,7 @@ class ElasticGroup(ReplicaGroup):
         self._traffic = Traffic()
         self.give, self.take, self.same = give, take, same
         self._connection, self._counts = connection, True
+        self._numbers: list[int] = [number]
         # A program that is forgotten must not seem to be a replica that is late.
         weakref.finalize(self, connection.close)
 
@@ -98,6 +99,7 @@ class ElasticGroup(ReplicaGroup):
             [row[i] for row in rows] for i in range(len(rows[0]))
         )
         self.size = sum(counts)
+        self._numbers = [n for n, one in zip(numbers, counts, strict=True) if one]
         if len(set(digests)) > 1:
             self._refuse_facts(facts, digests, numbers)
         if len(set(numbers)) < len(numbers):
@@ -109,6 +111,17 @@ class ElasticGroup(ReplicaGroup):
     def gather_rows(self, numbers: Sequence[float]) -> Tensor:
         """Return the numbers of this replica alone: between two turns it decides without the others."""
         return torch.tensor([numbers], dtype=torch.float64)
+
+    def rows_in_turn(self, numbers: Sequence[float]) -> Tensor:
+        table = torch.zeros(self._connection.present, 1 + len(numbers), dtype=torch.float64)
+        table[self._connection.place] = torch.tensor(
+            [float(self._counts), *numbers], dtype=torch.float64
+        )
+        self._sum(table)
+        return table[table[:, 0] > 0, 1:]
+
+    def numbers_in_turn(self) -> list[int]:
+        return self._numbers
 
     def commit(self) -> str | None:
         """End the meeting; return why nothing of it may be kept, None where all went well here."""

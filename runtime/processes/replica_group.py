@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainc.runtime.processes.sharded import local
+from trainc.runtime.processes.sharded import local, squared_norm
 
 BUCKET = 2**25
 """Bytes that are joined into one message, so that many small tensors cost few messages."""
@@ -94,14 +94,21 @@ class ReplicaGroup:
         Sums are taken in `dtype`, by default that of the tensor but float32 for 16 bits. Of a DTensor it is what each
         process holds.
         """
-        for bucket in _buckets([*map(local, tensors)]):
-            wide = dtype or torch.promote_types(bucket[0].dtype, torch.float32)
-            flat = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in bucket])
-            sent = flat.to(self._device(flat))
-            self._all_reduce(sent)
-            parts = sent.div_(self.size).split([tensor.numel() for tensor in bucket])
-            for tensor, mean in zip(bucket, parts, strict=True):
-                tensor.copy_(mean.view(tensor.shape))
+        for tensor, mean in self._means(tensors, dtype):
+            tensor.copy_(mean)
+
+    @torch.no_grad()
+    def mean_and_distances(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Do so; return the squared L2 distance of each tensor from its mean before, (), in float64.
+
+        Of a DTensor it is that of what this process holds.
+        """
+        squares = []
+        for tensor, mean in self._means(tensors, None):
+            own = mean.to(tensor.device)
+            squares.append(squared_norm(tensor.to(own.dtype) - own))
+            tensor.copy_(own)
+        return squares
 
     def mean_of_processes(
         self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
@@ -123,6 +130,14 @@ class ReplicaGroup:
     def gather_rows(self, numbers: Sequence[float]) -> Tensor:
         """Return the numbers of all replicas, shape (replicas, numbers), float64, the same on each."""
         return torch.stack(self._gather(torch.tensor(numbers, dtype=torch.float64)))
+
+    def rows_in_turn(self, numbers: Sequence[float]) -> Tensor:
+        """Return the numbers of the replicas whose weights count in a turn, (replicas, numbers), the same on each."""
+        return self.gather_rows(numbers)
+
+    def numbers_in_turn(self) -> list[int]:
+        """Return the numbers of these replicas, in the order of their rows."""
+        return [*range(self.size)]
 
     def gather_examples(self, own: Tensor) -> Tensor:
         """Return the rows (n, numbers) of all replicas, rank by rank, the same on each; n may differ, and be 0."""
@@ -177,6 +192,19 @@ class ReplicaGroup:
             self._raise_disagreement(when, facts)
 
     # inside
+
+    def _means(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what this process holds of each tensor, and its mean over all replicas, of the same shape."""
+        for bucket in _buckets([*map(local, tensors)]):
+            wide = dtype or torch.promote_types(bucket[0].dtype, torch.float32)
+            flat = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in bucket])
+            sent = flat.to(self._device(flat))
+            self._all_reduce(sent)
+            parts = sent.div_(self.size).split([tensor.numel() for tensor in bucket])
+            for tensor, mean in zip(bucket, parts, strict=True):
+                yield tensor, mean.view(tensor.shape)
 
     def _part(self, part_of: Sequence[int]) -> ReplicaGroup:
         """Return the group of the processes with this one's number, of the numbers of all ranks."""

@@ -105,7 +105,7 @@ def squared_norms(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32)
     Each process squares its shards, in `dtype` at least; one all-reduce for each axis of a mesh adds them up.
     """
     shards: list[Any] = [_reduced(tensor) for tensor in tensors]
-    found = _stacked([_square(local(p), dtype) for p in shards])
+    found = stacked([squared_norm(local(p), dtype) for p in shards])
     sum_over_shards(found, shards)
     return found
 
@@ -116,13 +116,15 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     Both tensors of a pair are sharded alike. One all-reduce for each axis of a mesh adds the products up.
     """
     pairs = zip(map(local, left), map(local, right), strict=True)
-    found = _stacked([(a.double() * b.double()).sum() for a, b in pairs])
+    found = stacked([(a.double() * b.double()).sum() for a, b in pairs])
     sum_over_shards(found, left)
     return found
 
 
-def _stacked(numbers: Sequence[Tensor]) -> Tensor:
-    """Return numbers as one tensor on the device of the first."""
+def stacked(numbers: Sequence[Tensor]) -> Tensor:
+    """Return numbers as one tensor on the device of the first; of none an empty one."""
+    if not numbers:
+        return torch.zeros(0, dtype=torch.float64)
     return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
@@ -148,7 +150,8 @@ def _reduced(tensor: Tensor) -> Any:
     return given
 
 
-def _square(shard: Tensor, dtype: torch.dtype) -> Tensor:
+def squared_norm(shard: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return |t|^2 of what this process holds, (), in float64; its norm is taken in `dtype` at least."""
     wide = torch.promote_types(shard.dtype, dtype)
     norm: Tensor = torch.linalg.vector_norm(shard, dtype=wide)
     return norm.double().square()

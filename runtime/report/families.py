@@ -14,6 +14,11 @@ NAMED = 6
 """The most curves that a legend names."""
 
 
+def shades(count: int) -> list[tuple[float, float, float, float]]:
+    """Return so many colours from dark to light; the brightest cannot be seen on white."""
+    return [colormaps["viridis"](0.9 * i / max(1, count - 1)) for i in range(count)]
+
+
 def draw_family(
     axes: Axes,
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
@@ -22,8 +27,7 @@ def draw_family(
     runs: Sequence[RunRecords],
 ) -> None:
     """Draw a curve for each name, from dark to light in their order, and the limit as a line."""
-    for i, (name, (at, values)) in enumerate(series.items()):
-        color = colormaps["viridis"](0.9 * i / max(1, len(series) - 1))
+    for color, (name, (at, values)) in zip(shades(len(series)), series.items(), strict=True):
         named = name if len(series) <= NAMED else "_"
         curve(axes, at, values, color=color, linewidth=1.4, label=named)
     axes.axhline(limit, color="0.5", linewidth=0.8, linestyle="--")

@@ -250,7 +250,8 @@ class TrainingLoop(SavedRun):
         others = [rank for rank in met.skipping if rank != self.team.rank]
         notes = [f"rank {rank} skips step {self.clock.steps}" for rank in others]
         joined = replace(report, save=report.save or met.saves, notes=(*report.notes, *notes))
-        return joined, {**metrics, "mean_loss": met.loss}
+        losses = {"mean_loss": met.loss, "min_loss": met.lowest, "max_loss": met.highest}
+        return joined, metrics | losses
 
     def _tell(self, notes: Sequence[str]) -> None:
         for note in notes:
@@ -311,7 +312,8 @@ class TrainingLoop(SavedRun):
         if isinstance(self.program, MeasuresEvaluations):
             means |= self.program.evaluation_metrics()
         if isinstance(self.team, Apart):
-            means["mean_eval_loss"] = self.team.mean(own)
+            names = ("mean_eval_loss", "min_eval_loss", "max_eval_loss")
+            means |= zip(names, self.team.spread(own), strict=True)
         self.eval_loss, self.evaluated_at = means["eval_loss"], steps
         self.recorder.evaluation(steps, means, others)
         if bad:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainc.runtime.step.action import Action, Phase
@@ -25,13 +26,21 @@ _ONE_REPLICA = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a turn measured, the same on every replica: signals of the clause, and figures of each replica by rank."""
+
+    signals: Mapping[str, float] = field(default_factory=dict)
+    by_replica: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+
 class Exchange(Action):
     """Phase 11: a turn with the other replicas, after a step at which the gate fires.
 
     The clock counts that step: with `every 8 steps` the turns are after steps 8, 16, 24. A process that trains alone
     has no turn and says so once. All replicas must come to a turn after the same step and with the same `layout`.
-    `turn` may use every method of ReplicaGroup; what it sends is measured as `<label>.bytes`, and among how many as
-    `<label>.replicas`.
+    `turn` may use every method of ReplicaGroup; what it sends is measured as `<label>.bytes`, among how many as
+    `<label>.replicas`, and what it returns as signals of the clause.
     """
 
     phase = Phase.EXCHANGE
@@ -45,7 +54,7 @@ class Exchange(Action):
         self.trained_alone = False
 
     @abstractmethod
-    def turn(self, step: Step, replicas: ReplicaGroup) -> None:
+    def turn(self, step: Step, replicas: ReplicaGroup) -> Measured | None:
         """Exchange with the other replicas and change what is to be changed, the same way in each."""
 
     def layout(self, step: Step) -> Sequence[str]:
@@ -62,17 +71,24 @@ class Exchange(Action):
             return
         before = replicas.sent
         replicas.agree(f"after step {number}", self._facts(step, number))
-        self.turn(step, replicas)
+        measured = self.turn(step, replicas)
         sent = replicas.sent - before
         self.turns, self.last, self.replicas = self.turns + 1, number, replicas.size
         self.sent += sent
-        self._record(step, sent, replicas.size)
+        self._record(step, sent, replicas.size, measured)
 
-    def _record(self, step: Step, sent: int, replicas: int) -> None:
+    def _record(
+        self, step: Step, sent: int, replicas: int, measured: Measured | None = None
+    ) -> None:
+        measured = measured or Measured()
         bytes_sent = step.metrics.get(f"{self.label}.bytes", 0.0) + sent
-        found = {f"{self.label}.bytes": bytes_sent, f"{self.label}.replicas": float(replicas)}
+        own = {"bytes": bytes_sent, "replicas": float(replicas), **measured.signals}
+        found = {f"{self.label}.{name}": value for name, value in own.items()}
         step.metrics.update(found)
         step.signals.update(found)
+        for name, figures in measured.by_replica.items():
+            named = {f"replica {rank}": value for rank, value in figures.items()}
+            step.series[f"{self.label}.{name}"] = named
 
     def _say_alone(self, step: Step) -> None:
         self._record(step, 0, 1)
@@ -154,6 +170,7 @@ class ElasticExchange(Exchange):
         done = step.clock_after() if trains else step.clock
         own = Standing(self.turns, done.steps, trains, step.batch_size if step.micro_size else 0)
         before, in_turn, why = group.sent, False, None
+        measured: Measured | None = None
         put_back: Callable[[], None] | None = None
         try:
             if (received := group.meet(own, done)) is not None:
@@ -161,7 +178,7 @@ class ElasticExchange(Exchange):
             in_turn = group.compare(own, self._facts(step, 0)[-1:])
             if in_turn:
                 put_back = self.keep(step)
-                self.turn(step, group)
+                measured = self.turn(step, group)
         except ReplicaLost as error:
             why = str(error)
         except ValueError:
@@ -175,7 +192,7 @@ class ElasticExchange(Exchange):
         self._tell(step, group, number, why, in_turn=in_turn)
         self.sent += sent
         if in_turn or trains:
-            self._record(step, sent, 0 if why else group.size)
+            self._record(step, sent, 0 if why else group.size, None if why else measured)
         return why
 
     def _take_over(

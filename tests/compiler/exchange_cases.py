@@ -50,11 +50,13 @@ def trains(spec: str, steps: int = 7, rows: int = 5) -> Callable[[int, int], Any
 
     def run(rank: int, size: int) -> Any:
         program = trainc.compile(spec, net())
-        metrics, weights = [], []
+        metrics, weights, series = [], [], []
         for step in range(steps):
             metrics.append(program.step(data(rank, step, rows)))
             weights.append(state(program))
+            series.append(dict(program.report().series))
         return {
+            "series": series,
             "weights": weights,
             "metrics": metrics,
             "signals": dict(program.signals),

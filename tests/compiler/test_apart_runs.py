@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import torch
 from torch import Tensor
 
 import trainc
-from tests.compiler.apart_runs import CASES, ENDED, READ, SAMPLES, SEED, STEPS
+from tests.compiler.apart_runs import CASES, ENDED, READ, SAMPLES, SEED, STEPS, Dropping
 from tests.compiler.test_launched_runs import tensors
 from tests.torchrun import Points, torchrun
 from trainc.cli.app import main
+from trainc.compiler.catalog import check
+from trainc.compiler.driver.compile import compile_with_data
+from trainc.compiler.driver.distribution import Distribution
 from trainc.compiler.driver.train import train
 from trainc.dsl.text.errors import SpecError
 from trainc.runtime.data.order import Order
+from trainc.runtime.processes.launch import Launch
 from trainc.runtime.storage import checkpoint, saved_weights
 from trainc.runtime.storage.foreign_files import read_json
 from trainc.runtime.storage.jsonl import read_jsonl
@@ -131,6 +136,9 @@ def test_two_replicas_are_two_programs_of_one_process_that_divide_one_order(two:
     assert [r["loss"] for r in steps] == pytest.approx(losses[::2], rel=1e-6)
     means = [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)]
     assert [r["mean_loss"] for r in steps] == pytest.approx(means, rel=1e-6)
+    for name, end in (("min_loss", min), ("max_loss", max)):
+        ends = [end(pair) for pair in zip(losses[::2], losses[1::2], strict=True)]
+        assert [r[name] for r in steps] == pytest.approx(ends, rel=1e-6)
 
 
 def average(programs: list[Any]) -> None:
@@ -159,6 +167,11 @@ def test_each_evaluates_its_own_weights_and_rank_0_is_shown(two: Any) -> None:
     _, found = records(out)
     assert [r["step"] for r in found] == [4, 8, 10]
     assert all(r["mean_eval_loss"] != r["eval_loss"] for r in found)
+    for r in found:
+        ends = r["min_eval_loss"], r["max_eval_loss"]
+        assert r["eval_loss"] in ends
+        assert ends[0] < r["mean_eval_loss"] < ends[1]
+        assert r["mean_eval_loss"] == pytest.approx(sum(ends) / 2, rel=1e-12)
     weights = saved_weights.read_weights(out)
     assert_same(weights, state(out, 0)["program"]["model"])
     assert not torch.equal(weights["head.weight"], state(out, 1)["program"]["model"]["head.weight"])
@@ -307,3 +320,30 @@ def test_the_run_says_what_it_does(two: Any) -> None:
     found = said(two[0] / "average")
     assert sum(text in message for message in found) == 1
     assert sum("the last step, 10, has no turn of `local`" in message for message in found) == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "last"),
+    [
+        ("10 steps", 10),
+        ("12 steps", None),
+        ("37 samples", 10),
+        ("48 samples", None),
+        ("50 tokens", 13),
+        ("1 epochs", 13),  # each of the two reads half of the 101 samples, four a step
+        ("2 epochs", 26),
+        ("90 seconds", None),
+    ],
+)
+def test_a_last_step_without_a_turn_is_known_in_every_unit(length: str, last: int | None) -> None:
+    text = CASES["average"].replace(f"length = {STEPS} steps", f"length = {length}")
+    for more, known in (("", True), ("when steps >= 5 { batch = 8 }", length == "10 steps")):
+        spec = check(text + more).spec
+        assert spec is not None
+        distribution, device = Distribution(spec, Launch(0, 2, 0)), torch.device("cpu")
+        prepare = partial(distribution.prepare, device=device)
+        program, data = compile_with_data(spec, Dropping(), prepare=prepare, replicas=2)
+        distribution.join(program, data, device)
+        _, *notes = distribution.notes
+        assert [note.split(" has")[0] for note in notes] == [f"the last step, {last},"] * len(notes)
+        assert bool(notes) == (known and last is not None)

@@ -1,5 +1,6 @@
 """Replicas sharded over two processes each: every rule against replicas simulated one after the other, and refusals."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -211,10 +212,23 @@ def test_replicas_are_bit_equal_after_a_turn_and_processes_of_one_have_one_loss(
 
 
 @pytest.mark.slow
+def test_the_distance_of_replicas_is_that_of_their_whole_weights() -> None:
+    """Of two replicas each is half of their distance from the mean."""
+    every = simulated(2, turn=lambda *_: None, steps=3)
+    first, second = every[0][2], every[SHARDS][2]
+    names = [name for name, _ in net().named_parameters()]
+    far = math.sqrt(sum(float((first[n] - second[n]).square().sum()) for n in names)) / 2
+    for one in of("averaged"):
+        turn = one["metrics"][2]
+        found = [turn[f"local.distance{end}"] for end in ("", "_low", "_high")]
+        assert found == pytest.approx([far] * 3, rel=1e-9)
+
+
+@pytest.mark.slow
 def test_bytes_are_those_of_the_shards_and_of_all_buffers() -> None:
     held = [(3, 2), (3, 2), (1, 0), (3, 2), (3, 2), (3, 2), (3, 2), (2, 1), (2, 1)]
     wide = [4, 1, 1, 1, 1, 1, 1, 5, 1]
-    buffers, check = 8 * 10, 8
+    buffers, check = 8 * 10, 8 + 8 * 2
     for rank, one in enumerate(of("averaged")):
         shards = 8 * sum(rows[rank % 2] * w for rows, w in zip(held, wide, strict=True))
         sent = [m.get("local.bytes") for m in one["metrics"]]

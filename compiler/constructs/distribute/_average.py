@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainc.runtime.step.action import ActionState
-from trainc.runtime.step.exchange import ElasticExchange
+from trainc.runtime.step.exchange import ElasticExchange, Measured
 from trainc.runtime.storage.form import Form, Record, Values
 
 if TYPE_CHECKING:
@@ -60,6 +61,27 @@ class Turn(ElasticExchange):
         self.of = of
         for what in self.kept:
             setattr(self, what, {})
+
+    def measured(
+        self,
+        step: Step,
+        replicas: ReplicaGroup,
+        distance: float,
+        signals: Mapping[str, float] | None = None,
+    ) -> Measured:
+        """Return loss and distance of all replicas in this turn, from those of this one, beside other signals.
+
+        A distance that is NaN is none: that of a leader from itself.
+        """
+        rows = replicas.rows_in_turn([step.loss, distance]).tolist()
+        found = dict(signals or {})
+        for name, column in zip(("loss", "distance"), zip(*rows, strict=True), strict=True):
+            if known := [value for value in column if not math.isnan(value)]:
+                found |= {name: math.fsum(known) / len(known)}
+                found |= {f"{name}_low": min(known), f"{name}_high": max(known)}
+        numbers = replicas.numbers_in_turn()
+        losses = {number: row[0] for number, row in zip(numbers, rows, strict=True)}
+        return Measured(found, {"loss": losses})
 
     def average_the_rest(self, step: Step, replicas: ReplicaGroup) -> None:
         """Average the optimizer's state and the buffers where this is asked for."""
@@ -159,9 +181,30 @@ class Turn(ElasticExchange):
 class Average(Turn):
     """Phase 11: replace weights, and what else is asked for, by their means over all replicas."""
 
-    def turn(self, step: Step, replicas: ReplicaGroup) -> None:
-        replicas.mean_in_place([*self.of.weights(step).values()])
+    def turn(self, step: Step, replicas: ReplicaGroup) -> Measured:
+        weights = [*self.of.weights(step).values()]
+        distance = length(replicas.mean_and_distances(weights), weights)
         self.average_the_rest(step, replicas)
+        return self.measured(step, replicas, distance)
+
+
+def squared_distance(one: Tensor, other: Tensor) -> Tensor:
+    """Return |one - other|^2 of what this process holds, (), in float64."""
+    import torch
+
+    from trainc.runtime.processes.sharded import local, squared_norm
+
+    a, b = local(one), local(other)
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return squared_norm(a.to(wide) - b.to(wide))
+
+
+def length(squares: Sequence[Tensor], tensors: Sequence[Tensor]) -> float:
+    """Return the L2 norm of all of some tensors, from the squared norms of what this process holds of each."""
+    from trainc.runtime.processes.sharded import stacked, sum_over_shards
+
+    sum_over_shards(found := stacked(squares), tensors)
+    return math.sqrt(float(found.sum()))
 
 
 def _placed(tensor: Tensor) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from trainc.compiler.constructs.distribute._average import Exchanged, Turn
+from trainc.compiler.constructs.distribute._average import Exchanged, Turn, length, squared_distance
 from trainc.dsl.reading.field_types import call_of
 from trainc.dsl.values.functions import Function
 from trainc.dsl.values.value_json import Call, Name, Quantity
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trainc.dsl.values.value_json import Duration
     from trainc.runtime.processes.replica_group import ReplicaGroup
     from trainc.runtime.schedule.gate import Gate
+    from trainc.runtime.step.exchange import Measured
     from trainc.runtime.step.record import Step
 
 SCORES = {"mean": Function({"x": "number", "over": "duration"}, 2, 2)}
@@ -39,6 +40,14 @@ def span_of(score: Call) -> Duration:
     if over.duration.unit != "steps" or over.duration.amount < 1:
         raise ValueError(f"expected 1 step or more, as in `mean(loss, 16 steps)`, found `{over}`")
     return over.duration
+
+
+def both(value: Any) -> tuple[float, float]:
+    """Return the numbers of groups and of all, of a field that may have one for both; 0.1 where it has none."""
+    if isinstance(value, tuple):
+        return value
+    number = 0.1 if value is None else float(value)
+    return number, number
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,8 @@ class Lead(Turn):
         """The turns in which each replica was the leader of all."""
         self._met = False
         self._part: ReplicaGroup | None = None
-        self._ranks: list[int] = []
+        self._group_of: list[int] = []
+        """The lowest rank in the group of each replica."""
 
     @property
     def score(self) -> float:
@@ -117,43 +127,67 @@ class Lead(Turn):
         else:
             part = replicas.split_by_machine()
         if part.size < replicas.size:
-            self._part, self._ranks = part, part.ranks_in(replicas)
+            self._part = part
+            lowest = replicas.gather_rows([min(part.ranks_in(replicas))])
+            self._group_of = [int(rank) for rank in lowest[:, 0]]
 
-    def turn(self, step: Step, replicas: ReplicaGroup) -> None:
+    def turn(self, step: Step, replicas: ReplicaGroup) -> Measured | None:
         self.begin(step, replicas)
         of_all = self.turns_of_all is None or self.turns_of_all.fires(step.clock_after())
         if self._part is None and not of_all:
-            return
+            return None
         scores = replicas.gather_rows([self.score])[:, 0].tolist()
+        leads, distance = dict.fromkeys(range(replicas.size), 0.0), math.nan
+        signals: dict[str, float] = {}
         if self._part is not None:
-            best = self._best(step, "of the group", [scores[rank] for rank in self._ranks])
-            if best is not None:
-                self.of_group = self._follow(step, self._part, best, self.strengths.pull[0])
+            leaders = {group: self._best(scores, group) for group in {*self._group_of}}
+            leads |= {best: 1.0 for best in leaders.values() if best is not None}
+            ranks = self._part.ranks_in(replicas)
+            if (best := leaders[ranks[0]]) is None:
+                self._say_none_leads(step, "of the group")
+            else:
+                place, pull = ranks.index(best), self.strengths.pull[0]
+                self.of_group, distance = self._follow(step, self._part, place, pull)
         if of_all:
-            best = self._best(step, "of all", scores)
-            if best is not None:
-                self.of_all = self._follow(step, replicas, best, self.strengths.pull[1])
+            best = self._best(scores)
+            if best is None:
+                self._say_none_leads(step, "of all")
+            else:
+                self.of_all, far = self._follow(step, replicas, best, self.strengths.pull[1])
+                distance = far if self._part is None else distance
                 self.led += [0] * (replicas.size - len(self.led))
                 self.led[best] += 1
+                leads[best], signals = 2.0, {"leader": float(best), "score": scores[best]}
             self.average_the_rest(step, replicas)
+        found = self.measured(step, replicas, distance, signals)
+        by_replica = {"score": dict(enumerate(scores)), "leads": leads}
+        return replace(found, by_replica={**found.by_replica, **by_replica})
 
-    def _best(self, step: Step, of: str, scores: Sequence[float]) -> int | None:
-        """Return the place of the lowest score; None, and a note, where there is none: all weights stay as they are."""
-        if not any(map(math.isfinite, scores)):
-            step.notes.append(
-                f"{self.name}: no replica {of} has a finite loss at step {step.clock.steps + 1}, so none leads"
-            )
-            return None
-        return min(range(len(scores)), key=scores.__getitem__)
+    def _best(self, scores: Sequence[float], group: int | None = None) -> int | None:
+        """Return the rank of the lowest score, of all or of a group; None where no score is finite."""
+        of = [r for r in range(len(scores)) if group is None or self._group_of[r] == group]
+        return min(
+            (r for r in of if math.isfinite(scores[r])), key=scores.__getitem__, default=None
+        )
+
+    def _say_none_leads(self, step: Step, of: str) -> None:
+        step.notes.append(
+            f"{self.name}: no replica {of} has a finite loss at step {step.clock.steps + 1}, so none leads"
+        )
 
     def _follow(
         self, step: Step, group: ReplicaGroup, source: int, pull: float
-    ) -> dict[str, Tensor]:
-        """Pull the weights to those of a rank of a group; return these."""
-        leader = self.copied(step)
+    ) -> tuple[dict[str, Tensor], float]:
+        """Pull the weights to those of a rank of a group; return these, and how far off they were.
+
+        The leader itself has no distance: NaN.
+        """
+        leader, weights = self.copied(step), self.of.weights(step)
         group.copy_from(source, [*leader.values()])
+        squares = [squared_distance(weights[name], one) for name, one in leader.items()]
+        distance = length(squares, [*weights.values()])
         self.draw(step, leader, pull)
-        return leader
+        return leader, math.nan if group.rank == source else distance
 
     def draw(self, step: Step, leader: Mapping[str, Tensor], strength: float) -> None:
         """Move the weights a part of the way to a leader's."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from trainc.compiler.constructs.distribute._average import Exchanged, Turn
+from trainc.compiler.constructs.distribute._average import Exchanged, Turn, length, squared_distance
 from trainc.dsl.reading.field_types import word_or_call
 from trainc.dsl.values.functions import CallOf, Function
 from trainc.dsl.values.value_json import Call, Name, Number
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainc.runtime.processes.replica_group import ReplicaGroup
+    from trainc.runtime.step.exchange import Measured
     from trainc.runtime.step.record import Step
 
 _SGD = Function({"lr": "plain", "momentum": "plain", "nesterov": "switch"}, 1, 1)
-_EXAMPLE = "sgd(lr = 0.7, momentum = 0.9, nesterov = true)"
-RULES = {"outer": Function({"optimizer": CallOf("turn optimizer", {"sgd": _SGD}, _EXAMPLE)}, 1, 1)}
+EXAMPLE = "sgd(lr = 0.7, momentum = 0.9, nesterov = true)"
+RULES = {"outer": Function({"optimizer": CallOf("turn optimizer", {"sgd": _SGD}, EXAMPLE)}, 1, 1)}
 Rule = Annotated[str | Call, word_or_call("rule", ("average", "leader"), RULES)]
 """What becomes of the weights in a turn."""
 
@@ -76,18 +78,37 @@ class Outer(Turn):
         super().__init__(label, of)
         self.sgd = sgd
 
-    def turn(self, step: Step, replicas: ReplicaGroup) -> None:
+    def turn(self, step: Step, replicas: ReplicaGroup) -> Measured:
         weights, means = self.of.weights(step), self.copied(step)
-        replicas.mean_in_place([*means.values()])
+        tensors = [*means.values()]
+        distance = length(replicas.mean_and_distances(tensors), tensors)
+        deltas, steps = [], []
         for name, mean in means.items():
             new = mean
             if (before := self.agreed.get(name)) is not None:
                 new, momentum = self.sgd.step(before, mean, self.momentum.get(name))
                 if momentum is not None:
                     self.momentum[name] = momentum
+                deltas.append(squared_distance(mean, before))
+                steps.append(squared_distance(new, before))
             self.agreed[name] = new
             weights[name].copy_(new)
         self.average_the_rest(step, replicas)
+        return self.measured(step, replicas, distance, self._sizes(tensors, deltas, steps))
+
+    def _sizes(
+        self, tensors: Sequence[Tensor], deltas: Sequence[Tensor], steps: Sequence[Tensor]
+    ) -> dict[str, float]:
+        """Return how far the mean is from what was agreed on, and how far the step went; nothing where none was taken.
+
+        Both are given as squared norms of what this process holds of each tensor.
+        """
+        if not deltas or len(deltas) < len(tensors):
+            return {}
+        return {
+            name: length(squares, tensors)
+            for name, squares in (("change", deltas), ("step", steps))
+        }
 
 
 class AgreedStart(Action):

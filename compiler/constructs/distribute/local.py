@@ -10,16 +10,25 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from trainc.compiler.constructs.distribute._average import Average, Exchanged
 from trainc.compiler.constructs.distribute._base import Launched
+from trainc.compiler.constructs.distribute._effects import (
+    NEAR,
+    OF_RULE,
+    SIGNALS,
+    START,
+    STATE,
+    WEIGHTS,
+)
 from trainc.compiler.constructs.distribute._leader import (
     Lead,
     MeetLeaders,
     Near,
     ScoreField,
     Strengths,
+    both,
     span_of,
 )
 from trainc.compiler.constructs.distribute._membership import Membership, require_library
-from trainc.compiler.constructs.distribute._outer import AgreedStart, Outer, OuterSgd, Rule
+from trainc.compiler.constructs.distribute._outer import EXAMPLE, AgreedStart, Outer, OuterSgd, Rule
 from trainc.dsl.reading.construct import Effect, Problem, RuleExplanation
 from trainc.dsl.values.value_json import Call
 
@@ -28,30 +37,13 @@ if TYPE_CHECKING:
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.lower.lowering import Lowering
+    from trainc.runtime.report.axes import Panel
+    from trainc.runtime.report.run_records import RecordedClause, RunRecords
+    from trainc.runtime.report.tables import Table
 
 Replaced = Literal["average", "local"]
 Part = Annotated[float, Field(ge=0, le=1)]
 Parts = Part | tuple[Part, Part]
-WEIGHTS = Effect(
-    "exchange",
-    "exchange the weights between replicas",
-    ("params", "clock"),
-    ("params", "metrics", "signal:bytes", "signal:replicas"),
-)
-STATE = Effect(
-    "exchange",
-    "average the optimizer's state over replicas",
-    ("optimizer_state",),
-    ("optimizer_state",),
-)
-START = Effect("reduce", "keep the weights that replicas start from", ("params",), lasting=True)
-NEAR = Effect(
-    "deltas",
-    "draw the weights to stored leaders",
-    ("params", "clock"),
-    ("params",),
-    lasting=True,
-)
 OF_LEADER = ("groups", "global_every", "pull", "prox", "score")
 
 
@@ -90,7 +82,8 @@ class Local(Launched):
     your own saves and resumes its own checkpoint. What `trainc run` shows, and the model that other commands take
     from its folder, is the replica of rank 0: after a turn of `average` or `outer` it is that of all. Loss, batch,
     clock, signals and noise scales are those of a replica. A `when` rule or a batch policy must come to the same
-    batch on all: let it read the clock, or in `trainc run` evaluations. This is checked at every turn, as are the
+    batch on all: let it read the clock, in `trainc run` evaluations, or what turns measure of all replicas, such as
+    `distance`, which is the same on each. This is checked at every turn, as are the
     step and the tensors that are sent; plan and starting weights are compared before the first step. In a loop of
     your own a replica that stops leaves the others waiting until the timeout of the process group, or until its
     process ends; in `trainc run` all stop with it.
@@ -126,10 +119,7 @@ class Local(Launched):
     usage: ClassVar = "distribute local every 16 steps { rule = average }"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
-    signals: ClassVar = {
-        "bytes": "bytes that this process sent in the last turn",
-        "replicas": "replicas in the last turn, 0 where it failed",
-    }
+    signals: ClassVar = SIGNALS
     effects: ClassVar = (START, NEAR, WEIGHTS, STATE)
     joins: ClassVar[str] = "apart"
     rules: ClassVar = {
@@ -273,6 +263,32 @@ class Local(Launched):
         }
         return words.get(str(self.rule), f"step the agreed weights by {self.rule}")
 
+    def unmeasured_reason(self, signal: str) -> tuple[str, str] | None:
+        """Say which signals need another rule."""
+        own, of = (
+            self.rule.function if isinstance(self.rule, Call) else self.rule,
+            OF_RULE.get(signal),
+        )
+        if of in (None, own):
+            return None
+        example = f"outer({EXAMPLE})" if of == "outer" else of
+        return f"with `rule = {self.rule}` there is none", f"write `rule = {example}`"
+
+    @classmethod
+    def panels(
+        cls, clauses: Sequence[RecordedClause], runs: Sequence[RunRecords]
+    ) -> Iterable[Panel]:
+        """Return pictures of the replicas: their losses, how far they are from each other, and what a turn did."""
+        from trainc.compiler.constructs.distribute._pictures import replica_panels
+
+        return replica_panels(clauses, runs)
+
+    def tables(self, label: str, records: Sequence[Mapping[str, Any]]) -> Iterable[Table]:
+        """Return the table of the replicas."""
+        from trainc.compiler.constructs.distribute._pictures import replica_tables
+
+        return replica_tables(label, records)
+
     def validate_targets(self, bound: Targets) -> Iterable[Problem]:
         """Report frozen parameters, the same on all replicas, and running statistics beside weights of a leader."""
         frozen = [p.name for p in bound.parameters if not p.trainable]
@@ -314,7 +330,7 @@ class Local(Launched):
         period = gate.every.amount if gate.every else 1.0
         turns = 1 if self.groups is None else self.global_every or 4
         steps = math.ceil(period) if self.score is None else int(span_of(self.score).amount)
-        strengths = Strengths(_both(self.pull), _both(self.prox), (period, period * turns))
+        strengths = Strengths(both(self.pull), both(self.prox), (period, period * turns))
         lead = Lead(to.label, of, strengths, self.groups, steps)
         to.exchange(lead)
         lead.turns_of_all = Gate(gate.start, gate.stop, TimeSpan(period * turns, "steps"))
@@ -326,11 +342,3 @@ class Local(Launched):
         import torch
 
         return {name: torch.stack([one[name] for one in replicas]).mean(0) for name in replicas[0]}
-
-
-def _both(value: Any) -> tuple[float, float]:
-    """Return the numbers of groups and of all."""
-    if isinstance(value, tuple):
-        return value
-    number = 0.1 if value is None else float(value)
-    return number, number

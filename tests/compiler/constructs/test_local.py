@@ -1,5 +1,6 @@
 """Local SGD in processes that exchange, against replicas simulated one after the other in plain PyTorch."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
     trained = 8 * sum(p.numel() for p in net().parameters())
     buffers = 8 * (6 + 6)
     moments = 2 * trained
-    check = 8
+    check = 8 + 8 * 2  # a digest, then loss and distance
     results = of("averaged", 2)
     for metrics in (one["metrics"] for one in results):
         assert [m.get("local.bytes") for m in metrics] == [
@@ -207,6 +208,40 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert of("state too", 2)[0]["metrics"][2]["local.bytes"] == trained + moments + buffers + check
     own = of("own buffers", 2)[0]["metrics"][2]
     assert own["local.bytes"] == trained + check
+
+
+def distances(replicas: list[Weights], others: list[Weights]) -> list[float]:
+    """Return the L2 distance of each replica's parameters from those of another."""
+    names = [name for name, _ in net().named_parameters()]
+    return [
+        math.sqrt(sum(float((one[n] - other[n]).square().sum()) for n in names))
+        for one, other in zip(replicas, others, strict=True)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", ["averaged", "outer"])
+def test_a_turn_measures_losses_and_how_far_the_replicas_were_from_their_mean(
+    case: str, size: int
+) -> None:
+    before = [history[2] for history in simulated(size, turns=())]
+    mean = {
+        n: torch.stack([one[n].double() for one in before]).mean(0)
+        for n, _ in net().named_parameters()
+    }
+    far = distances(before, [mean] * size)
+    results = of(case, size)
+    losses = [one["metrics"][2]["loss"] for one in results]
+    for one in results:
+        turn, (by_replica,) = one["metrics"][2], [one["series"][2]["local.loss"]]
+        for name, numbers in (("distance", far), ("loss", losses)):
+            found = [turn[f"local.{name}{end}"] for end in ("", "_low", "_high")]
+            wanted = [sum(numbers) / size, min(numbers), max(numbers)]
+            assert found == pytest.approx(wanted, rel=1e-12)
+        assert by_replica == {f"replica {rank}": loss for rank, loss in enumerate(losses)}
+        assert "local.distance" not in one["metrics"][3]
+        assert one["signals"]["local.distance"] == one["metrics"][5]["local.distance"] > 0
 
 
 @pytest.mark.slow

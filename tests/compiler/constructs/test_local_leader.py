@@ -28,6 +28,13 @@ class OneOfMany:
         rows = [numbers if i == self.rank else [score] for i, score in enumerate(self.scores)]
         return torch.tensor(rows, dtype=torch.float64)
 
+    def rows_in_turn(self, numbers: list[float]) -> Tensor:
+        self.told = numbers
+        return torch.tensor([numbers] * self.size, dtype=torch.float64)
+
+    def numbers_in_turn(self) -> list[int]:
+        return [*range(self.size)]
+
     def copy_from(self, source: int, tensors: list[Tensor]) -> None:
         self.sources.append(source)
         for tensor in tensors:
@@ -51,12 +58,21 @@ def led(losses: list[float], others: list[float], led: list[int] | None = None) 
     )
     lead.losses, lead.led = losses, led or []
     step: Any = SimpleNamespace(
-        parameters={"w": weight}, notes=[], clock=SimpleNamespace(steps=1), clock_after=lambda: None
+        parameters={"w": weight},
+        notes=[],
+        clock=SimpleNamespace(steps=1),
+        clock_after=lambda: None,
+        loss=0.5,
     )
     group: Any = OneOfMany([math.nan, *others])
-    lead.turn(step, group)
+    measured = lead.turn(step, group)
     return SimpleNamespace(
-        sources=group.sources, weight=float(weight.detach()[0]), notes=step.notes, led=lead.led
+        sources=group.sources,
+        weight=float(weight.detach()[0]),
+        notes=step.notes,
+        led=lead.led,
+        told=group.told,
+        measured=measured,
     )
 
 
@@ -66,6 +82,8 @@ def test_a_process_without_a_finite_loss_never_leads(loss: float) -> None:
     assert found.sources == [1]
     assert found.weight == 1.5
     assert not found.notes
+    assert found.told == [0.5, pytest.approx(math.sqrt(3))]
+    assert found.measured.signals["leader"] == 1
 
 
 @pytest.mark.parametrize("losses", [[], [math.nan], [-math.inf]])
@@ -73,12 +91,17 @@ def test_where_no_loss_is_finite_none_leads_and_a_note_says_it(losses: list[floa
     found = led(losses, [math.inf, math.inf])
     assert found.sources == []
     assert found.weight == 1
+    assert math.isnan(found.told[1])
+    assert not {"leader", "score", "distance"} & {*found.measured.signals}
+    assert {*found.measured.by_replica["leads"].values()} == {0.0}
     (note,) = found.notes
     assert note == "local: no replica of all has a finite loss at step 2, so none leads"
 
 
 def test_of_equal_ones_the_lowest_rank_leads() -> None:
-    assert led([2.0], [2.0, 2.0]).sources == [0]
+    found = led([2.0], [2.0, 2.0])
+    assert found.sources == [0]
+    assert math.isnan(found.told[1])  # a leader is no distance from itself
     assert led([3.0], [2.0, 2.0]).sources == [1]
 
 

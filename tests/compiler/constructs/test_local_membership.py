@@ -47,6 +47,7 @@ class Replica:
         self.metrics: dict[int, dict[str, float]] = {}
         self.clocks: dict[int, tuple[int, int]] = {}
         self.states: dict[int, Any] = {}
+        self.series: dict[int, Any] = {}
         self.notes: list[str] = []
 
     def __call__(self) -> None:
@@ -64,7 +65,9 @@ class Replica:
             self.weights[step], self.metrics[step] = state(program), metrics
             self.clocks[step] = program.clock.samples, program.clock.tokens
             self.states[step] = copy.deepcopy(program.state_dict())
-            self.notes += program.report().notes
+            report = program.report()
+            self.series[step] = report.series.get("local.loss", {})
+            self.notes += report.notes
 
 
 @pytest.fixture
@@ -186,6 +189,10 @@ def test_where_nobody_leaves_turns_are_those_of_fixed_replicas(
             None,
         ]
         assert one.metrics[3]["local.bytes"] > 8 * sum(p.numel() for p in net().parameters())
+        losses = [other.metrics[3]["loss"] for other in found.values()]
+        assert one.series[3] == {f"replica {n}": loss for n, loss in enumerate(losses)}
+        assert one.metrics[3]["local.loss_high"] == max(losses)
+        assert one.metrics[3]["local.distance"] == found["0"].metrics[3]["local.distance"] > 0
         assert "local: 2 exchanges between 3 replicas" in one.program.summary()[-1]
         assert (len(one.notes) == 0) == (
             number == 0
@@ -212,6 +219,7 @@ def test_after_one_left_the_mean_is_over_those_left(run: Any, spec: str, outer: 
     for number in (0, 1):
         assert_near(found[str(number)], expected[number], range(1, 8))
         assert found[str(number)].metrics[6]["local.replicas"] == 2
+        assert [*found[str(number)].series[6]] == ["replica 0", "replica 1"]
         assert (
             "local: 2 replicas in the turn after step 6, and 3 before" in found[str(number)].notes
         )
@@ -271,6 +279,8 @@ def test_one_that_fell_behind_takes_over_in_its_own_turn(run: Any) -> None:
     assert not any(ends.values())
     late = found["2"]
     assert late.metrics[3]["local.replicas"] == 0
+    assert "local.distance" not in late.metrics[3]
+    assert [*late.series[6]] == [*found["0"].series[6]] == ["replica 0", "replica 1"]
     assert late.metrics[6]["local.replicas"] == 2
     expected = simulated({3: ALL, 6: (0, 1)}, outer=True, last=6)
     assert expected

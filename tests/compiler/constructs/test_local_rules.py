@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,55 @@ def test_one_leader_and_means_of_running_statistics() -> None:
 
 
 @pytest.mark.slow
+def test_a_turn_tells_who_leads_all_by_which_score_and_how_far_the_others_were() -> None:
+    """After w <- w + 0.5 (leader - w) the others are half as far from the leader as before, which stays."""
+    results = of("one leader", 4)
+    start = {n: p.detach() for n, p in net().named_parameters()}
+    for step in (2, 5):
+        scores = [
+            math.fsum(m["loss"] for m in one["metrics"][step - 2 : step + 1]) / 3 for one in results
+        ]
+        best = min(range(4), key=scores.__getitem__)
+        leader = results[best]["weights"][step]
+        far = [
+            2
+            * math.sqrt(
+                sum(float((one["weights"][step][n] - leader[n]).square().sum()) for n in start)
+            )
+            for rank, one in enumerate(results)
+            if rank != best
+        ]
+        for one in results:
+            turn, series = one["metrics"][step], one["series"][step]
+            assert turn["local.leader"] == best
+            assert turn["local.score"] == pytest.approx(scores[best], rel=1e-12)
+            found = [turn[f"local.distance{end}"] for end in ("", "_low", "_high")]
+            assert found == pytest.approx([sum(far) / 3, min(far), max(far)], rel=1e-9)
+            assert [*series["local.score"].values()] == pytest.approx(scores, rel=1e-12)
+            assert series["local.leads"] == {f"replica {r}": 2.0 * (r == best) for r in range(4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "groups"), [("leaders", [(0, 1), (2, 3)]), ("on machines", [(0, 1, 2), (3,)])]
+)
+def test_a_turn_of_groups_tells_who_leads_each(case: str, groups: list[tuple[int, ...]]) -> None:
+    results = of(case, 4)
+    for step in (1, 3, 5):
+        losses = [[m["loss"] for m in one["metrics"][: step + 1]][-3:] for one in results]
+        scores = [sum(some) / len(some) for some in losses]
+        leads = dict.fromkeys(range(4), 0.0)
+        leads |= {min(ranks, key=scores.__getitem__): 1.0 for ranks in groups}
+        if step == 3:
+            leads[min(range(4), key=scores.__getitem__)] = 2.0
+        for one in results:
+            assert one["series"][step]["local.leads"] == {
+                f"replica {r}": n for r, n in leads.items()
+            }
+            assert ("local.leader" in one["metrics"][step]) == (step == 3)
+
+
+@pytest.mark.slow
 def test_leaders_give_the_reference_numbers() -> None:
     """The published ring of losses starts with zeros: of processes in step it chooses the same leaders."""
     reference = json.loads((REFERENCE / "more_methods.json").read_text(encoding="utf-8"))["lsgd"]
@@ -196,7 +246,32 @@ def outer(
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_an_outer_step_is_nesterov_on_the_change_of_the_means(size: int) -> None:
-    assert_equal(of("outer", size), outer(size, 0.7, 0.9, (3, 6), late=False))
+    expected = outer(size, 0.7, 0.9, (3, 6), late=False)
+    assert_equal(of("outer", size), expected)
+    start = dict(net().named_parameters())
+    agreed: list[Any] = [start, expected[0][2], expected[0][5]]
+    alone = simulated(size, 3, lambda *_: None, lambda *_: None)
+    mean = {n: torch.stack([one[2][n] for one in alone]).mean(0) for n in start}
+    for one in of("outer", size):
+        first, second = (one["metrics"][step] for step in (2, 5))
+        assert first["local.change"] == pytest.approx(between(start, mean), rel=1e-12)
+        assert first["local.step"] == pytest.approx(between(*agreed[:2]), rel=1e-12)
+        assert second["local.step"] == pytest.approx(between(*agreed[1:]), rel=1e-12)
+
+
+def between(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Return the L2 distance of two sets of parameters."""
+    names = [name for name, _ in net().named_parameters()]
+    return math.sqrt(sum(float((one[n].detach() - other[n]).square().sum()) for n in names))
+
+
+@pytest.mark.slow
+def test_the_first_turn_that_only_averages_has_no_outer_step() -> None:
+    for one in of("late outer", 2):
+        steps = ["local.step" in metrics for metrics in one["metrics"]]
+        turns = ["local.distance" in metrics for metrics in one["metrics"]]
+        assert steps == [t and i > turns.index(True) for i, t in enumerate(turns)]
+        assert any(steps)
 
 
 @pytest.mark.slow
