@@ -89,6 +89,34 @@ def test_graph_modules_made_by_torch_can_be_built_around_it(model: nn.Module) ->
     assert torch.equal(values[0], step.run(batch, {}).total)
 
 
+def test_its_function_is_written_at_its_first_use_and_again_after_a_change(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[torch.fx.GraphModule] = []
+    write = torch.fx.GraphModule.recompile
+
+    def counting(module: torch.fx.GraphModule) -> Any:
+        written.append(module)
+        return write(module)
+
+    monkeypatch.setattr(torch.fx.GraphModule, "recompile", counting)
+    batch = images()
+    step, other = captured(model, batch), StepGraph(model)
+    other.install(step)
+    assert not [one for one in written if isinstance(one, StepGraph)]
+    first = step.run(batch, {})
+    step.run(batch, {})
+    assert [one for one in written if isinstance(one, StepGraph)] == [step]
+    output: Any = step.graph.output_node()
+    total, *others = output.args[0]
+    with step.graph.inserting_before(output):
+        output.args = ((step.graph.call_function(torch.neg, (total,)), *others),)
+    step.recompile()
+    assert torch.equal(step.run(batch, {}).total, -first.total)
+    assert [one for one in written if isinstance(one, StepGraph)] == [step, step]
+    assert "neg" in step.code
+
+
 def test_a_batch_it_was_not_captured_for_is_refused(model: nn.Module) -> None:
     batch = images()
     step = captured(model, batch)
