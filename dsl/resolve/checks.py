@@ -7,12 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from trainc.dsl.reading.construct import Catalog, Construct
 from trainc.dsl.reading.fields import field_type
 from trainc.dsl.reading.names import Scope
+from trainc.dsl.reading.signal import full_name
 from trainc.dsl.resolve.rule_actions import action_problems, target_problems
 from trainc.dsl.resolve.statements import Assign, Clause, Do, Rule
 from trainc.dsl.text.diagnostic import Diagnostic, Label
 from trainc.dsl.text.nearest import suggest
 from trainc.dsl.text.source import Span
-from trainc.dsl.text.vocabulary import BOOLEANS, BUILT_IN, EVALUATED, METRICS, SHAPES, STATES
+from trainc.dsl.text.vocabulary import (
+    BOOLEANS,
+    BUILT_IN,
+    EVALUATED,
+    METRICS,
+    SHAPES,
+    STATES,
+)
 from trainc.dsl.values import value_json as v
 from trainc.dsl.values.functions import CallOf, Function
 
@@ -36,6 +44,7 @@ def spec_problems(clauses: Sequence[Clause], rules: Sequence[Rule]) -> list[Diag
     for rule in rules:
         found += _rule_problems(rule, clauses, scope.of_rules())
     found += [*_unevaluated(clauses, rules), *_nothing_to_go_back_to(clauses, rules)]
+    found += _amounts_for_numbers(clauses, rules)
     return found
 
 
@@ -172,6 +181,53 @@ def _unevaluated(clauses: Sequence[Clause], rules: Sequence[Rule]) -> Iterator[D
                 )
                 help = "write `eval = 200 steps` in `run`, or let another rule `evaluate`"
                 yield Diagnostic("unknown-signal", message, _at(rule.part_span(part)), (), help)
+
+
+_OF_ONE_UNIT = ("<", "<=", ">", ">=", "==", "!=", "+", "-")
+
+
+def _amounts_for_numbers(clauses: Sequence[Clause], rules: Sequence[Rule]) -> Iterator[Diagnostic]:
+    """Yield an error where a rule compares a plain number with an amount: `loss > 3 steps` would be `loss > 3`."""
+    plain = _plain_numbers(clauses)
+    for rule in rules:
+        for part, value in rule.expressions():
+            for x in v.walk(value):
+                if not isinstance(x, v.Binary) or x.op not in _OF_ONE_UNIT:
+                    continue
+                for number, other in ((x.left, x.right), (x.right, x.left)):
+                    if not isinstance(other, v.Quantity) or other.duration.unit == "run":
+                        continue
+                    if _is_plain(number, plain):
+                        amount = other.duration
+                        message = f"`{number}` is a plain number, and `{other}` is an amount of {amount.unit}"
+                        help = f"write `{amount.amount:g}` without a unit"
+                        at = _at(rule.part_span(part))
+                        yield Diagnostic("wrong-unit", message, at, (), help)
+
+
+def _plain_numbers(clauses: Sequence[Clause]) -> set[str]:
+    """Return the names of what is measured that count nothing."""
+    return {"loss", "gradient_norm", "lr", "progress", "eval_loss"} | {
+        full_name(clause.name, signal)
+        for clause in clauses
+        for signal in clause.construct.signals
+        if clause.construct.unit_of(signal) is None
+    }
+
+
+def _is_plain(value: v.Expr, names: set[str]) -> bool:
+    """Say whether an expression is made of such names and of numbers."""
+    match value:
+        case v.Name(id):
+            return id in names
+        case v.Unary("neg", inner):
+            return _is_plain(inner, names)
+        case v.Binary("+" | "-" | "*" | "/", left, right):
+            parts = [x for x in (left, right) if not isinstance(x, v.Number)]
+            return bool(parts) and all(_is_plain(x, names) for x in parts)
+        case v.Call("min" | "max" | "abs" | "mean" | "best", (first, *_)):
+            return _is_plain(first, names)
+    return False
 
 
 def _nothing_to_go_back_to(

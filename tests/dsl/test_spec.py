@@ -214,3 +214,38 @@ def test_what_no_clause_can_see_alone_is_checked_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr("trainc.dsl.resolve.spec.spec_problems", counted)
     assert check(TEXT).spec is not None
     assert len(calls) == 1
+
+
+AMOUNTS = {
+    "saturation > 0.9 samples": "`saturation` is a plain number, and `0.9 samples` is an amount of samples",
+    "3 steps < saturation.attended": "`saturation.attended` is a plain number",
+    "2 * loss > 3 epochs": "`2 * loss` is a plain number",
+    "mean(loss, 10 steps) > 2 seconds": "`mean(loss, 10 steps)` is a plain number",
+    "batch > 8 samples": None,
+    "2 * batch < 512 tokens": None,
+    "steps > 3 epochs": None,
+    "gns > 4 steps": None,
+    "saturation > 90%": None,
+    "loss / eval_loss > 2": None,
+}
+
+
+@pytest.mark.parametrize("condition", AMOUNTS)
+def test_an_amount_is_no_plain_number_in_a_rule(condition: str) -> None:
+    """`loss > 3 steps` was `loss > 3`; what counts, such as steps and samples, is converted to one unit."""
+    text = f"""train 1
+observe saturation every 2 steps
+noise_scale gns on ndim(2)
+when {condition} {{ stop }}
+"""
+    found = check(text)
+    said = AMOUNTS[condition]
+    if said is None:
+        assert not found.errors
+        return
+    (error,) = found.errors
+    assert (error.rule, error.message[: len(said)]) == ("wrong-unit", said)
+    assert error.span is not None
+    assert error.span.text == condition
+    assert error.help is not None
+    assert error.help.endswith("without a unit")
