@@ -18,6 +18,9 @@ SATURATED = 0.99
 LOW_DATA = 0.1
 """The law holds for at most this fraction of the data that saturates a size."""
 
+ROUNDING = 1e-6
+"""Data transferred that is a smaller fraction of a run's own is none: the run has the loss of one from scratch."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trained:
@@ -89,8 +92,8 @@ def fit_transfer(runs: Sequence[Trained]) -> TransferLaw:
         scratch = [one for one in runs if not one.pretrained and one.size == run.size]
         if len({one.data for one in scratch}) < 2:
             raise ValueError(
-                f"{run.name} has {run.size:,.0f} parameters without embeddings, and {len(scratch)} of the runs from"
-                " scratch has this size: add two or more, on different amounts of data"
+                f"{run.name} has {run.size:,.0f} parameters without embeddings, and the runs from scratch of this size"
+                f" have {len({one.data for one in scratch})} amounts of data: add some, so that there are two or more"
             )
         found = _transferred(run, scratch)
         if isinstance(found, str):
@@ -118,20 +121,20 @@ def _transferred(run: Trained, scratch: Sequence[Trained]) -> Transferred | str:
         )
     # Losses fall with the data, and `interp` needs rising ones.
     effective = math.exp(np.interp(-math.log(run.loss), -np.log(losses), np.log(data)))
-    if effective <= run.data:
+    if effective <= run.data * (1 + ROUNDING):
         return "it is no better than training from scratch"
     return Transferred(run, effective)
 
 
 def _fit(points: Sequence[Transferred], left_out: Sequence[str]) -> TransferLaw:
     why = "".join(f"\n  {line}" for line in left_out)
-    varied = all(
-        len({getattr(point.run, name) for point in points}) >= 2 for name in ("size", "data")
+    sizes, amounts = (
+        len({getattr(point.run, name) for point in points}) for name in ("size", "data")
     )
-    if len(points) < 3 or not varied:
+    if len(points) < 3 or sizes < 2 or amounts < 2:
         raise ValueError(
-            f"the law has three numbers, and {len(points)} runs to fit them to: it needs three, with two sizes and two"
-            f" amounts of fine-tuning data{why}"
+            "the law has three numbers: it needs three fine-tuned runs, of two sizes and two amounts of fine-tuning"
+            f" data, and has {len(points)}, of {sizes} and {amounts}{why}"
         )
     matrix = np.array([[1, math.log(p.run.data), math.log(p.run.size)] for p in points])
     y = np.log([point.amount for point in points])

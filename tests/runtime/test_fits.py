@@ -69,8 +69,13 @@ def test_transfer_leaves_out_what_the_law_does_not_hold_for() -> None:
         Trained("too good", size, 1e6, 0.1, True),
         Trained("too bad", size, 1e6, 99.0, True),
     ]
+    once_more = next(run for run in given if not run.pretrained and run.data < 1e8)
+    given.append(replace(once_more, name="nothing gained", pretrained=True))
     law = fit_transfer(given)
     assert law.k.value == pytest.approx(K)
+    assert law.left_out[-1].startswith("nothing gained: it is no better than training from scratch")
+    given.pop()
+    law = fit_transfer(given)
     assert [line.partition(":")[0] for line in law.left_out] == [run.name for run in given[-4:]]
     for line, said in zip(
         law.left_out,
@@ -86,11 +91,11 @@ def test_transfer_says_what_is_missing() -> None:
         fit_transfer([run for run in given if not run.pretrained])
     other = replace(given[-1], name="other size", size=123.0)
     with pytest.raises(
-        ValueError, match=r"other size has 123 parameters .* 0 of the runs from scratch"
+        ValueError, match=r"other size has 123 parameters .* of this size have 0 amounts of data"
     ):
         fit_transfer([*given, other])
     one_size = [run for run in given if run.size == SIZES[0]]
-    with pytest.raises(ValueError, match="two sizes and two amounts"):
+    with pytest.raises(ValueError, match=r"two sizes and two amounts .*, and has \d, of 1 and \d"):
         fit_transfer(one_size)
     tuned = [run for run in given if run.pretrained]
     diagonal = [tuned[0], tuned[5], tuned[10]]  # size and data grow by the same factor

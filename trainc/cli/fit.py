@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,6 +159,8 @@ def _print_transfer(law: TransferLaw) -> None:
         print(f"{run.name[-30:]:<30} " + " ".join(f"{n:>12.4g}" for n in numbers))
     for line in law.left_out:
         print(f"left out: {line}")
+    if not law.k.low <= law.k.high:
+        print("no intervals: they need four fine-tuned runs or more")
 
 
 def _print_batch(law: BatchLaw, of: str) -> None:
@@ -205,8 +207,13 @@ def _require_alike(runs: Sequence[RunRecords]) -> None:
             )
 
 
-def fit_batch_of(folders: Sequence[Path], loss: float | None = None) -> tuple[BatchLaw, str]:
-    """Return the law of the batch of runs, and of what the loss is: `evaluation`, where all have two, or `training`."""
+def fit_batch_of(
+    folders: Sequence[Path], loss: float | None = None, told: Callable[[str], None] = print
+) -> tuple[BatchLaw, str]:
+    """Return the law of the batch of runs, and of what the loss is: `evaluation`, where all have two, or `training`.
+
+    `told` is called where only some runs have two evaluations.
+    """
     from trainc.runtime.fits.batch import fit_batch
 
     if loss is not None and not math.isfinite(loss):
@@ -218,7 +225,10 @@ def fit_batch_of(folders: Sequence[Path], loss: float | None = None) -> tuple[Ba
         if not any(math.isfinite(record["loss"]) for record in run.steps):
             raise ValueError(f"{run.name} has no finite loss: leave it out")
     _require_alike(runs)
-    evaluated = all(len(losses_of(run, True)) >= 2 for run in runs)
+    seldom = [run.name for run in runs if len(losses_of(run, True)) < 2]
+    evaluated = not seldom
+    if 0 < len(seldom) < len(runs):
+        told(f"by training losses, since {seldom[0]} has fewer than two evaluations")
     courses = [losses_of(run, evaluated) for run in runs]
     target = loss if loss is not None else max(min(v for *_, v in course) for course in courses)
     pairs = zip(runs, courses, strict=True)
