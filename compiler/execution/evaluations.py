@@ -71,11 +71,12 @@ def _pass(execution: Execution, batch: Batch, observers: EvaluationObservers) ->
     with in_mode(execution.module, training=False):
         with execution.autocast():
             read = losses.run(execution.module, batch)
-        if observers:
+        losses.check_values(targets)
+        with execution.autocast(), losses.naming_classes([batch]):
+            found = losses.evaluated(read.of, targets, execution.clock)
+        if observers:  # after the loss, which names a target that is no class
             observers.see(execution.read(read.logits, batch))
-    losses.check_values(targets)
-    with execution.autocast(), losses.naming_classes([batch]):
-        return losses.evaluated(read.of, targets, execution.clock)
+    return found
 
 
 class Evaluations:
@@ -93,6 +94,8 @@ class Evaluations:
 
         Raises OutOfMemory, which says what to write, where no pass fits, or a smaller one may not be taken.
         """
+        if not (examples := len(one_of(batch[1]))):
+            raise ValueError("a batch to evaluate on has no examples: leave it out")
         forget, module = self.observers.kept(), self.execution.module
         rewind = random_states(module) if self.size.goes_on else None
 
@@ -105,7 +108,7 @@ class Evaluations:
             if rewind is not None:
                 rewind()
 
-        samples = min(filter(None, (len(one_of(batch[1])), trained)))
+        samples = min(filter(None, (examples, trained)))
         # Those that shard weights wait for each other in each pass.
         alone = first_shard(dict(module.named_parameters())) is None
         found = self.size.run(attempt, undo, samples, alone=alone)

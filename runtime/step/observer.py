@@ -99,6 +99,20 @@ def require_classes(reader: str, forward: Seen, *, indices: bool) -> None:
             f" target for each of the others, {list(wanted)}, but the targets are {list(forward.targets.shape)}: give"
             " class indices of this shape"
         )
+    if indices and (odd := _no_class(forward.targets[forward.counted], others[-1])) is not None:
+        raise ValueError(
+            f"`{reader}` reads the class {odd} of a target that counts, and the logits have {others[-1]} classes, from"
+            " 0: give the model a logit for every class, or write `loss cross_entropy { ignore_index = ... }` in the spec"
+            " for targets that are to be left out"
+        )
+
+
+def _no_class(targets: Tensor, classes: int) -> int | None:
+    """Return a target that is no class, if there is one; reads the device."""
+    if not targets.numel():
+        return None
+    low, high = (int(one) for one in targets.aminmax())
+    return low if low < 0 else high if high >= classes else None
 
 
 class Observer(Action):

@@ -69,12 +69,15 @@ def sizes(parts: Tensor) -> Tensor:
     return parts.flatten(1).abs().square().sum(1).sqrt()
 
 
-def visible(amplitudes: Sequence[float], maxima: bool) -> list[int]:
-    """Return where amplitudes are at least 1% of the largest and, of `maxima`, larger than both neighbours."""
-    least, sides = LEAST * max(amplitudes), [0.0, *amplitudes, 0.0]
+def visible(amplitudes: Sequence[float], count: int, maxima: bool) -> list[int]:
+    """Return which of the first `count` are at least 1% of their largest and, of `maxima`, no less than neighbours.
+
+    The one behind them, where there is one, is a neighbour too.
+    """
+    least, sides = LEAST * max(amplitudes[:count]), [0.0, *amplitudes, 0.0]
     return [
         k
-        for k, size in enumerate(amplitudes)
+        for k, size in enumerate(amplitudes[:count])
         if size >= least and (not maxima or (size > sides[k] and size >= sides[k + 2]))
     ]
 
@@ -109,7 +112,10 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def grid(rows: Tensor, highest: int | None) -> tuple[list[str], Parts]:
-    """Return the names of frequencies and the discrete Fourier transform on a uniform grid (n, 1)."""
+    """Return the names of frequencies and the discrete Fourier transform on a uniform grid (n, 1).
+
+    The transform has one frequency more than the names, unless the grid has no higher one.
+    """
     import torch
 
     if rows.shape[1] != 1:
@@ -131,14 +137,14 @@ def grid(rows: Tensor, highest: int | None) -> tuple[list[str], Parts]:
         )
     count = min(highest or GRID, nyquist) + 1
     return [f"k = {k}" for k in range(count)], lambda columns: torch.fft.rfft(columns, dim=0)[
-        :count
+        : count + 1
     ]
 
 
 def projection(rows: Tensor, highest: int | None) -> tuple[list[str], Parts]:
     """Return the names of frequencies and the transform along the first principal component of rows (n, d).
 
-    It is scaled to 0..1, and the largest of its weights is positive.
+    It is scaled to 0..1, and the largest of its weights is positive. The transform has one frequency more than the names.
     """
     import torch
 
@@ -150,7 +156,7 @@ def projection(rows: Tensor, highest: int | None) -> tuple[list[str], Parts]:
         raise ValueError("all inputs of the probe are the same")
     place = (place - place.min()) / span
     count = (highest or PROJECTION) + 1
-    angles = -2 * math.pi * torch.arange(count, dtype=torch.float64)[:, None] * place
+    angles = -2 * math.pi * torch.arange(count + 1, dtype=torch.float64)[:, None] * place
     waves = torch.polar(torch.ones_like(angles), angles) / len(rows)
     return [f"k = {k}" for k in range(count)], lambda columns: waves @ columns.to(waves.dtype)
 
@@ -163,7 +169,9 @@ def gaussian_filter(rows: Tensor, width: float) -> tuple[list[str], Parts]:
         raise ValueError(
             f"`method = filter` compares each pair of samples: give at most {MOST}, not {len(rows)}"
         )
-    weights = (-torch.cdist(rows, rows).square() / (2 * width**2)).exp()
+    # By differences: products of matrices would put a sample at some distance from itself.
+    apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    weights = (-apart.square() / (2 * width**2)).exp()
     weights /= weights.sum(1, keepdim=True)
 
     def split(columns: Tensor) -> Tensor:

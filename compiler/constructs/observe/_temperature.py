@@ -19,7 +19,8 @@ ROWS = 2048
 def slopes(logits: Tensor, targets: Tensor) -> Tensor:
     """Return sums over predictions of the slope of -ln p(target), and of the slope's slope, float64 (POINTS, 2).
 
-    They are by x = ln(1 / T) at equally spaced x, for logits (n, classes) divided by T; `targets` are (n,).
+    They are by x = ln(1 / T) at equally spaced x, for logits (n, classes) divided by T; `targets` are (n,). With a
+    target whose logit is -inf no T makes p(target) more than 0, and the sums are not finite.
     """
     import torch
 
@@ -28,7 +29,7 @@ def slopes(logits: Tensor, targets: Tensor) -> Tensor:
         z = z.double()
         z = z - z.amax(-1, keepdim=True)
         known = torch.where(z.isfinite(), z, 0.0)  # a class that cannot be has p = 0
-        of_target = known.gather(1, y[:, None])[:, 0]
+        of_target = z.gather(1, y[:, None])[:, 0]
         for i, x in enumerate(_places()):
             beta = math.exp(x)
             p = (beta * z).softmax(-1)

@@ -175,14 +175,17 @@ class Frequency(Construct):
         else:
             names, parts = gaussian_filter(rows, self.width or 1.0)
         every: list[float] = sizes(parts(targets)).tolist()
-        if max(every) <= NOTHING * max(1.0, float(targets.abs().max())):
+        count = len(names)
+        if max(every[:count]) <= NOTHING * max(1.0, float(targets.abs().max())):
             raise ValueError("the targets of the probe are 0 at every frequency that is shown")
         if self.method == "filter" and min(every) <= NOTHING * max(every):
             side = "wide" if every[0] < every[1] else "small"
             raise FieldError("width", f"the width is too {side}: one part of the target is 0")
         peaks = self.peaks or ("local" if self.method == "grid" else "all")
         shown = (
-            [*range(len(every))] if self.method == "filter" else visible(every, peaks == "local")
+            [*range(count)]
+            if self.method == "filter"
+            else visible(every, count, peaks == "local")
         )
         return Probe(
             x,

@@ -128,6 +128,11 @@ class Margins(Observer):
         import torch
 
         logits, counted = forward.view(0)[forward.counted], forward.counted
+        if logits.shape[-1] < 2:
+            raise ValueError(
+                "the logits are of one class, and a margin is between two: remove the clause, or let the model give a"
+                " logit for each class"
+            )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = None
         if self.weight is not None:

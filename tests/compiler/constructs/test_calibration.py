@@ -155,6 +155,12 @@ def test_there_is_no_temperature_where_all_are_right_or_the_best_is_none() -> No
     logits = torch.randn(50, 4, dtype=torch.float64)
     assert temperature(slopes(logits, logits.argmax(-1))) is None
     assert temperature(slopes(logits, logits.argmin(-1))) is None
+    masked = logits.clone()
+    masked[3, 2] = -torch.inf  # no temperature gives this class a probability
+    targets = torch.randint(4, (50,), generator=torch.Generator().manual_seed(0))
+    for target, known in ((1, True), (2, False)):
+        targets[3] = target
+        assert (temperature(slopes(masked, targets)) is not None) == known
 
 
 def test_the_temperature_is_measured_where_it_is_asked_for() -> None:

@@ -339,6 +339,34 @@ def test_a_rule_ends_a_run_without_gradients_when_the_lowest_frequency_is_learne
     assert summary.steps < 30
 
 
+@pytest.mark.parametrize("method", ["grid", "projection"])
+def test_the_highest_frequency_is_a_local_maximum_only_if_the_next_one_is_not_larger(
+    method: Any,
+) -> None:
+    """The target has amplitudes 2 at k = 1 and 4 at k = 6, and little by little less below that."""
+    x = torch.arange(64, dtype=torch.float64)[:, None] / 64
+    y = sum(a * torch.cos(2 * math.pi * k * x) for k, a in ((1, 2), (4, 1), (5, 2), (6, 4)))
+    assert isinstance(y, Tensor)
+    for highest, peaks in ((5, ["k = 1"]), (6, ["k = 1", "k = 6"])):
+        made = construct(method=method, highest=highest, peaks="local")
+        assert [*made.probe_of(x, y).names] == peaks
+        every = construct(method=method, highest=highest, peaks="all").probe_of(x, y)
+        assert max(every.shown) == highest
+
+
+def test_a_filter_of_no_width_has_no_high_part_however_many_samples_there_are() -> None:
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for count in (20, 60):
+        with pytest.raises(ValueError, match="the width is too small"):
+            construct(method="filter", width=1e-9).probe_of(x[:count], x[:count, :1])
+    y, width = x[:, :1].sin(), 1e-3  # nearly no sample has a neighbour at this distance, but for the first two
+    x[1] = x[0] + width / math.sqrt(5)
+    probe = construct(method="filter", width=width).probe_of(x, y)
+    near = math.exp(-0.5)
+    low = [(a + near * b) / (1 + near) for a, b in ((y[0], y[1]), (y[1], y[0]))]
+    assert probe.parts(y)[0][:2, 0].tolist() == pytest.approx([float(one) for one in low], rel=1e-9)
+
+
 def conformance() -> Setup:
     """Return a curve in place of the language model."""
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import trainc
 from tests.conformance import divided
 from trainc.compiler.constructs.observe.margin import Margin
+from trainc.compiler.method.loss import LossMismatch
+from trainc.runtime.step.action import ClauseFailed
 
 BASE = "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 20 steps } observe margin "
 
@@ -139,6 +141,43 @@ def test_a_layer_must_give_the_logits() -> None:
     program = trainc.compile(f'{BASE} {{ of = training, layer = "0" }}', net())
     with pytest.raises(ValueError, match="let `layer` be the layer that gives the logits"):
         program.step(batch())
+
+
+def test_one_class_has_no_margin() -> None:
+    program = trainc.compile(BASE, nn.Sequential(nn.Linear(4, 1)).double())
+    x, y = batch()
+    with pytest.raises(ClauseFailed, match="of one class, and a margin is between two") as caught:
+        program.evaluate((x, y.clamp(max=0)))
+    assert caught.value.clause == "margin"
+
+
+def test_targets_that_are_no_class_are_named_in_evaluations_and_in_a_loop_of_ones_own() -> None:
+    x, y = batch()
+    y[2, 1] = 7
+    with pytest.raises(LossMismatch, match="a target is the class 7, and the model's output has 5"):
+        trainc.compile(BASE, net()).evaluate((x, y))
+    own = "optimizer sgd { lr = 0.1 } observe margin { of = training }"
+    y[2, 1] = -1  # what the loop leaves out, and the spec does not know of
+    for loss, known in (("", False), ("loss cross_entropy { ignore_index = -1 }", True)):
+        model = net()
+        program = trainc.compile(loss + own, model)
+        y[y == -100] = -1 if known else -100
+        with program.micro_batch(len(x)):
+            logits = model(x)
+            mean = nn.functional.cross_entropy(logits.mT, y.clamp(min=-1), ignore_index=-1)
+        if known:
+            program.backward(mean, logits=logits, targets=y)
+            assert "margin.mean" in program.update()
+            continue
+        with pytest.raises(ClauseFailed, match="`margin` reads the class -1 .* ignore_index"):
+            program.backward(mean, logits=logits, targets=y)
+
+
+def test_a_batch_without_examples_is_no_evaluation() -> None:
+    x, y = batch()
+    for clause in ("", "{ of = training }"):
+        with pytest.raises(ValueError, match="to evaluate on has no examples"):
+            trainc.compile(BASE + clause, net()).evaluate((x[:0], y[:0]))
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
