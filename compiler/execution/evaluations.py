@@ -7,10 +7,12 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainc.compiler.execution.distributed import first_shard
 from trainc.compiler.execution.execution import Execution
-from trainc.compiler.method.loss import require_loss
+from trainc.compiler.method.loss import NoLoss, require_loss
+from trainc.compiler.method.term import Forward
 from trainc.compiler.model.batch_statistics import batch_norms
 from trainc.compiler.model.undisturbed import in_mode, random_states
 from trainc.runtime.data.batch import Batch, Evaluated, copy_inputs, one_of, split_batch
@@ -115,6 +117,15 @@ class Evaluations:
         if (news := self.size.news(self.execution.clock.steps)) is not None:
             self._news.append(news)
         return found
+
+    @torch.no_grad()
+    def read(self, logits: Tensor, targets: Tensor) -> None:
+        """Show the observers a batch that code of the user's own evaluated."""
+        runs = self.execution
+        loss = None if isinstance(runs.loss_fn, NoLoss) else runs.loss_fn
+        others: tuple[Any, ...] = (None, 1, runs.parameters, {}, runs.loss_fn.ignore_index)
+        if self.observers:
+            self.observers.see(Forward.of_loss(loss, logits.detach(), targets, *others))
 
     def news(self) -> list[str]:
         """Return what to say of the evaluations since this was called last."""

@@ -77,7 +77,8 @@ class Forward:
         """
         if self.inputs is None:
             raise ValueError(
-                "the clause passes the inputs once more, and only your code has them: give `inputs` where you give `logits`"
+                "the clause passes the inputs once more, and only your code has them: give `inputs` where you give"
+                " `logits`"
             )
         output = None if self.loss is None else self.loss.logits_output
         found = compute_logits(module, map_tensors(torch.clone, self.inputs), output)

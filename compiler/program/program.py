@@ -248,6 +248,13 @@ class Program(LoadableProgram, OwnLoopProgram):
         """Whether a clause reads the batches of evaluations."""
         return bool(self._observers)
 
+    def read_evaluation(self, logits: Tensor, targets: Tensor) -> None:
+        """Let clauses read a batch that your own code evaluates: logits and targets as `backward` takes them.
+
+        The model is in eval mode, with `evaluation_weights`; `evaluation_metrics` ends the evaluation.
+        """
+        self._evaluations.read(logits, targets)
+
     def evaluation_metrics(self) -> dict[str, float]:
         """End an evaluation: return what clauses measured of it since the last step, and set their signals."""
         return self._observers.finish(self._machine.signals)
@@ -258,16 +265,7 @@ class Program(LoadableProgram, OwnLoopProgram):
         `trainc run` does so itself. Raises ValueError for other names than those of evaluations, RuntimeError inside a
         step.
         """
-        if odd := [name for name in means if not name.startswith("eval_")]:
-            raise ValueError(
-                f"`measured` takes what evaluations find, such as `eval_loss`, and got `{odd[0]}`"
-            )
-        if self._machine.current is not None:
-            raise RuntimeError(
-                "`measured` was called inside a step, whose rules have looked already: call it after `update`, or after"
-                " `discard_step`"
-            )
-        self._machine.signals.update(means)
+        self._machine.signals.take_evaluation(means, inside=self._machine.current is not None)
 
     def report(self) -> StepReport:
         """Return what the last step gave besides metrics: series by layer, notes, whether to save and to evaluate."""

@@ -102,8 +102,8 @@ def require_classes(reader: str, forward: Seen, *, indices: bool) -> None:
     if indices and (odd := _no_class(forward.targets[forward.counted], others[-1])) is not None:
         raise ValueError(
             f"`{reader}` reads the class {odd} of a target that counts, and the logits have {others[-1]} classes, from"
-            " 0: give the model a logit for every class, or write `loss cross_entropy { ignore_index = ... }` in the spec"
-            " for targets that are to be left out"
+            " 0: give the model a logit for every class, or write a `loss` in the spec whose `ignore_index` marks the"
+            " targets that are to be left out"
         )
 
 

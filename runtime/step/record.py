@@ -50,6 +50,19 @@ class Signals(dict[str, float]):
     def __missing__(self, name: str) -> float:
         return math.nan
 
+    def take_evaluation(self, means: Mapping[str, float], *, inside: bool) -> None:
+        """Set what an evaluation found; raises ValueError for other names, RuntimeError `inside` of a step."""
+        if odd := [name for name in means if not name.startswith("eval_")]:
+            raise ValueError(
+                f"`measured` takes what evaluations find, such as `eval_loss`, and got `{odd[0]}`"
+            )
+        if inside:
+            raise RuntimeError(
+                "`measured` was called inside a step, whose rules have looked already: call it after `update`, or after"
+                " `discard_step`"
+            )
+        self.update(means)
+
 
 @dataclass(slots=True)
 class Step:

@@ -301,6 +301,43 @@ def test_evaluation_has_the_weights_of_evaluation(tmp_path: Path) -> None:
     assert trainer_of(model, tmp_path).evaluate()["eval_loss"] != expected
 
 
+@pytest.mark.parametrize("make", [gpt2, Classifier])
+def test_clauses_read_the_evaluations_of_the_trainer(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
+    model = make()
+    spec = f"{ADAMW} observe calibration {{ bins = 1 }} observe margin"
+    rule = " when calibration.nll > 0 cooldown 9 steps { adamw.lr = adamw.lr / 2 }"
+    given = {"eval_strategy": "steps", "eval_steps": 2}
+    trainer, program = by_spec(spec + rule, model, tmp_path, **given)
+    trainer.train()
+    model.eval()
+    rows, losses, right, margins = trainer.eval_dataset, [], [], []
+    for row in rows:
+        inputs = {n: v[None] for n, v in row.items() if n != "labels"}
+        with torch.no_grad():
+            logits = model(**inputs, labels=row["labels"][None])["logits"].reshape(
+                -1, 3 if make is Classifier else WORDS
+            )
+        targets = row["labels"][None] if make is Classifier else row["labels"][1:]
+        for z, y in zip(logits, targets, strict=False):
+            if y != -100:
+                others = torch.cat([z[:y], z[y + 1 :]])
+                margins.append(float(z[y] - others.max()))
+                losses.append(float(cross_entropy(z, y)))
+                right.append(float(z.argmax() == y))
+    found = {"nll": losses, "right": right}
+    for name, values in found.items():
+        got = logged(trainer, f"eval_calibration.{name}")
+        assert len(got) == 2
+        assert got[-1] == pytest.approx(sum(values) / len(values), rel=1e-5)
+        assert program.signals[f"calibration.{name}"] == got[-1]
+    assert logged(trainer, "eval_margin.min")[-1] == pytest.approx(min(margins), rel=1e-4)
+    assert logged(trainer, "learning_rate") == [1e-3, 1e-3, 5e-4, 5e-4]
+    predicted = trainer.predict(rows).metrics
+    assert predicted["test_margin.mean"] == pytest.approx(sum(margins) / len(margins), rel=1e-4)
+
+
 def test_a_micro_batch_without_a_label_that_counts_has_no_part(tmp_path: Path) -> None:
     class Without(Batches):
         def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

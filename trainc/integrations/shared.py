@@ -46,7 +46,8 @@ def compile_for(
 ) -> Program:
     """Return the program of a spec on a framework's model, with the framework's clip where the spec has none.
 
-    Raises ValueError where a rule asks for what only a run does, unless the integration `carries` it.
+    Raises ValueError where a rule asks for what only a run does, unless the integration `carries` it; clauses that read
+    evaluations have to be shown them, and it says so.
     """
     checked, path = resolve_spec(spec, overrides)
     verbs = {a.verb for rule in checked.rules for a in rule.actions if isinstance(a, Do)}
@@ -59,7 +60,14 @@ def compile_for(
     if clip is not None:
         checked = with_clip(checked, clip, say)
     with searching(path):
-        return compile(checked, model)
+        program = compile(checked, model)
+    if program.measures_evaluations and "evaluation" not in carries:
+        say(
+            "a clause reads evaluations, and your own code evaluates: call `program.read_evaluation(logits, targets)`"
+            " for each batch, and `program.evaluation_metrics()` at the end, where `program` is `.program` of the"
+            " optimizer; or write `of = training` in the clause"
+        )
+    return program
 
 
 def with_clip(spec: Spec, clip: FrameworkClip, say: Say) -> Spec:

@@ -59,7 +59,7 @@ def use_spec(
     if limit:
         instead = "set `max_grad_norm=0`"
         clip = FrameworkClip(limit, "max_grad_norm", "the TrainingArguments", instead)
-    carries = ("save", "evaluate")
+    carries = ("save", "evaluate", "evaluation")
     program = compile_for(trainer.model, spec, overrides, clip, _logger.warning, carries)
     args = trainer.args = copy.copy(trainer.args)
     args.max_grad_norm = 0.0
@@ -104,7 +104,13 @@ class _BySpec(Trainer):  # type: ignore[misc]  # transformers has no types here
         program = optimizer.program
         own = super().compute_loss
         if not (model.training and torch.is_grad_enabled()):
-            return own(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+            targets = _targets(self, inputs)
+            if targets is None or model.training or not program.measures_evaluations:
+                return own(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+            loss, outputs = own(model, inputs, True, num_items_in_batch=num_items_in_batch)
+            logits = _logits(outputs)
+            program.read_evaluation(logits, _padded(targets, logits))
+            return (loss, outputs) if return_outputs else loss
         if model is not program.module:
             program.forward = model
         read = {name: value for name, value in inputs.items() if name != "labels"}
@@ -121,14 +127,21 @@ class _BySpec(Trainer):  # type: ignore[misc]  # transformers has no types here
             loss, outputs = own(model, inputs, True, num_items_in_batch=num_items_in_batch)
         found: dict[str, Any] = {}
         if optimizer.reads_logits:
-            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-            found = {"logits": logits, "targets": _padded(targets, logits), "inputs": read}
+            logits = _logits(outputs)
+            padded = None if targets is None else _padded(targets, logits)
+            found = {"logits": logits, "targets": padded, "inputs": read}
         loss = optimizer.loss(loss, **found)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with self.trainc_optimizer.program.evaluation_weights():
-            return super().evaluation_loop(*args, **kwargs)
+        program = self.trainc_optimizer.program
+        program.evaluation_metrics()  # ends one that was broken off
+        with program.evaluation_weights():
+            output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        found = program.evaluation_metrics().items()
+        output.metrics.update({f"{prefix}_{name}": value for name, value in found})
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -187,6 +200,12 @@ def _targets(trainer: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     return labels[..., 1:]
 
 
+def _logits(outputs: Any) -> Tensor:
+    """Return the logits of what the model gave."""
+    found: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+    return found
+
+
 def _counted(targets: Tensor) -> Tensor:
     """Return how many targets of each example count, (examples,)."""
     return targets.ne(-100).reshape(len(targets), -1).sum(1)
@@ -201,9 +220,9 @@ def _shifts_labels(trainer: Any) -> bool:
     return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def _padded(targets: Tensor | None, logits: Tensor) -> Tensor | None:
+def _padded(targets: Tensor, logits: Tensor) -> Tensor:
     """Return targets of shifted labels with one more that does not count, so that each of the logits has one."""
-    if targets is None or targets.dim() < 2 or targets.shape[1] != logits.shape[1] - 1:
+    if targets.dim() < 2 or targets.shape[1] != logits.shape[1] - 1:
         return targets
     return torch.nn.functional.pad(targets, (0, 1), value=-100)
 

@@ -144,7 +144,8 @@ def grid(rows: Tensor, highest: int | None) -> tuple[list[str], Parts]:
 def projection(rows: Tensor, highest: int | None) -> tuple[list[str], Parts]:
     """Return the names of frequencies and the transform along the first principal component of rows (n, d).
 
-    It is scaled to 0..1, and the largest of its weights is positive. The transform has one frequency more than the names.
+    It is scaled to 0..1, and the largest of its weights is positive. The transform has one frequency more than the
+    names.
     """
     import torch
 

@@ -46,8 +46,9 @@ class Calibration(Construct):
     torchmetrics 1.9 give 0.231. Predictions of equal confidence count with their mean accuracy, so
     that the order of the data does not matter.
 
-    An evaluation is what `program.evaluate` gets between two steps, in this process; in a loop of
-    your own `program.evaluation_metrics()` ends it. Records of evaluations have the bins, of which
+    An evaluation is what `program.evaluate` gets between two steps, in this process, or
+    `program.read_evaluation` where your own code evaluates; in a loop of your own
+    `program.evaluation_metrics()` ends it. Records of evaluations have the bins, of which
     `trainc report --plot` draws the accuracy over the confidence.
     """
 

@@ -183,9 +183,7 @@ class Frequency(Construct):
             raise FieldError("width", f"the width is too {side}: one part of the target is 0")
         peaks = self.peaks or ("local" if self.method == "grid" else "all")
         shown = (
-            [*range(count)]
-            if self.method == "filter"
-            else visible(every, count, peaks == "local")
+            [*range(count)] if self.method == "filter" else visible(every, count, peaks == "local")
         )
         return Probe(
             x,

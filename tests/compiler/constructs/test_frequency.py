@@ -359,7 +359,10 @@ def test_a_filter_of_no_width_has_no_high_part_however_many_samples_there_are() 
     for count in (20, 60):
         with pytest.raises(ValueError, match="the width is too small"):
             construct(method="filter", width=1e-9).probe_of(x[:count], x[:count, :1])
-    y, width = x[:, :1].sin(), 1e-3  # nearly no sample has a neighbour at this distance, but for the first two
+    y, width = (
+        x[:, :1].sin(),
+        1e-3,
+    )  # nearly no sample has a neighbour at this distance, but for the first two
     x[1] = x[0] + width / math.sqrt(5)
     probe = construct(method="filter", width=width).probe_of(x, y)
     near = math.exp(-0.5)

@@ -169,8 +169,32 @@ def test_targets_that_are_no_class_are_named_in_evaluations_and_in_a_loop_of_one
             program.backward(mean, logits=logits, targets=y)
             assert "margin.mean" in program.update()
             continue
-        with pytest.raises(ClauseFailed, match="`margin` reads the class -1 .* ignore_index"):
+        with pytest.raises(ClauseFailed, match=r"`margin` reads the class -1 .*`ignore_index`"):
             program.backward(mean, logits=logits, targets=y)
+
+
+@pytest.mark.parametrize(
+    "loss", ["loss cross_entropy", "loss cross_entropy { ignore_index = -1 }", ""]
+)
+def test_evaluations_of_ones_own_code_are_read_as_those_of_the_program(loss: str) -> None:
+    spec = "optimizer sgd { lr = 0.1 } observe margin observe calibration { temperature = true }"
+    model, program = net(), trainc.compile(BASE, net())
+    assert program.measures_evaluations
+    program = trainc.compile(f"{loss} {spec}", model)
+    other = trainc.compile(f"loss cross_entropy {spec}", net())
+    for _ in range(2):  # each evaluation begins anew
+        for part in (slice(0, 5), slice(5, 12)):
+            x, y = (one[part] for one in batch())
+            other.evaluate((x, y))
+            logits = model(x)
+            program.read_evaluation(logits, y.masked_fill(y == -100, -1) if "-1" in loss else y)
+            assert logits.requires_grad
+        found, want = program.evaluation_metrics(), other.evaluation_metrics()
+        assert found == want
+        assert found["margin.mean"] == program.signals["margin.mean"]
+    with pytest.raises(ValueError, match=r"needs one target for each|the targets need the shape"):
+        program.read_evaluation(model(batch()[0]), batch()[1][:, 0])
+    trainc.compile("optimizer sgd { lr = 0.1 }", net()).read_evaluation(logits, y)
 
 
 def test_a_batch_without_examples_is_no_evaluation() -> None:
