@@ -428,6 +428,23 @@ def test_replicas_measure_as_one_process_also_one_that_saw_no_examples(clause: s
     assert whole.found(Together([])) == {}
 
 
+def test_outputs_that_are_zero_have_no_direction_and_are_left_out() -> None:
+    model = nn.Linear(4, 3, bias=False)
+    spec = "loss cross_entropy optimizer sgd { lr = 0 } observe saturation { c = 10 }"
+    x, y = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
+    x[2] = 0
+    program = trainc.compile(spec, model)
+    assert program.step((x, y))["saturation"] == pytest.approx(1, abs=1e-6)
+    with torch.no_grad():
+        model.weight.zero_()
+    assert "saturation" not in program.step((x, y))
+    (note,) = program.report().notes
+    assert (
+        note == "saturation: nothing to compare, because all counted outputs of this step are zero"
+    )
+    assert Saturation.reference(torch.zeros(1, 3), torch.ones(1, 3)).isnan().all()
+
+
 def test_numbers_that_overflow_are_left_out_and_said() -> None:
     torch.manual_seed(0)
     deep = nn.Sequential(*(nn.Linear(4, 4) for _ in range(16)))  # 1000^16 is no float32

@@ -30,8 +30,10 @@ class Saturation(Construct):
 
     For c to infinity f(x; c theta) is the saturated network: its attention is a mean over the positions
     with the largest score. The cosine is over features, for each counted token, or each example where the
-    targets are of examples; the mean over these is the saturation, 1 where the network is saturated. It is
-    reported for the logits, and as `hidden` for the mean over `layers`, each of which is in the records.
+    targets are of examples; the mean over these is the saturation, 1 where the network is saturated. One whose
+    output is zero in either pass has no direction and is left out; where all are, as with a head that starts at
+    zero, nothing is measured in the step, and a note says so. It is reported for the logits, and as
+    `hidden` for the mean over `layers`, each of which is in the records.
 
     Both passes are of the step's examples and of the weights before its update, without gradient, by a copy
     of the model in eval mode that shares its weights: the model, its weights, BatchNorm's statistics and
@@ -89,7 +91,7 @@ class Saturation(Construct):
 
     @staticmethod
     def reference(plain: Tensor, saturated: Tensor) -> Tensor:
-        """Return the cosine of each row of two outputs, (n,); both are (n, features)."""
+        """Return the cosine of each row of two outputs, (n,), NaN where one is zero; both are (n, features)."""
         import torch
 
         # The saturated numbers are so large that their squares may be no finite numbers.
@@ -97,7 +99,8 @@ class Saturation(Construct):
         b = saturated / saturated.abs().amax(-1, keepdim=True).clamp_min(
             torch.finfo(saturated.dtype).tiny
         )
-        return torch.nn.functional.cosine_similarity(a, b, dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)
+        return cosine.where(plain.any(-1) & saturated.any(-1), math.nan)
 
 
 class Saturated(Scaled[Saturation]):
@@ -109,9 +112,10 @@ class Saturated(Scaled[Saturation]):
         import torch
 
         cosine = self.construct.reference(plain, scaled)
-        finite = cosine.isfinite() & scaled.isfinite().all(-1)
-        kept = cosine[finite]
-        return torch.stack([kept.sum(), finite.sum(), (~finite).sum()]).double().cpu()
+        zero = ~(plain.any(-1) & scaled.any(-1))
+        finite = zero | (cosine.isfinite() & scaled.isfinite().all(-1))
+        kept = cosine[finite & ~zero]
+        return torch.stack([kept.sum(), (finite & ~zero).sum(), (~finite).sum()]).double().cpu()
 
     def watching(self, forward: Seen, module: nn.Module) -> AbstractContextManager[Any]:
         if not self.construct.heads:
