@@ -2,7 +2,8 @@
 
 `python -m benchmarks.offline_kernels` runs every operator's CUDA path on a driver that launches nothing, for sm_80,
 sm_90 and sm_100, and writes benchmarks/results/offline_kernels.json beside the figures of an earlier commit, which
-`--before` takes anew. No time of a device is in it.
+`--before` takes anew; `--only NAME` records the operators whose names begin so, and keeps what is known of the others.
+No time of a device is in it.
 """
 
 import argparse
@@ -43,15 +44,27 @@ def recorded(root: Path, target: str, only: str = "") -> Json:
     return found
 
 
-def report(root: Path, targets: tuple[str, ...] = TARGETS) -> Json:
+def report(root: Path, targets: tuple[str, ...] = TARGETS, only: str = "") -> Json:
     """Return the figures of a checkout for every target."""
     found: Json = {"launches": []}
     for target in targets:
-        one = recorded(root, target)
+        one = recorded(root, target, only)
         found["launches"] += one.pop("launches")
         found |= one
         print(f"sm_{target}: {len(found['launches'])} rows", file=sys.stderr, flush=True)
     return found
+
+
+def joined(known: Json, found: Json, only: str) -> Json:
+    """Return the figures that are known, with those of operators that begin with `only` as they were found now."""
+    order = {f"sm_{target}": place for place, target in enumerate(TARGETS)}
+    result = dict(known)
+    for name in ("launches", "host"):
+        kept = [one for one in known[name] if not one["operator"].startswith(only)]
+        result[name] = sorted(
+            [*kept, *found[name]], key=lambda one: order.get(one.get("target", ""), 0)
+        )
+    return result
 
 
 def goals(found: Json) -> list[Json]:
@@ -115,15 +128,24 @@ def main() -> None:
     """Write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", action="store_true", help="record the earlier commit, too")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="record the operators that begin so, and keep the others' figures",
+    )
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    before: Json = {}
-    if not options.before and options.out.exists():
-        before = json.loads(options.out.read_text(encoding="utf-8"))["before"]
+    known: Json = {}
+    if options.out.exists():
+        known = json.loads(options.out.read_text(encoding="utf-8"))
+    if known and not options.before:
+        before = known["before"]
     else:
         with checkout(BEFORE) as root:
             before = {"commit": BEFORE, **report(root)}
-    after = report(ROOT)
+    after = report(ROOT, only=options.only)
+    if options.only and known:
+        after = joined(known["after"], after, options.only)
     found: Json = {
         "taken": datetime.now(UTC).date().isoformat(),
         "machine": machine(),

@@ -41,36 +41,48 @@ def multi_norm(size: Size, dtype: torch.dtype, device: str) -> Problem:
 
 
 def sparse_adamw(size: Size, dtype: torch.dtype, device: str) -> Problem:
-    """One AdamW step on one in 64 blocks of 16 entries of (examples * rows, width)."""
-    make = Make(dtype, device)
-    weight, grad = (make.normal(size.examples * size.rows, size.width, grad=False) for _ in "wg")
-    blocks = weight.numel() // 16
-    chosen = torch.randperm(blocks, device=device)[: max(1, blocks // 64)].sort().values
-    index = (chosen.unsqueeze(1) * 16 + torch.arange(16, device=device)).flatten().int()
-    state = [torch.rand(index.shape, device=device) for _ in range(2)]
+    """One AdamW step on one in 64 blocks of 16 entries of each of `examples` weights of (rows, width)."""
+    make, count = Make(dtype, device), size.examples
+    weights, grads = (
+        [make.normal(size.rows, size.width, grad=False) for _ in range(count)] for _ in "wg"
+    )
+    index = [_blocks_of_16(size.rows * size.width // 16, device) for _ in range(count)]
+    state = [torch.rand(one.shape, device=device) for _ in range(2) for one in index]
 
     def fused(*given: Tensor) -> tuple[Tensor, ...]:
-        weight, grad, first, second = given
+        weights, grads, first, second = (given[n * count : (n + 1) * count] for n in range(4))
         ours.sparse_adamw_(
-            weight, grad, first, second, index, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS,
+            weights, grads, first, second, index, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS,
             weight_decay=DECAY, step=STEP,
         )  # fmt: skip
-        return weight, first, second
+        return (*weights, *first, *second)
 
     def aten(*given: Tensor) -> tuple[Tensor, ...]:
-        weight, grad, first, second = given
-        where = index.long()
-        g = grad.view(-1)[where].to(first.dtype)
-        values = weight.view(-1)[where].to(first.dtype) * (1 - LR * DECAY)
-        first.mul_(BETA1).add_(g, alpha=1 - BETA1)
-        second.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        root = (second / (1 - BETA2**STEP)).sqrt_().add_(EPS)
-        values.addcdiv_(first / (1 - BETA1**STEP), root, value=-LR)
-        weight.view(-1)[where] = values.to(weight.dtype)
-        return weight, first, second
+        weights, grads, first, second = (given[n * count : (n + 1) * count] for n in range(4))
+        for one in zip(weights, grads, first, second, index, strict=True):
+            _aten_adamw(*one)
+        return (*weights, *first, *second)
 
     each = 3 * dtype.itemsize + 4 * 4 + 4
-    return Problem([weight, grad, *state], fused, aten, (index.numel() * each, 0))
+    moved = sum(one.numel() for one in index) * each
+    return Problem([*weights, *grads, *state], fused, aten, (moved, 0))
+
+
+def _blocks_of_16(blocks: int, device: str) -> Tensor:
+    """The entries of one in 64 blocks, in order."""
+    chosen = torch.randperm(blocks, device=device)[: max(1, blocks // 64)].sort().values
+    return (chosen.unsqueeze(1) * 16 + torch.arange(16, device=device)).flatten().int()
+
+
+def _aten_adamw(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, index: Tensor) -> None:
+    where = index.long()
+    g = grad.view(-1)[where].to(first.dtype)
+    values = weight.view(-1)[where].to(first.dtype) * (1 - LR * DECAY)
+    first.mul_(BETA1).add_(g, alpha=1 - BETA1)
+    second.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+    root = (second / (1 - BETA2**STEP)).sqrt_().add_(EPS)
+    values.addcdiv_(first / (1 - BETA1**STEP), root, value=-LR)
+    weight.view(-1)[where] = values.to(weight.dtype)
 
 
 def masked_update(size: Size, dtype: torch.dtype, device: str) -> Problem:

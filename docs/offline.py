@@ -24,7 +24,7 @@ def offline_section(found: Json, where: Callable[[Json], str], table: Table) -> 
         *table(["goal", "bound", "found", "reached"], judged),
         "",
         "On sm_90, before to after where they differ. Launches are Triton's and ATen's. Bytes count each tensor of a",
-        "launch once, so tables of addresses hide what multi_norm reads. The other figures are of a pass's first",
+        "launch once, so tables of addresses hide what lists hold. The other figures are of a pass's first",
         "kernel of Triton's that works by elements: instructions of its main loop, registers a thread, programs that a",
         "processor holds.",
         "",

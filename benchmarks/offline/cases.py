@@ -1,7 +1,7 @@
 """The operators and sizes of the offline report; imported where a recorder stands between operators and Triton."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -33,7 +33,12 @@ def norm(rms: bool, add: bool) -> Build:
     return operators.norm(rms=rms, add=add, probed=True)
 
 
-CASES: tuple[tuple[str, Build, tuple[Size, ...], torch.dtype], ...] = (
+Case = tuple[str, Build, tuple[Size, ...], torch.dtype]
+SMALL = {
+    "multi_norm": Size(20, 8, 8), "sparse_adamw_": Size(1, 64, 768), "sparse_adamw_, a list": Size(20, 8, 16),
+}  # fmt: skip
+"""Sizes at which a call is the host's time, of other numbers of tensors than there are examples."""
+CASES: tuple[Case, ...] = (
     ("layer_norm", norm(False, False), (
         Size(8, 512, 768), Size(64, 64, 4096), Size(8, 2048, 4096), Size(256, 8, 4096), Size(16384, 1, 1024),
         Size(1, 4096, 4096), Size(8, 2048, 5120), Size(8, 1024, 16384),
@@ -47,34 +52,40 @@ CASES: tuple[tuple[str, Build, tuple[Size, ...], torch.dtype], ...] = (
     *((f"loss, {kind}", operators.loss(kind), (Size(1, 2048, 32768), Size(1, 2048, 50257)), BF16)
       for kind in ("mse", "kl")),
     *((f"noisy_add, {share}", operators.noisy(add=True, share=share), (Size(8, 512, 4096),), BF16)
-      for share in ("token", "none")),
+      for share in ("token", "none", "none_fast")),
     ("multiplicative_noise, token", operators.noisy(add=False, share="token"), (Size(8, 512, 4096),), BF16),
     ("linear", operators.linear, (Size(8, 512, 1024), Size(64, 64, 768)), BF16),
     ("embedding", operators.embedding, (Size(8, 512, 1024),), BF16),
     ("ghost_batch_norm", operators.batch_norm, (Size(64, 196, 64),), BF16),
     ("multi_norm", updates.multi_norm, (Size(20, 1024, 1024),), BF16),
     ("sparse_adamw_", updates.sparse_adamw, (Size(1, 1024, 1024),), BF16),
+    ("sparse_adamw_, a list", updates.sparse_adamw, (Size(20, 1024, 1024),), BF16),
     ("masked_update_", updates.masked_update, (Size(1, 1024, 1024),), BF16),
 )  # fmt: skip
+NEWER = ("noisy_add, none_fast", "sparse_adamw_, a list")
+"""What the earlier commit has not."""
 FEWER = 1
 """Sizes of a case for the targets that are not the first one's."""
 MODELS = {"124M": (12, 768), "1.3B": (24, 2048), "7B": (32, 4096)}
 """Layers and width of a language model whose tensors are measured in one call."""
 
 
-def measure(recorder: Recorder, only: str) -> Json:
-    """Return launches of every case, and for sm_90 what they cost the host."""
+def measure(recorder: Recorder, only: str, older: bool) -> Json:
+    """Return launches of the cases that begin with `only`, and for sm_90 what they cost the host."""
     _stand_in(recorder.architecture)
+    cases = [case for case in CASES if not (older and case[0] in NEWER)]
     rows = [
         row
-        for name, build, sizes, dtype in CASES
+        for name, build, sizes, dtype in cases
         for size in (sizes if recorder.architecture == 90 else sizes[:FEWER])
         if f"{name} {size.examples}x{size.rows}x{size.width}".startswith(only)
         for row in _case(recorder, name, build, size, dtype)
     ]
     found: Json = {"launches": rows}
+    if recorder.architecture == 90:
+        found["host"] = _host([case for case in cases if case[0].startswith(only)])
     if recorder.architecture == 90 and not only:
-        found |= {"host": _host(), "tables": [_tables(*one) for one in MODELS.items()]}
+        found["tables"] = [_tables(*one) for one in MODELS.items()]
     return found
 
 
@@ -154,14 +165,12 @@ def _told(found: Launches, architecture: int) -> Json:
     }
 
 
-def _host() -> list[Json]:
+def _host(cases: Sequence[Case]) -> list[Json]:
     """What calls cost the host, at sizes at which ATen's own work is nothing."""
     found: dict[str, Json] = {}
-    for name, build, sizes, dtype in CASES:
+    for name, build, sizes, dtype in cases:
         if name not in found:
-            small = (
-                Size(20, 8, 8) if name == "multi_norm" else Size(4, 16, min(768, sizes[0].width))
-            )
+            small = SMALL.get(name, Size(4, 16, min(768, sizes[0].width)))
             found[name] = {"operator": name, "size": [small.examples, small.rows, small.width]}
             found[name] |= _host_times(build(small, dtype, "cpu"))
     return list(found.values())

@@ -41,7 +41,7 @@ NO_LAUNCH = ("empty", "new_empty", "detach", "alias", "lift_fresh")
 TIMES = {"loss_forward": 2, "loss_backward": 2, "noise": 4, "entries": 4}
 UNCOUNTED = (
     "gram", "weight_gradient", "norm_finish", "wide_finish", "run_squares",
-    "loss_means", "loss_factors",
+    "loss_means", "loss_factors", "adamw_together",
 )  # fmt: skip
 """Kernels whose work is not by elements, is of few, or ends within a turn of their loop."""
 LOADED = ("loss_forward",)
@@ -217,4 +217,5 @@ def main(root: str, architecture: str, only: str = "") -> None:
         raise RuntimeError(f"trainc.kernels is {found}, and not below {root}")
     recorder = Recorder(int(architecture))
     cases = import_module("benchmarks.offline.cases")
-    print(json.dumps(cases.measure(recorder, only)))
+    older = Path(root).resolve() != Path(__file__).resolve().parents[2]
+    print(json.dumps(cases.measure(recorder, only, older)))

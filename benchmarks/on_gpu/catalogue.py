@@ -28,7 +28,10 @@ ADD_LAYER, ADD_RMS = (
 )
 NORMS = (LAYER, RMS, ADD_LAYER, ADD_RMS, ("rms_norm", norm(rms=True, add=False, probed=False)))
 MSE, KL = ((f"cross_entropy_consistency, {kind}", loss(kind)) for kind in ("mse", "kl"))
-TOKEN, NONE = ((f"noisy_add, {share}", noisy(add=True, share=share)) for share in ("token", "none"))
+TOKEN, NONE, FAST = (
+    (f"noisy_add, {share}", noisy(add=True, share=share))
+    for share in ("token", "none", "none_fast")
+)
 Case = tuple[tuple[str, Build], Size, torch.dtype]
 # Versions that a compiler makes take 5 to 15 s each.
 LONG, SHORT = 25.0, 8.0
@@ -40,7 +43,7 @@ PREDICTED: tuple[Case, ...] = (
 CLASSES: tuple[Case, ...] = tuple(
     (case, Size(1, 4096, classes), BF16) for classes in (50304, 50257) for case in (MSE, KL)
 )
-NOISE: tuple[Case, ...] = ((TOKEN, Size(64, 1024, 4096), BF16), (NONE, Size(64, 1024, 4096), BF16))
+NOISE: tuple[Case, ...] = tuple((one, Size(64, 1024, 4096), BF16) for one in (TOKEN, NONE, FAST))
 # The rivals of norms with statistics where partial rows weigh most, and at widths that are no power of two.
 RIVALS: tuple[Case, ...] = (
     (LAYER, Size(8, 512, 768), BF16), (LAYER, Size(8, 2048, 4096), BF16), (RMS, Size(8, 2048, 5120), BF16),

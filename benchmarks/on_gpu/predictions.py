@@ -196,7 +196,7 @@ PREDICTIONS = (
             f"noisy_add, {share}, forward: of the copy rate",
             _share(f"operators: noisy_add, {share} {LARGE}", "forward"), least=0.85, goal=True,
         )
-        for share in ("token", "none")
+        for share in ("token", "none", "none_fast")
     ),
     _loss_goal("mse"),
     _loss_goal("kl"),

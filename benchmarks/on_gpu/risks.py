@@ -16,6 +16,9 @@ from benchmarks.measure import Json
 from benchmarks.on_gpu.record import Row
 from benchmarks.on_gpu.timed import Build, label
 from benchmarks.operators import (
+    KEY,
+    SITE,
+    VIEWS,
     Problem,
     Size,
     batch_norm,
@@ -35,7 +38,7 @@ SECONDS = 10.0
 REPEATS = 10
 LAYER, RMS = norm(rms=False, add=False, probed=True), norm(rms=True, add=False, probed=True)
 ADD_LAYER, ADD_RMS = norm(rms=False, add=True, probed=True), norm(rms=True, add=True, probed=True)
-TOKEN, NONE = noisy(add=True, share="token"), noisy(add=True, share="none")
+TOKEN, NONE, FAST = (noisy(add=True, share=share) for share in ("token", "none", "none_fast"))
 # Every regime of the norms' backward, widths that are no power of two, wide rows.
 NORM_SIZES = (
     Size(8, 512, 768), Size(64, 64, 4096), Size(256, 8, 4096), Size(1024, 8, 1024), Size(16384, 1, 1024),
@@ -52,6 +55,7 @@ EVERY: tuple[tuple[str, Build, Size, torch.dtype], ...] = (
       for kind in ("mse", "kl") for classes in (32768, 50257, 128256, 1000)),
     *((f"loss by the head, {kind}", head(kind, 512), Size(1, 512, 8192), BF16) for kind in ("mse", "kl")),
     ("noisy_add, token", TOKEN, Size(8, 256, 1024), BF16), ("noisy_add, none", NONE, Size(8, 256, 1024), BF16),
+    ("noisy_add, none_fast", FAST, Size(8, 256, 1024), BF16),
     ("multiplicative_noise", noisy(add=False, share="token"), Size(8, 256, 1000), FP32),
     ("linear", linear, Size(8, 512, 1024), BF16), ("linear", linear, Size(64, 64, 768), BF16),
     ("linear", linear, Size(8, 128, 512), FP32), ("embedding", embedding, Size(8, 512, 768), BF16),
@@ -92,6 +96,7 @@ def rows(large: bool) -> Iterator[Row]:
     yield _row("norm of more than 2^31 entries", partial(_far_norm, large), 20.0)
     yield _row("loss of more than 2^31 logits", partial(_far_loss, large), 20.0)
     yield _row("random numbers after a capture that fails", _random_numbers)
+    yield _row("fast normals beside exact ones", partial(_fast_normals, large))
     yield _row("multi_norm in inductor's CUDA graphs", _in_a_pool, 20.0)
 
 
@@ -162,6 +167,30 @@ def _masked(distance: str, large: bool, device: Cuda) -> Json:
     )[1]
     error = abs(float(found) - float(functional.cross_entropy(logits[:4], targets)))
     return {"passed": error < 1e-3, "error": error}
+
+
+def _fast_normals(large: bool, device: Cuda) -> Json:
+    """How far normals by approximate functions are from those of the same words, and what a mean sees of it."""
+    ones = torch.ones((2, 4096, 4096) if large else (2, 64, 64), device=device.kind)
+    given = ones, torch.tensor(1.0, device=device.kind), KEY.to(device.kind), SITE, VIEWS
+    fast, exact = (
+        ours.multiplicative_noise(*given, share).double() - 1 for share in ("none_fast", "none")
+    )
+    error = (fast - exact).abs()
+    found = {
+        "largest error": float(error.max()),
+        "above 1e-5": float((error > 1e-5).double().mean()),
+        "mean": float(fast.mean()),
+        "variance": float(fast.var()),
+    }
+    count = fast.numel()
+    normal = (
+        abs(found["mean"]) < 5 / count**0.5 and abs(found["variance"] - 1) < 5 * (2 / count) ** 0.5
+    )
+    return {
+        "passed": normal and found["largest error"] < 6e-4 and found["above 1e-5"] < 1e-3,
+        **found,
+    }
 
 
 def _far_norm(large: bool, device: Cuda) -> Json:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import ROOT, offline_kernels
 from benchmarks.measure import Json
 from benchmarks.offline.fake_driver import programs_a_processor
-from benchmarks.offline_kernels import RESULT, as_text, goals, recorded
+from benchmarks.offline_kernels import RESULT, as_text, goals, joined, recorded
 
 
 @pytest.mark.offline
@@ -74,6 +74,22 @@ def test_goals_are_judged(reached: bool) -> None:
     ]
     found = goals({"launches": rows, "tables": tables})
     assert [goal["reached"] for goal in found] == [reached] * 4
+
+
+def test_operators_recorded_alone_take_the_place_of_their_own_rows() -> None:
+    def rows(*named: str) -> list[Json]:
+        return [
+            {**row(name, "forward", 1, 1.0, 0), "target": t} for t, name in map(str.split, named)
+        ]
+
+    known = {"launches": rows("sm_90 a", "sm_90 b", "sm_80 a"), "host": rows("- a"), "tables": [1]}
+    found = {"launches": rows("sm_90 b2", "sm_90 b", "sm_80 b"), "host": rows("- b")}
+    together = joined(known, found, "b")
+    assert [(one["target"], one["operator"]) for one in together["launches"]] == [
+        ("sm_90", "a"), ("sm_90", "b2"), ("sm_90", "b"), ("sm_80", "a"), ("sm_80", "b"),
+    ]  # fmt: skip
+    assert [one["operator"] for one in together["host"]] == ["a", "b"]
+    assert together["tables"] == [1]
 
 
 def test_the_file_has_a_line_for_each_row_and_says_what_it_compares_with() -> None:
