@@ -78,8 +78,7 @@ class OpenStep:
         self._results: list[MicroBatchResult] = []
         self._buffers, self._between = ChangingBuffers.two(execution.module)
         """The buffers before the step, and after the micro-batches that have run: one of a loop by hand may fail."""
-        entries = {n: mask.values for n, mask in method.masks.items() if mask.separate}
-        self._loop = OwnLoop(execution.parameters, entries)
+        self._loop = OwnLoop(execution.parameters, method.masks)
         self._opened: Step | None = None
         self._shares: ReplicaShares | None = None
         """What this replica has of the open step; None where it trains alone."""

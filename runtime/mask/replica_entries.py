@@ -63,7 +63,7 @@ class ReplicaEntries:
         self._own = []
         for mask in self._masks.values():
             own = bool(around) and replicas is not None and id(mask.parameter) not in averaged
-            mask.averages_first = replicas is not None and not own
+            mask.averages_first, mask.averages_last = replicas is not None and not own, own
             if own and isinstance(mask, SelectedEntries):
                 self._own.append(mask)
         if replicas is not None and self._own and not self._begun:

@@ -103,7 +103,7 @@ class SelectedEntries(UpdateMask):
     ) -> None:
         """Say, before the passes of a step, whether a choice depends on its gradients, and what it keeps of them."""
         self.keeps_dense, self.arrival = keeps_dense, arrival
-        self.kept, self.freed, self._is_gathered = None, None, False
+        self.kept, self.freed, self._is_gathered, self.is_shown = None, None, False, False
         if arrival is not None and self.parameter.requires_grad:
             self._listen()
 
@@ -154,7 +154,7 @@ class SelectedEntries(UpdateMask):
         """Move the selected entries of `parameter.grad` to `values.grad` and free the rest."""
         self._is_gathered = True
         grad = self.parameter.grad
-        if grad is None or not self.is_chosen:
+        if grad is None or not self.is_chosen or (self.is_shown and self.keeps_dense):
             return
         if self.keeps_dense:  # it holds all that the step has added
             dense = grad.to_dense() if grad.is_sparse else grad
@@ -190,7 +190,7 @@ class SelectedEntries(UpdateMask):
 
     def discard(self) -> None:
         super().discard()
-        self.kept, self._is_gathered = None, False
+        self.kept, self._is_gathered, self.is_shown = None, False, False
 
     def _listen(self) -> None:
         """Have gradients from now on as soon as a backward pass has accumulated them."""

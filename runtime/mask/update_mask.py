@@ -83,6 +83,10 @@ class UpdateMask(ABC):
         """What was measured of the open step's gradient where it is freed although nothing is chosen of it yet."""
         self.averages_first = False
         """Whether gradients are averaged over replicas after the backward pass: until then all of them are kept."""
+        self.is_shown = False
+        """Whether code of the user's own had the gradient of the entries that train, and may have changed it."""
+        self.averages_last = False
+        """Whether the gradients of the entries that train are averaged over replicas, at the update."""
 
     def claim(self) -> None:
         """Say that this mask decides which entries of its parameter train."""

@@ -14,6 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from trainc.runtime.processes.sharded import is_sharded
+from trainc.runtime.soundness.entry_gradient import (
+    HasEntries,
+    hide_entries,
+    is_empty,
+    show_entries,
+)
 from trainc.runtime.soundness.loss_graph import operations_of
 
 _TOLERANCE = 1e-3
@@ -37,10 +43,11 @@ class OwnLoop:
     """The losses that were returned in the open step, their backward passes, and the weights that they are of."""
 
     def __init__(
-        self, parameters: Mapping[str, Parameter], entries: Mapping[str, Parameter]
+        self, parameters: Mapping[str, Parameter], masks: Mapping[str, HasEntries]
     ) -> None:
-        """Watch the parameters of a model, and the trained `entries` of those that are masked."""
-        self._parameters, self._entries = parameters, entries
+        """Watch the parameters of a model, and the entries that train of those that are masked."""
+        self._parameters = parameters
+        self._entries = {name: mask for name, mask in masks.items() if mask.separate}
         self._returned: list[_Returned] = []
         self._versions: dict[str, int] = {}
         self._holding: dict[str, tuple[Parameter, tuple[int, int]]] = {}
@@ -80,7 +87,8 @@ class OwnLoop:
 
     def refuse_gradients(self) -> None:
         """Raise RuntimeError where a trained parameter has a gradient before a step is opened: it would be counted."""
-        for name, parameter in chain(self._parameters.items(), self._entries.items()):
+        values = ((name, one.values) for name, one in self._entries.items())
+        for name, parameter in chain(self._parameters.items(), values):
             if parameter.grad is not None and parameter.requires_grad:
                 raise RuntimeError(
                     f"`{name}` has a gradient before the step begins, so the step would add to it: free it with"
@@ -118,6 +126,7 @@ class OwnLoop:
         if not _accumulates(leaf):
             return
         self._check_holding()
+        self._hide(ends=False)
         entry.begun += 1
         entry.factor = None if multiplied else gradient.detach()
         engine: Any = torch.autograd.Variable._execution_engine
@@ -125,11 +134,19 @@ class OwnLoop:
 
     def _end(self, entry: _Returned) -> None:
         entry.ended += 1
+        for one in self._entries.values():
+            show_entries(one)
         self._holding = {
             name: (parameter, _version(gradient))
             for name, parameter in self._parameters.items()
             if (gradient := parameter.grad) is not None
         }
+
+    def _hide(self, *, ends: bool) -> None:
+        """Leave parameters of which entries train without the gradients that the user's code was shown."""
+        for name, one in self._entries.items():
+            if hide_entries(one, ends=ends):
+                self._holding.pop(name, None)
 
     def _versions_now(self) -> dict[str, int]:
         """Return for each trained parameter a number that grows with every change in place; none of a sharded model."""
@@ -156,6 +173,7 @@ class OwnLoop:
         self._by_hand = bool(held) and all(
             p.grad is not None and _version(p.grad) != before for p, before in held
         )
+        self._hide(ends=True)
         number = len(self._returned)
         for i, one in enumerate(self._returned):
             which = "the loss" if number == 1 else f"loss {i + 1} of {number}"
@@ -211,7 +229,7 @@ class OwnLoop:
             if _version(parameter.grad) != version:
                 if is_sharded(parameter.grad):
                     self._rewritten = name
-                else:
+                elif not is_empty(parameter.grad):
                     changed.append((name, parameter.grad))
         if changed and not any(_has_value(gradient) for _, gradient in changed):
             raise _freed(f"`{changed[0][0]}` has a gradient of zeros")

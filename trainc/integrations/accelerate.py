@@ -89,7 +89,11 @@ class _BySpec:
             )
         own.clip(float(max_norm), "clip_grad_norm_")
         self.unscale_gradients()  # type: ignore[attr-defined]
-        return torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+        grads = [p.grad for p in given if p.grad is not None]
+        # Entries that a mask trains are averaged over processes at the update.
+        return torch.nn.utils.get_total_norm(
+            [g for g in grads if not getattr(g, "is_local", False)]
+        )
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         own, given = self._by_spec(parameters)
