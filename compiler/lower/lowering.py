@@ -174,7 +174,7 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
 
     def compile_modules(self) -> None:
         """Let torch compile the modules of the model, for the passes that `step` and `loss` of a program run."""
-        self._method.compiled = True
+        self._method.compiled = self._method.rewrite.compiled = True
 
     def replay_passes(self) -> None:
         """Let passes of step graphs be recorded and replayed as CUDA graphs, in what `step` of a program runs."""

@@ -107,6 +107,8 @@ class Rewrite:
 
     checkpointed: list[str] = field(default_factory=list)
     """Modules whose activations are not kept, but computed again in the backward pass."""
+    compiled: bool = False
+    """Whether a compiler gets the passes, which cannot look into operators of ours."""
 
     @property
     def modules_only(self) -> str | None:

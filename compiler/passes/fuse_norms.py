@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from trainc.compiler.errors import SiteMissing, SiteUnfit
+from trainc.compiler.errors import SiteMissing, SiteUnfit, listed
 from trainc.compiler.graph.forward_graph import ForwardGraph, arguments, call_site
 from trainc.compiler.method.sites import NormSite, Rewrite
 from trainc.compiler.passes.pass_base import FusingPass
@@ -17,9 +17,16 @@ from trainc.compiler.patterns.norm_calls import NormCall, norm_calls
 from trainc.kernels.norm import layer_norm as _layer_norm  # noqa: F401  (registers the operator)
 from trainc.kernels.norm.rms_norm import default_eps
 
+COMPILED_ON = "cuda"
+"""Where compiled code fuses a norm with what is around it, better than an operator could."""
+
 
 class FuseNorms(FusingPass):
-    """Replaces each selected norm by one operator, whichever operators compute it."""
+    """Replaces each selected norm by one operator, whichever operators compute it.
+
+    Norms that nothing measures are left to the compiler where there is one for CUDA: an operator would keep it from
+    fusing them with what is before and behind.
+    """
 
     name = "fuse_norms"
     purpose = "turn the selected normalization layers into one operator each"
@@ -31,9 +38,19 @@ class FuseNorms(FusingPass):
         if missing:
             raise SiteMissing(self.name, missing)
         fused: dict[fx.Node, fx.Node] = {}
+        measured = {site.module for site in rewrite.norms}
+        left: list[str] = []
         for site in rewrite.fused_norms:
             call = found[site.module]
+            on = call.result.meta["val"].device.type
+            if rewrite.compiled and on == COMPILED_ON and site.module not in measured:
+                left.append(site.module)
+                continue
             fused[call.result] = self.fuse(forward, site, call, fused.get(call.x, call.x))
+        if left:
+            forward.notes.append(
+                f"the compiler fuses {len(left)} norms itself, which nothing measures: {listed(left)}"
+            )
         return list(found)
 
     def fuse(self, forward: ForwardGraph, site: NormSite, call: NormCall, x: fx.Node) -> fx.Node:

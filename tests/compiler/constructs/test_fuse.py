@@ -13,7 +13,8 @@ from examples.models import gpt
 from tests.conformance import in_double, tokens
 from trainc.compiler.constructs.normalize.fuse import Fuse
 from trainc.compiler.execution import capture
-from trainc.compiler.passes import pipeline
+from trainc.compiler.execution.compiled import Compiler
+from trainc.compiler.passes import fuse_norms, pipeline
 from trainc.compiler.passes.fuse_residual_adds import FuseResidualAdds
 
 BASE = "loss cross_entropy optimizer sgd { lr = 0.2 } run { length = 40 steps, seed = 3 } "
@@ -41,6 +42,29 @@ def test_both_executors_compute_what_the_layers_do(norm: str) -> None:
         assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-12)
     found = targets(programs[1])
     assert found.count(f"trainc.{norm}_norm.default") == 3
+
+
+def test_compiled_for_cuda_only_norms_that_are_measured_are_operators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A compiler cannot look into operators; here it is one for a CPU."""
+    monkeypatch.setattr(fuse_norms, "COMPILED_ON", "cpu")
+    monkeypatch.setattr(Compiler, "backend", "eager")
+    compiled = BASE.replace("seed = 3", "seed = 3, compile = inductor")
+    gns = 'noise_scale gns on "blocks.0.ln1" { smooth = 2 steps }'
+    texts = [compiled + "normalize fuse", compiled + "normalize fuse " + gns, BASE]
+    programs = [trainc.compile(text, model(), executor="graph") for text in texts]
+    losses = [program.step(in_double(tokens(0)))["loss"] for program in programs]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-12)
+    assert targets(programs[0]) == []
+    assert targets(programs[1]) == [
+        "trainc.layer_norm.default",
+        "trainc.layer_norm_backward.default",
+    ]
+    notes = [" ".join(program.graph.notes) for program in programs]
+    assert "the compiler fuses 3 norms itself, which nothing measures: `blocks.0.ln1`" in notes[0]
+    assert "the compiler fuses 2 norms itself, which nothing measures: `blocks.0.ln2`" in notes[1]
+    assert "compiler" not in notes[2]
 
 
 def test_the_sum_before_a_norm_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
