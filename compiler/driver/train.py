@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,7 @@ def _compiled(
             partial(distribution.prepare, device=hardware.device),
             distribution.replicas,
         )
-    require_evaluations(spec, data)
+    require_evaluations(spec, data, program.evaluation_readers)
     program.execution.autocast = hardware.autocast
     require_hardware(program, hardware, spec)
     distribution.join(program, data, hardware.device)
@@ -158,10 +158,22 @@ def _training_batches(program: Program, data: Data, hardware: Hardware) -> Itera
             yield hardware.place(read.batch)
 
 
-def require_evaluations(spec: Spec, data: Data) -> None:
-    """Raise SpecError where a rule reads what evaluations measure, and the data has no samples for them."""
+def require_evaluations(spec: Spec, data: Data, measured_by: Sequence[str] = ()) -> None:
+    """Raise SpecError where a rule or a clause reads evaluations, and the data has no samples for them.
+
+    `measured_by` are the labels of the clauses.
+    """
     if data.evaluation is not None and count_samples(data.evaluation) != 0:
         return
+    for clause in spec.clauses:
+        if clause.name in measured_by:
+            message = (
+                f"`{clause.title}` measures evaluations, and the data has no samples to evaluate on"
+            )
+            help_ = "give training and held-out samples (`trainc explain data` says how), or remove the clause"
+            raise SpecError(
+                [Diagnostic("data-failed", message, labels((clause.span, "")), (), help_)]
+            )
     for rule in spec.rules:
         for part, value in rule.expressions():
             if any(isinstance(x, Name) and x.id.startswith(EVALUATED) for x in walk(value)):

@@ -67,7 +67,8 @@ def build_data(spec: Spec) -> Data:
     if too_small := small_data(spec, count_samples(data.train)):
         raise SpecError(too_small)
     run = spec.one("run")
-    if data.evaluation is None and getattr(run and run.construct, "eval", None) is not None:
+    nothing = data.evaluation is None or count_samples(data.evaluation) == 0
+    if nothing and getattr(run and run.construct, "eval", None) is not None:
         assert run is not None
         message = "`eval` says when the model is evaluated, and the data has no held-out samples"
         help_ = (

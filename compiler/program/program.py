@@ -244,9 +244,9 @@ class Program(LoadableProgram, OwnLoopProgram):
         return found
 
     @property
-    def measures_evaluations(self) -> bool:
-        """Whether a clause reads the batches of evaluations."""
-        return bool(self._observers)
+    def evaluation_readers(self) -> tuple[str, ...]:
+        """The clauses that read the batches of evaluations."""
+        return self._observers.names
 
     def read_evaluation(self, logits: Tensor, targets: Tensor) -> None:
         """Let clauses read a batch that your own code evaluates: logits and targets as `backward` takes them.

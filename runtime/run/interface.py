@@ -207,8 +207,8 @@ class MeasuresEvaluations(Protocol):
     """A program that measures more of an evaluation than means over its batches."""
 
     @property
-    def measures_evaluations(self) -> bool:
-        """Return whether it does: then each process of a run must see all batches."""
+    def evaluation_readers(self) -> tuple[str, ...]:
+        """Return the names of what does: with any, each process of a run must see all batches."""
 
     def evaluation_metrics(self) -> Mapping[str, float]:
         """Return what was measured of the batches evaluated since the last step."""

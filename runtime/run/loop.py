@@ -294,7 +294,7 @@ class TrainingLoop(SavedRun):
         return (
             drawn
             or self.team.apart
-            or (isinstance(program, MeasuresEvaluations) and program.measures_evaluations)
+            or (isinstance(program, MeasuresEvaluations) and bool(program.evaluation_readers))
         )
 
     def evaluate(self) -> None:

@@ -171,6 +171,11 @@ class EvaluationObservers:
     def __init__(self, observers: Sequence[Observer], clock: Clock) -> None:
         self._observers, self._clock, self._at = observers, clock, -1
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels of their clauses."""
+        return tuple(observer.name for observer in self._observers)
+
     def __bool__(self) -> bool:
         return bool(self._observers)
 

@@ -61,7 +61,7 @@ def compile_for(
         checked = with_clip(checked, clip, say)
     with searching(path):
         program = compile(checked, model)
-    if program.measures_evaluations and "evaluation" not in carries:
+    if program.evaluation_readers and "evaluation" not in carries:
         say(
             "a clause reads evaluations, and your own code evaluates: call `program.read_evaluation(logits, targets)`"
             " for each batch, and `program.evaluation_metrics()` at the end, where `program` is `.program` of the"

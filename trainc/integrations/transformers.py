@@ -105,7 +105,7 @@ class _BySpec(Trainer):  # type: ignore[misc]  # transformers has no types here
         own = super().compute_loss
         if not (model.training and torch.is_grad_enabled()):
             targets = _targets(self, inputs)
-            if targets is None or model.training or not program.measures_evaluations:
+            if targets is None or model.training or not program.evaluation_readers:
                 return own(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
             loss, outputs = own(model, inputs, True, num_items_in_batch=num_items_in_batch)
             logits = _logits(outputs)

@@ -60,6 +60,10 @@ def alone() -> Any:
     return people.Pairs()
 
 
+def none_held_out() -> Any:
+    return people.Pairs(), people.Pairs(0, 0)
+
+
 def wrong() -> Any:
     return {"train": people.INPUTS, "val": people.Dicts("x", "y")}
 
@@ -148,6 +152,16 @@ def test_eval_without_held_out_samples(tmp_path: Path) -> None:
     text = said(spec("alone"), tmp_path)
     assert "the data has no held-out samples" in text
     assert run(tmp_path / "run", spec("alone", run="length = 1 epochs")).eval_loss is None
+
+
+def test_clauses_that_measure_evaluations_need_samples_for_them(tmp_path: Path) -> None:
+    for name in ("alone", "none_held_out"):
+        text = said(spec(name, run="length = 1 epochs") + "observe calibration", tmp_path)
+        assert "`observe calibration` measures evaluations, and the data has no samples to" in text
+        assert "or remove the clause" in text
+    assert "the data has no held-out samples" in said(spec("none_held_out"), tmp_path)
+    steps = spec("alone", run="length = 1 epochs") + "observe calibration { of = training }"
+    assert run(tmp_path / "run", steps).steps > 0
 
 
 def test_a_collate_that_is_none(tmp_path: Path) -> None:

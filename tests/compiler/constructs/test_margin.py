@@ -179,7 +179,7 @@ def test_targets_that_are_no_class_are_named_in_evaluations_and_in_a_loop_of_one
 def test_evaluations_of_ones_own_code_are_read_as_those_of_the_program(loss: str) -> None:
     spec = "optimizer sgd { lr = 0.1 } observe margin observe calibration { temperature = true }"
     model, program = net(), trainc.compile(BASE, net())
-    assert program.measures_evaluations
+    assert program.evaluation_readers
     program = trainc.compile(f"{loss} {spec}", model)
     other = trainc.compile(f"loss cross_entropy {spec}", net())
     for _ in range(2):  # each evaluation begins anew
