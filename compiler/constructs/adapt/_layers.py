@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
+from copy import copy
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from trainc.dsl.reading.construct import Problem, RuleExplanation
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Generator, Tensor
 
     from trainc.compiler.bind.bound_clause import Targets
     from trainc.compiler.model.inventory import Inventory, ModuleEntry
@@ -132,7 +135,7 @@ def refuse_options(name: str, layer: Any) -> None:
 def refuse_own_forward(layer: Any) -> None:
     """Raise ValueError for a layer whose class computes something else than torch's of its kind."""
     kind = _changed_kind(layer)
-    if kind is not None and output_scale(layer) is None:
+    if kind is not None and output_scale(layer) is None and not _computes_the_product(layer):
         raise ValueError(
             f"the `forward` of {_own(layer).__name__} is not that of nn.{kind}, and would change the update, too. Keep"
             " the adapter, and write it by `program.save_adapters`"
@@ -167,6 +170,100 @@ def _changed_kind(layer: Any) -> str | None:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     kind = next((k for k in kinds if isinstance(layer, k)), None)
     return None if kind is None or own.forward is kind.forward else kind.__name__
+
+
+def _computes_the_product(layer: Any) -> bool:
+    """Say whether the `forward` of a linear layer or convolution gives what torch's gives of its weight and bias.
+
+    It is tried on random inputs, with random numbers as weights and as all else that the layer holds, in both modes. In
+    float64, where that runs, inputs are small and large too, which tells from limits and functions that are linear
+    around zero. The layer and the random streams stay as they are.
+    """
+    import torch
+    from torch import nn
+
+    from trainc.compiler.model.undisturbed import random_states
+
+    if isinstance(layer, nn.Embedding):
+        return False
+    restore = random_states(layer)
+    try:
+        own = _trials(layer, layer.weight.dtype, (1.0,))
+        wide = _trials(layer, torch.float64, (1e-4, 1.0, 1e4)) if all(own) else []
+    finally:
+        restore()
+    return any(own) and all(own) and all(wide)
+
+
+def _trials(layer: Any, dtype: torch.dtype, scales: tuple[float, ...]) -> list[bool]:
+    """Return whether each input that the `forward` of a layer takes in this dtype gives the product with the weight."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    found = []
+    with torch.no_grad():
+        for shape in _input_shapes(layer):
+            for scale, training in product(scales, (True, False)):
+                try:
+                    twin = _random_twin(layer, dtype, draw)
+                    twin.training = training
+                    if twin.bias is not None:
+                        twin.bias.mul_(scale)  # hides no small output
+                    x = torch.randn(shape, generator=draw).to(layer.weight.device, dtype) * scale
+                    expected = apply_weight(layer, x, twin.weight, twin.bias)
+                    given = _own(layer).forward(twin, x.clone())  # type: ignore[attr-defined]
+                except Exception as error:
+                    if "memory" in str(error):
+                        raise
+                    continue  # not an input that it takes
+                found.append(_is_close(given, expected))
+    return found
+
+
+def _input_shapes(layer: Any) -> list[tuple[int, ...]]:
+    """Return shapes of inputs of a linear layer or a convolution."""
+    if not is_convolution(layer):
+        return [(*rows, layer.weight.shape[1]) for rows in ((5,), (2, 3), (2, 2, 3))]
+    kernels = zip(layer.kernel_size, layer.dilation, strict=True)
+    return [(2, layer.in_channels, *(apart * (size - 1) + 3 for size, apart in kernels))]
+
+
+def _random_twin(layer: Any, dtype: torch.dtype, draw: Generator) -> Any:
+    """Return a layer of the same class and settings, with random tensors, no modules inside and no hooks."""
+    import torch
+    from torch import Tensor
+
+    def drawn(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=draw).to(value.device, dtype)
+        return torch.randint(2, value.shape, generator=draw).to(value.device, value.dtype)
+
+    own: Any = _own(layer)
+    twin = own.__new__(own)
+    for name, value in vars(layer).items():
+        changes = isinstance(value, (MutableSequence, MutableMapping, MutableSet))
+        vars(twin)[name] = copy(value) if changes else drawn(value)
+    for held in ("_parameters", "_buffers"):
+        vars(twin)[held] = {name: drawn(value) for name, value in vars(layer)[held].items()}
+    vars(twin)["_modules"] = {}  # adapters; a `forward` that calls another module raises
+    vars(twin).pop("trainc", None)
+    return twin
+
+
+def _is_close(given: Any, expected: Tensor) -> bool:
+    """Say whether a result is another one up to the rounding of its dtype, or of float32 where that is coarser."""
+    import torch
+
+    if not isinstance(given, torch.Tensor) or given.shape != expected.shape:
+        return False
+    if given.dtype != expected.dtype:
+        return False
+    limit = max(4 * torch.finfo(expected.dtype).eps, 1e-5)
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    given, expected = given.to(wide), expected.to(wide)
+    return bool((given - expected).norm() <= limit * expected.norm())
 
 
 def is_convolution(layer: Any) -> bool:

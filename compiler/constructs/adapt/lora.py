@@ -39,7 +39,8 @@ class Lora(LowRank):
     PACE's LoRAadd is `rank = 10, alpha = 10, init = xavier, bias = update`.
 
     Initial values depend on the run's seed and the parameter's name alone. A model that has the adapters already
-    keeps their values. `program.merge()` adds `scale * B A` to W and removes the adapters.
+    keeps their values. `program.merge()` adds `scale * B A` to W and removes the adapters;
+    a subclass whose `forward` gives something else than its base's on random numbers keeps them, with an error.
     `program.save_adapters(folder)` writes the folder that peft's `PeftModel.from_pretrained` reads, and
     `program.load_adapters(folder)` reads one of peft. A layer whose weight its parent uses directly, such as the
     projections of nn.MultiheadAttention, cannot have an adapter.

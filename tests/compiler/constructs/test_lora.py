@@ -334,21 +334,6 @@ def test_a_hook_of_the_user_gets_the_output_with_the_update(late: bool) -> None:
     assert calls
 
 
-class Tripled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 3 * super().forward(x)
-
-
-def test_a_layer_with_a_forward_of_its_own_is_not_merged() -> None:
-    module = nn.Sequential(nn.Embedding(24, 6), Tripled(6, 6), nn.Linear(6, 24)).double()
-    program = trained("adapt lora on type(Linear) { rank = 2, alpha = 4 }", module)
-    before = logits(module).detach()
-    with pytest.raises(ValueError, match=r"`1\.lora` cannot be merged: the `forward` of Tripled"):
-        program.merge()
-    assert torch.equal(logits(module), before)
-    program.step(BATCH)
-
-
 def test_a_layer_of_whole_numbers_has_no_adapter() -> None:
     module = nn.Sequential(nn.Embedding(24, 6), nn.Linear(6, 24))
     module[1].weight = nn.Parameter(torch.ones(24, 6, dtype=torch.int8), requires_grad=False)
