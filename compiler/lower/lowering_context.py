@@ -71,7 +71,12 @@ class LoweringContext:
         It is of the `clause` of this name, which rules may open and close. Raises ValueError where it would never fire,
         because `stop` is not after `start` in the same unit.
         """
-        gate = Gate.resolve(self.units, self.length, start, stop, every)
+        try:
+            gate = Gate.resolve(self.units, self.length, start, stop, every)
+        except ValueError as error:
+            if not (start and every) or start.unit in ("run", every.unit):
+                raise
+            raise ValueError(f"{error}: write `every` in {start.unit}, as `from` is") from error
         first, last = gate.start, gate.stop
         if first and last and first.unit == last.unit and first.amount >= last.amount:
             raise ValueError(

@@ -35,7 +35,7 @@ def construct_page(cls: type[Construct], level: int = 1) -> str:
         _docstring(cls),
         f"```train\n{cls.usage.strip()}\n```",
     ]
-    parts.append(_acts_on(cls))
+    parts += [_acts_on(cls), _interval(cls)]
     if rows := list(_fields(cls)):
         parts.append(
             "\n".join(["| field | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
@@ -94,6 +94,10 @@ def _acts_on(cls: type[Construct]) -> str:
         return ""
     default = f"; without `on`: `on {cls.default_on}`" if cls.default_on else ""
     return f"Acts on {cls.targets}{default}."
+
+
+def _interval(cls: type[Construct]) -> str:
+    return f"Acts every {cls.default_every}; `every` changes that." if cls.default_every else ""
 
 
 def _fields(cls: type[Construct]) -> Iterable[str]:

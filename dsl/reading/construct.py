@@ -132,6 +132,8 @@ class Construct(BaseModel):
     """Whether `on` selects modules or parameters."""
     default_on: ClassVar[str | None] = None
     """The selector where a spec leaves `on` out."""
+    default_every: ClassVar[str | None] = None
+    """How often a clause acts where a spec leaves `every` out, such as `100 steps`; None: whenever it can."""
     identity: ClassVar[Mapping[str, str]] = {}
     """Field values that make the clause do nothing. The compiler drops such a clause and says so."""
     signals: ClassVar[Mapping[str, Signal | str]] = {}

@@ -109,9 +109,18 @@ def _times(clause: Clause, run: RunTime) -> Iterator[Diagnostic]:
     if every is not None and (start is not None or clause.start is None):
         rest = min(1.0, 1.0 if stop is None else stop) - (start or 0.0)
         if every > rest:
-            message = f"`{title}` acts only once: `every {clause.every}` is longer than what is left of the run"
-            help = "write a shorter `every`, or remove the clause"
-            yield _never(message, clause.part_span("every"), run, help)
+            yield _once(clause, run)
+
+
+def _once(clause: Clause, run: RunTime) -> Diagnostic:
+    """Return the error, a warning where the construct's own interval is too long for the run: nobody asked for it."""
+    title, longer = clause.construct.title, "is longer than what is left of the run"
+    span = clause.part_span("every")
+    if clause.paced_by_default:
+        message = f"`{title}` acts only once: `every {clause.every}`, which it has without one of its own, {longer}"
+        return _never(message, span, run, "write a shorter `every`", "warning")
+    message = f"`{title}` acts only once: `every {clause.every}` {longer}"
+    return _never(message, span, run, "write a shorter `every`, or remove the clause")
 
 
 def _not_before(start: v.Duration | None, stop: v.Duration | None, run: RunTime) -> bool:

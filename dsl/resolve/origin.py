@@ -31,7 +31,12 @@ class Origin(Record):
     parts: Mapping[str, Span] = {}
 
     def part_span(self, part: str) -> Span:
-        """Return where `on`, `every` ... or a field was written; the whole clause where it was not."""
+        """Return where `on`, `every` ... or a field was written; the whole clause where it was not.
+
+        An `every` that was not written is the construct's own, and its place is the head.
+        """
         provenance = self.fields.get(part)
         found = provenance.span if provenance else self.parts.get(part)
+        if found is None and part == "every":
+            found = self.parts.get("head")
         return found or self.span

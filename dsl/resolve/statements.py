@@ -36,7 +36,10 @@ class ComparedByJson(Record):
 
 
 class Clause(ComparedByJson):
-    """One construct, what it acts on and when; text for a part is parsed as in a spec."""
+    """One construct, what it acts on and when; text for a part is parsed as in a spec.
+
+    Where `every` is left out it is the construct's `default_every`, for all who read the clause.
+    """
 
     construct: Construct
     on: Selector | None = None
@@ -48,6 +51,8 @@ class Clause(ComparedByJson):
     origin: Origin | None = uncompared(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.every is None:
+            self._set("every", self.construct.default_every)
         for name, kind in (
             ("on", SELECTOR),
             ("start", DURATION),
@@ -86,6 +91,13 @@ class Clause(ComparedByJson):
     def part_span(self, part: str) -> Span | None:
         """Return where `on`, `every` ... or a field was written; the whole clause where it was not."""
         return None if self.origin is None else self.origin.part_span(part)
+
+    @property
+    def paced_by_default(self) -> bool:
+        """Say whether `every` is the construct's own interval, and was not written."""
+        own = self.construct.default_every
+        written = self.origin is not None and "every" in self.origin.parts
+        return own is not None and not written and self.every == DURATION.accept(own)
 
     def provenance(self, name: str) -> Provenance:
         """Return where a field's value comes from."""

@@ -197,7 +197,7 @@ AVERAGED = SGD + EVERY_3
 OWN_BUFFERS = AVERAGED + " { buffers = local }"
 HEAD_ONLY = SGD + 'distribute local on "4.**" every 3 steps'
 LATE = SGD + "distribute local from 2 steps until 6 steps every 2 steps"
-WITH_OTHERS = " perturb sam { rho = 0.05 } lr trust_ratio on ndim(2) observe norm_growth on ndim(2)"
+WITH_OTHERS = " perturb sam { rho = 0.05 } lr trust_ratio on ndim(2) observe norm_growth on ndim(2) every 1 steps"
 EVERY_STEP = "loss mse optimizer sgd { lr = 0.1 } distribute local { buffers = local }"
 CASES: dict[str, Callable[[int, int], Any]] = {
     "averaged": trains(AVERAGED),

@@ -42,7 +42,7 @@ STATE_TOO = (
 )
 NOISE = " regularize pace on type(Linear) { sigma = 0.5, weight = 1 }"
 CLASSES = "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 9 steps } " + EVERY_3
-OTHERS = " perturb sam { rho = 0.05 } lr trust_ratio on ndim(2) observe norm_growth on ndim(2)"
+OTHERS = " perturb sam { rho = 0.05 } lr trust_ratio on ndim(2) observe norm_growth on ndim(2) every 1 steps"
 
 
 def net(seed: int = 0) -> nn.Sequential:

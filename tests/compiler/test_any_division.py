@@ -119,15 +119,15 @@ OF_CLASSES = [
     SGD + GNS + DISTILL + "spread",
     SGD + "observe calibration { of = training, bins = 3, temperature = true }",
     SGD + "observe margin { of = training }",
-    SGD + "observe saturation { c = 20, layers = type(LayerNorm) }",
-    SGD + "observe homogeneity { layers = type(LayerNorm) }",
+    SGD + "observe saturation every 1 steps { c = 20, layers = type(LayerNorm) }",
+    SGD + "observe homogeneity every 1 steps { layers = type(LayerNorm) }",
 ]
 OF_TOKENS = [
     SGD + PACE,
     SGD + with_(PACE, "}", ", distance = kl }"),
     SGD + with_(PACE, "}", ", share = none }"),
     SGD + with_(PACE, "}", ", mode = lazy(2) }"),
-    SGD + f"observe consistency on {MLP} {{ sigma = 0.1 }}",
+    SGD + f"observe consistency on {MLP} every 1 steps {{ sigma = 0.1 }}",
     SGD + GNS + PACE,
     SGD + with_(GNS, "}", ", example = document, separator = 0 }"),
     SGD + 'perturb adversarial { norm = l2, radius = 0.1, at = "**.token" }',
@@ -152,7 +152,7 @@ OF_TOKENS = [
 OF_NUMBERS = [
     SGD + "perturb targets { noise = normal(0.3), weight = 0.5 }",
     SGD
-    + 'observe frequency { probe = "tests.compiler.test_any_division:probe", method = projection }',
+    + 'observe frequency every 1 steps { probe = "tests.compiler.test_any_division:probe", method = projection }',
 ]
 LOSSES = {
     "tokens": "loss cross_entropy",

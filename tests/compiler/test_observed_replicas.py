@@ -15,13 +15,15 @@ from trainc.compiler.errors import SiteError
 
 HERE = "tests.compiler.test_observed_replicas"
 SGD = "optimizer sgd { lr = 0.1, momentum = 0.9 } run { length = 20 steps } "
-FREQUENCY = f'loss mse {SGD} observe frequency {{ probe = "{HERE}:probe", threshold = 0.9 }}'
+FREQUENCY = (
+    f'loss mse {SGD} observe frequency every 1 steps {{ probe = "{HERE}:probe", threshold = 0.9 }}'
+)
 LOW_RANK = " adapt lora on type(Linear) { rank = 2, alpha = 4 }"
-OF_WEIGHTS = ("observe norm_growth", "observe distance")
+OF_WEIGHTS = ("observe norm_growth every 1 steps", "observe distance every 1 steps")
 LATE = {
-    "observe saturation": "loss mse",
-    "observe homogeneity": "loss mse",
-    f'observe frequency {{ probe = "{HERE}:probe" }}': "loss mse",
+    "observe saturation every 1 steps": "loss mse",
+    "observe homogeneity every 1 steps": "loss mse",
+    f'observe frequency every 1 steps {{ probe = "{HERE}:probe" }}': "loss mse",
     'observe margin { of = training, layer = "3" }': "loss cross_entropy",
 }
 """Observers that need whole weights, and the losses beside them."""

@@ -16,14 +16,14 @@ from trainc.compiler.catalog import catalog
 
 REST = "loss cross_entropy optimizer sgd { lr = 0.1 } run { length = 40 steps } "
 CLAUSES = {
-    "norm_growth": "",
-    "distance": "",
-    "saturation": '{ c = 10, layers = "one" }',
-    "homogeneity": '{ layers = "one" }',
+    "norm_growth": "every 1 steps",
+    "distance": "every 1 steps",
+    "saturation": 'every 1 steps { c = 10, layers = "one" }',
+    "homogeneity": 'every 1 steps { layers = "one" }',
     "calibration": "{ of = training, temperature = true }",
     "margin": '{ of = training, layer = "two" }',
-    "consistency": 'on "one" { sigma = 0.1 }',
-    "frequency": '{ probe = "tests.compiler.test_observers:batch", method = projection }',
+    "consistency": 'on "one" every 1 steps { sigma = 0.1 }',
+    "frequency": 'every 1 steps { probe = "tests.compiler.test_observers:batch", method = projection }',
 }
 
 

@@ -24,7 +24,7 @@ ADAM = "loss cross_entropy optimizer adamw { lr = 1e-2, weight_decay = 0.1 } "
 SPECS = {
     "measured": ADAM
     + "noise_scale gns on type(LayerNorm) { smooth = 3 steps }"
-    + " observe norm_growth on ndim(2) observe distance on ndim(2)"
+    + " observe norm_growth on ndim(2) every 1 steps observe distance on ndim(2) every 1 steps"
     + " regularize l2_sp on ndim(2) { weight = 0.1 } when gns.noise > 0 cooldown 2 steps { batch = 2 * batch }"
     + REST,
     "average": ADAM + "regularize ema { decay = 0.9 }" + REST,

@@ -391,7 +391,7 @@ def test_the_capture_of_a_graph_draws_no_random_numbers() -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("more", ["", "observe norm_growth on all", "lr trust_ratio"])
+@pytest.mark.parametrize("more", ["", "observe norm_growth on all every 1 steps", "lr trust_ratio"])
 def test_to_compile_a_model_with_computed_weights_changes_none_of_its_buffers(more: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(spectral_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3))

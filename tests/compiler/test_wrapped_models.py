@@ -25,7 +25,7 @@ loss cross_entropy
 optimizer sgd { lr = 0.3 }
 run { length = 20 steps, seed = 1 }
 noise_scale gns on "*.norm" { smooth = 1 steps }
-observe norm_growth on "body.**"
+observe norm_growth on "body.**" every 1 steps
 when loss < 3.2 cooldown 2 steps { batch = 2 * batch }
 """
 STEPS = 4

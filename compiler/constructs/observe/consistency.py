@@ -56,6 +56,7 @@ class Consistency(Construct):
         'observe consistency on "blocks.*.mlp.**" & type(Linear) every 100 steps '
         "{ sigma = 1.2 * (1 - depth) }"
     )
+    default_every: ClassVar = "100 steps"
     targets: ClassVar = "modules"
     signals: ClassVar = {
         "expected": Signal(

@@ -73,6 +73,7 @@ class Frequency(Construct):
     usage: ClassVar = (
         'observe frequency every 50 steps { probe = "examples.data:curve_points", threshold = 0.1 }'
     )
+    default_every: ClassVar = "50 steps"
     signals: ClassVar = {
         "learned": Signal("fraction of frequencies that were below `threshold`", title="learned"),
         "order": Signal(

@@ -92,7 +92,9 @@ def test_the_copy_is_counted() -> None:
     size = sum(p.numel() * p.element_size() for p in net().parameters())
     held = [action.memory() for action in machine(net()).actions if isinstance(action, Copies)]
     assert held == [size]
-    plan = trainc.plan("loss mse optimizer sgd { lr = 0.1 } observe distance as far", net())
+    plan = trainc.plan(
+        "loss mse optimizer sgd { lr = 0.1 } observe distance as far every 1 steps", net()
+    )
     assert {row["what"]: row["bytes"] for row in plan.memory}["far.start"] == size
 
 
@@ -120,7 +122,7 @@ def test_a_rule_acts_on_the_distance(tmp_path: Path) -> None:
         'model "examples.models:teacher_student"\n'
         'data "examples.data:teacher" { batch = 4 samples, samples = 64 }\n'
         "loss mse\nrun { length = 30 steps, seed = 3 }\noptimizer sgd { lr = 0.1 }\n"
-        'observe distance\nwhen distance > 0.1 { warn "far", stop }\n'
+        'observe distance every 1 steps\nwhen distance > 0.1 { warn "far", stop }\n'
     )
     train(spec, tmp_path / "run", quiet=True)
     assert '"far"' in (tmp_path / "run" / "events.jsonl").read_text()
@@ -145,7 +147,9 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the distance after three training steps, by the program and by definition."""
     model = net().double()
     start = [p.detach().clone() for p in model.parameters()]
-    program = trainc.compile("loss mse optimizer sgd { lr = 0.1 } observe distance on all", model)
+    program = trainc.compile(
+        "loss mse optimizer sgd { lr = 0.1 } observe distance on all every 1 steps", model
+    )
     batch = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     for _ in range(3):
         program.step(batch)

@@ -155,7 +155,9 @@ def test_spearman_counts_ties_with_their_mean_rank() -> None:
 
 
 def test_first_times_are_kept_and_the_order_follows() -> None:
-    program = trainc.compile(BASE + f"observe frequency {{ {PROBE}, threshold = 0.6 }}", net())
+    program = trainc.compile(
+        BASE + f"observe frequency every 1 steps {{ {PROBE}, threshold = 0.6 }}", net()
+    )
     made = construct()
     found: dict[str, int] = {}
     for step in range(1, 121):
@@ -183,7 +185,7 @@ def test_it_changes_no_weight_no_statistic_and_no_random_number() -> None:
         assert program.module.training
         return {**program.module.state_dict(), "random": torch.get_rng_state()}
 
-    plain, observed = trained(""), trained(f"observe frequency {{ {PROBE} }}")
+    plain, observed = trained(""), trained(f"observe frequency every 1 steps {{ {PROBE} }}")
     assert all(torch.equal(value, observed[name]) for name, value in plain.items())
 
 
@@ -193,7 +195,9 @@ def drawn() -> tuple[Tensor, Tensor]:
 
 
 def test_a_probe_that_draws_is_the_same_again_and_moves_no_stream() -> None:
-    spec = BASE + f'observe frequency {{ probe = "{HERE}:drawn", method = projection }}'
+    spec = (
+        BASE + f'observe frequency every 1 steps {{ probe = "{HERE}:drawn", method = projection }}'
+    )
     found = []
     for seed in (1, 2):
         model = net()
@@ -242,7 +246,7 @@ def test_what_is_no_probe_is_an_error_at_its_field(
     fields: str, model: Callable[[], nn.Module], said: str, at: str
 ) -> None:
     with pytest.raises(trainc.SpecError, match=said) as failed:
-        trainc.plan(BASE + f"observe frequency {{ {fields} }}", model())
+        trainc.plan(BASE + f"observe frequency every 1 steps {{ {fields} }}", model())
     (found,) = failed.value.diagnostics
     assert found.labels[0].span.text == dict(part.split(" = ") for part in fields.split(", "))[at]
 
@@ -251,18 +255,20 @@ def test_what_is_no_probe_is_an_error_at_its_field(
     "fields", ["method = filter", "width = 1", "method = filter, width = 1, highest = 3"]
 )
 def test_fields_of_another_method_are_refused(fields: str) -> None:
-    assert trainc.check(BASE + f"observe frequency {{ {PROBE}, {fields} }}").spec is None
+    assert (
+        trainc.check(BASE + f"observe frequency every 1 steps {{ {PROBE}, {fields} }}").spec is None
+    )
 
 
 def test_outputs_of_another_shape_are_an_error_of_the_step() -> None:
-    spec = BASE + f'observe frequency {{ probe = "{HERE}:two_outputs" }}'
+    spec = BASE + f'observe frequency every 1 steps {{ probe = "{HERE}:two_outputs" }}'
     program = trainc.compile(spec, net())
     with pytest.raises(ValueError, match="2 targets for each of 64 samples"):
         program.step(curve_points())
 
 
 def test_a_model_of_other_inputs_is_an_error_at_the_probe() -> None:
-    spec = BASE + f"observe frequency {{ {PROBE} }}"
+    spec = BASE + f"observe frequency every 1 steps {{ {PROBE} }}"
     program = trainc.compile(spec, nn.Linear(3, 1))
     with pytest.raises(
         ValueError, match=r"does not take the inputs \[64, 1\] of the probe"
@@ -284,7 +290,7 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("loss_first", [True, False])
 def test_the_output_is_the_one_that_the_loss_reads(loss_first: bool) -> None:
-    clause = f"observe frequency {{ {PROBE} }} "
+    clause = f"observe frequency every 1 steps {{ {PROBE} }} "
     plain = trainc.compile(BASE + clause, net())
     named = BASE.replace("loss mse", "")
     loss = 'loss mse { output = "curve" } '
@@ -332,7 +338,7 @@ def test_a_rule_ends_a_run_without_gradients_when_the_lowest_frequency_is_learne
     spec.write_text(
         'model "examples.models:tanh_net"\ndata "examples.data:curve" { batch = 64 samples }\n'
         'loss mse\noptimizer scipy { method = "Powell" }\nrun { length = 30 steps, device = cpu }\n'
-        f"observe frequency {{ {PROBE} }}\nwhen frequency.low < 0.2 {{ stop }}\n"
+        f"observe frequency every 1 steps {{ {PROBE} }}\nwhen frequency.low < 0.2 {{ stop }}\n"
     )
     summary = train(spec, tmp_path / "run", quiet=True)
     assert summary.reason == "stopped"
@@ -385,7 +391,7 @@ def conformance() -> Setup:
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the errors of a step, by the program and by definition."""
     model = net().double()
-    program = trainc.compile(BASE + f"observe frequency {{ {PROBE} }}", model)
+    program = trainc.compile(BASE + f"observe frequency every 1 steps {{ {PROBE} }}", model)
     x, y = (one.double() for one in curve_points())
     program.step((x, y))
     errors = construct().reference(*curve_points(), model(x).detach())

@@ -69,7 +69,9 @@ DEGREES: dict[str, tuple[Callable[[], nn.Module], float]] = {
 @pytest.mark.parametrize("c", [1.5, 10.0])
 def test_degrees_are_those_of_the_published_table(name: str, c: float) -> None:
     make, degree = DEGREES[name]
-    found = trainc.compile(f"{REST} observe homogeneity {{ c = {c} }}", make()).step(batch())
+    found = trainc.compile(f"{REST} observe homogeneity every 1 steps {{ c = {c} }}", make()).step(
+        batch()
+    )
     assert found["homogeneity.degree"] == pytest.approx(degree, abs=1e-9)
     assert found["homogeneity"] < 1e-12
 
@@ -86,7 +88,9 @@ def outputs(model: nn.Module, c: float) -> tuple[Tensor, Tensor]:
 def test_biases_spoil_it_and_layers_have_degrees_of_their_own() -> None:
     model = mlp(bias=True)
     wanted = Homogeneity().reference(*outputs(model, 2))
-    program = trainc.compile(f'{REST} observe homogeneity {{ layers = "0" | "2" }}', model)
+    program = trainc.compile(
+        f'{REST} observe homogeneity every 1 steps {{ layers = "0" | "2" }}', model
+    )
     found = program.step(batch())
     assert (found["homogeneity.degree"], found["homogeneity"]) == pytest.approx(wanted, rel=1e-9)
     assert found["homogeneity"] > 0.01
@@ -102,7 +106,7 @@ def test_any_division_has_the_error_of_the_whole(degree: float | None) -> None:
     given = "" if degree is None else f", degree = {degree}"
     model, (x, y) = mlp(bias=True), batch()
     wanted = Homogeneity(c=3.0, degree=degree).reference(*outputs(model, 3))
-    clause = f"{REST} observe homogeneity {{ c = 3{given} }}"
+    clause = f"{REST} observe homogeneity every 1 steps {{ c = 3{given} }}"
     for sizes in ((6,), (1, 5), (2, 3, 1)):
         parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
         found = trainc.compile(clause, copy.deepcopy(model)).step(parts)
@@ -119,7 +123,7 @@ def test_an_output_that_turns_round_has_no_degree() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * torch.cos(math.pi * (self.w - 1))
 
-    found = trainc.compile(f"{REST} observe homogeneity", Turns()).step(batch())
+    found = trainc.compile(f"{REST} observe homogeneity every 1 steps", Turns()).step(batch())
     assert "homogeneity.degree" not in found
     assert found["homogeneity"] == pytest.approx(0, abs=1e-12)  # f(x; 2) = -f(x; 1)
     assert Homogeneity().reference(*outputs(Turns(), 2))[0] is None
@@ -129,7 +133,7 @@ def test_outputs_of_zero_are_nothing_to_compare_and_that_is_said() -> None:
     model = mlp(2)
     with torch.no_grad():
         [*model.parameters()][-1].zero_()
-    program = trainc.compile(f"{REST} observe homogeneity", model)
+    program = trainc.compile(f"{REST} observe homogeneity every 1 steps", model)
     assert "homogeneity" not in program.step(batch())
     assert any(
         "homogeneity: nothing to compare, because" in note for note in program.report().notes
@@ -140,7 +144,7 @@ def test_outputs_of_zero_are_nothing_to_compare_and_that_is_said() -> None:
 
 def test_training_is_bit_equal_with_and_without() -> None:
     states = []
-    for clause in ("", 'observe homogeneity { layers = "0" }'):
+    for clause in ("", 'observe homogeneity every 1 steps { layers = "0" }'):
         model = mlp(bias=True)
         program = trainc.compile(f"{REST} {clause}", model)
         for _ in range(3):
@@ -153,7 +157,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return degree and error by the program, in two micro-batches, and by definition."""
     model, (x, y) = mlp(bias=True), batch()
     degree, error = Homogeneity().reference(*outputs(model, 2))
-    program = trainc.compile(f"{REST} observe homogeneity", model)
+    program = trainc.compile(f"{REST} observe homogeneity every 1 steps", model)
     found: dict[str, Any] = program.step([(x[:2], y[:2]), (x[2:], y[2:])])
     names = ("homogeneity", "homogeneity.degree")
     assert degree is not None

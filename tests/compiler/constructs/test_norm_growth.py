@@ -315,7 +315,7 @@ def test_a_checkpoint_of_other_parameters_is_refused() -> None:
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the measures of two training steps, by the program and by definition."""
     model = net().double()
-    spec = "loss mse optimizer sgd { lr = 0.1 } observe norm_growth on all"
+    spec = "loss mse optimizer sgd { lr = 0.1 } observe norm_growth on all every 1 steps"
     program = trainc.compile(spec, model)
     batch = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     program.step(batch)

@@ -44,7 +44,7 @@ def batch(pooled: bool, size: int = 40) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def clause(share: str = "token", on: str = '"one" | "two"', more: str = "") -> str:
+def clause(share: str = "token", on: str = '"one" | "two"', more: str = "every 1 steps") -> str:
     return f"{REST} observe consistency on {on} {more} {{ sigma = {SIGMA} * (2 - depth), share = {share} }}"
 
 
@@ -168,7 +168,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     x = torch.randn(5, 4, dtype=torch.float64)
     y = torch.randn(5, 1, dtype=torch.float64)
     text = "loss mse optimizer sgd { lr = 0.1 } run { length = 9 steps }"
-    text += f' observe consistency on "0" {{ sigma = {SIGMA} }}'
+    text += f' observe consistency on "0" every 1 steps {{ sigma = {SIGMA} }}'
     plain = copy.deepcopy(model)
     found = trainc.compile(text, model, executor="graph").step((x, y))["consistency.expected"]
     each = Consistency(sigma=1).reference(plain, x, {"0": SIGMA})  # type: ignore[arg-type]

@@ -174,7 +174,7 @@ def test_a_plan_on_an_amd_gpu_says_that_no_kernel_of_triton_runs(
     [
         (of("fast"), "expected `token`, `none` or `none_fast`"),
         (
-            f'{REST} observe consistency on "0" {{ sigma = 1, share = none_fast }}',
+            f'{REST} observe consistency on "0" every 1 steps {{ sigma = 1, share = none_fast }}',
             "expected `token` or `none`",
         ),
     ],

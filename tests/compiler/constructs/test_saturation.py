@@ -84,7 +84,7 @@ def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the saturation by the program, in two micro-batches, and by definition, after two steps."""
     model = Net().double()
     program = trainc.compile(
-        f'{REST} observe saturation {{ c = 30, layers = "one" | "two" }}', model
+        f'{REST} observe saturation every 1 steps {{ c = 30, layers = "one" | "two" }}', model
     )
     x, y = batch()
     program.step((x, y))
@@ -128,7 +128,9 @@ def _of_micro_batches(models: list[Net], parts: list[Any]) -> dict[str, Tensor]:
 
 def test_it_is_its_definition_and_by_layer() -> None:
     model = Net().double()
-    program = trainc.compile(f'{REST} observe saturation {{ layers = "one" | "two" }}', model)
+    program = trainc.compile(
+        f'{REST} observe saturation every 1 steps {{ layers = "one" | "two" }}', model
+    )
     state = copy.deepcopy(model)
     state.train()(batch()[0])  # the statistics after the step's own pass
     found = program.step(batch())
@@ -140,7 +142,7 @@ def test_it_is_its_definition_and_by_layer() -> None:
 def test_training_is_bit_equal_with_and_without(executor: Any) -> None:
     """Weights, statistics, modes, random numbers: also where the model draws masks in the next step."""
     states = []
-    for clause in ("", 'observe saturation { layers = "one" }'):
+    for clause in ("", 'observe saturation every 1 steps { layers = "one" }'):
         if executor == "module":
             model: nn.Module = Net().double()
             model.get_submodule("two").eval()  # a mode of its own
@@ -210,7 +212,7 @@ def test_a_pass_that_raises_leaves_the_weights() -> None:
     model = Fails()
     bits = {name: p.detach().clone() for name, p in model.named_parameters()}
     own = dict(model.named_parameters())
-    program = trainc.compile(f"{REST} observe saturation from 0 steps", model)
+    program = trainc.compile(f"{REST} observe saturation from 0 steps every 1 steps", model)
     x, y = torch.randn(4, 4), torch.randint(3, (4,))
     with pytest.raises(ArithmeticError):
         program.step((x, y))
@@ -229,7 +231,7 @@ def test_a_saturated_network_has_1_and_a_random_one_less() -> None:
         (nn.Sequential(nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False)), 1, 1),
         (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), -1, 0.99),
     ):
-        program = trainc.compile(f"{REST} observe saturation", model)
+        program = trainc.compile(f"{REST} observe saturation every 1 steps", model)
         assert low - 1e-6 <= program.step((x, y))["saturation"] <= high + 1e-6
 
 
@@ -279,7 +281,9 @@ def test_heads_whose_legal_scores_are_negative_attend_to_the_future_by_the_publi
             model.qkv.weight[8:16].abs_()
             model.qkv.bias.zero_()
         tokens = torch.arange(9).expand(3, 9)
-        program = trainc.compile(f"{REST} observe saturation {{ heads = true }}", model)
+        program = trainc.compile(
+            f"{REST} observe saturation every 1 steps {{ heads = true }}", model
+        )
         found[leaks] = program.step((tokens, x))
     # A query at position i has 8 - i hidden positions with the score 0, and the last one has none.
     own = [8 - i if i < 8 else 1 for i in range(9)]
@@ -295,7 +299,7 @@ def test_ties_share_attention_and_each_head_has_its_number() -> None:
         model.qkv.weight[8:16] = 0
         model.qkv.bias[8:16] = 0
     x = torch.randint(11, (3, 9))
-    program = trainc.compile(f"{REST} observe saturation {{ heads = true }}", model)
+    program = trainc.compile(f"{REST} observe saturation every 1 steps {{ heads = true }}", model)
     targets = x.clone()
     targets[:, 5:] = -100
     found = program.step((x, targets))
@@ -373,7 +377,7 @@ def test_attention_of_torch_is_seen(kind: str) -> None:
 def test_what_cannot_be_measured_is_refused_at_its_field(
     model: Any, fields: str, field: str, words: str
 ) -> None:
-    spec = f"{REST} observe saturation {{ {fields} }}"
+    spec = f"{REST} observe saturation every 1 steps {{ {fields} }}"
     made = model()
     if not words:
         trainc.compile(spec, made)
@@ -430,7 +434,7 @@ def test_replicas_measure_as_one_process_also_one_that_saw_no_examples(clause: s
 
 def test_outputs_that_are_zero_have_no_direction_and_are_left_out() -> None:
     model = nn.Linear(4, 3, bias=False)
-    spec = "loss cross_entropy optimizer sgd { lr = 0 } observe saturation { c = 10 }"
+    spec = "loss cross_entropy optimizer sgd { lr = 0 } observe saturation every 1 steps { c = 10 }"
     x, y = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
     x[2] = 0
     program = trainc.compile(spec, model)
@@ -448,7 +452,7 @@ def test_outputs_that_are_zero_have_no_direction_and_are_left_out() -> None:
 def test_numbers_that_overflow_are_left_out_and_said() -> None:
     torch.manual_seed(0)
     deep = nn.Sequential(*(nn.Linear(4, 4) for _ in range(16)))  # 1000^16 is no float32
-    program = trainc.compile(f"{REST} observe saturation", deep)
+    program = trainc.compile(f"{REST} observe saturation every 1 steps", deep)
     found = program.step((torch.randn(5, 4), torch.randint(4, (5,))))
     assert "saturation" not in found
     assert any("not finite numbers" in note for note in program.report().notes)

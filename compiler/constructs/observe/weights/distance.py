@@ -42,6 +42,7 @@ class Distance(Construct):
         "Hoffer, Hubara and Soudry, Train longer, generalize better, NeurIPS 2017, arXiv:1705.08741"
     )
     usage: ClassVar = "observe distance on ndim(2) every 50 steps"
+    default_every: ClassVar = "50 steps"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     signals: ClassVar = {

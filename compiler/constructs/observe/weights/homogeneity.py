@@ -40,6 +40,7 @@ class Homogeneity(Construct):
         "Merrill et al., Effects of Parameter Norm Growth, EMNLP 2021, arXiv:2010.09697"
     )
     usage: ClassVar = "observe homogeneity every 200 steps { c = 2 }"
+    default_every: ClassVar = "200 steps"
     signals: ClassVar = {
         "": Signal("relative distance from a homogeneous network, 0 or more", title=""),
         "degree": Signal("the degree k", title="degree"),

@@ -48,6 +48,7 @@ class NormGrowth(Construct):
         "Merrill et al., Effects of Parameter Norm Growth, EMNLP 2021, arXiv:2010.09697"
     )
     usage: ClassVar = "observe norm_growth every 100 steps { params = encoder }"
+    default_every: ClassVar = "100 steps"
     targets: ClassVar = "parameters"
     default_on: ClassVar = "trainable"
     signals: ClassVar = {

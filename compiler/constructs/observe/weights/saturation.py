@@ -52,6 +52,7 @@ class Saturation(Construct):
         "Merrill et al., Effects of Parameter Norm Growth, EMNLP 2021, arXiv:2010.09697"
     )
     usage: ClassVar = "observe saturation every 200 steps { c = 1000 }"
+    default_every: ClassVar = "200 steps"
     signals: ClassVar = {
         "": Signal("cosine of the logits and the saturated ones, -1 to 1", title=""),
         "hidden": Signal("mean of this over `layers`", title="hidden"),
