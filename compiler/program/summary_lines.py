@@ -27,7 +27,8 @@ def summary_lines(
     reasons: Iterable[str],
 ) -> Iterator[str]:
     """Yield lines of text: what the loss and each clause of the spec did in a run up to now."""
-    clock, found = machine.clock, (action.summary() for action in machine.actions)
+    clock = machine.clock
+    found = (action.summary_after(clock.steps) for action in machine.actions)
     yield from loss_lines(method, history.first, history.last, clock.steps)
     yield from history.skipped.lines(clock.steps)
     yield from factor_lines(method, clock.before)

@@ -129,6 +129,10 @@ class Action(ABC):
         """Return one line for the summary of the run; None for no line."""
         return None
 
+    def summary_after(self, steps: int) -> str | None:
+        """Return this line after so many steps of the run: a line that depends on how many there were."""
+        return self.summary()
+
 
 class WholeParameters(Mapping[str, Any]):
     """The parameters of a step for an action that reads whole ones; raises ValueError for one that is sharded."""

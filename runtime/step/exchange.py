@@ -126,11 +126,20 @@ class Exchange(Action):
             times = f"{self.turns} exchange{'s' * (self.turns > 1)}"
             return (
                 f"{self.name}: {times} between {self.replicas} replicas, {self.sent} bytes sent by this process, the"
-                f" last after step {self.last}: any later step was each replica's own"
+                f" last after step {self.last}"
             )
         alone = ": this process trained alone" if self.trained_alone else ""
         alone = ": all processes were one replica" if alone and self.replicas else alone
         return f"{self.name}: no exchange{alone}"
+
+    def summary_after(self, steps: int) -> str | None:
+        """Return the line of the summary, which names the steps since the last turn, if there were any."""
+        told, first = self.summary(), self.last + 1
+        if told is None or not self.turns or steps < first:
+            return told
+        if steps == first:
+            return f"{told}; step {first} was each replica's own"
+        return f"{told}; steps {first} to {steps} were each replica's own"
 
 
 class ElasticExchange(Exchange):

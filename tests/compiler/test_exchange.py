@@ -141,6 +141,22 @@ def test_turns_are_after_whole_periods(
     assert asked == [f"after step {n}" for n in after]
 
 
+@pytest.mark.parametrize(
+    ("every", "end"),
+    [
+        (4, "the last after step 8"),
+        (7, "the last after step 7; step 8 was each replica's own"),
+        (3, "the last after step 6; steps 7 to 8 were each replica's own"),
+        (9, "c: no exchange"),
+    ],
+)
+def test_the_summary_names_the_steps_since_the_last_turn(every: int, end: str) -> None:
+    _, machine = turns(Gate(every=TimeSpan(every, "steps")), 8)
+    told = machine.actions[0].summary_after(machine.clock.steps)
+    assert told is not None
+    assert told.endswith(end)
+
+
 def test_the_state_of_an_exchange_is_its_counts() -> None:
     _, machine = turns(None, 3)
     saved = copy.deepcopy(machine.state_dict())
