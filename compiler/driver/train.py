@@ -111,7 +111,10 @@ def train(
                 logger=logger,
                 preflight=takes,
                 team=team,
-                notes=(*distribution.notes, *([] if goes_on else origins(checked))),
+                notes=[
+                    *(("processes", text) for text in distribution.notes),
+                    *(("note", text) for text in ([] if goes_on else origins(checked))),
+                ],
             )
 
 

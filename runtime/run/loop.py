@@ -65,7 +65,7 @@ def train(
     logger: NamedLogger | None = None,
     preflight: Preflight | None = None,
     team: Team | None = None,
-    notes: Sequence[str] = (),
+    notes: Sequence[tuple[str, str]] = (),
 ) -> Summary:
     """Train to the program's length and return the summary; `out` is the folder of the run.
 
@@ -76,7 +76,7 @@ def train(
     `logger` gets what is measured as well.
     `hardware` is where the model is and how it computes; without it batches stay where the data puts them.
     `team` are the processes of the run, all of which call this alike; without it this one is alone. One that a
-    launcher started again goes on from the newest checkpoint. `notes` are told when the run begins.
+    launcher started again goes on from the newest checkpoint. `notes` are kinds of events and texts to begin with.
     Raises RunExists, NoCheckpoint, DamagedCheckpoint, ChangedRun, RunFolderLost, and ValueError where the program has
     no length.
     """
@@ -121,13 +121,13 @@ class TrainingLoop(SavedRun):
             self._meetings = Meetings(self.team, stop_requested)
             self.program.meet_with(self._meetings.meet)
 
-    def begin(self, texts: Mapping[str, str], notes: Sequence[str] = ()) -> None:
+    def begin(self, texts: Mapping[str, str], notes: Sequence[tuple[str, str]] = ()) -> None:
         """Open the records at the step that the run is at, tell notes, and keep the texts that it is started with."""
         if (last := self.team.decided(lambda: self.recorder.open(self.clock))) is not None:
             self.evaluated_at, self.eval_loss = last["step"], last["eval_loss"]
         self.recorder.tell_hardware(self.hardware, self.clock.steps)
-        for note in notes:
-            self._event("processes", note)
+        for event, note in notes:
+            self._event(event, note)
         if self.accepted:
             # From here on the run is that of the new spec, whatever happens before the next save.
             self.saved_at = -1

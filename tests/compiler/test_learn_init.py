@@ -24,6 +24,7 @@ from trainc.runtime.data.order import Order
 from trainc.runtime.data.reader import Reader
 from trainc.runtime.processes import launch
 from trainc.runtime.run.stop_signals import StopSignals
+from trainc.runtime.storage.jsonl import read_jsonl
 from trainc.runtime.storage.random_streams import derive_seed
 from trainc.runtime.storage.saved_weights import read_weights
 
@@ -317,7 +318,9 @@ def test_weights_of_which_another_program_says_something_are_read(
     path = tmp_path / "one.train"
     path.write_text(SPEC.replace("width = 8", f'width = 8, init = "{init}"'))
     train(path, tmp_path / "run", quiet=True)
-    assert f"the model starts with {init}: sha256" in (tmp_path / "run/events.jsonl").read_text()
+    events = read_jsonl(tmp_path / "run/events.jsonl")
+    (said,) = (r for r in events if f"the model starts with {init}: sha256" in r.get("message", ""))
+    assert said["event"] == "note"
 
 
 def test_init_and_start_together_are_an_error(tmp_path: Path) -> None:
